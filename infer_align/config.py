@@ -1,0 +1,223 @@
+"""The process's configuration: `infer-align.toml`, one dataclass tree, and where each value came from.
+
+`--set a.b=c` uses the file's own names. Environment variables hold secrets only, and the file names them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infer_align import registry
+from infer_align.engines import Engine
+from infer_align.errors import AlignError, ConfigError, nearest
+from infer_align.request import Limits as RequestLimits
+from infer_align.request import parse_align
+from infer_align.rewards import Reward
+from infer_align.schema import parse
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """`[server]`: where it listens and who may ask."""
+
+    host: str = field(default="127.0.0.1", metadata={"description": "address to listen on"})
+    port: int = field(default=8000, metadata={"ge": 0, "le": 65535, "description": "port to listen on; 0 takes a free one"})
+    api_keys_env: str | None = field(
+        default=None,
+        metadata={
+            "description": "environment variable with the accepted API keys, comma-separated; without it no key is asked for"
+        },
+    )
+    served_name: str | None = field(default=None, metadata={"description": "model name in the API; default: the engine's"})
+    default_rewards: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "description": "{reward name: weight} where a request names none; default: all single-objective rewards, equally"
+        },
+    )
+    keepalive_seconds: float = field(
+        default=10.0,
+        metadata={
+            "gt": 0,
+            "description": "silence after which a stream sends a comment; until then a failure still has its own status",
+        },
+    )
+    drain_seconds: float = field(
+        default=30.0, metadata={"ge": 0, "description": "how long running requests may finish after SIGTERM"}
+    )
+    log_level: str = field(default="info", metadata={"description": "debug, info, warning or error"})
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`[limits]`: what one request, one key and all together may ask for."""
+
+    max_candidates: int = field(default=128, metadata={"ge": 1, "description": "candidates of one request"})
+    max_completion_tokens: int = field(
+        default=131_072, metadata={"ge": 1, "description": "worst case of one request: candidates x maximum tokens"}
+    )
+    max_running: int = field(default=64, metadata={"ge": 1, "description": "requests worked on at once"})
+    max_running_tokens: int = field(
+        default=1_048_576, metadata={"ge": 1, "description": "sum of the running requests' worst cases"}
+    )
+    max_queue: int = field(
+        default=256, metadata={"ge": 0, "description": "requests waiting for their turn; the next one gets a 429"}
+    )
+    max_body_bytes: int = field(default=4 * 1024 * 1024, metadata={"ge": 1, "description": "size of one request body"})
+    requests_per_minute: int = field(default=0, metadata={"ge": 0, "description": "per API key; 0 for no limit"})
+
+    @property
+    def request(self) -> RequestLimits:
+        """Those that bound one request's plan."""
+        return RequestLimits(self.max_candidates, self.max_completion_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole tree. `origins` says for each dotted name that was given where: the file's path or "--set"."""
+
+    engine: Any  # the dataclass of the engine's kind
+    engine_kind: str
+    server: Server = field(default_factory=Server)
+    limits: Limits = field(default_factory=Limits)
+    rewards: Mapping[str, Any] = field(default_factory=dict)  # name -> the dataclass of the reward's kind
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def load_engine(self) -> Engine:
+        """The engine, not yet started."""
+        engine: Engine = self.engine.load()
+        return engine
+
+    def load_rewards(self) -> dict[str, Reward]:
+        """Every configured reward, not yet started.
+
+        Raises:
+            ConfigError: naming the section.
+        """
+        loaded = {}
+        for name, section in self.rewards.items():
+            try:
+                loaded[name] = section.load()
+            except ConfigError as error:
+                raise ConfigError(f"[rewards.{name}] {error.message}") from error
+        return loaded
+
+    def api_keys(self) -> tuple[str, ...]:
+        """The accepted keys; () where none is asked for.
+
+        Raises:
+            ConfigError: the environment variable that should hold them is missing or empty.
+        """
+        if self.server.api_keys_env is None:
+            return ()
+        keys = tuple(key.strip() for key in os.environ.get(self.server.api_keys_env, "").split(",") if key.strip())
+        if not keys:
+            raise ConfigError(
+                f"[server] api_keys_env: the environment variable {self.server.api_keys_env!r} is not set or empty; "
+                "put the accepted keys there, comma-separated."
+            )
+        return keys
+
+    def values(self) -> Iterator[tuple[str, object, str]]:
+        """(dotted name, value, where it came from) of every setting."""
+        sections = {"server": self.server, "limits": self.limits, "engine": self.engine}
+        sections |= {f"rewards.{name}": section for name, section in self.rewards.items()}
+        yield "engine.kind", self.engine_kind, self.origins.get("engine.kind", "default")
+        for path, section in sections.items():
+            for f in dataclasses.fields(section):
+                name = f"{path}.{f.name}"
+                yield name, getattr(section, f.name), self.origins.get(name, "default")
+        for name, preset in self.presets.items():
+            yield f"presets.{name}", preset, self.origins.get(f"presets.{name}", "default")
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read the file, or the embedded demo's when there is none, then the overrides `a.b=c` (c is TOML, or else a string).
+
+    Raises:
+        ConfigError: what is wrong, by its dotted name, and where it was read.
+    """
+    file = Path(path) if path else Path(__file__).parent / "demo" / "infer-align.toml"
+    try:
+        table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; name a configuration file, or none for the embedded demo.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not TOML: {error}") from None
+    origins = {name: str(file) if path else "the embedded demo" for name in _names(table)}
+    for override in overrides:
+        name = _override(table, override)
+        origins = {known: origin for known, origin in origins.items() if not known.startswith(f"{name}.")}
+        origins |= {known: "--set" for known in _names(table) if known == name or known.startswith(f"{name}.")}
+    return _build(table, origins)
+
+
+def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
+    known = ("server", "limits", "engine", "rewards", "presets")
+    for section, value in table.items():
+        if section not in known:
+            raise ConfigError(f"[{section}]: no such section; {nearest(section, known)}")
+        if not isinstance(value, dict):
+            raise ConfigError(f"{section}: {value!r} is not a table; write it as a section [{section}].")
+    engine = table.get("engine", {})
+    kind = engine.get("kind", "transformers")
+    presets = table.get("presets", {})
+    for name, preset in presets.items():
+        try:
+            parse_align(preset, {})
+        except AlignError as error:
+            raise ConfigError(f"[presets.{name}] {error.message}") from error
+    return Config(
+        server=parse(Server, table.get("server", {}), "server", ConfigError),
+        limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
+        engine=_plugin(registry.engines, kind, engine, "engine"),
+        engine_kind=kind,
+        rewards={name: _reward(name, section) for name, section in table.get("rewards", {}).items()},
+        presets=presets,
+        origins=origins,
+    )
+
+
+def _reward(name: str, section: object) -> Any:
+    if not isinstance(section, dict) or "kind" not in section:
+        raise ConfigError(f"[rewards.{name}] needs a kind; {nearest('', registry.rewards.names())}")
+    if "." in name or "@" in name:
+        raise ConfigError(f"[rewards.{name}] a reward's name cannot hold '.' or '@'; rename it.")
+    return _plugin(registry.rewards, section["kind"], section, f"rewards.{name}")
+
+
+def _plugin(plugins: registry.Registry, kind: str, section: Mapping[str, Any], path: str) -> Any:
+    if kind not in plugins.names():
+        raise ConfigError(f"{path}.kind: {kind!r} is not one of them; {nearest(str(kind), plugins.names())}")
+    return parse(plugins.get(kind), {key: value for key, value in section.items() if key != "kind"}, path, ConfigError)
+
+
+def _override(table: dict[str, Any], text: str) -> str:
+    name, equals, value = text.partition("=")
+    parts = [part.strip() for part in name.split(".")]
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {text!r}: not of the form a.b=value, such as server.port=9000.")
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {text!r}: {part!r} is a value, not a section.")
+    try:
+        table[parts[-1]] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[parts[-1]] = value
+    return ".".join(parts)
+
+
+def _names(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        yield name
+        if isinstance(value, Mapping):
+            yield from _names(value, f"{name}.")

@@ -1,0 +1,174 @@
+"""A real engine with scripted replies, delays and faults: what tests, docs and overhead benchmarks run on.
+
+Candidate i of a draw speaks line `i mod len(replies)` of the script, a word per token. It honours stop, the token maximum, seeds
+(recorded, as there is no chance in it), cancellation and streaming, so the flow above it is the same as over a model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from infer_align.engines import Engine, Stream
+from infer_align.engines._sampling import SamplingParams
+from infer_align.errors import EngineFailed
+from infer_align.types import Body, Candidate, Capability, Delta, Draw
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One scripted answer. "{prompt}" in `text` stands for the last message's text, "{seed}" for the candidate's seed."""
+
+    text: str = "Hello from {prompt}"
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    error: str | None = field(default=None, metadata={"description": "fail with this message after the text"})
+    status: int | None = field(default=None, metadata={"description": "the HTTP status behind the error"})
+    seconds_per_token: float = field(default=0.0, metadata={"ge": 0, "description": "delay before each token"})
+    first_token_seconds: float = field(default=0.0, metadata={"ge": 0, "description": "delay before the first, as prefill is"})
+
+
+@dataclass(frozen=True, slots=True)
+class Fake:
+    """Scripted replies, delays and faults."""
+
+    model: str = field(default="fake", metadata={"description": "name it is served under"})
+    replies: tuple[Reply, ...] = field(
+        default=(Reply(),), metadata={"description": "the script; candidate i speaks reply i mod its length"}
+    )
+    context_length: int = field(default=4096, metadata={"ge": 1, "description": "tokens of prompt and completion together"})
+    load_seconds: float = field(default=0.0, metadata={"ge": 0, "description": "how long loading takes"})
+
+    def load(self) -> FakeEngine:
+        """The engine, not yet started."""
+        return FakeEngine(self)
+
+
+plugin = Fake
+
+
+class FakeEngine(Engine):
+    """Plays a script. `running` counts the candidates being sampled now, `bodies` keeps what it was sent, newest last."""
+
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.CHAT, Capability.COMPLETION, Capability.SEED, Capability.TOOLS, Capability.STRUCTURED}
+    )
+
+    def __init__(self, script: Fake) -> None:
+        self.script = script
+        self.model = script.model
+        self.context_length = script.context_length
+        self.running = 0
+        self.sampled = 0
+        self.bodies: list[Body] = []
+        self._loaded = False
+
+    async def start(self) -> None:
+        """Wait as long as the script says."""
+        await asyncio.sleep(self.script.load_seconds)
+        self._loaded = True
+
+    def health(self) -> str | None:
+        """None once started."""
+        return None if self._loaded else "the script is still loading"
+
+    def check(self, draw: Draw) -> None:
+        """Read the sampling fields; every other field is taken, as a model server with unknown extensions would."""
+        _params(draw)
+
+    def sample(self, draw: Draw) -> Stream:
+        """Play the script for each candidate of the draw."""
+        self.bodies = [*self.bodies[-99:], draw.body]
+        tasks: list[asyncio.Task[None]] = []
+        stops = [asyncio.Event() for _ in range(draw.n)]
+
+        def stop(index: int | None) -> None:
+            for event in stops if index is None else [stops[index]]:
+                event.set()
+
+        def close() -> None:
+            for task in tasks:
+                task.cancel()
+
+        stream = Stream(draw.n, stop, close)
+        params = _params(draw)
+        tasks += [asyncio.create_task(self._play(draw, params, i, stream, stops[i])) for i in range(draw.n)]
+        return stream
+
+    async def _play(self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event) -> None:
+        self.running += 1
+        self.sampled += 1
+        try:
+            await self._speak(draw, params, index, stream, stop)
+        except EngineFailed as error:
+            stream.put(Candidate(index, {}, error=error.message, status=error.status))
+        except Exception as error:
+            stream.put(EngineFailed(f"the script failed: {error!r}", status=500))
+            raise
+        finally:
+            self.running -= 1
+
+    async def _speak(self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event) -> None:
+        reply = self.script.replies[index % len(self.script.replies)]
+        prompt = _prompt(draw)
+        text = reply.text.replace("{prompt}", prompt).replace("{seed}", str(draw.seeds[index]))
+        for ending in params.stop:
+            text = text.partition(ending)[0]
+        words = text.split(" ")
+        limit = min(params.max_tokens or self.context_length, self.context_length)
+        spoken: list[str] = []
+        async for word in _paced(words[:limit], reply, stop):
+            piece = word if not spoken else f" {word}"
+            spoken.append(piece)
+            stream.put(Delta(index, {"delta": {"content": piece}} if draw.kind == "chat" else {"text": piece}))
+        if reply.error is not None and not stop.is_set():
+            raise EngineFailed(reply.error, status=reply.status)
+        reason = "length" if stop.is_set() or len(words) > limit else "tool_calls" if reply.tool_calls else "stop"
+        choice = _choice(draw, "".join(spoken), reply, reason)
+        stream.put(Candidate(index, choice, 0, len(prompt.split()), len(spoken), cut=stop.is_set()))
+
+
+def _params(draw: Draw) -> SamplingParams:
+    known = {
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+    }
+    return SamplingParams.from_body({key: value for key, value in draw.body.items() if key in known}, draw.kind)
+
+
+async def _paced(words: list[str], reply: Reply, stop: asyncio.Event) -> AsyncIterator[str]:
+    delay = reply.first_token_seconds
+    for word in words:
+        delay += reply.seconds_per_token
+        if delay:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), delay)
+        if stop.is_set():
+            return
+        yield word
+        delay = 0.0
+
+
+def _prompt(draw: Draw) -> str:
+    if draw.kind == "completion":
+        return str(draw.body.get("prompt", ""))
+    content = draw.body["messages"][-1].get("content") or ""
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+
+
+def _choice(draw: Draw, text: str, reply: Reply, reason: str) -> dict[str, Any]:
+    if draw.kind == "completion":
+        return {"text": text, "logprobs": None, "finish_reason": reason}
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if reply.tool_calls:
+        message |= {"content": text or None, "tool_calls": list(reply.tool_calls)}
+    return {"message": message, "logprobs": None, "finish_reason": reason}

@@ -1,0 +1,157 @@
+"""The frozen model with its tokenizer: loading, rendering prompts, one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from infer_align.engines.transformers.cache import RowCache
+from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.hub import locate
+from infer_align.types import Draw
+
+if TYPE_CHECKING:
+    from infer_align.engines.transformers import Transformers
+
+# What a model's generation_config may say about sampling, by the names of SamplingParams.
+SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A rendered prompt."""
+
+    text: str
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A causal LM, frozen, on its device."""
+
+    lm: Any
+    tokenizer: Any
+    device: torch.device
+    eos: frozenset[int]
+    context_length: int
+    vocabulary: int
+    sampling_defaults: Mapping[str, float]
+
+    @classmethod
+    def load(cls, config: Transformers) -> Model:
+        """Load from the demo, a folder, or the hub.
+
+        Raises:
+            ConfigError: not loadable, no fast tokenizer, or layers that keep no keys and values (state space models).
+        """
+        path = locate(config.model)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+        dtype = ("float32" if device.type == "cpu" else "auto") if config.dtype == "auto" else config.dtype
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+            lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"[engine] model: {config.model!r} cannot be loaded: {error}") from error
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                f"[engine] model: {config.model!r} has no fast tokenizer, which streaming needs; convert it to tokenizer.json."
+            )
+        lm = lm.to(device).eval().requires_grad_(requires_grad=False)
+        text_config = lm.config.get_text_config(decoder=True)
+        generation: GenerationConfig = lm.generation_config
+        eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+        length = config.context_length or getattr(text_config, "max_position_embeddings", None) or 2048
+        defaults = {name: getattr(generation, name) for name in SAMPLING_DEFAULTS if getattr(generation, name, None) is not None}
+        model = cls(
+            lm=lm,
+            tokenizer=tokenizer,
+            device=device,
+            eos=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+            context_length=int(length),
+            vocabulary=int(text_config.vocab_size),
+            sampling_defaults=defaults,
+        )
+        model.check_cache(config.model)
+        return model
+
+    def check_cache(self, name: str) -> None:
+        """Run two tokens through the cache: what cannot be batched row by row fails now, not at the first request.
+
+        Raises:
+            ConfigError: naming the model.
+        """
+        cache = RowCache()
+        try:
+            self.forward(torch.zeros((1, 2), dtype=torch.long, device=self.device), cache, [2])
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"[engine] model: {name!r} does not keep plain keys and values, which this engine batches: {error}"
+            ) from error
+
+    @torch.inference_mode()
+    def forward(self, ids: torch.Tensor, cache: RowCache, lengths: list[int]) -> torch.Tensor:
+        """One step for every row: [B, Q] token ids, right-aligned, appended to `cache`; -> float32 logits [B, V] after the last.
+
+        Args:
+            ids: new tokens; a row with fewer than Q has padding on the left.
+            cache: the rows' keys and values, appended to here.
+            lengths: tokens of each row, these included.
+        """
+        width = cache.length + ids.shape[1]
+        ends = torch.tensor(lengths, device=self.device)
+        columns = torch.arange(width, device=self.device)
+        positions = columns[None, cache.length :] - (width - ends)[:, None]
+        padded = min(lengths) < width
+        mask = (columns[None] >= (width - ends)[:, None]).long() if padded else None
+        output = self.lm(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions.clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
+
+    def render(self, draw: Draw) -> Prompt:
+        """The draw's prompt as tokens.
+
+        Raises:
+            InvalidRequest: the chat template refuses the messages, or a part is not text.
+        """
+        if draw.kind == "completion":
+            text = draw.body["prompt"]
+            return Prompt(text, self.tokenizer(text)["input_ids"])
+        messages = [_plain(i, message) for i, message in enumerate(draw.body["messages"])]
+        if not self.tokenizer.chat_template:
+            raise InvalidRequest(
+                "messages: this model has no chat template; use /v1/completions.", param="messages", code="unsupported"
+            )
+        options = draw.body.get("chat_template_kwargs") or {}
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise InvalidRequest(f"messages: the model's chat template refused them: {error}.", param="messages") from None
+        return Prompt(text, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its text parts joined: what chat templates of text models take."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    for part in content:
+        if part["type"] not in {"text", "refusal"}:
+            where = f"messages[{index}].content"
+            raise InvalidRequest(
+                f"{where}: a part of type {part['type']!r} is not available on this engine; allowed: text.", param=where
+            )
+    return {**message, "content": "".join(str(part.get(part["type"], "")) for part in content)}

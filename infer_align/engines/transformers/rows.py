@@ -1,0 +1,130 @@
+"""One candidate being sampled: its tokens, its text, and what it has told its stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from infer_align.engines import Event
+from infer_align.engines._sampling import SamplingParams
+from infer_align.engines.transformers.text import TextStream
+from infer_align.types import Candidate, Delta
+
+if TYPE_CHECKING:
+    from infer_align.engines.transformers.model import Model
+    from infer_align.engines.transformers.scheduler import Job
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """Candidate `index` of a job; one row of the running batch while it is decoded."""
+
+    job: Job
+    index: int
+    seed: int
+    text: TextStream
+    eos: frozenset[int]
+    stopped: bool = False  # set from another thread: finish now, with what there is
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)  # one per token, when asked for
+    pending: list[dict[str, Any]] = field(default_factory=list)  # of those, the ones not yet streamed
+    finish_reason: str | None = None
+
+    @property
+    def params(self) -> SamplingParams:
+        """The job's sampling parameters."""
+        return self.job.params
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The job's prompt."""
+        return self.job.prompt.ids
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are needed for the next step: all of them."""
+        return len(self.prompt_ids) + len(self.tokens)
+
+    @property
+    def banned(self) -> frozenset[int]:
+        """End-of-sequence tokens, while min_tokens forbids the end."""
+        return self.eos if len(self.tokens) < self.params.min_tokens else frozenset()
+
+    def accept(self, token: int, logprob: dict[str, Any] | None) -> list[Event]:
+        """Add a sampled token; -> what the stream is told."""
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+            self.pending.append(logprob)
+        if token in self.eos and not self.params.ignore_eos:
+            self.finish_reason = "stop"
+            return self.finish()
+        piece = self.text.push(token)
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.job.room:
+            self.finish_reason = "length"
+        events: list[Event] = [self._delta(piece)] if piece else []
+        return events if self.finish_reason is None else events + self.finish()
+
+    def finish(self) -> list[Event]:
+        """The last words and the candidate; cut short, its reason is the length it was allowed."""
+        cut = self.finish_reason is None
+        self.finish_reason = self.finish_reason or "length"
+        rest = self.text.finish()
+        told: list[Event] = [self._delta(rest)] if rest or self.pending else []
+        text = self.job.echo + self.text.text
+        logprobs = self._wire_logprobs(self.logprobs)
+        if self.job.draw.kind == "chat":
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choice: dict[str, Any] = {"message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        else:
+            choice = {"text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        return [*told, Candidate(self.index, choice, 0, len(self.prompt_ids), len(self.tokens), cut=cut)]
+
+    def _delta(self, piece: str) -> Delta:
+        logprobs, self.pending = self._wire_logprobs(self.pending), []
+        choice = {"delta": {"content": piece}} if self.job.draw.kind == "chat" else {"text": piece}
+        return Delta(self.index, {**choice, "logprobs": logprobs})
+
+    def _wire_logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        if self.params.logprobs is None:
+            return None
+        if self.job.draw.kind == "chat":
+            return {"content": list(entries), "refusal": None}
+        offsets, offset = [], sum(len(e["token"]) for e in self.logprobs[: len(self.logprobs) - len(entries)])
+        for entry in entries:
+            offsets.append(offset)
+            offset += len(entry["token"])
+        return {
+            "tokens": [e["token"] for e in entries],
+            "token_logprobs": [e["logprob"] for e in entries],
+            "top_logprobs": [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in entries]
+            if self.params.logprobs
+            else None,
+            "text_offset": offsets,
+        }
+
+
+def logprob_entries(model: Model, logits: torch.Tensor, rows: list[Row], tokens: list[int]) -> list[dict[str, Any] | None]:
+    """OpenAI's entry per row that asked for logprobs: of the frozen model itself, before temperature, biases and penalties."""
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    entries: list[dict[str, Any] | None] = [None] * len(rows)
+    if not asking:
+        return entries
+    logprobs = torch.log_softmax(logits[asking], dim=-1)
+    alternatives = {i: rows[i].params.logprobs or 0 for i in asking}
+    top = logprobs.topk(min(max(alternatives.values()), logprobs.shape[-1]), dim=-1)
+    for j, (i, k) in enumerate(alternatives.items()):
+        best = zip(top.indices[j, :k].tolist(), top.values[j, :k].tolist(), strict=True)
+        entry = _entry(model, tokens[i], float(logprobs[j, tokens[i]]))
+        entries[i] = {**entry, "top_logprobs": [_entry(model, token, value) for token, value in best]}
+    return entries
+
+
+def _entry(model: Model, token: int, logprob: float) -> dict[str, Any]:
+    text = model.tokenizer.decode([token])
+    # JSON has no infinity; a token that a bias or a ban alone made possible is OpenAI's -9999.
+    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}

@@ -1,0 +1,258 @@
+"""From an OpenAI body with an `align` object to a Request, and from a Request to a Plan. Nothing is spent here."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from infer_align import registry
+from infer_align.engines import Engine
+from infer_align.errors import InvalidRequest, Unsupported, nearest, shown
+from infer_align.objectives import Ensemble
+from infer_align.rewards import Reward
+from infer_align.schema import parse
+from infer_align.types import Body, Budget, Draw, Kind, Method, Plan, Request
+
+Details = Literal["none", "scores", "candidates"]
+SETTINGS = ("preset", "rewards", "ensemble", "budget", "details")
+# Named by the contract; each answers "not available" until its module stands in methods/.
+CONTRACT = ("dpa", "rps", "best_of_n", "vas", "trust_judge")
+SEED_RANGE = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large one request may be; from `[limits]`."""
+
+    max_candidates: int
+    max_completion_tokens: int
+
+
+def parse_request(body: Body, kind: Kind, presets: Mapping[str, Mapping[str, Any]], preset: str | None = None) -> Request:
+    """Split a body into what the engine gets and what `align` asks for.
+
+    Args:
+        body: the client's JSON object.
+        kind: which route it came by.
+        presets: named `align` objects of the configuration.
+        preset: chosen by the model's name; `align.preset` wins over it.
+
+    Raises:
+        InvalidRequest: the first wrong field, by its dotted path.
+    """
+    _check_prompt(body, kind)
+    given = body.get("align")
+    forwarded = {key: value for key, value in body.items() if key != "align" and value is not None}
+    if given is None and preset is None:
+        return Request(forwarded, kind)
+    return replace(parse_align(given or {}, presets, preset), body=forwarded, kind=kind, aligned=True)
+
+
+def parse_align(given: object, presets: Mapping[str, Mapping[str, Any]], preset: str | None = None) -> Request:
+    """What an `align` object asks for, as a request without a body.
+
+    Raises:
+        InvalidRequest: the first wrong field, by its dotted path.
+    """
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(f"align: {shown(given)} is not an object; allowed keys: {', '.join(_keys())}.", param="align")
+    settings = _with_preset(dict(given), presets, preset)
+    methods = {}
+    for key, value in settings.items():
+        if key not in _keys():
+            raise InvalidRequest(f"align.{key}: no such key; {nearest(key, _keys())}", param=f"align.{key}", code="unknown_field")
+        if key in registry.methods.names():
+            methods[key] = parse(registry.methods.get(key), value, f"align.{key}")
+        elif key in CONTRACT:
+            raise Unsupported(
+                f"align.{key}: not available in this version; available: {', '.join(_available())}.", param=f"align.{key}"
+            )
+    return Request(
+        body={},
+        methods=methods,
+        rewards=_weights(settings["rewards"]) if "rewards" in settings else None,
+        objective=parse(Ensemble, settings.get("ensemble", {}), "align.ensemble"),
+        budget=parse(Budget, settings.get("budget", {}), "align.budget"),
+        details=_details(settings.get("details", "scores")),
+    )
+
+
+def make_plan(
+    request: Request, engine: Engine, rewards: Mapping[str, Reward], default_rewards: Mapping[str, float], limits: Limits
+) -> Plan:
+    """What the request asks for, as draws, rewards and an objective, with its worst case counted.
+
+    Raises:
+        InvalidRequest: the engine lacks a capability, a reward is not configured, or the worst case is over a limit.
+    """
+    keep = _integer(request.body, "n", 1, limits.max_candidates) or 1
+    seed = _integer(request.body, "seed", -SEED_RANGE, SEED_RANGE - 1)
+    body = {key: value for key, value in request.body.items() if key not in {"n", "seed", "stream", "stream_options"}}
+    objective = request.objective or Ensemble()
+    plan = Plan(
+        draws=(Draw(body, kind=request.kind),), objective=objective, keep=keep, deadline_seconds=request.budget.deadline_seconds
+    )
+    for name, method in sorted(request.methods.items(), key=lambda item: item[1].stage):
+        plan = replace(method.plan(plan), methods=(*plan.methods, name))
+        _require(engine, method, name)
+    if not plan.selects:
+        plan = replace(plan, draws=tuple(replace(draw, n=keep) for draw in plan.draws))
+    plan = _with_rewards(plan, request, rewards, default_rewards)
+    plan = replace(plan, selects=plan.selects or (bool(plan.rewards) and plan.candidates > 1))
+    plan = replace(plan, worst_case_tokens=sum(d.n * engine.worst_case_tokens(d.body) for d in plan.draws))
+    _within(plan, request, limits)
+    plan = _with_seeds(plan, secrets.randbelow(SEED_RANGE) if seed is None else seed % SEED_RANGE)
+    for draw in plan.draws:
+        engine.check(draw)
+    return plan
+
+
+def _check_prompt(body: Body, kind: Kind) -> None:
+    """What every engine relies on; the rest of a message is the engine's and its chat template's to judge."""
+    if kind == "completion":
+        if not isinstance(prompt := body.get("prompt"), str):
+            raise InvalidRequest(f"prompt: {shown(prompt)} is not allowed; must be a string.", param="prompt")
+        return
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest(
+            f"messages: {shown(messages)} is not allowed; must be a list of at least one message.", param="messages"
+        )
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidRequest(f"{where}: {shown(message)} is not allowed; must be an object with a role.", param=where)
+        content = message.get("content")
+        optional = message["role"] == "assistant"  # it may hold tool calls alone
+        if not isinstance(content, str | list) and not (optional and content is None):
+            raise InvalidRequest(
+                f"{where}.content: {shown(content)} is not allowed; must be text or a list of parts.", param=f"{where}.content"
+            )
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+                raise InvalidRequest(
+                    f"{where}.content[{j}]: {shown(part)} is not allowed; must be an object with a type.", param=where
+                )
+
+
+def _available() -> list[str]:
+    return sorted([*registry.methods.names(), *SETTINGS])
+
+
+def _keys() -> list[str]:
+    return sorted({*registry.methods.names(), *CONTRACT, *SETTINGS})
+
+
+def _with_preset(given: dict[str, Any], presets: Mapping[str, Mapping[str, Any]], preset: str | None) -> dict[str, Any]:
+    name = given.pop("preset", None) or preset
+    if name is None:
+        base: Mapping[str, Any] = {}
+    elif isinstance(name, str) and name in presets:
+        base = presets[name]
+    else:
+        raise InvalidRequest(f"align.preset: {name!r} is not configured; {nearest(str(name), presets)}", param="align.preset")
+    return {key: value for key, value in {**base, **given}.items() if value is not None}
+
+
+def _weights(value: object) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"align.rewards: {value!r} is not an object; allowed: {{reward name: weight}}.", param="align.rewards")
+    for name, weight in value.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight) or weight < 0:
+            raise InvalidRequest(
+                f"align.rewards.{name}: {weight!r} is not allowed; a weight is a finite number >= 0. "
+                "To prefer less of something, weigh a reward that scores its absence.",
+                param=f"align.rewards.{name}",
+            )
+    return {str(name): float(weight) for name, weight in value.items()}
+
+
+def _details(value: object) -> Details:
+    if value not in get_args(Details):
+        raise InvalidRequest(
+            f"align.details: {value!r} is not allowed; allowed: {', '.join(get_args(Details))}.", param="align.details"
+        )
+    return value  # type: ignore[return-value]
+
+
+def _integer(body: Body, name: str, low: int, high: int) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(f"{name}: {value!r} is not allowed; must be an integer from {low} to {high}.", param=name)
+    return value
+
+
+def _require(engine: Engine, method: Method, name: str) -> None:
+    if missing := sorted(method.needs - engine.capabilities):
+        raise Unsupported(
+            f"align.{name}: needs {', '.join(missing)}, which the engine of {engine.model!r} lacks; use another engine.",
+            param=f"align.{name}",
+        )
+
+
+def _with_rewards(plan: Plan, request: Request, rewards: Mapping[str, Reward], default: Mapping[str, float]) -> Plan:
+    """Rewards are read when they are asked for by name, or when a method draws several candidates to choose from."""
+    if request.rewards is None and not plan.selects:
+        return plan
+    weights = {**(default if request.rewards is None else request.rewards), **plan.rewards}
+    for name in weights:
+        base, _, attribute = name.partition(".")
+        known = [key for key, reward in rewards.items() if not reward.attributes]
+        known += [f"{key}.{a}" for key, reward in rewards.items() for a in reward.attributes]
+        if name not in known:
+            detail = f"has several objectives: {nearest('', known)}" if base in rewards and not attribute else nearest(name, known)
+            raise InvalidRequest(f"align.rewards.{name}: no such reward; {detail}", param=f"align.rewards.{name}")
+    if plan.selects and not any(weights.values()):
+        raise InvalidRequest(
+            "align.rewards: nothing to choose by; give a reward a weight over 0, or configure [rewards] and "
+            f"[server] default_rewards. {nearest('', rewards)}",
+            param="align.rewards",
+        )
+    return replace(plan, rewards=weights)
+
+
+def _within(plan: Plan, request: Request, limits: Limits) -> None:
+    if plan.keep > plan.candidates:
+        raise InvalidRequest(f"n: {plan.keep} answers of {plan.candidates} candidates; ask for fewer, or draw more.", param="n")
+    if plan.candidates > limits.max_candidates:
+        raise InvalidRequest(
+            f"{_fan_out(request)}: {plan.candidates} candidates are over this server's limit of {limits.max_candidates}; "
+            "ask for fewer.",
+            param=_fan_out(request),
+            code="too_many_candidates",
+        )
+    worst = plan.worst_case_tokens
+    each = f"{plan.candidates} candidates x {worst // plan.candidates} tokens"
+    if (allowed := request.budget.completion_tokens) and worst > allowed:
+        raise InvalidRequest(
+            f"align.budget.completion_tokens: the worst case is {worst} tokens ({each}), over the budget of {allowed}; "
+            "lower max_completion_tokens or the number of candidates, or raise the budget.",
+            param="align.budget.completion_tokens",
+            code="over_budget",
+        )
+    if worst > limits.max_completion_tokens:
+        raise InvalidRequest(
+            f"max_completion_tokens: the worst case is {worst} tokens ({each}), over this server's limit of "
+            f"{limits.max_completion_tokens}; lower max_completion_tokens or the number of candidates.",
+            param="max_completion_tokens",
+            code="over_limit",
+        )
+
+
+def _fan_out(request: Request) -> str:
+    return "align.best_of_n.n" if "best_of_n" in request.methods else "n"
+
+
+def _with_seeds(plan: Plan, seed: int) -> Plan:
+    """Candidate i samples with seed + i, so the first is what the request gives without a selection."""
+    draws, start = [], 0
+    for draw in plan.draws:
+        draws.append(replace(draw, seeds=tuple((seed + start + i) % SEED_RANGE for i in range(draw.n))))
+        start += draw.n
+    return replace(plan, draws=tuple(draws))

@@ -1,0 +1,203 @@
+"""The nouns of the flow, in the order they appear: Request, Draw, Plan, Candidate, Scores, Selection, Response.
+
+Everything here is frozen: a stage makes the next noun, it never edits the last one. Arrays are numpy; K members, N candidates.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float64]
+Kind = Literal["chat", "completion"]
+Body = Mapping[str, Any]
+
+
+class Capability(StrEnum):
+    """What an engine can do; a plan that needs one it lacks is refused before anything is spent."""
+
+    CHAT = "chat"
+    COMPLETION = "completion"
+    SEED = "seed"
+    LOGPROBS = "logprobs"
+    LABEL_LOGPROBS = "label_logprobs"
+    SEQUENCE_LOGPROBS = "sequence_logprobs"
+    TOOLS = "tools"
+    STRUCTURED = "structured"
+    STEER = "steer"
+
+
+class Stage(IntEnum):
+    """Where in the flow a method acts; methods are applied to a plan in this order."""
+
+    CONDITION = 1
+    PROPOSE = 2
+    STEER = 3
+    SCORE = 4
+    SELECT = 5
+
+
+class Method(Protocol):
+    """One key of `align`. A method is a frozen dataclass: its fields are its parameters, its docstring is its description."""
+
+    stage: ClassVar[Stage]
+    needs: ClassVar[frozenset[Capability]]
+
+    @abstractmethod
+    def plan(self, plan: Plan) -> Plan:
+        """The plan with this method's part written into it. Pure."""
+
+
+class Objective(Protocol):
+    """How the members of one reward become one score."""
+
+    @property
+    def name(self) -> str:
+        """The word for it in the response's reason, such as "uwo"."""
+
+    @abstractmethod
+    def reduce(self, scores: Array) -> Array:
+        """[K, N] member scores -> [N]; NaN members are ignored, a candidate without any stays NaN."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What an answer may cost at most."""
+
+    completion_tokens: int | None = field(
+        default=None, metadata={"ge": 1, "description": "refuse a plan whose worst case exceeds this many generated tokens"}
+    )
+    deadline_seconds: float | None = field(
+        default=None, metadata={"gt": 0, "description": "answer with the best so far after this many seconds, marked partial"}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One OpenAI request: the client's body, whole but for `align`, and what `align` asked for."""
+
+    body: Body
+    kind: Kind = "chat"
+    methods: Mapping[str, Method] = field(default_factory=dict)
+    rewards: Mapping[str, float] | None = None  # None: the configured default
+    objective: Objective | None = None
+    budget: Budget = field(default_factory=Budget)
+    details: Literal["none", "scores", "candidates"] = "scores"
+    aligned: bool = False  # whether `align` or a preset was given: only then does the response carry one
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One homogeneous batch to sample: n candidates of one body."""
+
+    body: Body  # without n, seed and stream, which are said beside it
+    n: int = 1
+    seeds: tuple[int, ...] = ()  # one per candidate; filled when the plan is complete
+    kind: Kind = "chat"
+    direction: Mapping[str, float] | None = None  # the preference direction it carries
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be done and what it can cost at most, known before anything is spent."""
+
+    draws: tuple[Draw, ...]
+    objective: Objective
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    methods: tuple[str, ...] = ()
+    needs: frozenset[Capability] = frozenset()
+    selects: bool = False  # whether candidates are compared; otherwise they stream as they are sampled
+    keep: int = 1  # OpenAI's n: how many of the ranking are returned
+    worst_case_tokens: int = 0
+    deadline_seconds: float | None = None
+
+    @property
+    def candidates(self) -> int:
+        """How many candidates the plan samples."""
+        return sum(draw.n for draw in self.draws)
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """A piece of one candidate as it is sampled: `choice` is an OpenAI stream choice without its index."""
+
+    index: int
+    choice: Body
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One answer exactly as the engine produced it; `choice` is an OpenAI choice without its index."""
+
+    index: int
+    choice: Body
+    draw: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str | None = None
+    status: int | None = None  # the HTTP status behind `error`, where the engine knows one
+    cut: bool = False  # stopped early by a deadline, not by the model
+
+    @property
+    def text(self) -> str:
+        """The words a reward reads; tool calls and reasoning are not part of it."""
+        content = self.choice["message"].get("content") if "message" in self.choice else self.choice.get("text")
+        return content or ""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """OpenAI's finish_reason; None for a failed candidate."""
+        reason: str | None = self.choice.get("finish_reason")
+        return reason
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Member scores of every candidate. NaN means not scored, never 0."""
+
+    members: Mapping[str, Array] = field(default_factory=dict)  # reward -> [K, N]
+    tokens: int = 0  # read by the rewards
+    notes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)  # reward -> N: why NaN, or what was cut
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The ranking, best first, and why."""
+
+    ranking: tuple[int, ...]
+    objective: tuple[float, ...]  # per candidate; NaN where it was not compared
+    values: Mapping[str, Array]  # reward -> [N], before weighting
+    dropped: Mapping[int, str]  # candidate -> why it was not compared
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds, by the wall."""
+
+    generate_seconds: float
+    score_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What goes back: the kept candidates, best first, and everything needed to say what was done."""
+
+    plan: Plan
+    candidates: tuple[Candidate, ...]
+    scores: Scores
+    selection: Selection
+    timing: Timing
+    partial: bool = False
+
+    @property
+    def kept(self) -> tuple[Candidate, ...]:
+        """The candidates that are returned, best first."""
+        return tuple(self.candidates[i] for i in self.selection.ranking[: self.plan.keep])

@@ -1,0 +1,68 @@
+"""Score candidates that somebody else generated: the second half of the flow alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from infer_align.errors import InvalidRequest, RewardFailed, Unavailable, nearest, shown
+from infer_align.request import make_plan, parse_request
+from infer_align.run import score as score_candidates
+from infer_align.selection import select
+from infer_align.types import Candidate, Response, Timing
+from infer_align_server.service import Service
+from infer_align_server.wire import number, scores_json
+
+FIELDS = ("model", "messages", "candidates", "rewards", "ensemble")
+
+
+async def score(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of /v1/align/score: every candidate's scores, its objective and the ranking, best first.
+
+    Raises:
+        InvalidRequest: a field is missing, wrong or unknown.
+        RewardFailed: no candidate could be scored.
+    """
+    if reason := service.unready():
+        raise Unavailable(f"{reason}; try again later.", retry_after=5)
+    for name in body:
+        if name not in FIELDS:
+            raise InvalidRequest(f"{name}: no such field; {nearest(name, FIELDS)}", param=name, code="unknown_field")
+    texts = _texts(body.get("candidates"), service.config.limits.max_candidates)
+    align = {key: body[key] for key in ("rewards", "ensemble") if body.get(key) is not None}
+    # Scored as a best-of-n whose drawing is done: the same checks, the same ranking.
+    chat = {"messages": body.get("messages"), "align": {**align, "best_of_n": {"n": len(texts)}}, "max_tokens": 1}
+    request = parse_request(chat, "chat", service.config.presets)
+    plan = make_plan(request, service.engine, service.rewards, service.default_rewards, service.config.limits.request)
+    candidates = [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
+    async with service.admission.admit(0):
+        scores = await score_candidates(plan, service.rewards, candidates)
+    selection = select(plan, candidates, scores)
+    if not selection.ranking:
+        raise RewardFailed(f"{selection.reason}; first: {next(iter(selection.dropped.values()))}")
+    response = Response(plan, tuple(candidates), scores, selection, Timing(0.0, 0.0, 0.0))
+    return {
+        "object": "align.score",
+        "ranking": list(selection.ranking),
+        "reason": selection.reason,
+        "candidates": [
+            {
+                "index": i,
+                "objective": number(selection.objective[i]),
+                "scores": scores_json(response, i),
+                "error": selection.dropped.get(i),
+            }
+            for i in range(len(texts))
+        ],
+        "usage": {"reward_tokens": scores.tokens},
+    }
+
+
+def _texts(value: object, most: int) -> list[str]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise InvalidRequest(
+            f"candidates: {shown(value)} is not allowed; must be a list of at least one string.", param="candidates"
+        )
+    if len(value) > most:
+        raise InvalidRequest(f"candidates: {len(value)} are over this server's limit of {most}; send fewer.", param="candidates")
+    return value

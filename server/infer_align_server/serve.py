@@ -1,0 +1,80 @@
+"""Run the application under uvicorn: progress while it loads, a first request to try, a drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from infer_align.config import Config
+from infer_align.errors import ConfigError
+from infer_align_server import logs
+from infer_align_server.app import create_app
+from infer_align_server.service import Service
+
+
+class DrainingServer(uvicorn.Server):  # type: ignore[misc]
+    """Tells the service at the first signal, so that /ready turns while running requests finish."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT; a second SIGINT does not wait."""
+        self._service.drain()
+        super().handle_exit(sig, frame)
+
+
+async def serve(config: Config, console: Console) -> int:
+    """Serve until a signal; 1 when the models could not be loaded or the port is taken."""
+    logs.configure(config.server.log_level)
+    with Progress(
+        SpinnerColumn(), TextColumn("loading {task.description}"), TimeElapsedColumn(), console=console, transient=True
+    ) as bar:
+        task = bar.add_task("", total=None)
+        app = create_app(config, lambda what: bar.update(task, description=what))
+        service: Service = app.state.service
+        server = DrainingServer(_uvicorn_config(config, app), service)
+        listener = _listen(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        settled = asyncio.create_task(service.settled.wait())
+        await asyncio.wait({serving, settled}, return_when=asyncio.FIRST_COMPLETED)
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+    if service.failure:
+        server.should_exit = True
+        await serving
+        raise ConfigError(service.failure)
+    if server.started and settled.done():
+        _welcome(listener, service, console)
+    await serving
+    settled.cancel()
+    return 0 if server.started else 1
+
+
+def _listen(config: Config) -> socket.socket:
+    host, port = config.server.host, config.server.port
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"[server] port: cannot listen on {host}:{port}: {error.strerror}; choose another with --set server.port=0."
+        ) from None
+
+
+def _uvicorn_config(config: Config, app: FastAPI) -> uvicorn.Config:
+    drain = max(1, round(config.server.drain_seconds))
+    return uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=drain)
+
+
+def _welcome(listener: socket.socket, service: Service, console: Console) -> None:
+    host, port = listener.getsockname()[:2]
+    console.print(f"[bold]infer-align[/] serves [bold]{service.model}[/] at http://{host}:{port}/v1", highlight=False)
+    for name in service.models()[1:]:
+        console.print(f"  preset [bold]{name}[/]", highlight=False)

@@ -1,0 +1,166 @@
+"""What goes over the wire: bodies in, OpenAI objects and errors out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response as HttpResponse
+
+from infer_align.errors import AlignError, BodyTooLarge, InvalidRequest, shown
+from infer_align.types import Candidate, Kind, Request, Response
+
+OBJECTS: dict[Kind, tuple[str, str, str]] = {  # id prefix, object of an answer, object of a chunk
+    "chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"),
+    "completion": ("cmpl", "text_completion", "text_completion"),
+}
+
+
+async def read_body(http: HttpRequest, max_bytes: int) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        BodyTooLarge: over `max_bytes`, said before it is read where the client announces its size.
+        InvalidRequest: not JSON, not an object, or text that is not Unicode.
+    """
+    announced = http.headers.get("content-length", "0")
+    received = bytearray()
+    if not announced.isdecimal() or int(announced) <= max_bytes:
+        async for chunk in http.stream():
+            received += chunk
+            if len(received) > max_bytes:
+                break
+    if len(received) > max_bytes or (announced.isdecimal() and int(announced) > max_bytes):
+        raise BodyTooLarge(f"the body is over this server's limit of {max_bytes} bytes; send less.")
+    try:
+        body = json.loads(received, parse_constant=_no_constant)
+        if b"\\u" in received:  # only an escape can smuggle in half a surrogate pair
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"the body holds text that is not Unicode: {error.reason}; escape whole surrogate pairs.") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON: {error}.", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the body is {shown(body)}; must be a JSON object.", code="invalid_json")
+    return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def dumps(value: object) -> bytes:
+    """Compact JSON; NaN and infinity, which JSON lacks, are an error here and must be None by now."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> HttpResponse:
+    """A JSON answer."""
+    return HttpResponse(dumps(value), status, headers, "application/json")
+
+
+def error_json(error: AlignError) -> dict[str, Any]:
+    """OpenAI's error object."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def error_response(error: AlignError) -> HttpResponse:
+    """An error with its own status, and when to come back where that is known."""
+    retry = {} if error.retry_after is None else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    return json_response(error_json(error), error.status, {**retry, **challenge})
+
+
+def completion_json(response: Response, request: Request, head: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of one request; `head` holds id, created and model."""
+    body: dict[str, Any] = {
+        **head,
+        "object": OBJECTS[request.kind][1],
+        "choices": [{"index": i, **candidate.choice} for i, candidate in enumerate(response.kept)],
+        "usage": usage_json(response),
+    }
+    if request.aligned and request.details != "none":
+        body["align"] = align_json(response, request)
+    return body
+
+
+def usage_json(response: Response) -> dict[str, Any]:
+    """Each distinct prompt once, everything generated, and which part of it was returned."""
+    prompts: dict[str, int] = {}
+    for candidate in response.candidates:
+        prompt = repr(response.plan.draws[candidate.draw].body) if len(response.plan.draws) > 1 else ""
+        prompts[prompt] = max(prompts.get(prompt, 0), candidate.prompt_tokens)
+    prompt_tokens = sum(prompts.values())
+    generated = sum(c.completion_tokens for c in response.candidates)
+    returned = sum(c.completion_tokens for c in response.kept)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": prompt_tokens + generated,
+        "completion_tokens_details": {"accepted_prediction_tokens": returned, "rejected_prediction_tokens": generated - returned},
+    }
+
+
+def align_json(response: Response, request: Request) -> dict[str, Any]:
+    """What was drawn, how it scored, what was chosen and why."""
+    selection, timing = response.selection, response.timing
+    return {
+        "methods": list(response.plan.methods),
+        "selected": selection.ranking[0],
+        "dropped": len(selection.dropped),
+        "partial": response.partial,
+        "reason": selection.reason,
+        "candidates": [_candidate_json(candidate, response, request) for candidate in response.candidates],
+        "usage": {
+            "engine_calls": len(response.candidates),
+            "candidate_tokens": sum(c.completion_tokens for c in response.candidates),
+            "reward_tokens": response.scores.tokens,
+            "judge_prompt_tokens": 0,
+            "judge_completion_tokens": 0,
+        },
+        "timing": {
+            "generate_seconds": round(timing.generate_seconds, 6),
+            "score_seconds": round(timing.score_seconds, 6),
+            "total_seconds": round(timing.total_seconds, 6),
+        },
+    }
+
+
+def _candidate_json(candidate: Candidate, response: Response, request: Request) -> dict[str, Any]:
+    index = candidate.index
+    direction = response.plan.draws[candidate.draw].direction
+    described: dict[str, Any] = {
+        "index": index,
+        "objective": number(response.selection.objective[index]),
+        "scores": scores_json(response, index),
+        "direction": None if direction is None else dict(direction),
+        "finish_reason": candidate.finish_reason,
+        "completion_tokens": candidate.completion_tokens,
+        "error": response.selection.dropped.get(index),
+    }
+    if request.details == "candidates":
+        described["choice"] = dict(candidate.choice)
+    return described
+
+
+def scores_json(response: Response, index: int) -> dict[str, Any]:
+    """Every reward's view of one candidate: its score, the members behind it, and how far they disagree."""
+    scores: dict[str, Any] = {}
+    for name, members in response.scores.members.items():
+        column = members[:, index]
+        scores[name] = {
+            "value": number(response.selection.values[name][index]),
+            "std": number(float(column.std())),
+            "members": [number(value) for value in column.tolist()],
+        }
+        if note := response.scores.notes[name][index]:
+            scores[name]["note"] = note
+    return scores
+
+
+def number(value: float) -> float | None:
+    """A JSON number; not scored is null."""
+    return float(value) if math.isfinite(value) else None
