@@ -6,7 +6,7 @@ PATHS := .:kernels:server:clients/python
 export PYTHONPATH := $(PATHS)
 export MYPYPATH := kernels:server:clients/python
 
-.PHONY: serve test test-quick check demo bench rebuild-demo
+.PHONY: serve test test-quick check docs demo bench rebuild-demo
 
 serve: $(VENV)/local  ## the embedded demo at http://127.0.0.1:8000/v1; CONFIG=file.toml for another
 	$(BIN)/python -m infer_align_server serve $(CONFIG)
@@ -23,12 +23,16 @@ check: $(VENV)/dev  ## style, types, layers, dead code
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vulture
+	$(BIN)/python docs/generate.py --check
 
 demo: $(VENV)/dev  ## the table of effects on the embedded demo, and its plot
 	$(BIN)/python benchmarks/alignment/best_of_n.py
 
 bench: $(VENV)/dev  ## serving: overhead, throughput, memory, each beside its baseline
 	$(BIN)/python benchmarks/serving/run.py
+
+docs: $(VENV)/dev  ## fill the tables from the code
+	$(BIN)/python docs/generate.py
 
 rebuild-demo: $(VENV)/dev  ## train the embedded models again
 	$(BIN)/python -m infer_align.demo.build

@@ -98,13 +98,17 @@ def make_plan(
     for name, method in sorted(request.methods.items(), key=lambda item: item[1].stage):
         plan = replace(method.plan(plan), methods=(*plan.methods, name))
         _require(engine, method, name)
-    if not plan.selects:
+    if keep > 1 and not plan.selects:
         plan = replace(plan, draws=tuple(replace(draw, n=keep) for draw in plan.draws))
-    plan = _with_rewards(plan, request, rewards, default_rewards)
-    plan = replace(plan, selects=plan.selects or (bool(plan.rewards) and plan.candidates > 1))
-    plan = replace(plan, worst_case_tokens=sum(d.n * engine.worst_case_tokens(d.body) for d in plan.draws))
+    weights = _reward_weights(plan, request, rewards, default_rewards)
+    plan = replace(
+        plan,
+        draws=_seeded(plan.draws, secrets.randbelow(SEED_RANGE) if seed is None else seed % SEED_RANGE),
+        rewards=weights,
+        selects=plan.selects or (bool(weights) and plan.candidates > 1),
+        worst_case_tokens=sum(draw.n * engine.worst_case_tokens(draw.body) for draw in plan.draws),
+    )
     _within(plan, request, limits)
-    plan = _with_seeds(plan, secrets.randbelow(SEED_RANGE) if seed is None else seed % SEED_RANGE)
     for draw in plan.draws:
         engine.check(draw)
     return plan
@@ -196,10 +200,12 @@ def _require(engine: Engine, method: Method, name: str) -> None:
         )
 
 
-def _with_rewards(plan: Plan, request: Request, rewards: Mapping[str, Reward], default: Mapping[str, float]) -> Plan:
+def _reward_weights(
+    plan: Plan, request: Request, rewards: Mapping[str, Reward], default: Mapping[str, float]
+) -> Mapping[str, float]:
     """Rewards are read when they are asked for by name, or when a method draws several candidates to choose from."""
     if request.rewards is None and not plan.selects:
-        return plan
+        return plan.rewards
     weights = {**(default if request.rewards is None else request.rewards), **plan.rewards}
     for name in weights:
         base, _, attribute = name.partition(".")
@@ -214,7 +220,7 @@ def _with_rewards(plan: Plan, request: Request, rewards: Mapping[str, Reward], d
             f"[server] default_rewards. {nearest('', rewards)}",
             param="align.rewards",
         )
-    return replace(plan, rewards=weights)
+    return weights
 
 
 def _within(plan: Plan, request: Request, limits: Limits) -> None:
@@ -249,10 +255,10 @@ def _fan_out(request: Request) -> str:
     return "align.best_of_n.n" if "best_of_n" in request.methods else "n"
 
 
-def _with_seeds(plan: Plan, seed: int) -> Plan:
+def _seeded(draws: tuple[Draw, ...], seed: int) -> tuple[Draw, ...]:
     """Candidate i samples with seed + i, so the first is what the request gives without a selection."""
-    draws, start = [], 0
-    for draw in plan.draws:
-        draws.append(replace(draw, seeds=tuple((seed + start + i) % SEED_RANGE for i in range(draw.n))))
+    seeded, start = [], 0
+    for draw in draws:
+        seeded.append(replace(draw, seeds=tuple((seed + start + i) % SEED_RANGE for i in range(draw.n))))
         start += draw.n
-    return replace(plan, draws=tuple(draws))
+    return tuple(seeded)

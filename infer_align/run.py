@@ -75,8 +75,9 @@ async def propose(
         except ExceptionGroup as failures:  # one draw was refused, the others are cancelled: say it as if it were alone
             raise failures.exceptions[0] from None
         drawn = [task.result() for task in tasks]
-    flat = [replace(candidate, draw=i) for i, batch in enumerate(drawn) for candidate in batch]
-    candidates = tuple(replace(candidate, index=i) for i, candidate in enumerate(flat))
+    candidates = tuple(drawn[0])
+    for i, batch in enumerate(drawn[1:], start=1):
+        candidates += tuple(replace(candidate, draw=i, index=len(candidates) + j) for j, candidate in enumerate(batch))
     if all(c.error is not None or (c.cut and not c.completion_tokens) for c in candidates):
         first = next((c for c in candidates if c.error is not None and not c.cut), None)
         if first is None:
@@ -109,6 +110,8 @@ async def score(
     plan: Plan, rewards: Mapping[str, Reward], candidates: Sequence[Candidate], deadline: float | None = None
 ) -> Scores:
     """Every reward of the plan over the candidates that did not fail, all at once. What fails or is late is NaN."""
+    if not plan.rewards:
+        return Scores()
     alive = [c for c in candidates if c.error is None]
     names = list(dict.fromkeys(name.partition(".")[0] for name in plan.rewards))
     messages: Messages = plan.draws[0].body.get("messages", ())

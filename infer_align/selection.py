@@ -48,6 +48,8 @@ def _reason(plan: Plan, objective: Array, ranking: tuple[int, ...]) -> str:
     if not ranking:
         return f"none of {len(objective)} candidates could be scored"
     best = objective[ranking[0]]
+    if len(objective) == 1:
+        return f"one candidate, nothing to compare ({plan.objective.name} {best:.3g})"
     if len(ranking) == 1:
         return f"the only one of {len(objective)} candidates that could be compared ({plan.objective.name} {best:.3g})"
     return f"highest {plan.objective.name} of {len(objective)} candidates ({best:.3g}; runner-up {objective[ranking[1]]:.3g})"

@@ -198,6 +198,14 @@ class Response:
     partial: bool = False
 
     @property
+    def prompt_tokens(self) -> int:
+        """Each distinct prompt once, however many candidates were drawn from it."""
+        if len(self.plan.draws) == 1:
+            return max(candidate.prompt_tokens for candidate in self.candidates)
+        tokens = {repr(self.plan.draws[c.draw].body): c.prompt_tokens for c in self.candidates if c.error is None}
+        return sum(tokens.values())
+
+    @property
     def kept(self) -> tuple[Candidate, ...]:
         """The candidates that are returned, best first."""
         return tuple(self.candidates[i] for i in self.selection.ranking[: self.plan.keep])

@@ -70,9 +70,9 @@ class SamplingParams:
         """
         _refuse_unread(body, kind)
         values: dict[str, Any] = {**(defaults or {})}
-        for f in fields(cls):
-            if f.metadata and body.get(f.name) is not None:
-                values[f.name] = _number(body, f.name, f.metadata, whole=str(f.type).startswith("int"))
+        for name, (rule, whole) in _RULES.items():
+            if body.get(name) is not None:
+                values[name] = _number(body, name, rule, whole=whole)
         if body.get("max_completion_tokens") is not None:
             values["max_tokens"] = _number(body, "max_completion_tokens", {"low": 1, "high": 2**31}, whole=True)
         elif kind == "completion":
@@ -84,8 +84,12 @@ class SamplingParams:
         return cls(**values)
 
 
+_RULES = {f.name: (f.metadata, str(f.type).startswith("int")) for f in fields(SamplingParams) if f.metadata}
+_READ = {f.name for f in fields(SamplingParams)} | {"max_completion_tokens", "top_logprobs", "model"} | _NEUTRAL
+
+
 def _refuse_unread(body: Body, kind: Kind) -> None:
-    read = {f.name for f in fields(SamplingParams)} | {"max_completion_tokens", "top_logprobs", "model"} | _PROMPT[kind] | _NEUTRAL
+    read = _READ | _PROMPT[kind]
     for name, value in body.items():
         if name in read or value is None:
             continue

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from infer_align import config as configuration
@@ -83,7 +84,9 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    return asyncio.run(serve.serve(configuration.load(options.config, options.set), ERR))
+    config = configuration.load(options.config, options.set)
+    with asyncio.Runner(loop_factory=serve.loop_factory()) as runner:
+        return runner.run(serve.serve(config, ERR))
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -106,7 +109,7 @@ def _methods(_: argparse.Namespace) -> int:
 
 
 def _print_plugins(title: str, plugins: dict[str, type[Any]]) -> None:
-    table = Table(title, "parameters", "what it does", title_justify="left")
+    table = Table(escape(title), "parameters", "what it does", title_justify="left")
     for name, cls in plugins.items():
         table.add_row(name, signature(cls), (cls.__doc__ or "").partition("\n")[0])
     OUT.print(table)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from datetime import UTC, datetime
 
 # What every LogRecord has; the rest was given as `extra` and is the event's own.
@@ -28,7 +30,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Send this package's and uvicorn's logs to standard error."""
+    """Send this package's and uvicorn's logs to standard error; progress bars of model files only to a terminal."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     for name, minimum in (("infer_align", level.upper()), ("uvicorn.error", "WARNING")):

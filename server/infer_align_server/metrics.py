@@ -37,11 +37,11 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"infer_align_{name}", text, buckets=buckets, registry=self.registry)
 
-    def answered(self, response: Response, prompt_tokens: int) -> None:
+    def answered(self, response: Response) -> None:
         """Count one finished answer."""
         kept, dropped = len(response.kept), len(response.selection.dropped)
         returned = sum(c.completion_tokens for c in response.kept)
-        self.prompt_tokens.inc(prompt_tokens)
+        self.prompt_tokens.inc(response.prompt_tokens)
         self.returned_tokens.inc(returned)
         self.rejected_tokens.inc(sum(c.completion_tokens for c in response.candidates) - returned)
         self.reward_tokens.inc(response.scores.tokens)

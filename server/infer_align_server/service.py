@@ -19,7 +19,6 @@ from infer_align.run import OnDelta, align
 from infer_align.types import Kind, Plan, Request, Response
 from infer_align_server.admission import Admission, RateLimit
 from infer_align_server.metrics import Metrics
-from infer_align_server.wire import usage_json
 
 Progress = Callable[[str], None]
 log = logging.getLogger("infer_align")
@@ -133,7 +132,7 @@ class Service:
         if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
             # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.
             raise AlignError(f"candidate {failed.index} failed: {failed.error}", code="engine_failed", status=failed.status or 502)
-        self.metrics.answered(response, usage_json(response)["prompt_tokens"])
+        self.metrics.answered(response)
         return response
 
     def _check_default_rewards(self) -> None:

@@ -34,17 +34,25 @@ async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) ->
     Raises:
         ClientLeft: it did.
     """
-    task = asyncio.ensure_future(work)
-    left = asyncio.ensure_future(_disconnect(receive))
+    worker = asyncio.current_task()
+    assert worker is not None
+    left = False
+
+    async def watch() -> None:
+        nonlocal left
+        await _disconnect(receive)
+        left = True
+        worker.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientLeft
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if left and not worker.uncancel():  # ours, not somebody else's who is ending this task
+            raise ClientLeft from None
+        raise
     finally:
-        left.cancel()
-        task.cancel()
-        await asyncio.wait({task})
+        watcher.cancel()
 
 
 async def _disconnect(receive: Receive) -> None:

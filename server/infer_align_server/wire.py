@@ -18,6 +18,8 @@ OBJECTS: dict[Kind, tuple[str, str, str]] = {  # id prefix, object of an answer,
     "completion": ("cmpl", "text_completion", "text_completion"),
 }
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
 
 async def read_body(http: HttpRequest, max_bytes: int) -> dict[str, Any]:
     """The body as a JSON object.
@@ -54,7 +56,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def dumps(value: object) -> bytes:
     """Compact JSON; NaN and infinity, which JSON lacks, are an error here and must be None by now."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _encode(value).encode()
 
 
 def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> HttpResponse:
@@ -89,17 +91,12 @@ def completion_json(response: Response, request: Request, head: Mapping[str, Any
 
 def usage_json(response: Response) -> dict[str, Any]:
     """Each distinct prompt once, everything generated, and which part of it was returned."""
-    prompts: dict[str, int] = {}
-    for candidate in response.candidates:
-        prompt = repr(response.plan.draws[candidate.draw].body) if len(response.plan.draws) > 1 else ""
-        prompts[prompt] = max(prompts.get(prompt, 0), candidate.prompt_tokens)
-    prompt_tokens = sum(prompts.values())
     generated = sum(c.completion_tokens for c in response.candidates)
     returned = sum(c.completion_tokens for c in response.kept)
     return {
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": response.prompt_tokens,
         "completion_tokens": generated,
-        "total_tokens": prompt_tokens + generated,
+        "total_tokens": response.prompt_tokens + generated,
         "completion_tokens_details": {"accepted_prediction_tokens": returned, "rejected_prediction_tokens": generated - returned},
     }
 
