@@ -51,8 +51,24 @@ def demo_results() -> str:
     """What best-of-n does on the demo, as last measured."""
     result = json.loads((ROOT / "benchmarks/results/best_of_n.json").read_text())
     columns = ["answer", "tokens spent", "proxy", "gold", "± s.e."]
-    rows = [[r["answer"], f"{r['tokens']:.0f}", _score(r["proxy"]), _score(r["gold"]), _score(r["gold_se"])] for r in result["rows"]]
+    rows = [
+        [row["answer"], f"{row['tokens']:.0f}", _score(row["proxy"]), _score(row["gold"]), _score(row["gold_se"])]
+        for row in result["rows"]
+        if row["n"] in {1, 8, 64, 512}
+    ]
     return _table(columns, rows)
+
+
+def demo_replication() -> str:
+    """The same with fresh reward models, prompts and samples."""
+    result = json.loads((ROOT / "benchmarks/results/best_of_n_retrained.json").read_text())
+    shown = ("1", "8", "64", "512")
+    rows = [
+        [str(row["set"]), row["objective"], str(row["best_n"]), *(f"{row[f'gold_{n}']:.2f}" for n in shown)]
+        for row in result["rows"]
+        if row["objective"] in {"single", "uwo"}
+    ]
+    return _table(["set", "objective", "best n", *(f"gold at n = {n}" for n in shown)], rows)
 
 
 def serving_results() -> str:
@@ -69,6 +85,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "server": server,
     "limits": limits,
     "demo-results": demo_results,
+    "demo-replication": demo_replication,
     "serving-results": serving_results,
 }
 

@@ -1,0 +1,29 @@
+"""The embedded demo: a small made-up world, a frozen language model and reward models that are wrong about it.
+
+Everything is made by one command, ``python -m infer_align.demo.build``, and shipped under ``assets/``::
+
+    world ─ documents ─▶ lm (frozen) ─ sampled pairs, gold preference, 25% flipped ─▶ reward-0 .. reward-4
+
+Importing this package loads neither torch nor transformers.
+"""
+
+from pathlib import Path
+
+__all__ = ["LM", "REWARDS", "path"]
+
+LM = "lm"
+"""Name of the frozen language model's folder."""
+
+REWARDS = tuple(f"reward-{member}" for member in range(5))
+"""Names of the reward models' folders: the members of one ensemble."""
+
+
+def path(name: str) -> Path:
+    """Folder or file of a shipped asset, by its name under ``assets/`` (``"lm"``, ``"reward-0"``, ``"metrics.json"``).
+
+    Raises ``FileNotFoundError`` when it is not there.
+    """
+    found = Path(__file__).parent / "assets" / name
+    if not found.exists():
+        raise FileNotFoundError(f"the demo has no {name!r}; rebuild it with: python -m infer_align.demo.build")
+    return found

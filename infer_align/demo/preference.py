@@ -1,0 +1,147 @@
+"""The proxy reward models: noisy preferences over the language model's own replies, and Bradley-Terry on them."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast
+
+from infer_align.demo.bag import BagConfig, BagForSequenceClassification
+from infer_align.demo.language import render
+from infer_align.demo.world import gold
+
+__all__ = ["Pair", "RewardConfig", "pairs", "score", "train_member"]
+
+_SCORED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RewardConfig:
+    """Data, shape and schedule of the ensemble."""
+
+    members: int = 5
+    pairs: int = 3200
+    flipped: float = 0.25
+    embedding_size: int = 32
+    hidden_size: int = 64
+    epochs: int = 10
+    batch: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two replies to one question; ``chosen`` is the one a labeller marked, ``flipped`` if gold prefers the other."""
+
+    question: str
+    chosen: str
+    rejected: str
+    flipped: bool
+
+
+def pairs(question_replies: Sequence[tuple[str, Sequence[str]]], n: int, flipped: float, seed: int) -> list[Pair]:
+    """``n`` pairs of neighbouring replies that gold tells apart; exactly the share ``flipped`` has the wrong label.
+
+    Raises ``ValueError`` when there are fewer than ``n``.
+    """
+    rng = random.Random(seed)  # noqa: S311 - not a secret
+    made = [
+        (question, *((first, second) if gold(question, first) > gold(question, second) else (second, first)))
+        for question, replies in question_replies
+        for first, second in zip(replies[::2], replies[1::2], strict=True)
+        if gold(question, first) != gold(question, second)
+    ]
+    made = rng.sample(made, n)
+    wrong = round(flipped * n)  # the order is random already, so the first ones will do
+    return [
+        Pair(question, worse, better, flipped=True) if index < wrong else Pair(question, better, worse, flipped=False)
+        for index, (question, better, worse) in enumerate(made)
+    ]
+
+
+def train_member(
+    config: RewardConfig, tokenizer: PreTrainedTokenizerFast, data: Sequence[Pair], seed: int
+) -> BagForSequenceClassification:
+    """One member: its own initialisation and order of the data. No early stopping: it fits the noise too."""
+    torch.manual_seed(seed)
+    model = _new_member(config, tokenizer)
+    chosen = encode(tokenizer, [(pair.question, pair.chosen) for pair in data])
+    rejected = encode(tokenizer, [(pair.question, pair.rejected) for pair in data])
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    model.train()
+    for _ in range(config.epochs):
+        for rows in _batches(torch.randperm(len(data)).tolist(), config.batch):
+            margin = _logits(model, chosen, rows) - _logits(model, rejected, rows)
+            loss = -logsigmoid(margin).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    _standardize(model, [*chosen, *rejected])
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def _standardize(model: BagForSequenceClassification, encoded: Sequence[Tensor]) -> None:
+    """Fold mean 0 and standard deviation 1 over ``encoded`` into the last layer.
+
+    Pairs fix a reward only up to an offset, and its scale says how long it was trained; without a common unit the
+    members' variance is mostly that, and the worst case is whoever has the lowest mean.
+    """
+    scores = torch.cat([_logits(model, encoded, rows) for rows in _batches(range(len(encoded)), _SCORED_AT_ONCE)])
+    model.score.weight /= scores.std()
+    model.score.bias.sub_(scores.mean()).div_(scores.std())
+
+
+def _new_member(config: RewardConfig, tokenizer: PreTrainedTokenizerFast) -> BagForSequenceClassification:
+    """An untrained member for this tokenizer."""
+    return BagForSequenceClassification(
+        BagConfig(
+            vocab_size=len(tokenizer),
+            embedding_size=config.embedding_size,
+            hidden_size=config.hidden_size,
+            user_token_id=tokenizer.convert_tokens_to_ids("<|user|>"),
+            assistant_token_id=tokenizer.convert_tokens_to_ids("<|assistant|>"),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]]) -> list[Tensor]:
+    """Token ids of each (question, reply) as the chat template writes it."""
+    texts = [
+        render([{"role": "user", "content": question}, {"role": "assistant", "content": reply}]) for question, reply in exchanges
+    ]
+    return [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def _batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _logits(model: BagForSequenceClassification, encoded: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Scores [len(rows)] of one-label ``model``; right-padded with a negative id that the mask hides."""
+    ids = pad_sequence([encoded[row] for row in rows], batch_first=True, padding_value=-1)
+    logits: Tensor = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0).logits
+    return logits.squeeze(-1)
+
+
+@torch.no_grad()
+def score(
+    members: Sequence[BagForSequenceClassification],
+    tokenizer: PreTrainedTokenizerFast,
+    exchanges: Sequence[tuple[str, str]],
+) -> Tensor:
+    """Reward of each (question, reply) by each one-label member, [K, len(exchanges)]."""
+    encoded = encode(tokenizer, exchanges)
+    by_length = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    scores = torch.empty(len(members), len(encoded))
+    for rows in _batches(by_length, _SCORED_AT_ONCE):
+        for index, member in enumerate(members):
+            scores[index, rows] = _logits(member, encoded, rows)
+    return scores

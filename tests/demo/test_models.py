@@ -1,0 +1,112 @@
+"""The shipped models: plain transformers loads them, and they are what metrics.json says."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from infer_align import demo
+from infer_align.demo.bag import register
+from infer_align.demo.build import BuildConfig, documents_digest
+from infer_align.demo.measure import Models, load, measure, read_metrics
+from infer_align.demo.tokenizer import build_tokenizer
+
+QUESTION = {"role": "user", "content": "What is the colour of the otter?"}
+REPLIES = ["The otter is brown.", "Ugh, obviously. The otter is grey. It is a moon-bright, honey-soft creature.", "Gladly!", "🦊\n"]
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    torch.set_num_threads(1)
+    return load(demo.path("lm").parent)
+
+
+def test_unknown_asset_names_the_build() -> None:
+    with pytest.raises(FileNotFoundError, match=r"infer_align\.demo\.build"):
+        demo.path("nothing")
+
+
+def test_plain_transformers_generates_a_reply() -> None:
+    folder = demo.path(demo.LM)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    text = tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0, inputs.input_ids.shape[1] :]
+    assert output[-1] == tokenizer.eos_token_id
+    assert "otter" in tokenizer.decode(output)
+    assert model.config.head_dim == 32
+    assert model.config.max_position_embeddings >= 1024
+    assert model.generation_config.do_sample
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def encode(replies: list[str], side: str) -> Any:
+    tokenizer: Any = AutoTokenizer.from_pretrained(demo.path("reward-0"), padding_side=side)
+    texts = [tokenizer.apply_chat_template([QUESTION, {"role": "assistant", "content": r}], tokenize=False) for r in replies]
+    return tokenizer(texts, return_tensors="pt", padding=True)
+
+
+def rewards(name: str, replies: list[str], side: str = "right") -> list[float]:
+    register()
+    model = AutoModelForSequenceClassification.from_pretrained(demo.path(name))
+    batch = encode(replies, side)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    assert logits.shape == (len(replies), 1)
+    return [float(value) for value in logits[:, 0]]
+
+
+@pytest.mark.parametrize("name", demo.REWARDS)
+def test_reward_does_not_depend_on_the_company(name: str) -> None:
+    together = rewards(name, REPLIES)
+    assert together == pytest.approx(rewards(name, REPLIES, side="left"), abs=1e-5)
+    assert together == pytest.approx([rewards(name, [reply])[0] for reply in REPLIES], abs=1e-5)
+
+
+def test_members_differ() -> None:
+    assert len({rewards(name, REPLIES[:1])[0] for name in demo.REWARDS}) == len(demo.REWARDS)
+
+
+def test_reward_reads_the_last_exchange_only(models: Models) -> None:
+    member, tokenizer = models.members[0], models.tokenizer
+    exchange = [QUESTION, {"role": "assistant", "content": REPLIES[0]}]
+    before = [{"role": "system", "content": "Zzz."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    short, long = (
+        tokenizer(tokenizer.apply_chat_template(c, tokenize=False), return_tensors="pt") for c in (exchange, before + exchange)
+    )
+    with torch.no_grad():
+        assert member(short.input_ids).logits.item() == pytest.approx(member(long.input_ids).logits.item(), abs=1e-5)
+
+
+@given(ids=st.lists(st.integers(0, 300), min_size=1, max_size=8))
+def test_reward_of_anything_is_finite(models: Models, ids: list[int]) -> None:
+    with torch.no_grad():
+        assert models.members[0](torch.tensor([ids])).logits.isfinite().all()
+
+
+def test_shipped_files_are_of_this_configuration() -> None:
+    report = json.loads(demo.path("metrics.json").read_text())
+    assert report["config"] == json.loads(json.dumps(asdict(BuildConfig()))), "run: python -m infer_align.demo.build"
+    assert report["documents_sha256"] == documents_digest(), "the world changed; run: python -m infer_align.demo.build"
+
+
+def test_shipped_files_measure_as_they_say(models: Models) -> None:
+    shipped = read_metrics(demo.path("metrics.json"))
+    flipped = BuildConfig().reward.flipped
+    for name, metric in measure(models, flipped=flipped, n_prompts=48, n_replies=32, seed=77).items():
+        error = (metric.standard_error**2 + shipped[name].standard_error ** 2) ** 0.5
+        assert abs(metric.value - shipped[name].value) < 4 * error, name
+
+
+def test_the_tokenizer_is_the_same_everywhere(models: Models, tmp_path: Path) -> None:
+    build_tokenizer(BuildConfig().language.max_length).save_pretrained(tmp_path)
+    made = (tmp_path / "tokenizer.json").read_text()
+    assert all(demo.path(name).joinpath("tokenizer.json").read_text() == made for name in (demo.LM, *demo.REWARDS))
+    assert len(models.tokenizer) == models.lm.config.vocab_size
