@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from infer_align import registry
 from infer_align.engines import Engine
@@ -51,7 +51,9 @@ class Server:
     drain_seconds: float = field(
         default=30.0, metadata={"ge": 0, "description": "how long running requests may finish after SIGTERM"}
     )
-    log_level: str = field(default="info", metadata={"description": "debug, info, warning or error"})
+    log_level: Literal["debug", "info", "warning", "error"] = field(
+        default="info", metadata={"description": "least severe log line that is written"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; name a configuration file, or none for the embedded demo.") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not TOML: {error}") from None
     origins = {name: str(file) if path else "the embedded demo" for name in _names(table)}
@@ -170,12 +174,13 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
     kind = engine.get("kind", "transformers")
     presets = table.get("presets", {})
     for name, preset in presets.items():
-        try:
-            parse_align(preset, {})
-        except AlignError as error:
-            raise ConfigError(f"[presets.{name}] {error.message}") from error
+        if "@" in name:
+            raise ConfigError(f"[presets.{name}] a preset's name cannot hold '@': <model>@<preset> would be ambiguous; rename it.")
+        _check_align(preset, f"[presets.{name}]")
+    server = parse(Server, table.get("server", {}), "server", ConfigError)
+    _check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
     return Config(
-        server=parse(Server, table.get("server", {}), "server", ConfigError),
+        server=server,
         limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
         engine=_plugin(registry.engines, kind, engine, "engine"),
         engine_kind=kind,
@@ -183,6 +188,13 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         presets=presets,
         origins=origins,
     )
+
+
+def _check_align(align: object, where: str) -> None:
+    try:
+        parse_align(align, {})
+    except AlignError as error:
+        raise ConfigError(f"{where} {error.message}") from error
 
 
 def _reward(name: str, section: object) -> Any:

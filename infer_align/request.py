@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ SETTINGS = ("preset", "rewards", "ensemble", "budget", "details")
 # Named by the contract; each answers "not available" until its module stands in methods/.
 CONTRACT = ("dpa", "rps", "best_of_n", "vas", "trust_judge")
 SEED_RANGE = 2**63
+MAX_WEIGHT = 1e9  # above it a weighted sum could overflow, and an infinite objective compares nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def parse_request(body: Body, kind: Kind, presets: Mapping[str, Mapping[str, Any
     forwarded = {key: value for key, value in body.items() if key != "align" and value is not None}
     if given is None and preset is None:
         return Request(forwarded, kind)
-    return replace(parse_align(given or {}, presets, preset), body=forwarded, kind=kind, aligned=True)
+    return replace(parse_align({} if given is None else given, presets, preset), body=forwarded, kind=kind, aligned=True)
 
 
 def parse_align(given: object, presets: Mapping[str, Mapping[str, Any]], preset: str | None = None) -> Request:
@@ -100,6 +100,9 @@ def make_plan(
         _require(engine, method, name)
     if keep > 1 and not plan.selects:
         plan = replace(plan, draws=tuple(replace(draw, n=keep) for draw in plan.draws))
+    _few_enough(plan, request, limits)  # before anything is made per candidate
+    for draw in plan.draws:
+        engine.check(draw)
     weights = _reward_weights(plan, request, rewards, default_rewards)
     plan = replace(
         plan,
@@ -108,9 +111,7 @@ def make_plan(
         selects=plan.selects or (bool(weights) and plan.candidates > 1),
         worst_case_tokens=sum(draw.n * engine.worst_case_tokens(draw.body) for draw in plan.draws),
     )
-    _within(plan, request, limits)
-    for draw in plan.draws:
-        engine.check(draw)
+    _affordable(plan, request, limits)
     return plan
 
 
@@ -136,10 +137,14 @@ def _check_prompt(body: Body, kind: Kind) -> None:
                 f"{where}.content: {shown(content)} is not allowed; must be text or a list of parts.", param=f"{where}.content"
             )
         for j, part in enumerate(content if isinstance(content, list) else ()):
-            if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-                raise InvalidRequest(
-                    f"{where}.content[{j}]: {shown(part)} is not allowed; must be an object with a type.", param=where
-                )
+            _check_part(part, f"{where}.content[{j}]")
+
+
+def _check_part(part: object, where: str) -> None:
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise InvalidRequest(f"{where}: {shown(part)} is not allowed; must be an object with a type.", param=where)
+    if part["type"] == "text" and not isinstance(text := part.get("text"), str):
+        raise InvalidRequest(f"{where}.text: {shown(text)} is not allowed; must be a string.", param=f"{where}.text")
 
 
 def _available() -> list[str]:
@@ -151,24 +156,27 @@ def _keys() -> list[str]:
 
 
 def _with_preset(given: dict[str, Any], presets: Mapping[str, Mapping[str, Any]], preset: str | None) -> dict[str, Any]:
-    name = given.pop("preset", None) or preset
+    name = given.pop("preset", None)
+    name = preset if name is None else name
     if name is None:
         base: Mapping[str, Any] = {}
     elif isinstance(name, str) and name in presets:
         base = presets[name]
     else:
-        raise InvalidRequest(f"align.preset: {name!r} is not configured; {nearest(str(name), presets)}", param="align.preset")
+        raise InvalidRequest(f"align.preset: {shown(name)} is not configured; {nearest(str(name), presets)}", param="align.preset")
     return {key: value for key, value in {**base, **given}.items() if value is not None}
 
 
 def _weights(value: object) -> dict[str, float]:
     if not isinstance(value, Mapping):
-        raise InvalidRequest(f"align.rewards: {value!r} is not an object; allowed: {{reward name: weight}}.", param="align.rewards")
+        raise InvalidRequest(
+            f"align.rewards: {shown(value)} is not an object; allowed: {{reward name: weight}}.", param="align.rewards"
+        )
     for name, weight in value.items():
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight) or weight < 0:
+        if not number or not 0 <= weight <= MAX_WEIGHT:
             raise InvalidRequest(
-                f"align.rewards.{name}: {weight!r} is not allowed; a weight is a finite number >= 0. "
+                f"align.rewards.{name}: {shown(weight)} is not allowed; a weight is a number from 0 to {MAX_WEIGHT:.0e}. "
                 "To prefer less of something, weigh a reward that scores its absence.",
                 param=f"align.rewards.{name}",
             )
@@ -178,7 +186,7 @@ def _weights(value: object) -> dict[str, float]:
 def _details(value: object) -> Details:
     if value not in get_args(Details):
         raise InvalidRequest(
-            f"align.details: {value!r} is not allowed; allowed: {', '.join(get_args(Details))}.", param="align.details"
+            f"align.details: {shown(value)} is not allowed; allowed: {', '.join(get_args(Details))}.", param="align.details"
         )
     return value  # type: ignore[return-value]
 
@@ -188,7 +196,7 @@ def _integer(body: Body, name: str, low: int, high: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name}: {value!r} is not allowed; must be an integer from {low} to {high}.", param=name)
+        raise InvalidRequest(f"{name}: {shown(value)} is not allowed; must be an integer from {low} to {high}.", param=name)
     return value
 
 
@@ -200,6 +208,12 @@ def _require(engine: Engine, method: Method, name: str) -> None:
         )
 
 
+def reward_names(rewards: Mapping[str, Reward]) -> list[str]:
+    """What a request may weigh: a reward of one objective by its name, one of several as "name.attribute"."""
+    names = [name for name, reward in rewards.items() if not reward.attributes]
+    return names + [f"{name}.{attribute}" for name, reward in rewards.items() for attribute in reward.attributes]
+
+
 def _reward_weights(
     plan: Plan, request: Request, rewards: Mapping[str, Reward], default: Mapping[str, float]
 ) -> Mapping[str, float]:
@@ -209,9 +223,7 @@ def _reward_weights(
     weights = {**(default if request.rewards is None else request.rewards), **plan.rewards}
     for name in weights:
         base, _, attribute = name.partition(".")
-        known = [key for key, reward in rewards.items() if not reward.attributes]
-        known += [f"{key}.{a}" for key, reward in rewards.items() for a in reward.attributes]
-        if name not in known:
+        if name not in (known := reward_names(rewards)):
             detail = f"has several objectives: {nearest('', known)}" if base in rewards and not attribute else nearest(name, known)
             raise InvalidRequest(f"align.rewards.{name}: no such reward; {detail}", param=f"align.rewards.{name}")
     if plan.selects and not any(weights.values()):
@@ -223,7 +235,7 @@ def _reward_weights(
     return weights
 
 
-def _within(plan: Plan, request: Request, limits: Limits) -> None:
+def _few_enough(plan: Plan, request: Request, limits: Limits) -> None:
     if plan.keep > plan.candidates:
         raise InvalidRequest(f"n: {plan.keep} answers of {plan.candidates} candidates; ask for fewer, or draw more.", param="n")
     if plan.candidates > limits.max_candidates:
@@ -233,6 +245,9 @@ def _within(plan: Plan, request: Request, limits: Limits) -> None:
             param=_fan_out(request),
             code="too_many_candidates",
         )
+
+
+def _affordable(plan: Plan, request: Request, limits: Limits) -> None:
     worst = plan.worst_case_tokens
     each = f"{plan.candidates} candidates x {worst // plan.candidates} tokens"
     if (allowed := request.budget.completion_tokens) and worst > allowed:

@@ -37,7 +37,7 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
 
     Raises:
         EngineFailed: every candidate failed.
-        RewardFailed: there was something to compare and nothing could be scored.
+        RewardFailed: there were several candidates to compare and none could be scored.
         DeadlineExceeded: the deadline passed before any token.
     """
     started = monotonic()
@@ -51,11 +51,13 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
     scores = await score(plan, rewards, candidates, deadline)
     selection = select(plan, candidates, scores)
     if not selection.ranking:
-        if deadline is None or monotonic() < deadline:
-            raise RewardFailed(f"{selection.reason}; first: {next(iter(selection.dropped.values()))}")
-        unscored = tuple(c.index for c in candidates if c.error is None)
-        selection = replace(selection, ranking=unscored, reason="the deadline passed before scoring: the first candidate drawn")
-        partial = True
+        late = deadline is not None and monotonic() >= deadline
+        first = next(iter(selection.dropped.values()))
+        if plan.candidates > 1 and not late:
+            raise RewardFailed(f"{selection.reason}; first: {first}")
+        why = "the deadline passed before scoring: the first candidate drawn" if late else f"nothing to compare; {first}"
+        selection = replace(selection, ranking=tuple(c.index for c in candidates if c.error is None), reason=why)
+        partial = partial or late
 
     ended = monotonic()
     timing = Timing(generated - started, ended - generated, ended - started)
@@ -81,7 +83,7 @@ async def propose(
     if all(c.error is not None or (c.cut and not c.completion_tokens) for c in candidates):
         first = next((c for c in candidates if c.error is not None and not c.cut), None)
         if first is None:
-            raise DeadlineExceeded(f"no candidate had produced anything after {plan.deadline_seconds} s; allow more time.")
+            raise DeadlineExceeded(f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time.")
         raise EngineFailed(f"all {len(candidates)} candidates failed; first: {first.error}", status=first.status)
     return candidates
 
@@ -138,7 +140,7 @@ async def _mark(reward: Reward, messages: Messages, candidates: Sequence[Candida
             marks = await reward.score(messages, candidates)
         if marks.values.shape != shape:
             raise ValueError(f"the reward returned shape {marks.values.shape}, expected {shape}")
-        return marks
+        return replace(marks, values=np.where(np.isfinite(marks.values), marks.values, np.nan))  # infinity compares nothing
     except TimeoutError:
         why = f"no score within {max(0.0, seconds):.3g} s"
     except AlignError as error:

@@ -22,10 +22,11 @@ def select(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selec
     if not values:
         return Selection(tuple(alive), tuple(math.nan for _ in candidates), values, dropped, "one draw, nothing to compare")
     objective = _weighted_sum(plan, values, len(candidates))
+    objective[list(dropped)] = math.nan  # failed: not even weights of 0 make it comparable
     ranking = rank(objective)
     for index in alive:
         if index not in ranking:
-            dropped[index] = "not scored: " + (_missing(scores, values, index) or "no score")
+            dropped[index] = "not scored: " + _missing(plan, scores, values, index)
     return Selection(ranking, tuple(objective.tolist()), values, dropped, _reason(plan, objective, ranking))
 
 
@@ -37,11 +38,11 @@ def _weighted_sum(plan: Plan, values: dict[str, Array], n: int) -> Array:
     return total
 
 
-def _missing(scores: Scores, values: dict[str, Array], index: int) -> str | None:
+def _missing(plan: Plan, scores: Scores, values: dict[str, Array], index: int) -> str:
     for name, value in values.items():
-        if np.isnan(value[index]):
+        if plan.rewards[name] and np.isnan(value[index]):
             return f"{name}: {scores.notes[name][index] or 'NaN'}"
-    return None
+    return "the weighted sum is not a number"
 
 
 def _reason(plan: Plan, objective: Array, ranking: tuple[int, ...]) -> str:

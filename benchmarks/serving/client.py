@@ -66,7 +66,9 @@ def serving(*command: str) -> Iterator[tuple[int, int]]:
     """A server process with `{port}` filled in; -> its port and process id, once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, *(part.format(port=port) for part in command)], env=os.environ, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *(part.format(port=port) for part in command)], env=os.environ, stderr=subprocess.DEVNULL
+    )
     try:
         _wait(port, process)
         yield port, process.pid

@@ -16,6 +16,9 @@ from infer_align.types import Body, Candidate, Capability, Delta, Draw
 
 Event = Delta | Candidate
 
+# OpenAI's maximum for a text completion that sets none.
+COMPLETION_TOKENS = 16
+
 
 class Engine(ABC):
     """A frozen model that can be sampled.
@@ -54,8 +57,10 @@ class Engine(ABC):
 
     def worst_case_tokens(self, body: Body) -> int:
         """The most tokens one candidate of this body can generate."""
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        return int(limit) if limit else self.context_length
+        for name in ("max_completion_tokens", "max_tokens"):
+            if isinstance(limit := body.get(name), int) and limit > 0:  # anything else is for `check` to refuse
+                return limit
+        return self.context_length if "messages" in body else min(COMPLETION_TOKENS, self.context_length)
 
 
 class Stream:

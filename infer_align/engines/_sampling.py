@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from infer_align.engines import COMPLETION_TOKENS
 from infer_align.errors import InvalidRequest, Unsupported, nearest, shown
 from infer_align.types import Body, Kind
 
@@ -14,7 +14,7 @@ MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 
 # Read by the engines beside the sampling parameters.
-_PROMPT = {"chat": {"messages", "chat_template_kwargs"}, "completion": {"prompt", "echo"}}
+_PROMPT = {"chat": {"messages", "chat_template_kwargs", "top_logprobs"}, "completion": {"prompt", "echo"}}
 # Say who asks or how to store and bill, not what to answer: nothing here acts on them, at any value.
 _NEUTRAL = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
 # Fields whose listed values ask for nothing; any other value asks for what these engines cannot do.
@@ -53,6 +53,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
+    echo: bool = False
     logprobs: int | None = None  # how many alternatives per token are reported; None: no logprobs at all
 
     @classmethod
@@ -76,8 +77,9 @@ class SamplingParams:
         if body.get("max_completion_tokens") is not None:
             values["max_tokens"] = _number(body, "max_completion_tokens", {"low": 1, "high": 2**31}, whole=True)
         elif kind == "completion":
-            values.setdefault("max_tokens", 16)  # OpenAI's default on this route
+            values.setdefault("max_tokens", COMPLETION_TOKENS)
         values["ignore_eos"] = _flag(body, "ignore_eos")
+        values["echo"] = kind == "completion" and _flag(body, "echo")
         values["logit_bias"] = _logit_bias(body)
         values["stop"] = _stop(body)
         values["logprobs"] = _chat_logprobs(body) if kind == "chat" else _completion_logprobs(body)
@@ -85,7 +87,7 @@ class SamplingParams:
 
 
 _RULES = {f.name: (f.metadata, str(f.type).startswith("int")) for f in fields(SamplingParams) if f.metadata}
-_READ = {f.name for f in fields(SamplingParams)} | {"max_completion_tokens", "top_logprobs", "model"} | _NEUTRAL
+_READ = {f.name for f in fields(SamplingParams)} - {"echo"} | {"max_completion_tokens", "model"} | _NEUTRAL
 
 
 def _refuse_unread(body: Body, kind: Kind) -> None:
@@ -107,7 +109,7 @@ def _number(body: Body, name: str, rule: Mapping[str, Any], *, whole: bool) -> f
     value = body[name]
     kinds = int if whole else int | float
     low, high = rule["low"], rule["high"]
-    in_range = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    in_range = isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high  # NaN is in no range
     if not in_range or (rule.get("open") and value == low):
         bounds = f"over {low} and at most {high}" if rule.get("open") else f"from {low} to {high}"
         noun = "an integer" if whole else "a number"
@@ -131,15 +133,15 @@ def _logit_bias(body: Body) -> dict[int, float]:
         )
     bias = {}
     for token, amount in value.items():
-        if not str(token).isdecimal():
-            raise InvalidRequest(f"logit_bias: {token!r} is not a token id; must be an integer >= 0.", param="logit_bias")
+        if not (str(token).isdecimal() and len(str(token)) < 20):
+            raise InvalidRequest(f"logit_bias: {shown(token)} is not a token id; must be an integer >= 0.", param="logit_bias")
         bias[int(token)] = _number({"x": amount, "logit_bias": amount}, "logit_bias", {"low": -100.0, "high": 100.0}, whole=False)
     return bias
 
 
 def _stop(body: Body) -> tuple[str, ...]:
     value = body.get("stop")
-    stops = [value] if isinstance(value, str) else (value or [])
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     good = isinstance(stops, list) and len(stops) <= MAX_STOPS and all(isinstance(s, str) and s for s in stops)
     if not good:
         raise InvalidRequest(
@@ -161,4 +163,6 @@ def _chat_logprobs(body: Body) -> int | None:
 def _completion_logprobs(body: Body) -> int | None:
     if body.get("logprobs") is None:
         return None
+    if body.get("echo"):
+        raise Unsupported("echo: is not available with logprobs, as the prompt's are not computed; leave out one.", param="echo")
     return int(_number(body, "logprobs", {"low": 0, "high": MAX_TOP_LOGPROBS}, whole=True))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from infer_align.engines import Engine, Stream
 from infer_align.engines._sampling import SamplingParams
-from infer_align.errors import EngineFailed
+from infer_align.errors import EngineFailed, Unavailable
 from infer_align.types import Body, Candidate, Capability, Delta, Draw
 
 
@@ -22,8 +22,8 @@ from infer_align.types import Body, Candidate, Capability, Delta, Draw
 class Reply:
     """One scripted answer. "{prompt}" in `text` stands for the last message's text, "{seed}" for the candidate's seed."""
 
-    text: str = "Hello from {prompt}"
-    tool_calls: tuple[dict[str, Any], ...] = ()
+    text: str = field(default="Hello from {prompt}", metadata={"description": "what it says, a word per token"})
+    tool_calls: tuple[dict[str, Any], ...] = field(default=(), metadata={"description": "OpenAI tool calls it ends with"})
     error: str | None = field(default=None, metadata={"description": "fail with this message after the text"})
     status: int | None = field(default=None, metadata={"description": "the HTTP status behind the error"})
     seconds_per_token: float = field(default=0.0, metadata={"ge": 0, "description": "delay before each token"})
@@ -64,14 +64,25 @@ class FakeEngine(Engine):
         self.sampled = 0
         self.bodies: list[Body] = []
         self._loaded = False
+        self._closed = False
+        self._tasks: dict[asyncio.Task[None], Stream] = {}
 
     async def start(self) -> None:
         """Wait as long as the script says."""
         await asyncio.sleep(self.script.load_seconds)
         self._loaded = True
 
+    async def close(self) -> None:
+        """Cancel what is spoken; its streams end with an error."""
+        self._closed = True
+        for task, stream in self._tasks.items():
+            task.cancel()
+            stream.put(Unavailable("the engine was shut down"))
+
     def health(self) -> str | None:
-        """None once started."""
+        """None between start and close."""
+        if self._closed:
+            return "the engine was shut down"
         return None if self._loaded else "the script is still loading"
 
     def check(self, draw: Draw) -> None:
@@ -79,7 +90,13 @@ class FakeEngine(Engine):
         _params(draw)
 
     def sample(self, draw: Draw) -> Stream:
-        """Play the script for each candidate of the draw."""
+        """Play the script for each candidate of the draw.
+
+        Raises:
+            Unavailable: after close.
+        """
+        if self._closed:
+            raise Unavailable("the engine was shut down")
         self.bodies = [*self.bodies[-99:], draw.body]
         tasks: list[asyncio.Task[None]] = []
         stops = [asyncio.Event() for _ in range(draw.n)]
@@ -95,6 +112,9 @@ class FakeEngine(Engine):
         stream = Stream(draw.n, stop, close)
         params = _params(draw)
         tasks += [asyncio.create_task(self._play(draw, params, i, stream, stops[i])) for i in range(draw.n)]
+        for task in tasks:
+            self._tasks[task] = stream
+            task.add_done_callback(self._tasks.pop)
         return stream
 
     async def _play(self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event) -> None:
@@ -125,6 +145,9 @@ class FakeEngine(Engine):
             stream.put(Delta(index, {"delta": {"content": piece}} if draw.kind == "chat" else {"text": piece}))
         if reply.error is not None and not stop.is_set():
             raise EngineFailed(reply.error, status=reply.status)
+        if reply.tool_calls and not stop.is_set():
+            calls = [{"index": i, **call} for i, call in enumerate(reply.tool_calls)]
+            stream.put(Delta(index, {"delta": {"tool_calls": calls}}))
         reason = "length" if stop.is_set() or len(words) > limit else "tool_calls" if reply.tool_calls else "stop"
         choice = _choice(draw, "".join(spoken), reply, reason)
         stream.put(Candidate(index, choice, 0, len(prompt.split()), len(spoken), cut=stop.is_set()))

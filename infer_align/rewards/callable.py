@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,15 +30,17 @@ class FromCallable:
         """The reward.
 
         Raises:
-            ConfigError: the function cannot be imported.
+            ConfigError: the function cannot be imported or called.
         """
         module, _, name = self.function.partition(":")
         try:
             function: Function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # importing runs the user's code
             raise ConfigError(
                 f"callable.function: {self.function!r} cannot be imported: {error}; write it as 'module:name'."
             ) from error
+        if not callable(function) or inspect.iscoroutinefunction(function):
+            raise ConfigError(f"callable.function: {self.function!r} must be a plain function (messages, text) -> float.")
         return CallableReward(function, self.description, self.timeout_seconds)
 
 

@@ -7,7 +7,7 @@ Candidates of all requests that are waiting are scored in one batch, sorted by l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align.errors import ConfigError
+from infer_align.errors import ConfigError, Unavailable
 from infer_align.hub import locate
 from infer_align.rewards import Marks, Messages, Reward
 from infer_align.types import Array, Candidate
@@ -74,6 +73,7 @@ class ClassifierReward(Reward):
         self._models: list[_RewardModel] = []
         self._waiting: list[_Text] = []
         self._worker: asyncio.Task[None] | None = None
+        self._closed = False
         # One thread: torch already uses every core that it was given.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="classifier")
 
@@ -96,14 +96,27 @@ class ClassifierReward(Reward):
         self.description = self.config.description or f"reward model ensemble: {', '.join(names)}"
 
     async def close(self) -> None:
-        """Drop what waits and free the models."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Refuse what waits and free the models."""
+        self._closed = True
+        for text in self._waiting:
+            if not text.done.done():
+                text.done.set_exception(Unavailable("the reward was shut down"))
+        await asyncio.to_thread(self._thread.shutdown)
         self._models.clear()
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
-        """[A, K, N] logits; a text that could not be read is NaN and says why."""
+        """[A, K, N] logits; a text that could not be read is NaN and says why.
+
+        Raises:
+            Unavailable: closed.
+        """
+        if self._closed:
+            raise Unavailable("the reward was shut down")
+        if not candidates:
+            return Marks(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
         loop = asyncio.get_running_loop()
-        texts = [_Text([*map(dict, messages), {"role": "assistant", "content": c.text}], loop.create_future()) for c in candidates]
+        turns = [_plain(message) for message in messages]
+        texts = [_Text([*turns, {"role": "assistant", "content": c.text}], loop.create_future()) for c in candidates]
         self._waiting += texts
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
@@ -140,6 +153,14 @@ class ClassifierReward(Reward):
         return results
 
 
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its text parts joined; other parts stay for a chat template that knows them."""
+    content = message.get("content")
+    if not isinstance(content, list) or not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        return dict(message)
+    return {**message, "content": "".join(str(part.get("text", "")) for part in content)}
+
+
 class _Mark(NamedTuple):
     logits: Array  # [labels]
     tokens: int
@@ -154,16 +175,20 @@ class _RewardModel:
         device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForSequenceClassification.from_pretrained(path, dtype=config.dtype).to(device).eval()
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(path, dtype=config.dtype, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"classifier: {path!r} cannot be loaded as a sequence classifier: {error}") from error
+        if missing := sorted(loaded["missing_keys"]):  # transformers would make them up, at random
+            raise ConfigError(f"classifier: {path!r} is no sequence classifier: it has no weights for {', '.join(missing[:3])}.")
+        self.model = model.to(device).eval()
         self.labels = int(self.model.config.num_labels)
         if config.attributes and len(config.attributes) != self.labels:
             raise ConfigError(f"classifier.attributes: {len(config.attributes)} names for the {self.labels} labels of {path!r}.")
-        self.max_length = min(config.max_length, getattr(self.model.config, "max_position_embeddings", None) or config.max_length)
-        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        if self.model.config.pad_token_id is None:  # decoder classifiers find the last token of a padded row by it
-            self.model.config.pad_token_id = self.pad
+        self.config = self.model.config.get_text_config()
+        positions = getattr(self.config, "max_position_embeddings", None) or config.max_length
+        self.max_length = min(config.max_length, positions, self.tokenizer.model_max_length)
+        given = self.config.pad_token_id
+        self.pad = None if given is None or given < 0 else int(given)
 
     @torch.inference_mode()
     def score(self, conversations: list[list[dict[str, Any]]]) -> list[_Mark]:
@@ -171,7 +196,7 @@ class _RewardModel:
         encoded = [self._encode(messages) for messages in conversations]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
         width = max(1, *(len(ids) for ids, _ in encoded))
-        ids = torch.full((len(encoded), width), int(self.pad or 0))
+        ids = torch.full((len(encoded), width), self._padding([ids for ids, _ in encoded]))
         mask = torch.zeros_like(ids)
         for row, i in enumerate(order):
             length = len(encoded[i][0])
@@ -185,6 +210,16 @@ class _RewardModel:
             marks[i] = _Mark(logits[row] if tokens else np.full(self.labels, np.nan), len(tokens), note)
         return marks
 
+    def _padding(self, rows: list[list[int]]) -> int:
+        """The token to pad with. Decoder classifiers read a row at its last token that is not the padding.
+
+        Without a padding token of its own, the model reads the last token whatever it is: then the padding must be none of those.
+        """
+        if self.pad is None:
+            last = {ids[-1] for ids in rows if ids}
+            self.config.pad_token_id = next(token for token in range(len(last) + 1) if token not in last)
+        return int(self.config.pad_token_id)
+
     def _encode(self, messages: list[dict[str, Any]]) -> tuple[list[int], str | None]:
         """Token ids and a note; no ids where the chat template refuses the conversation."""
         try:
@@ -193,8 +228,10 @@ class _RewardModel:
                 ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             else:
                 ids = self.tokenizer("\n\n".join(str(m.get("content") or "") for m in messages))["input_ids"]
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is code that came with the model, and what it raises is up to it
             return [], f"the reward model's chat template refused the conversation: {error}"
+        if not ids:
+            return [], "there are no tokens to score"
         if len(ids) <= self.max_length:
             return ids, None
         return ids[-self.max_length :], f"truncated: read the last {self.max_length} of {len(ids)} tokens"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -103,7 +103,8 @@ class Admission:
 class RateLimit:
     """A token bucket per caller: `requests_per_minute` on average, as many at once."""
 
-    def __init__(self, requests_per_minute: int) -> None:
+    def __init__(self, requests_per_minute: int, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
         self._rate = requests_per_minute / 60
         self._size = float(requests_per_minute)
         self._buckets: dict[str, tuple[float, float]] = {}  # caller -> (left, when)
@@ -116,7 +117,7 @@ class RateLimit:
         """
         if not self._rate:
             return
-        now = monotonic()
+        now = self._clock()
         left, then = self._buckets.get(caller, (self._size, now))
         left = min(self._size, left + (now - then) * self._rate)
         if left < 1:

@@ -12,6 +12,7 @@ from time import monotonic
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -51,7 +52,6 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
     app.include_router(router)
     app.add_exception_handler(AlignError, _on_align_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientLeft, _on_client_left)
     app.add_middleware(Observed, service=service)
     return app
 
@@ -79,7 +79,7 @@ class Observed:
 
         try:
             await self._app(scope, receive, observed_send)
-        except ClientLeft:  # in the middle of a stream
+        except (ClientLeft, ClientDisconnect):  # before the answer, in the middle of it, or while sending the body
             status = CLIENT_LEFT
         except Exception:
             log.exception("failed", extra={"request_id": request_id})
@@ -121,8 +121,6 @@ async def _on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
     what = {404: "no such route", 405: "not a method of this route"}.get(error.status_code, str(error.detail))
     raised = AlignError(f"{http.method} {http.url.path}: {what}.", status=error.status_code, code=f"http_{error.status_code}")
     raised.type = "invalid_request_error"
-    return error_response(raised)
-
-
-async def _on_client_left(_: HttpRequest, __: Exception) -> HttpResponse:
-    return HttpResponse(status_code=CLIENT_LEFT)
+    response = error_response(raised)
+    response.headers.update(error.headers or {})  # a 405 says which methods are allowed
+    return response

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from infer_align.errors import AlignError
@@ -26,6 +27,12 @@ class Chat:
         self._model = model
         self._align = align
         self._messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
 
     def once(self, message: str) -> int:
         """One question, one answer."""
@@ -46,7 +53,7 @@ class Chat:
                 self._ask(message)
             except AlignError as error:  # the conversation goes on without this turn
                 self._messages.pop()
-                OUT.print(f"[red]{error.message}[/]", highlight=False)
+                OUT.print(f"[red]{escape(error.message)}[/]", highlight=False)
 
     def _ask(self, message: str) -> None:
         self._messages.append({"role": "user", "content": message})
@@ -92,7 +99,7 @@ def _message(response: httpx.Response) -> str:
 
 
 def _print_report(report: Mapping[str, Any]) -> None:
-    OUT.print(f"[dim]{report['reason']}[/]", highlight=False)
+    OUT.print(f"[dim]{escape(report['reason'])}[/]", highlight=False)
     rewards = list(report["candidates"][0]["scores"])
     if not rewards:
         return

@@ -31,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result: int = options.run(options)
     except ConfigError as error:
-        ERR.print(f"[bold red]configuration:[/] {error.message}", highlight=False)
+        ERR.print(f"[bold red]configuration:[/] {escape(error.message)}", highlight=False)
         return 2
     except AlignError as error:
-        ERR.print(f"[bold red]error:[/] {error.message}", highlight=False)
+        ERR.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -90,8 +90,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    talk = chat.Chat(options.base_url, options.model, options.align, options.system, options.api_key_env)
-    return talk.once(options.message) if options.message else talk.loop()
+    with chat.Chat(options.base_url, options.model, options.align, options.system, options.api_key_env) as talk:
+        return talk.once(options.message) if options.message else talk.loop()
 
 
 def _methods(_: argparse.Namespace) -> int:
@@ -103,7 +103,7 @@ def _methods(_: argparse.Namespace) -> int:
             try:
                 found[name] = plugins.get(name)
             except ConfigError as error:  # its packages are not installed here
-                ERR.print(f"{error.message}", highlight=False)
+                ERR.print(escape(error.message), highlight=False)
         _print_plugins(title, found)
     return 0
 
@@ -111,14 +111,14 @@ def _methods(_: argparse.Namespace) -> int:
 def _print_plugins(title: str, plugins: dict[str, type[Any]]) -> None:
     table = Table(escape(title), "parameters", "what it does", title_justify="left")
     for name, cls in plugins.items():
-        table.add_row(name, signature(cls), (cls.__doc__ or "").partition("\n")[0])
+        table.add_row(name, escape(signature(cls)), (cls.__doc__ or "").partition("\n")[0])
     OUT.print(table)
 
 
 def _config_show(options: argparse.Namespace) -> int:
     table = Table("setting", "value", "from")
     for name, value, origin in configuration.load(options.config, options.set).values():
-        table.add_row(name, repr(value), origin)
+        table.add_row(escape(name), escape(repr(value)), escape(origin))
     OUT.print(table)
     return 0
 

@@ -39,7 +39,8 @@ class Metrics:
 
     def answered(self, response: Response) -> None:
         """Count one finished answer."""
-        kept, dropped = len(response.kept), len(response.selection.dropped)
+        kept = len(response.kept)
+        dropped = len(response.selection.dropped.keys() - {candidate.index for candidate in response.kept})
         returned = sum(c.completion_tokens for c in response.kept)
         self.prompt_tokens.inc(response.prompt_tokens)
         self.returned_tokens.inc(returned)

@@ -10,11 +10,11 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
-from infer_align.errors import UnknownModel, nearest
+from infer_align.errors import UnknownModel, Unsupported, nearest
 from infer_align.types import Kind
 from infer_align_server import catalogue, scoring
 from infer_align_server.service import Service
-from infer_align_server.stream import EventStream, until_client_leaves
+from infer_align_server.stream import EventStream, stream_options, until_client_leaves
 from infer_align_server.wire import OBJECTS, completion_json, json_response, read_body
 
 router = APIRouter()
@@ -52,14 +52,15 @@ async def completions(http: HttpRequest) -> Any:
 async def _complete(http: HttpRequest, kind: Kind) -> Any:
     service = authorize(http)
     body = await read_body(http, service.config.limits.max_body_bytes)
+    streaming = stream_options(body)
     request, plan = service.plan(body, kind)
     head = {
         "id": f"{OBJECTS[kind][0]}-{uuid.uuid4().hex}",
         "created": int(time.time()),
-        "model": body.get("model", service.model),
+        "model": body.get("model") or service.model,
     }
-    if body.get("stream"):
-        return await EventStream(service, request, plan, head).open(http)
+    if streaming:
+        return await EventStream(service, request, plan, head, streaming).open(http)
     response = await until_client_leaves(http.receive, service.answer(plan))
     return json_response(completion_json(response, request, head))
 
@@ -70,6 +71,13 @@ async def score(http: HttpRequest) -> HttpResponse:
     service = authorize(http)
     body = await read_body(http, service.config.limits.max_body_bytes)
     return json_response(await until_client_leaves(http.receive, scoring.score(service, body)))
+
+
+@router.post("/v1/align/judge", response_model=None)
+async def judge(http: HttpRequest) -> HttpResponse:
+    """Judge given answers; named by the contract, and said to be missing until it is there."""
+    authorize(http)
+    raise Unsupported("/v1/align/judge: not available in this version; score candidates with /v1/align/score.")
 
 
 @router.get("/v1/models", response_model=None)

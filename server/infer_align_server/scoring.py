@@ -13,7 +13,8 @@ from infer_align.types import Candidate, Response, Timing
 from infer_align_server.service import Service
 from infer_align_server.wire import number, scores_json
 
-FIELDS = ("model", "messages", "candidates", "rewards", "ensemble")
+ALIGN = ("rewards", "ensemble", "dpa", "trust_judge")
+FIELDS = ("model", "messages", "candidates", *ALIGN)
 
 
 async def score(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +30,9 @@ async def score(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
         if name not in FIELDS:
             raise InvalidRequest(f"{name}: no such field; {nearest(name, FIELDS)}", param=name, code="unknown_field")
     texts = _texts(body.get("candidates"), service.config.limits.max_candidates)
-    align = {key: body[key] for key in ("rewards", "ensemble") if body.get(key) is not None}
+    preset = service.preset(body.get("model"))
+    given = {**(service.config.presets[preset] if preset else {}), **{key: body[key] for key in ALIGN if body.get(key) is not None}}
+    align = {key: value for key, value in given.items() if key in ALIGN}
     # Scored as a best-of-n whose drawing is done: the same checks, the same ranking.
     chat = {"messages": body.get("messages"), "align": {**align, "best_of_n": {"n": len(texts)}}, "max_tokens": 1}
     request = parse_request(chat, "chat", service.config.presets)

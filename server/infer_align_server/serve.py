@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -10,6 +11,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from infer_align.config import Config
@@ -32,6 +34,8 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]
         """SIGTERM or SIGINT; a second SIGINT does not wait."""
         self._service.drain()
         super().handle_exit(sig, frame)
+        # uvicorn raises what it captured again after the drain; ended as asked, the exit status of SIGTERM is 0.
+        self._captured_signals: list[int] = [captured for captured in self._captured_signals if captured != signal.SIGTERM]
 
 
 async def serve(config: Config, console: Console) -> int:
@@ -89,6 +93,6 @@ def _uvicorn_config(config: Config, app: FastAPI) -> uvicorn.Config:
 
 def _welcome(listener: socket.socket, service: Service, console: Console) -> None:
     host, port = listener.getsockname()[:2]
-    console.print(f"[bold]infer-align[/] serves [bold]{service.model}[/] at http://{host}:{port}/v1", highlight=False)
+    console.print(f"[bold]infer-align[/] serves [bold]{escape(service.model)}[/] at http://{host}:{port}/v1", highlight=False)
     for name in service.models()[1:]:
-        console.print(f"  preset [bold]{name}[/]", highlight=False)
+        console.print(f"  preset [bold]{escape(name)}[/]", highlight=False)

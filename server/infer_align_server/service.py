@@ -12,8 +12,18 @@ from typing import Any
 
 from infer_align.config import Config
 from infer_align.engines import Engine
-from infer_align.errors import AlignError, ConfigError, DeadlineExceeded, Unauthorized, Unavailable, UnknownModel, nearest
-from infer_align.request import make_plan, parse_request
+from infer_align.errors import (
+    AlignError,
+    ConfigError,
+    DeadlineExceeded,
+    InvalidRequest,
+    Unauthorized,
+    Unavailable,
+    UnknownModel,
+    nearest,
+    shown,
+)
+from infer_align.request import make_plan, parse_request, reward_names
 from infer_align.rewards import Reward
 from infer_align.run import OnDelta, align
 from infer_align.types import Kind, Plan, Request, Response
@@ -115,7 +125,7 @@ class Service:
         """
         if reason := self.unready():
             raise Unavailable(f"{reason}; try again later.", retry_after=5)
-        preset = self._preset(body.get("model", self.model))
+        preset = self.preset(body.get("model"))
         request = parse_request(body, kind, self.config.presets, preset)
         return request, make_plan(request, self.engine, self.rewards, self.default_rewards, self.config.limits.request)
 
@@ -131,19 +141,31 @@ class Service:
             response = await align(plan, self.engine, self.rewards, on_delta)
         if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
             # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.
-            raise AlignError(f"candidate {failed.index} failed: {failed.error}", code="engine_failed", status=failed.status or 502)
+            raise AlignError(
+                f"candidate {failed.index} failed: {failed.error}",
+                code="engine_failed",
+                status=failed.status or (504 if failed.cut else 502),
+            )
         self.metrics.answered(response)
         return response
 
     def _check_default_rewards(self) -> None:
         for name in self.default_rewards:
-            if name.partition(".")[0] not in self.rewards:
-                raise ConfigError(f"[server] default_rewards: {name!r} is not configured; {nearest(name, self.rewards)}")
+            if name not in (known := reward_names(self.rewards)):
+                raise ConfigError(f"[server] default_rewards: {name!r} is not configured; {nearest(name, known)}")
 
-    def _preset(self, model: object) -> str | None:
-        name, at, preset = model.rpartition("@") if isinstance(model, str) else ("", "", "")
-        if model == self.model:
+    def preset(self, model: object) -> str | None:
+        """The preset that a model's name chooses; None where it is the plain model, or not given.
+
+        Raises:
+            InvalidRequest: not a name.
+            UnknownModel: no such model, or no such preset of it.
+        """
+        if model is None or model == self.model:
             return None
+        if not isinstance(model, str):
+            raise InvalidRequest(f"model: {shown(model)} is not allowed; must be a string.", param="model")
+        name, at, preset = model.rpartition("@")
         if at and name == self.model and preset in self.config.presets:
             return preset
-        raise UnknownModel(f"model: {model!r} does not exist; {nearest(str(model), self.models())}", param="model")
+        raise UnknownModel(f"model: {shown(model)} does not exist; {nearest(model, self.models())}", param="model")

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
-from infer_align.errors import AlignError
+from infer_align.errors import AlignError, InvalidRequest, shown
+from infer_align.schema import parse
 from infer_align.types import Candidate, Delta, Plan, Request, Response
 from infer_align_server.service import Service
 from infer_align_server.wire import OBJECTS, align_json, dumps, error_json, usage_json
@@ -22,6 +24,28 @@ from infer_align_server.wire import OBJECTS, align_json, dumps, error_json, usag
 T = TypeVar("T")
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 KEEPALIVE = b": candidates are being compared\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """OpenAI's `stream_options`."""
+
+    include_usage: bool = field(default=False, metadata={"description": "a last chunk with the usage of the whole answer"})
+    include_obfuscation: Literal[False] = field(default=False, metadata={"description": "padding: nothing here adds any"})
+
+
+def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:
+    """How the answer is to be streamed; None where it is not.
+
+    Raises:
+        InvalidRequest: `stream` or `stream_options` is not what it should be.
+    """
+    stream, options = body.get("stream"), body.get("stream_options")
+    if not isinstance(stream, bool | None):
+        raise InvalidRequest(f"stream: {shown(stream)} is not allowed; must be true or false.", param="stream")
+    if options is not None and not stream:
+        raise InvalidRequest("stream_options: only allowed where stream is true; leave it out.", param="stream_options")
+    return parse(StreamOptions, {} if options is None else options, "stream_options") if stream else None
 
 
 class ClientLeft(Exception):
@@ -63,14 +87,13 @@ async def _disconnect(receive: Receive) -> None:
 class EventStream(HttpResponse):
     """One streamed answer: `open` starts it, then it is the HTTP response."""
 
-    def __init__(self, service: Service, request: Request, plan: Plan, head: Mapping[str, Any]) -> None:
+    def __init__(self, service: Service, request: Request, plan: Plan, head: Mapping[str, Any], options: StreamOptions) -> None:
         super().__init__()
         self._service = service
         self._request = request
         self._plan = plan
         self._head = {**head, "object": OBJECTS[request.kind][2]}
-        options = request.body.get("stream_options") or {}
-        self._include_usage = bool(options.get("include_usage"))
+        self._include_usage = options.include_usage
         self._queue: asyncio.Queue[Delta | None] = asyncio.Queue()  # None: the answer is complete, or has failed
         self._early: list[Delta | None] = []  # taken from the queue while it was not yet a stream
         self._opened: set[int] = set()  # choices that have sent their role

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 
 from infer_align.errors import AlignError, BodyTooLarge, InvalidRequest, shown
+from infer_align.objectives import std
 from infer_align.types import Candidate, Kind, Request, Response
 
 OBJECTS: dict[Kind, tuple[str, str, str]] = {  # id prefix, object of an answer, object of a chunk
@@ -18,6 +19,8 @@ OBJECTS: dict[Kind, tuple[str, str, str]] = {  # id prefix, object of an answer,
     "completion": ("cmpl", "text_completion", "text_completion"),
 }
 
+MAX_QUOTED = 800  # characters of an error's message
+MAX_NESTING = 128  # levels of a body; what people send has a dozen
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
@@ -38,9 +41,10 @@ async def read_body(http: HttpRequest, max_bytes: int) -> dict[str, Any]:
     if len(received) > max_bytes or (announced.isdecimal() and int(announced) > max_bytes):
         raise BodyTooLarge(f"the body is over this server's limit of {max_bytes} bytes; send less.")
     try:
-        body = json.loads(received, parse_constant=_no_constant)
+        body = json.loads(received.decode(), parse_constant=_no_constant)
         if b"\\u" in received:  # only an escape can smuggle in half a surrogate pair
             json.dumps(body, ensure_ascii=False).encode()
+        _check_nesting(body)
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"the body holds text that is not Unicode: {error.reason}; escape whole surrogate pairs.") from None
     except (ValueError, RecursionError) as error:
@@ -48,6 +52,20 @@ async def read_body(http: HttpRequest, max_bytes: int) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body is {shown(body)}; must be a JSON object.", code="invalid_json")
     return body
+
+
+def _check_nesting(body: object) -> None:
+    """Deeper than this, what quotes or writes the body again could run out of stack."""
+    level = [body]
+    for _ in range(MAX_NESTING):
+        level = [child for value in level if isinstance(value, dict | list) for child in _children(value)]
+        if not level:
+            return
+    raise RecursionError(f"nested deeper than {MAX_NESTING} levels")
+
+
+def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -66,7 +84,13 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
 
 def error_json(error: AlignError) -> dict[str, Any]:
     """OpenAI's error object."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    param = None if error.param is None else _clipped(error.param)
+    return {"error": {"message": _clipped(error.message), "type": error.type, "param": param, "code": error.code}}
+
+
+def _clipped(text: str) -> str:
+    """A name that a client made up may be megabytes long; nobody wants it back."""
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED // 2]} ... {text[-MAX_QUOTED // 2 :]}"
 
 
 def error_response(error: AlignError) -> HttpResponse:
@@ -147,11 +171,11 @@ def scores_json(response: Response, index: int) -> dict[str, Any]:
     """Every reward's view of one candidate: its score, the members behind it, and how far they disagree."""
     scores: dict[str, Any] = {}
     for name, members in response.scores.members.items():
-        column = members[:, index]
+        column = members[:, [index]]
         scores[name] = {
             "value": number(response.selection.values[name][index]),
-            "std": number(float(column.std())),
-            "members": [number(value) for value in column.tolist()],
+            "std": number(std(column)[0]),
+            "members": [number(value) for value in column[:, 0].tolist()],
         }
         if note := response.scores.notes[name][index]:
             scores[name]["note"] = note

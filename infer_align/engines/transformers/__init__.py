@@ -16,7 +16,7 @@ from infer_align.engines import Engine, Stream
 from infer_align.engines._sampling import SamplingParams
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.scheduler import Job, Scheduler
-from infer_align.errors import InvalidRequest
+from infer_align.errors import InvalidRequest, Unavailable
 from infer_align.types import Capability, Draw
 
 
@@ -95,35 +95,37 @@ class TransformersEngine(Engine):
 
         Raises:
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
+            Unavailable: not started, or closed.
         """
-        assert self._model is not None, "start() comes first"
-        assert self._scheduler is not None
+        if self._model is None or self._scheduler is None:
+            raise Unavailable("the model is still loading")
         params = SamplingParams.from_body(draw.body, draw.kind, self._model.sampling_defaults)
         prompt = self._model.render(draw)
         if biased := [token for token in params.logit_bias if token >= self._model.vocabulary]:
             raise InvalidRequest(
                 f"logit_bias: {biased[0]} is not a token id; must be from 0 to {self._model.vocabulary - 1}.", param="logit_bias"
             )
-        job = Job(draw, params, prompt, self._room(len(prompt.ids), params.max_tokens))
+        room = self._room(draw, len(prompt.ids), params.max_tokens, self._scheduler.capacity)
+        job = Job(draw, params, prompt, room)
         self._scheduler.submit(job)
         return job.stream
 
-    def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        assert self._scheduler is not None
+    def _room(self, draw: Draw, prompt_tokens: int, max_tokens: int | None, capacity: int) -> int:
+        prompt = "messages" if draw.kind == "chat" else "prompt"
         left = self.context_length - prompt_tokens
         if left < 1 or (max_tokens or 1) > left:
             asked = f" and {max_tokens} of completion" if max_tokens else ""
             raise InvalidRequest(
                 f"max_completion_tokens: {prompt_tokens} tokens of prompt{asked} do not fit the context of {self.context_length}; "
                 "shorten the prompt or ask for fewer.",
-                param="max_completion_tokens" if left >= 1 else "messages",
+                param="max_completion_tokens" if left >= 1 else prompt,
                 code="context_length_exceeded",
             )
-        room = max_tokens or left
-        if prompt_tokens + room > self._scheduler.capacity:
+        room = max_tokens or max(1, min(left, capacity - prompt_tokens))
+        if prompt_tokens + room > capacity:
             raise InvalidRequest(
                 f"max_completion_tokens: a candidate of {prompt_tokens + room} tokens does not fit the key-value cache of "
-                f"{self._scheduler.capacity}; ask for fewer, or raise [engine] kv_cache_gib.",
+                f"{capacity}; ask for fewer, or raise [engine] kv_cache_gib.",
                 param="max_completion_tokens",
                 code="context_length_exceeded",
             )

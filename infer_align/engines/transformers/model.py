@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from infer_align.engines.transformers.cache import RowCache
-from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.errors import ConfigError, InvalidRequest, shown
 from infer_align.hub import locate
 from infer_align.types import Draw
 
@@ -41,6 +41,7 @@ class Model:
     context_length: int
     vocabulary: int
     sampling_defaults: Mapping[str, float]
+    cell_bytes: int = 0  # keys and values of one token
 
     @classmethod
     def load(cls, config: Transformers) -> Model:
@@ -67,7 +68,10 @@ class Model:
         text_config = lm.config.get_text_config(decoder=True)
         generation: GenerationConfig = lm.generation_config
         eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
-        length = config.context_length or getattr(text_config, "max_position_embeddings", None) or 2048
+        own = getattr(text_config, "max_position_embeddings", None)
+        if own and (config.context_length or 0) > own:
+            raise ConfigError(f"[engine] context_length: {config.context_length} is over the {own} of {config.model!r}.")
+        length = config.context_length or own or 2048
         defaults = {name: getattr(generation, name) for name in SAMPLING_DEFAULTS if getattr(generation, name, None) is not None}
         model = cls(
             lm=lm,
@@ -78,11 +82,13 @@ class Model:
             vocabulary=int(text_config.vocab_size),
             sampling_defaults=defaults,
         )
-        model.check_cache(config.model)
-        return model
+        return replace(model, cell_bytes=model.check_cache(config.model))
 
-    def check_cache(self, name: str) -> None:
+    def check_cache(self, name: str) -> int:
         """Run two tokens through the cache: what cannot be batched row by row fails now, not at the first request.
+
+        Returns:
+            Bytes of keys and values that a token takes.
 
         Raises:
             ConfigError: naming the model.
@@ -90,10 +96,13 @@ class Model:
         cache = RowCache()
         try:
             self.forward(torch.zeros((1, 2), dtype=torch.long, device=self.device), cache, [2])
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            if cache.length != 2:
+                raise ValueError(f"its cache holds {cache.length} of 2 tokens")
+        except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"[engine] model: {name!r} does not keep plain keys and values, which this engine batches: {error}"
             ) from error
+        return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers) // 2
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, cache: RowCache, lengths: list[int]) -> torch.Tensor:
@@ -128,19 +137,27 @@ class Model:
             InvalidRequest: the chat template refuses the messages, or a part is not text.
         """
         if draw.kind == "completion":
-            text = draw.body["prompt"]
-            return Prompt(text, self.tokenizer(text)["input_ids"])
+            return self._tokenized(draw.body["prompt"], "prompt", special=True)
         messages = [_plain(i, message) for i, message in enumerate(draw.body["messages"])]
         if not self.tokenizer.chat_template:
             raise InvalidRequest(
                 "messages: this model has no chat template; use /v1/completions.", param="messages", code="unsupported"
             )
-        options = draw.body.get("chat_template_kwargs") or {}
+        options = _template_variables(draw.body.get("chat_template_kwargs") or {})
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        except (TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is code that came with the model, and what it raises is up to it
             raise InvalidRequest(f"messages: the model's chat template refused them: {error}.", param="messages") from None
-        return Prompt(text, self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._tokenized(text, "messages", special=False)
+
+    def _tokenized(self, text: str, param: str, *, special: bool) -> Prompt:
+        try:
+            ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        except (TypeError, UnicodeError):  # what the tokenizer raises for lone surrogates
+            raise InvalidRequest(f"{param}: the text is not valid Unicode.", param=param) from None
+        if not ids:
+            raise InvalidRequest(f"{param}: no tokens to start from; must not be empty for this model.", param=param)
+        return Prompt(text, ids)
 
 
 def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,10 +165,22 @@ def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if not isinstance(content, list):
         return dict(message)
+    where = f"messages[{index}].content"
     for part in content:
         if part["type"] not in {"text", "refusal"}:
-            where = f"messages[{index}].content"
             raise InvalidRequest(
                 f"{where}: a part of type {part['type']!r} is not available on this engine; allowed: text.", param=where
             )
-    return {**message, "content": "".join(str(part.get(part["type"], "")) for part in content)}
+        if not isinstance(part.get(part["type"]), str):
+            raise InvalidRequest(f"{where}: a part holds {shown(part)}; must hold a string {part['type']!r}.", param=where)
+    return {**message, "content": "".join(part[part["type"]] for part in content)}
+
+
+def _template_variables(given: object) -> Mapping[str, Any]:
+    """What a client may set in the chat template: its variables, but not the template, nor how it is rendered."""
+    path = "chat_template_kwargs"
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(f"{path}: {shown(given)} is not an object; allowed: the template's variables.", param=path)
+    if reserved := sorted(given.keys() & inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()):
+        raise InvalidRequest(f"{path}.{reserved[0]}: is not a variable of the template; leave it out.", param=path)
+    return given

@@ -9,7 +9,7 @@ import torch
 
 from infer_align.engines import Event
 from infer_align.engines._sampling import SamplingParams
-from infer_align.engines.transformers.text import TextStream
+from infer_align.engines.transformers.text import TextStream, token_bytes
 from infer_align.types import Candidate, Delta
 
 if TYPE_CHECKING:
@@ -26,11 +26,14 @@ class Row:
     seed: int
     text: TextStream
     eos: frozenset[int]
-    stopped: bool = False  # set from another thread: finish now, with what there is
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)  # one per token, when asked for
     pending: list[dict[str, Any]] = field(default_factory=list)  # of those, the ones not yet streamed
     finish_reason: str | None = None
+    unsaid: str = field(init=False)  # the echo, until the first delta
+
+    def __post_init__(self) -> None:
+        self.unsaid = self.job.echo
 
     @property
     def params(self) -> SamplingParams:
@@ -74,7 +77,7 @@ class Row:
         cut = self.finish_reason is None
         self.finish_reason = self.finish_reason or "length"
         rest = self.text.finish()
-        told: list[Event] = [self._delta(rest)] if rest or self.pending else []
+        told: list[Event] = [self._delta(rest)] if rest or self.pending or self.unsaid else []
         text = self.job.echo + self.text.text
         logprobs = self._wire_logprobs(self.logprobs)
         if self.job.draw.kind == "chat":
@@ -84,8 +87,14 @@ class Row:
             choice = {"text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
         return [*told, Candidate(self.index, choice, 0, len(self.prompt_ids), len(self.tokens), cut=cut)]
 
+    def fail(self, why: str) -> list[Event]:
+        """Nothing more can be sampled."""
+        self.finish_reason = "error"
+        return [Candidate(self.index, {}, 0, len(self.prompt_ids), len(self.tokens), error=why, status=500)]
+
     def _delta(self, piece: str) -> Delta:
         logprobs, self.pending = self._wire_logprobs(self.pending), []
+        piece, self.unsaid = self.unsaid + piece, ""
         choice = {"delta": {"content": piece}} if self.job.draw.kind == "chat" else {"text": piece}
         return Delta(self.index, {**choice, "logprobs": logprobs})
 
@@ -99,9 +108,9 @@ class Row:
             offsets.append(offset)
             offset += len(entry["token"])
         return {
-            "tokens": [e["token"] for e in entries],
+            "tokens": [_name(e) for e in entries],
             "token_logprobs": [e["logprob"] for e in entries],
-            "top_logprobs": [{t["token"]: t["logprob"] for t in e["top_logprobs"]} for e in entries]
+            "top_logprobs": [{_name(t): t["logprob"] for t in e["top_logprobs"]} for e in entries]
             if self.params.logprobs
             else None,
             "text_offset": offsets,
@@ -125,6 +134,12 @@ def logprob_entries(model: Model, logits: torch.Tensor, rows: list[Row], tokens:
 
 
 def _entry(model: Model, token: int, logprob: float) -> dict[str, Any]:
-    text = model.tokenizer.decode([token])
+    data = token_bytes(model.tokenizer, token)
     # JSON has no infinity; a token that a bias or a ban alone made possible is OpenAI's -9999.
-    return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
+    return {"token": data.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
+
+
+def _name(entry: dict[str, Any]) -> str:
+    """A token as text completions name it: parts of characters by their bytes, so that no two share a name."""
+    data = bytes(entry["bytes"])
+    return str(entry["token"]) if data == entry["token"].encode() else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import operator
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,7 +23,7 @@ from infer_align.engines.transformers.model import Model, Prompt
 from infer_align.engines.transformers.rows import Row, logprob_entries
 from infer_align.engines.transformers.sampler import sample
 from infer_align.engines.transformers.text import TextStream
-from infer_align.errors import EngineFailed
+from infer_align.errors import AlignError, EngineFailed, Unavailable
 from infer_align.types import Candidate, Draw
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ class Job:
     @property
     def echo(self) -> str:
         """What a text completion repeats before its own words."""
-        return self.prompt.text if self.draw.body.get("echo") else ""
+        return self.prompt.text if self.params.echo else ""
 
     @property
     def width(self) -> int:
@@ -76,19 +79,26 @@ class Scheduler(threading.Thread):
         self.model = model
         self.max_batch = config.max_batch
         self.prefill_tokens = config.prefill_tokens
-        self.capacity = _capacity(model, config.kv_cache_gib)  # cells of the cache: rows x columns
+        self.capacity = int(config.kv_cache_gib * 2**30 / model.cell_bytes)  # cells of the cache: rows x columns
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._halt = False
+        self._over = False  # nothing is received any more
         self._jobs: set[Job] = set()  # everything that somebody waits for
         self._waiting: deque[Job] = deque()  # not yet prefilled
         self._ready: deque[Job] = deque()  # prefilled, with candidates that have not joined
         self._rows: list[Row] = []
         self._cache = RowCache()
-        self._told: list[tuple[Job, Event | EngineFailed]] = []
+        self._told: list[tuple[Job, Event | AlignError]] = []
 
     def submit(self, job: Job) -> None:
-        """Queue a job; from any thread."""
+        """Queue a job; from any thread.
+
+        Raises:
+            Unavailable: the thread has ended or is about to.
+        """
         self._inbox.put(job)
+        if self._over:
+            raise Unavailable("the engine was shut down")
 
     def stop(self) -> None:
         """End the thread after the current step, and every job with an error."""
@@ -97,20 +107,19 @@ class Scheduler(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Step until stopped. A step that fails ends the requests that were in it, not the engine."""
+        """Step until stopped."""
         while not self._halt:
             self._receive()
-            try:
-                self._step()
-            except Exception as error:
-                log.exception("a step failed")
-                self._fail(f"the engine failed: {error}")
+            self._step()
             self._publish()
-        self._fail("the engine was shut down")
+        self._over = True
+        self._inbox.put(None)
+        self._receive()
+        self._fail(self._jobs, Unavailable("the engine was shut down"))
         self._publish()
 
     def _receive(self) -> None:
-        idle = not (self._waiting or self._ready or self._rows)
+        idle = not self._jobs
         while idle or not self._inbox.empty():
             job = self._inbox.get()
             idle = False
@@ -127,8 +136,7 @@ class Scheduler(threading.Thread):
         self._leave()
         self._prefill()
         self._join()
-        if self._rows:
-            self._decode()
+        self._decode()
 
     def _leave(self) -> None:
         """Drop what nobody waits for, and finish what was told to stop."""
@@ -155,26 +163,32 @@ class Scheduler(threading.Thread):
 
     def _prefill(self) -> None:
         """Read up to `prefill_tokens` of prompts: several short ones at once, or the next part of a long one."""
-        if not self._waiting or len(self._rows) >= self.max_batch:
+        if not self._waiting or len(self._rows) >= self.max_batch or self._is_ahead([]):
             return
         first = self._waiting[0]
         done = first.cache.length
         if done or len(first.prompt.ids) > self.prefill_tokens:
             part = first.prompt.ids[done : done + self.prefill_tokens]
-            logits = self._forward([part], first.cache, [done + len(part)])
-            if done + len(part) == len(first.prompt.ids):
-                first.logits = logits
-                self._ready.append(self._waiting.popleft())
+            with self._failing([first]):
+                logits = self._forward([part], first.cache, [done + len(part)])
+                if done + len(part) == len(first.prompt.ids):
+                    first.logits = logits
+                    self._ready.append(self._waiting.popleft())
             return
         batch: list[Job] = []
-        while self._waiting and self._fits_prefill([*batch, self._waiting[0]]):
+        while self._waiting and self._fits_prefill([*batch, self._waiting[0]]) and not self._is_ahead(batch):
             batch.append(self._waiting.popleft())
         cache = RowCache()
-        logits = self._forward([job.prompt.ids for job in batch], cache, [len(job.prompt.ids) for job in batch])
-        for i, job in enumerate(batch):
-            job.cache = cache.take([i], len(job.prompt.ids))
-            job.logits = logits[i : i + 1]
-        self._ready.extend(batch)
+        with self._failing(batch):
+            logits = self._forward([job.prompt.ids for job in batch], cache, [len(job.prompt.ids) for job in batch])
+            for i, job in enumerate(batch):
+                job.cache = cache.take([i], len(job.prompt.ids))
+                job.logits = logits[i : i + 1]
+            self._ready.extend(batch)
+
+    def _is_ahead(self, batch: list[Job]) -> bool:
+        """Prompts that wait for room hold memory too: beside the first, they may take an eighth of what the batch may."""
+        return sum(len(job.prompt.ids) for job in [*self._ready, *batch][1:]) > self.capacity // 8
 
     def _fits_prefill(self, jobs: list[Job]) -> bool:
         return len(jobs) * max(len(job.prompt.ids) for job in jobs) <= self.prefill_tokens
@@ -194,24 +208,34 @@ class Scheduler(threading.Thread):
                 self._ready.append(job)
         if not joining:
             return
-        logits = torch.cat([row.job.logits for row in joining if row.job.logits is not None])
-        self._advance(joining, logits)
-        joined = [row for row in joining if row.finish_reason is None]
-        for job in dict.fromkeys(row.job for row in joined):
-            rows = [row for row in joined if row.job is job]
-            cache = job.cache.take([0] * len(rows), len(job.prompt.ids))
-            self._cache = self._cache.join(cache) if self._rows else cache
-            self._rows += rows
+        with self._failing(row.job for row in joining):
+            self._advance(joining, torch.cat([row.job.logits for row in joining if row.job.logits is not None]))
+            joined = [row for row in joining if row.finish_reason is None]
+            for job in dict.fromkeys(row.job for row in joined):
+                rows = [row for row in joined if row.job is job]
+                cache = job.cache.take([0] * len(rows), len(job.prompt.ids))
+                self._cache = self._cache.join(cache) if self._rows else cache
+                self._rows += rows
 
     def _fits(self, rows: list[Row]) -> bool:
         return len(rows) <= self.max_batch and len(rows) * max(row.job.width for row in rows) <= self.capacity
 
     def _decode(self) -> None:
-        logits = self._forward([row.tokens[-1:] for row in self._rows], self._cache, [row.length for row in self._rows])
-        self._advance(self._rows, logits)
+        if not self._rows:
+            return
+        with self._failing(row.job for row in self._rows):
+            logits = self._forward([row.tokens[-1:] for row in self._rows], self._cache, [row.length for row in self._rows])
+            self._advance(self._rows, logits)
 
     def _advance(self, rows: list[Row], logits: torch.Tensor) -> None:
         """The one place where logits become tokens."""
+        sound = logits.amax(dim=-1).isfinite().tolist()
+        if not all(sound):
+            for row in itertools.compress(rows, map(operator.not_, sound)):
+                self._tell(row.job, row.fail("the model's logits are not finite; its weights or its dtype are at fault"))
+            rows, logits = [*itertools.compress(rows, sound)], logits[torch.tensor(sound, device=logits.device)]
+            if not rows:
+                return
         tokens = sample(logits, rows)
         entries = logprob_entries(self.model, logits, rows, tokens)
         for row, token, entry in zip(rows, tokens, entries, strict=True):
@@ -222,30 +246,31 @@ class Scheduler(threading.Thread):
             self._told.append((job, event))
             job.unfinished -= isinstance(event, Candidate)
 
-    def _fail(self, message: str) -> None:
-        self._told += [(job, EngineFailed(message, status=500)) for job in self._jobs if job.unfinished]
-        self._jobs.clear()
-        self._waiting.clear()
-        self._ready.clear()
-        self._rows, self._cache = [], RowCache()
+    @contextmanager
+    def _failing(self, jobs: Iterable[Job]) -> Iterator[None]:
+        """A part of a step: if it fails, it ends the requests that were in it, not the engine."""
+        jobs = {*jobs}
+        try:
+            yield
+        except Exception as error:  # whatever the model's code raises
+            log.exception("a step failed")
+            self._fail(jobs, EngineFailed(f"the engine failed: {error}", status=500))
+
+    def _fail(self, jobs: Iterable[Job], error: AlignError) -> None:
+        for job in jobs:
+            if job.unfinished:
+                self._told.append((job, error))
+            job.closed = True  # the next step lets go of all that belongs to it
 
     def _publish(self) -> None:
         """Hand the step's events over, with one call per event loop."""
         told, self._told = self._told, []
         for loop in {job.loop for job, _ in told}:
             mine = [(job, event) for job, event in told if job.loop is loop]
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(_deliver, mine)
 
 
-def _deliver(told: list[tuple[Job, Event | EngineFailed]]) -> None:
+def _deliver(told: list[tuple[Job, Event | AlignError]]) -> None:
     for job, event in told:
         job.stream.put(event)
-
-
-def _capacity(model: Model, gib: float) -> int:
-    config = model.lm.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_per_token = 2 * config.num_hidden_layers * heads * dim * model.lm.dtype.itemsize
-    return int(gib * 2**30 / bytes_per_token)

@@ -1,0 +1,67 @@
+"""The client package: its types are the server's parameters, and what it builds the server takes."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import infer_align_client
+from infer_align import objectives, registry, types
+from infer_align.engines.fake import Fake
+from infer_align.request import SETTINGS, Limits, make_plan, parse_request
+from infer_align.rewards.rules import Rules
+from infer_align_client import Align, BestOfN, Budget, Ensemble, extra_body
+
+SAME = [(BestOfN, registry.methods.get("best_of_n")), (Ensemble, objectives.Ensemble), (Budget, types.Budget)]
+
+
+@pytest.mark.parametrize(("typed", "served"), SAME)
+def test_typed_keys_are_the_servers_fields(typed: Any, served: Any) -> None:
+    wanted = typing.get_type_hints(served)
+    have = typing.get_type_hints(typed)
+    assert list(have) == [f.name for f in dataclasses.fields(served)]
+    for name, kind in have.items():
+        assert wanted[name] in {kind, kind | None}, name
+
+
+def test_align_has_every_key_of_the_server_and_extra_body_too() -> None:
+    assert set(Align.__annotations__) == {*registry.methods.names(), *SETTINGS}
+    assert list(inspect.signature(extra_body).parameters) == list(Align.__annotations__)
+
+
+def test_extra_body_holds_what_is_given_and_nothing_else() -> None:
+    assert extra_body() == {"align": {}}
+    given: dict[str, Any] = {
+        "preset": "p",
+        "best_of_n": {"n": 2},
+        "rewards": {"short": 0.0},
+        "ensemble": {"objective": "wco"},
+        "budget": {"completion_tokens": 100},
+        "details": "none",
+    }
+    assert set(given) == set(Align.__annotations__)
+    assert extra_body(**given) == {"align": given}
+    for key, value in given.items():
+        assert extra_body(**{key: value}) == {"align": {key: value}}
+    assert extra_body(best_of_n={}) == {"align": {"best_of_n": {}}}, "empty is given too"
+
+
+def test_the_server_takes_it() -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
+    built = extra_body(best_of_n={"n": 3}, rewards={"short": 1.0}, ensemble={"objective": "mean"}, budget={"completion_tokens": 15})
+    request = parse_request({**body, **built}, "chat", {})
+    plan = make_plan(request, Fake().load(), {"short": Rules(words_weight=-1.0).load()}, {}, Limits(8, 1000))
+    assert (plan.candidates, plan.worst_case_tokens) == (3, 15)
+
+
+def test_it_depends_on_the_standard_library_only() -> None:
+    tree = ast.parse(Path(inspect.getfile(infer_align_client)).read_text(encoding="utf-8"))
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert modules <= {"__future__", "typing"}
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]

@@ -1,0 +1,156 @@
+"""Fixtures for all tests: asyncio, and tiny random models of several architectures, built once per session."""
+
+# ruff: noqa: PLC0415 - torch is loaded by the tests that want it
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('roles are system, user, assistant') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</s>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CORPUS = ["the cat sat on the mat and the dog ran to the sun", "a big red ball is in the box with the small blue hat"]
+SPECIALS = ["<pad>", "</s>"]
+# Small enough to build in a blink; weights large enough that greedy choices are no near ties.
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.3}
+SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def byte_level() -> Any:
+    """A byte-level BPE tokenizer: any text, every byte a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIALS, initial_alphabet=sorted(alphabet), show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def byte_fallback() -> Any:
+    """A tokenizer in the manner of Llama 2: spaces as a mark, unknown characters as bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [
+        *SPECIALS,
+        "<unk>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz.!",
+        "▁a",
+        "▁b",
+        "ab",
+        "▁ab",
+    ]
+    merges = [("▁", "a"), ("▁", "b"), ("a", "b"), ("▁a", "b")]
+    model = models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def _config(architecture: str, vocabulary: int, **options: Any) -> Any:
+    import transformers as tf
+
+    own: dict[str, dict[str, Any]] = {
+        "Llama": {"num_key_value_heads": 2},
+        "Qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "Mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+        "Gemma2": {"num_key_value_heads": 2, "sliding_window": 8, "head_dim": 8},
+        "Gemma3Text": {
+            "num_key_value_heads": 2, "sliding_window": 8, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]
+        },
+        "GPT2": {"n_inner": 48},
+        "Bert": {},
+        "Mamba": {},
+    }  # fmt: skip
+    config = getattr(tf, f"{architecture}Config")
+    return config(
+        **{"vocab_size": vocabulary, "max_position_embeddings": 256, **SIZE, **SPECIAL_IDS, **own.get(architecture, {}), **options}
+    )
+
+
+def _save(model: Any, tokenizer: Any, path: Path) -> str:
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) -> Callable[..., str]:
+    """`language_model("Llama", **config)`: the folder of a tiny random causal LM; the same call gives the same folder."""
+    made: dict[tuple[Any, ...], str] = {}
+
+    def make(architecture: str = "Llama", tokenizer: Any = None, seed: int = 0, **options: Any) -> str:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        tokenizer = byte_level if tokenizer is None else tokenizer
+        key = (architecture, id(tokenizer), seed, *sorted((k, repr(v)) for k, v in options.items()))
+        if key not in made:
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(_config(architecture, len(tokenizer), **options))
+            made[key] = _save(model, tokenizer, tmp_path_factory.mktemp(architecture))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) -> Callable[..., str]:
+    """`reward_model("Bert", labels=1, seed=0, **config)`: the folder of a tiny random sequence classifier."""
+    made: dict[tuple[Any, ...], str] = {}
+
+    def make(architecture: str = "Llama", labels: int = 1, seed: int = 0, tokenizer: Any = None, **options: Any) -> str:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        tokenizer = byte_level if tokenizer is None else tokenizer
+        key = (architecture, labels, seed, id(tokenizer), *sorted((k, repr(v)) for k, v in options.items()))
+        if key not in made:
+            torch.manual_seed(seed)
+            config = _config(architecture, len(tokenizer), num_labels=labels, **options)
+            model = AutoModelForSequenceClassification.from_config(config)
+            made[key] = _save(model, tokenizer, tmp_path_factory.mktemp(f"{architecture}-reward"))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finish() -> Callable[..., Any]:
+    """`candidates, deltas = await finish(engine, draw)`: sample a draw to its end; candidates by index."""
+    from infer_align.types import Candidate
+
+    async def collect(engine: Any, draw: Any) -> tuple[list[Any], list[Any]]:
+        async with engine.sample(draw) as stream:
+            events: Iterable[Any] = [event async for event in stream]
+        finished = [e for e in events if isinstance(e, Candidate)]
+        return sorted(finished, key=lambda c: c.index), [e for e in events if not isinstance(e, Candidate)]
+
+    return collect

@@ -1,0 +1,120 @@
+"""What every engine of the registry promises; a new file in engines/ is tested as soon as it can be built here."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from infer_align import registry
+from infer_align.engines import Engine
+from infer_align.engines.fake import Reply
+from infer_align.errors import ConfigError, InvalidRequest, Unavailable
+from infer_align.types import Candidate, Capability, Delta
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=registry.engines.names())
+async def engine(request, language_model):
+    try:
+        plugin = registry.engines.get(request.param)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    fields = {f.name for f in dataclasses.fields(plugin)}
+    if "replies" in fields:
+        section = plugin(replies=(Reply("a b c d e f g h " * 8, seconds_per_token=0.002),))
+    elif request.param == "transformers":
+        section = plugin(model=language_model())
+    else:
+        pytest.skip("needs a server or a GPU")
+    engine = section.load()
+    assert engine.health(), "not healthy before start"
+    await engine.start()
+    yield engine
+    await engine.close()
+
+
+async def test_is_an_engine(engine):
+    assert isinstance(engine, Engine)
+    assert engine.health() is None
+    assert engine.model
+    assert engine.context_length > 0
+    assert {Capability.CHAT, Capability.SEED} <= engine.capabilities
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+async def test_each_candidate_comes_once_and_its_deltas_make_it_up(engine, draw, finish, kind):
+    candidates, deltas = await finish(engine, draw("the cat", n=3, seed=7, kind=kind, max_tokens=6))
+    assert [c.index for c in candidates] == [0, 1, 2]
+    for candidate in candidates:
+        assert candidate.error is None
+        assert candidate.finish_reason in {"stop", "length"}
+        assert 1 <= candidate.completion_tokens <= 6
+        assert candidate.prompt_tokens > 0
+        mine = [d.choice for d in deltas if d.index == candidate.index]
+        assert "".join(c["delta"]["content"] if kind == "chat" else c["text"] for c in mine) == candidate.text
+
+
+async def test_the_same_seed_gives_the_same_answer(engine, draw, finish):
+    request = draw("the cat", n=3, seed=11, max_tokens=10)
+    first, second = (await finish(engine, request))[0], (await finish(engine, request))[0]
+    assert [c.choice for c in first] == [c.choice for c in second]
+    (alone,), _ = await finish(engine, draw("the cat", seed=11, max_tokens=10))
+    assert alone.choice == first[0].choice
+
+
+async def test_stop_yields_what_there_is(engine, draw):
+    seen: list[Candidate] = []
+    async with engine.sample(draw("the cat", n=3, max_tokens=60, ignore_eos=True)) as stream:
+        async for event in stream:
+            if isinstance(event, Delta):
+                stream.stop()
+            else:
+                seen.append(event)
+    assert sorted(c.index for c in seen) == [0, 1, 2]
+    assert all(c.cut and c.error is None and c.completion_tokens < 60 for c in seen)
+
+
+async def test_stop_of_what_is_finished_is_nothing(engine, draw):
+    async with engine.sample(draw("the cat", max_tokens=2)) as stream:
+        events = [event async for event in stream]
+        stream.stop(0)
+        stream.stop()
+    assert sum(isinstance(e, Candidate) for e in events) == 1
+
+
+async def test_leaving_early_and_by_an_error(engine, draw, finish):
+    with pytest.raises(ZeroDivisionError):
+        async with engine.sample(draw("the cat", n=4, max_tokens=60)):
+            1 / 0  # noqa: B018
+    async with engine.sample(draw("the cat", n=4, max_tokens=60)) as stream:
+        await anext(stream)
+    assert len((await finish(engine, draw(max_tokens=2)))[0]) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 5), ("max_tokens", 0), ("stop", [""]), ("top_p", "x")])
+async def test_a_wrong_value_is_refused_by_name(engine, draw, name, value):
+    with pytest.raises(InvalidRequest, match=name) as refused:
+        engine.check(draw(**{name: value}))
+    assert refused.value.param == name
+
+
+async def test_worst_case(engine):
+    chat = {"messages": []}
+    assert engine.worst_case_tokens({**chat, "max_tokens": 5}) == 5
+    assert engine.worst_case_tokens({**chat, "max_tokens": 5, "max_completion_tokens": 7}) == 7
+    assert engine.worst_case_tokens(chat) == engine.context_length
+    assert engine.worst_case_tokens({"prompt": "x"}) == 16
+
+
+async def test_closing_ends_every_stream_with_an_error(engine, draw, finish):
+    task = asyncio.create_task(finish(engine, draw(n=2, max_tokens=60, ignore_eos=True)))
+    await asyncio.sleep(0.005)
+    await engine.close()
+    with pytest.raises(Unavailable):
+        await task
+    assert engine.health()
+    with pytest.raises(Unavailable):
+        engine.sample(draw())

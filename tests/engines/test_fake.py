@@ -1,0 +1,95 @@
+"""The scripted engine does what its script says."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from infer_align.engines.fake import Fake, Reply
+from infer_align.errors import Unavailable
+from infer_align.types import Candidate
+
+pytestmark = pytest.mark.anyio
+
+
+async def becomes(engine, running: int) -> bool:
+    async with asyncio.timeout(20):
+        while engine.running != running:
+            await asyncio.sleep(0)
+    return True
+
+
+async def started(*replies: Reply, **script):
+    engine = Fake(replies=replies or (Reply(),), **script).load()
+    await engine.start()
+    return engine
+
+
+async def test_candidates_speak_the_script_in_turn(draw, finish):
+    engine = await started(Reply("one {seed}"), Reply("two of {prompt}"))
+    candidates, deltas = await finish(engine, draw("tea", n=3, seed=40))
+    assert [c.text for c in candidates] == ["one 40", "two of tea", "one 42"]
+    assert [c.completion_tokens for c in candidates] == [2, 3, 2]
+    assert "".join(d.choice["delta"]["content"] for d in deltas if d.index == 1) == "two of tea"
+    assert (engine.running, engine.sampled) == (0, 3)
+    assert engine.bodies[-1]["messages"][0]["content"] == "tea"
+
+
+async def test_text_completions_and_parts(draw, finish):
+    engine = await started(Reply("re: {prompt}"))
+    (candidate,), deltas = await finish(engine, draw("tea", kind="completion"))
+    assert candidate.choice == {"text": "re: tea", "logprobs": None, "finish_reason": "stop"}
+    assert [d.choice for d in deltas] == [{"text": "re:"}, {"text": " tea"}]
+
+
+async def test_max_tokens_and_stop(draw, finish):
+    engine = await started(Reply("a b c d e"))
+    (candidate,), _ = await finish(engine, draw(max_tokens=2))
+    assert (candidate.text, candidate.finish_reason, candidate.cut) == ("a b", "length", False)
+    (candidate,), _ = await finish(engine, draw(stop=["d", "b"]))
+    assert (candidate.text, candidate.finish_reason) == ("a ", "stop")
+
+
+async def test_faults_are_candidates_with_an_error(draw, finish):
+    engine = await started(Reply("fine"), Reply("half", error="no luck", status=503))
+    fine, failed = (await finish(engine, draw(n=2)))[0]
+    assert (fine.error, fine.text) == (None, "fine")
+    assert (failed.error, failed.status, failed.choice) == ("no luck", 503, {})
+
+
+async def test_tool_calls(draw, finish):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    engine = await started(Reply("", tool_calls=(call,)))
+    (candidate,), _ = await finish(engine, draw(tools=[{"type": "function"}]))
+    assert candidate.finish_reason == "tool_calls"
+    assert candidate.choice["message"]["tool_calls"] == [call]
+    assert candidate.choice["message"]["content"] is None
+
+
+async def test_stop_and_delays(draw):
+    engine = await started(Reply("a b c", first_token_seconds=100))
+    async with engine.sample(draw(n=2)) as stream:
+        asyncio.get_running_loop().call_soon(stream.stop, 0)
+        first = await anext(stream)
+        assert isinstance(first, Candidate)
+        assert (first.index, first.text, first.cut, first.finish_reason) == (0, "", True, "length")
+        assert await becomes(engine, 1)
+    assert await becomes(engine, 0)
+
+
+async def test_loading_takes_as_long_as_the_script_says():
+    engine = Fake(load_seconds=0.01).load()
+    assert engine.health()
+    await engine.start()
+    assert engine.health() is None
+
+
+async def test_closing_ends_what_is_spoken(draw, finish):
+    engine = await started(Reply("a", first_token_seconds=100))
+    task = asyncio.create_task(finish(engine, draw(n=2)))
+    await asyncio.sleep(0.01)
+    await engine.close()
+    with pytest.raises(Unavailable):
+        await task
+    assert await becomes(engine, 0)

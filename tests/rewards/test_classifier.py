@@ -1,0 +1,234 @@
+"""Reward models: their scores are those of a direct forward, whoever else is in the batch, and failures stay where they are."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from infer_align.errors import ConfigError, Unavailable
+from infer_align.rewards.classifier import Classifier
+from infer_align.types import Candidate
+
+pytestmark = pytest.mark.anyio
+ASK = [{"role": "user", "content": "the cat"}]
+TEXTS = ["sat", "a big red ball is in the box with the small blue hat", "", "the dog ran to the sun!", "é你😀"]
+
+
+def candidates(texts=TEXTS) -> list[Candidate]:
+    return [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
+
+
+async def started(**section):
+    reward = Classifier(**{"dtype": "float32", **section}).load()
+    await reward.start()
+    return reward
+
+
+def direct(path: str, texts=TEXTS, messages=ASK, limit: int = 10_000) -> np.ndarray:
+    """[labels, N] of one conversation at a time, without padding."""
+    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path).eval()
+    rows = []
+    for text in texts:
+        conversation = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+        ids = tokenizer(conversation, add_special_tokens=False)["input_ids"][-limit:]
+        with torch.inference_mode():
+            rows.append(model(torch.tensor([ids]), attention_mask=torch.ones((1, len(ids)), dtype=torch.long)).logits[0].numpy())
+    return np.stack(rows, axis=1)
+
+
+def same(values: np.ndarray, expected: np.ndarray) -> bool:
+    return values.shape == expected.shape and np.allclose(values, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Mistral", "GPT2", "Bert", "Gemma2"])
+@pytest.mark.parametrize("labels", [1, 3])
+async def test_equals_a_direct_forward(architecture, labels, reward_model):
+    path = reward_model(architecture, labels)
+    reward = await started(model=path, batch_size=3)
+    marks = await reward.score(ASK, candidates())
+    assert same(marks.values[0], direct(path))
+    assert len(reward.members) == labels
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert marks.tokens == sum(
+        len(tokenizer(f"<user>the cat</s><assistant>{text}</s>", add_special_tokens=False)["input_ids"]) for text in TEXTS
+    )
+    assert marks.notes == (None,) * len(TEXTS)
+    await reward.close()
+
+
+@pytest.mark.parametrize("pad", [None, 0, 1])
+async def test_padding_is_never_read_as_text_nor_text_as_padding(reward_model, pad):
+    # A conversation ends in </s>, token 1. With no padding token of its own the model reads that last token.
+    path = reward_model("Llama", pad_token_id=pad)
+    reward = await started(model=path)
+    assert same((await reward.score(ASK, candidates())).values[0], direct(path))
+    await reward.close()
+
+
+async def test_attributes_are_rows_and_models_are_members(reward_model):
+    paths = tuple(reward_model("Llama", 2, seed=s) for s in (1, 2, 3))
+    reward = await started(models=paths, attributes=("helpful", "brief"))
+    marks = await reward.score(ASK, candidates())
+    assert marks.values.shape == (2, 3, len(TEXTS))
+    assert same(marks.values, np.stack([direct(p) for p in paths], axis=1))
+    assert reward.attributes == ("helpful", "brief")
+    await reward.close()
+
+
+async def test_several_models_are_an_ensemble_and_their_labels_more_members(reward_model):
+    paths = (reward_model("Llama", 1), reward_model("Bert", 2))
+    reward = await started(models=paths)
+    marks = await reward.score(ASK, candidates())
+    assert same(marks.values[0], np.concatenate([direct(p) for p in paths]))
+    assert len(reward.members) == 3
+    assert reward.members[1].endswith("#0")
+    await reward.close()
+
+
+async def test_batches_are_filled_across_requests(reward_model):
+    reward = await started(model=reward_model(), batch_size=8)
+    shapes = []
+    reward._models[0].model.register_forward_pre_hook(lambda m, a, kw: shapes.append(kw["input_ids"].shape[0]), with_kwargs=True)
+    alone = await reward.score(ASK, candidates())
+    shapes.clear()
+    results = await asyncio.gather(*(reward.score(ASK, candidates()) for _ in range(8)))
+    assert sum(shapes) == 8 * len(TEXTS)
+    assert len(shapes) == 5  # not one per request
+    assert all(same(marks.values, alone.values) for marks in results)
+    await reward.close()
+
+
+async def test_what_is_too_long_loses_its_beginning_and_says_so(reward_model):
+    path = reward_model("Bert", max_position_embeddings=32)
+    for section, limit in [({}, 32), ({"max_length": 16}, 16)]:
+        reward = await started(model=path, **section)
+        marks = await reward.score(ASK, candidates())
+        assert same(marks.values[0], direct(path, limit=limit))
+        assert marks.notes[1].startswith(f"truncated: read the last {limit} of ")
+        assert (marks.notes[2] is None) == (limit == 32)
+        await reward.close()
+
+
+async def test_the_tokenizers_own_maximum_counts(reward_model, byte_level, tmp_path):
+    shutil.copytree(reward_model("Bert"), tmp_path, dirs_exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_max_length = 20
+    tokenizer.save_pretrained(tmp_path)
+    reward = await started(model=str(tmp_path))
+    assert "last 20 of" in (await reward.score(ASK, candidates())).notes[1]
+    await reward.close()
+
+
+async def test_a_conversation_that_the_template_refuses_is_not_scored_and_others_are(reward_model):
+    path = reward_model()
+    reward = await started(model=path)
+    wizard = [{"role": "wizard", "content": "abracadabra"}]
+    refused, scored = await asyncio.gather(reward.score(wizard, candidates()), reward.score(ASK, candidates()))
+    assert np.isnan(refused.values).all()
+    assert all("roles are system" in note for note in refused.notes)
+    assert refused.tokens == 0
+    assert same(scored.values[0], direct(path))
+    await reward.close()
+
+
+async def test_lone_surrogates_are_not_scored(reward_model):
+    reward = await started(model=reward_model())
+    marks = await reward.score(ASK, candidates(["fine", "a\ud800"]))
+    assert np.isnan(marks.values[0, 0]).tolist() == [False, True]
+    assert marks.notes[1]
+    await reward.close()
+
+
+async def test_text_parts_are_joined(reward_model):
+    path = reward_model()
+    reward = await started(model=path)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}]
+    assert same((await reward.score(parts, candidates())).values[0], direct(path))
+    await reward.close()
+
+
+async def test_without_a_chat_template_the_text_is_read_plainly(reward_model, byte_level, tmp_path):
+    shutil.copytree(reward_model(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").unlink()
+    reward = await started(model=str(tmp_path))
+    marks = await reward.score(ASK, candidates(["sat"]))
+    assert marks.tokens == len(byte_level("the cat\n\nsat")["input_ids"])
+    assert np.isfinite(marks.values).all()
+    assert np.isfinite((await reward.score([], candidates(["a completion"]))).values).all()
+    nothing = await reward.score([], candidates([""]))
+    assert np.isnan(nothing.values).all()
+    assert nothing.notes[0]
+    await reward.close()
+
+
+async def test_a_forward_that_raises_is_told_and_the_next_is_scored(reward_model):
+    reward = await started(model=reward_model())
+
+    def fail(module, args):
+        handle.remove()
+        raise RuntimeError("out of memory")
+
+    handle = reward._models[0].model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        await reward.score(ASK, candidates())
+    assert np.isfinite((await reward.score(ASK, candidates())).values).all()
+    await reward.close()
+
+
+async def test_cancelling_one_request_leaves_the_others(reward_model):
+    path = reward_model()
+    reward = await started(model=path, batch_size=5)
+    inside, go = threading.Event(), threading.Event()
+
+    def hold(module, args):
+        inside.set()
+        go.wait(20)
+
+    reward._models[0].model.register_forward_pre_hook(hold)
+    scored = []
+    reward._models[0].model.register_forward_pre_hook(lambda m, a, kw: scored.append(len(kw["input_ids"])), with_kwargs=True)
+    tasks = [asyncio.create_task(reward.score(ASK, candidates())) for _ in range(3)]
+    await asyncio.to_thread(inside.wait, 20)
+    tasks[0].cancel()  # being scored
+    tasks[1].cancel()  # waiting
+    await asyncio.sleep(0)
+    go.set()
+    assert same((await tasks[2]).values[0], direct(path))
+    assert sum(scored) == 2 * len(TEXTS)  # what waited was never read
+    assert tasks[0].cancelled()
+    assert not reward._waiting
+    await reward.close()
+
+
+async def test_closing_refuses_what_waits_and_what_comes(reward_model):
+    reward = await started(model=reward_model(), batch_size=2)
+    inside = threading.Event()
+    reward._models[0].model.register_forward_pre_hook(lambda m, a: inside.set())
+    task = asyncio.create_task(reward.score(ASK, candidates(["a"] * 200)))
+    await asyncio.to_thread(inside.wait, 20)
+    await reward.close()
+    with pytest.raises(Unavailable):
+        await task
+    with pytest.raises(Unavailable):
+        await reward.score(ASK, candidates())
+
+
+async def test_a_language_model_is_no_reward_model(language_model):
+    with pytest.raises(ConfigError, match="no sequence classifier"):
+        await started(model=language_model("GPT2"))
+
+
+async def test_what_cannot_be_loaded_is_refused(reward_model, tmp_path):
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        await started(model=str(tmp_path))
+    with pytest.raises(ConfigError, match="2 names for the 3 labels"):
+        await started(model=reward_model("Llama", 3), attributes=("a", "b"))
+    for wrong in (Classifier(), Classifier(model="a", models=("b",))):
+        with pytest.raises(ConfigError, match="either model or models"):
+            wrong.load()

@@ -1,0 +1,190 @@
+"""Real servers on free ports over the fake engine, and clients for them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+
+from infer_align import config as configuration
+from infer_align.engines.fake import FakeEngine
+from infer_align_server.app import create_app
+from infer_align_server.service import Service
+
+# One script for most tests: candidate i says "candidate <number>", so a reward by number has a known ranking.
+NUMBERS = """
+[engine]
+kind = "fake"
+replies = [{text = "candidate 3"}, {text = "candidate 1"}, {text = "candidate 9"}, {text = "candidate 9"}, {text = "candidate 5"}]
+[rewards.number]
+kind = "callable"
+function = "tests.server.scorers:number"
+[rewards.brevity]
+kind = "rules"
+words_weight = -1.0
+[rewards.broken]
+kind = "callable"
+function = "tests.server.scorers:fails"
+[rewards.silent]
+kind = "callable"
+function = "tests.server.scorers:nan"
+[rewards.picky]
+kind = "callable"
+function = "tests.server.scorers:fails_on_3"
+[rewards.infinite]
+kind = "callable"
+function = "tests.server.scorers:infinite"
+[rewards.constant]
+kind = "callable"
+function = "tests.server.scorers:constant"
+[presets.best]
+best_of_n = {n = 5}
+ensemble = {objective = "mean"}
+[presets.three]
+best_of_n = {n = 3}
+rewards = {number = 1.0}
+[server]
+default_rewards = {number = 1.0}
+"""
+USER = [{"role": "user", "content": "hello there"}]
+
+
+@dataclass
+class Live:
+    """One running server, and a look inside it."""
+
+    base_url: str
+    service: Service
+    server: uvicorn.Server
+    thread: threading.Thread
+
+    @property
+    def engine(self) -> FakeEngine:
+        assert isinstance(self.service.engine, FakeEngine)
+        return self.service.engine
+
+    @property
+    def root(self) -> str:
+        return self.base_url.removesuffix("/v1")
+
+    @property
+    def port(self) -> int:
+        return int(self.root.rpartition(":")[2])
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(
+            base_url=self.root, timeout=20, trust_env=False, verify=False, **options
+        )  # no TLS here: its set-up is slow
+
+    def post(self, body: object, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        with self.http() as client:
+            return client.post(path, content=content, **options)
+
+    def chat(self, align: object = None, **fields: Any) -> httpx.Response:
+        body = {"model": self.service.model, "messages": USER, **fields}
+        return self.post(body if align is None else {**body, "align": align})
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        with self.http() as client:
+            return client.get(path, **options)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one sample, 0 where it is not there yet."""
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == name and labels.items() <= sample.labels.items():
+                    return float(sample.value)
+        return 0.0
+
+    def until(self, condition: Callable[[], bool], seconds: float = 2.0) -> bool:
+        """Whether `condition` comes true in time."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def idle(self, seconds: float = 2.0) -> bool:
+        """Whether nothing runs, waits or holds a place any more, within the time."""
+        place = self.service.admission
+        return self.until(lambda: not (self.engine.running or place.running or place.queued or place.running_tokens), seconds)
+
+
+Serve = Callable[[str], Live]
+
+
+def start(config: configuration.Config, *, wait: bool = True) -> Live:
+    """Serve in a thread; with `wait`, until the models have loaded or failed to."""
+    app = create_app(config)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.005)
+    assert server.started, "the server did not start"
+    port = server.servers[0].sockets[0].getsockname()[1]
+    live = Live(f"http://127.0.0.1:{port}/v1", app.state.service, server, thread)
+    if wait:
+        assert live.until(live.service.settled.is_set, 10)
+    return live
+
+
+def end(live: Live) -> None:
+    """Stop it and wait."""
+    live.server.should_exit = True
+    live.thread.join(10)
+    assert not live.thread.is_alive(), "the server did not end"
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`config_file(toml)`: the text as a file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path_factory.mktemp("config") / "infer-align.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def serve(config_file: Callable[[str], Path]) -> Iterator[Serve]:
+    """`serve(toml)`: a running server with that configuration; the same text gives the same server."""
+    running: dict[str, Live] = {}
+
+    def serve(text: str) -> Live:
+        if text not in running:
+            running[text] = start(configuration.load(config_file(text)))
+        return running[text]
+
+    yield serve
+    for live in running.values():
+        live.server.should_exit = True
+    for live in running.values():
+        end(live)
+
+
+@pytest.fixture(scope="session")
+def numbers(serve: Serve) -> Live:
+    """The server over NUMBERS."""
+    return serve(NUMBERS)
+
+
+@pytest.fixture
+def client(numbers: Live) -> Iterator[openai.OpenAI]:
+    """The OpenAI SDK, unchanged, on that server."""
+    with openai.OpenAI(base_url=numbers.base_url, api_key="unused", max_retries=0, timeout=20) as client:
+        yield client

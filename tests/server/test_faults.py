@@ -1,0 +1,196 @@
+"""Candidates and rewards that fail, hang or say nothing: data in the answer while anything is left, else one honest status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.server import scorers
+
+GOOD, BAD = '{text = "candidate 4"}', '{text = "", error = "out of memory", status = 503}'
+NUMBER = '[rewards.number]\nkind = "callable"\nfunction = "tests.server.scorers:number"\n'
+
+
+def script(*replies: str, rewards: str = NUMBER) -> str:
+    return f'[engine]\nkind = "fake"\nreplies = [{", ".join(replies)}]\n{rewards}'
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("replies", [(BAD, GOOD, GOOD, GOOD), (GOOD, BAD, BAD, GOOD), (BAD, BAD, BAD, GOOD)])
+def test_some_candidates_fail(serve: Any, replies: tuple[str, ...]) -> None:
+    live = serve(script(*replies))
+    dropped = live.metric("infer_align_candidates_total", outcome="dropped")
+    answer = live.chat({"best_of_n": {"n": 4}})
+    assert answer.status_code == 200, answer.text
+    align = answer.json()["align"]
+    failed = [i for i, reply in enumerate(replies) if reply == BAD]
+    assert align["selected"] == replies.index(GOOD)
+    assert align["dropped"] == len(failed)
+    for i in failed:
+        candidate = align["candidates"][i]
+        assert "out of memory" in candidate["error"]
+        assert candidate["objective"] is None, "a failure is never a 0"
+        assert candidate["scores"]["number"]["value"] is None
+        assert candidate["scores"]["number"]["members"] == [None]
+    assert live.metric("infer_align_candidates_total", outcome="dropped") == dropped + len(failed)
+    assert live.idle()
+
+
+@pytest.mark.parametrize("align", [{"best_of_n": {"n": 4}}, None])
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_candidates_fail_with_the_status_of_the_first(serve: Any, align: Any, stream: bool) -> None:
+    live = serve(script(BAD, '{text = "", error = "another"}'))
+    answer = live.chat(align, stream=stream)
+    assert answer.status_code == 503
+    assert "out of memory" in answer.json()["error"]["message"]
+    assert live.engine.sampled <= 40
+    assert live.idle()
+
+
+def test_one_of_n_without_tolerance_asked_for(serve: Any) -> None:
+    answer = serve(script(GOOD, BAD)).chat(n=2)
+    assert answer.status_code == 503, "fewer choices than n would be a silent failure"
+    assert "candidate 1 failed: out of memory" in answer.json()["error"]["message"]
+
+
+def test_a_failed_candidate_is_never_returned_even_where_nothing_counts(serve: Any) -> None:
+    answer = serve(script(BAD, GOOD)).chat({"rewards": {"number": 0}}, n=2)
+    assert answer.status_code == 200, answer.text
+    assert [c["message"]["content"] for c in answer.json()["choices"]] == ["candidate 4"]
+    assert answer.json()["align"]["dropped"] == 1
+
+
+def test_calls_are_not_multiplied(serve: Any) -> None:
+    live = serve(script(BAD, BAD, BAD))
+    before = live.engine.sampled
+    live.chat({"best_of_n": {"n": 6}})
+    assert live.engine.sampled == before + 6, "no retries behind the client's back"
+
+
+# --- rewards ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reward", "why"), [("broken", "the reward model is on fire"), ("silent", "NaN")])
+def test_nothing_can_be_scored(numbers: Any, reward: str, why: str) -> None:
+    for stream in (False, True):
+        answer = numbers.chat({"best_of_n": {"n": 3}, "rewards": {reward: 1}}, stream=stream)
+        assert answer.status_code == 502
+        error = answer.json()["error"]
+        assert error["code"] == "reward_failed"
+        assert why in error["message"]
+    assert numbers.idle()
+
+
+def test_a_reward_that_fails_on_one_candidate_drops_it(numbers: Any) -> None:
+    align = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"picky": 1}}).json()["align"]
+    assert align["dropped"] == 1
+    assert align["candidates"][0]["error"] == "not scored: picky: RuntimeError: three is too much"
+    assert align["candidates"][0]["objective"] is None
+    assert align["selected"] == 2
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_broken_reward_beside_a_good_one(numbers: Any, weight: float) -> None:
+    answer = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"number": 1, "broken": weight}})
+    if weight:
+        assert answer.status_code == 502, "a weighted sum without one of its terms compares nothing"
+        return
+    body = answer.json()
+    assert body["align"]["selected"] == 2
+    shown = body["align"]["candidates"][2]["scores"]["broken"]
+    assert shown == {"value": None, "std": None, "members": [None], "note": "RuntimeError: the reward model is on fire"}
+
+
+def test_the_reason_for_a_drop_names_the_reward_that_counts(numbers: Any) -> None:
+    align = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"silent": 0, "picky": 1}}).json()["align"]
+    assert align["candidates"][0]["error"].startswith("not scored: picky:")
+
+
+def test_an_infinite_score_is_no_score(numbers: Any) -> None:
+    align = numbers.chat({"best_of_n": {"n": 3}, "rewards": {"infinite": 1}}).json()["align"]
+    assert align["candidates"][1]["scores"]["infinite"]["value"] is None
+    assert align["dropped"] == 1
+    assert align["selected"] == 0
+
+
+@pytest.mark.parametrize("align", [{"rewards": {"broken": 1}}, {"best_of_n": {"n": 1}, "rewards": {"broken": 1}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_draw_needs_no_score(numbers: Any, align: Any, stream: bool) -> None:
+    answer = numbers.chat(align, stream=stream)
+    assert answer.status_code == 200, answer.text
+    assert "candidate" in answer.text
+    assert "nothing to compare" in answer.text
+    assert '"error":{' not in answer.text
+
+
+def test_a_reward_over_its_time_is_not_scored(serve: Any) -> None:
+    live = serve(
+        script(GOOD, rewards='[rewards.slow]\nkind = "callable"\nfunction = "tests.server.scorers:slow"\ntimeout_seconds = 0.2\n')
+    )
+    answer = live.chat({"best_of_n": {"n": 2}})
+    assert answer.status_code == 502
+    assert "no score within 0.2 s" in answer.json()["error"]["message"]
+    assert live.idle()
+
+
+@pytest.fixture
+def _let_go() -> Iterator[None]:
+    scorers.hold.clear()
+    yield
+    scorers.hold.set()
+
+
+@pytest.mark.usefixtures("_let_go")
+def test_deadline_while_scoring_answers_with_what_is_there(serve: Any) -> None:
+    live = serve(script(GOOD, rewards='[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'))
+    for stream in (False, True):
+        kept = live.metric("infer_align_candidates_total", outcome="kept")
+        answer = live.chat({"best_of_n": {"n": 2}, "budget": {"deadline_seconds": 0.4}}, stream=stream, n=2)
+        assert answer.status_code == 200, answer.text
+        assert '"partial":true' in answer.text
+        assert "the deadline passed before scoring" in answer.text
+        assert "data: [DONE]" in answer.text or not stream
+        assert live.metric("infer_align_candidates_total", outcome="kept") == kept + 2
+    assert live.idle()
+
+
+# --- deadlines ----------------------------------------------------------------------------------------------------------
+
+SLOW = '{text = "one two three four five six seven eight 9", seconds_per_token = 0.1}'
+LATE = '{text = "one two 3", first_token_seconds = 8}'
+
+
+@pytest.mark.parametrize("align", [{}, {"best_of_n": {"n": 2}, "rewards": {"brevity": 1}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_deadline_with_a_partial_answer(serve: Any, align: Any, stream: bool) -> None:
+    live = serve(script(SLOW, rewards='[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'))
+    answer = live.chat({**align, "budget": {"deadline_seconds": 0.45}}, stream=stream)
+    assert answer.status_code == 200, answer.text
+    assert '"partial":true' in answer.text
+    assert '"finish_reason":"length"' in answer.text
+    assert "eight" not in answer.text
+    assert live.idle()
+
+
+def test_deadline_keeps_the_candidates_that_are_done(serve: Any) -> None:
+    live = serve(script(LATE, '{text = "candidate 2"}', '{text = "candidate 4"}'))
+    answer = live.chat({"best_of_n": {"n": 3}, "budget": {"deadline_seconds": 0.5}})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"] == "candidate 4"
+    assert answer.json()["align"]["partial"] is True
+    assert answer.json()["align"]["dropped"] == 1, "the empty one cannot be scored"
+    assert live.idle()
+
+
+@pytest.mark.parametrize("align", [{}, {"best_of_n": {"n": 2}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_deadline_with_nothing(serve: Any, align: Any, stream: bool) -> None:
+    live = serve(script(LATE))
+    answer = live.chat({**align, "budget": {"deadline_seconds": 0.2}}, stream=stream)
+    assert answer.status_code == 504
+    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert live.idle()
