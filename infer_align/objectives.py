@@ -95,6 +95,6 @@ def _members(scores: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
 
 
 def _count(present: NDArray[np.bool_]) -> Array:
-    count = present.sum(axis=0).astype(np.float64)
+    count: Array = present.sum(axis=0).astype(np.float64)
     count[count == 0] = np.nan
     return count

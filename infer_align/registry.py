@@ -28,12 +28,16 @@ class Registry:
     def _external(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=f"infer_align.{self.folder}")}
 
-    def names(self) -> list[str]:
-        """Sorted ids. Modules that start with an underscore are support code, not plugins."""
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
         spec = importlib.util.find_spec(f"infer_align.{self.folder}")
         paths = spec.submodule_search_locations if spec else None
         found = {m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_")}
-        return sorted(found | self._external.keys())
+        return tuple(sorted(found | self._external.keys()))
+
+    def names(self) -> list[str]:
+        """Sorted ids, looked up once a process. Modules that start with an underscore are support code, not plugins."""
+        return list(self._names)
 
     def get(self, name: str) -> type[Any]:
         """The plugin class called `name`, imported now.

@@ -20,6 +20,7 @@ SETTINGS = ("preset", "rewards", "ensemble", "budget", "details")
 # Named by the contract; each answers "not available" until its module stands in methods/.
 CONTRACT = ("dpa", "rps", "best_of_n", "vas", "trust_judge")
 SEED_RANGE = 2**63
+MASK_64 = 2**64 - 1
 MAX_WEIGHT = 1e9  # above it a weighted sum could overflow, and an infinite objective compares nothing
 
 
@@ -271,9 +272,21 @@ def _fan_out(request: Request) -> str:
 
 
 def _seeded(draws: tuple[Draw, ...], seed: int) -> tuple[Draw, ...]:
-    """Candidate i samples with seed + i, so the first is what the request gives without a selection."""
+    """The first candidate has the request's own seed, so that it is what the request gives without a selection.
+
+    The others' are mixed from it: requests with neighbouring seeds share no candidates.
+    """
     seeded, start = [], 0
     for draw in draws:
-        seeded.append(replace(draw, seeds=tuple((seed + start + i) % SEED_RANGE for i in range(draw.n))))
+        seeded.append(replace(draw, seeds=tuple(_candidate_seed(seed, start + i) for i in range(draw.n))))
         start += draw.n
     return tuple(seeded)
+
+
+def _candidate_seed(seed: int, index: int) -> int:
+    if index == 0:
+        return seed
+    z = (seed * 0xD1342543DE82EF95 + index * 0x9E3779B97F4A7C15) & MASK_64  # splitmix64's finish over both
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK_64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK_64
+    return (z ^ z >> 31) % SEED_RANGE

@@ -35,8 +35,12 @@ async def score(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
     align = {key: value for key, value in given.items() if key in ALIGN}
     # Scored as a best-of-n whose drawing is done: the same checks, the same ranking.
     chat = {"messages": body.get("messages"), "align": {**align, "best_of_n": {"n": len(texts)}}, "max_tokens": 1}
-    request = parse_request(chat, "chat", service.config.presets)
-    plan = make_plan(request, service.engine, service.rewards, service.default_rewards, service.config.limits.request)
+    try:
+        request = parse_request(chat, "chat", service.config.presets)
+        plan = make_plan(request, service.engine, service.rewards, service.default_rewards, service.config.limits.request)
+    except InvalidRequest as error:  # here the fields stand in the body itself
+        where = (error.param or "").removeprefix("align.")
+        raise type(error)(error.message.removeprefix("align."), param=where, code=error.code) from None
     candidates = [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
     async with service.admission.admit(0):
         scores = await score_candidates(plan, service.rewards, candidates)

@@ -301,9 +301,9 @@ def test_score_names_what_is_not_available(numbers: Any, name: str) -> None:
         ({"messages": None}, "messages"),
         ({"reward": {}}, "reward"),
         ({"model": 5}, "model"),
-        ({"rewards": {"nope": 1}}, "align.rewards.nope"),
-        ({"rewards": 5}, "align.rewards"),
-        ({"ensemble": {"objective": "x"}}, "align.ensemble.objective"),
+        ({"rewards": {"nope": 1}}, "rewards.nope"),
+        ({"rewards": 5}, "rewards"),
+        ({"ensemble": {"objective": "x"}}, "ensemble.objective"),
     ],
 )
 def test_wrong_score_request(numbers: Any, change: Any, param: str) -> None:

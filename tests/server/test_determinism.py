@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -42,7 +43,11 @@ def test_same_seed_same_answer_alone_and_in_a_crowd(serve: Any, align: Any) -> N
 def test_candidates_get_seeds_of_their_own(serve: Any) -> None:
     align = serve(SEEDED).chat({"best_of_n": {"n": 6}, "details": "candidates"}, seed=100).json()["align"]
     texts = [c["choice"]["message"]["content"] for c in align["candidates"]]
-    assert texts == ["about hello there 100", "or 101", "102 4", "about hello there 103", "or 104", "105 4"]
+    seeds = [int(re.search(r"\d{3,}", text).group()) for text in texts]
+    assert seeds[0] == 100, "the first is what the request gives without a selection"
+    assert len(set(seeds)) == 6
+    neighbour = serve(SEEDED).chat({"best_of_n": {"n": 6}, "details": "candidates"}, seed=101).json()["align"]
+    assert not set(texts) & {c["choice"]["message"]["content"] for c in neighbour["candidates"]}, "neighbouring seeds share nothing"
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
