@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer_align.config import Config
 from infer_align.errors import AlignError
-from infer_align_server.routes import router
+from infer_align_server.logs import access
+from infer_align_server.routes import ROUTES
 from infer_align_server.service import Progress, Service
 from infer_align_server.stream import ClientLeft
 from infer_align_server.wire import error_response
@@ -49,7 +50,7 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
 
     app = FastAPI(title="infer-align", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    app.include_router(router)
+    app.router.routes.extend(ROUTES)
     app.add_exception_handler(AlignError, _on_align_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(Observed, service=service)
@@ -94,7 +95,7 @@ class Observed:
         if status == CLIENT_LEFT:
             self._service.metrics.disconnects.inc()
         self._service.metrics.requests.labels(route, str(status)).inc()
-        log.info(
+        access.info(
             "request",
             extra={
                 "request_id": request_id,

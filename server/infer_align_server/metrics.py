@@ -42,13 +42,18 @@ class Metrics:
         kept = len(response.kept)
         dropped = len(response.selection.dropped.keys() - {candidate.index for candidate in response.kept})
         returned = sum(c.completion_tokens for c in response.kept)
-        self.prompt_tokens.inc(response.prompt_tokens)
-        self.returned_tokens.inc(returned)
-        self.rejected_tokens.inc(sum(c.completion_tokens for c in response.candidates) - returned)
-        self.reward_tokens.inc(response.scores.tokens)
-        self.kept.inc(kept)
-        self.dropped.inc(dropped)
-        self.rejected.inc(len(response.candidates) - kept - dropped)
+        counts = (
+            (self.prompt_tokens, response.prompt_tokens),
+            (self.returned_tokens, returned),
+            (self.rejected_tokens, sum(c.completion_tokens for c in response.candidates) - returned),
+            (self.reward_tokens, response.scores.tokens),
+            (self.kept, kept),
+            (self.dropped, dropped),
+            (self.rejected, len(response.candidates) - kept - dropped),
+        )
+        for counter, count in counts:
+            if count:
+                counter.inc(count)
         self.e2e.observe(response.timing.total_seconds)
         if response.scores.members:
             self.scoring.observe(response.timing.score_seconds)
