@@ -1,1 +1,25 @@
 """Triton kernels for value-guided decoding, each beside its torch reference. Knows torch and triton only."""
+
+from infer_align_kernels.sibling_attention import sibling_attention
+from infer_align_kernels.value_reweight import (
+    CandidateValues,
+    HeadValues,
+    Sampled,
+    allocate_workspace,
+    candidate_values,
+    reweight_logits,
+    top_candidates,
+    value_reweight,
+)
+
+__all__ = [
+    "CandidateValues",
+    "HeadValues",
+    "Sampled",
+    "allocate_workspace",
+    "candidate_values",
+    "reweight_logits",
+    "sibling_attention",
+    "top_candidates",
+    "value_reweight",
+]
