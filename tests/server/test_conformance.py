@@ -105,7 +105,7 @@ def test_errors(numbers: Any, method: str, path: str, body: bytes, status: int) 
     assert answer.headers["content-type"] == "application/json"
     conforms(answer.json(), "ErrorResponse")
     if status == 405:
-        assert answer.headers["allow"] in {"POST", "GET", "GET, HEAD"}
+        assert set(answer.headers["allow"].split(", ")) in ({"POST"}, {"GET", "HEAD"})
 
 
 def test_every_answer_has_a_request_id(numbers: Any) -> None:
