@@ -93,6 +93,15 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Steering:
+    """How a draw's logits are reweighted by value estimates."""
+
+    beta: Mapping[str, float]  # value name -> weight
+    top_k: int
+    tail: Literal["keep", "mask"]
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One homogeneous batch to sample: n candidates of one body."""
 
@@ -101,6 +110,7 @@ class Draw:
     seeds: tuple[int, ...] = ()  # one per candidate; filled when the plan is complete
     kind: Kind = "chat"
     direction: Mapping[str, float] | None = None  # the preference direction it carries
+    steering: Steering | None = None  # the values that steer it
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,18 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._keys, self._values = keys, values
         self._show(keys.shape[-2])
 
+    def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
+        """Of the columns from `columns` on, keep in each row the one at offset chosen[row], as column `columns`."""
+        rows = torch.arange(len(chosen), device=chosen.device)
+        for buffer in (self._keys, self._values):
+            assert buffer is not None
+            buffer[:, :, columns] = buffer[rows, :, columns + chosen]
+        self._show(columns + 1)
+
+    def drop_last(self) -> None:
+        """Forget the newest column."""
+        self._show(self.columns - 1)
+
     def _show(self, columns: int) -> None:
         assert self._keys is not None
         assert self._values is not None
@@ -76,6 +88,22 @@ class RowCache(Cache):  # type: ignore[misc]
             taken.layers.append(GrowingLayer())
             taken.layers[-1].assign(layer.keys[index, :, start:], layer.values[index, :, start:])
         return taken
+
+    def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
+        """Of the columns from `columns` on, keep in each row the one at offset chosen[row]. [B]"""
+        for layer in self.layers:
+            layer.keep_one(columns, chosen)
+
+    def drop_last(self) -> None:
+        """Forget the newest column."""
+        for layer in self.layers:
+            layer.drop_last()
+
+    def overwrite_last(self, rows: list[int], other: RowCache) -> None:
+        """Put the newest column of each of the other's rows in the place of these rows' newest."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.keys[rows, :, -1] = theirs.keys[:, :, -1]
+            mine.values[rows, :, -1] = theirs.values[:, :, -1]
 
     def join(self, other: RowCache) -> RowCache:
         """These rows, then the other's; the shorter of the two is padded on the left."""

@@ -1,0 +1,157 @@
+"""VAS inside the running batch: which rows are steered, by which values, and what their value LMs remember.
+
+A step of steered rows: top-k of the logits ─ values of the k (heads: one gather; value LMs: one forward over all siblings) ─ reweighted
+logits ─ sampler ─ the sibling that was chosen stays in the value LM's cache. Rows that do not steer are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from infer_align.engines.transformers.cache import RowCache
+from infer_align.errors import InvalidRequest, nearest
+from infer_align.types import Steering
+from infer_align.values import Frozen, Value
+from infer_align.values.head import HeadValue
+from infer_align.values.lookahead import LookaheadValue, ValueLM
+from infer_align_kernels import reweight_logits, top_candidates
+
+if TYPE_CHECKING:
+    from infer_align.engines.transformers.rows import Row
+
+# A row's prompt is read by the value LM in parts of this many tokens.
+PREFILL_TOKENS = 1024
+
+
+@dataclass(slots=True)
+class ValueCache:
+    """One value LM's keys and values for the rows of a batch that it values: all tokens of each, the newest included."""
+
+    lm: ValueLM
+    rows: list[Row]
+    cache: RowCache
+
+    def take(self, rows: Sequence[Row]) -> ValueCache:
+        """Those of its rows that are among these."""
+        kept = [i for i, row in enumerate(self.rows) if any(row is other for other in rows)]
+        columns = max((self.rows[i].length for i in kept), default=0)
+        return ValueCache(self.lm, [self.rows[i] for i in kept], self.cache.take(kept, columns) if kept else RowCache())
+
+    def join(self, other: ValueCache) -> ValueCache:
+        """Its rows, then the other's."""
+        if not self.rows or not other.rows:
+            return self if self.rows else other
+        return ValueCache(self.lm, self.rows + other.rows, self.cache.join(other.cache))
+
+    def siblings(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Values after each candidate of each row: [B, k] ids -> [B, k, H]. Leaves the candidates' columns for `choose`."""
+        columns, device = self.cache.length, token_ids.device
+        lengths = torch.tensor([row.length for row in self.rows], device=device)
+        k = token_ids.shape[1]
+        prefix = torch.arange(columns, device=device)[None] >= (columns - lengths)[:, None]
+        own = torch.eye(k, dtype=torch.bool, device=device)
+        mask = torch.cat([prefix[:, None].expand(-1, k, -1), own.expand(len(self.rows), -1, -1)], dim=-1)
+        return self.lm.forward(token_ids, self.cache, lengths[:, None].expand(-1, k), mask[:, None])
+
+    def choose(self, token_ids: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Keep the column of each row's chosen token. [B, k] the candidates just valued, [B] the tokens sampled."""
+        columns = self.cache.length - token_ids.shape[1]
+        match = token_ids == chosen[:, None]
+        self.cache.keep_one(columns, match.int().argmax(dim=-1))
+        if outside := torch.nonzero(~match.any(dim=-1)).ravel().tolist():  # from the tail: nobody has read that token yet
+            patch = self.cache.take(outside, columns + 1)
+            patch.drop_last()
+            positions = torch.tensor([[self.rows[i].length] for i in outside], device=token_ids.device)
+            ends = positions + 1
+            mask = (torch.arange(columns + 1, device=token_ids.device)[None] >= columns + 1 - ends).long()
+            self.lm.forward(chosen[outside, None], patch, positions, mask)
+            self.cache.overwrite_last(outside, patch)
+
+
+class Steerer:
+    """The values of one engine."""
+
+    def __init__(self, frozen: Frozen) -> None:
+        self._frozen = frozen
+        self._shared: dict[object, object] = {}
+        self._values: dict[str, Value] = {}
+
+    def add(self, name: str, value: Value) -> None:
+        """Load a value and let requests use it.
+
+        Raises:
+            ConfigError: it does not fit the frozen model.
+        """
+        value.start(self._frozen, self._shared)
+        self._values = {**self._values, name: value}
+
+    def check(self, steering: Steering) -> None:
+        """Refuse names that are not configured.
+
+        Raises:
+            InvalidRequest: naming the value and the nearest.
+        """
+        for name in steering.beta:
+            if name not in self._values:
+                where = f"align.vas.beta.{name}"
+                raise InvalidRequest(f"{where}: no such value; {nearest(name, self._values)}", param=where)
+
+    def value_lms(self, steering: Steering | None) -> list[ValueLM]:
+        """The value LMs that a draw needs, each once."""
+        used = [self._values[name] for name, beta in steering.beta.items() if beta] if steering else []
+        return list(dict.fromkeys(v.lm for v in used if isinstance(v, LookaheadValue) and v.lm))
+
+    def prefill(self, ids: list[int], steering: Steering | None) -> dict[ValueLM, RowCache]:
+        """Read a prompt with the value LMs that its draw needs; -> their caches of one row."""
+        caches = {}
+        for lm in self.value_lms(steering):
+            caches[lm] = RowCache()
+            for start in range(0, len(ids), PREFILL_TOKENS):
+                part = torch.tensor([ids[start : start + PREFILL_TOKENS]], device=self._frozen.device)
+                positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
+                lm.forward(part, caches[lm], positions, None)
+        return caches
+
+    def steer(
+        self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, V] logits, [B, d] states -> the reweighted logits and [B, k] the candidates; rows that do not steer as they were."""
+        steerings = [row.job.draw.steering for row in rows]
+        k = min(max(s.top_k for s in steerings if s), logits.shape[-1])
+        candidates = top_candidates(logits, k)
+        values = self._evaluate(candidates, hidden, rows, caches)
+        places = torch.arange(k, device=logits.device)
+        used = torch.tensor([s.top_k if s else 0 for s in steerings], device=logits.device)
+        slots = torch.where(places[None] < used[:, None], candidates, -1)
+        beta = torch.tensor([[s.beta.get(name, 0.0) if s else 0.0 for name in self._values] for s in steerings], device=logits.device)
+        tail = torch.tensor([s is not None and s.tail == "mask" for s in steerings], device=logits.device)
+        return reweight_logits(logits, slots, values, beta, tail), candidates
+
+    def choose(self, tokens: list[int], candidates: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]) -> None:
+        """Tell the value LMs which token each row took."""
+        place = {id(row): i for i, row in enumerate(rows)}
+        for cache in caches.values():
+            members = [place[id(row)] for row in cache.rows]
+            cache.choose(candidates[members], torch.tensor([tokens[i] for i in members], device=candidates.device))
+
+    def _evaluate(
+        self, candidates: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
+    ) -> torch.Tensor:
+        """[M, B, k] values of the candidates; what a row does not use is 0 and was not computed."""
+        values = torch.zeros((len(self._values), *candidates.shape), device=candidates.device)
+        place = {id(row): i for i, row in enumerate(rows)}
+        read = {lm: ([place[id(row)] for row in c.rows], c) for lm, c in caches.items()}
+        by_lm = {lm: (members, c.siblings(candidates[members])) for lm, (members, c) in read.items() if members}
+        for m, (name, value) in enumerate(self._values.items()):
+            if isinstance(value, HeadValue):
+                users = [i for i, row in enumerate(rows) if row.job.draw.steering and row.job.draw.steering.beta.get(name)]
+                if users:
+                    values[m, users] = value.of(hidden[users], candidates[users])
+            elif isinstance(value, LookaheadValue) and value.lm in by_lm:
+                members, found = by_lm[value.lm]
+                values[m, members] = found[..., value.index]
+        return values

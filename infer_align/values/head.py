@@ -1,0 +1,98 @@
+"""A value head: the value of every next token from the frozen model's own last hidden state, in one cheap pass.
+
+    Q(h, a) = u(h) . E[a] + b[a]        u(h) = P h, or W2 gelu(W1 h + c1)
+
+h is what the model's output layer reads. Of rank r: E is [V, r], so a head is r/d the size of an output layer, and valuing k candidates
+gathers k rows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from infer_align.errors import ConfigError
+from infer_align.hub import locate
+from infer_align.values import Frozen, Value, check_fit
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Values from the frozen model's own hidden state: low rank or a small MLP."""
+
+    path: str = field(metadata={"description": "safetensors file, as `infer-align fit value` writes it"})
+    description: str = field(default="", metadata={"description": "one line for people"})
+
+    def load(self) -> HeadValue:
+        """The value, its file not yet read."""
+        return HeadValue(self.path, self.description)
+
+
+plugin = Head
+
+
+class HeadValue(Value):
+    """One head, resident on the frozen model's device."""
+
+    def __init__(self, path: str, description: str = "") -> None:
+        self.path = path
+        self.description = description
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def start(self, frozen: Frozen, shared: dict[object, Any]) -> None:
+        """Read the file.
+
+        Raises:
+            ConfigError: not there, not a head, or made for another model.
+        """
+        tensors, metadata = read(self.path)
+        check_fit(self.path, metadata, frozen)
+        if len(tensors["E"]) != frozen.vocabulary:
+            raise ConfigError(f"{self.path}: values {len(tensors['E'])} tokens, but {frozen.model!r} has {frozen.vocabulary}.")
+        self.description = self.description or metadata.get("description", "")
+        self._tensors = {name: tensor.to(frozen.device, torch.float32) for name, tensor in tensors.items()}
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """u(h). [B, d] float32 -> [B, r]."""
+        t = self._tensors
+        if "P" in t:
+            return hidden @ t["P"].T
+        return torch.nn.functional.gelu(hidden @ t["W1"].T + t["c1"]) @ t["W2"].T
+
+    def of(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
+        u, t = self.features(hidden), self._tensors
+        return torch.einsum("br,bkr->bk", u, t["E"][token_ids]) + t["b"][token_ids]
+
+
+def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A head's tensors (P, or W1 c1 W2; E, b) and its metadata.
+
+    Raises:
+        ConfigError: the file is not there, or is not a head.
+    """
+    file = Path(locate(path))
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            metadata = opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: cannot be read as a safetensors file: {error}") from None
+    if metadata.get("kind") != "head" or not ({"P"} <= tensors.keys() or {"W1", "c1", "W2"} <= tensors.keys()):
+        raise ConfigError(f"{path}: not a value head (it holds {', '.join(sorted(tensors))}); make one with: infer-align fit value.")
+    return tensors, metadata
+
+
+def write(path: Path, tensors: Mapping[str, torch.Tensor], frozen: Frozen, metadata: Mapping[str, str]) -> None:
+    """Save a head with what it was made for; whole or not at all."""
+    made_for = {"kind": "head", "model": frozen.model, "tokenizer": frozen.tokenizer, "hidden_size": str(frozen.hidden_size)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {**metadata, **made_for})
+    part.replace(path)
