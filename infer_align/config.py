@@ -89,12 +89,14 @@ class Config:
     server: Server = field(default_factory=Server)
     limits: Limits = field(default_factory=Limits)
     rewards: Mapping[str, Any] = field(default_factory=dict)  # name -> the dataclass of the reward's kind
+    values: Mapping[str, Any] = field(default_factory=dict)  # name -> the dataclass of the value's kind
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def load_engine(self) -> Engine:
         """The engine, not yet started."""
         engine: Engine = self.engine.load()
+        engine.values = {name: section.load() for name, section in self.values.items()}
         return engine
 
     def load_rewards(self) -> dict[str, Reward]:
@@ -127,10 +129,11 @@ class Config:
             )
         return keys
 
-    def values(self) -> Iterator[tuple[str, object, str]]:
+    def settings(self) -> Iterator[tuple[str, object, str]]:
         """(dotted name, value, where it came from) of every setting."""
         sections = {"server": self.server, "limits": self.limits, "engine": self.engine}
         sections |= {f"rewards.{name}": section for name, section in self.rewards.items()}
+        sections |= {f"values.{name}": section for name, section in self.values.items()}
         yield "engine.kind", self.engine_kind, self.origins.get("engine.kind", "default")
         for path, section in sections.items():
             for f in dataclasses.fields(section):
@@ -164,7 +167,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
-    known = ("server", "limits", "engine", "rewards", "presets")
+    known = ("server", "limits", "engine", "rewards", "values", "presets")
     for section, value in table.items():
         if section not in known:
             raise ConfigError(f"[{section}]: no such section; {nearest(section, known)}")
@@ -184,7 +187,8 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
         engine=_plugin(registry.engines, kind, engine, "engine"),
         engine_kind=kind,
-        rewards={name: _reward(name, section) for name, section in table.get("rewards", {}).items()},
+        rewards={name: _named(registry.rewards, name, section) for name, section in table.get("rewards", {}).items()},
+        values={name: _named(registry.values, name, section) for name, section in table.get("values", {}).items()},
         presets=presets,
         origins=origins,
     )
@@ -197,12 +201,13 @@ def _check_align(align: object, where: str) -> None:
         raise ConfigError(f"{where} {error.message}") from error
 
 
-def _reward(name: str, section: object) -> Any:
+def _named(plugins: registry.Registry, name: str, section: object) -> Any:
+    path = f"{plugins.folder}.{name}"
     if not isinstance(section, dict) or "kind" not in section:
-        raise ConfigError(f"[rewards.{name}] needs a kind; {nearest('', registry.rewards.names())}")
+        raise ConfigError(f"[{path}] needs a kind; {nearest('', plugins.names())}")
     if "." in name or "@" in name:
-        raise ConfigError(f"[rewards.{name}] a reward's name cannot hold '.' or '@'; rename it.")
-    return _plugin(registry.rewards, section["kind"], section, f"rewards.{name}")
+        raise ConfigError(f"[{path}] the name cannot hold '.' or '@'; rename it.")
+    return _plugin(plugins, section["kind"], section, path)
 
 
 def _plugin(plugins: registry.Registry, kind: str, section: Mapping[str, Any], path: str) -> Any:

@@ -1,4 +1,4 @@
-"""Plugins by file name: every module of `methods/`, `rewards/` and `engines/`, and entry points of the same group.
+"""Plugins by file name: every module of `methods/`, `rewards/`, `engines/` and `values/`, and entry points of the same group.
 
 A plugin module holds its class in a variable `plugin`; the module's name is its id. Listing imports nothing.
 """
@@ -64,3 +64,4 @@ class Registry:
 methods = Registry("methods")
 rewards = Registry("rewards")
 engines = Registry("engines")
+values = Registry("values")

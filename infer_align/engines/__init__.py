@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 from infer_align.errors import AlignError
 from infer_align.types import Body, Candidate, Capability, Delta, Draw
+from infer_align.values import Value
 
 Event = Delta | Candidate
 
@@ -27,11 +29,13 @@ class Engine(ABC):
         model: the name it is served under.
         capabilities: what it can do.
         context_length: tokens of prompt and completion together; also the worst case of a request that sets no maximum.
+        values: what it can be steered by, by name; given before `start`, which loads them.
     """
 
     model: str
     capabilities: ClassVar[frozenset[Capability]]
     context_length: int
+    values: Mapping[str, Value] = MappingProxyType({})
 
     async def start(self) -> None:
         """Load whatever takes time. Called once, before anything else."""

@@ -57,6 +57,12 @@ class ValueLM:
         self.description: str = card.get("description", "")
         self._weight = heads["weight"].to(frozen.device, torch.float32)  # [H, d]
         self._bias = heads["bias"].to(frozen.device, torch.float32)  # [H]
+        self.cell_bytes = self._measure()
+
+    def _measure(self) -> int:
+        """Bytes of keys and values that a token takes."""
+        cache = self.lm(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.lm.device), use_cache=True).past_key_values
+        return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, cache: Any, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

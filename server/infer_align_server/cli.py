@@ -117,7 +117,7 @@ def _print_plugins(title: str, plugins: dict[str, type[Any]]) -> None:
 
 def _config_show(options: argparse.Namespace) -> int:
     table = Table("setting", "value", "from")
-    for name, value, origin in configuration.load(options.config, options.set).values():
+    for name, value, origin in configuration.load(options.config, options.set).settings():
         table.add_row(escape(name), escape(repr(value)), escape(origin))
     OUT.print(table)
     return 0

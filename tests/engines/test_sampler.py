@@ -11,7 +11,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from infer_align.engines._sampling import SamplingParams
-from infer_align.engines.transformers.sampler import _truncated, sample, uniforms
+from infer_align.engines.transformers.sampler import _truncated, adjust, sample, uniforms
 
 VOCABULARY = 24
 
@@ -26,13 +26,17 @@ class Row:
 
 
 @pytest.fixture
+def draw(logits: torch.Tensor, rows: list[Row]) -> list[int]:
+    return sample(adjust(logits, rows), rows)
+
+
 def logits() -> torch.Tensor:
     return torch.randn((1, VOCABULARY), generator=torch.Generator().manual_seed(3)) * 2
 
 
 def frequencies(logits: torch.Tensor, n: int = 20_000, **params: Any) -> np.ndarray:
     rows = [Row(SamplingParams(**params), seed=i) for i in range(n)]
-    return np.bincount(sample(logits.expand(n, -1), rows), minlength=logits.shape[-1])
+    return np.bincount(draw(logits.expand(n, -1), rows), minlength=logits.shape[-1])
 
 
 def agree(counts: np.ndarray, expected: np.ndarray) -> bool:
@@ -90,14 +94,14 @@ def test_truncation_keeps_exactly_what_the_warpers_keep():
 def test_rows_do_not_see_each_other(logits):
     kinds = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"logit_bias": {1: 5.0}}, {"min_p": 0.3, "temperature": 2.0}]
     rows = [Row(SamplingParams(**kinds[i % len(kinds)]), seed=i, tokens=[2] * (i % 5)) for i in range(60)]
-    together = sample(logits.expand(60, -1), rows)
-    assert together == [sample(logits, [row])[0] for row in rows]
+    together = draw(logits.expand(60, -1), rows)
+    assert together == [draw(logits, [row])[0] for row in rows]
 
 
 def test_temperature_zero_takes_the_largest_and_of_equals_the_first():
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
-    assert sample(logits, [Row(SamplingParams(temperature=0.0))]) == [1]
-    assert sample(logits, [Row(SamplingParams(temperature=1e-9), seed=s) for s in range(1)])[0] in {1, 2}
+    assert draw(logits, [Row(SamplingParams(temperature=0.0))]) == [1]
+    assert draw(logits, [Row(SamplingParams(temperature=1e-9), seed=s) for s in range(1)])[0] in {1, 2}
 
 
 def test_the_number_depends_on_seed_and_step_alone():
@@ -118,12 +122,12 @@ def test_the_number_depends_on_seed_and_step_alone():
 def expect(logits: torch.Tensor, row: Row, bent: torch.Tensor) -> None:
     """Greedy and sampled, the row sees `bent`."""
     row.params = SamplingParams(**{**{f: getattr(row.params, f) for f in row.params.__slots__}, "temperature": 0.0})
-    assert sample(logits, [row]) == [int(bent.argmax())]
+    assert draw(logits, [row]) == [int(bent.argmax())]
     params = SamplingParams(**{**{f: getattr(row.params, f) for f in row.params.__slots__}, "temperature": 1.0})
     n = 5_000
     # The number depends on the step, so every row has the same tokens and another seed.
     rows = [Row(params, i, row.tokens, row.prompt_ids, row.banned) for i in range(n)]
-    counts = np.bincount(sample(logits.expand(n, -1), rows), minlength=VOCABULARY)
+    counts = np.bincount(draw(logits.expand(n, -1), rows), minlength=VOCABULARY)
     assert agree(counts, bent[0].softmax(-1).double().numpy())
 
 
@@ -151,5 +155,5 @@ def test_logit_bias_and_bans(logits):
 
 def test_the_logits_given_are_not_written_to(logits):
     before = logits.clone()
-    sample(logits, [Row(SamplingParams(logit_bias={1: 5.0}, top_k=3, repetition_penalty=1.3), prompt_ids=[1])])
+    draw(logits, [Row(SamplingParams(logit_bias={1: 5.0}, top_k=3, repetition_penalty=1.3), prompt_ids=[1])])
     assert torch.equal(logits, before)

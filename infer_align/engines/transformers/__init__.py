@@ -16,8 +16,10 @@ from infer_align.engines import Engine, Stream
 from infer_align.engines._sampling import SamplingParams
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.scheduler import Job, Scheduler
+from infer_align.engines.transformers.steering import Steerer
 from infer_align.errors import InvalidRequest, Unavailable
 from infer_align.types import Capability, Draw
+from infer_align.values import Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class TransformersEngine(Engine):
     """Tokenizes on the caller's side, samples in one scheduler thread."""
 
     capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.CHAT, Capability.COMPLETION, Capability.SEED, Capability.LOGPROBS}
+        {Capability.CHAT, Capability.COMPLETION, Capability.SEED, Capability.LOGPROBS, Capability.STEER}
     )
 
     def __init__(self, config: Transformers) -> None:
@@ -62,6 +64,7 @@ class TransformersEngine(Engine):
         self.model = config.model
         self.context_length = config.context_length or 0
         self._model: Model | None = None
+        self._steerer: Steerer | None = None
         self._scheduler: Scheduler | None = None
 
     async def start(self) -> None:
@@ -72,8 +75,32 @@ class TransformersEngine(Engine):
         """
         self._model = await asyncio.to_thread(Model.load, self.config)
         self.context_length = self._model.context_length
-        self._scheduler = Scheduler(self._model, self.config)
+        self._steerer = Steerer(self._model.frozen(self.config.model))
+        for name, value in self.values.items():
+            await asyncio.to_thread(self._steerer.add, name, value)
+        self._scheduler = Scheduler(self._model, self._steerer, self.config)
         self._scheduler.start()
+
+    @property
+    def frozen(self) -> Model:
+        """The frozen model itself, for fitting values to its states.
+
+        Raises:
+            Unavailable: not started.
+        """
+        if self._model is None:
+            raise Unavailable("the model is still loading")
+        return self._model
+
+    def add_value(self, name: str, value: Value) -> None:
+        """Let requests steer by another value from now on; one of the same name is replaced.
+
+        Raises:
+            ConfigError: it does not fit the model.
+        """
+        if self._steerer is None:
+            raise Unavailable("the model is still loading")
+        self._steerer.add(name, value)
 
     async def close(self) -> None:
         """End the scheduler; what still runs is cut off."""
@@ -89,6 +116,8 @@ class TransformersEngine(Engine):
     def check(self, draw: Draw) -> None:
         """Read the sampling fields, and refuse those that this engine would have to drop."""
         SamplingParams.from_body(draw.body, draw.kind)
+        if draw.steering and self._steerer:
+            self._steerer.check(draw.steering)
 
     def sample(self, draw: Draw) -> Stream:
         """Queue the draw; its candidates join the running batch as soon as there is room.

@@ -79,6 +79,11 @@ class RowCache(Cache):  # type: ignore[misc]
         """Columns in use, the same in every layer: the tokens of the longest row."""
         return int(self.layers[0].columns) if self.layers else 0
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the columns in use."""
+        return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in self.layers)
+
     def take(self, rows: list[int], columns: int) -> RowCache:
         """The last `columns` columns of these rows, in this order; a row may be taken more than once."""
         taken = RowCache()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from infer_align.engines.transformers.cache import RowCache
 from infer_align.errors import ConfigError, InvalidRequest, shown
 from infer_align.hub import locate
 from infer_align.types import Draw
+from infer_align.values import Frozen, tokenizer_digest
 
 if TYPE_CHECKING:
     from infer_align.engines.transformers import Transformers
@@ -30,6 +31,13 @@ class Prompt:
     ids: list[int]
 
 
+class Step(NamedTuple):
+    """What one forward gives for every row."""
+
+    logits: torch.Tensor  # [B, V] float32, after the last token
+    hidden: torch.Tensor  # [B, d] float32, the state that the output layer read; d is 0 where the model does not show it
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """A causal LM, frozen, on its device."""
@@ -41,7 +49,9 @@ class Model:
     context_length: int
     vocabulary: int
     sampling_defaults: Mapping[str, float]
+    tap: list[torch.Tensor]  # filled by a hook: the output layer's input in the latest forward
     cell_bytes: int = 0  # keys and values of one token
+    hidden_size: int = 0
 
     @classmethod
     def load(cls, config: Transformers) -> Model:
@@ -81,32 +91,34 @@ class Model:
             context_length=int(length),
             vocabulary=int(text_config.vocab_size),
             sampling_defaults=defaults,
+            tap=_tap(lm),
         )
-        return replace(model, cell_bytes=model.check_cache(config.model))
+        cell_bytes, hidden_size = model.check_cache(config.model)
+        return replace(model, cell_bytes=cell_bytes, hidden_size=hidden_size)
 
-    def check_cache(self, name: str) -> int:
+    def check_cache(self, name: str) -> tuple[int, int]:
         """Run two tokens through the cache: what cannot be batched row by row fails now, not at the first request.
 
         Returns:
-            Bytes of keys and values that a token takes.
+            Bytes of keys and values that a token takes, and the size of the output layer's input.
 
         Raises:
             ConfigError: naming the model.
         """
         cache = RowCache()
         try:
-            self.forward(torch.zeros((1, 2), dtype=torch.long, device=self.device), cache, [2])
+            step = self.forward(torch.zeros((1, 2), dtype=torch.long, device=self.device), cache, [2])
             if cache.length != 2:
                 raise ValueError(f"its cache holds {cache.length} of 2 tokens")
         except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"[engine] model: {name!r} does not keep plain keys and values, which this engine batches: {error}"
             ) from error
-        return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers) // 2
+        return cache.nbytes // 2, step.hidden.shape[-1]
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, cache: RowCache, lengths: list[int]) -> torch.Tensor:
-        """One step for every row: [B, Q] token ids, right-aligned, appended to `cache`; -> float32 logits [B, V] after the last.
+    def forward(self, ids: torch.Tensor, cache: RowCache, lengths: list[int]) -> Step:
+        """One step for every row: [B, Q] token ids, right-aligned, appended to `cache`.
 
         Args:
             ids: new tokens; a row with fewer than Q has padding on the left.
@@ -119,6 +131,7 @@ class Model:
         positions = columns[None, cache.length :] - (width - ends)[:, None]
         padded = min(lengths) < width
         mask = (columns[None] >= (width - ends)[:, None]).long() if padded else None
+        self.tap.clear()
         output = self.lm(
             input_ids=ids,
             attention_mask=mask,
@@ -127,8 +140,20 @@ class Model:
             use_cache=True,
             logits_to_keep=1,
         )
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
+        logits = output.logits[:, -1].float()
+        return Step(logits, self.tap[-1][:, -1].float() if self.tap else logits[:, :0])
+
+    @torch.inference_mode()
+    def states(self, ids: list[int]) -> torch.Tensor:
+        """The state in which each next token is chosen: [T] ids -> [T, d] float32."""
+        self.tap.clear()
+        self.lm(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+        return self.tap[-1][0].float()
+
+    def frozen(self, name: str) -> Frozen:
+        """What a value has to fit."""
+        digest = tokenizer_digest(self.tokenizer.get_vocab())
+        return Frozen(name, self.vocabulary, self.hidden_size, digest, str(self.device))
 
     def render(self, draw: Draw) -> Prompt:
         """The draw's prompt as tokens.
@@ -158,6 +183,15 @@ class Model:
         if not ids:
             raise InvalidRequest(f"{param}: no tokens to start from; must not be empty for this model.", param=param)
         return Prompt(text, ids)
+
+
+def _tap(lm: Any) -> list[torch.Tensor]:
+    """A list that the model's output layer puts its input into, at every forward."""
+    tap: list[torch.Tensor] = []
+    layer = lm.get_output_embeddings()
+    if layer is not None:
+        layer.register_forward_pre_hook(lambda _, inputs: tap.append(inputs[0]))
+    return tap
 
 
 def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,8 +117,13 @@ class Row:
         }
 
 
-def logprob_entries(model: Model, logits: torch.Tensor, rows: list[Row], tokens: list[int]) -> list[dict[str, Any] | None]:
-    """OpenAI's entry per row that asked for logprobs: of the frozen model itself, before temperature, biases and penalties."""
+def logprob_entries(
+    model: Model, logits: torch.Tensor, aligned: torch.Tensor, rows: list[Row], tokens: list[int]
+) -> list[dict[str, Any] | None]:
+    """OpenAI's entry per row that asked for logprobs: of the frozen model itself, before temperature, biases and penalties.
+
+    A row that is steered has `aligned_logprob` beside it: the token's under the logits that were sampled from, before temperature.
+    """
     asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     entries: list[dict[str, Any] | None] = [None] * len(rows)
     if not asking:
@@ -129,7 +134,9 @@ def logprob_entries(model: Model, logits: torch.Tensor, rows: list[Row], tokens:
     for j, (i, k) in enumerate(alternatives.items()):
         best = zip(top.indices[j, :k].tolist(), top.values[j, :k].tolist(), strict=True)
         entry = _entry(model, tokens[i], float(logprobs[j, tokens[i]]))
-        entries[i] = {**entry, "top_logprobs": [_entry(model, token, value) for token, value in best]}
+        entries[i] = entry = {**entry, "top_logprobs": [_entry(model, token, value) for token, value in best]}
+        if rows[i].job.draw.steering:
+            entry["aligned_logprob"] = max(float(torch.log_softmax(aligned[i], dim=-1)[tokens[i]]), -9999.0)
     return entries
 
 

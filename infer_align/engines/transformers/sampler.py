@@ -33,12 +33,11 @@ class Sampled(Protocol):
 
 
 def sample(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
-    """One token per row. [B, V] float32 -> B ids.
+    """One token per row. [B, V] float32, adjusted and steered -> B ids.
 
-    In the order of vLLM: logit_bias and penalties, temperature, then min_p, top_k and top_p over what is left. One uniform number a
-    row, from its seed and its position alone, picks by inverse CDF. Temperature 0 takes the largest, of equal ones the lowest id.
+    Temperature, then min_p, top_k and top_p over what is left. One uniform number a row, from its seed and its position alone, picks by
+    inverse CDF. Temperature 0 takes the largest, of equal ones the lowest id.
     """
-    logits = _adjusted(logits, rows)
     temperature = torch.tensor([row.params.temperature for row in rows], device=logits.device)
     greedy = logits.argmax(dim=-1)
     if not bool((temperature > 0).any()):
@@ -63,8 +62,8 @@ def _mix(z: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int
     return z ^ (z >> np.uint64(31))
 
 
-def _adjusted(logits: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
-    """Biases, penalties and bans, for the rows that have any; the rest is not copied."""
+def adjust(logits: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
+    """Biases, penalties and bans, for the rows that have any: what comes before steering. [B, V] -> [B, V], not in place."""
     touched = [i for i, row in enumerate(rows) if _is_adjusted(row)]
     if not touched:
         return logits

@@ -18,13 +18,16 @@ import torch
 
 from infer_align.engines import Event, Stream
 from infer_align.engines._sampling import SamplingParams
+from infer_align.engines.transformers.batch import Batch
 from infer_align.engines.transformers.cache import RowCache
-from infer_align.engines.transformers.model import Model, Prompt
+from infer_align.engines.transformers.model import Model, Prompt, Step
 from infer_align.engines.transformers.rows import Row, logprob_entries
-from infer_align.engines.transformers.sampler import sample
+from infer_align.engines.transformers.sampler import adjust, sample
+from infer_align.engines.transformers.steering import Steerer, ValueCache
 from infer_align.engines.transformers.text import TextStream
 from infer_align.errors import AlignError, EngineFailed, Unavailable
 from infer_align.types import Candidate, Draw
+from infer_align.values.lookahead import ValueLM
 
 if TYPE_CHECKING:
     from infer_align.engines.transformers import Transformers
@@ -45,7 +48,8 @@ class Job:
     closed: bool = False  # set from the event loop: nobody listens any more
     rows: deque[Row] = field(default_factory=deque)  # the candidates that have not joined the batch; filled by the scheduler
     cache: RowCache = field(default_factory=RowCache)  # the prompt's one row, filled by prefill
-    logits: torch.Tensor | None = None  # [1, V] after the prompt; None until it is prefilled
+    step: Step | None = None  # after the prompt, of one row; None until it is prefilled
+    values: dict[ValueLM, RowCache] = field(default_factory=dict)  # the prompt's row in the value LMs that steer the draw
     stops: set[int | None] = field(default_factory=set)  # candidates to finish now; None means all
     unfinished: int = field(init=False)  # candidates still to be told; counted down by the scheduler
 
@@ -74,20 +78,20 @@ class Job:
 class Scheduler(threading.Thread):
     """Runs the model. Everything below `run` happens in its thread alone."""
 
-    def __init__(self, model: Model, config: Transformers) -> None:
+    def __init__(self, model: Model, steerer: Steerer, config: Transformers) -> None:
         super().__init__(name="scheduler", daemon=True)
         self.model = model
+        self.steerer = steerer
         self.max_batch = config.max_batch
         self.prefill_tokens = config.prefill_tokens
-        self.capacity = int(config.kv_cache_gib * 2**30 / model.cell_bytes)  # cells of the cache: rows x columns
+        self.capacity = int(config.kv_cache_gib * 2**30 / (model.cell_bytes + steerer.cell_bytes))  # cells of the cache: rows x columns
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._halt = False
         self._over = False  # nothing is received any more
         self._jobs: set[Job] = set()  # everything that somebody waits for
         self._waiting: deque[Job] = deque()  # not yet prefilled
         self._ready: deque[Job] = deque()  # prefilled, with candidates that have not joined
-        self._rows: list[Row] = []
-        self._cache = RowCache()
+        self._batch = Batch()
         self._told: list[tuple[Job, Event | AlignError]] = []
 
     def submit(self, job: Job) -> None:
@@ -108,10 +112,11 @@ class Scheduler(threading.Thread):
 
     def run(self) -> None:
         """Step until stopped."""
-        while not self._halt:
-            self._receive()
-            self._step()
-            self._publish()
+        with torch.inference_mode():
+            while not self._halt:
+                self._receive()
+                self._step()
+                self._publish()
         self._over = True
         self._inbox.put(None)
         self._receive()
@@ -147,32 +152,24 @@ class Scheduler(threading.Thread):
                     self._tell(job, row.finish())
                 if job.closed or not job.rows:
                     jobs.remove(job)
-        for row in self._rows:
+        for row in self._batch.rows:
             if row.finish_reason is None and row.job.stopping(row):
                 self._tell(row.job, row.finish())
         self._jobs = {job for job in self._jobs if job.unfinished and not job.closed}
-        self._keep([i for i, row in enumerate(self._rows) if row.finish_reason is None and not row.job.closed])
-
-    def _keep(self, kept: list[int]) -> None:
-        if len(kept) == len(self._rows):
-            return
-        self._rows = [self._rows[i] for i in kept]
-        # The newest token of each row has no column yet: it is the next step's input.
-        columns = max((row.length - 1 for row in self._rows), default=0)
-        self._cache = self._cache.take(kept, columns) if kept else RowCache()
+        self._batch = self._batch.take([i for i, row in enumerate(self._batch.rows) if row.finish_reason is None and not row.job.closed])
 
     def _prefill(self) -> None:
         """Read up to `prefill_tokens` of prompts: several short ones at once, or the next part of a long one."""
-        if not self._waiting or len(self._rows) >= self.max_batch or self._is_ahead([]):
+        if not self._waiting or len(self._batch.rows) >= self.max_batch or self._is_ahead([]):
             return
         first = self._waiting[0]
         done = first.cache.length
         if done or len(first.prompt.ids) > self.prefill_tokens:
             part = first.prompt.ids[done : done + self.prefill_tokens]
             with self._failing([first]):
-                logits = self._forward([part], first.cache, [done + len(part)])
+                step = self._forward([part], first.cache, [done + len(part)])
                 if done + len(part) == len(first.prompt.ids):
-                    first.logits = logits
+                    self._prefilled(first, step)
                     self._ready.append(self._waiting.popleft())
             return
         batch: list[Job] = []
@@ -180,11 +177,15 @@ class Scheduler(threading.Thread):
             batch.append(self._waiting.popleft())
         cache = RowCache()
         with self._failing(batch):
-            logits = self._forward([job.prompt.ids for job in batch], cache, [len(job.prompt.ids) for job in batch])
+            step = self._forward([job.prompt.ids for job in batch], cache, [len(job.prompt.ids) for job in batch])
             for i, job in enumerate(batch):
                 job.cache = cache.take([i], len(job.prompt.ids))
-                job.logits = logits[i : i + 1]
+                self._prefilled(job, Step(step.logits[i : i + 1], step.hidden[i : i + 1]))
             self._ready.extend(batch)
+
+    def _prefilled(self, job: Job, step: Step) -> None:
+        job.step = step
+        job.values = self.steerer.prefill(job.prompt.ids, job.draw.steering)
 
     def _is_ahead(self, batch: list[Job]) -> bool:
         """Prompts that wait for room hold memory too: beside the first, they may take an eighth of what the batch may."""
@@ -193,7 +194,7 @@ class Scheduler(threading.Thread):
     def _fits_prefill(self, jobs: list[Job]) -> bool:
         return len(jobs) * max(len(job.prompt.ids) for job in jobs) <= self.prefill_tokens
 
-    def _forward(self, parts: list[list[int]], cache: RowCache, lengths: list[int]) -> torch.Tensor:
+    def _forward(self, parts: list[list[int]], cache: RowCache, lengths: list[int]) -> Step:
         width = max(len(part) for part in parts)
         ids = torch.tensor([[0] * (width - len(part)) + part for part in parts], device=self.model.device)
         return self.model.forward(ids, cache, lengths)
@@ -201,7 +202,7 @@ class Scheduler(threading.Thread):
     def _join(self) -> None:
         """Let prefilled candidates in, one of each job in turn, so that a large request does not hold up a small one."""
         joining: list[Row] = []
-        while self._ready and self._fits([*self._rows, *joining, self._ready[0].rows[0]]):
+        while self._ready and self._fits([*self._batch.rows, *joining, self._ready[0].rows[0]]):
             job = self._ready.popleft()
             joining.append(job.rows.popleft())
             if job.rows:
@@ -209,37 +210,50 @@ class Scheduler(threading.Thread):
         if not joining:
             return
         with self._failing(row.job for row in joining):
-            self._advance(joining, torch.cat([row.job.logits for row in joining if row.job.logits is not None]))
-            joined = [row for row in joining if row.finish_reason is None]
-            for job in dict.fromkeys(row.job for row in joined):
-                rows = [row for row in joined if row.job is job]
-                cache = job.cache.take([0] * len(rows), len(job.prompt.ids))
-                self._cache = self._cache.join(cache) if self._rows else cache
-                self._rows += rows
+            newcomers = Batch()
+            for job in dict.fromkeys(row.job for row in joining):
+                newcomers = newcomers.join(_copies(job, [row for row in joining if row.job is job]))
+            steps = [row.job.step for row in newcomers.rows if row.job.step]
+            step = Step(torch.cat([s.logits for s in steps]), torch.cat([s.hidden for s in steps]))
+            self._batch = self._batch.join(self._advance(newcomers, step))
 
     def _fits(self, rows: list[Row]) -> bool:
         return len(rows) <= self.max_batch and len(rows) * max(row.job.width for row in rows) <= self.capacity
 
     def _decode(self) -> None:
-        if not self._rows:
+        rows = self._batch.rows
+        if not rows:
             return
-        with self._failing(row.job for row in self._rows):
-            logits = self._forward([row.tokens[-1:] for row in self._rows], self._cache, [row.length for row in self._rows])
-            self._advance(self._rows, logits)
+        with self._failing(row.job for row in rows):
+            step = self._forward([row.tokens[-1:] for row in rows], self._batch.cache, [row.length for row in rows])
+            self._batch = self._advance(self._batch, step)
 
-    def _advance(self, rows: list[Row], logits: torch.Tensor) -> None:
-        """The one place where logits become tokens."""
-        sound = logits.amax(dim=-1).isfinite().tolist()
-        if not all(sound):
-            for row in itertools.compress(rows, map(operator.not_, sound)):
-                self._tell(row.job, row.fail("the model's logits are not finite; its weights or its dtype are at fault"))
-            rows, logits = [*itertools.compress(rows, sound)], logits[torch.tensor(sound, device=logits.device)]
-            if not rows:
-                return
+    def _advance(self, batch: Batch, step: Step) -> Batch:
+        """The one place where logits become tokens; -> the rows that go on."""
+        batch, step = self._sound(batch, step)
+        rows, steering = batch.rows, any(row.job.draw.steering for row in batch.rows)
+        if not rows:
+            return batch
+        logits, candidates = adjust(step.logits, rows), None
+        if steering:
+            logits, candidates = self.steerer.steer(logits, step.hidden, rows, batch.values)
         tokens = sample(logits, rows)
-        entries = logprob_entries(self.model, logits, rows, tokens)
+        entries = logprob_entries(self.model, step.logits, logits, rows, tokens)
+        if candidates is not None:
+            self.steerer.choose(tokens, candidates, rows, batch.values)
         for row, token, entry in zip(rows, tokens, entries, strict=True):
             self._tell(row.job, row.accept(token, entry))
+        return batch.take([i for i, row in enumerate(rows) if row.finish_reason is None])
+
+    def _sound(self, batch: Batch, step: Step) -> tuple[Batch, Step]:
+        """Without the rows whose logits are not finite: they fail, alone."""
+        sound = step.logits.amax(dim=-1).isfinite().tolist()
+        if all(sound):
+            return batch, step
+        for row in itertools.compress(batch.rows, map(operator.not_, sound)):
+            self._tell(row.job, row.fail("the model's logits are not finite; its weights or its dtype are at fault"))
+        kept = [i for i, fine in enumerate(sound) if fine]
+        return batch.take(kept), Step(step.logits[kept], step.hidden[kept])
 
     def _tell(self, job: Job, events: Iterable[Event]) -> None:
         for event in events:
@@ -269,6 +283,13 @@ class Scheduler(threading.Thread):
             mine = [(job, event) for job, event in told if job.loop is loop]
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(_deliver, mine)
+
+
+def _copies(job: Job, rows: list[Row]) -> Batch:
+    """The job's prompt, once for each of these candidates."""
+    first, columns = [0] * len(rows), len(job.prompt.ids)
+    values = {lm: ValueCache(lm, rows, cache.take(first, columns)) for lm, cache in job.values.items()}
+    return Batch(rows, job.cache.take(first, columns), values)
 
 
 def _deliver(told: list[tuple[Job, Event | AlignError]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,7 +37,8 @@ class ValueCache:
 
     def take(self, rows: Sequence[Row]) -> ValueCache:
         """Those of its rows that are among these."""
-        kept = [i for i, row in enumerate(self.rows) if any(row is other for other in rows)]
+        among = {id(row) for row in rows}
+        kept = [i for i, row in enumerate(self.rows) if id(row) in among]
         columns = max((self.rows[i].length for i in kept), default=0)
         return ValueCache(self.lm, [self.rows[i] for i in kept], self.cache.take(kept, columns) if kept else RowCache())
 
@@ -73,11 +74,16 @@ class ValueCache:
 
 
 class Steerer:
-    """The values of one engine."""
+    """The values of one engine.
+
+    Attributes:
+        cell_bytes: keys and values that a token takes in all value LMs together.
+    """
 
     def __init__(self, frozen: Frozen) -> None:
+        self.cell_bytes = 0
         self._frozen = frozen
-        self._shared: dict[object, object] = {}
+        self._shared: dict[object, Any] = {}
         self._values: dict[str, Value] = {}
 
     def add(self, name: str, value: Value) -> None:
@@ -87,7 +93,9 @@ class Steerer:
             ConfigError: it does not fit the frozen model.
         """
         value.start(self._frozen, self._shared)
+        # A new mapping, not an entry: the scheduler's thread may be in the middle of a step over the old one.
         self._values = {**self._values, name: value}
+        self.cell_bytes = sum(lm.cell_bytes for lm in self._shared.values() if isinstance(lm, ValueLM))
 
     def check(self, steering: Steering) -> None:
         """Refuse names that are not configured.
