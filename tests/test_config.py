@@ -75,14 +75,14 @@ def test_overrides_use_the_files_own_names(load: Any) -> None:
 
 def test_where_each_value_came_from(load: Any, tmp_path: Path) -> None:
     loaded = load(f"{FAKE}[server]\nport = 1\nhost = 'a'\n", "server.host=b", "limits.max_queue=3")
-    origins = {name: origin for name, _, origin in loaded.values()}
+    origins = {name: origin for name, _, origin in loaded.settings()}
     assert origins["server.port"] == str(tmp_path / "infer-align.toml")
     assert origins["server.host"] == "--set"
     assert origins["limits.max_queue"] == "--set"
     assert origins["limits.max_running"] == "default"
     assert origins["engine.kind"] == str(tmp_path / "infer-align.toml")
     replaced = load(f"{FAKE}[rewards.r]\nkind = 'rules'\nregex = 'a'\n", 'rewards.r={kind = "rules", finished = true}')
-    origins = {name: origin for name, _, origin in replaced.values()}
+    origins = {name: origin for name, _, origin in replaced.settings()}
     assert origins["rewards.r.finished"] == "--set"
     assert origins["rewards.r.regex"] == "default", "the table that held it is gone"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -28,8 +29,11 @@ def serving(language_model: Callable[..., str]) -> Callable[..., AbstractAsyncCo
     """`async with serving("GPT2", prefill_tokens=16) as engine`: the transformers engine on a tiny model."""
 
     @asynccontextmanager
-    async def serve(architecture: str = "Llama", model: str | None = None, **config: Any) -> AsyncIterator[Any]:
+    async def serve(
+        architecture: str = "Llama", model: str | None = None, values: Any = MappingProxyType({}), **config: Any
+    ) -> AsyncIterator[Any]:
         engine = Transformers(model=model or language_model(architecture), **config).load()
+        engine.values = values
         await engine.start()
         try:
             yield engine

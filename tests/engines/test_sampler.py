@@ -25,11 +25,11 @@ class Row:
     banned: frozenset[int] = frozenset()
 
 
-@pytest.fixture
 def draw(logits: torch.Tensor, rows: list[Row]) -> list[int]:
     return sample(adjust(logits, rows), rows)
 
 
+@pytest.fixture
 def logits() -> torch.Tensor:
     return torch.randn((1, VOCABULARY), generator=torch.Generator().manual_seed(3)) * 2
 

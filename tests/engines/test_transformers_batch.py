@@ -44,7 +44,7 @@ async def until(condition) -> None:
 
 def idle(engine) -> bool:
     s: Scheduler = engine._scheduler
-    return not (s._rows or s._waiting or s._ready or s._jobs)
+    return not (s._batch.rows or s._waiting or s._ready or s._jobs)
 
 
 async def test_draws_of_one_request_share_its_prefill(serving, draw, finish):
@@ -88,7 +88,7 @@ async def test_leaving_mid_decode_empties_the_batch_and_disturbs_nobody(serving,
         got, _ = await task
         assert [c.text for c in got] == [c.text for c in expected]
         await until(lambda: idle(engine))
-        assert engine._scheduler._cache.length == 0
+        assert engine._scheduler._batch.cache.length == 0
 
 
 async def test_leaving_mid_prefill(serving, draw, finish):
@@ -166,7 +166,7 @@ async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, fi
         assert engine._scheduler.capacity == 100
         forwards = Forwards(engine)
         over = []
-        forwards.at = lambda _: over.append(sum(1 for _ in engine._scheduler._rows) * engine._scheduler._cache.length > 100)
+        forwards.at = lambda _: over.append(sum(1 for _ in engine._scheduler._batch.rows) * engine._scheduler._batch.cache.length > 100)
         results = await asyncio.gather(
             *(finish(engine, draw("sun", n=6, seed=i, max_tokens=20, ignore_eos=True)) for i in range(4))
         )
@@ -261,7 +261,7 @@ async def test_logits_that_are_not_numbers_fail_that_candidate_alone(serving, dr
 async def test_closing_ends_what_runs_and_what_comes_after(serving, draw, finish):
     async with serving(max_batch=1) as engine:
         tasks = [asyncio.create_task(finish(engine, draw(n=2, max_tokens=200, ignore_eos=True))) for _ in range(3)]
-        await until(lambda: engine._scheduler._rows)
+        await until(lambda: engine._scheduler._batch.rows)
         await engine.close()
         for task in tasks:
             with pytest.raises(Unavailable, match="shut down"):

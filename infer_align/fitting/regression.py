@@ -1,4 +1,4 @@
-"""Fit values to returns: the arithmetic behind `infer-align fit value`, on tensors alone.
+"""Fit value heads to returns: the arithmetic behind `infer-align fit value`, on tensors alone.
 
 A sample is a reply with one reward at its end. Its k-th token a_k was chosen in state h_k; the value of (h_k, a_k) is regressed on the
 TD(lambda) return from there. Only differences between tokens at the same state steer, as VAS centres the values over its candidates.
@@ -26,12 +26,19 @@ class Replies:
     tokens: torch.Tensor  # [N]
     reply: torch.Tensor  # [N] which reply each belongs to, ascending
     rewards: torch.Tensor  # [S] of each reply
+    prompts: torch.Tensor  # [S] which prompt each answers
 
     def only(self, replies: torch.Tensor) -> Replies:
         """These replies, in ascending order. replies: [S] bool."""
         kept = replies[self.reply]
         renumbered = torch.cumsum(replies.long(), 0) - 1
-        return Replies(self.hidden[kept], self.tokens[kept], renumbered[self.reply[kept]], self.rewards[replies])
+        return Replies(
+            self.hidden[kept], self.tokens[kept], renumbered[self.reply[kept]], self.rewards[replies], self.prompts[replies]
+        )
+
+    def under(self, rewards: torch.Tensor) -> Replies:
+        """The same replies by another reward, without their states. rewards: [S]."""
+        return Replies(self.hidden[:, :0], self.tokens, self.reply, rewards, self.prompts)
 
 
 def returns(values: torch.Tensor, replies: Replies, gamma: float, lam: float) -> torch.Tensor:

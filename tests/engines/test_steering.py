@@ -1,0 +1,199 @@
+"""Steered decoding equals a reference written without cache and without batch: k separate forwards of float32 models per token."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
+
+from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.types import Draw, Steering
+from infer_align.values import head, lookahead
+from infer_align.values.head import HeadValue
+from infer_align.values.lookahead import Lookahead, LookaheadValue
+
+pytestmark = pytest.mark.anyio
+
+RANK = 6
+
+
+@pytest.fixture(scope="module")
+def values(language_model: Any, serving: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A linear head, an MLP head, and a value LM with two heads, all random, in files."""
+    folder = tmp_path_factory.mktemp("values")
+    generator = torch.Generator().manual_seed(11)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    async def make() -> Any:
+        async with serving() as engine:
+            return engine.frozen.frozen("tiny")
+
+    frozen = asyncio.run(make())
+    v, d = frozen.vocabulary, frozen.hidden_size
+    head.write(folder / "linear.safetensors", {"P": randn(RANK, d) / d**0.5, "E": randn(v, RANK), "b": randn(v)}, frozen, {})
+    mlp = {"W1": randn(16, d) / d**0.5, "c1": randn(16), "W2": randn(RANK, 16), "E": randn(v, RANK), "b": randn(v)}
+    head.write(folder / "mlp.safetensors", mlp, frozen, {})
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    heads = {"helpful": (randn(32), 0.5), "brief": (randn(32), -1.0)}
+    lookahead.write(folder / "lm", LlamaModel(config), heads, frozen, {})
+    return folder
+
+
+def resident(folder: Any) -> dict[str, Any]:
+    return {
+        "linear": HeadValue(str(folder / "linear.safetensors")),
+        "mlp": HeadValue(str(folder / "mlp.safetensors")),
+        "helpful": LookaheadValue(Lookahead(str(folder / "lm"), "helpful")),
+        "brief": LookaheadValue(Lookahead(str(folder / "lm"), "brief")),
+    }
+
+
+class Reference:
+    """The definition, token by token: every forward reads the whole text again."""
+
+    def __init__(self, engine: Any, folder: Any) -> None:
+        self.tokenizer = engine.frozen.tokenizer
+        self.eos = engine.frozen.eos
+        self.lm = AutoModelForCausalLM.from_pretrained(engine.config.model, dtype=torch.float32).eval()
+        self.value_lm = AutoModel.from_pretrained(folder / "lm", dtype=torch.float32).eval()
+        self.heads = {name: head.read(str(folder / f"{name}.safetensors"))[0] for name in ("linear", "mlp")}
+        from safetensors.torch import load_file
+
+        self.scalar = load_file(folder / "lm" / lookahead.HEADS)
+
+    def value(self, name: str, ids: list[int], hidden: torch.Tensor, token: int) -> float:
+        if name in self.heads:
+            t = self.heads[name]
+            u = t["P"] @ hidden if "P" in t else t["W2"] @ torch.nn.functional.gelu(t["W1"] @ hidden + t["c1"])
+            return float(u @ t["E"][token] + t["b"][token])
+        state = self.value_lm(torch.tensor([[*ids, token]])).last_hidden_state[0, -1]
+        i = ["helpful", "brief"].index(name)
+        return float(state @ self.scalar["weight"][i] + self.scalar["bias"][i])
+
+    @torch.inference_mode()
+    def greedy(self, prompt: list[int], steering: Steering, n: int) -> tuple[list[int], list[float], list[float]]:
+        ids, tokens, aligned, frozen = list(prompt), [], [], []
+        for _ in range(n):
+            out = self.lm(torch.tensor([ids]), output_hidden_states=True)
+            logits, hidden = out.logits[0, -1].clone(), out.hidden_states[-1][0, -1]
+            raw = torch.log_softmax(logits, -1)
+            top = logits.topk(min(steering.top_k, len(logits))).indices.tolist()
+            shift = torch.zeros(len(top))
+            for name, beta in steering.beta.items():
+                v = torch.tensor([self.value(name, ids, hidden, token) for token in top])
+                shift += beta * (v - v.mean())
+            steered = logits[top] + shift
+            if steering.tail == "mask":
+                logits[:] = -math.inf
+            logits[top] = steered
+            token = int(logits.argmax())
+            tokens.append(token)
+            aligned.append(float(torch.log_softmax(logits, -1)[token]))
+            frozen.append(float(raw[token]))
+            if token in self.eos:
+                break
+            ids.append(token)
+        return tokens, aligned, frozen
+
+
+MIXES = [
+    ({"linear": 2.0}, 5, "keep"),
+    ({"mlp": -1.5}, 12, "mask"),
+    ({"helpful": 3.0}, 4, "keep"),
+    ({"helpful": 1.0, "brief": -2.0}, 9, "mask"),
+    ({"linear": 1.0, "brief": 2.0}, 7, "keep"),
+    ({"helpful": 0.5}, 1, "keep"),
+    ({"mlp": 4.0, "linear": -4.0, "helpful": 1.0, "brief": 1.0}, 3, "keep"),
+    ({"brief": 5.0}, 10**6, "keep"),
+]
+
+
+async def test_32_rows_with_different_steering_equal_the_reference(serving: Any, values: Any, finish: Any) -> None:
+    async with serving(prefill_tokens=16, values=resident(values)) as engine:
+        reference = Reference(engine, values)
+        draws = []
+        for i in range(32):
+            beta, top_k, tail = MIXES[i % len(MIXES)]
+            body = {"messages": [{"role": "user", "content": "the cat sat " * (i % 5) + "on"}], "temperature": 0, "logprobs": True}
+            draws.append(Draw({**body, "max_tokens": 4 + i % 7}, 1, (i,), steering=Steering(beta, top_k, tail)))
+
+        async def later(i: int, draw: Draw) -> Any:
+            await asyncio.sleep(0.01 * (i % 6))  # joins and leaves at different steps
+            candidates, _ = await finish(engine, draw)
+            return candidates[0]
+
+        async def cancelled() -> None:
+            async with engine.sample(Draw({**draws[3].body, "max_tokens": 200}, 4, (1, 2, 3, 4), steering=draws[3].steering)):
+                await asyncio.sleep(0.05)
+
+        found, _ = await asyncio.gather(asyncio.gather(*(later(i, d) for i, d in enumerate(draws))), cancelled())
+        for draw, candidate in zip(draws, found, strict=True):
+            prompt = engine.frozen.render(draw).ids
+            tokens, aligned, frozen = reference.greedy(prompt, draw.steering, draw.body["max_tokens"])
+            entries = candidate.choice["logprobs"]["content"]
+            assert len(entries) == len(tokens)
+            assert [e["aligned_logprob"] for e in entries] == pytest.approx(aligned, abs=1e-4)
+            assert [e["logprob"] for e in entries] == pytest.approx(frozen, abs=1e-4)
+
+
+async def test_rows_that_do_not_steer_are_as_without(serving: Any, values: Any, draw: Any, finish: Any) -> None:
+    plain = [draw("the cat " * i, seed=i, max_tokens=12) for i in range(1, 5)]
+    async with serving() as engine:
+        expected = [(await finish(engine, d))[0][0].choice for d in plain]
+    async with serving(values=resident(values)) as engine:
+        steered = Draw(plain[0].body, 3, (7, 8, 9), steering=Steering({"helpful": 4.0, "linear": 2.0}, 6, "keep"))
+        results = await asyncio.gather(finish(engine, steered), *(finish(engine, d) for d in plain))
+        assert [candidates[0].choice for candidates, _ in results[1:]] == expected
+
+
+async def test_weight_zero_is_the_frozen_model(serving: Any, values: Any, draw: Any, finish: Any) -> None:
+    async with serving(values=resident(values)) as engine:
+        plain = draw("the cat", n=4, seed=3, max_tokens=20)
+        zero = Draw(plain.body, 4, plain.seeds, steering=Steering({"linear": 0.0, "helpful": 0.0}, 5, "keep"))
+        assert [c.text for c in (await finish(engine, zero))[0]] == [c.text for c in (await finish(engine, plain))[0]]
+
+
+async def test_seeded_samples_do_not_depend_on_company(serving: Any, values: Any, draw: Any, finish: Any) -> None:
+    async with serving(values=resident(values)) as engine:
+        draws = []
+        for i in range(12):
+            plain = draw("the cat " * (1 + i % 3), n=2, seed=50 * i, max_tokens=15)
+            draws.append(Draw(plain.body, 2, plain.seeds, steering=Steering(*MIXES[i % len(MIXES)])))
+        alone = [[c.text for c in (await finish(engine, d))[0]] for d in draws]
+        together = await asyncio.gather(*(finish(engine, d) for d in draws))
+        assert [[c.text for c in candidates] for candidates, _ in together] == alone
+
+
+async def test_unknown_value_is_named(serving: Any, values: Any, draw: Any) -> None:
+    async with serving(values=resident(values)) as engine:
+        with pytest.raises(InvalidRequest, match="did you mean 'helpful'"):
+            engine.check(Draw(draw().body, 1, (0,), steering=Steering({"helpfull": 1.0}, 5, "keep")))
+
+
+async def test_a_value_of_another_tokenizer_is_refused_at_start(serving: Any, values: Any, language_model: Any, byte_fallback: Any) -> None:
+    other = language_model("Llama", tokenizer=byte_fallback)
+    with pytest.raises(ConfigError, match="token ids differ"):
+        async with serving(model=other, values={"linear": HeadValue(str(values / "linear.safetensors"))}):
+            pass
+
+
+async def test_a_value_lm_with_several_heads_must_name_one(serving: Any, values: Any) -> None:
+    with pytest.raises(ConfigError, match="helpful, brief"):
+        async with serving(values={"x": LookaheadValue(Lookahead(str(values / "lm")))}):
+            pass
+
+
+async def test_a_file_that_is_no_head_is_refused(serving: Any, values: Any) -> None:
+    with pytest.raises(ConfigError, match="not a value head"):
+        async with serving(values={"x": HeadValue(str(values / "lm" / lookahead.HEADS))}):
+            pass
