@@ -159,8 +159,8 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not TOML: {error}") from None
     origins = {name: str(file) if path else "the embedded demo" for name in _names(table)}
-    for override in overrides:
-        name = _override(table, override)
+    for given in overrides:
+        name = override(table, given)
         origins = {known: origin for known, origin in origins.items() if not known.startswith(f"{name}.")}
         origins |= {known: "--set" for known in _names(table) if known == name or known.startswith(f"{name}.")}
     return _build(table, origins)
@@ -216,7 +216,12 @@ def _plugin(plugins: registry.Registry, kind: str, section: Mapping[str, Any], p
     return parse(plugins.get(kind), {key: value for key, value in section.items() if key != "kind"}, path, ConfigError)
 
 
-def _override(table: dict[str, Any], text: str) -> str:
+def override(table: dict[str, Any], text: str) -> str:
+    """Write `a.b=c` into a table of tables; -> the dotted name. c is TOML, or else a string.
+
+    Raises:
+        ConfigError: not of that form.
+    """
     name, equals, value = text.partition("=")
     parts = [part.strip() for part in name.split(".")]
     if not equals or not all(parts):

@@ -62,8 +62,9 @@ def reweight(
         logits: [B, V]; -inf stays -inf.
         token_ids: [B, k], the candidates of each row, all different.
         values: [M, B, k], of each candidate; centred here over the k.
-        beta: [M] or [B, M]. A value of weight 0 is not looked at: with none left a candidate's logit is bit for bit the model's.
-        tail: what becomes of tokens that are no candidates; "mask" holds at beta 0 too, so that its own effect can be measured.
+        beta: [M] or [B, M]. A value of weight 0 is not looked at, even where it is NaN. A row whose weights are all 0 is the frozen
+            model bit for bit, whatever its tail; to see the effect of the mask alone, take a weight that is almost 0.
+        tail: what becomes of tokens that are no candidates.
 
     Returns:
         [B, V] float64.
@@ -75,10 +76,10 @@ def reweight(
     if out.ndim != 2 or ids.ndim != 2 or v.ndim != 3 or len(ids) != len(out) or v.shape[1:] != ids.shape:
         raise ValueError(f"logits {out.shape}, token_ids {ids.shape}, values {v.shape}: must be [B, V], [B, k] and [M, B, k].")
     weights = np.broadcast_to(np.asarray(beta, dtype=np.float64), (len(out), len(v)))  # [B, M]
-    for row in range(len(out)):
+    for row in np.flatnonzero(weights.any(axis=1)):
         used = np.flatnonzero(weights[row])
         centred = v[used, row] - v[used, row].mean(axis=1, keepdims=True)
-        steered = out[row, ids[row]] + weights[row, used] @ centred if len(used) else out[row, ids[row]]
+        steered = out[row, ids[row]] + weights[row, used] @ centred
         if tail == "mask":
             out[row] = -np.inf
         out[row, ids[row]] = steered

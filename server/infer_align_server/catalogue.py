@@ -38,7 +38,7 @@ def methods(service: Service) -> dict[str, Any]:
             }
             for name, reward in service.rewards.items()
         },
-        "values": {},
+        "values": {name: {"description": value.description} for name, value in service.engine.values.items()},
         "presets": dict(service.config.presets),
     }
 

@@ -19,7 +19,7 @@ from infer_align.errors import AlignError, ConfigError
 from infer_align.objectives import Ensemble
 from infer_align.schema import signature
 from infer_align.types import Budget
-from infer_align_server import chat, serve
+from infer_align_server import chat, fit, serve
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("methods", help="what a request can ask for in `align`, what can score, what can be served")
     listing.set_defaults(run=_methods)
 
+    fitting = commands.add_parser("fit", help="fit what VAS steers with").add_subparsers(required=True, metavar="COMMAND")
+    value = fitting.add_parser("value", help="a value, from prompts and a configured reward; the model is untouched")
+    fit.add_arguments(value)
+    _add_config(value)
+    value.set_defaults(run=fit.run)
+
     config = commands.add_parser("config", help="the configuration").add_subparsers(required=True, metavar="COMMAND")
     show = config.add_parser("show", help="each value and where it came from")
     _add_config(show)
@@ -97,7 +103,7 @@ def _chat(options: argparse.Namespace) -> int:
 def _methods(_: argparse.Namespace) -> int:
     methods = {name: registry.methods.get(name) for name in registry.methods.names()}
     _print_plugins("align", {**methods, "ensemble": Ensemble, "budget": Budget})
-    for title, plugins in (("[rewards.<name>] kind", registry.rewards), ("[engine] kind", registry.engines)):
+    for title, plugins in (("[rewards.<name>] kind", registry.rewards), ("[values.<name>] kind", registry.values), ("[engine] kind", registry.engines)):
         found = {}
         for name in plugins.names():
             try:

@@ -16,9 +16,9 @@ from infer_align import objectives, registry, types
 from infer_align.engines.fake import Fake
 from infer_align.request import SETTINGS, Limits, make_plan, parse_request
 from infer_align.rewards.rules import Rules
-from infer_align_client import Align, BestOfN, Budget, Ensemble, extra_body
+from infer_align_client import VAS, Align, BestOfN, Budget, Ensemble, extra_body
 
-SAME = [(BestOfN, registry.methods.get("best_of_n")), (Ensemble, objectives.Ensemble), (Budget, types.Budget)]
+SAME = [(BestOfN, registry.methods.get("best_of_n")), (VAS, registry.methods.get("vas")), (Ensemble, objectives.Ensemble), (Budget, types.Budget)]
 
 
 @pytest.mark.parametrize(("typed", "served"), SAME)

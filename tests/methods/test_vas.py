@@ -84,16 +84,16 @@ def test_more_candidates_than_tokens_are_all_of_them() -> None:
     assert top_k(np.zeros((1, 5)), 20).shape == (1, 5)
 
 
-@given(st.integers(1, 6), st.data())
-def test_weight_zero_is_the_frozen_model_bit_for_bit(k: int, data: st.DataObject) -> None:
+@given(st.integers(1, 6), st.sampled_from(["keep", "mask"]), st.data())
+def test_weight_zero_is_the_frozen_model_bit_for_bit(k: int, tail: str, data: st.DataObject) -> None:
     logits = np.array([data.draw(st.lists(st.floats(-50, 50), min_size=6, max_size=6))])
     values = np.full((2, 1, k), np.nan)
-    assert np.array_equal(reweight(logits, top_k(logits, k), values, [0.0, 0.0]), logits)
+    assert np.array_equal(reweight(logits, top_k(logits, k), values, [0.0, 0.0], tail), logits)
 
 
-def test_the_mask_alone_can_be_measured() -> None:
-    out = reweight([[3.0, 2.0, 1.0]], [[0, 1]], np.full((1, 1, 2), np.nan), [0.0], "mask")
-    assert out.tolist() == [[3.0, 2.0, -np.inf]]
+def test_a_value_of_weight_zero_is_not_looked_at() -> None:
+    values = np.array([[[1.0, -1.0]], [[np.nan, np.inf]]])
+    assert reweight([[0.0, 0.0, 5.0]], [[0, 1]], values, [2.0, 0.0]).tolist() == [[2.0, -2.0, 5.0]]
 
 
 def test_rows_have_weights_of_their_own() -> None:

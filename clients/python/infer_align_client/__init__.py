@@ -9,13 +9,21 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-__all__ = ["Align", "BestOfN", "Budget", "Ensemble", "extra_body"]
+__all__ = ["VAS", "Align", "BestOfN", "Budget", "Ensemble", "extra_body"]
 
 
 class BestOfN(TypedDict, total=False):
     """Draw n candidates, answer with the best by the rewards."""
 
     n: int
+
+
+class VAS(TypedDict, total=False):
+    """Steer every token by value estimates."""
+
+    beta: dict[str, float]
+    top_k: int
+    tail: Literal["keep", "mask"]
 
 
 class Ensemble(TypedDict, total=False):
@@ -38,6 +46,7 @@ class Align(TypedDict, total=False):
 
     preset: str
     best_of_n: BestOfN
+    vas: VAS
     rewards: dict[str, float]
     ensemble: Ensemble
     budget: Budget
@@ -48,6 +57,7 @@ def extra_body(
     *,
     preset: str | None = None,
     best_of_n: BestOfN | None = None,
+    vas: VAS | None = None,
     rewards: dict[str, float] | None = None,
     ensemble: Ensemble | None = None,
     budget: Budget | None = None,
@@ -59,6 +69,8 @@ def extra_body(
         align["preset"] = preset
     if best_of_n is not None:
         align["best_of_n"] = best_of_n
+    if vas is not None:
+        align["vas"] = vas
     if rewards is not None:
         align["rewards"] = rewards
     if ensemble is not None:
