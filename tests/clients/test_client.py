@@ -40,6 +40,7 @@ def test_extra_body_holds_what_is_given_and_nothing_else() -> None:
     given: dict[str, Any] = {
         "preset": "p",
         "best_of_n": {"n": 2},
+        "vas": {"beta": {"helpful": 1.0}},
         "rewards": {"short": 0.0},
         "ensemble": {"objective": "wco"},
         "budget": {"completion_tokens": 100},

@@ -233,7 +233,7 @@ ALIGN: list[tuple[Any, str, str]] = [
     ({"preset": False}, "align.preset", "not configured"),
     ({"dpa": {"direction": {"a": 1}}}, "align.dpa", "not available"),
     ({"rps": {}}, "align.rps", "not available"),
-    ({"vas": {"beta": {"x": 1}}}, "align.vas", "not available"),
+    ({"vas": {"beta": {"x": 1}}}, "align.vas", "needs steer"),
     ({"trust_judge": {}}, "align.trust_judge", "not available"),
 ]
 
