@@ -39,7 +39,7 @@ def overhead() -> list[dict[str, Any]]:
     rate: dict[str, list[float]] = {"bare": [], "ours": []}
     with serving("benchmarks/serving/bare.py", "{port}") as (bare, _), serving(*FAKE) as (ours, _):
         ports = {"bare": bare, "ours": ours}
-        for name, port in ports.items():
+        for port in ports.values():
             asyncio.run(closed_loop(port, body, 16, 400))
         for _ in range(ROUNDS):
             for name, port in ports.items():

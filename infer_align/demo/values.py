@@ -1,7 +1,7 @@
 """Fit the demo's values: ``python -m infer_align.demo.values [--out DIR]``, on the shipped model and reward models.
 
-``helpful`` follows the five proxy reward models, ``brief`` the number of words; both as a head on the frozen model's states and as a head
-of one lookahead value LM. Gold is not used: what is measured against it later was not fitted to it.
+``helpful`` follows the five proxy reward models, ``brief`` the number of words; both as a head on the frozen model's states and
+as a head of one lookahead value LM. Gold is not used: what is measured against it later was not fitted to it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from infer_align.rewards.rules import Rules
 SAMPLING = Sampling(model="demo", reward="quality", objective="uwo", replies_per_prompt=16, max_tokens=64, seed=11)
 HEAD = Fitting(kind="head", method="sgd", rank=32, epochs=8)
 LOOKAHEAD = Fitting(kind="lookahead", epochs=6)
-REWARDS_OF = {
+REWARDS_OF: dict[str, Callable[[], Reward]] = {
     "helpful": lambda: Classifier(models=tuple(f"demo/{name}" for name in REWARDS)).load(),
     "brief": lambda: Rules(words_weight=-0.1).load(),
 }
@@ -42,7 +43,7 @@ async def build(out: Path) -> None:
     reports, samples = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, load in REWARDS_OF.items():
-            reward: Reward = load()
+            reward = load()
             await reward.start()
             how = replace(SAMPLING, reward=name)
             file = Path(scratch) / f"value-{name}.safetensors"

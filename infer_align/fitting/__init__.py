@@ -1,11 +1,12 @@
 """`infer-align fit value`: from prompts and any configured reward to a value that VAS can steer with; the frozen model is untouched.
 
-    prompts ─ engine ─▶ replies ─ reward ─▶ samples.jsonl ─ states, TD(lambda) targets ─▶ value ─▶ report
-                                                              held-out R², reward against KL over beta
+prompts ─ engine ─▶ replies ─ reward ─▶ samples.jsonl ─ states, TD(lambda) targets ─▶ value ─▶ report
+                                                          held-out R², reward against KL over beta
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,20 +15,21 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from infer_align.engines.transformers import TransformersEngine
-from infer_align.errors import InvalidRequest
+from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import curve, regression
 from infer_align.fitting.lookahead import Reading, fit_lookahead
 from infer_align.fitting.samples import Conversation, Progress, Sample, Sampling, read_states, sample
 from infer_align.hub import locate
 from infer_align.rewards import Reward
-from infer_align.values import head, lookahead
+from infer_align.values import head, lookahead, tokenizer_digest
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
 FEWEST_SAMPLES = 200
+FEWEST_PROMPTS = 10  # a fifth of them is held out
 HELD_OUT_SHARE = 0.2
 
 
@@ -51,7 +53,9 @@ class Fitting:
         default=None, metadata={"description": "what a lookahead value starts from; default: a copy of the frozen model"}
     )
     largest_beta: float = field(default=16.0, metadata={"gt": 0, "description": "end of the grid that is tried"})
-    curve_prompts: int = field(default=100, metadata={"ge": 2, "description": "prompts that each beta is tried on"})
+    curve_replies: int = field(
+        default=100, metadata={"ge": 2, "description": "replies that each beta is tried with, to the held-out prompts in turn"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +90,57 @@ async def fit_value(
 
     Raises:
         InvalidRequest: too few samples, a reply that cannot be scored, rewards that are all the same, or samples made otherwise.
+        ConfigError: `out` cannot be written, or the value model does not fit the frozen model.
     """
+    out = out.absolute()
+    _check_before(engine, reward, fitting, out)
     samples = await sample(engine, reward, prompts, sampling, out.with_suffix(".samples.jsonl"), progress)
     _check(samples)
+    unseen = [prompts[i] for i in _held_out(samples, sampling.seed)]
     if fitting.kind == "head":
         fitness = _fit_head(engine, prompts, samples, fitting, sampling, out, progress)
         engine.add_value(out.stem, HeadValue(str(out)))
     else:
         (fitness,) = fit_value_lm(engine, prompts, {out.stem: samples}, fitting, sampling.seed, out, progress)
         engine.add_value(out.stem, LookaheadValue(Lookahead(str(out))))
+    tried = [*itertools.islice(itertools.cycle(unseen), fitting.curve_replies)]
     betas = [*curve.betas(fitting.largest_beta)]
-    points = await curve.reward_kl_curve(engine, reward, prompts[: fitting.curve_prompts], out.stem, betas, sampling, progress)
+    points = await curve.reward_kl_curve(engine, reward, tried, out.stem, betas, sampling, progress)
     report = Report(len(samples), fitness, points, curve.suggest(points))
     out.with_suffix(".report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
+
+
+def _check_before(engine: TransformersEngine, reward: Reward, fitting: Fitting, out: Path) -> None:
+    """What would otherwise fail after hours of sampling."""
+    if fitting.kind == "head" and out.is_dir():
+        raise ConfigError(f"{out} is a folder; a head is one file, such as {out / 'value.safetensors'}.")
+    if fitting.kind == "lookahead" and out.is_file():
+        raise ConfigError(f"{out} is a file; a lookahead value is a folder: name another.")
+    if reward.attributes:
+        raise InvalidRequest(
+            f"reward: it has {len(reward.attributes)} objectives ({', '.join(reward.attributes)}); a value is fitted to one number.",
+            param="reward",
+        )
+    if fitting.kind == "lookahead":
+        _check_value_model(engine, fitting.value_model)
+
+
+def _check_value_model(engine: TransformersEngine, name: str | None) -> None:
+    if name is None:
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"value_model: {name!r} cannot be loaded: {error}") from error
+    if tokenizer_digest(tokenizer.get_vocab()) != engine.frozen.frozen(engine.model).tokenizer:
+        raise ConfigError(f"value_model: the token ids of {name!r} are not those of {engine.model!r}; take one with its tokenizer.")
+
+
+def _held_out(samples: Sequence[Sample], seed: int) -> list[int]:
+    """Prompts that the value is not fitted to."""
+    held = regression.split_by_prompt([s.prompt for s in samples], HELD_OUT_SHARE, seed).tolist()
+    return sorted({s.prompt for s, out in zip(samples, held, strict=True) if out})
 
 
 def _check(samples: Sequence[Sample]) -> None:
@@ -107,6 +148,11 @@ def _check(samples: Sequence[Sample]) -> None:
         raise InvalidRequest(
             f"samples: {len(samples)} are too few to fit a value; give at least {FEWEST_SAMPLES}: more prompts, or more replies each.",
             param="samples",
+        )
+    prompts = len({s.prompt for s in samples})
+    if prompts < FEWEST_PROMPTS:
+        raise InvalidRequest(
+            f"prompts: {prompts} are too few, as the value is tried on a fifth of them; give at least {FEWEST_PROMPTS}.", param="prompts"
         )
     if np.ptp([s.reward for s in samples]) == 0:
         raise InvalidRequest("reward: every reply has the same score, so there is nothing to steer towards.", param="reward")
@@ -147,6 +193,8 @@ def fit_value_lm(
 ) -> list[regression.Fitness]:
     """One value LM with a head per reward, saved to the folder `out`; `samples` are the same replies under each of the rewards."""
     first = next(iter(samples.values()))
+    if any([s.text for s in scored] != [s.text for s in first] for scored in samples.values()):
+        raise ValueError("samples: the rewards have scored different replies")
     states, ids, starts = read_states(engine.frozen, prompts, first, progress)
     replies = tuple(states.under(torch.tensor([s.reward for s in scored])) for scored in samples.values())
     lm = AutoModel.from_pretrained(locate(how.value_model or engine.config.model), dtype=torch.float32)

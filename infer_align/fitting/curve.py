@@ -12,7 +12,7 @@ import numpy as np
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.fitting.samples import Conversation, Progress, Sampling, draw, scores_of
 from infer_align.rewards import Reward
-from infer_align.types import Draw, Steering
+from infer_align.types import Array, Draw, Steering
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class BetaPoint:
     """What steering with one beta did on held-out prompts."""
 
     beta: float
-    reward: float
+    reward: float  # of the replies that could be scored; NaN where fewer than two could
     reward_se: float
     kl: float  # nats per reply, from the frozen model
     kl_se: float
@@ -35,17 +35,25 @@ async def reward_kl_curve(
     how: Sampling,
     progress: Progress,
 ) -> tuple[BetaPoint, ...]:
-    """Reward of one steered reply per prompt, and its KL from the frozen model: the sum over tokens of log pi_beta - log pi_0."""
+    """Reward of one steered reply per prompt, and its KL from the frozen model: the sum over tokens of log pi_beta - log pi_0.
+
+    Of two equal prompts the replies differ: their seeds do.
+    """
     points = []
     for beta in betas:
         results = await asyncio.gather(
             *(_steered(engine, reward, messages, value, beta, how, how.seed + i) for i, messages in enumerate(prompts))
         )
         rewards, kls = np.array(results).T
-        root = math.sqrt(len(rewards))
-        points.append(BetaPoint(beta, rewards.mean(), rewards.std(ddof=1) / root, kls.mean(), kls.std(ddof=1) / root))
+        points.append(BetaPoint(beta, *_mean_and_error(rewards[np.isfinite(rewards)]), *_mean_and_error(kls)))
         progress(f"beta {beta:g}: reward {points[-1].reward:.3f}, KL {points[-1].kl:.2f} nats")
     return tuple(points)
+
+
+def _mean_and_error(values: Array) -> tuple[float, float]:
+    if len(values) < 2:
+        return math.nan, math.nan
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
 async def _steered(
@@ -62,8 +70,11 @@ async def _steered(
 
 def suggest(curve: Sequence[BetaPoint]) -> float:
     """The smallest beta whose reward is within one standard error of the best: what lies beyond it costs KL and earns nothing."""
-    best = max(curve, key=lambda point: point.reward)
-    return min((p.beta for p in curve if p.reward >= best.reward - best.reward_se), key=abs)
+    scored = [point for point in curve if math.isfinite(point.reward)]
+    if not scored:
+        return 0.0
+    best = max(scored, key=lambda point: point.reward)
+    return min((p.beta for p in scored if p.reward >= best.reward - best.reward_se), key=abs)
 
 
 def betas(largest: float) -> Iterator[float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from infer_align.fitting.regression import Fitness, Replies, fitness, returns, split_by_prompt
+from infer_align.fitting.regression import Fitness, Replies, discounted, fitness, returns, split_by_prompt
 from infer_align.fitting.samples import Progress
 
 LEARNING_RATE = 1e-3
@@ -49,7 +49,7 @@ def fit_lookahead(
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     training = torch.nonzero(~held).ravel()
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * (len(training) // BATCH + 1) + 1)
-    targets = torch.stack([replies.rewards[replies.reply] for replies in reading.replies], dim=-1)  # [N, H]
+    targets = torch.stack([discounted(replies, gamma) for replies in reading.replies], dim=-1)  # [N, H]
     for epoch in range(epochs):
         lm.train()
         order = training[torch.randperm(len(training), generator=generator)]
@@ -64,7 +64,9 @@ def fit_lookahead(
             schedule.step()
         lm.eval()
         with torch.no_grad():
-            values = torch.cat([_values(lm, heads, reading, part.tolist()) for part in torch.arange(len(held)).split(BATCH)]) + centre
+            values = (
+                torch.cat([_values(lm, heads, reading, part.tolist()) for part in torch.arange(len(held)).split(BATCH)]) + centre
+            )
         if lam < 1:
             columns = [returns(values[:, h], replies, gamma, lam) for h, replies in enumerate(reading.replies)]
             targets = torch.stack(columns, dim=-1)

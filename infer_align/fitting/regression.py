@@ -1,7 +1,8 @@
 """Fit value heads to returns: the arithmetic behind `infer-align fit value`, on tensors alone.
 
-A sample is a reply with one reward at its end. Its k-th token a_k was chosen in state h_k; the value of (h_k, a_k) is regressed on the
-TD(lambda) return from there. Only differences between tokens at the same state steer, as VAS centres the values over its candidates.
+A sample is a reply with one reward at its end. Its k-th token a_k was chosen in state h_k; the value of (h_k, a_k) is regressed
+on the TD(lambda) return from there. Only differences between tokens at the same state steer, as VAS centres the values over its
+candidates.
 """
 
 from __future__ import annotations
@@ -54,6 +55,11 @@ def returns(values: torch.Tensor, replies: Replies, gamma: float, lam: float) ->
     return torch.from_numpy(targets[replies.reply, column]).float()
 
 
+def discounted(replies: Replies, gamma: float) -> torch.Tensor:
+    """What each token's reply earned, as seen from the token: the targets at lambda = 1. -> [N]."""
+    return returns(torch.zeros(len(replies.tokens)), replies, gamma, 1.0)
+
+
 def predict(head: HeadTensors, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Q(h, a) of each token. [N, d], [N] -> [N]."""
     if "P" in head:
@@ -63,12 +69,14 @@ def predict(head: HeadTensors, hidden: torch.Tensor, tokens: torch.Tensor) -> to
     return (u * head["E"][tokens]).sum(-1) + head["b"][tokens]
 
 
-def fit_ridge(replies: Replies, vocabulary: int, *, rank: int, ridge: float, gamma: float, lam: float, rounds: int = 4) -> HeadTensors:
+def fit_ridge(
+    replies: Replies, vocabulary: int, *, rank: int, ridge: float, gamma: float, lam: float, rounds: int = 4
+) -> HeadTensors:
     """A low-rank linear head by alternating least squares: no gradients, no learning rate.
 
-    E-step: each token's row by ridge regression, drawn towards the row that fits all tokens; so a token that was never seen has that row.
-    P-step: the projection by ridge regression with conjugate gradients. Started from the principal components of the states. With
-    lam < 1 the targets are made anew from each round's values.
+    E-step: each token's row by ridge regression, drawn towards the row that fits all tokens; so a token that was never seen has
+    that row. P-step: the projection by ridge regression with conjugate gradients. Started from the principal components of the
+    states. With lam < 1 the targets are made anew from each round's values.
 
     Args:
         replies: the samples.
@@ -84,7 +92,7 @@ def fit_ridge(replies: Replies, vocabulary: int, *, rank: int, ridge: float, gam
     _, _, components = torch.linalg.svd(h[torch.randperm(len(h), generator=_seeded(0))[:20_000]], full_matrices=False)
     projection = components[: min(rank, h.shape[1])]
     centre = float(replies.rewards.mean())
-    targets = replies.rewards[replies.reply] - centre
+    targets = discounted(replies, gamma) - centre
     rows = torch.zeros(0)
     for step in range(rounds):
         u = torch.cat([h @ projection.T, torch.ones(len(h), 1)], dim=1)
@@ -96,7 +104,7 @@ def fit_ridge(replies: Replies, vocabulary: int, *, rank: int, ridge: float, gam
             weights = rows[replies.tokens]
             projection = _projection(h, weights[:, :-1], targets - weights[:, -1], projection, ridge)
     folded = projection / scale
-    return {"P": folded, "E": rows[:, :-1].contiguous(), "b": rows[:, -1] - rows[:, :-1] @ (folded @ mean)}
+    return {"P": folded, "E": rows[:, :-1].contiguous(), "b": rows[:, -1] - rows[:, :-1] @ (folded @ mean) + centre}
 
 
 def _token_rows(u: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor, vocabulary: int, ridge: float) -> torch.Tensor:
@@ -114,7 +122,9 @@ def _token_rows(u: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor, vo
     return rows
 
 
-def _projection(h: torch.Tensor, e: torch.Tensor, y: torch.Tensor, start: torch.Tensor, ridge: float, steps: int = 30) -> torch.Tensor:
+def _projection(
+    h: torch.Tensor, e: torch.Tensor, y: torch.Tensor, start: torch.Tensor, ridge: float, steps: int = 30
+) -> torch.Tensor:
     """argmin over P of sum (y - e . P h)^2 + ridge |P|^2, by conjugate gradients from `start`. [N, d], [N, r], [N] -> [r, d]."""
 
     def normal(p: torch.Tensor) -> torch.Tensor:
@@ -164,8 +174,9 @@ def fit_sgd(
     parameters = [tensor.requires_grad_() for tensor in head.values()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
     centre = float(replies.rewards.mean())
-    targets = replies.rewards[replies.reply] - centre
-    best, best_loss = head, float("inf")
+    targets = discounted(replies, gamma) - centre
+    wanted = discounted(held_out, gamma) - centre
+    best, best_loss = _copy(head), float("inf")
     for epoch in range(epochs):
         order = torch.randperm(len(targets), generator=generator)
         for batch in order.split(256):
@@ -174,14 +185,18 @@ def fit_sgd(
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
-            error = predict(head, held_out.hidden, held_out.tokens) - (held_out.rewards[held_out.reply] - centre)
-            held_out_loss = float(error.square().mean())
+            held_out_loss = float((predict(head, held_out.hidden, held_out.tokens) - wanted).square().mean())
             progress(f"epoch {epoch + 1}/{epochs}, held-out mean squared error {held_out_loss:.4f}")
             if held_out_loss < best_loss:
-                best, best_loss = {name: tensor.detach().clone() for name, tensor in head.items()}, held_out_loss
+                best, best_loss = _copy(head), held_out_loss
             if lam < 1:
                 targets = returns(predict(head, replies.hidden, replies.tokens) + centre, replies, gamma, lam) - centre
+    best["b"] += centre
     return best
+
+
+def _copy(head: HeadTensors) -> HeadTensors:
+    return {name: tensor.detach().clone() for name, tensor in head.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -15,7 +17,7 @@ import torch
 
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.engines.transformers.model import Model
-from infer_align.errors import InvalidRequest
+from infer_align.errors import EngineFailed, InvalidRequest
 from infer_align.fitting.regression import Replies
 from infer_align.objectives import Ensemble
 from infer_align.request import SEED_RANGE
@@ -47,6 +49,7 @@ class Sample:
     """One scored reply of the frozen model."""
 
     prompt: int
+    asked: str  # digest of the prompt, so that other prompts are not taken for these
     text: str
     finish_reason: str
     reward: float
@@ -58,20 +61,27 @@ def read_prompts(path: Path) -> list[Conversation]:
     Raises:
         InvalidRequest: not readable, or a line is neither.
     """
-    prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold other characters that end a line to Python.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
         raise InvalidRequest(f"prompts: {path} cannot be read: {error.strerror}.", param="prompts") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-            prompts.append([{"role": "user", "content": value}] if isinstance(value, str) else list(value["messages"]))
-        except (ValueError, TypeError, KeyError):
-            raise InvalidRequest(
-                f'prompts: {path}:{number} is neither {{"messages": [...]}} nor a JSON string.', param="prompts"
-            ) from None
-    return prompts
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"prompts: {path} is not UTF-8: {error}.", param="prompts") from None
+    return [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _prompt(line: str, place: str) -> Conversation:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    messages = value.get("messages") if isinstance(value, dict) else None
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        raise InvalidRequest(f'prompts: {place} is neither {{"messages": [...]}} nor a JSON string.', param="prompts")
+    return messages
 
 
 async def sample(
@@ -80,9 +90,10 @@ async def sample(
     """Scored replies to every prompt, continued where an earlier run stopped; every finished prompt is on disk before the next ones start.
 
     Raises:
-        InvalidRequest: the file was made with other settings, or a reply could not be scored.
+        InvalidRequest: the file is damaged, or was made with other settings or prompts; or a reply could not be scored.
+        EngineFailed: a reply could not be sampled.
     """
-    done = _resume(path, how)
+    done = _resume(path, how, [_digest(messages) for messages in prompts])
     missing = [i for i in range(len(prompts)) if i not in {s.prompt for s in done}]
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(missing), BATCH):
@@ -97,28 +108,72 @@ async def sample(
     return done
 
 
-def _resume(path: Path, how: Sampling) -> list[Sample]:
+def _digest(messages: Conversation) -> str:
+    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _resume(path: Path, how: Sampling, digests: Sequence[str]) -> list[Sample]:
+    header = json.dumps(asdict(how)) + "\n"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(how)) + "\n")
+        _rewrite(path, header)
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if not lines or json.loads(lines[0]) != asdict(how):
-        raise InvalidRequest(f"samples: {path} was made with other settings; name another file, or delete it.", param="samples")
-    whole = [line for line in lines if line.endswith("\n")]
-    samples = [Sample(**json.loads(line)) for line in whole[1:]]
-    counts = {s.prompt: sum(other.prompt == s.prompt for other in samples) for s in samples[-how.replies_per_prompt :]}
-    kept = [s for s in samples if counts.get(s.prompt, how.replies_per_prompt) == how.replies_per_prompt]
-    if len(kept) + 1 != len(lines):  # the last prompt was cut off: it is drawn again
-        path.write_text(whole[0] + "".join(json.dumps(asdict(s)) + "\n" for s in kept))
+    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")  # whole lines; what follows was cut off
+    if not lines:
+        raise _unusable(path, "has no header")
+    if _json(path, 1, lines[0]) != asdict(how):
+        raise _unusable(path, "was made with other settings")
+    samples = [_read_sample(path, number, line) for number, line in enumerate(lines[1:], start=2)]
+    by_prompt = [(prompt, list(group)) for prompt, group in itertools.groupby(samples, lambda s: s.prompt)]
+    unfinished = [by_prompt.pop()] if by_prompt and len(by_prompt[-1][1]) < how.replies_per_prompt else []
+    if len({prompt for prompt, _ in by_prompt + unfinished}) < len(by_prompt + unfinished):
+        raise _unusable(path, "holds a prompt twice: two runs have written to it")
+    for prompt, group in by_prompt:
+        if len(group) != how.replies_per_prompt:
+            raise _unusable(path, f"has {len(group)} replies to prompt {prompt} instead of {how.replies_per_prompt}")
+    if any(s.prompt >= len(digests) or s.asked != digests[s.prompt] for s in samples):
+        raise _unusable(path, "was made with other prompts; new ones can only be added at the end")
+    kept = [s for _, group in by_prompt for s in group]
+    if cut or unfinished:  # the last prompt is drawn again
+        _rewrite(path, header + "".join(json.dumps(asdict(s)) + "\n" for s in kept))
     return kept
+
+
+def _rewrite(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _read_sample(path: Path, number: int, line: str) -> Sample:
+    value = _json(path, number, line)
+    try:
+        found = Sample(**value)
+    except TypeError:
+        raise _unusable(path, f"is damaged: line {number} is not a sample") from None
+    return found
+
+
+def _json(path: Path, number: int, line: str) -> Any:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        raise _unusable(path, f"is damaged: line {number} is not JSON") from None
+    return value
+
+
+def _unusable(path: Path, why: str) -> InvalidRequest:
+    return InvalidRequest(f"samples: {path} {why}; delete it, or write the value elsewhere.", param="samples")
 
 
 async def _replies(engine: TransformersEngine, reward: Reward, messages: Conversation, prompt: int, how: Sampling) -> list[Sample]:
     n = how.replies_per_prompt
     first = how.seed * 1_000_003 + prompt * n
     wanted = Draw({"messages": messages, "max_tokens": how.max_tokens}, n, tuple((first + i) % SEED_RANGE for i in range(n)))
-    candidates = await draw(engine, wanted)
+    try:
+        candidates = await draw(engine, wanted)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"prompt {prompt}: {error.message}", param="prompts") from error
     scores = await scores_of(reward, messages, candidates, how.objective)
     bad = [i for i, value in enumerate(scores) if not math.isfinite(value)]
     if bad:
@@ -127,15 +182,23 @@ async def _replies(engine: TransformersEngine, reward: Reward, messages: Convers
             "a value can only be fitted to a reward that scores every reply: mend the reward or leave the prompt out.",
             param="reward",
         )
+    asked = _digest(messages)
     return [
-        Sample(prompt, c.text, c.finish_reason or "stop", float(value)) for c, value in zip(candidates, scores, strict=True)
+        Sample(prompt, asked, c.text, c.finish_reason or "stop", float(value)) for c, value in zip(candidates, scores, strict=True)
     ]
 
 
 async def draw(engine: TransformersEngine, wanted: Draw) -> list[Candidate]:
-    """Its candidates, in order."""
+    """Its candidates, in order.
+
+    Raises:
+        EngineFailed: one of them failed.
+    """
     async with engine.sample(wanted) as stream:
         found = [event async for event in stream if isinstance(event, Candidate)]
+    for candidate in found:
+        if candidate.error:
+            raise EngineFailed(candidate.error)
     return sorted(found, key=lambda c: c.index)
 
 
@@ -156,9 +219,10 @@ def read_states(
     for i, s in enumerate(samples):
         prompt = model.render(Draw({"messages": prompts[s.prompt]}))
         ids = model.tokenizer(s.text, add_special_tokens=False)["input_ids"]
-        if s.finish_reason == "stop" or not ids:
-            ids = [*ids, min(model.eos)]  # the end is a token too, and worth steering
-        hidden.append(model.states(prompt.ids + ids)[len(prompt.ids) - 1 : -1].cpu())
+        states = model.states(prompt.ids + ids)[len(prompt.ids) - 1 :]
+        if model.eos and (s.finish_reason == "stop" or not ids):
+            ids = [*ids, _end(model, states[-1])]  # the end is a token too, and worth steering
+        hidden.append(states[: len(ids)].cpu())
         tokens += ids
         reply += [i] * len(ids)
         texts.append(prompt.ids + ids)
@@ -168,3 +232,10 @@ def read_states(
     rewards = torch.tensor([s.reward for s in samples])
     prompt_of = torch.tensor([s.prompt for s in samples])
     return Replies(torch.cat(hidden).clone(), torch.tensor(tokens), torch.tensor(reply), rewards, prompt_of), texts, starts
+
+
+def _end(model: Model, state: torch.Tensor) -> int:
+    """The likeliest of the tokens that end an answer: a chat model has several, and says one of them."""
+    ends = sorted(model.eos)
+    weight = model.lm.get_output_embeddings().weight[ends].float()
+    return ends[int((weight @ state).argmax())]

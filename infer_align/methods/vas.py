@@ -6,12 +6,13 @@ logits and V_m(s, a) the m-th value of the prefix s continued by a:
     logit'_a = logit_a + sum_m beta_m (V_m(s, a) - mean over T of V_m(s, .))     for a in T
     logit'_a = logit_a                                                           for every other a (tail "keep"), or -inf ("mask")
 
-Centring makes a constant added to a value mean nothing, and gives the tail the weight of a token of average value. All values share one
-top-k, so several of them are one pass with their weighted sum. beta acts on the logits before temperature, so temperature t makes it
-beta / t; biases, penalties and bans act before it, min_p, top_k and top_p of the sampler after it.
+Centring makes a constant added to a value mean nothing, and gives the tail the weight of a token of average value. All values
+share one top-k, so several of them are one pass with their weighted sum. beta acts on the logits before temperature, so
+temperature t makes it beta / t; biases, penalties and bans act before it, min_p, top_k and top_p of the sampler after it.
 
-Where the published code differs: it trusts a key-value cache after comparing row 0 of a batch alone, gives the value model no mask, so
-padded rows are wrong, and runs k passes one after the other per token. None of that is the method, and none of it is here.
+Where the published code differs: it trusts a key-value cache after comparing row 0 of a batch alone, gives the value model no
+mask, so padded rows are wrong, and runs k passes one after the other per token. None of that is the method, and none of it is
+here.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class VAS:
     beta: dict[str, Annotated[float, Ge(-MAX_BETA), Le(MAX_BETA)]] = field(
         metadata={"min_length": 1, "description": "{value name: weight}; negative weights steer away"}
     )
-    top_k: int = field(default=20, metadata={"ge": 1, "description": "tokens that are valued at each step; more than the vocabulary is all"})
+    top_k: int = field(
+        default=20, metadata={"ge": 1, "description": "tokens that are valued at each step; more than the vocabulary is all"}
+    )
     tail: Literal["keep", "mask"] = field(
         default="keep", metadata={"description": "the other tokens keep their logits, or cannot be sampled"}
     )
@@ -87,7 +90,7 @@ def reweight(
 
 
 def lambda_returns(values: ArrayLike, rewards: ArrayLike, gamma: float, lam: float) -> Array:
-    """TD(lambda) targets of a value function: A_t + V_t with A_t = delta_t + gamma lam A_(t+1), delta_t = r_t + gamma V_(t+1) - V_t.
+    """TD(lambda) targets A_t + V_t, with A_t = delta_t + gamma lam A_(t+1) and delta_t = r_t + gamma V_(t+1) - V_t.
 
     After the last position the value is 0. lam = 1 gives the discounted sum of rewards, lam = 0 the one-step target.
 

@@ -1,7 +1,7 @@
 """Values estimate the reward that an answer will earn, while it is still being written. VAS steers with them.
 
-This page is what a value is; each file beside it is one kind. A value module holds a frozen dataclass, its `[values.<name>]` section, whose
-`load()` gives the Value.
+This page is what a value is; each file beside it is one kind. A value module holds a frozen dataclass, its `[values.<name>]`
+section, whose `load()` gives the Value.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     Q(h, a) = u(h) . E[a] + b[a]        u(h) = P h, or W2 gelu(W1 h + c1)
 
-h is what the model's output layer reads. Of rank r: E is [V, r], so a head is r/d the size of an output layer, and valuing k candidates
-gathers k rows of it.
+h is what the model's output layer reads. Of rank r: E is [V, r], so a head is r/d the size of an output layer, and valuing k
+candidates gathers k rows of it.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class HeadValue(Value):
         """
         tensors, metadata = read(self.path)
         check_fit(self.path, metadata, frozen)
+        if "hidden_size" not in metadata or _reads(tensors) != frozen.hidden_size:
+            raise ConfigError(
+                f"{self.path}: reads hidden states of size {_reads(tensors)}, but those of {frozen.model!r} have {frozen.hidden_size}; "
+                "fit the value on this model."
+            )
         if len(tensors["E"]) != frozen.vocabulary:
             raise ConfigError(f"{self.path}: values {len(tensors['E'])} tokens, but {frozen.model!r} has {frozen.vocabulary}.")
         self.description = self.description or metadata.get("description", "")
@@ -63,12 +68,15 @@ class HeadValue(Value):
         t = self._tensors
         if "P" in t:
             return hidden @ t["P"].T
-        return torch.nn.functional.gelu(hidden @ t["W1"].T + t["c1"]) @ t["W2"].T
+        return torch.nn.functional.gelu(torch.addmm(t["c1"], hidden, t["W1"].T)) @ t["W2"].T
 
     def of(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
-        u, t = self.features(hidden), self._tensors
-        return torch.einsum("br,bkr->bk", u, t["E"][token_ids]) + t["b"][token_ids]
+        t, flat = self._tensors, token_ids.flatten()
+        rows = t["E"].index_select(0, flat).view(*token_ids.shape, -1)  # [B, k, r]
+        return torch.baddbmm(t["b"].index_select(0, flat).view(*token_ids.shape, 1), rows, self.features(hidden)[:, :, None])[
+            :, :, 0
+        ]
 
 
 def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -85,7 +93,9 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be read as a safetensors file: {error}") from None
     if metadata.get("kind") != "head" or not ({"P"} <= tensors.keys() or {"W1", "c1", "W2"} <= tensors.keys()):
-        raise ConfigError(f"{path}: not a value head (it holds {', '.join(sorted(tensors))}); make one with: infer-align fit value.")
+        raise ConfigError(
+            f"{path}: not a value head (it holds {', '.join(sorted(tensors))}); make one with: infer-align fit value."
+        )
     return tensors, metadata
 
 

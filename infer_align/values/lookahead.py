@@ -1,7 +1,8 @@
 """A lookahead value, the paper's: a small value LM reads the prefix and each candidate after it, and scalar heads value them.
 
-One forward per step serves all rows, all candidates and all heads of one value LM: the k candidates of a row are siblings, each of which
-attends to the shared prefix and to itself. The keys and values of the one that is chosen stay, so nothing is computed twice.
+One forward per step serves all rows, all candidates and all heads of one value LM: the k candidates of a row are siblings, each
+of which attends to the shared prefix and to itself. The keys and values of the one that is chosen stay, so nothing is computed
+twice.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class LookaheadValue(Value):
         lm: ValueLM = shared[key]
         name = self.config.head or (lm.names[0] if len(lm.names) == 1 else "")
         if name not in lm.names:
-            raise ConfigError(f"{self.config.path}: head {name!r} is not one of: {', '.join(lm.names)}; name one with head = '...'.")
+            raise ConfigError(
+                f"{self.config.path}: head {name!r} is not one of: {', '.join(lm.names)}; name one with head = '...'."
+            )
         self.lm, self.index = lm, lm.names.index(name)
         self.description = self.description or lm.description
 

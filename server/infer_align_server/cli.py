@@ -103,7 +103,11 @@ def _chat(options: argparse.Namespace) -> int:
 def _methods(_: argparse.Namespace) -> int:
     methods = {name: registry.methods.get(name) for name in registry.methods.names()}
     _print_plugins("align", {**methods, "ensemble": Ensemble, "budget": Budget})
-    for title, plugins in (("[rewards.<name>] kind", registry.rewards), ("[values.<name>] kind", registry.values), ("[engine] kind", registry.engines)):
+    for title, plugins in (
+        ("[rewards.<name>] kind", registry.rewards),
+        ("[values.<name>] kind", registry.values),
+        ("[engine] kind", registry.engines),
+    ):
         found = {}
         for name in plugins.names():
             try:

@@ -27,12 +27,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reward", required=True, help="a configured reward")
     parser.add_argument("--prompts", required=True, type=Path, help='JSON lines: a string, or {"messages": [...]}')
     parser.add_argument("--out", required=True, type=Path, help="the value's file, or folder for a lookahead value")
-    parser.add_argument("--objective", default="uwo", choices=("mean", "wco", "uwo"), help="over the reward's members; default: %(default)s")
+    parser.add_argument(
+        "--objective", default="uwo", choices=("mean", "wco", "uwo"), help="over the reward's members; default: %(default)s"
+    )
     parser.add_argument("--replies", type=int, default=8, help="per prompt; default: %(default)s")
     parser.add_argument("--max-tokens", type=int, default=256, help="of a reply; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
-        "--fit", action="append", default=[], metavar="NAME=VALUE", help="kind, method, rank, ridge, width, epochs, gamma, lam, value_model, ..."
+        "--fit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="kind, method, rank, ridge, width, epochs, gamma, lam, value_model, ...",
     )
 
 
@@ -62,7 +68,9 @@ async def _fit(options: argparse.Namespace, progress: Any) -> Report:
         raise ConfigError(f"--reward: {options.reward!r} is not configured; {nearest(options.reward, config.rewards)}")
     engine, reward = config.load_engine(), config.load_rewards()[options.reward]
     if not isinstance(engine, TransformersEngine):
-        raise ConfigError(f"[engine] kind: {config.engine_kind!r} does not show its states; values are fitted on kind = 'transformers'.")
+        raise ConfigError(
+            f"[engine] kind: {config.engine_kind!r} does not show its states; values are fitted on kind = 'transformers'."
+        )
     await engine.start()
     await reward.start()
     try:
@@ -82,7 +90,10 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 def _print(report: Report, out: Path) -> None:
     held = report.held_out
-    OUT.print(f"{out}: {report.samples} samples; held out: R² {held.r2:.3f} (last token {held.r2_last:.3f}), slope {held.slope:.2f}", highlight=False)
+    OUT.print(
+        f"{out}: {report.samples} samples; held out: R² {held.r2:.3f} (last token {held.r2_last:.3f}), slope {held.slope:.2f}",
+        highlight=False,
+    )
     table = Table("beta", "reward", "± s.e.", "KL, nats", "± s.e.")
     for point in report.curve:
         table.add_row(*(f"{value:.3g}" for value in dataclasses.astuple(point)))

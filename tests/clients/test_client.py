@@ -18,7 +18,12 @@ from infer_align.request import SETTINGS, Limits, make_plan, parse_request
 from infer_align.rewards.rules import Rules
 from infer_align_client import VAS, Align, BestOfN, Budget, Ensemble, extra_body
 
-SAME = [(BestOfN, registry.methods.get("best_of_n")), (VAS, registry.methods.get("vas")), (Ensemble, objectives.Ensemble), (Budget, types.Budget)]
+SAME = [
+    (BestOfN, registry.methods.get("best_of_n")),
+    (VAS, registry.methods.get("vas")),
+    (Ensemble, objectives.Ensemble),
+    (Budget, types.Budget),
+]
 
 
 @pytest.mark.parametrize(("typed", "served"), SAME)

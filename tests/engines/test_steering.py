@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
 from infer_align.errors import ConfigError, InvalidRequest
@@ -67,8 +68,6 @@ class Reference:
         self.lm = AutoModelForCausalLM.from_pretrained(engine.config.model, dtype=torch.float32).eval()
         self.value_lm = AutoModel.from_pretrained(folder / "lm", dtype=torch.float32).eval()
         self.heads = {name: head.read(str(folder / f"{name}.safetensors"))[0] for name in ("linear", "mlp")}
-        from safetensors.torch import load_file
-
         self.scalar = load_file(folder / "lm" / lookahead.HEADS)
 
     def value(self, name: str, ids: list[int], hidden: torch.Tensor, token: int) -> float:
@@ -180,7 +179,9 @@ async def test_unknown_value_is_named(serving: Any, values: Any, draw: Any) -> N
             engine.check(Draw(draw().body, 1, (0,), steering=Steering({"helpfull": 1.0}, 5, "keep")))
 
 
-async def test_a_value_of_another_tokenizer_is_refused_at_start(serving: Any, values: Any, language_model: Any, byte_fallback: Any) -> None:
+async def test_a_value_of_another_tokenizer_is_refused_at_start(
+    serving: Any, values: Any, language_model: Any, byte_fallback: Any
+) -> None:
     other = language_model("Llama", tokenizer=byte_fallback)
     with pytest.raises(ConfigError, match="token ids differ"):
         async with serving(model=other, values={"linear": HeadValue(str(values / "linear.safetensors"))}):

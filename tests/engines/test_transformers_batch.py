@@ -166,7 +166,9 @@ async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, fi
         assert engine._scheduler.capacity == 100
         forwards = Forwards(engine)
         over = []
-        forwards.at = lambda _: over.append(sum(1 for _ in engine._scheduler._batch.rows) * engine._scheduler._batch.cache.length > 100)
+        forwards.at = lambda _: over.append(
+            sum(1 for _ in engine._scheduler._batch.rows) * engine._scheduler._batch.cache.length > 100
+        )
         results = await asyncio.gather(
             *(finish(engine, draw("sun", n=6, seed=i, max_tokens=20, ignore_eos=True)) for i in range(4))
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-__all__ = ["VAS", "Align", "BestOfN", "Budget", "Ensemble", "extra_body"]
+__all__ = ["Align", "BestOfN", "Budget", "Ensemble", "VAS", "extra_body"]  # noqa: RUF022 - plainly sorted
 
 
 class BestOfN(TypedDict, total=False):

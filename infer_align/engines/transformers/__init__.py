@@ -92,6 +92,14 @@ class TransformersEngine(Engine):
             raise Unavailable("the model is still loading")
         return self._model
 
+    def value(self, name: str) -> Value:
+        """A value that requests can steer by.
+
+        Raises:
+            KeyError: no such value.
+        """
+        return self._steerer.value(name) if self._steerer else self.values[name]
+
     def add_value(self, name: str, value: Value) -> None:
         """Let requests steer by another value from now on; one of the same name is replaced.
 

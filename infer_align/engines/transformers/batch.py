@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.rows import Row
-from infer_align.engines.transformers.steering import ValueCache
+from infer_align.engines.transformers.steering import Terms, ValueCache
 from infer_align.values.lookahead import ValueLM
 
 
@@ -18,6 +18,7 @@ class Batch:
     rows: list[Row] = field(default_factory=list)
     cache: RowCache = field(default_factory=RowCache)
     values: dict[ValueLM, ValueCache] = field(default_factory=dict)
+    terms: Terms | None = None  # what the rows are steered by, from the first step that needs it
 
     def take(self, kept: Sequence[int]) -> Batch:
         """These of its rows."""

@@ -95,7 +95,7 @@ class RowCache(Cache):  # type: ignore[misc]
         return taken
 
     def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
-        """Of the columns from `columns` on, keep in each row the one at offset chosen[row]. [B]"""
+        """Of the columns from `columns` on, keep in each row the one at offset chosen[row]."""
         for layer in self.layers:
             layer.keep_one(columns, chosen)
 

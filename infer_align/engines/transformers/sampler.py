@@ -35,8 +35,8 @@ class Sampled(Protocol):
 def sample(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
     """One token per row. [B, V] float32, adjusted and steered -> B ids.
 
-    Temperature, then min_p, top_k and top_p over what is left. One uniform number a row, from its seed and its position alone, picks by
-    inverse CDF. Temperature 0 takes the largest, of equal ones the lowest id.
+    Temperature, then min_p, top_k and top_p over what is left. One uniform number a row, from its seed and its position alone,
+    picks by inverse CDF. Temperature 0 takes the largest, of equal ones the lowest id.
     """
     temperature = torch.tensor([row.params.temperature for row in rows], device=logits.device)
     greedy = logits.argmax(dim=-1)

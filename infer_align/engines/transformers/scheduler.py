@@ -84,7 +84,9 @@ class Scheduler(threading.Thread):
         self.steerer = steerer
         self.max_batch = config.max_batch
         self.prefill_tokens = config.prefill_tokens
-        self.capacity = int(config.kv_cache_gib * 2**30 / (model.cell_bytes + steerer.cell_bytes))  # cells of the cache: rows x columns
+        self.capacity = int(
+            config.kv_cache_gib * 2**30 / (model.cell_bytes + steerer.cell_bytes)
+        )  # cells of the cache: rows x columns
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._halt = False
         self._over = False  # nothing is received any more
@@ -156,7 +158,9 @@ class Scheduler(threading.Thread):
             if row.finish_reason is None and row.job.stopping(row):
                 self._tell(row.job, row.finish())
         self._jobs = {job for job in self._jobs if job.unfinished and not job.closed}
-        self._batch = self._batch.take([i for i, row in enumerate(self._batch.rows) if row.finish_reason is None and not row.job.closed])
+        self._batch = self._batch.take(
+            [i for i, row in enumerate(self._batch.rows) if row.finish_reason is None and not row.job.closed]
+        )
 
     def _prefill(self) -> None:
         """Read up to `prefill_tokens` of prompts: several short ones at once, or the next part of a long one."""
@@ -231,12 +235,14 @@ class Scheduler(threading.Thread):
     def _advance(self, batch: Batch, step: Step) -> Batch:
         """The one place where logits become tokens; -> the rows that go on."""
         batch, step = self._sound(batch, step)
-        rows, steering = batch.rows, any(row.job.draw.steering for row in batch.rows)
+        rows = batch.rows
         if not rows:
             return batch
         logits, candidates = adjust(step.logits, rows), None
-        if steering:
-            logits, candidates = self.steerer.steer(logits, step.hidden, rows, batch.values)
+        if batch.terms is None and any(row.job.draw.steering for row in rows):
+            batch.terms = self.steerer.terms(rows)
+        if batch.terms is not None:
+            logits, candidates = self.steerer.steer(logits, step.hidden, batch.terms, rows, batch.values)
         tokens = sample(logits, rows)
         entries = logprob_entries(self.model, step.logits, logits, rows, tokens)
         if candidates is not None:

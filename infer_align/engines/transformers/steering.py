@@ -1,14 +1,14 @@
 """VAS inside the running batch: which rows are steered, by which values, and what their value LMs remember.
 
-A step of steered rows: top-k of the logits ─ values of the k (heads: one gather; value LMs: one forward over all siblings) ─ reweighted
-logits ─ sampler ─ the sibling that was chosen stays in the value LM's cache. Rows that do not steer are not touched.
+A step of steered rows: top-k of the logits ─ values of the k (heads: one gather; value LMs: one forward over all siblings) ─
+reweighted logits ─ sampler ─ the sibling that was chosen stays in the value LM's cache. Rows that do not steer are not touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -73,6 +73,18 @@ class ValueCache:
             self.cache.overwrite_last(outside, patch)
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the rows of a batch are steered by, as tensors: made once for as long as the rows stay the same. M values are used by any."""
+
+    values: tuple[Value, ...]
+    users: tuple[list[int] | None, ...]  # of each value, the rows that it steers; None for all
+    beta: torch.Tensor  # [B, M]
+    beyond: torch.Tensor | None  # [B, k] True for slots past the row's own top_k; None where there are none
+    tail: torch.Tensor | Literal["keep"]  # [B] True where the tail is masked
+    k: int
+
+
 class Steerer:
     """The values of one engine.
 
@@ -96,6 +108,14 @@ class Steerer:
         # A new mapping, not an entry: the scheduler's thread may be in the middle of a step over the old one.
         self._values = {**self._values, name: value}
         self.cell_bytes = sum(lm.cell_bytes for lm in self._shared.values() if isinstance(lm, ValueLM))
+
+    def value(self, name: str) -> Value:
+        """The value of that name.
+
+        Raises:
+            KeyError: no such value.
+        """
+        return self._values[name]
 
     def check(self, steering: Steering) -> None:
         """Refuse names that are not configured.
@@ -124,42 +144,61 @@ class Steerer:
                 lm.forward(part, caches[lm], positions, None)
         return caches
 
+    def terms(self, rows: Sequence[Row]) -> Terms:
+        """What these rows are steered by; at least one of them is."""
+        steerings = [row.job.draw.steering for row in rows]
+        names = [name for name in self._values if any(s and s.beta.get(name) for s in steerings)]
+        weights = [[s.beta.get(name, 0.0) if s else 0.0 for name in names] for s in steerings]
+        users = [[i for i, row in enumerate(weights) if row[m]] for m in range(len(names))]
+        used = [min(s.top_k, self._frozen.vocabulary) if s else 0 for s in steerings]
+        k, device = max(used), self._frozen.device
+        masked = [s is not None and s.tail == "mask" for s in steerings]
+        return Terms(
+            values=tuple(self._values[name] for name in names),
+            users=tuple(None if len(found) == len(rows) else found for found in users),
+            beta=torch.tensor(weights, device=device).view(len(rows), len(names)),
+            beyond=None if min(used) == k else torch.arange(k, device=device)[None] >= torch.tensor(used, device=device)[:, None],
+            tail=torch.tensor(masked, device=device) if any(masked) else "keep",
+            k=k,
+        )
+
     def steer(
-        self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
+        self, logits: torch.Tensor, hidden: torch.Tensor, terms: Terms, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, V] logits, [B, d] states -> the reweighted logits and [B, k] the candidates; rows that do not steer as they were."""
-        steerings = [row.job.draw.steering for row in rows]
-        k = min(max(s.top_k for s in steerings if s), logits.shape[-1])
-        candidates = top_candidates(logits, k)
-        values = self._evaluate(candidates, hidden, rows, caches)
-        places = torch.arange(k, device=logits.device)
-        used = torch.tensor([s.top_k if s else 0 for s in steerings], device=logits.device)
-        slots = torch.where(places[None] < used[:, None], candidates, -1)
-        beta = torch.tensor([[s.beta.get(name, 0.0) if s else 0.0 for name in self._values] for s in steerings], device=logits.device)
-        tail = torch.tensor([s is not None and s.tail == "mask" for s in steerings], device=logits.device)
-        return reweight_logits(logits, slots, values, beta, tail), candidates
+        candidates = top_candidates(logits, terms.k)
+        if not terms.values:  # every weight is 0
+            return logits, candidates
+        values = _evaluate(candidates, hidden, terms, rows, caches)
+        slots = candidates if terms.beyond is None else candidates.masked_fill(terms.beyond, -1)
+        return reweight_logits(logits, slots, values, terms.beta, terms.tail), candidates
 
-    def choose(self, tokens: list[int], candidates: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]) -> None:
+    def choose(
+        self, tokens: list[int], candidates: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
+    ) -> None:
         """Tell the value LMs which token each row took."""
         place = {id(row): i for i, row in enumerate(rows)}
         for cache in caches.values():
             members = [place[id(row)] for row in cache.rows]
             cache.choose(candidates[members], torch.tensor([tokens[i] for i in members], device=candidates.device))
 
-    def _evaluate(
-        self, candidates: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
-    ) -> torch.Tensor:
-        """[M, B, k] values of the candidates; what a row does not use is 0 and was not computed."""
-        values = torch.zeros((len(self._values), *candidates.shape), device=candidates.device)
-        place = {id(row): i for i, row in enumerate(rows)}
-        read = {lm: ([place[id(row)] for row in c.rows], c) for lm, c in caches.items()}
-        by_lm = {lm: (members, c.siblings(candidates[members])) for lm, (members, c) in read.items() if members}
-        for m, (name, value) in enumerate(self._values.items()):
-            if isinstance(value, HeadValue):
-                users = [i for i, row in enumerate(rows) if row.job.draw.steering and row.job.draw.steering.beta.get(name)]
-                if users:
-                    values[m, users] = value.of(hidden[users], candidates[users])
-            elif isinstance(value, LookaheadValue) and value.lm in by_lm:
-                members, found = by_lm[value.lm]
-                values[m, members] = found[..., value.index]
-        return values
+
+def _evaluate(
+    candidates: torch.Tensor, hidden: torch.Tensor, terms: Terms, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
+) -> torch.Tensor:
+    """[M, B, k] values of the candidates; what a row does not use is 0 and was not computed."""
+    place = {id(row): i for i, row in enumerate(rows)} if caches else {}
+    read: dict[ValueLM, tuple[list[int], torch.Tensor]] = {}
+    for lm, cache in caches.items():
+        members = [place[id(row)] for row in cache.rows]
+        read[lm] = members, cache.siblings(candidates[members])
+    values = torch.zeros((len(terms.values), *candidates.shape), device=candidates.device)
+    for m, (value, users) in enumerate(zip(terms.values, terms.users, strict=True)):
+        if isinstance(value, LookaheadValue) and value.lm:
+            members, found = read[value.lm]
+            values[m, members] = found[..., value.index]
+        elif isinstance(value, HeadValue) and users is None:
+            values[m] = value.of(hidden, candidates)
+        elif isinstance(value, HeadValue):
+            values[m, users] = value.of(hidden[users], candidates[users])
+    return values

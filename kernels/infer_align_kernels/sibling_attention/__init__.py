@@ -1,7 +1,5 @@
 """Attention for a lookahead value LM: k sibling tokens per row over one shared prefix, and each over itself."""
 
-# ruff: noqa: PLR0917 - tensors come in the order of the formula
-
 from __future__ import annotations
 
 import torch
@@ -39,7 +37,7 @@ def sibling_attention(
     _check(query, prefix_keys, prefix_values, own_keys, own_values, lengths)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.is_cuda:
-        from infer_align_kernels.sibling_attention import triton  # noqa: PLC0415 - not needed on CPU
+        from infer_align_kernels.sibling_attention import triton
 
         with torch.cuda.device(query.device):
             return triton.sibling_attention(query, prefix_keys, prefix_values, own_keys, own_values, lengths, scale)

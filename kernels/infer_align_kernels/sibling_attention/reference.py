@@ -1,7 +1,5 @@
 """Sibling attention in torch: the definition, and the path on CPU."""
 
-# ruff: noqa: PLR0917 - tensors come in the order of the formula
-
 from __future__ import annotations
 
 import torch

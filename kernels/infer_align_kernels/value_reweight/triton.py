@@ -1,6 +1,6 @@
 """Value reweighting in Triton: tile statistics in one read of the logits, then one small program per row that draws the token."""
 
-# ruff: noqa: PLR0917 - the arguments of the public functions, in their order
+
 # mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations

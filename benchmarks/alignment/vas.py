@@ -1,0 +1,361 @@
+"""Value Augmented Sampling on the embedded demo: what steering every token earns, what it costs, and against best-of-n.
+
+The claim (Han et al., 2405.06639): adding value estimates to a frozen model's logits raises the reward of one sampled answer, close to
+choosing the best of up to 128 samples at a fraction of their cost; values compose, and their weights are set at decoding.
+
+    python benchmarks/alignment/vas.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.alignment.best_of_n import UNCERTAINTY_WEIGHT
+from benchmarks.record import RESULTS, record
+from infer_align import config, objectives
+from infer_align.demo import measure, path, world
+from infer_align.demo.preference import score
+from infer_align.demo.values import SAMPLING
+from infer_align.engines.transformers import TransformersEngine
+from infer_align.fitting import HELD_OUT_SHARE
+from infer_align.fitting.curve import BetaPoint, suggest
+from infer_align.fitting.regression import split_by_prompt
+from infer_align.fitting.samples import draw
+from infer_align.methods.best_of_n import expected_best, kl_upper_bound
+from infer_align.types import Array, Candidate, Draw, Steering
+
+QUESTIONS = 320  # all there are
+HEAD, LOOKAHEAD = "helpful", "helpful-lookahead"
+BETAS = (1.0, 2.0, 4.0, 8.0, 16.0)
+GRID: Mapping[str, tuple[float, ...]] = {"helpful": (0.0, 4.0, 16.0), "brief": (0.0, 2.0, 8.0)}
+TAIL_BETA = 4.0
+MASK_ALONE = 1e-6  # a weight of exactly 0 is the frozen model, mask or not
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+SHOWN = (1, 2, 8, 16, 128)
+POOL = 128
+DRAWS = 2
+COMPOSED_N = 8
+COMPOSED_BETAS = (2.0, 4.0)  # and the headlined one
+MAX_TOKENS = 96
+REFERENCES = {"base": "one sample", "greedy": "greedy", "best_of_16": "best of 16"}
+OUT = Console(width=max(132, Console().width))
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to answer, by its mean on each prompt: arrays are [P]."""
+
+    answer: str
+    section: str
+    gold: Array
+    proxy: Array
+    kl: Array  # nats from the frozen model, a whole answer
+    tokens: Array
+    words: Array | None = None
+    kl_is: Literal["measured", "at most"] = "measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """n answers to each of P prompts: arrays are [P, n]."""
+
+    gold: Array
+    proxy: Array
+    kl: Array
+    tokens: Array
+    words: Array
+
+    def way(self, answer: str, section: str) -> Way:
+        """Any one of them."""
+        return Way(answer, section, *(a.mean(1) for a in (self.gold, self.proxy, self.kl, self.tokens, self.words)))
+
+    def best(self, n: int, answer: str, section: str) -> Way:
+        """The best of n by the proxy. Its KL: what steering moved the pick by, and at most ln n - (n-1)/n for picking."""
+        gold, proxy, kl, words = (_best(self.proxy, judge, n) for judge in (self.gold, self.proxy, self.kl, self.words))
+        return Way(answer, section, gold, proxy, kl + kl_upper_bound(n), n * self.tokens.mean(1), words, "at most")
+
+
+@dataclass(frozen=True, slots=True)
+class Lab:
+    """The served engine, the world's questions, and the models that judge by proxy."""
+
+    engine: TransformersEngine
+    models: measure.Models
+    questions: Sequence[str]
+    seed: int
+
+    async def ask(
+        self, beta: Mapping[str, float], n: int = DRAWS, *, greedy: bool = False, tail: Literal["keep", "mask"] = "keep"
+    ) -> Answers:
+        """n answers to every question, steered by `beta`; greedy: one at temperature 0. The same seeds for whatever beta."""
+        n, steering = 1 if greedy else n, Steering(beta, 20, tail) if beta else None
+        body = {"max_tokens": MAX_TOKENS, "temperature": float(not greedy), "logprobs": True}
+        wanted = [
+            Draw(
+                {**body, "messages": [{"role": "user", "content": question}]},
+                n,
+                tuple(self.seed * 1_000_003 + i * n + j for j in range(n)),
+                steering=steering,
+            )
+            for i, question in enumerate(self.questions)
+        ]
+        drawn = await asyncio.gather(*(draw(self.engine, one) for one in wanted))
+        exchanges = [(q, c.text) for q, candidates in zip(self.questions, drawn, strict=True) for c in candidates]
+        members = score(self.models.members, self.models.tokenizer, exchanges).numpy().astype(np.float64)
+        flat = [candidate for candidates in drawn for candidate in candidates]
+        columns = (
+            [world.gold(*exchange) for exchange in exchanges],
+            objectives.uwo(members.reshape(-1, len(exchanges)), UNCERTAINTY_WEIGHT),
+            [_kl(candidate, greedy=greedy) for candidate in flat],
+            [candidate.completion_tokens for candidate in flat],
+            [len(text.split()) for _, text in exchanges],
+        )
+        return Answers(*(np.asarray(column, dtype=np.float64).reshape(len(drawn), n) for column in columns))
+
+
+def _kl(candidate: Candidate, *, greedy: bool) -> float:
+    """Its share of the KL: log pi - log pi_0 of the answer. Greedy decoding gives it with certainty, so there log pi is 0."""
+    entries = candidate.choice["logprobs"]["content"]
+    return sum((0.0 if greedy else entry.get("aligned_logprob", entry["logprob"])) - entry["logprob"] for entry in entries)
+
+
+def _best(selector: Array, judge: Array, n: int) -> Array:
+    return np.array([expected_best(*rows, n) for rows in zip(selector, judge, strict=True)])
+
+
+async def frozen(lab: Lab) -> dict[str, Way]:
+    """What needs no value: one sample, greedy, best-of-n by the proxies."""
+    pool = measure.draw(lab.models, lab.questions, POOL, lab.seed)
+    proxy = objectives.uwo(pool.proxy.reshape(len(pool.proxy), -1), UNCERTAINTY_WEIGHT).reshape(pool.gold.shape)
+    ways = {}
+    for n in SIZES:
+        name = f"best of {n}" if n > 1 else "one sample"
+        bound = np.full(len(pool.gold), kl_upper_bound(n))
+        spent = n * pool.tokens.mean(1)
+        kind: Literal["measured", "at most"] = "at most" if n > 1 else "measured"
+        section = "best of n" if n > 1 else "frozen"
+        ways[name] = Way(name, section, _best(proxy, pool.gold, n), _best(proxy, proxy, n), bound, spent, kl_is=kind)
+    greedy = (await lab.ask({}, greedy=True)).way("greedy", "frozen")
+    return {"one sample": ways.pop("one sample"), "greedy": greedy} | ways
+
+
+async def steered(lab: Lab) -> dict[str, Way]:
+    """VAS by beta, sampled and greedy, for both kinds of value; and what the tail does."""
+    ways = {}
+    for value in (HEAD, LOOKAHEAD):
+        for greedy in (False, True):
+            for beta in BETAS:
+                name = label(value, beta, greedy=greedy)
+                ways[name] = (await lab.ask({value: beta}, greedy=greedy)).way(name, f"{value}{', greedy' * greedy}")
+    for beta, name in ((MASK_ALONE, "mask alone, top 20"), (TAIL_BETA, f"{label(HEAD, TAIL_BETA)}, tail mask")):
+        ways[name] = (await lab.ask({HEAD: beta}, tail="mask")).way(name, "tail")
+    return ways
+
+
+def label(value: str, beta: float, *, greedy: bool = False) -> str:
+    """What a row is called."""
+    return f"VAS {value}, beta {beta:g}{', greedy' * greedy}"
+
+
+async def composed(lab: Lab, headline: float) -> dict[str, Way]:
+    """Two values at once on a grid of weights, and VAS with best-of-n over what it draws."""
+    ways = {}
+    for helpful in GRID["helpful"]:
+        for brief in GRID["brief"]:
+            if helpful or brief:
+                name = f"VAS helpful {helpful:g} + brief {brief:g}"
+                ways[name] = (await lab.ask({"helpful": helpful, "brief": brief})).way(name, "two values")
+    for beta in dict.fromkeys((*COMPOSED_BETAS, headline)):
+        name = f"{label(HEAD, beta)}, best of {COMPOSED_N}"
+        ways[name] = (await lab.ask({HEAD: beta}, COMPOSED_N)).best(COMPOSED_N, name, "VAS + best of n")
+    return ways
+
+
+def suggested(ways: Mapping[str, Way]) -> dict[str, float]:
+    """The beta to headline for each kind of value, by the proxy reward alone, never by gold."""
+    curve = [(0.0, ways["one sample"]), *((beta, ways[label(LOOKAHEAD, beta)]) for beta in BETAS)]
+    points = [BetaPoint(beta, *mean_se(way.proxy), *mean_se(way.kl)) for beta, way in curve]
+    return {HEAD: report_beta(), LOOKAHEAD: suggest(points)}
+
+
+def report_beta() -> float:
+    """What the head's fit suggested."""
+    return float(json.loads(path("values.json").read_text())["head"][HEAD]["suggested_beta"])
+
+
+def rows(ways: Mapping[str, Way], held: Array) -> list[dict[str, Any]]:
+    """The record: means with their standard errors over prompts, and differences paired by prompt."""
+    made = []
+    for way in ways.values():
+        gold, gold_se = mean_se(way.gold)
+        kl, kl_se = mean_se(way.kl)
+        row = {"answer": way.answer, "section": way.section, "tokens": float(way.tokens.mean()), "gold": gold, "gold_se": gold_se}
+        row |= {"kl": kl, "kl_se": kl_se, "kl_is": way.kl_is, "proxy": float(way.proxy.mean())}
+        row["words"] = None if way.words is None else float(way.words.mean())
+        row["gold_held_out"], row["gold_held_out_se"] = mean_se(way.gold[held.astype(bool)])
+        for name, reference in REFERENCES.items():
+            row[f"minus_{name}"], row[f"minus_{name}_se"] = mean_se(way.gold - ways[reference].gold)
+        made.append(row)
+    return made
+
+
+def mean_se(values: Array) -> tuple[float, float]:
+    """Mean and standard error. [P]"""
+    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def show(made: Sequence[dict[str, Any]]) -> None:
+    """The table; a difference in bold is more than three standard errors from zero."""
+    heads = ("answer", "tokens", "words", "KL, nats", "proxy", "gold", "gold - base", "gold - greedy", "gold - best of 16")
+    table = Table(*heads, title="Gold reward of the answer, ± standard error; tokens spent for one answer")
+    shown = [row for row in made if row["section"] != "best of n" or row["answer"] in {f"best of {n}" for n in SHOWN}]
+    for i, row in enumerate(shown):
+        kl = f"<= {row['kl']:.2f}" if row["kl_is"] == "at most" else f"{row['kl']:.2f} ± {row['kl_se']:.2f}"
+        cells = [row["answer"], f"{row['tokens']:.0f}", "" if row["words"] is None else f"{row['words']:.1f}", kl]
+        cells += [f"{row['proxy']:.2f}", f"{row['gold']:.2f} ± {row['gold_se']:.2f}"]
+        cells += ["" if row["answer"] == reference else difference(row, name) for name, reference in REFERENCES.items()]
+        table.add_row(*cells, end_section=row["section"] != shown[min(i + 1, len(shown) - 1)]["section"])
+    OUT.print(table)
+
+
+def difference(row: dict[str, Any], name: str) -> str:
+    """A paired difference, for the terminal."""
+    value, error = row[f"minus_{name}"], row[f"minus_{name}_se"]
+    return f"[{'bold' if abs(value) > 3 * error else 'dim'}]{value:+.2f} ± {error:.2f}[/]"
+
+
+def verdicts(ways: Mapping[str, Way], headline: Mapping[str, float], held: Array) -> list[str]:
+    """Which claims hold, in words, for the betas that the proxy chose."""
+    said = []
+    for value, beta in headline.items():
+        way = ways[label(value, beta)]
+        raised = [mean_se(way.gold - ways[name].gold) for name in ("one sample", "greedy")]
+        holds = all(mean >= 3 * error for mean, error in raised)
+        (base, base_se), (greedy, greedy_se) = raised
+        unseen, unseen_se = mean_se((way.gold - ways["greedy"].gold)[held.astype(bool)])
+        said.append(
+            f"{way.answer}: raises gold over base and over greedy by at least 3 standard errors with a proxy-trained value: "
+            f"{'HOLDS' if holds else 'DOES NOT HOLD'} (base {base:+.2f} ± {base_se:.2f}, greedy {greedy:+.2f} ± {greedy_se:.2f}; "
+            f"greedy on the {int(held.sum())} questions kept from the fit {unseen:+.2f} ± {unseen_se:.2f})."
+        )
+        said.append(against_best_of_n(way, ways))
+    return said
+
+
+def against_best_of_n(way: Way, ways: Mapping[str, Way]) -> str:
+    """The true relation to best-of-n: the difference to 16, the tokens, and which n it is worth."""
+    reference = ways["best of 16"]
+    mean, error = mean_se(way.gold - reference.gold)
+    relation = "reaches" if mean >= 0 else "is within 2 standard errors of" if mean > -2 * error else "DOES NOT REACH"
+    below = [n for n in SIZES[1:] if ways[f"best of {n}"].gold.mean() <= way.gold.mean()]
+    share = way.tokens.mean() / reference.tokens.mean()
+    return (
+        f"{way.answer}: {relation} best-of-16's gold ({mean:+.2f} ± {error:.2f}) with {share:.1%} of its tokens; it passes "
+        f"best-of-{max(below, default=1)}. KL {way.kl.mean():.1f} nats, best-of-16 at most {kl_upper_bound(16):.1f}."
+    )
+
+
+def plot(ways: Mapping[str, Way]) -> None:
+    """Left: gold (solid, with standard errors) and proxy (dashed) against KL. Right: gold against beta."""
+    mpl.use("Agg")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    by_n = [ways["one sample"], *(ways[f"best of {n}"] for n in SIZES[1:])]
+    curves = {value: [ways["one sample"], *(ways[label(value, beta)] for beta in BETAS)] for value in (HEAD, LOOKAHEAD)}
+    for colour, (name, points) in zip(("C0", "C1", "C2"), (curves | {"best of n, KL at most": by_n}).items(), strict=True):
+        kls = [point.kl.mean() for point in points]
+        errors(left, kls, points, color=colour, label=f"{name}: gold")
+        left.plot(
+            kls, [point.proxy.mean() for point in points], color=colour, linestyle="--", linewidth=0.8, label=f"{name}: proxy"
+        )
+    left.set(xlabel="KL from the frozen model, nats an answer", ylabel="reward", title="Reward against KL")
+    for colour, value in zip(("C0", "C1"), curves, strict=True):
+        errors(right, BETAS, curves[value][1:], color=colour, label=f"{value}, sampled")
+        greedy = [ways[label(value, beta, greedy=True)] for beta in BETAS]
+        errors(right, BETAS, greedy, color=colour, linestyle=":", label=f"{value}, greedy")
+    for name, style in (("one sample", "-"), ("greedy", "--"), ("best of 16", "-."), ("best of 128", ":")):
+        right.axhline(ways[name].gold.mean(), color="0.5", linewidth=0.8, linestyle=style, label=name)
+    right.set_xscale("log", base=2)
+    right.set_xticks(BETAS, [f"{beta:g}" for beta in BETAS])
+    right.set(xlabel="beta", ylabel="gold reward", title="Gold against beta")
+    for axes in (left, right):
+        axes.legend(fontsize=7)
+    figure.savefig(RESULTS / "vas.png", dpi=130)
+    plt.close(figure)
+
+
+def errors(axes: Axes, x: Sequence[float], points: Sequence[Way], **style: Any) -> None:
+    """Gold with its standard errors."""
+    gold = np.array([mean_se(point.gold) for point in points])
+    axes.errorbar(x, gold[:, 0], gold[:, 1], marker="o", markersize=3, linewidth=1, **style)
+
+
+def introduce(n_prompts: int, held: Array, seed: int) -> None:
+    """What is claimed, and what was done to see."""
+    OUT.print(__doc__)
+    OUT.print(
+        f"{n_prompts} questions, {DRAWS} answers to each and row at temperature 1 (best-of-n: a pool of {POOL} and the unbiased\n"
+        f"estimator; VAS + best of {COMPOSED_N}: {COMPOSED_N} answers), seed {seed}; standard errors over questions, differences "
+        "paired by question.\n"
+        f"Gold is the world's exact reward and is never fitted to; proxy is the five reward models' uwo (weight {UNCERTAINTY_WEIGHT}), "
+        "which the\nhelpful values were fitted to and best-of-n selects by. KL: sum over tokens of log pi - log pi_0; of greedy "
+        "decoding, -log pi_0.\n"
+        f"NOT held out: the world has only {QUESTIONS} questions, and the values were made from replies to all of them. "
+        f"{int(held.sum())} of these were kept\nfrom the gradients (the head's epoch was chosen on them) and are also reported alone, "
+        "but they ask for the same facts of the same animals.\n"
+        "The headlined beta is chosen by the proxy: for the head by its fit's report (assets/values.json), for the lookahead,\n"
+        "whose report has no curve, by the same rule on the proxy rewards below. The other rows are there to be looked at.",
+        highlight=False,
+    )
+
+
+async def run(seed: int, n_prompts: int) -> None:
+    """Draw, tabulate, judge, record, plot."""
+    engine = config.load(None, ["engine.threads=1"]).load_engine()
+    assert isinstance(engine, TransformersEngine)
+    await engine.start()
+    # The order in which the fit saw them, so that its split can be made again.
+    questions = world.prompts(QUESTIONS, SAMPLING.seed)[:n_prompts]
+    held = split_by_prompt(range(QUESTIONS), HELD_OUT_SHARE, SAMPLING.seed).numpy()[:n_prompts].astype(np.float64)
+    introduce(n_prompts, held, seed)
+    lab = Lab(engine, measure.load(path("lm").parent), questions, seed)
+    ways = await frozen(lab) | await steered(lab)
+    headline = suggested(ways)
+    ways |= await composed(lab, headline[HEAD])
+    await engine.close()
+    made = rows(ways, held)
+    show(made)
+    said = verdicts(ways, headline, held)
+    OUT.print("\n".join(said), highlight=False)
+    setup = {"prompts": n_prompts, "held_out": int(held.sum()), "draws": DRAWS, "pool": POOL, "top_k": 20, "temperature": 1.0}
+    setup |= {"uncertainty_weight": UNCERTAINTY_WEIGHT, "headline_beta": headline, "verdicts": said}
+    baseline = "one sample, greedy, and best-of-n by the proxies that the values were fitted to"
+    OUT.print(f"written: {record('vas', baseline=baseline, seed=seed, rows=made, setup=setup)}")
+    plot(ways)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--prompts", type=int, default=QUESTIONS)
+    parser.add_argument("--seed", type=int, default=2024)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    asyncio.run(run(options.seed, options.prompts))
+
+
+if __name__ == "__main__":
+    main()
