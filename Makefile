@@ -27,15 +27,18 @@ check: $(VENV)/dev  ## style, types, layers, dead code
 
 demo: $(VENV)/dev  ## the table of effects on the embedded demo, and its plot
 	$(BIN)/python benchmarks/alignment/best_of_n.py
+	$(BIN)/python benchmarks/alignment/vas.py
 
 bench: $(VENV)/dev  ## serving: overhead, throughput, memory, each beside its baseline
 	$(BIN)/python benchmarks/serving/run.py
+	$(BIN)/python benchmarks/serving/vas.py
 
 docs: $(VENV)/dev  ## fill the tables from the code
 	$(BIN)/python docs/generate.py
 
 rebuild-demo: $(VENV)/dev  ## train the embedded models again
 	$(BIN)/python -m infer_align.demo.build
+	$(BIN)/python -m infer_align.demo.values
 
 $(VENV)/local $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[$(if $(filter dev,$*),local$(comma)dev,$*)]' --constraint constraints.txt

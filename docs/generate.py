@@ -37,6 +37,27 @@ def engines() -> str:
     return _parameters({name: registry.engines.get(name) for name in registry.engines.names()}, "kind")
 
 
+def values() -> str:
+    """Each kind of value, with the fields of its section."""
+    return _parameters({name: registry.values.get(name) for name in registry.values.names()}, "kind")
+
+
+def vas_results() -> str:
+    """What steering does on the demo, as last measured."""
+    result = json.loads((ROOT / "benchmarks/results/vas.json").read_text())
+    columns = ["answer", "tokens spent", "gold", "± s.e.", "KL, nats", "proxy"]
+    rows = [
+        [row["answer"], f"{row['tokens']:.0f}", *(_score(row.get(key)) for key in ("gold", "gold_se", "kl", "proxy"))]
+        for row in result["rows"]
+    ]
+    return _table(columns, rows)
+
+
+def vas_speed() -> str:
+    """What steering costs, as last measured."""
+    return _ratios("vas_speed")
+
+
 def server() -> str:
     """The [server] section."""
     return _fields(config.Server)
@@ -73,21 +94,28 @@ def demo_replication() -> str:
 
 def serving_results() -> str:
     """What serving costs, as last measured."""
-    result = json.loads((ROOT / "benchmarks/results/serving.json").read_text())
-    rows = [[r["what"], f"{r['value']:.3g}", f"{r['ours']:.4g}", f"{r['baseline']:.4g}", r["target"]] for r in result["rows"]]
-    return _table(["what", "value", "ours", "baseline", "aim"], rows)
+    return _ratios("serving")
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "rewards": rewards,
     "engines": engines,
+    "values": values,
+    "vas-results": vas_results,
+    "vas-speed": vas_speed,
     "server": server,
     "limits": limits,
     "demo-results": demo_results,
     "demo-replication": demo_replication,
     "serving-results": serving_results,
 }
+
+
+def _ratios(name: str) -> str:
+    result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    rows = [[r["what"], f"{r['value']:.3g}", f"{r['ours']:.4g}", f"{r['baseline']:.4g}", r["target"]] for r in result["rows"]]
+    return _table(["what", "value", "ours", "baseline", "aim"], rows)
 
 
 def _parameters(classes: dict[str, type[Any]], head: str) -> str:

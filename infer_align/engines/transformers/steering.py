@@ -75,7 +75,7 @@ class ValueCache:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the rows of a batch are steered by, as tensors: made once for as long as the rows stay the same. M values are used by any."""
+    """What the rows of a batch are steered by, as tensors: made once, for as long as the rows stay the same. M values are used."""
 
     values: tuple[Value, ...]
     users: tuple[list[int] | None, ...]  # of each value, the rows that it steers; None for all

@@ -57,7 +57,7 @@ def value_reweight(
     else:
         _check_candidates(logits, values.token_ids, values.values, beta, values.tail)
     if logits.is_cuda:
-        from infer_align_kernels.value_reweight import triton
+        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
 
         with torch.cuda.device(logits.device):
             return triton.value_reweight(logits, values, beta, temperature, seed, step, bitmask, workspace)
@@ -97,7 +97,7 @@ def reweight_logits(
             f"out: {tuple(out.shape)} {out.dtype} on {out.device}; must be {tuple(logits.shape)} {dtype} on {logits.device}."
         )
     if logits.is_cuda and dtype == torch.float32:
-        from infer_align_kernels.value_reweight import triton
+        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
 
         with torch.cuda.device(logits.device):
             return triton.reweight_logits(logits, token_ids, values, beta, tail, out)
@@ -123,7 +123,7 @@ def candidate_values(
     if bias is not None:
         _expect("bias", bias, tuple(weight.shape[:2]), weight.device)
     if hidden.is_cuda:
-        from infer_align_kernels.value_reweight import triton
+        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
 
         with torch.cuda.device(hidden.device):
             return triton.candidate_values(token_ids, hidden, weight, bias)
@@ -149,7 +149,7 @@ def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -> torch.Tensor:
     """Scratch memory for `value_reweight` on up to `rows` rows; one per stream that runs it."""
-    from infer_align_kernels.value_reweight import triton
+    from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
 
     return triton.allocate_workspace(rows, vocabulary, device)
 

@@ -1,6 +1,6 @@
 """Kernels for k candidates a row: their values, their shifts, and the logits with them."""
 
-
+# ruff: noqa: ANN001, ANN201, D103, N803 - Triton compiles these functions and reads their signatures
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def steered(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS:
     x = frozen
     changed = False
     if steers(beta, row, ids, M, K):
-        if TAIL == PER_ROW:
+        if TAIL == PER_ROW:  # noqa: SIM108 - chosen while compiling
             changed = tl.load(masked + row) != 0
         else:
             changed = TAIL == MASK

@@ -1,6 +1,5 @@
 """Value reweighting in Triton: tile statistics in one read of the logits, then one small program per row that draws the token."""
 
-
 # mypy: disable-error-code="import-untyped"
 
 from __future__ import annotations
