@@ -15,7 +15,8 @@ from typing import ClassVar
 from infer_align.engines import Engine, Stream
 from infer_align.engines._sampling import SamplingParams
 from infer_align.engines.transformers.model import Model
-from infer_align.engines.transformers.scheduler import Job, Scheduler
+from infer_align.engines.transformers.rows import Job
+from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.engines.transformers.steering import Steerer
 from infer_align.errors import InvalidRequest, Unavailable
 from infer_align.types import Capability, Draw

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import operator
@@ -11,68 +10,25 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from infer_align.engines import Event, Stream
-from infer_align.engines._sampling import SamplingParams
+from infer_align.engines import Event
 from infer_align.engines.transformers.batch import Batch
 from infer_align.engines.transformers.cache import RowCache
-from infer_align.engines.transformers.model import Model, Prompt, Step
-from infer_align.engines.transformers.rows import Row, logprob_entries
+from infer_align.engines.transformers.model import Model, Step
+from infer_align.engines.transformers.rows import Job, Row, logprob_entries
 from infer_align.engines.transformers.sampler import adjust, sample
 from infer_align.engines.transformers.steering import Steerer, ValueCache
 from infer_align.engines.transformers.text import TextStream
 from infer_align.errors import AlignError, EngineFailed, Unavailable
-from infer_align.types import Candidate, Draw
-from infer_align.values.lookahead import ValueLM
+from infer_align.types import Candidate
 
 if TYPE_CHECKING:
     from infer_align.engines.transformers import Transformers
 
 log = logging.getLogger("infer_align")
-
-
-@dataclass(eq=False)
-class Job:
-    """One draw on its way: waiting, prefilled, then as rows in the batch."""
-
-    draw: Draw
-    params: SamplingParams
-    prompt: Prompt
-    room: int  # tokens that each candidate may generate
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    stream: Stream = field(init=False)
-    closed: bool = False  # set from the event loop: nobody listens any more
-    rows: deque[Row] = field(default_factory=deque)  # the candidates that have not joined the batch; filled by the scheduler
-    cache: RowCache = field(default_factory=RowCache)  # the prompt's one row, filled by prefill
-    step: Step | None = None  # after the prompt, of one row; None until it is prefilled
-    values: dict[ValueLM, RowCache] = field(default_factory=dict)  # the prompt's row in the value LMs that steer the draw
-    stops: set[int | None] = field(default_factory=set)  # candidates to finish now; None means all
-    unfinished: int = field(init=False)  # candidates still to be told; counted down by the scheduler
-
-    def __post_init__(self) -> None:
-        self.unfinished = self.draw.n
-        self.stream = Stream(self.draw.n, self.stops.add, self._close)
-
-    def _close(self) -> None:
-        self.closed = True
-
-    @property
-    def echo(self) -> str:
-        """What a text completion repeats before its own words."""
-        return self.prompt.text if self.params.echo else ""
-
-    @property
-    def width(self) -> int:
-        """Columns of the cache that each candidate may come to need."""
-        return len(self.prompt.ids) + self.room
-
-    def stopping(self, row: Row) -> bool:
-        """Whether the candidate is to be finished now."""
-        return None in self.stops or row.index in self.stops
 
 
 class Scheduler(threading.Thread):

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from infer_align.engines.transformers.cache import RowCache
+from infer_align.engines.transformers.rows import Row
 from infer_align.errors import InvalidRequest, nearest
 from infer_align.types import Steering
 from infer_align.values import Frozen, Value
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
 from infer_align_kernels import reweight_logits, top_candidates
-
-if TYPE_CHECKING:
-    from infer_align.engines.transformers.rows import Row
 
 # A row's prompt is read by the value LM in parts of this many tokens.
 PREFILL_TOKENS = 1024
