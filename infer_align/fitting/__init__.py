@@ -1,4 +1,4 @@
-"""`infer-align fit value`: from prompts and any configured reward to a value that VAS can steer with; the frozen model is untouched.
+"""`infer-align fit value`: from prompts and any configured reward to a value that VAS can steer with.
 
 prompts ─ engine ─▶ replies ─ reward ─▶ samples.jsonl ─ states, TD(lambda) targets ─▶ value ─▶ report
                                                           held-out R², reward against KL over beta
@@ -92,8 +92,7 @@ async def fit_value(
         InvalidRequest: too few samples, a reply that cannot be scored, rewards that are all the same, or samples made otherwise.
         ConfigError: `out` cannot be written, or the value model does not fit the frozen model.
     """
-    out = out.absolute()
-    _check_before(engine, reward, fitting, out)
+    out = _ready(engine, reward, fitting, out)
     samples = await sample(engine, reward, prompts, sampling, out.with_suffix(".samples.jsonl"), progress)
     _check(samples)
     unseen = [prompts[i] for i in _held_out(samples, sampling.seed)]
@@ -111,19 +110,20 @@ async def fit_value(
     return report
 
 
-def _check_before(engine: TransformersEngine, reward: Reward, fitting: Fitting, out: Path) -> None:
-    """What would otherwise fail after hours of sampling."""
+def _ready(engine: TransformersEngine, reward: Reward, fitting: Fitting, out: Path) -> Path:
+    """`out`, absolute; and what would otherwise fail after hours of sampling fails now."""
     if fitting.kind == "head" and out.is_dir():
         raise ConfigError(f"{out} is a folder; a head is one file, such as {out / 'value.safetensors'}.")
     if fitting.kind == "lookahead" and out.is_file():
         raise ConfigError(f"{out} is a file; a lookahead value is a folder: name another.")
     if reward.attributes:
         raise InvalidRequest(
-            f"reward: it has {len(reward.attributes)} objectives ({', '.join(reward.attributes)}); a value is fitted to one number.",
+            f"reward: it has several objectives ({', '.join(reward.attributes)}); a value is fitted to one number.",
             param="reward",
         )
     if fitting.kind == "lookahead":
         _check_value_model(engine, fitting.value_model)
+    return out.absolute()
 
 
 def _check_value_model(engine: TransformersEngine, name: str | None) -> None:
@@ -146,13 +146,15 @@ def _held_out(samples: Sequence[Sample], seed: int) -> list[int]:
 def _check(samples: Sequence[Sample]) -> None:
     if len(samples) < FEWEST_SAMPLES:
         raise InvalidRequest(
-            f"samples: {len(samples)} are too few to fit a value; give at least {FEWEST_SAMPLES}: more prompts, or more replies each.",
+            f"samples: {len(samples)} are too few to fit a value; give at least {FEWEST_SAMPLES}: "
+            "more prompts, or more replies each.",
             param="samples",
         )
     prompts = len({s.prompt for s in samples})
     if prompts < FEWEST_PROMPTS:
         raise InvalidRequest(
-            f"prompts: {prompts} are too few, as the value is tried on a fifth of them; give at least {FEWEST_PROMPTS}.", param="prompts"
+            f"prompts: {prompts} are too few, as the value is tried on a fifth of them; give at least {FEWEST_PROMPTS}.",
+            param="prompts",
         )
     if np.ptp([s.reward for s in samples]) == 0:
         raise InvalidRequest("reward: every reply has the same score, so there is nothing to steer towards.", param="reward")

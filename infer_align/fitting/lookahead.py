@@ -53,7 +53,7 @@ def fit_lookahead(
     for epoch in range(epochs):
         lm.train()
         order = training[torch.randperm(len(training), generator=generator)]
-        for batch in order.split(BATCH):
+        for batch in torch.split(order, BATCH):
             members = batch.tolist()
             wanted = torch.cat([targets[reading.replies[0].reply == i] for i in members]) - centre
             loss = (_values(lm, heads, reading, members) - wanted).square().mean() / 2
@@ -65,7 +65,8 @@ def fit_lookahead(
         lm.eval()
         with torch.no_grad():
             values = (
-                torch.cat([_values(lm, heads, reading, part.tolist()) for part in torch.arange(len(held)).split(BATCH)]) + centre
+                torch.cat([_values(lm, heads, reading, part.tolist()) for part in torch.split(torch.arange(len(held)), BATCH)])
+                + centre
             )
         if lam < 1:
             columns = [returns(values[:, h], replies, gamma, lam) for h, replies in enumerate(reading.replies)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.functional import gelu
 
 from infer_align.methods.vas import lambda_returns
 
@@ -46,13 +47,13 @@ def returns(values: torch.Tensor, replies: Replies, gamma: float, lam: float) ->
     """TD(lambda) targets of each token, its reply's reward coming at the reply's end. [N] -> [N]."""
     counts = torch.bincount(replies.reply, minlength=len(replies.rewards))
     starts = torch.cumsum(counts, 0) - counts
-    column = torch.arange(len(replies.tokens)) - starts[replies.reply]
+    # As numpy arrays: it would take a tensor of one index for a number.
+    place = replies.reply.numpy(), (torch.arange(len(replies.tokens)) - starts[replies.reply]).numpy()
     shape = (len(counts), int(counts.max()))
     padded, rewards = np.zeros(shape), np.zeros(shape)
-    padded[replies.reply, column] = values.double().numpy()
+    padded[place] = values.double().numpy()
     rewards[np.arange(len(counts)), counts.numpy() - 1] = replies.rewards.double().numpy()
-    targets = lambda_returns(padded, rewards, gamma, lam)
-    return torch.from_numpy(targets[replies.reply, column]).float()
+    return torch.from_numpy(lambda_returns(padded, rewards, gamma, lam)[place]).float()
 
 
 def discounted(replies: Replies, gamma: float) -> torch.Tensor:
@@ -62,10 +63,7 @@ def discounted(replies: Replies, gamma: float) -> torch.Tensor:
 
 def predict(head: HeadTensors, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Q(h, a) of each token. [N, d], [N] -> [N]."""
-    if "P" in head:
-        u = hidden @ head["P"].T
-    else:
-        u = torch.nn.functional.gelu(hidden @ head["W1"].T + head["c1"]) @ head["W2"].T
+    u = hidden @ head["P"].T if "P" in head else gelu(hidden @ head["W1"].T + head["c1"]) @ head["W2"].T
     return (u * head["E"][tokens]).sum(-1) + head["b"][tokens]
 
 
@@ -112,7 +110,7 @@ def _token_rows(u: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor, vo
     r = u.shape[1]
     identity = ridge * torch.eye(r)
     common = torch.linalg.solve(u.T @ u + identity, u.T @ targets)
-    rows = common.repeat(vocabulary, 1)
+    rows: torch.Tensor = common.repeat(vocabulary, 1)
     residual = targets - u @ common
     order = torch.argsort(tokens, stable=True)
     seen, counts = torch.unique_consecutive(tokens[order], return_counts=True)
@@ -179,7 +177,7 @@ def fit_sgd(
     best, best_loss = _copy(head), float("inf")
     for epoch in range(epochs):
         order = torch.randperm(len(targets), generator=generator)
-        for batch in order.split(256):
+        for batch in torch.split(order, 256):
             loss = (predict(head, replies.hidden[batch], replies.tokens[batch]) - targets[batch]).square().mean() / 2
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -87,7 +87,7 @@ def _prompt(line: str, place: str) -> Conversation:
 async def sample(
     engine: TransformersEngine, reward: Reward, prompts: Sequence[Conversation], how: Sampling, path: Path, progress: Progress
 ) -> list[Sample]:
-    """Scored replies to every prompt, continued where an earlier run stopped; every finished prompt is on disk before the next ones start.
+    """Scored replies to every prompt, continued where an earlier run stopped; finished prompts are on disk before the next start.
 
     Raises:
         InvalidRequest: the file is damaged, or was made with other settings or prompts; or a reply could not be scored.
@@ -214,7 +214,7 @@ async def scores_of(reward: Reward, messages: Conversation, candidates: Sequence
 def read_states(
     model: Model, prompts: Sequence[Conversation], samples: Sequence[Sample], progress: Progress
 ) -> tuple[Replies, list[list[int]], list[int]]:
-    """The frozen model's state before each token of each reply, one forward per reply; and what was read, with where replies begin."""
+    """The frozen model's state before each token of each reply, by one forward each; what was read; where replies begin."""
     hidden, tokens, reply, texts, starts = [], [], [], [], []
     for i, s in enumerate(samples):
         prompt = model.render(Draw({"messages": prompts[s.prompt]}))

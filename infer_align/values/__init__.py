@@ -67,11 +67,11 @@ def check_fit(path: str, made_for: Mapping[str, Any], frozen: Frozen) -> None:
     """
     if made_for.get("tokenizer") != frozen.tokenizer:
         raise ConfigError(
-            f"{path}: made for a tokenizer with digest {made_for.get('tokenizer')!r}, but {frozen.model!r} has {frozen.tokenizer!r}: "
-            "their token ids differ; fit the value on this model."
+            f"{path}: made for a tokenizer with digest {made_for.get('tokenizer')!r}, but {frozen.model!r} has "
+            f"{frozen.tokenizer!r}: their token ids differ; fit the value on this model."
         )
     if "hidden_size" in made_for and int(made_for["hidden_size"]) != frozen.hidden_size:
         raise ConfigError(
-            f"{path}: reads hidden states of size {made_for['hidden_size']}, but those of {frozen.model!r} have {frozen.hidden_size}; "
-            "fit the value on this model."
+            f"{path}: reads hidden states of size {made_for['hidden_size']}, but those of {frozen.model!r} have "
+            f"{frozen.hidden_size}; fit the value on this model."
         )

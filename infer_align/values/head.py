@@ -52,12 +52,8 @@ class HeadValue(Value):
             ConfigError: not there, not a head, or made for another model.
         """
         tensors, metadata = read(self.path)
-        check_fit(self.path, metadata, frozen)
-        if "hidden_size" not in metadata or _reads(tensors) != frozen.hidden_size:
-            raise ConfigError(
-                f"{self.path}: reads hidden states of size {_reads(tensors)}, but those of {frozen.model!r} have {frozen.hidden_size}; "
-                "fit the value on this model."
-            )
+        first = tensors["P"] if "P" in tensors else tensors["W1"]
+        check_fit(self.path, {**metadata, "hidden_size": first.shape[1]}, frozen)
         if len(tensors["E"]) != frozen.vocabulary:
             raise ConfigError(f"{self.path}: values {len(tensors['E'])} tokens, but {frozen.model!r} has {frozen.vocabulary}.")
         self.description = self.description or metadata.get("description", "")
@@ -92,17 +88,31 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be read as a safetensors file: {error}") from None
-    if metadata.get("kind") != "head" or not ({"P"} <= tensors.keys() or {"W1", "c1", "W2"} <= tensors.keys()):
+    if metadata.get("kind") != "head" or not _is_head(tensors):
         raise ConfigError(
             f"{path}: not a value head (it holds {', '.join(sorted(tensors))}); make one with: infer-align fit value."
         )
     return tensors, metadata
 
 
+def _is_head(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the names are there, and the shapes fit together."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    match shapes:
+        case {"P": (r, _), "E": (v, e), "b": (w,)}:
+            return r == e and v == w
+        case {"W1": (hidden, _), "c1": (bias,), "W2": (r, width), "E": (v, e), "b": (w,)}:
+            return hidden == bias == width and r == e and v == w
+    return False
+
+
 def write(path: Path, tensors: Mapping[str, torch.Tensor], frozen: Frozen, metadata: Mapping[str, str]) -> None:
     """Save a head with what it was made for; whole or not at all."""
     made_for = {"kind": "head", "model": frozen.model, "tokenizer": frozen.tokenizer, "hidden_size": str(frozen.hidden_size)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {**metadata, **made_for})
-    part.replace(path)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {**metadata, **made_for})
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -8,11 +8,13 @@ twice.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 
@@ -46,24 +48,42 @@ class ValueLM:
 
     def __init__(self, path: str, frozen: Frozen, dtype: str) -> None:
         folder = Path(locate(path))
+        self.stamp = stamp(path)
         try:
             card: dict[str, Any] = json.loads((folder / CARD).read_text())
+            self.names: list[str] = card["heads"]
             heads = load_file(folder / HEADS)
+            self._weight = heads["weight"].to(frozen.device, torch.float32)  # [H, d]
+            self._bias = heads["bias"].to(frozen.device, torch.float32)  # [H]
             self.lm = AutoModel.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be loaded as a value LM: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"{path}: cannot be loaded as a value LM: {type(error).__name__}: {error}") from error
         check_fit(path, card, frozen)
+        self._check_shapes(path, frozen)
         self.lm = self.lm.to(frozen.device).eval().requires_grad_(requires_grad=False)
-        self.names: list[str] = card["heads"]
         self.description: str = card.get("description", "")
-        self._weight = heads["weight"].to(frozen.device, torch.float32)  # [H, d]
-        self._bias = heads["bias"].to(frozen.device, torch.float32)  # [H]
-        self.cell_bytes = self._measure()
+        self.cell_bytes = self._measure(path)
 
-    def _measure(self) -> int:
+    def _check_shapes(self, path: str, frozen: Frozen) -> None:
+        table = self.lm.get_input_embeddings().weight
+        if len(table) < frozen.vocabulary:
+            raise ConfigError(f"{path}: reads {len(table)} tokens, but {frozen.model!r} has {frozen.vocabulary}.")
+        expected = (len(self.names), self.lm.config.hidden_size)
+        if self._weight.shape != expected or self._bias.shape != expected[:1]:
+            raise ConfigError(
+                f"{path}: its heads have shape {tuple(self._weight.shape)}, but {CARD} and the LM say {expected}; fit it again."
+            )
+
+    def _measure(self, path: str) -> int:
         """Bytes of keys and values that a token takes."""
-        cache = self.lm(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.lm.device), use_cache=True).past_key_values
-        return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in cache.layers)
+        try:
+            one = torch.ones((1, 1), dtype=torch.long, device=self.lm.device)
+            output = self.lm(input_ids=one, attention_mask=one, use_cache=True)
+            return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in output.past_key_values.layers)
+        except (AttributeError, TypeError) as error:  # no cache, or one of states
+            raise ConfigError(
+                f"{path}: a {type(self.lm).__name__} keeps no plain keys and values, which a value LM needs."
+            ) from error
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, cache: Any, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -76,7 +96,8 @@ class ValueLM:
             mask: [B, columns] of padding, or [B, 1, Q, columns] where True may be attended to, the new columns included.
         """
         output = self.lm(input_ids=ids, past_key_values=cache, position_ids=positions, attention_mask=mask, use_cache=True)
-        return output.last_hidden_state.float() @ self._weight.T + self._bias
+        values: torch.Tensor = output.last_hidden_state.float() @ self._weight.T + self._bias
+        return values
 
 
 class LookaheadValue(Value):
@@ -95,7 +116,7 @@ class LookaheadValue(Value):
             ConfigError: not loadable, made for another tokenizer, or the head is not named.
         """
         key = (self.config.path, self.config.dtype)
-        if key not in shared:
+        if key not in shared or shared[key].stamp != stamp(self.config.path):  # not there, or fitted anew since
             shared[key] = ValueLM(self.config.path, frozen, self.config.dtype)
         lm: ValueLM = shared[key]
         name = self.config.head or (lm.names[0] if len(lm.names) == 1 else "")
@@ -110,10 +131,26 @@ class LookaheadValue(Value):
 def write(
     folder: Path, lm: PreTrainedModel, heads: dict[str, tuple[torch.Tensor, float]], frozen: Frozen, card: dict[str, Any]
 ) -> None:
-    """Save a value LM with its heads, {name: (weight [d], bias)}, and what it was made for."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lm.save_pretrained(folder)
-    weight = torch.stack([weight for weight, _ in heads.values()])
-    save_file({"weight": weight.contiguous(), "bias": torch.tensor([bias for _, bias in heads.values()])}, folder / HEADS)
+    """Save a value LM with its heads, {name: (weight [d], bias)}, and what it was made for; a half-written one does not load."""
     made_for = {"kind": "lookahead", "model": frozen.model, "tokenizer": frozen.tokenizer, "heads": list(heads)}
-    (folder / CARD).write_text(json.dumps({**card, **made_for}, indent=1) + "\n")
+    weight = torch.stack([weight for weight, _ in heads.values()])
+    bias = torch.tensor([bias for _, bias in heads.values()])
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        lm.save_pretrained(part)
+        save_file({"weight": weight.contiguous(), "bias": bias}, part / HEADS)
+        (part / CARD).write_text(json.dumps({**card, **made_for}, indent=1) + "\n")
+        folder.mkdir(exist_ok=True)
+        (folder / CARD).unlink(missing_ok=True)  # without its card, a mixture of old and new is refused
+        for file in sorted(part.iterdir(), key=lambda file: file.name == CARD):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def stamp(path: str) -> tuple[int, ...]:
+    """What changes when the folder is written again."""
+    card = Path(locate(path)) / CARD
+    return (card.stat().st_mtime_ns, card.stat().st_ino) if card.exists() else ()

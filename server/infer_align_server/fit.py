@@ -13,6 +13,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from infer_align import config as configuration
+from infer_align import registry
 from infer_align.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--objective", default="uwo", choices=("mean", "wco", "uwo"), help="over the reward's members; default: %(default)s"
     )
-    parser.add_argument("--replies", type=int, default=8, help="per prompt; default: %(default)s")
-    parser.add_argument("--max-tokens", type=int, default=256, help="of a reply; default: %(default)s")
+    parser.add_argument("--replies", type=_positive, default=8, help="per prompt; default: %(default)s")
+    parser.add_argument("--max-tokens", type=_positive, default=256, help="of a reply; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--fit",
@@ -40,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="kind, method, rank, ridge, width, epochs, gamma, lam, value_model, ...",
     )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; must be a whole number from 1")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -56,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _fit(options: argparse.Namespace, progress: Any) -> Report:
+    registry.engines.get("transformers")  # says what to install where it cannot be imported
     from infer_align.engines.transformers import TransformersEngine
     from infer_align.fitting import Fitting, fit_value
     from infer_align.fitting.samples import Sampling, read_prompts
@@ -71,9 +79,10 @@ async def _fit(options: argparse.Namespace, progress: Any) -> Report:
         raise ConfigError(
             f"[engine] kind: {config.engine_kind!r} does not show its states; values are fitted on kind = 'transformers'."
         )
+    engine.values = {}  # not needed, and one of them may be what is about to be made
     await engine.start()
-    await reward.start()
     try:
+        await reward.start()
         how = Sampling(engine.model, options.reward, options.objective, options.replies, options.max_tokens, options.seed)
         return await fit_value(engine, reward, prompts, how, fitting, options.out, progress)
     finally:
@@ -84,6 +93,8 @@ async def _fit(options: argparse.Namespace, progress: Any) -> Report:
 def _settings(pairs: list[str]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for pair in pairs:
+        if "=" not in pair:
+            raise ConfigError(f"--fit {pair!r}: not of the form NAME=VALUE, such as rank=32.")
         configuration.override(table, pair)
     return table
 
@@ -93,6 +104,7 @@ def _print(report: Report, out: Path) -> None:
     OUT.print(
         f"{out}: {report.samples} samples; held out: R² {held.r2:.3f} (last token {held.r2_last:.3f}), slope {held.slope:.2f}",
         highlight=False,
+        markup=False,
     )
     table = Table("beta", "reward", "± s.e.", "KL, nats", "± s.e.")
     for point in report.curve:

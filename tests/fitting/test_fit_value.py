@@ -1,0 +1,174 @@
+"""From prompts to a saved value and its report, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infer_align import fitting
+from infer_align.engines.transformers import Transformers
+from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.fitting import Fitting, fit_value, fit_value_lm
+from infer_align.fitting.samples import Sample, Sampling
+from infer_align.values import head
+from infer_align.values.lookahead import Lookahead, LookaheadValue
+
+pytestmark = pytest.mark.anyio
+
+HOW = Sampling("tiny", "length", "mean", replies_per_prompt=10, max_tokens=4, seed=1)
+QUICK = Fitting(method="ridge", rank=8, ridge=20.0, epochs=2, width=8, largest_beta=4.0, curve_replies=12)
+
+
+def letters(text: str) -> float:
+    return float(sum(c.isalpha() for c in text))
+
+
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"method": "sgd"},
+    {"method": "ridge", "lam": 0.9, "gamma": 0.9},
+    {"kind": "lookahead"},
+    {"kind": "lookahead", "lam": 0.9},
+]
+
+
+@pytest.mark.parametrize("change", FORMS)
+async def test_a_value_is_fitted_saved_and_tried(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, change: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = Path("deep/letters" + ("" if change.get("kind") else ".safetensors"))
+    weights = {name: tensor.clone() for name, tensor in engine.frozen.lm.state_dict().items()}
+    reward = counted(letters)
+    report = await fit_value(engine, reward, prompts, HOW, replace(QUICK, **change), out, quiet)
+    assert all(tensor.equal(weights[name]) for name, tensor in engine.frozen.lm.state_dict().items()), "the model is frozen"
+    assert report.samples == 200
+    assert [p.beta for p in report.curve] == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
+    assert report.curve[0].kl == 0.0
+    assert report.suggested_beta in {p.beta for p in report.curve}
+    stored = json.loads((tmp_path / "deep/letters.report.json").read_text())
+    assert stored["suggested_beta"] == report.suggested_beta
+    assert stored["held_out"]["r2"] == report.held_out.r2
+    assert len(stored["curve"]) == 6
+    assert len((tmp_path / "deep/letters.samples.jsonl").read_text().splitlines()) == 201
+    # The curve is measured on prompts that were held out: a fifth of them, in turn.
+    tried = reward.asked[20:]
+    assert len(tried) == 6 * 12
+    assert len(set(tried)) == 4
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == sorted(
+        [out.name, "letters.report.json", "letters.samples.jsonl"]
+    )
+
+
+async def test_a_fit_can_be_repeated_from_its_samples(engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path) -> None:
+    out = tmp_path / "v.safetensors"
+    first = await fit_value(engine, counted(letters), prompts, HOW, QUICK, out, quiet)
+    tensors, metadata = head.read(str(out))
+    assert metadata["reward"] == "length"
+    reward = counted(letters)
+    second = await fit_value(engine, reward, prompts, HOW, QUICK, out, quiet)
+    assert replace(second, curve=()) == replace(first, curve=())
+    assert [(p.beta, p.reward) for p in second.curve] == [(p.beta, p.reward) for p in first.curve]
+    # Rows that meet in other batches differ in the last bits.
+    assert [p.kl for p in second.curve] == pytest.approx([p.kl for p in first.curve], abs=1e-4)
+    assert len(reward.asked) == 6 * 12, "nothing was sampled again"
+    again, _ = head.read(str(out))
+    assert all(tensor.equal(again[name]) for name, tensor in tensors.items())
+
+
+async def test_too_few_samples_or_prompts_are_refused(engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"samples: 40 are too few.*at least 200: more prompts"):
+        await fit_value(engine, counted(), prompts, replace(HOW, replies_per_prompt=2), QUICK, tmp_path / "a", quiet)
+    with pytest.raises(InvalidRequest, match=r"prompts: 2 are too few.*at least 10"):
+        await fit_value(engine, counted(), prompts[:2], replace(HOW, replies_per_prompt=100), QUICK, tmp_path / "b", quiet)
+
+
+async def test_a_constant_reward_is_refused(engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="same score"):
+        await fit_value(engine, counted(lambda _: 3.0), prompts, HOW, QUICK, tmp_path / "v", quiet)
+
+
+async def test_a_reward_of_several_objectives_is_refused(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+) -> None:
+    reward = counted()
+    reward.attributes = ("kind", "true")
+    with pytest.raises(InvalidRequest, match="several objectives \\(kind, true\\)"):
+        await fit_value(engine, reward, prompts, HOW, QUICK, tmp_path / "v", quiet)
+    assert reward.asked == []
+
+
+async def test_where_it_cannot_be_written_is_said_before_sampling(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+) -> None:
+    reward = counted()
+    with pytest.raises(ConfigError, match="is a folder"):
+        await fit_value(engine, reward, prompts, HOW, QUICK, tmp_path, quiet)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        await fit_value(engine, reward, prompts, HOW, replace(QUICK, kind="lookahead"), tmp_path / "file", quiet)
+    assert reward.asked == []
+
+
+async def test_a_value_model_of_another_tokenizer_is_refused(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, language_model: Any, byte_fallback: Any
+) -> None:
+    reward, other = counted(), language_model("Llama", tokenizer=byte_fallback)
+    for name, message in ((other, "token ids of"), (str(tmp_path / "none"), "cannot be loaded")):
+        how = replace(QUICK, kind="lookahead", value_model=name)
+        with pytest.raises(ConfigError, match=f"^value_model: .*{message}") as caught:
+            await fit_value(engine, reward, prompts, HOW, how, tmp_path / "v", quiet)
+        assert name in caught.value.message
+    assert reward.asked == []
+
+
+async def test_a_value_model_of_another_architecture_will_do(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, language_model: Any
+) -> None:
+    how = replace(QUICK, kind="lookahead", value_model=language_model("GPT2"))
+    report = await fit_value(engine, counted(letters), prompts, HOW, how, tmp_path / "v", quiet)
+    assert report.curve[-1].kl != 0
+
+
+async def test_one_value_lm_for_several_rewards(engine: Any, prompts: Any, quiet: Any, tmp_path: Path) -> None:
+    texts = [(p, f"the {'cat ' * (i % 4)}") for p in range(12) for i in range(4)]
+    asks = {
+        "cats": [Sample(p, "", text, "stop", float(text.count("cat"))) for p, text in texts],
+        "fewer": [Sample(p, "", text, "stop", -2.0 * text.count("cat")) for p, text in texts],
+    }
+    found = fit_value_lm(engine, prompts, asks, replace(QUICK, kind="lookahead", epochs=8), 0, tmp_path / "lm", quiet)
+    assert len(found) == 2
+    shared: dict[object, Any] = {}
+    values = [LookaheadValue(Lookahead(str(tmp_path / "lm"), name)) for name in asks]
+    for value in values:
+        value.start(engine.frozen.frozen("tiny"), shared)
+    assert values[0].lm is values[1].lm
+    asks["fewer"] = asks["fewer"][::-1]
+    with pytest.raises(ValueError, match="different replies"):
+        fit_value_lm(engine, prompts, asks, QUICK, 0, tmp_path / "other", quiet)
+
+
+async def test_the_cache_makes_room_for_value_lms(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, language_model: Any
+) -> None:
+    await fit_value(engine, counted(letters), prompts, HOW, replace(QUICK, kind="lookahead", epochs=1), tmp_path / "v", quiet)
+    # A copy of the frozen model remembers as much as the frozen model: half as many tokens fit.
+    value = LookaheadValue(Lookahead(str(tmp_path / "v")))
+    value.start(engine.frozen.frozen("tiny"), {})
+    assert value.lm is not None
+    assert value.lm.cell_bytes == engine.frozen.cell_bytes
+    other = Transformers(model=language_model("Llama"), threads=1, kv_cache_gib=0.001).load()
+    other.values = {"v": LookaheadValue(Lookahead(str(tmp_path / "v")))}
+    await other.start()
+    try:
+        assert other._scheduler.capacity == int(0.001 * 2**30 / (2 * engine.frozen.cell_bytes))
+    finally:
+        await other.close()
+
+
+def test_the_shares_are_sound() -> None:
+    assert fitting.HELD_OUT_SHARE * fitting.FEWEST_PROMPTS >= 2

@@ -1,0 +1,126 @@
+"""A head's file: written whole or not at all, read back as it was, and refused where it does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from infer_align.errors import ConfigError
+from infer_align.fitting import regression
+from infer_align.values import Frozen, head, tokenizer_digest
+from infer_align.values.head import Head, HeadValue
+
+D, V, R, W = 6, 11, 3, 5
+FROZEN = Frozen("tiny", V, D, tokenizer_digest({"a": 0}), "cpu")
+
+
+def tensors(form: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"linear": {"P": (R, D)}, "mlp": {"W1": (W, D), "c1": (W,), "W2": (R, W)}}[form]
+    return {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, "E": (V, R), "b": (V,)}.items()}
+
+
+@pytest.mark.parametrize("form", ["linear", "mlp"])
+def test_a_head_comes_back_as_it_was(tmp_path: Path, form: str) -> None:
+    made, path = tensors(form), tmp_path / "deep" / "value.v1.safetensors"
+    head.write(path, made, FROZEN, {"reward": "helpful", "description": "what it follows"})
+    found, metadata = head.read(str(path))
+    assert found.keys() == made.keys()
+    assert all(torch.equal(found[name], made[name]) for name in made)
+    assert metadata == {
+        "reward": "helpful", "description": "what it follows", "kind": "head", "model": "tiny", "tokenizer": FROZEN.tokenizer,
+        "hidden_size": str(D),
+    }  # fmt: skip
+    value = HeadValue(str(path))
+    value.start(FROZEN, {})
+    assert value.description == "what it follows"
+    named = Head(str(path), description="mine").load()
+    named.start(FROZEN, {})
+    assert named.description == "mine"
+
+
+@pytest.mark.parametrize("form", ["linear", "mlp"])
+def test_fitting_and_steering_mean_the_same_by_a_head(tmp_path: Path, form: str) -> None:
+    made, path = tensors(form), tmp_path / "v.safetensors"
+    head.write(path, made, FROZEN, {})
+    value = HeadValue(str(path))
+    value.start(FROZEN, {})
+    hidden, ids = torch.randn(4, D), torch.randint(0, V, (4, 5))
+    expected = regression.predict(made, hidden.repeat_interleave(5, 0), ids.flatten()).view(4, 5)
+    assert value.of(hidden, ids).allclose(expected, atol=1e-5)
+    assert value.of(hidden[:, :], ids[:, :1]).shape == (4, 1)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    head.write(path, tensors("linear"), FROZEN, {})
+    before = path.read_bytes()
+    broken: Any = {**tensors("linear"), "E": torch.empty(2, 2, device="meta")}
+    with pytest.raises(Exception, match=r"."):  # whatever safetensors raises
+        head.write(path, broken, FROZEN, {})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        head.write(tmp_path / "folder", tensors("linear"), FROZEN, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "v.safetensors"]
+
+
+def test_tensors_that_are_views_can_be_written(tmp_path: Path) -> None:
+    made = tensors("linear")
+    shared = torch.cat([made["E"], made["b"][:, None]], dim=1)
+    head.write(tmp_path / "v", {**made, "E": shared[:, :-1], "b": shared[:, -1]}, FROZEN, {})
+    assert torch.equal(head.read(str(tmp_path / "v"))[0]["E"], made["E"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": "other"}, "their token ids differ"),
+        ({"hidden_size": 8}, r"reads hidden states of size 6, but those of 'tiny' have 8"),
+        ({"vocabulary": 12}, "values 11 tokens, but 'tiny' has 12"),
+    ],
+)
+def test_a_head_for_another_model_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "v.safetensors"
+    head.write(path, tensors("mlp"), FROZEN, {})
+    with pytest.raises(ConfigError, match=message) as caught:
+        HeadValue(str(path)).start(replace(FROZEN, **change), {})
+    assert str(path) in caught.value.message
+
+
+@pytest.mark.parametrize("drop", ["P", "E", "b"])
+def test_a_head_with_a_part_missing_is_refused(tmp_path: Path, drop: str) -> None:
+    made = {name: tensor for name, tensor in tensors("linear").items() if name != drop}
+    head.write(tmp_path / "v", made, FROZEN, {})
+    with pytest.raises(ConfigError, match="not a value head"):
+        HeadValue(str(tmp_path / "v")).start(FROZEN, {})
+
+
+@pytest.mark.parametrize("shapes", [{"E": (V, R + 1)}, {"b": (V - 1,)}, {"P": (R + 1, D)}, {"P": (D,)}, {"P": (R, D + 1)}])
+def test_a_head_whose_shapes_do_not_fit_is_refused(tmp_path: Path, shapes: Any) -> None:
+    made = {**tensors("linear"), **{name: torch.zeros(shape) for name, shape in shapes.items()}}
+    head.write(tmp_path / "v", made, FROZEN, {})
+    with pytest.raises(ConfigError, match=r"not a value head|hidden states of size 7"):
+        HeadValue(str(tmp_path / "v")).start(FROZEN, {})
+
+
+def test_what_is_no_head_is_refused_by_its_path(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "folder").mkdir()
+    save_file(tensors("linear"), tmp_path / "bare")
+    for name in ("none", "text", "empty", "folder", "bare"):
+        with pytest.raises(ConfigError, match=str(tmp_path / name)):
+            HeadValue(str(tmp_path / name)).start(FROZEN, {})
+    with pytest.raises(ConfigError, match="value-nothing"):
+        HeadValue("demo/value-nothing").start(FROZEN, {})
+
+
+def test_the_digest_is_of_the_ids_not_of_their_order() -> None:
+    assert tokenizer_digest({"a": 0, "b": 1}) == tokenizer_digest({"b": 1, "a": 0}) != tokenizer_digest({"a": 1, "b": 0})
