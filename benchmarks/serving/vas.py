@@ -27,8 +27,8 @@ from infer_align.demo import world
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.types import Candidate, Draw, Steering
 
-ROUNDS = 5
-TOKENS = 48
+ROUNDS = 7
+TOKENS = 96
 OUT = Console()
 PLAIN, HEAD, LOOKAHEAD = "plain", "head", "lookahead"
 VALUES = {PLAIN: None, HEAD: "helpful", LOOKAHEAD: "helpful-lookahead"}

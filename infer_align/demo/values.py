@@ -37,6 +37,7 @@ REWARDS_OF: dict[str, Callable[[], Reward]] = {
 async def build(out: Path) -> None:
     """Sample, score by both rewards, fit two heads and one value LM with two heads, and write them to `out` with their reports."""
     torch.set_num_threads(1)
+    out.mkdir(parents=True, exist_ok=True)
     engine = Transformers(model="demo", threads=1).load()
     await engine.start()
     prompts: list[Conversation] = [[{"role": "user", "content": question}] for question in world.prompts(320, seed=11)]

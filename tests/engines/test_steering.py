@@ -198,3 +198,22 @@ async def test_a_file_that_is_no_head_is_refused(serving: Any, values: Any) -> N
     with pytest.raises(ConfigError, match="not a value head"):
         async with serving(values={"x": HeadValue(str(values / "lm" / lookahead.HEADS))}):
             pass
+
+
+async def test_replacing_a_value_in_use_disturbs_nobody(serving: Any, values: Any, draw: Any, finish: Any) -> None:
+    async with serving(values=resident(values)) as engine:
+        plain = draw("the cat", n=2, seed=3, max_tokens=60, ignore_eos=True)
+        steered = Draw(plain.body, 2, plain.seeds, steering=Steering({"helpful": 2.0, "linear": 1.0}, 6, "keep"))
+        expected = [[c.text for c in (await finish(engine, d))[0]] for d in (plain, steered)]
+
+        async def replace() -> None:
+            for _ in range(3):
+                await asyncio.sleep(0.02)
+                engine.add_value("helpful", LookaheadValue(Lookahead(str(values / "lm"), "brief")))
+                engine.add_value("linear", HeadValue(str(values / "mlp.safetensors")))
+
+        running = asyncio.gather(finish(engine, plain), finish(engine, steered))
+        await replace()
+        assert [[c.text for c in candidates] for candidates, _ in await running] == expected
+        after = [c.text for c in (await finish(engine, steered))[0]]
+        assert after != expected[1], "the next request is steered by the new values"

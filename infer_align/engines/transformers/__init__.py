@@ -144,7 +144,7 @@ class TransformersEngine(Engine):
                 f"logit_bias: {biased[0]} is not a token id; must be from 0 to {self._model.vocabulary - 1}.", param="logit_bias"
             )
         room = self._room(draw, len(prompt.ids), params.max_tokens, self._scheduler.capacity)
-        job = Job(draw, params, prompt, room)
+        job = Job(draw, params, prompt, room, self._steerer.bind(draw.steering) if self._steerer else ())
         self._scheduler.submit(job)
         return job.stream
 

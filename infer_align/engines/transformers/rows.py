@@ -15,6 +15,7 @@ from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.model import Model, Prompt, Step
 from infer_align.engines.transformers.text import TextStream, token_bytes
 from infer_align.types import Candidate, Delta, Draw
+from infer_align.values import Value
 from infer_align.values.lookahead import ValueLM
 
 
@@ -26,13 +27,14 @@ class Job:
     params: SamplingParams
     prompt: Prompt
     room: int  # tokens that each candidate may generate
+    steered_by: tuple[tuple[Value, float], ...] = ()  # values and their weights, as they were when it came: they may be replaced
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
     closed: bool = False  # set from the event loop: nobody listens any more
     rows: deque[Row] = field(default_factory=deque)  # the candidates that have not joined the batch; filled by the scheduler
     cache: RowCache = field(default_factory=RowCache)  # the prompt's one row, filled by prefill
     step: Step | None = None  # after the prompt, of one row; None until it is prefilled
-    values: dict[ValueLM, RowCache] = field(default_factory=dict)  # the prompt's row in the value LMs that steer the draw
+    value_caches: dict[ValueLM, RowCache] = field(default_factory=dict)  # the prompt's row in the value LMs that steer the draw
     stops: set[int | None] = field(default_factory=set)  # candidates to finish now; None means all
     unfinished: int = field(init=False)  # candidates still to be told; counted down by the scheduler
 

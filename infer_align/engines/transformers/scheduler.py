@@ -40,9 +40,7 @@ class Scheduler(threading.Thread):
         self.steerer = steerer
         self.max_batch = config.max_batch
         self.prefill_tokens = config.prefill_tokens
-        self.capacity = int(
-            config.kv_cache_gib * 2**30 / (model.cell_bytes + steerer.cell_bytes)
-        )  # cells of the cache: rows x columns
+        self._kv_bytes = config.kv_cache_gib * 2**30
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._halt = False
         self._over = False  # nothing is received any more
@@ -51,6 +49,11 @@ class Scheduler(threading.Thread):
         self._ready: deque[Job] = deque()  # prefilled, with candidates that have not joined
         self._batch = Batch()
         self._told: list[tuple[Job, Event | AlignError]] = []
+
+    @property
+    def capacity(self) -> int:
+        """Cells of the cache, rows x columns; fewer when a value LM has been added, whose keys and values count too."""
+        return int(self._kv_bytes / (self.model.cell_bytes + self.steerer.cell_bytes))
 
     def submit(self, job: Job) -> None:
         """Queue a job; from any thread.
@@ -145,7 +148,7 @@ class Scheduler(threading.Thread):
 
     def _prefilled(self, job: Job, step: Step) -> None:
         job.step = step
-        job.values = self.steerer.prefill(job.prompt.ids, job.draw.steering)
+        job.value_caches = self.steerer.prefill(job)
 
     def _is_ahead(self, batch: list[Job]) -> bool:
         """Prompts that wait for room hold memory too: beside the first, they may take an eighth of what the batch may."""
@@ -250,7 +253,7 @@ class Scheduler(threading.Thread):
 def _copies(job: Job, rows: list[Row]) -> Batch:
     """The job's prompt, once for each of these candidates."""
     first, columns = [0] * len(rows), len(job.prompt.ids)
-    values = {lm: ValueCache(lm, rows, cache.take(first, columns)) for lm, cache in job.values.items()}
+    values = {lm: ValueCache(lm, rows, cache.take(first, columns)) for lm, cache in job.value_caches.items()}
     return Batch(rows, job.cache.take(first, columns), values)
 
 

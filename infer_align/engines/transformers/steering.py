@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from infer_align.engines.transformers.cache import RowCache
-from infer_align.engines.transformers.rows import Row
+from infer_align.engines.transformers.rows import Job, Row
 from infer_align.errors import InvalidRequest, nearest
 from infer_align.types import Steering
 from infer_align.values import Frozen, Value
@@ -103,8 +103,10 @@ class Steerer:
             ConfigError: it does not fit the frozen model.
         """
         value.start(self._frozen, self._shared)
-        # A new mapping, not an entry: the scheduler's thread may be in the middle of a step over the old one.
+        # New mappings, not new entries: the scheduler's thread may be in the middle of a step over the old ones.
         self._values = {**self._values, name: value}
+        used = {id(v.lm) for v in self._values.values() if isinstance(v, LookaheadValue)}
+        self._shared = {key: found for key, found in self._shared.items() if id(found) in used}
         self.cell_bytes = sum(lm.cell_bytes for lm in self._shared.values() if isinstance(lm, ValueLM))
 
     def value(self, name: str) -> Value:
@@ -126,35 +128,37 @@ class Steerer:
                 where = f"align.vas.beta.{name}"
                 raise InvalidRequest(f"{where}: no such value; {nearest(name, self._values)}", param=where)
 
-    def value_lms(self, steering: Steering | None) -> list[ValueLM]:
-        """The value LMs that a draw needs, each once."""
-        used = [self._values[name] for name, beta in steering.beta.items() if beta] if steering else []
-        return list(dict.fromkeys(v.lm for v in used if isinstance(v, LookaheadValue) and v.lm))
+    def bind(self, steering: Steering | None) -> tuple[tuple[Value, float], ...]:
+        """The values that a draw is steered by, with their weights; from here on it keeps these, also when one is replaced."""
+        return tuple((self._values[name], beta) for name, beta in steering.beta.items() if beta) if steering else ()
 
-    def prefill(self, ids: list[int], steering: Steering | None) -> dict[ValueLM, RowCache]:
+    def prefill(self, job: Job) -> dict[ValueLM, RowCache]:
         """Read a prompt with the value LMs that its draw needs; -> their caches of one row."""
-        caches = {}
-        for lm in self.value_lms(steering):
-            caches[lm] = RowCache()
+        caches: dict[ValueLM, RowCache] = {}
+        ids = job.prompt.ids
+        for value, _ in job.steered_by:
+            if not isinstance(value, LookaheadValue) or value.lm is None or value.lm in caches:
+                continue
+            cache = caches[value.lm] = RowCache()
             for start in range(0, len(ids), PREFILL_TOKENS):
                 part = torch.tensor([ids[start : start + PREFILL_TOKENS]], device=self._frozen.device)
                 positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
-                lm.forward(part, caches[lm], positions, None)
+                value.lm.forward(part, cache, positions, None)
         return caches
 
     def terms(self, rows: Sequence[Row]) -> Terms:
         """What these rows are steered by; at least one of them is."""
         steerings = [row.job.draw.steering for row in rows]
-        names = [name for name in self._values if any(s and s.beta.get(name) for s in steerings)]
-        weights = [[s.beta.get(name, 0.0) if s else 0.0 for name in names] for s in steerings]
-        users = [[i for i, row in enumerate(weights) if row[m]] for m in range(len(names))]
+        values = list(dict.fromkeys(value for row in rows for value, _ in row.job.steered_by))
+        weights = [[dict(row.job.steered_by).get(value, 0.0) for value in values] for row in rows]
+        users = [[i for i, row in enumerate(weights) if row[m]] for m in range(len(values))]
         used = [min(s.top_k, self._frozen.vocabulary) if s else 0 for s in steerings]
         k, device = max(used), self._frozen.device
         masked = [s is not None and s.tail == "mask" for s in steerings]
         return Terms(
-            values=tuple(self._values[name] for name in names),
+            values=tuple(values),
             users=tuple(None if len(found) == len(rows) else found for found in users),
-            beta=torch.tensor(weights, device=device).view(len(rows), len(names)),
+            beta=torch.tensor(weights, device=device).view(len(rows), len(values)),
             beyond=None if min(used) == k else torch.arange(k, device=device)[None] >= torch.tensor(used, device=device)[:, None],
             tail=torch.tensor(masked, device=device) if any(masked) else "keep",
             k=k,
@@ -190,6 +194,9 @@ def _evaluate(
     for lm, cache in caches.items():
         members = [place[id(row)] for row in cache.rows]
         read[lm] = members, cache.siblings(candidates[members])
+    first = terms.values[0]
+    if len(terms.values) == 1 and terms.users[0] is None and isinstance(first, HeadValue):
+        return first.of(hidden, candidates)[None]
     values = torch.zeros((len(terms.values), *candidates.shape), device=candidates.device)
     for m, (value, users) in enumerate(zip(terms.values, terms.users, strict=True)):
         if isinstance(value, LookaheadValue) and value.lm:
