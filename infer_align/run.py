@@ -24,6 +24,8 @@ OnDelta = Callable[[Delta], None]
 GRACE_SECONDS = 1.0
 # Of a deadline, the share that is kept for scoring: candidates that nobody could compare are worth little.
 SCORING_SHARE = 0.2
+# A timer may ring this many seconds early; what it ended was ended by the deadline all the same.
+TIMER_SLACK = 0.05
 
 
 async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_delta: OnDelta | None = None) -> Response:
@@ -51,7 +53,7 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
     scores = await score(plan, rewards, candidates, deadline)
     selection = select(plan, candidates, scores)
     if not selection.ranking:
-        late = deadline is not None and monotonic() >= deadline
+        late = deadline is not None and monotonic() >= deadline - TIMER_SLACK
         first = next(iter(selection.dropped.values()))
         if plan.candidates > 1 and not late:
             raise RewardFailed(f"{selection.reason}; first: {first}")
