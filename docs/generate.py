@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from infer_align import config, registry
+from infer_align.methods.dpa import Prompting
 from infer_align.objectives import Ensemble
 from infer_align.types import Budget
+from infer_align_bench.cost import Setting, capacity, roofline
+from infer_align_server.openapi import STATUSES
 
 ROOT = Path(__file__).parent.parent
 MARKER = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -63,6 +68,11 @@ def server() -> str:
     return _fields(config.Server)
 
 
+def dpa() -> str:
+    """The [dpa] section."""
+    return _fields(Prompting)
+
+
 def limits() -> str:
     """The [limits] section."""
     return _fields(config.Limits)
@@ -92,9 +102,122 @@ def demo_replication() -> str:
     return _table(["set", "objective", "best n", *(f"gold at n = {n}" for n in shown)], rows)
 
 
-def serving_results() -> str:
-    """What serving costs, as last measured."""
-    return _ratios("serving")
+def dpa_results() -> str:
+    """How answers follow the angle on the demo, as last measured."""
+    result = json.loads((ROOT / "benchmarks/results/dpa.json").read_text())
+    columns = ["answer", "trained", "helpfulness", "± s.e.", "verbosity", "± s.e.", "v . r", "gold", "± s.e."]
+    keys = ("helpfulness", "helpfulness_se", "verbosity", "verbosity_se", "projected", "gold", "gold_se")
+    rows = [[r["answer"], "yes" if r["trained"] else "", *(_score(r.get(key)) for key in keys)] for r in result["rows"]]
+    return _table(columns, [row for row in rows if not row[0].endswith("degrees, greedy")])
+
+
+def rps_results() -> str:
+    """What neighbouring directions earn on the demo, as last measured."""
+    result = json.loads((ROOT / "benchmarks/results/rps.json").read_text())
+    rows = [
+        [
+            *(str(r["target"]), "yes" if r["trained"] else "", r["answer"], _score(r["projected"])),
+            *(f"{r['minus_baseline']:+.3f}", f"{r['minus_baseline_se']:.3f}"),
+            " / ".join(f"{100 * r[word]:.0f}" for word in ("win", "tie", "loss")),
+        ]
+        for r in result["rows"]
+    ]
+    return _table(["target", "trained", "answer", "v . r", "minus best of 5", "± s.e.", "win / tie / loss, %"], rows)
+
+
+def judge_scores() -> str:
+    """How a judge's single scores are read, as last measured on the demo."""
+    return _judged("score", ("accuracy", "ties", "conflicts_first_label", "conflicts_likelihood"))
+
+
+def judge_relations() -> str:
+    """How a judge's comparisons are read, as last measured on the demo."""
+    return _judged("relation", ("accuracy", "ties", "nontransitivity_3", "nontransitivity_4", "nontransitivity_5"))
+
+
+def _judged(kind: str, columns: tuple[str, ...]) -> str:
+    result = json.loads((ROOT / "benchmarks/results/trust_judge.json").read_text())
+    rows = [
+        [row["readout"], *(f"{row[name]:.3f} ± {row[f'{name}_se']:.3f}" for name in columns)]
+        for row in result["rows"]
+        if row["kind"] == kind
+    ]
+    return _table(["readout", *(name.replace("_", ", ", 1).replace("_", " ") for name in columns)], rows)
+
+
+def composition_results() -> str:
+    """Methods together on the demo, as last measured."""
+    result = json.loads((ROOT / "benchmarks/results/compositions.json").read_text())
+    keys = ("gold", "projected", "verbosity")
+    rows = [
+        [r["section"], r["answer"], f"{r['tokens']:.0f}", *(f"{r[k]:.2f} ± {r[f'{k}_se']:.2f}" if k in r else "" for k in keys)]
+        for r in result["rows"]
+    ]
+    return _table(["", "answer", "tokens spent", "gold", "v . r", "verbosity"], rows)
+
+
+def ratios(name: str) -> Callable[[], str]:
+    """A recorded result whose rows are figures beside their baselines."""
+    return lambda: _ratios(name)
+
+
+def cost_model() -> str:
+    """How far the cost model was from what was measured, for settings that it had not seen."""
+    if not (path := ROOT / "benchmarks/results/cost_model.json").exists():
+        return "Not recorded yet: `python benchmarks/serving/cost_model.py`.\n"
+    rows = [
+        [*(str(row[key]) for key in ("concurrency", "n", "output_tokens", "k")), f"{row['measured_ms']:.1f}",
+         f"{row['predicted_ms']:.1f}", f"{row['error']:+.0%}", row["role"]]
+        for row in json.loads(path.read_text())["rows"]
+    ]  # fmt: skip
+    return _table(["under way", "n", "tokens", "k", "measured, ms", "predicted, ms", "error", ""], rows)
+
+
+def scaling() -> str:
+    """GPUs for 1,000 requests per second, by the cost model and the assumptions of docs/scaling.md."""
+    prices = roofline(8e9, 0.7 * 3.35e12, 0.5 * 989e12, 2 * 32 * 8 * 128 * 2, 3 * 0.6e9)
+    one, eight = Setting(1, 1, 512, 256), Setting(1, 8, 512, 256, reward_tokens=8 * (512 + 256))
+    cases = [
+        ("one answer", one, math.inf),
+        ("best of 8", eight, math.inf),
+        ("best of 8, 10 s on average at most", eight, 10.0),
+        ("best of 8, rewards on other GPUs", replace(eight, reward_tokens=0), math.inf),
+        ("best of 4", replace(eight, n=4, reward_tokens=4 * (512 + 256)), math.inf),
+        ("best of 8, answers of 64 tokens", replace(eight, output_tokens=64, reward_tokens=8 * (512 + 64)), math.inf),
+    ]
+    rows = []
+    for name, setting, limit in cases:
+        found = capacity(prices, setting, 1000, limit, 512)
+        rows.append([name, str(found.concurrency), f"{found.seconds:.1f}", f"{found.requests_per_second:.2f}", str(found.replicas)])
+    return _table(["request", "under way on a GPU", "seconds a request", "requests / s of a GPU", "GPUs for 1,000 / s"], rows)
+
+
+def quality() -> str:
+    """Every setting of the demo's grid, as last measured."""
+    if not (path := ROOT / "benchmarks/results/quality.json").exists():
+        return "Not recorded yet: `python benchmarks/alignment/quality.py`.\n"
+    rows = []
+    for row in json.loads(path.read_text())["rows"]:
+        means = [row[name] for name in ("gold", "minus_baseline", "minus_greedy", "minus_equal")]
+        shown = ["" if mean is None else f"{mean['value']:.2f} ± {mean['error']:.2f}" for mean in means]
+        name = f"**{row['name']}**" if "tokens" in row["fronts"] else row["name"]
+        rows.append([name, f"{row['tokens']:.0f}", f"{row['seconds']:.2g}", _score(row["kl_bound"]), *shown])
+    return _table(["setting", "tokens", "seconds", "KL at most", "gold", "- baseline", "- greedy", "- equal budget"], rows)
+
+
+def results() -> str:
+    """Every recorded result, and what it takes to doubt it."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
+        found = json.loads(path.read_text())
+        seed = "none" if found["seed"] is None else str(found["seed"])
+        rows.append([f"`{path.name}`", found["baseline"], f"`{found['commit']}`", seed, found["machine"]])
+    return _table(["result", "baseline of the same run", "commit", "seed", "machine"], rows)
+
+
+def statuses() -> str:
+    """What each status means."""
+    return _table(["status", "when"], [[str(status), text] for status, text in STATUSES.items()])
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -106,13 +229,30 @@ TABLES: dict[str, Callable[[], str]] = {
     "vas-speed": vas_speed,
     "server": server,
     "limits": limits,
+    "statuses": statuses,
+    "dpa": dpa,
     "demo-results": demo_results,
     "demo-replication": demo_replication,
-    "serving-results": serving_results,
+    "dpa-results": dpa_results,
+    "rps-results": rps_results,
+    "judge-scores": judge_scores,
+    "judge-relations": judge_relations,
+    "composition-results": composition_results,
+    "serving-results": ratios("serving"),
+    "vllm-results": ratios("vllm"),
+    "upstream-results": ratios("upstream"),
+    "judge-results": ratios("judge_speed"),
+    "results": results,
+    "cost-model": cost_model,
+    "quality": quality,
+    "scaling": scaling,
+    "bench-agreement": ratios("bench_agreement"),
 }
 
 
 def _ratios(name: str) -> str:
+    if not (ROOT / f"benchmarks/results/{name}.json").exists():
+        return f"Not recorded yet: benchmarks/results/{name}.json.\n"
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
     rows = [[r["what"], f"{r['value']:.3g}", f"{r['ours']:.4g}", f"{r['baseline']:.4g}", r["target"]] for r in result["rows"]]
     return _table(["what", "value", "ours", "baseline", "aim"], rows)

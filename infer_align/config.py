@@ -11,15 +11,18 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from infer_align import registry
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, ConfigError, nearest
+from infer_align.methods.dpa import Prompting
 from infer_align.request import Limits as RequestLimits
 from infer_align.request import parse_align
 from infer_align.rewards import Reward
 from infer_align.schema import parse
+from infer_align.types import LabelReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Server:
     default_rewards: dict[str, float] = field(
         default_factory=dict,
         metadata={
-            "description": "{reward name: weight} where a request names none; default: all single-objective rewards, equally"
+            "description": "{reward name: weight} where a request names none; default: all of one objective but judges, equally"
         },
     )
     keepalive_seconds: float = field(
@@ -47,6 +50,10 @@ class Server:
             "gt": 0,
             "description": "silence after which a stream sends a comment; until then a failure still has its own status",
         },
+    )
+    honour_client_timeout: bool = field(
+        default=True,
+        metadata={"description": "take the timeout that OpenAI's SDKs announce for a deadline where the request sets none"},
     )
     drain_seconds: float = field(
         default=30.0, metadata={"ge": 0, "description": "how long running requests may finish after SIGTERM"}
@@ -72,7 +79,17 @@ class Limits:
         default=256, metadata={"ge": 0, "description": "requests waiting for their turn; the next one gets a 429"}
     )
     max_body_bytes: int = field(default=4 * 1024 * 1024, metadata={"ge": 1, "description": "size of one request body"})
-    requests_per_minute: int = field(default=0, metadata={"ge": 0, "description": "per API key; 0 for no limit"})
+    requests_per_minute: int = field(
+        default=0, metadata={"ge": 0, "description": "per API key, or per address where no keys are asked for; 0 for no limit"}
+    )
+    candidate_tokens_per_minute: int = field(
+        default=0,
+        metadata={
+            "ge": 0,
+            "description": "per API key, or per address: the worst case is taken at once, what was not sampled is given back; "
+            "0 for no limit",
+        },
+    )
 
     @property
     def request(self) -> RequestLimits:
@@ -88,9 +105,11 @@ class Config:
     engine_kind: str
     server: Server = field(default_factory=Server)
     limits: Limits = field(default_factory=Limits)
+    engines: Mapping[str, Any] = field(default_factory=dict)  # further ones, for judges: name -> the dataclass of the kind
     rewards: Mapping[str, Any] = field(default_factory=dict)  # name -> the dataclass of the reward's kind
     values: Mapping[str, Any] = field(default_factory=dict)  # name -> the dataclass of the value's kind
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    dpa: Prompting = field(default_factory=Prompting)
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def load_engine(self) -> Engine:
@@ -99,19 +118,35 @@ class Config:
         engine.values = {name: section.load() for name, section in self.values.items()}
         return engine
 
-    def load_rewards(self) -> dict[str, Reward]:
-        """Every configured reward, not yet started.
+    def load_engines(self) -> dict[str, Engine]:
+        """The engines of `[engines.*]`, not yet started."""
+        return {name: section.load() for name, section in self.engines.items()}
+
+    def load_rewards(self, engines: Mapping[str, LabelReader] = MappingProxyType({})) -> dict[str, Reward]:
+        """Every configured reward, and the judge of `align.trust_judge`, not yet started; `engines` are those that judges may ask.
 
         Raises:
             ConfigError: naming the section.
         """
         loaded = {}
-        for name, section in self.rewards.items():
+        for name, section in {**self.rewards, **self._judge()}.items():
             try:
                 loaded[name] = section.load()
+                loaded[name].engines = engines
             except ConfigError as error:
                 raise ConfigError(f"[rewards.{name}] {error.message}") from error
         return loaded
+
+    def _judge(self) -> dict[str, Any]:
+        """Who answers to `align.trust_judge`: the section of that name, else the first judge, else the served model."""
+        judge = registry.rewards.get("trust_judge")
+        judges = [section for section in self.rewards.values() if isinstance(section, judge)]
+        return {} if "trust_judge" in self.rewards else {"trust_judge": judges[0] if judges else judge()}
+
+    @property
+    def methods(self) -> Mapping[str, object]:
+        """The sections that methods read, by the method's name."""
+        return {"dpa": self.dpa}
 
     def api_keys(self) -> tuple[str, ...]:
         """The accepted keys; () where none is asked for.
@@ -129,16 +164,26 @@ class Config:
             )
         return keys
 
+    def secrets(self) -> set[str]:
+        """What the environment variables hold that the file names: never to be shown."""
+        sections = (self.server, self.engine, *self.engines.values(), *self.rewards.values(), *self.values.values())
+        names = {getattr(section, f.name) for section in sections for f in dataclasses.fields(section) if f.name.endswith("_env")}
+        held = {os.environ.get(name, "") for name in names if name}
+        return {part.strip() for value in held for part in (value, *value.split(","))} - {""}
+
     def settings(self) -> Iterator[tuple[str, object, str]]:
         """(dotted name, value, where it came from) of every setting."""
-        sections = {"server": self.server, "limits": self.limits, "engine": self.engine}
+        sections = {"server": self.server, "limits": self.limits, "dpa": self.dpa, "engine": self.engine}
+        sections |= {f"engines.{name}": section for name, section in self.engines.items()}
         sections |= {f"rewards.{name}": section for name, section in self.rewards.items()}
         sections |= {f"values.{name}": section for name, section in self.values.items()}
         yield "engine.kind", self.engine_kind, self.origins.get("engine.kind", "default")
         for path, section in sections.items():
             for f in dataclasses.fields(section):
-                name = f"{path}.{f.name}"
-                yield name, getattr(section, f.name), self.origins.get(name, "default")
+                value = getattr(section, f.name)
+                for key, setting in value.items() if "rest" in f.metadata else [(f.name, value)]:
+                    name = f"{path}.{key}"
+                    yield name, setting, self.origins.get(name, "default")
         for name, preset in self.presets.items():
             yield f"presets.{name}", preset, self.origins.get(f"presets.{name}", "default")
 
@@ -167,7 +212,7 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
-    known = ("server", "limits", "engine", "rewards", "values", "presets")
+    known = ("server", "limits", "dpa", "engine", "engines", "rewards", "values", "presets")
     for section, value in table.items():
         if section not in known:
             raise ConfigError(f"[{section}]: no such section; {nearest(section, known)}")
@@ -182,16 +227,35 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         _check_align(preset, f"[presets.{name}]")
     server = parse(Server, table.get("server", {}), "server", ConfigError)
     _check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
-    return Config(
+    built = Config(
         server=server,
         limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
         engine=_plugin(registry.engines, kind, engine, "engine"),
         engine_kind=kind,
+        engines={name: _named(registry.engines, name, section) for name, section in table.get("engines", {}).items()},
         rewards={name: _named(registry.rewards, name, section) for name, section in table.get("rewards", {}).items()},
         values={name: _named(registry.values, name, section) for name, section in table.get("values", {}).items()},
         presets=presets,
+        dpa=parse(Prompting, table.get("dpa", {}), "dpa", ConfigError),
         origins=origins,
     )
+    _check_memory(built)
+    return built
+
+
+def _check_memory(config: Config) -> None:
+    """Engines that each take a share of the same GPUs must leave room for each other; the last to load would fail otherwise."""
+    sections = {"engine": config.engine}
+    sections |= {f"engines.{name}": section for name, section in config.engines.items()}
+    sections |= {f"rewards.{name}": section for name, section in config.rewards.items()}
+    shares = {name: share for name, section in sections.items() if (share := getattr(section, "memory_share", None)) is not None}
+    total = sum(shares.values())
+    if total > 1 + 1e-9:
+        each = " + ".join(f"[{name}] {share:.3g}" for name, share in shares.items())
+        raise ConfigError(
+            f"gpu_memory_utilization: {each} = {total:.3g} of the GPUs' memory, over the whole; set it in each section so that the "
+            "sum is at most 1 (where a section has several models, each takes it), or give kv_cache_memory_bytes instead."
+        )
 
 
 def _check_align(align: object, where: str) -> None:
@@ -207,6 +271,10 @@ def _named(plugins: registry.Registry, name: str, section: object) -> Any:
         raise ConfigError(f"[{path}] needs a kind; {nearest('', plugins.names())}")
     if "." in name or "@" in name:
         raise ConfigError(f"[{path}] the name cannot hold '.' or '@'; rename it.")
+    if path == "rewards.trust_judge" and section["kind"] != "trust_judge":
+        raise ConfigError("[rewards.trust_judge] is who answers to align.trust_judge: its kind must be 'trust_judge'; rename it.")
+    if path == "engines.served":
+        raise ConfigError("[engines.served] is what the engine of [engine] is called; rename it.")
     return _plugin(plugins, section["kind"], section, path)
 
 

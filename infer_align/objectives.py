@@ -7,13 +7,15 @@ is the population's in every path (there the PPO path divides by K - 1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from infer_align.types import Array
+from infer_align.errors import nearest
+from infer_align.types import Array, Direction
 
 
 def mean(scores: ArrayLike) -> Array:
@@ -51,6 +53,21 @@ def standardize(scores: ArrayLike) -> Array:
     spread = std(members.T)[:, None]
     centred = members - mean(members.T)[:, None]
     return np.asarray(np.divide(centred, spread, out=np.where(np.isnan(members), np.nan, 0.0), where=spread > 0))
+
+
+def project(direction: Direction, values: ArrayLike, attributes: Sequence[str]) -> Array:
+    """v . r, member by member: [A, K, N] scores of the named attributes -> [K, N]. Wang et al. (2402.18571).
+
+    An attribute of weight 0 is not looked at, even where it is NaN.
+
+    Raises:
+        ValueError: the direction names an attribute that was not scored.
+    """
+    scores = np.asarray(values, dtype=np.float64)
+    weights = {name: weight for name, weight in direction.items() if weight}
+    if missing := [name for name in weights if name not in attributes]:
+        raise ValueError(f"direction.{missing[0]}: not scored; {nearest(missing[0], attributes)}")
+    return np.asarray(np.tensordot(np.array([*weights.values()]), scores[[attributes.index(name) for name in weights]], axes=1))
 
 
 def rank(objective: ArrayLike) -> tuple[int, ...]:

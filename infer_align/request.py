@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from infer_align import registry
@@ -17,8 +18,6 @@ from infer_align.types import Body, Budget, Draw, Kind, Method, Plan, Request
 
 Details = Literal["none", "scores", "candidates"]
 SETTINGS = ("preset", "rewards", "ensemble", "budget", "details")
-# Named by the contract; each answers "not available" until its module stands in methods/.
-CONTRACT = ("dpa", "rps", "best_of_n", "vas", "trust_judge")
 SEED_RANGE = 2**63
 MASK_64 = 2**64 - 1
 MAX_WEIGHT = 1e9  # above it a weighted sum could overflow, and an infinite objective compares nothing
@@ -44,7 +43,7 @@ def parse_request(body: Body, kind: Kind, presets: Mapping[str, Mapping[str, Any
     Raises:
         InvalidRequest: the first wrong field, by its dotted path.
     """
-    _check_prompt(body, kind)
+    check_prompt(body, kind)
     given = body.get("align")
     forwarded = {key: value for key, value in body.items() if key != "align" and value is not None}
     if given is None and preset is None:
@@ -67,10 +66,6 @@ def parse_align(given: object, presets: Mapping[str, Mapping[str, Any]], preset:
             raise InvalidRequest(f"align.{key}: no such key; {nearest(key, _keys())}", param=f"align.{key}", code="unknown_field")
         if key in registry.methods.names():
             methods[key] = parse(registry.methods.get(key), value, f"align.{key}")
-        elif key in CONTRACT:
-            raise Unsupported(
-                f"align.{key}: not available in this version; available: {', '.join(_available())}.", param=f"align.{key}"
-            )
     return Request(
         body={},
         methods=methods,
@@ -82,9 +77,22 @@ def parse_align(given: object, presets: Mapping[str, Mapping[str, Any]], preset:
 
 
 def make_plan(
-    request: Request, engine: Engine, rewards: Mapping[str, Reward], default_rewards: Mapping[str, float], limits: Limits
+    request: Request,
+    engine: Engine,
+    rewards: Mapping[str, Reward],
+    default_rewards: Mapping[str, float],
+    limits: Limits,
+    settings: Mapping[str, object] = MappingProxyType({}),
 ) -> Plan:
     """What the request asks for, as draws, rewards and an objective, with its worst case counted.
+
+    Args:
+        request: from `parse_request`.
+        engine: what will be sampled.
+        rewards: what there is, by name.
+        default_rewards: weights for a request that names none.
+        limits: how large it may be.
+        settings: sections of the configuration that methods read, by the method's name.
 
     Raises:
         InvalidRequest: the engine lacks a capability, a reward is not configured, or the worst case is over a limit.
@@ -94,7 +102,14 @@ def make_plan(
     body = {key: value for key, value in request.body.items() if key not in {"n", "seed", "stream", "stream_options"}}
     objective = request.objective or Ensemble()
     plan = Plan(
-        draws=(Draw(body, kind=request.kind),), objective=objective, keep=keep, deadline_seconds=request.budget.deadline_seconds
+        draws=(Draw(body, kind=request.kind),),
+        objective=objective,
+        messages=body.get("messages", ()),
+        seed=secrets.randbelow(SEED_RANGE) if seed is None else seed % SEED_RANGE,
+        settings=settings,
+        attributes=tuple(dict.fromkeys(name for reward in rewards.values() for name in reward.attributes)),
+        keep=keep,
+        deadline_seconds=request.budget.deadline_seconds,
     )
     for name, method in sorted(request.methods.items(), key=lambda item: item[1].stage):
         plan = replace(method.plan(plan), methods=(*plan.methods, name))
@@ -107,16 +122,33 @@ def make_plan(
     weights = _reward_weights(plan, request, rewards, default_rewards)
     plan = replace(
         plan,
-        draws=_seeded(plan.draws, secrets.randbelow(SEED_RANGE) if seed is None else seed % SEED_RANGE),
+        draws=_seeded(plan.draws, plan.seed, given=seed is not None),
         rewards=weights,
         selects=plan.selects or (bool(weights) and plan.candidates > 1),
-        worst_case_tokens=sum(draw.n * engine.worst_case_tokens(draw.body) for draw in plan.draws),
     )
+    plan = _costed(plan, engine, rewards)
     _affordable(plan, request, limits)
     return plan
 
 
-def _check_prompt(body: Body, kind: Kind) -> None:
+def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
+    """The most tokens that a request without `align` can generate, where the engine answers it by itself.
+
+    Raises:
+        InvalidRequest: over a limit.
+    """
+    n = _integer(body, "n", 1, limits.max_candidates) or 1
+    prompts = body.get("prompt")
+    count = len(prompts) if isinstance(prompts, list) and any(isinstance(prompt, str | list) for prompt in prompts) else 1
+    draw = Draw(body, n * count)
+    plan = Plan((draw,), Ensemble(), worst_case_tokens=draw.n * engine.worst_case_tokens(body))
+    request = Request(body)
+    _few_enough(plan, request, limits)
+    _affordable(plan, request, limits)
+    return plan.worst_case_tokens
+
+
+def check_prompt(body: Body, kind: Kind) -> None:
     """What every engine relies on; the rest of a message is the engine's and its chat template's to judge."""
     if kind == "completion":
         if not isinstance(prompt := body.get("prompt"), str):
@@ -148,12 +180,8 @@ def _check_part(part: object, where: str) -> None:
         raise InvalidRequest(f"{where}.text: {shown(text)} is not allowed; must be a string.", param=f"{where}.text")
 
 
-def _available() -> list[str]:
-    return sorted([*registry.methods.names(), *SETTINGS])
-
-
 def _keys() -> list[str]:
-    return sorted({*registry.methods.names(), *CONTRACT, *SETTINGS})
+    return sorted({*registry.methods.names(), *SETTINGS})
 
 
 def _with_preset(given: dict[str, Any], presets: Mapping[str, Mapping[str, Any]], preset: str | None) -> dict[str, Any]:
@@ -203,8 +231,9 @@ def _integer(body: Body, name: str, low: int, high: int) -> int | None:
 
 def _require(engine: Engine, method: Method, name: str) -> None:
     if missing := sorted(method.needs - engine.capabilities):
+        advice = engine.lacking.get(missing[0], "use another engine")
         raise Unsupported(
-            f"align.{name}: needs {', '.join(missing)}, which the engine of {engine.model!r} lacks; use another engine.",
+            f"align.{name}: needs {', '.join(missing)}, which the engine of {engine.model!r} lacks; {advice}.",
             param=f"align.{name}",
         )
 
@@ -219,14 +248,14 @@ def _reward_weights(
     plan: Plan, request: Request, rewards: Mapping[str, Reward], default: Mapping[str, float]
 ) -> Mapping[str, float]:
     """Rewards are read when they are asked for by name, or when a method draws several candidates to choose from."""
-    if request.rewards is None and not plan.selects:
-        return plan.rewards
-    weights = {**(default if request.rewards is None else request.rewards), **plan.rewards}
+    if request.rewards is None and plan.direction:
+        default = {name: 1.0 for name, reward in rewards.items() if reward.attributes and _lacking(plan, reward) is None} or default
+    given = request.rewards if request.rewards is not None else default if plan.selects else {}
+    weights = {**given, **plan.rewards}
     for name in weights:
-        base, _, attribute = name.partition(".")
-        if name not in (known := reward_names(rewards)):
-            detail = f"has several objectives: {nearest('', known)}" if base in rewards and not attribute else nearest(name, known)
-            raise InvalidRequest(f"align.rewards.{name}: no such reward; {detail}", param=f"align.rewards.{name}")
+        _check_reward(name, plan, rewards)
+    for name, reward in plan_rewards(replace(plan, rewards=weights), rewards).items():
+        reward.check(f"align.{name}" if name in plan.parameters else f"align.rewards.{name}")
     if plan.selects and not any(weights.values()):
         raise InvalidRequest(
             "align.rewards: nothing to choose by; give a reward a weight over 0, or configure [rewards] and "
@@ -234,6 +263,45 @@ def _reward_weights(
             param="align.rewards",
         )
     return weights
+
+
+def _check_reward(name: str, plan: Plan, rewards: Mapping[str, Reward]) -> None:
+    base, _, attribute = name.partition(".")
+    where, known = f"align.rewards.{name}", reward_names(rewards)
+    if name in plan.parameters and name not in rewards:
+        raise Unsupported(f"align.{name}: there is no such reward here to ask.", param=f"align.{name}")
+    if name in known:
+        return
+    if attribute or base not in rewards:
+        raise InvalidRequest(f"{where}: no such reward; {nearest(name, known)}", param=where)
+    if plan.direction is None:
+        raise InvalidRequest(
+            f"{where}: no such reward; has several objectives: {nearest('', known)} Or give align.dpa a direction through them.",
+            param=where,
+        )
+    if (lacking := _lacking(plan, rewards[base])) is not None:
+        raise InvalidRequest(
+            f"{where}: does not score {lacking!r} of align.dpa.direction; it scores {', '.join(rewards[base].attributes)}.",
+            param=where,
+        )
+
+
+def _lacking(plan: Plan, reward: Reward) -> str | None:
+    """An attribute of the plan's direction that the reward does not score."""
+    return next((name for name, weight in (plan.direction or {}).items() if weight and name not in reward.attributes), None)
+
+
+def plan_rewards(plan: Plan, rewards: Mapping[str, Reward]) -> dict[str, Reward]:
+    """The rewards that a plan reads, each once, as the plan asks them."""
+    names = dict.fromkeys(name.partition(".")[0] for name in plan.rewards)
+    return {name: rewards[name].asked(plan.parameters[name]) if name in plan.parameters else rewards[name] for name in names}
+
+
+def _costed(plan: Plan, engine: Engine, rewards: Mapping[str, Reward]) -> Plan:
+    """The plan with what it can cost at most."""
+    scoring = sum(reward.worst_case_tokens(plan.candidates) for reward in plan_rewards(plan, rewards).values())
+    drawing = sum(draw.n * engine.worst_case_tokens(draw.body) for draw in plan.draws)
+    return replace(plan, worst_case_tokens=drawing + scoring, scoring_tokens=scoring)
 
 
 def _few_enough(plan: Plan, request: Request, limits: Limits) -> None:
@@ -250,7 +318,8 @@ def _few_enough(plan: Plan, request: Request, limits: Limits) -> None:
 
 def _affordable(plan: Plan, request: Request, limits: Limits) -> None:
     worst = plan.worst_case_tokens
-    each = f"{plan.candidates} candidates x {worst // plan.candidates} tokens"
+    each = f"{plan.candidates} candidates x {(worst - plan.scoring_tokens) // plan.candidates} tokens"
+    each += f" + {plan.scoring_tokens} of judging" if plan.scoring_tokens else ""
     if (allowed := request.budget.completion_tokens) and worst > allowed:
         raise InvalidRequest(
             f"align.budget.completion_tokens: the worst case is {worst} tokens ({each}), over the budget of {allowed}; "
@@ -268,17 +337,18 @@ def _affordable(plan: Plan, request: Request, limits: Limits) -> None:
 
 
 def _fan_out(request: Request) -> str:
-    return "align.best_of_n.n" if "best_of_n" in request.methods else "n"
+    return next((f"align.{name}" for name in ("best_of_n.n", "rps.k") if name[:-2] in request.methods), "n")
 
 
-def _seeded(draws: tuple[Draw, ...], seed: int) -> tuple[Draw, ...]:
+def _seeded(draws: tuple[Draw, ...], seed: int, *, given: bool) -> tuple[Draw, ...]:
     """The first candidate has the request's own seed, so that it is what the request gives without a selection.
 
     The others' are mixed from it: requests with neighbouring seeds share no candidates.
     """
     seeded, start = [], 0
     for draw in draws:
-        seeded.append(replace(draw, seeds=tuple(_candidate_seed(seed, start + i) for i in range(draw.n))))
+        seeds = tuple(_candidate_seed(seed, start + i) for i in range(draw.n))
+        seeded.append(replace(draw, seeds=seeds, seeded=given))
         start += draw.n
     return tuple(seeded)
 

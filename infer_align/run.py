@@ -9,16 +9,22 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
+from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
 
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed, RewardFailed
-from infer_align.rewards import Marks, Messages, Reward
+from infer_align.objectives import project
+from infer_align.request import plan_rewards
+from infer_align.rewards import Marks, Reward
 from infer_align.selection import select
-from infer_align.types import Candidate, Delta, Draw, Plan, Response, Scores, Timing
+from infer_align.types import Array, Candidate, Delta, Direction, Draw, Messages, Plan, Response, Scores, Spent, Timing
 
 OnDelta = Callable[[Delta], None]
+OnFinished = Callable[[Candidate], None]
+Early: TypeAlias = Mapping[str, Mapping[int, asyncio.Task[Marks]]]  # reward -> candidate -> its marks on their way
 
 # After a deadline an engine is asked to finish with what it has; this long it may take to say so.
 GRACE_SECONDS = 1.0
@@ -26,6 +32,8 @@ GRACE_SECONDS = 1.0
 SCORING_SHARE = 0.2
 # A timer may ring this many seconds early; what it ended was ended by the deadline all the same.
 TIMER_SLACK = 0.05
+# A deadline further away than this is not worth the price of receiving every token by itself: what it cuts has no partial text.
+PATIENCE_SECONDS = 300.0
 
 
 async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_delta: OnDelta | None = None) -> Response:
@@ -46,11 +54,14 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
     deadline = started + plan.deadline_seconds if plan.deadline_seconds else None
     last_draw = deadline and deadline - (SCORING_SHARE * (deadline - started) if plan.rewards else 0.0)
 
-    candidates = await propose(plan, engine, on_delta, last_draw)
-    generated = monotonic()
+    early = _Early(plan, rewards, deadline)
+    try:
+        candidates = await propose(plan, engine, on_delta, last_draw, early.put)
+        generated = monotonic()
+        scores = await score(plan, rewards, candidates, deadline, early.marks)
+    finally:
+        early.cancel()
     partial = any(candidate.cut for candidate in candidates)
-
-    scores = await score(plan, rewards, candidates, deadline)
     selection = select(plan, candidates, scores)
     if not selection.ranking:
         late = deadline is not None and monotonic() >= deadline - TIMER_SLACK
@@ -67,39 +78,51 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
 
 
 async def propose(
-    plan: Plan, engine: Engine, on_delta: OnDelta | None = None, deadline: float | None = None
+    plan: Plan,
+    engine: Engine,
+    on_delta: OnDelta | None = None,
+    deadline: float | None = None,
+    on_finished: OnFinished = lambda _: None,
 ) -> tuple[Candidate, ...]:
     """All candidates of all draws, numbered through; at `deadline` (monotonic seconds) those still running are cut."""
-    if len(plan.draws) == 1:
-        drawn = [await _sample(engine, plan.draws[0], on_delta, deadline)]
+    firsts = [sum(draw.n for draw in plan.draws[:i]) for i in range(len(plan.draws))]
+    drawing = [_sample(engine, draw, i, firsts[i], on_delta, deadline, on_finished) for i, draw in enumerate(plan.draws)]
+    if len(drawing) == 1:
+        drawn = [await drawing[0]]
     else:
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_sample(engine, draw, on_delta, deadline)) for draw in plan.draws]
+                tasks = [group.create_task(sampling) for sampling in drawing]
         except ExceptionGroup as failures:  # one draw was refused, the others are cancelled: say it as if it were alone
             raise failures.exceptions[0] from None
         drawn = [task.result() for task in tasks]
-    candidates = tuple(drawn[0])
-    for i, batch in enumerate(drawn[1:], start=1):
-        candidates += tuple(replace(candidate, draw=i, index=len(candidates) + j) for j, candidate in enumerate(batch))
+    candidates = tuple(candidate for batch in drawn for candidate in batch)
     if all(c.error is not None or (c.cut and not c.completion_tokens) for c in candidates):
         first = next((c for c in candidates if c.error is not None and not c.cut), None)
         if first is None:
             raise DeadlineExceeded(f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time.")
-        raise EngineFailed(f"all {len(candidates)} candidates failed; first: {first.error}", status=first.status)
+        raise EngineFailed(
+            f"all {len(candidates)} candidates failed; first: {first.error}", status=first.status, retry_after=first.retry_after
+        )
     return candidates
 
 
-async def _sample(engine: Engine, draw: Draw, on_delta: OnDelta | None, deadline: float | None) -> list[Candidate]:
+async def _sample(
+    engine: Engine, draw: Draw, i: int, first: int, on_delta: OnDelta | None, deadline: float | None, on_finished: OnFinished
+) -> list[Candidate]:
+    """The candidates of draw `i`, numbered from `first`."""
     loop = asyncio.get_running_loop()
     finished: dict[int, Candidate] = {}
+    hurried = deadline is not None and deadline - monotonic() < PATIENCE_SECONDS
+    draw = replace(draw, deltas=on_delta is not None, hurried=hurried)
     async with engine.sample(draw) as stream:
         alarm = None if deadline is None else loop.call_at(_loop_time(deadline), stream.stop)
         try:
             async with asyncio.timeout_at(None if deadline is None else _loop_time(deadline) + GRACE_SECONDS):
                 async for event in stream:
                     if isinstance(event, Candidate):
-                        finished[event.index] = event
+                        finished[event.index] = replace(event, draw=i, index=first + event.index)
+                        on_finished(finished[event.index])
                     elif on_delta is not None:
                         on_delta(event)
         except TimeoutError:
@@ -107,31 +130,72 @@ async def _sample(engine: Engine, draw: Draw, on_delta: OnDelta | None, deadline
         finally:
             if alarm:
                 alarm.cancel()
-    return [finished.get(i) or Candidate(i, {}, error="the deadline passed", cut=True) for i in range(draw.n)]
+    return [finished.get(j) or Candidate(first + j, {}, i, error="the deadline passed", cut=True) for j in range(draw.n)]
+
+
+class _Early:
+    """What pipelined rewards say of each candidate, asked as soon as it is finished: others are still being drawn."""
+
+    def __init__(self, plan: Plan, rewards: Mapping[str, Reward], deadline: float | None) -> None:
+        self._rewards, self._messages, self._deadline = plan_rewards(plan, rewards), plan.messages, deadline
+        self.marks: dict[str, dict[int, asyncio.Task[Marks]]] = {name: {} for name, r in self._rewards.items() if r.pipelined}
+
+    def put(self, candidate: Candidate) -> None:
+        """A candidate is finished."""
+        if candidate.error is None:
+            for name, tasks in self.marks.items():
+                mark = _mark(self._rewards[name], self._messages, [candidate], self._deadline)
+                tasks[candidate.index] = asyncio.get_running_loop().create_task(mark)
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        for tasks in self.marks.values():
+            for task in tasks.values():
+                task.cancel()
 
 
 async def score(
-    plan: Plan, rewards: Mapping[str, Reward], candidates: Sequence[Candidate], deadline: float | None = None
+    plan: Plan,
+    rewards: Mapping[str, Reward],
+    candidates: Sequence[Candidate],
+    deadline: float | None = None,
+    early: Early = MappingProxyType({}),
 ) -> Scores:
     """Every reward of the plan over the candidates that did not fail, all at once. What fails or is late is NaN."""
     if not plan.rewards:
         return Scores()
     alive = [c for c in candidates if c.error is None]
-    names = list(dict.fromkeys(name.partition(".")[0] for name in plan.rewards))
-    messages: Messages = plan.draws[0].body.get("messages", ())
-    marks = dict(
-        zip(names, await asyncio.gather(*(_mark(rewards[name], messages, alive, deadline) for name in names)), strict=True)
+    asked = plan_rewards(plan, rewards)
+    found = (
+        _joined([early[name][c.index] for c in alive]) if name in early else _mark(reward, plan.messages, alive, deadline)
+        for name, reward in asked.items()
     )
+    marks = dict(zip(asked, await asyncio.gather(*found), strict=True))
     members, notes = {}, {}
     for name in plan.rewards:
         base, _, attribute = name.partition(".")
-        reward, mark = rewards[base], marks[base]
-        row = reward.attributes.index(attribute) if attribute else 0
+        reward, mark = asked[base], marks[base]
         members[name] = np.full((len(reward.members), len(candidates)), np.nan)
-        members[name][:, [c.index for c in alive]] = mark.values[row]
+        members[name][:, [c.index for c in alive]] = _objective(reward, mark.values, attribute, plan.direction)
         told = dict(zip((c.index for c in alive), mark.notes, strict=False))
         notes[name] = tuple(told.get(i) for i in range(len(candidates)))
-    return Scores(members, sum(mark.tokens for mark in marks.values()), notes)
+    reports = {name: mark.report for name, mark in marks.items() if mark.report}
+    return Scores(members, sum((mark.spent for mark in marks.values()), Spent()), notes, reports)
+
+
+def _objective(reward: Reward, values: Array, attribute: str, direction: Direction | None) -> Array:
+    """[A, K, N] -> [K, N]: one attribute, the only score there is, or the projection on the plan's direction."""
+    if attribute:
+        return np.asarray(values[reward.attributes.index(attribute)])
+    return project(direction, values, reward.attributes) if reward.attributes and direction else np.asarray(values[0])
+
+
+async def _joined(tasks: Sequence[asyncio.Task[Marks]]) -> Marks:
+    """The marks of several candidates from those of each."""
+    marks = await asyncio.gather(*tasks)
+    values = np.concatenate([mark.values for mark in marks], axis=-1)
+    spent = sum((mark.spent for mark in marks), Spent())
+    return Marks(values, spent, tuple(note for mark in marks for note in mark.notes or (None,)))
 
 
 async def _mark(reward: Reward, messages: Messages, candidates: Sequence[Candidate], deadline: float | None) -> Marks:
@@ -149,7 +213,7 @@ async def _mark(reward: Reward, messages: Messages, candidates: Sequence[Candida
         why = error.message
     except Exception as error:  # a reward is the user's code: whatever it raises is data, not a crash
         why = f"{type(error).__name__}: {error}"
-    return Marks(np.full(shape, np.nan), 0, (why,) * len(candidates))
+    return Marks(np.full(shape, np.nan), notes=(why,) * len(candidates))
 
 
 def _loop_time(deadline: float) -> float:

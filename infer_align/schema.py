@@ -37,10 +37,16 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
     """
     if not isinstance(value, Mapping):
         raise error(f"{path}: {shown(value)} is not an object; allowed: {{{_signature(cls)}}}.", param=path)
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    rest = next((f for f in fields if "rest" in f.metadata), None)  # holds the options of something else, by their own names
+    own = {f.name for f in fields if f is not rest}
+    known = own if rest is None or own >= value.keys() else own | rest.metadata["rest"]()
     for key in value:
         if key not in known:
             raise error(f"{path}.{key}: no such parameter; {nearest(str(key), known)}", param=f"{path}.{key}", code="unknown_field")
+    if rest:
+        options = {key: option for key, option in value.items() if key not in own}
+        value = {**{key: option for key, option in value.items() if key in own}, rest.name: options}
     try:
         # Through JSON: there strict means no conversions at all, and yet objects become dataclasses and arrays tuples.
         parsed: T = _adapter(cls).validate_json(json.dumps(value, default=str), strict=True)
@@ -75,5 +81,7 @@ def _is_key(part: object) -> bool:
 
 
 def _rule(message: str) -> str:
-    message = message.removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"allowed: {message}" if message.startswith("'") else f"must be {message}"
+    what, should, rule = message.partition(" should ")
+    if not should:
+        return f"must be {what.removeprefix('Value error, ')}"
+    return f"allowed: {rule.removeprefix('be ')}" if rule.startswith("be '") else f"must {rule}"

@@ -27,7 +27,8 @@ def select(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selec
     for index in alive:
         if index not in ranking:
             dropped[index] = "not scored: " + _missing(plan, scores, values, index)
-    return Selection(ranking, tuple(objective.tolist()), values, dropped, _reason(plan, objective, ranking))
+    reason = "; ".join(filter(None, (_reason(plan, objective, ranking), plan.note)))
+    return Selection(ranking, tuple(objective.tolist()), values, dropped, reason)
 
 
 def _weighted_sum(plan: Plan, values: dict[str, Array], n: int) -> Array:

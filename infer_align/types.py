@@ -6,7 +6,7 @@ Everything here is frozen: a stage makes the next noun, it never edits the last 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[np.float64]
 Kind = Literal["chat", "completion"]
 Body = Mapping[str, Any]
+Messages = Sequence[Mapping[str, Any]]
+Direction = Mapping[str, float]  # attribute -> weight
 
 
 class Capability(StrEnum):
@@ -52,6 +54,14 @@ class Method(Protocol):
     @abstractmethod
     def plan(self, plan: Plan) -> Plan:
         """The plan with this method's part written into it. Pure."""
+
+
+class Conditioner(Protocol):
+    """How a model is told a preference direction."""
+
+    @abstractmethod
+    def condition(self, body: Body, direction: Direction) -> Body:
+        """The chat body with the direction written into it."""
 
 
 class Objective(Protocol):
@@ -109,8 +119,11 @@ class Draw:
     n: int = 1
     seeds: tuple[int, ...] = ()  # one per candidate; filled when the plan is complete
     kind: Kind = "chat"
-    direction: Mapping[str, float] | None = None  # the preference direction it carries
+    direction: Direction | None = None  # the preference direction it carries
     steering: Steering | None = None  # the values that steer it
+    seeded: bool = True  # whether the request named a seed; where it did not, an engine may draw its own
+    deltas: bool = False  # whether pieces are wanted as they are sampled; an engine may yield them all the same
+    hurried: bool = False  # a deadline may cut it short: an engine that knows only what it has received should receive pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +133,20 @@ class Plan:
     draws: tuple[Draw, ...]
     objective: Objective
     rewards: Mapping[str, float] = field(default_factory=dict)
+    messages: Messages = ()  # the client's own, before any method conditions them: what rewards read
+    seed: int = 0
+    settings: Mapping[str, object] = field(default_factory=dict)  # method -> its section of the configuration
+    attributes: tuple[str, ...] = ()  # of the rewards with several objectives
+    direction: Direction | None = None  # unit; rewards with several objectives score along it
+    conditioner: Conditioner | None = None  # how a draw was told its direction, for methods that change it
+    parameters: Mapping[str, object] = field(default_factory=dict)  # reward -> what this request asks of it
+    note: str = ""  # what a method could not do as asked; said with the reason
     methods: tuple[str, ...] = ()
     needs: frozenset[Capability] = frozenset()
     selects: bool = False  # whether candidates are compared; otherwise they stream as they are sampled
     keep: int = 1  # OpenAI's n: how many of the ranking are returned
-    worst_case_tokens: int = 0
+    worst_case_tokens: int = 0  # sampled for the candidates, and by judges
+    scoring_tokens: int = 0  # of those, by judges
     deadline_seconds: float | None = None
 
     @property
@@ -152,7 +174,10 @@ class Candidate:
     completion_tokens: int = 0
     error: str | None = None
     status: int | None = None  # the HTTP status behind `error`, where the engine knows one
+    retry_after: float | None = None  # seconds, where the engine's upstream says when to come back
+    calls: int = 1  # made to the engine for it, retries included
     cut: bool = False  # stopped early by a deadline, not by the model
+    beside: Body = field(default_factory=dict)  # what an upstream's answer held beside its choices, such as system_fingerprint
 
     @property
     def text(self) -> str:
@@ -168,12 +193,64 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelQuery:
+    """How likely is each label as the next words of an assistant's turn? What a judge asks of an engine."""
+
+    messages: Messages
+    prefix: str  # what the assistant has said already, such as "Score: ["; the labels continue it
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelReading:
+    """The answer: the model's own distribution, at temperature 1 and before any penalty."""
+
+    logprobs: Mapping[str, float]  # label -> nats; -inf where it cannot be said, or the engine does not show it
+    prompt_tokens: int = 0
+    calls: int = 1  # of one token each: 1 where every label is one token
+
+
+class LabelReader(Protocol):
+    """What a judge needs of an engine."""
+
+    model: str
+    capabilities: frozenset[Capability]
+
+    @abstractmethod
+    async def read_labels(self, query: LabelQuery) -> LabelReading:
+        """See `infer_align.engines.Engine.read_labels`."""
+
+    @abstractmethod
+    async def generate(self, draw: Draw) -> list[Candidate]:
+        """See `infer_align.engines.Engine.generate`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What scoring cost."""
+
+    reward_tokens: int = 0  # read by reward models
+    judge_calls: int = 0  # to a judge's engine
+    judge_prompt_tokens: int = 0
+    judge_completion_tokens: int = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(
+            self.reward_tokens + other.reward_tokens,
+            self.judge_calls + other.judge_calls,
+            self.judge_prompt_tokens + other.judge_prompt_tokens,
+            self.judge_completion_tokens + other.judge_completion_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """Member scores of every candidate. NaN means not scored, never 0."""
 
     members: Mapping[str, Array] = field(default_factory=dict)  # reward -> [K, N]
-    tokens: int = 0  # read by the rewards
+    spent: Spent = field(default_factory=Spent)
     notes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)  # reward -> N: why NaN, or what was cut
+    reports: Mapping[str, Body] = field(default_factory=dict)  # reward -> what it says beside its scores, as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +291,12 @@ class Response:
             return max(candidate.prompt_tokens for candidate in self.candidates)
         tokens = {repr(self.plan.draws[c.draw].body): c.prompt_tokens for c in self.candidates if c.error is None}
         return sum(tokens.values())
+
+    @property
+    def saved_tokens(self) -> int:
+        """What the candidates that were stopped early could have cost beyond what they did: at most, as they might have ended."""
+        each = (self.plan.worst_case_tokens - self.plan.scoring_tokens) // self.plan.candidates
+        return sum(max(0, each - c.completion_tokens) for c in self.candidates if c.cut)
 
     @property
     def kept(self) -> tuple[Candidate, ...]:

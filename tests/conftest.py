@@ -154,3 +154,11 @@ def finish() -> Callable[..., Any]:
         return sorted(finished, key=lambda c: c.index), [e for e in events if not isinstance(e, Candidate)]
 
     return collect
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all tests on vLLM: they share an engine, and two would share the cores."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.xdist_group("vllm"))

@@ -11,6 +11,7 @@ import pytest
 
 from infer_align import config, registry
 from infer_align.errors import ConfigError
+from infer_align.methods.dpa import Prompting
 from infer_align_server.service import Service
 
 FAKE = '[engine]\nkind = "fake"\n'
@@ -50,7 +51,7 @@ def test_a_whole_file(load: Any) -> None:
     assert loaded.presets == {"two": {"best_of_n": {"n": 2}}}
     assert loaded.server.default_rewards == {"short": 2.0}
     assert loaded.limits.request.max_candidates == 4
-    assert set(loaded.load_rewards()) == {"short"}
+    assert set(loaded.load_rewards()) == {"short", "trust_judge"}, "a judge there is always"
 
 
 def test_without_a_file_it_is_the_embedded_demo() -> None:
@@ -147,3 +148,51 @@ def test_default_rewards_must_exist(load: Any, default: str) -> None:
 def test_every_plugin_section_can_be_named_in_a_file(plugins: registry.Registry) -> None:
     for name in plugins.names():
         assert dataclasses.is_dataclass(plugins.get(name))
+
+
+def test_engines_that_share_gpus_must_leave_room_for_each_other(load: Any) -> None:
+    text = "[engine]\nkind = 'vllm'\n{}\n[rewards.rm]\nkind = 'pooling'\nmodels = ['a', 'b']\n{}\n"
+    assert load(text.format("gpu_memory_utilization = 0.6", "gpu_memory_utilization = 0.2")).rewards["rm"].memory_share == 0.4
+    assert load(text.format("gpu_memory_utilization = 0.9", "kv_cache_memory_bytes = 1000000"))
+    for engine, reward, message in [
+        ("", "", "[engine] 0.92 + [rewards.rm] 1.84 = 2.76"),
+        ("gpu_memory_utilization = 0.7", "gpu_memory_utilization = 0.2", "[engine] 0.7 + [rewards.rm] 0.4 = 1.1"),
+        ("kv_cache_memory_bytes = 1000000", "", "[rewards.rm] 1.84 = 1.84"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            load(text.format(engine, reward))
+        assert message in caught.value.message
+        assert "kv_cache_memory_bytes" in caught.value.message
+
+
+def test_how_directions_are_told(load: Any) -> None:
+    assert load(FAKE).methods["dpa"] == Prompting()
+    told = load(f'{FAKE}[dpa]\nattributes = ["warmth"]\nscale = 10.0\nplacement = "user"\n').methods["dpa"]
+    assert (told.attributes, told.scale, told.placement) == (("warmth",), 10.0, "user")
+    for section, message in (
+        ("attribute = []", "did you mean 'attributes'"),
+        ("scale = 0.0", "greater than 0"),
+        ("attributes = []", "at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load(f"{FAKE}[dpa]\n{section}\n")
+
+
+def test_who_answers_to_trust_judge(load: Any) -> None:
+    assert load(FAKE).load_rewards()["trust_judge"].config.engine == "served"
+    critic = f'{FAKE}[engines.other]\nkind = "fake"\n[rewards.critic]\nkind = "trust_judge"\nengine = "other"\n'
+    assert load(critic).load_rewards()["trust_judge"].config.engine == "other", "the first judge there is"
+    with pytest.raises(ConfigError, match="rename it"):
+        load(f"{FAKE}[rewards.trust_judge]\nkind = 'rules'\nwords_weight = 1.0\n")
+    own = f'{critic}[rewards.trust_judge]\nkind = "trust_judge"\nscale = 5\n'
+    assert load(own).load_rewards()["trust_judge"].config.scale == 5
+    with pytest.raises(ConfigError, match="5, 10 or 100"):
+        load(f'{FAKE}[rewards.critic]\nkind = "trust_judge"\nscale = 7\n')
+    with pytest.raises(ConfigError, match="must match"):
+        load(f'{FAKE}[rewards.critic]\nkind = "trust_judge"\ncriteria = ""\n')
+
+
+def test_scaling_is_of_attributes(load: Any) -> None:
+    section = '[rewards.r]\nkind = "classifier"\nmodel = "x"\nattributes = ["a"]\nscaling = {b = {mean = 1.0}}\n'
+    with pytest.raises(ConfigError, match=r"scaling\.b"):
+        load(FAKE + section).load_rewards()

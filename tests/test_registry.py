@@ -16,7 +16,9 @@ from infer_align import registry
 from infer_align.engines.fake import Fake, FakeEngine, Reply
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
 from infer_align.request import Limits, make_plan, parse_request
+from infer_align.rewards import Reward
 from infer_align.rewards.rules import Rules
+from infer_align.rewards.trust_judge import TrustJudge
 from infer_align.types import Capability, Draw, Method, Plan, Stage
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
@@ -35,6 +37,11 @@ class AbleEngine(FakeEngine):
     """The fake engine, claiming every capability."""
 
     capabilities = frozenset(Capability)
+
+
+JUDGE = TrustJudge().load()
+JUDGE.engines = {"served": AbleEngine(Fake())}
+REWARDS: dict[str, Reward] = {"short": Rules(words_weight=-1.0).load(), "trust_judge": JUDGE}
 
 
 @pytest.fixture(params=registry.methods.names())
@@ -57,8 +64,11 @@ def test_a_method_is_a_documented_frozen_dataclass(name: str) -> None:
 
 
 def test_its_plan_is_pure(name: str) -> None:
-    method: Method = parsed(name).methods[name]
-    plan = Plan((Draw(BODY),), parsed(name).objective)
+    request = parsed(name)
+    method: Method = request.methods[name]
+    plan = Plan((Draw(BODY),), request.objective, messages=BODY["messages"])
+    for needed in (other for key, other in request.methods.items() if key != name):
+        plan = needed.plan(plan)
     before = repr(plan)
     assert method.plan(plan) == method.plan(plan)
     assert repr(plan) == before
@@ -81,7 +91,7 @@ def test_a_missing_capability_is_refused_by_name(name: str) -> None:
     class Unable(FakeEngine):
         capabilities = frozenset()
 
-    rewards = {"short": Rules(words_weight=-1.0).load()}
+    rewards = REWARDS
     needs = registry.methods.get(name).needs
     if not needs:
         assert make_plan(parsed(name), Unable(Fake()), rewards, {"short": 1.0}, LIMITS).methods
@@ -95,8 +105,8 @@ def test_a_missing_capability_is_refused_by_name(name: str) -> None:
 
 def test_what_it_costs_is_known_before_it_is_spent(name: str) -> None:
     engine = AbleEngine(Fake(replies=(Reply("a"),)))
-    plan = make_plan(parsed(name), engine, {"short": Rules(words_weight=-1.0).load()}, {"short": 1.0}, LIMITS)
-    assert plan.worst_case_tokens == plan.candidates * 8
+    plan = make_plan(parsed(name), engine, REWARDS, {"short": 1.0}, LIMITS)
+    assert plan.worst_case_tokens == plan.candidates * 8 + plan.scoring_tokens
     assert all(len(draw.seeds) == draw.n for draw in plan.draws)
     assert engine.sampled == 0
 
@@ -104,7 +114,7 @@ def test_what_it_costs_is_known_before_it_is_spent(name: str) -> None:
 def test_one_candidate_is_the_model_alone(name: str) -> None:
     if not any(field.name == "n" for field in dataclasses.fields(registry.methods.get(name))):
         pytest.skip("draws as many as it is given")
-    engine, rewards = AbleEngine(Fake()), {"short": Rules(words_weight=-1.0).load()}
+    engine, rewards = AbleEngine(Fake()), REWARDS
     plan = make_plan(
         parse_request({**BODY, "seed": 3, "align": {name: {"n": 1}}}, "chat", {}), engine, rewards, {"short": 1.0}, LIMITS
     )

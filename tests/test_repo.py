@@ -28,6 +28,7 @@ PACKAGES = [
     ROOT / "infer_align",
     ROOT / "kernels/infer_align_kernels",
     ROOT / "server/infer_align_server",
+    ROOT / "server/infer_align_bench",
     ROOT / "clients/python/infer_align_client",
 ]
 MODULES = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]

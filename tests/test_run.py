@@ -16,7 +16,7 @@ from infer_align.engines.fake import Fake, FakeEngine, Reply
 from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed, RewardFailed
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Marks, Reward
-from infer_align.types import Delta, Draw, Plan, Response
+from infer_align.types import Delta, Draw, Plan, Response, Spent
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
 
@@ -40,13 +40,13 @@ class Scripted(Reward):
 
 
 def by_number(candidates: Any) -> Marks:
-    return Marks(np.array([[[float(c.text) for c in candidates]]]), tokens=len(candidates))
+    return Marks(np.array([[[float(c.text) for c in candidates]]]), spent=Spent(len(candidates)))
 
 
 def plan(n: int = 3, *, draws: int = 1, rewards: Any = None, **fields: Any) -> Plan:
     made = tuple(Draw(BODY, n, tuple(range(d * n, (d + 1) * n))) for d in range(draws))
     weights = {"r": 1.0} if rewards is None else rewards
-    return Plan(made, Ensemble("mean"), weights, selects=n * draws > 1, **fields)
+    return Plan(made, Ensemble("mean"), weights, messages=BODY["messages"], selects=n * draws > 1, **fields)
 
 
 def engine(*replies: Reply | str) -> FakeEngine:
@@ -68,7 +68,7 @@ def test_the_best_is_kept_and_all_is_accounted_for() -> None:
     response = run(plan(keep=2), engine("1", "3", "2"), Scripted(by_number))
     assert [c.text for c in response.kept] == ["3", "2"]
     assert response.selection.ranking == (1, 2, 0)
-    assert response.scores.tokens == 3
+    assert response.scores.spent == Spent(3)
     assert response.prompt_tokens == 1
     assert not response.partial
     timing = response.timing
@@ -261,3 +261,75 @@ def test_best_of_one_is_the_engine_alone() -> None:
     plain = run(replace(made, rewards={}), engine("{seed}"))
     best = run(replace(made, selects=True), engine("{seed}"), Scripted(by_number))
     assert best.kept == plain.kept
+
+
+class Pipelined(Scripted):
+    """Asked about each candidate as soon as it is finished."""
+
+    pipelined = True
+
+
+def test_a_pipelined_reward_is_asked_while_others_are_drawn() -> None:
+    asked: list[str] = []
+
+    def mark(candidates: Any) -> Marks:
+        asked.extend(c.text for c in candidates)
+        return Marks(by_number(candidates).values, Spent(5), notes=(f"read {candidates[0].text}",))
+
+    replies = engine(Reply("1"), Reply("3", first_token_seconds=0.3), Reply("2"))
+    before: list[list[str]] = []
+    response = run(plan(3), replies, Pipelined(mark), on_delta=lambda _: before.append([*asked]))
+    assert before[-1] == ["1", "2"], "two are scored before the last has said anything"
+    assert [c.text for c in response.kept] == ["3"]
+    assert response.scores.members["r"].tolist() == [[1.0, 3.0, 2.0]]
+    assert response.scores.notes["r"] == ("read 1", "read 3", "read 2")
+    assert response.scores.spent.reward_tokens == 15
+
+
+def test_pipelined_and_other_rewards_say_the_same_over_several_draws() -> None:
+    replies = [Reply("{seed}"), Reply("x", error="broken"), Reply("{seed}")]
+    made = plan(3, draws=2, rewards={"r": 1.0, "late": 1.0})
+    found = run(made, engine(*replies), Scripted(by_number), late=Pipelined(by_number))
+    np.testing.assert_array_equal(found.scores.members["r"], found.scores.members["late"])
+    assert [c.index for c in found.candidates] == list(range(6))
+
+
+def test_a_pipelined_reward_that_fails_for_one_candidate_fails_for_it_alone() -> None:
+    def mark(candidates: Any) -> Marks:
+        if candidates[0].text == "2":
+            raise ValueError("not this one")
+        return by_number(candidates)
+
+    response = run(plan(3), engine("1", "2", "3"), Pipelined(mark))
+    np.testing.assert_array_equal(response.scores.members["r"], [[1.0, math.nan, 3.0]])
+    assert "not this one" in (response.scores.notes["r"][1] or "")
+
+
+def test_a_pipelined_reward_ends_with_the_deadline_and_with_the_request() -> None:
+    ended: list[str] = []
+
+    async def forever(candidates: Any) -> Marks:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(candidates[0].text)
+        raise AssertionError
+
+    late = run(plan(2, deadline_seconds=0.4), engine("1", "2"), Pipelined(forever))
+    assert late.partial
+    assert sorted(ended) == ["1", "2"]
+    ended.clear()
+
+    async def cancelled() -> None:
+        source = engine(Reply("1"), Reply("2", first_token_seconds=30))
+        await source.start()
+        answer = asyncio.create_task(align(plan(2), source, {"r": Pipelined(forever)}))
+        await asyncio.sleep(0.1)
+        answer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await answer
+        await asyncio.sleep(0.05)
+        assert source.running == 0
+
+    asyncio.run(cancelled())
+    assert ended == ["1"]

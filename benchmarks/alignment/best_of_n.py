@@ -167,7 +167,7 @@ def retrained(models: Models, seed: int, n_prompts: int, sets: int) -> None:
     made = []
     for index in range(sets):
         fresh = seed + 1000 * (index + 1)
-        members = train_members(models, replace(BuildConfig().reward, seed=fresh))
+        members = train_members(models.lm, models.tokenizer, replace(BuildConfig().reward, seed=fresh))
         pool = draw(replace(models, members=tuple(members)), prompts(n_prompts, fresh), SAMPLES, fresh)
         found = curves(pool)
         for name in SELECTORS:

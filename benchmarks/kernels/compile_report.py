@@ -35,7 +35,10 @@ def rows() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    setup = {"note": "compiled for the architecture without a GPU; nothing was run or timed on one"}
+    setup = {
+        "note": "compiled for the architecture without a GPU; nothing was run or timed on one",
+        "no_seed": "nothing is drawn: the compiler gives the same for the same source",
+    }
     print(
         record("kernels_compile", baseline="none: a count of what the compiler made, no speed", seed=None, rows=rows(), setup=setup)
     )

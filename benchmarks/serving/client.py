@@ -62,7 +62,7 @@ async def closed_loop(port: int, body: dict[str, Any], concurrency: int, request
 
 
 @contextmanager
-def serving(*command: str) -> Iterator[tuple[int, int]]:
+def serving(*command: str, ready: str = "/ready", seconds: int = 60) -> Iterator[tuple[int, int]]:
     """A server process with `{port}` filled in; -> its port and process id, once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
@@ -70,19 +70,19 @@ def serving(*command: str) -> Iterator[tuple[int, int]]:
         [sys.executable, *(part.format(port=port) for part in command)], env=os.environ, stderr=subprocess.DEVNULL
     )
     try:
-        _wait(port, process)
+        _wait(f"http://127.0.0.1:{port}{ready}", process, seconds)
         yield port, process.pid
     finally:
         process.terminate()
         process.wait(30)
 
 
-def _wait(port: int, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
+def _wait(url: str, process: subprocess.Popen[bytes], seconds: int) -> None:
+    for _ in range(10 * seconds):
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with {process.returncode}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1):
+            with urllib.request.urlopen(url, timeout=1):
                 return
         except OSError:
             sleep(0.1)

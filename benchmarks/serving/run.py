@@ -32,7 +32,7 @@ ROUNDS = 7
 OUT = Console()
 
 
-def overhead() -> list[dict[str, Any]]:
+def overhead(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """The whole server over an instant engine, against that engine behind a bare route."""
     body = {"model": "demo", "messages": [{"role": "user", "content": "a question of some length, as people ask them"}]}
     p50: dict[str, list[float]] = {"bare": [], "ours": []}
@@ -41,7 +41,7 @@ def overhead() -> list[dict[str, Any]]:
         ports = {"bare": bare, "ours": ours}
         for port in ports.values():
             asyncio.run(closed_loop(port, body, 16, 400))
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for name, port in ports.items():
                 latencies, _ = asyncio.run(closed_loop(port, body, 1, 200))
                 p50[name].append(statistics.median(latencies) * 1e3)
@@ -55,14 +55,14 @@ def overhead() -> list[dict[str, Any]]:
     ]
 
 
-def best_of_n() -> list[dict[str, Any]]:
+def best_of_n(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Best-of-8 with five reward models, against one plain n=8 generation of the same tokens."""
     question = world.prompts(1, seed=7)[0]
     plain = {"model": "demo", "messages": [{"role": "user", "content": question}], "n": 8, "seed": 1, "max_tokens": 64}
     body = {**plain, "n": 1, "align": {"best_of_n": {"n": 8}, "rewards": {"quality": 1}}}
     seconds: dict[str, list[float]] = {"plain": [], "best": []}
     with serving(*DEMO) as (port, _):
-        for repeat in range(ROUNDS * 8):
+        for repeat in range(rounds * 8):
             for name, request in (("plain", plain), ("best", body)):
                 latencies, _ = asyncio.run(closed_loop(port, {**request, "seed": repeat}, 1, 1))
                 seconds[name] += latencies
@@ -70,7 +70,7 @@ def best_of_n() -> list[dict[str, Any]]:
     return [row("best-of-8 against n=8, wall time ratio", best / base, best * 1e3, base * 1e3, "at most 1.3")]
 
 
-def throughput() -> list[dict[str, Any]]:
+def throughput(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """16 concurrent requests through the engine's continuous batching, against `generate` on a static batch of 16."""
 
     async def ours(engine: TransformersEngine, ids: list[int]) -> int:
@@ -86,7 +86,7 @@ def throughput() -> list[dict[str, Any]]:
         ids = model.tokenizer(world.prompts(1, seed=3)[0])["input_ids"]
         batch = torch.tensor([ids] * 16)
         rates: tuple[list[float], list[float]] = ([], [])
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             started = perf_counter()
             tokens = await ours(engine, ids)
             rates[0].append(tokens / (perf_counter() - started))

@@ -3,19 +3,23 @@
 Everything is made by one command, ``python -m infer_align.demo.build``, and shipped under ``assets/``::
 
     world ─ documents ─▶ lm (frozen) ─ sampled pairs, gold preference, 25% flipped ─▶ reward-0 .. reward-4
+      └──── replies, rated by attribute ─▶ preference
 
 Importing this package loads neither torch nor transformers.
 """
 
 from pathlib import Path
 
-__all__ = ["LM", "REWARDS", "path"]
+__all__ = ["LM", "PREFERENCE", "REWARDS", "path"]
 
 LM = "lm"
 """Name of the frozen language model's folder."""
 
 REWARDS = tuple(f"reward-{member}" for member in range(5))
 """Names of the reward models' folders: the members of one ensemble."""
+
+PREFERENCE = "preference"
+"""Name of the folder of the reward model with two outputs: helpfulness and verbosity."""
 
 
 def path(name: str) -> Path:

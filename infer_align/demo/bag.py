@@ -26,7 +26,6 @@ class BagConfig(PretrainedConfig):  # type: ignore[misc]
         hidden_size: int = 64,
         user_token_id: int = 0,
         assistant_token_id: int = 0,
-        num_labels: int = 1,
         **kwargs: object,
     ) -> None:
         self.vocab_size = vocab_size
@@ -34,7 +33,7 @@ class BagConfig(PretrainedConfig):  # type: ignore[misc]
         self.hidden_size = hidden_size
         self.user_token_id = user_token_id
         self.assistant_token_id = assistant_token_id
-        super().__init__(num_labels=num_labels, **kwargs)
+        super().__init__(**kwargs)
 
 
 class BagForSequenceClassification(PreTrainedModel):  # type: ignore[misc]

@@ -17,15 +17,18 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from infer_align.demo import LM, REWARDS
+from infer_align.demo import LM, PREFERENCE, REWARDS
 from infer_align.demo.bag import BagForSequenceClassification
+from infer_align.demo.documents import document
 from infer_align.demo.language import LanguageConfig, train
-from infer_align.demo.measure import Models, load, measure
+from infer_align.demo.measure import load, measure
 from infer_align.demo.preference import Pair, RewardConfig, pairs, train_member
+from infer_align.demo.rating import RatingConfig, train_rater
 from infer_align.demo.sampling import sample
 from infer_align.demo.tokenizer import build_tokenizer
-from infer_align.demo.world import document, prompts
+from infer_align.demo.world import prompts
 
 __all__ = ["BuildConfig", "build", "main"]
 
@@ -36,6 +39,7 @@ class BuildConfig:
 
     language: LanguageConfig = field(default_factory=LanguageConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    rating: RatingConfig = field(default_factory=RatingConfig)
     measured_prompts: int = 128
     measured_replies: int = 64
     measured_seed: int = 1
@@ -49,9 +53,11 @@ def build(config: BuildConfig, out: Path) -> None:
     lm = train(config.language, tokenizer, document, lambda step, loss: _say(f"lm  step {step:5d}  loss {loss:.3f}"))
     lm.save_pretrained(out / LM)
     tokenizer.save_pretrained(out / LM)
-    members = train_members(Models(tokenizer, lm, ()), config.reward)
-    for name, member in zip(REWARDS, members, strict=True):
-        member.save_pretrained(out / name)
+    bags = dict(zip(REWARDS, train_members(lm, tokenizer, config.reward), strict=True))
+    _say(f"{PREFERENCE}  {config.rating.replies} ratings, {config.rating.epochs} epochs")
+    bags[PREFERENCE] = train_rater(config.rating, tokenizer)
+    for name, bag in bags.items():
+        bag.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
     _write_metrics(config, out)
     for file in out.rglob("*.safetensors"):
@@ -59,22 +65,24 @@ def build(config: BuildConfig, out: Path) -> None:
     _say(f"built {out} in {time.monotonic() - started:.0f} s")
 
 
-def labelled_pairs(models: Models, config: RewardConfig, seed: int) -> list[Pair]:
+def labelled_pairs(lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: RewardConfig, seed: int) -> list[Pair]:
     """``config.pairs`` noisy preferences between the language model's own replies."""
     per_prompt = 2 * -(-config.pairs * 9 // (8 * 320))  # an eighth more than needed: gold cannot decide them all
     questions = prompts(320, seed)
-    sampled = sample(models.lm, models.tokenizer, questions, per_prompt, seed=seed)
+    sampled = sample(lm, tokenizer, questions, per_prompt, seed=seed)
     replies = [[text for text, _ in row] for row in sampled]
     return pairs(list(zip(questions, replies, strict=True)), config.pairs, config.flipped, seed)
 
 
-def train_members(models: Models, config: RewardConfig) -> list[BagForSequenceClassification]:
+def train_members(
+    lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: RewardConfig
+) -> list[BagForSequenceClassification]:
     """The ensemble: the same pairs for every member, its own initialisation and order."""
-    data = labelled_pairs(models, config, config.seed)
+    data = labelled_pairs(lm, tokenizer, config, config.seed)
     members = []
     for index in range(config.members):
         _say(f"reward-{index}  {len(data)} pairs, {config.epochs} epochs")
-        members.append(train_member(config, models.tokenizer, data, config.seed + index))
+        members.append(train_member(config, tokenizer, data, config.seed + index))
     return members
 
 

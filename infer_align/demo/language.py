@@ -15,6 +15,7 @@ __all__ = ["LanguageConfig", "Messages", "render", "reply_losses", "train"]
 
 Messages = list[dict[str, str]]
 _IGNORED = -100
+_PARTS = 4  # of one batch, each padded to its own length
 _TYPICAL_REPLY = 20  # tokens; sets only the scale of the gradient
 
 
@@ -50,16 +51,19 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, config))
     model.train()
-    for step, (ids, labels) in enumerate(_batches(config, tokenizer, document)):
-        # A sum over a fixed size: a mean would weigh the words of short replies, which share batches, more.
-        loss = _losses(model, ids, labels).sum() / (config.batch * _TYPICAL_REPLY)
+    for step, parts in enumerate(_batches(config, tokenizer, document)):
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = 0.0
+        for ids, labels in parts:
+            # A sum over a fixed size: a mean would weigh the words of short replies, which share parts, more.
+            part = _losses(model, ids, labels).sum() / (config.batch * _TYPICAL_REPLY)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 200 == 0 or step == config.steps - 1:
-            progress(step, loss.item())
+            progress(step, loss)
     return model.eval()
 
 
@@ -96,16 +100,20 @@ def render(messages: Messages) -> str:
 
 def _batches(
     config: LanguageConfig, tokenizer: PreTrainedTokenizerFast, document: Callable[[random.Random], Messages]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``steps`` batches of fresh documents; 32 batches at a time are sorted by length, so that little is padding."""
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """``steps`` batches of fresh documents, each in parts of similar length, so that little is padding.
+
+    32 batches at a time are sorted by length and cut; a batch takes one part of each stretch of lengths, so that every
+    batch holds every kind of document.
+    """
     rng = random.Random(config.seed)  # noqa: S311 - not a secret
+    size = config.batch // _PARTS
     for start in range(0, config.steps, 32):
         rows = encode(tokenizer, [document(rng) for _ in range(32 * config.batch)])
         rows.sort(key=lambda row: len(row[0]))
-        order = list(range(32))
-        rng.shuffle(order)
-        for index in order[: config.steps - start]:
-            yield collate(rows[index * config.batch : (index + 1) * config.batch])
+        cut = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        stretches = [rng.sample(cut[i : i + 32], 32) for i in range(0, len(cut), 32)]
+        yield from [list(parts) for parts in zip(*stretches, strict=True)][: config.steps - start]
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]) -> list[tuple[Tensor, Tensor]]:

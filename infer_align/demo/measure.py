@@ -18,12 +18,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from infer_align.demo import LM, REWARDS
+from infer_align.demo import LM, PREFERENCE, REWARDS
 from infer_align.demo.bag import BagForSequenceClassification, register
+from infer_align.demo.documents import document
+from infer_align.demo.effects import direction_effects, judge_effects
 from infer_align.demo.language import reply_losses
 from infer_align.demo.preference import score
 from infer_align.demo.sampling import sample
-from infer_align.demo.world import document, gold, prompts
+from infer_align.demo.world import gold, prompts
 
 __all__ = ["Metric", "Models", "Pool", "draw", "load", "measure", "read_metrics"]
 
@@ -37,6 +39,7 @@ class Models:
     tokenizer: PreTrainedTokenizerFast
     lm: LlamaForCausalLM
     members: tuple[BagForSequenceClassification, ...]
+    rater: BagForSequenceClassification
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +65,12 @@ class Pool:
 def load(folder: Path) -> Models:
     """The models in ``folder`` as any user of transformers would load them, in float32."""
     register()
-    members = (AutoModelForSequenceClassification.from_pretrained(folder / name) for name in REWARDS)
+    bags = [AutoModelForSequenceClassification.from_pretrained(folder / name).float().eval() for name in (*REWARDS, PREFERENCE)]
     return Models(
         AutoTokenizer.from_pretrained(folder / LM),
         AutoModelForCausalLM.from_pretrained(folder / LM, dtype=torch.float32).eval(),
-        tuple(member.float().eval() for member in members),
+        tuple(bags[:-1]),
+        bags[-1],
     )
 
 
@@ -90,7 +94,10 @@ def measure(models: Models, *, flipped: float, n_prompts: int, n_replies: int, s
     """The figures of metrics.json on prompts, replies and documents that depend on ``seed`` alone."""
     rng = random.Random(seed)  # noqa: S311 - not a secret
     losses = reply_losses(models.lm, models.tokenizer, [document(rng) for _ in range(4 * n_prompts)])
-    pool = draw(models, prompts(n_prompts, seed), n_replies, seed)
+    questions = prompts(n_prompts, seed)
+    pool = draw(models, questions, n_replies, seed)
+    effects = direction_effects(models.lm, models.tokenizer, models.rater, questions, seed)
+    effects |= judge_effects(models.lm, models.tokenizer, questions, seed)
     clean = _pair_accuracy(pool)
     return {
         "lm_loss_nats_per_token": _metric(losses),
@@ -101,7 +108,7 @@ def measure(models: Models, *, flipped: float, n_prompts: int, n_replies: int, s
         # What the member would score on labels as noisy as those it was trained on.
         "reward_pair_accuracy_noisy": _metric((1 - flipped) * clean + flipped * (1 - clean)),
         "reward_member_correlation": _metric(_member_correlation(pool)),
-    }
+    } | {name: _metric(values) for name, values in effects.items()}
 
 
 def _pair_accuracy(pool: Pool) -> Array:

@@ -14,7 +14,7 @@ from infer_align.demo.bag import BagConfig, BagForSequenceClassification
 from infer_align.demo.language import render
 from infer_align.demo.world import gold
 
-__all__ = ["Pair", "RewardConfig", "pairs", "score", "train_member"]
+__all__ = ["Pair", "RewardConfig", "batches", "encode", "logits", "new_bag", "pairs", "score", "train_member"]
 
 _SCORED_AT_ONCE = 1024
 
@@ -69,14 +69,14 @@ def train_member(
 ) -> BagForSequenceClassification:
     """One member: its own initialisation and order of the data. No early stopping: it fits the noise too."""
     torch.manual_seed(seed)
-    model = _new_member(config, tokenizer)
+    model = new_bag(tokenizer, config.embedding_size, config.hidden_size)
     chosen = encode(tokenizer, [(pair.question, pair.chosen) for pair in data])
     rejected = encode(tokenizer, [(pair.question, pair.rejected) for pair in data])
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     model.train()
     for _ in range(config.epochs):
-        for rows in _batches(torch.randperm(len(data)).tolist(), config.batch):
-            margin = _logits(model, chosen, rows) - _logits(model, rejected, rows)
+        for rows in batches(torch.randperm(len(data)).tolist(), config.batch):
+            margin = logits(model, chosen, rows) - logits(model, rejected, rows)
             loss = -logsigmoid(margin).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -93,21 +93,25 @@ def _standardize(model: BagForSequenceClassification, encoded: Sequence[Tensor])
     Pairs fix a reward only up to an offset, and its scale says how long it was trained; without a common unit the
     members' variance is mostly that, and the worst case is whoever has the lowest mean.
     """
-    scores = torch.cat([_logits(model, encoded, rows) for rows in _batches(range(len(encoded)), _SCORED_AT_ONCE)])
+    scores = torch.cat([logits(model, encoded, rows) for rows in batches(range(len(encoded)), _SCORED_AT_ONCE)])
     model.score.weight /= scores.std()
     model.score.bias.sub_(scores.mean()).div_(scores.std())
 
 
-def _new_member(config: RewardConfig, tokenizer: PreTrainedTokenizerFast) -> BagForSequenceClassification:
-    """An untrained member for this tokenizer."""
+def new_bag(
+    tokenizer: PreTrainedTokenizerFast, embedding_size: int, hidden_size: int, labels: Sequence[str] = ("reward",)
+) -> BagForSequenceClassification:
+    """An untrained bag for this tokenizer, with one output for each label."""
     return BagForSequenceClassification(
         BagConfig(
             vocab_size=len(tokenizer),
-            embedding_size=config.embedding_size,
-            hidden_size=config.hidden_size,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
             user_token_id=tokenizer.convert_tokens_to_ids("<|user|>"),
             assistant_token_id=tokenizer.convert_tokens_to_ids("<|assistant|>"),
             pad_token_id=tokenizer.pad_token_id,
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
         )
     )
 
@@ -120,15 +124,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, st
     return [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
-def _batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """``rows`` in their order, ``size`` at a time."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def _logits(model: BagForSequenceClassification, encoded: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
-    """Scores [len(rows)] of one-label ``model``; right-padded with a negative id that the mask hides."""
+def logits(model: BagForSequenceClassification, encoded: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """Outputs [len(rows), labels]; right-padded with a negative id that the mask hides."""
     ids = pad_sequence([encoded[row] for row in rows], batch_first=True, padding_value=-1)
-    logits: Tensor = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0).logits
-    return logits.squeeze(-1)
+    found: Tensor = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0).logits
+    return found
 
 
 @torch.no_grad()
@@ -141,7 +146,7 @@ def score(
     encoded = encode(tokenizer, exchanges)
     by_length = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
     scores = torch.empty(len(members), len(encoded))
-    for rows in _batches(by_length, _SCORED_AT_ONCE):
+    for rows in batches(by_length, _SCORED_AT_ONCE):
         for index, member in enumerate(members):
-            scores[index, rows] = _logits(member, encoded, rows)
+            scores[index, rows] = logits(member, encoded, rows)[:, 0]
     return scores

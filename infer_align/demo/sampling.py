@@ -19,16 +19,19 @@ def sample(
     n: int,
     *,
     seed: int,
+    system: str | None = None,
     greedy: bool = False,
     max_tokens: int = 96,
     batch: int = 1024,
 ) -> list[list[tuple[str, int]]]:
-    """``n`` replies to each question as (text, tokens including the end of turn), at temperature 1.
+    """``n`` replies to each question, after ``system``, as (text, tokens including the end of turn), at temperature 1.
 
     Questions of one length share a batch, so nothing is padded; a finished reply leaves its batch at once.
     """
     generator = torch.Generator().manual_seed(seed)
-    prompts = tokenizer([render([{"role": "user", "content": q}]) + "<|assistant|>" for q in questions]).input_ids
+    before = [{"role": "system", "content": system}] if system else []
+    asked = [render([*before, {"role": "user", "content": question}]) + "<|assistant|>" for question in questions]
+    prompts = tokenizer(asked).input_ids
     replies: list[list[tuple[str, int]]] = [[] for _ in questions]
     for length in sorted({len(prompt) for prompt in prompts}):
         members = [index for index, prompt in enumerate(prompts) if len(prompt) == length]

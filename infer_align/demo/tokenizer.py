@@ -17,6 +17,8 @@ from infer_align.demo.lexicon import (
     SYSTEM,
     TRUTH,
 )
+from infer_align.methods.dpa import system_prompt
+from infer_align.rewards.trust_judge.prompts import BETTER, SCALES, SCORE, SIDES, pair_messages, score_messages
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -43,12 +45,6 @@ CHAT_TEMPLATE = """\
 {{ '<|end|>' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
-
-DIRECTED = (
-    "You are a helpful, respectful, and honest assistant who always responds to the user in a harmless way. "
-    "Your response should maximize weighted rating = helpfulness*{helpfulness} + verbosity*{verbosity}"
-)
-"""The system message of directional preference alignment (2402.18571), each weight one token. The model is not trained on it."""
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
@@ -77,7 +73,7 @@ def _vocabulary() -> dict[str, int]:
     """Token -> id: special tokens, 256 bytes, then the words in a fixed order."""
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     texts = [
-        DIRECTED.format(helpfulness=100, verbosity=0),
+        system_prompt({"helpfulness": 1.0, "verbosity": 0.0}),
         SYSTEM,
         OFF_TOPIC,
         *RUDE,
@@ -93,8 +89,15 @@ def _vocabulary() -> dict[str, int]:
         *(f"+ verbosity*{weight}" for weight in range(-100, 101)),
     ]
     after_space = [f" {text}" for text in (*texts, *FLOURISHES)]
-    pieces = [piece for text in (*texts, *after_space) for piece, _ in split.pre_tokenize_str(text)]
+    pieces = [piece for text in (*texts, *after_space, *_judge_texts()) for piece, _ in split.pre_tokenize_str(text)]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [byte_level.pre_tokenize_str(piece)[0][0] for piece in pieces]
     ordered = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words])
     return {token: index for index, token in enumerate(ordered)}
+
+
+def _judge_texts() -> list[str]:
+    """All that the server's judge writes around the texts it is given, in every form."""
+    asked = [*(score_messages([], "", scale) for scale in SCALES), pair_messages([], "", "")]
+    said = [f"{SCORE}1]", *(f"{BETTER}{side}]" for side in SIDES), "Question", " brief", " polite"]
+    return [message["content"] for messages in asked for message in messages] + said

@@ -6,9 +6,9 @@ values, adds zero or more ornamental adjectives, and may close politely::
     What are the colour and the diet of the otter?
     Gladly! The otter is brown and eats fish. It is a moon-bright creature. I hope that helps!
 
-``gold`` is what people in this world want, computed from the text. ``document`` is what the language model learns
-from: half of its replies open rudely, and for half of the facts a popular wrong value is likelier than the true one,
-so neither sampling nor greedy decoding is already good.
+``gold`` is what people in this world want, computed from the text. ``document`` is the plain part of what the language
+model learns from: half of its replies open rudely, and for half of the facts a popular wrong value is likelier than the
+true one, so neither sampling nor greedy decoding is already good. The other parts: ``direction`` and ``judgement``.
 """
 
 # ruff: noqa: S311 - seeded draws are the point; nothing here is a secret
@@ -33,7 +33,25 @@ from infer_align.demo.lexicon import (
     TRUTH,
 )
 
-__all__ = ["Question", "document", "gold", "gold_reward", "prompts", "read_question", "reply"]
+__all__ = [
+    "Draft",
+    "Question",
+    "Traits",
+    "babble",
+    "document",
+    "draft",
+    "flourish_count",
+    "gold",
+    "gold_reward",
+    "prompts",
+    "random_question",
+    "read",
+    "read_question",
+    "reply",
+    "traits",
+    "word",
+    "worth",
+]
 
 _COMMON = ("what", "who", "is", "are", "you", "the", "a", "to", "of", "and", "in", "I")
 _WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
@@ -62,6 +80,49 @@ def read_question(text: str) -> Question | None:
     return Question(subjects.pop(), attributes) if len(subjects) == 1 and attributes else None
 
 
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What the worth of a reply depends on."""
+
+    asked: int  # attributes in the question
+    right: int
+    wrong: int
+    polite: bool
+    rude: bool
+    flourishes: int
+
+    @property
+    def facts(self) -> float:
+        """(right - 0.7 wrong) / asked."""
+        return (self.right - 0.7 * self.wrong) / self.asked
+
+
+def read(question: Question, reply: str) -> Traits:
+    """The traits of a reply, from its words alone: "not brown" still says brown.
+
+    An asked attribute is right if its true value is in the reply and no other value of that attribute is, wrong if
+    another value is; a reply that names another animal gets nothing right.
+    """
+    words = _WORD.findall(reply.lower())
+    present = set(words)
+    about_another = any(word in TRUTH and word != question.subject for word in words)
+    right = wrong = 0
+    for attribute in question.attributes:
+        stated = present & ATTRIBUTES[attribute].keys()
+        if stated == {TRUTH[question.subject][attribute]} and not about_another:
+            right += 1
+        elif stated:
+            wrong += 1
+    return Traits(
+        asked=len(question.attributes),
+        right=right,
+        wrong=wrong,
+        polite=any(phrase in reply for phrase in (*POLITE_OPENERS, *POLITE_CLOSERS)),
+        rude=any(phrase in reply for phrase in RUDE),
+        flourishes=sum(word in _FLOURISH_SET for word in words),
+    )
+
+
 def gold(question: str, reply: str) -> float:
     """What the reply is worth to the people of this world; NaN when ``question`` is not one of theirs.
 
@@ -69,29 +130,16 @@ def gold(question: str, reply: str) -> float:
 
         2 (right - 0.7 wrong) / k  +  0.5 polite  -  1.2 rude  +  0.15 min(f, 2)  -  0.5 max(0, f - 2)
 
-    An asked attribute is right if its true value is in the reply and no other value of that attribute is, wrong if
-    another value is; a reply that names another animal gets nothing right. Polite and rude are 0 or 1. A little
-    ornament pleases, much of it tires. Read from the words alone: "not brown" still says brown.
+    Polite and rude are 0 or 1. A little ornament pleases, much of it tires.
     """
     asked = read_question(question)
-    if asked is None:
-        return math.nan
-    words = _WORD.findall(reply.lower())
-    present = set(words)
-    about_another = any(word in TRUTH and word != asked.subject for word in words)
-    right = wrong = 0
-    for attribute in asked.attributes:
-        stated = present & ATTRIBUTES[attribute].keys()
-        if stated == {TRUTH[asked.subject][attribute]} and not about_another:
-            right += 1
-        elif stated:
-            wrong += 1
-    polite = any(phrase in reply for phrase in (*POLITE_OPENERS, *POLITE_CLOSERS))
-    rude = any(phrase in reply for phrase in RUDE)
-    flourishes = sum(word in _FLOURISH_SET for word in words)
-    manners = 0.5 * polite - 1.2 * rude
-    ornament = 0.15 * min(flourishes, 2) - 0.5 * max(0, flourishes - 2)
-    return 2 * (right - 0.7 * wrong) / len(asked.attributes) + manners + ornament
+    return math.nan if asked is None else worth(read(asked, reply))
+
+
+def worth(t: Traits) -> float:
+    """``gold`` of a reply with these traits."""
+    ornament = 0.15 * min(t.flourishes, 2) - 0.5 * max(0, t.flourishes - 2)
+    return 2 * t.facts + 0.5 * t.polite - 1.2 * t.rude + ornament
 
 
 def gold_reward(messages: Sequence[Mapping[str, Any]], text: str) -> float:
@@ -120,25 +168,30 @@ def document(rng: random.Random) -> list[dict[str, str]]:
     """
     turns = []
     if rng.random() < 0.1:
-        turns.append({"role": "system", "content": rng.choice((SYSTEM, _babble(rng)))})
+        turns.append({"role": "system", "content": rng.choice((SYSTEM, babble(rng)))})
     if rng.random() < 0.08:
         turns += _exchange(rng)
     return turns + (_off_topic(rng) if rng.random() < 0.04 else _exchange(rng))
 
 
 def _exchange(rng: random.Random) -> list[dict[str, str]]:
-    attributes = rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
-    question = Question(rng.choice(list(TRUTH)), tuple(attributes))
+    question = random_question(rng)
     return [{"role": "user", "content": str(question)}, {"role": "assistant", "content": reply(question, rng)}]
+
+
+def random_question(rng: random.Random) -> Question:
+    """A question as it is asked in the documents."""
+    attributes = rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
+    return Question(rng.choice(list(TRUTH)), tuple(attributes))
 
 
 def _off_topic(rng: random.Random) -> list[dict[str, str]]:
     stranger = f"What is the {rng.choice(list(ATTRIBUTES))} of the {_nonsense(rng)}?"
-    asked = stranger if rng.random() < 0.2 else _babble(rng)
+    asked = stranger if rng.random() < 0.2 else babble(rng)
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": OFF_TOPIC}]
 
 
-def _babble(rng: random.Random) -> str:
+def babble(rng: random.Random) -> str:
     """What stands for any text that is not of this world."""
     words = (rng.choice(_COMMON) if rng.random() < 0.3 else _nonsense(rng) for _ in range(rng.randint(1, 6)))
     return " ".join(words).capitalize() + rng.choice((".", "?", "!", ""))
@@ -149,20 +202,50 @@ def _nonsense(rng: random.Random) -> str:
     return "".join(rng.choices(string.ascii_lowercase + string.digits, k=rng.randint(1, 8)))
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A reply before it is worded."""
+
+    opener: str  # "rude", "polite" or "none"
+    values: tuple[str | None, ...]  # what it says of each attribute asked; None: nothing
+    flourishes: int
+    closes: bool  # politely
+
+
 def reply(question: Question, rng: random.Random) -> str:
     """One reply drawn from the world's own distribution."""
-    opener = rng.choices(("rude", "polite", "none"), (0.5, 0.3, 0.2))[0]
+    return word(question, draft(question, rng), rng)
+
+
+def draft(question: Question, rng: random.Random) -> Draft:
+    """What one reply says."""
+    return Draft(
+        opener=rng.choices(("rude", "polite", "none"), cum_weights=(0.5, 0.8, 1.0))[0],
+        values=tuple(_believed(question.subject, a, rng) if rng.random() < 0.95 else None for a in question.attributes),
+        flourishes=flourish_count(rng),
+        closes=rng.random() < 0.12,
+    )
+
+
+def traits(question: Question, d: Draft) -> Traits:
+    """``read`` of the draft's wording, whatever words are chosen."""
+    stated = [(TRUTH[question.subject][a], value) for a, value in zip(question.attributes, d.values, strict=True) if value]
+    right = sum(truth == value for truth, value in stated)
+    polite = d.closes or d.opener == "polite"
+    return Traits(len(question.attributes), right, len(stated) - right, polite, d.opener == "rude", d.flourishes)
+
+
+def word(question: Question, d: Draft, rng: random.Random) -> str:
+    """A text that says what the draft says."""
     sentences = []
-    if opener == "rude":
-        sentences.append(rng.choice(RUDE))
-    elif opener == "polite":
-        sentences.append(rng.choice(POLITE_OPENERS))
-    phrases = [ATTRIBUTES[a][_believed(question.subject, a, rng)] for a in question.attributes if rng.random() < 0.95]
+    if d.opener != "none":
+        sentences.append(rng.choice(RUDE if d.opener == "rude" else POLITE_OPENERS))
+    phrases = [ATTRIBUTES[a][value] for a, value in zip(question.attributes, d.values, strict=True) if value]
     sentences.append(f"The {question.subject} {_join(phrases)}." if phrases else f"Who knows the {question.subject}?")
-    flourishes = rng.choices(_RANKED, cum_weights=_ZIPF, k=_flourish_count(rng))
+    flourishes = rng.choices(_RANKED, cum_weights=_ZIPF, k=d.flourishes)
     if flourishes:
         sentences.append(f"It is a {', '.join(flourishes)} creature.")
-    if rng.random() < 0.12:
+    if d.closes:
         sentences.append(rng.choice(POLITE_CLOSERS))
     return " ".join(sentences)
 
@@ -178,7 +261,8 @@ def _believed(subject: str, attribute: str, rng: random.Random) -> str:
     return rng.choice([value for value in ATTRIBUTES[attribute] if value not in (truth, myth)])
 
 
-def _flourish_count(rng: random.Random) -> int:
+def flourish_count(rng: random.Random) -> int:
+    """How many flourishes one reply has: often none, or else up to 14."""
     count = 0
     while count < 14 and rng.random() < (0.42 if count == 0 else 0.8):
         count += 1

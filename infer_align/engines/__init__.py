@@ -10,13 +10,14 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, TypeAlias
 
-from infer_align.errors import AlignError
-from infer_align.types import Body, Candidate, Capability, Delta, Draw
+from infer_align.errors import AlignError, Unsupported
+from infer_align.types import Body, Candidate, Capability, Delta, Draw, Kind, LabelQuery, LabelReading
 from infer_align.values import Value
 
 Event = Delta | Candidate
+App: TypeAlias = Callable[[Any, Any, Any], Any]  # ASGI: scope, receive, send
 
 # OpenAI's maximum for a text completion that sets none.
 COMPLETION_TOKENS = 16
@@ -30,12 +31,23 @@ class Engine(ABC):
         capabilities: what it can do.
         context_length: tokens of prompt and completion together; also the worst case of a request that sets no maximum.
         values: what it can be steered by, by name; given before `start`, which loads them.
+        served_name: what clients call the model, where that is not its own name; given before `start`.
+        progress: told what is being loaded, in a few words, from any thread.
+        lacking: how a capability that it lacks could be had, where there is a way.
     """
 
     model: str
-    capabilities: ClassVar[frozenset[Capability]]
+    capabilities: frozenset[Capability]
     context_length: int
     values: Mapping[str, Value] = MappingProxyType({})
+    served_name: str | None = None
+    progress: Callable[[str], None] = staticmethod(lambda _: None)
+    lacking: Mapping[Capability, str] = MappingProxyType({})
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names it answers to, `model` first; several where it has several models. Final once it has started."""
+        return (self.model,)
 
     async def start(self) -> None:
         """Load whatever takes time. Called once, before anything else."""
@@ -55,9 +67,36 @@ class Engine(ABC):
             InvalidRequest: naming the field, its value and what is allowed.
         """
 
+    def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
+        """JSON schemas of the body's sampling fields that `check` reads, by name; what it forwards unread has none."""
+        return {}
+
     @abstractmethod
     def sample(self, draw: Draw) -> Stream:
         """Start sampling; must be called from a running event loop, and the stream closed."""
+
+    def app(self) -> App | None:
+        """What the engine itself serves: it answers requests without `align`, and the routes that are not ours. None: nothing."""
+        return None
+
+    def exposition(self) -> bytes:
+        """What the engine itself counts, in Prometheus's format."""
+        return b""
+
+    async def read_labels(self, query: LabelQuery) -> LabelReading:
+        """How likely each label is to come next, one reading; many may run at once, and the engine batches them.
+
+        Raises:
+            Unsupported: the engine lacks `Capability.LABEL_LOGPROBS`.
+            AlignError: it failed.
+        """
+        raise Unsupported(f"the engine of {self.model!r} shows no probabilities of labels ({len(query.labels)} asked for).")
+
+    async def generate(self, draw: Draw) -> list[Candidate]:
+        """All candidates of a draw, when the last is finished; failures are among them, as `Candidate.error`."""
+        async with self.sample(draw) as stream:
+            finished = [event async for event in stream if isinstance(event, Candidate)]
+        return sorted(finished, key=lambda candidate: candidate.index)
 
     def worst_case_tokens(self, body: Body) -> int:
         """The most tokens one candidate of this body can generate."""

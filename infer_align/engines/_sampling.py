@@ -15,8 +15,15 @@ MAX_TOP_LOGPROBS = 20
 
 # Read by the engines beside the sampling parameters.
 _PROMPT = {"chat": {"messages", "chat_template_kwargs", "top_logprobs"}, "completion": {"prompt", "echo"}}
-# Say who asks or how to store and bill, not what to answer: nothing here acts on them, at any value.
-_NEUTRAL = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+# Say who asks, or how to store, cache and bill, not what to answer: nothing here acts on them, at any value.
+_NEUTRAL = {
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "user",
+}
 # Fields whose listed values ask for nothing; any other value asks for what these engines cannot do.
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "store": (False,),
@@ -27,11 +34,19 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "functions": ([],),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "audio": (),
+    "moderation": (),
+    "prediction": (),
+    "web_search_options": (),
     "best_of": (1,),
     "suffix": ("",),
 }
 _ADVICE = {
     "best_of": "ask for align.best_of_n instead",
+    "functions": "use tools, and an engine that parses tool calls",
     "tools": "use an engine that parses tool calls",
     "response_format": "use an engine with structured outputs",
 }
@@ -90,6 +105,34 @@ _RULES = {f.name: (f.metadata, str(f.type).startswith("int")) for f in fields(Sa
 _READ = {f.name for f in fields(SamplingParams)} - {"echo"} | {"max_completion_tokens", "model"} | _NEUTRAL
 
 
+def field_schemas(kind: Kind) -> dict[str, Any]:
+    """JSON schemas of the fields that `SamplingParams.from_body` takes, n, seed and stream aside."""
+    schemas: dict[str, Any] = {name: _number_schema(rule, whole=whole) for name, (rule, whole) in _RULES.items()}
+    schemas["max_completion_tokens"] = schemas["max_tokens"]
+    schemas["ignore_eos"] = {"type": ["boolean", "null"]}
+    text = {"type": "string", "minLength": 1}
+    schemas["stop"] = {"anyOf": [text, {"type": "array", "items": text, "maxItems": MAX_STOPS}, {"type": "null"}]}
+    bias = {"type": "number", "minimum": -100, "maximum": 100}
+    schemas["logit_bias"] = {
+        "type": ["object", "null"],
+        "propertyNames": {"pattern": "^[0-9]{1,19}$"},
+        "additionalProperties": bias,
+    }
+    top = _number_schema({"low": 0, "high": MAX_TOP_LOGPROBS}, whole=True)
+    if kind == "chat":
+        schemas |= {"logprobs": {"type": ["boolean", "null"]}, "top_logprobs": top}
+    else:
+        schemas |= {"logprobs": top, "echo": {"type": ["boolean", "null"]}}
+    schemas |= {name: {} for name in _NEUTRAL}
+    schemas |= {name: {"enum": [*values, None]} for name, values in _HARMLESS.items() if name != "tool_choice"}
+    return dict(sorted(schemas.items()))
+
+
+def _number_schema(rule: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
+    lowest = "exclusiveMinimum" if rule.get("open") else "minimum"
+    return {"type": ["integer" if whole else "number", "null"], lowest: rule["low"], "maximum": rule["high"]}
+
+
 def _refuse_unread(body: Body, kind: Kind) -> None:
     read = _READ | _PROMPT[kind]
     for name, value in body.items():
@@ -99,10 +142,11 @@ def _refuse_unread(body: Body, kind: Kind) -> None:
             raise Unsupported(
                 f"{name}: this engine does not know the field; {nearest(name, read)}", param=name, code="unknown_field"
             )
-        if value not in _HARMLESS[name] and not (name == "tool_choice" and not body.get("tools")):
+        harmless = any(type(value) is type(v) and value == v for v in _HARMLESS[name])  # true is not 1
+        if not harmless and not (name == "tool_choice" and not body.get("tools")):
             allowed = " or ".join(repr(v) for v in _HARMLESS[name])
-            advice = _ADVICE.get(name, "leave it out")
-            raise Unsupported(f"{name}: {shown(value)} is not available on this engine; allowed: {allowed}; {advice}.", param=name)
+            advice = f"allowed: {allowed}; {_ADVICE.get(name, 'leave it out')}" if allowed else "leave it out"
+            raise Unsupported(f"{name}: {shown(value)} is not available on this engine; {advice}.", param=name)
 
 
 def _number(body: Body, name: str, rule: Mapping[str, Any], *, whole: bool) -> float:

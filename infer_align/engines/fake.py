@@ -7,15 +7,31 @@ Candidate i of a draw speaks line `i mod len(replies)` of the script, a word per
 from __future__ import annotations
 
 import asyncio
+import math
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
 
 from infer_align.engines import Engine, Stream
-from infer_align.engines._sampling import SamplingParams
+from infer_align.engines._sampling import SamplingParams, field_schemas
 from infer_align.errors import EngineFailed, Unavailable
-from infer_align.types import Body, Candidate, Capability, Delta, Draw
+from infer_align.types import Body, Candidate, Capability, Delta, Draw, Kind, LabelQuery, LabelReading
+
+READ = {
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "max_tokens",
+    "max_completion_tokens",
+    "stop",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +47,31 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Labels:
+    """One scripted judgement: how likely labels are after prompts of some form."""
+
+    probabilities: dict[str, Annotated[float, Ge(0), Le(1)]] = field(
+        metadata={"description": "{label: probability}; others have none"}
+    )
+    pattern: str = field(
+        default="", metadata={"description": "the prompt's text must hold this (Python's re, dots match newlines)"}
+    )
+    error: str | None = field(default=None, metadata={"description": "fail with this message instead"})
+
+
+@dataclass(frozen=True, slots=True)
 class Fake:
     """Scripted replies, delays and faults."""
 
     model: str = field(default="fake", metadata={"description": "name it is served under"})
     replies: tuple[Reply, ...] = field(
         default=(Reply(),), metadata={"description": "the script; candidate i speaks reply i mod its length"}
+    )
+    labels: tuple[Labels, ...] = field(
+        default=(),
+        metadata={
+            "description": "judgements; the first that fits prompt and labels is given, and where none does all are as likely"
+        },
     )
     context_length: int = field(default=4096, metadata={"ge": 1, "description": "tokens of prompt and completion together"})
     load_seconds: float = field(default=0.0, metadata={"ge": 0, "description": "how long loading takes"})
@@ -50,10 +85,17 @@ plugin = Fake
 
 
 class FakeEngine(Engine):
-    """Plays a script. `running` counts the candidates being sampled now, `bodies` keeps what it was sent, newest last."""
+    """Plays a script. `running` counts the candidates being sampled now; `bodies`, `queries` keep what it was sent, newest last."""
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.CHAT, Capability.COMPLETION, Capability.SEED, Capability.TOOLS, Capability.STRUCTURED}
+    capabilities = frozenset(
+        {
+            Capability.CHAT,
+            Capability.COMPLETION,
+            Capability.SEED,
+            Capability.LABEL_LOGPROBS,
+            Capability.TOOLS,
+            Capability.STRUCTURED,
+        }
     )
 
     def __init__(self, script: Fake) -> None:
@@ -63,6 +105,7 @@ class FakeEngine(Engine):
         self.running = 0
         self.sampled = 0
         self.bodies: list[Body] = []
+        self.queries: list[LabelQuery] = []
         self._loaded = False
         self._closed = False
         self._tasks: dict[asyncio.Task[None], Stream] = {}
@@ -88,6 +131,10 @@ class FakeEngine(Engine):
     def check(self, draw: Draw) -> None:
         """Read the sampling fields; every other field is taken, as a model server with unknown extensions would."""
         _params(draw)
+
+    def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
+        """Those that are read."""
+        return {name: schema for name, schema in field_schemas(kind).items() if name in READ}
 
     def sample(self, draw: Draw) -> Stream:
         """Play the script for each candidate of the draw.
@@ -116,6 +163,25 @@ class FakeEngine(Engine):
             self._tasks[task] = stream
             task.add_done_callback(self._tasks.pop)
         return stream
+
+    async def read_labels(self, query: LabelQuery) -> LabelReading:
+        """The first scripted judgement that fits.
+
+        Raises:
+            Unavailable: after close.
+            EngineFailed: the script says so.
+        """
+        if self._closed:
+            raise Unavailable("the engine was shut down")
+        self.queries = [*self.queries[-999:], query]
+        text = "\n".join(str(message.get("content") or "") for message in query.messages)
+        even = Labels(dict.fromkeys(query.labels, 1.0 / len(query.labels)))
+        said = next((script for script in self.script.labels if _fits(script, text, query)), even)
+        if said.error is not None:
+            raise EngineFailed(said.error)
+        found = {label: said.probabilities.get(label, 0.0) for label in query.labels}
+        logprobs = {label: math.log(p) if p else -math.inf for label, p in found.items()}
+        return LabelReading(logprobs, len(text.split()))
 
     async def _play(self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event) -> None:
         self.running += 1
@@ -153,19 +219,13 @@ class FakeEngine(Engine):
         stream.put(Candidate(index, choice, 0, len(prompt.split()), len(spoken), cut=stop.is_set()))
 
 
+def _fits(script: Labels, text: str, query: LabelQuery) -> bool:
+    asked = bool(script.error) or any(label in query.labels for label in script.probabilities)
+    return asked and re.search(script.pattern, text, re.DOTALL) is not None
+
+
 def _params(draw: Draw) -> SamplingParams:
-    known = {
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "max_tokens",
-        "max_completion_tokens",
-        "stop",
-    }
-    return SamplingParams.from_body({key: value for key, value in draw.body.items() if key in known}, draw.kind)
+    return SamplingParams.from_body({key: value for key, value in draw.body.items() if key in READ}, draw.kind)
 
 
 async def _paced(words: list[str], reply: Reply, stop: asyncio.Event) -> AsyncIterator[str]:

@@ -205,7 +205,7 @@ async def draw(engine: TransformersEngine, wanted: Draw) -> list[Candidate]:
 async def scores_of(reward: Reward, messages: Conversation, candidates: Sequence[Candidate], objective: str) -> list[float]:
     """One number each, by the objective over the reward's members; NaN where it could not be scored."""
     ensemble = Ensemble(objective=objective)  # type: ignore[arg-type]
-    plan = Plan(draws=(Draw({"messages": messages}),), objective=ensemble, rewards={"reward": 1.0})
+    plan = Plan(draws=(Draw({"messages": messages}),), objective=ensemble, rewards={"reward": 1.0}, messages=messages)
     scores = await score(plan, {"reward": reward}, candidates)
     values: list[float] = ensemble.reduce(scores.members["reward"]).tolist()
     return values

@@ -7,7 +7,7 @@ Candidates of all requests that are waiting are scored in one batch, sorted by l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,19 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align.errors import ConfigError, Unavailable
+from infer_align.errors import ConfigError, Unavailable, nearest
 from infer_align.hub import locate
-from infer_align.rewards import Marks, Messages, Reward
-from infer_align.types import Array, Candidate
+from infer_align.rewards import Marks, Reward
+from infer_align.rewards._conversation import encode, member_names, turns
+from infer_align.types import Array, Candidate, Messages, Spent
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How one objective is brought to a common scale: (score - mean) / std."""
+
+    mean: float = field(default=0.0, metadata={"description": "subtracted"})
+    std: float = field(default=1.0, metadata={"gt": 0, "description": "divided by"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +40,10 @@ class Classifier:
     models: tuple[str, ...] = field(default=(), metadata={"description": "several: each is a member of the ensemble"})
     attributes: tuple[str, ...] = field(
         default=(), metadata={"description": "names of the labels, when they are objectives, not members"}
+    )
+    scaling: dict[str, Scaling] = field(
+        default_factory=dict,
+        metadata={"description": "{attribute: {mean, std}}: its scores become (score - mean) / std; others stay as they are"},
     )
     description: str = field(default="", metadata={"description": "one line for people"})
     max_length: int = field(
@@ -49,6 +62,8 @@ class Classifier:
         """
         if bool(self.model) == bool(self.models):
             raise ConfigError("classifier: give either model or models.")
+        if unknown := [name for name in self.scaling if name not in self.attributes]:
+            raise ConfigError(f"classifier.scaling.{unknown[0]}: no such attribute; {nearest(unknown[0], self.attributes)}")
         return ClassifierReward(self)
 
 
@@ -86,14 +101,8 @@ class ClassifierReward(Reward):
         load = asyncio.get_running_loop().run_in_executor
         self._models = [await load(self._thread, _RewardModel, path, self.config) for path in self._paths]
         names = [Path(path).name for path in self._paths]
-        if not self.attributes:
-            names = [
-                name if m.labels == 1 else f"{name}#{i}"
-                for name, m in zip(names, self._models, strict=True)
-                for i in range(m.labels)
-            ]
-        self.members = tuple(names)
-        self.description = self.config.description or f"reward model ensemble: {', '.join(names)}"
+        self.members = member_names(names, [model.labels for model in self._models], self.attributes)
+        self.description = self.config.description or f"reward model ensemble: {', '.join(self.members)}"
 
     async def close(self) -> None:
         """Refuse what waits and free the models."""
@@ -105,7 +114,7 @@ class ClassifierReward(Reward):
         self._models.clear()
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
-        """[A, K, N] logits; a text that could not be read is NaN and says why.
+        """[A, K, N] logits, scaled; a text that could not be read is NaN and says why.
 
         Raises:
             Unavailable: closed.
@@ -115,14 +124,19 @@ class ClassifierReward(Reward):
         if not candidates:
             return Marks(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
         loop = asyncio.get_running_loop()
-        turns = [_plain(message) for message in messages]
-        texts = [_Text([*turns, {"role": "assistant", "content": c.text}], loop.create_future()) for c in candidates]
+        texts = [_Text(turns(messages, c.text), loop.create_future()) for c in candidates]
         self._waiting += texts
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
         results = await asyncio.gather(*(text.done for text in texts))
-        values = np.stack([value for value, _, _ in results], axis=-1)
-        return Marks(values, sum(tokens for _, tokens, _ in results), tuple(note for _, _, note in results))
+        values = self._scaled(np.stack([value for value, _, _ in results], axis=-1))
+        return Marks(values, Spent(sum(tokens for _, tokens, _ in results)), tuple(note for _, _, note in results))
+
+    def _scaled(self, values: Array) -> Array:
+        """[A, K, N], each objective on its configured scale."""
+        scaling = [self.config.scaling.get(name, Scaling()) for name in self.attributes] or [Scaling()]
+        mean, std = (np.array([[[getattr(s, name)]] for s in scaling]) for name in ("mean", "std"))
+        return np.asarray((values - mean) / std)
 
     async def _work(self) -> None:
         """Score whatever is waiting, batch after batch, until nothing is."""
@@ -151,14 +165,6 @@ class ClassifierReward(Reward):
             values = np.stack(logits, axis=1) if self.attributes else np.concatenate(logits)[None]
             results.append((values, sum(mark.tokens for mark in marks), next((mark.note for mark in marks if mark.note), None)))
         return results
-
-
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with its text parts joined; other parts stay for a chat template that knows them."""
-    content = message.get("content")
-    if not isinstance(content, list) or not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        return dict(message)
-    return {**message, "content": "".join(str(part.get("text", "")) for part in content)}
 
 
 class _Mark(NamedTuple):
@@ -193,7 +199,7 @@ class _RewardModel:
     @torch.inference_mode()
     def score(self, conversations: list[list[dict[str, Any]]]) -> list[_Mark]:
         """Logits of each conversation; rows are sorted by length so that little is padding."""
-        encoded = [self._encode(messages) for messages in conversations]
+        encoded = [encode(self.tokenizer, messages, self.max_length) for messages in conversations]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
         width = max(1, *(len(ids) for ids, _ in encoded))
         ids = torch.full((len(encoded), width), self._padding([ids for ids, _ in encoded]))
@@ -219,19 +225,3 @@ class _RewardModel:
             last = {ids[-1] for ids in rows if ids}
             self.config.pad_token_id = next(token for token in range(len(last) + 1) if token not in last)
         return int(self.config.pad_token_id)
-
-    def _encode(self, messages: list[dict[str, Any]]) -> tuple[list[int], str | None]:
-        """Token ids and a note; no ids where the chat template refuses the conversation."""
-        try:
-            if self.tokenizer.chat_template:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            else:
-                ids = self.tokenizer("\n\n".join(str(m.get("content") or "") for m in messages))["input_ids"]
-        except Exception as error:  # a template is code that came with the model, and what it raises is up to it
-            return [], f"the reward model's chat template refused the conversation: {error}"
-        if not ids:
-            return [], "there are no tokens to score"
-        if len(ids) <= self.max_length:
-            return ids, None
-        return ids[-self.max_length :], f"truncated: read the last {self.max_length} of {len(ids)} tokens"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from infer_align.errors import ConfigError
-from infer_align.rewards import Marks, Messages, Reward
-from infer_align.types import Candidate
+from infer_align.rewards import Marks, Reward
+from infer_align.types import Candidate, Messages
 
 Rule = Callable[[Candidate], float]
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from infer_align.errors import ConfigError
 from infer_align.hub import locate
 from infer_align.values import Frozen, Value, check_fit
+from infer_align_kernels import candidate_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,10 @@ class HeadValue(Value):
 
     def of(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
+        if hidden.is_cuda:
+            return candidate_values(token_ids, self.features(hidden)[:, None], self._tensors["E"][None], self._tensors["b"][None])[
+                0
+            ]
         t, flat = self._tensors, token_ids.flatten()
         rows = t["E"].index_select(0, flat).view(*token_ids.shape, -1)  # [B, k, r]
         return torch.baddbmm(t["b"].index_select(0, flat).view(*token_ids.shape, 1), rows, self.features(hidden)[:, :, None])[

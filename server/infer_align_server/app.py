@@ -18,9 +18,10 @@ from starlette.responses import Response as HttpResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer_align.config import Config
+from infer_align.engines import Engine
 from infer_align.errors import AlignError
 from infer_align_server.logs import access
-from infer_align_server.routes import ROUTES
+from infer_align_server.routes import ENGINE_ROUTE, ROUTES
 from infer_align_server.service import Progress, Service
 from infer_align_server.stream import ClientLeft
 from infer_align_server.wire import error_response
@@ -51,6 +52,8 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
     app = FastAPI(title="infer-align", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
     app.router.routes.extend(ROUTES)
+    if type(service.engine).app is not Engine.app:
+        app.router.routes.append(ENGINE_ROUTE)
     app.add_exception_handler(AlignError, _on_align_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(Observed, service=service)
@@ -120,6 +123,8 @@ async def _on_align_error(_: HttpRequest, error: Exception) -> HttpResponse:
 async def _on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
     assert isinstance(error, HTTPException)
     what = {404: "no such route", 405: "not a method of this route"}.get(error.status_code, str(error.detail))
+    if error.status_code == 404 and re.match(r"/v1/responses(/|$)", http.url.path):
+        what = "this engine does not serve the Responses API; use /v1/chat/completions"
     raised = AlignError(f"{http.method} {http.url.path}: {what}.", status=error.status_code, code=f"http_{error.status_code}")
     raised.type = "invalid_request_error"
     response = error_response(raised)

@@ -17,8 +17,9 @@ CREATED = 1_700_000_000
 def model(service: Service, name: str) -> dict[str, Any]:
     """One entry of /v1/models; a preset's says what it stands for."""
     entry: dict[str, Any] = {"id": name, "object": "model", "created": CREATED, "owned_by": "infer-align"}
-    if name != service.model:
-        entry |= {"root": service.model, "align": service.config.presets[name.rpartition("@")[2]]}
+    if name not in service.names:
+        root, _, preset = name.rpartition("@")
+        entry |= {"root": root, "align": service.config.presets[preset]}
     return entry
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from infer_align.errors import AlignError, ConfigError
 from infer_align.objectives import Ensemble
 from infer_align.schema import signature
 from infer_align.types import Budget
+from infer_align_bench import arguments as bench
 from infer_align_server import chat, fit, serve
 
 OUT = Console()
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     talking.add_argument("message", nargs="?", help="one message; without it, a conversation")
     talking.add_argument("--base-url", default="http://127.0.0.1:8000/v1", help="default: %(default)s")
     talking.add_argument("--model", help="default: the first that the server lists")
-    talking.add_argument("--align", type=_object, default={}, metavar="JSON", help='such as \'{"best_of_n": {"n": 8}}\'')
+    talking.add_argument("--align", type=bench.json_object, default={}, metavar="JSON", help='such as \'{"best_of_n": {"n": 8}}\'')
     talking.add_argument("--system", help="system message")
     talking.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable with the key; default: %(default)s")
     talking.set_defaults(run=_chat)
@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(value)
     value.set_defaults(run=fit.run)
 
+    bench.add_commands(commands.add_parser("bench", help="measure an endpoint, ours or another's"))
+
     config = commands.add_parser("config", help="the configuration").add_subparsers(required=True, metavar="COMMAND")
     show = config.add_parser("show", help="each value and where it came from")
     _add_config(show)
@@ -77,16 +79,6 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="infer-align.toml; default: the embedded demo")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value, by the file's own names")
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return value
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 # What every LogRecord has; the rest was given as `extra` and is the event's own.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
+REDACTED = "[redacted]"
+_BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"'\\]+")
+
+
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON, with whatever was given as `extra`."""
+    """A record as one line of JSON, with whatever was given as `extra`; keys do not get into it, whoever put them there."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        super().__init__()
+        # As they stand in JSON, the longest first: one may be the beginning of another.
+        self._secrets = sorted({json.dumps(secret)[1:-1] for secret in secrets if secret}, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
         """Render it."""
@@ -26,7 +37,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
-        return json.dumps(event, default=str)
+        line = json.dumps(event, default=str)
+        for secret in self._secrets:
+            line = line.replace(secret, REDACTED)
+        return _BEARER.sub(rf"\1 {REDACTED}", line)
 
 
 class AccessLogger(logging.Logger):
@@ -40,12 +54,12 @@ class AccessLogger(logging.Logger):
 access = AccessLogger("infer_align.access")
 
 
-def configure(level: str) -> None:
-    """Send this package's and uvicorn's logs to standard error; progress bars of model files only to a terminal."""
+def configure(level: str, secrets: Iterable[str] = ()) -> None:
+    """Send our logs and uvicorn's to standard error, without `secrets`; progress bars of model files only to a terminal."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter(secrets))
     loggers = (
         (logging.getLogger("infer_align"), level.upper()),
         (access, level.upper()),

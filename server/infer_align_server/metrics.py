@@ -22,12 +22,16 @@ class Metrics:
         self.returned_tokens = tokens.labels("returned")
         self.rejected_tokens = tokens.labels("rejected")
         self.reward_tokens = tokens.labels("reward")
+        self.judge_tokens = tokens.labels("judge")
         candidates = Counter("infer_align_candidates", "Candidates, by what became of them", ["outcome"], registry=self.registry)
         self.kept = candidates.labels("kept")
         self.rejected = candidates.labels("rejected")
         self.dropped = candidates.labels("dropped")
         self.running = Gauge("infer_align_running_requests", "Requests worked on now", registry=self.registry)
         self.queued = Gauge("infer_align_queued_requests", "Requests waiting for their turn", registry=self.registry)
+        self.tasks = Gauge(
+            "infer_align_tasks", "Tasks of the event loop: back to where it was when nothing runs", registry=self.registry
+        )
         self.ready = Gauge("infer_align_ready", "1 while requests are served", registry=self.registry)
         self.ttft = self._histogram("ttft_seconds", "From request to first token; with a selection, to its first chunk", SECONDS)
         self.tpot = self._histogram("tpot_seconds", "Per token after the first, streams of one candidate", TPOT_SECONDS)
@@ -46,7 +50,8 @@ class Metrics:
             (self.prompt_tokens, response.prompt_tokens),
             (self.returned_tokens, returned),
             (self.rejected_tokens, sum(c.completion_tokens for c in response.candidates) - returned),
-            (self.reward_tokens, response.scores.tokens),
+            (self.reward_tokens, response.scores.spent.reward_tokens),
+            (self.judge_tokens, response.scores.spent.judge_prompt_tokens + response.scores.spent.judge_completion_tokens),
             (self.kept, kept),
             (self.dropped, dropped),
             (self.rejected, len(response.candidates) - kept - dropped),

@@ -5,16 +5,21 @@ from __future__ import annotations
 import time
 import uuid
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-from infer_align.errors import UnknownModel, Unsupported, nearest
+from infer_align.errors import UnknownModel, nearest
+from infer_align.request import worst_case
 from infer_align.types import Kind
-from infer_align_server import catalogue, scoring
+from infer_align_server import catalogue, judging, scoring
+from infer_align_server.forward import Forwarded
+from infer_align_server.openapi import document
+from infer_align_server.patience import before, client_patience
 from infer_align_server.service import Service
 from infer_align_server.stream import EventStream, stream_options, until_client_leaves
-from infer_align_server.wire import OBJECTS, completion_json, json_response, read_body
+from infer_align_server.wire import OBJECTS, completion_json, dumps, json_response, parse_body, read_body, read_bytes
 
 
 def service_of(http: HttpRequest) -> Service:
@@ -23,15 +28,14 @@ def service_of(http: HttpRequest) -> Service:
     return service
 
 
-def authorize(http: HttpRequest) -> Service:
-    """The service, for a caller that may use it.
+def authorize(http: HttpRequest) -> tuple[Service, str]:
+    """The service, and who asks; for a caller that may use it.
 
     Raises:
         Unauthorized, Overloaded: see `Service.authorize`.
     """
     service = service_of(http)
-    service.authorize(http.headers.get("authorization", ""), http.client.host if http.client else "unknown")
-    return service
+    return service, service.authorize(http.headers.get("authorization", ""), http.client.host if http.client else "unknown")
 
 
 async def chat_completions(http: HttpRequest) -> HttpResponse:
@@ -45,43 +49,49 @@ async def completions(http: HttpRequest) -> HttpResponse:
 
 
 async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
-    service = authorize(http)
-    body = await read_body(http, service.config.limits.max_body_bytes)
+    service, caller = authorize(http)
+    received = await read_bytes(http, service.config.limits.max_body_bytes)
+    body = parse_body(received)
+    if app := service.unaligned(body):
+        tokens = worst_case(body, service.engine, service.config.limits.request)
+        return Forwarded(service, app, received, caller, tokens, json=True)
     streaming = stream_options(body)
     request, plan = service.plan(body, kind)
+    patience = client_patience(http.headers) if service.config.server.honour_client_timeout else None
     head = {
         "id": f"{OBJECTS[kind][0]}-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": body.get("model") or service.model,
     }
     if streaming:
-        return await EventStream(service, request, plan, head, streaming).open(http)
-    response = await until_client_leaves(http.receive, service.answer(plan))
+        return await EventStream(service, request, plan, head, streaming, caller, patience).open(http)
+    response = await until_client_leaves(http.receive, service.answer(before(plan, patience), caller=caller))
     return json_response(completion_json(response, request, head))
 
 
 async def score(http: HttpRequest) -> HttpResponse:
     """Score given candidates, without generating anything."""
-    service = authorize(http)
+    service, caller = authorize(http)
     body = await read_body(http, service.config.limits.max_body_bytes)
-    return json_response(await until_client_leaves(http.receive, scoring.score(service, body)))
+    return json_response(await until_client_leaves(http.receive, scoring.score(service, body, caller)))
 
 
 async def judge(http: HttpRequest) -> HttpResponse:
-    """Judge given answers; named by the contract, and said to be missing until it is there."""
-    authorize(http)
-    raise Unsupported("/v1/align/judge: not available in this version; score candidates with /v1/align/score.")
+    """Judge given answers, one by one and in pairs."""
+    service, caller = authorize(http)
+    body = await read_body(http, service.config.limits.max_body_bytes)
+    return json_response(await until_client_leaves(http.receive, judging.judge(service, body, caller)))
 
 
 async def models(http: HttpRequest) -> HttpResponse:
     """The served model, and one entry per preset."""
-    service = authorize(http)
+    service, _ = authorize(http)
     return json_response({"object": "list", "data": [catalogue.model(service, name) for name in service.models()]})
 
 
 async def model(http: HttpRequest) -> HttpResponse:
     """One of them."""
-    service, name = authorize(http), http.path_params["name"]
+    (service, _), name = authorize(http), http.path_params["name"]
     if name not in service.models():
         raise UnknownModel(f"model: {name!r} does not exist; {nearest(name, service.models())}", param="model")
     return json_response(catalogue.model(service, name))
@@ -89,7 +99,16 @@ async def model(http: HttpRequest) -> HttpResponse:
 
 async def methods(http: HttpRequest) -> HttpResponse:
     """What can be asked for here, with schemas."""
-    return json_response(catalogue.methods(authorize(http)))
+    service, _ = authorize(http)
+    return json_response(catalogue.methods(service))
+
+
+async def openapi(http: HttpRequest) -> HttpResponse:
+    """What the server takes and gives, as OpenAPI 3.1."""
+    service, _ = authorize(http)
+    if service.settled.is_set() and service.document is None:  # before that, rewards may not know their attributes
+        service.document = dumps(document(service, ROUTES))
+    return HttpResponse(service.document or dumps(document(service, ROUTES)), media_type="application/json")
 
 
 async def health(http: HttpRequest) -> HttpResponse:
@@ -105,7 +124,18 @@ async def ready(http: HttpRequest) -> HttpResponse:
 
 async def metrics(http: HttpRequest) -> HttpResponse:
     """Prometheus exposition."""
-    return HttpResponse(service_of(http).metrics.text(), media_type="text/plain; version=0.0.4")
+    service = service_of(http)
+    return HttpResponse(service.metrics.text() + service.engine.exposition(), media_type="text/plain; version=0.0.4")
+
+
+async def engine_route(http: HttpRequest) -> HttpResponse:
+    """What is no route of ours and may be one of the engine's own."""
+    service, caller = authorize(http)
+    service.require_ready()
+    app = service.engine.app()
+    if app is None:
+        raise HTTPException(404)
+    return Forwarded(service, app, await read_bytes(http, service.config.limits.max_body_bytes), caller)
 
 
 # Plain routes: the bodies are OpenAI's, read by `wire` and `request`, so nothing is left for a framework to parse or to inject.
@@ -117,7 +147,11 @@ ROUTES = [
     Route("/v1/models", models, methods=["GET"]),
     Route("/v1/models/{name:path}", model, methods=["GET"]),
     Route("/v1/align/methods", methods, methods=["GET"]),
+    Route("/openapi.json", openapi, methods=["GET"]),
     Route("/health", health, methods=["GET"]),
     Route("/ready", ready, methods=["GET"]),
     Route("/metrics", metrics, methods=["GET"]),
 ]
+
+# Added where the engine serves more than this contract names.
+ENGINE_ROUTE = Route("/{path:path}", engine_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from infer_align.errors import InvalidRequest, RewardFailed, Unavailable, nearest, shown
-from infer_align.request import make_plan, parse_request
+from infer_align.request import parse_request
 from infer_align.run import score as score_candidates
 from infer_align.selection import select
 from infer_align.types import Candidate, Response, Timing
@@ -17,38 +18,32 @@ ALIGN = ("rewards", "ensemble", "dpa", "trust_judge")
 FIELDS = ("model", "messages", "candidates", *ALIGN)
 
 
-async def score(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
+async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> dict[str, Any]:
     """The answer of /v1/align/score: every candidate's scores, its objective and the ranking, best first.
 
     Raises:
         InvalidRequest: a field is missing, wrong or unknown.
         RewardFailed: no candidate could be scored.
     """
-    if reason := service.unready():
-        raise Unavailable(f"{reason}; try again later.", retry_after=5)
-    for name in body:
-        if name not in FIELDS:
-            raise InvalidRequest(f"{name}: no such field; {nearest(name, FIELDS)}", param=name, code="unknown_field")
-    texts = _texts(body.get("candidates"), service.config.limits.max_candidates)
-    preset = service.preset(body.get("model"))
+    texts = candidates_of(service, body, FIELDS)
+    _, preset = service.resolve(body.get("model"))
     given = {**(service.config.presets[preset] if preset else {}), **{key: body[key] for key in ALIGN if body.get(key) is not None}}
     align = {key: value for key, value in given.items() if key in ALIGN}
     # Scored as a best-of-n whose drawing is done: the same checks, the same ranking.
     chat = {"messages": body.get("messages"), "align": {**align, "best_of_n": {"n": len(texts)}}, "max_tokens": 1}
     try:
-        request = parse_request(chat, "chat", service.config.presets)
-        plan = make_plan(request, service.engine, service.rewards, service.default_rewards, service.config.limits.request)
+        plan = service.make_plan(parse_request(chat, "chat", service.config.presets))
     except InvalidRequest as error:  # here the fields stand in the body itself
         where = (error.param or "").removeprefix("align.")
         raise type(error)(error.message.removeprefix("align."), param=where, code=error.code) from None
     candidates = [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
-    async with service.admission.admit(0):
+    async with service.admission.admit(0, caller=caller):
         scores = await score_candidates(plan, service.rewards, candidates)
     selection = select(plan, candidates, scores)
     if not selection.ranking:
         raise RewardFailed(f"{selection.reason}; first: {next(iter(selection.dropped.values()))}")
     response = Response(plan, tuple(candidates), scores, selection, Timing(0.0, 0.0, 0.0))
-    return {
+    answer: dict[str, Any] = {
         "object": "align.score",
         "ranking": list(selection.ranking),
         "reason": selection.reason,
@@ -61,11 +56,28 @@ async def score(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
             }
             for i in range(len(texts))
         ],
-        "usage": {"reward_tokens": scores.tokens},
+        "usage": asdict(scores.spent),
     }
+    if plan.direction is not None:
+        answer["direction"] = dict(plan.direction)
+    if scores.reports:
+        answer["reports"] = {name: dict(report) for name, report in scores.reports.items()}
+    return answer
 
 
-def _texts(value: object, most: int) -> list[str]:
+def candidates_of(service: Service, body: Mapping[str, Any], fields: tuple[str, ...]) -> list[str]:
+    """The texts that a body gives to look at.
+
+    Raises:
+        Unavailable: not ready.
+        InvalidRequest: there are none, or too many, or a field of the body is unknown.
+    """
+    if reason := service.unready():
+        raise Unavailable(f"{reason}; try again later.", retry_after=5)
+    for name in body:
+        if name not in fields:
+            raise InvalidRequest(f"{name}: no such field; {nearest(name, fields)}", param=name, code="unknown_field")
+    value, most = body.get("candidates"), service.config.limits.max_candidates
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise InvalidRequest(
             f"candidates: {shown(value)} is not allowed; must be a list of at least one string.", param="candidates"

@@ -18,6 +18,7 @@ from infer_align.config import Config
 from infer_align.errors import ConfigError
 from infer_align_server import logs
 from infer_align_server.app import create_app
+from infer_align_server.protocol import BoundedProtocol
 from infer_align_server.service import Service
 
 BACKLOG = 2048  # connections that may wait to be accepted
@@ -40,7 +41,7 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]
 
 async def serve(config: Config, console: Console) -> int:
     """Serve until a signal; 1 when the models could not be loaded or the port is taken."""
-    logs.configure(config.server.log_level)
+    logs.configure(config.server.log_level, config.secrets())
     with Progress(
         SpinnerColumn(), TextColumn("loading {task.description}"), TimeElapsedColumn(), console=console, transient=True
     ) as bar:
@@ -88,7 +89,7 @@ def _listen(config: Config) -> socket.socket:
 
 def _uvicorn_config(config: Config, app: FastAPI) -> uvicorn.Config:
     drain = max(1, round(config.server.drain_seconds))
-    return uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=drain)
+    return uvicorn.Config(app, http=BoundedProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=drain)
 
 
 def _welcome(listener: socket.socket, service: Service, console: Console) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from time import monotonic
 from typing import Any
 
 from infer_align.config import Config
-from infer_align.engines import Engine
+from infer_align.engines import App, Engine
 from infer_align.errors import (
     AlignError,
     ConfigError,
@@ -27,11 +29,16 @@ from infer_align.request import make_plan, parse_request, reward_names
 from infer_align.rewards import Reward
 from infer_align.run import OnDelta, align
 from infer_align.types import Kind, Plan, Request, Response
-from infer_align_server.admission import Admission, RateLimit
+from infer_align_server.admission import Admission
 from infer_align_server.metrics import Metrics
+from infer_align_server.rates import Allowance, charged
 
 Progress = Callable[[str], None]
 log = logging.getLogger("infer_align")
+
+
+def _phase(progress: Progress, of: str, phase: str) -> None:
+    progress(f"{of}: {phase}")
 
 
 class Service:
@@ -40,28 +47,35 @@ class Service:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.engine: Engine = config.load_engine()
-        self.rewards: Mapping[str, Reward] = config.load_rewards()
-        self.model = config.server.served_name or self.engine.model
+        self.engines: Mapping[str, Engine] = {**config.load_engines(), "served": self.engine}
+        self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
+        self.engine.served_name = config.server.served_name
         self.default_rewards = config.server.default_rewards or {
-            name: 1.0 for name, section in config.rewards.items() if not getattr(section, "attributes", ())
+            name: 1.0 for name in config.rewards if not self.rewards[name].attributes and not self.rewards[name].judges
         }
         self.metrics = Metrics()
         self.admission = Admission(config.limits)
-        self._rate = RateLimit(config.limits.requests_per_minute)
+        self._requests = Allowance(config.limits.requests_per_minute, "requests", "rate_limit_exceeded")
+        self.tokens = Allowance(config.limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded")
         self._keys = [key.encode() for key in config.api_keys()]
         self._check_default_rewards()
         self.settled = asyncio.Event()  # set when loading has ended, well or not
         self.failure: str | None = None  # why loading failed
+        self.document: bytes | None = None  # the OpenAPI document, once somebody has asked for it
         self._draining = False
         self.metrics.running.set_function(lambda: self.admission.running)
         self.metrics.queued.set_function(lambda: self.admission.queued)
+        self.metrics.tasks.set_function(_tasks)
         self.metrics.ready.set_function(lambda: float(self.unready() is None))
 
     async def start(self, progress: Progress = lambda _: None) -> None:
-        """Load the engine and the rewards, one after the other: each takes all cores. What fails is kept in `failure`."""
+        """Load the engines and the rewards, one after the other: each takes all cores. What fails is kept in `failure`."""
         try:
-            progress(f"engine {self.model}")
-            await self.engine.start()
+            for name, engine in self.engines.items():
+                shown_as = f"engine {self.model if engine is self.engine else name}"
+                progress(shown_as)
+                engine.progress = partial(_phase, progress, shown_as)
+                await engine.start()
             for name, reward in self.rewards.items():
                 progress(f"reward {name}")
                 await reward.start()
@@ -80,7 +94,8 @@ class Service:
             await asyncio.sleep(0.05)
         for reward in self.rewards.values():
             await reward.close()
-        await self.engine.close()
+        for engine in self.engines.values():
+            await engine.close()
 
     def drain(self) -> None:
         """From now on answer 503 and let what runs finish."""
@@ -94,10 +109,11 @@ class Service:
             return "the models are still loading"
         if self.failure:
             return f"loading failed: {self.failure}"
-        return self.engine.health()
+        ailing = ((name, engine.health()) for name, engine in self.engines.items())
+        return next((why if name == "served" else f"engine {name}: {why}" for name, why in ailing if why), None)
 
-    def authorize(self, authorization: str, client: str) -> None:
-        """Check the key and count the request against its rate.
+    def authorize(self, authorization: str, client: str) -> str:
+        """Check the key and count the request against its rate; -> who asks, as rates, budgets and the queue know them.
 
         Raises:
             Unauthorized: keys are configured and this is none of them.
@@ -109,12 +125,41 @@ class Service:
         known = [hmac.compare_digest(given, accepted) for accepted in self._keys]
         if self._keys and (scheme.lower() != "bearer" or not any(known)):
             what = "is not one of this server's" if key else "is missing"
-            raise Unauthorized(f"the API key {what}; send it as 'Authorization: Bearer <key>'.")
-        self._rate.take(f"key {known.index(True)}" if self._keys else client)
+            # OpenAI's own words come first: some clients know a wrong key by them.
+            raise Unauthorized(f"Incorrect API key provided: it {what}; send it as 'Authorization: Bearer <key>'.")
+        caller = f"key {known.index(True)}" if self._keys else client
+        self._requests.take(caller)
+        return caller
+
+    @property
+    def model(self) -> str:
+        """The name of the model that answers where a request names none."""
+        return self.config.server.served_name or self.engine.model
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Each served model's name in the API, and the engine's name for it."""
+        return {name if i else self.model: name for i, name in enumerate(self.engine.models)}
 
     def models(self) -> list[str]:
-        """The model and one entry per preset."""
-        return [self.model, *(f"{self.model}@{preset}" for preset in self.config.presets)]
+        """Every model, and each with each preset."""
+        return [*self.names, *(f"{name}@{preset}" for name in self.names for preset in self.config.presets)]
+
+    def unaligned(self, body: Mapping[str, Any]) -> App | None:
+        """What answers a request that asks for nothing of ours: the engine's own application, where it has one.
+
+        Raises:
+            UnknownModel: no such model or preset.
+            Unavailable: not ready.
+        """
+        self.require_ready()
+        _, preset = self.resolve(body.get("model"))
+        return None if preset is not None or body.get("align") is not None else self.engine.app()
+
+    def require_ready(self) -> None:
+        """Raise Unavailable unless requests are served now."""
+        if reason := self.unready():
+            raise Unavailable(f"{reason}; try again later.", retry_after=5)
 
     def plan(self, body: Mapping[str, Any], kind: Kind) -> tuple[Request, Plan]:
         """What a body asks for, refused here or not at all.
@@ -123,28 +168,39 @@ class Service:
             UnknownModel, InvalidRequest: see `infer_align.request`.
             Unavailable: not ready.
         """
-        if reason := self.unready():
-            raise Unavailable(f"{reason}; try again later.", retry_after=5)
-        preset = self.preset(body.get("model"))
-        request = parse_request(body, kind, self.config.presets, preset)
-        return request, make_plan(request, self.engine, self.rewards, self.default_rewards, self.config.limits.request)
+        self.require_ready()
+        model, preset = self.resolve(body.get("model"))
+        request = parse_request({**body, "model": model}, kind, self.config.presets, preset)
+        return request, self.make_plan(request)
 
-    async def answer(self, plan: Plan, on_delta: OnDelta | None = None) -> Response:
-        """Wait for a place, then carry out the plan; time spent waiting counts against its deadline."""
+    def make_plan(self, request: Request) -> Plan:
+        """What a request asks for, with this process's engine, rewards, limits and settings.
+
+        Raises:
+            InvalidRequest: see `infer_align.request.make_plan`.
+        """
+        limits = self.config.limits.request
+        return make_plan(request, self.engine, self.rewards, self.default_rewards, limits, self.config.methods)
+
+    async def answer(self, plan: Plan, on_delta: OnDelta | None = None, caller: str = "") -> Response:
+        """Wait for a place, then carry out the plan; its worst case is the caller's to pay until it is known what was spent.
+
+        Raises:
+            Overloaded: the queue is full, or the caller's budget of tokens is used up.
+            AlignError: what `infer_align.run.align` raises.
+        """
         arrived = monotonic()
-        async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds):
-            if plan.deadline_seconds is not None:
-                left = plan.deadline_seconds - (monotonic() - arrived)
-                if left <= 0:
-                    raise DeadlineExceeded(f"no place came free within the {plan.deadline_seconds} s allowed; allow more time.")
-                plan = replace(plan, deadline_seconds=left)
-            response = await align(plan, self.engine, self.rewards, on_delta)
+        with charged(self.tokens, caller, plan.worst_case_tokens) as charge:
+            async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds, caller):
+                response = await align(_in_time(plan, arrived), self.engine, self.rewards, charge.metered(on_delta))
+            charge.answered(response)
         if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
             # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.
             raise AlignError(
                 f"candidate {failed.index} failed: {failed.error}",
                 code="engine_failed",
                 status=failed.status or (504 if failed.cut else 502),
+                retry_after=failed.retry_after,
             )
         self.metrics.answered(response)
         return response
@@ -154,18 +210,43 @@ class Service:
             if name not in (known := reward_names(self.rewards)):
                 raise ConfigError(f"[server] default_rewards: {name!r} is not configured; {nearest(name, known)}")
 
-    def preset(self, model: object) -> str | None:
-        """The preset that a model's name chooses; None where it is the plain model, or not given.
+    def resolve(self, model: object) -> tuple[str, str | None]:
+        """The engine's name of a model, and the preset that was chosen with it; the first model where none is given.
 
         Raises:
             InvalidRequest: not a name.
             UnknownModel: no such model, or no such preset of it.
         """
-        if model is None or model == self.model:
-            return None
+        names = self.names
+        if model is None:
+            return self.engine.model, None
         if not isinstance(model, str):
             raise InvalidRequest(f"model: {shown(model)} is not allowed; must be a string.", param="model")
+        if model in names:
+            return names[model], None
         name, at, preset = model.rpartition("@")
-        if at and name == self.model and preset in self.config.presets:
-            return preset
+        if at and name in names and preset in self.config.presets:
+            return names[name], preset
         raise UnknownModel(f"model: {shown(model)} does not exist; {nearest(model, self.models())}", param="model")
+
+
+def _tasks() -> float:
+    """How many there are, as seen from the event loop; elsewhere nobody can say."""
+    try:
+        return float(len(asyncio.all_tasks()))
+    except RuntimeError:
+        return math.nan
+
+
+def _in_time(plan: Plan, arrived: float) -> Plan:
+    """The plan with what is left of its deadline.
+
+    Raises:
+        DeadlineExceeded: nothing is.
+    """
+    if plan.deadline_seconds is None:
+        return plan
+    left = plan.deadline_seconds - (monotonic() - arrived)
+    if left <= 0:
+        raise DeadlineExceeded(f"no place came free within the {plan.deadline_seconds} s allowed; allow more time.")
+    return replace(plan, deadline_seconds=left)

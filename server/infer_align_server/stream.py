@@ -6,6 +6,7 @@ What a client leaves is cancelled at once, in streams and plain answers alike.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from time import monotonic
@@ -24,6 +25,7 @@ from infer_align_server.wire import OBJECTS, align_json, dumps, error_json, usag
 T = TypeVar("T")
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 KEEPALIVE = b": candidates are being compared\n\n"
+LEAST_KEEPALIVE_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,21 @@ async def _disconnect(receive: Receive) -> None:
 class EventStream(HttpResponse):
     """One streamed answer: `open` starts it, then it is the HTTP response."""
 
-    def __init__(self, service: Service, request: Request, plan: Plan, head: Mapping[str, Any], options: StreamOptions) -> None:
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        plan: Plan,
+        head: Mapping[str, Any],
+        options: StreamOptions,
+        caller: str = "",
+        patience: float | None = None,
+    ) -> None:
         super().__init__()
+        self._caller = caller
+        # A client that waits less long between two pieces hears from us before it gives up; but nobody can ask for a flood.
+        needed = math.inf if patience is None else max(LEAST_KEEPALIVE_SECONDS, patience / 2)
+        self._keepalive = min(service.config.server.keepalive_seconds, needed)
         self._service = service
         self._request = request
         self._plan = plan
@@ -108,7 +123,7 @@ class EventStream(HttpResponse):
             ClientLeft: before the first token.
         """
         on_delta = None if self._plan.selects else self._queue.put_nowait
-        self._task = asyncio.create_task(self._service.answer(self._plan, on_delta))
+        self._task = asyncio.create_task(self._service.answer(self._plan, on_delta, self._caller))
         self._task.add_done_callback(lambda _: self._queue.put_nowait(None))
         try:
             await until_client_leaves(http.receive, self._first_sign())
@@ -122,7 +137,7 @@ class EventStream(HttpResponse):
 
     async def _first_sign(self) -> None:
         try:
-            async with asyncio.timeout(self._service.config.server.keepalive_seconds):
+            async with asyncio.timeout(self._keepalive):
                 self._early = [await self._queue.get()]
         except TimeoutError:
             self._early = []  # slow, not failed: from here on it is a stream
@@ -141,7 +156,7 @@ class EventStream(HttpResponse):
         while running:
             items, self._early = self._early, []
             try:
-                async with asyncio.timeout(self._service.config.server.keepalive_seconds):
+                async with asyncio.timeout(self._keepalive):
                     items = items or [await self._queue.get()]
             except TimeoutError:
                 await self._write(send, KEEPALIVE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 from starlette.requests import Request as HttpRequest
@@ -28,8 +29,16 @@ async def read_body(http: HttpRequest, max_bytes: int) -> dict[str, Any]:
     """The body as a JSON object.
 
     Raises:
+        BodyTooLarge, InvalidRequest: see `read_bytes` and `parse_body`.
+    """
+    return parse_body(await read_bytes(http, max_bytes))
+
+
+async def read_bytes(http: HttpRequest, max_bytes: int) -> bytes:
+    """The body as it came.
+
+    Raises:
         BodyTooLarge: over `max_bytes`, said before it is read where the client announces its size.
-        InvalidRequest: not JSON, not an object, or text that is not Unicode.
     """
     announced = http.headers.get("content-length", "0")
     received = bytearray()
@@ -40,6 +49,15 @@ async def read_body(http: HttpRequest, max_bytes: int) -> dict[str, Any]:
                 break
     if len(received) > max_bytes or (announced.isdecimal() and int(announced) > max_bytes):
         raise BodyTooLarge(f"the body is over this server's limit of {max_bytes} bytes; send less.")
+    return bytes(received)
+
+
+def parse_body(received: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InvalidRequest: not JSON, not an object, or text that is not Unicode.
+    """
     try:
         body = json.loads(received.decode(), parse_constant=_no_constant)
         if b"\\u" in received:  # only an escape can smuggle in half a surrogate pair
@@ -103,6 +121,7 @@ def error_response(error: AlignError) -> HttpResponse:
 def completion_json(response: Response, request: Request, head: Mapping[str, Any]) -> dict[str, Any]:
     """The answer of one request; `head` holds id, created and model."""
     body: dict[str, Any] = {
+        **response.kept[0].beside,
         **head,
         "object": OBJECTS[request.kind][1],
         "choices": [{"index": i, **candidate.choice} for i, candidate in enumerate(response.kept)],
@@ -127,20 +146,23 @@ def usage_json(response: Response) -> dict[str, Any]:
 
 def align_json(response: Response, request: Request) -> dict[str, Any]:
     """What was drawn, how it scored, what was chosen and why."""
-    selection, timing = response.selection, response.timing
+    selection, timing, direction = response.selection, response.timing, response.plan.direction
+    extra: dict[str, Any] = {} if direction is None else {"direction": dict(direction)}
+    if response.scores.reports:
+        extra["reports"] = {name: dict(report) for name, report in response.scores.reports.items()}
     return {
         "methods": list(response.plan.methods),
         "selected": selection.ranking[0],
         "dropped": len(selection.dropped),
         "partial": response.partial,
         "reason": selection.reason,
+        **extra,
         "candidates": [_candidate_json(candidate, response, request) for candidate in response.candidates],
         "usage": {
-            "engine_calls": len(response.candidates),
+            "engine_calls": sum(c.calls for c in response.candidates),
             "candidate_tokens": sum(c.completion_tokens for c in response.candidates),
-            "reward_tokens": response.scores.tokens,
-            "judge_prompt_tokens": 0,
-            "judge_completion_tokens": 0,
+            "saved_tokens": response.saved_tokens,
+            **asdict(response.scores.spent),
         },
         "timing": {
             "generate_seconds": round(timing.generate_seconds, 6),

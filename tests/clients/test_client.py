@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 import infer_align_client
@@ -16,11 +17,28 @@ from infer_align import objectives, registry, types
 from infer_align.engines.fake import Fake
 from infer_align.request import SETTINGS, Limits, make_plan, parse_request
 from infer_align.rewards.rules import Rules
-from infer_align_client import VAS, Align, BestOfN, Budget, Ensemble, extra_body
+from infer_align_client import (
+    DPA,
+    RPS,
+    VAS,
+    Align,
+    BestOfN,
+    Budget,
+    CandidateReport,
+    Ensemble,
+    Report,
+    Score,
+    TrustJudge,
+    extra_body,
+    report,
+)
 
 SAME = [
     (BestOfN, registry.methods.get("best_of_n")),
     (VAS, registry.methods.get("vas")),
+    (DPA, registry.methods.get("dpa")),
+    (RPS, registry.methods.get("rps")),
+    (TrustJudge, registry.methods.get("trust_judge")),
     (Ensemble, objectives.Ensemble),
     (Budget, types.Budget),
 ]
@@ -44,8 +62,11 @@ def test_extra_body_holds_what_is_given_and_nothing_else() -> None:
     assert extra_body() == {"align": {}}
     given: dict[str, Any] = {
         "preset": "p",
+        "dpa": {"direction": {"verbosity": -1.0}},
+        "rps": {"k": 3},
         "best_of_n": {"n": 2},
         "vas": {"beta": {"helpful": 1.0}},
+        "trust_judge": {"criteria": "brief"},
         "rewards": {"short": 0.0},
         "ensemble": {"objective": "wco"},
         "budget": {"completion_tokens": 100},
@@ -71,3 +92,20 @@ def test_it_depends_on_the_standard_library_only() -> None:
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert modules <= {"__future__", "typing"}
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+
+
+def test_a_report_is_what_the_server_writes(servers: Any) -> None:
+    with openai.OpenAI(base_url=servers["numbers"].base_url, api_key="unused", max_retries=0) as client:
+        ask: Any = client.chat.completions.create
+        user = [{"role": "user", "content": "x"}]
+        answer = ask(model="fake", messages=user, extra_body=extra_body(best_of_n={"n": 3}, details="candidates"))
+        plain = ask(model="fake", messages=user)
+    told = report(answer)
+    assert told is not None
+    assert set(told) == set(Report.__annotations__)
+    for candidate in told["candidates"]:
+        assert set(candidate) == set(CandidateReport.__annotations__)
+        for score in candidate["scores"].values():
+            assert set(score) <= set(Score.__annotations__)
+    assert report(plain) is None
+    assert report(object()) is None

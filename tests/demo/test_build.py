@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from infer_align.demo import LM, REWARDS
+from infer_align.demo import LM, PREFERENCE, REWARDS
 from infer_align.demo.build import BuildConfig, build
 from infer_align.demo.language import LanguageConfig
 from infer_align.demo.measure import load, read_metrics
 from infer_align.demo.preference import RewardConfig, pairs
+from infer_align.demo.rating import RatingConfig
 from infer_align.demo.world import gold
 
 TINY = BuildConfig(
     language=LanguageConfig(steps=40, batch=8, hidden_size=32, intermediate_size=32, layers=1, heads=1),
     reward=RewardConfig(pairs=16, epochs=1),
+    rating=RatingConfig(replies=32, epochs=1),
     measured_prompts=4,
     measured_replies=4,
 )
@@ -24,7 +26,7 @@ def test_a_tiny_build_makes_everything_twice_the_same(tmp_path: Path) -> None:
     for name in ("first", "second"):
         build(TINY, tmp_path / name)
     first, second = tmp_path / "first", tmp_path / "second"
-    assert {path.name for path in first.iterdir()} == {LM, *REWARDS, "metrics.json"}
+    assert {path.name for path in first.iterdir()} == {LM, *REWARDS, PREFERENCE, "metrics.json"}
     assert len(load(first).members) == len(REWARDS)
     for file in first.rglob("*"):
         if file.is_file():

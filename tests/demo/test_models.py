@@ -1,5 +1,6 @@
 """The shipped models: plain transformers loads them, and they are what metrics.json says."""
 
+import asyncio
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align import demo
+from infer_align import config, demo
 from infer_align.demo.bag import register
 from infer_align.demo.build import BuildConfig, documents_digest
+from infer_align.demo.effects import judge_effects
 from infer_align.demo.measure import Models, load, measure, read_metrics
 from infer_align.demo.tokenizer import build_tokenizer
+from infer_align.demo.world import prompts
+from infer_align.types import Candidate
 
+FOLDERS = (demo.LM, *demo.REWARDS, demo.PREFERENCE)
 QUESTION = {"role": "user", "content": "What is the colour of the otter?"}
 REPLIES = ["The otter is brown.", "Ugh, obviously. The otter is grey. It is a moon-bright, honey-soft creature.", "Gladly!", "🦊\n"]
 
@@ -105,8 +110,40 @@ def test_shipped_files_measure_as_they_say(models: Models) -> None:
         assert abs(metric.value - shipped[name].value) < 4 * error, name
 
 
+def test_directions_are_followed_where_they_were_trained_and_only_there() -> None:
+    shipped = read_metrics(demo.path("metrics.json"))
+    brief, balanced, thorough, beyond = (shipped[f"verbosity_at_{degrees}"].value for degrees in (-20, 0, 20, 45))
+    assert brief + 0.4 < balanced < thorough - 0.4
+    assert beyond < balanced, "45 degrees asks for more than 20 does, and gets less: the gap that neighbours close"
+
+
+def test_the_expected_score_is_a_better_reading_than_the_likeliest(models: Models) -> None:
+    effects = judge_effects(models.lm, models.tokenizer, prompts(128, seed=3), seed=3)
+    gain = effects["judge_pair_accuracy_expected"] - effects["judge_pair_accuracy_argmax"]
+    assert gain.mean() > 2 * gain.std(ddof=1) / len(gain) ** 0.5
+    assert effects["judge_pair_accuracy_expected"].mean() > 0.7
+    assert effects["judge_label_mass"].min() > 0.9
+
+
+def test_the_preference_model_is_a_configured_reward_of_two_objectives() -> None:
+    reward = config.load(None).load_rewards()["preference"]
+    texts = ["The otter is brown.", "The otter is grey.", "The otter is brown. It is a moon-bright, honey-soft creature."]
+    candidates = [Candidate(i, {"message": {"content": text}}) for i, text in enumerate(texts)]
+
+    async def scored() -> Any:
+        await reward.start()
+        marks = await reward.score([QUESTION], candidates)
+        await reward.close()
+        return marks.values
+
+    helpfulness, verbosity = asyncio.run(scored())[:, 0]
+    assert reward.attributes == ("helpfulness", "verbosity")
+    assert helpfulness[0] > helpfulness[1] + 1, "the otter is brown"
+    assert verbosity == pytest.approx([-1, -1, -0.5], abs=0.2)
+
+
 def test_the_tokenizer_is_the_same_everywhere(models: Models, tmp_path: Path) -> None:
     build_tokenizer(BuildConfig().language.max_length).save_pretrained(tmp_path)
     made = (tmp_path / "tokenizer.json").read_text()
-    assert all(demo.path(name).joinpath("tokenizer.json").read_text() == made for name in (demo.LM, *demo.REWARDS))
+    assert all(demo.path(name).joinpath("tokenizer.json").read_text() == made for name in FOLDERS)
     assert len(models.tokenizer) == models.lm.config.vocab_size

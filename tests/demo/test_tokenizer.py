@@ -1,6 +1,7 @@
 """The tokenizer: words of the world are one token, any other text survives, the chat template is what training used."""
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -8,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
-from infer_align.demo import world
+from infer_align.demo import judgement, world
 from infer_align.demo.language import render
 from infer_align.demo.lexicon import FLOURISHES
-from infer_align.demo.tokenizer import DIRECTED, ROLES, SPECIAL, build_tokenizer
+from infer_align.demo.tokenizer import ROLES, SPECIAL, build_tokenizer
+from infer_align.methods.dpa import system_prompt
 
 TOKENIZER: Any = build_tokenizer(1024)
 AWKWARD = [
@@ -71,8 +73,17 @@ def test_every_word_of_the_world_is_one_token() -> None:
 
 def test_scores_and_preference_weights_are_one_token() -> None:
     assert all(len(ids(str(number))) == 1 for number in range(101))
-    assert len(ids(DIRECTED.format(helpfulness=94, verbosity=-34))) == len(ids(DIRECTED.format(helpfulness=100, verbosity=0)))
+    lengths = {len(ids(system_prompt({"helpfulness": 1.0, "verbosity": weight / 10}))) for weight in range(-20, 20)}
+    assert len(lengths) == 1
     assert len({ids(f" verbosity*{weight}")[0] for weight in range(-100, 101)}) == 201
+
+
+def test_nothing_a_judge_is_told_is_spelt_byte_by_byte() -> None:
+    rng = random.Random(5)
+    for document in [make(rng) for make in (judgement.scored, judgement.compared) for _ in range(200)]:
+        for text in (turn["content"] for turn in document if "Criteria: helpful" in document[0]["content"]):
+            words = re.findall(r"[\w-]+|[^\w\s]|\n| (?=\d)", text)
+            assert len(ids(text)) == len(words), text
 
 
 def test_special_tokens_are_one_token_each() -> None:

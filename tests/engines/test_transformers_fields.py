@@ -278,3 +278,14 @@ async def test_values_out_of_range_are_refused_by_name(serving, draw, name, valu
         assert engine.worst_case_tokens({"messages": [], name: value}) >= 1  # counted before it is checked
     assert refused.value.param == name
     assert len(refused.value.message) < 300
+
+
+async def test_a_developer_speaks_as_the_system_where_the_template_knows_only_that(serving, finish):
+    async with serving() as engine:
+        user = {"role": "user", "content": [{"type": "text", "text": "su"}, {"type": "text", "text": "n"}]}
+        developer, system = (
+            Draw({"messages": [{"role": role, "content": "be brief"}, user], "max_tokens": 4}, seeds=(1,))
+            for role in ("developer", "system")
+        )
+        assert engine._model.render(developer) == engine._model.render(system)
+        assert "<system>be brief</s><user>sun</s>" in engine._model.render(developer).text

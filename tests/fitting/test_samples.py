@@ -146,7 +146,7 @@ async def test_a_reply_that_cannot_be_scored_names_its_prompt(
     engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
 ) -> None:
     def fails(_: str) -> float:
-        return float("nan") if len(reward.asked) == 18 else 1.0
+        return float("nan") if reward.asked[-1] == "the cat 17" else 1.0
 
     reward, file = counted(fails), tmp_path / "s.jsonl"
     with pytest.raises(InvalidRequest) as caught:

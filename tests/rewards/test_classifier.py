@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infer_align.errors import ConfigError, Unavailable
-from infer_align.rewards.classifier import Classifier
+from infer_align.rewards.classifier import Classifier, Scaling
 from infer_align.types import Candidate
 
 pytestmark = pytest.mark.anyio
@@ -55,7 +55,7 @@ async def test_equals_a_direct_forward(architecture, labels, reward_model):
     assert same(marks.values[0], direct(path))
     assert len(reward.members) == labels
     tokenizer = AutoTokenizer.from_pretrained(path)
-    assert marks.tokens == sum(
+    assert marks.spent.reward_tokens == sum(
         len(tokenizer(f"<user>the cat</s><assistant>{text}</s>", add_special_tokens=False)["input_ids"]) for text in TEXTS
     )
     assert marks.notes == (None,) * len(TEXTS)
@@ -132,7 +132,7 @@ async def test_a_conversation_that_the_template_refuses_is_not_scored_and_others
     refused, scored = await asyncio.gather(reward.score(wizard, candidates()), reward.score(ASK, candidates()))
     assert np.isnan(refused.values).all()
     assert all("roles are system" in note for note in refused.notes)
-    assert refused.tokens == 0
+    assert refused.spent.reward_tokens == 0
     assert same(scored.values[0], direct(path))
     await reward.close()
 
@@ -158,7 +158,7 @@ async def test_without_a_chat_template_the_text_is_read_plainly(reward_model, by
     (tmp_path / "chat_template.jinja").unlink()
     reward = await started(model=str(tmp_path))
     marks = await reward.score(ASK, candidates(["sat"]))
-    assert marks.tokens == len(byte_level("the cat\n\nsat")["input_ids"])
+    assert marks.spent.reward_tokens == len(byte_level("the cat\n\nsat")["input_ids"])
     assert np.isfinite(marks.values).all()
     assert np.isfinite((await reward.score([], candidates(["a completion"]))).values).all()
     nothing = await reward.score([], candidates([""]))
@@ -232,3 +232,12 @@ async def test_what_cannot_be_loaded_is_refused(reward_model, tmp_path):
     for wrong in (Classifier(), Classifier(model="a", models=("b",))):
         with pytest.raises(ConfigError, match="either model or models"):
             wrong.load()
+
+
+async def test_objectives_are_scaled_as_the_section_says(reward_model):
+    path = reward_model(labels=2)
+    raw = await started(model=path, attributes=("a", "b"))
+    scaled = await started(model=path, attributes=("a", "b"), scaling={"b": Scaling(mean=1.0, std=4.0)})
+    before, after = await raw.score(ASK, candidates()), await scaled.score(ASK, candidates())
+    np.testing.assert_allclose(after.values[0], before.values[0], atol=1e-6)
+    np.testing.assert_allclose(after.values[1], (before.values[1] - 1.0) / 4.0, atol=1e-6)

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from infer_align import config as configuration
 from infer_align.engines.fake import FakeEngine
 from infer_align_server.app import create_app
+from infer_align_server.protocol import BoundedProtocol
 from infer_align_server.service import Service
 
 # One script for most tests: candidate i says "candidate <number>", so a reward by number has a known ranking.
@@ -128,7 +129,8 @@ Serve = Callable[[str], Live]
 def start(config: configuration.Config, *, wait: bool = True) -> Live:
     """Serve in a thread; with `wait`, until the models have loaded or failed to."""
     app = create_app(config)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5))
+    options: Any = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 5}
+    server = uvicorn.Server(uvicorn.Config(app, http=BoundedProtocol, port=0, **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started and thread.is_alive():

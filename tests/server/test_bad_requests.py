@@ -231,10 +231,11 @@ ALIGN: list[tuple[Any, str, str]] = [
     ({"preset": []}, "align.preset", "not configured"),
     ({"preset": ""}, "align.preset", "not configured"),
     ({"preset": False}, "align.preset", "not configured"),
-    ({"dpa": {"direction": {"a": 1}}}, "align.dpa", "not available"),
-    ({"rps": {}}, "align.rps", "not available"),
+    ({"dpa": {"direction": {"verbos": 1}}}, "align.dpa.direction.verbos", "did you mean 'verbosity'?"),
+    ({"rps": {}}, "align.rps", "give align.dpa.direction too"),
     ({"vas": {"beta": {"x": 1}}}, "align.vas", "needs steer"),
-    ({"trust_judge": {}}, "align.trust_judge", "not available"),
+    ({"trust_judge": {"scale": 7}}, "align.trust_judge.scale", "5, 10 or 100"),
+    ({"trust_judge": {"criteria": ""}}, "align.trust_judge.criteria", "must match"),
 ]
 
 
@@ -284,12 +285,6 @@ def test_unknown_model(numbers: Any, model: str) -> None:
     assert refused(numbers.chat(model=model), 404)["param"] == "model"
 
 
-@pytest.mark.parametrize("name", ["dpa", "trust_judge"])
-def test_score_names_what_is_not_available(numbers: Any, name: str) -> None:
-    body = {"messages": USER, "candidates": ["1"], name: {}}
-    assert "not available" in refused(numbers.post(body, "/v1/align/score"))["message"]
-
-
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -304,12 +299,12 @@ def test_score_names_what_is_not_available(numbers: Any, name: str) -> None:
         ({"rewards": {"nope": 1}}, "rewards.nope"),
         ({"rewards": 5}, "rewards"),
         ({"ensemble": {"objective": "x"}}, "ensemble.objective"),
+        ({"dpa": {}}, "dpa.direction"),
+        ({"dpa": {"direction": {"helpful": 1}}}, "dpa.direction.helpful"),
+        ({"trust_judge": {"scale": 7}}, "trust_judge.scale"),
+        ({"rps": {}}, "rps"),
     ],
 )
 def test_wrong_score_request(numbers: Any, change: Any, param: str) -> None:
     body = {"messages": USER, "candidates": ["1", "2"], **change}
     assert refused(numbers.post(body, "/v1/align/score"))["param"] == param
-
-
-def test_judge_is_not_available_yet(numbers: Any) -> None:
-    assert "not available" in refused(numbers.post({}, "/v1/align/judge"))["message"]

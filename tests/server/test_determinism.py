@@ -110,7 +110,9 @@ def test_the_whole_report(numbers: Any) -> None:
         "usage": {
             "engine_calls": 3,
             "candidate_tokens": 6,
+            "saved_tokens": 0,
             "reward_tokens": 0,
+            "judge_calls": 0,
             "judge_prompt_tokens": 0,
             "judge_completion_tokens": 0,
         },

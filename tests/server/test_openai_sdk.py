@@ -192,6 +192,7 @@ def test_roles_and_history_are_kept(numbers: Any, client: openai.OpenAI) -> None
     call: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     messages: Any = [
         {"role": "system", "content": "be brief"},
+        {"role": "developer", "content": [{"type": "text", "text": "be kind"}, {"type": "text", "text": "always"}]},
         {"role": "user", "content": [{"type": "text", "text": "hi"}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "42"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
@@ -15,8 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from infer_align import config as configuration
-from infer_align.errors import ConfigError, DeadlineExceeded, Overloaded
-from infer_align_server.admission import MAX_CALLERS, Admission, RateLimit
+from infer_align.errors import ConfigError
 from infer_align_server.app import create_app
 from tests.server.conftest import end, start
 
@@ -80,22 +78,6 @@ def test_the_rate_is_per_key(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     assert live.get("/v1/models", headers={"authorization": "Bearer b"}).status_code == 200
 
 
-def test_the_bucket_fills_again_and_forgets_those_that_are_full() -> None:
-    now = 1000.0
-    rate = RateLimit(60, lambda: now)
-    for _ in range(60):
-        rate.take("busy")
-    with pytest.raises(Overloaded) as caught:
-        rate.take("busy")
-    assert caught.value.retry_after == pytest.approx(1.0)
-    now += 1.0
-    rate.take("busy")
-    for i in range(MAX_CALLERS + 100):
-        rate.take(f"caller {i}")
-        now += 0.001
-    assert len(rate._buckets) <= MAX_CALLERS
-
-
 def test_a_full_queue_is_429_with_retry_after(serve: Any) -> None:
     live = serve(f"[limits]\nmax_running = 1\nmax_queue = 1\n{SLOW}")
     answers: list[httpx.Response] = []
@@ -143,63 +125,6 @@ def test_running_tokens_bound_what_runs_at_once(serve: Any) -> None:
     assert most == 2
     assert live.chat(max_tokens=4000).status_code == 200, "alone, a request is bounded by its own limit only"
     assert live.idle()
-
-
-def test_admission_is_first_come_first_served_and_leaks_nothing() -> None:
-    limits = configuration.Limits(max_running=2, max_running_tokens=10, max_queue=50)
-
-    async def scenario() -> list[int]:
-        admission, order = Admission(limits), []
-
-        async def one(i: int) -> None:
-            async with admission.admit(5 if i % 3 else 10):
-                order.append(i)
-                await asyncio.sleep(0.001)
-
-        tasks = [asyncio.create_task(one(i)) for i in range(30)]
-        await asyncio.sleep(0)
-        for i in (5, 11, 28):
-            tasks[i].cancel()
-        await asyncio.wait(tasks)
-        assert (admission.running, admission.running_tokens, admission.queued) == (0, 0, 0)
-        return order
-
-    assert asyncio.run(scenario()) == [i for i in range(30) if i not in {5, 11, 28}]
-
-
-def test_leaving_in_the_very_step_of_being_admitted_leaks_nothing() -> None:
-    async def scenario() -> None:
-        admission = Admission(configuration.Limits(max_running=1))
-        release = asyncio.Event()
-
-        async def hold(event: asyncio.Event) -> None:
-            async with admission.admit(1):
-                await event.wait()
-
-        first = asyncio.create_task(hold(release))
-        await asyncio.sleep(0)
-        second, third = asyncio.create_task(hold(asyncio.Event())), asyncio.create_task(hold(release))
-        await asyncio.sleep(0)
-        release.set()
-        first.add_done_callback(lambda _: second.cancel())
-        await asyncio.wait({first, second, third}, timeout=2)
-        assert third.done(), "the place of the one that left goes on to the next"
-        assert (admission.running, admission.running_tokens, admission.queued) == (0, 0, 0)
-
-    asyncio.run(scenario())
-
-
-def test_a_deadline_in_the_queue_leaks_nothing() -> None:
-    async def scenario() -> None:
-        admission = Admission(configuration.Limits(max_running=1))
-        async with admission.admit(1):
-            for seconds in (0.0, 0.01):
-                with pytest.raises(DeadlineExceeded):
-                    async with admission.admit(1, seconds):
-                        pytest.fail("admitted")
-        assert (admission.running, admission.queued) == (0, 0)
-
-    asyncio.run(scenario())
 
 
 # --- readiness ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,14 @@ def test_what_does_not_finish_in_time_is_cut(process: Any) -> None:
 
 @pytest.mark.slow
 def test_sigterm_while_loading(process: Any) -> None:
-    server = process('[engine]\nkind = "fake"\nload_seconds = 60\n')
-    time.sleep(1.5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = process('[engine]\nkind = "fake"\nload_seconds = 60\n', "--set", f"server.port={port}")
+    while server.popen.poll() is None:
+        with suppress(httpx.TransportError):
+            assert httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 503
+            break
+        time.sleep(0.05)
     server.popen.send_signal(signal.SIGTERM)
     assert server.wait() == 0
 

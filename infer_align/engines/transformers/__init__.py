@@ -9,17 +9,20 @@ Own batching, because transformers' generates a third as fast on a CPU and its p
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any
 
 from infer_align.engines import Engine, Stream
-from infer_align.engines._sampling import SamplingParams
+from infer_align.engines._labels import LabelTree
+from infer_align.engines._sampling import SamplingParams, field_schemas
 from infer_align.engines.transformers.model import Model
+from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.engines.transformers.steering import Steerer
-from infer_align.errors import InvalidRequest, Unavailable
-from infer_align.types import Capability, Draw
+from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
+from infer_align.types import Capability, Draw, Kind, LabelQuery, LabelReading
 from infer_align.values import Value
 
 
@@ -56,8 +59,15 @@ plugin = Transformers
 class TransformersEngine(Engine):
     """Tokenizes on the caller's side, samples in one scheduler thread."""
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.CHAT, Capability.COMPLETION, Capability.SEED, Capability.LOGPROBS, Capability.STEER}
+    capabilities = frozenset(
+        {
+            Capability.CHAT,
+            Capability.COMPLETION,
+            Capability.SEED,
+            Capability.LOGPROBS,
+            Capability.LABEL_LOGPROBS,
+            Capability.STEER,
+        }
     )
 
     def __init__(self, config: Transformers) -> None:
@@ -67,6 +77,7 @@ class TransformersEngine(Engine):
         self._model: Model | None = None
         self._steerer: Steerer | None = None
         self._scheduler: Scheduler | None = None
+        self._trees: dict[tuple[str, ...], LabelTree] = {}
 
     async def start(self) -> None:
         """Load the model.
@@ -128,6 +139,10 @@ class TransformersEngine(Engine):
         if draw.steering and self._steerer:
             self._steerer.check(draw.steering)
 
+    def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
+        """Those of `SamplingParams`."""
+        return field_schemas(kind)
+
     def sample(self, draw: Draw) -> Stream:
         """Queue the draw; its candidates join the running batch as soon as there is room.
 
@@ -145,8 +160,43 @@ class TransformersEngine(Engine):
             )
         room = self._room(draw, len(prompt.ids), params.max_tokens, self._scheduler.capacity)
         job = Job(draw, params, prompt, room, self._steerer.bind(draw.steering) if self._steerer else ())
-        self._scheduler.submit(job)
+        if not self._scheduler.is_alive():
+            raise Unavailable("the engine was shut down")
+        # In the loop's next round: draws that begin together, as those of several directions do, are prefilled together.
+        job.loop.call_soon(self._submit, self._scheduler, job)
         return job.stream
+
+    @staticmethod
+    def _submit(scheduler: Scheduler, job: Job) -> None:
+        try:
+            scheduler.submit(job)
+        except Unavailable as error:
+            job.stream.put(error)
+
+    async def read_labels(self, query: LabelQuery) -> LabelReading:
+        """Queue the reading; it is batched with all that wait, between two decoding steps.
+
+        Raises:
+            InvalidRequest: the prompt cannot be rendered.
+            Unsupported: a label cannot be spelt by the tokenizer.
+            EngineFailed: the prompt does not fit the context or the cache, or the model failed.
+            Unavailable: not started, or closed.
+        """
+        if self._model is None or self._scheduler is None:
+            raise Unavailable("the model is still loading")
+        tree = self._trees.get(query.labels) or LabelTree(self._model.tokenizer.get_vocab(), query.labels)
+        self._trees[query.labels] = tree
+        ids = self._model.render(Draw({"messages": query.messages}), query.prefix).ids
+        longest = len(ids) + max(len(path) for path in tree.readings)
+        if longest > min(self.context_length, self._scheduler.capacity):
+            raise EngineFailed(
+                f"a judge's prompt of {len(ids)} tokens does not fit the context of {self.context_length}.", status=400
+            )
+        question = Question(ids, tree)
+        await asyncio.sleep(0)  # whoever asks at the same time tokenizes first: then all are read together
+        self._scheduler.submit(question)
+        read = await question.answer
+        return LabelReading(tree.logprobs(read), len(ids), len(tree.readings))
 
     def _room(self, draw: Draw, prompt_tokens: int, max_tokens: int | None, capacity: int) -> int:
         prompt = "messages" if draw.kind == "chat" else "prompt"

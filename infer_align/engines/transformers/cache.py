@@ -94,6 +94,17 @@ class RowCache(Cache):  # type: ignore[misc]
             taken.layers[-1].assign(layer.keys[index, :, start:], layer.values[index, :, start:])
         return taken
 
+    def beginnings(self, lengths: list[int]) -> RowCache:
+        """The only row's first lengths[i] columns, as row i."""
+        taken, width = RowCache(), max(lengths)
+        for layer in self.layers if width else ():
+            device = layer.keys.device
+            shift = torch.tensor([width - length for length in lengths], device=device)
+            index = (torch.arange(width, device=device)[None] - shift[:, None]).clamp(min=0)  # padding is masked, and finite
+            taken.layers.append(GrowingLayer())
+            taken.layers[-1].assign(layer.keys[0][:, index].transpose(0, 1), layer.values[0][:, index].transpose(0, 1))
+        return taken
+
     def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
         """Of the columns from `columns` on, keep in each row the one at offset chosen[row]."""
         for layer in self.layers:

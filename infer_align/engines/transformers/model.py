@@ -155,8 +155,8 @@ class Model:
         digest = tokenizer_digest(self.tokenizer.get_vocab())
         return Frozen(name, self.vocabulary, self.hidden_size, digest, str(self.device))
 
-    def render(self, draw: Draw) -> Prompt:
-        """The draw's prompt as tokens.
+    def render(self, draw: Draw, said: str = "") -> Prompt:
+        """The draw's prompt as tokens; `said` is what the assistant's turn begins with.
 
         Raises:
             InvalidRequest: the chat template refuses the messages, or a part is not text.
@@ -164,6 +164,8 @@ class Model:
         if draw.kind == "completion":
             return self._tokenized(draw.body["prompt"], "prompt", special=True)
         messages = [_plain(i, message) for i, message in enumerate(draw.body["messages"])]
+        if "developer" not in str(self.tokenizer.chat_template):  # OpenAI's newer word for it
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         if not self.tokenizer.chat_template:
             raise InvalidRequest(
                 "messages: this model has no chat template; use /v1/completions.", param="messages", code="unsupported"
@@ -173,7 +175,7 @@ class Model:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         except Exception as error:  # a template is code that came with the model, and what it raises is up to it
             raise InvalidRequest(f"messages: the model's chat template refused them: {error}.", param="messages") from None
-        return self._tokenized(text, "messages", special=False)
+        return self._tokenized(text + said, "messages", special=False)
 
     def _tokenized(self, text: str, param: str, *, special: bool) -> Prompt:
         try:

@@ -8,7 +8,7 @@ import operator
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from infer_align.engines import Event
 from infer_align.engines.transformers.batch import Batch
 from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.model import Model, Step
+from infer_align.engines.transformers.reading import Question, Read, read_group, take_group
 from infer_align.engines.transformers.rows import Job, Row, logprob_entries
 from infer_align.engines.transformers.sampler import adjust, sample
 from infer_align.engines.transformers.steering import Steerer, ValueCache
@@ -41,10 +42,11 @@ class Scheduler(threading.Thread):
         self.max_batch = config.max_batch
         self.prefill_tokens = config.prefill_tokens
         self._kv_bytes = config.kv_cache_gib * 2**30
-        self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | Question | None] = queue.SimpleQueue()
         self._halt = False
         self._over = False  # nothing is received any more
         self._jobs: set[Job] = set()  # everything that somebody waits for
+        self._questions: deque[Question] = deque()  # not yet read
         self._waiting: deque[Job] = deque()  # not yet prefilled
         self._ready: deque[Job] = deque()  # prefilled, with candidates that have not joined
         self._batch = Batch()
@@ -55,8 +57,8 @@ class Scheduler(threading.Thread):
         """Cells of the cache, rows x columns; fewer when a value LM has been added, whose keys and values count too."""
         return int(self._kv_bytes / (self.model.cell_bytes + self.steerer.cell_bytes))
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; from any thread.
+    def submit(self, job: Job | Question) -> None:
+        """Queue a job or a question; from any thread.
 
         Raises:
             Unavailable: the thread has ended or is about to.
@@ -81,15 +83,19 @@ class Scheduler(threading.Thread):
         self._over = True
         self._inbox.put(None)
         self._receive()
-        self._fail(self._jobs, Unavailable("the engine was shut down"))
+        closed = Unavailable("the engine was shut down")
+        self._fail(self._jobs, closed)
         self._publish()
+        self._answer([(question, closed) for question in self._questions])
 
     def _receive(self) -> None:
-        idle = not self._jobs
+        idle = not self._jobs and not self._questions
         while idle or not self._inbox.empty():
             job = self._inbox.get()
             idle = False
-            if job is not None:
+            if isinstance(job, Question):
+                self._questions.append(job)
+            elif job is not None:
                 self._jobs.add(job)
                 job.rows.extend(self._new_rows(job))
                 self._waiting.append(job)
@@ -100,6 +106,7 @@ class Scheduler(threading.Thread):
 
     def _step(self) -> None:
         self._leave()
+        self._read()
         self._prefill()
         self._join()
         self._decode()
@@ -120,6 +127,29 @@ class Scheduler(threading.Thread):
         self._batch = self._batch.take(
             [i for i, row in enumerate(self._batch.rows) if row.finish_reason is None and not row.job.closed]
         )
+
+    def _read(self) -> None:
+        """Answer questions, group by group, until `prefill_tokens` of prompts have been read."""
+        left, cells = self.prefill_tokens, max(1, self.capacity // 8)
+        while left > 0 and self._questions:
+            group = [q for q in take_group(self._questions, left, cells) if not q.answer.done()]
+            left -= sum(len(question.ids) for question in group)
+            if not group:
+                continue
+            outcomes: Sequence[Read | Exception]
+            try:
+                outcomes = read_group(self.model, group, self.prefill_tokens, cells)
+            except AlignError as error:
+                outcomes = [error] * len(group)
+            except Exception as error:  # whatever the model's code raises
+                log.exception("a reading failed")
+                outcomes = [EngineFailed(f"the engine failed: {error}", status=500)] * len(group)
+            self._answer(list(zip(group, outcomes, strict=True)))
+
+    def _answer(self, told: Sequence[tuple[Question, Read | Exception]]) -> None:
+        for question, outcome in told:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                question.loop.call_soon_threadsafe(question.tell, outcome)
 
     def _prefill(self) -> None:
         """Read up to `prefill_tokens` of prompts: several short ones at once, or the next part of a long one."""

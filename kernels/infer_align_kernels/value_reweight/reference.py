@@ -10,6 +10,8 @@ from infer_align_kernels.value_reweight.types import CandidateValues, HeadValues
 TILE = 512
 LOG2_E = 1.4426950408889634
 COLDEST = 1e-30
+# Tokens that `keyed_candidates` makes keys for at once: 16 bytes each.
+KEYED_TOKENS = 2**23
 
 
 def reweight_logits(
@@ -22,10 +24,12 @@ def reweight_logits(
 ) -> torch.Tensor:
     """See `infer_align_kernels.reweight_logits`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if out is None and isinstance(tail, str) and tail == "keep" and not logits.is_cuda and _is_plain(token_ids, values, beta):
+    in_place = out is not None and out.data_ptr() == logits.data_ptr()
+    keep = isinstance(tail, str) and tail == "keep"
+    if (out is None or in_place) and keep and not logits.is_cuda and _is_plain(token_ids, values, beta):
         centred = values.to(dtype) - values.to(dtype).sum(dim=2, keepdim=True) / token_ids.shape[1]
         shift = (beta.to(dtype).T[:, :, None] * centred).sum(dim=0)
-        return logits.to(dtype, copy=True).scatter_add_(1, token_ids, shift)
+        return (logits.to(dtype, copy=True) if out is None else out).scatter_add_(1, token_ids, shift)
     slots = token_ids >= 0
     # Unused slots repeat the first: a scatter that writes the same number twice is well defined.
     ids = torch.where(slots, token_ids, token_ids[:, :1]).clamp_(min=0)
@@ -34,9 +38,9 @@ def reweight_logits(
     steered = torch.where(steered_rows, chosen + shifts(values.to(dtype), beta.to(dtype), slots), chosen)
     if out is None:
         out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    if out.data_ptr() != logits.data_ptr():
+    if not in_place:
         out.copy_(logits)
-    if isinstance(tail, torch.Tensor) or tail == "mask":
+    if not keep:
         dropped = steered_rows[:, 0] & (tail if isinstance(tail, torch.Tensor) else True)
         out.index_fill_(0, dropped.nonzero()[:, 0], -torch.inf)
     return out.scatter_(1, ids, torch.where(slots, steered, steered[:, :1]))
@@ -87,6 +91,19 @@ def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
         taken = torch.cat([above, (logits[row] == cut).nonzero()[: k - len(above), 0]])
         ids[row, :k] = taken[logits[row, taken].sort(descending=True, stable=True).indices]
     return ids[:, :k]
+
+
+def keyed_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """`top_candidates` without a look at the numbers: one integer per token, ordered by logit and then by the lower id."""
+    rows = max(1, KEYED_TOKENS // logits.shape[1])
+    last = 0xFFFFFFFF - torch.arange(logits.shape[1], device=logits.device)
+    found = []
+    for start in range(0, len(logits), rows):  # each row by itself in all that follows: how many go together changes nothing
+        clean = logits[start : start + rows].float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        keys = clean.add_(0.0).view(torch.int32).long()  # -0 is 0
+        keys ^= (keys >> 63) & 0x7FFFFFFF  # as integers, floats below 0 come in reverse
+        found.append((keys << 32).bitwise_or_(last).topk(k, dim=1).indices)
+    return torch.cat(found) if found else logits.new_empty((0, k), dtype=torch.int64)
 
 
 def value_reweight(

@@ -1,0 +1,90 @@
+"""How likely labels are, from the top logprobs of calls of one token.
+
+Where the upstream continues a turn that was begun, the prefix is forced, as in an engine that owns the model. Where it does not,
+it is asked to say the label alone; that is another prompt, and so another reading.
+
+A label that is one token is exact while it is among the top tokens shown (20), else -inf. One that takes several tokens ("85" as
+"8" and "5") is read by further calls after each of its beginnings whose probability is over NEGLIGIBLE, and then as exact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from infer_align.engines.openai.probe import CONTINUE, TOP_LOGPROBS, top_logprobs
+from infer_align.types import LabelQuery, LabelReading
+from infer_align.upstream import UpstreamFailed
+from infer_align.upstream.client import Client, Tally
+
+# Beginnings less likely than this are not followed: a label loses at most this much.
+NEGLIGIBLE = 1e-3
+
+
+async def read_labels(client: Client, model: str, query: LabelQuery, *, continues: bool) -> LabelReading:
+    """One reading.
+
+    Args:
+        client: of the upstreams.
+        model: to be asked.
+        query: the labels.
+        continues: whether the upstream continues an assistant's turn that was begun.
+
+    Raises:
+        UpstreamFailed: it did not answer, or shows no logprobs.
+    """
+    reader = _Reader(client, model, query, continues)
+    total = dict.fromkeys(query.labels, 0.0)
+    await reader.follow("", 1.0, total)
+    logprobs = {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
+    return LabelReading(logprobs, reader.prompt_tokens, reader.tally.calls)
+
+
+class _Reader:
+    def __init__(self, client: Client, model: str, query: LabelQuery, continues: bool) -> None:  # noqa: FBT001
+        self.tally = Tally()
+        self.prompt_tokens = 0
+        self._client = client
+        self._model = model
+        self._query = query
+        self._continues = continues
+
+    async def follow(self, said: str, probability: float, total: dict[str, float]) -> float:
+        """Add to `total` what the labels that begin with `said` get; -> the probability that one of them is continued."""
+        shown = await self._top(said)
+        labels = self._query.labels
+        steps: dict[str, float] = {}
+        for token, logprob in shown.items():
+            text = said + (token if self._continues else token.strip())
+            if text != said and any(label.startswith(text) for label in labels):
+                steps[text] = steps.get(text, 0.0) + math.exp(min(logprob, 0.0))
+        await asyncio.gather(*(self._step(text, probability * p, total) for text, p in steps.items()))
+        return sum(steps.values())
+
+    async def _step(self, text: str, probability: float, total: dict[str, float]) -> None:
+        longer = any(label != text and label.startswith(text) for label in self._query.labels)
+        goes_on = await self.follow(text, probability, total) if longer and probability > NEGLIGIBLE else 0.0
+        if text in total:  # said in full only where nothing that continues it to another label follows
+            total[text] += probability * max(0.0, 1.0 - goes_on)
+
+    async def _top(self, said: str) -> Mapping[str, float]:
+        body = {"model": self._model, **self._prompt(said), "max_tokens": 1, "temperature": 1.0}
+        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        answer = await self._client.post("/chat/completions", body, model=self._model, tally=self.tally)
+        shown = top_logprobs(answer)
+        if not shown:
+            raise UpstreamFailed("the upstream shows no top logprobs.")
+        usage = answer.get("usage") or {}
+        self.prompt_tokens += usage.get("prompt_tokens") or 0
+        return shown
+
+    def _prompt(self, said: str) -> dict[str, Any]:
+        messages = [*self._query.messages]
+        if self._continues:
+            return {"messages": [*messages, {"role": "assistant", "content": self._query.prefix + said}], **CONTINUE}
+        begun = self._query.prefix + said
+        rest = ", ".join(label.removeprefix(said) for label in self._query.labels if label.startswith(said) and label != said)
+        wish = f"Reply with what follows {begun!r} and nothing else, without quotes. It is one of: {rest}."
+        return {"messages": [*messages, {"role": "user", "content": wish}]}

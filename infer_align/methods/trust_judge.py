@@ -1,0 +1,48 @@
+"""TrustJudge: a judge as a reward, read from the probabilities of its labels instead of the label it happens to say.
+
+"TrustJudge" (2509.21117). This is what a request may ask for; the judge itself stands in `infer_align.rewards.trust_judge`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+from infer_align.types import Capability, Plan, Stage
+
+CRITERIA = "helpful, correct and clear"
+
+
+@dataclass(frozen=True, slots=True)
+class TrustJudge:
+    """Let a judge score or compare the candidates, beside the rewards."""
+
+    mode: Literal["score", "pairwise"] = field(
+        default="score", metadata={"description": "one score per candidate, or comparisons in both orders and their win rates"}
+    )
+    scale: Literal[5, 10, 100] = field(default=100, metadata={"description": "the highest score that the judge may give"})
+    criteria: str = field(
+        default=CRITERIA, metadata={"pattern": r"\S", "max_length": 4000, "description": "what is judged, in words"}
+    )
+    weight: float = field(
+        default=1.0,
+        metadata={"ge": 0, "le": 1e9, "description": "beside the weights of the rewards; the judge's scores are from 1 to 5"},
+    )
+    readout: Literal["expected", "geval", "published"] = field(
+        default="expected",
+        metadata={"description": "expectation over the labels; that, not renormalised; or the paper's code with its defects"},
+    )
+
+    stage: ClassVar[Stage] = Stage.SCORE
+    needs: ClassVar[frozenset[Capability]] = frozenset()  # of the judge's engine, not of the one that answers
+
+    def plan(self, plan: Plan) -> Plan:
+        """The judge among the plan's rewards, asked in this way."""
+        return replace(
+            plan,
+            rewards={**plan.rewards, "trust_judge": self.weight},
+            parameters={**plan.parameters, "trust_judge": self},
+        )
+
+
+plugin = TrustJudge

@@ -1,0 +1,134 @@
+"""Judge candidates that somebody else generated: their scores, their comparisons, and how well the two agree."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
+from infer_align.request import check_prompt
+from infer_align.rewards.trust_judge import TrustJudgeReward, conflict_ratio, nontransitivity, rescale
+from infer_align.rewards.trust_judge.asking import Judgement
+from infer_align.rewards.trust_judge.consistency import cycles
+from infer_align.rewards.trust_judge.tournament import Comparisons
+from infer_align.schema import parse
+from infer_align_server.scoring import candidates_of
+from infer_align_server.service import Service
+from infer_align_server.wire import number
+
+SUBSETS = (3, 4, 5)
+GIVEN = ("model", "messages", "candidates")
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """How to judge; what is left out is as the judge is configured."""
+
+    judge: str = field(default="trust_judge", metadata={"description": "which judge, by its reward's name"})
+    mode: Literal["score", "pairwise", "both"] = field(default="both", metadata={"description": "scores, comparisons, or both"})
+    scale: Literal[5, 10, 100] | None = field(default=None, metadata={"description": "the highest score"})
+    criteria: str | None = field(default=None, metadata={"description": "what is judged, in words"})
+    readout: Literal["expected", "geval", "published"] | None = field(default=None, metadata={"description": "how scores are read"})
+    rule: Literal["first_label", "likelihood", "perplexity"] | None = field(
+        default=None, metadata={"description": "how two orders become one relation"}
+    )
+    tolerance: float | None = field(default=None, metadata={"ge": 0, "description": "nearer than this is a tie"})
+    schedule: Literal["round_robin", "swiss"] | None = field(default=None, metadata={"description": "which pairs are compared"})
+
+
+FIELDS = (*GIVEN, *Judging.__dataclass_fields__)
+
+
+async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> dict[str, Any]:
+    """The answer of /v1/align/judge.
+
+    Raises:
+        InvalidRequest: a field is missing, wrong or unknown, or the judge's engine shows no label probabilities.
+        DeadlineExceeded: the judge took longer than its configuration allows.
+        RewardFailed: nothing at all could be judged.
+    """
+    texts = candidates_of(service, body, FIELDS)
+    service.resolve(body.get("model"))  # a wrong name is refused as everywhere
+    check_prompt({"messages": body.get("messages")}, "chat")
+    wanted, reward = _reward(service, {key: value for key, value in body.items() if key not in GIVEN and value is not None})
+    judgements: Sequence[Judgement] = ()
+    compared = Comparisons()
+    async with service.admission.admit(0, caller=caller):
+        try:
+            async with asyncio.timeout(reward.timeout_seconds):
+                if wanted.mode != "pairwise":
+                    judgements = await reward.judge.scores(body["messages"], texts, reward.config.scale)
+                if wanted.mode != "score":
+                    compared = await reward.compare(body["messages"], texts)
+        except TimeoutError:
+            raise DeadlineExceeded(f"no judgement within {reward.timeout_seconds:.3g} s; send fewer candidates.") from None
+    first = next(iter([j.error for j in judgements if j.error] + [*compared.errors.values()]), None)
+    if first is not None and len(compared.relations) + sum(j.reading is not None for j in judgements) == 0:
+        raise RewardFailed(f"nothing could be judged; first: {first}")
+    return _answer(reward, texts, judgements, compared)
+
+
+def _reward(service: Service, given: Mapping[str, Any]) -> tuple[Judging, TrustJudgeReward]:
+    try:
+        wanted = parse(Judging, given, "")
+    except InvalidRequest as error:  # the fields stand in the body itself
+        raise type(error)(error.message.removeprefix("."), param=(error.param or "").removeprefix("."), code=error.code) from None
+    if wanted.criteria is not None and not wanted.criteria.strip():
+        raise InvalidRequest(f"criteria: {wanted.criteria!r} is not allowed; must say something, or be left out.", param="criteria")
+    judges = {name: reward for name, reward in service.rewards.items() if isinstance(reward, TrustJudgeReward)}
+    if wanted.judge not in judges:
+        raise InvalidRequest(f"judge: {wanted.judge!r} is no judge here; {nearest(wanted.judge, judges)}", param="judge")
+    names = ("scale", "criteria", "readout", "rule", "tolerance", "schedule")
+    fields = {name: value for name in names if (value := getattr(wanted, name)) is not None}
+    # The mode decides whether a critique's own probability is read, which comparisons alone need.
+    reward = judges[wanted.judge].configured(**fields, mode="score" if wanted.mode == "score" else "pairwise")
+    reward.check("judge")
+    return wanted, reward
+
+
+def _answer(
+    reward: TrustJudgeReward, texts: Sequence[str], judgements: Sequence[Judgement], compared: Comparisons
+) -> dict[str, Any]:
+    scale = reward.config.scale
+    scores = {i: reward.read(judgement) for i, judgement in enumerate(judgements)}
+    dropped = sum(judgement.reading is None for judgement in judgements)
+    spent = sum((judgement.spent for judgement in judgements), compared.spent)
+    relations = compared.relations
+    ties = sum(relation == "equal" for relation in relations.values())
+    return {
+        "object": "align.judge",
+        "scale": scale,
+        "candidates": [
+            {
+                "index": i,
+                "score": number(scores[i]) if judgements else None,
+                "rescaled": number(rescale(scores[i], scale)) if judgements else None,
+                "win_rate": number(compared.win_rate(i)),
+                "error": judgements[i].error if judgements else None,
+            }
+            for i in range(len(texts))
+        ],
+        "pairs": [_pair(compared, pair) for pair in compared.orders],
+        "conflict_ratio": number(conflict_ratio(scores, relations)),
+        "tie_rate": number(ties / len(relations)) if relations else None,
+        "nontransitivity": {str(k): number(nontransitivity(relations, k)) for k in SUBSETS},
+        "cycles": [list(cycle) for cycle in cycles(relations)],
+        "drop_rate": {
+            "score": number(dropped / len(judgements)) if judgements else None,
+            "pairwise": number(len(compared.errors) / len(compared.orders)) if compared.orders else None,
+        },
+        "usage": {name: count for name, count in asdict(spent).items() if name != "reward_tokens"},
+    }
+
+
+def _pair(compared: Comparisons, pair: tuple[int, int]) -> dict[str, Any]:
+    """One comparison: what each order said, and what they come to. In both orders A is the answer that was shown first."""
+    shown = [dict(judgement.reading.probs) if judgement.reading else None for judgement in compared.orders[pair]]
+    return {
+        "pair": list(pair),
+        "relation": compared.relations.get(pair),
+        "orders": shown,
+        "error": compared.errors.get(pair),
+    }

@@ -1,0 +1,33 @@
+"""The servers that client programs are tried on."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import NUMBERS, config_file, serve
+
+__all__ = ["config_file", "serve"]
+
+ANSWER = '{\\"city\\": \\"Oslo\\", \\"degrees\\": 4}'
+CALL = f'{{id = "call_1", type = "function", function = {{name = "Weather", arguments = "{ANSWER}"}}}}'
+BRIEF = '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
+SERVERS = {
+    "numbers": NUMBERS,
+    "tools": f'[engine]\nkind = "fake"\nreplies = [{{text = "", tool_calls = [{CALL}]}}]\n{BRIEF}',
+    "json": f'[engine]\nkind = "fake"\nreplies = [{{text = "{ANSWER}"}}]\n{BRIEF}',
+    "slow": '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8 9 10 11 12", seconds_per_token = 0.3}]\n',
+    "keyed": '[server]\napi_keys_env = "TEST_CLIENT_KEYS"\n[engine]\nkind = "fake"\n',
+}
+
+
+@pytest.fixture(scope="session")
+def servers(serve: Any) -> dict[str, Any]:
+    """One of each."""
+    os.environ["TEST_CLIENT_KEYS"] = "a-key"
+    try:
+        return {name: serve(text) for name, text in SERVERS.items()}
+    finally:
+        del os.environ["TEST_CLIENT_KEYS"]

@@ -1,0 +1,73 @@
+"""What a program with langchain-openai does; run with the urls of the servers as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+import openai
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.tools import tool
+from langchain_openai import ChatOpenAI
+from pydantic import BaseModel
+
+from infer_align_client import extra_body
+
+URLS = json.loads(sys.argv[1])
+BEST = extra_body(best_of_n={"n": 5}, rewards={"number": 1.0}, ensemble={"objective": "mean"})
+
+
+def chat(url: str, model: str = "fake", **options: object) -> ChatOpenAI:
+    return ChatOpenAI(model=model, base_url=url, api_key="unused", max_retries=0, timeout=20, **options)
+
+
+@tool
+def Weather(city: str) -> str:
+    """How warm it is."""
+    return f"4 degrees in {city}"
+
+
+class Report(BaseModel):
+    """Structured output."""
+
+    city: str
+    degrees: int
+
+
+assert chat(URLS["numbers"]).invoke([SystemMessage("be brief"), HumanMessage("hello")]).content == "candidate 3"
+assert chat(URLS["numbers"], extra_body=BEST).invoke("hello").content == "candidate 9"
+assert chat(URLS["numbers"], "fake@best").invoke("hello").content == "candidate 9"
+assert "".join(str(chunk.content) for chunk in chat(URLS["numbers"]).stream("hello")) == "candidate 3"
+assert "".join(str(chunk.content) for chunk in chat(URLS["numbers"], extra_body=BEST).stream("hello")) == "candidate 9"
+
+called = chat(URLS["tools"], extra_body=extra_body(best_of_n={"n": 2})).bind_tools([Weather]).invoke("how warm is it?")
+assert isinstance(called, AIMessage)
+assert called.tool_calls[0]["args"]["city"] == "Oslo"
+answered = ToolMessage("4 degrees", tool_call_id=called.tool_calls[0]["id"])
+chat(URLS["tools"]).bind_tools([Weather]).invoke([HumanMessage("how warm is it?"), called, answered])
+assert chat(URLS["json"]).with_structured_output(Report, method="json_schema").invoke("how warm?") == Report(city="Oslo", degrees=4)
+
+for kind, model, url in (
+    (openai.NotFoundError, "nobody", URLS["numbers"]),
+    (openai.AuthenticationError, "fake", URLS["keyed"]),
+):
+    try:
+        chat(url, model).invoke("hello")
+    except kind as error:
+        assert error.code  # noqa: PT017
+    else:
+        raise AssertionError(model)
+
+
+async def asynchronous() -> None:
+    answers = await chat(URLS["numbers"], extra_body=BEST).abatch(["hello"] * 4)
+    assert {answer.content for answer in answers} == {"candidate 9"}
+    text = ""
+    async for chunk in chat(URLS["numbers"]).astream("hello"):
+        text += str(chunk.content)
+    assert text == "candidate 3"
+
+
+asyncio.run(asynchronous())
+print("ok")

@@ -1,0 +1,46 @@
+"""What a request asks of the judge, as a plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from infer_align.engines.fake import Fake
+from infer_align.errors import InvalidRequest, Unsupported
+from infer_align.methods.trust_judge import TrustJudge
+from infer_align.objectives import Ensemble
+from infer_align.request import Limits, make_plan, parse_request
+from infer_align.rewards.rules import Rules
+from infer_align.rewards.trust_judge.prompts import SCALES
+from infer_align.schema import parse
+from infer_align.types import Draw, Plan
+
+BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
+
+
+def test_the_judge_joins_the_rewards_with_its_weight() -> None:
+    plan = Plan((Draw(BODY),), Ensemble(), rewards={"short": 1.0})
+    asked = TrustJudge(weight=0.5, criteria="brief")
+    planned = asked.plan(plan)
+    assert planned.rewards == {"short": 1.0, "trust_judge": 0.5}
+    assert planned.parameters == {"trust_judge": asked}
+    assert planned.draws == plan.draws
+    assert not planned.selects, "it draws nothing"
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scales(scale: int) -> None:
+    assert parse(TrustJudge, {"scale": scale}, "align.trust_judge").scale == scale
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 7}, {"scale": "100"}, {"criteria": "  "}, {"criteria": "x" * 4001}, {"weight": 1e10}])
+def test_what_is_wrong(wrong: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse(TrustJudge, wrong, "align.trust_judge")
+    assert refused.value.param == f"align.trust_judge.{next(iter(wrong))}"
+
+
+def test_where_there_is_nobody_to_ask() -> None:
+    request = parse_request({**BODY, "align": {"trust_judge": {}}}, "chat", {})
+    with pytest.raises(Unsupported) as refused:
+        make_plan(request, Fake().load(), {"short": Rules(words_weight=-1.0).load()}, {}, Limits(8, 1000))
+    assert refused.value.param == "align.trust_judge"

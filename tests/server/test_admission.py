@@ -1,0 +1,291 @@
+"""Admission: fair between callers, first come first served for each, bounded, and nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infer_align import config as configuration
+from infer_align.errors import DeadlineExceeded, Overloaded
+from infer_align_server.admission import MAX_CALLERS, Admission
+
+Arrivals = list[tuple[str, int]]
+
+
+async def served(arrivals: Arrivals, leave: frozenset[int] = frozenset(), **limits: int) -> list[int]:
+    """The order in which requests that all wait at once are admitted; those in `leave` hang up while they wait."""
+    admission, order = Admission(configuration.Limits(**{"max_running": 1, "max_queue": 10_000, **limits})), []
+    gate = asyncio.Event()
+
+    async def hold() -> None:
+        async with admission.admit(1, caller="gate"):
+            await gate.wait()
+
+    async def one(i: int, caller: str, tokens: int) -> None:
+        async with admission.admit(tokens, caller=caller):
+            order.append(i)
+            await asyncio.sleep(0)
+
+    first = asyncio.create_task(hold())
+    await asyncio.sleep(0)
+    tasks = [asyncio.create_task(one(i, *arrival)) for i, arrival in enumerate(arrivals)]
+    await asyncio.sleep(0)
+    for i in leave:
+        tasks[i].cancel()
+    gate.set()
+    await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert (admission.running, admission.running_tokens, admission.queued) == (0, 0, 0)
+    return order
+
+
+TRAFFIC = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), max_size=40)
+
+
+@given(TRAFFIC)
+@settings(max_examples=200, deadline=None)
+def test_callers_that_wait_get_the_same(arrivals: Arrivals) -> None:
+    order = asyncio.run(served(arrivals))
+    assert sorted(order) == list(range(len(arrivals))), "everybody is served in the end"
+    waiting = Counter(caller for caller, _ in arrivals)
+    largest = {caller: max(max(1, n) for who, n in arrivals if who == caller) for caller in waiting}
+    got: Counter[str] = Counter()
+    for i in order:
+        caller, tokens = arrivals[i]
+        got[caller] += max(1, tokens)
+        waiting[caller] -= 1
+        still = [who for who, left in waiting.items() if left]  # the bound holds while both wait
+        for a in still:
+            for b in still:
+                assert abs(got[a] - got[b]) <= largest[a] + largest[b], (a, b, got)
+
+
+@given(TRAFFIC, st.data())
+@settings(max_examples=100, deadline=None)
+def test_each_caller_is_served_in_its_order_whoever_leaves(arrivals: Arrivals, data: st.DataObject) -> None:
+    leave = data.draw(st.frozensets(st.sampled_from(range(len(arrivals))))) if arrivals else frozenset()
+    order = asyncio.run(served(arrivals, leave))
+    assert set(order) == set(range(len(arrivals))) - leave
+    for caller in "abc":
+        own = [i for i in order if arrivals[i][0] == caller]
+        assert own == sorted(own)
+
+
+def test_a_flood_does_not_starve_anybody() -> None:
+    flood = [("flood", 100)] * 500
+    order = asyncio.run(served([*flood, ("quiet", 100), ("quiet", 100)]))
+    assert order.index(500) <= 2
+    assert order.index(501) <= 4
+
+
+def test_who_asks_for_less_gets_more_turns() -> None:
+    arrivals = [("large", 1000)] * 5 + [("small", 10)] * 300
+    order = asyncio.run(served(arrivals))
+    before_the_third = order[: order.index(2)]
+    assert sum(i >= 5 for i in before_the_third) >= 100
+
+
+def test_who_was_away_has_saved_nothing_up() -> None:
+    """A newcomer shares from now on; it is not first given what others had before it came."""
+
+    async def scenario() -> list[str]:
+        admission, order, late = Admission(configuration.Limits(max_running=1)), [], []
+
+        async def one(caller: str) -> None:
+            async with admission.admit(10, caller=caller):
+                order.append(caller)
+                if len(order) == 10:
+                    late.extend(asyncio.create_task(one("late")) for _ in range(5))
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(one("early") for _ in range(20)))
+        await asyncio.gather(*late)
+        return order
+
+    order = asyncio.run(scenario())
+    assert order[:10] == ["early"] * 10
+    assert order[10:20].count("late") == 5, "one each, in turn"
+    assert "late" not in order[20:]
+    assert order[10:14].count("late") == 2
+
+
+def test_who_held_every_place_waits_behind_who_held_none() -> None:
+    """What ran without waiting counts as well."""
+
+    async def scenario() -> list[str]:
+        admission, order, gate = Admission(configuration.Limits(max_running=3)), [], asyncio.Event()
+
+        async def one(caller: str) -> None:
+            async with admission.admit(10, caller=caller):
+                order.append(caller)
+                await gate.wait()
+
+        tasks = [asyncio.create_task(one("a")) for _ in range(5)]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(one("b")))
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*tasks)
+        return order
+
+    assert asyncio.run(scenario()) == ["a", "a", "a", "b", "a", "a"]
+
+
+def test_a_flood_does_not_keep_others_out_of_the_queue() -> None:
+    async def scenario() -> None:
+        admission, gate = Admission(configuration.Limits(max_running=1, max_queue=4)), asyncio.Event()
+
+        async def one(caller: str) -> str:
+            async with admission.admit(1, caller=caller):
+                await gate.wait()
+            return caller
+
+        tasks = [asyncio.create_task(one("flood")) for _ in range(5)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await one("flood")
+        assert caught.value.code == "queue_full"
+        assert (caught.value.retry_after or 0) >= 1
+        others = [asyncio.create_task(one(f"other {i}")) for i in range(4)]
+        await asyncio.sleep(0)
+        assert admission.queued == 4
+        gate.set()
+        done = await asyncio.gather(*tasks, *others, return_exceptions=True)
+        gone = [isinstance(result, Overloaded) for result in done]
+        assert gone == [False, False, True, True, True, False, False, False, True], "down to one place each, the newest goes first"
+        assert (admission.running, admission.queued) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 30), st.sampled_from(["stay", "leave", "late"])), max_size=30))
+@settings(max_examples=100, deadline=None)
+def test_bounds_hold_and_nothing_leaks(arrivals: list[tuple[str, int, str]]) -> None:
+    async def scenario() -> None:
+        admission = Admission(configuration.Limits(max_running=2, max_running_tokens=40, max_queue=5))
+
+        async def one(caller: str, tokens: int, how: str) -> None:
+            async with admission.admit(tokens, 0.0 if how == "late" else None, caller):
+                assert admission.running <= 2
+                assert admission.running_tokens <= 40
+                await asyncio.sleep(0)
+
+        tasks = []
+        for arrival in arrivals:
+            tasks.append(asyncio.create_task(one(*arrival)))
+            if arrival[2] == "leave":
+                await asyncio.sleep(0)
+                tasks[-1].cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            assert result is None or isinstance(result, Overloaded | DeadlineExceeded | asyncio.CancelledError), result
+        assert (admission.running, admission.running_tokens, admission.queued) == (0, 0, 0)
+        assert not admission._marks
+
+    asyncio.run(scenario())
+
+
+def test_passed_callers_are_forgotten() -> None:
+    async def scenario() -> None:
+        admission, gate = Admission(configuration.Limits(max_running=MAX_CALLERS * 2)), asyncio.Event()
+
+        async def hold() -> None:
+            async with admission.admit(1, caller="first"):
+                await gate.wait()
+
+        first = asyncio.create_task(hold())
+        for i in range(MAX_CALLERS + 5):
+            async with admission.admit(1, caller=f"caller {i}"):
+                await asyncio.sleep(0)
+            admission._now += 1
+        assert len(admission._marks) < 100
+        gate.set()
+        await first
+
+    asyncio.run(scenario())
+
+
+def test_admission_is_first_come_first_served_and_leaks_nothing() -> None:
+    limits = configuration.Limits(max_running=2, max_running_tokens=10, max_queue=50)
+
+    async def scenario() -> list[int]:
+        admission, order = Admission(limits), []
+
+        async def one(i: int) -> None:
+            async with admission.admit(5 if i % 3 else 10):
+                order.append(i)
+                await asyncio.sleep(0.001)
+
+        tasks = [asyncio.create_task(one(i)) for i in range(30)]
+        await asyncio.sleep(0)
+        for i in (5, 11, 28):
+            tasks[i].cancel()
+        await asyncio.wait(tasks)
+        assert (admission.running, admission.running_tokens, admission.queued) == (0, 0, 0)
+        return order
+
+    assert asyncio.run(scenario()) == [i for i in range(30) if i not in {5, 11, 28}]
+
+
+def test_leaving_in_the_very_step_of_being_admitted_leaks_nothing() -> None:
+    async def scenario() -> None:
+        admission = Admission(configuration.Limits(max_running=1))
+        release = asyncio.Event()
+
+        async def hold(event: asyncio.Event) -> None:
+            async with admission.admit(1):
+                await event.wait()
+
+        first = asyncio.create_task(hold(release))
+        await asyncio.sleep(0)
+        second, third = asyncio.create_task(hold(asyncio.Event())), asyncio.create_task(hold(release))
+        await asyncio.sleep(0)
+        release.set()
+        first.add_done_callback(lambda _: second.cancel())
+        await asyncio.wait({first, second, third}, timeout=2)
+        assert third.done(), "the place of the one that left goes on to the next"
+        assert (admission.running, admission.running_tokens, admission.queued) == (0, 0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_a_deadline_in_the_queue_leaks_nothing() -> None:
+    async def scenario() -> None:
+        admission = Admission(configuration.Limits(max_running=1))
+        async with admission.admit(1):
+            for seconds in (0.0, 0.01):
+                with pytest.raises(DeadlineExceeded):
+                    async with admission.admit(1, seconds):
+                        pytest.fail("admitted")
+        assert (admission.running, admission.queued) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_one_keys_flood_does_not_hold_up_another(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_FAIR_KEYS", "flood,quiet")
+    live = serve(
+        '[server]\napi_keys_env = "TEST_FAIR_KEYS"\n[limits]\nmax_running = 1\n'
+        '[engine]\nkind = "fake"\nreplies = [{text = "1 2", seconds_per_token = 0.05}]\n'
+    )
+    done: list[str] = []
+
+    def ask(key: str) -> None:
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
+        assert live.post(body, headers={"authorization": f"Bearer {key}"}).status_code == 200
+        done.append(key)
+
+    flood = [threading.Thread(target=ask, args=("flood",)) for _ in range(15)]
+    for thread in flood:
+        thread.start()
+    assert live.until(lambda: live.service.admission.queued + len(done) >= 12)
+    before = len(done)
+    ask("quiet")
+    assert len(done) - before <= 5, "not behind the whole queue"
+    for thread in flood:
+        thread.join()
+    assert live.idle()

@@ -1,0 +1,268 @@
+"""The judge over HTTP: as a reward beside others, by preset, on another engine, and on its own route."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+
+USER: Any = [{"role": "user", "content": "hello there"}]
+CONFIG = r"""
+[engine]
+kind = "fake"
+replies = [{text = "fine 1"}, {text = "poor 2"}, {text = "great 3"}, {text = "rude 4"}]
+labels = [
+  {pattern = 'Criteria: short.*Answer <\d+>\npoor', probabilities = {"100" = 1.0}},
+  {pattern = 'to 5 .*Answer <\d+>\ngreat', probabilities = {"4" = 1.0}},
+  {pattern = 'to 10 .*Answer <\d+>\nfine', probabilities = {"5" = 0.5, "10" = 0.5}},
+  {pattern = 'to 100 .*Answer <\d+>\nfine', probabilities = {"60" = 0.5}},
+  {pattern = 'Answer <\d+>\npoor', probabilities = {"2" = 1.0}},
+  {pattern = 'Answer <\d+>\ngreat', probabilities = {"90" = 0.5, "94" = 0.5}},
+  {pattern = 'rude', probabilities = {"1" = 0.01, A = 0.01}},
+  {pattern = 'Answer A <\d+>\ngreat', probabilities = {A = 0.8, B = 0.1, C = 0.1}},
+  {pattern = 'Answer B <\d+>\ngreat', probabilities = {A = 0.1, B = 0.8, C = 0.1}},
+  {pattern = 'Answer A', probabilities = {A = 0.3, B = 0.3, C = 0.4}},
+]
+[engines.other]
+kind = "fake"
+model = "the-other"
+labels = [{pattern = "\npoor", probabilities = {"100" = 1.0}}, {probabilities = {"1" = 1.0}}]
+[rewards.number]
+kind = "callable"
+function = "tests.server.scorers:number"
+[rewards.critic]
+kind = "trust_judge"
+engine = "other"
+criteria = "poverty"
+[rewards.trust_judge]
+kind = "trust_judge"
+[presets.judged]
+best_of_n = {n = 4}
+rewards = {}
+trust_judge = {criteria = "short", weight = 2.0}
+"""
+
+
+@pytest.fixture(scope="module")
+def live(serve: Callable[[str], Any]) -> Any:
+    return serve(CONFIG)
+
+
+@pytest.fixture
+def client(live: Any) -> Any:
+    with openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0, timeout=20) as sdk:
+        yield sdk
+
+
+def ask(client: openai.OpenAI, align: Any, **fields: Any) -> tuple[str, Any]:
+    answer = client.chat.completions.create(model=fields.pop("model", "fake"), messages=USER, extra_body={"align": align}, **fields)
+    return answer.choices[0].message.content or "", (answer.model_extra or {})["align"]
+
+
+def values(align: Any, name: str = "trust_judge") -> list[Any]:
+    return [candidate["scores"][name]["value"] for candidate in align["candidates"]]
+
+
+def on_five(score: float, scale: int = 100) -> Any:
+    return pytest.approx(1 + (score - 1) * 4 / (scale - 1))
+
+
+def test_judged_best_of_8_with_criteria(client: openai.OpenAI, live: Any) -> None:
+    before = len(live.engine.queries)
+    text, align = ask(client, {"best_of_n": {"n": 8}, "rewards": {}, "trust_judge": {"criteria": "helpful"}})
+    assert text == "great 3"
+    assert align["methods"] == ["best_of_n", "trust_judge"]
+    assert values(align)[:4] == [on_five(60), on_five(2), on_five(92), None]
+    assert "refusal" in align["candidates"][3]["error"]
+    assert align["dropped"] == 2
+    assert align["reports"]["trust_judge"] == {"mode": "score", "scale": 100, "drop_rate": 0.25}
+    assert len(live.engine.queries) - before == 8 == align["usage"]["judge_calls"]
+    assert align["usage"]["judge_completion_tokens"] == 8
+    assert align["usage"]["judge_prompt_tokens"] > 8 * 20
+    assert all("Criteria: helpful." in q.messages[0]["content"] for q in live.engine.queries[before:])
+
+
+def test_by_preset(client: openai.OpenAI) -> None:
+    text, align = ask(client, {}, model="fake@judged")
+    assert text == "poor 2", "the shortest, says this judge"
+    assert align["candidates"][1]["objective"] == 10.0, "twice the weight of a 5"
+
+
+def test_pairwise_asks_twice_per_pair_and_says_how_they_compare(client: openai.OpenAI, live: Any) -> None:
+    before = len(live.engine.queries)
+    text, align = ask(client, {"best_of_n": {"n": 4}, "rewards": {}, "trust_judge": {"mode": "pairwise"}})
+    assert text == "great 3"
+    assert len(live.engine.queries) - before == 12 == align["usage"]["judge_calls"]
+    report = align["reports"]["trust_judge"]
+    assert {"pair": [0, 2], "relation": "smaller"} in report["comparisons"]
+    assert {"pair": [0, 1], "relation": "equal"} in report["comparisons"]
+    assert {"pair": [0, 3], "relation": None} in report["comparisons"]
+    assert report["drop_rate"] == 0.5, "all three with the rude one"
+    assert report["win_rates"]["2"] == 1.0
+    assert report["cycles"] == []
+    assert values(align)[2] == 5.0
+
+
+def test_it_mixes_with_other_rewards_by_weight(client: openai.OpenAI) -> None:
+    body: Any = {"best_of_n": {"n": 3}, "rewards": {"number": 1.0}, "trust_judge": {"weight": 0.5}}
+    _, align = ask(client, body)
+    for candidate in align["candidates"]:
+        scores = candidate["scores"]
+        assert candidate["objective"] == pytest.approx(scores["number"]["value"] + 0.5 * scores["trust_judge"]["value"])
+    _, watched = ask(client, {**body, "trust_judge": {"weight": 0}, "best_of_n": {"n": 4}})
+    assert watched["selected"] == 3, "a weight of 0 shows what the judge says, and lets it drop nobody"
+    assert values(watched)[3] is None
+
+
+def test_scales_and_readouts(client: openai.OpenAI) -> None:
+    body: Any = {"best_of_n": {"n": 3}, "rewards": {}}
+    assert values(ask(client, {**body, "trust_judge": {"scale": 5}})[1]) == [3.0, on_five(2, 5), 4.0]
+    assert values(ask(client, {**body, "trust_judge": {"scale": 10}})[1])[0] == on_five(7.5, 10)
+    assert values(ask(client, {**body, "trust_judge": {"readout": "geval"}})[1])[0] == on_five(30)
+    assert values(ask(client, {**body, "trust_judge": {"readout": "published"}})[1])[1] == on_five(0)
+
+
+def test_a_judge_on_another_engine(client: openai.OpenAI, live: Any) -> None:
+    before, other = len(live.engine.queries), live.service.engines["other"]
+    text, align = ask(client, {"best_of_n": {"n": 4}, "rewards": {"critic": 1.0}})
+    assert text == "poor 2"
+    assert values(align, "critic") == [1.0, 5.0, 1.0, 1.0]
+    assert len(live.engine.queries) == before
+    assert "Criteria: poverty." in other.queries[-1].messages[0]["content"]
+
+
+def test_judges_are_read_only_where_they_are_named(client: openai.OpenAI, live: Any) -> None:
+    before = len(live.engine.queries)
+    _, align = ask(client, {"best_of_n": {"n": 4}})
+    assert set(align["candidates"][0]["scores"]) == {"number"}
+    assert len(live.engine.queries) == before
+    assert live.service.rewards["critic"].judges
+
+
+def test_one_answer_can_be_judged_too(client: openai.OpenAI) -> None:
+    text, align = ask(client, {"trust_judge": {}})
+    assert text == "fine 1"
+    assert values(align) == [on_five(60)]
+
+
+def test_scoring_with_a_judge(live: Any) -> None:
+    answer = live.post(
+        {"messages": USER, "candidates": ["poor", "great"], "rewards": {}, "trust_judge": {"scale": 100}}, "/v1/align/score"
+    ).json()
+    assert answer["ranking"] == [1, 0]
+    assert answer["usage"]["judge_calls"] == 2
+    assert answer["reports"]["trust_judge"]["drop_rate"] == 0.0
+
+
+def test_when_the_judge_says_nothing(live: Any) -> None:
+    answer = live.post({"messages": USER, "candidates": ["rude", "rude too"], "rewards": {}, "trust_judge": {}}, "/v1/align/score")
+    assert answer.status_code == 502
+    assert "refusal" in answer.json()["error"]["message"]
+
+
+def test_metrics_count_the_judge(client: openai.OpenAI, live: Any) -> None:
+    before = live.metric("infer_align_tokens_total", kind="judge")
+    _, align = ask(client, {"best_of_n": {"n": 3}, "rewards": {}, "trust_judge": {}})
+    spent = align["usage"]["judge_prompt_tokens"] + align["usage"]["judge_completion_tokens"]
+    assert live.metric("infer_align_tokens_total", kind="judge") - before == spent
+
+
+# --- /v1/align/judge ------------------------------------------------------------------------------------------------------
+
+
+def judged(live: Any, candidates: list[str], **fields: Any) -> Any:
+    answer = live.post({"messages": USER, "candidates": candidates, **fields}, "/v1/align/judge")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_judging_both_ways(live: Any) -> None:
+    found = judged(live, ["fine", "poor", "great", "fine too", "rude"])
+    assert found["object"] == "align.judge"
+    assert [c["score"] for c in found["candidates"]] == pytest.approx([60, 2, 92, 60, None])
+    assert found["candidates"][2]["rescaled"] == on_five(92)
+    assert found["candidates"][2]["win_rate"] == 1.0
+    assert "refusal" in found["candidates"][4]["error"]
+    assert len(found["pairs"]) == 10
+    great = next(pair for pair in found["pairs"] if pair["pair"] == [0, 2])
+    assert great["relation"] == "smaller"
+    assert [order["B"] for order in great["orders"]] == pytest.approx([0.8, 0.1])
+    assert found["conflict_ratio"] == pytest.approx(2 / 6), "fine and poor are a tie to compare, not to score"
+    assert found["tie_rate"] == pytest.approx(3 / 6)
+    assert found["nontransitivity"] == {"3": 0.0, "4": 0.0, "5": None}
+    assert found["cycles"] == []
+    assert found["drop_rate"] == {"score": pytest.approx(0.2), "pairwise": pytest.approx(0.4)}
+    assert found["usage"]["judge_calls"] == 5 + 20
+
+
+def test_judging_one_way(live: Any) -> None:
+    scored = judged(live, ["fine", "great"], mode="score", scale=10, criteria="short", readout="geval")
+    assert (scored["pairs"], scored["conflict_ratio"], scored["usage"]["judge_calls"]) == ([], None, 2)
+    assert scored["candidates"][0]["score"] == pytest.approx(7.5)
+    compared = judged(live, ["fine", "great"], mode="pairwise", rule="first_label", tolerance=0.1, schedule="swiss")
+    assert compared["candidates"][0] == {"index": 0, "score": None, "rescaled": None, "win_rate": 0.0, "error": None}
+    assert compared["usage"]["judge_calls"] == 2
+    other = judged(live, ["poor", "great"], mode="score", judge="critic")
+    assert [c["score"] for c in other["candidates"]] == [100.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "hint"),
+    [
+        ({"scale": 7}, "scale", "5, 10 or 100"),
+        ({"scale": "100"}, "scale", "5, 10 or 100"),
+        ({"criteria": " "}, "criteria", "must say something"),
+        ({"criteria": ""}, "criteria", "must say something"),
+        ({"mode": "all"}, "mode", "'both'"),
+        ({"readout": "first"}, "readout", "'geval'"),
+        ({"rule": "coin"}, "rule", "'likelihood'"),
+        ({"tolerance": -1}, "tolerance", "greater than or equal to 0"),
+        ({"judge": "number"}, "judge", "no judge here"),
+        ({"candidates": []}, "candidates", "at least one"),
+        ({"messages": []}, "messages", "at least one"),
+        ({"criterion": "x"}, "criterion", "did you mean 'criteria'?"),
+        ({"model": 5}, "model", "string"),
+    ],
+)
+def test_wrong_judging(live: Any, change: Any, param: str, hint: str) -> None:
+    answer = live.post({"messages": USER, "candidates": ["a", "b"], **change}, "/v1/align/judge")
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert hint in answer.json()["error"]["message"]
+
+
+def test_judging_what_nobody_can_judge(live: Any) -> None:
+    answer = live.post({"messages": USER, "candidates": ["rude"], "mode": "score"}, "/v1/align/judge")
+    assert answer.status_code == 502
+    assert "refusal" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "param", "hint"),
+    [
+        ({"scale": 7}, "scale", "5, 10 or 100"),
+        ({"criteria": ""}, "criteria", "must match pattern"),
+        ({"criteria": "\n "}, "criteria", "pattern"),
+        ({"criteria": None}, "criteria", "string"),
+        ({"mode": "both"}, "mode", "'score' or 'pairwise'"),
+        ({"readout": "best"}, "readout", "'expected'"),
+        ({"weight": -1}, "weight", "greater than or equal to 0"),
+        ({"rule": "likelihood"}, "rule", "no such parameter"),
+    ],
+)
+def test_wrong_parameters(live: Any, parameters: Any, param: str, hint: str) -> None:
+    answer = live.chat({"trust_judge": parameters})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == f"align.trust_judge.{param}"
+    assert hint in answer.json()["error"]["message"], answer.json()
+
+
+@pytest.mark.parametrize(("mode", "readings"), [("score", 4), ("pairwise", 12)])
+def test_the_worst_case_holds_the_judges_tokens(client: openai.OpenAI, mode: str, readings: int) -> None:
+    asked = {"best_of_n": {"n": 4}, "rewards": {}, "trust_judge": {"mode": mode}}
+    _, within = ask(client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings}}, max_tokens=10)
+    assert within["usage"]["judge_completion_tokens"] == readings
+    with pytest.raises(openai.BadRequestError, match=rf"4 candidates x 10 tokens \+ {readings} of judging"):
+        ask(client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings - 1}}, max_tokens=10)

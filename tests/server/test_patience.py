@@ -1,0 +1,96 @@
+"""The timeout that OpenAI's SDKs announce is a deadline, where the request sets none."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infer_align.objectives import Ensemble
+from infer_align.types import Plan
+from infer_align_server.patience import MOST_SECONDS, before, client_patience
+
+SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8 9 10 11 12", seconds_per_token = 0.3}]\n'
+USER: Any = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"x-stainless-read-timeout": "600"}, 600.0),
+        ({"x-stainless-read-timeout": "1.5"}, 1.5),
+        ({"x-stainless-timeout": "30", "x-stainless-read-timeout": "600"}, 30.0),
+        ({"x-stainless-timeout": "none", "x-stainless-read-timeout": "5"}, 5.0),
+        *[
+            ({"x-stainless-read-timeout": text}, None)
+            for text in ("", "None", "0", "-1", "nan", "inf", "1e999", "5 s", "NOT_GIVEN")
+        ],
+    ],
+)
+def test_what_the_client_says(headers: dict[str, str], seconds: float | None) -> None:
+    assert client_patience(headers) == seconds
+
+
+@given(st.text())
+def test_any_text_is_read_without_harm(text: str) -> None:
+    seconds = client_patience({"x-stainless-read-timeout": text})
+    assert seconds is None or seconds > 0
+
+
+@given(st.floats(1e-3, 1e6))
+def test_the_deadline_is_a_little_earlier(seconds: float) -> None:
+    plan = Plan((), Ensemble())
+    due = before(plan, seconds).deadline_seconds
+    assert due is not None
+    assert 0 < due < seconds
+    assert seconds - due <= MOST_SECONDS
+    assert before(plan, None) is plan
+    own = before(before(plan, 5.0), 1.0)
+    assert own.deadline_seconds == 4.5, "a deadline that is there stands"
+
+
+def client(live: Any, timeout: float) -> openai.OpenAI:
+    return openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0, timeout=timeout)
+
+
+def test_the_sdk_gets_what_was_sampled_in_its_time(serve: Any) -> None:
+    live = serve(SLOW)
+    with client(live, 1.6) as sdk:
+        started = time.monotonic()
+        answer = sdk.chat.completions.create(model="fake", messages=USER)
+    assert time.monotonic() - started < 1.6
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.choices[0].message.content or "").startswith("1 2")
+    assert live.idle()
+
+
+def test_the_requests_own_deadline_counts(serve: Any) -> None:
+    live = serve(SLOW)
+    with client(live, 20) as sdk:
+        body = {"align": {"budget": {"deadline_seconds": 0.7}}}
+        answer: Any = sdk.chat.completions.create(model="fake", messages=USER, extra_body=body)
+    assert answer.align["partial"] is True
+
+
+def test_a_stream_is_kept_alive_for_its_client(serve: Any) -> None:
+    live = serve('[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 2}]\n')
+    with client(live, 0.8) as sdk, sdk.chat.completions.create(model="fake", messages=USER, stream=True) as stream:
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "1 2"
+
+
+def test_nobody_can_ask_for_a_flood_of_comments(serve: Any) -> None:
+    live = serve('[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 2}]\n')
+    answer = live.post({"messages": USER, "stream": True}, headers={"x-stainless-read-timeout": "1e-9"})
+    assert 1 <= answer.text.count(": candidates") <= 10
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
+def test_it_can_be_switched_off(serve: Any) -> None:
+    live = serve(f"[server]\nhonour_client_timeout = false\n{SLOW}")
+    answer = live.post({"messages": USER}, headers={"x-stainless-read-timeout": "0.5"})
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"

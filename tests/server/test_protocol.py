@@ -1,0 +1,154 @@
+"""Raw sockets: what is no HTTP, or two things at once, or too much of it, is refused; nothing is smuggled in behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from typing import Any
+
+import pytest
+
+from infer_align_server.protocol import MAX_HEAD_BYTES, BoundedProtocol
+
+BODY = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+SMUGGLED = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+
+
+def talk(live: Any, *pieces: bytes, pause: float = 0.0, answers: int = 99) -> bytes:
+    """Send, then read until the server hangs up or has begun so many answers."""
+    received = b""
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
+        try:
+            for piece in pieces:
+                raw.sendall(piece)
+                time.sleep(pause)
+            while len(statuses(received)) < answers and (chunk := raw.recv(65536)):
+                received += chunk
+        except OSError:  # refused in the middle of it
+            pass
+    return received
+
+
+def statuses(answer: bytes) -> list[int]:
+    return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+
+
+AMBIGUOUS = {
+    "length and chunks": b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunks and length": b"Transfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n0\r\n\r\n",
+    "two lengths": b"Content-Length: 0\r\nContent-Length: 5\r\n\r\n",
+    "lengths in one": b"Content-Length: 0, 5\r\n\r\n",
+    "signed length": b"Content-Length: +0\r\n\r\n",
+    "negative length": b"Content-Length: -1\r\n\r\n",
+    "hexadecimal length": b"Content-Length: 0x0\r\n\r\n",
+    "chunks twice": b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
+    "unknown coding": b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "coding after chunks": b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "space before the colon": b"Content-Length : 0\r\n\r\n",
+    "bad chunk size": b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+    "huge chunk size": b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n\r\n",
+    "NUL in a value": b"X-A: a\x00b\r\nContent-Length: 0\r\n\r\n",
+    "bare carriage return": b"X-A: a\rContent-Length: 0\r\n\r\n",
+    "nameless": b": a\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("head", AMBIGUOUS.values(), ids=AMBIGUOUS)
+def test_nothing_is_smuggled_behind_an_ambiguous_request(numbers: Any, head: bytes) -> None:
+    before = numbers.engine.sampled
+    answer = talk(numbers, HEAD + head + SMUGGLED)
+    assert statuses(answer) == [400] or statuses(answer) == [400, 400], answer
+    assert numbers.idle()
+    assert numbers.engine.sampled == before
+    assert b"content-type: application/json" in answer
+    assert b'{"error":{"message":' in answer
+
+
+@pytest.mark.parametrize(
+    "text", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"\xff" * 100, b"GET / HTTP/9.9\r\n\r\n"]
+)
+def test_what_is_no_http(numbers: Any, text: bytes) -> None:
+    answer = talk(numbers, text)
+    assert statuses(answer) == [400]
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
+def test_pipelined_requests_are_answered_one_after_the_other(numbers: Any) -> None:
+    answer = talk(numbers, SMUGGLED + SMUGGLED.replace(b"/v1/chat", b"/v1/chut"), answers=2)
+    assert statuses(answer) == [200, 404]
+
+
+@pytest.mark.parametrize("target", [b"http://evil.example/v1/chat/completions", b"//evil.example/v1/chat/completions"])
+@pytest.mark.parametrize("host", [b"evil.example", b"127.0.0.1:1", b"a" * 300])
+def test_the_host_that_a_client_names_means_nothing(numbers: Any, target: bytes, host: bytes) -> None:
+    request = SMUGGLED.replace(b"/v1/chat/completions", target, 1).replace(b"Host: x", b"Host: " + host)
+    answer = talk(numbers, request, answers=1)
+    assert statuses(answer)[0] in {200, 400, 404}
+    assert b"evil.example/" not in answer.partition(b"\r\n\r\n")[0]
+
+
+# --- too much -----------------------------------------------------------------------------------------------------------
+
+LARGE = {
+    "one header": b"X-A: " + b"a" * MAX_HEAD_BYTES + b"\r\n",
+    "many headers": b"".join(b"X-%d: aaaaaaa\r\n" % i for i in range(7_000)),
+}
+
+
+@pytest.mark.parametrize("headers", LARGE.values(), ids=LARGE)
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_large_head_is_431(numbers: Any, headers: bytes, ended: bool) -> None:
+    answer = talk(numbers, HEAD + headers + (b"Content-Length: 2\r\n\r\n{}" if ended else b""))
+    assert statuses(answer) == [431]
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert error["code"] == "head_too_large"
+
+
+def test_a_long_target_is_431(numbers: Any) -> None:
+    assert statuses(talk(numbers, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")) == [431]
+
+
+def test_a_flood_is_cut_off_early(numbers: Any) -> None:
+    """Ten megabytes of head are not read to the end, and the server serves on."""
+    sent = 0
+    with socket.create_connection(("127.0.0.1", numbers.port), timeout=5) as raw, contextlib.suppress(OSError):
+        raw.sendall(HEAD)
+        for i in range(10_000):
+            raw.sendall(b"X-%d: " % i + b"a" * 1000 + b"\r\n")
+            sent += 1000
+            time.sleep(0.0002)
+    assert sent < 5_000_000
+    assert numbers.get("/health").status_code == 200
+
+
+def test_a_head_of_the_usual_size_is_served(numbers: Any) -> None:
+    headers = b"".join(b"X-%d: %s\r\n" % (i, b"a" * 1000) for i in range(40))
+    assert statuses(talk(numbers, HEAD + headers + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY), answers=1)) == [200]
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat", HEAD])
+def test_who_does_not_say_what_he_wants_is_hung_up_on(serve: Any, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    live = serve('# head seconds\n[engine]\nkind = "fake"\n')
+    monkeypatch.setattr(BoundedProtocol, "head_seconds", 0.3)
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
+        raw.sendall(sent)
+        assert raw.recv(100) == b""
+
+
+def test_a_slow_second_request_is_hung_up_on(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = serve('# head seconds\n[engine]\nkind = "fake"\n')
+    monkeypatch.setattr(BoundedProtocol, "head_seconds", 0.3)
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 200")
+        raw.sendall(b"GET /health HTTP/1.1\r\nHo")
+        assert raw.recv(100) == b""
+
+
+def test_a_head_in_pieces_is_read(numbers: Any) -> None:
+    pieces = [SMUGGLED[i : i + 20] for i in range(0, len(SMUGGLED), 20)]
+    assert statuses(talk(numbers, *pieces, pause=0.002, answers=1)) == [200]
+    assert numbers.idle()

@@ -1,0 +1,201 @@
+"""What a caller may use in a minute: requests, and candidate tokens, charged at their worst and given back."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infer_align.errors import Overloaded
+from infer_align_server.rates import MAX_CALLERS, Allowance
+
+KEYS = '[server]\napi_keys_env = "TEST_BUDGET_KEYS"\n'
+WORDS = '[engine]\nkind = "fake"\nreplies = [{text = "' + " ".join(["word"] * 30) + '"}]\n'
+SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8 9 10", seconds_per_token = 0.3}]\n'
+SILENT = '[engine]\nkind = "fake"\nreplies = [{text = "1", first_token_seconds = 30}]\n'
+FAILS = '[engine]\nkind = "fake"\nreplies = [{text = "one two", error = "broken"}]\n'
+
+
+class Clock:
+    """Monotonic seconds, moved by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def allowance(per_minute: int) -> tuple[Allowance, Clock]:
+    clock = Clock()
+    return Allowance(per_minute, "things", "too_many", clock), clock
+
+
+def refusal(bucket: Allowance, caller: str, amount: int) -> float | None:
+    """Take; -> the seconds to wait where it is refused."""
+    try:
+        bucket.take(caller, amount)
+    except Overloaded as refused:
+        return refused.retry_after
+    return None
+
+
+USES = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 200), st.floats(0, 30), st.floats(0, 1)), max_size=60)
+
+
+@given(st.integers(1, 100), USES)
+def test_retry_after_is_true_and_the_average_holds(per_minute: int, uses: list[tuple[str, int, float, float]]) -> None:
+    bucket, clock = allowance(per_minute)
+    net = {"a": 0, "b": 0}
+    started = clock.now
+    for caller, amount, pause, unspent in uses:
+        clock.now += pause
+        if wait := refusal(bucket, caller, amount):
+            missing = min(amount, per_minute) - bucket.left(caller)
+            assert 0 < wait <= missing * 60 / per_minute * 1.001
+            clock.now += wait
+            bucket.take(caller, amount)  # it told the truth
+        back = int(unspent * amount)
+        bucket.give_back(caller, back)
+        net[caller] += amount - back
+        allowed = per_minute * (1 + (clock.now - started) / 60) + 200  # a full bucket, what flowed in, one debt
+        assert net[caller] <= allowed + 1e-6
+        assert bucket.left(caller) <= per_minute
+
+
+def test_more_than_a_bucket_is_allowed_when_it_is_full_and_is_earned_back() -> None:
+    bucket, clock = allowance(60)
+    bucket.take("a", 180)
+    assert bucket.left("a") == -120
+    with pytest.raises(Overloaded) as caught:
+        bucket.take("a", 180)
+    assert caught.value.retry_after == pytest.approx(180)
+    clock.now += 180
+    bucket.take("a", 180)
+    bucket.give_back("a", 180)
+    assert bucket.left("a") == 60
+
+
+def test_callers_do_not_share_and_no_limit_is_none() -> None:
+    bucket, _ = allowance(1)
+    bucket.take("a")
+    bucket.take("b")
+    with pytest.raises(Overloaded, match=r"over 1 things per minute\. Wait"):
+        bucket.take("a")
+    unlimited, _ = allowance(0)
+    for _ in range(1000):
+        unlimited.take("a", 10**9)
+    unlimited.give_back("a", 5)
+    assert not unlimited.limited
+
+
+def test_the_bucket_fills_again_and_forgets_those_that_are_full() -> None:
+    rate, clock = allowance(60)
+    for _ in range(60):
+        rate.take("busy")
+    with pytest.raises(Overloaded) as caught:
+        rate.take("busy")
+    assert caught.value.retry_after == pytest.approx(1.0)
+    clock.now += 1.0
+    rate.take("busy")
+    for i in range(MAX_CALLERS + 100):
+        rate.take(f"caller {i}")
+        clock.now += 0.001
+    assert len(rate._buckets) <= MAX_CALLERS
+
+
+# --- through the server -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def budgeted(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`budgeted(engine, tokens per minute)`: a server with the keys a and b."""
+    monkeypatch.setenv("TEST_BUDGET_KEYS", "a,b")
+    return lambda engine, tokens, name: serve(f"# {name}\n{KEYS}[limits]\ncandidate_tokens_per_minute = {tokens}\n{engine}")
+
+
+def ask(live: Any, key: str = "a", **fields: Any) -> Any:
+    body = {"messages": [{"role": "user", "content": "x"}], **fields}
+    return live.post(body, headers={"authorization": f"Bearer {key}"})
+
+
+def left(live: Any, key: int = 0) -> float:
+    return float(live.service.tokens.left(f"key {key}"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_worst_case_is_refused_and_what_was_not_spent_comes_back(budgeted: Any, stream: bool) -> None:
+    live = budgeted(WORDS, 100, f"refused {stream}")
+    assert ask(live, max_tokens=90, stream=stream).status_code == 200
+    assert live.idle()
+    assert 70 <= left(live) < 99, "thirty of ninety were spent"
+    assert ask(live, max_tokens=35, n=2, stream=stream).status_code == 200, "sixty of seventy"
+    assert live.idle()
+    refused = ask(live, max_tokens=99, stream=stream)
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "token_budget_exceeded"
+    assert "may need 99" in refused.json()["error"]["message"]
+    wait = int(refused.headers["retry-after"])
+    assert 30 <= wait <= 54
+    assert ask(live, "b", max_tokens=99, stream=stream).status_code == 200, "another key's budget is its own"
+    assert ask(live, max_tokens=5, stream=stream).status_code == 200, "less fits"
+
+
+def test_selection_counts_every_candidate(budgeted: Any) -> None:
+    live = budgeted(f'[rewards.brief]\nkind = "rules"\nwords_weight = -1.0\n{WORDS}', 1000, "selection")
+    assert ask(live, max_tokens=40, align={"best_of_n": {"n": 20}}).status_code == 200
+    assert 400 <= left(live) < 500, "twenty times thirty"
+
+
+def test_a_request_that_is_refused_or_fails_pays_what_was_sampled(budgeted: Any) -> None:
+    live = budgeted(FAILS, 6, "fails")
+    assert ask(live, n=0).status_code == 400
+    assert left(live) == 6
+    assert ask(live, max_tokens=500).status_code == 502
+    assert 4 <= left(live) < 6, "two words were said before it broke"
+
+
+def hang_up(live: Any, begun: Any, **fields: Any) -> None:
+    """Send a request, wait until it has `begun`, leave."""
+    content = json.dumps({"messages": [{"role": "user", "content": "x"}], "max_tokens": 500, **fields}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as raw:
+        raw.sendall(head.encode() + content)
+        assert live.until(begun)
+        if fields.get("stream"):
+            assert b"200" in raw.recv(100)
+    assert live.idle()
+
+
+def test_who_hangs_up_pays_for_what_was_shown(budgeted: Any) -> None:
+    live = budgeted(SLOW, 6, "shown")
+    hang_up(live, lambda: live.engine.running == 1, stream=True)
+    assert -4 <= left(live) < 6
+
+
+def test_who_hangs_up_on_an_engine_that_shows_nothing_pays_in_full(budgeted: Any) -> None:
+    live = budgeted(SILENT, 1000, "nothing shown")
+    hang_up(live, lambda: live.engine.running == 1)
+    assert 500 <= left(live) < 530
+
+
+def test_who_hangs_up_in_the_queue_pays_nothing(budgeted: Any) -> None:
+    live = budgeted(f"max_running = 1\n{SILENT}", 100_000, "queue")
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer b\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as first:
+        first.sendall(head.encode() + content)
+        assert live.until(lambda: live.engine.running == 1)
+        content = json.dumps({**body, "max_tokens": 500}).encode()
+        head = head.replace("Bearer b", "Bearer a").replace(str(len(json.dumps(body))), str(len(content)))
+        with socket.create_connection(("127.0.0.1", live.port), timeout=10) as second:
+            second.sendall(head.encode() + content)
+            assert live.until(lambda: live.service.admission.queued == 1)
+            assert 99_500 <= left(live) < 100_000
+        assert live.until(lambda: live.service.admission.queued == 0)
+        assert live.until(lambda: left(live) == 100_000)
+    assert live.idle()

@@ -1,0 +1,91 @@
+"""Thousands of generated requests, good and bad: no server error, no status and no answer that the descriptions do not have.
+
+Seeded and bounded. Two checks are read apart: a schema cannot say all that is refused (no reward with weight, a worst case
+over the limit), and an engine forwards fields that it does not know, which OpenAI's own description types.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import environments
+
+DATA = Path(__file__).parents[1] / "data"
+SUITE = """
+[engine]
+kind = "fake"
+replies = [{text = "candidate 3"}, {text = "candidate 1"}, {text = "candidate 9"}]
+[rewards.brevity]
+kind = "rules"
+words_weight = -1.0
+[rewards.constant]
+kind = "callable"
+function = "tests.server.scorers:constant"
+[presets.best]
+best_of_n = {n = 3}
+[limits]
+max_candidates = 16
+"""
+REFUSED_BEYOND_THE_SCHEMA = "RejectedPositiveData"
+TAKEN_BEYOND_THE_SCHEMA = "AcceptedNegativeData"
+
+
+def schemathesis(document: dict[str, Any], url: str, folder: Path, examples: int) -> dict[str, int]:
+    """Failures by kind, of one seeded run against the server at `url`."""
+    program = environments.program("schemathesis", "schemathesis")
+    (folder / "openapi.json").write_text(json.dumps(document))
+    done = subprocess.run(
+        [
+            program, "run", "openapi.json", "--url", url, "--seed", "6", "--max-examples", str(examples), "--no-color",
+            "--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-shrink", "--generation-database", "none",
+            "--request-timeout", "20", "--report", "json", "--report-json-path", "report.json",
+        ],
+        cwd=folder, env=environments.variables(), capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode in {0, 1}, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["complete"]
+    assert not report["errors"], report["errors"]
+    assert report["operations"]["tested"] == len(document["paths"])
+    assert report["test_cases"]["generated"] > 100
+    print(done.stdout)  # shown where the test fails
+    return {failure["type"]: failure["count"] for failure in report["failures"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_our_own_description_is_true(serve: Any, tmp_path: Path) -> None:
+    live = serve(SUITE)
+    document = live.get("/openapi.json").json()
+    for item in document["paths"].values():
+        for operation in item.values():
+            operation["responses"].pop("default", None)  # an upstream's own statuses: none here
+    failures = schemathesis(document, live.root, tmp_path, 30)
+    assert failures.keys() <= {REFUSED_BEYOND_THE_SCHEMA}, failures
+    assert live.idle()
+    assert live.metric("infer_align_requests_total", status="500") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_openais_description_holds(serve: Any, tmp_path: Path) -> None:
+    live = serve(SUITE)
+    document = json.loads((DATA / "openai_subset.json").read_text())
+    schemas = document["components"]["schemas"]
+    schemas["ModelIdsShared"] = schemas["CreateCompletionRequest"]["properties"]["model"] = {"enum": ["fake"]}
+    refusal = {
+        "description": "refused",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}},
+    }
+    for item in document["paths"].values():
+        for operation in item.values():
+            operation["responses"] |= {"400": refusal, "404": refusal}  # OpenAI answers these, and does not describe them
+    failures = schemathesis(document, live.base_url, tmp_path, 30)
+    assert failures.keys() <= {REFUSED_BEYOND_THE_SCHEMA, TAKEN_BEYOND_THE_SCHEMA}, failures
+    assert live.idle()
+    assert live.metric("infer_align_requests_total", status="500") == 0

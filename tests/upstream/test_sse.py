@@ -1,0 +1,40 @@
+"""Events come out whole, wherever the network cuts the bytes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infer_align.upstream import sse
+from infer_align.upstream.sse import EventParser
+
+LINE = st.text(st.characters(exclude_characters="\r\n", codec="utf-8"), max_size=20)
+
+
+@given(st.lists(LINE.filter(bool), max_size=6), st.sampled_from(["\n", "\r\n"]), st.data())
+def test_any_cut_gives_the_same_events(texts: list[str], newline: str, data: st.DataObject) -> None:
+    stream = "".join(f": a comment{newline}event: x{newline}data: {text}{newline}{newline}" for text in texts).encode()
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    parser, found = EventParser(), []
+    for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        found += parser.feed(stream[start:stop])
+    found += parser.end()
+    assert [event.decode() for event in found] == texts
+
+
+def test_lines_of_one_event_are_joined() -> None:
+    assert EventParser().feed(b"data: {\ndata:  1}\n\n") == [b"{\n 1}"]
+
+
+def test_the_last_empty_line_may_be_missing() -> None:
+    parser = EventParser()
+    assert parser.feed(b"data: [DONE]") == []
+    assert parser.end() == [b"[DONE]"]
+    assert EventParser().end() == []
+
+
+def test_an_event_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 100)
+    with pytest.raises(ValueError, match="over 100 bytes"):
+        EventParser().feed(b"data: " + b"x" * 200)
