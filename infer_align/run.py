@@ -6,6 +6,7 @@ Request ─ plan ─▶ Plan ─ engine ─▶ Candidates ─ rewards ─▶ Sco
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
@@ -16,11 +17,12 @@ import numpy as np
 
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed, RewardFailed
+from infer_align.halving import Halving
 from infer_align.objectives import project
 from infer_align.request import plan_rewards
 from infer_align.rewards import Marks, Reward
 from infer_align.selection import select
-from infer_align.types import Array, Candidate, Delta, Direction, Draw, Messages, Plan, Response, Scores, Spent, Timing
+from infer_align.types import Array, Candidate, Delta, Direction, Draw, Estimate, Messages, Plan, Response, Scores, Spent, Timing
 
 OnDelta = Callable[[Delta], None]
 OnFinished = Callable[[Candidate], None]
@@ -61,7 +63,7 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
         scores = await score(plan, rewards, candidates, deadline, early.marks)
     finally:
         early.cancel()
-    partial = any(candidate.cut for candidate in candidates)
+    partial = any(candidate.cut and candidate.rejected is None for candidate in candidates)
     selection = select(plan, candidates, scores)
     if not selection.ranking:
         late = deadline is not None and monotonic() >= deadline - TIMER_SLACK
@@ -69,7 +71,7 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
         if plan.candidates > 1 and not late:
             raise RewardFailed(f"{selection.reason}; first: {first}")
         why = "the deadline passed before scoring: the first candidate drawn" if late else f"nothing to compare; {first}"
-        selection = replace(selection, ranking=tuple(c.index for c in candidates if c.error is None), reason=why)
+        selection = replace(selection, ranking=tuple(c.index for c in candidates if c.alive), reason=why)
         partial = partial or late
 
     ended = monotonic()
@@ -86,7 +88,8 @@ async def propose(
 ) -> tuple[Candidate, ...]:
     """All candidates of all draws, numbered through; at `deadline` (monotonic seconds) those still running are cut."""
     firsts = [sum(draw.n for draw in plan.draws[:i]) for i in range(len(plan.draws))]
-    drawing = [_sample(engine, draw, i, firsts[i], on_delta, deadline, on_finished) for i, draw in enumerate(plan.draws)]
+    halving = Halving(plan.candidates, plan.survival, plan.keep)
+    drawing = [_sample(engine, draw, i, firsts[i], halving, on_delta, deadline, on_finished) for i, draw in enumerate(plan.draws)]
     if len(drawing) == 1:
         drawn = [await drawing[0]]
     else:
@@ -96,8 +99,8 @@ async def propose(
         except ExceptionGroup as failures:  # one draw was refused, the others are cancelled: say it as if it were alone
             raise failures.exceptions[0] from None
         drawn = [task.result() for task in tasks]
-    candidates = tuple(candidate for batch in drawn for candidate in batch)
-    if all(c.error is not None or (c.cut and not c.completion_tokens) for c in candidates):
+    candidates = tuple(replace(c, rejected=halving.rejected.get(c.index)) for batch in drawn for c in batch)
+    if all(not c.alive or (c.cut and not c.completion_tokens) for c in candidates):
         first = next((c for c in candidates if c.error is not None and not c.cut), None)
         if first is None:
             raise DeadlineExceeded(f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time.")
@@ -108,7 +111,14 @@ async def propose(
 
 
 async def _sample(
-    engine: Engine, draw: Draw, i: int, first: int, on_delta: OnDelta | None, deadline: float | None, on_finished: OnFinished
+    engine: Engine,
+    draw: Draw,
+    i: int,
+    first: int,
+    halving: Halving,
+    on_delta: OnDelta | None,
+    deadline: float | None,
+    on_finished: OnFinished,
 ) -> list[Candidate]:
     """The candidates of draw `i`, numbered from `first`."""
     loop = asyncio.get_running_loop()
@@ -117,12 +127,18 @@ async def _sample(
     draw = replace(draw, deltas=on_delta is not None, hurried=hurried)
     async with engine.sample(draw) as stream:
         alarm = None if deadline is None else loop.call_at(_loop_time(deadline), stream.stop)
+        for j in range(draw.n):
+            halving.joins(first + j, functools.partial(stream.stop, j))
         try:
             async with asyncio.timeout_at(None if deadline is None else _loop_time(deadline) + GRACE_SECONDS):
                 async for event in stream:
                     if isinstance(event, Candidate):
                         finished[event.index] = replace(event, draw=i, index=first + event.index)
-                        on_finished(finished[event.index])
+                        halving.ended(first + event.index)
+                        if first + event.index not in halving.rejected:
+                            on_finished(finished[event.index])
+                    elif isinstance(event, Estimate):
+                        halving.estimated(first + event.index, event.tokens, event.value)
                     elif on_delta is not None:
                         on_delta(event)
         except TimeoutError:
@@ -164,7 +180,7 @@ async def score(
     """Every reward of the plan over the candidates that did not fail, all at once. What fails or is late is NaN."""
     if not plan.rewards:
         return Scores()
-    alive = [c for c in candidates if c.error is None]
+    alive = [c for c in candidates if c.alive]
     asked = plan_rewards(plan, rewards)
     found = (
         _joined([early[name][c.index] for c in alive]) if name in early else _mark(reward, plan.messages, alive, deadline)

@@ -14,10 +14,11 @@ from infer_align.types import Array, Candidate, Plan, Scores, Selection
 def select(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selection:
     """Rank the candidates by the weighted sum of their reduced scores; without rewards, in the order they were drawn.
 
-    A candidate that failed, or that a reward with weight could not score, is dropped: a missing score is never a 0.
+    A candidate that failed, that was given up on its way, or that a reward with weight could not score, is dropped: a missing
+    score is never a 0.
     """
-    alive = [c.index for c in candidates if c.error is None]
-    dropped = {c.index: f"failed: {c.error}" for c in candidates if c.error is not None}
+    alive = [c.index for c in candidates if c.alive]
+    dropped = {c.index: c.rejected or f"failed: {c.error}" for c in candidates if not c.alive}
     values = {name: plan.objective.reduce(members) for name, members in scores.members.items()}
     if not values:
         return Selection(tuple(alive), tuple(math.nan for _ in candidates), values, dropped, "one draw, nothing to compare")
@@ -27,7 +28,9 @@ def select(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selec
     for index in alive:
         if index not in ranking:
             dropped[index] = "not scored: " + _missing(plan, scores, values, index)
-    reason = "; ".join(filter(None, (_reason(plan, objective, ranking), plan.note)))
+    given_up = sum(c.rejected is not None for c in candidates)
+    early = f"{given_up} of them stopped early" if given_up else ""
+    reason = "; ".join(filter(None, (_reason(plan, objective, ranking), early, plan.note)))
     return Selection(ranking, tuple(objective.tolist()), values, dropped, reason)
 
 

@@ -33,6 +33,7 @@ class Capability(StrEnum):
     TOOLS = "tools"
     STRUCTURED = "structured"
     STEER = "steer"
+    ESTIMATES = "estimates"
 
 
 class Stage(IntEnum):
@@ -112,6 +113,19 @@ class Steering:
 
 
 @dataclass(frozen=True, slots=True)
+class Watch:
+    """When an engine says what value estimates expect of a draw's candidates, and which values."""
+
+    values: Mapping[str, float]  # value name -> weight
+    after: int  # tokens; then twice, four times, ... as many
+
+    def due(self, tokens: int) -> bool:
+        """Whether a candidate of so many tokens is estimated."""
+        times, rest = divmod(tokens, self.after)
+        return tokens > 0 and not rest and times.bit_count() == 1
+
+
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One homogeneous batch to sample: n candidates of one body."""
 
@@ -121,6 +135,7 @@ class Draw:
     kind: Kind = "chat"
     direction: Direction | None = None  # the preference direction it carries
     steering: Steering | None = None  # the values that steer it
+    watch: Watch | None = None  # the values that are reported of its candidates on their way
     seeded: bool = True  # whether the request named a seed; where it did not, an engine may draw its own
     deltas: bool = False  # whether pieces are wanted as they are sampled; an engine may yield them all the same
     hurried: bool = False  # a deadline may cut it short: an engine that knows only what it has received should receive pieces
@@ -144,6 +159,7 @@ class Plan:
     methods: tuple[str, ...] = ()
     needs: frozenset[Capability] = frozenset()
     selects: bool = False  # whether candidates are compared; otherwise they stream as they are sampled
+    survival: float = 1.0  # of the candidates that are compared on their way, the share that is drawn to the end
     keep: int = 1  # OpenAI's n: how many of the ranking are returned
     worst_case_tokens: int = 0  # sampled for the candidates, and by judges
     scoring_tokens: int = 0  # of those, by judges
@@ -164,6 +180,15 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a draw's `watch` expects of a candidate that has so many tokens: the weighted sum of its values' estimates."""
+
+    index: int
+    tokens: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One answer exactly as the engine produced it; `choice` is an OpenAI choice without its index."""
 
@@ -176,8 +201,14 @@ class Candidate:
     status: int | None = None  # the HTTP status behind `error`, where the engine knows one
     retry_after: float | None = None  # seconds, where the engine's upstream says when to come back
     calls: int = 1  # made to the engine for it, retries included
-    cut: bool = False  # stopped early by a deadline, not by the model
+    cut: bool = False  # stopped early, not by the model
+    rejected: str | None = None  # why it was given up on its way, in favour of others
     beside: Body = field(default_factory=dict)  # what an upstream's answer held beside its choices, such as system_fingerprint
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes part in the selection: it did not fail, and was not given up."""
+        return self.error is None and self.rejected is None
 
     @property
     def text(self) -> str:
@@ -294,8 +325,13 @@ class Response:
 
     @property
     def saved_tokens(self) -> int:
-        """What the candidates that were stopped early could have cost beyond what they did: at most, as they might have ended."""
-        each = (self.plan.worst_case_tokens - self.plan.scoring_tokens) // self.plan.candidates
+        """What the candidates that were stopped early would still have cost, had they become as long as the mean of the others.
+
+        Where none ended by itself: at most, as the plan counted them.
+        """
+        ended = [c.completion_tokens for c in self.candidates if c.error is None and not c.cut]
+        at_most = (self.plan.worst_case_tokens - self.plan.scoring_tokens) // self.plan.candidates
+        each = round(sum(ended) / len(ended)) if ended else at_most
         return sum(max(0, each - c.completion_tokens) for c in self.candidates if c.cut)
 
     @property

@@ -223,6 +223,12 @@ async def label_logprobs(engine: Any, prompt: Sequence[int], tokens: Sequence[in
     return {token: found[token] for token in tokens}
 
 
+async def call_workers(engine: Any, method: str) -> list[Any]:
+    """What every worker of every data-parallel rank says; AsyncLLM's own `collective_rpc` returns the first rank's answers only."""
+    ranks = await engine.engine_core.call_utility_all_async("collective_rpc", method, None, (), None)
+    return [said for workers in ranks for said in workers]
+
+
 async def shut_down(engine: Any) -> None:
     """End an AsyncLLM's processes; requests that still run fail."""
     if engine.output_handler is not None and not engine.get_num_unfinished_requests():

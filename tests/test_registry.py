@@ -28,6 +28,7 @@ PATHS = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in (".", 
 # What a method must be given where it has no defaults, or does not stand alone.
 GIVEN: dict[str, dict[str, Any]] = {
     "dpa": {"dpa": {"direction": {"helpfulness": 1.0}}},
+    "early_stop": {"best_of_n": {"n": 4}, "early_stop": {"values": {"helpful": 1.0}}},
     "rps": {"dpa": {"direction": {"helpfulness": 1.0}}, "rps": {}},
     "vas": {"vas": {"beta": {"helpful": 1.0}}},
 }
@@ -104,7 +105,7 @@ def test_a_missing_capability_is_refused_by_name(name: str) -> None:
 
 
 def test_what_it_costs_is_known_before_it_is_spent(name: str) -> None:
-    engine = AbleEngine(Fake(replies=(Reply("a"),)))
+    engine = AbleEngine(Fake(replies=(Reply("a", estimates={"helpful": 0.5}),)))
     plan = make_plan(parsed(name), engine, REWARDS, {"short": 1.0}, LIMITS)
     assert plan.worst_case_tokens == plan.candidates * 8 + plan.scoring_tokens
     assert all(len(draw.seeds) == draw.n for draw in plan.draws)
@@ -114,7 +115,7 @@ def test_what_it_costs_is_known_before_it_is_spent(name: str) -> None:
 def test_one_candidate_is_the_model_alone(name: str) -> None:
     if not any(field.name == "n" for field in dataclasses.fields(registry.methods.get(name))):
         pytest.skip("draws as many as it is given")
-    engine, rewards = AbleEngine(Fake()), REWARDS
+    engine, rewards = AbleEngine(Fake(replies=(Reply(estimates={"helpful": 0.5}),))), REWARDS
     plan = make_plan(
         parse_request({**BODY, "seed": 3, "align": {name: {"n": 1}}}, "chat", {}), engine, rewards, {"short": 1.0}, LIMITS
     )

@@ -16,7 +16,7 @@ from infer_align.engines.fake import Fake, FakeEngine, Reply
 from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed, RewardFailed
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Marks, Reward
-from infer_align.types import Delta, Draw, Plan, Response, Spent
+from infer_align.types import Delta, Draw, Plan, Response, Spent, Watch
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
 
@@ -333,3 +333,31 @@ def test_a_pipelined_reward_ends_with_the_deadline_and_with_the_request() -> Non
 
     asyncio.run(cancelled())
     assert ended == ["1"]
+
+
+def watched(n: int, *, draws: int = 1, **fields: Any) -> Plan:
+    made = plan(n, draws=draws, survival=0.5, **fields)
+    return replace(made, draws=tuple(replace(draw, watch=Watch({"v": 1.0}, 4)) for draw in made.draws))
+
+
+def worth(value: float, text: str = "1 " * 30 + "1") -> Reply:
+    return Reply(text, estimates={"v": value}, seconds_per_token=0.002)
+
+
+def test_candidates_of_all_draws_are_compared_with_each_other() -> None:
+    response = run(watched(1, draws=4), engine(worth(0.5)), Scripted(lambda found: Marks(np.ones((1, 1, len(found))))))
+    assert response.selection.ranking == (0,)
+    assert [c.completion_tokens < 31 for c in response.candidates] == [False, True, True, True]
+
+
+def test_early_rewards_are_not_asked_about_losers_and_a_failure_leaves_what_is_left() -> None:
+    class Eager(Scripted):
+        pipelined = True
+
+    reward = Eager(lambda found: Marks(np.ones((1, 1, len(found)))))
+    response = run(watched(4), engine(worth(0.1), worth(0.9), worth(0.2), worth(0.8)), reward)
+    assert response.selection.ranking == (1,)
+    assert reward.calls == 1
+    failing = replace(worth(0.9), error="boom", status=503)
+    with pytest.raises(EngineFailed, match="boom"):
+        run(watched(2), engine(worth(0.1), failing), Scripted(by_number))

@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from infer_align.errors import AlignError, Unsupported
-from infer_align.types import Body, Candidate, Capability, Delta, Draw, Kind, LabelQuery, LabelReading
+from infer_align.types import Body, Candidate, Capability, Delta, Draw, Estimate, Kind, LabelQuery, LabelReading
 from infer_align.values import Value
 
-Event = Delta | Candidate
+Event = Delta | Estimate | Candidate
 App: TypeAlias = Callable[[Any, Any, Any], Any]  # ASGI: scope, receive, send
 
 # OpenAI's maximum for a text completion that sets none.
@@ -107,7 +107,7 @@ class Engine(ABC):
 
 
 class Stream:
-    """What one draw yields: deltas as they are sampled, and each of its n candidates once, when it is finished.
+    """What one draw yields: deltas as they are sampled, estimates where it is watched, and each of its n candidates once, finished.
 
     Use it as `async with engine.sample(draw) as stream`: leaving the block, however it is left, cancels what still runs.
     """

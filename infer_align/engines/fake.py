@@ -18,8 +18,8 @@ from annotated_types import Ge, Le
 
 from infer_align.engines import Engine, Stream
 from infer_align.engines._sampling import SamplingParams, field_schemas
-from infer_align.errors import EngineFailed, Unavailable
-from infer_align.types import Body, Candidate, Capability, Delta, Draw, Kind, LabelQuery, LabelReading
+from infer_align.errors import EngineFailed, InvalidRequest, Unavailable, nearest
+from infer_align.types import Body, Candidate, Capability, Delta, Draw, Estimate, Kind, LabelQuery, LabelReading
 
 READ = {
     "temperature",
@@ -43,6 +43,9 @@ class Reply:
     error: str | None = field(default=None, metadata={"description": "fail with this message after the text"})
     status: int | None = field(default=None, metadata={"description": "the HTTP status behind the error"})
     seconds_per_token: float = field(default=0.0, metadata={"ge": 0, "description": "delay before each token"})
+    estimates: dict[str, float] = field(
+        default_factory=dict, metadata={"description": "{value name: what it expects of this answer on its way}"}
+    )
     first_token_seconds: float = field(default=0.0, metadata={"ge": 0, "description": "delay before the first, as prefill is"})
 
 
@@ -95,6 +98,7 @@ class FakeEngine(Engine):
             Capability.LABEL_LOGPROBS,
             Capability.TOOLS,
             Capability.STRUCTURED,
+            Capability.ESTIMATES,
         }
     )
 
@@ -131,6 +135,11 @@ class FakeEngine(Engine):
     def check(self, draw: Draw) -> None:
         """Read the sampling fields; every other field is taken, as a model server with unknown extensions would."""
         _params(draw)
+        for name in draw.watch.values if draw.watch else ():
+            known = sorted({name for reply in self.script.replies for name in reply.estimates})
+            if name not in known:
+                where = f"align.early_stop.values.{name}"
+                raise InvalidRequest(f"{where}: no such value; {nearest(name, known)}", param=where)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Those that are read."""
@@ -209,6 +218,9 @@ class FakeEngine(Engine):
             piece = word if not spoken else f" {word}"
             spoken.append(piece)
             stream.put(Delta(index, {"delta": {"content": piece}} if draw.kind == "chat" else {"text": piece}))
+            if draw.watch and draw.watch.due(len(spoken)):
+                expected = sum(weight * reply.estimates.get(name, math.nan) for name, weight in draw.watch.values.items())
+                stream.put(Estimate(index, len(spoken), expected))
         if reply.error is not None and not stop.is_set():
             raise EngineFailed(reply.error, status=reply.status)
         if reply.tool_calls and not stop.is_set():

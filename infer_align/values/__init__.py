@@ -11,9 +11,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from infer_align.errors import ConfigError
+from infer_align.errors import ConfigError, InvalidRequest, nearest
+from infer_align.types import Draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,11 @@ class Value(ABC):
 
     Attributes:
         description: one line for people.
+        estimates: whether it also says what a state is worth, with no further token read: `HeadValue.expected`.
     """
 
     description: str = ""
+    estimates: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, frozen: Frozen, shared: dict[object, Any]) -> None:
@@ -75,3 +78,24 @@ def check_fit(path: str, made_for: Mapping[str, Any], frozen: Frozen) -> None:
             f"{path}: reads hidden states of size {made_for['hidden_size']}, but those of {frozen.model!r} have "
             f"{frozen.hidden_size}; fit the value on this model."
         )
+
+
+def check_values(draw: Draw, values: Mapping[str, Value]) -> None:
+    """Refuse a draw that asks for values that are not there, or for estimates of one that has none.
+
+    Raises:
+        InvalidRequest: naming the field, and the nearest value.
+    """
+    asked = [("align.vas.beta", name) for name in (draw.steering.beta if draw.steering else ())]
+    asked += [("align.early_stop.values", name) for name in (draw.watch.values if draw.watch else ())]
+    for field, name in asked:
+        where = f"{field}.{name}"
+        if name not in values:
+            raise InvalidRequest(f"{where}: no such value; {nearest(name, values)}", param=where)
+        if field == "align.early_stop.values" and not values[name].estimates:
+            having = [other for other, value in values.items() if value.estimates]
+            raise InvalidRequest(
+                f"{where}: says nothing of an answer on its way, as its LM would have to read every token; "
+                f"values of kind head do: {', '.join(having) or 'none is configured'}.",
+                param=where,
+            )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,6 +40,8 @@ plugin = Head
 
 class HeadValue(Value):
     """One head, resident on the frozen model's device."""
+
+    estimates: ClassVar[bool] = True
 
     def __init__(self, path: str, description: str = "") -> None:
         self.path = path
@@ -78,6 +80,16 @@ class HeadValue(Value):
         return torch.baddbmm(t["b"].index_select(0, flat).view(*token_ids.shape, 1), rows, self.features(hidden)[:, :, None])[
             :, :, 0
         ]
+
+    def expected(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """V(h) = sum over a of pi(a) Q(h, a), what the next token will have been worth on average. [B, d], [B, V] -> [B] float32.
+
+        Args:
+            hidden: the states, float32.
+            logits: those of the policy pi that goes on from them, at temperature 1.
+        """
+        t, policy = self._tensors, torch.softmax(logits.float(), dim=-1)
+        return ((policy @ t["E"]) * self.features(hidden)).sum(-1) + policy @ t["b"]
 
 
 def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -65,6 +65,7 @@ def test_extra_body_holds_what_is_given_and_nothing_else() -> None:
         "dpa": {"direction": {"verbosity": -1.0}},
         "rps": {"k": 3},
         "best_of_n": {"n": 2},
+        "early_stop": {"values": {"helpful": 1.0}},
         "vas": {"beta": {"helpful": 1.0}},
         "trust_judge": {"criteria": "brief"},
         "rewards": {"short": 0.0},

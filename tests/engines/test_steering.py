@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
+from infer_align.engines.transformers.text import token_bytes
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.types import Draw, Steering
+from infer_align.types import Candidate, Draw, Estimate, Steering, Watch
 from infer_align.values import head, lookahead
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
@@ -171,6 +172,50 @@ async def test_seeded_samples_do_not_depend_on_company(serving: Any, values: Any
         alone = [[c.text for c in (await finish(engine, d))[0]] for d in draws]
         together = await asyncio.gather(*(finish(engine, d) for d in draws))
         assert [[c.text for c in candidates] for candidates, _ in together] == alone
+
+
+async def test_estimates_are_the_expected_value_of_the_next_token(serving: Any, values: Any, draw: Any) -> None:
+    """Of the policy that samples: the frozen model's for a plain draw, the steered one for a steered draw."""
+    weights = {"linear": 0.5, "mlp": -2.0}
+    async with serving(values=resident(values)) as engine:
+        reference = Reference(engine, values)
+        for steering in (None, Steering({"linear": 2.0}, 10**6, "keep")):
+            plain = draw("the cat", n=3, seed=5, max_tokens=14, ignore_eos=True, logprobs=True)
+            watched = Draw(plain.body, 3, plain.seeds, steering=steering, watch=Watch(weights, 3))
+            async with engine.sample(watched) as stream:
+                events = [event async for event in stream]
+            found = {(e.index, e.tokens): e.value for e in events if isinstance(e, Estimate)}
+            assert {*found} == {(i, t) for i in range(3) for t in (3, 6, 12)}
+            for candidate in (e for e in events if isinstance(e, Candidate)):
+                said = [entry["bytes"] for entry in candidate.choice["logprobs"]["content"]]
+                ids = [*engine.frozen.render(watched).ids, *token_ids(engine.frozen, said)]
+                for t in (3, 6, 12):
+                    expected = state_value(reference, ids[: len(ids) - len(said) + t], weights, steering)
+                    assert found[candidate.index, t] == pytest.approx(expected, abs=1e-4)
+
+
+def token_ids(model: Any, said: list[list[int]]) -> list[int]:
+    by_bytes = {tuple(token_bytes(model.tokenizer, token)): token for token in range(model.vocabulary)}
+    return [by_bytes[tuple(data)] for data in said]
+
+
+@torch.inference_mode()
+def state_value(reference: Reference, ids: list[int], weights: dict[str, float], steering: Steering | None) -> float:
+    out = reference.lm(torch.tensor([ids]), output_hidden_states=True)
+    logits, hidden = out.logits[0, -1].clone(), out.hidden_states[-1][0, -1]
+    every = {name: torch.tensor([reference.value(name, ids, hidden, a) for a in range(len(logits))]) for name in weights}
+    for name, beta in (steering.beta if steering else {}).items():
+        logits += beta * (every[name] - every[name].mean())
+    policy = torch.softmax(logits, -1)
+    return float(sum(weight * (policy * every[name]).sum() for name, weight in weights.items()))
+
+
+async def test_what_cannot_be_watched_is_refused_by_name(serving: Any, values: Any, draw: Any) -> None:
+    async with serving(values=resident(values)) as engine:
+        for name, named in (("linea", "did you mean 'linear'"), ("helpful", "values of kind head do: linear, mlp")):
+            with pytest.raises(InvalidRequest, match=named) as caught:
+                engine.check(Draw(draw().body, 1, (0,), watch=Watch({name: 1.0}, 4)))
+            assert caught.value.param == f"align.early_stop.values.{name}"
 
 
 async def test_unknown_value_is_named(serving: Any, values: Any, draw: Any) -> None:

@@ -17,6 +17,7 @@ __all__ = [  # noqa: RUF022 - plainly sorted
     "Budget",
     "CandidateReport",
     "DPA",
+    "EarlyStop",
     "Ensemble",
     "RPS",
     "Report",
@@ -40,6 +41,14 @@ class VAS(TypedDict, total=False):
     beta: dict[str, float]
     top_k: int
     tail: Literal["keep", "mask"]
+
+
+class EarlyStop(TypedDict, total=False):
+    """Stop drawing the candidates that value estimates give the least hope."""
+
+    values: dict[str, float]
+    after: int
+    keep: float
 
 
 class DPA(TypedDict, total=False):
@@ -88,6 +97,7 @@ class Align(TypedDict, total=False):
     dpa: DPA
     rps: RPS
     best_of_n: BestOfN
+    early_stop: EarlyStop
     vas: VAS
     trust_judge: TrustJudge
     rewards: dict[str, float]
@@ -102,6 +112,7 @@ def extra_body(
     dpa: DPA | None = None,
     rps: RPS | None = None,
     best_of_n: BestOfN | None = None,
+    early_stop: EarlyStop | None = None,
     vas: VAS | None = None,
     trust_judge: TrustJudge | None = None,
     rewards: dict[str, float] | None = None,
@@ -115,6 +126,7 @@ def extra_body(
         "dpa": dpa,
         "rps": rps,
         "best_of_n": best_of_n,
+        "early_stop": early_stop,
         "vas": vas,
         "trust_judge": trust_judge,
         "rewards": rewards,

@@ -67,6 +67,7 @@ class TransformersEngine(Engine):
             Capability.LOGPROBS,
             Capability.LABEL_LOGPROBS,
             Capability.STEER,
+            Capability.ESTIMATES,
         }
     )
 
@@ -136,8 +137,8 @@ class TransformersEngine(Engine):
     def check(self, draw: Draw) -> None:
         """Read the sampling fields, and refuse those that this engine would have to drop."""
         SamplingParams.from_body(draw.body, draw.kind)
-        if draw.steering and self._steerer:
-            self._steerer.check(draw.steering)
+        if self._steerer:
+            self._steerer.check(draw)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Those of `SamplingParams`."""
@@ -159,7 +160,7 @@ class TransformersEngine(Engine):
                 f"logit_bias: {biased[0]} is not a token id; must be from 0 to {self._model.vocabulary - 1}.", param="logit_bias"
             )
         room = self._room(draw, len(prompt.ids), params.max_tokens, self._scheduler.capacity)
-        job = Job(draw, params, prompt, room, self._steerer.bind(draw.steering) if self._steerer else ())
+        job = Job(draw, params, prompt, room, *(self._steerer.bind(draw) if self._steerer else ()))
         if not self._scheduler.is_alive():
             raise Unavailable("the engine was shut down")
         # In the loop's next round: draws that begin together, as those of several directions do, are prefilled together.

@@ -16,6 +16,7 @@ from infer_align.engines.transformers.model import Model, Prompt, Step
 from infer_align.engines.transformers.text import TextStream, token_bytes
 from infer_align.types import Candidate, Delta, Draw
 from infer_align.values import Value
+from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import ValueLM
 
 
@@ -28,6 +29,7 @@ class Job:
     prompt: Prompt
     room: int  # tokens that each candidate may generate
     steered_by: tuple[tuple[Value, float], ...] = ()  # values and their weights, as they were when it came: they may be replaced
+    watched_by: tuple[tuple[HeadValue, float], ...] = ()  # the same of those whose estimates are reported
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
     closed: bool = False  # set from the event loop: nobody listens any more
@@ -92,6 +94,12 @@ class Row:
     def length(self) -> int:
         """Tokens whose keys and values are needed for the next step: all of them."""
         return len(self.prompt_ids) + len(self.tokens)
+
+    @property
+    def due(self) -> bool:
+        """Whether somebody wants to hear now what it is expected to be worth."""
+        watch = self.job.draw.watch
+        return watch is not None and watch.due(len(self.tokens))
 
     @property
     def banned(self) -> frozenset[int]:

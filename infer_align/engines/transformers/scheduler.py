@@ -24,7 +24,7 @@ from infer_align.engines.transformers.sampler import adjust, sample
 from infer_align.engines.transformers.steering import Steerer, ValueCache
 from infer_align.engines.transformers.text import TextStream
 from infer_align.errors import AlignError, EngineFailed, Unavailable
-from infer_align.types import Candidate
+from infer_align.types import Candidate, Estimate
 
 if TYPE_CHECKING:
     from infer_align.engines.transformers import Transformers
@@ -232,6 +232,8 @@ class Scheduler(threading.Thread):
             batch.terms = self.steerer.terms(rows)
         if batch.terms is not None:
             logits, candidates = self.steerer.steer(logits, step.hidden, batch.terms, rows, batch.values)
+        for row, value in self.steerer.estimates(logits, step.hidden, rows):
+            self._tell(row.job, [Estimate(row.index, len(row.tokens), value)])
         tokens = sample(logits, rows)
         entries = logprob_entries(self.model, step.logits, logits, rows, tokens)
         if candidates is not None:

@@ -14,9 +14,8 @@ import torch
 
 from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.rows import Job, Row
-from infer_align.errors import InvalidRequest, nearest
-from infer_align.types import Steering
-from infer_align.values import Frozen, Value
+from infer_align.types import Draw
+from infer_align.values import Frozen, Value, check_values
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
 from infer_align_kernels import reweight_logits, top_candidates
@@ -117,20 +116,23 @@ class Steerer:
         """
         return self._values[name]
 
-    def check(self, steering: Steering) -> None:
-        """Refuse names that are not configured.
+    def check(self, draw: Draw) -> None:
+        """Refuse values that are not configured, or cannot be watched.
 
         Raises:
             InvalidRequest: naming the value and the nearest.
         """
-        for name in steering.beta:
-            if name not in self._values:
-                where = f"align.vas.beta.{name}"
-                raise InvalidRequest(f"{where}: no such value; {nearest(name, self._values)}", param=where)
+        check_values(draw, self._values)
 
-    def bind(self, steering: Steering | None) -> tuple[tuple[Value, float], ...]:
-        """The values that a draw is steered by, with their weights; from here on it keeps these, also when one is replaced."""
-        return tuple((self._values[name], beta) for name, beta in steering.beta.items() if beta) if steering else ()
+    def bind(self, draw: Draw) -> tuple[tuple[tuple[Value, float], ...], tuple[tuple[HeadValue, float], ...]]:
+        """The values that a draw is steered by and watched by, with their weights; it keeps these, also when one is replaced."""
+        beta = draw.steering.beta if draw.steering else {}
+        weights = draw.watch.values if draw.watch else {}
+        watched = ((self._values[name], weight) for name, weight in weights.items() if weight)
+        return (
+            tuple((self._values[name], weight) for name, weight in beta.items() if weight),
+            tuple((value, weight) for value, weight in watched if isinstance(value, HeadValue)),
+        )
 
     def prefill(self, job: Job) -> dict[ValueLM, RowCache]:
         """Read a prompt with the value LMs that its draw needs; -> their caches of one row."""
@@ -174,6 +176,18 @@ class Steerer:
         values = _evaluate(candidates, hidden, terms, rows, caches)
         slots = candidates if terms.beyond is None else candidates.masked_fill(terms.beyond, -1)
         return reweight_logits(logits, slots, values, terms.beta, terms.tail), candidates
+
+    def estimates(self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row]) -> list[tuple[Row, float]]:
+        """What those of the rows that are due are expected to be worth, by the values that they are watched by."""
+        due = [i for i, row in enumerate(rows) if row.due]
+        if not due:
+            return []
+        weights = [dict(rows[i].job.watched_by) for i in due]
+        found = torch.zeros(len(due), device=logits.device)
+        for value in {value for own in weights for value in own}:
+            own = torch.tensor([own.get(value, 0.0) for own in weights], device=logits.device)
+            found += own * value.expected(hidden[due].float(), logits[due])
+        return list(zip((rows[i] for i in due), found.tolist(), strict=True))
 
     def choose(
         self, tokens: list[int], candidates: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]

@@ -12,7 +12,10 @@ The workers are processes of vLLM's own. Every import of vLLM is in `infer_align
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from infer_align import vllm_package
@@ -21,6 +24,7 @@ from infer_align.engines.vllm.body import parsed
 from infer_align.engines.vllm.candidates import Sampling
 from infer_align.engines.vllm.labels import read_labels
 from infer_align.engines.vllm.steering import Steerer
+from infer_align.engines.vllm.watching import Fetcher
 from infer_align.errors import AlignError, ConfigError, Unavailable
 from infer_align.hub import locate
 from infer_align.types import Capability, Draw, LabelQuery, LabelReading
@@ -64,6 +68,10 @@ class VllmEngine(Engine):
 
     capabilities = frozenset(Capability) - {Capability.SEQUENCE_LOGPROBS, Capability.STEER}
 
+    lacking: Mapping[Capability, str] = MappingProxyType(
+        dict.fromkeys((Capability.STEER, Capability.ESTIMATES), 'configure a value of kind "head" in [values.*]')
+    )
+
     def __init__(self, config: Vllm) -> None:
         self.config = config
         self.model = config.model
@@ -71,6 +79,7 @@ class VllmEngine(Engine):
         self._engine: Any = None
         self._frontend: Any = None
         self._steerer: Steerer | None = None
+        self._fetcher: Fetcher | None = None
         self._running: set[Sampling] = set()
         self._closed = False
 
@@ -93,16 +102,25 @@ class VllmEngine(Engine):
             raise
         except Exception as error:
             raise ConfigError(f"vLLM could not start: {error}; its log above has the cause.") from error
+        from infer_align import vllm_compat
         from infer_align.vllm_openai import Frontend
 
         self.progress("setting up vLLM's OpenAI layer")
         self._frontend = Frontend(self._engine, self._args)
         await self._frontend.start()
         self.context_length = self._engine.model_config.max_model_len
+        self._fetcher = Fetcher(partial(vllm_compat.call_workers, self._engine, "infer_align_take_estimates"))
         if self._steerer.active:
             self.capabilities |= {Capability.STEER}
+            self._offer_estimates()
         if not self._engine.model_config.logprobs_mode.endswith("logprobs"):  # raw_logits, processed_logits
             self.capabilities -= {Capability.LOGPROBS, Capability.LABEL_LOGPROBS}
+
+    def _offer_estimates(self) -> None:
+        if self._engine.vllm_config.speculative_config is None:
+            self.capabilities |= {Capability.ESTIMATES}
+        else:
+            self.lacking = {**self.lacking, Capability.ESTIMATES: "leave out [engine] speculative_config, or align.early_stop"}
 
     def _launch(self) -> None:
         from infer_align import vllm_compat
@@ -119,6 +137,8 @@ class VllmEngine(Engine):
         for sampling in [*self._running]:
             sampling.stream.put(Unavailable("the engine was shut down"))
             sampling.close()
+        if self._fetcher is not None:
+            self._fetcher.close()
         if self._frontend is not None:
             await self._frontend.close()
         if self._engine is not None:
@@ -170,8 +190,8 @@ class VllmEngine(Engine):
         if self._frontend is None:
             raise Unavailable("the model is still loading")
         self._frontend.check(draw.kind, parsed(self._frontend, draw))
-        if draw.steering and self._steerer:
-            self._steerer.check(draw.steering, draw.body)
+        if self._steerer:
+            self._steerer.check(draw)
 
     def sample(self, draw: Draw) -> Stream:
         """Start a request per candidate; the prompt is rendered once and its prefix cached.
@@ -182,7 +202,8 @@ class VllmEngine(Engine):
         if why := self.health():
             raise Unavailable(why)
         extra = self._steerer.extra_args(draw.steering) if draw.steering and self._steerer else {}
-        sampling = Sampling(self._engine, self._frontend, draw, extra)
+        assert self._fetcher is not None  # healthy: it has started
+        sampling = Sampling(self._engine, self._frontend, draw, extra, self._fetcher)
         self._running.add(sampling)
         sampling.on_end(self._running.discard)
         return sampling.stream

@@ -10,13 +10,15 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from infer_align.engines import Stream
 from infer_align.engines.vllm.body import parsed
 from infer_align.engines.vllm.pieces import Pieces
+from infer_align.engines.vllm.watching import Fetcher, Named
 from infer_align.errors import AlignError, EngineFailed
-from infer_align.types import Candidate, Delta, Draw
+from infer_align.types import Candidate, Delta, Draw, Estimate
 
 if TYPE_CHECKING:
     from infer_align.vllm_openai import Frontend, Job
@@ -29,19 +31,24 @@ ABORT_AGAIN_SECONDS = 0.05
 class Sampling:
     """The requests of one draw, running."""
 
-    def __init__(self, engine: Any, frontend: Frontend, draw: Draw, extra_args: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Any, frontend: Frontend, draw: Draw, extra_args: Mapping[str, Any], fetcher: Fetcher) -> None:
         from infer_align.vllm_openai import Job  # noqa: PLC0415 - vLLM is running by now
 
         self.stream = Stream(draw.n, self._stop, self.close)
         self._engine = engine
         self._frontend = frontend
         self._draw = draw
-        self._jobs: list[Job] = [Job(extra_args) for _ in range(draw.n)]
+        self._watched = [Named(uuid.uuid4().hex, draw.watch) for _ in range(draw.n)] if draw.watch else []
+        watches: list[dict[str, Any]] = [named.extra_args() for named in self._watched] or [{}] * draw.n
+        self._jobs: list[Job] = [Job({**extra_args, **watch}) for watch in watches]
         self._cut: set[int] = set()
         self._aborts: set[asyncio.Task[None]] = set()
         self._ended = False
         self._tasks: list[asyncio.Task[None]] = []
         self._main = asyncio.create_task(self._run())
+        for i, (name, _) in enumerate(self._watched):
+            fetcher.add(name, partial(self._estimated, i))
+        self._main.add_done_callback(lambda _: fetcher.discard(name for name, _ in self._watched))
 
     def on_end(self, done: Callable[[Sampling], None]) -> None:
         """Have `done` called when nothing of it runs any more."""
@@ -52,6 +59,9 @@ class Sampling:
         self._ended = True
         for task in (self._main, *self._tasks):
             task.cancel()
+
+    def _estimated(self, index: int, tokens: int, value: float) -> None:
+        self.stream.put(Estimate(index, tokens, value))
 
     def _stop(self, index: int | None) -> None:
         for i in range(self._draw.n) if index is None else [index]:

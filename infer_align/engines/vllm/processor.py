@@ -1,7 +1,8 @@
 """VAS inside vLLM's workers: one logits processor for both model runners, with the value heads resident beside the model.
 
 A step: vLLM's output layer ─ its input is tapped ─ logits ─ biases, bans, grammar ─ top-k ─ values of the k ─ reweighted logits ─
-temperature and the sampler. Rows that do not steer are not touched, and where no row steers nothing is done at all.
+temperature and the sampler. Rows that do not steer are not touched, and where no row steers nothing is done at all. Of rows that
+are watched, what their values expect is kept at the steps that are due, for the frontend to fetch.
 
 The older runner (V1) knows a request by its row, the newer one (V2) by a slot that any of its rows map to. Here both are slots.
 Nothing on the way waits for the device: who steers is decided on the host, and the tensors for it are made when that changes.
@@ -10,13 +11,15 @@ Nothing on the way waits for the device: who steers is decided on the host, and 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from infer_align.engines.vllm.slots import Bound, Slots, steer
 from infer_align.engines.vllm.steering import KEY, Terms
+from infer_align.engines.vllm.watching import Estimates, Named, Recorder, Watched
 from infer_align.values import Frozen
 from infer_align.values.head import HeadValue
 from infer_align.vllm_compat import (
@@ -50,6 +53,9 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
         )
         self._slots = Slots(size, self._frozen.vocabulary, device)
         self._rows: dict[int, Bound] = {}  # V1: how each row is steered
+        self._watched: dict[int, Watched] = {}  # by row (V1) or slot (V2)
+        self._prompt_lengths = np.zeros(0) if pinned is not None else where.prompt_len.np  # V2: of each slot
+        self._recorder = Recorder(device)
         self._tap = Tap()
         self._loaded: HeadValue | None = None  # the latest
         for name, path in settings.get("values", {}).items():
@@ -81,6 +87,7 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
             ValueError: naming the field; vLLM answers 400.
         """
         Terms.read(sampling_params.extra_args)
+        Named.read(sampling_params.extra_args)
 
     def is_argmax_invariant(self) -> bool:
         """No: it is what steering is for."""
@@ -90,17 +97,21 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
         """V1, before each step: which rows have come, gone or moved."""
         if process_dict_updates(self._rows, batch_update, lambda params, *_: self._bind(params)):
             self._slots.replace(self._rows)
-        self._tap.armed = bool(self._rows)
+        process_dict_updates(self._watched, batch_update, lambda params, _, output: self._watch(params, output))
+        self._tap.armed = bool(self._rows or self._watched)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """V2: a request takes a slot, whoever had it before."""
-        bound = self._bind(sampling_params)
+        bound, watched = self._bind(sampling_params), self._watch(sampling_params)
         self._slots.put(req_idx, bound)
-        return bound is not None
+        self._watched.pop(req_idx, None)
+        if watched is not None:
+            self._watched[req_idx] = watched
+        return bound is not None or watched is not None
 
     def apply_staged_writes(self) -> None:
         """V2, before each step."""
-        self._tap.armed = self._slots.steered_any
+        self._tap.armed = self._slots.steered_any or bool(self._watched)
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
         """[rows, V] float32, in place. V1 says nothing more: a row is a slot."""
@@ -110,10 +121,38 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
             layout = self._slots.layout(ctx.idx_mapping_np)
         else:  # speculative decoding: a row per draft token, and only the device knows whose
             layout = self._slots.expanded_layout(ctx.idx_mapping_np, ctx.expanded_idx_mapping)
-        return logits if layout is None else steer(logits, self._tap.take(len(logits)), layout)
+        due = self._due(ctx) if self._watched else []
+        if layout is None and not due:
+            return logits
+        hidden = self._tap.take(len(logits))
+        if layout is not None:
+            logits = steer(logits, hidden, layout)
+        if due:
+            self._recorder.add(logits, hidden, due)
+        return logits
+
+    def take_estimates(self) -> Estimates:
+        """What was kept since the last call."""
+        return self._recorder.take()
+
+    def _due(self, ctx: LogitsContext | None) -> list[tuple[int, Watched, int]]:
+        """Rows whose estimates are wanted in this step, with the tokens that they have so far. Not under speculative decoding."""
+        if ctx is None:
+            found = ((row, watched, len(watched.output)) for row, watched in self._watched.items())
+        else:
+            lengths = ctx.seq_lens_upper_bound_np - self._prompt_lengths[ctx.idx_mapping_np]
+            pairs = zip(ctx.idx_mapping_np.tolist(), lengths.tolist(), strict=True)
+            found = ((i, self._watched[slot], n) for i, (slot, n) in enumerate(pairs) if slot in self._watched)
+        return [(row, watched, tokens) for row, watched, tokens in found if watched.watch.due(tokens)]
 
     def _bind(self, sampling_params: Any) -> Bound | None:
         return self._slots.bind(Terms.read(sampling_params.extra_args))
+
+    def _watch(self, sampling_params: Any, output: Sequence[int] = ()) -> Watched | None:
+        if (named := Named.read(sampling_params.extra_args)) is None:
+            return None
+        values = ((self._slots.head(name), weight) for name, weight in named.watch.values.items() if weight)
+        return Watched(named.name, named.watch, tuple(values), output)
 
 
 class WorkerExtension:
@@ -136,6 +175,10 @@ class WorkerExtension:
         for processor in mine:
             processor.use(name)
         return len(mine)
+
+    def infer_align_take_estimates(self) -> Estimates:
+        """What the values have said of watched requests since the last call; nothing where this worker does not sample."""
+        return [estimate for processor in self._infer_align_processors() for estimate in processor.take_estimates()]
 
     def _infer_align_processors(self) -> list[ValueProcessor]:
         return [processor for processor in _live if processor.vllm_config is self.vllm_config]

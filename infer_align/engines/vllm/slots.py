@@ -74,6 +74,17 @@ class Slots:
         self._values[column] = value
         self._changed()
 
+    def head(self, name: str) -> HeadValue:
+        """The value of that name, as it is now.
+
+        Raises:
+            RuntimeError: it is not here; a request that is compared without it would be compared wrongly.
+        """
+        value = self._values[self._columns[name]] if name in self._columns else None
+        if value is None:
+            raise RuntimeError(f"a request is watched by {name!r}, which this worker has not loaded.")
+        return value
+
     def bind(self, terms: Terms | None) -> Bound | None:
         """A request's terms with the values of this moment.
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from infer_align.errors import ConfigError, InvalidRequest, nearest
 from infer_align.methods.vas import MAX_BETA
-from infer_align.types import Body, Steering
-from infer_align.values import Frozen, Value, tokenizer_digest
+from infer_align.types import Draw, Steering
+from infer_align.values import Frozen, Value, check_values, tokenizer_digest
 from infer_align.values.head import HeadValue
 
 # Where a request's steering stands in SamplingParams.extra_args, and the values in the engine's additional_config.
@@ -142,17 +142,14 @@ class Steerer:
                 raise ConfigError(f"[values.{name}] no worker of this engine can take it.")
             self._heads = {**self._heads, name: head}
 
-    def check(self, steering: Steering, body: Body) -> None:
-        """Refuse what cannot be steered.
+    def check(self, draw: Draw) -> None:
+        """Refuse what cannot be steered or watched.
 
         Raises:
             InvalidRequest: naming the field.
         """
-        for name in steering.beta:
-            if name not in self._heads:
-                where = f"align.vas.beta.{name}"
-                raise InvalidRequest(f"{where}: no such value; {nearest(name, self._heads)}", param=where)
-        if body.get("use_beam_search"):
+        check_values(draw, self._heads)
+        if draw.steering and draw.body.get("use_beam_search"):
             raise InvalidRequest(
                 "use_beam_search: true is not allowed with align.vas, which steers what is sampled; leave out one.",
                 param="use_beam_search",

@@ -18,7 +18,8 @@ import torch
 
 from infer_align import demo
 from infer_align.engines.vllm.steering import Steerer
-from infer_align.types import Steering
+from infer_align.engines.vllm.watching import Named
+from infer_align.types import Steering, Watch
 from infer_align.values import Frozen, head, tokenizer_digest
 from infer_align.values.head import HeadValue
 
@@ -107,6 +108,8 @@ class Ask:
     params: Mapping[str, Any] = field(default_factory=dict)
     arrives: int = 0  # at this step
     aborted_at: int | None = None
+    watch: Watch | None = None
+    estimates: dict[int, float] = field(default_factory=dict)  # tokens -> value
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] | None = None
@@ -122,13 +125,18 @@ def run(engine: Any, steerer: Steerer, asks: Sequence[Ask], each_step: Callable[
     while step <= max(ask.arrives for ask in asks) or engine.has_unfinished_requests():
         for i, ask in enumerate(asks):
             if ask.arrives == step:
-                extra = steerer.extra_args(ask.steering) if ask.steering else None
-                params = SamplingParams(**{"temperature": 0, "logprobs": 0, "max_tokens": 8, **ask.params}, extra_args=extra)
+                extra = steerer.extra_args(ask.steering) if ask.steering else {}
+                extra |= Named(str(i), ask.watch).extra_args() if ask.watch else {}
+                params = SamplingParams(
+                    **{"temperature": 0, "logprobs": 0, "max_tokens": 8, **ask.params}, extra_args=extra or None
+                )
                 known[engine.add_request(f"{id(asks)}-{i}", _prompt(ask.prompt), params)] = ask
             if ask.aborted_at == step:
                 engine.abort_request([f"{id(asks)}-{i}"])
         for output in engine.step():
             _take(asks[int(output.request_id.rpartition("-")[2])], output)
+        for name, tokens, value in engine.collective_rpc("infer_align_take_estimates")[0] if steerer.active else ():
+            asks[int(name)].estimates[tokens] = value
         each_step(step)
         step += 1
 
@@ -178,6 +186,13 @@ class Reference:
             logits[top] = steered
         return logits, frozen
 
+    def expected(self, ids: list[int], steering: Steering | None, weights: Mapping[str, float]) -> float:
+        """What the values expect of the next token, weighted."""
+        with torch.inference_mode():
+            hidden = self.lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+            policy = torch.softmax(self.step(ids, steering)[0], -1)
+            return float(sum(weight * policy @ self.value(name, hidden) for name, weight in weights.items()))
+
     def greedy(self, prompt: list[int], steering: Steering | None, n: int, eos: int = 1) -> tuple[list[int], list[float]]:
         """n tokens, and the frozen model's logprob of each."""
         ids, tokens, logprobs = list(prompt), [], []
@@ -208,9 +223,22 @@ def prompts(n: int) -> list[list[int]]:
     return found
 
 
+WATCHES = [Watch({"helpful": 1.0}, 2), None, Watch({"mlp": -0.5, "brief": 2.0}, 3)]
+
+
 def mixed(n: int, **params: Any) -> list[Ask]:
-    """n requests that come one after the other, each with its own steering."""
+    """n requests that come one after the other, each with its own steering; of three, two are watched."""
     return [
-        Ask(prompt, MIXES[i % len(MIXES)], {"max_tokens": 5 + i % 6, **params}, arrives=i // 3)
+        Ask(prompt, MIXES[i % len(MIXES)], {"max_tokens": 5 + i % 6, **params}, arrives=i // 3, watch=WATCHES[i % 3])
         for i, prompt in enumerate(prompts(n))
     ]
+
+
+def assert_estimates(asks: Sequence[Ask], reference: Reference) -> None:
+    """Each is there, once its number of tokens is reached and another one is sampled, and is what the reference expects."""
+    for ask in asks:
+        due = [t for t in range(1, len(ask.tokens)) if ask.watch and ask.watch.due(t)]
+        assert sorted(ask.estimates) == due
+        for t in due:
+            expected = reference.expected([*ask.prompt, *ask.tokens[:t]], ask.steering, ask.watch.values if ask.watch else {})
+            assert math.isclose(ask.estimates[t], expected, abs_tol=1e-4)

@@ -345,7 +345,24 @@ def test_a_deadline_answers_with_what_there_is(live: Live) -> None:
     assert live.until(lambda: running(live) == 0, 1.0)
 
 
+@pytest.mark.usefixtures("quiet")
+def test_losers_are_stopped_early_by_their_value_estimates(live: Live, client: openai.OpenAI) -> None:
+    early = {"values": {"helpful": 1.0}, "after": 8}
+    align = {"best_of_n": {"n": 8}, "early_stop": early, "rewards": {"quality": 1}}
+    options: dict[str, Any] = {"model": "owl", "messages": ASK, "seed": 3, "max_tokens": 200}
+    answer = client.chat.completions.create(**options, extra_body={"align": align, "ignore_eos": True})
+    report = answer.align  # type: ignore[attr-defined]
+    stopped = [c for c in report["candidates"] if c["error"]]
+    assert [c["error"].startswith("stopped early: after 8 tokens, estimate") for c in stopped].count(True) == 4
+    assert len(stopped) == 7, "8, 16 and 32 tokens: one is left"
+    assert all(c["completion_tokens"] < 200 for c in stopped)
+    assert report["candidates"][report["selected"]]["completion_tokens"] == 200
+    assert report["usage"]["saved_tokens"] == 8 * 200 - answer.usage.completion_tokens  # type: ignore[union-attr]
+    assert live.until(lambda: live.metric("vllm:num_requests_running") == 0, 1)
+
+
 @pytest.mark.anyio
+@pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("deltas", [False, True])
 async def test_one_candidate_is_stopped_and_the_others_go_on(live: Live, deltas: bool) -> None:
     draw = Draw({"messages": ASK, "max_tokens": 400, "ignore_eos": True}, 3, (1, 2, 3), deltas=deltas)

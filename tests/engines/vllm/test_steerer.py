@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from infer_align import demo
 from infer_align.engines.vllm import steering
 from infer_align.engines.vllm.steering import KEY, PROCESSOR, WORKER_EXTENSION, Steerer, Terms
+from infer_align.engines.vllm.watching import Fetcher, Named
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.types import Steering
+from infer_align.types import Draw, Steering, Watch
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 from tests.engines.vllm.stepping import WARNINGS
@@ -65,14 +66,21 @@ def test_a_lookahead_value_is_refused_by_name() -> None:
         Steerer({"slow": LookaheadValue(Lookahead("demo/value-lm"))})
 
 
+def draw(steering: Steering | None, watch: Watch | None = None, **fields: Any) -> Draw:
+    return Draw(fields, steering=steering, watch=watch)
+
+
 def test_requests_are_checked_as_by_the_embedded_engine() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        steerer().check(Steering({"helpfull": 1.0}, 5, "keep"), {})
+        steerer().check(draw(Steering({"helpfull": 1.0}, 5, "keep")))
     assert caught.value.message == "align.vas.beta.helpfull: no such value; did you mean 'helpful'?"
     assert caught.value.param == "align.vas.beta.helpfull"
     with pytest.raises(InvalidRequest, match="use_beam_search"):
-        steerer().check(Steering({"helpful": 1.0}, 5, "keep"), {"use_beam_search": True})
-    steerer().check(Steering({"helpful": 1.0}, 5, "keep"), {"use_beam_search": False})
+        steerer().check(draw(Steering({"helpful": 1.0}, 5, "keep"), use_beam_search=True))
+    steerer().check(draw(Steering({"helpful": 1.0}, 5, "keep"), use_beam_search=False))
+    with pytest.raises(InvalidRequest) as caught:
+        steerer().check(draw(None, Watch({"helpfull": 1.0}, 4)))
+    assert caught.value.param == "align.early_stop.values.helpfull"
 
 
 @given(
@@ -174,3 +182,40 @@ def test_vllms_own_configurations_are_refused_in_the_same_words(tmp_path: Path) 
     config.model_config.model_arch_config.hidden_size = 128
     with pytest.raises(ConfigError, match="hidden states of size 64"):
         steerer().configure(config)
+
+
+def test_a_watch_is_read_as_it_is_sent() -> None:
+    named = Named("a", Watch({"helpful": 0.5, "brief": -1.0}, 7))
+    assert Named.read(named.extra_args()) == named
+    assert Named.read(None) is None
+    assert Named.read({"other": 1}) is None
+
+
+@pytest.mark.parametrize("given", [1, {}, {"name": "a", "values": {}, "after": 0}, {"name": 1, "values": {}, "after": 3}])
+def test_another_watch_is_refused(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"ask for align.early_stop instead"):
+        Named.read({"infer_align_watch": given})
+
+
+@pytest.mark.anyio
+async def test_estimates_are_fetched_while_somebody_waits() -> None:
+    answers = [[[("a", 4, 0.5), ("b", 4, 0.25)], [("a", 4, 0.5)]], [[("a", 8, 1.5), ("c", 4, 9.0)], []]]
+    heard: list[tuple[str, int, float]] = []
+    calls = 0
+
+    async def fetch() -> Any:
+        nonlocal calls
+        calls += 1
+        return answers.pop(0) if answers else []
+
+    fetcher = Fetcher(fetch)
+    for name in ("a", "b"):
+        fetcher.add(name, lambda tokens, value, name=name: heard.append((name, tokens, value)))
+    while answers:
+        await asyncio.sleep(0.01)
+    fetcher.discard(["a", "b"])
+    await asyncio.sleep(0.1)
+    seen = calls
+    await asyncio.sleep(0.1)
+    assert calls == seen, "nobody waits, nothing is asked"
+    assert heard == [("a", 4, 0.5), ("b", 4, 0.25), ("a", 8, 1.5)]

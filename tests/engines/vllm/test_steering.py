@@ -12,7 +12,19 @@ import torch
 from infer_align.engines.vllm.steering import Steerer
 from infer_align.types import Steering
 from infer_align.values.head import HeadValue
-from tests.engines.vllm.stepping import MIXES, WARNINGS, Ask, Reference, environment, make_engine, make_values, mixed, prompts, run
+from tests.engines.vllm.stepping import (
+    MIXES,
+    WARNINGS,
+    Ask,
+    Reference,
+    assert_estimates,
+    environment,
+    make_engine,
+    make_values,
+    mixed,
+    prompts,
+    run,
+)
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -76,6 +88,14 @@ def test_32_requests_with_different_steering_equal_the_reference(engine: Any, st
     assert sum(ask.cached for ask in again) > 32 * 10, "the prefixes come from the cache"
     assert [ask.tokens for ask in again] == [ask.tokens for ask in first]
     assert_equal(again, reference)
+
+
+def test_estimates_of_watched_requests_equal_the_reference(engine: Any, steerer: Steerer, reference: Reference) -> None:
+    found = mixed(24)
+    run(engine, steerer, found)
+    assert_equal(found, reference)
+    assert_estimates(found, reference)
+    assert sum(len(ask.estimates) for ask in found) >= 20
 
 
 def test_aborts_and_reused_slots_leave_the_others_alone(engine: Any, steerer: Steerer, reference: Reference) -> None:

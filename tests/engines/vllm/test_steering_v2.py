@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.stepping import MODEL, Reference, make_values, mixed
+from tests.engines.vllm.stepping import MODEL, Reference, assert_estimates, make_values, mixed
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -38,7 +38,7 @@ def test_equals_the_reference(options: dict[str, Any], tmp_path: Path) -> None:
     n = 16
     found = answer(tmp_path, options, n)
     reference = Reference(make_values(tmp_path))
-    worst, compared = 0.0, 0
+    worst, compared, answered = 0.0, 0, []
     for ask, said in zip(mixed(n), found, strict=True):
         if said["reason"] is None:  # aborted
             continue
@@ -46,6 +46,11 @@ def test_equals_the_reference(options: dict[str, Any], tmp_path: Path) -> None:
         assert said["tokens"] == tokens
         worst = max(worst, *(abs(a - b) for a, b in zip(said["logprobs"], logprobs, strict=True)))
         compared += len(tokens)
+        ask.tokens, ask.estimates = said["tokens"], dict(said["estimates"])
+        answered.append(ask)
+    if not options:  # under speculative decoding nothing is watched
+        assert_estimates(answered, reference)
+        assert sum(len(ask.estimates) for ask in answered) >= 10
     print(f"{compared} tokens, worst logprob difference {worst:.2g}")
     assert compared > 60
     assert worst < 1e-4

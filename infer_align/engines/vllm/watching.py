@@ -1,0 +1,142 @@
+"""Value estimates on their way back from vLLM's workers.
+
+A request says which values it is watched by, under a name of its own. A worker reads them at the steps that are due, from the
+states and logits that it has in its hands, and keeps them. vLLM has no way back for them, so the frontend fetches what there is
+for as long as somebody waits; one call serves all requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from infer_align.types import Watch
+from infer_align.values.head import HeadValue
+
+log = logging.getLogger("infer_align")
+
+# Where a request's watch stands in SamplingParams.extra_args.
+KEY = "infer_align_watch"
+# Between two fetches: about a step of a large model, and no more than a few of a small one.
+FETCH_SECONDS = 0.02
+# Estimates that nobody fetches any more are forgotten; so many steps' are kept.
+KEPT_STEPS = 4096
+
+Estimates = list[tuple[str, int, float]]  # the request's name, its tokens, what it is expected to be worth
+Tell = Callable[[int, float], None]
+
+
+class Named(NamedTuple):
+    """A watch as it travels to the workers."""
+
+    name: str
+    watch: Watch
+
+    @classmethod
+    def read(cls, extra_args: Mapping[str, Any] | None) -> Named | None:
+        """What a request's extra arguments ask for; None where it is not watched.
+
+        Raises:
+            ValueError: of another form.
+        """
+        match (extra_args or {}).get(KEY):
+            case None:
+                return None
+            case {"name": str(name), "values": dict(values), "after": int(after)} if after > 0:
+                return cls(name, Watch({str(key): float(weight) for key, weight in values.items()}, after))
+        raise ValueError(f"extra_args.{KEY}: not of the form {{name, values, after}}; ask for align.early_stop instead.")
+
+    def extra_args(self) -> dict[str, Any]:
+        """What `read` reads."""
+        return {KEY: {"name": self.name, "values": dict(self.watch.values), "after": self.watch.after}}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Watched:
+    """One request in a worker."""
+
+    name: str
+    watch: Watch
+    values: tuple[tuple[HeadValue, float], ...]  # as they were when it joined, with their weights
+    output: Sequence[int] = ()  # its tokens, where vLLM's older runner keeps them
+
+
+class Recorder:
+    """What the values of a worker have said, until it is fetched."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: deque[tuple[list[tuple[str, int]], torch.Tensor]] = deque(maxlen=KEPT_STEPS)
+
+    def add(self, logits: torch.Tensor, hidden: torch.Tensor, due: Sequence[tuple[int, Watched, int]]) -> None:
+        """Estimate these rows, each with its tokens so far; waits for nothing.
+
+        Args:
+            logits: [rows, V], those that are sampled from.
+            hidden: [rows, d].
+            due: which rows.
+        """
+        rows = self._upload([row for row, _, _ in due], torch.long)
+        states, policy = hidden.index_select(0, rows).float(), logits.index_select(0, rows)
+        weights = [dict(watched.values) for _, watched, _ in due]
+        found = torch.zeros(len(due), device=self._device)
+        for value in dict.fromkeys(value for own in weights for value in own):
+            found += self._upload([own.get(value, 0.0) for own in weights], torch.float32) * value.expected(states, policy)
+        self._kept.append(([(watched.name, tokens) for _, watched, tokens in due], found))
+
+    def take(self) -> Estimates:
+        """All that was kept, once."""
+        taken, kept = [], self._kept
+        while kept:
+            names, found = kept.popleft()
+            taken += [(name, tokens, value) for (name, tokens), value in zip(names, found.tolist(), strict=True)]
+        return taken
+
+    def _upload(self, numbers: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.tensor([*numbers], dtype=dtype)
+        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+class Fetcher:
+    """The frontend's side: who waits for estimates, and what brings them. `fetch` asks every worker."""
+
+    def __init__(self, fetch: Callable[[], Awaitable[list[Estimates]]]) -> None:
+        self._fetch = fetch
+        self._waiting: dict[str, Tell] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, name: str, tell: Tell) -> None:
+        """Call `tell` with the tokens and the value of each estimate of a request."""
+        self._waiting[name] = tell
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+
+    def discard(self, names: Iterable[str]) -> None:
+        """Nobody waits for these any more."""
+        for name in names:
+            self._waiting.pop(name, None)
+
+    def close(self) -> None:
+        """Fetch nothing more."""
+        self._waiting.clear()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(FETCH_SECONDS)
+            try:
+                answers = await self._fetch()
+            except Exception:  # the engine has died: its requests say so; without estimates nothing is given up
+                log.exception("value estimates could not be fetched")
+                return
+            # Workers that sample the same rows say the same.
+            for (name, tokens), value in {(name, tokens): value for said in answers for name, tokens, value in said}.items():
+                if tell := self._waiting.get(name):
+                    tell(tokens, value)
