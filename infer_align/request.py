@@ -14,7 +14,7 @@ from infer_align.errors import InvalidRequest, Unsupported, nearest, shown
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
 from infer_align.schema import parse
-from infer_align.types import Body, Budget, Draw, Kind, Method, Plan, Request
+from infer_align.types import Body, Budget, Draw, Kind, Messages, Method, Plan, Request
 
 Details = Literal["none", "scores", "candidates"]
 SETTINGS = ("preset", "rewards", "ensemble", "budget", "details")
@@ -104,7 +104,7 @@ def make_plan(
     plan = Plan(
         draws=(Draw(body, kind=request.kind),),
         objective=objective,
-        messages=body.get("messages", ()),
+        messages=_read_by_rewards(body, request.kind),
         seed=secrets.randbelow(SEED_RANGE) if seed is None else seed % SEED_RANGE,
         settings=settings,
         attributes=tuple(dict.fromkeys(name for reward in rewards.values() for name in reward.attributes)),
@@ -129,6 +129,15 @@ def make_plan(
     plan = _costed(plan, engine, rewards)
     _affordable(plan, request, limits)
     return plan
+
+
+def _read_by_rewards(body: Body, kind: Kind) -> Messages:
+    """The conversation that rewards and judges read; a text completion's prompt is a user's turn."""
+    if kind == "chat":
+        messages: Messages = body.get("messages", ())
+        return messages
+    prompt = body.get("prompt")
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else []
 
 
 def worst_case(body: Body, engine: Engine, limits: Limits) -> int:

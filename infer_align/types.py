@@ -247,6 +247,15 @@ class LabelReader(Protocol):
     model: str
     capabilities: frozenset[Capability]
 
+    @property
+    @abstractmethod
+    def control_tokens(self) -> frozenset[str]:
+        """See `infer_align.engines.Engine.control_tokens`."""
+
+    @abstractmethod
+    def label_calls(self, labels: tuple[str, ...]) -> int:
+        """See `infer_align.engines.Engine.label_calls`."""
+
     @abstractmethod
     async def read_labels(self, query: LabelQuery) -> LabelReading:
         """See `infer_align.engines.Engine.read_labels`."""

@@ -65,6 +65,11 @@ class Frontend:
         self.variants: tuple[str, ...] = tuple(module.name for module in args.lora_modules or ())
         self.vocabulary: dict[str, int] = vocabulary_of(engine.model_config)
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self._client.get_tokenizer()
+
     async def start(self) -> None:
         """Build the application; in the event loop that will serve."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -143,7 +148,7 @@ class Frontend:
         """
         request = self.request("chat", {"model": self.model, "messages": [*messages]})
         _, (prompt,) = await self.render("chat", request)
-        continued = self._client.get_tokenizer().encode(said, add_special_tokens=False) if said else []
+        continued = self.tokenizer.encode(said, add_special_tokens=False) if said else []
         return [*prompt["prompt_token_ids"], *continued]
 
     async def answer(self, kind: Kind, request: Any, job: Job) -> Any:

@@ -188,7 +188,7 @@ def test_who_answers_to_trust_judge(load: Any) -> None:
     assert load(own).load_rewards()["trust_judge"].config.scale == 5
     with pytest.raises(ConfigError, match="5, 10 or 100"):
         load(f'{FAKE}[rewards.critic]\nkind = "trust_judge"\nscale = 7\n')
-    with pytest.raises(ConfigError, match="must match"):
+    with pytest.raises(ConfigError, match="must be words"):
         load(f'{FAKE}[rewards.critic]\nkind = "trust_judge"\ncriteria = ""\n')
 
 

@@ -41,6 +41,7 @@ class Judged:
     """All that the judge said about the answers to one question."""
 
     gold: Array  # [N]
+    manner: Sequence[tuple[bool, bool, int]]  # [N] polite, rude, flourishes: answers alike in them differ in facts alone
     scores: Mapping[str, Sequence[float]]  # readout -> [N]; NaN where it refused
     relations: Mapping[Rule, Mapping[Pair, Relation]]
     refused: float  # share of all readings
@@ -62,11 +63,19 @@ async def judge(flow: Flow, question: str, answers: Sequence[str]) -> Judged:
     firsts = [reading.probs[0][0] for both in pairs.values() for reading in both]
     return Judged(
         gold=np.array([world.gold(question, text) for text in answers]),
+        manner=[_manner(question, text) for text in answers],
         scores=_scores(said, len(answers)),
         relations={rule: {pair: relation(*both, rule) for pair, both in pairs.items()} for rule in RULES},
         refused=float(np.mean([math.fsum(p for _, p in reading.probs) < REFUSED for reading in said.values()])),
         lean=(firsts.count("A") - firsts.count("B")) / len(firsts),
     )
+
+
+def _manner(question: str, answer: str) -> tuple[bool, bool, int]:
+    asked = world.read_question(question)
+    assert asked is not None
+    traits = world.read(asked, answer)
+    return traits.polite, traits.rude, traits.flourishes
 
 
 async def _read(flow: Flow, messages: list[dict[str, Any]], prefix: str, wanted: tuple[str, ...]) -> Reading:
@@ -194,6 +203,20 @@ def _on_decided(one: Judged, name: str) -> float:
     return _accuracy(np.where(decided, signs, math.nan), _truth(one))
 
 
+def _on_facts(judged: Sequence[Judged]) -> str:
+    """How often the expected score tells right from wrong where nothing else tells the answers apart."""
+    right = []
+    for one in judged:
+        for i, j in _pairs(one):
+            if one.manner[i] == one.manner[j] and one.gold[i] != one.gold[j]:
+                sign = np.sign(one.scores["expected, 1-100"][i] - one.scores["expected, 1-100"][j])
+                right.append(0.5 if sign == 0 else float(sign == np.sign(one.gold[i] - one.gold[j])))
+    error = np.std(right, ddof=1) / math.sqrt(len(right))
+    return (
+        f"Of the {len(right)} pairs that differ in facts alone it puts the right one first in {np.mean(right):.2f} ± {error:.2f}."
+    )
+
+
 def _rule_accuracy(one: Judged, rule: Rule) -> float:
     return _accuracy(np.array([float(SIGNS[one.relations[rule][pair]]) for pair in _pairs(one)]), _truth(one))
 
@@ -239,6 +262,7 @@ Baseline: the label that the judge would say, and what it said first in both ord
     said.append(
         f"Readings dropped as refused: {refused:.1%}. The answer that stands first is called better {lean:+.1%} more often."
     )
+    said.append(_on_facts(judged))
     OUT.print("\n".join(said), highlight=False)
     setup = {"prompts": n_prompts, "answers": n_answers, "temperature": 1.0, "dropped": refused, "lean": lean, "verdicts": said}
     baseline = "the likeliest label, and the label said first in both orders"

@@ -83,6 +83,19 @@ class Engine(ABC):
         """What the engine itself counts, in Prometheus's format."""
         return b""
 
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """What its tokenizer reads as more than text, as far as it is known: a judge breaks it up in what it is shown."""
+        return frozenset()
+
+    def label_calls(self, labels: tuple[str, ...]) -> int:
+        """How many calls of one token `read_labels` makes at most: one, and one after each beginning of a label.
+
+        Raises:
+            Unsupported: a label cannot be spelt by the model's tokenizer.
+        """
+        return 1 + len({label[:end] for label in labels for end in range(1, len(label))})
+
     async def read_labels(self, query: LabelQuery) -> LabelReading:
         """How likely each label is to come next, one reading; many may run at once, and the engine batches them.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
 from infer_align.errors import Unsupported
 
@@ -75,3 +76,9 @@ class LabelTree:
                 total[text] += probability * max(0.0, 1.0 - sum(steps.values()))
             frontier += [((*path, token), self._nexts[path][token], probability * p) for token, p in steps.items() if p > 0.0]
         return {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
+
+
+def control_tokens(tokenizer: Any) -> frozenset[str]:
+    """What a transformers tokenizer reads as one token wherever it stands, and is neither a word nor white space."""
+    added = (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens)
+    return frozenset(token for token in added if len(token) > 1 and not {*token}.isdisjoint("<>[]|｜"))

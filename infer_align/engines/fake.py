@@ -173,6 +173,10 @@ class FakeEngine(Engine):
             task.add_done_callback(self._tasks.pop)
         return stream
 
+    def label_calls(self, labels: tuple[str, ...]) -> int:
+        """A judgement is scripted as a whole."""
+        return min(1, len(labels))
+
     async def read_labels(self, query: LabelQuery) -> LabelReading:
         """The first scripted judgement that fits.
 

@@ -40,13 +40,27 @@ class Prompting:
         default="system", metadata={"description": "before the client's own system message, or before the last user message"}
     )
 
+    def __post_init__(self) -> None:
+        """Refuse a sentence that would not say the direction."""
+        for name, needed in (("template", ("{weights}",)), ("term", ("{attribute}", "{weight}"))):
+            if missing := [part for part in needed if part not in getattr(self, name)]:
+                raise ValueError(
+                    f"a sentence with {' and '.join(missing)} in {name}: without it the model is not told the direction"
+                )
+        if len({*self.attributes}) < len(self.attributes):
+            raise ValueError("told each attribute once")
+
+    def completed(self, direction: Direction) -> dict[str, float]:
+        """The direction in the template's order, with the template's attributes that it does not name at 0, if it names any."""
+        names = [*self.attributes, *(name for name in direction if name not in self.attributes)]
+        if not direction.keys() & {*self.attributes}:
+            names = [*direction]
+        return {name: direction.get(name, 0.0) for name in names}
+
     def weights(self, direction: Direction) -> dict[str, int | float]:
         """Attribute -> the rounded weight. An attribute of the template that the direction does not name weighs 0."""
-        v = unit(direction)
-        names = [*self.attributes, *(name for name in v if name not in self.attributes)]
-        if not v.keys() & {*self.attributes}:
-            names = [*v]
-        rounded = {name: float(np.round(self.scale * v.get(name, 0.0), self.decimals)) + 0.0 for name in names}  # + 0: no -0
+        v = self.completed(unit(direction))
+        rounded = {name: float(np.round(self.scale * weight, self.decimals)) + 0.0 for name, weight in v.items()}  # + 0: no -0
         return rounded if self.decimals else {name: int(weight) for name, weight in rounded.items()}
 
     def sentence(self, direction: Direction) -> str:
@@ -100,11 +114,9 @@ class DPA:
                 place = f"{where}.direction.{name}"
                 raise InvalidRequest(f"{place}: no such attribute; {nearest(name, known)}", param=place)
         try:
-            v = unit(self.direction)
+            v = prompting.completed(unit(self.direction))
         except ValueError as error:
             raise InvalidRequest(f"{where}.{error}", param=f"{where}.direction") from None
-        order = [*prompting.attributes, *self.direction]
-        v = {name: v[name] for name in sorted(v, key=order.index)}
         draws = tuple(replace(draw, body=prompting.condition(draw.body, v), direction=v) for draw in plan.draws)
         return replace(plan, draws=draws, direction=v, conditioner=prompting)
 

@@ -24,7 +24,11 @@ class EarlyStop:
         metadata={"min_length": 1, "description": "{value name: weight}: whose estimates are compared; of kind head"}
     )
     after: int = field(
-        default=16, metadata={"ge": 1, "description": "tokens after which candidates are compared; again at twice, four times, ..."}
+        default=16,
+        metadata={
+            "ge": 1,
+            "description": "tokens after which candidates are compared; again at twice as many, and so on",
+        },
     )
     keep: float = field(
         default=0.5, metadata={"gt": 0, "le": 1, "description": "share of those compared that is drawn on, rounded up"}

@@ -20,7 +20,7 @@ import numpy as np
 from infer_align.errors import InvalidRequest
 from infer_align.types import Array, Capability, Direction, Draw, Plan, Stage
 
-_GRID = range(-40, 41, 5)  # degrees, of the authors' code
+_GRID, _STEP = (-40, 40), 5  # degrees, of the authors' code
 _EDGE = 1.0 - 1e-9  # neighbours keep this share of the angle: rounding must not carry them over it
 
 
@@ -48,13 +48,14 @@ class RPS:
         """
         if plan.direction is None or plan.conditioner is None:
             raise InvalidRequest("align.rps: needs a direction to draw around; give align.dpa.direction too.", param="align.rps")
-        directions = _spread(self._neighbours(plan.direction, plan.seed), self.k)
+        found = self._neighbours(plan.direction, plan.seed)
+        directions = _spread(found or [plan.direction], self.k)
         draws: list[Draw] = []
         for draw in plan.draws:
             own = {**draw.body, "messages": plan.messages}
             for v, times in directions:
                 draws.append(replace(draw, body=plan.conditioner.condition(own, v), direction=v, n=draw.n * times))
-        return replace(plan, draws=tuple(draws), selects=True, note=plan.note or self._note(len(directions)))
+        return replace(plan, draws=tuple(draws), selects=True, note=plan.note or self._note(len(found) and len(directions)))
 
     def _neighbours(self, v: Direction, seed: int) -> list[Direction]:
         if self.neighborhood == "none":
@@ -69,12 +70,14 @@ class RPS:
             )
         x, y = v
         found = published_neighbors(math.degrees(math.atan2(v[y], v[x])), self.k, self.max_angle)
-        return [{x: math.cos(math.radians(angle)), y: math.sin(math.radians(angle))} for angle in found] or [v]
+        return [{x: math.cos(math.radians(angle)), y: math.sin(math.radians(angle))} for angle in found]
 
     def _note(self, found: int) -> str:
         if self.neighborhood == "none" or found == self.k:
             return ""
-        return f"rps: {found} of {self.k} directions within {self.max_angle:g} degrees; their draws are spread over {self.k}"
+        if not found:
+            return f"rps: no direction of the grid within {self.max_angle:g} degrees; all {self.k} draws are from the target"
+        return f"rps: {found} of {self.k} directions within {self.max_angle:g} degrees; the {self.k} draws are spread over them"
 
 
 plugin = RPS
@@ -135,15 +138,20 @@ def _angle(dimension: int, most: float, rng: np.random.Generator) -> float:
             return phi
 
 
-def published_neighbors(degrees: float, k: int, max_angle: float) -> list[int]:
+def published_neighbors(degrees: float, k: int, max_angle: float, angle_range: tuple[int, int] = _GRID) -> list[int]:
     """The authors' neighbours: of the angles -40, -35 .. 40, the k nearest to `degrees` if within `max_angle`, nearest first.
 
     As theirs, the target is first rounded to a vector of four decimals and angles are arc cosines: what stands at the very edge,
     such as 25 for a target of 45 and 20 degrees, is in or out by that rounding.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
+    if k < 1 or not 0 <= max_angle <= 180:
+        raise ValueError(f"k {k} and max_angle {max_angle}: must be at least 1, and from 0 to 180.")
     target = np.round([math.cos(math.radians(degrees)), math.sin(math.radians(degrees))], 4)
     found = []
-    for angle in _GRID:
+    for angle in range(angle_range[0], angle_range[1] + 1, _STEP):
         v = np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
         cosine = np.clip((target @ v) / (np.linalg.norm(target) * np.linalg.norm(v)), -1.0, 1.0)
         distance = float(np.degrees(np.arccos(cosine)))

@@ -6,30 +6,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Len
+from pydantic import AfterValidator, Field
 
 from infer_align.types import Capability, Plan, Stage
 
 CRITERIA = "helpful, correct and clear"
 
 
+def _said(text: str) -> str:
+    if not text.strip():
+        raise ValueError("words; leave it out for the judge's own criteria")
+    return text
+
+
+Criteria = Annotated[str, Len(max_length=4000), AfterValidator(_said), Field(json_schema_extra={"pattern": r"\S"})]
+
+
 @dataclass(frozen=True, slots=True)
 class TrustJudge:
-    """Let a judge score or compare the candidates, beside the rewards."""
+    """Let a judge score or compare the candidates, beside the rewards; what is left out is as the judge is configured."""
 
-    mode: Literal["score", "pairwise"] = field(
-        default="score", metadata={"description": "one score per candidate, or comparisons in both orders and their win rates"}
+    mode: Literal["score", "pairwise"] | None = field(
+        default=None, metadata={"description": "one score per candidate, or comparisons in both orders and their win rates"}
     )
-    scale: Literal[5, 10, 100] = field(default=100, metadata={"description": "the highest score that the judge may give"})
-    criteria: str = field(
-        default=CRITERIA, metadata={"pattern": r"\S", "max_length": 4000, "description": "what is judged, in words"}
-    )
+    scale: Literal[5, 10, 100] | None = field(default=None, metadata={"description": "the highest score that the judge may give"})
+    criteria: Criteria | None = field(default=None, metadata={"description": "what is judged, in words"})
     weight: float = field(
         default=1.0,
         metadata={"ge": 0, "le": 1e9, "description": "beside the weights of the rewards; the judge's scores are from 1 to 5"},
     )
-    readout: Literal["expected", "geval", "published"] = field(
-        default="expected",
+    readout: Literal["expected", "geval", "published"] | None = field(
+        default=None,
         metadata={"description": "expectation over the labels; that, not renormalised; or the paper's code with its defects"},
     )
 

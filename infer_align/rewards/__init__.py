@@ -68,4 +68,4 @@ class Reward(ABC):
 
     @abstractmethod
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
-        """Score every candidate as the next turn of `messages` ([] for a text completion)."""
+        """Score every candidate as the next turn of `messages`; a text completion's prompt is a user's turn."""

@@ -17,19 +17,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align.errors import ConfigError, Unavailable, nearest
+from infer_align.errors import ConfigError, Unavailable
 from infer_align.hub import locate
 from infer_align.rewards import Marks, Reward
 from infer_align.rewards._conversation import encode, member_names, turns
+from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
 from infer_align.types import Array, Candidate, Messages, Spent
-
-
-@dataclass(frozen=True, slots=True)
-class Scaling:
-    """How one objective is brought to a common scale: (score - mean) / std."""
-
-    mean: float = field(default=0.0, metadata={"description": "subtracted"})
-    std: float = field(default=1.0, metadata={"gt": 0, "description": "divided by"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +34,7 @@ class Classifier:
     attributes: tuple[str, ...] = field(
         default=(), metadata={"description": "names of the labels, when they are objectives, not members"}
     )
-    scaling: dict[str, Scaling] = field(
-        default_factory=dict,
-        metadata={"description": "{attribute: {mean, std}}: its scores become (score - mean) / std; others stay as they are"},
-    )
+    scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
     description: str = field(default="", metadata={"description": "one line for people"})
     max_length: int = field(
         default=4096, metadata={"ge": 8, "description": "tokens read; a longer text loses its beginning, and the score says so"}
@@ -62,8 +52,7 @@ class Classifier:
         """
         if bool(self.model) == bool(self.models):
             raise ConfigError("classifier: give either model or models.")
-        if unknown := [name for name in self.scaling if name not in self.attributes]:
-            raise ConfigError(f"classifier.scaling.{unknown[0]}: no such attribute; {nearest(unknown[0], self.attributes)}")
+        check_scaling("classifier", self.scaling, self.attributes)
         return ClassifierReward(self)
 
 
@@ -129,14 +118,8 @@ class ClassifierReward(Reward):
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
         results = await asyncio.gather(*(text.done for text in texts))
-        values = self._scaled(np.stack([value for value, _, _ in results], axis=-1))
+        values = scaled(np.stack([value for value, _, _ in results], axis=-1), self.config.scaling, self.attributes)
         return Marks(values, Spent(sum(tokens for _, tokens, _ in results)), tuple(note for _, _, note in results))
-
-    def _scaled(self, values: Array) -> Array:
-        """[A, K, N], each objective on its configured scale."""
-        scaling = [self.config.scaling.get(name, Scaling()) for name in self.attributes] or [Scaling()]
-        mean, std = (np.array([[[getattr(s, name)]] for s in scaling]) for name in ("mean", "std"))
-        return np.asarray((values - mean) / std)
 
     async def _work(self) -> None:
         """Score whatever is waiting, batch after batch, until nothing is."""

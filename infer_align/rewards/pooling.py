@@ -21,6 +21,7 @@ from infer_align.errors import AlignError, ConfigError, Unavailable
 from infer_align.hub import locate
 from infer_align.rewards import Marks, Reward
 from infer_align.rewards._conversation import encode, member_names, turns
+from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
 from infer_align.types import Array, Candidate, Messages, Spent
 
 
@@ -33,6 +34,7 @@ class Pooling:
     attributes: tuple[str, ...] = field(
         default=(), metadata={"description": "names of the labels, when they are objectives, not members"}
     )
+    scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
     description: str = field(default="", metadata={"description": "one line for people"})
     max_length: int = field(
         default=4096, metadata={"ge": 8, "description": "tokens read; a longer text loses its beginning, and the score says so"}
@@ -55,6 +57,7 @@ class Pooling:
         """
         if bool(self.model) == bool(self.models):
             raise ConfigError("pooling: give either model or models.")
+        check_scaling("pooling", self.scaling, self.attributes)
         vllm_package.require()
         return PoolingReward(self)
 
@@ -119,7 +122,8 @@ class PoolingReward(Reward):
             for row in marks
         ]
         notes = tuple(next((mark.note for mark in row if mark.note), None) for row in marks)
-        return Marks(np.stack(values, axis=-1), Spent(sum(mark.tokens for row in marks for mark in row)), notes)
+        marked = scaled(np.stack(values, axis=-1), self.config.scaling, self.attributes)
+        return Marks(marked, Spent(sum(mark.tokens for row in marks for mark in row)), notes)
 
 
 class _Mark(NamedTuple):

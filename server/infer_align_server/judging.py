@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
+from infer_align.methods.trust_judge import Criteria
 from infer_align.request import check_prompt
 from infer_align.rewards.trust_judge import TrustJudgeReward, conflict_ratio, nontransitivity, rescale
 from infer_align.rewards.trust_judge.asking import Judgement
 from infer_align.rewards.trust_judge.consistency import cycles
 from infer_align.rewards.trust_judge.tournament import Comparisons
 from infer_align.schema import parse
+from infer_align.types import Spent
 from infer_align_server.scoring import candidates_of
 from infer_align_server.service import Service
 from infer_align_server.wire import number
@@ -29,7 +31,7 @@ class Judging:
     judge: str = field(default="trust_judge", metadata={"description": "which judge, by its reward's name"})
     mode: Literal["score", "pairwise", "both"] = field(default="both", metadata={"description": "scores, comparisons, or both"})
     scale: Literal[5, 10, 100] | None = field(default=None, metadata={"description": "the highest score"})
-    criteria: str | None = field(default=None, metadata={"description": "what is judged, in words"})
+    criteria: Criteria | None = field(default=None, metadata={"description": "what is judged, in words"})
     readout: Literal["expected", "geval", "published"] | None = field(default=None, metadata={"description": "how scores are read"})
     rule: Literal["first_label", "likelihood", "perplexity"] | None = field(
         default=None, metadata={"description": "how two orders become one relation"}
@@ -50,24 +52,36 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         RewardFailed: nothing at all could be judged.
     """
     texts = candidates_of(service, body, FIELDS)
-    service.resolve(body.get("model"))  # a wrong name is refused as everywhere
+    _, preset = service.resolve(body.get("model"))
     check_prompt({"messages": body.get("messages")}, "chat")
-    wanted, reward = _reward(service, {key: value for key, value in body.items() if key not in GIVEN and value is not None})
+    given = {key: value for key, value in body.items() if key not in GIVEN and value is not None}
+    wanted, reward = _reward(service, {**_of_preset(service, preset), **given})
     judgements: Sequence[Judgement] = ()
     compared = Comparisons()
-    async with service.admission.admit(0, caller=caller):
+    modes = ("score", "pairwise") if wanted.mode == "both" else (wanted.mode,)
+    worst = sum(reward.configured(mode=mode).worst_case_tokens(len(texts)) for mode in modes)
+    async with service.scoring(worst, caller) as told:
         try:
             async with asyncio.timeout(reward.timeout_seconds):
-                if wanted.mode != "pairwise":
+                if "score" in modes:
                     judgements = await reward.judge.scores(body["messages"], texts, reward.config.scale)
-                if wanted.mode != "score":
+                if "pairwise" in modes:
                     compared = await reward.compare(body["messages"], texts)
         except TimeoutError:
             raise DeadlineExceeded(f"no judgement within {reward.timeout_seconds:.3g} s; send fewer candidates.") from None
+        spent = sum((judgement.spent for judgement in judgements), compared.spent)
+        told(spent)
     first = next(iter([j.error for j in judgements if j.error] + [*compared.errors.values()]), None)
     if first is not None and len(compared.relations) + sum(j.reading is not None for j in judgements) == 0:
         raise RewardFailed(f"nothing could be judged; first: {first}")
-    return _answer(reward, texts, judgements, compared)
+    # Counting subsets takes seconds where there are a hundred candidates: not in the event loop.
+    return await asyncio.to_thread(_answer, reward, texts, judgements, compared, spent)
+
+
+def _of_preset(service: Service, preset: str | None) -> dict[str, Any]:
+    """How a preset has its candidates judged, but for the weight and the mode, which are about choosing."""
+    judging = service.config.presets[preset].get("trust_judge") or {} if preset else {}
+    return {key: value for key, value in judging.items() if key in Judging.__dataclass_fields__ and key != "mode"}
 
 
 def _reward(service: Service, given: Mapping[str, Any]) -> tuple[Judging, TrustJudgeReward]:
@@ -75,8 +89,6 @@ def _reward(service: Service, given: Mapping[str, Any]) -> tuple[Judging, TrustJ
         wanted = parse(Judging, given, "")
     except InvalidRequest as error:  # the fields stand in the body itself
         raise type(error)(error.message.removeprefix("."), param=(error.param or "").removeprefix("."), code=error.code) from None
-    if wanted.criteria is not None and not wanted.criteria.strip():
-        raise InvalidRequest(f"criteria: {wanted.criteria!r} is not allowed; must say something, or be left out.", param="criteria")
     judges = {name: reward for name, reward in service.rewards.items() if isinstance(reward, TrustJudgeReward)}
     if wanted.judge not in judges:
         raise InvalidRequest(f"judge: {wanted.judge!r} is no judge here; {nearest(wanted.judge, judges)}", param="judge")
@@ -89,12 +101,11 @@ def _reward(service: Service, given: Mapping[str, Any]) -> tuple[Judging, TrustJ
 
 
 def _answer(
-    reward: TrustJudgeReward, texts: Sequence[str], judgements: Sequence[Judgement], compared: Comparisons
+    reward: TrustJudgeReward, texts: Sequence[str], judgements: Sequence[Judgement], compared: Comparisons, spent: Spent
 ) -> dict[str, Any]:
     scale = reward.config.scale
     scores = {i: reward.read(judgement) for i, judgement in enumerate(judgements)}
     dropped = sum(judgement.reading is None for judgement in judgements)
-    spent = sum((judgement.spent for judgement in judgements), compared.spent)
     relations = compared.relations
     ties = sum(relation == "equal" for relation in relations.values())
     return {
@@ -106,7 +117,7 @@ def _answer(
                 "score": number(scores[i]) if judgements else None,
                 "rescaled": number(rescale(scores[i], scale)) if judgements else None,
                 "win_rate": number(compared.win_rate(i)),
-                "error": judgements[i].error if judgements else None,
+                "error": judgements[i].error if judgements else _unjudged(compared, i),
             }
             for i in range(len(texts))
         ],
@@ -121,6 +132,13 @@ def _answer(
         },
         "usage": {name: count for name, count in asdict(spent).items() if name != "reward_tokens"},
     }
+
+
+def _unjudged(compared: Comparisons, item: int) -> str | None:
+    """Why an item has no win rate."""
+    if any(item in pair for pair in compared.relations):
+        return None
+    return next((why for pair, why in compared.errors.items() if item in pair), "there was no other candidate to compare with")
 
 
 def _pair(compared: Comparisons, pair: tuple[int, int]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from infer_align.types import Response
+from infer_align.types import Response, Spent
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TPOT_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -50,8 +50,6 @@ class Metrics:
             (self.prompt_tokens, response.prompt_tokens),
             (self.returned_tokens, returned),
             (self.rejected_tokens, sum(c.completion_tokens for c in response.candidates) - returned),
-            (self.reward_tokens, response.scores.spent.reward_tokens),
-            (self.judge_tokens, response.scores.spent.judge_prompt_tokens + response.scores.spent.judge_completion_tokens),
             (self.kept, kept),
             (self.dropped, dropped),
             (self.rejected, len(response.candidates) - kept - dropped),
@@ -59,9 +57,17 @@ class Metrics:
         for counter, count in counts:
             if count:
                 counter.inc(count)
+        self.scored(response.scores.spent)
         self.e2e.observe(response.timing.total_seconds)
         if response.scores.members:
             self.scoring.observe(response.timing.score_seconds)
+
+    def scored(self, spent: Spent) -> None:
+        """Count what scoring cost."""
+        if spent.reward_tokens:
+            self.reward_tokens.inc(spent.reward_tokens)
+        if judged := spent.judge_prompt_tokens + spent.judge_completion_tokens:
+            self.judge_tokens.inc(judged)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from infer_align.errors import InvalidRequest, RewardFailed, Unavailable, nearest, shown
 from infer_align.request import parse_request
 from infer_align.run import score as score_candidates
 from infer_align.selection import select
-from infer_align.types import Candidate, Response, Timing
+from infer_align.types import Candidate, Plan, Response, Timing
 from infer_align_server.service import Service
 from infer_align_server.wire import number, scores_json
 
@@ -26,19 +27,11 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         RewardFailed: no candidate could be scored.
     """
     texts = candidates_of(service, body, FIELDS)
-    _, preset = service.resolve(body.get("model"))
-    given = {**(service.config.presets[preset] if preset else {}), **{key: body[key] for key in ALIGN if body.get(key) is not None}}
-    align = {key: value for key, value in given.items() if key in ALIGN}
-    # Scored as a best-of-n whose drawing is done: the same checks, the same ranking.
-    chat = {"messages": body.get("messages"), "align": {**align, "best_of_n": {"n": len(texts)}}, "max_tokens": 1}
-    try:
-        plan = service.make_plan(parse_request(chat, "chat", service.config.presets))
-    except InvalidRequest as error:  # here the fields stand in the body itself
-        where = (error.param or "").removeprefix("align.")
-        raise type(error)(error.message.removeprefix("align."), param=where, code=error.code) from None
+    plan = _plan(service, body, len(texts))
     candidates = [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
-    async with service.admission.admit(0, caller=caller):
+    async with service.scoring(plan.scoring_tokens, caller) as told:
         scores = await score_candidates(plan, service.rewards, candidates)
+        told(scores.spent)
     selection = select(plan, candidates, scores)
     if not selection.ranking:
         raise RewardFailed(f"{selection.reason}; first: {next(iter(selection.dropped.values()))}")
@@ -63,6 +56,21 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     if scores.reports:
         answer["reports"] = {name: dict(report) for name, report in scores.reports.items()}
     return answer
+
+
+def _plan(service: Service, body: Mapping[str, Any], n: int) -> Plan:
+    """How n candidates are scored, as of a best-of-n whose drawing is done: the same checks, the same ranking."""
+    _, preset = service.resolve(body.get("model"))
+    given = {**(service.config.presets[preset] if preset else {}), **{key: body[key] for key in ALIGN if body.get(key) is not None}}
+    align = {key: value for key, value in given.items() if key in ALIGN}
+    chat = {"messages": body.get("messages"), "align": {**align, "best_of_n": {"n": n}}, "max_tokens": 1}
+    try:
+        # Nothing is drawn; what judging costs is held against the limit below.
+        unlimited = replace(service.config.limits.request, max_completion_tokens=sys.maxsize)
+        return service.make_plan(parse_request(chat, "chat", service.config.presets), unlimited)
+    except InvalidRequest as error:  # here the fields stand in the body itself
+        where = (error.param or "").removeprefix("align.")
+        raise type(error)(error.message.removeprefix("align."), param=where, code=error.code) from None
 
 
 def candidates_of(service: Service, body: Mapping[str, Any], fields: tuple[str, ...]) -> list[str]:

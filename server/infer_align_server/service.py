@@ -6,7 +6,8 @@ import asyncio
 import hmac
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -25,10 +26,10 @@ from infer_align.errors import (
     nearest,
     shown,
 )
-from infer_align.request import make_plan, parse_request, reward_names
+from infer_align.request import Limits, make_plan, parse_request, reward_names
 from infer_align.rewards import Reward
 from infer_align.run import OnDelta, align
-from infer_align.types import Kind, Plan, Request, Response
+from infer_align.types import Kind, Plan, Request, Response, Spent
 from infer_align_server.admission import Admission
 from infer_align_server.metrics import Metrics
 from infer_align_server.rates import Allowance, charged
@@ -109,8 +110,7 @@ class Service:
             return "the models are still loading"
         if self.failure:
             return f"loading failed: {self.failure}"
-        ailing = ((name, engine.health()) for name, engine in self.engines.items())
-        return next((why if name == "served" else f"engine {name}: {why}" for name, why in ailing if why), None)
+        return self.engine.health()  # a judge's engine that ails fails those who ask it
 
     def authorize(self, authorization: str, client: str) -> str:
         """Check the key and count the request against its rate; -> who asks, as rates, budgets and the queue know them.
@@ -173,13 +173,13 @@ class Service:
         request = parse_request({**body, "model": model}, kind, self.config.presets, preset)
         return request, self.make_plan(request)
 
-    def make_plan(self, request: Request) -> Plan:
-        """What a request asks for, with this process's engine, rewards, limits and settings.
+    def make_plan(self, request: Request, limits: Limits | None = None) -> Plan:
+        """What a request asks for, with this process's engine, rewards, settings, and its limits where no others are given.
 
         Raises:
             InvalidRequest: see `infer_align.request.make_plan`.
         """
-        limits = self.config.limits.request
+        limits = limits or self.config.limits.request
         return make_plan(request, self.engine, self.rewards, self.default_rewards, limits, self.config.methods)
 
     async def answer(self, plan: Plan, on_delta: OnDelta | None = None, caller: str = "") -> Response:
@@ -204,6 +204,33 @@ class Service:
             )
         self.metrics.answered(response)
         return response
+
+    @asynccontextmanager
+    async def scoring(self, worst_case: int, caller: str) -> AsyncIterator[Callable[[Spent], None]]:
+        """A place for work that draws no candidates, by its worst case of sampled tokens, which the caller pays.
+
+        What is yielded is to be told what was spent.
+
+        Raises:
+            InvalidRequest: over the limit of one request.
+            Overloaded: the queue is full, or the caller's budget of tokens is used up.
+        """
+        if worst_case > (most := self.config.limits.max_completion_tokens):
+            raise InvalidRequest(
+                f"candidates: judging them takes up to {worst_case} tokens, over this server's limit of {most}; send fewer, or "
+                "choose a smaller scale.",
+                param="candidates",
+                code="over_limit",
+            )
+        with charged(self.tokens, caller, worst_case) as charge:
+            async with self.admission.admit(worst_case, caller=caller):
+                charge.metered(None)
+
+                def told(spent: Spent) -> None:
+                    charge.spent = spent.judge_completion_tokens
+                    self.metrics.scored(spent)
+
+                yield told
 
     def _check_default_rewards(self) -> None:
         for name in self.default_rewards:

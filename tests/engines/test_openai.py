@@ -286,6 +286,27 @@ async def test_labels_of_several_tokens(up: Upstream, engine: Any) -> None:
     assert reading.calls == up.calls == 4
 
 
+async def test_where_turns_cannot_be_continued_a_label_may_end_before_a_longer_one(up: Upstream, engine: Any) -> None:
+    """The upstream says what it was asked to choose from: "]" where the label is whole."""
+    labels = tuple(str(i) for i in range(1, 11))
+    up.answer = speaker({"": {"1": 0.9, "2": 0.1}, "1": {"]": 0.95, "0": 0.05}}, continues=False)
+    asked = await engine(capabilities=("label_logprobs",))
+    reading = await asked.read_labels(LabelQuery(ASK, "Score: [", labels))
+    assert {label: math.exp(p) for label, p in reading.logprobs.items() if p > -math.inf} == pytest.approx(
+        {"1": 0.855, "10": 0.045, "2": 0.1}
+    )
+    assert up.bodies[1]["messages"][-1]["content"].endswith("It is one of: ], 0.")
+
+
+async def test_a_tokenizer_that_says_numbers_whole_is_asked_once(up: Upstream, engine: Any) -> None:
+    up.answer = speaker({"": {"1": 0.9, "85": 0.1}, "1": {"0": 1.0}, "8": {"5": 1.0}}, continues=False)
+    labels = tuple(str(i) for i in range(1, 101))
+    reading = await (await engine(capabilities=("label_logprobs",))).read_labels(LabelQuery(ASK, "Score: [", labels))
+    found = {label: math.exp(p) for label, p in reading.logprobs.items() if p > -math.inf}
+    assert found == pytest.approx({"1": 0.9, "85": 0.1})
+    assert up.calls == reading.calls == 1
+
+
 async def test_labels_fail_by_name(up: Upstream, engine: Any) -> None:
     asked = await engine(capabilities=("label_logprobs",))
     with pytest.raises(UpstreamFailed, match="no top logprobs"):

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer_align.errors import InvalidRequest
+from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.methods.dpa import DPA, Prompting, prompt_weights, system_prompt, unit
 from infer_align.objectives import Ensemble, project
+from infer_align.schema import parse
 from infer_align.types import Draw, Plan
 
 ORACLE = json.loads((Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8"))
@@ -129,7 +130,7 @@ def test_it_stands_before_the_clients_own_words(messages: Any, conditioned: Any)
     before = json.dumps(messages)
     plan = planned(messages, {"helpfulness": 2.0})
     assert plan.draws[0].body["messages"] == conditioned
-    assert plan.draws[0].direction == plan.direction == {"helpfulness": 1.0}
+    assert plan.draws[0].direction == plan.direction == {"helpfulness": 1.0, "verbosity": 0.0}
     assert [*plan.messages] == messages, "what rewards read"
     assert json.dumps(messages) == before
 
@@ -159,3 +160,14 @@ def test_a_projection_looks_at_what_weighs() -> None:
     np.testing.assert_array_equal(project({"a": 0.6, "c": 0.8}, values, ("a", "b", "c")), [[8.6, np.nan]])
     with pytest.raises(ValueError, match="not scored"):
         project({"d": 1.0}, values, ("a", "b", "c"))
+
+
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [({"template": "Be {weight} nice"}, "{weights} in template"), ({"term": "x"}, "{attribute} and {weight} in term"),
+     ({"attributes": ["a", "a"]}, "each attribute once")],
+)  # fmt: skip
+def test_a_sentence_that_would_not_say_the_direction_is_refused(section: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Prompting, section, "dpa", ConfigError)
+    assert said in caught.value.message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from infer_align.objectives import Ensemble, project, rank
 from infer_align.types import Draw, Plan
 
 ORACLE = json.loads((Path(__file__).parents[1] / "data" / "rps_public.json").read_text(encoding="utf-8"))
-GRID = [case for case in ORACLE["grid_neighbours"] if case["angle_range"] == [-40, 40]]
+GRID = ORACLE["grid_neighbours"]
 
 
 def degrees(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -29,10 +30,12 @@ def degrees(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("case", GRID, ids=lambda c: c["id"])
 def test_the_authors_neighbours(case: dict[str, Any]) -> None:
-    assert published_neighbors(case["target_degrees"], case["top_k"], case["theta_max"]) == case["expected_angles_nearest_first"]
+    assert case["step"] == 5
+    rest = case["top_k"], case["theta_max"], tuple(case["angle_range"])
+    assert published_neighbors(case["target_degrees"], *rest) == case["expected_angles_nearest_first"]
     y, x = case["target_vector"][::-1]
     exact = math.degrees(math.atan2(y, x))
-    assert published_neighbors(exact, case["top_k"], case["theta_max"]) == case["expected_angles_nearest_first"]
+    assert published_neighbors(exact, *rest) == case["expected_angles_nearest_first"]
 
 
 @pytest.mark.parametrize("case", ORACLE["selection"], ids=lambda c: c["id"])
@@ -73,13 +76,17 @@ def test_neighbours_are_unit_and_within_the_angle(dimension: int, k: int, angle:
         assert neighbors(target, k, angle, seed + 1) != found
 
 
-@pytest.mark.parametrize("case", ORACLE["angle_membership_any_d"][:12], ids=lambda c: c["id"])
+@pytest.mark.parametrize("case", ORACLE["angle_membership_any_d"], ids=lambda c: c["id"])
 def test_membership_in_any_dimension(case: dict[str, Any]) -> None:
-    target = {str(i): x for i, x in enumerate(case["target"])}
-    limit = case["theta_max_degrees"]
-    near = np.array([[*v.values()] for v in neighbors(target, 50, limit, seed=3)])
-    norms = np.linalg.norm(near, axis=1) * np.linalg.norm(case["target"])
-    assert (np.degrees(np.arccos(near @ np.array(case["target"]) / norms)) <= limit).all()
+    target, limit = np.array(case["target"]), case["theta_max_degrees"]
+    candidate = np.array(case["candidate"]) * case["scale_applied_to_candidate"]
+    angle = float(degrees(candidate / np.linalg.norm(candidate), target / np.linalg.norm(target)))
+    assert angle == pytest.approx(case["expected_angle_degrees"], abs=1e-6)
+    if case["boundary_safe"]:
+        assert (angle <= limit) == case["expected_inside"]
+    near = np.array([[*v.values()] for v in neighbors({str(i): x for i, x in enumerate(target)}, 50, limit, seed=3)])
+    norms = np.linalg.norm(near, axis=1) * np.linalg.norm(target)
+    assert (np.degrees(np.arccos(near @ target / norms)) <= limit).all()
 
 
 @pytest.mark.parametrize(("dimension", "angle"), [(2, 30), (3, 30), (3, 100), (4, 80), (8, 45), (8, 89), (30, 60), (30, 88)])
@@ -171,3 +178,24 @@ def test_published_needs_two_attributes() -> None:
 def test_without_a_direction() -> None:
     with pytest.raises(InvalidRequest, match=r"align\.dpa\.direction"):
         RPS().plan(Plan((Draw({"messages": []}),), Ensemble()))
+
+
+@pytest.mark.parametrize("neighborhood", ["uniform", "published"])
+def test_attributes_that_are_not_named_are_part_of_the_space(neighborhood: Any) -> None:
+    alone, whole = ({"helpfulness": 1.0}, {"helpfulness": 1.0, "verbosity": 0.0})
+    drawn = []
+    for direction in (alone, whole):
+        made = Plan((Draw({"messages": [{"role": "user", "content": "x"}]}),), Ensemble(), seed=4)
+        plan = RPS(neighborhood=neighborhood).plan(DPA(direction).plan(replace(made, messages=made.draws[0].body["messages"])))
+        drawn.append([draw.direction for draw in plan.draws])
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 5
+
+
+def test_an_empty_neighbourhood_says_so() -> None:
+    made = Plan((Draw({"messages": [{"role": "user", "content": "x"}]}),), Ensemble())
+    plan = RPS(neighborhood="published", max_angle=1).plan(DPA({"helpfulness": 0.2, "verbosity": 1.0}).plan(made))
+    assert "no direction of the grid within 1 degrees; all 5 draws are from the target" in plan.note
+    for k, angle in ((0, 30.0), (-1, 30.0), (3, 181.0)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            published_neighbors(20, k, angle)

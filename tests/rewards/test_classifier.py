@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infer_align.errors import ConfigError, Unavailable
-from infer_align.rewards.classifier import Classifier, Scaling
+from infer_align.rewards._scaling import Scaling, scaled
+from infer_align.rewards.classifier import Classifier
 from infer_align.types import Candidate
 
 pytestmark = pytest.mark.anyio
@@ -241,3 +244,14 @@ async def test_objectives_are_scaled_as_the_section_says(reward_model):
     before, after = await raw.score(ASK, candidates()), await scaled.score(ASK, candidates())
     np.testing.assert_allclose(after.values[0], before.values[0], atol=1e-6)
     np.testing.assert_allclose(after.values[1], (before.values[1] - 1.0) / 4.0, atol=1e-6)
+
+
+def test_scaling_converts_as_the_published_models_labels_are() -> None:
+    """(score - 10) / 20 brings 0..100 back to HelpSteer's 0..4."""
+    cases = json.loads((Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8"))["helpsteer_conversion"]
+    names = tuple("abcde")
+    scaling = dict.fromkeys(names, Scaling(mean=10.0, std=20.0))
+    for case in cases:
+        values = np.array(case["score_0_100"])[:, None, None]
+        np.testing.assert_allclose(scaled(values, scaling, names)[:, 0, 0], case["helpsteer_0_4"], atol=1e-9)
+    assert len(cases) >= 8

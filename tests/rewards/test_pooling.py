@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 from infer_align import demo
 from infer_align.config import load
 from infer_align.errors import ConfigError, Unavailable
+from infer_align.rewards._scaling import Scaling
 from infer_align.rewards.pooling import Pooling, PoolingReward
 from infer_align.types import Candidate
 from tests.engines.vllm.stepping import WARNINGS, environment
@@ -119,12 +120,15 @@ async def test_what_the_template_refuses_is_not_scored(reward: PoolingReward) ->
 @pytest.mark.slow
 async def test_attributes_are_rows_and_a_closed_reward_says_so(models: Callable[[int], str]) -> None:
     with environment():
-        reward = Pooling(model=models(3), attributes=("a", "b", "c"), options=OPTIONS).load()
+        scaling = {"b": Scaling(mean=1.0, std=4.0)}
+        reward = Pooling(model=models(3), attributes=("a", "b", "c"), scaling=scaling, options=OPTIONS).load()
         await reward.start()
         marks = await reward.score(ASK, candidates())
         await reward.close()
     assert marks.values.shape == (3, 1, len(TEXTS))
-    np.testing.assert_allclose(marks.values[:, 0], direct(models(3), TEXTS, 256), atol=1e-4)
+    expected = direct(models(3), TEXTS, 256)
+    expected[1] = (expected[1] - 1.0) / 4.0
+    np.testing.assert_allclose(marks.values[:, 0], expected, atol=1e-4)
     with pytest.raises(Unavailable):
         await reward.score(ASK, candidates())
 

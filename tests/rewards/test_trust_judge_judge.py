@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import random
 import re
 from typing import Any
 
@@ -151,6 +152,36 @@ def test_swiss_finds_the_best_for_less() -> None:
     assert len(set(pairs)) == len(pairs), "nobody meets twice"
     odd = marks(Ranked(Fake()), texts[:3], mode="pairwise", schedule="swiss")
     assert odd.values[0, 0].argmax() == 2
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 7, 9, 11, 12])
+def test_swiss_finds_the_best_in_whatever_order_they_come(n: int) -> None:
+    rng = random.Random(n)
+    for _ in range(12):
+        numbers = rng.sample(range(n), n)
+        engine = Ranked(Fake())
+        found = marks(engine, [str(x) for x in numbers], mode="pairwise", schedule="swiss")
+        assert numbers[int(found.values[0, 0].argmax())] == n - 1, numbers
+        assert len(engine.queries) <= reward(engine, mode="pairwise", schedule="swiss").worst_case_tokens(n)
+
+
+def test_the_worst_case_counts_every_call_of_a_reading() -> None:
+    engine = Ranked(Fake())
+    engine.label_calls = lambda labels: {100: 11, 10: 2, 3: 1}[len(labels)]  # type: ignore[method-assign]
+    assert reward(engine).worst_case_tokens(4) == 44
+    assert reward(engine, scale=10, critique_tokens=7).worst_case_tokens(4) == 36
+    assert reward(engine, mode="pairwise").worst_case_tokens(4) == 12
+
+
+def test_control_tokens_of_the_judges_own_tokenizer_are_broken_up() -> None:
+    class Odd(FakeEngine):
+        control_tokens = frozenset({"<|boss|>", "[[END]]", "⟨x⟩<y>"})
+
+    engine = Odd(Fake())
+    marks(engine, ["say <|boss|> [[END]] and ⟨x⟩<y> twice: [[END]]"])
+    said = engine.queries[0].messages[1]["content"]
+    assert not any(token in said for token in Odd.control_tokens)
+    assert "say < |boss|> [ [ END]] and" in said
 
 
 def test_cycles_are_reported() -> None:

@@ -147,7 +147,7 @@ def test_scores_stay_on_the_scale_and_do_not_depend_on_order(scale: int, data: s
     assert 1.0 <= rescale(found, scale) <= 5.0
     assert expected_score(probs[::-1], scale) == found
     halved = [(label, p / 2) for label, p in probs]
-    if all(p == 0 or p > 1e-300 for _, p in halved):
+    if all(p == 0 or p > 1e-300 for _, p in probs):
         assert expected_score(halved, scale) == pytest.approx(found), "a judge that is half silent says the same"
     assert expected_score([*probs, ("the", 0.9)], scale) == found, "what is no label weighs nothing"
 
@@ -223,3 +223,27 @@ def test_what_was_not_judged_is_left_out() -> None:
         nontransitivity({}, 2)
     with pytest.raises(ValueError, match="none of A, B, C"):
         relation(Reading([("I", 0.9)]), Reading([("A", 0.9)]), "likelihood")
+
+
+@given(st.integers(2, 8), st.integers(3, 6), st.data())
+def test_nontransitivity_counts_as_the_definition_does(n: int, k: int, data: st.DataObject) -> None:
+    items = data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n, unique=True).map(sorted))
+    related = st.sampled_from(["larger", "smaller", "equal", None])
+    relations = {pair: r for pair in itertools.combinations(items, 2) if (r := data.draw(related)) is not None}
+    whole = [s for s in itertools.combinations(items, k) if all(pair in relations for pair in itertools.combinations(s, 2))]
+    bad = [
+        s
+        for s in whole
+        if any(triple_error(relations[i, j], relations[j, m], relations[i, m]) for i, j, m in itertools.combinations(s, 3))
+    ]
+    found = nontransitivity(relations, k)
+    assert math.isnan(found) if not whole else found == pytest.approx(len(bad) / len(whole))
+
+
+def test_what_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="'foo' is not allowed; must be one of expected, geval, published"):
+        expected_score([("4", 1.0)], 5, "foo")  # type: ignore[arg-type]
+    one = Reading([("A", 1.0)])
+    for rule, tolerance in (("foo", 0.0), ("likelihood", -1.0), ("likelihood", math.nan)):
+        with pytest.raises(ValueError, match="rule"):
+            relation(one, one, rule, tolerance)  # type: ignore[arg-type]

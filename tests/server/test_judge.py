@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -213,8 +215,8 @@ def test_judging_one_way(live: Any) -> None:
     [
         ({"scale": 7}, "scale", "5, 10 or 100"),
         ({"scale": "100"}, "scale", "5, 10 or 100"),
-        ({"criteria": " "}, "criteria", "must say something"),
-        ({"criteria": ""}, "criteria", "must say something"),
+        ({"criteria": " "}, "criteria", "must be words"),
+        ({"criteria": ""}, "criteria", "must be words"),
         ({"mode": "all"}, "mode", "'both'"),
         ({"readout": "first"}, "readout", "'geval'"),
         ({"rule": "coin"}, "rule", "'likelihood'"),
@@ -243,9 +245,9 @@ def test_judging_what_nobody_can_judge(live: Any) -> None:
     ("parameters", "param", "hint"),
     [
         ({"scale": 7}, "scale", "5, 10 or 100"),
-        ({"criteria": ""}, "criteria", "must match pattern"),
-        ({"criteria": "\n "}, "criteria", "pattern"),
-        ({"criteria": None}, "criteria", "string"),
+        ({"criteria": ""}, "criteria", "must be words"),
+        ({"criteria": "\n "}, "criteria", "must be words"),
+        ({"criteria": 5}, "criteria", "string"),
         ({"mode": "both"}, "mode", "'score' or 'pairwise'"),
         ({"readout": "best"}, "readout", "'expected'"),
         ({"weight": -1}, "weight", "greater than or equal to 0"),
@@ -266,3 +268,112 @@ def test_the_worst_case_holds_the_judges_tokens(client: openai.OpenAI, mode: str
     assert within["usage"]["judge_completion_tokens"] == readings
     with pytest.raises(openai.BadRequestError, match=rf"4 candidates x 10 tokens \+ {readings} of judging"):
         ask(client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings - 1}}, max_tokens=10)
+
+
+# --- a judge as it is configured, what it may cost, and when it fails ----------------------------------------------------
+
+CONFIGURED = r"""
+[engine]
+kind = "fake"
+replies = [{text = "fine 1"}, {text = "great 3"}]
+labels = [{pattern = 'Criteria: kind to beginners', probabilities = {A = 0.9, "7" = 0.5, C = 0.1}}]
+[engines.gone]
+kind = "openai"
+urls = "http://127.0.0.1:9/v1"
+[rewards.number]
+kind = "callable"
+function = "tests.server.scorers:number"
+[rewards.lost]
+kind = "trust_judge"
+engine = "gone"
+[rewards.trust_judge]
+kind = "trust_judge"
+mode = "pairwise"
+scale = 10
+criteria = "kind to beginners"
+readout = "geval"
+[presets.brief]
+best_of_n = {n = 2}
+rewards = {}
+trust_judge = {criteria = "brief", scale = 5}
+[limits]
+max_completion_tokens = 400
+candidate_tokens_per_minute = 10_000
+"""
+
+
+@pytest.fixture(scope="module")
+def configured(serve: Callable[[str], Any]) -> Any:
+    return serve(CONFIGURED)
+
+
+def test_what_a_request_leaves_out_is_as_the_judge_is_configured(configured: Any) -> None:
+    body = {"best_of_n": {"n": 2}, "rewards": {}}
+    for asked, mode, scale in (
+        ({}, "pairwise", None),
+        ({"mode": "score"}, "score", 10),
+        ({"mode": "score", "scale": 5}, "score", 5),
+    ):
+        answer = configured.chat({**body, "trust_judge": asked}, max_tokens=20)
+        report = answer.json()["align"]["reports"]["trust_judge"]
+        assert (report["mode"], report.get("scale")) == (mode, scale)
+        assert "Criteria: kind to beginners." in configured.engine.queries[-1].messages[0]["content"]
+    scored = configured.chat({**body, "trust_judge": {"mode": "score"}}, max_tokens=20).json()["align"]["candidates"]
+    assert [c["scores"]["trust_judge"]["value"] for c in scored] == [on_five(3.5, 10)] * 2, "geval does not divide by the mass"
+
+
+def test_the_judges_route_knows_the_preset_of_the_models_name(configured: Any) -> None:
+    found = judged(configured, ["a", "b"], model="fake@brief", mode="score")
+    assert found["scale"] == 5
+    assert "Criteria: brief." in configured.engine.queries[-1].messages[0]["content"]
+    assert judged(configured, ["a", "b"], model="fake@brief", mode="score", scale=10)["scale"] == 10
+
+
+def test_judging_and_scoring_are_within_limits_counted_and_paid_for(configured: Any) -> None:
+    tokens, metric = configured.service.tokens, lambda: configured.metric("infer_align_tokens_total", kind="judge")
+    many = [f"{i}" for i in range(30)]
+    for path, body in (("judge", {}), ("score", {"rewards": {}, "trust_judge": {}})):
+        answer = configured.post({"messages": USER, "candidates": many, **body}, f"/v1/align/{path}")
+        assert answer.status_code == 400, answer.text
+        assert "over this server's limit of 400; send fewer" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "candidates"
+        left, counted = tokens.left("127.0.0.1"), metric()
+        usage = configured.post({"messages": USER, "candidates": many[:5], **body}, f"/v1/align/{path}").json()["usage"]
+        assert usage["judge_completion_tokens"] >= 20
+        assert left - tokens.left("127.0.0.1") > usage["judge_completion_tokens"] - 10, "but for what a second gives back"
+        assert metric() - counted == usage["judge_prompt_tokens"] + usage["judge_completion_tokens"]
+    assert configured.idle()
+
+
+def test_a_judge_that_cannot_be_reached_fails_those_who_ask_it(configured: Any) -> None:
+    assert configured.get("/ready").status_code == 200
+    assert configured.chat({"best_of_n": {"n": 2}, "rewards": {"number": 1}}, max_tokens=20).status_code == 200
+    answer = configured.chat({"best_of_n": {"n": 2}, "rewards": {"number": 1, "lost": 1}}, max_tokens=20)
+    assert answer.status_code == 400
+    assert "set in the judge's section engine = 'served'" in answer.json()["error"]["message"]
+
+
+def test_the_prompt_of_a_text_completion_is_judged_too(configured: Any) -> None:
+    body = {"model": "fake", "prompt": "Once upon a", "align": {"best_of_n": {"n": 2}, "rewards": {}, "trust_judge": {}}}
+    assert configured.post(body, "/v1/completions").status_code == 200
+    assert "Once upon a" in configured.engine.queries[-1].messages[1]["content"]
+
+
+def test_many_candidates_do_not_stop_the_server(serve: Callable[[str], Any]) -> None:
+    live = serve('[engine]\nkind = "fake"\n[limits]\nmax_completion_tokens = 100_000\n')
+    slowest, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal slowest
+        while not done.is_set():
+            started = time.monotonic()
+            live.get("/health")
+            slowest = max(slowest, time.monotonic() - started)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    found = judged(live, [str(i) for i in range(60)], mode="pairwise")
+    done.set()
+    watcher.join()
+    assert found["nontransitivity"]["5"] == 0.0
+    assert slowest < 2.0, "as many subsets as five of sixty are counted beside the event loop"

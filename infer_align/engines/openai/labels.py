@@ -19,6 +19,8 @@ from infer_align.types import LabelQuery, LabelReading
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client, Tally
 
+# What closes a label: said where a shorter label could go on.
+END = "]"
 # Beginnings less likely than this are not followed: a label loses at most this much.
 NEGLIGIBLE = 1e-3
 
@@ -50,11 +52,14 @@ class _Reader:
         self._model = model
         self._query = query
         self._continues = continues
+        self._whole = False  # the model was seen to say a label of several characters at once: shorter ones are not its beginnings
 
     async def follow(self, said: str, probability: float, total: dict[str, float]) -> float:
         """Add to `total` what the labels that begin with `said` get; -> the probability that one of them is continued."""
         shown = await self._top(said)
         labels = self._query.labels
+        if not said and not self._continues:  # who continues a turn says what follows exactly; here it has to be guessed
+            self._whole = any(len(word) > 1 and word in labels for word in map(str.strip, shown))
         steps: dict[str, float] = {}
         for token, logprob in shown.items():
             text = said + (token if self._continues else token.strip())
@@ -64,7 +69,7 @@ class _Reader:
         return sum(steps.values())
 
     async def _step(self, text: str, probability: float, total: dict[str, float]) -> None:
-        longer = any(label != text and label.startswith(text) for label in self._query.labels)
+        longer = not self._whole and any(label != text and label.startswith(text) for label in self._query.labels)
         goes_on = await self.follow(text, probability, total) if longer and probability > NEGLIGIBLE else 0.0
         if text in total:  # said in full only where nothing that continues it to another label follows
             total[text] += probability * max(0.0, 1.0 - goes_on)
@@ -85,6 +90,7 @@ class _Reader:
         if self._continues:
             return {"messages": [*messages, {"role": "assistant", "content": self._query.prefix + said}], **CONTINUE}
         begun = self._query.prefix + said
-        rest = ", ".join(label.removeprefix(said) for label in self._query.labels if label.startswith(said) and label != said)
-        wish = f"Reply with what follows {begun!r} and nothing else, without quotes. It is one of: {rest}."
+        rest = [label.removeprefix(said) for label in self._query.labels if label.startswith(said) and label != said]
+        choices = ", ".join([END] * (said in self._query.labels) + rest)
+        wish = f"Reply with what follows {begun!r} and nothing else, without quotes. It is one of: {choices}."
         return {"messages": [*messages, {"role": "user", "content": wish}]}

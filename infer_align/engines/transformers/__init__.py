@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infer_align.engines import Engine, Stream
-from infer_align.engines._labels import LabelTree
+from infer_align.engines._labels import LabelTree, control_tokens
 from infer_align.engines._sampling import SamplingParams, field_schemas
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
@@ -174,6 +174,24 @@ class TransformersEngine(Engine):
         except Unavailable as error:
             job.stream.put(error)
 
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """Those of the tokenizer that are not words."""
+        return frozenset() if self._model is None else control_tokens(self._model.tokenizer)
+
+    def label_calls(self, labels: tuple[str, ...]) -> int:
+        """As many as there are beginnings of labels in this tokenizer.
+
+        Raises:
+            Unsupported: a label cannot be spelt.
+        """
+        return super().label_calls(labels) if self._model is None else len(self._tree(self._model, labels).readings)
+
+    def _tree(self, model: Model, labels: tuple[str, ...]) -> LabelTree:
+        if labels not in self._trees:
+            self._trees[labels] = LabelTree(model.tokenizer.get_vocab(), labels)
+        return self._trees[labels]
+
     async def read_labels(self, query: LabelQuery) -> LabelReading:
         """Queue the reading; it is batched with all that wait, between two decoding steps.
 
@@ -185,8 +203,7 @@ class TransformersEngine(Engine):
         """
         if self._model is None or self._scheduler is None:
             raise Unavailable("the model is still loading")
-        tree = self._trees.get(query.labels) or LabelTree(self._model.tokenizer.get_vocab(), query.labels)
-        self._trees[query.labels] = tree
+        tree = self._tree(self._model, query.labels)
         ids = self._model.render(Draw({"messages": query.messages}), query.prefix).ids
         longest = len(ids) + max(len(path) for path in tree.readings)
         if longest > min(self.context_length, self._scheduler.capacity):

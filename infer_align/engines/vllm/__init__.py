@@ -20,9 +20,10 @@ from typing import Any
 
 from infer_align import vllm_package
 from infer_align.engines import App, Engine, Stream
+from infer_align.engines._labels import control_tokens
 from infer_align.engines.vllm.body import parsed
 from infer_align.engines.vllm.candidates import Sampling
-from infer_align.engines.vllm.labels import read_labels
+from infer_align.engines.vllm.labels import read_labels, readings
 from infer_align.engines.vllm.steering import Steerer
 from infer_align.engines.vllm.watching import Fetcher
 from infer_align.errors import AlignError, ConfigError, Unavailable
@@ -207,6 +208,19 @@ class VllmEngine(Engine):
         self._running.add(sampling)
         sampling.on_end(self._running.discard)
         return sampling.stream
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """Those of the tokenizer that are not words."""
+        return frozenset() if self._frontend is None else control_tokens(self._frontend.tokenizer)
+
+    def label_calls(self, labels: tuple[str, ...]) -> int:
+        """As many as there are beginnings of labels in this tokenizer.
+
+        Raises:
+            Unsupported: a label cannot be spelt.
+        """
+        return super().label_calls(labels) if self._frontend is None else len(readings(self._frontend, labels))
 
     async def read_labels(self, query: LabelQuery) -> LabelReading:
         """One token after each path that spells a label, all paths at once; they share the prompt's cached prefix."""

@@ -26,11 +26,7 @@ async def read_labels(engine: Any, frontend: Frontend, query: LabelQuery) -> Lab
 
     tree = LabelTree(frontend.vocabulary, query.labels)
     prompt = await frontend.turn(query.messages, query.prefix)
-    asked = [
-        (path, tokens[start : start + TOKENS_AT_ONCE])
-        for path, tokens in tree.readings.items()
-        for start in range(0, len(tokens), TOKENS_AT_ONCE)
-    ]
+    asked = _asked(tree)
     answers = await asyncio.gather(
         *(label_logprobs(engine, [*prompt, *path], tokens, f"label-{uuid.uuid4().hex}") for path, tokens in asked)
     )
@@ -38,3 +34,20 @@ async def read_labels(engine: Any, frontend: Frontend, query: LabelQuery) -> Lab
     for (path, _), logprobs in zip(asked, answers, strict=True):
         read.setdefault(path, {}).update(logprobs)
     return LabelReading(tree.logprobs(read), len(prompt), len(asked))
+
+
+def readings(frontend: Frontend, labels: tuple[str, ...]) -> list[tuple[Path, tuple[int, ...]]]:
+    """What one reading of these labels asks: after a path, which tokens.
+
+    Raises:
+        Unsupported: a label cannot be spelt.
+    """
+    return _asked(LabelTree(frontend.vocabulary, labels))
+
+
+def _asked(tree: LabelTree) -> list[tuple[Path, tuple[int, ...]]]:
+    return [
+        (path, tokens[start : start + TOKENS_AT_ONCE])
+        for path, tokens in tree.readings.items()
+        for start in range(0, len(tokens), TOKENS_AT_ONCE)
+    ]

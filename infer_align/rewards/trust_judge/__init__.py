@@ -15,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 
 from infer_align.errors import ConfigError, Unsupported, nearest
-from infer_align.methods.trust_judge import CRITERIA
+from infer_align.methods.trust_judge import CRITERIA, Criteria
 from infer_align.methods.trust_judge import TrustJudge as Asked
 from infer_align.rewards import Marks, Reward
 from infer_align.rewards.trust_judge.asking import Judge, Judgement
 from infer_align.rewards.trust_judge.consistency import conflict_ratio, cycles, nontransitivity
+from infer_align.rewards.trust_judge.prompts import SIDES, labels
 from infer_align.rewards.trust_judge.readings import Reading, expected_score, relation, rescale
 from infer_align.rewards.trust_judge.tournament import Comparisons, most_readings, round_robin, swiss
 from infer_align.types import Candidate, Capability, LabelReader, Messages, Spent
@@ -44,7 +45,7 @@ class TrustJudge:
     engine: str = field(default="served", metadata={"description": 'who judges: "served", or a name of `[engines.*]`'})
     mode: Literal["score", "pairwise"] = field(default="score", metadata={"description": "one score each, or comparisons"})
     scale: Literal[5, 10, 100] = field(default=100, metadata={"description": "the highest score that it may give"})
-    criteria: str = field(default=CRITERIA, metadata={"pattern": r"\S", "description": "what is judged, in words"})
+    criteria: Criteria = field(default=CRITERIA, metadata={"description": "what is judged, in words"})
     readout: Literal["expected", "geval", "published"] = field(default="expected", metadata={"description": "how scores are read"})
     rule: Literal["first_label", "likelihood", "perplexity"] = field(
         default="likelihood", metadata={"description": "how the two orders of a comparison become one relation"}
@@ -90,10 +91,10 @@ class TrustJudgeReward(Reward):
             raise ConfigError(f"trust_judge.engine: {self.config.engine!r} is not configured; {nearest('', self.engines)}")
 
     def asked(self, parameters: object) -> TrustJudgeReward:
-        """The same judge with a request's mode, scale, criteria and readout."""
+        """The same judge with what a request says of mode, scale, criteria and readout."""
         assert isinstance(parameters, Asked)
-        wanted = {name: getattr(parameters, name) for name in ("mode", "scale", "criteria", "readout")}
-        return self.configured(**wanted)
+        said = {name: getattr(parameters, name) for name in ("mode", "scale", "criteria", "readout")}
+        return self.configured(**{name: value for name, value in said.items() if value is not None})
 
     def configured(self, **fields: Any) -> TrustJudgeReward:
         """The same judge with these fields of its section changed."""
@@ -111,15 +112,20 @@ class TrustJudgeReward(Reward):
         if self._critique_logprobs:
             needed.add(Capability.LOGPROBS)
         if missing := sorted(needed - self._engine.capabilities):
+            able = [f"engine = {name!r}" for name, engine in self.engines.items() if needed <= engine.capabilities]
+            advice = " or ".join(able) or "an engine of [engines.*] that has it, such as transformers or vllm"
             raise Unsupported(
-                f"{where}: needs {', '.join(missing)}, which the engine of {self._engine.model!r} lacks; judge on another engine.",
+                f"{where}: needs {', '.join(missing)}, which the engine of {self._engine.model!r} lacks; "
+                f"set in the judge's section {advice}.",
                 param=where,
             )
 
     def worst_case_tokens(self, n: int) -> int:
-        """A label per reading, and its critique."""
-        readings = n if self.config.mode == "score" else most_readings(n, self.config.schedule)
-        return readings * (1 + self.config.critique_tokens)
+        """The calls of each reading, and its critique."""
+        single = self.config.mode == "score"
+        readings = n if single else most_readings(n, self.config.schedule)
+        calls = self._engine.label_calls(labels(self.config.scale) if single else SIDES)
+        return readings * (calls + self.config.critique_tokens)
 
     @property
     def _engine(self) -> LabelReader:

@@ -36,17 +36,17 @@ class Judge:
 
     async def scores(self, messages: Messages, answers: Sequence[str], scale: int) -> list[Judgement]:
         """One judgement per answer, with the labels 1..scale."""
-        critique = self.critique_tokens > 0
-        prompts = [score_messages(messages, answer, scale, self.criteria, critique=critique) for answer in answers]
+        how: Any = {"critique": self.critique_tokens > 0, "controls": self.engine.control_tokens}
+        prompts = [score_messages(messages, answer, scale, self.criteria, **how) for answer in answers]
         return await asyncio.gather(*(self._ask(prompt, SCORE, labels(scale)) for prompt in prompts))
 
     async def comparisons(
         self, messages: Messages, answers: Sequence[str], pairs: Sequence[tuple[int, int]]
     ) -> list[tuple[Judgement, Judgement]]:
         """Per pair (i, j) two judgements with the labels A, B, C: i shown first, then j shown first."""
-        critique = self.critique_tokens > 0
+        how: Any = {"critique": self.critique_tokens > 0, "controls": self.engine.control_tokens}
         orders = [order for i, j in pairs for order in ((i, j), (j, i))]
-        prompts = [pair_messages(messages, answers[a], answers[b], self.criteria, critique=critique) for a, b in orders]
+        prompts = [pair_messages(messages, answers[a], answers[b], self.criteria, **how) for a, b in orders]
         found = await asyncio.gather(*(self._ask(prompt, BETTER, SIDES) for prompt in prompts))
         return list(zip(found[::2], found[1::2], strict=True))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Readout = Literal["expected", "geval", "published"]
 Rule = Literal["first_label", "likelihood", "perplexity"]
@@ -57,7 +57,12 @@ def expected_score(probs: Iterable[Sequence[object]], scale: int, readout: Reado
         scale: the highest label.
         readout: "expected" is the mean over the valid labels, renormalised; "geval" does not divide by their mass, so that
             it is lower the less of it there is; "published" is the paper's code, where the mean of nothing is 0.
+
+    Raises:
+        ValueError: no such readout.
     """
+    if readout not in get_args(Readout):
+        raise ValueError(f"readout: {readout!r} is not allowed; must be one of {', '.join(get_args(Readout))}.")
     valid = [(value, float(p)) for label, p in probs if (value := label_value(str(label), scale)) is not None]  # type: ignore[arg-type]
     if readout == "published":
         return _published(valid)
@@ -110,8 +115,11 @@ def relation(order1: Reading, order2: Reading, rule: Rule, tolerance: float = 0.
         tolerance: equal below this: half the distance of the two likeliest labels, or the distance of the perplexities.
 
     Raises:
-        ValueError: an order holds none of A, B, C (the pair is not judged), or has no perplexity where the rule needs it.
+        ValueError: an order holds none of A, B, C (the pair is not judged), or has no perplexity where the rule needs it; no such
+            rule, or no such tolerance.
     """
+    if rule not in get_args(Rule) or not tolerance >= 0:
+        raise ValueError(f"rule {rule!r} and tolerance {tolerance}: must be one of {', '.join(get_args(Rule))}, and at least 0.")
     first, second = _first(order1), _SWAPPED.get(_first(order2), "")
     if rule == "first_label":
         return _OF_SIDE.get(first, EQUAL) if first == second else EQUAL

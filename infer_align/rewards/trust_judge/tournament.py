@@ -47,11 +47,12 @@ async def round_robin(judge: Judge, messages: Messages, answers: list[str], rule
 async def swiss(judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float) -> Comparisons:
     """ceil(log2 N) + 1 rounds; in each, neighbours in the standings who have not met meet: about N (log2 N + 1) readings.
 
-    It finds the best with far fewer comparisons than a round robin, but which pairs meet depends on the order of equals.
+    Where N is odd, the last in the standings who has not yet been left out counts as a winner. A judge without cycles and ties
+    finds the best; who comes second, and which pairs meet, depends on the order of equals.
     """
-    found = Comparisons()
+    found, byes = Comparisons(), set[int]()
     for _ in range(_rounds(len(answers))):
-        pairs = _next_round(found, len(answers))
+        pairs = _next_round(found, byes, len(answers))
         if not pairs:
             break
         met = await _compare(judge, messages, answers, pairs, rule, tolerance)
@@ -68,9 +69,14 @@ def _rounds(n: int) -> int:
     return math.ceil(math.log2(n)) + 1 if n > 1 else 0
 
 
-def _next_round(found: Comparisons, n: int) -> list[Pair]:
-    standing = {i: sum(_points(related, pair, i) for pair, related in found.relations.items() if i in pair) for i in range(n)}
-    waiting = sorted(range(n), key=lambda i: -standing[i])
+def _next_round(found: Comparisons, byes: set[int], n: int) -> list[Pair]:
+    """Who meets next; who is left out is added to `byes`."""
+    points = {i: sum(_points(related, pair, i) for pair, related in found.relations.items() if i in pair) for i in range(n)}
+    waiting = sorted(range(n), key=lambda i: -(points[i] + (i in byes)))
+    if n % 2:
+        left_out = next((i for i in reversed(waiting) if i not in byes), waiting[-1])
+        byes.add(left_out)
+        waiting.remove(left_out)
     pairs: list[Pair] = []
     while waiting:
         first = waiting.pop(0)

@@ -235,6 +235,48 @@ def test_steering_changes_the_answer_and_zero_does_not(client: openai.OpenAI) ->
     assert away.choices[0].message.content != plain
 
 
+def test_all_methods_compose_in_one_request(client: openai.OpenAI) -> None:
+    align = {
+        "dpa": {"direction": {"helpfulness": 1.0, "verbosity": -0.3}},
+        "rps": {"k": 3},
+        "best_of_n": {"n": 2},
+        "vas": {"beta": {"helpful": 3.0}},
+        "early_stop": {"values": {"helpful": 1.0}, "after": 6},
+        "rewards": {"quality": 1.0, "brevity": 0.1},
+        "trust_judge": {"scale": 10, "criteria": "brief"},
+        "ensemble": {"objective": "wco"},
+        "budget": {"completion_tokens": 2000, "deadline_seconds": 30},
+    }
+    answer = chat(client, {"align": align}, max_tokens=40, seed=2)
+    report = answer.align
+    assert {*report["methods"]} == {"dpa", "best_of_n", "rps", "early_stop", "vas", "trust_judge"}
+    assert len(report["candidates"]) == 6
+    alive = [c for c in report["candidates"] if not c["error"]]
+    assert 1 <= len(alive) < 6
+    for candidate in alive:
+        assert {name for name, score in candidate["scores"].items() if score["value"] is not None} == {
+            "quality",
+            "brevity",
+            "trust_judge",
+        }
+    assert len({tuple(c["direction"].values()) for c in report["candidates"]}) == 3
+    assert report["usage"]["judge_calls"] >= len(alive)
+    chunks = list(
+        client.chat.completions.create(
+            model="owl",
+            messages=ASK,
+            max_tokens=40,
+            seed=2,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"align": align},
+        )
+    )
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert said == answer.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens > 0
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------------
 
 
