@@ -39,6 +39,7 @@ class Layout:
     beyond: torch.Tensor | None  # [S, k] True past the row's own top_k; None where there are no such
     tail: torch.Tensor | Literal["keep"]  # [S] True where the tail is masked
     k: int
+    whole: bool = False  # every row has k candidates and is steered by every value
 
 
 class Slots:
@@ -137,6 +138,7 @@ class Slots:
             beyond=None if top_k.min() == k else self._upload(np.arange(k)[None] >= top_k[:, None]),
             tail=self._upload(mask) if mask.any() else "keep",
             k=k,
+            whole=bool(top_k.min() == k and beta.all()),
         )
 
     def expanded_layout(self, slots: Indices, owners: torch.Tensor) -> Layout | None:
@@ -183,7 +185,7 @@ def steer(logits: torch.Tensor, hidden: torch.Tensor, layout: Layout) -> torch.T
     candidates = top_candidates(mine, layout.k)
     values = _evaluate(candidates, states, layout.values, layout.users)
     slots = candidates if layout.beyond is None else candidates.masked_fill(layout.beyond, -1)
-    steered = reweight_logits(mine, slots, values, layout.beta, layout.tail, out=mine)
+    steered = reweight_logits(mine, slots, values, layout.beta, layout.tail, out=mine, whole=layout.whole)
     return steered if rows is None else logits.index_copy_(0, rows, steered)
 
 

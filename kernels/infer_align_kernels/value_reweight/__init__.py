@@ -71,6 +71,8 @@ def reweight_logits(
     beta: torch.Tensor,
     tail: Tail | torch.Tensor = "keep",
     out: torch.Tensor | None = None,
+    *,
+    whole: bool = False,
 ) -> torch.Tensor:
     """logits[a] + sum over m of beta_m * (value_m[a] - mean of value_m over the k slots), for the candidates a. -> [B, V].
 
@@ -85,6 +87,7 @@ def reweight_logits(
         beta: [B, M], finite.
         tail: "keep" leaves the other tokens' logits, "mask" makes them -inf; or [B] bool, True where they are masked.
         out: where to write, `logits` itself included; float32, or float64 for float64 logits.
+        whole: the caller knows that every slot is used and no beta is 0: on a CPU nobody looks.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, by name.
@@ -101,7 +104,7 @@ def reweight_logits(
 
         with torch.cuda.device(logits.device):
             return triton.reweight_logits(logits, token_ids, values, beta, tail, out)
-    return reference.reweight_logits(logits, token_ids, values, beta, tail, out)
+    return reference.reweight_logits(logits, token_ids, values, beta, tail, out, whole=whole)
 
 
 def candidate_values(
@@ -155,8 +158,8 @@ def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -
 
 
 def _expect(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
-    fits = tensor.ndim == len(shape) and all(want is None or want == got for want, got in zip(shape, tensor.shape, strict=True))
-    if not fits:
+    found = tensor.shape
+    if len(found) != len(shape) or any(want is not None and want != found[i] for i, want in enumerate(shape)):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not allowed; must be [{wanted}].")
     if tensor.device != device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from infer_align_kernels.value_reweight.types import CandidateValues, HeadValues, Sampled, Tail
@@ -21,15 +23,20 @@ def reweight_logits(
     beta: torch.Tensor,
     tail: Tail | torch.Tensor,
     out: torch.Tensor | None,
+    *,
+    whole: bool = False,
 ) -> torch.Tensor:
     """See `infer_align_kernels.reweight_logits`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     in_place = out is not None and out.data_ptr() == logits.data_ptr()
     keep = isinstance(tail, str) and tail == "keep"
-    if (out is None or in_place) and keep and not logits.is_cuda and _is_plain(token_ids, values, beta):
+    if (out is None or in_place) and keep and not logits.is_cuda and (whole or _is_whole(token_ids, beta)):
+        # The common case, with fewer operations and bit for bit the same.
         centred = values.to(dtype) - values.to(dtype).sum(dim=2, keepdim=True) / token_ids.shape[1]
-        shift = (beta.to(dtype).T[:, :, None] * centred).sum(dim=0)
-        return (logits.to(dtype, copy=True) if out is None else out).scatter_add_(1, token_ids, shift)
+        shift = beta.to(dtype).T[:, :, None] * centred
+        shift = shift[0] if len(shift) == 1 else shift.sum(dim=0)
+        if math.isfinite(shift.sum()):  # every value is a number
+            return (logits.to(dtype, copy=True) if out is None else out).scatter_add_(1, token_ids, shift)
     slots = token_ids >= 0
     # Unused slots repeat the first: a scatter that writes the same number twice is well defined.
     ids = torch.where(slots, token_ids, token_ids[:, :1]).clamp_(min=0)
@@ -46,9 +53,9 @@ def reweight_logits(
     return out.scatter_(1, ids, torch.where(slots, steered, steered[:, :1]))
 
 
-def _is_plain(token_ids: torch.Tensor, values: torch.Tensor, beta: torch.Tensor) -> bool:
-    """Every slot is used, every weight counts, every value is a number: the common case, cheaper and bit for bit the same."""
-    return token_ids.numel() > 0 and bool(token_ids.amin() >= 0) and bool(beta.all()) and bool(values.sum().isfinite())
+def _is_whole(token_ids: torch.Tensor, beta: torch.Tensor) -> bool:
+    """Every slot is used and every weight counts."""
+    return token_ids.numel() > 0 and bool(token_ids.amin() >= 0) and bool(beta.all())
 
 
 def shifts(values: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -82,6 +89,8 @@ def candidate_values(
 def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     """See `infer_align_kernels.top_candidates`."""
     values, ids = logits.topk(min(k + 1, logits.shape[1]), dim=1)
+    if bool((values[:, 1:] < values[:, :-1]).all()) and values.shape[1] > 1:  # no equal ones, and no NaN
+        return ids[:, :k]
     if bool(values[:, 0].isnan().any()):
         return top_candidates(logits.masked_fill(logits.isnan(), -torch.inf), k)
     # topk leaves open which of equal logits it takes, and their order.
