@@ -101,10 +101,28 @@ class Overloaded(AlignError):
 
 
 class EngineFailed(AlignError):
-    """502 unless the engine knows better: every candidate failed; the first failure's message is kept."""
+    """502 unless the engine knows better: every candidate failed; the first failure's message is kept.
+
+    An upstream's 429 is one to the client too, whose SDK then knows what to do.
+    """
 
     status = 502
     code = "engine_failed"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        over = status == Overloaded.status
+        code = code or (Overloaded.code if over else None)
+        super().__init__(message, param=param, code=code, status=status, retry_after=retry_after)
+        if over:
+            self.type = Overloaded.type
 
 
 class RewardFailed(AlignError):

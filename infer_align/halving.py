@@ -31,9 +31,12 @@ class Halving:
         self._stops[index] = stop
 
     def estimated(self, index: int, tokens: int, value: float) -> None:
-        """A value has been seen; what is not a number neither wins nor loses."""
+        """A value has been seen; what is not a number neither wins nor loses.
+
+        To four digits: answers that began alike are equal, whatever a batch of another size makes of the last ones.
+        """
         if index not in self.rejected and tokens > self._compared:
-            self._reached.setdefault(tokens, {})[index] = value
+            self._reached.setdefault(tokens, {})[index] = float(f"{value:.4g}")
             self._compare()
 
     def ended(self, index: int) -> None:

@@ -104,9 +104,8 @@ async def propose(
         first = next((c for c in candidates if c.error is not None and not c.cut), None)
         if first is None:
             raise DeadlineExceeded(f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time.")
-        raise EngineFailed(
-            f"all {len(candidates)} candidates failed; first: {first.error}", status=first.status, retry_after=first.retry_after
-        )
+        all_of_them = f"all {len(candidates)} candidates failed; first: " if len(candidates) > 1 else ""
+        raise EngineFailed(f"{all_of_them}{first.error}", status=first.status, retry_after=first.retry_after)
     return candidates
 
 

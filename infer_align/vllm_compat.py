@@ -117,6 +117,11 @@ def arguments(model: str, name: str, options: Mapping[str, Any]) -> Namespace:
     Raises:
         ConfigError: an option has a value that it cannot have.
     """
+    if options.get("api_key") or os.environ.get("VLLM_API_KEY"):
+        raise ConfigError(
+            "api_key and VLLM_API_KEY would guard a part of this server only; leave them out, and name the variable that holds the "
+            "keys with [server] api_keys_env."
+        )
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -138,8 +143,10 @@ def _spoken(action: Any, value: Any) -> list[str]:
     """An option as the command line has it: each is read there, with all its forms and rules."""
     flag = next(option for option in action.option_strings if option.startswith("--"))
     if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ConfigError(f"[engine] {action.dest}: {value!r} is not allowed; must be true or false.")
         no = f"--no-{flag[2:]}"
-        return [flag] if value is True else [no] if value is False and no in action.option_strings else []
+        return [flag] if value else [no] if no in action.option_strings else []
     if action.nargs in {"+", "*"}:
         return [flag, *map(_word, value if isinstance(value, list | tuple) else [value])]
     return [f"{flag}={_word(value)}"]
@@ -157,6 +164,7 @@ def launch(args: Namespace, configure: Callable[[Any], None]) -> Any:
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.platforms import current_platform
     from vllm.reasoning import ReasoningParserManager
     from vllm.tool_parsers import ToolParserManager
     from vllm.usage.usage_lib import UsageContext
@@ -169,6 +177,8 @@ def launch(args: Namespace, configure: Callable[[Any], None]) -> Any:
     if args.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     given = AsyncEngineArgs.from_cli_args(args)
+    if current_platform.is_cpu() and given.enable_chunked_prefill is None:
+        given.enable_chunked_prefill = False  # there, a seeded request whose prompt is read in pieces ends the engine
     try:
         config = given.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
@@ -221,6 +231,15 @@ async def label_logprobs(engine: Any, prompt: Sequence[int], tokens: Sequence[in
     except Exception as error:
         raise refusal(error) from error
     return {token: found[token] for token in tokens}
+
+
+def sampled_tokens(engine: Any, request_id: str | None) -> int:
+    """How many tokens a request of an AsyncLLM has by now, as far as this process has heard; 0 where it is not known."""
+    output = engine.output_processor
+    for internal in output.external_req_ids.get(request_id, ()) if request_id else ():
+        if (state := output.request_states.get(internal)) is not None and state.detokenizer is not None:
+            return int(state.detokenizer.num_output_tokens())
+    return 0
 
 
 async def call_workers(engine: Any, method: str) -> list[Any]:

@@ -162,3 +162,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group("vllm"))
+
+
+@pytest.fixture(scope="session")
+def pooling_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """`pooling_model(labels)`: a reward model with random weights, of the demo's language model's shape and tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    from infer_align import demo
+
+    made: dict[int, str] = {}
+
+    def make(labels: int) -> str:
+        if labels not in made:
+            config = LlamaConfig.from_pretrained(demo.path(demo.LM), num_labels=labels, architectures=None)
+            torch.manual_seed(labels)
+            model = LlamaForSequenceClassification(config)
+            torch.nn.init.normal_(model.score.weight)
+            made[labels] = str(tmp_path_factory.mktemp(f"rm{labels}"))
+            model.save_pretrained(made[labels])
+            AutoTokenizer.from_pretrained(demo.path(demo.LM)).save_pretrained(made[labels])
+        return made[labels]
+
+    return make

@@ -51,6 +51,10 @@ class Reward(ABC):
     async def close(self) -> None:
         """Free what is held."""
 
+    def health(self) -> str | None:
+        """None while it can score, else why it cannot."""
+        return None
+
     def asked(self, parameters: object) -> Reward:
         """The same reward as one request wants it, by the parameters that a method left for it in the plan."""
         raise NotImplementedError(f"{type(self).__name__} takes no parameters: {parameters!r}")

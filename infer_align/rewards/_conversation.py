@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from infer_align.types import Messages
+
+Encoded: TypeAlias = tuple[list[int], str | None]  # token ids, and a note
 
 
 def turns(messages: Messages, text: str) -> list[dict[str, Any]]:
@@ -13,7 +15,7 @@ def turns(messages: Messages, text: str) -> list[dict[str, Any]]:
     return [*(_plain(message) for message in messages), {"role": "assistant", "content": text}]
 
 
-def encode(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], max_length: int) -> tuple[list[int], str | None]:
+def encode(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], max_length: int) -> Encoded:
     """Token ids and a note; no ids where the chat template refuses the conversation."""
     try:
         if tokenizer.chat_template:

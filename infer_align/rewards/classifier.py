@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.hub import locate
 from infer_align.rewards import Marks, Reward
-from infer_align.rewards._conversation import encode, member_names, turns
+from infer_align.rewards._conversation import Encoded, encode, member_names, turns
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
 from infer_align.types import Array, Candidate, Messages, Spent
 
@@ -140,7 +140,11 @@ class ClassifierReward(Reward):
                     text.done.set_result(result)
 
     def _forward(self, conversations: list[list[dict[str, Any]]]) -> list[tuple[Array, int, str | None] | Exception]:
-        per_model = [model.score(conversations) for model in self._models]
+        encoded: dict[object, list[Encoded]] = {}  # members of one ensemble mostly read alike
+        for model in self._models:
+            if model.reads not in encoded:
+                encoded[model.reads] = [encode(model.tokenizer, messages, model.max_length) for messages in conversations]
+        per_model = [model.score(encoded[model.reads]) for model in self._models]
         results: list[tuple[Array, int, str | None] | Exception] = []
         for marks in zip(*per_model, strict=True):
             logits = [mark.logits for mark in marks]
@@ -179,10 +183,13 @@ class _RewardModel:
         given = self.config.pad_token_id
         self.pad = None if given is None or given < 0 else int(given)
 
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        # What makes a conversation into tokens: models that have it in common read the same.
+        self.reads = (self.tokenizer.chat_template, self.max_length, backend.to_str() if backend else id(self.tokenizer))
+
     @torch.inference_mode()
-    def score(self, conversations: list[list[dict[str, Any]]]) -> list[_Mark]:
+    def score(self, encoded: Sequence[Encoded]) -> list[_Mark]:
         """Logits of each conversation; rows are sorted by length so that little is padding."""
-        encoded = [encode(self.tokenizer, messages, self.max_length) for messages in conversations]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
         width = max(1, *(len(ids) for ids, _ in encoded))
         ids = torch.full((len(encoded), width), self._padding([ids for ids, _ in encoded]))

@@ -102,6 +102,11 @@ class PoolingReward(Reward):
         while self._models:
             await self._models.pop().close()
 
+    def health(self) -> str | None:
+        """None while all its engines live."""
+        dead = [model.path for model in self._models if model.errored]
+        return f"vLLM's engine of {dead[0]} has died; its log says why" if dead else None
+
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
         """[A, K, N] logits, all candidates by all models at once; a text that could not be read is NaN and says why.
 
@@ -113,8 +118,11 @@ class PoolingReward(Reward):
         if not candidates:
             return Marks(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
         conversations = [turns(messages, candidate.text) for candidate in candidates]
-        async with asyncio.TaskGroup() as group:
-            tasks = [[group.create_task(model.score(text)) for model in self._models] for text in conversations]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [[group.create_task(model.score(text)) for model in self._models] for text in conversations]
+        except ExceptionGroup as failures:  # one engine is gone: say it as if it were alone
+            raise failures.exceptions[0] from None
         marks = [[task.result() for task in row] for row in tasks]
         # [labels] per model -> [A, K]: labels are the objectives, or more members of the only one.
         values = [
@@ -167,6 +175,11 @@ class _RewardModel:
             )
         if self.attributes and len(self.attributes) != self.labels:
             raise ConfigError(f"pooling.attributes: {len(self.attributes)} names for the {self.labels} labels of {self.path!r}.")
+
+    @property
+    def errored(self) -> bool:
+        """Whether its engine has died."""
+        return bool(self._engine.errored)
 
     async def close(self) -> None:
         """End the engine's processes."""

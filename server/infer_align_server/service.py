@@ -19,6 +19,7 @@ from infer_align.errors import (
     AlignError,
     ConfigError,
     DeadlineExceeded,
+    EngineFailed,
     InvalidRequest,
     Unauthorized,
     Unavailable,
@@ -60,17 +61,24 @@ class Service:
         self.tokens = Allowance(config.limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded")
         self._keys = [key.encode() for key in config.api_keys()]
         self._check_default_rewards()
+        self._defaults = sorted({name.partition(".")[0] for name in self.default_rewards})
         self.settled = asyncio.Event()  # set when loading has ended, well or not
         self.failure: str | None = None  # why loading failed
         self.document: bytes | None = None  # the OpenAPI document, once somebody has asked for it
+        self._loading = ""  # what is being loaded
         self._draining = False
         self.metrics.running.set_function(lambda: self.admission.running)
         self.metrics.queued.set_function(lambda: self.admission.queued)
         self.metrics.tasks.set_function(_tasks)
         self.metrics.ready.set_function(lambda: float(self.unready() is None))
 
-    async def start(self, progress: Progress = lambda _: None) -> None:
+    async def start(self, tell: Progress = lambda _: None) -> None:
         """Load the engines and the rewards, one after the other: each takes all cores. What fails is kept in `failure`."""
+
+        def progress(what: str) -> None:
+            self._loading = what
+            tell(what)
+
         try:
             for name, engine in self.engines.items():
                 shown_as = f"engine {self.model if engine is self.engine else name}"
@@ -107,10 +115,12 @@ class Service:
         if self._draining:
             return "the server is shutting down"
         if not self.settled.is_set():
-            return "the models are still loading"
+            return f"the models are still loading ({self._loading})" if self._loading else "the models are still loading"
         if self.failure:
             return f"loading failed: {self.failure}"
-        return self.engine.health()  # a judge's engine that ails fails those who ask it
+        # What is asked for by name alone, such as a judge on another engine, fails those who ask for it.
+        needed = {"": self.engine.health()} | {f"reward {name}: ": self.rewards[name].health() for name in self._defaults}
+        return next((f"{what}{why}" for what, why in needed.items() if why), None)
 
     def authorize(self, authorization: str, client: str) -> str:
         """Check the key and count the request against its rate; -> who asks, as rates, budgets and the queue know them.
@@ -196,12 +206,10 @@ class Service:
             charge.answered(response)
         if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
             # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.
-            raise AlignError(
-                f"candidate {failed.index} failed: {failed.error}",
-                code="engine_failed",
-                status=failed.status or (504 if failed.cut else 502),
-                retry_after=failed.retry_after,
-            )
+            why = f"candidate {failed.index} failed: {failed.error}"
+            if failed.cut:
+                raise DeadlineExceeded(f"{why}; allow more time.")
+            raise EngineFailed(why, status=failed.status, retry_after=failed.retry_after)
         self.metrics.answered(response)
         return response
 

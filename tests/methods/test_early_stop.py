@@ -63,6 +63,13 @@ def test_ties_go_to_the_lowest_index_and_what_is_no_number_is_left_alone() -> No
     assert stopped == [3, 4]
 
 
+def test_what_differs_by_rounding_is_equal() -> None:
+    halving, stopped = field(2)
+    halving.estimated(1, 4, 0.12341)
+    halving.estimated(0, 4, 0.12340999)
+    assert stopped == [1]
+
+
 def test_as_many_as_are_asked_for_are_drawn_to_the_end() -> None:
     halving, stopped = field(4, 0.25, least=3)
     for i in range(4):

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align import demo
 from infer_align.config import load
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.rewards._scaling import Scaling
@@ -36,30 +35,10 @@ def candidates(texts: list[str] = TEXTS) -> list[Candidate]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-    """Folders of reward models with random weights, of the demo's language model's shape and tokenizer."""
-    made: dict[int, str] = {}
-
-    def make(labels: int) -> str:
-        if labels not in made:
-            config = LlamaConfig.from_pretrained(demo.path(demo.LM), num_labels=labels, architectures=None)
-            torch.manual_seed(labels)
-            model = LlamaForSequenceClassification(config)
-            torch.nn.init.normal_(model.score.weight)
-            folder = str(tmp_path_factory.mktemp(f"rm{labels}"))
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(demo.path(demo.LM)).save_pretrained(folder)
-            made[labels] = folder
-        return made[labels]
-
-    return make
-
-
-@pytest.fixture(scope="module")
-async def reward(models: Callable[[int], str]) -> AsyncIterator[PoolingReward]:
+async def reward(pooling_model: Callable[[int], str]) -> AsyncIterator[PoolingReward]:
     """A model of one label and one of three."""
     with environment():
-        reward = Pooling(models=(models(1), models(3)), max_length=64, options=OPTIONS).load()
+        reward = Pooling(models=(pooling_model(1), pooling_model(3)), max_length=64, options=OPTIONS).load()
         await reward.start()
         yield reward
         await reward.close()
@@ -78,8 +57,8 @@ def direct(path: str, texts: list[str], limit: int = 64) -> np.ndarray[Any, Any]
     return np.stack(rows, axis=1)
 
 
-async def test_scores_are_those_of_transformers(reward: PoolingReward, models: Callable[[int], str]) -> None:
-    expected = np.concatenate([direct(models(1), TEXTS), direct(models(3), TEXTS)])
+async def test_scores_are_those_of_transformers(reward: PoolingReward, pooling_model: Callable[[int], str]) -> None:
+    expected = np.concatenate([direct(pooling_model(1), TEXTS), direct(pooling_model(3), TEXTS)])
     marks = await reward.score(ASK, candidates())
     print(f"largest difference {np.abs(marks.values[0] - expected).max():.2g}")
     assert marks.values.shape == (1, 4, len(TEXTS))
@@ -92,8 +71,8 @@ async def test_scores_are_those_of_transformers(reward: PoolingReward, models: C
     assert marks.notes[0] is None
 
 
-async def test_tokens_are_counted(reward: PoolingReward, models: Callable[[int], str]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(models(1))
+async def test_tokens_are_counted(reward: PoolingReward, pooling_model: Callable[[int], str]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pooling_model(1))
     text = tokenizer.apply_chat_template([*ASK, {"role": "assistant", "content": "mice"}], tokenize=False)
     expected = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     assert (await reward.score(ASK, candidates(["mice"]))).spent.reward_tokens == 2 * expected
@@ -118,15 +97,15 @@ async def test_what_the_template_refuses_is_not_scored(reward: PoolingReward) ->
 
 
 @pytest.mark.slow
-async def test_attributes_are_rows_and_a_closed_reward_says_so(models: Callable[[int], str]) -> None:
+async def test_attributes_are_rows_and_a_closed_reward_says_so(pooling_model: Callable[[int], str]) -> None:
     with environment():
         scaling = {"b": Scaling(mean=1.0, std=4.0)}
-        reward = Pooling(model=models(3), attributes=("a", "b", "c"), scaling=scaling, options=OPTIONS).load()
+        reward = Pooling(model=pooling_model(3), attributes=("a", "b", "c"), scaling=scaling, options=OPTIONS).load()
         await reward.start()
         marks = await reward.score(ASK, candidates())
         await reward.close()
     assert marks.values.shape == (3, 1, len(TEXTS))
-    expected = direct(models(3), TEXTS, 256)
+    expected = direct(pooling_model(3), TEXTS, 256)
     expected[1] = (expected[1] - 1.0) / 4.0
     np.testing.assert_allclose(marks.values[:, 0], expected, atol=1e-4)
     with pytest.raises(Unavailable):
@@ -134,9 +113,9 @@ async def test_attributes_are_rows_and_a_closed_reward_says_so(models: Callable[
 
 
 @pytest.mark.slow
-async def test_wrong_attributes_and_a_model_without_labels_are_refused(models: Callable[[int], str]) -> None:
+async def test_wrong_attributes_and_a_model_without_labels_are_refused(pooling_model: Callable[[int], str]) -> None:
     with environment():
-        reward = Pooling(model=models(3), attributes=("a", "b"), options=OPTIONS).load()
+        reward = Pooling(model=pooling_model(3), attributes=("a", "b"), options=OPTIONS).load()
         with pytest.raises(ConfigError, match="2 names for the 3 labels"):
             await reward.start()
         await reward.close()

@@ -135,7 +135,7 @@ def test_ready_tells_the_truth(config_file: Callable[[str], Path]) -> None:
     try:
         loading = live.get("/ready")
         assert loading.status_code == 503
-        assert loading.json() == {"ready": False, "reason": "the models are still loading"}
+        assert loading.json() == {"ready": False, "reason": "the models are still loading (engine fake)"}
         assert live.get("/health").status_code == 200
         assert live.metric("infer_align_ready") == 0
         early = live.chat()

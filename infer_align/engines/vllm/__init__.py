@@ -12,6 +12,7 @@ The workers are processes of vLLM's own. Every import of vLLM is in `infer_align
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,6 +78,7 @@ class VllmEngine(Engine):
         self.config = config
         self.model = config.model
         self.context_length = int(config.options.get("max_model_len") or 0)
+        self._launching: asyncio.Task[None] | None = None
         self._engine: Any = None
         self._frontend: Any = None
         self._steerer: Steerer | None = None
@@ -97,8 +99,9 @@ class VllmEngine(Engine):
         """
         self._steerer = Steerer(self.values)
         self.progress("importing vLLM")
+        self._launching = asyncio.create_task(asyncio.to_thread(self._launch))
         try:
-            await asyncio.to_thread(self._launch)
+            await asyncio.shield(self._launching)
         except AlignError:
             raise
         except Exception as error:
@@ -135,6 +138,7 @@ class VllmEngine(Engine):
     async def close(self) -> None:
         """End the workers; what still runs is cut off."""
         self._closed = True
+        await self._give_up_loading()
         for sampling in [*self._running]:
             sampling.stream.put(Unavailable("the engine was shut down"))
             sampling.close()
@@ -146,6 +150,15 @@ class VllmEngine(Engine):
             if self._engine.output_handler is not None:
                 self._engine.output_handler.cancel()  # or it would report the end of the workers as their death
             await asyncio.to_thread(self._engine.shutdown)
+
+    async def _give_up_loading(self) -> None:
+        """Whoever is told to stop while it loads does not wait for the model: without its workers, vLLM's start-up ends."""
+        while self._launching is not None and not self._launching.done():
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            await asyncio.wait({self._launching}, timeout=0.1)
+        if self._launching is not None and not self._launching.cancelled():
+            self._launching.exception()  # heard
 
     def health(self) -> str | None:
         """None while vLLM's engine lives."""

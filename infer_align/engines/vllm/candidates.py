@@ -41,13 +41,14 @@ class Sampling:
         self._watched = [Named(uuid.uuid4().hex, draw.watch) for _ in range(draw.n)] if draw.watch else []
         watches: list[dict[str, Any]] = [named.extra_args() for named in self._watched] or [{}] * draw.n
         self._jobs: list[Job] = [Job({**extra_args, **watch}) for watch in watches]
+        self._fetcher = fetcher
         self._cut: set[int] = set()
         self._aborts: set[asyncio.Task[None]] = set()
         self._ended = False
         self._tasks: list[asyncio.Task[None]] = []
         self._main = asyncio.create_task(self._run())
-        for i, (name, _) in enumerate(self._watched):
-            fetcher.add(name, partial(self._estimated, i))
+        for i, named in enumerate(self._watched):
+            fetcher.add(named, partial(self._sampled, i), partial(self._estimated, i))
         self._main.add_done_callback(lambda _: fetcher.discard(name for name, _ in self._watched))
 
     def on_end(self, done: Callable[[Sampling], None]) -> None:
@@ -59,6 +60,11 @@ class Sampling:
         self._ended = True
         for task in (self._main, *self._tasks):
             task.cancel()
+
+    def _sampled(self, index: int) -> int:
+        from infer_align.vllm_compat import sampled_tokens  # noqa: PLC0415 - vLLM is running by now
+
+        return sampled_tokens(self._engine, self._jobs[index].request_id)
 
     def _estimated(self, index: int, tokens: int, value: float) -> None:
         self.stream.put(Estimate(index, tokens, value))
@@ -120,6 +126,8 @@ class Sampling:
         else:
             choice, usage = answer.choices[0].model_dump(), answer.usage.model_dump()
             del choice["index"]
+        if self._watched:  # who is compared must not depend on what came first, the end or the estimate before it
+            await self._fetcher.flush()
         cut = index in self._cut and choice["finish_reason"] in {"abort", None}
         if choice["finish_reason"] == "abort":
             choice["finish_reason"] = "length"

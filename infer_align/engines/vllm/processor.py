@@ -140,8 +140,9 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
         if ctx is None:
             found = ((row, watched, len(watched.output)) for row, watched in self._watched.items())
         else:
-            lengths = ctx.seq_lens_upper_bound_np - self._prompt_lengths[ctx.idx_mapping_np]
-            pairs = zip(ctx.idx_mapping_np.tolist(), lengths.tolist(), strict=True)
+            slots = ctx.idx_mapping_np  # the other array is padded where a CUDA graph is
+            lengths = ctx.seq_lens_upper_bound_np[: len(slots)] - self._prompt_lengths[slots]
+            pairs = zip(slots.tolist(), lengths.tolist(), strict=True)
             found = ((i, self._watched[slot], n) for i, (slot, n) in enumerate(pairs) if slot in self._watched)
         return [(row, watched, tokens) for row, watched, tokens in found if watched.watch.due(tokens)]
 

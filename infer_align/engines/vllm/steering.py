@@ -49,7 +49,7 @@ class Terms(NamedTuple):
         if not isinstance(given, Mapping) or given.keys() != {"beta", "top_k", "tail"} or not isinstance(given["beta"], Mapping):
             raise ValueError(f"extra_args.{KEY}: not of the form {{beta, top_k, tail}}; ask for align.vas instead.")
         top_k, tail = given["top_k"], given["tail"]
-        weights = {name: _weight(name, weight) for name, weight in given["beta"].items()}
+        weights = {name: checked_weight(f"align.vas.beta.{name}", name, weight) for name, weight in given["beta"].items()}
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise ValueError(f"align.vas.top_k: {top_k!r} is not allowed; must be an integer >= 1.")
         if tail not in {"keep", "mask"}:
@@ -58,10 +58,14 @@ class Terms(NamedTuple):
         return cls(used, top_k, tail == "mask") if used else None
 
 
-def _weight(name: str, weight: object) -> float:
-    where = f"align.vas.beta.{name}"
-    if announced and name not in announced:
-        raise ValueError(f"{where}: no such value; {nearest(name, announced)}")
+def checked_weight(where: str, name: object, weight: object) -> float:
+    """The weight of a value, as a request names it.
+
+    Raises:
+        ValueError: no such value, or no such weight; a worker would die of it.
+    """
+    if not isinstance(name, str) or (announced and name not in announced):
+        raise ValueError(f"{where}: no such value; {nearest(str(name), announced)}")
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) <= MAX_BETA:  # NaN is not
         raise ValueError(f"{where}: {weight!r} is not allowed; must be from {-MAX_BETA:g} to {MAX_BETA:g}.")
     return float(weight)
@@ -119,8 +123,9 @@ class Steerer:
             raise ConfigError(f"[values.*] cannot steer this engine: {why}")
         model = config.model_config
         self._frozen = Frozen(model.model, model.get_vocab_size(), model.get_hidden_size(), _digest(model), "cpu")
-        for name, head in self._heads.items():
-            self._admit(name, head)
+        for head in self._heads.values():
+            self._admit(head)
+        announced.update(self._heads)
         paths = {name: head.path for name, head in self._heads.items()}
         config.additional_config = {**config.additional_config, KEY: {"tokenizer": self._frozen.tokenizer, "values": paths}}
 
@@ -136,11 +141,12 @@ class Steerer:
         if self._frozen is None:
             raise ConfigError(f"[values.{name}] the engine was started without values; configure one and start it again.")
         async with self._adding:
-            await asyncio.to_thread(self._admit, name, head)
+            await asyncio.to_thread(self._admit, head)
             await call("infer_align_load_value", args=(head.path,))  # every worker can, or none changes
             if not sum(await call("infer_align_use_value", args=(name,))):
                 raise ConfigError(f"[values.{name}] no worker of this engine can take it.")
             self._heads = {**self._heads, name: head}
+            announced.add(name)
 
     def check(self, draw: Draw) -> None:
         """Refuse what cannot be steered or watched.
@@ -160,13 +166,12 @@ class Steerer:
         top_k = min(steering.top_k, self._frozen.vocabulary) if self._frozen else steering.top_k
         return {KEY: {"beta": dict(steering.beta), "top_k": top_k, "tail": steering.tail}}
 
-    def _admit(self, name: str, head: HeadValue) -> None:
+    def _admit(self, head: HeadValue) -> None:
         """Read a head once, here, so that a worker does not die of it."""
         assert self._frozen is not None
         trial = HeadValue(head.path, head.description)
         trial.start(self._frozen, {})
         head.description = trial.description
-        announced.add(name)
 
 
 def _head(name: str, value: Value) -> HeadValue:

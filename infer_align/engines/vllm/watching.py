@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from infer_align.engines.vllm.steering import checked_weight
 from infer_align.types import Watch
 from infer_align.values.head import HeadValue
 
@@ -23,13 +24,16 @@ log = logging.getLogger("infer_align")
 
 # Where a request's watch stands in SamplingParams.extra_args.
 KEY = "infer_align_watch"
-# Between two fetches: about a step of a large model, and no more than a few of a small one.
+# Between two looks: about a step of a large model, and no more than a few of a small one.
 FETCH_SECONDS = 0.02
+# A dead engine answers no call, and says nothing.
+PATIENCE_SECONDS = 10.0
 # Estimates that nobody fetches any more are forgotten; so many steps' are kept.
 KEPT_STEPS = 4096
 
 Estimates = list[tuple[str, int, float]]  # the request's name, its tokens, what it is expected to be worth
 Tell = Callable[[int, float], None]
+Sampled = Callable[[], int]  # how many tokens a request has by now
 
 
 class Named(NamedTuple):
@@ -49,7 +53,8 @@ class Named(NamedTuple):
             case None:
                 return None
             case {"name": str(name), "values": dict(values), "after": int(after)} if after > 0:
-                return cls(name, Watch({str(key): float(weight) for key, weight in values.items()}, after))
+                weights = {key: checked_weight(f"align.early_stop.values.{key}", key, weight) for key, weight in values.items()}
+                return cls(name, Watch(weights, after))
         raise ValueError(f"extra_args.{KEY}: not of the form {{name, values, after}}; ask for align.early_stop instead.")
 
     def extra_args(self) -> dict[str, Any]:
@@ -103,17 +108,32 @@ class Recorder:
         return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
 
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    tell: Tell
+    sampled: Sampled
+    due: int  # tokens at which there will be the next estimate
+
+    def told(self, tokens: int, value: float) -> None:
+        self.due = max(self.due, 2 * tokens)
+        self.tell(tokens, value)
+
+
 class Fetcher:
-    """The frontend's side: who waits for estimates, and what brings them. `fetch` asks every worker."""
+    """The frontend's side: who waits for estimates, and what brings them. `fetch` asks every worker.
+
+    A call waits for the step that is under way, and on several GPUs for those behind it: it is made when something is due.
+    """
 
     def __init__(self, fetch: Callable[[], Awaitable[list[Estimates]]]) -> None:
         self._fetch = fetch
-        self._waiting: dict[str, Tell] = {}
+        self._waiting: dict[str, _Waiting] = {}
         self._task: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[None] | None = None  # the latest
 
-    def add(self, name: str, tell: Tell) -> None:
+    def add(self, named: Named, sampled: Sampled, tell: Tell) -> None:
         """Call `tell` with the tokens and the value of each estimate of a request."""
-        self._waiting[name] = tell
+        self._waiting[named.name] = _Waiting(tell, sampled, named.watch.after)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
 
@@ -122,21 +142,41 @@ class Fetcher:
         for name in names:
             self._waiting.pop(name, None)
 
+    async def flush(self) -> None:
+        """Have told all that the workers have said until now: what has ended has been estimated before.
+
+        Those that end while a fetch is under way share the next one.
+        """
+        under_way = self._fetching
+        if under_way is not None and not under_way.done():
+            await asyncio.wait({under_way})
+        if self._fetching is under_way:
+            self._fetching = asyncio.create_task(self._tell())
+        assert self._fetching is not None
+        await asyncio.wait({self._fetching})
+
     def close(self) -> None:
         """Fetch nothing more."""
         self._waiting.clear()
-        if self._task is not None:
-            self._task.cancel()
+        for task in (self._task, self._fetching):
+            if task is not None:
+                task.cancel()
 
     async def _run(self) -> None:
         while self._waiting:
             await asyncio.sleep(FETCH_SECONDS)
-            try:
+            if any(waiting.sampled() > waiting.due for waiting in self._waiting.values()):  # the step after it was made
+                await self.flush()
+
+    async def _tell(self) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 answers = await self._fetch()
-            except Exception:  # the engine has died: its requests say so; without estimates nothing is given up
-                log.exception("value estimates could not be fetched")
-                return
-            # Workers that sample the same rows say the same.
-            for (name, tokens), value in {(name, tokens): value for said in answers for name, tokens, value in said}.items():
-                if tell := self._waiting.get(name):
-                    tell(tokens, value)
+        except Exception:  # the engine has died, and its requests say so; without estimates nothing is given up
+            log.exception("value estimates could not be fetched")
+            self._waiting.clear()
+            return
+        # Workers that sample the same rows say the same.
+        for (name, tokens), value in {(name, tokens): value for said in answers for name, tokens, value in said}.items():
+            if waiting := self._waiting.get(name):
+                waiting.told(tokens, value)

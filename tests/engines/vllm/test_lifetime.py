@@ -110,7 +110,8 @@ def test_a_worker_that_dies_is_noticed_and_nothing_is_left_at_the_end(serve: Cal
     assert process.until(lambda: process.get("/health"), 60), "the server answers while vLLM loads"
     loading = process.get("/ready")
     assert loading is not None
-    assert (loading.status_code, loading.json()["reason"]) == (503, "the models are still loading")
+    assert loading.status_code == 503
+    assert loading.json()["reason"].startswith("the models are still loading (engine demo")
     assert process.http.post("/v1/chat/completions", json=ASK).status_code == 503
     assert process.until(lambda: is_ready(process), 240)
     for body in (ASK, BEST):
@@ -161,3 +162,27 @@ def test_what_cannot_start_ends_with_the_reason(serve: Callable[..., Process], s
     assert re.search(said, process.said())
     assert "configuration:" in process.said()
     assert process.until(lambda: not process.children(), 5), process.children()
+
+
+def test_told_to_stop_while_it_loads_it_does_not_wait_for_the_model(serve: Callable[..., Process]) -> None:
+    process = serve()
+    assert process.until(process.children, 120), "the worker starts"
+    started = time.monotonic()
+    process.popen.terminate()
+    assert process.popen.wait(30) == 0, process.said()
+    assert time.monotonic() - started < 8
+    assert process.until(lambda: not process.children(), 5), process.children()
+
+
+def test_a_reward_engine_that_dies_is_noticed(serve: Callable[..., Process], pooling_model: Callable[[int], str]) -> None:
+    options = 'dtype = "float32", enforce_eager = true, kv_cache_memory_bytes = 33554432, max_model_len = 256, block_size = 32'
+    process = serve(f'rewards.quality={{kind = "pooling", model = "{pooling_model(1)}", {options}}}')
+    assert process.until(lambda: is_ready(process), 300)
+    assert process.http.post("/v1/chat/completions", json=BEST).status_code == 200, "generator and reward side by side"
+    newest = max(process.children(), key=lambda child: child.create_time())
+    newest.kill()
+    assert process.until(lambda: not is_ready(process), 20)
+    ready = process.get("/ready")
+    assert ready is not None
+    assert ready.json()["reason"].startswith("reward quality: vLLM's engine of")
+    assert process.http.post("/v1/chat/completions", json=BEST).status_code == 503

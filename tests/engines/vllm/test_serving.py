@@ -403,6 +403,16 @@ def test_losers_are_stopped_early_by_their_value_estimates(live: Live, client: o
     assert live.until(lambda: live.metric("vllm:num_requests_running") == 0, 1)
 
 
+@pytest.mark.usefixtures("quiet")
+def test_who_is_stopped_early_does_not_depend_on_who_was_quick(client: openai.OpenAI) -> None:
+    align = {"best_of_n": {"n": 8}, "early_stop": {"values": {"helpful": 1.0}, "after": 6}, "rewards": {"quality": 1}}
+    outcomes = set()
+    for _ in range(15):
+        report = chat(client, {"align": align}, max_tokens=60, seed=3).align
+        outcomes.add((report["selected"], tuple(bool(c["error"]) for c in report["candidates"])))
+    assert len(outcomes) == 1, "some of them end by themselves while others are compared"
+
+
 @pytest.mark.anyio
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("deltas", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,25 +198,76 @@ def test_another_watch_is_refused(given: Any) -> None:
         Named.read({"infer_align_watch": given})
 
 
-@pytest.mark.anyio
-async def test_estimates_are_fetched_while_somebody_waits() -> None:
-    answers = [[[("a", 4, 0.5), ("b", 4, 0.25)], [("a", 4, 0.5)]], [[("a", 8, 1.5), ("c", 4, 9.0)], []]]
-    heard: list[tuple[str, int, float]] = []
-    calls = 0
+@pytest.mark.parametrize("values", [{"helpful": None}, {"helpful": True}, {"helpful": "1"}, {"helpful": float("nan")}, {"": 1e9}])
+def test_a_watch_that_a_worker_would_die_of_is_refused(values: Any) -> None:
+    with pytest.raises(ValueError, match=r"align.early_stop.values"):
+        Named.read({"infer_align_watch": {"name": "a", "values": values, "after": 3}})
 
-    async def fetch() -> Any:
-        nonlocal calls
-        calls += 1
-        return answers.pop(0) if answers else []
 
-    fetcher = Fetcher(fetch)
-    for name in ("a", "b"):
-        fetcher.add(name, lambda tokens, value, name=name: heard.append((name, tokens, value)))
-    while answers:
+class Said:
+    """Workers that say something when they are asked."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+        self.calls = 0
+        self.tokens = 0
+        self.heard: list[tuple[str, int, float]] = []
+        self.fetcher = Fetcher(self.fetch)
+
+    async def fetch(self) -> Any:
+        self.calls += 1
         await asyncio.sleep(0.01)
-    fetcher.discard(["a", "b"])
+        return self.answers.pop(0) if self.answers else []
+
+    def watch(self, name: str) -> None:
+        told = partial(self.hear, name)
+        self.fetcher.add(Named(name, Watch({"helpful": 1.0}, 4)), lambda: self.tokens, told)
+
+    def hear(self, name: str, tokens: int, value: float) -> None:
+        self.heard.append((name, tokens, value))
+
+
+@pytest.mark.anyio
+async def test_estimates_are_fetched_when_they_are_due_and_somebody_waits() -> None:
+    said = Said([[("a", 4, 0.5), ("b", 4, 0.25)], [("a", 4, 0.5)]], [[("a", 8, 1.5), ("b", 8, 0.1), ("c", 4, 9.0)], []])
+    said.watch("a")
+    said.watch("b")
     await asyncio.sleep(0.1)
-    seen = calls
+    assert not said.calls, "nothing is due"
+    said.tokens = 5
     await asyncio.sleep(0.1)
-    assert calls == seen, "nobody waits, nothing is asked"
-    assert heard == [("a", 4, 0.5), ("b", 4, 0.25), ("a", 8, 1.5)]
+    assert said.calls == 1
+    said.tokens = 9
+    await asyncio.sleep(0.1)
+    assert said.calls == 2
+    said.fetcher.discard(["a", "b"])
+    said.tokens = 100
+    await asyncio.sleep(0.1)
+    assert said.calls == 2, "nobody waits, nothing is asked"
+    assert said.heard == [("a", 4, 0.5), ("b", 4, 0.25), ("a", 8, 1.5), ("b", 8, 0.1)]
+
+
+@pytest.mark.anyio
+async def test_what_was_said_before_an_end_is_told_before_it() -> None:
+    said = Said([], [[("a", 4, 0.5)], []])
+    said.watch("a")
+    under_way = asyncio.create_task(said.fetcher.flush())
+    await asyncio.sleep(0)
+    await asyncio.gather(*(said.fetcher.flush() for _ in range(8)))
+    assert said.heard == [("a", 4, 0.5)], "a fetch that had begun before is not enough"
+    assert said.calls <= 3, "those that end together share one"
+    await under_way
+    said.fetcher.close()
+
+
+@pytest.mark.anyio
+async def test_workers_that_do_not_answer_hold_nobody_up(caplog: Any) -> None:
+    said = Said()
+
+    async def dies() -> Any:
+        raise RuntimeError("gone")
+
+    said.fetcher = Fetcher(dies)
+    said.watch("a")
+    await said.fetcher.flush()
+    assert "could not be fetched" in caplog.text

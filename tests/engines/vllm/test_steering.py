@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from infer_align.engines.vllm.steering import Steerer
-from infer_align.types import Steering
+from infer_align.errors import ConfigError
+from infer_align.types import Steering, Watch
 from infer_align.values.head import HeadValue
 from tests.engines.vllm.stepping import (
     MIXES,
@@ -132,7 +135,7 @@ def test_logprobs_of_the_prompt_stay_those_of_the_frozen_model(engine: Any, stee
 @pytest.mark.parametrize("tail", ["keep", "mask"])
 def test_samples_follow_the_steered_distribution(tail: Any, engine: Any, steerer: Steerer, reference: Reference) -> None:
     steering, each, temperature = Steering({"helpful": 2.0, "mlp": 0.3}, 32, tail), 1200, 0.7
-    statistic, freedom = 0.0, 0
+    statistic, against, freedom = 0.0, 0.0, 0
     for prompt in UNCERTAIN:
         params = {"temperature": temperature, "max_tokens": 1, "logprobs": None}
         # Others in the batch, steered otherwise, are nobody's business. No seeds of their own: on a CPU, vLLM dies of a seeded
@@ -149,10 +152,13 @@ def test_samples_follow_the_steered_distribution(tail: Any, engine: Any, steerer
         c = torch.cat([counts[often], counts[~often].sum()[None]])
         statistic += float(((c - e) ** 2 / e).sum())
         freedom += len(e) - 1
+        unsteered = torch.softmax(reference.step(prompt, None)[0].double() / temperature, -1) * len(tokens)
+        against += float(((counts - unsteered)[unsteered >= 5] ** 2 / unsteered[unsteered >= 5]).sum())
     p = float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2.0)))
     print(f"tail {tail}: chi-square {statistic:.1f} on {freedom}, p = {p:.3f}")
     assert freedom >= 12
     assert p > 1e-3
+    assert against > 20 * freedom, "the model that is not steered would not have said this"
 
 
 def test_a_replaced_value_steers_those_who_come_after(
@@ -192,3 +198,36 @@ def test_what_is_out_of_bounds_never_reaches_a_worker(engine: Any, steerer: Stee
         with pytest.raises(VLLMValidationError, match=named):
             run(engine, steerer, [Ask([5, 6], steering)])
     assert not engine.has_unfinished_requests()
+
+
+def test_what_is_due_in_a_padded_step_of_the_v2_runner() -> None:
+    """Where a CUDA graph pads the batch, vLLM pads the lengths but not the slots."""
+    from infer_align.engines.vllm.processor import ValueProcessor
+    from infer_align.engines.vllm.watching import Watched
+
+    processor = ValueProcessor.__new__(ValueProcessor)
+    processor._prompt_lengths = np.array([0, 10, 20, 30])
+    processor._watched = {slot: Watched(str(slot), Watch({"helpful": 1.0}, 4), ()) for slot in (1, 3)}
+    lengths = np.array([34, 15, 24, 0])  # of slots 3, 1, 2, and padding
+    ctx: Any = SimpleNamespace(idx_mapping_np=np.array([3, 1, 2]), seq_lens_upper_bound_np=lengths)
+    assert [(row, watched.name, tokens) for row, watched, tokens in processor._due(ctx)] == [(0, "3", 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("enforce_eager", "True"), ("enable_prefix_caching", "false"), ("trust_remote_code", 1)]
+)
+def test_options_that_are_true_or_false_are_nothing_else(name: str, value: object) -> None:
+    from infer_align.vllm_compat import arguments
+
+    with pytest.raises(ConfigError, match=rf"\[engine\] {name}: {value!r} is not allowed; must be true or false"):
+        arguments("demo", "demo", {name: value})
+
+
+def test_keys_of_vllms_own_would_guard_half_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from infer_align.vllm_compat import arguments
+
+    with pytest.raises(ConfigError, match="api_keys_env"):
+        arguments("demo", "demo", {"api_key": "x"})
+    monkeypatch.setenv("VLLM_API_KEY", "x")
+    with pytest.raises(ConfigError, match="api_keys_env"):
+        arguments("demo", "demo", {})
