@@ -30,6 +30,7 @@ check: $(VENV)/dev  ## style, types, layers, dead code
 demo: $(VENV)/dev  ## the tables of effects on the embedded demo, and their plots
 	$(BIN)/python benchmarks/alignment/best_of_n.py
 	$(BIN)/python benchmarks/alignment/vas.py
+	$(BIN)/python benchmarks/alignment/early_stop.py
 	$(BIN)/python benchmarks/alignment/dpa.py
 	$(BIN)/python benchmarks/alignment/rps.py
 	$(BIN)/python benchmarks/alignment/trust_judge.py
