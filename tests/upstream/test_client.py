@@ -12,7 +12,8 @@ import pytest
 from infer_align.errors import Unavailable
 from infer_align.upstream import Upstream as Section
 from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import MAX_MESSAGE, Client, Tally, _seconds, _told
+from infer_align.upstream.client import MAX_MESSAGE, Client, Tally
+from infer_align.upstream.reading import seconds, told
 from tests.engines.openai.upstream import Upstream, reply, upstream
 
 pytestmark = pytest.mark.anyio
@@ -82,7 +83,7 @@ async def test_an_error_is_told_without_the_key_and_not_at_length(up: Upstream, 
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "found"),
     [
         ('{"error": {"message": "m", "param": "p", "code": "c"}}', ("m", "p", "c")),
         ('{"error": {"message": "m", "param": ["p"], "code": 7}}', ("m", None, None)),
@@ -95,15 +96,15 @@ async def test_an_error_is_told_without_the_key_and_not_at_length(up: Upstream, 
         ("[" * 100_000, ("", None, None)),
     ],
 )
-def test_errors_in_the_wild(text: str, told: tuple[str, str | None, str | None]) -> None:
-    assert _told(text) == told
+def test_errors_in_the_wild(text: str, found: tuple[str, str | None, str | None]) -> None:
+    assert told(text) == found
 
 
 def test_retry_after() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-    assert 25 < (_seconds(soon) or 0) <= 30
-    assert _seconds("7") == 7.0
-    assert _seconds("-3") == 0.0
-    assert _seconds("1e300") == 86_400.0
+    assert 25 < (seconds(soon) or 0) <= 30
+    assert seconds("7") == 7.0
+    assert seconds("-3") == 0.0
+    assert seconds("1e300") == 86_400.0
     for nothing in (None, "", "soon", "nan days"):
-        assert _seconds(nothing) is None
+        assert seconds(nothing) is None

@@ -38,7 +38,8 @@ async def test_those_that_are_down_or_ailing_or_just_failed_come_last() -> None:
     assert three.health() is None
     second.failed("gone")
     third.failed("gone")
-    assert "http://0: gone" in (three.health() or "")
+    assert three.health() == "upstream 1: gone; upstream 2: gone; upstream 3: gone"
+    assert "http" not in (three.health() or ""), "where it is, is nobody's business"
     assert await three.acquire(None) in three.hosts, "where all are down one is tried all the same"
     first.answered()
     assert await three.acquire(None) is first
