@@ -41,6 +41,7 @@ class Upstream:
         """Forget what was sent."""
         self.bodies: list[Body] = []
         self.paths: list[str] = []
+        self.asked: list[str] = []  # method, path and query
         self.headers: list[dict[str, str]] = []
         self.raw: list[bytes] = []
         self.running = 0
@@ -65,7 +66,7 @@ class Upstream:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        if scope["method"] == "GET":
+        if scope["method"] == "GET" and scope["path"].endswith("/models"):
             await reply(send, 200, {"object": "list", "data": self.models})
             return
         content = b""
@@ -74,10 +75,11 @@ class Upstream:
             content += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        call, body = self.calls, json.loads(content)
+        call, body = self.calls, json.loads(content or b"{}")
         self.raw.append(content)
         self.bodies.append(body)
         self.paths.append(scope["path"])
+        self.asked.append(f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}".rstrip("?"))
         self.headers.append({k.decode(): v.decode() for k, v in scope["headers"]})
         self.running += 1
         work = asyncio.create_task(self._work(call, body, scope, send))
