@@ -258,6 +258,12 @@ def test_tool_calls_through_a_selection(told: Upstream, front: Any) -> None:
     assert deltas[-1]["finish_reason"] == "tool_calls"
 
 
+def test_a_number_that_is_too_large_is_the_clients_fault(told: Upstream, front: Any) -> None:
+    answer = front().post(b'{"model": "up", "messages": [{"role": "user", "content": "x"}], "temperature": 1e400}')
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    assert told.calls == 0
+
+
 def test_what_nobody_could_count_is_refused(told: Upstream, front: Any) -> None:
     answer = front().post({"model": "up", "prompt": "x", "best_of": 8}, "/v1/completions")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "best_of")

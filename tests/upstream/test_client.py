@@ -58,6 +58,40 @@ async def test_calls_are_counted(up: Upstream, client: Any, retries: int, calls:
     assert tally.calls == up.calls == calls
 
 
+@pytest.mark.parametrize(
+    ("fault", "kept_alive", "calls"),
+    [
+        ("reset", True, 2),
+        ("reset", False, 1),
+        ("slow_reset", True, 1),
+        ("error_502", True, 1),
+        ("hang", True, 1),
+        ("error_503", True, 2),
+    ],
+)
+async def test_what_may_have_been_read_is_not_said_again(
+    up: Upstream, client: Any, fault: str, kept_alive: bool, calls: int
+) -> None:
+    """A lost connection is tried again only where it had been kept alive, and is lost at once: there nobody has read anything."""
+    asked = await client(retries=1, timeout_seconds=1.0)
+    if kept_alive:
+        await asked.post("/x", {})
+    up.reset()
+    up.behave = lambda _, __: fault
+    with pytest.raises(UpstreamFailed):
+        await asked.post("/x", {})
+    assert up.calls == calls
+
+
+async def test_a_connection_that_was_closed_meanwhile_costs_nothing(up: Upstream, client: Any) -> None:
+    asked, tally = await client(), Tally()
+    await asked.post("/x", {})
+    up.reset()
+    up.behave = lambda call, _: "reset" if call == 0 else "ok"
+    assert await asked.post("/x", {"a": 1}, tally=tally) == {"got": {"a": 1}}
+    assert tally.calls == up.calls == 2
+
+
 async def test_it_must_be_open(up: Upstream) -> None:
     unstarted = Client(Section(urls=up.url))
     with pytest.raises(Unavailable):

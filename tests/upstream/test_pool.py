@@ -79,6 +79,34 @@ async def test_those_who_wait_are_served_in_turn_and_who_leaves_takes_nothing_al
     assert host.running == 0
 
 
+async def test_who_waits_goes_to_one_that_has_recovered() -> None:
+    two = pool(1.0, 1.0, limit=1)
+    first, second = two.hosts
+    second.failed("gone")
+    await two.acquire(None)
+    waiting = asyncio.create_task(two.acquire(None))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    second.answered()
+    assert await asyncio.wait_for(waiting, 1) is second
+    assert (first.running, second.running) == (1, 1)
+
+
+async def test_who_waits_for_a_model_that_nobody_has_any_more_is_told_so() -> None:
+    one = pool(1.0, limit=1)
+    (host,) = one.hosts
+    host.models = frozenset({"a"})
+    await one.acquire("a")
+    waiting = asyncio.create_task(one.acquire("a"))
+    await asyncio.sleep(0)
+    host.models = frozenset({"b"})
+    one.wake()
+    with pytest.raises(Unavailable, match="'a'"):
+        await waiting
+    one.release(host)
+    assert host.running == 0
+
+
 async def test_one_that_was_down_long_enough_is_tried_again() -> None:
     two = Pool([Address("http://0"), Address("http://1")], 100, recovery_seconds=0.02)
     first, second = two.hosts

@@ -23,10 +23,11 @@ from infer_align.engines import Stream
 from infer_align.engines.openai.continuation import WAYS, Continuation, Way
 from infer_align.engines.openai.draws import refusal
 from infer_align.engines.openai.probe import TOP_LOGPROBS
+from infer_align.engines.openai.sampling import Sampling
 from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.steering import ValueCache
 from infer_align.engines.transformers.text import TextStream, token_bytes
-from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unavailable, Unsupported, nearest, shown
+from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unavailable, Unsupported, nearest
 from infer_align.hub import locate
 from infer_align.methods.vas import reweight
 from infer_align.types import Array, Candidate, Delta, Draw
@@ -74,6 +75,7 @@ class Steerer:
         for token in range(size):
             self.vocabulary.setdefault(token_bytes(self.tokenizer, token), token)
         self.vocabulary.pop(b"", None)
+        self.partial = frozenset(token for data, token in self.vocabulary.items() if not _is_text(data))
 
     async def probe(self, client: Client, host: Host, model: str) -> None:
         """Find the most exact way in which an upstream continues a prefix and shows its top logprobs."""
@@ -159,53 +161,11 @@ class Steerer:
             return work(*args)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is chosen here."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    stops: tuple[str, ...]
-
-    @classmethod
-    def read(cls, draw: Draw) -> Sampling:
-        """From a body.
-
-        Raises:
-            InvalidRequest: a value that is not allowed.
-        """
-        bounds = {"temperature": (0.0, 2.0, 1.0), "top_p": (0.0, 1.0, 1.0), "top_k": (-1, 2**31, 0), "min_p": (0.0, 1.0, 0.0)}
-        found = {}
-        for name, (low, high, default) in bounds.items():
-            value = default if draw.body.get(name) is None else draw.body[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise InvalidRequest(f"{name}: {shown(value)} is not allowed; must be from {low} to {high}.", param=name)
-            found[name] = value
-        for name in ("max_completion_tokens", "max_tokens"):
-            limit = draw.body.get(name)
-            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-                raise InvalidRequest(f"{name}: {shown(limit)} is not allowed; must be an integer of at least 1.", param=name)
-        stop = draw.body.get("stop")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else () if stop is None else (None,)
-        if not all(isinstance(one, str) and one for one in stops):
-            raise InvalidRequest(f"stop: {shown(stop)} is not allowed; must be a string or several, none empty.", param="stop")
-        return cls(found["temperature"], found["top_p"], int(found["top_k"]), found["min_p"], stops)
-
-    def choose(self, logits: Array, lot: np.random.Generator) -> int:
-        """[k] -> the place of the token that is sampled: temperature, then min_p, top_k, top_p."""
-        if not self.temperature:
-            return int(np.argmax(logits))
-        scaled = np.exp((logits - logits.max()) / self.temperature)
-        p = scaled / scaled.sum()
-        p[p < self.min_p * p.max()] = 0.0
-        order = np.argsort(-p, kind="stable")
-        if self.top_k > 0:
-            p[order[self.top_k :]] = 0.0
-        before = np.cumsum(p[order]) - p[order]
-        p[order[1:][before[1:] >= self.top_p * p.sum()]] = 0.0
-        return int(lot.choice(len(p), p=p / p.sum()))
+def _is_text(data: bytes) -> bool:
+    try:
+        return bool(data.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 @dataclass(slots=True)
@@ -322,7 +282,11 @@ class Steered:
         said = self._steerer.tokenizer.decode(answer.ids[answer.prompt_tokens :], skip_special_tokens=True)
         body = self._continuation.body(answer.prompt, answer.ids, said)
         shown = await self._post(answer, body | self._continuation.asking(steering.top_k), self._continuation.top)
-        best = sorted(shown, key=lambda token: (-shown[token], token))[: steering.top_k]
+        # A prefix that is sent as text cannot end within a character.
+        unsayable = frozenset() if self._continuation.way == "ids" else self._steerer.partial
+        best = sorted(shown.keys() - unsayable, key=lambda token: (-shown[token], token))[: steering.top_k]
+        if not best:
+            raise UpstreamFailed("the upstream shows parts of characters only, after which text cannot be continued.")
         values = await asyncio.to_thread(self._steerer.run, self._value, best, caches)
         logits = np.array([[shown[token] for token in best]])
         beta = np.array([steering.beta[name] for name in steering.beta])
@@ -332,13 +296,16 @@ class Steered:
             lot = np.random.default_rng((answer.seed % 2**64, step))
             token: int | None = best[answer.sampling.choose(steered, lot)]
         else:
-            token = await self._sampled_there(answer, body, best, steered - logits[0], step)
+            bias = dict(zip(best, np.clip(steered - logits[0], -MAX_BIAS, MAX_BIAS), strict=True))
+            token = await self._sampled_there(answer, body, bias | dict.fromkeys(shown.keys() & unsayable, -MAX_BIAS), step)
+            if token in unsayable:
+                raise UpstreamFailed("the upstream sampled a part of a character, after which text cannot be continued.")
         if token is not None and token != self._steerer.tokenizer.eos_token_id:
             await asyncio.to_thread(self._steerer.run, self._choose, best, token, caches)
         return token
 
-    async def _sampled_there(self, answer: _Answer, body: dict[str, Any], best: list[int], added: Array, step: int) -> int | None:
-        bias = {str(token): float(b) for token, b in zip(best, np.clip(added, -MAX_BIAS, MAX_BIAS), strict=True)}
+    async def _sampled_there(self, answer: _Answer, body: dict[str, Any], added: dict[int, float], step: int) -> int | None:
+        bias = {str(token): float(b) for token, b in added.items()}
         own = {key: self._draw.body[key] for key in ("temperature", "top_p", "top_k", "min_p") if key in self._draw.body}
         seed = {"seed": (answer.seed + step * GOLDEN) % 2**31} if self._draw.seeded else {}
         asked = body | self._continuation.asking(1) | {"temperature": 1.0, **own, "logit_bias": bias, **seed}
