@@ -15,11 +15,14 @@ import os
 import random
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
+from weakref import WeakSet
 
 import aiohttp
+from aiohttp.connector import Connection
 
 from infer_align.errors import Unavailable
 from infer_align.upstream import KEY_REFUSED, Upstream, UpstreamFailed
@@ -37,6 +40,8 @@ MAX_ERROR_BYTES = 2**16
 MAX_MESSAGE = 2000
 # A key's beginning of this many characters says something of the key; an excerpt may end in the middle of one.
 TELLING = 8
+# Of the request that this task has sent last: whether its connection had been kept alive.
+_kept_alive: ContextVar[bool] = ContextVar("kept_alive", default=False)
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
@@ -66,11 +71,8 @@ class Client:
         headers = {"Content-Type": "application/json", "User-Agent": "infer-align"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_reuseconn.append(_note_reuse)
         self._session = aiohttp.ClientSession(
-            trace_configs=[trace],
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            connector=_Connector(limit=0, keepalive_timeout=30),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=headers,
             timeout=self._timeout,
@@ -212,11 +214,10 @@ class Client:
     async def _open(self, host: Host, method: str, path: str, content: bytes | None) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None or self._session.closed:
             raise Unavailable("the connections to the upstreams are closed")
-        sent, started = _Sent(), monotonic()
+        _kept_alive.set(False)
+        started = monotonic()
         try:
-            response = await self._session.request(
-                method, f"{host.url}{path}", data=content, allow_redirects=False, trace_request_ctx=sent
-            )
+            response = await self._session.request(method, f"{host.url}{path}", data=content, allow_redirects=False)
         except aiohttp.ClientConnectorError as error:
             reason = f"no connection: {_reason(error)}"
             host.failed(reason)
@@ -230,7 +231,7 @@ class Client:
         except (aiohttp.ClientError, OSError) as error:
             host.failed()
             lost = UpstreamFailed(f"the connection to the upstream was lost: {type(error).__name__}.")
-            early = sent.reused and monotonic() - started < STALE_SECONDS
+            early = _kept_alive.get() and monotonic() - started < STALE_SECONDS
             if early and isinstance(error, aiohttp.ServerDisconnectedError | OSError):
                 raise _Retriable(lost, stale=True) from None
             raise lost from None
@@ -275,15 +276,19 @@ class _Retriable(Exception):
         self.stale = stale
 
 
-@dataclass(slots=True)
-class _Sent:
-    """One request on its way."""
+class _Connector(aiohttp.TCPConnector):
+    """Notes whether a request goes over a connection that had been kept alive; aiohttp's own tracing costs far more."""
 
-    reused: bool = False  # it went over a connection that had been kept alive
+    def __init__(self, *, limit: int, keepalive_timeout: float) -> None:
+        super().__init__(limit=limit, keepalive_timeout=keepalive_timeout)
+        self._known: WeakSet[Any] = WeakSet()
 
-
-async def _note_reuse(_: aiohttp.ClientSession, context: Any, __: aiohttp.TraceConnectionReuseconnParams) -> None:
-    context.trace_request_ctx.reused = True
+    async def connect(self, req: Any, traces: Any, timeout: Any) -> Connection:  # noqa: ASYNC109 - aiohttp's own signature
+        """A connection, new or kept alive."""
+        connection = await super().connect(req, traces, timeout)
+        _kept_alive.set(connection.protocol in self._known)
+        self._known.add(connection.protocol)
+        return connection
 
 
 def _reason(error: aiohttp.ClientConnectorError) -> str:

@@ -33,26 +33,21 @@ class Roster:
     """What is known of the upstreams of one engine.
 
     Attributes:
+        models: the configured one; else those of all upstreams that were reached, in the order of the configuration, as listed.
         steerer: whose ways of steering are found out too, where there is one.
         probed: what each upstream can do with each model, by (URL, model).
     """
 
     def __init__(self, config: OpenAI, client: Client, fanout: Fanout) -> None:
+        self.models: tuple[str, ...] = (config.model,) if config.model else ()
         self.steerer: Steerer | None = None
         self.probed: dict[tuple[str, str], Probed] = {}
         self._config = config
         self._client = client
         self._fanout = fanout
         self._listed: dict[str, dict[str, int | None]] = {}  # URL -> model -> context length, where it is said
+        self._about: dict[str, list[Probed]] = {}  # model -> what is known of it, made when it is asked for
         self._due: dict[tuple[str, str], tuple[float, float]] = {}  # when open questions are asked again, and the wait after that
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The configured one; else those of all upstreams that were reached, in the order of the configuration, then as listed."""
-        if self._config.model:
-            return (self._config.model,)
-        listed = (self._listed.get(host.url, {}) for host in self._client.pool.hosts)
-        return tuple(dict.fromkeys(name for names in listed for name in names))
 
     def can(self, model: str) -> frozenset[str]:
         """What every upstream that has the model was seen to do with it."""
@@ -73,8 +68,11 @@ class Roster:
         return self._config.context_length or min(said, default=CONTEXT_LENGTH)
 
     def _known(self, model: str) -> list[Probed]:
-        pairs = ((host, self._stands_for(host, model)) for host in self._client.pool.having(model))
-        return [self.probed[host.url, name] for host, name in pairs if (host.url, name) in self.probed]
+        if model not in self._about:
+            hosts = [host for host in self._client.pool.hosts if host.models is None or model in host.models]
+            pairs = ((host.url, self._stands_for(host, model)) for host in hosts)
+            self._about[model] = [self.probed[pair] for pair in pairs if pair in self.probed]
+        return self._about[model]
 
     def _stands_for(self, host: Host, model: str) -> str:
         """The model that was probed for this one."""
@@ -123,7 +121,10 @@ class Roster:
                 raise
             listed = {}  # it is there, and lists nothing
         self._listed[host.url] = listed
+        self._about.clear()
         if self._config.model is None:
+            lists = (self._listed.get(one.url, {}) for one in self._client.pool.hosts)
+            self.models = tuple(dict.fromkeys(name for names in lists for name in names))
             if not listed:
                 host.failed("it lists no models; name one with model = '...'")
             host.models = frozenset(listed)
@@ -144,6 +145,7 @@ class Roster:
             if self.steerer:
                 await self.steerer.probe(self._client, host, model)
             self.probed[key] = await self._probe(host, model)
+            self._about.clear()
 
     async def _probe(self, host: Host, model: str) -> Probed:
         given = frozenset(self._config.capabilities)
