@@ -48,7 +48,7 @@ measure: $(VENV)/vllm  ## serving: overhead, throughput, memory, each beside its
 
 soak: $(VENV)/dev  ## half an hour of everything at once, with faults: nothing may be left over
 	$(BIN)/python -m benchmarks.serving.soak
-	$(BIN)/python -m benchmarks.serving.soak --target upstream
+	$(BIN)/python -m benchmarks.serving.soak --target fake
 
 audit: $(VENV)/dev  ## known holes in what is installed; needs a network, and only informs
 	-$(BIN)/pip check

@@ -1,10 +1,11 @@
 """A long run of everything at once: plain, streamed, selected and wrong requests, clients that leave, candidates that fail.
 
-    python -m benchmarks.serving.soak [--minutes 30] [--concurrency 64] [--target fake|upstream|FILE] [--model name] [--no-record]
+    python -m benchmarks.serving.soak [--minutes 30] [--concurrency 64] [--target upstream|fake|FILE] [--model name] [--record]
 
 It ends with 1 unless memory stayed flat, no task, connection or thread was left over, and every request was answered or given up
-by its client. The target is the fake engine, with faults, a short queue and small budgets; or the engine `openai` before an
-upstream that answers half of its calls and does to the others what the tests' upstream can do; or a configuration of your own.
+by its client. The target is the engine `openai` before an upstream that answers half of its calls and does to the others what the
+tests' upstream can do (written to results/soak.json); or the fake engine, with faults, a short queue and small budgets
+(soak_fake.json); or a configuration of your own.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ log_level = "error"
 """
 UPSTREAM_FAULTS = (
     "error_500", "error_400", "error_429", "error_502", "error_503", "redirect", "hang", "drip", "garbage", "html", "error_in_200",
-    "no_choices", "truncated", "ended_early", "reset",
+    "no_choices", "truncated", "ended_early", "reset", "slow_reset", "message_missing", "infinite", "half_a_character",
+    "sse_as_json", "garbage_in_stream", "odd_in_stream",
 )  # fmt: skip
 USER = [{"role": "user", "content": "What is the diet of the owl?"}]
 CHAT, SCORE = "/v1/chat/completions", "/v1/align/score"
@@ -167,7 +169,9 @@ def state(port: int, pid: int) -> dict[str, float]:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
     process = psutil.Process(pid)
     counts = {name: float(lines[f"infer_align_{name}"]) for name in ("running_requests", "queued_requests", "tasks")}
-    return {**counts, "descriptors": float(process.num_fds()), "threads": float(process.num_threads())}
+    open_now = [c for c in process.net_connections() if c.status == psutil.CONN_ESTABLISHED]
+    descriptors, threads = float(process.num_fds()), float(process.num_threads())
+    return {**counts, "connections": float(len(open_now)), "descriptors": descriptors, "threads": threads}
 
 
 async def soak(port: int, pid: int, model: str, seconds: float, concurrency: int, seed: int = 0) -> dict[str, Any]:
@@ -186,7 +190,7 @@ async def soak(port: int, pid: int, model: str, seconds: float, concurrency: int
     return {
         "answered": seen.answered, "left": seen.left, "statuses": dict(sorted(seen.statuses.items())),
         "unanswered": seen.unanswered, "broken": dict(seen.broken), "before": before, "after": after,
-        "memory_early": early, "memory_late": late,
+        "memory_early": early, "memory_late": late, "memory_first": seen.memory[0], "memory_last": seen.memory[-1],
     }  # fmt: skip
 
 
@@ -228,16 +232,42 @@ def faults(result: dict[str, Any], growth: float) -> list[str]:
     return wrong
 
 
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is written down: memory, what could be left over, and what became of the requests."""
+    memory = {"what": "resident memory, MiB: median of the last quarter, against the second", "target": "flat"}
+    ends = {"what": "resident memory, MiB: last, against first", "target": ""}
+    left_over = [
+        {"what": name, "value": now - result["before"][name], "ours": now, "baseline": result["before"][name], "target": "0"}
+        for name, now in result["after"].items()
+    ]
+    asked = result["answered"] + result["left"] + result["unanswered"] + sum(result["broken"].values())
+    became = {
+        "answered": result["answered"], "cancelled by their clients": result["left"],
+        "neither": asked - result["answered"] - result["left"],
+    }  # fmt: skip
+    return [
+        {**memory, "value": result["memory_late"] - result["memory_early"], "ours": result["memory_late"],
+         "baseline": result["memory_early"]},
+        {**ends, "value": result["memory_last"] - result["memory_first"], "ours": result["memory_last"],
+         "baseline": result["memory_first"]},
+        *left_over,
+        *({"what": f"requests {what}", "value": n, "ours": n, "baseline": asked, "target": "0" if what == "neither" else ""}
+          for what, n in became.items()),
+    ]  # fmt: skip
+
+
 def main() -> int:
     """Start the server, soak it, print, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--target", default="fake", help='"fake", "upstream" or a configuration; default: %(default)s')
+    parser.add_argument("--target", default="upstream", help='"upstream", "fake" or a configuration; default: %(default)s')
     parser.add_argument("--model", default="fake", help="the name it is served under; default: %(default)s")
     parser.add_argument("--growth", type=float, default=8.0, help="MiB that memory may grow by from the second quarter to the last")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-record", action="store_true", help="only print")
+    parser.add_argument(
+        "--record", action=argparse.BooleanOptionalAction, default=True, help="write the result down, or only print"
+    )
     options = parser.parse_args()
     with (
         target(options.target, options.model, options.seed) as config,
@@ -250,16 +280,11 @@ def main() -> int:
     OUT.print(table)
     wrong = faults(result, options.growth)
     OUT.print("\n".join(wrong) or "nothing is left over")
-    if not options.no_record:
-        rows = [
-            {"what": "resident memory, MiB", "value": result["memory_late"] - result["memory_early"], "ours": result["memory_late"],
-             "baseline": result["memory_early"], "target": "flat"},
-            *({"what": name, "value": now - result["before"][name], "ours": now, "baseline": result["before"][name], "target": "0"}
-              for name, now in result["after"].items()),
-        ]  # fmt: skip
+    if options.record:
         setup = {**vars(options), "result": result, "wrong": wrong}
-        name = "soak" if options.target == "fake" else f"soak_{Path(options.target).stem}"
-        OUT.print("written:", record(name, baseline="the same process at the start", seed=options.seed, rows=rows, setup=setup))
+        name = "soak" if options.target == "upstream" else f"soak_{Path(options.target).stem}"
+        path = record(name, baseline="the same process at the start", seed=options.seed, rows=rows(result), setup=setup)
+        OUT.print("written:", path, highlight=False)
     return 1 if wrong else 0
 
 

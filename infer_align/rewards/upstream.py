@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -45,7 +45,10 @@ class FromUpstream(Upstream):
         default=False, metadata={"description": "take what the model's sigmoid or softmax makes of its scores, not the scores"}
     )
     description: str = field(default="", metadata={"description": "one line for people"})
-    timeout_seconds: float = field(default=60.0, metadata={"gt": 0, "description": "after this a candidate counts as not scored"})
+    timeout_seconds: float = field(
+        default=60.0,
+        metadata={"gt": 0, "description": "for one call; after this its candidates count as not scored, and only they"},
+    )
 
     def load(self) -> UpstreamReward:
         """The reward, its servers not yet asked.
@@ -57,10 +60,12 @@ class FromUpstream(Upstream):
             raise ConfigError(f"labels: {self.labels} numbers do not fit {len(self.attributes)} attributes; leave labels out.")
         if self.api in {"score", "rerank"} and (self.attributes or self.labels > 1):
             raise ConfigError(f"api: {self.api!r} gives one number per candidate; attributes and labels need classify or pooling.")
-        return UpstreamReward(self)
+        return OneByOne(self) if self.api in {"classify", "pooling"} and self.input == "messages" else UpstreamReward(self)
 
 
 plugin = FromUpstream
+# A call gives up this share of the time before the reward as a whole does, so that what the other calls have said counts.
+SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +129,7 @@ class UpstreamReward(Reward):
         found = np.full((self._labels, len(candidates)), np.nan)
         notes: list[str | None] = [None] * len(candidates)
         calls = self._calls(messages, candidates)
-        answers = await asyncio.gather(*(self._answer(member, body, len(indices)) for indices, body in calls))
+        answers = await asyncio.gather(*(self._in_time(member, body, len(indices)) for indices, body in calls))
         for (indices, _), (rows, note, _) in zip(calls, answers, strict=True):
             for place, index in enumerate(indices):
                 if note is None:
@@ -147,17 +152,41 @@ class UpstreamReward(Reward):
             return [(every, {"input": [written([*messages, _turn(text)]) for text in texts], **activation})]
         return [([i], {"messages": [*messages, _turn(text)], **activation}) for i, text in enumerate(texts)]
 
+    async def _in_time(self, member: _Member, body: Mapping[str, Any], n: int) -> tuple[Sequence[Array], str | None, int]:
+        """`_answer`, or that there was none in time: one call that hangs is not to take the others along."""
+        seconds = self.timeout_seconds * (1 - SHARE)
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._answer(member, body, n)
+        except TimeoutError:
+            return (), f"no answer within {seconds:.3g} s", 0
+
     async def _answer(self, member: _Member, body: Mapping[str, Any], n: int) -> tuple[Sequence[Array], str | None, int]:
         """One [labels] per candidate of a call, or why there is none, and the tokens read."""
-        named = body if member.model is None else {"model": member.model, **body}
+        api, labels = self.config.api, self._labels
+
+        def understood(answer: Any) -> tuple[list[Array], int]:
+            return read(api, answer, n, labels), _tokens(answer)
+
         try:
-            answer = await member.client.post(f"/{self.config.api}", named)
-            rows = read(self.config.api, answer, n, self._labels)
+            rows, tokens = await member.client.post(
+                f"/{api}", body if member.model is None else {"model": member.model, **body}, read=understood
+            )
         except AlignError as error:
             return (), error.message, 0
-        usage = answer.get("usage")
-        tokens = usage.get("total_tokens", 0) if isinstance(usage, dict) else 0
-        return rows, None, tokens if isinstance(tokens, int) else 0
+        return rows, None, tokens
+
+
+class OneByOne(UpstreamReward):
+    """A call per candidate anyway: each is asked about as soon as it is finished, and one that hangs holds up no other."""
+
+    pipelined: ClassVar[bool] = True
+
+
+def _tokens(answer: Mapping[str, Any]) -> int:
+    usage = answer.get("usage")
+    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return tokens if isinstance(tokens, int) and tokens >= 0 else 0
 
 
 def read(api: str, answer: Any, n: int, labels: int) -> list[Array]:
@@ -174,7 +203,7 @@ def read(api: str, answer: Any, n: int, labels: int) -> list[Array]:
             numbers = np.asarray(value, dtype=np.float64)
             found[int(entry.get("index", place))] = np.atleast_1d(numbers[-1] if numbers.ndim == 2 else numbers)
         rows = [found[i] for i in range(n)]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise UpstreamFailed(f"the upstream's answer is not what /{api} says: {str(answer)[:80]}.") from None
     if wrong := [row.size for row in rows if row.shape != (labels,)]:
         raise UpstreamFailed(

@@ -46,8 +46,8 @@ class Upstream:
         metadata={
             "ge": 0,
             "le": 10,
-            "description": "further calls after a failure that cost no tokens: no connection, 429, 502, 503, or a connection lost "
-            "before the answer began",
+            "description": "further calls after a failure that cost no tokens: no connection, 429, 503, or a kept-alive connection "
+            "that had been closed",
         },
     )
     max_retry_wait_seconds: float = field(

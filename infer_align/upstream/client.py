@@ -1,39 +1,48 @@
 """One call to an upstream: sent to the host that has room, and again, to another where there is one, while that is safe.
 
-Safe is what cost no tokens and changed nothing: no connection, 429, 502, 503, or a connection lost before the answer began. A
-500, a 504, a timeout or an answer that breaks off is not repeated: the work may have been done, and be done and paid for twice.
+Safe is what cost no tokens and changed nothing: no connection, 429, 503, or a kept-alive connection that turns out to be closed. A
+500, 502 or 504, a timeout, a connection lost at any other time, or an answer that breaks off is not repeated: the work may have
+been done, and be done and paid for twice.
+
+What is raised by a call, or inside the block that reads it, has lost the upstream's key before anybody sees it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from time import monotonic
 from typing import Any
+from weakref import WeakSet
 
 import aiohttp
+from aiohttp.connector import Connection
 
 from infer_align.errors import Unavailable
 from infer_align.upstream import KEY_REFUSED, Upstream, UpstreamFailed
 from infer_align.upstream.pool import Host, Pool
-from infer_align.upstream.sse import EventParser
+from infer_align.upstream.reading import seconds, told, whole
 
 # The first wait between two tries; each further one is twice as long, and all are shortened by lot.
 BACKOFF_SECONDS = 0.25
-RETRIED = frozenset({429, 502, 503})
+RETRIED = frozenset({429, 503})
 REFUSED = frozenset({400, 404, 405, 409, 411, 413, 414, 415, 422, 431})
-# After the last event the connection can be used again, if the upstream ends its answer within this time.
-DRAIN_SECONDS = 0.2
+# A kept-alive connection that is lost this soon after a request was written to it was closed before: nobody has read the request.
+STALE_SECONDS = 0.25
 # Of an upstream's error: what is read, and what is passed on.
 MAX_ERROR_BYTES = 2**16
 MAX_MESSAGE = 2000
+# A key's beginning of this many characters says something of the key; an excerpt may end in the middle of one.
+TELLING = 8
+# Of the request that this task has sent last: whether its connection had been kept alive.
+_kept_alive: ContextVar[bool] = ContextVar("kept_alive", default=False)
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-_decode = json.JSONDecoder().decode
 
 
 @dataclass(slots=True)
@@ -63,7 +72,7 @@ class Client:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            connector=_Connector(limit=0, keepalive_timeout=30),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers=headers,
             timeout=self._timeout,
@@ -85,16 +94,26 @@ class Client:
             async with self._open(host, "GET" if content is None else "POST", path, content) as response:
                 return await whole(response)
         except _Retriable as failure:
-            raise failure.error from None
+            raise self._redacted(failure.error) from None
+        except UpstreamFailed as error:
+            raise self._redacted(error) from None
 
-    async def post(self, path: str, body: Mapping[str, Any], *, model: str | None = None, tally: Tally | None = None) -> Any:
-        """The JSON answer to a JSON body.
+    async def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        model: str | None = None,
+        tally: Tally | None = None,
+        read: Callable[[Any], Any] = lambda answer: answer,
+    ) -> Any:
+        """What `read` makes of the JSON answer to a JSON body; the answer itself where it is not given.
 
         Raises:
-            UpstreamFailed: see `call`; or the answer broke off, or is not JSON.
+            UpstreamFailed: see `call`; or the answer broke off, is not JSON, or is not what `read` expects.
         """
         async with self.call(path, body, model=model, tally=tally or Tally()) as (_, response):
-            return await whole(response)
+            return read(await whole(response))
 
     @asynccontextmanager
     async def call(
@@ -126,16 +145,64 @@ class Client:
                 tried.add(host)
                 wait = self._wait(failure, attempt, tried, model)
                 if wait is None:
-                    raise failure.error from None
+                    raise self._redacted(failure.error) from None
+            except UpstreamFailed as error:
+                raise self._redacted(error) from None
             finally:
                 self.pool.release(host)
             await asyncio.sleep(wait)
+
+    @asynccontextmanager
+    async def relay(
+        self, method: str, path: str, content: bytes | None, *, model: str | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """An answer as it comes, of the first host that does not say 404: what was stored lies on one of them. Nothing is repeated.
+
+        Raises:
+            UpstreamFailed: the last host's failure.
+            Unavailable: see `call`.
+        """
+        failures: dict[Host, UpstreamFailed] = {}
+        while True:
+            host = await self.pool.acquire(model, failures)
+            begun = False
+            try:
+                if host in failures:
+                    raise self._redacted(failures[host])
+                async with self._open(host, method, path, content) as response:
+                    begun = True
+                    yield response
+                    return
+            except _Retriable as failure:
+                failures[host] = failure.error
+            except UpstreamFailed as error:
+                if begun or host in failures or error.status not in {404, 405}:
+                    raise self._redacted(error) from None
+                failures[host] = error
+            finally:
+                self.pool.release(host)
+
+    def _redacted(self, error: UpstreamFailed) -> UpstreamFailed:
+        """The error, its texts without the key, without halves of characters, and not too long."""
+        error.message = self._without_key(error.message)[:MAX_MESSAGE]
+        error.param = None if error.param is None else self._without_key(error.param)[:MAX_MESSAGE]
+        error.code = self._without_key(error.code)[:MAX_MESSAGE]
+        error.args = (error.message,)
+        return error
+
+    def _without_key(self, text: str) -> str:
+        key = self._key or ""
+        lengths = range(len(key), min(len(key), TELLING) - 1, -1) if key else ()
+        for length in lengths:
+            for form in {key[:length], repr(key[:length])[1:-1]}:
+                text = text.replace(form, "***")
+        return text.encode(errors="replace").decode()
 
     def _wait(self, failure: _Retriable, attempt: int, tried: set[Host], model: str | None) -> float | None:
         """Seconds until the next try; None where there is none."""
         if attempt >= self.config.retries:
             return None
-        if [host for host in self.pool.having(model) if host not in tried]:
+        if failure.stale or [host for host in self.pool.having(model) if host not in tried]:
             return 0.0  # somebody else may be well
         asked = failure.error.retry_after
         if asked is not None and asked > self.config.max_retry_wait_seconds:
@@ -147,10 +214,12 @@ class Client:
     async def _open(self, host: Host, method: str, path: str, content: bytes | None) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None or self._session.closed:
             raise Unavailable("the connections to the upstreams are closed")
+        _kept_alive.set(False)
+        started = monotonic()
         try:
             response = await self._session.request(method, f"{host.url}{path}", data=content, allow_redirects=False)
         except aiohttp.ClientConnectorError as error:
-            reason = f"no connection: {error.strerror or error.os_error}"
+            reason = f"no connection: {_reason(error)}"
             host.failed(reason)
             raise _Retriable(UpstreamFailed(f"the upstream cannot be reached: {reason}.", status=502)) from None
         except aiohttp.ConnectionTimeoutError:
@@ -161,9 +230,13 @@ class Client:
             raise self._late() from None
         except (aiohttp.ClientError, OSError) as error:
             host.failed()
-            raise _Retriable(UpstreamFailed(f"the connection to the upstream was lost: {type(error).__name__}.")) from None
+            lost = UpstreamFailed(f"the connection to the upstream was lost: {type(error).__name__}.")
+            early = _kept_alive.get() and monotonic() - started < STALE_SECONDS
+            if early and isinstance(error, aiohttp.ServerDisconnectedError | OSError):
+                raise _Retriable(lost, stale=True) from None
+            raise lost from None
         try:
-            if response.status != 200:
+            if not 200 <= response.status < 300:
                 raise await self._failure(host, response)
             host.answered()
             yield response
@@ -181,9 +254,8 @@ class Client:
         with suppress(aiohttp.ClientError, OSError, TimeoutError):
             while len(content) < MAX_ERROR_BYTES and (part := await response.content.read(MAX_ERROR_BYTES)):
                 content += part
-        message, param, code = _told(content.decode(errors="replace"))
-        message = (message.replace(self._key, "***") if self._key else message)[:MAX_MESSAGE]
-        after = _seconds(response.headers.get("Retry-After"))
+        message, param, code = told(content.decode(errors="replace"))
+        after = seconds(response.headers.get("Retry-After"))
         if status in {401, 403}:
             error = UpstreamFailed(f"the upstream does not accept this server's key ({status}).", code=KEY_REFUSED)
         elif status < 400:
@@ -196,93 +268,34 @@ class Client:
 
 
 class _Retriable(Exception):
-    """A failure that may be tried again."""
+    """A failure that may be tried again; at once where only the connection was `stale`."""
 
-    def __init__(self, error: UpstreamFailed) -> None:
+    def __init__(self, error: UpstreamFailed, *, stale: bool = False) -> None:
         super().__init__(error.message)
         self.error = error
+        self.stale = stale
 
 
-async def whole(response: aiohttp.ClientResponse) -> Any:
-    """The JSON of an answer in one piece.
+class _Connector(aiohttp.TCPConnector):
+    """Notes whether a request goes over a connection that had been kept alive; aiohttp's own tracing costs far more."""
 
-    Raises:
-        UpstreamFailed: it breaks off, or is not JSON.
-    """
-    with _whole_answer():
-        content = await response.read()
-    return _parse(content)
+    def __init__(self, *, limit: int, keepalive_timeout: float) -> None:
+        super().__init__(limit=limit, keepalive_timeout=keepalive_timeout)
+        self._known: WeakSet[Any] = WeakSet()
 
-
-async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
-    """The JSON of each server-sent event, then None where "[DONE]" was said.
-
-    Raises:
-        UpstreamFailed: it breaks off, or an event is not JSON.
-    """
-    parser = EventParser()
-    with _whole_answer():
-        async for received in response.content.iter_any():
-            for event in parser.feed(received):
-                if event.strip() == b"[DONE]":
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(DRAIN_SECONDS):
-                            await response.content.readany()
-                    yield None
-                    return
-                yield _parse(event)
-        for event in parser.end():
-            yield None if event.strip() == b"[DONE]" else _parse(event)
+    async def connect(self, req: Any, traces: Any, timeout: Any) -> Connection:  # noqa: ASYNC109 - aiohttp's own signature
+        """A connection, new or kept alive."""
+        connection = await super().connect(req, traces, timeout)
+        _kept_alive.set(connection.protocol in self._known)
+        self._known.add(connection.protocol)
+        return connection
 
 
-def _parse(content: bytes) -> Any:
-    """JSON from an upstream.
-
-    Raises:
-        UpstreamFailed: it is none.
-    """
-    try:
-        return _decode(content.decode())
-    except (ValueError, RecursionError):
-        start = content[:60].decode(errors="replace")
-        raise UpstreamFailed(f"the upstream's answer is not JSON: it begins with {start!r}.") from None
-
-
-@contextmanager
-def _whole_answer() -> Iterator[None]:
-    """What ends the reading of an answer before the answer ends, as what it is."""
-    try:
-        yield
-    except TimeoutError:
-        raise UpstreamFailed("the upstream did not finish its answer in time.", status=504) from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise UpstreamFailed(f"the upstream's answer broke off: {type(error).__name__}.") from None
-    except ValueError as error:  # an event that does not end
-        raise UpstreamFailed(f"the upstream's answer cannot be read: {error}.") from None
-
-
-def _told(text: str) -> tuple[str, str | None, str | None]:
-    """(message, param, code) of an error's body, OpenAI's shape or another."""
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        return "", None, None  # a page for people: its status says enough
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return str(error), None, None
-    message = error.get("message") or error.get("detail") or error.get("title") or ""
-    param, code = error.get("param"), error.get("code")
-    return str(message), param if isinstance(param, str) else None, code if isinstance(code, str) else None
-
-
-def _seconds(header: str | None) -> float | None:
-    """Retry-After, given in seconds or as a date."""
-    if header is None:
-        return None
-    with suppress(ValueError):
-        return min(max(0.0, float(header)), 86_400.0)
-    with suppress(ValueError, TypeError):
-        date = parsedate_to_datetime(header)
-        seconds: float = (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-        return min(max(0.0, seconds), 86_400.0)
-    return None
+def _reason(error: aiohttp.ClientConnectorError) -> str:
+    """Why there is no connection, in words that do not say where it should have gone."""
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return "its certificate is not one to trust"
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "TLS failed"
+    number = error.os_error.errno
+    return os.strerror(number) if number and number > 0 else "its name cannot be looked up"

@@ -78,6 +78,7 @@ SCHEMAS: dict[str, Schema] = {
     "Error": closed(error=closed(message=STRING, type=STRING, param=nullable(STRING), code=nullable(STRING))),
     "ChatCompletion": _answer("chat.completion", _finished(message=_MESSAGE)),
     "Completion": _answer("text_completion", _finished(text=STRING)),
+    "Passed": {"type": "object", "description": "what the engine, or its upstream, answers; passed on as it is"},
     "Event": {
         **opened(data=STRING),
         "description": "one server-sent event: a chunk as JSON, at the end [DONE]; comments between them while nothing is ready",

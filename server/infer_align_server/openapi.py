@@ -1,6 +1,6 @@
 """The OpenAPI document of this very server: its models, rewards and limits, its methods from their dataclasses.
 
-Made when it is first asked for, then kept: it costs nothing before.
+Made when it is first asked for, then kept while the server is the same: an upstream's models come and go.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from infer_align.request import MAX_WEIGHT, SEED_RANGE, Details, reward_names
 from infer_align.schema import json_schema
 from infer_align.types import Budget, Kind
 from infer_align_server.answers import SCHEMAS, STRING, Schema, array, nullable, ref
+from infer_align_server.forward import Relays
 from infer_align_server.judging import Judging
 from infer_align_server.scoring import ALIGN
 from infer_align_server.service import Service
@@ -44,6 +45,10 @@ _WORK = (400, 404, 413, 502, 503, 504)
 OPERATIONS: dict[str, tuple[str | None, str | None, tuple[int, ...]]] = {
     "/v1/chat/completions": ("ChatRequest", "ChatCompletion", (*_ALWAYS, *_WORK)),
     "/v1/completions": ("CompletionRequest", "Completion", (*_ALWAYS, *_WORK)),
+    "/v1/responses": ("ResponsesRequest", "Passed", (*_ALWAYS, *_WORK)),
+    "/v1/responses/{id}": (None, "Passed", (*_ALWAYS, *_WORK)),
+    "/v1/responses/{id}/input_items": (None, "Passed", (*_ALWAYS, *_WORK)),
+    "/v1/responses/{id}/cancel": (None, "Passed", (*_ALWAYS, *_WORK)),
     "/v1/align/score": ("ScoreRequest", "Scores", (*_ALWAYS, *_WORK)),
     "/v1/align/judge": ("JudgeRequest", "Judgements", (*_ALWAYS, *_WORK)),
     "/v1/models": (None, "Models", _ALWAYS),
@@ -55,12 +60,23 @@ OPERATIONS: dict[str, tuple[str | None, str | None, tuple[int, ...]]] = {
     "/metrics": (None, None, (431, 500)),
 }
 _OPEN = ("/health", "/ready", "/metrics")  # asked without a key
-_STREAMED = ("/v1/chat/completions", "/v1/completions")
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/{id}")
+_RESPONSES = "/v1/responses"  # described only where the engine serves it, or may
+
+
+def of_what(service: Service) -> tuple[object, ...]:
+    """What the document says of the server that can change while it runs."""
+    return tuple(service.models()), service.engine.capabilities, _responds(service)
+
+
+def _responds(service: Service) -> bool:
+    return service.engine.app() is not None or isinstance(service.engine, Relays)
 
 
 def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
     """OpenAPI 3.1, true of `service` as it is configured."""
     schemas = {**SCHEMAS, **_requests(service), "Document": {"type": "object", "required": ["openapi", "info", "paths"]}}
+    served = [route for route in routes if not route.path.startswith(_RESPONSES) or _responds(service)]
     text = json.dumps({"schemas": {**schemas, **_definitions(schemas)}}).replace('"#/$defs/', '"#/components/schemas/')
     return {
         "openapi": "3.1.0",
@@ -70,7 +86,7 @@ def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
             "description": "The OpenAI API over a frozen model, with `align`: how the answer is chosen while decoding.",
         },
-        "paths": {_path(route): _operation(route, service) for route in routes},
+        "paths": _paths(served, service),
         "components": {**json.loads(text), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
         "x-limits": dataclasses.asdict(service.config.limits),
     }
@@ -85,6 +101,13 @@ def _version() -> str:
 
 def _path(route: Route) -> str:
     return route.path.replace(":path}", "}")
+
+
+def _paths(routes: Iterable[Route], service: Service) -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for route in routes:
+        paths.setdefault(_path(route), {}).update(_operation(route, service))
+    return paths
 
 
 def _operation(route: Route, service: Service) -> dict[str, Any]:
@@ -104,6 +127,8 @@ def _operation(route: Route, service: Service) -> dict[str, Any]:
         operation["parameters"] = [
             {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "examples": service.models()}}
         ]
+    if "{id" in route.path:
+        operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": STRING}]
     if service.config.server.api_keys_env and route.path not in _OPEN:
         operation["security"] = [{"key": []}]
     return {method.lower(): operation}
@@ -145,6 +170,7 @@ def _requests(service: Service) -> dict[str, Schema]:
         "Messages": array(ref("Message"), minItems=1),
         "ChatRequest": _request(service, "chat", model, messages=ref("Messages")),
         "CompletionRequest": _request(service, "completion", model, prompt=STRING),
+        "ResponsesRequest": {"type": "object", "properties": {"model": model, "align": {"type": "null"}}},
         "ScoreRequest": _about_candidates({**given, **scored}),
         "JudgeRequest": _about_candidates({**given, **json_schema(Judging)["properties"]}),
     }

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 
-from infer_align.errors import Overloaded
+from infer_align.errors import DeadlineExceeded, Overloaded
 from infer_align.run import OnDelta
 from infer_align.types import Delta, Response
 
@@ -57,7 +57,7 @@ class Allowance:
         self._set(caller, left - amount)
 
     def give_back(self, caller: str, amount: int) -> None:
-        """Return what was taken and not used."""
+        """Return what was taken and not used; below 0, take what was used beyond it."""
         if self._rate and amount:
             self._set(caller, min(self._size, self.left(caller) + amount))
 
@@ -82,11 +82,12 @@ class Charge:
         if not self._limited:
             return on_delta
         self.spent = self._worst_case
+        if on_delta is None:  # a budget is no reason to ask the engine for every token by itself
+            return None
 
         def count(delta: Delta) -> None:
             self._pieces += 1
-            if on_delta is not None:
-                on_delta(delta)
+            on_delta(delta)
 
         return count
 
@@ -96,7 +97,8 @@ class Charge:
         self.spent = sampled + response.scores.spent.judge_completion_tokens
 
     def broken_off(self, *, by_client: bool) -> None:
-        """It did not: what the engine showed was spent. A client that leaves an engine that shows nothing pays in full.
+        """It did not: what the engine showed was spent. A client that leaves an engine that shows nothing pays in full, and so does
+        one whose own deadline leaves nothing.
 
         Otherwise reading a stream to its last token but one, and hanging up, would cost nothing.
         """
@@ -106,7 +108,7 @@ class Charge:
 
 @contextmanager
 def charged(allowance: Allowance, caller: str, worst_case: int) -> Iterator[Charge]:
-    """Take the worst case while the block runs; afterwards give back what was not spent.
+    """Take the worst case while the block runs; afterwards give back what was not spent, or take what was spent beyond it.
 
     Raises:
         Overloaded: the caller's budget does not hold it.
@@ -116,7 +118,7 @@ def charged(allowance: Allowance, caller: str, worst_case: int) -> Iterator[Char
     try:
         yield charge
     except BaseException as error:
-        charge.broken_off(by_client=not isinstance(error, Exception))
+        charge.broken_off(by_client=isinstance(error, DeadlineExceeded) or not isinstance(error, Exception))
         raise
     finally:
-        allowance.give_back(caller, max(0, worst_case - charge.spent))
+        allowance.give_back(caller, worst_case - charge.spent)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
-from infer_align.errors import UnknownModel, nearest
+from infer_align.errors import UnknownModel, Unsupported, nearest
 from infer_align.request import worst_case
 from infer_align.types import Kind
 from infer_align_server import catalogue, judging, scoring
-from infer_align_server.forward import Forwarded
-from infer_align_server.openapi import document
+from infer_align_server.forward import Forwarded, Relayed, Relays, fields_of, sampled_at_most
+from infer_align_server.openapi import document, of_what
 from infer_align_server.patience import before, client_patience
 from infer_align_server.service import Service
 from infer_align_server.stream import EventStream, stream_options, until_client_leaves
@@ -53,7 +57,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     received = await read_bytes(http, service.config.limits.max_body_bytes)
     body = parse_body(received)
     if app := service.unaligned(body):
-        tokens = worst_case(body, service.engine, service.config.limits.request)
+        tokens = worst_case(_with_best_of(body), service.engine, service.config.limits.request)
         return Forwarded(service, app, received, caller, tokens, json=True)
     streaming = stream_options(body)
     request, plan = service.plan(body, kind)
@@ -67,6 +71,45 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
         return await EventStream(service, request, plan, head, streaming, caller, patience).open(http)
     response = await until_client_leaves(http.receive, service.answer(before(plan, patience), caller=caller))
     return json_response(completion_json(response, request, head))
+
+
+def _with_best_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The body as it is to be counted: `best_of` samples as many as it says, however few come back."""
+    given = [value for name in ("n", "best_of") if isinstance(value := body.get(name), int) and not isinstance(value, bool)]
+    return {**body, "n": max(given)} if "best_of" in body and given else body
+
+
+async def responses(http: HttpRequest) -> HttpResponse:
+    """OpenAI's Responses API, where the engine or its upstream serves it; without `align`."""
+    service, caller = authorize(http)
+    received = await read_bytes(http, service.config.limits.max_body_bytes)
+    body = parse_body(received)
+    service.require_ready()
+    tokens = sampled_at_most(service, http.url.path, body)
+    if app := service.engine.app():
+        return Forwarded(service, app, received, caller, tokens, json=True)
+    if not isinstance(service.engine, Relays):
+        raise HTTPException(404)
+    name, preset = service.resolve(body.get("model"))
+    if preset is not None:
+        raise Unsupported(f"model: the preset {preset!r} is for /v1/chat/completions and /v1/completions.", param="model")
+    if body.get("model") != name or "align" in body:
+        received = dumps({**{key: value for key, value in body.items() if key != "align"}, "model": name})
+    return Relayed(service, service.engine, ("POST", "/responses", received, name), caller, tokens)
+
+
+async def stored_response(http: HttpRequest) -> HttpResponse:
+    """A response that the upstream has stored: read, with its input items, deleted, or cancelled."""
+    service, caller = authorize(http)
+    service.require_ready()
+    received = await read_bytes(http, service.config.limits.max_body_bytes)
+    if app := service.engine.app():
+        return Forwarded(service, app, received, caller)
+    if not isinstance(service.engine, Relays) or not re.fullmatch(r"[\w-]{1,200}", http.path_params["id"], re.ASCII):
+        raise HTTPException(404)
+    query = urlencode(http.query_params.multi_items())
+    path = http.url.path.removeprefix("/v1") + (f"?{query}" if query else "")
+    return Relayed(service, service.engine, (http.method, path, received or None, None), caller)
 
 
 async def score(http: HttpRequest) -> HttpResponse:
@@ -106,9 +149,13 @@ async def methods(http: HttpRequest) -> HttpResponse:
 async def openapi(http: HttpRequest) -> HttpResponse:
     """What the server takes and gives, as OpenAPI 3.1."""
     service, _ = authorize(http)
-    if service.settled.is_set() and service.document is None:  # before that, rewards may not know their attributes
-        service.document = dumps(document(service, ROUTES))
-    return HttpResponse(service.document or dumps(document(service, ROUTES)), media_type="application/json")
+    made, what = getattr(http.app.state, "described", None), of_what(service)
+    if service.document is None or made != what:
+        text = dumps(document(service, ROUTES))
+        if not service.settled.is_set():  # before that, rewards may not know their attributes
+            return HttpResponse(text, media_type="application/json")
+        service.document, http.app.state.described = text, what
+    return HttpResponse(service.document, media_type="application/json")
 
 
 async def health(http: HttpRequest) -> HttpResponse:
@@ -135,13 +182,20 @@ async def engine_route(http: HttpRequest) -> HttpResponse:
     app = service.engine.app()
     if app is None:
         raise HTTPException(404)
-    return Forwarded(service, app, await read_bytes(http, service.config.limits.max_body_bytes), caller)
+    received = await read_bytes(http, service.config.limits.max_body_bytes)
+    tokens = sampled_at_most(service, http.url.path, fields_of(received)) if http.method == "POST" else None
+    return Forwarded(service, app, received, caller, tokens)
 
 
 # Plain routes: the bodies are OpenAI's, read by `wire` and `request`, so nothing is left for a framework to parse or to inject.
 ROUTES = [
     Route("/v1/chat/completions", chat_completions, methods=["POST"]),
     Route("/v1/completions", completions, methods=["POST"]),
+    Route("/v1/responses", responses, methods=["POST"]),
+    Route("/v1/responses/{id}", stored_response, methods=["GET"], name="retrieve_response"),
+    Route("/v1/responses/{id}", stored_response, methods=["DELETE"], name="delete_response"),
+    Route("/v1/responses/{id}/input_items", stored_response, methods=["GET"], name="response_input_items"),
+    Route("/v1/responses/{id}/cancel", stored_response, methods=["POST"], name="cancel_response"),
     Route("/v1/align/score", score, methods=["POST"]),
     Route("/v1/align/judge", judge, methods=["POST"]),
     Route("/v1/models", models, methods=["GET"]),

@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -89,7 +90,9 @@ def _listen(config: Config) -> socket.socket:
 
 def _uvicorn_config(config: Config, app: FastAPI) -> uvicorn.Config:
     drain = max(1, round(config.server.drain_seconds))
-    return uvicorn.Config(app, http=BoundedProtocol, log_config=None, access_log=False, timeout_graceful_shutdown=drain)
+    # A header that anybody can send must not choose whose limits count.
+    options: dict[str, Any] = {"proxy_headers": False, "timeout_graceful_shutdown": drain}
+    return uvicorn.Config(app, http=BoundedProtocol, log_config=None, access_log=False, **options)
 
 
 def _welcome(listener: socket.socket, service: Service, console: Console) -> None:

@@ -26,6 +26,8 @@ T = TypeVar("T")
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 KEEPALIVE = b": candidates are being compared\n\n"
 LEAST_KEEPALIVE_SECONDS = 0.25
+# What a chunk's choice always has; whatever else an engine puts there is passed on once.
+USUAL = frozenset({"delta", "message", "text", "logprobs", "finish_reason"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,7 @@ class EventStream(HttpResponse):
         self._queue: asyncio.Queue[Delta | None] = asyncio.Queue()  # None: the answer is complete, or has failed
         self._early: list[Delta | None] = []  # taken from the queue while it was not yet a stream
         self._opened: set[int] = set()  # choices that have sent their role
+        self._told: dict[int, set[str]] = {}  # further fields that a choice has sent
         self._arrived = monotonic()
         self._first = 0.0
 
@@ -173,6 +176,8 @@ class EventStream(HttpResponse):
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
     def _delta(self, delta: Delta) -> bytes:
+        if further := {key for key in delta.choice.keys() - USUAL if delta.choice[key] is not None}:
+            self._told.setdefault(delta.index, set()).update(further)
         return self._role(delta.index) + self._chunk(
             {"index": delta.index, "logprobs": None, "finish_reason": None, **delta.choice}
         )
@@ -199,13 +204,19 @@ class EventStream(HttpResponse):
         extra: dict[str, Any] = {"align": align_json(response, self._request)} if report else {}
         for i, candidate in kept:
             last = extra if i == len(kept) - 1 and not self._include_usage else {}
-            sent += self._role(i) + self._chunk({"index": i, **self._empty(), "finish_reason": candidate.finish_reason}, **last)
+            end = {**self._empty(), "finish_reason": candidate.finish_reason, **self._untold(i, candidate)}
+            sent += self._role(i) + self._chunk({"index": i, **end}, **last)
         if self._include_usage:
             sent += self._chunk(None, usage=usage_json(response), **extra)
         return sent + b"data: [DONE]\n\n"
 
     def _empty(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None} if self._request.kind == "chat" else {"text": "", "logprobs": None}
+
+    def _untold(self, index: int, candidate: Candidate) -> dict[str, Any]:
+        """What the engine said of a choice at its end, such as vLLM's stop_reason."""
+        told = USUAL | self._told.get(index, set())
+        return {} if self._plan.selects else {key: value for key, value in candidate.choice.items() if key not in told}
 
     def _whole(self, index: int, candidate: Candidate) -> bytes:
         """A finished message as one chunk: everything the engine put in it, tool calls and reasoning too."""

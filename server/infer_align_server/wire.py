@@ -59,7 +59,7 @@ def parse_body(received: bytes) -> dict[str, Any]:
         InvalidRequest: not JSON, not an object, or text that is not Unicode.
     """
     try:
-        body = json.loads(received.decode(), parse_constant=_no_constant)
+        body = json.loads(received.decode(), parse_constant=_no_constant, parse_float=_finite)
         if b"\\u" in received:  # only an escape can smuggle in half a surrogate pair
             json.dumps(body, ensure_ascii=False).encode()
         _check_nesting(body)
@@ -88,6 +88,13 @@ def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is larger than any number here")
+    return number
 
 
 def dumps(value: object) -> bytes:
@@ -140,8 +147,29 @@ def usage_json(response: Response) -> dict[str, Any]:
         "prompt_tokens": response.prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": response.prompt_tokens + generated,
-        "completion_tokens_details": {"accepted_prediction_tokens": returned, "rejected_prediction_tokens": generated - returned},
+        "completion_tokens_details": {
+            **_details(response, "completion_tokens_details", generated),
+            "accepted_prediction_tokens": returned,
+            "rejected_prediction_tokens": generated - returned,
+        },
+        **(
+            {"prompt_tokens_details": prompt}
+            if (prompt := _details(response, "prompt_tokens_details", response.prompt_tokens))
+            else {}
+        ),
     }
+
+
+def _details(response: Response, name: str, most: int) -> dict[str, int]:
+    """What the engine's own usage tells apart, over all candidates; never more than the whole of which it is a part."""
+    found: dict[str, int] = {}
+    for candidate in response.candidates:
+        usage = candidate.beside.get("usage")
+        details = usage.get(name) if isinstance(usage, Mapping) else None
+        for key, tokens in (details or {}).items():
+            if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0:
+                found[key] = min(most, found.get(key, 0) + tokens)
+    return found
 
 
 def align_json(response: Response, request: Request) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import record as written
 from benchmarks.serving import soak
 from benchmarks.serving.client import serving
 
@@ -45,6 +47,15 @@ def test_what_is_left_over_is_said(change: dict[str, Any], word: str) -> None:
     assert soak.faults(CLEAN, 8.0) == []
     (wrong,) = soak.faults({**CLEAN, **change}, 8.0)
     assert word in wrong
+
+
+def test_what_is_written_down_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = {**CLEAN, "answered": 10, "left": 3, "memory_first": 60.0, "memory_last": 71.0}
+    assert {row["what"]: row["value"] for row in soak.rows(result)}["requests cancelled by their clients"] == 3
+    monkeypatch.setattr(written, "RESULTS", tmp_path)
+    monkeypatch.setattr(written, "commit", lambda: "0123456789ab")
+    path = written.record("soak", baseline="the same process at the start", seed=0, rows=soak.rows(result), setup={"minutes": 30})
+    assert written.problems(path) == []
 
 
 def test_a_client_that_gets_half_an_answer_notices() -> None:

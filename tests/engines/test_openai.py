@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 from infer_align import config as configuration
-from infer_align.engines.openai import OpenAI, OpenAIEngine, listed_models
+from infer_align.engines.openai import OpenAI, OpenAIEngine
+from infer_align.engines.openai.roster import listed_models
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable, Unsupported
 from infer_align.types import Candidate, Capability, Delta, Draw, LabelQuery
 from infer_align.upstream import UpstreamFailed
@@ -53,11 +55,21 @@ async def engine(up: Upstream) -> AsyncIterator[Callable[..., Any]]:
 def capable(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """An upstream that can do everything; it continues a turn where it is asked to."""
     top = [{"token": "x", "logprob": -0.5}, {"token": "y", "logprob": -1.5}]
-    choice = {"message": {"role": "assistant", "content": "x"}, "finish_reason": "length"}
+    says = {"40": "I", "50": "S"}.get(next(iter(body.get("logit_bias") or {}), ""), f"seed {body.get('seed')}")
+    message: dict[str, Any] = {"role": "assistant", "content": '{"x": 1}' if "response_format" in body else says}
+    if isinstance(body.get("tool_choice"), dict):
+        message |= {"content": None, "tool_calls": [{"id": "c", "type": "function", "function": body["tool_choice"]["function"]}]}
+    choice: dict[str, Any] = {"message": message, "finish_reason": "length"}
     if body.get("logprobs"):
         choice["logprobs"] = {"content": [{"token": "x", "logprob": -0.5, "top_logprobs": top}]}
     tokens = 10 - 3 * bool(body.get("continue_final_message"))
     return {"choices": [{"index": i, **choice} for i in range(body.get("n", 1))], "usage": {"prompt_tokens": tokens}}
+
+
+def indifferent(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """An upstream that answers 200 whatever it is asked, and always the same."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "text": "hello", "finish_reason": "length"}
+    return {"choices": [choice], "usage": {"prompt_tokens": 10}}
 
 
 async def test_everything_is_found(up: Upstream, engine: Any) -> None:
@@ -66,10 +78,23 @@ async def test_everything_is_found(up: Upstream, engine: Any) -> None:
     assert {"completion", "seed", "logprobs", "label_logprobs", "tools", "structured"} | {"chat"} == set(found.capabilities)
     (probed,) = found.probed.values()
     assert {"n", "logit_bias", "continue"} <= probed.can
-    assert not probed.ignores
-    assert all(body.get("max_tokens") == 1 for body in up.bodies)
-    assert len(up.bodies) < 12
+    assert not probed.ignores | probed.takes | probed.unknown
+    assert all(body["max_tokens"] <= 48 for body in up.bodies)
+    assert len(up.bodies) < 16
     assert found.context_length == 1000
+
+
+async def test_a_200_is_no_capability(up: Upstream, engine: Any) -> None:
+    """Seeds, tools, formats and biases count where they are seen to work; a bias that changes nothing is refused by name."""
+    up.answer = indifferent
+    found = await engine(probe=True)
+    assert set(found.capabilities) == {"chat", "completion"}
+    (probed,) = found.probed.values()
+    assert probed.takes == {"seed", "tools", "structured"}
+    assert probed.ignores == {"logprobs", "n", "logit_bias", "continue"}
+    found.check(Draw({"messages": ASK, "tools": [{}], "response_format": {}}, seeded=True))
+    with pytest.raises(Unsupported, match="logit_bias"):
+        found.check(Draw({"messages": ASK, "logit_bias": {"1": 5}}))
 
 
 async def test_what_is_ignored_is_refused_by_name(up: Upstream, engine: Any) -> None:
@@ -89,7 +114,7 @@ async def test_what_is_ignored_is_refused_by_name(up: Upstream, engine: Any) -> 
 
 
 async def test_an_upstream_that_refuses_or_fails_probes_still_serves(up: Upstream, engine: Any) -> None:
-    up.behave = lambda _, body: "ok" if body.get("max_tokens") != 1 else ("error_500" if "tools" in body else "error_400")
+    up.behave = lambda _, body: "ok" if "max_tokens" not in body else ("error_500" if "tools" in body else "error_400")
     found = await engine(probe=True)
     assert found.health() is None
     assert set(found.capabilities) == {"chat"}
@@ -97,6 +122,54 @@ async def test_an_upstream_that_refuses_or_fails_probes_still_serves(up: Upstrea
     with pytest.raises(Unsupported, match="text completions"):
         found.check(Draw({"prompt": "x"}, kind="completion"))
     found.check(Draw({"messages": ASK, "tools": [{}]}))
+
+
+async def until(condition: Callable[[], bool], seconds: float = 3.0) -> bool:
+    """Whether it comes true in time; the loop goes on meanwhile."""
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+async def test_a_probe_that_failed_is_repeated(up: Upstream, engine: Any) -> None:
+    up.behave, up.answer = (lambda _, __: "error_500"), capable
+    found = await engine(probe=True, recovery_seconds=0.1)
+    assert set(found.capabilities) == {"chat"}
+    up.behave = lambda _, __: "ok"
+    assert await until(lambda: "label_logprobs" in found.capabilities)
+    calls = up.calls
+    await asyncio.sleep(0.4)
+    assert up.calls == calls, "what is known is not asked again"
+
+
+async def test_each_upstream_is_asked_about_models_of_its_own(up: Upstream, engine: Any) -> None:
+    up.answer = capable
+    with upstream() as other:
+        other.models, other.answer = [{"id": "other", "max_model_len": 77}, {"id": "another"}], indifferent
+        found = await engine(probe=True, urls=(up.url, other.url))
+        assert found.models == ("up", "other", "another"), "the first upstream's first, whoever answers first"
+        assert {body["model"] for body in up.bodies} == {"up"}
+        assert {body["model"] for body in other.bodies} == {"other", "another"}
+        assert {"logprobs", "seed"} <= set(found.capabilities), "those of the first model"
+        found.check(Draw({"model": "up", "messages": ASK, "logprobs": True}))
+        with pytest.raises(Unsupported, match="'other' does not honour it"):
+            found.check(Draw({"model": "other", "messages": ASK, "logprobs": True}))
+        assert found.worst_case_tokens({"model": "other", "messages": ASK}) == 77
+        assert found.worst_case_tokens({"messages": ASK}) == 1000
+
+
+async def test_an_upstream_without_the_configured_model_is_left_out(up: Upstream, engine: Any) -> None:
+    with upstream() as other:
+        other.models = [{"id": "else"}]
+        found = await engine(model="up", urls=(other.url, up.url))
+        for _ in range(4):
+            await found.generate(Draw({"messages": ASK}))
+        assert (up.calls, other.calls) == (4, 0)
+        nobody = await engine(model="unlisted", urls=(other.url, up.url))
+        await nobody.generate(Draw({"messages": ASK}))
+        assert up.calls + other.calls == 5, "where none lists it, lists say nothing"
 
 
 async def test_probes_are_bounded_in_time(up: Upstream, engine: Any) -> None:
@@ -226,13 +299,29 @@ async def test_worst_case(before_ours: Any) -> None:
     assert engine.worst_case_tokens({"messages": []}) == engine.context_length
 
 
+async def test_a_text_that_names_stream_options_unmeters_nobody(up: Upstream, engine: Any) -> None:
+    up.behave = lambda _, body: "echo" if "top_p" in body else "ok"
+    asked = await engine()
+    with pytest.raises(InvalidRequest, match="I refuse"):
+        await asked.generate(Draw({"messages": ASK, "top_p": 7}, deltas=True))
+    up.reset()
+    await asked.generate(Draw({"messages": ASK}, deltas=True))
+    assert up.bodies[0]["stream_options"] == {"include_usage": True}
+
+
+async def test_usage_that_is_missing_is_read_from_the_text(up: Upstream, engine: Any) -> None:
+    up.answer = lambda _, __: {"choices": [{"index": 0, "message": {"role": "assistant", "content": "x" * 400}}]}
+    (candidate,) = await (await engine()).generate(Draw({"messages": ASK}))
+    assert candidate.completion_tokens == 100
+
+
 async def test_an_upstream_that_meters_no_streams(up: Upstream, engine: Any) -> None:
     up.behave = lambda _, body: "no_stream_options" if "stream_options" in body else "ok"
     asked = await engine()
     for calls in (2, 1):
         up.reset()
         (candidate,) = await asked.generate(Draw({"messages": ASK}, deltas=True))
-        assert (candidate.text, candidate.completion_tokens) == ("candidate 3", 2)
+        assert (candidate.text, candidate.completion_tokens) == ("candidate 3", 3), "its eleven characters"
         assert candidate.calls == up.calls == calls
 
 
@@ -251,7 +340,7 @@ def speaker(model: dict[str, dict[str, float]], *, continues: bool) -> Any:
         top = [{"token": t, "logprob": math.log(p)} for t, p in model.get(said, {"z": 1.0}).items()]
         choice = {
             "message": {"content": "?"},
-            "logprobs": {"content": [{"token": "?", "top_logprobs": top[: body["top_logprobs"]]}]},
+            "logprobs": {"content": [{"token": "?", "top_logprobs": top[: body.get("top_logprobs", 0)]}]},
         }
         return {"choices": [choice], "usage": {"prompt_tokens": 11}}
 
@@ -305,6 +394,18 @@ async def test_a_tokenizer_that_says_numbers_whole_is_asked_once(up: Upstream, e
     found = {label: math.exp(p) for label, p in reading.logprobs.items() if p > -math.inf}
     assert found == pytest.approx({"1": 0.9, "85": 0.1})
     assert up.calls == reading.calls == 1
+
+
+@pytest.mark.parametrize(("probed", "calls"), [(True, 1), (False, 2)])
+async def test_labels_of_a_model_that_knows_the_newer_limit_only(up: Upstream, engine: Any, probed: bool, calls: int) -> None:
+    up.behave = lambda _, body: "newer_limit" if "max_tokens" in body else "ok"
+    up.answer = speaker({"": {"3": 0.5, "4": 0.25}}, continues=False)
+    asked = await engine(probe=probed, capabilities=("label_logprobs",))
+    up.reset()
+    reading = await asked.read_labels(LabelQuery(ASK, "Score: [", ("3", "4")))
+    assert reading.logprobs["3"] == pytest.approx(math.log(0.5))
+    assert (reading.calls, up.calls) == (calls, calls)
+    assert up.bodies[-1]["max_completion_tokens"] >= 1
 
 
 async def test_labels_fail_by_name(up: Upstream, engine: Any) -> None:

@@ -125,12 +125,38 @@ async def test_the_cost_is_said(engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("presence_penalty", 1), ("tools", [{"type": "function"}]), ("temperature", 7), ("stop", [""]), ("logprobs", True)],
-)
+    [("presence_penalty", 1), ("tools", [{"type": "function"}]), ("temperature", 7), ("stop", [""]), ("logprobs", True),
+     ("stop", 5), ("stop", [5]), ("max_tokens", "a"), ("max_tokens", True), ("max_completion_tokens", 0), ("temperature", "1")],
+)  # fmt: skip
 async def test_what_it_cannot_honour_is_refused_by_name(engine: Any, field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=field) as refused:
         engine.check(steered("mask", **{field: value}))
     assert refused.value.param == field
+
+
+def scripted(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """An upstream of text completions that shows two tokens of the demo's vocabulary, and always samples the first."""
+    logprobs = {"tokens": ["the"], "top_logprobs": [{"the": -0.5, "a": -1.0}]}
+    choice = {"index": 0, "text": "the", "message": {"content": "the"}, "logprobs": logprobs, "finish_reason": "length"}
+    return {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
+
+
+async def test_what_the_upstream_refuses_is_the_requests_fault_and_never_422() -> None:
+    with upstream() as up:
+        up.answer = scripted
+        engine = OpenAI(urls=up.url, tokenizer="demo", probe=False).load()
+        engine.values = values()
+        await engine.start()
+        assert Capability.STEER in engine.capabilities
+        up.behave = lambda _, __: "error_422"
+        with pytest.raises(InvalidRequest, match="not a number") as refused:
+            await engine.generate(steered("mask", n=2))
+        assert refused.value.status == 400
+        up.behave = lambda _, __: "error_500"
+        (failed,) = await engine.generate(steered("mask"))
+        assert failed.status == 500
+        assert not engine._drawings
+        await engine.close()
 
 
 async def test_names_and_sizes_are_refused(engine: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from infer_align.errors import ConfigError
+from infer_align.objectives import Ensemble
 from infer_align.rewards.upstream import FromUpstream, UpstreamReward, written
-from infer_align.types import Candidate
+from infer_align.run import _mark, score
+from infer_align.types import Candidate, Draw, Plan
 from tests.engines.openai.upstream import Upstream, upstream
 
 pytestmark = pytest.mark.anyio
@@ -127,6 +130,32 @@ async def test_one_candidate_fails(server: Upstream, reward: Any) -> None:
     marks = await (await reward(labels=2)).score(ASK, TEXTS)
     np.testing.assert_array_equal(marks.values[0, 0], [3, np.nan, 0, 9])
     assert [note is None for note in marks.notes] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("together", [True, False])
+async def test_one_call_that_hangs_takes_no_other_along(server: Upstream, reward: Any, together: bool) -> None:
+    """Asked about all at once, as /v1/align/score does, or about each as soon as it is finished, as a selection does."""
+    server.behave = lambda _, body: "hang" if body["messages"][-1]["content"] == "three" else "ok"
+    asked = await reward(labels=2, timeout_seconds=0.5)
+    assert asked.pipelined
+    plan = Plan((Draw({"messages": ASK}, 4),), Ensemble(), {"long": 1.0}, ASK, selects=True)
+    if together:
+        scores = await score(plan, {"long": asked}, TEXTS)
+    else:
+        early = {i: asyncio.create_task(_mark(asked, ASK, [candidate], None)) for i, candidate in enumerate(TEXTS)}
+        scores = await score(plan, {"long": asked}, TEXTS, None, {"long": early})
+    np.testing.assert_array_equal(scores.members["long"][0], [3, np.nan, 0, 9])
+    notes = scores.notes["long"]
+    assert [note is None for note in notes] == [True, False, True, True]
+    assert "within 0.475 s" in (notes[1] or "")
+
+
+async def test_one_member_that_hangs_takes_no_other_along(server: Upstream, reward: Any) -> None:
+    server.behave = lambda _, body: "hang" if body["model"] == "b" else "ok"
+    marks = await (await reward(api="score", models=("a", "b"), timeout_seconds=0.4)).score(ASK, TEXTS)
+    np.testing.assert_array_equal(marks.values[0, 0], LENGTHS)
+    assert np.isnan(marks.values[0, 1]).all()
+    assert all("b: no answer within" in (note or "") for note in marks.notes)
 
 
 async def test_wrong_number_of_labels(reward: Any) -> None:

@@ -15,6 +15,8 @@ from infer_align import registry
 from infer_align_server.openapi import OPERATIONS, STATUSES
 from infer_align_server.routes import ROUTES
 from infer_align_server.service import Service
+from tests.engines.openai.upstream import upstream
+from tests.server.conftest import end, start
 
 USER: Any = [{"role": "user", "content": "hello"}]
 CHAT, TEXT, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/align/score"
@@ -36,7 +38,8 @@ def validator(document: dict[str, Any], name: str) -> Any:
 
 def test_it_holds_every_route_and_every_schema_it_names(described: dict[str, Any]) -> None:
     assert {route.path for route in ROUTES} == {*OPERATIONS}
-    assert {path.replace("{name}", "{name:path}") for path in described["paths"]} == {*OPERATIONS}
+    responses = {path for path in OPERATIONS if path.startswith("/v1/responses")}  # which this engine does not serve
+    assert {path.replace("{name}", "{name:path}") for path in described["paths"]} == {*OPERATIONS} - responses
     schemas = described["components"]["schemas"]
     for schema in schemas.values():
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -59,6 +62,21 @@ def test_defaults_and_bounds_are_the_servers(serve: Any, numbers: Any, described
     assert few["components"]["schemas"]["Align"]["properties"]["preset"] == {"type": "null"}
     assert numbers.service.document is not None
     assert numbers.get("/openapi.json").content == numbers.service.document, "made once"
+
+
+def test_it_follows_the_models(config_file: Any) -> None:
+    """An upstream that was not there at the start brings its models with it."""
+    with upstream() as up:
+        path = config_file(f'[engine]\nkind = "openai"\nurls = ["{up.url}"]\nprobe = false\nrecovery_seconds = 0.1\n')
+        up.models = []
+        live = start(configuration.load(path))
+        try:
+            assert '"up"' not in live.get("/openapi.json").text
+            up.models = [{"id": "up"}]
+            assert live.until(lambda: live.get("/ready").status_code == 200)
+            assert '"up"' in live.get("/openapi.json").text
+        finally:
+            end(live)
 
 
 def test_keys_guard_it_and_it_says_so(serve: Any, monkeypatch: pytest.MonkeyPatch, config_file: Any) -> None:
@@ -151,7 +169,6 @@ def test_every_documented_status_says_when() -> None:
 
 
 def test_the_responses_api_is_said_to_be_missing(numbers: Any) -> None:
-    for path in ("/v1/responses", "/v1/responses/resp_1"):
-        answer = numbers.post({"model": "fake", "input": "x"}, path)
+    for answer in (numbers.post({"model": "fake", "input": "x"}, "/v1/responses"), numbers.get("/v1/responses/resp_1")):
         assert answer.status_code == 404
         assert "does not serve the Responses API; use /v1/chat/completions" in answer.json()["error"]["message"]

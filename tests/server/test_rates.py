@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align.errors import Overloaded
-from infer_align_server.rates import MAX_CALLERS, Allowance
+from infer_align.errors import DeadlineExceeded, EngineFailed, Overloaded
+from infer_align_server.rates import MAX_CALLERS, Allowance, charged
 
 KEYS = '[server]\napi_keys_env = "TEST_BUDGET_KEYS"\n'
 WORDS = '[engine]\nkind = "fake"\nreplies = [{text = "' + " ".join(["word"] * 30) + '"}]\n'
@@ -92,6 +93,26 @@ def test_callers_do_not_share_and_no_limit_is_none() -> None:
     assert not unlimited.limited
 
 
+def test_what_is_spent_beyond_the_worst_case_is_taken_too() -> None:
+    bucket, _ = allowance(100)
+    with charged(bucket, "a", 10) as charge:
+        charge.spent = 70
+    assert bucket.left("a") == 30
+    with charged(bucket, "a", 10) as charge:
+        charge.spent = 3
+    assert bucket.left("a") == 27
+
+
+def test_a_deadline_of_the_callers_own_is_paid_for_and_a_failure_is_not() -> None:
+    bucket, _ = allowance(100)
+    for error, paid in ((DeadlineExceeded("late"), 10), (EngineFailed("broken"), 0)):
+        before = bucket.left("a")
+        with contextlib.suppress(type(error)), charged(bucket, "a", 10) as charge:
+            assert charge.metered(None) is None, "a budget does not make a stream of what is none"
+            raise error
+        assert before - bucket.left("a") == paid
+
+
 def test_the_bucket_fills_again_and_forgets_those_that_are_full() -> None:
     rate, clock = allowance(60)
     for _ in range(60):
@@ -155,6 +176,9 @@ def test_a_request_that_is_refused_or_fails_pays_what_was_sampled(budgeted: Any)
     assert ask(live, n=0).status_code == 400
     assert left(live) == 6
     assert ask(live, max_tokens=500).status_code == 502
+    assert left(live) == 6, "what the engine kept to itself is not the caller's to pay"
+    assert ask(live, max_tokens=500, stream=True).status_code in {200, 502}
+    assert live.idle()
     assert 4 <= left(live) < 6, "two words were said before it broke"
 
 

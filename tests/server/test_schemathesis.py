@@ -1,7 +1,8 @@
 """Thousands of generated requests, good and bad: no server error, no status and no answer that the descriptions do not have.
 
-Seeded and bounded. Two checks are read apart: a schema cannot say all that is refused (no reward with weight, a worst case
-over the limit), and an engine forwards fields that it does not know, which OpenAI's own description types.
+Seeded and bounded. Two checks are counted: a schema cannot say all that is refused (a direction without a chat prompt, a worst
+case over the limit), and an engine forwards fields that it does not know, which OpenAI's own description types. The counts are a
+ratchet: they may fall, and a change that lets one rise has to say why here.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ max_candidates = 16
 """
 REFUSED_BEYOND_THE_SCHEMA = "RejectedPositiveData"
 TAKEN_BEYOND_THE_SCHEMA = "AcceptedNegativeData"
+# Failures per kind that are tolerated. Against OpenAI's description vLLM's own server has six, so that ours may never have more.
+OURS = {REFUSED_BEYOND_THE_SCHEMA: 4}
+OPENAIS = {REFUSED_BEYOND_THE_SCHEMA: 2, TAKEN_BEYOND_THE_SCHEMA: 1}
+VLLM = 6
 
 
 def schemathesis(document: dict[str, Any], url: str, folder: Path, examples: int) -> dict[str, int]:
@@ -57,6 +62,11 @@ def schemathesis(document: dict[str, Any], url: str, folder: Path, examples: int
     return {failure["type"]: failure["count"] for failure in report["failures"]}
 
 
+def over(failures: dict[str, int], tolerated: dict[str, int]) -> dict[str, str]:
+    """What there is more of than is tolerated."""
+    return {kind: f"{n}, over {tolerated.get(kind, 0)}" for kind, n in failures.items() if n > tolerated.get(kind, 0)}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_our_own_description_is_true(serve: Any, tmp_path: Path) -> None:
@@ -66,7 +76,7 @@ def test_our_own_description_is_true(serve: Any, tmp_path: Path) -> None:
         for operation in item.values():
             operation["responses"].pop("default", None)  # an upstream's own statuses: none here
     failures = schemathesis(document, live.root, tmp_path, 30)
-    assert failures.keys() <= {REFUSED_BEYOND_THE_SCHEMA}, failures
+    assert not over(failures, OURS)
     assert live.idle()
     assert live.metric("infer_align_requests_total", status="500") == 0
 
@@ -86,6 +96,7 @@ def test_openais_description_holds(serve: Any, tmp_path: Path) -> None:
         for operation in item.values():
             operation["responses"] |= {"400": refusal, "404": refusal}  # OpenAI answers these, and does not describe them
     failures = schemathesis(document, live.base_url, tmp_path, 30)
-    assert failures.keys() <= {REFUSED_BEYOND_THE_SCHEMA, TAKEN_BEYOND_THE_SCHEMA}, failures
+    assert not over(failures, OPENAIS)
+    assert sum(failures.values()) <= VLLM
     assert live.idle()
     assert live.metric("infer_align_requests_total", status="500") == 0

@@ -14,18 +14,40 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from infer_align import config as configuration
 from infer_align_server.logs import REDACTED, JsonFormatter
-from tests.engines.openai.upstream import Upstream, upstream
+from infer_align_server.serve import _uvicorn_config
+from tests.engines.openai.upstream import Faults, Upstream, reply, upstream
+from tests.engines.openai.upstream import start as start_answer
 from tests.server.conftest import NUMBERS, USER, Live, end, start
 
 KEY, SERVER_KEY = "sk-upstream-secret", "the-servers-own-key"
 CERTIFICATE = Path(__file__).parents[1] / "data" / "self_signed.pem"
 
 
+class Leaks:
+    """An upstream that says the key that it was sent, in every place where an error can say something."""
+
+    @staticmethod
+    async def key_in_200(_: Upstream, __: Any, send: Any) -> None:
+        await reply(send, 200, {"error": {"message": f"bad key {KEY}"}})
+
+    @staticmethod
+    async def key_cut(_: Upstream, __: Any, send: Any) -> None:
+        await start_answer(send, 200, (b"content-type", b"application/json"))
+        await send({"type": "http.response.body", "body": b"x" * 45 + KEY.encode()})  # an excerpt ends in the middle of it
+
+    @staticmethod
+    async def key_in_fields(_: Upstream, __: Any, send: Any) -> None:
+        await reply(send, 400, {"error": {"message": "no", "param": KEY, "code": f"bad_{KEY}"}})
+
+
 @pytest.fixture
-def up() -> Iterator[Upstream]:
+def up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
+    for name in ("key_in_200", "key_cut", "key_in_fields"):
+        monkeypatch.setattr(Faults, name, vars(Leaks)[name], raising=False)
     with upstream() as app:
         yield app
 
@@ -131,7 +153,9 @@ def test_no_header_and_no_field_moves_the_key(up: Upstream, front: Any, attacker
     assert SERVER_KEY not in text.getvalue()
 
 
-@pytest.mark.parametrize("fault", ["error_401", "error_500", "garbage", "reset", "redirect"])
+@pytest.mark.parametrize(
+    "fault", ["error_401", "error_500", "garbage", "reset", "redirect", "key_in_200", "key_cut", "key_in_fields"]
+)
 def test_keys_are_neither_logged_nor_returned_when_something_fails(up: Upstream, front: Any, fault: str) -> None:
     live = front()
     up.behave = lambda _, __: fault
@@ -140,7 +164,7 @@ def test_keys_are_neither_logged_nor_returned_when_something_fails(up: Upstream,
             request = {"model": "up", "messages": USER, **body}
             answer = live.post(request, headers={"authorization": f"Bearer {SERVER_KEY}"})
             assert answer.status_code >= 400, answer.text
-            assert KEY not in answer.text + str(answer.headers), "not even where the upstream says it"
+            assert KEY[:9] not in answer.text + str(answer.headers), "not even where the upstream says it, nor a part of it"
             refused = live.post(request, headers={"authorization": "Bearer a-wrong-key"})
             assert refused.status_code == 401
             assert "a-wrong-key" not in refused.text
@@ -182,6 +206,23 @@ def test_an_upstream_that_nobody_vouches_for_is_refused(front: Any, tmp_path: Pa
     assert answer.status_code in {502, 503}, answer.text
     assert "certificate" in answer.text.lower()
     assert not [said for said in heard if said], "nothing was said to it"
+
+
+def test_nobody_is_told_where_the_upstreams_are(front: Any) -> None:
+    """What needs no key, and what a client is told of a failure, names neither address nor port."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = str(closed.getsockname()[1])
+    live = front(f"http://127.0.0.1:{port}/v1", 'probe = false\nmodel = "up"')
+    for answer in (live.get("/ready"), live.post({"messages": USER}, headers={"authorization": f"Bearer {SERVER_KEY}"})):
+        assert answer.status_code == 503
+        assert port not in answer.text
+        assert "127.0.0.1" not in answer.text
+
+
+def test_no_header_makes_a_client_another(config_file: Any) -> None:
+    """Limits count by the connection's address; X-Forwarded-For is anybody's to write."""
+    options = _uvicorn_config(configuration.load(config_file('[engine]\nkind = "fake"\n')), FastAPI())
+    assert options.proxy_headers is False
 
 
 # --- what runs ----------------------------------------------------------------------------------------------------------

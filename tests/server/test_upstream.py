@@ -33,6 +33,7 @@ def told(up: Upstream) -> Iterator[Upstream]:
     up.reset()
     up.behave, up.most, up.refuse_n, up.extra, up.extra_choice, up.words_seconds = (lambda _, __: "ok"), None, False, {}, {}, 0.0
     up.models = [{"id": "up", "object": "model", "max_model_len": 1000}]
+    up.details, up.answer = {}, None
     yield up
     up.behave = lambda _, __: "ok"
 
@@ -172,7 +173,7 @@ def test_the_key_goes_to_the_upstream_and_nowhere_else(told: Upstream, front: An
         ('n = "single"', None, False, 5, 5),
         ("", 1, False, 5, 5),  # one call gives 1 of 5, four more for the rest; then five at once
         ("", 3, False, 3, 2),  # 3 of 5 and two alone; then 3 and 2
-        ("", None, True, 6, 5),  # refused, then five alone
+        ("", None, True, 6, 6),  # refused, then five alone; and again: what one request is refused says nothing of the next
         ('n = "native"', 3, False, 3, 3),
     ],
 )
@@ -212,6 +213,63 @@ def test_unknown_fields_come_back(told: Upstream, front: Any, align: Any) -> Non
     assert body["choices"][0]["token_ids"] == [1, 2]
 
 
+@pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 3}}])
+def test_fields_of_the_last_piece_come_back_in_a_stream(told: Upstream, front: Any, align: Any) -> None:
+    told.extra_choice = {"stop_reason": 7, "matched": {"rule": 1}}
+    pieces = events(chat(front(), align, stream=True).text)
+    found = [choice for piece in pieces for choice in piece["choices"] if "stop_reason" in choice]
+    assert [(choice["stop_reason"], choice["matched"]) for choice in found] == [(7, {"rule": 1})]
+    assert align or found[0]["finish_reason"] == "stop", "with the end of the choice, as the upstream has them"
+
+
+@pytest.mark.parametrize("engine", ["", 'n = "single"'])
+@pytest.mark.parametrize("stream", [False, True])
+def test_details_of_the_usage_are_added_up(told: Upstream, front: Any, engine: str, stream: bool) -> None:
+    told.details = {"prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 1}}
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    answer = chat(front(engine), {"best_of_n": {"n": 3}}, **options)
+    usage = events(answer.text)[-1]["usage"] if stream else answer.json()["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == (3 if engine else 1)
+    assert usage["prompt_tokens_details"]["cached_tokens"] == (5 if engine else 4), "no more than the prompt, which counts once"
+    assert usage["completion_tokens_details"]["accepted_prediction_tokens"] == 2
+
+
+def test_tool_calls_through_a_selection(told: Upstream, front: Any) -> None:
+    """The chosen answer's calls come back as they are, in one piece and in a stream; it has no text."""
+    called = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    message = {"role": "assistant", "content": None, "tool_calls": [called]}
+    told.answer = lambda _, body: {
+        "choices": [
+            {
+                "index": i,
+                "message": message if i else {"role": "assistant", "content": "candidate 1"},
+                "finish_reason": "tool_calls",
+            }
+            for i in range(body.get("n", 1))
+        ]
+    }
+    live = front(extra='[rewards.short]\nkind = "rules"\nwords_weight = -1.0\n')
+    asked = {"align": {"best_of_n": {"n": 3}, "rewards": {"short": 1}}, "tools": FULL["tools"], "messages": TURNS}
+    (choice,) = chat(live, **asked).json()["choices"]
+    assert (choice["message"], choice["finish_reason"]) == (message, "tool_calls")
+    deltas = [c for piece in events(chat(live, **asked, stream=True).text) for c in piece["choices"]]
+    (calls,) = [d["delta"]["tool_calls"] for d in deltas if d["delta"].get("tool_calls")]
+    assert calls == [{"index": 0, **called}]
+    assert deltas[-1]["finish_reason"] == "tool_calls"
+
+
+def test_a_number_that_is_too_large_is_the_clients_fault(told: Upstream, front: Any) -> None:
+    answer = front().post(b'{"model": "up", "messages": [{"role": "user", "content": "x"}], "temperature": 1e400}')
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    assert told.calls == 0
+
+
+def test_what_nobody_could_count_is_refused(told: Upstream, front: Any) -> None:
+    answer = front().post({"model": "up", "prompt": "x", "best_of": 8}, "/v1/completions")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "best_of")
+    assert told.calls == 0
+
+
 def test_completions(told: Upstream, front: Any) -> None:
     live = front()
     answer = live.post({"prompt": "say"}, "/v1/completions").json()
@@ -243,13 +301,14 @@ def test_a_served_name(told: Upstream, front: Any) -> None:
 
 # --- faults -------------------------------------------------------------------------------------------------------------
 
+ONE_OF_N = ("message_missing", "message_of_text", "infinite", "half_a_character", "choices_of_text")  # answers with one choice
 ALWAYS = [  # fault, status, calls of a plain request, words of the message
     ("error_500", 500, 1, "the GPU is on fire"),
     ("error_400", 400, 1, "top_p is 7, which is too much"),
     ("error_404", 404, 1, "The model `up` does not exist."),
     ("error_422", 400, 1, "not a number"),
     ("error_429_long", 429, 1, "slow down"),
-    ("error_502", 502, 3, "502"),
+    ("error_502", 502, 1, "502"),
     ("error_503", 503, 3, "loading"),
     ("error_504", 504, 1, "too late"),
     ("redirect", 502, 1, "not followed"),
@@ -258,7 +317,15 @@ ALWAYS = [  # fault, status, calls of a plain request, words of the message
     ("error_in_200", 502, 1, "no credits left"),
     ("no_choices", 502, 1, "no choices"),
     ("truncated", 502, 1, "broke off"),
-    ("reset", 502, 3, "lost"),
+    ("reset", 502, 1, "lost"),
+    ("message_missing", 502, 1, "without a message"),
+    ("message_of_text", 502, 1, "without a message"),
+    ("infinite", 502, 1, "without proper JSON"),
+    ("half_a_character", 502, 1, "without proper JSON"),
+    ("choices_of_text", 502, 1, "without anything in it"),
+    ("a_list", 502, 1, "not an object"),
+    ("sse_as_json", 502, 1, "not JSON"),
+    ("error_429", 429, 3, "slow down"),
 ]
 
 
@@ -276,7 +343,9 @@ def test_a_fault_has_its_status_and_its_message(
         assert words in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
         doubted = align is not None and status in {400, 404}  # is it n that is refused? one call more finds out
-        assert told.calls == calls + doubted
+        stale = fault == "reset" and align is None  # over the connection that listed the models
+        missing = 3 * (align is not None and fault in ONE_OF_N)  # what a call leaves out is drawn alone
+        assert told.calls == calls + doubted + stale + missing
         assert told.until(lambda: told.running == 0, 1.0)
     if fault == "error_400":
         assert (error["param"], error["code"]) == ("top_p", "bad_top_p")
@@ -284,13 +353,15 @@ def test_a_fault_has_its_status_and_its_message(
         assert answer.headers["retry-after"] == "77"
 
 
-@pytest.mark.parametrize("fault", [f for f, *_ in ALWAYS if f not in {"no_choices", "garbage"}] + ["ended_early"])
+@pytest.mark.parametrize(
+    "fault", [f for f, *_ in ALWAYS if f not in {"no_choices", "garbage"}] + ["ended_early", "garbage_in_stream", "odd_in_stream"]
+)
 def test_a_fault_in_a_stream(told: Upstream, front: Any, fault: str) -> None:
     live = front()
     told.behave = lambda _, __: fault
     answer = chat(live, stream=True)
     status = {name: status for name, status, *_ in ALWAYS}.get(fault, 502)
-    if fault in {"truncated", "ended_early"}:  # it had begun: the stream says how it ended
+    if fault in {"truncated", "ended_early", "garbage_in_stream", "odd_in_stream"}:  # it had begun: the stream says how it ended
         assert answer.status_code == 200
         *pieces, last = events(answer.text)
         assert "".join(p["choices"][0]["delta"].get("content", "") for p in pieces) == "half an"
@@ -302,7 +373,7 @@ def test_a_fault_in_a_stream(told: Upstream, front: Any, fault: str) -> None:
     assert told.until(lambda: told.running == 0, 1.0)
 
 
-@pytest.mark.parametrize("fault", ["error_429", "error_502", "error_503", "reset"])
+@pytest.mark.parametrize("fault", ["error_429", "error_503", "reset"])
 def test_what_is_safe_is_tried_again(told: Upstream, front: Any, fault: str) -> None:
     live = front()
     told.behave = lambda call, _: fault if call == 0 else "ok"
@@ -314,19 +385,102 @@ def test_what_is_safe_is_tried_again(told: Upstream, front: Any, fault: str) -> 
     assert time.monotonic() - started >= (1.0 if fault == "error_429" else 0.0), "Retry-After is kept"
 
 
-@pytest.mark.parametrize("fault", ["error_500", "garbage", "truncated", "error_504"])
+@pytest.mark.parametrize("fault", ["error_502", "slow_reset"])
+def test_what_may_have_been_done_is_not_done_again(told: Upstream, front: Any, fault: str) -> None:
+    live = front()
+    told.behave = lambda _, __: fault
+    assert chat(live).status_code == 502
+    assert told.calls == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["error_500", "garbage", "truncated", "error_504", "message_missing", "infinite", "half_a_character", "sse_as_json", "reset"],
+)
 def test_some_of_n_fail(told: Upstream, front: Any, fault: str) -> None:
     live = front('n = "single"')
     told.behave = lambda call, _: fault if call % 2 else "ok"
     answer = chat(live, {"best_of_n": {"n": 8}, "rewards": {"number": 1}})
     assert answer.status_code == 200, answer.text
     align = answer.json()["align"]
-    assert told.calls == align["usage"]["engine_calls"] == 8
-    assert align["dropped"] == 4
+    assert told.calls == align["usage"]["engine_calls"]
+    assert told.calls == 8 or fault == "reset"  # over a kept-alive connection that is tried once more
+    assert align["dropped"] == 4 or fault == "reset"
     kept = [c["objective"] for c in align["candidates"] if c["error"] is None]
-    assert len(kept) == 4
+    assert len(kept) == 8 - align["dropped"]
     assert align["candidates"][align["selected"]]["objective"] == max(kept)
     assert told.until(lambda: told.running == 0, 1.0)
+
+
+def test_flawed_choices_are_dropped_and_the_rest_counts(told: Upstream, front: Any) -> None:
+    """One call, eight choices, half of them malformed: the best of the others is the answer."""
+    told.behave = lambda _, __: "half_flawed"
+    answer = chat(front(), {"best_of_n": {"n": 8}})
+    assert answer.status_code == 200, answer.text
+    align = answer.json()["align"]
+    assert (told.calls, align["dropped"], align["selected"]) == (1, 4, 2)
+    assert sum("without" in (c["error"] or "") for c in align["candidates"]) == 4
+    assert answer.json()["usage"]["completion_tokens"] == 12, "minus five is no number of tokens: what the texts show counts"
+
+
+def test_of_a_stream_that_broke_what_was_finished_counts(told: Upstream, front: Any) -> None:
+    """A deadline makes it a stream: four of eight choices finish, then the connection is lost."""
+    live = front()
+    told.behave = lambda _, __: "half_then_broken"
+    answer = chat(live, {"best_of_n": {"n": 8}, "budget": {"deadline_seconds": 20}})
+    assert answer.status_code == 200, answer.text
+    align = answer.json()["align"]
+    assert (told.calls, align["dropped"], align["partial"]) == (1, 4, False)
+    assert answer.json()["choices"][0]["message"]["content"] == "candidate 9"
+    assert all("broke off" in c["error"] for c in align["candidates"] if c["error"])
+    assert told.until(lambda: told.running == 0, 1.0)
+
+
+def test_of_a_slow_drip_what_was_finished_counts(told: Upstream, front: Any) -> None:
+    """Four of eight choices finish, the others drip on until the deadline: they are cut, and take part with what they have."""
+    live = front()
+    told.behave = lambda _, __: "half_then_drip"
+    answer = chat(live, {"best_of_n": {"n": 8}, "budget": {"deadline_seconds": 1.5}})
+    assert answer.status_code == 200, answer.text
+    align = answer.json()["align"]
+    assert (told.calls, align["dropped"], align["partial"]) == (1, 0, True)
+    assert [c["finish_reason"] for c in align["candidates"]] == ["stop"] * 4 + ["length"] * 4
+    assert told.until(lambda: told.running == 0, 1.0)
+
+
+def test_a_refused_n_is_no_verdict_on_n(told: Upstream, front: Any) -> None:
+    """vLLM refuses n over 1 at temperature 0; another takes 8 at most: that is those requests' fault, and no other's."""
+    live = front()
+    told.behave = lambda _, body: "error_400" if body.get("n", 1) > 1 and body.get("temperature") == 0 else "ok"
+    calls = []
+    for fields in ({}, {"temperature": 0}, {}):
+        told.reset()
+        assert chat(live, {"best_of_n": {"n": 8}}, **fields).status_code == 200
+        calls.append(told.calls)
+    assert calls == [1, 9, 1]
+    told.behave = lambda _, body: "error_400" if body.get("n", 1) > 8 else "ok"
+    calls = []
+    for n in (4, 16, 4, 8):
+        told.reset()
+        answer = chat(live, {"best_of_n": {"n": n}})
+        assert answer.json()["align"]["dropped"] == 0
+        calls.append(told.calls)
+    assert calls == [1, 4, 1, 1], "16 are refused, one is taken, the others come by eight and seven"
+
+
+def test_what_was_ignored_once_is_asked_again(told: Upstream, front: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("infer_align.engines.openai.fanout.FORGET_SECONDS", 0.3)
+    live = front()
+    told.most = 1
+    chat(live, {"best_of_n": {"n": 4}})
+    told.reset()
+    told.most = None
+    chat(live, {"best_of_n": {"n": 4}})
+    assert told.calls == 4, "remembered"
+    time.sleep(0.4)
+    told.reset()
+    chat(live, {"best_of_n": {"n": 4}})
+    assert told.calls == 1, "and forgotten"
 
 
 def test_another_upstream_is_asked_instead(told: Upstream, front: Any) -> None:

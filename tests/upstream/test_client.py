@@ -12,7 +12,8 @@ import pytest
 from infer_align.errors import Unavailable
 from infer_align.upstream import Upstream as Section
 from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import MAX_MESSAGE, Client, Tally, _seconds, _told
+from infer_align.upstream.client import MAX_MESSAGE, Client, Tally
+from infer_align.upstream.reading import seconds, told
 from tests.engines.openai.upstream import Upstream, reply, upstream
 
 pytestmark = pytest.mark.anyio
@@ -57,6 +58,40 @@ async def test_calls_are_counted(up: Upstream, client: Any, retries: int, calls:
     assert tally.calls == up.calls == calls
 
 
+@pytest.mark.parametrize(
+    ("fault", "kept_alive", "calls"),
+    [
+        ("reset", True, 2),
+        ("reset", False, 1),
+        ("slow_reset", True, 1),
+        ("error_502", True, 1),
+        ("hang", True, 1),
+        ("error_503", True, 2),
+    ],
+)
+async def test_what_may_have_been_read_is_not_said_again(
+    up: Upstream, client: Any, fault: str, kept_alive: bool, calls: int
+) -> None:
+    """A lost connection is tried again only where it had been kept alive, and is lost at once: there nobody has read anything."""
+    asked = await client(retries=1, timeout_seconds=1.0)
+    if kept_alive:
+        await asked.post("/x", {})
+    up.reset()
+    up.behave = lambda _, __: fault
+    with pytest.raises(UpstreamFailed):
+        await asked.post("/x", {})
+    assert up.calls == calls
+
+
+async def test_a_connection_that_was_closed_meanwhile_costs_nothing(up: Upstream, client: Any) -> None:
+    asked, tally = await client(), Tally()
+    await asked.post("/x", {})
+    up.reset()
+    up.behave = lambda call, _: "reset" if call == 0 else "ok"
+    assert await asked.post("/x", {"a": 1}, tally=tally) == {"got": {"a": 1}}
+    assert tally.calls == up.calls == 2
+
+
 async def test_it_must_be_open(up: Upstream) -> None:
     unstarted = Client(Section(urls=up.url))
     with pytest.raises(Unavailable):
@@ -82,7 +117,7 @@ async def test_an_error_is_told_without_the_key_and_not_at_length(up: Upstream, 
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "found"),
     [
         ('{"error": {"message": "m", "param": "p", "code": "c"}}', ("m", "p", "c")),
         ('{"error": {"message": "m", "param": ["p"], "code": 7}}', ("m", None, None)),
@@ -95,15 +130,15 @@ async def test_an_error_is_told_without_the_key_and_not_at_length(up: Upstream, 
         ("[" * 100_000, ("", None, None)),
     ],
 )
-def test_errors_in_the_wild(text: str, told: tuple[str, str | None, str | None]) -> None:
-    assert _told(text) == told
+def test_errors_in_the_wild(text: str, found: tuple[str, str | None, str | None]) -> None:
+    assert told(text) == found
 
 
 def test_retry_after() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-    assert 25 < (_seconds(soon) or 0) <= 30
-    assert _seconds("7") == 7.0
-    assert _seconds("-3") == 0.0
-    assert _seconds("1e300") == 86_400.0
+    assert 25 < (seconds(soon) or 0) <= 30
+    assert seconds("7") == 7.0
+    assert seconds("-3") == 0.0
+    assert seconds("1e300") == 86_400.0
     for nothing in (None, "", "soon", "nan days"):
-        assert _seconds(nothing) is None
+        assert seconds(nothing) is None

@@ -38,7 +38,8 @@ async def test_those_that_are_down_or_ailing_or_just_failed_come_last() -> None:
     assert three.health() is None
     second.failed("gone")
     third.failed("gone")
-    assert "http://0: gone" in (three.health() or "")
+    assert three.health() == "upstream 1: gone; upstream 2: gone; upstream 3: gone"
+    assert "http" not in (three.health() or ""), "where it is, is nobody's business"
     assert await three.acquire(None) in three.hosts, "where all are down one is tried all the same"
     first.answered()
     assert await three.acquire(None) is first
@@ -75,6 +76,34 @@ async def test_those_who_wait_are_served_in_turn_and_who_leaves_takes_nothing_al
     await asyncio.wait(tasks, timeout=2)
     assert all(task.done() for task in tasks)
     assert order == [1, 2, 4, 5, 6, 7, 8, 9]
+    assert host.running == 0
+
+
+async def test_who_waits_goes_to_one_that_has_recovered() -> None:
+    two = pool(1.0, 1.0, limit=1)
+    first, second = two.hosts
+    second.failed("gone")
+    await two.acquire(None)
+    waiting = asyncio.create_task(two.acquire(None))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    second.answered()
+    assert await asyncio.wait_for(waiting, 1) is second
+    assert (first.running, second.running) == (1, 1)
+
+
+async def test_who_waits_for_a_model_that_nobody_has_any_more_is_told_so() -> None:
+    one = pool(1.0, limit=1)
+    (host,) = one.hosts
+    host.models = frozenset({"a"})
+    await one.acquire("a")
+    waiting = asyncio.create_task(one.acquire("a"))
+    await asyncio.sleep(0)
+    host.models = frozenset({"b"})
+    one.wake()
+    with pytest.raises(Unavailable, match="'a'"):
+        await waiting
+    one.release(host)
     assert host.running == 0
 
 

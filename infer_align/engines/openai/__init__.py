@@ -1,7 +1,8 @@
 """Any OpenAI-compatible server as the engine: the client's body goes there whole, what comes back is kept whole.
 
     check, sample ─▶ Drawing (draws.py): as few calls as the upstream honours ─▶ choices (choices.py) ─▶ Stream
-    start ─▶ capabilities (probe.py), asked with calls of one token; read_labels ─▶ labels.py; vas ─▶ steering.py
+    start ─▶ models and what they can do (roster.py, probe.py); read_labels ─▶ labels.py; vas ─▶ steering.py
+    relay ─▶ the upstream's own Responses API, passed through
 
 The upstreams, their keys and their health are `infer_align.upstream`. Of a request, only the model's name chooses among them.
 """
@@ -9,30 +10,33 @@ The upstreams, their keys and their health are `infer_align.upstream`. Of a requ
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Mapping
-from contextlib import suppress
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from infer_align.engines import Engine, Stream
-from infer_align.engines.openai.draws import Drawing, Fanout
+from infer_align.engines.openai.draws import Drawing, refusal
+from infer_align.engines.openai.fanout import Fanout
 from infer_align.engines.openai.labels import read_labels
-from infer_align.engines.openai.probe import FEATURES, FIELDS, Probed, probe
-from infer_align.errors import AlignError, ConfigError, Unavailable, Unsupported
+from infer_align.engines.openai.probe import FEATURES, FIELDS, Probed
+from infer_align.engines.openai.roster import CONTEXT_LENGTH, Roster
+from infer_align.errors import ConfigError, Unavailable, Unsupported
 from infer_align.types import Body, Capability, Draw, LabelQuery, LabelReading
-from infer_align.upstream import KEY_REFUSED, Upstream, UpstreamFailed
+from infer_align.upstream import Upstream, UpstreamFailed
 from infer_align.upstream.client import Client
-from infer_align.upstream.pool import Host
+from infer_align.upstream.reading import pieces
 
 if TYPE_CHECKING:
     from infer_align.engines.openai.steering import Steered, Steerer
 
-log = logging.getLogger("infer_align")
-
-# Where an upstream does not say how long its context is; only the worst case of a request without a maximum hangs on it.
-CONTEXT_LENGTH = 8192
 _CAPABILITIES = frozenset(capability.value for capability in Capability)
+# What a server without the Responses API says of its route, beside a status of these.
+NO_ROUTE, NO_ROUTE_STATUSES = (
+    re.compile(r"|not found|method not allowed|(the upstream answered \d+)", re.IGNORECASE),
+    {404, 405, 501},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +56,9 @@ class OpenAI(Upstream):
         metadata={"ge": 1, "description": f"tokens of prompt and completion; default: the upstream's, or {CONTEXT_LENGTH}"},
     )
     probe: bool = field(
-        default=True, metadata={"description": "find out at the start, by calls of one token, what the upstream can do"}
+        default=True, metadata={"description": "find out at the start, by calls of a few tokens, what the upstream can do"}
     )
-    probe_seconds: float = field(default=20.0, metadata={"gt": 0, "description": "for all probes of an upstream together"})
+    probe_seconds: float = field(default=20.0, metadata={"gt": 0, "description": "for all probes of a model together"})
     capabilities: tuple[str, ...] = field(
         default=("completion", "seed", "logprobs", "tools", "structured", "n", "logit_bias"),
         metadata={"description": f"what it can do, where probe is false; of: {', '.join(FEATURES)}"},
@@ -82,16 +86,13 @@ class OpenAIEngine(Engine):
 
     Attributes:
         client: the upstreams.
-        probed: what each upstream can do, by URL.
     """
 
     def __init__(self, config: OpenAI) -> None:
         self.config = config
         self.client = Client(config)
-        self.probed: dict[str, Probed] = {}
-        self.context_length = config.context_length or CONTEXT_LENGTH
-        self._models: tuple[str, ...] = (config.model,) if config.model else ()
         self._fanout = Fanout(config.n)
+        self._roster = Roster(config, self.client, self._fanout)
         self._drawings: set[Drawing | Steered] = set()
         self._watch: asyncio.Task[None] | None = None
         self._steerer: Steerer | None = None
@@ -100,19 +101,28 @@ class OpenAIEngine(Engine):
     @property
     def models(self) -> tuple[str, ...]:
         """Those of all upstreams, the first upstream's first; () until one was reached, unless one is configured."""
-        return self._models
+        return self._roster.models
 
     @property
     def model(self) -> str:  # type: ignore[override]
         """The configured one, else the first that is listed."""
-        return self._models[0] if self._models else ""
+        return next(iter(self.models), "")
+
+    @property
+    def context_length(self) -> int:  # type: ignore[override]
+        """That of the first model."""
+        return self._roster.context_length(self.model)
+
+    @property
+    def probed(self) -> Mapping[tuple[str, str], Probed]:
+        """What each upstream can do with each model, by (URL, model)."""
+        return self._roster.probed
 
     @property
     def capabilities(self) -> frozenset[Capability]:  # type: ignore[override]
-        """What every upstream that was reached can do."""
-        common = set(FEATURES).intersection(*(probed.can for probed in self.probed.values())) if self.probed else set()
-        found = {Capability.CHAT, *(Capability(name) for name in common if name in _CAPABILITIES)}
-        return frozenset(found | {Capability.STEER} if self._steerer and self._steerer.way else found)
+        """What every upstream that has the first model was seen to do with it; of another model, `check` knows."""
+        found = {Capability.CHAT, *(Capability(name) for name in self._roster.can(self.model) if name in _CAPABILITIES)}
+        return frozenset(found | {Capability.STEER} if self._steerer and self._steerer.way(self.model) else found)
 
     @property
     def lacking(self) -> Mapping[Capability, str]:  # type: ignore[override]
@@ -131,62 +141,15 @@ class OpenAIEngine(Engine):
             from infer_align.engines.openai.steering import Steerer  # noqa: PLC0415 - torch, which forwarding does not need
 
             self._steerer = await asyncio.to_thread(Steerer, self.config.tokenizer, self.values)
+            self._roster.steerer = self._steerer
         await self.client.start()
-        await asyncio.gather(*(self._reach(host) for host in self.client.pool.hosts))
+        await asyncio.gather(*(self._roster.reach(host) for host in self.client.pool.hosts))
         self._watch = asyncio.create_task(self._keep_reaching())
 
     async def _keep_reaching(self) -> None:
         while True:
             await asyncio.sleep(self.config.recovery_seconds)
-            lost = [host for host in self.client.pool.hosts if host.down is not None]
-            await asyncio.gather(*(self._reach(host) for host in lost))
-
-    async def _reach(self, host: Host) -> None:
-        """List its models, and the first time ask what it can do; a failure is noted on the host."""
-        try:
-            await self._list(host)
-            if host.down is None and host.url not in self.probed:
-                if self._steerer:
-                    await self._steerer.probe(self.client, host, self.model)
-                self.probed[host.url] = await self._probe(host)
-        except AlignError as error:
-            host.failed(host.down or error.message)
-        except Exception:
-            log.exception("reaching the upstream %s failed", host.url)
-            host.failed("it answers what cannot be read")
-
-    async def _list(self, host: Host) -> None:
-        try:
-            async with asyncio.timeout(self.config.connect_timeout_seconds):
-                listed = listed_models(await self.client.once(host, "/models"))
-        except TimeoutError:
-            host.failed("no answer in time")
-            return
-        except UpstreamFailed as error:
-            if error.code == KEY_REFUSED or self.config.model is None:
-                host.failed(error.message)
-            if host.down:
-                raise
-            listed = {}  # it is there, and lists nothing
-        if self.config.model is None:
-            if not listed:
-                host.failed("it lists no models; name one with model = '...'")
-            host.models = frozenset(listed)
-            self._models = tuple(dict.fromkeys([*self._models, *listed]))
-        if self.config.context_length is None:
-            self.context_length = listed.get(self.model) or self.context_length
-
-    async def _probe(self, host: Host) -> Probed:
-        given = frozenset(self.config.capabilities)
-        found = Probed(given, frozenset(FEATURES) - given)
-        if self.config.probe:
-            found = await probe(self.client, host, self.model, self.config.probe_seconds)
-        log.info(
-            "upstream %s can: %s; ignores: %s", host.url, ", ".join(sorted(found.can)), ", ".join(sorted(found.ignores)) or "-"
-        )
-        if "n" in found.ignores:
-            self._fanout.learn(host, self.model, 1)
-        return found
+            await self._roster.reach_again()
 
     async def close(self) -> None:
         """Break off what is drawn; its streams end with an error."""
@@ -211,17 +174,25 @@ class OpenAIEngine(Engine):
         Raises:
             InvalidRequest: naming the field.
         """
+        model = self._model_of(draw.body)
         if self._steerer and draw.steering:
-            self._steerer.check(draw, biased=all("logit_bias" in probed.can for probed in self.probed.values()))
+            self._steerer.check(draw, model, biased="logit_bias" in self._roster.can(model))
             return
-        ignored = frozenset().union(*(probed.ignores for probed in self.probed.values()))
+        ignored = self._roster.ignores(model)
         if draw.kind in ignored:
-            raise Unsupported(f"the upstream of {self.model!r} has no text completions; use chat completions.", param="prompt")
+            raise Unsupported(f"the upstream of {model!r} has no text completions; use chat completions.", param="prompt")
+        if draw.body.get("best_of") not in {None, 1}:
+            raise Unsupported("best_of: what it draws nobody could count; ask for align.best_of_n instead.", param="best_of")
         asked = {name for feature in ignored for name in FIELDS.get(feature, ()) if draw.body.get(name)}
         asked |= {"seed"} if "seed" in ignored and draw.seeded else set()
         if asked:
             name = min(asked)
-            raise Unsupported(f"{name}: the upstream of {self.model!r} does not honour it; leave it out.", param=name)
+            raise Unsupported(f"{name}: the upstream of {model!r} does not honour it; leave it out.", param=name)
+
+    def worst_case_tokens(self, body: Body) -> int:
+        """The most tokens one candidate of this body can generate, by the model that it names."""
+        room = {"max_tokens": self._roster.context_length(self._model_of(body))} if "messages" in body else {}
+        return super().worst_case_tokens({**room, **body})
 
     def sample(self, draw: Draw) -> Stream:
         """Ask the upstreams for the draw's candidates.
@@ -234,16 +205,17 @@ class OpenAIEngine(Engine):
         model = self._model_of(draw.body)
         drawing: Drawing | Steered
         if self._steerer and draw.steering and any(draw.steering.beta.values()):
-            drawing = self._steerer.drawing(self.client, draw, model, self.context_length, self._drawings.discard)
+            room = self._roster.context_length(model)
+            drawing = self._steerer.drawing(self.client, draw, model, room, self._drawings.discard)
         else:
             drawing = Drawing(self.client, self._fanout, draw, model, self._drawings.discard)
-        self._drawings.add(drawing)
         drawing.start()
+        self._drawings.add(drawing)
         return drawing.stream
 
     def _model_of(self, body: Body) -> str:
         name = body.get("model")
-        return name if isinstance(name, str) and name in self._models else self.model
+        return name if isinstance(name, str) and name in self.models else self.model
 
     async def read_labels(self, query: LabelQuery) -> LabelReading:
         """From the top logprobs of calls of one token; see labels.py for how exact that is.
@@ -254,13 +226,26 @@ class OpenAIEngine(Engine):
         """
         if Capability.LABEL_LOGPROBS not in self.capabilities:
             return await super().read_labels(query)
-        continues = all(probed.continues for probed in self.probed.values())
-        return await read_labels(self.client, self.model, query, continues=continues)
+        continues = "continue" in self._roster.can(self.model)
+        return await read_labels(self.client, self.model, query, continues=continues, limit=self._roster.limit(self.model))
 
+    @asynccontextmanager
+    async def relay(
+        self, method: str, path: str, content: bytes | None, model: str | None
+    ) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
+        """The upstream's own answer to a request below its base URL: (content type, its bytes as they come).
 
-def listed_models(answer: Any) -> dict[str, int | None]:
-    """{id: context length, where it is said} of an upstream's /models."""
-    data = answer.get("data") if isinstance(answer, dict) else None
-    entries = [entry for entry in data or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
-    lengths = ("max_model_len", "context_length", "context_window")
-    return {e["id"]: next((e[name] for name in lengths if isinstance(e.get(name), int) and e[name] > 0), None) for e in entries}
+        Raises:
+            Unsupported: the upstream does not serve the route.
+            InvalidRequest: it refuses the request.
+            UpstreamFailed: it failed; also while the bytes are read.
+        """
+        try:
+            async with self.client.relay(method, path, content, model=model) as response:
+                yield response.headers.get("Content-Type", "application/json"), pieces(response)
+        except UpstreamFailed as error:
+            unnamed = error.param is None and error.code == UpstreamFailed.code
+            if error.status in NO_ROUTE_STATUSES and unnamed and NO_ROUTE.fullmatch(error.message.rstrip(".")):
+                what = f"{method} /v1{path.partition('?')[0]}: the upstream does not serve this; use /v1/chat/completions."
+                raise Unsupported(what, code="not_served", status=404) from None
+            raise refusal(error) if error.refused else error from None

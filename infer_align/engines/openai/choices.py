@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from infer_align.types import Body, Kind
 
 # Said whole, and by some servers again with every piece: the latest counts, nothing is appended.
 WHOLE = frozenset({"role", "id", "type", "index", "finish_reason", "stop_reason"})
+# How many characters are a token, where nothing better is known: about what English has.
+CHARACTERS = 4
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 class ChoiceBuilder:
@@ -26,6 +30,7 @@ class ChoiceBuilder:
         self._whole: Body | None = None
         self._fields: dict[str, Any] = {}
         self._message: dict[str, Any] = {}
+        self._texts: dict[str, list[str]] = {}  # of the message, or of the choice; joined once
 
     def add(self, chunk: Mapping[str, Any]) -> Body | None:
         """One stream choice; -> the same as a Delta carries it, or None where it holds nothing for a reader."""
@@ -33,8 +38,9 @@ class ChoiceBuilder:
         reason = chunk.get("finish_reason")
         delta = piece.get("delta") if self.kind == "chat" else None
         if isinstance(delta, Mapping):
-            merge(self._message, delta)
-        merge(self._fields, {key: value for key, value in piece.items() if key not in {"delta", "logprobs"}})
+            merge(self._message, self._without_texts(delta))
+        beside = {key: value for key, value in piece.items() if key not in {"delta", "logprobs", "text"}}
+        merge(self._fields, {**beside, **self._without_texts({"text": piece["text"]} if piece.get("text") else {})})
         merge(self._fields, {"logprobs": chunk.get("logprobs")})
         self._fields["finish_reason"] = reason or self._fields.get("finish_reason")
         self.finished = self.finished or bool(reason)
@@ -58,14 +64,25 @@ class ChoiceBuilder:
             said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls) if isinstance(call, Mapping)]
         return {**piece, "delta": said}
 
+    def _without_texts(self, piece: Mapping[str, Any]) -> dict[str, Any]:
+        """What has to be merged: a text is kept in pieces, as adding to a long one copies it each time."""
+        rest = {}
+        for key, value in piece.items():
+            if isinstance(value, str) and key not in WHOLE and key != "name":
+                self._texts.setdefault(key, []).append(value)
+            else:
+                rest[key] = value
+        return rest
+
     def choice(self, finish_reason: str | None = None) -> Body:
         """What there is, as an OpenAI choice without its index; `finish_reason` where the upstream gave none."""
         if self._whole is not None:
             return self._whole
         fields = {**self._fields, "finish_reason": self._fields.get("finish_reason") or finish_reason}
+        texts = {key: "".join(pieces) for key, pieces in self._texts.items()}
         if self.kind == "completion":
-            return {"text": "", "logprobs": None, **fields}
-        message = {"role": "assistant", "content": None, **self._message}
+            return {"text": "", "logprobs": None, **fields, **texts}
+        message = {"role": "assistant", "content": None, **self._message, **texts}
         if isinstance(calls := message.get("tool_calls"), list):
             message["tool_calls"] = [_without_index(call) for call in calls]
         return {"message": message, "logprobs": None, **fields}
@@ -125,10 +142,48 @@ def shares(total: int, weights: list[int]) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def weight(choice: Body) -> int:
-    """How much was generated for a choice, for sharing a total: its tokens where logprobs list them, else its characters."""
+def tokens(choice: Body) -> int:
+    """How many were generated for a choice, as far as it shows: those that logprobs list, else one for every few characters."""
     logprobs = choice.get("logprobs")
-    if isinstance(logprobs, Mapping) and isinstance(tokens := logprobs.get("content") or logprobs.get("tokens"), list):
-        return len(tokens)
+    if isinstance(logprobs, Mapping) and isinstance(listed := logprobs.get("content") or logprobs.get("tokens"), list):
+        return len(listed)
     message = choice.get("message")
-    return len(str([v for v in message.values() if v])) if isinstance(message, Mapping) else len(str(choice.get("text", "")))
+    said = [v for k, v in message.items() if k != "role"] if isinstance(message, Mapping) else [choice.get("text")]
+    return -(-sum(len(value if isinstance(value, str) else str(value)) for value in said if value) // CHARACTERS)
+
+
+def flaw(kind: Kind, choice: Mapping[str, Any], *, streamed: bool = False) -> str | None:
+    """What keeps a choice, or a piece of one, from being one, as the end of "the upstream answered"; None for nothing."""
+    if kind == "completion":
+        text = choice.get("text")
+        if not isinstance(text, str) and not (streamed and text is None):
+            return "a choice without a text"
+    else:
+        message = (choice.get("delta") or {}) if streamed else choice.get("message")
+        if not isinstance(message, Mapping):
+            return "a choice without a message"
+        if not isinstance(message.get("content"), str | list | None):
+            return "a message without a text"
+        if not _objects(message.get("tool_calls")):
+            return "a message without tool calls where it names some"
+    if not isinstance(choice.get("logprobs"), Mapping | None) or not isinstance(choice.get("finish_reason"), str | None):
+        return "a choice without proper logprobs or finish_reason"
+    return None if writable(choice) else "a choice without proper JSON: a number that is not finite, or half a character"
+
+
+def writable(value: object) -> bool:
+    """Whether JSON can say it: no number that is not finite, no half of a character."""
+    try:
+        _encode(value).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _objects(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(item, Mapping) for item in value))
+
+
+def count(value: object) -> int | None:
+    """A number of tokens as an upstream counts them; None where it is no such number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40 else None

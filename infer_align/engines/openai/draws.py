@@ -6,52 +6,24 @@ n candidates ─▶ batches of as many as a call gives ─▶ calls ─▶ choic
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infer_align.engines import Stream
-from infer_align.engines.openai.choices import ChoiceBuilder, shares, weight
+from infer_align.engines.openai.choices import ChoiceBuilder, count, flaw, shares, tokens, writable
+from infer_align.engines.openai.fanout import Fanout
 from infer_align.errors import AlignError, InvalidRequest
-from infer_align.types import Candidate, Delta, Draw
+from infer_align.types import Body, Candidate, Delta, Draw
 from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import Client, Tally, events, whole
+from infer_align.upstream.client import Client, Tally
 from infer_align.upstream.pool import Host
+from infer_align.upstream.reading import events, whole
 
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 # What an answer holds beside its choices that is ours to say.
 OURS = frozenset({"id", "object", "created", "model", "choices", "usage"})
-
-
-class Fanout:
-    """How many choices one call gives, by upstream and model, as it is found out.
-
-    Args:
-        mode: "native" always asks for all in one call, "single" never; "auto" asks, and remembers what came back.
-
-    Attributes:
-        unmetered: models whose upstream refuses to say the usage of a stream.
-    """
-
-    def __init__(self, mode: str) -> None:
-        self.unmetered: set[str] = set()
-        self._mode = mode
-        self._most: dict[tuple[str, str], int] = {}
-
-    def most(self, hosts: Sequence[Host], model: str, n: int) -> int:
-        """How many of n to ask one call for, whichever of the hosts will take it."""
-        if self._mode != "auto":
-            return n if self._mode == "native" else 1
-        return min([n, *(self._most.get((host.url, model), n) for host in hosts)])
-
-    def learn(self, host: Host, model: str, got: int) -> None:
-        """A call for more choices gave `got`."""
-        self._most[host.url, model] = max(1, got)
-
-    @property
-    def doubtful(self) -> bool:
-        """Whether a refused call for several may have been refused for their number."""
-        return self._mode == "auto"
+DETAILS = ("prompt_tokens_details", "completion_tokens_details")
 
 
 @dataclass(slots=True, eq=False)
@@ -59,9 +31,12 @@ class _Batch:
     """One call and its candidates."""
 
     indices: list[int]
-    then: list[int] = field(default_factory=list)  # to be drawn one by one once this call has shown that it works
+    then: list[int] = field(default_factory=list)  # to be drawn once this call has shown whether the request or its n is refused
     tally: Tally = field(default_factory=Tally)
+    known_good: bool = False  # the same request for one candidate was taken
+    metered: bool = True  # whether a stream's usage may be asked for
     builders: dict[int, ChoiceBuilder] = field(default_factory=dict)  # place in the call -> what has come
+    flaws: dict[int, str] = field(default_factory=dict)  # place in the call -> why it is no candidate
     ended: bool = False  # the upstream said that this was all
     usage: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, Any] = field(default_factory=dict)
@@ -75,12 +50,33 @@ class _Batch:
 
     def finished(self, place: int) -> bool:
         """Whether that choice is complete."""
-        return place in self.builders and (self.ended or self.builders[place].finished)
+        return place in self.builders and place not in self.flaws and (self.ended or self.builders[place].finished)
 
     def prompt_tokens(self) -> int:
         """As the upstream counts them."""
-        tokens = self.usage.get("prompt_tokens")
-        return tokens if isinstance(tokens, int) else 0
+        return count(self.usage.get("prompt_tokens")) or 0
+
+    def sampled(self, done: dict[int, Body]) -> list[int]:
+        """Tokens of each finished choice: the upstream's sum, shared by what each shows; where it gives none, what each shows."""
+        shown = [max(tokens(choice), self.builders[place].pieces if self.streamed else 0) for place, choice in done.items()]
+        spent = count(self.usage.get("completion_tokens"))
+        return shown if spent is None or not done else shares(spent, shown)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the choices came in pieces."""
+        return any(builder.pieces > 1 for builder in self.builders.values())
+
+    def told(self) -> dict[str, Any]:
+        """What stood beside the choices; for the first candidate that asks with the details of the usage, which are the call's."""
+        details, self.usage = (
+            {name: self.usage[name] for name in DETAILS if _mapping(self.usage.get(name))},
+            self._without_details(),
+        )
+        return {**self.beside, **({"usage": details} if details else {})}
+
+    def _without_details(self) -> dict[str, Any]:
+        return {name: value for name, value in self.usage.items() if name not in DETAILS}
 
 
 class Drawing:
@@ -138,13 +134,14 @@ class Drawing:
     def _cut(self, index: int) -> None:
         batch, place = self._place[index]
         builder = batch.builders.get(place)
-        if builder is None or not builder.pieces:
+        if builder is None or not builder.pieces or place in batch.flaws:
             self._put(
                 Candidate(index, {}, error="the upstream had said nothing when the time was over", calls=batch.calls(), cut=True)
             )
             return
         choice, cut = builder.choice("length"), not builder.finished
-        self._put(Candidate(index, choice, 0, batch.prompt_tokens(), builder.pieces, calls=batch.calls(), cut=cut))
+        spent = max(tokens(choice), builder.pieces)
+        self._put(Candidate(index, choice, 0, batch.prompt_tokens(), spent, calls=batch.calls(), cut=cut))
 
     def _put(self, candidate: Candidate) -> None:
         if candidate.index in self._left:
@@ -183,19 +180,22 @@ class Drawing:
             body["seed"] = draw.seeds[batch.indices[0]]
         if self._streamed:
             body["stream"] = True
-            if self._model not in self._fanout.unmetered:
+            if batch.metered and self._model not in self._fanout.unmetered:
                 body["stream_options"] = {"include_usage": True}
         return body
 
     def _read_whole(self, batch: _Batch, answer: Any) -> None:
         """An answer in one piece."""
         for place, choice in enumerate(_choices(answer)[: len(batch.indices)]):
+            if wrong := flaw(self._draw.kind, choice) if isinstance(choice, dict) else "a choice without anything in it":
+                batch.flaws[place] = wrong
+                continue
             batch.builders[place] = ChoiceBuilder(self._draw.kind)
             delta = batch.builders[place].take(choice)
             if self._streamed and batch.indices[place] in self._left:
                 self.stream.put(Delta(batch.indices[place], delta))
         batch.usage = _mapping(answer.get("usage"))
-        batch.beside = {key: value for key, value in answer.items() if key not in OURS}
+        batch.beside = _beside(answer)
 
     def _read_chunk(self, batch: _Batch, chunk: Any) -> None:
         """A piece of a streamed answer; None says that this was all."""
@@ -204,72 +204,112 @@ class Drawing:
             return
         _raise_if_error(chunk)
         batch.usage = _mapping(chunk.get("usage")) or batch.usage
-        batch.beside |= {key: value for key, value in chunk.items() if key not in OURS}
-        for choice in chunk.get("choices") or ():
+        batch.beside |= _beside(chunk)
+        choices = chunk.get("choices")
+        if not isinstance(choices, list | None):
+            raise UpstreamFailed("the upstream's stream holds no choices.")
+        for choice in choices or ():
             place = choice.get("index", 0) if isinstance(choice, dict) else None
-            if not isinstance(place, int) or not 0 <= place < len(batch.indices):
-                continue
-            if place not in batch.builders:
-                batch.builders[place] = ChoiceBuilder(self._draw.kind)
-            piece, index = batch.builders[place].add(choice), batch.indices[place]
-            if piece is not None and index in self._left:
-                self.stream.put(Delta(index, piece))
+            if isinstance(place, int) and 0 <= place < len(batch.indices) and place not in batch.flaws:
+                self._read_piece(batch, place, choice)
+
+    def _read_piece(self, batch: _Batch, place: int, choice: dict[str, Any]) -> None:
+        if wrong := flaw(self._draw.kind, choice, streamed=True):
+            batch.flaws[place] = wrong
+            return
+        if place not in batch.builders:
+            batch.builders[place] = ChoiceBuilder(self._draw.kind)
+        piece, index = batch.builders[place].add(choice), batch.indices[place]
+        if piece is not None and index in self._left:
+            self.stream.put(Delta(index, piece))
 
     def _complete(self, batch: _Batch) -> None:
         """The call has ended well: its choices are candidates, what broke off has failed, what it left out is drawn alone."""
-        if not batch.builders:
+        if not batch.builders and not batch.flaws:
             raise UpstreamFailed("the upstream's answer holds no choices.")
-        done = {place: builder.choice("stop") for place, builder in sorted(batch.builders.items()) if batch.finished(place)}
-        spent = batch.usage.get("completion_tokens")
-        counts = [batch.builders[place].pieces for place in done]
-        weights = (
-            counts if max(counts, default=0) > 1 else [weight(choice) for choice in done.values()]
-        )  # a piece is a token, mostly
-        tokens = shares(spent, weights) if isinstance(spent, int) and done else counts
-        for (place, choice), count in zip(done.items(), tokens, strict=True):
+        self._finish(batch, "the upstream's stream ended before the answer did")
+        came, asked = batch.builders.keys() | batch.flaws.keys(), len(batch.indices)
+        if batch.host and asked > 1:
+            self._fanout.learn(batch.host, self._model, asked, len(came))
+        if self._streamed and not batch.metered:
+            self._fanout.unmetered.add(self._model)
+        for place, index in enumerate(batch.indices):
+            if place not in came and index in self._left:
+                self._begin(_Batch([index], known_good=True, metered=batch.metered))
+        self._draw_others(batch)
+
+    def _finish(self, batch: _Batch, why: str, status: int = 502, retry_after: float | None = None) -> None:
+        """What is complete is a candidate, what is flawed or was broken off has failed; what has not begun is left."""
+        done = {place: batch.builders[place].choice("stop") for place in sorted(batch.builders) if batch.finished(place)}
+        for (place, choice), spent in zip(done.items(), batch.sampled(done), strict=True):
             index, calls = batch.indices[place], batch.calls()
-            self._put(Candidate(index, choice, 0, batch.prompt_tokens(), count, calls=calls, beside=batch.beside))
-        for place in batch.builders.keys() - done.keys():
-            why = "the upstream's stream ended before the answer did"
-            self._put(Candidate(batch.indices[place], {}, error=why, status=502, calls=batch.calls()))
-        left_out = [index for place, index in enumerate(batch.indices) if place not in batch.builders]
-        if batch.host and (left_out or batch.then):
-            self._fanout.learn(batch.host, self._model, len(batch.builders))
-        for index in (*left_out, *batch.then):
-            if index in self._left:
-                self._begin(_Batch([index]))
+            self._put(Candidate(index, choice, 0, batch.prompt_tokens(), spent, calls=calls, beside=batch.told()))
+        for place in sorted((batch.builders.keys() | batch.flaws.keys()) - done.keys()):
+            wrong = batch.flaws.get(place)
+            error = f"the upstream answered {wrong}." if wrong else why
+            spent = batch.builders[place].pieces if place in batch.builders else 0
+            failed = Candidate(batch.indices[place], {}, 0, 0, spent, error, 502 if wrong else status, retry_after)
+            self._put(replace(failed, calls=batch.calls()))
+
+    def _draw_others(self, batch: _Batch) -> None:
+        """The request was refused for all of a batch, and its first has been asked alone."""
+        others = [index for index in batch.then if index in self._left]
+        size = self._fanout.chunk(self._client.pool.having(self._model), self._model, len(batch.then) + 1)
+        for start in range(0, len(others), size):
+            self._begin(_Batch(others[start : start + size], known_good=True, metered=batch.metered))
 
     def _failed(self, batch: _Batch, error: UpstreamFailed) -> None:
         """The call has not ended well: a wrong request is wrong for all, a failure is its candidates' own."""
-        if error.refused and "stream_options" in f"{error.param} {error.message}" and self._model not in self._fanout.unmetered:
-            self._fanout.unmetered.add(self._model)
-            self._begin(_Batch(batch.indices, batch.then, batch.tally))
+        told, several = f"{error.param} {error.message}", len(batch.indices) > 1
+        if error.refused and "stream_options" in told and self._streamed and batch.metered:
+            # Perhaps it is this that is refused, perhaps a text that names it: what comes back without it tells.
+            self._begin(_Batch(batch.indices, batch.then, batch.tally, batch.known_good, metered=False))
             return
-        if error.refused and len(batch.indices) > 1 and self._fanout.doubtful:
+        if error.refused and several and batch.known_good:
+            half = len(batch.indices) // 2
+            self._begin(_Batch(batch.indices[:half], [], batch.tally, known_good=True, metered=batch.metered))
+            self._begin(_Batch(batch.indices[half:], known_good=True, metered=batch.metered))
+            return
+        if error.refused and several and self._fanout.doubtful:
             # Is it the number that is refused, or the request? The first, asked alone, tells.
             first, *others = batch.indices
-            self._begin(_Batch([first], others, batch.tally))
+            self._begin(_Batch([first], others, batch.tally, metered=batch.metered))
             return
-        if error.refused:
-            status = 400 if error.status == 422 else error.status  # 422 is what OpenAI's clients do not expect
-            code = None if error.code == UpstreamFailed.code else error.code
-            self.fail(InvalidRequest(error.message, param=error.param, code=code, status=status))
+        if error.refused and not batch.known_good:
+            self.fail(refusal(error))
             return
-        for place, index in enumerate((*batch.indices, *batch.then)):
-            if batch.finished(place):  # of an answer that broke off, a choice that was complete is complete
-                builder, calls = batch.builders[place], batch.calls()
-                self._put(Candidate(index, builder.choice(), 0, 0, builder.pieces, calls=calls, beside=batch.beside))
-                continue
-            failed = Candidate(index, {}, error=error.message, status=error.status, retry_after=error.retry_after)
-            self._put(replace(failed, calls=batch.calls()))
+        status = 400 if error.status == 422 else error.status
+        self._finish(batch, error.message, status, error.retry_after)
+        for index in batch.indices:
+            failed = Candidate(index, {}, error=error.message, status=status, retry_after=error.retry_after)
+            if index in self._left:
+                self._put(replace(failed, calls=batch.calls()))
+        self._draw_others(batch)
+
+
+def refusal(error: UpstreamFailed) -> InvalidRequest:
+    """What the client is told where the upstream refuses its request."""
+    status = 400 if error.status == 422 else error.status  # 422 is what OpenAI's clients do not expect
+    code = None if error.code == UpstreamFailed.code else error.code
+    return InvalidRequest(error.message, param=error.param, code=code, status=status)
 
 
 def _choices(answer: Any) -> list[Any]:
     _raise_if_error(answer)
     choices = answer.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+    if not isinstance(choices, list):
         raise UpstreamFailed("the upstream's answer holds no choices.")
-    return sorted(choices, key=lambda choice: choice.get("index", 0) if isinstance(choice.get("index", 0), int) else 0)
+    return sorted(choices, key=_index)
+
+
+def _index(choice: Any) -> int:
+    index = choice.get("index", 0) if isinstance(choice, dict) else 0
+    return index if isinstance(index, int) else 0
+
+
+def _beside(answer: dict[str, Any]) -> dict[str, Any]:
+    """What an answer holds beside its choices that can be passed on."""
+    return {key: value for key, value in answer.items() if key not in OURS and writable(value)}
 
 
 def _raise_if_error(answer: Any) -> None:

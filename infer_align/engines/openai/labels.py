@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from infer_align.engines.openai.probe import CONTINUE, TOP_LOGPROBS, top_logprobs
+from infer_align.engines.openai.probe import CONTINUE, LIMITS, TOP_LOGPROBS, limit_refused, top_logprobs
 from infer_align.types import LabelQuery, LabelReading
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client, Tally
@@ -25,7 +25,7 @@ END = "]"
 NEGLIGIBLE = 1e-3
 
 
-async def read_labels(client: Client, model: str, query: LabelQuery, *, continues: bool) -> LabelReading:
+async def read_labels(client: Client, model: str, query: LabelQuery, *, continues: bool, limit: str = "max_tokens") -> LabelReading:
     """One reading.
 
     Args:
@@ -33,11 +33,13 @@ async def read_labels(client: Client, model: str, query: LabelQuery, *, continue
         model: to be asked.
         query: the labels.
         continues: whether the upstream continues an assistant's turn that was begun.
+        limit: what the model calls the limit on its tokens.
 
     Raises:
         UpstreamFailed: it did not answer, or shows no logprobs.
     """
     reader = _Reader(client, model, query, continues)
+    reader.limit = limit
     total = dict.fromkeys(query.labels, 0.0)
     await reader.follow("", 1.0, total)
     logprobs = {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
@@ -48,6 +50,7 @@ class _Reader:
     def __init__(self, client: Client, model: str, query: LabelQuery, continues: bool) -> None:  # noqa: FBT001
         self.tally = Tally()
         self.prompt_tokens = 0
+        self.limit = "max_tokens"
         self._client = client
         self._model = model
         self._query = query
@@ -75,9 +78,15 @@ class _Reader:
             total[text] += probability * max(0.0, 1.0 - goes_on)
 
     async def _top(self, said: str) -> Mapping[str, float]:
-        body = {"model": self._model, **self._prompt(said), "max_tokens": 1, "temperature": 1.0}
+        body = {"model": self._model, **self._prompt(said), self.limit: LIMITS[self.limit], "temperature": 1.0}
         body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        answer = await self._client.post("/chat/completions", body, model=self._model, tally=self.tally)
+        try:
+            answer = await self._client.post("/chat/completions", body, model=self._model, tally=self.tally)
+        except UpstreamFailed as error:
+            if self.limit != "max_tokens" or not limit_refused(error):
+                raise
+            self.limit = "max_completion_tokens"
+            return await self._top(said)
         shown = top_logprobs(answer)
         if not shown:
             raise UpstreamFailed("the upstream shows no top logprobs.")

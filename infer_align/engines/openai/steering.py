@@ -21,11 +21,13 @@ from transformers import AutoTokenizer
 
 from infer_align.engines import Stream
 from infer_align.engines.openai.continuation import WAYS, Continuation, Way
+from infer_align.engines.openai.draws import refusal
 from infer_align.engines.openai.probe import TOP_LOGPROBS
+from infer_align.engines.openai.sampling import Sampling
 from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.steering import ValueCache
 from infer_align.engines.transformers.text import TextStream, token_bytes
-from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unavailable, Unsupported, nearest, shown
+from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unavailable, Unsupported, nearest
 from infer_align.hub import locate
 from infer_align.methods.vas import reweight
 from infer_align.types import Array, Candidate, Delta, Draw
@@ -48,7 +50,7 @@ class Steerer:
     """The tokenizer and the values of one engine.
 
     Attributes:
-        ways: how each upstream continues a prefix, by URL; None where it shows no top logprobs.
+        ways: how each upstream continues a prefix with a model, by (URL, model); None where it shows no top logprobs.
     """
 
     def __init__(self, tokenizer: str, values: Mapping[str, Value]) -> None:
@@ -58,7 +60,7 @@ class Steerer:
             raise ConfigError(f"tokenizer: {tokenizer!r} cannot be loaded: {error}") from error
         if not self.tokenizer.is_fast:
             raise ConfigError(f"tokenizer: {tokenizer!r} has no fast tokenizer, which streaming needs.")
-        self.ways: dict[str, Way | None] = {}
+        self.ways: dict[tuple[str, str], Way | None] = {}
         self.values = values
         self._lock = threading.Lock()
         size, shared = len(self.tokenizer), dict[object, Any]()
@@ -73,6 +75,7 @@ class Steerer:
         for token in range(size):
             self.vocabulary.setdefault(token_bytes(self.tokenizer, token), token)
         self.vocabulary.pop(b"", None)
+        self.partial = frozenset(token for data, token in self.vocabulary.items() if not _is_text(data))
 
     async def probe(self, client: Client, host: Host, model: str) -> None:
         """Find the most exact way in which an upstream continues a prefix and shows its top logprobs."""
@@ -83,19 +86,18 @@ class Steerer:
             try:
                 answer = await client.once(host, asked.path, asked.body(prompt, ids, "three") | asked.asking(2))
                 named = way != "ids" or "token_id:" in str(answer["choices"][0]["logprobs"])
-                self.ways[host.url] = way if named and asked.top(answer) else None
+                self.ways[host.url, model] = way if named and asked.top(answer) else None
             except (AlignError, KeyError, IndexError, TypeError):
-                self.ways[host.url] = None
-            if self.ways[host.url]:
+                self.ways[host.url, model] = None
+            if self.ways[host.url, model]:
                 return
 
-    @property
-    def way(self) -> Way | None:
+    def way(self, model: str) -> Way | None:
         """How a prefix is continued, whichever upstream takes a call; None where one of them cannot."""
-        found = set(self.ways.values())
+        found = {way for (_, name), way in self.ways.items() if name == model}
         return None if not found or None in found else next(way for way in reversed(WAYS) if way in found)
 
-    def check(self, draw: Draw, *, biased: bool) -> None:
+    def check(self, draw: Draw, model: str, *, biased: bool) -> None:
         """Refuse what cannot be steered token by token.
 
         Raises:
@@ -112,9 +114,12 @@ class Steerer:
                 f"align.vas.top_k: {steering.top_k} is over the {TOP_LOGPROBS} logprobs that an upstream shows; ask for fewer.",
                 param="align.vas.top_k",
             )
+        if self.way(model) is None and self.ways:
+            raise Unsupported(f"align.vas: the upstream of {model!r} cannot be steered; ask for another model.", param="align.vas")
         if steering.tail == "keep" and not biased:
             raise Unsupported(
-                "align.vas.tail: 'keep' needs logit_bias, which the upstream lacks; ask for tail 'mask'.", param="align.vas.tail"
+                "align.vas.tail: 'keep' needs logit_bias, which the upstream does not show to obey; ask for tail 'mask'.",
+                param="align.vas.tail",
             )
         for name, value in draw.body.items():
             if name not in READ and value not in (None, False, [], {}, 0):
@@ -129,9 +134,10 @@ class Steerer:
         Raises:
             Unavailable: no upstream was reached yet.
         """
-        if self.way is None:
+        way = self.way(model)
+        if way is None:
             raise Unavailable("no upstream that can be steered was reached yet")
-        return Steered(self, client, Continuation(self.way, self.vocabulary, model), draw, room, ended)
+        return Steered(self, client, Continuation(way, self.vocabulary, model), draw, room, ended)
 
     def prompt(self, draw: Draw) -> tuple[dict[str, Any], list[int]]:
         """What continues the upstream's prompt, and the prompt's tokens.
@@ -155,49 +161,11 @@ class Steerer:
             return work(*args)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How a token is chosen here."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    stops: tuple[str, ...]
-
-    @classmethod
-    def read(cls, draw: Draw) -> Sampling:
-        """From a body.
-
-        Raises:
-            InvalidRequest: a value that is not allowed.
-        """
-        bounds = {"temperature": (0.0, 2.0, 1.0), "top_p": (0.0, 1.0, 1.0), "top_k": (-1, 2**31, 0), "min_p": (0.0, 1.0, 0.0)}
-        found = {}
-        for name, (low, high, default) in bounds.items():
-            value = default if draw.body.get(name) is None else draw.body[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise InvalidRequest(f"{name}: {shown(value)} is not allowed; must be from {low} to {high}.", param=name)
-            found[name] = value
-        stop = draw.body.get("stop") or ()
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(one, str) and one for one in stops):
-            raise InvalidRequest(f"stop: {shown(stop)} is not allowed; must be a string or several, none empty.", param="stop")
-        return cls(found["temperature"], found["top_p"], int(found["top_k"]), found["min_p"], stops)
-
-    def choose(self, logits: Array, lot: np.random.Generator) -> int:
-        """[k] -> the place of the token that is sampled: temperature, then min_p, top_k, top_p."""
-        if not self.temperature:
-            return int(np.argmax(logits))
-        scaled = np.exp((logits - logits.max()) / self.temperature)
-        p = scaled / scaled.sum()
-        p[p < self.min_p * p.max()] = 0.0
-        order = np.argsort(-p, kind="stable")
-        if self.top_k > 0:
-            p[order[self.top_k :]] = 0.0
-        before = np.cumsum(p[order]) - p[order]
-        p[order[1:][before[1:] >= self.top_p * p.sum()]] = 0.0
-        return int(lot.choice(len(p), p=p / p.sum()))
+def _is_text(data: bytes) -> bool:
+    try:
+        return bool(data.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 @dataclass(slots=True)
@@ -273,6 +241,9 @@ class Steered:
         try:
             await self._write(answer)
         except UpstreamFailed as error:
+            if error.refused:
+                self.fail(refusal(error))
+                return
             calls = answer.tally.calls
             failed = Candidate(
                 answer.index, {}, error=error.message, status=error.status, retry_after=error.retry_after, calls=calls
@@ -310,8 +281,12 @@ class Steered:
         assert steering is not None
         said = self._steerer.tokenizer.decode(answer.ids[answer.prompt_tokens :], skip_special_tokens=True)
         body = self._continuation.body(answer.prompt, answer.ids, said)
-        shown = self._continuation.top(await self._post(answer, body | self._continuation.asking(steering.top_k)))
-        best = sorted(shown, key=lambda token: (-shown[token], token))[: steering.top_k]
+        shown = await self._post(answer, body | self._continuation.asking(steering.top_k), self._continuation.top)
+        # A prefix that is sent as text cannot end within a character.
+        unsayable = frozenset() if self._continuation.way == "ids" else self._steerer.partial
+        best = sorted(shown.keys() - unsayable, key=lambda token: (-shown[token], token))[: steering.top_k]
+        if not best:
+            raise UpstreamFailed("the upstream shows parts of characters only, after which text cannot be continued.")
         values = await asyncio.to_thread(self._steerer.run, self._value, best, caches)
         logits = np.array([[shown[token] for token in best]])
         beta = np.array([steering.beta[name] for name in steering.beta])
@@ -321,21 +296,25 @@ class Steered:
             lot = np.random.default_rng((answer.seed % 2**64, step))
             token: int | None = best[answer.sampling.choose(steered, lot)]
         else:
-            token = await self._sampled_there(answer, body, best, steered - logits[0], step)
+            bias = dict(zip(best, np.clip(steered - logits[0], -MAX_BIAS, MAX_BIAS), strict=True))
+            token = await self._sampled_there(answer, body, bias | dict.fromkeys(shown.keys() & unsayable, -MAX_BIAS), step)
+            if token in unsayable:
+                raise UpstreamFailed("the upstream sampled a part of a character, after which text cannot be continued.")
         if token is not None and token != self._steerer.tokenizer.eos_token_id:
             await asyncio.to_thread(self._steerer.run, self._choose, best, token, caches)
         return token
 
-    async def _sampled_there(self, answer: _Answer, body: dict[str, Any], best: list[int], added: Array, step: int) -> int | None:
-        bias = {str(token): float(b) for token, b in zip(best, np.clip(added, -MAX_BIAS, MAX_BIAS), strict=True)}
+    async def _sampled_there(self, answer: _Answer, body: dict[str, Any], added: dict[int, float], step: int) -> int | None:
+        bias = {str(token): float(b) for token, b in added.items()}
         own = {key: self._draw.body[key] for key in ("temperature", "top_p", "top_k", "min_p") if key in self._draw.body}
         seed = {"seed": (answer.seed + step * GOLDEN) % 2**31} if self._draw.seeded else {}
-        return self._continuation.sampled(
-            await self._post(answer, body | self._continuation.asking(1) | {"temperature": 1.0, **own, "logit_bias": bias, **seed})
-        )
+        asked = body | self._continuation.asking(1) | {"temperature": 1.0, **own, "logit_bias": bias, **seed}
+        token: int | None = await self._post(answer, asked, self._continuation.sampled)
+        return token
 
-    async def _post(self, answer: _Answer, body: dict[str, Any]) -> Any:
-        return await self._client.post(self._continuation.path, body, model=body["model"], tally=answer.tally)
+    async def _post(self, answer: _Answer, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+        path = self._continuation.path
+        return await self._client.post(path, body, model=body["model"], tally=answer.tally, read=read)
 
     def _used(self) -> list[LookaheadValue]:
         steering = self._draw.steering

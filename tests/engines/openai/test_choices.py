@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align.engines.openai.choices import ChoiceBuilder, shares, weight
+from infer_align.engines.openai.choices import ChoiceBuilder, count, flaw, shares, tokens
 
 TEXT = st.text(max_size=12)
 CALL = st.fixed_dictionaries(
@@ -114,8 +116,45 @@ def test_shares_add_up(total: int, weights: list[int]) -> None:
     assert all(share >= 0 for share in found)
 
 
-def test_weight_is_tokens_where_they_are_listed() -> None:
-    assert weight({"message": {"content": "abcdef"}, "logprobs": {"content": [{}, {}]}}) == 2
-    assert weight({"text": "abc", "logprobs": {"tokens": ["a"]}}) == 1
-    assert weight({"message": {"content": "x" * 50}}) > weight({"message": {"content": "x"}})
-    assert weight({"text": "abc", "logprobs": None}) == 3
+def test_tokens_are_those_that_are_listed_or_as_many_as_the_text_is_long() -> None:
+    assert tokens({"message": {"content": "abcdef"}, "logprobs": {"content": [{}, {}, {}]}}) == 3
+    assert tokens({"text": "abc", "logprobs": {"tokens": ["a"]}}) == 1
+    assert tokens({"message": {"role": "assistant", "content": "x" * 50}}) == 13
+    assert tokens({"message": {"role": "assistant", "content": "x", "reasoning_content": "y" * 40}}) == 11
+    assert tokens({"message": {"role": "assistant", "content": None, "tool_calls": [{"id": "x" * 40}]}}) > 10
+    assert tokens({"text": "abc", "logprobs": None}) == 1
+    assert tokens({"text": ""}) == tokens({"message": {"role": "assistant", "content": None}}) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "choice", "words"),
+    [
+        ("chat", {}, "message"), ("chat", {"message": None}, "message"), ("chat", {"message": "hello"}, "message"),
+        ("chat", {"message": {"content": 7}}, "text"), ("chat", {"message": {"tool_calls": "f()"}}, "tool calls"),
+        ("chat", {"message": {}, "logprobs": [1]}, "logprobs"), ("chat", {"message": {}, "finish_reason": {}}, "finish_reason"),
+        ("chat", {"message": {}, "logprobs": {"content": [{"logprob": -math.inf}]}}, "JSON"),
+        ("chat", {"message": {"content": "\ud800"}}, "JSON"), ("completion", {}, "text"), ("completion", {"text": None}, "text"),
+        ("completion", {"text": "x", "score": math.nan}, "JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_no_choice(kind: Any, choice: dict[str, Any], words: str) -> None:
+    assert words in (flaw(kind, choice) or "")
+
+
+@pytest.mark.parametrize(
+    "piece", [{"delta": "text"}, {"delta": {"content": 3}}, {"delta": {"content": "\udc00"}}, {"delta": {}, "logprobs": 1}]
+)
+def test_what_is_no_piece(piece: dict[str, Any]) -> None:
+    assert flaw("chat", piece, streamed=True)
+
+
+def test_what_is_one() -> None:
+    for choice in ({"message": {"content": "x"}}, {"message": {"content": None, "tool_calls": [{}]}, "logprobs": None, "new": [1]}):
+        assert flaw("chat", choice) is None
+    for piece in ({}, {"delta": None}, {"delta": {}, "finish_reason": "stop"}, {"delta": {"content": "\U0001f989"}}):
+        assert flaw("chat", piece, streamed=True) is None
+    assert flaw("completion", {"text": ""}) is flaw("completion", {"text": None}, streamed=True) is None
+
+
+def test_counts_in_the_wild() -> None:
+    assert [count(value) for value in (0, 7, -1, True, "7", None, 1.5, 10**400)] == [0, 7, *[None] * 6]

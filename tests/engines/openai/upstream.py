@@ -31,6 +31,7 @@ class Upstream:
         self.behave: Callable[[int, Body], str] = lambda _, __: "ok"
         self.extra_choice: Body = {}
         self.extra: Body = {}
+        self.details: Body = {}  # of the usage
         self.words_seconds = 0.0
         self.answer: Callable[[str, Body], Body] | None = None  # instead of candidates
         self.port = 0
@@ -40,6 +41,7 @@ class Upstream:
         """Forget what was sent."""
         self.bodies: list[Body] = []
         self.paths: list[str] = []
+        self.asked: list[str] = []  # method, path and query
         self.headers: list[dict[str, str]] = []
         self.raw: list[bytes] = []
         self.running = 0
@@ -64,7 +66,7 @@ class Upstream:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        if scope["method"] == "GET":
+        if scope["method"] == "GET" and scope["path"].endswith("/models"):
             await reply(send, 200, {"object": "list", "data": self.models})
             return
         content = b""
@@ -73,10 +75,11 @@ class Upstream:
             content += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        call, body = self.calls, json.loads(content)
+        call, body = self.calls, json.loads(content or b"{}")
         self.raw.append(content)
         self.bodies.append(body)
         self.paths.append(scope["path"])
+        self.asked.append(f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}".rstrip("?"))
         self.headers.append({k.decode(): v.decode() for k, v in scope["headers"]})
         self.running += 1
         work = asyncio.create_task(self._work(call, body, scope, send))
@@ -106,7 +109,7 @@ class Upstream:
 
     async def _speak(self, body: Body, send: Any, *, chat: bool) -> None:
         texts = self._texts(body)
-        usage = {"prompt_tokens": 5, "completion_tokens": 2 * len(texts), "total_tokens": 5 + 2 * len(texts)}
+        usage = {"prompt_tokens": 5, "completion_tokens": 2 * len(texts), "total_tokens": 5 + 2 * len(texts), **self.details}
         head = {"id": "x", "model": body.get("model"), "created": 1, **self.extra}
         if not body.get("stream"):
             await asyncio.sleep(self.words_seconds * 2)
@@ -161,6 +164,19 @@ class Faults:
     @staticmethod
     async def error_400(_: Upstream, __: Body, send: Any) -> None:
         await reply(send, 400, {"error": {"message": "top_p is 7, which is too much", "param": "top_p", "code": "bad_top_p"}})
+
+    @staticmethod
+    async def newer_limit(_: Upstream, __: Body, send: Any) -> None:
+        told = {
+            "message": "Unsupported parameter: use 'max_completion_tokens' instead.",
+            "param": "max_tokens",
+            "code": "unsupported",
+        }
+        await reply(send, 400, {"error": told})
+
+    @staticmethod
+    async def echo(_: Upstream, body: Body, send: Any) -> None:
+        await reply(send, 400, {"error": {"message": f"I refuse {json.dumps(body)}", "param": None, "code": None}})
 
     @staticmethod
     async def no_stream_options(_: Upstream, __: Body, send: Any) -> None:
@@ -254,6 +270,95 @@ class Faults:
         await event(send, {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]})
         await asyncio.sleep(0.2)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @staticmethod
+    async def message_missing(_: Upstream, __: Body, send: Any) -> None:
+        await reply(send, 200, {"choices": [{"index": 0, "finish_reason": "stop"}]})
+
+    @staticmethod
+    async def message_of_text(_: Upstream, __: Body, send: Any) -> None:
+        await reply(send, 200, {"choices": [{"index": 0, "message": "hello", "finish_reason": "stop"}]})
+
+    @staticmethod
+    async def infinite(_: Upstream, __: Body, send: Any) -> None:
+        logprobs = {"content": [{"token": "a", "logprob": float("-inf")}]}  # json.dumps writes -Infinity
+        await reply(send, 200, {"choices": [{"index": 0, "message": {"content": "a"}, "logprobs": logprobs}]})
+
+    @staticmethod
+    async def half_a_character(_: Upstream, __: Body, send: Any) -> None:
+        await reply(send, 200, {"choices": [{"index": 0, "message": {"content": "\ud83d"}, "finish_reason": "stop"}]})
+
+    @staticmethod
+    async def choices_of_text(_: Upstream, __: Body, send: Any) -> None:
+        await reply(send, 200, {"choices": ["hello"]})
+
+    @staticmethod
+    async def a_list(_: Upstream, __: Body, send: Any) -> None:
+        await reply(send, 200, [1, 2])
+
+    @staticmethod
+    async def sse_as_json(_: Upstream, __: Body, send: Any) -> None:
+        await start(send, 200, JSON)
+        await send({"type": "http.response.body", "body": b'data: {"choices": []}\n\ndata: [DONE]\n\n'})
+
+    @staticmethod
+    async def half_flawed(app: Upstream, body: Body, send: Any) -> None:
+        """Every second choice is one; and the number of tokens is none."""
+        good = [app._choice(i, text, True) for i, text in enumerate(app._texts(body))]
+        bad: list[Any] = [
+            {"index": 1, "message": None},
+            {"index": 3},
+            {"index": 5, "message": {"content": 5}},
+            {"index": 7, "message": []},
+        ]
+        choices = [good[i] if i % 2 == 0 else bad[i // 2] for i in range(len(good))]
+        await reply(send, 200, {"choices": choices, "usage": {"prompt_tokens": 5, "completion_tokens": -5}})
+
+    @staticmethod
+    async def _half(app: Upstream, body: Body, send: Any) -> None:
+        """The first half of the choices to their end, of the others a beginning."""
+        await start(send, 200, SSE)
+        for i, text in enumerate(app._texts(body)):
+            await event(send, {"choices": [{"index": i, "delta": {"content": text}, "finish_reason": None}]})
+            if i < body["n"] / 2:
+                await event(send, {"choices": [{"index": i, "delta": {}, "finish_reason": "stop"}]})
+
+    @staticmethod
+    async def half_then_broken(app: Upstream, body: Body, send: Any) -> None:
+        await Faults._half(app, body, send)
+        await asyncio.sleep(0.2)
+        send.__self__.transport.close()
+
+    @staticmethod
+    async def half_then_drip(app: Upstream, body: Body, send: Any) -> None:
+        await Faults._half(app, body, send)
+        for _ in range(100):
+            await asyncio.sleep(0.1)
+            await event(send, {"choices": [{"index": body["n"] - 1, "delta": {"content": " 0"}, "finish_reason": None}]})
+
+    @staticmethod
+    async def garbage_in_stream(_: Upstream, __: Body, send: Any) -> None:
+        await start(send, 200, SSE)
+        await event(send, {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]})
+        await asyncio.sleep(0.2)
+        await send({"type": "http.response.body", "body": b"data: {nonsense\n\n", "more_body": True})
+        await asyncio.sleep(60)
+
+    @staticmethod
+    async def odd_in_stream(_: Upstream, __: Body, send: Any) -> None:
+        """JSON, and of the wrong shape."""
+        await start(send, 200, SSE)
+        await event(send, {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]})
+        await asyncio.sleep(0.2)
+        await event(send, {"choices": [{"index": 0, "delta": 7}]})
+        await event(send, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    @staticmethod
+    async def slow_reset(_: Upstream, __: Body, send: Any) -> None:
+        """The connection is lost after a while: the work may have been done."""
+        await asyncio.sleep(0.4)
+        send.__self__.transport.abort()
 
     @staticmethod
     async def reset(_: Upstream, __: Body, send: Any) -> None:

@@ -1,0 +1,203 @@
+"""The Responses API of an upstream: passed through as it is, with its own key, and counted like everything else."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infer_align import config as configuration
+from tests.engines.openai.upstream import SSE, Faults, Upstream, reply, start, upstream
+from tests.server.conftest import Live, end
+from tests.server.conftest import start as serve
+
+KEY, CALLER = "sk-upstream-secret", {"authorization": "Bearer the-clients-own"}
+ASKED = {"model": "up", "input": "hello", "unknown": {"x": [1, None]}}
+EVENTS = [
+    b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_1","usage":null}}\n\n',
+    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"hi"}\n\n',
+    b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"output_tokens":7}}}\n\n',
+]
+
+
+class Answers:
+    """What an upstream with a Responses API says."""
+
+    @staticmethod
+    async def stored(_: Upstream, body: dict[str, Any], send: Any) -> None:
+        await reply(send, 200, {"id": "resp_1", "object": "response", "got": body, "usage": {"output_tokens": 40}})
+
+    @staticmethod
+    async def streamed(_: Upstream, __: dict[str, Any], send: Any) -> None:
+        await start(send, 200, SSE)
+        for piece in EVENTS:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    @staticmethod
+    async def broken(_: Upstream, __: dict[str, Any], send: Any) -> None:
+        await start(send, 200, SSE)
+        await send({"type": "http.response.body", "body": EVENTS[0], "more_body": True})
+        send.__self__.transport.close()
+
+    @staticmethod
+    async def endless(_: Upstream, __: dict[str, Any], send: Any) -> None:
+        await start(send, 200, SSE)
+        await send({"type": "http.response.body", "body": EVENTS[0], "more_body": True})
+        await Faults.hang(_, __, send)
+
+    @staticmethod
+    async def missing(_: Upstream, __: dict[str, Any], send: Any) -> None:
+        await reply(send, 404, {"detail": "Not Found"})
+
+    @staticmethod
+    async def unknown(_: Upstream, __: dict[str, Any], send: Any) -> None:
+        await reply(send, 404, {"error": {"message": "Response with id 'resp_9' not found.", "param": "response_id", "code": None}})
+
+
+@pytest.fixture
+def up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
+    for name, answer in vars(Answers).items():
+        if isinstance(answer, staticmethod):
+            monkeypatch.setattr(Faults, name, answer, raising=False)
+    with upstream() as app:
+        app.behave = lambda _, __: "stored"
+        yield app
+
+
+@pytest.fixture
+def front(up: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Live]]:
+    monkeypatch.setenv("TEST_RESPONSES_UPSTREAM", KEY)
+    monkeypatch.setenv("TEST_RESPONSES_KEYS", "the-clients-own")
+    lives: list[Live] = []
+
+    def make(*more: str, limits: str = "") -> Live:
+        path = tmp_path / "c.toml"
+        path.write_text(
+            f'[engine]\nkind = "openai"\nurls = {json.dumps([up.url, *more])}\nprobe = false\n'
+            f'api_key_env = "TEST_RESPONSES_UPSTREAM"\n'
+            f'[server]\napi_keys_env = "TEST_RESPONSES_KEYS"\n[presets.best]\nbest_of_n = {{n = 2}}\n[limits]\n{limits}\n'
+        )
+        lives.append(serve(configuration.load(path)))
+        return lives[-1]
+
+    yield make
+    for live in lives:
+        end(live)
+
+
+def ask(live: Live, **fields: Any) -> Any:
+    return live.post({**ASKED, **fields}, "/v1/responses", headers=CALLER)
+
+
+def left(live: Live) -> float:
+    return float(live.service.tokens.left("key 0"))
+
+
+def test_it_arrives_as_it_is_under_the_upstreams_own_key(up: Upstream, front: Any) -> None:
+    live = front()
+    raw = b'{"input" : "h\\u00e9",  "model":"up","seed":1.50}'
+    answer = live.post(raw, "/v1/responses", headers=CALLER)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["id"] == "resp_1"
+    assert up.raw == [raw]
+    assert up.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert live.post({"model": "up"}, "/v1/responses").status_code == 401
+    assert "/v1/responses" in live.get("/openapi.json", headers=CALLER).json()["paths"]
+
+
+def test_what_is_stored_is_read_deleted_and_cancelled(up: Upstream, front: Any) -> None:
+    live = front()
+    with live.http(headers=CALLER) as http:
+        assert http.get("/v1/responses/resp_1?include=a%26b&include=c").status_code == 200
+        assert http.delete("/v1/responses/resp_1").status_code == 200
+        assert http.post("/v1/responses/resp_1/cancel").status_code == 200
+        assert http.get("/v1/responses/resp_1/input_items").status_code == 200
+        for path in ("..%2f..%2fsecret", "a%2fb", "x%3fy=1", "a%23b"):
+            assert http.get(f"/v1/responses/{path}").status_code == 404
+    assert up.asked == [
+        "GET /v1/responses/resp_1?include=a%26b&include=c", "DELETE /v1/responses/resp_1", "POST /v1/responses/resp_1/cancel",
+        "GET /v1/responses/resp_1/input_items",
+    ]  # fmt: skip
+
+
+def test_a_stream_comes_byte_for_byte(up: Upstream, front: Any) -> None:
+    live = front()
+    up.behave = lambda _, __: "streamed"
+    answer = ask(live, stream=True)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.content == b"".join(EVENTS)
+    up.behave = lambda _, __: "broken"
+    answer = ask(live, stream=True)
+    assert answer.content.startswith(EVENTS[0])
+    last = json.loads(answer.text.rpartition("data: ")[2])
+    assert (last["type"], last["code"]) == ("error", "upstream_failed")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_it_ends_when_the_client_leaves(up: Upstream, front: Any, stream: bool) -> None:
+    live = front()
+    up.behave = lambda _, __: "endless" if stream else "hang"
+    content = json.dumps({**ASKED, "stream": stream}).encode()
+    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
+        head = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nAuthorization: {CALLER['authorization']}\r\n"
+        raw.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
+        assert live.until(lambda: up.running == 1)
+        if stream:
+            assert b"200" in raw.recv(1000)
+    assert live.until(lambda: up.running == 0, 1.0)
+    assert live.until(lambda: live.service.admission.running == 0)
+
+
+def test_where_there_is_none_it_says_so(up: Upstream, front: Any) -> None:
+    live = front()
+    up.behave = lambda _, __: "missing"
+    answer = ask(live)
+    assert answer.status_code == 404
+    assert "the upstream does not serve this" in answer.json()["error"]["message"]
+    up.behave = lambda _, __: "unknown"
+    answer = live.get("/v1/responses/resp_9", headers=CALLER)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (404, "response_id")
+    assert "resp_9" in answer.json()["error"]["message"]
+
+
+def test_what_lies_on_another_upstream_is_found_there(up: Upstream, front: Any) -> None:
+    with upstream() as second:
+        second.behave = lambda _, __: "stored"
+        up.behave = lambda _, __: "unknown"
+        live = front(second.url)
+        for _ in range(3):
+            assert live.get("/v1/responses/resp_1", headers=CALLER).status_code == 200
+        assert second.calls == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"align": {"best_of_n": {}}}, 400, "align"),
+        ({"model": "up@best", "max_output_tokens": 9}, 400, "model"),
+        ({"model": "nobody", "max_output_tokens": 9}, 404, "model"),
+        ({"max_output_tokens": 500}, 400, "max_output_tokens"), ({}, 400, "max_output_tokens"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_named(up: Upstream, front: Any, fields: dict[str, Any], status: int, param: str) -> None:
+    answer = ask(front(limits="max_completion_tokens = 400"), **fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
+    assert up.calls == 0
+
+
+@pytest.mark.parametrize(("behaviour", "spent"), [("stored", 40), ("streamed", 7), ("error_400", 0)])
+def test_it_is_charged(up: Upstream, front: Any, behaviour: str, spent: int) -> None:
+    live = front(limits="candidate_tokens_per_minute = 1000")
+    up.behave = lambda _, __: behaviour
+    ask(live, max_output_tokens=20)
+    assert live.until(lambda: live.service.admission.running == 0)
+    assert 1000 - spent <= left(live) <= 1001 - spent, "what was said, and not only what was announced"
+    live.get("/v1/responses/resp_1", headers=CALLER)
+    assert left(live) >= 1000 - spent, "reading it again is free"
+    ask(live, max_output_tokens=990)
+    assert ask(live, max_output_tokens=1000).status_code == (429 if spent else 400)
