@@ -235,7 +235,7 @@ ALIGN: list[tuple[Any, str, str]] = [
     ({"rps": {}}, "align.rps", "give align.dpa.direction too"),
     ({"vas": {"beta": {"x": 1}}}, "align.vas", "needs steer"),
     ({"trust_judge": {"scale": 7}}, "align.trust_judge.scale", "5, 10 or 100"),
-    ({"trust_judge": {"criteria": ""}}, "align.trust_judge.criteria", "must match"),
+    ({"trust_judge": {"criteria": ""}}, "align.trust_judge.criteria", "must be words"),
 ]
 
 
