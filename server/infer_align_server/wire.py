@@ -63,6 +63,9 @@ def parse_body(received: bytes) -> dict[str, Any]:
         if b"\\u" in received:  # only an escape can smuggle in half a surrogate pair
             json.dumps(body, ensure_ascii=False).encode()
         _check_nesting(body)
+    except _TooLarge:
+        where = _overflow(received)
+        raise InvalidRequest(f"{where or 'the body'}: holds a number that is larger than any here.", param=where) from None
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"the body holds text that is not Unicode: {error.reason}; escape whole surrogate pairs.") from None
     except (ValueError, RecursionError) as error:
@@ -90,11 +93,35 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
+class _TooLarge(Exception):
+    """A number that overflows: as infinity it would pass every comparison, and no JSON could carry it on."""
+
+
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"{text[:40]} is larger than any number here")
+        raise _TooLarge
     return number
+
+
+def _overflow(received: bytes) -> str | None:
+    try:
+        body = json.loads(received)
+        _check_nesting(body)
+    except RecursionError:
+        return None
+    return _infinite(body)
+
+
+def _infinite(value: object, path: str = "") -> str | None:
+    """Where in a body an infinite number stands."""
+    if isinstance(value, dict):
+        inside = ((f"{path}.{key}" if path else key, child) for key, child in value.items())
+    elif isinstance(value, list):
+        inside = ((f"{path}[{i}]", child) for i, child in enumerate(value))
+    else:
+        return path if isinstance(value, float) and math.isinf(value) else None
+    return next((found for where, child in inside if (found := _infinite(child, where))), None)
 
 
 def dumps(value: object) -> bytes:

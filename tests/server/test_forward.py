@@ -121,6 +121,27 @@ def test_other_routes_are_the_engines(live: Live) -> None:
     assert live.post(b"x" * 3000, "/upload", headers=KEY).status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/responses", {"max_output_tokens": 5001}, "max_output_tokens"), ("/v1/responses", {"align": {}}, "align"),
+        ("/v1/messages", {"max_tokens": 5001}, "max_tokens"),
+        ("/generate", {"max_completion_tokens": 5001}, "max_completion_tokens"),
+        ("/generate", {"align": {"best_of_n": {}}}, "align"), ("/v1/completions", {"prompt": "x", "best_of": 5}, "n"),
+    ],
+)  # fmt: skip
+def test_no_route_leads_around_the_limits(live: Live, path: str, fields: dict[str, Any], param: str) -> None:
+    answer = live.post({"model": "fake", **fields}, path, headers=KEY)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_the_engines_responses_are_its_own(live: Live) -> None:
+    told = live.post({"model": "fake", "input": "x", "max_output_tokens": 9}, "/v1/responses", headers=KEY).json()
+    assert (told["path"], json.loads(told["body"])["input"]) == ("/v1/responses", "x")
+    for path in ("/v1/responses/resp_1", "/v1/responses/resp_1/input_items"):
+        assert live.get(path, headers=KEY).json()["path"] == path
+
+
 def test_metrics_are_both(live: Live) -> None:
     assert live.metric("engine_left_total") == 7.0
     assert live.metric("infer_align_ready") == 1.0

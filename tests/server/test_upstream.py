@@ -127,6 +127,16 @@ def test_every_field_arrives_unchanged(told: Upstream, front: Any, align: Any, s
     assert bool(sent.get("stream")) == (stream and not align), "streamed only where somebody reads it"
 
 
+@pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 4}}])
+def test_a_budget_of_tokens_makes_no_stream_of_what_is_none(told: Upstream, front: Any, align: Any) -> None:
+    live = front(extra="[limits]\ncandidate_tokens_per_minute = 100000\n")
+    told.reset()
+    answer = chat(live, align)
+    assert "stream" not in told.bodies[0]
+    spent = 100_000 - live.service.tokens.left("127.0.0.1")
+    assert spent <= answer.json()["usage"]["completion_tokens"]
+
+
 def test_a_seed_that_nobody_gave_is_not_sent(told: Upstream, front: Any) -> None:
     live = front()
     told.reset()
@@ -259,8 +269,11 @@ def test_tool_calls_through_a_selection(told: Upstream, front: Any) -> None:
 
 
 def test_a_number_that_is_too_large_is_the_clients_fault(told: Upstream, front: Any) -> None:
-    answer = front().post(b'{"model": "up", "messages": [{"role": "user", "content": "x"}], "temperature": 1e400}')
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    live = front()
+    answer = live.post(b'{"model": "up", "messages": [{"role": "user", "content": "x"}], "logit_bias": {"5": 1e400}}')
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias.5")
+    deep = b'{"messages": ' + b"[" * 900 + b"1e400" + b"]" * 900 + b"}"
+    assert live.post(deep).status_code == 400
     assert told.calls == 0
 
 

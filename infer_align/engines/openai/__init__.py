@@ -143,13 +143,13 @@ class OpenAIEngine(Engine):
             self._steerer = await asyncio.to_thread(Steerer, self.config.tokenizer, self.values)
             self._roster.steerer = self._steerer
         await self.client.start()
-        await asyncio.gather(*(self._roster.reach(host) for host in self.client.pool.hosts))
+        await self._roster.reach_all()
         self._watch = asyncio.create_task(self._keep_reaching())
 
     async def _keep_reaching(self) -> None:
         while True:
             await asyncio.sleep(self.config.recovery_seconds)
-            await self._roster.reach_again()
+            await self._roster.reach_all()
 
     async def close(self) -> None:
         """Break off what is drawn; its streams end with an error."""

@@ -242,14 +242,16 @@ class Drawing:
         """What is complete is a candidate, what is flawed or was broken off has failed; what has not begun is left."""
         done = {place: batch.builders[place].choice("stop") for place in sorted(batch.builders) if batch.finished(place)}
         for (place, choice), spent in zip(done.items(), batch.sampled(done), strict=True):
-            index, calls = batch.indices[place], batch.calls()
-            self._put(Candidate(index, choice, 0, batch.prompt_tokens(), spent, calls=calls, beside=batch.told()))
+            if (index := batch.indices[place]) in self._left:
+                prompt, calls = batch.prompt_tokens(), batch.calls()
+                self._put(Candidate(index, choice, 0, prompt, spent, calls=calls, beside=batch.told()))
         for place in sorted((batch.builders.keys() | batch.flaws.keys()) - done.keys()):
             wrong = batch.flaws.get(place)
             error = f"the upstream answered {wrong}." if wrong else why
             spent = batch.builders[place].pieces if place in batch.builders else 0
             failed = Candidate(batch.indices[place], {}, 0, 0, spent, error, 502 if wrong else status, retry_after)
-            self._put(replace(failed, calls=batch.calls()))
+            if failed.index in self._left:
+                self._put(replace(failed, calls=batch.calls()))
 
     def _draw_others(self, batch: _Batch) -> None:
         """The request was refused for all of a batch, and its first has been asked alone."""
@@ -260,19 +262,21 @@ class Drawing:
 
     def _failed(self, batch: _Batch, error: UpstreamFailed) -> None:
         """The call has not ended well: a wrong request is wrong for all, a failure is its candidates' own."""
-        told, several = f"{error.param} {error.message}", len(batch.indices) > 1
+        told, wanted = f"{error.param} {error.message}", [index for index in batch.indices if index in self._left]
+        several = len(batch.indices) > 1 and len(wanted) > 0
         if error.refused and "stream_options" in told and self._streamed and batch.metered:
             # Perhaps it is this that is refused, perhaps a text that names it: what comes back without it tells.
-            self._begin(_Batch(batch.indices, batch.then, batch.tally, batch.known_good, metered=False))
+            self._begin(_Batch(wanted or batch.indices[:1], batch.then, batch.tally, batch.known_good, metered=False))
             return
         if error.refused and several and batch.known_good:
-            half = len(batch.indices) // 2
-            self._begin(_Batch(batch.indices[:half], [], batch.tally, known_good=True, metered=batch.metered))
-            self._begin(_Batch(batch.indices[half:], known_good=True, metered=batch.metered))
+            half = (len(wanted) + 1) // 2
+            self._begin(_Batch(wanted[:half], [], batch.tally, known_good=True, metered=batch.metered))
+            if wanted[half:]:
+                self._begin(_Batch(wanted[half:], known_good=True, metered=batch.metered))
             return
         if error.refused and several and self._fanout.doubtful:
             # Is it the number that is refused, or the request? The first, asked alone, tells.
-            first, *others = batch.indices
+            first, *others = wanted
             self._begin(_Batch([first], others, batch.tally, metered=batch.metered))
             return
         if error.refused and not batch.known_good:

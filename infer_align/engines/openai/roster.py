@@ -83,11 +83,12 @@ class Roster:
         return (self._config.model,) if self._config.model else tuple(self._listed.get(host.url, {}))[:MOST_PROBED]
 
     async def reach(self, host: Host) -> None:
-        """List its models, and ask what it can do with them; a failure is noted on the host."""
+        """List its models where it was lost, and ask what is still open of them; a failure is noted on the host."""
         try:
-            await self._list(host)
-            if host.down is None:
+            if host.down is not None or (host.url not in self._listed and not self._config.model):
+                await self._list(host)
                 self._due = {key: due for key, due in self._due.items() if key[0] != host.url}  # it is back: ask at once
+            if host.down is None:
                 await self._ask(host)
         except AlignError as error:
             host.failed(host.down or error.message)
@@ -96,16 +97,9 @@ class Roster:
             host.failed("it answers what cannot be read")
         self._client.pool.wake()
 
-    async def reach_again(self) -> None:
-        """Those that were lost, and those of which something is still not known."""
-
-        async def again(host: Host) -> None:
-            if host.down is None and (host.url in self._listed or self._config.model):
-                await self._ask(host)
-            else:
-                await self.reach(host)
-
-        await asyncio.gather(*(again(host) for host in self._client.pool.hosts))
+    async def reach_all(self) -> None:
+        """All of them at once."""
+        await asyncio.gather(*(self.reach(host) for host in self._client.pool.hosts))
 
     async def _list(self, host: Host) -> None:
         try:
