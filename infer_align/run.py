@@ -20,7 +20,7 @@ from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed, Rewar
 from infer_align.halving import Halving
 from infer_align.objectives import project
 from infer_align.request import plan_rewards
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import Marks, Reward, seconds_allowed
 from infer_align.selection import select
 from infer_align.types import Array, Candidate, Delta, Direction, Draw, Estimate, Messages, Plan, Response, Scores, Spent, Timing
 
@@ -216,6 +216,7 @@ async def _joined(tasks: Sequence[asyncio.Task[Marks]]) -> Marks:
 async def _mark(reward: Reward, messages: Messages, candidates: Sequence[Candidate], deadline: float | None) -> Marks:
     shape = (max(1, len(reward.attributes)), len(reward.members), len(candidates))
     seconds = reward.timeout_seconds if deadline is None else min(reward.timeout_seconds, deadline - monotonic())
+    seconds_allowed.set(seconds)  # of this task alone
     try:
         async with asyncio.timeout(seconds):
             marks = await reward.score(messages, candidates)

@@ -5,13 +5,21 @@ A reward module holds a frozen dataclass, its `[rewards.<name>]` section, whose 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
 
 from infer_align.types import Array, Body, Candidate, LabelReader, Messages, Spent
+
+# How long the scoring that runs now may take, in seconds: the reward's own limit, or less before a deadline. Whoever makes several
+# calls ends each a little before it, so that one that hangs does not take the others along.
+seconds_allowed: ContextVar[float] = ContextVar("seconds_allowed", default=math.inf)
+# Of that time, what a single call gets.
+CALL_SHARE = 0.95
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from infer_align.errors import AlignError, ConfigError
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import CALL_SHARE, Marks, Reward, seconds_allowed
 from infer_align.types import Array, Candidate, Messages, Spent
 from infer_align.upstream import Upstream, UpstreamFailed
 from infer_align.upstream.client import Client
@@ -64,8 +64,6 @@ class FromUpstream(Upstream):
 
 
 plugin = FromUpstream
-# A call gives up this share of the time before the reward as a whole does, so that what the other calls have said counts.
-SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +152,7 @@ class UpstreamReward(Reward):
 
     async def _in_time(self, member: _Member, body: Mapping[str, Any], n: int) -> tuple[Sequence[Array], str | None, int]:
         """`_answer`, or that there was none in time: one call that hangs is not to take the others along."""
-        seconds = self.timeout_seconds * (1 - SHARE)
+        seconds = CALL_SHARE * min(self.timeout_seconds, seconds_allowed.get())
         try:
             async with asyncio.timeout(seconds):
                 return await self._answer(member, body, n)

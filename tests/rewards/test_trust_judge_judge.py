@@ -18,8 +18,10 @@ from infer_align.engines.fake import Fake, FakeEngine, Labels, Reply
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, Unsupported
 from infer_align.methods.trust_judge import TrustJudge as Asked
+from infer_align.objectives import Ensemble
 from infer_align.rewards.trust_judge import TrustJudge, TrustJudgeReward
-from infer_align.types import Candidate, Capability, LabelQuery, LabelReading
+from infer_align.run import score
+from infer_align.types import Candidate, Capability, LabelQuery, LabelReading, Plan
 
 ASK: Any = [{"role": "user", "content": "What is the diet of the owl?"}]
 GOOD = Labels({"90": 0.6, "80": 0.3, "the": 0.1}, r"Answer <\d+>\ngood")
@@ -303,3 +305,17 @@ async def test_on_a_real_model(language_model: Any, mode: Any) -> None:
     wary = judge.configured(min_mass=0.9)
     assert np.isnan((await wary.score(ASK, texts)).values).all(), "a random model says anything but labels"
     await engine.close()
+
+
+def test_a_reading_that_hangs_costs_its_own_candidate_only() -> None:
+    class Hangs(FakeEngine):
+        async def read_labels(self, query: LabelQuery) -> LabelReading:
+            if "slow" in query.messages[1]["content"]:
+                await asyncio.sleep(60)
+            return await super().read_labels(query)
+
+    judge = reward(Hangs(Fake(labels=(GOOD,))), timeout_seconds=0.4)
+    plan = Plan((), Ensemble("mean"), {"judge": 1.0}, messages=ASK)
+    scores = asyncio.run(score(plan, {"judge": judge}, candidates("good", "slow", "good")))
+    assert np.isnan(scores.members["judge"][0]).tolist() == [False, True, False]
+    assert "did not answer within 0.38 s" in (scores.notes["judge"][1] or "")

@@ -263,7 +263,7 @@ def test_an_engine_failure_keeps_its_status(serve: Any, status: int | None, erro
             client.chat.completions.create(model="fake", messages=USER)
         assert caught.value.status_code == (status or 502)
         assert "the GPU fell off" in caught.value.message
-        assert caught.value.code == "engine_failed"
+        assert caught.value.code == ("rate_limit_exceeded" if status == 429 else "engine_failed")
 
 
 def test_a_failure_before_the_first_token_of_a_stream_has_its_own_status(serve: Any) -> None:

@@ -531,7 +531,7 @@ def test_max_concurrency_is_per_upstream(told: Upstream, front: Any) -> None:
     behave = lambda _, __: most.append(told.running) or "ok"  # noqa: E731
     told.behave = behave
     assert chat(live, {"best_of_n": {"n": 7}}).json()["align"]["dropped"] == 0
-    assert 2 <= max(most) <= 3, "the upstream counts one that has answered until its connection knows"
+    assert 2 <= max(most) <= 4, "of 7; the upstream counts one that has answered until its connection knows"
 
 
 def test_without_an_upstream_it_is_not_ready_and_becomes_so(told: Upstream, front: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infer_align.errors import AlignError
+from infer_align.rewards import CALL_SHARE, seconds_allowed
 from infer_align.rewards.trust_judge.prompts import BETTER, SCORE, SIDES, labels, pair_messages, score_messages
 from infer_align.rewards.trust_judge.readings import Reading, mass
 from infer_align.types import Candidate, Draw, LabelQuery, LabelReader, Messages, Spent
@@ -51,6 +52,14 @@ class Judge:
         return list(zip(found[::2], found[1::2], strict=True))
 
     async def _ask(self, messages: list[dict[str, Any]], prefix: str, among: tuple[str, ...]) -> Judgement:
+        allowed = CALL_SHARE * seconds_allowed.get()
+        try:
+            async with asyncio.timeout(allowed if math.isfinite(allowed) else None):
+                return await self._read(messages, prefix, among)
+        except TimeoutError:
+            return Judgement(None, error=f"the judge did not answer within {allowed:.3g} s")
+
+    async def _read(self, messages: list[dict[str, Any]], prefix: str, among: tuple[str, ...]) -> Judgement:
         spent, said, likely = Spent(), "", 0.0
         try:
             if self.critique_tokens:
