@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,21 @@ from infer_align_server import cli
 from tests.server.conftest import config_file, serve
 
 __all__ = ["config_file", "serve"]
+
+# A reply repeats its prompt, a word per token; a candidate is as slow as its seed says: its times are known to the number.
+FIRST, EACH, SPREAD = 0.06, 0.02, 3.0
+ECHO = f"""
+[engine]
+kind = "fake"
+replies = [{{text = "{{prompt}}", first_token_seconds = {FIRST}, seconds_per_token = {EACH}, spread = {SPREAD}}}]
+[rewards.brevity]
+kind = "rules"
+words_weight = -1.0
+[presets.four]
+best_of_n = {{n = 4}}
+"""
+QUICK = '[engine]\nkind = "fake"\nreplies = [{text = "one two three"}]\n[rewards.r]\nkind = "rules"\nwords_weight = 1.0\n'
+USAGE = {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 2}}
 
 Answer = Callable[[dict[str, Any], int], Response]
 
@@ -85,6 +101,15 @@ def piece(content: str | None, finish_reason: str | None = None, **more: Any) ->
     """One chunk."""
     delta = {"content": content} if content is not None else {"role": "assistant", "content": ""}
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **more}
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return tmp_path / "out.json"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 @pytest.fixture
