@@ -67,6 +67,10 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     loop.add_argument(
         "--seed", type=whole, default=0, help="of prompts, arrivals, turns, and of each request; default: %(default)s"
     )
+    _add_dataset(parser)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
     asked = parser.add_argument_group("what is asked")
     asked.add_argument(
         "--dataset", default="demo", metavar="NAME", help="demo, synthetic, or a JSONL file of chats; default: %(default)s"

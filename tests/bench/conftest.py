@@ -43,7 +43,7 @@ Answer = Callable[[dict[str, Any], int], Response]
 class Peer:
     """An endpoint that answers request number i of a chat by `answer(body, i)`."""
 
-    def __init__(self, answer: Answer, models: Response | None = None) -> None:
+    def __init__(self, answer: Answer, models: Response | None = None, scores: Any = None) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
@@ -56,6 +56,7 @@ class Peer:
             return models or JSONResponse({"object": "list", "data": [{"id": "tiny"}, {"id": "large"}]})
 
         routes = [Route("/v1/chat/completions", chat, methods=["POST"]), Route("/v1/models", listed)]
+        routes += [Route("/v1/align/score", scores, methods=["POST"])] if scores else []
         self._server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, access_log=False))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -73,8 +74,8 @@ def peer() -> Iterator[Callable[..., Peer]]:
     """`peer(answer)`: a running one."""
     running: list[Peer] = []
 
-    def make(answer: Answer, models: Response | None = None) -> Peer:
-        running.append(Peer(answer, models))
+    def make(answer: Answer, models: Response | None = None, scores: Any = None) -> Peer:
+        running.append(Peer(answer, models, scores))
         return running[-1]
 
     yield make
