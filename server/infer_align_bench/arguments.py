@@ -102,6 +102,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--reward-tokens", type=whole, metavar="N", help="read by rewards; default: each candidate after its prompt")
     asked.add_argument("--judge-tokens", type=whole, default=0, metavar="N", help="default: %(default)s")
     asked.add_argument("--latency", type=positive_number, default=math.inf, metavar="S", help="mean seconds of a request, at most")
+    asked.add_argument("--p99", type=positive_number, metavar="S", help="seconds within which 99%% end: the replicas are simulated")
+    asked.add_argument(
+        "--spread", type=positive_number, default=0.5, metavar="X", help="of lengths: deviation / mean; default: %(default)g"
+    )
     asked.add_argument("--max-sequences", type=positive, default=256, metavar="N", help="of one replica; default: %(default)s")
     asked.add_argument("--json", type=Path, metavar="PATH", help="prices, errors and the plan")
 
