@@ -1,4 +1,4 @@
-"""What one target's samples, or two targets' pairs, come to. Latencies are milliseconds; an estimate is {value, low, high}."""
+"""What one target's samples come to. Latencies are milliseconds; an estimate is {value, low, high}."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from infer_align_bench.quantiles import Estimate, Rate, estimates, rate, ratios, share
-from infer_align_bench.types import Load, Run, Sample, Span
+from infer_align_bench.quantiles import Estimate, Rate, estimates, rate, share
+from infer_align_bench.types import Load, Sample, Span
 
 MILLISECONDS = 1e3
 
@@ -24,11 +24,7 @@ GOALS = ("ttft", "tpot", "e2e")
 AMOUNTS: dict[str, Callable[[Sample], float]] = {
     "requests_per_second": lambda sample: float(sample.ok),
     "output_tokens_per_second": lambda sample: float(sample.tokens) if sample.ok else 0.0,
-    "generated_tokens_per_second": lambda sample: float(_spent(sample)) if sample.ok else 0.0,
-}
-TOKENS: dict[str, Callable[[Sample], float]] = {
-    "returned_tokens": lambda sample: float(sample.tokens),
-    "generated_tokens": lambda sample: float(_spent(sample)),
+    "generated_tokens_per_second": lambda sample: float(spent(sample)) if sample.ok else 0.0,
 }
 
 
@@ -109,7 +105,8 @@ def _errors(samples: Sequence[Sample]) -> dict[str, Any]:
     return {kind: {"count": count, "first": first[kind]} for kind, count in kinds.most_common()}
 
 
-def _spent(sample: Sample) -> int:
+def spent(sample: Sample) -> int:
+    """Generated tokens; the returned ones where the endpoint does not say."""
     return sample.tokens if sample.spent is None else sample.spent
 
 
@@ -117,41 +114,21 @@ def _tokens(done: Sequence[Sample]) -> dict[str, Any]:
     """Sums. `counted_by` says whether the endpoint counted the returned tokens, or the chunks stand for them."""
     told = sum(sample.returned is not None for sample in done)
     returned, chunks = sum(sample.tokens for sample in done), sum(sample.chunks for sample in done)
-    spent = sum(_spent(sample) for sample in done)
+    generated = sum(spent(sample) for sample in done)
     streamed = sum(sample.tokens for sample in done if sample.chunks)
     align: Counter[str] = Counter()
     for sample in done:
         align.update(sample.align)
     return {
         "prompt": sum(sample.prompt_tokens or 0 for sample in done),
-        "spent": spent,
+        "spent": generated,
         "returned": returned,
-        "spent_per_returned": spent / returned if returned else None,
+        "spent_per_returned": generated / returned if returned else None,
         "counted_by": "usage" if told == len(done) else "mixed" if told else "chunks",
         "chunks": chunks,
         "tokens_per_chunk": streamed / chunks if chunks else None,
         "align": dict(align),
     }
-
-
-def against(run: Run, names: tuple[str, str], goals: Mapping[str, float], seed: int) -> dict[str, Any]:
-    """A over B. Latencies and tokens: over the pairs of which both were answered; `dropped` counts the others. Rates: all."""
-    of = {name: {s.index: s for s in run.samples if s.target == name} for name in names}
-    sent = sorted(of[names[0]].keys() | of[names[1]].keys())
-    pairs = [i for i in sent if all(i in of[name] and of[name][i].ok for name in names)]
-    found: dict[str, Any] = {"pairs": len(pairs), "dropped": len(sent) - len(pairs)}
-    for metric, read in LATENCIES.items():
-        a, b = ([read(of[name][i]) for i in pairs] for name in names)
-        found[metric] = {key: as_json(estimate) for key, estimate in ratios(a, b, seed).items()} if pairs else {}
-    for amount, count in TOKENS.items():
-        ours, theirs = ([[count(of[name][i])] for i in pairs] for name in names)
-        found[amount] = as_json(ratios(ours, theirs, seed)["mean"]) if pairs else None
-    amounts = dict(AMOUNTS) | ({"goodput": lambda sample: float(met(sample, goals))} if goals else {})
-    first, second = (
-        rates(list(of[name].values()), [s for s in run.spans if s.target == name], seed + i, amounts)
-        for i, name in enumerate(names)
-    )
-    return found | {name: as_json(first[name].over(second[name])) if first and second else None for name in amounts}
 
 
 def as_json(estimate: Estimate, scale: float = 1.0) -> dict[str, float | None]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from infer_align_bench.figures import against, figures
+from infer_align_bench.against import against
+from infer_align_bench.figures import figures
 from infer_align_bench.types import Load, Run, Sample, Target
 
 SCHEMA = "infer-align/bench-serve/2"

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align_bench.figures import against, figures
+from infer_align_bench.against import against
+from infer_align_bench.figures import figures
 from infer_align_bench.load import arrivals, run, slices, turns
 from infer_align_bench.types import Load, Prompt, Run, Sample
 

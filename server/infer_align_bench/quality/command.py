@@ -24,9 +24,10 @@ from infer_align_bench.endpoint import Endpoint
 from infer_align_bench.keys import Key, same_server
 from infer_align_bench.plot import need_matplotlib
 from infer_align_bench.quality import grid as grids
-from infer_align_bench.quality.advice import advice, as_json, headline
+from infer_align_bench.quality.advice import advice, headline
 from infer_align_bench.quality.cells import FORMAT, PATIENCE, Notebook, Runner, work
 from infer_align_bench.quality.curve import COSTS, Mean, Point, Table, points
+from infer_align_bench.quality.export import as_json
 from infer_align_bench.quality.gold import scorer, served
 from infer_align_bench.quality.html import page
 from infer_align_bench.serve import INTERRUPTED, caught_signals, check_writable
