@@ -119,6 +119,8 @@ def cell(figure: Mapping[str, float | None] | None) -> str:
 
 def number(value: float, doubt: float = 0.0) -> str:
     """Three digits, or as many as a doubt of this size leaves: one of the doubt's own, two where that begins with 1."""
+    if not math.isfinite(value):
+        return "-"
     size = abs(value) or 1.0
     digits = 3 if not doubt else min(4, max(2, 1 + math.floor(math.log10(size)) - math.floor(math.log10(doubt / 2))))
     places = max(0, digits - 1 - math.floor(math.log10(size)))

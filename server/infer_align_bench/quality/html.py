@@ -10,6 +10,7 @@ from typing import Any
 from infer_align_bench.quality.advice import Advice, Headline
 from infer_align_bench.quality.curve import Cost, Mean, Point
 from infer_align_bench.quality.plots import numbered, plots
+from infer_align_bench.show import number
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
@@ -75,7 +76,7 @@ def _headline(first: Headline | None, baseline: str, advised: Sequence[Advice]) 
 
 
 def _said(point: Point) -> str:
-    return f"<b>{escape(point.cell.name)}</b> reaches {_mean(point.gold)} for {point.cost('tokens'):.3g} tokens an answer"
+    return f"<b>{escape(point.cell.name)}</b> reaches {_mean(point.gold)} for {number(point.cost('tokens'))} tokens an answer"
 
 
 def _advice(cost: Cost, advised: Sequence[Advice]) -> str:
@@ -85,18 +86,18 @@ def _advice(cost: Cost, advised: Sequence[Advice]) -> str:
         if one.cheaper:
             cheap = f"{escape(one.cheaper.name)}: {_mean(one.cheaper.loss)} less, {one.cheaper.most:.2g} at most (97.5%)"
         rows.append(
-            (f"{one.cost:.3g}", escape(one.name), _mean(one.gold), f"{one.chance:.0%}", f"{one.held_out:.2f}", cheap),
+            (number(one.cost), escape(one.name), _mean(one.gold), f"{one.chance:.0%}", f"{one.held_out:.2f}", cheap),
         )
     return _table((f"{cost} an answer, from", *BUDGET), rows)
 
 
 def _points(found: Sequence[Point]) -> str:
     rows, fronts = [], []
-    for number, point in numbered(found):
+    for place, point in numbered(found):
         kl = "" if point.kl_bound is None else f"{point.kl_bound:.2f}"
         costs = [_mean(mean) for mean in (point.tokens, point.generated, point.seconds)]
         differences = [_mean(mean, "+") for mean in (point.minus_baseline, point.minus_greedy, point.minus_equal)]
-        rows.append((str(number), escape(point.cell.name), str(point.prompts), *costs, kl, _mean(point.gold), *differences))
+        rows.append((str(place), escape(point.cell.name), str(point.prompts), *costs, kl, _mean(point.gold), *differences))
         fronts.append(point.front)
     return _table(("", "setting", *COLUMNS), rows, fronts)
 

@@ -120,7 +120,7 @@ def test_the_page_stands_alone_and_names_are_text(bench: Bench, place: Path) -> 
 
 def test_a_function_scores_and_pairs_take_out_the_prompts(bench: Bench, place: Path) -> None:
     _, out, _ = bench(scorer="tests.bench.quality.test_command:gold", code=0)
-    assert re.search(r"best of 3 7 \S+ 13\.2 ± 1\.8 \+6\.00 ± 0\.00", out), out
+    assert re.search(r"best of 3 7\.00 \S+ 13\.2 ± 1\.8 \+6\.00 ± 0\.00", out), out
 
 
 def test_it_goes_on_where_it_stopped(bench: Bench, place: Path, serve: Any) -> None:
