@@ -241,7 +241,9 @@ def quality() -> str:
         name = f"**{row['name']}**" if "tokens" in row["fronts"] else row["name"]
         late = f" ± {row['seconds_error']:.1g}" if row.get("seconds_error") else ""
         rows.append([name, f"{row['tokens']:.0f}", f"{row['seconds']:.2g}{late}", _score(row["kl_bound"]), *shown])
-    return _table(["setting", "tokens", "seconds", "KL at most", "gold", "- baseline", "- greedy", "- equal budget"], rows)
+    # Before rows held "generated", their tokens were those alone: the judge's and the rewards' were free.
+    counted = "tokens" if "generated" in result["rows"][0] else "generated tokens"
+    return _table(["setting", counted, "seconds", "KL at most", "gold", "- baseline", "- greedy", "- equal budget"], rows)
 
 
 def results() -> str:
