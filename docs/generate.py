@@ -19,10 +19,13 @@ from infer_align import config, registry
 from infer_align.methods.dpa import Prompting
 from infer_align.objectives import Ensemble
 from infer_align.types import Budget
-from infer_align_bench.cost import Setting, capacity, roofline
+from infer_align_bench.cost import Setting, capacity, roofline, seconds
+from infer_align_bench.simulate import simulate
 from infer_align_server.openapi import STATUSES
 
 ROOT = Path(__file__).parent.parent
+# An 8B model in bfloat16 and three rewards of 0.6B on one H100, at 70% of its bandwidth and half of its arithmetic.
+H100 = roofline(8e9, 0.7 * 3.35e12, 0.5 * 989e12, 2 * 32 * 8 * 128 * 2, 3 * 0.6e9)
 MARKER = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -163,19 +166,54 @@ def ratios(name: str) -> Callable[[], str]:
 
 def cost_model() -> str:
     """How far the cost model was from what was measured, for settings that it had not seen."""
-    if not (path := ROOT / "benchmarks/results/cost_model.json").exists():
+    if (result := _recorded("cost_model")) is None:
         return "Not recorded yet: `python benchmarks/serving/cost_model.py`.\n"
+    keys = ("concurrency", "n", "prompt_tokens", "output_tokens", "k", "judge_tokens")
     rows = [
-        [*(str(row[key]) for key in ("concurrency", "n", "output_tokens", "k")), f"{row['measured_ms']:.1f}",
+        [*(f"{row[key]:.0f}" if key in row else "" for key in keys), f"{row['measured_ms']:.1f}",
          f"{row['predicted_ms']:.1f}", f"{row['error']:+.0%}", row["role"]]
-        for row in json.loads(path.read_text())["rows"]
+        for row in result["rows"]
     ]  # fmt: skip
-    return _table(["under way", "n", "tokens", "k", "measured, ms", "predicted, ms", "error", ""], rows)
+    return _table(["under way", "n", "prompt", "tokens", "k", "judge", "measured, ms", "predicted, ms", "error", ""], rows)
+
+
+def cost_model_errors() -> str:
+    """Its errors in one line each, and which of its prices a setting that was held out has put to the test."""
+    if (result := _recorded("cost_model")) is None:
+        return "Not recorded yet: `python benchmarks/serving/cost_model.py`.\n"
+    setup, held = result["setup"], [row for row in result["rows"] if row["role"] == "held out"]
+    tested = setup.get("validated", {"prompt_tokens": False, "judge_tokens": False, "k": any(row["k"] for row in held)})
+    rows = [
+        ["settings held out", str(len(held))],
+        ["mean error of those", f"{setup['errors']['held_out_mean']:.1%}"],
+        ["worst error of those", f"{setup['errors']['held_out_worst']:.1%}"],
+        ["mean error, each left out in turn", f"{setup['errors']['left_out_mean']:.1%}"],
+        ["prompts of several lengths", "validated" if tested["prompt_tokens"] else "not validated"],
+        ["steering", "validated" if tested["k"] else "not validated"],
+        ["the judge", "validated" if tested["judge_tokens"] else "not validated"],
+    ]
+    return _table(["the cost model on the demo", ""], rows)
+
+
+def scaling_queue() -> str:
+    """What bursts do to latency: the queue of docs/scaling.md, simulated."""
+    asked = Setting(1, 8, 512, 256, reward_tokens=8 * (512 + 256))
+    planned = capacity(H100, asked, 1000, most_sequences=512)
+
+    def alone(under_way: int) -> float:
+        return seconds(H100, replace(asked, concurrency=under_way))
+
+    rows = []
+    for share in (0.99, 0.95, 0.9, 0.8, 0.7):
+        count = math.ceil(planned.replicas / share)
+        found = simulate(alone, 1000, count, planned.concurrency)
+        used = 1000 / planned.requests_per_second / count
+        rows.append([str(count), f"{used:.0%}", f"{found.p50:.1f}", f"{found.p99:.1f}", f"{found.waited:.0%}"])
+    return _table(["GPUs", "of their throughput used", "p50, s", "p99, s", "requests that wait"], rows)
 
 
 def scaling() -> str:
     """GPUs for 1,000 requests per second, by the cost model and the assumptions of docs/scaling.md."""
-    prices = roofline(8e9, 0.7 * 3.35e12, 0.5 * 989e12, 2 * 32 * 8 * 128 * 2, 3 * 0.6e9)
     one, eight = Setting(1, 1, 512, 256), Setting(1, 8, 512, 256, reward_tokens=8 * (512 + 256))
     cases = [
         ("one answer", one, math.inf),
@@ -187,22 +225,25 @@ def scaling() -> str:
     ]
     rows = []
     for name, setting, limit in cases:
-        found = capacity(prices, setting, 1000, limit, 512)
+        found = capacity(H100, setting, 1000, limit, 512)
         rows.append([name, str(found.concurrency), f"{found.seconds:.1f}", f"{found.requests_per_second:.2f}", str(found.replicas)])
     return _table(["request", "under way on a GPU", "seconds a request", "requests / s of a GPU", "GPUs for 1,000 / s"], rows)
 
 
 def quality() -> str:
     """Every setting of the demo's grid, as last measured."""
-    if not (path := ROOT / "benchmarks/results/quality.json").exists():
+    if (result := _recorded("quality")) is None:
         return "Not recorded yet: `python benchmarks/alignment/quality.py`.\n"
     rows = []
-    for row in json.loads(path.read_text())["rows"]:
+    for row in result["rows"]:
         means = [row[name] for name in ("gold", "minus_baseline", "minus_greedy", "minus_equal")]
         shown = ["" if mean is None else f"{mean['value']:.2f} ± {mean['error']:.2f}" for mean in means]
         name = f"**{row['name']}**" if "tokens" in row["fronts"] else row["name"]
-        rows.append([name, f"{row['tokens']:.0f}", f"{row['seconds']:.2g}", _score(row["kl_bound"]), *shown])
-    return _table(["setting", "tokens", "seconds", "KL at most", "gold", "- baseline", "- greedy", "- equal budget"], rows)
+        late = f" ± {row['seconds_error']:.1g}" if row.get("seconds_error") else ""
+        rows.append([name, f"{row['tokens']:.0f}", f"{row['seconds']:.2g}{late}", _score(row["kl_bound"]), *shown])
+    # Before rows held "generated", their tokens were those alone: the judge's and the rewards' were free.
+    counted = "tokens" if "generated" in result["rows"][0] else "generated tokens"
+    return _table(["setting", counted, "seconds", "KL at most", "gold", "- baseline", "- greedy", "- equal budget"], rows)
 
 
 def results() -> str:
@@ -246,8 +287,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost-model": cost_model,
     "quality": quality,
     "scaling": scaling,
+    "scaling-queue": scaling_queue,
+    "cost-model-errors": cost_model_errors,
     "bench-agreement": ratios("bench_agreement"),
+    "bench-agreement-vllm": ratios("bench_agreement_vllm"),
 }
+
+
+def _recorded(name: str) -> dict[str, Any] | None:
+    path = ROOT / f"benchmarks/results/{name}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return found
 
 
 def _ratios(name: str) -> str:

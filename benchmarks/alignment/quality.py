@@ -29,7 +29,13 @@ def main(prompts: int, draws: int) -> None:
         if cli.main(["bench", "quality", *asked, "--gold", "gold", "--grid", str(GRID), *kept]):
             raise SystemExit("it did not come to its end")
         found = json.loads(out.read_text())
-    setup = {"prompts": prompts, "draws": draws, "gold": "the world's exact reward", "grid": GRID.name}
+    setup = {
+        "prompts": prompts,
+        "draws": draws,
+        "gold": "the world's exact reward",
+        "grid": GRID.name,
+        "budget": "prompt, generated, reward and judge tokens",
+    }
     setup |= {"refused": found["refused"], "advice": found["advice"]}
     baseline = "one sample, greedy, and best-of-n by the mean of five proxies at the same tokens"
     print("written:", record("quality", baseline=baseline, seed=SEED, rows=found["settings"], setup=setup))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
@@ -47,6 +48,10 @@ class Reply:
         default_factory=dict, metadata={"description": "{value name: what it expects of this answer on its way}"}
     )
     first_token_seconds: float = field(default=0.0, metadata={"ge": 0, "description": "delay before the first, as prefill is"})
+    spread: float = field(
+        default=0.0,
+        metadata={"ge": 0, "description": "a candidate's delays are 1 to 1 + spread times as long, evenly, by its seed"},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +223,7 @@ class FakeEngine(Engine):
         words = text.split(" ")
         limit = min(params.max_tokens or self.context_length, self.context_length)
         spoken: list[str] = []
-        async for word in _paced(words[:limit], reply, stop):
+        async for word in _paced(words[:limit], reply, stop, slowness(reply.spread, draw.seeds[index])):
             piece = word if not spoken else f" {word}"
             spoken.append(piece)
             stream.put(Delta(index, {"delta": {"content": piece}} if draw.kind == "chat" else {"text": piece}))
@@ -244,10 +249,15 @@ def _params(draw: Draw) -> SamplingParams:
     return SamplingParams.from_body({key: value for key, value in draw.body.items() if key in READ}, draw.kind)
 
 
-async def _paced(words: list[str], reply: Reply, stop: asyncio.Event) -> AsyncIterator[str]:
-    delay = reply.first_token_seconds
+def slowness(spread: float, seed: int) -> float:
+    """What a candidate's delays are multiplied by: uniform in [1, 1 + spread), the same for the same seed."""
+    return 1.0 + spread * random.Random(seed).random()  # noqa: S311 - a delay, no secret
+
+
+async def _paced(words: list[str], reply: Reply, stop: asyncio.Event, slow: float) -> AsyncIterator[str]:
+    delay = reply.first_token_seconds * slow
     for word in words:
-        delay += reply.seconds_per_token
+        delay += reply.seconds_per_token * slow
         if delay:
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), delay)

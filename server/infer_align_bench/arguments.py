@@ -37,7 +37,7 @@ def _run(module: str, options: argparse.Namespace) -> int:
 def add_serve(parser: argparse.ArgumentParser) -> None:
     """`bench serve`."""
     _add_target(parser)
-    parser.add_argument("--against", metavar="URL", help="a second endpoint, asked in turns; ratios are A / B")
+    parser.add_argument("--against", metavar="URL", help="a second endpoint, under load in turns; ratios are A / B")
     parser.add_argument("--against-model", metavar="M", help="its model; without --against, another model of the same endpoint")
     parser.add_argument("--against-align", type=json_object, metavar="JSON", help="its align; default: none")
     parser.add_argument(
@@ -50,14 +50,27 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
     loop.add_argument("--requests", type=positive, metavar="N", help="per target; default: 200, or no bound with --duration")
     loop.add_argument("--duration", type=positive_number, metavar="S", help="seconds in which requests are started")
+    loop.add_argument(
+        "--grace", type=positive_number, default=10.0, metavar="S",
+        help="after --duration, for those under way; then they are given up and counted; default: %(default)g",
+    )  # fmt: skip
     loop.add_argument("--timeout", type=positive_number, default=120.0, metavar="S", help="of one request; default: %(default)g")
     loop.add_argument(
-        "--max-in-flight", type=positive, metavar="N", help="with --rate: those beyond it wait, and their waiting counts"
+        "--max-in-flight",
+        type=positive,
+        metavar="N",
+        help="with --rate, per target: those beyond it wait, and their waiting counts",
     )
     loop.add_argument(
         "--warmup", type=whole, metavar="N", help="requests before, not counted; default: as are under way, 4 at least"
     )
-    loop.add_argument("--seed", type=int, default=0, help="of prompts, arrivals, turns, and of each request; default: %(default)s")
+    loop.add_argument(
+        "--seed", type=whole, default=0, help="of prompts, arrivals, turns, and of each request; default: %(default)s"
+    )
+    _add_dataset(parser)
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
     asked = parser.add_argument_group("what is asked")
     asked.add_argument(
         "--dataset", default="demo", metavar="NAME", help="demo, synthetic, or a JSONL file of chats; default: %(default)s"
@@ -68,7 +81,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
     kept = parser.add_argument_group("what is kept")
     kept.add_argument("--goodput", metavar="GOALS", help="such as ttft:200,e2e:1000: which requests met all of them, in ms")
-    kept.add_argument("--json", type=Path, metavar="PATH", help="everything, with each request")
+    kept.add_argument("--json", type=Path, metavar="PATH", help="everything, with each request, its gaps and its align.usage")
     kept.add_argument("--plot", type=Path, metavar="PATH", help="a PNG")
 
 
@@ -89,6 +102,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--reward-tokens", type=whole, metavar="N", help="read by rewards; default: each candidate after its prompt")
     asked.add_argument("--judge-tokens", type=whole, default=0, metavar="N", help="default: %(default)s")
     asked.add_argument("--latency", type=positive_number, default=math.inf, metavar="S", help="mean seconds of a request, at most")
+    asked.add_argument("--p99", type=positive_number, metavar="S", help="seconds within which 99%% end: the replicas are simulated")
+    asked.add_argument(
+        "--spread", type=positive_number, default=0.5, metavar="X", help="of lengths: deviation / mean; default: %(default)g"
+    )
     asked.add_argument("--max-sequences", type=positive, default=256, metavar="N", help="of one replica; default: %(default)s")
     asked.add_argument("--json", type=Path, metavar="PATH", help="prices, errors and the plan")
 
@@ -114,7 +131,7 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--concurrency", type=positive, default=4, metavar="N", help="requests under way; default: %(default)s")
     parser.add_argument("--timeout", type=positive_number, default=120.0, metavar="S", help="of one request; default: %(default)g")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole, default=0, help="default: %(default)s")
 
 
 def _add_target(parser: argparse.ArgumentParser) -> None:

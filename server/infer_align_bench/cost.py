@@ -142,6 +142,8 @@ def capacity(prices: Prices, setting: Setting, rate: float, limit: float = math.
     alone = seconds(prices, replace(setting, concurrency=1, replicas=1))
     if most < 1:
         raise ConfigError(f"n: {setting.n:g} candidates do not fit into {most_sequences} sequences; raise --max-sequences.")
+    if not alone:
+        raise ConfigError("no price was found for anything that is asked; measure requests that are more like it.")
     if alone > limit:
         raise ConfigError(f"--latency: {limit:g} s cannot be kept: a request alone takes {alone:.3g} s.")
     bearable = [replace(setting, concurrency=c, replicas=1) for c in range(1, min(most, LARGEST_CONCURRENCY) + 1)]
@@ -186,6 +188,8 @@ def from_report(report: Mapping[str, Any], place: str) -> tuple[Setting, float]:
     if not (answered := found["requests"]["answered"]):
         raise ConfigError(f"{place}: no request was answered.")
     tokens, usage = found["tokens"], found["tokens"]["align"]
+    if tokens.get("counted_by", "usage") != "usage" or not tokens["prompt"]:
+        raise ConfigError(f"{place}: the endpoint does not count its tokens (usage), so they have no price.")
     n = _candidates(align, usage.get("engine_calls", answered) / answered)
     setting = Setting(
         concurrency=report["load"]["concurrency"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,6 +55,8 @@ class Endpoint:
             AlignError: it does not, and what to do.
         """
         status, body = await self.call("models")
+        if status == 404 and not self.target.base_url.endswith("/v1") and (await self.call("v1/models"))[0] == 200:
+            raise AlignError(f"{self.target.place}/models: status 404; did you mean --base-url {self.target.place}/v1?")
         if status in (401, 403):
             raise AlignError(self._refused(status, body))
         names = [str(model.get("id")) for model in _models(body)] if status == 200 else []
@@ -76,8 +80,10 @@ class Endpoint:
             async with send(f"{self.target.base_url}/{path}", json=body) as response:
                 return response.status, _json(await response.text(errors="replace"))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            why = self.safe(str(error) or type(error).__name__)
-            raise AlignError(f"{self.target.place} cannot be reached: {why}; is the server running?") from None
+            kind, said = failure(error, self._timeout)
+            why = kind if said.lower() == kind else f"{kind}: {self.safe(said)}"
+            advice = "raise --timeout, or ask for less" if kind == "timeout" else "is the server running?"
+            raise AlignError(f"{self.target.place} cannot be reached: {why}; {advice}") from None
 
     def _refused(self, status: int, body: Any) -> str:
         said = self.safe(described(body.get("error") if isinstance(body, Mapping) else body, "")[1])
@@ -141,12 +147,8 @@ class Endpoint:
                 await self._read(response, answer)
         except StreamFailed as error:
             return error.kind, str(error)
-        except TimeoutError:
-            return "timeout", f"no end within {self._timeout:g} s"
-        except aiohttp.ClientConnectorError as error:
-            return "connection refused", str(error)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return "connection lost", f"{type(error).__name__}: {error}"
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            return failure(error, self._timeout)
         return None, ""
 
     async def _read(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
@@ -159,6 +161,27 @@ class Endpoint:
         if not isinstance(body := _json(text), Mapping) or "choices" not in body:
             raise StreamFailed("not an answer", text[:200])
         answer.whole(body)
+
+
+def failure(error: Exception, timeout: float) -> tuple[str, str]:
+    """What kept a request from its answer: the kind of error, and a sentence."""
+    cause = getattr(error, "os_error", error)  # aiohttp wraps what the system said
+    if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+        return "client out of files", f"{os.strerror(cause.errno)}: this client's limit, not the endpoint's; see ulimit -n"
+    if isinstance(error, aiohttp.ServerTimeoutError):
+        return "connect timeout", f"no connection within {min(timeout, CONNECT_SECONDS):g} s"
+    if isinstance(error, TimeoutError):
+        return "timeout", f"no end within {timeout:g} s"
+    refused = "connection refused" if isinstance(cause, ConnectionRefusedError) else "connection failed"
+    kinds: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
+        (aiohttp.ClientConnectorDNSError, "name not found"),
+        (aiohttp.ClientSSLError, "TLS failed"),
+        (aiohttp.ClientConnectorError, refused),
+        ((aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, OSError), "connection lost"),
+    ]
+    kind = next((kind for types, kind in kinds if isinstance(error, types)), "bad HTTP")
+    said = os.strerror(code) if isinstance(code := getattr(cause, "errno", None), int) and code > 0 else str(cause)
+    return kind, said or type(error).__name__
 
 
 def _failure(status: int, text: str) -> tuple[str, str]:

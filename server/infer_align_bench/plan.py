@@ -1,11 +1,12 @@
-"""`infer-align bench plan`: prices from measurements, how far they can be trusted, and the replicas for a rate."""
+"""`infer-align bench plan`: prices from measurements, how far they can be trusted, and the replicas for a rate and a latency."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_align.errors import ConfigError
-from infer_align_bench.cost import Prices, Setting, capacity, errors, fit, from_report, left_out, seconds
+from infer_align_bench.cost import Capacity, Prices, Setting, capacity, errors, fit, from_report, left_out, seconds
+from infer_align_bench.doubt import doubted, refuse_unmeasured, saturated
+from infer_align_bench.simulate import replicas_for, simulate
 
-OUT = Console(width=max(110, Console().width))
+OUT = Console(width=max(80, Console().width))
+HEAD_ROOM = (1.0, 1.1, 1.25, 1.5)  # times the replicas of the mean load
 UNITS = {
     "fixed": "a request, whatever it asks",
     "step": "a decoding step, whatever its batch",
@@ -31,10 +35,10 @@ UNITS = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Fit, validate, predict.
+    """Fit, validate, predict, simulate.
 
     Raises:
-        ConfigError: a file is no result, there are too few, or the latency cannot be kept.
+        ConfigError: a file is no result, there are too few, something is asked that was not measured, or a latency cannot be kept.
     """
     settings, measured = _read(options.results)
     prices = fit(settings, measured)
@@ -47,19 +51,54 @@ def run(options: argparse.Namespace) -> int:
         1, options.n, options.prompt_tokens, options.output_tokens, options.k,
         rewarded if options.reward_tokens is None else options.reward_tokens, options.judge_tokens,
     )  # fmt: skip
-    _check_priced(prices, asked)
+    refuse_unmeasured(settings, asked)
     planned = capacity(prices, asked, options.rate, options.latency, options.max_sequences)
+    doubts = [*saturated(settings, measured), *doubted(prices, settings, replace(asked, concurrency=planned.concurrency))]
     _show(prices, [*settings, *held], [*measured, *truth], checked, len(settings))
     OUT.print(
         f"\n{options.rate:g} requests / s of n = {options.n}, {options.prompt_tokens} + {options.output_tokens} tokens: "
-        f"[bold]{planned.replicas} replicas[/], each {planned.requests_per_second:.3g} requests / s with {planned.concurrency} "
-        f"under way, {planned.seconds:.3g} s a request",
+        f"[bold]{planned.replicas} replicas[/] at the mean load, each {planned.requests_per_second:.3g} requests / s with "
+        f"{planned.concurrency} under way, {planned.seconds:.3g} s a request",
         highlight=False,
     )
+    queues = _queues(options, prices, asked, planned)
+    for doubt in doubts:
+        OUT.print(f"[yellow]{doubt}[/]", highlight=False)
     if options.json:
-        made = {"schema": "infer-align/bench-plan/1", "prices_seconds": asdict(prices), "errors": checked, "plan": asdict(planned)}
+        made: dict[str, Any] = {
+            "schema": "infer-align/bench-plan/2",
+            "prices_seconds": asdict(prices),
+            "errors": checked,
+            "doubts": doubts,
+        }
+        made |= {"plan": asdict(planned), "simulated": queues}
         options.json.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _queues(options: argparse.Namespace, prices: Prices, asked: Setting, planned: Capacity) -> list[dict[str, Any]]:
+    """Latency with a few numbers of replicas, and with the fewest that keep --p99; simulated, printed."""
+
+    def alone(under_way: int) -> float:
+        return seconds(prices, replace(asked, concurrency=under_way))
+
+    load = planned.concurrency
+    found = {
+        count: simulate(alone, options.rate, count, load, options.spread)
+        for count in sorted({math.ceil(planned.replicas * more) for more in HEAD_ROOM})
+    }
+    if options.p99 is not None:
+        needed, queue = replicas_for(alone, options.rate, load, options.p99, options.spread)
+        found[needed] = queue
+        OUT.print(f"[bold]{needed} replicas[/] for 99% within {options.p99:g} s", highlight=False)
+    table = Table("replicas", "mean load", "p50, s", "p99, s", "that wait", box=None, header_style="dim")
+    for count, queue in sorted(found.items()):
+        used = options.rate / planned.requests_per_second / count
+        times = ("grows", "grows") if queue.growing else (f"{queue.p50:.3g}", f"{queue.p99:.3g}")
+        table.add_row(str(count), f"{used:.0%}", *times, f"{queue.waited:.0%}")
+    OUT.print(f"[dim]simulated: Poisson arrivals, the replica with the fewest requests, lengths by {options.spread:g}[/]")
+    OUT.print(table)
+    return [{"replicas": count, **asdict(queue)} for count, queue in sorted(found.items())]
 
 
 def _read(paths: Sequence[Path]) -> tuple[list[Setting], list[float]]:
@@ -73,18 +112,6 @@ def _read(paths: Sequence[Path]) -> tuple[list[Setting], list[float]]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{path} is no result of `bench serve --json`.") from None
     return [setting for setting, _ in found], [value for _, value in found]
-
-
-def _check_priced(prices: Prices, asked: Setting) -> None:
-    """A thing that no measurement held has no price: to plan with it for nothing would be a lie."""
-    for field, price, flag in (
-        ("k", "steer", "steered"),
-        ("reward_tokens", "reward", "scored"),
-        ("judge_tokens", "judge", "judged"),
-    ):
-        extra = prices.steered_step if field == "k" else 0.0
-        if getattr(asked, field) and not getattr(prices, price) + extra:
-            OUT.print(f"[yellow]no cost was found for {field}: measure {flag} requests too; it is planned as if it were free.[/]")
 
 
 def _show(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infer_align.demo.world import prompts as demo_questions
-from infer_align.errors import ConfigError, shown
+from infer_align.errors import ConfigError, nearest, shown
 from infer_align_bench.types import Prompt
 
 # Words that the tokenizers in use spell with one token each, or nearly: a count of words is about a count of tokens.
@@ -31,6 +31,7 @@ WORDS = (
     "hand",
 )
 DEMO_QUESTIONS = 320
+NAMES = ("demo", "synthetic")
 
 
 def demo(seed: int) -> list[Prompt]:
@@ -60,13 +61,23 @@ def from_file(path: Path) -> list[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
-        raise ConfigError(f"prompts: {path} cannot be read: {error.strerror}.") from None
+        guess = nearest(str(path), NAMES)
+        hint = f"; {guess}" if guess.startswith("did") else "."
+        raise ConfigError(f"prompts: {path} cannot be read: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts: {path} is not UTF-8: {error}.") from None
     found = [_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise ConfigError(f"prompts: {path} holds none.")
     return found
+
+
+def marked(prompt: Prompt, mark: str) -> Prompt:
+    """The same conversation with a mark before its first word: alike to ask, and no cache knows it."""
+    first, *rest = prompt.messages
+    content = first.get("content")
+    content = [{"type": "text", "text": mark}, *content] if isinstance(content, list) else f"{mark} {content or ''}"
+    return Prompt(({**first, "content": content}, *rest), prompt.body)
 
 
 def _line(line: str, place: str) -> Prompt:

@@ -1,4 +1,4 @@
-"""`infer-align bench serve`: load on one endpoint, or on two in turns, and what became of it."""
+"""`infer-align bench serve`: load on one endpoint, or on two beside each other, and what became of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,16 +22,18 @@ from infer_align.errors import AlignError, ConfigError
 from infer_align_bench import load as loops
 from infer_align_bench import prompts as datasets
 from infer_align_bench.endpoint import Endpoint
+from infer_align_bench.figures import GOALS
 from infer_align_bench.keys import Key, same_server
 from infer_align_bench.plot import need_matplotlib, plot
-from infer_align_bench.report import GOALS, report
+from infer_align_bench.report import report
 from infer_align_bench.show import show
 from infer_align_bench.types import Load, Prompt, Run, Sample, Target
 
-OUT = Console(width=max(110, Console().width))
+OUT = Console(width=max(80, Console().width))
 ERR = Console(stderr=True)
 INTERRUPTED = 130
 WARMUP = 4  # requests, unless more are under way at once
+WARMUP_FIRST = 1_000_000_000  # their index, and so their seed: no measured request has it
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     """
     load, targets, goals = _load(options), _targets(options), _goals(options.goodput)
     prompts, dataset = _prompts(options, load)
+    if options.no_stream and (goals.keys() & {"ttft", "tpot"}):
+        raise ConfigError("--goodput: ttft and tpot need streaming; leave out --no-stream, or set a goal for e2e.")
     for path in filter(None, (options.json, options.plot)):
         check_writable(path)
     if options.plot:
@@ -49,11 +54,16 @@ def run(options: argparse.Namespace) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         warmup = max(WARMUP, load.concurrency or 1) if options.warmup is None else options.warmup
         measured, targets = runner.run(_measure(load, targets, prompts, warmup))
+    if measured.interrupted and not measured.samples:
+        ERR.print("[yellow]interrupted:[/] nothing was measured, nothing is written.", highlight=False)
+        return INTERRUPTED
     found = report(measured, targets, load, goals, dataset)
     _keep(found, options)
     show(found, OUT)
     if measured.interrupted:
-        ERR.print(f"[yellow]interrupted:[/] {measured.abandoned} requests under way were given up; these are the others.")
+        waited = f", {measured.unsent} that were due had not been sent" if measured.unsent else ""
+        said = f"{measured.abandoned} requests under way were given up{waited}; these are the others."
+        ERR.print(f"[yellow]interrupted:[/] {said}", highlight=False)
         return INTERRUPTED
     dead = [name for name, of in found["targets"].items() if not of["requests"]["answered"]]
     if dead:
@@ -67,15 +77,18 @@ async def _measure(load: Load, targets: Sequence[Target], prompts: Sequence[Prom
         endpoints = [await stack.enter_async_context(Endpoint(t, load.timeout, load.seed)) for t in targets]
         for endpoint in endpoints:
             await endpoint.find_model()
-        stack.enter_context(caught_signals(stop))  # from here on there is something to keep
-        senders = [endpoint.send for endpoint in endpoints]
+        stack.enter_context(caught_signals(stop))
+        senders = {endpoint.target.name: endpoint.send for endpoint in endpoints}
         if warmup:
             await _warm_up(load, prompts, senders, stop, warmup)
         with Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=ERR, transient=True
         ) as bar:
             task = bar.add_task("measuring", total=load.requests and load.requests * len(targets))
-            measured = await loops.run(load, prompts, senders, stop, lambda _: bar.advance(task))
+            if stop.is_set():
+                measured = Run((), 0.0, interrupted=True)
+            else:
+                measured = await loops.run(load, prompts, senders, stop, lambda _: bar.advance(task))
     return measured, [endpoint.target for endpoint in endpoints]
 
 
@@ -93,14 +106,18 @@ def caught_signals(stop: asyncio.Event) -> Iterator[None]:
 
 
 async def _warm_up(
-    load: Load, prompts: Sequence[Prompt], senders: Sequence[loops.Sender], stop: asyncio.Event, requests: int
+    load: Load, prompts: Sequence[Prompt], senders: Mapping[str, loops.Sender], stop: asyncio.Event, requests: int
 ) -> None:
-    """The same load for a few requests, not counted; where all of them fail, so will the rest."""
+    """A closed loop of a few requests, not counted; where all of them fail, so will the rest.
+
+    Their prompts begin otherwise than any that is measured, and so do their seeds: no cache holds what will be asked.
+    """
     places = load.concurrency or min(requests, 8)
-    # Other seeds and the far end of the prompts: what it leaves in caches is not what is measured.
-    before = Load(concurrency=places, requests=requests, duration=load.duration, timeout=load.timeout, seed=load.seed - 1)
-    done = await loops.run(before, prompts[::-1], senders, stop)
-    for name in {sample.target for sample in done.samples}:
+    bound = min(load.duration or load.timeout, load.timeout)
+    before = Load(places, None, requests, bound, load.grace, load.timeout, seed=load.seed, first=WARMUP_FIRST)
+    marked = [datasets.marked(prompt, f"Warm-up {i}.") for i, prompt in enumerate(prompts[: requests * len(senders)])]
+    done = await loops.run(before, marked, senders, stop)
+    for name in sorted({sample.target for sample in done.samples}):
         if not any(sample.ok for sample in done.samples if sample.target == name):
             raise AlignError(f"every request of the warm-up failed at {name}: {_first_error(done.samples, name)}")
 
@@ -136,7 +153,9 @@ def _load(options: argparse.Namespace) -> Load:
         raise ConfigError("--max-in-flight: only with --rate; in a closed loop --concurrency says it.")
     requests = options.requests or (None if options.duration else 200)
     concurrency = None if options.rate is not None else options.concurrency or 1
-    return Load(concurrency, options.rate, requests, options.duration, options.timeout, options.max_in_flight, options.seed)
+    return Load(
+        concurrency, options.rate, requests, options.duration, options.grace, options.timeout, options.max_in_flight, options.seed
+    )
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
@@ -159,8 +178,8 @@ def _goals(text: str | None) -> dict[str, float]:
         try:
             goals[name] = float(limit)
         except ValueError:
-            goals[name] = -1.0
-        if name not in GOALS or not 0 < goals[name] < float("inf"):
+            goals[name] = math.nan
+        if name not in GOALS or not 0 < goals[name] < math.inf:
             raise ConfigError(f"--goodput: {part!r} is not allowed; must be like ttft:200,e2e:1000, of {', '.join(GOALS)}, in ms.")
     return goals
 

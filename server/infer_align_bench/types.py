@@ -45,9 +45,11 @@ class Load:
     rate: float | None = None  # per target
     requests: int | None = 200  # per target; None: until `duration`
     duration: float | None = None  # seconds in which requests are started
+    grace: float = 10.0  # seconds after `duration` in which those under way may end; then they are given up, and counted
     timeout: float = 120.0  # seconds of one request
-    max_in_flight: int | None = None  # open loop: those beyond it wait in the client, and their waiting counts
+    max_in_flight: int | None = None  # open loop, per target: those beyond it wait in the client, and their waiting counts
     seed: int = 0
+    first: int = 0  # the index of the first request
 
     @property
     def open(self) -> bool:
@@ -104,10 +106,21 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of a run in which one target was under load; seconds since the run began."""
+
+    target: str
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
-    """All samples of one run, in the order in which they ended."""
+    """All samples of one run, in the order in which they ended, and when each target was under load."""
 
     samples: tuple[Sample, ...]
     seconds: float
+    spans: tuple[Span, ...] = ()
     interrupted: bool = False
     abandoned: int = 0  # requests under way when it was interrupted
+    unsent: int = 0  # requests that were due by then and still waited in the client

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +22,28 @@ from tests.server.conftest import config_file, serve
 
 __all__ = ["config_file", "serve"]
 
+# A reply repeats its prompt, a word per token; a candidate is as slow as its seed says: its times are known to the number.
+FIRST, EACH, SPREAD = 0.06, 0.02, 3.0
+ECHO = f"""
+[engine]
+kind = "fake"
+replies = [{{text = "{{prompt}}", first_token_seconds = {FIRST}, seconds_per_token = {EACH}, spread = {SPREAD}}}]
+[rewards.brevity]
+kind = "rules"
+words_weight = -1.0
+[presets.four]
+best_of_n = {{n = 4}}
+"""
+QUICK = '[engine]\nkind = "fake"\nreplies = [{text = "one two three"}]\n[rewards.r]\nkind = "rules"\nwords_weight = 1.0\n'
+USAGE = {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 2}}
+
 Answer = Callable[[dict[str, Any], int], Response]
 
 
 class Peer:
     """An endpoint that answers request number i of a chat by `answer(body, i)`."""
 
-    def __init__(self, answer: Answer, models: Response | None = None) -> None:
+    def __init__(self, answer: Answer, models: Response | None = None, scores: Any = None) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
@@ -40,6 +56,7 @@ class Peer:
             return models or JSONResponse({"object": "list", "data": [{"id": "tiny"}, {"id": "large"}]})
 
         routes = [Route("/v1/chat/completions", chat, methods=["POST"]), Route("/v1/models", listed)]
+        routes += [Route("/v1/align/score", scores, methods=["POST"])] if scores else []
         self._server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, access_log=False))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -57,8 +74,8 @@ def peer() -> Iterator[Callable[..., Peer]]:
     """`peer(answer)`: a running one."""
     running: list[Peer] = []
 
-    def make(answer: Answer, models: Response | None = None) -> Peer:
-        running.append(Peer(answer, models))
+    def make(answer: Answer, models: Response | None = None, scores: Any = None) -> Peer:
+        running.append(Peer(answer, models, scores))
         return running[-1]
 
     yield make
@@ -85,6 +102,15 @@ def piece(content: str | None, finish_reason: str | None = None, **more: Any) ->
     """One chunk."""
     delta = {"content": content} if content is not None else {"role": "assistant", "content": ""}
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **more}
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return tmp_path / "out.json"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 @pytest.fixture

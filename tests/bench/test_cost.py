@@ -27,6 +27,7 @@ from infer_align_bench.cost import (
     seconds,
     throughput,
 )
+from infer_align_bench.doubt import doubted, refuse_unmeasured, saturated
 from infer_align_server import cli
 
 TRUE = Prices(2e-3, 5e-3, 1e-4, 1e-7, 2e-5, 1e-3, 4e-6, 1e-6, 3e-6)
@@ -142,8 +143,72 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert f"{made['plan']['replicas']} replicas" in said
     assert "held out: mean" in said
     assert made["prices_seconds"]["step"] == pytest.approx(TRUE.step, rel=0.05)
-    assert cli.main(["bench", "plan", *files, "--judge-tokens", "500"]) == 0
-    assert "no cost was found for judge_tokens" in capsys.readouterr().out
+    assert made["plan"]["replicas"] in [queue["replicas"] for queue in made["simulated"]]
+    assert cli.main(["bench", "plan", *files, "--judge-tokens", "500"]) == 2
+    assert "judge_tokens: no result holds judged requests" in " ".join(capsys.readouterr().err.split())
+    arguments = [
+        *files,
+        "--rate",
+        "20",
+        "--n",
+        "4",
+        "--prompt-tokens",
+        "100",
+        "--output-tokens",
+        "50",
+        "--p99",
+        "2",
+        "--json",
+        str(out),
+    ]
+    assert cli.main(["bench", "plan", *arguments]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    made = json.loads(out.read_text())
+    needed = min(queue["replicas"] for queue in made["simulated"] if queue["p99"] <= 2 and not queue["growing"])
+    assert f"{needed} replicas for 99% within 2 s" in said
+    assert needed >= made["plan"]["replicas"]
+    assert any("sequences at once are extrapolated" in doubt for doubt in made["doubts"])
+
+
+def test_what_measurements_do_not_hold_is_refused() -> None:
+    alike = [Setting(c, 1, 20, length) for c, length in ((1, 20), (4, 40), (8, 80))]
+    with pytest.raises(ConfigError, match="prompt_tokens: 512 cannot be planned: all measured prompts have 20 to 20 tokens"):
+        refuse_unmeasured(alike, Setting(1, 1, 512, 40))
+    refuse_unmeasured(alike, Setting(1, 1, 21, 40))
+    for name in ("k", "reward_tokens", "judge_tokens"):
+        with pytest.raises(ConfigError, match=f"{name}: no result holds"):
+            refuse_unmeasured(alike, replace(Setting(1, 1, 20, 40), **{name: 5}))
+
+
+def test_what_goes_beyond_them_is_said() -> None:
+    alike = [Setting(c, 1, 20, length, reward_tokens=9) for c, length in ((1, 20), (4, 40), (8, 80))]
+    said = " ".join(doubted(Prices(step=1e-3), alike, Setting(8, 4, 20, 400, reward_tokens=9)))
+    for part in (
+        "reward_tokens: measured, but",
+        "prompts were not varied",
+        "output_tokens: 400",
+        "n: 4 is",
+        "32 sequences at once",
+    ):
+        assert part in said
+    assert list(doubted(TRUE, GRID, Setting(8, 2, 100, 50))) == []
+
+
+def test_a_queue_in_the_server_is_seen() -> None:
+    full = [Setting(c, 1, 20, 40) for c in (4, 8, 16)]
+    said = list(saturated(full, [1.0, 1.1, 2.2]))
+    assert len(said) == 1
+    assert "16 under way bring no more requests / s than" in said[0]
+    assert list(saturated(full, [1.0, 1.1, 1.3])) == []
+    assert list(saturated([full[0], replace(full[1], n=2)], [1.0, 9.0])) == [], "another kind of request"
+
+
+def test_an_endpoint_that_counts_no_tokens() -> None:
+    target = {"align": None, "requests": {"answered": 3}, "tokens": {"prompt": 0, "spent": 9, "align": {}, "counted_by": "chunks"}}
+    with pytest.raises(ConfigError, match="does not count its tokens"):
+        from_report({"load": {"loop": "closed", "concurrency": 1}, "targets": {"A": target}}, "x.json")
+    with pytest.raises(ConfigError, match="no price was found"):
+        capacity(Prices(), Setting(1, 1, 5, 5), 10)
 
 
 def test_wrong_results_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

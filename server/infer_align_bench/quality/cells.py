@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from infer_align.errors import ConfigError
+from infer_align.errors import AlignError, ConfigError
 from infer_align_bench.endpoint import Endpoint
 from infer_align_bench.events import Answer, described
 from infer_align_bench.load import until
@@ -23,7 +25,11 @@ from infer_align_bench.types import Prompt
 
 DRAW_STRIDE = 1_000_003  # between the seeds of one prompt's draws: more than there are prompts
 REFUSED = (400, 404, 413, 422)  # asked wrongly, or more than it can do: asking again will not help
+REFUSALS = 3  # prompts at which a setting is refused, with none answered, before it is asked no more
+PATIENCE = 20  # failures in a row, whatever was asked: then the endpoint is gone
+FORMAT = 2
 
+SCORING = ("reward_tokens", "judge_prompt_tokens", "judge_completion_tokens")
 IGNORED = "the endpoint ignored `align`: its answer carries none, and would count as one that was aligned"
 
 
@@ -37,9 +43,16 @@ class Row:
     draw: int
     text: str
     gold: float | None  # None: the scorer has no opinion
-    spent: int
-    returned: int
     seconds: float
+    spent: int | None  # completion tokens that were generated; None: the endpoint does not say
+    returned: int | None
+    prompt_tokens: int | None
+    scoring: int  # tokens that rewards and the judge read and wrote, of align.usage
+
+    @property
+    def tokens(self) -> float:
+        """All that it cost: prompt, generated, rewards' and judge's; NaN where the endpoint does not say."""
+        return math.nan if self.spent is None else self.spent + (self.prompt_tokens or 0) + self.scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,25 +118,44 @@ def _key(cell: Cell, prompt: Prompt) -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One answer that could not be had, or not be scored."""
+
+    prompt: int
+    why: str
+    refused: bool  # the setting or the prompt, by the endpoint: asking again will not help
+
+
 class Runner:
-    """Carries out work, `concurrency` answers at a time."""
+    """Carries out work, `concurrency` answers at a time. What fails is kept as that answer's failure; the others go on."""
 
     def __init__(self, endpoint: Endpoint, gold: Gold, prompts: Sequence[Prompt], notebook: Notebook) -> None:
-        self.refused: dict[str, str] = {}  # cell -> why
-        self.failed: dict[str, list[str]] = {}  # cell -> what failed, one at a time
+        self.failures: dict[str, list[Failure]] = {}  # by setting
+        self.lost = False  # whether it gave up on the endpoint
         self.endpoint, self._gold, self._prompts, self._notebook = endpoint, gold, prompts, notebook
+        self._answered = Counter(row.cell for row in notebook.rows.values())
+        self._in_a_row = 0
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """The settings that were refused at every prompt, and why."""
+        return {
+            name: found[0].why
+            for name, found in self.failures.items()
+            if not self._answered[name] and all(one.refused for one in found)
+        }
 
     async def run(self, wanted: Sequence[Work], concurrency: int, stop: asyncio.Event, on_row: Callable[[], None]) -> bool:
-        """Do what is not yet in the notebook; -> whether it was stopped.
-
-        Raises:
-            AlignError: the scorer failed, or the endpoint is gone.
-        """
+        """Do what is not yet in the notebook; -> whether it was stopped."""
         left = iter([one for one in wanted if (one.key, one.draw) not in self._notebook.rows])
 
         async def worker() -> None:
             for one in left:
-                if one.cell.name not in self.refused:
+                if self._in_a_row >= PATIENCE:
+                    self.lost = True
+                    return
+                if not self._hopeless(one.cell.name):
                     await self._one(one)
                 on_row()
 
@@ -134,7 +166,26 @@ class Runner:
 
         return not await until(stop, workers())
 
+    def _hopeless(self, name: str) -> bool:
+        refusals = {one.prompt for one in self.failures.get(name, ()) if one.refused}
+        return len(refusals) >= REFUSALS and name in self.refused
+
     async def _one(self, one: Work) -> None:
+        try:
+            row = await self._asked(one)
+        except AlignError as error:
+            self._failed(one, error.message)
+            return
+        if row is not None:
+            self._in_a_row = 0
+            self._answered[one.cell.name] += 1
+            self._notebook.add(row)
+
+    def _failed(self, one: Work, why: str, *, refused: bool = False) -> None:
+        self._in_a_row = 0 if refused else self._in_a_row + 1
+        self.failures.setdefault(one.cell.name, []).append(Failure(one.prompt, self.endpoint.safe(why), refused))
+
+    async def _asked(self, one: Work) -> Row | None:
         prompt = self._prompts[one.prompt]
         body = self.endpoint.body(prompt, one.prompt + one.draw * DRAW_STRIDE) | dict(one.cell.body)
         if one.cell.align is not None:
@@ -145,20 +196,20 @@ class Runner:
         text = _text(answer)
         if status != 200 or text is None:
             said = ": ".join(described(answer.get("error") if isinstance(answer, Mapping) else answer, f"status {status}"))
-            if status in REFUSED:
-                self.refused.setdefault(one.cell.name, said)
-            else:
-                self.failed.setdefault(one.cell.name, []).append(said)
-            return
+            self._failed(one, said, refused=status in REFUSED)
+            return None
         if one.cell.align and one.cell.align.get("details") != "none" and "align" not in answer:
-            self.refused.setdefault(one.cell.name, IGNORED)
-            return
+            self._failed(one, IGNORED, refused=True)
+            return None
         told = Answer()
         told.whole(answer)
-        _, spent, returned = told.tokens()
+        prompt_tokens, spent, returned = told.tokens()
+        usage = told.align_usage()
         score = await self._gold(prompt.messages, text)
-        known = score if score == score else None  # noqa: PLR0124 - NaN
-        self._notebook.add(Row(one.key, one.cell.name, one.prompt, one.draw, text, known, spent or 0, returned or 0, seconds))
+        return Row(
+            one.key, one.cell.name, one.prompt, one.draw, text, score if math.isfinite(score) else None, seconds,
+            spent, returned, prompt_tokens, sum(usage.get(name, 0) for name in SCORING),
+        )  # fmt: skip
 
 
 def _text(answer: Any) -> str | None:

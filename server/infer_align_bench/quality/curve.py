@@ -1,16 +1,16 @@
-"""What the scored answers say: means with standard errors, differences by prompt, the Pareto front, and what to use for a budget.
+"""What the scored answers say: means with standard errors, differences by prompt, and the Pareto front.
 
 Prompts are what is drawn from a population, so errors are over prompts: the draws of one prompt are averaged first. Differences are
-taken prompt by prompt. The chance to be best is the share of bootstrap resamples of the prompts in which a setting is the best of
-those within the budget: the best of many settings looks better than it is, and this says by how much to doubt it.
+taken prompt by prompt, over the prompts that both settings have. Only settings that were scored at every prompt are compared with
+all others: one that lacks a few hard prompts would look better than it is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,6 @@ from infer_align_bench.quality.grid import Cell, Grid
 Array = NDArray[np.float64]
 Cost = Literal["tokens", "seconds"]
 COSTS: tuple[Cost, ...] = ("tokens", "seconds")
-REPLICATES = 2000
-ENOUGH = 2.0  # standard errors that a step up must be worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +43,14 @@ class Point:
     cell: Cell
     prompts: int
     gold: Mean
-    tokens: float  # spent per answer
-    seconds: float
+    tokens: Mean | None  # all that an answer costs: prompt, generated, rewards' and judge's; None where the endpoint does not say
+    generated: Mean | None  # completion tokens alone
+    seconds: Mean
+    kl_bound: float | None
     minus_baseline: Mean | None
     minus_greedy: Mean | None
     minus_equal: Mean | None  # against the equal-budget family at the same tokens
+    missing: int = 0  # prompts that others have and this has not: then it is on no front
     fronts: frozenset[Cost] = frozenset()  # the costs of which nothing cheaper is better
 
     @property
@@ -57,36 +58,48 @@ class Point:
         """Whether nothing is better for fewer tokens."""
         return "tokens" in self.fronts
 
+    def cost(self, of: Cost) -> float:
+        """Its mean cost; NaN where it is not known."""
+        mean: Mean | None = getattr(self, of)
+        return math.nan if mean is None else mean.value
 
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """What to use for so many tokens, or seconds, per answer and more."""
-
-    cost: float
-    name: str
-    gold: Mean
-    chance: float  # that it is the best within the budget
-    cheaper: str | None  # a cheaper setting that is not worse by more than ENOUGH standard errors
+    def comparable(self, cost: Cost) -> bool:
+        """Whether it can stand beside all others."""
+        return not self.missing and math.isfinite(self.cost(cost))
 
 
 class Table:
-    """Gold, tokens and seconds by setting and prompt; NaN where there is nothing. [cells, prompts]."""
+    """Gold, tokens, generated tokens and seconds by setting and prompt; NaN where there is nothing. [cells, prompts].
 
-    def __init__(self, grid: Grid, rows: Iterable[Row], keys: Mapping[tuple[str, int], str]) -> None:
+    `pending` are prompts that have not been asked under every setting yet: they are not held against those that lack them.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        rows: Iterable[Row],
+        keys: Mapping[tuple[str, int], str],
+        pending: Collection[int] = (),
+        shared: Collection[str] = (),
+    ) -> None:
         self.cells = list(grid.cells)
+        self.shared = shared  # fields of the body that every request has
         at = {cell.name: i for i, cell in enumerate(self.cells)}
         prompts = 1 + max((prompt for _, prompt in keys), default=-1)
         places: dict[str, list[tuple[int, int]]] = {}  # one answer serves all that asked the same
         for (name, prompt), key in keys.items():
             places.setdefault(key, []).append((at[name], prompt))
-        sums = np.zeros((4, len(self.cells), prompts))
+        sums = np.zeros((5, len(self.cells), prompts))
         for row in rows:
             if row.gold is None:
                 continue
+            generated = math.nan if row.spent is None else row.spent
             for place in places.get(row.key, ()):
-                sums[(slice(None), *place)] += (row.gold, row.spent, row.seconds, 1.0)
+                sums[(slice(None), *place)] += (row.gold, row.tokens, generated, row.seconds, 1.0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            self.gold, self.tokens, self.seconds = (part / sums[3] for part in sums[:3])
+            self.gold, self.tokens, self.generated, self.seconds = (part / sums[4] for part in sums[:4])
+        self.required = np.isfinite(self.gold).any(axis=0)
+        self.required[[prompt for prompt in pending if prompt < prompts]] = False
 
     def mean(self, values: Array) -> Mean | None:
         """Over the prompts that have a value."""
@@ -102,27 +115,28 @@ def points(table: Table, grid: Grid) -> list[Point]:
     names = [cell.name for cell in table.cells]
     base = table.gold[names.index(grid.baseline)]
     greedy = table.gold[names.index(grid.greedy)] if grid.greedy else None
-    spent = {i: float(np.nanmean(table.tokens[i])) for i in range(len(names)) if np.isfinite(table.gold[i]).any()}
-    family = sorted((i for i in spent if table.cells[i].equal_budget or names[i] == grid.baseline), key=lambda i: spent[i])
     found = []
-    for i, tokens in spent.items():
-        gold = table.mean(table.gold[i])
-        assert gold is not None
-        equal = None if table.cells[i].equal_budget or names[i] == grid.baseline else _equal(table, i, family, spent)
+    for i, cell in enumerate(table.cells):
+        gold, seconds = table.mean(table.gold[i]), table.mean(table.seconds[i])
+        if gold is None or seconds is None:
+            continue
         found.append(
             Point(
-                table.cells[i],
+                cell,
                 int(np.isfinite(table.gold[i]).sum()),
                 gold,
-                tokens,
-                float(np.nanmean(table.seconds[i])),
-                None if names[i] == grid.baseline else table.mean(table.gold[i] - base),
-                None if greedy is None or names[i] == grid.greedy else table.mean(table.gold[i] - greedy),
-                equal,
+                table.mean(table.tokens[i]),
+                table.mean(table.generated[i]),
+                seconds,
+                cell.kl_bound(table.shared),
+                None if cell.name == grid.baseline else table.mean(table.gold[i] - base),
+                None if greedy is None or cell.name == grid.greedy else table.mean(table.gold[i] - greedy),
+                None,
+                int((table.required & ~np.isfinite(table.gold[i])).sum()),
             )
         )
-    found.sort(key=lambda point: (point.tokens, -point.gold.value))
-    return _marked(found)
+    found.sort(key=lambda point: (np.nan_to_num(point.cost("tokens"), nan=math.inf), -point.gold.value))
+    return _marked(_beside_the_family(table, grid, found))
 
 
 def _marked(found: Sequence[Point]) -> list[Point]:
@@ -130,11 +144,28 @@ def _marked(found: Sequence[Point]) -> list[Point]:
     fronts: dict[str, set[Cost]] = {point.cell.name: set() for point in found}
     for cost in COSTS:
         best = -math.inf
-        for point in sorted(found, key=lambda point: (getattr(point, cost), -point.gold.value)):
+        comparable = [point for point in found if point.comparable(cost)]
+        for point in sorted(comparable, key=lambda point: (point.cost(cost), -point.gold.value)):
             if point.gold.value > best:
                 best = point.gold.value
                 fronts[point.cell.name].add(cost)
     return [replace(point, fronts=frozenset(fronts[point.cell.name])) for point in found]
+
+
+def _beside_the_family(table: Table, grid: Grid, found: Sequence[Point]) -> list[Point]:
+    """With the difference to the equal-budget family, of which the baseline is one."""
+    at = {cell.name: i for i, cell in enumerate(table.cells)}
+    members = {point.cell.name for point in found if point.cell.equal_budget or point.cell.name == grid.baseline}
+    spent = {
+        at[point.cell.name]: point.cost("tokens") for point in found if point.comparable("tokens") and point.cost("tokens") > 0
+    }
+    family = sorted((i for i in spent if table.cells[i].name in members), key=lambda i: spent[i])
+    return [
+        point
+        if point.cell.name in members or at[point.cell.name] not in spent
+        else replace(point, minus_equal=_equal(table, at[point.cell.name], family, spent))
+        for point in found
+    ]
 
 
 def _equal(table: Table, i: int, family: Sequence[int], spent: Mapping[int, float]) -> Mean | None:
@@ -150,51 +181,3 @@ def _equal(table: Table, i: int, family: Sequence[int], spent: Mapping[int, floa
     wide = math.log(spent[high] / spent[low]) if spent[high] > spent[low] else 1.0
     share = math.log(place / spent[low]) / wide
     return table.mean(table.gold[i] - (1 - share) * table.gold[low] - share * table.gold[high])
-
-
-def advice(table: Table, found: Sequence[Point], seed: int = 0, cost: Cost = "tokens") -> list[Advice]:
-    """For each budget at which the choice changes: what to use, how sure that is, and what is cheaper and hardly worse."""
-    names = [cell.name for cell in table.cells]
-    rows = {point.cell.name: table.gold[names.index(point.cell.name)] for point in found}
-    common = np.isfinite(np.array(list(rows.values()))).all(axis=0)
-    if not common.any():
-        return []
-    prompts = int(common.sum())
-    drawn = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=REPLICATES)
-    spent = {point.cell.name: getattr(point, cost) for point in found}
-    ordered = sorted(found, key=lambda point: spent[point.cell.name])
-    given = []
-    for point in (point for point in ordered if cost in point.fronts):
-        limit = spent[point.cell.name]
-        within = [other for other in ordered if spent[other.cell.name] <= limit]
-        means = drawn @ np.array([rows[other.cell.name][common] for other in within]).T
-        chance = float((means.argmax(axis=1) == within.index(point)).mean())
-        cheap = (other for other in within if spent[other.cell.name] < 0.9 * limit and _hardly_worse(table, rows, other, point))
-        given.append(Advice(limit, point.cell.name, point.gold, chance, next((other.cell.name for other in cheap), None)))
-    return given
-
-
-def _hardly_worse(table: Table, rows: Mapping[str, Array], other: Point, point: Point) -> bool:
-    difference = table.mean(rows[point.cell.name] - rows[other.cell.name])
-    return difference is not None and not difference.value > ENOUGH * difference.error
-
-
-def as_json(found: Sequence[Point], advised: Mapping[Cost, Sequence[Advice]]) -> dict[str, Any]:
-    """Points and advice for a file; a mean is {value, error}, null where there is none."""
-    settings = [
-        {
-            "name": point.cell.name, "align": point.cell.align, "body": dict(point.cell.body), "prompts": point.prompts,
-            "tokens": point.tokens, "seconds": point.seconds, "kl_bound": point.cell.kl_bound, "fronts": sorted(point.fronts),
-            **{name: _mean_json(getattr(point, name)) for name in ("gold", "minus_baseline", "minus_greedy", "minus_equal")},
-        }
-        for point in found
-    ]  # fmt: skip
-    given = {
-        cost: [{"from": one.cost, "use": one.name, "chance": one.chance, "cheaper": one.cheaper} for one in choices]
-        for cost, choices in advised.items()
-    }
-    return {"settings": settings, "advice": given}
-
-
-def _mean_json(mean: Mean | None) -> dict[str, float | None] | None:
-    return None if mean is None else {"value": mean.value, "error": mean.error if math.isfinite(mean.error) else None}

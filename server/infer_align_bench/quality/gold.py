@@ -36,14 +36,22 @@ def scorer(text: str, endpoint: Endpoint) -> Gold:
     return _served(endpoint, {"rewards": {text: 1.0}, "ensemble": {"objective": "mean"}})
 
 
+def served(text: str) -> bool:
+    """Whether a server scores, so that it matters which."""
+    return text.startswith("{") or ":" not in text
+
+
 def _served(endpoint: Endpoint, settings: Mapping[str, Any]) -> Gold:
     async def score(messages: Messages, text: str) -> float:
         body = {"messages": list(messages), "candidates": [text], **settings}
         status, answer = await endpoint.call("align/score", body)
         if status != 200 or not isinstance(answer, Mapping):
             said = described(answer.get("error") if isinstance(answer, Mapping) else answer, f"status {status}")
-            raise AlignError(f"--gold: {endpoint.target.place}/align/score: {': '.join(said)}")
-        value = answer["candidates"][0]["objective"]
+            raise AlignError(endpoint.safe(f"--gold: {endpoint.target.place}/align/score: {': '.join(said)}"))
+        try:
+            value = answer["candidates"][0]["objective"]
+        except (KeyError, IndexError, TypeError):
+            raise AlignError(f"--gold: {endpoint.target.place}/align/score: its answer holds no objective.") from None
         return math.nan if value is None else float(value)
 
     return score
@@ -59,6 +67,9 @@ def _called(text: str) -> Gold:
         raise ConfigError(f"--gold: {text!r} is not a function (messages, text) -> float.")
 
     async def score(messages: Messages, answer: str) -> float:
-        return float(await asyncio.to_thread(function, messages, answer))
+        try:
+            return float(await asyncio.to_thread(function, messages, answer))
+        except Exception as error:  # the user's code
+            raise AlignError(f"--gold: {text} raised {type(error).__name__}: {error}") from None
 
     return score

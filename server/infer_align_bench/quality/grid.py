@@ -23,7 +23,7 @@ import itertools
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from infer_align.methods.best_of_n import kl_upper_bound
 
 KEYS = ("name", "align", "body", "over", "equal_budget")
 BOUNDED = {"best_of_n", "ensemble", "rewards", "trust_judge", "budget", "details"}  # of these, only best_of_n moves away
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logit_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,14 @@ class Cell:
     body: Mapping[str, Any] = field(default_factory=dict)
     equal_budget: bool = False
 
-    @property
-    def kl_bound(self) -> float | None:
-        """At most so many nats from the frozen model (ln n - (n - 1) / n); None where nothing is known without measuring."""
+    def kl_bound(self, shared: Iterable[str] = ()) -> float | None:
+        """At most so many nats from the frozen model (ln n - (n - 1) / n); None where nothing is known without measuring.
+
+        `shared`: the fields that every request carries besides; a temperature there moves this setting as its own would.
+        """
         align = self.align or {}
-        if not align.keys() <= BOUNDED or any(name in self.body for name in ("temperature", "top_p", "top_k", "min_p")):
+        fields = {*shared} | {name for name, value in self.body.items() if value is not None}
+        if not align.keys() <= BOUNDED or any(name in fields for name in SAMPLING):
             return None
         return kl_upper_bound(align["best_of_n"].get("n", 8)) if "best_of_n" in align else 0.0
 

@@ -83,7 +83,8 @@ def test_a_report(bench: Bench, place: Path) -> None:
     by_name = {setting["name"]: setting for setting in made["settings"]}
     assert by_name["best of 3"]["gold"] == {"value": 9.0, "error": 0.0}
     assert by_name["best of 3"]["minus_baseline"]["value"] == 6.0
-    assert (by_name["best of 5"]["tokens"], by_name["base"]["minus_baseline"]) == (10.0, None)
+    assert (by_name["best of 5"]["tokens"], by_name["best of 5"]["generated"]["value"]) == (11.0, 10.0), "the prompt has one"
+    assert by_name["base"]["minus_baseline"] is None
     assert [one["use"] for one in made["advice"]["tokens"]] == ["base", "best of 3"]
     assert list(made["refused"]) == ["unknown"]
     page = (place / "out.html").read_text()
@@ -93,11 +94,14 @@ def test_a_report(bench: Bench, place: Path) -> None:
     }  # fmt: skip
     assert {row["spent"] for row in rows(place) if row["cell"] == "best of 5"} == {10}
     assert {row["returned"] for row in rows(place)} == {2}
+    assert made["complete"] is True
     assert "unknown: refused: status 400 unknown_field: align.no_such_method: no such key" in out
     assert "align.no_such_method: no such key" in page
-    assert "<b>best of 3</b> reaches 9.00" in page
+    assert "By default: <b>best of 3</b> reaches 9.00" in page
+    assert "Cheap: <b>best of 3</b>" in page
+    assert 'name="viewport"' in page
     assert "0.19" in page, "the bound of best-of-2's KL"
-    shortest = re.search(r"<tr><td>shortest of 3</td>.*?</tr>", page)
+    shortest = re.search(r"<td class=name>shortest of 3</td>.*?</tr>", page)
     assert shortest is not None
     assert "-6.00" in shortest.group(), "against the family at the same six tokens"
 
@@ -116,7 +120,7 @@ def test_the_page_stands_alone_and_names_are_text(bench: Bench, place: Path) -> 
 
 def test_a_function_scores_and_pairs_take_out_the_prompts(bench: Bench, place: Path) -> None:
     _, out, _ = bench(scorer="tests.bench.quality.test_command:gold", code=0)
-    assert re.search(r"best of 3 6 .*?\+13\.2 ± 1\.8 \+6\.00 ± 0\.00 \+6\.00 ± 0\.00", out), out
+    assert re.search(r"best of 3 7\.00 \S+ 13\.2 ± 1\.8 \+6\.00 ± 0\.00", out), out
 
 
 def test_it_goes_on_where_it_stopped(bench: Bench, place: Path, serve: Any) -> None:
@@ -187,8 +191,8 @@ def test_every_setting_failing(serve: Any, bench: Bench, place: Path) -> None:
     url = serve(f'[engine]\nkind = "fake"\n{replies}\n[rewards.number]\nkind = "rules"\nwords_weight = 1.0\n').base_url
     _, out, err = bench("--base-url", url, code=1)
     assert "no setting could be measured" in err
-    assert "requests failed; first: status 502 engine_failed" in out
-    assert "requests failed" in (place / "out.html").read_text()
+    assert "4 answers failed; first: status 502 engine_failed" in out
+    assert "4 answers failed" in (place / "out.html").read_text()
     assert rows(place) == [], "what failed is tried again"
 
 
@@ -200,6 +204,24 @@ def test_an_endpoint_that_ignores_align(peer: Any, bench: Bench, place: Path, se
     _, out, _ = bench("--base-url", url, "--gold-url", serve(NUMBERS).base_url, code=0)
     assert {(row["cell"], row["gold"]) for row in rows(place)} == {("base", 4.0), ("greedy & <b>", 4.0)}
     assert "best of 5: refused: the endpoint ignored `align`" in out
+
+
+def test_a_notebook_is_of_one_server(serve: Any, bench: Bench, place: Path) -> None:
+    bench("--limit", 2, code=0)
+    other = serve(NUMBERS.replace("candidate 3", "candidate 4"))
+    _, _, err = bench("--limit", 2, "--base-url", other.base_url, code=2)
+    assert "was made with another endpoint, gold endpoint" in err
+    _, _, err = bench("--limit", 2, "--gold-url", other.base_url, code=2)
+    assert "was made with another gold endpoint" in err
+    bench("--limit", 2, "--base-url", other.base_url, "--notebook", place / "other.jsonl", code=0)
+    assert {json.loads(line)["gold"] for line in (place / "other.jsonl").read_text().splitlines()[1:]} == {4.0, 9.0}
+
+
+def test_a_prompt_that_stands_twice_is_asked_once(bench: Bench, place: Path) -> None:
+    (place / "prompts.jsonl").write_text('"x"\n"yy"\n"x"\n')
+    _, _, err = bench("--json", place / "out.json", code=0)
+    assert "1 prompts stand twice" in err
+    assert {one["prompts"] for one in json.loads((place / "out.json").read_text())["settings"]} == {2}
 
 
 def test_an_interrupt_keeps_what_there_is(serve: Any, bench: Bench, place: Path) -> None:
@@ -219,5 +241,5 @@ def test_an_interrupt_keeps_what_there_is(serve: Any, bench: Bench, place: Path)
     assert "the same command goes on from there" in " ".join(err.split())
     assert "Traceback" not in err
     assert "base" in out
-    assert "<td>complete</td><td>False</td>" in (place / "out.html").read_text()
+    assert "<td class=name>complete</td><td class=name>False</td>" in (place / "out.html").read_text()
     assert len(rows(place)) >= 12

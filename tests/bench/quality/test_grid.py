@@ -82,7 +82,13 @@ def test_the_grid_in_the_docs(tmp_path: Path) -> None:
     ],
 )
 def test_how_far_a_setting_can_be_from_the_model(align: Any, body: Any, bound: float | None) -> None:
-    assert Cell("x", align, body).kl_bound == (None if bound is None else pytest.approx(bound))
+    assert Cell("x", align, body).kl_bound() == (None if bound is None else pytest.approx(bound))
+
+
+def test_a_temperature_of_the_whole_run_moves_every_setting() -> None:
+    assert Cell("x").kl_bound(("max_tokens",)) == 0.0
+    assert Cell("x", {"best_of_n": {"n": 4}}).kl_bound(("temperature",)) is None
+    assert Cell("x", None, {"temperature": None}).kl_bound() == 0.0
 
 
 @pytest.mark.parametrize(
