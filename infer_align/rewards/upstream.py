@@ -12,6 +12,7 @@ import numpy as np
 
 from infer_align.errors import AlignError, ConfigError
 from infer_align.rewards import CALL_SHARE, Marks, Reward, seconds_allowed
+from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
 from infer_align.types import Array, Candidate, Messages, Spent
 from infer_align.upstream import Upstream, UpstreamFailed
 from infer_align.upstream.client import Client
@@ -34,6 +35,7 @@ class FromUpstream(Upstream):
     attributes: tuple[str, ...] = field(
         default=(), metadata={"description": "names of the labels, when they are objectives, not members"}
     )
+    scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
     input: Literal["messages", "text"] = field(
         default="messages",
         metadata={
@@ -56,6 +58,7 @@ class FromUpstream(Upstream):
         Raises:
             ConfigError: urls or key are wrong, or the labels are not those of the attributes.
         """
+        check_scaling("upstream", self.scaling, self.attributes)
         if self.attributes and self.labels not in {1, len(self.attributes)}:
             raise ConfigError(f"labels: {self.labels} numbers do not fit {len(self.attributes)} attributes; leave labels out.")
         if self.api in {"score", "rerank"} and (self.attributes or self.labels > 1):
@@ -118,6 +121,7 @@ class UpstreamReward(Reward):
             next((f"{m.name}: {notes[i]}" for m, (_, notes, _) in zip(self._asked, answers, strict=True) if notes[i]), None)
             for i in range(len(candidates))
         )
+        values = scaled(values, self.config.scaling, self.attributes)
         return Marks(values, Spent(sum(tokens for _, _, tokens in answers)), notes)
 
     async def _ask(

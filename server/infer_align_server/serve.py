@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -47,7 +48,14 @@ async def serve(config: Config, console: Console) -> int:
         SpinnerColumn(), TextColumn("loading {task.description}"), TimeElapsedColumn(), console=console, transient=True
     ) as bar:
         task = bar.add_task("", total=None)
-        app = create_app(config, lambda what: bar.update(task, description=what))
+        started = monotonic()
+
+        def progress(what: str) -> None:
+            bar.update(task, description=what)
+            if not console.is_terminal:  # in a container's log nothing is drawn over
+                console.print(f"{monotonic() - started:6.1f} s  loading {what}", highlight=False)
+
+        app = create_app(config, progress)
         service: Service = app.state.service
         server = DrainingServer(_uvicorn_config(config, app), service)
         listener = _listen(config)
