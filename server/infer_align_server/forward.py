@@ -16,7 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infer_align.engines import App
 from infer_align.errors import AlignError, InvalidRequest, Unsupported
-from infer_align_server.rates import charged
+from infer_align_server.charges import charged
 from infer_align_server.service import Service
 from infer_align_server.stream import until_client_leaves
 from infer_align_server.wire import dumps

@@ -32,8 +32,9 @@ from infer_align.rewards import Reward
 from infer_align.run import OnDelta, align
 from infer_align.types import Kind, Plan, Request, Response, Spent
 from infer_align_server.admission import Admission
+from infer_align_server.charges import charged
 from infer_align_server.metrics import Metrics
-from infer_align_server.rates import Allowance, charged
+from infer_align_server.rates import Allowance
 
 Progress = Callable[[str], None]
 log = logging.getLogger("infer_align")

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infer_align.errors import DeadlineExceeded, EngineFailed, Overloaded
-from infer_align_server.rates import MAX_CALLERS, Allowance, charged
+from infer_align_server.charges import charged
+from infer_align_server.rates import MAX_CALLERS, Allowance
 
 KEYS = '[server]\napi_keys_env = "TEST_BUDGET_KEYS"\n'
 WORDS = '[engine]\nkind = "fake"\nreplies = [{text = "' + " ".join(["word"] * 30) + '"}]\n'
