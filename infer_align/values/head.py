@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.functional import embedding, gelu, linear
 
 from infer_align.errors import ConfigError
 from infer_align.hub import locate
@@ -59,6 +60,8 @@ class HeadValue(Value):
         check_fit(self.path, {**metadata, "hidden_size": first.shape[1]}, frozen)
         if len(tensors["E"]) != frozen.vocabulary:
             raise ConfigError(f"{self.path}: values {len(tensors['E'])} tokens, but {frozen.model!r} has {frozen.vocabulary}.")
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ConfigError(f"{self.path}: {broken[0]} holds numbers that are not finite; fit the value again.")
         self.description = self.description or metadata.get("description", "")
         self._tensors = {name: tensor.to(frozen.device, torch.float32) for name, tensor in tensors.items()}
 
@@ -66,8 +69,8 @@ class HeadValue(Value):
         """u(h). [B, d] float32 -> [B, r]."""
         t = self._tensors
         if "P" in t:
-            return hidden @ t["P"].T
-        return torch.nn.functional.gelu(torch.addmm(t["c1"], hidden, t["W1"].T)) @ t["W2"].T
+            return linear(hidden, t["P"])
+        return linear(gelu(linear(hidden, t["W1"], t["c1"])), t["W2"])
 
     def of(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
@@ -75,11 +78,8 @@ class HeadValue(Value):
             return candidate_values(token_ids, self.features(hidden)[:, None], self._tensors["E"][None], self._tensors["b"][None])[
                 0
             ]
-        t, flat = self._tensors, token_ids.flatten()
-        rows = t["E"].index_select(0, flat).view(*token_ids.shape, -1)  # [B, k, r]
-        return torch.baddbmm(t["b"].index_select(0, flat).view(*token_ids.shape, 1), rows, self.features(hidden)[:, :, None])[
-            :, :, 0
-        ]
+        bias, rows = self._tensors["b"].take(token_ids), embedding(token_ids, self._tensors["E"])  # [B, k], [B, k, r]
+        return torch.baddbmm(bias[:, :, None], rows, self.features(hidden)[:, :, None])[:, :, 0]
 
     def expected(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """V(h) = sum over a of pi(a) Q(h, a), what the next token will have been worth on average. [B, d], [B, V] -> [B] float32.

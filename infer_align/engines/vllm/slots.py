@@ -138,7 +138,7 @@ class Slots:
             beyond=None if top_k.min() == k else self._upload(np.arange(k)[None] >= top_k[:, None]),
             tail=self._upload(mask) if mask.any() else "keep",
             k=k,
-            whole=bool(top_k.min() == k and beta.all()),
+            whole=bool(top_k.min() == k and beta.all() and not mask.any()),
         )
 
     def expanded_layout(self, slots: Indices, owners: torch.Tensor) -> Layout | None:

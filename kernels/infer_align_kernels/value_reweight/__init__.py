@@ -87,11 +87,14 @@ def reweight_logits(
         beta: [B, M], finite.
         tail: "keep" leaves the other tokens' logits, "mask" makes them -inf; or [B] bool, True where they are masked.
         out: where to write, `logits` itself included; float32, or float64 for float64 logits.
-        whole: the caller knows that every slot is used and no beta is 0: on a CPU nobody looks.
+        whole: the caller knows that all of this holds, that every slot is used, no beta is 0, every value a number, the tail kept
+            and everything float32: in place on a CPU nobody looks.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, by name.
     """
+    if whole and out is logits and not logits.is_cuda:
+        return logits.scatter_add_(1, token_ids, reference.whole_shifts(values, beta))
     _check_logits(logits)
     _check_candidates(logits, token_ids, values, beta, tail)
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -104,7 +107,7 @@ def reweight_logits(
 
         with torch.cuda.device(logits.device):
             return triton.reweight_logits(logits, token_ids, values, beta, tail, out)
-    return reference.reweight_logits(logits, token_ids, values, beta, tail, out, whole=whole)
+    return reference.reweight_logits(logits, token_ids, values, beta, tail, out)
 
 
 def candidate_values(

@@ -23,18 +23,14 @@ def reweight_logits(
     beta: torch.Tensor,
     tail: Tail | torch.Tensor,
     out: torch.Tensor | None,
-    *,
-    whole: bool = False,
 ) -> torch.Tensor:
     """See `infer_align_kernels.reweight_logits`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     in_place = out is not None and out.data_ptr() == logits.data_ptr()
     keep = isinstance(tail, str) and tail == "keep"
-    if (out is None or in_place) and keep and not logits.is_cuda and (whole or _is_whole(token_ids, beta)):
+    if (out is None or in_place) and keep and not logits.is_cuda and _is_whole(token_ids, beta):
         # The common case, with fewer operations and bit for bit the same.
-        centred = values.to(dtype) - values.to(dtype).sum(dim=2, keepdim=True) / token_ids.shape[1]
-        shift = beta.to(dtype).T[:, :, None] * centred
-        shift = shift[0] if len(shift) == 1 else shift.sum(dim=0)
+        shift = whole_shifts(values.to(dtype), beta.to(dtype))
         if math.isfinite(shift.sum()):  # every value is a number
             return (logits.to(dtype, copy=True) if out is None else out).scatter_add_(1, token_ids, shift)
     slots = token_ids >= 0
@@ -51,6 +47,14 @@ def reweight_logits(
         dropped = steered_rows[:, 0] & (tail if isinstance(tail, torch.Tensor) else True)
         out.index_fill_(0, dropped.nonzero()[:, 0], -torch.inf)
     return out.scatter_(1, ids, torch.where(slots, steered, steered[:, :1]))
+
+
+def whole_shifts(values: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """`shifts` where every slot is used, every weight counts and every value is a number. [M, B, k], [B, M] -> [B, k]."""
+    centred = values - values.sum(dim=2, keepdim=True) / values.shape[2]
+    if len(values) == 1:
+        return beta * centred[0]
+    return (beta.T[:, :, None] * centred).sum(dim=0)
 
 
 def _is_whole(token_ids: torch.Tensor, beta: torch.Tensor) -> bool:
