@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 from collections.abc import Callable
@@ -69,6 +70,9 @@ async def serve(config: Config, console: Console) -> int:
         await serving
         raise ConfigError(service.failure)
     if server.started and settled.done():
+        # What is loaded stays: without it, the collector walks a million objects of torch's in the middle of an answer.
+        gc.collect()
+        gc.freeze()
         _welcome(listener, service, console)
     await serving
     settled.cancel()
