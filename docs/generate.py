@@ -61,6 +61,17 @@ def vas_results() -> str:
     return _table(columns, rows)
 
 
+def early_stop() -> str:
+    """What stopping losers early saves and costs on the demo, as last measured."""
+    rows = []
+    for row in json.loads((ROOT / "benchmarks/results/early_stop.json").read_text())["rows"]:
+        gaps = [f"{row[f'minus_{key}']:+.2f} ± {row[f'minus_{key}_se']:.2f}" for key in ("budget", "whole")]
+        plain = "after" not in row["answer"] and row["answer"] != "greedy"
+        cells = [row["answer"], f"{row['tokens']:.0f}", f"{row['gold']:.2f} ± {row['gold_se']:.2f}"]
+        rows.append([*cells, "" if plain else gaps[0], gaps[1]])
+    return _table(["answer", "tokens spent", "gold", "- best-of-n at the same tokens", "- best of 32"], rows)
+
+
 def vas_speed() -> str:
     """What steering costs, as last measured."""
     return _ratios("vas_speed")
@@ -268,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "values": values,
     "vas-results": vas_results,
     "vas-speed": vas_speed,
+    "early-stop": early_stop,
     "server": server,
     "limits": limits,
     "statuses": statuses,
