@@ -55,6 +55,15 @@ class Engine(ABC):
     async def close(self) -> None:
         """Stop everything that runs and free what is held."""
 
+    async def add_value(self, name: str, value: Value) -> None:
+        """Let draws use another value from now on, without a restart; one of the same name is replaced, and kept by who uses it.
+
+        Raises:
+            Unsupported: this engine holds no values of its own.
+            ConfigError: it does not fit the model.
+        """
+        raise Unsupported(f"the engine of {self.model!r} holds no values: {name!r} ({value.description}) cannot be added.")
+
     @abstractmethod
     def health(self) -> str | None:
         """None while it can answer, else why it cannot."""

@@ -98,10 +98,10 @@ async def fit_value(
     unseen = [prompts[i] for i in _held_out(samples, sampling.seed)]
     if fitting.kind == "head":
         fitness = _fit_head(engine, prompts, samples, fitting, sampling, out, progress)
-        engine.add_value(out.stem, HeadValue(str(out)))
+        await engine.add_value(out.stem, HeadValue(str(out)))
     else:
         (fitness,) = fit_value_lm(engine, prompts, {out.stem: samples}, fitting, sampling.seed, out, progress)
-        engine.add_value(out.stem, LookaheadValue(Lookahead(str(out))))
+        await engine.add_value(out.stem, LookaheadValue(Lookahead(str(out))))
     tried = [*itertools.islice(itertools.cycle(unseen), fitting.curve_replies)]
     betas = [*curve.betas(fitting.largest_beta)]
     points = await curve.reward_kl_curve(engine, reward, tried, out.stem, betas, sampling, progress)

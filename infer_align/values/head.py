@@ -63,7 +63,8 @@ class HeadValue(Value):
         if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ConfigError(f"{self.path}: {broken[0]} holds numbers that are not finite; fit the value again.")
         self.description = self.description or metadata.get("description", "")
-        self._tensors = {name: tensor.to(frozen.device, torch.float32) for name, tensor in tensors.items()}
+        # Copies: what is mapped from a file ends the process when somebody writes over the file.
+        self._tensors = {name: tensor.to(frozen.device, torch.float32, copy=True) for name, tensor in tensors.items()}
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """u(h). [B, d] float32 -> [B, r]."""

@@ -53,8 +53,8 @@ class ValueLM:
             card: dict[str, Any] = json.loads((folder / CARD).read_text())
             self.names: list[str] = card["heads"]
             heads = load_file(folder / HEADS)
-            self._weight = heads["weight"].to(frozen.device, torch.float32)  # [H, d]
-            self._bias = heads["bias"].to(frozen.device, torch.float32)  # [H]
+            self._weight = heads["weight"].to(frozen.device, torch.float32, copy=True)  # [H, d]
+            self._bias = heads["bias"].to(frozen.device, torch.float32, copy=True)  # [H]
             self.lm = AutoModel.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"{path}: cannot be loaded as a value LM: {type(error).__name__}: {error}") from error

@@ -73,10 +73,24 @@ async def serve(config: Config, console: Console) -> int:
         # What is loaded stays: without it, the collector walks a million objects of torch's in the middle of an answer.
         gc.collect()
         gc.freeze()
+        _reload_on_hangup(service)
         _welcome(listener, service, console)
     await serving
     settled.cancel()
     return 0 if server.started else 1
+
+
+def _reload_on_hangup(service: Service) -> None:
+    """SIGHUP, as daemons have it: what was fitted anew is read without a restart."""
+    running: set[asyncio.Task[None]] = set()
+
+    def reload() -> None:
+        task = asyncio.create_task(service.reload_values())
+        running.add(task)
+        task.add_done_callback(running.discard)
+
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

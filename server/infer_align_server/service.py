@@ -107,6 +107,15 @@ class Service:
         for engine in self.engines.values():
             await engine.close()
 
+    async def reload_values(self) -> None:
+        """Read the configured values again, for requests that come from now on; one that cannot be read stays as it was."""
+        for name, section in self.config.values.items():
+            try:
+                await self.engine.add_value(name, section.load())
+                log.info("value %s: read again", name)
+            except AlignError as error:
+                log.error("value %s stays as it was: %s", name, error.message)
+
     def drain(self) -> None:
         """From now on answer 503 and let what runs finish."""
         self._draining = True

@@ -254,8 +254,8 @@ async def test_replacing_a_value_in_use_disturbs_nobody(serving: Any, values: An
         async def replace() -> None:
             for _ in range(3):
                 await asyncio.sleep(0.02)
-                engine.add_value("helpful", LookaheadValue(Lookahead(str(values / "lm"), "brief")))
-                engine.add_value("linear", HeadValue(str(values / "mlp.safetensors")))
+                await engine.add_value("helpful", LookaheadValue(Lookahead(str(values / "lm"), "brief")))
+                await engine.add_value("linear", HeadValue(str(values / "mlp.safetensors")))
 
         running = asyncio.gather(finish(engine, plain), finish(engine, steered))
         await replace()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def resident(engine: Any, tmp_path: Path) -> str:
     b = torch.zeros(frozen.vocabulary)
     b[:60] = 1.0
     head.write(tmp_path / "v.safetensors", {"P": torch.zeros(1, 32), "E": torch.zeros(frozen.vocabulary, 1), "b": b}, frozen, {})
-    engine.add_value("v", HeadValue(str(tmp_path / "v.safetensors")))
+    asyncio.run(engine.add_value("v", HeadValue(str(tmp_path / "v.safetensors"))))
     return "v"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,6 +160,38 @@ def test_sigterm_while_loading(process: Any) -> None:
             assert httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 503
             break
         time.sleep(0.05)
+    server.popen.send_signal(signal.SIGTERM)
+    assert server.wait() == 0
+
+
+@pytest.mark.slow
+def test_values_are_read_again_on_sighup(process: Any, tmp_path: Path) -> None:
+    head = tmp_path / "value.safetensors"
+    shutil.copy(ROOT / "infer_align/demo/assets/value-helpful.safetensors", head)
+    server = process(f'[engine]\nkind = "transformers"\nmodel = "demo"\nthreads = 1\n[values.v]\nkind = "head"\npath = "{head}"\n')
+    url = f"{server.url()}/v1/chat/completions"
+    body = {"messages": [{"role": "user", "content": "What is the diet of the owl?"}], "temperature": 0, "max_tokens": 40}
+
+    def said() -> str:
+        answer = httpx.post(url, json={**body, "align": {"vas": {"beta": {"v": 30.0}}}}, trust_env=False, timeout=30)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    def told(words: str) -> None:
+        end = time.monotonic() + 10
+        while not any(words in line for line in [*server.lines]):
+            assert time.monotonic() < end, server.lines
+            time.sleep(0.02)
+
+    before = said()
+    head.write_bytes(b"not a head")
+    server.popen.send_signal(signal.SIGHUP)
+    told("value v stays as it was")
+    assert said() == before, "a file that cannot be read changes nothing"
+    shutil.copy(ROOT / "infer_align/demo/assets/value-brief.safetensors", head)
+    server.popen.send_signal(signal.SIGHUP)
+    told("value v: read again")
+    assert said() != before
     server.popen.send_signal(signal.SIGTERM)
     assert server.wait() == 0
 

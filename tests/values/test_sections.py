@@ -106,11 +106,11 @@ def running(language_model: Callable[..., str], tmp_path: Path) -> Any:
 async def test_a_value_of_the_same_name_takes_the_place_of_the_old(running: Any, finish: Any, kind: str) -> None:
     engine, folder = running
     make = getattr(folder, kind)
-    engine.add_value("v", make(40))
+    await engine.add_value("v", make(40))
     first = await tokens(engine, "v", finish)
-    engine.add_value("v", make(41))  # the same path, written again
+    await engine.add_value("v", make(41))  # the same path, written again
     second = await tokens(engine, "v", finish)
-    engine.add_value("v", make(42, "elsewhere"))
+    await engine.add_value("v", make(42, "elsewhere"))
     third = await tokens(engine, "v", finish)
     assert [len(first), len(second), len(third)] == [1, 1, 1]
     assert len(first | second | third) == 3
@@ -119,8 +119,8 @@ async def test_a_value_of_the_same_name_takes_the_place_of_the_old(running: Any,
 @pytest.mark.anyio
 async def test_a_value_that_does_not_fit_leaves_the_old_one(running: Any, finish: Any) -> None:
     engine, folder = running
-    engine.add_value("v", folder.head(40))
+    await engine.add_value("v", folder.head(40))
     before = await tokens(engine, "v", finish)
     with pytest.raises(ConfigError, match="none"):
-        engine.add_value("v", HeadValue(str(folder.path / "none")))
+        await engine.add_value("v", HeadValue(str(folder.path / "none")))
     assert await tokens(engine, "v", finish) == before

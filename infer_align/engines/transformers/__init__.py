@@ -113,7 +113,7 @@ class TransformersEngine(Engine):
         """
         return self._steerer.value(name) if self._steerer else self.values[name]
 
-    def add_value(self, name: str, value: Value) -> None:
+    async def add_value(self, name: str, value: Value) -> None:
         """Let requests steer by another value from now on; one of the same name is replaced.
 
         Raises:
@@ -121,7 +121,7 @@ class TransformersEngine(Engine):
         """
         if self._steerer is None:
             raise Unavailable("the model is still loading")
-        self._steerer.add(name, value)
+        await asyncio.to_thread(self._steerer.add, name, value)
 
     async def close(self) -> None:
         """End the scheduler; what still runs is cut off."""
