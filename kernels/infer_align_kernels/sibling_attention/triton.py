@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,8 +17,7 @@ LOG2_E = 1.4426950408889634
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
+class Tiles(NamedTuple):
     """Queries of a program, prefix columns of a step, and how it is compiled."""
 
     queries: int
@@ -102,11 +101,10 @@ def sibling_attention(
         return out
     stacked = heads // kv_heads * siblings
     shape = tiles(stacked, dim, query.dtype)
-    strides = [stride for t in tensors for stride in t.stride()[:3]]
     sibling_attention_kernel[rows * kv_heads, triton.cdiv(stacked, shape.queries)](
-        *tensors, lengths.contiguous(), out, heads // kv_heads, siblings, kv_heads, columns, scale * LOG2_E, *strides,
-        QUERIES=shape.queries, COLUMNS=shape.columns, D=dim, DIM=max(16, triton.next_power_of_2(dim)), UPCAST=INTERPRETED,
-        num_warps=shape.num_warps, num_stages=shape.num_stages,
+        *tensors, lengths.contiguous(), out, heads // kv_heads, siblings, kv_heads, columns, scale * LOG2_E,
+        *(stride for t in tensors for stride in t.stride()[:3]), QUERIES=shape.queries, COLUMNS=shape.columns, D=dim,
+        DIM=max(16, triton.next_power_of_2(dim)), UPCAST=INTERPRETED, num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
     return out
 
