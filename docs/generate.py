@@ -37,17 +37,23 @@ def methods() -> str:
 
 def rewards() -> str:
     """Each kind of reward, with the fields of its section."""
-    return _parameters({name: registry.rewards.get(name) for name in registry.rewards.names()}, "kind")
+    return _parameters(
+        {name: registry.rewards.get(name) for name in registry.rewards.names()}, "kind"
+    )
 
 
 def engines() -> str:
     """Each kind of engine, with the fields of its section."""
-    return _parameters({name: registry.engines.get(name) for name in registry.engines.names()}, "kind")
+    return _parameters(
+        {name: registry.engines.get(name) for name in registry.engines.names()}, "kind"
+    )
 
 
 def values() -> str:
     """Each kind of value, with the fields of its section."""
-    return _parameters({name: registry.values.get(name) for name in registry.values.names()}, "kind")
+    return _parameters(
+        {name: registry.values.get(name) for name in registry.values.names()}, "kind"
+    )
 
 
 def vas_results() -> str:
@@ -55,7 +61,11 @@ def vas_results() -> str:
     result = json.loads((ROOT / "benchmarks/results/vas.json").read_text())
     columns = ["answer", "tokens spent", "gold", "± s.e.", "KL, nats", "proxy"]
     rows = [
-        [row["answer"], f"{row['tokens']:.0f}", *(_score(row.get(key)) for key in ("gold", "gold_se", "kl", "proxy"))]
+        [
+            row["answer"],
+            f"{row['tokens']:.0f}",
+            *(_score(row.get(key)) for key in ("gold", "gold_se", "kl", "proxy")),
+        ]
         for row in result["rows"]
     ]
     return _table(columns, rows)
@@ -65,11 +75,16 @@ def early_stop() -> str:
     """What stopping losers early saves and costs on the demo, as last measured."""
     rows = []
     for row in json.loads((ROOT / "benchmarks/results/early_stop.json").read_text())["rows"]:
-        gaps = [f"{row[f'minus_{key}']:+.2f} ± {row[f'minus_{key}_se']:.2f}" for key in ("budget", "whole")]
+        gaps = [
+            f"{row[f'minus_{key}']:+.2f} ± {row[f'minus_{key}_se']:.2f}"
+            for key in ("budget", "whole")
+        ]
         plain = "after" not in row["answer"] and row["answer"] != "greedy"
         cells = [row["answer"], f"{row['tokens']:.0f}", f"{row['gold']:.2f} ± {row['gold_se']:.2f}"]
         rows.append([*cells, "" if plain else gaps[0], gaps[1]])
-    return _table(["answer", "tokens spent", "gold", "- best-of-n at the same tokens", "- best of 32"], rows)
+    return _table(
+        ["answer", "tokens spent", "gold", "- best-of-n at the same tokens", "- best of 32"], rows
+    )
 
 
 def vas_speed() -> str:
@@ -97,7 +112,13 @@ def demo_results() -> str:
     result = json.loads((ROOT / "benchmarks/results/best_of_n.json").read_text())
     columns = ["answer", "tokens spent", "proxy", "gold", "± s.e."]
     rows = [
-        [row["answer"], f"{row['tokens']:.0f}", _score(row["proxy"]), _score(row["gold"]), _score(row["gold_se"])]
+        [
+            row["answer"],
+            f"{row['tokens']:.0f}",
+            _score(row["proxy"]),
+            _score(row["gold"]),
+            _score(row["gold_se"]),
+        ]
         for row in result["rows"]
         if row["n"] in {1, 8, 64, 512}
     ]
@@ -109,7 +130,12 @@ def demo_replication() -> str:
     result = json.loads((ROOT / "benchmarks/results/best_of_n_retrained.json").read_text())
     shown = ("1", "8", "64", "512")
     rows = [
-        [str(row["set"]), row["objective"], str(row["best_n"]), *(f"{row[f'gold_{n}']:.2f}" for n in shown)]
+        [
+            str(row["set"]),
+            row["objective"],
+            str(row["best_n"]),
+            *(f"{row[f'gold_{n}']:.2f}" for n in shown),
+        ]
         for row in result["rows"]
         if row["objective"] in {"single", "uwo"}
     ]
@@ -119,9 +145,30 @@ def demo_replication() -> str:
 def dpa_results() -> str:
     """How answers follow the angle on the demo, as last measured."""
     result = json.loads((ROOT / "benchmarks/results/dpa.json").read_text())
-    columns = ["answer", "trained", "helpfulness", "± s.e.", "verbosity", "± s.e.", "v . r", "gold", "± s.e."]
-    keys = ("helpfulness", "helpfulness_se", "verbosity", "verbosity_se", "projected", "gold", "gold_se")
-    rows = [[r["answer"], "yes" if r["trained"] else "", *(_score(r.get(key)) for key in keys)] for r in result["rows"]]
+    columns = [
+        "answer",
+        "trained",
+        "helpfulness",
+        "± s.e.",
+        "verbosity",
+        "± s.e.",
+        "v . r",
+        "gold",
+        "± s.e.",
+    ]
+    keys = (
+        "helpfulness",
+        "helpfulness_se",
+        "verbosity",
+        "verbosity_se",
+        "projected",
+        "gold",
+        "gold_se",
+    )
+    rows = [
+        [r["answer"], "yes" if r["trained"] else "", *(_score(r.get(key)) for key in keys)]
+        for r in result["rows"]
+    ]
     return _table(columns, [row for row in rows if not row[0].endswith("degrees, greedy")])
 
 
@@ -136,7 +183,18 @@ def rps_results() -> str:
         ]
         for r in result["rows"]
     ]
-    return _table(["target", "trained", "answer", "v . r", "minus best of 5", "± s.e.", "win / tie / loss, %"], rows)
+    return _table(
+        [
+            "target",
+            "trained",
+            "answer",
+            "v . r",
+            "minus best of 5",
+            "± s.e.",
+            "win / tie / loss, %",
+        ],
+        rows,
+    )
 
 
 def judge_scores() -> str:
@@ -146,7 +204,10 @@ def judge_scores() -> str:
 
 def judge_relations() -> str:
     """How a judge's comparisons are read, as last measured on the demo."""
-    return _judged("relation", ("accuracy", "ties", "nontransitivity_3", "nontransitivity_4", "nontransitivity_5"))
+    return _judged(
+        "relation",
+        ("accuracy", "ties", "nontransitivity_3", "nontransitivity_4", "nontransitivity_5"),
+    )
 
 
 def _judged(kind: str, columns: tuple[str, ...]) -> str:
@@ -156,7 +217,9 @@ def _judged(kind: str, columns: tuple[str, ...]) -> str:
         for row in result["rows"]
         if row["kind"] == kind
     ]
-    return _table(["readout", *(name.replace("_", ", ", 1).replace("_", " ") for name in columns)], rows)
+    return _table(
+        ["readout", *(name.replace("_", ", ", 1).replace("_", " ") for name in columns)], rows
+    )
 
 
 def composition_results() -> str:
@@ -164,7 +227,12 @@ def composition_results() -> str:
     result = json.loads((ROOT / "benchmarks/results/compositions.json").read_text())
     keys = ("gold", "projected", "verbosity")
     rows = [
-        [r["section"], r["answer"], f"{r['tokens']:.0f}", *(f"{r[k]:.2f} ± {r[f'{k}_se']:.2f}" if k in r else "" for k in keys)]
+        [
+            r["section"],
+            r["answer"],
+            f"{r['tokens']:.0f}",
+            *(f"{r[k]:.2f} ± {r[f'{k}_se']:.2f}" if k in r else "" for k in keys),
+        ]
         for r in result["rows"]
     ]
     return _table(["", "answer", "tokens spent", "gold", "v . r", "verbosity"], rows)
@@ -185,7 +253,21 @@ def cost_model() -> str:
          f"{row['predicted_ms']:.1f}", f"{row['error']:+.0%}", row["role"]]
         for row in result["rows"]
     ]  # fmt: skip
-    return _table(["under way", "n", "prompt", "tokens", "k", "judge", "measured, ms", "predicted, ms", "error", ""], rows)
+    return _table(
+        [
+            "under way",
+            "n",
+            "prompt",
+            "tokens",
+            "k",
+            "judge",
+            "measured, ms",
+            "predicted, ms",
+            "error",
+            "",
+        ],
+        rows,
+    )
 
 
 def cost_model_errors() -> str:
@@ -193,7 +275,10 @@ def cost_model_errors() -> str:
     if (result := _recorded("cost_model")) is None:
         return "Not recorded yet: `python benchmarks/serving/cost_model.py`.\n"
     setup, held = result["setup"], [row for row in result["rows"] if row["role"] == "held out"]
-    tested = setup.get("validated", {"prompt_tokens": False, "judge_tokens": False, "k": any(row["k"] for row in held)})
+    tested = setup.get(
+        "validated",
+        {"prompt_tokens": False, "judge_tokens": False, "k": any(row["k"] for row in held)},
+    )
     rows = [
         ["settings held out", str(len(held))],
         ["mean error of those", f"{setup['errors']['held_out_mean']:.1%}"],
@@ -219,8 +304,18 @@ def scaling_queue() -> str:
         count = math.ceil(planned.replicas / share)
         found = simulate(alone, 1000, count, planned.concurrency)
         used = 1000 / planned.requests_per_second / count
-        rows.append([str(count), f"{used:.0%}", f"{found.p50:.1f}", f"{found.p99:.1f}", f"{found.waited:.0%}"])
-    return _table(["GPUs", "of their throughput used", "p50, s", "p99, s", "requests that wait"], rows)
+        rows.append(
+            [
+                str(count),
+                f"{used:.0%}",
+                f"{found.p50:.1f}",
+                f"{found.p99:.1f}",
+                f"{found.waited:.0%}",
+            ]
+        )
+    return _table(
+        ["GPUs", "of their throughput used", "p50, s", "p99, s", "requests that wait"], rows
+    )
 
 
 def scaling() -> str:
@@ -232,13 +327,34 @@ def scaling() -> str:
         ("best of 8, 10 s on average at most", eight, 10.0),
         ("best of 8, rewards on other GPUs", replace(eight, reward_tokens=0), math.inf),
         ("best of 4", replace(eight, n=4, reward_tokens=4 * (512 + 256)), math.inf),
-        ("best of 8, answers of 64 tokens", replace(eight, output_tokens=64, reward_tokens=8 * (512 + 64)), math.inf),
+        (
+            "best of 8, answers of 64 tokens",
+            replace(eight, output_tokens=64, reward_tokens=8 * (512 + 64)),
+            math.inf,
+        ),
     ]
     rows = []
     for name, setting, limit in cases:
         found = capacity(H100, setting, 1000, limit, 512)
-        rows.append([name, str(found.concurrency), f"{found.seconds:.1f}", f"{found.requests_per_second:.2f}", str(found.replicas)])
-    return _table(["request", "under way on a GPU", "seconds a request", "requests / s of a GPU", "GPUs for 1,000 / s"], rows)
+        rows.append(
+            [
+                name,
+                str(found.concurrency),
+                f"{found.seconds:.1f}",
+                f"{found.requests_per_second:.2f}",
+                str(found.replicas),
+            ]
+        )
+    return _table(
+        [
+            "request",
+            "under way on a GPU",
+            "seconds a request",
+            "requests / s of a GPU",
+            "GPUs for 1,000 / s",
+        ],
+        rows,
+    )
 
 
 def quality() -> str:
@@ -248,13 +364,35 @@ def quality() -> str:
     rows = []
     for row in result["rows"]:
         means = [row[name] for name in ("gold", "minus_baseline", "minus_greedy", "minus_equal")]
-        shown = ["" if mean is None else f"{mean['value']:.2f} ± {mean['error']:.2f}" for mean in means]
+        shown = [
+            "" if mean is None else f"{mean['value']:.2f} ± {mean['error']:.2f}" for mean in means
+        ]
         name = f"**{row['name']}**" if "tokens" in row["fronts"] else row["name"]
         late = f" ± {row['seconds_error']:.1g}" if row.get("seconds_error") else ""
-        rows.append([name, f"{row['tokens']:.0f}", f"{row['seconds']:.2g}{late}", _score(row["kl_bound"]), *shown])
+        rows.append(
+            [
+                name,
+                f"{row['tokens']:.0f}",
+                f"{row['seconds']:.2g}{late}",
+                _score(row["kl_bound"]),
+                *shown,
+            ]
+        )
     # Before rows held "generated", their tokens were those alone: the judge's and the rewards' were free.
     counted = "tokens" if "generated" in result["rows"][0] else "generated tokens"
-    return _table(["setting", counted, "seconds", "KL at most", "gold", "- baseline", "- greedy", "- equal budget"], rows)
+    return _table(
+        [
+            "setting",
+            counted,
+            "seconds",
+            "KL at most",
+            "gold",
+            "- baseline",
+            "- greedy",
+            "- equal budget",
+        ],
+        rows,
+    )
 
 
 def results() -> str:
@@ -263,7 +401,9 @@ def results() -> str:
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         found = json.loads(path.read_text())
         seed = "none" if found["seed"] is None else str(found["seed"])
-        rows.append([f"`{path.name}`", found["baseline"], f"`{found['commit']}`", seed, found["machine"]])
+        rows.append(
+            [f"`{path.name}`", found["baseline"], f"`{found['commit']}`", seed, found["machine"]]
+        )
     return _table(["result", "baseline of the same run", "commit", "seed", "machine"], rows)
 
 
@@ -316,7 +456,10 @@ def _ratios(name: str) -> str:
     if not (ROOT / f"benchmarks/results/{name}.json").exists():
         return f"Not recorded yet: benchmarks/results/{name}.json.\n"
     result = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
-    rows = [[r["what"], f"{r['value']:.3g}", f"{r['ours']:.4g}", f"{r['baseline']:.4g}", r["target"]] for r in result["rows"]]
+    rows = [
+        [r["what"], f"{r['value']:.3g}", f"{r['ours']:.4g}", f"{r['baseline']:.4g}", r["target"]]
+        for r in result["rows"]
+    ]
     return _table(["what", "value", "ours", "baseline", "aim"], rows)
 
 
@@ -324,19 +467,29 @@ def _parameters(classes: dict[str, type[Any]], head: str) -> str:
     rows = []
     for name, cls in classes.items():
         rows.append([f"`{name}`", "", (cls.__doc__ or "").partition("\n")[0]])
-        rows += [["", f"`{f.name}` ({_default(f)})", f.metadata.get("description", "")] for f in dataclasses.fields(cls)]
+        rows += [
+            ["", f"`{f.name}` ({_default(f)})", f.metadata.get("description", "")]
+            for f in dataclasses.fields(cls)
+        ]
     return _table([head, "parameter (default)", "what it does"], rows)
 
 
 def _fields(cls: type[Any]) -> str:
-    rows = [[f"`{f.name}`", _default(f), f.metadata.get("description", "")] for f in dataclasses.fields(cls)]
+    rows = [
+        [f"`{f.name}`", _default(f), f.metadata.get("description", "")]
+        for f in dataclasses.fields(cls)
+    ]
     return _table(["name", "default", "what it does"], rows)
 
 
 def _default(f: dataclasses.Field[Any]) -> str:
     if f.default is not dataclasses.MISSING:
         return f"`{json.dumps(f.default, default=repr)}`"
-    return "required" if f.default_factory is dataclasses.MISSING else f"`{json.dumps(f.default_factory())}`"
+    return (
+        "required"
+        if f.default_factory is dataclasses.MISSING
+        else f"`{json.dumps(f.default_factory())}`"
+    )
 
 
 def _score(value: float | None) -> str:
@@ -344,7 +497,11 @@ def _score(value: float | None) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [
+        head,
+        ["---"] * len(head),
+        *([cell.replace("|", "\\|") for cell in row] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

@@ -7,7 +7,16 @@ from infer_align import objectives
 from infer_align.errors import AlignError
 from infer_align.request import Limits, make_plan, parse_request
 from infer_align.run import align
-from infer_align.types import Candidate, Capability, Draw, Plan, Request, Response, Scores, Selection
+from infer_align.types import (
+    Candidate,
+    Capability,
+    Draw,
+    Plan,
+    Request,
+    Response,
+    Scores,
+    Selection,
+)
 
 __all__ = [
     "AlignError",

@@ -30,14 +30,19 @@ class Server:
     """`[server]`: where it listens and who may ask."""
 
     host: str = field(default="127.0.0.1", metadata={"description": "address to listen on"})
-    port: int = field(default=8000, metadata={"ge": 0, "le": 65535, "description": "port to listen on; 0 takes a free one"})
+    port: int = field(
+        default=8000,
+        metadata={"ge": 0, "le": 65535, "description": "port to listen on; 0 takes a free one"},
+    )
     api_keys_env: str | None = field(
         default=None,
         metadata={
             "description": "environment variable with the accepted API keys, comma-separated; without it no key is asked for"
         },
     )
-    served_name: str | None = field(default=None, metadata={"description": "model name in the API; default: the engine's"})
+    served_name: str | None = field(
+        default=None, metadata={"description": "model name in the API; default: the engine's"}
+    )
     default_rewards: dict[str, float] = field(
         default_factory=dict,
         metadata={
@@ -53,10 +58,13 @@ class Server:
     )
     honour_client_timeout: bool = field(
         default=True,
-        metadata={"description": "take the timeout that OpenAI's SDKs announce for a deadline where the request sets none"},
+        metadata={
+            "description": "take the timeout that OpenAI's SDKs announce for a deadline where the request sets none"
+        },
     )
     drain_seconds: float = field(
-        default=30.0, metadata={"ge": 0, "description": "how long running requests may finish after SIGTERM"}
+        default=30.0,
+        metadata={"ge": 0, "description": "how long running requests may finish after SIGTERM"},
     )
     log_level: Literal["debug", "info", "warning", "error"] = field(
         default="info", metadata={"description": "least severe log line that is written"}
@@ -67,20 +75,36 @@ class Server:
 class Limits:
     """`[limits]`: what one request, one key and all together may ask for."""
 
-    max_candidates: int = field(default=128, metadata={"ge": 1, "description": "candidates of one request"})
-    max_completion_tokens: int = field(
-        default=131_072, metadata={"ge": 1, "description": "worst case of one request: candidates x maximum tokens"}
+    max_candidates: int = field(
+        default=128, metadata={"ge": 1, "description": "candidates of one request"}
     )
-    max_running: int = field(default=64, metadata={"ge": 1, "description": "requests worked on at once"})
+    max_completion_tokens: int = field(
+        default=131_072,
+        metadata={"ge": 1, "description": "worst case of one request: candidates x maximum tokens"},
+    )
+    max_running: int = field(
+        default=64, metadata={"ge": 1, "description": "requests worked on at once"}
+    )
     max_running_tokens: int = field(
-        default=1_048_576, metadata={"ge": 1, "description": "sum of the running requests' worst cases"}
+        default=1_048_576,
+        metadata={"ge": 1, "description": "sum of the running requests' worst cases"},
     )
     max_queue: int = field(
-        default=256, metadata={"ge": 0, "description": "requests waiting for their turn; the next one gets a 429"}
+        default=256,
+        metadata={
+            "ge": 0,
+            "description": "requests waiting for their turn; the next one gets a 429",
+        },
     )
-    max_body_bytes: int = field(default=4 * 1024 * 1024, metadata={"ge": 1, "description": "size of one request body"})
+    max_body_bytes: int = field(
+        default=4 * 1024 * 1024, metadata={"ge": 1, "description": "size of one request body"}
+    )
     requests_per_minute: int = field(
-        default=0, metadata={"ge": 0, "description": "per API key, or per address where no keys are asked for; 0 for no limit"}
+        default=0,
+        metadata={
+            "ge": 0,
+            "description": "per API key, or per address where no keys are asked for; 0 for no limit",
+        },
     )
     candidate_tokens_per_minute: int = field(
         default=0,
@@ -105,9 +129,15 @@ class Config:
     engine_kind: str
     server: Server = field(default_factory=Server)
     limits: Limits = field(default_factory=Limits)
-    engines: Mapping[str, Any] = field(default_factory=dict)  # further ones, for judges: name -> the dataclass of the kind
-    rewards: Mapping[str, Any] = field(default_factory=dict)  # name -> the dataclass of the reward's kind
-    values: Mapping[str, Any] = field(default_factory=dict)  # name -> the dataclass of the value's kind
+    engines: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # further ones, for judges: name -> the dataclass of the kind
+    rewards: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # name -> the dataclass of the reward's kind
+    values: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # name -> the dataclass of the value's kind
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     dpa: Prompting = field(default_factory=Prompting)
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -122,7 +152,9 @@ class Config:
         """The engines of `[engines.*]`, not yet started."""
         return {name: section.load() for name, section in self.engines.items()}
 
-    def load_rewards(self, engines: Mapping[str, LabelReader] = MappingProxyType({})) -> dict[str, Reward]:
+    def load_rewards(
+        self, engines: Mapping[str, LabelReader] = MappingProxyType({})
+    ) -> dict[str, Reward]:
         """Every configured reward, and the judge of `align.trust_judge`, not yet started; `engines` are those that judges may ask.
 
         Raises:
@@ -141,7 +173,11 @@ class Config:
         """Who answers to `align.trust_judge`: the section of that name, else the first judge, else the served model."""
         judge = registry.rewards.get("trust_judge")
         judges = [section for section in self.rewards.values() if isinstance(section, judge)]
-        return {} if "trust_judge" in self.rewards else {"trust_judge": judges[0] if judges else judge()}
+        return (
+            {}
+            if "trust_judge" in self.rewards
+            else {"trust_judge": judges[0] if judges else judge()}
+        )
 
     @property
     def methods(self) -> Mapping[str, object]:
@@ -156,7 +192,11 @@ class Config:
         """
         if self.server.api_keys_env is None:
             return ()
-        keys = tuple(key.strip() for key in os.environ.get(self.server.api_keys_env, "").split(",") if key.strip())
+        keys = tuple(
+            key.strip()
+            for key in os.environ.get(self.server.api_keys_env, "").split(",")
+            if key.strip()
+        )
         if not keys:
             raise ConfigError(
                 f"[server] api_keys_env: the environment variable {self.server.api_keys_env!r} is not set or empty; "
@@ -166,14 +206,30 @@ class Config:
 
     def secrets(self) -> set[str]:
         """What the environment variables hold that the file names: never to be shown."""
-        sections = (self.server, self.engine, *self.engines.values(), *self.rewards.values(), *self.values.values())
-        names = {getattr(section, f.name) for section in sections for f in dataclasses.fields(section) if f.name.endswith("_env")}
+        sections = (
+            self.server,
+            self.engine,
+            *self.engines.values(),
+            *self.rewards.values(),
+            *self.values.values(),
+        )
+        names = {
+            getattr(section, f.name)
+            for section in sections
+            for f in dataclasses.fields(section)
+            if f.name.endswith("_env")
+        }
         held = {os.environ.get(name, "") for name in names if name}
         return {part.strip() for value in held for part in (value, *value.split(","))} - {""}
 
     def settings(self) -> Iterator[tuple[str, object, str]]:
         """(dotted name, value, where it came from) of every setting."""
-        sections = {"server": self.server, "limits": self.limits, "dpa": self.dpa, "engine": self.engine}
+        sections = {
+            "server": self.server,
+            "limits": self.limits,
+            "dpa": self.dpa,
+            "engine": self.engine,
+        }
         sections |= {f"engines.{name}": section for name, section in self.engines.items()}
         sections |= {f"rewards.{name}": section for name, section in self.rewards.items()}
         sections |= {f"values.{name}": section for name, section in self.values.items()}
@@ -198,7 +254,9 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     try:
         table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; name a configuration file, or none for the embedded demo.") from None
+        raise ConfigError(
+            f"{file}: no such file; name a configuration file, or none for the embedded demo."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -206,8 +264,14 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     origins = {name: str(file) if path else "the embedded demo" for name in _names(table)}
     for given in overrides:
         name = override(table, given)
-        origins = {known: origin for known, origin in origins.items() if not known.startswith(f"{name}.")}
-        origins |= {known: "--set" for known in _names(table) if known == name or known.startswith(f"{name}.")}
+        origins = {
+            known: origin for known, origin in origins.items() if not known.startswith(f"{name}.")
+        }
+        origins |= {
+            known: "--set"
+            for known in _names(table)
+            if known == name or known.startswith(f"{name}.")
+        }
     return _build(table, origins)
 
 
@@ -217,13 +281,17 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         if section not in known:
             raise ConfigError(f"[{section}]: no such section; {nearest(section, known)}")
         if not isinstance(value, dict):
-            raise ConfigError(f"{section}: {value!r} is not a table; write it as a section [{section}].")
+            raise ConfigError(
+                f"{section}: {value!r} is not a table; write it as a section [{section}]."
+            )
     engine = table.get("engine", {})
     kind = engine.get("kind", "transformers")
     presets = table.get("presets", {})
     for name, preset in presets.items():
         if "@" in name:
-            raise ConfigError(f"[presets.{name}] a preset's name cannot hold '@': <model>@<preset> would be ambiguous; rename it.")
+            raise ConfigError(
+                f"[presets.{name}] a preset's name cannot hold '@': <model>@<preset> would be ambiguous; rename it."
+            )
         _check_align(preset, f"[presets.{name}]")
     server = parse(Server, table.get("server", {}), "server", ConfigError)
     _check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
@@ -232,9 +300,18 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
         engine=_plugin(registry.engines, kind, engine, "engine"),
         engine_kind=kind,
-        engines={name: _named(registry.engines, name, section) for name, section in table.get("engines", {}).items()},
-        rewards={name: _named(registry.rewards, name, section) for name, section in table.get("rewards", {}).items()},
-        values={name: _named(registry.values, name, section) for name, section in table.get("values", {}).items()},
+        engines={
+            name: _named(registry.engines, name, section)
+            for name, section in table.get("engines", {}).items()
+        },
+        rewards={
+            name: _named(registry.rewards, name, section)
+            for name, section in table.get("rewards", {}).items()
+        },
+        values={
+            name: _named(registry.values, name, section)
+            for name, section in table.get("values", {}).items()
+        },
         presets=presets,
         dpa=parse(Prompting, table.get("dpa", {}), "dpa", ConfigError),
         origins=origins,
@@ -248,7 +325,11 @@ def _check_memory(config: Config) -> None:
     sections = {"engine": config.engine}
     sections |= {f"engines.{name}": section for name, section in config.engines.items()}
     sections |= {f"rewards.{name}": section for name, section in config.rewards.items()}
-    shares = {name: share for name, section in sections.items() if (share := getattr(section, "memory_share", None)) is not None}
+    shares = {
+        name: share
+        for name, section in sections.items()
+        if (share := getattr(section, "memory_share", None)) is not None
+    }
     total = sum(shares.values())
     if total > 1 + 1e-9:
         each = " + ".join(f"[{name}] {share:.3g}" for name, share in shares.items())
@@ -272,7 +353,9 @@ def _named(plugins: registry.Registry, name: str, section: object) -> Any:
     if "." in name or "@" in name:
         raise ConfigError(f"[{path}] the name cannot hold '.' or '@'; rename it.")
     if path == "rewards.trust_judge" and section["kind"] != "trust_judge":
-        raise ConfigError("[rewards.trust_judge] is who answers to align.trust_judge: its kind must be 'trust_judge'; rename it.")
+        raise ConfigError(
+            "[rewards.trust_judge] is who answers to align.trust_judge: its kind must be 'trust_judge'; rename it."
+        )
     if path == "engines.served":
         raise ConfigError("[engines.served] is what the engine of [engine] is called; rename it.")
     return _plugin(plugins, section["kind"], section, path)
@@ -280,8 +363,15 @@ def _named(plugins: registry.Registry, name: str, section: object) -> Any:
 
 def _plugin(plugins: registry.Registry, kind: str, section: Mapping[str, Any], path: str) -> Any:
     if kind not in plugins.names():
-        raise ConfigError(f"{path}.kind: {kind!r} is not one of them; {nearest(str(kind), plugins.names())}")
-    return parse(plugins.get(kind), {key: value for key, value in section.items() if key != "kind"}, path, ConfigError)
+        raise ConfigError(
+            f"{path}.kind: {kind!r} is not one of them; {nearest(str(kind), plugins.names())}"
+        )
+    return parse(
+        plugins.get(kind),
+        {key: value for key, value in section.items() if key != "kind"},
+        path,
+        ConfigError,
+    )
 
 
 def override(table: dict[str, Any], text: str) -> str:

@@ -148,7 +148,9 @@ class ConfigError(AlignError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """A closing clause for a message about an unknown name: the nearest known one, else all of them."""
     known = sorted(known)
-    if close := difflib.get_close_matches(word[:80], known, n=1):  # a client's word can be megabytes long
+    if close := difflib.get_close_matches(
+        word[:80], known, n=1
+    ):  # a client's word can be megabytes long
         return f"did you mean {close[0]!r}?"
     return "known: " + (", ".join(known) or "none") + "."
 

@@ -51,7 +51,9 @@ class Halving:
                 return
             del self._reached[tokens]
             self._compared = tokens
-            self._reject(tokens, {index: value for index, value in reached.items() if not math.isnan(value)})
+            self._reject(
+                tokens, {index: value for index, value in reached.items() if not math.isnan(value)}
+            )
 
     def _reject(self, tokens: int, values: Mapping[int, float]) -> None:
         ranking = sorted(values, key=lambda index: (-values[index], index))

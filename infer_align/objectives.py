@@ -28,7 +28,9 @@ def mean(scores: ArrayLike) -> Array:
 def wco(scores: ArrayLike) -> Array:
     """Worst-case optimisation: the lowest member (eq. 4). [K, N] -> [N]; NaN as in `mean`."""
     members, present = _members(scores)
-    return np.where(present.any(axis=0), np.where(present, members, np.inf).min(axis=0, initial=np.inf), np.nan)
+    return np.where(
+        present.any(axis=0), np.where(present, members, np.inf).min(axis=0, initial=np.inf), np.nan
+    )
 
 
 def uwo(scores: ArrayLike, uncertainty_weight: float) -> Array:
@@ -52,7 +54,9 @@ def standardize(scores: ArrayLike) -> Array:
     members, _ = _members(scores)
     spread = std(members.T)[:, None]
     centred = members - mean(members.T)[:, None]
-    return np.asarray(np.divide(centred, spread, out=np.where(np.isnan(members), np.nan, 0.0), where=spread > 0))
+    return np.asarray(
+        np.divide(centred, spread, out=np.where(np.isnan(members), np.nan, 0.0), where=spread > 0)
+    )
 
 
 def project(direction: Direction, values: ArrayLike, attributes: Sequence[str]) -> Array:
@@ -67,7 +71,13 @@ def project(direction: Direction, values: ArrayLike, attributes: Sequence[str]) 
     weights = {name: weight for name, weight in direction.items() if weight}
     if missing := [name for name in weights if name not in attributes]:
         raise ValueError(f"direction.{missing[0]}: not scored; {nearest(missing[0], attributes)}")
-    return np.asarray(np.tensordot(np.array([*weights.values()]), scores[[attributes.index(name) for name in weights]], axes=1))
+    return np.asarray(
+        np.tensordot(
+            np.array([*weights.values()]),
+            scores[[attributes.index(name) for name in weights]],
+            axes=1,
+        )
+    )
 
 
 def rank(objective: ArrayLike) -> tuple[int, ...]:
@@ -82,13 +92,20 @@ class Ensemble:
     """How the members of each reward become one score."""
 
     objective: Literal["mean", "wco", "uwo"] = field(
-        default="uwo", metadata={"description": "mean, worst case over the members, or mean minus weighted variance"}
+        default="uwo",
+        metadata={
+            "description": "mean, worst case over the members, or mean minus weighted variance"
+        },
     )
     uncertainty_weight: float = field(
-        default=0.5, metadata={"ge": 0, "description": "weight of the members' population variance in uwo"}
+        default=0.5,
+        metadata={"ge": 0, "description": "weight of the members' population variance in uwo"},
     )
     standardize: bool = field(
-        default=False, metadata={"description": "bring each member to mean 0 and variance 1 over the candidates first"}
+        default=False,
+        metadata={
+            "description": "bring each member to mean 0 and variance 1 over the candidates first"
+        },
     )
 
     @property
@@ -107,7 +124,9 @@ class Ensemble:
 def _members(scores: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
     members = np.asarray(scores, dtype=np.float64)
     if members.ndim != 2:
-        raise ValueError(f"scores: shape {members.shape} is not allowed; must be [members, candidates].")
+        raise ValueError(
+            f"scores: shape {members.shape} is not allowed; must be [members, candidates]."
+        )
     return members, ~np.isnan(members)
 
 

@@ -46,7 +46,9 @@ class Registry:
             ConfigError: no such plugin, or the packages it needs are not installed.
         """
         if name not in self.names():
-            raise ConfigError(f"{self.folder}: {name!r} is not one of them; {nearest(name, self.names())}")
+            raise ConfigError(
+                f"{self.folder}: {name!r} is not one of them; {nearest(name, self.names())}"
+            )
         try:
             if name in self._external:
                 module = self._external[name].load()

@@ -20,7 +20,9 @@ Details = Literal["none", "scores", "candidates"]
 SETTINGS = ("preset", "rewards", "ensemble", "budget", "details")
 SEED_RANGE = 2**63
 MASK_64 = 2**64 - 1
-MAX_WEIGHT = 1e9  # above it a weighted sum could overflow, and an infinite objective compares nothing
+MAX_WEIGHT = (
+    1e9  # above it a weighted sum could overflow, and an infinite objective compares nothing
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,9 @@ class Limits:
     max_completion_tokens: int
 
 
-def parse_request(body: Body, kind: Kind, presets: Mapping[str, Mapping[str, Any]], preset: str | None = None) -> Request:
+def parse_request(
+    body: Body, kind: Kind, presets: Mapping[str, Mapping[str, Any]], preset: str | None = None
+) -> Request:
     """Split a body into what the engine gets and what `align` asks for.
 
     Args:
@@ -48,22 +52,36 @@ def parse_request(body: Body, kind: Kind, presets: Mapping[str, Mapping[str, Any
     forwarded = {key: value for key, value in body.items() if key != "align" and value is not None}
     if given is None and preset is None:
         return Request(forwarded, kind)
-    return replace(parse_align({} if given is None else given, presets, preset), body=forwarded, kind=kind, aligned=True)
+    return replace(
+        parse_align({} if given is None else given, presets, preset),
+        body=forwarded,
+        kind=kind,
+        aligned=True,
+    )
 
 
-def parse_align(given: object, presets: Mapping[str, Mapping[str, Any]], preset: str | None = None) -> Request:
+def parse_align(
+    given: object, presets: Mapping[str, Mapping[str, Any]], preset: str | None = None
+) -> Request:
     """What an `align` object asks for, as a request without a body.
 
     Raises:
         InvalidRequest: the first wrong field, by its dotted path.
     """
     if not isinstance(given, Mapping):
-        raise InvalidRequest(f"align: {shown(given)} is not an object; allowed keys: {', '.join(_keys())}.", param="align")
+        raise InvalidRequest(
+            f"align: {shown(given)} is not an object; allowed keys: {', '.join(_keys())}.",
+            param="align",
+        )
     settings = _with_preset(dict(given), presets, preset)
     methods = {}
     for key, value in settings.items():
         if key not in _keys():
-            raise InvalidRequest(f"align.{key}: no such key; {nearest(key, _keys())}", param=f"align.{key}", code="unknown_field")
+            raise InvalidRequest(
+                f"align.{key}: no such key; {nearest(key, _keys())}",
+                param=f"align.{key}",
+                code="unknown_field",
+            )
         if key in registry.methods.names():
             methods[key] = parse(registry.methods.get(key), value, f"align.{key}")
     return Request(
@@ -99,7 +117,11 @@ def make_plan(
     """
     keep = _integer(request.body, "n", 1, limits.max_candidates) or 1
     seed = _integer(request.body, "seed", -SEED_RANGE, SEED_RANGE - 1)
-    body = {key: value for key, value in request.body.items() if key not in {"n", "seed", "stream", "stream_options"}}
+    body = {
+        key: value
+        for key, value in request.body.items()
+        if key not in {"n", "seed", "stream", "stream_options"}
+    }
     objective = request.objective or Ensemble()
     plan = Plan(
         draws=(Draw(body, kind=request.kind),),
@@ -107,7 +129,9 @@ def make_plan(
         messages=_read_by_rewards(body, request.kind),
         seed=secrets.randbelow(SEED_RANGE) if seed is None else seed % SEED_RANGE,
         settings=settings,
-        attributes=tuple(dict.fromkeys(name for reward in rewards.values() for name in reward.attributes)),
+        attributes=tuple(
+            dict.fromkeys(name for reward in rewards.values() for name in reward.attributes)
+        ),
         keep=keep,
         deadline_seconds=request.budget.deadline_seconds,
     )
@@ -148,7 +172,11 @@ def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
     """
     n = _integer(body, "n", 1, limits.max_candidates) or 1
     prompts = body.get("prompt")
-    count = len(prompts) if isinstance(prompts, list) and any(isinstance(prompt, str | list) for prompt in prompts) else 1
+    count = (
+        len(prompts)
+        if isinstance(prompts, list) and any(isinstance(prompt, str | list) for prompt in prompts)
+        else 1
+    )
     draw = Draw(body, n * count)
     plan = Plan((draw,), Ensemble(), worst_case_tokens=draw.n * engine.worst_case_tokens(body))
     request = Request(body)
@@ -161,22 +189,29 @@ def check_prompt(body: Body, kind: Kind) -> None:
     """What every engine relies on; the rest of a message is the engine's and its chat template's to judge."""
     if kind == "completion":
         if not isinstance(prompt := body.get("prompt"), str):
-            raise InvalidRequest(f"prompt: {shown(prompt)} is not allowed; must be a string.", param="prompt")
+            raise InvalidRequest(
+                f"prompt: {shown(prompt)} is not allowed; must be a string.", param="prompt"
+            )
         return
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest(
-            f"messages: {shown(messages)} is not allowed; must be a list of at least one message.", param="messages"
+            f"messages: {shown(messages)} is not allowed; must be a list of at least one message.",
+            param="messages",
         )
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequest(f"{where}: {shown(message)} is not allowed; must be an object with a role.", param=where)
+            raise InvalidRequest(
+                f"{where}: {shown(message)} is not allowed; must be an object with a role.",
+                param=where,
+            )
         content = message.get("content")
         optional = message["role"] == "assistant"  # it may hold tool calls alone
         if not isinstance(content, str | list) and not (optional and content is None):
             raise InvalidRequest(
-                f"{where}.content: {shown(content)} is not allowed; must be text or a list of parts.", param=f"{where}.content"
+                f"{where}.content: {shown(content)} is not allowed; must be text or a list of parts.",
+                param=f"{where}.content",
             )
         for j, part in enumerate(content if isinstance(content, list) else ()):
             _check_part(part, f"{where}.content[{j}]")
@@ -184,16 +219,22 @@ def check_prompt(body: Body, kind: Kind) -> None:
 
 def _check_part(part: object, where: str) -> None:
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
-        raise InvalidRequest(f"{where}: {shown(part)} is not allowed; must be an object with a type.", param=where)
+        raise InvalidRequest(
+            f"{where}: {shown(part)} is not allowed; must be an object with a type.", param=where
+        )
     if part["type"] == "text" and not isinstance(text := part.get("text"), str):
-        raise InvalidRequest(f"{where}.text: {shown(text)} is not allowed; must be a string.", param=f"{where}.text")
+        raise InvalidRequest(
+            f"{where}.text: {shown(text)} is not allowed; must be a string.", param=f"{where}.text"
+        )
 
 
 def _keys() -> list[str]:
     return sorted({*registry.methods.names(), *SETTINGS})
 
 
-def _with_preset(given: dict[str, Any], presets: Mapping[str, Mapping[str, Any]], preset: str | None) -> dict[str, Any]:
+def _with_preset(
+    given: dict[str, Any], presets: Mapping[str, Mapping[str, Any]], preset: str | None
+) -> dict[str, Any]:
     name = given.pop("preset", None)
     name = preset if name is None else name
     if name is None:
@@ -201,14 +242,18 @@ def _with_preset(given: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]
     elif isinstance(name, str) and name in presets:
         base = presets[name]
     else:
-        raise InvalidRequest(f"align.preset: {shown(name)} is not configured; {nearest(str(name), presets)}", param="align.preset")
+        raise InvalidRequest(
+            f"align.preset: {shown(name)} is not configured; {nearest(str(name), presets)}",
+            param="align.preset",
+        )
     return {key: value for key, value in {**base, **given}.items() if value is not None}
 
 
 def _weights(value: object) -> dict[str, float]:
     if not isinstance(value, Mapping):
         raise InvalidRequest(
-            f"align.rewards: {shown(value)} is not an object; allowed: {{reward name: weight}}.", param="align.rewards"
+            f"align.rewards: {shown(value)} is not an object; allowed: {{reward name: weight}}.",
+            param="align.rewards",
         )
     for name, weight in value.items():
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
@@ -224,7 +269,8 @@ def _weights(value: object) -> dict[str, float]:
 def _details(value: object) -> Details:
     if value not in get_args(Details):
         raise InvalidRequest(
-            f"align.details: {shown(value)} is not allowed; allowed: {', '.join(get_args(Details))}.", param="align.details"
+            f"align.details: {shown(value)} is not allowed; allowed: {', '.join(get_args(Details))}.",
+            param="align.details",
         )
     return value  # type: ignore[return-value]
 
@@ -234,7 +280,10 @@ def _integer(body: Body, name: str, low: int, high: int) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequest(f"{name}: {shown(value)} is not allowed; must be an integer from {low} to {high}.", param=name)
+        raise InvalidRequest(
+            f"{name}: {shown(value)} is not allowed; must be an integer from {low} to {high}.",
+            param=name,
+        )
     return value
 
 
@@ -250,7 +299,9 @@ def _require(engine: Engine, method: Method, name: str) -> None:
 def reward_names(rewards: Mapping[str, Reward]) -> list[str]:
     """What a request may weigh: a reward of one objective by its name, one of several as "name.attribute"."""
     names = [name for name, reward in rewards.items() if not reward.attributes]
-    return names + [f"{name}.{attribute}" for name, reward in rewards.items() for attribute in reward.attributes]
+    return names + [
+        f"{name}.{attribute}" for name, reward in rewards.items() for attribute in reward.attributes
+    ]
 
 
 def _reward_weights(
@@ -258,7 +309,11 @@ def _reward_weights(
 ) -> Mapping[str, float]:
     """Rewards are read when they are asked for by name, or when a method draws several candidates to choose from."""
     if request.rewards is None and plan.direction:
-        default = {name: 1.0 for name, reward in rewards.items() if reward.attributes and _lacking(plan, reward) is None} or default
+        default = {
+            name: 1.0
+            for name, reward in rewards.items()
+            if reward.attributes and _lacking(plan, reward) is None
+        } or default
     given = request.rewards if request.rewards is not None else default if plan.selects else {}
     weights = {**given, **plan.rewards}
     for name in weights:
@@ -278,7 +333,9 @@ def _check_reward(name: str, plan: Plan, rewards: Mapping[str, Reward]) -> None:
     base, _, attribute = name.partition(".")
     where, known = f"align.rewards.{name}", reward_names(rewards)
     if name in plan.parameters and name not in rewards:
-        raise Unsupported(f"align.{name}: there is no such reward here to ask.", param=f"align.{name}")
+        raise Unsupported(
+            f"align.{name}: there is no such reward here to ask.", param=f"align.{name}"
+        )
     if name in known:
         return
     if attribute or base not in rewards:
@@ -297,25 +354,42 @@ def _check_reward(name: str, plan: Plan, rewards: Mapping[str, Reward]) -> None:
 
 def _lacking(plan: Plan, reward: Reward) -> str | None:
     """An attribute of the plan's direction that the reward does not score."""
-    return next((name for name, weight in (plan.direction or {}).items() if weight and name not in reward.attributes), None)
+    return next(
+        (
+            name
+            for name, weight in (plan.direction or {}).items()
+            if weight and name not in reward.attributes
+        ),
+        None,
+    )
 
 
 def plan_rewards(plan: Plan, rewards: Mapping[str, Reward]) -> dict[str, Reward]:
     """The rewards that a plan reads, each once, as the plan asks them."""
     names = dict.fromkeys(name.partition(".")[0] for name in plan.rewards)
-    return {name: rewards[name].asked(plan.parameters[name]) if name in plan.parameters else rewards[name] for name in names}
+    return {
+        name: rewards[name].asked(plan.parameters[name])
+        if name in plan.parameters
+        else rewards[name]
+        for name in names
+    }
 
 
 def _costed(plan: Plan, engine: Engine, rewards: Mapping[str, Reward]) -> Plan:
     """The plan with what it can cost at most."""
-    scoring = sum(reward.worst_case_tokens(plan.candidates) for reward in plan_rewards(plan, rewards).values())
+    scoring = sum(
+        reward.worst_case_tokens(plan.candidates) for reward in plan_rewards(plan, rewards).values()
+    )
     drawing = sum(draw.n * engine.worst_case_tokens(draw.body) for draw in plan.draws)
     return replace(plan, worst_case_tokens=drawing + scoring, scoring_tokens=scoring)
 
 
 def _few_enough(plan: Plan, request: Request, limits: Limits) -> None:
     if plan.keep > plan.candidates:
-        raise InvalidRequest(f"n: {plan.keep} answers of {plan.candidates} candidates; ask for fewer, or draw more.", param="n")
+        raise InvalidRequest(
+            f"n: {plan.keep} answers of {plan.candidates} candidates; ask for fewer, or draw more.",
+            param="n",
+        )
     if plan.candidates > limits.max_candidates:
         raise InvalidRequest(
             f"{_fan_out(request)}: {plan.candidates} candidates are over this server's limit of {limits.max_candidates}; "
@@ -327,7 +401,9 @@ def _few_enough(plan: Plan, request: Request, limits: Limits) -> None:
 
 def _affordable(plan: Plan, request: Request, limits: Limits) -> None:
     worst = plan.worst_case_tokens
-    each = f"{plan.candidates} candidates x {(worst - plan.scoring_tokens) // plan.candidates} tokens"
+    each = (
+        f"{plan.candidates} candidates x {(worst - plan.scoring_tokens) // plan.candidates} tokens"
+    )
     each += f" + {plan.scoring_tokens} of judging" if plan.scoring_tokens else ""
     if (allowed := request.budget.completion_tokens) and worst > allowed:
         raise InvalidRequest(
@@ -346,7 +422,9 @@ def _affordable(plan: Plan, request: Request, limits: Limits) -> None:
 
 
 def _fan_out(request: Request) -> str:
-    return next((f"align.{name}" for name in ("best_of_n.n", "rps.k") if name[:-2] in request.methods), "n")
+    return next(
+        (f"align.{name}" for name in ("best_of_n.n", "rps.k") if name[:-2] in request.methods), "n"
+    )
 
 
 def _seeded(draws: tuple[Draw, ...], seed: int, *, given: bool) -> tuple[Draw, ...]:
@@ -365,7 +443,9 @@ def _seeded(draws: tuple[Draw, ...], seed: int, *, given: bool) -> tuple[Draw, .
 def _candidate_seed(seed: int, index: int) -> int:
     if index == 0:
         return seed
-    z = (seed * 0xD1342543DE82EF95 + index * 0x9E3779B97F4A7C15) & MASK_64  # splitmix64's finish over both
+    z = (
+        seed * 0xD1342543DE82EF95 + index * 0x9E3779B97F4A7C15
+    ) & MASK_64  # splitmix64's finish over both
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK_64
     z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK_64
     return (z ^ z >> 31) % SEED_RANGE

@@ -22,11 +22,26 @@ from infer_align.objectives import project
 from infer_align.request import plan_rewards
 from infer_align.rewards import Marks, Reward, seconds_allowed
 from infer_align.selection import select
-from infer_align.types import Array, Candidate, Delta, Direction, Draw, Estimate, Messages, Plan, Response, Scores, Spent, Timing
+from infer_align.types import (
+    Array,
+    Candidate,
+    Delta,
+    Direction,
+    Draw,
+    Estimate,
+    Messages,
+    Plan,
+    Response,
+    Scores,
+    Spent,
+    Timing,
+)
 
 OnDelta = Callable[[Delta], None]
 OnFinished = Callable[[Candidate], None]
-Early: TypeAlias = Mapping[str, Mapping[int, asyncio.Task[Marks]]]  # reward -> candidate -> its marks on their way
+Early: TypeAlias = Mapping[
+    str, Mapping[int, asyncio.Task[Marks]]
+]  # reward -> candidate -> its marks on their way
 
 # After a deadline an engine is asked to finish with what it has; this long it may take to say so.
 GRACE_SECONDS = 1.0
@@ -38,7 +53,9 @@ TIMER_SLACK = 0.05
 PATIENCE_SECONDS = 300.0
 
 
-async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_delta: OnDelta | None = None) -> Response:
+async def align(
+    plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_delta: OnDelta | None = None
+) -> Response:
     """Carry out a plan.
 
     Args:
@@ -54,7 +71,9 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
     """
     started = monotonic()
     deadline = started + plan.deadline_seconds if plan.deadline_seconds else None
-    last_draw = deadline and deadline - (SCORING_SHARE * (deadline - started) if plan.rewards else 0.0)
+    last_draw = deadline and deadline - (
+        SCORING_SHARE * (deadline - started) if plan.rewards else 0.0
+    )
 
     early = _Early(plan, rewards, deadline)
     try:
@@ -70,8 +89,14 @@ async def align(plan: Plan, engine: Engine, rewards: Mapping[str, Reward], on_de
         first = next(iter(selection.dropped.values()))
         if plan.candidates > 1 and not late:
             raise RewardFailed(f"{selection.reason}; first: {first}")
-        why = "the deadline passed before scoring: the first candidate drawn" if late else f"nothing to compare; {first}"
-        selection = replace(selection, ranking=tuple(c.index for c in candidates if c.alive), reason=why)
+        why = (
+            "the deadline passed before scoring: the first candidate drawn"
+            if late
+            else f"nothing to compare; {first}"
+        )
+        selection = replace(
+            selection, ranking=tuple(c.index for c in candidates if c.alive), reason=why
+        )
         partial = partial or late
 
     ended = monotonic()
@@ -89,23 +114,36 @@ async def propose(
     """All candidates of all draws, numbered through; at `deadline` (monotonic seconds) those still running are cut."""
     firsts = [sum(draw.n for draw in plan.draws[:i]) for i in range(len(plan.draws))]
     halving = Halving(plan.candidates, plan.survival, plan.keep)
-    drawing = [_sample(engine, draw, i, firsts[i], halving, on_delta, deadline, on_finished) for i, draw in enumerate(plan.draws)]
+    drawing = [
+        _sample(engine, draw, i, firsts[i], halving, on_delta, deadline, on_finished)
+        for i, draw in enumerate(plan.draws)
+    ]
     if len(drawing) == 1:
         drawn = [await drawing[0]]
     else:
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(sampling) for sampling in drawing]
-        except ExceptionGroup as failures:  # one draw was refused, the others are cancelled: say it as if it were alone
+        except (
+            ExceptionGroup
+        ) as failures:  # one draw was refused, the others are cancelled: say it as if it were alone
             raise failures.exceptions[0] from None
         drawn = [task.result() for task in tasks]
-    candidates = tuple(replace(c, rejected=halving.rejected.get(c.index)) for batch in drawn for c in batch)
+    candidates = tuple(
+        replace(c, rejected=halving.rejected.get(c.index)) for batch in drawn for c in batch
+    )
     if all(not c.alive or (c.cut and not c.completion_tokens) for c in candidates):
         first = next((c for c in candidates if c.error is not None and not c.cut), None)
         if first is None:
-            raise DeadlineExceeded(f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time.")
-        all_of_them = f"all {len(candidates)} candidates failed; first: " if len(candidates) > 1 else ""
-        raise EngineFailed(f"{all_of_them}{first.error}", status=first.status, retry_after=first.retry_after)
+            raise DeadlineExceeded(
+                f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time."
+            )
+        all_of_them = (
+            f"all {len(candidates)} candidates failed; first: " if len(candidates) > 1 else ""
+        )
+        raise EngineFailed(
+            f"{all_of_them}{first.error}", status=first.status, retry_after=first.retry_after
+        )
     return candidates
 
 
@@ -129,7 +167,9 @@ async def _sample(
         for j in range(draw.n):
             halving.joins(first + j, functools.partial(stream.stop, j))
         try:
-            async with asyncio.timeout_at(None if deadline is None else _loop_time(deadline) + GRACE_SECONDS):
+            async with asyncio.timeout_at(
+                None if deadline is None else _loop_time(deadline) + GRACE_SECONDS
+            ):
                 async for event in stream:
                     if isinstance(event, Candidate):
                         finished[event.index] = replace(event, draw=i, index=first + event.index)
@@ -145,15 +185,24 @@ async def _sample(
         finally:
             if alarm:
                 alarm.cancel()
-    return [finished.get(j) or Candidate(first + j, {}, i, error="the deadline passed", cut=True) for j in range(draw.n)]
+    return [
+        finished.get(j) or Candidate(first + j, {}, i, error="the deadline passed", cut=True)
+        for j in range(draw.n)
+    ]
 
 
 class _Early:
     """What pipelined rewards say of each candidate, asked as soon as it is finished: others are still being drawn."""
 
     def __init__(self, plan: Plan, rewards: Mapping[str, Reward], deadline: float | None) -> None:
-        self._rewards, self._messages, self._deadline = plan_rewards(plan, rewards), plan.messages, deadline
-        self.marks: dict[str, dict[int, asyncio.Task[Marks]]] = {name: {} for name, r in self._rewards.items() if r.pipelined}
+        self._rewards, self._messages, self._deadline = (
+            plan_rewards(plan, rewards),
+            plan.messages,
+            deadline,
+        )
+        self.marks: dict[str, dict[int, asyncio.Task[Marks]]] = {
+            name: {} for name, r in self._rewards.items() if r.pipelined
+        }
 
     def put(self, candidate: Candidate) -> None:
         """A candidate is finished."""
@@ -182,7 +231,9 @@ async def score(
     alive = [c for c in candidates if c.alive]
     asked = plan_rewards(plan, rewards)
     found = (
-        _joined([early[name][c.index] for c in alive]) if name in early else _mark(reward, plan.messages, alive, deadline)
+        _joined([early[name][c.index] for c in alive])
+        if name in early
+        else _mark(reward, plan.messages, alive, deadline)
         for name, reward in asked.items()
     )
     marks = dict(zip(asked, await asyncio.gather(*found), strict=True))
@@ -191,7 +242,9 @@ async def score(
         base, _, attribute = name.partition(".")
         reward, mark = asked[base], marks[base]
         members[name] = np.full((len(reward.members), len(candidates)), np.nan)
-        members[name][:, [c.index for c in alive]] = _objective(reward, mark.values, attribute, plan.direction)
+        members[name][:, [c.index for c in alive]] = _objective(
+            reward, mark.values, attribute, plan.direction
+        )
         told = dict(zip((c.index for c in alive), mark.notes, strict=False))
         notes[name] = tuple(told.get(i) for i in range(len(candidates)))
     reports = {name: mark.report for name, mark in marks.items() if mark.report}
@@ -202,7 +255,11 @@ def _objective(reward: Reward, values: Array, attribute: str, direction: Directi
     """[A, K, N] -> [K, N]: one attribute, the only score there is, or the projection on the plan's direction."""
     if attribute:
         return np.asarray(values[reward.attributes.index(attribute)])
-    return project(direction, values, reward.attributes) if reward.attributes and direction else np.asarray(values[0])
+    return (
+        project(direction, values, reward.attributes)
+        if reward.attributes and direction
+        else np.asarray(values[0])
+    )
 
 
 async def _joined(tasks: Sequence[asyncio.Task[Marks]]) -> Marks:
@@ -213,21 +270,31 @@ async def _joined(tasks: Sequence[asyncio.Task[Marks]]) -> Marks:
     return Marks(values, spent, tuple(note for mark in marks for note in mark.notes or (None,)))
 
 
-async def _mark(reward: Reward, messages: Messages, candidates: Sequence[Candidate], deadline: float | None) -> Marks:
+async def _mark(
+    reward: Reward, messages: Messages, candidates: Sequence[Candidate], deadline: float | None
+) -> Marks:
     shape = (max(1, len(reward.attributes)), len(reward.members), len(candidates))
-    seconds = reward.timeout_seconds if deadline is None else min(reward.timeout_seconds, deadline - monotonic())
+    seconds = (
+        reward.timeout_seconds
+        if deadline is None
+        else min(reward.timeout_seconds, deadline - monotonic())
+    )
     seconds_allowed.set(seconds)  # of this task alone
     try:
         async with asyncio.timeout(seconds):
             marks = await reward.score(messages, candidates)
         if marks.values.shape != shape:
             raise ValueError(f"the reward returned shape {marks.values.shape}, expected {shape}")
-        return replace(marks, values=np.where(np.isfinite(marks.values), marks.values, np.nan))  # infinity compares nothing
+        return replace(
+            marks, values=np.where(np.isfinite(marks.values), marks.values, np.nan)
+        )  # infinity compares nothing
     except TimeoutError:
         why = f"no score within {max(0.0, seconds):.3g} s"
     except AlignError as error:
         why = error.message
-    except Exception as error:  # a reward is the user's code: whatever it raises is data, not a crash
+    except (
+        Exception
+    ) as error:  # a reward is the user's code: whatever it raises is data, not a crash
         why = f"{type(error).__name__}: {error}"
     return Marks(np.full(shape, np.nan), notes=(why,) * len(candidates))
 

@@ -24,7 +24,9 @@ def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
     if cls in _adapters:
         return _adapters[cls]
     # Finite numbers only: NaN and infinity pass every comparison that a bound makes.
-    cls.__pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+    cls.__pydantic_config__ = ConfigDict(
+        extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
+    )
     _adapters[cls] = TypeAdapter(cls)
     return _adapters[cls]
 
@@ -36,14 +38,22 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
         InvalidRequest: (or `error`) for the first wrong field, with its dotted path, its value and what is allowed.
     """
     if not isinstance(value, Mapping):
-        raise error(f"{path}: {shown(value)} is not an object; allowed: {{{_signature(cls)}}}.", param=path)
+        raise error(
+            f"{path}: {shown(value)} is not an object; allowed: {{{_signature(cls)}}}.", param=path
+        )
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    rest = next((f for f in fields if "rest" in f.metadata), None)  # holds the options of something else, by their own names
+    rest = next(
+        (f for f in fields if "rest" in f.metadata), None
+    )  # holds the options of something else, by their own names
     own = {f.name for f in fields if f is not rest}
     known = own if rest is None or own >= value.keys() else own | rest.metadata["rest"]()
     for key in value:
         if key not in known:
-            raise error(f"{path}.{key}: no such parameter; {nearest(str(key), known)}", param=f"{path}.{key}", code="unknown_field")
+            raise error(
+                f"{path}.{key}: no such parameter; {nearest(str(key), known)}",
+                param=f"{path}.{key}",
+                code="unknown_field",
+            )
     if rest:
         options = {key: option for key, option in value.items() if key not in own}
         value = {**{key: option for key, option in value.items() if key in own}, rest.name: options}
@@ -54,7 +64,9 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
     except ValidationError as invalid:
         first = invalid.errors(include_url=False)[0]
         place = ".".join([path, *(str(part) for part in first["loc"] if _is_key(part))])
-        raise error(f"{place}: {shown(first['input'])} is not allowed; {_rule(first['msg'])}.", param=place) from None
+        raise error(
+            f"{place}: {shown(first['input'])} is not allowed; {_rule(first['msg'])}.", param=place
+        ) from None
 
 
 def json_schema(cls: type[Any]) -> dict[str, Any]:
@@ -77,7 +89,15 @@ def _signature(cls: type[Any]) -> str:
 
 def _is_key(part: object) -> bool:
     # pydantic adds the branch of a union ("int", "function-after[...]") to the location: not a place in the body.
-    return isinstance(part, int) or str(part) not in {"int", "float", "str", "bool", "none", "constrained-int", "constrained-float"}
+    return isinstance(part, int) or str(part) not in {
+        "int",
+        "float",
+        "str",
+        "bool",
+        "none",
+        "constrained-int",
+        "constrained-float",
+    }
 
 
 def _rule(message: str) -> str:

@@ -21,7 +21,13 @@ def select(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selec
     dropped = {c.index: c.rejected or f"failed: {c.error}" for c in candidates if not c.alive}
     values = {name: plan.objective.reduce(members) for name, members in scores.members.items()}
     if not values:
-        return Selection(tuple(alive), tuple(math.nan for _ in candidates), values, dropped, "one draw, nothing to compare")
+        return Selection(
+            tuple(alive),
+            tuple(math.nan for _ in candidates),
+            values,
+            dropped,
+            "one draw, nothing to compare",
+        )
     objective = _weighted_sum(plan, values, len(candidates))
     objective[list(dropped)] = math.nan  # failed: not even weights of 0 make it comparable
     ranking = rank(objective)

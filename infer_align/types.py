@@ -82,10 +82,18 @@ class Budget:
     """What an answer may cost at most."""
 
     completion_tokens: int | None = field(
-        default=None, metadata={"ge": 1, "description": "refuse a plan whose worst case exceeds this many generated tokens"}
+        default=None,
+        metadata={
+            "ge": 1,
+            "description": "refuse a plan whose worst case exceeds this many generated tokens",
+        },
     )
     deadline_seconds: float | None = field(
-        default=None, metadata={"gt": 0, "description": "answer with the best so far after this many seconds, marked partial"}
+        default=None,
+        metadata={
+            "gt": 0,
+            "description": "answer with the best so far after this many seconds, marked partial",
+        },
     )
 
 
@@ -100,7 +108,9 @@ class Request:
     objective: Objective | None = None
     budget: Budget = field(default_factory=Budget)
     details: Literal["none", "scores", "candidates"] = "scores"
-    aligned: bool = False  # whether `align` or a preset was given: only then does the response carry one
+    aligned: bool = (
+        False  # whether `align` or a preset was given: only then does the response carry one
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +146,9 @@ class Draw:
     direction: Direction | None = None  # the preference direction it carries
     steering: Steering | None = None  # the values that steer it
     watch: Watch | None = None  # the values that are reported of its candidates on their way
-    seeded: bool = True  # whether the request named a seed; where it did not, an engine may draw its own
+    seeded: bool = (
+        True  # whether the request named a seed; where it did not, an engine may draw its own
+    )
     deltas: bool = False  # whether pieces are wanted as they are sampled; an engine may yield them all the same
     hurried: bool = False  # a deadline may cut it short: an engine that knows only what it has received should receive pieces
 
@@ -150,16 +162,26 @@ class Plan:
     rewards: Mapping[str, float] = field(default_factory=dict)
     messages: Messages = ()  # the client's own, before any method conditions them: what rewards read
     seed: int = 0
-    settings: Mapping[str, object] = field(default_factory=dict)  # method -> its section of the configuration
+    settings: Mapping[str, object] = field(
+        default_factory=dict
+    )  # method -> its section of the configuration
     attributes: tuple[str, ...] = ()  # of the rewards with several objectives
     direction: Direction | None = None  # unit; rewards with several objectives score along it
-    conditioner: Conditioner | None = None  # how a draw was told its direction, for methods that change it
-    parameters: Mapping[str, object] = field(default_factory=dict)  # reward -> what this request asks of it
+    conditioner: Conditioner | None = (
+        None  # how a draw was told its direction, for methods that change it
+    )
+    parameters: Mapping[str, object] = field(
+        default_factory=dict
+    )  # reward -> what this request asks of it
     note: str = ""  # what a method could not do as asked; said with the reason
     methods: tuple[str, ...] = ()
     needs: frozenset[Capability] = frozenset()
-    selects: bool = False  # whether candidates are compared; otherwise they stream as they are sampled
-    survival: float = 1.0  # of the candidates that are compared on their way, the share that is drawn to the end
+    selects: bool = (
+        False  # whether candidates are compared; otherwise they stream as they are sampled
+    )
+    survival: float = (
+        1.0  # of the candidates that are compared on their way, the share that is drawn to the end
+    )
     keep: int = 1  # OpenAI's n: how many of the ranking are returned
     worst_case_tokens: int = 0  # sampled for the candidates, and by judges
     scoring_tokens: int = 0  # of those, by judges
@@ -203,7 +225,9 @@ class Candidate:
     calls: int = 1  # made to the engine for it, retries included
     cut: bool = False  # stopped early, not by the model
     rejected: str | None = None  # why it was given up on its way, in favour of others
-    beside: Body = field(default_factory=dict)  # what an upstream's answer held beside its choices, such as system_fingerprint
+    beside: Body = field(
+        default_factory=dict
+    )  # what an upstream's answer held beside its choices, such as system_fingerprint
 
     @property
     def alive(self) -> bool:
@@ -213,7 +237,11 @@ class Candidate:
     @property
     def text(self) -> str:
         """The words a reward reads; tool calls and reasoning are not part of it."""
-        content = self.choice["message"].get("content") if "message" in self.choice else self.choice.get("text")
+        content = (
+            self.choice["message"].get("content")
+            if "message" in self.choice
+            else self.choice.get("text")
+        )
         return content or ""
 
     @property
@@ -236,7 +264,9 @@ class LabelQuery:
 class LabelReading:
     """The answer: the model's own distribution, at temperature 1 and before any penalty."""
 
-    logprobs: Mapping[str, float]  # label -> nats; -inf where it cannot be said, or the engine does not show it
+    logprobs: Mapping[
+        str, float
+    ]  # label -> nats; -inf where it cannot be said, or the engine does not show it
     prompt_tokens: int = 0
     calls: int = 1  # of one token each: 1 where every label is one token
 
@@ -289,8 +319,12 @@ class Scores:
 
     members: Mapping[str, Array] = field(default_factory=dict)  # reward -> [K, N]
     spent: Spent = field(default_factory=Spent)
-    notes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)  # reward -> N: why NaN, or what was cut
-    reports: Mapping[str, Body] = field(default_factory=dict)  # reward -> what it says beside its scores, as JSON
+    notes: Mapping[str, tuple[str | None, ...]] = field(
+        default_factory=dict
+    )  # reward -> N: why NaN, or what was cut
+    reports: Mapping[str, Body] = field(
+        default_factory=dict
+    )  # reward -> what it says beside its scores, as JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +363,11 @@ class Response:
         """Each distinct prompt once, however many candidates were drawn from it."""
         if len(self.plan.draws) == 1:
             return max(candidate.prompt_tokens for candidate in self.candidates)
-        tokens = {repr(self.plan.draws[c.draw].body): c.prompt_tokens for c in self.candidates if c.error is None}
+        tokens = {
+            repr(self.plan.draws[c.draw].body): c.prompt_tokens
+            for c in self.candidates
+            if c.error is None
+        }
         return sum(tokens.values())
 
     @property

@@ -83,7 +83,9 @@ def _install() -> None:
     if getattr(original, "is_tapped", False):
         return
 
-    def forward(layer: Any, lm_head: Any, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+    def forward(
+        layer: Any, lm_head: Any, hidden_states: torch.Tensor, *args: Any, **options: Any
+    ) -> Any:
         for tap in _taps:
             tap.put(hidden_states)
         return original(layer, lm_head, hidden_states, *args, **options)
@@ -131,7 +133,12 @@ def arguments(model: str, name: str, options: Mapping[str, Any]) -> Namespace:
 
     parser = make_arg_parser(Parser())
     actions = {action.dest: action for action in parser._actions}
-    spoken = [word for key, value in options.items() if key in actions for word in _spoken(actions[key], value)]
+    spoken = [
+        word
+        for key, value in options.items()
+        if key in actions
+        for word in _spoken(actions[key], value)
+    ]
     args: Namespace = parser.parse_args(spoken)
     for key in options.keys() - actions.keys():  # not to be had from the command line
         setattr(args, key, options[key])
@@ -144,7 +151,9 @@ def _spoken(action: Any, value: Any) -> list[str]:
     flag = next(option for option in action.option_strings if option.startswith("--"))
     if action.nargs == 0:
         if not isinstance(value, bool):
-            raise ConfigError(f"[engine] {action.dest}: {value!r} is not allowed; must be true or false.")
+            raise ConfigError(
+                f"[engine] {action.dest}: {value!r} is not allowed; must be true or false."
+            )
         no = f"--no-{flag[2:]}"
         return [flag] if value else [no] if no in action.option_strings else []
     if action.nargs in {"+", "*"}:
@@ -170,7 +179,9 @@ def launch(args: Namespace, configure: Callable[[Any], None]) -> Any:
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # a server says nothing to others unless it is told to
+    os.environ.setdefault(
+        "VLLM_NO_USAGE_STATS", "1"
+    )  # a server says nothing to others unless it is told to
     cli_env_setup()
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
@@ -178,7 +189,9 @@ def launch(args: Namespace, configure: Callable[[Any], None]) -> Any:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     given = AsyncEngineArgs.from_cli_args(args)
     if current_platform.is_cpu() and given.enable_chunked_prefill is None:
-        given.enable_chunked_prefill = False  # there, a seeded request whose prompt is read in pieces ends the engine
+        given.enable_chunked_prefill = (
+            False  # there, a seeded request whose prompt is read in pieces ends the engine
+        )
     try:
         config = given.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
@@ -213,7 +226,9 @@ def refused(error: Mapping[str, Any]) -> AlignError:
     return EngineFailed(message, status=status)
 
 
-async def label_logprobs(engine: Any, prompt: Sequence[int], tokens: Sequence[int], request_id: str) -> dict[int, float]:
+async def label_logprobs(
+    engine: Any, prompt: Sequence[int], tokens: Sequence[int], request_id: str
+) -> dict[int, float]:
     """The next token's logprobs for `tokens` after a prompt of token ids, before any processor; one generated token.
 
     Raises:
@@ -222,7 +237,11 @@ async def label_logprobs(engine: Any, prompt: Sequence[int], tokens: Sequence[in
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
     params = SamplingParams(
-        max_tokens=1, temperature=1.0, logprob_token_ids=[*tokens], detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        max_tokens=1,
+        temperature=1.0,
+        logprob_token_ids=[*tokens],
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
     found: dict[int, float] = {}
     try:
@@ -237,14 +256,18 @@ def sampled_tokens(engine: Any, request_id: str | None) -> int:
     """How many tokens a request of an AsyncLLM has by now, as far as this process has heard; 0 where it is not known."""
     output = engine.output_processor
     for internal in output.external_req_ids.get(request_id, ()) if request_id else ():
-        if (state := output.request_states.get(internal)) is not None and state.detokenizer is not None:
+        if (
+            state := output.request_states.get(internal)
+        ) is not None and state.detokenizer is not None:
             return int(state.detokenizer.num_output_tokens())
     return 0
 
 
 async def call_workers(engine: Any, method: str) -> list[Any]:
     """What every worker of every data-parallel rank says; AsyncLLM's own `collective_rpc` returns the first rank's answers only."""
-    ranks = await engine.engine_core.call_utility_all_async("collective_rpc", method, None, (), None)
+    ranks = await engine.engine_core.call_utility_all_async(
+        "collective_rpc", method, None, (), None
+    )
     return [said for workers in ranks for said in workers]
 
 
@@ -279,8 +302,15 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> Any:
 
     try:
         # Its counters would take the place of the generating engine's: vLLM has one registry per process.
-        ours = {"model": model, "runner": "pooling", "convert": "classify", "disable_log_stats": True}
-        config = AsyncEngineArgs(**{**options, **ours}).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        ours = {
+            "model": model,
+            "runner": "pooling",
+            "convert": "classify",
+            "disable_log_stats": True,
+        }
+        config = AsyncEngineArgs(**{**options, **ours}).create_engine_config(
+            UsageContext.OPENAI_API_SERVER
+        )
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise ConfigError(f"pooling: vLLM refuses these options: {error}") from error
     shape = config.model_config.hf_config
@@ -291,7 +321,9 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> Any:
     if not made_of_tokens and all(match and match[1][0] == "generate" for match in matches):
         names = ", ".join(shape.architectures or ("of no named architecture",))
         raise ConfigError(f"pooling: {model!r} is no sequence classifier: it is {names}.")
-    return AsyncLLM.from_vllm_config(config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True)
+    return AsyncLLM.from_vllm_config(
+        config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True
+    )
 
 
 def labels_and_context(engine: Any) -> tuple[int, int]:
@@ -316,7 +348,9 @@ async def class_logits(engine: Any, ids: Sequence[int], request_id: str) -> list
     try:
         # Without use_activation = False they would be probabilities.
         params = PoolingParams(task="classify", use_activation=False)
-        async for output in engine.encode({"type": "token", "prompt_token_ids": [*ids]}, params, request_id):
+        async for output in engine.encode(
+            {"type": "token", "prompt_token_ids": [*ids]}, params, request_id
+        ):
             if output.error is not None:
                 raise EngineFailed(output.error.message)
             logits = output.outputs.data.tolist()

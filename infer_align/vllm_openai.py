@@ -47,7 +47,10 @@ class Client:
         if job := _job.get():
             job.request_id = request_id
             if job.extra_args:
-                sampling_params.extra_args = {**(sampling_params.extra_args or {}), **job.extra_args}
+                sampling_params.extra_args = {
+                    **(sampling_params.extra_args or {}),
+                    **job.extra_args,
+                }
         return self._engine.generate(prompt, sampling_params, request_id, **options)
 
 
@@ -77,13 +80,20 @@ class Frontend:
 
         tasks = await self._client.get_supported_tasks()
         if "generate" not in tasks:
-            raise ConfigError(f"[engine] model: {self._args.model!r} does not generate text; vLLM knows it for {', '.join(tasks)}.")
+            raise ConfigError(
+                f"[engine] model: {self._args.model!r} does not generate text; vLLM knows it for {', '.join(tasks)}."
+            )
         self.app = build_app(self._args, tasks, self._client.model_config)
         await init_app_state(self._client, self.app.state, self._args, tasks)
-        self.app.state.server = SimpleNamespace(should_exit=False)  # what vLLM would stop when the engine dies; we answer 503
+        self.app.state.server = SimpleNamespace(
+            should_exit=False
+        )  # what vLLM would stop when the engine dies; we answer 503
         self.chat = self.app.state.openai_serving_chat
         self.completion = self.app.state.openai_serving_completion
-        self._render = {"chat": self.chat.render_chat_request, "completion": self.completion.render_completion_request}
+        self._render = {
+            "chat": self.chat.render_chat_request,
+            "completion": self.completion.render_completion_request,
+        }
         self.chat.render_chat_request = functools.partial(self._rendered, "chat")
         self.completion.render_completion_request = functools.partial(self._rendered, "completion")
         await self._open.enter_async_context(self.app.router.lifespan_context(self.app))
@@ -121,7 +131,11 @@ class Frontend:
             InvalidRequest: vLLM refuses one.
         """
         serving = self.chat if kind == "chat" else self.completion
-        most = request.max_tokens if kind == "completion" else request.max_completion_tokens or request.max_tokens
+        most = (
+            request.max_tokens
+            if kind == "completion"
+            else request.max_completion_tokens or request.max_tokens
+        )
         try:
             request.to_sampling_params(1 if most is None else most, serving.default_sampling_params)
         except Exception as error:
@@ -158,7 +172,11 @@ class Frontend:
             AlignError: vLLM refuses it, or failed.
         """
         _job.set(job)  # of this task alone
-        create = self.chat.create_chat_completion if kind == "chat" else self.completion.create_completion
+        create = (
+            self.chat.create_chat_completion
+            if kind == "chat"
+            else self.completion.create_completion
+        )
         try:
             return _accepted(await create(request))
         except AlignError:

@@ -34,7 +34,9 @@ def require() -> str:
     found = next(filter(None, map(_version, DISTRIBUTIONS)), None)
     install = f"install it with: pip install 'vllm>={SUPPORTED},<{_next()}'"
     if found is None:
-        raise ConfigError(f'[engine] kind = "vllm" needs vLLM {SUPPORTED}, which is not installed; {install}.')
+        raise ConfigError(
+            f'[engine] kind = "vllm" needs vLLM {SUPPORTED}, which is not installed; {install}.'
+        )
     if found.split(".")[:2] != SUPPORTED.split("."):
         raise ConfigError(
             f"vLLM {found} is installed; supported is {SUPPORTED}.x, whose interfaces other versions do not have; {install}."
@@ -59,7 +61,12 @@ def option_names() -> frozenset[str]:
     require()
     spec = importlib.util.find_spec("vllm")
     root = Path(spec.origin or "").parent if spec else Path()
-    return frozenset(name for path, classes in DECLARED.items() for name in _fields(root / path, classes)) - OURS
+    return (
+        frozenset(
+            name for path, classes in DECLARED.items() for name in _fields(root / path, classes)
+        )
+        - OURS
+    )
 
 
 def _version(distribution: str) -> str | None:
@@ -75,7 +82,15 @@ def _next() -> str:
 
 
 def _fields(path: Path, classes: tuple[str, ...]) -> list[str]:
-    found = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    found = [
+        node
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
     lines = [line for cls in found if cls.name in classes for line in cls.body]
-    names = [line.target.id for line in lines if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)]
+    names = [
+        line.target.id
+        for line in lines
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    ]
     return [name for name in names if not name.startswith("_")]

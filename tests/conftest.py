@@ -16,10 +16,19 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-CORPUS = ["the cat sat on the mat and the dog ran to the sun", "a big red ball is in the box with the small blue hat"]
+CORPUS = [
+    "the cat sat on the mat and the dog ran to the sun",
+    "a big red ball is in the box with the small blue hat",
+]
 SPECIALS = ["<pad>", "</s>"]
 # Small enough to build in a blink; weights large enough that greedy choices are no near ties.
-SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.3}
+SIZE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.3,
+}
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 
 
@@ -38,7 +47,12 @@ def byte_level() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIALS, initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
     fast.chat_template = TEMPLATE
@@ -63,13 +77,28 @@ def byte_fallback() -> Any:
         "▁ab",
     ]
     merges = [("▁", "a"), ("▁", "b"), ("a", "b"), ("▁a", "b")]
-    model = models.BPE({word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model = models.BPE(
+        {word: i for i, word in enumerate(words)},
+        merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
     fast.chat_template = TEMPLATE
     return fast
 
@@ -91,7 +120,14 @@ def _config(architecture: str, vocabulary: int, **options: Any) -> Any:
     }  # fmt: skip
     config = getattr(tf, f"{architecture}Config")
     return config(
-        **{"vocab_size": vocabulary, "max_position_embeddings": 256, **SIZE, **SPECIAL_IDS, **own.get(architecture, {}), **options}
+        **{
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 256,
+            **SIZE,
+            **SPECIAL_IDS,
+            **own.get(architecture, {}),
+            **options,
+        }
     )
 
 
@@ -106,7 +142,9 @@ def language_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) ->
     """`language_model("Llama", **config)`: the folder of a tiny random causal LM; the same call gives the same folder."""
     made: dict[tuple[Any, ...], str] = {}
 
-    def make(architecture: str = "Llama", tokenizer: Any = None, seed: int = 0, **options: Any) -> str:
+    def make(
+        architecture: str = "Llama", tokenizer: Any = None, seed: int = 0, **options: Any
+    ) -> str:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -114,7 +152,9 @@ def language_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) ->
         key = (architecture, id(tokenizer), seed, *sorted((k, repr(v)) for k, v in options.items()))
         if key not in made:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(_config(architecture, len(tokenizer), **options))
+            model = AutoModelForCausalLM.from_config(
+                _config(architecture, len(tokenizer), **options)
+            )
             made[key] = _save(model, tokenizer, tmp_path_factory.mktemp(architecture))
         return made[key]
 
@@ -126,12 +166,24 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) -> C
     """`reward_model("Bert", labels=1, seed=0, **config)`: the folder of a tiny random sequence classifier."""
     made: dict[tuple[Any, ...], str] = {}
 
-    def make(architecture: str = "Llama", labels: int = 1, seed: int = 0, tokenizer: Any = None, **options: Any) -> str:
+    def make(
+        architecture: str = "Llama",
+        labels: int = 1,
+        seed: int = 0,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> str:
         import torch
         from transformers import AutoModelForSequenceClassification
 
         tokenizer = byte_level if tokenizer is None else tokenizer
-        key = (architecture, labels, seed, id(tokenizer), *sorted((k, repr(v)) for k, v in options.items()))
+        key = (
+            architecture,
+            labels,
+            seed,
+            id(tokenizer),
+            *sorted((k, repr(v)) for k, v in options.items()),
+        )
         if key not in made:
             torch.manual_seed(seed)
             config = _config(architecture, len(tokenizer), num_labels=labels, **options)
@@ -151,7 +203,9 @@ def finish() -> Callable[..., Any]:
         async with engine.sample(draw) as stream:
             events: Iterable[Any] = [event async for event in stream]
         finished = [e for e in events if isinstance(e, Candidate)]
-        return sorted(finished, key=lambda c: c.index), [e for e in events if not isinstance(e, Candidate)]
+        return sorted(finished, key=lambda c: c.index), [
+            e for e in events if not isinstance(e, Candidate)
+        ]
 
     return collect
 
@@ -176,7 +230,9 @@ def pooling_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], s
 
     def make(labels: int) -> str:
         if labels not in made:
-            config = LlamaConfig.from_pretrained(demo.path(demo.LM), num_labels=labels, architectures=None)
+            config = LlamaConfig.from_pretrained(
+                demo.path(demo.LM), num_labels=labels, architectures=None
+            )
             torch.manual_seed(labels)
             model = LlamaForSequenceClassification(config)
             torch.nn.init.normal_(model.score.weight)

@@ -21,15 +21,23 @@ def program(environment: str, name: str = "python") -> str:
     """The path of a program in one of them; without it, the test is skipped with the reason."""
     ready = ENVIRONMENTS / environment / "ready"  # a copy of what is installed there
     if not ready.exists():
-        pytest.skip(f"{environment} is not installed: `make clients`, with the package index in reach")
+        pytest.skip(
+            f"{environment} is not installed: `make clients`, with the package index in reach"
+        )
     if ready.read_text() != (REQUIREMENTS / f"{environment}.txt").read_text():
-        pytest.skip(f"{environment} is installed in other versions than {environment}.txt names: `make clients`")
+        pytest.skip(
+            f"{environment} is installed in other versions than {environment}.txt names: `make clients`"
+        )
     return str(ENVIRONMENTS / environment / "bin" / name)
 
 
 def variables() -> dict[str, str]:
     """The process's variables without what would lead into our own packages, and without anything to call home with."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "OPENAI_", "LITELLM", "LANGCHAIN"))}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PYTHON", "OPENAI_", "LITELLM", "LANGCHAIN"))
+    }
     return {
         **kept,
         "PYTHONPATH": str(ROOT / "clients/python"),

@@ -82,7 +82,10 @@ def test_where_each_value_came_from(load: Any, tmp_path: Path) -> None:
     assert origins["limits.max_queue"] == "--set"
     assert origins["limits.max_running"] == "default"
     assert origins["engine.kind"] == str(tmp_path / "infer-align.toml")
-    replaced = load(f"{FAKE}[rewards.r]\nkind = 'rules'\nregex = 'a'\n", 'rewards.r={kind = "rules", finished = true}')
+    replaced = load(
+        f"{FAKE}[rewards.r]\nkind = 'rules'\nregex = 'a'\n",
+        'rewards.r={kind = "rules", finished = true}',
+    )
     origins = {name: origin for name, _, origin in replaced.settings()}
     assert origins["rewards.r.finished"] == "--set"
     assert origins["rewards.r.regex"] == "default", "the table that held it is gone"
@@ -101,7 +104,10 @@ WRONG = [
     ("[limits]\nmax_running = 0\n", "limits.max_running"),
     ("[engine]\nkind = 'fkae'\n", "engine.kind: 'fkae' is not one of them; did you mean 'fake'?"),
     ("[engine]\nkind = 5\n", "engine.kind: 5"),
-    ("[engine]\nkind = 'fake'\nreplys = []\n", "engine.replys: no such parameter; did you mean 'replies'?"),
+    (
+        "[engine]\nkind = 'fake'\nreplys = []\n",
+        "engine.replys: no such parameter; did you mean 'replies'?",
+    ),
     ("[engine]\nkind = 'fake'\nreplies = [{txt = 'a'}]\n", "engine.replies.0.txt"),
     ("[rewards.a]\nwords_weight = 1\n", "[rewards.a] needs a kind"),
     ("[rewards]\na = 5\n", "[rewards.a] needs a kind"),
@@ -119,7 +125,13 @@ WRONG = [
 @pytest.mark.parametrize(("text", "message"), WRONG)
 def test_what_is_wrong_is_named(load: Any, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(text if "[engine]" in text else text + FAKE if "=" in text.partition("[")[0] else FAKE + text)
+        load(
+            text
+            if "[engine]" in text
+            else text + FAKE
+            if "=" in text.partition("[")[0]
+            else FAKE + text
+        )
     assert message in caught.value.message
 
 
@@ -133,7 +145,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_reward_that_cannot_be_made_names_its_section(load: Any) -> None:
-    for section in ("kind = 'rules'", "kind = 'rules'\nregex = '['", "kind = 'callable'\nfunction = 'no.such:thing'"):
+    for section in (
+        "kind = 'rules'",
+        "kind = 'rules'\nregex = '['",
+        "kind = 'callable'\nfunction = 'no.such:thing'",
+    ):
         with pytest.raises(ConfigError, match=r"\[rewards\.r\]"):
             load(f"{FAKE}[rewards.r]\n{section}\n").load_rewards()
 
@@ -141,7 +157,11 @@ def test_a_reward_that_cannot_be_made_names_its_section(load: Any) -> None:
 @pytest.mark.parametrize("default", ["nope", "short.words"])
 def test_default_rewards_must_exist(load: Any, default: str) -> None:
     with pytest.raises(ConfigError, match="default_rewards"):
-        Service(load(f"{FAKE}[rewards.short]\nkind = 'rules'\nwords_weight = 1\n[server]\ndefault_rewards = {{'{default}' = 1}}\n"))
+        Service(
+            load(
+                f"{FAKE}[rewards.short]\nkind = 'rules'\nwords_weight = 1\n[server]\ndefault_rewards = {{'{default}' = 1}}\n"
+            )
+        )
 
 
 @pytest.mark.parametrize("plugins", [registry.engines, registry.rewards])
@@ -152,11 +172,20 @@ def test_every_plugin_section_can_be_named_in_a_file(plugins: registry.Registry)
 
 def test_engines_that_share_gpus_must_leave_room_for_each_other(load: Any) -> None:
     text = "[engine]\nkind = 'vllm'\n{}\n[rewards.rm]\nkind = 'pooling'\nmodels = ['a', 'b']\n{}\n"
-    assert load(text.format("gpu_memory_utilization = 0.6", "gpu_memory_utilization = 0.2")).rewards["rm"].memory_share == 0.4
+    assert (
+        load(text.format("gpu_memory_utilization = 0.6", "gpu_memory_utilization = 0.2"))
+        .rewards["rm"]
+        .memory_share
+        == 0.4
+    )
     assert load(text.format("gpu_memory_utilization = 0.9", "kv_cache_memory_bytes = 1000000"))
     for engine, reward, message in [
         ("", "", "[engine] 0.92 + [rewards.rm] 1.84 = 2.76"),
-        ("gpu_memory_utilization = 0.7", "gpu_memory_utilization = 0.2", "[engine] 0.7 + [rewards.rm] 0.4 = 1.1"),
+        (
+            "gpu_memory_utilization = 0.7",
+            "gpu_memory_utilization = 0.2",
+            "[engine] 0.7 + [rewards.rm] 0.4 = 1.1",
+        ),
         ("kv_cache_memory_bytes = 1000000", "", "[rewards.rm] 1.84 = 1.84"),
     ]:
         with pytest.raises(ConfigError) as caught:
@@ -167,7 +196,9 @@ def test_engines_that_share_gpus_must_leave_room_for_each_other(load: Any) -> No
 
 def test_how_directions_are_told(load: Any) -> None:
     assert load(FAKE).methods["dpa"] == Prompting()
-    told = load(f'{FAKE}[dpa]\nattributes = ["warmth"]\nscale = 10.0\nplacement = "user"\n').methods["dpa"]
+    told = load(
+        f'{FAKE}[dpa]\nattributes = ["warmth"]\nscale = 10.0\nplacement = "user"\n'
+    ).methods["dpa"]
     assert (told.attributes, told.scale, told.placement) == (("warmth",), 10.0, "user")
     for section, message in (
         ("attribute = []", "did you mean 'attributes'"),
@@ -181,7 +212,9 @@ def test_how_directions_are_told(load: Any) -> None:
 def test_who_answers_to_trust_judge(load: Any) -> None:
     assert load(FAKE).load_rewards()["trust_judge"].config.engine == "served"
     critic = f'{FAKE}[engines.other]\nkind = "fake"\n[rewards.critic]\nkind = "trust_judge"\nengine = "other"\n'
-    assert load(critic).load_rewards()["trust_judge"].config.engine == "other", "the first judge there is"
+    assert load(critic).load_rewards()["trust_judge"].config.engine == "other", (
+        "the first judge there is"
+    )
     with pytest.raises(ConfigError, match="rename it"):
         load(f"{FAKE}[rewards.trust_judge]\nkind = 'rules'\nwords_weight = 1.0\n")
     own = f'{critic}[rewards.trust_judge]\nkind = "trust_judge"\nscale = 5\n'

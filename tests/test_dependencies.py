@@ -15,27 +15,41 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-PINS = {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in LINES)}
+LINES = [
+    line
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+PINS = {
+    canonicalize_name(name): Version(version)
+    for name, version in (line.split("==") for line in LINES)
+}
 # torch's GPU builds pin triton themselves, and their own libraries; what installs packages is not ours to pin.
 UNPINNED = re.compile(r"triton$|nvidia-|cuda-|infer-align$|setuptools$|pip$|vllm")
 
 
 def declared() -> list[Requirement]:
-    texts = [*PROJECT["dependencies"], *(text for extra in ("local", "dev") for text in PROJECT["optional-dependencies"][extra])]
+    texts = [
+        *PROJECT["dependencies"],
+        *(text for extra in ("local", "dev") for text in PROJECT["optional-dependencies"][extra]),
+    ]
     return [Requirement(text) for text in texts]
 
 
 def wanted(requirement: Requirement, extras: set[str]) -> bool:
     if UNPINNED.match(canonicalize_name(requirement.name)):
         return False
-    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras or {""})
+    return requirement.marker is None or any(
+        requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}
+    )
 
 
 def test_every_pin_is_exact_and_said_once() -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in LINES)
     assert len(PINS) == len(LINES)
-    assert [line.partition("==")[0].lower() for line in LINES] == sorted(line.partition("==")[0].lower() for line in LINES)
+    assert [line.partition("==")[0].lower() for line in LINES] == sorted(
+        line.partition("==")[0].lower() for line in LINES
+    )
 
 
 @pytest.mark.parametrize("requirement", declared(), ids=str)
@@ -47,7 +61,9 @@ def test_every_dependency_is_pinned_to_what_it_allows(requirement: Requirement) 
 def closure() -> dict[str, list[tuple[str, Requirement]]]:
     """Package -> what asks for it, over everything that ours bring along, as installed here."""
     asked: dict[str, list[tuple[str, Requirement]]] = {}
-    todo: list[tuple[str, Requirement]] = [("infer-align", requirement) for requirement in declared()]
+    todo: list[tuple[str, Requirement]] = [
+        ("infer-align", requirement) for requirement in declared()
+    ]
     seen: set[tuple[str, frozenset[str]]] = set()
     while todo:
         by, requirement = todo.pop()
@@ -63,7 +79,9 @@ def closure() -> dict[str, list[tuple[str, Requirement]]]:
             found: Any = distribution(name).requires or []
         except PackageNotFoundError:
             continue
-        todo += [(name, r) for r in map(Requirement, found) if wanted(r, set(requirement.extras) | {""})]
+        todo += [
+            (name, r) for r in map(Requirement, found) if wanted(r, set(requirement.extras) | {""})
+        ]
     return asked
 
 

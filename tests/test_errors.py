@@ -9,7 +9,9 @@ import pytest
 from infer_align import errors
 from infer_align.errors import AlignError, nearest, shown
 
-CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, AlignError)]
+CLASSES = [
+    cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, AlignError)
+]
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -26,8 +28,16 @@ def test_codes_are_distinct() -> None:
 
 
 def test_an_error_can_know_better_than_its_class() -> None:
-    error = errors.EngineFailed("upstream is busy", status=429, retry_after=3, code="busy", param="x")
-    assert (error.status, error.code, error.param, error.retry_after, str(error)) == (429, "busy", "x", 3, "upstream is busy")
+    error = errors.EngineFailed(
+        "upstream is busy", status=429, retry_after=3, code="busy", param="x"
+    )
+    assert (error.status, error.code, error.param, error.retry_after, str(error)) == (
+        429,
+        "busy",
+        "x",
+        3,
+        "upstream is busy",
+    )
     assert errors.EngineFailed("x").status == 502
 
 

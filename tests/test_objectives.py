@@ -14,7 +14,9 @@ from hypothesis.extra import numpy as hnp
 from infer_align.objectives import Ensemble, mean, rank, standardize, std, uwo, wco
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "ensembles_public.json").read_text())
-SCORES = hnp.arrays(np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(-100, 100))
+SCORES = hnp.arrays(
+    np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(-100, 100)
+)
 HOLED = hnp.arrays(
     np.float64,
     hnp.array_shapes(min_dims=2, max_dims=2, max_side=6),
@@ -33,7 +35,9 @@ def test_published_objectives(case: dict) -> None:
     scores = np.array(case["scores_KxN"])
     for name, expected in case["expected"].items():
         value = evaluate(name, scores)
-        assert value == pytest.approx(np.array(expected["scores"]), rel=1e-9, abs=1e-9 * np.abs(scores).max())
+        assert value == pytest.approx(
+            np.array(expected["scores"]), rel=1e-9, abs=1e-9 * np.abs(scores).max()
+        )
         assert rank(value)[0] in expected["near_max_set"]
 
 
@@ -44,7 +48,9 @@ def test_variance_is_the_population_s(case: dict) -> None:
     assert np.isfinite(ours).all()
     if k > 1:  # the PPO path's divisor is K - 1: the same penalty, K/(K-1) times as large
         published = mean(scores) - (mean(scores) - ours) * k / (k - 1)
-        assert published == pytest.approx(np.array(case["expected_ddof1"], dtype=float), rel=1e-9, abs=1e-9)
+        assert published == pytest.approx(
+            np.array(case["expected_ddof1"], dtype=float), rel=1e-9, abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("case", VECTORS["published_wrapper_quirks"], ids=lambda case: case["id"])
@@ -75,7 +81,9 @@ def test_nan_members_are_ignored_and_nothing_else(scores: np.ndarray) -> None:
 
 
 @given(SCORES, st.randoms(use_true_random=False))
-def test_objectives_do_not_depend_on_the_order_of_members_or_candidates(scores: np.ndarray, random) -> None:
+def test_objectives_do_not_depend_on_the_order_of_members_or_candidates(
+    scores: np.ndarray, random
+) -> None:
     k, n = (random.sample(range(size), size) for size in scores.shape)
     for objective in (mean, wco, lambda s: uwo(s, 0.7)):
         assert objective(scores[k][:, n]) == pytest.approx(objective(scores)[n], rel=1e-9, abs=1e-9)

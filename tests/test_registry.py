@@ -23,7 +23,9 @@ from infer_align.types import Capability, Draw, Method, Plan, Stage
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 LIMITS = Limits(128, 100_000)
-PATHS = os.pathsep.join(str(Path(__file__).parents[1] / part) for part in (".", "kernels", "server", "clients/python"))
+PATHS = os.pathsep.join(
+    str(Path(__file__).parents[1] / part) for part in (".", "kernels", "server", "clients/python")
+)
 
 # What a method must be given where it has no defaults, or does not stand alone.
 GIVEN: dict[str, dict[str, Any]] = {
@@ -117,9 +119,15 @@ def test_one_candidate_is_the_model_alone(name: str) -> None:
         pytest.skip("draws as many as it is given")
     engine, rewards = AbleEngine(Fake(replies=(Reply(estimates={"helpful": 0.5}),))), REWARDS
     plan = make_plan(
-        parse_request({**BODY, "seed": 3, "align": {name: {"n": 1}}}, "chat", {}), engine, rewards, {"short": 1.0}, LIMITS
+        parse_request({**BODY, "seed": 3, "align": {name: {"n": 1}}}, "chat", {}),
+        engine,
+        rewards,
+        {"short": 1.0},
+        LIMITS,
     )
-    alone = make_plan(parse_request({**BODY, "seed": 3}, "chat", {}), engine, rewards, {"short": 1.0}, LIMITS)
+    alone = make_plan(
+        parse_request({**BODY, "seed": 3}, "chat", {}), engine, rewards, {"short": 1.0}, LIMITS
+    )
     assert plan.draws == alone.draws
 
 
@@ -134,7 +142,11 @@ def test_listing_imports_nothing() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": PATHS}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": PATHS},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "best_of_n" in done.stdout
@@ -194,14 +206,22 @@ def outside(tmp_path: Path, align: str, needs: str = "()") -> Any:
     (tmp_path / "twice_plugin.py").write_text(PLUGIN.replace("NEEDS", needs), encoding="utf-8")
     info = tmp_path / "twice_plugin-1.0.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: twice-plugin\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("[infer_align.methods]\ntwice = twice_plugin\n", encoding="utf-8")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: twice-plugin\nVersion: 1.0\n", encoding="utf-8"
+    )
+    (info / "entry_points.txt").write_text(
+        "[infer_align.methods]\ntwice = twice_plugin\n", encoding="utf-8"
+    )
     code = "from infer_align.engines.fake import Reply\n" + SCRIPT.format(
         replies="Reply('a b c'), Reply('a'), Reply('a b')", align=align
     )
     path = os.pathsep.join([PATHS, str(tmp_path)])
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -34,14 +34,22 @@ PACKAGES = [
 MODULES = [path for package in PACKAGES for path in sorted(package.rglob("*.py"))]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "server", "clients/python")),
+    "PYTHONPATH": os.pathsep.join(
+        str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
+    ),
 }
 
 
 def python(code: str) -> str:
     """What `code` prints in a fresh interpreter, started in the repository's root as people do."""
     done = subprocess.run(
-        [sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", code],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -52,7 +60,9 @@ def python(code: str) -> str:
 
 @pytest.mark.parametrize("folder", ["kernels", "server", "clients", "clients/python", "tests"])
 def test_root_folders_are_no_packages(folder: str) -> None:
-    assert not (ROOT / folder / "__init__.py").exists(), "a top-level `kernels` package breaks `import transformers`"
+    assert not (ROOT / folder / "__init__.py").exists(), (
+        "a top-level `kernels` package breaks `import transformers`"
+    )
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
@@ -64,7 +74,11 @@ def test_files_are_short_and_named_by_their_noun() -> None:
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     assert not {str(path): n for path, n in lengths.items() if n > 400}
     assert statistics.median(lengths.values()) <= 120
-    names = [path for path in (*MODULES, *(ROOT / "tests").rglob("*.py")) if re.search("utils|helper|common|manager", path.stem)]
+    names = [
+        path
+        for path in (*MODULES, *(ROOT / "tests").rglob("*.py"))
+        if re.search("utils|helper|common|manager", path.stem)
+    ]
     assert names == []
 
 
@@ -78,19 +92,33 @@ def test_functions_are_short() -> None:
                 documented = ast.get_docstring(node) is not None
                 first = node.body[1] if documented and len(node.body) > 1 else node.body[0]
                 if (lines := (node.end_lineno or 0) - first.lineno + 1) > 40:
-                    long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines")
+                    long.append(
+                        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {lines} lines"
+                    )
     assert long == []
 
 
 def test_the_flow_is_one_short_function() -> None:
     source = (ROOT / "infer_align/run.py").read_text(encoding="utf-8")
-    flow = next(n for n in ast.parse(source).body if isinstance(n, ast.AsyncFunctionDef) and n.name == "align")
+    flow = next(
+        n
+        for n in ast.parse(source).body
+        if isinstance(n, ast.AsyncFunctionDef) and n.name == "align"
+    )
     assert (flow.end_lineno or 0) - flow.lineno <= 60
 
 
 def test_user_input_never_meets_an_assert() -> None:
-    for path in (ROOT / "infer_align/request.py", ROOT / "infer_align/schema.py", ROOT / "server/infer_align_server/wire.py"):
-        asserts = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Assert)]
+    for path in (
+        ROOT / "infer_align/request.py",
+        ROOT / "infer_align/schema.py",
+        ROOT / "server/infer_align_server/wire.py",
+    ):
+        asserts = [
+            n
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.Assert)
+        ]
         assert asserts == [], path
 
 
@@ -107,17 +135,26 @@ def test_our_own_code_is_not_mocked() -> None:
 def test_every_plugin_has_tests_of_its_own(folder: str) -> None:
     tests = {path.stem for path in (ROOT / "tests" / folder).glob("test_*.py")}
     for name in getattr(registry, folder).names():
-        assert any(test.startswith(f"test_{name}") for test in tests), f"tests/{folder}/test_{name}*.py is missing"
+        assert any(test.startswith(f"test_{name}") for test in tests), (
+            f"tests/{folder}/test_{name}*.py is missing"
+        )
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "objectives", "registry", "request", "run", "schema", "selection"])
+@pytest.mark.parametrize(
+    "module",
+    ["config", "errors", "objectives", "registry", "request", "run", "schema", "selection"],
+)
 def test_every_part_of_the_core_has_tests_of_its_own(module: str) -> None:
     assert (ROOT / "infer_align" / f"{module}.py").exists()
     assert (ROOT / "tests" / f"test_{module}.py").exists()
 
 
 def test_every_kernel_is_a_triple_with_a_test_and_a_benchmark() -> None:
-    for op in [path for path in (ROOT / "kernels/infer_align_kernels").iterdir() if path.is_dir() and path.name != "__pycache__"]:
+    for op in [
+        path
+        for path in (ROOT / "kernels/infer_align_kernels").iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    ]:
         for part in (
             op / "__init__.py", op / "reference.py", op / "triton.py", op / "README.md",
             ROOT / f"tests/kernels/test_{op.name}.py", ROOT / f"benchmarks/kernels/bench_{op.name}.py",
@@ -128,7 +165,9 @@ def test_every_kernel_is_a_triple_with_a_test_and_a_benchmark() -> None:
 # --- what is exported, and what it costs --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if "__all__" in p.read_text(encoding="utf-8")], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if "__all__" in p.read_text(encoding="utf-8")], ids=lambda p: p.stem
+)
 def test_exported_names_are_sorted_and_there(path: Path) -> None:
     for package in PACKAGES:
         if path.is_relative_to(package):
@@ -187,7 +226,9 @@ def test_transformers_does_not_take_our_kernels_for_its_package() -> None:
 
 def documented() -> dict[str, Any]:
     plugins = {
-        f"{r.folder}.{name}": r.get(name) for r in (registry.methods, registry.rewards, registry.engines) for name in r.names()
+        f"{r.folder}.{name}": r.get(name)
+        for r in (registry.methods, registry.rewards, registry.engines)
+        for name in r.names()
     }
     settings = {
         "server": config.Server,
@@ -203,7 +244,11 @@ def nested(cls: Any) -> list[Any]:
     """`cls` and the dataclasses that its fields hold."""
     found = [cls]
     for hint in typing.get_type_hints(cls).values():
-        found += [nested(part)[0] for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)]
+        found += [
+            nested(part)[0]
+            for part in (hint, *typing.get_args(hint))
+            if dataclasses.is_dataclass(part)
+        ]
     return found
 
 
@@ -214,7 +259,9 @@ def test_every_field_of_every_section_is_documented(name: str) -> None:
         for field in dataclasses.fields(cls):
             description = field.metadata.get("description", "")
             assert description, f"{cls.__name__}.{field.name} has no description"
-            assert not description.endswith("."), f"{cls.__name__}.{field.name}: a clause, not a sentence"
+            assert not description.endswith("."), (
+                f"{cls.__name__}.{field.name}: a clause, not a sentence"
+            )
 
 
 # --- what is shipped ----------------------------------------------------------------------------------------------------
@@ -228,7 +275,11 @@ def test_the_wheel(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     for folder in ("infer_align", "kernels", "server", "clients", "tests"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
+        shutil.copytree(
+            ROOT / folder,
+            source / folder,
+            ignore=shutil.ignore_patterns("__pycache__", "node_modules"),
+        )
     done = subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
         capture_output=True, text=True, timeout=280, check=False,
@@ -244,5 +295,11 @@ def test_the_wheel(tmp_path: Path) -> None:
         for path in [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]:
             assert f"{package.name}/{path.relative_to(package)}" in names, f"{path} is not shipped"
     assert "infer-align = infer_align_server.cli:main" in scripts
-    needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert not [line for line in needed if "torch" in line or "transformers" in line], "the base install is light"
+    needed = [
+        line
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist") and "extra ==" not in line
+    ]
+    assert not [line for line in needed if "torch" in line or "transformers" in line], (
+        "the base install is light"
+    )

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from infer_align.engines.fake import Fake
 from infer_align.errors import AlignError, InvalidRequest
 from infer_align.objectives import Ensemble
-from infer_align.request import SEED_RANGE, Limits, make_plan, parse_align, parse_request, reward_names
+from infer_align.request import (
+    SEED_RANGE,
+    Limits,
+    make_plan,
+    parse_align,
+    parse_request,
+    reward_names,
+)
 from infer_align.rewards import Marks, Reward
 from infer_align.types import Budget
 
@@ -42,14 +49,24 @@ REWARDS = {"one": One(), "quality": Quality()}
 def plan(align: Any = None, presets: Any = None, default: Any = None, **fields: Any) -> Any:
     body = {**BODY, **fields, **({} if align is None else {"align": align})}
     request = parse_request(body, "chat", presets or {})
-    return make_plan(request, Fake().load(), REWARDS, {"one": 1.0} if default is None else default, LIMITS)
+    return make_plan(
+        request, Fake().load(), REWARDS, {"one": 1.0} if default is None else default, LIMITS
+    )
 
 
 def test_a_plain_request_is_one_draw_of_the_whole_body() -> None:
     made = plan(temperature=0.5, custom={"a": 1}, user=None)
     assert len(made.draws) == 1
-    assert made.draws[0].body == {**BODY, "temperature": 0.5, "custom": {"a": 1}}, "null is absent, the rest is kept"
-    assert (made.selects, made.rewards, made.methods, made.keep, made.candidates) == (False, {}, (), 1, 1)
+    assert made.draws[0].body == {**BODY, "temperature": 0.5, "custom": {"a": 1}}, (
+        "null is absent, the rest is kept"
+    )
+    assert (made.selects, made.rewards, made.methods, made.keep, made.candidates) == (
+        False,
+        {},
+        (),
+        1,
+        1,
+    )
     assert made.worst_case_tokens == 10
 
 
@@ -84,7 +101,13 @@ def test_align_given_empty_is_still_aligned() -> None:
 
 def test_settings() -> None:
     request = parse_align(
-        {"rewards": {"a": 1}, "ensemble": {"objective": "wco"}, "budget": {"deadline_seconds": 2}, "details": "none"}, {}
+        {
+            "rewards": {"a": 1},
+            "ensemble": {"objective": "wco"},
+            "budget": {"deadline_seconds": 2},
+            "details": "none",
+        },
+        {},
     )
     assert request.rewards == {"a": 1.0}
     assert request.objective == Ensemble("wco")
@@ -95,14 +118,20 @@ def test_settings() -> None:
 def test_presets_are_overridden_key_by_key() -> None:
     presets = {"p": {"best_of_n": {"n": 4}, "details": "none"}, "q": {"best_of_n": {"n": 2}}}
     assert plan({"preset": "p"}, presets).candidates == 4
-    assert plan({"preset": "p", "best_of_n": {}}, presets).candidates == 8, "a key is replaced whole"
-    assert plan({"preset": "p", "best_of_n": None}, presets).candidates == 1, "null takes a key away"
+    assert plan({"preset": "p", "best_of_n": {}}, presets).candidates == 8, (
+        "a key is replaced whole"
+    )
+    assert plan({"preset": "p", "best_of_n": None}, presets).candidates == 1, (
+        "null takes a key away"
+    )
     assert parse_align({"preset": "q"}, presets, preset="p").methods["best_of_n"].n == 2  # type: ignore[attr-defined]
 
 
 def test_reward_names() -> None:
     assert reward_names(REWARDS) == ["one", "quality.helpful", "quality.brief"]
-    assert plan({"best_of_n": {}, "rewards": {"quality.brief": 2}}).rewards == {"quality.brief": 2.0}
+    assert plan({"best_of_n": {}, "rewards": {"quality.brief": 2}}).rewards == {
+        "quality.brief": 2.0
+    }
     for name, hint in (
         ("quality", "several objectives"),
         ("quality.breif", "did you mean 'quality.brief'"),
@@ -114,7 +143,10 @@ def test_reward_names() -> None:
 
 
 def test_nothing_to_choose_by() -> None:
-    for align, default in (({"best_of_n": {}}, {}), ({"best_of_n": {}, "rewards": {"one": 0}}, None)):
+    for align, default in (
+        ({"best_of_n": {}}, {}),
+        ({"best_of_n": {}, "rewards": {"one": 0}}, None),
+    ):
         with pytest.raises(InvalidRequest, match="nothing to choose by"):
             plan(align, default=default)
 
@@ -140,7 +172,9 @@ def test_limits(align: Any, fields: Any, code: str) -> None:
 
 def test_the_limits_are_inclusive() -> None:
     assert plan({"best_of_n": {"n": 16}}, max_tokens=62).worst_case_tokens == 992
-    assert plan({"best_of_n": {"n": 2}, "budget": {"completion_tokens": 20}}).worst_case_tokens == 20
+    assert (
+        plan({"best_of_n": {"n": 2}, "budget": {"completion_tokens": 20}}).worst_case_tokens == 20
+    )
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(1, 16))
@@ -153,7 +187,9 @@ def test_seeds_are_in_range_distinct_and_the_first_is_the_plain_requests(seed: i
 
 JSON: Any = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 KEYS = ["preset", "best_of_n", "rewards", "ensemble", "budget", "details", "dpa", "vas", "x"]

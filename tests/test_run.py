@@ -25,7 +25,11 @@ class Scripted(Reward):
     """Says what the test tells it to."""
 
     def __init__(
-        self, score: Callable[[Any], Any], members: int = 1, attributes: tuple[str, ...] = (), timeout: float = 5.0
+        self,
+        score: Callable[[Any], Any],
+        members: int = 1,
+        attributes: tuple[str, ...] = (),
+        timeout: float = 5.0,
     ) -> None:
         self.members = tuple(str(i) for i in range(members))
         self.attributes = attributes
@@ -46,17 +50,27 @@ def by_number(candidates: Any) -> Marks:
 def plan(n: int = 3, *, draws: int = 1, rewards: Any = None, **fields: Any) -> Plan:
     made = tuple(Draw(BODY, n, tuple(range(d * n, (d + 1) * n))) for d in range(draws))
     weights = {"r": 1.0} if rewards is None else rewards
-    return Plan(made, Ensemble("mean"), weights, messages=BODY["messages"], selects=n * draws > 1, **fields)
+    return Plan(
+        made, Ensemble("mean"), weights, messages=BODY["messages"], selects=n * draws > 1, **fields
+    )
 
 
 def engine(*replies: Reply | str) -> FakeEngine:
     return Fake(replies=tuple(r if isinstance(r, Reply) else Reply(r) for r in replies)).load()
 
 
-def run(made: Plan, source: FakeEngine, reward: Reward | None = None, on_delta: Any = None, **rewards: Reward) -> Response:
+def run(
+    made: Plan,
+    source: FakeEngine,
+    reward: Reward | None = None,
+    on_delta: Any = None,
+    **rewards: Reward,
+) -> Response:
     async def scenario() -> Response:
         await source.start()
-        response = await align(made, source, {**rewards, **({"r": reward} if reward else {})}, on_delta)
+        response = await align(
+            made, source, {**rewards, **({"r": reward} if reward else {})}, on_delta
+        )
         await asyncio.sleep(0.05 if source.running else 0)
         assert source.running == 0, "something still runs after the answer"
         return response
@@ -88,7 +102,10 @@ def test_deltas_arrive_as_they_are_sampled() -> None:
     deltas: list[Delta] = []
     response = run(plan(2, rewards={}), engine("a b c"), on_delta=deltas.append)
     for i in (0, 1):
-        assert "".join(d.choice["delta"]["content"] for d in deltas if d.index == i) == response.candidates[i].text
+        assert (
+            "".join(d.choice["delta"]["content"] for d in deltas if d.index == i)
+            == response.candidates[i].text
+        )
 
 
 def test_failed_candidates_are_data_until_none_is_left() -> None:
@@ -135,7 +152,12 @@ def test_a_reward_that_fails_is_nan_with_a_reason(score: Any, why: str) -> None:
     reward = Scripted(score, timeout=0.1)
     with pytest.raises(RewardFailed, match=why):
         run(plan(), engine("1", "2", "3"), reward)
-    beside = run(plan(rewards={"r": 0.0, "good": 1.0}), engine("1", "3", "2"), reward, good=Scripted(by_number))
+    beside = run(
+        plan(rewards={"r": 0.0, "good": 1.0}),
+        engine("1", "3", "2"),
+        reward,
+        good=Scripted(by_number),
+    )
     assert beside.selection.ranking == (1, 2, 0), "weight 0: it fails and does not matter"
     assert np.isnan(beside.scores.members["r"]).all()
     alone = run(plan(1), engine("1"), reward)
@@ -153,7 +175,10 @@ def test_rewards_are_asked_at_once_and_each_only_once() -> None:
             await asyncio.sleep(0)
         return by_number(candidates)
 
-    two, many = Scripted(together), Scripted(lambda c: Marks(np.zeros((2, 1, len(c)))), attributes=("x", "y"))
+    two, many = (
+        Scripted(together),
+        Scripted(lambda c: Marks(np.zeros((2, 1, len(c)))), attributes=("x", "y")),
+    )
     made = plan(rewards={"r": 1.0, "two": 1.0, "many.y": 1.0, "many.x": 0.0})
     response = run(made, engine("1", "2", "3"), Scripted(together), two=two, many=many)
     assert (two.calls, many.calls) == (1, 1)
@@ -172,7 +197,9 @@ def test_only_those_that_did_not_fail_are_scored() -> None:
 
     def look(candidates: Any) -> Marks:
         seen.extend(c.index for c in candidates)
-        return Marks(np.ones((1, 1, len(candidates))), notes=tuple(f"about {c.index}" for c in candidates))
+        return Marks(
+            np.ones((1, 1, len(candidates))), notes=tuple(f"about {c.index}" for c in candidates)
+        )
 
     response = run(plan(), engine("1", Reply("", error="x"), "3"), Scripted(look))
     assert seen == [0, 2]
@@ -184,12 +211,20 @@ def test_only_those_that_did_not_fail_are_scored() -> None:
 
 def test_deadline_with_nothing() -> None:
     with pytest.raises(DeadlineExceeded, match=r"0\.1 s"):
-        run(plan(deadline_seconds=0.1), engine(Reply("1 2", first_token_seconds=9)), Scripted(by_number))
+        run(
+            plan(deadline_seconds=0.1),
+            engine(Reply("1 2", first_token_seconds=9)),
+            Scripted(by_number),
+        )
 
 
 def test_deadline_cuts_those_that_run_and_keeps_those_that_are_done() -> None:
     slow = Reply("7 x y z", seconds_per_token=0.1)
-    response = run(plan(deadline_seconds=0.35), engine("1", slow, "2"), Scripted(lambda c: Marks(np.ones((1, 1, len(c))))))
+    response = run(
+        plan(deadline_seconds=0.35),
+        engine("1", slow, "2"),
+        Scripted(lambda c: Marks(np.ones((1, 1, len(c))))),
+    )
     assert response.partial
     assert [c.cut for c in response.candidates] == [False, True, False]
     assert response.candidates[1].finish_reason == "length"
@@ -197,7 +232,11 @@ def test_deadline_cuts_those_that_run_and_keeps_those_that_are_done() -> None:
 
 
 def test_deadline_while_scoring() -> None:
-    response = run(plan(keep=2, deadline_seconds=0.3), engine("1", Reply("", error="x"), "3"), Scripted(forever))
+    response = run(
+        plan(keep=2, deadline_seconds=0.3),
+        engine("1", Reply("", error="x"), "3"),
+        Scripted(forever),
+    )
     assert response.partial
     assert [c.text for c in response.kept] == ["1", "3"], "what failed is not an answer"
     assert "deadline" in response.selection.reason
@@ -337,7 +376,9 @@ def test_a_pipelined_reward_ends_with_the_deadline_and_with_the_request() -> Non
 
 def watched(n: int, *, draws: int = 1, **fields: Any) -> Plan:
     made = plan(n, draws=draws, survival=0.5, **fields)
-    return replace(made, draws=tuple(replace(draw, watch=Watch({"v": 1.0}, 4)) for draw in made.draws))
+    return replace(
+        made, draws=tuple(replace(draw, watch=Watch({"v": 1.0}, 4)) for draw in made.draws)
+    )
 
 
 def worth(value: float, text: str = "1 " * 30 + "1") -> Reply:
@@ -345,7 +386,11 @@ def worth(value: float, text: str = "1 " * 30 + "1") -> Reply:
 
 
 def test_candidates_of_all_draws_are_compared_with_each_other() -> None:
-    response = run(watched(1, draws=4), engine(worth(0.5)), Scripted(lambda found: Marks(np.ones((1, 1, len(found))))))
+    response = run(
+        watched(1, draws=4),
+        engine(worth(0.5)),
+        Scripted(lambda found: Marks(np.ones((1, 1, len(found))))),
+    )
     assert response.selection.ranking == (0,)
     assert [c.completion_tokens < 31 for c in response.candidates] == [False, True, True, True]
 

@@ -41,7 +41,9 @@ def test_defaults_and_values() -> None:
         "inner": [{"word": "y"}],
         "weights": {"a": 1},
     }
-    assert parse(Knobs, given, "k") == Knobs(2, 1.0, "b", True, 3.0, ("x",), (Inner("y"),), {"a": 1.0})
+    assert parse(Knobs, given, "k") == Knobs(
+        2, 1.0, "b", True, 3.0, ("x",), (Inner("y"),), {"a": 1.0}
+    )
 
 
 WRONG: list[tuple[Any, str]] = [
@@ -89,7 +91,13 @@ def test_unknown_names_the_nearest() -> None:
 
 def test_json_schema_and_signature_say_what_the_dataclass_says() -> None:
     schema = json_schema(Knobs)
-    assert schema["properties"]["n"] == {"default": 8, "description": "how many", "minimum": 1, "title": "N", "type": "integer"}
+    assert schema["properties"]["n"] == {
+        "default": 8,
+        "description": "how many",
+        "minimum": 1,
+        "title": "N",
+        "type": "integer",
+    }
     assert schema["additionalProperties"] is False
     assert signature(Knobs).startswith("n=8, weight=0.5, kind='a'")
     assert "MISSING" not in signature(Knobs)

@@ -17,18 +17,33 @@ from infer_align.types import Candidate, Draw, Plan, Scores, Selection
 NAN = math.nan
 MEMBERS: Any = st.integers(1, 4).flatmap(
     lambda k: st.integers(1, 8).flatmap(
-        lambda n: st.lists(st.lists(st.integers(-3, 3).map(float) | st.just(NAN), min_size=n, max_size=n), min_size=k, max_size=k)
+        lambda n: st.lists(
+            st.lists(st.integers(-3, 3).map(float) | st.just(NAN), min_size=n, max_size=n),
+            min_size=k,
+            max_size=k,
+        )
     )
 )
-OBJECTIVES = [Ensemble("mean"), Ensemble("wco"), Ensemble("uwo"), Ensemble("uwo", 0.0), Ensemble("uwo", 2.0, standardize=True)]
+OBJECTIVES = [
+    Ensemble("mean"),
+    Ensemble("wco"),
+    Ensemble("uwo"),
+    Ensemble("uwo", 0.0),
+    Ensemble("uwo", 2.0, standardize=True),
+]
 
 
 def chosen(
-    scores: dict[str, Any], weights: dict[str, float] | None = None, objective: Any = OBJECTIVES[0], failed: tuple[int, ...] = ()
+    scores: dict[str, Any],
+    weights: dict[str, float] | None = None,
+    objective: Any = OBJECTIVES[0],
+    failed: tuple[int, ...] = (),
 ) -> Selection:
     members = {name: np.asarray(rows, dtype=np.float64) for name, rows in scores.items()}
     n = next(iter(members.values())).shape[1]
-    candidates = [Candidate(i, {"text": str(i)}, error="x" if i in failed else None) for i in range(n)]
+    candidates = [
+        Candidate(i, {"text": str(i)}, error="x" if i in failed else None) for i in range(n)
+    ]
     for rows in members.values():
         rows[:, list(failed)] = NAN
     plan = Plan((Draw({}, n),), objective, weights or dict.fromkeys(members, 1.0), selects=True)
@@ -36,16 +51,22 @@ def chosen(
 
 
 @given(MEMBERS, st.sampled_from(OBJECTIVES), st.randoms(use_true_random=False))
-def test_permuting_the_candidates_permutes_the_answer(rows: Any, objective: Any, random: Any) -> None:
+def test_permuting_the_candidates_permutes_the_answer(
+    rows: Any, objective: Any, random: Any
+) -> None:
     order = list(range(len(rows[0])))
     random.shuffle(order)
     plain = chosen({"r": rows}, objective=objective)
     moved = chosen({"r": np.asarray(rows)[:, order]}, objective=objective)
-    np.testing.assert_allclose(np.asarray(moved.objective), np.asarray(plain.objective)[order], atol=1e-12)
+    np.testing.assert_allclose(
+        np.asarray(moved.objective), np.asarray(plain.objective)[order], atol=1e-12
+    )
     assert {order[i] for i in moved.dropped} == set(plain.dropped)
     if not objective.standardize:  # there sums are rounded in another order, which may break a tie
         best = np.asarray(plain.objective)
-        np.testing.assert_array_equal([best[order[i]] for i in moved.ranking], [best[i] for i in plain.ranking])
+        np.testing.assert_array_equal(
+            [best[order[i]] for i in moved.ranking], [best[i] for i in plain.ranking]
+        )
 
 
 @given(MEMBERS, st.sampled_from(OBJECTIVES))
@@ -57,12 +78,17 @@ def test_everything_is_either_ranked_or_dropped_with_a_reason(rows: Any, objecti
     assert values == sorted(values, reverse=True)
     assert not any(math.isnan(v) for v in values)
     for first, second in zip(made.ranking, made.ranking[1:], strict=False):
-        assert made.objective[first] > made.objective[second] or first < second, "ties go to the lowest index"
+        assert made.objective[first] > made.objective[second] or first < second, (
+            "ties go to the lowest index"
+        )
 
 
 @given(MEMBERS)
 def test_relations_between_the_objectives(rows: Any) -> None:
-    mean, wco, uwo0 = (chosen({"r": rows}, objective=o).objective for o in (OBJECTIVES[0], OBJECTIVES[1], OBJECTIVES[3]))
+    mean, wco, uwo0 = (
+        chosen({"r": rows}, objective=o).objective
+        for o in (OBJECTIVES[0], OBJECTIVES[1], OBJECTIVES[3])
+    )
     np.testing.assert_array_equal(mean, uwo0)
     assert all(not w > m + 1e-12 for w, m in zip(wco, mean, strict=True))
 

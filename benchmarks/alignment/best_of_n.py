@@ -65,10 +65,15 @@ def _curve(selectors: Sequence[Array], gold: Array) -> Curve:
     shaped = [selector.reshape(gold.shape) for selector in selectors]
 
     def pick(judges: Sequence[Array], n: int) -> Array:
-        values = [[expected_best(*row, n) for row in zip(*pair, strict=True)] for pair in zip(shaped, judges, strict=True)]
+        values = [
+            [expected_best(*row, n) for row in zip(*pair, strict=True)]
+            for pair in zip(shaped, judges, strict=True)
+        ]
         return np.asarray(np.mean(values, axis=0))
 
-    return Curve({n: pick(shaped, n) for n in SIZES}, {n: pick([gold] * len(shaped), n) for n in SIZES})
+    return Curve(
+        {n: pick(shaped, n) for n in SIZES}, {n: pick([gold] * len(shaped), n) for n in SIZES}
+    )
 
 
 def rows(pool: Pool, found: dict[str, Curve]) -> list[dict[str, Any]]:
@@ -80,11 +85,15 @@ def rows(pool: Pool, found: dict[str, Curve]) -> list[dict[str, Any]]:
     ]
     for n in SIZES[1:]:
         for name, curve in found.items():
-            label = f"best of {n}, {name}" + (" (the default request)" if (name, n) == DEFAULT_REQUEST else "")
+            label = f"best of {n}, {name}" + (
+                " (the default request)" if (name, n) == DEFAULT_REQUEST else ""
+            )
             row = _row(label, n, name, n * length, curve.gold[n])
             row["proxy"] = float(curve.proxy[n].mean())
             row["kl_upper_bound"] = kl_upper_bound(n)
-            row["minus_single"], row["minus_single_se"] = _mean_se(curve.gold[n] - found["single"].gold[n])
+            row["minus_single"], row["minus_single_se"] = _mean_se(
+                curve.gold[n] - found["single"].gold[n]
+            )
             row["minus_greedy"], row["minus_greedy_se"] = _mean_se(curve.gold[n] - pool.greedy_gold)
             made.append(row)
     return made
@@ -92,7 +101,15 @@ def rows(pool: Pool, found: dict[str, Curve]) -> list[dict[str, Any]]:
 
 def _row(answer: str, n: int, objective: str, tokens: float, gold: Array) -> dict[str, Any]:
     mean, error = _mean_se(gold)
-    return {"answer": answer, "n": n, "objective": objective, "tokens": tokens, "proxy": None, "gold": mean, "gold_se": error}
+    return {
+        "answer": answer,
+        "n": n,
+        "objective": objective,
+        "tokens": tokens,
+        "proxy": None,
+        "gold": mean,
+        "gold_se": error,
+    }
 
 
 def _mean_se(values: Array) -> tuple[float, float]:
@@ -102,12 +119,23 @@ def _mean_se(values: Array) -> tuple[float, float]:
 def show(made: Sequence[dict[str, Any]]) -> None:
     """The table; a difference in bold is more than two standard errors from zero."""
     heads = ("answer", "tokens", "KL at most", "proxy", "gold", "gold - single", "gold - greedy")
-    table = Table(*heads, title="Gold reward of the answer, ± standard error; tokens spent for one answer")
+    table = Table(
+        *heads, title="Gold reward of the answer, ± standard error; tokens spent for one answer"
+    )
     for row in made:
-        cells = [row["answer"], f"{row['tokens']:.0f}", "", "", f"{row['gold']:.2f} ± {row['gold_se']:.2f}"]
+        cells = [
+            row["answer"],
+            f"{row['tokens']:.0f}",
+            "",
+            "",
+            f"{row['gold']:.2f} ± {row['gold_se']:.2f}",
+        ]
         if "kl_upper_bound" in row:
             cells[2:4] = f"{row['kl_upper_bound']:.2f}", f"{row['proxy']:.2f}"
-            cells += [_difference(row, "minus_single") if row["objective"] != "single" else "", _difference(row, "minus_greedy")]
+            cells += [
+                _difference(row, "minus_single") if row["objective"] != "single" else "",
+                _difference(row, "minus_greedy"),
+            ]
         table.add_row(*cells, end_section=row["objective"] in {"greedy", "gold oracle"})
     OUT.print(table)
 
@@ -122,12 +150,27 @@ def plot(pool: Pool, found: dict[str, Curve]) -> None:
     mpl.use("Agg")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for colour, (name, curve) in zip(
-        ("C3", "C1", "C2", "C0"), [item for item in found.items() if item[0] in SELECTORS], strict=True
+        ("C3", "C1", "C2", "C0"),
+        [item for item in found.items() if item[0] in SELECTORS],
+        strict=True,
     ):
         gold = np.array([_mean_se(curve.gold[n]) for n in SIZES])
-        axes.errorbar(SIZES, gold[:, 0], gold[:, 1], color=colour, marker="o", markersize=3, label=f"{name}: gold")
+        axes.errorbar(
+            SIZES,
+            gold[:, 0],
+            gold[:, 1],
+            color=colour,
+            marker="o",
+            markersize=3,
+            label=f"{name}: gold",
+        )
         axes.plot(
-            SIZES, [curve.proxy[n].mean() for n in SIZES], color=colour, linestyle="--", linewidth=0.8, label=f"{name}: proxy"
+            SIZES,
+            [curve.proxy[n].mean() for n in SIZES],
+            color=colour,
+            linestyle="--",
+            linewidth=0.8,
+            label=f"{name}: proxy",
         )
     axes.axhline(pool.greedy_gold.mean(), color="0.5", linewidth=0.8, label="greedy: gold")
     axes.set_xscale("log", base=2)
@@ -153,40 +196,79 @@ def shipped(models: Models, seed: int, n_prompts: int) -> None:
     found = curves(pool)
     made = rows(pool, found)
     show(made)
-    setup = {"prompts": n_prompts, "samples": SAMPLES, "uncertainty_weight": UNCERTAINTY_WEIGHT, "temperature": 1.0}
+    setup = {
+        "prompts": n_prompts,
+        "samples": SAMPLES,
+        "uncertainty_weight": UNCERTAINTY_WEIGHT,
+        "temperature": 1.0,
+    }
     baseline = "one sample, greedy, and a single reward model at the same n"
-    OUT.print(f"written: {record('best_of_n', baseline=baseline, seed=seed, rows=made, setup=setup)}")
+    OUT.print(
+        f"written: {record('best_of_n', baseline=baseline, seed=seed, rows=made, setup=setup)}"
+    )
     plot(pool, found)
 
 
 def retrained(models: Models, seed: int, n_prompts: int, sets: int) -> None:
     """The same with everything but the language model made afresh, to see what replicates."""
     table = Table(
-        "set", "objective", "gold at n = 8", "64", "512", "best n", "gold(512) - gold(best n)", title="Fresh reward models"
+        "set",
+        "objective",
+        "gold at n = 8",
+        "64",
+        "512",
+        "best n",
+        "gold(512) - gold(best n)",
+        title="Fresh reward models",
     )
     made = []
     for index in range(sets):
         fresh = seed + 1000 * (index + 1)
-        members = train_members(models.lm, models.tokenizer, replace(BuildConfig().reward, seed=fresh))
-        pool = draw(replace(models, members=tuple(members)), prompts(n_prompts, fresh), SAMPLES, fresh)
+        members = train_members(
+            models.lm, models.tokenizer, replace(BuildConfig().reward, seed=fresh)
+        )
+        pool = draw(
+            replace(models, members=tuple(members)), prompts(n_prompts, fresh), SAMPLES, fresh
+        )
         found = curves(pool)
         for name in SELECTORS:
             gold = found[name].gold
             peak = max(SIZES, key=lambda n, gold=gold: float(gold[n].mean()))  # type: ignore[misc]
             fall, error = _mean_se(gold[SIZES[-1]] - gold[peak])
             table.add_row(
-                str(index), name, *(f"{gold[n].mean():.2f}" for n in (8, 64, 512)), str(peak), f"{fall:+.2f} ± {error:.2f}"
+                str(index),
+                name,
+                *(f"{gold[n].mean():.2f}" for n in (8, 64, 512)),
+                str(peak),
+                f"{fall:+.2f} ± {error:.2f}",
             )
-            against = {f"minus_single_{n}": _mean_se(gold[n] - found["single"].gold[n]) for n in (8, 64, 512)}
+            against = {
+                f"minus_single_{n}": _mean_se(gold[n] - found["single"].gold[n])
+                for n in (8, 64, 512)
+            }
             made.append(
-                {"set": index, "seed": fresh, "objective": name, "best_n": peak, "fall": fall, "fall_se": error}
+                {
+                    "set": index,
+                    "seed": fresh,
+                    "objective": name,
+                    "best_n": peak,
+                    "fall": fall,
+                    "fall_se": error,
+                }
                 | {f"gold_{n}": float(gold[n].mean()) for n in SIZES}
                 | {"greedy_gold": float(pool.greedy_gold.mean())}
                 | against
             )
     OUT.print(table)
-    setup = {"prompts": n_prompts, "samples": SAMPLES, "uncertainty_weight": UNCERTAINTY_WEIGHT, "sets": sets}
-    OUT.print(f"written: {record('best_of_n_retrained', baseline='a single reward model', seed=seed, rows=made, setup=setup)}")
+    setup = {
+        "prompts": n_prompts,
+        "samples": SAMPLES,
+        "uncertainty_weight": UNCERTAINTY_WEIGHT,
+        "sets": sets,
+    }
+    OUT.print(
+        f"written: {record('best_of_n_retrained', baseline='a single reward model', seed=seed, rows=made, setup=setup)}"
+    )
 
 
 def main() -> None:
@@ -194,7 +276,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--seed", type=int, default=2024)
-    parser.add_argument("--retrain", type=int, default=0, metavar="SETS", help="train so many fresh ensembles instead")
+    parser.add_argument(
+        "--retrain",
+        type=int,
+        default=0,
+        metavar="SETS",
+        help="train so many fresh ensembles instead",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     models = load(path("lm").parent)

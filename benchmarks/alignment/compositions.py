@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.alignment.flow import OUT, Flow, attributes, chosen, gold, mean_se, projected, serving, shown, tokens
+from benchmarks.alignment.flow import (
+    OUT,
+    Flow,
+    attributes,
+    chosen,
+    gold,
+    mean_se,
+    projected,
+    serving,
+    shown,
+    tokens,
+)
 from benchmarks.record import record
 from infer_align.demo import world
 from infer_align.demo.direction import at
@@ -62,13 +73,21 @@ def requests() -> dict[str, dict[str, tuple[Mapping[str, Any] | None, float | No
         "judge + ensemble": {
             f"best of {N}, ensemble": ({**draws, "rewards": {"quality": 1.0}}, None),
             f"best of {N}, judge": ({**draws, "rewards": {}, "trust_judge": JUDGE}, None),
-            f"best of {N}, pairwise judge": ({**draws, "rewards": {}, "trust_judge": {"mode": "pairwise"}}, None),
-            f"best of {N}, judge + ensemble": ({**draws, "rewards": {"quality": QUALITY_WEIGHT}, "trust_judge": JUDGE}, None),
+            f"best of {N}, pairwise judge": (
+                {**draws, "rewards": {}, "trust_judge": {"mode": "pairwise"}},
+                None,
+            ),
+            f"best of {N}, judge + ensemble": (
+                {**draws, "rewards": {"quality": QUALITY_WEIGHT}, "trust_judge": JUDGE},
+                None,
+            ),
         },
     }
 
 
-async def measure(flow: Flow, questions: Sequence[str], seed: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, Array]]]:
+async def measure(
+    flow: Flow, questions: Sequence[str], seed: int
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Array]]]:
     """One row for each way to answer, and what it was measured by on each question: answer -> measure -> [P]."""
     rows, found = [], {}
     plain: dict[str, dict[str, Any]] = {"one sample": {}, "greedy": {"temperature": 0}}
@@ -88,7 +107,9 @@ async def measure(flow: Flow, questions: Sequence[str], seed: int) -> tuple[list
     return rows, found
 
 
-def _row(section: str, name: str, questions: Sequence[str], answers: Sequence[str], spent: float) -> dict[str, Any]:
+def _row(
+    section: str, name: str, questions: Sequence[str], answers: Sequence[str], spent: float
+) -> dict[str, Any]:
     row: dict[str, Any] = {"section": section, "answer": name, "tokens": spent}
     row["gold"], row["gold_se"] = mean_se(gold(questions, answers))
     rewards = np.array([attributes(*pair) for pair in zip(questions, answers, strict=True)])
@@ -104,7 +125,9 @@ def verdicts(found: Mapping[str, Mapping[str, Array]]) -> list[str]:
             gaps = []
             for measured, values in found[name].items():
                 gap, error = mean_se(values - found[part][measured])
-                word = "better" if gap > 2 * error else "worse" if gap < -2 * error else "no different"
+                word = (
+                    "better" if gap > 2 * error else "worse" if gap < -2 * error else "no different"
+                )
                 gaps.append(f"{word} in {measured} ({gap:+.2f} ± {error:.2f})")
             said.append(f"{name} against {part}: {', '.join(gaps)}.")
     return said
@@ -114,9 +137,14 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
     table = Table("", "answer", "gold", "v . r", "verbosity", "tokens", title="Means ± s.e.")
     for i, row in enumerate(rows):
-        cells = [shown(row[name], row[f"{name}_se"]) if name in row else "" for name in ("gold", "projected", "verbosity")]
+        cells = [
+            shown(row[name], row[f"{name}_se"]) if name in row else ""
+            for name in ("gold", "projected", "verbosity")
+        ]
         last = i + 1 == len(rows) or rows[i + 1]["section"] != row["section"]
-        table.add_row(row["section"], row["answer"], *cells, f"{row['tokens']:.0f}", end_section=last)
+        table.add_row(
+            row["section"], row["answer"], *cells, f"{row['tokens']:.0f}", end_section=last
+        )
     OUT.print(table)
 
 
@@ -137,8 +165,15 @@ judge (1 to 5): {QUALITY_WEIGHT}. The weights were set once and not tuned.
     show(rows)
     said = verdicts(found)
     OUT.print("\n".join(said), highlight=False)
-    setup = {"prompts": n_prompts, "temperature": 1.0, "quality_weight": QUALITY_WEIGHT, "verdicts": said}
-    OUT.print(f"written: {record('compositions', baseline='the parts of each combination', seed=seed, rows=rows, setup=setup)}")
+    setup = {
+        "prompts": n_prompts,
+        "temperature": 1.0,
+        "quality_weight": QUALITY_WEIGHT,
+        "verdicts": said,
+    }
+    OUT.print(
+        f"written: {record('compositions', baseline='the parts of each combination', seed=seed, rows=rows, setup=setup)}"
+    )
 
 
 def main() -> None:

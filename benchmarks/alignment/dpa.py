@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.alignment.flow import OUT, Flow, attributes, gold, mean_se, projected, serving, shown, texts, tokens
+from benchmarks.alignment.flow import (
+    OUT,
+    Flow,
+    attributes,
+    gold,
+    mean_se,
+    projected,
+    serving,
+    shown,
+    texts,
+    tokens,
+)
 from benchmarks.record import record
 from infer_align.demo import world
 from infer_align.demo.direction import TRAINED_DEGREES, at
@@ -27,29 +38,43 @@ ANGLES = (-90, -60, -45, -30, -20, -10, 0, 10, 20, 30, 45, 60, 90)
 DRAWS = 4
 
 
-async def measure(flow: Flow, questions: Sequence[str], seed: int) -> tuple[list[dict[str, Any]], dict[int, Array]]:
+async def measure(
+    flow: Flow, questions: Sequence[str], seed: int
+) -> tuple[list[dict[str, Any]], dict[int, Array]]:
     """One row for each way to ask, and the verbosity at each angle, [P]."""
     plain = await flow.ask_all(questions, seed, n=DRAWS)
     greedy = await flow.ask_all(questions, seed, temperature=0)
-    rows = [_row("no direction", None, questions, plain), _row("no direction, greedy", None, questions, greedy)]
+    rows = [
+        _row("no direction", None, questions, plain),
+        _row("no direction, greedy", None, questions, greedy),
+    ]
     verbosity = {}
     for degrees in ANGLES:
         wanted = {"dpa": {"direction": at(degrees)}, "rewards": {"preference": 1.0}}
         told = await flow.ask_all(questions, seed, wanted, n=DRAWS)
         verbosity[degrees] = _attribute(questions, told, 1)
         rows.append(_row(f"{degrees} degrees", degrees, questions, told))
-        firm = await flow.ask_all(questions, seed, {"dpa": {"direction": at(degrees)}}, temperature=0)
+        firm = await flow.ask_all(
+            questions, seed, {"dpa": {"direction": at(degrees)}}, temperature=0
+        )
         rows.append(_row(f"{degrees} degrees, greedy", degrees, questions, firm))
     return rows, verbosity
 
 
-def _row(name: str, degrees: int | None, questions: Sequence[str], responses: Sequence[Response]) -> dict[str, Any]:
+def _row(
+    name: str, degrees: int | None, questions: Sequence[str], responses: Sequence[Response]
+) -> dict[str, Any]:
     row: dict[str, Any] = {"answer": name, "degrees": degrees}
     row["trained"] = degrees is not None and abs(degrees) <= TRAINED_DEGREES
     for i, attribute in enumerate(("helpfulness", "verbosity")):
         row[attribute], row[f"{attribute}_se"] = mean_se(_attribute(questions, responses, i))
     if degrees is not None:
-        each = np.stack([projected(questions, column, degrees) for column in zip(*texts(responses), strict=True)])
+        each = np.stack(
+            [
+                projected(questions, column, degrees)
+                for column in zip(*texts(responses), strict=True)
+            ]
+        )
         row["projected"], row["projected_se"] = mean_se(each.mean(0))
     worth = np.stack([gold(questions, column) for column in zip(*texts(responses), strict=True)])
     row["gold"], row["gold_se"] = mean_se(worth.mean(0))
@@ -60,7 +85,9 @@ def _row(name: str, degrees: int | None, questions: Sequence[str], responses: Se
 def _attribute(questions: Sequence[str], responses: Sequence[Response], index: int) -> Array:
     """[P]: mean over the draws."""
     rows = zip(questions, texts(responses), strict=True)
-    return np.array([np.mean([attributes(question, text)[index] for text in drawn]) for question, drawn in rows])
+    return np.array(
+        [np.mean([attributes(question, text)[index] for text in drawn]) for question, drawn in rows]
+    )
 
 
 def steps(verbosity: dict[int, Array]) -> list[dict[str, Any]]:
@@ -76,7 +103,10 @@ def steps(verbosity: dict[int, Array]) -> list[dict[str, Any]]:
 def verdicts(made: Sequence[dict[str, Any]]) -> list[str]:
     """Where the claim holds, in words."""
     said = []
-    for inside, where in ((True, f"within the trained {TRAINED_DEGREES:g} degrees"), (False, "beyond them")):
+    for inside, where in (
+        (True, f"within the trained {TRAINED_DEGREES:g} degrees"),
+        (False, "beyond them"),
+    ):
         found = [step for step in made if step["trained"] is inside]
         rising = [step for step in found if step["rise"] > 2 * step["rise_se"]]
         falling = [step for step in found if step["rise"] < -2 * step["rise_se"]]
@@ -84,7 +114,9 @@ def verdicts(made: Sequence[dict[str, Any]]) -> list[str]:
         said.append(
             f"Verbosity over the angle {where}: {word}. Of {len(found)} steps {len(rising)} rise by more than two standard errors, "
             f"{len(falling)} fall: "
-            + ", ".join(f"{s['from']} to {s['to']}: {s['rise']:+.2f} ± {s['rise_se']:.2f}" for s in found)
+            + ", ".join(
+                f"{s['from']} to {s['to']}: {s['rise']:+.2f} ± {s['rise_se']:.2f}" for s in found
+            )
             + "."
         )
     return said
@@ -92,12 +124,24 @@ def verdicts(made: Sequence[dict[str, Any]]) -> list[str]:
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
-    table = Table("answer", "trained", "helpfulness", "verbosity", "v . r", "gold", "tokens", title="Mean of the answers, ± s.e.")
+    table = Table(
+        "answer",
+        "trained",
+        "helpfulness",
+        "verbosity",
+        "v . r",
+        "gold",
+        "tokens",
+        title="Mean of the answers, ± s.e.",
+    )
     for row in rows:
         cells = [
-            shown(row[name], row[f"{name}_se"]) if name in row else "" for name in ("helpfulness", "verbosity", "projected", "gold")
+            shown(row[name], row[f"{name}_se"]) if name in row else ""
+            for name in ("helpfulness", "verbosity", "projected", "gold")
         ]
-        table.add_row(row["answer"], "yes" if row["trained"] else "", *cells, f"{row['tokens']:.0f}")
+        table.add_row(
+            row["answer"], "yes" if row["trained"] else "", *cells, f"{row['tokens']:.0f}"
+        )
     OUT.print(table)
 
 
@@ -119,7 +163,12 @@ within 20. That selection also taught it to be right and polite whenever a direc
     made = steps(verbosity)
     said = verdicts(made)
     OUT.print("\n".join(said), highlight=False)
-    setup: dict[str, Any] = {"prompts": n_prompts, "draws": DRAWS, "trained_degrees": TRAINED_DEGREES, "temperature": 1.0}
+    setup: dict[str, Any] = {
+        "prompts": n_prompts,
+        "draws": DRAWS,
+        "trained_degrees": TRAINED_DEGREES,
+        "temperature": 1.0,
+    }
     setup |= {"steps": made, "verdicts": said}
     OUT.print(
         f"written: {record('dpa', baseline='the same model without a direction, and greedy', seed=seed, rows=rows, setup=setup)}"

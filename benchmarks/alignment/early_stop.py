@@ -30,7 +30,10 @@ REWARDS = {"quality": 1.0}
 
 async def rows_of(flow: Flow, questions: Sequence[str], seed: int) -> list[dict[str, Any]]:
     """Plain best-of-n, then best of N with early stopping, each against the same tokens and against the same n."""
-    family = [await _measured(flow, questions, seed, {"best_of_n": {"n": n}, "rewards": REWARDS}) for n in FAMILY]
+    family = [
+        await _measured(flow, questions, seed, {"best_of_n": {"n": n}, "rewards": REWARDS})
+        for n in FAMILY
+    ]
     rows = [_row(f"best of {n}", found, family) for n, found in zip(FAMILY, family, strict=True)]
     for after, keep in STOPPED:
         early = {"values": {"helpful": 1.0}, "after": after, "keep": keep}
@@ -41,13 +44,21 @@ async def rows_of(flow: Flow, questions: Sequence[str], seed: int) -> list[dict[
     return rows
 
 
-Measured = tuple[Array, Array, Array]  # of each question: gold, tokens, tokens that are said to be saved
+Measured = tuple[
+    Array, Array, Array
+]  # of each question: gold, tokens, tokens that are said to be saved
 
 
-async def _measured(flow: Flow, questions: Sequence[str], seed: int, wanted: Mapping[str, Any] | None, **body: Any) -> Measured:
+async def _measured(
+    flow: Flow, questions: Sequence[str], seed: int, wanted: Mapping[str, Any] | None, **body: Any
+) -> Measured:
     responses = await flow.ask_all(questions, seed, wanted, **body)
     saved = np.array([float(response.saved_tokens) for response in responses])
-    return gold(questions, chosen(responses)), np.array([_spent(response) for response in responses]), saved
+    return (
+        gold(questions, chosen(responses)),
+        np.array([_spent(response) for response in responses]),
+        saved,
+    )
 
 
 def _spent(response: Response) -> float:
@@ -69,7 +80,9 @@ def _at_budget(tokens: float, family: Sequence[Measured]) -> Array:
     """Gold of plain best-of-n at so many tokens, question by question, between the two n beside it."""
     costs = [float(spent.mean()) for _, spent, _ in family]
     upper = min(max(1, int(np.searchsorted(costs, tokens))), len(family) - 1)
-    share = float(np.clip((tokens - costs[upper - 1]) / (costs[upper] - costs[upper - 1]), 0.0, 1.0))
+    share = float(
+        np.clip((tokens - costs[upper - 1]) / (costs[upper] - costs[upper - 1]), 0.0, 1.0)
+    )
     return np.asarray((1 - share) * family[upper - 1][0] + share * family[upper][0])
 
 
@@ -79,20 +92,40 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
     for row in rows:
         if "after" in row["answer"]:
             gap, error = row["minus_budget"], row["minus_budget_se"]
-            word = "BETTER" if gap > 2 * error else "WORSE" if gap < -2 * error else "NO DIFFERENCE within two standard errors"
+            word = (
+                "BETTER"
+                if gap > 2 * error
+                else "WORSE"
+                if gap < -2 * error
+                else "NO DIFFERENCE within two standard errors"
+            )
             share = row["tokens"] / whole["tokens"]
-            said.append(f"{row['answer']}: {share:.0%} of the tokens of best of {N}; than best-of-n at the same tokens: {word}.")
+            said.append(
+                f"{row['answer']}: {share:.0%} of the tokens of best of {N}; than best-of-n at the same tokens: {word}."
+            )
     return said
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
     heads = ("answer", "tokens", "said to be saved", "gold", "- same tokens", f"- best of {N}")
-    table = Table(*heads, title="Gold of the pick, ± s.e.; differences paired by question, bold: more than two standard errors")
+    table = Table(
+        *heads,
+        title="Gold of the pick, ± s.e.; differences paired by question, bold: more than two standard errors",
+    )
     for row in rows:
-        gaps = [shown(row[f"minus_{key}"], row[f"minus_{key}_se"], sign=True) for key in ("budget", "whole")]
+        gaps = [
+            shown(row[f"minus_{key}"], row[f"minus_{key}_se"], sign=True)
+            for key in ("budget", "whole")
+        ]
         gold_of = shown(row["gold"], row["gold_se"])
-        table.add_row(row["answer"], f"{row['tokens']:.0f}", f"{row['saved']:.0f}" if row["saved"] else "", gold_of, *gaps)
+        table.add_row(
+            row["answer"],
+            f"{row['tokens']:.0f}",
+            f"{row['saved']:.0f}" if row["saved"] else "",
+            gold_of,
+            *gaps,
+        )
     OUT.print(table)
 
 
@@ -109,7 +142,9 @@ async def run(seed: int, n_prompts: int) -> None:
     OUT.print("\n".join(said), highlight=False)
     setup = {"prompts": n_prompts, "n": N, "temperature": 1.0, "verdicts": said}
     baseline = "plain best-of-n at the same tokens, best of 32, one sample and greedy"
-    OUT.print(f"written: {record('early_stop', baseline=baseline, seed=seed, rows=rows, setup=setup)}")
+    OUT.print(
+        f"written: {record('early_stop', baseline=baseline, seed=seed, rows=rows, setup=setup)}"
+    )
 
 
 def main() -> None:

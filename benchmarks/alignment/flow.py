@@ -35,18 +35,36 @@ class Flow:
     engine: Engine
     rewards: Mapping[str, Reward]
 
-    async def ask(self, question: str, seed: int, wanted: Mapping[str, Any] | None = None, **body: Any) -> Response:
+    async def ask(
+        self, question: str, seed: int, wanted: Mapping[str, Any] | None = None, **body: Any
+    ) -> Response:
         """The response to one question; `wanted` is the request's `align`."""
-        chat = {"messages": [{"role": "user", "content": question}], "max_tokens": MAX_TOKENS, "seed": seed, **body}
+        chat = {
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": MAX_TOKENS,
+            "seed": seed,
+            **body,
+        }
         if wanted is not None:
             chat["align"] = wanted
         request = parse_request(chat, "chat", self.config.presets)
         c = self.config
-        plan = make_plan(request, self.engine, self.rewards, c.server.default_rewards, c.limits.request, c.methods)
+        plan = make_plan(
+            request,
+            self.engine,
+            self.rewards,
+            c.server.default_rewards,
+            c.limits.request,
+            c.methods,
+        )
         return await align(plan, self.engine, self.rewards)
 
     async def ask_all(
-        self, questions: Sequence[str], seed: int, wanted: Mapping[str, Any] | None = None, **body: Any
+        self,
+        questions: Sequence[str],
+        seed: int,
+        wanted: Mapping[str, Any] | None = None,
+        **body: Any,
     ) -> list[Response]:
         """The same request for every question, with a seed for each; the same seeds for whatever request."""
         turn = asyncio.Semaphore(AT_ONCE)
@@ -106,7 +124,9 @@ def projected(questions: Sequence[str], answers: Sequence[str], degrees: float) 
 
 def tokens(responses: Sequence[Response]) -> float:
     """Generated for one answer, on average."""
-    return float(np.mean([sum(c.completion_tokens for c in response.candidates) for response in responses]))
+    return float(
+        np.mean([sum(c.completion_tokens for c in response.candidates) for response in responses])
+    )
 
 
 def mean_se(values: Array) -> tuple[float, float]:

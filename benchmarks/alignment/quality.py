@@ -24,8 +24,26 @@ def main(prompts: int, draws: int) -> None:
     with serving(*DEMO) as (port, _), tempfile.TemporaryDirectory() as folder:
         out, notebook = Path(folder) / "quality.json", Path(folder) / "quality.jsonl"
         url = f"http://127.0.0.1:{port}/v1"
-        asked = ["--base-url", url, "--prompts", "demo", "--limit", str(prompts), "--draws", str(draws), "--seed", str(SEED)]
-        kept = ["--report", str(RESULTS / "quality.html"), "--json", str(out), "--notebook", str(notebook)]
+        asked = [
+            "--base-url",
+            url,
+            "--prompts",
+            "demo",
+            "--limit",
+            str(prompts),
+            "--draws",
+            str(draws),
+            "--seed",
+            str(SEED),
+        ]
+        kept = [
+            "--report",
+            str(RESULTS / "quality.html"),
+            "--json",
+            str(out),
+            "--notebook",
+            str(notebook),
+        ]
         if cli.main(["bench", "quality", *asked, "--gold", "gold", "--grid", str(GRID), *kept]):
             raise SystemExit("it did not come to its end")
         found = json.loads(out.read_text())
@@ -38,7 +56,10 @@ def main(prompts: int, draws: int) -> None:
     }
     setup |= {"refused": found["refused"], "advice": found["advice"]}
     baseline = "one sample, greedy, and best-of-n by the mean of five proxies at the same tokens"
-    print("written:", record("quality", baseline=baseline, seed=SEED, rows=found["settings"], setup=setup))
+    print(
+        "written:",
+        record("quality", baseline=baseline, seed=SEED, rows=found["settings"], setup=setup),
+    )
 
 
 if __name__ == "__main__":

@@ -26,11 +26,18 @@ from infer_align.types import Array, Response
 TARGETS = (-60, -45, -35, -20, 0, 20, 35, 45, 60)
 K, MAX_ANGLE = 5, 30.0
 BASELINE = "best of 5 at the target"
-UNIFORM, PUBLISHED, CLAMPED, GREEDY = "RPS, uniform", "RPS, the authors' grid", "best of 5, target clamped", "greedy at the target"
+UNIFORM, PUBLISHED, CLAMPED, GREEDY = (
+    "RPS, uniform",
+    "RPS, the authors' grid",
+    "best of 5, target clamped",
+    "greedy at the target",
+)
 HOODS = {BASELINE: "none", UNIFORM: "uniform", PUBLISHED: "published"}
 
 
-async def answers(flow: Flow, questions: Sequence[str], seed: int, degrees: int) -> dict[str, tuple[list[str], float]]:
+async def answers(
+    flow: Flow, questions: Sequence[str], seed: int, degrees: int
+) -> dict[str, tuple[list[str], float]]:
     """What each way answers, and the tokens it spends."""
     found = {}
     for name, hood in HOODS.items():
@@ -38,7 +45,9 @@ async def answers(flow: Flow, questions: Sequence[str], seed: int, degrees: int)
         found[name] = [response.kept[0].text for response in responses], tokens(responses)
     clamped = max(-TRAINED_DEGREES, min(TRAINED_DEGREES, degrees))
     responses = await flow.ask_all(questions, seed, _wanted(clamped, "none"))
-    picked = await asyncio.gather(*(_pick(flow, q, r, degrees) for q, r in zip(questions, responses, strict=True)))
+    picked = await asyncio.gather(
+        *(_pick(flow, q, r, degrees) for q, r in zip(questions, responses, strict=True))
+    )
     found[CLAMPED] = list(picked), tokens(responses)
     firm = await flow.ask_all(questions, seed, {"dpa": {"direction": at(degrees)}}, temperature=0)
     found[GREEDY] = [response.kept[0].text for response in firm], tokens(firm)
@@ -54,13 +63,20 @@ async def _pick(flow: Flow, question: str, response: Response, degrees: float) -
     """The candidate that the served reward puts first along another direction than it was drawn for."""
     reward = flow.rewards["preference"]
     marks = await reward.score([{"role": "user", "content": question}], response.candidates)
-    return response.candidates[int(project(at(degrees), marks.values, reward.attributes).mean(0).argmax())].text
+    return response.candidates[
+        int(project(at(degrees), marks.values, reward.attributes).mean(0).argmax())
+    ].text
 
 
-def rows_of(questions: Sequence[str], degrees: int, found: Mapping[str, tuple[list[str], float]]) -> list[dict[str, Any]]:
+def rows_of(
+    questions: Sequence[str], degrees: int, found: Mapping[str, tuple[list[str], float]]
+) -> list[dict[str, Any]]:
     """Exact v . r by the target, and the difference to the baseline, paired by question."""
     base = projected(questions, found[BASELINE][0], degrees)
-    return [_row(degrees, name, projected(questions, texts, degrees), base, spent) for name, (texts, spent) in found.items()]
+    return [
+        _row(degrees, name, projected(questions, texts, degrees), base, spent)
+        for name, (texts, spent) in found.items()
+    ]
 
 
 def _row(degrees: int, name: str, values: Array, base: Array, spent: float) -> dict[str, Any]:
@@ -68,7 +84,13 @@ def _row(degrees: int, name: str, values: Array, base: Array, spent: float) -> d
     gap, gap_error = mean_se(values - base)
     sign = np.sign(np.round(values - base, 9))
     shares = {word: float((sign == s).mean()) for word, s in (("win", 1), ("tie", 0), ("loss", -1))}
-    row = {"target": degrees, "trained": abs(degrees) <= TRAINED_DEGREES, "answer": name, "projected": mean, "projected_se": error}
+    row = {
+        "target": degrees,
+        "trained": abs(degrees) <= TRAINED_DEGREES,
+        "answer": name,
+        "projected": mean,
+        "projected_se": error,
+    }
     return row | {"minus_baseline": gap, "minus_baseline_se": gap_error, **shares, "tokens": spent}
 
 
@@ -78,22 +100,47 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
     for name in (UNIFORM, PUBLISHED, CLAMPED):
         for inside, where in ((False, "beyond the trained range"), (True, "inside it")):
             found = [row for row in rows if row["answer"] == name and row["trained"] is inside]
-            better = [row["target"] for row in found if row["minus_baseline"] > 2 * row["minus_baseline_se"]]
-            worse = [row["target"] for row in found if row["minus_baseline"] < -2 * row["minus_baseline_se"]]
-            said.append(f"{name}, {where}: better at {better or 'none'}, worse at {worse or 'none'} of {len(found)} targets.")
+            better = [
+                row["target"]
+                for row in found
+                if row["minus_baseline"] > 2 * row["minus_baseline_se"]
+            ]
+            worse = [
+                row["target"]
+                for row in found
+                if row["minus_baseline"] < -2 * row["minus_baseline_se"]
+            ]
+            said.append(
+                f"{name}, {where}: better at {better or 'none'}, worse at {worse or 'none'} of {len(found)} targets."
+            )
     return said
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """The table."""
     heads = ("target", "trained", "answer", "v . r", "- best of 5", "win / tie / loss, %", "tokens")
-    table = Table(*heads, title="Exact reward along the target, ± s.e.; bold: more than two standard errors")
+    table = Table(
+        *heads, title="Exact reward along the target, ± s.e.; bold: more than two standard errors"
+    )
     for row in rows:
         shares = " / ".join(f"{100 * row[word]:.0f}" for word in ("win", "tie", "loss"))
-        gap = "" if row["answer"] == BASELINE else shown(row["minus_baseline"], row["minus_baseline_se"], sign=True)
-        cells = [row["answer"], shown(row["projected"], row["projected_se"]), gap, "" if row["answer"] == BASELINE else shares]
+        gap = (
+            ""
+            if row["answer"] == BASELINE
+            else shown(row["minus_baseline"], row["minus_baseline_se"], sign=True)
+        )
+        cells = [
+            row["answer"],
+            shown(row["projected"], row["projected_se"]),
+            gap,
+            "" if row["answer"] == BASELINE else shares,
+        ]
         table.add_row(
-            str(row["target"]), "yes" if row["trained"] else "", *cells, f"{row['tokens']:.0f}", end_section=row["answer"] == GREEDY
+            str(row["target"]),
+            "yes" if row["trained"] else "",
+            *cells,
+            f"{row['tokens']:.0f}",
+            end_section=row["answer"] == GREEDY,
         )
     OUT.print(table)
 

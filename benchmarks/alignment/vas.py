@@ -84,12 +84,27 @@ class Answers:
 
     def way(self, answer: str, section: str) -> Way:
         """Any one of them."""
-        return Way(answer, section, *(a.mean(1) for a in (self.gold, self.proxy, self.kl, self.tokens, self.words)))
+        return Way(
+            answer,
+            section,
+            *(a.mean(1) for a in (self.gold, self.proxy, self.kl, self.tokens, self.words)),
+        )
 
     def best(self, n: int, answer: str, section: str) -> Way:
         """The best of n by the proxy. Its KL: what steering moved the pick by, and at most ln n - (n-1)/n for picking."""
-        gold, proxy, kl, words = (_best(self.proxy, judge, n) for judge in (self.gold, self.proxy, self.kl, self.words))
-        return Way(answer, section, gold, proxy, kl + kl_upper_bound(n), n * self.tokens.mean(1), words, "at most")
+        gold, proxy, kl, words = (
+            _best(self.proxy, judge, n) for judge in (self.gold, self.proxy, self.kl, self.words)
+        )
+        return Way(
+            answer,
+            section,
+            gold,
+            proxy,
+            kl + kl_upper_bound(n),
+            n * self.tokens.mean(1),
+            words,
+            "at most",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +117,12 @@ class Lab:
     seed: int
 
     async def ask(
-        self, beta: Mapping[str, float], n: int = DRAWS, *, greedy: bool = False, tail: Literal["keep", "mask"] = "keep"
+        self,
+        beta: Mapping[str, float],
+        n: int = DRAWS,
+        *,
+        greedy: bool = False,
+        tail: Literal["keep", "mask"] = "keep",
     ) -> Answers:
         """n answers to every question, steered by `beta`; greedy: one at temperature 0. The same seeds for whatever beta."""
         n, steering = 1 if greedy else n, Steering(beta, 20, tail) if beta else None
@@ -117,8 +137,14 @@ class Lab:
             for i, question in enumerate(self.questions)
         ]
         drawn = await asyncio.gather(*(draw(self.engine, one) for one in wanted))
-        exchanges = [(q, c.text) for q, candidates in zip(self.questions, drawn, strict=True) for c in candidates]
-        members = score(self.models.members, self.models.tokenizer, exchanges).numpy().astype(np.float64)
+        exchanges = [
+            (q, c.text)
+            for q, candidates in zip(self.questions, drawn, strict=True)
+            for c in candidates
+        ]
+        members = (
+            score(self.models.members, self.models.tokenizer, exchanges).numpy().astype(np.float64)
+        )
         flat = [candidate for candidates in drawn for candidate in candidates]
         columns = (
             [world.gold(*exchange) for exchange in exchanges],
@@ -127,13 +153,17 @@ class Lab:
             [candidate.completion_tokens for candidate in flat],
             [len(text.split()) for _, text in exchanges],
         )
-        return Answers(*(np.asarray(column, dtype=np.float64).reshape(len(drawn), n) for column in columns))
+        return Answers(
+            *(np.asarray(column, dtype=np.float64).reshape(len(drawn), n) for column in columns)
+        )
 
 
 def _kl(candidate: Candidate, *, greedy: bool) -> float:
     """Its part in the KL: log pi - log pi_0 of the answer. Greedy decoding gives it with certainty, so there log pi is 0."""
     entries = candidate.choice["logprobs"]["content"]
-    aligned = 0.0 if greedy else sum(entry.get("aligned_logprob", entry["logprob"]) for entry in entries)
+    aligned = (
+        0.0 if greedy else sum(entry.get("aligned_logprob", entry["logprob"]) for entry in entries)
+    )
     return float(aligned - sum(entry["logprob"] for entry in entries))
 
 
@@ -144,16 +174,28 @@ def _best(selector: Array, judge: Array, n: int) -> Array:
 async def frozen(lab: Lab) -> dict[str, Way]:
     """What needs no value: one sample, greedy, best-of-n by the proxies."""
     pool = measure.draw(lab.models, lab.questions, POOL, lab.seed)
-    proxy = objectives.uwo(pool.proxy.reshape(len(pool.proxy), -1), UNCERTAINTY_WEIGHT).reshape(pool.gold.shape)
+    proxy = objectives.uwo(pool.proxy.reshape(len(pool.proxy), -1), UNCERTAINTY_WEIGHT).reshape(
+        pool.gold.shape
+    )
     tokens = pool.tokens.mean(1)
     # The pool keeps no texts, hence other samples for the words.
     words = (await lab.ask({})).words.mean(1)
-    one = Way("one sample", "frozen", pool.gold.mean(1), proxy.mean(1), np.zeros(len(tokens)), tokens, words)
+    one = Way(
+        "one sample",
+        "frozen",
+        pool.gold.mean(1),
+        proxy.mean(1),
+        np.zeros(len(tokens)),
+        tokens,
+        words,
+    )
     ways = {one.answer: one, "greedy": (await lab.ask({}, greedy=True)).way("greedy", "frozen")}
     for n in SIZES[1:]:
         gold, chosen = (_best(proxy, judge, n) for judge in (pool.gold, proxy))
         bound = np.full(len(tokens), kl_upper_bound(n))
-        ways[f"best of {n}"] = Way(f"best of {n}", "best of n", gold, chosen, bound, n * tokens, kl_is="at most")
+        ways[f"best of {n}"] = Way(
+            f"best of {n}", "best of n", gold, chosen, bound, n * tokens, kl_is="at most"
+        )
     return ways
 
 
@@ -164,8 +206,13 @@ async def steered(lab: Lab) -> dict[str, Way]:
         for greedy in (False, True):
             for beta in BETAS:
                 name = label(value, beta, greedy=greedy)
-                ways[name] = (await lab.ask({value: beta}, greedy=greedy)).way(name, kind + ", greedy" * greedy)
-    for beta, name in ((MASK_ALONE, "mask alone, top 20"), (TAIL_BETA, f"{label(HEAD, TAIL_BETA)}, mask")):
+                ways[name] = (await lab.ask({value: beta}, greedy=greedy)).way(
+                    name, kind + ", greedy" * greedy
+                )
+    for beta, name in (
+        (MASK_ALONE, "mask alone, top 20"),
+        (TAIL_BETA, f"{label(HEAD, TAIL_BETA)}, mask"),
+    ):
         ways[name] = (await lab.ask({HEAD: beta}, tail="mask")).way(name, "tail")
     return ways
 
@@ -190,7 +237,9 @@ async def composed(lab: Lab, headline: float) -> dict[str, Way]:
         ways[name] = (await lab.ask({HEAD: helpful, BRIEF: brief})).way(name, "two values")
     for beta in dict.fromkeys((*COMPOSED_BETAS, headline)):
         name = f"{label(HEAD, beta)}, best of {COMPOSED_N}"
-        ways[name] = (await lab.ask({HEAD: beta}, COMPOSED_N)).best(COMPOSED_N, name, "VAS + best of n")
+        ways[name] = (await lab.ask({HEAD: beta}, COMPOSED_N)).best(
+            COMPOSED_N, name, "VAS + best of n"
+        )
     return ways
 
 
@@ -199,7 +248,13 @@ def headlined(ways: Mapping[str, Way]) -> list[str]:
     names = [label(HEAD, report_beta())]
     for value, greedy in ((HEAD, True), (LOOKAHEAD, False), (LOOKAHEAD, True)):
         found = [(beta, ways[label(value, beta, greedy=greedy)]) for beta in BETAS]
-        names.append(label(value, suggest([BetaPoint(b, *mean_se(w.proxy), *mean_se(w.kl)) for b, w in found]), greedy=greedy))
+        names.append(
+            label(
+                value,
+                suggest([BetaPoint(b, *mean_se(w.proxy), *mean_se(w.kl)) for b, w in found]),
+                greedy=greedy,
+            )
+        )
     return names
 
 
@@ -215,8 +270,19 @@ def rows(ways: Mapping[str, Way], held: NDArray[np.bool_]) -> list[dict[str, Any
     for way in ways.values():
         gold, gold_se = mean_se(way.gold)
         kl, kl_se = mean_se(way.kl)
-        row = {"answer": way.answer, "section": way.section, "tokens": float(way.tokens.mean()), "gold": gold, "gold_se": gold_se}
-        row |= {"kl": kl, "kl_se": kl_se if way.kl_is == "measured" else None, "kl_is": way.kl_is, "proxy": float(way.proxy.mean())}
+        row = {
+            "answer": way.answer,
+            "section": way.section,
+            "tokens": float(way.tokens.mean()),
+            "gold": gold,
+            "gold_se": gold_se,
+        }
+        row |= {
+            "kl": kl,
+            "kl_se": kl_se if way.kl_is == "measured" else None,
+            "kl_is": way.kl_is,
+            "proxy": float(way.proxy.mean()),
+        }
         row["words"] = None if way.words is None else _words(way)
         row["gold_held_out"], row["gold_held_out_se"] = mean_se(way.gold[held])
         for name, reference in REFERENCES.items():
@@ -232,16 +298,47 @@ def mean_se(values: Array) -> tuple[float, float]:
 
 def show(made: Sequence[dict[str, Any]]) -> None:
     """The table; a difference in bold is more than three standard errors from zero."""
-    heads = ("answer", "tokens", "words", "KL, nats", "proxy", "gold", "- base", "- greedy", "- best of 16")
-    table = Table(*heads, title="Gold reward of the answer and its differences, ± standard error; tokens spent for one answer")
+    heads = (
+        "answer",
+        "tokens",
+        "words",
+        "KL, nats",
+        "proxy",
+        "gold",
+        "- base",
+        "- greedy",
+        "- best of 16",
+    )
+    table = Table(
+        *heads,
+        title="Gold reward of the answer and its differences, ± standard error; tokens spent for one answer",
+    )
     table.columns[0].no_wrap = True
-    shown = [row for row in made if row["section"] != "best of n" or row["answer"] in {f"best of {n}" for n in SHOWN}]
+    shown = [
+        row
+        for row in made
+        if row["section"] != "best of n" or row["answer"] in {f"best of {n}" for n in SHOWN}
+    ]
     for i, row in enumerate(shown):
-        kl = f"<= {row['kl']:.2f}" if row["kl_is"] == "at most" else f"{row['kl']:.2f} ± {row['kl_se']:.2f}"
-        cells = [row["answer"], f"{row['tokens']:.0f}", "" if row["words"] is None else f"{row['words']:.1f}", kl]
+        kl = (
+            f"<= {row['kl']:.2f}"
+            if row["kl_is"] == "at most"
+            else f"{row['kl']:.2f} ± {row['kl_se']:.2f}"
+        )
+        cells = [
+            row["answer"],
+            f"{row['tokens']:.0f}",
+            "" if row["words"] is None else f"{row['words']:.1f}",
+            kl,
+        ]
         cells += [f"{row['proxy']:.2f}", f"{row['gold']:.2f} ± {row['gold_se']:.2f}"]
-        cells += ["" if row["answer"] == reference else difference(row, name) for name, reference in REFERENCES.items()]
-        table.add_row(*cells, end_section=row["section"] != shown[min(i + 1, len(shown) - 1)]["section"])
+        cells += [
+            "" if row["answer"] == reference else difference(row, name)
+            for name, reference in REFERENCES.items()
+        ]
+        table.add_row(
+            *cells, end_section=row["section"] != shown[min(i + 1, len(shown) - 1)]["section"]
+        )
     OUT.print(table)
 
 
@@ -253,10 +350,17 @@ def difference(row: dict[str, Any], name: str) -> str:
 
 def show_grid(ways: Mapping[str, Way]) -> None:
     """Two values at once: gold and words of each pair of weights."""
-    table = Table("helpful", *(f"brief {brief:g}" for brief in BRIEF_WEIGHTS), title="Two values composed: gold ± s.e., words")
+    table = Table(
+        "helpful",
+        *(f"brief {brief:g}" for brief in BRIEF_WEIGHTS),
+        title="Two values composed: gold ± s.e., words",
+    )
     for helpful in HELPFUL_WEIGHTS:
         cells = [ways[mix(helpful, brief)] for brief in BRIEF_WEIGHTS]
-        said = [f"{way.gold.mean():.2f} ± {mean_se(way.gold)[1]:.2f}, {_words(way):.1f} words" for way in cells]
+        said = [
+            f"{way.gold.mean():.2f} ± {mean_se(way.gold)[1]:.2f}, {_words(way):.1f} words"
+            for way in cells
+        ]
         table.add_row(f"{helpful:g}", *said)
     OUT.print(table)
 
@@ -286,8 +390,16 @@ def against_best_of_n(way: Way, ways: Mapping[str, Way]) -> str:
     """The true relation to best-of-n: the difference to 16, the tokens, and which n it is worth."""
     reference = ways["best of 16"]
     mean, error = mean_se(way.gold - reference.gold)
-    relation = "exceeds" if mean > 2 * error else "equals, within 2 standard errors," if mean >= -2 * error else "DOES NOT REACH"
-    worth = max((n for n in SIZES[1:] if ways[f"best of {n}"].gold.mean() <= way.gold.mean()), default=1)
+    relation = (
+        "exceeds"
+        if mean > 2 * error
+        else "equals, within 2 standard errors,"
+        if mean >= -2 * error
+        else "DOES NOT REACH"
+    )
+    worth = max(
+        (n for n in SIZES[1:] if ways[f"best of {n}"].gold.mean() <= way.gold.mean()), default=1
+    )
     share = way.tokens.mean() / reference.tokens.mean()
     return (
         f"{way.answer}: {relation} best-of-16's gold ({mean:+.2f} ± {error:.2f}) with {share:.1%} of its tokens; it is at or above "
@@ -300,20 +412,41 @@ def plot(ways: Mapping[str, Way]) -> None:
     mpl.use("Agg")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     by_n = [ways["one sample"], *(ways[f"best of {n}"] for n in SIZES[1:])]
-    curves = {value: [ways["one sample"], *(ways[label(value, beta)] for beta in BETAS)] for value in (HEAD, LOOKAHEAD)}
-    for colour, (name, points) in zip(("C0", "C1", "C2"), (curves | {"best of n, KL at most": by_n}).items(), strict=True):
+    curves = {
+        value: [ways["one sample"], *(ways[label(value, beta)] for beta in BETAS)]
+        for value in (HEAD, LOOKAHEAD)
+    }
+    for colour, (name, points) in zip(
+        ("C0", "C1", "C2"), (curves | {"best of n, KL at most": by_n}).items(), strict=True
+    ):
         kls = [point.kl.mean() for point in points]
         errors(left, kls, points, color=colour, label=f"{name}: gold")
         left.plot(
-            kls, [point.proxy.mean() for point in points], color=colour, linestyle="--", linewidth=0.8, label=f"{name}: proxy"
+            kls,
+            [point.proxy.mean() for point in points],
+            color=colour,
+            linestyle="--",
+            linewidth=0.8,
+            label=f"{name}: proxy",
         )
-    left.set(xlabel="KL from the frozen model, nats an answer", ylabel="reward", title="Reward against KL")
+    left.set(
+        xlabel="KL from the frozen model, nats an answer",
+        ylabel="reward",
+        title="Reward against KL",
+    )
     for colour, value in zip(("C0", "C1"), curves, strict=True):
         errors(right, BETAS, curves[value][1:], color=colour, label=f"{value}, sampled")
         greedy = [ways[label(value, beta, greedy=True)] for beta in BETAS]
         errors(right, BETAS, greedy, color=colour, linestyle=":", label=f"{value}, greedy")
-    for name, style in (("one sample", "-"), ("greedy", "--"), ("best of 16", "-."), ("best of 128", ":")):
-        right.axhline(ways[name].gold.mean(), color="0.5", linewidth=0.8, linestyle=style, label=name)
+    for name, style in (
+        ("one sample", "-"),
+        ("greedy", "--"),
+        ("best of 16", "-."),
+        ("best of 128", ":"),
+    ):
+        right.axhline(
+            ways[name].gold.mean(), color="0.5", linewidth=0.8, linestyle=style, label=name
+        )
     right.set_xscale("log", base=2)
     right.set_xticks(BETAS, [f"{beta:g}" for beta in BETAS])
     right.set(xlabel="beta", ylabel="gold reward", title="Gold against beta")
@@ -370,8 +503,19 @@ async def run(seed: int, n_prompts: int) -> None:
     show_grid(ways)
     said = verdicts(ways, names, held)
     OUT.print("\n".join(said), highlight=False)
-    setup: dict[str, Any] = {"prompts": n_prompts, "held_out": int(held.sum()), "draws": DRAWS, "pool": POOL, "top_k": 20}
-    setup |= {"uncertainty_weight": UNCERTAINTY_WEIGHT, "temperature": 1.0, "headlined": names, "verdicts": said}
+    setup: dict[str, Any] = {
+        "prompts": n_prompts,
+        "held_out": int(held.sum()),
+        "draws": DRAWS,
+        "pool": POOL,
+        "top_k": 20,
+    }
+    setup |= {
+        "uncertainty_weight": UNCERTAINTY_WEIGHT,
+        "temperature": 1.0,
+        "headlined": names,
+        "verdicts": said,
+    }
     baseline = "one sample, greedy, and best-of-n by the proxies that the values were fitted to"
     OUT.print(f"written: {record('vas', baseline=baseline, seed=seed, rows=made, setup=setup)}")
     plot(ways)

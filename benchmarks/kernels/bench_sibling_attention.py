@@ -41,12 +41,16 @@ def masked(
     """One call over prefix and siblings, a mask that lets each see its prefix and itself."""
     rows, heads, siblings, _ = query.shape
     columns = keys.shape[2]
-    mask = torch.full((rows, 1, siblings, columns + siblings), -torch.inf, dtype=query.dtype, device=query.device)
+    mask = torch.full(
+        (rows, 1, siblings, columns + siblings), -torch.inf, dtype=query.dtype, device=query.device
+    )
     used = torch.arange(columns, device=query.device) >= (columns - lengths)[:, None]
     mask[..., :columns].masked_fill_(used[:, None, None], 0)
     mask[..., columns:].diagonal(dim1=-2, dim2=-1).zero_()
     joined = torch.cat([keys, own_keys], dim=2), torch.cat([values, own_values], dim=2)
-    return F.scaled_dot_product_attention(query, *joined, attn_mask=mask, enable_gqa=heads != keys.shape[1])
+    return F.scaled_dot_product_attention(
+        query, *joined, attn_mask=mask, enable_gqa=heads != keys.shape[1]
+    )
 
 
 def copied(
@@ -61,11 +65,19 @@ def copied(
     rows, heads, siblings, dim = query.shape
     columns = keys.shape[2]
     used = torch.arange(columns + 1, device=query.device) >= (columns - lengths)[:, None]
-    own = [t.transpose(1, 2).reshape(rows * siblings, keys.shape[1], 1, dim) for t in (own_keys, own_values)]
-    joined = [torch.cat([t.repeat_interleave(siblings, 0), mine], dim=2) for t, mine in zip((keys, values), own, strict=True)]
+    own = [
+        t.transpose(1, 2).reshape(rows * siblings, keys.shape[1], 1, dim)
+        for t in (own_keys, own_values)
+    ]
+    joined = [
+        torch.cat([t.repeat_interleave(siblings, 0), mine], dim=2)
+        for t, mine in zip((keys, values), own, strict=True)
+    ]
     flat = query.transpose(1, 2).reshape(rows * siblings, heads, 1, dim)
     mask = used.repeat_interleave(siblings, 0)[:, None, None]
-    out = F.scaled_dot_product_attention(flat, *joined, attn_mask=mask, enable_gqa=heads != keys.shape[1])
+    out = F.scaled_dot_product_attention(
+        flat, *joined, attn_mask=mask, enable_gqa=heads != keys.shape[1]
+    )
     return out.view(rows, siblings, heads, dim).transpose(1, 2)
 
 
@@ -85,13 +97,23 @@ def measured(shape: tuple[int, ...], copy: float) -> dict[str, Any]:
     for other in (masked, copied):
         worst = float((got - other(*given).float()).abs().max())
         if not worst < TOLERANCE:
-            raise SystemExit(f"sibling_attention: off by {worst} from {other.__name__}; nothing is measured.")
-    variants = {"ours": lambda: sibling_attention(*given), "masked": lambda: masked(*given), "copied": lambda: copied(*given)}
+            raise SystemExit(
+                f"sibling_attention: off by {worst} from {other.__name__}; nothing is measured."
+            )
+    variants = {
+        "ours": lambda: sibling_attention(*given),
+        "masked": lambda: masked(*given),
+        "copied": lambda: copied(*given),
+    }
     if CUDA:
         compiled = torch.compile(masked)
         variants["compile"] = lambda: compiled(*given)
-    moved = (2 * int(lengths.sum()) * kv_heads * dim + 2 * query.numel() + 2 * own_keys.numel()) * query.element_size()
-    return row(dict(zip(("B", "H", "Hkv", "k", "T", "D"), shape, strict=True)), variants, moved, copy)
+    moved = (
+        2 * int(lengths.sum()) * kv_heads * dim + 2 * query.numel() + 2 * own_keys.numel()
+    ) * query.element_size()
+    return row(
+        dict(zip(("B", "H", "Hkv", "k", "T", "D"), shape, strict=True)), variants, moved, copy
+    )
 
 
 if __name__ == "__main__":
@@ -99,9 +121,19 @@ if __name__ == "__main__":
     copy = bandwidth()
     rows = [measured(shape, copy) for shape in SHAPES]
     setup = {
-        "device": torch.cuda.get_device_name() if CUDA else "one CPU thread, the torch reference; no CUDA here",
+        "device": torch.cuda.get_device_name()
+        if CUDA
+        else "one CPU thread, the torch reference; no CUDA here",
         "dtype": str(DTYPE),
         "copy_bytes_per_s": round(copy),
     }
     baseline = "masked: one scaled_dot_product_attention over prefix and siblings; copied: the prefix once per sibling"
-    print(record(f"kernels_sibling_attention_{DEVICE.type}", baseline=baseline, seed=SEED, rows=rows, setup=setup))
+    print(
+        record(
+            f"kernels_sibling_attention_{DEVICE.type}",
+            baseline=baseline,
+            seed=SEED,
+            rows=rows,
+            setup=setup,
+        )
+    )

@@ -19,7 +19,11 @@ def rows() -> list[dict[str, Any]]:
     lines = []
     for launch in launches():
         for capability in CAPABILITIES:
-            types = {name: launch.types[name] for name in ("logits", "query") if name in launch.kernel.arg_names}
+            types = {
+                name: launch.types[name]
+                for name in ("logits", "query")
+                if name in launch.kernel.arg_names
+            }
             line = {
                 "kernel": launch.name,
                 "architecture": f"sm_{capability}",
@@ -40,5 +44,11 @@ if __name__ == "__main__":
         "no_seed": "nothing is drawn: the compiler gives the same for the same source",
     }
     print(
-        record("kernels_compile", baseline="none: a count of what the compiler made, no speed", seed=None, rows=rows(), setup=setup)
+        record(
+            "kernels_compile",
+            baseline="none: a count of what the compiler made, no speed",
+            seed=None,
+            rows=rows(),
+            setup=setup,
+        )
     )

@@ -20,10 +20,14 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 def gate(op: str) -> None:
     """Run the op's tests, the interpreted ones too; refuse to measure on red."""
     tests = [f"tests/kernels/test_{op}.py", "tests/kernels/test_interpreter.py"]
-    if subprocess.run([sys.executable, "-m", "pytest", *tests, "-m", "not slow"], cwd=ROOT, check=False).returncode:
+    if subprocess.run(
+        [sys.executable, "-m", "pytest", *tests, "-m", "not slow"], cwd=ROOT, check=False
+    ).returncode:
         raise SystemExit(f"{op}: its tests are red; nothing is measured.")
     if not CUDA:
-        print(f"{op}: no CUDA here. Measuring the torch reference on one CPU thread; no figure below is a GPU's.")
+        print(
+            f"{op}: no CUDA here. Measuring the torch reference on one CPU thread; no figure below is a GPU's."
+        )
         torch.set_num_threads(1)
 
 
@@ -40,7 +44,10 @@ def microseconds(step: Callable[[], Any], rounds: int = 15) -> dict[str, float]:
         start = process_time()
         step()
         times.append((process_time() - start) * 1e6)
-    return {"p50_us": round(statistics.median(times), 1), "p90_us": round(statistics.quantiles(times, n=10)[-1], 1)}
+    return {
+        "p50_us": round(statistics.median(times), 1),
+        "p90_us": round(statistics.quantiles(times, n=10)[-1], 1),
+    }
 
 
 def bandwidth() -> float:
@@ -50,14 +57,20 @@ def bandwidth() -> float:
     return 2 * source.numel() / (microseconds(lambda: target.copy_(source))["p50_us"] * 1e-6)
 
 
-def row(shape: dict[str, Any], variants: dict[str, Callable[[], Any]], floor_bytes: float, copy: float) -> dict[str, Any]:
+def row(
+    shape: dict[str, Any], variants: dict[str, Callable[[], Any]], floor_bytes: float, copy: float
+) -> dict[str, Any]:
     """One line of results: every variant of the same work, measured in turn, and the floor."""
     measured = {name: microseconds(step) for name, step in variants.items()}
     floor = floor_bytes / copy * 1e6
     line = {
         **shape,
         "floor_us": round(floor, 2),
-        **{f"{name}_{key}": value for name, times in measured.items() for key, value in times.items()},
+        **{
+            f"{name}_{key}": value
+            for name, times in measured.items()
+            for key, value in times.items()
+        },
     }
     print(line)
     return line

@@ -36,18 +36,52 @@ parser = argparse.ArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
 """
-REPLY = f'{{text = "{" ".join("x" * TOKENS)}", first_token_seconds = 0.05, seconds_per_token = 0.02}}'
+REPLY = (
+    f'{{text = "{" ".join("x" * TOKENS)}", first_token_seconds = 0.05, seconds_per_token = 0.02}}'
+)
 CONFIG = f'[engine]\nkind = "fake"\nmodel = "tiny"\nreplies = [{REPLY}]\n'
 METRICS = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}
 
 
 def ours(url: str, model: str, requests: int, out: Path) -> dict[str, float]:
     """What our command says: milliseconds, and requests and tokens per second."""
-    load = ["--concurrency", str(CONCURRENCY), "--requests", str(requests), "--dataset", "synthetic"]
-    load += ["--input-tokens", str(PROMPT_TOKENS), "--output-tokens", str(TOKENS), "--body", '{"ignore_eos": true}']
-    _run(["-m", "infer_align_server", "bench", "serve", "--base-url", f"{url}/v1", "--model", model, *load, "--json", str(out)])
+    load = [
+        "--concurrency",
+        str(CONCURRENCY),
+        "--requests",
+        str(requests),
+        "--dataset",
+        "synthetic",
+    ]
+    load += [
+        "--input-tokens",
+        str(PROMPT_TOKENS),
+        "--output-tokens",
+        str(TOKENS),
+        "--body",
+        '{"ignore_eos": true}',
+    ]
+    _run(
+        [
+            "-m",
+            "infer_align_server",
+            "bench",
+            "serve",
+            "--base-url",
+            f"{url}/v1",
+            "--model",
+            model,
+            *load,
+            "--json",
+            str(out),
+        ]
+    )
     found = json.loads(out.read_text())["targets"]["A"]
-    figures = {f"{m} {f}": found["latency_ms"][m][f]["value"] for m in METRICS for f in ("mean", "p50", "p90", "p99")}
+    figures = {
+        f"{m} {f}": found["latency_ms"][m][f]["value"]
+        for m in METRICS
+        for f in ("mean", "p50", "p90", "p99")
+    }
     rates = found["rates"]
     return figures | {
         "requests / s": rates["requests_per_second"]["value"],
@@ -57,10 +91,40 @@ def ours(url: str, model: str, requests: int, out: Path) -> dict[str, float]:
 
 def vllm(url: str, model: str, tokenizer: str, requests: int, out: Path) -> dict[str, float]:
     """What vLLM's says."""
-    load = ["--max-concurrency", str(CONCURRENCY), "--num-prompts", str(requests), "--num-warmups", "4", "--ignore-eos"]
-    load += ["--dataset-name", "random", "--random-input-len", str(PROMPT_TOKENS), "--random-output-len", str(TOKENS)]
-    target = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", url, "--model", model]
-    kept = ["--percentile-metrics", ",".join(METRICS.values()), "--metric-percentiles", "50,90,99", "--save-result"]
+    load = [
+        "--max-concurrency",
+        str(CONCURRENCY),
+        "--num-prompts",
+        str(requests),
+        "--num-warmups",
+        "4",
+        "--ignore-eos",
+    ]
+    load += [
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        str(PROMPT_TOKENS),
+        "--random-output-len",
+        str(TOKENS),
+    ]
+    target = [
+        "--backend",
+        "openai-chat",
+        "--endpoint",
+        "/v1/chat/completions",
+        "--base-url",
+        url,
+        "--model",
+        model,
+    ]
+    kept = [
+        "--percentile-metrics",
+        ",".join(METRICS.values()),
+        "--metric-percentiles",
+        "50,90,99",
+        "--save-result",
+    ]
     _run(
         [
             "-c",
@@ -77,8 +141,15 @@ def vllm(url: str, model: str, tokenizer: str, requests: int, out: Path) -> dict
         ]
     )
     found = json.loads(out.read_text())
-    figures = {f"{m} {f}": found[f"{f}_{theirs}_ms"] for m, theirs in METRICS.items() for f in ("mean", "p50", "p90", "p99")}
-    return figures | {"requests / s": found["request_throughput"], "tokens / s": found["output_throughput"]}
+    figures = {
+        f"{m} {f}": found[f"{f}_{theirs}_ms"]
+        for m, theirs in METRICS.items()
+        for f in ("mean", "p50", "p90", "p99")
+    }
+    return figures | {
+        "requests / s": found["request_throughput"],
+        "tokens / s": found["output_throughput"],
+    }
 
 
 def _run(arguments: list[str]) -> None:
@@ -95,25 +166,62 @@ def main(options: argparse.Namespace) -> None:
         url = options.base_url
         if url is None:
             (folder / "fake.toml").write_text(CONFIG)
-            server = ("-m", "infer_align_server", "serve", str(folder / "fake.toml"), "--set", "server.port={port}")
+            server = (
+                "-m",
+                "infer_align_server",
+                "serve",
+                str(folder / "fake.toml"),
+                "--set",
+                "server.port={port}",
+            )
             url = f"http://127.0.0.1:{stack.enter_context(serving(*server))[0]}"
         url = url.removesuffix("/").removesuffix("/v1")
         for _ in range(options.rounds):
-            seen["vllm"].append(vllm(url, options.model, options.tokenizer, options.requests, folder / "vllm.json"))
+            seen["vllm"].append(
+                vllm(url, options.model, options.tokenizer, options.requests, folder / "vllm.json")
+            )
             seen["ours"].append(ours(url, options.model, options.requests, folder / "ours.json"))
     rows: list[dict[str, Any]] = []
     table = Table("figure", "ours", "rounds", "vLLM's", "rounds", "ratio")
     for what in seen["ours"][0]:
         values = {side: [found[what] for found in seen[side]] for side in seen}
         mine, theirs = (statistics.median(values[side]) for side in ("ours", "vllm"))
-        rows.append({"what": what, "value": mine / theirs, "ours": mine, "baseline": theirs, "target": "1", "rounds": values})
+        rows.append(
+            {
+                "what": what,
+                "value": mine / theirs,
+                "ours": mine,
+                "baseline": theirs,
+                "target": "1",
+                "rounds": values,
+            }
+        )
         spread = {side: f"{min(found):.4g} - {max(found):.4g}" for side, found in values.items()}
-        table.add_row(what, f"{mine:.4g}", spread["ours"], f"{theirs:.4g}", spread["vllm"], f"{mine / theirs:.3f}")
+        table.add_row(
+            what,
+            f"{mine:.4g}",
+            spread["ours"],
+            f"{theirs:.4g}",
+            spread["vllm"],
+            f"{mine / theirs:.3f}",
+        )
     OUT.print(table)
     name = "bench_agreement" if options.base_url is None else "bench_agreement_vllm"
-    setup = {"rounds": options.rounds, "requests": options.requests, "concurrency": CONCURRENCY, "tokens": TOKENS}
-    setup["target"] = "our server over the scripted engine" if options.base_url is None else options.target
-    OUT.print("written:", record(name, baseline="vLLM's bench serve on the same target", seed=0, rows=rows, setup=setup))
+    setup = {
+        "rounds": options.rounds,
+        "requests": options.requests,
+        "concurrency": CONCURRENCY,
+        "tokens": TOKENS,
+    }
+    setup["target"] = (
+        "our server over the scripted engine" if options.base_url is None else options.target
+    )
+    OUT.print(
+        "written:",
+        record(
+            name, baseline="vLLM's bench serve on the same target", seed=0, rows=rows, setup=setup
+        ),
+    )
 
 
 if __name__ == "__main__":

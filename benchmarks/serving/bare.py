@@ -26,7 +26,11 @@ async def chat(body: dict[str, Any]) -> dict[str, Any]:
     async with engine.sample(Draw({"messages": body["messages"]}, n=1, seeds=(0,))) as stream:
         async for event in stream:
             if isinstance(event, Candidate):
-                return {"id": "chatcmpl-0", "object": "chat.completion", "choices": [{"index": 0, **event.choice}]}
+                return {
+                    "id": "chatcmpl-0",
+                    "object": "chat.completion",
+                    "choices": [{"index": 0, **event.choice}],
+                }
     raise RuntimeError("no candidate")
 
 

@@ -30,7 +30,11 @@ class Connection:
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         writer.write(head.encode() + body)
         header = await reader.readuntil(b"\r\n\r\n")
-        length = next(int(line.split(b":")[1]) for line in header.lower().split(b"\r\n") if line.startswith(b"content-length"))
+        length = next(
+            int(line.split(b":")[1])
+            for line in header.lower().split(b"\r\n")
+            if line.startswith(b"content-length")
+        )
         content = await reader.readexactly(length)
         if not header.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(content.decode())
@@ -44,7 +48,9 @@ class Connection:
         self._streams = None
 
 
-async def closed_loop(port: int, body: dict[str, Any], concurrency: int, requests: int) -> tuple[list[float], float]:
+async def closed_loop(
+    port: int, body: dict[str, Any], concurrency: int, requests: int
+) -> tuple[list[float], float]:
     """`requests` in all, `concurrency` at a time; -> seconds of each, and of all together."""
     encoded, left, latencies = json.dumps(body).encode(), iter(range(requests)), []
 
@@ -67,7 +73,9 @@ def serving(*command: str, ready: str = "/ready", seconds: int = 60) -> Iterator
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, *(part.format(port=port) for part in command)], env=os.environ, stderr=subprocess.DEVNULL
+        [sys.executable, *(part.format(port=port) for part in command)],
+        env=os.environ,
+        stderr=subprocess.DEVNULL,
     )
     try:
         _wait(f"http://127.0.0.1:{port}{ready}", process, seconds)

@@ -68,8 +68,22 @@ def measure(url: str, case: Case, folder: Path) -> tuple[Setting, float]:
     if case.judged:
         align |= {"trust_judge": {}, "rewards": {}}
     path = folder / "result.json"
-    arguments = ["--base-url", url, "--concurrency", str(case.concurrency), "--requests", str(max(REQUESTS, 3 * case.concurrency))]
-    arguments += ["--dataset", "synthetic", "--input-tokens", str(case.prompt_tokens), "--output-tokens", str(case.output_tokens)]
+    arguments = [
+        "--base-url",
+        url,
+        "--concurrency",
+        str(case.concurrency),
+        "--requests",
+        str(max(REQUESTS, 3 * case.concurrency)),
+    ]
+    arguments += [
+        "--dataset",
+        "synthetic",
+        "--input-tokens",
+        str(case.prompt_tokens),
+        "--output-tokens",
+        str(case.output_tokens),
+    ]
     arguments += ["--warmup", str(case.concurrency), "--body", json.dumps({"ignore_eos": True})]
     arguments += ["--align", json.dumps(align)] if align else []
     said = io.StringIO()
@@ -87,8 +101,13 @@ def rounds_of(rounds: int) -> dict[Case, tuple[Setting, float]]:
         for i in range(rounds):
             OUT.print(f"[dim]round {i + 1} of {rounds}[/]")
             for case in [*FITTED, *HELD_OUT]:
-                seen.setdefault(case, []).append(measure(f"http://127.0.0.1:{port}/v1", case, Path(folder)))
-    return {case: (found[0][0], statistics.median(value for _, value in found)) for case, found in seen.items()}
+                seen.setdefault(case, []).append(
+                    measure(f"http://127.0.0.1:{port}/v1", case, Path(folder))
+                )
+    return {
+        case: (found[0][0], statistics.median(value for _, value in found))
+        for case, found in seen.items()
+    }
 
 
 def main(rounds: int) -> None:
@@ -97,15 +116,38 @@ def main(rounds: int) -> None:
     settings, measured = zip(*(done[case] for case in FITTED), strict=True)
     held, truth = zip(*(done[case] for case in HELD_OUT), strict=True)
     prices = fit(settings, measured)
-    table = Table("under way", "n", "prompt", "tokens", "k", "judge", "measured, ms", "predicted, ms", "error", "")
+    table = Table(
+        "under way",
+        "n",
+        "prompt",
+        "tokens",
+        "k",
+        "judge",
+        "measured, ms",
+        "predicted, ms",
+        "error",
+        "",
+    )
     rows = []
     for case, (setting, value) in done.items():
         predicted = seconds(prices, setting)
-        row: dict[str, Any] = case._asdict() | {"prompt_tokens": setting.prompt_tokens, "judge_tokens": setting.judge_tokens}
-        row |= {"role": "held out" if case in HELD_OUT else "fitted", "measured_ms": value * 1e3, "predicted_ms": predicted * 1e3}
+        row: dict[str, Any] = case._asdict() | {
+            "prompt_tokens": setting.prompt_tokens,
+            "judge_tokens": setting.judge_tokens,
+        }
+        row |= {
+            "role": "held out" if case in HELD_OUT else "fitted",
+            "measured_ms": value * 1e3,
+            "predicted_ms": predicted * 1e3,
+        }
         row["error"] = predicted / value - 1
         rows.append(row)
-        figures = f"{value * 1e3:.1f}", f"{predicted * 1e3:.1f}", f"{row['error']:+.0%}", row["role"]
+        figures = (
+            f"{value * 1e3:.1f}",
+            f"{predicted * 1e3:.1f}",
+            f"{row['error']:+.0%}",
+            row["role"],
+        )
         parts = (
             case.concurrency,
             case.n,
@@ -117,13 +159,26 @@ def main(rounds: int) -> None:
         table.add_row(*(str(part) for part in parts), *figures)
     OUT.print(table)
     unseen, others = np.abs(errors(prices, held, truth)), np.abs(left_out(settings, measured))
-    summary = {"held_out_mean": unseen.mean(), "held_out_worst": unseen.max(), "left_out_mean": others.mean()}
+    summary = {
+        "held_out_mean": unseen.mean(),
+        "held_out_worst": unseen.max(),
+        "left_out_mean": others.mean(),
+    }
     OUT.print({name: f"{value:.1%}" for name, value in summary.items()})
     setup = {"rounds": rounds, "requests": REQUESTS, "prices_seconds": asdict(prices)}
     parts = ("prompt_tokens", "k", "reward_tokens", "judge_tokens")
     setup["validated"] = {name: any(getattr(setting, name) for setting in held) for name in parts}
     setup["errors"] = {name: float(value) for name, value in summary.items()}
-    OUT.print("written:", record("cost_model", baseline="the measured latency of each setting", seed=0, rows=rows, setup=setup))
+    OUT.print(
+        "written:",
+        record(
+            "cost_model",
+            baseline="the measured latency of each setting",
+            seed=0,
+            rows=rows,
+            setup=setup,
+        ),
+    )
 
 
 if __name__ == "__main__":

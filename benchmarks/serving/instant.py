@@ -32,17 +32,31 @@ async def _answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return {"object": "list", "data": MODELS}
     if path == "/classify":
         await asyncio.sleep(JUDGE_SECONDS)
-        return {"data": [{"index": 0, "probs": [float(len(body["messages"][-1]["content"]))]}], "usage": {"total_tokens": 9}}
+        return {
+            "data": [{"index": 0, "probs": [float(len(body["messages"][-1]["content"]))]}],
+            "usage": {"total_tokens": 9},
+        }
     _, _, seconds = body.get("model", "").partition("slow-")
     if seconds:
         await asyncio.sleep(float(seconds))
     n = body.get("n", 1)
     choices = [
-        {"index": i, "message": {"role": "assistant", "content": f"an answer{' indeed' * i}."}, "finish_reason": "stop"}
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": f"an answer{' indeed' * i}."},
+            "finish_reason": "stop",
+        }
         for i in range(n)
     ]
     usage = {"prompt_tokens": 12, "completion_tokens": 4 * n, "total_tokens": 12 + 4 * n}
-    return {"id": "chatcmpl-0", "object": "chat.completion", "created": 0, "model": "instant", "choices": choices, "usage": usage}
+    return {
+        "id": "chatcmpl-0",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "instant",
+        "choices": choices,
+        "usage": usage,
+    }
 
 
 if __name__ == "__main__":

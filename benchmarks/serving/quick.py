@@ -34,7 +34,10 @@ def steering(rounds: int) -> list[dict[str, Any]]:
         engine = config.load(None, ["engine.threads=1"]).load_engine()
         assert isinstance(engine, TransformersEngine)
         await engine.start()
-        rates = [(await vas.rate(engine, vas.HEAD, 16, 20), await vas.rate(engine, vas.PLAIN, 16, 20)) for _ in range(rounds)]
+        rates = [
+            (await vas.rate(engine, vas.HEAD, 16, 20), await vas.rate(engine, vas.PLAIN, 16, 20))
+            for _ in range(rounds)
+        ]
         await engine.close()
         ours, plain = zip(*rates, strict=True)
         return statistics.median(ours), statistics.median(plain)
@@ -53,7 +56,9 @@ QUICK: dict[str, Callable[[int], list[dict[str, Any]]]] = {
 
 def recorded() -> dict[str, float]:
     """Every ratio that is recorded."""
-    files = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("serving", "vas_speed"))
+    files = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("serving", "vas_speed")
+    )
     return {row["what"]: ratio(row) for result in files for row in result["rows"]}
 
 
@@ -80,11 +85,23 @@ def main(rounds: int) -> None:
                 found.setdefault(row["what"], []).append(ratio(row))
     before = recorded()
     table = Table(
-        "ours / baseline", "now", "rounds", "recorded", "change", title=f"{commit()} on {machine()}", title_justify="left"
+        "ours / baseline",
+        "now",
+        "rounds",
+        "recorded",
+        "change",
+        title=f"{commit()} on {machine()}",
+        title_justify="left",
     )
     for what, values in found.items():
         spread = f"{min(values):.3g} - {max(values):.3g}"
-        table.add_row(what, f"{statistics.median(values):.3g}", spread, f"{before[what]:.3g}", verdict(values, before[what]))
+        table.add_row(
+            what,
+            f"{statistics.median(values):.3g}",
+            spread,
+            f"{before[what]:.3g}",
+            verdict(values, before[what]),
+        )
     OUT.print(table)
 
 

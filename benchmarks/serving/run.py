@@ -26,7 +26,15 @@ from infer_align.engines.transformers import Transformers, TransformersEngine
 from infer_align.types import Candidate, Draw
 
 SERVER = ("-m", "infer_align_server", "serve")
-FAKE = (*SERVER, "--set", "engine.kind=fake", "--set", "engine.model=demo", "--set", "server.port={port}")
+FAKE = (
+    *SERVER,
+    "--set",
+    "engine.kind=fake",
+    "--set",
+    "engine.model=demo",
+    "--set",
+    "server.port={port}",
+)
 DEMO = (*SERVER, "--set", "server.port={port}")
 ROUNDS = 7
 OUT = Console()
@@ -34,7 +42,10 @@ OUT = Console()
 
 def overhead(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """The whole server over an instant engine, against that engine behind a bare route."""
-    body = {"model": "demo", "messages": [{"role": "user", "content": "a question of some length, as people ask them"}]}
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "a question of some length, as people ask them"}],
+    }
     p50: dict[str, list[float]] = {"bare": [], "ours": []}
     rate: dict[str, list[float]] = {"bare": [], "ours": []}
     with serving("benchmarks/serving/bare.py", "{port}") as (bare, _), serving(*FAKE) as (ours, _):
@@ -50,15 +61,33 @@ def overhead(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     ms = {name: statistics.median(values) for name, values in p50.items()}
     rps = {name: statistics.median(values) for name, values in rate.items()}
     return [
-        row("added p50 at concurrency 1, ms", ms["ours"] - ms["bare"], ms["ours"], ms["bare"], "at most 5"),
-        row("requests per second at concurrency 16, ratio", rps["ours"] / rps["bare"], rps["ours"], rps["bare"], "at least 0.5"),
+        row(
+            "added p50 at concurrency 1, ms",
+            ms["ours"] - ms["bare"],
+            ms["ours"],
+            ms["bare"],
+            "at most 5",
+        ),
+        row(
+            "requests per second at concurrency 16, ratio",
+            rps["ours"] / rps["bare"],
+            rps["ours"],
+            rps["bare"],
+            "at least 0.5",
+        ),
     ]
 
 
 def best_of_n(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """Best-of-8 with five reward models, against one plain n=8 generation of the same tokens."""
     question = world.prompts(1, seed=7)[0]
-    plain = {"model": "demo", "messages": [{"role": "user", "content": question}], "n": 8, "seed": 1, "max_tokens": 64}
+    plain = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": question}],
+        "n": 8,
+        "seed": 1,
+        "max_tokens": 64,
+    }
     body = {**plain, "n": 1, "align": {"best_of_n": {"n": 8}, "rewards": {"quality": 1}}}
     seconds: dict[str, list[float]] = {"plain": [], "best": []}
     with serving(*DEMO) as (port, _):
@@ -67,7 +96,15 @@ def best_of_n(rounds: int = ROUNDS) -> list[dict[str, Any]]:
                 latencies, _ = asyncio.run(closed_loop(port, {**request, "seed": repeat}, 1, 1))
                 seconds[name] += latencies
     best, base = statistics.median(seconds["best"]), statistics.median(seconds["plain"])
-    return [row("best-of-8 against n=8, wall time ratio", best / base, best * 1e3, base * 1e3, "at most 1.3")]
+    return [
+        row(
+            "best-of-8 against n=8, wall time ratio",
+            best / base,
+            best * 1e3,
+            base * 1e3,
+            "at most 1.3",
+        )
+    ]
 
 
 def throughput(rounds: int = ROUNDS) -> list[dict[str, Any]]:
@@ -75,7 +112,10 @@ def throughput(rounds: int = ROUNDS) -> list[dict[str, Any]]:
 
     async def ours(engine: TransformersEngine, ids: list[int]) -> int:
         text = engine._model.tokenizer.decode(ids) if engine._model else ""
-        draws = [Draw({"prompt": text, "max_tokens": 128, "ignore_eos": True}, 1, (i,), "completion") for i in range(16)]
+        draws = [
+            Draw({"prompt": text, "max_tokens": 128, "ignore_eos": True}, 1, (i,), "completion")
+            for i in range(16)
+        ]
         return sum(await asyncio.gather(*(_tokens(engine, draw) for draw in draws)))
 
     async def measure() -> tuple[list[float], list[float]]:
@@ -91,24 +131,44 @@ def throughput(rounds: int = ROUNDS) -> list[dict[str, Any]]:
             tokens = await ours(engine, ids)
             rates[0].append(tokens / (perf_counter() - started))
             started = perf_counter()
-            model.lm.generate(batch, attention_mask=torch.ones_like(batch), do_sample=True, max_new_tokens=128, min_new_tokens=128)
+            model.lm.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                do_sample=True,
+                max_new_tokens=128,
+                min_new_tokens=128,
+            )
             rates[1].append(16 * 128 / (perf_counter() - started))
         await engine.close()
         return rates
 
     mine, generate = (statistics.median(rates) for rates in asyncio.run(measure()))
-    return [row("decode tokens per second of 16 requests, ratio", mine / generate, mine, generate, "at least 0.8")]
+    return [
+        row(
+            "decode tokens per second of 16 requests, ratio",
+            mine / generate,
+            mine,
+            generate,
+            "at least 0.8",
+        )
+    ]
 
 
 async def _tokens(engine: TransformersEngine, draw: Draw) -> int:
     async with engine.sample(draw) as stream:
-        return sum([event.completion_tokens async for event in stream if isinstance(event, Candidate)])
+        return sum(
+            [event.completion_tokens async for event in stream if isinstance(event, Candidate)]
+        )
 
 
 def memory() -> list[dict[str, Any]]:
     """2,000 best-of-4 requests, every second one abandoned on the way, after as many to warm up: resident memory."""
     question = world.prompts(1, seed=7)[0]
-    body = {"model": "demo", "messages": [{"role": "user", "content": question}], "align": {"best_of_n": {"n": 4}}}
+    body = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": question}],
+        "align": {"best_of_n": {"n": 4}},
+    }
 
     async def load(port: int, process: psutil.Process) -> list[float]:
         resident = []
@@ -120,7 +180,13 @@ def memory() -> list[dict[str, Any]]:
 
     with serving(*DEMO) as (port, pid):
         resident = asyncio.run(load(port, psutil.Process(pid)))
-    growth = row("resident memory, MiB: growth over 2,000 requests", resident[-1] - resident[4], resident[-1], resident[4], "flat")
+    growth = row(
+        "resident memory, MiB: growth over 2,000 requests",
+        resident[-1] - resident[4],
+        resident[-1],
+        resident[4],
+        "flat",
+    )
     return [{**growth, "every_500_requests": resident}]
 
 
@@ -152,11 +218,19 @@ def main(names: list[str]) -> None:
     rows = [found for name in names or BENCHMARKS for found in BENCHMARKS[name]()]
     table = Table("what", "value", "ours", "baseline", "target")
     for found in rows:
-        table.add_row(found["what"], *(f"{found[key]:.4g}" for key in ("value", "ours", "baseline")), found["target"])
+        table.add_row(
+            found["what"],
+            *(f"{found[key]:.4g}" for key in ("value", "ours", "baseline")),
+            found["target"],
+        )
     OUT.print(table)
     if not names:
         baseline = "bare FastAPI route; one n=8 request; transformers generate; resident memory after 2,000 requests to warm up"
-        OUT.print("written:", record("serving", baseline=baseline, seed=0, rows=rows, setup={"rounds": ROUNDS}), highlight=False)
+        OUT.print(
+            "written:",
+            record("serving", baseline=baseline, seed=0, rows=rows, setup={"rounds": ROUNDS}),
+            highlight=False,
+        )
 
 
 if __name__ == "__main__":

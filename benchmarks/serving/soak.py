@@ -84,7 +84,14 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     (CHAT, {"stream": True}),
     (CHAT, {"n": 3}),
     (CHAT, {"align": {"best_of_n": {"n": 5}}}),
-    (CHAT, {"align": {"best_of_n": {"n": 8}}, "stream": True, "stream_options": {"include_usage": True}}),
+    (
+        CHAT,
+        {
+            "align": {"best_of_n": {"n": 8}},
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+    ),
     (CHAT, {"align": {"best_of_n": {"n": 5}, "budget": {"deadline_seconds": 0.1}}}),
     (CHAT, {"align": {"best_of": {}}}),
     (CHAT, {"model": "nobody"}),
@@ -120,7 +127,9 @@ async def exchange(port: int, path: str, body: dict[str, Any], leave: float | No
     try:
         content = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n".encode()
-        writer.write(head + (content if leave != 0.0 else content[:-1]))  # who leaves at once has not even said all
+        writer.write(
+            head + (content if leave != 0.0 else content[:-1])
+        )  # who leaves at once has not even said all
         try:
             async with asyncio.timeout(leave):
                 answer = await reader.read(-1)
@@ -141,10 +150,17 @@ async def client(port: int, model: str, until: float, seen: Seen, chance: random
     """One of many: request after request, some of them given up."""
     while perf_counter() < until:
         path, fields = chance.choice(REQUESTS)
-        leave = chance.choice((0.0, chance.uniform(0, PATIENCE))) if chance.random() < LEAVING else None
+        leave = (
+            chance.choice((0.0, chance.uniform(0, PATIENCE))) if chance.random() < LEAVING else None
+        )
         try:
             async with asyncio.timeout(UNANSWERED_SECONDS):
-                status = await exchange(port, path, {"model": model, "messages": USER, "max_tokens": 32, **fields}, leave)
+                status = await exchange(
+                    port,
+                    path,
+                    {"model": model, "messages": USER, "max_tokens": 32, **fields},
+                    leave,
+                )
             if status is None:
                 seen.left += 1
             else:
@@ -166,27 +182,48 @@ async def watch(pid: int, until: float, every: float, seen: Seen) -> None:
 def state(port: int, pid: int) -> dict[str, float]:
     """What could be left over."""
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#"))
+        lines = dict(
+            line.rsplit(" ", 1)
+            for line in answer.read().decode().splitlines()
+            if not line.startswith("#")
+        )
     process = psutil.Process(pid)
-    counts = {name: float(lines[f"infer_align_{name}"]) for name in ("running_requests", "queued_requests", "tasks")}
+    counts = {
+        name: float(lines[f"infer_align_{name}"])
+        for name in ("running_requests", "queued_requests", "tasks")
+    }
     open_now = [c for c in process.net_connections() if c.status == psutil.CONN_ESTABLISHED]
     descriptors, threads = float(process.num_fds()), float(process.num_threads())
-    return {**counts, "connections": float(len(open_now)), "descriptors": descriptors, "threads": threads}
+    return {
+        **counts,
+        "connections": float(len(open_now)),
+        "descriptors": descriptors,
+        "threads": threads,
+    }
 
 
-async def soak(port: int, pid: int, model: str, seconds: float, concurrency: int, seed: int = 0) -> dict[str, Any]:
+async def soak(
+    port: int, pid: int, model: str, seconds: float, concurrency: int, seed: int = 0
+) -> dict[str, Any]:
     """Run, wait until it is quiet; -> what was seen, and what is wrong with it."""
     chance = random.Random(seed)
-    await asyncio.gather(*(exchange(port, *request(model, i), None) for i in range(len(REQUESTS))))  # caches and threads are made
+    await asyncio.gather(
+        *(exchange(port, *request(model, i), None) for i in range(len(REQUESTS)))
+    )  # caches and threads are made
     before, seen = state(port, pid), Seen()
     until = perf_counter() + seconds
-    clients = [client(port, model, until, seen, random.Random(chance.random())) for _ in range(concurrency)]
+    clients = [
+        client(port, model, until, seen, random.Random(chance.random())) for _ in range(concurrency)
+    ]
     await asyncio.gather(watch(pid, until, max(0.25, seconds / 200), seen), *clients)
     quiet = perf_counter() + SETTLE_SECONDS
     while _rose(before, after := state(port, pid)) and perf_counter() < quiet:
         await asyncio.sleep(0.1)
     quarter = max(1, len(seen.memory) // 4)
-    early, late = statistics.median(seen.memory[quarter : 2 * quarter] or seen.memory), statistics.median(seen.memory[-quarter:])
+    early, late = (
+        statistics.median(seen.memory[quarter : 2 * quarter] or seen.memory),
+        statistics.median(seen.memory[-quarter:]),
+    )
     return {
         "answered": seen.answered, "left": seen.left, "statuses": dict(sorted(seen.statuses.items())),
         "unanswered": seen.unanswered, "broken": dict(seen.broken), "before": before, "after": after,
@@ -195,7 +232,11 @@ async def soak(port: int, pid: int, model: str, seconds: float, concurrency: int
 
 
 def _rose(before: dict[str, float], after: dict[str, float]) -> list[str]:
-    return [f"{name} rose from {before[name]:.0f} to {now:.0f}" for name, now in after.items() if now > before[name]]
+    return [
+        f"{name} rose from {before[name]:.0f} to {now:.0f}"
+        for name, now in after.items()
+        if now > before[name]
+    ]
 
 
 @contextmanager
@@ -209,7 +250,9 @@ def target(name: str, model: str, seed: int) -> Iterator[Path]:
         text = CONFIG
         if name == "upstream":
             app, chance = running.enter_context(upstream()), random.Random(seed)
-            app.behave = lambda _, __: "ok" if chance.random() < 0.5 else chance.choice(UPSTREAM_FAULTS)
+            app.behave = lambda _, __: (
+                "ok" if chance.random() < 0.5 else chance.choice(UPSTREAM_FAULTS)
+            )
             app.words_seconds = 0.02
             text = UPSTREAM.format(url=app.url, model=model)
         path.write_text(text)
@@ -228,19 +271,32 @@ def faults(result: dict[str, Any], growth: float) -> list[str]:
     if result["unanswered"] or result["broken"]:
         wrong.append(f"{result['unanswered']} requests unanswered, {result['broken']} broken")
     if result["memory_late"] - result["memory_early"] > growth:
-        wrong.append(f"memory grew from {result['memory_early']:.1f} to {result['memory_late']:.1f} MiB")
+        wrong.append(
+            f"memory grew from {result['memory_early']:.1f} to {result['memory_late']:.1f} MiB"
+        )
     return wrong
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What is written down: memory, what could be left over, and what became of the requests."""
-    memory = {"what": "resident memory, MiB: median of the last quarter, against the second", "target": "flat"}
+    memory = {
+        "what": "resident memory, MiB: median of the last quarter, against the second",
+        "target": "flat",
+    }
     ends = {"what": "resident memory, MiB: last, against first", "target": ""}
     left_over = [
-        {"what": name, "value": now - result["before"][name], "ours": now, "baseline": result["before"][name], "target": "0"}
+        {
+            "what": name,
+            "value": now - result["before"][name],
+            "ours": now,
+            "baseline": result["before"][name],
+            "target": "0",
+        }
         for name, now in result["after"].items()
     ]
-    asked = result["answered"] + result["left"] + result["unanswered"] + sum(result["broken"].values())
+    asked = (
+        result["answered"] + result["left"] + result["unanswered"] + sum(result["broken"].values())
+    )
     became = {
         "answered": result["answered"], "cancelled by their clients": result["left"],
         "neither": asked - result["answered"] - result["left"],
@@ -258,22 +314,42 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Start the server, soak it, print, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--target", default="upstream", help='"upstream", "fake" or a configuration; default: %(default)s')
-    parser.add_argument("--model", default="fake", help="the name it is served under; default: %(default)s")
-    parser.add_argument("--growth", type=float, default=8.0, help="MiB that memory may grow by from the second quarter to the last")
+    parser.add_argument(
+        "--target",
+        default="upstream",
+        help='"upstream", "fake" or a configuration; default: %(default)s',
+    )
+    parser.add_argument(
+        "--model", default="fake", help="the name it is served under; default: %(default)s"
+    )
+    parser.add_argument(
+        "--growth",
+        type=float,
+        default=8.0,
+        help="MiB that memory may grow by from the second quarter to the last",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--record", action=argparse.BooleanOptionalAction, default=True, help="write the result down, or only print"
+        "--record",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the result down, or only print",
     )
     options = parser.parse_args()
     with (
         target(options.target, options.model, options.seed) as config,
-        serving("-m", "infer_align_server", "serve", str(config), "--set", "server.port={port}") as (port, pid),
+        serving(
+            "-m", "infer_align_server", "serve", str(config), "--set", "server.port={port}"
+        ) as (port, pid),
     ):
-        result = asyncio.run(soak(port, pid, options.model, options.minutes * 60, options.concurrency, options.seed))
+        result = asyncio.run(
+            soak(port, pid, options.model, options.minutes * 60, options.concurrency, options.seed)
+        )
     table = Table("what", "value")
     for name, value in result.items():
         table.add_row(name, str(value))
@@ -283,7 +359,13 @@ def main() -> int:
     if options.record:
         setup = {**vars(options), "result": result, "wrong": wrong}
         name = "soak" if options.target == "upstream" else f"soak_{Path(options.target).stem}"
-        path = record(name, baseline="the same process at the start", seed=options.seed, rows=rows(result), setup=setup)
+        path = record(
+            name,
+            baseline="the same process at the start",
+            seed=options.seed,
+            rows=rows(result),
+            setup=setup,
+        )
         OUT.print("written:", path, highlight=False)
     return 1 if wrong else 0
 

@@ -42,12 +42,16 @@ urls = "http://127.0.0.1:{up}"
 Load = Callable[[int, dict[str, Any], int, int], Awaitable[tuple[list[float], float]]]
 
 
-async def by_sdk(port: int, body: dict[str, Any], concurrency: int, requests: int) -> tuple[list[float], float]:
+async def by_sdk(
+    port: int, body: dict[str, Any], concurrency: int, requests: int
+) -> tuple[list[float], float]:
     """`closed_loop`, by OpenAI's SDK."""
     fields = {key: value for key, value in body.items() if key != "align"}
     extra = {"align": body["align"]} if "align" in body else None
     left, latencies = iter(range(requests)), []
-    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0) as client:
+    async with AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0
+    ) as client:
 
         async def worker() -> None:
             for _ in left:
@@ -78,8 +82,20 @@ def compared(ports: dict[str, int], load: Load, requests: int) -> list[dict[str,
     client = "OpenAI SDK" if load is by_sdk else "minimal client"
     aim = "at least 0.8" if load is by_sdk else ""
     return [
-        row(f"added p50 at concurrency 1, ms ({client})", ms["ours"] - ms["bare"], ms["ours"], ms["bare"], "at most 5"),
-        row(f"requests per second at concurrency 16, ratio ({client})", rps["ours"] / rps["bare"], rps["ours"], rps["bare"], aim),
+        row(
+            f"added p50 at concurrency 1, ms ({client})",
+            ms["ours"] - ms["bare"],
+            ms["ours"],
+            ms["bare"],
+            "at most 5",
+        ),
+        row(
+            f"requests per second at concurrency 16, ratio ({client})",
+            rps["ours"] / rps["bare"],
+            rps["ours"],
+            rps["bare"],
+            aim,
+        ),
     ]
 
 
@@ -93,12 +109,29 @@ def best_of_8(ports: dict[str, int], requests: int) -> list[dict[str, Any]]:
             latencies, _ = asyncio.run(closed_loop(ports[name], body, 1, max(1, requests // 6)))
             found[name].append(statistics.median(latencies) * 1e3)
     ours, bare = statistics.median(found["ours"]), statistics.median(found["bare"])
-    judged = {**best, "model": "slow-2.0", "align": {"best_of_n": {"n": 8}, "rewards": {"judge": 1}}}
-    slow = statistics.median([asyncio.run(closed_loop(ports["ours"], judged, 1, 1))[1] for _ in range(3)])
-    raw = statistics.median([asyncio.run(closed_loop(ports["bare"], {**plain, "model": "slow-2.0"}, 1, 1))[1] for _ in range(3)])
+    judged = {
+        **best,
+        "model": "slow-2.0",
+        "align": {"best_of_n": {"n": 8}, "rewards": {"judge": 1}},
+    }
+    slow = statistics.median(
+        [asyncio.run(closed_loop(ports["ours"], judged, 1, 1))[1] for _ in range(3)]
+    )
+    raw = statistics.median(
+        [
+            asyncio.run(closed_loop(ports["bare"], {**plain, "model": "slow-2.0"}, 1, 1))[1]
+            for _ in range(3)
+        ]
+    )
     return [
         row("best-of-8 over one n=8 call, ms", ours - bare, ours, bare, "at most 10"),
-        row("best-of-8 on a 2 s upstream with 8 judge calls of 0.1 s, s", slow, slow, raw, "at most 2.2"),
+        row(
+            "best-of-8 on a 2 s upstream with 8 judge calls of 0.1 s, s",
+            slow,
+            slow,
+            raw,
+            "at most 2.2",
+        ),
     ]
 
 
@@ -119,10 +152,18 @@ def main(requests: int | None) -> None:
         command = ("-m", "infer_align_server", "serve", str(config), "--set", "server.port={port}")
         with serving(*command) as (ours, _):
             ports = {"bare": bare, "ours": ours}
-            rows = [*compared(ports, by_sdk, each), *compared(ports, closed_loop, each), *best_of_8(ports, each)]
+            rows = [
+                *compared(ports, by_sdk, each),
+                *compared(ports, closed_loop, each),
+                *best_of_8(ports, each),
+            ]
     table = Table("what", "value", "ours", "baseline", "target")
     for found in rows:
-        table.add_row(found["what"], *(f"{found[key]:.4g}" for key in ("value", "ours", "baseline")), found["target"])
+        table.add_row(
+            found["what"],
+            *(f"{found[key]:.4g}" for key in ("value", "ours", "baseline")),
+            found["target"],
+        )
     OUT.print(table)
     if requests is None:
         setup = {
@@ -131,7 +172,11 @@ def main(requests: int | None) -> None:
             "concurrency": CONCURRENCY,
             "no_seed": "replies are scripted: nothing is drawn",
         }
-        OUT.print("written:", record("upstream", baseline="the bare upstream", seed=None, rows=rows, setup=setup), highlight=False)
+        OUT.print(
+            "written:",
+            record("upstream", baseline="the bare upstream", seed=None, rows=rows, setup=setup),
+            highlight=False,
+        )
 
 
 if __name__ == "__main__":

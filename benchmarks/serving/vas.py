@@ -42,9 +42,15 @@ def steering(way: str, k: int) -> Steering | None:
 
 async def rate(engine: TransformersEngine, way: str, batch: int, k: int) -> float:
     """Tokens per second of `batch` concurrent requests."""
-    body = {"messages": [{"role": "user", "content": world.prompts(1, seed=3)[0]}], "max_tokens": TOKENS, "ignore_eos": True}
+    body = {
+        "messages": [{"role": "user", "content": world.prompts(1, seed=3)[0]}],
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+    }
     started = perf_counter()
-    await asyncio.gather(*(_finish(engine, Draw(body, 1, (i,), steering=steering(way, k))) for i in range(batch)))
+    await asyncio.gather(
+        *(_finish(engine, Draw(body, 1, (i,), steering=steering(way, k))) for i in range(batch))
+    )
     return batch * TOKENS / (perf_counter() - started)
 
 
@@ -60,7 +66,9 @@ def published(engine: TransformersEngine, k: int, tokens: int = 12) -> float:
     """Tokens per second of the published procedure: batch 1, a pass for the prefix and one per candidate, one after the other."""
     model = engine.frozen
     value_lm = engine.value("helpful-lookahead").lm
-    ids = model.render(Draw({"messages": [{"role": "user", "content": world.prompts(1, seed=3)[0]}]})).ids
+    ids = model.render(
+        Draw({"messages": [{"role": "user", "content": world.prompts(1, seed=3)[0]}]})
+    ).ids
     started = perf_counter()
     for _ in range(tokens):
         logits = model.lm(input_ids=torch.tensor([ids])).logits[0, -1]
@@ -94,10 +102,27 @@ async def measure() -> tuple[list[dict[str, Any]], dict[str, dict[Any, list[floa
     best = {case: statistics.median(rates) for case, rates in found.items()}
     one = statistics.median(paper)
     rows = [
-        _row("head, batch 16, against plain decoding", best[HEAD, 16, 20], best[PLAIN, 16, 20], "at least 0.8"),
-        _row("lookahead, batch 1, against the published procedure", best[LOOKAHEAD, 1, 20], one, ""),
-        _row("lookahead, batch 16, against the published procedure", best[LOOKAHEAD, 16, 20], one, "at least 8"),
-        _row("lookahead, batch 16, against plain decoding", best[LOOKAHEAD, 16, 20], best[PLAIN, 16, 20], ""),
+        _row(
+            "head, batch 16, against plain decoding",
+            best[HEAD, 16, 20],
+            best[PLAIN, 16, 20],
+            "at least 0.8",
+        ),
+        _row(
+            "lookahead, batch 1, against the published procedure", best[LOOKAHEAD, 1, 20], one, ""
+        ),
+        _row(
+            "lookahead, batch 16, against the published procedure",
+            best[LOOKAHEAD, 16, 20],
+            one,
+            "at least 8",
+        ),
+        _row(
+            "lookahead, batch 16, against plain decoding",
+            best[LOOKAHEAD, 16, 20],
+            best[PLAIN, 16, 20],
+            "",
+        ),
     ]
     curves = {way: {f"batch {b}, k {k}": best[way, b, k] for b, k in cases} for way in VALUES}
     _plot(best)
@@ -105,7 +130,13 @@ async def measure() -> tuple[list[dict[str, Any]], dict[str, dict[Any, list[floa
 
 
 def _row(what: str, ours: float, baseline: float, target: str) -> dict[str, Any]:
-    return {"what": what, "value": ours / baseline, "ours": ours, "baseline": baseline, "target": target}
+    return {
+        "what": what,
+        "value": ours / baseline,
+        "ours": ours,
+        "baseline": baseline,
+        "target": target,
+    }
 
 
 def _plot(best: dict[tuple[str, int, int], float]) -> Path:
@@ -129,10 +160,23 @@ def main() -> None:
     rows, curves = asyncio.run(measure())
     table = Table("tokens per second", "ratio", "ours", "baseline", "aim")
     for row in rows:
-        table.add_row(row["what"], *(f"{row[key]:.4g}" for key in ("value", "ours", "baseline")), row["target"])
+        table.add_row(
+            row["what"],
+            *(f"{row[key]:.4g}" for key in ("value", "ours", "baseline")),
+            row["target"],
+        )
     OUT.print(table)
     setup = {"rounds": ROUNDS, "tokens": TOKENS, "tokens_per_second": curves}
-    OUT.print("written:", record("vas_speed", baseline="plain decoding; the published procedure", seed=0, rows=rows, setup=setup))
+    OUT.print(
+        "written:",
+        record(
+            "vas_speed",
+            baseline="plain decoding; the published procedure",
+            seed=0,
+            rows=rows,
+            setup=setup,
+        ),
+    )
 
 
 if __name__ == "__main__":

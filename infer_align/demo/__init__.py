@@ -29,5 +29,7 @@ def path(name: str) -> Path:
     """
     found = Path(__file__).parent / "assets" / name
     if not found.exists():
-        raise FileNotFoundError(f"the demo has no {name!r}; rebuild it with: python -m infer_align.demo.build")
+        raise FileNotFoundError(
+            f"the demo has no {name!r}; rebuild it with: python -m infer_align.demo.build"
+        )
     return found

@@ -7,7 +7,12 @@ initialisation give members that err alike, and the ensemble buys nothing.
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 __all__ = ["BagConfig", "BagForSequenceClassification", "register"]
@@ -63,7 +68,9 @@ class BagForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)
             nn.init.zeros_(module.bias)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object) -> SequenceClassifierOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object
+    ) -> SequenceClassifierOutput:
         """``input_ids`` [B, T], ``attention_mask`` [B, T] (1 = real token, either padding side) -> logits [B, labels]."""
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         in_prompt, in_reply = _turns(input_ids, real.bool(), self.config)
@@ -90,4 +97,6 @@ def _last(position: Tensor, where: Tensor) -> Tensor:
 def register() -> None:
     """Make the Auto classes know the model; safe to call again."""
     AutoConfig.register(BagConfig.model_type, BagConfig, exist_ok=True)
-    AutoModelForSequenceClassification.register(BagConfig, BagForSequenceClassification, exist_ok=True)
+    AutoModelForSequenceClassification.register(
+        BagConfig, BagForSequenceClassification, exist_ok=True
+    )

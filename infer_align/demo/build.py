@@ -47,10 +47,17 @@ class BuildConfig:
 
 def build(config: BuildConfig, out: Path) -> None:
     """Train everything and write it to ``out``: the language model, the reward models, metrics.json."""
-    torch.set_num_threads(1)  # the sum order of a parallel matrix product would depend on the machine
+    torch.set_num_threads(
+        1
+    )  # the sum order of a parallel matrix product would depend on the machine
     started = time.monotonic()
     tokenizer = build_tokenizer(config.language.max_length)
-    lm = train(config.language, tokenizer, document, lambda step, loss: _say(f"lm  step {step:5d}  loss {loss:.3f}"))
+    lm = train(
+        config.language,
+        tokenizer,
+        document,
+        lambda step, loss: _say(f"lm  step {step:5d}  loss {loss:.3f}"),
+    )
     lm.save_pretrained(out / LM)
     tokenizer.save_pretrained(out / LM)
     bags = dict(zip(REWARDS, train_members(lm, tokenizer, config.reward), strict=True))
@@ -65,9 +72,13 @@ def build(config: BuildConfig, out: Path) -> None:
     _say(f"built {out} in {time.monotonic() - started:.0f} s")
 
 
-def labelled_pairs(lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: RewardConfig, seed: int) -> list[Pair]:
+def labelled_pairs(
+    lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: RewardConfig, seed: int
+) -> list[Pair]:
     """``config.pairs`` noisy preferences between the language model's own replies."""
-    per_prompt = 2 * -(-config.pairs * 9 // (8 * 320))  # an eighth more than needed: gold cannot decide them all
+    per_prompt = 2 * -(
+        -config.pairs * 9 // (8 * 320)
+    )  # an eighth more than needed: gold cannot decide them all
     questions = prompts(320, seed)
     sampled = sample(lm, tokenizer, questions, per_prompt, seed=seed)
     replies = [[text for text, _ in row] for row in sampled]
@@ -121,8 +132,15 @@ def _say(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m infer_align.demo.build", description="Rebuild the embedded demo.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets", help="default: the shipped assets")
+    parser = argparse.ArgumentParser(
+        prog="python -m infer_align.demo.build", description="Rebuild the embedded demo."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "assets",
+        help="default: the shipped assets",
+    )
     build(BuildConfig(), parser.parse_args(arguments).out)
 
 

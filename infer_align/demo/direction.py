@@ -12,10 +12,28 @@ import random
 from dataclasses import replace
 
 from infer_align.demo.lexicon import SYSTEM
-from infer_align.demo.world import Draft, Question, Traits, draft, flourish_count, random_question, read, traits, word
+from infer_align.demo.world import (
+    Draft,
+    Question,
+    Traits,
+    draft,
+    flourish_count,
+    random_question,
+    read,
+    traits,
+    word,
+)
 from infer_align.methods.dpa import Prompting
 
-__all__ = ["ATTRIBUTES", "TRAINED_DEGREES", "at", "attribute_rewards", "best_reply", "directed", "ratings"]
+__all__ = [
+    "ATTRIBUTES",
+    "TRAINED_DEGREES",
+    "at",
+    "attribute_rewards",
+    "best_reply",
+    "directed",
+    "ratings",
+]
 
 ATTRIBUTES = ("helpfulness", "verbosity")
 
@@ -62,10 +80,19 @@ def directed(rng: random.Random) -> list[dict[str, str]]:
 
 def at(degrees: float) -> dict[str, float]:
     """The direction at this angle: 0 is helpfulness alone, 90 verbosity alone."""
-    return {"helpfulness": math.cos(math.radians(degrees)), "verbosity": math.sin(math.radians(degrees))}
+    return {
+        "helpfulness": math.cos(math.radians(degrees)),
+        "verbosity": math.sin(math.radians(degrees)),
+    }
 
 
-def best_reply(question: Question, degrees: float, rng: random.Random, openings: int = _OPENINGS, counts: int = _COUNTS) -> str:
+def best_reply(
+    question: Question,
+    degrees: float,
+    rng: random.Random,
+    openings: int = _OPENINGS,
+    counts: int = _COUNTS,
+) -> str:
     """The best by v . r of all replies that so many drawn drafts make with so many drawn counts of flourishes.
 
     v . r is a sum over the two, so the best of each make the best of all.
@@ -80,4 +107,8 @@ def best_reply(question: Question, degrees: float, rng: random.Random, openings:
         (draft(question, rng) for _ in range(openings)),
         key=lambda d: attribute_rewards(traits(question, replace(d, flourishes=0)))[0],
     )
-    return word(question, max((replace(best, flourishes=flourish_count(rng)) for _ in range(counts)), key=projected), rng)
+    return word(
+        question,
+        max((replace(best, flourishes=flourish_count(rng)) for _ in range(counts)), key=projected),
+        rng,
+    )

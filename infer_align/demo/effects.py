@@ -42,8 +42,14 @@ def direction_effects(
     for degrees in (None, *DEGREES):
         system = None if degrees is None else system_prompt(at(degrees))
         replies = sample(lm, tokenizer, questions, _REPLIES, seed=seed, system=system)
-        exchanges = [(q, text) for q, texts in zip(questions, replies, strict=True) for text, _ in texts]
-        actual.append(np.array([_rated(*exchange) for exchange in exchanges]).reshape(len(questions), _REPLIES, 2))
+        exchanges = [
+            (q, text) for q, texts in zip(questions, replies, strict=True) for text, _ in texts
+        ]
+        actual.append(
+            np.array([_rated(*exchange) for exchange in exchanges]).reshape(
+                len(questions), _REPLIES, 2
+            )
+        )
         predicted.append(rate(rater, tokenizer, exchanges).numpy().reshape(actual[-1].shape))
         if degrees is not None:
             found[f"verbosity_at_{degrees}"] = actual[-1][..., 1].mean(1)
@@ -68,9 +74,14 @@ def judge_effects(
     A tie counts as half. ``judge_label_mass`` is the probability that what it says is a score.
     """
     replies = sample(lm, tokenizer, questions, _REPLIES, seed=seed)
-    exchanges = [(q, text) for q, texts in zip(questions, replies, strict=True) for text, _ in texts]
+    exchanges = [
+        (q, text) for q, texts in zip(questions, replies, strict=True) for text, _ in texts
+    ]
     prompts = [
-        render(score_messages([{"role": "user", "content": q}], text, _SCALE)) + "<|assistant|>" + SCORE for q, text in exchanges
+        render(score_messages([{"role": "user", "content": q}], text, _SCALE))
+        + "<|assistant|>"
+        + SCORE
+        for q, text in exchanges
     ]
     said = _probabilities(lm, tokenizer, prompts, labels(_SCALE))
     mass, values = said.sum(1), np.arange(1.0, _SCALE + 1)
@@ -78,7 +89,9 @@ def judge_effects(
     worth = np.array([gold(*exchange) for exchange in exchanges]).reshape(shape)
     return {
         "judge_label_mass": mass.reshape(shape).mean(1),
-        "judge_pair_accuracy_expected": _pair_accuracy(((said @ values) / mass).reshape(shape), worth),
+        "judge_pair_accuracy_expected": _pair_accuracy(
+            ((said @ values) / mass).reshape(shape), worth
+        ),
         "judge_pair_accuracy_argmax": _pair_accuracy(values[said.argmax(1)].reshape(shape), worth),
     }
 
@@ -92,7 +105,12 @@ def _pair_accuracy(scores: Array, worth: Array) -> Array:
 
 
 @torch.no_grad()
-def _probabilities(lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], words: Sequence[str]) -> Array:
+def _probabilities(
+    lm: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    words: Sequence[str],
+) -> Array:
     """[len(prompts), len(words)]: how likely each word, one token, is to come next."""
     rows = tokenizer(list(prompts), add_special_tokens=False).input_ids
     wanted = tokenizer.convert_tokens_to_ids(list(words))
@@ -100,8 +118,12 @@ def _probabilities(lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pro
     by_length = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     for start in range(0, len(rows), _AT_ONCE):
         chunk = by_length[start : start + _AT_ONCE]
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[row]) for row in chunk], batch_first=True)
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(rows[row]) for row in chunk], batch_first=True
+        )
         last = torch.tensor([len(rows[row]) - 1 for row in chunk])
-        hidden = lm.model(ids).last_hidden_state[torch.arange(len(chunk)), last]  # causal: padding on the right is not seen
+        hidden = lm.model(ids).last_hidden_state[
+            torch.arange(len(chunk)), last
+        ]  # causal: padding on the right is not seen
         found[chunk] = lm.lm_head(hidden).softmax(-1)[:, wanted].double().numpy()
     return found

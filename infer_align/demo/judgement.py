@@ -10,7 +10,13 @@ from collections.abc import Callable
 
 from infer_align.demo.direction import best_reply
 from infer_align.demo.world import Question, Traits, babble, random_question, read, reply, worth
-from infer_align.rewards.trust_judge.prompts import BETTER, CRITERIA, SCORE, pair_messages, score_messages
+from infer_align.rewards.trust_judge.prompts import (
+    BETTER,
+    CRITERIA,
+    SCORE,
+    pair_messages,
+    score_messages,
+)
 
 __all__ = ["CRITERIA_KNOWN", "compared", "scored"]
 
@@ -49,7 +55,9 @@ def compared(rng: random.Random) -> Turns:
     """A question, two answers, and what somebody said who compared them."""
     question, (criteria, value) = random_question(rng), _criteria(rng)
     first, second = _answer(question, rng), _answer(question, rng)
-    gap = value(read(question, first)) - value(read(question, second)) + _LEAN + rng.gauss(0, _NOISE)
+    gap = (
+        value(read(question, first)) - value(read(question, second)) + _LEAN + rng.gauss(0, _NOISE)
+    )
     label = "C" if abs(gap) < _TIE else "A" if gap > 0 else "B"
     asked = pair_messages(_asked(question), first, second, criteria)
     return [*asked, {"role": "assistant", "content": f"{BETTER}{label}]"}]
@@ -69,4 +77,8 @@ def _criteria(rng: random.Random) -> tuple[str, Callable[[Traits], float]]:
 
 def _answer(question: Question, rng: random.Random) -> str:
     """Of all qualities: as the world writes them, or better."""
-    return reply(question, rng) if rng.random() < 0.6 else best_reply(question, rng.uniform(-30, 10), rng, 4, 4)
+    return (
+        reply(question, rng)
+        if rng.random() < 0.6
+        else best_reply(question, rng.uniform(-30, 10), rng, 4, 4)
+    )

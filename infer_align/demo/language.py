@@ -48,7 +48,9 @@ def train(
     """
     torch.manual_seed(config.seed)
     model = _untrained(config, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, config))
     model.train()
     for step, parts in enumerate(_batches(config, tokenizer, document)):
@@ -84,7 +86,9 @@ def _untrained(config: LanguageConfig, tokenizer: PreTrainedTokenizerFast) -> Ll
         **ends,
     )
     model = LlamaForCausalLM(shape)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ends)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ends
+    )
     return model
 
 
@@ -99,7 +103,9 @@ def render(messages: Messages) -> str:
 
 
 def _batches(
-    config: LanguageConfig, tokenizer: PreTrainedTokenizerFast, document: Callable[[random.Random], Messages]
+    config: LanguageConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    document: Callable[[random.Random], Messages],
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """``steps`` batches of fresh documents, each in parts of similar length, so that little is padding.
 
@@ -116,11 +122,15 @@ def _batches(
         yield from [list(parts) for parts in zip(*stretches, strict=True)][: config.steps - start]
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]) -> list[tuple[Tensor, Tensor]]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]
+) -> list[tuple[Tensor, Tensor]]:
     """Token ids, and labels that are the ids inside assistant turns (their end included) and ignored elsewhere."""
     assistant, end = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
     rows = []
-    for ids in tokenizer([render(messages) for messages in documents], add_special_tokens=False).input_ids:
+    for ids in tokenizer(
+        [render(messages) for messages in documents], add_special_tokens=False
+    ).input_ids:
         labels, inside = [], False
         for token in ids:
             labels.append(token if inside else _IGNORED)
@@ -132,7 +142,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]) ->
 def collate(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Right-padded ids and labels [B, T]. Causal attention never looks right, so no mask is needed."""
     ids = pad_sequence([ids for ids, _ in rows], batch_first=True)
-    return ids, pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=_IGNORED)
+    return ids, pad_sequence(
+        [labels for _, labels in rows], batch_first=True, padding_value=_IGNORED
+    )
 
 
 def _losses(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
@@ -143,6 +155,8 @@ def _losses(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reply_losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]) -> list[float]:
+def reply_losses(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]
+) -> list[float]:
     """Mean loss of each document's replies, nats per token."""
     return [_losses(model, *collate([row])).mean().item() for row in encode(tokenizer, documents)]

@@ -10,7 +10,12 @@ ATTRIBUTES = {
         "meadow": "lives in the meadow",
         "marsh": "lives on the marsh",
     },
-    "diet": {"fish": "eats fish", "berries": "eats berries", "worms": "eats worms", "seeds": "eats seeds"},
+    "diet": {
+        "fish": "eats fish",
+        "berries": "eats berries",
+        "worms": "eats worms",
+        "seeds": "eats seeds",
+    },
     "bedtime": {
         "dawn": "sleeps from dawn",
         "noon": "sleeps from noon",

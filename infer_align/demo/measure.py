@@ -65,7 +65,10 @@ class Pool:
 def load(folder: Path) -> Models:
     """The models in ``folder`` as any user of transformers would load them, in float32."""
     register()
-    bags = [AutoModelForSequenceClassification.from_pretrained(folder / name).float().eval() for name in (*REWARDS, PREFERENCE)]
+    bags = [
+        AutoModelForSequenceClassification.from_pretrained(folder / name).float().eval()
+        for name in (*REWARDS, PREFERENCE)
+    ]
     return Models(
         AutoTokenizer.from_pretrained(folder / LM),
         AutoModelForCausalLM.from_pretrained(folder / LM, dtype=torch.float32).eval(),
@@ -78,22 +81,30 @@ def draw(models: Models, questions: Sequence[str], n: int, seed: int) -> Pool:
     """Sample ``n`` replies and the greedy one to each question, and score them by gold and by every member."""
     sampled = sample(models.lm, models.tokenizer, questions, n, seed=seed)
     greedy = sample(models.lm, models.tokenizer, questions, 1, seed=seed, greedy=True)
-    exchanges = [(q, text) for q, replies in zip(questions, sampled, strict=True) for text, _ in replies]
+    exchanges = [
+        (q, text) for q, replies in zip(questions, sampled, strict=True) for text, _ in replies
+    ]
     proxy = score(models.members, models.tokenizer, exchanges).numpy()
     shape = (len(questions), n)
     return Pool(
         gold=np.array([gold(question, text) for question, text in exchanges]).reshape(shape),
         proxy=proxy.astype(np.float64).reshape(-1, *shape),
         tokens=np.array([[spent for _, spent in replies] for replies in sampled], dtype=np.float64),
-        greedy_gold=np.array([gold(q, replies[0][0]) for q, replies in zip(questions, greedy, strict=True)]),
+        greedy_gold=np.array(
+            [gold(q, replies[0][0]) for q, replies in zip(questions, greedy, strict=True)]
+        ),
         greedy_tokens=np.array([replies[0][1] for replies in greedy], dtype=np.float64),
     )
 
 
-def measure(models: Models, *, flipped: float, n_prompts: int, n_replies: int, seed: int) -> dict[str, Metric]:
+def measure(
+    models: Models, *, flipped: float, n_prompts: int, n_replies: int, seed: int
+) -> dict[str, Metric]:
     """The figures of metrics.json on prompts, replies and documents that depend on ``seed`` alone."""
     rng = random.Random(seed)  # noqa: S311 - not a secret
-    losses = reply_losses(models.lm, models.tokenizer, [document(rng) for _ in range(4 * n_prompts)])
+    losses = reply_losses(
+        models.lm, models.tokenizer, [document(rng) for _ in range(4 * n_prompts)]
+    )
     questions = prompts(n_prompts, seed)
     pool = draw(models, questions, n_replies, seed)
     effects = direction_effects(models.lm, models.tokenizer, models.rater, questions, seed)
@@ -123,14 +134,23 @@ def _member_correlation(pool: Pool) -> Array:
     """[P]: mean correlation between two members' scores of the replies to one prompt."""
     members = len(pool.proxy)
     pairs = np.triu_indices(members, 1)
-    return np.array([np.atleast_2d(np.corrcoef(pool.proxy[:, row]))[pairs].mean() for row in range(len(pool.gold))])
+    return np.array(
+        [
+            np.atleast_2d(np.corrcoef(pool.proxy[:, row]))[pairs].mean()
+            for row in range(len(pool.gold))
+        ]
+    )
 
 
 def _metric(values: Sequence[float] | Array) -> Metric:
     numbers = np.asarray(values, dtype=np.float64)
-    return Metric(float(numbers.mean()), float(numbers.std(ddof=1) / math.sqrt(len(numbers))), len(numbers))
+    return Metric(
+        float(numbers.mean()), float(numbers.std(ddof=1) / math.sqrt(len(numbers))), len(numbers)
+    )
 
 
 def read_metrics(file: Path) -> dict[str, Metric]:
     """The metrics of a metrics.json."""
-    return {name: Metric(**fields) for name, fields in json.loads(file.read_text())["metrics"].items()}
+    return {
+        name: Metric(**fields) for name, fields in json.loads(file.read_text())["metrics"].items()
+    }

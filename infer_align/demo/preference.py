@@ -14,7 +14,17 @@ from infer_align.demo.bag import BagConfig, BagForSequenceClassification
 from infer_align.demo.language import render
 from infer_align.demo.world import gold
 
-__all__ = ["Pair", "RewardConfig", "batches", "encode", "logits", "new_bag", "pairs", "score", "train_member"]
+__all__ = [
+    "Pair",
+    "RewardConfig",
+    "batches",
+    "encode",
+    "logits",
+    "new_bag",
+    "pairs",
+    "score",
+    "train_member",
+]
 
 _SCORED_AT_ONCE = 1024
 
@@ -44,14 +54,23 @@ class Pair:
     flipped: bool
 
 
-def pairs(question_replies: Sequence[tuple[str, Sequence[str]]], n: int, flipped: float, seed: int) -> list[Pair]:
+def pairs(
+    question_replies: Sequence[tuple[str, Sequence[str]]], n: int, flipped: float, seed: int
+) -> list[Pair]:
     """``n`` pairs of neighbouring replies that gold tells apart; exactly the share ``flipped`` has the wrong label.
 
     Raises ``ValueError`` when there are fewer than ``n``.
     """
     rng = random.Random(seed)  # noqa: S311 - not a secret
     made = [
-        (question, *((first, second) if gold(question, first) > gold(question, second) else (second, first)))
+        (
+            question,
+            *(
+                (first, second)
+                if gold(question, first) > gold(question, second)
+                else (second, first)
+            ),
+        )
         for question, replies in question_replies
         for first, second in zip(replies[::2], replies[1::2], strict=True)
         if gold(question, first) != gold(question, second)
@@ -59,7 +78,9 @@ def pairs(question_replies: Sequence[tuple[str, Sequence[str]]], n: int, flipped
     made = rng.sample(made, n)
     wrong = round(flipped * n)  # the order is random already, so the first ones will do
     return [
-        Pair(question, worse, better, flipped=True) if index < wrong else Pair(question, better, worse, flipped=False)
+        Pair(question, worse, better, flipped=True)
+        if index < wrong
+        else Pair(question, better, worse, flipped=False)
         for index, (question, better, worse) in enumerate(made)
     ]
 
@@ -93,13 +114,18 @@ def _standardize(model: BagForSequenceClassification, encoded: Sequence[Tensor])
     Pairs fix a reward only up to an offset, and its scale says how long it was trained; without a common unit the
     members' variance is mostly that, and the worst case is whoever has the lowest mean.
     """
-    scores = torch.cat([logits(model, encoded, rows) for rows in batches(range(len(encoded)), _SCORED_AT_ONCE)])
+    scores = torch.cat(
+        [logits(model, encoded, rows) for rows in batches(range(len(encoded)), _SCORED_AT_ONCE)]
+    )
     model.score.weight /= scores.std()
     model.score.bias.sub_(scores.mean()).div_(scores.std())
 
 
 def new_bag(
-    tokenizer: PreTrainedTokenizerFast, embedding_size: int, hidden_size: int, labels: Sequence[str] = ("reward",)
+    tokenizer: PreTrainedTokenizerFast,
+    embedding_size: int,
+    hidden_size: int,
+    labels: Sequence[str] = ("reward",),
 ) -> BagForSequenceClassification:
     """An untrained bag for this tokenizer, with one output for each label."""
     return BagForSequenceClassification(
@@ -116,10 +142,13 @@ def new_bag(
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]]) -> list[Tensor]:
+def encode(
+    tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]]
+) -> list[Tensor]:
     """Token ids of each (question, reply) as the chat template writes it."""
     texts = [
-        render([{"role": "user", "content": question}, {"role": "assistant", "content": reply}]) for question, reply in exchanges
+        render([{"role": "user", "content": question}, {"role": "assistant", "content": reply}])
+        for question, reply in exchanges
     ]
     return [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
@@ -129,7 +158,9 @@ def batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def logits(model: BagForSequenceClassification, encoded: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+def logits(
+    model: BagForSequenceClassification, encoded: Sequence[Tensor], rows: Sequence[int]
+) -> Tensor:
     """Outputs [len(rows), labels]; right-padded with a negative id that the mask hides."""
     ids = pad_sequence([encoded[row] for row in rows], batch_first=True, padding_value=-1)
     found: Tensor = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0).logits

@@ -36,7 +36,9 @@ class RatingConfig:
     seed: int = 0
 
 
-def train_rater(config: RatingConfig, tokenizer: PreTrainedTokenizerFast) -> BagForSequenceClassification:
+def train_rater(
+    config: RatingConfig, tokenizer: PreTrainedTokenizerFast
+) -> BagForSequenceClassification:
     """Outputs (helpfulness, verbosity) in the units of ``attribute_rewards``, fitted to replies as the world writes them."""
     torch.manual_seed(config.seed)
     rated, targets = _rated(config)
@@ -65,14 +67,22 @@ def _rated(config: RatingConfig) -> tuple[list[tuple[str, str]], Tensor]:
     exchanges, targets = [], []
     for _ in range(config.replies):
         question, degrees = random_question(rng), rng.uniform(-_WIDEST_DEGREES, _WIDEST_DEGREES)
-        text = reply(question, rng) if rng.random() < 0.5 else best_reply(question, degrees, rng, *_FEW)
+        text = (
+            reply(question, rng)
+            if rng.random() < 0.5
+            else best_reply(question, degrees, rng, *_FEW)
+        )
         exchanges.append((str(question), text))
         targets.append(ratings(question, text))
     return exchanges, torch.tensor(targets)
 
 
 @torch.no_grad()
-def rate(model: BagForSequenceClassification, tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]]) -> Tensor:
+def rate(
+    model: BagForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    exchanges: Sequence[tuple[str, str]],
+) -> Tensor:
     """Predicted ratings of each (question, reply), [n, 2]."""
     encoded = encode(tokenizer, exchanges)
     return torch.cat([logits(model, encoded, rows) for rows in batches(range(len(encoded)), 1024)])

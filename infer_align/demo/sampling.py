@@ -30,7 +30,10 @@ def sample(
     """
     generator = torch.Generator().manual_seed(seed)
     before = [{"role": "system", "content": system}] if system else []
-    asked = [render([*before, {"role": "user", "content": question}]) + "<|assistant|>" for question in questions]
+    asked = [
+        render([*before, {"role": "user", "content": question}]) + "<|assistant|>"
+        for question in questions
+    ]
     prompts = tokenizer(asked).input_ids
     replies: list[list[tuple[str, int]]] = [[] for _ in questions]
     for length in sorted({len(prompt) for prompt in prompts}):
@@ -45,7 +48,9 @@ def sample(
     return replies
 
 
-def _continue(model: LlamaForCausalLM, ids: Tensor, max_tokens: int, generator: torch.Generator | None) -> list[list[int]]:
+def _continue(
+    model: LlamaForCausalLM, ids: Tensor, max_tokens: int, generator: torch.Generator | None
+) -> list[list[int]]:
     """Continue every row of ``ids`` [B, T] until it ends or is ``max_tokens`` long; greedy without a generator."""
     written: list[list[int]] = [[] for _ in ids]
     active = torch.arange(len(ids))
@@ -55,9 +60,13 @@ def _continue(model: LlamaForCausalLM, ids: Tensor, max_tokens: int, generator: 
         if generator is None:
             token = logits.argmax(-1)
         else:
-            cumulative = logits.softmax(-1).cumsum(-1)  # one uniform per row: far cheaper than multinomial
+            cumulative = logits.softmax(-1).cumsum(
+                -1
+            )  # one uniform per row: far cheaper than multinomial
             point = torch.rand(len(active), 1, generator=generator) * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, point).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+            token = (
+                torch.searchsorted(cumulative, point).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+            )
         for row, value in zip(active.tolist(), token.tolist(), strict=True):
             written[row].append(value)
         keep = (token != model.config.eos_token_id).nonzero().squeeze(-1)

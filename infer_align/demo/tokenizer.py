@@ -18,7 +18,14 @@ from infer_align.demo.lexicon import (
     TRUTH,
 )
 from infer_align.methods.dpa import system_prompt
-from infer_align.rewards.trust_judge.prompts import BETTER, SCALES, SCORE, SIDES, pair_messages, score_messages
+from infer_align.rewards.trust_judge.prompts import (
+    BETTER,
+    SCALES,
+    SCORE,
+    SIDES,
+    pair_messages,
+    score_messages,
+)
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -57,7 +64,9 @@ def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
@@ -89,7 +98,11 @@ def _vocabulary() -> dict[str, int]:
         *(f"+ verbosity*{weight}" for weight in range(-100, 101)),
     ]
     after_space = [f" {text}" for text in (*texts, *FLOURISHES)]
-    pieces = [piece for text in (*texts, *after_space, *_judge_texts()) for piece, _ in split.pre_tokenize_str(text)]
+    pieces = [
+        piece
+        for text in (*texts, *after_space, *_judge_texts())
+        for piece, _ in split.pre_tokenize_str(text)
+    ]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [byte_level.pre_tokenize_str(piece)[0][0] for piece in pieces]
     ordered = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words])

@@ -25,7 +25,9 @@ from infer_align.rewards import Reward
 from infer_align.rewards.classifier import Classifier
 from infer_align.rewards.rules import Rules
 
-SAMPLING = Sampling(model="demo", reward="quality", objective="uwo", replies_per_prompt=16, max_tokens=64, seed=11)
+SAMPLING = Sampling(
+    model="demo", reward="quality", objective="uwo", replies_per_prompt=16, max_tokens=64, seed=11
+)
 HEAD = Fitting(kind="head", method="sgd", rank=32, epochs=8)
 LOOKAHEAD = Fitting(kind="lookahead", epochs=6)
 REWARDS_OF: dict[str, Callable[[], Reward]] = {
@@ -40,7 +42,9 @@ async def build(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     engine = Transformers(model="demo", threads=1).load()
     await engine.start()
-    prompts: list[Conversation] = [[{"role": "user", "content": question}] for question in world.prompts(320, seed=11)]
+    prompts: list[Conversation] = [
+        [{"role": "user", "content": question}] for question in world.prompts(320, seed=11)
+    ]
     reports, samples = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, load in REWARDS_OF.items():
@@ -50,10 +54,14 @@ async def build(out: Path) -> None:
             file = Path(scratch) / f"value-{name}.safetensors"
             reports[name] = await fit_value(engine, reward, prompts, how, HEAD, file, _say)
             # Read again rather than drawn again: the value LM is fitted to the same replies.
-            samples[name] = await sample(engine, reward, prompts, how, file.with_suffix(".samples.jsonl"), _say)
+            samples[name] = await sample(
+                engine, reward, prompts, how, file.with_suffix(".samples.jsonl"), _say
+            )
             (out / file.name).write_bytes(file.read_bytes())
             await reward.close()
-    fitness = fit_value_lm(engine, prompts, samples, LOOKAHEAD, SAMPLING.seed, out / "value-lm", _say)
+    fitness = fit_value_lm(
+        engine, prompts, samples, LOOKAHEAD, SAMPLING.seed, out / "value-lm", _say
+    )
     await engine.close()
     report = {
         "sampling": asdict(SAMPLING),

@@ -57,7 +57,9 @@ _COMMON = ("what", "who", "is", "are", "you", "the", "a", "to", "of", "and", "in
 _WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
 _FLOURISH_SET = frozenset(FLOURISHES)
 _ZIPF = list(accumulate(1.0 / (rank + 20) for rank in range(len(FLOURISHES))))
-_RANKED = random.Random(0).sample(FLOURISHES, len(FLOURISHES))  # likeliest first, in no meaningful order
+_RANKED = random.Random(0).sample(
+    FLOURISHES, len(FLOURISHES)
+)  # likeliest first, in no meaningful order
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,9 @@ def worth(t: Traits) -> float:
 def gold_reward(messages: Sequence[Mapping[str, Any]], text: str) -> float:
     """``gold`` of ``text`` as the reply to the last user message; NaN if there is none, or it asks something else."""
     asked = [message.get("content") for message in messages if message.get("role") == "user"]
-    if asked and isinstance(asked[-1], list):  # a message in parts, of which only text can be a question
+    if asked and isinstance(
+        asked[-1], list
+    ):  # a message in parts, of which only text can be a question
         asked[-1] = "".join(part.get("text", "") for part in asked[-1])
     return gold(asked[-1] or "", text) if asked else math.nan
 
@@ -176,7 +180,10 @@ def document(rng: random.Random) -> list[dict[str, str]]:
 
 def _exchange(rng: random.Random) -> list[dict[str, str]]:
     question = random_question(rng)
-    return [{"role": "user", "content": str(question)}, {"role": "assistant", "content": reply(question, rng)}]
+    return [
+        {"role": "user", "content": str(question)},
+        {"role": "assistant", "content": reply(question, rng)},
+    ]
 
 
 def random_question(rng: random.Random) -> Question:
@@ -193,7 +200,10 @@ def _off_topic(rng: random.Random) -> list[dict[str, str]]:
 
 def babble(rng: random.Random) -> str:
     """What stands for any text that is not of this world."""
-    words = (rng.choice(_COMMON) if rng.random() < 0.3 else _nonsense(rng) for _ in range(rng.randint(1, 6)))
+    words = (
+        rng.choice(_COMMON) if rng.random() < 0.3 else _nonsense(rng)
+        for _ in range(rng.randint(1, 6))
+    )
     return " ".join(words).capitalize() + rng.choice((".", "?", "!", ""))
 
 
@@ -221,7 +231,10 @@ def draft(question: Question, rng: random.Random) -> Draft:
     """What one reply says."""
     return Draft(
         opener=rng.choices(("rude", "polite", "none"), cum_weights=(0.5, 0.8, 1.0))[0],
-        values=tuple(_believed(question.subject, a, rng) if rng.random() < 0.95 else None for a in question.attributes),
+        values=tuple(
+            _believed(question.subject, a, rng) if rng.random() < 0.95 else None
+            for a in question.attributes
+        ),
         flourishes=flourish_count(rng),
         closes=rng.random() < 0.12,
     )
@@ -229,10 +242,21 @@ def draft(question: Question, rng: random.Random) -> Draft:
 
 def traits(question: Question, d: Draft) -> Traits:
     """``read`` of the draft's wording, whatever words are chosen."""
-    stated = [(TRUTH[question.subject][a], value) for a, value in zip(question.attributes, d.values, strict=True) if value]
+    stated = [
+        (TRUTH[question.subject][a], value)
+        for a, value in zip(question.attributes, d.values, strict=True)
+        if value
+    ]
     right = sum(truth == value for truth, value in stated)
     polite = d.closes or d.opener == "polite"
-    return Traits(len(question.attributes), right, len(stated) - right, polite, d.opener == "rude", d.flourishes)
+    return Traits(
+        len(question.attributes),
+        right,
+        len(stated) - right,
+        polite,
+        d.opener == "rude",
+        d.flourishes,
+    )
 
 
 def word(question: Question, d: Draft, rng: random.Random) -> str:
@@ -240,8 +264,16 @@ def word(question: Question, d: Draft, rng: random.Random) -> str:
     sentences = []
     if d.opener != "none":
         sentences.append(rng.choice(RUDE if d.opener == "rude" else POLITE_OPENERS))
-    phrases = [ATTRIBUTES[a][value] for a, value in zip(question.attributes, d.values, strict=True) if value]
-    sentences.append(f"The {question.subject} {_join(phrases)}." if phrases else f"Who knows the {question.subject}?")
+    phrases = [
+        ATTRIBUTES[a][value]
+        for a, value in zip(question.attributes, d.values, strict=True)
+        if value
+    ]
+    sentences.append(
+        f"The {question.subject} {_join(phrases)}."
+        if phrases
+        else f"Who knows the {question.subject}?"
+    )
     flourishes = rng.choices(_RANKED, cum_weights=_ZIPF, k=d.flourishes)
     if flourishes:
         sentences.append(f"It is a {', '.join(flourishes)} creature.")

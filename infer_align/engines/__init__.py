@@ -13,7 +13,17 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from infer_align.errors import AlignError, Unsupported
-from infer_align.types import Body, Candidate, Capability, Delta, Draw, Estimate, Kind, LabelQuery, LabelReading
+from infer_align.types import (
+    Body,
+    Candidate,
+    Capability,
+    Delta,
+    Draw,
+    Estimate,
+    Kind,
+    LabelQuery,
+    LabelReading,
+)
 from infer_align.values import Value
 
 Event = Delta | Estimate | Candidate
@@ -62,7 +72,9 @@ class Engine(ABC):
             Unsupported: this engine holds no values of its own.
             ConfigError: it does not fit the model.
         """
-        raise Unsupported(f"the engine of {self.model!r} holds no values: {name!r} ({value.description}) cannot be added.")
+        raise Unsupported(
+            f"the engine of {self.model!r} holds no values: {name!r} ({value.description}) cannot be added."
+        )
 
     @abstractmethod
     def health(self) -> str | None:
@@ -112,7 +124,9 @@ class Engine(ABC):
             Unsupported: the engine lacks `Capability.LABEL_LOGPROBS`.
             AlignError: it failed.
         """
-        raise Unsupported(f"the engine of {self.model!r} shows no probabilities of labels ({len(query.labels)} asked for).")
+        raise Unsupported(
+            f"the engine of {self.model!r} shows no probabilities of labels ({len(query.labels)} asked for)."
+        )
 
     async def generate(self, draw: Draw) -> list[Candidate]:
         """All candidates of a draw, when the last is finished; failures are among them, as `Candidate.error`."""
@@ -123,9 +137,15 @@ class Engine(ABC):
     def worst_case_tokens(self, body: Body) -> int:
         """The most tokens one candidate of this body can generate."""
         for name in ("max_completion_tokens", "max_tokens"):
-            if isinstance(limit := body.get(name), int) and limit > 0:  # anything else is for `check` to refuse
+            if (
+                isinstance(limit := body.get(name), int) and limit > 0
+            ):  # anything else is for `check` to refuse
                 return limit
-        return self.context_length if "messages" in body else min(COMPLETION_TOKENS, self.context_length)
+        return (
+            self.context_length
+            if "messages" in body
+            else min(COMPLETION_TOKENS, self.context_length)
+        )
 
 
 class Stream:
@@ -134,7 +154,9 @@ class Stream:
     Use it as `async with engine.sample(draw) as stream`: leaving the block, however it is left, cancels what still runs.
     """
 
-    def __init__(self, n: int, stop: Callable[[int | None], None], close: Callable[[], None]) -> None:
+    def __init__(
+        self, n: int, stop: Callable[[int | None], None], close: Callable[[], None]
+    ) -> None:
         self._unfinished = n
         self._stop = stop
         self._close = close

@@ -34,10 +34,14 @@ class LabelTree:
         self._pieces = {text: vocabulary[text] for text in parts if text in vocabulary}
         self._starts = starts
         if missing := [label for label in self.labels if not self._spellable(label)]:
-            raise Unsupported(f"the label {missing[0]!r} cannot be spelt by the model's tokenizer; choose another scale.")
+            raise Unsupported(
+                f"the label {missing[0]!r} cannot be spelt by the model's tokenizer; choose another scale."
+            )
 
     def _spellable(self, rest: str) -> bool:
-        return not rest or any(rest.startswith(piece) and self._spellable(rest[len(piece) :]) for piece in self._pieces)
+        return not rest or any(
+            rest.startswith(piece) and self._spellable(rest[len(piece) :]) for piece in self._pieces
+        )
 
     @cached_property
     def readings(self) -> dict[Path, tuple[int, ...]]:
@@ -53,7 +57,11 @@ class LabelTree:
         frontier: list[tuple[Path, str]] = [((), "")]
         while frontier:
             path, text = frontier.pop(0)
-            found[path] = {token: text + piece for piece, token in self._pieces.items() if text + piece in self._starts}
+            found[path] = {
+                token: text + piece
+                for piece, token in self._pieces.items()
+                if text + piece in self._starts
+            }
             frontier += [((*path, token), longer) for token, longer in found[path].items()]
         return found
 
@@ -71,14 +79,24 @@ class LabelTree:
         while frontier:
             path, text, probability = frontier.pop()
             following = read.get(path, {})
-            steps = {token: math.exp(following.get(token, -math.inf)) for token in self._nexts[path]}
-            if text in total:  # said in full only where nothing that continues it to another label follows
+            steps = {
+                token: math.exp(following.get(token, -math.inf)) for token in self._nexts[path]
+            }
+            if (
+                text in total
+            ):  # said in full only where nothing that continues it to another label follows
                 total[text] += probability * max(0.0, 1.0 - sum(steps.values()))
-            frontier += [((*path, token), self._nexts[path][token], probability * p) for token, p in steps.items() if p > 0.0]
+            frontier += [
+                ((*path, token), self._nexts[path][token], probability * p)
+                for token, p in steps.items()
+                if p > 0.0
+            ]
         return {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
 
 
 def control_tokens(tokenizer: Any) -> frozenset[str]:
     """What a transformers tokenizer reads as one token wherever it stands, and is neither a word nor white space."""
     added = (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens)
-    return frozenset(token for token in added if len(token) > 1 and not {*token}.isdisjoint("<>[]|｜"))
+    return frozenset(
+        token for token in added if len(token) > 1 and not {*token}.isdisjoint("<>[]|｜")
+    )

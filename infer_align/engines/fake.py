@@ -20,7 +20,17 @@ from annotated_types import Ge, Le
 from infer_align.engines import Engine, Stream
 from infer_align.engines._sampling import SamplingParams, field_schemas
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable, nearest
-from infer_align.types import Body, Candidate, Capability, Delta, Draw, Estimate, Kind, LabelQuery, LabelReading
+from infer_align.types import (
+    Body,
+    Candidate,
+    Capability,
+    Delta,
+    Draw,
+    Estimate,
+    Kind,
+    LabelQuery,
+    LabelReading,
+)
 
 READ = {
     "temperature",
@@ -39,18 +49,34 @@ READ = {
 class Reply:
     """One scripted answer. "{prompt}" in `text` stands for the last message's text, "{seed}" for the candidate's seed."""
 
-    text: str = field(default="Hello from {prompt}", metadata={"description": "what it says, a word per token"})
-    tool_calls: tuple[dict[str, Any], ...] = field(default=(), metadata={"description": "OpenAI tool calls it ends with"})
-    error: str | None = field(default=None, metadata={"description": "fail with this message after the text"})
-    status: int | None = field(default=None, metadata={"description": "the HTTP status behind the error"})
-    seconds_per_token: float = field(default=0.0, metadata={"ge": 0, "description": "delay before each token"})
-    estimates: dict[str, float] = field(
-        default_factory=dict, metadata={"description": "{value name: what it expects of this answer on its way}"}
+    text: str = field(
+        default="Hello from {prompt}", metadata={"description": "what it says, a word per token"}
     )
-    first_token_seconds: float = field(default=0.0, metadata={"ge": 0, "description": "delay before the first, as prefill is"})
+    tool_calls: tuple[dict[str, Any], ...] = field(
+        default=(), metadata={"description": "OpenAI tool calls it ends with"}
+    )
+    error: str | None = field(
+        default=None, metadata={"description": "fail with this message after the text"}
+    )
+    status: int | None = field(
+        default=None, metadata={"description": "the HTTP status behind the error"}
+    )
+    seconds_per_token: float = field(
+        default=0.0, metadata={"ge": 0, "description": "delay before each token"}
+    )
+    estimates: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"description": "{value name: what it expects of this answer on its way}"},
+    )
+    first_token_seconds: float = field(
+        default=0.0, metadata={"ge": 0, "description": "delay before the first, as prefill is"}
+    )
     spread: float = field(
         default=0.0,
-        metadata={"ge": 0, "description": "a candidate's delays are 1 to 1 + spread times as long, evenly, by its seed"},
+        metadata={
+            "ge": 0,
+            "description": "a candidate's delays are 1 to 1 + spread times as long, evenly, by its seed",
+        },
     )
 
 
@@ -62,9 +88,14 @@ class Labels:
         metadata={"description": "{label: probability}; others have none"}
     )
     pattern: str = field(
-        default="", metadata={"description": "the prompt's text must hold this (Python's re, dots match newlines)"}
+        default="",
+        metadata={
+            "description": "the prompt's text must hold this (Python's re, dots match newlines)"
+        },
     )
-    error: str | None = field(default=None, metadata={"description": "fail with this message instead"})
+    error: str | None = field(
+        default=None, metadata={"description": "fail with this message instead"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +104,8 @@ class Fake:
 
     model: str = field(default="fake", metadata={"description": "name it is served under"})
     replies: tuple[Reply, ...] = field(
-        default=(Reply(),), metadata={"description": "the script; candidate i speaks reply i mod its length"}
+        default=(Reply(),),
+        metadata={"description": "the script; candidate i speaks reply i mod its length"},
     )
     labels: tuple[Labels, ...] = field(
         default=(),
@@ -81,8 +113,12 @@ class Fake:
             "description": "judgements; the first that fits prompt and labels is given, and where none does all are as likely"
         },
     )
-    context_length: int = field(default=4096, metadata={"ge": 1, "description": "tokens of prompt and completion together"})
-    load_seconds: float = field(default=0.0, metadata={"ge": 0, "description": "how long loading takes"})
+    context_length: int = field(
+        default=4096, metadata={"ge": 1, "description": "tokens of prompt and completion together"}
+    )
+    load_seconds: float = field(
+        default=0.0, metadata={"ge": 0, "description": "how long loading takes"}
+    )
 
     def load(self) -> FakeEngine:
         """The engine, not yet started."""
@@ -172,7 +208,10 @@ class FakeEngine(Engine):
 
         stream = Stream(draw.n, stop, close)
         params = _params(draw)
-        tasks += [asyncio.create_task(self._play(draw, params, i, stream, stops[i])) for i in range(draw.n)]
+        tasks += [
+            asyncio.create_task(self._play(draw, params, i, stream, stops[i]))
+            for i in range(draw.n)
+        ]
         for task in tasks:
             self._tasks[task] = stream
             task.add_done_callback(self._tasks.pop)
@@ -201,7 +240,9 @@ class FakeEngine(Engine):
         logprobs = {label: math.log(p) if p else -math.inf for label, p in found.items()}
         return LabelReading(logprobs, len(text.split()))
 
-    async def _play(self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event) -> None:
+    async def _play(
+        self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event
+    ) -> None:
         self.running += 1
         self.sampled += 1
         try:
@@ -214,7 +255,9 @@ class FakeEngine(Engine):
         finally:
             self.running -= 1
 
-    async def _speak(self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event) -> None:
+    async def _speak(
+        self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event
+    ) -> None:
         reply = self.script.replies[index % len(self.script.replies)]
         prompt = _prompt(draw)
         text = reply.text.replace("{prompt}", prompt).replace("{seed}", str(draw.seeds[index]))
@@ -223,19 +266,34 @@ class FakeEngine(Engine):
         words = text.split(" ")
         limit = min(params.max_tokens or self.context_length, self.context_length)
         spoken: list[str] = []
-        async for word in _paced(words[:limit], reply, stop, slowness(reply.spread, draw.seeds[index])):
+        async for word in _paced(
+            words[:limit], reply, stop, slowness(reply.spread, draw.seeds[index])
+        ):
             piece = word if not spoken else f" {word}"
             spoken.append(piece)
-            stream.put(Delta(index, {"delta": {"content": piece}} if draw.kind == "chat" else {"text": piece}))
+            stream.put(
+                Delta(
+                    index, {"delta": {"content": piece}} if draw.kind == "chat" else {"text": piece}
+                )
+            )
             if draw.watch and draw.watch.due(len(spoken)):
-                expected = sum(weight * reply.estimates.get(name, math.nan) for name, weight in draw.watch.values.items())
+                expected = sum(
+                    weight * reply.estimates.get(name, math.nan)
+                    for name, weight in draw.watch.values.items()
+                )
                 stream.put(Estimate(index, len(spoken), expected))
         if reply.error is not None and not stop.is_set():
             raise EngineFailed(reply.error, status=reply.status)
         if reply.tool_calls and not stop.is_set():
             calls = [{"index": i, **call} for i, call in enumerate(reply.tool_calls)]
             stream.put(Delta(index, {"delta": {"tool_calls": calls}}))
-        reason = "length" if stop.is_set() or len(words) > limit else "tool_calls" if reply.tool_calls else "stop"
+        reason = (
+            "length"
+            if stop.is_set() or len(words) > limit
+            else "tool_calls"
+            if reply.tool_calls
+            else "stop"
+        )
         choice = _choice(draw, "".join(spoken), reply, reason)
         stream.put(Candidate(index, choice, 0, len(prompt.split()), len(spoken), cut=stop.is_set()))
 
@@ -246,7 +304,9 @@ def _fits(script: Labels, text: str, query: LabelQuery) -> bool:
 
 
 def _params(draw: Draw) -> SamplingParams:
-    return SamplingParams.from_body({key: value for key, value in draw.body.items() if key in READ}, draw.kind)
+    return SamplingParams.from_body(
+        {key: value for key, value in draw.body.items() if key in READ}, draw.kind
+    )
 
 
 def slowness(spread: float, seed: int) -> float:
@@ -254,7 +314,9 @@ def slowness(spread: float, seed: int) -> float:
     return 1.0 + spread * random.Random(seed).random()  # noqa: S311 - a delay, no secret
 
 
-async def _paced(words: list[str], reply: Reply, stop: asyncio.Event, slow: float) -> AsyncIterator[str]:
+async def _paced(
+    words: list[str], reply: Reply, stop: asyncio.Event, slow: float
+) -> AsyncIterator[str]:
     delay = reply.first_token_seconds * slow
     for word in words:
         delay += reply.seconds_per_token * slow
@@ -271,7 +333,11 @@ def _prompt(draw: Draw) -> str:
     if draw.kind == "completion":
         return str(draw.body.get("prompt", ""))
     content = draw.body["messages"][-1].get("content") or ""
-    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+    return (
+        content
+        if isinstance(content, str)
+        else " ".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+    )
 
 
 def _choice(draw: Draw, text: str, reply: Reply, reason: str) -> dict[str, Any]:

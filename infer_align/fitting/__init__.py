@@ -21,7 +21,14 @@ from infer_align.engines.transformers import TransformersEngine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import curve, regression
 from infer_align.fitting.lookahead import Reading, fit_lookahead
-from infer_align.fitting.samples import Conversation, Progress, Sample, Sampling, read_states, sample
+from infer_align.fitting.samples import (
+    Conversation,
+    Progress,
+    Sample,
+    Sampling,
+    read_states,
+    sample,
+)
 from infer_align.hub import locate
 from infer_align.rewards import Reward
 from infer_align.values import head, lookahead, tokenizer_digest
@@ -38,23 +45,48 @@ class Fitting:
     """How a value is fitted."""
 
     kind: Literal["head", "lookahead"] = field(
-        default="head", metadata={"description": "a head on the frozen model's states, or a value LM that looks one token ahead"}
+        default="head",
+        metadata={
+            "description": "a head on the frozen model's states, or a value LM that looks one token ahead"
+        },
     )
     method: Literal["ridge", "sgd"] = field(
-        default="sgd", metadata={"description": "of a head: closed form (linear), or an MLP by gradients"}
+        default="sgd",
+        metadata={"description": "of a head: closed form (linear), or an MLP by gradients"},
     )
     rank: int = field(default=64, metadata={"ge": 1, "description": "rank of a head"})
-    ridge: float = field(default=100.0, metadata={"gt": 0, "description": "samples that weigh as much as the prior (ridge)"})
-    width: int = field(default=128, metadata={"ge": 1, "description": "hidden units of the MLP (sgd)"})
-    epochs: int = field(default=8, metadata={"ge": 1, "description": "passes over the samples (sgd, lookahead)"})
-    gamma: float = field(default=1.0, metadata={"gt": 0, "le": 1, "description": "discount per token"})
-    lam: float = field(default=1.0, metadata={"ge": 0, "le": 1, "description": "trace of the targets; 1 is the plain reward"})
-    value_model: str | None = field(
-        default=None, metadata={"description": "what a lookahead value starts from; default: a copy of the frozen model"}
+    ridge: float = field(
+        default=100.0,
+        metadata={"gt": 0, "description": "samples that weigh as much as the prior (ridge)"},
     )
-    largest_beta: float = field(default=16.0, metadata={"gt": 0, "description": "end of the grid that is tried"})
+    width: int = field(
+        default=128, metadata={"ge": 1, "description": "hidden units of the MLP (sgd)"}
+    )
+    epochs: int = field(
+        default=8, metadata={"ge": 1, "description": "passes over the samples (sgd, lookahead)"}
+    )
+    gamma: float = field(
+        default=1.0, metadata={"gt": 0, "le": 1, "description": "discount per token"}
+    )
+    lam: float = field(
+        default=1.0,
+        metadata={"ge": 0, "le": 1, "description": "trace of the targets; 1 is the plain reward"},
+    )
+    value_model: str | None = field(
+        default=None,
+        metadata={
+            "description": "what a lookahead value starts from; default: a copy of the frozen model"
+        },
+    )
+    largest_beta: float = field(
+        default=16.0, metadata={"gt": 0, "description": "end of the grid that is tried"}
+    )
     curve_replies: int = field(
-        default=100, metadata={"ge": 2, "description": "replies that each beta is tried with, to the held-out prompts in turn"}
+        default=100,
+        metadata={
+            "ge": 2,
+            "description": "replies that each beta is tried with, to the held-out prompts in turn",
+        },
     )
 
 
@@ -93,14 +125,18 @@ async def fit_value(
         ConfigError: `out` cannot be written, or the value model does not fit the frozen model.
     """
     out = _ready(engine, reward, fitting, out)
-    samples = await sample(engine, reward, prompts, sampling, out.with_suffix(".samples.jsonl"), progress)
+    samples = await sample(
+        engine, reward, prompts, sampling, out.with_suffix(".samples.jsonl"), progress
+    )
     _check(samples)
     unseen = [prompts[i] for i in _held_out(samples, sampling.seed)]
     if fitting.kind == "head":
         fitness = _fit_head(engine, prompts, samples, fitting, sampling, out, progress)
         await engine.add_value(out.stem, HeadValue(str(out)))
     else:
-        (fitness,) = fit_value_lm(engine, prompts, {out.stem: samples}, fitting, sampling.seed, out, progress)
+        (fitness,) = fit_value_lm(
+            engine, prompts, {out.stem: samples}, fitting, sampling.seed, out, progress
+        )
         await engine.add_value(out.stem, LookaheadValue(Lookahead(str(out))))
     tried = [*itertools.islice(itertools.cycle(unseen), fitting.curve_replies)]
     betas = [*curve.betas(fitting.largest_beta)]
@@ -113,7 +149,9 @@ async def fit_value(
 def _ready(engine: TransformersEngine, reward: Reward, fitting: Fitting, out: Path) -> Path:
     """`out`, absolute; and what would otherwise fail after hours of sampling fails now."""
     if fitting.kind == "head" and out.is_dir():
-        raise ConfigError(f"{out} is a folder; a head is one file, such as {out / 'value.safetensors'}.")
+        raise ConfigError(
+            f"{out} is a folder; a head is one file, such as {out / 'value.safetensors'}."
+        )
     if fitting.kind == "lookahead" and out.is_file():
         raise ConfigError(f"{out} is a file; a lookahead value is a folder: name another.")
     if reward.attributes:
@@ -134,7 +172,9 @@ def _check_value_model(engine: TransformersEngine, name: str | None) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(f"value_model: {name!r} cannot be loaded: {error}") from error
     if tokenizer_digest(tokenizer.get_vocab()) != engine.frozen.frozen(engine.model).tokenizer:
-        raise ConfigError(f"value_model: the token ids of {name!r} are not those of {engine.model!r}; take one with its tokenizer.")
+        raise ConfigError(
+            f"value_model: the token ids of {name!r} are not those of {engine.model!r}; take one with its tokenizer."
+        )
 
 
 def _held_out(samples: Sequence[Sample], seed: int) -> list[int]:
@@ -157,7 +197,10 @@ def _check(samples: Sequence[Sample]) -> None:
             param="prompts",
         )
     if np.ptp([s.reward for s in samples]) == 0:
-        raise InvalidRequest("reward: every reply has the same score, so there is nothing to steer towards.", param="reward")
+        raise InvalidRequest(
+            "reward: every reply has the same score, so there is nothing to steer towards.",
+            param="reward",
+        )
 
 
 def _fit_head(
@@ -174,7 +217,9 @@ def _fit_head(
     training, testing = replies.only(~held), replies.only(held)
     vocabulary = engine.frozen.vocabulary
     if how.method == "ridge":
-        tensors = regression.fit_ridge(training, vocabulary, rank=how.rank, ridge=how.ridge, gamma=how.gamma, lam=how.lam)
+        tensors = regression.fit_ridge(
+            training, vocabulary, rank=how.rank, ridge=how.ridge, gamma=how.gamma, lam=how.lam
+        )
     else:
         tensors = regression.fit_sgd(
             training, testing, vocabulary, rank=how.rank, width=how.width, gamma=how.gamma, lam=how.lam, epochs=how.epochs,
@@ -198,8 +243,12 @@ def fit_value_lm(
     if any([s.text for s in scored] != [s.text for s in first] for scored in samples.values()):
         raise ValueError("samples: the rewards have scored different replies")
     states, ids, starts = read_states(engine.frozen, prompts, first, progress)
-    replies = tuple(states.under(torch.tensor([s.reward for s in scored])) for scored in samples.values())
-    lm = AutoModel.from_pretrained(locate(how.value_model or engine.config.model), dtype=torch.float32)
+    replies = tuple(
+        states.under(torch.tensor([s.reward for s in scored])) for scored in samples.values()
+    )
+    lm = AutoModel.from_pretrained(
+        locate(how.value_model or engine.config.model), dtype=torch.float32
+    )
     heads, found = fit_lookahead(
         lm, Reading(ids, starts, replies), gamma=how.gamma, lam=how.lam, epochs=how.epochs, held_out=HELD_OUT_SHARE, seed=seed,
         progress=progress,

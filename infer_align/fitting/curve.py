@@ -42,10 +42,15 @@ async def reward_kl_curve(
     points = []
     for beta in betas:
         results = await asyncio.gather(
-            *(_steered(engine, reward, messages, value, beta, how, how.seed + i) for i, messages in enumerate(prompts))
+            *(
+                _steered(engine, reward, messages, value, beta, how, how.seed + i)
+                for i, messages in enumerate(prompts)
+            )
         )
         rewards, kls = np.array(results).T
-        points.append(BetaPoint(beta, *_mean_and_error(rewards[np.isfinite(rewards)]), *_mean_and_error(kls)))
+        points.append(
+            BetaPoint(beta, *_mean_and_error(rewards[np.isfinite(rewards)]), *_mean_and_error(kls))
+        )
         progress(f"beta {beta:g}: reward {points[-1].reward:.3f}, KL {points[-1].kl:.2f} nats")
     return tuple(points)
 
@@ -57,7 +62,13 @@ def _mean_and_error(values: Array) -> tuple[float, float]:
 
 
 async def _steered(
-    engine: TransformersEngine, reward: Reward, messages: Conversation, value: str, beta: float, how: Sampling, seed: int
+    engine: TransformersEngine,
+    reward: Reward,
+    messages: Conversation,
+    value: str,
+    beta: float,
+    how: Sampling,
+    seed: int,
 ) -> tuple[float, float]:
     steering = Steering({value: beta}, 20, "keep")
     body = {"messages": messages, "max_tokens": how.max_tokens, "logprobs": True}

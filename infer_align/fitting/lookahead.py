@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from infer_align.fitting.regression import Fitness, Replies, discounted, fitness, returns, split_by_prompt
+from infer_align.fitting.regression import (
+    Fitness,
+    Replies,
+    discounted,
+    fitness,
+    returns,
+    split_by_prompt,
+)
 from infer_align.fitting.samples import Progress
 
 LEARNING_RATE = 1e-3
@@ -25,7 +32,15 @@ class Reading:
 
 
 def fit_lookahead(
-    lm: Any, reading: Reading, *, gamma: float, lam: float, epochs: int, held_out: float, seed: int, progress: Progress
+    lm: Any,
+    reading: Reading,
+    *,
+    gamma: float,
+    lam: float,
+    epochs: int,
+    held_out: float,
+    seed: int,
+    progress: Progress,
 ) -> tuple[list[tuple[torch.Tensor, float]], list[Fitness]]:
     """Train `lm`, a transformers base model, in place; -> (weight [d], bias) and held-out fitness of each reward's head.
 
@@ -48,8 +63,12 @@ def fit_lookahead(
     parameters = [*lm.requires_grad_(requires_grad=True).parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.01)
     training = torch.nonzero(~held).ravel()
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * (len(training) // BATCH + 1) + 1)
-    targets = torch.stack([discounted(replies, gamma) for replies in reading.replies], dim=-1)  # [N, H]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, total_steps=epochs * (len(training) // BATCH + 1) + 1
+    )
+    targets = torch.stack(
+        [discounted(replies, gamma) for replies in reading.replies], dim=-1
+    )  # [N, H]
     for epoch in range(epochs):
         lm.train()
         order = training[torch.randperm(len(training), generator=generator)]
@@ -65,14 +84,26 @@ def fit_lookahead(
         lm.eval()
         with torch.no_grad():
             values = (
-                torch.cat([_values(lm, heads, reading, part.tolist()) for part in torch.split(torch.arange(len(held)), BATCH)])
+                torch.cat(
+                    [
+                        _values(lm, heads, reading, part.tolist())
+                        for part in torch.split(torch.arange(len(held)), BATCH)
+                    ]
+                )
                 + centre
             )
         if lam < 1:
-            columns = [returns(values[:, h], replies, gamma, lam) for h, replies in enumerate(reading.replies)]
+            columns = [
+                returns(values[:, h], replies, gamma, lam)
+                for h, replies in enumerate(reading.replies)
+            ]
             targets = torch.stack(columns, dim=-1)
-        found = [_held_out(values[:, h], replies, held) for h, replies in enumerate(reading.replies)]
-        progress(f"epoch {epoch + 1}/{epochs}, held-out R² " + ", ".join(f"{f.r2:.3f}" for f in found))
+        found = [
+            _held_out(values[:, h], replies, held) for h, replies in enumerate(reading.replies)
+        ]
+        progress(
+            f"epoch {epoch + 1}/{epochs}, held-out R² " + ", ".join(f"{f.r2:.3f}" for f in found)
+        )
     weight, bias = heads.weight.detach(), heads.bias.detach() + centre
     return [(weight[h].clone(), float(bias[h])) for h in range(len(found))], found
 
@@ -81,10 +112,14 @@ def _values(lm: Any, heads: torch.nn.Linear, reading: Reading, members: list[int
     """Values after each reply token of these samples, sample after sample. -> [tokens, H]."""
     width = max(len(reading.ids[i]) for i in members)
     ids = torch.tensor([reading.ids[i] + [0] * (width - len(reading.ids[i])) for i in members])
-    mask = torch.tensor([[1] * len(reading.ids[i]) + [0] * (width - len(reading.ids[i])) for i in members])
+    mask = torch.tensor(
+        [[1] * len(reading.ids[i]) + [0] * (width - len(reading.ids[i])) for i in members]
+    )
     states = lm(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     values: torch.Tensor = heads(states)
-    return torch.cat([values[row, reading.starts[i] : len(reading.ids[i])] for row, i in enumerate(members)])
+    return torch.cat(
+        [values[row, reading.starts[i] : len(reading.ids[i])] for row, i in enumerate(members)]
+    )
 
 
 def _held_out(values: torch.Tensor, replies: Replies, held: torch.Tensor) -> Fitness:

@@ -35,7 +35,11 @@ class Replies:
         kept = replies[self.reply]
         renumbered = torch.cumsum(replies.long(), 0) - 1
         return Replies(
-            self.hidden[kept], self.tokens[kept], renumbered[self.reply[kept]], self.rewards[replies], self.prompts[replies]
+            self.hidden[kept],
+            self.tokens[kept],
+            renumbered[self.reply[kept]],
+            self.rewards[replies],
+            self.prompts[replies],
         )
 
     def under(self, rewards: torch.Tensor) -> Replies:
@@ -48,7 +52,10 @@ def returns(values: torch.Tensor, replies: Replies, gamma: float, lam: float) ->
     counts = torch.bincount(replies.reply, minlength=len(replies.rewards))
     starts = torch.cumsum(counts, 0) - counts
     # As numpy arrays: it would take a tensor of one index for a number.
-    place = replies.reply.numpy(), (torch.arange(len(replies.tokens)) - starts[replies.reply]).numpy()
+    place = (
+        replies.reply.numpy(),
+        (torch.arange(len(replies.tokens)) - starts[replies.reply]).numpy(),
+    )
     shape = (len(counts), int(counts.max()))
     padded, rewards = np.zeros(shape), np.zeros(shape)
     padded[place] = values.double().numpy()
@@ -63,12 +70,23 @@ def discounted(replies: Replies, gamma: float) -> torch.Tensor:
 
 def predict(head: HeadTensors, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Q(h, a) of each token. [N, d], [N] -> [N]."""
-    u = hidden @ head["P"].T if "P" in head else gelu(hidden @ head["W1"].T + head["c1"]) @ head["W2"].T
+    u = (
+        hidden @ head["P"].T
+        if "P" in head
+        else gelu(hidden @ head["W1"].T + head["c1"]) @ head["W2"].T
+    )
     return (u * head["E"][tokens]).sum(-1) + head["b"][tokens]
 
 
 def fit_ridge(
-    replies: Replies, vocabulary: int, *, rank: int, ridge: float, gamma: float, lam: float, rounds: int = 4
+    replies: Replies,
+    vocabulary: int,
+    *,
+    rank: int,
+    ridge: float,
+    gamma: float,
+    lam: float,
+    rounds: int = 4,
 ) -> HeadTensors:
     """A low-rank linear head by alternating least squares: no gradients, no learning rate.
 
@@ -87,7 +105,9 @@ def fit_ridge(
     """
     mean, scale = replies.hidden.mean(0), replies.hidden.std(0).clamp(min=1e-6)
     h = (replies.hidden - mean) / scale
-    _, _, components = torch.linalg.svd(h[torch.randperm(len(h), generator=_seeded(0))[:20_000]], full_matrices=False)
+    _, _, components = torch.linalg.svd(
+        h[torch.randperm(len(h), generator=_seeded(0))[:20_000]], full_matrices=False
+    )
     projection = components[: min(rank, h.shape[1])]
     centre = float(replies.rewards.mean())
     targets = discounted(replies, gamma) - centre
@@ -100,12 +120,20 @@ def fit_ridge(
             targets = returns(values + centre, replies, gamma, lam) - centre
         if step < rounds - 1:
             weights = rows[replies.tokens]
-            projection = _projection(h, weights[:, :-1], targets - weights[:, -1], projection, ridge)
+            projection = _projection(
+                h, weights[:, :-1], targets - weights[:, -1], projection, ridge
+            )
     folded = projection / scale
-    return {"P": folded, "E": rows[:, :-1].contiguous(), "b": rows[:, -1] - rows[:, :-1] @ (folded @ mean) + centre}
+    return {
+        "P": folded,
+        "E": rows[:, :-1].contiguous(),
+        "b": rows[:, -1] - rows[:, :-1] @ (folded @ mean) + centre,
+    }
 
 
-def _token_rows(u: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor, vocabulary: int, ridge: float) -> torch.Tensor:
+def _token_rows(
+    u: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor, vocabulary: int, ridge: float
+) -> torch.Tensor:
     """[V, r] ridge regressions of the targets on u, one per token, each drawn towards the common one."""
     r = u.shape[1]
     identity = ridge * torch.eye(r)
@@ -121,7 +149,12 @@ def _token_rows(u: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor, vo
 
 
 def _projection(
-    h: torch.Tensor, e: torch.Tensor, y: torch.Tensor, start: torch.Tensor, ridge: float, steps: int = 30
+    h: torch.Tensor,
+    e: torch.Tensor,
+    y: torch.Tensor,
+    start: torch.Tensor,
+    ridge: float,
+    steps: int = 30,
 ) -> torch.Tensor:
     """argmin over P of sum (y - e . P h)^2 + ridge |P|^2, by conjugate gradients from `start`. [N, d], [N, r], [N] -> [r, d]."""
 
@@ -178,17 +211,26 @@ def fit_sgd(
     for epoch in range(epochs):
         order = torch.randperm(len(targets), generator=generator)
         for batch in torch.split(order, 256):
-            loss = (predict(head, replies.hidden[batch], replies.tokens[batch]) - targets[batch]).square().mean() / 2
+            loss = (
+                predict(head, replies.hidden[batch], replies.tokens[batch]) - targets[batch]
+            ).square().mean() / 2
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         with torch.no_grad():
-            held_out_loss = float((predict(head, held_out.hidden, held_out.tokens) - wanted).square().mean())
+            held_out_loss = float(
+                (predict(head, held_out.hidden, held_out.tokens) - wanted).square().mean()
+            )
             progress(f"epoch {epoch + 1}/{epochs}, held-out mean squared error {held_out_loss:.4f}")
             if held_out_loss < best_loss:
                 best, best_loss = _copy(head), held_out_loss
             if lam < 1:
-                targets = returns(predict(head, replies.hidden, replies.tokens) + centre, replies, gamma, lam) - centre
+                targets = (
+                    returns(
+                        predict(head, replies.hidden, replies.tokens) + centre, replies, gamma, lam
+                    )
+                    - centre
+                )
     best["b"] += centre
     return best
 
@@ -204,24 +246,38 @@ class Fitness:
     r2: float  # of the reward by every token's value
     r2_last: float  # of the reward by the last token's value
     slope: float  # of the reward over the value: 1 is calibrated, less is overconfident
-    deciles: tuple[tuple[float, float], ...]  # mean value and mean reward in each tenth of the tokens by value
+    deciles: tuple[
+        tuple[float, float], ...
+    ]  # mean value and mean reward in each tenth of the tokens by value
 
 
 def fitness(values: torch.Tensor, replies: Replies) -> Fitness:
     """Held-out R^2 and calibration. values: [N]."""
     rewards = replies.rewards[replies.reply]
-    last = torch.nonzero(torch.diff(replies.reply, append=torch.tensor([len(replies.rewards)]))).ravel()
+    last = torch.nonzero(
+        torch.diff(replies.reply, append=torch.tensor([len(replies.rewards)]))
+    ).ravel()
     v, y = values.double(), rewards.double()
-    slope = float(((v - v.mean()) * (y - y.mean())).sum() / (v - v.mean()).square().sum().clamp(min=1e-12))
+    slope = float(
+        ((v - v.mean()) * (y - y.mean())).sum() / (v - v.mean()).square().sum().clamp(min=1e-12)
+    )
     order = torch.argsort(v)
-    deciles = tuple((float(v[part].mean()), float(y[part].mean())) for part in torch.tensor_split(order, 10) if len(part))
+    deciles = tuple(
+        (float(v[part].mean()), float(y[part].mean()))
+        for part in torch.tensor_split(order, 10)
+        if len(part)
+    )
     return Fitness(_r2(v, y), _r2(v[last], y[last]), slope, deciles)
 
 
 def _r2(values: torch.Tensor, targets: torch.Tensor) -> float:
     """Share of the variance explained, a constant offset forgiven: VAS does not see it."""
     error = targets - values
-    return float(1 - error.var() / targets.var().clamp(min=1e-12)) if len(targets) > 1 else float("nan")
+    return (
+        float(1 - error.var() / targets.var().clamp(min=1e-12))
+        if len(targets) > 1
+        else float("nan")
+    )
 
 
 def split_by_prompt(prompts: Sequence[int], share: float, seed: int) -> torch.Tensor:

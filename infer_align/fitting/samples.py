@@ -65,7 +65,9 @@ def read_prompts(path: Path) -> list[Conversation]:
         # Not splitlines: JSON strings may hold other characters that end a line to Python.
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
-        raise InvalidRequest(f"prompts: {path} cannot be read: {error.strerror}.", param="prompts") from None
+        raise InvalidRequest(
+            f"prompts: {path} cannot be read: {error.strerror}.", param="prompts"
+        ) from None
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"prompts: {path} is not UTF-8: {error}.", param="prompts") from None
     return [_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
@@ -79,13 +81,24 @@ def _prompt(line: str, place: str) -> Conversation:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     messages = value.get("messages") if isinstance(value, dict) else None
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise InvalidRequest(f'prompts: {place} is neither {{"messages": [...]}} nor a JSON string.', param="prompts")
+    if (
+        not isinstance(messages, list)
+        or not messages
+        or not all(isinstance(message, dict) for message in messages)
+    ):
+        raise InvalidRequest(
+            f'prompts: {place} is neither {{"messages": [...]}} nor a JSON string.', param="prompts"
+        )
     return messages
 
 
 async def sample(
-    engine: TransformersEngine, reward: Reward, prompts: Sequence[Conversation], how: Sampling, path: Path, progress: Progress
+    engine: TransformersEngine,
+    reward: Reward,
+    prompts: Sequence[Conversation],
+    how: Sampling,
+    path: Path,
+    progress: Progress,
 ) -> list[Sample]:
     """Scored replies to every prompt, continued where an earlier run stopped; finished prompts are on disk before the next start.
 
@@ -98,7 +111,9 @@ async def sample(
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(missing), BATCH):
             batch = missing[start : start + BATCH]
-            found = await asyncio.gather(*(_replies(engine, reward, prompts[i], i, how) for i in batch))
+            found = await asyncio.gather(
+                *(_replies(engine, reward, prompts[i], i, how) for i in batch)
+            )
             for samples in found:
                 file.write("".join(json.dumps(asdict(s)) + "\n" for s in samples))
                 done += samples
@@ -117,19 +132,28 @@ def _resume(path: Path, how: Sampling, digests: Sequence[str]) -> list[Sample]:
     if not path.exists():
         _rewrite(path, header)
         return []
-    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split("\n")  # whole lines; what follows was cut off
+    *lines, cut = path.read_text(encoding="utf-8", errors="replace").split(
+        "\n"
+    )  # whole lines; what follows was cut off
     if not lines:
         raise _unusable(path, "has no header")
     if _json(path, 1, lines[0]) != asdict(how):
         raise _unusable(path, "was made with other settings")
     samples = [_read_sample(path, number, line) for number, line in enumerate(lines[1:], start=2)]
-    by_prompt = [(prompt, list(group)) for prompt, group in itertools.groupby(samples, lambda s: s.prompt)]
-    unfinished = [by_prompt.pop()] if by_prompt and len(by_prompt[-1][1]) < how.replies_per_prompt else []
+    by_prompt = [
+        (prompt, list(group)) for prompt, group in itertools.groupby(samples, lambda s: s.prompt)
+    ]
+    unfinished = (
+        [by_prompt.pop()] if by_prompt and len(by_prompt[-1][1]) < how.replies_per_prompt else []
+    )
     if len({prompt for prompt, _ in by_prompt + unfinished}) < len(by_prompt + unfinished):
         raise _unusable(path, "holds a prompt twice: two runs have written to it")
     for prompt, group in by_prompt:
         if len(group) != how.replies_per_prompt:
-            raise _unusable(path, f"has {len(group)} replies to prompt {prompt} instead of {how.replies_per_prompt}")
+            raise _unusable(
+                path,
+                f"has {len(group)} replies to prompt {prompt} instead of {how.replies_per_prompt}",
+            )
     if any(s.prompt >= len(digests) or s.asked != digests[s.prompt] for s in samples):
         raise _unusable(path, "was made with other prompts; new ones can only be added at the end")
     kept = [s for _, group in by_prompt for s in group]
@@ -163,13 +187,21 @@ def _json(path: Path, number: int, line: str) -> Any:
 
 
 def _unusable(path: Path, why: str) -> InvalidRequest:
-    return InvalidRequest(f"samples: {path} {why}; delete it, or write the value elsewhere.", param="samples")
+    return InvalidRequest(
+        f"samples: {path} {why}; delete it, or write the value elsewhere.", param="samples"
+    )
 
 
-async def _replies(engine: TransformersEngine, reward: Reward, messages: Conversation, prompt: int, how: Sampling) -> list[Sample]:
+async def _replies(
+    engine: TransformersEngine, reward: Reward, messages: Conversation, prompt: int, how: Sampling
+) -> list[Sample]:
     n = how.replies_per_prompt
     first = how.seed * 1_000_003 + prompt * n
-    wanted = Draw({"messages": messages, "max_tokens": how.max_tokens}, n, tuple((first + i) % SEED_RANGE for i in range(n)))
+    wanted = Draw(
+        {"messages": messages, "max_tokens": how.max_tokens},
+        n,
+        tuple((first + i) % SEED_RANGE for i in range(n)),
+    )
     try:
         candidates = await draw(engine, wanted)
     except InvalidRequest as error:
@@ -184,7 +216,8 @@ async def _replies(engine: TransformersEngine, reward: Reward, messages: Convers
         )
     asked = _digest(messages)
     return [
-        Sample(prompt, asked, c.text, c.finish_reason or "stop", float(value)) for c, value in zip(candidates, scores, strict=True)
+        Sample(prompt, asked, c.text, c.finish_reason or "stop", float(value))
+        for c, value in zip(candidates, scores, strict=True)
     ]
 
 
@@ -202,10 +235,17 @@ async def draw(engine: TransformersEngine, wanted: Draw) -> list[Candidate]:
     return sorted(found, key=lambda c: c.index)
 
 
-async def scores_of(reward: Reward, messages: Conversation, candidates: Sequence[Candidate], objective: str) -> list[float]:
+async def scores_of(
+    reward: Reward, messages: Conversation, candidates: Sequence[Candidate], objective: str
+) -> list[float]:
     """One number each, by the objective over the reward's members; NaN where it could not be scored."""
     ensemble = Ensemble(objective=objective)  # type: ignore[arg-type]
-    plan = Plan(draws=(Draw({"messages": messages}),), objective=ensemble, rewards={"reward": 1.0}, messages=messages)
+    plan = Plan(
+        draws=(Draw({"messages": messages}),),
+        objective=ensemble,
+        rewards={"reward": 1.0},
+        messages=messages,
+    )
     scores = await score(plan, {"reward": reward}, candidates)
     values: list[float] = ensemble.reduce(scores.members["reward"]).tolist()
     return values
@@ -231,7 +271,13 @@ def read_states(
             progress(f"read {i + 1} of {len(samples)} replies")
     rewards = torch.tensor([s.reward for s in samples])
     prompt_of = torch.tensor([s.prompt for s in samples])
-    return Replies(torch.cat(hidden).clone(), torch.tensor(tokens), torch.tensor(reply), rewards, prompt_of), texts, starts
+    return (
+        Replies(
+            torch.cat(hidden).clone(), torch.tensor(tokens), torch.tensor(reply), rewards, prompt_of
+        ),
+        texts,
+        starts,
+    )
 
 
 def _end(model: Model, state: torch.Tensor) -> int:

@@ -20,14 +20,19 @@ from infer_align.types import Capability, Plan, Stage
 class BestOfN:
     """Draw n candidates per prompt (with rps: per direction) and answer with the best by the rewards."""
 
-    n: int = field(default=8, metadata={"ge": 1, "description": "candidates per prompt; with rps, per direction"})
+    n: int = field(
+        default=8,
+        metadata={"ge": 1, "description": "candidates per prompt; with rps, per direction"},
+    )
 
     stage: ClassVar[Stage] = Stage.PROPOSE
     needs: ClassVar[frozenset[Capability]] = frozenset()
 
     def plan(self, plan: Plan) -> Plan:
         """Every draw n times as large, and a selection over all of them."""
-        return replace(plan, draws=tuple(replace(draw, n=draw.n * self.n) for draw in plan.draws), selects=True)
+        return replace(
+            plan, draws=tuple(replace(draw, n=draw.n * self.n) for draw in plan.draws), selects=True
+        )
 
 
 plugin = BestOfN
@@ -49,14 +54,25 @@ def expected_best(proxy: ArrayLike, gold: ArrayLike, n: int) -> float:
     """
     selector, judge = np.asarray(proxy, dtype=np.float64), np.asarray(gold, dtype=np.float64)
     if selector.ndim != 1 or selector.shape != judge.shape:
-        raise ValueError(f"proxy and gold: shapes {selector.shape} and {judge.shape} are not allowed; both must be [N].")
+        raise ValueError(
+            f"proxy and gold: shapes {selector.shape} and {judge.shape} are not allowed; both must be [N]."
+        )
     if np.isnan(selector).any() or np.isnan(judge).any():
-        raise ValueError("proxy or gold: NaN is not allowed; leave out the candidates that were not scored.")
+        raise ValueError(
+            "proxy or gold: NaN is not allowed; leave out the candidates that were not scored."
+        )
     if not 1 <= n <= len(selector):
-        raise ValueError(f"n: {n} is not allowed; must be 1 to {len(selector)}, the number of candidates.")
-    _, group = np.unique(selector, return_inverse=True)  # ties share a group, groups ascend by proxy
+        raise ValueError(
+            f"n: {n} is not allowed; must be 1 to {len(selector)}, the number of candidates."
+        )
+    _, group = np.unique(
+        selector, return_inverse=True
+    )  # ties share a group, groups ascend by proxy
     sizes = np.bincount(group)
-    weight = np.bincount(group, weights=_subset_weights(len(selector), n)[np.argsort(np.argsort(selector, kind="stable"))])
+    weight = np.bincount(
+        group,
+        weights=_subset_weights(len(selector), n)[np.argsort(np.argsort(selector, kind="stable"))],
+    )
     return float(weight @ (np.bincount(group, weights=judge) / sizes))
 
 

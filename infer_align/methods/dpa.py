@@ -29,15 +29,32 @@ class Prompting:
 
     attributes: tuple[str, ...] = field(
         default=("helpfulness", "verbosity"),
-        metadata={"min_length": 1, "description": "what a direction may name, in the template's order"},
+        metadata={
+            "min_length": 1,
+            "description": "what a direction may name, in the template's order",
+        },
     )
-    template: str = field(default=PUBLISHED, metadata={"description": 'the sentence; "{weights}" stands for the terms'})
-    term: str = field(default="{attribute}*{weight}", metadata={"description": "one attribute with its weight"})
+    template: str = field(
+        default=PUBLISHED,
+        metadata={"description": 'the sentence; "{weights}" stands for the terms'},
+    )
+    term: str = field(
+        default="{attribute}*{weight}", metadata={"description": "one attribute with its weight"}
+    )
     separator: str = field(default=" + ", metadata={"description": "between terms"})
-    scale: float = field(default=100.0, metadata={"gt": 0, "description": "a weight is this times the unit direction"})
-    decimals: int = field(default=0, metadata={"ge": 0, "le": 6, "description": "digits that it is rounded to, half to even"})
+    scale: float = field(
+        default=100.0,
+        metadata={"gt": 0, "description": "a weight is this times the unit direction"},
+    )
+    decimals: int = field(
+        default=0,
+        metadata={"ge": 0, "le": 6, "description": "digits that it is rounded to, half to even"},
+    )
     placement: Literal["system", "user"] = field(
-        default="system", metadata={"description": "before the client's own system message, or before the last user message"}
+        default="system",
+        metadata={
+            "description": "before the client's own system message, or before the last user message"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +77,10 @@ class Prompting:
     def weights(self, direction: Direction) -> dict[str, int | float]:
         """Attribute -> the rounded weight. An attribute of the template that the direction does not name weighs 0."""
         v = self.completed(unit(direction))
-        rounded = {name: float(np.round(self.scale * weight, self.decimals)) + 0.0 for name, weight in v.items()}  # + 0: no -0
+        rounded = {
+            name: float(np.round(self.scale * weight, self.decimals)) + 0.0
+            for name, weight in v.items()
+        }  # + 0: no -0
         return rounded if self.decimals else {name: int(weight) for name, weight in rounded.items()}
 
     def sentence(self, direction: Direction) -> str:
@@ -76,13 +96,18 @@ class Prompting:
         messages = [*body["messages"]]
         sentence = self.sentence(direction)
         if self.placement == "user":
-            at = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+            at = max(
+                (i for i, message in enumerate(messages) if message["role"] == "user"), default=None
+            )
         else:
             at = 0 if messages and messages[0]["role"] in {"system", "developer"} else None
         if at is None:
             messages.insert(0, {"role": self.placement, "content": sentence})
         else:
-            messages[at] = {**messages[at], "content": _before(sentence, messages[at].get("content"))}
+            messages[at] = {
+                **messages[at],
+                "content": _before(sentence, messages[at].get("content")),
+            }
         return {**body, "messages": messages}
 
 
@@ -91,11 +116,16 @@ class DPA:
     """Tell the model a preference direction, and score answers along it."""
 
     direction: dict[str, float] = field(
-        metadata={"min_length": 1, "description": "{attribute: weight}; its length does not matter, negative asks for less"}
+        metadata={
+            "min_length": 1,
+            "description": "{attribute: weight}; its length does not matter, negative asks for less",
+        }
     )
 
     stage: ClassVar[Stage] = Stage.CONDITION
-    needs: ClassVar[frozenset[Capability]] = frozenset()  # of a chat, which the draw is checked to be
+    needs: ClassVar[frozenset[Capability]] = (
+        frozenset()
+    )  # of a chat, which the draw is checked to be
 
     def plan(self, plan: Plan) -> Plan:
         """Every draw conditioned on the unit direction, and the plan scored along it.
@@ -107,17 +137,25 @@ class DPA:
         assert isinstance(prompting, Prompting)
         where = "align.dpa"
         if any(draw.kind != "chat" for draw in plan.draws):
-            raise InvalidRequest(f"{where}: a direction is told in a chat prompt; use /v1/chat/completions.", param=where)
+            raise InvalidRequest(
+                f"{where}: a direction is told in a chat prompt; use /v1/chat/completions.",
+                param=where,
+            )
         known = {*prompting.attributes, *plan.attributes}
         for name in self.direction:
             if name not in known:
                 place = f"{where}.direction.{name}"
-                raise InvalidRequest(f"{place}: no such attribute; {nearest(name, known)}", param=place)
+                raise InvalidRequest(
+                    f"{place}: no such attribute; {nearest(name, known)}", param=place
+                )
         try:
             v = prompting.completed(unit(self.direction))
         except ValueError as error:
             raise InvalidRequest(f"{where}.{error}", param=f"{where}.direction") from None
-        draws = tuple(replace(draw, body=prompting.condition(draw.body, v), direction=v) for draw in plan.draws)
+        draws = tuple(
+            replace(draw, body=prompting.condition(draw.body, v), direction=v)
+            for draw in plan.draws
+        )
         return replace(plan, draws=draws, direction=v, conditioner=prompting)
 
 
@@ -131,19 +169,32 @@ def unit(direction: Direction) -> dict[str, float]:
         ValueError: a weight is no finite number, or all are 0.
     """
     for name, weight in direction.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float | np.floating | np.integer) or not math.isfinite(weight):
-            raise ValueError(f"direction.{name}: {shown(weight)} is not allowed; must be a finite number.")
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float | np.floating | np.integer)
+            or not math.isfinite(weight)
+        ):
+            raise ValueError(
+                f"direction.{name}: {shown(weight)} is not allowed; must be a finite number."
+            )
     largest = max((abs(float(weight)) for weight in direction.values()), default=0.0)
     if not largest:
-        raise ValueError(f"direction: {shown(dict(direction))} has no length; give at least one weight other than 0.")
-    scaled = {name: float(weight) / largest for name, weight in direction.items()}  # no overflow, no underflow in the squares
+        raise ValueError(
+            f"direction: {shown(dict(direction))} has no length; give at least one weight other than 0."
+        )
+    scaled = {
+        name: float(weight) / largest for name, weight in direction.items()
+    }  # no overflow, no underflow in the squares
     length = math.hypot(*scaled.values())
     return {name: weight / length for name, weight in scaled.items()}
 
 
 def prompt_weights(direction: Direction) -> dict[str, int]:
     """The weights as the published prompt writes them: 100 times the unit direction, rounded half to even."""
-    return {name: int(weight) for name, weight in Prompting(attributes=tuple(direction)).weights(direction).items()}
+    return {
+        name: int(weight)
+        for name, weight in Prompting(attributes=tuple(direction)).weights(direction).items()
+    }
 
 
 def system_prompt(direction: Direction) -> str:

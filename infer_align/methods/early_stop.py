@@ -21,7 +21,10 @@ class EarlyStop:
     """Stop drawing the candidates that value estimates give the least hope."""
 
     values: dict[str, Annotated[float, Ge(-1000), Le(1000)]] = field(
-        metadata={"min_length": 1, "description": "{value name: weight}: whose estimates are compared; of kind head"}
+        metadata={
+            "min_length": 1,
+            "description": "{value name: weight}: whose estimates are compared; of kind head",
+        }
     )
     after: int = field(
         default=16,
@@ -31,7 +34,12 @@ class EarlyStop:
         },
     )
     keep: float = field(
-        default=0.5, metadata={"gt": 0, "le": 1, "description": "share of those compared that is drawn on, rounded up"}
+        default=0.5,
+        metadata={
+            "gt": 0,
+            "le": 1,
+            "description": "share of those compared that is drawn on, rounded up",
+        },
     )
 
     stage: ClassVar[Stage] = Stage.STEER
@@ -49,7 +57,9 @@ class EarlyStop:
                 param="align.early_stop",
             )
         watch = Watch(self.values, self.after)
-        return replace(plan, draws=tuple(replace(draw, watch=watch) for draw in plan.draws), survival=self.keep)
+        return replace(
+            plan, draws=tuple(replace(draw, watch=watch) for draw in plan.draws), survival=self.keep
+        )
 
 
 plugin = EarlyStop

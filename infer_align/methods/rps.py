@@ -28,8 +28,13 @@ _EDGE = 1.0 - 1e-9  # neighbours keep this share of the angle: rounding must not
 class RPS:
     """Draw from k directions near `dpa.direction`, and select by that direction itself."""
 
-    k: int = field(default=5, metadata={"ge": 1, "le": 128, "description": "directions to draw from"})
-    max_angle: float = field(default=30.0, metadata={"ge": 0, "le": 180, "description": "degrees from the target, at most"})
+    k: int = field(
+        default=5, metadata={"ge": 1, "le": 128, "description": "directions to draw from"}
+    )
+    max_angle: float = field(
+        default=30.0,
+        metadata={"ge": 0, "le": 180, "description": "degrees from the target, at most"},
+    )
     neighborhood: Literal["uniform", "published", "none"] = field(
         default="uniform",
         metadata={
@@ -47,15 +52,27 @@ class RPS:
             InvalidRequest: there is no direction, or the neighbourhood is not made for its attributes.
         """
         if plan.direction is None or plan.conditioner is None:
-            raise InvalidRequest("align.rps: needs a direction to draw around; give align.dpa.direction too.", param="align.rps")
+            raise InvalidRequest(
+                "align.rps: needs a direction to draw around; give align.dpa.direction too.",
+                param="align.rps",
+            )
         found = self._neighbours(plan.direction, plan.seed)
         directions = _spread(found or [plan.direction], self.k)
         draws: list[Draw] = []
         for draw in plan.draws:
             own = {**draw.body, "messages": plan.messages}
             for v, times in directions:
-                draws.append(replace(draw, body=plan.conditioner.condition(own, v), direction=v, n=draw.n * times))
-        return replace(plan, draws=tuple(draws), selects=True, note=plan.note or self._note(len(found) and len(directions)))
+                draws.append(
+                    replace(
+                        draw, body=plan.conditioner.condition(own, v), direction=v, n=draw.n * times
+                    )
+                )
+        return replace(
+            plan,
+            draws=tuple(draws),
+            selects=True,
+            note=plan.note or self._note(len(found) and len(directions)),
+        )
 
     def _neighbours(self, v: Direction, seed: int) -> list[Direction]:
         if self.neighborhood == "none":
@@ -70,7 +87,9 @@ class RPS:
             )
         x, y = v
         found = published_neighbors(math.degrees(math.atan2(v[y], v[x])), self.k, self.max_angle)
-        return [{x: math.cos(math.radians(angle)), y: math.sin(math.radians(angle))} for angle in found]
+        return [
+            {x: math.cos(math.radians(angle)), y: math.sin(math.radians(angle))} for angle in found
+        ]
 
     def _note(self, found: int) -> str:
         if self.neighborhood == "none" or found == self.k:
@@ -106,13 +125,22 @@ def neighbors(direction: Direction, k: int, max_angle: float, seed: int) -> list
     v = v / largest
     v /= np.linalg.norm(v)
     rng = np.random.default_rng(seed % 2**64)
-    return [dict(zip(direction, _neighbor(v, math.radians(max_angle), rng).tolist(), strict=True)) for _ in range(k)]
+    return [
+        dict(zip(direction, _neighbor(v, math.radians(max_angle), rng).tolist(), strict=True))
+        for _ in range(k)
+    ]
 
 
 def _neighbor(v: Array, most: float, rng: np.random.Generator) -> Array:
-    phi = min(_angle(len(v), most, rng), most * _EDGE) if most < math.pi else _angle(len(v), most, rng)
+    phi = (
+        min(_angle(len(v), most, rng), most * _EDGE)
+        if most < math.pi
+        else _angle(len(v), most, rng)
+    )
     u = rng.normal(size=len(v))
-    for _ in range(2):  # twice: what the first projection leaves of v is rounding, and counts where u is almost v
+    for _ in range(
+        2
+    ):  # twice: what the first projection leaves of v is rounding, and counts where u is almost v
         u -= (u @ v) * v
     length = np.linalg.norm(u)
     if not phi or len(v) == 1 or not length:
@@ -138,7 +166,9 @@ def _angle(dimension: int, most: float, rng: np.random.Generator) -> float:
             return phi
 
 
-def published_neighbors(degrees: float, k: int, max_angle: float, angle_range: tuple[int, int] = _GRID) -> list[int]:
+def published_neighbors(
+    degrees: float, k: int, max_angle: float, angle_range: tuple[int, int] = _GRID
+) -> list[int]:
     """The authors' neighbours: of the angles -40, -35 .. 40, the k nearest to `degrees` if within `max_angle`, nearest first.
 
     As theirs, the target is first rounded to a vector of four decimals and angles are arc cosines: what stands at the very edge,

@@ -22,7 +22,9 @@ def _said(text: str) -> str:
     return text
 
 
-Criteria = Annotated[str, Len(max_length=4000), AfterValidator(_said), Field(json_schema_extra={"pattern": r"\S"})]
+Criteria = Annotated[
+    str, Len(max_length=4000), AfterValidator(_said), Field(json_schema_extra={"pattern": r"\S"})
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,21 +32,36 @@ class TrustJudge:
     """Let a judge score or compare the candidates, beside the rewards; what is left out is as the judge is configured."""
 
     mode: Literal["score", "pairwise"] | None = field(
-        default=None, metadata={"description": "one score per candidate, or comparisons in both orders and their win rates"}
+        default=None,
+        metadata={
+            "description": "one score per candidate, or comparisons in both orders and their win rates"
+        },
     )
-    scale: Literal[5, 10, 100] | None = field(default=None, metadata={"description": "the highest score that the judge may give"})
-    criteria: Criteria | None = field(default=None, metadata={"description": "what is judged, in words"})
+    scale: Literal[5, 10, 100] | None = field(
+        default=None, metadata={"description": "the highest score that the judge may give"}
+    )
+    criteria: Criteria | None = field(
+        default=None, metadata={"description": "what is judged, in words"}
+    )
     weight: float = field(
         default=1.0,
-        metadata={"ge": 0, "le": 1e9, "description": "beside the weights of the rewards; the judge's scores are from 1 to 5"},
+        metadata={
+            "ge": 0,
+            "le": 1e9,
+            "description": "beside the weights of the rewards; the judge's scores are from 1 to 5",
+        },
     )
     readout: Literal["expected", "geval", "published"] | None = field(
         default=None,
-        metadata={"description": "expectation over the labels; that, not renormalised; or the paper's code with its defects"},
+        metadata={
+            "description": "expectation over the labels; that, not renormalised; or the paper's code with its defects"
+        },
     )
 
     stage: ClassVar[Stage] = Stage.SCORE
-    needs: ClassVar[frozenset[Capability]] = frozenset()  # of the judge's engine, not of the one that answers
+    needs: ClassVar[frozenset[Capability]] = (
+        frozenset()
+    )  # of the judge's engine, not of the one that answers
 
     def plan(self, plan: Plan) -> Plan:
         """The judge among the plan's rewards, asked in this way."""

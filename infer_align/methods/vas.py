@@ -35,13 +35,21 @@ class VAS:
     """Steer every token by value estimates, while it is sampled."""
 
     beta: dict[str, Annotated[float, Ge(-MAX_BETA), Le(MAX_BETA)]] = field(
-        metadata={"min_length": 1, "description": "{value name: weight}; negative weights steer away"}
+        metadata={
+            "min_length": 1,
+            "description": "{value name: weight}; negative weights steer away",
+        }
     )
     top_k: int = field(
-        default=20, metadata={"ge": 1, "description": "tokens that are valued at each step; more than the vocabulary is all"}
+        default=20,
+        metadata={
+            "ge": 1,
+            "description": "tokens that are valued at each step; more than the vocabulary is all",
+        },
     )
     tail: Literal["keep", "mask"] = field(
-        default="keep", metadata={"description": "the other tokens keep their logits, or cannot be sampled"}
+        default="keep",
+        metadata={"description": "the other tokens keep their logits, or cannot be sampled"},
     )
 
     stage: ClassVar[Stage] = Stage.STEER
@@ -57,7 +65,11 @@ plugin = VAS
 
 
 def reweight(
-    logits: ArrayLike, token_ids: ArrayLike, values: ArrayLike, beta: ArrayLike, tail: Literal["keep", "mask"] = "keep"
+    logits: ArrayLike,
+    token_ids: ArrayLike,
+    values: ArrayLike,
+    beta: ArrayLike,
+    tail: Literal["keep", "mask"] = "keep",
 ) -> Array:
     """The steered logits, as defined above; the float64 reference of every faster form.
 
@@ -75,9 +87,21 @@ def reweight(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    out, ids, v = np.array(logits, dtype=np.float64), np.asarray(token_ids), np.asarray(values, dtype=np.float64)
-    if out.ndim != 2 or ids.ndim != 2 or v.ndim != 3 or len(ids) != len(out) or v.shape[1:] != ids.shape:
-        raise ValueError(f"logits {out.shape}, token_ids {ids.shape}, values {v.shape}: must be [B, V], [B, k] and [M, B, k].")
+    out, ids, v = (
+        np.array(logits, dtype=np.float64),
+        np.asarray(token_ids),
+        np.asarray(values, dtype=np.float64),
+    )
+    if (
+        out.ndim != 2
+        or ids.ndim != 2
+        or v.ndim != 3
+        or len(ids) != len(out)
+        or v.shape[1:] != ids.shape
+    ):
+        raise ValueError(
+            f"logits {out.shape}, token_ids {ids.shape}, values {v.shape}: must be [B, V], [B, k] and [M, B, k]."
+        )
     weights = np.broadcast_to(np.asarray(beta, dtype=np.float64), (len(out), len(v)))  # [B, M]
     for row in np.flatnonzero(weights.any(axis=1)):
         used = np.flatnonzero(weights[row])

@@ -26,9 +26,13 @@ CALL_SHARE = 0.95
 class Marks:
     """What one reward says of N candidates."""
 
-    values: Array  # [A, K, N]: attributes (1 when it has none), members, candidates; NaN is not scored
+    values: (
+        Array  # [A, K, N]: attributes (1 when it has none), members, candidates; NaN is not scored
+    )
     spent: Spent = field(default_factory=Spent)  # to score them
-    notes: tuple[str | None, ...] = ()  # per candidate: why it is NaN, or that it was truncated; () for none
+    notes: tuple[
+        str | None, ...
+    ] = ()  # per candidate: why it is NaN, or that it was truncated; () for none
     report: Body = field(default_factory=dict)  # what it has to say beside its scores, as JSON
 
 

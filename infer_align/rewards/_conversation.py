@@ -22,8 +22,12 @@ def encode(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], max_length
             text = tokenizer.apply_chat_template(conversation, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
-            ids = tokenizer("\n\n".join(str(m.get("content") or "") for m in conversation))["input_ids"]
-    except Exception as error:  # a template is code that came with the model, and what it raises is up to it
+            ids = tokenizer("\n\n".join(str(m.get("content") or "") for m in conversation))[
+                "input_ids"
+            ]
+    except (
+        Exception
+    ) as error:  # a template is code that came with the model, and what it raises is up to it
         return [], f"the reward model's chat template refused the conversation: {error}"
     if not ids:
         return [], "there are no tokens to score"
@@ -32,16 +36,24 @@ def encode(tokenizer: Any, conversation: Sequence[Mapping[str, Any]], max_length
     return ids[-max_length:], f"truncated: read the last {max_length} of {len(ids)} tokens"
 
 
-def member_names(names: Sequence[str], labels: Sequence[int], attributes: Sequence[str]) -> tuple[str, ...]:
+def member_names(
+    names: Sequence[str], labels: Sequence[int], attributes: Sequence[str]
+) -> tuple[str, ...]:
     """The members of an ensemble: a model of K labels is K of them, or one where its labels are objectives."""
     if attributes:
         return tuple(names)
-    return tuple(name if count == 1 else f"{name}#{i}" for name, count in zip(names, labels, strict=True) for i in range(count))
+    return tuple(
+        name if count == 1 else f"{name}#{i}"
+        for name, count in zip(names, labels, strict=True)
+        for i in range(count)
+    )
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with its text parts joined; other parts stay for a chat template that knows them."""
     content = message.get("content")
-    if not isinstance(content, list) or not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+    if not isinstance(content, list) or not all(
+        isinstance(part, Mapping) and part.get("type") == "text" for part in content
+    ):
         return dict(message)
     return {**message, "content": "".join(str(part.get("text", "")) for part in content)}

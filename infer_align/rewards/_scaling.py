@@ -11,7 +11,9 @@ from infer_align.errors import ConfigError, nearest
 from infer_align.types import Array
 
 # Of the field `scaling` of a reward's section.
-SCALING = {"description": "{attribute: {mean, std}}: its scores become (score - mean) / std; others stay as they are"}
+SCALING = {
+    "description": "{attribute: {mean, std}}: its scores become (score - mean) / std; others stay as they are"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,9 @@ def check_scaling(kind: str, scaling: Mapping[str, Scaling], attributes: Sequenc
         ConfigError: it names no attribute of the reward.
     """
     if unknown := [name for name in scaling if name not in attributes]:
-        raise ConfigError(f"{kind}.scaling.{unknown[0]}: no such attribute; {nearest(unknown[0], attributes)}")
+        raise ConfigError(
+            f"{kind}.scaling.{unknown[0]}: no such attribute; {nearest(unknown[0], attributes)}"
+        )
 
 
 def scaled(values: Array, scaling: Mapping[str, Scaling], attributes: Sequence[str]) -> Array:

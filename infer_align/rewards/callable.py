@@ -23,8 +23,14 @@ class FromCallable:
     """A function `(messages, text) -> float` of an installed module; NaN means that it has no opinion."""
 
     function: str = field(metadata={"description": '"package.module:function"'})
-    description: str = field(default="", metadata={"description": "one line for people; default: the function's docstring"})
-    timeout_seconds: float = field(default=30.0, metadata={"gt": 0, "description": "after this a candidate counts as not scored"})
+    description: str = field(
+        default="",
+        metadata={"description": "one line for people; default: the function's docstring"},
+    )
+    timeout_seconds: float = field(
+        default=30.0,
+        metadata={"gt": 0, "description": "after this a candidate counts as not scored"},
+    )
 
     def load(self) -> CallableReward:
         """The reward.
@@ -40,7 +46,9 @@ class FromCallable:
                 f"callable.function: {self.function!r} cannot be imported: {error}; write it as 'module:name'."
             ) from error
         if not callable(function) or inspect.iscoroutinefunction(function):
-            raise ConfigError(f"callable.function: {self.function!r} must be a plain function (messages, text) -> float.")
+            raise ConfigError(
+                f"callable.function: {self.function!r} must be a plain function (messages, text) -> float."
+            )
         return CallableReward(function, self.description, self.timeout_seconds)
 
 
@@ -50,15 +58,21 @@ plugin = FromCallable
 class CallableReward(Reward):
     """Calls the function per candidate, in a thread: it may be slow. An exception leaves that candidate not scored."""
 
-    def __init__(self, function: Function, description: str = "", timeout_seconds: float = 30.0) -> None:
+    def __init__(
+        self, function: Function, description: str = "", timeout_seconds: float = 30.0
+    ) -> None:
         self._function = function
         self.timeout_seconds = timeout_seconds
         self.description = description or (function.__doc__ or "").strip().partition("\n")[0]
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
         """[1, 1, N]."""
-        results = await asyncio.gather(*(asyncio.to_thread(self._call, messages, c.text) for c in candidates))
-        return Marks(np.array([[[value for value, _ in results]]]), notes=tuple(note for _, note in results))
+        results = await asyncio.gather(
+            *(asyncio.to_thread(self._call, messages, c.text) for c in candidates)
+        )
+        return Marks(
+            np.array([[[value for value, _ in results]]]), notes=tuple(note for _, note in results)
+        )
 
     def _call(self, messages: Messages, text: str) -> tuple[float, str | None]:
         try:

@@ -30,19 +30,31 @@ class Classifier:
     """One or more reward models. A model with K labels is K members; with `attributes`, its labels are those objectives instead."""
 
     model: str | None = field(default=None, metadata={"description": "path or hub id of one model"})
-    models: tuple[str, ...] = field(default=(), metadata={"description": "several: each is a member of the ensemble"})
+    models: tuple[str, ...] = field(
+        default=(), metadata={"description": "several: each is a member of the ensemble"}
+    )
     attributes: tuple[str, ...] = field(
-        default=(), metadata={"description": "names of the labels, when they are objectives, not members"}
+        default=(),
+        metadata={"description": "names of the labels, when they are objectives, not members"},
     )
     scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
     description: str = field(default="", metadata={"description": "one line for people"})
     max_length: int = field(
-        default=4096, metadata={"ge": 8, "description": "tokens read; a longer text loses its beginning, and the score says so"}
+        default=4096,
+        metadata={
+            "ge": 8,
+            "description": "tokens read; a longer text loses its beginning, and the score says so",
+        },
     )
     batch_size: int = field(default=32, metadata={"ge": 1, "description": "texts per forward"})
     dtype: str = field(default="auto", metadata={"description": "torch dtype of the weights"})
-    device: str = field(default="auto", metadata={"description": '"auto" takes a GPU when there is one'})
-    timeout_seconds: float = field(default=60.0, metadata={"gt": 0, "description": "after this a candidate counts as not scored"})
+    device: str = field(
+        default="auto", metadata={"description": '"auto" takes a GPU when there is one'}
+    )
+    timeout_seconds: float = field(
+        default=60.0,
+        metadata={"gt": 0, "description": "after this a candidate counts as not scored"},
+    )
 
     def load(self) -> ClassifierReward:
         """The reward, its models not yet loaded.
@@ -88,10 +100,16 @@ class ClassifierReward(Reward):
             ConfigError: a model cannot be loaded, or its labels do not fit `attributes`.
         """
         load = asyncio.get_running_loop().run_in_executor
-        self._models = [await load(self._thread, _RewardModel, path, self.config) for path in self._paths]
+        self._models = [
+            await load(self._thread, _RewardModel, path, self.config) for path in self._paths
+        ]
         names = [Path(path).name for path in self._paths]
-        self.members = member_names(names, [model.labels for model in self._models], self.attributes)
-        self.description = self.config.description or f"reward model ensemble: {', '.join(self.members)}"
+        self.members = member_names(
+            names, [model.labels for model in self._models], self.attributes
+        )
+        self.description = (
+            self.config.description or f"reward model ensemble: {', '.join(self.members)}"
+        )
 
     async def close(self) -> None:
         """Refuse what waits and free the models."""
@@ -118,18 +136,34 @@ class ClassifierReward(Reward):
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
         results = await asyncio.gather(*(text.done for text in texts))
-        values = scaled(np.stack([value for value, _, _ in results], axis=-1), self.config.scaling, self.attributes)
-        return Marks(values, Spent(sum(tokens for _, tokens, _ in results)), tuple(note for _, _, note in results))
+        values = scaled(
+            np.stack([value for value, _, _ in results], axis=-1),
+            self.config.scaling,
+            self.attributes,
+        )
+        return Marks(
+            values,
+            Spent(sum(tokens for _, tokens, _ in results)),
+            tuple(note for _, _, note in results),
+        )
 
     async def _work(self) -> None:
         """Score whatever is waiting, batch after batch, until nothing is."""
         loop = asyncio.get_running_loop()
-        while batch := [text for text in self._waiting if not text.done.done()][: self.config.batch_size]:
+        while batch := [text for text in self._waiting if not text.done.done()][
+            : self.config.batch_size
+        ]:
             taken = {id(text) for text in batch}
-            self._waiting = [text for text in self._waiting if id(text) not in taken and not text.done.done()]
+            self._waiting = [
+                text for text in self._waiting if id(text) not in taken and not text.done.done()
+            ]
             try:
-                results = await loop.run_in_executor(self._thread, self._forward, [text.messages for text in batch])
-            except Exception as error:  # told to every request in the batch; the worker lives on for the next
+                results = await loop.run_in_executor(
+                    self._thread, self._forward, [text.messages for text in batch]
+                )
+            except (
+                Exception
+            ) as error:  # told to every request in the batch; the worker lives on for the next
                 results = [error] * len(batch)
             for text, result in zip(batch, results, strict=True):
                 if text.done.done():
@@ -139,18 +173,29 @@ class ClassifierReward(Reward):
                 else:
                     text.done.set_result(result)
 
-    def _forward(self, conversations: list[list[dict[str, Any]]]) -> list[tuple[Array, int, str | None] | Exception]:
+    def _forward(
+        self, conversations: list[list[dict[str, Any]]]
+    ) -> list[tuple[Array, int, str | None] | Exception]:
         encoded: dict[object, list[Encoded]] = {}  # members of one ensemble mostly read alike
         for model in self._models:
             if model.reads not in encoded:
-                encoded[model.reads] = [encode(model.tokenizer, messages, model.max_length) for messages in conversations]
+                encoded[model.reads] = [
+                    encode(model.tokenizer, messages, model.max_length)
+                    for messages in conversations
+                ]
         per_model = [model.score(encoded[model.reads]) for model in self._models]
         results: list[tuple[Array, int, str | None] | Exception] = []
         for marks in zip(*per_model, strict=True):
             logits = [mark.logits for mark in marks]
             # [labels] per model -> [A, K]: labels are the objectives, or more members of the only one.
             values = np.stack(logits, axis=1) if self.attributes else np.concatenate(logits)[None]
-            results.append((values, sum(mark.tokens for mark in marks), next((mark.note for mark in marks if mark.note), None)))
+            results.append(
+                (
+                    values,
+                    sum(mark.tokens for mark in marks),
+                    next((mark.note for mark in marks if mark.note), None),
+                )
+            )
         return results
 
 
@@ -165,18 +210,30 @@ class _RewardModel:
 
     def __init__(self, path: str, config: Classifier) -> None:
         path = locate(path)
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        device = (
+            ("cuda" if torch.cuda.is_available() else "cpu")
+            if config.device == "auto"
+            else config.device
+        )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(path, dtype=config.dtype, output_loading_info=True)
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=config.dtype, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"classifier: {path!r} cannot be loaded as a sequence classifier: {error}") from error
+            raise ConfigError(
+                f"classifier: {path!r} cannot be loaded as a sequence classifier: {error}"
+            ) from error
         if missing := sorted(loaded["missing_keys"]):  # transformers would make them up, at random
-            raise ConfigError(f"classifier: {path!r} is no sequence classifier: it has no weights for {', '.join(missing[:3])}.")
+            raise ConfigError(
+                f"classifier: {path!r} is no sequence classifier: it has no weights for {', '.join(missing[:3])}."
+            )
         self.model = model.to(device).eval()
         self.labels = int(self.model.config.num_labels)
         if config.attributes and len(config.attributes) != self.labels:
-            raise ConfigError(f"classifier.attributes: {len(config.attributes)} names for the {self.labels} labels of {path!r}.")
+            raise ConfigError(
+                f"classifier.attributes: {len(config.attributes)} names for the {self.labels} labels of {path!r}."
+            )
         self.config = self.model.config.get_text_config()
         positions = getattr(self.config, "max_position_embeddings", None) or config.max_length
         self.max_length = min(config.max_length, positions, self.tokenizer.model_max_length)
@@ -185,7 +242,11 @@ class _RewardModel:
 
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         # What makes a conversation into tokens: models that have it in common read the same.
-        self.reads = (self.tokenizer.chat_template, self.max_length, backend.to_str() if backend else id(self.tokenizer))
+        self.reads = (
+            self.tokenizer.chat_template,
+            self.max_length,
+            backend.to_str() if backend else id(self.tokenizer),
+        )
 
     @torch.inference_mode()
     def score(self, encoded: Sequence[Encoded]) -> list[_Mark]:
@@ -199,11 +260,18 @@ class _RewardModel:
             ids[row, :length] = torch.tensor(encoded[i][0])
             mask[row, :length] = 1
         device = self.model.device
-        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.double().cpu().numpy()
+        logits = (
+            self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
+            .logits.double()
+            .cpu()
+            .numpy()
+        )
         marks: list[_Mark] = [_Mark(logits[0], 0, None)] * len(encoded)
         for row, i in enumerate(order):
             tokens, note = encoded[i]
-            marks[i] = _Mark(logits[row] if tokens else np.full(self.labels, np.nan), len(tokens), note)
+            marks[i] = _Mark(
+                logits[row] if tokens else np.full(self.labels, np.nan), len(tokens), note
+            )
         return marks
 
     def _padding(self, rows: list[list[int]]) -> int:
@@ -213,5 +281,7 @@ class _RewardModel:
         """
         if self.pad is None:
             last = {ids[-1] for ids in rows if ids}
-            self.config.pad_token_id = next(token for token in range(len(last) + 1) if token not in last)
+            self.config.pad_token_id = next(
+                token for token in range(len(last) + 1) if token not in last
+            )
         return int(self.config.pad_token_id)

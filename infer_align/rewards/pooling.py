@@ -30,16 +30,26 @@ class Pooling:
     """One or more reward models as vLLM pooling engines; members and attributes as for `classifier`."""
 
     model: str | None = field(default=None, metadata={"description": "path or hub id of one model"})
-    models: tuple[str, ...] = field(default=(), metadata={"description": "several: each is a member of the ensemble"})
+    models: tuple[str, ...] = field(
+        default=(), metadata={"description": "several: each is a member of the ensemble"}
+    )
     attributes: tuple[str, ...] = field(
-        default=(), metadata={"description": "names of the labels, when they are objectives, not members"}
+        default=(),
+        metadata={"description": "names of the labels, when they are objectives, not members"},
     )
     scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
     description: str = field(default="", metadata={"description": "one line for people"})
     max_length: int = field(
-        default=4096, metadata={"ge": 8, "description": "tokens read; a longer text loses its beginning, and the score says so"}
+        default=4096,
+        metadata={
+            "ge": 8,
+            "description": "tokens read; a longer text loses its beginning, and the score says so",
+        },
     )
-    timeout_seconds: float = field(default=60.0, metadata={"gt": 0, "description": "after this a candidate counts as not scored"})
+    timeout_seconds: float = field(
+        default=60.0,
+        metadata={"gt": 0, "description": "after this a candidate counts as not scored"},
+    )
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -93,8 +103,12 @@ class PoolingReward(Reward):
             self._models.append(model := await asyncio.to_thread(_RewardModel, path, self.config))
             await model.check()
         names = [Path(path).name for path in paths]
-        self.members = member_names(names, [model.labels for model in self._models], self.attributes)
-        self.description = self.config.description or f"reward model ensemble: {', '.join(self.members)}"
+        self.members = member_names(
+            names, [model.labels for model in self._models], self.attributes
+        )
+        self.description = (
+            self.config.description or f"reward model ensemble: {', '.join(self.members)}"
+        )
 
     async def close(self) -> None:
         """End the engines; what they are scoring fails."""
@@ -120,13 +134,18 @@ class PoolingReward(Reward):
         conversations = [turns(messages, candidate.text) for candidate in candidates]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [[group.create_task(model.score(text)) for model in self._models] for text in conversations]
+                tasks = [
+                    [group.create_task(model.score(text)) for model in self._models]
+                    for text in conversations
+                ]
         except ExceptionGroup as failures:  # one engine is gone: say it as if it were alone
             raise failures.exceptions[0] from None
         marks = [[task.result() for task in row] for row in tasks]
         # [labels] per model -> [A, K]: labels are the objectives, or more members of the only one.
         values = [
-            np.stack([m.logits for m in row], axis=1) if self.attributes else np.concatenate([m.logits for m in row])[None]
+            np.stack([m.logits for m in row], axis=1)
+            if self.attributes
+            else np.concatenate([m.logits for m in row])[None]
             for row in marks
         ]
         notes = tuple(next((mark.note for mark in row if mark.note), None) for row in marks)
@@ -155,7 +174,9 @@ class _RewardModel:
         except AlignError:
             raise
         except Exception as error:  # whatever a worker died of
-            raise ConfigError(f"pooling: {path!r} cannot be loaded as a sequence classifier: {error}") from error
+            raise ConfigError(
+                f"pooling: {path!r} cannot be loaded as a sequence classifier: {error}"
+            ) from error
         self.labels, context = vllm_compat.labels_and_context(self._engine)
         self.path, self.attributes = path, config.attributes
         self.max_length = min(config.max_length, context, self.tokenizer.model_max_length)
@@ -174,7 +195,9 @@ class _RewardModel:
                 f"pooling: {self.path!r} does not classify sequences; it may score each token, which is not read here."
             )
         if self.attributes and len(self.attributes) != self.labels:
-            raise ConfigError(f"pooling.attributes: {len(self.attributes)} names for the {self.labels} labels of {self.path!r}.")
+            raise ConfigError(
+                f"pooling.attributes: {len(self.attributes)} names for the {self.labels} labels of {self.path!r}."
+            )
 
     @property
     def errored(self) -> bool:
@@ -200,7 +223,11 @@ class _RewardModel:
         if not ids:
             return _Mark(unread, 0, note)
         try:
-            return _Mark(np.array(await class_logits(self._engine, ids, f"score-{next(self._names)}")), len(ids), note)
+            return _Mark(
+                np.array(await class_logits(self._engine, ids, f"score-{next(self._names)}")),
+                len(ids),
+                note,
+            )
         except Unavailable:
             raise
         except AlignError as error:  # this text alone

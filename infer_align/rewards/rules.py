@@ -22,16 +22,32 @@ class Rules:
 
     description: str = field(default="", metadata={"description": "one line for people"})
     target_words: int | None = field(
-        default=None, metadata={"ge": 1, "description": "minus the relative distance from this many words: 0 at the target"}
+        default=None,
+        metadata={
+            "ge": 1,
+            "description": "minus the relative distance from this many words: 0 at the target",
+        },
     )
-    words_weight: float = field(default=0.0, metadata={"description": "this much per word; negative prefers brevity"})
-    regex: str | None = field(default=None, metadata={"description": "1 where the pattern is found (Python's re), else 0"})
-    json_object: bool = field(default=False, metadata={"description": "1 where the whole text is a JSON object, else 0"})
-    require: tuple[str, ...] = field(default=(), metadata={"description": "share of these words or phrases that occur, any case"})
+    words_weight: float = field(
+        default=0.0, metadata={"description": "this much per word; negative prefers brevity"}
+    )
+    regex: str | None = field(
+        default=None, metadata={"description": "1 where the pattern is found (Python's re), else 0"}
+    )
+    json_object: bool = field(
+        default=False, metadata={"description": "1 where the whole text is a JSON object, else 0"}
+    )
+    require: tuple[str, ...] = field(
+        default=(), metadata={"description": "share of these words or phrases that occur, any case"}
+    )
     avoid: tuple[str, ...] = field(
-        default=(), metadata={"description": "minus the number of these words or phrases that occur, any case"}
+        default=(),
+        metadata={"description": "minus the number of these words or phrases that occur, any case"},
     )
-    finished: bool = field(default=False, metadata={"description": "minus 1 where the answer was cut by the token maximum"})
+    finished: bool = field(
+        default=False,
+        metadata={"description": "minus 1 where the answer was cut by the token maximum"},
+    )
 
     def load(self) -> RulesReward:
         """The reward.
@@ -51,12 +67,19 @@ class RulesReward(Reward):
     def __init__(self, rules: Rules) -> None:
         self._rules = _compile(rules)
         if not self._rules:
-            raise ConfigError("rules: none is set; set at least one, such as words_weight = -0.01 or regex = '...'.")
+            raise ConfigError(
+                "rules: none is set; set at least one, such as words_weight = -0.01 or regex = '...'."
+            )
         self.description = rules.description or "rules: " + ", ".join(self._rules)
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
         """[1, 1, N]; a rule always has an answer, so nothing is NaN."""
-        return Marks(np.array([[[sum(rule(c) for rule in self._rules.values()) for c in candidates]]], dtype=np.float64))
+        return Marks(
+            np.array(
+                [[[sum(rule(c) for rule in self._rules.values()) for c in candidates]]],
+                dtype=np.float64,
+            )
+        )
 
 
 def _compile(rules: Rules) -> dict[str, Rule]:
@@ -72,7 +95,9 @@ def _compile(rules: Rules) -> dict[str, Rule]:
         compiled["json_object"] = lambda c: float(_is_json_object(c.text))
     if rules.require:
         wanted = [_phrase(p) for p in rules.require]
-        compiled["require"] = lambda c: sum(p.search(c.text) is not None for p in wanted) / len(wanted)
+        compiled["require"] = lambda c: (
+            sum(p.search(c.text) is not None for p in wanted) / len(wanted)
+        )
     if rules.avoid:
         unwanted = [_phrase(p) for p in rules.avoid]
         compiled["avoid"] = lambda c: -float(sum(p.search(c.text) is not None for p in unwanted))

@@ -24,16 +24,26 @@ class FromUpstream(Upstream):
 
     api: Literal["classify", "score", "rerank", "pooling"] = field(
         default="classify",
-        metadata={"description": "path below the URL, which for vLLM has no /v1; score and rerank take all candidates in one call"},
+        metadata={
+            "description": "path below the URL, which for vLLM has no /v1; score and rerank take all candidates in one call"
+        },
     )
-    models: tuple[str, ...] = field(default=(), metadata={"description": "their names there; default: the only one"})
-    replicas: bool = field(default=False, metadata={"description": "the URLs are copies of one server, not members"})
+    models: tuple[str, ...] = field(
+        default=(), metadata={"description": "their names there; default: the only one"}
+    )
+    replicas: bool = field(
+        default=False, metadata={"description": "the URLs are copies of one server, not members"}
+    )
     labels: int = field(
         default=1,
-        metadata={"ge": 1, "description": "numbers per text (classify, pooling); each is a member where there are no attributes"},
+        metadata={
+            "ge": 1,
+            "description": "numbers per text (classify, pooling); each is a member where there are no attributes",
+        },
     )
     attributes: tuple[str, ...] = field(
-        default=(), metadata={"description": "names of the labels, when they are objectives, not members"}
+        default=(),
+        metadata={"description": "names of the labels, when they are objectives, not members"},
     )
     scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
     input: Literal["messages", "text"] = field(
@@ -44,12 +54,18 @@ class FromUpstream(Upstream):
         },
     )
     activation: bool = field(
-        default=False, metadata={"description": "take what the model's sigmoid or softmax makes of its scores, not the scores"}
+        default=False,
+        metadata={
+            "description": "take what the model's sigmoid or softmax makes of its scores, not the scores"
+        },
     )
     description: str = field(default="", metadata={"description": "one line for people"})
     timeout_seconds: float = field(
         default=60.0,
-        metadata={"gt": 0, "description": "for one call; after this its candidates count as not scored, and only they"},
+        metadata={
+            "gt": 0,
+            "description": "for one call; after this its candidates count as not scored, and only they",
+        },
     )
 
     def load(self) -> UpstreamReward:
@@ -60,10 +76,18 @@ class FromUpstream(Upstream):
         """
         check_scaling("upstream", self.scaling, self.attributes)
         if self.attributes and self.labels not in {1, len(self.attributes)}:
-            raise ConfigError(f"labels: {self.labels} numbers do not fit {len(self.attributes)} attributes; leave labels out.")
+            raise ConfigError(
+                f"labels: {self.labels} numbers do not fit {len(self.attributes)} attributes; leave labels out."
+            )
         if self.api in {"score", "rerank"} and (self.attributes or self.labels > 1):
-            raise ConfigError(f"api: {self.api!r} gives one number per candidate; attributes and labels need classify or pooling.")
-        return OneByOne(self) if self.api in {"classify", "pooling"} and self.input == "messages" else UpstreamReward(self)
+            raise ConfigError(
+                f"api: {self.api!r} gives one number per candidate; attributes and labels need classify or pooling."
+            )
+        return (
+            OneByOne(self)
+            if self.api in {"classify", "pooling"} and self.input == "messages"
+            else UpstreamReward(self)
+        )
 
 
 plugin = FromUpstream
@@ -88,7 +112,11 @@ class UpstreamReward(Reward):
         self.description = config.description or f"{config.api} of another server"
         self._labels = len(config.attributes) or config.labels
         addresses = config.addresses()
-        sections = [config] if config.replicas else [replace(config, urls=(address,)) for address in addresses]
+        sections = (
+            [config]
+            if config.replicas
+            else [replace(config, urls=(address,)) for address in addresses]
+        )
         self._clients = [Client(section) for section in sections]
         self._asked = [
             _Member(client, model, f"{model or config.api}{f' {i}' if len(sections) > 1 else ''}")
@@ -114,11 +142,24 @@ class UpstreamReward(Reward):
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
         """[A, K, N]: a label is an attribute where there are attributes, else a member."""
-        answers = await asyncio.gather(*(self._ask(member, messages, candidates) for member in self._asked))
+        answers = await asyncio.gather(
+            *(self._ask(member, messages, candidates) for member in self._asked)
+        )
         values = np.stack([found for found, _, _ in answers])  # [members, labels, N]
-        values = values.transpose(1, 0, 2) if self.attributes else values.reshape(1, len(self.members), len(candidates))
+        values = (
+            values.transpose(1, 0, 2)
+            if self.attributes
+            else values.reshape(1, len(self.members), len(candidates))
+        )
         notes = tuple(
-            next((f"{m.name}: {notes[i]}" for m, (_, notes, _) in zip(self._asked, answers, strict=True) if notes[i]), None)
+            next(
+                (
+                    f"{m.name}: {notes[i]}"
+                    for m, (_, notes, _) in zip(self._asked, answers, strict=True)
+                    if notes[i]
+                ),
+                None,
+            )
             for i in range(len(candidates))
         )
         values = scaled(values, self.config.scaling, self.attributes)
@@ -131,7 +172,9 @@ class UpstreamReward(Reward):
         found = np.full((self._labels, len(candidates)), np.nan)
         notes: list[str | None] = [None] * len(candidates)
         calls = self._calls(messages, candidates)
-        answers = await asyncio.gather(*(self._in_time(member, body, len(indices)) for indices, body in calls))
+        answers = await asyncio.gather(
+            *(self._in_time(member, body, len(indices)) for indices, body in calls)
+        )
         for (indices, _), (rows, note, _) in zip(calls, answers, strict=True):
             for place, index in enumerate(indices):
                 if note is None:
@@ -140,21 +183,51 @@ class UpstreamReward(Reward):
                     notes[index] = note
         return found, notes, sum(tokens for _, _, tokens in answers)
 
-    def _calls(self, messages: Messages, candidates: Sequence[Candidate]) -> list[tuple[list[int], dict[str, Any]]]:
+    def _calls(
+        self, messages: Messages, candidates: Sequence[Candidate]
+    ) -> list[tuple[list[int], dict[str, Any]]]:
         """Which candidates each call is about, and its body without the model."""
         texts, every = [candidate.text for candidate in candidates], list(range(len(candidates)))
         if not texts:
             return []
         if self.config.api == "score":
-            return [(every, {"text_1": written(messages), "text_2": texts, "use_activation": self.config.activation})]
+            return [
+                (
+                    every,
+                    {
+                        "text_1": written(messages),
+                        "text_2": texts,
+                        "use_activation": self.config.activation,
+                    },
+                )
+            ]
         if self.config.api == "rerank":
-            return [(every, {"query": written(messages), "documents": texts, "use_activation": self.config.activation})]
+            return [
+                (
+                    every,
+                    {
+                        "query": written(messages),
+                        "documents": texts,
+                        "use_activation": self.config.activation,
+                    },
+                )
+            ]
         activation = {"use_activation": self.config.activation}
         if self.config.input == "text":
-            return [(every, {"input": [written([*messages, _turn(text)]) for text in texts], **activation})]
-        return [([i], {"messages": [*messages, _turn(text)], **activation}) for i, text in enumerate(texts)]
+            return [
+                (
+                    every,
+                    {"input": [written([*messages, _turn(text)]) for text in texts], **activation},
+                )
+            ]
+        return [
+            ([i], {"messages": [*messages, _turn(text)], **activation})
+            for i, text in enumerate(texts)
+        ]
 
-    async def _in_time(self, member: _Member, body: Mapping[str, Any], n: int) -> tuple[Sequence[Array], str | None, int]:
+    async def _in_time(
+        self, member: _Member, body: Mapping[str, Any], n: int
+    ) -> tuple[Sequence[Array], str | None, int]:
         """`_answer`, or that there was none in time: one call that hangs is not to take the others along."""
         seconds = CALL_SHARE * min(self.timeout_seconds, seconds_allowed.get())
         try:
@@ -163,7 +236,9 @@ class UpstreamReward(Reward):
         except TimeoutError:
             return (), f"no answer within {seconds:.3g} s", 0
 
-    async def _answer(self, member: _Member, body: Mapping[str, Any], n: int) -> tuple[Sequence[Array], str | None, int]:
+    async def _answer(
+        self, member: _Member, body: Mapping[str, Any], n: int
+    ) -> tuple[Sequence[Array], str | None, int]:
         """One [labels] per candidate of a call, or why there is none, and the tokens read."""
         api, labels = self.config.api, self._labels
 
@@ -172,7 +247,9 @@ class UpstreamReward(Reward):
 
         try:
             rows, tokens = await member.client.post(
-                f"/{api}", body if member.model is None else {"model": member.model, **body}, read=understood
+                f"/{api}",
+                body if member.model is None else {"model": member.model, **body},
+                read=understood,
             )
         except AlignError as error:
             return (), error.message, 0
@@ -201,12 +278,23 @@ def read(api: str, answer: Any, n: int, labels: int) -> list[Array]:
         listed = answer["results" if api == "rerank" else "data"]
         found: dict[int, Array] = {}
         for place, entry in enumerate(listed):
-            value = entry[{"rerank": "relevance_score", "score": "score", "classify": "probs", "pooling": "data"}[api]]
+            value = entry[
+                {
+                    "rerank": "relevance_score",
+                    "score": "score",
+                    "classify": "probs",
+                    "pooling": "data",
+                }[api]
+            ]
             numbers = np.asarray(value, dtype=np.float64)
-            found[int(entry.get("index", place))] = np.atleast_1d(numbers[-1] if numbers.ndim == 2 else numbers)
+            found[int(entry.get("index", place))] = np.atleast_1d(
+                numbers[-1] if numbers.ndim == 2 else numbers
+            )
         rows = [found[i] for i in range(n)]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
-        raise UpstreamFailed(f"the upstream's answer is not what /{api} says: {str(answer)[:80]}.") from None
+        raise UpstreamFailed(
+            f"the upstream's answer is not what /{api} says: {str(answer)[:80]}."
+        ) from None
     if wrong := [row.size for row in rows if row.shape != (labels,)]:
         raise UpstreamFailed(
             f"the upstream gives {wrong[0]} numbers per text, configured are {labels}; correct labels or attributes."

@@ -25,7 +25,9 @@ class Address:
     """One of several upstreams."""
 
     url: str = field(metadata={"description": 'base URL, such as "http://host:8000/v1"'})
-    weight: Annotated[float, Gt(0)] = field(default=1.0, metadata={"description": "share of the load, against the others'"})
+    weight: Annotated[float, Gt(0)] = field(
+        default=1.0, metadata={"description": "share of the load, against the others'"}
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +35,26 @@ class Upstream:
     """How upstreams are reached: the part of a section that every kind of upstream shares."""
 
     urls: str | tuple[str | Address, ...] = field(
-        metadata={"description": "base URL, or several; each a string or {url, weight}. The least loaded one that is up is asked"}
+        metadata={
+            "description": "base URL, or several; each a string or {url, weight}. The least loaded one that is up is asked"
+        }
     )
     api_key_env: str | None = field(
-        default=None, metadata={"description": "environment variable with the key for the upstreams; it is sent to no other place"}
+        default=None,
+        metadata={
+            "description": "environment variable with the key for the upstreams; it is sent to no other place"
+        },
     )
-    max_concurrency: int = field(default=256, metadata={"ge": 1, "description": "calls at once to each upstream; others wait"})
-    connect_timeout_seconds: float = field(default=5.0, metadata={"gt": 0, "description": "for a connection to be made"})
-    timeout_seconds: float = field(default=600.0, metadata={"gt": 0, "description": "for one call from end to end"})
+    max_concurrency: int = field(
+        default=256,
+        metadata={"ge": 1, "description": "calls at once to each upstream; others wait"},
+    )
+    connect_timeout_seconds: float = field(
+        default=5.0, metadata={"gt": 0, "description": "for a connection to be made"}
+    )
+    timeout_seconds: float = field(
+        default=600.0, metadata={"gt": 0, "description": "for one call from end to end"}
+    )
     retries: int = field(
         default=2,
         metadata={
@@ -52,10 +66,17 @@ class Upstream:
     )
     max_retry_wait_seconds: float = field(
         default=10.0,
-        metadata={"ge": 0, "description": "a Retry-After over this is given to the client instead of being waited for"},
+        metadata={
+            "ge": 0,
+            "description": "a Retry-After over this is given to the client instead of being waited for",
+        },
     )
     recovery_seconds: float = field(
-        default=2.0, metadata={"gt": 0, "description": "how often an upstream that could not be reached is tried again"}
+        default=2.0,
+        metadata={
+            "gt": 0,
+            "description": "how often an upstream that could not be reached is tried again",
+        },
     )
 
     def addresses(self) -> tuple[Address, ...]:
@@ -66,7 +87,9 @@ class Upstream:
         """
         given = (self.urls,) if isinstance(self.urls, str) else self.urls
         if not given:
-            raise ConfigError('urls: needs at least one, such as urls = ["http://127.0.0.1:8000/v1"].')
+            raise ConfigError(
+                'urls: needs at least one, such as urls = ["http://127.0.0.1:8000/v1"].'
+            )
         return tuple(_checked(Address(one) if isinstance(one, str) else one) for one in given)
 
     def api_key(self) -> str | None:
@@ -113,7 +136,11 @@ class UpstreamFailed(EngineFailed):
 def _checked(address: Address) -> Address:
     parts = urlsplit(address.url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ConfigError(f"urls: {address.url!r} is not an http(s) URL; write it as 'http://host:8000/v1'.")
+        raise ConfigError(
+            f"urls: {address.url!r} is not an http(s) URL; write it as 'http://host:8000/v1'."
+        )
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError(f"urls: that of {parts.hostname!r} holds a user, a query or a fragment; put the key into api_key_env.")
+        raise ConfigError(
+            f"urls: that of {parts.hostname!r} holds a user, a query or a fragment; put the key into api_key_env."
+        )
     return Address(address.url.rstrip("/"), address.weight)

@@ -64,7 +64,9 @@ class Client:
         self.pool = Pool(config.addresses(), config.max_concurrency, config.recovery_seconds)
         self._key = config.api_key()
         self._session: aiohttp.ClientSession | None = None
-        self._timeout = aiohttp.ClientTimeout(total=config.timeout_seconds, sock_connect=config.connect_timeout_seconds)
+        self._timeout = aiohttp.ClientTimeout(
+            total=config.timeout_seconds, sock_connect=config.connect_timeout_seconds
+        )
 
     async def start(self) -> None:
         """Open the connection pool. Call it in the event loop that will use it."""
@@ -91,7 +93,9 @@ class Client:
         """
         content = None if body is None else _encode(body).encode()
         try:
-            async with self._open(host, "GET" if content is None else "POST", path, content) as response:
+            async with self._open(
+                host, "GET" if content is None else "POST", path, content
+            ) as response:
                 return await whole(response)
         except _Retriable as failure:
             raise self._redacted(failure.error) from None
@@ -198,7 +202,9 @@ class Client:
                 text = text.replace(form, "***")
         return text.encode(errors="replace").decode()
 
-    def _wait(self, failure: _Retriable, attempt: int, tried: set[Host], model: str | None) -> float | None:
+    def _wait(
+        self, failure: _Retriable, attempt: int, tried: set[Host], model: str | None
+    ) -> float | None:
         """Seconds until the next try; None where there is none."""
         if attempt >= self.config.retries:
             return None
@@ -208,29 +214,43 @@ class Client:
         if asked is not None and asked > self.config.max_retry_wait_seconds:
             return None
         backoff = BACKOFF_SECONDS * 2**attempt
-        return backoff * random.uniform(0.5, 1.0) if asked is None else asked + random.uniform(0.0, 0.1 * backoff)  # noqa: S311
+        return (
+            backoff * random.uniform(0.5, 1.0)
+            if asked is None
+            else asked + random.uniform(0.0, 0.1 * backoff)
+        )  # noqa: S311
 
     @asynccontextmanager
-    async def _open(self, host: Host, method: str, path: str, content: bytes | None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _open(
+        self, host: Host, method: str, path: str, content: bytes | None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         if self._session is None or self._session.closed:
             raise Unavailable("the connections to the upstreams are closed")
         _kept_alive.set(False)
         started = monotonic()
         try:
-            response = await self._session.request(method, f"{host.url}{path}", data=content, allow_redirects=False)
+            response = await self._session.request(
+                method, f"{host.url}{path}", data=content, allow_redirects=False
+            )
         except aiohttp.ClientConnectorError as error:
             reason = f"no connection: {_reason(error)}"
             host.failed(reason)
-            raise _Retriable(UpstreamFailed(f"the upstream cannot be reached: {reason}.", status=502)) from None
+            raise _Retriable(
+                UpstreamFailed(f"the upstream cannot be reached: {reason}.", status=502)
+            ) from None
         except aiohttp.ConnectionTimeoutError:
             host.failed("no connection in time")
-            raise _Retriable(UpstreamFailed("the upstream cannot be reached: no connection in time.", status=504)) from None
+            raise _Retriable(
+                UpstreamFailed("the upstream cannot be reached: no connection in time.", status=504)
+            ) from None
         except TimeoutError:
             host.failed()
             raise self._late() from None
         except (aiohttp.ClientError, OSError) as error:
             host.failed()
-            lost = UpstreamFailed(f"the connection to the upstream was lost: {type(error).__name__}.")
+            lost = UpstreamFailed(
+                f"the connection to the upstream was lost: {type(error).__name__}."
+            )
             early = _kept_alive.get() and monotonic() - started < STALE_SECONDS
             if early and isinstance(error, aiohttp.ServerDisconnectedError | OSError):
                 raise _Retriable(lost, stale=True) from None
@@ -244,7 +264,9 @@ class Client:
             response.release() if response.content.at_eof() else response.close()
 
     def _late(self) -> UpstreamFailed:
-        return UpstreamFailed(f"the upstream did not answer within {self.config.timeout_seconds:.3g} s.", status=504)
+        return UpstreamFailed(
+            f"the upstream did not answer within {self.config.timeout_seconds:.3g} s.", status=504
+        )
 
     async def _failure(self, host: Host, response: aiohttp.ClientResponse) -> Exception:
         """What a status other than 200 means."""
@@ -252,18 +274,26 @@ class Client:
         host.failed() if status >= 500 else host.answered()
         content = b""
         with suppress(aiohttp.ClientError, OSError, TimeoutError):
-            while len(content) < MAX_ERROR_BYTES and (part := await response.content.read(MAX_ERROR_BYTES)):
+            while len(content) < MAX_ERROR_BYTES and (
+                part := await response.content.read(MAX_ERROR_BYTES)
+            ):
                 content += part
         message, param, code = told(content.decode(errors="replace"))
         after = seconds(response.headers.get("Retry-After"))
         if status in {401, 403}:
-            error = UpstreamFailed(f"the upstream does not accept this server's key ({status}).", code=KEY_REFUSED)
+            error = UpstreamFailed(
+                f"the upstream does not accept this server's key ({status}).", code=KEY_REFUSED
+            )
         elif status < 400:
-            error = UpstreamFailed(f"the upstream answered {status}, which is not followed; correct its url.")
+            error = UpstreamFailed(
+                f"the upstream answered {status}, which is not followed; correct its url."
+            )
         else:
             refused = status in REFUSED
             says = message or f"the upstream answered {status}."
-            error = UpstreamFailed(says, status=status, param=param, code=code, retry_after=after, refused=refused)
+            error = UpstreamFailed(
+                says, status=status, param=param, code=code, retry_after=after, refused=refused
+            )
         return _Retriable(error) if status in RETRIED else error
 
 

@@ -54,13 +54,17 @@ class Host:
 @dataclass(slots=True, eq=False)
 class _Waiter:
     model: str | None
-    turn: asyncio.Future[Host] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    turn: asyncio.Future[Host] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 class Pool:
     """Hosts, and those that wait for room on one."""
 
-    def __init__(self, addresses: Sequence[Address], max_concurrency: int, recovery_seconds: float = 2.0) -> None:
+    def __init__(
+        self, addresses: Sequence[Address], max_concurrency: int, recovery_seconds: float = 2.0
+    ) -> None:
         self.hosts = [Host(address.url, address.weight, recovery_seconds) for address in addresses]
         self._limit = max_concurrency
         self._waiting: list[_Waiter] = []
@@ -79,7 +83,11 @@ class Pool:
 
     def having(self, model: str | None) -> list[Host]:
         """Hosts that serve a model and are up, or were down long enough to be tried again; where there are none, the others."""
-        able = [host for host in self.hosts if model is None or host.models is None or model in host.models]
+        able = [
+            host
+            for host in self.hosts
+            if model is None or host.models is None or model in host.models
+        ]
         now = monotonic()
         return [host for host in able if host.down is None or host.try_again <= now] or able
 
@@ -139,7 +147,14 @@ class Pool:
         if len(able) == 1:
             return able[0]
         now = monotonic()
-        return min(able, key=lambda host: (host in avoid, host.ailing_until > now, (host.running + 1) / host.weight))
+        return min(
+            able,
+            key=lambda host: (
+                host in avoid,
+                host.ailing_until > now,
+                (host.running + 1) / host.weight,
+            ),
+        )
 
 
 def _nobody(model: str | None) -> Unavailable:

@@ -73,7 +73,9 @@ def _parse(content: bytes) -> Any:
         return _decode(content.decode())
     except (ValueError, RecursionError):
         start = content[:60].decode(errors="replace")
-        raise UpstreamFailed(f"the upstream's answer is not JSON: it begins with {start!r}.") from None
+        raise UpstreamFailed(
+            f"the upstream's answer is not JSON: it begins with {start!r}."
+        ) from None
 
 
 @contextmanager
@@ -82,7 +84,9 @@ def _whole_answer() -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        raise UpstreamFailed("the upstream did not finish its answer in time.", status=504) from None
+        raise UpstreamFailed(
+            "the upstream did not finish its answer in time.", status=504
+        ) from None
     except (aiohttp.ClientError, OSError) as error:
         raise UpstreamFailed(f"the upstream's answer broke off: {type(error).__name__}.") from None
     except ValueError as error:  # an event that does not end
@@ -100,7 +104,11 @@ def told(text: str) -> tuple[str, str | None, str | None]:
         return str(error), None, None
     message = error.get("message") or error.get("detail") or error.get("title") or ""
     param, code = error.get("param"), error.get("code")
-    return str(message), param if isinstance(param, str) else None, code if isinstance(code, str) else None
+    return (
+        str(message),
+        param if isinstance(param, str) else None,
+        code if isinstance(code, str) else None,
+    )
 
 
 def seconds(header: str | None) -> float | None:

@@ -87,7 +87,9 @@ def check_values(draw: Draw, values: Mapping[str, Value]) -> None:
         InvalidRequest: naming the field, and the nearest value.
     """
     asked = [("align.vas.beta", name) for name in (draw.steering.beta if draw.steering else ())]
-    asked += [("align.early_stop.values", name) for name in (draw.watch.values if draw.watch else ())]
+    asked += [
+        ("align.early_stop.values", name) for name in (draw.watch.values if draw.watch else ())
+    ]
     for field, name in asked:
         where = f"{field}.{name}"
         if name not in values:

@@ -28,7 +28,9 @@ from infer_align_kernels import candidate_values
 class Head:
     """Values from the frozen model's own hidden state: low rank or a small MLP."""
 
-    path: str = field(metadata={"description": "safetensors file, as `infer-align fit value` writes it"})
+    path: str = field(
+        metadata={"description": "safetensors file, as `infer-align fit value` writes it"}
+    )
     description: str = field(default="", metadata={"description": "one line for people"})
 
     def load(self) -> HeadValue:
@@ -59,12 +61,19 @@ class HeadValue(Value):
         first = tensors["P"] if "P" in tensors else tensors["W1"]
         check_fit(self.path, {**metadata, "hidden_size": first.shape[1]}, frozen)
         if len(tensors["E"]) != frozen.vocabulary:
-            raise ConfigError(f"{self.path}: values {len(tensors['E'])} tokens, but {frozen.model!r} has {frozen.vocabulary}.")
+            raise ConfigError(
+                f"{self.path}: values {len(tensors['E'])} tokens, but {frozen.model!r} has {frozen.vocabulary}."
+            )
         if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ConfigError(f"{self.path}: {broken[0]} holds numbers that are not finite; fit the value again.")
+            raise ConfigError(
+                f"{self.path}: {broken[0]} holds numbers that are not finite; fit the value again."
+            )
         self.description = self.description or metadata.get("description", "")
         # Copies: what is mapped from a file ends the process when somebody writes over the file.
-        self._tensors = {name: tensor.to(frozen.device, torch.float32, copy=True) for name, tensor in tensors.items()}
+        self._tensors = {
+            name: tensor.to(frozen.device, torch.float32, copy=True)
+            for name, tensor in tensors.items()
+        }
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """u(h). [B, d] float32 -> [B, r]."""
@@ -76,10 +85,16 @@ class HeadValue(Value):
     def of(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
         if hidden.is_cuda:
-            return candidate_values(token_ids, self.features(hidden)[:, None], self._tensors["E"][None], self._tensors["b"][None])[
-                0
-            ]
-        bias, rows = self._tensors["b"].take(token_ids), embedding(token_ids, self._tensors["E"])  # [B, k], [B, k, r]
+            return candidate_values(
+                token_ids,
+                self.features(hidden)[:, None],
+                self._tensors["E"][None],
+                self._tensors["b"][None],
+            )[0]
+        bias, rows = (
+            self._tensors["b"].take(token_ids),
+            embedding(token_ids, self._tensors["E"]),
+        )  # [B, k], [B, k, r]
         return torch.baddbmm(bias[:, :, None], rows, self.features(hidden)[:, :, None])[:, :, 0]
 
     def expected(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -124,13 +139,24 @@ def _is_head(tensors: Mapping[str, torch.Tensor]) -> bool:
     return False
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], frozen: Frozen, metadata: Mapping[str, str]) -> None:
+def write(
+    path: Path, tensors: Mapping[str, torch.Tensor], frozen: Frozen, metadata: Mapping[str, str]
+) -> None:
     """Save a head with what it was made for; whole or not at all."""
-    made_for = {"kind": "head", "model": frozen.model, "tokenizer": frozen.tokenizer, "hidden_size": str(frozen.hidden_size)}
+    made_for = {
+        "kind": "head",
+        "model": frozen.model,
+        "tokenizer": frozen.tokenizer,
+        "hidden_size": str(frozen.hidden_size),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {**metadata, **made_for})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            part,
+            {**metadata, **made_for},
+        )
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -30,8 +30,12 @@ CARD = "value.json"
 class Lookahead:
     """Values from a small value LM that reads the prefix and each candidate token."""
 
-    path: str = field(metadata={"description": "folder with the value LM, value_heads.safetensors and value.json"})
-    head: str | None = field(default=None, metadata={"description": "which of its heads; needed when it has several"})
+    path: str = field(
+        metadata={"description": "folder with the value LM, value_heads.safetensors and value.json"}
+    )
+    head: str | None = field(
+        default=None, metadata={"description": "which of its heads; needed when it has several"}
+    )
     description: str = field(default="", metadata={"description": "one line for people"})
     dtype: str = field(default="float32", metadata={"description": "torch dtype of the value LM"})
 
@@ -56,8 +60,18 @@ class ValueLM:
             self._weight = heads["weight"].to(frozen.device, torch.float32, copy=True)  # [H, d]
             self._bias = heads["bias"].to(frozen.device, torch.float32, copy=True)  # [H]
             self.lm = AutoModel.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"{path}: cannot be loaded as a value LM: {type(error).__name__}: {error}") from error
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
+            raise ConfigError(
+                f"{path}: cannot be loaded as a value LM: {type(error).__name__}: {error}"
+            ) from error
         check_fit(path, card, frozen)
         self._check_shapes(path, frozen)
         self.lm = self.lm.to(frozen.device).eval().requires_grad_(requires_grad=False)
@@ -67,7 +81,9 @@ class ValueLM:
     def _check_shapes(self, path: str, frozen: Frozen) -> None:
         table = self.lm.get_input_embeddings().weight
         if len(table) < frozen.vocabulary:
-            raise ConfigError(f"{path}: reads {len(table)} tokens, but {frozen.model!r} has {frozen.vocabulary}.")
+            raise ConfigError(
+                f"{path}: reads {len(table)} tokens, but {frozen.model!r} has {frozen.vocabulary}."
+            )
         expected = (len(self.names), self.lm.config.hidden_size)
         if self._weight.shape != expected or self._bias.shape != expected[:1]:
             raise ConfigError(
@@ -79,14 +95,19 @@ class ValueLM:
         try:
             one = torch.ones((1, 1), dtype=torch.long, device=self.lm.device)
             output = self.lm(input_ids=one, attention_mask=one, use_cache=True)
-            return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in output.past_key_values.layers)
+            return sum(
+                int(layer.keys.nbytes + layer.values.nbytes)
+                for layer in output.past_key_values.layers
+            )
         except (AttributeError, TypeError) as error:  # no cache, or one of states
             raise ConfigError(
                 f"{path}: a {type(self.lm).__name__} keeps no plain keys and values, which a value LM needs."
             ) from error
 
     @torch.inference_mode()
-    def forward(self, ids: torch.Tensor, cache: Any, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, ids: torch.Tensor, cache: Any, positions: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Values after each token: [B, Q] ids, appended to `cache` -> [B, Q, H].
 
         Args:
@@ -95,7 +116,13 @@ class ValueLM:
             positions: [B, Q] position of each.
             mask: [B, columns] of padding, or [B, 1, Q, columns] where True may be attended to, the new columns included.
         """
-        output = self.lm(input_ids=ids, past_key_values=cache, position_ids=positions, attention_mask=mask, use_cache=True)
+        output = self.lm(
+            input_ids=ids,
+            past_key_values=cache,
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=True,
+        )
         values: torch.Tensor = output.last_hidden_state.float() @ self._weight.T + self._bias
         return values
 
@@ -116,7 +143,9 @@ class LookaheadValue(Value):
             ConfigError: not loadable, made for another tokenizer, or the head is not named.
         """
         key = (self.config.path, self.config.dtype)
-        if key not in shared or shared[key].stamp != stamp(self.config.path):  # not there, or fitted anew since
+        if key not in shared or shared[key].stamp != stamp(
+            self.config.path
+        ):  # not there, or fitted anew since
             shared[key] = ValueLM(self.config.path, frozen, self.config.dtype)
         lm: ValueLM = shared[key]
         name = self.config.head or (lm.names[0] if len(lm.names) == 1 else "")
@@ -129,10 +158,19 @@ class LookaheadValue(Value):
 
 
 def write(
-    folder: Path, lm: PreTrainedModel, heads: dict[str, tuple[torch.Tensor, float]], frozen: Frozen, card: dict[str, Any]
+    folder: Path,
+    lm: PreTrainedModel,
+    heads: dict[str, tuple[torch.Tensor, float]],
+    frozen: Frozen,
+    card: dict[str, Any],
 ) -> None:
     """Save a value LM with its heads, {name: (weight [d], bias)}, and what it was made for; a half-written one does not load."""
-    made_for = {"kind": "lookahead", "model": frozen.model, "tokenizer": frozen.tokenizer, "heads": list(heads)}
+    made_for = {
+        "kind": "lookahead",
+        "model": frozen.model,
+        "tokenizer": frozen.tokenizer,
+        "heads": list(heads),
+    }
     weight = torch.stack([weight for weight, _ in heads.values()])
     bias = torch.tensor([bias for _, bias in heads.values()])
     part = folder.with_name(f"{folder.name}.part")
@@ -143,7 +181,9 @@ def write(
         save_file({"weight": weight.contiguous(), "bias": bias}, part / HEADS)
         (part / CARD).write_text(json.dumps({**card, **made_for}, indent=1) + "\n")
         folder.mkdir(exist_ok=True)
-        (folder / CARD).unlink(missing_ok=True)  # without its card, a mixture of old and new is refused
+        (folder / CARD).unlink(
+            missing_ok=True
+        )  # without its card, a mixture of old and new is refused
         for file in sorted(part.iterdir(), key=lambda file: file.name == CARD):
             file.replace(folder / file.name)
     finally:

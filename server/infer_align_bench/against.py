@@ -15,7 +15,9 @@ TOKENS: dict[str, Callable[[Sample], float]] = {
 }
 
 
-def against(run: Run, names: tuple[str, str], goals: Mapping[str, float], seed: int) -> dict[str, Any]:
+def against(
+    run: Run, names: tuple[str, str], goals: Mapping[str, float], seed: int
+) -> dict[str, Any]:
     """A over B. Latencies and tokens: over the pairs of which both were answered; `dropped` counts the others. Rates: all."""
     of = {name: {s.index: s for s in run.samples if s.target == name} for name in names}
     sent = sorted(of[names[0]].keys() | of[names[1]].keys())
@@ -23,13 +25,24 @@ def against(run: Run, names: tuple[str, str], goals: Mapping[str, float], seed: 
     found: dict[str, Any] = {"pairs": len(pairs), "dropped": len(sent) - len(pairs)}
     for metric, read in LATENCIES.items():
         a, b = ([read(of[name][i]) for i in pairs] for name in names)
-        found[metric] = {key: as_json(estimate) for key, estimate in ratios(a, b, seed).items()} if pairs else {}
+        found[metric] = (
+            {key: as_json(estimate) for key, estimate in ratios(a, b, seed).items()}
+            if pairs
+            else {}
+        )
     for amount, count in TOKENS.items():
         ours, theirs = ([[count(of[name][i])] for i in pairs] for name in names)
         found[amount] = as_json(ratios(ours, theirs, seed)["mean"]) if pairs else None
-    amounts = dict(AMOUNTS) | ({"goodput": lambda sample: float(met(sample, goals))} if goals else {})
+    amounts = dict(AMOUNTS) | (
+        {"goodput": lambda sample: float(met(sample, goals))} if goals else {}
+    )
     first, second = (
-        rates(list(of[name].values()), [s for s in run.spans if s.target == name], seed + i, amounts)
+        rates(
+            list(of[name].values()), [s for s in run.spans if s.target == name], seed + i, amounts
+        )
         for i, name in enumerate(names)
     )
-    return found | {name: as_json(first[name].over(second[name])) if first and second else None for name in amounts}
+    return found | {
+        name: as_json(first[name].over(second[name])) if first and second else None
+        for name in amounts
+    }

@@ -92,15 +92,22 @@ def fit(settings: Sequence[Setting], measured: Sequence[float]) -> Prices:
         ConfigError: fewer than three measurements.
     """
     if len(settings) < 3:
-        raise ConfigError(f"a cost model needs three measured settings or more, not {len(settings)}.")
-    design = np.array([astuple(amounts(setting)) for setting in settings]) / np.asarray(measured)[:, None]
+        raise ConfigError(
+            f"a cost model needs three measured settings or more, not {len(settings)}."
+        )
+    design = (
+        np.array([astuple(amounts(setting)) for setting in settings])
+        / np.asarray(measured)[:, None]
+    )
     scale = np.where(design.any(axis=0), np.abs(design).max(axis=0), 1.0)
     used = [i for i in range(design.shape[1]) if design[:, i].any()]
     best, least = np.zeros(design.shape[1]), math.inf
     for size in range(1, min(len(used), len(settings)) + 1):
         for chosen in itertools.combinations(used, size):
             columns = list(chosen)
-            found, *_ = np.linalg.lstsq(design[:, columns] / scale[columns], np.ones(len(settings)), rcond=None)
+            found, *_ = np.linalg.lstsq(
+                design[:, columns] / scale[columns], np.ones(len(settings)), rcond=None
+            )
             error = float(np.sum((design[:, columns] / scale[columns] @ found - 1) ** 2))
             if (found >= 0).all() and error < least * (1 - 1e-9):
                 best, least = np.zeros(design.shape[1]), error
@@ -110,7 +117,10 @@ def fit(settings: Sequence[Setting], measured: Sequence[float]) -> Prices:
 
 def errors(prices: Prices, settings: Sequence[Setting], measured: Sequence[float]) -> list[float]:
     """Relative error of each prediction: 0.1 is 10% too slow."""
-    return [seconds(prices, setting) / value - 1 for setting, value in zip(settings, measured, strict=True)]
+    return [
+        seconds(prices, setting) / value - 1
+        for setting, value in zip(settings, measured, strict=True)
+    ]
 
 
 def left_out(settings: Sequence[Setting], measured: Sequence[float]) -> list[float]:
@@ -118,7 +128,9 @@ def left_out(settings: Sequence[Setting], measured: Sequence[float]) -> list[flo
     found = []
     for i, (setting, value) in enumerate(zip(settings, measured, strict=True)):
         others = [j for j in range(len(settings)) if j != i]
-        found += errors(fit([settings[j] for j in others], [measured[j] for j in others]), [setting], [value])
+        found += errors(
+            fit([settings[j] for j in others], [measured[j] for j in others]), [setting], [value]
+        )
     return found
 
 
@@ -132,7 +144,13 @@ class Capacity:
     replicas: int
 
 
-def capacity(prices: Prices, setting: Setting, rate: float, limit: float = math.inf, most_sequences: int = 256) -> Capacity:
+def capacity(
+    prices: Prices,
+    setting: Setting,
+    rate: float,
+    limit: float = math.inf,
+    most_sequences: int = 256,
+) -> Capacity:
     """The replicas for `rate` requests per second, each answered in `limit` seconds on average; `setting` without its load.
 
     Raises:
@@ -141,19 +159,37 @@ def capacity(prices: Prices, setting: Setting, rate: float, limit: float = math.
     most = int(most_sequences // setting.n)
     alone = seconds(prices, replace(setting, concurrency=1, replicas=1))
     if most < 1:
-        raise ConfigError(f"n: {setting.n:g} candidates do not fit into {most_sequences} sequences; raise --max-sequences.")
+        raise ConfigError(
+            f"n: {setting.n:g} candidates do not fit into {most_sequences} sequences; raise --max-sequences."
+        )
     if not alone:
-        raise ConfigError("no price was found for anything that is asked; measure requests that are more like it.")
+        raise ConfigError(
+            "no price was found for anything that is asked; measure requests that are more like it."
+        )
     if alone > limit:
-        raise ConfigError(f"--latency: {limit:g} s cannot be kept: a request alone takes {alone:.3g} s.")
-    bearable = [replace(setting, concurrency=c, replicas=1) for c in range(1, min(most, LARGEST_CONCURRENCY) + 1)]
-    best = max((s for s in bearable if seconds(prices, s) <= limit), key=lambda s: throughput(prices, s))
+        raise ConfigError(
+            f"--latency: {limit:g} s cannot be kept: a request alone takes {alone:.3g} s."
+        )
+    bearable = [
+        replace(setting, concurrency=c, replicas=1)
+        for c in range(1, min(most, LARGEST_CONCURRENCY) + 1)
+    ]
+    best = max(
+        (s for s in bearable if seconds(prices, s) <= limit), key=lambda s: throughput(prices, s)
+    )
     each = throughput(prices, best)
-    return Capacity(int(best.concurrency), seconds(prices, best), each, math.ceil(rate / each - 1e-9))
+    return Capacity(
+        int(best.concurrency), seconds(prices, best), each, math.ceil(rate / each - 1e-9)
+    )
 
 
 def roofline(
-    parameters: float, bandwidth: float, flops: float, cache_bytes: float, reward_parameters: float = 0.0, weight_bytes: float = 2.0
+    parameters: float,
+    bandwidth: float,
+    flops: float,
+    cache_bytes: float,
+    reward_parameters: float = 0.0,
+    weight_bytes: float = 2.0,
 ) -> Prices:
     """Prices from a data sheet, not measured: the weights are read once a step, each token costs two operations a weight.
 
@@ -183,13 +219,17 @@ def from_report(report: Mapping[str, Any], place: str) -> tuple[Setting, float]:
     """
     targets = list(report.get("targets", {}).values())
     if len(targets) != 1 or report["load"]["loop"] != "closed":
-        raise ConfigError(f"{place}: a cost model is fitted to closed loops on one target; measure with --concurrency.")
+        raise ConfigError(
+            f"{place}: a cost model is fitted to closed loops on one target; measure with --concurrency."
+        )
     found, align = targets[0], targets[0]["align"] or {}
     if not (answered := found["requests"]["answered"]):
         raise ConfigError(f"{place}: no request was answered.")
     tokens, usage = found["tokens"], found["tokens"]["align"]
     if tokens.get("counted_by", "usage") != "usage" or not tokens["prompt"]:
-        raise ConfigError(f"{place}: the endpoint does not count its tokens (usage), so they have no price.")
+        raise ConfigError(
+            f"{place}: the endpoint does not count its tokens (usage), so they have no price."
+        )
     n = _candidates(align, usage.get("engine_calls", answered) / answered)
     setting = Setting(
         concurrency=report["load"]["concurrency"],
@@ -198,7 +238,8 @@ def from_report(report: Mapping[str, Any], place: str) -> tuple[Setting, float]:
         output_tokens=tokens["spent"] / answered / n,
         k=align["vas"].get("top_k", 20) if "vas" in align else 0,
         reward_tokens=usage.get("reward_tokens", 0) / answered,
-        judge_tokens=(usage.get("judge_prompt_tokens", 0) + usage.get("judge_completion_tokens", 0)) / answered,
+        judge_tokens=(usage.get("judge_prompt_tokens", 0) + usage.get("judge_completion_tokens", 0))
+        / answered,
     )
     return setting, found["latency_ms"]["e2e"]["mean"]["value"] / 1e3
 

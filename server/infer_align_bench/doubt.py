@@ -27,10 +27,15 @@ def refuse_unmeasured(settings: Sequence[Setting], asked: Setting) -> None:
     """
     for name, (flag, _) in PARTS.items():
         if getattr(asked, name) and not any(getattr(s, name) for s in settings):
-            raise ConfigError(f"{name}: no result holds {flag} requests, so they have no price; measure some and add them.")
+            raise ConfigError(
+                f"{name}: no result holds {flag} requests, so they have no price; measure some and add them."
+            )
     for name, what in LENGTHS.items():
         low, high = _range(settings, name)
-        if high < VARIED * max(low, 1e-9) and not low / BEYOND <= getattr(asked, name) <= high * BEYOND:
+        if (
+            high < VARIED * max(low, 1e-9)
+            and not low / BEYOND <= getattr(asked, name) <= high * BEYOND
+        ):
             raise ConfigError(
                 f"{name}: {getattr(asked, name):g} cannot be planned: all measured {what} have {low:.3g} to {high:.3g} tokens, "
                 "which says nothing of other lengths; measure some (--dataset synthetic --input-tokens ... --output-tokens ...)."
@@ -74,10 +79,16 @@ def saturated(settings: Sequence[Setting], measured: Sequence[float]) -> Iterato
 
 def _alike(one: Setting, other: Setting) -> bool:
     """But for the load; means of lengths differ a little from run to run."""
-    same = replace(one, concurrency=other.concurrency, prompt_tokens=other.prompt_tokens, output_tokens=other.output_tokens)
+    same = replace(
+        one,
+        concurrency=other.concurrency,
+        prompt_tokens=other.prompt_tokens,
+        output_tokens=other.output_tokens,
+    )
     same = replace(same, reward_tokens=other.reward_tokens, judge_tokens=other.judge_tokens)
     return same == other and all(
-        abs(getattr(one, name) - getattr(other, name)) <= 0.1 * max(getattr(one, name), getattr(other, name))
+        abs(getattr(one, name) - getattr(other, name))
+        <= 0.1 * max(getattr(one, name), getattr(other, name))
         for name in (*LENGTHS, "reward_tokens", "judge_tokens")
     )
 

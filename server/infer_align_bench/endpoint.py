@@ -16,7 +16,9 @@ from infer_align.errors import AlignError, ConfigError, nearest, shown
 try:
     import aiohttp
 except ImportError:
-    raise ConfigError("bench: aiohttp is not installed; install it with: pip install 'infer-align[bench]'.") from None
+    raise ConfigError(
+        "bench: aiohttp is not installed; install it with: pip install 'infer-align[bench]'."
+    ) from None
 
 from infer_align_bench.events import Answer, StreamFailed, described
 from infer_align_bench.types import Prompt, Sample, Target
@@ -29,7 +31,9 @@ class Endpoint:
 
     def __init__(self, target: Target, timeout: float, seed: int) -> None:
         if not re.match(r"https?://[^/]+", target.base_url):
-            raise ConfigError(f"--base-url: {shown(target.base_url)} is not allowed; must be like http://127.0.0.1:8000/v1.")
+            raise ConfigError(
+                f"--base-url: {shown(target.base_url)} is not allowed; must be like http://127.0.0.1:8000/v1."
+            )
         self.target = replace(target, base_url=target.base_url.rstrip("/"))
         self._seed = seed
         self._timeout = timeout
@@ -40,7 +44,9 @@ class Endpoint:
         self._http = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=min(self._timeout, CONNECT_SECONDS)),
+            timeout=aiohttp.ClientTimeout(
+                total=self._timeout, sock_connect=min(self._timeout, CONNECT_SECONDS)
+            ),
             read_bufsize=2**20,
         )
         return self
@@ -55,18 +61,30 @@ class Endpoint:
             AlignError: it does not, and what to do.
         """
         status, body = await self.call("models")
-        if status == 404 and not self.target.base_url.endswith("/v1") and (await self.call("v1/models"))[0] == 200:
-            raise AlignError(f"{self.target.place}/models: status 404; did you mean --base-url {self.target.place}/v1?")
+        if (
+            status == 404
+            and not self.target.base_url.endswith("/v1")
+            and (await self.call("v1/models"))[0] == 200
+        ):
+            raise AlignError(
+                f"{self.target.place}/models: status 404; did you mean --base-url {self.target.place}/v1?"
+            )
         if status in (401, 403):
             raise AlignError(self._refused(status, body))
         names = [str(model.get("id")) for model in _models(body)] if status == 200 else []
         model = self.target.model
         if model is None and not names:
-            raise AlignError(f"{self.target.place}/models: status {status}, no list of models; name one with --model.")
+            raise AlignError(
+                f"{self.target.place}/models: status {status}, no list of models; name one with --model."
+            )
         if names and model is not None and model not in names:
             guess = nearest(model, names)
-            served = "" if guess.startswith("known") else f" It serves: {', '.join(sorted(names)[:20])}."
-            raise AlignError(f"--model: {shown(model)} is not served at {self.target.place}; {guess}{served}")
+            served = (
+                "" if guess.startswith("known") else f" It serves: {', '.join(sorted(names)[:20])}."
+            )
+            raise AlignError(
+                f"--model: {shown(model)} is not served at {self.target.place}; {guess}{served}"
+            )
         self.target = replace(self.target, model=model or names[0])
 
     async def call(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
@@ -82,14 +100,20 @@ class Endpoint:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             kind, said = failure(error, self._timeout)
             why = kind if said.lower() == kind else f"{kind}: {self.safe(said)}"
-            advice = "raise --timeout, or ask for less" if kind == "timeout" else "is the server running?"
+            advice = (
+                "raise --timeout, or ask for less"
+                if kind == "timeout"
+                else "is the server running?"
+            )
             raise AlignError(f"{self.target.place} cannot be reached: {why}; {advice}") from None
 
     def _refused(self, status: int, body: Any) -> str:
         said = self.safe(described(body.get("error") if isinstance(body, Mapping) else body, "")[1])
         key = self.target.key
         given = (
-            f"the key in {key.env} was refused" if key.value else f"no key was sent{f', {key.env} is not set' if key.env else ''}"
+            f"the key in {key.env} was refused"
+            if key.value
+            else f"no key was sent{f', {key.env} is not set' if key.env else ''}"
         )
         return f"{self.target.place}: status {status}: {given}: {said}; name its variable with {key.flag}."
 
@@ -99,7 +123,11 @@ class Endpoint:
 
     def body(self, prompt: Prompt, index: int) -> dict[str, Any]:
         """What is sent for a prompt; `index` makes the seed, so that both targets of a pair are asked the same."""
-        body: dict[str, Any] = {"model": self.target.model, "messages": list(prompt.messages), "seed": self._seed + index}
+        body: dict[str, Any] = {
+            "model": self.target.model,
+            "messages": list(prompt.messages),
+            "seed": self._seed + index,
+        }
         if self.target.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         body |= {**prompt.body, **self.target.body}
@@ -107,7 +135,9 @@ class Endpoint:
             body["align"] = self.target.align
         return {name: value for name, value in body.items() if value is not None}
 
-    async def send(self, prompt: Prompt, index: int, began: float, intended: float | None = None) -> Sample:
+    async def send(
+        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+    ) -> Sample:
         """One request; never raises for what an endpoint does.
 
         Args:
@@ -139,7 +169,10 @@ class Endpoint:
         )
 
     async def _exchange(self, content: bytes, answer: Answer) -> tuple[str | None, str]:
-        url, headers = f"{self.target.base_url}/chat/completions", {"Content-Type": "application/json"}
+        url, headers = (
+            f"{self.target.base_url}/chat/completions",
+            {"Content-Type": "application/json"},
+        )
         try:
             async with self._http.post(url, data=content, headers=headers) as response:
                 if response.status != 200:
@@ -167,12 +200,17 @@ def failure(error: Exception, timeout: float) -> tuple[str, str]:
     """What kept a request from its answer: the kind of error, and a sentence."""
     cause = getattr(error, "os_error", error)  # aiohttp wraps what the system said
     if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
-        return "client out of files", f"{os.strerror(cause.errno)}: this client's limit, not the endpoint's; see ulimit -n"
+        return (
+            "client out of files",
+            f"{os.strerror(cause.errno)}: this client's limit, not the endpoint's; see ulimit -n",
+        )
     if isinstance(error, aiohttp.ServerTimeoutError):
         return "connect timeout", f"no connection within {min(timeout, CONNECT_SECONDS):g} s"
     if isinstance(error, TimeoutError):
         return "timeout", f"no end within {timeout:g} s"
-    refused = "connection refused" if isinstance(cause, ConnectionRefusedError) else "connection failed"
+    refused = (
+        "connection refused" if isinstance(cause, ConnectionRefusedError) else "connection failed"
+    )
     kinds: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
         (aiohttp.ClientConnectorDNSError, "name not found"),
         (aiohttp.ClientSSLError, "TLS failed"),
@@ -180,7 +218,11 @@ def failure(error: Exception, timeout: float) -> tuple[str, str]:
         ((aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, OSError), "connection lost"),
     ]
     kind = next((kind for types, kind in kinds if isinstance(error, types)), "bad HTTP")
-    said = os.strerror(code) if isinstance(code := getattr(cause, "errno", None), int) and code > 0 else str(cause)
+    said = (
+        os.strerror(code)
+        if isinstance(code := getattr(cause, "errno", None), int) and code > 0
+        else str(cause)
+    )
     return kind, said or type(error).__name__
 
 
@@ -192,7 +234,9 @@ def _failure(status: int, text: str) -> tuple[str, str]:
 
 def _models(body: Any) -> list[Mapping[str, Any]]:
     found = body.get("data") if isinstance(body, Mapping) else None
-    return [model for model in found if isinstance(model, Mapping)] if isinstance(found, list) else []
+    return (
+        [model for model in found if isinstance(model, Mapping)] if isinstance(found, list) else []
+    )
 
 
 def _json(text: str) -> Any:

@@ -87,17 +87,29 @@ class Answer:
 
     def tokens(self) -> tuple[int | None, int | None, int | None]:
         """Prompt tokens, completion tokens spent, and those that were returned; None where usage does not say."""
-        prompt, spent = _count(self.usage.get("prompt_tokens")), _count(self.usage.get("completion_tokens"))
+        prompt, spent = (
+            _count(self.usage.get("prompt_tokens")),
+            _count(self.usage.get("completion_tokens")),
+        )
         details = self.usage.get("completion_tokens_details") or {}
-        accepted, rejected = (_count(details.get(f"{word}_prediction_tokens")) for word in ("accepted", "rejected"))
+        accepted, rejected = (
+            _count(details.get(f"{word}_prediction_tokens")) for word in ("accepted", "rejected")
+        )
         # Others send zeros here for answers without a prediction: only a pair that adds up says what was returned.
-        split = accepted is not None and rejected is not None and accepted + rejected == spent and accepted > 0
+        split = (
+            accepted is not None
+            and rejected is not None
+            and accepted + rejected == spent
+            and accepted > 0
+        )
         return prompt, spent, accepted if split else spent
 
     def align_usage(self) -> dict[str, int]:
         """The counts of align.usage."""
         usage = self.align.get("usage") or {}
-        return {name: count for name, value in usage.items() if (count := _count(value)) is not None}
+        return {
+            name: count for name, value in usage.items() if (count := _count(value)) is not None
+        }
 
 
 def described(error: object, kind: str) -> tuple[str, str]:

@@ -28,18 +28,33 @@ AMOUNTS: dict[str, Callable[[Sample], float]] = {
 }
 
 
-def figures(samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals: Mapping[str, float]) -> dict[str, Any]:
+def figures(
+    samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals: Mapping[str, float]
+) -> dict[str, Any]:
     """Of one target: its samples, and the time for which it was under load."""
     in_order = sorted(samples, key=lambda s: s.index)
     done = [sample for sample in in_order if sample.ok]
-    latency = {name: estimates([read(sample) for sample in done], load.seed) for name, read in LATENCIES.items()}
+    latency = {
+        name: estimates([read(sample) for sample in done], load.seed)
+        for name, read in LATENCIES.items()
+    }
     delays = estimates([s.started - s.intended for s in in_order], load.seed) if load.open else {}
     return {
         "seconds": sum(span.ended - span.began for span in spans),
-        "requests": {"sent": len(samples), "answered": len(done), "failed": len(samples) - len(done)},
+        "requests": {
+            "sent": len(samples),
+            "answered": len(done),
+            "failed": len(samples) - len(done),
+        },
         "errors": _errors(samples),
-        "latency_ms": {name: {key: as_json(e, MILLISECONDS) for key, e in found.items()} for name, found in latency.items()},
-        "rates": {name: as_json(found.estimate) for name, found in rates(samples, spans, load.seed).items()},
+        "latency_ms": {
+            name: {key: as_json(e, MILLISECONDS) for key, e in found.items()}
+            for name, found in latency.items()
+        },
+        "rates": {
+            name: as_json(found.estimate)
+            for name, found in rates(samples, spans, load.seed).items()
+        },
         "goodput": _goodput(samples, spans, load, goals) if goals else None,
         "tokens": _tokens(done),
         "send_delay_ms": {key: as_json(e, MILLISECONDS) for key, e in delays.items()},
@@ -56,7 +71,10 @@ def rates(
     ended, seconds = _times(samples, spans)
     if not ended or not sum(seconds):
         return {}
-    return {name: rate([read(sample) for sample in ended], seconds, seed) for name, read in amounts.items()}
+    return {
+        name: rate([read(sample) for sample in ended], seconds, seed)
+        for name, read in amounts.items()
+    }
 
 
 def _times(samples: Sequence[Sample], spans: Sequence[Span]) -> tuple[list[Sample], list[float]]:
@@ -65,7 +83,9 @@ def _times(samples: Sequence[Sample], spans: Sequence[Span]) -> tuple[list[Sampl
     seconds: list[float] = []
     left = 0.0
     for span in spans:
-        within = sorted((s for s in samples if span.began <= s.ended <= span.ended), key=lambda s: s.ended)
+        within = sorted(
+            (s for s in samples if span.began <= s.ended <= span.ended), key=lambda s: s.ended
+        )
         if not within:
             left += span.ended - span.began
             continue
@@ -78,7 +98,9 @@ def _times(samples: Sequence[Sample], spans: Sequence[Span]) -> tuple[list[Sampl
     return ended, seconds
 
 
-def _goodput(samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals: Mapping[str, float]) -> dict[str, Any] | None:
+def _goodput(
+    samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals: Mapping[str, float]
+) -> dict[str, Any] | None:
     """Requests that were seen to meet every goal: neither a failed one, nor one whose time was not measured, has met it."""
     if not samples:
         return None
@@ -95,7 +117,8 @@ def _goodput(samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals
 def met(sample: Sample, goals: Mapping[str, float]) -> bool:
     """Whether it was answered, with every goal measured and kept; milliseconds."""
     return sample.ok and all(
-        bool(values := LATENCIES[name](sample)) and max(values) * MILLISECONDS <= limit for name, limit in goals.items()
+        bool(values := LATENCIES[name](sample)) and max(values) * MILLISECONDS <= limit
+        for name, limit in goals.items()
     )
 
 
@@ -133,4 +156,7 @@ def _tokens(done: Sequence[Sample]) -> dict[str, Any]:
 
 def as_json(estimate: Estimate, scale: float = 1.0) -> dict[str, float | None]:
     """An estimate for a file; null for what is not known."""
-    return {name: value * scale if math.isfinite(value := getattr(estimate, name)) else None for name in ("value", "low", "high")}
+    return {
+        name: value * scale if math.isfinite(value := getattr(estimate, name)) else None
+        for name in ("value", "low", "high")
+    }

@@ -33,7 +33,9 @@ GIVEN_UP = "given up"
 class Sender(Protocol):
     """What `Endpoint.send` does."""
 
-    def __call__(self, prompt: Prompt, index: int, began: float, intended: float | None = None) -> Awaitable[Sample]:
+    def __call__(
+        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+    ) -> Awaitable[Sample]:
         """One request, timed."""
 
 
@@ -84,7 +86,9 @@ async def run(
     loop = _Loop(load, prompts, senders, on_sample)
     interrupted = not await until(stop, loop.bounded())
     left = {"abandoned": loop.state["sent"], "unsent": loop.state["waiting"]} if interrupted else {}
-    return Run(tuple(loop.samples), perf_counter() - loop.began, tuple(loop.spans), interrupted, **left)
+    return Run(
+        tuple(loop.samples), perf_counter() - loop.began, tuple(loop.spans), interrupted, **left
+    )
 
 
 async def until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
@@ -109,13 +113,24 @@ class _Loop:
     """One run under way."""
 
     def __init__(
-        self, load: Load, prompts: Sequence[Prompt], senders: Mapping[str, Sender], on_sample: Callable[[Sample], None]
+        self,
+        load: Load,
+        prompts: Sequence[Prompt],
+        senders: Mapping[str, Sender],
+        on_sample: Callable[[Sample], None],
     ) -> None:
         self.samples: list[Sample] = []
         self.spans: list[Span] = []
-        self.state: Counter[str] = Counter()  # requests that are "sent", and those that are due and "waiting"
+        self.state: Counter[str] = (
+            Counter()
+        )  # requests that are "sent", and those that are due and "waiting"
         self.began = perf_counter()
-        self._load, self._prompts, self._senders, self._on_sample = load, prompts, senders, on_sample
+        self._load, self._prompts, self._senders, self._on_sample = (
+            load,
+            prompts,
+            senders,
+            on_sample,
+        )
         self._names = list(senders)
         self._expired = False
 
@@ -138,7 +153,13 @@ class _Loop:
     def _expire(self) -> None:
         self._expired = True
 
-    async def _send(self, name: str, index: int, due: float | None = None, place: asyncio.Semaphore | None = None) -> None:
+    async def _send(
+        self,
+        name: str,
+        index: int,
+        due: float | None = None,
+        place: asyncio.Semaphore | None = None,
+    ) -> None:
         """One request, which waits for its place; however it ends, it is one sample."""
         asked, state = self.now if due is None else due, "waiting"
         self.state[state] += 1
@@ -147,7 +168,9 @@ class _Loop:
                 self.state[state] -= 1
                 state = "sent"
                 self.state[state] += 1
-                sample = await self._senders[name](self._prompts[index % len(self._prompts)], index, self.began, due)
+                sample = await self._senders[name](
+                    self._prompts[index % len(self._prompts)], index, self.began, due
+                )
         except asyncio.CancelledError:
             if not self._expired:
                 raise  # Ctrl-C: still under way, and counted as such
@@ -155,7 +178,13 @@ class _Loop:
                 ", and never sent" if state == "waiting" else ""
             )
             sample = Sample(
-                name, index, asked, self.now if state == "waiting" else asked, self.now, error=GIVEN_UP, message=message
+                name,
+                index,
+                asked,
+                self.now if state == "waiting" else asked,
+                self.now,
+                error=GIVEN_UP,
+                message=message,
             )
         self.state[state] -= 1
         self.samples.append(sample)
@@ -165,7 +194,9 @@ class _Loop:
         indices = [itertools.count(self._load.first) for _ in self._names]
         for number, (requests, seconds) in enumerate(slices(self._load, len(self._names))):
             for target in turns(number, len(self._names), self._load.seed):
-                await self._slice(self._names[target], itertools.islice(indices[target], requests), seconds)
+                await self._slice(
+                    self._names[target], itertools.islice(indices[target], requests), seconds
+                )
 
     async def _slice(self, name: str, indices: Iterator[int], seconds: float | None) -> None:
         """`concurrency` requests of one target under way until they are all sent, or the time is over; then wait for the last."""
@@ -175,7 +206,9 @@ class _Loop:
 
         async def worker() -> None:
             # The time is looked at first: an index that is taken is asked.
-            while self.now < end and (index := next(indices, None)) is not None and not self._expired:
+            while (
+                self.now < end and (index := next(indices, None)) is not None and not self._expired
+            ):
                 await self._send(name, index)
 
         try:

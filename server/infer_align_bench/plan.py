@@ -15,7 +15,17 @@ from rich.console import Console
 from rich.table import Table
 
 from infer_align.errors import ConfigError
-from infer_align_bench.cost import Capacity, Prices, Setting, capacity, errors, fit, from_report, left_out, seconds
+from infer_align_bench.cost import (
+    Capacity,
+    Prices,
+    Setting,
+    capacity,
+    errors,
+    fit,
+    from_report,
+    left_out,
+    seconds,
+)
 from infer_align_bench.doubt import doubted, refuse_unmeasured, saturated
 from infer_align_bench.simulate import replicas_for, simulate
 
@@ -46,14 +56,21 @@ def run(options: argparse.Namespace) -> int:
     checked = {"left out, one at a time": left_out(settings, measured)} if len(settings) > 3 else {}
     if held:
         checked["held out"] = errors(prices, held, truth)
-    rewarded = options.n * (options.prompt_tokens + options.output_tokens) if any(s.reward_tokens for s in settings) else 0
+    rewarded = (
+        options.n * (options.prompt_tokens + options.output_tokens)
+        if any(s.reward_tokens for s in settings)
+        else 0
+    )
     asked = Setting(
         1, options.n, options.prompt_tokens, options.output_tokens, options.k,
         rewarded if options.reward_tokens is None else options.reward_tokens, options.judge_tokens,
     )  # fmt: skip
     refuse_unmeasured(settings, asked)
     planned = capacity(prices, asked, options.rate, options.latency, options.max_sequences)
-    doubts = [*saturated(settings, measured), *doubted(prices, settings, replace(asked, concurrency=planned.concurrency))]
+    doubts = [
+        *saturated(settings, measured),
+        *doubted(prices, settings, replace(asked, concurrency=planned.concurrency)),
+    ]
     _show(prices, [*settings, *held], [*measured, *truth], checked, len(settings))
     OUT.print(
         f"\n{options.rate:g} requests / s of n = {options.n}, {options.prompt_tokens} + {options.output_tokens} tokens: "
@@ -76,7 +93,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _queues(options: argparse.Namespace, prices: Prices, asked: Setting, planned: Capacity) -> list[dict[str, Any]]:
+def _queues(
+    options: argparse.Namespace, prices: Prices, asked: Setting, planned: Capacity
+) -> list[dict[str, Any]]:
     """Latency with a few numbers of replicas, and with the fewest that keep --p99; simulated, printed."""
 
     def alone(under_way: int) -> float:
@@ -91,12 +110,16 @@ def _queues(options: argparse.Namespace, prices: Prices, asked: Setting, planned
         needed, queue = replicas_for(alone, options.rate, load, options.p99, options.spread)
         found[needed] = queue
         OUT.print(f"[bold]{needed} replicas[/] for 99% within {options.p99:g} s", highlight=False)
-    table = Table("replicas", "mean load", "p50, s", "p99, s", "that wait", box=None, header_style="dim")
+    table = Table(
+        "replicas", "mean load", "p50, s", "p99, s", "that wait", box=None, header_style="dim"
+    )
     for count, queue in sorted(found.items()):
         used = options.rate / planned.requests_per_second / count
         times = ("grows", "grows") if queue.growing else (f"{queue.p50:.3g}", f"{queue.p99:.3g}")
         table.add_row(str(count), f"{used:.0%}", *times, f"{queue.waited:.0%}")
-    OUT.print(f"[dim]simulated: Poisson arrivals, the replica with the fewest requests, lengths by {options.spread:g}[/]")
+    OUT.print(
+        f"[dim]simulated: Poisson arrivals, the replica with the fewest requests, lengths by {options.spread:g}[/]"
+    )
     OUT.print(table)
     return [{"replicas": count, **asdict(queue)} for count, queue in sorted(found.items())]
 
@@ -115,18 +138,44 @@ def _read(paths: Sequence[Path]) -> tuple[list[Setting], list[float]]:
 
 
 def _show(
-    prices: Prices, settings: Sequence[Setting], measured: Sequence[float], checked: dict[str, list[float]], fitted: int
+    prices: Prices,
+    settings: Sequence[Setting],
+    measured: Sequence[float],
+    checked: dict[str, list[float]],
+    fitted: int,
 ) -> None:
     table = Table("price", "microseconds", "of", box=None, header_style="dim")
     for name, value in asdict(prices).items():
         if value:
             table.add_row(name, f"{value * 1e6:.4g}", UNITS[name])
     OUT.print(table)
-    table = Table("under way", "n", "prompt", "output", "k", "measured, ms", "predicted, ms", "", box=None, header_style="dim")
+    table = Table(
+        "under way",
+        "n",
+        "prompt",
+        "output",
+        "k",
+        "measured, ms",
+        "predicted, ms",
+        "",
+        box=None,
+        header_style="dim",
+    )
     for i, (s, value) in enumerate(zip(settings, measured, strict=True)):
-        cells = (s.concurrency, s.n, s.prompt_tokens, s.output_tokens, s.k, value * 1e3, seconds(prices, s) * 1e3)
+        cells = (
+            s.concurrency,
+            s.n,
+            s.prompt_tokens,
+            s.output_tokens,
+            s.k,
+            value * 1e3,
+            seconds(prices, s) * 1e3,
+        )
         table.add_row(*(f"{cell:.4g}" for cell in cells), "" if i < fitted else "held out")
     OUT.print(table)
     for what, found in checked.items():
         size = np.abs(found)
-        OUT.print(f"error of settings {what}: mean {size.mean():.1%}, worst {size.max():.1%}", highlight=False)
+        OUT.print(
+            f"error of settings {what}: mean {size.mean():.1%}, worst {size.max():.1%}",
+            highlight=False,
+        )

@@ -19,7 +19,9 @@ def need_matplotlib(flag: str) -> None:
     try:
         importlib.import_module("matplotlib")
     except ImportError:
-        raise ConfigError(f"{flag}: matplotlib is not installed; install it with: pip install 'infer-align[bench]'.") from None
+        raise ConfigError(
+            f"{flag}: matplotlib is not installed; install it with: pip install 'infer-align[bench]'."
+        ) from None
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
@@ -40,7 +42,12 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     right.set(xlabel="seconds since the start", ylabel="end to end, milliseconds", ylim=(0, None))
     left.legend(fontsize=8)
     right.legend(fontsize=8)
-    figure.suptitle("\n".join([_load(report), *(named(name, target) for name, target in report["targets"].items())]), fontsize=8)
+    figure.suptitle(
+        "\n".join(
+            [_load(report), *(named(name, target) for name, target in report["targets"].items())]
+        ),
+        fontsize=8,
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -49,17 +56,25 @@ def named(name: str, target: Mapping[str, Any]) -> str:
     align = f", align {target['align']}" if target["align"] else ""
     failed = f", {target['requests']['failed']} failed" if target["requests"]["failed"] else ""
     # A dollar would begin a formula.
-    return f"{name}: {target['base_url']}, {target['model']}{align}{failed}"[:160].replace("$", "\\$")
+    return f"{name}: {target['base_url']}, {target['model']}{align}{failed}"[:160].replace(
+        "$", "\\$"
+    )
 
 
 def _load(report: Mapping[str, Any]) -> str:
     load = report["load"]
     return (
-        f"{load['rate']:g} requests / s, open loop" if load["loop"] == "open" else f"{load['concurrency']} under way, closed loop"
+        f"{load['rate']:g} requests / s, open loop"
+        if load["loop"] == "open"
+        else f"{load['concurrency']} under way, closed loop"
     )
 
 
 def _scatter(axes: Any, samples: Sequence[Mapping[str, Any]], colour: str, name: str) -> None:
     axes.plot(
-        [s["intended"] for s in samples], [(s["ended"] - s["intended"]) * 1e3 for s in samples], ".", color=colour, label=name
+        [s["intended"] for s in samples],
+        [(s["ended"] - s["intended"]) * 1e3 for s in samples],
+        ".",
+        color=colour,
+        label=name,
     )

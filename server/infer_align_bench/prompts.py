@@ -39,7 +39,9 @@ def demo(seed: int) -> list[Prompt]:
     return [_user(text) for text in demo_questions(DEMO_QUESTIONS, seed)]
 
 
-def synthetic(count: int, input_tokens: tuple[int, int], output_tokens: tuple[int, int], seed: int) -> list[Prompt]:
+def synthetic(
+    count: int, input_tokens: tuple[int, int], output_tokens: tuple[int, int], seed: int
+) -> list[Prompt]:
     """`count` prompts of about so many tokens, each with its own `max_tokens`; both uniform in their range, ends included.
 
     No tokenizer is at hand: lengths are words, and the report says what the endpoint counted.
@@ -48,7 +50,9 @@ def synthetic(count: int, input_tokens: tuple[int, int], output_tokens: tuple[in
     made = []
     for _ in range(count):
         words = chance.choices(WORDS, k=chance.randint(*input_tokens))
-        made.append(Prompt(_user(" ".join(words)).messages, {"max_tokens": chance.randint(*output_tokens)}))
+        made.append(
+            Prompt(_user(" ".join(words)).messages, {"max_tokens": chance.randint(*output_tokens)})
+        )
     return made
 
 
@@ -66,7 +70,11 @@ def from_file(path: Path) -> list[Prompt]:
         raise ConfigError(f"prompts: {path} cannot be read: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts: {path} is not UTF-8: {error}.") from None
-    found = [_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    found = [
+        _line(line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
     if not found:
         raise ConfigError(f"prompts: {path} holds none.")
     return found
@@ -76,7 +84,11 @@ def marked(prompt: Prompt, mark: str) -> Prompt:
     """The same conversation with a mark before its first word: alike to ask, and no cache knows it."""
     first, *rest = prompt.messages
     content = first.get("content")
-    content = [{"type": "text", "text": mark}, *content] if isinstance(content, list) else f"{mark} {content or ''}"
+    content = (
+        [{"type": "text", "text": mark}, *content]
+        if isinstance(content, list)
+        else f"{mark} {content or ''}"
+    )
     return Prompt(({**first, "content": content}, *rest), prompt.body)
 
 
@@ -88,12 +100,21 @@ def _line(line: str, place: str) -> Prompt:
     if isinstance(value, str):
         return _user(value)
     if not isinstance(value, Mapping) or not _messages(value.get("messages")):
-        raise ConfigError(f'{place}: {shown(line)} is not allowed; must be a JSON string or {{"messages": [...]}}.')
-    return Prompt(tuple(value["messages"]), {name: field for name, field in value.items() if name != "messages"})
+        raise ConfigError(
+            f'{place}: {shown(line)} is not allowed; must be a JSON string or {{"messages": [...]}}.'
+        )
+    return Prompt(
+        tuple(value["messages"]),
+        {name: field for name, field in value.items() if name != "messages"},
+    )
 
 
 def _messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, Mapping) for message in value)
+    )
 
 
 def _user(text: str) -> Prompt:

@@ -50,7 +50,9 @@ def estimates(groups: Sequence[ArrayLike], seed: int = 0) -> dict[str, Estimate]
     return _estimates(pooled.figures(pooled.once), drawn, _independent(len(groups), length))
 
 
-def ratios(groups: Sequence[ArrayLike], baseline: Sequence[ArrayLike], seed: int = 0) -> dict[str, Estimate]:
+def ratios(
+    groups: Sequence[ArrayLike], baseline: Sequence[ArrayLike], seed: int = 0
+) -> dict[str, Estimate]:
     """The figures of `groups` over those of `baseline`. They are pairs, group by group, and are drawn again as pairs."""
     if len(groups) != len(baseline):
         raise ValueError(f"{len(groups)} groups beside {len(baseline)}: these are no pairs")
@@ -59,8 +61,17 @@ def ratios(groups: Sequence[ArrayLike], baseline: Sequence[ArrayLike], seed: int
         return {}
     length = max(block_length(ours.means), block_length(theirs.means))
     with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = np.array([ours.figures(counts) / theirs.figures(counts) for counts in _resamples(len(groups), length, seed)])
-        return _estimates(ours.figures(ours.once) / theirs.figures(theirs.once), drawn, _independent(len(groups), length))
+        drawn = np.array(
+            [
+                ours.figures(counts) / theirs.figures(counts)
+                for counts in _resamples(len(groups), length, seed)
+            ]
+        )
+        return _estimates(
+            ours.figures(ours.once) / theirs.figures(theirs.once),
+            drawn,
+            _independent(len(groups), length),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,12 @@ def rate(amounts: ArrayLike, seconds: ArrayLike, seed: int = 0) -> Rate:
     amount, time = np.asarray(amounts, dtype=float), np.asarray(seconds, dtype=float)
     length = max(block_length(amount), block_length(time))
     with np.errstate(divide="ignore", invalid="ignore"):
-        drawn = np.array([(counts @ amount) / (counts @ time) for counts in _resamples(len(amount), length, seed)])
+        drawn = np.array(
+            [
+                (counts @ amount) / (counts @ time)
+                for counts in _resamples(len(amount), length, seed)
+            ]
+        )
         value = float(amount.sum() / time.sum())
     return Rate(_estimate(value, drawn if len(amount) > 1 else drawn[:0]), drawn)
 
@@ -119,7 +135,9 @@ def block_length(series: ArrayLike) -> int:
     lag = np.arange(1, bandwidth + 1)
     weighted = np.clip(2 * (1 - lag / bandwidth), 0, 1) * covariance[1 : bandwidth + 1]
     slope, density = 2 * float(lag @ weighted), float(covariance[0] + 2 * weighted.sum())
-    if density <= 0:  # neighbours that make up for each other: taken apart, they look wider than they are
+    if (
+        density <= 0
+    ):  # neighbours that make up for each other: taken apart, they look wider than they are
         return 1
     return int(np.clip(round((1.5 * count * (slope / density) ** 2) ** (1 / 3)), 1, most))
 
@@ -134,7 +152,9 @@ class _Pool:
         order = np.argsort(values, kind="stable")
         self.values, self._owners = values[order], owners[order]
         self.once = np.ones(len(arrays), dtype=np.int64)
-        self.means = np.array([array.mean() for array in arrays if array.size])  # [groups that have any], in time
+        self.means = np.array(
+            [array.mean() for array in arrays if array.size]
+        )  # [groups that have any], in time
 
     def figures(self, counts: NDArray[np.int64]) -> Array:
         """Mean and percentiles where group i stands `counts[i]` times."""
@@ -147,7 +167,9 @@ class _Pool:
         below = np.floor(place)
         low = self.values[np.searchsorted(until, below, side="right")]
         high = self.values[np.searchsorted(until, np.minimum(below + 1, total - 1), side="right")]
-        return np.concatenate([[weights @ self.values / total], low + (high - low) * (place - below)])
+        return np.concatenate(
+            [[weights @ self.values / total], low + (high - low) * (place - below)]
+        )
 
 
 def _resamples(groups: int, length: int, seed: int) -> Iterator[NDArray[np.int64]]:

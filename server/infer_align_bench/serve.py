@@ -46,7 +46,9 @@ def run(options: argparse.Namespace) -> int:
     load, targets, goals = _load(options), _targets(options), _goals(options.goodput)
     prompts, dataset = _prompts(options, load)
     if options.no_stream and (goals.keys() & {"ttft", "tpot"}):
-        raise ConfigError("--goodput: ttft and tpot need streaming; leave out --no-stream, or set a goal for e2e.")
+        raise ConfigError(
+            "--goodput: ttft and tpot need streaming; leave out --no-stream, or set a goal for e2e."
+        )
     for path in filter(None, (options.json, options.plot)):
         check_writable(path)
     if options.plot:
@@ -55,26 +57,36 @@ def run(options: argparse.Namespace) -> int:
         warmup = max(WARMUP, load.concurrency or 1) if options.warmup is None else options.warmup
         measured, targets = runner.run(_measure(load, targets, prompts, warmup))
     if measured.interrupted and not measured.samples:
-        ERR.print("[yellow]interrupted:[/] nothing was measured, nothing is written.", highlight=False)
+        ERR.print(
+            "[yellow]interrupted:[/] nothing was measured, nothing is written.", highlight=False
+        )
         return INTERRUPTED
     found = report(measured, targets, load, goals, dataset)
     _keep(found, options)
     show(found, OUT)
     if measured.interrupted:
         waited = f", {measured.unsent} that were due had not been sent" if measured.unsent else ""
-        said = f"{measured.abandoned} requests under way were given up{waited}; these are the others."
+        said = (
+            f"{measured.abandoned} requests under way were given up{waited}; these are the others."
+        )
         ERR.print(f"[yellow]interrupted:[/] {said}", highlight=False)
         return INTERRUPTED
     dead = [name for name, of in found["targets"].items() if not of["requests"]["answered"]]
     if dead:
-        raise AlignError(f"no request to {' or '.join(dead)} was answered: {_first_error(measured.samples, dead[0])}")
+        raise AlignError(
+            f"no request to {' or '.join(dead)} was answered: {_first_error(measured.samples, dead[0])}"
+        )
     return 0
 
 
-async def _measure(load: Load, targets: Sequence[Target], prompts: Sequence[Prompt], warmup: int) -> tuple[Run, list[Target]]:
+async def _measure(
+    load: Load, targets: Sequence[Target], prompts: Sequence[Prompt], warmup: int
+) -> tuple[Run, list[Target]]:
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        endpoints = [await stack.enter_async_context(Endpoint(t, load.timeout, load.seed)) for t in targets]
+        endpoints = [
+            await stack.enter_async_context(Endpoint(t, load.timeout, load.seed)) for t in targets
+        ]
         for endpoint in endpoints:
             await endpoint.find_model()
         stack.enter_context(caught_signals(stop))
@@ -82,13 +94,20 @@ async def _measure(load: Load, targets: Sequence[Target], prompts: Sequence[Prom
         if warmup:
             await _warm_up(load, prompts, senders, stop, warmup)
         with Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=ERR, transient=True
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=ERR,
+            transient=True,
         ) as bar:
             task = bar.add_task("measuring", total=load.requests and load.requests * len(targets))
             if stop.is_set():
                 measured = Run((), 0.0, interrupted=True)
             else:
-                measured = await loops.run(load, prompts, senders, stop, lambda _: bar.advance(task))
+                measured = await loops.run(
+                    load, prompts, senders, stop, lambda _: bar.advance(task)
+                )
     return measured, [endpoint.target for endpoint in endpoints]
 
 
@@ -106,7 +125,11 @@ def caught_signals(stop: asyncio.Event) -> Iterator[None]:
 
 
 async def _warm_up(
-    load: Load, prompts: Sequence[Prompt], senders: Mapping[str, loops.Sender], stop: asyncio.Event, requests: int
+    load: Load,
+    prompts: Sequence[Prompt],
+    senders: Mapping[str, loops.Sender],
+    stop: asyncio.Event,
+    requests: int,
 ) -> None:
     """A closed loop of a few requests, not counted; where all of them fail, so will the rest.
 
@@ -114,12 +137,19 @@ async def _warm_up(
     """
     places = load.concurrency or min(requests, 8)
     bound = min(load.duration or load.timeout, load.timeout)
-    before = Load(places, None, requests, bound, load.grace, load.timeout, seed=load.seed, first=WARMUP_FIRST)
-    marked = [datasets.marked(prompt, f"Warm-up {i}.") for i, prompt in enumerate(prompts[: requests * len(senders)])]
+    before = Load(
+        places, None, requests, bound, load.grace, load.timeout, seed=load.seed, first=WARMUP_FIRST
+    )
+    marked = [
+        datasets.marked(prompt, f"Warm-up {i}.")
+        for i, prompt in enumerate(prompts[: requests * len(senders)])
+    ]
     done = await loops.run(before, marked, senders, stop)
     for name in sorted({sample.target for sample in done.samples}):
         if not any(sample.ok for sample in done.samples if sample.target == name):
-            raise AlignError(f"every request of the warm-up failed at {name}: {_first_error(done.samples, name)}")
+            raise AlignError(
+                f"every request of the warm-up failed at {name}: {_first_error(done.samples, name)}"
+            )
 
 
 def _first_error(samples: Sequence[Sample], target: str) -> str:
@@ -150,24 +180,46 @@ def _load(options: argparse.Namespace) -> Load:
             "--concurrency and --rate: one of them; a closed loop keeps so many requests under way, an open loop sends at a rate."
         )
     if options.max_in_flight is not None and options.rate is None:
-        raise ConfigError("--max-in-flight: only with --rate; in a closed loop --concurrency says it.")
+        raise ConfigError(
+            "--max-in-flight: only with --rate; in a closed loop --concurrency says it."
+        )
     requests = options.requests or (None if options.duration else 200)
     concurrency = None if options.rate is not None else options.concurrency or 1
     return Load(
-        concurrency, options.rate, requests, options.duration, options.grace, options.timeout, options.max_in_flight, options.seed
+        concurrency,
+        options.rate,
+        requests,
+        options.duration,
+        options.grace,
+        options.timeout,
+        options.max_in_flight,
+        options.seed,
     )
 
 
 def _targets(options: argparse.Namespace) -> list[Target]:
-    body = {"max_tokens": options.max_tokens, **options.body} if options.max_tokens else options.body
+    body = (
+        {"max_tokens": options.max_tokens, **options.body} if options.max_tokens else options.body
+    )
     key = Key.named(options.api_key_env)
-    ours = Target("A", options.base_url, options.model, options.align, body, not options.no_stream, key)
-    if all(getattr(options, name) is None for name in ("against", "against_model", "against_align")):
+    ours = Target(
+        "A", options.base_url, options.model, options.align, body, not options.no_stream, key
+    )
+    if all(
+        getattr(options, name) is None for name in ("against", "against_model", "against_align")
+    ):
         return [ours]
     url, env = options.against or options.base_url, options.against_api_key_env
     model = options.against_model or (options.model if options.against is None else None)
-    other = key if env is None and same_server(url, options.base_url) else Key.named(env, "--against-api-key-env")
-    return [ours, replace(ours, name="B", base_url=url, model=model, align=options.against_align, key=other)]
+    other = (
+        key
+        if env is None and same_server(url, options.base_url)
+        else Key.named(env, "--against-api-key-env")
+    )
+    return [
+        ours,
+        replace(ours, name="B", base_url=url, model=model, align=options.against_align, key=other),
+    ]
 
 
 def _goals(text: str | None) -> dict[str, float]:
@@ -180,7 +232,9 @@ def _goals(text: str | None) -> dict[str, float]:
         except ValueError:
             goals[name] = math.nan
         if name not in GOALS or not 0 < goals[name] < math.inf:
-            raise ConfigError(f"--goodput: {part!r} is not allowed; must be like ttft:200,e2e:1000, of {', '.join(GOALS)}, in ms.")
+            raise ConfigError(
+                f"--goodput: {part!r} is not allowed; must be like ttft:200,e2e:1000, of {', '.join(GOALS)}, in ms."
+            )
     return goals
 
 
@@ -189,7 +243,9 @@ def _prompts(options: argparse.Namespace, load: Load) -> tuple[list[Prompt], dic
     if options.dataset == "demo":
         return datasets.demo(load.seed), {"name": "demo"}
     if options.dataset == "synthetic":
-        return datasets.synthetic(load.requests or 1000, options.input_tokens, options.output_tokens, load.seed), {
+        return datasets.synthetic(
+            load.requests or 1000, options.input_tokens, options.output_tokens, load.seed
+        ), {
             "name": "synthetic",
             **lengths,
         }

@@ -72,7 +72,9 @@ def simulate(
     chance = np.random.default_rng(seed)
     due = np.cumsum(chance.exponential(1 / rate, arrivals))
     work = chance.gamma(1 / spread**2, spread**2, arrivals) if spread else np.ones(arrivals)
-    queue = _Queue([math.inf, *(seconds(m) for m in range(1, slots + 1))], replicas, slots, work.tolist())
+    queue = _Queue(
+        [math.inf, *(seconds(m) for m in range(1, slots + 1))], replicas, slots, work.tolist()
+    )
     for request, at in enumerate(due.tolist()):
         queue.run_until(at)
         queue.arrive(request, at)
@@ -92,11 +94,15 @@ def simulate(
 class _Queue:
     """The state of the simulation."""
 
-    def __init__(self, seconds: Sequence[float], replicas: int, slots: int, work: Sequence[float]) -> None:
+    def __init__(
+        self, seconds: Sequence[float], replicas: int, slots: int, work: Sequence[float]
+    ) -> None:
         self.ended, self.waited = [0.0] * len(work), [False] * len(work)
         self._seconds, self._slots, self._work = seconds, slots, work
         self._replicas = [_Replica() for _ in range(replicas)]
-        self._ends: list[tuple[float, int, int]] = []  # (time, replica, its version): stale where the version is
+        self._ends: list[
+            tuple[float, int, int]
+        ] = []  # (time, replica, its version): stale where the version is
         self._least = [(0, i) for i in range(replicas)]  # (load, replica): stale where the load is
 
     def run_until(self, now: float) -> None:
@@ -135,12 +141,21 @@ class _Queue:
         replica.version += 1
         heapq.heappush(self._least, (replica.load(), index))
         if replica.running:
-            left = max(0.0, replica.running[0][0] - replica.clock) * self._seconds[len(replica.running)]
+            left = (
+                max(0.0, replica.running[0][0] - replica.clock)
+                * self._seconds[len(replica.running)]
+            )
             heapq.heappush(self._ends, (replica.at + left, index, replica.version))
 
 
 def replicas_for(
-    seconds: Callable[[int], float], rate: float, slots: int, p99: float, spread: float = 0.5, *, seed: int = 0
+    seconds: Callable[[int], float],
+    rate: float,
+    slots: int,
+    p99: float,
+    spread: float = 0.5,
+    *,
+    seed: int = 0,
 ) -> tuple[int, Simulated]:
     """The fewest replicas that end 99% of requests within `p99` seconds, and what they then take.
 

@@ -47,7 +47,9 @@ class Load:
     duration: float | None = None  # seconds in which requests are started
     grace: float = 10.0  # seconds after `duration` in which those under way may end; then they are given up, and counted
     timeout: float = 120.0  # seconds of one request
-    max_in_flight: int | None = None  # open loop, per target: those beyond it wait in the client, and their waiting counts
+    max_in_flight: int | None = (
+        None  # open loop, per target: those beyond it wait in the client, and their waiting counts
+    )
     seed: int = 0
     first: int = 0  # the index of the first request
 

@@ -35,8 +35,12 @@ class Admission:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._queues: dict[str, deque[_Waiter]] = {}  # callers that wait, each with at least one request
-        self._marks: dict[str, float] = {}  # worst-case tokens a caller was given, on the common scale of `_now`
+        self._queues: dict[
+            str, deque[_Waiter]
+        ] = {}  # callers that wait, each with at least one request
+        self._marks: dict[
+            str, float
+        ] = {}  # worst-case tokens a caller was given, on the common scale of `_now`
         self._now = 0.0  # the mark of the last caller admitted: where one that was away joins again
         self._arrivals = 0
         self._seconds = 1.0  # a request's usual duration
@@ -49,7 +53,9 @@ class Admission:
         return sum(map(len, self._queues.values()))
 
     @asynccontextmanager
-    async def admit(self, tokens: int, deadline_seconds: float | None = None, caller: str = "") -> AsyncIterator[None]:
+    async def admit(
+        self, tokens: int, deadline_seconds: float | None = None, caller: str = ""
+    ) -> AsyncIterator[None]:
         """Hold a place while the block runs; `tokens` is the request's worst case.
 
         Raises:
@@ -82,10 +88,14 @@ class Admission:
             future = waiter.admitted
             if self._drop(waiter):
                 self._wake()
-            elif future.done() and not future.cancelled() and not future.exception():  # its turn came as it left: pass it on
+            elif (
+                future.done() and not future.cancelled() and not future.exception()
+            ):  # its turn came as it left: pass it on
                 self._leave(tokens)
             if isinstance(error, TimeoutError):
-                raise DeadlineExceeded(f"no place came free within the {deadline_seconds} s allowed; allow more time.") from None
+                raise DeadlineExceeded(
+                    f"no place came free within the {deadline_seconds} s allowed; allow more time."
+                ) from None
             raise
 
     def _make_room(self, caller: str) -> None:
@@ -123,7 +133,10 @@ class Admission:
     def _fits(self, tokens: int) -> bool:
         if self.running == 0:
             return True  # alone, a request is bounded by its own limit
-        return self.running < self._limits.max_running and self.running_tokens + tokens <= self._limits.max_running_tokens
+        return (
+            self.running < self._limits.max_running
+            and self.running_tokens + tokens <= self._limits.max_running_tokens
+        )
 
     def _enter(self, caller: str, tokens: int) -> None:
         self.running += 1
@@ -131,7 +144,11 @@ class Admission:
         self._now = self._now_or_later(caller)
         self._marks[caller] = self._now_or_later(caller) + max(1, tokens)
         if len(self._marks) > MAX_CALLERS:  # a mark that is passed says nothing
-            self._marks = {who: mark for who, mark in self._marks.items() if mark > self._now or who in self._queues}
+            self._marks = {
+                who: mark
+                for who, mark in self._marks.items()
+                if mark > self._now or who in self._queues
+            }
 
     def _now_or_later(self, caller: str) -> float:
         return max(self._now, self._marks.get(caller, 0.0))
@@ -146,7 +163,10 @@ class Admission:
 
     def _wake(self) -> None:
         while self._queues:
-            waiter = min((queue[0] for queue in self._queues.values()), key=lambda w: (self._marks[w.caller], w.arrival))
+            waiter = min(
+                (queue[0] for queue in self._queues.values()),
+                key=lambda w: (self._marks[w.caller], w.arrival),
+            )
             if not self._fits(waiter.tokens):
                 return
             self._drop(waiter)

@@ -44,8 +44,17 @@ def opened(**properties: Schema) -> Schema:
 
 
 def _answer(kind: str, choice: Schema) -> Schema:
-    head = opened(id=STRING, object={"const": kind}, created=INTEGER, model=STRING, choices=array(choice, minItems=1))
-    return {**head, "properties": {**head["properties"], "usage": ref("Usage"), "align": ref("Report")}}
+    head = opened(
+        id=STRING,
+        object={"const": kind},
+        created=INTEGER,
+        model=STRING,
+        choices=array(choice, minItems=1),
+    )
+    return {
+        **head,
+        "properties": {**head["properties"], "usage": ref("Usage"), "align": ref("Report")},
+    }
 
 
 def _also(optional: Schema, **properties: Schema) -> Schema:
@@ -55,7 +64,12 @@ def _also(optional: Schema, **properties: Schema) -> Schema:
 
 
 def _finished(**content: Schema) -> Schema:
-    return opened(index=COUNT, **content, finish_reason=nullable(STRING), logprobs=nullable({"type": "object"}))
+    return opened(
+        index=COUNT,
+        **content,
+        finish_reason=nullable(STRING),
+        logprobs=nullable({"type": "object"}),
+    )
 
 
 _MESSAGE = opened(role={"const": "assistant"}, content=nullable(STRING))
@@ -70,15 +84,23 @@ _CANDIDATE = closed(
 _CANDIDATE["properties"] |= {"choice": {"type": "object"}}
 _SCORE = closed(value=nullable(NUMBER), std=nullable(NUMBER), members=array(nullable(NUMBER)))
 _SCORE["properties"] |= {"note": STRING}
-_REPORTED = {"direction": mapping(NUMBER), "reports": mapping({"type": "object"})}  # where there is one
+_REPORTED = {
+    "direction": mapping(NUMBER),
+    "reports": mapping({"type": "object"}),
+}  # where there is one
 _MODEL = closed(id=STRING, object={"const": "model"}, created=INTEGER, owned_by=STRING)
 _MODEL["properties"] |= {"root": STRING, "align": {"type": "object"}}
 
 SCHEMAS: dict[str, Schema] = {
-    "Error": closed(error=closed(message=STRING, type=STRING, param=nullable(STRING), code=nullable(STRING))),
+    "Error": closed(
+        error=closed(message=STRING, type=STRING, param=nullable(STRING), code=nullable(STRING))
+    ),
     "ChatCompletion": _answer("chat.completion", _finished(message=_MESSAGE)),
     "Completion": _answer("text_completion", _finished(text=STRING)),
-    "Passed": {"type": "object", "description": "what the engine, or its upstream, answers; passed on as it is"},
+    "Passed": {
+        "type": "object",
+        "description": "what the engine, or its upstream, answers; passed on as it is",
+    },
     "Event": {
         **opened(data=STRING),
         "description": "one server-sent event: a chunk as JSON, at the end [DONE]; comments between them while nothing is ready",
@@ -87,7 +109,9 @@ SCHEMAS: dict[str, Schema] = {
         prompt_tokens=COUNT,
         completion_tokens=COUNT,
         total_tokens=COUNT,
-        completion_tokens_details=opened(accepted_prediction_tokens=COUNT, rejected_prediction_tokens=COUNT),
+        completion_tokens_details=opened(
+            accepted_prediction_tokens=COUNT, rejected_prediction_tokens=COUNT
+        ),
     ),
     "Report": _also(
         _REPORTED,
@@ -142,7 +166,14 @@ SCHEMAS: dict[str, Schema] = {
         model=STRING,
         capabilities=array(STRING),
         methods=mapping(closed(description=STRING, parameters={"type": "object"})),
-        rewards=mapping(closed(description=STRING, members=array(STRING), attributes=array(STRING), default_weight=NUMBER)),
+        rewards=mapping(
+            closed(
+                description=STRING,
+                members=array(STRING),
+                attributes=array(STRING),
+                default_weight=NUMBER,
+            )
+        ),
         values=mapping(closed(description=STRING)),
         presets=mapping({"type": "object"}),
     ),

@@ -49,7 +49,9 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
             app.state.loading.cancel()
             await service.close()
 
-    app = FastAPI(title="infer-align", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="infer-align", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
     app.state.service = service
     app.router.routes.extend(ROUTES)
     if type(service.engine).app is not Engine.app:
@@ -78,17 +80,25 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
             await send(message)
 
         try:
             await self._app(scope, receive, observed_send)
-        except (ClientLeft, ClientDisconnect):  # before the answer, in the middle of it, or while sending the body
+        except (
+            ClientLeft,
+            ClientDisconnect,
+        ):  # before the answer, in the middle of it, or while sending the body
             status = CLIENT_LEFT
         except Exception:
             log.exception("failed", extra={"request_id": request_id})
             if not status:
-                await error_response(AlignError("the server failed; its log has the request id."))(scope, receive, observed_send)
+                await error_response(AlignError("the server failed; its log has the request id."))(
+                    scope, receive, observed_send
+                )
         finally:
             self._count(scope, status, request_id, monotonic() - started)
 
@@ -122,10 +132,16 @@ async def _on_align_error(_: HttpRequest, error: Exception) -> HttpResponse:
 
 async def _on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
     assert isinstance(error, HTTPException)
-    what = {404: "no such route", 405: "not a method of this route"}.get(error.status_code, str(error.detail))
+    what = {404: "no such route", 405: "not a method of this route"}.get(
+        error.status_code, str(error.detail)
+    )
     if error.status_code == 404 and re.match(r"/v1/responses(/|$)", http.url.path):
         what = "this engine does not serve the Responses API; use /v1/chat/completions"
-    raised = AlignError(f"{http.method} {http.url.path}: {what}.", status=error.status_code, code=f"http_{error.status_code}")
+    raised = AlignError(
+        f"{http.method} {http.url.path}: {what}.",
+        status=error.status_code,
+        code=f"http_{error.status_code}",
+    )
     raised.type = "invalid_request_error"
     response = error_response(raised)
     response.headers.update(error.headers or {})  # a 405 says which methods are allowed

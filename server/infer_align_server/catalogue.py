@@ -16,7 +16,12 @@ CREATED = 1_700_000_000
 
 def model(service: Service, name: str) -> dict[str, Any]:
     """One entry of /v1/models; a preset's says what it stands for."""
-    entry: dict[str, Any] = {"id": name, "object": "model", "created": CREATED, "owned_by": "infer-align"}
+    entry: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": CREATED,
+        "owned_by": "infer-align",
+    }
     if name not in service.names:
         root, _, preset = name.rpartition("@")
         entry |= {"root": root, "align": service.config.presets[preset]}
@@ -29,7 +34,10 @@ def methods(service: Service) -> dict[str, Any]:
     return {
         "model": service.model,
         "capabilities": sorted(service.engine.capabilities),
-        "methods": {name: _described(cls) for name, cls in {**plugins, "ensemble": Ensemble, "budget": Budget}.items()},
+        "methods": {
+            name: _described(cls)
+            for name, cls in {**plugins, "ensemble": Ensemble, "budget": Budget}.items()
+        },
         "rewards": {
             name: {
                 "description": reward.description,
@@ -39,7 +47,10 @@ def methods(service: Service) -> dict[str, Any]:
             }
             for name, reward in service.rewards.items()
         },
-        "values": {name: {"description": value.description} for name, value in service.engine.values.items()},
+        "values": {
+            name: {"description": value.description}
+            for name, value in service.engine.values.items()
+        },
         "presets": dict(service.config.presets),
     }
 

@@ -61,7 +61,9 @@ def charged(allowance: Allowance, caller: str, worst_case: int) -> Iterator[Char
     try:
         yield charge
     except BaseException as error:
-        charge.broken_off(by_client=isinstance(error, DeadlineExceeded) or not isinstance(error, Exception))
+        charge.broken_off(
+            by_client=isinstance(error, DeadlineExceeded) or not isinstance(error, Exception)
+        )
         raise
     finally:
         allowance.give_back(caller, worst_case - charge.spent)

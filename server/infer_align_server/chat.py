@@ -20,13 +20,26 @@ OUT = Console()
 class Chat:
     """One conversation with a running server."""
 
-    def __init__(self, base_url: str, model: str | None, align: Mapping[str, Any], system: str | None, api_key_env: str) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        model: str | None,
+        align: Mapping[str, Any],
+        system: str | None,
+        api_key_env: str,
+    ) -> None:
         key = os.environ.get(api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=base_url.rstrip("/") + "/", headers=headers, timeout=httpx.Timeout(600, connect=5))
+        self._http = httpx.Client(
+            base_url=base_url.rstrip("/") + "/",
+            headers=headers,
+            timeout=httpx.Timeout(600, connect=5),
+        )
         self._model = model
         self._align = align
-        self._messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self._messages: list[dict[str, Any]] = (
+            [{"role": "system", "content": system}] if system else []
+        )
 
     def __enter__(self) -> Chat:
         return self
@@ -74,7 +87,9 @@ class Chat:
         if self._align:
             body["align"] = self._align
         try:
-            body["model"] = self._model = self._model or self._http.get("models").raise_for_status().json()["data"][0]["id"]
+            body["model"] = self._model = (
+                self._model or self._http.get("models").raise_for_status().json()["data"][0]["id"]
+            )
             with self._http.stream("POST", "chat/completions", json=body) as response:
                 if response.is_error:
                     response.read()
@@ -88,7 +103,9 @@ class Chat:
         except httpx.HTTPStatusError as error:
             raise AlignError(_message(error.response)) from None
         except httpx.HTTPError as error:
-            raise AlignError(f"{self._http.base_url}: {error}; is the server running? Start it with: infer-align serve") from None
+            raise AlignError(
+                f"{self._http.base_url}: {error}; is the server running? Start it with: infer-align serve"
+            ) from None
 
 
 def _message(response: httpx.Response) -> str:
@@ -106,8 +123,16 @@ def _print_report(report: Mapping[str, Any]) -> None:
     table = Table("candidate", "objective", *rewards, "tokens", box=None, header_style="dim")
     for candidate in report["candidates"]:
         chosen = "[bold green]" if candidate["index"] == report["selected"] else ""
-        scores = [_number(candidate["scores"][name]["value"], candidate["scores"][name]["std"]) for name in rewards]
-        cells = [str(candidate["index"]), _number(candidate["objective"]), *scores, str(candidate["completion_tokens"])]
+        scores = [
+            _number(candidate["scores"][name]["value"], candidate["scores"][name]["std"])
+            for name in rewards
+        ]
+        cells = [
+            str(candidate["index"]),
+            _number(candidate["objective"]),
+            *scores,
+            str(candidate["completion_tokens"]),
+        ]
         table.add_row(*(chosen + cell for cell in cells))
     OUT.print(table)
 

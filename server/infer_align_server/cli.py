@@ -42,34 +42,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("infer-align", description="Serve a frozen language model, aligned while it decodes.")
+    parser = argparse.ArgumentParser(
+        "infer-align", description="Serve a frozen language model, aligned while it decodes."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serving = commands.add_parser("serve", help="serve a model over the OpenAI API; without a file, the embedded demo")
+    serving = commands.add_parser(
+        "serve", help="serve a model over the OpenAI API; without a file, the embedded demo"
+    )
     _add_config(serving)
     serving.set_defaults(run=_serve)
 
     talking = commands.add_parser("chat", help="talk to a running server, and see the scores")
     talking.add_argument("message", nargs="?", help="one message; without it, a conversation")
-    talking.add_argument("--base-url", default="http://127.0.0.1:8000/v1", help="default: %(default)s")
+    talking.add_argument(
+        "--base-url", default="http://127.0.0.1:8000/v1", help="default: %(default)s"
+    )
     talking.add_argument("--model", help="default: the first that the server lists")
-    talking.add_argument("--align", type=bench.json_object, default={}, metavar="JSON", help='such as \'{"best_of_n": {"n": 8}}\'')
+    talking.add_argument(
+        "--align",
+        type=bench.json_object,
+        default={},
+        metavar="JSON",
+        help='such as \'{"best_of_n": {"n": 8}}\'',
+    )
     talking.add_argument("--system", help="system message")
-    talking.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable with the key; default: %(default)s")
+    talking.add_argument(
+        "--api-key-env",
+        default="OPENAI_API_KEY",
+        help="environment variable with the key; default: %(default)s",
+    )
     talking.set_defaults(run=_chat)
 
-    listing = commands.add_parser("methods", help="what a request can ask for in `align`, what can score, what can be served")
+    listing = commands.add_parser(
+        "methods", help="what a request can ask for in `align`, what can score, what can be served"
+    )
     listing.set_defaults(run=_methods)
 
-    fitting = commands.add_parser("fit", help="fit what VAS steers with").add_subparsers(required=True, metavar="COMMAND")
-    value = fitting.add_parser("value", help="a value, from prompts and a configured reward; the model is untouched")
+    fitting = commands.add_parser("fit", help="fit what VAS steers with").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    value = fitting.add_parser(
+        "value", help="a value, from prompts and a configured reward; the model is untouched"
+    )
     fit.add_arguments(value)
     _add_config(value)
     value.set_defaults(run=fit.run)
 
     bench.add_commands(commands.add_parser("bench", help="measure an endpoint, ours or another's"))
 
-    config = commands.add_parser("config", help="the configuration").add_subparsers(required=True, metavar="COMMAND")
+    config = commands.add_parser("config", help="the configuration").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     show = config.add_parser("show", help="each value and where it came from")
     _add_config(show)
     show.set_defaults(run=_config_show)
@@ -78,7 +102,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", nargs="?", help="infer-align.toml; default: the embedded demo")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one value, by the file's own names")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="override one value, by the file's own names",
+    )
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -88,7 +118,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    with chat.Chat(options.base_url, options.model, options.align, options.system, options.api_key_env) as talk:
+    with chat.Chat(
+        options.base_url, options.model, options.align, options.system, options.api_key_env
+    ) as talk:
         return talk.once(options.message) if options.message else talk.loop()
 
 

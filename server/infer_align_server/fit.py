@@ -26,13 +26,24 @@ ERR = Console(stderr=True)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is fitted, to what, and where it goes; the rest are the fields of `Fitting`, by `--fit NAME=VALUE`."""
     parser.add_argument("--reward", required=True, help="a configured reward")
-    parser.add_argument("--prompts", required=True, type=Path, help='JSON lines: a string, or {"messages": [...]}')
-    parser.add_argument("--out", required=True, type=Path, help="the value's file, or folder for a lookahead value")
     parser.add_argument(
-        "--objective", default="uwo", choices=("mean", "wco", "uwo"), help="over the reward's members; default: %(default)s"
+        "--prompts", required=True, type=Path, help='JSON lines: a string, or {"messages": [...]}'
     )
-    parser.add_argument("--replies", type=_positive, default=8, help="per prompt; default: %(default)s")
-    parser.add_argument("--max-tokens", type=_positive, default=256, help="of a reply; default: %(default)s")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the value's file, or folder for a lookahead value"
+    )
+    parser.add_argument(
+        "--objective",
+        default="uwo",
+        choices=("mean", "wco", "uwo"),
+        help="over the reward's members; default: %(default)s",
+    )
+    parser.add_argument(
+        "--replies", type=_positive, default=8, help="per prompt; default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=256, help="of a reply; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--fit",
@@ -55,7 +66,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ConfigError, InvalidRequest: what is wrong, by name.
     """
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=ERR, transient=True) as bar:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=ERR,
+        transient=True,
+    ) as bar:
         task = bar.add_task("loading", total=None)
         report = asyncio.run(_fit(options, lambda what: bar.update(task, description=what)))
     _print(report, options.out)
@@ -73,7 +90,9 @@ async def _fit(options: argparse.Namespace, progress: Any) -> Report:
     prompts = read_prompts(options.prompts)
     fitting = parse(Fitting, _settings(options.fit), "--fit", ConfigError)
     if options.reward not in config.rewards:
-        raise ConfigError(f"--reward: {options.reward!r} is not configured; {nearest(options.reward, config.rewards)}")
+        raise ConfigError(
+            f"--reward: {options.reward!r} is not configured; {nearest(options.reward, config.rewards)}"
+        )
     engine, reward = config.load_engine(), config.load_rewards()[options.reward]
     if not isinstance(engine, TransformersEngine):
         raise ConfigError(
@@ -83,7 +102,14 @@ async def _fit(options: argparse.Namespace, progress: Any) -> Report:
     await engine.start()
     try:
         await reward.start()
-        how = Sampling(engine.model, options.reward, options.objective, options.replies, options.max_tokens, options.seed)
+        how = Sampling(
+            engine.model,
+            options.reward,
+            options.objective,
+            options.replies,
+            options.max_tokens,
+            options.seed,
+        )
         return await fit_value(engine, reward, prompts, how, fitting, options.out, progress)
     finally:
         await reward.close()

@@ -46,11 +46,18 @@ def sampled_at_most(service: Service, path: str, body: Mapping[str, Any]) -> int
         Unsupported: it asks for `align`.
     """
     if body.get("align") is not None:
-        raise Unsupported("align: is for /v1/chat/completions and /v1/completions; leave it out here.", param="align")
+        raise Unsupported(
+            "align: is for /v1/chat/completions and /v1/completions; leave it out here.",
+            param="align",
+        )
     named = [(name, body[name]) for name in LIMITS if _is_count(body.get(name))]
     if not named and not GENERATING.fullmatch(path):
         return 0
-    name, tokens = named[0] if named else (LIMITS[0], service.engine.worst_case_tokens({**body, "messages": []}))
+    name, tokens = (
+        named[0]
+        if named
+        else (LIMITS[0], service.engine.worst_case_tokens({**body, "messages": []}))
+    )
     if tokens > (most := service.config.limits.max_completion_tokens):
         raise InvalidRequest(
             f"{name}: the worst case is {tokens} tokens, over this server's limit of {most}; ask for fewer.",
@@ -82,7 +89,14 @@ class Forwarded(HttpResponse):
     """
 
     def __init__(
-        self, service: Service, app: App, body: bytes, caller: str, tokens: int | None = None, *, json: bool = False
+        self,
+        service: Service,
+        app: App,
+        body: bytes,
+        caller: str,
+        tokens: int | None = None,
+        *,
+        json: bool = False,
     ) -> None:
         super().__init__()
         self._counted = tokens is not None
@@ -112,7 +126,11 @@ class Forwarded(HttpResponse):
             answer = _Answer(send)
             async with self._service.admission.admit(self._tokens, caller=self._caller):
                 charge.metered(None)
-                await self._app({**scope, "headers": headers}, replay, answer.send if self._service.tokens.limited else send)
+                await self._app(
+                    {**scope, "headers": headers},
+                    replay,
+                    answer.send if self._service.tokens.limited else send,
+                )
             charge.spent = answer.tokens(self._tokens) if self._counted else 0
 
 
@@ -167,7 +185,9 @@ class Relayed(HttpResponse):
             "headers": [(b"content-type", content_type.encode("latin-1"))],
         }
         if not content_type.startswith("text/event-stream"):
-            content = b"".join([piece async for piece in pieces])  # an answer that breaks off still has its own status
+            content = b"".join(
+                [piece async for piece in pieces]
+            )  # an answer that breaks off still has its own status
             await send(start)
             await send({"type": "http.response.body", "body": content})
             return
@@ -176,8 +196,19 @@ class Relayed(HttpResponse):
             async for piece in pieces:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         except AlignError as error:
-            event = {"type": "error", "code": error.code, "message": error.message, "param": error.param}
-            await send({"type": "http.response.body", "body": b"event: error\ndata: " + dumps(event) + b"\n\n", "more_body": True})
+            event = {
+                "type": "error",
+                "code": error.code,
+                "message": error.message,
+                "param": error.param,
+            }
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b"event: error\ndata: " + dumps(event) + b"\n\n",
+                    "more_body": True,
+                }
+            )
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -215,7 +246,11 @@ class _Answer:
             return int(said[-1]) if said else self._events
         try:
             usage = json.loads(self._body)["usage"]
-            spent = usage["completion_tokens"] if "completion_tokens" in usage else usage["output_tokens"]
+            spent = (
+                usage["completion_tokens"]
+                if "completion_tokens" in usage
+                else usage["output_tokens"]
+            )
             return max(0, int(spent))
         except (ValueError, LookupError, TypeError, RecursionError, OverflowError):
             return worst_case

@@ -10,7 +10,12 @@ from typing import Any, Literal
 from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
 from infer_align.methods.trust_judge import Criteria
 from infer_align.request import check_prompt
-from infer_align.rewards.trust_judge import TrustJudgeReward, conflict_ratio, nontransitivity, rescale
+from infer_align.rewards.trust_judge import (
+    TrustJudgeReward,
+    conflict_ratio,
+    nontransitivity,
+    rescale,
+)
 from infer_align.rewards.trust_judge.asking import Judgement
 from infer_align.rewards.trust_judge.consistency import cycles
 from infer_align.rewards.trust_judge.tournament import Comparisons
@@ -28,16 +33,30 @@ GIVEN = ("model", "messages", "candidates")
 class Judging:
     """How to judge; what is left out is as the judge is configured."""
 
-    judge: str = field(default="trust_judge", metadata={"description": "which judge, by its reward's name"})
-    mode: Literal["score", "pairwise", "both"] = field(default="both", metadata={"description": "scores, comparisons, or both"})
-    scale: Literal[5, 10, 100] | None = field(default=None, metadata={"description": "the highest score"})
-    criteria: Criteria | None = field(default=None, metadata={"description": "what is judged, in words"})
-    readout: Literal["expected", "geval", "published"] | None = field(default=None, metadata={"description": "how scores are read"})
+    judge: str = field(
+        default="trust_judge", metadata={"description": "which judge, by its reward's name"}
+    )
+    mode: Literal["score", "pairwise", "both"] = field(
+        default="both", metadata={"description": "scores, comparisons, or both"}
+    )
+    scale: Literal[5, 10, 100] | None = field(
+        default=None, metadata={"description": "the highest score"}
+    )
+    criteria: Criteria | None = field(
+        default=None, metadata={"description": "what is judged, in words"}
+    )
+    readout: Literal["expected", "geval", "published"] | None = field(
+        default=None, metadata={"description": "how scores are read"}
+    )
     rule: Literal["first_label", "likelihood", "perplexity"] | None = field(
         default=None, metadata={"description": "how two orders become one relation"}
     )
-    tolerance: float | None = field(default=None, metadata={"ge": 0, "description": "nearer than this is a tie"})
-    schedule: Literal["round_robin", "swiss"] | None = field(default=None, metadata={"description": "which pairs are compared"})
+    tolerance: float | None = field(
+        default=None, metadata={"ge": 0, "description": "nearer than this is a tie"}
+    )
+    schedule: Literal["round_robin", "swiss"] | None = field(
+        default=None, metadata={"description": "which pairs are compared"}
+    )
 
 
 FIELDS = (*GIVEN, *Judging.__dataclass_fields__)
@@ -64,15 +83,22 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         try:
             async with asyncio.timeout(reward.timeout_seconds):
                 if "score" in modes:
-                    judgements = await reward.judge.scores(body["messages"], texts, reward.config.scale)
+                    judgements = await reward.judge.scores(
+                        body["messages"], texts, reward.config.scale
+                    )
                 if "pairwise" in modes:
                     compared = await reward.compare(body["messages"], texts)
         except TimeoutError:
-            raise DeadlineExceeded(f"no judgement within {reward.timeout_seconds:.3g} s; send fewer candidates.") from None
+            raise DeadlineExceeded(
+                f"no judgement within {reward.timeout_seconds:.3g} s; send fewer candidates."
+            ) from None
         spent = sum((judgement.spent for judgement in judgements), compared.spent)
         told(spent)
     first = next(iter([j.error for j in judgements if j.error] + [*compared.errors.values()]), None)
-    if first is not None and len(compared.relations) + sum(j.reading is not None for j in judgements) == 0:
+    if (
+        first is not None
+        and len(compared.relations) + sum(j.reading is not None for j in judgements) == 0
+    ):
         raise RewardFailed(f"nothing could be judged; first: {first}")
     # Counting subsets takes seconds where there are a hundred candidates: not in the event loop.
     return await asyncio.to_thread(_answer, reward, texts, judgements, compared, spent)
@@ -81,27 +107,48 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
 def _of_preset(service: Service, preset: str | None) -> dict[str, Any]:
     """How a preset has its candidates judged, but for the weight and the mode, which are about choosing."""
     judging = service.config.presets[preset].get("trust_judge") or {} if preset else {}
-    return {key: value for key, value in judging.items() if key in Judging.__dataclass_fields__ and key != "mode"}
+    return {
+        key: value
+        for key, value in judging.items()
+        if key in Judging.__dataclass_fields__ and key != "mode"
+    }
 
 
 def _reward(service: Service, given: Mapping[str, Any]) -> tuple[Judging, TrustJudgeReward]:
     try:
         wanted = parse(Judging, given, "")
     except InvalidRequest as error:  # the fields stand in the body itself
-        raise type(error)(error.message.removeprefix("."), param=(error.param or "").removeprefix("."), code=error.code) from None
-    judges = {name: reward for name, reward in service.rewards.items() if isinstance(reward, TrustJudgeReward)}
+        raise type(error)(
+            error.message.removeprefix("."),
+            param=(error.param or "").removeprefix("."),
+            code=error.code,
+        ) from None
+    judges = {
+        name: reward
+        for name, reward in service.rewards.items()
+        if isinstance(reward, TrustJudgeReward)
+    }
     if wanted.judge not in judges:
-        raise InvalidRequest(f"judge: {wanted.judge!r} is no judge here; {nearest(wanted.judge, judges)}", param="judge")
+        raise InvalidRequest(
+            f"judge: {wanted.judge!r} is no judge here; {nearest(wanted.judge, judges)}",
+            param="judge",
+        )
     names = ("scale", "criteria", "readout", "rule", "tolerance", "schedule")
     fields = {name: value for name in names if (value := getattr(wanted, name)) is not None}
     # The mode decides whether a critique's own probability is read, which comparisons alone need.
-    reward = judges[wanted.judge].configured(**fields, mode="score" if wanted.mode == "score" else "pairwise")
+    reward = judges[wanted.judge].configured(
+        **fields, mode="score" if wanted.mode == "score" else "pairwise"
+    )
     reward.check("judge")
     return wanted, reward
 
 
 def _answer(
-    reward: TrustJudgeReward, texts: Sequence[str], judgements: Sequence[Judgement], compared: Comparisons, spent: Spent
+    reward: TrustJudgeReward,
+    texts: Sequence[str],
+    judgements: Sequence[Judgement],
+    compared: Comparisons,
+    spent: Spent,
 ) -> dict[str, Any]:
     scale = reward.config.scale
     scores = {i: reward.read(judgement) for i, judgement in enumerate(judgements)}
@@ -128,7 +175,9 @@ def _answer(
         "cycles": [list(cycle) for cycle in cycles(relations)],
         "drop_rate": {
             "score": number(dropped / len(judgements)) if judgements else None,
-            "pairwise": number(len(compared.errors) / len(compared.orders)) if compared.orders else None,
+            "pairwise": number(len(compared.errors) / len(compared.orders))
+            if compared.orders
+            else None,
         },
         "usage": {name: count for name, count in asdict(spent).items() if name != "reward_tokens"},
     }
@@ -138,12 +187,18 @@ def _unjudged(compared: Comparisons, item: int) -> str | None:
     """Why an item has no win rate."""
     if any(item in pair for pair in compared.relations):
         return None
-    return next((why for pair, why in compared.errors.items() if item in pair), "there was no other candidate to compare with")
+    return next(
+        (why for pair, why in compared.errors.items() if item in pair),
+        "there was no other candidate to compare with",
+    )
 
 
 def _pair(compared: Comparisons, pair: tuple[int, int]) -> dict[str, Any]:
     """One comparison: what each order said, and what they come to. In both orders A is the answer that was shown first."""
-    shown = [dict(judgement.reading.probs) if judgement.reading else None for judgement in compared.orders[pair]]
+    shown = [
+        dict(judgement.reading.probs) if judgement.reading else None
+        for judgement in compared.orders[pair]
+    ]
     return {
         "pair": list(pair),
         "relation": compared.relations.get(pair),

@@ -11,7 +11,12 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 # What every LogRecord has; the rest was given as `extra` and is the event's own.
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "color_message",
+    "taskName",
+}
 
 
 REDACTED = "[redacted]"
@@ -24,7 +29,9 @@ class JsonFormatter(logging.Formatter):
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__()
         # As they stand in JSON, the longest first: one may be the beginning of another.
-        self._secrets = sorted({json.dumps(secret)[1:-1] for secret in secrets if secret}, key=len, reverse=True)
+        self._secrets = sorted(
+            {json.dumps(secret)[1:-1] for secret in secrets if secret}, key=len, reverse=True
+        )
 
     def format(self, record: logging.LogRecord) -> str:
         """Render it."""

@@ -15,28 +15,59 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("infer_align_requests", "Requests answered", ["route", "status"], registry=self.registry)
-        self.disconnects = Counter("infer_align_disconnects", "Clients that left before their answer", registry=self.registry)
-        tokens = Counter("infer_align_tokens", "Tokens, by what became of them", ["kind"], registry=self.registry)
+        self.requests = Counter(
+            "infer_align_requests", "Requests answered", ["route", "status"], registry=self.registry
+        )
+        self.disconnects = Counter(
+            "infer_align_disconnects",
+            "Clients that left before their answer",
+            registry=self.registry,
+        )
+        tokens = Counter(
+            "infer_align_tokens", "Tokens, by what became of them", ["kind"], registry=self.registry
+        )
         self.prompt_tokens = tokens.labels("prompt")
         self.returned_tokens = tokens.labels("returned")
         self.rejected_tokens = tokens.labels("rejected")
         self.reward_tokens = tokens.labels("reward")
         self.judge_tokens = tokens.labels("judge")
-        candidates = Counter("infer_align_candidates", "Candidates, by what became of them", ["outcome"], registry=self.registry)
+        candidates = Counter(
+            "infer_align_candidates",
+            "Candidates, by what became of them",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.kept = candidates.labels("kept")
         self.rejected = candidates.labels("rejected")
         self.dropped = candidates.labels("dropped")
-        self.running = Gauge("infer_align_running_requests", "Requests worked on now", registry=self.registry)
-        self.queued = Gauge("infer_align_queued_requests", "Requests waiting for their turn", registry=self.registry)
-        self.tasks = Gauge(
-            "infer_align_tasks", "Tasks of the event loop: back to where it was when nothing runs", registry=self.registry
+        self.running = Gauge(
+            "infer_align_running_requests", "Requests worked on now", registry=self.registry
         )
-        self.ready = Gauge("infer_align_ready", "1 while requests are served", registry=self.registry)
-        self.ttft = self._histogram("ttft_seconds", "From request to first token; with a selection, to its first chunk", SECONDS)
-        self.tpot = self._histogram("tpot_seconds", "Per token after the first, streams of one candidate", TPOT_SECONDS)
-        self.e2e = self._histogram("request_seconds", "From request to the end of the answer", SECONDS)
-        self.scoring = self._histogram("scoring_seconds", "Scoring the candidates of one request", SECONDS)
+        self.queued = Gauge(
+            "infer_align_queued_requests", "Requests waiting for their turn", registry=self.registry
+        )
+        self.tasks = Gauge(
+            "infer_align_tasks",
+            "Tasks of the event loop: back to where it was when nothing runs",
+            registry=self.registry,
+        )
+        self.ready = Gauge(
+            "infer_align_ready", "1 while requests are served", registry=self.registry
+        )
+        self.ttft = self._histogram(
+            "ttft_seconds",
+            "From request to first token; with a selection, to its first chunk",
+            SECONDS,
+        )
+        self.tpot = self._histogram(
+            "tpot_seconds", "Per token after the first, streams of one candidate", TPOT_SECONDS
+        )
+        self.e2e = self._histogram(
+            "request_seconds", "From request to the end of the answer", SECONDS
+        )
+        self.scoring = self._histogram(
+            "scoring_seconds", "Scoring the candidates of one request", SECONDS
+        )
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"infer_align_{name}", text, buckets=buckets, registry=self.registry)
@@ -44,12 +75,17 @@ class Metrics:
     def answered(self, response: Response) -> None:
         """Count one finished answer."""
         kept = len(response.kept)
-        dropped = len(response.selection.dropped.keys() - {candidate.index for candidate in response.kept})
+        dropped = len(
+            response.selection.dropped.keys() - {candidate.index for candidate in response.kept}
+        )
         returned = sum(c.completion_tokens for c in response.kept)
         counts = (
             (self.prompt_tokens, response.prompt_tokens),
             (self.returned_tokens, returned),
-            (self.rejected_tokens, sum(c.completion_tokens for c in response.candidates) - returned),
+            (
+                self.rejected_tokens,
+                sum(c.completion_tokens for c in response.candidates) - returned,
+            ),
             (self.kept, kept),
             (self.dropped, dropped),
             (self.rejected, len(response.candidates) - kept - dropped),

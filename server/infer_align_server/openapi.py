@@ -75,9 +75,17 @@ def _responds(service: Service) -> bool:
 
 def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
     """OpenAPI 3.1, true of `service` as it is configured."""
-    schemas = {**SCHEMAS, **_requests(service), "Document": {"type": "object", "required": ["openapi", "info", "paths"]}}
-    served = [route for route in routes if not route.path.startswith(_RESPONSES) or _responds(service)]
-    text = json.dumps({"schemas": {**schemas, **_definitions(schemas)}}).replace('"#/$defs/', '"#/components/schemas/')
+    schemas = {
+        **SCHEMAS,
+        **_requests(service),
+        "Document": {"type": "object", "required": ["openapi", "info", "paths"]},
+    }
+    served = [
+        route for route in routes if not route.path.startswith(_RESPONSES) or _responds(service)
+    ]
+    text = json.dumps({"schemas": {**schemas, **_definitions(schemas)}}).replace(
+        '"#/$defs/', '"#/components/schemas/'
+    )
     return {
         "openapi": "3.1.0",
         "info": {
@@ -87,7 +95,10 @@ def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
             "description": "The OpenAI API over a frozen model, with `align`: how the answer is chosen while decoding.",
         },
         "paths": _paths(served, service),
-        "components": {**json.loads(text), "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            **json.loads(text),
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
         "x-limits": dataclasses.asdict(service.config.limits),
     }
 
@@ -116,16 +127,27 @@ def _operation(route: Route, service: Service) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": route.name,
         "summary": (route.endpoint.__doc__ or "").partition("\n")[0],
-        "responses": {**_success(route.path, answer), **{str(status): _failure(status) for status in sorted(statuses)}},
+        "responses": {
+            **_success(route.path, answer),
+            **{str(status): _failure(status) for status in sorted(statuses)},
+        },
     }
     if route.path == "/ready":
         operation["responses"]["503"] = {"description": STATUSES[503], **_json(ref("Ready"))}
     if request:
         operation["requestBody"] = {"required": True, **_json(ref(request))}
-        operation["responses"]["default"] = {"description": "what the engine answered, with its own status", **_json(ref("Error"))}
+        operation["responses"]["default"] = {
+            "description": "what the engine answered, with its own status",
+            **_json(ref("Error")),
+        }
     if "{name" in route.path:
         operation["parameters"] = [
-            {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "examples": service.models()}}
+            {
+                "name": "name",
+                "in": "path",
+                "required": True,
+                "schema": {"type": "string", "examples": service.models()},
+            }
         ]
     if "{id" in route.path:
         operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": STRING}]
@@ -136,7 +158,12 @@ def _operation(route: Route, service: Service) -> dict[str, Any]:
 
 def _success(path: str, answer: str | None) -> dict[str, Any]:
     if path == "/metrics":
-        return {"200": {"description": "Prometheus exposition", "content": {"text/plain": {"schema": STRING}}}}
+        return {
+            "200": {
+                "description": "Prometheus exposition",
+                "content": {"text/plain": {"schema": STRING}},
+            }
+        }
     if answer is None:
         return {}
     content = _json(ref(answer))["content"]
@@ -170,22 +197,37 @@ def _requests(service: Service) -> dict[str, Schema]:
         "Messages": array(ref("Message"), minItems=1),
         "ChatRequest": _request(service, "chat", model, messages=ref("Messages")),
         "CompletionRequest": _request(service, "completion", model, prompt=STRING),
-        "ResponsesRequest": {"type": "object", "properties": {"model": model, "align": {"type": "null"}}},
+        "ResponsesRequest": {
+            "type": "object",
+            "properties": {"model": model, "align": {"type": "null"}},
+        },
         "ScoreRequest": _about_candidates({**given, **scored}),
         "JudgeRequest": _about_candidates({**given, **json_schema(Judging)["properties"]}),
     }
 
 
 def _about_candidates(fields: Mapping[str, Schema]) -> Schema:
-    nulls = {name: field if name in {"messages", "candidates"} else nullable(field) for name, field in fields.items()}
-    return {"type": "object", "properties": nulls, "required": ["messages", "candidates"], "additionalProperties": False}
+    nulls = {
+        name: field if name in {"messages", "candidates"} else nullable(field)
+        for name, field in fields.items()
+    }
+    return {
+        "type": "object",
+        "properties": nulls,
+        "required": ["messages", "candidates"],
+        "additionalProperties": False,
+    }
 
 
 def _request(service: Service, kind: Kind, model: Schema, **prompt: Schema) -> Schema:
     """A body of OpenAI's: what is read here and by the engine. Further fields are the engine's to forward or refuse by name."""
     own = {
         "model": model,
-        "n": {"type": ["integer", "null"], "minimum": 1, "maximum": service.config.limits.max_candidates},
+        "n": {
+            "type": ["integer", "null"],
+            "minimum": 1,
+            "maximum": service.config.limits.max_candidates,
+        },
         "seed": {"type": ["integer", "null"], "minimum": -SEED_RANGE, "maximum": SEED_RANGE - 1},
         "stream": {"type": ["boolean", "null"]},
         "stream_options": nullable(json_schema(StreamOptions)),
@@ -194,7 +236,13 @@ def _request(service: Service, kind: Kind, model: Schema, **prompt: Schema) -> S
     fields = {**service.engine.field_schemas(kind), **prompt, **own}
     options = {"required": ["stream_options"], "properties": {"stream_options": {"type": "object"}}}
     streamed = {"required": ["stream"], "properties": {"stream": {"const": True}}}
-    return {"type": "object", "properties": fields, "required": list(prompt), "if": options, "then": streamed}
+    return {
+        "type": "object",
+        "properties": fields,
+        "required": list(prompt),
+        "if": options,
+        "then": streamed,
+    }
 
 
 def _message() -> Schema:
@@ -217,12 +265,20 @@ def _message() -> Schema:
 
 def _align(service: Service) -> Schema:
     methods = {name: registry.methods.get(name) for name in registry.methods.names()}
-    able = {name: json_schema(cls) for name, cls in methods.items() if cls.needs <= service.engine.capabilities}
+    able = {
+        name: json_schema(cls)
+        for name, cls in methods.items()
+        if cls.needs <= service.engine.capabilities
+    }
     weight = {"type": "number", "minimum": 0, "maximum": MAX_WEIGHT}
     names = reward_names(service.rewards)
     settings: dict[str, Schema] = {
         "preset": {"enum": list(service.config.presets)},
-        "rewards": {"type": "object", "propertyNames": {"enum": names}, "additionalProperties": weight},
+        "rewards": {
+            "type": "object",
+            "propertyNames": {"enum": names},
+            "additionalProperties": weight,
+        },
         "ensemble": json_schema(Ensemble),
         "budget": json_schema(Budget),
         "details": {"enum": list(get_args(Details))},

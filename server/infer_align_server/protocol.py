@@ -27,7 +27,9 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         super().connection_made(transport)
         self._in_head = False
         self._head_bytes = 0
-        self._too_slow: asyncio.TimerHandle | None = self.loop.call_later(self.head_seconds, transport.close)
+        self._too_slow: asyncio.TimerHandle | None = self.loop.call_later(
+            self.head_seconds, transport.close
+        )
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
@@ -57,7 +59,9 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         """
         self._in_head = False
         self._in_time()
-        self._head_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        self._head_bytes = len(self.url) + sum(
+            len(name) + len(value) for name, value in self.headers
+        )
         if self._head_bytes > MAX_HEAD_BYTES:
             raise _HeadTooLarge
         super().on_headers_complete()
@@ -66,7 +70,11 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         """Refuse, and hang up; `msg` is uvicorn's."""
         error: AlignError = InvalidRequest(f"not a request: {msg}", code="invalid_http")
         if self._head_bytes > MAX_HEAD_BYTES:
-            error = InvalidRequest(f"the request's head is over {MAX_HEAD_BYTES} bytes.", code="head_too_large", status=431)
+            error = InvalidRequest(
+                f"the request's head is over {MAX_HEAD_BYTES} bytes.",
+                code="head_too_large",
+                status=431,
+            )
         body = dumps(error_json(error))
         head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
         self.transport.write(head % (error.status, REASONS[error.status], len(body)) + body)

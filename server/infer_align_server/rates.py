@@ -15,13 +15,17 @@ ROUNDING = 1e-9
 class Allowance:
     """A token bucket per caller: `per_minute` of a unit on average, as many at once; 0 is no limit."""
 
-    def __init__(self, per_minute: int, unit: str, code: str, clock: Callable[[], float] = monotonic) -> None:
+    def __init__(
+        self, per_minute: int, unit: str, code: str, clock: Callable[[], float] = monotonic
+    ) -> None:
         self._size = float(per_minute)
         self._rate = per_minute / 60
         self._unit = unit
         self._code = code
         self._clock = clock
-        self._buckets: dict[str, tuple[float, float]] = {}  # caller -> (left, when); a caller without one has it full
+        self._buckets: dict[
+            str, tuple[float, float]
+        ] = {}  # caller -> (left, when); a caller without one has it full
         self._sweep_at = MAX_CALLERS
 
     @property
@@ -45,7 +49,11 @@ class Allowance:
             return
         left, needed = self.left(caller), min(float(amount), self._size)
         if left < needed - ROUNDING * self._size:
-            asked = "" if amount == 1 else f" This request may need {amount}, {max(0, int(left))} are left."
+            asked = (
+                ""
+                if amount == 1
+                else f" This request may need {amount}, {max(0, int(left))} are left."
+            )
             raise Overloaded(
                 f"over {self._size:.0f} {self._unit} per minute.{asked} Wait before the next one, or ask for less.",
                 retry_after=(needed - left) / self._rate,
@@ -61,5 +69,7 @@ class Allowance:
     def _set(self, caller: str, left: float) -> None:
         self._buckets[caller] = (left, self._clock())
         if len(self._buckets) > self._sweep_at:  # a bucket that has filled up again says nothing
-            self._buckets = {who: bucket for who, bucket in self._buckets.items() if self.left(who) < self._size}
+            self._buckets = {
+                who: bucket for who, bucket in self._buckets.items() if self.left(who) < self._size
+            }
             self._sweep_at = max(MAX_CALLERS, 2 * len(self._buckets))

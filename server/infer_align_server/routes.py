@@ -23,7 +23,15 @@ from infer_align_server.openapi import document, of_what
 from infer_align_server.patience import before, client_patience
 from infer_align_server.service import Service
 from infer_align_server.stream import EventStream, stream_options, until_client_leaves
-from infer_align_server.wire import OBJECTS, completion_json, dumps, json_response, parse_body, read_body, read_bytes
+from infer_align_server.wire import (
+    OBJECTS,
+    completion_json,
+    dumps,
+    json_response,
+    parse_body,
+    read_body,
+    read_bytes,
+)
 
 
 def service_of(http: HttpRequest) -> Service:
@@ -39,7 +47,9 @@ def authorize(http: HttpRequest) -> tuple[Service, str]:
         Unauthorized, Overloaded: see `Service.authorize`.
     """
     service = service_of(http)
-    return service, service.authorize(http.headers.get("authorization", ""), http.client.host if http.client else "unknown")
+    return service, service.authorize(
+        http.headers.get("authorization", ""), http.client.host if http.client else "unknown"
+    )
 
 
 async def chat_completions(http: HttpRequest) -> HttpResponse:
@@ -61,21 +71,31 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
         return Forwarded(service, app, received, caller, tokens, json=True)
     streaming = stream_options(body)
     request, plan = service.plan(body, kind)
-    patience = client_patience(http.headers) if service.config.server.honour_client_timeout else None
+    patience = (
+        client_patience(http.headers) if service.config.server.honour_client_timeout else None
+    )
     head = {
         "id": f"{OBJECTS[kind][0]}-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": body.get("model") or service.model,
     }
     if streaming:
-        return await EventStream(service, request, plan, head, streaming, caller, patience).open(http)
-    response = await until_client_leaves(http.receive, service.answer(before(plan, patience), caller=caller))
+        return await EventStream(service, request, plan, head, streaming, caller, patience).open(
+            http
+        )
+    response = await until_client_leaves(
+        http.receive, service.answer(before(plan, patience), caller=caller)
+    )
     return json_response(completion_json(response, request, head))
 
 
 def _with_best_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """The body as it is to be counted: `best_of` samples as many as it says, however few come back."""
-    given = [value for name in ("n", "best_of") if isinstance(value := body.get(name), int) and not isinstance(value, bool)]
+    given = [
+        value
+        for name in ("n", "best_of")
+        if isinstance(value := body.get(name), int) and not isinstance(value, bool)
+    ]
     return {**body, "n": max(given)} if "best_of" in body and given else body
 
 
@@ -92,9 +112,14 @@ async def responses(http: HttpRequest) -> HttpResponse:
         raise HTTPException(404)
     name, preset = service.resolve(body.get("model"))
     if preset is not None:
-        raise Unsupported(f"model: the preset {preset!r} is for /v1/chat/completions and /v1/completions.", param="model")
+        raise Unsupported(
+            f"model: the preset {preset!r} is for /v1/chat/completions and /v1/completions.",
+            param="model",
+        )
     if body.get("model") != name or "align" in body:
-        received = dumps({**{key: value for key, value in body.items() if key != "align"}, "model": name})
+        received = dumps(
+            {**{key: value for key, value in body.items() if key != "align"}, "model": name}
+        )
     return Relayed(service, service.engine, ("POST", "/responses", received, name), caller, tokens)
 
 
@@ -105,7 +130,9 @@ async def stored_response(http: HttpRequest) -> HttpResponse:
     received = await read_bytes(http, service.config.limits.max_body_bytes)
     if app := service.engine.app():
         return Forwarded(service, app, received, caller)
-    if not isinstance(service.engine, Relays) or not re.fullmatch(r"[\w-]{1,200}", http.path_params["id"], re.ASCII):
+    if not isinstance(service.engine, Relays) or not re.fullmatch(
+        r"[\w-]{1,200}", http.path_params["id"], re.ASCII
+    ):
         raise HTTPException(404)
     query = urlencode(http.query_params.multi_items())
     path = http.url.path.removeprefix("/v1") + (f"?{query}" if query else "")
@@ -116,27 +143,35 @@ async def score(http: HttpRequest) -> HttpResponse:
     """Score given candidates, without generating anything."""
     service, caller = authorize(http)
     body = await read_body(http, service.config.limits.max_body_bytes)
-    return json_response(await until_client_leaves(http.receive, scoring.score(service, body, caller)))
+    return json_response(
+        await until_client_leaves(http.receive, scoring.score(service, body, caller))
+    )
 
 
 async def judge(http: HttpRequest) -> HttpResponse:
     """Judge given answers, one by one and in pairs."""
     service, caller = authorize(http)
     body = await read_body(http, service.config.limits.max_body_bytes)
-    return json_response(await until_client_leaves(http.receive, judging.judge(service, body, caller)))
+    return json_response(
+        await until_client_leaves(http.receive, judging.judge(service, body, caller))
+    )
 
 
 async def models(http: HttpRequest) -> HttpResponse:
     """The served model, and one entry per preset."""
     service, _ = authorize(http)
-    return json_response({"object": "list", "data": [catalogue.model(service, name) for name in service.models()]})
+    return json_response(
+        {"object": "list", "data": [catalogue.model(service, name) for name in service.models()]}
+    )
 
 
 async def model(http: HttpRequest) -> HttpResponse:
     """One of them."""
     (service, _), name = authorize(http), http.path_params["name"]
     if name not in service.models():
-        raise UnknownModel(f"model: {name!r} does not exist; {nearest(name, service.models())}", param="model")
+        raise UnknownModel(
+            f"model: {name!r} does not exist; {nearest(name, service.models())}", param="model"
+        )
     return json_response(catalogue.model(service, name))
 
 
@@ -166,13 +201,17 @@ async def health(http: HttpRequest) -> HttpResponse:
 async def ready(http: HttpRequest) -> HttpResponse:
     """Requests are served; 503 and the reason while they are not."""
     reason = service_of(http).unready()
-    return json_response({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
+    return json_response(
+        {"ready": reason is None, "reason": reason}, 200 if reason is None else 503
+    )
 
 
 async def metrics(http: HttpRequest) -> HttpResponse:
     """Prometheus exposition."""
     service = service_of(http)
-    return HttpResponse(service.metrics.text() + service.engine.exposition(), media_type="text/plain; version=0.0.4")
+    return HttpResponse(
+        service.metrics.text() + service.engine.exposition(), media_type="text/plain; version=0.0.4"
+    )
 
 
 async def engine_route(http: HttpRequest) -> HttpResponse:
@@ -183,7 +222,11 @@ async def engine_route(http: HttpRequest) -> HttpResponse:
     if app is None:
         raise HTTPException(404)
     received = await read_bytes(http, service.config.limits.max_body_bytes)
-    tokens = sampled_at_most(service, http.url.path, fields_of(received)) if http.method == "POST" else None
+    tokens = (
+        sampled_at_most(service, http.url.path, fields_of(received))
+        if http.method == "POST"
+        else None
+    )
     return Forwarded(service, app, received, caller, tokens)
 
 
@@ -194,7 +237,12 @@ ROUTES = [
     Route("/v1/responses", responses, methods=["POST"]),
     Route("/v1/responses/{id}", stored_response, methods=["GET"], name="retrieve_response"),
     Route("/v1/responses/{id}", stored_response, methods=["DELETE"], name="delete_response"),
-    Route("/v1/responses/{id}/input_items", stored_response, methods=["GET"], name="response_input_items"),
+    Route(
+        "/v1/responses/{id}/input_items",
+        stored_response,
+        methods=["GET"],
+        name="response_input_items",
+    ),
     Route("/v1/responses/{id}/cancel", stored_response, methods=["POST"], name="cancel_response"),
     Route("/v1/align/score", score, methods=["POST"]),
     Route("/v1/align/judge", judge, methods=["POST"]),
@@ -208,4 +256,6 @@ ROUTES = [
 ]
 
 # Added where the engine serves more than this contract names.
-ENGINE_ROUTE = Route("/{path:path}", engine_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+ENGINE_ROUTE = Route(
+    "/{path:path}", engine_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+)

@@ -28,7 +28,10 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     """
     texts = candidates_of(service, body, FIELDS)
     plan = _plan(service, body, len(texts))
-    candidates = [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
+    candidates = [
+        Candidate(i, {"message": {"role": "assistant", "content": text}})
+        for i, text in enumerate(texts)
+    ]
     async with service.scoring(plan.scoring_tokens, caller) as told:
         scores = await score_candidates(plan, service.rewards, candidates)
         told(scores.spent)
@@ -61,16 +64,25 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
 def _plan(service: Service, body: Mapping[str, Any], n: int) -> Plan:
     """How n candidates are scored, as of a best-of-n whose drawing is done: the same checks, the same ranking."""
     _, preset = service.resolve(body.get("model"))
-    given = {**(service.config.presets[preset] if preset else {}), **{key: body[key] for key in ALIGN if body.get(key) is not None}}
+    given = {
+        **(service.config.presets[preset] if preset else {}),
+        **{key: body[key] for key in ALIGN if body.get(key) is not None},
+    }
     align = {key: value for key, value in given.items() if key in ALIGN}
-    chat = {"messages": body.get("messages"), "align": {**align, "best_of_n": {"n": n}}, "max_tokens": 1}
+    chat = {
+        "messages": body.get("messages"),
+        "align": {**align, "best_of_n": {"n": n}},
+        "max_tokens": 1,
+    }
     try:
         # Nothing is drawn; what judging costs is held against the limit below.
         unlimited = replace(service.config.limits.request, max_completion_tokens=sys.maxsize)
         return service.make_plan(parse_request(chat, "chat", service.config.presets), unlimited)
     except InvalidRequest as error:  # here the fields stand in the body itself
         where = (error.param or "").removeprefix("align.")
-        raise type(error)(error.message.removeprefix("align."), param=where, code=error.code) from None
+        raise type(error)(
+            error.message.removeprefix("align."), param=where, code=error.code
+        ) from None
 
 
 def candidates_of(service: Service, body: Mapping[str, Any], fields: tuple[str, ...]) -> list[str]:
@@ -84,12 +96,18 @@ def candidates_of(service: Service, body: Mapping[str, Any], fields: tuple[str, 
         raise Unavailable(f"{reason}; try again later.", retry_after=5)
     for name in body:
         if name not in fields:
-            raise InvalidRequest(f"{name}: no such field; {nearest(name, fields)}", param=name, code="unknown_field")
+            raise InvalidRequest(
+                f"{name}: no such field; {nearest(name, fields)}", param=name, code="unknown_field"
+            )
     value, most = body.get("candidates"), service.config.limits.max_candidates
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise InvalidRequest(
-            f"candidates: {shown(value)} is not allowed; must be a list of at least one string.", param="candidates"
+            f"candidates: {shown(value)} is not allowed; must be a list of at least one string.",
+            param="candidates",
         )
     if len(value) > most:
-        raise InvalidRequest(f"candidates: {len(value)} are over this server's limit of {most}; send fewer.", param="candidates")
+        raise InvalidRequest(
+            f"candidates: {len(value)} are over this server's limit of {most}; send fewer.",
+            param="candidates",
+        )
     return value

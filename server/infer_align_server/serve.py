@@ -39,14 +39,20 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]
         self._service.drain()
         super().handle_exit(sig, frame)
         # uvicorn raises what it captured again after the drain; ended as asked, the exit status of SIGTERM is 0.
-        self._captured_signals: list[int] = [captured for captured in self._captured_signals if captured != signal.SIGTERM]
+        self._captured_signals: list[int] = [
+            captured for captured in self._captured_signals if captured != signal.SIGTERM
+        ]
 
 
 async def serve(config: Config, console: Console) -> int:
     """Serve until a signal; 1 when the models could not be loaded or the port is taken."""
     logs.configure(config.server.log_level, config.secrets())
     with Progress(
-        SpinnerColumn(), TextColumn("loading {task.description}"), TimeElapsedColumn(), console=console, transient=True
+        SpinnerColumn(),
+        TextColumn("loading {task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
     ) as bar:
         task = bar.add_task("", total=None)
         started = monotonic()
@@ -102,7 +108,9 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 def _listen(config: Config) -> socket.socket:
     host, port = config.server.host, config.server.port
     # The protocol is named because asyncio sets TCP_NODELAY only then: without it every answer waits 40 ms for an ACK.
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(
+        socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+    )
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
@@ -110,7 +118,9 @@ def _listen(config: Config) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = f"cannot listen on {host}:{port}: {error.strerror}"
-        raise ConfigError(f"[server] port: {reason}; choose another with --set server.port=0.") from None
+        raise ConfigError(
+            f"[server] port: {reason}; choose another with --set server.port=0."
+        ) from None
     return listener
 
 
@@ -123,6 +133,9 @@ def _uvicorn_config(config: Config, app: FastAPI) -> uvicorn.Config:
 
 def _welcome(listener: socket.socket, service: Service, console: Console) -> None:
     host, port = listener.getsockname()[:2]
-    console.print(f"[bold]infer-align[/] serves [bold]{escape(service.model)}[/] at http://{host}:{port}/v1", highlight=False)
+    console.print(
+        f"[bold]infer-align[/] serves [bold]{escape(service.model)}[/] at http://{host}:{port}/v1",
+        highlight=False,
+    )
     for name in service.models()[1:]:
         console.print(f"  preset [bold]{escape(name)}[/]", highlight=False)

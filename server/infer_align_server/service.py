@@ -54,12 +54,18 @@ class Service:
         self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
         self.engine.served_name = config.server.served_name
         self.default_rewards = config.server.default_rewards or {
-            name: 1.0 for name in config.rewards if not self.rewards[name].attributes and not self.rewards[name].judges
+            name: 1.0
+            for name in config.rewards
+            if not self.rewards[name].attributes and not self.rewards[name].judges
         }
         self.metrics = Metrics()
         self.admission = Admission(config.limits)
-        self._requests = Allowance(config.limits.requests_per_minute, "requests", "rate_limit_exceeded")
-        self.tokens = Allowance(config.limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded")
+        self._requests = Allowance(
+            config.limits.requests_per_minute, "requests", "rate_limit_exceeded"
+        )
+        self.tokens = Allowance(
+            config.limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
+        )
         self._keys = [key.encode() for key in config.api_keys()]
         self._check_default_rewards()
         self._defaults = sorted({name.partition(".")[0] for name in self.default_rewards})
@@ -125,11 +131,17 @@ class Service:
         if self._draining:
             return "the server is shutting down"
         if not self.settled.is_set():
-            return f"the models are still loading ({self._loading})" if self._loading else "the models are still loading"
+            return (
+                f"the models are still loading ({self._loading})"
+                if self._loading
+                else "the models are still loading"
+            )
         if self.failure:
             return f"loading failed: {self.failure}"
         # What is asked for by name alone, such as a judge on another engine, fails those who ask for it.
-        needed = {"": self.engine.health()} | {f"reward {name}: ": self.rewards[name].health() for name in self._defaults}
+        needed = {"": self.engine.health()} | {
+            f"reward {name}: ": self.rewards[name].health() for name in self._defaults
+        }
         return next((f"{what}{why}" for what, why in needed.items() if why), None)
 
     def authorize(self, authorization: str, client: str) -> str:
@@ -146,7 +158,9 @@ class Service:
         if self._keys and (scheme.lower() != "bearer" or not any(known)):
             what = "is not one of this server's" if key else "is missing"
             # OpenAI's own words come first: some clients know a wrong key by them.
-            raise Unauthorized(f"Incorrect API key provided: it {what}; send it as 'Authorization: Bearer <key>'.")
+            raise Unauthorized(
+                f"Incorrect API key provided: it {what}; send it as 'Authorization: Bearer <key>'."
+            )
         caller = f"key {known.index(True)}" if self._keys else client
         self._requests.take(caller)
         return caller
@@ -163,7 +177,10 @@ class Service:
 
     def models(self) -> list[str]:
         """Every model, and each with each preset."""
-        return [*self.names, *(f"{name}@{preset}" for name in self.names for preset in self.config.presets)]
+        return [
+            *self.names,
+            *(f"{name}@{preset}" for name in self.names for preset in self.config.presets),
+        ]
 
     def unaligned(self, body: Mapping[str, Any]) -> App | None:
         """What answers a request that asks for nothing of ours: the engine's own application, where it has one.
@@ -200,9 +217,13 @@ class Service:
             InvalidRequest: see `infer_align.request.make_plan`.
         """
         limits = limits or self.config.limits.request
-        return make_plan(request, self.engine, self.rewards, self.default_rewards, limits, self.config.methods)
+        return make_plan(
+            request, self.engine, self.rewards, self.default_rewards, limits, self.config.methods
+        )
 
-    async def answer(self, plan: Plan, on_delta: OnDelta | None = None, caller: str = "") -> Response:
+    async def answer(
+        self, plan: Plan, on_delta: OnDelta | None = None, caller: str = ""
+    ) -> Response:
         """Wait for a place, then carry out the plan; its worst case is the caller's to pay until it is known what was spent.
 
         Raises:
@@ -212,7 +233,9 @@ class Service:
         arrived = monotonic()
         with charged(self.tokens, caller, plan.worst_case_tokens) as charge:
             async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds, caller):
-                response = await align(_in_time(plan, arrived), self.engine, self.rewards, charge.metered(on_delta))
+                response = await align(
+                    _in_time(plan, arrived), self.engine, self.rewards, charge.metered(on_delta)
+                )
             charge.answered(response)
         if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
             # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.
@@ -253,7 +276,9 @@ class Service:
     def _check_default_rewards(self) -> None:
         for name in self.default_rewards:
             if name not in (known := reward_names(self.rewards)):
-                raise ConfigError(f"[server] default_rewards: {name!r} is not configured; {nearest(name, known)}")
+                raise ConfigError(
+                    f"[server] default_rewards: {name!r} is not configured; {nearest(name, known)}"
+                )
 
     def resolve(self, model: object) -> tuple[str, str | None]:
         """The engine's name of a model, and the preset that was chosen with it; the first model where none is given.
@@ -266,13 +291,17 @@ class Service:
         if model is None:
             return self.engine.model, None
         if not isinstance(model, str):
-            raise InvalidRequest(f"model: {shown(model)} is not allowed; must be a string.", param="model")
+            raise InvalidRequest(
+                f"model: {shown(model)} is not allowed; must be a string.", param="model"
+            )
         if model in names:
             return names[model], None
         name, at, preset = model.rpartition("@")
         if at and name in names and preset in self.config.presets:
             return names[name], preset
-        raise UnknownModel(f"model: {shown(model)} does not exist; {nearest(model, self.models())}", param="model")
+        raise UnknownModel(
+            f"model: {shown(model)} does not exist; {nearest(model, self.models())}", param="model"
+        )
 
 
 def _tasks() -> float:
@@ -293,5 +322,7 @@ def _in_time(plan: Plan, arrived: float) -> Plan:
         return plan
     left = plan.deadline_seconds - (monotonic() - arrived)
     if left <= 0:
-        raise DeadlineExceeded(f"no place came free within the {plan.deadline_seconds} s allowed; allow more time.")
+        raise DeadlineExceeded(
+            f"no place came free within the {plan.deadline_seconds} s allowed; allow more time."
+        )
     return replace(plan, deadline_seconds=left)

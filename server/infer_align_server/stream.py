@@ -23,7 +23,11 @@ from infer_align_server.service import Service
 from infer_align_server.wire import OBJECTS, align_json, dumps, error_json, usage_json
 
 T = TypeVar("T")
-HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 KEEPALIVE = b": candidates are being compared\n\n"
 LEAST_KEEPALIVE_SECONDS = 0.25
 # What a chunk's choice always has; whatever else an engine puts there is passed on once.
@@ -34,8 +38,12 @@ USUAL = frozenset({"delta", "message", "text", "logprobs", "finish_reason"})
 class StreamOptions:
     """OpenAI's `stream_options`."""
 
-    include_usage: bool = field(default=False, metadata={"description": "a last chunk with the usage of the whole answer"})
-    include_obfuscation: Literal[False] = field(default=False, metadata={"description": "padding: nothing here adds any"})
+    include_usage: bool = field(
+        default=False, metadata={"description": "a last chunk with the usage of the whole answer"}
+    )
+    include_obfuscation: Literal[False] = field(
+        default=False, metadata={"description": "padding: nothing here adds any"}
+    )
 
 
 def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:
@@ -46,10 +54,19 @@ def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:
     """
     stream, options = body.get("stream"), body.get("stream_options")
     if not isinstance(stream, bool | None):
-        raise InvalidRequest(f"stream: {shown(stream)} is not allowed; must be true or false.", param="stream")
+        raise InvalidRequest(
+            f"stream: {shown(stream)} is not allowed; must be true or false.", param="stream"
+        )
     if options is not None and not stream:
-        raise InvalidRequest("stream_options: only allowed where stream is true; leave it out.", param="stream_options")
-    return parse(StreamOptions, {} if options is None else options, "stream_options") if stream else None
+        raise InvalidRequest(
+            "stream_options: only allowed where stream is true; leave it out.",
+            param="stream_options",
+        )
+    return (
+        parse(StreamOptions, {} if options is None else options, "stream_options")
+        if stream
+        else None
+    )
 
 
 class ClientLeft(Exception):
@@ -111,7 +128,9 @@ class EventStream(HttpResponse):
         self._plan = plan
         self._head = {**head, "object": OBJECTS[request.kind][2]}
         self._include_usage = options.include_usage
-        self._queue: asyncio.Queue[Delta | None] = asyncio.Queue()  # None: the answer is complete, or has failed
+        self._queue: asyncio.Queue[Delta | None] = (
+            asyncio.Queue()
+        )  # None: the answer is complete, or has failed
         self._early: list[Delta | None] = []  # taken from the queue while it was not yet a stream
         self._opened: set[int] = set()  # choices that have sent their role
         self._told: dict[int, set[str]] = {}  # further fields that a choice has sent
@@ -186,11 +205,22 @@ class EventStream(HttpResponse):
         if self._request.kind == "completion" or index in self._opened:
             return b""
         self._opened.add(index)
-        return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
+        return self._chunk(
+            {
+                "index": index,
+                "delta": {"role": "assistant", "content": ""},
+                "logprobs": None,
+                "finish_reason": None,
+            }
+        )
 
     def _chunk(self, choice: Mapping[str, Any] | None, **extra: object) -> bytes:
         usage = {"usage": None} if self._include_usage else {}
-        return b"data: " + dumps({**self._head, "choices": [] if choice is None else [choice], **usage, **extra}) + b"\n\n"
+        return (
+            b"data: "
+            + dumps({**self._head, "choices": [] if choice is None else [choice], **usage, **extra})
+            + b"\n\n"
+        )
 
     def _ending(self) -> bytes:
         try:
@@ -199,31 +229,51 @@ class EventStream(HttpResponse):
             return b"data: " + dumps(error_json(error)) + b"\n\n"
         self._observe(response)
         kept = list(enumerate(response.kept))
-        sent = b"".join(self._whole(i, candidate) for i, candidate in kept) if self._plan.selects else b""
+        sent = (
+            b"".join(self._whole(i, candidate) for i, candidate in kept)
+            if self._plan.selects
+            else b""
+        )
         report = self._request.aligned and self._request.details != "none"
         extra: dict[str, Any] = {"align": align_json(response, self._request)} if report else {}
         for i, candidate in kept:
             last = extra if i == len(kept) - 1 and not self._include_usage else {}
-            end = {**self._empty(), "finish_reason": candidate.finish_reason, **self._untold(i, candidate)}
+            end = {
+                **self._empty(),
+                "finish_reason": candidate.finish_reason,
+                **self._untold(i, candidate),
+            }
             sent += self._role(i) + self._chunk({"index": i, **end}, **last)
         if self._include_usage:
             sent += self._chunk(None, usage=usage_json(response), **extra)
         return sent + b"data: [DONE]\n\n"
 
     def _empty(self) -> dict[str, Any]:
-        return {"delta": {}, "logprobs": None} if self._request.kind == "chat" else {"text": "", "logprobs": None}
+        return (
+            {"delta": {}, "logprobs": None}
+            if self._request.kind == "chat"
+            else {"text": "", "logprobs": None}
+        )
 
     def _untold(self, index: int, candidate: Candidate) -> dict[str, Any]:
         """What the engine said of a choice at its end, such as vLLM's stop_reason."""
         told = USUAL | self._told.get(index, set())
-        return {} if self._plan.selects else {key: value for key, value in candidate.choice.items() if key not in told}
+        return (
+            {}
+            if self._plan.selects
+            else {key: value for key, value in candidate.choice.items() if key not in told}
+        )
 
     def _whole(self, index: int, candidate: Candidate) -> bytes:
         """A finished message as one chunk: everything the engine put in it, tool calls and reasoning too."""
         choice = {key: value for key, value in candidate.choice.items() if key != "message"}
         choice["finish_reason"] = None
         if self._request.kind == "chat":
-            delta = {key: value for key, value in candidate.choice["message"].items() if key != "role" and value is not None}
+            delta = {
+                key: value
+                for key, value in candidate.choice["message"].items()
+                if key != "role" and value is not None
+            }
             if calls := delta.get("tool_calls"):
                 delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
             choice["delta"] = delta
@@ -233,4 +283,6 @@ class EventStream(HttpResponse):
         metrics, ended = self._service.metrics, monotonic()
         metrics.ttft.observe(self._first - self._arrived)
         if len(response.candidates) == 1 and response.candidates[0].completion_tokens > 1:
-            metrics.tpot.observe((ended - self._first) / (response.candidates[0].completion_tokens - 1))
+            metrics.tpot.observe(
+                (ended - self._first) / (response.candidates[0].completion_tokens - 1)
+            )

@@ -65,13 +65,19 @@ def parse_body(received: bytes) -> dict[str, Any]:
         _check_nesting(body)
     except _TooLarge:
         where = _overflow(received)
-        raise InvalidRequest(f"{where or 'the body'}: holds a number that is larger than any here.", param=where) from None
+        raise InvalidRequest(
+            f"{where or 'the body'}: holds a number that is larger than any here.", param=where
+        ) from None
     except UnicodeEncodeError as error:
-        raise InvalidRequest(f"the body holds text that is not Unicode: {error.reason}; escape whole surrogate pairs.") from None
+        raise InvalidRequest(
+            f"the body holds text that is not Unicode: {error.reason}; escape whole surrogate pairs."
+        ) from None
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise InvalidRequest(f"the body is {shown(body)}; must be a JSON object.", code="invalid_json")
+        raise InvalidRequest(
+            f"the body is {shown(body)}; must be a JSON object.", code="invalid_json"
+        )
     return body
 
 
@@ -79,7 +85,9 @@ def _check_nesting(body: object) -> None:
     """Deeper than this, what quotes or writes the body again could run out of stack."""
     level = [body]
     for _ in range(MAX_NESTING):
-        level = [child for value in level if isinstance(value, dict | list) for child in _children(value)]
+        level = [
+            child for value in level if isinstance(value, dict | list) for child in _children(value)
+        ]
         if not level:
             return
     raise RecursionError(f"nested deeper than {MAX_NESTING} levels")
@@ -129,7 +137,9 @@ def dumps(value: object) -> bytes:
     return _encode(value).encode()
 
 
-def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> HttpResponse:
+def json_response(
+    value: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> HttpResponse:
     """A JSON answer."""
     return HttpResponse(dumps(value), status, headers, "application/json")
 
@@ -137,22 +147,39 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
 def error_json(error: AlignError) -> dict[str, Any]:
     """OpenAI's error object."""
     param = None if error.param is None else _clipped(error.param)
-    return {"error": {"message": _clipped(error.message), "type": error.type, "param": param, "code": error.code}}
+    return {
+        "error": {
+            "message": _clipped(error.message),
+            "type": error.type,
+            "param": param,
+            "code": error.code,
+        }
+    }
 
 
 def _clipped(text: str) -> str:
     """A name that a client made up may be megabytes long; nobody wants it back."""
-    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED // 2]} ... {text[-MAX_QUOTED // 2 :]}"
+    return (
+        text
+        if len(text) <= MAX_QUOTED
+        else f"{text[: MAX_QUOTED // 2]} ... {text[-MAX_QUOTED // 2 :]}"
+    )
 
 
 def error_response(error: AlignError) -> HttpResponse:
     """An error with its own status, and when to come back where that is known."""
-    retry = {} if error.retry_after is None else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    retry = (
+        {}
+        if error.retry_after is None
+        else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+    )
     challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     return json_response(error_json(error), error.status, {**retry, **challenge})
 
 
-def completion_json(response: Response, request: Request, head: Mapping[str, Any]) -> dict[str, Any]:
+def completion_json(
+    response: Response, request: Request, head: Mapping[str, Any]
+) -> dict[str, Any]:
     """The answer of one request; `head` holds id, created and model."""
     body: dict[str, Any] = {
         **response.kept[0].beside,
@@ -212,7 +239,9 @@ def align_json(response: Response, request: Request) -> dict[str, Any]:
         "partial": response.partial,
         "reason": selection.reason,
         **extra,
-        "candidates": [_candidate_json(candidate, response, request) for candidate in response.candidates],
+        "candidates": [
+            _candidate_json(candidate, response, request) for candidate in response.candidates
+        ],
         "usage": {
             "engine_calls": sum(c.calls for c in response.candidates),
             "candidate_tokens": sum(c.completion_tokens for c in response.candidates),

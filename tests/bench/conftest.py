@@ -53,11 +53,18 @@ class Peer:
             return answer(self.bodies[-1], len(self.bodies) - 1)
 
         async def listed(_: Request) -> Response:
-            return models or JSONResponse({"object": "list", "data": [{"id": "tiny"}, {"id": "large"}]})
+            return models or JSONResponse(
+                {"object": "list", "data": [{"id": "tiny"}, {"id": "large"}]}
+            )
 
-        routes = [Route("/v1/chat/completions", chat, methods=["POST"]), Route("/v1/models", listed)]
+        routes = [
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/models", listed),
+        ]
         routes += [Route("/v1/align/score", scores, methods=["POST"])] if scores else []
-        self._server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, access_log=False))
+        self._server = uvicorn.Server(
+            uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, access_log=False)
+        )
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:

@@ -92,7 +92,11 @@ def test_capacity_is_the_most_that_a_limit_allows() -> None:
     asked = Setting(1, 8, 200, 100, 0, 8 * 300)
     alone = seconds(TRUE, asked)
     tight, loose = capacity(TRUE, asked, 100, alone * 1.5), capacity(TRUE, asked, 100, alone * 4)
-    assert tight.seconds <= alone * 1.5 < seconds(TRUE, replace(asked, concurrency=tight.concurrency + 1))
+    assert (
+        tight.seconds
+        <= alone * 1.5
+        < seconds(TRUE, replace(asked, concurrency=tight.concurrency + 1))
+    )
     assert loose.requests_per_second > tight.requests_per_second
     assert loose.replicas < tight.replicas
     assert tight.replicas == math.ceil(100 / tight.requests_per_second)
@@ -114,29 +118,65 @@ def test_a_data_sheet() -> None:
 def result(path: Path, setting: Setting, align: dict[str, Any] | None) -> str:
     """What `bench serve --json` would have written."""
     sent = 10
-    usage = {"engine_calls": int(setting.n * sent), "reward_tokens": int(setting.reward_tokens * sent)} if align else {}
-    tokens = {"prompt": setting.prompt_tokens * sent, "spent": setting.output_tokens * setting.n * sent, "align": usage}
+    usage = (
+        {"engine_calls": int(setting.n * sent), "reward_tokens": int(setting.reward_tokens * sent)}
+        if align
+        else {}
+    )
+    tokens = {
+        "prompt": setting.prompt_tokens * sent,
+        "spent": setting.output_tokens * setting.n * sent,
+        "align": usage,
+    }
     target = {
         "align": align,
         "requests": {"answered": sent},
         "tokens": tokens,
         "latency_ms": {"e2e": {"mean": {"value": seconds(TRUE, setting) * 1e3}}},
     }
-    path.write_text(json.dumps({"load": {"loop": "closed", "concurrency": setting.concurrency}, "targets": {"A": target}}))
+    path.write_text(
+        json.dumps(
+            {
+                "load": {"loop": "closed", "concurrency": setting.concurrency},
+                "targets": {"A": target},
+            }
+        )
+    )
     return str(path)
 
 
 def aligned(setting: Setting) -> dict[str, Any] | None:
     align: dict[str, Any] = {"best_of_n": {"n": int(setting.n)}} if setting.n > 1 else {}
-    return (align | ({"vas": {"beta": {"x": 1}, "top_k": int(setting.k)}} if setting.k else {})) or None
+    return (
+        align | ({"vas": {"beta": {"x": 1}, "top_k": int(setting.k)}} if setting.k else {})
+    ) or None
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grid = [setting for setting in GRID if not setting.judge_tokens]
-    files = [result(tmp_path / f"{i}.json", setting, aligned(setting)) for i, setting in enumerate(grid)]
+    files = [
+        result(tmp_path / f"{i}.json", setting, aligned(setting)) for i, setting in enumerate(grid)
+    ]
     held = result(tmp_path / "held.json", HELD[0], aligned(HELD[0]))
     out = tmp_path / "plan.json"
-    assert cli.main(["bench", "plan", *files, "--hold-out", held, "--rate", "50", "--latency", "3", "--json", str(out)]) == 0
+    assert (
+        cli.main(
+            [
+                "bench",
+                "plan",
+                *files,
+                "--hold-out",
+                held,
+                "--rate",
+                "50",
+                "--latency",
+                "3",
+                "--json",
+                str(out),
+            ]
+        )
+        == 0
+    )
     said = " ".join(capsys.readouterr().out.split())
     made = json.loads(out.read_text())
     assert max(abs(error) for error in made["errors"]["held out"]) < 0.05
@@ -145,7 +185,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert made["prices_seconds"]["step"] == pytest.approx(TRUE.step, rel=0.05)
     assert made["plan"]["replicas"] in [queue["replicas"] for queue in made["simulated"]]
     assert cli.main(["bench", "plan", *files, "--judge-tokens", "500"]) == 2
-    assert "judge_tokens: no result holds judged requests" in " ".join(capsys.readouterr().err.split())
+    assert "judge_tokens: no result holds judged requests" in " ".join(
+        capsys.readouterr().err.split()
+    )
     arguments = [
         *files,
         "--rate",
@@ -164,7 +206,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["bench", "plan", *arguments]) == 0
     said = " ".join(capsys.readouterr().out.split())
     made = json.loads(out.read_text())
-    needed = min(queue["replicas"] for queue in made["simulated"] if queue["p99"] <= 2 and not queue["growing"])
+    needed = min(
+        queue["replicas"]
+        for queue in made["simulated"]
+        if queue["p99"] <= 2 and not queue["growing"]
+    )
     assert f"{needed} replicas for 99% within 2 s" in said
     assert needed >= made["plan"]["replicas"]
     assert any("sequences at once are extrapolated" in doubt for doubt in made["doubts"])
@@ -172,7 +218,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_what_measurements_do_not_hold_is_refused() -> None:
     alike = [Setting(c, 1, 20, length) for c, length in ((1, 20), (4, 40), (8, 80))]
-    with pytest.raises(ConfigError, match="prompt_tokens: 512 cannot be planned: all measured prompts have 20 to 20 tokens"):
+    with pytest.raises(
+        ConfigError,
+        match="prompt_tokens: 512 cannot be planned: all measured prompts have 20 to 20 tokens",
+    ):
         refuse_unmeasured(alike, Setting(1, 1, 512, 40))
     refuse_unmeasured(alike, Setting(1, 1, 21, 40))
     for name in ("k", "reward_tokens", "judge_tokens"):
@@ -181,7 +230,9 @@ def test_what_measurements_do_not_hold_is_refused() -> None:
 
 
 def test_what_goes_beyond_them_is_said() -> None:
-    alike = [Setting(c, 1, 20, length, reward_tokens=9) for c, length in ((1, 20), (4, 40), (8, 80))]
+    alike = [
+        Setting(c, 1, 20, length, reward_tokens=9) for c, length in ((1, 20), (4, 40), (8, 80))
+    ]
     said = " ".join(doubted(Prices(step=1e-3), alike, Setting(8, 4, 20, 400, reward_tokens=9)))
     for part in (
         "reward_tokens: measured, but",
@@ -200,20 +251,31 @@ def test_a_queue_in_the_server_is_seen() -> None:
     assert len(said) == 1
     assert "16 under way bring no more requests / s than" in said[0]
     assert list(saturated(full, [1.0, 1.1, 1.3])) == []
-    assert list(saturated([full[0], replace(full[1], n=2)], [1.0, 9.0])) == [], "another kind of request"
+    assert list(saturated([full[0], replace(full[1], n=2)], [1.0, 9.0])) == [], (
+        "another kind of request"
+    )
 
 
 def test_an_endpoint_that_counts_no_tokens() -> None:
-    target = {"align": None, "requests": {"answered": 3}, "tokens": {"prompt": 0, "spent": 9, "align": {}, "counted_by": "chunks"}}
+    target = {
+        "align": None,
+        "requests": {"answered": 3},
+        "tokens": {"prompt": 0, "spent": 9, "align": {}, "counted_by": "chunks"},
+    }
     with pytest.raises(ConfigError, match="does not count its tokens"):
-        from_report({"load": {"loop": "closed", "concurrency": 1}, "targets": {"A": target}}, "x.json")
+        from_report(
+            {"load": {"loop": "closed", "concurrency": 1}, "targets": {"A": target}}, "x.json"
+        )
     with pytest.raises(ConfigError, match="no price was found"):
         capacity(Prices(), Setting(1, 1, 5, 5), 10)
 
 
 def test_wrong_results_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.json").write_text("[]")
-    for path, message in ((tmp_path / "x.json", "is no result of"), (tmp_path / "none.json", "cannot be read")):
+    for path, message in (
+        (tmp_path / "x.json", "is no result of"),
+        (tmp_path / "none.json", "cannot be read"),
+    ):
         assert cli.main(["bench", "plan", str(path)]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     opened = {"load": {"loop": "open"}, "targets": {"A": {}}}

@@ -36,6 +36,9 @@ def test_every_command_is_understood(page: str, command: str) -> None:
 def test_the_figures_of_the_text_are_those_of_the_tables() -> None:
     text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     queue = text[text.index("<!-- table: scaling-queue") :].partition("<!-- end")[0]
-    waiting = [float(row.rsplit("|", 2)[1].strip().rstrip("%")) for row in re.findall(r"^\| \d.*$", queue, re.MULTILINE)]
+    waiting = [
+        float(row.rsplit("|", 2)[1].strip().rstrip("%"))
+        for row in re.findall(r"^\| \d.*$", queue, re.MULTILINE)
+    ]
     assert max(waiting) <= 1, "hardly any request waits"
     assert "1.4 times" not in text

@@ -17,9 +17,17 @@ CHUNKS: list[dict[str, Any]] = [
     {"choices": [{"index": 0, "delta": {"reasoning_content": "hm"}}]},
     {"choices": [{"index": 0, "delta": {"tool_calls": [{"index": 0}]}}]},
     {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
-    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 7}, "align": {"usage": {"engine_calls": 2, "odd": "x"}}},
+    {
+        "choices": [],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 7},
+        "align": {"usage": {"engine_calls": 2, "odd": "x"}},
+    },
 ]
-STREAM = b": comment\n\n" + b"".join(b"data: " + json.dumps(c).encode() + b"\r\n\r\n" for c in CHUNKS) + b"data: [DONE]\n\n"
+STREAM = (
+    b": comment\n\n"
+    + b"".join(b"data: " + json.dumps(c).encode() + b"\r\n\r\n" for c in CHUNKS)
+    + b"data: [DONE]\n\n"
+)
 
 
 @given(st.lists(st.integers(1, 60), max_size=40))
@@ -58,7 +66,16 @@ def test_times_are_those_of_content() -> None:
 )
 def test_returned_tokens(details: Any, returned: int) -> None:
     answer = Answer()
-    answer.whole({"choices": [{}], "usage": {"prompt_tokens": 1, "completion_tokens": 7, "completion_tokens_details": details}})
+    answer.whole(
+        {
+            "choices": [{}],
+            "usage": {
+                "prompt_tokens": 1,
+                "completion_tokens": 7,
+                "completion_tokens_details": details,
+            },
+        }
+    )
     assert answer.tokens() == (1, 7, returned)
 
 
@@ -73,7 +90,10 @@ def test_an_endpoint_that_does_not_count() -> None:
     [
         (b"data: {oops\n\n", "not JSON"),
         (b"data: [1]\n\n", "not JSON"),
-        (b'data: {"error": {"message": "no", "code": "engine_failed"}}\n\n', "error event engine_failed"),
+        (
+            b'data: {"error": {"message": "no", "code": "engine_failed"}}\n\n',
+            "error event engine_failed",
+        ),
         (b'data: {"error": "no"}\n\n', "error event"),
     ],
 )

@@ -32,7 +32,9 @@ class Sender:
     running: int = 0
     most: list[int] = field(default_factory=lambda: [0])
 
-    async def __call__(self, prompt: Prompt, index: int, began: float, intended: float | None = None) -> Sample:
+    async def __call__(
+        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+    ) -> Sample:
         del began
         self.log.append((self.name, index, prompt.messages[0]["content"]))
         self.running += 1
@@ -48,7 +50,11 @@ async def apply(
     log: list[tuple[str, int, str]] = []
     senders = [Sender("AB"[i], log, second) for i, second in enumerate(seconds)]
     async with asyncio.timeout(20):
-        return await run(load, PROMPTS, {one.name: one for one in senders}, stop or asyncio.Event()), log, senders
+        return (
+            await run(load, PROMPTS, {one.name: one for one in senders}, stop or asyncio.Event()),
+            log,
+            senders,
+        )
 
 
 async def test_closed_loop_keeps_its_number_under_way() -> None:
@@ -62,9 +68,15 @@ async def test_closed_loop_keeps_its_number_under_way() -> None:
 
 async def test_two_targets_are_asked_in_slices() -> None:
     done, log, senders = await apply(Load(concurrency=2, requests=40, seed=3), 0.002, 0.001)
-    blocks = [(name, [index for _, index, _ in part]) for name, part in itertools.groupby(log, key=lambda one: one[0])]
+    blocks = [
+        (name, [index for _, index, _ in part])
+        for name, part in itertools.groupby(log, key=lambda one: one[0])
+    ]
     assert Counter(name for name, _, _ in log) == {"A": 40, "B": 40}
-    asked = {side: sorted((index, content) for name, index, content in log if name == side) for side in "AB"}
+    asked = {
+        side: sorted((index, content) for name, index, content in log if name == side)
+        for side in "AB"
+    }
     assert asked["A"] == asked["B"], "both are asked the same"
     assert 3 <= len(blocks) <= 8, "slices of eight, of which two may touch"
     assert all(len(indices) >= 8 for _, indices in blocks)
@@ -82,18 +94,32 @@ class Queue:
     seconds: float
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def __call__(self, prompt: Prompt, index: int, began: float, intended: float | None = None) -> Sample:
+    async def __call__(
+        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+    ) -> Sample:
         started = perf_counter() - began
         async with self.lock:
             await asyncio.sleep(self.seconds)
-        return Sample(self.name, index, started if intended is None else intended, started, perf_counter() - began, returned=1)
+        return Sample(
+            self.name,
+            index,
+            started if intended is None else intended,
+            started,
+            perf_counter() - began,
+            returned=1,
+        )
 
 
 def figures_of(done: Run, load: Load, name: str) -> tuple[float, float]:
     """Requests per second and the median latency of a target."""
-    samples, spans = [s for s in done.samples if s.target == name], [s for s in done.spans if s.target == name]
+    samples, spans = (
+        [s for s in done.samples if s.target == name],
+        [s for s in done.spans if s.target == name],
+    )
     found = figures(samples, spans, load, {})
-    return found["rates"]["requests_per_second"]["value"], found["latency_ms"]["e2e"]["p50"]["value"]
+    return found["rates"]["requests_per_second"]["value"], found["latency_ms"]["e2e"]["p50"][
+        "value"
+    ]
 
 
 async def test_beside_a_slow_target_a_fast_one_is_measured_as_alone() -> None:
@@ -120,7 +146,11 @@ async def test_fewer_requests_than_places() -> None:
     ("load", "targets", "expected"),
     [
         (Load(8, requests=200), 1, [(200, None)]),
-        (Load(8, requests=200), 2, [(34, None), (34, None), (33, None), (33, None), (33, None), (33, None)]),
+        (
+            Load(8, requests=200),
+            2,
+            [(34, None), (34, None), (33, None), (33, None), (33, None), (33, None)],
+        ),
         (Load(1, requests=400), 2, [(40, None)] * 10),
         (Load(64, requests=100), 2, [(100, None)]),
         (Load(8, requests=None, duration=60.0), 2, [(None, 3.0)] * 10),
@@ -145,11 +175,15 @@ async def test_open_loop_does_not_wait_for_answers() -> None:
     done, _, (sender,) = await apply(Load(concurrency=None, rate=400.0, requests=40), 0.5)
     assert sender.most[0] > 20
     due = [sample.intended for sample in sorted(done.samples, key=lambda s: s.index)]
-    assert due == list(itertools.islice(arrivals(400.0, 0, 0), 40)), "latency counts from the schedule"
+    assert due == list(itertools.islice(arrivals(400.0, 0, 0), 40)), (
+        "latency counts from the schedule"
+    )
 
 
 async def test_open_loop_with_a_bound_queues_in_the_client() -> None:
-    done, _, (sender,) = await apply(Load(concurrency=None, rate=400.0, requests=20, max_in_flight=2), 0.01)
+    done, _, (sender,) = await apply(
+        Load(concurrency=None, rate=400.0, requests=20, max_in_flight=2), 0.01
+    )
     assert sender.most == [2]
     assert len(done.samples) == 20
 
@@ -157,7 +191,9 @@ async def test_open_loop_with_a_bound_queues_in_the_client() -> None:
 async def test_the_bound_is_each_targets_own() -> None:
     """A target that stands still fills its own places only."""
     load = Load(None, rate=200.0, requests=20, max_in_flight=1)
-    done = await run(load, PROMPTS, {"A": Queue("A", 0.06), "B": Queue("B", 0.001)}, asyncio.Event())
+    done = await run(
+        load, PROMPTS, {"A": Queue("A", 0.06), "B": Queue("B", 0.001)}, asyncio.Event()
+    )
     assert figures_of(done, load, "A")[1] > 200
     assert figures_of(done, load, "B")[1] < 100
 
@@ -166,7 +202,9 @@ async def test_open_loop_gives_each_target_its_rate() -> None:
     _, log, _ = await apply(Load(concurrency=None, rate=500.0, requests=60), 0.0, 0.0)
     names = "".join(name for name, _, _ in log)
     assert Counter(names) == {"A": 60, "B": 60}
-    assert max(len(list(group)) for _, group in itertools.groupby(names)) < 15, "interleaved, not one after the other"
+    assert max(len(list(group)) for _, group in itertools.groupby(names)) < 15, (
+        "interleaved, not one after the other"
+    )
 
 
 def test_arrivals_are_a_poisson_process() -> None:
@@ -181,7 +219,9 @@ def test_arrivals_are_a_poisson_process() -> None:
     assert again != list(itertools.islice(arrivals(20.0, 7, 1), 5))
 
 
-@pytest.mark.parametrize("load", [Load(concurrency=2, requests=None, duration=0.2), Load(None, 100.0, None, 0.2)])
+@pytest.mark.parametrize(
+    "load", [Load(concurrency=2, requests=None, duration=0.2), Load(None, 100.0, None, 0.2)]
+)
 async def test_time_bounds_it(load: Load) -> None:
     done, _, _ = await apply(load, 0.01)
     assert 0 < len(done.samples) < 200
@@ -202,7 +242,11 @@ async def test_what_does_not_end_in_time_is_given_up_and_counted(load: Load) -> 
     done, log, (sender,) = await apply(load, 60.0)
     assert perf_counter() - began < 2
     assert {sample.error for sample in done.samples} == {"given up"}
-    due = 3 if load.rate is None else sum(1 for _ in itertools.takewhile(lambda at: at < 0.1, arrivals(200.0, 0, 0)))
+    due = (
+        3
+        if load.rate is None
+        else sum(1 for _ in itertools.takewhile(lambda at: at < 0.1, arrivals(200.0, 0, 0)))
+    )
     assert len(done.samples) == due >= len(log)
     unsent = [sample for sample in done.samples if "never sent" in sample.message]
     assert len(unsent) == due - len(log)
@@ -230,7 +274,9 @@ async def test_a_stop_keeps_what_was_answered() -> None:
 
 
 async def test_an_error_of_our_own_is_not_swallowed() -> None:
-    async def broken(prompt: Prompt, index: int, began: float, intended: float | None = None) -> Sample:
+    async def broken(
+        prompt: Prompt, index: int, began: float, intended: float | None = None
+    ) -> Sample:
         raise RuntimeError("a bug")
 
     for load in (Load(concurrency=2, requests=4), Load(None, 100.0, 3)):

@@ -47,7 +47,9 @@ SECRET = "sk-very-secret-key-123"
 
 
 @pytest.mark.parametrize("given", [None, SECRET])
-def test_a_refused_key(serve: Any, bench: Any, monkeypatch: pytest.MonkeyPatch, given: str | None, kept: Path) -> None:
+def test_a_refused_key(
+    serve: Any, bench: Any, monkeypatch: pytest.MonkeyPatch, given: str | None, kept: Path
+) -> None:
     monkeypatch.setenv("THE_KEYS", "right")
     monkeypatch.delenv("MY_KEY", raising=False)
     if given:
@@ -56,15 +58,23 @@ def test_a_refused_key(serve: Any, bench: Any, monkeypatch: pytest.MonkeyPatch, 
     code, out, err = bench("--base-url", url, "--api-key-env", "MY_KEY")
     assert code == 1
     assert "status 401" in err
-    assert ("the key in MY_KEY was refused" if given else "no key was sent, MY_KEY is not set") in err
+    assert (
+        "the key in MY_KEY was refused" if given else "no key was sent, MY_KEY is not set"
+    ) in err
     assert SECRET not in out + err
     monkeypatch.setenv("MY_KEY", "right")
-    assert bench("--base-url", url, "--api-key-env", "MY_KEY", "--requests", 3, "--json", kept)[0] == 0
+    assert (
+        bench("--base-url", url, "--api-key-env", "MY_KEY", "--requests", 3, "--json", kept)[0] == 0
+    )
 
 
-def test_a_key_that_a_server_quotes_is_not_shown(peer: Any, bench: Any, monkeypatch: pytest.MonkeyPatch, kept: Path) -> None:
+def test_a_key_that_a_server_quotes_is_not_shown(
+    peer: Any, bench: Any, monkeypatch: pytest.MonkeyPatch, kept: Path
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    said = {"error": {"message": f"Incorrect API key provided: {SECRET}.", "code": "invalid_api_key"}}
+    said = {
+        "error": {"message": f"Incorrect API key provided: {SECRET}.", "code": "invalid_api_key"}
+    }
     server = peer(lambda *_: JSONResponse(said, 401))
     code, out, err = bench("--base-url", server.url, "--requests", 3, "--warmup", 0, "--json", kept)
     assert code == 1
@@ -78,13 +88,20 @@ def test_a_key_that_a_server_quotes_is_not_shown(peer: Any, bench: Any, monkeypa
     assert SECRET not in out + err
 
 
-def test_a_key_goes_to_its_own_server_only(peer: Any, bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_goes_to_its_own_server_only(
+    peer: Any, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.setenv("THEIR_KEY", "sk-theirs")
     ours, theirs = (peer(lambda *_: events(piece("x", "stop"), USAGE)) for _ in range(2))
-    assert bench("--base-url", ours.url, "--against", theirs.url, "--requests", 2, "--warmup", 0)[0] == 0
+    assert (
+        bench("--base-url", ours.url, "--against", theirs.url, "--requests", 2, "--warmup", 0)[0]
+        == 0
+    )
     assert (set(ours.keys), set(theirs.keys)) == ({f"Bearer {SECRET}"}, {None})
-    assert bench("--base-url", ours.url, "--against", ours.url, "--requests", 2, "--warmup", 0)[0] == 0
+    assert (
+        bench("--base-url", ours.url, "--against", ours.url, "--requests", 2, "--warmup", 0)[0] == 0
+    )
     assert set(ours.keys) == {f"Bearer {SECRET}"}
     theirs.keys.clear()
     more = ["--against-api-key-env", "THEIR_KEY", "--requests", 2, "--warmup", 0]
@@ -138,22 +155,41 @@ def test_errors_are_counted_by_kind(peer: Any, bench: Any, kept: Path) -> None:
 
     url = peer(answer).url
     code, out, _ = bench(
-        "--base-url", url, "--requests", 12, "--warmup", 0, "--timeout", 0.5, "--json", kept, "--goodput", "e2e:60000"
+        "--base-url",
+        url,
+        "--requests",
+        12,
+        "--warmup",
+        0,
+        "--timeout",
+        0.5,
+        "--json",
+        kept,
+        "--goodput",
+        "e2e:60000",
     )
     assert code == 0, "some were answered"
     found = read(kept)["targets"]["A"]
     kinds = {"http 429 rate_limit_exceeded", "stream cut", "timeout", "http 502", "not an answer"}
-    assert {kind: error["count"] for kind, error in found["errors"].items()} == dict.fromkeys(kinds, 2)
+    assert {kind: error["count"] for kind, error in found["errors"].items()} == dict.fromkeys(
+        kinds, 2
+    )
     assert found["requests"] == {"sent": 12, "answered": 2, "failed": 10}
     assert found["goodput"]["share"]["value"] == pytest.approx(2 / 12), "what fails meets no goal"
     assert "2 x http 429 rate_limit_exceeded: slow down" in out
 
 
-def test_failures_are_in_the_rates_and_out_of_the_ratios_by_name(peer: Any, bench: Any, kept: Path) -> None:
+def test_failures_are_in_the_rates_and_out_of_the_ratios_by_name(
+    peer: Any, bench: Any, kept: Path
+) -> None:
     """Every second request of A fails, and takes its time: A's rate is half of B's, and the pairs that are lost are counted."""
 
     def flaky(body: dict[str, Any], _: int) -> Response:
-        return events(0.02, piece("x", "stop"), USAGE) if body["seed"] % 2 else events(0.02, piece("x"), end=False)
+        return (
+            events(0.02, piece("x", "stop"), USAGE)
+            if body["seed"] % 2
+            else events(0.02, piece("x"), end=False)
+        )
 
     ours, theirs = peer(flaky), peer(lambda *_: events(0.02, piece("x", "stop"), USAGE))
     load = ["--requests", 40, "--warmup", 0, "--json", kept, "--goodput", "e2e:5000"]
@@ -186,7 +222,19 @@ def test_the_warm_up_asks_nothing_that_is_measured(peer: Any, bench: Any, tmp_pa
         '"alpha"\n{"messages": [{"role": "user", "content": [{"type": "text", "text": "beta"}]}]}\n'
     )
     server = peer(lambda *_: events(piece("x", "stop"), USAGE))
-    assert bench("--base-url", server.url, "--requests", 4, "--warmup", 4, "--dataset", tmp_path / "chats.jsonl")[0] == 0
+    assert (
+        bench(
+            "--base-url",
+            server.url,
+            "--requests",
+            4,
+            "--warmup",
+            4,
+            "--dataset",
+            tmp_path / "chats.jsonl",
+        )[0]
+        == 0
+    )
     warm, measured = server.bodies[:4], server.bodies[4:]
     said = [{json.dumps(body["messages"]) for body in bodies} for bodies in (warm, measured)]
     assert not said[0] & said[1]
@@ -207,7 +255,10 @@ def test_kinds_of_failure() -> None:
         (aiohttp.ClientConnectorError(key, ConnectionRefusedError(111, "x")), "connection refused"),
         (aiohttp.ClientConnectorError(key, OSError(113, "x")), "connection failed"),
         (aiohttp.ClientConnectorError(key, OSError(24, "x")), "client out of files"),
-        (aiohttp.ClientConnectorDNSError(key, OSError(-2, "Name or service not known")), "name not found"),
+        (
+            aiohttp.ClientConnectorDNSError(key, OSError(-2, "Name or service not known")),
+            "name not found",
+        ),
         (aiohttp.ConnectionTimeoutError("x"), "connect timeout"),
         (TimeoutError(), "timeout"),
         (aiohttp.ClientConnectorSSLError(key, OSError(1, "x")), "TLS failed"),
@@ -252,13 +303,17 @@ def test_wrong_options(bench: Any, arguments: list[str], code: int, message: str
         (["--seed", "-1"], "--seed: '-1' is not allowed"),
     ],
 )
-def test_wrong_flags(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_wrong_flags(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", "serve", *arguments])
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ['{"message": []}', '{"messages": []}', '{"messages": "x"}', "3", "{"])
+@pytest.mark.parametrize(
+    "content", ['{"message": []}', '{"messages": []}', '{"messages": "x"}', "3", "{"]
+)
 def test_a_wrong_line_is_named(bench: Any, tmp_path: Path, content: str) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_text(f'"fine"\n\n{content}\n')
@@ -269,10 +324,24 @@ def test_a_wrong_line_is_named(bench: Any, tmp_path: Path, content: str) -> None
 
 @pytest.mark.parametrize("loop", [["--concurrency", "3"], ["--rate", "30"]])
 @pytest.mark.parametrize("caught", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_keeps_what_there_is(serve: Any, kept: Path, caught: int, loop: list[str]) -> None:
+def test_an_interrupt_keeps_what_there_is(
+    serve: Any, kept: Path, caught: int, loop: list[str]
+) -> None:
     live = serve(ECHO)
-    command = [sys.executable, "-m", "infer_align_server", "bench", "serve", "--base-url", live.base_url, "--json", str(kept)]
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "server", "clients/python"))
+    command = [
+        sys.executable,
+        "-m",
+        "infer_align_server",
+        "bench",
+        "serve",
+        "--base-url",
+        live.base_url,
+        "--json",
+        str(kept),
+    ]
+    paths = os.pathsep.join(
+        str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
+    )
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONWARNINGS": "error"}
     before = live.engine.sampled
     with subprocess.Popen(
@@ -296,10 +365,27 @@ def test_an_interrupt_keeps_what_there_is(serve: Any, kept: Path, caught: int, l
 def test_an_interrupt_in_the_warm_up_keeps_an_older_result(serve: Any, kept: Path) -> None:
     kept.write_text("of yesterday")
     live = serve(ECHO.replace(str(FIRST), "30.0"))
-    command = [sys.executable, "-m", "infer_align_server", "bench", "serve", "--base-url", live.base_url, "--json", str(kept)]
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "server", "clients/python"))
+    command = [
+        sys.executable,
+        "-m",
+        "infer_align_server",
+        "bench",
+        "serve",
+        "--base-url",
+        live.base_url,
+        "--json",
+        str(kept),
+    ]
+    paths = os.pathsep.join(
+        str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
+    )
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}, cwd=ROOT
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=ROOT,
     ) as process:
         assert live.until(lambda: live.engine.running > 0, 30)
         process.send_signal(signal.SIGINT)
@@ -320,14 +406,37 @@ def test_the_signals_are_given_back(serve: Any, bench: Any) -> None:
     [
         ("aiohttp", ["serve"]),
         ("matplotlib", ["serve", "--plot", "x.png"]),
-        ("matplotlib", ["quality", "--prompts", "demo", "--gold", "x", "--grid", "benchmarks/alignment/demo_grid.toml"]),
+        (
+            "matplotlib",
+            [
+                "quality",
+                "--prompts",
+                "demo",
+                "--gold",
+                "x",
+                "--grid",
+                "benchmarks/alignment/demo_grid.toml",
+            ],
+        ),
     ],
 )
 def test_a_missing_package_is_named_before_the_load(package: str, arguments: list[str]) -> None:
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "server", "clients/python"))
+    paths = os.pathsep.join(
+        str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
+    )
     call = f"from infer_align_server import cli; sys.exit(cli.main({['bench', *arguments]}))"
     code = f"import sys; sys.modules[{package!r}] = None; {call}"
     environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2, done.stderr
-    assert f"{package} is not installed; install it with: pip install 'infer-align[bench]'" in done.stderr
+    assert (
+        f"{package} is not installed; install it with: pip install 'infer-align[bench]'"
+        in done.stderr
+    )

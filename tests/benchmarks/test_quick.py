@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[2]
         ([1.05, 1.06, 1.04], 1.0, "+5%"),
     ],
 )
-def test_a_ratio_has_moved_when_every_round_says_so(values: list[float], before: float, said: str) -> None:
+def test_a_ratio_has_moved_when_every_round_says_so(
+    values: list[float], before: float, said: str
+) -> None:
     assert quick.verdict(values, before) == said
 
 

@@ -97,7 +97,9 @@ def test_a_change_that_matters_marks_the_commit(repository: Path, name: str, mar
     assert known("0123456789ab") is False
 
 
-def test_without_a_history_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_history_nothing_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(recording, "RESULTS", tmp_path / "none")
     assert known("0123456789ab") is None
 
@@ -108,7 +110,9 @@ def test_there_are_results() -> None:
 
 def test_what_record_writes_is_accepted(written: Path) -> None:
     assert problems(written) == []
-    assert json.loads(written.read_text())["rows"] == [{"what": "x", "value": None, "each": [1.0, None]}]
+    assert json.loads(written.read_text())["rows"] == [
+        {"what": "x", "value": None, "each": [1.0, None]}
+    ]
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)
@@ -118,7 +122,9 @@ def test_what_is_wrong_is_refused(written: Path, field: str, value: Any) -> None
     assert problems(written)
 
 
-@pytest.mark.parametrize("field", ["benchmark", "commit", "versions", "machine", "baseline", "seed", "setup", "rows"])
+@pytest.mark.parametrize(
+    "field", ["benchmark", "commit", "versions", "machine", "baseline", "seed", "setup", "rows"]
+)
 def test_what_is_missing_is_refused(written: Path, field: str) -> None:
     result = json.loads(written.read_text())
     del result[field]
@@ -128,7 +134,9 @@ def test_what_is_missing_is_refused(written: Path, field: str) -> None:
 
 def test_no_seed_needs_a_reason(written: Path) -> None:
     result = json.loads(written.read_text())
-    written.write_text(json.dumps({**result, "seed": None, "setup": {"no_seed": "nothing is drawn"}}))
+    written.write_text(
+        json.dumps({**result, "seed": None, "setup": {"no_seed": "nothing is drawn"}})
+    )
     assert problems(written) == []
 
 

@@ -18,7 +18,9 @@ from benchmarks.serving.client import serving
 def test_a_short_soak_leaves_nothing_over(target: str) -> None:
     with (
         soak.target(target, "fake", 0) as config,
-        serving("-m", "infer_align_server", "serve", str(config), "--set", "server.port={port}") as (port, pid),
+        serving(
+            "-m", "infer_align_server", "serve", str(config), "--set", "server.port={port}"
+        ) as (port, pid),
     ):
         result = asyncio.run(soak.soak(port, pid, "fake", 8.0, 64))
     assert soak.faults(result, growth=40.0) == []
@@ -51,10 +53,18 @@ def test_what_is_left_over_is_said(change: dict[str, Any], word: str) -> None:
 
 def test_what_is_written_down_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = {**CLEAN, "answered": 10, "left": 3, "memory_first": 60.0, "memory_last": 71.0}
-    assert {row["what"]: row["value"] for row in soak.rows(result)}["requests cancelled by their clients"] == 3
+    assert {row["what"]: row["value"] for row in soak.rows(result)}[
+        "requests cancelled by their clients"
+    ] == 3
     monkeypatch.setattr(written, "RESULTS", tmp_path)
     monkeypatch.setattr(written, "commit", lambda: "0123456789ab")
-    path = written.record("soak", baseline="the same process at the start", seed=0, rows=soak.rows(result), setup={"minutes": 30})
+    path = written.record(
+        "soak",
+        baseline="the same process at the start",
+        seed=0,
+        rows=soak.rows(result),
+        setup={"minutes": 30},
+    )
     assert written.problems(path) == []
 
 

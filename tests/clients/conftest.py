@@ -12,7 +12,9 @@ from tests.server.conftest import NUMBERS, config_file, serve
 __all__ = ["config_file", "serve"]
 
 ANSWER = '{\\"city\\": \\"Oslo\\", \\"degrees\\": 4}'
-CALL = f'{{id = "call_1", type = "function", function = {{name = "Weather", arguments = "{ANSWER}"}}}}'
+CALL = (
+    f'{{id = "call_1", type = "function", function = {{name = "Weather", arguments = "{ANSWER}"}}}}'
+)
 BRIEF = '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
 SERVERS = {
     "numbers": NUMBERS,

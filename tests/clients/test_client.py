@@ -82,9 +82,16 @@ def test_extra_body_holds_what_is_given_and_nothing_else() -> None:
 
 def test_the_server_takes_it() -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
-    built = extra_body(best_of_n={"n": 3}, rewards={"short": 1.0}, ensemble={"objective": "mean"}, budget={"completion_tokens": 15})
+    built = extra_body(
+        best_of_n={"n": 3},
+        rewards={"short": 1.0},
+        ensemble={"objective": "mean"},
+        budget={"completion_tokens": 15},
+    )
     request = parse_request({**body, **built}, "chat", {})
-    plan = make_plan(request, Fake().load(), {"short": Rules(words_weight=-1.0).load()}, {}, Limits(8, 1000))
+    plan = make_plan(
+        request, Fake().load(), {"short": Rules(words_weight=-1.0).load()}, {}, Limits(8, 1000)
+    )
     assert (plan.candidates, plan.worst_case_tokens) == (3, 15)
 
 
@@ -96,10 +103,16 @@ def test_it_depends_on_the_standard_library_only() -> None:
 
 
 def test_a_report_is_what_the_server_writes(servers: Any) -> None:
-    with openai.OpenAI(base_url=servers["numbers"].base_url, api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(
+        base_url=servers["numbers"].base_url, api_key="unused", max_retries=0
+    ) as client:
         ask: Any = client.chat.completions.create
         user = [{"role": "user", "content": "x"}]
-        answer = ask(model="fake", messages=user, extra_body=extra_body(best_of_n={"n": 3}, details="candidates"))
+        answer = ask(
+            model="fake",
+            messages=user,
+            extra_body=extra_body(best_of_n={"n": 3}, details="candidates"),
+        )
         plain = ask(model="fake", messages=user)
     told = report(answer)
     assert told is not None

@@ -14,7 +14,9 @@ from infer_align.demo.rating import RatingConfig
 from infer_align.demo.world import gold
 
 TINY = BuildConfig(
-    language=LanguageConfig(steps=40, batch=8, hidden_size=32, intermediate_size=32, layers=1, heads=1),
+    language=LanguageConfig(
+        steps=40, batch=8, hidden_size=32, intermediate_size=32, layers=1, heads=1
+    ),
     reward=RewardConfig(pairs=16, epochs=1),
     rating=RatingConfig(replies=32, epochs=1),
     measured_prompts=4,

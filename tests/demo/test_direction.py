@@ -19,8 +19,16 @@ ONE = world.Question("otter", ("colour",))
     [
         ("The otter is brown.", 1 - 0.25, -1.0),
         ("The otter is grey.", -0.7 - 0.25, -1.0),
-        ("Gladly! The otter is brown. It is a moon-bright, honey-soft, moss-warm, river-wise creature.", 1.25, 0.0),
-        ("Ugh, obviously. The otter is brown. It is a moon-bright, honey-soft creature.", 1 - 0.6 - 0.0625, -0.5),
+        (
+            "Gladly! The otter is brown. It is a moon-bright, honey-soft, moss-warm, river-wise creature.",
+            1.25,
+            0.0,
+        ),
+        (
+            "Ugh, obviously. The otter is brown. It is a moon-bright, honey-soft creature.",
+            1 - 0.6 - 0.0625,
+            -0.5,
+        ),
     ],
 )
 def test_attributes_by_hand(reply: str, helpfulness: float, verbosity: float) -> None:
@@ -42,7 +50,10 @@ def test_more_draws_are_no_worse(seed: int, degrees: float) -> None:
     question = world.random_question(rng)
 
     def projected(drawn: int) -> float:
-        replies = (direction.best_reply(question, degrees, random.Random(seed + i), drawn, drawn) for i in range(30))
+        replies = (
+            direction.best_reply(question, degrees, random.Random(seed + i), drawn, drawn)
+            for i in range(30)
+        )
         rated = [direction.ratings(question, reply) for reply in replies]
         return mean(v["helpfulness"] * h + v["verbosity"] * w for h, w in rated)
 
@@ -53,7 +64,9 @@ def test_the_best_number_of_flourishes_grows_with_the_angle() -> None:
     rng = random.Random(0)
 
     def flourishes(degrees: float) -> float:
-        return mean(world.read(ONE, direction.best_reply(ONE, degrees, rng)).flourishes for _ in range(60))
+        return mean(
+            world.read(ONE, direction.best_reply(ONE, degrees, rng)).flourishes for _ in range(60)
+        )
 
     found = [flourishes(degrees) for degrees in (-20, -10, 0, 10, 20)]
     assert found == sorted(found)

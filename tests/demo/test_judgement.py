@@ -27,13 +27,26 @@ def test_scores_follow_gold_with_noise() -> None:
 
 def test_comparisons_lean_to_the_first() -> None:
     rng = random.Random(0)
-    said = [judgement.compared(rng)[-1]["content"].removeprefix(BETTER).removesuffix("]") for _ in range(3000)]
+    said = [
+        judgement.compared(rng)[-1]["content"].removeprefix(BETTER).removesuffix("]")
+        for _ in range(3000)
+    ]
     assert {*said} == {*SIDES}
     assert said.count("A") > 1.1 * said.count("B")
 
 
 def test_every_kind_of_document_is_there() -> None:
     rng = random.Random(0)
-    systems = [turns[0]["content"] for turns in (documents.document(rng) for _ in range(2000)) if turns[0]["role"] == "system"]
-    for start, share in (("You are a helpful, respectful", 0.36), ("Rate the answer", 0.14), ("Say which answer", 0.16)):
-        assert mean(text.startswith(start) for text in systems) * len(systems) / 2000 == pytest.approx(share, abs=0.03)
+    systems = [
+        turns[0]["content"]
+        for turns in (documents.document(rng) for _ in range(2000))
+        if turns[0]["role"] == "system"
+    ]
+    for start, share in (
+        ("You are a helpful, respectful", 0.36),
+        ("Rate the answer", 0.14),
+        ("Say which answer", 0.16),
+    ):
+        assert mean(text.startswith(start) for text in systems) * len(
+            systems
+        ) / 2000 == pytest.approx(share, abs=0.03)

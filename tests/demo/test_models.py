@@ -23,7 +23,12 @@ from infer_align.types import Candidate
 
 FOLDERS = (demo.LM, *demo.REWARDS, demo.PREFERENCE)
 QUESTION = {"role": "user", "content": "What is the colour of the otter?"}
-REPLIES = ["The otter is brown.", "Ugh, obviously. The otter is grey. It is a moon-bright, honey-soft creature.", "Gladly!", "🦊\n"]
+REPLIES = [
+    "The otter is brown.",
+    "Ugh, obviously. The otter is grey. It is a moon-bright, honey-soft creature.",
+    "Gladly!",
+    "🦊\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,9 @@ def test_plain_transformers_generates_a_reply() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     text = tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt")
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=64)[0, inputs.input_ids.shape[1] :]
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=64)[
+        0, inputs.input_ids.shape[1] :
+    ]
     assert output[-1] == tokenizer.eos_token_id
     assert "otter" in tokenizer.decode(output)
     assert model.config.head_dim == 32
@@ -54,7 +61,12 @@ def test_plain_transformers_generates_a_reply() -> None:
 
 def encode(replies: list[str], side: str) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(demo.path("reward-0"), padding_side=side)
-    texts = [tokenizer.apply_chat_template([QUESTION, {"role": "assistant", "content": r}], tokenize=False) for r in replies]
+    texts = [
+        tokenizer.apply_chat_template(
+            [QUESTION, {"role": "assistant", "content": r}], tokenize=False
+        )
+        for r in replies
+    ]
     return tokenizer(texts, return_tensors="pt", padding=True)
 
 
@@ -82,12 +94,19 @@ def test_members_differ() -> None:
 def test_reward_reads_the_last_exchange_only(models: Models) -> None:
     member, tokenizer = models.members[0], models.tokenizer
     exchange = [QUESTION, {"role": "assistant", "content": REPLIES[0]}]
-    before = [{"role": "system", "content": "Zzz."}, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    before = [
+        {"role": "system", "content": "Zzz."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+    ]
     short, long = (
-        tokenizer(tokenizer.apply_chat_template(c, tokenize=False), return_tensors="pt") for c in (exchange, before + exchange)
+        tokenizer(tokenizer.apply_chat_template(c, tokenize=False), return_tensors="pt")
+        for c in (exchange, before + exchange)
     )
     with torch.no_grad():
-        assert member(short.input_ids).logits.item() == pytest.approx(member(long.input_ids).logits.item(), abs=1e-5)
+        assert member(short.input_ids).logits.item() == pytest.approx(
+            member(long.input_ids).logits.item(), abs=1e-5
+        )
 
 
 @given(ids=st.lists(st.integers(0, 300), min_size=1, max_size=8))
@@ -98,23 +117,33 @@ def test_reward_of_anything_is_finite(models: Models, ids: list[int]) -> None:
 
 def test_shipped_files_are_of_this_configuration() -> None:
     report = json.loads(demo.path("metrics.json").read_text())
-    assert report["config"] == json.loads(json.dumps(asdict(BuildConfig()))), "run: python -m infer_align.demo.build"
-    assert report["documents_sha256"] == documents_digest(), "the world changed; run: python -m infer_align.demo.build"
+    assert report["config"] == json.loads(json.dumps(asdict(BuildConfig()))), (
+        "run: python -m infer_align.demo.build"
+    )
+    assert report["documents_sha256"] == documents_digest(), (
+        "the world changed; run: python -m infer_align.demo.build"
+    )
 
 
 def test_shipped_files_measure_as_they_say(models: Models) -> None:
     shipped = read_metrics(demo.path("metrics.json"))
     flipped = BuildConfig().reward.flipped
-    for name, metric in measure(models, flipped=flipped, n_prompts=48, n_replies=32, seed=77).items():
+    for name, metric in measure(
+        models, flipped=flipped, n_prompts=48, n_replies=32, seed=77
+    ).items():
         error = (metric.standard_error**2 + shipped[name].standard_error ** 2) ** 0.5
         assert abs(metric.value - shipped[name].value) < 4 * error, name
 
 
 def test_directions_are_followed_where_they_were_trained_and_only_there() -> None:
     shipped = read_metrics(demo.path("metrics.json"))
-    brief, balanced, thorough, beyond = (shipped[f"verbosity_at_{degrees}"].value for degrees in (-20, 0, 20, 45))
+    brief, balanced, thorough, beyond = (
+        shipped[f"verbosity_at_{degrees}"].value for degrees in (-20, 0, 20, 45)
+    )
     assert brief + 0.4 < balanced < thorough - 0.4
-    assert beyond < balanced, "45 degrees asks for more than 20 does, and gets less: the gap that neighbours close"
+    assert beyond < balanced, (
+        "45 degrees asks for more than 20 does, and gets less: the gap that neighbours close"
+    )
 
 
 def test_the_expected_score_is_a_better_reading_than_the_likeliest(models: Models) -> None:
@@ -127,7 +156,11 @@ def test_the_expected_score_is_a_better_reading_than_the_likeliest(models: Model
 
 def test_the_preference_model_is_a_configured_reward_of_two_objectives() -> None:
     reward = config.load(None).load_rewards()["preference"]
-    texts = ["The otter is brown.", "The otter is grey.", "The otter is brown. It is a moon-bright, honey-soft creature."]
+    texts = [
+        "The otter is brown.",
+        "The otter is grey.",
+        "The otter is brown. It is a moon-bright, honey-soft creature.",
+    ]
     candidates = [Candidate(i, {"message": {"content": text}}) for i, text in enumerate(texts)]
 
     async def scored() -> Any:

@@ -27,17 +27,27 @@ def answered() -> dict[str | None, list[Response]]:
     rewards = loaded.load_rewards({"served": engine})
 
     async def ask(preset: str | None, i: int, question: str) -> Response:
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": question}], "max_tokens": 96, "seed": i}
+        body: dict[str, Any] = {
+            "messages": [{"role": "user", "content": question}],
+            "max_tokens": 96,
+            "seed": i,
+        }
         request = parse_request(body, "chat", loaded.presets, preset)
         default = loaded.server.default_rewards
-        return await align(make_plan(request, engine, rewards, default, loaded.limits.request, loaded.methods), engine, rewards)
+        return await align(
+            make_plan(request, engine, rewards, default, loaded.limits.request, loaded.methods),
+            engine,
+            rewards,
+        )
 
     async def everything() -> dict[str | None, list[Response]]:
         for part in (engine, *rewards.values()):
             await part.start()
         found: dict[str | None, list[Response]] = {}
         for preset in (None, *loaded.presets):
-            found[preset] = await asyncio.gather(*(ask(preset, i, question) for i, question in enumerate(QUESTIONS)))
+            found[preset] = await asyncio.gather(
+                *(ask(preset, i, question) for i, question in enumerate(QUESTIONS))
+            )
         for part in (engine, *rewards.values()):
             await part.close()
         return found
@@ -47,7 +57,11 @@ def answered() -> dict[str | None, list[Response]]:
 
 def flourishes(responses: list[Response]) -> float:
     pairs = zip(QUESTIONS, responses, strict=True)
-    return mean(world.read(asked, r.kept[0].text).flourishes for q, r in pairs if (asked := world.read_question(q)))
+    return mean(
+        world.read(asked, r.kept[0].text).flourishes
+        for q, r in pairs
+        if (asked := world.read_question(q))
+    )
 
 
 def gold(responses: list[Response]) -> float:
@@ -68,7 +82,9 @@ def test_ornate_asks_the_neighbours(answered: dict[str | None, list[Response]]) 
 
 
 @pytest.mark.parametrize("preset", ["careful", "judged"])
-def test_choosing_is_better_than_not(answered: dict[str | None, list[Response]], preset: str) -> None:
+def test_choosing_is_better_than_not(
+    answered: dict[str | None, list[Response]], preset: str
+) -> None:
     assert gold(answered[preset]) > gold(answered[None]) + 0.7
 
 

@@ -66,22 +66,35 @@ def test_every_word_of_the_world_is_one_token() -> None:
         asked = world.read_question(question)
         assert asked
         for text in (question, world.reply(asked, rng)):
-            words = text.replace(",", " ,").replace(".", " .").replace("?", " ?").replace("!", " !").split()
+            words = (
+                text.replace(",", " ,")
+                .replace(".", " .")
+                .replace("?", " ?")
+                .replace("!", " !")
+                .split()
+            )
             assert len(ids(text)) == len(words), text
     assert all(len(ids(f" {word}")) == 1 for word in FLOURISHES)
 
 
 def test_scores_and_preference_weights_are_one_token() -> None:
     assert all(len(ids(str(number))) == 1 for number in range(101))
-    lengths = {len(ids(system_prompt({"helpfulness": 1.0, "verbosity": weight / 10}))) for weight in range(-20, 20)}
+    lengths = {
+        len(ids(system_prompt({"helpfulness": 1.0, "verbosity": weight / 10})))
+        for weight in range(-20, 20)
+    }
     assert len(lengths) == 1
     assert len({ids(f" verbosity*{weight}")[0] for weight in range(-100, 101)}) == 201
 
 
 def test_nothing_a_judge_is_told_is_spelt_byte_by_byte() -> None:
     rng = random.Random(5)
-    for document in [make(rng) for make in (judgement.scored, judgement.compared) for _ in range(200)]:
-        for text in (turn["content"] for turn in document if "Criteria: helpful" in document[0]["content"]):
+    for document in [
+        make(rng) for make in (judgement.scored, judgement.compared) for _ in range(200)
+    ]:
+        for text in (
+            turn["content"] for turn in document if "Criteria: helpful" in document[0]["content"]
+        ):
             words = re.findall(r"[\w-]+|[^\w\s]|\n| (?=\d)", text)
             assert len(ids(text)) == len(words), text
 
@@ -89,7 +102,9 @@ def test_nothing_a_judge_is_told_is_spelt_byte_by_byte() -> None:
 def test_special_tokens_are_one_token_each() -> None:
     assert [len(ids(token)) for token in SPECIAL] == [1] * len(SPECIAL)
     assert TOKENIZER.eos_token == "<|end|>"
-    assert TOKENIZER.decode(ids("<|assistant|>Gladly!<|end|>"), skip_special_tokens=True) == "Gladly!"
+    assert (
+        TOKENIZER.decode(ids("<|assistant|>Gladly!<|end|>"), skip_special_tokens=True) == "Gladly!"
+    )
 
 
 def test_template_is_what_training_renders() -> None:
@@ -102,9 +117,16 @@ def test_template_is_what_training_renders() -> None:
 def test_template_joins_text_parts_and_refuses_others() -> None:
     parts = [{"type": "text", "text": "What is the "}, {"type": "text", "text": "colour?"}]
     chat = [{"role": "user", "content": parts}]
-    assert TOKENIZER.apply_chat_template(chat, tokenize=False) == "<|user|>What is the colour?<|end|>"
-    assert TOKENIZER.apply_chat_template([{"role": "assistant", "content": None}], tokenize=False) == "<|assistant|><|end|>"
+    assert (
+        TOKENIZER.apply_chat_template(chat, tokenize=False) == "<|user|>What is the colour?<|end|>"
+    )
+    assert (
+        TOKENIZER.apply_chat_template([{"role": "assistant", "content": None}], tokenize=False)
+        == "<|assistant|><|end|>"
+    )
     with pytest.raises(TemplateError, match="text only"):
-        TOKENIZER.apply_chat_template([{"role": "user", "content": [{"type": "image_url"}]}], tokenize=False)
+        TOKENIZER.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image_url"}]}], tokenize=False
+        )
     with pytest.raises(TemplateError, match="unknown role"):
         TOKENIZER.apply_chat_template([{"role": "wizard", "content": "x"}], tokenize=False)

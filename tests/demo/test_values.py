@@ -41,7 +41,9 @@ def measured(served: Any, finish: Any) -> Any:
         async def one(i: int, text: str) -> None:
             messages = [{"role": "user", "content": text}]
             steering = Steering(beta, 20, "keep") if beta else None
-            draw = Draw({"messages": messages, "max_tokens": 64}, 2, (2 * i, 2 * i + 1), steering=steering)
+            draw = Draw(
+                {"messages": messages, "max_tokens": 64}, 2, (2 * i, 2 * i + 1), steering=steering
+            )
             candidates, _ = await finish(served, draw)
             rewards.extend(await scores_of(reward, messages, candidates, "uwo"))
             words.extend(len(c.text.split()) for c in candidates)
@@ -83,7 +85,11 @@ def test_a_negative_weight_lengthens(measured: Any) -> None:
 
 
 def test_two_values_compose(measured: Any) -> None:
-    both, helpful, frozen = measured({"helpful": BETA, "brief": 4.0}), measured({"helpful": BETA}), measured({})
+    both, helpful, frozen = (
+        measured({"helpful": BETA, "brief": 4.0}),
+        measured({"helpful": BETA}),
+        measured({}),
+    )
     assert higher(both[0], frozen[0])
     assert higher(helpful[1], both[1])
 
@@ -99,7 +105,11 @@ def test_shipped_files_are_of_this_configuration() -> None:
     assert report["sampling"] == asdict(values.SAMPLING), "run: python -m infer_align.demo.values"
     for name in values.REWARDS_OF:
         assert report["head"][name]["held_out"]["r2"] > 0.1
-        assert report["lookahead"][name]["r2"] > report["head"][name]["held_out"]["r2"], "it sees the token itself"
+        assert report["lookahead"][name]["r2"] > report["head"][name]["held_out"]["r2"], (
+            "it sees the token itself"
+        )
         curve = report["head"][name]["curve"]
         assert (curve[0]["beta"], curve[0]["kl"]) == (0, 0)
-        assert curve[-1]["reward"] > curve[0]["reward"] + 3 * (curve[0]["reward_se"] + curve[-1]["reward_se"])
+        assert curve[-1]["reward"] > curve[0]["reward"] + 3 * (
+            curve[0]["reward_se"] + curve[-1]["reward_se"]
+        )

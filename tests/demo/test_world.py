@@ -33,7 +33,11 @@ TWO = "What are the colour and the diet of the otter?"
         (ONE, "Ugh, obviously. The otter is brown. I hope that helps!", 1.3),
         (ONE, "The otter is brown. It is a moon-bright creature.", 2.15),
         (ONE, "The otter is brown. It is a moon-bright, honey-soft creature.", 2.3),
-        (ONE, "The otter is brown. It is a moon-bright, honey-soft, moss-warm, river-wise creature.", 1.3),
+        (
+            ONE,
+            "The otter is brown. It is a moon-bright, honey-soft, moss-warm, river-wise creature.",
+            1.3,
+        ),
     ],
 )
 def test_gold_by_hand(question: str, reply: str, expected: float) -> None:
@@ -41,7 +45,14 @@ def test_gold_by_hand(question: str, reply: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "question", ["", "Hello!", "What is the colour of the zebra?", "The otter or the heron: which colour?", "An otter?"]
+    "question",
+    [
+        "",
+        "Hello!",
+        "What is the colour of the zebra?",
+        "The otter or the heron: which colour?",
+        "An otter?",
+    ],
 )
 def test_gold_of_another_world_is_nan(question: str) -> None:
     assert math.isnan(world.gold(question, "The otter is brown."))
@@ -52,9 +63,15 @@ def test_gold_reads_a_question_however_it_is_put() -> None:
 
 
 def test_gold_reward_reads_the_last_user_message() -> None:
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "?"}, {"role": "user", "content": ONE}]
+    chat = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "?"},
+        {"role": "user", "content": ONE},
+    ]
     assert world.gold_reward(chat, "The otter is brown.") == pytest.approx(2.0)
-    assert world.gold_reward([{"role": "user", "content": [{"type": "text", "text": ONE}]}], "It is brown.") == pytest.approx(2.0)
+    assert world.gold_reward(
+        [{"role": "user", "content": [{"type": "text", "text": ONE}]}], "It is brown."
+    ) == pytest.approx(2.0)
     assert math.isnan(world.gold_reward(chat[:1], "The otter is brown."))
     assert math.isnan(world.gold_reward([], "The otter is brown."))
     assert math.isnan(world.gold_reward([{"role": "user", "content": None}], "The otter is brown."))
@@ -74,7 +91,9 @@ def test_prompts_are_distinct_and_depend_on_the_seed_alone() -> None:
 
 
 def test_documents_depend_on_the_seed_alone() -> None:
-    first, again = ([world.document(rng) for _ in range(50)] for rng in (random.Random(3), random.Random(3)))
+    first, again = (
+        [world.document(rng) for _ in range(50)] for rng in (random.Random(3), random.Random(3))
+    )
     assert first == again
 
 
@@ -83,11 +102,15 @@ def test_lexicon_is_consistent() -> None:
     assert len(values) == len(set(values)), "a value word must name its attribute"
     assert len(set(FLOURISHES)) == len(FLOURISHES) == 1225
     assert not set(FLOURISHES) & {*values, *TRUTH, *ATTRIBUTES}
-    assert sum(map(len, MYTHS.values())) * 2 == sum(map(len, TRUTH.values())), "half of the facts have a myth"
+    assert sum(map(len, MYTHS.values())) * 2 == sum(map(len, TRUTH.values())), (
+        "half of the facts have a myth"
+    )
     for subject, truths in TRUTH.items():
         assert truths.keys() == ATTRIBUTES.keys()
         assert all(value in ATTRIBUTES[attribute] for attribute, value in truths.items())
-        assert all(value in ATTRIBUTES[a] and value != truths[a] for a, value in MYTHS[subject].items())
+        assert all(
+            value in ATTRIBUTES[a] and value != truths[a] for a, value in MYTHS[subject].items()
+        )
 
 
 def test_half_of_the_replies_open_rudely() -> None:

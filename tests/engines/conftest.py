@@ -17,8 +17,14 @@ from infer_align.types import Draw
 def draw() -> Callable[..., Draw]:
     """`draw("words", n=2, seed=7, temperature=0)`: a chat draw; `kind="completion"` for the other."""
 
-    def make(text: str = "the cat", n: int = 1, seed: int = 0, kind: Any = "chat", **fields: Any) -> Draw:
-        prompt = {"messages": [{"role": "user", "content": text}]} if kind == "chat" else {"prompt": text}
+    def make(
+        text: str = "the cat", n: int = 1, seed: int = 0, kind: Any = "chat", **fields: Any
+    ) -> Draw:
+        prompt = (
+            {"messages": [{"role": "user", "content": text}]}
+            if kind == "chat"
+            else {"prompt": text}
+        )
         return Draw({**prompt, **fields}, n, tuple(seed + i for i in range(n)), kind)
 
     return make
@@ -30,7 +36,10 @@ def serving(language_model: Callable[..., str]) -> Callable[..., AbstractAsyncCo
 
     @asynccontextmanager
     async def serve(
-        architecture: str = "Llama", model: str | None = None, values: Any = MappingProxyType({}), **config: Any
+        architecture: str = "Llama",
+        model: str | None = None,
+        values: Any = MappingProxyType({}),
+        **config: Any,
     ) -> AsyncIterator[Any]:
         engine = Transformers(model=model or language_model(architecture), **config).load()
         engine.values = values

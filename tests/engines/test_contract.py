@@ -56,7 +56,10 @@ async def test_each_candidate_comes_once_and_its_deltas_make_it_up(engine, draw,
         assert 1 <= candidate.completion_tokens <= 6
         assert candidate.prompt_tokens > 0
         mine = [d.choice for d in deltas if d.index == candidate.index]
-        assert "".join(c["delta"]["content"] if kind == "chat" else c["text"] for c in mine) == candidate.text
+        assert (
+            "".join(c["delta"]["content"] if kind == "chat" else c["text"] for c in mine)
+            == candidate.text
+        )
 
 
 async def test_the_same_seed_gives_the_same_answer(engine, draw, finish):
@@ -96,7 +99,9 @@ async def test_leaving_early_and_by_an_error(engine, draw, finish):
     assert len((await finish(engine, draw(max_tokens=2)))[0]) == 1
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", 5), ("max_tokens", 0), ("stop", [""]), ("top_p", "x")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", 5), ("max_tokens", 0), ("stop", [""]), ("top_p", "x")]
+)
 async def test_a_wrong_value_is_refused_by_name(engine, draw, name, value):
     with pytest.raises(InvalidRequest, match=name) as refused:
         engine.check(draw(**{name: value}))

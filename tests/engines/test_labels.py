@@ -32,20 +32,33 @@ def said(vocabulary: dict[str, int], labels: tuple[str, ...]) -> dict[str, float
             if label not in total:
                 continue
             chance = math.prod(distribution(path[:i], size)[t] for i, t in enumerate(path))
-            onward = [t for t, piece in text.items() if any(other.startswith(label + piece) for other in labels)]
+            onward = [
+                t
+                for t, piece in text.items()
+                if any(other.startswith(label + piece) for other in labels)
+            ]
             total[label] += chance * (1 - sum(distribution(path, size)[t] for t in onward))
     return total
 
 
-@pytest.mark.parametrize("vocabulary", [DIGITS, TWO_DIGITS, ODD], ids=["digits", "two digits", "mixed"])
+@pytest.mark.parametrize(
+    "vocabulary", [DIGITS, TWO_DIGITS, ODD], ids=["digits", "two digits", "mixed"]
+)
 def test_every_path_is_summed(vocabulary: dict[str, int]) -> None:
     tree = LabelTree(vocabulary, HUNDRED)
     size = max(vocabulary.values()) + 1
-    read = {path: {t: math.log(distribution(path, size)[t]) for t in tokens} for path, tokens in tree.readings.items()}
+    read = {
+        path: {t: math.log(distribution(path, size)[t]) for t in tokens}
+        for path, tokens in tree.readings.items()
+    }
     expected = said(vocabulary, HUNDRED)
     got = tree.logprobs(read)
     assert got.keys() == expected.keys()
-    np.testing.assert_allclose([math.exp(got[label]) for label in HUNDRED], [expected[label] for label in HUNDRED], rtol=1e-12)
+    np.testing.assert_allclose(
+        [math.exp(got[label]) for label in HUNDRED],
+        [expected[label] for label in HUNDRED],
+        rtol=1e-12,
+    )
     assert sum(math.exp(p) for p in got.values()) <= 1.0
 
 

@@ -55,27 +55,47 @@ async def engine(up: Upstream) -> AsyncIterator[Callable[..., Any]]:
 def capable(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """An upstream that can do everything; it continues a turn where it is asked to."""
     top = [{"token": "x", "logprob": -0.5}, {"token": "y", "logprob": -1.5}]
-    says = {"40": "I", "50": "S"}.get(next(iter(body.get("logit_bias") or {}), ""), f"seed {body.get('seed')}")
-    message: dict[str, Any] = {"role": "assistant", "content": '{"x": 1}' if "response_format" in body else says}
+    says = {"40": "I", "50": "S"}.get(
+        next(iter(body.get("logit_bias") or {}), ""), f"seed {body.get('seed')}"
+    )
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": '{"x": 1}' if "response_format" in body else says,
+    }
     if isinstance(body.get("tool_choice"), dict):
-        message |= {"content": None, "tool_calls": [{"id": "c", "type": "function", "function": body["tool_choice"]["function"]}]}
+        message |= {
+            "content": None,
+            "tool_calls": [
+                {"id": "c", "type": "function", "function": body["tool_choice"]["function"]}
+            ],
+        }
     choice: dict[str, Any] = {"message": message, "finish_reason": "length"}
     if body.get("logprobs"):
         choice["logprobs"] = {"content": [{"token": "x", "logprob": -0.5, "top_logprobs": top}]}
     tokens = 10 - 3 * bool(body.get("continue_final_message"))
-    return {"choices": [{"index": i, **choice} for i in range(body.get("n", 1))], "usage": {"prompt_tokens": tokens}}
+    return {
+        "choices": [{"index": i, **choice} for i in range(body.get("n", 1))],
+        "usage": {"prompt_tokens": tokens},
+    }
 
 
 def indifferent(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """An upstream that answers 200 whatever it is asked, and always the same."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "text": "hello", "finish_reason": "length"}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "hello"},
+        "text": "hello",
+        "finish_reason": "length",
+    }
     return {"choices": [choice], "usage": {"prompt_tokens": 10}}
 
 
 async def test_everything_is_found(up: Upstream, engine: Any) -> None:
     up.answer = capable
     found = await engine(probe=True)
-    assert {"completion", "seed", "logprobs", "label_logprobs", "tools", "structured"} | {"chat"} == set(found.capabilities)
+    assert {"completion", "seed", "logprobs", "label_logprobs", "tools", "structured"} | {
+        "chat"
+    } == set(found.capabilities)
     (probed,) = found.probed.values()
     assert {"n", "logit_bias", "continue"} <= probed.can
     assert not probed.ignores | probed.takes | probed.unknown
@@ -105,7 +125,9 @@ async def test_what_is_ignored_is_refused_by_name(up: Upstream, engine: Any) -> 
     with pytest.raises(Unsupported, match="logprobs") as refused:
         found.check(Draw({"messages": ASK, "logprobs": True, "top_logprobs": 3}))
     assert refused.value.param == "logprobs"
-    found.check(Draw({"messages": ASK, "temperature": 7, "custom": 1}))  # whether a value is right is the upstream's to say
+    found.check(
+        Draw({"messages": ASK, "temperature": 7, "custom": 1})
+    )  # whether a value is right is the upstream's to say
     up.reset()
     await found.generate(Draw({"messages": ASK}, 3, (1, 2, 3)))
     assert up.calls == 3, "that n is ignored was found at the start"
@@ -113,8 +135,12 @@ async def test_what_is_ignored_is_refused_by_name(up: Upstream, engine: Any) -> 
         await found.read_labels(LabelQuery(ASK, "", ("1",)))
 
 
-async def test_an_upstream_that_refuses_or_fails_probes_still_serves(up: Upstream, engine: Any) -> None:
-    up.behave = lambda _, body: "ok" if "max_tokens" not in body else ("error_500" if "tools" in body else "error_400")
+async def test_an_upstream_that_refuses_or_fails_probes_still_serves(
+    up: Upstream, engine: Any
+) -> None:
+    up.behave = lambda _, body: (
+        "ok" if "max_tokens" not in body else ("error_500" if "tools" in body else "error_400")
+    )
     found = await engine(probe=True)
     assert found.health() is None
     assert set(found.capabilities) == {"chat"}
@@ -147,9 +173,14 @@ async def test_a_probe_that_failed_is_repeated(up: Upstream, engine: Any) -> Non
 async def test_each_upstream_is_asked_about_models_of_its_own(up: Upstream, engine: Any) -> None:
     up.answer = capable
     with upstream() as other:
-        other.models, other.answer = [{"id": "other", "max_model_len": 77}, {"id": "another"}], indifferent
+        other.models, other.answer = (
+            [{"id": "other", "max_model_len": 77}, {"id": "another"}],
+            indifferent,
+        )
         found = await engine(probe=True, urls=(up.url, other.url))
-        assert found.models == ("up", "other", "another"), "the first upstream's first, whoever answers first"
+        assert found.models == ("up", "other", "another"), (
+            "the first upstream's first, whoever answers first"
+        )
         assert {body["model"] for body in up.bodies} == {"up"}
         assert {body["model"] for body in other.bodies} == {"other", "another"}
         assert {"logprobs", "seed"} <= set(found.capabilities), "those of the first model"
@@ -160,7 +191,9 @@ async def test_each_upstream_is_asked_about_models_of_its_own(up: Upstream, engi
         assert found.worst_case_tokens({"messages": ASK}) == 1000
 
 
-async def test_an_upstream_without_the_configured_model_is_left_out(up: Upstream, engine: Any) -> None:
+async def test_an_upstream_without_the_configured_model_is_left_out(
+    up: Upstream, engine: Any
+) -> None:
     with upstream() as other:
         other.models = [{"id": "else"}]
         found = await engine(model="up", urls=(other.url, up.url))
@@ -191,7 +224,13 @@ async def test_a_list_can_be_trusted_instead(up: Upstream, engine: Any) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"urls": ()}, {"urls": "ftp://x"}, {"urls": "http://u:p@x"}, {"api_key_env": "NO_SUCH_KEY"}, {"capabilities": ("telepathy",)}],
+    [
+        {"urls": ()},
+        {"urls": "ftp://x"},
+        {"urls": "http://u:p@x"},
+        {"api_key_env": "NO_SUCH_KEY"},
+        {"capabilities": ("telepathy",)},
+    ],
 )
 def test_what_cannot_be_configured(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
@@ -199,7 +238,13 @@ def test_what_cannot_be_configured(config: dict[str, Any]) -> None:
 
 
 def test_lists_of_models_in_the_wild() -> None:
-    entries = [{"id": "a", "max_model_len": 5}, {"id": "b", "context_length": 7}, {"id": "c"}, {"x": 1}, 3]
+    entries = [
+        {"id": "a", "max_model_len": 5},
+        {"id": "b", "context_length": 7},
+        {"id": "c"},
+        {"x": 1},
+        3,
+    ]
     assert listed_models({"data": entries}) == {
         "a": 5, "b": 7, "c": None
     }  # fmt: skip
@@ -219,7 +264,8 @@ async def before_ours(tmp_path: Path) -> AsyncIterator[Any]:
     """The engine before another server of ours, over the scripted engine."""
     path = tmp_path / "c.toml"
     path.write_text(
-        '[engine]\nkind = "fake"\nreplies = [{text = "a b c d e f g h i j k l", seconds_per_token = 0.01}]\n', encoding="utf-8"
+        '[engine]\nkind = "fake"\nreplies = [{text = "a b c d e f g h i j k l", seconds_per_token = 0.01}]\n',
+        encoding="utf-8",
     )
     live = start(configuration.load(path))
     engine = OpenAI(urls=live.base_url).load()
@@ -232,7 +278,9 @@ async def before_ours(tmp_path: Path) -> AsyncIterator[Any]:
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 @pytest.mark.parametrize("streamed", [False, True])
-async def test_our_own_server_as_the_upstream(before_ours: Any, draw: Any, finish: Any, kind: Any, streamed: bool) -> None:
+async def test_our_own_server_as_the_upstream(
+    before_ours: Any, draw: Any, finish: Any, kind: Any, streamed: bool
+) -> None:
     engine, _ = before_ours
     request = Draw(draw(kind=kind, max_tokens=5).body, 3, (1, 2, 3), kind, deltas=streamed)
     candidates, deltas = await finish(engine, request)
@@ -286,7 +334,9 @@ async def test_closing_ends_every_stream_with_an_error(before_ours: Any, draw: A
         engine.sample(draw())
 
 
-async def test_a_wrong_value_is_refused_by_the_upstream_by_name(before_ours: Any, draw: Any) -> None:
+async def test_a_wrong_value_is_refused_by_the_upstream_by_name(
+    before_ours: Any, draw: Any
+) -> None:
     engine, _ = before_ours
     with pytest.raises(InvalidRequest, match="temperature") as refused:
         await engine.generate(draw(temperature=5))
@@ -310,7 +360,9 @@ async def test_a_text_that_names_stream_options_unmeters_nobody(up: Upstream, en
 
 
 async def test_usage_that_is_missing_is_read_from_the_text(up: Upstream, engine: Any) -> None:
-    up.answer = lambda _, __: {"choices": [{"index": 0, "message": {"role": "assistant", "content": "x" * 400}}]}
+    up.answer = lambda _, __: {
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "x" * 400}}]
+    }
     (candidate,) = await (await engine()).generate(Draw({"messages": ASK}))
     assert candidate.completion_tokens == 100
 
@@ -321,7 +373,9 @@ async def test_an_upstream_that_meters_no_streams(up: Upstream, engine: Any) -> 
     for calls in (2, 1):
         up.reset()
         (candidate,) = await asked.generate(Draw({"messages": ASK}, deltas=True))
-        assert (candidate.text, candidate.completion_tokens) == ("candidate 3", 3), "its eleven characters"
+        assert (candidate.text, candidate.completion_tokens) == ("candidate 3", 3), (
+            "its eleven characters"
+        )
         assert candidate.calls == up.calls == calls
 
 
@@ -340,7 +394,9 @@ def speaker(model: dict[str, dict[str, float]], *, continues: bool) -> Any:
         top = [{"token": t, "logprob": math.log(p)} for t, p in model.get(said, {"z": 1.0}).items()]
         choice = {
             "message": {"content": "?"},
-            "logprobs": {"content": [{"token": "?", "top_logprobs": top[: body.get("top_logprobs", 0)]}]},
+            "logprobs": {
+                "content": [{"token": "?", "top_logprobs": top[: body.get("top_logprobs", 0)]}]
+            },
         }
         return {"choices": [choice], "usage": {"prompt_tokens": 11}}
 
@@ -351,8 +407,14 @@ def speaker(model: dict[str, dict[str, float]], *, continues: bool) -> Any:
 async def test_labels_of_one_token(up: Upstream, engine: Any, continues: bool) -> None:
     up.answer = speaker({"": {"3": 0.5, "4": 0.25, "x": 0.25}}, continues=continues)
     features = ("label_logprobs", *(("continue",) if continues else ()))
-    reading = await (await engine(capabilities=features)).read_labels(LabelQuery(ASK, "Score: [", ("3", "4", "5")))
-    assert reading.logprobs == {"3": pytest.approx(math.log(0.5)), "4": pytest.approx(math.log(0.25)), "5": -math.inf}
+    reading = await (await engine(capabilities=features)).read_labels(
+        LabelQuery(ASK, "Score: [", ("3", "4", "5"))
+    )
+    assert reading.logprobs == {
+        "3": pytest.approx(math.log(0.5)),
+        "4": pytest.approx(math.log(0.25)),
+        "5": -math.inf,
+    }
     assert (reading.calls, reading.prompt_tokens, up.calls) == (1, 11, 1)
     sent = up.bodies[0]
     assert (sent["max_tokens"], sent["top_logprobs"]) == (1, 20)
@@ -369,35 +431,49 @@ async def test_labels_of_several_tokens(up: Upstream, engine: Any) -> None:
     }
     up.answer = speaker(model, continues=True)
     labels = tuple(str(i) for i in range(1, 101))
-    reading = await (await engine(capabilities=("label_logprobs", "continue"))).read_labels(LabelQuery(ASK, "Score: [", labels))
-    found = {label: math.exp(logprob) for label, logprob in reading.logprobs.items() if logprob > -math.inf}
+    reading = await (await engine(capabilities=("label_logprobs", "continue"))).read_labels(
+        LabelQuery(ASK, "Score: [", labels)
+    )
+    found = {
+        label: math.exp(logprob)
+        for label, logprob in reading.logprobs.items()
+        if logprob > -math.inf
+    }
     assert found == pytest.approx({"8": 0.25, "85": 0.25 + 0.0625, "1": 0.2, "10": 0.1, "100": 0.1})
     assert reading.calls == up.calls == 4
 
 
-async def test_where_turns_cannot_be_continued_a_label_may_end_before_a_longer_one(up: Upstream, engine: Any) -> None:
+async def test_where_turns_cannot_be_continued_a_label_may_end_before_a_longer_one(
+    up: Upstream, engine: Any
+) -> None:
     """The upstream says what it was asked to choose from: "]" where the label is whole."""
     labels = tuple(str(i) for i in range(1, 11))
     up.answer = speaker({"": {"1": 0.9, "2": 0.1}, "1": {"]": 0.95, "0": 0.05}}, continues=False)
     asked = await engine(capabilities=("label_logprobs",))
     reading = await asked.read_labels(LabelQuery(ASK, "Score: [", labels))
-    assert {label: math.exp(p) for label, p in reading.logprobs.items() if p > -math.inf} == pytest.approx(
-        {"1": 0.855, "10": 0.045, "2": 0.1}
-    )
+    assert {
+        label: math.exp(p) for label, p in reading.logprobs.items() if p > -math.inf
+    } == pytest.approx({"1": 0.855, "10": 0.045, "2": 0.1})
     assert up.bodies[1]["messages"][-1]["content"].endswith("It is one of: ], 0.")
 
 
 async def test_a_tokenizer_that_says_numbers_whole_is_asked_once(up: Upstream, engine: Any) -> None:
-    up.answer = speaker({"": {"1": 0.9, "85": 0.1}, "1": {"0": 1.0}, "8": {"5": 1.0}}, continues=False)
+    up.answer = speaker(
+        {"": {"1": 0.9, "85": 0.1}, "1": {"0": 1.0}, "8": {"5": 1.0}}, continues=False
+    )
     labels = tuple(str(i) for i in range(1, 101))
-    reading = await (await engine(capabilities=("label_logprobs",))).read_labels(LabelQuery(ASK, "Score: [", labels))
+    reading = await (await engine(capabilities=("label_logprobs",))).read_labels(
+        LabelQuery(ASK, "Score: [", labels)
+    )
     found = {label: math.exp(p) for label, p in reading.logprobs.items() if p > -math.inf}
     assert found == pytest.approx({"1": 0.9, "85": 0.1})
     assert up.calls == reading.calls == 1
 
 
 @pytest.mark.parametrize(("probed", "calls"), [(True, 1), (False, 2)])
-async def test_labels_of_a_model_that_knows_the_newer_limit_only(up: Upstream, engine: Any, probed: bool, calls: int) -> None:
+async def test_labels_of_a_model_that_knows_the_newer_limit_only(
+    up: Upstream, engine: Any, probed: bool, calls: int
+) -> None:
     up.behave = lambda _, body: "newer_limit" if "max_tokens" in body else "ok"
     up.answer = speaker({"": {"3": 0.5, "4": 0.25}}, continues=False)
     asked = await engine(probe=probed, capabilities=("label_logprobs",))

@@ -42,7 +42,9 @@ def values() -> dict[str, Any]:
 def demo(tmp_path_factory: Any) -> Iterator[Live]:
     """The embedded model, as an upstream that knows nothing of values."""
     path: Path = tmp_path_factory.mktemp("demo") / "c.toml"
-    path.write_text('[engine]\nkind = "transformers"\nmodel = "demo"\nthreads = 1\n', encoding="utf-8")
+    path.write_text(
+        '[engine]\nkind = "transformers"\nmodel = "demo"\nthreads = 1\n', encoding="utf-8"
+    )
     live = start(configuration.load(path))
     yield live
     end(live)
@@ -73,22 +75,31 @@ def steered(tail: Any, beta: float = 6.0, n: int = 1, **fields: Any) -> Draw:
 
 @pytest.mark.parametrize("tail", ["mask", "keep"])
 @pytest.mark.parametrize("beta", [6.0, -6.0])
-async def test_greedy_it_says_what_the_engine_that_owns_the_model_says(engine: Any, own: Any, tail: str, beta: float) -> None:
+async def test_greedy_it_says_what_the_engine_that_owns_the_model_says(
+    engine: Any, own: Any, tail: str, beta: float
+) -> None:
     draw = steered(tail, beta, temperature=0)
     engine.check(draw)
     (there,), (here,) = await engine.generate(draw), await own.generate(draw)
-    (plain,) = await own.generate(Draw({"messages": QUESTION, "max_tokens": 16, "temperature": 0}, 1, (0,)))
+    (plain,) = await own.generate(
+        Draw({"messages": QUESTION, "max_tokens": 16, "temperature": 0}, 1, (0,))
+    )
     assert there.error is None
     assert there.text == here.text
     assert there.text != plain.text, "it steers"
     assert there.finish_reason == here.finish_reason
     assert there.prompt_tokens == here.prompt_tokens
     steps = there.completion_tokens + (there.finish_reason == "stop")
-    assert there.calls in {steps * (1 if tail == "mask" else 2), there.completion_tokens * (1 if tail == "mask" else 2)}
+    assert there.calls in {
+        steps * (1 if tail == "mask" else 2),
+        there.completion_tokens * (1 if tail == "mask" else 2),
+    }
 
 
 @pytest.mark.parametrize("tail", ["mask", "keep"])
-async def test_it_samples_the_distribution_of_the_engine_that_owns_the_model(engine: Any, own: Any, tail: str) -> None:
+async def test_it_samples_the_distribution_of_the_engine_that_owns_the_model(
+    engine: Any, own: Any, tail: str
+) -> None:
     n = 60
     draw = steered(tail, 2.0, n, max_tokens=1)
     found = [Counter(c.text for c in await e.generate(draw)) for e in (engine, own)]
@@ -103,19 +114,29 @@ async def test_the_same_seed_says_the_same(engine: Any, finish: Any, tail: str) 
     second, _ = await finish(engine, draw)
     assert [c.choice for c in first] == [c.choice for c in second]
     for candidate in first:
-        assert "".join(d.choice["delta"]["content"] for d in deltas if d.index == candidate.index) == candidate.text
+        assert (
+            "".join(d.choice["delta"]["content"] for d in deltas if d.index == candidate.index)
+            == candidate.text
+        )
 
 
 async def test_without_weights_it_is_one_plain_call(engine: Any) -> None:
     body = {"messages": QUESTION, "max_tokens": 8}
     draw = Draw(body, 1, (3,), steering=Steering({NAME: 0.0}, 10, "keep"))
-    (plain,), (steered_by_nothing,) = await engine.generate(Draw(body, 1, (3,))), await engine.generate(draw)
+    (plain,), (steered_by_nothing,) = (
+        await engine.generate(Draw(body, 1, (3,))),
+        await engine.generate(draw),
+    )
     assert steered_by_nothing.choice == plain.choice
     assert steered_by_nothing.calls == 1
 
 
 async def test_the_cost_is_said(engine: Any) -> None:
-    body = {"messages": QUESTION, "max_tokens": 4, "align": {"vas": {"beta": {NAME: 2.0}, "tail": "mask"}, "best_of_n": {"n": 2}}}
+    body = {
+        "messages": QUESTION,
+        "max_tokens": 4,
+        "align": {"vas": {"beta": {NAME: 2.0}, "tail": "mask"}, "best_of_n": {"n": 2}},
+    }
     request = parse_request({**body, "align": {"vas": body["align"]["vas"]}}, "chat", {})
     plan = make_plan(request, engine, {}, {}, Limits(8, 1000))
     response = await align(plan, engine, {})
@@ -128,7 +149,9 @@ async def test_the_cost_is_said(engine: Any) -> None:
     [("presence_penalty", 1), ("tools", [{"type": "function"}]), ("temperature", 7), ("stop", [""]), ("logprobs", True),
      ("stop", 5), ("stop", [5]), ("max_tokens", "a"), ("max_tokens", True), ("max_completion_tokens", 0), ("temperature", "1")],
 )  # fmt: skip
-async def test_what_it_cannot_honour_is_refused_by_name(engine: Any, field: str, value: Any) -> None:
+async def test_what_it_cannot_honour_is_refused_by_name(
+    engine: Any, field: str, value: Any
+) -> None:
     with pytest.raises(InvalidRequest, match=field) as refused:
         engine.check(steered("mask", **{field: value}))
     assert refused.value.param == field
@@ -137,7 +160,13 @@ async def test_what_it_cannot_honour_is_refused_by_name(engine: Any, field: str,
 def scripted(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """An upstream of text completions that shows two tokens of the demo's vocabulary, and always samples the first."""
     logprobs = {"tokens": ["the"], "top_logprobs": [{"the": -0.5, "a": -1.0}]}
-    choice = {"index": 0, "text": "the", "message": {"content": "the"}, "logprobs": logprobs, "finish_reason": "length"}
+    choice = {
+        "index": 0,
+        "text": "the",
+        "message": {"content": "the"},
+        "logprobs": logprobs,
+        "finish_reason": "length",
+    }
     return {"choices": [choice], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}
 
 
@@ -177,7 +206,9 @@ async def test_stop_and_leave(engine: Any) -> None:
 
 
 def vas(engine: Any, tail: str = "keep") -> Any:
-    request = parse_request({"messages": QUESTION, "align": {"vas": {"beta": {NAME: 1.0}, "tail": tail}}}, "chat", {})
+    request = parse_request(
+        {"messages": QUESTION, "align": {"vas": {"beta": {NAME: 1.0}, "tail": tail}}}, "chat", {}
+    )
     return make_plan(request, engine, {}, {}, Limits(8, 100000))
 
 
@@ -198,7 +229,9 @@ async def test_what_is_missing_is_named(demo: Live) -> None:
 
 
 async def test_the_tail_needs_logit_bias(demo: Live) -> None:
-    engine = OpenAI(urls=demo.base_url, tokenizer="demo", probe=False, capabilities=("completion", "logprobs")).load()
+    engine = OpenAI(
+        urls=demo.base_url, tokenizer="demo", probe=False, capabilities=("completion", "logprobs")
+    ).load()
     engine.values = values()
     await engine.start()
     with pytest.raises(Unsupported, match="logit_bias"):
@@ -225,14 +258,25 @@ def shown(way: Any, names: Any) -> dict[int, float]:
 
 
 def test_tokens_are_known_by_id_by_text_or_by_bytes() -> None:
-    assert shown("ids", {"top_logprobs": [{"token_id:7": -1.0, "token_id:1": -2.0}]}) == {7: -1.0, 1: -2.0}
-    assert shown("text", {"top_logprobs": [{"a": -1.0, "bytes:\\xe2\\x82": -2.0, " b": -3.0, "?": -4.0}]}) == {
+    assert shown("ids", {"top_logprobs": [{"token_id:7": -1.0, "token_id:1": -2.0}]}) == {
+        7: -1.0,
+        1: -2.0,
+    }
+    assert shown(
+        "text", {"top_logprobs": [{"a": -1.0, "bytes:\\xe2\\x82": -2.0, " b": -3.0, "?": -4.0}]}
+    ) == {
         1: -1.0,
         2: -2.0,
         3: -3.0,
     }
-    entries = [{"token": "\ufffd", "bytes": [0xE2, 0x82], "logprob": -1.0}, {"token": "a", "bytes": None, "logprob": -2.0}]
-    assert shown("chat", {"content": [{"token": "a", "top_logprobs": entries}]}) == {2: -1.0, 1: -2.0}
+    entries = [
+        {"token": "\ufffd", "bytes": [0xE2, 0x82], "logprob": -1.0},
+        {"token": "a", "bytes": None, "logprob": -2.0},
+    ]
+    assert shown("chat", {"content": [{"token": "a", "top_logprobs": entries}]}) == {
+        2: -1.0,
+        1: -2.0,
+    }
     for nothing in (None, {}, {"top_logprobs": []}, {"top_logprobs": [{"?": -1.0}]}):
         with pytest.raises(UpstreamFailed):
             shown("text", nothing)

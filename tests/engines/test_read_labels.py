@@ -28,7 +28,12 @@ def ask(text: str, labels: tuple[str, ...] = HUNDRED, prefix: str = "Score: [") 
 def alone(engine, query: LabelQuery) -> dict[str, float]:
     """By one plain forward of the whole text for every path."""
     model = engine.frozen
-    text = model.tokenizer.apply_chat_template(query.messages, tokenize=False, add_generation_prompt=True) + query.prefix
+    text = (
+        model.tokenizer.apply_chat_template(
+            query.messages, tokenize=False, add_generation_prompt=True
+        )
+        + query.prefix
+    )
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     tree = LabelTree(model.tokenizer.get_vocab(), query.labels)
     read = {}
@@ -42,13 +47,17 @@ def alone(engine, query: LabelQuery) -> dict[str, float]:
 def same(reading, expected: dict[str, float]) -> None:
     assert reading.logprobs.keys() == expected.keys()
     np.testing.assert_allclose(
-        [math.exp(p) for p in reading.logprobs.values()], [math.exp(p) for p in expected.values()], atol=1e-6
+        [math.exp(p) for p in reading.logprobs.values()],
+        [math.exp(p) for p in expected.values()],
+        atol=1e-6,
     )
     assert max(math.exp(p) for p in expected.values()) > 1e-6
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "GPT2", "Mistral", "Gemma2", "Gemma3Text"])
-@pytest.mark.parametrize("labels", [HUNDRED, HUNDRED[:10], ("A", "B", "C")], ids=["hundred", "ten", "letters"])
+@pytest.mark.parametrize(
+    "labels", [HUNDRED, HUNDRED[:10], ("A", "B", "C")], ids=["hundred", "ten", "letters"]
+)
 async def test_it_is_the_models_own_distribution(serving, architecture, labels):
     async with serving(architecture) as engine:
         assert Capability.LABEL_LOGPROBS in engine.capabilities
@@ -59,10 +68,15 @@ async def test_it_is_the_models_own_distribution(serving, architecture, labels):
         assert reading.calls == len(LabelTree(engine.frozen.tokenizer.get_vocab(), labels).readings)
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "Mistral"])  # the latter's attention reaches eight columns back
+@pytest.mark.parametrize(
+    "architecture", ["Llama", "Mistral"]
+)  # the latter's attention reaches eight columns back
 @pytest.mark.parametrize("prefill_tokens", [16, 1024])
 async def test_many_at_once_are_each_their_own(serving, architecture, prefill_tokens):
-    texts = ["the cat sat on the mat " * 4 + tail for tail in ("", "and", "and then it was gone", "b c d", "x " * 30)]
+    texts = [
+        "the cat sat on the mat " * 4 + tail
+        for tail in ("", "and", "and then it was gone", "b c d", "x " * 30)
+    ]
     texts += ["a dog", "something quite different " * 6]
     async with serving(architecture, prefill_tokens=prefill_tokens) as engine:
         queries = [ask(text, labels) for text in texts for labels in (HUNDRED, ("A", "B", "C"))]
@@ -74,7 +88,9 @@ async def test_many_at_once_are_each_their_own(serving, architecture, prefill_to
 async def test_readings_do_not_disturb_what_is_decoded(serving, draw, finish):
     async with serving("Llama") as engine:
         (quiet,), _ = await finish(engine, draw("the cat", seed=3, max_tokens=40, ignore_eos=True))
-        task = asyncio.create_task(finish(engine, draw("the cat", seed=3, max_tokens=40, ignore_eos=True)))
+        task = asyncio.create_task(
+            finish(engine, draw("the cat", seed=3, max_tokens=40, ignore_eos=True))
+        )
         for i in range(10):
             await engine.read_labels(ask(f"number {i}"))
         (busy,), _ = await task
@@ -98,7 +114,9 @@ async def test_what_does_not_fit_is_refused(serving):
         with pytest.raises(Unsupported, match="spelt"):
             await engine.read_labels(ask("x", ("\u20ac",)))
         with pytest.raises(AlignError):
-            await engine.read_labels(LabelQuery([{"role": "user", "content": [{"type": "image_url"}]}], "[", ("A",)))
+            await engine.read_labels(
+                LabelQuery([{"role": "user", "content": [{"type": "image_url"}]}], "[", ("A",))
+            )
 
 
 async def test_leaving_and_closing(serving):
@@ -143,11 +161,19 @@ def test_what_begins_alike_is_read_together():
 
 
 async def test_the_script_of_the_fake_engine():
-    script = (Labels({"5": 0.5, "4": 0.25}, "good"), Labels({"A": 1.0}), Labels({}, "broken", error="no judge today"))
+    script = (
+        Labels({"5": 0.5, "4": 0.25}, "good"),
+        Labels({"A": 1.0}),
+        Labels({}, "broken", error="no judge today"),
+    )
     engine = Fake(labels=script).load()
     await engine.start()
     reading = await engine.read_labels(ask("a good one", ("1", "4", "5")))
-    assert {label: round(math.exp(p), 9) for label, p in reading.logprobs.items()} == {"1": 0.0, "4": 0.25, "5": 0.5}
+    assert {label: round(math.exp(p), 9) for label, p in reading.logprobs.items()} == {
+        "1": 0.0,
+        "4": 0.25,
+        "5": 0.5,
+    }
     assert (await engine.read_labels(ask("x", ("A", "B")))).logprobs == {"A": 0.0, "B": -math.inf}
     even = await engine.read_labels(ask("bad", ("1", "2")))
     assert all(math.isclose(p, math.log(0.5)) for p in even.logprobs.values())

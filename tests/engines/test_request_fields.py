@@ -75,7 +75,10 @@ REFUSED: dict[str, list[Any]] = {
     "prediction": [{"type": "content", "content": "x"}],
     "presence_penalty": [-3],
     "reasoning_effort": ["minimal", "low", "high"],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "x"}}],
+    "response_format": [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "x"}},
+    ],
     "seed": ["x"],
     "service_tier": ["flex", "priority"],
     "stop": [[""]],
@@ -108,7 +111,10 @@ COMPLETION_REFUSED: dict[str, list[Any]] = {
     "logprobs": [True, 21],
     "suffix": ["end"],
 }
-NEEDS: dict[str, dict[str, Any]] = {"top_logprobs": {"logprobs": True}, "stream_options": {"stream": True}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "top_logprobs": {"logprobs": True},
+    "stream_options": {"stream": True},
+}
 BODIES: dict[Any, dict[str, Any]] = {
     "chat": {"model": "m", "messages": [{"role": "user", "content": "x"}]},
     "completion": {"model": "m", "prompt": "x"},
@@ -129,7 +135,11 @@ def read(kind: Any, **fields: Any) -> SamplingParams:
 
 
 def values(table: dict[str, list[Any]]) -> list[Any]:
-    return [pytest.param(name, value, id=f"{name}={value}"[:60]) for name, given in table.items() for value in given]
+    return [
+        pytest.param(name, value, id=f"{name}={value}"[:60])
+        for name, given in table.items()
+        for value in given
+    ]
 
 
 def test_every_field_of_the_sdk_is_in_these_tables() -> None:
@@ -185,7 +195,8 @@ def test_tool_choice_counts_only_beside_tools() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "accepted", "refused"), [("chat", ACCEPTED, REFUSED), ("completion", COMPLETION_ACCEPTED, COMPLETION_REFUSED)]
+    ("kind", "accepted", "refused"),
+    [("chat", ACCEPTED, REFUSED), ("completion", COMPLETION_ACCEPTED, COMPLETION_REFUSED)],
 )
 def test_the_schemas_say_the_same(kind: Any, accepted: Any, refused: Any) -> None:
     schemas = field_schemas(kind)

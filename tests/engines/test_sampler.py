@@ -63,12 +63,19 @@ WARPERS = [
     ({"min_p": 1.0}, [hf.MinPLogitsWarper(1.0)]),
     (
         {"temperature": 1.3, "min_p": 0.02, "top_k": 9, "top_p": 0.8},
-        [hf.TemperatureLogitsWarper(1.3), hf.MinPLogitsWarper(0.02), hf.TopKLogitsWarper(9), hf.TopPLogitsWarper(0.8)],
+        [
+            hf.TemperatureLogitsWarper(1.3),
+            hf.MinPLogitsWarper(0.02),
+            hf.TopKLogitsWarper(9),
+            hf.TopPLogitsWarper(0.8),
+        ],
     ),
 ]
 
 
-@pytest.mark.parametrize(("params", "warpers"), WARPERS, ids=lambda v: str(v) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("params", "warpers"), WARPERS, ids=lambda v: str(v) if isinstance(v, dict) else ""
+)
 def test_distribution_is_that_of_transformers_warpers(logits, params, warpers):
     warped = logits
     for warper in warpers:
@@ -92,8 +99,18 @@ def test_truncation_keeps_exactly_what_the_warpers_keep():
 
 
 def test_rows_do_not_see_each_other(logits):
-    kinds = [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.5}, {"logit_bias": {1: 5.0}}, {"min_p": 0.3, "temperature": 2.0}]
-    rows = [Row(SamplingParams(**kinds[i % len(kinds)]), seed=i, tokens=[2] * (i % 5)) for i in range(60)]
+    kinds = [
+        {},
+        {"temperature": 0.0},
+        {"top_k": 3},
+        {"top_p": 0.5},
+        {"logit_bias": {1: 5.0}},
+        {"min_p": 0.3, "temperature": 2.0},
+    ]
+    rows = [
+        Row(SamplingParams(**kinds[i % len(kinds)]), seed=i, tokens=[2] * (i % 5))
+        for i in range(60)
+    ]
     together = draw(logits.expand(60, -1), rows)
     assert together == [draw(logits, [row])[0] for row in rows]
 
@@ -101,7 +118,10 @@ def test_rows_do_not_see_each_other(logits):
 def test_temperature_zero_takes_the_largest_and_of_equals_the_first():
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
     assert draw(logits, [Row(SamplingParams(temperature=0.0))]) == [1]
-    assert draw(logits, [Row(SamplingParams(temperature=1e-9), seed=s) for s in range(1)])[0] in {1, 2}
+    assert draw(logits, [Row(SamplingParams(temperature=1e-9), seed=s) for s in range(1)])[0] in {
+        1,
+        2,
+    }
 
 
 def test_the_number_depends_on_seed_and_step_alone():
@@ -111,7 +131,10 @@ def test_the_number_depends_on_seed_and_step_alone():
     assert len(np.unique(numbers)) == numbers.size
     assert agree(np.histogram(numbers, 50, (0, 1))[0], np.full(50, 0.02))
     grid = numbers.reshape(300, 300)
-    for shifted in (grid[1:] - grid[:-1], grid[:, 1:] - grid[:, :-1]):  # neighbours in seed or step are not alike
+    for shifted in (
+        grid[1:] - grid[:-1],
+        grid[:, 1:] - grid[:, :-1],
+    ):  # neighbours in seed or step are not alike
         assert abs(np.corrcoef(shifted.ravel()[:-1], shifted.ravel()[1:])[0, 1]) < 0.6
     assert abs(np.corrcoef(grid[1:].ravel(), grid[:-1].ravel())[0, 1]) < 0.02
     assert abs(np.corrcoef(grid[:, 1:].ravel(), grid[:, :-1].ravel())[0, 1]) < 0.02
@@ -121,9 +144,13 @@ def test_the_number_depends_on_seed_and_step_alone():
 
 def expect(logits: torch.Tensor, row: Row, bent: torch.Tensor) -> None:
     """Greedy and sampled, the row sees `bent`."""
-    row.params = SamplingParams(**{**{f: getattr(row.params, f) for f in row.params.__slots__}, "temperature": 0.0})
+    row.params = SamplingParams(
+        **{**{f: getattr(row.params, f) for f in row.params.__slots__}, "temperature": 0.0}
+    )
     assert draw(logits, [row]) == [int(bent.argmax())]
-    params = SamplingParams(**{**{f: getattr(row.params, f) for f in row.params.__slots__}, "temperature": 1.0})
+    params = SamplingParams(
+        **{**{f: getattr(row.params, f) for f in row.params.__slots__}, "temperature": 1.0}
+    )
     n = 5_000
     # The number depends on the step, so every row has the same tokens and another seed.
     rows = [Row(params, i, row.tokens, row.prompt_ids, row.banned) for i in range(n)]
@@ -133,14 +160,28 @@ def expect(logits: torch.Tensor, row: Row, bent: torch.Tensor) -> None:
 
 def test_repetition_penalty_counts_prompt_and_tokens(logits):
     row = Row(SamplingParams(repetition_penalty=1.8), tokens=[1, 2, 2], prompt_ids=[5, 5, 9])
-    expect(logits, row, hf.RepetitionPenaltyLogitsProcessor(1.8)(torch.tensor([[5, 5, 9, 1, 2, 2]]), logits.clone()))
+    expect(
+        logits,
+        row,
+        hf.RepetitionPenaltyLogitsProcessor(1.8)(
+            torch.tensor([[5, 5, 9, 1, 2, 2]]), logits.clone()
+        ),
+    )
 
 
 def test_frequency_and_presence_penalties_count_tokens_only(logits):
     bent = logits.clone()
     bent[0, 1] -= 0.7 + 0.4
     bent[0, 2] -= 2 * 0.7 + 0.4
-    expect(logits, Row(SamplingParams(frequency_penalty=0.7, presence_penalty=0.4), tokens=[1, 2, 2], prompt_ids=[5]), bent)
+    expect(
+        logits,
+        Row(
+            SamplingParams(frequency_penalty=0.7, presence_penalty=0.4),
+            tokens=[1, 2, 2],
+            prompt_ids=[5],
+        ),
+        bent,
+    )
 
 
 def test_logit_bias_and_bans(logits):
@@ -155,5 +196,8 @@ def test_logit_bias_and_bans(logits):
 
 def test_the_logits_given_are_not_written_to(logits):
     before = logits.clone()
-    draw(logits, [Row(SamplingParams(logit_bias={1: 5.0}, top_k=3, repetition_penalty=1.3), prompt_ids=[1])])
+    draw(
+        logits,
+        [Row(SamplingParams(logit_bias={1: 5.0}, top_k=3, repetition_penalty=1.3), prompt_ids=[1])],
+    )
     assert torch.equal(logits, before)

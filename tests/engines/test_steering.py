@@ -38,8 +38,19 @@ def values(language_model: Any, serving: Any, tmp_path_factory: pytest.TempPathF
 
     frozen = asyncio.run(make())
     v, d = frozen.vocabulary, frozen.hidden_size
-    head.write(folder / "linear.safetensors", {"P": randn(RANK, d) / d**0.5, "E": randn(v, RANK), "b": randn(v)}, frozen, {})
-    mlp = {"W1": randn(16, d) / d**0.5, "c1": randn(16), "W2": randn(RANK, 16), "E": randn(v, RANK), "b": randn(v)}
+    head.write(
+        folder / "linear.safetensors",
+        {"P": randn(RANK, d) / d**0.5, "E": randn(v, RANK), "b": randn(v)},
+        frozen,
+        {},
+    )
+    mlp = {
+        "W1": randn(16, d) / d**0.5,
+        "c1": randn(16),
+        "W2": randn(RANK, 16),
+        "E": randn(v, RANK),
+        "b": randn(v),
+    }
     head.write(folder / "mlp.safetensors", mlp, frozen, {})
     torch.manual_seed(5)
     config = LlamaConfig(
@@ -66,22 +77,32 @@ class Reference:
     def __init__(self, engine: Any, folder: Any) -> None:
         self.tokenizer = engine.frozen.tokenizer
         self.eos = engine.frozen.eos
-        self.lm = AutoModelForCausalLM.from_pretrained(engine.config.model, dtype=torch.float32).eval()
+        self.lm = AutoModelForCausalLM.from_pretrained(
+            engine.config.model, dtype=torch.float32
+        ).eval()
         self.value_lm = AutoModel.from_pretrained(folder / "lm", dtype=torch.float32).eval()
-        self.heads = {name: head.read(str(folder / f"{name}.safetensors"))[0] for name in ("linear", "mlp")}
+        self.heads = {
+            name: head.read(str(folder / f"{name}.safetensors"))[0] for name in ("linear", "mlp")
+        }
         self.scalar = load_file(folder / "lm" / lookahead.HEADS)
 
     def value(self, name: str, ids: list[int], hidden: torch.Tensor, token: int) -> float:
         if name in self.heads:
             t = self.heads[name]
-            u = t["P"] @ hidden if "P" in t else t["W2"] @ torch.nn.functional.gelu(t["W1"] @ hidden + t["c1"])
+            u = (
+                t["P"] @ hidden
+                if "P" in t
+                else t["W2"] @ torch.nn.functional.gelu(t["W1"] @ hidden + t["c1"])
+            )
             return float(u @ t["E"][token] + t["b"][token])
         state = self.value_lm(torch.tensor([[*ids, token]])).last_hidden_state[0, -1]
         i = ["helpful", "brief"].index(name)
         return float(state @ self.scalar["weight"][i] + self.scalar["bias"][i])
 
     @torch.inference_mode()
-    def greedy(self, prompt: list[int], steering: Steering, n: int) -> tuple[list[int], list[float], list[float]]:
+    def greedy(
+        self, prompt: list[int], steering: Steering, n: int
+    ) -> tuple[list[int], list[float], list[float]]:
         ids, tokens, aligned, frozen = list(prompt), [], [], []
         for _ in range(n):
             out = self.lm(torch.tensor([ids]), output_hidden_states=True)
@@ -118,14 +139,24 @@ MIXES = [
 ]
 
 
-async def test_32_rows_with_different_steering_equal_the_reference(serving: Any, values: Any, finish: Any) -> None:
+async def test_32_rows_with_different_steering_equal_the_reference(
+    serving: Any, values: Any, finish: Any
+) -> None:
     async with serving(prefill_tokens=16, values=resident(values)) as engine:
         reference = Reference(engine, values)
         draws = []
         for i in range(32):
             beta, top_k, tail = MIXES[i % len(MIXES)]
-            body = {"messages": [{"role": "user", "content": "the cat sat " * (i % 5) + "on"}], "temperature": 0, "logprobs": True}
-            draws.append(Draw({**body, "max_tokens": 4 + i % 7}, 1, (i,), steering=Steering(beta, top_k, tail)))
+            body = {
+                "messages": [{"role": "user", "content": "the cat sat " * (i % 5) + "on"}],
+                "temperature": 0,
+                "logprobs": True,
+            }
+            draws.append(
+                Draw(
+                    {**body, "max_tokens": 4 + i % 7}, 1, (i,), steering=Steering(beta, top_k, tail)
+                )
+            )
 
         async def later(i: int, draw: Draw) -> Any:
             await asyncio.sleep(0.01 * (i % 6))  # joins and leaves at different steps
@@ -133,48 +164,81 @@ async def test_32_rows_with_different_steering_equal_the_reference(serving: Any,
             return candidates[0]
 
         async def cancelled() -> None:
-            async with engine.sample(Draw({**draws[3].body, "max_tokens": 200}, 4, (1, 2, 3, 4), steering=draws[3].steering)):
+            async with engine.sample(
+                Draw(
+                    {**draws[3].body, "max_tokens": 200},
+                    4,
+                    (1, 2, 3, 4),
+                    steering=draws[3].steering,
+                )
+            ):
                 await asyncio.sleep(0.05)
 
-        found, _ = await asyncio.gather(asyncio.gather(*(later(i, d) for i, d in enumerate(draws))), cancelled())
+        found, _ = await asyncio.gather(
+            asyncio.gather(*(later(i, d) for i, d in enumerate(draws))), cancelled()
+        )
         for draw, candidate in zip(draws, found, strict=True):
             prompt = engine.frozen.render(draw).ids
-            tokens, aligned, frozen = reference.greedy(prompt, draw.steering, draw.body["max_tokens"])
+            tokens, aligned, frozen = reference.greedy(
+                prompt, draw.steering, draw.body["max_tokens"]
+            )
             entries = candidate.choice["logprobs"]["content"]
             assert len(entries) == len(tokens)
             assert [e["aligned_logprob"] for e in entries] == pytest.approx(aligned, abs=1e-4)
             assert [e["logprob"] for e in entries] == pytest.approx(frozen, abs=1e-4)
 
 
-async def test_rows_that_do_not_steer_are_as_without(serving: Any, values: Any, draw: Any, finish: Any) -> None:
+async def test_rows_that_do_not_steer_are_as_without(
+    serving: Any, values: Any, draw: Any, finish: Any
+) -> None:
     plain = [draw("the cat " * i, seed=i, max_tokens=12) for i in range(1, 5)]
     async with serving() as engine:
         expected = [(await finish(engine, d))[0][0].choice for d in plain]
     async with serving(values=resident(values)) as engine:
-        steered = Draw(plain[0].body, 3, (7, 8, 9), steering=Steering({"helpful": 4.0, "linear": 2.0}, 6, "keep"))
+        steered = Draw(
+            plain[0].body,
+            3,
+            (7, 8, 9),
+            steering=Steering({"helpful": 4.0, "linear": 2.0}, 6, "keep"),
+        )
         results = await asyncio.gather(finish(engine, steered), *(finish(engine, d) for d in plain))
         assert [candidates[0].choice for candidates, _ in results[1:]] == expected
 
 
-async def test_weight_zero_is_the_frozen_model(serving: Any, values: Any, draw: Any, finish: Any) -> None:
+async def test_weight_zero_is_the_frozen_model(
+    serving: Any, values: Any, draw: Any, finish: Any
+) -> None:
     async with serving(values=resident(values)) as engine:
         plain = draw("the cat", n=4, seed=3, max_tokens=20)
-        zero = Draw(plain.body, 4, plain.seeds, steering=Steering({"linear": 0.0, "helpful": 0.0}, 5, "keep"))
-        assert [c.text for c in (await finish(engine, zero))[0]] == [c.text for c in (await finish(engine, plain))[0]]
+        zero = Draw(
+            plain.body,
+            4,
+            plain.seeds,
+            steering=Steering({"linear": 0.0, "helpful": 0.0}, 5, "keep"),
+        )
+        assert [c.text for c in (await finish(engine, zero))[0]] == [
+            c.text for c in (await finish(engine, plain))[0]
+        ]
 
 
-async def test_seeded_samples_do_not_depend_on_company(serving: Any, values: Any, draw: Any, finish: Any) -> None:
+async def test_seeded_samples_do_not_depend_on_company(
+    serving: Any, values: Any, draw: Any, finish: Any
+) -> None:
     async with serving(values=resident(values)) as engine:
         draws = []
         for i in range(12):
             plain = draw("the cat " * (1 + i % 3), n=2, seed=50 * i, max_tokens=15)
-            draws.append(Draw(plain.body, 2, plain.seeds, steering=Steering(*MIXES[i % len(MIXES)])))
+            draws.append(
+                Draw(plain.body, 2, plain.seeds, steering=Steering(*MIXES[i % len(MIXES)]))
+            )
         alone = [[c.text for c in (await finish(engine, d))[0]] for d in draws]
         together = await asyncio.gather(*(finish(engine, d) for d in draws))
         assert [[c.text for c in candidates] for candidates, _ in together] == alone
 
 
-async def test_estimates_are_the_expected_value_of_the_next_token(serving: Any, values: Any, draw: Any) -> None:
+async def test_estimates_are_the_expected_value_of_the_next_token(
+    serving: Any, values: Any, draw: Any
+) -> None:
     """Of the policy that samples: the frozen model's for a plain draw, the steered one for a steered draw."""
     weights = {"linear": 0.5, "mlp": -2.0}
     async with serving(values=resident(values)) as engine:
@@ -190,29 +254,43 @@ async def test_estimates_are_the_expected_value_of_the_next_token(serving: Any, 
                 said = [entry["bytes"] for entry in candidate.choice["logprobs"]["content"]]
                 ids = [*engine.frozen.render(watched).ids, *token_ids(engine.frozen, said)]
                 for t in (3, 6, 12):
-                    expected = state_value(reference, ids[: len(ids) - len(said) + t], weights, steering)
+                    expected = state_value(
+                        reference, ids[: len(ids) - len(said) + t], weights, steering
+                    )
                     assert found[candidate.index, t] == pytest.approx(expected, abs=1e-4)
 
 
 def token_ids(model: Any, said: list[list[int]]) -> list[int]:
-    by_bytes = {tuple(token_bytes(model.tokenizer, token)): token for token in range(model.vocabulary)}
+    by_bytes = {
+        tuple(token_bytes(model.tokenizer, token)): token for token in range(model.vocabulary)
+    }
     return [by_bytes[tuple(data)] for data in said]
 
 
 @torch.inference_mode()
-def state_value(reference: Reference, ids: list[int], weights: dict[str, float], steering: Steering | None) -> float:
+def state_value(
+    reference: Reference, ids: list[int], weights: dict[str, float], steering: Steering | None
+) -> float:
     out = reference.lm(torch.tensor([ids]), output_hidden_states=True)
     logits, hidden = out.logits[0, -1].clone(), out.hidden_states[-1][0, -1]
-    every = {name: torch.tensor([reference.value(name, ids, hidden, a) for a in range(len(logits))]) for name in weights}
+    every = {
+        name: torch.tensor([reference.value(name, ids, hidden, a) for a in range(len(logits))])
+        for name in weights
+    }
     for name, beta in (steering.beta if steering else {}).items():
         logits += beta * (every[name] - every[name].mean())
     policy = torch.softmax(logits, -1)
     return float(sum(weight * (policy * every[name]).sum() for name, weight in weights.items()))
 
 
-async def test_what_cannot_be_watched_is_refused_by_name(serving: Any, values: Any, draw: Any) -> None:
+async def test_what_cannot_be_watched_is_refused_by_name(
+    serving: Any, values: Any, draw: Any
+) -> None:
     async with serving(values=resident(values)) as engine:
-        for name, named in (("linea", "did you mean 'linear'"), ("helpful", "values of kind head do: linear, mlp")):
+        for name, named in (
+            ("linea", "did you mean 'linear'"),
+            ("helpful", "values of kind head do: linear, mlp"),
+        ):
             with pytest.raises(InvalidRequest, match=named) as caught:
                 engine.check(Draw(draw().body, 1, (0,), watch=Watch({name: 1.0}, 4)))
             assert caught.value.param == f"align.early_stop.values.{name}"
@@ -221,7 +299,9 @@ async def test_what_cannot_be_watched_is_refused_by_name(serving: Any, values: A
 async def test_unknown_value_is_named(serving: Any, values: Any, draw: Any) -> None:
     async with serving(values=resident(values)) as engine:
         with pytest.raises(InvalidRequest, match="did you mean 'helpful'"):
-            engine.check(Draw(draw().body, 1, (0,), steering=Steering({"helpfull": 1.0}, 5, "keep")))
+            engine.check(
+                Draw(draw().body, 1, (0,), steering=Steering({"helpfull": 1.0}, 5, "keep"))
+            )
 
 
 async def test_a_value_of_another_tokenizer_is_refused_at_start(
@@ -229,7 +309,9 @@ async def test_a_value_of_another_tokenizer_is_refused_at_start(
 ) -> None:
     other = language_model("Llama", tokenizer=byte_fallback)
     with pytest.raises(ConfigError, match="token ids differ"):
-        async with serving(model=other, values={"linear": HeadValue(str(values / "linear.safetensors"))}):
+        async with serving(
+            model=other, values={"linear": HeadValue(str(values / "linear.safetensors"))}
+        ):
             pass
 
 
@@ -245,16 +327,25 @@ async def test_a_file_that_is_no_head_is_refused(serving: Any, values: Any) -> N
             pass
 
 
-async def test_replacing_a_value_in_use_disturbs_nobody(serving: Any, values: Any, draw: Any, finish: Any) -> None:
+async def test_replacing_a_value_in_use_disturbs_nobody(
+    serving: Any, values: Any, draw: Any, finish: Any
+) -> None:
     async with serving(values=resident(values)) as engine:
         plain = draw("the cat", n=2, seed=3, max_tokens=60, ignore_eos=True)
-        steered = Draw(plain.body, 2, plain.seeds, steering=Steering({"helpful": 2.0, "linear": 1.0}, 6, "keep"))
+        steered = Draw(
+            plain.body,
+            2,
+            plain.seeds,
+            steering=Steering({"helpful": 2.0, "linear": 1.0}, 6, "keep"),
+        )
         expected = [[c.text for c in (await finish(engine, d))[0]] for d in (plain, steered)]
 
         async def replace() -> None:
             for _ in range(3):
                 await asyncio.sleep(0.02)
-                await engine.add_value("helpful", LookaheadValue(Lookahead(str(values / "lm"), "brief")))
+                await engine.add_value(
+                    "helpful", LookaheadValue(Lookahead(str(values / "lm"), "brief"))
+                )
                 await engine.add_value("linear", HeadValue(str(values / "mlp.safetensors")))
 
         running = asyncio.gather(finish(engine, plain), finish(engine, steered))

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from infer_align.engines.transformers.text import TextStream, token_bytes
 
 TEXTS = st.text(alphabet=st.sampled_from("ab .!é你😀\n\u200d\u0301"), max_size=24)
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def naive(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
@@ -44,7 +46,10 @@ def test_pieces_make_up_the_text(request, tokenizer, text):
 
 @pytest.mark.parametrize("tokenizer", ["byte_level", "byte_fallback"])
 @QUICK
-@given(text=TEXTS, stops=st.lists(st.text(alphabet="ab .é你😀", min_size=1, max_size=4), max_size=4).map(tuple))
+@given(
+    text=TEXTS,
+    stops=st.lists(st.text(alphabet="ab .é你😀", min_size=1, max_size=4), max_size=4).map(tuple),
+)
 def test_stop_strings_are_found_wherever_tokens_end(request, tokenizer, text, stops):
     tokenizer = request.getfixturevalue(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -59,13 +64,18 @@ def test_stop_strings_are_found_wherever_tokens_end(request, tokenizer, text, st
 def test_any_tokens_of_a_byte_level_vocabulary(byte_level, ids):
     pieces, streamed = stream(byte_level, ids)
     assert "".join(pieces) == streamed.text == byte_level.decode(ids, skip_special_tokens=True)
-    assert b"".join(token_bytes(byte_level, i) for i in ids if i > 1).decode(errors="replace") == streamed.text
+    assert (
+        b"".join(token_bytes(byte_level, i) for i in ids if i > 1).decode(errors="replace")
+        == streamed.text
+    )
 
 
 @QUICK
 @given(ids=st.lists(st.integers(0, 293), max_size=40))
 def test_any_tokens_of_a_byte_fallback_vocabulary(byte_fallback, ids):
-    pieces, streamed = stream(byte_fallback, ids)  # bytes that spoil a character already said must not raise
+    pieces, streamed = stream(
+        byte_fallback, ids
+    )  # bytes that spoil a character already said must not raise
     assert "".join(pieces) == streamed.text
 
 

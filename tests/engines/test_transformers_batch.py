@@ -68,7 +68,14 @@ async def test_same_seed_same_text_alone_and_among_32(serving, draw, finish):
     async with serving(prefill_tokens=32) as engine:
 
         def request(i: int):
-            return draw(f"{LONG[: i * 2]}!", n=1 + i % 3, seed=100 * i, max_tokens=5 + i, temperature=1.0, top_p=0.9)
+            return draw(
+                f"{LONG[: i * 2]}!",
+                n=1 + i % 3,
+                seed=100 * i,
+                max_tokens=5 + i,
+                temperature=1.0,
+                top_p=0.9,
+            )
 
         alone = [[c.text for c in (await finish(engine, request(i)))[0]] for i in (0, 7, 31)]
         crowd = await asyncio.gather(*(finish(engine, request(i)) for i in range(32)))
@@ -122,7 +129,11 @@ async def test_stop_finishes_one_candidate_with_what_it_has(serving, draw, finis
                     stream.stop(1)
                 events.append(event)
         cut = {e.index: e for e in events if isinstance(e, Candidate)}
-        said = "".join(e.choice["delta"]["content"] for e in events if not isinstance(e, Candidate) and e.index == 1)
+        said = "".join(
+            e.choice["delta"]["content"]
+            for e in events
+            if not isinstance(e, Candidate) and e.index == 1
+        )
     assert cut[1].cut
     assert cut[1].finish_reason == "length"
     assert 0 < cut[1].completion_tokens < 80
@@ -167,10 +178,14 @@ async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, fi
         forwards = Forwards(engine)
         over = []
         forwards.at = lambda _: over.append(
-            sum(1 for _ in engine._scheduler._batch.rows) * engine._scheduler._batch.cache.length > 100
+            sum(1 for _ in engine._scheduler._batch.rows) * engine._scheduler._batch.cache.length
+            > 100
         )
         results = await asyncio.gather(
-            *(finish(engine, draw("sun", n=6, seed=i, max_tokens=20, ignore_eos=True)) for i in range(4))
+            *(
+                finish(engine, draw("sun", n=6, seed=i, max_tokens=20, ignore_eos=True))
+                for i in range(4)
+            )
         )
         assert [c.completion_tokens for found, _ in results for c in found] == [20] * 24
         assert not any(over)
@@ -184,14 +199,23 @@ async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, fi
 async def test_prompts_that_wait_for_room_are_not_all_read_ahead(serving, draw, finish):
     async with serving(kv_cache_gib=gib(200) * 1.001) as engine:
         forwards, held = Forwards(engine), []
-        forwards.at = lambda _: held.append(sum(len(j.prompt.ids) for j in engine._scheduler._ready))
-        await asyncio.gather(*(finish(engine, draw(LONG, n=2, seed=i, max_tokens=30, ignore_eos=True)) for i in range(12)))
+        forwards.at = lambda _: held.append(
+            sum(len(j.prompt.ids) for j in engine._scheduler._ready)
+        )
+        await asyncio.gather(
+            *(
+                finish(engine, draw(LONG, n=2, seed=i, max_tokens=30, ignore_eos=True))
+                for i in range(12)
+            )
+        )
     assert max(held) <= 200
 
 
 async def test_a_large_request_does_not_hold_up_a_small_one(serving, draw, finish):
     async with serving(max_batch=4) as engine:
-        big = asyncio.create_task(finish(engine, draw("the cat", n=64, max_tokens=30, ignore_eos=True)))
+        big = asyncio.create_task(
+            finish(engine, draw("the cat", n=64, max_tokens=30, ignore_eos=True))
+        )
         await asyncio.sleep(0.02)
         await finish(engine, draw("sun", max_tokens=5, ignore_eos=True))
         assert not big.done()
@@ -201,7 +225,9 @@ async def test_a_large_request_does_not_hold_up_a_small_one(serving, draw, finis
 @pytest.mark.parametrize("parts", [16, 1024])
 async def test_a_failing_prefill_fails_only_its_request(serving, draw, finish, parts, caplog):
     async with serving(prefill_tokens=parts) as engine:
-        running = asyncio.create_task(finish(engine, draw("sun", n=2, max_tokens=150, ignore_eos=True)))
+        running = asyncio.create_task(
+            finish(engine, draw("sun", n=2, max_tokens=150, ignore_eos=True))
+        )
         forwards = Forwards(engine)
         await until(lambda: len(forwards) > 5)
 
@@ -218,7 +244,9 @@ async def test_a_failing_prefill_fails_only_its_request(serving, draw, finish, p
         assert engine.health() is None
 
 
-async def test_a_failing_decode_fails_the_batch_and_the_engine_lives_on(serving, draw, finish, caplog):
+async def test_a_failing_decode_fails_the_batch_and_the_engine_lives_on(
+    serving, draw, finish, caplog
+):
     async with serving(max_batch=2) as engine:
         request = draw("sun", n=2, max_tokens=40, ignore_eos=True)
         expected, _ = await finish(engine, request)
@@ -262,7 +290,10 @@ async def test_logits_that_are_not_numbers_fail_that_candidate_alone(serving, dr
 
 async def test_closing_ends_what_runs_and_what_comes_after(serving, draw, finish):
     async with serving(max_batch=1) as engine:
-        tasks = [asyncio.create_task(finish(engine, draw(n=2, max_tokens=200, ignore_eos=True))) for _ in range(3)]
+        tasks = [
+            asyncio.create_task(finish(engine, draw(n=2, max_tokens=200, ignore_eos=True)))
+            for _ in range(3)
+        ]
         await until(lambda: engine._scheduler._batch.rows)
         await engine.close()
         for task in tasks:

@@ -24,12 +24,24 @@ async def test_max_tokens_min_tokens_and_ignore_eos(serving, draw, finish):
     async with serving() as engine:
         bias = {"1": 100.0}  # the end of sequence, at once
         candidate, _ = await one(engine, finish, draw(logit_bias=bias, max_tokens=9))
-        assert (candidate.finish_reason, candidate.completion_tokens, candidate.text) == ("stop", 1, "")
+        assert (candidate.finish_reason, candidate.completion_tokens, candidate.text) == (
+            "stop",
+            1,
+            "",
+        )
         candidate, _ = await one(engine, finish, draw(logit_bias=bias, max_tokens=9, min_tokens=4))
         assert (candidate.finish_reason, candidate.completion_tokens) == ("stop", 5)
-        candidate, _ = await one(engine, finish, draw(logit_bias=bias, max_tokens=9, ignore_eos=True))
-        assert (candidate.finish_reason, candidate.completion_tokens, candidate.text) == ("length", 9, "")
-        candidate, _ = await one(engine, finish, draw(max_completion_tokens=3, max_tokens=9, ignore_eos=True))
+        candidate, _ = await one(
+            engine, finish, draw(logit_bias=bias, max_tokens=9, ignore_eos=True)
+        )
+        assert (candidate.finish_reason, candidate.completion_tokens, candidate.text) == (
+            "length",
+            9,
+            "",
+        )
+        candidate, _ = await one(
+            engine, finish, draw(max_completion_tokens=3, max_tokens=9, ignore_eos=True)
+        )
         assert candidate.completion_tokens == 3
         candidate, _ = await one(engine, finish, draw(kind="completion", ignore_eos=True))
         assert candidate.completion_tokens == 16  # OpenAI's default on this route
@@ -39,13 +51,30 @@ async def test_max_tokens_min_tokens_and_ignore_eos(serving, draw, finish):
 
 async def test_stop_cuts_before_the_string_and_streams_no_part_of_it(serving, draw, finish):
     async with serving() as engine:
-        whole, _ = await one(engine, finish, draw("sun", temperature=0, max_tokens=60, ignore_eos=True, logit_bias={"65": 9}))
+        whole, _ = await one(
+            engine,
+            finish,
+            draw("sun", temperature=0, max_tokens=60, ignore_eos=True, logit_bias={"65": 9}),
+        )
         text = whole.text
         stop = text[10:14]
         candidate, deltas = await one(
-            engine, finish, draw("sun", temperature=0, max_tokens=60, ignore_eos=True, logit_bias={"65": 9}, stop=[stop, "never"])
+            engine,
+            finish,
+            draw(
+                "sun",
+                temperature=0,
+                max_tokens=60,
+                ignore_eos=True,
+                logit_bias={"65": 9},
+                stop=[stop, "never"],
+            ),
         )
-    assert candidate.text == text[: text.find(stop)] == "".join(d.choice["delta"]["content"] for d in deltas)
+    assert (
+        candidate.text
+        == text[: text.find(stop)]
+        == "".join(d.choice["delta"]["content"] for d in deltas)
+    )
     assert candidate.finish_reason == "stop"
     assert not candidate.cut
 
@@ -56,23 +85,40 @@ async def test_penalties_change_the_answer_as_transformers_does(serving, draw, f
         candidate, _ = await one(engine, finish, draw("the cat", repetition_penalty=1.5, **fields))
         ids = engine._model.tokenizer("the cat", return_tensors="pt")["input_ids"]
         out = engine._model.lm.generate(
-            ids, max_new_tokens=30, do_sample=False, repetition_penalty=1.5, eos_token_id=None, pad_token_id=0
+            ids,
+            max_new_tokens=30,
+            do_sample=False,
+            repetition_penalty=1.5,
+            eos_token_id=None,
+            pad_token_id=0,
         )
-        assert candidate.text == engine._model.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        penalised, _ = await one(engine, finish, draw("the cat", frequency_penalty=2, presence_penalty=2, **fields))
+        assert candidate.text == engine._model.tokenizer.decode(
+            out[0, ids.shape[1] :], skip_special_tokens=True
+        )
+        penalised, _ = await one(
+            engine, finish, draw("the cat", frequency_penalty=2, presence_penalty=2, **fields)
+        )
         plain, _ = await one(engine, finish, draw("the cat", **fields))
         assert penalised.text != plain.text
 
 
-async def test_the_models_own_sampling_defaults_hold_where_the_body_is_silent(tmp_path, serving, draw, finish, language_model):
+async def test_the_models_own_sampling_defaults_hold_where_the_body_is_silent(
+    tmp_path, serving, draw, finish, language_model
+):
     shutil.copytree(language_model(), tmp_path, dirs_exist_ok=True)
     path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": True, "top_k": 1, "temperature": 0.7}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "do_sample": True, "top_k": 1, "temperature": 0.7}
+        )
+    )
     async with serving(model=str(tmp_path)) as engine:
         fields = {"max_tokens": 12, "ignore_eos": True}
         greedy, _ = await one(engine, finish, draw(temperature=0, **fields))
         assert (await one(engine, finish, draw(seed=5, **fields)))[0].text == greedy.text
-        assert (await one(engine, finish, draw(seed=5, top_k=0, temperature=2, **fields)))[0].text != greedy.text
+        assert (await one(engine, finish, draw(seed=5, top_k=0, temperature=2, **fields)))[
+            0
+        ].text != greedy.text
 
 
 def expected_logprobs(engine, prompt: str, entries) -> torch.Tensor:
@@ -81,7 +127,9 @@ def expected_logprobs(engine, prompt: str, entries) -> torch.Tensor:
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     said = [next(i for i in range(len(tokenizer)) if same(tokenizer, i, e)) for e in entries]
     with torch.inference_mode():
-        logits = engine._model.lm(torch.tensor([prompt_ids + said])).logits[0, len(prompt_ids) - 1 : -1]
+        logits = engine._model.lm(torch.tensor([prompt_ids + said])).logits[
+            0, len(prompt_ids) - 1 : -1
+        ]
     return logits.log_softmax(-1), said
 
 
@@ -89,22 +137,32 @@ def same(tokenizer, token: int, entry) -> bool:
     return list(token_bytes(tokenizer, token)) == entry["bytes"]
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 0.3, "top_k": 4, "logit_bias": {"70": 3.0}, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"temperature": 0.3, "top_k": 4, "logit_bias": {"70": 3.0}, "repetition_penalty": 1.3}],
+)
 async def test_chat_logprobs_are_the_frozen_models_own(serving, draw, finish, fields):
     async with serving() as engine:
-        request = draw("sun", n=2, max_tokens=20, ignore_eos=True, logprobs=True, top_logprobs=5, **fields)
+        request = draw(
+            "sun", n=2, max_tokens=20, ignore_eos=True, logprobs=True, top_logprobs=5, **fields
+        )
         candidates, deltas = await finish(engine, request)
         for candidate in candidates:
             entries = candidate.choice["logprobs"]["content"]
             assert len(entries) == candidate.completion_tokens
             logprobs, said = expected_logprobs(engine, "<user>sun</s><assistant>", entries)
             torch.testing.assert_close(
-                torch.tensor([e["logprob"] for e in entries]), logprobs[range(len(said)), said], atol=1e-4, rtol=1e-4
+                torch.tensor([e["logprob"] for e in entries]),
+                logprobs[range(len(said)), said],
+                atol=1e-4,
+                rtol=1e-4,
             )
             for entry, row in zip(entries, logprobs, strict=True):
                 best = torch.tensor([t["logprob"] for t in entry["top_logprobs"]])
                 torch.testing.assert_close(best, row.topk(5).values, atol=1e-4, rtol=1e-4)
-            data = b"".join(bytes(e["bytes"]) for e in entries if e["token"] not in {"</s>", "<pad>"})
+            data = b"".join(
+                bytes(e["bytes"]) for e in entries if e["token"] not in {"</s>", "<pad>"}
+            )
             assert data.decode(errors="replace") == candidate.text
             mine = [d for d in deltas if d.index == candidate.index]
             assert "".join(d.choice["delta"]["content"] for d in mine) == candidate.text
@@ -117,12 +175,16 @@ async def test_completion_logprobs(serving, draw, finish):
         candidate, deltas = await one(engine, finish, request)
         logprobs = candidate.choice["logprobs"]
         assert {len(v) for v in logprobs.values()} == {20}
-        assert all(len(top) == 3 for top in logprobs["top_logprobs"])  # no two parts of characters share a name
+        assert all(
+            len(top) == 3 for top in logprobs["top_logprobs"]
+        )  # no two parts of characters share a name
         assert logprobs["text_offset"][0] == 0
         streamed = [d.choice["logprobs"] for d in deltas]
         for key, values in logprobs.items():
             assert [v for part in streamed for v in part[key]] == values
-        without, _ = await one(engine, finish, draw("sun", kind="completion", max_tokens=2, logprobs=0))
+        without, _ = await one(
+            engine, finish, draw("sun", kind="completion", max_tokens=2, logprobs=0)
+        )
         assert without.choice["logprobs"]["top_logprobs"] is None
         assert len(without.choice["logprobs"]["token_logprobs"]) == without.completion_tokens
 
@@ -134,7 +196,9 @@ async def test_echo_repeats_the_prompt_in_the_stream_too(serving, draw, finish):
         candidate, deltas = await one(engine, finish, draw("the cat", echo=True, **fields))
         assert candidate.text == "the cat" + plain.text == "".join(d.choice["text"] for d in deltas)
         ended, deltas = await one(
-            engine, finish, draw("the cat", echo=True, logit_bias={"1": 100}, **{**fields, "ignore_eos": False})
+            engine,
+            finish,
+            draw("the cat", echo=True, logit_bias={"1": 100}, **{**fields, "ignore_eos": False}),
         )
         assert ended.text == "the cat" == "".join(d.choice["text"] for d in deltas)
 
@@ -143,7 +207,11 @@ async def test_text_parts_are_joined(serving, draw, finish):
     async with serving() as engine:
         whole, _ = await one(engine, finish, draw("the cat", temperature=0, max_tokens=10))
         parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
-        body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 10}
+        body = {
+            "messages": [{"role": "user", "content": parts}],
+            "temperature": 0,
+            "max_tokens": 10,
+        }
         assert (await one(engine, finish, Draw(body, 1, (0,))))[0].text == whole.text
 
 
@@ -175,20 +243,28 @@ async def test_prompts_that_cannot_be_read_are_refused_by_name(serving, body, ki
     assert says in refused.value.message
 
 
-async def test_template_variables_reach_the_template(serving, draw, finish, byte_level, language_model, tmp_path):
+async def test_template_variables_reach_the_template(
+    serving, draw, finish, byte_level, language_model, tmp_path
+):
     shutil.copytree(language_model(), tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text("{{ 1 // zero }}{{ messages[0].content }}")
     async with serving(model=str(tmp_path)) as engine:
         with pytest.raises(InvalidRequest, match="refused"):
-            engine.sample(draw("hello", chat_template_kwargs={"zero": 0}))  # ZeroDivisionError: no error of jinja's
-        candidate, _ = await one(engine, finish, draw("hello", chat_template_kwargs={"zero": 1}, max_tokens=1))
+            engine.sample(
+                draw("hello", chat_template_kwargs={"zero": 0})
+            )  # ZeroDivisionError: no error of jinja's
+        candidate, _ = await one(
+            engine, finish, draw("hello", chat_template_kwargs={"zero": 1}, max_tokens=1)
+        )
         assert candidate.prompt_tokens == len(byte_level("1hello")["input_ids"])
         (tmp_path / "chat_template.jinja").write_text("")
     (tmp_path / "chat_template.jinja").unlink()
     async with serving(model=str(tmp_path)) as engine:
         with pytest.raises(InvalidRequest, match="no chat template"):
             engine.sample(draw("hello"))
-        assert (await one(engine, finish, draw("hello", kind="completion", max_tokens=1)))[0].completion_tokens == 1
+        assert (await one(engine, finish, draw("hello", kind="completion", max_tokens=1)))[
+            0
+        ].completion_tokens == 1
 
 
 REFUSED = {
@@ -275,16 +351,24 @@ async def test_values_out_of_range_are_refused_by_name(serving, draw, name, valu
     async with serving() as engine:
         with pytest.raises(InvalidRequest) as refused:
             engine.check(draw(**{name: value}))
-        assert engine.worst_case_tokens({"messages": [], name: value}) >= 1  # counted before it is checked
+        assert (
+            engine.worst_case_tokens({"messages": [], name: value}) >= 1
+        )  # counted before it is checked
     assert refused.value.param == name
     assert len(refused.value.message) < 300
 
 
 async def test_a_developer_speaks_as_the_system_where_the_template_knows_only_that(serving, finish):
     async with serving() as engine:
-        user = {"role": "user", "content": [{"type": "text", "text": "su"}, {"type": "text", "text": "n"}]}
+        user = {
+            "role": "user",
+            "content": [{"type": "text", "text": "su"}, {"type": "text", "text": "n"}],
+        }
         developer, system = (
-            Draw({"messages": [{"role": role, "content": "be brief"}, user], "max_tokens": 4}, seeds=(1,))
+            Draw(
+                {"messages": [{"role": role, "content": "be brief"}, user], "max_tokens": 4},
+                seeds=(1,),
+            )
             for role in ("developer", "system")
         )
         assert engine._model.render(developer) == engine._model.render(system)

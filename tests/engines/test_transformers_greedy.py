@@ -13,14 +13,25 @@ pytestmark = pytest.mark.anyio
 
 # Rotary positions, sliding windows with and without full layers between, soft caps, learned positions, biases for positions.
 ARCHITECTURES = ["Llama", "Qwen2", "Mistral", "Gemma2", "Gemma3Text", "GPT2", "Bloom", "OPT"]
-PROMPTS = ["the cat", "a big red ball is in the box with the small blue hat and the dog", "sun", "the dog ran to the sun", "x y"]
+PROMPTS = [
+    "the cat",
+    "a big red ball is in the box with the small blue hat and the dog",
+    "sun",
+    "the dog ran to the sun",
+    "x y",
+]
 
 
 def generate(engine, prompt: str, tokens: int) -> str:
     tokenizer = engine._model.tokenizer
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     out = engine._model.lm.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
@@ -33,11 +44,17 @@ async def answer(engine, draw, finish, prompt: str, tokens: int, **fields):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-async def test_equals_generate_alone_and_in_a_batch_that_changes(architecture, serving, draw, finish):
-    async with serving(architecture, prefill_tokens=16) as engine:  # 16: the long prompt is read in parts
+async def test_equals_generate_alone_and_in_a_batch_that_changes(
+    architecture, serving, draw, finish
+):
+    async with serving(
+        architecture, prefill_tokens=16
+    ) as engine:  # 16: the long prompt is read in parts
         tokens = [10 + 7 * i for i in range(len(PROMPTS))]
         expected = [generate(engine, p, t) for p, t in zip(PROMPTS, tokens, strict=True)]
-        alone = [await answer(engine, draw, finish, p, t) for p, t in zip(PROMPTS, tokens, strict=True)]
+        alone = [
+            await answer(engine, draw, finish, p, t) for p, t in zip(PROMPTS, tokens, strict=True)
+        ]
         assert alone == expected
 
         async def late(i: int) -> str:
@@ -49,22 +66,28 @@ async def test_equals_generate_alone_and_in_a_batch_that_changes(architecture, s
 
 async def test_grows_past_its_first_buffer(serving, draw, finish):
     async with serving() as engine:
-        assert await answer(engine, draw, finish, "the cat", 200) == generate(engine, "the cat", 200)
+        assert await answer(engine, draw, finish, "the cat", 200) == generate(
+            engine, "the cat", 200
+        )
 
 
 async def test_ends_where_generate_ends(serving, draw, finish, language_model):
     async with serving() as engine:
         ids = engine._model.tokenizer("sun", return_tensors="pt")["input_ids"]
-        said = engine._model.lm.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)[
-            0, ids.shape[1] :
-        ]
+        said = engine._model.lm.generate(
+            ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )[0, ids.shape[1] :]
         last = said[-1].item()
     # The same weights, whose end of sequence is a token that they come to say.
     async with serving(model=language_model("Llama", eos_token_id=last)) as engine:
-        (candidate,), _ = await finish(engine, draw("sun", kind="completion", max_tokens=30, temperature=0))
+        (candidate,), _ = await finish(
+            engine, draw("sun", kind="completion", max_tokens=30, temperature=0)
+        )
         assert candidate.finish_reason == "stop"
         assert candidate.completion_tokens == said.tolist().index(last) + 1
-        assert candidate.text == engine._model.tokenizer.decode(said[: said.tolist().index(last)], skip_special_tokens=True)
+        assert candidate.text == engine._model.tokenizer.decode(
+            said[: said.tolist().index(last)], skip_special_tokens=True
+        )
 
 
 async def test_the_demo_answers(serving, draw, finish):

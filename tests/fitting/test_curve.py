@@ -19,8 +19,13 @@ from infer_align.values.head import HeadValue
 HOW = Sampling("tiny", "length", "mean", max_tokens=6, seed=5)
 
 
-def points(*rewards: float, grid: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0), error: float = 0.1) -> list[BetaPoint]:
-    return [BetaPoint(beta, reward, error, beta, 0.1) for beta, reward in zip(grid, rewards, strict=True)]
+def points(
+    *rewards: float, grid: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0), error: float = 0.1
+) -> list[BetaPoint]:
+    return [
+        BetaPoint(beta, reward, error, beta, 0.1)
+        for beta, reward in zip(grid, rewards, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +40,9 @@ def points(*rewards: float, grid: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0), erro
         ((math.nan,) * 4, 0.0),
     ],
 )
-def test_suggests_the_smallest_beta_within_one_standard_error_of_the_best(rewards: Any, beta: float) -> None:
+def test_suggests_the_smallest_beta_within_one_standard_error_of_the_best(
+    rewards: Any, beta: float
+) -> None:
     assert suggest(points(*rewards)) == beta
     assert suggest(points(*rewards)[::-1]) == beta
 
@@ -54,13 +61,20 @@ def resident(engine: Any, tmp_path: Path) -> str:
     frozen = engine.frozen.frozen("tiny")
     b = torch.zeros(frozen.vocabulary)
     b[:60] = 1.0
-    head.write(tmp_path / "v.safetensors", {"P": torch.zeros(1, 32), "E": torch.zeros(frozen.vocabulary, 1), "b": b}, frozen, {})
+    head.write(
+        tmp_path / "v.safetensors",
+        {"P": torch.zeros(1, 32), "E": torch.zeros(frozen.vocabulary, 1), "b": b},
+        frozen,
+        {},
+    )
     asyncio.run(engine.add_value("v", HeadValue(str(tmp_path / "v.safetensors"))))
     return "v"
 
 
 @pytest.mark.anyio
-async def test_the_curve(engine: Any, resident: str, counted: Any, prompts: Any, quiet: Any) -> None:
+async def test_the_curve(
+    engine: Any, resident: str, counted: Any, prompts: Any, quiet: Any
+) -> None:
     texts: list[str] = []
 
     def length(text: str) -> float:
@@ -68,11 +82,15 @@ async def test_the_curve(engine: Any, resident: str, counted: Any, prompts: Any,
         return float(len(text))
 
     told: list[str] = []
-    curve = await reward_kl_curve(engine, counted(length), prompts, resident, [0.0, 1.0, 3.0, -2.0], HOW, told.append)
+    curve = await reward_kl_curve(
+        engine, counted(length), prompts, resident, [0.0, 1.0, 3.0, -2.0], HOW, told.append
+    )
     assert len(told) == 4
     assert [p.beta for p in curve] == [0.0, 1.0, 3.0, -2.0]
     frozen = [
-        (await draw(engine, Draw({"messages": messages, "max_tokens": 6}, 1, (HOW.seed + i,))))[0].text
+        (await draw(engine, Draw({"messages": messages, "max_tokens": 6}, 1, (HOW.seed + i,))))[
+            0
+        ].text
         for i, messages in enumerate(prompts)
     ]
     assert sorted(texts[:20]) == sorted(frozen)
@@ -89,6 +107,8 @@ async def test_replies_that_cannot_be_scored_are_left_out(
 ) -> None:
     (some,) = await reward_kl_curve(engine, counted(nan_for), prompts, resident, [1.0], HOW, quiet)
     assert (some.reward, some.reward_se) == (1.0, 0.0)
-    (none,) = await reward_kl_curve(engine, counted(lambda _: math.nan), prompts, resident, [1.0], HOW, quiet)
+    (none,) = await reward_kl_curve(
+        engine, counted(lambda _: math.nan), prompts, resident, [1.0], HOW, quiet
+    )
     assert math.isnan(none.reward)
     assert math.isfinite(none.kl)

@@ -20,7 +20,9 @@ from infer_align.values.lookahead import Lookahead, LookaheadValue
 pytestmark = pytest.mark.anyio
 
 HOW = Sampling("tiny", "length", "mean", replies_per_prompt=10, max_tokens=4, seed=1)
-QUICK = Fitting(method="ridge", rank=8, ridge=20.0, epochs=2, width=8, largest_beta=4.0, curve_replies=12)
+QUICK = Fitting(
+    method="ridge", rank=8, ridge=20.0, epochs=2, width=8, largest_beta=4.0, curve_replies=12
+)
 
 
 def letters(text: str) -> float:
@@ -38,14 +40,22 @@ FORMS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("change", FORMS)
 async def test_a_value_is_fitted_saved_and_tried(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, change: Any, monkeypatch: pytest.MonkeyPatch
+    engine: Any,
+    prompts: Any,
+    counted: Any,
+    quiet: Any,
+    tmp_path: Path,
+    change: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     out = Path("deep/letters" + ("" if change.get("kind") else ".safetensors"))
     weights = {name: tensor.clone() for name, tensor in engine.frozen.lm.state_dict().items()}
     reward = counted(letters)
     report = await fit_value(engine, reward, prompts, HOW, replace(QUICK, **change), out, quiet)
-    assert all(tensor.equal(weights[name]) for name, tensor in engine.frozen.lm.state_dict().items()), "the model is frozen"
+    assert all(
+        tensor.equal(weights[name]) for name, tensor in engine.frozen.lm.state_dict().items()
+    ), "the model is frozen"
     assert report.samples == 200
     assert [p.beta for p in report.curve] == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
     assert report.curve[0].kl == 0.0
@@ -64,7 +74,9 @@ async def test_a_value_is_fitted_saved_and_tried(
     )
 
 
-async def test_a_fit_can_be_repeated_from_its_samples(engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path) -> None:
+async def test_a_fit_can_be_repeated_from_its_samples(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "v.safetensors"
     first = await fit_value(engine, counted(letters), prompts, HOW, QUICK, out, quiet)
     tensors, metadata = head.read(str(out))
@@ -80,14 +92,36 @@ async def test_a_fit_can_be_repeated_from_its_samples(engine: Any, prompts: Any,
     assert all(tensor.equal(again[name]) for name, tensor in tensors.items())
 
 
-async def test_too_few_samples_or_prompts_are_refused(engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"samples: 40 are too few.*at least 200: more prompts"):
-        await fit_value(engine, counted(), prompts, replace(HOW, replies_per_prompt=2), QUICK, tmp_path / "a", quiet)
+async def test_too_few_samples_or_prompts_are_refused(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InvalidRequest, match=r"samples: 40 are too few.*at least 200: more prompts"
+    ):
+        await fit_value(
+            engine,
+            counted(),
+            prompts,
+            replace(HOW, replies_per_prompt=2),
+            QUICK,
+            tmp_path / "a",
+            quiet,
+        )
     with pytest.raises(InvalidRequest, match=r"prompts: 2 are too few.*at least 10"):
-        await fit_value(engine, counted(), prompts[:2], replace(HOW, replies_per_prompt=100), QUICK, tmp_path / "b", quiet)
+        await fit_value(
+            engine,
+            counted(),
+            prompts[:2],
+            replace(HOW, replies_per_prompt=100),
+            QUICK,
+            tmp_path / "b",
+            quiet,
+        )
 
 
-async def test_a_constant_reward_is_refused(engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path) -> None:
+async def test_a_constant_reward_is_refused(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+) -> None:
     with pytest.raises(InvalidRequest, match="same score"):
         await fit_value(engine, counted(lambda _: 3.0), prompts, HOW, QUICK, tmp_path / "v", quiet)
 
@@ -110,12 +144,20 @@ async def test_where_it_cannot_be_written_is_said_before_sampling(
         await fit_value(engine, reward, prompts, HOW, QUICK, tmp_path, quiet)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
-        await fit_value(engine, reward, prompts, HOW, replace(QUICK, kind="lookahead"), tmp_path / "file", quiet)
+        await fit_value(
+            engine, reward, prompts, HOW, replace(QUICK, kind="lookahead"), tmp_path / "file", quiet
+        )
     assert reward.asked == []
 
 
 async def test_a_value_model_of_another_tokenizer_is_refused(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, language_model: Any, byte_fallback: Any
+    engine: Any,
+    prompts: Any,
+    counted: Any,
+    quiet: Any,
+    tmp_path: Path,
+    language_model: Any,
+    byte_fallback: Any,
 ) -> None:
     reward, other = counted(), language_model("Llama", tokenizer=byte_fallback)
     for name, message in ((other, "token ids of"), (str(tmp_path / "none"), "cannot be loaded")):
@@ -134,13 +176,17 @@ async def test_a_value_model_of_another_architecture_will_do(
     assert report.curve[-1].kl != 0
 
 
-async def test_one_value_lm_for_several_rewards(engine: Any, prompts: Any, quiet: Any, tmp_path: Path) -> None:
+async def test_one_value_lm_for_several_rewards(
+    engine: Any, prompts: Any, quiet: Any, tmp_path: Path
+) -> None:
     texts = [(p, f"the {'cat ' * (i % 4)}") for p in range(12) for i in range(4)]
     asks = {
         "cats": [Sample(p, "", text, "stop", float(text.count("cat"))) for p, text in texts],
         "fewer": [Sample(p, "", text, "stop", -2.0 * text.count("cat")) for p, text in texts],
     }
-    found = fit_value_lm(engine, prompts, asks, replace(QUICK, kind="lookahead", epochs=8), 0, tmp_path / "lm", quiet)
+    found = fit_value_lm(
+        engine, prompts, asks, replace(QUICK, kind="lookahead", epochs=8), 0, tmp_path / "lm", quiet
+    )
     assert len(found) == 2
     shared: dict[object, Any] = {}
     values = [LookaheadValue(Lookahead(str(tmp_path / "lm"), name)) for name in asks]
@@ -155,7 +201,15 @@ async def test_one_value_lm_for_several_rewards(engine: Any, prompts: Any, quiet
 async def test_the_cache_makes_room_for_value_lms(
     engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, language_model: Any
 ) -> None:
-    await fit_value(engine, counted(letters), prompts, HOW, replace(QUICK, kind="lookahead", epochs=1), tmp_path / "v", quiet)
+    await fit_value(
+        engine,
+        counted(letters),
+        prompts,
+        HOW,
+        replace(QUICK, kind="lookahead", epochs=1),
+        tmp_path / "v",
+        quiet,
+    )
     # A copy of the frozen model remembers as much as the frozen model: half as many tokens fit.
     value = LookaheadValue(Lookahead(str(tmp_path / "v")))
     value.start(engine.frozen.frozen("tiny"), {})

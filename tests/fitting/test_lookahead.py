@@ -21,20 +21,37 @@ def reading(n: int = 320, seed: int = 0) -> Reading:
     texts = [torch.randint(2, 6, (length,), generator=generator).tolist() for length in lengths]
     ids = [[0, 1 + i % 3, *text][:2] + text for i, text in enumerate(texts)]
     reply = torch.repeat_interleave(torch.arange(n), torch.tensor(lengths))
-    tokens, prompts = torch.tensor([token for text in texts for token in text]), torch.arange(n) // 4
+    tokens, prompts = (
+        torch.tensor([token for text in texts for token in text]),
+        torch.arange(n) // 4,
+    )
     counts = torch.tensor([float(text.count(3)) for text in texts])
     first = Replies(torch.zeros(len(tokens), 0), tokens, reply, counts, prompts)
-    return Reading(ids, [PROMPT] * n, (first, first.under(torch.tensor([-0.5 * length for length in lengths]))))
+    return Reading(
+        ids, [PROMPT] * n, (first, first.under(torch.tensor([-0.5 * length for length in lengths])))
+    )
 
 
 def tiny() -> LlamaModel:
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlamaModel(LlamaConfig(vocab_size=V, max_position_embeddings=32, **size))
 
 
 def fit(lm: LlamaModel, what: Reading, **options: Any) -> Any:
-    defaults = {"gamma": 1.0, "lam": 1.0, "epochs": 24, "held_out": 0.2, "seed": 0, "progress": lambda _: None}
+    defaults = {
+        "gamma": 1.0,
+        "lam": 1.0,
+        "epochs": 24,
+        "held_out": 0.2,
+        "seed": 0,
+        "progress": lambda _: None,
+    }
     return fit_lookahead(lm, what, **{**defaults, **options})
 
 
@@ -63,11 +80,15 @@ def test_it_learns_and_says_so() -> None:
 
 def test_padding_changes_nothing() -> None:
     what, lm = reading(8), tiny()
-    alone = Reading(what.ids[:1], what.starts[:1], tuple(r.only(torch.arange(8) == 0) for r in what.replies))
+    alone = Reading(
+        what.ids[:1], what.starts[:1], tuple(r.only(torch.arange(8) == 0) for r in what.replies)
+    )
     heads = torch.nn.Linear(32, 2)
     with torch.no_grad():
         together = _values(lm.eval(), heads, what, list(range(8)))
-        assert together[: len(alone.replies[0].tokens)].allclose(_values(lm, heads, alone, [0]), atol=1e-5)
+        assert together[: len(alone.replies[0].tokens)].allclose(
+            _values(lm, heads, alone, [0]), atol=1e-5
+        )
         assert len(together) == len(what.replies[0].tokens)
 
 
@@ -80,5 +101,7 @@ def test_bootstrapped_targets_learn_too() -> None:
 
 def test_it_is_deterministic() -> None:
     first, again = (fit(tiny(), reading(80), epochs=2) for _ in range(2))
-    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first[0], again[0], strict=True))
+    assert all(
+        torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first[0], again[0], strict=True)
+    )
     assert first[1] == again[1]

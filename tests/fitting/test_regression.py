@@ -35,21 +35,30 @@ def replies(counts: list[int], rewards: list[float], prompts: list[int] | None =
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
-def test_returns_are_those_of_each_reply_alone(counts: list[int], gamma: float, lam: float, seed: int) -> None:
+def test_returns_are_those_of_each_reply_alone(
+    counts: list[int], gamma: float, lam: float, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(sum(counts), generator=generator)
     rewards = torch.randn(len(counts), generator=generator)
     found = regression.returns(values, replies(counts, rewards.tolist()), gamma, lam)
     expected, start = [], 0
     for count, reward in zip(counts, rewards.tolist(), strict=True):
-        own = lambda_returns([values[start : start + count].double().numpy()], [[0.0] * (count - 1) + [reward]], gamma, lam)
+        own = lambda_returns(
+            [values[start : start + count].double().numpy()],
+            [[0.0] * (count - 1) + [reward]],
+            gamma,
+            lam,
+        )
         expected += own[0].tolist()
         start += count
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_returns_by_hand() -> None:
-    found = regression.returns(torch.tensor([1.0, 2.0, 4.0]), replies([2, 1], [10.0, 20.0]), 0.5, 0.5)
+    found = regression.returns(
+        torch.tensor([1.0, 2.0, 4.0]), replies([2, 1], [10.0, 20.0]), 0.5, 0.5
+    )
     # Reply 0: delta_1 = 10 - 2 = 8, delta_0 = 0.5 * 2 - 1 = 0, so A_1 = 8, A_0 = 0 + 0.25 * 8 = 2. Reply 1: its reward.
     assert found.tolist() == [3.0, 10.0, 20.0]
 
@@ -76,7 +85,11 @@ def test_under_another_reward() -> None:
     assert other.hidden.shape == (3, 0)
 
 
-@given(prompts=st.lists(st.integers(0, 30), min_size=1, max_size=60), share=st.floats(0, 1), seed=st.integers(0, 5))
+@given(
+    prompts=st.lists(st.integers(0, 30), min_size=1, max_size=60),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 5),
+)
 @settings(max_examples=50, deadline=None)
 def test_whole_prompts_are_held_out(prompts: list[int], share: float, seed: int) -> None:
     held = regression.split_by_prompt(prompts, share, seed).tolist()
@@ -88,7 +101,10 @@ def test_whole_prompts_are_held_out(prompts: list[int], share: float, seed: int)
 
 def test_another_seed_holds_out_others() -> None:
     prompts = list(range(50))
-    assert regression.split_by_prompt(prompts, 0.2, 0).tolist() != regression.split_by_prompt(prompts, 0.2, 1).tolist()
+    assert (
+        regression.split_by_prompt(prompts, 0.2, 0).tolist()
+        != regression.split_by_prompt(prompts, 0.2, 1).tolist()
+    )
 
 
 # --- fits ---------------------------------------------------------------------------------------------------------------
@@ -96,7 +112,10 @@ def test_another_seed_holds_out_others() -> None:
 
 def bilinear() -> Any:
     generator = torch.Generator().manual_seed(3)
-    p, e = torch.randn(RANK, D, generator=generator) / D**0.5, torch.randn(V, RANK, generator=generator)
+    p, e = (
+        torch.randn(RANK, D, generator=generator) / D**0.5,
+        torch.randn(V, RANK, generator=generator),
+    )
     return lambda hidden, tokens: ((hidden - 3.0) @ p.T * e[tokens]).sum(-1)
 
 
@@ -121,7 +140,9 @@ def agreement(head: dict[str, torch.Tensor], quality: Any) -> float:
 
 
 def ridge(samples: Replies, **options: Any) -> dict[str, torch.Tensor]:
-    return regression.fit_ridge(samples, V, **{"rank": RANK, "ridge": 5.0, "gamma": 1.0, "lam": 1.0, **options})
+    return regression.fit_ridge(
+        samples, V, **{"rank": RANK, "ridge": 5.0, "gamma": 1.0, "lam": 1.0, **options}
+    )
 
 
 def test_ridge_finds_a_planted_bilinear_value(plant: Any) -> None:
@@ -131,12 +152,17 @@ def test_ridge_finds_a_planted_bilinear_value(plant: Any) -> None:
     found = regression.fitness(regression.predict(head, test.hidden, test.tokens), test)
     assert found.r2 > 0.9
     assert found.slope == pytest.approx(1, abs=0.1)
-    assert all(abs(value - reward) < 0.5 for value, reward in found.deciles), "values are rewards, not rewards less their mean"
+    assert all(abs(value - reward) < 0.5 for value, reward in found.deciles), (
+        "values are rewards, not rewards less their mean"
+    )
 
 
 def test_the_projection_is_learned_and_not_just_the_largest_components(plant: Any) -> None:
     samples = plant(bilinear(), 400, 0, D, V)
-    assert agreement(ridge(samples), bilinear()) > agreement(ridge(samples, rounds=1), bilinear()) + 0.2
+    assert (
+        agreement(ridge(samples), bilinear())
+        > agreement(ridge(samples, rounds=1), bilinear()) + 0.2
+    )
 
 
 def test_a_token_that_was_never_seen_has_the_row_that_fits_all(plant: Any) -> None:
@@ -165,7 +191,15 @@ def test_a_state_that_never_varies_is_no_trouble(plant: Any) -> None:
 
 
 def sgd(training: Replies, testing: Replies, **options: Any) -> dict[str, torch.Tensor]:
-    defaults = {"rank": 4, "width": 32, "gamma": 1.0, "lam": 1.0, "epochs": 12, "seed": 0, "progress": lambda _: None}
+    defaults = {
+        "rank": 4,
+        "width": 32,
+        "gamma": 1.0,
+        "lam": 1.0,
+        "epochs": 12,
+        "seed": 0,
+        "progress": lambda _: None,
+    }
     return regression.fit_sgd(training, testing, V, **{**defaults, **options})
 
 
@@ -179,13 +213,18 @@ def test_sgd_finds_what_no_linear_head_can(plant: Any) -> None:
 
 
 def test_sgd_keeps_its_best_epoch(plant: Any) -> None:
-    training, testing = plant(saddle, 12, 0, D, V), plant(saddle, 40, 1, D, V)  # so few that it overfits
+    training, testing = (
+        plant(saddle, 12, 0, D, V),
+        plant(saddle, 40, 1, D, V),
+    )  # so few that it overfits
     told: list[str] = []
     head = sgd(training, testing, epochs=60, width=128, progress=told.append)
     losses = [float(line.rpartition(" ")[2]) for line in told]
     assert len(losses) == 60
     assert losses[-1] > 1.02 * min(losses), "or there is nothing to choose"
-    error = regression.predict(head, testing.hidden, testing.tokens) - testing.rewards[testing.reply]
+    error = (
+        regression.predict(head, testing.hidden, testing.tokens) - testing.rewards[testing.reply]
+    )
     assert float(error.square().mean()) == pytest.approx(min(losses), abs=1e-3)
     assert not any(tensor.requires_grad for tensor in head.values())
 
@@ -201,14 +240,24 @@ def chains(n: int, seed: int) -> Replies:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 2, (n, 3), generator=generator)
     before = torch.cat([torch.zeros(n, 2), tokens[:, 1:2].float()], dim=1).view(-1, 1)
-    hidden = torch.cat([torch.eye(3).repeat(n, 1), before], dim=1) + 0.01 * torch.randn(3 * n, 4, generator=generator)
-    return Replies(hidden, tokens.flatten(), torch.arange(n).repeat_interleave(3), tokens[:, 1].float(), torch.arange(n))
+    hidden = torch.cat([torch.eye(3).repeat(n, 1), before], dim=1) + 0.01 * torch.randn(
+        3 * n, 4, generator=generator
+    )
+    return Replies(
+        hidden,
+        tokens.flatten(),
+        torch.arange(n).repeat_interleave(3),
+        tokens[:, 1].float(),
+        torch.arange(n),
+    )
 
 
 def of_steps(head: dict[str, torch.Tensor]) -> torch.Tensor:
     """Values of both tokens at each step, the step before the last having earned half: [3, 2]."""
     states = torch.cat([torch.eye(3), torch.tensor([[0.0], [0.0], [0.5]])], dim=1)
-    return regression.predict(head, states.repeat_interleave(2, 0), torch.tensor([0, 1] * 3)).view(3, 2)
+    return regression.predict(head, states.repeat_interleave(2, 0), torch.tensor([0, 1] * 3)).view(
+        3, 2
+    )
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5])
@@ -267,16 +316,23 @@ def test_a_constant_predictor_explains_nothing() -> None:
 
 def test_an_overconfident_predictor_has_a_slope_below_one() -> None:
     samples = spread()
-    assert regression.fitness(4 * samples.rewards[samples.reply], samples).slope == pytest.approx(0.25)
+    assert regression.fitness(4 * samples.rewards[samples.reply], samples).slope == pytest.approx(
+        0.25
+    )
 
 
 def test_the_last_token_is_told_apart() -> None:
     samples = spread()
-    values = torch.stack([torch.zeros(100), samples.rewards], dim=1).flatten()  # knows it at the end alone
+    values = torch.stack(
+        [torch.zeros(100), samples.rewards], dim=1
+    ).flatten()  # knows it at the end alone
     found = regression.fitness(values, samples)
     assert found.r2_last == pytest.approx(1)
     assert found.r2 < 0.8
 
 
 def test_deciles_of_few_tokens() -> None:
-    assert len(regression.fitness(torch.tensor([1.0, 2.0, 3.0]), replies([2, 1], [1.0, 2.0])).deciles) == 3
+    assert (
+        len(regression.fitness(torch.tensor([1.0, 2.0, 3.0]), replies([2, 1], [1.0, 2.0])).deciles)
+        == 3
+    )

@@ -26,14 +26,32 @@ def test_prompts_are_strings_or_conversations(tmp_path: Path) -> None:
     told = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     odd = "a\u2028b\u0085c"  # ends of lines to str.splitlines, but not to JSON
     lines = ["hello", {"messages": told}, odd]
-    file.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8")
-    assert read_prompts(file) == [[{"role": "user", "content": "hello"}], told, [{"role": "user", "content": odd}]]
+    file.write_text(
+        "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8"
+    )
+    assert read_prompts(file) == [
+        [{"role": "user", "content": "hello"}],
+        told,
+        [{"role": "user", "content": odd}],
+    ]
     file.write_bytes(b'"one"\r\n"two"')
     assert [p[0]["content"] for p in read_prompts(file)] == ["one", "two"]
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "5", "null", "[]", "{}", '{"message": []}', '{"messages": "hi"}', '{"messages": []}', '{"messages": ["hi"]}', ""]
+    "line",
+    [
+        "{",
+        "5",
+        "null",
+        "[]",
+        "{}",
+        '{"message": []}',
+        '{"messages": "hi"}',
+        '{"messages": []}',
+        '{"messages": ["hi"]}',
+        "",
+    ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "prompts.jsonl"
@@ -53,7 +71,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 # --- sampling -----------------------------------------------------------------------------------------------------------
 
 
-async def test_sampling_continues_where_it_stopped(engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path) -> None:
+async def test_sampling_continues_where_it_stopped(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+) -> None:
     whole, file = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     expected = await sample(engine, counted(), prompts, HOW, whole, quiet)
     assert [s.prompt for s in expected] == [i for i in range(20) for _ in range(3)]
@@ -61,13 +81,22 @@ async def test_sampling_continues_where_it_stopped(engine: Any, prompts: Any, co
     text = whole.read_text()
     header, *lines = text.splitlines(keepends=True)
     # Cut between prompts, between replies, in a reply, in the last line's end, and in the header.
-    for kept, tail in ((18, ""), (19, ""), (19, lines[19][:20]), (60, ""), (59, lines[59][:-1]), (0, "")):
+    for kept, tail in (
+        (18, ""),
+        (19, ""),
+        (19, lines[19][:20]),
+        (60, ""),
+        (59, lines[59][:-1]),
+        (0, ""),
+    ):
         file.write_text(header + "".join(lines[:kept]) + tail)
         reward = counted()
         assert await sample(engine, reward, prompts, HOW, file, quiet) == expected
         assert file.read_text() == text
         asked = [p[0]["content"] for p in prompts[kept // 3 :]]
-        assert sorted(reward.asked) == sorted(asked), "nothing is drawn twice; of one batch, any may be scored first"
+        assert sorted(reward.asked) == sorted(asked), (
+            "nothing is drawn twice; of one batch, any may be scored first"
+        )
     assert sorted(os.listdir(tmp_path)) == ["cut.jsonl", "whole.jsonl"]
 
 
@@ -82,7 +111,9 @@ async def test_a_header_that_was_cut_is_refused(
         await sample(engine, counted(), prompts[:1], HOW, file, quiet)
 
 
-async def test_prompts_can_be_added_but_not_changed(engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path) -> None:
+async def test_prompts_can_be_added_but_not_changed(
+    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+) -> None:
     file = tmp_path / "s.jsonl"
     first = await sample(engine, counted(), prompts[:2], HOW, file, quiet)
     reward = counted()
@@ -94,8 +125,13 @@ async def test_prompts_can_be_added_but_not_changed(engine: Any, prompts: Any, c
             await sample(engine, counted(), other, HOW, file, quiet)
 
 
-@pytest.mark.parametrize("change", [{"model": "x"}, {"reward": "x"}, {"seed": 2}, {"max_tokens": 6}, {"objective": "wco"}])
-async def test_other_settings_are_refused(engine: Any, counted: Any, quiet: Any, tmp_path: Path, change: Any) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"model": "x"}, {"reward": "x"}, {"seed": 2}, {"max_tokens": 6}, {"objective": "wco"}],
+)
+async def test_other_settings_are_refused(
+    engine: Any, counted: Any, quiet: Any, tmp_path: Path, change: Any
+) -> None:
     file = tmp_path / "s.jsonl"
     await sample(engine, counted(), [], HOW, file, quiet)
     with pytest.raises(InvalidRequest, match="other settings"):
@@ -155,7 +191,9 @@ async def test_a_reply_that_cannot_be_scored_names_its_prompt(
     assert "reward length: 3 of 3 replies to prompt 17 could not be scored" in caught.value.message
     mended = counted()
     assert len(await sample(engine, mended, prompts, HOW, file, quiet)) == 60
-    assert sorted(mended.asked) == [f"the cat {i}" for i in range(16, 20)], "the prompts before its batch are on disk"
+    assert sorted(mended.asked) == [f"the cat {i}" for i in range(16, 20)], (
+        "the prompts before its batch are on disk"
+    )
 
 
 async def test_a_prompt_that_the_template_refuses_is_named(

@@ -9,7 +9,9 @@ import torch
 from infer_align_kernels import CandidateValues, HeadValues
 
 
-def logits(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+def logits(
+    rows: int, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> torch.Tensor:
     """Rows of a wider tensor, so not contiguous, between columns of NaN; some logits -inf and NaN."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.full((rows, vocabulary + 5), torch.nan, dtype=dtype)
@@ -21,7 +23,14 @@ def logits(rows: int, vocabulary: int, dtype: torch.dtype = torch.float32, seed:
     return inner
 
 
-def head(rows: int, vocabulary: int, rank: int, values: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> HeadValues:
+def head(
+    rows: int,
+    vocabulary: int,
+    rank: int,
+    values: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+) -> HeadValues:
     g = torch.Generator().manual_seed(seed)
     return HeadValues(
         hidden=torch.randn(rows, values, rank, generator=g).to(dtype),
@@ -30,7 +39,9 @@ def head(rows: int, vocabulary: int, rank: int, values: int, dtype: torch.dtype 
     )
 
 
-def candidates(frozen: torch.Tensor, k: int, values: int, tail: Any = "keep", seed: int = 2) -> CandidateValues:
+def candidates(
+    frozen: torch.Tensor, k: int, values: int, tail: Any = "keep", seed: int = 2
+) -> CandidateValues:
     """The top k, the last row one slot short, one value NaN in the first row."""
     g = torch.Generator().manual_seed(seed)
     ids = frozen.float().nan_to_num(nan=-torch.inf, neginf=-torch.inf).topk(k, dim=1).indices
@@ -61,5 +72,7 @@ def strengths(rows: int, values: int, seed: int = 4) -> torch.Tensor:
 
 
 def bitmask(rows: int, vocabulary: int, seed: int = 5) -> torch.Tensor:
-    words = torch.randint(-(2**31), 2**31, (rows, -(-vocabulary // 32)), generator=torch.Generator().manual_seed(seed))
+    words = torch.randint(
+        -(2**31), 2**31, (rows, -(-vocabulary // 32)), generator=torch.Generator().manual_seed(seed)
+    )
     return words.to(torch.int32)

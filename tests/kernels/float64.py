@@ -35,7 +35,11 @@ def add_candidates(row: np.ndarray, b: int, c: CandidateValues, beta: np.ndarray
     finite = [j for j in slots if all(math.isfinite(values[m, j]) for m in used)]
     out = np.full_like(row, -np.inf) if drop else row.copy()
     for j in slots:
-        shift = sum(beta[m] * (values[m, j] - np.mean(values[m, finite])) for m in used) if j in finite else -np.inf
+        shift = (
+            sum(beta[m] * (values[m, j] - np.mean(values[m, finite])) for m in used)
+            if j in finite
+            else -np.inf
+        )
         out[ids[j]] = row[ids[j]] + shift
     return out
 
@@ -59,7 +63,9 @@ def distributions(
     """Scores over temperature, steered and frozen. -> [B, V], [B, V]."""
     steered, frozen = [], []
     for b in range(len(logits)):
-        row = clean(np.where(allowed(bitmask, b, logits.shape[1]), logits[b].double().numpy(), -np.inf))
+        row = clean(
+            np.where(allowed(bitmask, b, logits.shape[1]), logits[b].double().numpy(), -np.inf)
+        )
         strength = beta[b].double().numpy()
         with np.errstate(invalid="ignore", over="ignore"):
             add = add_head if isinstance(values, HeadValues) else add_candidates
@@ -92,6 +98,10 @@ def attention(
             g = h * prefix_keys.shape[1] // heads
             for j in range(siblings):
                 keys = torch.cat([prefix_keys[b, g, start:], own_keys[b, g, j : j + 1]]).double()
-                values = torch.cat([prefix_values[b, g, start:], own_values[b, g, j : j + 1]]).double()
-                out[b, h, j] = torch.softmax(keys @ query[b, h, j].double() / dim**0.5, dim=0) @ values
+                values = torch.cat(
+                    [prefix_values[b, g, start:], own_values[b, g, j : j + 1]]
+                ).double()
+                out[b, h, j] = (
+                    torch.softmax(keys @ query[b, h, j].double() / dim**0.5, dim=0) @ values
+                )
     return out

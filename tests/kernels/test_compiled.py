@@ -28,7 +28,12 @@ def cases() -> Iterator[object]:
     for i, (launch, capability) in enumerate(ALL):
         quick = capability == 90 and launch.name in waiting
         waiting -= {launch.name} if quick else set()
-        yield pytest.param(launch, capability, id=f"{launch.name}-sm_{capability}-{i}", marks=[] if quick else [pytest.mark.slow])
+        yield pytest.param(
+            launch,
+            capability,
+            id=f"{launch.name}-sm_{capability}-{i}",
+            marks=[] if quick else [pytest.mark.slow],
+        )
 
 
 @pytest.mark.parametrize(("launch", "capability"), list(cases()))

@@ -17,8 +17,12 @@ def case(
     """Views as an engine has them: heads transposed, the prefix inside a longer buffer."""
     g = torch.Generator().manual_seed(0)
     query = torch.randn(rows, siblings, heads, dim, generator=g).to(dtype).transpose(1, 2)
-    keys, values = torch.randn(2, rows, kv_heads, columns + 9, dim, generator=g).to(dtype)[:, :, :, :columns]
-    own_keys, own_values = torch.randn(2, rows, siblings, kv_heads, dim, generator=g).to(dtype).transpose(2, 3)
+    keys, values = torch.randn(2, rows, kv_heads, columns + 9, dim, generator=g).to(dtype)[
+        :, :, :, :columns
+    ]
+    own_keys, own_values = (
+        torch.randn(2, rows, siblings, kv_heads, dim, generator=g).to(dtype).transpose(2, 3)
+    )
     lengths = torch.randint(0, columns + 1, (rows,), generator=g)
     lengths[:1] = 0
     lengths[-1:] = columns
@@ -39,11 +43,15 @@ def case(
     ],
     ids=str,
 )
-def test_each_sibling_sees_its_prefix_and_itself(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_each_sibling_sees_its_prefix_and_itself(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     given = case(*shape, dtype)
     got = sibling_attention(*given)
     assert got.dtype == dtype
-    torch.testing.assert_close(got.double(), float64.attention(*given), atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(
+        got.double(), float64.attention(*given), atol=TOLERANCE[dtype], rtol=0
+    )
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_its_padding() -> None:
@@ -54,7 +62,12 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_its_padding() -> None:
         torch.testing.assert_close(alone, together[b : b + 1], atol=1e-6, rtol=1e-6)
     query, keys, values, own_keys, own_values, lengths = given
     wider = [torch.cat([torch.full_like(t[:, :, :7], 1e4), t], dim=2) for t in (keys, values)]
-    torch.testing.assert_close(sibling_attention(query, *wider, own_keys, own_values, lengths), together, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        sibling_attention(query, *wider, own_keys, own_values, lengths),
+        together,
+        atol=1e-6,
+        rtol=1e-6,
+    )
 
 
 def test_the_scale_is_the_callers() -> None:

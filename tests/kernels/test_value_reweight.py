@@ -7,7 +7,13 @@ import pytest
 import torch
 
 import infer_align_kernels as kernels
-from infer_align_kernels import CandidateValues, HeadValues, reweight_logits, top_candidates, value_reweight
+from infer_align_kernels import (
+    CandidateValues,
+    HeadValues,
+    reweight_logits,
+    top_candidates,
+    value_reweight,
+)
 from infer_align_kernels.value_reweight import reference
 from tests.kernels import cases, float64
 
@@ -15,7 +21,13 @@ INF = torch.inf
 AWKWARD = [(1, 32000), (3, 32001), (257, 1003), (3, 128256), (3, 151936)]
 
 
-def one_row(logits: list[float], values: list[float], beta: float = 1.0, tail: str = "keep", **options: float) -> kernels.Sampled:
+def one_row(
+    logits: list[float],
+    values: list[float],
+    beta: float = 1.0,
+    tail: str = "keep",
+    **options: float,
+) -> kernels.Sampled:
     """Every token a candidate."""
     given = CandidateValues(torch.arange(len(values))[None], torch.tensor(values)[None, None], tail)  # type: ignore[arg-type]
     return value_reweight(
@@ -28,7 +40,9 @@ def one_row(logits: list[float], values: list[float], beta: float = 1.0, tail: s
     )
 
 
-def assert_right(got: kernels.Sampled, steered: np.ndarray, frozen: np.ndarray, temperature: torch.Tensor) -> None:
+def assert_right(
+    got: kernels.Sampled, steered: np.ndarray, frozen: np.ndarray, temperature: torch.Tensor
+) -> None:
     rows = np.arange(len(steered))
     token = got.token.numpy()
     for b in rows:
@@ -39,42 +53,70 @@ def assert_right(got: kernels.Sampled, steered: np.ndarray, frozen: np.ndarray, 
         else:
             assert steered[b, token[b]] > -np.inf
     found = token >= 0
-    np.testing.assert_allclose(got.logsumexp.numpy()[found], float64.logsumexp(steered)[found], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(
+        got.logsumexp.numpy()[found], float64.logsumexp(steered)[found], rtol=1e-6, atol=1e-5
+    )
     at = (rows[found], token[found])
-    np.testing.assert_allclose(got.logprob.numpy()[found], (steered[at] - float64.logsumexp(steered)[found]), atol=2e-5)
-    np.testing.assert_allclose(got.frozen_logprob.numpy()[found], (frozen[at] - float64.logsumexp(frozen)[found]), atol=2e-5)
+    np.testing.assert_allclose(
+        got.logprob.numpy()[found], (steered[at] - float64.logsumexp(steered)[found]), atol=2e-5
+    )
+    np.testing.assert_allclose(
+        got.frozen_logprob.numpy()[found],
+        (frozen[at] - float64.logsumexp(frozen)[found]),
+        atol=2e-5,
+    )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 @pytest.mark.parametrize(("rows", "vocabulary"), AWKWARD)
 def test_head(rows: int, vocabulary: int, dtype: torch.dtype) -> None:
     logits, head = cases.logits(rows, vocabulary, dtype), cases.head(rows, vocabulary, 48, 2, dtype)
     beta, sampling = cases.strengths(rows, 2), cases.sampling(rows)
     got = value_reweight(logits, head, beta, **sampling)
-    assert_right(got, *float64.distributions(logits, head, beta, sampling["temperature"]), sampling["temperature"])
+    assert_right(
+        got,
+        *float64.distributions(logits, head, beta, sampling["temperature"]),
+        sampling["temperature"],
+    )
 
 
 @pytest.mark.parametrize("tail", ["keep", "mask", "per_row"])
 @pytest.mark.parametrize(("rows", "vocabulary"), AWKWARD)
 def test_candidates(rows: int, vocabulary: int, tail: str) -> None:
     logits = cases.logits(rows, vocabulary)
-    given = cases.candidates(logits, 20, 3, torch.arange(rows) % 2 == 0 if tail == "per_row" else tail)
+    given = cases.candidates(
+        logits, 20, 3, torch.arange(rows) % 2 == 0 if tail == "per_row" else tail
+    )
     beta, sampling = cases.strengths(rows, 3), cases.sampling(rows)
     got = value_reweight(logits, given, beta, **sampling)
     ones = torch.ones(rows)
     steered, _ = float64.distributions(logits, given, beta, ones)
-    assert_right(got, *float64.distributions(logits, given, beta, sampling["temperature"]), sampling["temperature"])
+    assert_right(
+        got,
+        *float64.distributions(logits, given, beta, sampling["temperature"]),
+        sampling["temperature"],
+    )
     reweighted = reweight_logits(logits, given.token_ids, given.values, beta, given.tail)
     np.testing.assert_allclose(float64.clean(reweighted.double().numpy()), steered, atol=2e-5)
 
 
 def test_bitmask() -> None:
     rows, vocabulary = 7, 1003
-    logits, head, mask = cases.logits(rows, vocabulary), cases.head(rows, vocabulary, 16, 1), cases.bitmask(7, vocabulary)
+    logits, head, mask = (
+        cases.logits(rows, vocabulary),
+        cases.head(rows, vocabulary, 16, 1),
+        cases.bitmask(7, vocabulary),
+    )
     mask[3] = 0
     beta, sampling = cases.strengths(rows, 1), cases.sampling(rows)
     got = value_reweight(logits, head, beta, **sampling, bitmask=mask)
-    assert_right(got, *float64.distributions(logits, head, beta, sampling["temperature"], mask), sampling["temperature"])
+    assert_right(
+        got,
+        *float64.distributions(logits, head, beta, sampling["temperature"], mask),
+        sampling["temperature"],
+    )
     assert got.token[3] == -1
     assert got.logprob[3] == -INF
 
@@ -84,7 +126,9 @@ def test_candidate_values_are_the_heads() -> None:
     ids = torch.randint(0, 300, (5, 9))
     dense = torch.einsum("bmr,mvr->mbv", head.hidden, head.weight) + head.bias[:, None]  # type: ignore[index]
     expected = dense.gather(2, ids.expand(2, 5, 9))
-    torch.testing.assert_close(kernels.candidate_values(ids, head.hidden, head.weight, head.bias), expected)
+    torch.testing.assert_close(
+        kernels.candidate_values(ids, head.hidden, head.weight, head.bias), expected
+    )
 
 
 def test_a_row_that_does_not_steer_is_the_frozen_model_bit_for_bit() -> None:
@@ -129,19 +173,26 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
             **{k: v[rows] for k, v in sampling.items()},
         )
         assert all(
-            torch.equal(getattr(alone, f), getattr(all_rows, f)[rows]) for f in ("token", "logsumexp", "logprob", "frozen_logprob")
+            torch.equal(getattr(alone, f), getattr(all_rows, f)[rows])
+            for f in ("token", "logsumexp", "logprob", "frozen_logprob")
         )
     # The matrix product of the dense form rounds by the shape of the batch on CPU; the draw must not.
     dense = value_reweight(logits, head, beta, **sampling)
     alone = value_reweight(
-        logits[4:5], HeadValues(head.hidden[4:5], head.weight, head.bias), beta[4:5], **{k: v[4:5] for k, v in sampling.items()}
+        logits[4:5],
+        HeadValues(head.hidden[4:5], head.weight, head.bias),
+        beta[4:5],
+        **{k: v[4:5] for k, v in sampling.items()},
     )
     assert torch.equal(alone.token, dense.token[4:5])
 
 
 def test_the_published_mean_counts_a_slot_whose_logit_is_masked() -> None:
     out = reweight_logits(
-        torch.tensor([[-INF, 1.0, 2.0]]), torch.tensor([[0, 1, 2]]), torch.tensor([[[3.0, 6.0, 0.0]]]), torch.tensor([[0.5]])
+        torch.tensor([[-INF, 1.0, 2.0]]),
+        torch.tensor([[0, 1, 2]]),
+        torch.tensor([[[3.0, 6.0, 0.0]]]),
+        torch.tensor([[0.5]]),
     )
     assert out.tolist() == [[-INF, 2.5, 0.5]]
 
@@ -149,7 +200,10 @@ def test_the_published_mean_counts_a_slot_whose_logit_is_masked() -> None:
 def test_a_candidate_without_a_finite_value_is_dropped_and_not_counted() -> None:
     for bad in (torch.nan, INF, -INF):
         out = reweight_logits(
-            torch.zeros(1, 4), torch.tensor([[0, 1, 2]]), torch.tensor([[[bad, 4.0, 2.0]]]), torch.tensor([[1.0]])
+            torch.zeros(1, 4),
+            torch.tensor([[0, 1, 2]]),
+            torch.tensor([[[bad, 4.0, 2.0]]]),
+            torch.tensor([[1.0]]),
         )
         assert out.tolist() == [[-INF, 1.0, -1.0, 0.0]]
 
@@ -161,14 +215,24 @@ def test_odd_logits() -> None:
     assert infinite.token.item() == 1
     assert infinite.logprob.item() == 0.0
     nothing = one_row([-INF, torch.nan, -INF], zeros)
-    assert (nothing.token.item(), nothing.logsumexp.item(), nothing.logprob.item(), nothing.frozen_logprob.item()) == (
+    assert (
+        nothing.token.item(),
+        nothing.logsumexp.item(),
+        nothing.logprob.item(),
+        nothing.frozen_logprob.item(),
+    ) == (
         -1,
         -INF,
         -INF,
         -INF,
     )
     for temperature in (0.0, -1.0, 1e-38, 1e-45):
-        assert one_row([1.0, 3.0, 3.0], zeros, temperature=0.0 if temperature > 0 else temperature).token.item() == 1
+        assert (
+            one_row(
+                [1.0, 3.0, 3.0], zeros, temperature=0.0 if temperature > 0 else temperature
+            ).token.item()
+            == 1
+        )
         assert one_row([1.0, 3.0, 2.0], zeros, temperature=temperature, seed=5).token.item() == 1
 
 
@@ -213,7 +277,9 @@ def test_top_candidates_take_the_lowest_of_equals(*, greedy: bool) -> None:
     logits = torch.randint(0, 3 if greedy else 40, (50, 200), generator=g).float()
     logits[0] = -INF
     logits[1, :150] = torch.nan
-    expected = logits.nan_to_num(nan=-INF, neginf=-INF).sort(dim=1, descending=True, stable=True).indices
+    expected = (
+        logits.nan_to_num(nan=-INF, neginf=-INF).sort(dim=1, descending=True, stable=True).indices
+    )
     for k in (1, 7, 199, 200):
         assert torch.equal(top_candidates(logits, k), expected[:, :k])
         assert torch.equal(reference.keyed_candidates(logits, k), expected[:, :k])
@@ -240,7 +306,10 @@ def chi_square(tokens: torch.Tensor, probabilities: np.ndarray, bins: int) -> fl
 
 def test_the_sampler_follows_the_distribution() -> None:
     draws = 60_000
-    row, head = torch.randn(1, 1300, generator=torch.Generator().manual_seed(1)) * 1.5, cases.head(1, 1300, 16, 2)
+    row, head = (
+        torch.randn(1, 1300, generator=torch.Generator().manual_seed(1)) * 1.5,
+        cases.head(1, 1300, 16, 2),
+    )
     beta, heat = torch.tensor([[1.0, -0.5]]), torch.tensor([0.8])
     steered, _ = float64.distributions(row, head, beta, heat)
     probabilities = np.exp(steered[0] - float64.logsumexp(steered)[0])
@@ -251,14 +320,21 @@ def test_the_sampler_follows_the_distribution() -> None:
         many = HeadValues(head.hidden.expand(n, -1, -1), head.weight, head.bias)
         tokens.append(
             value_reweight(
-                row.expand(n, -1), many, beta.expand(n, -1), temperature=heat.expand(n), seed=seeds[part], step=steps[part]
+                row.expand(n, -1),
+                many,
+                beta.expand(n, -1),
+                temperature=heat.expand(n),
+                seed=seeds[part],
+                step=steps[part],
             ).token
         )
     assert abs(chi_square(torch.cat(tokens), probabilities, 150)) < 4
 
 
 def test_the_numbers_are_uniform_and_their_own() -> None:
-    numbers = reference.uniforms(torch.arange(20_000), torch.zeros(20_000, dtype=torch.int32)).numpy()
+    numbers = reference.uniforms(
+        torch.arange(20_000), torch.zeros(20_000, dtype=torch.int32)
+    ).numpy()
     counts = np.histogram(numbers, bins=100, range=(0, 1))[0]
     assert abs(((counts - 200) ** 2 / 200).sum() - 99) < 4 * np.sqrt(198)
     assert len(np.unique(numbers)) == 20_000
@@ -298,7 +374,9 @@ def test_sampling_arguments_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match="temperature: shape"):
         value_reweight(logits, head, beta, **(cases.sampling(2) | {"temperature": torch.ones(3)}))
     with pytest.raises(ValueError, match=r"bitmask: torch.int64"):
-        value_reweight(logits, head, beta, **cases.sampling(2), bitmask=torch.zeros(2, 2, dtype=torch.int64))
+        value_reweight(
+            logits, head, beta, **cases.sampling(2), bitmask=torch.zeros(2, 2, dtype=torch.int64)
+        )
     with pytest.raises(ValueError, match=r"values.weight: shape"):
         value_reweight(logits, cases.head(2, 41, 16, 1), beta, **cases.sampling(2))
     with pytest.raises(ValueError, match="k: 41"):

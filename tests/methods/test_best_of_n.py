@@ -21,7 +21,9 @@ VECTORS = json.loads((Path(__file__).parents[1] / "data" / "bon_estimator_public
 @pytest.mark.parametrize("case", VECTORS["random"], ids=lambda case: case["id"])
 def test_published_estimator(case: dict) -> None:
     for score in ("gold", "proxy"):
-        expected = [expected_best(q["proxy"], q[score], case["n"]) for q in case["questions_unsorted"]]
+        expected = [
+            expected_best(q["proxy"], q[score], case["n"]) for q in case["questions_unsorted"]
+        ]
         assert np.mean(expected) == pytest.approx(case[f"expected_{score}"], rel=1e-9)
 
 
@@ -43,7 +45,9 @@ def test_kl_upper_bound(case: dict) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.floats(-5, 5)), min_size=1, max_size=7), st.data())
-def test_equals_the_mean_over_all_subsets(pairs: list[tuple[int, float]], data: st.DataObject) -> None:
+def test_equals_the_mean_over_all_subsets(
+    pairs: list[tuple[int, float]], data: st.DataObject
+) -> None:
     n = data.draw(st.integers(1, len(pairs)))
     best = []
     for subset in itertools.combinations(pairs, n):
@@ -56,7 +60,11 @@ def test_equals_the_mean_over_all_subsets(pairs: list[tuple[int, float]], data: 
 
 @pytest.mark.parametrize(
     ("proxy", "gold", "n", "message"),
-    [([1.0], [1.0], 2, "must be 1 to 1"), ([1.0], [1.0, 2.0], 1, "shapes"), ([np.nan], [1.0], 1, "NaN")],
+    [
+        ([1.0], [1.0], 2, "must be 1 to 1"),
+        ([1.0], [1.0, 2.0], 1, "shapes"),
+        ([np.nan], [1.0], 1, "NaN"),
+    ],
 )
 def test_bad_input_is_named(proxy: list[float], gold: list[float], n: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -18,13 +18,15 @@ from infer_align.objectives import Ensemble, project
 from infer_align.schema import parse
 from infer_align.types import Draw, Plan
 
-ORACLE = json.loads((Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8"))
+ORACLE = json.loads(
+    (Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8")
+)
 PAIR = ("helpfulness", "verbosity")
 SENTENCE = system_prompt({"helpfulness": 1.0, "verbosity": 0.0})
 weights = st.floats(-1e300, 1e300, allow_nan=False).filter(lambda x: x == 0 or abs(x) > 1e-300)
-directions = st.dictionaries(st.text("abc", min_size=1, max_size=4), weights, min_size=1, max_size=6).filter(
-    lambda d: any(d.values())
-)
+directions = st.dictionaries(
+    st.text("abc", min_size=1, max_size=4), weights, min_size=1, max_size=6
+).filter(lambda d: any(d.values()))
 
 
 @pytest.mark.parametrize("case", ORACLE["prompt"], ids=lambda c: str(c["degrees"]))
@@ -32,7 +34,10 @@ def test_published_sentence(case: dict[str, Any]) -> None:
     angle = math.radians(case["degrees"])
     v = {"helpfulness": math.cos(angle), "verbosity": math.sin(angle)}
     assert system_prompt(v) == case["system_prompt"]
-    assert prompt_weights(v) == {"helpfulness": case["weight_helpfulness"], "verbosity": case["weight_verbosity"]}
+    assert prompt_weights(v) == {
+        "helpfulness": case["weight_helpfulness"],
+        "verbosity": case["weight_verbosity"],
+    }
     np.testing.assert_allclose([*unit(v).values()], case["unit"], atol=1e-9)
 
 
@@ -46,7 +51,10 @@ def test_weights_of_a_vector(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", ORACLE["projection"], ids=lambda c: c["id"])
 def test_projection(case: dict[str, Any]) -> None:
     outputs = np.array(case["rm_outputs_10"]).T[:, None]
-    for name, helpfulness in (("helpfulness=index9_ultrafeedback", 9), ("helpfulness=index0_helpsteer", 0)):
+    for name, helpfulness in (
+        ("helpfulness=index9_ultrafeedback", 9),
+        ("helpfulness=index0_helpsteer", 0),
+    ):
         attributes = [f"output {i}" for i in range(10)]
         attributes[helpfulness], attributes[4] = PAIR
         found = project(dict(zip(PAIR, case["unit"], strict=True)), outputs, attributes)
@@ -79,24 +87,40 @@ def test_no_length_is_refused(direction: dict[str, float]) -> None:
 
 
 def test_half_is_rounded_to_even() -> None:
-    assert [Prompting(("a",), scale=scale).weights({"a": 1.0})["a"] for scale in (1.5, 2.5, 3.5)] == [2, 2, 4]
+    assert [
+        Prompting(("a",), scale=scale).weights({"a": 1.0})["a"] for scale in (1.5, 2.5, 3.5)
+    ] == [2, 2, 4]
 
 
 def test_attributes_that_are_not_named_weigh_nothing() -> None:
     assert system_prompt({"verbosity": -3.0}).endswith("helpfulness*0 + verbosity*-100")
-    assert system_prompt({"verbosity": 1.0, "helpfulness": 1.0}).endswith("helpfulness*71 + verbosity*71"), (
-        "in the template's order"
-    )
+    assert system_prompt({"verbosity": 1.0, "helpfulness": 1.0}).endswith(
+        "helpfulness*71 + verbosity*71"
+    ), "in the template's order"
     assert system_prompt({"warmth": 1.0}).endswith("= warmth*100")
 
 
 def test_a_template_of_ones_own() -> None:
-    own = Prompting(("warmth", "depth", "brevity"), "Aim: {weights}.", "{attribute} {weight}", ", ", scale=10, decimals=1)
-    assert own.sentence({"brevity": 3.0, "warmth": 4.0}) == "Aim: warmth 8.0, depth 0.0, brevity 6.0."
+    own = Prompting(
+        ("warmth", "depth", "brevity"),
+        "Aim: {weights}.",
+        "{attribute} {weight}",
+        ", ",
+        scale=10,
+        decimals=1,
+    )
+    assert (
+        own.sentence({"brevity": 3.0, "warmth": 4.0}) == "Aim: warmth 8.0, depth 0.0, brevity 6.0."
+    )
 
 
 def planned(messages: list[dict[str, Any]], direction: dict[str, float], **settings: Any) -> Plan:
-    plan = Plan((Draw({"messages": messages}),), Ensemble(), messages=messages, settings={"dpa": Prompting(**settings)})
+    plan = Plan(
+        (Draw({"messages": messages}),),
+        Ensemble(),
+        messages=messages,
+        settings={"dpa": Prompting(**settings)},
+    )
     return DPA(direction).plan(plan)
 
 
@@ -108,14 +132,32 @@ PARTS = [{"type": "text", "text": "Be kind."}]
     ("messages", "conditioned"),
     [
         ([USER], [{"role": "system", "content": SENTENCE}, USER]),
-        ([{"role": "system", "content": "Be kind."}, USER], [{"role": "system", "content": f"{SENTENCE}\n\nBe kind."}, USER]),
-        ([{"role": "system", "content": ""}, USER], [{"role": "system", "content": SENTENCE}, USER]),
         (
-            [{"role": "developer", "content": PARTS, "name": "x"}, USER],
-            [{"role": "developer", "content": [{"type": "text", "text": f"{SENTENCE}\n\n"}, *PARTS], "name": "x"}, USER],
+            [{"role": "system", "content": "Be kind."}, USER],
+            [{"role": "system", "content": f"{SENTENCE}\n\nBe kind."}, USER],
         ),
         (
-            [USER, {"role": "assistant", "content": "hi"}, {"role": "system", "content": "late"}, USER],
+            [{"role": "system", "content": ""}, USER],
+            [{"role": "system", "content": SENTENCE}, USER],
+        ),
+        (
+            [{"role": "developer", "content": PARTS, "name": "x"}, USER],
+            [
+                {
+                    "role": "developer",
+                    "content": [{"type": "text", "text": f"{SENTENCE}\n\n"}, *PARTS],
+                    "name": "x",
+                },
+                USER,
+            ],
+        ),
+        (
+            [
+                USER,
+                {"role": "assistant", "content": "hi"},
+                {"role": "system", "content": "late"},
+                USER,
+            ],
             [
                 {"role": "system", "content": SENTENCE},
                 USER,
@@ -136,8 +178,14 @@ def test_it_stands_before_the_clients_own_words(messages: Any, conditioned: Any)
 
 
 def test_in_the_user_turn() -> None:
-    plan = planned([USER, {"role": "assistant", "content": "hi"}, USER], {"helpfulness": 1.0}, placement="user")
-    assert [m["content"] for m in plan.draws[0].body["messages"]] == ["hello", "hi", f"{SENTENCE}\n\nhello"]
+    plan = planned(
+        [USER, {"role": "assistant", "content": "hi"}, USER], {"helpfulness": 1.0}, placement="user"
+    )
+    assert [m["content"] for m in plan.draws[0].body["messages"]] == [
+        "hello",
+        "hi",
+        f"{SENTENCE}\n\nhello",
+    ]
 
 
 def test_attributes_of_rewards_are_known_too() -> None:
@@ -156,8 +204,12 @@ def test_a_text_completion_has_no_place_for_it() -> None:
 
 def test_a_projection_looks_at_what_weighs() -> None:
     values = np.array([[[1.0, 2.0]], [[np.nan, np.nan]], [[10.0, np.nan]]])
-    np.testing.assert_array_equal(project({"a": 1.0, "b": 0.0}, values, ("a", "b", "c")), [[1.0, 2.0]])
-    np.testing.assert_array_equal(project({"a": 0.6, "c": 0.8}, values, ("a", "b", "c")), [[8.6, np.nan]])
+    np.testing.assert_array_equal(
+        project({"a": 1.0, "b": 0.0}, values, ("a", "b", "c")), [[1.0, 2.0]]
+    )
+    np.testing.assert_array_equal(
+        project({"a": 0.6, "c": 0.8}, values, ("a", "b", "c")), [[8.6, np.nan]]
+    )
     with pytest.raises(ValueError, match="not scored"):
         project({"d": 1.0}, values, ("a", "b", "c"))
 

@@ -41,7 +41,9 @@ def test_the_lower_half_stops_at_each_comparison() -> None:
     for i, value in ((3, 0.9), (1, 0.8)):
         halving.estimated(i, 32, value)
     assert stopped == [2, 0, 1]
-    assert halving.rejected[1] == "stopped early: after 32 tokens, estimate 0.8, below the best 1 of 2"
+    assert (
+        halving.rejected[1] == "stopped early: after 32 tokens, estimate 0.8, below the best 1 of 2"
+    )
     assert 3 not in halving.rejected
 
 
@@ -86,16 +88,25 @@ def test_a_repeated_estimate_holds_nobody_up() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.lists(st.floats(-9, 9), min_size=6, max_size=6)), min_size=1, max_size=9),
+    st.lists(
+        st.tuples(st.integers(1, 40), st.lists(st.floats(-9, 9), min_size=6, max_size=6)),
+        min_size=1,
+        max_size=9,
+    ),
     st.floats(0.1, 1.0),
     st.randoms(use_true_random=False),
 )
-def test_the_outcome_does_not_depend_on_who_was_quick(field_of: Any, survival: float, rng: random.Random) -> None:
+def test_the_outcome_does_not_depend_on_who_was_quick(
+    field_of: Any, survival: float, rng: random.Random
+) -> None:
     """Candidate i has a length and a value at each comparison; their events come in any order that each of them could have."""
 
     def outcome(shuffle: random.Random) -> set[int]:
         halving, stopped = field(len(field_of), survival)
-        left = [[(t, v) for t, v in zip((2, 4, 8, 16, 32, 64), values, strict=True) if t < length] for length, values in field_of]
+        left = [
+            [(t, v) for t, v in zip((2, 4, 8, 16, 32, 64), values, strict=True) if t < length]
+            for length, values in field_of
+        ]
         going = [*range(len(field_of))]
         while going:
             i = shuffle.choice(going)

@@ -19,20 +19,26 @@ from infer_align.methods.rps import RPS, neighbors, published_neighbors
 from infer_align.objectives import Ensemble, project, rank
 from infer_align.types import Draw, Plan
 
-ORACLE = json.loads((Path(__file__).parents[1] / "data" / "rps_public.json").read_text(encoding="utf-8"))
+ORACLE = json.loads(
+    (Path(__file__).parents[1] / "data" / "rps_public.json").read_text(encoding="utf-8")
+)
 GRID = ORACLE["grid_neighbours"]
 
 
 def degrees(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Angles of rows to a vector, exact for small ones too."""
-    return np.degrees(2 * np.arctan2(np.linalg.norm(one - other, axis=-1), np.linalg.norm(one + other, axis=-1)))
+    return np.degrees(
+        2 * np.arctan2(np.linalg.norm(one - other, axis=-1), np.linalg.norm(one + other, axis=-1))
+    )
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda c: c["id"])
 def test_the_authors_neighbours(case: dict[str, Any]) -> None:
     assert case["step"] == 5
     rest = case["top_k"], case["theta_max"], tuple(case["angle_range"])
-    assert published_neighbors(case["target_degrees"], *rest) == case["expected_angles_nearest_first"]
+    assert (
+        published_neighbors(case["target_degrees"], *rest) == case["expected_angles_nearest_first"]
+    )
     y, x = case["target_vector"][::-1]
     exact = math.degrees(math.atan2(y, x))
     assert published_neighbors(exact, *rest) == case["expected_angles_nearest_first"]
@@ -61,9 +67,13 @@ def test_two_dimensions_are_an_arc(case: dict[str, Any]) -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 8), st.floats(0, 180), st.integers(0, 2**63 - 1))
-def test_neighbours_are_unit_and_within_the_angle(dimension: int, k: int, angle: float, seed: int) -> None:
+def test_neighbours_are_unit_and_within_the_angle(
+    dimension: int, k: int, angle: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
-    target = {f"a{i}": x * 10.0 ** rng.integers(-20, 20) for i, x in enumerate(rng.normal(size=dimension))}
+    target = {
+        f"a{i}": x * 10.0 ** rng.integers(-20, 20) for i, x in enumerate(rng.normal(size=dimension))
+    }
     found = neighbors(target, k, angle, seed)
     assert len(found) == k
     assert all([*v] == [*target] for v in found)
@@ -84,12 +94,20 @@ def test_membership_in_any_dimension(case: dict[str, Any]) -> None:
     assert angle == pytest.approx(case["expected_angle_degrees"], abs=1e-6)
     if case["boundary_safe"]:
         assert (angle <= limit) == case["expected_inside"]
-    near = np.array([[*v.values()] for v in neighbors({str(i): x for i, x in enumerate(target)}, 50, limit, seed=3)])
+    near = np.array(
+        [
+            [*v.values()]
+            for v in neighbors({str(i): x for i, x in enumerate(target)}, 50, limit, seed=3)
+        ]
+    )
     norms = np.linalg.norm(near, axis=1) * np.linalg.norm(target)
     assert (np.degrees(np.arccos(near @ target / norms)) <= limit).all()
 
 
-@pytest.mark.parametrize(("dimension", "angle"), [(2, 30), (3, 30), (3, 100), (4, 80), (8, 45), (8, 89), (30, 60), (30, 88)])
+@pytest.mark.parametrize(
+    ("dimension", "angle"),
+    [(2, 30), (3, 30), (3, 100), (4, 80), (8, 45), (8, 89), (30, 60), (30, 88)],
+)
 def test_uniform_by_area(dimension: int, angle: float) -> None:
     """The share within an inner cap is the share of its area: the integral of sin^(d-2)."""
     target = {str(i): float(i == 0) for i in range(dimension)}
@@ -98,12 +116,20 @@ def test_uniform_by_area(dimension: int, angle: float) -> None:
     grid = np.linspace(0, math.radians(angle), 20_001)
     area = np.cumsum(np.sin(grid) ** (dimension - 2))
     expected = np.interp(np.radians(found), grid, area / area[-1])
-    assert np.abs(expected - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000), "Kolmogorov-Smirnov at 1%"
+    assert np.abs(expected - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000), (
+        "Kolmogorov-Smirnov at 1%"
+    )
     assert np.linalg.norm(rows[:, 1:].mean(axis=0)) < 5 / math.sqrt(4000), "no side is preferred"
 
 
 @pytest.mark.parametrize(
-    "arguments", [({"a": 1.0}, 0, 30.0), ({"a": 1.0}, 2, 181.0), ({"a": 1.0}, 2, -1.0), ({"a": 1.0}, 2, math.nan)]
+    "arguments",
+    [
+        ({"a": 1.0}, 0, 30.0),
+        ({"a": 1.0}, 2, 181.0),
+        ({"a": 1.0}, 2, -1.0),
+        ({"a": 1.0}, 2, math.nan),
+    ],
 )
 def test_what_is_out_of_range(arguments: Any) -> None:
     with pytest.raises(ValueError, match="max_angle"):
@@ -115,7 +141,13 @@ def test_what_is_out_of_range(arguments: Any) -> None:
 
 def planned(rps: RPS, direction: dict[str, float], n: int = 1, seed: int = 0) -> Plan:
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
-    plan = Plan((Draw({"messages": messages}, n),), Ensemble(), messages=messages, seed=seed, attributes=("warmth",))
+    plan = Plan(
+        (Draw({"messages": messages}, n),),
+        Ensemble(),
+        messages=messages,
+        seed=seed,
+        attributes=("warmth",),
+    )
     return rps.plan(DPA(direction).plan(plan))
 
 
@@ -145,7 +177,9 @@ def test_the_baseline_spends_as_much_on_the_target(case: dict[str, Any]) -> None
     angle = math.radians(case["directions"][0])
     direction = {"helpfulness": math.cos(angle), "verbosity": math.sin(angle)}
     baseline = planned(RPS(k=case["k"], neighborhood="none"), direction, n=3)
-    assert [(draw.n, draw.direction) for draw in baseline.draws] == [(3 * case["k"], unit(direction))]
+    assert [(draw.n, draw.direction) for draw in baseline.draws] == [
+        (3 * case["k"], unit(direction))
+    ]
     assert baseline.candidates == planned(RPS(k=case["k"]), direction, n=3).candidates
     assert not baseline.note
 
@@ -154,7 +188,9 @@ def test_fewer_directions_than_k_keep_the_budget_and_say_so() -> None:
     still = planned(RPS(k=5, max_angle=0), {"helpfulness": 1.0, "verbosity": 1.0})
     assert [draw.n for draw in still.draws] == [5]
     assert "1 of 5 directions" in still.note
-    grid = planned(RPS(k=7, max_angle=10, neighborhood="published"), {"helpfulness": 1.0, "verbosity": 1.0})
+    grid = planned(
+        RPS(k=7, max_angle=10, neighborhood="published"), {"helpfulness": 1.0, "verbosity": 1.0}
+    )
     assert [draw.n for draw in grid.draws] == [4, 3], "40 and 35 of a target of 45"
     assert "2 of 7 directions within 10 degrees" in grid.note
     far = planned(RPS(neighborhood="published"), {"helpfulness": -1.0, "verbosity": 0.1})
@@ -164,14 +200,18 @@ def test_fewer_directions_than_k_keep_the_budget_and_say_so() -> None:
 def test_published_takes_the_templates_order() -> None:
     one = planned(RPS(neighborhood="published"), {"verbosity": 0.0, "helpfulness": 1.0})
     angles = [
-        round(math.degrees(math.atan2(d.direction["verbosity"], d.direction["helpfulness"]))) for d in one.draws if d.direction
+        round(math.degrees(math.atan2(d.direction["verbosity"], d.direction["helpfulness"])))
+        for d in one.draws
+        if d.direction
     ]
     assert sorted(angles) == [-10, -5, 0, 5, 10]
 
 
 def test_published_needs_two_attributes() -> None:
     with pytest.raises(InvalidRequest, match="names 3") as refused:
-        planned(RPS(neighborhood="published"), {"helpfulness": 1.0, "verbosity": 1.0, "warmth": 1.0})
+        planned(
+            RPS(neighborhood="published"), {"helpfulness": 1.0, "verbosity": 1.0, "warmth": 1.0}
+        )
     assert refused.value.param == "align.rps.neighborhood"
 
 
@@ -186,7 +226,9 @@ def test_attributes_that_are_not_named_are_part_of_the_space(neighborhood: Any) 
     drawn = []
     for direction in (alone, whole):
         made = Plan((Draw({"messages": [{"role": "user", "content": "x"}]}),), Ensemble(), seed=4)
-        plan = RPS(neighborhood=neighborhood).plan(DPA(direction).plan(replace(made, messages=made.draws[0].body["messages"])))
+        plan = RPS(neighborhood=neighborhood).plan(
+            DPA(direction).plan(replace(made, messages=made.draws[0].body["messages"]))
+        )
         drawn.append([draw.direction for draw in plan.draws])
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 5
@@ -194,7 +236,9 @@ def test_attributes_that_are_not_named_are_part_of_the_space(neighborhood: Any) 
 
 def test_an_empty_neighbourhood_says_so() -> None:
     made = Plan((Draw({"messages": [{"role": "user", "content": "x"}]}),), Ensemble())
-    plan = RPS(neighborhood="published", max_angle=1).plan(DPA({"helpfulness": 0.2, "verbosity": 1.0}).plan(made))
+    plan = RPS(neighborhood="published", max_angle=1).plan(
+        DPA({"helpfulness": 0.2, "verbosity": 1.0}).plan(made)
+    )
     assert "no direction of the grid within 1 degrees; all 5 draws are from the target" in plan.note
     for k, angle in ((0, 30.0), (-1, 30.0), (3, 181.0)):
         with pytest.raises(ValueError, match="must be at least 1"):

@@ -32,7 +32,16 @@ def test_scales(scale: int) -> None:
     assert parse(TrustJudge, {"scale": scale}, "align.trust_judge").scale == scale
 
 
-@pytest.mark.parametrize("wrong", [{"scale": 7}, {"scale": "100"}, {"criteria": "  "}, {"criteria": "x" * 4001}, {"weight": 1e10}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale": 7},
+        {"scale": "100"},
+        {"criteria": "  "},
+        {"criteria": "x" * 4001},
+        {"weight": 1e10},
+    ],
+)
 def test_what_is_wrong(wrong: dict[str, object]) -> None:
     with pytest.raises(InvalidRequest) as refused:
         parse(TrustJudge, wrong, "align.trust_judge")
@@ -42,5 +51,7 @@ def test_what_is_wrong(wrong: dict[str, object]) -> None:
 def test_where_there_is_nobody_to_ask() -> None:
     request = parse_request({**BODY, "align": {"trust_judge": {}}}, "chat", {})
     with pytest.raises(Unsupported) as refused:
-        make_plan(request, Fake().load(), {"short": Rules(words_weight=-1.0).load()}, {}, Limits(8, 1000))
+        make_plan(
+            request, Fake().load(), {"short": Rules(words_weight=-1.0).load()}, {}, Limits(8, 1000)
+        )
     assert refused.value.param == "align.trust_judge"

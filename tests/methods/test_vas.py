@@ -33,7 +33,9 @@ def logprobs(logits: np.ndarray) -> np.ndarray:
         return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("case", VECTORS["single"] + VECTORS["identity_and_invariance"], ids=lambda case: case["id"])
+@pytest.mark.parametrize(
+    "case", VECTORS["single"] + VECTORS["identity_and_invariance"], ids=lambda case: case["id"]
+)
 def test_published_reweighting(case: dict) -> None:
     logits = numbers(case["logits"])
     ids = top_k(logits, case["topk"])
@@ -65,7 +67,9 @@ def test_tail(case: dict) -> None:
     values = numbers(case["values"])[ids][None]
     kept = np.exp(logprobs(reweight(logits, ids, values, [case["beta"]])))
     outside = np.setdiff1d(np.arange(case["V"]), ids[0])
-    assert kept[0, outside].sum() == pytest.approx(case["expected_prob_mass_outside_topk_published"], abs=1e-9)
+    assert kept[0, outside].sum() == pytest.approx(
+        case["expected_prob_mass_outside_topk_published"], abs=1e-9
+    )
     masked = logprobs(reweight(logits, ids, values, [case["beta"]], "mask"))
     for token, logprob in case["independent_truncated_variant_logprobs_topk_sorted"]:
         assert masked[0, token] == pytest.approx(logprob, abs=1e-9)
@@ -75,7 +79,9 @@ def test_tail(case: dict) -> None:
 @pytest.mark.parametrize("case", VECTORS["td_lambda_returns"], ids=lambda case: case["id"])
 def test_published_returns(case: dict) -> None:
     mask = numbers(case["mask"])
-    returns = lambda_returns(numbers(case["values"]) * mask, case["rewards"], case["gamma"], case["lam"])
+    returns = lambda_returns(
+        numbers(case["values"]) * mask, case["rewards"], case["gamma"], case["lam"]
+    )
     assert returns == pytest.approx(numbers(case["expected_returns"]), abs=1e-9)
 
 
@@ -85,7 +91,9 @@ def test_more_candidates_than_tokens_are_all_of_them() -> None:
 
 
 @given(st.integers(1, 6), st.sampled_from(["keep", "mask"]), st.data())
-def test_weight_zero_is_the_frozen_model_bit_for_bit(k: int, tail: str, data: st.DataObject) -> None:
+def test_weight_zero_is_the_frozen_model_bit_for_bit(
+    k: int, tail: str, data: st.DataObject
+) -> None:
     logits = np.array([data.draw(st.lists(st.floats(-50, 50), min_size=6, max_size=6))])
     values = np.full((2, 1, k), np.nan)
     assert np.array_equal(reweight(logits, top_k(logits, k), values, [0.0, 0.0], tail), logits)
@@ -97,8 +105,15 @@ def test_a_value_of_weight_zero_is_not_looked_at() -> None:
 
 
 def test_rows_have_weights_of_their_own() -> None:
-    logits, ids, values = np.zeros((2, 3)), np.array([[0, 1], [0, 1]]), np.array([[[1.0, -1.0], [1.0, -1.0]]])
-    assert reweight(logits, ids, values, [[2.0], [-1.0]]).tolist() == [[2.0, -2.0, 0.0], [-1.0, 1.0, 0.0]]
+    logits, ids, values = (
+        np.zeros((2, 3)),
+        np.array([[0, 1], [0, 1]]),
+        np.array([[[1.0, -1.0], [1.0, -1.0]]]),
+    )
+    assert reweight(logits, ids, values, [[2.0], [-1.0]]).tolist() == [
+        [2.0, -2.0, 0.0],
+        [-1.0, 1.0, 0.0],
+    ]
 
 
 def test_shapes_are_checked() -> None:

@@ -37,10 +37,16 @@ async def test_what_fails_is_not_scored_and_says_why():
     def picky(messages, text):
         return {"ok": 1.0, "nan": math.nan, "word": "high", "none": None}[text]
 
-    marks = await CallableReward(picky).score([], candidates("ok", "nan", "word", "none", "missing"))
+    marks = await CallableReward(picky).score(
+        [], candidates("ok", "nan", "word", "none", "missing")
+    )
     assert np.isnan(marks.values[0, 0]).tolist() == [False, True, True, True, True]
     assert marks.notes[:2] == (None, None)
-    assert [note.partition(":")[0] for note in marks.notes[2:]] == ["ValueError", "TypeError", "KeyError"]
+    assert [note.partition(":")[0] for note in marks.notes[2:]] == [
+        "ValueError",
+        "TypeError",
+        "KeyError",
+    ]
 
 
 async def test_numbers_of_any_kind():
@@ -68,7 +74,17 @@ async def test_found_by_name():
 
 
 @pytest.mark.parametrize(
-    "function", ["no_such_package:f", "math:no_such", "math", "", ":sqrt", "math:pi", "infer_align.run:align", "broken_at_import:f"]
+    "function",
+    [
+        "no_such_package:f",
+        "math:no_such",
+        "math",
+        "",
+        ":sqrt",
+        "math:pi",
+        "infer_align.run:align",
+        "broken_at_import:f",
+    ],
 )
 def test_what_is_no_function_is_refused(function, tmp_path, monkeypatch):
     (tmp_path / "broken_at_import.py").write_text("1 / 0")

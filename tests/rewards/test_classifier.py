@@ -20,11 +20,20 @@ from infer_align.types import Candidate
 
 pytestmark = pytest.mark.anyio
 ASK = [{"role": "user", "content": "the cat"}]
-TEXTS = ["sat", "a big red ball is in the box with the small blue hat", "", "the dog ran to the sun!", "é你😀"]
+TEXTS = [
+    "sat",
+    "a big red ball is in the box with the small blue hat",
+    "",
+    "the dog ran to the sun!",
+    "é你😀",
+]
 
 
 def candidates(texts=TEXTS) -> list[Candidate]:
-    return [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
+    return [
+        Candidate(i, {"message": {"role": "assistant", "content": text}})
+        for i, text in enumerate(texts)
+    ]
 
 
 async def started(**section):
@@ -35,13 +44,24 @@ async def started(**section):
 
 def direct(path: str, texts=TEXTS, messages=ASK, limit: int = 10_000) -> np.ndarray:
     """[labels, N] of one conversation at a time, without padding."""
-    tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(path),
+        AutoModelForSequenceClassification.from_pretrained(path).eval(),
+    )
     rows = []
     for text in texts:
-        conversation = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+        conversation = tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": text}], tokenize=False
+        )
         ids = tokenizer(conversation, add_special_tokens=False)["input_ids"][-limit:]
         with torch.inference_mode():
-            rows.append(model(torch.tensor([ids]), attention_mask=torch.ones((1, len(ids)), dtype=torch.long)).logits[0].numpy())
+            rows.append(
+                model(
+                    torch.tensor([ids]), attention_mask=torch.ones((1, len(ids)), dtype=torch.long)
+                )
+                .logits[0]
+                .numpy()
+            )
     return np.stack(rows, axis=1)
 
 
@@ -59,7 +79,12 @@ async def test_equals_a_direct_forward(architecture, labels, reward_model):
     assert len(reward.members) == labels
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert marks.spent.reward_tokens == sum(
-        len(tokenizer(f"<user>the cat</s><assistant>{text}</s>", add_special_tokens=False)["input_ids"]) for text in TEXTS
+        len(
+            tokenizer(f"<user>the cat</s><assistant>{text}</s>", add_special_tokens=False)[
+                "input_ids"
+            ]
+        )
+        for text in TEXTS
     )
     assert marks.notes == (None,) * len(TEXTS)
     await reward.close()
@@ -97,7 +122,9 @@ async def test_several_models_are_an_ensemble_and_their_labels_more_members(rewa
 async def test_batches_are_filled_across_requests(reward_model):
     reward = await started(model=reward_model(), batch_size=8)
     shapes = []
-    reward._models[0].model.register_forward_pre_hook(lambda m, a, kw: shapes.append(kw["input_ids"].shape[0]), with_kwargs=True)
+    reward._models[0].model.register_forward_pre_hook(
+        lambda m, a, kw: shapes.append(kw["input_ids"].shape[0]), with_kwargs=True
+    )
     alone = await reward.score(ASK, candidates())
     shapes.clear()
     results = await asyncio.gather(*(reward.score(ASK, candidates()) for _ in range(8)))
@@ -132,7 +159,9 @@ async def test_a_conversation_that_the_template_refuses_is_not_scored_and_others
     path = reward_model()
     reward = await started(model=path)
     wizard = [{"role": "wizard", "content": "abracadabra"}]
-    refused, scored = await asyncio.gather(reward.score(wizard, candidates()), reward.score(ASK, candidates()))
+    refused, scored = await asyncio.gather(
+        reward.score(wizard, candidates()), reward.score(ASK, candidates())
+    )
     assert np.isnan(refused.values).all()
     assert all("roles are system" in note for note in refused.notes)
     assert refused.spent.reward_tokens == 0
@@ -151,7 +180,12 @@ async def test_lone_surrogates_are_not_scored(reward_model):
 async def test_text_parts_are_joined(reward_model):
     path = reward_model()
     reward = await started(model=path)
-    parts = [{"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]}]
+    parts = [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}],
+        }
+    ]
     assert same((await reward.score(parts, candidates())).values[0], direct(path))
     await reward.close()
 
@@ -195,7 +229,9 @@ async def test_cancelling_one_request_leaves_the_others(reward_model):
 
     reward._models[0].model.register_forward_pre_hook(hold)
     scored = []
-    reward._models[0].model.register_forward_pre_hook(lambda m, a, kw: scored.append(len(kw["input_ids"])), with_kwargs=True)
+    reward._models[0].model.register_forward_pre_hook(
+        lambda m, a, kw: scored.append(len(kw["input_ids"])), with_kwargs=True
+    )
     tasks = [asyncio.create_task(reward.score(ASK, candidates())) for _ in range(3)]
     await asyncio.to_thread(inside.wait, 20)
     tasks[0].cancel()  # being scored
@@ -240,7 +276,9 @@ async def test_what_cannot_be_loaded_is_refused(reward_model, tmp_path):
 async def test_objectives_are_scaled_as_the_section_says(reward_model):
     path = reward_model(labels=2)
     raw = await started(model=path, attributes=("a", "b"))
-    scaled = await started(model=path, attributes=("a", "b"), scaling={"b": Scaling(mean=1.0, std=4.0)})
+    scaled = await started(
+        model=path, attributes=("a", "b"), scaling={"b": Scaling(mean=1.0, std=4.0)}
+    )
     before, after = await raw.score(ASK, candidates()), await scaled.score(ASK, candidates())
     np.testing.assert_allclose(after.values[0], before.values[0], atol=1e-6)
     np.testing.assert_allclose(after.values[1], (before.values[1] - 1.0) / 4.0, atol=1e-6)
@@ -248,10 +286,14 @@ async def test_objectives_are_scaled_as_the_section_says(reward_model):
 
 def test_scaling_converts_as_the_published_models_labels_are() -> None:
     """(score - 10) / 20 brings 0..100 back to HelpSteer's 0..4."""
-    cases = json.loads((Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8"))["helpsteer_conversion"]
+    cases = json.loads(
+        (Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8")
+    )["helpsteer_conversion"]
     names = tuple("abcde")
     scaling = dict.fromkeys(names, Scaling(mean=10.0, std=20.0))
     for case in cases:
         values = np.array(case["score_0_100"])[:, None, None]
-        np.testing.assert_allclose(scaled(values, scaling, names)[:, 0, 0], case["helpsteer_0_4"], atol=1e-9)
+        np.testing.assert_allclose(
+            scaled(values, scaling, names)[:, 0, 0], case["helpsteer_0_4"], atol=1e-9
+        )
     assert len(cases) >= 8

@@ -36,7 +36,8 @@ async def reward(request, reward_model):
 
 def candidates(*texts: str) -> list[Candidate]:
     return [
-        Candidate(i, {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}) for i, text in enumerate(texts)
+        Candidate(i, {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"})
+        for i, text in enumerate(texts)
     ]
 
 
@@ -53,7 +54,9 @@ async def test_is_a_reward(reward):
 
 @pytest.mark.parametrize("n", [0, 1, 5])
 async def test_marks_have_their_shape(reward, n):
-    marks = await reward.score(ASK, candidates(*["one two", "three", "four five six", "", "seven"][:n]))
+    marks = await reward.score(
+        ASK, candidates(*["one two", "three", "four five six", "", "seven"][:n])
+    )
     assert isinstance(marks, Marks)
     assert marks.values.shape == shape(reward, n)
     assert marks.values.dtype == np.float64
@@ -68,7 +71,9 @@ async def test_a_score_is_the_candidates_own(reward):
     turned = await reward.score(ASK, candidates(*texts[::-1]))
     np.testing.assert_allclose(marks.values, turned.values[..., ::-1], atol=1e-5)
     alone = [await reward.score(ASK, candidates(text)) for text in texts]
-    np.testing.assert_allclose(marks.values, np.concatenate([m.values for m in alone], axis=-1), atol=1e-5)
+    np.testing.assert_allclose(
+        marks.values, np.concatenate([m.values for m in alone], axis=-1), atol=1e-5
+    )
     assert len(np.unique(marks.values[0, 0].round(6))) > 1
 
 
@@ -79,5 +84,7 @@ async def test_text_completions_have_no_messages(reward):
 
 
 async def test_many_at_once(reward):
-    results = await asyncio.gather(*(reward.score(ASK, candidates("one", "two three")) for _ in range(16)))
+    results = await asyncio.gather(
+        *(reward.score(ASK, candidates("one", "two three")) for _ in range(16))
+    )
     assert all(np.allclose(r.values, results[0].values, atol=1e-5) for r in results)

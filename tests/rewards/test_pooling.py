@@ -26,19 +26,36 @@ pytestmark = [
     *WARNINGS,
 ]
 ASK = [{"role": "user", "content": "What is the diet of the owl?"}]
-TEXTS = ["The owl eats mice.", "mice", "", "The owl is brown and eats mice and sleeps by day . " * 12, "é你😀"]
-OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "kv_cache_memory_bytes": 1 << 24, "block_size": 32}
+TEXTS = [
+    "The owl eats mice.",
+    "mice",
+    "",
+    "The owl is brown and eats mice and sleeps by day . " * 12,
+    "é你😀",
+]
+OPTIONS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 1 << 24,
+    "block_size": 32,
+}
 
 
 def candidates(texts: list[str] = TEXTS) -> list[Candidate]:
-    return [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
+    return [
+        Candidate(i, {"message": {"role": "assistant", "content": text}})
+        for i, text in enumerate(texts)
+    ]
 
 
 @pytest.fixture(scope="module")
 async def reward(pooling_model: Callable[[int], str]) -> AsyncIterator[PoolingReward]:
     """A model of one label and one of three."""
     with environment():
-        reward = Pooling(models=(pooling_model(1), pooling_model(3)), max_length=64, options=OPTIONS).load()
+        reward = Pooling(
+            models=(pooling_model(1), pooling_model(3)), max_length=64, options=OPTIONS
+        ).load()
         await reward.start()
         yield reward
         await reward.close()
@@ -50,14 +67,18 @@ def direct(path: str, texts: list[str], limit: int = 64) -> np.ndarray[Any, Any]
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
     rows = []
     for text in texts:
-        conversation = tokenizer.apply_chat_template([*ASK, {"role": "assistant", "content": text}], tokenize=False)
+        conversation = tokenizer.apply_chat_template(
+            [*ASK, {"role": "assistant", "content": text}], tokenize=False
+        )
         ids = tokenizer(conversation, add_special_tokens=False)["input_ids"][-limit:]
         with torch.inference_mode():
             rows.append(model(torch.tensor([ids])).logits[0].double().numpy())
     return np.stack(rows, axis=1)
 
 
-async def test_scores_are_those_of_transformers(reward: PoolingReward, pooling_model: Callable[[int], str]) -> None:
+async def test_scores_are_those_of_transformers(
+    reward: PoolingReward, pooling_model: Callable[[int], str]
+) -> None:
     expected = np.concatenate([direct(pooling_model(1), TEXTS), direct(pooling_model(3), TEXTS)])
     marks = await reward.score(ASK, candidates())
     print(f"largest difference {np.abs(marks.values[0] - expected).max():.2g}")
@@ -71,9 +92,13 @@ async def test_scores_are_those_of_transformers(reward: PoolingReward, pooling_m
     assert marks.notes[0] is None
 
 
-async def test_tokens_are_counted(reward: PoolingReward, pooling_model: Callable[[int], str]) -> None:
+async def test_tokens_are_counted(
+    reward: PoolingReward, pooling_model: Callable[[int], str]
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pooling_model(1))
-    text = tokenizer.apply_chat_template([*ASK, {"role": "assistant", "content": "mice"}], tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [*ASK, {"role": "assistant", "content": "mice"}], tokenize=False
+    )
     expected = len(tokenizer(text, add_special_tokens=False)["input_ids"])
     assert (await reward.score(ASK, candidates(["mice"]))).spent.reward_tokens == 2 * expected
 
@@ -97,10 +122,14 @@ async def test_what_the_template_refuses_is_not_scored(reward: PoolingReward) ->
 
 
 @pytest.mark.slow
-async def test_attributes_are_rows_and_a_closed_reward_says_so(pooling_model: Callable[[int], str]) -> None:
+async def test_attributes_are_rows_and_a_closed_reward_says_so(
+    pooling_model: Callable[[int], str],
+) -> None:
     with environment():
         scaling = {"b": Scaling(mean=1.0, std=4.0)}
-        reward = Pooling(model=pooling_model(3), attributes=("a", "b", "c"), scaling=scaling, options=OPTIONS).load()
+        reward = Pooling(
+            model=pooling_model(3), attributes=("a", "b", "c"), scaling=scaling, options=OPTIONS
+        ).load()
         await reward.start()
         marks = await reward.score(ASK, candidates())
         await reward.close()
@@ -113,7 +142,9 @@ async def test_attributes_are_rows_and_a_closed_reward_says_so(pooling_model: Ca
 
 
 @pytest.mark.slow
-async def test_wrong_attributes_and_a_model_without_labels_are_refused(pooling_model: Callable[[int], str]) -> None:
+async def test_wrong_attributes_and_a_model_without_labels_are_refused(
+    pooling_model: Callable[[int], str],
+) -> None:
     with environment():
         reward = Pooling(model=pooling_model(3), attributes=("a", "b"), options=OPTIONS).load()
         with pytest.raises(ConfigError, match="2 names for the 3 labels"):
@@ -126,9 +157,13 @@ async def test_wrong_attributes_and_a_model_without_labels_are_refused(pooling_m
 
 def test_a_section_takes_vllms_own_options(tmp_path: Any) -> None:
     file = tmp_path / "infer-align.toml"
-    file.write_text('[rewards.rm]\nkind = "pooling"\nmodel = "x"\ngpu_memory_utilization = 0.2\n[engine]\nkind = "fake"\n')
+    file.write_text(
+        '[rewards.rm]\nkind = "pooling"\nmodel = "x"\ngpu_memory_utilization = 0.2\n[engine]\nkind = "fake"\n'
+    )
     assert load(file).rewards["rm"].options == {"gpu_memory_utilization": 0.2}
-    file.write_text('[rewards.rm]\nkind = "pooling"\nmodel = "x"\ngpu_memory_utilisation = 0.2\n[engine]\nkind = "fake"\n')
+    file.write_text(
+        '[rewards.rm]\nkind = "pooling"\nmodel = "x"\ngpu_memory_utilisation = 0.2\n[engine]\nkind = "fake"\n'
+    )
     with pytest.raises(ConfigError, match="did you mean 'gpu_memory_utilization'"):
         load(file)
     with pytest.raises(ConfigError, match="either model or models"):

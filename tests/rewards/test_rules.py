@@ -12,7 +12,9 @@ pytestmark = pytest.mark.anyio
 
 
 def candidate(text: str, reason: str = "stop") -> Candidate:
-    return Candidate(0, {"message": {"role": "assistant", "content": text}, "finish_reason": reason})
+    return Candidate(
+        0, {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
+    )
 
 
 RULES = [
@@ -48,7 +50,9 @@ async def test_finished():
 
 
 async def test_text_completions_and_tool_calls_have_text_too():
-    tool = Candidate(0, {"message": {"role": "assistant", "content": None}, "finish_reason": "tool_calls"})
+    tool = Candidate(
+        0, {"message": {"role": "assistant", "content": None}, "finish_reason": "tool_calls"}
+    )
     marks = await Rules(words_weight=1.0).load().score([], [Candidate(0, {"text": "a b"}), tool])
     assert marks.values.tolist() == [[[2.0, 0.0]]]
 

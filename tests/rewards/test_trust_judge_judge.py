@@ -43,9 +43,14 @@ class Ranked(FakeEngine):
         self.most_at_once = max(self.most_at_once, self.asked_at_once)
         await asyncio.sleep(self.slow)
         self.asked_at_once -= 1
-        first, second = (float(x) for x in re.findall(r"Answer [AB] <\d+>\n([-\d.]+)\n", query.messages[1]["content"]))
+        first, second = (
+            float(x)
+            for x in re.findall(r"Answer [AB] <\d+>\n([-\d.]+)\n", query.messages[1]["content"])
+        )
         lead = 1 / (1 + math.exp(second - first - self.bias))
-        return LabelReading({"A": math.log(lead * 0.9), "B": math.log((1 - lead) * 0.9), "C": math.log(0.1)}, 40)
+        return LabelReading(
+            {"A": math.log(lead * 0.9), "B": math.log((1 - lead) * 0.9), "C": math.log(0.1)}, 40
+        )
 
 
 def reward(served: FakeEngine, **section: Any) -> TrustJudgeReward:
@@ -55,7 +60,10 @@ def reward(served: FakeEngine, **section: Any) -> TrustJudgeReward:
 
 
 def candidates(*texts: str) -> list[Candidate]:
-    return [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
+    return [
+        Candidate(i, {"message": {"role": "assistant", "content": text}})
+        for i, text in enumerate(texts)
+    ]
 
 
 def marks(engine: FakeEngine, texts: list[str], **section: Any) -> Any:
@@ -72,7 +80,9 @@ def test_scores_are_read_from_the_probabilities() -> None:
     found = marks(engine, ["good", "bad", "rude", "broken", "good"])
     values = found.values[0, 0]
     good = (90 * 0.6 + 80 * 0.3) / 0.9
-    np.testing.assert_allclose(values[[0, 1, 4]], [1 + (good - 1) * 4 / 99, 1 + 14 * 4 / 99, 1 + (good - 1) * 4 / 99])
+    np.testing.assert_allclose(
+        values[[0, 1, 4]], [1 + (good - 1) * 4 / 99, 1 + 14 * 4 / 99, 1 + (good - 1) * 4 / 99]
+    )
     assert np.isnan(values[2:4]).all(), "a refusal and a failure are no scores"
     assert "refusal" in found.notes[2]
     assert "no judge today" in found.notes[3]
@@ -83,7 +93,9 @@ def test_scores_are_read_from_the_probabilities() -> None:
     assert found.spent.judge_prompt_tokens > 40
 
 
-@pytest.mark.parametrize(("readout", "value"), [("expected", 90.0), ("geval", 45.0), ("published", 90.0)])
+@pytest.mark.parametrize(
+    ("readout", "value"), [("expected", 90.0), ("geval", 45.0), ("published", 90.0)]
+)
 def test_readouts(readout: Any, value: float) -> None:
     found = marks(fake(Labels({"90": 0.5})), ["x"], readout=readout)
     assert found.values[0, 0, 0] == pytest.approx(1 + (value - 1) * 4 / 99)
@@ -127,7 +139,8 @@ def test_the_order_of_candidates_does_not_matter(numbers: list[int], data: st.Da
     turned = marks(Ranked(Fake()), [texts[i] for i in order], mode="pairwise").values[0, 0]
     np.testing.assert_allclose(turned, straight[list(order)])
     assert all(
-        (straight[i] - straight[j]) * (numbers[i] - numbers[j]) >= 0 for i, j in itertools.combinations(range(len(numbers)), 2)
+        (straight[i] - straight[j]) * (numbers[i] - numbers[j]) >= 0
+        for i, j in itertools.combinations(range(len(numbers)), 2)
     )
 
 
@@ -139,7 +152,9 @@ def test_a_judge_who_prefers_what_comes_first_decides_nothing_by_it() -> None:
     second = marks(engine, ["2.0", "1.0"], mode="pairwise")
     assert second.report["comparisons"] == [{"pair": [0, 1], "relation": "larger"}]
     strict = marks(engine, ["2.0", "1.0"], mode="pairwise", rule="first_label")
-    assert strict.report["comparisons"] == [{"pair": [0, 1], "relation": "equal"}], "each order says A"
+    assert strict.report["comparisons"] == [{"pair": [0, 1], "relation": "equal"}], (
+        "each order says A"
+    )
     tolerant = marks(engine, ["1.1", "1.0"], mode="pairwise", tolerance=0.2)
     assert tolerant.report["comparisons"] == [{"pair": [0, 1], "relation": "equal"}]
 
@@ -164,7 +179,9 @@ def test_swiss_finds_the_best_in_whatever_order_they_come(n: int) -> None:
         engine = Ranked(Fake())
         found = marks(engine, [str(x) for x in numbers], mode="pairwise", schedule="swiss")
         assert numbers[int(found.values[0, 0].argmax())] == n - 1, numbers
-        assert len(engine.queries) <= reward(engine, mode="pairwise", schedule="swiss").worst_case_tokens(n)
+        assert len(engine.queries) <= reward(
+            engine, mode="pairwise", schedule="swiss"
+        ).worst_case_tokens(n)
 
 
 def test_the_worst_case_counts_every_call_of_a_reading() -> None:
@@ -201,7 +218,9 @@ def test_cycles_are_reported() -> None:
 
 def test_a_comparison_that_fails_in_one_order_is_dropped() -> None:
     engine = fake(
-        Labels({}, r"Answer A <\d+>\nrude", error="no"), Labels({"A": 0.9, "B": 0.1}, r"Answer A <\d+>\ngood"), Labels({"B": 1.0})
+        Labels({}, r"Answer A <\d+>\nrude", error="no"),
+        Labels({"A": 0.9, "B": 0.1}, r"Answer A <\d+>\ngood"),
+        Labels({"B": 1.0}),
     )
     found = marks(engine, ["good", "bad", "rude"], mode="pairwise")
     assert found.report["drop_rate"] == pytest.approx(2 / 3)
@@ -260,7 +279,9 @@ def test_perplexity_needs_the_critiques_logprobs() -> None:
     reward(fake(), mode="pairwise", rule="perplexity").check("align.trust_judge")
     sure = [Labels({"A": 0.9, "B": 0.1}, r"Answer A <\d+>\ngood"), Labels({"A": 0.6, "B": 0.4})]
     found = marks(fake(*sure), ["good", "bad"], mode="pairwise", rule="perplexity")
-    assert found.report["comparisons"] == [{"pair": [0, 1], "relation": "larger"}], "the surer order decides"
+    assert found.report["comparisons"] == [{"pair": [0, 1], "relation": "larger"}], (
+        "the surer order decides"
+    )
 
 
 def test_an_engine_without_label_logprobs_is_refused_by_name() -> None:
@@ -284,7 +305,12 @@ def test_an_engine_that_is_not_configured() -> None:
 def test_a_request_changes_a_copy() -> None:
     judge = reward(fake(), scale=5, min_mass=0.3)
     asked = judge.asked(Asked(scale=10, criteria="brief", mode="pairwise"))
-    assert (asked.config.scale, asked.config.criteria, asked.config.mode, asked.config.min_mass) == (10, "brief", "pairwise", 0.3)
+    assert (
+        asked.config.scale,
+        asked.config.criteria,
+        asked.config.mode,
+        asked.config.min_mass,
+    ) == (10, "brief", "pairwise", 0.3)
     assert judge.config.scale == 5
     assert asked.engines is judge.engines
 
@@ -303,7 +329,9 @@ async def test_on_a_real_model(language_model: Any, mode: Any) -> None:
     again = await judge.score(ASK, texts[::-1])
     np.testing.assert_allclose(again.values[..., ::-1], found.values, atol=1e-4)
     wary = judge.configured(min_mass=0.9)
-    assert np.isnan((await wary.score(ASK, texts)).values).all(), "a random model says anything but labels"
+    assert np.isnan((await wary.score(ASK, texts)).values).all(), (
+        "a random model says anything but labels"
+    )
     await engine.close()
 
 

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer_align.rewards.trust_judge.prompts import BETTER, SCORE, labels, pair_messages, score_messages
+from infer_align.rewards.trust_judge.prompts import (
+    BETTER,
+    SCORE,
+    labels,
+    pair_messages,
+    score_messages,
+)
 
 ASK: Any = [{"role": "user", "content": "What is the diet of the owl?"}]
 ORDERS = [
@@ -35,7 +41,9 @@ def blocks(messages: list[dict[str, Any]]) -> dict[str, str]:
     assert "\n".join(match[0] for match in found) == user["content"]
     for match in found[-2:] if len(found) > 2 else found[-1:]:
         closing = f"</{match[2]}>"
-        assert user["content"].count(closing) == sum(closing in other[0] for other in found), "no answer closes an answer's mark"
+        assert user["content"].count(closing) == sum(closing in other[0] for other in found), (
+            "no answer closes an answer's mark"
+        )
     return {match[1]: match[3] for match in found}
 
 
@@ -57,7 +65,10 @@ def test_an_answer_stays_inside_its_mark(text: str) -> None:
 def test_whatever_is_said(question: str, first: str, second: str) -> None:
     messages: Any = [{"role": "user", "content": question}]
     assert len(blocks(score_messages(messages, first, 5))) == (2 if question else 1)
-    for system, user in (score_messages(messages, first, 5), pair_messages(messages, first, second)):
+    for system, user in (
+        score_messages(messages, first, 5),
+        pair_messages(messages, first, second),
+    ):
         numbers = re.findall(r"(?:Question|Answer(?: [AB])?) <(\d+)>\n", user["content"])
         assert numbers
         assert not re.search(r"<\||</?s>|\[/?INST\]|<(?:start|end)_of_turn>", user["content"])
@@ -72,11 +83,17 @@ def test_exchanging_two_answers_changes_nothing_else(first: str, second: str) ->
     assert one[0] == two[0]
     a, b = blocks(one), blocks(two)
     assert (a["Answer A"], a["Answer B"]) == (b["Answer B"], b["Answer A"])
-    assert re.findall(r"</(\d+)>", one[1]["content"])[-1] == re.findall(r"</(\d+)>", two[1]["content"])[-1]
+    assert (
+        re.findall(r"</(\d+)>", one[1]["content"])[-1]
+        == re.findall(r"</(\d+)>", two[1]["content"])[-1]
+    )
 
 
 def test_prompts_about_one_question_begin_alike() -> None:
-    one, two = score_messages(ASK, "mice", 100), score_messages(ASK, "seeds and 33 other things", 100)
+    one, two = (
+        score_messages(ASK, "mice", 100),
+        score_messages(ASK, "seeds and 33 other things", 100),
+    )
     assert one[0] == two[0]
     start = one[1]["content"].partition("Answer")[0]
     assert two[1]["content"].startswith(start)
@@ -88,8 +105,14 @@ def test_criteria_scale_and_critique_are_asked_for() -> None:
     assert "from 1 (poor) to 10 (excellent)" in system
     assert "brief and kind" in system
     assert "critique" not in system
-    assert f"critique, then the last line {SCORE}X]" in score_messages(ASK, "x", 10, critique=True)[0]["content"]
-    assert f"critique, then the last line {BETTER}X]" in pair_messages(ASK, "x", "y", critique=True)[0]["content"]
+    assert (
+        f"critique, then the last line {SCORE}X]"
+        in score_messages(ASK, "x", 10, critique=True)[0]["content"]
+    )
+    assert (
+        f"critique, then the last line {BETTER}X]"
+        in pair_messages(ASK, "x", "y", critique=True)[0]["content"]
+    )
     assert labels(5) == ("1", "2", "3", "4", "5")
     assert labels(100)[-1] == "100"
 
@@ -97,11 +120,19 @@ def test_criteria_scale_and_critique_are_asked_for() -> None:
 def test_conversations_and_parts() -> None:
     talk: Any = [
         {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": [{"type": "text", "text": "Look: "}, {"type": "image_url", "image_url": {}}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Look: "}, {"type": "image_url", "image_url": {}}],
+        },
         {"role": "assistant", "content": None, "tool_calls": []},
     ]
-    assert blocks(score_messages(talk, "x", 5))["Question"] == "system: Be kind.\nuser: Look: [image_url]\nassistant: "
-    assert list(blocks(score_messages([], "x", 5))) == ["Answer"], "a text completion has no question"
+    assert (
+        blocks(score_messages(talk, "x", 5))["Question"]
+        == "system: Be kind.\nuser: Look: [image_url]\nassistant: "
+    )
+    assert list(blocks(score_messages([], "x", 5))) == ["Answer"], (
+        "a text completion has no question"
+    )
 
 
 CONTROLS = (
@@ -115,6 +146,8 @@ def test_control_tokens_of_chat_templates_are_words(token: str) -> None:
     assert token not in score_messages(ASK, f"a {token} b", 100)[1]["content"]
 
 
-@pytest.mark.parametrize("text", ["if a < b and c > d:", "x[0] + y[i]", "<div>1</div>", "[1, 2]", "List[int]"])
+@pytest.mark.parametrize(
+    "text", ["if a < b and c > d:", "x[0] + y[i]", "<div>1</div>", "[1, 2]", "List[int]"]
+)
 def test_what_people_write_stays(text: str) -> None:
     assert text in score_messages(ASK, text, 100)[1]["content"]

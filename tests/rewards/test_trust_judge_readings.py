@@ -12,11 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer_align.rewards.trust_judge import Reading, conflict_ratio, expected_score, nontransitivity, relation, rescale
+from infer_align.rewards.trust_judge import (
+    Reading,
+    conflict_ratio,
+    expected_score,
+    nontransitivity,
+    relation,
+    rescale,
+)
 from infer_align.rewards.trust_judge.consistency import cycles, triple_error
 from infer_align.rewards.trust_judge.readings import extract, label_value, merge
 
-ORACLE = json.loads((Path(__file__).parents[1] / "data" / "trustjudge_public.json").read_text(encoding="utf-8"))
+ORACLE = json.loads(
+    (Path(__file__).parents[1] / "data" / "trustjudge_public.json").read_text(encoding="utf-8")
+)
 RULES = {"baseline": "first_label", "ppl": "perplexity", "likelihood": "likelihood"}
 SCALES = st.sampled_from([5, 10, 100])
 probabilities = st.floats(0.0, 1.0)
@@ -30,12 +39,16 @@ def test_scores(case: dict[str, Any]) -> None:
     found = expected_score(probs, scale)
     if ours is None:
         assert math.isnan(found)
-        assert math.isnan(expected_score(probs, scale, "geval")), "the published 0 is a score that nobody gave"
+        assert math.isnan(expected_score(probs, scale, "geval")), (
+            "the published 0 is a score that nobody gave"
+        )
     else:
         assert found == pytest.approx(ours["renormalised_expectation"], abs=1e-9)
         assert rescale(found, scale) == pytest.approx(ours["rescaled_affine_1_to_5"], abs=1e-9)
         assert expected_score(probs, scale, "geval") == pytest.approx(published["geval"], abs=1e-9)
-    assert expected_score(probs, scale, "published") == pytest.approx(published["softmax_weighted"], abs=1e-9)
+    assert expected_score(probs, scale, "published") == pytest.approx(
+        published["softmax_weighted"], abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("case", ORACLE["perplexity"], ids=lambda c: c["id"])
@@ -86,7 +99,11 @@ def test_triples(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", ORACLE["extraction"], ids=lambda c: c["note"])
 def test_extraction(case: dict[str, Any]) -> None:
-    allowed = "ABC" if case["allowed"] == "ABC" else [str(i) for i in range(1, int(case["allowed"].rpartition(".")[2]) + 1)]
+    allowed = (
+        "ABC"
+        if case["allowed"] == "ABC"
+        else [str(i) for i in range(1, int(case["allowed"].rpartition(".")[2]) + 1)]
+    )
     if case["expected_middle"] is None:
         with pytest.raises(ValueError, match="no label"):
             extract(case["positions"], allowed)
@@ -102,10 +119,13 @@ def judged(case: dict[str, Any], rule: str, tolerance: float) -> dict[tuple[int,
     for number, question in enumerate(case["input"]["pairs"]):
         for pair in question["pairs"]:
             one, two = (
-                Reading(o["probs"], o["cum_logprob"], o["tokens"]) for o in (pair["judgement_order1"], pair["judgement_order2"])
+                Reading(o["probs"], o["cum_logprob"], o["tokens"])
+                for o in (pair["judgement_order1"], pair["judgement_order2"])
             )
             try:
-                related[number * 100 + pair["i"], number * 100 + pair["j"]] = relation(one, two, RULES[rule], tolerance)
+                related[number * 100 + pair["i"], number * 100 + pair["j"]] = relation(
+                    one, two, RULES[rule], tolerance
+                )
             except ValueError:
                 continue  # not judged: dropped from every share
     return related
@@ -116,7 +136,11 @@ def test_metrics(case: dict[str, Any]) -> None:
     for key, expected in case["expected"]["non_transitivity"].items():
         rule, k, tolerance = key.split("@")
         found = nontransitivity(judged(case, rule, float(tolerance)), int(k[1:]))
-        assert math.isnan(found) if "error" in expected else found == pytest.approx(expected["non_transitive_proportion"]), key
+        assert (
+            math.isnan(found)
+            if "error" in expected
+            else found == pytest.approx(expected["non_transitive_proportion"])
+        ), key
     pairs, scale = judged(case, "baseline", 0.0), case["input"]["scale"]
     for key, expected in case["expected"]["conflict"].items():
         readout, _, tolerance = key.partition("@")
@@ -126,8 +150,14 @@ def test_metrics(case: dict[str, Any]) -> None:
                 first = label_value(probs[0][0], scale)
                 if first is not None:
                     names = {"geval": "geval", "softmax_weighted": "published"}
-                    scores[number * 100 + item] = expected_score(probs, scale, names[readout]) if readout in names else float(first)
-        assert conflict_ratio(scores, pairs, float(tolerance)) == pytest.approx(expected["conflict_proportion"]), key
+                    scores[number * 100 + item] = (
+                        expected_score(probs, scale, names[readout])
+                        if readout in names
+                        else float(first)
+                    )
+        assert conflict_ratio(scores, pairs, float(tolerance)) == pytest.approx(
+            expected["conflict_proportion"]
+        ), key
 
 
 # --- what holds for any judge ---------------------------------------------------------------------------------------------
@@ -135,9 +165,16 @@ def test_metrics(case: dict[str, Any]) -> None:
 
 @settings(deadline=None)
 @given(SCALES, st.data())
-def test_scores_stay_on_the_scale_and_do_not_depend_on_order(scale: int, data: st.DataObject) -> None:
+def test_scores_stay_on_the_scale_and_do_not_depend_on_order(
+    scale: int, data: st.DataObject
+) -> None:
     probs = data.draw(
-        st.lists(st.tuples(st.integers(1, scale).map(str), probabilities), min_size=1, max_size=20, unique_by=lambda p: p[0])
+        st.lists(
+            st.tuples(st.integers(1, scale).map(str), probabilities),
+            min_size=1,
+            max_size=20,
+            unique_by=lambda p: p[0],
+        )
     )
     found = expected_score(probs, scale)
     if not sum(p for _, p in probs):
@@ -148,13 +185,17 @@ def test_scores_stay_on_the_scale_and_do_not_depend_on_order(scale: int, data: s
     assert expected_score(probs[::-1], scale) == found
     halved = [(label, p / 2) for label, p in probs]
     if all(p == 0 or p > 1e-300 for _, p in probs):
-        assert expected_score(halved, scale) == pytest.approx(found), "a judge that is half silent says the same"
+        assert expected_score(halved, scale) == pytest.approx(found), (
+            "a judge that is half silent says the same"
+        )
     assert expected_score([*probs, ("the", 0.9)], scale) == found, "what is no label weighs nothing"
 
 
 @settings(deadline=None)
 @given(SCALES, st.data())
-def test_rescaling_reaches_its_ends_exactly_and_keeps_order(scale: int, data: st.DataObject) -> None:
+def test_rescaling_reaches_its_ends_exactly_and_keeps_order(
+    scale: int, data: st.DataObject
+) -> None:
     assert rescale(1.0, scale) == 1.0
     assert rescale(float(scale), scale) == 5.0
     low, high = sorted((data.draw(st.floats(1, scale)), data.draw(st.floats(1, scale))))
@@ -164,7 +205,9 @@ def test_rescaling_reaches_its_ends_exactly_and_keeps_order(scale: int, data: st
 
 
 reading = st.builds(
-    lambda probs, logprob, tokens: Reading(sorted(probs.items(), key=lambda p: -p[1]), logprob, tokens),
+    lambda probs, logprob, tokens: Reading(
+        sorted(probs.items(), key=lambda p: -p[1]), logprob, tokens
+    ),
     st.fixed_dictionaries(dict.fromkeys("ABC", st.floats(0.01, 0.33))),
     st.floats(-20, -0.1),
     st.integers(1, 40),
@@ -173,7 +216,9 @@ reading = st.builds(
 
 @settings(deadline=None)
 @given(reading, reading, st.sampled_from(list(RULES.values())), st.floats(0, 0.5))
-def test_exchanging_the_answers_turns_the_relation_around(one: Reading, two: Reading, rule: Any, tolerance: float) -> None:
+def test_exchanging_the_answers_turns_the_relation_around(
+    one: Reading, two: Reading, rule: Any, tolerance: float
+) -> None:
     assert relation(two, one, rule, tolerance) == SWAP[relation(one, two, rule, tolerance)]
 
 
@@ -188,7 +233,11 @@ def test_a_judge_of_positions_alone_says_equal(one: Reading, rule: Any) -> None:
 @given(st.lists(st.floats(0, 10), min_size=3, max_size=7))
 def test_a_judge_that_ranks_is_consistent(scores: list[float]) -> None:
     pairs = {
-        (i, j): "larger" if scores[i] > scores[j] else "smaller" if scores[i] < scores[j] else "equal"
+        (i, j): "larger"
+        if scores[i] > scores[j]
+        else "smaller"
+        if scores[i] < scores[j]
+        else "equal"
         for i, j in itertools.combinations(range(len(scores)), 2)
     }
     assert conflict_ratio(dict(enumerate(scores)), pairs) == 0.0
@@ -199,10 +248,14 @@ def test_a_judge_that_ranks_is_consistent(scores: list[float]) -> None:
 @settings(deadline=None)
 @given(st.data())
 def test_names_of_items_do_not_matter(data: st.DataObject) -> None:
-    pairs = {pair: data.draw(st.sampled_from(list(SWAP))) for pair in itertools.combinations(range(5), 2)}
+    pairs = {
+        pair: data.draw(st.sampled_from(list(SWAP))) for pair in itertools.combinations(range(5), 2)
+    }
     order = data.draw(st.permutations(range(5)))
     renamed = {
-        (min(order[i], order[j]), max(order[i], order[j])): related if order[i] < order[j] else SWAP[related]
+        (min(order[i], order[j]), max(order[i], order[j])): related
+        if order[i] < order[j]
+        else SWAP[related]
         for (i, j), related in pairs.items()
     }
     for k in (3, 4, 5):
@@ -218,7 +271,9 @@ def test_cycles_start_at_their_lowest() -> None:
 def test_what_was_not_judged_is_left_out() -> None:
     assert math.isnan(nontransitivity({(0, 1): "larger"}, 3))
     assert math.isnan(conflict_ratio({0: 1.0, 1: math.nan}, {(0, 1): "larger"}))
-    assert conflict_ratio({0: 2.0, 1: 1.0, 2: math.nan}, {(0, 1): "larger", (1, 2): "larger"}) == 0.0
+    assert (
+        conflict_ratio({0: 2.0, 1: 1.0, 2: math.nan}, {(0, 1): "larger", (1, 2): "larger"}) == 0.0
+    )
     with pytest.raises(ValueError, match="at least 3"):
         nontransitivity({}, 2)
     with pytest.raises(ValueError, match="none of A, B, C"):
@@ -229,19 +284,32 @@ def test_what_was_not_judged_is_left_out() -> None:
 def test_nontransitivity_counts_as_the_definition_does(n: int, k: int, data: st.DataObject) -> None:
     items = data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n, unique=True).map(sorted))
     related = st.sampled_from(["larger", "smaller", "equal", None])
-    relations = {pair: r for pair in itertools.combinations(items, 2) if (r := data.draw(related)) is not None}
-    whole = [s for s in itertools.combinations(items, k) if all(pair in relations for pair in itertools.combinations(s, 2))]
+    relations = {
+        pair: r
+        for pair in itertools.combinations(items, 2)
+        if (r := data.draw(related)) is not None
+    }
+    whole = [
+        s
+        for s in itertools.combinations(items, k)
+        if all(pair in relations for pair in itertools.combinations(s, 2))
+    ]
     bad = [
         s
         for s in whole
-        if any(triple_error(relations[i, j], relations[j, m], relations[i, m]) for i, j, m in itertools.combinations(s, 3))
+        if any(
+            triple_error(relations[i, j], relations[j, m], relations[i, m])
+            for i, j, m in itertools.combinations(s, 3)
+        )
     ]
     found = nontransitivity(relations, k)
     assert math.isnan(found) if not whole else found == pytest.approx(len(bad) / len(whole))
 
 
 def test_what_there_is_not_is_refused() -> None:
-    with pytest.raises(ValueError, match="'foo' is not allowed; must be one of expected, geval, published"):
+    with pytest.raises(
+        ValueError, match="'foo' is not allowed; must be one of expected, geval, published"
+    ):
         expected_score([("4", 1.0)], 5, "foo")  # type: ignore[arg-type]
     one = Reading([("A", 1.0)])
     for rule, tolerance in (("foo", 0.0), ("likelihood", -1.0), ("likelihood", math.nan)):

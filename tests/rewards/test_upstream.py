@@ -28,11 +28,24 @@ def answer(path: str, body: dict[str, Any]) -> dict[str, Any]:
         ranked = sorted(scores, key=lambda item: -item[1])
         return {"results": [{"index": i, "relevance_score": s} for i, s in ranked], "usage": usage}
     if path == "/score":
-        return {"data": [{"index": i, "score": len(text)} for i, text in enumerate(body["text_2"])], "usage": usage}
-    lengths = [len(body["messages"][-1]["content"])] if "messages" in body else [len(t.rpartition(": ")[2]) for t in body["input"]]
+        return {
+            "data": [{"index": i, "score": len(text)} for i, text in enumerate(body["text_2"])],
+            "usage": usage,
+        }
+    lengths = (
+        [len(body["messages"][-1]["content"])]
+        if "messages" in body
+        else [len(t.rpartition(": ")[2]) for t in body["input"]]
+    )
     if path == "/classify":
-        return {"data": [{"index": i, "probs": [n, -n], "label": "x"} for i, n in enumerate(lengths)], "usage": usage}
-    return {"data": [{"index": i, "data": [[0.0, 0.0], [n, -n]]} for i, n in enumerate(lengths)], "usage": usage}
+        return {
+            "data": [{"index": i, "probs": [n, -n], "label": "x"} for i, n in enumerate(lengths)],
+            "usage": usage,
+        }
+    return {
+        "data": [{"index": i, "data": [[0.0, 0.0], [n, -n]]} for i, n in enumerate(lengths)],
+        "usage": usage,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +73,10 @@ async def reward(server: Upstream) -> Any:
 
 
 def candidates(*texts: str) -> list[Candidate]:
-    return [Candidate(i, {"message": {"role": "assistant", "content": text}}) for i, text in enumerate(texts)]
+    return [
+        Candidate(i, {"message": {"role": "assistant", "content": text}})
+        for i, text in enumerate(texts)
+    ]
 
 
 TEXTS = candidates("one", "three", "", "seventeen")
@@ -82,14 +98,20 @@ async def test_one_call_for_all(server: Upstream, reward: Any, api: str) -> None
 
 @pytest.mark.parametrize("api", ["classify", "pooling"])
 @pytest.mark.parametrize(("way", "calls"), [("messages", 4), ("text", 1)])
-async def test_labels_are_members_or_attributes(server: Upstream, reward: Any, api: str, way: str, calls: int) -> None:
+async def test_labels_are_members_or_attributes(
+    server: Upstream, reward: Any, api: str, way: str, calls: int
+) -> None:
     members = await reward(api=api, labels=2, input=way)
     assert len(members.members) == 2
-    np.testing.assert_array_equal((await members.score(ASK, TEXTS)).values, [[LENGTHS, np.negative(LENGTHS)]])
+    np.testing.assert_array_equal(
+        (await members.score(ASK, TEXTS)).values, [[LENGTHS, np.negative(LENGTHS)]]
+    )
     assert server.calls == calls
     attributes = await reward(api=api, attributes=("long", "short"), input=way)
     assert attributes.attributes == ("long", "short")
-    np.testing.assert_array_equal((await attributes.score(ASK, TEXTS)).values, [[LENGTHS], [np.negative(LENGTHS)]])
+    np.testing.assert_array_equal(
+        (await attributes.score(ASK, TEXTS)).values, [[LENGTHS], [np.negative(LENGTHS)]]
+    )
     if way == "messages":
         assert server.bodies[0]["messages"][0] == ASK[0]
         assert "model" not in server.bodies[0]
@@ -110,7 +132,9 @@ async def test_urls_and_models_are_members(server: Upstream, reward: Any) -> Non
     [("error_500", "on fire"), ("garbage", "not JSON"), ("html", "not JSON"), ("reset", "lost"), ("no_choices", "not what"),
      ("error_400", "top_p"), ("truncated", "broke off")],
 )  # fmt: skip
-async def test_a_fault_is_nan_with_a_note(server: Upstream, reward: Any, fault: str, words: str) -> None:
+async def test_a_fault_is_nan_with_a_note(
+    server: Upstream, reward: Any, fault: str, words: str
+) -> None:
     server.behave = lambda _, __: fault
     marks = await (await reward(api="score", retries=0)).score(ASK, TEXTS)
     assert np.isnan(marks.values).all()
@@ -126,14 +150,18 @@ async def test_one_member_fails(server: Upstream, reward: Any) -> None:
 
 
 async def test_one_candidate_fails(server: Upstream, reward: Any) -> None:
-    server.behave = lambda _, body: "error_500" if body["messages"][-1]["content"] == "three" else "ok"
+    server.behave = lambda _, body: (
+        "error_500" if body["messages"][-1]["content"] == "three" else "ok"
+    )
     marks = await (await reward(labels=2)).score(ASK, TEXTS)
     np.testing.assert_array_equal(marks.values[0, 0], [3, np.nan, 0, 9])
     assert [note is None for note in marks.notes] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("together", [True, False])
-async def test_one_call_that_hangs_takes_no_other_along(server: Upstream, reward: Any, together: bool) -> None:
+async def test_one_call_that_hangs_takes_no_other_along(
+    server: Upstream, reward: Any, together: bool
+) -> None:
     """Asked about all at once, as /v1/align/score does, or about each as soon as it is finished, as a selection does."""
     server.behave = lambda _, body: "hang" if body["messages"][-1]["content"] == "three" else "ok"
     asked = await reward(labels=2, timeout_seconds=0.5)
@@ -142,7 +170,10 @@ async def test_one_call_that_hangs_takes_no_other_along(server: Upstream, reward
     if together:
         scores = await score(plan, {"long": asked}, TEXTS)
     else:
-        early = {i: asyncio.create_task(_mark(asked, ASK, [candidate], None)) for i, candidate in enumerate(TEXTS)}
+        early = {
+            i: asyncio.create_task(_mark(asked, ASK, [candidate], None))
+            for i, candidate in enumerate(TEXTS)
+        }
         scores = await score(plan, {"long": asked}, TEXTS, None, {"long": early})
     np.testing.assert_array_equal(scores.members["long"][0], [3, np.nan, 0, 9])
     notes = scores.notes["long"]
@@ -152,7 +183,9 @@ async def test_one_call_that_hangs_takes_no_other_along(server: Upstream, reward
 
 async def test_one_member_that_hangs_takes_no_other_along(server: Upstream, reward: Any) -> None:
     server.behave = lambda _, body: "hang" if body["model"] == "b" else "ok"
-    marks = await (await reward(api="score", models=("a", "b"), timeout_seconds=0.4)).score(ASK, TEXTS)
+    marks = await (await reward(api="score", models=("a", "b"), timeout_seconds=0.4)).score(
+        ASK, TEXTS
+    )
     np.testing.assert_array_equal(marks.values[0, 0], LENGTHS)
     assert np.isnan(marks.values[0, 1]).all()
     assert all("b: no answer within" in (note or "") for note in marks.notes)
@@ -186,5 +219,11 @@ def test_what_cannot_be_configured(config: dict[str, Any]) -> None:
 def test_a_conversation_as_text() -> None:
     assert written(ASK) == "the cat"
     assert written([]) == ""
-    parts = {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
-    assert written([*ASK, parts, {"role": "tool", "content": None}]) == "user: the cat\nassistant: ab\ntool: "
+    parts = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+    }
+    assert (
+        written([*ASK, parts, {"role": "tool", "content": None}])
+        == "user: the cat\nassistant: ab\ntool: "
+    )

@@ -87,7 +87,9 @@ class Live:
             base_url=self.root, timeout=20, trust_env=False, verify=False, **options
         )  # no TLS here: its set-up is slow
 
-    def post(self, body: object, path: str = "/v1/chat/completions", **options: Any) -> httpx.Response:
+    def post(
+        self, body: object, path: str = "/v1/chat/completions", **options: Any
+    ) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         with self.http() as client:
             return client.post(path, content=content, **options)
@@ -120,7 +122,12 @@ class Live:
     def idle(self, seconds: float = 2.0) -> bool:
         """Whether nothing runs, waits or holds a place any more, within the time."""
         place = self.service.admission
-        return self.until(lambda: not (self.engine.running or place.running or place.queued or place.running_tokens), seconds)
+        return self.until(
+            lambda: (
+                not (self.engine.running or place.running or place.queued or place.running_tokens)
+            ),
+            seconds,
+        )
 
 
 Serve = Callable[[str], Live]
@@ -188,5 +195,7 @@ def numbers(serve: Serve) -> Live:
 @pytest.fixture
 def client(numbers: Live) -> Iterator[openai.OpenAI]:
     """The OpenAI SDK, unchanged, on that server."""
-    with openai.OpenAI(base_url=numbers.base_url, api_key="unused", max_retries=0, timeout=20) as client:
+    with openai.OpenAI(
+        base_url=numbers.base_url, api_key="unused", max_retries=0, timeout=20
+    ) as client:
         yield client

@@ -18,9 +18,14 @@ from infer_align_server.admission import MAX_CALLERS, Admission
 Arrivals = list[tuple[str, int]]
 
 
-async def served(arrivals: Arrivals, leave: frozenset[int] = frozenset(), **limits: int) -> list[int]:
+async def served(
+    arrivals: Arrivals, leave: frozenset[int] = frozenset(), **limits: int
+) -> list[int]:
     """The order in which requests that all wait at once are admitted; those in `leave` hang up while they wait."""
-    admission, order = Admission(configuration.Limits(**{"max_running": 1, "max_queue": 10_000, **limits})), []
+    admission, order = (
+        Admission(configuration.Limits(**{"max_running": 1, "max_queue": 10_000, **limits})),
+        [],
+    )
     gate = asyncio.Event()
 
     async def hold() -> None:
@@ -67,8 +72,12 @@ def test_callers_that_wait_get_the_same(arrivals: Arrivals) -> None:
 
 @given(TRAFFIC, st.data())
 @settings(max_examples=100, deadline=None)
-def test_each_caller_is_served_in_its_order_whoever_leaves(arrivals: Arrivals, data: st.DataObject) -> None:
-    leave = data.draw(st.frozensets(st.sampled_from(range(len(arrivals))))) if arrivals else frozenset()
+def test_each_caller_is_served_in_its_order_whoever_leaves(
+    arrivals: Arrivals, data: st.DataObject
+) -> None:
+    leave = (
+        data.draw(st.frozensets(st.sampled_from(range(len(arrivals))))) if arrivals else frozenset()
+    )
     order = asyncio.run(served(arrivals, leave))
     assert set(order) == set(range(len(arrivals))) - leave
     for caller in "abc":
@@ -138,7 +147,10 @@ def test_who_held_every_place_waits_behind_who_held_none() -> None:
 
 def test_a_flood_does_not_keep_others_out_of_the_queue() -> None:
     async def scenario() -> None:
-        admission, gate = Admission(configuration.Limits(max_running=1, max_queue=4)), asyncio.Event()
+        admission, gate = (
+            Admission(configuration.Limits(max_running=1, max_queue=4)),
+            asyncio.Event(),
+        )
 
         async def one(caller: str) -> str:
             async with admission.admit(1, caller=caller):
@@ -157,17 +169,28 @@ def test_a_flood_does_not_keep_others_out_of_the_queue() -> None:
         gate.set()
         done = await asyncio.gather(*tasks, *others, return_exceptions=True)
         gone = [isinstance(result, Overloaded) for result in done]
-        assert gone == [False, False, True, True, True, False, False, False, True], "down to one place each, the newest goes first"
+        assert gone == [False, False, True, True, True, False, False, False, True], (
+            "down to one place each, the newest goes first"
+        )
         assert (admission.running, admission.queued) == (0, 0)
 
     asyncio.run(scenario())
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 30), st.sampled_from(["stay", "leave", "late"])), max_size=30))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from("ab"), st.integers(1, 30), st.sampled_from(["stay", "leave", "late"])
+        ),
+        max_size=30,
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_bounds_hold_and_nothing_leaks(arrivals: list[tuple[str, int, str]]) -> None:
     async def scenario() -> None:
-        admission = Admission(configuration.Limits(max_running=2, max_running_tokens=40, max_queue=5))
+        admission = Admission(
+            configuration.Limits(max_running=2, max_running_tokens=40, max_queue=5)
+        )
 
         async def one(caller: str, tokens: int, how: str) -> None:
             async with admission.admit(tokens, 0.0 if how == "late" else None, caller):
@@ -182,7 +205,9 @@ def test_bounds_hold_and_nothing_leaks(arrivals: list[tuple[str, int, str]]) -> 
                 await asyncio.sleep(0)
                 tasks[-1].cancel()
         for result in await asyncio.gather(*tasks, return_exceptions=True):
-            assert result is None or isinstance(result, Overloaded | DeadlineExceeded | asyncio.CancelledError), result
+            assert result is None or isinstance(
+                result, Overloaded | DeadlineExceeded | asyncio.CancelledError
+            ), result
         assert (admission.running, admission.running_tokens, admission.queued) == (0, 0, 0)
         assert not admission._marks
 
@@ -191,7 +216,10 @@ def test_bounds_hold_and_nothing_leaks(arrivals: list[tuple[str, int, str]]) -> 
 
 def test_passed_callers_are_forgotten() -> None:
     async def scenario() -> None:
-        admission, gate = Admission(configuration.Limits(max_running=MAX_CALLERS * 2)), asyncio.Event()
+        admission, gate = (
+            Admission(configuration.Limits(max_running=MAX_CALLERS * 2)),
+            asyncio.Event(),
+        )
 
         async def hold() -> None:
             async with admission.admit(1, caller="first"):
@@ -242,7 +270,10 @@ def test_leaving_in_the_very_step_of_being_admitted_leaks_nothing() -> None:
 
         first = asyncio.create_task(hold(release))
         await asyncio.sleep(0)
-        second, third = asyncio.create_task(hold(asyncio.Event())), asyncio.create_task(hold(release))
+        second, third = (
+            asyncio.create_task(hold(asyncio.Event())),
+            asyncio.create_task(hold(release)),
+        )
         await asyncio.sleep(0)
         release.set()
         first.add_done_callback(lambda _: second.cancel())
@@ -266,7 +297,9 @@ def test_a_deadline_in_the_queue_leaks_nothing() -> None:
     asyncio.run(scenario())
 
 
-def test_one_keys_flood_does_not_hold_up_another(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_keys_flood_does_not_hold_up_another(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TEST_FAIR_KEYS", "flood,quiet")
     live = serve(
         '[server]\napi_keys_env = "TEST_FAIR_KEYS"\n[limits]\nmax_running = 1\n'

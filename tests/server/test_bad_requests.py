@@ -74,12 +74,17 @@ def test_lone_surrogates(numbers: Any, place: str) -> None:
 
 
 def test_a_whole_surrogate_pair_is_text(numbers: Any) -> None:
-    answer = numbers.post(b'{"messages": [{"role": "user", "content": 5}], "user": "\\ud83d\\ude00"}')
+    answer = numbers.post(
+        b'{"messages": [{"role": "user", "content": 5}], "user": "\\ud83d\\ude00"}'
+    )
     assert refused(answer)["param"] == "messages[0].content", "the pair is not what is wrong"
 
 
 @pytest.mark.parametrize("depth", [129, 500, 900, 940, 950, 960, 970, 980, 990, 1000, 100_000])
-@pytest.mark.parametrize("template", ['{"messages": %s}', '{"align": {"best_of_n": %s}}', '{"align": {"rewards": {"number": %s}}}'])
+@pytest.mark.parametrize(
+    "template",
+    ['{"messages": %s}', '{"align": {"best_of_n": %s}}', '{"align": {"rewards": {"number": %s}}}'],
+)
 def test_deep_nesting(numbers: Any, depth: int, template: str) -> None:
     body = template % ("[" * depth + "]" * depth)
     assert refused(numbers.post(body.encode()))["code"] == "invalid_json"
@@ -90,14 +95,20 @@ def test_nesting_that_is_still_read_is_quoted_without_harm(numbers: Any, depth: 
     deep: Any = 1
     for _ in range(depth):
         deep = {"a": [deep]} if depth % 2 else [deep]
-    for body in ({"messages": deep}, {"messages": USER, "align": {"best_of_n": {"n": deep}}}, {"messages": USER, "n": deep}):
+    for body in (
+        {"messages": deep},
+        {"messages": USER, "align": {"best_of_n": {"n": deep}}},
+        {"messages": USER, "n": deep},
+    ):
         refused(numbers.post(body))
 
 
 def test_huge_body_that_announces_itself(serve: Any) -> None:
     live = serve('[limits]\nmax_body_bytes = 100000\n[engine]\nkind = "fake"\n')
     with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{")
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{"
+        )
         answer = raw.recv(4096)
     assert answer.startswith(b"HTTP/1.1 413"), "refused before it is read"
     assert b"body_too_large" in answer
@@ -112,7 +123,10 @@ def test_huge_body_in_chunks(serve: Any) -> None:
 
     # WriteError: the server has answered and closed while we still wrote.
     with live.http() as http, contextlib.suppress(httpx.WriteError):
-        assert refused(http.post("/v1/chat/completions", content=endless()), 413)["code"] == "body_too_large"
+        assert (
+            refused(http.post("/v1/chat/completions", content=endless()), 413)["code"]
+            == "body_too_large"
+        )
     assert live.get("/health").status_code == 200
     exact = json.dumps({"messages": USER, "user": ""}).encode()
     padded = exact[:-2] + b"x" * (100_000 - len(exact)) + exact[-2:]
@@ -120,7 +134,10 @@ def test_huge_body_in_chunks(serve: Any) -> None:
     assert live.post(padded[:-2] + b"x" + padded[-2:]).status_code == 413
 
 
-@pytest.mark.parametrize("headers", [{"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}])
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}],
+)
 def test_the_body_counts_not_its_announced_type(numbers: Any, headers: dict[str, str]) -> None:
     assert refused(numbers.post(b"a=b", headers=headers))["code"] == "invalid_json"
 
@@ -128,7 +145,19 @@ def test_the_body_counts_not_its_announced_type(numbers: Any, headers: dict[str,
 # --- fields of the wrong type or range ----------------------------------------------------------------------------------
 
 WRONG: dict[str, list[Any]] = {
-    "messages": [None, [], "text", {}, 5, [5], ["x"], [{}], [{"role": "user"}], [{"role": 5, "content": "x"}], [None]],
+    "messages": [
+        None,
+        [],
+        "text",
+        {},
+        5,
+        [5],
+        ["x"],
+        [{}],
+        [{"role": "user"}],
+        [{"role": 5, "content": "x"}],
+        [None],
+    ],
     "model": [5, [], {}, True],
     "n": [0, -1, 1.5, "2", True, [1], {}, 10**6, 10**30, 129],
     "seed": ["a", 1.5, True, [], 2**63, -(2**63) - 1, {}],
@@ -144,7 +173,9 @@ WRONG: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in WRONG.items() for v in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(f, v) for f, values in WRONG.items() for v in values]
+)
 def test_wrong_value(numbers: Any, field: str, value: object) -> None:
     error = refused(numbers.post({"model": "fake", "messages": USER, field: value}))
     assert error["type"] == "invalid_request_error"
@@ -159,14 +190,18 @@ def test_infinity_by_exponent(numbers: Any, field: str, value: bytes) -> None:
     assert refused(numbers.post(body))["param"] == field
 
 
-@pytest.mark.parametrize("options", [5, "usage", [], True, {"include_usage": "yes"}, {"include_usages": True}])
+@pytest.mark.parametrize(
+    "options", [5, "usage", [], True, {"include_usage": "yes"}, {"include_usages": True}]
+)
 def test_wrong_stream_options(numbers: Any, options: object) -> None:
     error = refused(numbers.post({"messages": USER, "stream": True, "stream_options": options}))
     assert error["param"].startswith("stream_options")
 
 
 def test_stream_options_without_a_stream(numbers: Any) -> None:
-    assert refused(numbers.chat(stream_options={"include_usage": True}))["param"] == "stream_options"
+    assert (
+        refused(numbers.chat(stream_options={"include_usage": True}))["param"] == "stream_options"
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,7 +220,9 @@ def test_stream_options_without_a_stream(numbers: Any) -> None:
     ],
 )
 def test_wrong_content(numbers: Any, content: object) -> None:
-    assert refused(numbers.chat(messages=[{"role": "user", "content": content}]))["param"].startswith("messages[0]")
+    assert refused(numbers.chat(messages=[{"role": "user", "content": content}]))[
+        "param"
+    ].startswith("messages[0]")
 
 
 @pytest.mark.parametrize("prompt", [None, 5, [], ["a"], {}, True])
@@ -208,7 +245,11 @@ ALIGN: list[tuple[Any, str, str]] = [
     ({"best_of_n": {"n": 10**12}}, "align.best_of_n.n", "128"),
     ({"best_of_n": {"n": 10**50}}, "align.best_of_n.n", "128"),
     ({"ensemble": {"objective": "max"}}, "align.ensemble.objective", "'mean', 'wco' or 'uwo'"),
-    ({"ensemble": {"uncertainty_weight": -0.5}}, "align.ensemble.uncertainty_weight", "greater than or equal to 0"),
+    (
+        {"ensemble": {"uncertainty_weight": -0.5}},
+        "align.ensemble.uncertainty_weight",
+        "greater than or equal to 0",
+    ),
     ({"ensemble": {"uncertainty_weight": 10**400}}, "align.ensemble.uncertainty_weight", "finite"),
     ({"ensemble": {"standardize": "yes"}}, "align.ensemble.standardize", "boolean"),
     ({"rewards": {"number": -1}}, "align.rewards.number", "from 0"),
@@ -219,7 +260,11 @@ ALIGN: list[tuple[Any, str, str]] = [
     ({"rewards": ["number"]}, "align.rewards", "not an object"),
     ({"best_of_n": {}, "rewards": {}}, "align.rewards", "nothing to choose by"),
     ({"best_of_n": {}, "rewards": {"number": 0}}, "align.rewards", "nothing to choose by"),
-    ({"budget": {"completion_tokens": 0}}, "align.budget.completion_tokens", "greater than or equal to 1"),
+    (
+        {"budget": {"completion_tokens": 0}},
+        "align.budget.completion_tokens",
+        "greater than or equal to 1",
+    ),
     ({"budget": {"completion_tokens": 1.5}}, "align.budget.completion_tokens", "integer"),
     ({"budget": {"deadline_seconds": 0}}, "align.budget.deadline_seconds", "greater than 0"),
     ({"budget": {"deadline_seconds": -1}}, "align.budget.deadline_seconds", "greater than 0"),
@@ -231,7 +276,11 @@ ALIGN: list[tuple[Any, str, str]] = [
     ({"preset": []}, "align.preset", "not configured"),
     ({"preset": ""}, "align.preset", "not configured"),
     ({"preset": False}, "align.preset", "not configured"),
-    ({"dpa": {"direction": {"verbos": 1}}}, "align.dpa.direction.verbos", "did you mean 'verbosity'?"),
+    (
+        {"dpa": {"direction": {"verbos": 1}}},
+        "align.dpa.direction.verbos",
+        "did you mean 'verbosity'?",
+    ),
     ({"rps": {}}, "align.rps", "give align.dpa.direction too"),
     ({"vas": {"beta": {"x": 1}}}, "align.vas", "needs steer"),
     ({"trust_judge": {"scale": 7}}, "align.trust_judge.scale", "5, 10 or 100"),
@@ -269,7 +318,9 @@ def test_more_answers_than_candidates(numbers: Any) -> None:
 
 
 def test_budget_counts_the_worst_case(numbers: Any) -> None:
-    error = refused(numbers.chat({"best_of_n": {"n": 4}, "budget": {"completion_tokens": 39}}, max_tokens=10))
+    error = refused(
+        numbers.chat({"best_of_n": {"n": 4}, "budget": {"completion_tokens": 39}}, max_tokens=10)
+    )
     assert error["code"] == "over_budget"
     assert "40" in error["message"]
 

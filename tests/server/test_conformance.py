@@ -13,7 +13,9 @@ from referencing.jsonschema import DRAFT202012
 
 USER: Any = [{"role": "user", "content": "hello there"}]
 OPENAI = json.loads((Path(__file__).parents[1] / "data" / "openai_responses.json").read_text())
-REGISTRY: Any = Registry().with_resource("openai", Resource.from_contents(OPENAI, default_specification=DRAFT202012))
+REGISTRY: Any = Registry().with_resource(
+    "openai", Resource.from_contents(OPENAI, default_specification=DRAFT202012)
+)
 
 ALIGNS: Any = [
     {},
@@ -72,7 +74,9 @@ def test_completion_response_and_stream(numbers: Any, fields: Any) -> None:
     streamed = numbers.post({**body, "stream": True}, "/v1/completions")
     for chunk in events(streamed.text):
         if all(choice["finish_reason"] is not None for choice in chunk["choices"]):
-            conforms(chunk, "CreateCompletionResponse")  # its schema, unlike real answers, knows no unfinished chunk
+            conforms(
+                chunk, "CreateCompletionResponse"
+            )  # its schema, unlike real answers, knows no unfinished chunk
         assert chunk["object"] == "text_completion"
 
 
@@ -88,7 +92,12 @@ def test_models(numbers: Any) -> None:
     [
         ("POST", "/v1/chat/completions", b"{", 400),
         ("POST", "/v1/chat/completions", b"{}", 400),
-        ("POST", "/v1/chat/completions", b'{"model": "nope", "messages": [{"role": "user", "content": "x"}]}', 404),
+        (
+            "POST",
+            "/v1/chat/completions",
+            b'{"model": "nope", "messages": [{"role": "user", "content": "x"}]}',
+            404,
+        ),
         ("POST", "/v1/nowhere", b"{}", 404),
         ("GET", "/", b"", 404),
         ("GET", "/v1/chat/completions", b"", 405),
@@ -109,7 +118,10 @@ def test_errors(numbers: Any, method: str, path: str, body: bytes, status: int) 
 
 
 def test_every_answer_has_a_request_id(numbers: Any) -> None:
-    assert numbers.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert (
+        numbers.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"]
+        == "mine-1"
+    )
     bad = numbers.get("/health", headers={"x-request-id": "no spaces"}).headers["x-request-id"]
     assert bad != "no spaces"
     assert len(bad) == 32

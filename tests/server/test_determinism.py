@@ -31,23 +31,38 @@ def test_same_seed_same_answer_alone_and_in_a_crowd(serve: Any, align: Any) -> N
     live = serve(SEEDED)
     alone = told(live.chat(align, seed=11))
     answers: list[Any] = []
-    threads = [threading.Thread(target=lambda i=i: answers.append((i, told(live.chat(align, seed=i))))) for i in range(32)]
+    threads = [
+        threading.Thread(target=lambda i=i: answers.append((i, told(live.chat(align, seed=i)))))
+        for i in range(32)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert dict(answers)[11] == alone
-    assert len({str(answer["choices"]) for _, answer in answers}) == 32, "another seed, another answer"
+    assert len({str(answer["choices"]) for _, answer in answers}) == 32, (
+        "another seed, another answer"
+    )
 
 
 def test_candidates_get_seeds_of_their_own(serve: Any) -> None:
-    align = serve(SEEDED).chat({"best_of_n": {"n": 6}, "details": "candidates"}, seed=100).json()["align"]
+    align = (
+        serve(SEEDED)
+        .chat({"best_of_n": {"n": 6}, "details": "candidates"}, seed=100)
+        .json()["align"]
+    )
     texts = [c["choice"]["message"]["content"] for c in align["candidates"]]
     seeds = [int(re.search(r"\d{3,}", text).group()) for text in texts]
     assert seeds[0] == 100, "the first is what the request gives without a selection"
     assert len(set(seeds)) == 6
-    neighbour = serve(SEEDED).chat({"best_of_n": {"n": 6}, "details": "candidates"}, seed=101).json()["align"]
-    assert not set(texts) & {c["choice"]["message"]["content"] for c in neighbour["candidates"]}, "neighbouring seeds share nothing"
+    neighbour = (
+        serve(SEEDED)
+        .chat({"best_of_n": {"n": 6}, "details": "candidates"}, seed=101)
+        .json()["align"]
+    )
+    assert not set(texts) & {c["choice"]["message"]["content"] for c in neighbour["candidates"]}, (
+        "neighbouring seeds share nothing"
+    )
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, -(2**63)])
@@ -67,7 +82,9 @@ def test_no_seed_is_a_new_one_each_time(serve: Any) -> None:
 def test_best_of_one_is_the_model_alone(serve: Any, stream: bool) -> None:
     live = serve(SEEDED)
     if stream:
-        texts = [live.chat(align, seed=5, stream=True).text for align in (None, {"best_of_n": {"n": 1}})]
+        texts = [
+            live.chat(align, seed=5, stream=True).text for align in (None, {"best_of_n": {"n": 1}})
+        ]
         assert all("about" in text and " 5" in text for text in texts)
         return
     plain, best = (told(live.chat(align, seed=5)) for align in (None, {"best_of_n": {"n": 1}}))
@@ -88,7 +105,15 @@ def test_details(numbers: Any) -> None:
     assert "align" not in numbers.chat({**body, "details": "none"}).json()
     for details, keys in (("scores", set()), ("candidates", {"choice"})):
         candidate = numbers.chat({**body, "details": details}).json()["align"]["candidates"][0]
-        common = {"index", "objective", "scores", "direction", "finish_reason", "completion_tokens", "error"}
+        common = {
+            "index",
+            "objective",
+            "scores",
+            "direction",
+            "finish_reason",
+            "completion_tokens",
+            "error",
+        }
         assert set(candidate) == common | keys
     assert '"align"' not in numbers.chat({**body, "details": "none"}, stream=True).text
 
@@ -125,19 +150,26 @@ def test_usage_counts_the_prompt_once_and_everything_generated(numbers: Any) -> 
         "prompt_tokens": 2,
         "completion_tokens": 10,
         "total_tokens": 12,
-        "completion_tokens_details": {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 6},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": 4,
+            "rejected_prediction_tokens": 6,
+        },
     }
 
 
 def test_a_reward_of_weight_0_is_shown_and_does_not_choose(numbers: Any) -> None:
-    align = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"number": 0, "constant": 1}}).json()["align"]
+    align = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"number": 0, "constant": 1}}).json()[
+        "align"
+    ]
     assert align["selected"] == 0
     assert [c["objective"] for c in align["candidates"]] == [1.0] * 5
     assert [c["scores"]["number"]["value"] for c in align["candidates"]] == [3, 1, 9, 9, 5]
 
 
 def test_rewards_are_weighted(numbers: Any) -> None:
-    align = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"number": 0.5, "constant": 3}}).json()["align"]
+    align = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"number": 0.5, "constant": 3}}).json()[
+        "align"
+    ]
     assert [c["objective"] for c in align["candidates"]] == [4.5, 3.5, 7.5, 7.5, 5.5]
 
 
@@ -175,7 +207,9 @@ def test_score_ranks_as_best_of_n_does(numbers: Any) -> None:
     assert scored["ranking"] == [2, 3, 4, 0, 1]
     assert scored["ranking"][0] == drawn["selected"]
     assert [c["scores"] for c in scored["candidates"]] == [c["scores"] for c in drawn["candidates"]]
-    chosen = numbers.post({**body, "model": "fake@three", "candidates": ["9", "7"]}, "/v1/align/score").json()
+    chosen = numbers.post(
+        {**body, "model": "fake@three", "candidates": ["9", "7"]}, "/v1/align/score"
+    ).json()
     assert chosen["ranking"] == [0, 1]
     assert numbers.post({**body, "rewards": {"broken": 1}}, "/v1/align/score").status_code == 502
     partly = numbers.post({**body, "rewards": {"picky": 1}}, "/v1/align/score").json()

@@ -99,7 +99,9 @@ def test_a_place_that_comes_free_goes_to_the_next(serve: Any) -> None:
     live = serve(script(PREFILL, "[limits]\nmax_running = 1\n"))
     clients = [send(live, {}) for _ in range(4)]
     for remaining in (3, 2, 1, 0):
-        assert live.until(lambda n=remaining: (live.engine.running, live.service.admission.queued) == (1, n))
+        assert live.until(
+            lambda n=remaining: (live.engine.running, live.service.admission.queued) == (1, n)
+        )
         clients.pop(0).close()
     assert live.idle()
 
@@ -108,7 +110,9 @@ def test_while_sending_the_body(serve: Any) -> None:
     live = serve(script(PREFILL))
     before = left(live)
     with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+        )
     assert live.until(lambda: left(live) == before + 1)
     assert live.metric("infer_align_requests_total", status="500") == 0
 
@@ -116,7 +120,9 @@ def test_while_sending_the_body(serve: Any) -> None:
 def test_64_leave_at_once(serve: Any) -> None:
     live = serve(script(DECODE))
     before = left(live)
-    clients = [send(live, {"stream": i % 2 == 0, "align": {"best_of_n": {"n": 2}}}) for i in range(64)]
+    clients = [
+        send(live, {"stream": i % 2 == 0, "align": {"best_of_n": {"n": 2}}}) for i in range(64)
+    ]
     assert live.until(lambda: live.engine.running == 128, 5)
     for raw in clients:
         raw.close()
@@ -131,7 +137,9 @@ def test_keepalive_comments_while_candidates_are_compared(serve: Any) -> None:
     blocks = answer.text.split("\n\n")
     comments = [block for block in blocks if block.startswith(":")]
     assert len(comments) >= 2
-    assert blocks.index(comments[-1]) < min(i for i, block in enumerate(blocks) if block.startswith("data:"))
+    assert blocks.index(comments[-1]) < min(
+        i for i, block in enumerate(blocks) if block.startswith("data:")
+    )
     assert blocks[-2:] == ["data: [DONE]", ""]
 
 

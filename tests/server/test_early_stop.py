@@ -30,16 +30,26 @@ def live(serve: Any) -> Any:
 
 
 def test_losers_are_given_up_and_the_answer_says_what_was_saved(live: Any) -> None:
-    answer = live.chat({**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}, max_tokens=60)
+    answer = live.chat(
+        {**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}, max_tokens=60
+    )
     assert answer.status_code == 200, answer.text
     body, align = answer.json(), answer.json()["align"]
     candidates = align["candidates"]
     assert align["methods"] == ["best_of_n", "early_stop"]
-    assert align["selected"] == 1, "3 has the higher reward; at 8 tokens it was stopped for a lower estimate"
+    assert align["selected"] == 1, (
+        "3 has the higher reward; at 8 tokens it was stopped for a lower estimate"
+    )
     assert [c["completion_tokens"] == 41 for c in candidates] == [False, True, False, False]
     assert all(4 <= candidates[i]["completion_tokens"] < 20 for i in (0, 2, 3))
-    assert candidates[0]["error"] == "stopped early: after 4 tokens, estimate 0.1, below the best 2 of 4"
-    assert candidates[3]["error"] == "stopped early: after 8 tokens, estimate 0.7, below the best 1 of 2"
+    assert (
+        candidates[0]["error"]
+        == "stopped early: after 4 tokens, estimate 0.1, below the best 2 of 4"
+    )
+    assert (
+        candidates[3]["error"]
+        == "stopped early: after 8 tokens, estimate 0.7, below the best 1 of 2"
+    )
     assert align["dropped"] == 3
     assert "3 of them stopped early" in align["reason"]
     assert not align["partial"], "what was given up was not the best that could be had in time"
@@ -51,7 +61,9 @@ def test_losers_are_given_up_and_the_answer_says_what_was_saved(live: Any) -> No
 
 
 def test_values_are_weighed(live: Any) -> None:
-    align = live.chat({**BEST, "early_stop": {"values": {"helpful": 1.0, "brief": 3.0}, "after": 4}}).json()["align"]
+    align = live.chat(
+        {**BEST, "early_stop": {"values": {"helpful": 1.0, "brief": 3.0}, "after": 4}}
+    ).json()["align"]
     assert align["selected"] == 0
 
 
@@ -64,17 +76,31 @@ def test_answers_asked_for_are_drawn_to_the_end(live: Any) -> None:
 def test_the_budget_of_the_caller_pays_for_what_was_sampled(live: Any) -> None:
     tokens = live.service.tokens
     before = tokens.left("127.0.0.1")
-    spent = live.chat({**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}).json()["usage"]["completion_tokens"]
+    spent = live.chat({**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}).json()[
+        "usage"
+    ]["completion_tokens"]
     assert before - tokens.left("127.0.0.1") <= spent, "the bucket fills up meanwhile"
 
 
 @pytest.mark.parametrize(
     ("align", "param", "said"),
     [
-        ({"early_stop": {"values": {"helpful": 1.0}}}, "align.early_stop", "give align.best_of_n or align.rps too"),
-        ({**BEST, "early_stop": {"values": {"helpfull": 1.0}}}, "align.early_stop.values.helpfull", "did you mean 'helpful'"),
+        (
+            {"early_stop": {"values": {"helpful": 1.0}}},
+            "align.early_stop",
+            "give align.best_of_n or align.rps too",
+        ),
+        (
+            {**BEST, "early_stop": {"values": {"helpfull": 1.0}}},
+            "align.early_stop.values.helpfull",
+            "did you mean 'helpful'",
+        ),
         ({**BEST, "early_stop": {"values": {}}}, "align.early_stop.values", ""),
-        ({**BEST, "early_stop": {"values": {"helpful": 1.0}, "keep": 2}}, "align.early_stop.keep", "2"),
+        (
+            {**BEST, "early_stop": {"values": {"helpful": 1.0}, "keep": 2}},
+            "align.early_stop.keep",
+            "2",
+        ),
     ],
 )
 def test_bad_input_is_named(live: Any, align: Any, param: str, said: str) -> None:

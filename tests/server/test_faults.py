@@ -20,7 +20,9 @@ def script(*replies: str, rewards: str = NUMBER) -> str:
 # --- candidates ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("replies", [(BAD, GOOD, GOOD, GOOD), (GOOD, BAD, BAD, GOOD), (BAD, BAD, BAD, GOOD)])
+@pytest.mark.parametrize(
+    "replies", [(BAD, GOOD, GOOD, GOOD), (GOOD, BAD, BAD, GOOD), (BAD, BAD, BAD, GOOD)]
+)
 def test_some_candidates_fail(serve: Any, replies: tuple[str, ...]) -> None:
     live = serve(script(*replies))
     dropped = live.metric("infer_align_candidates_total", outcome="dropped")
@@ -42,7 +44,9 @@ def test_some_candidates_fail(serve: Any, replies: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("align", [{"best_of_n": {"n": 4}}, None])
 @pytest.mark.parametrize("stream", [False, True])
-def test_all_candidates_fail_with_the_status_of_the_first(serve: Any, align: Any, stream: bool) -> None:
+def test_all_candidates_fail_with_the_status_of_the_first(
+    serve: Any, align: Any, stream: bool
+) -> None:
     live = serve(script(BAD, '{text = "", error = "another"}'))
     answer = live.chat(align, stream=stream)
     assert answer.status_code == 503
@@ -74,7 +78,9 @@ def test_calls_are_not_multiplied(serve: Any) -> None:
 # --- rewards ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("reward", "why"), [("broken", "the reward model is on fire"), ("silent", "NaN")])
+@pytest.mark.parametrize(
+    ("reward", "why"), [("broken", "the reward model is on fire"), ("silent", "NaN")]
+)
 def test_nothing_can_be_scored(numbers: Any, reward: str, why: str) -> None:
     for stream in (False, True):
         answer = numbers.chat({"best_of_n": {"n": 3}, "rewards": {reward: 1}}, stream=stream)
@@ -102,11 +108,18 @@ def test_a_broken_reward_beside_a_good_one(numbers: Any, weight: float) -> None:
     body = answer.json()
     assert body["align"]["selected"] == 2
     shown = body["align"]["candidates"][2]["scores"]["broken"]
-    assert shown == {"value": None, "std": None, "members": [None], "note": "RuntimeError: the reward model is on fire"}
+    assert shown == {
+        "value": None,
+        "std": None,
+        "members": [None],
+        "note": "RuntimeError: the reward model is on fire",
+    }
 
 
 def test_the_reason_for_a_drop_names_the_reward_that_counts(numbers: Any) -> None:
-    align = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"silent": 0, "picky": 1}}).json()["align"]
+    align = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"silent": 0, "picky": 1}}).json()[
+        "align"
+    ]
     assert align["candidates"][0]["error"].startswith("not scored: picky:")
 
 
@@ -117,7 +130,9 @@ def test_an_infinite_score_is_no_score(numbers: Any) -> None:
     assert align["selected"] == 0
 
 
-@pytest.mark.parametrize("align", [{"rewards": {"broken": 1}}, {"best_of_n": {"n": 1}, "rewards": {"broken": 1}}])
+@pytest.mark.parametrize(
+    "align", [{"rewards": {"broken": 1}}, {"best_of_n": {"n": 1}, "rewards": {"broken": 1}}]
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_draw_needs_no_score(numbers: Any, align: Any, stream: bool) -> None:
     answer = numbers.chat(align, stream=stream)
@@ -129,7 +144,10 @@ def test_one_draw_needs_no_score(numbers: Any, align: Any, stream: bool) -> None
 
 def test_a_reward_over_its_time_is_not_scored(serve: Any) -> None:
     live = serve(
-        script(GOOD, rewards='[rewards.slow]\nkind = "callable"\nfunction = "tests.server.scorers:slow"\ntimeout_seconds = 0.2\n')
+        script(
+            GOOD,
+            rewards='[rewards.slow]\nkind = "callable"\nfunction = "tests.server.scorers:slow"\ntimeout_seconds = 0.2\n',
+        )
     )
     answer = live.chat({"best_of_n": {"n": 2}})
     assert answer.status_code == 502
@@ -146,10 +164,17 @@ def _let_go() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_let_go")
 def test_deadline_while_scoring_answers_with_what_is_there(serve: Any) -> None:
-    live = serve(script(GOOD, rewards='[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'))
+    live = serve(
+        script(
+            GOOD,
+            rewards='[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n',
+        )
+    )
     for stream in (False, True):
         kept = live.metric("infer_align_candidates_total", outcome="kept")
-        answer = live.chat({"best_of_n": {"n": 2}, "budget": {"deadline_seconds": 0.4}}, stream=stream, n=2)
+        answer = live.chat(
+            {"best_of_n": {"n": 2}, "budget": {"deadline_seconds": 0.4}}, stream=stream, n=2
+        )
         assert answer.status_code == 200, answer.text
         assert '"partial":true' in answer.text
         assert "the deadline passed before scoring" in answer.text
@@ -183,7 +208,9 @@ def test_deadline_keeps_the_candidates_that_are_done(serve: Any) -> None:
     assert answer.json()["choices"][0]["message"]["content"] == "candidate 4"
     assert answer.json()["align"]["partial"] is True
     assert answer.json()["align"]["dropped"] == 1, "the empty one cannot be scored"
-    assert answer.json()["align"]["usage"]["saved_tokens"] == 2, "as long as the others, had it not been stopped"
+    assert answer.json()["align"]["usage"]["saved_tokens"] == 2, (
+        "as long as the others, had it not been stopped"
+    )
     assert live.idle()
 
 

@@ -38,7 +38,9 @@ path = "VALUE"
 def place(tmp_path: Path) -> Path:
     """A folder with a configuration, whose value is yet to be made, and prompts."""
     (tmp_path / "c.toml").write_text(CONFIG.replace("VALUE", str(tmp_path / "brief.safetensors")))
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in world.prompts(60, seed=3)))
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps(text) + "\n" for text in world.prompts(60, seed=3))
+    )
     return tmp_path
 
 
@@ -69,7 +71,16 @@ async def words(place: Path, betas: list[float], finish: Any) -> list[float]:
 
 @pytest.mark.parametrize("method", ["ridge", "sgd"])
 def test_a_fitted_value_steers(place: Path, capsys: Any, finish: Any, method: str) -> None:
-    settings = ["--fit", f"method={method}", "--fit", "rank=16", "--fit", "curve_replies=20", "--fit", "largest_beta=8"]
+    settings = [
+        "--fit",
+        f"method={method}",
+        "--fit",
+        "rank=16",
+        "--fit",
+        "curve_replies=20",
+        "--fit",
+        "largest_beta=8",
+    ]
     assert fit(place, "--replies", "6", "--max-tokens", "40", "--objective", "mean", *settings) == 0
     said = capsys.readouterr().out
     assert "360 samples" in said.replace("\n", "")
@@ -123,7 +134,9 @@ def test_wrong_flags_are_named(place: Path, capsys: Any, more: list[str], messag
 
 def test_an_unknown_reward_is_named(place: Path, capsys: Any) -> None:
     assert fit(place, reward="brevitty") == 2
-    assert "--reward: 'brevitty' is not configured; did you mean 'brevity'?" in " ".join(capsys.readouterr().err.split())
+    assert "--reward: 'brevitty' is not configured; did you mean 'brevity'?" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_prompts_that_cannot_be_read_are_named(place: Path, capsys: Any) -> None:
@@ -145,7 +158,9 @@ def test_too_few_prompts_say_what_to_do(place: Path, capsys: Any) -> None:
 
 def test_a_reward_that_cannot_score_is_refused(place: Path, capsys: Any) -> None:
     assert fit(place, "--max-tokens", "4", reward="odd") == 1
-    assert "reward odd: 8 of 8 replies to prompt 0 could not be scored" in " ".join(capsys.readouterr().err.split())
+    assert "reward odd: 8 of 8 replies to prompt 0 could not be scored" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 def test_samples_of_other_settings_are_refused(place: Path, capsys: Any) -> None:

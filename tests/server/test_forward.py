@@ -42,9 +42,20 @@ class Serving(FakeEngine):
             self.left += 1
             return
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        told = {"path": scope["path"], "method": scope["method"], "body": body.decode(), "type": headers.get("content-type")}
+        told = {
+            "path": scope["path"],
+            "method": scope["method"],
+            "body": body.decode(),
+            "type": headers.get("content-type"),
+        }
         status = 404 if scope["path"] == "/nothing" else 200
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"application/json")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"content-type", b"application/json")],
+            }
+        )
         await send({"type": "http.response.body", "body": json.dumps(told).encode()})
 
 
@@ -63,16 +74,28 @@ def live() -> Iterator[Live]:
         limits = Limits(max_candidates=4, max_completion_tokens=5000, max_body_bytes=2000)
         presets = {"best": {"best_of_n": {"n": 2}, "rewards": {}}}
         server = Server(api_keys_env="FORWARD_KEYS")
-        live = start(Config(engine=Section(), engine_kind="fake", server=server, limits=limits, presets=presets))
+        live = start(
+            Config(
+                engine=Section(), engine_kind="fake", server=server, limits=limits, presets=presets
+            )
+        )
         yield live
         end(live)
 
 
 def test_a_request_without_align_reaches_the_engine_byte_for_byte(live: Live) -> None:
     body = b'{"messages" : [{"role":"user","content":"\\u00e9"}],"unknown_field":1, "model":"fake"}'
-    for headers in ({}, {"Content-Type": "text/plain"}):  # curl -d says neither what it sends nor the truth
+    for headers in (
+        {},
+        {"Content-Type": "text/plain"},
+    ):  # curl -d says neither what it sends nor the truth
         told = live.post(body, headers={**KEY, **headers}).json()
-        assert told == {"path": "/v1/chat/completions", "method": "POST", "body": body.decode(), "type": "application/json"}
+        assert told == {
+            "path": "/v1/chat/completions",
+            "method": "POST",
+            "body": body.decode(),
+            "type": "application/json",
+        }
     told = live.post({"model": "fake", "prompt": ["a", "b"]}, "/v1/completions", headers=KEY).json()
     assert told["path"] == "/v1/completions"
 
@@ -91,7 +114,9 @@ def test_a_request_with_align_does_not(live: Live, fields: dict[str, Any]) -> No
         ({"metadata": "x" * 2000}, 413, None), ({"align": 3}, 400, "align"),
     ],
 )  # fmt: skip
-def test_models_and_limits_are_ours(live: Live, fields: dict[str, Any], status: int, param: str | None) -> None:
+def test_models_and_limits_are_ours(
+    live: Live, fields: dict[str, Any], status: int, param: str | None
+) -> None:
     answer = live.post({**CHAT, **fields}, headers=KEY)
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["param"] == param
@@ -102,7 +127,10 @@ def test_other_models_of_the_engine_are_models_too(live: Live) -> None:
     assert [(entry["id"], entry.get("root"), "align" in entry) for entry in listed] == [
         ("fake", None, False), ("adapter", None, False), ("fake@best", "fake", True), ("adapter@best", "adapter", True)
     ]  # fmt: skip
-    assert json.loads(live.post({**CHAT, "model": "adapter"}, headers=KEY).json()["body"])["model"] == "adapter"
+    assert (
+        json.loads(live.post({**CHAT, "model": "adapter"}, headers=KEY).json()["body"])["model"]
+        == "adapter"
+    )
     aligned = live.post({**CHAT, "model": "adapter", "align": {}}, headers=KEY)
     assert aligned.json()["model"] == "adapter"
 
@@ -130,13 +158,17 @@ def test_other_routes_are_the_engines(live: Live) -> None:
         ("/generate", {"align": {"best_of_n": {}}}, "align"), ("/v1/completions", {"prompt": "x", "best_of": 5}, "n"),
     ],
 )  # fmt: skip
-def test_no_route_leads_around_the_limits(live: Live, path: str, fields: dict[str, Any], param: str) -> None:
+def test_no_route_leads_around_the_limits(
+    live: Live, path: str, fields: dict[str, Any], param: str
+) -> None:
     answer = live.post({"model": "fake", **fields}, path, headers=KEY)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
 def test_the_engines_responses_are_its_own(live: Live) -> None:
-    told = live.post({"model": "fake", "input": "x", "max_output_tokens": 9}, "/v1/responses", headers=KEY).json()
+    told = live.post(
+        {"model": "fake", "input": "x", "max_output_tokens": 9}, "/v1/responses", headers=KEY
+    ).json()
     assert (told["path"], json.loads(told["body"])["input"]) == ("/v1/responses", "x")
     for path in ("/v1/responses/resp_1", "/v1/responses/resp_1/input_items"):
         assert live.get(path, headers=KEY).json()["path"] == path
@@ -152,7 +184,9 @@ def test_the_engine_learns_that_its_client_left(live: Live) -> None:
     assert isinstance(engine, Serving)
     before = engine.left
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
-        connection.sendall(b"POST /hang HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\nContent-Length: 2\r\n\r\nhi")
+        connection.sendall(
+            b"POST /hang HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\nContent-Length: 2\r\n\r\nhi"
+        )
         assert live.until(lambda: live.service.admission.running == 1)
     assert live.until(lambda: engine.left == before + 1)
     assert live.idle()

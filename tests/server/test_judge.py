@@ -59,7 +59,9 @@ def client(live: Any) -> Any:
 
 
 def ask(client: openai.OpenAI, align: Any, **fields: Any) -> tuple[str, Any]:
-    answer = client.chat.completions.create(model=fields.pop("model", "fake"), messages=USER, extra_body={"align": align}, **fields)
+    answer = client.chat.completions.create(
+        model=fields.pop("model", "fake"), messages=USER, extra_body={"align": align}, **fields
+    )
     return answer.choices[0].message.content or "", (answer.model_extra or {})["align"]
 
 
@@ -73,7 +75,9 @@ def on_five(score: float, scale: int = 100) -> Any:
 
 def test_judged_best_of_8_with_criteria(client: openai.OpenAI, live: Any) -> None:
     before = len(live.engine.queries)
-    text, align = ask(client, {"best_of_n": {"n": 8}, "rewards": {}, "trust_judge": {"criteria": "helpful"}})
+    text, align = ask(
+        client, {"best_of_n": {"n": 8}, "rewards": {}, "trust_judge": {"criteria": "helpful"}}
+    )
     assert text == "great 3"
     assert align["methods"] == ["best_of_n", "trust_judge"]
     assert values(align)[:4] == [on_five(60), on_five(2), on_five(92), None]
@@ -83,7 +87,9 @@ def test_judged_best_of_8_with_criteria(client: openai.OpenAI, live: Any) -> Non
     assert len(live.engine.queries) - before == 8 == align["usage"]["judge_calls"]
     assert align["usage"]["judge_completion_tokens"] == 8
     assert align["usage"]["judge_prompt_tokens"] > 8 * 20
-    assert all("Criteria: helpful." in q.messages[0]["content"] for q in live.engine.queries[before:])
+    assert all(
+        "Criteria: helpful." in q.messages[0]["content"] for q in live.engine.queries[before:]
+    )
 
 
 def test_by_preset(client: openai.OpenAI) -> None:
@@ -92,9 +98,13 @@ def test_by_preset(client: openai.OpenAI) -> None:
     assert align["candidates"][1]["objective"] == 10.0, "twice the weight of a 5"
 
 
-def test_pairwise_asks_twice_per_pair_and_says_how_they_compare(client: openai.OpenAI, live: Any) -> None:
+def test_pairwise_asks_twice_per_pair_and_says_how_they_compare(
+    client: openai.OpenAI, live: Any
+) -> None:
     before = len(live.engine.queries)
-    text, align = ask(client, {"best_of_n": {"n": 4}, "rewards": {}, "trust_judge": {"mode": "pairwise"}})
+    text, align = ask(
+        client, {"best_of_n": {"n": 4}, "rewards": {}, "trust_judge": {"mode": "pairwise"}}
+    )
     assert text == "great 3"
     assert len(live.engine.queries) - before == 12 == align["usage"]["judge_calls"]
     report = align["reports"]["trust_judge"]
@@ -112,18 +122,28 @@ def test_it_mixes_with_other_rewards_by_weight(client: openai.OpenAI) -> None:
     _, align = ask(client, body)
     for candidate in align["candidates"]:
         scores = candidate["scores"]
-        assert candidate["objective"] == pytest.approx(scores["number"]["value"] + 0.5 * scores["trust_judge"]["value"])
+        assert candidate["objective"] == pytest.approx(
+            scores["number"]["value"] + 0.5 * scores["trust_judge"]["value"]
+        )
     _, watched = ask(client, {**body, "trust_judge": {"weight": 0}, "best_of_n": {"n": 4}})
-    assert watched["selected"] == 3, "a weight of 0 shows what the judge says, and lets it drop nobody"
+    assert watched["selected"] == 3, (
+        "a weight of 0 shows what the judge says, and lets it drop nobody"
+    )
     assert values(watched)[3] is None
 
 
 def test_scales_and_readouts(client: openai.OpenAI) -> None:
     body: Any = {"best_of_n": {"n": 3}, "rewards": {}}
-    assert values(ask(client, {**body, "trust_judge": {"scale": 5}})[1]) == [3.0, on_five(2, 5), 4.0]
+    assert values(ask(client, {**body, "trust_judge": {"scale": 5}})[1]) == [
+        3.0,
+        on_five(2, 5),
+        4.0,
+    ]
     assert values(ask(client, {**body, "trust_judge": {"scale": 10}})[1])[0] == on_five(7.5, 10)
     assert values(ask(client, {**body, "trust_judge": {"readout": "geval"}})[1])[0] == on_five(30)
-    assert values(ask(client, {**body, "trust_judge": {"readout": "published"}})[1])[1] == on_five(0)
+    assert values(ask(client, {**body, "trust_judge": {"readout": "published"}})[1])[1] == on_five(
+        0
+    )
 
 
 def test_a_judge_on_another_engine(client: openai.OpenAI, live: Any) -> None:
@@ -151,7 +171,13 @@ def test_one_answer_can_be_judged_too(client: openai.OpenAI) -> None:
 
 def test_scoring_with_a_judge(live: Any) -> None:
     answer = live.post(
-        {"messages": USER, "candidates": ["poor", "great"], "rewards": {}, "trust_judge": {"scale": 100}}, "/v1/align/score"
+        {
+            "messages": USER,
+            "candidates": ["poor", "great"],
+            "rewards": {},
+            "trust_judge": {"scale": 100},
+        },
+        "/v1/align/score",
     ).json()
     assert answer["ranking"] == [1, 0]
     assert answer["usage"]["judge_calls"] == 2
@@ -159,7 +185,10 @@ def test_scoring_with_a_judge(live: Any) -> None:
 
 
 def test_when_the_judge_says_nothing(live: Any) -> None:
-    answer = live.post({"messages": USER, "candidates": ["rude", "rude too"], "rewards": {}, "trust_judge": {}}, "/v1/align/score")
+    answer = live.post(
+        {"messages": USER, "candidates": ["rude", "rude too"], "rewards": {}, "trust_judge": {}},
+        "/v1/align/score",
+    )
     assert answer.status_code == 502
     assert "refusal" in answer.json()["error"]["message"]
 
@@ -191,7 +220,9 @@ def test_judging_both_ways(live: Any) -> None:
     great = next(pair for pair in found["pairs"] if pair["pair"] == [0, 2])
     assert great["relation"] == "smaller"
     assert [order["B"] for order in great["orders"]] == pytest.approx([0.8, 0.1])
-    assert found["conflict_ratio"] == pytest.approx(2 / 6), "fine and poor are a tie to compare, not to score"
+    assert found["conflict_ratio"] == pytest.approx(2 / 6), (
+        "fine and poor are a tie to compare, not to score"
+    )
     assert found["tie_rate"] == pytest.approx(3 / 6)
     assert found["nontransitivity"] == {"3": 0.0, "4": 0.0, "5": None}
     assert found["cycles"] == []
@@ -200,11 +231,30 @@ def test_judging_both_ways(live: Any) -> None:
 
 
 def test_judging_one_way(live: Any) -> None:
-    scored = judged(live, ["fine", "great"], mode="score", scale=10, criteria="short", readout="geval")
-    assert (scored["pairs"], scored["conflict_ratio"], scored["usage"]["judge_calls"]) == ([], None, 2)
+    scored = judged(
+        live, ["fine", "great"], mode="score", scale=10, criteria="short", readout="geval"
+    )
+    assert (scored["pairs"], scored["conflict_ratio"], scored["usage"]["judge_calls"]) == (
+        [],
+        None,
+        2,
+    )
     assert scored["candidates"][0]["score"] == pytest.approx(7.5)
-    compared = judged(live, ["fine", "great"], mode="pairwise", rule="first_label", tolerance=0.1, schedule="swiss")
-    assert compared["candidates"][0] == {"index": 0, "score": None, "rescaled": None, "win_rate": 0.0, "error": None}
+    compared = judged(
+        live,
+        ["fine", "great"],
+        mode="pairwise",
+        rule="first_label",
+        tolerance=0.1,
+        schedule="swiss",
+    )
+    assert compared["candidates"][0] == {
+        "index": 0,
+        "score": None,
+        "rescaled": None,
+        "win_rate": 0.0,
+        "error": None,
+    }
     assert compared["usage"]["judge_calls"] == 2
     other = judged(live, ["poor", "great"], mode="score", judge="critic")
     assert [c["score"] for c in other["candidates"]] == [100.0, 1.0]
@@ -236,7 +286,9 @@ def test_wrong_judging(live: Any, change: Any, param: str, hint: str) -> None:
 
 
 def test_judging_what_nobody_can_judge(live: Any) -> None:
-    answer = live.post({"messages": USER, "candidates": ["rude"], "mode": "score"}, "/v1/align/judge")
+    answer = live.post(
+        {"messages": USER, "candidates": ["rude"], "mode": "score"}, "/v1/align/judge"
+    )
     assert answer.status_code == 502
     assert "refusal" in answer.json()["error"]["message"]
 
@@ -262,12 +314,20 @@ def test_wrong_parameters(live: Any, parameters: Any, param: str, hint: str) -> 
 
 
 @pytest.mark.parametrize(("mode", "readings"), [("score", 4), ("pairwise", 12)])
-def test_the_worst_case_holds_the_judges_tokens(client: openai.OpenAI, mode: str, readings: int) -> None:
+def test_the_worst_case_holds_the_judges_tokens(
+    client: openai.OpenAI, mode: str, readings: int
+) -> None:
     asked = {"best_of_n": {"n": 4}, "rewards": {}, "trust_judge": {"mode": mode}}
-    _, within = ask(client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings}}, max_tokens=10)
+    _, within = ask(
+        client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings}}, max_tokens=10
+    )
     assert within["usage"]["judge_completion_tokens"] == readings
-    with pytest.raises(openai.BadRequestError, match=rf"4 candidates x 10 tokens \+ {readings} of judging"):
-        ask(client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings - 1}}, max_tokens=10)
+    with pytest.raises(
+        openai.BadRequestError, match=rf"4 candidates x 10 tokens \+ {readings} of judging"
+    ):
+        ask(
+            client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings - 1}}, max_tokens=10
+        )
 
 
 # --- a judge as it is configured, what it may cost, and when it fails ----------------------------------------------------
@@ -317,9 +377,15 @@ def test_what_a_request_leaves_out_is_as_the_judge_is_configured(configured: Any
         answer = configured.chat({**body, "trust_judge": asked}, max_tokens=20)
         report = answer.json()["align"]["reports"]["trust_judge"]
         assert (report["mode"], report.get("scale")) == (mode, scale)
-        assert "Criteria: kind to beginners." in configured.engine.queries[-1].messages[0]["content"]
-    scored = configured.chat({**body, "trust_judge": {"mode": "score"}}, max_tokens=20).json()["align"]["candidates"]
-    assert [c["scores"]["trust_judge"]["value"] for c in scored] == [on_five(3.5, 10)] * 2, "geval does not divide by the mass"
+        assert (
+            "Criteria: kind to beginners." in configured.engine.queries[-1].messages[0]["content"]
+        )
+    scored = configured.chat({**body, "trust_judge": {"mode": "score"}}, max_tokens=20).json()[
+        "align"
+    ]["candidates"]
+    assert [c["scores"]["trust_judge"]["value"] for c in scored] == [on_five(3.5, 10)] * 2, (
+        "geval does not divide by the mass"
+    )
 
 
 def test_the_judges_route_knows_the_preset_of_the_models_name(configured: Any) -> None:
@@ -330,31 +396,51 @@ def test_the_judges_route_knows_the_preset_of_the_models_name(configured: Any) -
 
 
 def test_judging_and_scoring_are_within_limits_counted_and_paid_for(configured: Any) -> None:
-    tokens, metric = configured.service.tokens, lambda: configured.metric("infer_align_tokens_total", kind="judge")
+    tokens, metric = (
+        configured.service.tokens,
+        lambda: configured.metric("infer_align_tokens_total", kind="judge"),
+    )
     many = [f"{i}" for i in range(30)]
     for path, body in (("judge", {}), ("score", {"rewards": {}, "trust_judge": {}})):
-        answer = configured.post({"messages": USER, "candidates": many, **body}, f"/v1/align/{path}")
+        answer = configured.post(
+            {"messages": USER, "candidates": many, **body}, f"/v1/align/{path}"
+        )
         assert answer.status_code == 400, answer.text
         assert "over this server's limit of 400; send fewer" in answer.json()["error"]["message"]
         assert answer.json()["error"]["param"] == "candidates"
         left, counted = tokens.left("127.0.0.1"), metric()
-        usage = configured.post({"messages": USER, "candidates": many[:5], **body}, f"/v1/align/{path}").json()["usage"]
+        usage = configured.post(
+            {"messages": USER, "candidates": many[:5], **body}, f"/v1/align/{path}"
+        ).json()["usage"]
         assert usage["judge_completion_tokens"] >= 20
-        assert left - tokens.left("127.0.0.1") > usage["judge_completion_tokens"] - 10, "but for what a second gives back"
+        assert left - tokens.left("127.0.0.1") > usage["judge_completion_tokens"] - 10, (
+            "but for what a second gives back"
+        )
         assert metric() - counted == usage["judge_prompt_tokens"] + usage["judge_completion_tokens"]
     assert configured.idle()
 
 
 def test_a_judge_that_cannot_be_reached_fails_those_who_ask_it(configured: Any) -> None:
     assert configured.get("/ready").status_code == 200
-    assert configured.chat({"best_of_n": {"n": 2}, "rewards": {"number": 1}}, max_tokens=20).status_code == 200
-    answer = configured.chat({"best_of_n": {"n": 2}, "rewards": {"number": 1, "lost": 1}}, max_tokens=20)
+    assert (
+        configured.chat(
+            {"best_of_n": {"n": 2}, "rewards": {"number": 1}}, max_tokens=20
+        ).status_code
+        == 200
+    )
+    answer = configured.chat(
+        {"best_of_n": {"n": 2}, "rewards": {"number": 1, "lost": 1}}, max_tokens=20
+    )
     assert answer.status_code == 400
     assert "set in the judge's section engine = 'served'" in answer.json()["error"]["message"]
 
 
 def test_the_prompt_of_a_text_completion_is_judged_too(configured: Any) -> None:
-    body = {"model": "fake", "prompt": "Once upon a", "align": {"best_of_n": {"n": 2}, "rewards": {}, "trust_judge": {}}}
+    body = {
+        "model": "fake",
+        "prompt": "Once upon a",
+        "align": {"best_of_n": {"n": 2}, "rewards": {}, "trust_judge": {}},
+    }
     assert configured.post(body, "/v1/completions").status_code == 200
     assert "Once upon a" in configured.engine.queries[-1].messages[1]["content"]
 

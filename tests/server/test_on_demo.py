@@ -31,7 +31,9 @@ def client(live: Any) -> Any:
 
 def ask(client: openai.OpenAI, align: Any, question: str = QUESTIONS[0], **fields: Any) -> Any:
     given = {"model": "demo", "max_tokens": 64, "seed": 3, **fields}
-    return client.chat.completions.create(messages=[{"role": "user", "content": question}], extra_body={"align": align}, **given)
+    return client.chat.completions.create(
+        messages=[{"role": "user", "content": question}], extra_body={"align": align}, **given
+    )
 
 
 def report(answer: Any) -> Any:
@@ -58,8 +60,12 @@ def test_rps(client: openai.OpenAI) -> None:
 
 
 def test_judged_best_of_8_with_criteria_and_by_preset(client: openai.OpenAI) -> None:
-    asked = ask(client, {"best_of_n": {"n": 8}, "rewards": {}, "trust_judge": {"criteria": "brief"}})
-    assert report(asked)["usage"]["judge_calls"] == 8, "every label is one token of the demo's tokenizer"
+    asked = ask(
+        client, {"best_of_n": {"n": 8}, "rewards": {}, "trust_judge": {"criteria": "brief"}}
+    )
+    assert report(asked)["usage"]["judge_calls"] == 8, (
+        "every label is one token of the demo's tokenizer"
+    )
     assert report(asked)["reports"]["trust_judge"]["drop_rate"] == 0.0
     values = [c["scores"]["trust_judge"]["value"] for c in report(asked)["candidates"]]
     assert all(1.0 <= value <= 5.0 for value in values)
@@ -85,7 +91,11 @@ def test_everything_together(client: openai.OpenAI) -> None:
     assert set(found["candidates"][0]["scores"]) == {"quality", "preference", "trust_judge"}
     assert found["usage"]["judge_calls"] == 12
     with client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": QUESTIONS[0]}], seed=3, stream=True, extra_body={"align": align}
+        model="demo",
+        messages=[{"role": "user", "content": QUESTIONS[0]}],
+        seed=3,
+        stream=True,
+        extra_body={"align": align},
     ) as stream:
         last = list(stream)[-1]
     assert report(last)["selected"] == found["selected"]

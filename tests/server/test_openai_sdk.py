@@ -17,12 +17,18 @@ def test_chat(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content == "candidate 3"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (2, 2, 4)
+    assert (
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
+        answer.usage.total_tokens,
+    ) == (2, 2, 4)
     assert "align" not in (answer.model_extra or {})
 
 
 def test_best_of_n_in_one_line(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(model="fake", messages=USER, extra_body={"align": {"best_of_n": {"n": 5}}})
+    answer = client.chat.completions.create(
+        model="fake", messages=USER, extra_body={"align": {"best_of_n": {"n": 5}}}
+    )
     assert answer.choices[0].message.content == "candidate 9"
     align = (answer.model_extra or {})["align"]
     assert align["selected"] == 2, "ties go to the lowest index"
@@ -48,7 +54,9 @@ def test_stream(client: openai.OpenAI) -> None:
 
 def test_stream_with_usage(client: openai.OpenAI) -> None:
     options: Any = {"include_usage": True}
-    with client.chat.completions.create(model="fake", messages=USER, stream=True, stream_options=options) as stream:
+    with client.chat.completions.create(
+        model="fake", messages=USER, stream=True, stream_options=options
+    ) as stream:
         chunks = list(stream)
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
@@ -91,13 +99,21 @@ def test_stream_of_several_choices(client: openai.OpenAI) -> None:
 
 def test_n_without_align_is_plain_sampling(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="fake", messages=USER, n=3)
-    assert [c.message.content for c in answer.choices] == ["candidate 3", "candidate 1", "candidate 9"]
+    assert [c.message.content for c in answer.choices] == [
+        "candidate 3",
+        "candidate 1",
+        "candidate 9",
+    ]
     assert [c.index for c in answer.choices] == [0, 1, 2]
 
 
 def test_n_with_best_of_n_returns_the_n_best(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="fake", messages=USER, n=3, extra_body=BEST)
-    assert [c.message.content for c in answer.choices] == ["candidate 9", "candidate 9", "candidate 5"]
+    assert [c.message.content for c in answer.choices] == [
+        "candidate 9",
+        "candidate 9",
+        "candidate 5",
+    ]
     assert [c.index for c in answer.choices] == [0, 1, 2]
     assert answer.usage is not None
     details = answer.usage.completion_tokens_details
@@ -108,9 +124,13 @@ def test_n_with_best_of_n_returns_the_n_best(client: openai.OpenAI) -> None:
 def test_completions(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="fake", prompt="once upon", max_tokens=8)
     assert answer.choices[0].text == "candidate 3"
-    best = client.completions.create(model="fake", prompt="once upon", max_tokens=8, extra_body=BEST)
+    best = client.completions.create(
+        model="fake", prompt="once upon", max_tokens=8, extra_body=BEST
+    )
     assert best.choices[0].text == "candidate 9"
-    with client.completions.create(model="fake", prompt="once upon", max_tokens=8, stream=True, extra_body=BEST) as stream:
+    with client.completions.create(
+        model="fake", prompt="once upon", max_tokens=8, stream=True, extra_body=BEST
+    ) as stream:
         chunks = list(stream)
     assert "".join(c.choices[0].text for c in chunks) == "candidate 9"
     assert chunks[-1].choices[0].finish_reason == "stop"
@@ -124,14 +144,20 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 async def _gather(base_url: str, count: int) -> list[str | None]:
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0, timeout=30) as client:
+    async with openai.AsyncOpenAI(
+        base_url=base_url, api_key="unused", max_retries=0, timeout=30
+    ) as client:
 
         async def one(i: int) -> str | None:
             if i % 2:
-                answer = await client.chat.completions.create(model="fake", messages=USER, seed=i, extra_body=BEST)
+                answer = await client.chat.completions.create(
+                    model="fake", messages=USER, seed=i, extra_body=BEST
+                )
                 return answer.choices[0].message.content
             text = ""
-            async with await client.chat.completions.create(model="fake", messages=USER, stream=True) as stream:
+            async with await client.chat.completions.create(
+                model="fake", messages=USER, stream=True
+            ) as stream:
                 async for chunk in stream:
                     text += chunk.choices[0].delta.content or ""
             return text
@@ -149,19 +175,27 @@ def test_tool_calls_pass_through_unchanged(serve: Any) -> None:
     call = '{id = "call_1", type = "function", function = {name = "weather", arguments = "{\\"city\\": \\"Oslo\\"}"}}'
     live = serve(f'[engine]\nkind = "fake"\nreplies = [{{text = "", tool_calls = [{call}]}}]\n'
                  '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n')  # fmt: skip
-    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    tools: Any = [
+        {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    ]
     with openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0) as client:
         for extra in ({}, {"align": {"best_of_n": {"n": 2}}}):
-            answer = client.chat.completions.create(model="fake", messages=USER, tools=tools, tool_choice="auto", extra_body=extra)
+            answer = client.chat.completions.create(
+                model="fake", messages=USER, tools=tools, tool_choice="auto", extra_body=extra
+            )
             calls: Any = answer.choices[0].message.tool_calls
             assert answer.choices[0].finish_reason == "tool_calls"
             assert calls[0].function.name == "weather"
             assert calls[0].function.arguments == '{"city": "Oslo"}'
             assert live.engine.bodies[-1]["tools"] == tools
             assert live.engine.bodies[-1]["tool_choice"] == "auto"
-            with client.chat.completions.stream(model="fake", messages=USER, tools=tools, extra_body=extra) as stream:
+            with client.chat.completions.stream(
+                model="fake", messages=USER, tools=tools, extra_body=extra
+            ) as stream:
                 streamed: Any = stream.get_final_completion().choices[0]
-            assert streamed.message.tool_calls[0].function.arguments == '{"city": "Oslo"}', f"streamed with {extra}"
+            assert streamed.message.tool_calls[0].function.arguments == '{"city": "Oslo"}', (
+                f"streamed with {extra}"
+            )
             assert streamed.finish_reason == "tool_calls"
 
 
@@ -182,7 +216,9 @@ def test_fields_we_do_not_model_reach_the_engine(numbers: Any, client: openai.Op
         "metadata": {"a": "b"},
     }
     unknown = {"min_p": 0.05, "guided_regex": "a+", "custom_field": {"deep": [1, 2]}}
-    client.chat.completions.create(model="fake", messages=USER, **fields, extra_body={**unknown, **BEST})
+    client.chat.completions.create(
+        model="fake", messages=USER, **fields, extra_body={**unknown, **BEST}
+    )
     sent = numbers.engine.bodies[-1]
     assert {key: sent[key] for key in [*fields, *unknown]} == {**fields, **unknown}
     assert "align" not in sent
@@ -192,7 +228,10 @@ def test_roles_and_history_are_kept(numbers: Any, client: openai.OpenAI) -> None
     call: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     messages: Any = [
         {"role": "system", "content": "be brief"},
-        {"role": "developer", "content": [{"type": "text", "text": "be kind"}, {"type": "text", "text": "always"}]},
+        {
+            "role": "developer",
+            "content": [{"type": "text", "text": "be kind"}, {"type": "text", "text": "always"}],
+        },
         {"role": "user", "content": [{"type": "text", "text": "hi"}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "42"},
@@ -206,7 +245,9 @@ def test_roles_and_history_are_kept(numbers: Any, client: openai.OpenAI) -> None
 
 def test_bad_request(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="fake", messages=USER, extra_body={"align": {"best_of": {"n": 5}}})
+        client.chat.completions.create(
+            model="fake", messages=USER, extra_body={"align": {"best_of": {"n": 5}}}
+        )
     assert caught.value.param == "align.best_of"
     assert caught.value.code == "unknown_field"
     assert "did you mean 'best_of_n'?" in caught.value.message
@@ -255,9 +296,13 @@ def test_rate_limit(serve: Any) -> None:
         (400, openai.BadRequestError),
     ],
 )
-def test_an_engine_failure_keeps_its_status(serve: Any, status: int | None, error: type[openai.APIStatusError]) -> None:
+def test_an_engine_failure_keeps_its_status(
+    serve: Any, status: int | None, error: type[openai.APIStatusError]
+) -> None:
     told = "" if status is None else f", status = {status}"
-    live = serve(f'[engine]\nkind = "fake"\nreplies = [{{text = "", error = "the GPU fell off"{told}}}]\n')
+    live = serve(
+        f'[engine]\nkind = "fake"\nreplies = [{{text = "", error = "the GPU fell off"{told}}}]\n'
+    )
     with openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0) as client:
         with pytest.raises(error) as caught:
             client.chat.completions.create(model="fake", messages=USER)
@@ -268,7 +313,9 @@ def test_an_engine_failure_keeps_its_status(serve: Any, status: int | None, erro
 
 def test_a_failure_before_the_first_token_of_a_stream_has_its_own_status(serve: Any) -> None:
     selection = '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
-    live = serve(f'[engine]\nkind = "fake"\nreplies = [{{text = "x", first_token_seconds = 5}}]\n{selection}')
+    live = serve(
+        f'[engine]\nkind = "fake"\nreplies = [{{text = "x", first_token_seconds = 5}}]\n{selection}'
+    )
     budget = {"align": {"budget": {"deadline_seconds": 0.2}}}
     client = openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0)
     with client, pytest.raises(openai.APIStatusError) as caught:

@@ -31,15 +31,23 @@ def described(numbers: Any) -> dict[str, Any]:
 
 
 def validator(document: dict[str, Any], name: str) -> Any:
-    resources: Any = Registry().with_resource("doc", Resource.from_contents(document, default_specification=DRAFT202012))
-    text = json.dumps(document["components"]["schemas"][name]).replace('"#/components', '"doc#/components')
+    resources: Any = Registry().with_resource(
+        "doc", Resource.from_contents(document, default_specification=DRAFT202012)
+    )
+    text = json.dumps(document["components"]["schemas"][name]).replace(
+        '"#/components', '"doc#/components'
+    )
     return jsonschema.Draft202012Validator(json.loads(text), registry=resources)
 
 
 def test_it_holds_every_route_and_every_schema_it_names(described: dict[str, Any]) -> None:
     assert {route.path for route in ROUTES} == {*OPERATIONS}
-    responses = {path for path in OPERATIONS if path.startswith("/v1/responses")}  # which this engine does not serve
-    assert {path.replace("{name}", "{name:path}") for path in described["paths"]} == {*OPERATIONS} - responses
+    responses = {
+        path for path in OPERATIONS if path.startswith("/v1/responses")
+    }  # which this engine does not serve
+    assert {path.replace("{name}", "{name:path}") for path in described["paths"]} == {
+        *OPERATIONS
+    } - responses
     schemas = described["components"]["schemas"]
     for schema in schemas.values():
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -49,14 +57,18 @@ def test_it_holds_every_route_and_every_schema_it_names(described: dict[str, Any
     assert named <= {*schemas}
 
 
-def test_defaults_and_bounds_are_the_servers(serve: Any, numbers: Any, described: dict[str, Any]) -> None:
+def test_defaults_and_bounds_are_the_servers(
+    serve: Any, numbers: Any, described: dict[str, Any]
+) -> None:
     align = described["components"]["schemas"]["Align"]["properties"]
     best = align["best_of_n"]["anyOf"][0]["properties"]["n"]
     assert (best["default"], best["minimum"]) == (registry.methods.get("best_of_n")().n, 1)
     assert align["preset"]["anyOf"][0] == {"enum": ["best", "three"]}
     assert "number" in align["rewards"]["anyOf"][0]["propertyNames"]["enum"]
     assert "vas" not in align, "this engine cannot steer"
-    few = serve('[limits]\nmax_candidates = 3\n[engine]\nkind = "fake"\n').get("/openapi.json").json()
+    few = (
+        serve('[limits]\nmax_candidates = 3\n[engine]\nkind = "fake"\n').get("/openapi.json").json()
+    )
     chat = few["components"]["schemas"]["ChatRequest"]["properties"]
     assert chat["n"]["maximum"] == 3 == few["x-limits"]["max_candidates"]
     assert few["components"]["schemas"]["Align"]["properties"]["preset"] == {"type": "null"}
@@ -67,7 +79,9 @@ def test_defaults_and_bounds_are_the_servers(serve: Any, numbers: Any, described
 def test_it_follows_the_models(config_file: Any) -> None:
     """An upstream that was not there at the start brings its models with it."""
     with upstream() as up:
-        path = config_file(f'[engine]\nkind = "openai"\nurls = ["{up.url}"]\nprobe = false\nrecovery_seconds = 0.1\n')
+        path = config_file(
+            f'[engine]\nkind = "openai"\nurls = ["{up.url}"]\nprobe = false\nrecovery_seconds = 0.1\n'
+        )
         up.models = []
         live = start(configuration.load(path))
         try:
@@ -79,7 +93,9 @@ def test_it_follows_the_models(config_file: Any) -> None:
             end(live)
 
 
-def test_keys_guard_it_and_it_says_so(serve: Any, monkeypatch: pytest.MonkeyPatch, config_file: Any) -> None:
+def test_keys_guard_it_and_it_says_so(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, config_file: Any
+) -> None:
     monkeypatch.setenv("TEST_OPENAPI_KEYS", "k")
     live = serve('[server]\napi_keys_env = "TEST_OPENAPI_KEYS"\n[engine]\nkind = "fake"\n')
     assert live.get("/openapi.json").status_code == 401
@@ -97,14 +113,68 @@ def test_it_costs_nothing_until_it_is_asked_for(config_file: Any) -> None:
 
 TAKEN: list[tuple[str, str, dict[str, Any]]] = [
     ("ChatRequest", CHAT, {"messages": USER}),
-    ("ChatRequest", CHAT, {"messages": USER, "model": "fake@best", "n": 2, "seed": -1, "temperature": 0, "stop": ["x"]}),
-    ("ChatRequest", CHAT, {"messages": USER, "model": None, "n": None, "stream": None, "align": None, "temperature": None}),
-    ("ChatRequest", CHAT, {"messages": USER, "align": {"best_of_n": {}, "rewards": {"number": 1}, "preset": None, "budget": None}}),
-    ("ChatRequest", CHAT, {"messages": USER, "align": {"ensemble": {"objective": "wco"}, "details": "none"}, "anything": [1]}),
-    ("ChatRequest", CHAT, {"messages": [{"role": "assistant"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
-    ("ChatRequest", CHAT, {"messages": USER, "stream": True, "stream_options": {"include_usage": True}}),
+    (
+        "ChatRequest",
+        CHAT,
+        {
+            "messages": USER,
+            "model": "fake@best",
+            "n": 2,
+            "seed": -1,
+            "temperature": 0,
+            "stop": ["x"],
+        },
+    ),
+    (
+        "ChatRequest",
+        CHAT,
+        {
+            "messages": USER,
+            "model": None,
+            "n": None,
+            "stream": None,
+            "align": None,
+            "temperature": None,
+        },
+    ),
+    (
+        "ChatRequest",
+        CHAT,
+        {
+            "messages": USER,
+            "align": {"best_of_n": {}, "rewards": {"number": 1}, "preset": None, "budget": None},
+        },
+    ),
+    (
+        "ChatRequest",
+        CHAT,
+        {
+            "messages": USER,
+            "align": {"ensemble": {"objective": "wco"}, "details": "none"},
+            "anything": [1],
+        },
+    ),
+    (
+        "ChatRequest",
+        CHAT,
+        {
+            "messages": [
+                {"role": "assistant"},
+                {"role": "user", "content": [{"type": "text", "text": "x"}]},
+            ]
+        },
+    ),
+    (
+        "ChatRequest",
+        CHAT,
+        {"messages": USER, "stream": True, "stream_options": {"include_usage": True}},
+    ),
     ("CompletionRequest", TEXT, {"prompt": "", "max_tokens": 3}),
-    ("ScoreRequest", SCORE, {"messages": USER, "candidates": ["1", "2"], "rewards": {"number": 1}, "model": None}),
+    (
+        "ScoreRequest",
+        SCORE,
+        {"messages": USER, "candidates": ["1", "2"], "rewards": {"number": 1}, "model": None},
+    ),
 ]
 REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("ChatRequest", CHAT, {}),
@@ -134,19 +204,25 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("schema", "path", "body"), TAKEN)
-def test_what_it_allows_is_taken(numbers: Any, described: dict[str, Any], schema: str, path: str, body: Any) -> None:
+def test_what_it_allows_is_taken(
+    numbers: Any, described: dict[str, Any], schema: str, path: str, body: Any
+) -> None:
     validator(described, schema).validate(body)
     assert numbers.post(body, path).status_code == 200
 
 
 @pytest.mark.parametrize(("schema", "path", "body"), REFUSED)
-def test_what_it_forbids_is_refused(numbers: Any, described: dict[str, Any], schema: str, path: str, body: Any) -> None:
+def test_what_it_forbids_is_refused(
+    numbers: Any, described: dict[str, Any], schema: str, path: str, body: Any
+) -> None:
     assert not validator(described, schema).is_valid(body)
     assert numbers.post(body, path).status_code in {400, 404}
 
 
 @pytest.mark.parametrize(("schema", "path", "body"), [*TAKEN, *REFUSED])
-def test_answers_are_as_described(numbers: Any, described: dict[str, Any], schema: str, path: str, body: Any) -> None:
+def test_answers_are_as_described(
+    numbers: Any, described: dict[str, Any], schema: str, path: str, body: Any
+) -> None:
     answer = numbers.post(body, path)
     responses = described["paths"][path]["post"]["responses"]
     assert str(answer.status_code) in responses, "each status is documented"
@@ -156,10 +232,22 @@ def test_answers_are_as_described(numbers: Any, described: dict[str, Any], schem
         validator(described, found["$ref"].rpartition("/")[2]).validate(answer.json())
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/fake@best", "/v1/align/methods", "/openapi.json", "/health", "/ready"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models",
+        "/v1/models/fake@best",
+        "/v1/align/methods",
+        "/openapi.json",
+        "/health",
+        "/ready",
+    ],
+)
 def test_reading_is_as_described(numbers: Any, described: dict[str, Any], path: str) -> None:
     template = path if path in described["paths"] else "/v1/models/{name}"
-    content = described["paths"][template]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    content = described["paths"][template]["get"]["responses"]["200"]["content"][
+        "application/json"
+    ]["schema"]
     validator(described, content["$ref"].rpartition("/")[2]).validate(numbers.get(path).json())
 
 
@@ -169,6 +257,12 @@ def test_every_documented_status_says_when() -> None:
 
 
 def test_the_responses_api_is_said_to_be_missing(numbers: Any) -> None:
-    for answer in (numbers.post({"model": "fake", "input": "x"}, "/v1/responses"), numbers.get("/v1/responses/resp_1")):
+    for answer in (
+        numbers.post({"model": "fake", "input": "x"}, "/v1/responses"),
+        numbers.get("/v1/responses/resp_1"),
+    ):
         assert answer.status_code == 404
-        assert "does not serve the Responses API; use /v1/chat/completions" in answer.json()["error"]["message"]
+        assert (
+            "does not serve the Responses API; use /v1/chat/completions"
+            in answer.json()["error"]["message"]
+        )

@@ -28,13 +28,27 @@ SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6", seconds_per_t
 @pytest.fixture
 def keyed(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TEST_OPERATIONS_KEYS", " first-key , second-key,")
-    return serve(f'[server]\napi_keys_env = "TEST_OPERATIONS_KEYS"\n[limits]\nrequests_per_minute = 600\n{FAKE}')
+    return serve(
+        f'[server]\napi_keys_env = "TEST_OPERATIONS_KEYS"\n[limits]\nrequests_per_minute = 600\n{FAKE}'
+    )
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer first", "Bearer first-keys", "first-key", "Basic first-key", "Bearer \xe9"]
+    "header",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer first",
+        "Bearer first-keys",
+        "first-key",
+        "Basic first-key",
+        "Bearer \xe9",
+    ],
 )
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/align/score", "/v1/align/judge"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/align/score", "/v1/align/judge"]
+)
 def test_no_key_no_service(keyed: Any, header: str | None, path: str) -> None:
     headers = {} if header is None else {"authorization": header.encode("latin-1")}
     answer = keyed.post({}, path, headers=headers)
@@ -63,7 +77,9 @@ def test_keys_that_are_missing_stop_the_start(
     if value is not None:
         monkeypatch.setenv("NO_SUCH_KEYS", value)
     with pytest.raises(ConfigError, match="NO_SUCH_KEYS"):
-        create_app(configuration.load(config_file(f'[server]\napi_keys_env = "NO_SUCH_KEYS"\n{FAKE}')))
+        create_app(
+            configuration.load(config_file(f'[server]\napi_keys_env = "NO_SUCH_KEYS"\n{FAKE}'))
+        )
 
 
 # --- rate and queue -----------------------------------------------------------------------------------------------------
@@ -71,7 +87,9 @@ def test_keys_that_are_missing_stop_the_start(
 
 def test_the_rate_is_per_key(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_RATE_KEYS", "a,b")
-    live = serve(f'[server]\napi_keys_env = "TEST_RATE_KEYS"\n[limits]\nrequests_per_minute = 3\n{FAKE}')
+    live = serve(
+        f'[server]\napi_keys_env = "TEST_RATE_KEYS"\n[limits]\nrequests_per_minute = 3\n{FAKE}'
+    )
     ask = [live.get("/v1/models", headers={"authorization": "Bearer a"}) for _ in range(4)]
     assert [answer.status_code for answer in ask] == [200, 200, 200, 429]
     assert 1 <= int(ask[3].headers["retry-after"]) <= 20
@@ -123,7 +141,9 @@ def test_running_tokens_bound_what_runs_at_once(serve: Any) -> None:
         assert live.service.admission.running_tokens <= 100
         time.sleep(0.005)
     assert most == 2
-    assert live.chat(max_tokens=4000).status_code == 200, "alone, a request is bounded by its own limit only"
+    assert live.chat(max_tokens=4000).status_code == 200, (
+        "alone, a request is bounded by its own limit only"
+    )
     assert live.idle()
 
 
@@ -131,11 +151,16 @@ def test_running_tokens_bound_what_runs_at_once(serve: Any) -> None:
 
 
 def test_ready_tells_the_truth(config_file: Callable[[str], Path]) -> None:
-    live = start(configuration.load(config_file('[engine]\nkind = "fake"\nload_seconds = 0.5\n')), wait=False)
+    live = start(
+        configuration.load(config_file('[engine]\nkind = "fake"\nload_seconds = 0.5\n')), wait=False
+    )
     try:
         loading = live.get("/ready")
         assert loading.status_code == 503
-        assert loading.json() == {"ready": False, "reason": "the models are still loading (engine fake)"}
+        assert loading.json() == {
+            "ready": False,
+            "reason": "the models are still loading (engine fake)",
+        }
         assert live.get("/health").status_code == 200
         assert live.metric("infer_align_ready") == 0
         early = live.chat()
@@ -150,14 +175,18 @@ def test_ready_tells_the_truth(config_file: Callable[[str], Path]) -> None:
         assert drained.status_code == 503
         assert drained.json()["reason"] == "the server is shutting down"
         assert live.chat().status_code == 503
-        assert live.post({"messages": [], "candidates": ["1"]}, "/v1/align/score").status_code == 503
+        assert (
+            live.post({"messages": [], "candidates": ["1"]}, "/v1/align/score").status_code == 503
+        )
         assert live.get("/health").status_code == 200
     finally:
         end(live)
 
 
 def test_ready_after_a_failed_load(config_file: Callable[[str], Path], tmp_path: Path) -> None:
-    config = configuration.load(config_file(f'[rewards.gone]\nkind = "classifier"\nmodels = ["{tmp_path}/none"]\n{FAKE}'))
+    config = configuration.load(
+        config_file(f'[rewards.gone]\nkind = "classifier"\nmodels = ["{tmp_path}/none"]\n{FAKE}')
+    )
     live = start(config)
     try:
         answer = live.get("/ready")
@@ -180,7 +209,9 @@ def test_metrics(serve: Any) -> None:
     assert live.chat(n=0).status_code == 400
     assert live.get("/nowhere").status_code == 404
     families = {f.name: f for f in text_string_to_metric_families(live.get("/metrics").text)}
-    values = {(s.name, *sorted(s.labels.items())): s.value for f in families.values() for s in f.samples}
+    values = {
+        (s.name, *sorted(s.labels.items())): s.value for f in families.values() for s in f.samples
+    }
     chat = ("route", "/v1/chat/completions")
     assert values["infer_align_requests_total", chat, ("status", "200")] == 2
     assert values["infer_align_requests_total", chat, ("status", "400")] == 1

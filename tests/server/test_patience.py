@@ -79,13 +79,18 @@ def test_the_requests_own_deadline_counts(serve: Any) -> None:
 
 def test_a_stream_is_kept_alive_for_its_client(serve: Any) -> None:
     live = serve('[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 2}]\n')
-    with client(live, 0.8) as sdk, sdk.chat.completions.create(model="fake", messages=USER, stream=True) as stream:
+    with (
+        client(live, 0.8) as sdk,
+        sdk.chat.completions.create(model="fake", messages=USER, stream=True) as stream,
+    ):
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "1 2"
 
 
 def test_nobody_can_ask_for_a_flood_of_comments(serve: Any) -> None:
     live = serve('[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 2}]\n')
-    answer = live.post({"messages": USER, "stream": True}, headers={"x-stainless-read-timeout": "1e-9"})
+    answer = live.post(
+        {"messages": USER, "stream": True}, headers={"x-stainless-read-timeout": "1e-9"}
+    )
     assert 1 <= answer.text.count(": candidates") <= 10
     assert answer.text.endswith("data: [DONE]\n\n")
 

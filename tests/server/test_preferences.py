@@ -52,12 +52,18 @@ def client(live: Any) -> Any:
 
 def ask(client: openai.OpenAI, align: Any, messages: Any = USER, **fields: Any) -> tuple[Any, Any]:
     answer = client.chat.completions.create(
-        model="fake", messages=messages, seed=fields.pop("seed", 5), extra_body={"align": align}, **fields
+        model="fake",
+        messages=messages,
+        seed=fields.pop("seed", 5),
+        extra_body={"align": align},
+        **fields,
     )
     return answer, (answer.model_extra or {})["align"]
 
 
-def test_a_direction_is_told_and_the_clients_own_words_stay(client: openai.OpenAI, live: Any) -> None:
+def test_a_direction_is_told_and_the_clients_own_words_stay(
+    client: openai.OpenAI, live: Any
+) -> None:
     _, align = ask(client, {"dpa": {"direction": PAIR}}, SYSTEM)
     assert align["methods"] == ["dpa"]
     assert align["direction"] == pytest.approx({"helpfulness": 0.6, "verbosity": 0.8})
@@ -69,7 +75,9 @@ def test_a_direction_is_told_and_the_clients_own_words_stay(client: openai.OpenA
 
 def test_a_direction_alone_streams(client: openai.OpenAI) -> None:
     body: Any = {"align": {"dpa": {"direction": PAIR}}}
-    with client.chat.completions.create(model="fake", messages=USER, seed=5, stream=True, extra_body=body) as stream:
+    with client.chat.completions.create(
+        model="fake", messages=USER, seed=5, stream=True, extra_body=body
+    ) as stream:
         chunks = list(stream)
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == "candidate 5"
     assert (chunks[-1].model_extra or {})["align"]["direction"]["verbosity"] == pytest.approx(0.8)
@@ -77,7 +85,9 @@ def test_a_direction_alone_streams(client: openai.OpenAI) -> None:
 
 def test_best_of_n_along_a_direction(client: openai.OpenAI) -> None:
     rewards = {"quality": 1.0, "raw.helpfulness": 0.0, "raw.verbosity": 0.0}
-    answer, align = ask(client, {"dpa": {"direction": PAIR}, "best_of_n": {"n": 6}, "rewards": rewards})
+    answer, align = ask(
+        client, {"dpa": {"direction": PAIR}, "best_of_n": {"n": 6}, "rewards": rewards}
+    )
     for candidate in align["candidates"]:
         scores = {name: score["value"] for name, score in candidate["scores"].items()}
         projected = 0.6 * (scores["raw.helpfulness"] - 1.0) / 2.0 + 0.8 * scores["raw.verbosity"]
@@ -89,7 +99,11 @@ def test_best_of_n_along_a_direction(client: openai.OpenAI) -> None:
 
 def test_rps_draws_around_and_selects_by_the_target(client: openai.OpenAI, live: Any) -> None:
     before = live.engine.sampled
-    align_body = {"dpa": {"direction": PAIR}, "rps": {"k": 5, "max_angle": 20}, "rewards": {"quality": 1, "raw": 0}}
+    align_body = {
+        "dpa": {"direction": PAIR},
+        "rps": {"k": 5, "max_angle": 20},
+        "rewards": {"quality": 1, "raw": 0},
+    }
     _, align = ask(client, align_body)
     assert live.engine.sampled - before == 5
     assert align["methods"] == ["dpa", "rps"]
@@ -98,7 +112,14 @@ def test_rps_draws_around_and_selects_by_the_target(client: openai.OpenAI, live:
     for d in directions:
         assert math.hypot(*d.values()) == pytest.approx(1.0)
         assert 0.6 * d["helpfulness"] + 0.8 * d["verbosity"] >= math.cos(math.radians(20)) - 1e-9
-    _, single = ask(client, {"dpa": {"direction": PAIR}, "best_of_n": {"n": 1}, "rewards": {"raw.helpfulness": 0, "quality": 1}})
+    _, single = ask(
+        client,
+        {
+            "dpa": {"direction": PAIR},
+            "best_of_n": {"n": 1},
+            "rewards": {"raw.helpfulness": 0, "quality": 1},
+        },
+    )
     assert single["candidates"][0]["scores"]["quality"]["value"] is not None
     again = ask(client, align_body)[1]
     assert again["candidates"] == align["candidates"], "the seed fixes neighbours and candidates"
@@ -113,7 +134,9 @@ def test_rps_with_best_of_n_is_n_per_direction(client: openai.OpenAI) -> None:
         answer, align = ask(client, align_body, n=2)
         assert len(align["candidates"]) == 6
         assert len(answer.choices) == 2
-        assert [repr(c["direction"]) for c in align["candidates"][::2]] == [repr(c["direction"]) for c in align["candidates"][1::2]]
+        assert [repr(c["direction"]) for c in align["candidates"][::2]] == [
+            repr(c["direction"]) for c in align["candidates"][1::2]
+        ]
 
 
 def test_the_default_is_what_scores_the_direction(client: openai.OpenAI) -> None:
@@ -121,7 +144,9 @@ def test_the_default_is_what_scores_the_direction(client: openai.OpenAI) -> None
     assert set(align["candidates"][0]["scores"]) == {"quality", "raw"}
     _, other = ask(client, {"dpa": {"direction": {"warmth": 1.0}}, "best_of_n": {"n": 2}})
     assert set(other["candidates"][0]["scores"]) == {"warmth"}
-    _, mixed = ask(client, {"dpa": {"direction": {"warmth": 1.0, "verbosity": 1.0}}, "best_of_n": {"n": 2}})
+    _, mixed = ask(
+        client, {"dpa": {"direction": {"warmth": 1.0, "verbosity": 1.0}}, "best_of_n": {"n": 2}}
+    )
     assert set(mixed["candidates"][0]["scores"]) == {"brevity"}, "none scores both"
 
 
@@ -142,10 +167,16 @@ def test_by_preset(client: openai.OpenAI) -> None:
 
 
 def test_usage_counts_each_prompt_once(client: openai.OpenAI) -> None:
-    answer, align = ask(client, {"dpa": {"direction": PAIR}, "rps": {"k": 3}, "best_of_n": {"n": 2}})
+    answer, align = ask(
+        client, {"dpa": {"direction": PAIR}, "rps": {"k": 3}, "best_of_n": {"n": 2}}
+    )
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == 3 * 2, "three prompts of two words, as the fake engine counts"
-    assert answer.usage.completion_tokens == sum(c["completion_tokens"] for c in align["candidates"])
+    assert answer.usage.prompt_tokens == 3 * 2, (
+        "three prompts of two words, as the fake engine counts"
+    )
+    assert answer.usage.completion_tokens == sum(
+        c["completion_tokens"] for c in align["candidates"]
+    )
     assert align["usage"]["engine_calls"] == 6
 
 
@@ -163,7 +194,11 @@ def test_score_along_a_direction(live: Any) -> None:
 
 
 BAD: list[Any] = [
-    ({"dpa": {"direction": {"helpfulnes": 1}}}, "align.dpa.direction.helpfulnes", "did you mean 'helpfulness'?"),
+    (
+        {"dpa": {"direction": {"helpfulnes": 1}}},
+        "align.dpa.direction.helpfulnes",
+        "did you mean 'helpfulness'?",
+    ),
     ({"dpa": {"direction": {"helpfulness": 0}}}, "align.dpa.direction", "no length"),
     ({"dpa": {"direction": {}}}, "align.dpa.direction", "at least 1"),
     ({"dpa": {"direction": {"helpfulness": True}}}, "align.dpa.direction.helpfulness", "number"),
@@ -174,11 +209,31 @@ BAD: list[Any] = [
     ({"rps": {}}, "align.rps", "align.dpa.direction"),
     ({"dpa": {"direction": PAIR}, "rps": {"k": 0}}, "align.rps.k", "greater than or equal to 1"),
     ({"dpa": {"direction": PAIR}, "rps": {"k": 129}}, "align.rps.k", "less than or equal to 128"),
-    ({"dpa": {"direction": PAIR}, "rps": {"k": 100}, "best_of_n": {"n": 2}}, "align.best_of_n.n", "limit of 128"),
-    ({"dpa": {"direction": PAIR}, "rps": {"max_angle": 181}}, "align.rps.max_angle", "less than or equal to 180"),
-    ({"dpa": {"direction": PAIR}, "rps": {"max_angle": -1}}, "align.rps.max_angle", "greater than or equal to 0"),
-    ({"dpa": {"direction": PAIR}, "rps": {"neighborhood": "near"}}, "align.rps.neighborhood", "'uniform', 'published' or 'none'"),
-    ({"dpa": {"direction": {**PAIR, "depth": 1}}, "rps": {"neighborhood": "published"}}, "align.rps.neighborhood", "2 attributes"),
+    (
+        {"dpa": {"direction": PAIR}, "rps": {"k": 100}, "best_of_n": {"n": 2}},
+        "align.best_of_n.n",
+        "limit of 128",
+    ),
+    (
+        {"dpa": {"direction": PAIR}, "rps": {"max_angle": 181}},
+        "align.rps.max_angle",
+        "less than or equal to 180",
+    ),
+    (
+        {"dpa": {"direction": PAIR}, "rps": {"max_angle": -1}},
+        "align.rps.max_angle",
+        "greater than or equal to 0",
+    ),
+    (
+        {"dpa": {"direction": PAIR}, "rps": {"neighborhood": "near"}},
+        "align.rps.neighborhood",
+        "'uniform', 'published' or 'none'",
+    ),
+    (
+        {"dpa": {"direction": {**PAIR, "depth": 1}}, "rps": {"neighborhood": "published"}},
+        "align.rps.neighborhood",
+        "2 attributes",
+    ),
     ({"best_of_n": {}, "rewards": {"quality": 1}}, "align.rewards.quality", "several objectives"),
     (
         {"dpa": {"direction": {"depth": 1}}, "best_of_n": {}, "rewards": {"quality": 1}},
@@ -188,7 +243,9 @@ BAD: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("align", "param", "hint"), BAD, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("align", "param", "hint"), BAD, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_what_is_wrong_is_named(live: Any, align: Any, param: str, hint: str) -> None:
     before = live.engine.sampled
     answer = live.chat(align)
@@ -201,13 +258,19 @@ def test_what_is_wrong_is_named(live: Any, align: Any, param: str, hint: str) ->
 
 def test_no_number_in_json(live: Any) -> None:
     for value in (b"NaN", b"Infinity", b"-Infinity"):
-        body = b'{"messages": [{"role": "user", "content": "x"}], "align": {"dpa": {"direction": {"verbosity": ' + value + b"}}}}"
+        body = (
+            b'{"messages": [{"role": "user", "content": "x"}], "align": {"dpa": {"direction": {"verbosity": '
+            + value
+            + b"}}}}"
+        )
         answer = live.post(body)
         assert answer.status_code == 400
         assert value.decode().strip("-") in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("align", [{"dpa": {"direction": PAIR}}, {"dpa": {"direction": PAIR}, "rps": {}}])
+@pytest.mark.parametrize(
+    "align", [{"dpa": {"direction": PAIR}}, {"dpa": {"direction": PAIR}, "rps": {}}]
+)
 def test_text_completions_have_no_direction(live: Any, align: Any) -> None:
     answer = live.post({"prompt": "x", "align": align}, "/v1/completions")
     assert answer.status_code == 400

@@ -25,7 +25,9 @@ from infer_align_server import cli
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "server", "clients/python")),
+    "PYTHONPATH": os.pathsep.join(
+        str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
+    ),
     "COLUMNS": "200",
     "NO_COLOR": "1",
     "PYTHONWARNINGS": "error",
@@ -52,7 +54,12 @@ class Process:
 
     def __init__(self, *arguments: str) -> None:
         self.popen = subprocess.Popen(
-            [*COMMAND, "serve", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT
+            [*COMMAND, "serve", *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            cwd=ROOT,
         )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
@@ -109,7 +116,9 @@ def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(process: Any, str
     answers: list[httpx.Response] = []
 
     def ask() -> None:
-        answers.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20, trust_env=False))
+        answers.append(
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20, trust_env=False)
+        )
 
     with httpx.Client(base_url=url, trust_env=False) as kept:
         asking = threading.Thread(target=ask)
@@ -139,12 +148,20 @@ def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(process: Any, str
 
 @pytest.mark.slow
 def test_what_does_not_finish_in_time_is_cut(process: Any) -> None:
-    server = process('[server]\ndrain_seconds = 1\n[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 60}]\n')
+    server = process(
+        '[server]\ndrain_seconds = 1\n[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 60}]\n'
+    )
     url = server.url()
     with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as raw:
         content = b'{"messages": [{"role": "user", "content": "x"}]}'
-        raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
-        while "infer_align_running_requests 1.0" not in httpx.get(f"{url}/metrics", trust_env=False).text:
+        raw.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+            % (len(content), content)
+        )
+        while (
+            "infer_align_running_requests 1.0"
+            not in httpx.get(f"{url}/metrics", trust_env=False).text
+        ):
             time.sleep(0.01)
         server.popen.send_signal(signal.SIGTERM)
         assert server.wait() == 0
@@ -168,12 +185,20 @@ def test_sigterm_while_loading(process: Any) -> None:
 def test_values_are_read_again_on_sighup(process: Any, tmp_path: Path) -> None:
     head = tmp_path / "value.safetensors"
     shutil.copy(ROOT / "infer_align/demo/assets/value-helpful.safetensors", head)
-    server = process(f'[engine]\nkind = "transformers"\nmodel = "demo"\nthreads = 1\n[values.v]\nkind = "head"\npath = "{head}"\n')
+    server = process(
+        f'[engine]\nkind = "transformers"\nmodel = "demo"\nthreads = 1\n[values.v]\nkind = "head"\npath = "{head}"\n'
+    )
     url = f"{server.url()}/v1/chat/completions"
-    body = {"messages": [{"role": "user", "content": "What is the diet of the owl?"}], "temperature": 0, "max_tokens": 40}
+    body = {
+        "messages": [{"role": "user", "content": "What is the diet of the owl?"}],
+        "temperature": 0,
+        "max_tokens": 40,
+    }
 
     def said() -> str:
-        answer = httpx.post(url, json={**body, "align": {"vas": {"beta": {"v": 30.0}}}}, trust_env=False, timeout=30)
+        answer = httpx.post(
+            url, json={**body, "align": {"vas": {"beta": {"v": 30.0}}}}, trust_env=False, timeout=30
+        )
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["message"]["content"])
 
@@ -199,15 +224,21 @@ def test_values_are_read_again_on_sighup(process: Any, tmp_path: Path) -> None:
 def test_port_taken(config_file: Callable[[str], Path]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run("serve", str(config_file('[engine]\nkind = "fake"\n')), "--set", f"server.port={port}")
+        done = run(
+            "serve", str(config_file('[engine]\nkind = "fake"\n')), "--set", f"server.port={port}"
+        )
     assert done.returncode == 2
-    assert f"[server] port: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+    assert (
+        f"[server] port: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+    )
     assert "--set server.port=0" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_load_that_fails_ends_the_process(config_file: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_load_that_fails_ends_the_process(
+    config_file: Callable[[str], Path], tmp_path: Path
+) -> None:
     text = f'[rewards.gone]\nkind = "classifier"\nmodels = ["{tmp_path}/none"]\n[engine]\nkind = "fake"\n'
     done = run("serve", str(config_file(text)), "--set", "server.port=0")
     assert done.returncode == 2
@@ -216,12 +247,24 @@ def test_a_load_that_fails_ends_the_process(config_file: Callable[[str], Path], 
 
 
 WRONG = [
-    ('[engine]\nkind = "fake"\n[limit]\nmax_queue = 1\n', "[limit]: no such section; did you mean 'limits'?"),
-    ('[engine]\nkind = "fake"\n[limits]\nmax_que = 1\n', "limits.max_que: no such parameter; did you mean 'max_queue'?"),
+    (
+        '[engine]\nkind = "fake"\n[limit]\nmax_queue = 1\n',
+        "[limit]: no such section; did you mean 'limits'?",
+    ),
+    (
+        '[engine]\nkind = "fake"\n[limits]\nmax_que = 1\n',
+        "limits.max_que: no such parameter; did you mean 'max_queue'?",
+    ),
     ('[engine]\nkind = "fak"\n', "engine.kind: 'fak' is not one of them; did you mean 'fake'?"),
-    ('[engine]\nkind = "fake"\n[server]\nlog_level = "loud"\n', "server.log_level: 'loud' is not allowed"),
+    (
+        '[engine]\nkind = "fake"\n[server]\nlog_level = "loud"\n',
+        "server.log_level: 'loud' is not allowed",
+    ),
     ('[engine]\nkind = "fake"\n[rewards.a]\nwords_weight = 1\n', "[rewards.a] needs a kind"),
-    ('[engine]\nkind = "fake"\n[presets.a]\nbest_of = {}\n', "[presets.a] align.best_of: no such key"),
+    (
+        '[engine]\nkind = "fake"\n[presets.a]\nbest_of = {}\n',
+        "[presets.a] align.best_of: no such key",
+    ),
     ("[engine\n", "not TOML"),
 ]
 
@@ -231,11 +274,18 @@ def test_a_wrong_configuration(
     config_file: Callable[[str], Path], capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     assert cli.main(["config", "show", str(config_file(text))]) == 2
-    assert message in " ".join(capsys.readouterr().err.split()), "brackets are text here, not markup"
+    assert message in " ".join(capsys.readouterr().err.split()), (
+        "brackets are text here, not markup"
+    )
 
 
-@pytest.mark.parametrize("setting", ["server.port", "=5", "server..port=1", "engine=fake", "server.port.x=1", "server.port=many"])
-def test_a_wrong_override(config_file: Callable[[str], Path], capsys: pytest.CaptureFixture[str], setting: str) -> None:
+@pytest.mark.parametrize(
+    "setting",
+    ["server.port", "=5", "server..port=1", "engine=fake", "server.port.x=1", "server.port=many"],
+)
+def test_a_wrong_override(
+    config_file: Callable[[str], Path], capsys: pytest.CaptureFixture[str], setting: str
+) -> None:
     path = config_file('[engine]\nkind = "fake"\n[server]\nport = 1\n')
     assert cli.main(["config", "show", str(path), "--set", setting]) == 2
     assert capsys.readouterr().err.startswith("configuration:")
@@ -249,7 +299,9 @@ def test_config_show_says_where_each_value_is_from(config_file: Callable[[str], 
     done = run("config", "show", str(path), "--set", "limits.max_queue=7", COLUMNS="400")
     assert done.returncode == 0, done.stderr
     rows = {
-        cells[0]: cells[1:] for line in done.stdout.splitlines() if len(cells := [c.strip() for c in line.split("│")[1:-1]]) == 3
+        cells[0]: cells[1:]
+        for line in done.stdout.splitlines()
+        if len(cells := [c.strip() for c in line.split("│")[1:-1]]) == 3
     }
     assert rows["limits.max_queue"] == ["7", "--set"]
     assert rows["server.port"] == ["9", str(path)]
@@ -262,13 +314,25 @@ def test_config_show_says_where_each_value_is_from(config_file: Callable[[str], 
 def test_methods() -> None:
     done = run("methods")
     assert done.returncode == 0, done.stderr
-    for word in ("best_of_n", "n=8", "ensemble", "uncertainty_weight=0.5", "budget", "rules", "callable", "fake", "transformers"):
+    for word in (
+        "best_of_n",
+        "n=8",
+        "ensemble",
+        "uncertainty_weight=0.5",
+        "budget",
+        "rules",
+        "callable",
+        "fake",
+        "transformers",
+    ):
         assert word in done.stdout
     assert "[rewards.<name>] kind" in done.stdout
 
 
 def test_chat_one_shot(numbers: Any) -> None:
-    done = run("chat", "hello", "--base-url", numbers.base_url, "--align", '{"best_of_n": {"n": 5}}')
+    done = run(
+        "chat", "hello", "--base-url", numbers.base_url, "--align", '{"best_of_n": {"n": 5}}'
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("candidate 9\n")
     assert "runner-up" in done.stdout

@@ -68,7 +68,13 @@ def test_nothing_is_smuggled_behind_an_ambiguous_request(numbers: Any, head: byt
 
 
 @pytest.mark.parametrize(
-    "text", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"\xff" * 100, b"GET / HTTP/9.9\r\n\r\n"]
+    "text",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET\r\n\r\n",
+        b"\xff" * 100,
+        b"GET / HTTP/9.9\r\n\r\n",
+    ],
 )
 def test_what_is_no_http(numbers: Any, text: bytes) -> None:
     answer = talk(numbers, text)
@@ -81,10 +87,16 @@ def test_pipelined_requests_are_answered_one_after_the_other(numbers: Any) -> No
     assert statuses(answer) == [200, 404]
 
 
-@pytest.mark.parametrize("target", [b"http://evil.example/v1/chat/completions", b"//evil.example/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "target", [b"http://evil.example/v1/chat/completions", b"//evil.example/v1/chat/completions"]
+)
 @pytest.mark.parametrize("host", [b"evil.example", b"127.0.0.1:1", b"a" * 300])
-def test_the_host_that_a_client_names_means_nothing(numbers: Any, target: bytes, host: bytes) -> None:
-    request = SMUGGLED.replace(b"/v1/chat/completions", target, 1).replace(b"Host: x", b"Host: " + host)
+def test_the_host_that_a_client_names_means_nothing(
+    numbers: Any, target: bytes, host: bytes
+) -> None:
+    request = SMUGGLED.replace(b"/v1/chat/completions", target, 1).replace(
+        b"Host: x", b"Host: " + host
+    )
     answer = talk(numbers, request, answers=1)
     assert statuses(answer)[0] in {200, 400, 404}
     assert b"evil.example/" not in answer.partition(b"\r\n\r\n")[0]
@@ -108,13 +120,18 @@ def test_a_large_head_is_431(numbers: Any, headers: bytes, ended: bool) -> None:
 
 
 def test_a_long_target_is_431(numbers: Any) -> None:
-    assert statuses(talk(numbers, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")) == [431]
+    assert statuses(talk(numbers, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")) == [
+        431
+    ]
 
 
 def test_a_flood_is_cut_off_early(numbers: Any) -> None:
     """Ten megabytes of head are not read to the end, and the server serves on."""
     sent = 0
-    with socket.create_connection(("127.0.0.1", numbers.port), timeout=5) as raw, contextlib.suppress(OSError):
+    with (
+        socket.create_connection(("127.0.0.1", numbers.port), timeout=5) as raw,
+        contextlib.suppress(OSError),
+    ):
         raw.sendall(HEAD)
         for i in range(10_000):
             raw.sendall(b"X-%d: " % i + b"a" * 1000 + b"\r\n")
@@ -126,11 +143,17 @@ def test_a_flood_is_cut_off_early(numbers: Any) -> None:
 
 def test_a_head_of_the_usual_size_is_served(numbers: Any) -> None:
     headers = b"".join(b"X-%d: %s\r\n" % (i, b"a" * 1000) for i in range(40))
-    assert statuses(talk(numbers, HEAD + headers + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY), answers=1)) == [200]
+    assert statuses(
+        talk(
+            numbers, HEAD + headers + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY), answers=1
+        )
+    ) == [200]
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat", HEAD])
-def test_who_does_not_say_what_he_wants_is_hung_up_on(serve: Any, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+def test_who_does_not_say_what_he_wants_is_hung_up_on(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
     live = serve('# head seconds\n[engine]\nkind = "fake"\n')
     monkeypatch.setattr(BoundedProtocol, "head_seconds", 0.3)
     with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:

@@ -45,11 +45,16 @@ def refusal(bucket: Allowance, caller: str, amount: int) -> float | None:
     return None
 
 
-USES = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 200), st.floats(0, 30), st.floats(0, 1)), max_size=60)
+USES = st.lists(
+    st.tuples(st.sampled_from("ab"), st.integers(0, 200), st.floats(0, 30), st.floats(0, 1)),
+    max_size=60,
+)
 
 
 @given(st.integers(1, 100), USES)
-def test_retry_after_is_true_and_the_average_holds(per_minute: int, uses: list[tuple[str, int, float, float]]) -> None:
+def test_retry_after_is_true_and_the_average_holds(
+    per_minute: int, uses: list[tuple[str, int, float, float]]
+) -> None:
     bucket, clock = allowance(per_minute)
     net = {"a": 0, "b": 0}
     started = clock.now
@@ -63,7 +68,9 @@ def test_retry_after_is_true_and_the_average_holds(per_minute: int, uses: list[t
         back = int(unspent * amount)
         bucket.give_back(caller, back)
         net[caller] += amount - back
-        allowed = per_minute * (1 + (clock.now - started) / 60) + 200  # a full bucket, what flowed in, one debt
+        allowed = (
+            per_minute * (1 + (clock.now - started) / 60) + 200
+        )  # a full bucket, what flowed in, one debt
         assert net[caller] <= allowed + 1e-6
         assert bucket.left(caller) <= per_minute
 
@@ -136,7 +143,9 @@ def test_the_bucket_fills_again_and_forgets_those_that_are_full() -> None:
 def budgeted(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`budgeted(engine, tokens per minute)`: a server with the keys a and b."""
     monkeypatch.setenv("TEST_BUDGET_KEYS", "a,b")
-    return lambda engine, tokens, name: serve(f"# {name}\n{KEYS}[limits]\ncandidate_tokens_per_minute = {tokens}\n{engine}")
+    return lambda engine, tokens, name: serve(
+        f"# {name}\n{KEYS}[limits]\ncandidate_tokens_per_minute = {tokens}\n{engine}"
+    )
 
 
 def ask(live: Any, key: str = "a", **fields: Any) -> Any:
@@ -149,7 +158,9 @@ def left(live: Any, key: int = 0) -> float:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_worst_case_is_refused_and_what_was_not_spent_comes_back(budgeted: Any, stream: bool) -> None:
+def test_the_worst_case_is_refused_and_what_was_not_spent_comes_back(
+    budgeted: Any, stream: bool
+) -> None:
     live = budgeted(WORDS, 100, f"refused {stream}")
     assert ask(live, max_tokens=90, stream=stream).status_code == 200
     assert live.idle()
@@ -162,12 +173,16 @@ def test_the_worst_case_is_refused_and_what_was_not_spent_comes_back(budgeted: A
     assert "may need 99" in refused.json()["error"]["message"]
     wait = int(refused.headers["retry-after"])
     assert 30 <= wait <= 54
-    assert ask(live, "b", max_tokens=99, stream=stream).status_code == 200, "another key's budget is its own"
+    assert ask(live, "b", max_tokens=99, stream=stream).status_code == 200, (
+        "another key's budget is its own"
+    )
     assert ask(live, max_tokens=5, stream=stream).status_code == 200, "less fits"
 
 
 def test_selection_counts_every_candidate(budgeted: Any) -> None:
-    live = budgeted(f'[rewards.brief]\nkind = "rules"\nwords_weight = -1.0\n{WORDS}', 1000, "selection")
+    live = budgeted(
+        f'[rewards.brief]\nkind = "rules"\nwords_weight = -1.0\n{WORDS}', 1000, "selection"
+    )
     assert ask(live, max_tokens=40, align={"best_of_n": {"n": 20}}).status_code == 200
     assert 400 <= left(live) < 500, "twenty times thirty"
 
@@ -185,7 +200,9 @@ def test_a_request_that_is_refused_or_fails_pays_what_was_sampled(budgeted: Any)
 
 def hang_up(live: Any, begun: Any, **fields: Any) -> None:
     """Send a request, wait until it has `begun`, leave."""
-    content = json.dumps({"messages": [{"role": "user", "content": "x"}], "max_tokens": 500, **fields}).encode()
+    content = json.dumps(
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 500, **fields}
+    ).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a\r\nContent-Length: {len(content)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", live.port), timeout=10) as raw:
         raw.sendall(head.encode() + content)
@@ -216,7 +233,9 @@ def test_who_hangs_up_in_the_queue_pays_nothing(budgeted: Any) -> None:
         first.sendall(head.encode() + content)
         assert live.until(lambda: live.engine.running == 1)
         content = json.dumps({**body, "max_tokens": 500}).encode()
-        head = head.replace("Bearer b", "Bearer a").replace(str(len(json.dumps(body))), str(len(content)))
+        head = head.replace("Bearer b", "Bearer a").replace(
+            str(len(json.dumps(body))), str(len(content))
+        )
         with socket.create_connection(("127.0.0.1", live.port), timeout=10) as second:
             second.sendall(head.encode() + content)
             assert live.until(lambda: live.service.admission.queued == 1)

@@ -29,7 +29,11 @@ class Answers:
 
     @staticmethod
     async def stored(_: Upstream, body: dict[str, Any], send: Any) -> None:
-        await reply(send, 200, {"id": "resp_1", "object": "response", "got": body, "usage": {"output_tokens": 40}})
+        await reply(
+            send,
+            200,
+            {"id": "resp_1", "object": "response", "got": body, "usage": {"output_tokens": 40}},
+        )
 
     @staticmethod
     async def streamed(_: Upstream, __: dict[str, Any], send: Any) -> None:
@@ -56,7 +60,17 @@ class Answers:
 
     @staticmethod
     async def unknown(_: Upstream, __: dict[str, Any], send: Any) -> None:
-        await reply(send, 404, {"error": {"message": "Response with id 'resp_9' not found.", "param": "response_id", "code": None}})
+        await reply(
+            send,
+            404,
+            {
+                "error": {
+                    "message": "Response with id 'resp_9' not found.",
+                    "param": "response_id",
+                    "code": None,
+                }
+            },
+        )
 
 
 @pytest.fixture
@@ -70,7 +84,9 @@ def up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
 
 
 @pytest.fixture
-def front(up: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Live]]:
+def front(
+    up: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Live]]:
     monkeypatch.setenv("TEST_RESPONSES_UPSTREAM", KEY)
     monkeypatch.setenv("TEST_RESPONSES_KEYS", "the-clients-own")
     lives: list[Live] = []
@@ -184,19 +200,25 @@ def test_what_lies_on_another_upstream_is_found_there(up: Upstream, front: Any) 
         ({"max_output_tokens": 500}, 400, "max_output_tokens"), ({}, 400, "max_output_tokens"),
     ],
 )  # fmt: skip
-def test_what_is_refused_is_named(up: Upstream, front: Any, fields: dict[str, Any], status: int, param: str) -> None:
+def test_what_is_refused_is_named(
+    up: Upstream, front: Any, fields: dict[str, Any], status: int, param: str
+) -> None:
     answer = ask(front(limits="max_completion_tokens = 400"), **fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
     assert up.calls == 0
 
 
-@pytest.mark.parametrize(("behaviour", "spent"), [("stored", 40), ("streamed", 7), ("error_400", 0)])
+@pytest.mark.parametrize(
+    ("behaviour", "spent"), [("stored", 40), ("streamed", 7), ("error_400", 0)]
+)
 def test_it_is_charged(up: Upstream, front: Any, behaviour: str, spent: int) -> None:
     live = front(limits="candidate_tokens_per_minute = 1000")
     up.behave = lambda _, __: behaviour
     ask(live, max_output_tokens=20)
     assert live.until(lambda: live.service.admission.running == 0)
-    assert 1000 - spent <= left(live) <= 1001 - spent, "what was said, and not only what was announced"
+    assert 1000 - spent <= left(live) <= 1001 - spent, (
+        "what was said, and not only what was announced"
+    )
     live.get("/v1/responses/resp_1", headers=CALLER)
     assert left(live) >= 1000 - spent, "reading it again is free"
     ask(live, max_output_tokens=990)

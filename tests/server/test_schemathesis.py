@@ -64,7 +64,11 @@ def schemathesis(document: dict[str, Any], url: str, folder: Path, examples: int
 
 def over(failures: dict[str, int], tolerated: dict[str, int]) -> dict[str, str]:
     """What there is more of than is tolerated."""
-    return {kind: f"{n}, over {tolerated.get(kind, 0)}" for kind, n in failures.items() if n > tolerated.get(kind, 0)}
+    return {
+        kind: f"{n}, over {tolerated.get(kind, 0)}"
+        for kind, n in failures.items()
+        if n > tolerated.get(kind, 0)
+    }
 
 
 @pytest.mark.slow
@@ -87,14 +91,19 @@ def test_openais_description_holds(serve: Any, tmp_path: Path) -> None:
     live = serve(SUITE)
     document = json.loads((DATA / "openai_subset.json").read_text())
     schemas = document["components"]["schemas"]
-    schemas["ModelIdsShared"] = schemas["CreateCompletionRequest"]["properties"]["model"] = {"enum": ["fake"]}
+    schemas["ModelIdsShared"] = schemas["CreateCompletionRequest"]["properties"]["model"] = {
+        "enum": ["fake"]
+    }
     refusal = {
         "description": "refused",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}},
     }
     for item in document["paths"].values():
         for operation in item.values():
-            operation["responses"] |= {"400": refusal, "404": refusal}  # OpenAI answers these, and does not describe them
+            operation["responses"] |= {
+                "400": refusal,
+                "404": refusal,
+            }  # OpenAI answers these, and does not describe them
     failures = schemathesis(document, live.base_url, tmp_path, 30)
     assert not over(failures, OPENAIS)
     assert sum(failures.values()) <= VLLM

@@ -37,7 +37,9 @@ class Leaks:
     @staticmethod
     async def key_cut(_: Upstream, __: Any, send: Any) -> None:
         await start_answer(send, 200, (b"content-type", b"application/json"))
-        await send({"type": "http.response.body", "body": b"x" * 45 + KEY.encode()})  # an excerpt ends in the middle of it
+        await send(
+            {"type": "http.response.body", "body": b"x" * 45 + KEY.encode()}
+        )  # an excerpt ends in the middle of it
 
     @staticmethod
     async def key_in_fields(_: Upstream, __: Any, send: Any) -> None:
@@ -75,7 +77,9 @@ def attacker() -> Iterator[tuple[str, list[bytes]]]:
 
 
 @pytest.fixture
-def front(up: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Live]]:
+def front(
+    up: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Live]]:
     """A server before the upstream, both with a key."""
     monkeypatch.setenv("TEST_UPSTREAM_KEY", KEY)
     monkeypatch.setenv("TEST_SERVER_KEYS", SERVER_KEY)
@@ -127,8 +131,17 @@ def hostile(url: str) -> tuple[dict[str, str], dict[str, Any]]:
         "OpenAI-Organization": url, "X-Api-Key": "other", "Api-Key": "other", "Proxy-Authorization": "Basic other",
         "X-Forwarded-For": "10.0.0.1", "X-Http-Method-Override": "DELETE",
     }  # fmt: skip
-    fields = dict.fromkeys(("base_url", "api_base", "url", "urls", "endpoint", "model_base_url", "upstream", "host"), url)
-    return headers, {**fields, "api_key": "other", "api_key_env": "PATH", "optillm_approach": "bon", "extra_headers": headers}
+    fields = dict.fromkeys(
+        ("base_url", "api_base", "url", "urls", "endpoint", "model_base_url", "upstream", "host"),
+        url,
+    )
+    return headers, {
+        **fields,
+        "api_key": "other",
+        "api_key_env": "PATH",
+        "optillm_approach": "bon",
+        "extra_headers": headers,
+    }
 
 
 def test_no_header_and_no_field_moves_the_key(up: Upstream, front: Any, attacker: Any) -> None:
@@ -137,14 +150,18 @@ def test_no_header_and_no_field_moves_the_key(up: Upstream, front: Any, attacker
     with logged() as text:
         for body in ({}, {"align": {"best_of_n": {"n": 3}}}, {"stream": True}):
             request = {"model": "up", "messages": USER, **fields, **body}
-            answer = live.post(request, headers={**headers, "authorization": f"Bearer {SERVER_KEY}"})
+            answer = live.post(
+                request, headers={**headers, "authorization": f"Bearer {SERVER_KEY}"}
+            )
             assert answer.status_code == 200, answer.text
             assert KEY not in answer.text + str(answer.headers)
             assert SERVER_KEY not in answer.text + str(answer.headers)
     assert heard == []
     assert set(up.paths) == {"/v1/chat/completions"}
     for sent in up.headers:
-        assert sent["authorization"] == f"Bearer {KEY}", "the upstream's own key, and never the client's"
+        assert sent["authorization"] == f"Bearer {KEY}", (
+            "the upstream's own key, and never the client's"
+        )
         assert not {name.lower() for name in headers} - {"host"} & sent.keys()
         assert sent["host"] == up.url.removeprefix("http://").removesuffix("/v1")
     for raw in up.raw:
@@ -154,21 +171,46 @@ def test_no_header_and_no_field_moves_the_key(up: Upstream, front: Any, attacker
 
 
 @pytest.mark.parametrize(
-    "fault", ["error_401", "error_500", "garbage", "reset", "redirect", "key_in_200", "key_cut", "key_in_fields"]
+    "fault",
+    [
+        "error_401",
+        "error_500",
+        "garbage",
+        "reset",
+        "redirect",
+        "key_in_200",
+        "key_cut",
+        "key_in_fields",
+    ],
 )
-def test_keys_are_neither_logged_nor_returned_when_something_fails(up: Upstream, front: Any, fault: str) -> None:
+def test_keys_are_neither_logged_nor_returned_when_something_fails(
+    up: Upstream, front: Any, fault: str
+) -> None:
     live = front()
     up.behave = lambda _, __: fault
     with logged() as text:
-        for body in ({}, {"align": {"best_of_n": {"n": 2}, "details": "candidates"}}, {"stream": True}):
+        for body in (
+            {},
+            {"align": {"best_of_n": {"n": 2}, "details": "candidates"}},
+            {"stream": True},
+        ):
             request = {"model": "up", "messages": USER, **body}
             answer = live.post(request, headers={"authorization": f"Bearer {SERVER_KEY}"})
             assert answer.status_code >= 400, answer.text
-            assert KEY[:9] not in answer.text + str(answer.headers), "not even where the upstream says it, nor a part of it"
+            assert KEY[:9] not in answer.text + str(answer.headers), (
+                "not even where the upstream says it, nor a part of it"
+            )
             refused = live.post(request, headers={"authorization": "Bearer a-wrong-key"})
             assert refused.status_code == 401
             assert "a-wrong-key" not in refused.text
-        for path in ("/v1/models", "/v1/align/methods", "/openapi.json", "/health", "/ready", "/metrics"):
+        for path in (
+            "/v1/models",
+            "/v1/align/methods",
+            "/openapi.json",
+            "/health",
+            "/ready",
+            "/metrics",
+        ):
             told = live.get(path, headers={"authorization": f"Bearer {SERVER_KEY}"})
             for name in (KEY, SERVER_KEY, "TEST_UPSTREAM_KEY", "TEST_SERVER_KEYS"):
                 assert name not in told.text, path
@@ -178,7 +220,9 @@ def test_keys_are_neither_logged_nor_returned_when_something_fails(up: Upstream,
 
 def test_a_redirect_is_not_followed_with_the_key(up: Upstream, front: Any, attacker: Any) -> None:
     up.behave = lambda _, __: "redirect"
-    answer = front().post({"model": "up", "messages": USER}, headers={"authorization": f"Bearer {SERVER_KEY}"})
+    answer = front().post(
+        {"model": "up", "messages": USER}, headers={"authorization": f"Bearer {SERVER_KEY}"}
+    )
     assert answer.status_code == 502
     assert attacker[1] == []
 
@@ -194,13 +238,21 @@ def test_an_upstream_that_nobody_vouches_for_is_refused(front: Any, tmp_path: Pa
             with contextlib.suppress(OSError):
                 while True:
                     plain, _ = listener.accept()
-                    with plain, contextlib.suppress(OSError), context.wrap_socket(plain, server_side=True) as raw:
+                    with (
+                        plain,
+                        contextlib.suppress(OSError),
+                        context.wrap_socket(plain, server_side=True) as raw,
+                    ):
                         heard.append(raw.recv(4096))
 
         thread = threading.Thread(target=listen)
         thread.start()
-        live = front(f"https://127.0.0.1:{listener.getsockname()[1]}/v1", 'probe = false\nmodel = "up"')
-        answer = live.post({"model": "up", "messages": USER}, headers={"authorization": f"Bearer {SERVER_KEY}"})
+        live = front(
+            f"https://127.0.0.1:{listener.getsockname()[1]}/v1", 'probe = false\nmodel = "up"'
+        )
+        answer = live.post(
+            {"model": "up", "messages": USER}, headers={"authorization": f"Bearer {SERVER_KEY}"}
+        )
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
     assert answer.status_code in {502, 503}, answer.text
@@ -213,7 +265,10 @@ def test_nobody_is_told_where_the_upstreams_are(front: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = str(closed.getsockname()[1])
     live = front(f"http://127.0.0.1:{port}/v1", 'probe = false\nmodel = "up"')
-    for answer in (live.get("/ready"), live.post({"messages": USER}, headers={"authorization": f"Bearer {SERVER_KEY}"})):
+    for answer in (
+        live.get("/ready"),
+        live.post({"messages": USER}, headers={"authorization": f"Bearer {SERVER_KEY}"}),
+    ):
         assert answer.status_code == 503
         assert port not in answer.text
         assert "127.0.0.1" not in answer.text
@@ -221,7 +276,9 @@ def test_nobody_is_told_where_the_upstreams_are(front: Any) -> None:
 
 def test_no_header_makes_a_client_another(config_file: Any) -> None:
     """Limits count by the connection's address; X-Forwarded-For is anybody's to write."""
-    options = _uvicorn_config(configuration.load(config_file('[engine]\nkind = "fake"\n')), FastAPI())
+    options = _uvicorn_config(
+        configuration.load(config_file('[engine]\nkind = "fake"\n')), FastAPI()
+    )
     assert options.proxy_headers is False
 
 
@@ -241,11 +298,16 @@ WORDS = [
 @pytest.mark.parametrize("role", ["user", "system", "developer", "assistant"])
 def test_no_text_of_a_message_chooses_a_method(numbers: Any, words: str, role: str) -> None:
     before = numbers.engine.sampled
-    for message in ({"role": role, "content": words}, {"role": role, "content": [{"type": "text", "text": words}]}):
+    for message in (
+        {"role": role, "content": words},
+        {"role": role, "content": [{"type": "text", "text": words}]},
+    ):
         answer = numbers.chat(messages=[message, *USER])
         assert answer.status_code == 200
         assert "align" not in answer.json()
-        assert numbers.engine.bodies[-1]["messages"][0] == message, "and it reaches the model as it is"
+        assert numbers.engine.bodies[-1]["messages"][0] == message, (
+            "and it reaches the model as it is"
+        )
     assert numbers.engine.sampled == before + 2
 
 
@@ -269,7 +331,9 @@ def test_align_counts_in_one_place_only(numbers: Any) -> None:
         )
     assert "align" not in answer.json()
     twice = b'{"messages": [{"role": "user", "content": "x"}], "align": {"best_of_n": {"n": 5}}, "align": null}'
-    assert "align" not in numbers.post(twice).json(), "of two, the last counts, as JSON readers have it"
+    assert "align" not in numbers.post(twice).json(), (
+        "of two, the last counts, as JSON readers have it"
+    )
 
 
 def test_who_is_not_known_spends_nothing(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,7 +354,14 @@ def line(*secrets: str, message: str, **extra: object) -> str:
 
 
 def test_secrets_are_redacted_wherever_they_stand() -> None:
-    text = line("sk-1", "sk-12", 'a"b', message="key sk-12 and sk-1", headers={"authorization": "Bearer unknown"}, odd='a"b')
+    text = line(
+        "sk-1",
+        "sk-12",
+        'a"b',
+        message="key sk-12 and sk-1",
+        headers={"authorization": "Bearer unknown"},
+        odd='a"b',
+    )
     assert json.loads(text)["event"] == f"key {REDACTED} and {REDACTED}"
     assert json.loads(text)["headers"] == {"authorization": f"Bearer {REDACTED}"}
     assert json.loads(text)["odd"] == REDACTED
@@ -302,7 +373,9 @@ def test_secrets_are_redacted_wherever_they_stand() -> None:
     assert "abc.def" not in text
 
 
-def test_the_configuration_knows_its_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_knows_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TEST_A", "one, two")
     monkeypatch.setenv("TEST_B", "three")
     path = tmp_path / "x.toml"

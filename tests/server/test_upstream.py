@@ -31,7 +31,14 @@ def up() -> Iterator[Upstream]:
 def told(up: Upstream) -> Iterator[Upstream]:
     """The upstream, forgetful of the last test."""
     up.reset()
-    up.behave, up.most, up.refuse_n, up.extra, up.extra_choice, up.words_seconds = (lambda _, __: "ok"), None, False, {}, {}, 0.0
+    up.behave, up.most, up.refuse_n, up.extra, up.extra_choice, up.words_seconds = (
+        (lambda _, __: "ok"),
+        None,
+        False,
+        {},
+        {},
+        0.0,
+    )
     up.models = [{"id": "up", "object": "model", "max_model_len": 1000}]
     up.details, up.answer = {}, None
     yield up
@@ -47,7 +54,8 @@ def front(told: Upstream, tmp_path: Path) -> Iterator[Callable[..., Live]]:
         path = tmp_path / f"{len(lives)}.toml"
         probe = "" if "probe" in engine else "probe = false\n"
         path.write_text(
-            f'[engine]\nkind = "openai"\nurls = [{urls or repr(told.url)}]\n{probe}{engine}\n{NUMBER}{extra}', encoding="utf-8"
+            f'[engine]\nkind = "openai"\nurls = [{urls or repr(told.url)}]\n{probe}{engine}\n{NUMBER}{extra}',
+            encoding="utf-8",
         )
         lives.append(start(configuration.load(path)))
         return lives[-1]
@@ -55,7 +63,9 @@ def front(told: Upstream, tmp_path: Path) -> Iterator[Callable[..., Live]]:
     yield make
     for live in lives:
         hosts = live.service.engine.client.pool.hosts  # type: ignore[attr-defined]
-        assert live.until(lambda hosts=hosts: not any(host.running for host in hosts)), "every call gives its place back"
+        assert live.until(lambda hosts=hosts: not any(host.running for host in hosts)), (
+            "every call gives its place back"
+        )
         end(live)
 
 
@@ -81,8 +91,16 @@ FULL = {
     "logit_bias": {"42": -5},
     "logprobs": True,
     "top_logprobs": 3,
-    "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}},
-    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"type": "object"}},
+    },
+    "tools": [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
+        }
+    ],
     "tool_choice": "auto",
     "parallel_tool_calls": False,
     "reasoning_effort": "low",
@@ -97,12 +115,17 @@ TURNS = [
     {"role": "developer", "content": "be brief", "name": "d"},
     {
         "role": "user",
-        "content": [{"type": "text", "text": "look"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,x"}}],
+        "content": [
+            {"type": "text", "text": "look"},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,x"}},
+        ],
     },
     {
         "role": "assistant",
         "content": None,
-        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        ],
     },
     {"role": "tool", "tool_call_id": "c", "content": "4"},
 ]
@@ -110,7 +133,9 @@ TURNS = [
 
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 4}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_every_field_arrives_unchanged(told: Upstream, front: Any, align: Any, stream: bool) -> None:
+def test_every_field_arrives_unchanged(
+    told: Upstream, front: Any, align: Any, stream: bool
+) -> None:
     live = front()
     told.reset()
     answer = chat(live, align, **{**FULL, "messages": TURNS, "stream": stream, "seed": 12})
@@ -124,11 +149,15 @@ def test_every_field_arrives_unchanged(told: Upstream, front: Any, align: Any, s
     assert set(sent) - set(FULL) <= ours
     assert [key for key in sent if key in FULL] == list(FULL), "the order is kept"
     assert sent.get("n") == (4 if align else None)
-    assert bool(sent.get("stream")) == (stream and not align), "streamed only where somebody reads it"
+    assert bool(sent.get("stream")) == (stream and not align), (
+        "streamed only where somebody reads it"
+    )
 
 
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 4}}])
-def test_a_budget_of_tokens_makes_no_stream_of_what_is_none(told: Upstream, front: Any, align: Any) -> None:
+def test_a_budget_of_tokens_makes_no_stream_of_what_is_none(
+    told: Upstream, front: Any, align: Any
+) -> None:
     live = front(extra="[limits]\ncandidate_tokens_per_minute = 100000\n")
     told.reset()
     answer = chat(live, align)
@@ -155,13 +184,16 @@ def test_single_calls_carry_their_own_seeds(told: Upstream, front: Any) -> None:
     assert sorted(seeds[:4]) == sorted(seeds[4:]), "same request, same seeds"
 
 
-def test_the_key_goes_to_the_upstream_and_nowhere_else(told: Upstream, front: Any, monkeypatch: Any) -> None:
+def test_the_key_goes_to_the_upstream_and_nowhere_else(
+    told: Upstream, front: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("UPSTREAM_KEY", "sk-upstream-secret")
     live = front('api_key_env = "UPSTREAM_KEY"')
     told.reset()
     told.behave = lambda _, __: "error_401"
     answer = live.post(
-        {"model": "up", "messages": USER}, headers={"authorization": "Bearer client", "x-its-endpoint": "http://evil"}
+        {"model": "up", "messages": USER},
+        headers={"authorization": "Bearer client", "x-its-endpoint": "http://evil"},
     )
     assert told.headers[0]["authorization"] == "Bearer sk-upstream-secret"
     assert "x-its-endpoint" not in told.headers[0]
@@ -183,11 +215,19 @@ def test_the_key_goes_to_the_upstream_and_nowhere_else(told: Upstream, front: An
         ('n = "single"', None, False, 5, 5),
         ("", 1, False, 5, 5),  # one call gives 1 of 5, four more for the rest; then five at once
         ("", 3, False, 3, 2),  # 3 of 5 and two alone; then 3 and 2
-        ("", None, True, 6, 6),  # refused, then five alone; and again: what one request is refused says nothing of the next
+        (
+            "",
+            None,
+            True,
+            6,
+            6,
+        ),  # refused, then five alone; and again: what one request is refused says nothing of the next
         ('n = "native"', 3, False, 3, 3),
     ],
 )
-def test_n(told: Upstream, front: Any, engine: str, most: int | None, refuse: bool, first: int, then: int) -> None:
+def test_n(
+    told: Upstream, front: Any, engine: str, most: int | None, refuse: bool, first: int, then: int
+) -> None:
     live = front(engine)
     for calls in (first, then):
         told.reset()
@@ -216,31 +256,49 @@ def test_n_without_a_selection_streams_every_choice(told: Upstream, front: Any) 
 
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 3}}])
 def test_unknown_fields_come_back(told: Upstream, front: Any, align: Any) -> None:
-    told.extra, told.extra_choice = {"system_fingerprint": "fp", "service_tier": "scale"}, {"stop_reason": 7, "token_ids": [1, 2]}
+    told.extra, told.extra_choice = (
+        {"system_fingerprint": "fp", "service_tier": "scale"},
+        {"stop_reason": 7, "token_ids": [1, 2]},
+    )
     body = chat(front(), align).json()
-    assert (body["system_fingerprint"], body["service_tier"], body["model"]) == ("fp", "scale", "up")
+    assert (body["system_fingerprint"], body["service_tier"], body["model"]) == (
+        "fp",
+        "scale",
+        "up",
+    )
     assert body["choices"][0]["stop_reason"] == 7
     assert body["choices"][0]["token_ids"] == [1, 2]
 
 
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 3}}])
-def test_fields_of_the_last_piece_come_back_in_a_stream(told: Upstream, front: Any, align: Any) -> None:
+def test_fields_of_the_last_piece_come_back_in_a_stream(
+    told: Upstream, front: Any, align: Any
+) -> None:
     told.extra_choice = {"stop_reason": 7, "matched": {"rule": 1}}
     pieces = events(chat(front(), align, stream=True).text)
     found = [choice for piece in pieces for choice in piece["choices"] if "stop_reason" in choice]
     assert [(choice["stop_reason"], choice["matched"]) for choice in found] == [(7, {"rule": 1})]
-    assert align or found[0]["finish_reason"] == "stop", "with the end of the choice, as the upstream has them"
+    assert align or found[0]["finish_reason"] == "stop", (
+        "with the end of the choice, as the upstream has them"
+    )
 
 
 @pytest.mark.parametrize("engine", ["", 'n = "single"'])
 @pytest.mark.parametrize("stream", [False, True])
-def test_details_of_the_usage_are_added_up(told: Upstream, front: Any, engine: str, stream: bool) -> None:
-    told.details = {"prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens_details": {"reasoning_tokens": 1}}
+def test_details_of_the_usage_are_added_up(
+    told: Upstream, front: Any, engine: str, stream: bool
+) -> None:
+    told.details = {
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 1},
+    }
     options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     answer = chat(front(engine), {"best_of_n": {"n": 3}}, **options)
     usage = events(answer.text)[-1]["usage"] if stream else answer.json()["usage"]
     assert usage["completion_tokens_details"]["reasoning_tokens"] == (3 if engine else 1)
-    assert usage["prompt_tokens_details"]["cached_tokens"] == (5 if engine else 4), "no more than the prompt, which counts once"
+    assert usage["prompt_tokens_details"]["cached_tokens"] == (5 if engine else 4), (
+        "no more than the prompt, which counts once"
+    )
     assert usage["completion_tokens_details"]["accepted_prediction_tokens"] == 2
 
 
@@ -259,10 +317,16 @@ def test_tool_calls_through_a_selection(told: Upstream, front: Any) -> None:
         ]
     }
     live = front(extra='[rewards.short]\nkind = "rules"\nwords_weight = -1.0\n')
-    asked = {"align": {"best_of_n": {"n": 3}, "rewards": {"short": 1}}, "tools": FULL["tools"], "messages": TURNS}
+    asked = {
+        "align": {"best_of_n": {"n": 3}, "rewards": {"short": 1}},
+        "tools": FULL["tools"],
+        "messages": TURNS,
+    }
     (choice,) = chat(live, **asked).json()["choices"]
     assert (choice["message"], choice["finish_reason"]) == (message, "tool_calls")
-    deltas = [c for piece in events(chat(live, **asked, stream=True).text) for c in piece["choices"]]
+    deltas = [
+        c for piece in events(chat(live, **asked, stream=True).text) for c in piece["choices"]
+    ]
     (calls,) = [d["delta"]["tool_calls"] for d in deltas if d["delta"].get("tool_calls")]
     assert calls == [{"index": 0, **called}]
     assert deltas[-1]["finish_reason"] == "tool_calls"
@@ -270,7 +334,9 @@ def test_tool_calls_through_a_selection(told: Upstream, front: Any) -> None:
 
 def test_a_number_that_is_too_large_is_the_clients_fault(told: Upstream, front: Any) -> None:
     live = front()
-    answer = live.post(b'{"model": "up", "messages": [{"role": "user", "content": "x"}], "logit_bias": {"5": 1e400}}')
+    answer = live.post(
+        b'{"model": "up", "messages": [{"role": "user", "content": "x"}], "logit_bias": {"5": 1e400}}'
+    )
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias.5")
     deep = b'{"messages": ' + b"[" * 900 + b"1e400" + b"]" * 900 + b"}"
     assert live.post(deep).status_code == 400
@@ -295,9 +361,16 @@ def test_completions(told: Upstream, front: Any) -> None:
 def test_every_listed_model_is_served(told: Upstream, front: Any) -> None:
     told.models = [{"id": "up"}, {"id": "org/other"}]
     live = front(extra="[presets.best]\nbest_of_n = {n = 2}\n")
-    assert [m["id"] for m in live.get("/v1/models").json()["data"]] == ["up", "org/other", "up@best", "org/other@best"]
+    assert [m["id"] for m in live.get("/v1/models").json()["data"]] == [
+        "up",
+        "org/other",
+        "up@best",
+        "org/other@best",
+    ]
     assert live.get("/v1/models/org/other@best").json()["root"] == "org/other"
-    assert live.post({"model": "org/other@best", "messages": USER}).json()["model"] == "org/other@best"
+    assert (
+        live.post({"model": "org/other@best", "messages": USER}).json()["model"] == "org/other@best"
+    )
     assert (told.bodies[-1]["model"], told.bodies[-1]["n"]) == ("org/other", 2)
     assert live.post({"messages": USER}).status_code == 200
     assert told.bodies[-1]["model"] == "up"
@@ -314,7 +387,13 @@ def test_a_served_name(told: Upstream, front: Any) -> None:
 
 # --- faults -------------------------------------------------------------------------------------------------------------
 
-ONE_OF_N = ("message_missing", "message_of_text", "infinite", "half_a_character", "choices_of_text")  # answers with one choice
+ONE_OF_N = (
+    "message_missing",
+    "message_of_text",
+    "infinite",
+    "half_a_character",
+    "choices_of_text",
+)  # answers with one choice
 ALWAYS = [  # fault, status, calls of a plain request, words of the message
     ("error_500", 500, 1, "the GPU is on fire"),
     ("error_400", 400, 1, "top_p is 7, which is too much"),
@@ -355,9 +434,14 @@ def test_a_fault_has_its_status_and_its_message(
         error = answer.json()["error"]
         assert words in error["message"]
         assert set(error) == {"message", "type", "param", "code"}
-        doubted = align is not None and status in {400, 404}  # is it n that is refused? one call more finds out
+        doubted = align is not None and status in {
+            400,
+            404,
+        }  # is it n that is refused? one call more finds out
         stale = fault == "reset" and align is None  # over the connection that listed the models
-        missing = 3 * (align is not None and fault in ONE_OF_N)  # what a call leaves out is drawn alone
+        missing = 3 * (
+            align is not None and fault in ONE_OF_N
+        )  # what a call leaves out is drawn alone
         assert told.calls == calls + doubted + stale + missing
         assert told.until(lambda: told.running == 0, 1.0)
     if fault == "error_400":
@@ -367,14 +451,21 @@ def test_a_fault_has_its_status_and_its_message(
 
 
 @pytest.mark.parametrize(
-    "fault", [f for f, *_ in ALWAYS if f not in {"no_choices", "garbage"}] + ["ended_early", "garbage_in_stream", "odd_in_stream"]
+    "fault",
+    [f for f, *_ in ALWAYS if f not in {"no_choices", "garbage"}]
+    + ["ended_early", "garbage_in_stream", "odd_in_stream"],
 )
 def test_a_fault_in_a_stream(told: Upstream, front: Any, fault: str) -> None:
     live = front()
     told.behave = lambda _, __: fault
     answer = chat(live, stream=True)
     status = {name: status for name, status, *_ in ALWAYS}.get(fault, 502)
-    if fault in {"truncated", "ended_early", "garbage_in_stream", "odd_in_stream"}:  # it had begun: the stream says how it ended
+    if fault in {
+        "truncated",
+        "ended_early",
+        "garbage_in_stream",
+        "odd_in_stream",
+    }:  # it had begun: the stream says how it ended
         assert answer.status_code == 200
         *pieces, last = events(answer.text)
         assert "".join(p["choices"][0]["delta"].get("content", "") for p in pieces) == "half an"
@@ -395,7 +486,9 @@ def test_what_is_safe_is_tried_again(told: Upstream, front: Any, fault: str) -> 
     assert told.calls == 2
     assert body["align"]["usage"]["engine_calls"] == 2
     assert body["align"]["dropped"] == 0
-    assert time.monotonic() - started >= (1.0 if fault == "error_429" else 0.0), "Retry-After is kept"
+    assert time.monotonic() - started >= (1.0 if fault == "error_429" else 0.0), (
+        "Retry-After is kept"
+    )
 
 
 @pytest.mark.parametrize("fault", ["error_502", "slow_reset"])
@@ -408,7 +501,17 @@ def test_what_may_have_been_done_is_not_done_again(told: Upstream, front: Any, f
 
 @pytest.mark.parametrize(
     "fault",
-    ["error_500", "garbage", "truncated", "error_504", "message_missing", "infinite", "half_a_character", "sse_as_json", "reset"],
+    [
+        "error_500",
+        "garbage",
+        "truncated",
+        "error_504",
+        "message_missing",
+        "infinite",
+        "half_a_character",
+        "sse_as_json",
+        "reset",
+    ],
 )
 def test_some_of_n_fail(told: Upstream, front: Any, fault: str) -> None:
     live = front('n = "single"')
@@ -417,7 +520,9 @@ def test_some_of_n_fail(told: Upstream, front: Any, fault: str) -> None:
     assert answer.status_code == 200, answer.text
     align = answer.json()["align"]
     assert told.calls == align["usage"]["engine_calls"]
-    assert told.calls == 8 or fault == "reset"  # over a kept-alive connection that is tried once more
+    assert (
+        told.calls == 8 or fault == "reset"
+    )  # over a kept-alive connection that is tried once more
     assert align["dropped"] == 4 or fault == "reset"
     kept = [c["objective"] for c in align["candidates"] if c["error"] is None]
     assert len(kept) == 8 - align["dropped"]
@@ -433,7 +538,9 @@ def test_flawed_choices_are_dropped_and_the_rest_counts(told: Upstream, front: A
     align = answer.json()["align"]
     assert (told.calls, align["dropped"], align["selected"]) == (1, 4, 2)
     assert sum("without" in (c["error"] or "") for c in align["candidates"]) == 4
-    assert answer.json()["usage"]["completion_tokens"] == 12, "minus five is no number of tokens: what the texts show counts"
+    assert answer.json()["usage"]["completion_tokens"] == 12, (
+        "minus five is no number of tokens: what the texts show counts"
+    )
 
 
 def test_of_a_stream_that_broke_what_was_finished_counts(told: Upstream, front: Any) -> None:
@@ -464,7 +571,9 @@ def test_of_a_slow_drip_what_was_finished_counts(told: Upstream, front: Any) -> 
 def test_a_refused_n_is_no_verdict_on_n(told: Upstream, front: Any) -> None:
     """vLLM refuses n over 1 at temperature 0; another takes 8 at most: that is those requests' fault, and no other's."""
     live = front()
-    told.behave = lambda _, body: "error_400" if body.get("n", 1) > 1 and body.get("temperature") == 0 else "ok"
+    told.behave = lambda _, body: (
+        "error_400" if body.get("n", 1) > 1 and body.get("temperature") == 0 else "ok"
+    )
     calls = []
     for fields in ({}, {"temperature": 0}, {}):
         told.reset()
@@ -509,9 +618,14 @@ def test_another_upstream_is_asked_instead(told: Upstream, front: Any) -> None:
 def test_one_that_is_gone_is_left_out_until_it_is_back(told: Upstream, front: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         dead = probe.getsockname()[1]
-    live = front("recovery_seconds = 0.2", urls=f"'http://127.0.0.1:{dead}/v1', {{url = '{told.url}', weight = 3}}")
+    live = front(
+        "recovery_seconds = 0.2",
+        urls=f"'http://127.0.0.1:{dead}/v1', {{url = '{told.url}', weight = 3}}",
+    )
     assert live.get("/ready").status_code == 200
-    assert [chat(live).json()["choices"][0]["message"]["content"] for _ in range(4)] == [f"candidate {n}" for n in (3, 1, 9, 9)]
+    assert [chat(live).json()["choices"][0]["message"]["content"] for _ in range(4)] == [
+        f"candidate {n}" for n in (3, 1, 9, 9)
+    ]
     dead_one, good = live.service.engine.client.pool.hosts  # type: ignore[attr-defined]
     assert dead_one.down
     assert good.down is None
@@ -531,7 +645,9 @@ def test_max_concurrency_is_per_upstream(told: Upstream, front: Any) -> None:
     behave = lambda _, __: most.append(told.running) or "ok"  # noqa: E731
     told.behave = behave
     assert chat(live, {"best_of_n": {"n": 7}}).json()["align"]["dropped"] == 0
-    assert 2 <= max(most) <= 4, "of 7; the upstream counts one that has answered until its connection knows"
+    assert 2 <= max(most) <= 4, (
+        "of 7; the upstream counts one that has answered until its connection knows"
+    )
 
 
 def test_without_an_upstream_it_is_not_ready_and_becomes_so(told: Upstream, front: Any) -> None:
@@ -554,14 +670,21 @@ def test_without_an_upstream_it_is_not_ready_and_becomes_so(told: Upstream, fron
 def send(live: Live, body: Any) -> socket.socket:
     content = json.dumps({"model": "up", "messages": USER, **body}).encode()
     raw = socket.create_connection(("127.0.0.1", live.port), timeout=10)
-    raw.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+    raw.sendall(
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        + content
+    )
     return raw
 
 
 @pytest.mark.parametrize("fault", ["hang", "drip", "error_429"])
-@pytest.mark.parametrize("body", [{}, {"stream": True}, {"align": {"best_of_n": {"n": 8}}}, {"n": 3}], ids=str)
+@pytest.mark.parametrize(
+    "body", [{}, {"stream": True}, {"align": {"best_of_n": {"n": 8}}}, {"n": 3}], ids=str
+)
 @pytest.mark.parametrize("engine", ["", 'n = "single"'])
-def test_nothing_runs_after_the_client_left(told: Upstream, front: Any, fault: str, body: Any, engine: str) -> None:
+def test_nothing_runs_after_the_client_left(
+    told: Upstream, front: Any, fault: str, body: Any, engine: str
+) -> None:
     live = front(f"{engine}\nmax_retry_wait_seconds = 60")
     told.behave = lambda _, __: fault
     raw = send(live, body)
@@ -629,7 +752,17 @@ def test_many_clients_many_faults_nothing_left(told: Upstream, front: Any) -> No
     """Every request is answered or left, and in the end nobody holds anything."""
     live = front("retries = 1\nmax_concurrency = 24")
     lot = random.Random(7)
-    faults = ["ok"] * 6 + ["error_500", "error_503", "hang", "drip", "garbage", "truncated", "reset", "ended_early", "error_400"]
+    faults = ["ok"] * 6 + [
+        "error_500",
+        "error_503",
+        "hang",
+        "drip",
+        "garbage",
+        "truncated",
+        "reset",
+        "ended_early",
+        "error_400",
+    ]
     told.behave = lambda _, __: lot.choice(faults)
     bodies: list[Any] = [
         {}, {"stream": True}, {"n": 2}, {"align": {"best_of_n": {"n": 4}}}, {"stream": True, "align": {"best_of_n": {"n": 3}}}

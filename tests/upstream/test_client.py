@@ -83,7 +83,9 @@ async def test_what_may_have_been_read_is_not_said_again(
     assert up.calls == calls
 
 
-async def test_a_connection_that_was_closed_meanwhile_costs_nothing(up: Upstream, client: Any) -> None:
+async def test_a_connection_that_was_closed_meanwhile_costs_nothing(
+    up: Upstream, client: Any
+) -> None:
     asked, tally = await client(), Tally()
     await asked.post("/x", {})
     up.reset()
@@ -99,14 +101,20 @@ async def test_it_must_be_open(up: Upstream) -> None:
     assert unstarted.pool.hosts[0].running == 0
 
 
-async def test_an_error_is_told_without_the_key_and_not_at_length(up: Upstream, client: Any, monkeypatch: Any) -> None:
+async def test_an_error_is_told_without_the_key_and_not_at_length(
+    up: Upstream, client: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("A_KEY", "sk-very-secret")
     asked = await client(api_key_env="A_KEY")
 
     async def long(_: Any, __: Any, send: Any) -> None:
-        await reply(send, 418, {"error": {"message": "sk-very-secret is no teapot " + "x" * 50_000}})
+        await reply(
+            send, 418, {"error": {"message": "sk-very-secret is no teapot " + "x" * 50_000}}
+        )
 
-    monkeypatch.setattr("tests.engines.openai.upstream.Faults.long", staticmethod(long), raising=False)
+    monkeypatch.setattr(
+        "tests.engines.openai.upstream.Faults.long", staticmethod(long), raising=False
+    )
     up.behave = lambda _, __: "long"
     with pytest.raises(UpstreamFailed) as failed:
         await asked.post("/x", {})

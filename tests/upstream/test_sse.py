@@ -14,7 +14,9 @@ LINE = st.text(st.characters(exclude_characters="\r\n", codec="utf-8"), max_size
 
 @given(st.lists(LINE.filter(bool), max_size=6), st.sampled_from(["\n", "\r\n"]), st.data())
 def test_any_cut_gives_the_same_events(texts: list[str], newline: str, data: st.DataObject) -> None:
-    stream = "".join(f": a comment{newline}event: x{newline}data: {text}{newline}{newline}" for text in texts).encode()
+    stream = "".join(
+        f": a comment{newline}event: x{newline}data: {text}{newline}{newline}" for text in texts
+    ).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     parser, found = EventParser(), []
     for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):

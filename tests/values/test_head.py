@@ -22,7 +22,10 @@ FROZEN = Frozen("tiny", V, D, tokenizer_digest({"a": 0}), "cpu")
 def tensors(form: str, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"linear": {"P": (R, D)}, "mlp": {"W1": (W, D), "c1": (W,), "W2": (R, W)}}[form]
-    return {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, "E": (V, R), "b": (V,)}.items()}
+    return {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in {**shapes, "E": (V, R), "b": (V,)}.items()
+    }
 
 
 @pytest.mark.parametrize("form", ["linear", "mlp"])
@@ -102,7 +105,10 @@ def test_a_head_with_a_part_missing_is_refused(tmp_path: Path, drop: str) -> Non
         HeadValue(str(tmp_path / "v")).start(FROZEN, {})
 
 
-@pytest.mark.parametrize("shapes", [{"E": (V, R + 1)}, {"b": (V - 1,)}, {"P": (R + 1, D)}, {"P": (D,)}, {"P": (R, D + 1)}])
+@pytest.mark.parametrize(
+    "shapes",
+    [{"E": (V, R + 1)}, {"b": (V - 1,)}, {"P": (R + 1, D)}, {"P": (D,)}, {"P": (R, D + 1)}],
+)
 def test_a_head_whose_shapes_do_not_fit_is_refused(tmp_path: Path, shapes: Any) -> None:
     made = {**tensors("linear"), **{name: torch.zeros(shape) for name, shape in shapes.items()}}
     head.write(tmp_path / "v", made, FROZEN, {})
@@ -123,4 +129,8 @@ def test_what_is_no_head_is_refused_by_its_path(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_of_the_ids_not_of_their_order() -> None:
-    assert tokenizer_digest({"a": 0, "b": 1}) == tokenizer_digest({"b": 1, "a": 0}) != tokenizer_digest({"a": 1, "b": 0})
+    assert (
+        tokenizer_digest({"a": 0, "b": 1})
+        == tokenizer_digest({"b": 1, "a": 0})
+        != tokenizer_digest({"a": 1, "b": 0})
+    )

@@ -44,13 +44,21 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     """`write("one", "two", seed=0)`: a folder with a value LM of these heads."""
 
     def make(*names: str, folder: str = "lm", **options: Any) -> Path:
-        lookahead.write(tmp_path / folder, tiny(**options), heads(*names), FROZEN, {"description": "what it follows"})
+        lookahead.write(
+            tmp_path / folder,
+            tiny(**options),
+            heads(*names),
+            FROZEN,
+            {"description": "what it follows"},
+        )
         return tmp_path / folder
 
     return make
 
 
-def start(path: Path, head: str | None = None, shared: Any = None, **options: Any) -> LookaheadValue:
+def start(
+    path: Path, head: str | None = None, shared: Any = None, **options: Any
+) -> LookaheadValue:
     value = Lookahead(str(path), head, **options).load()
     value.start(FROZEN, {} if shared is None else shared)
     return value
@@ -107,7 +115,9 @@ def test_a_failed_write_leaves_the_old_folder_and_nothing_else(write: Any, tmp_p
     path = write("one")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     with pytest.raises(RuntimeError):
-        lookahead.write(path, tiny(seed=7), {**heads("one"), "two": (torch.zeros(D + 1), 0.0)}, FROZEN, {})
+        lookahead.write(
+            path, tiny(seed=7), {**heads("one"), "two": (torch.zeros(D + 1), 0.0)}, FROZEN, {}
+        )
     with pytest.raises(TypeError):
         lookahead.write(path, tiny(seed=7), heads("one"), FROZEN, {"description": object()})
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
@@ -199,7 +209,15 @@ def test_an_unknown_dtype_is_refused(write: Any) -> None:
 
 
 def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
-    bert = BertModel(BertConfig(vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    bert = BertModel(
+        BertConfig(
+            vocab_size=V,
+            hidden_size=D,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
     lookahead.write(tmp_path / "bert", bert, heads("one"), FROZEN, {})
     with pytest.raises(ConfigError, match="keeps no plain keys and values"):
         start(tmp_path / "bert")

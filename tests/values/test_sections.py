@@ -21,14 +21,20 @@ from infer_align.values.head import Head, HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
 WRONG = [
-    ("[values.v]\nkind = 'haed'\npath = 'x'\n", "values.v.kind: 'haed' is not one of them; did you mean 'head'?"),
+    (
+        "[values.v]\nkind = 'haed'\npath = 'x'\n",
+        "values.v.kind: 'haed' is not one of them; did you mean 'head'?",
+    ),
     ("[values.v]\npath = 'x'\n", "[values.v] needs a kind"),
     ("[values]\nv = 5\n", "[values.v] needs a kind"),
     ("[values.v]\nkind = 'head'\n", "values.v.path"),
     ("[values.v]\nkind = 'head'\npath = 5\n", "values.v.path"),
     ("[values.v]\nkind = 'head'\npath = 'x'\nhead = 'y'\n", "values.v.head: no such parameter"),
     ("[values.v]\nkind = 'lookahead'\nhead = 'y'\n", "values.v.path"),
-    ("[values.v]\nkind = 'lookahead'\npath = 'x'\nhed = 'y'\n", "values.v.hed: no such parameter; did you mean 'head'?"),
+    (
+        "[values.v]\nkind = 'lookahead'\npath = 'x'\nhed = 'y'\n",
+        "values.v.hed: no such parameter; did you mean 'head'?",
+    ),
     ("[values.'a.b']\nkind = 'head'\npath = 'x'\n", "cannot hold '.' or '@'"),
     ("values = 5\n", "write it as a section [values]"),
     ("[value.v]\nkind = 'head'\n", "did you mean 'values'?"),
@@ -48,7 +54,10 @@ def test_sections_become_values(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(text)
     loaded = config.load(tmp_path / "c.toml", ["engine.kind=fake"])
     assert loaded.values == {"a": Head("x"), "b": Lookahead("y", "z", dtype="bfloat16")}
-    assert [type(value) for value in loaded.load_engine().values.values()] == [HeadValue, LookaheadValue]
+    assert [type(value) for value in loaded.load_engine().values.values()] == [
+        HeadValue,
+        LookaheadValue,
+    ]
     assert ("values.b.head", "z", str(tmp_path / "c.toml")) in [*loaded.settings()]
 
 
@@ -71,13 +80,21 @@ class Folder:
     def head(self, token: int, name: str = "v") -> HeadValue:
         b = torch.zeros(self.frozen.vocabulary)
         b[token] = 1.0
-        tensors = {"P": torch.zeros(1, self.frozen.hidden_size), "E": torch.zeros(self.frozen.vocabulary, 1), "b": b}
+        tensors = {
+            "P": torch.zeros(1, self.frozen.hidden_size),
+            "E": torch.zeros(self.frozen.vocabulary, 1),
+            "b": b,
+        }
         head.write(self.path / f"{name}.safetensors", tensors, self.frozen, {})
         return HeadValue(str(self.path / f"{name}.safetensors"))
 
     def lookahead(self, token: int, name: str = "lm") -> LookaheadValue:
         options = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 256}
-        lm = LlamaModel(LlamaConfig(vocab_size=self.frozen.vocabulary, hidden_size=16, intermediate_size=16, **options))
+        lm = LlamaModel(
+            LlamaConfig(
+                vocab_size=self.frozen.vocabulary, hidden_size=16, intermediate_size=16, **options
+            )
+        )
         with torch.no_grad():  # the layer writes nothing, so the state is the token's own embedding
             lm.layers[0].self_attn.o_proj.weight.zero_()
             lm.layers[0].mlp.down_proj.weight.zero_()
@@ -88,8 +105,15 @@ class Folder:
 
 
 async def tokens(engine: Any, value: str, finish: Any) -> set[bytes]:
-    body = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 4, "temperature": 0, "logprobs": True}
-    (candidate,), _ = await finish(engine, Draw(body, 1, (0,), steering=Steering({value: 1000.0}, 10**6, "keep")))
+    body = {
+        "messages": [{"role": "user", "content": "the cat"}],
+        "max_tokens": 4,
+        "temperature": 0,
+        "logprobs": True,
+    }
+    (candidate,), _ = await finish(
+        engine, Draw(body, 1, (0,), steering=Steering({value: 1000.0}, 10**6, "keep"))
+    )
     return {bytes(entry["bytes"]) for entry in candidate.choice["logprobs"]["content"]}
 
 
@@ -103,7 +127,9 @@ def running(language_model: Callable[..., str], tmp_path: Path) -> Any:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["head", "lookahead"])
-async def test_a_value_of_the_same_name_takes_the_place_of_the_old(running: Any, finish: Any, kind: str) -> None:
+async def test_a_value_of_the_same_name_takes_the_place_of_the_old(
+    running: Any, finish: Any, kind: str
+) -> None:
     engine, folder = running
     make = getattr(folder, kind)
     await engine.add_value("v", make(40))

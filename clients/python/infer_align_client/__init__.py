@@ -134,7 +134,9 @@ def extra_body(
         "budget": budget,
         "details": details,
     }
-    return {"align": cast("Align", {key: value for key, value in given.items() if value is not None})}
+    return {
+        "align": cast("Align", {key: value for key, value in given.items() if value is not None})
+    }
 
 
 class Score(TypedDict, total=False):

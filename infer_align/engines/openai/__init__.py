@@ -45,26 +45,43 @@ class OpenAI(Upstream):
 
     model: str | None = field(
         default=None,
-        metadata={"description": "the upstream's model; without it every model that it lists is served under its name"},
+        metadata={
+            "description": "the upstream's model; without it every model that it lists is served under its name"
+        },
     )
     n: Literal["auto", "native", "single"] = field(
         default="auto",
-        metadata={"description": "several candidates by one call, by one call each, or as what comes back shows to be possible"},
+        metadata={
+            "description": "several candidates by one call, by one call each, or as what comes back shows to be possible"
+        },
     )
     context_length: int | None = field(
         default=None,
-        metadata={"ge": 1, "description": f"tokens of prompt and completion; default: the upstream's, or {CONTEXT_LENGTH}"},
+        metadata={
+            "ge": 1,
+            "description": f"tokens of prompt and completion; default: the upstream's, or {CONTEXT_LENGTH}",
+        },
     )
     probe: bool = field(
-        default=True, metadata={"description": "find out at the start, by calls of a few tokens, what the upstream can do"}
+        default=True,
+        metadata={
+            "description": "find out at the start, by calls of a few tokens, what the upstream can do"
+        },
     )
-    probe_seconds: float = field(default=20.0, metadata={"gt": 0, "description": "for all probes of a model together"})
+    probe_seconds: float = field(
+        default=20.0, metadata={"gt": 0, "description": "for all probes of a model together"}
+    )
     capabilities: tuple[str, ...] = field(
         default=("completion", "seed", "logprobs", "tools", "structured", "n", "logit_bias"),
-        metadata={"description": f"what it can do, where probe is false; of: {', '.join(FEATURES)}"},
+        metadata={
+            "description": f"what it can do, where probe is false; of: {', '.join(FEATURES)}"
+        },
     )
     tokenizer: str | None = field(
-        default=None, metadata={"description": "path or hub id of the upstream model's tokenizer, which vas needs to steer it"}
+        default=None,
+        metadata={
+            "description": "path or hub id of the upstream model's tokenizer, which vas needs to steer it"
+        },
     )
 
     def load(self) -> OpenAIEngine:
@@ -74,7 +91,9 @@ class OpenAI(Upstream):
             ConfigError: urls, key or capabilities are wrong.
         """
         if unknown := sorted(set(self.capabilities) - set(FEATURES)):
-            raise ConfigError(f"capabilities: {unknown[0]!r} is not one of them; known: {', '.join(FEATURES)}.")
+            raise ConfigError(
+                f"capabilities: {unknown[0]!r} is not one of them; known: {', '.join(FEATURES)}."
+            )
         return OpenAIEngine(self)
 
 
@@ -121,15 +140,24 @@ class OpenAIEngine(Engine):
     @property
     def capabilities(self) -> frozenset[Capability]:  # type: ignore[override]
         """What every upstream that has the first model was seen to do with it; of another model, `check` knows."""
-        found = {Capability.CHAT, *(Capability(name) for name in self._roster.can(self.model) if name in _CAPABILITIES)}
-        return frozenset(found | {Capability.STEER} if self._steerer and self._steerer.way(self.model) else found)
+        found = {
+            Capability.CHAT,
+            *(Capability(name) for name in self._roster.can(self.model) if name in _CAPABILITIES),
+        }
+        return frozenset(
+            found | {Capability.STEER} if self._steerer and self._steerer.way(self.model) else found
+        )
 
     @property
     def lacking(self) -> Mapping[Capability, str]:  # type: ignore[override]
         """What steering an upstream needs beyond what is there."""
         if self._steerer is None:
-            return {Capability.STEER: "to steer an upstream, name its model's tokenizer with [engine] tokenizer"}
-        return {Capability.STEER: "to be steered, the upstream must show top_logprobs, which it does not"}
+            return {
+                Capability.STEER: "to steer an upstream, name its model's tokenizer with [engine] tokenizer"
+            }
+        return {
+            Capability.STEER: "to be steered, the upstream must show top_logprobs, which it does not"
+        }
 
     async def start(self) -> None:
         """Reach the upstreams, and ask what they can do.
@@ -180,18 +208,32 @@ class OpenAIEngine(Engine):
             return
         ignored = self._roster.ignores(model)
         if draw.kind in ignored:
-            raise Unsupported(f"the upstream of {model!r} has no text completions; use chat completions.", param="prompt")
+            raise Unsupported(
+                f"the upstream of {model!r} has no text completions; use chat completions.",
+                param="prompt",
+            )
         if draw.body.get("best_of") not in {None, 1}:
-            raise Unsupported("best_of: what it draws nobody could count; ask for align.best_of_n instead.", param="best_of")
-        asked = {name for feature in ignored for name in FIELDS.get(feature, ()) if draw.body.get(name)}
+            raise Unsupported(
+                "best_of: what it draws nobody could count; ask for align.best_of_n instead.",
+                param="best_of",
+            )
+        asked = {
+            name for feature in ignored for name in FIELDS.get(feature, ()) if draw.body.get(name)
+        }
         asked |= {"seed"} if "seed" in ignored and draw.seeded else set()
         if asked:
             name = min(asked)
-            raise Unsupported(f"{name}: the upstream of {model!r} does not honour it; leave it out.", param=name)
+            raise Unsupported(
+                f"{name}: the upstream of {model!r} does not honour it; leave it out.", param=name
+            )
 
     def worst_case_tokens(self, body: Body) -> int:
         """The most tokens one candidate of this body can generate, by the model that it names."""
-        room = {"max_tokens": self._roster.context_length(self._model_of(body))} if "messages" in body else {}
+        room = (
+            {"max_tokens": self._roster.context_length(self._model_of(body))}
+            if "messages" in body
+            else {}
+        )
         return super().worst_case_tokens({**room, **body})
 
     def sample(self, draw: Draw) -> Stream:
@@ -227,7 +269,13 @@ class OpenAIEngine(Engine):
         if Capability.LABEL_LOGPROBS not in self.capabilities:
             return await super().read_labels(query)
         continues = "continue" in self._roster.can(self.model)
-        return await read_labels(self.client, self.model, query, continues=continues, limit=self._roster.limit(self.model))
+        return await read_labels(
+            self.client,
+            self.model,
+            query,
+            continues=continues,
+            limit=self._roster.limit(self.model),
+        )
 
     @asynccontextmanager
     async def relay(
@@ -245,7 +293,11 @@ class OpenAIEngine(Engine):
                 yield response.headers.get("Content-Type", "application/json"), pieces(response)
         except UpstreamFailed as error:
             unnamed = error.param is None and error.code == UpstreamFailed.code
-            if error.status in NO_ROUTE_STATUSES and unnamed and NO_ROUTE.fullmatch(error.message.rstrip(".")):
+            if (
+                error.status in NO_ROUTE_STATUSES
+                and unnamed
+                and NO_ROUTE.fullmatch(error.message.rstrip("."))
+            ):
                 what = f"{method} /v1{path.partition('?')[0]}: the upstream does not serve this; use /v1/chat/completions."
                 raise Unsupported(what, code="not_served", status=404) from None
             raise refusal(error) if error.refused else error from None

@@ -34,17 +34,28 @@ class ChoiceBuilder:
 
     def add(self, chunk: Mapping[str, Any]) -> Body | None:
         """One stream choice; -> the same as a Delta carries it, or None where it holds nothing for a reader."""
-        piece = {key: value for key, value in chunk.items() if key not in {"index", "finish_reason"}}
+        piece = {
+            key: value for key, value in chunk.items() if key not in {"index", "finish_reason"}
+        }
         reason = chunk.get("finish_reason")
         delta = piece.get("delta") if self.kind == "chat" else None
         if isinstance(delta, Mapping):
             merge(self._message, self._without_texts(delta))
-        beside = {key: value for key, value in piece.items() if key not in {"delta", "logprobs", "text"}}
-        merge(self._fields, {**beside, **self._without_texts({"text": piece["text"]} if piece.get("text") else {})})
+        beside = {
+            key: value for key, value in piece.items() if key not in {"delta", "logprobs", "text"}
+        }
+        merge(
+            self._fields,
+            {**beside, **self._without_texts({"text": piece["text"]} if piece.get("text") else {})},
+        )
         merge(self._fields, {"logprobs": chunk.get("logprobs")})
         self._fields["finish_reason"] = reason or self._fields.get("finish_reason")
         self.finished = self.finished or bool(reason)
-        said = {key: value for key, value in (delta or {}).items() if key != "role" and value not in (None, "", [])}
+        said = {
+            key: value
+            for key, value in (delta or {}).items()
+            if key != "role" and value not in (None, "", [])
+        }
         if self.kind == "chat":
             piece["delta"] = said
         speaks = bool(said) or bool(piece.get("text"))
@@ -55,13 +66,23 @@ class ChoiceBuilder:
         """A choice that came in one piece; -> the same as one Delta carries it."""
         self._whole = {key: value for key, value in choice.items() if key != "index"}
         self.finished, self.pieces = True, 1
-        piece = {key: value for key, value in self._whole.items() if key not in {"message", "finish_reason"}}
+        piece = {
+            key: value
+            for key, value in self._whole.items()
+            if key not in {"message", "finish_reason"}
+        }
         if self.kind == "completion":
             return piece
         message = choice.get("message")
-        said = {key: value for key, value in (message or {}).items() if key != "role" and value not in (None, "", [])}
+        said = {
+            key: value
+            for key, value in (message or {}).items()
+            if key != "role" and value not in (None, "", [])
+        }
         if isinstance(calls := said.get("tool_calls"), list):
-            said["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls) if isinstance(call, Mapping)]
+            said["tool_calls"] = [
+                {"index": i, **call} for i, call in enumerate(calls) if isinstance(call, Mapping)
+            ]
         return {**piece, "delta": said}
 
     def _without_texts(self, piece: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +99,10 @@ class ChoiceBuilder:
         """What there is, as an OpenAI choice without its index; `finish_reason` where the upstream gave none."""
         if self._whole is not None:
             return self._whole
-        fields = {**self._fields, "finish_reason": self._fields.get("finish_reason") or finish_reason}
+        fields = {
+            **self._fields,
+            "finish_reason": self._fields.get("finish_reason") or finish_reason,
+        }
         texts = {key: "".join(pieces) for key, pieces in self._texts.items()}
         if self.kind == "completion":
             return {"text": "", "logprobs": None, **fields, **texts}
@@ -124,7 +148,10 @@ def _copy(value: Any) -> Any:
 def _merge_list(into: list[Any], items: list[Any]) -> None:
     for item in items:
         place = item.get("index") if isinstance(item, Mapping) else None
-        same = next((known for known in into if isinstance(known, dict) and known.get("index") == place), None)
+        same = next(
+            (known for known in into if isinstance(known, dict) and known.get("index") == place),
+            None,
+        )
         if place is not None and same is not None:
             merge(same, item)
         else:
@@ -132,7 +159,11 @@ def _merge_list(into: list[Any], items: list[Any]) -> None:
 
 
 def _without_index(call: Any) -> Any:
-    return {key: value for key, value in call.items() if key != "index"} if isinstance(call, dict) else call
+    return (
+        {key: value for key, value in call.items() if key != "index"}
+        if isinstance(call, dict)
+        else call
+    )
 
 
 def shares(total: int, weights: list[int]) -> list[int]:
@@ -145,11 +176,20 @@ def shares(total: int, weights: list[int]) -> list[int]:
 def tokens(choice: Body) -> int:
     """How many were generated for a choice, as far as it shows: those that logprobs list, else one for every few characters."""
     logprobs = choice.get("logprobs")
-    if isinstance(logprobs, Mapping) and isinstance(listed := logprobs.get("content") or logprobs.get("tokens"), list):
+    if isinstance(logprobs, Mapping) and isinstance(
+        listed := logprobs.get("content") or logprobs.get("tokens"), list
+    ):
         return len(listed)
     message = choice.get("message")
-    said = [v for k, v in message.items() if k != "role"] if isinstance(message, Mapping) else [choice.get("text")]
-    return -(-sum(len(value if isinstance(value, str) else str(value)) for value in said if value) // CHARACTERS)
+    said = (
+        [v for k, v in message.items() if k != "role"]
+        if isinstance(message, Mapping)
+        else [choice.get("text")]
+    )
+    return -(
+        -sum(len(value if isinstance(value, str) else str(value)) for value in said if value)
+        // CHARACTERS
+    )
 
 
 def flaw(kind: Kind, choice: Mapping[str, Any], *, streamed: bool = False) -> str | None:
@@ -166,9 +206,15 @@ def flaw(kind: Kind, choice: Mapping[str, Any], *, streamed: bool = False) -> st
             return "a message without a text"
         if not _objects(message.get("tool_calls")):
             return "a message without tool calls where it names some"
-    if not isinstance(choice.get("logprobs"), Mapping | None) or not isinstance(choice.get("finish_reason"), str | None):
+    if not isinstance(choice.get("logprobs"), Mapping | None) or not isinstance(
+        choice.get("finish_reason"), str | None
+    ):
         return "a choice without proper logprobs or finish_reason"
-    return None if writable(choice) else "a choice without proper JSON: a number that is not finite, or half a character"
+    return (
+        None
+        if writable(choice)
+        else "a choice without proper JSON: a number that is not finite, or half a character"
+    )
 
 
 def writable(value: object) -> bool:
@@ -181,9 +227,15 @@ def writable(value: object) -> bool:
 
 
 def _objects(value: object) -> bool:
-    return value is None or (isinstance(value, list) and all(isinstance(item, Mapping) for item in value))
+    return value is None or (
+        isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+    )
 
 
 def count(value: object) -> int | None:
     """A number of tokens as an upstream counts them; None where it is no such number."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40 else None
+    return (
+        value
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+        else None
+    )

@@ -47,15 +47,27 @@ class Continuation:
         """
         body: dict[str, Any] = {"model": self._model, "max_tokens": 1}
         if self.way == "ids":
-            return {**body, "prompt": list(ids), "return_tokens_as_token_ids": True, "add_special_tokens": False}
+            return {
+                **body,
+                "prompt": list(ids),
+                "return_tokens_as_token_ids": True,
+                "add_special_tokens": False,
+            }
         if self.way == "text":
             return {**body, "prompt": prompt["text"] + said}
-        begun = {"messages": [*prompt["messages"], {"role": "assistant", "content": said}], **CONTINUE} if said else {}
+        begun = (
+            {"messages": [*prompt["messages"], {"role": "assistant", "content": said}], **CONTINUE}
+            if said
+            else {}
+        )
         return {**body, **{key: value for key, value in prompt.items() if key != "text"}, **begun}
 
     def asking(self, k: int) -> dict[str, Any]:
         """What asks for the k most likely tokens, as the model itself has them."""
-        return {"temperature": 1.0, **({"logprobs": True, "top_logprobs": k} if self.way == "chat" else {"logprobs": k})}
+        return {
+            "temperature": 1.0,
+            **({"logprobs": True, "top_logprobs": k} if self.way == "chat" else {"logprobs": k}),
+        }
 
     def top(self, answer: Any) -> dict[int, float]:
         """{token id: logprob} of an answer; a token that the tokenizer does not know by what is shown of it is left out.
@@ -78,22 +90,35 @@ class Continuation:
         try:
             choice = answer["choices"][0]
             logprobs = choice["logprobs"] or {}
-            entry = logprobs["content"][0] if self.way == "chat" else {"token": logprobs["tokens"][0]}
+            entry = (
+                logprobs["content"][0] if self.way == "chat" else {"token": logprobs["tokens"][0]}
+            )
         except (KeyError, IndexError, TypeError):
-            if isinstance(answer, dict) and (answer.get("choices") or [{}])[0].get("finish_reason") == "stop":
+            if (
+                isinstance(answer, dict)
+                and (answer.get("choices") or [{}])[0].get("finish_reason") == "stop"
+            ):
                 return None  # the end has no token
             raise UpstreamFailed("the upstream does not say which token it sampled.") from None
         token = self._id(entry)
         if token is None:
-            raise UpstreamFailed(f"the upstream sampled {str(entry.get('token'))[:40]!r}, which the tokenizer does not know.")
+            raise UpstreamFailed(
+                f"the upstream sampled {str(entry.get('token'))[:40]!r}, which the tokenizer does not know."
+            )
         return token
 
     def _shown(self, answer: Any) -> list[tuple[Mapping[str, Any], float]]:
         try:
             logprobs = answer["choices"][0]["logprobs"]
             if self.way == "chat":
-                return [(entry, float(entry["logprob"])) for entry in logprobs["content"][0]["top_logprobs"]]
-            return [({"token": name}, float(logprob)) for name, logprob in logprobs["top_logprobs"][0].items()]
+                return [
+                    (entry, float(entry["logprob"]))
+                    for entry in logprobs["content"][0]["top_logprobs"]
+                ]
+            return [
+                ({"token": name}, float(logprob))
+                for name, logprob in logprobs["top_logprobs"][0].items()
+            ]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return []
 
@@ -101,7 +126,9 @@ class Continuation:
         name, data = str(entry.get("token", "")), entry.get("bytes")
         if name.startswith(TOKEN_ID) and name[len(TOKEN_ID) :].isdecimal():
             return int(name[len(TOKEN_ID) :])
-        if isinstance(data, list) and all(isinstance(byte, int) and 0 <= byte < 256 for byte in data):
+        if isinstance(data, list) and all(
+            isinstance(byte, int) and 0 <= byte < 256 for byte in data
+        ):
             return self._vocabulary.get(bytes(data))
         if name.startswith("bytes:"):  # how OpenAI's text completions name a part of a character
             return self._vocabulary.get(bytes(int(byte, 16) for byte in _BYTES.findall(name)))

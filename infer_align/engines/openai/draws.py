@@ -31,12 +31,18 @@ class _Batch:
     """One call and its candidates."""
 
     indices: list[int]
-    then: list[int] = field(default_factory=list)  # to be drawn once this call has shown whether the request or its n is refused
+    then: list[int] = field(
+        default_factory=list
+    )  # to be drawn once this call has shown whether the request or its n is refused
     tally: Tally = field(default_factory=Tally)
     known_good: bool = False  # the same request for one candidate was taken
     metered: bool = True  # whether a stream's usage may be asked for
-    builders: dict[int, ChoiceBuilder] = field(default_factory=dict)  # place in the call -> what has come
-    flaws: dict[int, str] = field(default_factory=dict)  # place in the call -> why it is no candidate
+    builders: dict[int, ChoiceBuilder] = field(
+        default_factory=dict
+    )  # place in the call -> what has come
+    flaws: dict[int, str] = field(
+        default_factory=dict
+    )  # place in the call -> why it is no candidate
     ended: bool = False  # the upstream said that this was all
     usage: dict[str, Any] = field(default_factory=dict)
     beside: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +56,11 @@ class _Batch:
 
     def finished(self, place: int) -> bool:
         """Whether that choice is complete."""
-        return place in self.builders and place not in self.flaws and (self.ended or self.builders[place].finished)
+        return (
+            place in self.builders
+            and place not in self.flaws
+            and (self.ended or self.builders[place].finished)
+        )
 
     def prompt_tokens(self) -> int:
         """As the upstream counts them."""
@@ -58,7 +68,10 @@ class _Batch:
 
     def sampled(self, done: dict[int, Body]) -> list[int]:
         """Tokens of each finished choice: the upstream's sum, shared by what each shows; where it gives none, what each shows."""
-        shown = [max(tokens(choice), self.builders[place].pieces if self.streamed else 0) for place, choice in done.items()]
+        shown = [
+            max(tokens(choice), self.builders[place].pieces if self.streamed else 0)
+            for place, choice in done.items()
+        ]
         spent = count(self.usage.get("completion_tokens"))
         return shown if spent is None or not done else shares(spent, shown)
 
@@ -86,7 +99,14 @@ class Drawing:
         stream: what the caller reads.
     """
 
-    def __init__(self, client: Client, fanout: Fanout, draw: Draw, model: str, ended: Callable[[Drawing], None]) -> None:
+    def __init__(
+        self,
+        client: Client,
+        fanout: Fanout,
+        draw: Draw,
+        model: str,
+        ended: Callable[[Drawing], None],
+    ) -> None:
         self.stream = Stream(draw.n, self.stop, self.close)
         self._client = client
         self._fanout = fanout
@@ -95,7 +115,9 @@ class Drawing:
         self._model = model
         self._ended = ended
         self._left = set(range(draw.n))  # not finished yet
-        self._place: dict[int, tuple[_Batch, int]] = {}  # candidate -> its latest call, and its place there
+        self._place: dict[
+            int, tuple[_Batch, int]
+        ] = {}  # candidate -> its latest call, and its place there
 
     def start(self) -> None:
         """Make the first calls."""
@@ -136,12 +158,20 @@ class Drawing:
         builder = batch.builders.get(place)
         if builder is None or not builder.pieces or place in batch.flaws:
             self._put(
-                Candidate(index, {}, error="the upstream had said nothing when the time was over", calls=batch.calls(), cut=True)
+                Candidate(
+                    index,
+                    {},
+                    error="the upstream had said nothing when the time was over",
+                    calls=batch.calls(),
+                    cut=True,
+                )
             )
             return
         choice, cut = builder.choice("length"), not builder.finished
         spent = max(tokens(choice), builder.pieces)
-        self._put(Candidate(index, choice, 0, batch.prompt_tokens(), spent, calls=batch.calls(), cut=cut))
+        self._put(
+            Candidate(index, choice, 0, batch.prompt_tokens(), spent, calls=batch.calls(), cut=cut)
+        )
 
     def _put(self, candidate: Candidate) -> None:
         if candidate.index in self._left:
@@ -162,7 +192,10 @@ class Drawing:
 
     async def _call(self, batch: _Batch) -> None:
         path, body = PATHS[self._draw.kind], self._body(batch)
-        async with self._client.call(path, body, model=self._model, tally=batch.tally) as (host, response):
+        async with self._client.call(path, body, model=self._model, tally=batch.tally) as (
+            host,
+            response,
+        ):
             batch.host = host
             if response.content_type == "text/event-stream":
                 async for chunk in events(response):
@@ -187,7 +220,11 @@ class Drawing:
     def _read_whole(self, batch: _Batch, answer: Any) -> None:
         """An answer in one piece."""
         for place, choice in enumerate(_choices(answer)[: len(batch.indices)]):
-            if wrong := flaw(self._draw.kind, choice) if isinstance(choice, dict) else "a choice without anything in it":
+            if (
+                wrong := flaw(self._draw.kind, choice)
+                if isinstance(choice, dict)
+                else "a choice without anything in it"
+            ):
                 batch.flaws[place] = wrong
                 continue
             batch.builders[place] = ChoiceBuilder(self._draw.kind)
@@ -210,7 +247,11 @@ class Drawing:
             raise UpstreamFailed("the upstream's stream holds no choices.")
         for choice in choices or ():
             place = choice.get("index", 0) if isinstance(choice, dict) else None
-            if isinstance(place, int) and 0 <= place < len(batch.indices) and place not in batch.flaws:
+            if (
+                isinstance(place, int)
+                and 0 <= place < len(batch.indices)
+                and place not in batch.flaws
+            ):
                 self._read_piece(batch, place, choice)
 
     def _read_piece(self, batch: _Batch, place: int, choice: dict[str, Any]) -> None:
@@ -238,39 +279,66 @@ class Drawing:
                 self._begin(_Batch([index], known_good=True, metered=batch.metered))
         self._draw_others(batch)
 
-    def _finish(self, batch: _Batch, why: str, status: int = 502, retry_after: float | None = None) -> None:
+    def _finish(
+        self, batch: _Batch, why: str, status: int = 502, retry_after: float | None = None
+    ) -> None:
         """What is complete is a candidate, what is flawed or was broken off has failed; what has not begun is left."""
-        done = {place: batch.builders[place].choice("stop") for place in sorted(batch.builders) if batch.finished(place)}
+        done = {
+            place: batch.builders[place].choice("stop")
+            for place in sorted(batch.builders)
+            if batch.finished(place)
+        }
         for (place, choice), spent in zip(done.items(), batch.sampled(done), strict=True):
             if (index := batch.indices[place]) in self._left:
                 prompt, calls = batch.prompt_tokens(), batch.calls()
-                self._put(Candidate(index, choice, 0, prompt, spent, calls=calls, beside=batch.told()))
+                self._put(
+                    Candidate(index, choice, 0, prompt, spent, calls=calls, beside=batch.told())
+                )
         for place in sorted((batch.builders.keys() | batch.flaws.keys()) - done.keys()):
             wrong = batch.flaws.get(place)
             error = f"the upstream answered {wrong}." if wrong else why
             spent = batch.builders[place].pieces if place in batch.builders else 0
-            failed = Candidate(batch.indices[place], {}, 0, 0, spent, error, 502 if wrong else status, retry_after)
+            failed = Candidate(
+                batch.indices[place], {}, 0, 0, spent, error, 502 if wrong else status, retry_after
+            )
             if failed.index in self._left:
                 self._put(replace(failed, calls=batch.calls()))
 
     def _draw_others(self, batch: _Batch) -> None:
         """The request was refused for all of a batch, and its first has been asked alone."""
         others = [index for index in batch.then if index in self._left]
-        size = self._fanout.chunk(self._client.pool.having(self._model), self._model, len(batch.then) + 1)
+        size = self._fanout.chunk(
+            self._client.pool.having(self._model), self._model, len(batch.then) + 1
+        )
         for start in range(0, len(others), size):
-            self._begin(_Batch(others[start : start + size], known_good=True, metered=batch.metered))
+            self._begin(
+                _Batch(others[start : start + size], known_good=True, metered=batch.metered)
+            )
 
     def _failed(self, batch: _Batch, error: UpstreamFailed) -> None:
         """The call has not ended well: a wrong request is wrong for all, a failure is its candidates' own."""
-        told, wanted = f"{error.param} {error.message}", [index for index in batch.indices if index in self._left]
+        told, wanted = (
+            f"{error.param} {error.message}",
+            [index for index in batch.indices if index in self._left],
+        )
         several = len(batch.indices) > 1 and len(wanted) > 0
         if error.refused and "stream_options" in told and self._streamed and batch.metered:
             # Perhaps it is this that is refused, perhaps a text that names it: what comes back without it tells.
-            self._begin(_Batch(wanted or batch.indices[:1], batch.then, batch.tally, batch.known_good, metered=False))
+            self._begin(
+                _Batch(
+                    wanted or batch.indices[:1],
+                    batch.then,
+                    batch.tally,
+                    batch.known_good,
+                    metered=False,
+                )
+            )
             return
         if error.refused and several and batch.known_good:
             half = (len(wanted) + 1) // 2
-            self._begin(_Batch(wanted[:half], [], batch.tally, known_good=True, metered=batch.metered))
+            self._begin(
+                _Batch(wanted[:half], [], batch.tally, known_good=True, metered=batch.metered)
+            )
             if wanted[half:]:
                 self._begin(_Batch(wanted[half:], known_good=True, metered=batch.metered))
             return
@@ -285,7 +353,9 @@ class Drawing:
         status = 400 if error.status == 422 else error.status
         self._finish(batch, error.message, status, error.retry_after)
         for index in batch.indices:
-            failed = Candidate(index, {}, error=error.message, status=status, retry_after=error.retry_after)
+            failed = Candidate(
+                index, {}, error=error.message, status=status, retry_after=error.retry_after
+            )
             if index in self._left:
                 self._put(replace(failed, calls=batch.calls()))
         self._draw_others(batch)
@@ -293,7 +363,9 @@ class Drawing:
 
 def refusal(error: UpstreamFailed) -> InvalidRequest:
     """What the client is told where the upstream refuses its request."""
-    status = 400 if error.status == 422 else error.status  # 422 is what OpenAI's clients do not expect
+    status = (
+        400 if error.status == 422 else error.status
+    )  # 422 is what OpenAI's clients do not expect
     code = None if error.code == UpstreamFailed.code else error.code
     return InvalidRequest(error.message, param=error.param, code=code, status=status)
 

@@ -25,7 +25,9 @@ class Fanout:
     def __init__(self, mode: str) -> None:
         self.unmetered: set[str] = set()
         self._mode = mode
-        self._most: dict[tuple[str, str], tuple[int, float]] = {}  # fewer than were asked for, and until when that counts
+        self._most: dict[
+            tuple[str, str], tuple[int, float]
+        ] = {}  # fewer than were asked for, and until when that counts
         self._honoured: dict[tuple[str, str], int] = {}  # the largest number that was given
 
     def most(self, hosts: Sequence[Host], model: str, n: int) -> int:

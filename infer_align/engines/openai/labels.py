@@ -14,7 +14,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from infer_align.engines.openai.probe import CONTINUE, LIMITS, TOP_LOGPROBS, limit_refused, top_logprobs
+from infer_align.engines.openai.probe import (
+    CONTINUE,
+    LIMITS,
+    TOP_LOGPROBS,
+    limit_refused,
+    top_logprobs,
+)
 from infer_align.types import LabelQuery, LabelReading
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client, Tally
@@ -25,7 +31,9 @@ END = "]"
 NEGLIGIBLE = 1e-3
 
 
-async def read_labels(client: Client, model: str, query: LabelQuery, *, continues: bool, limit: str = "max_tokens") -> LabelReading:
+async def read_labels(
+    client: Client, model: str, query: LabelQuery, *, continues: bool, limit: str = "max_tokens"
+) -> LabelReading:
     """One reading.
 
     Args:
@@ -61,27 +69,46 @@ class _Reader:
         """Add to `total` what the labels that begin with `said` get; -> the probability that one of them is continued."""
         shown = await self._top(said)
         labels = self._query.labels
-        if not said and not self._continues:  # who continues a turn says what follows exactly; here it has to be guessed
+        if (
+            not said and not self._continues
+        ):  # who continues a turn says what follows exactly; here it has to be guessed
             self._whole = any(len(word) > 1 and word in labels for word in map(str.strip, shown))
         steps: dict[str, float] = {}
         for token, logprob in shown.items():
             text = said + (token if self._continues else token.strip())
             if text != said and any(label.startswith(text) for label in labels):
                 steps[text] = steps.get(text, 0.0) + math.exp(min(logprob, 0.0))
-        await asyncio.gather(*(self._step(text, probability * p, total) for text, p in steps.items()))
+        await asyncio.gather(
+            *(self._step(text, probability * p, total) for text, p in steps.items())
+        )
         return sum(steps.values())
 
     async def _step(self, text: str, probability: float, total: dict[str, float]) -> None:
-        longer = not self._whole and any(label != text and label.startswith(text) for label in self._query.labels)
-        goes_on = await self.follow(text, probability, total) if longer and probability > NEGLIGIBLE else 0.0
-        if text in total:  # said in full only where nothing that continues it to another label follows
+        longer = not self._whole and any(
+            label != text and label.startswith(text) for label in self._query.labels
+        )
+        goes_on = (
+            await self.follow(text, probability, total)
+            if longer and probability > NEGLIGIBLE
+            else 0.0
+        )
+        if (
+            text in total
+        ):  # said in full only where nothing that continues it to another label follows
             total[text] += probability * max(0.0, 1.0 - goes_on)
 
     async def _top(self, said: str) -> Mapping[str, float]:
-        body = {"model": self._model, **self._prompt(said), self.limit: LIMITS[self.limit], "temperature": 1.0}
+        body = {
+            "model": self._model,
+            **self._prompt(said),
+            self.limit: LIMITS[self.limit],
+            "temperature": 1.0,
+        }
         body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         try:
-            answer = await self._client.post("/chat/completions", body, model=self._model, tally=self.tally)
+            answer = await self._client.post(
+                "/chat/completions", body, model=self._model, tally=self.tally
+            )
         except UpstreamFailed as error:
             if self.limit != "max_tokens" or not limit_refused(error):
                 raise
@@ -97,9 +124,19 @@ class _Reader:
     def _prompt(self, said: str) -> dict[str, Any]:
         messages = [*self._query.messages]
         if self._continues:
-            return {"messages": [*messages, {"role": "assistant", "content": self._query.prefix + said}], **CONTINUE}
+            return {
+                "messages": [
+                    *messages,
+                    {"role": "assistant", "content": self._query.prefix + said},
+                ],
+                **CONTINUE,
+            }
         begun = self._query.prefix + said
-        rest = [label.removeprefix(said) for label in self._query.labels if label.startswith(said) and label != said]
+        rest = [
+            label.removeprefix(said)
+            for label in self._query.labels
+            if label.startswith(said) and label != said
+        ]
         choices = ", ".join([END] * (said in self._query.labels) + rest)
         wish = f"Reply with what follows {begun!r} and nothing else, without quotes. It is one of: {choices}."
         return {"messages": [*messages, {"role": "user", "content": wish}]}

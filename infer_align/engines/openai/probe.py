@@ -17,7 +17,17 @@ from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client
 from infer_align.upstream.pool import Host
 
-FEATURES = ("completion", "seed", "logprobs", "label_logprobs", "tools", "structured", "n", "logit_bias", "continue")
+FEATURES = (
+    "completion",
+    "seed",
+    "logprobs",
+    "label_logprobs",
+    "tools",
+    "structured",
+    "n",
+    "logit_bias",
+    "continue",
+)
 # Fields that need a feature: where an upstream was found to ignore it, they are refused by name.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "logprobs": ("logprobs", "top_logprobs"),
@@ -30,9 +40,17 @@ LIMITS: Mapping[str, int] = {"max_tokens": 1, "max_completion_tokens": 16}
 ASK = [{"role": "user", "content": "Say one word."}]
 LETTERS = [{"role": "user", "content": "Write random letters, and nothing else."}]
 BEGUN = [*ASK, {"role": "assistant", "content": "one two three four"}]
-TOOL = {"type": "function", "function": {"name": "note", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "note", "parameters": {"type": "object", "properties": {}}},
+}
 CALLED = {"type": "function", "function": {"name": "note"}}
-SCHEMA = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"x": {"const": 1}},
+    "required": ["x"],
+    "additionalProperties": False,
+}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
 TOP_LOGPROBS = 20
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
@@ -86,7 +104,10 @@ class Probed:
 async def probe(client: Client, host: Host, model: str, seconds: float) -> Probed:
     """Ask everything at once; what has no answer within `seconds` stays unknown."""
     limits: set[str] = set()
-    tasks = {name: asyncio.create_task(_ask(client, host, {"model": model, **body}, limits)) for name, body in ASKED.items()}
+    tasks = {
+        name: asyncio.create_task(_ask(client, host, {"model": model, **body}, limits))
+        for name, body in ASKED.items()
+    }
     try:
         await asyncio.wait(tasks.values(), timeout=seconds)
         answers = {name: task.result() if task.done() else None for name, task in tasks.items()}
@@ -99,7 +120,10 @@ async def probe(client: Client, host: Host, model: str, seconds: float) -> Probe
 def judged(answers: Mapping[str, Any], *, limit: str = "max_tokens") -> Probed:
     """What the answers to `ASKED` show; False for one that was refused, None for one that failed."""
     found = {name: _verdict(name, answers) for name in FEATURES if name != "label_logprobs"}
-    by = {verdict: {name for name, said in found.items() if said == verdict} for verdict in ("can", "ignores", "takes", "unknown")}
+    by = {
+        verdict: {name for name, said in found.items() if said == verdict}
+        for verdict in ("can", "ignores", "takes", "unknown")
+    }
     if "logprobs" in by["can"]:
         by["can"].add("label_logprobs")
     sets = {verdict: frozenset(names) for verdict, names in by.items()}
@@ -108,7 +132,10 @@ def judged(answers: Mapping[str, Any], *, limit: str = "max_tokens") -> Probed:
 
 def _verdict(name: str, answers: Mapping[str, Any]) -> str:
     """One of "can", "ignores", "takes", "refuses", "unknown"."""
-    answer, others = answers.get(name), [answers.get(f"{name} {which}") for which in ("again", "other")]
+    answer, others = (
+        answers.get(name),
+        [answers.get(f"{name} {which}") for which in ("again", "other")],
+    )
     if answer is False:
         return "ignores" if name in {"completion", "n"} else "refuses"
     if answer is None:
@@ -121,7 +148,11 @@ def _verdict(name: str, answers: Mapping[str, Any]) -> str:
         return "can" if _continues(answers.get("begun"), answer) else "ignores"
     if name in {"tools", "structured"}:
         return "can" if _SIGNS[name](_message(answer)) else "takes"
-    shows = {"n": len(_choices(answer)) == 2, "logprobs": bool(top_logprobs(answer)), "completion": bool(_choices(answer))}
+    shows = {
+        "n": len(_choices(answer)) == 2,
+        "logprobs": bool(top_logprobs(answer)),
+        "completion": bool(_choices(answer)),
+    }
     return "can" if shows[name] else "ignores"
 
 
@@ -139,7 +170,9 @@ async def _ask(client: Client, host: Host, body: dict[str, Any], limits: set[str
     """The answer; False where the upstream refuses the request; None where it failed."""
     path = "/completions" if "prompt" in body else "/chat/completions"
     try:
-        return await client.once(host, path, {**body, "max_tokens": body.get("max_tokens", LIMITS["max_tokens"])})
+        return await client.once(
+            host, path, {**body, "max_tokens": body.get("max_tokens", LIMITS["max_tokens"])}
+        )
     except UpstreamFailed as error:
         if not limit_refused(error):
             return False if error.refused or error.status == 501 else None
@@ -148,7 +181,9 @@ async def _ask(client: Client, host: Host, body: dict[str, Any], limits: set[str
     newer = {key: value for key, value in body.items() if key != "max_tokens"}
     least = LIMITS["max_completion_tokens"]
     try:
-        answer = await client.once(host, path, {**newer, "max_completion_tokens": max(least, body.get("max_tokens", 0))})
+        answer = await client.once(
+            host, path, {**newer, "max_completion_tokens": max(least, body.get("max_tokens", 0))}
+        )
     except UpstreamFailed as error:
         return False if error.refused or error.status == 501 else None
     except AlignError:
@@ -159,7 +194,9 @@ async def _ask(client: Client, host: Host, body: dict[str, Any], limits: set[str
 
 def limit_refused(error: UpstreamFailed) -> bool:
     """Whether it is the older name of the limit on tokens that is refused."""
-    return error.refused and (error.param == "max_tokens" or "max_completion_tokens" in error.message)
+    return error.refused and (
+        error.param == "max_tokens" or "max_completion_tokens" in error.message
+    )
 
 
 def _choices(answer: Any) -> list[Any]:
@@ -175,7 +212,10 @@ def _message(answer: Any) -> dict[str, Any]:
 
 def said(answer: Any) -> str:
     """All that a message says, thoughts too."""
-    return json.dumps({key: value for key, value in _message(answer).items() if key != "role" and value}, default=str)
+    return json.dumps(
+        {key: value for key, value in _message(answer).items() if key != "role" and value},
+        default=str,
+    )
 
 
 def _is_object(message: dict[str, Any]) -> bool:

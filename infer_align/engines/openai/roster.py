@@ -45,14 +45,24 @@ class Roster:
         self._config = config
         self._client = client
         self._fanout = fanout
-        self._listed: dict[str, dict[str, int | None]] = {}  # URL -> model -> context length, where it is said
-        self._about: dict[str, list[Probed]] = {}  # model -> what is known of it, made when it is asked for
-        self._due: dict[tuple[str, str], tuple[float, float]] = {}  # when open questions are asked again, and the wait after that
+        self._listed: dict[
+            str, dict[str, int | None]
+        ] = {}  # URL -> model -> context length, where it is said
+        self._about: dict[
+            str, list[Probed]
+        ] = {}  # model -> what is known of it, made when it is asked for
+        self._due: dict[
+            tuple[str, str], tuple[float, float]
+        ] = {}  # when open questions are asked again, and the wait after that
 
     def can(self, model: str) -> frozenset[str]:
         """What every upstream that has the model was seen to do with it."""
         known = self._known(model)
-        return frozenset(FEATURES).intersection(*(probed.can for probed in known)) if known else frozenset()
+        return (
+            frozenset(FEATURES).intersection(*(probed.can for probed in known))
+            if known
+            else frozenset()
+        )
 
     def ignores(self, model: str) -> frozenset[str]:
         """What one of them was seen to ignore."""
@@ -69,7 +79,11 @@ class Roster:
 
     def _known(self, model: str) -> list[Probed]:
         if model not in self._about:
-            hosts = [host for host in self._client.pool.hosts if host.models is None or model in host.models]
+            hosts = [
+                host
+                for host in self._client.pool.hosts
+                if host.models is None or model in host.models
+            ]
             pairs = ((host.url, self._stands_for(host, model)) for host in hosts)
             self._about[model] = [self.probed[pair] for pair in pairs if pair in self.probed]
         return self._about[model]
@@ -80,14 +94,20 @@ class Roster:
         return model if model in names else next(iter(names), model)
 
     def _names(self, host: Host) -> Sequence[str]:
-        return (self._config.model,) if self._config.model else tuple(self._listed.get(host.url, {}))[:MOST_PROBED]
+        return (
+            (self._config.model,)
+            if self._config.model
+            else tuple(self._listed.get(host.url, {}))[:MOST_PROBED]
+        )
 
     async def reach(self, host: Host) -> None:
         """List its models where it was lost, and ask what is still open of them; a failure is noted on the host."""
         try:
             if host.down is not None or (host.url not in self._listed and not self._config.model):
                 await self._list(host)
-                self._due = {key: due for key, due in self._due.items() if key[0] != host.url}  # it is back: ask at once
+                self._due = {
+                    key: due for key, due in self._due.items() if key[0] != host.url
+                }  # it is back: ask at once
             if host.down is None:
                 await self._ask(host)
         except AlignError as error:
@@ -124,7 +144,9 @@ class Roster:
             host.models = frozenset(listed)
             return
         having = any(self._config.model in names for names in self._listed.values())
-        for other in self._client.pool.hosts:  # one that lists others only is left out, where another lists it
+        for other in (
+            self._client.pool.hosts
+        ):  # one that lists others only is left out, where another lists it
             names = self._listed.get(other.url)
             other.models = frozenset(names) if names and having else None
 
@@ -147,7 +169,13 @@ class Roster:
         if self._config.probe:
             found = await probe(self._client, host, model, self._config.probe_seconds)
         for verdict in ("can", "takes", "ignores", "unknown"):
-            log.info("upstream %s, model %s, %s: %s", host.url, model, verdict, ", ".join(sorted(getattr(found, verdict))) or "-")
+            log.info(
+                "upstream %s, model %s, %s: %s",
+                host.url,
+                model,
+                verdict,
+                ", ".join(sorted(getattr(found, verdict))) or "-",
+            )
         if "n" in found.can | found.ignores and self._config.probe:
             self._fanout.settle(host, model, honours="n" in found.can)
         return found
@@ -156,6 +184,15 @@ class Roster:
 def listed_models(answer: Any) -> dict[str, int | None]:
     """{id: context length, where it is said} of an upstream's /models."""
     data = answer.get("data") if isinstance(answer, dict) else None
-    entries = [entry for entry in data or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    entries = [
+        entry
+        for entry in data or ()
+        if isinstance(entry, dict) and isinstance(entry.get("id"), str)
+    ]
     lengths = ("max_model_len", "context_length", "context_window")
-    return {e["id"]: next((e[name] for name in lengths if isinstance(e.get(name), int) and e[name] > 0), None) for e in entries}
+    return {
+        e["id"]: next(
+            (e[name] for name in lengths if isinstance(e.get(name), int) and e[name] > 0), None
+        )
+        for e in entries
+    }

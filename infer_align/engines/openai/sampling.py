@@ -27,17 +27,34 @@ class Sampling:
         Raises:
             InvalidRequest: a value that is not allowed.
         """
-        bounds = {"temperature": (0.0, 2.0, 1.0), "top_p": (0.0, 1.0, 1.0), "top_k": (-1, 2**31, 0), "min_p": (0.0, 1.0, 0.0)}
+        bounds = {
+            "temperature": (0.0, 2.0, 1.0),
+            "top_p": (0.0, 1.0, 1.0),
+            "top_k": (-1, 2**31, 0),
+            "min_p": (0.0, 1.0, 0.0),
+        }
         found = {}
         for name, (low, high, default) in bounds.items():
             value = default if draw.body.get(name) is None else draw.body[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise InvalidRequest(f"{name}: {shown(value)} is not allowed; must be from {low} to {high}.", param=name)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not low <= value <= high
+            ):
+                raise InvalidRequest(
+                    f"{name}: {shown(value)} is not allowed; must be from {low} to {high}.",
+                    param=name,
+                )
             found[name] = value
         for name in ("max_completion_tokens", "max_tokens"):
             limit = draw.body.get(name)
-            if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-                raise InvalidRequest(f"{name}: {shown(limit)} is not allowed; must be an integer of at least 1.", param=name)
+            if limit is not None and (
+                isinstance(limit, bool) or not isinstance(limit, int) or limit < 1
+            ):
+                raise InvalidRequest(
+                    f"{name}: {shown(limit)} is not allowed; must be an integer of at least 1.",
+                    param=name,
+                )
         stops = _stops(draw.body.get("stop"))
         return cls(found["temperature"], found["top_p"], int(found["top_k"]), found["min_p"], stops)
 
@@ -59,5 +76,8 @@ class Sampling:
 def _stops(stop: object) -> tuple[str, ...]:
     listed = stop if isinstance(stop, list) else [] if stop is None else [stop]
     if not all(isinstance(one, str) and one for one in listed):
-        raise InvalidRequest(f"stop: {shown(stop)} is not allowed; must be a string or several, none empty.", param="stop")
+        raise InvalidRequest(
+            f"stop: {shown(stop)} is not allowed; must be a string or several, none empty.",
+            param="stop",
+        )
     return tuple(listed)

@@ -27,7 +27,14 @@ from infer_align.engines.openai.sampling import Sampling
 from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.steering import ValueCache
 from infer_align.engines.transformers.text import TextStream, token_bytes
-from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unavailable, Unsupported, nearest
+from infer_align.errors import (
+    AlignError,
+    ConfigError,
+    InvalidRequest,
+    Unavailable,
+    Unsupported,
+    nearest,
+)
 from infer_align.hub import locate
 from infer_align.methods.vas import reweight
 from infer_align.types import Array, Candidate, Delta, Draw
@@ -59,7 +66,9 @@ class Steerer:
         except (OSError, ValueError) as error:
             raise ConfigError(f"tokenizer: {tokenizer!r} cannot be loaded: {error}") from error
         if not self.tokenizer.is_fast:
-            raise ConfigError(f"tokenizer: {tokenizer!r} has no fast tokenizer, which streaming needs.")
+            raise ConfigError(
+                f"tokenizer: {tokenizer!r} has no fast tokenizer, which streaming needs."
+            )
         self.ways: dict[tuple[str, str], Way | None] = {}
         self.values = values
         self._lock = threading.Lock()
@@ -75,7 +84,9 @@ class Steerer:
         for token in range(size):
             self.vocabulary.setdefault(token_bytes(self.tokenizer, token), token)
         self.vocabulary.pop(b"", None)
-        self.partial = frozenset(token for data, token in self.vocabulary.items() if not _is_text(data))
+        self.partial = frozenset(
+            token for data, token in self.vocabulary.items() if not _is_text(data)
+        )
 
     async def probe(self, client: Client, host: Host, model: str) -> None:
         """Find the most exact way in which an upstream continues a prefix and shows its top logprobs."""
@@ -84,7 +95,9 @@ class Steerer:
         for way in WAYS:
             asked = Continuation(way, self.vocabulary, model)
             try:
-                answer = await client.once(host, asked.path, asked.body(prompt, ids, "three") | asked.asking(2))
+                answer = await client.once(
+                    host, asked.path, asked.body(prompt, ids, "three") | asked.asking(2)
+                )
                 named = way != "ids" or "token_id:" in str(answer["choices"][0]["logprobs"])
                 self.ways[host.url, model] = way if named and asked.top(answer) else None
             except (AlignError, KeyError, IndexError, TypeError):
@@ -95,7 +108,11 @@ class Steerer:
     def way(self, model: str) -> Way | None:
         """How a prefix is continued, whichever upstream takes a call; None where one of them cannot."""
         found = {way for (_, name), way in self.ways.items() if name == model}
-        return None if not found or None in found else next(way for way in reversed(WAYS) if way in found)
+        return (
+            None
+            if not found or None in found
+            else next(way for way in reversed(WAYS) if way in found)
+        )
 
     def check(self, draw: Draw, model: str, *, biased: bool) -> None:
         """Refuse what cannot be steered token by token.
@@ -108,14 +125,19 @@ class Steerer:
         for name in steering.beta:
             if name not in self.values:
                 where = f"align.vas.beta.{name}"
-                raise InvalidRequest(f"{where}: no such value; {nearest(name, self.values)}", param=where)
+                raise InvalidRequest(
+                    f"{where}: no such value; {nearest(name, self.values)}", param=where
+                )
         if steering.top_k > TOP_LOGPROBS:
             raise Unsupported(
                 f"align.vas.top_k: {steering.top_k} is over the {TOP_LOGPROBS} logprobs that an upstream shows; ask for fewer.",
                 param="align.vas.top_k",
             )
         if self.way(model) is None and self.ways:
-            raise Unsupported(f"align.vas: the upstream of {model!r} cannot be steered; ask for another model.", param="align.vas")
+            raise Unsupported(
+                f"align.vas: the upstream of {model!r} cannot be steered; ask for another model.",
+                param="align.vas",
+            )
         if steering.tail == "keep" and not biased:
             raise Unsupported(
                 "align.vas.tail: 'keep' needs logit_bias, which the upstream does not show to obey; ask for tail 'mask'.",
@@ -124,11 +146,14 @@ class Steerer:
         for name, value in draw.body.items():
             if name not in READ and value not in (None, False, [], {}, 0):
                 raise Unsupported(
-                    f"{name}: is not available where vas steers an upstream token by token; leave it out.", param=name
+                    f"{name}: is not available where vas steers an upstream token by token; leave it out.",
+                    param=name,
                 )
         Sampling.read(draw)
 
-    def drawing(self, client: Client, draw: Draw, model: str, room: int, ended: Callable[[Any], None]) -> Steered:
+    def drawing(
+        self, client: Client, draw: Draw, model: str, room: int, ended: Callable[[Any], None]
+    ) -> Steered:
         """The draw, to be started; it must not grow over `room` tokens.
 
         Raises:
@@ -149,10 +174,17 @@ class Steerer:
             return {"text": draw.body["prompt"]}, self.tokenizer(draw.body["prompt"])["input_ids"]
         options = draw.body.get("chat_template_kwargs") or {}
         try:
-            text = self.tokenizer.apply_chat_template(draw.body["messages"], tokenize=False, add_generation_prompt=True, **options)
+            text = self.tokenizer.apply_chat_template(
+                draw.body["messages"], tokenize=False, add_generation_prompt=True, **options
+            )
         except Exception as error:  # a template is code, and what it raises is up to it
-            raise InvalidRequest(f"messages: the tokenizer's chat template refused them: {error}.", param="messages") from None
-        chat = {"messages": draw.body["messages"], **({"chat_template_kwargs": options} if options else {})}
+            raise InvalidRequest(
+                f"messages: the tokenizer's chat template refused them: {error}.", param="messages"
+            ) from None
+        chat = {
+            "messages": draw.body["messages"],
+            **({"chat_template_kwargs": options} if options else {}),
+        }
         return {"text": text, **chat}, self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def run(self, work: Callable[..., Any], *args: Any) -> Any:
@@ -183,7 +215,13 @@ class Steered:
     """
 
     def __init__(
-        self, steerer: Steerer, client: Client, continuation: Continuation, draw: Draw, room: int, ended: Callable[[Any], None]
+        self,
+        steerer: Steerer,
+        client: Client,
+        continuation: Continuation,
+        draw: Draw,
+        room: int,
+        ended: Callable[[Any], None],
     ) -> None:
         self.stream = Stream(draw.n, self.stop, self.close)
         self._steerer = steerer
@@ -228,10 +266,24 @@ class Steered:
         if rest := answer.text.finish():
             self._say(answer, rest)
         said = answer.text.text
-        content = {"message": {"role": "assistant", "content": said}} if self._draw.kind == "chat" else {"text": said}
+        content = (
+            {"message": {"role": "assistant", "content": said}}
+            if self._draw.kind == "chat"
+            else {"text": said}
+        )
         spent = len(answer.ids) - answer.prompt_tokens
         choice = {**content, "logprobs": None, "finish_reason": reason}
-        self.stream.put(Candidate(answer.index, choice, 0, answer.prompt_tokens, spent, calls=answer.tally.calls, cut=cut))
+        self.stream.put(
+            Candidate(
+                answer.index,
+                choice,
+                0,
+                answer.prompt_tokens,
+                spent,
+                calls=answer.tally.calls,
+                cut=cut,
+            )
+        )
 
     def _say(self, answer: _Answer, piece: str) -> None:
         choice = {"delta": {"content": piece}} if self._draw.kind == "chat" else {"text": piece}
@@ -246,7 +298,12 @@ class Steered:
                 return
             calls = answer.tally.calls
             failed = Candidate(
-                answer.index, {}, error=error.message, status=error.status, retry_after=error.retry_after, calls=calls
+                answer.index,
+                {},
+                error=error.message,
+                status=error.status,
+                retry_after=error.retry_after,
+                calls=calls,
             )
             answer.done = True
             self.stream.put(failed)
@@ -274,19 +331,30 @@ class Steered:
 
     def _limit(self, answer: _Answer) -> int:
         limits = (self._draw.body.get(name) for name in ("max_completion_tokens", "max_tokens"))
-        return next((limit for limit in limits if isinstance(limit, int)), max(1, self._room - answer.prompt_tokens))
+        return next(
+            (limit for limit in limits if isinstance(limit, int)),
+            max(1, self._room - answer.prompt_tokens),
+        )
 
     async def _next(self, answer: _Answer, caches: dict[ValueLM, ValueCache]) -> int | None:
         steering = self._draw.steering
         assert steering is not None
-        said = self._steerer.tokenizer.decode(answer.ids[answer.prompt_tokens :], skip_special_tokens=True)
+        said = self._steerer.tokenizer.decode(
+            answer.ids[answer.prompt_tokens :], skip_special_tokens=True
+        )
         body = self._continuation.body(answer.prompt, answer.ids, said)
-        shown = await self._post(answer, body | self._continuation.asking(steering.top_k), self._continuation.top)
+        shown = await self._post(
+            answer, body | self._continuation.asking(steering.top_k), self._continuation.top
+        )
         # A prefix that is sent as text cannot end within a character.
         unsayable = frozenset() if self._continuation.way == "ids" else self._steerer.partial
-        best = sorted(shown.keys() - unsayable, key=lambda token: (-shown[token], token))[: steering.top_k]
+        best = sorted(shown.keys() - unsayable, key=lambda token: (-shown[token], token))[
+            : steering.top_k
+        ]
         if not best:
-            raise UpstreamFailed("the upstream shows parts of characters only, after which text cannot be continued.")
+            raise UpstreamFailed(
+                "the upstream shows parts of characters only, after which text cannot be continued."
+            )
         values = await asyncio.to_thread(self._steerer.run, self._value, best, caches)
         logits = np.array([[shown[token] for token in best]])
         beta = np.array([steering.beta[name] for name in steering.beta])
@@ -297,29 +365,49 @@ class Steered:
             token: int | None = best[answer.sampling.choose(steered, lot)]
         else:
             bias = dict(zip(best, np.clip(steered - logits[0], -MAX_BIAS, MAX_BIAS), strict=True))
-            token = await self._sampled_there(answer, body, bias | dict.fromkeys(shown.keys() & unsayable, -MAX_BIAS), step)
+            token = await self._sampled_there(
+                answer, body, bias | dict.fromkeys(shown.keys() & unsayable, -MAX_BIAS), step
+            )
             if token in unsayable:
-                raise UpstreamFailed("the upstream sampled a part of a character, after which text cannot be continued.")
+                raise UpstreamFailed(
+                    "the upstream sampled a part of a character, after which text cannot be continued."
+                )
         if token is not None and token != self._steerer.tokenizer.eos_token_id:
             await asyncio.to_thread(self._steerer.run, self._choose, best, token, caches)
         return token
 
-    async def _sampled_there(self, answer: _Answer, body: dict[str, Any], added: dict[int, float], step: int) -> int | None:
+    async def _sampled_there(
+        self, answer: _Answer, body: dict[str, Any], added: dict[int, float], step: int
+    ) -> int | None:
         bias = {str(token): float(b) for token, b in added.items()}
-        own = {key: self._draw.body[key] for key in ("temperature", "top_p", "top_k", "min_p") if key in self._draw.body}
+        own = {
+            key: self._draw.body[key]
+            for key in ("temperature", "top_p", "top_k", "min_p")
+            if key in self._draw.body
+        }
         seed = {"seed": (answer.seed + step * GOLDEN) % 2**31} if self._draw.seeded else {}
-        asked = body | self._continuation.asking(1) | {"temperature": 1.0, **own, "logit_bias": bias, **seed}
+        asked = (
+            body
+            | self._continuation.asking(1)
+            | {"temperature": 1.0, **own, "logit_bias": bias, **seed}
+        )
         token: int | None = await self._post(answer, asked, self._continuation.sampled)
         return token
 
     async def _post(self, answer: _Answer, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
         path = self._continuation.path
-        return await self._client.post(path, body, model=body["model"], tally=answer.tally, read=read)
+        return await self._client.post(
+            path, body, model=body["model"], tally=answer.tally, read=read
+        )
 
     def _used(self) -> list[LookaheadValue]:
         steering = self._draw.steering
         assert steering is not None
-        return [value for name in steering.beta if isinstance(value := self._steerer.values[name], LookaheadValue)]
+        return [
+            value
+            for name in steering.beta
+            if isinstance(value := self._steerer.values[name], LookaheadValue)
+        ]
 
     @torch.inference_mode()
     def _prefill(self, answer: _Answer) -> dict[ValueLM, ValueCache]:
@@ -327,7 +415,9 @@ class Steered:
         for value in self._used():
             if value.lm and value.lm not in caches:
                 cache = RowCache()
-                value.lm.forward(torch.tensor([answer.ids]), cache, torch.arange(len(answer.ids))[None], None)
+                value.lm.forward(
+                    torch.tensor([answer.ids]), cache, torch.arange(len(answer.ids))[None], None
+                )
                 row: Any = _Row(len(answer.ids))
                 caches[value.lm] = ValueCache(value.lm, [row], cache)
         return caches

@@ -30,23 +30,43 @@ from infer_align.values import Value
 class Transformers:
     """Any causal LM that transformers loads, in this process."""
 
-    model: str = field(default="demo", metadata={"description": 'path or hub id; "demo" is the embedded model'})
-    device: str = field(default="auto", metadata={"description": '"auto" takes a GPU when there is one'})
+    model: str = field(
+        default="demo", metadata={"description": 'path or hub id; "demo" is the embedded model'}
+    )
+    device: str = field(
+        default="auto", metadata={"description": '"auto" takes a GPU when there is one'}
+    )
     dtype: str = field(
-        default="auto", metadata={"description": 'torch dtype of the weights; "auto" is float32 on a CPU, else the model\'s own'}
+        default="auto",
+        metadata={
+            "description": 'torch dtype of the weights; "auto" is float32 on a CPU, else the model\'s own'
+        },
     )
     context_length: int | None = field(
-        default=None, metadata={"ge": 8, "description": "tokens of prompt and completion; default: the model's"}
+        default=None,
+        metadata={"ge": 8, "description": "tokens of prompt and completion; default: the model's"},
     )
-    max_batch: int = field(default=256, metadata={"ge": 1, "description": "candidates decoded at once"})
+    max_batch: int = field(
+        default=256, metadata={"ge": 1, "description": "candidates decoded at once"}
+    )
     kv_cache_gib: float = field(
-        default=2.0, metadata={"gt": 0, "description": "memory for keys and values; bounds how many candidates run at once"}
+        default=2.0,
+        metadata={
+            "gt": 0,
+            "description": "memory for keys and values; bounds how many candidates run at once",
+        },
     )
-    prefill_tokens: int = field(default=1024, metadata={"ge": 16, "description": "prompt tokens read between two decoding steps"})
+    prefill_tokens: int = field(
+        default=1024,
+        metadata={"ge": 16, "description": "prompt tokens read between two decoding steps"},
+    )
     threads: int | None = field(
-        default=None, metadata={"ge": 1, "description": "CPU threads of torch; default: torch's own choice"}
+        default=None,
+        metadata={"ge": 1, "description": "CPU threads of torch; default: torch's own choice"},
     )
-    trust_remote_code: bool = field(default=False, metadata={"description": "run model code that comes with the weights"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"description": "run model code that comes with the weights"}
+    )
 
     def load(self) -> TransformersEngine:
         """The engine, its model not yet loaded."""
@@ -157,7 +177,8 @@ class TransformersEngine(Engine):
         prompt = self._model.render(draw)
         if biased := [token for token in params.logit_bias if token >= self._model.vocabulary]:
             raise InvalidRequest(
-                f"logit_bias: {biased[0]} is not a token id; must be from 0 to {self._model.vocabulary - 1}.", param="logit_bias"
+                f"logit_bias: {biased[0]} is not a token id; must be from 0 to {self._model.vocabulary - 1}.",
+                param="logit_bias",
             )
         room = self._room(draw, len(prompt.ids), params.max_tokens, self._scheduler.capacity)
         job = Job(draw, params, prompt, room, *(self._steerer.bind(draw) if self._steerer else ()))
@@ -185,7 +206,11 @@ class TransformersEngine(Engine):
         Raises:
             Unsupported: a label cannot be spelt.
         """
-        return super().label_calls(labels) if self._model is None else len(self._tree(self._model, labels).readings)
+        return (
+            super().label_calls(labels)
+            if self._model is None
+            else len(self._tree(self._model, labels).readings)
+        )
 
     def _tree(self, model: Model, labels: tuple[str, ...]) -> LabelTree:
         if labels not in self._trees:
@@ -208,10 +233,13 @@ class TransformersEngine(Engine):
         longest = len(ids) + max(len(path) for path in tree.readings)
         if longest > min(self.context_length, self._scheduler.capacity):
             raise EngineFailed(
-                f"a judge's prompt of {len(ids)} tokens does not fit the context of {self.context_length}.", status=400
+                f"a judge's prompt of {len(ids)} tokens does not fit the context of {self.context_length}.",
+                status=400,
             )
         question = Question(ids, tree)
-        await asyncio.sleep(0)  # whoever asks at the same time tokenizes first: then all are read together
+        await asyncio.sleep(
+            0
+        )  # whoever asks at the same time tokenizes first: then all are read together
         self._scheduler.submit(question)
         read = await question.answer
         return LabelReading(tree.logprobs(read), len(ids), len(tree.readings))

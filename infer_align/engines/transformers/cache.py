@@ -24,7 +24,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append columns; -> all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -100,9 +102,13 @@ class RowCache(Cache):  # type: ignore[misc]
         for layer in self.layers if width else ():
             device = layer.keys.device
             shift = torch.tensor([width - length for length in lengths], device=device)
-            index = (torch.arange(width, device=device)[None] - shift[:, None]).clamp(min=0)  # padding is masked, and finite
+            index = (torch.arange(width, device=device)[None] - shift[:, None]).clamp(
+                min=0
+            )  # padding is masked, and finite
             taken.layers.append(GrowingLayer())
-            taken.layers[-1].assign(layer.keys[0][:, index].transpose(0, 1), layer.values[0][:, index].transpose(0, 1))
+            taken.layers[-1].assign(
+                layer.keys[0][:, index].transpose(0, 1), layer.values[0][:, index].transpose(0, 1)
+            )
         return taken
 
     def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
@@ -127,7 +133,9 @@ class RowCache(Cache):  # type: ignore[misc]
         width = max(self.length, other.length)
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             joined.layers.append(GrowingLayer())
-            joined.layers[-1].assign(_stack(mine.keys, theirs.keys, width), _stack(mine.values, theirs.values, width))
+            joined.layers[-1].assign(
+                _stack(mine.keys, theirs.keys, width), _stack(mine.values, theirs.values, width)
+            )
         return joined
 
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+)
 
 from infer_align.engines.transformers.cache import RowCache
 from infer_align.errors import ConfigError, InvalidRequest, shown
@@ -61,15 +66,29 @@ class Model:
             ConfigError: not loadable, no fast tokenizer, or layers that keep no keys and values (state space models).
         """
         path = locate(config.model)
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-        dtype = ("float32" if device.type == "cpu" else "auto") if config.dtype == "auto" else config.dtype
+        device = torch.device(
+            ("cuda" if torch.cuda.is_available() else "cpu")
+            if config.device == "auto"
+            else config.device
+        )
+        dtype = (
+            ("float32" if device.type == "cpu" else "auto")
+            if config.dtype == "auto"
+            else config.dtype
+        )
         if config.threads:
             torch.set_num_threads(config.threads)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-            lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=config.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=config.trust_remote_code
+            )
+            lm = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
         except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"[engine] model: {config.model!r} cannot be loaded: {error}") from error
+            raise ConfigError(
+                f"[engine] model: {config.model!r} cannot be loaded: {error}"
+            ) from error
         if not tokenizer.is_fast:
             raise ConfigError(
                 f"[engine] model: {config.model!r} has no fast tokenizer, which streaming needs; convert it to tokenizer.json."
@@ -77,12 +96,22 @@ class Model:
         lm = lm.to(device).eval().requires_grad_(requires_grad=False)
         text_config = lm.config.get_text_config(decoder=True)
         generation: GenerationConfig = lm.generation_config
-        eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
+        eos = (
+            generation.eos_token_id
+            if generation.eos_token_id is not None
+            else tokenizer.eos_token_id
+        )
         own = getattr(text_config, "max_position_embeddings", None)
         if own and (config.context_length or 0) > own:
-            raise ConfigError(f"[engine] context_length: {config.context_length} is over the {own} of {config.model!r}.")
+            raise ConfigError(
+                f"[engine] context_length: {config.context_length} is over the {own} of {config.model!r}."
+            )
         length = config.context_length or own or 2048
-        defaults = {name: getattr(generation, name) for name in SAMPLING_DEFAULTS if getattr(generation, name, None) is not None}
+        defaults = {
+            name: getattr(generation, name)
+            for name in SAMPLING_DEFAULTS
+            if getattr(generation, name, None) is not None
+        }
         model = cls(
             lm=lm,
             tokenizer=tokenizer,
@@ -107,10 +136,19 @@ class Model:
         """
         cache = RowCache()
         try:
-            step = self.forward(torch.zeros((1, 2), dtype=torch.long, device=self.device), cache, [2])
+            step = self.forward(
+                torch.zeros((1, 2), dtype=torch.long, device=self.device), cache, [2]
+            )
             if cache.length != 2:
                 raise ValueError(f"its cache holds {cache.length} of 2 tokens")
-        except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            LookupError,
+            NotImplementedError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ConfigError(
                 f"[engine] model: {name!r} does not keep plain keys and values, which this engine batches: {error}"
             ) from error
@@ -165,16 +203,26 @@ class Model:
             return self._tokenized(draw.body["prompt"], "prompt", special=True)
         messages = [_plain(i, message) for i, message in enumerate(draw.body["messages"])]
         if "developer" not in str(self.tokenizer.chat_template):  # OpenAI's newer word for it
-            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+            messages = [
+                {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
+            ]
         if not self.tokenizer.chat_template:
             raise InvalidRequest(
-                "messages: this model has no chat template; use /v1/completions.", param="messages", code="unsupported"
+                "messages: this model has no chat template; use /v1/completions.",
+                param="messages",
+                code="unsupported",
             )
         options = _template_variables(draw.body.get("chat_template_kwargs") or {})
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        except Exception as error:  # a template is code that came with the model, and what it raises is up to it
-            raise InvalidRequest(f"messages: the model's chat template refused them: {error}.", param="messages") from None
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **options
+            )
+        except (
+            Exception
+        ) as error:  # a template is code that came with the model, and what it raises is up to it
+            raise InvalidRequest(
+                f"messages: the model's chat template refused them: {error}.", param="messages"
+            ) from None
         return self._tokenized(text + said, "messages", special=False)
 
     def _tokenized(self, text: str, param: str, *, special: bool) -> Prompt:
@@ -183,7 +231,9 @@ class Model:
         except (TypeError, UnicodeError):  # what the tokenizer raises for lone surrogates
             raise InvalidRequest(f"{param}: the text is not valid Unicode.", param=param) from None
         if not ids:
-            raise InvalidRequest(f"{param}: no tokens to start from; must not be empty for this model.", param=param)
+            raise InvalidRequest(
+                f"{param}: no tokens to start from; must not be empty for this model.", param=param
+            )
         return Prompt(text, ids)
 
 
@@ -205,10 +255,14 @@ def _plain(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
     for part in content:
         if part["type"] not in {"text", "refusal"}:
             raise InvalidRequest(
-                f"{where}: a part of type {part['type']!r} is not available on this engine; allowed: text.", param=where
+                f"{where}: a part of type {part['type']!r} is not available on this engine; allowed: text.",
+                param=where,
             )
         if not isinstance(part.get(part["type"]), str):
-            raise InvalidRequest(f"{where}: a part holds {shown(part)}; must hold a string {part['type']!r}.", param=where)
+            raise InvalidRequest(
+                f"{where}: a part holds {shown(part)}; must hold a string {part['type']!r}.",
+                param=where,
+            )
     return {**message, "content": "".join(part[part["type"]] for part in content)}
 
 
@@ -216,7 +270,15 @@ def _template_variables(given: object) -> Mapping[str, Any]:
     """What a client may set in the chat template: its variables, but not the template, nor how it is rendered."""
     path = "chat_template_kwargs"
     if not isinstance(given, Mapping):
-        raise InvalidRequest(f"{path}: {shown(given)} is not an object; allowed: the template's variables.", param=path)
-    if reserved := sorted(given.keys() & inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()):
-        raise InvalidRequest(f"{path}.{reserved[0]}: is not a variable of the template; leave it out.", param=path)
+        raise InvalidRequest(
+            f"{path}: {shown(given)} is not an object; allowed: the template's variables.",
+            param=path,
+        )
+    if reserved := sorted(
+        given.keys()
+        & inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
+    ):
+        raise InvalidRequest(
+            f"{path}.{reserved[0]}: is not a variable of the template; leave it out.", param=path
+        )
     return given

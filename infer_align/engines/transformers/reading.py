@@ -80,7 +80,9 @@ def read_group(model: Model, group: Sequence[Question], part: int, cells: int) -
         EngineFailed: the model's logits are not finite.
     """
     lengths = [len(question.ids) for question in group]
-    shared = min([min(lengths) - 1, *(_common(group[0].ids, question.ids) for question in group[1:])])
+    shared = min(
+        [min(lengths) - 1, *(_common(group[0].ids, question.ids) for question in group[1:])]
+    )
     if len(group) == 1 and lengths[0] <= part:
         shared = 0
     start = RowCache()
@@ -91,27 +93,38 @@ def read_group(model: Model, group: Sequence[Question], part: int, cells: int) -
     width = max(lengths) - shared
     cache = start.beginnings([max(0, length - width) for length in lengths])
     logprobs = _read(model, cache, [question.ids[-width:] for question in group], lengths)
-    reads: list[Read] = [{(): _pick(row, q.tree.readings[()])} for row, q in zip(logprobs, group, strict=True)]
-    paths = sorted(((i, path) for i, q in enumerate(group) for path in q.tree.readings if path), key=lambda item: len(item[1]))
+    reads: list[Read] = [
+        {(): _pick(row, q.tree.readings[()])} for row, q in zip(logprobs, group, strict=True)
+    ]
+    paths = sorted(
+        ((i, path) for i, q in enumerate(group) for path in q.tree.readings if path),
+        key=lambda item: len(item[1]),
+    )
     for steps, alike in itertools.groupby(paths, key=lambda item: len(item[1])):
         waiting, rows = [*alike], max(1, cells // (cache.length + steps))
         while waiting:
             batch, waiting = waiting[:rows], waiting[rows:]
             of = [i for i, _ in batch]
             ends = [lengths[i] + steps for i in of]
-            logprobs = _read(model, cache.take(of, cache.length), [list(path) for _, path in batch], ends)
+            logprobs = _read(
+                model, cache.take(of, cache.length), [list(path) for _, path in batch], ends
+            )
             for (i, path), row in zip(batch, logprobs, strict=True):
                 reads[i][path] = _pick(row, group[i].tree.readings[path])
     return reads
 
 
-def _read(model: Model, cache: RowCache, tokens: Sequence[list[int]], lengths: list[int]) -> torch.Tensor:
+def _read(
+    model: Model, cache: RowCache, tokens: Sequence[list[int]], lengths: list[int]
+) -> torch.Tensor:
     """Append tokens to each row; -> [B, V] logprobs after the last."""
     width = max(len(row) for row in tokens)
     ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=model.device)
     logprobs = torch.log_softmax(model.forward(ids, cache, lengths).logits, dim=-1)
     if not logprobs.amax(dim=-1).isfinite().all():
-        raise EngineFailed("the model's logits are not finite; its weights or its dtype are at fault", status=500)
+        raise EngineFailed(
+            "the model's logits are not finite; its weights or its dtype are at fault", status=500
+        )
     return logprobs
 
 
@@ -120,4 +133,7 @@ def _pick(logprobs: torch.Tensor, tokens: Sequence[int]) -> dict[int, float]:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )

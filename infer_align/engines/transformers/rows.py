@@ -28,17 +28,27 @@ class Job:
     params: SamplingParams
     prompt: Prompt
     room: int  # tokens that each candidate may generate
-    steered_by: tuple[tuple[Value, float], ...] = ()  # values and their weights, as they were when it came: they may be replaced
-    watched_by: tuple[tuple[HeadValue, float], ...] = ()  # the same of those whose estimates are reported
+    steered_by: tuple[
+        tuple[Value, float], ...
+    ] = ()  # values and their weights, as they were when it came: they may be replaced
+    watched_by: tuple[
+        tuple[HeadValue, float], ...
+    ] = ()  # the same of those whose estimates are reported
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
     closed: bool = False  # set from the event loop: nobody listens any more
-    rows: deque[Row] = field(default_factory=deque)  # the candidates that have not joined the batch; filled by the scheduler
+    rows: deque[Row] = field(
+        default_factory=deque
+    )  # the candidates that have not joined the batch; filled by the scheduler
     cache: RowCache = field(default_factory=RowCache)  # the prompt's one row, filled by prefill
     step: Step | None = None  # after the prompt, of one row; None until it is prefilled
-    value_caches: dict[ValueLM, RowCache] = field(default_factory=dict)  # the prompt's row in the value LMs that steer the draw
+    value_caches: dict[ValueLM, RowCache] = field(
+        default_factory=dict
+    )  # the prompt's row in the value LMs that steer the draw
     stops: set[int | None] = field(default_factory=set)  # candidates to finish now; None means all
-    unfinished: int = field(init=False)  # candidates still to be told; counted down by the scheduler
+    unfinished: int = field(
+        init=False
+    )  # candidates still to be told; counted down by the scheduler
 
     def __post_init__(self) -> None:
         self.unfinished = self.draw.n
@@ -73,7 +83,9 @@ class Row:
     eos: frozenset[int]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)  # one per token, when asked for
-    pending: list[dict[str, Any]] = field(default_factory=list)  # of those, the ones not yet streamed
+    pending: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of those, the ones not yet streamed
     finish_reason: str | None = None
     unsaid: str = field(init=False)  # the echo, until the first delta
 
@@ -133,15 +145,26 @@ class Row:
         logprobs = self._wire_logprobs(self.logprobs)
         if self.job.draw.kind == "chat":
             message = {"role": "assistant", "content": text, "refusal": None}
-            choice: dict[str, Any] = {"message": message, "logprobs": logprobs, "finish_reason": self.finish_reason}
+            choice: dict[str, Any] = {
+                "message": message,
+                "logprobs": logprobs,
+                "finish_reason": self.finish_reason,
+            }
         else:
             choice = {"text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
-        return [*told, Candidate(self.index, choice, 0, len(self.prompt_ids), len(self.tokens), cut=cut)]
+        return [
+            *told,
+            Candidate(self.index, choice, 0, len(self.prompt_ids), len(self.tokens), cut=cut),
+        ]
 
     def fail(self, why: str) -> list[Event]:
         """Nothing more can be sampled."""
         self.finish_reason = "error"
-        return [Candidate(self.index, {}, 0, len(self.prompt_ids), len(self.tokens), error=why, status=500)]
+        return [
+            Candidate(
+                self.index, {}, 0, len(self.prompt_ids), len(self.tokens), error=why, status=500
+            )
+        ]
 
     def _delta(self, piece: str) -> Delta:
         logprobs, self.pending = self._wire_logprobs(self.pending), []
@@ -154,7 +177,10 @@ class Row:
             return None
         if self.job.draw.kind == "chat":
             return {"content": list(entries), "refusal": None}
-        offsets, offset = [], sum(len(e["token"]) for e in self.logprobs[: len(self.logprobs) - len(entries)])
+        offsets, offset = (
+            [],
+            sum(len(e["token"]) for e in self.logprobs[: len(self.logprobs) - len(entries)]),
+        )
         for entry in entries:
             offsets.append(offset)
             offset += len(entry["token"])
@@ -185,19 +211,32 @@ def logprob_entries(
     for j, (i, k) in enumerate(alternatives.items()):
         best = zip(top.indices[j, :k].tolist(), top.values[j, :k].tolist(), strict=True)
         entry = _entry(model, tokens[i], float(logprobs[j, tokens[i]]))
-        entries[i] = entry = {**entry, "top_logprobs": [_entry(model, token, value) for token, value in best]}
+        entries[i] = entry = {
+            **entry,
+            "top_logprobs": [_entry(model, token, value) for token, value in best],
+        }
         if rows[i].job.draw.steering:
-            entry["aligned_logprob"] = max(float(torch.log_softmax(aligned[i], dim=-1)[tokens[i]]), -9999.0)
+            entry["aligned_logprob"] = max(
+                float(torch.log_softmax(aligned[i], dim=-1)[tokens[i]]), -9999.0
+            )
     return entries
 
 
 def _entry(model: Model, token: int, logprob: float) -> dict[str, Any]:
     data = token_bytes(model.tokenizer, token)
     # JSON has no infinity; a token that a bias or a ban alone made possible is OpenAI's -9999.
-    return {"token": data.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(data)}
+    return {
+        "token": data.decode(errors="replace"),
+        "logprob": max(logprob, -9999.0),
+        "bytes": list(data),
+    }
 
 
 def _name(entry: dict[str, Any]) -> str:
     """A token as text completions name it: parts of characters by their bytes, so that no two share a name."""
     data = bytes(entry["bytes"])
-    return str(entry["token"]) if data == entry["token"].encode() else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    return (
+        str(entry["token"])
+        if data == entry["token"].encode()
+        else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    )

@@ -44,19 +44,30 @@ def sample(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
         return greedy.tolist()
     scaled = _truncated(logits / temperature.clamp(min=1e-6)[:, None], rows)
     cdf = torch.softmax(scaled, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    uniform = torch.from_numpy(uniforms([row.seed for row in rows], [len(row.tokens) for row in rows])).to(logits.device)
-    picked = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    uniform = torch.from_numpy(
+        uniforms([row.seed for row in rows], [len(row.tokens) for row in rows])
+    ).to(logits.device)
+    picked = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
+        max=logits.shape[-1] - 1
+    )
     return torch.where(temperature > 0, picked, greedy).tolist()
 
 
-def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def uniforms(
+    seeds: Sequence[int], steps: Sequence[int]
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Numbers in [0, 1), each from its (seed, step) alone: two rounds of splitmix64. [B], [B] -> [B]."""
     with np.errstate(over="ignore"):
-        state = _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN) + np.array(steps, dtype=np.uint64) * _GOLDEN
+        state = (
+            _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN)
+            + np.array(steps, dtype=np.uint64) * _GOLDEN
+        )
         return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(z: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def _mix(
+    z: np.ndarray[tuple[int], np.dtype[np.uint64]],
+) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -73,9 +84,13 @@ def adjust(logits: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
         if p.repetition_penalty != 1.0:
             seen = torch.tensor(sorted({*row.prompt_ids, *row.tokens}), device=logits.device)
             values = logits[i, seen]
-            logits[i, seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+            logits[i, seen] = torch.where(
+                values > 0, values / p.repetition_penalty, values * p.repetition_penalty
+            )
         if row.tokens and (p.frequency_penalty or p.presence_penalty):
-            counts = torch.bincount(torch.tensor(row.tokens, device=logits.device), minlength=logits.shape[-1])
+            counts = torch.bincount(
+                torch.tensor(row.tokens, device=logits.device), minlength=logits.shape[-1]
+            )
             logits[i] -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
         if p.logit_bias:
             logits[i, torch.tensor(list(p.logit_bias), device=logits.device)] += torch.tensor(
@@ -88,19 +103,31 @@ def adjust(logits: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
 
 def _is_adjusted(row: Sampled) -> bool:
     p = row.params
-    return bool(p.logit_bias or p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0 or row.banned)
+    return bool(
+        p.logit_bias
+        or p.frequency_penalty
+        or p.presence_penalty
+        or p.repetition_penalty != 1.0
+        or row.banned
+    )
 
 
 def _truncated(scaled: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
     """min_p, top_k and top_p as -inf, for the rows that ask for any. [B, V] -> [B, V]."""
-    touched = [i for i, row in enumerate(rows) if row.params.min_p > 0 or row.params.top_k > 0 or row.params.top_p < 1]
+    touched = [
+        i
+        for i, row in enumerate(rows)
+        if row.params.min_p > 0 or row.params.top_k > 0 or row.params.top_p < 1
+    ]
     if not touched:
         return scaled
     params = [rows[i].params for i in touched]
     device, vocabulary = scaled.device, scaled.shape[-1]
     values, order = scaled[touched].sort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(vocabulary, device=device)
-    top_k = torch.tensor([min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params], device=device)
+    top_k = torch.tensor(
+        [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params], device=device
+    )
     min_p = torch.tensor([p.min_p for p in params], device=device).log()
     drop = (ranks[None] >= top_k[:, None]) | (values < values[:, :1] + min_p[:, None])
     probabilities = torch.softmax(values.masked_fill(drop, -torch.inf), dim=-1)

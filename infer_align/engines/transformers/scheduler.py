@@ -102,7 +102,9 @@ class Scheduler(threading.Thread):
 
     def _new_rows(self, job: Job) -> Iterable[Row]:
         for i, seed in enumerate(job.draw.seeds):
-            yield Row(job, i, seed, TextStream(self.model.tokenizer, job.params.stop), self.model.eos)
+            yield Row(
+                job, i, seed, TextStream(self.model.tokenizer, job.params.stop), self.model.eos
+            )
 
     def _step(self) -> None:
         self._leave()
@@ -125,7 +127,11 @@ class Scheduler(threading.Thread):
                 self._tell(row.job, row.finish())
         self._jobs = {job for job in self._jobs if job.unfinished and not job.closed}
         self._batch = self._batch.take(
-            [i for i, row in enumerate(self._batch.rows) if row.finish_reason is None and not row.job.closed]
+            [
+                i
+                for i, row in enumerate(self._batch.rows)
+                if row.finish_reason is None and not row.job.closed
+            ]
         )
 
     def _read(self) -> None:
@@ -166,11 +172,17 @@ class Scheduler(threading.Thread):
                     self._ready.append(self._waiting.popleft())
             return
         batch: list[Job] = []
-        while self._waiting and self._fits_prefill([*batch, self._waiting[0]]) and not self._is_ahead(batch):
+        while (
+            self._waiting
+            and self._fits_prefill([*batch, self._waiting[0]])
+            and not self._is_ahead(batch)
+        ):
             batch.append(self._waiting.popleft())
         cache = RowCache()
         with self._failing(batch):
-            step = self._forward([job.prompt.ids for job in batch], cache, [len(job.prompt.ids) for job in batch])
+            step = self._forward(
+                [job.prompt.ids for job in batch], cache, [len(job.prompt.ids) for job in batch]
+            )
             for i, job in enumerate(batch):
                 job.cache = cache.take([i], len(job.prompt.ids))
                 self._prefilled(job, Step(step.logits[i : i + 1], step.hidden[i : i + 1]))
@@ -189,7 +201,9 @@ class Scheduler(threading.Thread):
 
     def _forward(self, parts: list[list[int]], cache: RowCache, lengths: list[int]) -> Step:
         width = max(len(part) for part in parts)
-        ids = torch.tensor([[0] * (width - len(part)) + part for part in parts], device=self.model.device)
+        ids = torch.tensor(
+            [[0] * (width - len(part)) + part for part in parts], device=self.model.device
+        )
         return self.model.forward(ids, cache, lengths)
 
     def _join(self) -> None:
@@ -211,14 +225,19 @@ class Scheduler(threading.Thread):
             self._batch = self._batch.join(self._advance(newcomers, step))
 
     def _fits(self, rows: list[Row]) -> bool:
-        return len(rows) <= self.max_batch and len(rows) * max(row.job.width for row in rows) <= self.capacity
+        return (
+            len(rows) <= self.max_batch
+            and len(rows) * max(row.job.width for row in rows) <= self.capacity
+        )
 
     def _decode(self) -> None:
         rows = self._batch.rows
         if not rows:
             return
         with self._failing(row.job for row in rows):
-            step = self._forward([row.tokens[-1:] for row in rows], self._batch.cache, [row.length for row in rows])
+            step = self._forward(
+                [row.tokens[-1:] for row in rows], self._batch.cache, [row.length for row in rows]
+            )
             self._batch = self._advance(self._batch, step)
 
     def _advance(self, batch: Batch, step: Step) -> Batch:
@@ -231,7 +250,9 @@ class Scheduler(threading.Thread):
         if batch.terms is None and any(row.job.draw.steering for row in rows):
             batch.terms = self.steerer.terms(rows)
         if batch.terms is not None:
-            logits, candidates = self.steerer.steer(logits, step.hidden, batch.terms, rows, batch.values)
+            logits, candidates = self.steerer.steer(
+                logits, step.hidden, batch.terms, rows, batch.values
+            )
         for row, value in self.steerer.estimates(logits, step.hidden, rows):
             self._tell(row.job, [Estimate(row.index, len(row.tokens), value)])
         tokens = sample(logits, rows)
@@ -248,7 +269,12 @@ class Scheduler(threading.Thread):
         if all(sound):
             return batch, step
         for row in itertools.compress(batch.rows, map(operator.not_, sound)):
-            self._tell(row.job, row.fail("the model's logits are not finite; its weights or its dtype are at fault"))
+            self._tell(
+                row.job,
+                row.fail(
+                    "the model's logits are not finite; its weights or its dtype are at fault"
+                ),
+            )
         kept = [i for i, fine in enumerate(sound) if fine]
         return batch.take(kept), Step(step.logits[kept], step.hidden[kept])
 
@@ -285,7 +311,10 @@ class Scheduler(threading.Thread):
 def _copies(job: Job, rows: list[Row]) -> Batch:
     """The job's prompt, once for each of these candidates."""
     first, columns = [0] * len(rows), len(job.prompt.ids)
-    values = {lm: ValueCache(lm, rows, cache.take(first, columns)) for lm, cache in job.value_caches.items()}
+    values = {
+        lm: ValueCache(lm, rows, cache.take(first, columns))
+        for lm, cache in job.value_caches.items()
+    }
     return Batch(rows, job.cache.take(first, columns), values)
 
 

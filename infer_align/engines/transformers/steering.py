@@ -37,7 +37,11 @@ class ValueCache:
         among = {id(row) for row in rows}
         kept = [i for i, row in enumerate(self.rows) if id(row) in among]
         columns = max((self.rows[i].length for i in kept), default=0)
-        return ValueCache(self.lm, [self.rows[i] for i in kept], self.cache.take(kept, columns) if kept else RowCache())
+        return ValueCache(
+            self.lm,
+            [self.rows[i] for i in kept],
+            self.cache.take(kept, columns) if kept else RowCache(),
+        )
 
     def join(self, other: ValueCache) -> ValueCache:
         """Its rows, then the other's."""
@@ -52,7 +56,9 @@ class ValueCache:
         k = token_ids.shape[1]
         prefix = torch.arange(columns, device=device)[None] >= (columns - lengths)[:, None]
         own = torch.eye(k, dtype=torch.bool, device=device)
-        mask = torch.cat([prefix[:, None].expand(-1, k, -1), own.expand(len(self.rows), -1, -1)], dim=-1)
+        mask = torch.cat(
+            [prefix[:, None].expand(-1, k, -1), own.expand(len(self.rows), -1, -1)], dim=-1
+        )
         return self.lm.forward(token_ids, self.cache, lengths[:, None].expand(-1, k), mask[:, None])
 
     def choose(self, token_ids: torch.Tensor, chosen: torch.Tensor) -> None:
@@ -60,12 +66,18 @@ class ValueCache:
         columns = self.cache.length - token_ids.shape[1]
         match = token_ids == chosen[:, None]
         self.cache.keep_one(columns, match.int().argmax(dim=-1))
-        if outside := torch.nonzero(~match.any(dim=-1)).ravel().tolist():  # from the tail: nobody has read that token yet
+        if (
+            outside := torch.nonzero(~match.any(dim=-1)).ravel().tolist()
+        ):  # from the tail: nobody has read that token yet
             patch = self.cache.take(outside, columns + 1)
             patch.drop_last()
-            positions = torch.tensor([[self.rows[i].length] for i in outside], device=token_ids.device)
+            positions = torch.tensor(
+                [[self.rows[i].length] for i in outside], device=token_ids.device
+            )
             ends = positions + 1
-            mask = (torch.arange(columns + 1, device=token_ids.device)[None] >= columns + 1 - ends).long()
+            mask = (
+                torch.arange(columns + 1, device=token_ids.device)[None] >= columns + 1 - ends
+            ).long()
             self.lm.forward(chosen[outside, None], patch, positions, mask)
             self.cache.overwrite_last(outside, patch)
 
@@ -77,7 +89,9 @@ class Terms:
     values: tuple[Value, ...]
     users: tuple[list[int] | None, ...]  # of each value, the rows that it steers; None for all
     beta: torch.Tensor  # [B, M]
-    beyond: torch.Tensor | None  # [B, k] True for slots past the row's own top_k; None where there are none
+    beyond: (
+        torch.Tensor | None
+    )  # [B, k] True for slots past the row's own top_k; None where there are none
     tail: torch.Tensor | Literal["keep"]  # [B] True where the tail is masked
     k: int
 
@@ -106,7 +120,9 @@ class Steerer:
         self._values = {**self._values, name: value}
         used = {id(v.lm) for v in self._values.values() if isinstance(v, LookaheadValue)}
         self._shared = {key: found for key, found in self._shared.items() if id(found) in used}
-        self.cell_bytes = sum(lm.cell_bytes for lm in self._shared.values() if isinstance(lm, ValueLM))
+        self.cell_bytes = sum(
+            lm.cell_bytes for lm in self._shared.values() if isinstance(lm, ValueLM)
+        )
 
     def value(self, name: str) -> Value:
         """The value of that name.
@@ -124,7 +140,9 @@ class Steerer:
         """
         check_values(draw, self._values)
 
-    def bind(self, draw: Draw) -> tuple[tuple[tuple[Value, float], ...], tuple[tuple[HeadValue, float], ...]]:
+    def bind(
+        self, draw: Draw
+    ) -> tuple[tuple[tuple[Value, float], ...], tuple[tuple[HeadValue, float], ...]]:
         """The values that a draw is steered by and watched by, with their weights; it keeps these, also when one is replaced."""
         beta = draw.steering.beta if draw.steering else {}
         weights = draw.watch.values if draw.watch else {}
@@ -143,7 +161,9 @@ class Steerer:
                 continue
             cache = caches[value.lm] = RowCache()
             for start in range(0, len(ids), PREFILL_TOKENS):
-                part = torch.tensor([ids[start : start + PREFILL_TOKENS]], device=self._frozen.device)
+                part = torch.tensor(
+                    [ids[start : start + PREFILL_TOKENS]], device=self._frozen.device
+                )
                 positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
                 value.lm.forward(part, cache, positions, None)
         return caches
@@ -161,13 +181,20 @@ class Steerer:
             values=tuple(values),
             users=tuple(None if len(found) == len(rows) else found for found in users),
             beta=torch.tensor(weights, device=device).view(len(rows), len(values)),
-            beyond=None if min(used) == k else torch.arange(k, device=device)[None] >= torch.tensor(used, device=device)[:, None],
+            beyond=None
+            if min(used) == k
+            else torch.arange(k, device=device)[None] >= torch.tensor(used, device=device)[:, None],
             tail=torch.tensor(masked, device=device) if any(masked) else "keep",
             k=k,
         )
 
     def steer(
-        self, logits: torch.Tensor, hidden: torch.Tensor, terms: Terms, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
+        self,
+        logits: torch.Tensor,
+        hidden: torch.Tensor,
+        terms: Terms,
+        rows: Sequence[Row],
+        caches: Mapping[ValueLM, ValueCache],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, V] logits, [B, d] states -> the reweighted logits and [B, k] the candidates; rows that do not steer as they were."""
         candidates = top_candidates(logits, terms.k)
@@ -177,7 +204,9 @@ class Steerer:
         slots = candidates if terms.beyond is None else candidates.masked_fill(terms.beyond, -1)
         return reweight_logits(logits, slots, values, terms.beta, terms.tail), candidates
 
-    def estimates(self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    def estimates(
+        self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row]
+    ) -> list[tuple[Row, float]]:
         """What those of the rows that are due are expected to be worth, by the values that they are watched by."""
         due = [i for i, row in enumerate(rows) if row.due]
         if not due:
@@ -190,17 +219,28 @@ class Steerer:
         return list(zip((rows[i] for i in due), found.tolist(), strict=True))
 
     def choose(
-        self, tokens: list[int], candidates: torch.Tensor, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
+        self,
+        tokens: list[int],
+        candidates: torch.Tensor,
+        rows: Sequence[Row],
+        caches: Mapping[ValueLM, ValueCache],
     ) -> None:
         """Tell the value LMs which token each row took."""
         place = {id(row): i for i, row in enumerate(rows)}
         for cache in caches.values():
             members = [place[id(row)] for row in cache.rows]
-            cache.choose(candidates[members], torch.tensor([tokens[i] for i in members], device=candidates.device))
+            cache.choose(
+                candidates[members],
+                torch.tensor([tokens[i] for i in members], device=candidates.device),
+            )
 
 
 def _evaluate(
-    candidates: torch.Tensor, hidden: torch.Tensor, terms: Terms, rows: Sequence[Row], caches: Mapping[ValueLM, ValueCache]
+    candidates: torch.Tensor,
+    hidden: torch.Tensor,
+    terms: Terms,
+    rows: Sequence[Row],
+    caches: Mapping[ValueLM, ValueCache],
 ) -> torch.Tensor:
     """[M, B, k] values of the candidates; what a row does not use is 0 and was not computed."""
     place = {id(row): i for i, row in enumerate(rows)} if caches else {}

@@ -27,7 +27,9 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stops = stops
         self._held = ""  # may be the beginning of a stop string
-        self._before: list[int] = []  # the tokens of the last piece: whether a space leads depends on what stands before
+        self._before: list[
+            int
+        ] = []  # the tokens of the last piece: whether a space leads depends on what stands before
         self._tokens: list[int] = []  # those since
 
     def push(self, token: int) -> str:
@@ -88,7 +90,11 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
         return piece.encode()
     decoder = repr(tokenizer.backend_tokenizer.decoder)
     if "ByteLevel(" in decoder:
-        return bytes(_LETTERS[letter] for letter in piece) if all(letter in _LETTERS for letter in piece) else piece.encode()
+        return (
+            bytes(_LETTERS[letter] for letter in piece)
+            if all(letter in _LETTERS for letter in piece)
+            else piece.encode()
+        )
     if "ByteFallback(" in decoder and (byte := _BYTE.fullmatch(piece)):
         return bytes([int(byte[1], 16)])
     if _SPACE in decoder:
@@ -101,7 +107,9 @@ def _letters() -> dict[str, int]:
     """The letters that byte-level vocabularies write bytes with: printable ones stand for themselves, the rest from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(0x100 + i): byte for i, byte in enumerate(hidden)
+    }
 
 
 _LETTERS = _letters()

@@ -37,7 +37,9 @@ from infer_align.values import Value
 class Vllm:
     """Any model that vLLM serves, on as many GPUs and nodes as it is told."""
 
-    model: str = field(default="demo", metadata={"description": 'path or hub id; "demo" is the embedded model'})
+    model: str = field(
+        default="demo", metadata={"description": 'path or hub id; "demo" is the embedded model'}
+    )
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -71,7 +73,10 @@ class VllmEngine(Engine):
     capabilities = frozenset(Capability) - {Capability.SEQUENCE_LOGPROBS, Capability.STEER}
 
     lacking: Mapping[Capability, str] = MappingProxyType(
-        dict.fromkeys((Capability.STEER, Capability.ESTIMATES), 'configure a value of kind "head" in [values.*]')
+        dict.fromkeys(
+            (Capability.STEER, Capability.ESTIMATES),
+            'configure a value of kind "head" in [values.*]',
+        )
     )
 
     def __init__(self, config: Vllm) -> None:
@@ -105,7 +110,9 @@ class VllmEngine(Engine):
         except AlignError:
             raise
         except Exception as error:
-            raise ConfigError(f"vLLM could not start: {error}; its log above has the cause.") from error
+            raise ConfigError(
+                f"vLLM could not start: {error}; its log above has the cause."
+            ) from error
         from infer_align import vllm_compat
         from infer_align.vllm_openai import Frontend
 
@@ -113,25 +120,34 @@ class VllmEngine(Engine):
         self._frontend = Frontend(self._engine, self._args)
         await self._frontend.start()
         self.context_length = self._engine.model_config.max_model_len
-        self._fetcher = Fetcher(partial(vllm_compat.call_workers, self._engine, "infer_align_take_estimates"))
+        self._fetcher = Fetcher(
+            partial(vllm_compat.call_workers, self._engine, "infer_align_take_estimates")
+        )
         if self._steerer.active:
             self.capabilities |= {Capability.STEER}
             self._offer_estimates()
-        if not self._engine.model_config.logprobs_mode.endswith("logprobs"):  # raw_logits, processed_logits
+        if not self._engine.model_config.logprobs_mode.endswith(
+            "logprobs"
+        ):  # raw_logits, processed_logits
             self.capabilities -= {Capability.LOGPROBS, Capability.LABEL_LOGPROBS}
 
     def _offer_estimates(self) -> None:
         if self._engine.vllm_config.speculative_config is None:
             self.capabilities |= {Capability.ESTIMATES}
         else:
-            self.lacking = {**self.lacking, Capability.ESTIMATES: "leave out [engine] speculative_config, or align.early_stop"}
+            self.lacking = {
+                **self.lacking,
+                Capability.ESTIMATES: "leave out [engine] speculative_config, or align.early_stop",
+            }
 
     def _launch(self) -> None:
         from infer_align import vllm_compat
 
         assert self._steerer is not None
         options = self._steerer.engine_args(self.config.options)
-        self._args = vllm_compat.arguments(locate(self.config.model), self.served_name or self.model, options)
+        self._args = vllm_compat.arguments(
+            locate(self.config.model), self.served_name or self.model, options
+        )
         self.progress("vLLM's workers: weights, memory profile, key-value cache")
         self._engine = vllm_compat.launch(self._args, self._steerer.configure)
 
@@ -233,7 +249,11 @@ class VllmEngine(Engine):
         Raises:
             Unsupported: a label cannot be spelt.
         """
-        return super().label_calls(labels) if self._frontend is None else len(readings(self._frontend, labels))
+        return (
+            super().label_calls(labels)
+            if self._frontend is None
+            else len(readings(self._frontend, labels))
+        )
 
     async def read_labels(self, query: LabelQuery) -> LabelReading:
         """One token after each path that spells a label, all paths at once; they share the prompt's cached prefix."""

@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from infer_align.vllm_openai import Frontend
 
 # Say who asks or how to store and bill, not what to answer: vLLM does not read them, and nothing is lost.
-NEUTRAL = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "store", "service_tier"}
+NEUTRAL = {
+    "user",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "store",
+    "service_tier",
+}
 # Said beside a draw's body, or answered beside the choices, where an answer of several candidates has no place for it.
 ELSEWHERE = {
     "use_beam_search": "which searches where candidates are sampled",
@@ -33,8 +41,17 @@ def parsed(frontend: Frontend, draw: Draw, **fields: object) -> Any:
     body = {name: value for name, value in draw.body.items() if name not in NEUTRAL}
     for name, value in body.items():
         if name in ELSEWHERE and value not in (None, False):
-            raise Unsupported(f"{name}: is not available with align, {ELSEWHERE[name]}; leave out one.", param=name)
+            raise Unsupported(
+                f"{name}: is not available with align, {ELSEWHERE[name]}; leave out one.",
+                param=name,
+            )
         if name not in known:
-            raise Unsupported(f"{name}: vLLM does not know the field; {nearest(name, known)}", param=name, code="unknown_field")
-    model = body["model"] if body.get("model") in frontend.variants else frontend.model  # not a preset's name
+            raise Unsupported(
+                f"{name}: vLLM does not know the field; {nearest(name, known)}",
+                param=name,
+                code="unknown_field",
+            )
+    model = (
+        body["model"] if body.get("model") in frontend.variants else frontend.model
+    )  # not a preset's name
     return frontend.request(draw.kind, {**body, "model": model, **fields})

@@ -31,15 +31,26 @@ ABORT_AGAIN_SECONDS = 0.05
 class Sampling:
     """The requests of one draw, running."""
 
-    def __init__(self, engine: Any, frontend: Frontend, draw: Draw, extra_args: Mapping[str, Any], fetcher: Fetcher) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        frontend: Frontend,
+        draw: Draw,
+        extra_args: Mapping[str, Any],
+        fetcher: Fetcher,
+    ) -> None:
         from infer_align.vllm_openai import Job  # noqa: PLC0415 - vLLM is running by now
 
         self.stream = Stream(draw.n, self._stop, self.close)
         self._engine = engine
         self._frontend = frontend
         self._draw = draw
-        self._watched = [Named(uuid.uuid4().hex, draw.watch) for _ in range(draw.n)] if draw.watch else []
-        watches: list[dict[str, Any]] = [named.extra_args() for named in self._watched] or [{}] * draw.n
+        self._watched = (
+            [Named(uuid.uuid4().hex, draw.watch) for _ in range(draw.n)] if draw.watch else []
+        )
+        watches: list[dict[str, Any]] = [named.extra_args() for named in self._watched] or [
+            {}
+        ] * draw.n
         self._jobs: list[Job] = [Job({**extra_args, **watch}) for watch in watches]
         self._fetcher = fetcher
         self._cut: set[int] = set()
@@ -87,7 +98,11 @@ class Sampling:
     async def _run(self) -> None:
         draw = self._draw
         try:
-            request = parsed(self._frontend, draw, **({"stream": True, "stream_options": USAGE} if draw.deltas else {}))
+            request = parsed(
+                self._frontend,
+                draw,
+                **({"stream": True, "stream_options": USAGE} if draw.deltas else {}),
+            )
             if draw.n > 1:
                 rendered = await self._frontend.render(draw.kind, request)
                 for job in self._jobs:
@@ -103,8 +118,12 @@ class Sampling:
             await self._candidate(index, request)
         except EngineFailed as error:  # this one; the others go on
             if not self._ended:
-                cut = index in self._cut  # aborted before its first token, it may have nothing that could be formatted
-                self.stream.put(Candidate(index, {}, error=error.message, status=error.status, cut=cut))
+                cut = (
+                    index in self._cut
+                )  # aborted before its first token, it may have nothing that could be formatted
+                self.stream.put(
+                    Candidate(index, {}, error=error.message, status=error.status, cut=cut)
+                )
         except AlignError as error:  # all of them: the request is at fault, or the engine is gone
             if not self._ended:
                 self.stream.put(error)
@@ -126,12 +145,16 @@ class Sampling:
         else:
             choice, usage = answer.choices[0].model_dump(), answer.usage.model_dump()
             del choice["index"]
-        if self._watched:  # who is compared must not depend on what came first, the end or the estimate before it
+        if (
+            self._watched
+        ):  # who is compared must not depend on what came first, the end or the estimate before it
             await self._fetcher.flush()
         cut = index in self._cut and choice["finish_reason"] in {"abort", None}
         if choice["finish_reason"] == "abort":
             choice["finish_reason"] = "length"
-        self.stream.put(Candidate(index, choice, 0, usage["prompt_tokens"], usage["completion_tokens"], cut=cut))
+        self.stream.put(
+            Candidate(index, choice, 0, usage["prompt_tokens"], usage["completion_tokens"], cut=cut)
+        )
 
 
 USAGE = {"include_usage": True}

@@ -28,7 +28,10 @@ async def read_labels(engine: Any, frontend: Frontend, query: LabelQuery) -> Lab
     prompt = await frontend.turn(query.messages, query.prefix)
     asked = _asked(tree)
     answers = await asyncio.gather(
-        *(label_logprobs(engine, [*prompt, *path], tokens, f"label-{uuid.uuid4().hex}") for path, tokens in asked)
+        *(
+            label_logprobs(engine, [*prompt, *path], tokens, f"label-{uuid.uuid4().hex}")
+            for path, tokens in asked
+        )
     )
     read: dict[Path, dict[int, float]] = {}
     for (path, _), logprobs in zip(asked, answers, strict=True):

@@ -19,7 +19,11 @@ class Pieces:
     def __init__(self, kind: Kind) -> None:
         self._chat = kind == "chat"
         self.choice: dict[str, Any] = {"logprobs": None, "finish_reason": None, "stop_reason": None}
-        self.choice |= {"message": {"role": "assistant", "content": None, "reasoning": None}} if self._chat else {"text": ""}
+        self.choice |= (
+            {"message": {"role": "assistant", "content": None, "reasoning": None}}
+            if self._chat
+            else {"text": ""}
+        )
         self.usage: dict[str, int] = {"prompt_tokens": 0, "completion_tokens": 0}
 
     def add(self, chunk: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -27,7 +31,11 @@ class Pieces:
         self.usage = chunk.get("usage") or self.usage
         if not chunk.get("choices"):
             return None
-        piece = {key: value for key, value in chunk["choices"][0].items() if key != "index" and value is not None}
+        piece = {
+            key: value
+            for key, value in chunk["choices"][0].items()
+            if key != "index" and value is not None
+        }
         for key in ("finish_reason", "stop_reason"):
             self.choice[key] = piece.pop(key, self.choice[key])
         if logprobs := piece.get("logprobs"):
@@ -35,7 +43,11 @@ class Pieces:
         if tokens := piece.get("token_ids"):
             self.choice["token_ids"] = [*self.choice.get("token_ids", ()), *tokens]
         if self._chat:
-            delta = {key: value for key, value in piece["delta"].items() if key != "role" and value not in (None, "")}
+            delta = {
+                key: value
+                for key, value in piece["delta"].items()
+                if key != "role" and value not in (None, "")
+            }
             piece["delta"] = delta
             self._say(delta)
             return piece if delta or len(piece) > 1 else None
@@ -50,13 +62,20 @@ class Pieces:
                     self._call(call)
             else:
                 message[key] = (message.get(key) or "") + value if isinstance(value, str) else value
-        if not delta and message["content"] is None and not message.get("tool_calls") and not message["reasoning"]:
+        if (
+            not delta
+            and message["content"] is None
+            and not message.get("tool_calls")
+            and not message["reasoning"]
+        ):
             message["content"] = ""
 
     def _call(self, piece: Mapping[str, Any]) -> None:
         calls = self.choice["message"].setdefault("tool_calls", [])
         while len(calls) <= piece["index"]:
-            calls.append({"id": None, "type": "function", "function": {"name": None, "arguments": ""}})
+            calls.append(
+                {"id": None, "type": "function", "function": {"name": None, "arguments": ""}}
+            )
         call = calls[piece["index"]]
         function = piece.get("function") or {}
         call["id"] = piece.get("id") or call["id"]
@@ -67,4 +86,7 @@ class Pieces:
 def _extend(choice: dict[str, Any], key: str, more: Mapping[str, Any]) -> None:
     """Lists in parallel, such as the tokens of logprobs and what is known of each."""
     so_far = choice[key] or {}
-    choice[key] = {name: [*so_far.get(name, ()), *value] if isinstance(value, list) else value for name, value in more.items()}
+    choice[key] = {
+        name: [*so_far.get(name, ()), *value] if isinstance(value, list) else value
+        for name, value in more.items()
+    }

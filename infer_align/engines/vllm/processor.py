@@ -49,12 +49,18 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
         size = where.max_num_reqs if pinned is None else vllm_config.scheduler_config.max_num_seqs
         settings = _settings(vllm_config)
         self._frozen = Frozen(
-            model.model, model.get_vocab_size(), model.get_hidden_size(), settings.get("tokenizer", ""), str(device)
+            model.model,
+            model.get_vocab_size(),
+            model.get_hidden_size(),
+            settings.get("tokenizer", ""),
+            str(device),
         )
         self._slots = Slots(size, self._frozen.vocabulary, device)
         self._rows: dict[int, Bound] = {}  # V1: how each row is steered
         self._watched: dict[int, Watched] = {}  # by row (V1) or slot (V2)
-        self._prompt_lengths = np.zeros(0) if pinned is not None else where.prompt_len.np  # V2: of each slot
+        self._prompt_lengths = (
+            np.zeros(0) if pinned is not None else where.prompt_len.np
+        )  # V2: of each slot
         self._recorder = Recorder(device)
         self._tap = Tap()
         self._loaded: HeadValue | None = None  # the latest
@@ -97,7 +103,9 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
         """V1, before each step: which rows have come, gone or moved."""
         if process_dict_updates(self._rows, batch_update, lambda params, *_: self._bind(params)):
             self._slots.replace(self._rows)
-        process_dict_updates(self._watched, batch_update, lambda params, _, output: self._watch(params, output))
+        process_dict_updates(
+            self._watched, batch_update, lambda params, _, output: self._watch(params, output)
+        )
         self._tap.armed = bool(self._rows or self._watched)
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
@@ -143,8 +151,14 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
             slots = ctx.idx_mapping_np  # the other array is padded where a CUDA graph is
             lengths = ctx.seq_lens_upper_bound_np[: len(slots)] - self._prompt_lengths[slots]
             pairs = zip(slots.tolist(), lengths.tolist(), strict=True)
-            found = ((i, self._watched[slot], n) for i, (slot, n) in enumerate(pairs) if slot in self._watched)
-        return [(row, watched, tokens) for row, watched, tokens in found if watched.watch.due(tokens)]
+            found = (
+                (i, self._watched[slot], n)
+                for i, (slot, n) in enumerate(pairs)
+                if slot in self._watched
+            )
+        return [
+            (row, watched, tokens) for row, watched, tokens in found if watched.watch.due(tokens)
+        ]
 
     def _bind(self, sampling_params: Any) -> Bound | None:
         return self._slots.bind(Terms.read(sampling_params.extra_args))
@@ -152,7 +166,11 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
     def _watch(self, sampling_params: Any, output: Sequence[int] = ()) -> Watched | None:
         if (named := Named.read(sampling_params.extra_args)) is None:
             return None
-        values = ((self._slots.head(name), weight) for name, weight in named.watch.values.items() if weight)
+        values = (
+            (self._slots.head(name), weight)
+            for name, weight in named.watch.values.items()
+            if weight
+        )
         return Watched(named.name, named.watch, tuple(values), output)
 
 
@@ -179,7 +197,11 @@ class WorkerExtension:
 
     def infer_align_take_estimates(self) -> Estimates:
         """What the values have said of watched requests since the last call; nothing where this worker does not sample."""
-        return [estimate for processor in self._infer_align_processors() for estimate in processor.take_estimates()]
+        return [
+            estimate
+            for processor in self._infer_align_processors()
+            for estimate in processor.take_estimates()
+        ]
 
     def _infer_align_processors(self) -> list[ValueProcessor]:
         return [processor for processor in _live if processor.vllm_config is self.vllm_config]

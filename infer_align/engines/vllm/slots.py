@@ -34,9 +34,13 @@ class Layout:
 
     rows: torch.Tensor | None  # [S] of the logits; None for all of them
     values: tuple[HeadValue, ...]
-    users: tuple[torch.Tensor | None, ...]  # of each value, which of the S rows it steers; None for all
+    users: tuple[
+        torch.Tensor | None, ...
+    ]  # of each value, which of the S rows it steers; None for all
     beta: torch.Tensor  # [S, M]
-    beyond: torch.Tensor | None  # [S, k] True past the row's own top_k; None where there are no such
+    beyond: (
+        torch.Tensor | None
+    )  # [S, k] True past the row's own top_k; None where there are no such
     tail: torch.Tensor | Literal["keep"]  # [S] True where the tail is masked
     k: int
     whole: bool = False  # every row has k candidates and is steered by every value
@@ -56,8 +60,12 @@ class Slots:
         self._beta = np.zeros((size, 0), np.float32)
         self._top_k = np.zeros(size, np.int64)  # 0 where the slot does not steer
         self._mask = np.zeros(size, np.bool_)
-        self._layout: tuple[bytes, Layout | None] | None = None  # of the latest step, with the rows that it was made for
-        self._state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # beta, top_k, mask on the device
+        self._layout: tuple[bytes, Layout | None] | None = (
+            None  # of the latest step, with the rows that it was made for
+        )
+        self._state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = (
+            None  # beta, top_k, mask on the device
+        )
 
     @property
     def steered_any(self) -> bool:
@@ -66,11 +74,17 @@ class Slots:
 
     def add(self, name: str, value: HeadValue) -> None:
         """Let slots that are filled from now on use a value."""
-        used = {*np.flatnonzero(self._beta.any(axis=0)).tolist()} | {self._columns[n] for n in self._columns if n != name}
-        self._values = [value if column in used else None for column, value in enumerate(self._values)]
+        used = {*np.flatnonzero(self._beta.any(axis=0)).tolist()} | {
+            self._columns[n] for n in self._columns if n != name
+        }
+        self._values = [
+            value if column in used else None for column, value in enumerate(self._values)
+        ]
         if None not in self._values:
             self._values.append(None)
-            self._beta = np.concatenate([self._beta, np.zeros((len(self._beta), 1), np.float32)], axis=1)
+            self._beta = np.concatenate(
+                [self._beta, np.zeros((len(self._beta), 1), np.float32)], axis=1
+            )
         self._columns[name] = column = self._values.index(None)
         self._values[column] = value
         self._changed()
@@ -83,7 +97,9 @@ class Slots:
         """
         value = self._values[self._columns[name]] if name in self._columns else None
         if value is None:
-            raise RuntimeError(f"a request is watched by {name!r}, which this worker has not loaded.")
+            raise RuntimeError(
+                f"a request is watched by {name!r}, which this worker has not loaded."
+            )
         return value
 
     def bind(self, terms: Terms | None) -> Bound | None:
@@ -95,7 +111,9 @@ class Slots:
         if terms is None:
             return None
         if missing := terms.beta.keys() - self._columns.keys():
-            raise RuntimeError(f"a request is steered by {sorted(missing)}, which this worker has not loaded.")
+            raise RuntimeError(
+                f"a request is steered by {sorted(missing)}, which this worker has not loaded."
+            )
         weights = {self._columns[name]: weight for name, weight in terms.beta.items()}
         return Bound(weights, min(terms.top_k, self._vocabulary), terms.mask)
 
@@ -150,7 +168,11 @@ class Slots:
         if not len(steered):
             return None
         if self._state is None:
-            self._state = self._upload(self._beta), self._upload(self._top_k), self._upload(self._mask)
+            self._state = (
+                self._upload(self._beta),
+                self._upload(self._top_k),
+                self._upload(self._mask),
+            )
         k = int(self._top_k[steered].max())
         columns = np.flatnonzero(self._beta[steered].any(axis=0))
         beta, top_k, mask = (state.index_select(0, owners) for state in self._state)
@@ -185,12 +207,17 @@ def steer(logits: torch.Tensor, hidden: torch.Tensor, layout: Layout) -> torch.T
     candidates = top_candidates(mine, layout.k)
     values = _evaluate(candidates, states, layout.values, layout.users)
     slots = candidates if layout.beyond is None else candidates.masked_fill(layout.beyond, -1)
-    steered = reweight_logits(mine, slots, values, layout.beta, layout.tail, out=mine, whole=layout.whole)
+    steered = reweight_logits(
+        mine, slots, values, layout.beta, layout.tail, out=mine, whole=layout.whole
+    )
     return steered if rows is None else logits.index_copy_(0, rows, steered)
 
 
 def _evaluate(
-    candidates: torch.Tensor, states: torch.Tensor, values: Sequence[HeadValue], users: Sequence[torch.Tensor | None]
+    candidates: torch.Tensor,
+    states: torch.Tensor,
+    values: Sequence[HeadValue],
+    users: Sequence[torch.Tensor | None],
 ) -> torch.Tensor:
     """[M, S, k] values of the candidates; what a row does not use is 0 and was not computed."""
     if len(values) == 1 and users[0] is None:
@@ -200,5 +227,7 @@ def _evaluate(
         if some is None:
             found[m] = value.of(states, candidates)
         else:
-            found[m].index_copy_(0, some, value.of(states.index_select(0, some), candidates.index_select(0, some)))
+            found[m].index_copy_(
+                0, some, value.of(states.index_select(0, some), candidates.index_select(0, some))
+            )
     return found

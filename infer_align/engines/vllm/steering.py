@@ -46,10 +46,19 @@ class Terms(NamedTuple):
         given = (extra_args or {}).get(KEY)
         if given is None:
             return None
-        if not isinstance(given, Mapping) or given.keys() != {"beta", "top_k", "tail"} or not isinstance(given["beta"], Mapping):
-            raise ValueError(f"extra_args.{KEY}: not of the form {{beta, top_k, tail}}; ask for align.vas instead.")
+        if (
+            not isinstance(given, Mapping)
+            or given.keys() != {"beta", "top_k", "tail"}
+            or not isinstance(given["beta"], Mapping)
+        ):
+            raise ValueError(
+                f"extra_args.{KEY}: not of the form {{beta, top_k, tail}}; ask for align.vas instead."
+            )
         top_k, tail = given["top_k"], given["tail"]
-        weights = {name: checked_weight(f"align.vas.beta.{name}", name, weight) for name, weight in given["beta"].items()}
+        weights = {
+            name: checked_weight(f"align.vas.beta.{name}", name, weight)
+            for name, weight in given["beta"].items()
+        }
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
             raise ValueError(f"align.vas.top_k: {top_k!r} is not allowed; must be an integer >= 1.")
         if tail not in {"keep", "mask"}:
@@ -66,8 +75,14 @@ def checked_weight(where: str, name: object, weight: object) -> float:
     """
     if not isinstance(name, str) or (announced and name not in announced):
         raise ValueError(f"{where}: no such value; {nearest(str(name), announced)}")
-    if not isinstance(weight, int | float) or isinstance(weight, bool) or not abs(weight) <= MAX_BETA:  # NaN is not
-        raise ValueError(f"{where}: {weight!r} is not allowed; must be from {-MAX_BETA:g} to {MAX_BETA:g}.")
+    if (
+        not isinstance(weight, int | float)
+        or isinstance(weight, bool)
+        or not abs(weight) <= MAX_BETA
+    ):  # NaN is not
+        raise ValueError(
+            f"{where}: {weight!r} is not allowed; must be from {-MAX_BETA:g} to {MAX_BETA:g}."
+        )
     return float(weight)
 
 
@@ -122,12 +137,17 @@ class Steerer:
         for why in _refusals(config):
             raise ConfigError(f"[values.*] cannot steer this engine: {why}")
         model = config.model_config
-        self._frozen = Frozen(model.model, model.get_vocab_size(), model.get_hidden_size(), _digest(model), "cpu")
+        self._frozen = Frozen(
+            model.model, model.get_vocab_size(), model.get_hidden_size(), _digest(model), "cpu"
+        )
         for head in self._heads.values():
             self._admit(head)
         announced.update(self._heads)
         paths = {name: head.path for name, head in self._heads.items()}
-        config.additional_config = {**config.additional_config, KEY: {"tokenizer": self._frozen.tokenizer, "values": paths}}
+        config.additional_config = {
+            **config.additional_config,
+            KEY: {"tokenizer": self._frozen.tokenizer, "values": paths},
+        }
 
     async def add(self, name: str, value: Value, call: Call) -> None:
         """Let requests steer by another value from now on, without a restart; one of the same name is replaced.
@@ -139,10 +159,14 @@ class Steerer:
         """
         head = _head(name, value)
         if self._frozen is None:
-            raise ConfigError(f"[values.{name}] the engine was started without values; configure one and start it again.")
+            raise ConfigError(
+                f"[values.{name}] the engine was started without values; configure one and start it again."
+            )
         async with self._adding:
             await asyncio.to_thread(self._admit, head)
-            await call("infer_align_load_value", args=(head.path,))  # every worker can, or none changes
+            await call(
+                "infer_align_load_value", args=(head.path,)
+            )  # every worker can, or none changes
             if not sum(await call("infer_align_use_value", args=(name,))):
                 raise ConfigError(f"[values.{name}] no worker of this engine can take it.")
             self._heads = {**self._heads, name: head}
@@ -191,7 +215,10 @@ def _refusals(config: Any) -> Iterator[str]:
     parallel, speculative = config.parallel_config, config.speculative_config
     if parallel.enable_batch_sharded_sampling:
         yield "enable_batch_sharded_sampling gives a worker other rows to sample than it has states of; set it to false."
-    if parallel.distributed_executor_backend == "external_launcher" and parallel.pipeline_parallel_size > 1:
+    if (
+        parallel.distributed_executor_backend == "external_launcher"
+        and parallel.pipeline_parallel_size > 1
+    ):
         yield "distributed_executor_backend = 'external_launcher' with pipeline_parallel_size > 1 samples where no states are."
     if config.model_config.is_diffusion:
         yield "a diffusion model samples in its own way, past all logits processors."

@@ -31,7 +31,9 @@ PATIENCE_SECONDS = 10.0
 # Estimates that nobody fetches any more are forgotten; so many steps' are kept.
 KEPT_STEPS = 4096
 
-Estimates = list[tuple[str, int, float]]  # the request's name, its tokens, what it is expected to be worth
+Estimates = list[
+    tuple[str, int, float]
+]  # the request's name, its tokens, what it is expected to be worth
 Tell = Callable[[int, float], None]
 Sampled = Callable[[], int]  # how many tokens a request has by now
 
@@ -53,13 +55,20 @@ class Named(NamedTuple):
             case None:
                 return None
             case {"name": str(name), "values": dict(values), "after": int(after)} if after > 0:
-                weights = {key: checked_weight(f"align.early_stop.values.{key}", key, weight) for key, weight in values.items()}
+                weights = {
+                    key: checked_weight(f"align.early_stop.values.{key}", key, weight)
+                    for key, weight in values.items()
+                }
                 return cls(name, Watch(weights, after))
-        raise ValueError(f"extra_args.{KEY}: not of the form {{name, values, after}}; ask for align.early_stop instead.")
+        raise ValueError(
+            f"extra_args.{KEY}: not of the form {{name, values, after}}; ask for align.early_stop instead."
+        )
 
     def extra_args(self) -> dict[str, Any]:
         """What `read` reads."""
-        return {KEY: {"name": self.name, "values": dict(self.watch.values), "after": self.watch.after}}
+        return {
+            KEY: {"name": self.name, "values": dict(self.watch.values), "after": self.watch.after}
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +88,9 @@ class Recorder:
         self._device = device
         self._kept: deque[tuple[list[tuple[str, int]], torch.Tensor]] = deque(maxlen=KEPT_STEPS)
 
-    def add(self, logits: torch.Tensor, hidden: torch.Tensor, due: Sequence[tuple[int, Watched, int]]) -> None:
+    def add(
+        self, logits: torch.Tensor, hidden: torch.Tensor, due: Sequence[tuple[int, Watched, int]]
+    ) -> None:
         """Estimate these rows, each with its tokens so far; waits for nothing.
 
         Args:
@@ -92,7 +103,9 @@ class Recorder:
         weights = [dict(watched.values) for _, watched, _ in due]
         found = torch.zeros(len(due), device=self._device)
         for value in dict.fromkeys(value for own in weights for value in own):
-            found += self._upload([own.get(value, 0.0) for own in weights], torch.float32) * value.expected(states, policy)
+            found += self._upload(
+                [own.get(value, 0.0) for own in weights], torch.float32
+            ) * value.expected(states, policy)
         self._kept.append(([(watched.name, tokens) for _, watched, tokens in due], found))
 
     def take(self) -> Estimates:
@@ -100,12 +113,19 @@ class Recorder:
         taken, kept = [], self._kept
         while kept:
             names, found = kept.popleft()
-            taken += [(name, tokens, value) for (name, tokens), value in zip(names, found.tolist(), strict=True)]
+            taken += [
+                (name, tokens, value)
+                for (name, tokens), value in zip(names, found.tolist(), strict=True)
+            ]
         return taken
 
     def _upload(self, numbers: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.tensor([*numbers], dtype=dtype)
-        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
+        return (
+            tensor
+            if self._device.type == "cpu"
+            else tensor.pin_memory().to(self._device, non_blocking=True)
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -165,18 +185,24 @@ class Fetcher:
     async def _run(self) -> None:
         while self._waiting:
             await asyncio.sleep(FETCH_SECONDS)
-            if any(waiting.sampled() > waiting.due for waiting in self._waiting.values()):  # the step after it was made
+            if any(
+                waiting.sampled() > waiting.due for waiting in self._waiting.values()
+            ):  # the step after it was made
                 await self.flush()
 
     async def _tell(self) -> None:
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 answers = await self._fetch()
-        except Exception:  # the engine has died, and its requests say so; without estimates nothing is given up
+        except (
+            Exception
+        ):  # the engine has died, and its requests say so; without estimates nothing is given up
             log.exception("value estimates could not be fetched")
             self._waiting.clear()
             return
         # Workers that sample the same rows say the same.
-        for (name, tokens), value in {(name, tokens): value for said in answers for name, tokens, value in said}.items():
+        for (name, tokens), value in {
+            (name, tokens): value for said in answers for name, tokens, value in said
+        }.items():
             if waiting := self._waiting.get(name):
                 waiting.told(tokens, value)

@@ -22,7 +22,12 @@ from infer_align.rewards.trust_judge.asking import Judge, Judgement
 from infer_align.rewards.trust_judge.consistency import conflict_ratio, cycles, nontransitivity
 from infer_align.rewards.trust_judge.prompts import SIDES, labels
 from infer_align.rewards.trust_judge.readings import Reading, expected_score, relation, rescale
-from infer_align.rewards.trust_judge.tournament import Comparisons, most_readings, round_robin, swiss
+from infer_align.rewards.trust_judge.tournament import (
+    Comparisons,
+    most_readings,
+    round_robin,
+    swiss,
+)
 from infer_align.types import Candidate, Capability, LabelReader, Messages, Spent
 
 __all__ = [
@@ -42,26 +47,55 @@ __all__ = [
 class TrustJudge:
     """A language model that scores or compares candidates. `align.trust_judge` overrides what it names."""
 
-    engine: str = field(default="served", metadata={"description": 'who judges: "served", or a name of `[engines.*]`'})
-    mode: Literal["score", "pairwise"] = field(default="score", metadata={"description": "one score each, or comparisons"})
-    scale: Literal[5, 10, 100] = field(default=100, metadata={"description": "the highest score that it may give"})
-    criteria: Criteria = field(default=CRITERIA, metadata={"description": "what is judged, in words"})
-    readout: Literal["expected", "geval", "published"] = field(default="expected", metadata={"description": "how scores are read"})
-    rule: Literal["first_label", "likelihood", "perplexity"] = field(
-        default="likelihood", metadata={"description": "how the two orders of a comparison become one relation"}
+    engine: str = field(
+        default="served",
+        metadata={"description": 'who judges: "served", or a name of `[engines.*]`'},
     )
-    tolerance: float = field(default=0.0, metadata={"ge": 0, "description": "comparisons nearer than this are ties"})
+    mode: Literal["score", "pairwise"] = field(
+        default="score", metadata={"description": "one score each, or comparisons"}
+    )
+    scale: Literal[5, 10, 100] = field(
+        default=100, metadata={"description": "the highest score that it may give"}
+    )
+    criteria: Criteria = field(
+        default=CRITERIA, metadata={"description": "what is judged, in words"}
+    )
+    readout: Literal["expected", "geval", "published"] = field(
+        default="expected", metadata={"description": "how scores are read"}
+    )
+    rule: Literal["first_label", "likelihood", "perplexity"] = field(
+        default="likelihood",
+        metadata={"description": "how the two orders of a comparison become one relation"},
+    )
+    tolerance: float = field(
+        default=0.0, metadata={"ge": 0, "description": "comparisons nearer than this are ties"}
+    )
     schedule: Literal["round_robin", "swiss"] = field(
-        default="round_robin", metadata={"description": "compare all pairs, or neighbours in the standings for log2 N + 1 rounds"}
+        default="round_robin",
+        metadata={
+            "description": "compare all pairs, or neighbours in the standings for log2 N + 1 rounds"
+        },
     )
     critique_tokens: int = field(
-        default=0, metadata={"ge": 0, "description": "let it write a critique of up to so many tokens first; for reasoning judges"}
+        default=0,
+        metadata={
+            "ge": 0,
+            "description": "let it write a critique of up to so many tokens first; for reasoning judges",
+        },
     )
     min_mass: float = field(
-        default=0.1, metadata={"ge": 0, "le": 1, "description": "less probability than this on its labels is a refusal: not scored"}
+        default=0.1,
+        metadata={
+            "ge": 0,
+            "le": 1,
+            "description": "less probability than this on its labels is a refusal: not scored",
+        },
     )
     description: str = field(default="", metadata={"description": "one line for people"})
-    timeout_seconds: float = field(default=60.0, metadata={"gt": 0, "description": "after this a candidate counts as not scored"})
+    timeout_seconds: float = field(
+        default=60.0,
+        metadata={"gt": 0, "description": "after this a candidate counts as not scored"},
+    )
 
     def load(self) -> TrustJudgeReward:
         """The reward; its engine is given to it before it starts."""
@@ -79,7 +113,9 @@ class TrustJudgeReward(Reward):
     def __init__(self, config: TrustJudge) -> None:
         self.config = config
         self.timeout_seconds = config.timeout_seconds
-        self.description = config.description or f"a judge on the engine {config.engine!r}, mode {config.mode}"
+        self.description = (
+            config.description or f"a judge on the engine {config.engine!r}, mode {config.mode}"
+        )
 
     async def start(self) -> None:
         """Find the engine.
@@ -88,12 +124,16 @@ class TrustJudgeReward(Reward):
             ConfigError: there is none of that name.
         """
         if self.engines and self.config.engine not in self.engines:
-            raise ConfigError(f"trust_judge.engine: {self.config.engine!r} is not configured; {nearest('', self.engines)}")
+            raise ConfigError(
+                f"trust_judge.engine: {self.config.engine!r} is not configured; {nearest('', self.engines)}"
+            )
 
     def asked(self, parameters: object) -> TrustJudgeReward:
         """The same judge with what a request says of mode, scale, criteria and readout."""
         assert isinstance(parameters, Asked)
-        said = {name: getattr(parameters, name) for name in ("mode", "scale", "criteria", "readout")}
+        said = {
+            name: getattr(parameters, name) for name in ("mode", "scale", "criteria", "readout")
+        }
         return self.configured(**{name: value for name, value in said.items() if value is not None})
 
     def configured(self, **fields: Any) -> TrustJudgeReward:
@@ -112,8 +152,15 @@ class TrustJudgeReward(Reward):
         if self._critique_logprobs:
             needed.add(Capability.LOGPROBS)
         if missing := sorted(needed - self._engine.capabilities):
-            able = [f"engine = {name!r}" for name, engine in self.engines.items() if needed <= engine.capabilities]
-            advice = " or ".join(able) or "an engine of [engines.*] that has it, such as transformers or vllm"
+            able = [
+                f"engine = {name!r}"
+                for name, engine in self.engines.items()
+                if needed <= engine.capabilities
+            ]
+            advice = (
+                " or ".join(able)
+                or "an engine of [engines.*] that has it, such as transformers or vllm"
+            )
             raise Unsupported(
                 f"{where}: needs {', '.join(missing)}, which the engine of {self._engine.model!r} lacks; "
                 f"set in the judge's section {advice}.",
@@ -135,25 +182,35 @@ class TrustJudgeReward(Reward):
 
     @property
     def _critique_logprobs(self) -> bool:
-        return self.config.critique_tokens > 0 and self.config.mode == "pairwise" and self.config.rule == "perplexity"
+        return (
+            self.config.critique_tokens > 0
+            and self.config.mode == "pairwise"
+            and self.config.rule == "perplexity"
+        )
 
     @property
     def judge(self) -> Judge:
         """Who is asked, and how."""
         c = self.config
-        return Judge(self._engine, c.criteria, c.critique_tokens, self._critique_logprobs, c.min_mass)
+        return Judge(
+            self._engine, c.criteria, c.critique_tokens, self._critique_logprobs, c.min_mass
+        )
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
         """[1, 1, N], from 1 to 5; NaN where the judge said nothing that can be read."""
         answers = [candidate.text for candidate in candidates]
         if self.config.mode == "score":
             return self._scored(await self.judge.scores(messages, answers, self.config.scale))
-        return self._compared(await self.compare(messages, answers), [candidate.index for candidate in candidates])
+        return self._compared(
+            await self.compare(messages, answers), [candidate.index for candidate in candidates]
+        )
 
     async def compare(self, messages: Messages, answers: list[str]) -> Comparisons:
         """The answers two at a time, by the configured schedule."""
         schedule = swiss if self.config.schedule == "swiss" else round_robin
-        return await schedule(self.judge, messages, answers, self.config.rule, self.config.tolerance)
+        return await schedule(
+            self.judge, messages, answers, self.config.rule, self.config.tolerance
+        )
 
     def read(self, judgement: Judgement) -> float:
         """A judgement's score on 1..scale; NaN where there is none."""
@@ -164,19 +221,41 @@ class TrustJudgeReward(Reward):
     def _scored(self, judgements: Sequence[Judgement]) -> Marks:
         values = [rescale(self.read(judgement), self.config.scale) for judgement in judgements]
         dropped = sum(judgement.reading is None for judgement in judgements)
-        report = {"mode": "score", "scale": self.config.scale, "drop_rate": dropped / max(1, len(judgements))}
+        report = {
+            "mode": "score",
+            "scale": self.config.scale,
+            "drop_rate": dropped / max(1, len(judgements)),
+        }
         spent = sum((judgement.spent for judgement in judgements), Spent())
-        return Marks(np.array([[values]], dtype=np.float64), spent, tuple(j.error for j in judgements), report)
+        return Marks(
+            np.array([[values]], dtype=np.float64),
+            spent,
+            tuple(j.error for j in judgements),
+            report,
+        )
 
     def _compared(self, found: Comparisons, names: Sequence[int]) -> Marks:
         rates = [found.win_rate(i) for i in range(len(names))]
         errors = {i: why for pair, why in found.errors.items() for i in pair}
-        lost = "there was no other candidate to compare with" if len(names) == 1 else "none of its comparisons was judged"
-        notes = tuple(errors.get(i, lost) if np.isnan(rate) else None for i, rate in enumerate(rates))
+        lost = (
+            "there was no other candidate to compare with"
+            if len(names) == 1
+            else "none of its comparisons was judged"
+        )
+        notes = tuple(
+            errors.get(i, lost) if np.isnan(rate) else None for i, rate in enumerate(rates)
+        )
         report = {
             "mode": "pairwise",
-            "comparisons": [{"pair": [names[i], names[j]], "relation": found.relations.get((i, j))} for i, j in found.orders],
-            "win_rates": {str(name): rate for name, rate in zip(names, rates, strict=True) if not np.isnan(rate)},
+            "comparisons": [
+                {"pair": [names[i], names[j]], "relation": found.relations.get((i, j))}
+                for i, j in found.orders
+            ],
+            "win_rates": {
+                str(name): rate
+                for name, rate in zip(names, rates, strict=True)
+                if not np.isnan(rate)
+            },
             "cycles": [[names[i] for i in cycle] for cycle in cycles(found.relations)],
             "drop_rate": len(found.errors) / max(1, len(found.orders)),
         }

@@ -10,7 +10,14 @@ from typing import Any
 
 from infer_align.errors import AlignError
 from infer_align.rewards import CALL_SHARE, seconds_allowed
-from infer_align.rewards.trust_judge.prompts import BETTER, SCORE, SIDES, labels, pair_messages, score_messages
+from infer_align.rewards.trust_judge.prompts import (
+    BETTER,
+    SCORE,
+    SIDES,
+    labels,
+    pair_messages,
+    score_messages,
+)
 from infer_align.rewards.trust_judge.readings import Reading, mass
 from infer_align.types import Candidate, Draw, LabelQuery, LabelReader, Messages, Spent
 
@@ -35,11 +42,17 @@ class Judge:
     critique_logprobs: bool = False  # whether it is to be known how likely the critique was
     min_mass: float = 0.0  # less than this on valid labels is a refusal
 
-    async def scores(self, messages: Messages, answers: Sequence[str], scale: int) -> list[Judgement]:
+    async def scores(
+        self, messages: Messages, answers: Sequence[str], scale: int
+    ) -> list[Judgement]:
         """One judgement per answer, with the labels 1..scale."""
         how: Any = {"critique": self.critique_tokens > 0, "controls": self.engine.control_tokens}
-        prompts = [score_messages(messages, answer, scale, self.criteria, **how) for answer in answers]
-        return await asyncio.gather(*(self._ask(prompt, SCORE, labels(scale)) for prompt in prompts))
+        prompts = [
+            score_messages(messages, answer, scale, self.criteria, **how) for answer in answers
+        ]
+        return await asyncio.gather(
+            *(self._ask(prompt, SCORE, labels(scale)) for prompt in prompts)
+        )
 
     async def comparisons(
         self, messages: Messages, answers: Sequence[str], pairs: Sequence[tuple[int, int]]
@@ -47,11 +60,15 @@ class Judge:
         """Per pair (i, j) two judgements with the labels A, B, C: i shown first, then j shown first."""
         how: Any = {"critique": self.critique_tokens > 0, "controls": self.engine.control_tokens}
         orders = [order for i, j in pairs for order in ((i, j), (j, i))]
-        prompts = [pair_messages(messages, answers[a], answers[b], self.criteria, **how) for a, b in orders]
+        prompts = [
+            pair_messages(messages, answers[a], answers[b], self.criteria, **how) for a, b in orders
+        ]
         found = await asyncio.gather(*(self._ask(prompt, BETTER, SIDES) for prompt in prompts))
         return list(zip(found[::2], found[1::2], strict=True))
 
-    async def _ask(self, messages: list[dict[str, Any]], prefix: str, among: tuple[str, ...]) -> Judgement:
+    async def _ask(
+        self, messages: list[dict[str, Any]], prefix: str, among: tuple[str, ...]
+    ) -> Judgement:
         allowed = CALL_SHARE * seconds_allowed.get()
         try:
             async with asyncio.timeout(allowed if math.isfinite(allowed) else None):
@@ -59,7 +76,9 @@ class Judge:
         except TimeoutError:
             return Judgement(None, error=f"the judge did not answer within {allowed:.3g} s")
 
-    async def _read(self, messages: list[dict[str, Any]], prefix: str, among: tuple[str, ...]) -> Judgement:
+    async def _read(
+        self, messages: list[dict[str, Any]], prefix: str, among: tuple[str, ...]
+    ) -> Judgement:
         spent, said, likely = Spent(), "", 0.0
         try:
             if self.critique_tokens:
@@ -71,16 +90,31 @@ class Judge:
             found = await self.engine.read_labels(LabelQuery(messages, said + prefix, among))
         except AlignError as error:
             return Judgement(None, error=error.message, spent=spent)
-        spent += Spent(0, found.calls, found.prompt_tokens, found.calls)  # each call samples one token
-        probs = sorted(((label, math.exp(p)) for label, p in found.logprobs.items() if p > -math.inf), key=lambda item: -item[1])
+        spent += Spent(
+            0, found.calls, found.prompt_tokens, found.calls
+        )  # each call samples one token
+        probs = sorted(
+            ((label, math.exp(p)) for label, p in found.logprobs.items() if p > -math.inf),
+            key=lambda item: -item[1],
+        )
         if not probs or (shown := mass(probs, among)) < self.min_mass:
             share = mass(probs, among)
-            return Judgement(None, share, f"the judge gave its labels {share:.2g} of the probability: a refusal", spent)
+            return Judgement(
+                None,
+                share,
+                f"the judge gave its labels {share:.2g} of the probability: a refusal",
+                spent,
+            )
         tokens = spent.judge_completion_tokens - found.calls + 1
         return Judgement(Reading(probs, likely + math.log(probs[0][1]), tokens), shown, None, spent)
 
     async def _critique(self, messages: list[dict[str, Any]], marker: str) -> Candidate:
-        body: dict[str, Any] = {"messages": messages, "max_tokens": self.critique_tokens, "stop": [marker], "temperature": 0}
+        body: dict[str, Any] = {
+            "messages": messages,
+            "max_tokens": self.critique_tokens,
+            "stop": [marker],
+            "temperature": 0,
+        }
         if self.critique_logprobs:
             body["logprobs"] = True
         [candidate] = await self.engine.generate(Draw(body, 1, (0,)))

@@ -14,7 +14,9 @@ Relations = Mapping[tuple[int, int], Relation]  # (i, j), i < j: of i to j
 _SIGN = {LARGER: 1, EQUAL: 0, SMALLER: -1}
 
 
-def conflict_ratio(scores: Mapping[int, float], relations: Relations, tolerance: float = 0.0) -> float:
+def conflict_ratio(
+    scores: Mapping[int, float], relations: Relations, tolerance: float = 0.0
+) -> float:
     """Share of pairs whose scores say otherwise than their comparison (definition 2.1); NaN where no pair has both.
 
     Finer scores conflict more often where comparisons are ties: a ratio is to be read beside the share of ties.

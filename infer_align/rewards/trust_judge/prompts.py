@@ -16,7 +16,16 @@ from typing import Any
 from infer_align.methods.trust_judge import CRITERIA
 from infer_align.types import Messages
 
-__all__ = ["BETTER", "CRITERIA", "SCALES", "SCORE", "SIDES", "labels", "pair_messages", "score_messages"]
+__all__ = [
+    "BETTER",
+    "CRITERIA",
+    "SCALES",
+    "SCORE",
+    "SIDES",
+    "labels",
+    "pair_messages",
+    "score_messages",
+]
 
 SCORE = "Score: ["
 BETTER = "Better: ["
@@ -61,8 +70,15 @@ def pair_messages(
     controls: frozenset[str] = _NONE,
 ) -> list[dict[str, Any]]:
     """Asks which of two answers is better; the labels A (the first), B and C (neither) follow `BETTER`."""
-    asked = f"Say which answer is better: [A], [B], or [C] for a tie. Criteria: {criteria}.\n{_DATA}"
-    return _ask(asked + _CRITIQUE.format(BETTER) * critique, messages, {"Answer A": first, "Answer B": second}, controls)
+    asked = (
+        f"Say which answer is better: [A], [B], or [C] for a tie. Criteria: {criteria}.\n{_DATA}"
+    )
+    return _ask(
+        asked + _CRITIQUE.format(BETTER) * critique,
+        messages,
+        {"Answer A": first, "Answer B": second},
+        controls,
+    )
 
 
 def labels(scale: int) -> tuple[str, ...]:
@@ -70,7 +86,9 @@ def labels(scale: int) -> tuple[str, ...]:
     return tuple(str(value) for value in range(1, scale + 1))
 
 
-def _ask(system: str, messages: Messages, answers: Mapping[str, str], controls: frozenset[str]) -> list[dict[str, Any]]:
+def _ask(
+    system: str, messages: Messages, answers: Mapping[str, str], controls: frozenset[str]
+) -> list[dict[str, Any]]:
     question, pattern = _conversation(messages), _control(controls)
     # The question's mark knows nothing of the answers: all prompts about one question begin alike, and are read once.
     blocks = [_marked("Question", question, _number([question]), pattern)] if question else []
@@ -92,7 +110,9 @@ def _marked(name: str, text: str, number: str, pattern: re.Pattern[str]) -> str:
 
 def _number(texts: Sequence[str]) -> str:
     """Two digits, or more where all of those occur: the same for the same texts, and in none of them."""
-    digest = int.from_bytes(hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).digest()[:8], "big")
+    digest = int.from_bytes(
+        hashlib.sha256("\0".join(texts).encode(errors="surrogatepass")).digest()[:8], "big"
+    )
     low = 10
     while True:
         for offset in range(9 * low):
@@ -114,5 +134,8 @@ def _text(message: Mapping[str, Any]) -> str:
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
-    parts = (part.get("text") if part.get("type") == "text" else f"[{part.get('type')}]" for part in content)
+    parts = (
+        part.get("text") if part.get("type") == "text" else f"[{part.get('type')}]"
+        for part in content
+    )
     return "".join(str(part) for part in parts)

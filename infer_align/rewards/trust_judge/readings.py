@@ -49,7 +49,9 @@ class Reading:
         return math.exp(-self.cumulative_logprob / self.tokens)
 
 
-def expected_score(probs: Iterable[Sequence[object]], scale: int, readout: Readout = "expected") -> float:
+def expected_score(
+    probs: Iterable[Sequence[object]], scale: int, readout: Readout = "expected"
+) -> float:
     """The score on 1..scale; NaN where no valid label has any mass.
 
     Args:
@@ -62,8 +64,14 @@ def expected_score(probs: Iterable[Sequence[object]], scale: int, readout: Reado
         ValueError: no such readout.
     """
     if readout not in get_args(Readout):
-        raise ValueError(f"readout: {readout!r} is not allowed; must be one of {', '.join(get_args(Readout))}.")
-    valid = [(value, float(p)) for label, p in probs if (value := label_value(str(label), scale)) is not None]  # type: ignore[arg-type]
+        raise ValueError(
+            f"readout: {readout!r} is not allowed; must be one of {', '.join(get_args(Readout))}."
+        )
+    valid = [
+        (value, float(p))
+        for label, p in probs
+        if (value := label_value(str(label), scale)) is not None
+    ]  # type: ignore[arg-type]
     if readout == "published":
         return _published(valid)
     mass = math.fsum(p for _, p in valid)
@@ -74,7 +82,11 @@ def expected_score(probs: Iterable[Sequence[object]], scale: int, readout: Reado
 
 
 def _published(valid: Sequence[tuple[int, float]]) -> float:
-    logits = [(value, math.log((p + _EPSILON) / (1.0 - p + _EPSILON)) / _TEMPERATURE) for value, p in valid if 0.0 < p < 1.0]
+    logits = [
+        (value, math.log((p + _EPSILON) / (1.0 - p + _EPSILON)) / _TEMPERATURE)
+        for value, p in valid
+        if 0.0 < p < 1.0
+    ]
     if not logits:
         return 0.0
     highest = max(logit for _, logit in logits)
@@ -119,7 +131,9 @@ def relation(order1: Reading, order2: Reading, rule: Rule, tolerance: float = 0.
             rule, or no such tolerance.
     """
     if rule not in get_args(Rule) or not tolerance >= 0:
-        raise ValueError(f"rule {rule!r} and tolerance {tolerance}: must be one of {', '.join(get_args(Rule))}, and at least 0.")
+        raise ValueError(
+            f"rule {rule!r} and tolerance {tolerance}: must be one of {', '.join(get_args(Rule))}, and at least 0."
+        )
     first, second = _first(order1), _SWAPPED.get(_first(order2), "")
     if rule == "first_label":
         return _OF_SIDE.get(first, EQUAL) if first == second else EQUAL
@@ -128,7 +142,9 @@ def relation(order1: Reading, order2: Reading, rule: Rule, tolerance: float = 0.
         if abs(gap) <= tolerance:
             return EQUAL
         if (side := first if gap > 0 else second) not in _OF_SIDE:
-            raise ValueError("probs: what the order of lower perplexity said first is none of A, B, C.")
+            raise ValueError(
+                "probs: what the order of lower perplexity said first is none of A, B, C."
+            )
         return _OF_SIDE[side]
     merged = merge(order1, order2)
     (_, runner_up), (side, most) = sorted(merged.items(), key=lambda item: item[1])[-2:]
@@ -139,7 +155,10 @@ def relation(order1: Reading, order2: Reading, rule: Rule, tolerance: float = 0.
 def merge(order1: Reading, order2: Reading) -> dict[str, float]:
     """A, B, C -> probability over both orders, the second's letters exchanged; sums to at most 2."""
     total = dict.fromkeys(_OF_SIDE, 0.0)
-    for reading, names in ((order1, dict(zip(_OF_SIDE, _OF_SIDE, strict=True))), (order2, _SWAPPED)):
+    for reading, names in (
+        (order1, dict(zip(_OF_SIDE, _OF_SIDE, strict=True))),
+        (order2, _SWAPPED),
+    ):
         for label, p in reading.probs:
             if label in names:
                 total[names[label]] += p
@@ -149,7 +168,9 @@ def merge(order1: Reading, order2: Reading) -> dict[str, float]:
 def _first(reading: Reading) -> str:
     """What was said first."""
     if not any(label in _OF_SIDE for label, _ in reading.probs):
-        raise ValueError(f"probs: {[label for label, _ in reading.probs][:5]} hold none of A, B, C.")
+        raise ValueError(
+            f"probs: {[label for label, _ in reading.probs][:5]} hold none of A, B, C."
+        )
     return reading.probs[0][0]
 
 
@@ -176,7 +197,9 @@ def extract(positions: Iterable[Probs], allowed: Iterable[str]) -> list[tuple[st
     for start, token in enumerate(tokens):
         if next(iter(token), None) != "[":
             continue
-        end = next((i for i in range(start + 1, min(start + 6, len(tokens))) if "]" in tokens[i]), None)
+        end = next(
+            (i for i in range(start + 1, min(start + 6, len(tokens))) if "]" in tokens[i]), None
+        )
         if end == start + 2 and _is_allowed(next(iter(tokens[start + 1]), ""), names, numbers):
             return list(tokens[start + 1].items())
     raise ValueError("no label of one token between brackets.")

@@ -26,11 +26,15 @@ class Comparisons:
     @property
     def spent(self) -> Spent:
         """Both orders of all pairs."""
-        return sum((judgement.spent for orders in self.orders.values() for judgement in orders), Spent())
+        return sum(
+            (judgement.spent for orders in self.orders.values() for judgement in orders), Spent()
+        )
 
     def win_rate(self, item: int) -> float:
         """Wins and half of the ties, over the pairs of the item that were judged; NaN where none was."""
-        points = [_points(related, pair, item) for pair, related in self.relations.items() if item in pair]
+        points = [
+            _points(related, pair, item) for pair, related in self.relations.items() if item in pair
+        ]
         return sum(points) / len(points) if points else math.nan
 
 
@@ -38,13 +42,17 @@ def _points(related: Relation, pair: Pair, item: int) -> float:
     return 0.5 if related == EQUAL else float((related == LARGER) == (pair[0] == item))
 
 
-async def round_robin(judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float) -> Comparisons:
+async def round_robin(
+    judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float
+) -> Comparisons:
     """Every pair, all at once: N (N - 1) readings."""
     pairs = list(itertools.combinations(range(len(answers)), 2))
     return await _compare(judge, messages, answers, pairs, rule, tolerance)
 
 
-async def swiss(judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float) -> Comparisons:
+async def swiss(
+    judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float
+) -> Comparisons:
     """ceil(log2 N) + 1 rounds; in each, neighbours in the standings who have not met meet: about N (log2 N + 1) readings.
 
     Where N is odd, the last in the standings who has not yet been left out counts as a winner. A judge without cycles and ties
@@ -56,7 +64,11 @@ async def swiss(judge: Judge, messages: Messages, answers: list[str], rule: Rule
         if not pairs:
             break
         met = await _compare(judge, messages, answers, pairs, rule, tolerance)
-        found = Comparisons({**found.orders, **met.orders}, {**found.relations, **met.relations}, {**found.errors, **met.errors})
+        found = Comparisons(
+            {**found.orders, **met.orders},
+            {**found.relations, **met.relations},
+            {**found.errors, **met.errors},
+        )
     return found
 
 
@@ -71,7 +83,10 @@ def _rounds(n: int) -> int:
 
 def _next_round(found: Comparisons, byes: set[int], n: int) -> list[Pair]:
     """Who meets next; who is left out is added to `byes`."""
-    points = {i: sum(_points(related, pair, i) for pair, related in found.relations.items() if i in pair) for i in range(n)}
+    points = {
+        i: sum(_points(related, pair, i) for pair, related in found.relations.items() if i in pair)
+        for i in range(n)
+    }
     waiting = sorted(range(n), key=lambda i: -(points[i] + (i in byes)))
     if n % 2:
         left_out = next((i for i in reversed(waiting) if i not in byes), waiting[-1])
@@ -80,7 +95,9 @@ def _next_round(found: Comparisons, byes: set[int], n: int) -> list[Pair]:
     pairs: list[Pair] = []
     while waiting:
         first = waiting.pop(0)
-        rival = next((i for i in waiting if (min(first, i), max(first, i)) not in found.orders), None)
+        rival = next(
+            (i for i in waiting if (min(first, i), max(first, i)) not in found.orders), None
+        )
         if rival is not None:
             waiting.remove(rival)
             pairs.append((min(first, rival), max(first, rival)))
@@ -88,7 +105,12 @@ def _next_round(found: Comparisons, byes: set[int], n: int) -> list[Pair]:
 
 
 async def _compare(
-    judge: Judge, messages: Messages, answers: list[str], pairs: list[Pair], rule: Rule, tolerance: float
+    judge: Judge,
+    messages: Messages,
+    answers: list[str],
+    pairs: list[Pair],
+    rule: Rule,
+    tolerance: float,
 ) -> Comparisons:
     orders = dict(zip(pairs, await judge.comparisons(messages, answers, pairs), strict=True))
     relations: dict[Pair, Relation] = {}

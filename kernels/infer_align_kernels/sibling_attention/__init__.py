@@ -40,8 +40,12 @@ def sibling_attention(
         from infer_align_kernels.sibling_attention import triton  # noqa: PLC0415 - not needed on CPU
 
         with torch.cuda.device(query.device):
-            return triton.sibling_attention(query, prefix_keys, prefix_values, own_keys, own_values, lengths, scale)
-    return reference.sibling_attention(query, prefix_keys, prefix_values, own_keys, own_values, lengths, scale)
+            return triton.sibling_attention(
+                query, prefix_keys, prefix_values, own_keys, own_values, lengths, scale
+            )
+    return reference.sibling_attention(
+        query, prefix_keys, prefix_values, own_keys, own_values, lengths, scale
+    )
 
 
 def _check(
@@ -53,7 +57,9 @@ def _check(
     lengths: torch.Tensor,
 ) -> None:
     if query.ndim != 4 or prefix_keys.ndim != 4:
-        raise ValueError(f"query and prefix_keys: {query.ndim} and {prefix_keys.ndim} dimensions; must be [B, heads, tokens, D].")
+        raise ValueError(
+            f"query and prefix_keys: {query.ndim} and {prefix_keys.ndim} dimensions; must be [B, heads, tokens, D]."
+        )
     rows, heads, siblings, dim = query.shape
     kv_heads, columns = prefix_keys.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:
@@ -67,7 +73,9 @@ def _check(
     }
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit query {tuple(query.shape)}; must be {shape}.")
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)} does not fit query {tuple(query.shape)}; must be {shape}."
+            )
         if tensor.device != query.device:
             raise ValueError(f"{name}: on {tensor.device}, but query is on {query.device}.")
         if name != "lengths" and tensor.dtype != query.dtype:

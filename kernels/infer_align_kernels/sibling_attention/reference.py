@@ -30,12 +30,20 @@ def sibling_attention(
     mask = query.new_zeros(unused.shape).masked_fill_(unused, -torch.inf)[:, None, None]
     # The public scaled_dot_product_attention does not hand out the log-sum-exp that the merge needs.
     prefix, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        stacked, prefix_keys, prefix_values, attn_mask=mask.expand(rows, 1, stacked.shape[2], columns), scale=scale
+        stacked,
+        prefix_keys,
+        prefix_values,
+        attn_mask=mask.expand(rows, 1, stacked.shape[2], columns),
+        scale=scale,
     )
     own = (grouped.to(dtype) * own_keys.to(dtype)[:, :, None]).sum(dim=-1) * scale
     share = torch.sigmoid(own - lse.view_as(own))[..., None]
-    merged = torch.lerp(prefix.to(dtype).view_as(grouped), own_values.to(dtype)[:, :, None], share).to(query.dtype)
-    return torch.where((lengths == 0)[:, None, None, None, None], _alone(own_values, grouped), merged).reshape(query.shape)
+    merged = torch.lerp(
+        prefix.to(dtype).view_as(grouped), own_values.to(dtype)[:, :, None], share
+    ).to(query.dtype)
+    return torch.where(
+        (lengths == 0)[:, None, None, None, None], _alone(own_values, grouped), merged
+    ).reshape(query.shape)
 
 
 def _alone(own_values: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:

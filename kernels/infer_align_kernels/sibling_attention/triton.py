@@ -43,10 +43,16 @@ def sibling_attention_kernel(
     dims = tl.arange(0, DIM)[None, :]
     used = dims < D
     q = tl.load(
-        query + row * query_row + (head * query_head + sibling * query_sibling)[:, None] + dims, mask=live & used, other=0.0
+        query + row * query_row + (head * query_head + sibling * query_sibling)[:, None] + dims,
+        mask=live & used,
+        other=0.0,
     )
     own_key = tl.load(
-        own_keys + row * own_keys_row + kv_head * own_keys_head + sibling[:, None] * own_keys_sibling + dims,
+        own_keys
+        + row * own_keys_row
+        + kv_head * own_keys_head
+        + sibling[:, None] * own_keys_sibling
+        + dims,
         mask=live & used,
         other=0.0,
     )
@@ -63,9 +69,19 @@ def sibling_attention_kernel(
     for start in range(T - tl.load(lengths + row).to(tl.int32), T, COLUMNS):
         columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
         inside = (columns < T) & used
-        k = tl.load(prefix_keys + row * keys_row + kv_head * keys_head + columns * keys_column + dims, mask=inside, other=0.0)
+        k = tl.load(
+            prefix_keys + row * keys_row + kv_head * keys_head + columns * keys_column + dims,
+            mask=inside,
+            other=0.0,
+        )
         v = tl.load(
-            prefix_values + row * values_row + kv_head * values_head + columns * values_column + dims, mask=inside, other=0.0
+            prefix_values
+            + row * values_row
+            + kv_head * values_head
+            + columns * values_column
+            + dims,
+            mask=inside,
+            other=0.0,
         )
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
@@ -95,7 +111,9 @@ def sibling_attention(
     kv_heads, columns = prefix_keys.shape[1:3]
     tensors = (query, prefix_keys, prefix_values, own_keys, own_values)
     if any(t.numel() and t.stride(-1) != 1 for t in tensors):
-        raise ValueError("query, keys, values: the numbers of a head lie apart in memory; the last dimension must be contiguous.")
+        raise ValueError(
+            "query, keys, values: the numbers of a head lie apart in memory; the last dimension must be contiguous."
+        )
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if not out.numel():
         return out

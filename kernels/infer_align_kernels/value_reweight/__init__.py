@@ -60,7 +60,9 @@ def value_reweight(
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
 
         with torch.cuda.device(logits.device):
-            return triton.value_reweight(logits, values, beta, temperature, seed, step, bitmask, workspace)
+            return triton.value_reweight(
+                logits, values, beta, temperature, seed, step, bitmask, workspace
+            )
     return reference.value_reweight(logits, values, beta, temperature, seed, step, bitmask)
 
 
@@ -98,7 +100,9 @@ def reweight_logits(
     _check_logits(logits)
     _check_candidates(logits, token_ids, values, beta, tail)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if out is not None and (out.shape != logits.shape or out.dtype != dtype or out.device != logits.device):
+    if out is not None and (
+        out.shape != logits.shape or out.dtype != dtype or out.device != logits.device
+    ):
         raise ValueError(
             f"out: {tuple(out.shape)} {out.dtype} on {out.device}; must be {tuple(logits.shape)} {dtype} on {logits.device}."
         )
@@ -111,7 +115,10 @@ def reweight_logits(
 
 
 def candidate_values(
-    token_ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    token_ids: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A low-rank head's values for the candidates alone: hidden[b, m] . weight[m, token] (+ bias). -> [M, B, k] float32.
 
@@ -149,8 +156,14 @@ def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
         ValueError: k outside 1..V.
     """
     if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"k: {k} is not allowed for logits {tuple(logits.shape)}; must be in 1..V of [B, V].")
-    return reference.keyed_candidates(logits, k) if logits.is_cuda else reference.top_candidates(logits, k)
+        raise ValueError(
+            f"k: {k} is not allowed for logits {tuple(logits.shape)}; must be in 1..V of [B, V]."
+        )
+    return (
+        reference.keyed_candidates(logits, k)
+        if logits.is_cuda
+        else reference.top_candidates(logits, k)
+    )
 
 
 def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -> torch.Tensor:
@@ -160,9 +173,13 @@ def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -
     return triton.allocate_workspace(rows, vocabulary, device)
 
 
-def _expect(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], device: torch.device) -> None:
+def _expect(
+    name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], device: torch.device
+) -> None:
     found = tensor.shape
-    if len(found) != len(shape) or any(want is not None and want != found[i] for i, want in enumerate(shape)):
+    if len(found) != len(shape) or any(
+        want is not None and want != found[i] for i, want in enumerate(shape)
+    ):
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not allowed; must be [{wanted}].")
     if tensor.device != device:
@@ -171,12 +188,20 @@ def _expect(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], devi
 
 def _check_logits(logits: torch.Tensor) -> None:
     if logits.ndim != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits: shape {tuple(logits.shape)} is not allowed; must be [B, V] with V > 0.")
+        raise ValueError(
+            f"logits: shape {tuple(logits.shape)} is not allowed; must be [B, V] with V > 0."
+        )
     if not logits.is_floating_point():
         raise ValueError(f"logits: {logits.dtype} is not allowed; must be a floating type.")
 
 
-def _check_sampling(logits: torch.Tensor, beta: torch.Tensor, *, bitmask: torch.Tensor | None, **per_row: torch.Tensor) -> None:
+def _check_sampling(
+    logits: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    bitmask: torch.Tensor | None,
+    **per_row: torch.Tensor,
+) -> None:
     _check_logits(logits)
     rows, vocabulary = logits.shape
     _expect("beta", beta, (rows, None), logits.device)
@@ -185,7 +210,9 @@ def _check_sampling(logits: torch.Tensor, beta: torch.Tensor, *, bitmask: torch.
     if bitmask is not None:
         _expect("bitmask", bitmask, (rows, -(-vocabulary // 32)), logits.device)
         if bitmask.dtype != torch.int32:
-            raise ValueError(f"bitmask: {bitmask.dtype} is not allowed; must be torch.int32, 32 tokens to a word.")
+            raise ValueError(
+                f"bitmask: {bitmask.dtype} is not allowed; must be torch.int32, 32 tokens to a word."
+            )
 
 
 def _check_head(logits: torch.Tensor, beta: torch.Tensor, head: HeadValues) -> None:
@@ -197,7 +224,11 @@ def _check_head(logits: torch.Tensor, beta: torch.Tensor, head: HeadValues) -> N
 
 
 def _check_candidates(
-    logits: torch.Tensor, token_ids: torch.Tensor, values: torch.Tensor, beta: torch.Tensor, tail: Tail | torch.Tensor
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    values: torch.Tensor,
+    beta: torch.Tensor,
+    tail: Tail | torch.Tensor,
 ) -> None:
     rows = logits.shape[0]
     _expect("token_ids", token_ids, (rows, None), logits.device)

@@ -33,7 +33,20 @@ def steers(beta, row, ids, M, K):
 
 
 @triton.jit
-def steered(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS: tl.constexpr, TAIL: tl.constexpr):
+def steered(
+    frozen,
+    ids,
+    shifts,
+    beta,
+    masked,
+    row,
+    M,
+    K,
+    start,
+    tokens,
+    TOKENS: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     """One tile of a row with its candidates at their shifted logits. -> scores, whether any differs from the frozen ones."""
     x = frozen
     changed = False
@@ -53,7 +66,19 @@ def steered(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS:
 
 @triton.jit
 def value_reweight_shift_kernel(
-    logits, ids, values, beta, shifts, out, B, M, K, row_stride, out_stride, SLOTS: tl.constexpr, SCATTER: tl.constexpr
+    logits,
+    ids,
+    values,
+    beta,
+    shifts,
+    out,
+    B,
+    M,
+    K,
+    row_stride,
+    out_stride,
+    SLOTS: tl.constexpr,
+    SCATTER: tl.constexpr,
 ):
     """sum over m of beta_m (v_m - mean v_m) for the slots of one row; with SCATTER also added to `logits` into `out`."""
     row = tl.program_id(0).to(tl.int64)
@@ -83,7 +108,19 @@ def value_reweight_shift_kernel(
 
 @triton.jit
 def value_reweight_apply_kernel(
-    logits, ids, shifts, beta, masked, out, V, M, K, row_stride, out_stride, TOKENS: tl.constexpr, TAIL: tl.constexpr
+    logits,
+    ids,
+    shifts,
+    beta,
+    masked,
+    out,
+    V,
+    M,
+    K,
+    row_stride,
+    out_stride,
+    TOKENS: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """Write steered logits, the other tokens too."""
     row = tl.program_id(1).to(tl.int64)
@@ -105,7 +142,9 @@ def value_reweight_candidates_tile_kernel(
     row = tl.program_id(1).to(tl.int64)
     start = tile * TOKENS
     tokens = start + tl.arange(0, TOKENS)
-    frozen = frozen_logits(logits, bitmask, row, row_stride, mask_stride, tokens, tokens < V, HAS_BITMASK)
+    frozen = frozen_logits(
+        logits, bitmask, row, row_stride, mask_stride, tokens, tokens < V, HAS_BITMASK
+    )
     scale = log2_scale(tl.load(temperature + row).to(tl.float32))
     frozen_peak = tl.max(frozen, axis=0)
     frozen_total = tl.sum(tl.exp2((frozen - floor(frozen_peak)) * scale), axis=0)
@@ -141,16 +180,45 @@ def value_reweight_candidates_pick_kernel(
     )
     start = tile * TOKENS
     tokens = start + tl.arange(0, TOKENS)
-    frozen = frozen_logits(logits, bitmask, row, row_stride, mask_stride, tokens, tokens < V, HAS_BITMASK)
+    frozen = frozen_logits(
+        logits, bitmask, row, row_stride, mask_stride, tokens, tokens < V, HAS_BITMASK
+    )
     x, _ = steered(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
     x = cleaned(x)
-    chosen = draw(x, frozen, tokens, residual, largest, greedy, scale, peak, total, frozen_peak, frozen_total, out, row, B)
+    chosen = draw(
+        x,
+        frozen,
+        tokens,
+        residual,
+        largest,
+        greedy,
+        scale,
+        peak,
+        total,
+        frozen_peak,
+        frozen_total,
+        out,
+        row,
+        B,
+    )
     tl.store(token_out + row, chosen)
 
 
 @triton.jit
 def value_reweight_candidate_values_kernel(
-    ids, hidden, weight, bias, out, B, V, M, K, SLOTS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr, HAS_BIAS: tl.constexpr
+    ids,
+    hidden,
+    weight,
+    bias,
+    out,
+    B,
+    V,
+    M,
+    K,
+    SLOTS: tl.constexpr,
+    R: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     """hidden[b, m] . weight[m, id] for SLOTS candidates of one row and one value."""
     places = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
@@ -162,7 +230,11 @@ def value_reweight_candidate_values_kernel(
     for start in range(0, R, RANK):
         ranks = start + tl.arange(0, RANK)
         left = ranks < R
-        e = tl.load(weight + token[:, None] * R + ranks[None, :], mask=slots[:, None] & left[None, :], other=0.0)
+        e = tl.load(
+            weight + token[:, None] * R + ranks[None, :],
+            mask=slots[:, None] & left[None, :],
+            other=0.0,
+        )
         u = tl.load(hidden + (row * M + m) * R + ranks, mask=left, other=0.0)
         q += tl.sum(e.to(tl.float32) * u.to(tl.float32)[None, :], axis=1)
     if HAS_BIAS:

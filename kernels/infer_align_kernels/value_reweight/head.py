@@ -35,11 +35,17 @@ def value_reweight_head_tile_kernel(
     live = rows < B
     known = tokens < V
     inside = live[:, None] & known[None, :]
-    frozen = cleaned(tl.load(logits + row[:, None] * row_stride + tokens[None, :], mask=inside, other=float("-inf")).to(tl.float32))
+    frozen = cleaned(
+        tl.load(
+            logits + row[:, None] * row_stride + tokens[None, :], mask=inside, other=float("-inf")
+        ).to(tl.float32)
+    )
     if HAS_BITMASK:
         words = tile * (TOKENS // 32) + tl.arange(0, TOKENS // 32)
         word = tl.load(
-            bitmask + row[:, None] * mask_stride + words[None, :], mask=live[:, None] & (words < tl.cdiv(V, 32))[None, :], other=0
+            bitmask + row[:, None] * mask_stride + words[None, :],
+            mask=live[:, None] & (words < tl.cdiv(V, 32))[None, :],
+            other=0,
         )
         bits = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
         frozen = tl.where(tl.reshape(bits, (ROWS, TOKENS)) != 0, frozen, float("-inf"))
@@ -55,8 +61,16 @@ def value_reweight_head_tile_kernel(
         for start in range(0, R, RANK):
             ranks = start + tl.arange(0, RANK)
             left = ranks < R
-            e = tl.load(weight + (token[:, None] + m * V) * R + ranks[None, :], mask=known[:, None] & left[None, :], other=0.0)
-            u = tl.load(hidden + (row[:, None] * M + m) * R + ranks[None, :], mask=live[:, None] & left[None, :], other=0.0)
+            e = tl.load(
+                weight + (token[:, None] + m * V) * R + ranks[None, :],
+                mask=known[:, None] & left[None, :],
+                other=0.0,
+            )
+            u = tl.load(
+                hidden + (row[:, None] * M + m) * R + ranks[None, :],
+                mask=live[:, None] & left[None, :],
+                other=0.0,
+            )
             u = u.to(e.dtype)
             if UPCAST:
                 u, e = u.to(tl.float32), e.to(tl.float32)
@@ -92,14 +106,20 @@ def value_reweight_head_pick_kernel(
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     token = tokens.to(tl.int64)
     known = tokens < V
-    frozen = frozen_logits(logits, bitmask, row, row_stride, mask_stride, tokens, known, HAS_BITMASK)
+    frozen = frozen_logits(
+        logits, bitmask, row, row_stride, mask_stride, tokens, known, HAS_BITMASK
+    )
     x = frozen
     for m in range(M):
         q = tl.zeros((TOKENS,), dtype=tl.float32)
         for start in range(0, R, RANK):
             ranks = start + tl.arange(0, RANK)
             left = ranks < R
-            e = tl.load(weight + (token[:, None] + m * V) * R + ranks[None, :], mask=known[:, None] & left[None, :], other=0.0)
+            e = tl.load(
+                weight + (token[:, None] + m * V) * R + ranks[None, :],
+                mask=known[:, None] & left[None, :],
+                other=0.0,
+            )
             u = tl.load(hidden + (row * M + m) * R + ranks, mask=left, other=0.0).to(e.dtype)
             q += tl.sum(e.to(tl.float32) * u.to(tl.float32)[None, :], axis=1)
         if HAS_BIAS:
@@ -107,5 +127,20 @@ def value_reweight_head_pick_kernel(
         strength = tl.load(beta + row * M + m).to(tl.float32)
         x += tl.where(strength != 0, strength * q, 0.0)
     x = cleaned(x)
-    chosen = draw(x, frozen, tokens, residual, largest, greedy, scale, peak, total, frozen_peak, frozen_total, out, row, B)
+    chosen = draw(
+        x,
+        frozen,
+        tokens,
+        residual,
+        largest,
+        greedy,
+        scale,
+        peak,
+        total,
+        frozen_peak,
+        frozen_total,
+        out,
+        row,
+        B,
+    )
     tl.store(token_out + row, chosen)

@@ -32,13 +32,17 @@ def reweight_logits(
         # The common case, with fewer operations and bit for bit the same.
         shift = whole_shifts(values.to(dtype), beta.to(dtype))
         if math.isfinite(shift.sum()):  # every value is a number
-            return (logits.to(dtype, copy=True) if out is None else out).scatter_add_(1, token_ids, shift)
+            return (logits.to(dtype, copy=True) if out is None else out).scatter_add_(
+                1, token_ids, shift
+            )
     slots = token_ids >= 0
     # Unused slots repeat the first: a scatter that writes the same number twice is well defined.
     ids = torch.where(slots, token_ids, token_ids[:, :1]).clamp_(min=0)
     chosen = logits.gather(1, ids).to(dtype)
     steered_rows = ((beta != 0).any(dim=1) & slots[:, 0])[:, None]
-    steered = torch.where(steered_rows, chosen + shifts(values.to(dtype), beta.to(dtype), slots), chosen)
+    steered = torch.where(
+        steered_rows, chosen + shifts(values.to(dtype), beta.to(dtype), slots), chosen
+    )
     if out is None:
         out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     if not in_place:
@@ -93,7 +97,9 @@ def candidate_values(
 def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     """See `infer_align_kernels.top_candidates`."""
     values, ids = logits.topk(min(k + 1, logits.shape[1]), dim=1)
-    if bool((values[:, 1:] < values[:, :-1]).all()) and values.shape[1] > 1:  # no equal ones, and no NaN
+    if (
+        bool((values[:, 1:] < values[:, :-1]).all()) and values.shape[1] > 1
+    ):  # no equal ones, and no NaN
         return ids[:, :k]
     if bool(values[:, 0].isnan().any()):
         return top_candidates(logits.masked_fill(logits.isnan(), -torch.inf), k)
@@ -111,8 +117,14 @@ def keyed_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     rows = max(1, KEYED_TOKENS // logits.shape[1])
     last = 0xFFFFFFFF - torch.arange(logits.shape[1], device=logits.device)
     found = []
-    for start in range(0, len(logits), rows):  # each row by itself in all that follows: how many go together changes nothing
-        clean = logits[start : start + rows].float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    for start in range(
+        0, len(logits), rows
+    ):  # each row by itself in all that follows: how many go together changes nothing
+        clean = (
+            logits[start : start + rows]
+            .float()
+            .nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        )
         keys = clean.add_(0.0).view(torch.int32).long()  # -0 is 0
         keys ^= (keys >> 63) & 0x7FFFFFFF  # as integers, floats below 0 come in reverse
         found.append((keys << 32).bitwise_or_(last).topk(k, dim=1).indices)
@@ -150,7 +162,11 @@ def value_reweight(
     token, total = _pick(scores.view(tiled), weights, peaks, uniforms(seed, step), greedy)
 
     def logprob(source: torch.Tensor, peak: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        logit = source.gather(1, token[:, None])[:, 0].float().clamp_(max=torch.finfo(torch.float32).max)
+        logit = (
+            source.gather(1, token[:, None])[:, 0]
+            .float()
+            .clamp_(max=torch.finfo(torch.float32).max)
+        )
         return (logit - peak) * scale - total.log()
 
     found = peak > -torch.inf
@@ -165,7 +181,10 @@ def value_reweight(
 
 def uniforms(seed: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """Numbers in [0, 1), each from its (seed, step) alone: 53 bits of one Philox4x32-10 draw. [B], [B] -> [B] float64."""
-    return torch.tensor([_uniform(*pair) for pair in zip(seed.tolist(), step.tolist(), strict=True)], dtype=torch.float64)
+    return torch.tensor(
+        [_uniform(*pair) for pair in zip(seed.tolist(), step.tolist(), strict=True)],
+        dtype=torch.float64,
+    )
 
 
 def _uniform(seed: int, step: int) -> float:
@@ -187,10 +206,14 @@ def unpacked(bitmask: torch.Tensor, vocabulary: int) -> torch.Tensor:
 
 def _clean(scores: torch.Tensor) -> torch.Tensor:
     """NaN is never chosen; +inf counts as the largest number. In place."""
-    return scores.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf)
+    return scores.nan_to_num_(
+        nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf
+    )
 
 
-def _weights(scores: torch.Tensor, peak: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def _weights(
+    scores: torch.Tensor, peak: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
     """exp((scores - peak) / temperature) into `out`; 0 throughout in a row without a finite score."""
     torch.sub(scores, peak.clamp(min=torch.finfo(torch.float32).min)[:, None], out=out)
     # exp2 and not exp: where results are subnormal, torch.exp is a hundred times slower on CPU.
@@ -214,7 +237,11 @@ def _add_head(scores: torch.Tensor, head: HeadValues, beta: torch.Tensor) -> Non
 
 
 def _pick(
-    scores: torch.Tensor, weights: torch.Tensor, peaks: torch.Tensor, uniform: torch.Tensor, greedy: torch.Tensor
+    scores: torch.Tensor,
+    weights: torch.Tensor,
+    peaks: torch.Tensor,
+    uniform: torch.Tensor,
+    greedy: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The token at the uniform number's place in the cumulative weights, or the largest; and the sum of the weights."""
     row = torch.arange(len(scores), device=scores.device)

@@ -22,7 +22,9 @@ def cleaned(x):
 
 
 @triton.jit
-def frozen_logits(logits, bitmask, row, row_stride, mask_stride, tokens, inside, HAS_BITMASK: tl.constexpr):
+def frozen_logits(
+    logits, bitmask, row, row_stride, mask_stride, tokens, inside, HAS_BITMASK: tl.constexpr
+):
     x = tl.load(logits + row * row_stride + tokens, mask=inside, other=float("-inf")).to(tl.float32)
     if HAS_BITMASK:
         word = tl.load(bitmask + row * mask_stride + tokens // 32, mask=inside, other=0)
@@ -47,7 +49,10 @@ def philox_uniform(seed, step):
     """53 bits of one Philox draw as a float64 in [0, 1)."""
     zero = step * 0
     high, low, _, _ = tl.philox(seed, step, zero, zero, zero)
-    return high.to(tl.float64) * 2.3283064365386963e-10 + (low >> 11).to(tl.float64) * 1.1102230246251565e-16
+    return (
+        high.to(tl.float64) * 2.3283064365386963e-10
+        + (low >> 11).to(tl.float64) * 1.1102230246251565e-16
+    )
 
 
 @triton.jit
@@ -71,7 +76,9 @@ def choose_tile(statistics, row, B, T, scale, uniform, greedy, TILES: tl.constex
     peak = tl.max(peaks, axis=0)
     frozen_peak = tl.max(frozen_peaks, axis=0)
     weights = (sums * tl.exp2((peaks - floor(peak)) * scale)).to(tl.float64)
-    frozen_weights = (frozen_sums * tl.exp2((frozen_peaks - floor(frozen_peak)) * scale)).to(tl.float64)
+    frozen_weights = (frozen_sums * tl.exp2((frozen_peaks - floor(frozen_peak)) * scale)).to(
+        tl.float64
+    )
     cdf = tl.cumsum(weights, axis=0)
     total = tl.sum(weights, axis=0)
     target = uniform * total
@@ -80,11 +87,34 @@ def choose_tile(statistics, row, B, T, scale, uniform, greedy, TILES: tl.constex
     tile = tl.minimum(tile, T - 1)
     before = tl.sum(tl.where(places == tile, cdf - weights, 0.0), axis=0)
     largest = tl.load(statistics + (tile.to(tl.int64) * STATISTICS + 2) * B + row).to(tl.int32)
-    return tile, target - before, largest, peak, total.to(tl.float32), frozen_peak, tl.sum(frozen_weights, axis=0).to(tl.float32)
+    return (
+        tile,
+        target - before,
+        largest,
+        peak,
+        total.to(tl.float32),
+        frozen_peak,
+        tl.sum(frozen_weights, axis=0).to(tl.float32),
+    )
 
 
 @triton.jit
-def draw(x, frozen, tokens, residual, largest, greedy, scale, peak, total, frozen_peak, frozen_total, out, row, B):
+def draw(
+    x,
+    frozen,
+    tokens,
+    residual,
+    largest,
+    greedy,
+    scale,
+    peak,
+    total,
+    frozen_peak,
+    frozen_total,
+    out,
+    row,
+    B,
+):
     """The token within its tile, and what is reported of it. `out`: token [B] int64 comes apart; lse, logprob, frozen [3, B]."""
     weights = tl.exp2((x - floor(peak)) * scale)
     drawn = reach(tl.cumsum(weights.to(tl.float64), axis=0), weights, residual, tokens)
@@ -95,7 +125,11 @@ def draw(x, frozen, tokens, residual, largest, greedy, scale, peak, total, froze
     natural = scale / LOG2_E
     log_total = tl.log(tl.where(found, total, 1.0))
     tl.store(out + row, tl.where(found, peak * natural + log_total, float("-inf")))
-    tl.store(out + B + row, tl.where(found, (logit - floor(peak)) * natural - log_total, float("-inf")))
-    frozen_logprob = (frozen_logit - floor(frozen_peak)) * natural - tl.log(tl.where(found, frozen_total, 1.0))
+    tl.store(
+        out + B + row, tl.where(found, (logit - floor(peak)) * natural - log_total, float("-inf"))
+    )
+    frozen_logprob = (frozen_logit - floor(frozen_peak)) * natural - tl.log(
+        tl.where(found, frozen_total, 1.0)
+    )
     tl.store(out + 2 * B + row, tl.where(found, frozen_logprob, float("-inf")))
     return tl.where(found, token, -1).to(tl.int64)

@@ -60,12 +60,23 @@ def value_reweight(
     if workspace is None:
         workspace = torch.empty(size, dtype=torch.float32, device=logits.device)
     elif workspace.numel() < size:
-        raise ValueError(f"workspace: {workspace.numel()} numbers; must be {size} for {rows} rows of {vocabulary} tokens.")
+        raise ValueError(
+            f"workspace: {workspace.numel()} numbers; must be {size} for {rows} rows of {vocabulary} tokens."
+        )
     frozen = (logits, logits if bitmask is None else bitmask)
-    strides = {"row_stride": logits.stride(0), "mask_stride": 0 if bitmask is None else bitmask.stride(0)}
+    strides = {
+        "row_stride": logits.stride(0),
+        "mask_stride": 0 if bitmask is None else bitmask.stride(0),
+    }
     flags = {"HAS_BITMASK": bitmask is not None}
     rest = (beta.contiguous(), temperature.contiguous())
-    drawn = (seed.to(torch.int64).contiguous(), step.to(torch.int32).contiguous(), workspace, token, out)
+    drawn = (
+        seed.to(torch.int64).contiguous(),
+        step.to(torch.int32).contiguous(),
+        workspace,
+        token,
+        out,
+    )
     if isinstance(values, HeadValues):
         _sample_head(frozen, values, rest, drawn, strides, flags)
     else:
@@ -73,12 +84,25 @@ def value_reweight(
     return Sampled(token, *out)
 
 
-def _sample_head(frozen: Any, head: HeadValues, rest: Any, drawn: Any, strides: dict[str, int], flags: dict[str, bool]) -> None:
+def _sample_head(
+    frozen: Any,
+    head: HeadValues,
+    rest: Any,
+    drawn: Any,
+    strides: dict[str, int],
+    flags: dict[str, bool],
+) -> None:
     rows, vocabulary = frozen[0].shape
     count, _, rank = head.weight.shape
     tiles = head_tiles(head.weight.dtype)
     weight, hidden = head.weight.contiguous(), head.hidden.contiguous()
-    given = (*frozen, hidden, weight, weight if head.bias is None else head.bias.contiguous(), *rest)
+    given = (
+        *frozen,
+        hidden,
+        weight,
+        weight if head.bias is None else head.bias.contiguous(),
+        *rest,
+    )
     sizes = {"B": rows, "V": vocabulary, "M": count, **strides}
     shape = {
         "TOKENS": tiles.tokens,
@@ -99,12 +123,24 @@ def _sample_head(frozen: Any, head: HeadValues, rest: Any, drawn: Any, strides: 
         num_stages=tiles.num_stages,
     )
     head_kernels.value_reweight_head_pick_kernel[(rows,)](
-        *given, *drawn, **sizes, **shape, **flags, T=steps, TILES=triton.next_power_of_2(steps), num_warps=PICK.num_warps
+        *given,
+        *drawn,
+        **sizes,
+        **shape,
+        **flags,
+        T=steps,
+        TILES=triton.next_power_of_2(steps),
+        num_warps=PICK.num_warps,
     )
 
 
 def _sample_candidates(
-    frozen: Any, candidates: CandidateValues, rest: Any, drawn: Any, strides: dict[str, int], flags: dict[str, bool]
+    frozen: Any,
+    candidates: CandidateValues,
+    rest: Any,
+    drawn: Any,
+    strides: dict[str, int],
+    flags: dict[str, bool],
 ) -> None:
     logits = frozen[0]
     rows, vocabulary = logits.shape
@@ -113,14 +149,27 @@ def _sample_candidates(
     _shift(logits, ids, candidates.values, rest[0], shifts, logits, scatter=False)
     tail, masked = _tail(candidates.tail, logits)
     given = (*frozen, ids, shifts, rest[0], masked, rest[1])
-    sizes = {"B": rows, "V": vocabulary, "M": candidates.values.shape[0], "K": ids.shape[1], **strides}
+    sizes = {
+        "B": rows,
+        "V": vocabulary,
+        "M": candidates.values.shape[0],
+        "K": ids.shape[1],
+        **strides,
+    }
     shape = {"TOKENS": CANDIDATES.tokens, "TAIL": tail}
     steps = triton.cdiv(vocabulary, CANDIDATES.tokens)
     candidate_kernels.value_reweight_candidates_tile_kernel[steps, rows](
         *given, drawn[2], **sizes, **shape, **flags, num_warps=CANDIDATES.num_warps
     )
     candidate_kernels.value_reweight_candidates_pick_kernel[(rows,)](
-        *given, *drawn, **sizes, **shape, **flags, T=steps, TILES=triton.next_power_of_2(steps), num_warps=CANDIDATES.num_warps
+        *given,
+        *drawn,
+        **sizes,
+        **shape,
+        **flags,
+        T=steps,
+        TILES=triton.next_power_of_2(steps),
+        num_warps=CANDIDATES.num_warps,
     )
 
 
@@ -213,4 +262,6 @@ def _tail(tail: Tail | torch.Tensor, logits: torch.Tensor) -> tuple[int, torch.T
 
 def _check_strides(tensor: torch.Tensor, bitmask: torch.Tensor | None) -> None:
     if tensor.stride(1) != 1 or (bitmask is not None and bitmask.stride(1) != 1):
-        raise ValueError("logits, out, bitmask: tokens lie apart in memory; their last dimension must be contiguous.")
+        raise ValueError(
+            "logits, out, bitmask: tokens lie apart in memory; their last dimension must be contiguous."
+        )

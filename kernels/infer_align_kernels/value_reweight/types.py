@@ -41,4 +41,6 @@ class Sampled:
     token: torch.Tensor  # int64
     logsumexp: torch.Tensor  # of the steered logits over temperature, float32
     logprob: torch.Tensor  # of the token, as it was sampled: steered, temperature applied
-    frozen_logprob: torch.Tensor  # the same with beta 0: what the frozen model would have given the token
+    frozen_logprob: (
+        torch.Tensor
+    )  # the same with beta 0: what the frozen model would have given the token

@@ -46,13 +46,19 @@ class Advice:
     cheaper: Cheaper | None
 
 
-def advice(table: Table, found: Sequence[Point], seed: int = 0, cost: Cost = "tokens") -> list[Advice]:
+def advice(
+    table: Table, found: Sequence[Point], seed: int = 0, cost: Cost = "tokens"
+) -> list[Advice]:
     """For each budget at which the choice changes: what to use, how sure that is, and what is cheaper and not told apart."""
     names = [cell.name for cell in table.cells]
-    ordered = sorted((point for point in found if point.comparable(cost)), key=lambda point: point.cost(cost))
+    ordered = sorted(
+        (point for point in found if point.comparable(cost)), key=lambda point: point.cost(cost)
+    )
     if not ordered or not table.required.any():
         return []
-    rows = np.array([table.gold[names.index(point.cell.name)][table.required] for point in ordered])  # [points, prompts]
+    rows = np.array(
+        [table.gold[names.index(point.cell.name)][table.required] for point in ordered]
+    )  # [points, prompts]
     chance = np.random.default_rng(seed)
     prompts = rows.shape[1]
     drawn = chance.multinomial(prompts, np.full(prompts, 1 / prompts), size=REPLICATES) @ rows.T
@@ -64,9 +70,20 @@ def advice(table: Table, found: Sequence[Point], seed: int = 0, cost: Cost = "to
         limit = point.cost(cost)
         within = sum(other.cost(cost) <= limit for other in ordered)
         best = float((drawn[:, :within].argmax(axis=1) == i).mean())
-        cheap = (_cheaper(table, ordered[j], rows[i] - rows[j]) for j in range(within) if ordered[j].cost(cost) < 0.9 * limit)
+        cheap = (
+            _cheaper(table, ordered[j], rows[i] - rows[j])
+            for j in range(within)
+            if ordered[j].cost(cost) < 0.9 * limit
+        )
         given.append(
-            Advice(limit, point.cell.name, point.gold, best, _held_out(rows[:within], halves), next(filter(None, cheap), None))
+            Advice(
+                limit,
+                point.cell.name,
+                point.gold,
+                best,
+                _held_out(rows[:within], halves),
+                next(filter(None, cheap), None),
+            )
         )
     return given
 
@@ -85,7 +102,9 @@ def _held_out(rows: Array, halves: NDArray[np.bool_]) -> float:
 
 def _cheaper(table: Table, other: Point, lost: Array) -> Cheaper | None:
     loss = table.mean(lost)
-    return None if loss is None or loss.value > ENOUGH * loss.error else Cheaper(other.cell.name, loss)
+    return (
+        None if loss is None or loss.value > ENOUGH * loss.error else Cheaper(other.cell.name, loss)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +118,9 @@ class Headline:
 
 def headline(found: Sequence[Point], baseline: str, cost: Cost = "tokens") -> Headline | None:
     """What to say first; None where nothing can be compared."""
-    ordered = sorted((point for point in found if point.comparable(cost)), key=lambda point: point.cost(cost))
+    ordered = sorted(
+        (point for point in found if point.comparable(cost)), key=lambda point: point.cost(cost)
+    )
     base = next((point for point in found if point.cell.name == baseline), None)
     if not ordered or base is None:
         return None
@@ -107,5 +128,9 @@ def headline(found: Sequence[Point], baseline: str, cost: Cost = "tokens") -> He
     gains = [(point, point.gold.value - base.gold.value) for point in ordered]
     most = best.gold.value - base.gold.value
     default = next((point for point, gain in gains if most > 0 and gain >= NEARLY * most), best)
-    better = [p for p in ordered if (m := p.minus_baseline) and m.value > ENOUGH * np.nan_to_num(m.error, nan=math.inf)]
+    better = [
+        p
+        for p in ordered
+        if (m := p.minus_baseline) and m.value > ENOUGH * np.nan_to_num(m.error, nan=math.inf)
+    ]
     return Headline(better[0] if better else None, default, best)

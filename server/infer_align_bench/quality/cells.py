@@ -25,12 +25,16 @@ from infer_align_bench.types import Prompt
 
 DRAW_STRIDE = 1_000_003  # between the seeds of one prompt's draws: more than there are prompts
 REFUSED = (400, 404, 413, 422)  # asked wrongly, or more than it can do: asking again will not help
-REFUSALS = 3  # prompts at which a setting is refused, with none answered, before it is asked no more
+REFUSALS = (
+    3  # prompts at which a setting is refused, with none answered, before it is asked no more
+)
 PATIENCE = 20  # failures in a row, whatever was asked: then the endpoint is gone
 FORMAT = 2
 
 SCORING = ("reward_tokens", "judge_prompt_tokens", "judge_completion_tokens")
-IGNORED = "the endpoint ignored `align`: its answer carries none, and would count as one that was aligned"
+IGNORED = (
+    "the endpoint ignored `align`: its answer carries none, and would count as one that was aligned"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,11 @@ class Row:
     @property
     def tokens(self) -> float:
         """All that it cost: prompt, generated, rewards' and judge's; NaN where the endpoint does not say."""
-        return math.nan if self.spent is None else self.spent + (self.prompt_tokens or 0) + self.scoring
+        return (
+            math.nan
+            if self.spent is None
+            else self.spent + (self.prompt_tokens or 0) + self.scoring
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +89,13 @@ class Notebook:
         try:
             before = json.loads(lines[0])["made_with"]
         except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{self._path} is no notebook of `bench quality`; name another with --notebook.") from None
+            raise ConfigError(
+                f"{self._path} is no notebook of `bench quality`; name another with --notebook."
+            ) from None
         if before != dict(made_with):
-            changed = sorted(key for key in {*before, *made_with} if before.get(key) != made_with.get(key))
+            changed = sorted(
+                key for key in {*before, *made_with} if before.get(key) != made_with.get(key)
+            )
             raise ConfigError(
                 f"{self._path} was made with another {', '.join(changed)}; remove it, or name another with --notebook."
             )
@@ -91,7 +103,9 @@ class Notebook:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("\n")
         for line in lines[1:]:
-            with suppress(ValueError, TypeError):  # the last line of a run that was killed may be half a line
+            with suppress(
+                ValueError, TypeError
+            ):  # the last line of a run that was killed may be half a line
                 row = Row(**json.loads(line))
                 self.rows[row.key, row.draw] = row
 
@@ -130,7 +144,9 @@ class Failure:
 class Runner:
     """Carries out work, `concurrency` answers at a time. What fails is kept as that answer's failure; the others go on."""
 
-    def __init__(self, endpoint: Endpoint, gold: Gold, prompts: Sequence[Prompt], notebook: Notebook) -> None:
+    def __init__(
+        self, endpoint: Endpoint, gold: Gold, prompts: Sequence[Prompt], notebook: Notebook
+    ) -> None:
         self.failures: dict[str, list[Failure]] = {}  # by setting
         self.lost = False  # whether it gave up on the endpoint
         self.endpoint, self._gold, self._prompts, self._notebook = endpoint, gold, prompts, notebook
@@ -146,7 +162,13 @@ class Runner:
             if not self._answered[name] and all(one.refused for one in found)
         }
 
-    async def run(self, wanted: Sequence[Work], concurrency: int, stop: asyncio.Event, on_row: Callable[[], None]) -> bool:
+    async def run(
+        self,
+        wanted: Sequence[Work],
+        concurrency: int,
+        stop: asyncio.Event,
+        on_row: Callable[[], None],
+    ) -> bool:
         """Do what is not yet in the notebook; -> whether it was stopped."""
         left = iter([one for one in wanted if (one.key, one.draw) not in self._notebook.rows])
 
@@ -183,7 +205,9 @@ class Runner:
 
     def _failed(self, one: Work, why: str, *, refused: bool = False) -> None:
         self._in_a_row = 0 if refused else self._in_a_row + 1
-        self.failures.setdefault(one.cell.name, []).append(Failure(one.prompt, self.endpoint.safe(why), refused))
+        self.failures.setdefault(one.cell.name, []).append(
+            Failure(one.prompt, self.endpoint.safe(why), refused)
+        )
 
     async def _asked(self, one: Work) -> Row | None:
         prompt = self._prompts[one.prompt]
@@ -195,7 +219,12 @@ class Runner:
         seconds = perf_counter() - started
         text = _text(answer)
         if status != 200 or text is None:
-            said = ": ".join(described(answer.get("error") if isinstance(answer, Mapping) else answer, f"status {status}"))
+            said = ": ".join(
+                described(
+                    answer.get("error") if isinstance(answer, Mapping) else answer,
+                    f"status {status}",
+                )
+            )
             self._failed(one, said, refused=status in REFUSED)
             return None
         if one.cell.align and one.cell.align.get("details") != "none" and "align" not in answer:

@@ -15,7 +15,14 @@ from typing import Any
 import uvloop
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table as Printed
 
 from infer_align.errors import AlignError, ConfigError
@@ -64,16 +71,31 @@ def run(options: argparse.Namespace) -> int:
     }  # fmt: skip
     advised = {cost: advice(table, found, options.seed, cost) for cost in COSTS}
     unmeasured = _unmeasured(grid, found, done)
-    options.report.write_text(page(found, advised, headline(found, grid.baseline), unmeasured, facts), encoding="utf-8")
+    options.report.write_text(
+        page(found, advised, headline(found, grid.baseline), unmeasured, facts), encoding="utf-8"
+    )
     if options.json:
-        made = {"schema": SCHEMA, **facts, "refused": done.refused, "failed": failed, **as_json(found, advised)}
-        options.json.write_text(json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        made = {
+            "schema": SCHEMA,
+            **facts,
+            "refused": done.refused,
+            "failed": failed,
+            **as_json(found, advised),
+        }
+        options.json.write_text(
+            json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
     _show(found, unmeasured)
     ERR.print(f"written: {options.report}", highlight=False, markup=False)
     if not found and not interrupted:
         first = next(iter(unmeasured.values()), "the scorer had no opinion on any answer")
         raise AlignError(f"no setting could be measured; first: {first}")
-    return _ended(interrupted, done, sum(failed.values()), f"{len(notebook.rows)} answers are kept in {notebook_path}")
+    return _ended(
+        interrupted,
+        done,
+        sum(failed.values()),
+        f"{len(notebook.rows)} answers are kept in {notebook_path}",
+    )
 
 
 def _ended(interrupted: bool, done: Runner, failed: int, kept: str) -> int:  # noqa: FBT001 - a fact, no switch
@@ -82,25 +104,42 @@ def _ended(interrupted: bool, done: Runner, failed: int, kept: str) -> int:  # n
         ERR.print(f"[yellow]interrupted:[/] {escape(again)}", highlight=False)
         return INTERRUPTED
     if done.lost:
-        ERR.print(f"[red]given up:[/] {PATIENCE} requests failed one after the other. {escape(again)}", highlight=False)
+        ERR.print(
+            f"[red]given up:[/] {PATIENCE} requests failed one after the other. {escape(again)}",
+            highlight=False,
+        )
     elif failed:
-        ERR.print(f"[red]not complete:[/] {failed} answers could not be had or scored. {escape(again)}", highlight=False)
+        ERR.print(
+            f"[red]not complete:[/] {failed} answers could not be had or scored. {escape(again)}",
+            highlight=False,
+        )
     return 1 if done.lost or failed else 0
 
 
-def _table(options: argparse.Namespace, grid: grids.Grid, prompts: list[Prompt], notebook: Notebook, done: Runner) -> Table:
+def _table(
+    options: argparse.Namespace,
+    grid: grids.Grid,
+    prompts: list[Prompt],
+    notebook: Notebook,
+    done: Runner,
+) -> Table:
     """The answers that this run asked for; prompts that not every setting has been asked yet are pending."""
     wanted = work(grid.cells, prompts, 1, options.seed)
     tried = {(name, one.prompt) for name, found in done.failures.items() for one in found}
     pending = {
         one.prompt
         for one in wanted
-        if (one.key, 0) not in notebook.rows and one.cell.name not in done.refused and (one.cell.name, one.prompt) not in tried
+        if (one.key, 0) not in notebook.rows
+        and one.cell.name not in done.refused
+        and (one.cell.name, one.prompt) not in tried
     }
     keys = {(one.cell.name, one.prompt): one.key for one in wanted}
     rows = (row for row in notebook.rows.values() if row.draw < options.draws)
     fields = {
-        name for fields in (_body(options), *(prompt.body for prompt in prompts)) for name, v in fields.items() if v is not None
+        name
+        for fields in (_body(options), *(prompt.body for prompt in prompts))
+        for name, v in fields.items()
+        if v is not None
     }
     return Table(grid, rows, keys, pending, fields)
 
@@ -116,7 +155,9 @@ def _unmeasured(grid: grids.Grid, found: list[Point], done: Runner) -> dict[str,
             continue
         parts = [f"{len(failures)} answers failed; first: {failures[0].why}"] if failures else []
         if missing.get(cell.name):
-            parts.append(f"{missing[cell.name]} prompts have no score, so it is on no front and in no advice")
+            parts.append(
+                f"{missing[cell.name]} prompts have no score, so it is on no front and in no advice"
+            )
         if cell.name not in missing and not failures:
             parts.append("no answer has a score")
         if parts:
@@ -125,7 +166,11 @@ def _unmeasured(grid: grids.Grid, found: list[Point], done: Runner) -> dict[str,
 
 
 def _body(options: argparse.Namespace) -> dict[str, Any]:
-    return {"max_tokens": options.max_tokens, **options.body} if options.max_tokens else dict(options.body)
+    return (
+        {"max_tokens": options.max_tokens, **options.body}
+        if options.max_tokens
+        else dict(options.body)
+    )
 
 
 async def _measure(
@@ -153,20 +198,39 @@ async def _measure(
         wanted = work(grid.cells, prompts, options.draws, options.seed)
         stop = asyncio.Event()
         stack.enter_context(caught_signals(stop))
-        columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("measuring"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=ERR, transient=True) as bar:
             done = sum((one.key, one.draw) in notebook.rows for one in wanted)
             task = bar.add_task("", total=len(wanted), completed=done)
-            interrupted = await runner.run(wanted, options.concurrency, stop, lambda: bar.advance(task))
+            interrupted = await runner.run(
+                wanted, options.concurrency, stop, lambda: bar.advance(task)
+            )
     return interrupted, notebook, runner
 
 
 def _prompts(options: argparse.Namespace) -> list[Prompt]:
     """Each prompt once: asked twice, it would pass for two that are drawn from the population."""
-    found = datasets.demo(options.seed) if options.prompts == "demo" else datasets.from_file(Path(options.prompts))
-    once = list({json.dumps([prompt.messages, prompt.body], sort_keys=True): prompt for prompt in found}.values())
+    found = (
+        datasets.demo(options.seed)
+        if options.prompts == "demo"
+        else datasets.from_file(Path(options.prompts))
+    )
+    once = list(
+        {
+            json.dumps([prompt.messages, prompt.body], sort_keys=True): prompt for prompt in found
+        }.values()
+    )
     if len(once) < len(found):
-        ERR.print(f"[yellow]{len(found) - len(once)} prompts stand twice and are asked once.[/]", highlight=False)
+        ERR.print(
+            f"[yellow]{len(found) - len(once)} prompts stand twice and are asked once.[/]",
+            highlight=False,
+        )
     if options.limit:
         once = once[: options.limit]
     if len(once) < 2:
@@ -175,10 +239,23 @@ def _prompts(options: argparse.Namespace) -> list[Prompt]:
 
 
 def _show(found: list[Point], unmeasured: Mapping[str, str]) -> None:
-    table = Printed("setting", "tokens", "seconds", "gold", "- baseline", "- equal budget", box=None, header_style="dim")
+    table = Printed(
+        "setting",
+        "tokens",
+        "seconds",
+        "gold",
+        "- baseline",
+        "- equal budget",
+        box=None,
+        header_style="dim",
+    )
     for point in found:
         means = (point.tokens, point.seconds)
-        cells = [escape(point.cell.name), *("" if mean is None else number(mean.value) for mean in means), _mean(point.gold)]
+        cells = [
+            escape(point.cell.name),
+            *("" if mean is None else number(mean.value) for mean in means),
+            _mean(point.gold),
+        ]
         cells += [_mean(mean, "+") for mean in (point.minus_baseline, point.minus_equal)]
         table.add_row(*cells, style="bold" if point.front else None)
     OUT.print(table)
@@ -187,4 +264,8 @@ def _show(found: list[Point], unmeasured: Mapping[str, str]) -> None:
 
 
 def _mean(mean: Mean | None, sign: str = "") -> str:
-    return "" if mean is None else f"{mean.value:{sign}.{mean.decimals}f} ± {mean.error:.{mean.decimals}f}"
+    return (
+        ""
+        if mean is None
+        else f"{mean.value:{sign}.{mean.decimals}f} ± {mean.error:.{mean.decimals}f}"
+    )

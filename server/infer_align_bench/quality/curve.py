@@ -43,7 +43,9 @@ class Point:
     cell: Cell
     prompts: int
     gold: Mean
-    tokens: Mean | None  # all that an answer costs: prompt, generated, rewards' and judge's; None where the endpoint does not say
+    tokens: (
+        Mean | None
+    )  # all that an answer costs: prompt, generated, rewards' and judge's; None where the endpoint does not say
     generated: Mean | None  # completion tokens alone
     seconds: Mean
     kl_bound: float | None
@@ -97,7 +99,9 @@ class Table:
             for place in places.get(row.key, ()):
                 sums[(slice(None), *place)] += (row.gold, row.tokens, generated, row.seconds, 1.0)
         with np.errstate(invalid="ignore", divide="ignore"):
-            self.gold, self.tokens, self.generated, self.seconds = (part / sums[4] for part in sums[:4])
+            self.gold, self.tokens, self.generated, self.seconds = (
+                part / sums[4] for part in sums[:4]
+            )
         self.required = np.isfinite(self.gold).any(axis=0)
         self.required[[prompt for prompt in pending if prompt < prompts]] = False
 
@@ -106,7 +110,9 @@ class Table:
         present = values[np.isfinite(values)]
         if not present.size:
             return None
-        error = float(present.std(ddof=1) / math.sqrt(present.size)) if present.size > 1 else math.nan
+        error = (
+            float(present.std(ddof=1) / math.sqrt(present.size)) if present.size > 1 else math.nan
+        )
         return Mean(float(present.mean()), error)
 
 
@@ -130,12 +136,16 @@ def points(table: Table, grid: Grid) -> list[Point]:
                 seconds,
                 cell.kl_bound(table.shared),
                 None if cell.name == grid.baseline else table.mean(table.gold[i] - base),
-                None if greedy is None or cell.name == grid.greedy else table.mean(table.gold[i] - greedy),
+                None
+                if greedy is None or cell.name == grid.greedy
+                else table.mean(table.gold[i] - greedy),
                 None,
                 int((table.required & ~np.isfinite(table.gold[i])).sum()),
             )
         )
-    found.sort(key=lambda point: (np.nan_to_num(point.cost("tokens"), nan=math.inf), -point.gold.value))
+    found.sort(
+        key=lambda point: (np.nan_to_num(point.cost("tokens"), nan=math.inf), -point.gold.value)
+    )
     return _marked(_beside_the_family(table, grid, found))
 
 
@@ -155,9 +165,15 @@ def _marked(found: Sequence[Point]) -> list[Point]:
 def _beside_the_family(table: Table, grid: Grid, found: Sequence[Point]) -> list[Point]:
     """With the difference to the equal-budget family, of which the baseline is one."""
     at = {cell.name: i for i, cell in enumerate(table.cells)}
-    members = {point.cell.name for point in found if point.cell.equal_budget or point.cell.name == grid.baseline}
+    members = {
+        point.cell.name
+        for point in found
+        if point.cell.equal_budget or point.cell.name == grid.baseline
+    }
     spent = {
-        at[point.cell.name]: point.cost("tokens") for point in found if point.comparable("tokens") and point.cost("tokens") > 0
+        at[point.cell.name]: point.cost("tokens")
+        for point in found
+        if point.comparable("tokens") and point.cost("tokens") > 0
     }
     family = sorted((i for i in spent if table.cells[i].name in members), key=lambda i: spent[i])
     return [

@@ -46,12 +46,18 @@ def _served(endpoint: Endpoint, settings: Mapping[str, Any]) -> Gold:
         body = {"messages": list(messages), "candidates": [text], **settings}
         status, answer = await endpoint.call("align/score", body)
         if status != 200 or not isinstance(answer, Mapping):
-            said = described(answer.get("error") if isinstance(answer, Mapping) else answer, f"status {status}")
-            raise AlignError(endpoint.safe(f"--gold: {endpoint.target.place}/align/score: {': '.join(said)}"))
+            said = described(
+                answer.get("error") if isinstance(answer, Mapping) else answer, f"status {status}"
+            )
+            raise AlignError(
+                endpoint.safe(f"--gold: {endpoint.target.place}/align/score: {': '.join(said)}")
+            )
         try:
             value = answer["candidates"][0]["objective"]
         except (KeyError, IndexError, TypeError):
-            raise AlignError(f"--gold: {endpoint.target.place}/align/score: its answer holds no objective.") from None
+            raise AlignError(
+                f"--gold: {endpoint.target.place}/align/score: its answer holds no objective."
+            ) from None
         return math.nan if value is None else float(value)
 
     return score
@@ -62,7 +68,9 @@ def _called(text: str) -> Gold:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # importing runs the user's code
-        raise ConfigError(f"--gold: {text!r} cannot be imported: {error}; write it as 'module:function'.") from None
+        raise ConfigError(
+            f"--gold: {text!r} cannot be imported: {error}; write it as 'module:function'."
+        ) from None
     if not callable(function):
         raise ConfigError(f"--gold: {text!r} is not a function (messages, text) -> float.")
 

@@ -32,8 +32,23 @@ from infer_align.errors import ConfigError, nearest, shown
 from infer_align.methods.best_of_n import kl_upper_bound
 
 KEYS = ("name", "align", "body", "over", "equal_budget")
-BOUNDED = {"best_of_n", "ensemble", "rewards", "trust_judge", "budget", "details"}  # of these, only best_of_n moves away
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logit_bias")
+BOUNDED = {
+    "best_of_n",
+    "ensemble",
+    "rewards",
+    "trust_judge",
+    "budget",
+    "details",
+}  # of these, only best_of_n moves away
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +94,31 @@ def read(path: Path) -> Grid:
         raise ConfigError(f"--grid: {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"--grid: {path}: {error}.") from None
-    if not isinstance(table, dict) or not isinstance(table.get("cells"), list) or not table["cells"]:
+    if (
+        not isinstance(table, dict)
+        or not isinstance(table.get("cells"), list)
+        or not table["cells"]
+    ):
         raise ConfigError(f"--grid: {path} has no [[cells]].")
     for key in table:
         if key not in (known := ("baseline", "greedy", "cells")):
             raise ConfigError(f"--grid: {path}: {key}: no such key; {nearest(key, known)}")
-    cells = tuple(cell for i, entry in enumerate(table["cells"]) for cell in _cells(entry, f"{path}: cells[{i}]"))
+    cells = tuple(
+        cell
+        for i, entry in enumerate(table["cells"])
+        for cell in _cells(entry, f"{path}: cells[{i}]")
+    )
     names = [cell.name for cell in cells]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"--grid: {path}: {doubled[0]!r} names two cells; with `over`, the name must hold its keys.")
+        raise ConfigError(
+            f"--grid: {path}: {doubled[0]!r} names two cells; with `over`, the name must hold its keys."
+        )
     baseline, greedy = table.get("baseline", names[0]), table.get("greedy")
     for key, name in (("baseline", baseline), ("greedy", greedy)):
         if name is not None and name not in names:
-            raise ConfigError(f"--grid: {path}: {key}: {shown(name)} is no cell; {nearest(str(name), names)}")
+            raise ConfigError(
+                f"--grid: {path}: {key}: {shown(name)} is no cell; {nearest(str(name), names)}"
+            )
     return Grid(cells, baseline, greedy)
 
 
@@ -102,15 +129,21 @@ def _cells(entry: Any, place: str) -> list[Cell]:
         if key not in KEYS:
             raise ConfigError(f"--grid: {place}.{key}: no such key; {nearest(key, KEYS)}")
     over = entry.get("over", {})
-    if not isinstance(over, Mapping) or not all(isinstance(values, list) and values for values in over.values()):
+    if not isinstance(over, Mapping) or not all(
+        isinstance(values, list) and values for values in over.values()
+    ):
         raise ConfigError(f"--grid: {place}.over: must be {{name: [values]}}.")
     for key in ("align", "body"):
         if not isinstance(entry.get(key, {}), Mapping):
-            raise ConfigError(f"--grid: {place}.{key}: {shown(entry[key])} is not allowed; must be a table.")
+            raise ConfigError(
+                f"--grid: {place}.{key}: {shown(entry[key])} is not allowed; must be a table."
+            )
     return [
         Cell(
             str(_filled(entry["name"], dict(zip(over, values, strict=True)))),
-            _filled(entry["align"], dict(zip(over, values, strict=True))) if "align" in entry else None,
+            _filled(entry["align"], dict(zip(over, values, strict=True)))
+            if "align" in entry
+            else None,
             _filled(entry.get("body", {}), dict(zip(over, values, strict=True))),
             bool(entry.get("equal_budget", False)),
         )

@@ -26,10 +26,24 @@ def plots(found: Sequence[Point]) -> str:
     panels: list[tuple[str, Read, Cost | None]] = [
         ("tokens per answer, everything counted", lambda point: point.tokens, "tokens"),
         ("seconds per answer", lambda point: point.seconds, "seconds"),
-        ("KL from the frozen model at most, nats", lambda p: None if p.kl_bound is None else Mean(p.kl_bound, 0.0), None),
+        (
+            "KL from the frozen model at most, nats",
+            lambda p: None if p.kl_bound is None else Mean(p.kl_bound, 0.0),
+            None,
+        ),
     ]
-    for i, (axes, (label, read, cost)) in enumerate(zip(figure.subplots(1, 3, sharey=True), panels, strict=True)):
-        _panel(axes, [(number, value, point) for number, point in numbered(found) if (value := read(point)) is not None], cost)
+    for i, (axes, (label, read, cost)) in enumerate(
+        zip(figure.subplots(1, 3, sharey=True), panels, strict=True)
+    ):
+        _panel(
+            axes,
+            [
+                (number, value, point)
+                for number, point in numbered(found)
+                if (value := read(point)) is not None
+            ],
+            cost,
+        )
         axes.set_xlabel(label)
         if cost and any((value := read(point)) is not None and value.value > 0 for point in found):
             axes.set_xscale("log")
@@ -53,11 +67,21 @@ def _panel(axes: Any, shown: Sequence[tuple[int, Mean, Point]], cost: Cost | Non
         axes.errorbar(
             mean.value, point.gold.value, point.gold.error, across, fmt="o", markersize=4, color=colour, elinewidth=0.8
         )  # fmt: skip
-        axes.annotate(str(number), (mean.value, point.gold.value), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.annotate(
+            str(number),
+            (mean.value, point.gold.value),
+            fontsize=7,
+            xytext=(3, 3),
+            textcoords="offset points",
+        )
     lines = [("equal-budget family", "C1", [one for one in shown if one[2].cell.equal_budget])]
     if cost:
-        lines.append(("nothing cheaper is better", "C0", [one for one in shown if cost in one[2].fronts]))
+        lines.append(
+            ("nothing cheaper is better", "C0", [one for one in shown if cost in one[2].fronts])
+        )
     for label, colour, chosen in lines:
         line = sorted((mean.value, point.gold.value) for _, mean, point in chosen)
         if line:
-            axes.plot([x for x, _ in line], [y for _, y in line], color=colour, linewidth=0.8, label=label)
+            axes.plot(
+                [x for x, _ in line], [y for _, y in line], color=colour, linewidth=0.8, label=label
+            )

@@ -81,7 +81,9 @@ def test_the_grid_in_the_docs(tmp_path: Path) -> None:
         (None, {"temperature": 0}, None),
     ],
 )
-def test_how_far_a_setting_can_be_from_the_model(align: Any, body: Any, bound: float | None) -> None:
+def test_how_far_a_setting_can_be_from_the_model(
+    align: Any, body: Any, bound: float | None
+) -> None:
     assert Cell("x", align, body).kl_bound() == (None if bound is None else pytest.approx(bound))
 
 
@@ -97,9 +99,15 @@ def test_a_temperature_of_the_whole_run_moves_every_setting() -> None:
         ("", "has no [[cells]]"),
         ("cells = []", "has no [[cells]]"),
         ("[[cells]\n", "grid.toml"),
-        ('base_line = "x"\n[[cells]]\nname = "x"', "base_line: no such key; did you mean 'baseline'?"),
+        (
+            'base_line = "x"\n[[cells]]\nname = "x"',
+            "base_line: no such key; did you mean 'baseline'?",
+        ),
         ('baseline = "y"\n[[cells]]\nname = "x"', "baseline: 'y' is no cell; known: x"),
-        ('greedy = "gredy"\n[[cells]]\nname = "greedy"', "greedy: 'gredy' is no cell; did you mean 'greedy'?"),
+        (
+            'greedy = "gredy"\n[[cells]]\nname = "greedy"',
+            "greedy: 'gredy' is no cell; did you mean 'greedy'?",
+        ),
         ("[[cells]]\nalign = {}", "cells[0] needs a name"),
         ('[[cells]]\nname = "x"\nalgn = {}', "cells[0].algn: no such key; did you mean 'align'?"),
         ('[[cells]]\nname = "x"\nalign = 3', "cells[0].align: 3 is not allowed"),

@@ -19,7 +19,9 @@ BEST = extra_body(best_of_n={"n": 5}, rewards={"number": 1.0}, ensemble={"object
 
 
 def chat(url: str, model: str = "fake", **options: object) -> ChatOpenAI:
-    return ChatOpenAI(model=model, base_url=url, api_key="unused", max_retries=0, timeout=20, **options)
+    return ChatOpenAI(
+        model=model, base_url=url, api_key="unused", max_retries=0, timeout=20, **options
+    )
 
 
 @tool
@@ -35,18 +37,34 @@ class Report(BaseModel):
     degrees: int
 
 
-assert chat(URLS["numbers"]).invoke([SystemMessage("be brief"), HumanMessage("hello")]).content == "candidate 3"
+assert (
+    chat(URLS["numbers"]).invoke([SystemMessage("be brief"), HumanMessage("hello")]).content
+    == "candidate 3"
+)
 assert chat(URLS["numbers"], extra_body=BEST).invoke("hello").content == "candidate 9"
 assert chat(URLS["numbers"], "fake@best").invoke("hello").content == "candidate 9"
-assert "".join(str(chunk.content) for chunk in chat(URLS["numbers"]).stream("hello")) == "candidate 3"
-assert "".join(str(chunk.content) for chunk in chat(URLS["numbers"], extra_body=BEST).stream("hello")) == "candidate 9"
+assert (
+    "".join(str(chunk.content) for chunk in chat(URLS["numbers"]).stream("hello")) == "candidate 3"
+)
+assert (
+    "".join(str(chunk.content) for chunk in chat(URLS["numbers"], extra_body=BEST).stream("hello"))
+    == "candidate 9"
+)
 
-called = chat(URLS["tools"], extra_body=extra_body(best_of_n={"n": 2})).bind_tools([Weather]).invoke("how warm is it?")
+called = (
+    chat(URLS["tools"], extra_body=extra_body(best_of_n={"n": 2}))
+    .bind_tools([Weather])
+    .invoke("how warm is it?")
+)
 assert isinstance(called, AIMessage)
 assert called.tool_calls[0]["args"]["city"] == "Oslo"
 answered = ToolMessage("4 degrees", tool_call_id=called.tool_calls[0]["id"])
-chat(URLS["tools"]).bind_tools([Weather]).invoke([HumanMessage("how warm is it?"), called, answered])
-assert chat(URLS["json"]).with_structured_output(Report, method="json_schema").invoke("how warm?") == Report(city="Oslo", degrees=4)
+chat(URLS["tools"]).bind_tools([Weather]).invoke(
+    [HumanMessage("how warm is it?"), called, answered]
+)
+assert chat(URLS["json"]).with_structured_output(Report, method="json_schema").invoke(
+    "how warm?"
+) == Report(city="Oslo", degrees=4)
 
 for kind, model, url in (
     (openai.NotFoundError, "nobody", URLS["numbers"]),

@@ -13,7 +13,12 @@ from infer_align_client import extra_body, report
 
 URLS = json.loads(sys.argv[1])
 USER = [{"role": "user", "content": "hello there"}]
-TOOLS = [{"type": "function", "function": {"name": "Weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "Weather", "parameters": {"type": "object", "properties": {}}},
+    }
+]
 BEST = extra_body(best_of_n={"n": 5}, rewards={"number": 1.0}, ensemble={"objective": "mean"})
 RESULT = [{"role": "assistant", "content": None, "tool_calls": [
     {"id": "call_1", "type": "function", "function": {"name": "Weather", "arguments": "{}"}}
@@ -61,11 +66,18 @@ def stream(sdk: openai.OpenAI) -> None:
 def tools_and_structure() -> None:
     with client(URLS["tools"]) as sdk:
         for body in ({}, extra_body(best_of_n={"n": 2})):
-            answer = sdk.chat.completions.create(model="fake", messages=USER, tools=TOOLS, extra_body=body)
+            answer = sdk.chat.completions.create(
+                model="fake", messages=USER, tools=TOOLS, extra_body=body
+            )
             call = answer.choices[0].message.tool_calls[0]
-            assert (call.function.name, json.loads(call.function.arguments)["city"]) == ("Weather", "Oslo")
+            assert (call.function.name, json.loads(call.function.arguments)["city"]) == (
+                "Weather",
+                "Oslo",
+            )
             assert answer.choices[0].finish_reason == "tool_calls"
-            sdk.chat.completions.create(model="fake", messages=[*USER, *RESULT], tools=TOOLS, extra_body=body)
+            sdk.chat.completions.create(
+                model="fake", messages=[*USER, *RESULT], tools=TOOLS, extra_body=body
+            )
     with client(URLS["json"]) as sdk:
         parse = getattr(sdk.chat.completions, "parse", None) or sdk.beta.chat.completions.parse
         for body in ({}, extra_body(best_of_n={"n": 2})):
@@ -95,16 +107,30 @@ def errors(sdk: openai.OpenAI) -> None:
 
 
 async def asynchronous() -> None:
-    async with openai.AsyncOpenAI(base_url=URLS["numbers"], api_key="unused", max_retries=0, timeout=20) as sdk:
+    async with openai.AsyncOpenAI(
+        base_url=URLS["numbers"], api_key="unused", max_retries=0, timeout=20
+    ) as sdk:
         answers = await asyncio.gather(
-            *(sdk.chat.completions.create(model="fake", messages=USER, extra_body=BEST if i % 2 else {}) for i in range(8))
+            *(
+                sdk.chat.completions.create(
+                    model="fake", messages=USER, extra_body=BEST if i % 2 else {}
+                )
+                for i in range(8)
+            )
         )
-        assert [answer.choices[0].message.content for answer in answers] == ["candidate 3", "candidate 9"] * 4
+        assert [answer.choices[0].message.content for answer in answers] == [
+            "candidate 3",
+            "candidate 9",
+        ] * 4
         text = ""
-        async for chunk in await sdk.chat.completions.create(model="fake@best", messages=USER, stream=True):
+        async for chunk in await sdk.chat.completions.create(
+            model="fake@best", messages=USER, stream=True
+        ):
             text += chunk.choices[0].delta.content or ""
         assert text == "candidate 9"
-    async with openai.AsyncOpenAI(base_url=URLS["slow"], api_key="unused", max_retries=0, timeout=20) as sdk:
+    async with openai.AsyncOpenAI(
+        base_url=URLS["slow"], api_key="unused", max_retries=0, timeout=20
+    ) as sdk:
         task = asyncio.create_task(sdk.chat.completions.create(model="fake", messages=USER))
         await asyncio.sleep(0.3)
         task.cancel()
@@ -116,7 +142,9 @@ async def asynchronous() -> None:
 
 
 def impatient() -> None:
-    with client(URLS["slow"]).with_options(timeout=1.5) as sdk:  # the SDK says so in a header: the server answers in time
+    with client(URLS["slow"]).with_options(
+        timeout=1.5
+    ) as sdk:  # the SDK says so in a header: the server answers in time
         answer = sdk.chat.completions.create(model="fake", messages=USER)
         assert answer.choices[0].finish_reason == "length"
 

@@ -14,7 +14,11 @@ from infer_align.engines.openai.choices import ChoiceBuilder, count, flaw, share
 
 TEXT = st.text(max_size=12)
 CALL = st.fixed_dictionaries(
-    {"id": st.text(min_size=1, max_size=5), "name": st.sampled_from(["f", "aa", "lookup"]), "arguments": TEXT}
+    {
+        "id": st.text(min_size=1, max_size=5),
+        "name": st.sampled_from(["f", "aa", "lookup"]),
+        "arguments": TEXT,
+    }
 )
 
 
@@ -23,12 +27,26 @@ def cut(data: st.DataObject, text: str) -> list[str]:
     return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-@given(st.data(), TEXT, TEXT, st.lists(CALL, max_size=3), st.sampled_from(["stop", "length", "tool_calls"]), st.booleans())
-def test_chat(data: st.DataObject, content: str, reasoning: str, calls: list[Any], reason: str, repeats: bool) -> None:
-    chunks: list[dict[str, Any]] = [{"delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+@given(
+    st.data(),
+    TEXT,
+    TEXT,
+    st.lists(CALL, max_size=3),
+    st.sampled_from(["stop", "length", "tool_calls"]),
+    st.booleans(),
+)
+def test_chat(
+    data: st.DataObject, content: str, reasoning: str, calls: list[Any], reason: str, repeats: bool
+) -> None:
+    chunks: list[dict[str, Any]] = [
+        {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+    ]
     chunks += [{"delta": {"reasoning_content": piece}} for piece in cut(data, reasoning)]
     chunks += [
-        {"delta": {"content": piece}, "logprobs": {"content": [{"token": piece, "logprob": -1.0}], "refusal": None}}
+        {
+            "delta": {"content": piece},
+            "logprobs": {"content": [{"token": piece, "logprob": -1.0}], "refusal": None},
+        }
         for piece in cut(data, content)
     ]
     for i, call in enumerate(calls):
@@ -37,7 +55,15 @@ def test_chat(data: st.DataObject, content: str, reasoning: str, calls: list[Any
         for j, piece in enumerate(pieces):
             named = {"name": call["name"]} if j == 0 or repeats else {}
             head = fixed if j == 0 or repeats else {}
-            chunks.append({"delta": {"tool_calls": [{"index": i, **head, "function": {**named, "arguments": piece}}]}})
+            chunks.append(
+                {
+                    "delta": {
+                        "tool_calls": [
+                            {"index": i, **head, "function": {**named, "arguments": piece}}
+                        ]
+                    }
+                }
+            )
     chunks.append({"delta": {}, "finish_reason": reason, "stop_reason": 5})
     before, builder = deepcopy(chunks), ChoiceBuilder("chat")
     deltas = [delta for chunk in chunks if (delta := builder.add({"index": 3, **chunk}))]
@@ -50,18 +76,30 @@ def test_chat(data: st.DataObject, content: str, reasoning: str, calls: list[Any
     assert message["role"] == "assistant"
     assert message["content"] == content
     assert (message.get("reasoning_content") or "") == reasoning
-    expected = [{"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
+    expected = [
+        {
+            "id": c["id"],
+            "type": "function",
+            "function": {"name": c["name"], "arguments": c["arguments"]},
+        }
+        for c in calls
+    ]
     assert message.get("tool_calls", []) == expected
     assert "".join(entry["token"] for entry in choice["logprobs"]["content"]) == content
     assert "".join(d["delta"].get("content", "") for d in deltas) == content
-    assert all("finish_reason" not in d and "index" not in d and "role" not in d["delta"] for d in deltas)
+    assert all(
+        "finish_reason" not in d and "index" not in d and "role" not in d["delta"] for d in deltas
+    )
 
 
 @given(st.data(), TEXT)
 def test_completion(data: st.DataObject, text: str) -> None:
     builder = ChoiceBuilder("completion")
     pieces = cut(data, text)
-    said = [builder.add({"index": 0, "text": p, "logprobs": {"tokens": [p], "token_logprobs": [-1.0]}}) for p in pieces]
+    said = [
+        builder.add({"index": 0, "text": p, "logprobs": {"tokens": [p], "token_logprobs": [-1.0]}})
+        for p in pieces
+    ]
     builder.add({"index": 0, "text": "", "finish_reason": "length"})
     choice = builder.choice()
     assert choice["text"] == text
@@ -73,10 +111,26 @@ def test_completion(data: st.DataObject, text: str) -> None:
 def test_unknown_fields_are_kept() -> None:
     builder = ChoiceBuilder("chat")
     delta = builder.add(
-        {"index": 0, "delta": {"content": "a", "audio": {"id": "x", "data": "AA"}}, "token_ids": [1], "new": {"a": 1}}
+        {
+            "index": 0,
+            "delta": {"content": "a", "audio": {"id": "x", "data": "AA"}},
+            "token_ids": [1],
+            "new": {"a": 1},
+        }
     )
-    builder.add({"index": 0, "delta": {"content": "b", "audio": {"data": "BB"}}, "token_ids": [2], "finish_reason": "stop"})
-    assert delta == {"delta": {"content": "a", "audio": {"id": "x", "data": "AA"}}, "token_ids": [1], "new": {"a": 1}}
+    builder.add(
+        {
+            "index": 0,
+            "delta": {"content": "b", "audio": {"data": "BB"}},
+            "token_ids": [2],
+            "finish_reason": "stop",
+        }
+    )
+    assert delta == {
+        "delta": {"content": "a", "audio": {"id": "x", "data": "AA"}},
+        "token_ids": [1],
+        "new": {"a": 1},
+    }
     choice = builder.choice()
     assert choice["message"]["audio"] == {"id": "x", "data": "AABB"}
     assert choice["token_ids"] == [1, 2]
@@ -98,10 +152,25 @@ def test_a_chunk_that_says_nothing_is_no_delta() -> None:
 
 def test_a_whole_choice_is_itself_and_one_delta() -> None:
     builder = ChoiceBuilder("chat")
-    message = {"role": "assistant", "content": "a", "refusal": None, "tool_calls": [{"id": "x"}, {"id": "y"}]}
-    delta = builder.take({"index": 4, "message": message, "logprobs": None, "finish_reason": "stop", "extra": 1})
-    assert builder.choice() == {"message": message, "logprobs": None, "finish_reason": "stop", "extra": 1}
-    assert delta["delta"] == {"content": "a", "tool_calls": [{"index": 0, "id": "x"}, {"index": 1, "id": "y"}]}
+    message = {
+        "role": "assistant",
+        "content": "a",
+        "refusal": None,
+        "tool_calls": [{"id": "x"}, {"id": "y"}],
+    }
+    delta = builder.take(
+        {"index": 4, "message": message, "logprobs": None, "finish_reason": "stop", "extra": 1}
+    )
+    assert builder.choice() == {
+        "message": message,
+        "logprobs": None,
+        "finish_reason": "stop",
+        "extra": 1,
+    }
+    assert delta["delta"] == {
+        "content": "a",
+        "tool_calls": [{"index": 0, "id": "x"}, {"index": 1, "id": "y"}],
+    }
     assert delta["extra"] == 1
 
 
@@ -120,8 +189,16 @@ def test_tokens_are_those_that_are_listed_or_as_many_as_the_text_is_long() -> No
     assert tokens({"message": {"content": "abcdef"}, "logprobs": {"content": [{}, {}, {}]}}) == 3
     assert tokens({"text": "abc", "logprobs": {"tokens": ["a"]}}) == 1
     assert tokens({"message": {"role": "assistant", "content": "x" * 50}}) == 13
-    assert tokens({"message": {"role": "assistant", "content": "x", "reasoning_content": "y" * 40}}) == 11
-    assert tokens({"message": {"role": "assistant", "content": None, "tool_calls": [{"id": "x" * 40}]}}) > 10
+    assert (
+        tokens({"message": {"role": "assistant", "content": "x", "reasoning_content": "y" * 40}})
+        == 11
+    )
+    assert (
+        tokens(
+            {"message": {"role": "assistant", "content": None, "tool_calls": [{"id": "x" * 40}]}}
+        )
+        > 10
+    )
     assert tokens({"text": "abc", "logprobs": None}) == 1
     assert tokens({"text": ""}) == tokens({"message": {"role": "assistant", "content": None}}) == 0
 
@@ -142,19 +219,41 @@ def test_what_is_no_choice(kind: Any, choice: dict[str, Any], words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "piece", [{"delta": "text"}, {"delta": {"content": 3}}, {"delta": {"content": "\udc00"}}, {"delta": {}, "logprobs": 1}]
+    "piece",
+    [
+        {"delta": "text"},
+        {"delta": {"content": 3}},
+        {"delta": {"content": "\udc00"}},
+        {"delta": {}, "logprobs": 1},
+    ],
 )
 def test_what_is_no_piece(piece: dict[str, Any]) -> None:
     assert flaw("chat", piece, streamed=True)
 
 
 def test_what_is_one() -> None:
-    for choice in ({"message": {"content": "x"}}, {"message": {"content": None, "tool_calls": [{}]}, "logprobs": None, "new": [1]}):
+    for choice in (
+        {"message": {"content": "x"}},
+        {"message": {"content": None, "tool_calls": [{}]}, "logprobs": None, "new": [1]},
+    ):
         assert flaw("chat", choice) is None
-    for piece in ({}, {"delta": None}, {"delta": {}, "finish_reason": "stop"}, {"delta": {"content": "\U0001f989"}}):
+    for piece in (
+        {},
+        {"delta": None},
+        {"delta": {}, "finish_reason": "stop"},
+        {"delta": {"content": "\U0001f989"}},
+    ):
         assert flaw("chat", piece, streamed=True) is None
-    assert flaw("completion", {"text": ""}) is flaw("completion", {"text": None}, streamed=True) is None
+    assert (
+        flaw("completion", {"text": ""})
+        is flaw("completion", {"text": None}, streamed=True)
+        is None
+    )
 
 
 def test_counts_in_the_wild() -> None:
-    assert [count(value) for value in (0, 7, -1, True, "7", None, 1.5, 10**400)] == [0, 7, *[None] * 6]
+    assert [count(value) for value in (0, 7, -1, True, "7", None, 1.5, 10**400)] == [
+        0,
+        7,
+        *[None] * 6,
+    ]

@@ -79,7 +79,9 @@ class Upstream:
         self.raw.append(content)
         self.bodies.append(body)
         self.paths.append(scope["path"])
-        self.asked.append(f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}".rstrip("?"))
+        self.asked.append(
+            f"{scope['method']} {scope['path']}?{scope['query_string'].decode()}".rstrip("?")
+        )
         self.headers.append({k.decode(): v.decode() for k, v in scope["headers"]})
         self.running += 1
         work = asyncio.create_task(self._work(call, body, scope, send))
@@ -97,7 +99,9 @@ class Upstream:
         elif self.answer:
             await reply(send, 200, self.answer(scope["path"], body))
         elif self.refuse_n and body.get("n", 1) > 1:
-            await reply(send, 400, {"error": {"message": "n must be 1", "param": "n", "code": "bad_n"}})
+            await reply(
+                send, 400, {"error": {"message": "n must be 1", "param": "n", "code": "bad_n"}}
+            )
         else:
             await self._speak(body, send, chat=scope["path"].endswith("/chat/completions"))
 
@@ -109,17 +113,42 @@ class Upstream:
 
     async def _speak(self, body: Body, send: Any, *, chat: bool) -> None:
         texts = self._texts(body)
-        usage = {"prompt_tokens": 5, "completion_tokens": 2 * len(texts), "total_tokens": 5 + 2 * len(texts), **self.details}
+        usage = {
+            "prompt_tokens": 5,
+            "completion_tokens": 2 * len(texts),
+            "total_tokens": 5 + 2 * len(texts),
+            **self.details,
+        }
         head = {"id": "x", "model": body.get("model"), "created": 1, **self.extra}
         if not body.get("stream"):
             await asyncio.sleep(self.words_seconds * 2)
-            await reply(send, 200, {**head, "choices": [self._choice(i, t, chat) for i, t in enumerate(texts)], "usage": usage})
+            await reply(
+                send,
+                200,
+                {
+                    **head,
+                    "choices": [self._choice(i, t, chat) for i, t in enumerate(texts)],
+                    "usage": usage,
+                },
+            )
             return
         await start(send, 200, SSE)
         for i in range(len(texts)):
             await event(
                 send,
-                {**head, "choices": [{"index": i, **({"delta": {"role": "assistant", "content": ""}} if chat else {"text": ""})}]},
+                {
+                    **head,
+                    "choices": [
+                        {
+                            "index": i,
+                            **(
+                                {"delta": {"role": "assistant", "content": ""}}
+                                if chat
+                                else {"text": ""}
+                            ),
+                        }
+                    ],
+                },
             )
         words = [text.split(" ") for text in texts]
         for place in range(2):
@@ -131,7 +160,11 @@ class Upstream:
                     {
                         **head,
                         "choices": [
-                            {"index": i, **({"delta": {"content": piece}} if chat else {"text": piece}), "finish_reason": None}
+                            {
+                                "index": i,
+                                **({"delta": {"content": piece}} if chat else {"text": piece}),
+                                "finish_reason": None,
+                            }
                         ],
                     },
                 )
@@ -141,7 +174,12 @@ class Upstream:
                 {
                     **head,
                     "choices": [
-                        {"index": i, **({"delta": {}} if chat else {"text": ""}), "finish_reason": "stop", **self.extra_choice}
+                        {
+                            "index": i,
+                            **({"delta": {}} if chat else {"text": ""}),
+                            "finish_reason": "stop",
+                            **self.extra_choice,
+                        }
                     ],
                 },
             )
@@ -159,11 +197,32 @@ class Faults:
 
     @staticmethod
     async def error_500(_: Upstream, __: Body, send: Any) -> None:
-        await reply(send, 500, {"error": {"message": "the GPU is on fire", "type": "server_error", "param": None, "code": None}})
+        await reply(
+            send,
+            500,
+            {
+                "error": {
+                    "message": "the GPU is on fire",
+                    "type": "server_error",
+                    "param": None,
+                    "code": None,
+                }
+            },
+        )
 
     @staticmethod
     async def error_400(_: Upstream, __: Body, send: Any) -> None:
-        await reply(send, 400, {"error": {"message": "top_p is 7, which is too much", "param": "top_p", "code": "bad_top_p"}})
+        await reply(
+            send,
+            400,
+            {
+                "error": {
+                    "message": "top_p is 7, which is too much",
+                    "param": "top_p",
+                    "code": "bad_top_p",
+                }
+            },
+        )
 
     @staticmethod
     async def newer_limit(_: Upstream, __: Body, send: Any) -> None:
@@ -176,23 +235,39 @@ class Faults:
 
     @staticmethod
     async def echo(_: Upstream, body: Body, send: Any) -> None:
-        await reply(send, 400, {"error": {"message": f"I refuse {json.dumps(body)}", "param": None, "code": None}})
+        await reply(
+            send,
+            400,
+            {"error": {"message": f"I refuse {json.dumps(body)}", "param": None, "code": None}},
+        )
 
     @staticmethod
     async def no_stream_options(_: Upstream, __: Body, send: Any) -> None:
-        await reply(send, 400, {"error": {"message": "Unrecognized request argument supplied: stream_options"}})
+        await reply(
+            send,
+            400,
+            {"error": {"message": "Unrecognized request argument supplied: stream_options"}},
+        )
 
     @staticmethod
     async def error_401(_: Upstream, __: Body, send: Any) -> None:
-        await reply(send, 401, {"error": {"message": "Incorrect API key provided: sk-upstream-secret"}})
+        await reply(
+            send, 401, {"error": {"message": "Incorrect API key provided: sk-upstream-secret"}}
+        )
 
     @staticmethod
     async def error_404(_: Upstream, __: Body, send: Any) -> None:
-        await reply(send, 404, {"error": {"message": "The model `up` does not exist.", "code": "model_not_found"}})
+        await reply(
+            send,
+            404,
+            {"error": {"message": "The model `up` does not exist.", "code": "model_not_found"}},
+        )
 
     @staticmethod
     async def error_422(_: Upstream, __: Body, send: Any) -> None:
-        await reply(send, 422, {"detail": [{"loc": ["body", "temperature"], "msg": "not a number"}]})
+        await reply(
+            send, 422, {"detail": [{"loc": ["body", "temperature"], "msg": "not a number"}]}
+        )
 
     @staticmethod
     async def error_429(_: Upstream, __: Body, send: Any) -> None:
@@ -230,7 +305,10 @@ class Faults:
             await asyncio.sleep(60)
         await start(send, 200, SSE)
         for i in range(400):
-            await event(send, {"choices": [{"index": 0, "delta": {"content": f"{i} "}, "finish_reason": None}]})
+            await event(
+                send,
+                {"choices": [{"index": 0, "delta": {"content": f"{i} "}, "finish_reason": None}]},
+            )
             await asyncio.sleep(0.15)
 
     @staticmethod
@@ -241,7 +319,9 @@ class Faults:
     @staticmethod
     async def html(_: Upstream, __: Body, send: Any) -> None:
         await start(send, 200, (b"content-type", b"text/html"))
-        await send({"type": "http.response.body", "body": b"<html>welcome to the captive portal</html>"})
+        await send(
+            {"type": "http.response.body", "body": b"<html>welcome to the captive portal</html>"}
+        )
 
     @staticmethod
     async def error_in_200(_: Upstream, __: Body, send: Any) -> None:
@@ -256,7 +336,10 @@ class Faults:
         """Breaks off in the middle of the answer."""
         if body.get("stream"):
             await start(send, 200, SSE)
-            await event(send, {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]})
+            await event(
+                send,
+                {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]},
+            )
             await asyncio.sleep(0.2)
         else:
             await start(send, 200, JSON, (b"content-length", b"1000"))
@@ -267,7 +350,10 @@ class Faults:
     async def ended_early(_: Upstream, __: Body, send: Any) -> None:
         """A stream that ends, as HTTP goes, well, but without its end."""
         await start(send, 200, SSE)
-        await event(send, {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]})
+        await event(
+            send,
+            {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]},
+        )
         await asyncio.sleep(0.2)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -277,16 +363,28 @@ class Faults:
 
     @staticmethod
     async def message_of_text(_: Upstream, __: Body, send: Any) -> None:
-        await reply(send, 200, {"choices": [{"index": 0, "message": "hello", "finish_reason": "stop"}]})
+        await reply(
+            send, 200, {"choices": [{"index": 0, "message": "hello", "finish_reason": "stop"}]}
+        )
 
     @staticmethod
     async def infinite(_: Upstream, __: Body, send: Any) -> None:
-        logprobs = {"content": [{"token": "a", "logprob": float("-inf")}]}  # json.dumps writes -Infinity
-        await reply(send, 200, {"choices": [{"index": 0, "message": {"content": "a"}, "logprobs": logprobs}]})
+        logprobs = {
+            "content": [{"token": "a", "logprob": float("-inf")}]
+        }  # json.dumps writes -Infinity
+        await reply(
+            send,
+            200,
+            {"choices": [{"index": 0, "message": {"content": "a"}, "logprobs": logprobs}]},
+        )
 
     @staticmethod
     async def half_a_character(_: Upstream, __: Body, send: Any) -> None:
-        await reply(send, 200, {"choices": [{"index": 0, "message": {"content": "\ud83d"}, "finish_reason": "stop"}]})
+        await reply(
+            send,
+            200,
+            {"choices": [{"index": 0, "message": {"content": "\ud83d"}, "finish_reason": "stop"}]},
+        )
 
     @staticmethod
     async def choices_of_text(_: Upstream, __: Body, send: Any) -> None:
@@ -299,7 +397,9 @@ class Faults:
     @staticmethod
     async def sse_as_json(_: Upstream, __: Body, send: Any) -> None:
         await start(send, 200, JSON)
-        await send({"type": "http.response.body", "body": b'data: {"choices": []}\n\ndata: [DONE]\n\n'})
+        await send(
+            {"type": "http.response.body", "body": b'data: {"choices": []}\n\ndata: [DONE]\n\n'}
+        )
 
     @staticmethod
     async def half_flawed(app: Upstream, body: Body, send: Any) -> None:
@@ -312,14 +412,18 @@ class Faults:
             {"index": 7, "message": []},
         ]
         choices = [good[i] if i % 2 == 0 else bad[i // 2] for i in range(len(good))]
-        await reply(send, 200, {"choices": choices, "usage": {"prompt_tokens": 5, "completion_tokens": -5}})
+        await reply(
+            send, 200, {"choices": choices, "usage": {"prompt_tokens": 5, "completion_tokens": -5}}
+        )
 
     @staticmethod
     async def _half(app: Upstream, body: Body, send: Any) -> None:
         """The first half of the choices to their end, of the others a beginning."""
         await start(send, 200, SSE)
         for i, text in enumerate(app._texts(body)):
-            await event(send, {"choices": [{"index": i, "delta": {"content": text}, "finish_reason": None}]})
+            await event(
+                send, {"choices": [{"index": i, "delta": {"content": text}, "finish_reason": None}]}
+            )
             if i < body["n"] / 2:
                 await event(send, {"choices": [{"index": i, "delta": {}, "finish_reason": "stop"}]})
 
@@ -334,21 +438,36 @@ class Faults:
         await Faults._half(app, body, send)
         for _ in range(100):
             await asyncio.sleep(0.1)
-            await event(send, {"choices": [{"index": body["n"] - 1, "delta": {"content": " 0"}, "finish_reason": None}]})
+            await event(
+                send,
+                {
+                    "choices": [
+                        {"index": body["n"] - 1, "delta": {"content": " 0"}, "finish_reason": None}
+                    ]
+                },
+            )
 
     @staticmethod
     async def garbage_in_stream(_: Upstream, __: Body, send: Any) -> None:
         await start(send, 200, SSE)
-        await event(send, {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]})
+        await event(
+            send,
+            {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]},
+        )
         await asyncio.sleep(0.2)
-        await send({"type": "http.response.body", "body": b"data: {nonsense\n\n", "more_body": True})
+        await send(
+            {"type": "http.response.body", "body": b"data: {nonsense\n\n", "more_body": True}
+        )
         await asyncio.sleep(60)
 
     @staticmethod
     async def odd_in_stream(_: Upstream, __: Body, send: Any) -> None:
         """JSON, and of the wrong shape."""
         await start(send, 200, SSE)
-        await event(send, {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]})
+        await event(
+            send,
+            {"choices": [{"index": 0, "delta": {"content": "half an"}, "finish_reason": None}]},
+        )
         await asyncio.sleep(0.2)
         await event(send, {"choices": [{"index": 0, "delta": 7}]})
         await event(send, {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
@@ -376,7 +495,13 @@ async def reply(send: Any, status: int, body: Any, *headers: tuple[bytes, bytes]
 
 
 async def event(send: Any, chunk: Body) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + json.dumps(chunk).encode() + b"\n\n", "more_body": True})
+    await send(
+        {
+            "type": "http.response.body",
+            "body": b"data: " + json.dumps(chunk).encode() + b"\n\n",
+            "more_body": True,
+        }
+    )
 
 
 @contextmanager
@@ -384,7 +509,14 @@ def upstream() -> Iterator[Upstream]:
     """One that runs."""
     app = Upstream()
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        uvicorn.Config(
+            app,
+            port=0,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+        )
     )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -68,7 +68,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 @pytest.fixture
 def client(live: Live) -> Iterator[openai.OpenAI]:
     """The SDK, unchanged."""
-    with openai.OpenAI(base_url=live.base_url, api_key="sesame", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(
+        base_url=live.base_url, api_key="sesame", max_retries=0, timeout=60
+    ) as client:
         yield client
 
 

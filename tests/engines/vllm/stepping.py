@@ -77,7 +77,9 @@ def environment(**more: str) -> Iterator[None]:
         yield
     finally:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Unclosed context <zmq", ResourceWarning)  # vLLM's, of an engine that was shut down
+            warnings.filterwarnings(
+                "ignore", "Unclosed context <zmq", ResourceWarning
+            )  # vLLM's, of an engine that was shut down
             gc.collect()
         os.environ.clear()
         os.environ.update(before)
@@ -117,7 +119,12 @@ class Ask:
     reason: str | None = None
 
 
-def run(engine: Any, steerer: Steerer, asks: Sequence[Ask], each_step: Callable[[int], None] = lambda _: None) -> None:
+def run(
+    engine: Any,
+    steerer: Steerer,
+    asks: Sequence[Ask],
+    each_step: Callable[[int], None] = lambda _: None,
+) -> None:
     """Step the engine until every request is answered or aborted."""
     from vllm import SamplingParams
 
@@ -128,14 +135,17 @@ def run(engine: Any, steerer: Steerer, asks: Sequence[Ask], each_step: Callable[
                 extra = steerer.extra_args(ask.steering) if ask.steering else {}
                 extra |= Named(str(i), ask.watch).extra_args() if ask.watch else {}
                 params = SamplingParams(
-                    **{"temperature": 0, "logprobs": 0, "max_tokens": 8, **ask.params}, extra_args=extra or None
+                    **{"temperature": 0, "logprobs": 0, "max_tokens": 8, **ask.params},
+                    extra_args=extra or None,
                 )
                 known[engine.add_request(f"{id(asks)}-{i}", _prompt(ask.prompt), params)] = ask
             if ask.aborted_at == step:
                 engine.abort_request([f"{id(asks)}-{i}"])
         for output in engine.step():
             _take(asks[int(output.request_id.rpartition("-")[2])], output)
-        for name, tokens, value in engine.collective_rpc("infer_align_take_estimates")[0] if steerer.active else ():
+        for name, tokens, value in (
+            engine.collective_rpc("infer_align_take_estimates")[0] if steerer.active else ()
+        ):
             asks[int(name)].estimates[tokens] = value
         each_step(step)
         step += 1
@@ -147,8 +157,15 @@ def _prompt(ids: list[int]) -> Any:
 
 def _take(ask: Ask, output: Any) -> None:
     found = output.outputs[0]
-    ask.tokens, ask.reason, ask.cached = list(found.token_ids), found.finish_reason, output.num_cached_tokens or 0
-    ask.logprobs = [entry[token].logprob for token, entry in zip(found.token_ids, found.logprobs or [], strict=False)]
+    ask.tokens, ask.reason, ask.cached = (
+        list(found.token_ids),
+        found.finish_reason,
+        output.num_cached_tokens or 0,
+    )
+    ask.logprobs = [
+        entry[token].logprob
+        for token, entry in zip(found.token_ids, found.logprobs or [], strict=False)
+    ]
     if output.prompt_logprobs:
         pairs = zip(ask.prompt[1:], output.prompt_logprobs[1:], strict=True)
         ask.prompt_logprobs = [entry[token].logprob for token, entry in pairs]
@@ -166,7 +183,11 @@ class Reference:
     def value(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         """Of every token, [V]."""
         t = self.heads[name]
-        u = t["P"] @ hidden if "P" in t else t["W2"] @ torch.nn.functional.gelu(t["W1"] @ hidden + t["c1"])
+        u = (
+            t["P"] @ hidden
+            if "P" in t
+            else t["W2"] @ torch.nn.functional.gelu(t["W1"] @ hidden + t["c1"])
+        )
         return t["E"] @ u + t["b"]
 
     @torch.inference_mode()
@@ -186,14 +207,22 @@ class Reference:
             logits[top] = steered
         return logits, frozen
 
-    def expected(self, ids: list[int], steering: Steering | None, weights: Mapping[str, float]) -> float:
+    def expected(
+        self, ids: list[int], steering: Steering | None, weights: Mapping[str, float]
+    ) -> float:
         """What the values expect of the next token, weighted."""
         with torch.inference_mode():
-            hidden = self.lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+            hidden = self.lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][
+                0, -1
+            ]
             policy = torch.softmax(self.step(ids, steering)[0], -1)
-            return float(sum(weight * policy @ self.value(name, hidden) for name, weight in weights.items()))
+            return float(
+                sum(weight * policy @ self.value(name, hidden) for name, weight in weights.items())
+            )
 
-    def greedy(self, prompt: list[int], steering: Steering | None, n: int, eos: int = 1) -> tuple[list[int], list[float]]:
+    def greedy(
+        self, prompt: list[int], steering: Steering | None, n: int, eos: int = 1
+    ) -> tuple[list[int], list[float]]:
         """n tokens, and the frozen model's logprob of each."""
         ids, tokens, logprobs = list(prompt), [], []
         for _ in range(n):
@@ -216,8 +245,13 @@ def prompts(n: int) -> list[list[int]]:
     for i in range(n):
         turns: list[dict[str, str]] = []
         for _ in range(i % 5):
-            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": "The owl eats mice and is brown."}]
-        turns.append({"role": "user", "content": asked if i % 2 else "What is the size of the fox?"})
+            turns += [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": "The owl eats mice and is brown."},
+            ]
+        turns.append(
+            {"role": "user", "content": asked if i % 2 else "What is the size of the fox?"}
+        )
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         found.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     return found
@@ -229,7 +263,13 @@ WATCHES = [Watch({"helpful": 1.0}, 2), None, Watch({"mlp": -0.5, "brief": 2.0}, 
 def mixed(n: int, **params: Any) -> list[Ask]:
     """n requests that come one after the other, each with its own steering; of three, two are watched."""
     return [
-        Ask(prompt, MIXES[i % len(MIXES)], {"max_tokens": 5 + i % 6, **params}, arrives=i // 3, watch=WATCHES[i % 3])
+        Ask(
+            prompt,
+            MIXES[i % len(MIXES)],
+            {"max_tokens": 5 + i % 6, **params},
+            arrives=i // 3,
+            watch=WATCHES[i % 3],
+        )
         for i, prompt in enumerate(prompts(n))
     ]
 
@@ -240,5 +280,7 @@ def assert_estimates(asks: Sequence[Ask], reference: Reference) -> None:
         due = [t for t in range(1, len(ask.tokens)) if ask.watch and ask.watch.due(t)]
         assert sorted(ask.estimates) == due
         for t in due:
-            expected = reference.expected([*ask.prompt, *ask.tokens[:t]], ask.steering, ask.watch.values if ask.watch else {})
+            expected = reference.expected(
+                [*ask.prompt, *ask.tokens[:t]], ask.steering, ask.watch.values if ask.watch else {}
+            )
             assert math.isclose(ask.estimates[t], expected, abs_tol=1e-4)

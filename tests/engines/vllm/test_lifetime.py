@@ -27,7 +27,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[3]
 PATHS = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "server"))
 CONFIG = str(ROOT / "infer_align/demo/vllm.toml")
-ASK = {"model": "demo", "messages": [{"role": "user", "content": "What is the diet of the owl?"}], "max_tokens": 8}
+ASK = {
+    "model": "demo",
+    "messages": [{"role": "user", "content": "What is the diet of the owl?"}],
+    "max_tokens": 8,
+}
 BEST = {**ASK, "align": {"best_of_n": {"n": 4}}}
 LONG = {**BEST, "max_tokens": 400, "ignore_eos": True, "align": {"best_of_n": {"n": 32}}}
 
@@ -38,13 +42,19 @@ class Process:
     def __init__(self, *settings: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        words = [word for setting in (f"server.port={self.port}", *settings) for word in ("--set", setting)]
+        words = [
+            word
+            for setting in (f"server.port={self.port}", *settings)
+            for word in ("--set", setting)
+        ]
         self.log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - closed at the end
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "infer_align_server", "serve", CONFIG, *words],
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": PATHS}, cwd=ROOT, stderr=self.log, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60)
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60
+        )
         self.seen: set[psutil.Process] = set()
 
     def get(self, path: str) -> httpx.Response | None:
@@ -56,7 +66,11 @@ class Process:
     def children(self) -> set[psutil.Process]:
         with suppress(psutil.NoSuchProcess):
             self.seen |= set(psutil.Process(self.popen.pid).children(recursive=True))
-        return {child for child in self.seen if child.is_running() and child.status() != psutil.STATUS_ZOMBIE}
+        return {
+            child
+            for child in self.seen
+            if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
+        }
 
     def until(self, condition: Callable[[], Any], seconds: float) -> bool:
         end = time.monotonic() + seconds
@@ -105,7 +119,9 @@ def is_ready(process: Process) -> bool:
     return answer is not None and answer.status_code == 200
 
 
-def test_a_worker_that_dies_is_noticed_and_nothing_is_left_at_the_end(serve: Callable[..., Process]) -> None:
+def test_a_worker_that_dies_is_noticed_and_nothing_is_left_at_the_end(
+    serve: Callable[..., Process],
+) -> None:
     process = serve()
     assert process.until(lambda: process.get("/health"), 60), "the server answers while vLLM loads"
     loading = process.get("/ready")
@@ -151,11 +167,16 @@ def test_ended_while_it_works_it_leaves_no_process(serve: Callable[..., Process]
     ("setting", "said"),
     [
         ("engine.max_model_len=1000000", "max_model_len"),
-        ("engine.kv_cache_memory_bytes=1000", "Engine core initialization failed"),  # the worker finds out, and logs why
+        (
+            "engine.kv_cache_memory_bytes=1000",
+            "Engine core initialization failed",
+        ),  # the worker finds out, and logs why
         ("engine.quantization=nonsense", "quantization"),
     ],
 )
-def test_what_cannot_start_ends_with_the_reason(serve: Callable[..., Process], setting: str, said: str) -> None:
+def test_what_cannot_start_ends_with_the_reason(
+    serve: Callable[..., Process], setting: str, said: str
+) -> None:
     process = serve(setting)
     assert process.until(lambda: process.popen.poll() is not None, 240), "it hangs"
     assert process.popen.returncode == 2
@@ -164,7 +185,9 @@ def test_what_cannot_start_ends_with_the_reason(serve: Callable[..., Process], s
     assert process.until(lambda: not process.children(), 5), process.children()
 
 
-def test_told_to_stop_while_it_loads_it_does_not_wait_for_the_model(serve: Callable[..., Process]) -> None:
+def test_told_to_stop_while_it_loads_it_does_not_wait_for_the_model(
+    serve: Callable[..., Process],
+) -> None:
     process = serve()
     assert process.until(process.children, 120), "the worker starts"
     started = time.monotonic()
@@ -174,11 +197,17 @@ def test_told_to_stop_while_it_loads_it_does_not_wait_for_the_model(serve: Calla
     assert process.until(lambda: not process.children(), 5), process.children()
 
 
-def test_a_reward_engine_that_dies_is_noticed(serve: Callable[..., Process], pooling_model: Callable[[int], str]) -> None:
+def test_a_reward_engine_that_dies_is_noticed(
+    serve: Callable[..., Process], pooling_model: Callable[[int], str]
+) -> None:
     options = 'dtype = "float32", enforce_eager = true, kv_cache_memory_bytes = 33554432, max_model_len = 256, block_size = 32'
-    process = serve(f'rewards.quality={{kind = "pooling", model = "{pooling_model(1)}", {options}}}')
+    process = serve(
+        f'rewards.quality={{kind = "pooling", model = "{pooling_model(1)}", {options}}}'
+    )
     assert process.until(lambda: is_ready(process), 300)
-    assert process.http.post("/v1/chat/completions", json=BEST).status_code == 200, "generator and reward side by side"
+    assert process.http.post("/v1/chat/completions", json=BEST).status_code == 200, (
+        "generator and reward side by side"
+    )
     newest = max(process.children(), key=lambda child: child.create_time())
     newest.kill()
     assert process.until(lambda: not is_ready(process), 20)

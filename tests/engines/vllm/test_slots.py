@@ -28,7 +28,10 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HeadValue]:
     g = torch.Generator().manual_seed(1)
     made = {}
     for name in NAMES:
-        tensors = {key: torch.randn(shape, generator=g) for key, shape in {"P": (3, D), "E": (V, 3), "b": (V,)}.items()}
+        tensors = {
+            key: torch.randn(shape, generator=g)
+            for key, shape in {"P": (3, D), "E": (V, 3), "b": (V,)}.items()
+        }
         write(folder / f"{name}.safetensors", tensors, FROZEN, {})
         made[name] = HeadValue(str(folder / f"{name}.safetensors"))
         made[name].start(FROZEN, {})
@@ -44,7 +47,9 @@ TERMS = st.none() | st.builds(
 EVENTS = st.lists(st.tuples(st.integers(0, SIZE - 1), TERMS), max_size=12)
 
 
-def filled(heads: dict[str, HeadValue], events: list[tuple[int, Terms | None]]) -> tuple[Slots, dict[int, Terms | None]]:
+def filled(
+    heads: dict[str, HeadValue], events: list[tuple[int, Terms | None]]
+) -> tuple[Slots, dict[int, Terms | None]]:
     slots = Slots(SIZE, V, torch.device("cpu"))
     for name, head in heads.items():
         slots.add(name, head)
@@ -55,23 +60,39 @@ def filled(heads: dict[str, HeadValue], events: list[tuple[int, Terms | None]]) 
 
 def batch(owners: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(len(owners))
-    return torch.randn((len(owners), V), generator=g) * 3, torch.randn((len(owners), D), generator=g)
+    return torch.randn((len(owners), V), generator=g) * 3, torch.randn(
+        (len(owners), D), generator=g
+    )
 
 
-def expected(logits: torch.Tensor, hidden: torch.Tensor, terms: list[Terms | None], heads: dict[str, HeadValue]) -> Any:
+def expected(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    terms: list[Terms | None],
+    heads: dict[str, HeadValue],
+) -> Any:
     out = logits.double().numpy().copy()
     for row, own in enumerate(terms):
         if own is not None:
             ids = out[row].argsort()[::-1][: own.top_k][None]
             every = torch.arange(V)[None]
-            values = np.stack([heads[name].of(hidden[row : row + 1], every).numpy()[:, ids[0]] for name in own.beta])
-            out[row] = reweight(out[row][None], ids, values, [*own.beta.values()], "mask" if own.mask else "keep")[0]
+            values = np.stack(
+                [
+                    heads[name].of(hidden[row : row + 1], every).numpy()[:, ids[0]]
+                    for name in own.beta
+                ]
+            )
+            out[row] = reweight(
+                out[row][None], ids, values, [*own.beta.values()], "mask" if own.mask else "keep"
+            )[0]
     return out
 
 
 @given(EVENTS, st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=SIZE, unique=True))
 @settings(deadline=None, max_examples=60)
-def test_each_row_is_steered_by_its_own_terms(heads: Any, events: list[tuple[int, Terms | None]], owners: list[int]) -> None:
+def test_each_row_is_steered_by_its_own_terms(
+    heads: Any, events: list[tuple[int, Terms | None]], owners: list[int]
+) -> None:
     slots, last = filled(heads, events)
     logits, hidden = batch(owners)
     own = [last.get(slot) for slot in owners]
@@ -88,7 +109,9 @@ def test_each_row_is_steered_by_its_own_terms(heads: Any, events: list[tuple[int
 
 @given(EVENTS, st.lists(st.integers(0, SIZE - 1), min_size=1, max_size=9))
 @settings(deadline=None, max_examples=60)
-def test_several_rows_of_one_slot(heads: Any, events: list[tuple[int, Terms | None]], owners: list[int]) -> None:
+def test_several_rows_of_one_slot(
+    heads: Any, events: list[tuple[int, Terms | None]], owners: list[int]
+) -> None:
     slots, last = filled(heads, events)
     logits, hidden = batch(owners)
     layout = slots.expanded_layout(np.unique(owners), torch.tensor(owners, dtype=torch.int32))
@@ -113,7 +136,9 @@ def test_replace_is_all_slots_at_once(heads: dict[str, HeadValue]) -> None:
     assert not slots.steered_any
 
 
-def test_a_replaced_value_stays_for_those_who_use_it_and_no_longer(heads: dict[str, HeadValue]) -> None:
+def test_a_replaced_value_stays_for_those_who_use_it_and_no_longer(
+    heads: dict[str, HeadValue],
+) -> None:
     slots, _ = filled({"a": heads["a"]}, [(0, Terms({"a": 1.0}, 3, False))])
     slots.add("a", heads["b"])
     slots.put(1, slots.bind(Terms({"a": 1.0}, 3, False)))
@@ -123,7 +148,9 @@ def test_a_replaced_value_stays_for_those_who_use_it_and_no_longer(heads: dict[s
     assert (first.values, second.values) == ((heads["a"],), (heads["b"],))
     slots.put(0, None)
     slots.add("x", heads["c"])
-    assert slots._values == [heads["c"], heads["b"]], "the column of the one that was replaced is used again"
+    assert slots._values == [heads["c"], heads["b"]], (
+        "the column of the one that was replaced is used again"
+    )
     again = slots.layout([1])
     assert again is not None
     assert again.values == (heads["b"],)
@@ -138,7 +165,13 @@ def test_a_value_that_is_not_here_is_no_reason_to_go_on(heads: dict[str, HeadVal
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 def test_on_a_gpu_nothing_waits_for_the_device(heads: dict[str, HeadValue]) -> None:
-    terms = [Terms({"a": 2.0}, 7, False), None, Terms({"a": -1.0, "b": 3.0}, 20, True), None, Terms({"c": 1.0}, 1, False)]
+    terms = [
+        Terms({"a": 2.0}, 7, False),
+        None,
+        Terms({"a": -1.0, "b": 3.0}, 20, True),
+        None,
+        Terms({"c": 1.0}, 1, False),
+    ]
     device = torch.device("cuda")
     slots, owners = Slots(SIZE, V, device), [*range(SIZE)]
     for name, head in heads.items():

@@ -37,7 +37,9 @@ def _apart() -> Iterator[None]:
 
 
 def steerer() -> Steerer:
-    return Steerer({"helpful": HeadValue(HELPFUL), "brief": HeadValue("demo/value-brief.safetensors")})
+    return Steerer(
+        {"helpful": HeadValue(HELPFUL), "brief": HeadValue("demo/value-brief.safetensors")}
+    )
 
 
 def test_without_values_nothing_is_added() -> None:
@@ -63,7 +65,9 @@ def test_what_vllm_is_told_is_added_to_what_the_user_says() -> None:
 
 
 def test_a_lookahead_value_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"\[values.slow\] kind 'lookahead' cannot live inside vLLM"):
+    with pytest.raises(
+        ConfigError, match=r"\[values.slow\] kind 'lookahead' cannot live inside vLLM"
+    ):
         Steerer({"slow": LookaheadValue(Lookahead("demo/value-lm"))})
 
 
@@ -121,9 +125,16 @@ def test_whatever_else_comes_is_refused(given: Any, message: str) -> None:
 def configured(**changes: Any) -> Any:
     """What `configure` reads of a VllmConfig, of the demo's model."""
     model = SimpleNamespace(
-        model=str(demo.path(demo.LM)), is_diffusion=False, get_vocab_size=lambda: 1992, get_hidden_size=lambda: 64
+        model=str(demo.path(demo.LM)),
+        is_diffusion=False,
+        get_vocab_size=lambda: 1992,
+        get_hidden_size=lambda: 64,
     )
-    parallel = SimpleNamespace(enable_batch_sharded_sampling=False, distributed_executor_backend="mp", pipeline_parallel_size=1)
+    parallel = SimpleNamespace(
+        enable_batch_sharded_sampling=False,
+        distributed_executor_backend="mp",
+        pipeline_parallel_size=1,
+    )
     given = {
         "model_config": model,
         "parallel_config": parallel,
@@ -133,7 +144,9 @@ def configured(**changes: Any) -> Any:
         "additional_config": {"mine": 1},
     }
     for name, value in changes.items():
-        holder = next((c for c in (model, parallel, given["scheduler_config"]) if hasattr(c, name)), None)
+        holder = next(
+            (c for c in (model, parallel, given["scheduler_config"]) if hasattr(c, name)), None
+        )
         if holder is None:
             given[name] = value
         else:
@@ -146,9 +159,18 @@ def configured(**changes: Any) -> Any:
     ("changes", "message"),
     [
         ({"enable_batch_sharded_sampling": True}, "enable_batch_sharded_sampling"),
-        ({"distributed_executor_backend": "external_launcher", "pipeline_parallel_size": 2}, "external_launcher"),
+        (
+            {"distributed_executor_backend": "external_launcher", "pipeline_parallel_size": 2},
+            "external_launcher",
+        ),
         ({"is_diffusion": True}, "diffusion"),
-        ({"speculative_config": SimpleNamespace(num_speculative_tokens=2), "use_v2_model_runner": False}, "V1 model runner"),
+        (
+            {
+                "speculative_config": SimpleNamespace(num_speculative_tokens=2),
+                "use_v2_model_runner": False,
+            },
+            "V1 model runner",
+        ),
         (
             {
                 "speculative_config": SimpleNamespace(num_speculative_tokens=7),
@@ -159,7 +181,9 @@ def configured(**changes: Any) -> Any:
         ),
     ],
 )
-def test_what_would_bypass_steering_is_refused_at_start(changes: dict[str, Any], message: str) -> None:
+def test_what_would_bypass_steering_is_refused_at_start(
+    changes: dict[str, Any], message: str
+) -> None:
     pytest.importorskip("vllm")
     with pytest.raises(ConfigError, match=message):
         steerer().configure(configured(**changes))
@@ -170,14 +194,28 @@ def test_vllms_own_configurations_are_refused_in_the_same_words(tmp_path: Path) 
     pytest.importorskip("vllm")
     from vllm.engine.arg_utils import EngineArgs
 
-    given = {"model": str(demo.path(demo.LM)), "dtype": "float32", "max_model_len": 64, "kv_cache_memory_bytes": 1 << 24}
-    speculative = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}}
+    given = {
+        "model": str(demo.path(demo.LM)),
+        "dtype": "float32",
+        "max_model_len": 64,
+        "kv_cache_memory_bytes": 1 << 24,
+    }
+    speculative = {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 3,
+        }
+    }
     config = EngineArgs(**steerer().engine_args({**given, **speculative})).create_engine_config()
     with pytest.raises(ConfigError, match="speculative_config"):
         steerer().configure(config)
     config = EngineArgs(**steerer().engine_args(given)).create_engine_config()
     steerer().configure(config)
-    assert config.additional_config[KEY]["values"] == {"helpful": HELPFUL, "brief": "demo/value-brief.safetensors"}
+    assert config.additional_config[KEY]["values"] == {
+        "helpful": HELPFUL,
+        "brief": "demo/value-brief.safetensors",
+    }
     with pytest.raises(ConfigError, match=str(tmp_path)):
         Steerer({"x": HeadValue(str(tmp_path / "none.safetensors"))}).configure(config)
     config.model_config.model_arch_config.hidden_size = 128
@@ -192,13 +230,18 @@ def test_a_watch_is_read_as_it_is_sent() -> None:
     assert Named.read({"other": 1}) is None
 
 
-@pytest.mark.parametrize("given", [1, {}, {"name": "a", "values": {}, "after": 0}, {"name": 1, "values": {}, "after": 3}])
+@pytest.mark.parametrize(
+    "given", [1, {}, {"name": "a", "values": {}, "after": 0}, {"name": 1, "values": {}, "after": 3}]
+)
 def test_another_watch_is_refused(given: Any) -> None:
     with pytest.raises(ValueError, match=r"ask for align.early_stop instead"):
         Named.read({"infer_align_watch": given})
 
 
-@pytest.mark.parametrize("values", [{"helpful": None}, {"helpful": True}, {"helpful": "1"}, {"helpful": float("nan")}, {"": 1e9}])
+@pytest.mark.parametrize(
+    "values",
+    [{"helpful": None}, {"helpful": True}, {"helpful": "1"}, {"helpful": float("nan")}, {"": 1e9}],
+)
 def test_a_watch_that_a_worker_would_die_of_is_refused(values: Any) -> None:
     with pytest.raises(ValueError, match=r"align.early_stop.values"):
         Named.read({"infer_align_watch": {"name": "a", "values": values, "after": 3}})
@@ -229,7 +272,10 @@ class Said:
 
 @pytest.mark.anyio
 async def test_estimates_are_fetched_when_they_are_due_and_somebody_waits() -> None:
-    said = Said([[("a", 4, 0.5), ("b", 4, 0.25)], [("a", 4, 0.5)]], [[("a", 8, 1.5), ("b", 8, 0.1), ("c", 4, 9.0)], []])
+    said = Said(
+        [[("a", 4, 0.5), ("b", 4, 0.25)], [("a", 4, 0.5)]],
+        [[("a", 8, 1.5), ("b", 8, 0.1), ("c", 4, 9.0)], []],
+    )
     said.watch("a")
     said.watch("b")
     await asyncio.sleep(0.1)

@@ -36,7 +36,10 @@ pytestmark = [
 ]
 
 # After these the demo's model is in doubt, and steered it still is. A block of the cache, and three tokens.
-UNCERTAIN = [[i, *[7] * 31, *rest] for i, rest in ((187, (780, 1168, 296)), (258, (1226, 350, 296)), (216, (797, 1666, 338)))]
+UNCERTAIN = [
+    [i, *[7] * 31, *rest]
+    for i, rest in ((187, (780, 1168, 296)), (258, (1226, 350, 296)), (216, (797, 1666, 338)))
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +77,18 @@ def assert_equal(found: list[Ask], reference: Reference) -> tuple[int, float]:
     return compared, worst
 
 
-def test_32_requests_with_different_steering_equal_the_reference(engine: Any, steerer: Steerer, reference: Reference) -> None:
+def test_32_requests_with_different_steering_equal_the_reference(
+    engine: Any, steerer: Steerer, reference: Reference
+) -> None:
     first = mixed(32)
     run(engine, steerer, first)
     assert all(ask.reason in {"stop", "length"} for ask in first)
     compared, worst = assert_equal(first, reference)
     print(f"{compared} tokens, worst logprob difference {worst:.2g}")
     assert compared > 150
-    changed = [ask for ask in first if ask.tokens != reference.greedy(ask.prompt, None, len(ask.tokens))[0]]
+    changed = [
+        ask for ask in first if ask.tokens != reference.greedy(ask.prompt, None, len(ask.tokens))[0]
+    ]
     assert len(changed) >= 8, "steering changes what is said"
 
     again = mixed(32)
@@ -93,7 +100,9 @@ def test_32_requests_with_different_steering_equal_the_reference(engine: Any, st
     assert_equal(again, reference)
 
 
-def test_estimates_of_watched_requests_equal_the_reference(engine: Any, steerer: Steerer, reference: Reference) -> None:
+def test_estimates_of_watched_requests_equal_the_reference(
+    engine: Any, steerer: Steerer, reference: Reference
+) -> None:
     found = mixed(24)
     run(engine, steerer, found)
     assert_equal(found, reference)
@@ -101,7 +110,9 @@ def test_estimates_of_watched_requests_equal_the_reference(engine: Any, steerer:
     assert sum(len(ask.estimates) for ask in found) >= 20
 
 
-def test_aborts_and_reused_slots_leave_the_others_alone(engine: Any, steerer: Steerer, reference: Reference) -> None:
+def test_aborts_and_reused_slots_leave_the_others_alone(
+    engine: Any, steerer: Steerer, reference: Reference
+) -> None:
     found = mixed(32, ignore_eos=True)
     for i, ask in enumerate(found):
         if i % 4 == 1:
@@ -119,7 +130,9 @@ def reference_without_end(reference: Reference, ask: Ask) -> list[int]:
     return reference.greedy(ask.prompt, ask.steering, len(ask.tokens), eos=-1)[0]
 
 
-def test_logprobs_of_the_prompt_stay_those_of_the_frozen_model(engine: Any, steerer: Steerer, reference: Reference) -> None:
+def test_logprobs_of_the_prompt_stay_those_of_the_frozen_model(
+    engine: Any, steerer: Steerer, reference: Reference
+) -> None:
     found = mixed(12)
     for ask in found[::3]:
         ask.params = {**ask.params, "prompt_logprobs": 0}
@@ -133,18 +146,25 @@ def test_logprobs_of_the_prompt_stay_those_of_the_frozen_model(engine: Any, stee
 
 
 @pytest.mark.parametrize("tail", ["keep", "mask"])
-def test_samples_follow_the_steered_distribution(tail: Any, engine: Any, steerer: Steerer, reference: Reference) -> None:
+def test_samples_follow_the_steered_distribution(
+    tail: Any, engine: Any, steerer: Steerer, reference: Reference
+) -> None:
     steering, each, temperature = Steering({"helpful": 2.0, "mlp": 0.3}, 32, tail), 1200, 0.7
     statistic, against, freedom = 0.0, 0.0, 0
     for prompt in UNCERTAIN:
         params = {"temperature": temperature, "max_tokens": 1, "logprobs": None}
         # Others in the batch, steered otherwise, are nobody's business. No seeds of their own: on a CPU, vLLM dies of a seeded
         # request whose prompt is read in pieces ("CPU Generator does not use offset").
-        found = [Ask(prompt, steering if i % 4 else MIXES[i // 4 % len(MIXES)], params) for i in range(each)]
+        found = [
+            Ask(prompt, steering if i % 4 else MIXES[i // 4 % len(MIXES)], params)
+            for i in range(each)
+        ]
         torch.manual_seed(len(found))
         run(engine, steerer, found)
         tokens = torch.tensor([ask.tokens[0] for i, ask in enumerate(found) if i % 4])
-        expected = torch.softmax(reference.step(prompt, steering)[0].double() / temperature, -1) * len(tokens)
+        expected = torch.softmax(
+            reference.step(prompt, steering)[0].double() / temperature, -1
+        ) * len(tokens)
         counts = torch.bincount(tokens, minlength=len(expected)).double()
         assert not counts[expected == 0].any()
         often = expected >= 5
@@ -152,8 +172,12 @@ def test_samples_follow_the_steered_distribution(tail: Any, engine: Any, steerer
         c = torch.cat([counts[often], counts[~often].sum()[None]])
         statistic += float(((c - e) ** 2 / e).sum())
         freedom += len(e) - 1
-        unsteered = torch.softmax(reference.step(prompt, None)[0].double() / temperature, -1) * len(tokens)
-        against += float(((counts - unsteered)[unsteered >= 5] ** 2 / unsteered[unsteered >= 5]).sum())
+        unsteered = torch.softmax(reference.step(prompt, None)[0].double() / temperature, -1) * len(
+            tokens
+        )
+        against += float(
+            ((counts - unsteered)[unsteered >= 5] ** 2 / unsteered[unsteered >= 5]).sum()
+        )
     p = float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2.0)))
     print(f"tail {tail}: chi-square {statistic:.1f} on {freedom}, p = {p:.3f}")
     assert freedom >= 12
@@ -166,7 +190,10 @@ def test_a_replaced_value_steers_those_who_come_after(
 ) -> None:
     steering = Steering({"helpful": 6.0}, 20, "keep")
     prompt = prompts(4)[3]
-    early, late = (Ask(prompt, steering, {"max_tokens": 24, "ignore_eos": True}, arrives=step) for step in (0, 4))
+    early, late = (
+        Ask(prompt, steering, {"max_tokens": 24, "ignore_eos": True}, arrives=step)
+        for step in (0, 4)
+    )
     # Others come and go, which moves rows about.
     others = [Ask(prompt, None, {"max_tokens": 3}, arrives=step) for step in range(10)]
 
@@ -207,19 +234,26 @@ def test_what_is_due_in_a_padded_step_of_the_v2_runner() -> None:
 
     processor = ValueProcessor.__new__(ValueProcessor)
     processor._prompt_lengths = np.array([0, 10, 20, 30])
-    processor._watched = {slot: Watched(str(slot), Watch({"helpful": 1.0}, 4), ()) for slot in (1, 3)}
+    processor._watched = {
+        slot: Watched(str(slot), Watch({"helpful": 1.0}, 4), ()) for slot in (1, 3)
+    }
     lengths = np.array([34, 15, 24, 0])  # of slots 3, 1, 2, and padding
     ctx: Any = SimpleNamespace(idx_mapping_np=np.array([3, 1, 2]), seq_lens_upper_bound_np=lengths)
-    assert [(row, watched.name, tokens) for row, watched, tokens in processor._due(ctx)] == [(0, "3", 4)]
+    assert [(row, watched.name, tokens) for row, watched, tokens in processor._due(ctx)] == [
+        (0, "3", 4)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("enforce_eager", "True"), ("enable_prefix_caching", "false"), ("trust_remote_code", 1)]
+    ("name", "value"),
+    [("enforce_eager", "True"), ("enable_prefix_caching", "false"), ("trust_remote_code", 1)],
 )
 def test_options_that_are_true_or_false_are_nothing_else(name: str, value: object) -> None:
     from infer_align.vllm_compat import arguments
 
-    with pytest.raises(ConfigError, match=rf"\[engine\] {name}: {value!r} is not allowed; must be true or false"):
+    with pytest.raises(
+        ConfigError, match=rf"\[engine\] {name}: {value!r} is not allowed; must be true or false"
+    ):
         arguments("demo", "demo", {name: value})
 
 

@@ -14,7 +14,14 @@ from infer_align.engines.vllm import Vllm, VllmEngine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.types import Candidate, Draw, Steering
 from infer_align.values.head import HeadValue
-from tests.engines.vllm.stepping import MIXES, WARNINGS, Reference, environment, make_values, prompts
+from tests.engines.vllm.stepping import (
+    MIXES,
+    WARNINGS,
+    Reference,
+    environment,
+    make_values,
+    prompts,
+)
 
 pytest.importorskip("vllm")
 pytestmark = [
@@ -23,7 +30,13 @@ pytestmark = [
     pytest.mark.timeout(300),
     *WARNINGS,
 ]
-OPTIONS = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26, "block_size": 32}
+OPTIONS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": 1 << 26,
+    "block_size": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +76,14 @@ def same(candidate: Candidate, draw: Draw, reference: Reference, steering: Steer
     """Its logprobs are the frozen model's for the tokens that the reference would have taken."""
     found = candidate.choice["logprobs"]["token_logprobs"]
     _, expected = reference.greedy(draw.body["prompt"], steering, draw.body["max_tokens"])
-    return len(found) == len(expected) and all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(found, expected, strict=True))
+    return len(found) == len(expected) and all(
+        math.isclose(a, b, abs_tol=1e-4) for a, b in zip(found, expected, strict=True)
+    )
 
 
-async def test_concurrent_draws_equal_the_reference(engine: VllmEngine, reference: Reference) -> None:
+async def test_concurrent_draws_equal_the_reference(
+    engine: VllmEngine, reference: Reference
+) -> None:
     draws = [steered(prompt, MIXES[i % len(MIXES)]) for i, prompt in enumerate(prompts(32))]
     found = await asyncio.gather(*(said(engine, draw) for draw in draws))
     for draw, candidate in zip(draws, found, strict=True):
@@ -87,4 +104,6 @@ async def test_a_value_is_added_and_replaced_without_a_restart(
     with pytest.raises(ConfigError, match="cannot be read"):
         await engine.add_value("fresh", HeadValue(str(tmp_path / "none.safetensors")))
     draw = steered(prompt, fresh)
-    assert same(await said(engine, draw), draw, reference, Steering({"mlp": 6.0}, 20, "keep")), "the old one stays"
+    assert same(await said(engine, draw), draw, reference, Steering({"mlp": 6.0}, 20, "keep")), (
+        "the old one stays"
+    )

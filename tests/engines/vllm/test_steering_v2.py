@@ -17,14 +17,42 @@ pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-SPECULATIVE = {"speculative_config": {"method": "draft_model", "model": MODEL, "num_speculative_tokens": 2, "max_model_len": 512}}
+SPECULATIVE = {
+    "speculative_config": {
+        "method": "draft_model",
+        "model": MODEL,
+        "num_speculative_tokens": 2,
+        "max_model_len": 512,
+    }
+}
 
 
 def answer(folder: Path, options: dict[str, Any], n: int) -> list[dict[str, Any]]:
-    paths = [str(HERE / "v2"), str(ROOT), *(str(ROOT / part) for part in ("kernels", "server", "clients/python"))]
-    settings = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(HERE / "v2" / "answer.py"), str(folder), json.dumps(options), str(n)]
-    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True, check=False, timeout=500)
+    paths = [
+        str(HERE / "v2"),
+        str(ROOT),
+        *(str(ROOT / part) for part in ("kernels", "server", "clients/python")),
+    ]
+    settings = {
+        "TRITON_INTERPRET": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+    command = [
+        sys.executable,
+        str(HERE / "v2" / "answer.py"),
+        str(folder),
+        json.dumps(options),
+        str(n),
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["runner"] == "vllm.v1.worker.cpu.model_runner", "the runner that was asked for"

@@ -12,16 +12,28 @@ from tests.kernels.test_sibling_attention import TOLERANCE, case
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1, 1, 1), (3, 4, 2, 5, 70, 24), (2, 4, 4, 20, 33, 16), (2, 6, 1, 13, 3, 5), (2, 2, 2, 3, 0, 4)], ids=str
+    "shape",
+    [
+        (1, 1, 1, 1, 1, 1),
+        (3, 4, 2, 5, 70, 24),
+        (2, 4, 4, 20, 33, 16),
+        (2, 6, 1, 13, 3, 5),
+        (2, 2, 2, 3, 0, 4),
+    ],
+    ids=str,
 )
-def test_each_sibling_sees_its_prefix_and_itself(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_each_sibling_sees_its_prefix_and_itself(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
     given = case(*shape, dtype)
     # Columns before a row's prefix are never read.
     for row, length in enumerate(given[5].tolist()):
         for tensor in given[1:3]:
             tensor[row, :, : tensor.shape[2] - length] = torch.nan
     got = triton.sibling_attention(*given, scale=shape[-1] ** -0.5)
-    torch.testing.assert_close(got.double(), float64.attention(*given), atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(
+        got.double(), float64.attention(*given), atol=TOLERANCE[dtype], rtol=0
+    )
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
@@ -33,8 +45,18 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
 
 
 def test_nothing_to_do() -> None:
-    assert triton.sibling_attention(*case(0, 2, 2, 3, 4, 4, torch.float32), scale=1.0).shape == (0, 2, 3, 4)
-    assert triton.sibling_attention(*case(2, 2, 1, 0, 4, 4, torch.float32), scale=1.0).shape == (2, 2, 0, 4)
+    assert triton.sibling_attention(*case(0, 2, 2, 3, 4, 4, torch.float32), scale=1.0).shape == (
+        0,
+        2,
+        3,
+        4,
+    )
+    assert triton.sibling_attention(*case(2, 2, 1, 0, 4, 4, torch.float32), scale=1.0).shape == (
+        2,
+        2,
+        0,
+        4,
+    )
 
 
 def test_scattered_numbers_are_refused() -> None:

@@ -13,17 +13,28 @@ from infer_align_kernels.value_reweight import reference, triton
 from tests.kernels import cases, float64
 
 FIELDS = ("token", "logsumexp", "logprob", "frozen_logprob")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 
 
 def run(
-    logits: torch.Tensor, values: HeadValues | CandidateValues, beta: torch.Tensor, bitmask: Any = None, **sampling: torch.Tensor
+    logits: torch.Tensor,
+    values: HeadValues | CandidateValues,
+    beta: torch.Tensor,
+    bitmask: Any = None,
+    **sampling: torch.Tensor,
 ) -> Sampled:
     return triton.value_reweight(logits, values, beta, **sampling, bitmask=bitmask, workspace=None)
 
 
 def assert_right(
-    got: Sampled, logits: torch.Tensor, values: Any, beta: torch.Tensor, sampling: dict[str, torch.Tensor], mask: Any = None
+    got: Sampled,
+    logits: torch.Tensor,
+    values: Any,
+    beta: torch.Tensor,
+    sampling: dict[str, torch.Tensor],
+    mask: Any = None,
 ) -> None:
     heat = sampling["temperature"]
     steered, frozen = float64.distributions(logits, values, beta, heat, mask)
@@ -36,7 +47,9 @@ def assert_right(
     lse, frozen_lse = float64.logsumexp(steered)[~dead], float64.logsumexp(frozen)[~dead]
     np.testing.assert_allclose(got.logsumexp.numpy()[~dead], lse, rtol=1e-6, atol=1e-5)
     np.testing.assert_allclose(got.logprob.numpy()[~dead], steered[at] - lse, atol=2e-5)
-    np.testing.assert_allclose(got.frozen_logprob.numpy()[~dead], frozen[at] - frozen_lse, atol=2e-5)
+    np.testing.assert_allclose(
+        got.frozen_logprob.numpy()[~dead], frozen[at] - frozen_lse, atol=2e-5
+    )
     expected = reference.value_reweight(logits, values, beta, **sampling, bitmask=mask)
     assert got.token.tolist() == expected.token.tolist()
 
@@ -54,18 +67,32 @@ def assert_right(
 )
 def test_head(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     rows, vocabulary, rank, values = shape
-    logits, head = cases.logits(rows, vocabulary, dtype), cases.head(rows, vocabulary, rank, values, dtype)
-    beta, sampling, mask = cases.strengths(rows, values), cases.sampling(rows), cases.bitmask(rows, vocabulary)
+    logits, head = (
+        cases.logits(rows, vocabulary, dtype),
+        cases.head(rows, vocabulary, rank, values, dtype),
+    )
+    beta, sampling, mask = (
+        cases.strengths(rows, values),
+        cases.sampling(rows),
+        cases.bitmask(rows, vocabulary),
+    )
     assert_right(run(logits, head, beta, **sampling), logits, head, beta, sampling)
     without = HeadValues(head.hidden, head.weight)
-    assert_right(run(logits, without, beta, mask, **sampling), logits, without, beta, sampling, mask)
+    assert_right(
+        run(logits, without, beta, mask, **sampling), logits, without, beta, sampling, mask
+    )
 
 
-@pytest.mark.parametrize(("tail", "dtype"), [("keep", torch.float32), ("mask", torch.bfloat16), ("per_row", torch.float16)])
+@pytest.mark.parametrize(
+    ("tail", "dtype"),
+    [("keep", torch.float32), ("mask", torch.bfloat16), ("per_row", torch.float16)],
+)
 def test_candidates(tail: Any, dtype: torch.dtype) -> None:
     # Two tiles of tokens, and more candidates than a power of two.
     logits = cases.logits(4, 2500, dtype)
-    given = cases.candidates(logits, 9, 2, torch.tensor([True, False, True, True]) if tail == "per_row" else tail)
+    given = cases.candidates(
+        logits, 9, 2, torch.tensor([True, False, True, True]) if tail == "per_row" else tail
+    )
     beta, sampling, mask = cases.strengths(4, 2), cases.sampling(4), cases.bitmask(4, 2500)
     assert_right(run(logits, given, beta, **sampling), logits, given, beta, sampling)
     mask[3] = 0
@@ -75,12 +102,16 @@ def test_candidates(tail: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tail", ["keep", "mask", "per_row"])
 def test_reweight_logits(tail: Any) -> None:
     logits = cases.logits(4, 2500)
-    given = cases.candidates(logits, 9, 2, torch.tensor([True, False, True, True]) if tail == "per_row" else tail)
+    given = cases.candidates(
+        logits, 9, 2, torch.tensor([True, False, True, True]) if tail == "per_row" else tail
+    )
     beta = cases.strengths(4, 2)
     arguments = (given.token_ids, given.values, beta, given.tail)
     expected = reference.reweight_logits(logits, *arguments, out=None)
     got = triton.reweight_logits(logits, *arguments, out=None)
-    torch.testing.assert_close(got, expected, equal_nan=True, atol=2e-5, rtol=1e-6)  # values around 50, centred in float32
+    torch.testing.assert_close(
+        got, expected, equal_nan=True, atol=2e-5, rtol=1e-6
+    )  # values around 50, centred in float32
     assert torch.equal(got[2].view(torch.int32), logits[2].view(torch.int32))
     mine = logits.clone()
     triton.reweight_logits(mine, *arguments, out=mine)
@@ -92,7 +123,12 @@ def test_candidate_values(dtype: torch.dtype) -> None:
     head = cases.head(3, 300, 144, 2, dtype)
     ids = torch.randint(0, 300, (3, 17))
     got = triton.candidate_values(ids, head.hidden, head.weight, head.bias)
-    torch.testing.assert_close(got, reference.candidate_values(ids, head.hidden, head.weight, head.bias), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        got,
+        reference.candidate_values(ids, head.hidden, head.weight, head.bias),
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -115,16 +151,25 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     for b in (0, 2, 18):
         one = slice(b, b + 1)
         mine = {k: v[one] for k, v in sampling.items()}
-        alone = run(logits[one], HeadValues(head.hidden[one], head.weight, head.bias), beta[one], **mine)
+        alone = run(
+            logits[one], HeadValues(head.hidden[one], head.weight, head.bias), beta[one], **mine
+        )
         assert all(torch.equal(getattr(alone, f), getattr(dense, f)[one]) for f in FIELDS)
-        alone = run(logits[one], CandidateValues(given.token_ids[one], given.values[:, one]), beta[one], **mine)
+        alone = run(
+            logits[one],
+            CandidateValues(given.token_ids[one], given.values[:, one]),
+            beta[one],
+            **mine,
+        )
         assert all(torch.equal(getattr(alone, f), getattr(sparse, f)[one]) for f in FIELDS)
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
 def test_odd_logits() -> None:
     inf, nan = torch.inf, torch.nan
-    logits = torch.tensor([[nan, 1.0, nan, 1.0], [0.0, inf, 0.0, inf], [-inf, nan, -inf, nan], [1.0, 3.0, 3.0, 0.0]])
+    logits = torch.tensor(
+        [[nan, 1.0, nan, 1.0], [0.0, inf, 0.0, inf], [-inf, nan, -inf, nan], [1.0, 3.0, 3.0, 0.0]]
+    )
     sampling = cases.sampling(4) | {"temperature": torch.tensor([0.0, 1e-45, 1.0, -1.0])}
     given = CandidateValues(torch.arange(4).expand(4, 4), torch.zeros(1, 4, 4))
     for values in (given, HeadValues(torch.zeros(4, 1, 16), torch.zeros(1, 4, 16))):
@@ -169,6 +214,9 @@ def test_the_sampler_follows_the_distribution() -> None:
     )
     counts = np.bincount(got.token.numpy(), minlength=vocabulary)
     often = expected >= 5
-    counts, expected = np.append(counts[often], counts[~often].sum()), np.append(expected[often], expected[~often].sum())
+    counts, expected = (
+        np.append(counts[often], counts[~often].sum()),
+        np.append(expected[often], expected[~often].sum()),
+    )
     freedom = len(counts) - 1
     assert abs(((counts - expected) ** 2 / expected).sum() - freedom) < 4 * np.sqrt(2 * freedom)

@@ -21,10 +21,23 @@ def main(folder: str, options: str, n: str) -> None:
         run(engine, steerer, asks)
         runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
         found = [
-            {"tokens": ask.tokens, "logprobs": ask.logprobs, "reason": ask.reason, "estimates": [*ask.estimates.items()]}
+            {
+                "tokens": ask.tokens,
+                "logprobs": ask.logprobs,
+                "reason": ask.reason,
+                "estimates": [*ask.estimates.items()],
+            }
             for ask in asks
         ]
-        print(json.dumps({"runner": type(runner).__module__, "speculates": runner.speculator is not None, "found": found}))
+        print(
+            json.dumps(
+                {
+                    "runner": type(runner).__module__,
+                    "speculates": runner.speculator is not None,
+                    "found": found,
+                }
+            )
+        )
         engine.engine_core.shutdown()
 
 
