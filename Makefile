@@ -61,8 +61,8 @@ docs: $(VENV)/dev  ## fill the tables from the code
 	$(BIN)/python docs/generate.py
 
 rebuild-demo: $(VENV)/dev  ## train the embedded models again
-	$(BIN)/python -m infer_align.demo.build
-	$(BIN)/python -m infer_align.demo.values
+	$(BIN)/python -m benchmarks.demo.build
+	$(BIN)/python -m benchmarks.demo.values
 
 $(VENV)/local $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable '.[$(if $(filter dev,$*),local$(comma)dev,$*)]' --constraint constraints.txt

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from infer_align import config, registry
+from infer_align.config import config, registry
 from infer_align.methods.dpa import Prompting
 from infer_align.objectives import Ensemble
 from infer_align.types import Budget
@@ -249,10 +249,15 @@ def cost_model() -> str:
         return "Not recorded yet: `python benchmarks/serving/cost_model.py`.\n"
     keys = ("concurrency", "n", "prompt_tokens", "output_tokens", "k", "judge_tokens")
     rows = [
-        [*(f"{row[key]:.0f}" if key in row else "" for key in keys), f"{row['measured_ms']:.1f}",
-         f"{row['predicted_ms']:.1f}", f"{row['error']:+.0%}", row["role"]]
+        [
+            *(f"{row[key]:.0f}" if key in row else "" for key in keys),
+            f"{row['measured_ms']:.1f}",
+            f"{row['predicted_ms']:.1f}",
+            f"{row['error']:+.0%}",
+            row["role"],
+        ]
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     return _table(
         [
             "under way",

@@ -108,16 +108,24 @@ def _config(architecture: str, vocabulary: int, **options: Any) -> Any:
 
     own: dict[str, dict[str, Any]] = {
         "Llama": {"num_key_value_heads": 2},
-        "Qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "Qwen2": {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
+        },
         "Mistral": {"num_key_value_heads": 2, "sliding_window": 8},
         "Gemma2": {"num_key_value_heads": 2, "sliding_window": 8, "head_dim": 8},
         "Gemma3Text": {
-            "num_key_value_heads": 2, "sliding_window": 8, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]
+            "num_key_value_heads": 2,
+            "sliding_window": 8,
+            "head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
         },
         "GPT2": {"n_inner": 48},
         "Bert": {},
         "Mamba": {},
-    }  # fmt: skip
+    }
     config = getattr(tf, f"{architecture}Config")
     return config(
         **{

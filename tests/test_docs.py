@@ -108,8 +108,13 @@ def test_python_blocks_run_in_order(page: Path, demo: str, tmp_path: Path) -> No
 def test_curl_blocks_are_answered(page: Path, line: int, code: str, demo: str) -> None:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", code.replace(DEFAULT, demo)],
-        env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, f"{page.name}:{line}: {done.stderr}"
     assert done.stdout.strip(), f"{page.name}:{line}"
     assert not re.match(r'\s*{"error"', done.stdout), f"{page.name}:{line}: {done.stdout}"

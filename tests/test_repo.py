@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from infer_align import config, registry
+from infer_align.config import config, registry
 from infer_align.objectives import Ensemble
 from infer_align.types import Budget
 from infer_align_server.stream import StreamOptions
@@ -55,7 +55,7 @@ def python(code: str) -> str:
     return done.stdout
 
 
-# --- layout -------------------------------------------------------------------------------------------------------------
+# --- layout ---
 
 
 @pytest.mark.parametrize("folder", ["kernels", "server", "clients", "clients/python", "tests"])
@@ -99,7 +99,7 @@ def test_functions_are_short() -> None:
 
 
 def test_the_flow_is_one_short_function() -> None:
-    source = (ROOT / "infer_align/run.py").read_text(encoding="utf-8")
+    source = (ROOT / "infer_align/flow/run.py").read_text(encoding="utf-8")
     flow = next(
         n
         for n in ast.parse(source).body
@@ -110,8 +110,8 @@ def test_the_flow_is_one_short_function() -> None:
 
 def test_user_input_never_meets_an_assert() -> None:
     for path in (
-        ROOT / "infer_align/request.py",
-        ROOT / "infer_align/schema.py",
+        ROOT / "infer_align/flow/request.py",
+        ROOT / "infer_align/config/schema.py",
         ROOT / "server/infer_align_server/wire.py",
     ):
         asserts = [
@@ -156,13 +156,17 @@ def test_every_kernel_is_a_triple_with_a_test_and_a_benchmark() -> None:
         if path.is_dir() and path.name != "__pycache__"
     ]:
         for part in (
-            op / "__init__.py", op / "reference.py", op / "triton.py", op / "README.md",
-            ROOT / f"tests/kernels/test_{op.name}.py", ROOT / f"benchmarks/kernels/bench_{op.name}.py",
-        ):  # fmt: skip
+            op / "__init__.py",
+            op / "reference.py",
+            op / "triton.py",
+            op / "README.md",
+            ROOT / f"tests/kernels/test_{op.name}.py",
+            ROOT / f"benchmarks/kernels/bench_{op.name}.py",
+        ):
             assert part.exists(), part.relative_to(ROOT)
 
 
-# --- what is exported, and what it costs --------------------------------------------------------------------------------
+# --- what is exported, and what it costs ---
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,7 @@ def test_transformers_does_not_take_our_kernels_for_its_package() -> None:
     python(code)
 
 
-# --- documentation ------------------------------------------------------------------------------------------------------
+# --- documentation ---
 
 
 def documented() -> dict[str, Any]:
@@ -264,7 +268,7 @@ def test_every_field_of_every_section_is_documented(name: str) -> None:
             )
 
 
-# --- what is shipped ----------------------------------------------------------------------------------------------------
+# --- what is shipped ---
 
 
 @pytest.mark.slow
@@ -281,9 +285,21 @@ def test_the_wheel(tmp_path: Path) -> None:
             ignore=shutil.ignore_patterns("__pycache__", "node_modules"),
         )
     done = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)],
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(tmp_path),
+            str(source),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())

@@ -22,11 +22,11 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.demo.build import BuildConfig, train_members
+from benchmarks.demo.measure import Models, Pool, draw, load
 from benchmarks.record import RESULTS, record
 from infer_align import objectives
 from infer_align.demo import path
-from infer_align.demo.build import BuildConfig, train_members
-from infer_align.demo.measure import Models, Pool, draw, load
 from infer_align.demo.world import prompts
 from infer_align.methods.best_of_n import expected_best, kl_upper_bound
 from infer_align.types import Array

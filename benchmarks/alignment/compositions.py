@@ -31,9 +31,9 @@ from benchmarks.alignment.flow import (
     shown,
     tokens,
 )
+from benchmarks.demo.direction import at
 from benchmarks.record import record
 from infer_align.demo import world
-from infer_align.demo.direction import at
 from infer_align.types import Array
 
 BRIEF, HELPFUL = {"brief": 4.0}, {"helpful": 4.0}

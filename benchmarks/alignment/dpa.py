@@ -29,9 +29,9 @@ from benchmarks.alignment.flow import (
     texts,
     tokens,
 )
+from benchmarks.demo.direction import TRAINED_DEGREES, at
 from benchmarks.record import record
 from infer_align.demo import world
-from infer_align.demo.direction import TRAINED_DEGREES, at
 from infer_align.types import Array, Response
 
 ANGLES = (-90, -60, -45, -30, -20, -10, 0, 10, 20, 30, 45, 60, 90)

@@ -71,9 +71,16 @@ def _row(name: str, found: Measured, family: Sequence[Measured]) -> dict[str, An
     same_budget, budget_error = mean_se(values - _at_budget(float(spent.mean()), family))
     whole, whole_error = mean_se(values - family[-1][0])
     return {
-        "answer": name, "tokens": float(spent.mean()), "saved": float(saved.mean()), "gold": mean, "gold_se": error,
-        "minus_budget": same_budget, "minus_budget_se": budget_error, "minus_whole": whole, "minus_whole_se": whole_error,
-    }  # fmt: skip
+        "answer": name,
+        "tokens": float(spent.mean()),
+        "saved": float(saved.mean()),
+        "gold": mean,
+        "gold_se": error,
+        "minus_budget": same_budget,
+        "minus_budget_se": budget_error,
+        "minus_whole": whole,
+        "minus_whole_se": whole_error,
+    }
 
 
 def _at_budget(tokens: float, family: Sequence[Measured]) -> Array:

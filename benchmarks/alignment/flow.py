@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from infer_align import config
+from benchmarks.demo.direction import at, ratings
+from infer_align.config import config
 from infer_align.demo import world
-from infer_align.demo.direction import at, ratings
 from infer_align.engines import Engine
-from infer_align.request import make_plan, parse_request
+from infer_align.flow.request import make_plan, parse_request
+from infer_align.flow.run import align
 from infer_align.rewards import Reward
-from infer_align.run import align
 from infer_align.types import Array, Response
 
 OUT = Console(width=max(130, Console().width))

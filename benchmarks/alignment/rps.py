@@ -17,9 +17,9 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.alignment.flow import OUT, Flow, mean_se, projected, serving, shown, tokens
+from benchmarks.demo.direction import TRAINED_DEGREES, at
 from benchmarks.record import record
 from infer_align.demo import world
-from infer_align.demo.direction import TRAINED_DEGREES, at
 from infer_align.objectives import project
 from infer_align.types import Array, Response
 

@@ -27,11 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.alignment.best_of_n import UNCERTAINTY_WEIGHT
+from benchmarks.demo import measure
+from benchmarks.demo.preference import score
+from benchmarks.demo.values import SAMPLING
 from benchmarks.record import RESULTS, record
-from infer_align import config, objectives
-from infer_align.demo import measure, path, world
-from infer_align.demo.preference import score
-from infer_align.demo.values import SAMPLING
+from infer_align import objectives
+from infer_align.config import config
+from infer_align.demo import path, world
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.fitting import HELD_OUT_SHARE
 from infer_align.fitting.curve import BetaPoint, suggest

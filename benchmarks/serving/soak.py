@@ -73,10 +73,29 @@ keepalive_seconds = 0.2
 log_level = "error"
 """
 UPSTREAM_FAULTS = (
-    "error_500", "error_400", "error_429", "error_502", "error_503", "redirect", "hang", "drip", "garbage", "html", "error_in_200",
-    "no_choices", "truncated", "ended_early", "reset", "slow_reset", "message_missing", "infinite", "half_a_character",
-    "sse_as_json", "garbage_in_stream", "odd_in_stream",
-)  # fmt: skip
+    "error_500",
+    "error_400",
+    "error_429",
+    "error_502",
+    "error_503",
+    "redirect",
+    "hang",
+    "drip",
+    "garbage",
+    "html",
+    "error_in_200",
+    "no_choices",
+    "truncated",
+    "ended_early",
+    "reset",
+    "slow_reset",
+    "message_missing",
+    "infinite",
+    "half_a_character",
+    "sse_as_json",
+    "garbage_in_stream",
+    "odd_in_stream",
+)
 USER = [{"role": "user", "content": "What is the diet of the owl?"}]
 CHAT, SCORE = "/v1/chat/completions", "/v1/align/score"
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
@@ -225,10 +244,18 @@ async def soak(
         statistics.median(seen.memory[-quarter:]),
     )
     return {
-        "answered": seen.answered, "left": seen.left, "statuses": dict(sorted(seen.statuses.items())),
-        "unanswered": seen.unanswered, "broken": dict(seen.broken), "before": before, "after": after,
-        "memory_early": early, "memory_late": late, "memory_first": seen.memory[0], "memory_last": seen.memory[-1],
-    }  # fmt: skip
+        "answered": seen.answered,
+        "left": seen.left,
+        "statuses": dict(sorted(seen.statuses.items())),
+        "unanswered": seen.unanswered,
+        "broken": dict(seen.broken),
+        "before": before,
+        "after": after,
+        "memory_early": early,
+        "memory_late": late,
+        "memory_first": seen.memory[0],
+        "memory_last": seen.memory[-1],
+    }
 
 
 def _rose(before: dict[str, float], after: dict[str, float]) -> list[str]:
@@ -298,18 +325,35 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
         result["answered"] + result["left"] + result["unanswered"] + sum(result["broken"].values())
     )
     became = {
-        "answered": result["answered"], "cancelled by their clients": result["left"],
+        "answered": result["answered"],
+        "cancelled by their clients": result["left"],
         "neither": asked - result["answered"] - result["left"],
-    }  # fmt: skip
+    }
     return [
-        {**memory, "value": result["memory_late"] - result["memory_early"], "ours": result["memory_late"],
-         "baseline": result["memory_early"]},
-        {**ends, "value": result["memory_last"] - result["memory_first"], "ours": result["memory_last"],
-         "baseline": result["memory_first"]},
+        {
+            **memory,
+            "value": result["memory_late"] - result["memory_early"],
+            "ours": result["memory_late"],
+            "baseline": result["memory_early"],
+        },
+        {
+            **ends,
+            "value": result["memory_last"] - result["memory_first"],
+            "ours": result["memory_last"],
+            "baseline": result["memory_first"],
+        },
         *left_over,
-        *({"what": f"requests {what}", "value": n, "ours": n, "baseline": asked, "target": "0" if what == "neither" else ""}
-          for what, n in became.items()),
-    ]  # fmt: skip
+        *(
+            {
+                "what": f"requests {what}",
+                "value": n,
+                "ours": n,
+                "baseline": asked,
+                "target": "0" if what == "neither" else "",
+            }
+            for what, n in became.items()
+        ),
+    ]
 
 
 def main() -> int:

@@ -20,20 +20,35 @@ from rich.table import Table
 
 from benchmarks.record import record
 from benchmarks.serving.client import closed_loop, serving
-from infer_align.config import override
+from infer_align.config.config import override
 from infer_align.demo import world
-from infer_align.hub import locate
+from infer_align.demo.locate import locate
 
 # What `vllm serve` runs; that command itself does not know the CPU build by its package's name.
 RAW = (
-    "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", "{model}", "--served-model-name", "demo", "--port", "{port}",
+    "-m",
+    "vllm.entrypoints.launchers.api_server.entry",
+    "--model",
+    "{model}",
+    "--served-model-name",
+    "demo",
+    "--port",
+    "{port}",
     "--disable-uvicorn-access-log",
-)  # fmt: skip
+)
 # Neither writes an access log.
 OURS = (
-    "-m", "infer_align_server", "serve", "{config}", "--set", "server.port={port}", "--set", "server.served_name=demo",
-    "--set", "server.log_level=warning",
-)  # fmt: skip
+    "-m",
+    "infer_align_server",
+    "serve",
+    "{config}",
+    "--set",
+    "server.port={port}",
+    "--set",
+    "server.served_name=demo",
+    "--set",
+    "server.log_level=warning",
+)
 DEMO = "infer_align/demo/vllm.toml"
 # What a CPU needs; a GPU's own are given with --set.
 CPU = {

@@ -1,6 +1,6 @@
 """The embedded demo: a small made-up world, a frozen language model and reward models that are wrong about it.
 
-Everything is made by one command, ``python -m infer_align.demo.build``, and shipped under ``assets/``::
+Everything is made by one command, ``python -m benchmarks.demo.build``, and shipped under ``assets/``::
 
     world ─ documents ─▶ lm (frozen) ─ sampled pairs, gold preference, 25% flipped ─▶ reward-0 .. reward-4
       └──── replies, rated by attribute ─▶ preference
@@ -10,7 +10,13 @@ Importing this package loads neither torch nor transformers.
 
 from pathlib import Path
 
-__all__ = ["LM", "PREFERENCE", "REWARDS", "path"]
+__all__ = ["ASSETS", "CONFIG", "LM", "PREFERENCE", "REWARDS", "path"]
+
+ASSETS = Path(__file__).parent / "assets"
+"""Folder of the shipped models."""
+
+CONFIG = Path(__file__).parent / "infer-align.toml"
+"""The configuration that serves the demo."""
 
 LM = "lm"
 """Name of the frozen language model's folder."""
@@ -27,9 +33,9 @@ def path(name: str) -> Path:
 
     Raises ``FileNotFoundError`` when it is not there.
     """
-    found = Path(__file__).parent / "assets" / name
+    found = ASSETS / name
     if not found.exists():
         raise FileNotFoundError(
-            f"the demo has no {name!r}; rebuild it with: python -m infer_align.demo.build"
+            f"the demo has no {name!r}; rebuild it with: python -m benchmarks.demo.build"
         )
     return found

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from infer_align.decoding.params import COMPLETION_TOKENS
 from infer_align.errors import AlignError, Unsupported
 from infer_align.types import (
     Body,
@@ -28,9 +29,6 @@ from infer_align.values import Value
 
 Event = Delta | Estimate | Candidate
 App: TypeAlias = Callable[[Any, Any, Any], Any]  # ASGI: scope, receive, send
-
-# OpenAI's maximum for a text completion that sets none.
-COMPLETION_TOKENS = 16
 
 
 class Engine(ABC):

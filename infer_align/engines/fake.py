@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
+from infer_align.decoding.params import SamplingParams, field_schemas
 from infer_align.engines import Engine, Stream
-from infer_align.engines._sampling import SamplingParams, field_schemas
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable, nearest
 from infer_align.types import (
     Body,

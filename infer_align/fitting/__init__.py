@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from infer_align.demo.locate import locate
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import curve, regression
@@ -29,7 +30,6 @@ from infer_align.fitting.samples import (
     read_states,
     sample,
 )
-from infer_align.hub import locate
 from infer_align.rewards import Reward
 from infer_align.values import head, lookahead, tokenizer_digest
 from infer_align.values.head import HeadValue
@@ -222,9 +222,17 @@ def _fit_head(
         )
     else:
         tensors = regression.fit_sgd(
-            training, testing, vocabulary, rank=how.rank, width=how.width, gamma=how.gamma, lam=how.lam, epochs=how.epochs,
-            seed=sampling.seed, progress=progress,
-        )  # fmt: skip
+            training,
+            testing,
+            vocabulary,
+            rank=how.rank,
+            width=how.width,
+            gamma=how.gamma,
+            lam=how.lam,
+            epochs=how.epochs,
+            seed=sampling.seed,
+            progress=progress,
+        )
     head.write(out, tensors, engine.frozen.frozen(engine.model), {"reward": sampling.reward})
     return regression.fitness(regression.predict(tensors, testing.hidden, testing.tokens), testing)
 
@@ -250,9 +258,15 @@ def fit_value_lm(
         locate(how.value_model or engine.config.model), dtype=torch.float32
     )
     heads, found = fit_lookahead(
-        lm, Reading(ids, starts, replies), gamma=how.gamma, lam=how.lam, epochs=how.epochs, held_out=HELD_OUT_SHARE, seed=seed,
+        lm,
+        Reading(ids, starts, replies),
+        gamma=how.gamma,
+        lam=how.lam,
+        epochs=how.epochs,
+        held_out=HELD_OUT_SHARE,
+        seed=seed,
         progress=progress,
-    )  # fmt: skip
+    )
     named = dict(zip(samples, heads, strict=True))
     lookahead.write(out, lm, named, engine.frozen.frozen(engine.model), {})
     return found

@@ -19,10 +19,10 @@ from infer_align.engines.transformers import TransformersEngine
 from infer_align.engines.transformers.model import Model
 from infer_align.errors import EngineFailed, InvalidRequest
 from infer_align.fitting.regression import Replies
+from infer_align.flow.request import SEED_RANGE
+from infer_align.flow.run import score
 from infer_align.objectives import Ensemble
-from infer_align.request import SEED_RANGE
 from infer_align.rewards import Reward
-from infer_align.run import score
 from infer_align.types import Candidate, Draw, Plan
 
 Progress = Callable[[str], None]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
-from infer_align.hub import locate
 from infer_align.rewards import Marks, Reward
 from infer_align.rewards._conversation import Encoded, encode, member_names, turns
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled

@@ -16,13 +16,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from infer_align import vllm_package
+from infer_align.demo.locate import locate
 from infer_align.errors import AlignError, ConfigError, Unavailable
-from infer_align.hub import locate
 from infer_align.rewards import Marks, Reward
 from infer_align.rewards._conversation import encode, member_names, turns
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
 from infer_align.types import Array, Candidate, Messages, Spent
+from infer_align.vllm import package as vllm_package
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class _RewardModel:
     def __init__(self, path: str, config: Pooling) -> None:
         from transformers import AutoTokenizer
 
-        from infer_align import vllm_compat
+        from infer_align.vllm import compat as vllm_compat
 
         located = locate(path)
         try:
@@ -188,7 +188,7 @@ class _RewardModel:
         Raises:
             ConfigError: no logits per sequence, or not as many as there are names for.
         """
-        from infer_align.vllm_compat import classifies
+        from infer_align.vllm.compat import classifies
 
         if not await classifies(self._engine):
             raise ConfigError(
@@ -206,7 +206,7 @@ class _RewardModel:
 
     async def close(self) -> None:
         """End the engine's processes."""
-        from infer_align.vllm_compat import shut_down
+        from infer_align.vllm.compat import shut_down
 
         await shut_down(self._engine)
 
@@ -216,7 +216,7 @@ class _RewardModel:
         Raises:
             Unavailable: the engine has died.
         """
-        from infer_align.vllm_compat import class_logits
+        from infer_align.vllm.compat import class_logits
 
         ids, note = await asyncio.to_thread(encode, self.tokenizer, conversation, self.max_length)
         unread = np.full(self.labels, np.nan)

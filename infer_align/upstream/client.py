@@ -218,7 +218,7 @@ class Client:
             backoff * random.uniform(0.5, 1.0)
             if asked is None
             else asked + random.uniform(0.0, 0.1 * backoff)
-        )  # noqa: S311
+        )
 
     @asynccontextmanager
     async def _open(

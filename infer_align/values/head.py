@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import embedding, gelu, linear
 
+from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
-from infer_align.hub import locate
 from infer_align.values import Frozen, Value, check_fit
 from infer_align_kernels import candidate_values
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 
+from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
-from infer_align.hub import locate
 from infer_align.values import Frozen, Value, check_fit
 
 HEADS = "value_heads.safetensors"

@@ -90,7 +90,7 @@ def resources(launch: Launch, capability: int) -> Resources:
 def _dump(option: str, path: str) -> str:
     done = subprocess.run(
         [str(CUOBJDUMP), option, path], capture_output=True, text=True, check=False
-    )  # noqa: S603 - our own binary
+    )
     if done.returncode:
         raise RuntimeError(f"cuobjdump {option}: {done.stderr.strip()}")
     return done.stdout

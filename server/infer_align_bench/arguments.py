@@ -89,9 +89,12 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         help="seconds in which requests are started",
     )
     loop.add_argument(
-        "--grace", type=positive_number, default=10.0, metavar="S",
+        "--grace",
+        type=positive_number,
+        default=10.0,
+        metavar="S",
         help="after --duration, for those under way; then they are given up and counted; default: %(default)g",
-    )  # fmt: skip
+    )
     loop.add_argument(
         "--timeout",
         type=positive_number,

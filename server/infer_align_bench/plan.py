@@ -62,9 +62,14 @@ def run(options: argparse.Namespace) -> int:
         else 0
     )
     asked = Setting(
-        1, options.n, options.prompt_tokens, options.output_tokens, options.k,
-        rewarded if options.reward_tokens is None else options.reward_tokens, options.judge_tokens,
-    )  # fmt: skip
+        1,
+        options.n,
+        options.prompt_tokens,
+        options.output_tokens,
+        options.k,
+        rewarded if options.reward_tokens is None else options.reward_tokens,
+        options.judge_tokens,
+    )
     refuse_unmeasured(settings, asked)
     planned = capacity(prices, asked, options.rate, options.latency, options.max_sequences)
     doubts = [

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
 
-from infer_align.config import Limits
+from infer_align.config.config import Limits
 from infer_align.errors import DeadlineExceeded, Overloaded
 
 # How much a finished request's duration moves the estimate behind Retry-After.

@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from infer_align.config import Config
+from infer_align.config.config import Config
 from infer_align.engines import Engine
 from infer_align.errors import AlignError
 from infer_align_server.logs import access

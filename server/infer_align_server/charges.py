@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from infer_align.errors import DeadlineExceeded
-from infer_align.run import OnDelta
+from infer_align.flow.run import OnDelta
 from infer_align.types import Delta, Response
 from infer_align_server.rates import Allowance
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from infer_align import config as configuration
-from infer_align import registry
+from infer_align.config import config as configuration
+from infer_align.config import registry
 from infer_align.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ def run(options: argparse.Namespace) -> int:
 
 async def _fit(options: argparse.Namespace, progress: Any) -> Report:
     registry.engines.get("transformers")  # says what to install where it cannot be imported
+    from infer_align.config.schema import parse
     from infer_align.engines.transformers import TransformersEngine
     from infer_align.fitting import Fitting, fit_value
     from infer_align.fitting.samples import Sampling, read_prompts
-    from infer_align.schema import parse
 
     config = configuration.load(options.config, options.set)
     prompts = read_prompts(options.prompts)

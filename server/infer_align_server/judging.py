@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from infer_align.config.schema import parse
 from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
+from infer_align.flow.request import check_prompt
 from infer_align.methods.trust_judge import Criteria
-from infer_align.request import check_prompt
 from infer_align.rewards.trust_judge import (
     TrustJudgeReward,
     conflict_ratio,
@@ -19,7 +20,6 @@ from infer_align.rewards.trust_judge import (
 from infer_align.rewards.trust_judge.asking import Judgement
 from infer_align.rewards.trust_judge.consistency import cycles
 from infer_align.rewards.trust_judge.tournament import Comparisons
-from infer_align.schema import parse
 from infer_align.types import Spent
 from infer_align_server.scoring import candidates_of
 from infer_align_server.service import Service

@@ -13,10 +13,10 @@ from typing import Any, get_args
 
 from starlette.routing import Route
 
-from infer_align import registry
+from infer_align.config import registry
+from infer_align.config.schema import json_schema
+from infer_align.flow.request import MAX_WEIGHT, SEED_RANGE, Details, reward_names
 from infer_align.objectives import Ensemble
-from infer_align.request import MAX_WEIGHT, SEED_RANGE, Details, reward_names
-from infer_align.schema import json_schema
 from infer_align.types import Budget, Kind
 from infer_align_server.answers import SCHEMAS, STRING, Schema, array, nullable, ref
 from infer_align_server.forward import Relays
@@ -182,7 +182,7 @@ def _json(schema: Schema) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": schema}}}
 
 
-# --- what is asked ------------------------------------------------------------------------------------------------------
+# --- what is asked ---
 
 
 def _requests(service: Service) -> dict[str, Schema]:

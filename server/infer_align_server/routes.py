@@ -15,7 +15,7 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
 
 from infer_align.errors import UnknownModel, Unsupported, nearest
-from infer_align.request import worst_case
+from infer_align.flow.request import worst_case
 from infer_align.types import Kind
 from infer_align_server import catalogue, judging, scoring
 from infer_align_server.forward import Forwarded, Relayed, Relays, fields_of, sampled_at_most

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from infer_align.errors import InvalidRequest, RewardFailed, Unavailable, nearest, shown
-from infer_align.request import parse_request
-from infer_align.run import score as score_candidates
-from infer_align.selection import select
+from infer_align.flow.request import parse_request
+from infer_align.flow.run import score as score_candidates
+from infer_align.flow.selection import select
 from infer_align.types import Candidate, Plan, Response, Timing
 from infer_align_server.service import Service
 from infer_align_server.wire import number, scores_json

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from infer_align.config import Config
+from infer_align.config.config import Config
 from infer_align.errors import ConfigError
 from infer_align_server import logs
 from infer_align_server.app import create_app

@@ -13,7 +13,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from infer_align.config import Config
+from infer_align.config.config import Config
 from infer_align.engines import App, Engine
 from infer_align.errors import (
     AlignError,
@@ -27,9 +27,9 @@ from infer_align.errors import (
     nearest,
     shown,
 )
-from infer_align.request import Limits, make_plan, parse_request, reward_names
+from infer_align.flow.request import Limits, make_plan, parse_request, reward_names
+from infer_align.flow.run import OnDelta, align
 from infer_align.rewards import Reward
-from infer_align.run import OnDelta, align
 from infer_align.types import Kind, Plan, Request, Response, Spent
 from infer_align_server.admission import Admission
 from infer_align_server.charges import charged
@@ -202,7 +202,7 @@ class Service:
         """What a body asks for, refused here or not at all.
 
         Raises:
-            UnknownModel, InvalidRequest: see `infer_align.request`.
+            UnknownModel, InvalidRequest: see `infer_align.flow.request`.
             Unavailable: not ready.
         """
         self.require_ready()
@@ -214,7 +214,7 @@ class Service:
         """What a request asks for, with this process's engine, rewards, settings, and its limits where no others are given.
 
         Raises:
-            InvalidRequest: see `infer_align.request.make_plan`.
+            InvalidRequest: see `infer_align.flow.request.make_plan`.
         """
         limits = limits or self.config.limits.request
         return make_plan(
@@ -228,7 +228,7 @@ class Service:
 
         Raises:
             Overloaded: the queue is full, or the caller's budget of tokens is used up.
-            AlignError: what `infer_align.run.align` raises.
+            AlignError: what `infer_align.flow.run.align` raises.
         """
         arrived = monotonic()
         with charged(self.tokens, caller, plan.worst_case_tokens) as charge:

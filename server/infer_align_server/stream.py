@@ -16,8 +16,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
+from infer_align.config.schema import parse
 from infer_align.errors import AlignError, InvalidRequest, shown
-from infer_align.schema import parse
 from infer_align.types import Candidate, Delta, Plan, Request, Response
 from infer_align_server.service import Service
 from infer_align_server.wire import OBJECTS, align_json, dumps, error_json, usage_json

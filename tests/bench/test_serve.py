@@ -19,7 +19,7 @@ from tests.bench.conftest import EACH, ECHO, FIRST, QUICK, SPREAD, USAGE, events
 ROOT = Path(__file__).parents[2]
 
 
-# --- the figures --------------------------------------------------------------------------------------------------------
+# --- the figures ---
 
 
 @pytest.fixture(scope="module")
@@ -175,9 +175,25 @@ def test_the_same_prompts_and_seeds_go_to_both(serve: Any, bench: Any, kept: Pat
     live = serve(QUICK + "[presets.four]\nbest_of_n = {n = 4}\n")
     before = len(live.engine.bodies)
     code, out, _ = bench(
-        "--base-url", live.base_url, "--requests", 8, "--warmup", 0, "--concurrency", 1, "--seed", 7,
-        "--against-model", f"{live.service.model}@four", "--json", kept, "--max-tokens", 2, "--body", '{"stop": ["zzz"]}',
-    )  # fmt: skip
+        "--base-url",
+        live.base_url,
+        "--requests",
+        8,
+        "--warmup",
+        0,
+        "--concurrency",
+        1,
+        "--seed",
+        7,
+        "--against-model",
+        f"{live.service.model}@four",
+        "--json",
+        kept,
+        "--max-tokens",
+        2,
+        "--body",
+        '{"stop": ["zzz"]}',
+    )
     assert code == 0
     bodies = live.engine.bodies[before:]
     assert len(bodies) == 16
@@ -189,7 +205,7 @@ def test_the_same_prompts_and_seeds_go_to_both(serve: Any, bench: Any, kept: Pat
     assert [t["model"] for t in read(kept)["targets"].values()] == ["fake", "fake@four"]
 
 
-# --- the open loop ------------------------------------------------------------------------------------------------------
+# --- the open loop ---
 
 STALL = 0.6
 
@@ -248,7 +264,7 @@ def test_waiting_in_the_client_counts_too(peer: Any, bench: Any, kept: Path) -> 
     assert "or --max-in-flight, was the limit" in out
 
 
-# --- other endpoints ----------------------------------------------------------------------------------------------------
+# --- other endpoints ---
 
 
 def test_an_endpoint_without_usage(peer: Any, bench: Any, kept: Path) -> None:
@@ -297,9 +313,21 @@ def test_answers_that_are_not_streamed(serve: Any, bench: Any, kept: Path) -> No
 def test_fields_can_be_left_out(peer: Any, bench: Any) -> None:
     server = peer(lambda *_: events(piece("x", "stop"), USAGE))
     code, _, _ = bench(
-        "--base-url", server.url, "--requests", 2, "--warmup", 0, "--body", '{"seed": null, "stream_options": null}',
-        "--dataset", "synthetic", "--input-tokens", "5-9", "--output-tokens", "3",
-    )  # fmt: skip
+        "--base-url",
+        server.url,
+        "--requests",
+        2,
+        "--warmup",
+        0,
+        "--body",
+        '{"seed": null, "stream_options": null}',
+        "--dataset",
+        "synthetic",
+        "--input-tokens",
+        "5-9",
+        "--output-tokens",
+        "3",
+    )
     assert code == 0
     for body in server.bodies:
         assert set(body) == {"model", "messages", "stream", "max_tokens"}

@@ -346,8 +346,12 @@ def test_an_interrupt_keeps_what_there_is(
     before = live.engine.sampled
     with subprocess.Popen(
         [*command, "--requests", "100000", "--warmup", "0", *loop],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-    ) as process:  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    ) as process:
         assert live.until(lambda: live.engine.sampled > before + 10, 30)
         process.send_signal(caught)
         out, err = process.communicate(timeout=20)

@@ -16,9 +16,21 @@ from benchmarks.record import RESULTS, known, problems, record
 FILES = sorted(RESULTS.glob("*.json"))
 # Measured at commits that the history no longer holds; a name leaves when it is measured again.
 AGAIN = {
-    "bench_agreement", "bench_agreement_vllm", "best_of_n", "best_of_n_retrained", "compositions", "cost_model", "dpa",
-    "judge_speed", "quality", "rps", "trust_judge", "upstream", "vas", "vllm",
-}  # fmt: skip
+    "bench_agreement",
+    "bench_agreement_vllm",
+    "best_of_n",
+    "best_of_n_retrained",
+    "compositions",
+    "cost_model",
+    "dpa",
+    "judge_speed",
+    "quality",
+    "rps",
+    "trust_judge",
+    "upstream",
+    "vas",
+    "vllm",
+}
 WRONG: list[tuple[str, Any]] = [
     ("commit", ""),
     ("commit", "main"),
@@ -84,10 +96,15 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("name", "marked"),
     [
-        ("infer_align/x.py", True), ("infer_align/demo.toml", True), ("constraints.txt", True), ("infer_align/new.py", True),
-        ("benchmarks/results/x.json", False), ("docs/x.md", False), ("tests/x.py", False),
+        ("infer_align/x.py", True),
+        ("infer_align/demo.toml", True),
+        ("constraints.txt", True),
+        ("infer_align/new.py", True),
+        ("benchmarks/results/x.json", False),
+        ("docs/x.md", False),
+        ("tests/x.py", False),
     ],
-)  # fmt: skip
+)
 def test_a_change_that_matters_marks_the_commit(repository: Path, name: str, marked: bool) -> None:
     clean = recording.commit()
     assert len(clean) == 12

@@ -30,9 +30,13 @@ def test_a_short_soak_leaves_nothing_over(target: str) -> None:
 
 
 CLEAN: dict[str, Any] = {
-    "unanswered": 0, "broken": {}, "before": {"tasks": 4.0, "descriptors": 14.0}, "after": {"tasks": 4.0, "descriptors": 14.0},
-    "memory_early": 70.0, "memory_late": 71.0,
-}  # fmt: skip
+    "unanswered": 0,
+    "broken": {},
+    "before": {"tasks": 4.0, "descriptors": 14.0},
+    "after": {"tasks": 4.0, "descriptors": 14.0},
+    "memory_early": 70.0,
+    "memory_late": 71.0,
+}
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import openai
 import pytest
 
 import infer_align_client
-from infer_align import objectives, registry, types
+from infer_align import objectives, types
+from infer_align.config import registry
 from infer_align.engines.fake import Fake
-from infer_align.request import SETTINGS, Limits, make_plan, parse_request
+from infer_align.flow.request import SETTINGS, Limits, make_plan, parse_request
 from infer_align.rewards.rules import Rules
 from infer_align_client import (
     DPA,

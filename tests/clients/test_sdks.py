@@ -36,8 +36,12 @@ def test_client(servers: dict[str, Any], name: str) -> None:
     urls = json.dumps({name: live.base_url for name, live in servers.items()})
     done = subprocess.run(
         [python, str(SCRIPTS / f"{CASES[name]}.py"), urls],
-        env=environments.variables(), capture_output=True, text=True, timeout=110, check=False,
-    )  # fmt: skip
+        env=environments.variables(),
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1].startswith("ok")
     for kind, live in servers.items():

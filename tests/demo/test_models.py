@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align import config, demo
+from benchmarks.demo.build import BuildConfig, documents_digest
+from benchmarks.demo.effects import judge_effects
+from benchmarks.demo.measure import Models, load, measure, read_metrics
+from benchmarks.demo.tokenizer import build_tokenizer
+from infer_align import demo
+from infer_align.config import config
 from infer_align.demo.bag import register
-from infer_align.demo.build import BuildConfig, documents_digest
-from infer_align.demo.effects import judge_effects
-from infer_align.demo.measure import Models, load, measure, read_metrics
-from infer_align.demo.tokenizer import build_tokenizer
 from infer_align.demo.world import prompts
 from infer_align.types import Candidate
 
@@ -118,10 +119,10 @@ def test_reward_of_anything_is_finite(models: Models, ids: list[int]) -> None:
 def test_shipped_files_are_of_this_configuration() -> None:
     report = json.loads(demo.path("metrics.json").read_text())
     assert report["config"] == json.loads(json.dumps(asdict(BuildConfig()))), (
-        "run: python -m infer_align.demo.build"
+        "run: python -m benchmarks.demo.build"
     )
     assert report["documents_sha256"] == documents_digest(), (
-        "the world changed; run: python -m infer_align.demo.build"
+        "the world changed; run: python -m benchmarks.demo.build"
     )
 
 

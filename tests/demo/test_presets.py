@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from infer_align import config, demo
+from infer_align import demo
+from infer_align.config import config
 from infer_align.demo import world
-from infer_align.request import make_plan, parse_request
-from infer_align.run import align
+from infer_align.flow.request import make_plan, parse_request
+from infer_align.flow.run import align
 from infer_align.types import Response
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from infer_align import registry
+from infer_align.config import registry
 from infer_align.engines import Engine
 from infer_align.engines.fake import Reply
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable

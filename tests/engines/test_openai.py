@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from infer_align import config as configuration
+from infer_align.config import config as configuration
 from infer_align.engines.openai import OpenAI, OpenAIEngine
 from infer_align.engines.openai.roster import listed_models
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable, Unsupported
@@ -49,7 +49,7 @@ async def engine(up: Upstream) -> AsyncIterator[Callable[..., Any]]:
         await one.close()
 
 
-# --- what it finds out --------------------------------------------------------------------------------------------------
+# --- what it finds out ---
 
 
 def capable(path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -245,9 +245,7 @@ def test_lists_of_models_in_the_wild() -> None:
         {"x": 1},
         3,
     ]
-    assert listed_models({"data": entries}) == {
-        "a": 5, "b": 7, "c": None
-    }  # fmt: skip
+    assert listed_models({"data": entries}) == {"a": 5, "b": 7, "c": None}
     assert listed_models([]) == listed_models({"data": None}) == {}
 
 
@@ -256,7 +254,7 @@ def test_forwarding_needs_neither_torch_nor_the_sdk() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-# --- the contract of every engine ---------------------------------------------------------------------------------------
+# --- the contract of every engine ---
 
 
 @pytest.fixture
@@ -379,7 +377,7 @@ async def test_an_upstream_that_meters_no_streams(up: Upstream, engine: Any) -> 
         assert candidate.calls == up.calls == calls
 
 
-# --- labels -------------------------------------------------------------------------------------------------------------
+# --- labels ---
 
 
 def speaker(model: dict[str, dict[str, float]], *, continues: bool) -> Any:

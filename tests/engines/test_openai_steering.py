@@ -11,14 +11,14 @@ import pytest
 
 pytest.importorskip("torch")
 
-from infer_align import config as configuration
+from infer_align.config import config as configuration
 from infer_align.demo import world
 from infer_align.engines.openai import OpenAI, OpenAIEngine
 from infer_align.engines.openai.continuation import Continuation
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
-from infer_align.request import Limits, make_plan, parse_request
-from infer_align.run import align
+from infer_align.flow.request import Limits, make_plan, parse_request
+from infer_align.flow.run import align
 from infer_align.types import Capability, Draw, Steering
 from infer_align.upstream import UpstreamFailed
 from infer_align.values.head import Head
@@ -146,9 +146,20 @@ async def test_the_cost_is_said(engine: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("presence_penalty", 1), ("tools", [{"type": "function"}]), ("temperature", 7), ("stop", [""]), ("logprobs", True),
-     ("stop", 5), ("stop", [5]), ("max_tokens", "a"), ("max_tokens", True), ("max_completion_tokens", 0), ("temperature", "1")],
-)  # fmt: skip
+    [
+        ("presence_penalty", 1),
+        ("tools", [{"type": "function"}]),
+        ("temperature", 7),
+        ("stop", [""]),
+        ("logprobs", True),
+        ("stop", 5),
+        ("stop", [5]),
+        ("max_tokens", "a"),
+        ("max_tokens", True),
+        ("max_completion_tokens", 0),
+        ("temperature", "1"),
+    ],
+)
 async def test_what_it_cannot_honour_is_refused_by_name(
     engine: Any, field: str, value: Any
 ) -> None:
@@ -248,7 +259,7 @@ async def test_values_that_need_the_models_states_are_refused(demo: Live) -> Non
     await engine.close()
 
 
-# --- how tokens are named -----------------------------------------------------------------------------------------------
+# --- how tokens are named ---
 
 VOCABULARY = {b"a": 1, b"\xe2\x82": 2, b" b": 3}
 

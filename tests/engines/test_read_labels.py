@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from infer_align.engines._labels import LabelTree
+from infer_align.decoding.labels import LabelTree
 from infer_align.engines.fake import Fake, Labels
 from infer_align.engines.transformers.reading import take_group
 from infer_align.errors import AlignError, EngineFailed, Unavailable, Unsupported

@@ -9,10 +9,10 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from infer_align.engines._sampling import SamplingParams, field_schemas
+from infer_align.decoding.params import SamplingParams, field_schemas
 from infer_align.engines.fake import Fake
 from infer_align.errors import InvalidRequest, Unsupported
-from infer_align.request import Limits, make_plan, parse_request
+from infer_align.flow.request import Limits, make_plan, parse_request
 from infer_align.types import Draw
 from infer_align_server.stream import stream_options
 
@@ -95,15 +95,28 @@ REFUSED: dict[str, list[Any]] = {
 COMPLETION_ACCEPTED: dict[str, list[Any]] = {
     **{
         name: ACCEPTED[name]
-        for name in ("frequency_penalty", "logit_bias", "max_tokens", "n", "presence_penalty", "seed", "stop", "stream",
-                     "stream_options", "temperature", "top_p", "user", "model")
+        for name in (
+            "frequency_penalty",
+            "logit_bias",
+            "max_tokens",
+            "n",
+            "presence_penalty",
+            "seed",
+            "stop",
+            "stream",
+            "stream_options",
+            "temperature",
+            "top_p",
+            "user",
+            "model",
+        )
     },
     "prompt": ["x", ""],
     "best_of": [1],
     "echo": [False, True],
     "logprobs": [0, 5],
     "suffix": [""],
-}  # fmt: skip
+}
 COMPLETION_REFUSED: dict[str, list[Any]] = {
     "prompt": [None, ["a", "b"], [1, 2], [[1]]],
     "best_of": [2, True],

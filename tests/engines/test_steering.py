@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
-from infer_align.engines.transformers.text import token_bytes
+from infer_align.decoding.text import token_bytes
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.types import Candidate, Draw, Estimate, Steering, Watch
 from infer_align.values import head, lookahead
@@ -54,9 +54,14 @@ def values(language_model: Any, serving: Any, tmp_path_factory: pytest.TempPathF
     head.write(folder / "mlp.safetensors", mlp, frozen, {})
     torch.manual_seed(5)
     config = LlamaConfig(
-        vocab_size=v, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=v,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=512,
-    )  # fmt: skip
+    )
     heads = {"helpful": (randn(32), 0.5), "brief": (randn(32), -1.0)}
     lookahead.write(folder / "lm", LlamaModel(config), heads, frozen, {})
     return folder

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from infer_align.engines.transformers.text import token_bytes
+from infer_align.decoding.text import token_bytes
 from infer_align.errors import InvalidRequest, Unsupported
 from infer_align.types import Draw
 
@@ -226,15 +226,30 @@ def message(content, role: str = "user") -> dict:
         ({"prompt": "a\ud800"}, "completion", "prompt", "Unicode"),
         (message("a\ud800"), "chat", "messages", "Unicode"),
         (message("hello", role="wizard"), "chat", "messages", "roles are system, user, assistant"),
-        (message([{"type": "image_url", "image_url": {"url": "x"}}]), "chat", "messages[0].content", "image_url"),
+        (
+            message([{"type": "image_url", "image_url": {"url": "x"}}]),
+            "chat",
+            "messages[0].content",
+            "image_url",
+        ),
         (message([{"type": "text", "text": 5}]), "chat", "messages[0].content", "string"),
         (message([{"type": "text"}]), "chat", "messages[0].content", "string"),
         ({**message("a"), "chat_template_kwargs": 5}, "chat", "chat_template_kwargs", "object"),
-        ({**message("a"), "chat_template_kwargs": {"chat_template": "x"}}, "chat", "chat_template_kwargs", "kwargs.chat_template"),
-        ({**message("a"), "chat_template_kwargs": {"tokenize": True}}, "chat", "chat_template_kwargs", "tokenize"),
+        (
+            {**message("a"), "chat_template_kwargs": {"chat_template": "x"}},
+            "chat",
+            "chat_template_kwargs",
+            "kwargs.chat_template",
+        ),
+        (
+            {**message("a"), "chat_template_kwargs": {"tokenize": True}},
+            "chat",
+            "chat_template_kwargs",
+            "tokenize",
+        ),
         ({**message("a"), "logit_bias": {"300000": 1}}, "chat", "logit_bias", "300000"),
     ],
-)  # fmt: skip
+)
 async def test_prompts_that_cannot_be_read_are_refused_by_name(serving, body, kind, param, says):
     async with serving() as engine:
         with pytest.raises(InvalidRequest) as refused:
@@ -297,9 +312,18 @@ async def test_fields_that_would_be_dropped_are_refused(serving, draw, name):
 
 async def test_fields_that_ask_for_nothing_are_taken(serving, draw):
     neutral = {
-        "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "tools": [], "tool_choice": "none",
-        "response_format": {"type": "text"}, "modalities": ["text"], "parallel_tool_calls": True, "best_of": 1, "audio": None,
-    }  # fmt: skip
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "parallel_tool_calls": True,
+        "best_of": 1,
+        "audio": None,
+    }
     async with serving() as engine:
         engine.check(draw(**neutral))
         for name in ("top_logprobs", "messages", "chat_template_kwargs"):

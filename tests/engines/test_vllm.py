@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align import config, vllm_package
+from infer_align.config import config
 from infer_align.engines.vllm import Vllm
 from infer_align.engines.vllm.pieces import Pieces
 from infer_align.errors import ConfigError
+from infer_align.vllm import package as vllm_package
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,18 +43,25 @@ def python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
 
 def test_every_option_stands_in_the_section_by_its_own_name(installed: str) -> None:
     overrides = [
-        "engine.kind=vllm", "engine.model=demo", "engine.max_model_len=512", "engine.tensor_parallel_size=2",
-        'engine.distributed_executor_backend="ray"', 'engine.speculative_config={method = "ngram"}',
+        "engine.kind=vllm",
+        "engine.model=demo",
+        "engine.max_model_len=512",
+        "engine.tensor_parallel_size=2",
+        'engine.distributed_executor_backend="ray"',
+        'engine.speculative_config={method = "ngram"}',
         "engine.tool_call_parser=hermes",
-    ]  # fmt: skip
+    ]
     loaded = config.load("/dev/null", overrides)
     assert loaded.engine == Vllm(
         "demo",
         {
-            "max_model_len": 512, "tensor_parallel_size": 2, "distributed_executor_backend": "ray",
-            "speculative_config": {"method": "ngram"}, "tool_call_parser": "hermes",
+            "max_model_len": 512,
+            "tensor_parallel_size": 2,
+            "distributed_executor_backend": "ray",
+            "speculative_config": {"method": "ngram"},
+            "tool_call_parser": "hermes",
         },
-    )  # fmt: skip
+    )
     shown = {name: (value, origin) for name, value, origin in loaded.settings()}
     assert shown["engine.max_model_len"] == (512, "--set")
     assert "engine.options" not in shown
@@ -112,7 +120,7 @@ def test_another_version_is_refused_at_once_with_both_numbers(
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {found}\n")
     for code in (
         "from infer_align.engines.vllm import Vllm; Vllm().load()",
-        "import infer_align.vllm_compat",
+        "import infer_align.vllm.compat",
     ):
         done = python(code, tmp_path)
         assert f"vLLM {version} is installed; supported is 0.32.x" in done.stderr
@@ -138,7 +146,7 @@ def test_only_the_modules_that_are_there_for_it_import_vllm() -> None:
     assert {path.name for path, _ in import_lines} == {"vllm_compat.py", "vllm_openai.py"}
 
 
-# --- a streamed choice, put together ------------------------------------------------------------------------------------
+# --- a streamed choice, put together ---
 
 
 def chunk(index: int = 0, **choice: object) -> dict[str, object]:
@@ -191,10 +199,14 @@ def test_tool_calls_add_up() -> None:
     ("kind", "first", "second", "whole"),
     [
         ("chat", {"content": [1]}, {"content": [2, 3]}, {"content": [1, 2, 3]}),
-        ("completion", {"tokens": ["a"], "text_offset": [0]}, {"tokens": ["b"], "text_offset": [1]},
-         {"tokens": ["a", "b"], "text_offset": [0, 1]}),
+        (
+            "completion",
+            {"tokens": ["a"], "text_offset": [0]},
+            {"tokens": ["b"], "text_offset": [1]},
+            {"tokens": ["a", "b"], "text_offset": [0, 1]},
+        ),
     ],
-)  # fmt: skip
+)
 def test_logprobs_add_up(kind, first, second, whole) -> None:
     pieces = Pieces(kind)
     for logprobs in (first, second):

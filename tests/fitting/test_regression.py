@@ -20,12 +20,15 @@ D, V, RANK = 24, 12, 3
 def replies(counts: list[int], rewards: list[float], prompts: list[int] | None = None) -> Replies:
     n = sum(counts)
     return Replies(
-        torch.arange(2.0 * n).view(n, 2), torch.arange(n), torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
-        torch.tensor(rewards), torch.tensor(prompts or list(range(len(counts)))),
-    )  # fmt: skip
+        torch.arange(2.0 * n).view(n, 2),
+        torch.arange(n),
+        torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)),
+        torch.tensor(rewards),
+        torch.tensor(prompts or list(range(len(counts)))),
+    )
 
 
-# --- samples ------------------------------------------------------------------------------------------------------------
+# --- samples ---
 
 
 @given(
@@ -107,7 +110,7 @@ def test_another_seed_holds_out_others() -> None:
     )
 
 
-# --- fits ---------------------------------------------------------------------------------------------------------------
+# --- fits ---
 
 
 def bilinear() -> Any:
@@ -286,7 +289,7 @@ def test_a_discount_makes_early_values_small(form: str) -> None:
     assert float(values[1, 1]) == pytest.approx(0.5, abs=0.1)
 
 
-# --- fitness ------------------------------------------------------------------------------------------------------------
+# --- fitness ---
 
 
 def spread(n: int = 100) -> Replies:

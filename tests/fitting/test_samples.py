@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 HOW = Sampling("tiny", "length", "mean", replies_per_prompt=3, max_tokens=5, seed=1)
 
 
-# --- prompts ------------------------------------------------------------------------------------------------------------
+# --- prompts ---
 
 
 def test_prompts_are_strings_or_conversations(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             read_prompts(path)
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------------
+# --- sampling ---
 
 
 async def test_sampling_continues_where_it_stopped(
@@ -204,7 +204,7 @@ async def test_a_prompt_that_the_template_refuses_is_named(
         await sample(engine, counted(), wrong, HOW, tmp_path / "s.jsonl", quiet)
 
 
-# --- states -------------------------------------------------------------------------------------------------------------
+# --- states ---
 
 
 async def test_states_are_those_in_which_the_tokens_were_chosen(

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infer_align.config.schema import parse
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.methods.dpa import DPA, Prompting, prompt_weights, system_prompt, unit
 from infer_align.objectives import Ensemble, project
-from infer_align.schema import parse
 from infer_align.types import Draw, Plan
 
 ORACLE = json.loads(
@@ -216,9 +216,12 @@ def test_a_projection_looks_at_what_weighs() -> None:
 
 @pytest.mark.parametrize(
     ("section", "said"),
-    [({"template": "Be {weight} nice"}, "{weights} in template"), ({"term": "x"}, "{attribute} and {weight} in term"),
-     ({"attributes": ["a", "a"]}, "each attribute once")],
-)  # fmt: skip
+    [
+        ({"template": "Be {weight} nice"}, "{weights} in template"),
+        ({"term": "x"}, "{attribute} and {weight} in term"),
+        ({"attributes": ["a", "a"]}, "each attribute once"),
+    ],
+)
 def test_a_sentence_that_would_not_say_the_direction_is_refused(section: Any, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(Prompting, section, "dpa", ConfigError)

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infer_align.config.schema import parse
 from infer_align.errors import InvalidRequest
-from infer_align.halving import Halving
+from infer_align.flow.observe import Halving
 from infer_align.methods.best_of_n import BestOfN
 from infer_align.methods.early_stop import EarlyStop
 from infer_align.methods.rps import RPS
 from infer_align.objectives import Ensemble
-from infer_align.schema import parse
 from infer_align.types import Draw, Plan, Watch
 
 
@@ -135,11 +135,15 @@ def test_it_needs_candidates_to_choose_from() -> None:
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({}, "values"), ({"values": {}}, "values"), ({"values": {"v": math.nan}}, "values.v"),
-        ({"values": {"v": 1}, "after": 0}, "after"), ({"values": {"v": 1}, "keep": 0}, "keep"),
-        ({"values": {"v": 1}, "keep": 1.5}, "keep"), ({"values": {"v": 1}, "kep": 1}, "kep"),
+        ({}, "values"),
+        ({"values": {}}, "values"),
+        ({"values": {"v": math.nan}}, "values.v"),
+        ({"values": {"v": 1}, "after": 0}, "after"),
+        ({"values": {"v": 1}, "keep": 0}, "keep"),
+        ({"values": {"v": 1}, "keep": 1.5}, "keep"),
+        ({"values": {"v": 1}, "kep": 1}, "kep"),
     ],
-)  # fmt: skip
+)
 def test_bad_parameters_are_named(given: Any, named: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse(EarlyStop, given, "align.early_stop")

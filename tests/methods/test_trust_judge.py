@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from infer_align.config.schema import parse
 from infer_align.engines.fake import Fake
 from infer_align.errors import InvalidRequest, Unsupported
+from infer_align.flow.request import Limits, make_plan, parse_request
 from infer_align.methods.trust_judge import TrustJudge
 from infer_align.objectives import Ensemble
-from infer_align.request import Limits, make_plan, parse_request
 from infer_align.rewards.rules import Rules
 from infer_align.rewards.trust_judge.prompts import SCALES
-from infer_align.schema import parse
 from infer_align.types import Draw, Plan
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infer_align.config.schema import parse
 from infer_align.errors import InvalidRequest
 from infer_align.methods.vas import VAS, lambda_returns, reweight
 from infer_align.objectives import Ensemble
-from infer_align.schema import parse
 from infer_align.types import Draw, Plan, Steering
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vas_public.json").read_text())

@@ -82,7 +82,7 @@ async def test_found_by_name():
         "",
         ":sqrt",
         "math:pi",
-        "infer_align.run:align",
+        "infer_align.flow.run:align",
         "broken_at_import:f",
     ],
 )

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from infer_align import registry
+from infer_align.config import registry
 from infer_align.rewards import Marks, Reward
 from infer_align.rewards.callable import CallableReward
 from infer_align.types import Candidate

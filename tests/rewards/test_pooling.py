@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align.config import load
+from infer_align.config.config import load
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.rewards._scaling import Scaling
 from infer_align.rewards.pooling import Pooling, PoolingReward

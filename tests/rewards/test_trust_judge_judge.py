@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from infer_align.engines.fake import Fake, FakeEngine, Labels, Reply
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, Unsupported
+from infer_align.flow.run import score
 from infer_align.methods.trust_judge import TrustJudge as Asked
 from infer_align.objectives import Ensemble
 from infer_align.rewards.trust_judge import TrustJudge, TrustJudgeReward
-from infer_align.run import score
 from infer_align.types import Candidate, Capability, LabelQuery, LabelReading, Plan
 
 ASK: Any = [{"role": "user", "content": "What is the diet of the owl?"}]

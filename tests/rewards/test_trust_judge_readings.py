@@ -160,7 +160,7 @@ def test_metrics(case: dict[str, Any]) -> None:
         ), key
 
 
-# --- what holds for any judge ---------------------------------------------------------------------------------------------
+# --- what holds for any judge ---
 
 
 @settings(deadline=None)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from infer_align.errors import ConfigError
+from infer_align.flow.run import _mark, score
 from infer_align.objectives import Ensemble
 from infer_align.rewards.upstream import FromUpstream, UpstreamReward, written
-from infer_align.run import _mark, score
 from infer_align.types import Candidate, Draw, Plan
 from tests.engines.openai.upstream import Upstream, upstream
 
@@ -129,9 +129,16 @@ async def test_urls_and_models_are_members(server: Upstream, reward: Any) -> Non
 
 @pytest.mark.parametrize(
     ("fault", "words"),
-    [("error_500", "on fire"), ("garbage", "not JSON"), ("html", "not JSON"), ("reset", "lost"), ("no_choices", "not what"),
-     ("error_400", "top_p"), ("truncated", "broke off")],
-)  # fmt: skip
+    [
+        ("error_500", "on fire"),
+        ("garbage", "not JSON"),
+        ("html", "not JSON"),
+        ("reset", "lost"),
+        ("no_choices", "not what"),
+        ("error_400", "top_p"),
+        ("truncated", "broke off"),
+    ],
+)
 async def test_a_fault_is_nan_with_a_note(
     server: Upstream, reward: Any, fault: str, words: str
 ) -> None:
@@ -206,10 +213,15 @@ async def test_nothing_to_score(server: Upstream, reward: Any) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"urls": ()}, {"urls": "ftp://x"}, {"urls": "http://user:pass@x"}, {"urls": "x"}, {"api_key_env": "NO_SUCH_KEY_HERE"},
-        {"api": "score", "labels": 2}, {"attributes": ("a", "b"), "labels": 3},
+        {"urls": ()},
+        {"urls": "ftp://x"},
+        {"urls": "http://user:pass@x"},
+        {"urls": "x"},
+        {"api_key_env": "NO_SUCH_KEY_HERE"},
+        {"api": "score", "labels": 2},
+        {"attributes": ("a", "b"), "labels": 3},
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_configured(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as refused:
         FromUpstream(**{"urls": "http://x", **config}).load()

@@ -32,7 +32,7 @@ def _nothing_is_spent(numbers: Any) -> Iterator[None]:
     assert numbers.engine.sampled == before, "a refused request reached the engine"
 
 
-# --- the body as bytes --------------------------------------------------------------------------------------------------
+# --- the body as bytes ---
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_body_counts_not_its_announced_type(numbers: Any, headers: dict[str,
     assert refused(numbers.post(b"a=b", headers=headers))["code"] == "invalid_json"
 
 
-# --- fields of the wrong type or range ----------------------------------------------------------------------------------
+# --- fields of the wrong type or range ---
 
 WRONG: dict[str, list[Any]] = {
     "messages": [

@@ -17,7 +17,7 @@ def script(*replies: str, rewards: str = NUMBER) -> str:
     return f'[engine]\nkind = "fake"\nreplies = [{", ".join(replies)}]\n{rewards}'
 
 
-# --- candidates ---------------------------------------------------------------------------------------------------------
+# --- candidates ---
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_calls_are_not_multiplied(serve: Any) -> None:
     assert live.engine.sampled == before + 6, "no retries behind the client's back"
 
 
-# --- rewards ------------------------------------------------------------------------------------------------------------
+# --- rewards ---
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_deadline_while_scoring_answers_with_what_is_there(serve: Any) -> None:
     assert live.idle()
 
 
-# --- deadlines ----------------------------------------------------------------------------------------------------------
+# --- deadlines ---
 
 SLOW = '{text = "one two three four five six seven eight 9", seconds_per_token = 0.1}'
 LATE = '{text = "one two 3", first_token_seconds = 8}'

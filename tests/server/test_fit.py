@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from infer_align import config as configuration
+from infer_align.config import config as configuration
 from infer_align.demo import world
 from infer_align.types import Draw, Steering
 from infer_align_server import cli
@@ -57,10 +57,14 @@ async def words(place: Path, betas: list[float], finish: Any) -> list[float]:
     try:
         for beta in betas:
             draws = [
-                Draw({"messages": [{"role": "user", "content": text}], "max_tokens": 48}, 2, (2 * i, 2 * i + 1),
-                     steering=Steering({"brief": beta}, 20, "keep"))
+                Draw(
+                    {"messages": [{"role": "user", "content": text}], "max_tokens": 48},
+                    2,
+                    (2 * i, 2 * i + 1),
+                    steering=Steering({"brief": beta}, 20, "keep"),
+                )
                 for i, text in enumerate(world.prompts(20, seed=77))
-            ]  # fmt: skip
+            ]
             done = await asyncio.gather(*(finish(engine, draw) for draw in draws))
             lengths = [len(c.text.split()) for candidates, _ in done for c in candidates]
             found.append(sum(lengths) / len(lengths))

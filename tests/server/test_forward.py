@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from infer_align.config import Config, Limits, Server
+from infer_align.config.config import Config, Limits, Server
 from infer_align.engines.fake import Fake, FakeEngine
 from tests.server.conftest import USER, Live, end, start
 
@@ -109,11 +109,15 @@ def test_a_request_with_align_does_not(live: Live, fields: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("fields", "status", "param"),
     [
-        ({"model": "other"}, 404, "model"), ({"n": 5}, 400, "n"), ({"n": "x"}, 400, "n"),
-        ({"n": 2, "max_tokens": 2501}, 400, "max_completion_tokens"), ({"prompt": ["a"] * 3, "n": 2}, 400, "n"),
-        ({"metadata": "x" * 2000}, 413, None), ({"align": 3}, 400, "align"),
+        ({"model": "other"}, 404, "model"),
+        ({"n": 5}, 400, "n"),
+        ({"n": "x"}, 400, "n"),
+        ({"n": 2, "max_tokens": 2501}, 400, "max_completion_tokens"),
+        ({"prompt": ["a"] * 3, "n": 2}, 400, "n"),
+        ({"metadata": "x" * 2000}, 413, None),
+        ({"align": 3}, 400, "align"),
     ],
-)  # fmt: skip
+)
 def test_models_and_limits_are_ours(
     live: Live, fields: dict[str, Any], status: int, param: str | None
 ) -> None:
@@ -125,8 +129,11 @@ def test_models_and_limits_are_ours(
 def test_other_models_of_the_engine_are_models_too(live: Live) -> None:
     listed = live.get("/v1/models", headers=KEY).json()["data"]
     assert [(entry["id"], entry.get("root"), "align" in entry) for entry in listed] == [
-        ("fake", None, False), ("adapter", None, False), ("fake@best", "fake", True), ("adapter@best", "adapter", True)
-    ]  # fmt: skip
+        ("fake", None, False),
+        ("adapter", None, False),
+        ("fake@best", "fake", True),
+        ("adapter@best", "adapter", True),
+    ]
     assert (
         json.loads(live.post({**CHAT, "model": "adapter"}, headers=KEY).json()["body"])["model"]
         == "adapter"
@@ -152,12 +159,14 @@ def test_other_routes_are_the_engines(live: Live) -> None:
 @pytest.mark.parametrize(
     ("path", "fields", "param"),
     [
-        ("/v1/responses", {"max_output_tokens": 5001}, "max_output_tokens"), ("/v1/responses", {"align": {}}, "align"),
+        ("/v1/responses", {"max_output_tokens": 5001}, "max_output_tokens"),
+        ("/v1/responses", {"align": {}}, "align"),
         ("/v1/messages", {"max_tokens": 5001}, "max_tokens"),
         ("/generate", {"max_completion_tokens": 5001}, "max_completion_tokens"),
-        ("/generate", {"align": {"best_of_n": {}}}, "align"), ("/v1/completions", {"prompt": "x", "best_of": 5}, "n"),
+        ("/generate", {"align": {"best_of_n": {}}}, "align"),
+        ("/v1/completions", {"prompt": "x", "best_of": 5}, "n"),
     ],
-)  # fmt: skip
+)
 def test_no_route_leads_around_the_limits(
     live: Live, path: str, fields: dict[str, Any], param: str
 ) -> None:

@@ -200,7 +200,7 @@ def test_metrics_count_the_judge(client: openai.OpenAI, live: Any) -> None:
     assert live.metric("infer_align_tokens_total", kind="judge") - before == spent
 
 
-# --- /v1/align/judge ------------------------------------------------------------------------------------------------------
+# --- /v1/align/judge ---
 
 
 def judged(live: Any, candidates: list[str], **fields: Any) -> Any:
@@ -330,7 +330,7 @@ def test_the_worst_case_holds_the_judges_tokens(
         )
 
 
-# --- a judge as it is configured, what it may cost, and when it fails ----------------------------------------------------
+# --- a judge as it is configured, what it may cost, and when it fails ---
 
 CONFIGURED = r"""
 [engine]

@@ -173,8 +173,10 @@ def test_64_async_clients_at_once(numbers: Any) -> None:
 
 def test_tool_calls_pass_through_unchanged(serve: Any) -> None:
     call = '{id = "call_1", type = "function", function = {name = "weather", arguments = "{\\"city\\": \\"Oslo\\"}"}}'
-    live = serve(f'[engine]\nkind = "fake"\nreplies = [{{text = "", tool_calls = [{call}]}}]\n'
-                 '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n')  # fmt: skip
+    live = serve(
+        f'[engine]\nkind = "fake"\nreplies = [{{text = "", tool_calls = [{call}]}}]\n'
+        '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
+    )
     tools: Any = [
         {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     ]
@@ -240,7 +242,7 @@ def test_roles_and_history_are_kept(numbers: Any, client: openai.OpenAI) -> None
     assert numbers.engine.bodies[-1]["messages"] == messages
 
 
-# --- errors, as the SDK's own classes -----------------------------------------------------------------------------------
+# --- errors, as the SDK's own classes ---
 
 
 def test_bad_request(client: openai.OpenAI) -> None:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from infer_align import config as configuration
+from infer_align.config import config as configuration
 from infer_align.errors import ConfigError
 from infer_align_server.app import create_app
 from tests.server.conftest import end, start
@@ -22,7 +22,7 @@ FAKE = '[engine]\nkind = "fake"\n'
 SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6", seconds_per_token = 0.15}]\n'
 
 
-# --- keys ---------------------------------------------------------------------------------------------------------------
+# --- keys ---
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_keys_that_are_missing_stop_the_start(
         )
 
 
-# --- rate and queue -----------------------------------------------------------------------------------------------------
+# --- rate and queue ---
 
 
 def test_the_rate_is_per_key(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_running_tokens_bound_what_runs_at_once(serve: Any) -> None:
     assert live.idle()
 
 
-# --- readiness ----------------------------------------------------------------------------------------------------------
+# --- readiness ---
 
 
 def test_ready_tells_the_truth(config_file: Callable[[str], Path]) -> None:
@@ -198,12 +198,14 @@ def test_ready_after_a_failed_load(config_file: Callable[[str], Path], tmp_path:
         end(live)
 
 
-# --- metrics ------------------------------------------------------------------------------------------------------------
+# --- metrics ---
 
 
 def test_metrics(serve: Any) -> None:
-    live = serve(f'{FAKE}replies = [{{text = "1"}}, {{text = "1 2 3"}}, {{text = "", error = "x"}}]\n# metrics\n'
-                 '[rewards.words]\nkind = "rules"\nwords_weight = 1.0\n')  # fmt: skip
+    live = serve(
+        f'{FAKE}replies = [{{text = "1"}}, {{text = "1 2 3"}}, {{text = "", error = "x"}}]\n# metrics\n'
+        '[rewards.words]\nkind = "rules"\nwords_weight = 1.0\n'
+    )
     assert live.chat({"best_of_n": {"n": 3}}).status_code == 200
     assert live.chat(stream=True, n=2).status_code == 200
     assert live.chat(n=0).status_code == 400

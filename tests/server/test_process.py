@@ -361,8 +361,14 @@ def test_chat_says_what_is_wrong(numbers: Any, capsys: pytest.CaptureFixture[str
 def test_chat_as_a_conversation(numbers: Any) -> None:
     done = subprocess.run(
         [*COMMAND, "chat", "--base-url", numbers.base_url],
-        input="first\n\nsecond\n", capture_output=True, text=True, timeout=30, env=ENVIRONMENT, cwd=ROOT, check=False,
-    )  # fmt: skip
+        input="first\n\nsecond\n",
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("candidate 3") == 2
     roles = [message["role"] for message in numbers.engine.bodies[-1]["messages"]]

@@ -102,7 +102,7 @@ def test_the_host_that_a_client_names_means_nothing(
     assert b"evil.example/" not in answer.partition(b"\r\n\r\n")[0]
 
 
-# --- too much -----------------------------------------------------------------------------------------------------------
+# --- too much ---
 
 LARGE = {
     "one header": b"X-A: " + b"a" * MAX_HEAD_BYTES + b"\r\n",

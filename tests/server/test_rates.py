@@ -136,7 +136,7 @@ def test_the_bucket_fills_again_and_forgets_those_that_are_full() -> None:
     assert len(rate._buckets) <= MAX_CALLERS
 
 
-# --- through the server -------------------------------------------------------------------------------------------------
+# --- through the server ---
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from infer_align import config as configuration
+from infer_align.config import config as configuration
 from tests.engines.openai.upstream import SSE, Faults, Upstream, reply, start, upstream
 from tests.server.conftest import Live, end
 from tests.server.conftest import start as serve
@@ -136,9 +136,11 @@ def test_what_is_stored_is_read_deleted_and_cancelled(up: Upstream, front: Any) 
         for path in ("..%2f..%2fsecret", "a%2fb", "x%3fy=1", "a%23b"):
             assert http.get(f"/v1/responses/{path}").status_code == 404
     assert up.asked == [
-        "GET /v1/responses/resp_1?include=a%26b&include=c", "DELETE /v1/responses/resp_1", "POST /v1/responses/resp_1/cancel",
+        "GET /v1/responses/resp_1?include=a%26b&include=c",
+        "DELETE /v1/responses/resp_1",
+        "POST /v1/responses/resp_1/cancel",
         "GET /v1/responses/resp_1/input_items",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_stream_comes_byte_for_byte(up: Upstream, front: Any) -> None:
@@ -197,9 +199,10 @@ def test_what_lies_on_another_upstream_is_found_there(up: Upstream, front: Any) 
         ({"align": {"best_of_n": {}}}, 400, "align"),
         ({"model": "up@best", "max_output_tokens": 9}, 400, "model"),
         ({"model": "nobody", "max_output_tokens": 9}, 404, "model"),
-        ({"max_output_tokens": 500}, 400, "max_output_tokens"), ({}, 400, "max_output_tokens"),
+        ({"max_output_tokens": 500}, 400, "max_output_tokens"),
+        ({}, 400, "max_output_tokens"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused_is_named(
     up: Upstream, front: Any, fields: dict[str, Any], status: int, param: str
 ) -> None:

@@ -46,12 +46,36 @@ def schemathesis(document: dict[str, Any], url: str, folder: Path, examples: int
     (folder / "openapi.json").write_text(json.dumps(document))
     done = subprocess.run(
         [
-            program, "run", "openapi.json", "--url", url, "--seed", "6", "--max-examples", str(examples), "--no-color",
-            "--phases", "examples,coverage,fuzzing", "--continue-on-failure", "--no-shrink", "--generation-database", "none",
-            "--request-timeout", "20", "--report", "json", "--report-json-path", "report.json",
+            program,
+            "run",
+            "openapi.json",
+            "--url",
+            url,
+            "--seed",
+            "6",
+            "--max-examples",
+            str(examples),
+            "--no-color",
+            "--phases",
+            "examples,coverage,fuzzing",
+            "--continue-on-failure",
+            "--no-shrink",
+            "--generation-database",
+            "none",
+            "--request-timeout",
+            "20",
+            "--report",
+            "json",
+            "--report-json-path",
+            "report.json",
         ],
-        cwd=folder, env=environments.variables(), capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+        cwd=folder,
+        env=environments.variables(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode in {0, 1}, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads((folder / "report.json").read_text())
     assert report["complete"]

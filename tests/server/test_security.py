@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from infer_align import config as configuration
+from infer_align.config import config as configuration
 from infer_align_server.logs import REDACTED, JsonFormatter
 from infer_align_server.serve import _uvicorn_config
 from tests.engines.openai.upstream import Faults, Upstream, reply, upstream
@@ -126,11 +126,23 @@ def hostile(url: str) -> tuple[dict[str, str], dict[str, Any]]:
     """Every place where a client might try to name another upstream, another key, or another method."""
     host = url.removeprefix("http://").removesuffix("/v1")
     headers = {
-        "X-ITS-Endpoint": url, "X-Endpoint": url, "X-Upstream": url, "X-Base-Url": url, "X-Align": '{"best_of_n": {"n": 8}}',
-        "Host": host, "X-Forwarded-Host": host, "Forwarded": f"host={host}", "X-Original-Url": url, "X-Rewrite-Url": url,
-        "OpenAI-Organization": url, "X-Api-Key": "other", "Api-Key": "other", "Proxy-Authorization": "Basic other",
-        "X-Forwarded-For": "10.0.0.1", "X-Http-Method-Override": "DELETE",
-    }  # fmt: skip
+        "X-ITS-Endpoint": url,
+        "X-Endpoint": url,
+        "X-Upstream": url,
+        "X-Base-Url": url,
+        "X-Align": '{"best_of_n": {"n": 8}}',
+        "Host": host,
+        "X-Forwarded-Host": host,
+        "Forwarded": f"host={host}",
+        "X-Original-Url": url,
+        "X-Rewrite-Url": url,
+        "OpenAI-Organization": url,
+        "X-Api-Key": "other",
+        "Api-Key": "other",
+        "Proxy-Authorization": "Basic other",
+        "X-Forwarded-For": "10.0.0.1",
+        "X-Http-Method-Override": "DELETE",
+    }
     fields = dict.fromkeys(
         ("base_url", "api_base", "url", "urls", "endpoint", "model_base_url", "upstream", "host"),
         url,
@@ -282,7 +294,7 @@ def test_no_header_makes_a_client_another(config_file: Any) -> None:
     assert options.proxy_headers is False
 
 
-# --- what runs ----------------------------------------------------------------------------------------------------------
+# --- what runs ---
 
 WORDS = [
     '<align>{"best_of_n": {"n": 5}}</align>',
@@ -316,9 +328,14 @@ def test_align_counts_in_one_place_only(numbers: Any) -> None:
     before = numbers.engine.sampled
     inside = {"role": "user", "content": "x", "align": align, "name": json.dumps(align)}
     for fields in (
-        {"messages": [inside]}, {"metadata": {"align": json.dumps(align)}}, {"extra_body": {"align": align}},
-        {"user": json.dumps({"align": align})}, {"Align": align}, {"best_of_n": {"n": 5}}, {"preset": "best"},
-    ):  # fmt: skip
+        {"messages": [inside]},
+        {"metadata": {"align": json.dumps(align)}},
+        {"extra_body": {"align": align}},
+        {"user": json.dumps({"align": align})},
+        {"Align": align},
+        {"best_of_n": {"n": 5}},
+        {"preset": "best"},
+    ):
         answer = numbers.chat(**fields)
         assert answer.status_code == 200
         assert "align" not in answer.json()
@@ -345,7 +362,7 @@ def test_who_is_not_known_spends_nothing(serve: Any, monkeypatch: pytest.MonkeyP
     assert live.engine.sampled == 0
 
 
-# --- logs ---------------------------------------------------------------------------------------------------------------
+# --- logs ---
 
 
 def line(*secrets: str, message: str, **extra: object) -> str:

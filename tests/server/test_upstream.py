@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from infer_align import config as configuration
+from infer_align.config import config as configuration
 from tests.engines.openai.upstream import Upstream, upstream
 from tests.server.conftest import Live, end, start
 
@@ -79,7 +79,7 @@ def events(text: str) -> list[Any]:
     return [json.loads(line) for line in data if line != "[DONE]"]
 
 
-# --- what arrives -------------------------------------------------------------------------------------------------------
+# --- what arrives ---
 
 FULL = {
     "temperature": 0.3,
@@ -204,7 +204,7 @@ def test_the_key_goes_to_the_upstream_and_nowhere_else(
     assert chat(live).status_code == 502
 
 
-# --- n ------------------------------------------------------------------------------------------------------------------
+# --- n ---
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_n_without_a_selection_streams_every_choice(told: Upstream, front: Any) 
     assert told.calls == 1
 
 
-# --- what comes back ----------------------------------------------------------------------------------------------------
+# --- what comes back ---
 
 
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 3}}])
@@ -385,7 +385,7 @@ def test_a_served_name(told: Upstream, front: Any) -> None:
     assert live.post({"model": "up", "messages": USER}).status_code == 404
 
 
-# --- faults -------------------------------------------------------------------------------------------------------------
+# --- faults ---
 
 ONE_OF_N = (
     "message_missing",
@@ -664,7 +664,7 @@ def test_without_an_upstream_it_is_not_ready_and_becomes_so(told: Upstream, fron
     assert chat(live).status_code == 200
 
 
-# --- nothing stays behind -----------------------------------------------------------------------------------------------
+# --- nothing stays behind ---
 
 
 def send(live: Live, body: Any) -> socket.socket:
@@ -745,7 +745,7 @@ def test_the_engines_own_timeout(told: Upstream, front: Any) -> None:
     assert told.calls == 1, "a timeout is not repeated: the work was done"
 
 
-# --- all at once --------------------------------------------------------------------------------------------------------
+# --- all at once ---
 
 
 def test_many_clients_many_faults_nothing_left(told: Upstream, front: Any) -> None:
@@ -765,8 +765,12 @@ def test_many_clients_many_faults_nothing_left(told: Upstream, front: Any) -> No
     ]
     told.behave = lambda _, __: lot.choice(faults)
     bodies: list[Any] = [
-        {}, {"stream": True}, {"n": 2}, {"align": {"best_of_n": {"n": 4}}}, {"stream": True, "align": {"best_of_n": {"n": 3}}}
-    ]  # fmt: skip
+        {},
+        {"stream": True},
+        {"n": 2},
+        {"align": {"best_of_n": {"n": 4}}},
+        {"stream": True, "align": {"best_of_n": {"n": 3}}},
+    ]
     statuses: list[int] = []
 
     def client(seed: int) -> None:

@@ -36,9 +36,13 @@ def test_a_head_comes_back_as_it_was(tmp_path: Path, form: str) -> None:
     assert found.keys() == made.keys()
     assert all(torch.equal(found[name], made[name]) for name in made)
     assert metadata == {
-        "reward": "helpful", "description": "what it follows", "kind": "head", "model": "tiny", "tokenizer": FROZEN.tokenizer,
+        "reward": "helpful",
+        "description": "what it follows",
+        "kind": "head",
+        "model": "tiny",
+        "tokenizer": FROZEN.tokenizer,
         "hidden_size": str(D),
-    }  # fmt: skip
+    }
     value = HeadValue(str(path))
     value.start(FROZEN, {})
     assert value.description == "what it follows"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from infer_align.engines.transformers.cache import RowCache
+from infer_align.decoding.cache import RowCache
 from infer_align.errors import ConfigError
 from infer_align.values import Frozen, lookahead
 from infer_align.values.lookahead import Lookahead, LookaheadValue
@@ -28,10 +28,15 @@ def tiny(vocabulary: int = V, seed: int = 0, layers: int = 2) -> LlamaModel:
     torch.manual_seed(seed)
     return LlamaModel(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=D, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64,
+            vocab_size=vocabulary,
+            hidden_size=D,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
         )
-    )  # fmt: skip
+    )
 
 
 def heads(*names: str) -> dict[str, tuple[torch.Tensor, float]]:
@@ -78,8 +83,12 @@ def test_a_value_lm_comes_back_as_it_was(write: Any) -> None:
         assert found[..., value.index].allclose(states @ weight + bias, atol=1e-5)
     card = json.loads((path / lookahead.CARD).read_text())
     assert card == {
-        "description": "what it follows", "kind": "lookahead", "model": "tiny", "tokenizer": "digest", "heads": ["one", "two"]
-    }  # fmt: skip
+        "description": "what it follows",
+        "kind": "lookahead",
+        "model": "tiny",
+        "tokenizer": "digest",
+        "heads": ["one", "two"],
+    }
 
 
 def test_values_of_one_folder_share_one_lm(write: Any) -> None:
@@ -184,10 +193,20 @@ def spoil(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        "no value.json", "no value_heads.safetensors", "no config.json", "no model.safetensors", "card", "list", "no-names",
-        "more names", "heads", "no-weight", "width", "weights",
+        "no value.json",
+        "no value_heads.safetensors",
+        "no config.json",
+        "no model.safetensors",
+        "card",
+        "list",
+        "no-names",
+        "more names",
+        "heads",
+        "no-weight",
+        "width",
+        "weights",
     ],
-)  # fmt: skip
+)
 def test_a_damaged_folder_is_refused_by_its_path(write: Any, how: str) -> None:
     path = write("one")
     spoil(path, how)

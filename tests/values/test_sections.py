@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from infer_align import config, registry
+from infer_align.config import config, registry
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError
 from infer_align.types import Draw, Steering
@@ -68,7 +68,7 @@ def test_every_field_is_documented(name: str) -> None:
     assert all(field.metadata.get("description") for field in fields(section))
 
 
-# --- in a running engine ------------------------------------------------------------------------------------------------
+# --- in a running engine ---
 
 
 class Folder:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from infer_align.decoding.stream import ChoiceBuilder, count, flaw, shares, tokens, writable
 from infer_align.engines import Stream
-from infer_align.engines.openai.choices import ChoiceBuilder, count, flaw, shares, tokens, writable
 from infer_align.engines.openai.fanout import Fanout
 from infer_align.errors import AlignError, InvalidRequest
 from infer_align.types import Body, Candidate, Delta, Draw

@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
+from infer_align.decoding.cache import RowCache
+from infer_align.decoding.steering import ValueCache
+from infer_align.decoding.text import TextStream, token_bytes
+from infer_align.demo.locate import locate
 from infer_align.engines import Stream
 from infer_align.engines.openai.continuation import WAYS, Continuation, Way
 from infer_align.engines.openai.draws import refusal
 from infer_align.engines.openai.probe import TOP_LOGPROBS
 from infer_align.engines.openai.sampling import Sampling
-from infer_align.engines.transformers.cache import RowCache
-from infer_align.engines.transformers.steering import ValueCache
-from infer_align.engines.transformers.text import TextStream, token_bytes
 from infer_align.errors import (
     AlignError,
     ConfigError,
@@ -35,7 +36,6 @@ from infer_align.errors import (
     Unsupported,
     nearest,
 )
-from infer_align.hub import locate
 from infer_align.methods.vas import reweight
 from infer_align.types import Array, Candidate, Delta, Draw
 from infer_align.upstream import UpstreamFailed
@@ -47,9 +47,24 @@ from infer_align.values.lookahead import LookaheadValue, ValueLM
 MAX_BIAS = 100.0
 # What a request may set while each token is a call of its own; a penalty, say, would see one token only.
 READ = frozenset(
-    {"model", "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "max_tokens", "max_completion_tokens", "stop", "user",
-     "metadata", "chat_template_kwargs", "safety_identifier", "prompt_cache_key"}
-)  # fmt: skip
+    {
+        "model",
+        "messages",
+        "prompt",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+        "user",
+        "metadata",
+        "chat_template_kwargs",
+        "safety_identifier",
+        "prompt_cache_key",
+    }
+)
 GOLDEN = 0x9E3779B97F4A7C15  # spreads the steps of one seed
 
 

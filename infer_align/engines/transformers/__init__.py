@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from infer_align.decoding.labels import LabelTree, control_tokens
+from infer_align.decoding.params import SamplingParams, field_schemas
+from infer_align.decoding.steering import Steerer
 from infer_align.engines import Engine, Stream
-from infer_align.engines._labels import LabelTree, control_tokens
-from infer_align.engines._sampling import SamplingParams, field_schemas
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
-from infer_align.engines.transformers.steering import Steerer
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
 from infer_align.types import Capability, Draw, Kind, LabelQuery, LabelReading
 from infer_align.values import Value

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from infer_align.engines.transformers.cache import RowCache
+from infer_align.decoding.cache import RowCache
+from infer_align.decoding.steering import Terms, ValueCache
 from infer_align.engines.transformers.rows import Row
-from infer_align.engines.transformers.steering import Terms, ValueCache
 from infer_align.values.lookahead import ValueLM
 
 

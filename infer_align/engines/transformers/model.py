@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from infer_align.engines.transformers.cache import RowCache
+from infer_align.decoding.cache import RowCache
+from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, InvalidRequest, shown
-from infer_align.hub import locate
 from infer_align.types import Draw
 from infer_align.values import Frozen, tokenizer_digest
 

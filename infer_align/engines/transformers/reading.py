@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from infer_align.engines._labels import LabelTree, Path
-from infer_align.engines.transformers.cache import RowCache
+from infer_align.decoding.cache import RowCache
+from infer_align.decoding.labels import LabelTree, Path
 from infer_align.engines.transformers.model import Model
 from infer_align.errors import EngineFailed
 

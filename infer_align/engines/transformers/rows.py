@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from infer_align.decoding.cache import RowCache
+from infer_align.decoding.params import SamplingParams
+from infer_align.decoding.text import TextStream, token_bytes
 from infer_align.engines import Event, Stream
-from infer_align.engines._sampling import SamplingParams
-from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.model import Model, Prompt, Step
-from infer_align.engines.transformers.text import TextStream, token_bytes
 from infer_align.types import Candidate, Delta, Draw
 from infer_align.values import Value
 from infer_align.values.head import HeadValue

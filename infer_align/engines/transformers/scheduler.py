@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from infer_align.decoding.cache import RowCache
+from infer_align.decoding.sampler import adjust, sample
+from infer_align.decoding.steering import Steerer, ValueCache
+from infer_align.decoding.text import TextStream
 from infer_align.engines import Event
 from infer_align.engines.transformers.batch import Batch
-from infer_align.engines.transformers.cache import RowCache
 from infer_align.engines.transformers.model import Model, Step
 from infer_align.engines.transformers.reading import Question, Read, read_group, take_group
 from infer_align.engines.transformers.rows import Job, Row, logprob_entries
-from infer_align.engines.transformers.sampler import adjust, sample
-from infer_align.engines.transformers.steering import Steerer, ValueCache
-from infer_align.engines.transformers.text import TextStream
 from infer_align.errors import AlignError, EngineFailed, Unavailable
 from infer_align.types import Candidate, Estimate
 

@@ -4,8 +4,8 @@
     check, sample ─▶ candidates.py: one request per candidate, through vLLM's OpenAI layer ─▶ AsyncLLM ─▶ Stream
     steering      ─▶ steering.py: what a request tells the workers; processor.py: what they do with it
 
-The workers are processes of vLLM's own. Every import of vLLM is in `infer_align.vllm_compat` and
-`infer_align.vllm_openai`.
+The workers are processes of vLLM's own. Every import of vLLM is in `infer_align.vllm.compat` and
+`infer_align.vllm.openai`.
 """
 
 # ruff: noqa: PLC0415 - importing vLLM takes ten seconds and more: not before it starts
@@ -19,18 +19,18 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from infer_align import vllm_package
+from infer_align.decoding.labels import control_tokens
+from infer_align.demo.locate import locate
 from infer_align.engines import App, Engine, Stream
-from infer_align.engines._labels import control_tokens
 from infer_align.engines.vllm.body import parsed
 from infer_align.engines.vllm.candidates import Sampling
 from infer_align.engines.vllm.labels import read_labels, readings
 from infer_align.engines.vllm.steering import Steerer
 from infer_align.engines.vllm.watching import Fetcher
 from infer_align.errors import AlignError, ConfigError, Unavailable
-from infer_align.hub import locate
 from infer_align.types import Capability, Draw, LabelQuery, LabelReading
 from infer_align.values import Value
+from infer_align.vllm import package as vllm_package
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,8 @@ class VllmEngine(Engine):
             raise ConfigError(
                 f"vLLM could not start: {error}; its log above has the cause."
             ) from error
-        from infer_align import vllm_compat
-        from infer_align.vllm_openai import Frontend
+        from infer_align.vllm import compat as vllm_compat
+        from infer_align.vllm.openai import Frontend
 
         self.progress("setting up vLLM's OpenAI layer")
         self._frontend = Frontend(self._engine, self._args)
@@ -141,7 +141,7 @@ class VllmEngine(Engine):
             }
 
     def _launch(self) -> None:
-        from infer_align import vllm_compat
+        from infer_align.vllm import compat as vllm_compat
 
         assert self._steerer is not None
         options = self._steerer.engine_args(self.config.options)
@@ -192,7 +192,7 @@ class VllmEngine(Engine):
         """vLLM's counters, such as vllm:num_requests_running."""
         if self._frontend is None:
             return b""
-        from infer_align.vllm_compat import exposition
+        from infer_align.vllm.compat import exposition
 
         return exposition()
 

@@ -8,7 +8,7 @@ from infer_align.errors import Unsupported, nearest
 from infer_align.types import Draw
 
 if TYPE_CHECKING:
-    from infer_align.vllm_openai import Frontend
+    from infer_align.vllm.openai import Frontend
 
 # Say who asks or how to store and bill, not what to answer: vLLM does not read them, and nothing is lost.
 NEUTRAL = {
@@ -35,7 +35,7 @@ def parsed(frontend: Frontend, draw: Draw, **fields: object) -> Any:
     Raises:
         InvalidRequest: vLLM refuses it, or would leave a field of it unread.
     """
-    from infer_align.vllm_openai import request_fields  # noqa: PLC0415 - vLLM is running by now
+    from infer_align.vllm.openai import request_fields  # noqa: PLC0415 - vLLM is running by now
 
     known = request_fields(draw.kind)
     body = {name: value for name, value in draw.body.items() if name not in NEUTRAL}

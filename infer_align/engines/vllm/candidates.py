@@ -21,7 +21,7 @@ from infer_align.errors import AlignError, EngineFailed
 from infer_align.types import Candidate, Delta, Draw, Estimate
 
 if TYPE_CHECKING:
-    from infer_align.vllm_openai import Frontend, Job
+    from infer_align.vllm.openai import Frontend, Job
 
 log = logging.getLogger("infer_align")
 
@@ -39,7 +39,7 @@ class Sampling:
         extra_args: Mapping[str, Any],
         fetcher: Fetcher,
     ) -> None:
-        from infer_align.vllm_openai import Job  # noqa: PLC0415 - vLLM is running by now
+        from infer_align.vllm.openai import Job  # noqa: PLC0415 - vLLM is running by now
 
         self.stream = Stream(draw.n, self._stop, self.close)
         self._engine = engine
@@ -73,7 +73,7 @@ class Sampling:
             task.cancel()
 
     def _sampled(self, index: int) -> int:
-        from infer_align.vllm_compat import sampled_tokens  # noqa: PLC0415 - vLLM is running by now
+        from infer_align.vllm.compat import sampled_tokens  # noqa: PLC0415 - vLLM is running by now
 
         return sampled_tokens(self._engine, self._jobs[index].request_id)
 
@@ -166,7 +166,7 @@ async def _chunks(events: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
     Raises:
         AlignError: the error that one of them holds.
     """
-    from infer_align.vllm_compat import refused  # noqa: PLC0415 - vLLM is running by now
+    from infer_align.vllm.compat import refused  # noqa: PLC0415 - vLLM is running by now
 
     async for event in events:
         data = event.removeprefix("data: ").rstrip()

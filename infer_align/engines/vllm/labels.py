@@ -6,11 +6,11 @@ import asyncio
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from infer_align.engines._labels import LabelTree, Path
+from infer_align.decoding.labels import LabelTree, Path
 from infer_align.types import LabelQuery, LabelReading
 
 if TYPE_CHECKING:
-    from infer_align.vllm_openai import Frontend
+    from infer_align.vllm.openai import Frontend
 
 # vLLM reports at most so many chosen tokens at once.
 TOKENS_AT_ONCE = 128
@@ -22,7 +22,7 @@ async def read_labels(engine: Any, frontend: Frontend, query: LabelQuery) -> Lab
     Raises:
         AlignError: vLLM refuses the messages, or failed.
     """
-    from infer_align.vllm_compat import label_logprobs  # noqa: PLC0415 - vLLM is running by now
+    from infer_align.vllm.compat import label_logprobs  # noqa: PLC0415 - vLLM is running by now
 
     tree = LabelTree(frontend.vocabulary, query.labels)
     prompt = await frontend.turn(query.messages, query.prefix)

@@ -22,7 +22,7 @@ from infer_align.engines.vllm.steering import KEY, Terms
 from infer_align.engines.vllm.watching import Estimates, Named, Recorder, Watched
 from infer_align.values import Frozen
 from infer_align.values.head import HeadValue
-from infer_align.vllm_compat import (
+from infer_align.vllm.compat import (
     BatchUpdate,
     LogitsContext,
     LogitsProcessorV1,

@@ -210,7 +210,7 @@ def _head(name: str, value: Value) -> HeadValue:
 
 def _refusals(config: Any) -> Iterator[str]:
     """Why steering would be wrong, or silently left out, under a VllmConfig."""
-    from infer_align.vllm_compat import verification_rows  # noqa: PLC0415 - not before an engine starts
+    from infer_align.vllm.compat import verification_rows  # noqa: PLC0415 - not before an engine starts
 
     parallel, speculative = config.parallel_config, config.speculative_config
     if parallel.enable_batch_sharded_sampling:
@@ -237,6 +237,6 @@ def _refusals(config: Any) -> Iterator[str]:
 
 
 def _digest(model_config: Any) -> str:
-    from infer_align.vllm_compat import vocabulary_of  # noqa: PLC0415 - not before an engine starts
+    from infer_align.vllm.compat import vocabulary_of  # noqa: PLC0415 - not before an engine starts
 
     return tokenizer_digest(vocabulary_of(model_config))

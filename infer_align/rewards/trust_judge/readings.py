@@ -68,10 +68,10 @@ def expected_score(
             f"readout: {readout!r} is not allowed; must be one of {', '.join(get_args(Readout))}."
         )
     valid = [
-        (value, float(p))
+        (value, float(p))  # type: ignore[arg-type]
         for label, p in probs
         if (value := label_value(str(label), scale)) is not None
-    ]  # type: ignore[arg-type]
+    ]
     if readout == "published":
         return _published(valid)
     mass = math.fsum(p for _, p in valid)

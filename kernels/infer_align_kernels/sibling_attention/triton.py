@@ -28,12 +28,39 @@ class Tiles(NamedTuple):
 
 @triton.jit
 def sibling_attention_kernel(
-    query, prefix_keys, prefix_values, own_keys, own_values, lengths, out,
-    GROUP, SIBLINGS, KV_HEADS, T, scale,
-    query_row, query_head, query_sibling, keys_row, keys_head, keys_column, values_row, values_head, values_column,
-    own_keys_row, own_keys_head, own_keys_sibling, own_values_row, own_values_head, own_values_sibling,
-    QUERIES: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    query,
+    prefix_keys,
+    prefix_values,
+    own_keys,
+    own_values,
+    lengths,
+    out,
+    GROUP,
+    SIBLINGS,
+    KV_HEADS,
+    T,
+    scale,
+    query_row,
+    query_head,
+    query_sibling,
+    keys_row,
+    keys_head,
+    keys_column,
+    values_row,
+    values_head,
+    values_column,
+    own_keys_row,
+    own_keys_head,
+    own_keys_sibling,
+    own_values_row,
+    own_values_head,
+    own_values_sibling,
+    QUERIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     places = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -57,9 +84,14 @@ def sibling_attention_kernel(
         other=0.0,
     )
     own_value = tl.load(
-        own_values + row * own_values_row + kv_head * own_values_head + sibling[:, None] * own_values_sibling + dims,
-        mask=live & used, other=0.0,
-    )  # fmt: skip
+        own_values
+        + row * own_values_row
+        + kv_head * own_values_head
+        + sibling[:, None] * own_values_sibling
+        + dims,
+        mask=live & used,
+        other=0.0,
+    )
     # The sibling itself comes first: the running softmax never starts from nothing, not even over an empty prefix.
     peak = tl.sum(q.to(tl.float32) * own_key.to(tl.float32), axis=1) * scale
     total = tl.full((QUERIES,), 1.0, dtype=tl.float32)
@@ -120,10 +152,23 @@ def sibling_attention(
     stacked = heads // kv_heads * siblings
     shape = tiles(stacked, dim, query.dtype)
     sibling_attention_kernel[rows * kv_heads, triton.cdiv(stacked, shape.queries)](
-        *tensors, lengths.contiguous(), out, heads // kv_heads, siblings, kv_heads, columns, scale * LOG2_E,
-        *(stride for t in tensors for stride in t.stride()[:3]), QUERIES=shape.queries, COLUMNS=shape.columns, D=dim,
-        DIM=max(16, triton.next_power_of_2(dim)), UPCAST=INTERPRETED, num_warps=shape.num_warps, num_stages=shape.num_stages,
-    )  # fmt: skip
+        *tensors,
+        lengths.contiguous(),
+        out,
+        heads // kv_heads,
+        siblings,
+        kv_heads,
+        columns,
+        scale * LOG2_E,
+        *(stride for t in tensors for stride in t.stride()[:3]),
+        QUERIES=shape.queries,
+        COLUMNS=shape.columns,
+        D=dim,
+        DIM=max(16, triton.next_power_of_2(dim)),
+        UPCAST=INTERPRETED,
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
     return out
 
 

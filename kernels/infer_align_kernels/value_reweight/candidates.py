@@ -134,10 +134,24 @@ def value_reweight_apply_kernel(
 
 @triton.jit
 def value_reweight_candidates_tile_kernel(
-    logits, bitmask, ids, shifts, beta, masked, temperature, statistics,
-    B, V, M, K, row_stride, mask_stride,
-    TOKENS: tl.constexpr, HAS_BITMASK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bitmask,
+    ids,
+    shifts,
+    beta,
+    masked,
+    temperature,
+    statistics,
+    B,
+    V,
+    M,
+    K,
+    row_stride,
+    mask_stride,
+    TOKENS: tl.constexpr,
+    HAS_BITMASK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     start = tile * TOKENS
@@ -166,10 +180,30 @@ def value_reweight_candidates_tile_kernel(
 
 @triton.jit
 def value_reweight_candidates_pick_kernel(
-    logits, bitmask, ids, shifts, beta, masked, temperature, seed, step, statistics, token_out, out,
-    B, V, M, K, T, row_stride, mask_stride,
-    TILES: tl.constexpr, TOKENS: tl.constexpr, HAS_BITMASK: tl.constexpr, TAIL: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bitmask,
+    ids,
+    shifts,
+    beta,
+    masked,
+    temperature,
+    seed,
+    step,
+    statistics,
+    token_out,
+    out,
+    B,
+    V,
+    M,
+    K,
+    T,
+    row_stride,
+    mask_stride,
+    TILES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HAS_BITMASK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row).to(tl.float32)
     scale = log2_scale(heat)

@@ -22,11 +22,27 @@ from infer_align_kernels.value_reweight.sampling import (
 
 @triton.jit
 def value_reweight_head_tile_kernel(
-    logits, bitmask, hidden, weight, bias, beta, temperature, statistics,
-    B, V, M, row_stride, mask_stride,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BITMASK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bitmask,
+    hidden,
+    weight,
+    bias,
+    beta,
+    temperature,
+    statistics,
+    B,
+    V,
+    M,
+    row_stride,
+    mask_stride,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    R: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_BITMASK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = rows.to(tl.int64)
     tile = tl.program_id(1)
@@ -90,11 +106,31 @@ def value_reweight_head_tile_kernel(
 
 @triton.jit
 def value_reweight_head_pick_kernel(
-    logits, bitmask, hidden, weight, bias, beta, temperature, seed, step, statistics, token_out, out,
-    B, V, M, T, row_stride, mask_stride,
-    TILES: tl.constexpr, TOKENS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_BITMASK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    bitmask,
+    hidden,
+    weight,
+    bias,
+    beta,
+    temperature,
+    seed,
+    step,
+    statistics,
+    token_out,
+    out,
+    B,
+    V,
+    M,
+    T,
+    row_stride,
+    mask_stride,
+    TILES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    R: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_BITMASK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row).to(tl.float32)
     scale = log2_scale(heat)

@@ -195,10 +195,24 @@ def reweight_logits(
     _shift(logits, ids, values, beta, shifts, out, scatter=in_place)
     if not in_place:
         kind, masked = _tail(tail, logits)
-        candidate_kernels.value_reweight_apply_kernel[triton.cdiv(vocabulary, CANDIDATES.tokens), rows](
-            logits, ids, shifts, beta, masked, out, vocabulary, values.shape[0], ids.shape[1], logits.stride(0), out.stride(0),
-            TOKENS=CANDIDATES.tokens, TAIL=kind, num_warps=CANDIDATES.num_warps,
-        )  # fmt: skip
+        candidate_kernels.value_reweight_apply_kernel[
+            triton.cdiv(vocabulary, CANDIDATES.tokens), rows
+        ](
+            logits,
+            ids,
+            shifts,
+            beta,
+            masked,
+            out,
+            vocabulary,
+            values.shape[0],
+            ids.shape[1],
+            logits.stride(0),
+            out.stride(0),
+            TOKENS=CANDIDATES.tokens,
+            TAIL=kind,
+            num_warps=CANDIDATES.num_warps,
+        )
     return out
 
 
@@ -211,12 +225,24 @@ def candidate_values(
     out = torch.empty((count, rows, k), dtype=torch.float32, device=hidden.device)
     if out.numel():
         weight = weight.contiguous()
-        candidate_kernels.value_reweight_candidate_values_kernel[triton.cdiv(k, GATHER.rows), rows, count](
-            token_ids.contiguous(), hidden.contiguous(), weight, weight if bias is None else bias.contiguous(), out,
-            rows, vocabulary, count, k,
-            SLOTS=GATHER.rows, R=rank, RANK=min(256, triton.next_power_of_2(rank)), HAS_BIAS=bias is not None,
+        candidate_kernels.value_reweight_candidate_values_kernel[
+            triton.cdiv(k, GATHER.rows), rows, count
+        ](
+            token_ids.contiguous(),
+            hidden.contiguous(),
+            weight,
+            weight if bias is None else bias.contiguous(),
+            out,
+            rows,
+            vocabulary,
+            count,
+            k,
+            SLOTS=GATHER.rows,
+            R=rank,
+            RANK=min(256, triton.next_power_of_2(rank)),
+            HAS_BIAS=bias is not None,
             num_warps=GATHER.num_warps,
-        )  # fmt: skip
+        )
     return out
 
 
@@ -248,9 +274,21 @@ def _shift(
 ) -> None:
     rows, k = ids.shape
     candidate_kernels.value_reweight_shift_kernel[(rows,)](
-        logits, ids, values.contiguous(), beta, shifts, out, rows, values.shape[0], k, logits.stride(0), out.stride(0),
-        SLOTS=triton.next_power_of_2(k), SCATTER=scatter, num_warps=SHIFT.num_warps,
-    )  # fmt: skip
+        logits,
+        ids,
+        values.contiguous(),
+        beta,
+        shifts,
+        out,
+        rows,
+        values.shape[0],
+        k,
+        logits.stride(0),
+        out.stride(0),
+        SLOTS=triton.next_power_of_2(k),
+        SCATTER=scatter,
+        num_warps=SHIFT.num_warps,
+    )
 
 
 def _tail(tail: Tail | torch.Tensor, logits: torch.Tensor) -> tuple[int, torch.Tensor]:

@@ -236,9 +236,18 @@ class Runner:
         usage = told.align_usage()
         score = await self._gold(prompt.messages, text)
         return Row(
-            one.key, one.cell.name, one.prompt, one.draw, text, score if math.isfinite(score) else None, seconds,
-            spent, returned, prompt_tokens, sum(usage.get(name, 0) for name in SCORING),
-        )  # fmt: skip
+            one.key,
+            one.cell.name,
+            one.prompt,
+            one.draw,
+            text,
+            score if math.isfinite(score) else None,
+            seconds,
+            spent,
+            returned,
+            prompt_tokens,
+            sum(usage.get(name, 0) for name in SCORING),
+        )
 
 
 def _text(answer: Any) -> str | None:

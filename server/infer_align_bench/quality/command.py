@@ -65,10 +65,17 @@ def run(options: argparse.Namespace) -> int:
     failed = {name: len(said) for name, said in done.failures.items() if name not in done.refused}
     complete = not (interrupted or done.lost or failed)
     facts = {
-        "endpoint": done.endpoint.target.place, "model": done.endpoint.target.model, "gold": options.gold, "prompts": len(prompts),
-        "draws per prompt": options.draws, "requests under way": options.concurrency, "seed": options.seed,
-        "baseline": grid.baseline, "infer-align": version("infer-align"), "complete": complete,
-    }  # fmt: skip
+        "endpoint": done.endpoint.target.place,
+        "model": done.endpoint.target.model,
+        "gold": options.gold,
+        "prompts": len(prompts),
+        "draws per prompt": options.draws,
+        "requests under way": options.concurrency,
+        "seed": options.seed,
+        "baseline": grid.baseline,
+        "infer-align": version("infer-align"),
+        "complete": complete,
+    }
     advised = {cost: advice(table, found, options.seed, cost) for cost in COSTS}
     unmeasured = _unmeasured(grid, found, done)
     options.report.write_text(
@@ -189,9 +196,14 @@ async def _measure(
         judge = await stack.enter_async_context(Endpoint(judging, options.timeout, options.seed))
         # What would give other answers or other scores; a notebook of anything else is not gone on with.
         made_with = {
-            "format": FORMAT, "endpoint": endpoint.target.place, "model": endpoint.target.model, "gold": options.gold,
-            "gold endpoint": judge.target.place if served(options.gold) else None, "seed": options.seed, "body": body,
-        }  # fmt: skip
+            "format": FORMAT,
+            "endpoint": endpoint.target.place,
+            "model": endpoint.target.model,
+            "gold": options.gold,
+            "gold endpoint": judge.target.place if served(options.gold) else None,
+            "seed": options.seed,
+            "body": body,
+        }
         gold = scorer(options.gold, judge)
         notebook = Notebook(path, made_with)
         runner = Runner(endpoint, gold, prompts, notebook)

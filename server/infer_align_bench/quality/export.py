@@ -15,24 +15,35 @@ def as_json(found: Sequence[Point], advised: Mapping[Cost, Sequence[Advice]]) ->
     means = ("gold", "minus_baseline", "minus_greedy", "minus_equal", "generated")
     settings = [
         {
-            "name": point.cell.name, "align": point.cell.align, "body": dict(point.cell.body), "prompts": point.prompts,
-            "missing": point.missing, "tokens": _finite(point.cost("tokens")), "seconds": point.seconds.value,
-            "tokens_error": point.tokens and _finite(point.tokens.error), "seconds_error": _finite(point.seconds.error),
-            "kl_bound": point.kl_bound, "fronts": sorted(point.fronts),
+            "name": point.cell.name,
+            "align": point.cell.align,
+            "body": dict(point.cell.body),
+            "prompts": point.prompts,
+            "missing": point.missing,
+            "tokens": _finite(point.cost("tokens")),
+            "seconds": point.seconds.value,
+            "tokens_error": point.tokens and _finite(point.tokens.error),
+            "seconds_error": _finite(point.seconds.error),
+            "kl_bound": point.kl_bound,
+            "fronts": sorted(point.fronts),
             **{name: _mean_json(getattr(point, name)) for name in means},
         }
         for point in found
-    ]  # fmt: skip
+    ]
     given = {
         cost: [
             {
-                "from": one.cost, "use": one.name, "chance": one.chance, "held_out": _finite(one.held_out),
-                "cheaper": one.cheaper and {"use": one.cheaper.name, "loss": _mean_json(one.cheaper.loss)},
+                "from": one.cost,
+                "use": one.name,
+                "chance": one.chance,
+                "held_out": _finite(one.held_out),
+                "cheaper": one.cheaper
+                and {"use": one.cheaper.name, "loss": _mean_json(one.cheaper.loss)},
             }
             for one in choices
         ]
         for cost, choices in advised.items()
-    }  # fmt: skip
+    }
     return {"settings": settings, "advice": given}
 
 

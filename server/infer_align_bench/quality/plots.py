@@ -65,8 +65,15 @@ def _panel(axes: Any, shown: Sequence[tuple[int, Mean, Point]], cost: Cost | Non
         colour = "C0" if cost in point.fronts else "C1" if point.cell.equal_budget else "0.6"
         across = mean.error if mean.error > 0 else None  # NaN is not
         axes.errorbar(
-            mean.value, point.gold.value, point.gold.error, across, fmt="o", markersize=4, color=colour, elinewidth=0.8
-        )  # fmt: skip
+            mean.value,
+            point.gold.value,
+            point.gold.error,
+            across,
+            fmt="o",
+            markersize=4,
+            color=colour,
+            elinewidth=0.8,
+        )
         axes.annotate(
             str(number),
             (mean.value, point.gold.value),

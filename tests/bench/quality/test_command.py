@@ -113,8 +113,13 @@ def test_a_report(bench: Bench, place: Path) -> None:
         for name in {row["cell"] for row in rows(place)}
     }
     assert means == {
-        "base": {3.0}, "greedy & <b>": {3.0}, "best of 2": {3.0}, "best of 3": {9.0}, "best of 5": {9.0}, "shortest of 3": {3.0}
-    }  # fmt: skip
+        "base": {3.0},
+        "greedy & <b>": {3.0},
+        "best of 2": {3.0},
+        "best of 3": {9.0},
+        "best of 5": {9.0},
+        "shortest of 3": {3.0},
+    }
     assert {row["spent"] for row in rows(place) if row["cell"] == "best of 5"} == {10}
     assert {row["returned"] for row in rows(place)} == {2}
     assert made["complete"] is True
@@ -307,8 +312,12 @@ def test_an_interrupt_keeps_what_there_is(serve: Any, bench: Bench, place: Path)
     )
     with subprocess.Popen(
         [*map(str, [*command, *files]), "--draws", "50", "--concurrency", "2"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths},
-    ) as process:  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths},
+    ) as process:
         notebook = place / "out.jsonl"
         assert slow.until(
             lambda: notebook.exists() and len(notebook.read_text().splitlines()) > 12, 30

@@ -55,9 +55,14 @@ def test_errors_are_over_prompts_and_differences_are_paired() -> None:
     hard = chance.normal(0, 5, 50)  # prompts differ much, the settings little
     noise = chance.normal(0, 0.1, 50)
     made, grid = table(
-        {"base": hard.tolist(), "better": (hard + 1 + noise).tolist(), "greedy": (hard - 1).tolist()},
-        {"base": 10, "better": 40, "greedy": 8}, greedy="greedy",
-    )  # fmt: skip
+        {
+            "base": hard.tolist(),
+            "better": (hard + 1 + noise).tolist(),
+            "greedy": (hard - 1).tolist(),
+        },
+        {"base": 10, "better": 40, "greedy": 8},
+        greedy="greedy",
+    )
     found = by_name(points(made, grid))
     assert found["base"].gold == Mean(
         pytest.approx(hard.mean()), pytest.approx(hard.std(ddof=1) / math.sqrt(50))
@@ -143,9 +148,12 @@ def test_the_front_and_what_to_use() -> None:
     chance = np.random.default_rng(1)
     shared, noise = chance.normal(0, 1, 200), chance.normal(0, 1, 200)
     gold = {
-        "base": shared, "cheap and good": shared + 1, "worse and dearer": shared + 0.5,
-        "hardly better": shared + 1.01 + noise - noise.mean(), "best": shared + 3 + chance.normal(0, 0.5, 200),
-    }  # fmt: skip
+        "base": shared,
+        "cheap and good": shared + 1,
+        "worse and dearer": shared + 0.5,
+        "hardly better": shared + 1.01 + noise - noise.mean(),
+        "best": shared + 3 + chance.normal(0, 0.5, 200),
+    }
     tokens = {
         "base": 10,
         "cheap and good": 12,

@@ -39,13 +39,18 @@ def test_cells_are_spread_over_their_values(tmp_path: Path) -> None:
     grid = read(write(tmp_path, GRID))
     assert (grid.baseline, grid.greedy) == ("base", "greedy")
     assert [cell.name for cell in grid.cells] == [
-        "base", "greedy", *(f"best of {n}, {o} {{other}}" for n in (2, 4) for o in ("mean", "uwo"))
-    ]  # fmt: skip
+        "base",
+        "greedy",
+        *(f"best of {n}, {o} {{other}}" for n in (2, 4) for o in ("mean", "uwo")),
+    ]
     last = grid.cells[-1]
     assert last.equal_budget
     assert last.align == {
-        "best_of_n": {"n": 4}, "ensemble": {"objective": "uwo"}, "rewards": {"r{n}": 1}, "list": [4, "x4"]
-    }  # fmt: skip
+        "best_of_n": {"n": 4},
+        "ensemble": {"objective": "uwo"},
+        "rewards": {"r{n}": 1},
+        "list": [4, "x4"],
+    }
     assert grid.cells[0].align is None
 
 

@@ -20,9 +20,16 @@ TOOLS = [
     }
 ]
 BEST = extra_body(best_of_n={"n": 5}, rewards={"number": 1.0}, ensemble={"objective": "mean"})
-RESULT = [{"role": "assistant", "content": None, "tool_calls": [
-    {"id": "call_1", "type": "function", "function": {"name": "Weather", "arguments": "{}"}}
-]}, {"role": "tool", "tool_call_id": "call_1", "content": "4 degrees"}]  # fmt: skip
+RESULT = [
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "Weather", "arguments": "{}"}}
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "content": "4 degrees"},
+]
 
 
 class Weather(BaseModel):

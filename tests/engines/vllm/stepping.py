@@ -93,9 +93,17 @@ def make_engine(steerer: Steerer, **options: Any) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
 
     given = {
-        "model": MODEL, "dtype": "float32", "enforce_eager": True, "max_model_len": 512, "kv_cache_memory_bytes": 1 << 26,
-        "block_size": 32, "max_num_seqs": 40, "max_num_batched_tokens": 40, "disable_log_stats": True, **options,
-    }  # fmt: skip
+        "model": MODEL,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "kv_cache_memory_bytes": 1 << 26,
+        "block_size": 32,
+        "max_num_seqs": 40,
+        "max_num_batched_tokens": 40,
+        "disable_log_stats": True,
+        **options,
+    }
     config = EngineArgs(**steerer.engine_args(given)).create_engine_config()
     steerer.configure(config)
     return LLMEngine.from_vllm_config(config)

@@ -18,8 +18,8 @@ import httpx
 import psutil
 import pytest
 
-from infer_align import vllm_package
 from infer_align.errors import ConfigError
+from infer_align.vllm import package as vllm_package
 from tests.engines.vllm.stepping import ENVIRONMENT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
@@ -50,8 +50,11 @@ class Process:
         self.log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - closed at the end
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "infer_align_server", "serve", CONFIG, *words],
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": PATHS}, cwd=ROOT, stderr=self.log, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": PATHS},
+            cwd=ROOT,
+            stderr=self.log,
+            stdout=subprocess.DEVNULL,
+        )
         self.http = httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60
         )

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infer_align import demo
-from infer_align.engines._labels import LabelTree
+from infer_align.decoding.labels import LabelTree
 from infer_align.engines.transformers import Transformers
 from infer_align.types import Draw, LabelQuery
 from tests.server.conftest import Live
@@ -73,7 +73,7 @@ def post(live: Live, path: str, body: object, **options: Any) -> httpx.Response:
         return client.post(path, json=body, timeout=60, **options)
 
 
-# --- without align: plain vLLM ------------------------------------------------------------------------------------------
+# --- without align: plain vLLM ---
 
 
 @pytest.mark.anyio
@@ -137,7 +137,7 @@ def test_limits_hold_for_them_too(live: Live) -> None:
     assert refused.json()["error"]["code"] == "too_many_candidates"
 
 
-# --- the whole OpenAI surface, three ways -------------------------------------------------------------------------------
+# --- the whole OpenAI surface, three ways ---
 
 
 @ALIGNED
@@ -370,19 +370,32 @@ def test_all_methods_compose_in_one_request(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens > 0
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- what is refused ---
 
 
 @pytest.mark.parametrize("extra", [{}, BEST], ids=["plain", "best-of-n"])
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -1), ("temperature", "hot"), ("top_p", 7), ("stop", 5), ("max_tokens", 0), ("top_logprobs", 500),
-        ("response_format", {"type": "json_schema"}), ("logit_bias", {"99999999": 1}), ("tools", [{"x": 1}]),
-        ("messages", [{"role": "robot", "content": "x"}]), ("messages", []), ("messages", "x"), ("n", 0), ("seed", "x"),
-        ("max_tokens", "x"), ("tool_choice", "sometimes"), ("min_p", 3),
+        ("temperature", -1),
+        ("temperature", "hot"),
+        ("top_p", 7),
+        ("stop", 5),
+        ("max_tokens", 0),
+        ("top_logprobs", 500),
+        ("response_format", {"type": "json_schema"}),
+        ("logit_bias", {"99999999": 1}),
+        ("tools", [{"x": 1}]),
+        ("messages", [{"role": "robot", "content": "x"}]),
+        ("messages", []),
+        ("messages", "x"),
+        ("n", 0),
+        ("seed", "x"),
+        ("max_tokens", "x"),
+        ("tool_choice", "sometimes"),
+        ("min_p", 3),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_field_is_a_400_in_openais_shape(
     live: Live, extra: dict[str, Any], field: str, value: object
 ) -> None:
@@ -401,12 +414,13 @@ def test_a_wrong_field_is_a_400_in_openais_shape(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"temprature": 1}, "temprature"), ({"use_beam_search": True}, "use_beam_search"),
+        ({"temprature": 1}, "temprature"),
+        ({"use_beam_search": True}, "use_beam_search"),
         ({"prompt_logprobs": 1}, "prompt_logprobs"),
         ({"align": {"vas": {"beta": {"helpfull": 1}}}}, "align.vas.beta.helpfull"),
         ({"align": {"vas": {"beta": {"helpful": 1}}}, "use_beam_search": True}, "use_beam_search"),
     ],
-)  # fmt: skip
+)
 def test_what_could_not_be_honoured_with_align_is_refused_by_name(
     live: Live, fields: dict[str, Any], param: str
 ) -> None:
@@ -431,7 +445,7 @@ def test_unknown_models_are_a_404_and_other_keys_a_401(live: Live) -> None:
     assert live.post({"model": "owl", "messages": ASK}).status_code == 401
 
 
-# --- vLLM's other routes ------------------------------------------------------------------------------------------------
+# --- vLLM's other routes ---
 
 
 def test_other_routes_of_vllm_answer_behind_our_key(live: Live) -> None:
@@ -458,7 +472,7 @@ def test_metrics_hold_both(live: Live) -> None:
     assert "infer_align_requests_total" in text
 
 
-# --- what is left is dropped --------------------------------------------------------------------------------------------
+# --- what is left is dropped ---
 
 LONG = {"model": "owl", "messages": ASK, "max_tokens": 480, "ignore_eos": True}
 

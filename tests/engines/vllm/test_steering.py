@@ -249,7 +249,7 @@ def test_what_is_due_in_a_padded_step_of_the_v2_runner() -> None:
     [("enforce_eager", "True"), ("enable_prefix_caching", "false"), ("trust_remote_code", 1)],
 )
 def test_options_that_are_true_or_false_are_nothing_else(name: str, value: object) -> None:
-    from infer_align.vllm_compat import arguments
+    from infer_align.vllm.compat import arguments
 
     with pytest.raises(
         ConfigError, match=rf"\[engine\] {name}: {value!r} is not allowed; must be true or false"
@@ -258,7 +258,7 @@ def test_options_that_are_true_or_false_are_nothing_else(name: str, value: objec
 
 
 def test_keys_of_vllms_own_would_guard_half_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    from infer_align.vllm_compat import arguments
+    from infer_align.vllm.compat import arguments
 
     with pytest.raises(ConfigError, match="api_keys_env"):
         arguments("demo", "demo", {"api_key": "x"})

@@ -1,0 +1,1 @@
+"""Everything between logits and a token, once, for every engine."""

@@ -1,0 +1,116 @@
+"""The shipped values load, steer the shipped model where they should, and were fitted to what their report says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.demo import values
+from infer_align import demo
+from infer_align.config import config as configuration
+from infer_align.demo import world
+from infer_align.fitting.samples import scores_of
+from infer_align.types import Draw, Steering
+
+BETA = 6.0
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Any]:
+    engine = configuration.load(None, ["engine.threads=1"]).load_engine()
+    asyncio.run(engine.start())
+    yield engine
+    asyncio.run(engine.close())
+
+
+@pytest.fixture(scope="module")
+def measured(served: Any, finish: Any) -> Any:
+    """`measured({"brief": 4.0})`: rewards and numbers of words of the same 60 seeded replies, so steered."""
+    known: dict[str, Any] = {}
+
+    async def replies(beta: dict[str, float]) -> Any:
+        reward = values.REWARDS_OF["helpful"]()
+        await reward.start()
+        rewards, words = [], []
+
+        async def one(i: int, text: str) -> None:
+            messages = [{"role": "user", "content": text}]
+            steering = Steering(beta, 20, "keep") if beta else None
+            draw = Draw(
+                {"messages": messages, "max_tokens": 64}, 2, (2 * i, 2 * i + 1), steering=steering
+            )
+            candidates, _ = await finish(served, draw)
+            rewards.extend(await scores_of(reward, messages, candidates, "uwo"))
+            words.extend(len(c.text.split()) for c in candidates)
+
+        await asyncio.gather(*(one(i, text) for i, text in enumerate(world.prompts(30, seed=505))))
+        await reward.close()
+        return np.array(rewards), np.array(words)
+
+    def measure(beta: dict[str, float]) -> Any:
+        key = repr(beta)
+        if key not in known:
+            known[key] = asyncio.run(replies(beta))
+        return known[key]
+
+    return measure
+
+
+def higher(first: Any, second: Any) -> bool:
+    """By more than 3 standard errors of the difference of the means."""
+    error = (first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second)) ** 0.5
+    return bool(first.mean() - second.mean() > 3 * error)
+
+
+@pytest.mark.parametrize("name", ["helpful", "helpful-lookahead"])
+def test_helpful_raises_the_proxy_reward(measured: Any, name: str) -> None:
+    (frozen, _), (steered, _) = measured({}), measured({name: BETA})
+    assert higher(steered, frozen)
+
+
+@pytest.mark.parametrize("name", ["brief", "brief-lookahead"])
+def test_brief_shortens(measured: Any, name: str) -> None:
+    (_, frozen), (_, steered) = measured({}), measured({name: BETA})
+    assert higher(frozen, steered)
+
+
+def test_a_negative_weight_lengthens(measured: Any) -> None:
+    (_, frozen), (_, steered) = measured({}), measured({"brief": -BETA})
+    assert higher(steered, frozen)
+
+
+def test_two_values_compose(measured: Any) -> None:
+    both, helpful, frozen = (
+        measured({"helpful": BETA, "brief": 4.0}),
+        measured({"helpful": BETA}),
+        measured({}),
+    )
+    assert higher(both[0], frozen[0])
+    assert higher(helpful[1], both[1])
+
+
+def test_the_lookahead_values_share_one_lm(served: Any) -> None:
+    helpful, brief = served.value("helpful-lookahead"), served.value("brief-lookahead")
+    assert helpful.lm is brief.lm
+    assert helpful.index != brief.index
+
+
+def test_shipped_files_are_of_this_configuration() -> None:
+    report = json.loads(demo.path("values.json").read_text())
+    assert report["sampling"] == asdict(values.SAMPLING), "run: python -m benchmarks.demo.values"
+    for name in values.REWARDS_OF:
+        assert report["head"][name]["held_out"]["r2"] > 0.1
+        assert report["lookahead"][name]["r2"] > report["head"][name]["held_out"]["r2"], (
+            "it sees the token itself"
+        )
+        curve = report["head"][name]["curve"]
+        assert (curve[0]["beta"], curve[0]["kl"]) == (0, 0)
+        assert curve[-1]["reward"] > curve[0]["reward"] + 3 * (
+            curve[0]["reward_se"] + curve[-1]["reward_se"]
+        )

@@ -1,0 +1,104 @@
+"""One parser for both scopes: strict, finite, and every complaint names its place."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from infer_align.config.schema import json_schema, parse, signature
+from infer_align.errors import ConfigError, InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    word: str = "x"
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    n: int = field(default=8, metadata={"ge": 1, "description": "how many"})
+    weight: float = field(default=0.5, metadata={"ge": 0, "description": "how much"})
+    kind: Literal["a", "b"] = field(default="a", metadata={"description": "which"})
+    flag: bool = field(default=False, metadata={"description": "whether"})
+    limit: float | None = field(default=None, metadata={"gt": 0, "description": "at most"})
+    names: tuple[str, ...] = field(default=(), metadata={"description": "words"})
+    inner: tuple[Inner, ...] = field(default=(), metadata={"description": "nested"})
+    weights: dict[str, float] = field(default_factory=dict, metadata={"description": "named"})
+
+
+def test_defaults_and_values() -> None:
+    assert parse(Knobs, {}, "k") == Knobs()
+    given = {
+        "n": 2,
+        "weight": 1,
+        "kind": "b",
+        "flag": True,
+        "limit": 3,
+        "names": ["x"],
+        "inner": [{"word": "y"}],
+        "weights": {"a": 1},
+    }
+    assert parse(Knobs, given, "k") == Knobs(
+        2, 1.0, "b", True, 3.0, ("x",), (Inner("y"),), {"a": 1.0}
+    )
+
+
+WRONG: list[tuple[Any, str]] = [
+    ({"n": 0}, "k.n"),
+    ({"n": "8"}, "k.n"),
+    ({"n": 8.0}, "k.n"),
+    ({"n": True}, "k.n"),
+    ({"n": None}, "k.n"),
+    ({"weight": math.nan}, "k.weight"),
+    ({"weight": math.inf}, "k.weight"),
+    ({"weight": -1}, "k.weight"),
+    ({"weight": 10**400}, "k.weight"),
+    ({"weight": "1"}, "k.weight"),
+    ({"kind": "c"}, "k.kind"),
+    ({"flag": 1}, "k.flag"),
+    ({"limit": 0}, "k.limit"),
+    ({"limit": "3"}, "k.limit"),
+    ({"names": "x"}, "k.names"),
+    ({"names": [1]}, "k.names.0"),
+    ({"inner": [{"word": 5}]}, "k.inner.0.word"),
+    ({"inner": [{"wrod": "x"}]}, "k.inner.0.wrod"),
+    ({"weights": {"a": "x"}}, "k.weights.a"),
+    ({"m": 1}, "k.m"),
+    ([], "k"),
+    (None, "k"),
+    ("n=8", "k"),
+]
+
+
+@pytest.mark.parametrize(("value", "param"), WRONG)
+@pytest.mark.parametrize("error", [InvalidRequest, ConfigError])
+def test_what_is_wrong_is_named(value: Any, param: str, error: Any) -> None:
+    with pytest.raises(error) as caught:
+        parse(Knobs, value, "k", error)
+    assert caught.value.param == param
+    assert caught.value.message.startswith(f"{param}: ")
+    assert caught.value.message.endswith((".", "?"))
+
+
+def test_unknown_names_the_nearest() -> None:
+    with pytest.raises(InvalidRequest, match="did you mean 'weight'") as caught:
+        parse(Knobs, {"wieght": 1}, "k")
+    assert caught.value.code == "unknown_field"
+
+
+def test_json_schema_and_signature_say_what_the_dataclass_says() -> None:
+    schema = json_schema(Knobs)
+    assert schema["properties"]["n"] == {
+        "default": 8,
+        "description": "how many",
+        "minimum": 1,
+        "title": "N",
+        "type": "integer",
+    }
+    assert schema["additionalProperties"] is False
+    assert signature(Knobs).startswith("n=8, weight=0.5, kind='a'")
+    assert "MISSING" not in signature(Knobs)
+    assert "<" not in signature(Knobs), "a factory is no default to show"

@@ -1,0 +1,78 @@
+"""The exact probability of a label, against the enumeration of everything a random model can say."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from infer_align.decoding.labels import LabelTree
+from infer_align.errors import Unsupported
+
+HUNDRED = tuple(str(i) for i in range(1, 101))
+DIGITS = {str(d): d for d in range(10)}
+TWO_DIGITS = DIGITS | {str(n): n for n in range(10, 100)}
+ODD = DIGITS | {"10": 10, "85": 11, "00": 12, "5": 5}
+
+
+def distribution(path: tuple[int, ...], size: int) -> np.ndarray:
+    """A next-token distribution that depends on all that went before; the last entry stands for everything that is no digit."""
+    logits = np.random.default_rng([7, *path, 99]).normal(size=size + 1) * 2
+    return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+
+
+def said(vocabulary: dict[str, int], labels: tuple[str, ...]) -> dict[str, float]:
+    """By brute force: every token sequence of up to three digits' tokens, times the chance that no label goes on from there."""
+    text = {token: piece for piece, token in vocabulary.items()}
+    size = max(vocabulary.values()) + 1
+    total = dict.fromkeys(labels, 0.0)
+    for length in (1, 2, 3):
+        for path in itertools.product(text, repeat=length):
+            label = "".join(text[t] for t in path)
+            if label not in total:
+                continue
+            chance = math.prod(distribution(path[:i], size)[t] for i, t in enumerate(path))
+            onward = [
+                t
+                for t, piece in text.items()
+                if any(other.startswith(label + piece) for other in labels)
+            ]
+            total[label] += chance * (1 - sum(distribution(path, size)[t] for t in onward))
+    return total
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [DIGITS, TWO_DIGITS, ODD], ids=["digits", "two digits", "mixed"]
+)
+def test_every_path_is_summed(vocabulary: dict[str, int]) -> None:
+    tree = LabelTree(vocabulary, HUNDRED)
+    size = max(vocabulary.values()) + 1
+    read = {
+        path: {t: math.log(distribution(path, size)[t]) for t in tokens}
+        for path, tokens in tree.readings.items()
+    }
+    expected = said(vocabulary, HUNDRED)
+    got = tree.logprobs(read)
+    assert got.keys() == expected.keys()
+    np.testing.assert_allclose(
+        [math.exp(got[label]) for label in HUNDRED],
+        [expected[label] for label in HUNDRED],
+        rtol=1e-12,
+    )
+    assert sum(math.exp(p) for p in got.values()) <= 1.0
+
+
+def test_labels_of_one_token_take_one_reading() -> None:
+    tree = LabelTree(DIGITS | {str(n): n for n in range(10, 101)}, HUNDRED)
+    assert list(tree.readings) == [()]
+    assert tree.logprobs({(): {85: -0.5}})["85"] == -0.5
+    assert tree.logprobs({(): {85: -0.5}})["84"] == -math.inf
+
+
+def test_digits_take_eleven_readings_for_a_hundred() -> None:
+    assert len(LabelTree(DIGITS, HUNDRED).readings) == 11  # the prompt, after 1..9, after 1 0
+
+
+def test_a_label_that_cannot_be_spelt_is_refused() -> None:
+    with pytest.raises(Unsupported, match="'9'"):
+        LabelTree({piece: token for piece, token in DIGITS.items() if piece != "9"}, ("1", "9"))

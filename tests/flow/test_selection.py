@@ -1,0 +1,139 @@
+"""Ranking: equivariant, NaN-safe, ties to the lowest index, and a reason in one sentence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infer_align.flow.selection import select
+from infer_align.objectives import Ensemble
+from infer_align.types import Candidate, Draw, Plan, Scores, Selection
+
+NAN = math.nan
+MEMBERS: Any = st.integers(1, 4).flatmap(
+    lambda k: st.integers(1, 8).flatmap(
+        lambda n: st.lists(
+            st.lists(st.integers(-3, 3).map(float) | st.just(NAN), min_size=n, max_size=n),
+            min_size=k,
+            max_size=k,
+        )
+    )
+)
+OBJECTIVES = [
+    Ensemble("mean"),
+    Ensemble("wco"),
+    Ensemble("uwo"),
+    Ensemble("uwo", 0.0),
+    Ensemble("uwo", 2.0, standardize=True),
+]
+
+
+def chosen(
+    scores: dict[str, Any],
+    weights: dict[str, float] | None = None,
+    objective: Any = OBJECTIVES[0],
+    failed: tuple[int, ...] = (),
+) -> Selection:
+    members = {name: np.asarray(rows, dtype=np.float64) for name, rows in scores.items()}
+    n = next(iter(members.values())).shape[1]
+    candidates = [
+        Candidate(i, {"text": str(i)}, error="x" if i in failed else None) for i in range(n)
+    ]
+    for rows in members.values():
+        rows[:, list(failed)] = NAN
+    plan = Plan((Draw({}, n),), objective, weights or dict.fromkeys(members, 1.0), selects=True)
+    return select(plan, candidates, Scores(members, notes=dict.fromkeys(members, (None,) * n)))
+
+
+@given(MEMBERS, st.sampled_from(OBJECTIVES), st.randoms(use_true_random=False))
+def test_permuting_the_candidates_permutes_the_answer(
+    rows: Any, objective: Any, random: Any
+) -> None:
+    order = list(range(len(rows[0])))
+    random.shuffle(order)
+    plain = chosen({"r": rows}, objective=objective)
+    moved = chosen({"r": np.asarray(rows)[:, order]}, objective=objective)
+    np.testing.assert_allclose(
+        np.asarray(moved.objective), np.asarray(plain.objective)[order], atol=1e-12
+    )
+    assert {order[i] for i in moved.dropped} == set(plain.dropped)
+    if not objective.standardize:  # there sums are rounded in another order, which may break a tie
+        best = np.asarray(plain.objective)
+        np.testing.assert_array_equal(
+            [best[order[i]] for i in moved.ranking], [best[i] for i in plain.ranking]
+        )
+
+
+@given(MEMBERS, st.sampled_from(OBJECTIVES))
+def test_everything_is_either_ranked_or_dropped_with_a_reason(rows: Any, objective: Any) -> None:
+    made = chosen({"r": rows}, objective=objective)
+    assert sorted([*made.ranking, *made.dropped]) == list(range(len(rows[0])))
+    assert all(made.dropped.values())
+    values = [made.objective[i] for i in made.ranking]
+    assert values == sorted(values, reverse=True)
+    assert not any(math.isnan(v) for v in values)
+    for first, second in zip(made.ranking, made.ranking[1:], strict=False):
+        assert made.objective[first] > made.objective[second] or first < second, (
+            "ties go to the lowest index"
+        )
+
+
+@given(MEMBERS)
+def test_relations_between_the_objectives(rows: Any) -> None:
+    mean, wco, uwo0 = (
+        chosen({"r": rows}, objective=o).objective
+        for o in (OBJECTIVES[0], OBJECTIVES[1], OBJECTIVES[3])
+    )
+    np.testing.assert_array_equal(mean, uwo0)
+    assert all(not w > m + 1e-12 for w, m in zip(wco, mean, strict=True))
+
+
+def test_a_failed_candidate_is_never_ranked() -> None:
+    for weights in ({"r": 1.0}, {"r": 0.0}):
+        made = chosen({"r": [[5, 9, 7]]}, weights, failed=(1,))
+        assert set(made.ranking) == {0, 2}
+        assert made.dropped == {1: "failed: x"}
+        assert math.isnan(made.objective[1])
+
+
+def test_weight_0_is_shown_and_does_not_count_even_as_nan() -> None:
+    made = chosen({"a": [[1, 2, 3]], "b": [[NAN, 9, 0]]}, {"a": 1.0, "b": 0.0})
+    assert made.ranking == (2, 1, 0)
+    assert made.dropped == {}
+    np.testing.assert_array_equal(made.values["b"], [NAN, 9, 0])
+
+
+def test_the_weighted_sum() -> None:
+    made = chosen({"a": [[1, 2]], "b": [[10, 1]]}, {"a": 2.0, "b": 0.5})
+    assert made.objective == (7.0, 4.5)
+
+
+def test_the_reason_for_a_drop_is_of_a_reward_that_counts() -> None:
+    made = chosen({"a": [[NAN, 1]], "b": [[1, NAN]]}, {"a": 0.0, "b": 1.0})
+    assert made.dropped == {1: "not scored: b: NaN"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "failed", "reason"),
+    [
+        ([[1, 2, 0]], (), "highest mean of 3 candidates (2; runner-up 1)"),
+        ([[1, NAN]], (), "the only one of 2 candidates that could be compared (mean 1)"),
+        ([[1, 5]], (1,), "the only one of 2 candidates that could be compared (mean 1)"),
+        ([[NAN, NAN]], (), "none of 2 candidates could be scored"),
+        ([[1]], (), "one candidate, nothing to compare (mean 1)"),
+    ],
+)
+def test_the_reason(rows: Any, failed: tuple[int, ...], reason: str) -> None:
+    assert chosen({"r": rows}, failed=failed).reason == reason
+
+
+def test_without_rewards_the_order_is_that_of_drawing() -> None:
+    plan = Plan((Draw({}, 3),), OBJECTIVES[0])
+    made = select(plan, [Candidate(0, {}), Candidate(1, {}, error="x"), Candidate(2, {})], Scores())
+    assert made.ranking == (0, 2)
+    assert made.dropped == {1: "failed: x"}
