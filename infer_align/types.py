@@ -123,13 +123,13 @@ class Steering:
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class EstimateSchedule:
     """When an engine says what value estimates expect of a draw's candidates, and which values."""
 
     values: Mapping[str, float]  # value name -> weight
     after: int  # tokens; then twice, four times, ... as many
 
-    def due(self, tokens: int) -> bool:
+    def is_due(self, tokens: int) -> bool:
         """Whether a candidate of so many tokens is estimated."""
         times, rest = divmod(tokens, self.after)
         return tokens > 0 and not rest and times.bit_count() == 1
@@ -145,12 +145,14 @@ class Draw:
     kind: Kind = "chat"
     direction: Direction | None = None  # the preference direction it carries
     steering: Steering | None = None  # the values that steer it
-    watch: Watch | None = None  # the values that are reported of its candidates on their way
-    seeded: bool = (
+    estimates: EstimateSchedule | None = (
+        None  # the values that are reported of its candidates on their way
+    )
+    seed_requested: bool = (
         True  # whether the request named a seed; where it did not, an engine may draw its own
     )
     deltas: bool = False  # whether pieces are wanted as they are sampled; an engine may yield them all the same
-    hurried: bool = False  # a deadline may cut it short: an engine that knows only what it has received should receive pieces
+    has_deadline: bool = False  # a deadline may cut it short: an engine that knows only what it has received should receive pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,14 +225,14 @@ class Candidate:
     status: int | None = None  # the HTTP status behind `error`, where the engine knows one
     retry_after: float | None = None  # seconds, where the engine's upstream says when to come back
     calls: int = 1  # made to the engine for it, retries included
-    cut: bool = False  # stopped early, not by the model
+    interrupted: bool = False  # stopped early, not by the model
     rejected: str | None = None  # why it was given up on its way, in favour of others
-    beside: Body = field(
+    response_fields: Body = field(
         default_factory=dict
     )  # what an upstream's answer held beside its choices, such as system_fingerprint
 
     @property
-    def alive(self) -> bool:
+    def eligible(self) -> bool:
         """Whether it takes part in the selection: it did not fail, and was not given up."""
         return self.error is None and self.rejected is None
 
@@ -261,7 +263,7 @@ class LabelQuery:
 
 
 @dataclass(frozen=True, slots=True)
-class LabelReading:
+class LabelLogprobs:
     """The answer: the model's own distribution, at temperature 1 and before any penalty."""
 
     logprobs: Mapping[
@@ -287,7 +289,7 @@ class LabelReader(Protocol):
         """See `infer_align.engines.Engine.label_calls`."""
 
     @abstractmethod
-    async def read_labels(self, query: LabelQuery) -> LabelReading:
+    async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
         """See `infer_align.engines.Engine.read_labels`."""
 
     @abstractmethod
@@ -296,7 +298,7 @@ class LabelReader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class ScoringUsage:
     """What scoring cost."""
 
     reward_tokens: int = 0  # read by reward models
@@ -304,8 +306,8 @@ class Spent:
     judge_prompt_tokens: int = 0
     judge_completion_tokens: int = 0
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(
+    def __add__(self, other: ScoringUsage) -> ScoringUsage:
+        return ScoringUsage(
             self.reward_tokens + other.reward_tokens,
             self.judge_calls + other.judge_calls,
             self.judge_prompt_tokens + other.judge_prompt_tokens,
@@ -318,7 +320,7 @@ class Scores:
     """Member scores of every candidate. NaN means not scored, never 0."""
 
     members: Mapping[str, Array] = field(default_factory=dict)  # reward -> [K, N]
-    spent: Spent = field(default_factory=Spent)
+    spent: ScoringUsage = field(default_factory=ScoringUsage)
     notes: Mapping[str, tuple[str | None, ...]] = field(
         default_factory=dict
     )  # reward -> N: why NaN, or what was cut
@@ -376,12 +378,14 @@ class Response:
 
         Where none ended by itself: at most, as the plan counted them.
         """
-        ended = [c.completion_tokens for c in self.candidates if c.error is None and not c.cut]
+        ended = [
+            c.completion_tokens for c in self.candidates if c.error is None and not c.interrupted
+        ]
         at_most = (self.plan.worst_case_tokens - self.plan.scoring_tokens) // self.plan.candidates
         each = round(sum(ended) / len(ended)) if ended else at_most
-        return sum(max(0, each - c.completion_tokens) for c in self.candidates if c.cut)
+        return sum(max(0, each - c.completion_tokens) for c in self.candidates if c.interrupted)
 
     @property
-    def kept(self) -> tuple[Candidate, ...]:
+    def returned(self) -> tuple[Candidate, ...]:
         """The candidates that are returned, best first."""
         return tuple(self.candidates[i] for i in self.selection.ranking[: self.plan.keep])

@@ -108,7 +108,7 @@ def texts(responses: Sequence[Response]) -> list[list[str]]:
 
 def chosen(responses: Sequence[Response]) -> list[str]:
     """The answers that are returned."""
-    return [response.kept[0].text for response in responses]
+    return [response.returned[0].text for response in responses]
 
 
 def gold(questions: Sequence[str], answers: Sequence[str]) -> Array:

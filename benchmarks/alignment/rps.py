@@ -42,7 +42,7 @@ async def answers(
     found = {}
     for name, hood in HOODS.items():
         responses = await flow.ask_all(questions, seed, _wanted(degrees, hood))
-        found[name] = [response.kept[0].text for response in responses], tokens(responses)
+        found[name] = [response.returned[0].text for response in responses], tokens(responses)
     clamped = max(-TRAINED_DEGREES, min(TRAINED_DEGREES, degrees))
     responses = await flow.ask_all(questions, seed, _wanted(clamped, "none"))
     picked = await asyncio.gather(
@@ -50,7 +50,7 @@ async def answers(
     )
     found[CLAMPED] = list(picked), tokens(responses)
     firm = await flow.ask_all(questions, seed, {"dpa": {"direction": at(degrees)}}, temperature=0)
-    found[GREEDY] = [response.kept[0].text for response in firm], tokens(firm)
+    found[GREEDY] = [response.returned[0].text for response in firm], tokens(firm)
     return found
 
 

@@ -39,7 +39,7 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 from infer_align.rewards.trust_judge.readings import Relation, Rule
-from infer_align.types import Array, LabelQuery, LabelReading
+from infer_align.types import Array, LabelLogprobs, LabelQuery
 
 SCALES = (5, 10, 100)
 RULES: tuple[Rule, ...] = ("first_label", "likelihood", "perplexity")
@@ -104,7 +104,7 @@ def _manner(question: str, answer: str) -> tuple[bool, bool, int]:
 async def _read(
     flow: Flow, messages: list[dict[str, Any]], prefix: str, wanted: tuple[str, ...]
 ) -> Reading:
-    found: LabelReading = await flow.engine.read_labels(LabelQuery(messages, prefix, wanted))
+    found: LabelLogprobs = await flow.engine.read_labels(LabelQuery(messages, prefix, wanted))
     probs = sorted(
         ((label, math.exp(found.logprobs[label])) for label in wanted), key=lambda pair: -pair[1]
     )

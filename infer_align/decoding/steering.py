@@ -145,7 +145,7 @@ class Steerer:
     ) -> tuple[tuple[tuple[Value, float], ...], tuple[tuple[HeadValue, float], ...]]:
         """The values that a draw is steered by and watched by, with their weights; it keeps these, also when one is replaced."""
         beta = draw.steering.beta if draw.steering else {}
-        weights = draw.watch.values if draw.watch else {}
+        weights = draw.estimates.values if draw.estimates else {}
         watched = ((self._values[name], weight) for name, weight in weights.items() if weight)
         return (
             tuple((self._values[name], weight) for name, weight in beta.items() if weight),
@@ -208,7 +208,7 @@ class Steerer:
         self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row]
     ) -> list[tuple[Row, float]]:
         """What those of the rows that are due are expected to be worth, by the values that they are watched by."""
-        due = [i for i, row in enumerate(rows) if row.due]
+        due = [i for i, row in enumerate(rows) if row.is_due]
         if not due:
             return []
         weights = [dict(rows[i].job.watched_by) for i in due]

@@ -22,8 +22,8 @@ from infer_align.types import (
     Draw,
     Estimate,
     Kind,
+    LabelLogprobs,
     LabelQuery,
-    LabelReading,
 )
 from infer_align.values import Value
 
@@ -50,7 +50,7 @@ class Engine(ABC):
     values: Mapping[str, Value] = MappingProxyType({})
     served_name: str | None = None
     progress: Callable[[str], None] = staticmethod(lambda _: None)
-    lacking: Mapping[Capability, str] = MappingProxyType({})
+    capability_hints: Mapping[Capability, str] = MappingProxyType({})
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ class Engine(ABC):
         """
         return 1 + len({label[:end] for label in labels for end in range(1, len(label))})
 
-    async def read_labels(self, query: LabelQuery) -> LabelReading:
+    async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
         """How likely each label is to come next, one reading; many may run at once, and the engine batches them.
 
         Raises:

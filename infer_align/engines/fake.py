@@ -28,8 +28,8 @@ from infer_align.types import (
     Draw,
     Estimate,
     Kind,
+    LabelLogprobs,
     LabelQuery,
-    LabelReading,
 )
 
 READ = {
@@ -176,7 +176,7 @@ class FakeEngine(Engine):
     def check(self, draw: Draw) -> None:
         """Read the sampling fields; every other field is taken, as a model server with unknown extensions would."""
         _params(draw)
-        for name in draw.watch.values if draw.watch else ():
+        for name in draw.estimates.values if draw.estimates else ():
             known = sorted({name for reply in self.script.replies for name in reply.estimates})
             if name not in known:
                 where = f"align.early_stop.values.{name}"
@@ -221,7 +221,7 @@ class FakeEngine(Engine):
         """A judgement is scripted as a whole."""
         return min(1, len(labels))
 
-    async def read_labels(self, query: LabelQuery) -> LabelReading:
+    async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
         """The first scripted judgement that fits.
 
         Raises:
@@ -238,7 +238,7 @@ class FakeEngine(Engine):
             raise EngineFailed(said.error)
         found = {label: said.probabilities.get(label, 0.0) for label in query.labels}
         logprobs = {label: math.log(p) if p else -math.inf for label, p in found.items()}
-        return LabelReading(logprobs, len(text.split()))
+        return LabelLogprobs(logprobs, len(text.split()))
 
     async def _play(
         self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event
@@ -276,10 +276,10 @@ class FakeEngine(Engine):
                     index, {"delta": {"content": piece}} if draw.kind == "chat" else {"text": piece}
                 )
             )
-            if draw.watch and draw.watch.due(len(spoken)):
+            if draw.estimates and draw.estimates.is_due(len(spoken)):
                 expected = sum(
                     weight * reply.estimates.get(name, math.nan)
-                    for name, weight in draw.watch.values.items()
+                    for name, weight in draw.estimates.values.items()
                 )
                 stream.put(Estimate(index, len(spoken), expected))
         if reply.error is not None and not stop.is_set():
@@ -295,7 +295,9 @@ class FakeEngine(Engine):
             else "stop"
         )
         choice = _choice(draw, "".join(spoken), reply, reason)
-        stream.put(Candidate(index, choice, 0, len(prompt.split()), len(spoken), cut=stop.is_set()))
+        stream.put(
+            Candidate(index, choice, 0, len(prompt.split()), len(spoken), interrupted=stop.is_set())
+        )
 
 
 def _fits(script: Labels, text: str, query: LabelQuery) -> bool:

@@ -289,7 +289,7 @@ def _integer(body: Body, name: str, low: int, high: int) -> int | None:
 
 def _require(engine: Engine, method: Method, name: str) -> None:
     if missing := sorted(method.needs - engine.capabilities):
-        advice = engine.lacking.get(missing[0], "use another engine")
+        advice = engine.capability_hints.get(missing[0], "use another engine")
         raise Unsupported(
             f"align.{name}: needs {', '.join(missing)}, which the engine of {engine.model!r} lacks; {advice}.",
             param=f"align.{name}",
@@ -368,7 +368,7 @@ def plan_rewards(plan: Plan, rewards: Mapping[str, Reward]) -> dict[str, Reward]
     """The rewards that a plan reads, each once, as the plan asks them."""
     names = dict.fromkeys(name.partition(".")[0] for name in plan.rewards)
     return {
-        name: rewards[name].asked(plan.parameters[name])
+        name: rewards[name].with_parameters(plan.parameters[name])
         if name in plan.parameters
         else rewards[name]
         for name in names
@@ -435,7 +435,7 @@ def _seeded(draws: tuple[Draw, ...], seed: int, *, given: bool) -> tuple[Draw, .
     seeded, start = [], 0
     for draw in draws:
         seeds = tuple(_candidate_seed(seed, start + i) for i in range(draw.n))
-        seeded.append(replace(draw, seeds=seeds, seeded=given))
+        seeded.append(replace(draw, seeds=seeds, seed_requested=given))
         start += draw.n
     return tuple(seeded)
 

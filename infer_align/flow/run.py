@@ -21,7 +21,7 @@ from infer_align.flow.observe import Halving
 from infer_align.flow.request import plan_rewards
 from infer_align.flow.selection import select
 from infer_align.objectives import project
-from infer_align.rewards import Marks, Reward, seconds_allowed
+from infer_align.rewards import Reward, RewardScores, time_budget
 from infer_align.types import (
     Array,
     Candidate,
@@ -33,14 +33,14 @@ from infer_align.types import (
     Plan,
     Response,
     Scores,
-    Spent,
+    ScoringUsage,
     Timing,
 )
 
 OnDelta = Callable[[Delta], None]
 OnFinished = Callable[[Candidate], None]
 Early: TypeAlias = Mapping[
-    str, Mapping[int, asyncio.Task[Marks]]
+    str, Mapping[int, asyncio.Task[RewardScores]]
 ]  # reward -> candidate -> its marks on their way
 
 # After a deadline an engine is asked to finish with what it has; this long it may take to say so.
@@ -82,7 +82,7 @@ async def align(
         scores = await score(plan, rewards, candidates, deadline, early.marks)
     finally:
         early.cancel()
-    partial = any(candidate.cut and candidate.rejected is None for candidate in candidates)
+    partial = any(candidate.interrupted and candidate.rejected is None for candidate in candidates)
     selection = select(plan, candidates, scores)
     if not selection.ranking:
         late = deadline is not None and monotonic() >= deadline - TIMER_SLACK
@@ -95,7 +95,7 @@ async def align(
             else f"nothing to compare; {first}"
         )
         selection = replace(
-            selection, ranking=tuple(c.index for c in candidates if c.alive), reason=why
+            selection, ranking=tuple(c.index for c in candidates if c.eligible), reason=why
         )
         partial = partial or late
 
@@ -132,8 +132,8 @@ async def propose(
     candidates = tuple(
         replace(c, rejected=halving.rejected.get(c.index)) for batch in drawn for c in batch
     )
-    if all(not c.alive or (c.cut and not c.completion_tokens) for c in candidates):
-        first = next((c for c in candidates if c.error is not None and not c.cut), None)
+    if all(not c.eligible or (c.interrupted and not c.completion_tokens) for c in candidates):
+        first = next((c for c in candidates if c.error is not None and not c.interrupted), None)
         if first is None:
             raise DeadlineExceeded(
                 f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time."
@@ -160,8 +160,8 @@ async def _sample(
     """The candidates of draw `i`, numbered from `first`."""
     loop = asyncio.get_running_loop()
     finished: dict[int, Candidate] = {}
-    hurried = deadline is not None and deadline - monotonic() < PATIENCE_SECONDS
-    draw = replace(draw, deltas=on_delta is not None, hurried=hurried)
+    has_deadline = deadline is not None and deadline - monotonic() < PATIENCE_SECONDS
+    draw = replace(draw, deltas=on_delta is not None, has_deadline=has_deadline)
     async with engine.sample(draw) as stream:
         alarm = None if deadline is None else loop.call_at(_loop_time(deadline), stream.stop)
         for j in range(draw.n):
@@ -186,7 +186,8 @@ async def _sample(
             if alarm:
                 alarm.cancel()
     return [
-        finished.get(j) or Candidate(first + j, {}, i, error="the deadline passed", cut=True)
+        finished.get(j)
+        or Candidate(first + j, {}, i, error="the deadline passed", interrupted=True)
         for j in range(draw.n)
     ]
 
@@ -200,7 +201,7 @@ class _Early:
             plan.messages,
             deadline,
         )
-        self.marks: dict[str, dict[int, asyncio.Task[Marks]]] = {
+        self.marks: dict[str, dict[int, asyncio.Task[RewardScores]]] = {
             name: {} for name, r in self._rewards.items() if r.pipelined
         }
 
@@ -228,7 +229,7 @@ async def score(
     """Every reward of the plan over the candidates that did not fail, all at once. What fails or is late is NaN."""
     if not plan.rewards:
         return Scores()
-    alive = [c for c in candidates if c.alive]
+    alive = [c for c in candidates if c.eligible]
     asked = plan_rewards(plan, rewards)
     found = (
         _joined([early[name][c.index] for c in alive])
@@ -248,7 +249,9 @@ async def score(
         told = dict(zip((c.index for c in alive), mark.notes, strict=False))
         notes[name] = tuple(told.get(i) for i in range(len(candidates)))
     reports = {name: mark.report for name, mark in marks.items() if mark.report}
-    return Scores(members, sum((mark.spent for mark in marks.values()), Spent()), notes, reports)
+    return Scores(
+        members, sum((mark.spent for mark in marks.values()), ScoringUsage()), notes, reports
+    )
 
 
 def _objective(reward: Reward, values: Array, attribute: str, direction: Direction | None) -> Array:
@@ -262,24 +265,26 @@ def _objective(reward: Reward, values: Array, attribute: str, direction: Directi
     )
 
 
-async def _joined(tasks: Sequence[asyncio.Task[Marks]]) -> Marks:
+async def _joined(tasks: Sequence[asyncio.Task[RewardScores]]) -> RewardScores:
     """The marks of several candidates from those of each."""
     marks = await asyncio.gather(*tasks)
     values = np.concatenate([mark.values for mark in marks], axis=-1)
-    spent = sum((mark.spent for mark in marks), Spent())
-    return Marks(values, spent, tuple(note for mark in marks for note in mark.notes or (None,)))
+    spent = sum((mark.spent for mark in marks), ScoringUsage())
+    return RewardScores(
+        values, spent, tuple(note for mark in marks for note in mark.notes or (None,))
+    )
 
 
 async def _mark(
     reward: Reward, messages: Messages, candidates: Sequence[Candidate], deadline: float | None
-) -> Marks:
+) -> RewardScores:
     shape = (max(1, len(reward.attributes)), len(reward.members), len(candidates))
     seconds = (
         reward.timeout_seconds
         if deadline is None
         else min(reward.timeout_seconds, deadline - monotonic())
     )
-    seconds_allowed.set(seconds)  # of this task alone
+    time_budget.set(seconds)  # of this task alone
     try:
         async with asyncio.timeout(seconds):
             marks = await reward.score(messages, candidates)
@@ -296,7 +301,7 @@ async def _mark(
         Exception
     ) as error:  # a reward is the user's code: whatever it raises is data, not a crash
         why = f"{type(error).__name__}: {error}"
-    return Marks(np.full(shape, np.nan), notes=(why,) * len(candidates))
+    return RewardScores(np.full(shape, np.nan), notes=(why,) * len(candidates))
 
 
 def _loop_time(deadline: float) -> float:

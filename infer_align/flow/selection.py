@@ -17,8 +17,8 @@ def select(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selec
     A candidate that failed, that was given up on its way, or that a reward with weight could not score, is dropped: a missing
     score is never a 0.
     """
-    alive = [c.index for c in candidates if c.alive]
-    dropped = {c.index: c.rejected or f"failed: {c.error}" for c in candidates if not c.alive}
+    alive = [c.index for c in candidates if c.eligible]
+    dropped = {c.index: c.rejected or f"failed: {c.error}" for c in candidates if not c.eligible}
     values = {name: plan.objective.reduce(members) for name, members in scores.members.items()}
     if not values:
         return Selection(

@@ -13,7 +13,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Le
 
 from infer_align.errors import InvalidRequest
-from infer_align.types import Capability, Plan, Stage, Watch
+from infer_align.types import Capability, EstimateSchedule, Plan, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,11 @@ class EarlyStop:
                 "align.early_stop: needs candidates to choose from; give align.best_of_n or align.rps too.",
                 param="align.early_stop",
             )
-        watch = Watch(self.values, self.after)
+        watch = EstimateSchedule(self.values, self.after)
         return replace(
-            plan, draws=tuple(replace(draw, watch=watch) for draw in plan.draws), survival=self.keep
+            plan,
+            draws=tuple(replace(draw, estimates=watch) for draw in plan.draws),
+            survival=self.keep,
         )
 
 

@@ -13,23 +13,23 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
 
-from infer_align.types import Array, Body, Candidate, LabelReader, Messages, Spent
+from infer_align.types import Array, Body, Candidate, LabelReader, Messages, ScoringUsage
 
 # How long the scoring that runs now may take, in seconds: the reward's own limit, or less before a deadline. Whoever makes several
 # calls ends each a little before it, so that one that hangs does not take the others along.
-seconds_allowed: ContextVar[float] = ContextVar("seconds_allowed", default=math.inf)
+time_budget: ContextVar[float] = ContextVar("time_budget", default=math.inf)
 # Of that time, what a single call gets.
 CALL_SHARE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class RewardScores:
     """What one reward says of N candidates."""
 
     values: (
         Array  # [A, K, N]: attributes (1 when it has none), members, candidates; NaN is not scored
     )
-    spent: Spent = field(default_factory=Spent)  # to score them
+    spent: ScoringUsage = field(default_factory=ScoringUsage)  # to score them
     notes: tuple[
         str | None, ...
     ] = ()  # per candidate: why it is NaN, or that it was truncated; () for none
@@ -55,7 +55,7 @@ class Reward(ABC):
     timeout_seconds: float = 30.0
     pipelined: ClassVar[bool] = False
     engines: Mapping[str, LabelReader] = MappingProxyType({})
-    judges: bool = False
+    uses_engine: bool = False
 
     async def start(self) -> None:
         """Load whatever takes time. Called once, before anything else."""
@@ -67,7 +67,7 @@ class Reward(ABC):
         """None while it can score, else why it cannot."""
         return None
 
-    def asked(self, parameters: object) -> Reward:
+    def with_parameters(self, parameters: object) -> Reward:
         """The same reward as one request wants it, by the parameters that a method left for it in the plan."""
         raise NotImplementedError(f"{type(self).__name__} takes no parameters: {parameters!r}")
 
@@ -83,5 +83,5 @@ class Reward(ABC):
         return 0
 
     @abstractmethod
-    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """Score every candidate as the next turn of `messages`; a text completion's prompt is a user's turn."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from infer_align.errors import ConfigError
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import Reward, RewardScores
 from infer_align.types import Candidate, Messages
 
 Function = Callable[[Messages, str], float]
@@ -65,12 +65,12 @@ class CallableReward(Reward):
         self.timeout_seconds = timeout_seconds
         self.description = description or (function.__doc__ or "").strip().partition("\n")[0]
 
-    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """[1, 1, N]."""
         results = await asyncio.gather(
             *(asyncio.to_thread(self._call, messages, c.text) for c in candidates)
         )
-        return Marks(
+        return RewardScores(
             np.array([[[value for value, _ in results]]]), notes=tuple(note for _, note in results)
         )
 

@@ -19,10 +19,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import Reward, RewardScores
 from infer_align.rewards._conversation import Encoded, encode, member_names, turns
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
-from infer_align.types import Array, Candidate, Messages, Spent
+from infer_align.types import Array, Candidate, Messages, ScoringUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class ClassifierReward(Reward):
         await asyncio.to_thread(self._thread.shutdown)
         self._models.clear()
 
-    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """[A, K, N] logits, scaled; a text that could not be read is NaN and says why.
 
         Raises:
@@ -129,7 +129,7 @@ class ClassifierReward(Reward):
         if self._closed:
             raise Unavailable("the reward was shut down")
         if not candidates:
-            return Marks(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
+            return RewardScores(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
         loop = asyncio.get_running_loop()
         texts = [_Text(turns(messages, c.text), loop.create_future()) for c in candidates]
         self._waiting += texts
@@ -141,9 +141,9 @@ class ClassifierReward(Reward):
             self.config.scaling,
             self.attributes,
         )
-        return Marks(
+        return RewardScores(
             values,
-            Spent(sum(tokens for _, tokens, _ in results)),
+            ScoringUsage(sum(tokens for _, tokens, _ in results)),
             tuple(note for _, _, note in results),
         )
 

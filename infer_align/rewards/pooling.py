@@ -18,10 +18,10 @@ import numpy as np
 
 from infer_align.demo.locate import locate
 from infer_align.errors import AlignError, ConfigError, Unavailable
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import Reward, RewardScores
 from infer_align.rewards._conversation import encode, member_names, turns
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
-from infer_align.types import Array, Candidate, Messages, Spent
+from infer_align.types import Array, Candidate, Messages, ScoringUsage
 from infer_align.vllm import package as vllm_package
 
 
@@ -121,7 +121,7 @@ class PoolingReward(Reward):
         dead = [model.path for model in self._models if model.errored]
         return f"vLLM's engine of {dead[0]} has died; its log says why" if dead else None
 
-    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """[A, K, N] logits, all candidates by all models at once; a text that could not be read is NaN and says why.
 
         Raises:
@@ -130,7 +130,7 @@ class PoolingReward(Reward):
         if self._closed:
             raise Unavailable("the reward was shut down")
         if not candidates:
-            return Marks(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
+            return RewardScores(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
         conversations = [turns(messages, candidate.text) for candidate in candidates]
         try:
             async with asyncio.TaskGroup() as group:
@@ -150,7 +150,9 @@ class PoolingReward(Reward):
         ]
         notes = tuple(next((mark.note for mark in row if mark.note), None) for row in marks)
         marked = scaled(np.stack(values, axis=-1), self.config.scaling, self.attributes)
-        return Marks(marked, Spent(sum(mark.tokens for row in marks for mark in row)), notes)
+        return RewardScores(
+            marked, ScoringUsage(sum(mark.tokens for row in marks for mark in row)), notes
+        )
 
 
 class _Mark(NamedTuple):

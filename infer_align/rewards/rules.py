@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from infer_align.errors import ConfigError
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import Reward, RewardScores
 from infer_align.types import Candidate, Messages
 
 Rule = Callable[[Candidate], float]
@@ -72,9 +72,9 @@ class RulesReward(Reward):
             )
         self.description = rules.description or "rules: " + ", ".join(self._rules)
 
-    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """[1, 1, N]; a rule always has an answer, so nothing is NaN."""
-        return Marks(
+        return RewardScores(
             np.array(
                 [[[sum(rule(c) for rule in self._rules.values()) for c in candidates]]],
                 dtype=np.float64,

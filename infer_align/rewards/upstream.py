@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from infer_align.errors import AlignError, ConfigError
-from infer_align.rewards import CALL_SHARE, Marks, Reward, seconds_allowed
+from infer_align.rewards import CALL_SHARE, Reward, RewardScores, time_budget
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
-from infer_align.types import Array, Candidate, Messages, Spent
+from infer_align.types import Array, Candidate, Messages, ScoringUsage
 from infer_align.upstream import Upstream, UpstreamFailed
 from infer_align.upstream.client import Client
 
@@ -140,7 +140,7 @@ class UpstreamReward(Reward):
         for client in self._clients:
             await client.close()
 
-    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """[A, K, N]: a label is an attribute where there are attributes, else a member."""
         answers = await asyncio.gather(
             *(self._ask(member, messages, candidates) for member in self._asked)
@@ -163,7 +163,7 @@ class UpstreamReward(Reward):
             for i in range(len(candidates))
         )
         values = scaled(values, self.config.scaling, self.attributes)
-        return Marks(values, Spent(sum(tokens for _, _, tokens in answers)), notes)
+        return RewardScores(values, ScoringUsage(sum(tokens for _, _, tokens in answers)), notes)
 
     async def _ask(
         self, member: _Member, messages: Messages, candidates: Sequence[Candidate]
@@ -229,7 +229,7 @@ class UpstreamReward(Reward):
         self, member: _Member, body: Mapping[str, Any], n: int
     ) -> tuple[Sequence[Array], str | None, int]:
         """`_answer`, or that there was none in time: one call that hangs is not to take the others along."""
-        seconds = CALL_SHARE * min(self.timeout_seconds, seconds_allowed.get())
+        seconds = CALL_SHARE * min(self.timeout_seconds, time_budget.get())
         try:
             async with asyncio.timeout(seconds):
                 return await self._answer(member, body, n)

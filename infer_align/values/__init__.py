@@ -88,7 +88,8 @@ def check_values(draw: Draw, values: Mapping[str, Value]) -> None:
     """
     asked = [("align.vas.beta", name) for name in (draw.steering.beta if draw.steering else ())]
     asked += [
-        ("align.early_stop.values", name) for name in (draw.watch.values if draw.watch else ())
+        ("align.early_stop.values", name)
+        for name in (draw.estimates.values if draw.estimates else ())
     ]
     for field, name in asked:
         where = f"{field}.{name}"

@@ -20,7 +20,7 @@ from infer_align.rewards.trust_judge import (
 from infer_align.rewards.trust_judge.asking import Judgement
 from infer_align.rewards.trust_judge.consistency import cycles
 from infer_align.rewards.trust_judge.tournament import Comparisons
-from infer_align.types import Spent
+from infer_align.types import ScoringUsage
 from infer_align_server.scoring import candidates_of
 from infer_align_server.service import Service
 from infer_align_server.wire import number
@@ -148,7 +148,7 @@ def _answer(
     texts: Sequence[str],
     judgements: Sequence[Judgement],
     compared: Comparisons,
-    spent: Spent,
+    spent: ScoringUsage,
 ) -> dict[str, Any]:
     scale = reward.config.scale
     scores = {i: reward.read(judgement) for i, judgement in enumerate(judgements)}

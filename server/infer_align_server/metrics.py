@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from infer_align.types import Response, Spent
+from infer_align.types import Response, ScoringUsage
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TPOT_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -37,7 +37,7 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
-        self.kept = candidates.labels("kept")
+        self.returned = candidates.labels("kept")
         self.rejected = candidates.labels("rejected")
         self.dropped = candidates.labels("dropped")
         self.running = Gauge(
@@ -74,11 +74,11 @@ class Metrics:
 
     def answered(self, response: Response) -> None:
         """Count one finished answer."""
-        kept = len(response.kept)
+        kept = len(response.returned)
         dropped = len(
-            response.selection.dropped.keys() - {candidate.index for candidate in response.kept}
+            response.selection.dropped.keys() - {candidate.index for candidate in response.returned}
         )
-        returned = sum(c.completion_tokens for c in response.kept)
+        returned = sum(c.completion_tokens for c in response.returned)
         counts = (
             (self.prompt_tokens, response.prompt_tokens),
             (self.returned_tokens, returned),
@@ -86,7 +86,7 @@ class Metrics:
                 self.rejected_tokens,
                 sum(c.completion_tokens for c in response.candidates) - returned,
             ),
-            (self.kept, kept),
+            (self.returned, kept),
             (self.dropped, dropped),
             (self.rejected, len(response.candidates) - kept - dropped),
         )
@@ -98,7 +98,7 @@ class Metrics:
         if response.scores.members:
             self.scoring.observe(response.timing.score_seconds)
 
-    def scored(self, spent: Spent) -> None:
+    def scored(self, spent: ScoringUsage) -> None:
         """Count what scoring cost."""
         if spent.reward_tokens:
             self.reward_tokens.inc(spent.reward_tokens)

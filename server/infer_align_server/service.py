@@ -30,7 +30,7 @@ from infer_align.errors import (
 from infer_align.flow.request import Limits, make_plan, parse_request, reward_names
 from infer_align.flow.run import OnDelta, align
 from infer_align.rewards import Reward
-from infer_align.types import Kind, Plan, Request, Response, Spent
+from infer_align.types import Kind, Plan, Request, Response, ScoringUsage
 from infer_align_server.admission import Admission
 from infer_align_server.charges import charged
 from infer_align_server.metrics import Metrics
@@ -56,7 +56,7 @@ class Service:
         self.default_rewards = config.server.default_rewards or {
             name: 1.0
             for name in config.rewards
-            if not self.rewards[name].attributes and not self.rewards[name].judges
+            if not self.rewards[name].attributes and not self.rewards[name].uses_engine
         }
         self.metrics = Metrics()
         self.admission = Admission(config.limits)
@@ -240,14 +240,16 @@ class Service:
         if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
             # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.
             why = f"candidate {failed.index} failed: {failed.error}"
-            if failed.cut:
+            if failed.interrupted:
                 raise DeadlineExceeded(f"{why}; allow more time.")
             raise EngineFailed(why, status=failed.status, retry_after=failed.retry_after)
         self.metrics.answered(response)
         return response
 
     @asynccontextmanager
-    async def scoring(self, worst_case: int, caller: str) -> AsyncIterator[Callable[[Spent], None]]:
+    async def scoring(
+        self, worst_case: int, caller: str
+    ) -> AsyncIterator[Callable[[ScoringUsage], None]]:
         """A place for work that draws no candidates, by its worst case of sampled tokens, which the caller pays.
 
         What is yielded is to be told what was spent.
@@ -267,7 +269,7 @@ class Service:
             async with self.admission.admit(worst_case, caller=caller):
                 charge.metered(None)
 
-                def told(spent: Spent) -> None:
+                def told(spent: ScoringUsage) -> None:
                     charge.spent = spent.judge_completion_tokens
                     self.metrics.scored(spent)
 

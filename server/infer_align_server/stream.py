@@ -228,7 +228,7 @@ class EventStream(HttpResponse):
         except AlignError as error:
             return b"data: " + dumps(error_json(error)) + b"\n\n"
         self._observe(response)
-        kept = list(enumerate(response.kept))
+        kept = list(enumerate(response.returned))
         sent = (
             b"".join(self._whole(i, candidate) for i, candidate in kept)
             if self._plan.selects

@@ -182,10 +182,12 @@ def completion_json(
 ) -> dict[str, Any]:
     """The answer of one request; `head` holds id, created and model."""
     body: dict[str, Any] = {
-        **response.kept[0].beside,
+        **response.returned[0].response_fields,
         **head,
         "object": OBJECTS[request.kind][1],
-        "choices": [{"index": i, **candidate.choice} for i, candidate in enumerate(response.kept)],
+        "choices": [
+            {"index": i, **candidate.choice} for i, candidate in enumerate(response.returned)
+        ],
         "usage": usage_json(response),
     }
     if request.aligned and request.details != "none":
@@ -196,7 +198,7 @@ def completion_json(
 def usage_json(response: Response) -> dict[str, Any]:
     """Each distinct prompt once, everything generated, and which part of it was returned."""
     generated = sum(c.completion_tokens for c in response.candidates)
-    returned = sum(c.completion_tokens for c in response.kept)
+    returned = sum(c.completion_tokens for c in response.returned)
     return {
         "prompt_tokens": response.prompt_tokens,
         "completion_tokens": generated,
@@ -218,7 +220,7 @@ def _details(response: Response, name: str, most: int) -> dict[str, int]:
     """What the engine's own usage tells apart, over all candidates; never more than the whole of which it is a part."""
     found: dict[str, int] = {}
     for candidate in response.candidates:
-        usage = candidate.beside.get("usage")
+        usage = candidate.response_fields.get("usage")
         details = usage.get(name) if isinstance(usage, Mapping) else None
         for key, tokens in (details or {}).items():
             if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0:

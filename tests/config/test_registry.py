@@ -194,7 +194,7 @@ async def main():
         body = {{"messages": [{{"role": "user", "content": "x"}}], "align": {align}}}
         plan = make_plan(parse_request(body, "chat", {{}}), engine, rewards, {{"short": 1.0}}, Limits(99, 99999999))
         response = await align(plan, engine, rewards)
-        print(json.dumps([list(plan.methods), [c.text for c in response.kept], len(response.candidates)]))
+        print(json.dumps([list(plan.methods), [c.text for c in response.returned], len(response.candidates)]))
     except AlignError as error:
         print(json.dumps([error.code, error.param, error.message]))
 asyncio.run(main())

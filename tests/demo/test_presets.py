@@ -59,14 +59,16 @@ def answered() -> dict[str | None, list[Response]]:
 def flourishes(responses: list[Response]) -> float:
     pairs = zip(QUESTIONS, responses, strict=True)
     return mean(
-        world.read(asked, r.kept[0].text).flourishes
+        world.read(asked, r.returned[0].text).flourishes
         for q, r in pairs
         if (asked := world.read_question(q))
     )
 
 
 def gold(responses: list[Response]) -> float:
-    return mean(world.gold(q, r.kept[0].text) for q, r in zip(QUESTIONS, responses, strict=True))
+    return mean(
+        world.gold(q, r.returned[0].text) for q, r in zip(QUESTIONS, responses, strict=True)
+    )
 
 
 def test_brief_and_thorough_are_a_slider(answered: dict[str | None, list[Response]]) -> None:

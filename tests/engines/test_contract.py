@@ -79,7 +79,7 @@ async def test_stop_yields_what_there_is(engine, draw):
             else:
                 seen.append(event)
     assert sorted(c.index for c in seen) == [0, 1, 2]
-    assert all(c.cut and c.error is None and c.completion_tokens < 60 for c in seen)
+    assert all(c.interrupted and c.error is None and c.completion_tokens < 60 for c in seen)
 
 
 async def test_stop_of_what_is_finished_is_nothing(engine, draw):

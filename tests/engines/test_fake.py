@@ -46,7 +46,11 @@ async def test_text_completions_and_parts(draw, finish):
 async def test_max_tokens_and_stop(draw, finish):
     engine = await started(Reply("a b c d e"))
     (candidate,), _ = await finish(engine, draw(max_tokens=2))
-    assert (candidate.text, candidate.finish_reason, candidate.cut) == ("a b", "length", False)
+    assert (candidate.text, candidate.finish_reason, candidate.interrupted) == (
+        "a b",
+        "length",
+        False,
+    )
     (candidate,), _ = await finish(engine, draw(stop=["d", "b"]))
     assert (candidate.text, candidate.finish_reason) == ("a ", "stop")
 
@@ -73,7 +77,12 @@ async def test_stop_and_delays(draw):
         asyncio.get_running_loop().call_soon(stream.stop, 0)
         first = await anext(stream)
         assert isinstance(first, Candidate)
-        assert (first.index, first.text, first.cut, first.finish_reason) == (0, "", True, "length")
+        assert (first.index, first.text, first.interrupted, first.finish_reason) == (
+            0,
+            "",
+            True,
+            "length",
+        )
         assert await becomes(engine, 1)
     assert await becomes(engine, 0)
 

@@ -112,7 +112,7 @@ async def test_a_200_is_no_capability(up: Upstream, engine: Any) -> None:
     (probed,) = found.probed.values()
     assert probed.takes == {"seed", "tools", "structured"}
     assert probed.ignores == {"logprobs", "n", "logit_bias", "continue"}
-    found.check(Draw({"messages": ASK, "tools": [{}], "response_format": {}}, seeded=True))
+    found.check(Draw({"messages": ASK, "tools": [{}], "response_format": {}}, seed_requested=True))
     with pytest.raises(Unsupported, match="logit_bias"):
         found.check(Draw({"messages": ASK, "logit_bias": {"1": 5}}))
 
@@ -297,14 +297,14 @@ async def test_our_own_server_as_the_upstream(
 async def test_stop_yields_what_there_is(before_ours: Any, draw: Any) -> None:
     engine, live = before_ours
     seen: list[Candidate] = []
-    async with engine.sample(Draw(draw().body, 3, (1, 2, 3), hurried=True)) as stream:
+    async with engine.sample(Draw(draw().body, 3, (1, 2, 3), has_deadline=True)) as stream:
         async for event in stream:
             if isinstance(event, Delta):
                 stream.stop()
             else:
                 seen.append(event)
     assert sorted(c.index for c in seen) == [0, 1, 2]
-    assert all(c.cut for c in seen)
+    assert all(c.interrupted for c in seen)
     assert live.idle(1.0)
 
 
@@ -317,7 +317,7 @@ async def test_one_of_several_is_stopped(before_ours: Any, draw: Any) -> None:
                 stream.stop(1)
             elif isinstance(event, Candidate):
                 seen[event.index] = event
-    assert (seen[0].cut, seen[1].cut) == (False, True)
+    assert (seen[0].interrupted, seen[1].interrupted) == (False, True)
     assert seen[0].text.endswith("k l")
 
 

@@ -212,7 +212,7 @@ async def test_stop_and_leave(engine: Any) -> None:
             if not hasattr(event, "cut"):
                 stream.stop()
             else:
-                assert event.cut or event.finish_reason == "stop"
+                assert event.interrupted or event.finish_reason == "stop"
     assert not engine._drawings
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaMode
 
 from infer_align.decoding.text import token_bytes
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.types import Candidate, Draw, Estimate, Steering, Watch
+from infer_align.types import Candidate, Draw, Estimate, EstimateSchedule, Steering
 from infer_align.values import head, lookahead
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
@@ -250,7 +250,13 @@ async def test_estimates_are_the_expected_value_of_the_next_token(
         reference = Reference(engine, values)
         for steering in (None, Steering({"linear": 2.0}, 10**6, "keep")):
             plain = draw("the cat", n=3, seed=5, max_tokens=14, ignore_eos=True, logprobs=True)
-            watched = Draw(plain.body, 3, plain.seeds, steering=steering, watch=Watch(weights, 3))
+            watched = Draw(
+                plain.body,
+                3,
+                plain.seeds,
+                steering=steering,
+                estimates=EstimateSchedule(weights, 3),
+            )
             async with engine.sample(watched) as stream:
                 events = [event async for event in stream]
             found = {(e.index, e.tokens): e.value for e in events if isinstance(e, Estimate)}
@@ -297,7 +303,7 @@ async def test_what_cannot_be_watched_is_refused_by_name(
             ("helpful", "values of kind head do: linear, mlp"),
         ):
             with pytest.raises(InvalidRequest, match=named) as caught:
-                engine.check(Draw(draw().body, 1, (0,), watch=Watch({name: 1.0}, 4)))
+                engine.check(Draw(draw().body, 1, (0,), estimates=EstimateSchedule({name: 1.0}, 4)))
             assert caught.value.param == f"align.early_stop.values.{name}"
 
 

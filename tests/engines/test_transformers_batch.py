@@ -134,13 +134,13 @@ async def test_stop_finishes_one_candidate_with_what_it_has(serving, draw, finis
             for e in events
             if not isinstance(e, Candidate) and e.index == 1
         )
-    assert cut[1].cut
+    assert cut[1].interrupted
     assert cut[1].finish_reason == "length"
     assert 0 < cut[1].completion_tokens < 80
     assert cut[1].text == said
     assert whole[1].text.startswith(cut[1].text.rstrip("\ufffd"))
     assert [cut[i].text for i in (0, 2)] == [whole[i].text for i in (0, 2)]
-    assert not cut[0].cut
+    assert not cut[0].interrupted
 
 
 async def test_stop_all_finishes_those_that_wait_too(serving, draw):
@@ -151,7 +151,7 @@ async def test_stop_all_finishes_those_that_wait_too(serving, draw):
                 stream.stop()
                 finished += [event] if isinstance(event, Candidate) else []
         assert sorted(c.index for c in finished) == [0, 1, 2, 3, 4]
-        assert all(c.cut for c in finished)
+        assert all(c.interrupted for c in finished)
         await until(lambda: idle(engine))
 
 

@@ -76,7 +76,7 @@ async def test_stop_cuts_before_the_string_and_streams_no_part_of_it(serving, dr
         == "".join(d.choice["delta"]["content"] for d in deltas)
     )
     assert candidate.finish_reason == "stop"
-    assert not candidate.cut
+    assert not candidate.interrupted
 
 
 async def test_penalties_change_the_answer_as_transformers_does(serving, draw, finish):

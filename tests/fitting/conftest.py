@@ -13,7 +13,7 @@ import torch
 
 from infer_align.engines.transformers import Transformers, TransformersEngine
 from infer_align.fitting.regression import Replies
-from infer_align.rewards import Marks, Messages, Reward
+from infer_align.rewards import Messages, Reward, RewardScores
 from infer_align.types import Candidate
 
 
@@ -24,9 +24,9 @@ class Counted(Reward):
         self.of = of
         self.asked: list[str] = []
 
-    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         self.asked.append(str(messages[-1]["content"]))
-        return Marks(np.array([[[self.of(c.text) for c in candidates]]]))
+        return RewardScores(np.array([[[self.of(c.text) for c in candidates]]]))
 
 
 def planted(

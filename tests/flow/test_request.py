@@ -20,7 +20,7 @@ from infer_align.flow.request import (
     reward_names,
 )
 from infer_align.objectives import Ensemble
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import Reward, RewardScores
 from infer_align.types import Budget
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 10}
@@ -32,15 +32,15 @@ class Quality(Reward):
 
     attributes = ("helpful", "brief")
 
-    async def score(self, messages: Any, candidates: Any) -> Marks:
-        return Marks(np.zeros((2, 1, len(candidates))))
+    async def score(self, messages: Any, candidates: Any) -> RewardScores:
+        return RewardScores(np.zeros((2, 1, len(candidates))))
 
 
 class One(Reward):
     """One."""
 
-    async def score(self, messages: Any, candidates: Any) -> Marks:
-        return Marks(np.zeros((1, 1, len(candidates))))
+    async def score(self, messages: Any, candidates: Any) -> RewardScores:
+        return RewardScores(np.zeros((1, 1, len(candidates))))
 
 
 REWARDS = {"one": One(), "quality": Quality()}

@@ -15,8 +15,8 @@ from infer_align import align
 from infer_align.engines.fake import Fake, FakeEngine, Reply
 from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed, RewardFailed
 from infer_align.objectives import Ensemble
-from infer_align.rewards import Marks, Reward
-from infer_align.types import Delta, Draw, Plan, Response, Spent, Watch
+from infer_align.rewards import Reward, RewardScores
+from infer_align.types import Delta, Draw, EstimateSchedule, Plan, Response, ScoringUsage
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
 
@@ -37,14 +37,16 @@ class Scripted(Reward):
         self.calls = 0
         self._score = score
 
-    async def score(self, messages: Any, candidates: Any) -> Marks:
+    async def score(self, messages: Any, candidates: Any) -> RewardScores:
         self.calls += 1
         made = self._score(candidates)
         return await made if asyncio.iscoroutine(made) else made
 
 
-def by_number(candidates: Any) -> Marks:
-    return Marks(np.array([[[float(c.text) for c in candidates]]]), spent=Spent(len(candidates)))
+def by_number(candidates: Any) -> RewardScores:
+    return RewardScores(
+        np.array([[[float(c.text) for c in candidates]]]), spent=ScoringUsage(len(candidates))
+    )
 
 
 def plan(n: int = 3, *, draws: int = 1, rewards: Any = None, **fields: Any) -> Plan:
@@ -80,9 +82,9 @@ def run(
 
 def test_the_best_is_kept_and_all_is_accounted_for() -> None:
     response = run(plan(keep=2), engine("1", "3", "2"), Scripted(by_number))
-    assert [c.text for c in response.kept] == ["3", "2"]
+    assert [c.text for c in response.returned] == ["3", "2"]
     assert response.selection.ranking == (1, 2, 0)
-    assert response.scores.spent == Spent(3)
+    assert response.scores.spent == ScoringUsage(3)
     assert response.prompt_tokens == 1
     assert not response.partial
     timing = response.timing
@@ -127,7 +129,7 @@ def refuses(_: Any) -> Any:
     raise AlignError("upstream said no")
 
 
-async def forever(_: Any) -> Marks:
+async def forever(_: Any) -> RewardScores:
     await asyncio.sleep(60)
     raise AssertionError
 
@@ -136,13 +138,13 @@ TEMPERS: list[tuple[Any, str]] = [
     (raises, "ValueError: bad weights"),
     (refuses, "upstream said no"),
     (forever, "no score within 0.1 s"),
-    (lambda c: Marks(np.full((1, 1, len(c)), np.nan)), "NaN"),
-    (lambda c: Marks(np.full((1, 1, len(c)), np.inf)), "NaN"),
-    (lambda c: Marks(np.full((1, 1, len(c)), -np.inf)), "NaN"),
-    (lambda c: Marks(np.zeros((1, 2, len(c)))), "shape"),
-    (lambda c: Marks(np.zeros((1, 1, len(c) + 1))), "shape"),
-    (lambda c: Marks(np.zeros(len(c))), "shape"),
-    (lambda c: Marks([[[0.0] * len(c)]]), "AttributeError"),
+    (lambda c: RewardScores(np.full((1, 1, len(c)), np.nan)), "NaN"),
+    (lambda c: RewardScores(np.full((1, 1, len(c)), np.inf)), "NaN"),
+    (lambda c: RewardScores(np.full((1, 1, len(c)), -np.inf)), "NaN"),
+    (lambda c: RewardScores(np.zeros((1, 2, len(c)))), "shape"),
+    (lambda c: RewardScores(np.zeros((1, 1, len(c) + 1))), "shape"),
+    (lambda c: RewardScores(np.zeros(len(c))), "shape"),
+    (lambda c: RewardScores([[[0.0] * len(c)]]), "AttributeError"),
     (lambda _: None, "AttributeError"),
 ]
 
@@ -161,14 +163,14 @@ def test_a_reward_that_fails_is_nan_with_a_reason(score: Any, why: str) -> None:
     assert beside.selection.ranking == (1, 2, 0), "weight 0: it fails and does not matter"
     assert np.isnan(beside.scores.members["r"]).all()
     alone = run(plan(1), engine("1"), reward)
-    assert [c.text for c in alone.kept] == ["1"], "one candidate needs no score"
+    assert [c.text for c in alone.returned] == ["1"], "one candidate needs no score"
     assert not alone.partial
 
 
 def test_rewards_are_asked_at_once_and_each_only_once() -> None:
     started = 0
 
-    async def together(candidates: Any) -> Marks:
+    async def together(candidates: Any) -> RewardScores:
         nonlocal started
         started += 1
         while started < 2:
@@ -177,7 +179,7 @@ def test_rewards_are_asked_at_once_and_each_only_once() -> None:
 
     two, many = (
         Scripted(together),
-        Scripted(lambda c: Marks(np.zeros((2, 1, len(c)))), attributes=("x", "y")),
+        Scripted(lambda c: RewardScores(np.zeros((2, 1, len(c)))), attributes=("x", "y")),
     )
     made = plan(rewards={"r": 1.0, "two": 1.0, "many.y": 1.0, "many.x": 0.0})
     response = run(made, engine("1", "2", "3"), Scripted(together), two=two, many=many)
@@ -187,7 +189,7 @@ def test_rewards_are_asked_at_once_and_each_only_once() -> None:
 
 def test_attributes_are_rows_and_members_columns() -> None:
     values = np.arange(2 * 3 * 2, dtype=float).reshape(2, 3, 2)
-    reward = Scripted(lambda _: Marks(values), members=3, attributes=("x", "y"))
+    reward = Scripted(lambda _: RewardScores(values), members=3, attributes=("x", "y"))
     response = run(plan(2, rewards={"r.y": 1.0}), engine("a"), reward)
     np.testing.assert_array_equal(response.scores.members["r.y"], values[1])
 
@@ -195,9 +197,9 @@ def test_attributes_are_rows_and_members_columns() -> None:
 def test_only_those_that_did_not_fail_are_scored() -> None:
     seen: list[int] = []
 
-    def look(candidates: Any) -> Marks:
+    def look(candidates: Any) -> RewardScores:
         seen.extend(c.index for c in candidates)
-        return Marks(
+        return RewardScores(
             np.ones((1, 1, len(candidates))), notes=tuple(f"about {c.index}" for c in candidates)
         )
 
@@ -223,10 +225,10 @@ def test_deadline_cuts_those_that_run_and_keeps_those_that_are_done() -> None:
     response = run(
         plan(deadline_seconds=0.35),
         engine("1", slow, "2"),
-        Scripted(lambda c: Marks(np.ones((1, 1, len(c))))),
+        Scripted(lambda c: RewardScores(np.ones((1, 1, len(c))))),
     )
     assert response.partial
-    assert [c.cut for c in response.candidates] == [False, True, False]
+    assert [c.interrupted for c in response.candidates] == [False, True, False]
     assert response.candidates[1].finish_reason == "length"
     assert response.candidates[1].text.startswith("7")
 
@@ -238,7 +240,7 @@ def test_deadline_while_scoring() -> None:
         Scripted(forever),
     )
     assert response.partial
-    assert [c.text for c in response.kept] == ["1", "3"], "what failed is not an answer"
+    assert [c.text for c in response.returned] == ["1", "3"], "what failed is not an answer"
     assert "deadline" in response.selection.reason
 
 
@@ -254,7 +256,7 @@ class Deaf(FakeEngine):
 def test_an_engine_that_does_not_stop_is_left_after_a_grace() -> None:
     source = Deaf(Fake(replies=(Reply("1"), Reply("2", first_token_seconds=60))))
     response = run(plan(2, deadline_seconds=0.2), source, Scripted(by_number))
-    assert [c.text for c in response.kept] == ["1"]
+    assert [c.text for c in response.returned] == ["1"]
     assert response.partial
     assert response.selection.dropped == {1: "failed: the deadline passed"}
 
@@ -299,7 +301,7 @@ def test_best_of_one_is_the_engine_alone() -> None:
     made = plan(1)
     plain = run(replace(made, rewards={}), engine("{seed}"))
     best = run(replace(made, selects=True), engine("{seed}"), Scripted(by_number))
-    assert best.kept == plain.kept
+    assert best.returned == plain.returned
 
 
 class Pipelined(Scripted):
@@ -311,15 +313,17 @@ class Pipelined(Scripted):
 def test_a_pipelined_reward_is_asked_while_others_are_drawn() -> None:
     asked: list[str] = []
 
-    def mark(candidates: Any) -> Marks:
+    def mark(candidates: Any) -> RewardScores:
         asked.extend(c.text for c in candidates)
-        return Marks(by_number(candidates).values, Spent(5), notes=(f"read {candidates[0].text}",))
+        return RewardScores(
+            by_number(candidates).values, ScoringUsage(5), notes=(f"read {candidates[0].text}",)
+        )
 
     replies = engine(Reply("1"), Reply("3", first_token_seconds=0.3), Reply("2"))
     before: list[list[str]] = []
     response = run(plan(3), replies, Pipelined(mark), on_delta=lambda _: before.append([*asked]))
     assert before[-1] == ["1", "2"], "two are scored before the last has said anything"
-    assert [c.text for c in response.kept] == ["3"]
+    assert [c.text for c in response.returned] == ["3"]
     assert response.scores.members["r"].tolist() == [[1.0, 3.0, 2.0]]
     assert response.scores.notes["r"] == ("read 1", "read 3", "read 2")
     assert response.scores.spent.reward_tokens == 15
@@ -334,7 +338,7 @@ def test_pipelined_and_other_rewards_say_the_same_over_several_draws() -> None:
 
 
 def test_a_pipelined_reward_that_fails_for_one_candidate_fails_for_it_alone() -> None:
-    def mark(candidates: Any) -> Marks:
+    def mark(candidates: Any) -> RewardScores:
         if candidates[0].text == "2":
             raise ValueError("not this one")
         return by_number(candidates)
@@ -347,7 +351,7 @@ def test_a_pipelined_reward_that_fails_for_one_candidate_fails_for_it_alone() ->
 def test_a_pipelined_reward_ends_with_the_deadline_and_with_the_request() -> None:
     ended: list[str] = []
 
-    async def forever(candidates: Any) -> Marks:
+    async def forever(candidates: Any) -> RewardScores:
         try:
             await asyncio.sleep(60)
         finally:
@@ -377,7 +381,10 @@ def test_a_pipelined_reward_ends_with_the_deadline_and_with_the_request() -> Non
 def watched(n: int, *, draws: int = 1, **fields: Any) -> Plan:
     made = plan(n, draws=draws, survival=0.5, **fields)
     return replace(
-        made, draws=tuple(replace(draw, watch=Watch({"v": 1.0}, 4)) for draw in made.draws)
+        made,
+        draws=tuple(
+            replace(draw, estimates=EstimateSchedule({"v": 1.0}, 4)) for draw in made.draws
+        ),
     )
 
 
@@ -389,7 +396,7 @@ def test_candidates_of_all_draws_are_compared_with_each_other() -> None:
     response = run(
         watched(1, draws=4),
         engine(worth(0.5)),
-        Scripted(lambda found: Marks(np.ones((1, 1, len(found))))),
+        Scripted(lambda found: RewardScores(np.ones((1, 1, len(found))))),
     )
     assert response.selection.ranking == (0,)
     assert [c.completion_tokens < 31 for c in response.candidates] == [False, True, True, True]
@@ -399,7 +406,7 @@ def test_early_rewards_are_not_asked_about_losers_and_a_failure_leaves_what_is_l
     class Eager(Scripted):
         pipelined = True
 
-    reward = Eager(lambda found: Marks(np.ones((1, 1, len(found)))))
+    reward = Eager(lambda found: RewardScores(np.ones((1, 1, len(found)))))
     response = run(watched(4), engine(worth(0.1), worth(0.9), worth(0.2), worth(0.8)), reward)
     assert response.selection.ranking == (1,)
     assert reward.calls == 1

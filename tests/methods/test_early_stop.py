@@ -17,7 +17,7 @@ from infer_align.methods.best_of_n import BestOfN
 from infer_align.methods.early_stop import EarlyStop
 from infer_align.methods.rps import RPS
 from infer_align.objectives import Ensemble
-from infer_align.types import Draw, Plan, Watch
+from infer_align.types import Draw, EstimateSchedule, Plan
 
 
 def field(n: int, survival: float = 0.5, least: int = 1) -> tuple[Halving, list[int]]:
@@ -28,8 +28,8 @@ def field(n: int, survival: float = 0.5, least: int = 1) -> tuple[Halving, list[
 
 
 def test_estimates_are_due_at_the_first_number_of_tokens_and_its_doubles() -> None:
-    watch = Watch({"v": 1.0}, 6)
-    assert [t for t in range(-12, 100) if watch.due(t)] == [6, 12, 24, 48, 96]
+    watch = EstimateSchedule({"v": 1.0}, 6)
+    assert [t for t in range(-12, 100) if watch.is_due(t)] == [6, 12, 24, 48, 96]
 
 
 def test_the_lower_half_stops_at_each_comparison() -> None:
@@ -127,7 +127,7 @@ def test_it_needs_candidates_to_choose_from() -> None:
     with pytest.raises(InvalidRequest, match=r"give align.best_of_n or align.rps"):
         EarlyStop({"v": 1.0}).plan(alone)
     planned = EarlyStop({"v": 2.0}, after=3, keep=0.25).plan(BestOfN(4).plan(alone))
-    assert planned.draws[0].watch == Watch({"v": 2.0}, 3)
+    assert planned.draws[0].estimates == EstimateSchedule({"v": 2.0}, 3)
     assert planned.survival == 0.25
     assert RPS.stage < EarlyStop.stage
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infer_align.config import registry
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import Reward, RewardScores
 from infer_align.rewards.callable import CallableReward
 from infer_align.types import Candidate
 
@@ -57,7 +57,7 @@ async def test_marks_have_their_shape(reward, n):
     marks = await reward.score(
         ASK, candidates(*["one two", "three", "four five six", "", "seven"][:n])
     )
-    assert isinstance(marks, Marks)
+    assert isinstance(marks, RewardScores)
     assert marks.values.shape == shape(reward, n)
     assert marks.values.dtype == np.float64
     assert np.isfinite(marks.values).all()

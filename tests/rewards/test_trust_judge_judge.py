@@ -21,7 +21,7 @@ from infer_align.flow.run import score
 from infer_align.methods.trust_judge import TrustJudge as Asked
 from infer_align.objectives import Ensemble
 from infer_align.rewards.trust_judge import TrustJudge, TrustJudgeReward
-from infer_align.types import Candidate, Capability, LabelQuery, LabelReading, Plan
+from infer_align.types import Candidate, Capability, LabelLogprobs, LabelQuery, Plan
 
 ASK: Any = [{"role": "user", "content": "What is the diet of the owl?"}]
 GOOD = Labels({"90": 0.6, "80": 0.3, "the": 0.1}, r"Answer <\d+>\ngood")
@@ -37,7 +37,7 @@ class Ranked(FakeEngine):
     slow = 0.0
     asked_at_once = most_at_once = 0
 
-    async def read_labels(self, query: LabelQuery) -> LabelReading:
+    async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
         self.queries.append(query)
         self.asked_at_once += 1
         self.most_at_once = max(self.most_at_once, self.asked_at_once)
@@ -48,7 +48,7 @@ class Ranked(FakeEngine):
             for x in re.findall(r"Answer [AB] <\d+>\n([-\d.]+)\n", query.messages[1]["content"])
         )
         lead = 1 / (1 + math.exp(second - first - self.bias))
-        return LabelReading(
+        return LabelLogprobs(
             {"A": math.log(lead * 0.9), "B": math.log((1 - lead) * 0.9), "C": math.log(0.1)}, 40
         )
 
@@ -304,7 +304,7 @@ def test_an_engine_that_is_not_configured() -> None:
 
 def test_a_request_changes_a_copy() -> None:
     judge = reward(fake(), scale=5, min_mass=0.3)
-    asked = judge.asked(Asked(scale=10, criteria="brief", mode="pairwise"))
+    asked = judge.with_parameters(Asked(scale=10, criteria="brief", mode="pairwise"))
     assert (
         asked.config.scale,
         asked.config.criteria,
@@ -337,7 +337,7 @@ async def test_on_a_real_model(language_model: Any, mode: Any) -> None:
 
 def test_a_reading_that_hangs_costs_its_own_candidate_only() -> None:
     class Hangs(FakeEngine):
-        async def read_labels(self, query: LabelQuery) -> LabelReading:
+        async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
             if "slow" in query.messages[1]["content"]:
                 await asyncio.sleep(60)
             return await super().read_labels(query)

@@ -160,7 +160,7 @@ def test_judges_are_read_only_where_they_are_named(client: openai.OpenAI, live: 
     _, align = ask(client, {"best_of_n": {"n": 4}})
     assert set(align["candidates"][0]["scores"]) == {"number"}
     assert len(live.engine.queries) == before
-    assert live.service.rewards["critic"].judges
+    assert live.service.rewards["critic"].uses_engine
 
 
 def test_one_answer_can_be_judged_too(client: openai.OpenAI) -> None:

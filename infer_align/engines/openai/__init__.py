@@ -23,7 +23,7 @@ from infer_align.engines.openai.labels import read_labels
 from infer_align.engines.openai.probe import FEATURES, FIELDS, Probed
 from infer_align.engines.openai.roster import CONTEXT_LENGTH, Roster
 from infer_align.errors import ConfigError, Unavailable, Unsupported
-from infer_align.types import Body, Capability, Draw, LabelQuery, LabelReading
+from infer_align.types import Body, Capability, Draw, LabelLogprobs, LabelQuery
 from infer_align.upstream import Upstream, UpstreamFailed
 from infer_align.upstream.client import Client
 from infer_align.upstream.reading import pieces
@@ -149,7 +149,7 @@ class OpenAIEngine(Engine):
         )
 
     @property
-    def lacking(self) -> Mapping[Capability, str]:  # type: ignore[override]
+    def capability_hints(self) -> Mapping[Capability, str]:  # type: ignore[override]
         """What steering an upstream needs beyond what is there."""
         if self._steerer is None:
             return {
@@ -220,7 +220,7 @@ class OpenAIEngine(Engine):
         asked = {
             name for feature in ignored for name in FIELDS.get(feature, ()) if draw.body.get(name)
         }
-        asked |= {"seed"} if "seed" in ignored and draw.seeded else set()
+        asked |= {"seed"} if "seed" in ignored and draw.seed_requested else set()
         if asked:
             name = min(asked)
             raise Unsupported(
@@ -259,7 +259,7 @@ class OpenAIEngine(Engine):
         name = body.get("model")
         return name if isinstance(name, str) and name in self.models else self.model
 
-    async def read_labels(self, query: LabelQuery) -> LabelReading:
+    async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
         """From the top logprobs of calls of one token; see labels.py for how exact that is.
 
         Raises:

@@ -45,7 +45,7 @@ class _Batch:
     )  # place in the call -> why it is no candidate
     ended: bool = False  # the upstream said that this was all
     usage: dict[str, Any] = field(default_factory=dict)
-    beside: dict[str, Any] = field(default_factory=dict)
+    response_fields: dict[str, Any] = field(default_factory=dict)
     host: Host | None = None  # that answered
     task: asyncio.Task[None] | None = None
 
@@ -86,7 +86,7 @@ class _Batch:
             {name: self.usage[name] for name in DETAILS if _mapping(self.usage.get(name))},
             self._without_details(),
         )
-        return {**self.beside, **({"usage": details} if details else {})}
+        return {**self.response_fields, **({"usage": details} if details else {})}
 
     def _without_details(self) -> dict[str, Any]:
         return {name: value for name, value in self.usage.items() if name not in DETAILS}
@@ -111,7 +111,7 @@ class Drawing:
         self._client = client
         self._fanout = fanout
         self._draw = draw
-        self._streamed = draw.deltas or draw.hurried
+        self._streamed = draw.deltas or draw.has_deadline
         self._model = model
         self._ended = ended
         self._left = set(range(draw.n))  # not finished yet
@@ -163,14 +163,16 @@ class Drawing:
                     {},
                     error="the upstream had said nothing when the time was over",
                     calls=batch.calls(),
-                    cut=True,
+                    interrupted=True,
                 )
             )
             return
         choice, cut = builder.choice("length"), not builder.finished
         spent = max(tokens(choice), builder.pieces)
         self._put(
-            Candidate(index, choice, 0, batch.prompt_tokens(), spent, calls=batch.calls(), cut=cut)
+            Candidate(
+                index, choice, 0, batch.prompt_tokens(), spent, calls=batch.calls(), interrupted=cut
+            )
         )
 
     def _put(self, candidate: Candidate) -> None:
@@ -209,7 +211,7 @@ class Drawing:
         body: dict[str, Any] = {**draw.body, "model": self._model}
         if len(batch.indices) > 1:
             body["n"] = len(batch.indices)
-        if draw.seeds and draw.seeded:
+        if draw.seeds and draw.seed_requested:
             body["seed"] = draw.seeds[batch.indices[0]]
         if self._streamed:
             body["stream"] = True
@@ -232,7 +234,7 @@ class Drawing:
             if self._streamed and batch.indices[place] in self._left:
                 self.stream.put(Delta(batch.indices[place], delta))
         batch.usage = _mapping(answer.get("usage"))
-        batch.beside = _beside(answer)
+        batch.response_fields = _beside(answer)
 
     def _read_chunk(self, batch: _Batch, chunk: Any) -> None:
         """A piece of a streamed answer; None says that this was all."""
@@ -241,7 +243,7 @@ class Drawing:
             return
         _raise_if_error(chunk)
         batch.usage = _mapping(chunk.get("usage")) or batch.usage
-        batch.beside |= _beside(chunk)
+        batch.response_fields |= _beside(chunk)
         choices = chunk.get("choices")
         if not isinstance(choices, list | None):
             raise UpstreamFailed("the upstream's stream holds no choices.")
@@ -292,7 +294,9 @@ class Drawing:
             if (index := batch.indices[place]) in self._left:
                 prompt, calls = batch.prompt_tokens(), batch.calls()
                 self._put(
-                    Candidate(index, choice, 0, prompt, spent, calls=calls, beside=batch.told())
+                    Candidate(
+                        index, choice, 0, prompt, spent, calls=calls, response_fields=batch.told()
+                    )
                 )
         for place in sorted((batch.builders.keys() | batch.flaws.keys()) - done.keys()):
             wrong = batch.flaws.get(place)

@@ -21,7 +21,7 @@ from infer_align.engines.openai.probe import (
     limit_refused,
     top_logprobs,
 )
-from infer_align.types import LabelQuery, LabelReading
+from infer_align.types import LabelLogprobs, LabelQuery
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client, Tally
 
@@ -33,7 +33,7 @@ NEGLIGIBLE = 1e-3
 
 async def read_labels(
     client: Client, model: str, query: LabelQuery, *, continues: bool, limit: str = "max_tokens"
-) -> LabelReading:
+) -> LabelLogprobs:
     """One reading.
 
     Args:
@@ -51,7 +51,7 @@ async def read_labels(
     total = dict.fromkeys(query.labels, 0.0)
     await reader.follow("", 1.0, total)
     logprobs = {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
-    return LabelReading(logprobs, reader.prompt_tokens, reader.tally.calls)
+    return LabelLogprobs(logprobs, reader.prompt_tokens, reader.tally.calls)
 
 
 class _Reader:

@@ -274,9 +274,9 @@ class Steered:
         for answer in self._answers if index is None else [self._answers[index]]:
             if not answer.done:
                 self._tasks[answer.index].cancel()
-                self._finish(answer, "length", cut=True)
+                self._finish(answer, "length", interrupted=True)
 
-    def _finish(self, answer: _Answer, reason: str, *, cut: bool = False) -> None:
+    def _finish(self, answer: _Answer, reason: str, *, interrupted: bool = False) -> None:
         answer.done = True
         if rest := answer.text.finish():
             self._say(answer, rest)
@@ -296,7 +296,7 @@ class Steered:
                 answer.prompt_tokens,
                 spent,
                 calls=answer.tally.calls,
-                cut=cut,
+                interrupted=interrupted,
             )
         )
 
@@ -400,7 +400,7 @@ class Steered:
             for key in ("temperature", "top_p", "top_k", "min_p")
             if key in self._draw.body
         }
-        seed = {"seed": (answer.seed + step * GOLDEN) % 2**31} if self._draw.seeded else {}
+        seed = {"seed": (answer.seed + step * GOLDEN) % 2**31} if self._draw.seed_requested else {}
         asked = (
             body
             | self._continuation.asking(1)

@@ -22,7 +22,7 @@ from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
-from infer_align.types import Capability, Draw, Kind, LabelQuery, LabelReading
+from infer_align.types import Capability, Draw, Kind, LabelLogprobs, LabelQuery
 from infer_align.values import Value
 
 
@@ -217,7 +217,7 @@ class TransformersEngine(Engine):
             self._trees[labels] = LabelTree(model.tokenizer.get_vocab(), labels)
         return self._trees[labels]
 
-    async def read_labels(self, query: LabelQuery) -> LabelReading:
+    async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
         """Queue the reading; it is batched with all that wait, between two decoding steps.
 
         Raises:
@@ -242,7 +242,7 @@ class TransformersEngine(Engine):
         )  # whoever asks at the same time tokenizes first: then all are read together
         self._scheduler.submit(question)
         read = await question.answer
-        return LabelReading(tree.logprobs(read), len(ids), len(tree.readings))
+        return LabelLogprobs(tree.logprobs(read), len(ids), len(tree.readings))
 
     def _room(self, draw: Draw, prompt_tokens: int, max_tokens: int | None, capacity: int) -> int:
         prompt = "messages" if draw.kind == "chat" else "prompt"

@@ -108,10 +108,10 @@ class Row:
         return len(self.prompt_ids) + len(self.tokens)
 
     @property
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         """Whether somebody wants to hear now what it is expected to be worth."""
-        watch = self.job.draw.watch
-        return watch is not None and watch.due(len(self.tokens))
+        watch = self.job.draw.estimates
+        return watch is not None and watch.is_due(len(self.tokens))
 
     @property
     def banned(self) -> frozenset[int]:
@@ -154,7 +154,9 @@ class Row:
             choice = {"text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
         return [
             *told,
-            Candidate(self.index, choice, 0, len(self.prompt_ids), len(self.tokens), cut=cut),
+            Candidate(
+                self.index, choice, 0, len(self.prompt_ids), len(self.tokens), interrupted=cut
+            ),
         ]
 
     def fail(self, why: str) -> list[Event]:

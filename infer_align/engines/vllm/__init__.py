@@ -28,7 +28,7 @@ from infer_align.engines.vllm.labels import read_labels, readings
 from infer_align.engines.vllm.steering import Steerer
 from infer_align.engines.vllm.watching import Fetcher
 from infer_align.errors import AlignError, ConfigError, Unavailable
-from infer_align.types import Capability, Draw, LabelQuery, LabelReading
+from infer_align.types import Capability, Draw, LabelLogprobs, LabelQuery
 from infer_align.values import Value
 from infer_align.vllm import package as vllm_package
 
@@ -72,7 +72,7 @@ class VllmEngine(Engine):
 
     capabilities = frozenset(Capability) - {Capability.SEQUENCE_LOGPROBS, Capability.STEER}
 
-    lacking: Mapping[Capability, str] = MappingProxyType(
+    capability_hints: Mapping[Capability, str] = MappingProxyType(
         dict.fromkeys(
             (Capability.STEER, Capability.ESTIMATES),
             'configure a value of kind "head" in [values.*]',
@@ -135,8 +135,8 @@ class VllmEngine(Engine):
         if self._engine.vllm_config.speculative_config is None:
             self.capabilities |= {Capability.ESTIMATES}
         else:
-            self.lacking = {
-                **self.lacking,
+            self.capability_hints = {
+                **self.capability_hints,
                 Capability.ESTIMATES: "leave out [engine] speculative_config, or align.early_stop",
             }
 
@@ -255,7 +255,7 @@ class VllmEngine(Engine):
             else len(readings(self._frontend, labels))
         )
 
-    async def read_labels(self, query: LabelQuery) -> LabelReading:
+    async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
         """One token after each path that spells a label, all paths at once; they share the prompt's cached prefix."""
         if why := self.health():
             raise Unavailable(why)

@@ -46,7 +46,9 @@ class Sampling:
         self._frontend = frontend
         self._draw = draw
         self._watched = (
-            [Named(uuid.uuid4().hex, draw.watch) for _ in range(draw.n)] if draw.watch else []
+            [Named(uuid.uuid4().hex, draw.estimates) for _ in range(draw.n)]
+            if draw.estimates
+            else []
         )
         watches: list[dict[str, Any]] = [named.extra_args() for named in self._watched] or [
             {}
@@ -122,7 +124,7 @@ class Sampling:
                     index in self._cut
                 )  # aborted before its first token, it may have nothing that could be formatted
                 self.stream.put(
-                    Candidate(index, {}, error=error.message, status=error.status, cut=cut)
+                    Candidate(index, {}, error=error.message, status=error.status, interrupted=cut)
                 )
         except AlignError as error:  # all of them: the request is at fault, or the engine is gone
             if not self._ended:
@@ -133,7 +135,7 @@ class Sampling:
 
     async def _candidate(self, index: int, request: Any) -> None:
         draw = self._draw
-        seed = {"seed": draw.seeds[index]} if draw.seeded else {}
+        seed = {"seed": draw.seeds[index]} if draw.seed_requested else {}
         own = request.model_copy(update={"request_id": uuid.uuid4().hex, **seed})
         answer = await self._frontend.answer(draw.kind, own, self._jobs[index])
         if draw.deltas:
@@ -153,7 +155,14 @@ class Sampling:
         if choice["finish_reason"] == "abort":
             choice["finish_reason"] = "length"
         self.stream.put(
-            Candidate(index, choice, 0, usage["prompt_tokens"], usage["completion_tokens"], cut=cut)
+            Candidate(
+                index,
+                choice,
+                0,
+                usage["prompt_tokens"],
+                usage["completion_tokens"],
+                interrupted=cut,
+            )
         )
 
 

@@ -7,7 +7,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from infer_align.decoding.labels import LabelTree, Path
-from infer_align.types import LabelQuery, LabelReading
+from infer_align.types import LabelLogprobs, LabelQuery
 
 if TYPE_CHECKING:
     from infer_align.vllm.openai import Frontend
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 128
 
 
-async def read_labels(engine: Any, frontend: Frontend, query: LabelQuery) -> LabelReading:
+async def read_labels(engine: Any, frontend: Frontend, query: LabelQuery) -> LabelLogprobs:
     """All paths at once; they share the prompt's cached prefix.
 
     Raises:
@@ -36,7 +36,7 @@ async def read_labels(engine: Any, frontend: Frontend, query: LabelQuery) -> Lab
     read: dict[Path, dict[int, float]] = {}
     for (path, _), logprobs in zip(asked, answers, strict=True):
         read.setdefault(path, {}).update(logprobs)
-    return LabelReading(tree.logprobs(read), len(prompt), len(asked))
+    return LabelLogprobs(tree.logprobs(read), len(prompt), len(asked))
 
 
 def readings(frontend: Frontend, labels: tuple[str, ...]) -> list[tuple[Path, tuple[int, ...]]]:

@@ -157,7 +157,9 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
                 if slot in self._watched
             )
         return [
-            (row, watched, tokens) for row, watched, tokens in found if watched.watch.due(tokens)
+            (row, watched, tokens)
+            for row, watched, tokens in found
+            if watched.estimates.is_due(tokens)
         ]
 
     def _bind(self, sampling_params: Any) -> Bound | None:
@@ -168,10 +170,10 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
             return None
         values = (
             (self._slots.head(name), weight)
-            for name, weight in named.watch.values.items()
+            for name, weight in named.estimates.values.items()
             if weight
         )
-        return Watched(named.name, named.watch, tuple(values), output)
+        return Watched(named.name, named.estimates, tuple(values), output)
 
 
 class WorkerExtension:

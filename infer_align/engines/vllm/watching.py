@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from infer_align.engines.vllm.steering import checked_weight
-from infer_align.types import Watch
+from infer_align.types import EstimateSchedule
 from infer_align.values.head import HeadValue
 
 log = logging.getLogger("infer_align")
@@ -42,7 +42,7 @@ class Named(NamedTuple):
     """A watch as it travels to the workers."""
 
     name: str
-    watch: Watch
+    estimates: EstimateSchedule
 
     @classmethod
     def read(cls, extra_args: Mapping[str, Any] | None) -> Named | None:
@@ -59,7 +59,7 @@ class Named(NamedTuple):
                     key: checked_weight(f"align.early_stop.values.{key}", key, weight)
                     for key, weight in values.items()
                 }
-                return cls(name, Watch(weights, after))
+                return cls(name, EstimateSchedule(weights, after))
         raise ValueError(
             f"extra_args.{KEY}: not of the form {{name, values, after}}; ask for align.early_stop instead."
         )
@@ -67,7 +67,11 @@ class Named(NamedTuple):
     def extra_args(self) -> dict[str, Any]:
         """What `read` reads."""
         return {
-            KEY: {"name": self.name, "values": dict(self.watch.values), "after": self.watch.after}
+            KEY: {
+                "name": self.name,
+                "values": dict(self.estimates.values),
+                "after": self.estimates.after,
+            }
         }
 
 
@@ -76,7 +80,7 @@ class Watched:
     """One request in a worker."""
 
     name: str
-    watch: Watch
+    estimates: EstimateSchedule
     values: tuple[tuple[HeadValue, float], ...]  # as they were when it joined, with their weights
     output: Sequence[int] = ()  # its tokens, where vLLM's older runner keeps them
 
@@ -153,7 +157,7 @@ class Fetcher:
 
     def add(self, named: Named, sampled: Sampled, tell: Tell) -> None:
         """Call `tell` with the tokens and the value of each estimate of a request."""
-        self._waiting[named.name] = _Waiting(tell, sampled, named.watch.after)
+        self._waiting[named.name] = _Waiting(tell, sampled, named.estimates.after)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
 

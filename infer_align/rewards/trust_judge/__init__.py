@@ -17,7 +17,7 @@ import numpy as np
 from infer_align.errors import ConfigError, Unsupported, nearest
 from infer_align.methods.trust_judge import CRITERIA, Criteria
 from infer_align.methods.trust_judge import TrustJudge as Asked
-from infer_align.rewards import Marks, Reward
+from infer_align.rewards import Reward, RewardScores
 from infer_align.rewards.trust_judge.asking import Judge, Judgement
 from infer_align.rewards.trust_judge.consistency import conflict_ratio, cycles, nontransitivity
 from infer_align.rewards.trust_judge.prompts import SIDES, labels
@@ -28,7 +28,7 @@ from infer_align.rewards.trust_judge.tournament import (
     round_robin,
     swiss,
 )
-from infer_align.types import Candidate, Capability, LabelReader, Messages, Spent
+from infer_align.types import Candidate, Capability, LabelReader, Messages, ScoringUsage
 
 __all__ = [
     "Reading",
@@ -108,7 +108,7 @@ plugin = TrustJudge
 class TrustJudgeReward(Reward):
     """Asks the judge about all candidates at once; scores are from 1 to 5."""
 
-    judges = True
+    uses_engine = True
 
     def __init__(self, config: TrustJudge) -> None:
         self.config = config
@@ -128,7 +128,7 @@ class TrustJudgeReward(Reward):
                 f"trust_judge.engine: {self.config.engine!r} is not configured; {nearest('', self.engines)}"
             )
 
-    def asked(self, parameters: object) -> TrustJudgeReward:
+    def with_parameters(self, parameters: object) -> TrustJudgeReward:
         """The same judge with what a request says of mode, scale, criteria and readout."""
         assert isinstance(parameters, Asked)
         said = {
@@ -196,7 +196,7 @@ class TrustJudgeReward(Reward):
             self._engine, c.criteria, c.critique_tokens, self._critique_logprobs, c.min_mass
         )
 
-    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> Marks:
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """[1, 1, N], from 1 to 5; NaN where the judge said nothing that can be read."""
         answers = [candidate.text for candidate in candidates]
         if self.config.mode == "score":
@@ -218,7 +218,7 @@ class TrustJudgeReward(Reward):
             return float("nan")
         return expected_score(judgement.reading.probs, self.config.scale, self.config.readout)
 
-    def _scored(self, judgements: Sequence[Judgement]) -> Marks:
+    def _scored(self, judgements: Sequence[Judgement]) -> RewardScores:
         values = [rescale(self.read(judgement), self.config.scale) for judgement in judgements]
         dropped = sum(judgement.reading is None for judgement in judgements)
         report = {
@@ -226,15 +226,15 @@ class TrustJudgeReward(Reward):
             "scale": self.config.scale,
             "drop_rate": dropped / max(1, len(judgements)),
         }
-        spent = sum((judgement.spent for judgement in judgements), Spent())
-        return Marks(
+        spent = sum((judgement.spent for judgement in judgements), ScoringUsage())
+        return RewardScores(
             np.array([[values]], dtype=np.float64),
             spent,
             tuple(j.error for j in judgements),
             report,
         )
 
-    def _compared(self, found: Comparisons, names: Sequence[int]) -> Marks:
+    def _compared(self, found: Comparisons, names: Sequence[int]) -> RewardScores:
         rates = [found.win_rate(i) for i in range(len(names))]
         errors = {i: why for pair, why in found.errors.items() for i in pair}
         lost = (
@@ -259,4 +259,6 @@ class TrustJudgeReward(Reward):
             "cycles": [[names[i] for i in cycle] for cycle in cycles(found.relations)],
             "drop_rate": len(found.errors) / max(1, len(found.orders)),
         }
-        return Marks(1.0 + 4.0 * np.array([[rates]], dtype=np.float64), found.spent, notes, report)
+        return RewardScores(
+            1.0 + 4.0 * np.array([[rates]], dtype=np.float64), found.spent, notes, report
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infer_align.errors import AlignError
-from infer_align.rewards import CALL_SHARE, seconds_allowed
+from infer_align.rewards import CALL_SHARE, time_budget
 from infer_align.rewards.trust_judge.prompts import (
     BETTER,
     SCORE,
@@ -19,7 +19,7 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 from infer_align.rewards.trust_judge.readings import Reading, mass
-from infer_align.types import Candidate, Draw, LabelQuery, LabelReader, Messages, Spent
+from infer_align.types import Candidate, Draw, LabelQuery, LabelReader, Messages, ScoringUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Judgement:
     reading: Reading | None  # None: there is nothing to read, and `error` says why
     mass: float = 0.0  # of the probability, on valid labels
     error: str | None = None
-    spent: Spent = field(default_factory=Spent)
+    spent: ScoringUsage = field(default_factory=ScoringUsage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Judge:
     async def _ask(
         self, messages: list[dict[str, Any]], prefix: str, among: tuple[str, ...]
     ) -> Judgement:
-        allowed = CALL_SHARE * seconds_allowed.get()
+        allowed = CALL_SHARE * time_budget.get()
         try:
             async with asyncio.timeout(allowed if math.isfinite(allowed) else None):
                 return await self._read(messages, prefix, among)
@@ -79,18 +79,20 @@ class Judge:
     async def _read(
         self, messages: list[dict[str, Any]], prefix: str, among: tuple[str, ...]
     ) -> Judgement:
-        spent, said, likely = Spent(), "", 0.0
+        spent, said, likely = ScoringUsage(), "", 0.0
         try:
             if self.critique_tokens:
                 critique = await self._critique(messages, prefix)
-                spent = Spent(0, critique.calls, critique.prompt_tokens, critique.completion_tokens)
+                spent = ScoringUsage(
+                    0, critique.calls, critique.prompt_tokens, critique.completion_tokens
+                )
                 if critique.error is not None:
                     return Judgement(None, error=critique.error, spent=spent)
                 said, likely = critique.text.rstrip() + "\n", _logprob(critique)
             found = await self.engine.read_labels(LabelQuery(messages, said + prefix, among))
         except AlignError as error:
             return Judgement(None, error=error.message, spent=spent)
-        spent += Spent(
+        spent += ScoringUsage(
             0, found.calls, found.prompt_tokens, found.calls
         )  # each call samples one token
         probs = sorted(

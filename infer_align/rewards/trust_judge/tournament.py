@@ -10,7 +10,7 @@ from typing import Literal
 
 from infer_align.rewards.trust_judge.asking import Judge, Judgement
 from infer_align.rewards.trust_judge.readings import EQUAL, LARGER, Relation, Rule, relation
-from infer_align.types import Messages, Spent
+from infer_align.types import Messages, ScoringUsage
 
 Pair = tuple[int, int]
 
@@ -24,10 +24,11 @@ class Comparisons:
     errors: Mapping[Pair, str] = field(default_factory=dict)
 
     @property
-    def spent(self) -> Spent:
+    def spent(self) -> ScoringUsage:
         """Both orders of all pairs."""
         return sum(
-            (judgement.spent for orders in self.orders.values() for judgement in orders), Spent()
+            (judgement.spent for orders in self.orders.values() for judgement in orders),
+            ScoringUsage(),
         )
 
     def win_rate(self, item: int) -> float:

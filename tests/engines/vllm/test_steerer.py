@@ -19,7 +19,7 @@ from infer_align.engines.vllm import steering
 from infer_align.engines.vllm.steering import KEY, PROCESSOR, WORKER_EXTENSION, Steerer, Terms
 from infer_align.engines.vllm.watching import Fetcher, Named
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.types import Draw, Steering, Watch
+from infer_align.types import Draw, EstimateSchedule, Steering
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 from tests.engines.vllm.stepping import WARNINGS
@@ -71,8 +71,10 @@ def test_a_lookahead_value_is_refused_by_name() -> None:
         Steerer({"slow": LookaheadValue(Lookahead("demo/value-lm"))})
 
 
-def draw(steering: Steering | None, watch: Watch | None = None, **fields: Any) -> Draw:
-    return Draw(fields, steering=steering, watch=watch)
+def draw(
+    steering: Steering | None, estimates: EstimateSchedule | None = None, **fields: Any
+) -> Draw:
+    return Draw(fields, steering=steering, estimates=estimates)
 
 
 def test_requests_are_checked_as_by_the_embedded_engine() -> None:
@@ -84,7 +86,7 @@ def test_requests_are_checked_as_by_the_embedded_engine() -> None:
         steerer().check(draw(Steering({"helpful": 1.0}, 5, "keep"), use_beam_search=True))
     steerer().check(draw(Steering({"helpful": 1.0}, 5, "keep"), use_beam_search=False))
     with pytest.raises(InvalidRequest) as caught:
-        steerer().check(draw(None, Watch({"helpfull": 1.0}, 4)))
+        steerer().check(draw(None, EstimateSchedule({"helpfull": 1.0}, 4)))
     assert caught.value.param == "align.early_stop.values.helpfull"
 
 
@@ -224,7 +226,7 @@ def test_vllms_own_configurations_are_refused_in_the_same_words(tmp_path: Path) 
 
 
 def test_a_watch_is_read_as_it_is_sent() -> None:
-    named = Named("a", Watch({"helpful": 0.5, "brief": -1.0}, 7))
+    named = Named("a", EstimateSchedule({"helpful": 0.5, "brief": -1.0}, 7))
     assert Named.read(named.extra_args()) == named
     assert Named.read(None) is None
     assert Named.read({"other": 1}) is None
@@ -264,7 +266,9 @@ class Said:
 
     def watch(self, name: str) -> None:
         told = partial(self.hear, name)
-        self.fetcher.add(Named(name, Watch({"helpful": 1.0}, 4)), lambda: self.tokens, told)
+        self.fetcher.add(
+            Named(name, EstimateSchedule({"helpful": 1.0}, 4)), lambda: self.tokens, told
+        )
 
     def hear(self, name: str, tokens: int, value: float) -> None:
         self.heard.append((name, tokens, value))

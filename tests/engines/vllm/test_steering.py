@@ -13,7 +13,7 @@ import torch
 
 from infer_align.engines.vllm.steering import Steerer
 from infer_align.errors import ConfigError
-from infer_align.types import Steering, Watch
+from infer_align.types import EstimateSchedule, Steering
 from infer_align.values.head import HeadValue
 from tests.engines.vllm.stepping import (
     MIXES,
@@ -235,7 +235,7 @@ def test_what_is_due_in_a_padded_step_of_the_v2_runner() -> None:
     processor = ValueProcessor.__new__(ValueProcessor)
     processor._prompt_lengths = np.array([0, 10, 20, 30])
     processor._watched = {
-        slot: Watched(str(slot), Watch({"helpful": 1.0}, 4), ()) for slot in (1, 3)
+        slot: Watched(str(slot), EstimateSchedule({"helpful": 1.0}, 4), ()) for slot in (1, 3)
     }
     lengths = np.array([34, 15, 24, 0])  # of slots 3, 1, 2, and padding
     ctx: Any = SimpleNamespace(idx_mapping_np=np.array([3, 1, 2]), seq_lens_upper_bound_np=lengths)

@@ -62,7 +62,7 @@ async def engine(values: dict[str, HeadValue]) -> AsyncIterator[VllmEngine]:
 
 def steered(prompt: list[int], steering: Steering | None, max_tokens: int = 6) -> Draw:
     body = {"prompt": prompt, "temperature": 0, "max_tokens": max_tokens, "logprobs": 1}
-    return Draw(body, 1, (0,), "completion", steering=steering, seeded=False)
+    return Draw(body, 1, (0,), "completion", steering=steering, seed_requested=False)
 
 
 async def said(engine: Any, draw: Draw) -> Candidate:
