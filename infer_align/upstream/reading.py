@@ -13,7 +13,7 @@ from typing import Any
 import aiohttp
 
 from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.sse import EventParser
+from infer_align.upstream.sse import EventParser, is_done
 
 # After the last event the connection can be used again, if the upstream ends its answer within this time.
 DRAIN_SECONDS = 0.2
@@ -41,7 +41,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
     with _whole_answer():
         async for received in response.content.iter_any():
             for event in parser.feed(received):
-                if event.strip() == b"[DONE]":
+                if is_done(event):
                     with suppress(TimeoutError):
                         async with asyncio.timeout(DRAIN_SECONDS):
                             await response.content.readany()
@@ -49,7 +49,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
                     return
                 yield _parse(event)
         for event in parser.end():
-            yield None if event.strip() == b"[DONE]" else _parse(event)
+            yield None if is_done(event) else _parse(event)
 
 
 async def pieces(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -1,4 +1,15 @@
-"""Server-sent events from bytes, as they come."""
+"""Parser for server-sent events (SSE), the `text/event-stream` format of streamed answers.
+
+The parser does no I/O. Feed it bytes as they arrive; it returns the data of each complete event:
+
+    parser = EventParser()
+    for received in response:
+        for data in parser.feed(received):
+            if is_done(data):
+                return
+            print(json.loads(data))
+    last = parser.end()  # events that the server did not close with an empty line
+"""
 
 from __future__ import annotations
 
@@ -6,30 +17,40 @@ MAX_EVENT_BYTES = 64 * 2**20
 
 
 class EventParser:
-    """Cuts a byte stream into the data of its events, wherever the network has cut it; comments and other fields are skipped."""
+    """Splits a byte stream into the data of its events.
+
+    Network chunks may end anywhere, also within a character or a line end. An event with several
+    `data:` lines gives them joined by line feeds. Comments and other fields are skipped.
+    """
 
     def __init__(self) -> None:
-        self._rest = b""  # a line that is not complete yet
-        self._data: list[bytes] = []
+        self._incomplete_line = b""
+        self._data_lines: list[bytes] = []
 
     def feed(self, received: bytes) -> list[bytes]:
-        """The events that are complete now.
+        """Return the data of each event that `received` completes.
 
         Raises:
-            ValueError: an event is larger than any answer.
+            ValueError: an event is larger than MAX_EVENT_BYTES.
         """
-        *lines, self._rest = (self._rest + received).split(b"\n")
-        if len(self._rest) > MAX_EVENT_BYTES:
+        *lines, self._incomplete_line = (self._incomplete_line + received).split(b"\n")
+        if len(self._incomplete_line) > MAX_EVENT_BYTES:
             raise ValueError(f"an event is over {MAX_EVENT_BYTES} bytes")
         events = []
         for line in lines:
             if line.startswith(b"data:"):
-                self._data.append(line[5:].removeprefix(b" ").removesuffix(b"\r"))
-            elif line in {b"", b"\r"} and self._data:
-                events.append(b"\n".join(self._data))
-                self._data = []
+                value = line.removeprefix(b"data:").removeprefix(b" ")
+                self._data_lines.append(value.removesuffix(b"\r"))
+            elif line in {b"", b"\r"} and self._data_lines:
+                events.append(b"\n".join(self._data_lines))
+                self._data_lines = []
         return events
 
     def end(self) -> list[bytes]:
-        """The event that no empty line has closed: servers forget it after the last."""
+        """Return the last event if no empty line closed it: some servers omit that line."""
         return self.feed(b"\n\n")
+
+
+def is_done(data: bytes) -> bool:
+    """Return True if an event's data is "[DONE]", which ends a stream of the OpenAI API."""
+    return data.strip() == b"[DONE]"

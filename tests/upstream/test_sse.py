@@ -1,4 +1,4 @@
-"""Events come out whole, wherever the network cuts the bytes."""
+"""Server-sent events are returned complete, wherever the network splits the bytes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infer_align.upstream import sse
-from infer_align.upstream.sse import EventParser
+from infer_align.upstream.sse import EventParser, is_done
 
 LINE = st.text(st.characters(exclude_characters="\r\n", codec="utf-8"), max_size=20)
 
 
 @given(st.lists(LINE.filter(bool), max_size=6), st.sampled_from(["\n", "\r\n"]), st.data())
-def test_any_cut_gives_the_same_events(texts: list[str], newline: str, data: st.DataObject) -> None:
-    stream = "".join(
+def test_any_split_gives_the_same_events(
+    texts: list[str], newline: str, data: st.DataObject
+) -> None:
+    written = [
         f": a comment{newline}event: x{newline}data: {text}{newline}{newline}" for text in texts
-    ).encode()
+    ]
+    stream = "".join(written).encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
-    parser, found = EventParser(), []
+    parser = EventParser()
+    events = []
     for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-        found += parser.feed(stream[start:stop])
-    found += parser.end()
-    assert [event.decode() for event in found] == texts
+        events += parser.feed(stream[start:stop])
+    events += parser.end()
+    assert [event.decode() for event in events] == texts
 
 
-def test_lines_of_one_event_are_joined() -> None:
+def test_the_data_lines_of_one_event_are_joined() -> None:
     assert EventParser().feed(b"data: {\ndata:  1}\n\n") == [b"{\n 1}"]
 
 
@@ -36,7 +40,17 @@ def test_the_last_empty_line_may_be_missing() -> None:
     assert EventParser().end() == []
 
 
-def test_an_event_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_without_an_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "MAX_EVENT_BYTES", 100)
     with pytest.raises(ValueError, match="over 100 bytes"):
         EventParser().feed(b"data: " + b"x" * 200)
+
+
+@pytest.mark.parametrize("data", [b"[DONE]", b" [DONE] ", b"[DONE]\r"])
+def test_done_ends_a_stream(data: bytes) -> None:
+    assert is_done(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'"[DONE]"'])
+def test_other_data_does_not_end_a_stream(data: bytes) -> None:
+    assert not is_done(data)
