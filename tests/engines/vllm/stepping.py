@@ -118,7 +118,7 @@ class Ask:
     params: Mapping[str, Any] = field(default_factory=dict)
     arrives: int = 0  # at this step
     aborted_at: int | None = None
-    estimates: EstimateSchedule | None = None
+    schedule: EstimateSchedule | None = None
     estimates: dict[int, float] = field(default_factory=dict)  # tokens -> value
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -141,7 +141,7 @@ def run(
         for i, ask in enumerate(asks):
             if ask.arrives == step:
                 extra = steerer.extra_args(ask.steering) if ask.steering else {}
-                extra |= Named(str(i), ask.estimates).extra_args() if ask.estimates else {}
+                extra |= Named(str(i), ask.schedule).extra_args() if ask.schedule else {}
                 params = SamplingParams(
                     **{"temperature": 0, "logprobs": 0, "max_tokens": 8, **ask.params},
                     extra_args=extra or None,
@@ -265,7 +265,7 @@ def prompts(n: int) -> list[list[int]]:
     return found
 
 
-WATCHES = [
+SCHEDULES = [
     EstimateSchedule({"helpful": 1.0}, 2),
     None,
     EstimateSchedule({"mlp": -0.5, "brief": 2.0}, 3),
@@ -280,7 +280,7 @@ def mixed(n: int, **params: Any) -> list[Ask]:
             MIXES[i % len(MIXES)],
             {"max_tokens": 5 + i % 6, **params},
             arrives=i // 3,
-            estimates=WATCHES[i % 3],
+            schedule=SCHEDULES[i % 3],
         )
         for i, prompt in enumerate(prompts(n))
     ]
@@ -289,12 +289,12 @@ def mixed(n: int, **params: Any) -> list[Ask]:
 def assert_estimates(asks: Sequence[Ask], reference: Reference) -> None:
     """Each is there, once its number of tokens is reached and another one is sampled, and is what the reference expects."""
     for ask in asks:
-        due = [t for t in range(1, len(ask.tokens)) if ask.estimates and ask.estimates.is_due(t)]
+        due = [t for t in range(1, len(ask.tokens)) if ask.schedule and ask.schedule.is_due(t)]
         assert sorted(ask.estimates) == due
         for t in due:
             expected = reference.expected(
                 [*ask.prompt, *ask.tokens[:t]],
                 ask.steering,
-                ask.estimates.values if ask.estimates else {},
+                ask.schedule.values if ask.schedule else {},
             )
             assert math.isclose(ask.estimates[t], expected, abs_tol=1e-4)

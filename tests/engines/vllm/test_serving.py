@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from infer_align import demo
 from infer_align.decoding.labels import LabelTree
 from infer_align.engines.transformers import Transformers
-from infer_align.types import Draw, LabelQuery
+from infer_align.types import Candidate, Draw, LabelQuery
 from tests.server.conftest import Live
 
 pytestmark = [
@@ -568,7 +568,7 @@ async def test_one_candidate_is_stopped_and_the_others_go_on(live: Live, deltas:
             await asyncio.sleep(0.15)
             stream.stop(1)
             async for event in stream:
-                if hasattr(event, "cut"):
+                if isinstance(event, Candidate):
                     found[event.index] = event
         return found
 

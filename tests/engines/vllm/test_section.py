@@ -17,7 +17,7 @@ from infer_align.engines.vllm.pieces import Pieces
 from infer_align.errors import ConfigError
 from infer_align.vllm import package as vllm_package
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +95,7 @@ def test_the_options_are_vllms_own_fields(installed: str) -> None:
     code = (
         "import dataclasses\n"
         "from vllm.engine.arg_utils import AsyncEngineArgs\n"
-        "from infer_align import vllm_package\n"
+        "from infer_align.vllm import package as vllm_package\n"
         "declared = {f.name for f in dataclasses.fields(AsyncEngineArgs) if not f.name.startswith('_')}\n"
         "assert declared - vllm_package.OURS <= vllm_package.option_names(), declared - vllm_package.option_names()\n"
     )
@@ -143,7 +143,8 @@ def test_only_the_modules_that_are_there_for_it_import_vllm() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.strip().startswith(("import vllm", "from vllm"))
     )
-    assert {path.name for path, _ in import_lines} == {"vllm_compat.py", "vllm_openai.py"}
+    found = {path.relative_to(ROOT).as_posix() for path, _ in import_lines}
+    assert found == {"infer_align/vllm/compat.py", "infer_align/vllm/openai.py"}
 
 
 # --- a streamed choice, put together ---
