@@ -21,7 +21,7 @@ import pytest
 from infer_align.config import config, registry
 from infer_align.objectives import Ensemble
 from infer_align.types import Budget
-from infer_align_server.stream import StreamOptions
+from infer_align_server.wire.stream_options import StreamOptions
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [
@@ -112,7 +112,7 @@ def test_user_input_never_meets_an_assert() -> None:
     for path in (
         ROOT / "infer_align/flow/request.py",
         ROOT / "infer_align/config/schema.py",
-        ROOT / "server/infer_align_server/wire.py",
+        ROOT / "server/infer_align_server/wire/body.py",
     ):
         asserts = [
             n

@@ -23,8 +23,8 @@ from infer_align.errors import AlignError
 from infer_align_server.logs import access
 from infer_align_server.routes import ENGINE_ROUTE, ROUTES
 from infer_align_server.service import Progress, Service
-from infer_align_server.stream import ClientLeft
-from infer_align_server.wire import error_response
+from infer_align_server.wire.disconnect import ClientLeft
+from infer_align_server.wire.errors import error_response
 
 log = logging.getLogger("infer_align")
 

@@ -16,10 +16,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infer_align.engines import App
 from infer_align.errors import AlignError, InvalidRequest, Unsupported
-from infer_align_server.charges import charged
+from infer_align_server.limits.token_budget import charged
 from infer_align_server.service import Service
-from infer_align_server.stream import until_client_leaves
-from infer_align_server.wire import dumps
+from infer_align_server.wire.disconnect import until_client_leaves
+from infer_align_server.wire.encoding import dumps
 
 # Routes of engines that generate, whether or not a request names its limit; what else generates is charged by its usage.
 GENERATING = re.compile(r"/v1/(responses|messages)/?")

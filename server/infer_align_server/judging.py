@@ -23,7 +23,7 @@ from infer_align.rewards.trust_judge.tournament import Comparisons
 from infer_align.types import ScoringUsage
 from infer_align_server.scoring import candidates_of
 from infer_align_server.service import Service
-from infer_align_server.wire import number
+from infer_align_server.wire.encoding import number
 
 SUBSETS = (3, 4, 5)
 GIVEN = ("model", "messages", "candidates")

@@ -18,12 +18,12 @@ from infer_align.config.schema import json_schema
 from infer_align.flow.request import MAX_WEIGHT, SEED_RANGE, Details, reward_names
 from infer_align.objectives import Ensemble
 from infer_align.types import Budget, Kind
-from infer_align_server.answers import SCHEMAS, STRING, Schema, array, nullable, ref
 from infer_align_server.forward import Relays
 from infer_align_server.judging import Judging
 from infer_align_server.scoring import ALIGN
 from infer_align_server.service import Service
-from infer_align_server.stream import StreamOptions
+from infer_align_server.wire.response_schemas import SCHEMAS, STRING, Schema, array, nullable, ref
+from infer_align_server.wire.stream_options import StreamOptions
 
 # What each status means, wherever it is answered; also the table of docs/api.md.
 STATUSES = {
@@ -64,7 +64,7 @@ _STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/re
 _RESPONSES = "/v1/responses"  # described only where the engine serves it, or may
 
 
-def of_what(service: Service) -> tuple[object, ...]:
+def changing_facts(service: Service) -> tuple[object, ...]:
     """What the document says of the server that can change while it runs."""
     return tuple(service.models()), service.engine.capabilities, _responds(service)
 

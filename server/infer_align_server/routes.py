@@ -17,21 +17,17 @@ from starlette.routing import Route
 from infer_align.errors import UnknownModel, Unsupported, nearest
 from infer_align.flow.request import worst_case
 from infer_align.types import Kind
-from infer_align_server import catalogue, judging, scoring
+from infer_align_server import discovery, judging, scoring
 from infer_align_server.forward import Forwarded, Relayed, Relays, fields_of, sampled_at_most
-from infer_align_server.openapi import document, of_what
-from infer_align_server.patience import before, client_patience
+from infer_align_server.limits.client_timeout import client_timeout, with_client_deadline
+from infer_align_server.openapi import changing_facts, document
 from infer_align_server.service import Service
-from infer_align_server.stream import EventStream, stream_options, until_client_leaves
-from infer_align_server.wire import (
-    OBJECTS,
-    completion_json,
-    dumps,
-    json_response,
-    parse_body,
-    read_body,
-    read_bytes,
-)
+from infer_align_server.wire.body import parse_body, read_body, read_bytes
+from infer_align_server.wire.completion import OBJECTS, completion_json
+from infer_align_server.wire.disconnect import until_client_leaves
+from infer_align_server.wire.encoding import dumps, json_response
+from infer_align_server.wire.stream import EventStream
+from infer_align_server.wire.stream_options import stream_options
 
 
 def service_of(http: HttpRequest) -> Service:
@@ -71,9 +67,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
         return Forwarded(service, app, received, caller, tokens, json=True)
     streaming = stream_options(body)
     request, plan = service.plan(body, kind)
-    patience = (
-        client_patience(http.headers) if service.config.server.honour_client_timeout else None
-    )
+    patience = client_timeout(http.headers) if service.config.server.honour_client_timeout else None
     head = {
         "id": f"{OBJECTS[kind][0]}-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -84,7 +78,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
             http
         )
     response = await until_client_leaves(
-        http.receive, service.answer(before(plan, patience), caller=caller)
+        http.receive, service.answer(with_client_deadline(plan, patience), caller=caller)
     )
     return json_response(completion_json(response, request, head))
 
@@ -161,7 +155,7 @@ async def models(http: HttpRequest) -> HttpResponse:
     """The served model, and one entry per preset."""
     service, _ = authorize(http)
     return json_response(
-        {"object": "list", "data": [catalogue.model(service, name) for name in service.models()]}
+        {"object": "list", "data": [discovery.model(service, name) for name in service.models()]}
     )
 
 
@@ -172,19 +166,19 @@ async def model(http: HttpRequest) -> HttpResponse:
         raise UnknownModel(
             f"model: {name!r} does not exist; {nearest(name, service.models())}", param="model"
         )
-    return json_response(catalogue.model(service, name))
+    return json_response(discovery.model(service, name))
 
 
 async def methods(http: HttpRequest) -> HttpResponse:
     """What can be asked for here, with schemas."""
     service, _ = authorize(http)
-    return json_response(catalogue.methods(service))
+    return json_response(discovery.methods(service))
 
 
 async def openapi(http: HttpRequest) -> HttpResponse:
     """What the server takes and gives, as OpenAPI 3.1."""
     service, _ = authorize(http)
-    made, what = getattr(http.app.state, "described", None), of_what(service)
+    made, what = getattr(http.app.state, "described", None), changing_facts(service)
     if service.document is None or made != what:
         text = dumps(document(service, ROUTES))
         if not service.settled.is_set():  # before that, rewards may not know their attributes

@@ -13,7 +13,8 @@ from infer_align.flow.run import score as score_candidates
 from infer_align.flow.selection import select
 from infer_align.types import Candidate, Plan, Response, Timing
 from infer_align_server.service import Service
-from infer_align_server.wire import number, scores_json
+from infer_align_server.wire.completion import scores_json
+from infer_align_server.wire.encoding import number
 
 ALIGN = ("rewards", "ensemble", "dpa", "trust_judge")
 FIELDS = ("model", "messages", "candidates", *ALIGN)

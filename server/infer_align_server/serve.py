@@ -21,8 +21,8 @@ from infer_align.config.config import Config
 from infer_align.errors import ConfigError
 from infer_align_server import logs
 from infer_align_server.app import create_app
-from infer_align_server.protocol import BoundedProtocol
 from infer_align_server.service import Service
+from infer_align_server.wire.protocol import BoundedProtocol
 
 BACKLOG = 2048  # connections that may wait to be accepted
 

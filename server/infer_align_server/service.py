@@ -31,10 +31,10 @@ from infer_align.flow.request import Limits, make_plan, parse_request, reward_na
 from infer_align.flow.run import OnDelta, align
 from infer_align.rewards import Reward
 from infer_align.types import Kind, Plan, Request, Response, ScoringUsage
-from infer_align_server.admission import Admission
-from infer_align_server.charges import charged
+from infer_align_server.limits.admission import Admission
+from infer_align_server.limits.rate_limit import RateLimit
+from infer_align_server.limits.token_budget import charged
 from infer_align_server.metrics import Metrics
-from infer_align_server.rates import Allowance
 
 Progress = Callable[[str], None]
 log = logging.getLogger("infer_align")
@@ -60,10 +60,10 @@ class Service:
         }
         self.metrics = Metrics()
         self.admission = Admission(config.limits)
-        self._requests = Allowance(
+        self._requests = RateLimit(
             config.limits.requests_per_minute, "requests", "rate_limit_exceeded"
         )
-        self.tokens = Allowance(
+        self.tokens = RateLimit(
             config.limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
         )
         self._keys = [key.encode() for key in config.api_keys()]

@@ -14,7 +14,7 @@ from infer_align.engines.fake import Fake
 from infer_align.errors import InvalidRequest, Unsupported
 from infer_align.flow.request import Limits, make_plan, parse_request
 from infer_align.types import Draw
-from infer_align_server.stream import stream_options
+from infer_align_server.wire.stream_options import stream_options
 
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 TOOLS = [{"type": "function", "function": FUNCTION}]

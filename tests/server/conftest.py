@@ -19,8 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from infer_align.config import config as configuration
 from infer_align.engines.fake import FakeEngine
 from infer_align_server.app import create_app
-from infer_align_server.protocol import BoundedProtocol
 from infer_align_server.service import Service
+from infer_align_server.wire.protocol import BoundedProtocol
 
 # One script for most tests: candidate i says "candidate <number>", so a reward by number has a known ranking.
 NUMBERS = """

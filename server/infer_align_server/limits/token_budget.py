@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from infer_align.errors import DeadlineExceeded
 from infer_align.flow.run import OnDelta
 from infer_align.types import Delta, Response
-from infer_align_server.rates import Allowance
+from infer_align_server.limits.rate_limit import RateLimit
 
 
 class Charge:
@@ -50,7 +50,7 @@ class Charge:
 
 
 @contextmanager
-def charged(allowance: Allowance, caller: str, worst_case: int) -> Iterator[Charge]:
+def charged(allowance: RateLimit, caller: str, worst_case: int) -> Iterator[Charge]:
     """Take the worst case while the block runs; afterwards give back what was not spent, or take what was spent beyond it.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from infer_align_server.protocol import MAX_HEAD_BYTES, BoundedProtocol
+from infer_align_server.wire.protocol import MAX_HEAD_BYTES, BoundedProtocol
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"

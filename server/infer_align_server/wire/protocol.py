@@ -7,7 +7,8 @@ import asyncio
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from infer_align.errors import AlignError, InvalidRequest
-from infer_align_server.wire import dumps, error_json
+from infer_align_server.wire.encoding import dumps
+from infer_align_server.wire.errors import error_json
 
 MAX_HEAD_BYTES = 64 * 1024
 REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}

@@ -12,7 +12,7 @@ MAX_CALLERS = 10_000
 ROUNDING = 1e-9
 
 
-class Allowance:
+class RateLimit:
     """A token bucket per caller: `per_minute` of a unit on average, as many at once; 0 is no limit."""
 
     def __init__(

@@ -14,7 +14,7 @@ HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 SHARE, MOST_SECONDS = 0.1, 2.0
 
 
-def client_patience(headers: Mapping[str, str]) -> float | None:
+def client_timeout(headers: Mapping[str, str]) -> float | None:
     """Seconds until the client gives up; None where it does not say. What is no positive number says nothing."""
     given = []
     for name in HEADERS:
@@ -27,7 +27,7 @@ def client_patience(headers: Mapping[str, str]) -> float | None:
     return min(given, default=None)
 
 
-def before(plan: Plan, patience: float | None) -> Plan:
+def with_client_deadline(plan: Plan, patience: float | None) -> Plan:
     """The plan, due a little before the client gives up; a deadline that the request sets itself stands.
 
     Not for streams: there each piece, and each comment, starts the client's clock anew.

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 
 from infer_align.objectives import Ensemble
 from infer_align.types import Plan
-from infer_align_server.patience import MOST_SECONDS, before, client_patience
+from infer_align_server.limits.client_timeout import (
+    MOST_SECONDS,
+    client_timeout,
+    with_client_deadline,
+)
 
 SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8 9 10 11 12", seconds_per_token = 0.3}]\n'
 USER: Any = [{"role": "user", "content": "x"}]
@@ -33,24 +37,24 @@ USER: Any = [{"role": "user", "content": "x"}]
     ],
 )
 def test_what_the_client_says(headers: dict[str, str], seconds: float | None) -> None:
-    assert client_patience(headers) == seconds
+    assert client_timeout(headers) == seconds
 
 
 @given(st.text())
 def test_any_text_is_read_without_harm(text: str) -> None:
-    seconds = client_patience({"x-stainless-read-timeout": text})
+    seconds = client_timeout({"x-stainless-read-timeout": text})
     assert seconds is None or seconds > 0
 
 
 @given(st.floats(1e-3, 1e6))
 def test_the_deadline_is_a_little_earlier(seconds: float) -> None:
     plan = Plan((), Ensemble())
-    due = before(plan, seconds).deadline_seconds
+    due = with_client_deadline(plan, seconds).deadline_seconds
     assert due is not None
     assert 0 < due < seconds
     assert seconds - due <= MOST_SECONDS
-    assert before(plan, None) is plan
-    own = before(before(plan, 5.0), 1.0)
+    assert with_client_deadline(plan, None) is plan
+    own = with_client_deadline(with_client_deadline(plan, 5.0), 1.0)
     assert own.deadline_seconds == 4.5, "a deadline that is there stands"
 
 

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from time import monotonic
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
-from infer_align.config.schema import parse
-from infer_align.errors import AlignError, InvalidRequest, shown
+from infer_align.errors import AlignError
 from infer_align.types import Candidate, Delta, Plan, Request, Response
 from infer_align_server.service import Service
-from infer_align_server.wire import OBJECTS, align_json, dumps, error_json, usage_json
+from infer_align_server.wire.completion import OBJECTS, align_json, usage_json
+from infer_align_server.wire.disconnect import until_client_leaves
+from infer_align_server.wire.encoding import dumps
+from infer_align_server.wire.errors import error_json
+from infer_align_server.wire.stream_options import StreamOptions
 
-T = TypeVar("T")
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -32,77 +33,6 @@ KEEPALIVE = b": candidates are being compared\n\n"
 LEAST_KEEPALIVE_SECONDS = 0.25
 # What a chunk's choice always has; whatever else an engine puts there is passed on once.
 USUAL = frozenset({"delta", "message", "text", "logprobs", "finish_reason"})
-
-
-@dataclass(frozen=True, slots=True)
-class StreamOptions:
-    """OpenAI's `stream_options`."""
-
-    include_usage: bool = field(
-        default=False, metadata={"description": "a last chunk with the usage of the whole answer"}
-    )
-    include_obfuscation: Literal[False] = field(
-        default=False, metadata={"description": "padding: nothing here adds any"}
-    )
-
-
-def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:
-    """How the answer is to be streamed; None where it is not.
-
-    Raises:
-        InvalidRequest: `stream` or `stream_options` is not what it should be.
-    """
-    stream, options = body.get("stream"), body.get("stream_options")
-    if not isinstance(stream, bool | None):
-        raise InvalidRequest(
-            f"stream: {shown(stream)} is not allowed; must be true or false.", param="stream"
-        )
-    if options is not None and not stream:
-        raise InvalidRequest(
-            "stream_options: only allowed where stream is true; leave it out.",
-            param="stream_options",
-        )
-    return (
-        parse(StreamOptions, {} if options is None else options, "stream_options")
-        if stream
-        else None
-    )
-
-
-class ClientLeft(Exception):
-    """The client closed the connection; there is nobody to answer."""
-
-
-async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client disconnects.
-
-    Raises:
-        ClientLeft: it did.
-    """
-    worker = asyncio.current_task()
-    assert worker is not None
-    left = False
-
-    async def watch() -> None:
-        nonlocal left
-        await _disconnect(receive)
-        left = True
-        worker.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if left and not worker.uncancel():  # ours, not somebody else's who is ending this task
-            raise ClientLeft from None
-        raise
-    finally:
-        watcher.cancel()
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 class EventStream(HttpResponse):

@@ -1,4 +1,4 @@
-"""JSON schemas of what comes back; `wire`, `catalogue` and `scoring` write it, and tests hold real answers to these."""
+"""JSON schemas of what comes back; `wire`, `discovery` and `scoring` write it, and tests hold real answers to these."""
 
 from __future__ import annotations
 

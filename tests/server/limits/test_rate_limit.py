@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infer_align.errors import DeadlineExceeded, EngineFailed, Overloaded
-from infer_align_server.charges import charged
-from infer_align_server.rates import MAX_CALLERS, Allowance
+from infer_align_server.limits.rate_limit import MAX_CALLERS, RateLimit
+from infer_align_server.limits.token_budget import charged
 
 KEYS = '[server]\napi_keys_env = "TEST_BUDGET_KEYS"\n'
 WORDS = '[engine]\nkind = "fake"\nreplies = [{text = "' + " ".join(["word"] * 30) + '"}]\n'
@@ -31,12 +31,12 @@ class Clock:
         return self.now
 
 
-def allowance(per_minute: int) -> tuple[Allowance, Clock]:
+def allowance(per_minute: int) -> tuple[RateLimit, Clock]:
     clock = Clock()
-    return Allowance(per_minute, "things", "too_many", clock), clock
+    return RateLimit(per_minute, "things", "too_many", clock), clock
 
 
-def refusal(bucket: Allowance, caller: str, amount: int) -> float | None:
+def refusal(bucket: RateLimit, caller: str, amount: int) -> float | None:
     """Take; -> the seconds to wait where it is refused."""
     try:
         bucket.take(caller, amount)

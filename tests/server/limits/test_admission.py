@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from infer_align.config import config as configuration
 from infer_align.errors import DeadlineExceeded, Overloaded
-from infer_align_server.admission import MAX_CALLERS, Admission
+from infer_align_server.limits.admission import MAX_CALLERS, Admission
 
 Arrivals = list[tuple[str, int]]
 
