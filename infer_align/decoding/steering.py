@@ -250,14 +250,14 @@ def _evaluate(
         read[lm] = members, cache.siblings(candidates[members])
     first = terms.values[0]
     if len(terms.values) == 1 and terms.users[0] is None and isinstance(first, HeadValue):
-        return first.of(hidden, candidates)[None]
+        return first.evaluate(hidden, candidates)[None]
     values = torch.zeros((len(terms.values), *candidates.shape), device=candidates.device)
     for m, (value, users) in enumerate(zip(terms.values, terms.users, strict=True)):
         if isinstance(value, LookaheadValue) and value.lm:
             members, found = read[value.lm]
             values[m, members] = found[..., value.index]
         elif isinstance(value, HeadValue) and users is None:
-            values[m] = value.of(hidden, candidates)
+            values[m] = value.evaluate(hidden, candidates)
         elif isinstance(value, HeadValue):
-            values[m, users] = value.of(hidden[users], candidates[users])
+            values[m, users] = value.evaluate(hidden[users], candidates[users])
     return values

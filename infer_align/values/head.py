@@ -82,7 +82,7 @@ class HeadValue(Value):
             return linear(hidden, t["P"])
         return linear(gelu(linear(hidden, t["W1"], t["c1"])), t["W2"])
 
-    def of(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    def evaluate(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
         if hidden.is_cuda:
             return candidate_values(

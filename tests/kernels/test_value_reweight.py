@@ -10,6 +10,7 @@ import infer_align_kernels as kernels
 from infer_align_kernels import (
     CandidateValues,
     HeadValues,
+    add_candidate_shifts,
     reweight_logits,
     top_candidates,
     value_reweight,
@@ -249,6 +250,18 @@ def test_in_place_is_the_same() -> None:
     mine = logits.clone()
     assert reweight_logits(mine, given.token_ids, given.values, beta, given.tail, out=mine) is mine
     assert torch.equal(mine.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+
+
+@pytest.mark.parametrize("values", [1, 3])
+def test_unchecked_shifts_are_the_reweighted_logits_bit_for_bit(values: int) -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    token_ids = top_candidates(logits, 6)
+    scored = torch.randn(values, 5, 6, generator=torch.Generator().manual_seed(1)) + 50
+    beta = torch.randn(5, values, generator=torch.Generator().manual_seed(2))
+    expected = reweight_logits(logits, token_ids, scored, beta)
+    in_place = logits.clone()
+    assert add_candidate_shifts(in_place, token_ids, scored, beta) is in_place
+    assert torch.equal(in_place, expected)
 
 
 def test_float64_logits_stay_float64() -> None:

@@ -59,8 +59,8 @@ def test_fitting_and_steering_mean_the_same_by_a_head(tmp_path: Path, form: str)
     value.start(FROZEN, {})
     hidden, ids = torch.randn(4, D), torch.randint(0, V, (4, 5))
     expected = regression.predict(made, hidden.repeat_interleave(5, 0), ids.flatten()).view(4, 5)
-    assert value.of(hidden, ids).allclose(expected, atol=1e-5)
-    assert value.of(hidden[:, :], ids[:, :1]).shape == (4, 1)
+    assert value.evaluate(hidden, ids).allclose(expected, atol=1e-5)
+    assert value.evaluate(hidden[:, :], ids[:, :1]).shape == (4, 1)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

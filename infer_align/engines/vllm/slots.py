@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from infer_align.engines.vllm.steering import Terms
 from infer_align.values.head import HeadValue
-from infer_align_kernels import reweight_logits, top_candidates
+from infer_align_kernels import add_candidate_shifts, reweight_logits, top_candidates
 
 Indices = NDArray[np.int64]
 
@@ -207,9 +207,10 @@ def steer(logits: torch.Tensor, hidden: torch.Tensor, layout: Layout) -> torch.T
     candidates = top_candidates(mine, layout.k)
     values = _evaluate(candidates, states, layout.values, layout.users)
     slots = candidates if layout.beyond is None else candidates.masked_fill(layout.beyond, -1)
-    steered = reweight_logits(
-        mine, slots, values, layout.beta, layout.tail, out=mine, whole=layout.whole
-    )
+    if layout.whole and not mine.is_cuda:
+        steered = add_candidate_shifts(mine, slots, values, layout.beta)
+    else:
+        steered = reweight_logits(mine, slots, values, layout.beta, layout.tail, out=mine)
     return steered if rows is None else logits.index_copy_(0, rows, steered)
 
 
@@ -221,13 +222,15 @@ def _evaluate(
 ) -> torch.Tensor:
     """[M, S, k] values of the candidates; what a row does not use is 0 and was not computed."""
     if len(values) == 1 and users[0] is None:
-        return values[0].of(states, candidates)[None]
+        return values[0].evaluate(states, candidates)[None]
     found = torch.zeros((len(values), *candidates.shape), device=candidates.device)
     for m, (value, some) in enumerate(zip(values, users, strict=True)):
         if some is None:
-            found[m] = value.of(states, candidates)
+            found[m] = value.evaluate(states, candidates)
         else:
             found[m].index_copy_(
-                0, some, value.of(states.index_select(0, some), candidates.index_select(0, some))
+                0,
+                some,
+                value.evaluate(states.index_select(0, some), candidates.index_select(0, some)),
             )
     return found

@@ -11,6 +11,7 @@ __all__ = [
     "CandidateValues",
     "HeadValues",
     "Sampled",
+    "add_candidate_shifts",
     "allocate_workspace",
     "candidate_values",
     "reweight_logits",
@@ -73,8 +74,6 @@ def reweight_logits(
     beta: torch.Tensor,
     tail: Tail | torch.Tensor = "keep",
     out: torch.Tensor | None = None,
-    *,
-    whole: bool = False,
 ) -> torch.Tensor:
     """logits[a] + sum over m of beta_m * (value_m[a] - mean of value_m over the k slots), for the candidates a. -> [B, V].
 
@@ -89,14 +88,10 @@ def reweight_logits(
         beta: [B, M], finite.
         tail: "keep" leaves the other tokens' logits, "mask" makes them -inf; or [B] bool, True where they are masked.
         out: where to write, `logits` itself included; float32, or float64 for float64 logits.
-        whole: the caller knows that all of this holds, that every slot is used, no beta is 0, every value a number, the tail kept
-            and everything float32: in place on a CPU nobody looks.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, by name.
     """
-    if whole and out is logits and not logits.is_cuda:
-        return logits.scatter_add_(1, token_ids, reference.whole_shifts(values, beta))
     _check_logits(logits)
     _check_candidates(logits, token_ids, values, beta, tail)
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -112,6 +107,29 @@ def reweight_logits(
         with torch.cuda.device(logits.device):
             return triton.reweight_logits(logits, token_ids, values, beta, tail, out)
     return reference.reweight_logits(logits, token_ids, values, beta, tail, out)
+
+
+def add_candidate_shifts(
+    logits: torch.Tensor, token_ids: torch.Tensor, values: torch.Tensor, beta: torch.Tensor
+) -> torch.Tensor:
+    """Add the shift of every candidate to its logit, in place and without any check. -> `logits`.
+
+    This is `reweight_logits(..., tail="keep", out=logits)` on a CPU for a caller that has already established the preconditions.
+    The result is bit for bit the same. If a precondition does not hold, the result is undefined.
+
+    Preconditions:
+        All tensors are on the CPU and fit together as `reweight_logits` documents.
+        `logits`, `values` and `beta` are float32.
+        Every slot is used: `token_ids` holds no -1.
+        Every beta is non-zero, and every value is finite.
+
+    Args:
+        logits: [B, V], overwritten.
+        token_ids: [B, k] int64, different in each row.
+        values: [M, B, k].
+        beta: [B, M].
+    """
+    return logits.scatter_add_(1, token_ids, reference.centred_shifts(values, beta))
 
 
 def candidate_values(

@@ -30,7 +30,7 @@ def reweight_logits(
     keep = isinstance(tail, str) and tail == "keep"
     if (out is None or in_place) and keep and not logits.is_cuda and _is_whole(token_ids, beta):
         # The common case, with fewer operations and bit for bit the same.
-        shift = whole_shifts(values.to(dtype), beta.to(dtype))
+        shift = centred_shifts(values.to(dtype), beta.to(dtype))
         if math.isfinite(shift.sum()):  # every value is a number
             return (logits.to(dtype, copy=True) if out is None else out).scatter_add_(
                 1, token_ids, shift
@@ -53,7 +53,7 @@ def reweight_logits(
     return out.scatter_(1, ids, torch.where(slots, steered, steered[:, :1]))
 
 
-def whole_shifts(values: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+def centred_shifts(values: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """`shifts` where every slot is used, every weight counts and every value is a number. [M, B, k], [B, M] -> [B, k]."""
     centred = values - values.sum(dim=2, keepdim=True) / values.shape[2]
     if len(values) == 1:

@@ -78,7 +78,7 @@ def expected(
             every = torch.arange(V)[None]
             values = np.stack(
                 [
-                    heads[name].of(hidden[row : row + 1], every).numpy()[:, ids[0]]
+                    heads[name].evaluate(hidden[row : row + 1], every).numpy()[:, ids[0]]
                     for name in own.beta
                 ]
             )
