@@ -36,9 +36,9 @@ from infer_align.config import config
 from infer_align.demo import path, world
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.fitting import HELD_OUT_SHARE
-from infer_align.fitting.curve import BetaPoint, suggest
+from infer_align.fitting.curve import BetaPoint, suggest_beta
 from infer_align.fitting.regression import split_by_prompt
-from infer_align.fitting.samples import draw
+from infer_align.fitting.samples import draw_candidates
 from infer_align.methods.best_of_n import expected_best, kl_upper_bound
 from infer_align.types import Array, Candidate, Draw, Steering
 
@@ -138,7 +138,7 @@ class Lab:
             )
             for i, question in enumerate(self.questions)
         ]
-        drawn = await asyncio.gather(*(draw(self.engine, one) for one in wanted))
+        drawn = await asyncio.gather(*(draw_candidates(self.engine, one) for one in wanted))
         exchanges = [
             (q, c.text)
             for q, candidates in zip(self.questions, drawn, strict=True)
@@ -253,7 +253,7 @@ def headlined(ways: Mapping[str, Way]) -> list[str]:
         names.append(
             label(
                 value,
-                suggest([BetaPoint(b, *mean_se(w.proxy), *mean_se(w.kl)) for b, w in found]),
+                suggest_beta([BetaPoint(b, *mean_se(w.proxy), *mean_se(w.kl)) for b, w in found]),
                 greedy=greedy,
             )
         )

@@ -19,17 +19,17 @@ import torch
 
 from infer_align.demo import ASSETS, REWARDS, world
 from infer_align.engines.transformers import Transformers
-from infer_align.fitting import Fitting, fit_value, fit_value_lm
-from infer_align.fitting.samples import Conversation, Sampling, sample
+from infer_align.fitting import FitConfig, fit_value, fit_value_lm
+from infer_align.fitting.samples import Conversation, SamplingConfig, sample_replies
 from infer_align.rewards import Reward
 from infer_align.rewards.classifier import Classifier
 from infer_align.rewards.rules import Rules
 
-SAMPLING = Sampling(
+SAMPLING = SamplingConfig(
     model="demo", reward="quality", objective="uwo", replies_per_prompt=16, max_tokens=64, seed=11
 )
-HEAD = Fitting(kind="head", method="sgd", rank=32, epochs=8)
-LOOKAHEAD = Fitting(kind="lookahead", epochs=6)
+HEAD = FitConfig(kind="head", method="sgd", rank=32, epochs=8)
+LOOKAHEAD = FitConfig(kind="lookahead", epochs=6)
 REWARDS_OF: dict[str, Callable[[], Reward]] = {
     "helpful": lambda: Classifier(models=tuple(f"demo/{name}" for name in REWARDS)).load(),
     "brief": lambda: Rules(words_weight=-0.1).load(),
@@ -54,7 +54,7 @@ async def build(out: Path) -> None:
             file = Path(scratch) / f"value-{name}.safetensors"
             reports[name] = await fit_value(engine, reward, prompts, how, HEAD, file, _say)
             # Read again rather than drawn again: the value LM is fitted to the same replies.
-            samples[name] = await sample(
+            samples[name] = await sample_replies(
                 engine, reward, prompts, how, file.with_suffix(".samples.jsonl"), _say
             )
             (out / file.name).write_bytes(file.read_bytes())

@@ -21,14 +21,14 @@ from infer_align.demo.locate import locate
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import curve, regression
-from infer_align.fitting.lookahead import Reading, fit_lookahead
+from infer_align.fitting.lookahead import TokenizedReplies, fit_lookahead
 from infer_align.fitting.samples import (
     Conversation,
     Progress,
-    Sample,
-    Sampling,
+    SamplingConfig,
+    ScoredReply,
     read_states,
-    sample,
+    sample_replies,
 )
 from infer_align.rewards import Reward
 from infer_align.values import head, lookahead, tokenizer_digest
@@ -41,7 +41,7 @@ HELD_OUT_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Fitting:
+class FitConfig:
     """How a value is fitted."""
 
     kind: Literal["head", "lookahead"] = field(
@@ -91,7 +91,7 @@ class Fitting:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class FitReport:
     """What is known of a fitted value."""
 
     samples: int
@@ -104,11 +104,11 @@ async def fit_value(
     engine: TransformersEngine,
     reward: Reward,
     prompts: Sequence[Conversation],
-    sampling: Sampling,
-    fitting: Fitting,
+    sampling: SamplingConfig,
+    fitting: FitConfig,
     out: Path,
     progress: Progress,
-) -> Report:
+) -> FitReport:
     """Sample, score, fit, save to `out`, and try it over beta. The samples are kept beside it and continued by a later run.
 
     Args:
@@ -125,7 +125,7 @@ async def fit_value(
         ConfigError: `out` cannot be written, or the value model does not fit the frozen model.
     """
     out = _ready(engine, reward, fitting, out)
-    samples = await sample(
+    samples = await sample_replies(
         engine, reward, prompts, sampling, out.with_suffix(".samples.jsonl"), progress
     )
     _check(samples)
@@ -139,14 +139,14 @@ async def fit_value(
         )
         await engine.add_value(out.stem, LookaheadValue(Lookahead(str(out))))
     tried = [*itertools.islice(itertools.cycle(unseen), fitting.curve_replies)]
-    betas = [*curve.betas(fitting.largest_beta)]
+    betas = [*curve.beta_grid(fitting.largest_beta)]
     points = await curve.reward_kl_curve(engine, reward, tried, out.stem, betas, sampling, progress)
-    report = Report(len(samples), fitness, points, curve.suggest(points))
+    report = FitReport(len(samples), fitness, points, curve.suggest_beta(points))
     out.with_suffix(".report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 
-def _ready(engine: TransformersEngine, reward: Reward, fitting: Fitting, out: Path) -> Path:
+def _ready(engine: TransformersEngine, reward: Reward, fitting: FitConfig, out: Path) -> Path:
     """`out`, absolute; and what would otherwise fail after hours of sampling fails now."""
     if fitting.kind == "head" and out.is_dir():
         raise ConfigError(
@@ -177,13 +177,13 @@ def _check_value_model(engine: TransformersEngine, name: str | None) -> None:
         )
 
 
-def _held_out(samples: Sequence[Sample], seed: int) -> list[int]:
+def _held_out(samples: Sequence[ScoredReply], seed: int) -> list[int]:
     """Prompts that the value is not fitted to."""
     held = regression.split_by_prompt([s.prompt for s in samples], HELD_OUT_SHARE, seed).tolist()
     return sorted({s.prompt for s, out in zip(samples, held, strict=True) if out})
 
 
-def _check(samples: Sequence[Sample]) -> None:
+def _check(samples: Sequence[ScoredReply]) -> None:
     if len(samples) < FEWEST_SAMPLES:
         raise InvalidRequest(
             f"samples: {len(samples)} are too few to fit a value; give at least {FEWEST_SAMPLES}: "
@@ -206,15 +206,15 @@ def _check(samples: Sequence[Sample]) -> None:
 def _fit_head(
     engine: TransformersEngine,
     prompts: Sequence[Conversation],
-    samples: Sequence[Sample],
-    how: Fitting,
-    sampling: Sampling,
+    samples: Sequence[ScoredReply],
+    how: FitConfig,
+    sampling: SamplingConfig,
     out: Path,
     progress: Progress,
 ) -> regression.Fitness:
     replies, _, _ = read_states(engine.frozen, prompts, samples, progress)
     held = regression.split_by_prompt(replies.prompts.tolist(), HELD_OUT_SHARE, sampling.seed)
-    training, testing = replies.only(~held), replies.only(held)
+    training, testing = replies.select(~held), replies.select(held)
     vocabulary = engine.frozen.vocabulary
     if how.method == "ridge":
         tensors = regression.fit_ridge(
@@ -240,8 +240,8 @@ def _fit_head(
 def fit_value_lm(
     engine: TransformersEngine,
     prompts: Sequence[Conversation],
-    samples: Mapping[str, Sequence[Sample]],
-    how: Fitting,
+    samples: Mapping[str, Sequence[ScoredReply]],
+    how: FitConfig,
     seed: int,
     out: Path,
     progress: Progress,
@@ -252,14 +252,14 @@ def fit_value_lm(
         raise ValueError("samples: the rewards have scored different replies")
     states, ids, starts = read_states(engine.frozen, prompts, first, progress)
     replies = tuple(
-        states.under(torch.tensor([s.reward for s in scored])) for scored in samples.values()
+        states.with_rewards(torch.tensor([s.reward for s in scored])) for scored in samples.values()
     )
     lm = AutoModel.from_pretrained(
         locate(how.value_model or engine.config.model), dtype=torch.float32
     )
     heads, found = fit_lookahead(
         lm,
-        Reading(ids, starts, replies),
+        TokenizedReplies(ids, starts, replies),
         gamma=how.gamma,
         lam=how.lam,
         epochs=how.epochs,

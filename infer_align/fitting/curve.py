@@ -10,7 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from infer_align.engines.transformers import TransformersEngine
-from infer_align.fitting.samples import Conversation, Progress, Sampling, draw, scores_of
+from infer_align.fitting.samples import (
+    Conversation,
+    Progress,
+    SamplingConfig,
+    draw_candidates,
+    score_candidates,
+)
+from infer_align.methods.vas import VAS
 from infer_align.rewards import Reward
 from infer_align.types import Array, Draw, Steering
 
@@ -32,7 +39,7 @@ async def reward_kl_curve(
     prompts: Sequence[Conversation],
     value: str,
     betas: Sequence[float],
-    how: Sampling,
+    how: SamplingConfig,
     progress: Progress,
 ) -> tuple[BetaPoint, ...]:
     """Reward of one steered reply per prompt, and its KL from the frozen model: the sum over tokens of log pi_beta - log pi_0.
@@ -67,19 +74,20 @@ async def _steered(
     messages: Conversation,
     value: str,
     beta: float,
-    how: Sampling,
+    how: SamplingConfig,
     seed: int,
 ) -> tuple[float, float]:
-    steering = Steering({value: beta}, 20, "keep")
+    vas = VAS({value: beta})
+    steering = Steering(vas.beta, vas.top_k, vas.tail)
     body = {"messages": messages, "max_tokens": how.max_tokens, "logprobs": True}
-    (candidate,) = await draw(engine, Draw(body, 1, (seed,), steering=steering))
+    (candidate,) = await draw_candidates(engine, Draw(body, 1, (seed,), steering=steering))
     entries = candidate.choice["logprobs"]["content"]
     kl = sum(entry["aligned_logprob"] - entry["logprob"] for entry in entries)
-    (value_of_reply,) = await scores_of(reward, messages, [candidate], how.objective)
+    (value_of_reply,) = await score_candidates(reward, messages, [candidate], how.objective)
     return value_of_reply, kl
 
 
-def suggest(curve: Sequence[BetaPoint]) -> float:
+def suggest_beta(curve: Sequence[BetaPoint]) -> float:
     """The smallest beta whose reward is within one standard error of the best: what lies beyond it costs KL and earns nothing."""
     scored = [point for point in curve if math.isfinite(point.reward)]
     if not scored:
@@ -88,7 +96,7 @@ def suggest(curve: Sequence[BetaPoint]) -> float:
     return min((p.beta for p in scored if p.reward >= best.reward - best.reward_se), key=abs)
 
 
-def betas(largest: float) -> Iterator[float]:
+def beta_grid(largest: float) -> Iterator[float]:
     """A grid that doubles, from a 16th of the largest, behind 0: the frozen model itself."""
     yield 0.0
     yield from (largest / 2**i for i in range(4, -1, -1))

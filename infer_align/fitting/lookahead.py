@@ -23,7 +23,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class TokenizedReplies:
     """What the value LM reads: prompt and reply of each sample, and where the reply begins."""
 
     ids: Sequence[list[int]]
@@ -33,7 +33,7 @@ class Reading:
 
 def fit_lookahead(
     lm: Any,
-    reading: Reading,
+    reading: TokenizedReplies,
     *,
     gamma: float,
     lam: float,
@@ -108,7 +108,9 @@ def fit_lookahead(
     return [(weight[h].clone(), float(bias[h])) for h in range(len(found))], found
 
 
-def _values(lm: Any, heads: torch.nn.Linear, reading: Reading, members: list[int]) -> torch.Tensor:
+def _values(
+    lm: Any, heads: torch.nn.Linear, reading: TokenizedReplies, members: list[int]
+) -> torch.Tensor:
     """Values after each reply token of these samples, sample after sample. -> [tokens, H]."""
     width = max(len(reading.ids[i]) for i in members)
     ids = torch.tensor([reading.ids[i] + [0] * (width - len(reading.ids[i])) for i in members])
@@ -123,4 +125,4 @@ def _values(lm: Any, heads: torch.nn.Linear, reading: Reading, members: list[int
 
 
 def _held_out(values: torch.Tensor, replies: Replies, held: torch.Tensor) -> Fitness:
-    return fitness(values[held[replies.reply]], replies.only(held))
+    return fitness(values[held[replies.reply]], replies.select(held))

@@ -30,7 +30,7 @@ class Replies:
     rewards: torch.Tensor  # [S] of each reply
     prompts: torch.Tensor  # [S] which prompt each answers
 
-    def only(self, replies: torch.Tensor) -> Replies:
+    def select(self, replies: torch.Tensor) -> Replies:
         """These replies, in ascending order. replies: [S] bool."""
         kept = replies[self.reply]
         renumbered = torch.cumsum(replies.long(), 0) - 1
@@ -42,7 +42,7 @@ class Replies:
             self.prompts[replies],
         )
 
-    def under(self, rewards: torch.Tensor) -> Replies:
+    def with_rewards(self, rewards: torch.Tensor) -> Replies:
         """The same replies by another reward, without their states. rewards: [S]."""
         return Replies(self.hidden[:, :0], self.tokens, self.reply, rewards, self.prompts)
 

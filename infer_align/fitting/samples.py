@@ -33,19 +33,19 @@ BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingConfig:
     """What a samples file was made with; another run may only continue it with the same."""
 
     model: str
     reward: str
     objective: str
-    replies_per_prompt: int = 8
-    max_tokens: int = 128
-    seed: int = 0
+    replies_per_prompt: int
+    max_tokens: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class ScoredReply:
     """One scored reply of the frozen model."""
 
     prompt: int
@@ -92,14 +92,14 @@ def _prompt(line: str, place: str) -> Conversation:
     return messages
 
 
-async def sample(
+async def sample_replies(
     engine: TransformersEngine,
     reward: Reward,
     prompts: Sequence[Conversation],
-    how: Sampling,
+    how: SamplingConfig,
     path: Path,
     progress: Progress,
-) -> list[Sample]:
+) -> list[ScoredReply]:
     """Scored replies to every prompt, continued where an earlier run stopped; finished prompts are on disk before the next start.
 
     Raises:
@@ -127,7 +127,7 @@ def _digest(messages: Conversation) -> str:
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _resume(path: Path, how: Sampling, digests: Sequence[str]) -> list[Sample]:
+def _resume(path: Path, how: SamplingConfig, digests: Sequence[str]) -> list[ScoredReply]:
     header = json.dumps(asdict(how)) + "\n"
     if not path.exists():
         _rewrite(path, header)
@@ -169,10 +169,10 @@ def _rewrite(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _read_sample(path: Path, number: int, line: str) -> Sample:
+def _read_sample(path: Path, number: int, line: str) -> ScoredReply:
     value = _json(path, number, line)
     try:
-        found = Sample(**value)
+        found = ScoredReply(**value)
     except TypeError:
         raise _unusable(path, f"is damaged: line {number} is not a sample") from None
     return found
@@ -193,8 +193,12 @@ def _unusable(path: Path, why: str) -> InvalidRequest:
 
 
 async def _replies(
-    engine: TransformersEngine, reward: Reward, messages: Conversation, prompt: int, how: Sampling
-) -> list[Sample]:
+    engine: TransformersEngine,
+    reward: Reward,
+    messages: Conversation,
+    prompt: int,
+    how: SamplingConfig,
+) -> list[ScoredReply]:
     n = how.replies_per_prompt
     first = how.seed * 1_000_003 + prompt * n
     wanted = Draw(
@@ -203,10 +207,10 @@ async def _replies(
         tuple((first + i) % SEED_RANGE for i in range(n)),
     )
     try:
-        candidates = await draw(engine, wanted)
+        candidates = await draw_candidates(engine, wanted)
     except InvalidRequest as error:
         raise InvalidRequest(f"prompt {prompt}: {error.message}", param="prompts") from error
-    scores = await scores_of(reward, messages, candidates, how.objective)
+    scores = await score_candidates(reward, messages, candidates, how.objective)
     bad = [i for i, value in enumerate(scores) if not math.isfinite(value)]
     if bad:
         raise InvalidRequest(
@@ -216,12 +220,12 @@ async def _replies(
         )
     asked = _digest(messages)
     return [
-        Sample(prompt, asked, c.text, c.finish_reason or "stop", float(value))
+        ScoredReply(prompt, asked, c.text, c.finish_reason or "stop", float(value))
         for c, value in zip(candidates, scores, strict=True)
     ]
 
 
-async def draw(engine: TransformersEngine, wanted: Draw) -> list[Candidate]:
+async def draw_candidates(engine: TransformersEngine, wanted: Draw) -> list[Candidate]:
     """Its candidates, in order.
 
     Raises:
@@ -235,7 +239,7 @@ async def draw(engine: TransformersEngine, wanted: Draw) -> list[Candidate]:
     return sorted(found, key=lambda c: c.index)
 
 
-async def scores_of(
+async def score_candidates(
     reward: Reward, messages: Conversation, candidates: Sequence[Candidate], objective: str
 ) -> list[float]:
     """One number each, by the objective over the reward's members; NaN where it could not be scored."""
@@ -252,7 +256,10 @@ async def scores_of(
 
 
 def read_states(
-    model: Model, prompts: Sequence[Conversation], samples: Sequence[Sample], progress: Progress
+    model: Model,
+    prompts: Sequence[Conversation],
+    samples: Sequence[ScoredReply],
+    progress: Progress,
 ) -> tuple[Replies, list[list[int]], list[int]]:
     """The frozen model's state before each token of each reply, by one forward each; what was read; where replies begin."""
     hidden, tokens, reply, texts, starts = [], [], [], [], []

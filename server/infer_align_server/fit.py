@@ -17,14 +17,14 @@ from infer_align.config import registry
 from infer_align.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from infer_align.fitting import Report
+    from infer_align.fitting import FitReport
 
 OUT = Console()
 ERR = Console(stderr=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is fitted, to what, and where it goes; the rest are the fields of `Fitting`, by `--fit NAME=VALUE`."""
+    """What is fitted, to what, and where it goes; the rest are the fields of `FitConfig`, by `--fit NAME=VALUE`."""
     parser.add_argument("--reward", required=True, help="a configured reward")
     parser.add_argument(
         "--prompts", required=True, type=Path, help='JSON lines: a string, or {"messages": [...]}'
@@ -79,16 +79,16 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-async def _fit(options: argparse.Namespace, progress: Any) -> Report:
+async def _fit(options: argparse.Namespace, progress: Any) -> FitReport:
     registry.engines.get("transformers")  # says what to install where it cannot be imported
     from infer_align.config.schema import parse
     from infer_align.engines.transformers import TransformersEngine
-    from infer_align.fitting import Fitting, fit_value
-    from infer_align.fitting.samples import Sampling, read_prompts
+    from infer_align.fitting import FitConfig, fit_value
+    from infer_align.fitting.samples import SamplingConfig, read_prompts
 
     config = configuration.load(options.config, options.set)
     prompts = read_prompts(options.prompts)
-    fitting = parse(Fitting, _settings(options.fit), "--fit", ConfigError)
+    fitting = parse(FitConfig, _settings(options.fit), "--fit", ConfigError)
     if options.reward not in config.rewards:
         raise ConfigError(
             f"--reward: {options.reward!r} is not configured; {nearest(options.reward, config.rewards)}"
@@ -102,7 +102,7 @@ async def _fit(options: argparse.Namespace, progress: Any) -> Report:
     await engine.start()
     try:
         await reward.start()
-        how = Sampling(
+        how = SamplingConfig(
             engine.model,
             options.reward,
             options.objective,
@@ -125,7 +125,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
     return table
 
 
-def _print(report: Report, out: Path) -> None:
+def _print(report: FitReport, out: Path) -> None:
     held = report.held_out
     OUT.print(
         f"{out}: {report.samples} samples; held out: R² {held.r2:.3f} (last token {held.r2_last:.3f}), slope {held.slope:.2f}",

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from infer_align.fitting.curve import BetaPoint, betas, reward_kl_curve, suggest
-from infer_align.fitting.samples import Sampling, draw
+from infer_align.fitting.curve import BetaPoint, beta_grid, reward_kl_curve, suggest_beta
+from infer_align.fitting.samples import SamplingConfig, draw_candidates
 from infer_align.types import Draw
 from infer_align.values import head
 from infer_align.values.head import HeadValue
 
-HOW = Sampling("tiny", "length", "mean", max_tokens=6, seed=5)
+HOW = SamplingConfig("tiny", "length", "mean", replies_per_prompt=8, max_tokens=6, seed=5)
 
 
 def points(
@@ -43,16 +43,16 @@ def points(
 def test_suggests_the_smallest_beta_within_one_standard_error_of_the_best(
     rewards: Any, beta: float
 ) -> None:
-    assert suggest(points(*rewards)) == beta
-    assert suggest(points(*rewards)[::-1]) == beta
+    assert suggest_beta(points(*rewards)) == beta
+    assert suggest_beta(points(*rewards)[::-1]) == beta
 
 
 def test_the_smallest_is_by_size_not_by_sign() -> None:
-    assert suggest(points(2.0, 1.99, 2.0, 0.0, grid=(-4.0, -1.0, 2.0, 0.0))) == -1.0
+    assert suggest_beta(points(2.0, 1.99, 2.0, 0.0, grid=(-4.0, -1.0, 2.0, 0.0))) == -1.0
 
 
 def test_the_grid_starts_with_the_frozen_model() -> None:
-    assert [*betas(16.0)] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
+    assert [*beta_grid(16.0)] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
 
 
 @pytest.fixture
@@ -88,9 +88,11 @@ async def test_the_curve(
     assert len(told) == 4
     assert [p.beta for p in curve] == [0.0, 1.0, 3.0, -2.0]
     frozen = [
-        (await draw(engine, Draw({"messages": messages, "max_tokens": 6}, 1, (HOW.seed + i,))))[
-            0
-        ].text
+        (
+            await draw_candidates(
+                engine, Draw({"messages": messages, "max_tokens": 6}, 1, (HOW.seed + i,))
+            )
+        )[0].text
         for i, messages in enumerate(prompts)
     ]
     assert sorted(texts[:20]) == sorted(frozen)

@@ -12,15 +12,15 @@ import pytest
 from infer_align import fitting
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.fitting import Fitting, fit_value, fit_value_lm
-from infer_align.fitting.samples import Sample, Sampling
+from infer_align.fitting import FitConfig, fit_value, fit_value_lm
+from infer_align.fitting.samples import SamplingConfig, ScoredReply
 from infer_align.values import head
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
 pytestmark = pytest.mark.anyio
 
-HOW = Sampling("tiny", "length", "mean", replies_per_prompt=10, max_tokens=4, seed=1)
-QUICK = Fitting(
+HOW = SamplingConfig("tiny", "length", "mean", replies_per_prompt=10, max_tokens=4, seed=1)
+QUICK = FitConfig(
     method="ridge", rank=8, ridge=20.0, epochs=2, width=8, largest_beta=4.0, curve_replies=12
 )
 
@@ -181,8 +181,8 @@ async def test_one_value_lm_for_several_rewards(
 ) -> None:
     texts = [(p, f"the {'cat ' * (i % 4)}") for p in range(12) for i in range(4)]
     asks = {
-        "cats": [Sample(p, "", text, "stop", float(text.count("cat"))) for p, text in texts],
-        "fewer": [Sample(p, "", text, "stop", -2.0 * text.count("cat")) for p, text in texts],
+        "cats": [ScoredReply(p, "", text, "stop", float(text.count("cat"))) for p, text in texts],
+        "fewer": [ScoredReply(p, "", text, "stop", -2.0 * text.count("cat")) for p, text in texts],
     }
     found = fit_value_lm(
         engine, prompts, asks, replace(QUICK, kind="lookahead", epochs=8), 0, tmp_path / "lm", quiet

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from infer_align.fitting.lookahead import Reading, _values, fit_lookahead
+from infer_align.fitting.lookahead import TokenizedReplies, _values, fit_lookahead
 from infer_align.fitting.regression import Replies
 
 V, PROMPT = 10, 2
 
 
-def reading(n: int = 320, seed: int = 0) -> Reading:
+def reading(n: int = 320, seed: int = 0) -> TokenizedReplies:
     """Random replies of 1 to 5 tokens, 4 to a prompt; rewards: how many 3s there are, and minus half the length."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 6, (n,), generator=generator).tolist()
@@ -27,8 +27,10 @@ def reading(n: int = 320, seed: int = 0) -> Reading:
     )
     counts = torch.tensor([float(text.count(3)) for text in texts])
     first = Replies(torch.zeros(len(tokens), 0), tokens, reply, counts, prompts)
-    return Reading(
-        ids, [PROMPT] * n, (first, first.under(torch.tensor([-0.5 * length for length in lengths])))
+    return TokenizedReplies(
+        ids,
+        [PROMPT] * n,
+        (first, first.with_rewards(torch.tensor([-0.5 * length for length in lengths]))),
     )
 
 
@@ -43,7 +45,7 @@ def tiny() -> LlamaModel:
     return LlamaModel(LlamaConfig(vocab_size=V, max_position_embeddings=32, **size))
 
 
-def fit(lm: LlamaModel, what: Reading, **options: Any) -> Any:
+def fit(lm: LlamaModel, what: TokenizedReplies, **options: Any) -> Any:
     defaults = {
         "gamma": 1.0,
         "lam": 1.0,
@@ -80,8 +82,8 @@ def test_it_learns_and_says_so() -> None:
 
 def test_padding_changes_nothing() -> None:
     what, lm = reading(8), tiny()
-    alone = Reading(
-        what.ids[:1], what.starts[:1], tuple(r.only(torch.arange(8) == 0) for r in what.replies)
+    alone = TokenizedReplies(
+        what.ids[:1], what.starts[:1], tuple(r.select(torch.arange(8) == 0) for r in what.replies)
     )
     heads = torch.nn.Linear(32, 2)
     with torch.no_grad():

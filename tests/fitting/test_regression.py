@@ -71,7 +71,7 @@ def test_discounted_is_the_reward_as_seen_from_each_token() -> None:
 
 
 def test_only_some_replies() -> None:
-    kept = replies([2, 1, 3], [1.0, 2.0, 3.0], [7, 8, 9]).only(torch.tensor([True, False, True]))
+    kept = replies([2, 1, 3], [1.0, 2.0, 3.0], [7, 8, 9]).select(torch.tensor([True, False, True]))
     assert kept.tokens.tolist() == [0, 1, 3, 4, 5]
     assert kept.hidden[:, 0].tolist() == [0.0, 2.0, 6.0, 8.0, 10.0]
     assert kept.reply.tolist() == [0, 0, 1, 1, 1]
@@ -81,7 +81,7 @@ def test_only_some_replies() -> None:
 
 def test_under_another_reward() -> None:
     first = replies([2, 1], [1.0, 2.0], [3, 4])
-    other = first.under(torch.tensor([5.0, 6.0]))
+    other = first.with_rewards(torch.tensor([5.0, 6.0]))
     assert other.rewards.tolist() == [5.0, 6.0]
     assert torch.equal(other.tokens, first.tokens)
     assert torch.equal(other.prompts, first.prompts)
@@ -170,7 +170,7 @@ def test_the_projection_is_learned_and_not_just_the_largest_components(plant: An
 
 def test_a_token_that_was_never_seen_has_the_row_that_fits_all(plant: Any) -> None:
     samples = plant(lambda hidden, _: hidden[:, 0], 200, 0, D, V)
-    kept = samples.only(samples.tokens < V - 2)  # one token a reply
+    kept = samples.select(samples.tokens < V - 2)  # one token a reply
     head = ridge(kept)
     assert torch.equal(head["E"][-1], head["E"][-2])
     assert head["b"][-1] == head["b"][-2]

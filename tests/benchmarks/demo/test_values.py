@@ -15,7 +15,7 @@ from benchmarks.demo import values
 from infer_align import demo
 from infer_align.config import config as configuration
 from infer_align.demo import world
-from infer_align.fitting.samples import scores_of
+from infer_align.fitting.samples import score_candidates
 from infer_align.types import Draw, Steering
 
 BETA = 6.0
@@ -46,7 +46,7 @@ def measured(served: Any, finish: Any) -> Any:
                 {"messages": messages, "max_tokens": 64}, 2, (2 * i, 2 * i + 1), steering=steering
             )
             candidates, _ = await finish(served, draw)
-            rewards.extend(await scores_of(reward, messages, candidates, "uwo"))
+            rewards.extend(await score_candidates(reward, messages, candidates, "uwo"))
             words.extend(len(c.text.split()) for c in candidates)
 
         await asyncio.gather(*(one(i, text) for i, text in enumerate(world.prompts(30, seed=505))))
