@@ -276,8 +276,15 @@ class LabelLogprobs:
 class LabelReader(Protocol):
     """What a judge needs of an engine."""
 
-    model: str
-    capabilities: frozenset[Capability]
+    @property
+    @abstractmethod
+    def model(self) -> str:
+        """See `infer_align.engines.Engine.model`."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> frozenset[Capability]:
+        """See `infer_align.engines.Engine.capabilities`."""
 
     @property
     @abstractmethod

@@ -35,22 +35,37 @@ class Engine(ABC):
     """A frozen model that can be sampled.
 
     Attributes:
-        model: the name it is served under.
-        capabilities: what it can do.
-        context_length: tokens of prompt and completion together; also the worst case of a request that sets no maximum.
         values: what it can be steered by, by name; given before `start`, which loads them.
         served_name: what clients call the model, where that is not its own name; given before `start`.
         progress: told what is being loaded, in a few words, from any thread.
-        lacking: how a capability that it lacks could be had, where there is a way.
     """
 
-    model: str
-    capabilities: frozenset[Capability]
-    context_length: int
     values: Mapping[str, Value] = MappingProxyType({})
     served_name: str | None = None
     progress: Callable[[str], None] = staticmethod(lambda _: None)
-    capability_hints: Mapping[Capability, str] = MappingProxyType({})
+
+    @property
+    @abstractmethod
+    def model(self) -> str:
+        """The name under which the model is served."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> frozenset[Capability]:
+        """The capabilities of the engine with this model."""
+
+    @property
+    @abstractmethod
+    def context_length(self) -> int:
+        """Maximum number of tokens of prompt and completion together.
+
+        It is also the worst case of a request that sets no maximum.
+        """
+
+    @property
+    def capability_hints(self) -> Mapping[Capability, str]:
+        """For each missing capability that can be enabled, a sentence on how to do it."""
+        return {}
 
     @property
     def models(self) -> tuple[str, ...]:

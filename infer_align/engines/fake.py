@@ -131,7 +131,9 @@ plugin = Fake
 class FakeEngine(Engine):
     """Plays a script. `running` counts the candidates being sampled now; `bodies`, `queries` keep what it was sent, newest last."""
 
-    capabilities = frozenset(
+    model: str = ""
+    context_length: int = 0
+    capabilities: frozenset[Capability] = frozenset(
         {
             Capability.CHAT,
             Capability.COMPLETION,

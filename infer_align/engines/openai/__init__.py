@@ -123,12 +123,12 @@ class OpenAIEngine(Engine):
         return self._roster.models
 
     @property
-    def model(self) -> str:  # type: ignore[override]
+    def model(self) -> str:
         """The configured one, else the first that is listed."""
         return next(iter(self.models), "")
 
     @property
-    def context_length(self) -> int:  # type: ignore[override]
+    def context_length(self) -> int:
         """That of the first model."""
         return self._roster.context_length(self.model)
 
@@ -138,7 +138,7 @@ class OpenAIEngine(Engine):
         return self._roster.probed
 
     @property
-    def capabilities(self) -> frozenset[Capability]:  # type: ignore[override]
+    def capabilities(self) -> frozenset[Capability]:
         """What every upstream that has the first model was seen to do with it; of another model, `check` knows."""
         found = {
             Capability.CHAT,
@@ -149,7 +149,7 @@ class OpenAIEngine(Engine):
         )
 
     @property
-    def capability_hints(self) -> Mapping[Capability, str]:  # type: ignore[override]
+    def capability_hints(self) -> Mapping[Capability, str]:
         """What steering an upstream needs beyond what is there."""
         if self._steerer is None:
             return {

@@ -79,7 +79,9 @@ plugin = Transformers
 class TransformersEngine(Engine):
     """Tokenizes on the caller's side, samples in one scheduler thread."""
 
-    capabilities = frozenset(
+    model: str = ""
+    context_length: int = 0
+    capabilities: frozenset[Capability] = frozenset(
         {
             Capability.CHAT,
             Capability.COMPLETION,

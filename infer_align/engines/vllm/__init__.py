@@ -70,7 +70,12 @@ plugin = Vllm
 class VllmEngine(Engine):
     """An AsyncLLM, and vLLM's OpenAI layer over it."""
 
-    capabilities = frozenset(Capability) - {Capability.SEQUENCE_LOGPROBS, Capability.STEER}
+    model: str = ""
+    context_length: int = 0
+    capabilities: frozenset[Capability] = frozenset(Capability) - {
+        Capability.SEQUENCE_LOGPROBS,
+        Capability.STEER,
+    }
 
     capability_hints: Mapping[Capability, str] = MappingProxyType(
         dict.fromkeys(
