@@ -32,6 +32,7 @@ from infer_align.demo.lexicon import (
     SYSTEM,
     TRUTH,
 )
+from infer_align.messages import text_of
 
 __all__ = [
     "Draft",
@@ -146,12 +147,8 @@ def worth(t: Traits) -> float:
 
 def gold_reward(messages: Sequence[Mapping[str, Any]], text: str) -> float:
     """``gold`` of ``text`` as the reply to the last user message; NaN if there is none, or it asks something else."""
-    asked = [message.get("content") for message in messages if message.get("role") == "user"]
-    if asked and isinstance(
-        asked[-1], list
-    ):  # a message in parts, of which only text can be a question
-        asked[-1] = "".join(part.get("text", "") for part in asked[-1])
-    return gold(asked[-1] or "", text) if asked else math.nan
+    questions = [message.get("content") for message in messages if message.get("role") == "user"]
+    return gold(text_of(questions[-1]), text) if questions else math.nan
 
 
 def prompts(n: int, seed: int) -> list[str]:

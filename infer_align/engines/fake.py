@@ -20,6 +20,7 @@ from annotated_types import Ge, Le
 from infer_align.decoding.params import SamplingParams, field_schemas
 from infer_align.engines import Engine, Stream
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable, nearest
+from infer_align.messages import text_of
 from infer_align.types import (
     Body,
     Candidate,
@@ -233,7 +234,7 @@ class FakeEngine(Engine):
         if self._closed:
             raise Unavailable("the engine was shut down")
         self.queries = [*self.queries[-999:], query]
-        text = "\n".join(str(message.get("content") or "") for message in query.messages)
+        text = "\n".join(text_of(message.get("content")) for message in query.messages)
         even = Labels(dict.fromkeys(query.labels, 1.0 / len(query.labels)))
         said = next((script for script in self.script.labels if _fits(script, text, query)), even)
         if said.error is not None:
@@ -336,12 +337,7 @@ async def _paced(
 def _prompt(draw: Draw) -> str:
     if draw.kind == "completion":
         return str(draw.body.get("prompt", ""))
-    content = draw.body["messages"][-1].get("content") or ""
-    return (
-        content
-        if isinstance(content, str)
-        else " ".join(part.get("text", "") for part in content if isinstance(part, Mapping))
-    )
+    return text_of(draw.body["messages"][-1].get("content"))
 
 
 def _choice(draw: Draw, text: str, reply: Reply, reason: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 from infer_align.errors import ConfigError
 from infer_align.flow.run import _mark, score
 from infer_align.objectives import Ensemble
-from infer_align.rewards.upstream import FromUpstream, UpstreamReward, written
+from infer_align.rewards.upstream import FromUpstream, UpstreamReward
 from infer_align.types import Candidate, Draw, Plan
 from tests.engines.openai.upstream import Upstream, upstream
 
@@ -226,16 +226,3 @@ def test_what_cannot_be_configured(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as refused:
         FromUpstream(**{"urls": "http://x", **config}).load()
     assert "pass" not in refused.value.message
-
-
-def test_a_conversation_as_text() -> None:
-    assert written(ASK) == "the cat"
-    assert written([]) == ""
-    parts = {
-        "role": "assistant",
-        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
-    }
-    assert (
-        written([*ASK, parts, {"role": "tool", "content": None}])
-        == "user: the cat\nassistant: ab\ntool: "
-    )

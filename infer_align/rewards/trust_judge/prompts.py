@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from infer_align.messages import text_with_placeholders, transcript
 from infer_align.methods.trust_judge import CRITERIA
 from infer_align.types import Messages
 
@@ -89,7 +90,7 @@ def labels(scale: int) -> tuple[str, ...]:
 def _ask(
     system: str, messages: Messages, answers: Mapping[str, str], controls: frozenset[str]
 ) -> list[dict[str, Any]]:
-    question, pattern = _conversation(messages), _control(controls)
+    question, pattern = transcript(messages, text_with_placeholders), _control(controls)
     # The question's mark knows nothing of the answers: all prompts about one question begin alike, and are read once.
     blocks = [_marked("Question", question, _number([question]), pattern)] if question else []
     number = _number([question, *sorted(answers.values())])
@@ -120,22 +121,3 @@ def _number(texts: Sequence[str]) -> str:
             if not any(number in text for text in texts):
                 return number
         low *= 10
-
-
-def _conversation(messages: Messages) -> str:
-    """One question as it is; a longer conversation as lines that say who speaks."""
-    turns = [(str(message.get("role")), _text(message)) for message in messages]
-    if len(turns) == 1:
-        return turns[0][1]
-    return "\n".join(f"{role}: {text}" for role, text in turns)
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    parts = (
-        part.get("text") if part.get("type") == "text" else f"[{part.get('type')}]"
-        for part in content
-    )
-    return "".join(str(part) for part in parts)
