@@ -1,4 +1,4 @@
-"""Objectives brought to a common scale, so that a direction through them means what it says."""
+"""Scale the objectives of a reward, so that a direction through them has a meaning."""
 
 from __future__ import annotations
 
@@ -10,34 +10,41 @@ import numpy as np
 from infer_align.errors import ConfigError, nearest
 from infer_align.types import Array
 
-# Of the field `scaling` of a reward's section.
+# Metadata of the field `scaling` of a reward's section.
 SCALING = {
-    "description": "{attribute: {mean, std}}: its scores become (score - mean) / std; others stay as they are"
+    "description": "{attribute: {mean, std}}. Its scores become (score - mean) / std. "
+    "Other attributes are unchanged."
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How one objective is brought to a common scale: (score - mean) / std."""
+    """The scaling of one objective: (score - mean) / std."""
 
-    mean: float = field(default=0.0, metadata={"description": "subtracted"})
-    std: float = field(default=1.0, metadata={"gt": 0, "description": "divided by"})
+    mean: float = field(
+        default=0.0, metadata={"description": "Number subtracted from every score."}
+    )
+    std: float = field(
+        default=1.0, metadata={"gt": 0, "description": "Number that the difference is divided by."}
+    )
 
 
 def check_scaling(kind: str, scaling: Mapping[str, Scaling], attributes: Sequence[str]) -> None:
-    """Refuse what would scale nothing.
+    """Refuse a scaling of an attribute that the reward does not have.
 
     Raises:
-        ConfigError: it names no attribute of the reward.
+        ConfigError: `scaling` names an unknown attribute.
     """
-    if unknown := [name for name in scaling if name not in attributes]:
-        raise ConfigError(
-            f"{kind}.scaling.{unknown[0]}: no such attribute; {nearest(unknown[0], attributes)}"
-        )
+    for name in scaling:
+        if name not in attributes:
+            raise ConfigError(
+                f"{kind}.scaling.{name}: no such attribute; {nearest(name, attributes)}"
+            )
 
 
-def scaled(values: Array, scaling: Mapping[str, Scaling], attributes: Sequence[str]) -> Array:
-    """[A, K, N], each objective on its configured scale."""
-    each = [scaling.get(name, Scaling()) for name in attributes] or [Scaling()]
-    mean, std = (np.array([[[getattr(s, name)]] for s in each]) for name in ("mean", "std"))
+def scale_scores(values: Array, scaling: Mapping[str, Scaling], attributes: Sequence[str]) -> Array:
+    """Scale [A, K, N] scores, each objective by its own mean and standard deviation."""
+    scalings = [scaling.get(name, Scaling()) for name in attributes] or [Scaling()]
+    mean = np.array([each.mean for each in scalings])[:, None, None]
+    std = np.array([each.std for each in scalings])[:, None, None]
     return np.asarray((values - mean) / std)

@@ -1,7 +1,8 @@
-"""Reward models: any sequence classifier that transformers loads, alone or as an ensemble.
+"""Score with sequence classifiers that transformers loads, alone or as an ensemble.
 
-Text is the conversation with the candidate as its last turn, through the model's chat template. Scores are the raw logits.
-Candidates of all requests that are waiting are scored in one batch, sorted by length.
+The text is the conversation with the candidate as its last turn, written by the model's chat
+template. Scores are the raw logits. Candidates of all waiting requests are scored in one batch,
+sorted by length.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -19,100 +19,69 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
-from infer_align.rewards import Reward, RewardScores
-from infer_align.rewards._conversation import Encoded, encode, member_names, turns
-from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
-from infer_align.types import Array, Candidate, Messages, ScoringUsage
+from infer_align.rewards import RewardScores
+from infer_align.rewards._conversation import Conversation, Encoded, encode, turns
+from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
+from infer_align.types import Array, Candidate, Messages
+
+TextScores: TypeAlias = list[TextScore]  # of one text, one per model
 
 
 @dataclass(frozen=True, slots=True)
-class Classifier:
-    """One or more reward models. A model with K labels is K members; with `attributes`, its labels are those objectives instead."""
+class Classifier(RewardModelSection):
+    """One or more reward models, run by transformers in this process."""
 
-    model: str | None = field(default=None, metadata={"description": "path or hub id of one model"})
-    models: tuple[str, ...] = field(
-        default=(), metadata={"description": "several: each is a member of the ensemble"}
+    batch_size: int = field(
+        default=32, metadata={"ge": 1, "description": "Maximum number of texts in one forward."}
     )
-    attributes: tuple[str, ...] = field(
-        default=(),
-        metadata={"description": "names of the labels, when they are objectives, not members"},
+    dtype: str = field(
+        default="auto", metadata={"description": 'torch dtype of the weights, such as "float32".'}
     )
-    scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
-    description: str = field(default="", metadata={"description": "one line for people"})
-    max_length: int = field(
-        default=4096,
-        metadata={
-            "ge": 8,
-            "description": "tokens read; a longer text loses its beginning, and the score says so",
-        },
-    )
-    batch_size: int = field(default=32, metadata={"ge": 1, "description": "texts per forward"})
-    dtype: str = field(default="auto", metadata={"description": "torch dtype of the weights"})
     device: str = field(
-        default="auto", metadata={"description": '"auto" takes a GPU when there is one'}
-    )
-    timeout_seconds: float = field(
-        default=60.0,
-        metadata={"gt": 0, "description": "after this a candidate counts as not scored"},
+        default="auto",
+        metadata={"description": 'torch device. "auto" is a GPU if there is one, else the CPU.'},
     )
 
     def load(self) -> ClassifierReward:
-        """The reward, its models not yet loaded.
+        """Return the reward. Its models are loaded by `start`.
 
         Raises:
-            ConfigError: neither or both of model and models are given.
+            ConfigError: neither or both of `model` and `models` are set, or `scaling` names an
+                unknown attribute.
         """
-        if bool(self.model) == bool(self.models):
-            raise ConfigError("classifier: give either model or models.")
-        check_scaling("classifier", self.scaling, self.attributes)
+        self.check_models("classifier")
         return ClassifierReward(self)
 
 
 plugin = Classifier
 
 
-class _Text(NamedTuple):
-    """One candidate waiting to be scored by every model."""
+class _WaitingText(NamedTuple):
+    """One candidate that waits to be scored by every model."""
 
-    messages: list[dict[str, Any]]
-    done: asyncio.Future[tuple[Array, int, str | None]]  # ([A, K], tokens, note)
+    messages: Conversation
+    done: asyncio.Future[TextScores]
 
 
-class ClassifierReward(Reward):
-    """An ensemble of reward models behind one queue."""
+class ClassifierReward(RewardModelEnsemble["_TorchModel"]):
+    """An ensemble of reward models that share one queue of waiting texts."""
+
+    kind = "classifier"
+    config: Classifier
 
     def __init__(self, config: Classifier) -> None:
-        self.config = config
-        self.attributes = config.attributes
-        self.timeout_seconds = config.timeout_seconds
-        self._paths = config.models or (config.model or "",)
-        self._models: list[_RewardModel] = []
-        self._waiting: list[_Text] = []
+        super().__init__(config)
+        self._waiting: list[_WaitingText] = []
         self._worker: asyncio.Task[None] | None = None
-        self._closed = False
-        # One thread: torch already uses every core that it was given.
+        # One thread is enough: torch uses every available core by itself.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="classifier")
 
-    async def start(self) -> None:
-        """Load the models.
-
-        Raises:
-            ConfigError: a model cannot be loaded, or its labels do not fit `attributes`.
-        """
-        load = asyncio.get_running_loop().run_in_executor
-        self._models = [
-            await load(self._thread, _RewardModel, path, self.config) for path in self._paths
-        ]
-        names = [Path(path).name for path in self._paths]
-        self.members = member_names(
-            names, [model.labels for model in self._models], self.attributes
-        )
-        self.description = (
-            self.config.description or f"reward model ensemble: {', '.join(self.members)}"
-        )
+    async def _load(self, path: str) -> _TorchModel:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, _TorchModel, path, self.config)
 
     async def close(self) -> None:
-        """Refuse what waits and free the models."""
+        """Fail the waiting texts and free the models."""
         self._closed = True
         for text in self._waiting:
             if not text.done.done():
@@ -121,167 +90,159 @@ class ClassifierReward(Reward):
         self._models.clear()
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        """[A, K, N] logits, scaled; a text that could not be read is NaN and says why.
+        """Return [A, K, N] scaled logits. A text that cannot be read is NaN, with a note.
 
         Raises:
-            Unavailable: closed.
+            Unavailable: the reward is closed.
         """
-        if self._closed:
-            raise Unavailable("the reward was shut down")
+        self._check_open()
         if not candidates:
-            return RewardScores(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
+            return self._combine([])
         loop = asyncio.get_running_loop()
-        texts = [_Text(turns(messages, c.text), loop.create_future()) for c in candidates]
+        texts: list[_WaitingText] = []
+        for candidate in candidates:
+            conversation = turns(messages, candidate.text)
+            texts.append(_WaitingText(conversation, loop.create_future()))
         self._waiting += texts
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
-        results = await asyncio.gather(*(text.done for text in texts))
-        values = scaled(
-            np.stack([value for value, _, _ in results], axis=-1),
-            self.config.scaling,
-            self.attributes,
-        )
-        return RewardScores(
-            values,
-            ScoringUsage(sum(tokens for _, tokens, _ in results)),
-            tuple(note for _, _, note in results),
-        )
+        return self._combine(await asyncio.gather(*(text.done for text in texts)))
 
     async def _work(self) -> None:
-        """Score whatever is waiting, batch after batch, until nothing is."""
-        loop = asyncio.get_running_loop()
-        while batch := [text for text in self._waiting if not text.done.done()][
-            : self.config.batch_size
-        ]:
-            taken = {id(text) for text in batch}
-            self._waiting = [
-                text for text in self._waiting if id(text) not in taken and not text.done.done()
-            ]
-            try:
-                results = await loop.run_in_executor(
-                    self._thread, self._forward, [text.messages for text in batch]
-                )
-            except (
-                Exception
-            ) as error:  # told to every request in the batch; the worker lives on for the next
-                results = [error] * len(batch)
-            for text, result in zip(batch, results, strict=True):
+        """Score the waiting texts, batch after batch, until none is left."""
+        while batch := self._next_batch():
+            for text, result in zip(batch, await self._results(batch), strict=True):
                 if text.done.done():
-                    continue  # cancelled meanwhile
+                    continue  # The request was cancelled meanwhile.
                 if isinstance(result, Exception):
                     text.done.set_exception(result)
                 else:
                     text.done.set_result(result)
 
-    def _forward(
-        self, conversations: list[list[dict[str, Any]]]
-    ) -> list[tuple[Array, int, str | None] | Exception]:
-        encoded: dict[object, list[Encoded]] = {}  # members of one ensemble mostly read alike
+    def _next_batch(self) -> list[_WaitingText]:
+        """Remove the next texts from the queue, and drop those of cancelled requests."""
+        open_texts = [text for text in self._waiting if not text.done.done()]
+        batch = open_texts[: self.config.batch_size]
+        self._waiting = open_texts[self.config.batch_size :]
+        return batch
+
+    async def _results(self, batch: Sequence[_WaitingText]) -> Sequence[TextScores | Exception]:
+        """Score a batch.
+
+        An error is the result of every text in it, so that the worker goes on with the next batch.
+        """
+        loop = asyncio.get_running_loop()
+        conversations = [text.messages for text in batch]
+        try:
+            return await loop.run_in_executor(self._thread, self._forward, conversations)
+        except Exception as error:
+            return [error] * len(batch)
+
+    def _forward(self, conversations: Sequence[Conversation]) -> list[TextScores]:
+        """Score every conversation with every model."""
+        # Members of one ensemble mostly read a conversation as the same tokens: encode it once for
+        # all of them.
+        encoded: dict[object, list[Encoded]] = {}
+        per_model: list[TextScores] = []
         for model in self._models:
-            if model.reads not in encoded:
-                encoded[model.reads] = [
-                    encode(model.tokenizer, messages, model.max_length)
-                    for messages in conversations
-                ]
-        per_model = [model.score(encoded[model.reads]) for model in self._models]
-        results: list[tuple[Array, int, str | None] | Exception] = []
-        for marks in zip(*per_model, strict=True):
-            logits = [mark.logits for mark in marks]
-            # [labels] per model -> [A, K]: labels are the objectives, or more members of the only one.
-            values = np.stack(logits, axis=1) if self.attributes else np.concatenate(logits)[None]
-            results.append(
-                (
-                    values,
-                    sum(mark.tokens for mark in marks),
-                    next((mark.note for mark in marks if mark.note), None),
-                )
-            )
-        return results
+            if model.encoding_key not in encoded:
+                encoded[model.encoding_key] = model.encode(conversations)
+            per_model.append(model.score(encoded[model.encoding_key]))
+        return [list(scores) for scores in zip(*per_model, strict=True)]
 
 
-class _Mark(NamedTuple):
-    logits: Array  # [labels]
-    tokens: int
-    note: str | None
-
-
-class _RewardModel:
-    """One model with its tokenizer."""
+class _TorchModel:
+    """One sequence classifier with its tokenizer."""
 
     def __init__(self, path: str, config: Classifier) -> None:
         path = locate(path)
-        device = (
-            ("cuda" if torch.cuda.is_available() else "cpu")
-            if config.device == "auto"
-            else config.device
-        )
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=config.dtype, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"classifier: {path!r} cannot be loaded as a sequence classifier: {error}"
-            ) from error
-        if missing := sorted(loaded["missing_keys"]):  # transformers would make them up, at random
-            raise ConfigError(
-                f"classifier: {path!r} is no sequence classifier: it has no weights for {', '.join(missing[:3])}."
-            )
-        self.model = model.to(device).eval()
+        self.tokenizer, model = _load_classifier(path, config.dtype)
+        self.model = model.to(_device(config.device)).eval()
         self.labels = int(self.model.config.num_labels)
-        if config.attributes and len(config.attributes) != self.labels:
-            raise ConfigError(
-                f"classifier.attributes: {len(config.attributes)} names for the {self.labels} labels of {path!r}."
-            )
         self.config = self.model.config.get_text_config()
         positions = getattr(self.config, "max_position_embeddings", None) or config.max_length
         self.max_length = min(config.max_length, positions, self.tokenizer.model_max_length)
-        given = self.config.pad_token_id
-        self.pad = None if given is None or given < 0 else int(given)
-
+        pad = self.config.pad_token_id
+        self.has_padding_token = pad is not None and pad >= 0
+        # Models with an equal key turn a conversation into the same tokens.
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        # What makes a conversation into tokens: models that have it in common read the same.
-        self.reads = (
+        self.encoding_key = (
             self.tokenizer.chat_template,
             self.max_length,
             backend.to_str() if backend else id(self.tokenizer),
         )
 
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """Turn conversations into token ids."""
+        return [encode(self.tokenizer, each, self.max_length) for each in conversations]
+
     @torch.inference_mode()
-    def score(self, encoded: Sequence[Encoded]) -> list[_Mark]:
-        """Logits of each conversation; rows are sorted by length so that little is padding."""
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))
-        width = max(1, *(len(ids) for ids, _ in encoded))
-        ids = torch.full((len(encoded), width), self._padding([ids for ids, _ in encoded]))
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(order):
-            length = len(encoded[i][0])
-            ids[row, :length] = torch.tensor(encoded[i][0])
-            mask[row, :length] = 1
+    def score(self, encoded: Sequence[Encoded]) -> TextScores:
+        """Return the logits of each encoded text."""
+        # Rows are in order of length. The order of rows is part of the result, bit by bit.
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))
+        logits = self._logits([encoded[index][0] for index in order])
+        scores: dict[int, TextScore] = {}
+        for row, index in enumerate(order):
+            ids, note = encoded[index]
+            values = logits[row] if ids else np.full(self.labels, np.nan)
+            scores[index] = TextScore(values, len(ids), note)
+        return [scores[index] for index in range(len(encoded))]
+
+    def _logits(self, rows: Sequence[list[int]]) -> Array:
+        """Run the model on rows of token ids and return [rows, labels]."""
+        width = max(1, *(len(ids) for ids in rows))
+        input_ids = torch.full((len(rows), width), self._padding(rows))
+        mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
         device = self.model.device
-        logits = (
-            self.model(input_ids=ids.to(device), attention_mask=mask.to(device))
-            .logits.double()
-            .cpu()
-            .numpy()
-        )
-        marks: list[_Mark] = [_Mark(logits[0], 0, None)] * len(encoded)
-        for row, i in enumerate(order):
-            tokens, note = encoded[i]
-            marks[i] = _Mark(
-                logits[row] if tokens else np.full(self.labels, np.nan), len(tokens), note
-            )
-        return marks
+        output = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+        logits: Array = output.logits.double().cpu().numpy()
+        return logits
 
-    def _padding(self, rows: list[list[int]]) -> int:
-        """The token to pad with. Decoder classifiers read a row at its last token that is not the padding.
+    def _padding(self, rows: Sequence[list[int]]) -> int:
+        """Return the token to pad with.
 
-        Without a padding token of its own, the model reads the last token whatever it is: then the padding must be none of those.
+        A decoder classifier reads a row at its last token that is not the padding token. If the
+        model has no padding token, it must read the last token, whatever it is. The padding is then
+        a token that ends no row.
         """
-        if self.pad is None:
-            last = {ids[-1] for ids in rows if ids}
-            self.config.pad_token_id = next(
-                token for token in range(len(last) + 1) if token not in last
-            )
+        if not self.has_padding_token:
+            endings = {ids[-1] for ids in rows if ids}
+            unused = (token for token in range(len(endings) + 1) if token not in endings)
+            self.config.pad_token_id = next(unused)
         return int(self.config.pad_token_id)
+
+
+def _load_classifier(path: str, dtype: str) -> tuple[Any, Any]:
+    """Load a tokenizer and its sequence classifier.
+
+    Raises:
+        ConfigError: there is no such model, or it is not a sequence classifier.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"classifier: {path!r} cannot be loaded as a sequence classifier: {error}"
+        ) from error
+    # transformers fills missing weights with random numbers.
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"classifier: {path!r} is not a sequence classifier: it has no weights for "
+            f"{', '.join(missing[:3])}; "
+            f"configure a reward model."
+        )
+    return tokenizer, model
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

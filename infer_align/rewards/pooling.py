@@ -19,8 +19,9 @@ import numpy as np
 from infer_align.demo.locate import locate
 from infer_align.errors import AlignError, ConfigError, Unavailable
 from infer_align.rewards import Reward, RewardScores
-from infer_align.rewards._conversation import encode, member_names, turns
-from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
+from infer_align.rewards._conversation import encode, turns
+from infer_align.rewards._models import member_names
+from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
 from infer_align.types import Array, Candidate, Messages, ScoringUsage
 from infer_align.vllm import package as vllm_package
 
@@ -149,7 +150,7 @@ class PoolingReward(Reward):
             for row in marks
         ]
         notes = tuple(next((mark.note for mark in row if mark.note), None) for row in marks)
-        marked = scaled(np.stack(values, axis=-1), self.config.scaling, self.attributes)
+        marked = scale_scores(np.stack(values, axis=-1), self.config.scaling, self.attributes)
         return RewardScores(
             marked, ScoringUsage(sum(mark.tokens for row in marks for mark in row)), notes
         )

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from infer_align.errors import AlignError, ConfigError
+from infer_align.messages import transcript
 from infer_align.rewards import CALL_SHARE, Reward, RewardScores, time_budget
-from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scaled
+from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
 from infer_align.types import Array, Candidate, Messages, ScoringUsage
 from infer_align.upstream import Upstream, UpstreamFailed
 from infer_align.upstream.client import Client
@@ -162,7 +163,7 @@ class UpstreamReward(Reward):
             )
             for i in range(len(candidates))
         )
-        values = scaled(values, self.config.scaling, self.attributes)
+        values = scale_scores(values, self.config.scaling, self.attributes)
         return RewardScores(values, ScoringUsage(sum(tokens for _, _, tokens in answers)), notes)
 
     async def _ask(
@@ -195,7 +196,7 @@ class UpstreamReward(Reward):
                 (
                     every,
                     {
-                        "text_1": written(messages),
+                        "text_1": transcript(messages),
                         "text_2": texts,
                         "use_activation": self.config.activation,
                     },
@@ -206,7 +207,7 @@ class UpstreamReward(Reward):
                 (
                     every,
                     {
-                        "query": written(messages),
+                        "query": transcript(messages),
                         "documents": texts,
                         "use_activation": self.config.activation,
                     },
@@ -217,7 +218,10 @@ class UpstreamReward(Reward):
             return [
                 (
                     every,
-                    {"input": [written([*messages, _turn(text)]) for text in texts], **activation},
+                    {
+                        "input": [transcript([*messages, _turn(text)]) for text in texts],
+                        **activation,
+                    },
                 )
             ]
         return [
@@ -304,15 +308,3 @@ def read(api: str, answer: Any, n: int, labels: int) -> list[Array]:
 
 def _turn(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
-
-
-def written(messages: Messages) -> str:
-    """A conversation as plain text: one message by itself, several each after its role."""
-    said = [(str(message["role"]), _text(message.get("content"))) for message in messages]
-    return said[0][1] if len(said) == 1 else "\n".join(f"{role}: {text}" for role, text in said)
-
-
-def _text(content: object) -> str:
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, Mapping))
-    return content if isinstance(content, str) else ""

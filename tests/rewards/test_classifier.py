@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infer_align.errors import ConfigError, Unavailable
-from infer_align.rewards._scaling import Scaling, scaled
+from infer_align.rewards._scaling import Scaling, scale_scores
 from infer_align.rewards.classifier import Classifier
 from infer_align.types import Candidate
 
@@ -259,7 +259,7 @@ async def test_closing_refuses_what_waits_and_what_comes(reward_model):
 
 
 async def test_a_language_model_is_no_reward_model(language_model):
-    with pytest.raises(ConfigError, match="no sequence classifier"):
+    with pytest.raises(ConfigError, match="is not a sequence classifier"):
         await started(model=language_model("GPT2"))
 
 
@@ -294,6 +294,6 @@ def test_scaling_converts_as_the_published_models_labels_are() -> None:
     for case in cases:
         values = np.array(case["score_0_100"])[:, None, None]
         np.testing.assert_allclose(
-            scaled(values, scaling, names)[:, 0, 0], case["helpsteer_0_4"], atol=1e-9
+            scale_scores(values, scaling, names)[:, 0, 0], case["helpsteer_0_4"], atol=1e-9
         )
     assert len(cases) >= 8

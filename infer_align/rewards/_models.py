@@ -1,0 +1,195 @@
+"""The base of reward model ensembles: their configuration, members and layout of scores.
+
+A kind of reward model, such as `classifier` or `pooling`, derives its section from
+`RewardModelSection` and its reward from `RewardModelEnsemble`. It adds how a model is loaded and
+how a text is scored.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from infer_align.errors import ConfigError, Unavailable
+from infer_align.rewards import Reward, RewardScores
+from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
+from infer_align.types import Array, ScoringUsage
+
+
+@dataclass(frozen=True, slots=True)
+class RewardModelSection:
+    """The configuration fields of every ensemble of reward models."""
+
+    model: str | None = field(
+        default=None, metadata={"description": "Path or Hugging Face id of one reward model."}
+    )
+    models: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "description": "Paths or ids of several models. Each is a member of the ensemble."
+        },
+    )
+    attributes: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "description": "Names of the model's labels, if each label is an objective. Without "
+            "names, each label is a member of the ensemble."
+        },
+    )
+    scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
+    description: str = field(
+        default="", metadata={"description": "One line about this reward, for people."}
+    )
+    max_length: int = field(
+        default=4096,
+        metadata={
+            "ge": 8,
+            "description": "Maximum number of tokens read. A longer text loses its beginning, and "
+            "a note says so.",
+        },
+    )
+    timeout_seconds: float = field(
+        default=60.0,
+        metadata={
+            "gt": 0,
+            "description": "Time limit of scoring, in seconds. A candidate without a score by "
+            "then counts as not scored.",
+        },
+    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The configured models, in order."""
+        return self.models or (self.model or "",)
+
+    def check_models(self, kind: str) -> None:
+        """Refuse a section that does not name its models, or scales an unknown attribute.
+
+        Raises:
+            ConfigError: neither or both of `model` and `models` are set, or `scaling` names an
+                unknown attribute.
+        """
+        if bool(self.model) == bool(self.models):
+            raise ConfigError(
+                f"{kind}: set either model or models: model = 'path' for one reward model, "
+                f"models = ['path', ...] for several."
+            )
+        check_scaling(kind, self.scaling, self.attributes)
+
+
+class TextScore(NamedTuple):
+    """The result of scoring one text with one model."""
+
+    logits: Array  # [labels]; NaN if the text could not be read
+    tokens: int  # number of tokens that the model read
+    note: str | None  # why the logits are NaN, or that the text was truncated
+
+
+class LoadedModel(Protocol):
+    """A reward model that is ready to score."""
+
+    @property
+    def labels(self) -> int:
+        """The number of scores that the model gives one text."""
+
+
+Model = TypeVar("Model", bound=LoadedModel)
+
+
+class RewardModelEnsemble(Reward, Generic[Model]):
+    """An ensemble of reward models that are loaded at start."""
+
+    kind: str  # the `kind` of its configuration section, for error messages
+
+    def __init__(self, config: RewardModelSection) -> None:
+        self.config = config
+        self.attributes = config.attributes
+        self.timeout_seconds = config.timeout_seconds
+        self._models: list[Model] = []
+        self._closed = False
+
+    @abstractmethod
+    async def _load(self, path: str) -> Model:
+        """Load one model.
+
+        Raises:
+            ConfigError: the model cannot be loaded.
+        """
+
+    async def _check(self, model: Model) -> None:
+        """Refuse a loaded model whose scores would have no meaning here."""
+
+    async def start(self) -> None:
+        """Load the models one after the other.
+
+        Raises:
+            ConfigError: a model cannot be loaded, or its number of labels is not the number of
+                `attributes`.
+        """
+        for path in self.config.paths:
+            model = await self._load(path)
+            # Stored before the checks, so that `close` also frees a model that is refused.
+            self._models.append(model)
+            await self._check(model)
+            if self.attributes and len(self.attributes) != model.labels:
+                raise ConfigError(
+                    f"{self.kind}.attributes: {len(self.attributes)} names for the {model.labels} "
+                    f"labels of {path!r}; "
+                    f"give one name per label."
+                )
+        names = [Path(path).name for path in self.config.paths]
+        labels = [model.labels for model in self._models]
+        self.members = member_names(names, labels, self.attributes)
+        members = ", ".join(self.members)
+        self.description = self.config.description or f"reward model ensemble: {members}"
+
+    def _check_open(self) -> None:
+        """Raise Unavailable after `close`."""
+        if self._closed:
+            raise Unavailable("the reward was shut down")
+
+    def _combine(self, rows: Sequence[Sequence[TextScore]]) -> RewardScores:
+        """Combine the scores of N texts by every model into scaled scores [A, K, N]."""
+        values = np.empty((max(1, len(self.attributes)), len(self.members), len(rows)))
+        for index, row in enumerate(rows):
+            values[:, :, index] = self._arrange([score.logits for score in row])
+        tokens = sum(score.tokens for row in rows for score in row)
+        notes = tuple(_first_note(row) for row in rows)
+        scaled = scale_scores(values, self.config.scaling, self.attributes)
+        return RewardScores(scaled, ScoringUsage(tokens), notes)
+
+    def _arrange(self, logits: Sequence[Array]) -> Array:
+        """Turn one [labels] per model into [A, K].
+
+        Labels are objectives, or members of the only objective.
+        """
+        if self.attributes:
+            return np.stack(logits, axis=1)
+        return np.concatenate(logits)[None]
+
+
+def member_names(
+    names: Sequence[str], labels: Sequence[int], attributes: Sequence[str]
+) -> tuple[str, ...]:
+    """Name the members of an ensemble. Without attributes, a model with K labels is K members."""
+    if attributes:
+        return tuple(names)
+    members: list[str] = []
+    for name, count in zip(names, labels, strict=True):
+        if count == 1:
+            members.append(name)
+        else:
+            members += [f"{name}#{label}" for label in range(count)]
+    return tuple(members)
+
+
+def _first_note(scores: Sequence[TextScore]) -> str | None:
+    for score in scores:
+        if score.note:
+            return score.note
+    return None
