@@ -1,263 +1,189 @@
-"""VAS inside the running batch: which rows are steered, by which values, and what their value LMs remember.
+"""Value-augmented sampling (VAS): the one place where value estimates change logits.
 
-A step of steered rows: top-k of the logits ─ values of the k (heads: one gather; value LMs: one forward over all siblings) ─
-reweighted logits ─ sampler ─ the sibling that was chosen stays in the value LM's cache. Rows that do not steer are not touched.
+A step takes the k most likely tokens of each row, values them and adds beta times the centred values to their logits.
+Heads read the frozen model's hidden state; lookahead values read the candidates with a value LM (`siblings.py`).
+Each engine decides which rows are steered by which values and builds a `SteeringBatch`; `steer` does the arithmetic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from infer_align.decoding.cache import RowCache
-from infer_align.engines.transformers.rows import Job, Row
-from infer_align.types import Draw
-from infer_align.values import Frozen, Value, check_values
+from infer_align.decoding.siblings import ValueCache
+from infer_align.values import Value
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
-from infer_align_kernels import reweight_logits, top_candidates
+from infer_align_kernels import add_candidate_shifts, reweight_logits, top_candidates
 
-# A row's prompt is read by the value LM in parts of this many tokens.
-PREFILL_TOKENS = 1024
-
-
-@dataclass(slots=True)
-class ValueCache:
-    """One value LM's keys and values for the rows of a batch that it values: all tokens of each, the newest included."""
-
-    lm: ValueLM
-    rows: list[Row]
-    cache: RowCache
-
-    def take(self, rows: Sequence[Row]) -> ValueCache:
-        """Those of its rows that are among these."""
-        among = {id(row) for row in rows}
-        kept = [i for i, row in enumerate(self.rows) if id(row) in among]
-        columns = max((self.rows[i].length for i in kept), default=0)
-        return ValueCache(
-            self.lm,
-            [self.rows[i] for i in kept],
-            self.cache.take(kept, columns) if kept else RowCache(),
-        )
-
-    def join(self, other: ValueCache) -> ValueCache:
-        """Its rows, then the other's."""
-        if not self.rows or not other.rows:
-            return self if self.rows else other
-        return ValueCache(self.lm, self.rows + other.rows, self.cache.join(other.cache))
-
-    def siblings(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Values after each candidate of each row: [B, k] ids -> [B, k, H]. Leaves the candidates' columns for `choose`."""
-        columns, device = self.cache.length, token_ids.device
-        lengths = torch.tensor([row.length for row in self.rows], device=device)
-        k = token_ids.shape[1]
-        prefix = torch.arange(columns, device=device)[None] >= (columns - lengths)[:, None]
-        own = torch.eye(k, dtype=torch.bool, device=device)
-        mask = torch.cat(
-            [prefix[:, None].expand(-1, k, -1), own.expand(len(self.rows), -1, -1)], dim=-1
-        )
-        return self.lm.forward(token_ids, self.cache, lengths[:, None].expand(-1, k), mask[:, None])
-
-    def choose(self, token_ids: torch.Tensor, chosen: torch.Tensor) -> None:
-        """Keep the column of each row's chosen token. [B, k] the candidates just valued, [B] the tokens sampled."""
-        columns = self.cache.length - token_ids.shape[1]
-        match = token_ids == chosen[:, None]
-        self.cache.keep_one(columns, match.int().argmax(dim=-1))
-        if (
-            outside := torch.nonzero(~match.any(dim=-1)).ravel().tolist()
-        ):  # from the tail: nobody has read that token yet
-            patch = self.cache.take(outside, columns + 1)
-            patch.drop_last()
-            positions = torch.tensor(
-                [[self.rows[i].length] for i in outside], device=token_ids.device
-            )
-            ends = positions + 1
-            mask = (
-                torch.arange(columns + 1, device=token_ids.device)[None] >= columns + 1 - ends
-            ).long()
-            self.lm.forward(chosen[outside, None], patch, positions, mask)
-            self.cache.overwrite_last(outside, patch)
+NO_CACHES: Mapping[ValueLM, ValueCache] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What the rows of a batch are steered by, as tensors: made once, for as long as the rows stay the same. M values are used."""
-
-    values: tuple[Value, ...]
-    users: tuple[list[int] | None, ...]  # of each value, the rows that it steers; None for all
-    beta: torch.Tensor  # [B, M]
-    beyond: (
-        torch.Tensor | None
-    )  # [B, k] True for slots past the row's own top_k; None where there are none
-    tail: torch.Tensor | Literal["keep"]  # [B] True where the tail is masked
-    k: int
-
-
-class Steerer:
-    """The values of one engine.
+@dataclass(frozen=True, slots=True, eq=False)
+class SteeringBatch:
+    """Steering of one step: S rows, M values, at most k candidates per row. Valid while the rows stay the same.
 
     Attributes:
-        cell_bytes: keys and values that a token takes in all value LMs together.
+        rows: [S] indices of the steered rows of the logits; None if all rows are in the batch.
+        values: the M values.
+        users: for each value, the indices among the S rows that it steers; None for all S.
+        beta: [S, M] weights; 0 where a value does not steer a row.
+        beyond: [S, k] True in slots past the row's own top_k; None if no row has such slots.
+        tail: [S] True where tokens outside the candidates are masked; "keep" if they are masked nowhere.
+        k: the largest top_k of the rows.
+        uniform: True if every row has k candidates, is steered by every value and keeps its tail, and all values are
+            heads. `steer` then skips checks when it writes in place.
     """
 
-    def __init__(self, frozen: Frozen) -> None:
-        self.cell_bytes = 0
-        self._frozen = frozen
-        self._shared: dict[object, Any] = {}
-        self._values: dict[str, Value] = {}
+    rows: torch.Tensor | None
+    values: tuple[Value, ...]
+    users: tuple[torch.Tensor | None, ...]
+    beta: torch.Tensor
+    beyond: torch.Tensor | None
+    tail: torch.Tensor | Literal["keep"]
+    k: int
+    uniform: bool = False
 
-    def add(self, name: str, value: Value) -> None:
-        """Load a value and let requests use it.
+    @classmethod
+    def build(
+        cls,
+        values: Sequence[Value],
+        beta: NDArray[np.float32],
+        top_k: NDArray[np.int64],
+        masked: NDArray[np.bool_],
+        device: torch.device,
+        rows: NDArray[np.int64] | None = None,
+    ) -> SteeringBatch:
+        """Build the record from host arrays without waiting for the device.
 
-        Raises:
-            ConfigError: it does not fit the frozen model.
+        Args:
+            values: the M values.
+            beta: [S, M] weights.
+            top_k: [S] candidates of each row; 0 for a row that is not steered.
+            masked: [S] True where the tail is masked.
+            device: where the logits are.
+            rows: [S] indices of the rows in the logits; None for all.
         """
-        value.start(self._frozen, self._shared)
-        # New mappings, not new entries: the scheduler's thread may be in the middle of a step over the old ones.
-        self._values = {**self._values, name: value}
-        used = {id(v.lm) for v in self._values.values() if isinstance(v, LookaheadValue)}
-        self._shared = {key: found for key, found in self._shared.items() if id(found) in used}
-        self.cell_bytes = sum(
-            lm.cell_bytes for lm in self._shared.values() if isinstance(lm, ValueLM)
-        )
-
-    def value(self, name: str) -> Value:
-        """The value of that name.
-
-        Raises:
-            KeyError: no such value.
-        """
-        return self._values[name]
-
-    def check(self, draw: Draw) -> None:
-        """Refuse values that are not configured, or cannot be watched.
-
-        Raises:
-            InvalidRequest: naming the value and the nearest.
-        """
-        check_values(draw, self._values)
-
-    def bind(
-        self, draw: Draw
-    ) -> tuple[tuple[tuple[Value, float], ...], tuple[tuple[HeadValue, float], ...]]:
-        """The values that a draw is steered by and watched by, with their weights; it keeps these, also when one is replaced."""
-        beta = draw.steering.beta if draw.steering else {}
-        weights = draw.estimates.values if draw.estimates else {}
-        watched = ((self._values[name], weight) for name, weight in weights.items() if weight)
-        return (
-            tuple((self._values[name], weight) for name, weight in beta.items() if weight),
-            tuple((value, weight) for value, weight in watched if isinstance(value, HeadValue)),
-        )
-
-    def prefill(self, job: Job) -> dict[ValueLM, RowCache]:
-        """Read a prompt with the value LMs that its draw needs; -> their caches of one row."""
-        caches: dict[ValueLM, RowCache] = {}
-        ids = job.prompt.ids
-        for value, _ in job.steered_by:
-            if not isinstance(value, LookaheadValue) or value.lm is None or value.lm in caches:
-                continue
-            cache = caches[value.lm] = RowCache()
-            for start in range(0, len(ids), PREFILL_TOKENS):
-                part = torch.tensor(
-                    [ids[start : start + PREFILL_TOKENS]], device=self._frozen.device
-                )
-                positions = torch.arange(start, start + part.shape[1], device=part.device)[None]
-                value.lm.forward(part, cache, positions, None)
-        return caches
-
-    def terms(self, rows: Sequence[Row]) -> Terms:
-        """What these rows are steered by; at least one of them is."""
-        steerings = [row.job.draw.steering for row in rows]
-        values = list(dict.fromkeys(value for row in rows for value, _ in row.job.steered_by))
-        weights = [[dict(row.job.steered_by).get(value, 0.0) for value in values] for row in rows]
-        users = [[i for i, row in enumerate(weights) if row[m]] for m in range(len(values))]
-        used = [min(s.top_k, self._frozen.vocabulary) if s else 0 for s in steerings]
-        k, device = max(used), self._frozen.device
-        masked = [s is not None and s.tail == "mask" for s in steerings]
-        return Terms(
+        k = int(top_k.max())
+        same_k = bool(top_k.min() == k)
+        slots = np.arange(k)[None]
+        heads_only = all(isinstance(value, HeadValue) for value in values)
+        return cls(
+            rows=None if rows is None else upload(rows, device),
             values=tuple(values),
-            users=tuple(None if len(found) == len(rows) else found for found in users),
-            beta=torch.tensor(weights, device=device).view(len(rows), len(values)),
-            beyond=None
-            if min(used) == k
-            else torch.arange(k, device=device)[None] >= torch.tensor(used, device=device)[:, None],
-            tail=torch.tensor(masked, device=device) if any(masked) else "keep",
+            users=tuple(_users(column, device) for column in beta.T),
+            beta=upload(beta, device),
+            beyond=None if same_k else upload(slots >= top_k[:, None], device),
+            tail=upload(masked, device) if masked.any() else "keep",
             k=k,
+            uniform=heads_only and same_k and bool(beta.all()) and not masked.any(),
         )
 
-    def steer(
-        self,
-        logits: torch.Tensor,
-        hidden: torch.Tensor,
-        terms: Terms,
-        rows: Sequence[Row],
-        caches: Mapping[ValueLM, ValueCache],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, V] logits, [B, d] states -> the reweighted logits and [B, k] the candidates; rows that do not steer as they were."""
-        candidates = top_candidates(logits, terms.k)
-        if not terms.values:  # every weight is 0
-            return logits, candidates
-        values = _evaluate(candidates, hidden, terms, rows, caches)
-        slots = candidates if terms.beyond is None else candidates.masked_fill(terms.beyond, -1)
-        return reweight_logits(logits, slots, values, terms.beta, terms.tail), candidates
 
-    def estimates(
-        self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row]
-    ) -> list[tuple[Row, float]]:
-        """What those of the rows that are due are expected to be worth, by the values that they are watched by."""
-        due = [i for i, row in enumerate(rows) if row.is_due]
-        if not due:
-            return []
-        weights = [dict(rows[i].job.watched_by) for i in due]
-        found = torch.zeros(len(due), device=logits.device)
-        for value in {value for own in weights for value in own}:
-            own = torch.tensor([own.get(value, 0.0) for own in weights], device=logits.device)
-            found += own * value.expected(hidden[due].float(), logits[due])
-        return list(zip((rows[i] for i in due), found.tolist(), strict=True))
+def _users(column: NDArray[np.float32], device: torch.device) -> torch.Tensor | None:
+    if column.all():
+        return None
+    return upload(np.flatnonzero(column), device)
 
-    def choose(
-        self,
-        tokens: list[int],
-        candidates: torch.Tensor,
-        rows: Sequence[Row],
-        caches: Mapping[ValueLM, ValueCache],
-    ) -> None:
-        """Tell the value LMs which token each row took."""
-        place = {id(row): i for i, row in enumerate(rows)}
-        for cache in caches.values():
-            members = [place[id(row)] for row in cache.rows]
-            cache.choose(
-                candidates[members],
-                torch.tensor([tokens[i] for i in members], device=candidates.device),
-            )
+
+def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy a host array to the device without waiting for it. The array may change afterwards."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor.clone()
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def steer(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    batch: SteeringBatch,
+    caches: Mapping[ValueLM, ValueCache] = NO_CACHES,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reweight the logits of the steered rows.
+
+    Args:
+        logits: [B, V] float32, before temperature.
+        hidden: [B, d] states that the output layer read.
+        batch: the steering of these rows.
+        caches: caches of the value LMs in use; their members are indices among the S steered rows.
+        out: pass `logits` to write in place; by default they stay unchanged.
+
+    Returns:
+        [B, V] logits, in which rows that are not steered are bit for bit the same, and [S, k] candidates.
+    """
+    rows = batch.rows
+    steered = logits if rows is None else logits.index_select(0, rows)
+    states = hidden if rows is None else hidden.index_select(0, rows)
+    candidates = top_candidates(steered, batch.k)
+    # Without a weight other than 0 there is nothing to add.
+    if not batch.values:
+        return logits, candidates
+    values = _evaluate(candidates, states.float(), batch, caches)
+    slots = candidates if batch.beyond is None else candidates.masked_fill(batch.beyond, -1)
+    # A selection of rows is a copy already, so it can always be written in place.
+    target = out if rows is None else steered
+    if batch.uniform and target is not None and not logits.is_cuda:
+        add_candidate_shifts(steered, candidates, values, batch.beta)
+    else:
+        steered = reweight_logits(steered, slots, values, batch.beta, batch.tail, out=target)
+    if rows is None:
+        return steered, candidates
+    if out is None:
+        return logits.index_copy(0, rows, steered), candidates
+    return logits.index_copy_(0, rows, steered), candidates
 
 
 def _evaluate(
     candidates: torch.Tensor,
     hidden: torch.Tensor,
-    terms: Terms,
-    rows: Sequence[Row],
+    batch: SteeringBatch,
     caches: Mapping[ValueLM, ValueCache],
 ) -> torch.Tensor:
-    """[M, B, k] values of the candidates; what a row does not use is 0 and was not computed."""
-    place = {id(row): i for i, row in enumerate(rows)} if caches else {}
-    read: dict[ValueLM, tuple[list[int], torch.Tensor]] = {}
-    for lm, cache in caches.items():
-        members = [place[id(row)] for row in cache.rows]
-        read[lm] = members, cache.siblings(candidates[members])
-    first = terms.values[0]
-    if len(terms.values) == 1 and terms.users[0] is None and isinstance(first, HeadValue):
+    """Value the candidates: [S, k] ids, [S, d] states -> [M, S, k]; 0 where a value does not steer a row."""
+    first = batch.values[0]
+    if len(batch.values) == 1 and batch.users[0] is None and isinstance(first, HeadValue):
         return first.evaluate(hidden, candidates)[None]
-    values = torch.zeros((len(terms.values), *candidates.shape), device=candidates.device)
-    for m, (value, users) in enumerate(zip(terms.values, terms.users, strict=True)):
+    siblings = {lm: cache.siblings(candidates[cache.members]) for lm, cache in caches.items()}
+    values = torch.zeros((len(batch.values), *candidates.shape), device=candidates.device)
+    for m, (value, users) in enumerate(zip(batch.values, batch.users, strict=True)):
         if isinstance(value, LookaheadValue) and value.lm:
-            members, found = read[value.lm]
-            values[m, members] = found[..., value.index]
-        elif isinstance(value, HeadValue) and users is None:
-            values[m] = value.evaluate(hidden, candidates)
+            values[m, caches[value.lm].members] = siblings[value.lm][..., value.index]
         elif isinstance(value, HeadValue):
-            values[m, users] = value.evaluate(hidden[users], candidates[users])
+            values[m] = _evaluate_head(value, candidates, hidden, users)
     return values
+
+
+def _evaluate_head(
+    head: HeadValue, candidates: torch.Tensor, hidden: torch.Tensor, users: torch.Tensor | None
+) -> torch.Tensor:
+    """Value the candidates with a head for the rows in `users` (None: all). -> [S, k], 0 elsewhere."""
+    if users is None:
+        return head.evaluate(hidden, candidates)
+    of_users = head.evaluate(hidden.index_select(0, users), candidates.index_select(0, users))
+    return torch.zeros_like(candidates, dtype=of_users.dtype).index_copy_(0, users, of_users)
+
+
+def expected_values(
+    logits: torch.Tensor, hidden: torch.Tensor, weights: Sequence[Mapping[HeadValue, float]]
+) -> torch.Tensor:
+    """Estimate what each row's answer will be worth: the weighted sum of its heads' expectations. -> [D].
+
+    Args:
+        logits: [D, V] that the next token is sampled from, before temperature.
+        hidden: [D, d] states that the output layer read.
+        weights: for each of the D rows, its heads and their weights.
+    """
+    total = torch.zeros(len(weights), device=logits.device)
+    states = hidden.float()
+    for head in dict.fromkeys(head for row in weights for head in row):
+        column = np.array([row.get(head, 0.0) for row in weights], np.float32)
+        total += upload(column, logits.device) * head.expected(states, logits)
+    return total

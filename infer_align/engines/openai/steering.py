@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from infer_align.decoding.cache import RowCache
-from infer_align.decoding.steering import ValueCache
+from infer_align.decoding.siblings import ValueCache
 from infer_align.decoding.text import TextStream, token_bytes
 from infer_align.demo.locate import locate
 from infer_align.engines import Stream
@@ -213,13 +213,6 @@ def _is_text(data: bytes) -> bool:
         return bool(data.decode())
     except UnicodeDecodeError:
         return False
-
-
-@dataclass(slots=True)
-class _Row:
-    """What a value cache asks of a row."""
-
-    length: int
 
 
 class Steered:
@@ -433,8 +426,7 @@ class Steered:
                 value.lm.forward(
                     torch.tensor([answer.ids]), cache, torch.arange(len(answer.ids))[None], None
                 )
-                row: Any = _Row(len(answer.ids))
-                caches[value.lm] = ValueCache(value.lm, [row], cache)
+                caches[value.lm] = ValueCache(value.lm, [0], [len(answer.ids)], cache)
         return caches
 
     @torch.inference_mode()
@@ -448,8 +440,6 @@ class Steered:
     def _choose(self, tokens: list[int], token: int, caches: dict[ValueLM, ValueCache]) -> None:
         for cache in caches.values():
             cache.choose(torch.tensor([tokens]), torch.tensor([token]))
-            row: Any = cache.rows[0]
-            row.length += 1
 
 
 @dataclass(slots=True)

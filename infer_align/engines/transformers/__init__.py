@@ -15,12 +15,12 @@ from typing import Any
 
 from infer_align.decoding.labels import LabelTree, control_tokens
 from infer_align.decoding.params import SamplingParams, field_schemas
-from infer_align.decoding.steering import Steerer
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
+from infer_align.engines.transformers.steering import Steerer
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
 from infer_align.types import Capability, Draw, Kind, LabelLogprobs, LabelQuery
 from infer_align.values import Value
@@ -173,7 +173,7 @@ class TransformersEngine(Engine):
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
             Unavailable: not started, or closed.
         """
-        if self._model is None or self._scheduler is None:
+        if self._model is None or self._steerer is None or self._scheduler is None:
             raise Unavailable("the model is still loading")
         params = SamplingParams.from_body(draw.body, draw.kind, self._model.sampling_defaults)
         prompt = self._model.render(draw)
@@ -183,7 +183,14 @@ class TransformersEngine(Engine):
                 param="logit_bias",
             )
         room = self._room(draw, len(prompt.ids), params.max_tokens, self._scheduler.capacity)
-        job = Job(draw, params, prompt, room, *(self._steerer.bind(draw) if self._steerer else ()))
+        job = Job(
+            draw,
+            params,
+            prompt,
+            room,
+            steering=self._steerer.steering_values(draw),
+            estimates=self._steerer.estimate_values(draw),
+        )
         if not self._scheduler.is_alive():
             raise Unavailable("the engine was shut down")
         # In the loop's next round: draws that begin together, as those of several directions do, are prefilled together.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +29,9 @@ class Job:
     params: SamplingParams
     prompt: Prompt
     room: int  # tokens that each candidate may generate
-    steered_by: tuple[
-        tuple[Value, float], ...
-    ] = ()  # values and their weights, as they were when it came: they may be replaced
-    watched_by: tuple[
-        tuple[HeadValue, float], ...
-    ] = ()  # the same of those whose estimates are reported
+    # Loaded values and their weights. A value may be replaced later; the job keeps the one it was bound to.
+    steering: Mapping[Value, float] = field(default_factory=dict)
+    estimates: Mapping[HeadValue, float] = field(default_factory=dict)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
     closed: bool = False  # set from the event loop: nobody listens any more

@@ -16,13 +16,15 @@ import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.sampler import adjust, sample
-from infer_align.decoding.steering import Steerer, ValueCache
+from infer_align.decoding.siblings import choose_siblings
+from infer_align.decoding.steering import expected_values, steer
 from infer_align.decoding.text import TextStream
 from infer_align.engines import Event
 from infer_align.engines.transformers.batch import Batch
 from infer_align.engines.transformers.model import Model, Step
 from infer_align.engines.transformers.reading import Question, Read, read_group, take_group
 from infer_align.engines.transformers.rows import Job, Row, logprob_entries
+from infer_align.engines.transformers.steering import Steerer
 from infer_align.errors import AlignError, EngineFailed, Unavailable
 from infer_align.types import Candidate, Estimate
 
@@ -190,7 +192,7 @@ class Scheduler(threading.Thread):
 
     def _prefilled(self, job: Job, step: Step) -> None:
         job.step = step
-        job.value_caches = self.steerer.prefill(job)
+        job.value_caches = self.steerer.prefill(job.steering, job.prompt.ids)
 
     def _is_ahead(self, batch: list[Job]) -> bool:
         """Prompts that wait for room hold memory too: beside the first, they may take an eighth of what the batch may."""
@@ -219,7 +221,8 @@ class Scheduler(threading.Thread):
         with self._failing(row.job for row in joining):
             newcomers = Batch()
             for job in dict.fromkeys(row.job for row in joining):
-                newcomers = newcomers.join(_copies(job, [row for row in joining if row.job is job]))
+                of_job = [row for row in joining if row.job is job]
+                newcomers = newcomers.join(Batch.of_prompt(job, of_job))
             steps = [row.job.step for row in newcomers.rows if row.job.step]
             step = Step(torch.cat([s.logits for s in steps]), torch.cat([s.hidden for s in steps]))
             self._batch = self._batch.join(self._advance(newcomers, step))
@@ -247,21 +250,31 @@ class Scheduler(threading.Thread):
         if not rows:
             return batch
         logits, candidates = adjust(step.logits, rows), None
-        if batch.terms is None and any(row.job.draw.steering for row in rows):
-            batch.terms = self.steerer.terms(rows)
-        if batch.terms is not None:
-            logits, candidates = self.steerer.steer(
-                logits, step.hidden, batch.terms, rows, batch.values
-            )
-        for row, value in self.steerer.estimates(logits, step.hidden, rows):
-            self._tell(row.job, [Estimate(row.index, len(row.tokens), value)])
+        if batch.steering is None:
+            batch.steering = self.steerer.steering_batch(rows)
+        if batch.steering is not None:
+            logits, candidates = steer(logits, step.hidden, batch.steering, batch.value_caches)
+        self._report_estimates(logits, step.hidden, rows)
         tokens = sample(logits, rows)
         entries = logprob_entries(self.model, step.logits, logits, rows, tokens)
         if candidates is not None:
-            self.steerer.choose(tokens, candidates, rows, batch.values)
+            choose_siblings(batch.value_caches.values(), candidates, tokens)
         for row, token, entry in zip(rows, tokens, entries, strict=True):
             self._tell(row.job, row.accept(token, entry))
         return batch.take([i for i, row in enumerate(rows) if row.finish_reason is None])
+
+    def _report_estimates(
+        self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row]
+    ) -> None:
+        """Publish the estimates of the rows that are due."""
+        due = [i for i, row in enumerate(rows) if row.is_due]
+        if not due:
+            return
+        weights = [rows[i].job.estimates for i in due]
+        estimates = expected_values(logits[due], hidden[due], weights).tolist()
+        for i, value in zip(due, estimates, strict=True):
+            row = rows[i]
+            self._tell(row.job, [Estimate(row.index, len(row.tokens), value)])
 
     def _sound(self, batch: Batch, step: Step) -> tuple[Batch, Step]:
         """Without the rows whose logits are not finite: they fail, alone."""
@@ -306,16 +319,6 @@ class Scheduler(threading.Thread):
             mine = [(job, event) for job, event in told if job.loop is loop]
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(_deliver, mine)
-
-
-def _copies(job: Job, rows: list[Row]) -> Batch:
-    """The job's prompt, once for each of these candidates."""
-    first, columns = [0] * len(rows), len(job.prompt.ids)
-    values = {
-        lm: ValueCache(lm, rows, cache.take(first, columns))
-        for lm, cache in job.value_caches.items()
-    }
-    return Batch(rows, job.cache.take(first, columns), values)
 
 
 def _deliver(told: list[tuple[Job, Event | AlignError]]) -> None:

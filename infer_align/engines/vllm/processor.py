@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from infer_align.engines.vllm.slots import Bound, Slots, steer
+from infer_align.decoding.steering import steer
+from infer_align.engines.vllm.slots import Bound, Slots
 from infer_align.engines.vllm.steering import KEY, Terms
 from infer_align.engines.vllm.watching import Estimates, Named, Recorder, Watched
 from infer_align.values import Frozen
@@ -134,7 +135,7 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
             return logits
         hidden = self._tap.take(len(logits))
         if layout is not None:
-            logits = steer(logits, hidden, layout)
+            logits, _ = steer(logits, hidden, layout, out=logits)
         if due:
             self._recorder.add(logits, hidden, due)
         return logits

@@ -6,16 +6,15 @@ S rows are steered, by M values in use, over at most k candidates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from infer_align.decoding.steering import SteeringBatch, upload
 from infer_align.engines.vllm.steering import Terms
 from infer_align.values.head import HeadValue
-from infer_align_kernels import add_candidate_shifts, reweight_logits, top_candidates
 
 Indices = NDArray[np.int64]
 
@@ -26,24 +25,6 @@ class Bound(NamedTuple):
     weights: Mapping[int, float]  # column -> weight, none of them 0
     top_k: int
     mask: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """One step's steering."""
-
-    rows: torch.Tensor | None  # [S] of the logits; None for all of them
-    values: tuple[HeadValue, ...]
-    users: tuple[
-        torch.Tensor | None, ...
-    ]  # of each value, which of the S rows it steers; None for all
-    beta: torch.Tensor  # [S, M]
-    beyond: (
-        torch.Tensor | None
-    )  # [S, k] True past the row's own top_k; None where there are no such
-    tail: torch.Tensor | Literal["keep"]  # [S] True where the tail is masked
-    k: int
-    whole: bool = False  # every row has k candidates and is steered by every value
 
 
 class Slots:
@@ -60,7 +41,7 @@ class Slots:
         self._beta = np.zeros((size, 0), np.float32)
         self._top_k = np.zeros(size, np.int64)  # 0 where the slot does not steer
         self._mask = np.zeros(size, np.bool_)
-        self._layout: tuple[bytes, Layout | None] | None = (
+        self._layout: tuple[bytes, SteeringBatch | None] | None = (
             None  # of the latest step, with the rows that it was made for
         )
         self._state: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = (
@@ -132,34 +113,30 @@ class Slots:
         for slot in {*np.flatnonzero(self._top_k).tolist(), *bound}:
             self.put(slot, bound.get(slot))
 
-    def layout(self, slots: Sequence[int] | Indices) -> Layout | None:
+    def layout(self, slots: Sequence[int] | Indices) -> SteeringBatch | None:
         """The steering of a step whose rows belong to these slots; None where none steers. Made anew when something has changed."""
         key = np.asarray(slots, np.int64).tobytes()
         if self._layout is None or self._layout[0] != key:
             self._layout = key, self._make(np.asarray(slots, np.int64))
         return self._layout[1]
 
-    def _make(self, slots: Indices) -> Layout | None:
+    def _make(self, slots: Indices) -> SteeringBatch | None:
         rows = np.flatnonzero(self._top_k[slots])
         if not len(rows):
             return None
         mine = slots[rows]
         columns = np.flatnonzero(self._beta[mine].any(axis=0))
         beta, top_k, mask = self._beta[np.ix_(mine, columns)], self._top_k[mine], self._mask[mine]
-        k = int(top_k.max())
-        users = [np.flatnonzero(column) for column in beta.T]
-        return Layout(
-            rows=None if len(rows) == len(slots) else self._upload(rows),
-            values=self._used(columns),
-            users=tuple(None if len(some) == len(rows) else self._upload(some) for some in users),
-            beta=self._upload(beta),
-            beyond=None if top_k.min() == k else self._upload(np.arange(k)[None] >= top_k[:, None]),
-            tail=self._upload(mask) if mask.any() else "keep",
-            k=k,
-            whole=bool(top_k.min() == k and beta.all() and not mask.any()),
+        return SteeringBatch.build(
+            self._used(columns),
+            beta,
+            top_k,
+            mask,
+            self._device,
+            rows=None if len(rows) == len(slots) else rows,
         )
 
-    def expanded_layout(self, slots: Indices, owners: torch.Tensor) -> Layout | None:
+    def expanded_layout(self, slots: Indices, owners: torch.Tensor) -> SteeringBatch | None:
         """The steering of a step in which a slot has several rows: [rows] the slot of each, on the device.
 
         All rows are in it: those of slots that do not steer have no candidates and come back as they were.
@@ -169,18 +146,18 @@ class Slots:
             return None
         if self._state is None:
             self._state = (
-                self._upload(self._beta),
-                self._upload(self._top_k),
-                self._upload(self._mask),
+                upload(self._beta, self._device),
+                upload(self._top_k, self._device),
+                upload(self._mask, self._device),
             )
         k = int(self._top_k[steered].max())
         columns = np.flatnonzero(self._beta[steered].any(axis=0))
         beta, top_k, mask = (state.index_select(0, owners) for state in self._state)
-        return Layout(
+        return SteeringBatch(
             rows=None,
             values=self._used(columns),
             users=(None,) * len(columns),
-            beta=beta.index_select(1, self._upload(columns)),
+            beta=beta.index_select(1, upload(columns, self._device)),
             beyond=torch.arange(k, device=owners.device)[None] >= top_k[:, None],
             tail=mask if self._mask[steered].any() else "keep",
             k=k,
@@ -191,46 +168,3 @@ class Slots:
 
     def _changed(self) -> None:
         self._layout = self._state = None
-
-    def _upload(self, array: NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self._device.type == "cpu":
-            return tensor.clone()  # the arrays change under a step that is still to come
-        return tensor.pin_memory().to(self._device, non_blocking=True)
-
-
-def steer(logits: torch.Tensor, hidden: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The rows of the layout reweighted, in place. [rows, V] float32, [rows, d] -> [rows, V]."""
-    rows = layout.rows
-    mine = logits if rows is None else logits.index_select(0, rows)
-    states = (hidden if rows is None else hidden.index_select(0, rows)).float()
-    candidates = top_candidates(mine, layout.k)
-    values = _evaluate(candidates, states, layout.values, layout.users)
-    slots = candidates if layout.beyond is None else candidates.masked_fill(layout.beyond, -1)
-    if layout.whole and not mine.is_cuda:
-        steered = add_candidate_shifts(mine, slots, values, layout.beta)
-    else:
-        steered = reweight_logits(mine, slots, values, layout.beta, layout.tail, out=mine)
-    return steered if rows is None else logits.index_copy_(0, rows, steered)
-
-
-def _evaluate(
-    candidates: torch.Tensor,
-    states: torch.Tensor,
-    values: Sequence[HeadValue],
-    users: Sequence[torch.Tensor | None],
-) -> torch.Tensor:
-    """[M, S, k] values of the candidates; what a row does not use is 0 and was not computed."""
-    if len(values) == 1 and users[0] is None:
-        return values[0].evaluate(states, candidates)[None]
-    found = torch.zeros((len(values), *candidates.shape), device=candidates.device)
-    for m, (value, some) in enumerate(zip(values, users, strict=True)):
-        if some is None:
-            found[m] = value.evaluate(states, candidates)
-        else:
-            found[m].index_copy_(
-                0,
-                some,
-                value.evaluate(states.index_select(0, some), candidates.index_select(0, some)),
-            )
-    return found

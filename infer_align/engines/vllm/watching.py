@@ -14,8 +14,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from infer_align.decoding.steering import expected_values, upload
 from infer_align.engines.vllm.steering import checked_weight
 from infer_align.types import EstimateSchedule
 from infer_align.values.head import HeadValue
@@ -102,14 +104,9 @@ class Recorder:
             hidden: [rows, d].
             due: which rows.
         """
-        rows = self._upload([row for row, _, _ in due], torch.long)
-        states, policy = hidden.index_select(0, rows).float(), logits.index_select(0, rows)
+        rows = upload(np.array([row for row, _, _ in due], np.int64), self._device)
         weights = [dict(watched.values) for _, watched, _ in due]
-        found = torch.zeros(len(due), device=self._device)
-        for value in dict.fromkeys(value for own in weights for value in own):
-            found += self._upload(
-                [own.get(value, 0.0) for own in weights], torch.float32
-            ) * value.expected(states, policy)
+        found = expected_values(logits.index_select(0, rows), hidden.index_select(0, rows), weights)
         self._kept.append(([(watched.name, tokens) for _, watched, tokens in due], found))
 
     def take(self) -> Estimates:
@@ -122,14 +119,6 @@ class Recorder:
                 for (name, tokens), value in zip(names, found.tolist(), strict=True)
             ]
         return taken
-
-    def _upload(self, numbers: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
-        tensor = torch.tensor([*numbers], dtype=dtype)
-        return (
-            tensor
-            if self._device.type == "cpu"
-            else tensor.pin_memory().to(self._device, non_blocking=True)
-        )
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer_align.engines.vllm.slots import Slots, steer
+from infer_align.decoding.steering import steer
+from infer_align.engines.vllm.slots import Slots
 from infer_align.engines.vllm.steering import Terms
 from infer_align.methods.vas import reweight
 from infer_align.values import Frozen
@@ -99,7 +100,8 @@ def test_each_row_is_steered_by_its_own_terms(
     layout = slots.layout(owners)
     assert (layout is None) == all(terms is None for terms in own)
     if layout is not None:
-        got = steer(logits.clone(), hidden, layout)
+        fresh = logits.clone()
+        got, _ = steer(fresh, hidden, layout, out=fresh)
         np.testing.assert_allclose(got.numpy(), expected(logits, hidden, own, heads), atol=1e-4)
         for row, terms in enumerate(own):
             if terms is None:
@@ -118,7 +120,8 @@ def test_several_rows_of_one_slot(
     own = [last.get(slot) for slot in owners]
     assert (layout is None) == all(terms is None for terms in own)
     if layout is not None:
-        got = steer(logits.clone(), hidden, layout)
+        fresh = logits.clone()
+        got, _ = steer(fresh, hidden, layout, out=fresh)
         np.testing.assert_allclose(got.numpy(), expected(logits, hidden, own, heads), atol=1e-4)
         for row, terms in enumerate(own):
             if terms is None:
@@ -189,7 +192,7 @@ def test_on_a_gpu_nothing_waits_for_the_device(heads: dict[str, HeadValue]) -> N
         try:
             layout = slots.layout(owners)
             assert layout is not None
-            got = steer(given, on_gpu, layout)
+            got, _ = steer(given, on_gpu, layout, out=given)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     np.testing.assert_allclose(got.cpu().numpy(), expected(logits, hidden, terms, heads), atol=1e-3)

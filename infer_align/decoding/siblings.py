@@ -1,0 +1,118 @@
+"""Caches of the value LMs that steer a running batch.
+
+A lookahead value reads a row's k candidates in one forward. The candidates are siblings: each attends to the row's
+tokens and to itself. After sampling, the column of the chosen candidate stays in the cache and the others are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from infer_align.decoding.cache import RowCache
+from infer_align.values.lookahead import ValueLM
+
+
+@dataclass(slots=True)
+class ValueCache:
+    """Keys and values of one value LM for the rows of a batch that it steers.
+
+    Attributes:
+        lm: the value LM.
+        members: the position in the batch of each row of the cache, ascending.
+        lengths: tokens of each row; all of them are in the cache. `choose` counts the sampled token.
+        cache: keys and values, right-aligned.
+    """
+
+    lm: ValueLM
+    members: list[int]
+    lengths: list[int]
+    cache: RowCache
+
+    def take(self, positions: Sequence[int]) -> ValueCache:
+        """Return the rows at these positions of the batch, renumbered in the given order."""
+        renumbered = {position: new for new, position in enumerate(positions)}
+        rows = [row for row, member in enumerate(self.members) if member in renumbered]
+        if not rows:
+            return ValueCache(self.lm, [], [], RowCache())
+        lengths = [self.lengths[row] for row in rows]
+        members = [renumbered[self.members[row]] for row in rows]
+        return ValueCache(self.lm, members, lengths, self.cache.take(rows, max(lengths)))
+
+    def shifted(self, offset: int) -> ValueCache:
+        """Return the same rows in a batch where each stands `offset` positions further down."""
+        members = [member + offset for member in self.members]
+        return ValueCache(self.lm, members, self.lengths, self.cache)
+
+    def join(self, other: ValueCache) -> ValueCache:
+        """Return these rows followed by the other's; members are positions in one batch."""
+        if not self.members:
+            return other
+        if not other.members:
+            return self
+        return ValueCache(
+            self.lm,
+            self.members + other.members,
+            self.lengths + other.lengths,
+            self.cache.join(other.cache),
+        )
+
+    def siblings(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Value each candidate of each row: [R, k] ids -> [R, k, H].
+
+        The candidates' columns stay in the cache until `choose`.
+        """
+        columns = self.cache.length
+        device = token_ids.device
+        lengths = torch.tensor(self.lengths, device=device)
+        rows, k = token_ids.shape
+        prefix = torch.arange(columns, device=device)[None] >= (columns - lengths)[:, None]
+        itself = torch.eye(k, dtype=torch.bool, device=device)
+        mask = torch.cat([prefix[:, None].expand(-1, k, -1), itself.expand(rows, -1, -1)], dim=-1)
+        positions = lengths[:, None].expand(-1, k)
+        return self.lm.forward(token_ids, self.cache, positions, mask[:, None])
+
+    def choose(self, token_ids: torch.Tensor, chosen: torch.Tensor) -> None:
+        """Keep the column of each row's sampled token and drop its siblings.
+
+        Args:
+            token_ids: [R, k] candidates of the latest `siblings` call.
+            chosen: [R] sampled tokens. A token outside the candidates is read now.
+        """
+        columns = self.cache.length - token_ids.shape[1]
+        match = token_ids == chosen[:, None]
+        self.cache.keep_one(columns, match.int().argmax(dim=-1))
+        unread = torch.nonzero(~match.any(dim=-1)).ravel().tolist()
+        if unread:
+            self._read(unread, columns, chosen)
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def _read(self, rows: list[int], columns: int, chosen: torch.Tensor) -> None:
+        """Replace the newest column of these rows by their sampled tokens."""
+        device = chosen.device
+        patch = self.cache.take(rows, columns + 1)
+        patch.drop_last()
+        positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
+        first = columns - positions
+        mask = (torch.arange(columns + 1, device=device)[None] >= first).long()
+        self.lm.forward(chosen[rows, None], patch, positions, mask)
+        self.cache.overwrite_last(rows, patch)
+
+
+def choose_siblings(
+    caches: Iterable[ValueCache], candidates: torch.Tensor, tokens: Sequence[int]
+) -> None:
+    """Record the sampled tokens in every value cache of a batch.
+
+    Args:
+        caches: the value caches of the batch.
+        candidates: [B, k] the candidates that were valued.
+        tokens: [B] the sampled tokens.
+    """
+    for cache in caches:
+        chosen = torch.tensor(
+            [tokens[member] for member in cache.members], device=candidates.device
+        )
+        cache.choose(candidates[cache.members], chosen)

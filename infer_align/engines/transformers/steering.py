@@ -1,0 +1,113 @@
+"""Values of the embedded engine: loading them, binding a draw to them and building the steering of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from infer_align.decoding.cache import RowCache
+from infer_align.decoding.steering import SteeringBatch
+from infer_align.engines.transformers.rows import Row
+from infer_align.types import Draw
+from infer_align.values import Frozen, Value, check_values
+from infer_align.values.head import HeadValue
+from infer_align.values.lookahead import LookaheadValue, ValueLM
+
+# A value LM reads a prompt in parts of this many tokens.
+PREFILL_TOKENS = 1024
+
+
+class Steerer:
+    """The values of one engine.
+
+    Attributes:
+        cell_bytes: bytes of keys and values that one token takes in all value LMs together.
+    """
+
+    def __init__(self, frozen: Frozen) -> None:
+        self.cell_bytes = 0
+        self._frozen = frozen
+        self._device = torch.device(frozen.device)
+        self._shared: dict[object, Any] = {}
+        self._values: dict[str, Value] = {}
+
+    def add(self, name: str, value: Value) -> None:
+        """Load a value and let requests use it.
+
+        Raises:
+            ConfigError: the value does not fit the frozen model.
+        """
+        value.start(self._frozen, self._shared)
+        # Replace the mapping instead of changing it: the scheduler's thread may be reading the old one.
+        self._values = {**self._values, name: value}
+        lookaheads = [v for v in self._values.values() if isinstance(v, LookaheadValue)]
+        in_use = {id(lookahead.lm) for lookahead in lookaheads}
+        self._shared = {key: item for key, item in self._shared.items() if id(item) in in_use}
+        lms = [item for item in self._shared.values() if isinstance(item, ValueLM)]
+        self.cell_bytes = sum(lm.cell_bytes for lm in lms)
+
+    def value(self, name: str) -> Value:
+        """Return the value of that name.
+
+        Raises:
+            KeyError: there is no such value.
+        """
+        return self._values[name]
+
+    def check(self, draw: Draw) -> None:
+        """Refuse a draw that names a value which is not configured or cannot estimate.
+
+        Raises:
+            InvalidRequest: naming the value and the nearest name.
+        """
+        check_values(draw, self._values)
+
+    def steering_values(self, draw: Draw) -> dict[Value, float]:
+        """Return the loaded values that steer a draw, with their weights; weights of 0 are left out."""
+        beta = draw.steering.beta if draw.steering else {}
+        return {self._values[name]: weight for name, weight in beta.items() if weight}
+
+    def estimate_values(self, draw: Draw) -> dict[HeadValue, float]:
+        """Return the loaded heads whose estimates a draw reports, with their weights."""
+        weights = draw.estimates.values if draw.estimates else {}
+        heads: dict[HeadValue, float] = {}
+        for name, weight in weights.items():
+            value = self._values[name]
+            if weight and isinstance(value, HeadValue):
+                heads[value] = weight
+        return heads
+
+    def prefill(self, values: Mapping[Value, float], ids: list[int]) -> dict[ValueLM, RowCache]:
+        """Read a prompt with the value LMs of these values. Each cache holds one row."""
+        caches: dict[ValueLM, RowCache] = {}
+        for value in values:
+            if isinstance(value, LookaheadValue) and value.lm and value.lm not in caches:
+                caches[value.lm] = self._read(value.lm, ids)
+        return caches
+
+    def _read(self, lm: ValueLM, ids: list[int]) -> RowCache:
+        cache = RowCache()
+        for start in range(0, len(ids), PREFILL_TOKENS):
+            part = torch.tensor([ids[start : start + PREFILL_TOKENS]], device=self._device)
+            positions = torch.arange(start, start + part.shape[1], device=self._device)
+            lm.forward(part, cache, positions[None], None)
+        return cache
+
+    def steering_batch(self, rows: Sequence[Row]) -> SteeringBatch | None:
+        """Build the steering of these rows; None if none of them is steered."""
+        steerings = [row.job.draw.steering for row in rows]
+        if not any(steerings):
+            return None
+        values = list(dict.fromkeys(value for row in rows for value in row.job.steering))
+        beta = np.zeros((len(rows), len(values)), np.float32)
+        top_k = np.zeros(len(rows), np.int64)
+        masked = np.zeros(len(rows), np.bool_)
+        for i, (row, steering) in enumerate(zip(rows, steerings, strict=True)):
+            if steering is not None:
+                beta[i] = [row.job.steering.get(value, 0.0) for value in values]
+                top_k[i] = min(steering.top_k, self._frozen.vocabulary)
+                masked[i] = steering.tail == "mask"
+        return SteeringBatch.build(values, beta, top_k, masked, self._device)
