@@ -253,7 +253,7 @@ class UpstreamReward(Reward):
             rows, tokens = await member.client.post(
                 f"/{api}",
                 body if member.model is None else {"model": member.model, **body},
-                read=understood,
+                parse=understood,
             )
         except AlignError as error:
             return (), error.message, 0

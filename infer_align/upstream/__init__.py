@@ -1,8 +1,12 @@
-"""Other servers that speak HTTP and JSON: where they are, which of them is asked, and what is done when one fails.
+"""HTTP clients of other servers ("upstreams") that exchange JSON.
 
-    section (here) ─▶ Client (client.py): one call, retried where that is safe ─▶ Pool (pool.py): the host that takes it
+    Upstream (here)         the configuration that every kind of upstream shares
+    Client (client.py)      sends one call, and retries it where that is safe
+    Pool (pool.py)          chooses the host that gets the call
+    response.py, sse.py     read JSON, event streams and errors from a response
 
-Engines and rewards that live elsewhere stand on this. It knows nothing of what is said over it.
+The engine `openai` and the remote rewards are built on this package. It knows no API beyond HTTP,
+JSON, server-sent events and error bodies.
 """
 
 from __future__ import annotations
@@ -16,105 +20,113 @@ from annotated_types import Gt
 
 from infer_align.errors import ConfigError, EngineFailed
 
-# The code of a failure whose cause is this server's own key.
+# The error code of a call that failed because the upstream rejected this server's own key.
 KEY_REFUSED = "upstream_unauthorized"
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """One of several upstreams."""
+    """The address of one upstream."""
 
-    url: str = field(metadata={"description": 'base URL, such as "http://host:8000/v1"'})
+    url: str = field(metadata={"description": 'Base URL, such as "http://host:8000/v1".'})
     weight: Annotated[float, Gt(0)] = field(
-        default=1.0, metadata={"description": "share of the load, against the others'"}
+        default=1.0, metadata={"description": "Share of the load, relative to the other URLs."}
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
-    """How upstreams are reached: the part of a section that every kind of upstream shares."""
+    """The options of a configuration section that every kind of upstream shares."""
 
     urls: str | tuple[str | Address, ...] = field(
         metadata={
-            "description": "base URL, or several; each a string or {url, weight}. The least loaded one that is up is asked"
+            "description": "Base URL, or several, each a string or {url, weight}. A call goes to "
+            "the least loaded upstream that is up."
         }
     )
     api_key_env: str | None = field(
         default=None,
         metadata={
-            "description": "environment variable with the key for the upstreams; it is sent to no other place"
+            "description": "Environment variable that holds the API key of the upstreams. The key "
+            "is sent to these URLs only."
         },
     )
     max_concurrency: int = field(
         default=256,
-        metadata={"ge": 1, "description": "calls at once to each upstream; others wait"},
+        metadata={
+            "ge": 1,
+            "description": "Maximum number of concurrent calls to each upstream. "
+            "Further calls wait.",
+        },
     )
     connect_timeout_seconds: float = field(
-        default=5.0, metadata={"gt": 0, "description": "for a connection to be made"}
+        default=5.0, metadata={"gt": 0, "description": "Timeout for opening a connection."}
     )
     timeout_seconds: float = field(
-        default=600.0, metadata={"gt": 0, "description": "for one call from end to end"}
+        default=600.0, metadata={"gt": 0, "description": "Timeout for one whole call."}
     )
     retries: int = field(
         default=2,
         metadata={
             "ge": 0,
             "le": 10,
-            "description": "further calls after a failure that cost no tokens: no connection, 429, 503, or a kept-alive connection "
-            "that had been closed",
+            "description": "Number of retries after a failure that cost no tokens: no connection, "
+            "status 429 or 503, or a kept-alive connection that was already closed.",
         },
     )
     max_retry_wait_seconds: float = field(
         default=10.0,
         metadata={
             "ge": 0,
-            "description": "a Retry-After over this is given to the client instead of being waited for",
+            "description": "Longest Retry-After that is waited for. "
+            "A longer one is returned to the client as an error.",
         },
     )
     recovery_seconds: float = field(
         default=2.0,
         metadata={
             "gt": 0,
-            "description": "how often an upstream that could not be reached is tried again",
+            "description": "Interval between attempts to reach an upstream that is down.",
         },
     )
 
     def addresses(self) -> tuple[Address, ...]:
-        """The upstreams, without a slash at the end.
+        """Return the configured addresses, without a trailing slash.
 
         Raises:
-            ConfigError: none, or one that is not an http(s) URL, or holds a password.
+            ConfigError: there is no URL, or one is not an http(s) URL or holds a password.
         """
-        given = (self.urls,) if isinstance(self.urls, str) else self.urls
-        if not given:
+        entries = (self.urls,) if isinstance(self.urls, str) else self.urls
+        if not entries:
             raise ConfigError(
-                'urls: needs at least one, such as urls = ["http://127.0.0.1:8000/v1"].'
+                'urls: at least one URL is required, such as urls = ["http://127.0.0.1:8000/v1"].'
             )
-        return tuple(_checked(Address(one) if isinstance(one, str) else one) for one in given)
+        return tuple(_checked_address(entry) for entry in entries)
 
     def api_key(self) -> str | None:
-        """The key for the upstreams, if they need one.
+        """Return the API key of the upstreams, or None if none is configured.
 
         Raises:
-            ConfigError: the environment variable that should hold it is missing or empty.
+            ConfigError: the environment variable that should hold it is missing or not a key.
         """
         if self.api_key_env is None:
             return None
         key = os.environ.get(self.api_key_env, "").strip()
         if not key or not key.isascii() or not key.isprintable():
             raise ConfigError(
-                f"api_key_env: the environment variable {self.api_key_env!r} is not set, empty or not one line of ASCII; put "
-                "the key for the upstreams there."
+                f"api_key_env: the environment variable {self.api_key_env!r} is not set, empty or "
+                "not one line of ASCII; put the key for the upstreams there."
             )
         return key
 
 
 class UpstreamFailed(EngineFailed):
-    """A call that brought no answer.
+    """A call to an upstream that gave no usable answer.
 
     Attributes:
-        status: the upstream's own, else 502, or 504 for a timeout.
-        refused: the upstream says that the request is wrong: it would be anywhere.
+        status: the upstream's own status, else 502, or 504 for a timeout.
+        refused: True if the upstream rejected the request itself, so that no other host and no
+            retry can help.
     """
 
     code = "upstream_failed"
@@ -133,14 +145,17 @@ class UpstreamFailed(EngineFailed):
         self.refused = refused
 
 
-def _checked(address: Address) -> Address:
+def _checked_address(entry: str | Address) -> Address:
+    address = Address(entry) if isinstance(entry, str) else entry
     parts = urlsplit(address.url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ConfigError(
             f"urls: {address.url!r} is not an http(s) URL; write it as 'http://host:8000/v1'."
         )
     if parts.username or parts.password or parts.query or parts.fragment:
+        # The URL may hold a secret, so that the message names the host only.
         raise ConfigError(
-            f"urls: that of {parts.hostname!r} holds a user, a query or a fragment; put the key into api_key_env."
+            f"urls: the URL of {parts.hostname!r} contains a user, a query or a fragment; remove "
+            "it, and use api_key_env for the key."
         )
     return Address(address.url.rstrip("/"), address.weight)

@@ -1,10 +1,12 @@
-"""One call to an upstream: sent to the host that has room, and again, to another where there is one, while that is safe.
+"""One call to an upstream, retried only where a retry cannot be paid for twice.
 
-Safe is what cost no tokens and changed nothing: no connection, 429, 503, or a kept-alive connection that turns out to be closed. A
-500, 502 or 504, a timeout, a connection lost at any other time, or an answer that breaks off is not repeated: the work may have
-been done, and be done and paid for twice.
+A call is retried, on another host if there is one, after a failure that cost no tokens: no
+connection, status 429 or 503, or a kept-alive connection that was already closed. It is not
+retried after a 500, 502 or 504, a timeout, a connection lost at another time, or an answer that
+breaks off: the upstream may have done the work.
 
-What is raised by a call, or inside the block that reads it, has lost the upstream's key before anybody sees it.
+API keys are redacted from every error raised here, and from errors raised by the block that reads
+a response.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from contextlib import asynccontextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import aiohttp
@@ -27,29 +29,38 @@ from aiohttp.connector import Connection
 from infer_align.errors import Unavailable
 from infer_align.upstream import KEY_REFUSED, Upstream, UpstreamFailed
 from infer_align.upstream.pool import Host, Pool
-from infer_align.upstream.reading import seconds, told, whole
+from infer_align.upstream.response import parse_error, parse_retry_after, read_json
 
-# The first wait between two tries; each further one is twice as long, and all are shortened by lot.
+T = TypeVar("T")
+
+# The first wait between two tries. Each further wait is twice as long, and all get random jitter.
 BACKOFF_SECONDS = 0.25
-RETRIED = frozenset({429, 503})
-REFUSED = frozenset({400, 404, 405, 409, 411, 413, 414, 415, 422, 431})
-# A kept-alive connection that is lost this soon after a request was written to it was closed before: nobody has read the request.
+# Statuses of a busy upstream: the request was not processed.
+RETRIED_STATUSES = frozenset({429, 503})
+# Statuses of a request that is wrong on every host.
+REFUSED_STATUSES = frozenset({400, 404, 405, 409, 411, 413, 414, 415, 422, 431})
+# A kept-alive connection that is lost this soon after a request was written had been closed
+# before: the upstream has not read the request.
 STALE_SECONDS = 0.25
-# Of an upstream's error: what is read, and what is passed on.
+# Bytes of an error response that are read, and characters of its message that are passed on.
 MAX_ERROR_BYTES = 2**16
 MAX_MESSAGE = 2000
-# A key's beginning of this many characters says something of the key; an excerpt may end in the middle of one.
-TELLING = 8
-# Of the request that this task has sent last: whether its connection had been kept alive.
+# Redact prefixes of the key of at least this length too: an error excerpt may cut the key short.
+MIN_KEY_PREFIX = 8
+# True if the last request of this task was sent over a kept-alive connection.
 _kept_alive: ContextVar[bool] = ContextVar("kept_alive", default=False)
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 @dataclass(slots=True)
-class Tally:
-    """How many calls were made, counted as they are made."""
+class CallCounter:
+    """A count of the calls that were made, retries included."""
 
     calls: int = 0
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
 
 
 class Client:
@@ -69,7 +80,7 @@ class Client:
         )
 
     async def start(self) -> None:
-        """Open the connection pool. Call it in the event loop that will use it."""
+        """Open the connection pool; must be called in the event loop that will use it."""
         headers = {"Content-Type": "application/json", "User-Agent": "infer-align"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -85,19 +96,20 @@ class Client:
         if self._session:
             await self._session.close()
 
-    async def once(self, host: Host, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON of one host, asked once; whether it can be reached is noted. Without a body it is a GET.
+    async def call_host(self, host: Host, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Return the JSON of one host's answer, without retries; a GET if there is no body.
+
+        The result is recorded in the state of the host.
 
         Raises:
-            UpstreamFailed: no answer, or not JSON.
+            UpstreamFailed: there is no answer, or it is not JSON.
         """
         content = None if body is None else _encode(body).encode()
+        method = "GET" if content is None else "POST"
         try:
-            async with self._open(
-                host, "GET" if content is None else "POST", path, content
-            ) as response:
-                return await whole(response)
-        except _Retriable as failure:
+            async with self._open(host, method, path, content) as response:
+                return await read_json(response)
+        except _RetriableFailure as failure:
             raise self._redacted(failure.error) from None
         except UpstreamFailed as error:
             raise self._redacted(error) from None
@@ -108,46 +120,49 @@ class Client:
         body: Mapping[str, Any],
         *,
         model: str | None = None,
-        tally: Tally | None = None,
-        read: Callable[[Any], Any] = lambda answer: answer,
-    ) -> Any:
-        """What `read` makes of the JSON answer to a JSON body; the answer itself where it is not given.
+        counter: CallCounter | None = None,
+        parse: Callable[[Any], T] = _unchanged,
+    ) -> T:
+        """Send a JSON body and return `parse(answer)`; by default the answer's JSON as it is.
 
         Raises:
-            UpstreamFailed: see `call`; or the answer broke off, is not JSON, or is not what `read` expects.
+            UpstreamFailed: see `call`; or the answer breaks off, is not JSON, or `parse` raises.
         """
-        async with self.call(path, body, model=model, tally=tally or Tally()) as (_, response):
-            return read(await whole(response))
+        counter = counter or CallCounter()
+        async with self.call(path, body, model=model, counter=counter) as (_, response):
+            return parse(await read_json(response))
 
     @asynccontextmanager
     async def call(
-        self, path: str, body: Mapping[str, Any], *, model: str | None, tally: Tally
+        self, path: str, body: Mapping[str, Any], *, model: str | None, counter: CallCounter
     ) -> AsyncIterator[tuple[Host, aiohttp.ClientResponse]]:
-        """A 200 of one of the hosts, its body not yet read; leaving the block early closes the connection at once.
+        """Yield the host and its successful response, whose body is not read yet.
+
+        Leaving the block early closes the connection at once.
 
         Args:
-            path: below the base URL.
-            body: sent as JSON, as it stands.
-            model: only hosts that have it are asked.
-            tally: counts every call.
+            path: path below the base URL.
+            body: sent as JSON without changes.
+            model: only hosts that serve it get the call.
+            counter: counts every call.
 
         Raises:
-            UpstreamFailed: the last failure, when it must not or can not be repeated.
-            Unavailable: not started, or no host has the model.
+            UpstreamFailed: the last failure, if it must not or cannot be retried.
+            Unavailable: the client is not started, or no host serves the model.
         """
         content = _encode(body).encode()
-        tried: set[Host] = set()
+        failed_hosts: set[Host] = set()
         for attempt in range(self.config.retries + 1):
-            host = await self.pool.acquire(model, tried)
+            host = await self.pool.acquire(model, failed_hosts)
             wait: float | None
             try:
-                tally.calls += 1
+                counter.calls += 1
                 async with self._open(host, "POST", path, content) as response:
                     yield host, response
                     return
-            except _Retriable as failure:
-                tried.add(host)
-                wait = self._wait(failure, attempt, tried, model)
+            except _RetriableFailure as failure:
+                failed_hosts.add(host)
+                wait = self._retry_wait(failure, attempt, failed_hosts, model)
                 if wait is None:
                     raise self._redacted(failure.error) from None
             except UpstreamFailed as error:
@@ -160,7 +175,10 @@ class Client:
     async def relay(
         self, method: str, path: str, content: bytes | None, *, model: str | None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer as it comes, of the first host that does not say 404: what was stored lies on one of them. Nothing is repeated.
+        """Yield the response of the first host that does not answer 404 or 405.
+
+        A stored object exists on one of the hosts only, and the client does not know on which.
+        Each host gets the request at most once.
 
         Raises:
             UpstreamFailed: the last host's failure.
@@ -169,136 +187,119 @@ class Client:
         failures: dict[Host, UpstreamFailed] = {}
         while True:
             host = await self.pool.acquire(model, failures)
-            begun = False
+            is_open = False
             try:
                 if host in failures:
                     raise self._redacted(failures[host])
                 async with self._open(host, method, path, content) as response:
-                    begun = True
+                    is_open = True
                     yield response
                     return
-            except _Retriable as failure:
+            except _RetriableFailure as failure:
                 failures[host] = failure.error
             except UpstreamFailed as error:
-                if begun or host in failures or error.status not in {404, 405}:
+                if is_open or host in failures or error.status not in {404, 405}:
                     raise self._redacted(error) from None
                 failures[host] = error
             finally:
                 self.pool.release(host)
 
     def _redacted(self, error: UpstreamFailed) -> UpstreamFailed:
-        """The error, its texts without the key, without halves of characters, and not too long."""
-        error.message = self._without_key(error.message)[:MAX_MESSAGE]
-        error.param = None if error.param is None else self._without_key(error.param)[:MAX_MESSAGE]
-        error.code = self._without_key(error.code)[:MAX_MESSAGE]
+        """Return the error with texts that are valid UTF-8, short, and without the key."""
+        error.message = self._redact(error.message)
+        error.param = None if error.param is None else self._redact(error.param)
+        error.code = self._redact(error.code)
         error.args = (error.message,)
         return error
 
-    def _without_key(self, text: str) -> str:
+    def _redact(self, text: str) -> str:
         key = self._key or ""
-        lengths = range(len(key), min(len(key), TELLING) - 1, -1) if key else ()
-        for length in lengths:
-            for form in {key[:length], repr(key[:length])[1:-1]}:
-                text = text.replace(form, "***")
-        return text.encode(errors="replace").decode()
+        shortest = max(1, min(len(key), MIN_KEY_PREFIX))
+        for length in range(len(key), shortest - 1, -1):
+            prefix = key[:length]
+            escaped = repr(prefix)[1:-1]
+            text = text.replace(prefix, "***").replace(escaped, "***")
+        return text.encode(errors="replace").decode()[:MAX_MESSAGE]
 
-    def _wait(
-        self, failure: _Retriable, attempt: int, tried: set[Host], model: str | None
+    def _retry_wait(
+        self,
+        failure: _RetriableFailure,
+        attempt: int,
+        failed_hosts: set[Host],
+        model: str | None,
     ) -> float | None:
-        """Seconds until the next try; None where there is none."""
+        """Return the seconds until the next try, or None if there must be none."""
         if attempt >= self.config.retries:
             return None
-        if failure.stale or [host for host in self.pool.having(model) if host not in tried]:
-            return 0.0  # somebody else may be well
-        asked = failure.error.retry_after
-        if asked is not None and asked > self.config.max_retry_wait_seconds:
+        untried = [host for host in self.pool.serving(model) if host not in failed_hosts]
+        if failure.stale or untried:
+            return 0.0
+        backoff: float = BACKOFF_SECONDS * 2**attempt
+        retry_after = failure.error.retry_after
+        # The jitter keeps clients from retrying all at once; it needs no secure random numbers.
+        if retry_after is None:
+            return backoff * random.uniform(0.5, 1.0)  # noqa: S311
+        if retry_after > self.config.max_retry_wait_seconds:
             return None
-        backoff = BACKOFF_SECONDS * 2**attempt
-        return (
-            backoff * random.uniform(0.5, 1.0)
-            if asked is None
-            else asked + random.uniform(0.0, 0.1 * backoff)
-        )
+        return retry_after + random.uniform(0.0, 0.1 * backoff)  # noqa: S311
 
     @asynccontextmanager
     async def _open(
         self, host: Host, method: str, path: str, content: bytes | None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send one request to one host and yield its successful response.
+
+        Raises:
+            _RetriableFailure: the request failed and cost no tokens.
+            UpstreamFailed: the request failed otherwise.
+        """
+        response = await self._send(host, method, path, content)
+        try:
+            if not 200 <= response.status < 300:
+                raise await _failure(host, response)
+            host.record_success()
+            yield response
+        finally:
+            if response.content.at_eof():
+                response.release()
+            else:
+                response.close()
+
+    async def _send(
+        self, host: Host, method: str, path: str, content: bytes | None
+    ) -> aiohttp.ClientResponse:
+        """Send one request and return the response; record in the host why there is none."""
         if self._session is None or self._session.closed:
             raise Unavailable("the connections to the upstreams are closed")
         _kept_alive.set(False)
         started = monotonic()
         try:
-            response = await self._session.request(
+            return await self._session.request(
                 method, f"{host.url}{path}", data=content, allow_redirects=False
             )
         except aiohttp.ClientConnectorError as error:
-            reason = f"no connection: {_reason(error)}"
-            host.failed(reason)
-            raise _Retriable(
-                UpstreamFailed(f"the upstream cannot be reached: {reason}.", status=502)
-            ) from None
+            raise _not_connected(host, f"no connection: {_reason(error)}", 502) from None
         except aiohttp.ConnectionTimeoutError:
-            host.failed("no connection in time")
-            raise _Retriable(
-                UpstreamFailed("the upstream cannot be reached: no connection in time.", status=504)
-            ) from None
+            raise _not_connected(host, "no connection in time", 504) from None
         except TimeoutError:
-            host.failed()
-            raise self._late() from None
+            host.record_failure()
+            raise UpstreamFailed(
+                f"the upstream did not answer within {self.config.timeout_seconds:.3g} s.",
+                status=504,
+            ) from None
         except (aiohttp.ClientError, OSError) as error:
-            host.failed()
+            host.record_failure()
             lost = UpstreamFailed(
                 f"the connection to the upstream was lost: {type(error).__name__}."
             )
             early = _kept_alive.get() and monotonic() - started < STALE_SECONDS
             if early and isinstance(error, aiohttp.ServerDisconnectedError | OSError):
-                raise _Retriable(lost, stale=True) from None
+                raise _RetriableFailure(lost, stale=True) from None
             raise lost from None
-        try:
-            if not 200 <= response.status < 300:
-                raise await self._failure(host, response)
-            host.answered()
-            yield response
-        finally:
-            response.release() if response.content.at_eof() else response.close()
-
-    def _late(self) -> UpstreamFailed:
-        return UpstreamFailed(
-            f"the upstream did not answer within {self.config.timeout_seconds:.3g} s.", status=504
-        )
-
-    async def _failure(self, host: Host, response: aiohttp.ClientResponse) -> Exception:
-        """What a status other than 200 means."""
-        status = response.status
-        host.failed() if status >= 500 else host.answered()
-        content = b""
-        with suppress(aiohttp.ClientError, OSError, TimeoutError):
-            while len(content) < MAX_ERROR_BYTES and (
-                part := await response.content.read(MAX_ERROR_BYTES)
-            ):
-                content += part
-        message, param, code = told(content.decode(errors="replace"))
-        after = seconds(response.headers.get("Retry-After"))
-        if status in {401, 403}:
-            error = UpstreamFailed(
-                f"the upstream does not accept this server's key ({status}).", code=KEY_REFUSED
-            )
-        elif status < 400:
-            error = UpstreamFailed(
-                f"the upstream answered {status}, which is not followed; correct its url."
-            )
-        else:
-            refused = status in REFUSED
-            says = message or f"the upstream answered {status}."
-            error = UpstreamFailed(
-                says, status=status, param=param, code=code, retry_after=after, refused=refused
-            )
-        return _Retriable(error) if status in RETRIED else error
 
 
-class _Retriable(Exception):
-    """A failure that may be tried again; at once where only the connection was `stale`."""
+class _RetriableFailure(Exception):
+    """A failure that may be retried; at once if the connection was `stale`."""
 
     def __init__(self, error: UpstreamFailed, *, stale: bool = False) -> None:
         super().__init__(error.message)
@@ -306,26 +307,74 @@ class _Retriable(Exception):
         self.stale = stale
 
 
+def _not_connected(host: Host, reason: str, status: int) -> _RetriableFailure:
+    host.record_failure(reason)
+    error = UpstreamFailed(f"the upstream cannot be reached: {reason}.", status=status)
+    return _RetriableFailure(error)
+
+
+async def _failure(host: Host, response: aiohttp.ClientResponse) -> Exception:
+    """Return the exception for a response with an unsuccessful status."""
+    status = response.status
+    if status >= 500:
+        host.record_failure()
+    else:
+        host.record_success()
+    body = parse_error((await _error_content(response)).decode(errors="replace"))
+    if status in {401, 403}:
+        return UpstreamFailed(
+            f"the upstream does not accept this server's key ({status}).", code=KEY_REFUSED
+        )
+    if status < 400:
+        return UpstreamFailed(
+            f"the upstream answered {status}, a redirect, which is not followed; correct its url."
+        )
+    error = UpstreamFailed(
+        body.message or f"the upstream answered {status}.",
+        status=status,
+        param=body.param,
+        code=body.code,
+        retry_after=parse_retry_after(response.headers.get("Retry-After")),
+        refused=status in REFUSED_STATUSES,
+    )
+    return _RetriableFailure(error) if status in RETRIED_STATUSES else error
+
+
+async def _error_content(response: aiohttp.ClientResponse) -> bytes:
+    """Read the start of an error response, as far as it arrives."""
+    content = b""
+    with suppress(aiohttp.ClientError, OSError, TimeoutError):
+        while len(content) < MAX_ERROR_BYTES:
+            received = await response.content.read(MAX_ERROR_BYTES)
+            if not received:
+                break
+            content += received
+    return content
+
+
 class _Connector(aiohttp.TCPConnector):
-    """Notes whether a request goes over a connection that had been kept alive; aiohttp's own tracing costs far more."""
+    """Sets `_kept_alive` for each request; aiohttp's own tracing costs far more."""
 
     def __init__(self, *, limit: int, keepalive_timeout: float) -> None:
         super().__init__(limit=limit, keepalive_timeout=keepalive_timeout)
-        self._known: WeakSet[Any] = WeakSet()
+        self._used_protocols: WeakSet[Any] = WeakSet()
 
-    async def connect(self, req: Any, traces: Any, timeout: Any) -> Connection:  # noqa: ASYNC109 - aiohttp's own signature
-        """A connection, new or kept alive."""
+    # The signature is aiohttp's.
+    async def connect(self, req: Any, traces: Any, timeout: Any) -> Connection:  # noqa: ASYNC109
+        """Return a connection, new or kept alive."""
         connection = await super().connect(req, traces, timeout)
-        _kept_alive.set(connection.protocol in self._known)
-        self._known.add(connection.protocol)
+        _kept_alive.set(connection.protocol in self._used_protocols)
+        self._used_protocols.add(connection.protocol)
         return connection
 
 
 def _reason(error: aiohttp.ClientConnectorError) -> str:
-    """Why there is no connection, in words that do not say where it should have gone."""
+    """Return why there is no connection, without the address."""
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return "its certificate is not one to trust"
+        return "its certificate is not trusted"
     if isinstance(error, aiohttp.ClientSSLError):
         return "TLS failed"
     number = error.os_error.errno
-    return os.strerror(number) if number and number > 0 else "its name cannot be looked up"
+    if not number or number <= 0:
+        return "its name cannot be looked up"
+    return os.strerror(number)

@@ -1,9 +1,10 @@
-"""Which upstream takes the next call: the least loaded that is up, and has room."""
+"""Choice of the host for the next call: the least loaded one that is up and has a free place."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
@@ -13,149 +14,181 @@ from infer_align.upstream import Address
 
 log = logging.getLogger("infer_align")
 
-# After so many failures in a row another host is preferred, for so many seconds.
-AILING_FAILURES = 3
-AILING_SECONDS = 10.0
+# After this many consecutive failures of a host, the others are preferred for a while.
+SUSPECT_FAILURES = 3
+SUSPECT_SECONDS = 10.0
 
 
 @dataclass(slots=True, eq=False)
 class Host:
-    """One upstream, as it was last seen."""
+    """One upstream and its last known state.
+
+    Attributes:
+        url: base URL.
+        weight: share of the load, relative to the other hosts.
+        recovery_seconds: interval between attempts to reach it while it is down.
+        running: calls that are running now.
+        down_reason: why it cannot be reached; None while it is up.
+        models: the models that it lists; None if unknown, which counts as any model.
+        retry_at: when a host that is down may get a call again.
+        failures: consecutive failures.
+        suspect_until: until when other hosts are preferred.
+        on_recovery: called when it can be reached again.
+    """
 
     url: str
     weight: float
     recovery_seconds: float = 2.0
     running: int = 0
-    down: str | None = "was not reached yet"  # why it cannot be reached
-    models: frozenset[str] | None = None  # what it lists; None: not known, so it may have any
-    try_again: float = 0.0  # when one that is down may be asked all the same, unless somebody looks after it before
-    failures: int = 0  # in a row
-    ailing_until: float = 0.0
-    recovered: Callable[[], None] = lambda: None
+    down_reason: str | None = "was not reached yet"
+    models: frozenset[str] | None = None
+    retry_at: float = 0.0
+    failures: int = 0
+    suspect_until: float = 0.0
+    on_recovery: Callable[[], None] = lambda: None
 
-    def failed(self, unreachable: str | None = None) -> None:
-        """A call to it failed; `unreachable` says why there was no connection."""
+    def record_failure(self, unreachable: str | None = None) -> None:
+        """Record a failed call; `unreachable` is the reason if there was no connection."""
         self.failures += 1
         if unreachable:
-            if unreachable != self.down:
+            if unreachable != self.down_reason:
                 log.warning("upstream %s: %s", self.url, unreachable)
-            self.down, self.try_again = unreachable, monotonic() + 2 * self.recovery_seconds
-        if self.failures >= AILING_FAILURES:
-            self.ailing_until = monotonic() + AILING_SECONDS
+            self.down_reason = unreachable
+            # Calls come back later than the regular check of the models, which costs nothing.
+            self.retry_at = monotonic() + 2 * self.recovery_seconds
+        if self.failures >= SUSPECT_FAILURES:
+            self.suspect_until = monotonic() + SUSPECT_SECONDS
 
-    def answered(self) -> None:
-        """It is well."""
-        was_down = self.down is not None
-        self.down, self.failures, self.ailing_until = None, 0, 0.0
+    def record_success(self) -> None:
+        """Record that it answered."""
+        was_down = self.down_reason is not None
+        self.down_reason = None
+        self.failures = 0
+        self.suspect_until = 0.0
         if was_down:
-            self.recovered()
+            self.on_recovery()
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
+    """A call that waits for a free place; `host` is resolved with a place already reserved."""
+
     model: str | None
-    turn: asyncio.Future[Host] = field(
+    host: asyncio.Future[Host] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
+    def has_host(self) -> bool:
+        """Return True if a place is reserved for this waiter."""
+        return self.host.done() and not self.host.cancelled() and self.host.exception() is None
+
 
 class Pool:
-    """Hosts, and those that wait for room on one."""
+    """The hosts of one section, and the calls that wait for a free place.
+
+    Args:
+        addresses: the hosts.
+        max_concurrency: maximum number of concurrent calls to each host.
+        recovery_seconds: interval between attempts to reach a host that is down.
+    """
 
     def __init__(
         self, addresses: Sequence[Address], max_concurrency: int, recovery_seconds: float = 2.0
     ) -> None:
         self.hosts = [Host(address.url, address.weight, recovery_seconds) for address in addresses]
-        self._limit = max_concurrency
-        self._waiting: list[_Waiter] = []
+        self._max_concurrency = max_concurrency
+        self._waiters: deque[_Waiter] = deque()
         for host in self.hosts:
-            host.recovered = self.wake
-
-    def up(self) -> list[Host]:
-        """Those that were reached when last tried."""
-        return [host for host in self.hosts if host.down is None]
+            host.on_recovery = self.wake
 
     def health(self) -> str | None:
-        """None while at least one can be reached, else why none can; where they are is for the log, not for whoever asks."""
-        if self.up():
-            return None
-        return "; ".join(f"upstream {i}: {host.down}" for i, host in enumerate(self.hosts, 1))
+        """Return None if a host can be reached, else the reason for each host.
 
-    def having(self, model: str | None) -> list[Host]:
-        """Hosts that serve a model and are up, or were down long enough to be tried again; where there are none, the others."""
-        able = [
-            host
-            for host in self.hosts
-            if model is None or host.models is None or model in host.models
-        ]
+        The reasons do not name the URLs: those are for the log, not for clients.
+        """
+        if any(host.down_reason is None for host in self.hosts):
+            return None
+        return "; ".join(
+            f"upstream {number}: {host.down_reason}" for number, host in enumerate(self.hosts, 1)
+        )
+
+    def serving(self, model: str | None) -> list[Host]:
+        """Return the hosts that serve a model and may get a call.
+
+        These are the hosts that are up, and those that have been down long enough to be tried
+        again. If there are none, all hosts that serve the model are returned.
+        """
+        hosts = []
+        for host in self.hosts:
+            if model is None or host.models is None or model in host.models:
+                hosts.append(host)
         now = monotonic()
-        return [host for host in able if host.down is None or host.try_again <= now] or able
+        usable = [host for host in hosts if host.down_reason is None or host.retry_at <= now]
+        return usable or hosts
 
     async def acquire(self, model: str | None, avoid: Collection[Host] = ()) -> Host:
-        """The host for the next call; give it back by `release`.
+        """Reserve a place on a host for one call; give it back with `release`.
 
         Args:
-            model: only hosts that have it.
-            avoid: hosts that just failed: taken only where there is no other.
+            model: the model that the host must serve; None for any host.
+            avoid: hosts that just failed, chosen only if there is no other.
 
         Raises:
-            Unavailable: no host has the model.
+            Unavailable: no host serves the model.
         """
-        if host := self._free(model, avoid):
+        host = self._free_host(model, avoid)
+        if host is not None:
             host.running += 1
             return host
-        if not self.having(model):
-            raise _nobody(model)
+        if not self.serving(model):
+            raise _no_host(model)
         waiter = _Waiter(model)
-        self._waiting.append(waiter)
+        self._waiters.append(waiter)
         try:
-            return await waiter.turn
+            return await waiter.host
         except asyncio.CancelledError:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-            elif (
-                waiter.turn.done() and not waiter.turn.cancelled() and not waiter.turn.exception()
-            ):  # its turn came as it left: pass it on
-                self.release(waiter.turn.result())
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            elif waiter.has_host():
+                # The place was reserved in the moment of the cancellation: pass it on.
+                self.release(waiter.host.result())
             raise
 
     def release(self, host: Host) -> None:
-        """A call to it has ended."""
+        """Give back the place of a call that has ended."""
         host.running -= 1
         self.wake()
 
     def wake(self) -> None:
-        """Something has changed: whoever waits and can go now goes, whoever waits for what nobody has any more is told so."""
-        for waiter in tuple(self._waiting):
-            gone = not self.having(waiter.model)
-            free = None if gone else self._free(waiter.model)
-            if not gone and free is None:
+        """Wake waiters after a change.
+
+        Each waiter gets a free host, or the error Unavailable if no host serves its model any more.
+        """
+        for waiter in tuple(self._waiters):
+            served = bool(self.serving(waiter.model))
+            host = self._free_host(waiter.model)
+            if served and host is None:
                 continue
-            self._waiting.remove(waiter)
-            if waiter.turn.cancelled():
+            self._waiters.remove(waiter)
+            if waiter.host.cancelled():
                 continue
-            if free is None:
-                waiter.turn.set_exception(_nobody(waiter.model))
+            if host is None:
+                waiter.host.set_exception(_no_host(waiter.model))
             else:
-                free.running += 1
-                waiter.turn.set_result(free)
+                host.running += 1
+                waiter.host.set_result(host)
 
-    def _free(self, model: str | None, avoid: Collection[Host] = ()) -> Host | None:
-        able = [host for host in self.having(model) if host.running < self._limit]
-        if not able:
-            return None
-        if len(able) == 1:
-            return able[0]
+    def _free_host(self, model: str | None, avoid: Collection[Host] = ()) -> Host | None:
+        """Return the best host with a free place, or None if every host is full."""
         now = monotonic()
-        return min(
-            able,
-            key=lambda host: (
-                host in avoid,
-                host.ailing_until > now,
-                (host.running + 1) / host.weight,
-            ),
-        )
+
+        def rank(host: Host) -> tuple[bool, bool, float]:
+            load = (host.running + 1) / host.weight
+            return host in avoid, host.suspect_until > now, load
+
+        free = [host for host in self.serving(model) if host.running < self._max_concurrency]
+        return min(free, key=rank, default=None)
 
 
-def _nobody(model: str | None) -> Unavailable:
+def _no_host(model: str | None) -> Unavailable:
     return Unavailable(f"no upstream has the model {model!r}; try again later.", retry_after=5)

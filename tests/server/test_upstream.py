@@ -627,8 +627,8 @@ def test_one_that_is_gone_is_left_out_until_it_is_back(told: Upstream, front: An
         f"candidate {n}" for n in (3, 1, 9, 9)
     ]
     dead_one, good = live.service.engine.client.pool.hosts  # type: ignore[attr-defined]
-    assert dead_one.down
-    assert good.down is None
+    assert dead_one.down_reason
+    assert good.down_reason is None
 
 
 def test_load_is_shared_by_weight(told: Upstream, front: Any) -> None:

@@ -26,7 +26,7 @@ from infer_align.errors import ConfigError, Unavailable, Unsupported
 from infer_align.types import Body, Capability, Draw, LabelLogprobs, LabelQuery
 from infer_align.upstream import Upstream, UpstreamFailed
 from infer_align.upstream.client import Client
-from infer_align.upstream.reading import pieces
+from infer_align.upstream.response import read_bytes
 
 if TYPE_CHECKING:
     from infer_align.engines.openai.steering import Steered, Steerer
@@ -290,7 +290,7 @@ class OpenAIEngine(Engine):
         """
         try:
             async with self.client.relay(method, path, content, model=model) as response:
-                yield response.headers.get("Content-Type", "application/json"), pieces(response)
+                yield response.headers.get("Content-Type", "application/json"), read_bytes(response)
         except UpstreamFailed as error:
             unnamed = error.param is None and error.code == UpstreamFailed.code
             if (

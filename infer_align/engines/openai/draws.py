@@ -16,9 +16,9 @@ from infer_align.engines.openai.fanout import Fanout
 from infer_align.errors import AlignError, InvalidRequest
 from infer_align.types import Body, Candidate, Delta, Draw
 from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import Client, Tally
+from infer_align.upstream.client import Client, CallCounter
 from infer_align.upstream.pool import Host
-from infer_align.upstream.reading import events, whole
+from infer_align.upstream.response import read_events, read_json
 
 PATHS = {"chat": "/chat/completions", "completion": "/completions"}
 # What an answer holds beside its choices that is ours to say.
@@ -34,7 +34,7 @@ class _Batch:
     then: list[int] = field(
         default_factory=list
     )  # to be drawn once this call has shown whether the request or its n is refused
-    tally: Tally = field(default_factory=Tally)
+    counter: CallCounter = field(default_factory=CallCounter)
     known_good: bool = False  # the same request for one candidate was taken
     metered: bool = True  # whether a stream's usage may be asked for
     builders: dict[int, ChoiceBuilder] = field(
@@ -51,7 +51,7 @@ class _Batch:
 
     def calls(self) -> int:
         """Those made since this was last asked: the first candidate of a call reports it."""
-        made, self.tally.calls = self.tally.calls, 0
+        made, self.counter.calls = self.counter.calls, 0
         return made
 
     def finished(self, place: int) -> bool:
@@ -122,7 +122,7 @@ class Drawing:
     def start(self) -> None:
         """Make the first calls."""
         n = self._draw.n
-        size = self._fanout.most(self._client.pool.having(self._model), self._model, n)
+        size = self._fanout.most(self._client.pool.serving(self._model), self._model, n)
         for start in range(0, n, size):
             self._begin(_Batch(list(range(start, min(start + size, n)))))
 
@@ -194,16 +194,16 @@ class Drawing:
 
     async def _call(self, batch: _Batch) -> None:
         path, body = PATHS[self._draw.kind], self._body(batch)
-        async with self._client.call(path, body, model=self._model, tally=batch.tally) as (
+        async with self._client.call(path, body, model=self._model, counter=batch.counter) as (
             host,
             response,
         ):
             batch.host = host
             if response.content_type == "text/event-stream":
-                async for chunk in events(response):
+                async for chunk in read_events(response):
                     self._read_chunk(batch, chunk)
             else:
-                self._read_whole(batch, await whole(response))
+                self._read_whole(batch, await read_json(response))
 
     def _body(self, batch: _Batch) -> dict[str, Any]:
         """The client's own, with what is ours: the model's name, n, seed and stream."""
@@ -312,7 +312,7 @@ class Drawing:
         """The request was refused for all of a batch, and its first has been asked alone."""
         others = [index for index in batch.then if index in self._left]
         size = self._fanout.chunk(
-            self._client.pool.having(self._model), self._model, len(batch.then) + 1
+            self._client.pool.serving(self._model), self._model, len(batch.then) + 1
         )
         for start in range(0, len(others), size):
             self._begin(
@@ -332,7 +332,7 @@ class Drawing:
                 _Batch(
                     wanted or batch.indices[:1],
                     batch.then,
-                    batch.tally,
+                    batch.counter,
                     batch.known_good,
                     metered=False,
                 )
@@ -341,7 +341,7 @@ class Drawing:
         if error.refused and several and batch.known_good:
             half = (len(wanted) + 1) // 2
             self._begin(
-                _Batch(wanted[:half], [], batch.tally, known_good=True, metered=batch.metered)
+                _Batch(wanted[:half], [], batch.counter, known_good=True, metered=batch.metered)
             )
             if wanted[half:]:
                 self._begin(_Batch(wanted[half:], known_good=True, metered=batch.metered))
@@ -349,7 +349,7 @@ class Drawing:
         if error.refused and several and self._fanout.doubtful:
             # Is it the number that is refused, or the request? The first, asked alone, tells.
             first, *others = wanted
-            self._begin(_Batch([first], others, batch.tally, metered=batch.metered))
+            self._begin(_Batch([first], others, batch.counter, metered=batch.metered))
             return
         if error.refused and not batch.known_good:
             self.fail(refusal(error))

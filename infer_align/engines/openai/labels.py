@@ -23,7 +23,7 @@ from infer_align.engines.openai.probe import (
 )
 from infer_align.types import LabelLogprobs, LabelQuery
 from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import Client, Tally
+from infer_align.upstream.client import Client, CallCounter
 
 # What closes a label: said where a shorter label could go on.
 END = "]"
@@ -51,12 +51,12 @@ async def read_labels(
     total = dict.fromkeys(query.labels, 0.0)
     await reader.follow("", 1.0, total)
     logprobs = {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
-    return LabelLogprobs(logprobs, reader.prompt_tokens, reader.tally.calls)
+    return LabelLogprobs(logprobs, reader.prompt_tokens, reader.counter.calls)
 
 
 class _Reader:
     def __init__(self, client: Client, model: str, query: LabelQuery, continues: bool) -> None:  # noqa: FBT001
-        self.tally = Tally()
+        self.counter = CallCounter()
         self.prompt_tokens = 0
         self.limit = "max_tokens"
         self._client = client
@@ -106,8 +106,8 @@ class _Reader:
         }
         body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         try:
-            answer = await self._client.post(
-                "/chat/completions", body, model=self._model, tally=self.tally
+            answer: Any = await self._client.post(
+                "/chat/completions", body, model=self._model, counter=self.counter
             )
         except UpstreamFailed as error:
             if self.limit != "max_tokens" or not limit_refused(error):

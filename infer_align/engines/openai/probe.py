@@ -170,7 +170,7 @@ async def _ask(client: Client, host: Host, body: dict[str, Any], limits: set[str
     """The answer; False where the upstream refuses the request; None where it failed."""
     path = "/completions" if "prompt" in body else "/chat/completions"
     try:
-        return await client.once(
+        return await client.call_host(
             host, path, {**body, "max_tokens": body.get("max_tokens", LIMITS["max_tokens"])}
         )
     except UpstreamFailed as error:
@@ -181,7 +181,7 @@ async def _ask(client: Client, host: Host, body: dict[str, Any], limits: set[str
     newer = {key: value for key, value in body.items() if key != "max_tokens"}
     least = LIMITS["max_completion_tokens"]
     try:
-        answer = await client.once(
+        answer = await client.call_host(
             host, path, {**newer, "max_completion_tokens": max(least, body.get("max_tokens", 0))}
         )
     except UpstreamFailed as error:

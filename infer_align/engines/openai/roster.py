@@ -103,18 +103,20 @@ class Roster:
     async def reach(self, host: Host) -> None:
         """List its models where it was lost, and ask what is still open of them; a failure is noted on the host."""
         try:
-            if host.down is not None or (host.url not in self._listed and not self._config.model):
+            if host.down_reason is not None or (
+                host.url not in self._listed and not self._config.model
+            ):
                 await self._list(host)
                 self._due = {
                     key: due for key, due in self._due.items() if key[0] != host.url
                 }  # it is back: ask at once
-            if host.down is None:
+            if host.down_reason is None:
                 await self._ask(host)
         except AlignError as error:
-            host.failed(host.down or error.message)
+            host.record_failure(host.down_reason or error.message)
         except Exception:
             log.exception("reaching the upstream %s failed", host.url)
-            host.failed("it answers what cannot be read")
+            host.record_failure("it answers what cannot be read")
         self._client.pool.wake()
 
     async def reach_all(self) -> None:
@@ -124,14 +126,14 @@ class Roster:
     async def _list(self, host: Host) -> None:
         try:
             async with asyncio.timeout(self._config.connect_timeout_seconds):
-                listed = listed_models(await self._client.once(host, "/models"))
+                listed = listed_models(await self._client.call_host(host, "/models"))
         except TimeoutError:
-            host.failed("no answer in time")
+            host.record_failure("no answer in time")
             return
         except UpstreamFailed as error:
             if error.code == KEY_REFUSED or self._config.model is None:
-                host.failed(error.message)
-            if host.down:
+                host.record_failure(error.message)
+            if host.down_reason:
                 raise
             listed = {}  # it is there, and lists nothing
         self._listed[host.url] = listed
@@ -140,7 +142,7 @@ class Roster:
             lists = (self._listed.get(one.url, {}) for one in self._client.pool.hosts)
             self.models = tuple(dict.fromkeys(name for names in lists for name in names))
             if not listed:
-                host.failed("it lists no models; name one with model = '...'")
+                host.record_failure("it lists no models; name one with model = '...'")
             host.models = frozenset(listed)
             return
         having = any(self._config.model in names for names in self._listed.values())

@@ -39,7 +39,7 @@ from infer_align.errors import (
 from infer_align.methods.vas import reweight
 from infer_align.types import Array, Candidate, Delta, Draw
 from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import Client, Tally
+from infer_align.upstream.client import Client, CallCounter
 from infer_align.upstream.pool import Host
 from infer_align.values import Frozen, Value, tokenizer_digest
 from infer_align.values.lookahead import LookaheadValue, ValueLM
@@ -110,7 +110,7 @@ class Steerer:
         for way in WAYS:
             asked = Continuation(way, self.vocabulary, model)
             try:
-                answer = await client.once(
+                answer = await client.call_host(
                     host, asked.path, asked.body(prompt, ids, "three") | asked.asking(2)
                 )
                 named = way != "ids" or "token_id:" in str(answer["choices"][0]["logprobs"])
@@ -288,7 +288,7 @@ class Steered:
                 0,
                 answer.prompt_tokens,
                 spent,
-                calls=answer.tally.calls,
+                calls=answer.counter.calls,
                 interrupted=interrupted,
             )
         )
@@ -304,7 +304,7 @@ class Steered:
             if error.refused:
                 self.fail(refusal(error))
                 return
-            calls = answer.tally.calls
+            calls = answer.counter.calls
             failed = Candidate(
                 answer.index,
                 {},
@@ -405,7 +405,7 @@ class Steered:
     async def _post(self, answer: _Answer, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
         path = self._continuation.path
         return await self._client.post(
-            path, body, model=body["model"], tally=answer.tally, read=read
+            path, body, model=body["model"], counter=answer.counter, parse=read
         )
 
     def _used(self) -> list[LookaheadValue]:
@@ -453,5 +453,5 @@ class _Answer:
     sampling: Sampling
     seed: int
     prompt_tokens: int
-    tally: Tally = field(default_factory=Tally)
+    counter: CallCounter = field(default_factory=CallCounter)
     done: bool = False
