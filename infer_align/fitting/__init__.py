@@ -1,7 +1,8 @@
-"""`infer-align fit value`: from prompts and any configured reward to a value that VAS can steer with.
+"""`infer-align fit value`: fit a value that VAS can steer with, from prompts and any reward.
 
-prompts ─ engine ─▶ replies ─ reward ─▶ samples.jsonl ─ states, TD(lambda) targets ─▶ value ─▶ report
-                                                          held-out R², reward against KL over beta
+prompts ─ engine ─▶ replies ─ reward ─▶ samples.jsonl ─ states, TD(lambda) ─▶ value ─▶ report
+
+The report has R² on held-out prompts, and reward against KL over beta.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from infer_align.engines.transformers import TransformersEngine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import curve, regression
 from infer_align.fitting.lookahead import TokenizedReplies, fit_lookahead
+from infer_align.fitting.regression import Progress
 from infer_align.fitting.samples import (
     Conversation,
-    Progress,
     SamplingConfig,
     ScoredReply,
     read_states,
@@ -35,64 +36,86 @@ from infer_align.values import head, lookahead, tokenizer_digest
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
-FEWEST_SAMPLES = 200
-FEWEST_PROMPTS = 10  # a fifth of them is held out
+MIN_SAMPLES = 200
+# A fifth of the prompts is held out.
+MIN_PROMPTS = 10
 HELD_OUT_SHARE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class FitConfig:
-    """How a value is fitted."""
+    """The kind of a value and the settings of its fit."""
 
     kind: Literal["head", "lookahead"] = field(
         default="head",
         metadata={
-            "description": "a head on the frozen model's states, or a value LM that looks one token ahead"
+            "description": '"head": a head on the hidden states of the frozen model. '
+            '"lookahead": a value LM that reads each candidate token.'
         },
     )
     method: Literal["ridge", "sgd"] = field(
         default="sgd",
-        metadata={"description": "of a head: closed form (linear), or an MLP by gradients"},
+        metadata={
+            "description": '"ridge": fit a linear head in closed form. '
+            '"sgd": fit an MLP head by gradient descent.'
+        },
     )
-    rank: int = field(default=64, metadata={"ge": 1, "description": "rank of a head"})
+    rank: int = field(default=64, metadata={"ge": 1, "description": "Rank of a head."})
     ridge: float = field(
         default=100.0,
-        metadata={"gt": 0, "description": "samples that weigh as much as the prior (ridge)"},
+        metadata={
+            "gt": 0,
+            "description": "Weight of the prior of a ridge fit, as a number of samples.",
+        },
     )
     width: int = field(
-        default=128, metadata={"ge": 1, "description": "hidden units of the MLP (sgd)"}
+        default=128, metadata={"ge": 1, "description": "Number of hidden units of an MLP head."}
     )
     epochs: int = field(
-        default=8, metadata={"ge": 1, "description": "passes over the samples (sgd, lookahead)"}
+        default=8,
+        metadata={"ge": 1, "description": "Passes over the samples (sgd and lookahead)."},
     )
     gamma: float = field(
-        default=1.0, metadata={"gt": 0, "le": 1, "description": "discount per token"}
+        default=1.0, metadata={"gt": 0, "le": 1, "description": "Discount per token."}
     )
     lam: float = field(
         default=1.0,
-        metadata={"ge": 0, "le": 1, "description": "trace of the targets; 1 is the plain reward"},
+        metadata={
+            "ge": 0,
+            "le": 1,
+            "description": "Trace decay of the TD(lambda) targets; 1 fits the reward itself.",
+        },
     )
     value_model: str | None = field(
         default=None,
         metadata={
-            "description": "what a lookahead value starts from; default: a copy of the frozen model"
+            "description": "Model that a lookahead value starts from. "
+            "Default: a copy of the frozen model."
         },
     )
     largest_beta: float = field(
-        default=16.0, metadata={"gt": 0, "description": "end of the grid that is tried"}
+        default=16.0, metadata={"gt": 0, "description": "Largest beta of the reported curve."}
     )
     curve_replies: int = field(
         default=100,
         metadata={
             "ge": 2,
-            "description": "replies that each beta is tried with, to the held-out prompts in turn",
+            "description": "Number of replies per beta of the reported curve. "
+            "The held-out prompts are used in turn.",
         },
     )
 
 
 @dataclass(frozen=True, slots=True)
 class FitReport:
-    """What is known of a fitted value."""
+    """The quality of a fitted value.
+
+    Attributes:
+        samples: number of samples, held-out ones included.
+        held_out: prediction of the rewards of held-out replies.
+        curve: reward against KL on held-out prompts, over beta.
+        suggested_beta: see `curve.suggest_beta`.
+    """
 
     samples: int
     held_out: regression.Fitness
@@ -105,168 +128,204 @@ async def fit_value(
     reward: Reward,
     prompts: Sequence[Conversation],
     sampling: SamplingConfig,
-    fitting: FitConfig,
+    config: FitConfig,
     out: Path,
     progress: Progress,
 ) -> FitReport:
-    """Sample, score, fit, save to `out`, and try it over beta. The samples are kept beside it and continued by a later run.
+    """Sample and score replies, fit a value, save it to `out`, and measure it over beta.
+
+    The samples and the report are saved next to `out`. A later run continues the samples.
 
     Args:
-        engine: started; its model stays as it is.
-        reward: started.
-        prompts: what replies are sampled to.
-        sampling: how they are sampled.
-        fitting: how the value is fitted.
-        out: a head's file, or a value LM's folder.
-        progress: told what is being done.
+        engine: started; its model is not changed, but the value is added to the engine.
+        reward: started; it scores the replies.
+        prompts: the prompts to sample replies to.
+        sampling: settings of the replies.
+        config: settings of the fit.
+        out: file of a head, or folder of a value LM.
+        progress: called with a line of text after each step of the work.
 
     Raises:
-        InvalidRequest: too few samples, a reply that cannot be scored, rewards that are all the same, or samples made otherwise.
+        InvalidRequest: there are too few samples, a reply cannot be scored, all rewards are equal,
+            or the samples file has other settings.
         ConfigError: `out` cannot be written, or the value model does not fit the frozen model.
     """
-    out = _ready(engine, reward, fitting, out)
-    samples = await sample_replies(
-        engine, reward, prompts, sampling, out.with_suffix(".samples.jsonl"), progress
-    )
-    _check(samples)
-    unseen = [prompts[i] for i in _held_out(samples, sampling.seed)]
-    if fitting.kind == "head":
-        fitness = _fit_head(engine, prompts, samples, fitting, sampling, out, progress)
+    out = _checked_output(engine, reward, config, out)
+    samples_path = out.with_suffix(".samples.jsonl")
+    samples = await sample_replies(engine, reward, prompts, sampling, samples_path, progress)
+    _check_samples(samples)
+    if config.kind == "head":
+        fitness = _fit_head(engine, prompts, samples, config, sampling, out, progress)
         await engine.add_value(out.stem, HeadValue(str(out)))
     else:
         (fitness,) = fit_value_lm(
-            engine, prompts, {out.stem: samples}, fitting, sampling.seed, out, progress
+            engine, prompts, {out.stem: samples}, config, sampling.seed, out, progress
         )
         await engine.add_value(out.stem, LookaheadValue(Lookahead(str(out))))
-    tried = [*itertools.islice(itertools.cycle(unseen), fitting.curve_replies)]
-    betas = [*curve.beta_grid(fitting.largest_beta)]
-    points = await curve.reward_kl_curve(engine, reward, tried, out.stem, betas, sampling, progress)
+    held_out = [prompts[i] for i in _held_out_prompts(samples, sampling.seed)]
+    curve_prompts = list(itertools.islice(itertools.cycle(held_out), config.curve_replies))
+    betas = list(curve.beta_grid(config.largest_beta))
+    points = await curve.reward_kl_curve(
+        engine, reward, curve_prompts, out.stem, betas, sampling, progress
+    )
     report = FitReport(len(samples), fitness, points, curve.suggest_beta(points))
     out.with_suffix(".report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 
-def _ready(engine: TransformersEngine, reward: Reward, fitting: FitConfig, out: Path) -> Path:
-    """`out`, absolute; and what would otherwise fail after hours of sampling fails now."""
-    if fitting.kind == "head" and out.is_dir():
+def _checked_output(
+    engine: TransformersEngine, reward: Reward, config: FitConfig, out: Path
+) -> Path:
+    """Return `out` as an absolute path, or refuse what would only fail after hours of sampling."""
+    if config.kind == "head" and out.is_dir():
         raise ConfigError(
-            f"{out} is a folder; a head is one file, such as {out / 'value.safetensors'}."
+            f"{out} is a folder. A head is a single file, such as {out / 'value.safetensors'}."
         )
-    if fitting.kind == "lookahead" and out.is_file():
-        raise ConfigError(f"{out} is a file; a lookahead value is a folder: name another.")
+    if config.kind == "lookahead" and out.is_file():
+        raise ConfigError(f"{out} is a file. A lookahead value is a folder; use another path.")
     if reward.attributes:
+        names = ", ".join(reward.attributes)
         raise InvalidRequest(
-            f"reward: it has several objectives ({', '.join(reward.attributes)}); a value is fitted to one number.",
+            f"reward: it has several objectives ({names}). A value needs a reward with a single "
+            "score; use another reward.",
             param="reward",
         )
-    if fitting.kind == "lookahead":
-        _check_value_model(engine, fitting.value_model)
+    if config.kind == "lookahead" and config.value_model is not None:
+        _check_value_model(engine, config.value_model)
     return out.absolute()
 
 
-def _check_value_model(engine: TransformersEngine, name: str | None) -> None:
-    if name is None:
-        return
+def _check_value_model(engine: TransformersEngine, name: str) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(name))
     except (OSError, ValueError) as error:
         raise ConfigError(f"value_model: {name!r} cannot be loaded: {error}") from error
     if tokenizer_digest(tokenizer.get_vocab()) != engine.frozen.frozen(engine.model).tokenizer:
         raise ConfigError(
-            f"value_model: the token ids of {name!r} are not those of {engine.model!r}; take one with its tokenizer."
+            f"value_model: the token ids of {name!r} differ from those of {engine.model!r}. "
+            "Use a model with the same tokenizer."
         )
 
 
-def _held_out(samples: Sequence[ScoredReply], seed: int) -> list[int]:
-    """Prompts that the value is not fitted to."""
-    held = regression.split_by_prompt([s.prompt for s in samples], HELD_OUT_SHARE, seed).tolist()
-    return sorted({s.prompt for s, out in zip(samples, held, strict=True) if out})
-
-
-def _check(samples: Sequence[ScoredReply]) -> None:
-    if len(samples) < FEWEST_SAMPLES:
+def _check_samples(samples: Sequence[ScoredReply]) -> None:
+    if len(samples) < MIN_SAMPLES:
         raise InvalidRequest(
-            f"samples: {len(samples)} are too few to fit a value; give at least {FEWEST_SAMPLES}: "
-            "more prompts, or more replies each.",
+            f"samples: {len(samples)} are too few to fit a value; give at least {MIN_SAMPLES}: "
+            "more prompts, or more replies per prompt.",
             param="samples",
         )
-    prompts = len({s.prompt for s in samples})
-    if prompts < FEWEST_PROMPTS:
+    prompts = len({sample.prompt for sample in samples})
+    if prompts < MIN_PROMPTS:
         raise InvalidRequest(
-            f"prompts: {prompts} are too few, as the value is tried on a fifth of them; give at least {FEWEST_PROMPTS}.",
+            f"prompts: {prompts} are too few, because a fifth of them is held out; give at least "
+            f"{MIN_PROMPTS}.",
             param="prompts",
         )
-    if np.ptp([s.reward for s in samples]) == 0:
+    if np.ptp([sample.reward for sample in samples]) == 0:
         raise InvalidRequest(
-            "reward: every reply has the same score, so there is nothing to steer towards.",
+            "reward: every reply has the same score, so there is nothing to steer towards. "
+            "Use another reward or other prompts.",
             param="reward",
         )
+
+
+def _held_out_prompts(samples: Sequence[ScoredReply], seed: int) -> list[int]:
+    """Return the prompts that the value is not fitted to."""
+    prompts = [sample.prompt for sample in samples]
+    held = regression.split_by_prompt(prompts, HELD_OUT_SHARE, seed).tolist()
+    return sorted(set(itertools.compress(prompts, held)))
 
 
 def _fit_head(
     engine: TransformersEngine,
     prompts: Sequence[Conversation],
     samples: Sequence[ScoredReply],
-    how: FitConfig,
+    config: FitConfig,
     sampling: SamplingConfig,
     out: Path,
     progress: Progress,
 ) -> regression.Fitness:
+    """Fit a head, save it to the file `out`, and return its fitness."""
     replies, _, _ = read_states(engine.frozen, prompts, samples, progress)
-    held = regression.split_by_prompt(replies.prompts.tolist(), HELD_OUT_SHARE, sampling.seed)
-    training, testing = replies.select(~held), replies.select(held)
-    vocabulary = engine.frozen.vocabulary
-    if how.method == "ridge":
+    held = regression.split_by_prompt(replies.prompt_index.tolist(), HELD_OUT_SHARE, sampling.seed)
+    training = replies.select(~held)
+    testing = replies.select(held)
+    if config.method == "ridge":
         tensors = regression.fit_ridge(
-            training, vocabulary, rank=how.rank, ridge=how.ridge, gamma=how.gamma, lam=how.lam
+            training,
+            engine.frozen.vocabulary,
+            rank=config.rank,
+            ridge=config.ridge,
+            gamma=config.gamma,
+            lam=config.lam,
         )
     else:
         tensors = regression.fit_sgd(
             training,
             testing,
-            vocabulary,
-            rank=how.rank,
-            width=how.width,
-            gamma=how.gamma,
-            lam=how.lam,
-            epochs=how.epochs,
+            engine.frozen.vocabulary,
+            rank=config.rank,
+            width=config.width,
+            gamma=config.gamma,
+            lam=config.lam,
+            epochs=config.epochs,
             seed=sampling.seed,
             progress=progress,
         )
     head.write(out, tensors, engine.frozen.frozen(engine.model), {"reward": sampling.reward})
-    return regression.fitness(regression.predict(tensors, testing.hidden, testing.tokens), testing)
+    predictions = regression.predict(tensors, testing.hidden, testing.tokens)
+    return regression.fitness(predictions, testing)
 
 
 def fit_value_lm(
     engine: TransformersEngine,
     prompts: Sequence[Conversation],
     samples: Mapping[str, Sequence[ScoredReply]],
-    how: FitConfig,
+    config: FitConfig,
     seed: int,
     out: Path,
     progress: Progress,
 ) -> list[regression.Fitness]:
-    """One value LM with a head per reward, saved to the folder `out`; `samples` are the same replies under each of the rewards."""
+    """Fit one value LM with a head per reward and save it to the folder `out`.
+
+    Args:
+        engine: started.
+        prompts: the prompts of the samples.
+        samples: for the name of each head, the same replies scored by its reward.
+        config: settings of the fit.
+        seed: of the split into training and held-out prompts, and of the order of the samples.
+        out: folder to write.
+        progress: called with a line of text after each step of the work.
+
+    Returns:
+        The held-out fitness of each head, in the order of `samples`.
+
+    Raises:
+        ValueError: the rewards have scored different replies.
+    """
     first = next(iter(samples.values()))
-    if any([s.text for s in scored] != [s.text for s in first] for scored in samples.values()):
-        raise ValueError("samples: the rewards have scored different replies")
-    states, ids, starts = read_states(engine.frozen, prompts, first, progress)
-    replies = tuple(
-        states.with_rewards(torch.tensor([s.reward for s in scored])) for scored in samples.values()
-    )
+    texts = [sample.text for sample in first]
+    for name, scored in samples.items():
+        if [sample.text for sample in scored] != texts:
+            raise ValueError(f"samples: {name!r} has scored different replies than the first one")
+    states, token_ids, reply_starts = read_states(engine.frozen, prompts, first, progress)
+    replies = []
+    for scored in samples.values():
+        rewards = torch.tensor([sample.reward for sample in scored])
+        replies.append(states.with_rewards(rewards))
     lm = AutoModel.from_pretrained(
-        locate(how.value_model or engine.config.model), dtype=torch.float32
+        locate(config.value_model or engine.config.model), dtype=torch.float32
     )
-    heads, found = fit_lookahead(
+    heads, fits = fit_lookahead(
         lm,
-        TokenizedReplies(ids, starts, replies),
-        gamma=how.gamma,
-        lam=how.lam,
-        epochs=how.epochs,
+        TokenizedReplies(token_ids, reply_starts, tuple(replies)),
+        gamma=config.gamma,
+        lam=config.lam,
+        epochs=config.epochs,
         held_out=HELD_OUT_SHARE,
         seed=seed,
         progress=progress,
     )
-    named = dict(zip(samples, heads, strict=True))
-    lookahead.write(out, lm, named, engine.frozen.frozen(engine.model), {})
-    return found
+    named_heads = dict(zip(samples, heads, strict=True))
+    lookahead.write(out, lm, named_heads, engine.frozen.frozen(engine.model), {})
+    return fits

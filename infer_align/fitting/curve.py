@@ -1,4 +1,4 @@
-"""What steering earns and what it costs: reward against KL from the frozen model, over beta."""
+"""Measure steering on held-out prompts: reward against KL from the frozen model, over beta."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from infer_align.engines.transformers import TransformersEngine
+from infer_align.fitting.regression import Progress
 from infer_align.fitting.samples import (
     Conversation,
-    Progress,
     SamplingConfig,
     draw_candidates,
     score_candidates,
@@ -24,12 +24,20 @@ from infer_align.types import Array, Draw, Steering
 
 @dataclass(frozen=True, slots=True)
 class BetaPoint:
-    """What steering with one beta did on held-out prompts."""
+    """The result of steering with one beta on held-out prompts.
+
+    Attributes:
+        beta: weight of the value.
+        reward: mean reward of the replies that could be scored; NaN for fewer than two of them.
+        reward_se: standard error of `reward`.
+        kl: mean KL from the frozen model, in nats per reply.
+        kl_se: standard error of `kl`.
+    """
 
     beta: float
-    reward: float  # of the replies that could be scored; NaN where fewer than two could
+    reward: float
     reward_se: float
-    kl: float  # nats per reply, from the frozen model
+    kl: float
     kl_se: float
 
 
@@ -39,26 +47,36 @@ async def reward_kl_curve(
     prompts: Sequence[Conversation],
     value: str,
     betas: Sequence[float],
-    how: SamplingConfig,
+    sampling: SamplingConfig,
     progress: Progress,
 ) -> tuple[BetaPoint, ...]:
-    """Reward of one steered reply per prompt, and its KL from the frozen model: the sum over tokens of log pi_beta - log pi_0.
+    """Sample one steered reply to each prompt with each beta, and measure its reward and its KL.
 
-    Of two equal prompts the replies differ: their seeds do.
+    The KL of a reply is estimated by the sum over its tokens of log pi_beta - log pi_0. The reply
+    to the i-th prompt has the seed `sampling.seed + i`, so equal prompts get different replies.
+
+    Args:
+        engine: started, with the value loaded.
+        reward: started.
+        prompts: the held-out prompts.
+        value: name of the value in the engine.
+        betas: the weights to try.
+        sampling: maximum length, seed and objective of the replies.
+        progress: called with a line of text after each beta.
     """
     points = []
     for beta in betas:
-        results = await asyncio.gather(
-            *(
-                _steered(engine, reward, messages, value, beta, how, how.seed + i)
-                for i, messages in enumerate(prompts)
-            )
-        )
-        rewards, kls = np.array(results).T
-        points.append(
-            BetaPoint(beta, *_mean_and_error(rewards[np.isfinite(rewards)]), *_mean_and_error(kls))
-        )
-        progress(f"beta {beta:g}: reward {points[-1].reward:.3f}, KL {points[-1].kl:.2f} nats")
+        vas = VAS({value: beta})
+        steering = Steering(vas.beta, vas.top_k, vas.tail)
+        replies = []
+        for i, messages in enumerate(prompts):
+            seed = sampling.seed + i
+            replies.append(_measure_reply(engine, reward, messages, steering, sampling, seed))
+        rewards, kls = np.array(await asyncio.gather(*replies)).T
+        finite_rewards = rewards[np.isfinite(rewards)]
+        point = BetaPoint(beta, *_mean_and_error(finite_rewards), *_mean_and_error(kls))
+        progress(f"beta {beta:g}: reward {point.reward:.3f}, KL {point.kl:.2f} nats")
+        points.append(point)
     return tuple(points)
 
 
@@ -68,35 +86,38 @@ def _mean_and_error(values: Array) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
 
 
-async def _steered(
+async def _measure_reply(
     engine: TransformersEngine,
     reward: Reward,
     messages: Conversation,
-    value: str,
-    beta: float,
-    how: SamplingConfig,
+    steering: Steering,
+    sampling: SamplingConfig,
     seed: int,
 ) -> tuple[float, float]:
-    vas = VAS({value: beta})
-    steering = Steering(vas.beta, vas.top_k, vas.tail)
-    body = {"messages": messages, "max_tokens": how.max_tokens, "logprobs": True}
+    """Sample one steered reply and return its reward and its KL."""
+    body = {"messages": messages, "max_tokens": sampling.max_tokens, "logprobs": True}
     (candidate,) = await draw_candidates(engine, Draw(body, 1, (seed,), steering=steering))
     entries = candidate.choice["logprobs"]["content"]
     kl = sum(entry["aligned_logprob"] - entry["logprob"] for entry in entries)
-    (value_of_reply,) = await score_candidates(reward, messages, [candidate], how.objective)
-    return value_of_reply, kl
+    (score,) = await score_candidates(reward, messages, [candidate], sampling.objective)
+    return score, kl
 
 
-def suggest_beta(curve: Sequence[BetaPoint]) -> float:
-    """The smallest beta whose reward is within one standard error of the best: what lies beyond it costs KL and earns nothing."""
-    scored = [point for point in curve if math.isfinite(point.reward)]
+def suggest_beta(points: Sequence[BetaPoint]) -> float:
+    """Return the smallest beta whose reward is within one standard error of the best reward.
+
+    A larger beta would cost more KL for no measurable gain. Without a scored point, return 0.
+    """
+    scored = [point for point in points if math.isfinite(point.reward)]
     if not scored:
         return 0.0
     best = max(scored, key=lambda point: point.reward)
-    return min((p.beta for p in scored if p.reward >= best.reward - best.reward_se), key=abs)
+    threshold = best.reward - best.reward_se
+    return min((point.beta for point in scored if point.reward >= threshold), key=abs)
 
 
 def beta_grid(largest: float) -> Iterator[float]:
-    """A grid that doubles, from a 16th of the largest, behind 0: the frozen model itself."""
+    """Yield 0, which is the frozen model, then 1/16, 1/8, 1/4, 1/2 and all of the largest beta."""
     yield 0.0
-    yield from (largest / 2**i for i in range(4, -1, -1))
+    for halvings in range(4, -1, -1):
+        yield largest / 2**halvings

@@ -1,8 +1,11 @@
 """Fit value heads to returns: the arithmetic behind `infer-align fit value`, on tensors alone.
 
-A sample is a reply with one reward at its end. Its k-th token a_k was chosen in state h_k; the value of (h_k, a_k) is regressed
-on the TD(lambda) return from there. Only differences between tokens at the same state steer, as VAS centres the values over its
+A sample is a reply with one reward at its end. Its k-th token a_k was chosen in state h_k. The
+value of (h_k, a_k) is regressed on the TD(lambda) return from that token onwards. Steering depends
+only on differences between tokens in the same state, because VAS centres the values over its
 candidates.
+
+Shapes: N tokens, S replies, d hidden size, V vocabulary, r rank.
 """
 
 from __future__ import annotations
@@ -12,70 +15,93 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator, cg
 from torch.nn.functional import gelu
 
 from infer_align.methods.vas import lambda_returns
+from infer_align.types import Array
 
 Progress = Callable[[str], None]
 HeadTensors = dict[str, torch.Tensor]
 
+# The principal components are computed from at most this many states.
+COMPONENT_STATES = 20_000
+# A round improves the projection only approximately, since the next round changes its target.
+CG_ITERATIONS = 30
+CG_RESIDUAL = 1e-6
+SGD_BATCH = 256
+SGD_LEARNING_RATE = 3e-3
+SGD_WEIGHT_DECAY = 0.01
+# Lower bound of variances and standard deviations that are divided by.
+TINY_DEVIATION = 1e-6
+TINY_VARIANCE = 1e-12
+
 
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """N tokens of S replies, reply after reply."""
+    """N tokens of S replies, one reply after the other.
 
-    hidden: torch.Tensor  # [N, d] the frozen model's state in which each token was chosen
-    tokens: torch.Tensor  # [N]
-    reply: torch.Tensor  # [N] which reply each belongs to, ascending
-    rewards: torch.Tensor  # [S] of each reply
-    prompts: torch.Tensor  # [S] which prompt each answers
+    Attributes:
+        hidden: [N, d] the frozen model's state in which each token was chosen.
+        tokens: [N] token ids.
+        reply_index: [N] the reply of each token, ascending.
+        rewards: [S] the reward of each reply.
+        prompt_index: [S] the prompt of each reply.
+    """
 
-    def select(self, replies: torch.Tensor) -> Replies:
-        """These replies, in ascending order. replies: [S] bool."""
-        kept = replies[self.reply]
-        renumbered = torch.cumsum(replies.long(), 0) - 1
+    hidden: torch.Tensor
+    tokens: torch.Tensor
+    reply_index: torch.Tensor
+    rewards: torch.Tensor
+    prompt_index: torch.Tensor
+
+    def select(self, mask: torch.Tensor) -> Replies:
+        """Return the replies where the mask is True, in ascending order. mask: [S] bool."""
+        token_mask = mask[self.reply_index]
+        new_index = torch.cumsum(mask.long(), 0) - 1
         return Replies(
-            self.hidden[kept],
-            self.tokens[kept],
-            renumbered[self.reply[kept]],
-            self.rewards[replies],
-            self.prompts[replies],
+            hidden=self.hidden[token_mask],
+            tokens=self.tokens[token_mask],
+            reply_index=new_index[self.reply_index[token_mask]],
+            rewards=self.rewards[mask],
+            prompt_index=self.prompt_index[mask],
         )
 
     def with_rewards(self, rewards: torch.Tensor) -> Replies:
-        """The same replies by another reward, without their states. rewards: [S]."""
-        return Replies(self.hidden[:, :0], self.tokens, self.reply, rewards, self.prompts)
+        """Return the same replies with other rewards and without states. rewards: [S]."""
+        no_states = self.hidden[:, :0]
+        return Replies(no_states, self.tokens, self.reply_index, rewards, self.prompt_index)
 
 
 def returns(values: torch.Tensor, replies: Replies, gamma: float, lam: float) -> torch.Tensor:
-    """TD(lambda) targets of each token, its reply's reward coming at the reply's end. [N] -> [N]."""
-    counts = torch.bincount(replies.reply, minlength=len(replies.rewards))
+    """Compute each token's TD(lambda) target; a reply's reward is at its end. [N] -> [N]."""
+    counts = torch.bincount(replies.reply_index, minlength=len(replies.rewards))
     starts = torch.cumsum(counts, 0) - counts
-    # As numpy arrays: it would take a tensor of one index for a number.
-    place = (
-        replies.reply.numpy(),
-        (torch.arange(len(replies.tokens)) - starts[replies.reply]).numpy(),
-    )
+    positions = torch.arange(len(replies.tokens)) - starts[replies.reply_index]
+    # numpy would read a torch tensor with one element as a plain number, not as an index array.
+    cells = (replies.reply_index.numpy(), positions.numpy())
     shape = (len(counts), int(counts.max()))
-    padded, rewards = np.zeros(shape), np.zeros(shape)
-    padded[place] = values.double().numpy()
-    rewards[np.arange(len(counts)), counts.numpy() - 1] = replies.rewards.double().numpy()
-    return torch.from_numpy(lambda_returns(padded, rewards, gamma, lam)[place]).float()
+    padded_values = np.zeros(shape)
+    padded_values[cells] = values.double().numpy()
+    padded_rewards = np.zeros(shape)
+    last_positions = counts.numpy() - 1
+    padded_rewards[np.arange(len(counts)), last_positions] = replies.rewards.double().numpy()
+    padded_returns = lambda_returns(padded_values, padded_rewards, gamma, lam)
+    return torch.from_numpy(padded_returns[cells]).float()
 
 
 def discounted(replies: Replies, gamma: float) -> torch.Tensor:
-    """What each token's reply earned, as seen from the token: the targets at lambda = 1. -> [N]."""
+    """Compute the discounted reward of each token's reply: the target at lambda = 1. -> [N]."""
     return returns(torch.zeros(len(replies.tokens)), replies, gamma, 1.0)
 
 
 def predict(head: HeadTensors, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Q(h, a) of each token. [N, d], [N] -> [N]."""
-    u = (
-        hidden @ head["P"].T
-        if "P" in head
-        else gelu(hidden @ head["W1"].T + head["c1"]) @ head["W2"].T
-    )
-    return (u * head["E"][tokens]).sum(-1) + head["b"][tokens]
+    """Compute Q(h, a) of each token. [N, d], [N] -> [N]."""
+    if "P" in head:
+        features = hidden @ head["P"].T
+    else:
+        features = gelu(hidden @ head["W1"].T + head["c1"]) @ head["W2"].T
+    return (features * head["E"][tokens]).sum(-1) + head["b"][tokens]
 
 
 def fit_ridge(
@@ -88,92 +114,118 @@ def fit_ridge(
     lam: float,
     rounds: int = 4,
 ) -> HeadTensors:
-    """A low-rank linear head by alternating least squares: no gradients, no learning rate.
+    """Fit a low-rank linear head by alternating least squares, without a learning rate.
 
-    E-step: each token's row by ridge regression, drawn towards the row that fits all tokens; so a token that was never seen has
-    that row. P-step: the projection by ridge regression with conjugate gradients. Started from the principal components of the
-    states. With lam < 1 the targets are made anew from each round's values.
+    Each round has two steps. The first fits the row of each token by ridge regression towards the
+    row that fits all tokens together, so a token without samples gets that common row. The second
+    fits the projection by ridge regression, with conjugate gradients. The projection starts as the
+    principal components of the states. With lam < 1, each round computes new targets from its
+    values.
 
     Args:
         replies: the samples.
-        vocabulary: V, the number of tokens to value.
-        rank: r; at most d.
-        ridge: strength, in samples: so many of them weigh as much as the prior.
+        vocabulary: V, the number of tokens that get a value.
+        rank: r, at most d; a larger rank counts as d.
+        ridge: weight of the prior, as a number of samples.
         gamma: discount per token.
-        lam: trace of the targets.
-        rounds: of E-step and P-step.
+        lam: trace decay of the targets, 0..1.
+        rounds: number of rounds.
+
+    Returns:
+        P [r, d], E [V, r] and b [V].
     """
-    mean, scale = replies.hidden.mean(0), replies.hidden.std(0).clamp(min=1e-6)
-    h = (replies.hidden - mean) / scale
-    _, _, components = torch.linalg.svd(
-        h[torch.randperm(len(h), generator=_seeded(0))[:20_000]], full_matrices=False
-    )
-    projection = components[: min(rank, h.shape[1])]
-    centre = float(replies.rewards.mean())
-    targets = discounted(replies, gamma) - centre
+    mean, scale = _mean_and_scale(replies.hidden)
+    states = (replies.hidden - mean) / scale
+    projection = _principal_components(states, rank)
+    reward_mean = float(replies.rewards.mean())
+    targets = discounted(replies, gamma) - reward_mean
     rows = torch.zeros(0)
-    for step in range(rounds):
-        u = torch.cat([h @ projection.T, torch.ones(len(h), 1)], dim=1)
-        rows = _token_rows(u, replies.tokens, targets, vocabulary, ridge)
-        values = (u * rows[replies.tokens]).sum(-1)
+    for round_index in range(rounds):
+        features = torch.cat([states @ projection.T, torch.ones(len(states), 1)], dim=1)
+        rows = _fit_token_rows(features, replies.tokens, targets, vocabulary, ridge)
+        sample_rows = rows[replies.tokens]
         if lam < 1:
-            targets = returns(values + centre, replies, gamma, lam) - centre
-        if step < rounds - 1:
-            weights = rows[replies.tokens]
-            projection = _projection(
-                h, weights[:, :-1], targets - weights[:, -1], projection, ridge
-            )
+            values = (features * sample_rows).sum(-1)
+            targets = returns(values + reward_mean, replies, gamma, lam) - reward_mean
+        if round_index < rounds - 1:
+            embeddings, biases = sample_rows[:, :-1], sample_rows[:, -1]
+            projection = _fit_projection(states, embeddings, targets - biases, projection, ridge)
+    # Fold the standardization of the states into the projection and the biases.
     folded = projection / scale
     return {
         "P": folded,
         "E": rows[:, :-1].contiguous(),
-        "b": rows[:, -1] - rows[:, :-1] @ (folded @ mean) + centre,
+        "b": rows[:, -1] - rows[:, :-1] @ (folded @ mean) + reward_mean,
     }
 
 
-def _token_rows(
-    u: torch.Tensor, tokens: torch.Tensor, targets: torch.Tensor, vocabulary: int, ridge: float
+def _mean_and_scale(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return hidden.mean(0), hidden.std(0).clamp(min=TINY_DEVIATION)
+
+
+def _principal_components(states: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the first principal components of a random part of the states. [N, d] -> [r, d]."""
+    order = torch.randperm(len(states), generator=_generator(0))
+    part = states[order[:COMPONENT_STATES]]
+    components: torch.Tensor = torch.linalg.svd(part, full_matrices=False).Vh
+    return components[: min(rank, states.shape[1])]
+
+
+def _fit_token_rows(
+    features: torch.Tensor,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    vocabulary: int,
+    ridge: float,
 ) -> torch.Tensor:
-    """[V, r] ridge regressions of the targets on u, one per token, each drawn towards the common one."""
-    r = u.shape[1]
-    identity = ridge * torch.eye(r)
-    common = torch.linalg.solve(u.T @ u + identity, u.T @ targets)
+    """Fit one ridge regression per token, each drawn towards the common one.
+
+    [N, r + 1] features, [N] tokens, [N] targets -> [V, r + 1].
+    """
+    prior = ridge * torch.eye(features.shape[1])
+    common = torch.linalg.solve(features.T @ features + prior, features.T @ targets)
     rows: torch.Tensor = common.repeat(vocabulary, 1)
-    residual = targets - u @ common
+    residuals = targets - features @ common
     order = torch.argsort(tokens, stable=True)
-    seen, counts = torch.unique_consecutive(tokens[order], return_counts=True)
-    for token, members in zip(seen.tolist(), torch.split(order, counts.tolist()), strict=True):
-        part = u[members]
-        rows[token] += torch.linalg.solve(part.T @ part + identity, part.T @ residual[members])
+    distinct, counts = torch.unique_consecutive(tokens[order], return_counts=True)
+    groups = torch.split(order, counts.tolist())
+    for token, members in zip(distinct.tolist(), groups, strict=True):
+        part = features[members]
+        rows[token] += torch.linalg.solve(part.T @ part + prior, part.T @ residuals[members])
     return rows
 
 
-def _projection(
-    h: torch.Tensor,
-    e: torch.Tensor,
-    y: torch.Tensor,
+def _fit_projection(
+    states: torch.Tensor,
+    embeddings: torch.Tensor,
+    targets: torch.Tensor,
     start: torch.Tensor,
     ridge: float,
-    steps: int = 30,
 ) -> torch.Tensor:
-    """argmin over P of sum (y - e . P h)^2 + ridge |P|^2, by conjugate gradients from `start`. [N, d], [N, r], [N] -> [r, d]."""
+    """Minimize sum (y - e . P h)^2 + ridge |P|^2 over P, by conjugate gradients from `start`.
 
-    def normal(p: torch.Tensor) -> torch.Tensor:
-        return (e * ((h @ p.T) * e).sum(-1, keepdim=True)).T @ h + ridge * p
+    [N, d] states h, [N, r] embeddings e, [N] targets y, [r, d] start -> [r, d].
+    """
 
-    p = start
-    gradient = (e * y[:, None]).T @ h - normal(p)
-    direction, norm = gradient, (gradient**2).sum()
-    for _ in range(steps):
-        if norm < 1e-12:
-            break
-        curved = normal(direction)
-        step = norm / (direction * curved).sum()
-        p = p + step * direction
-        gradient = gradient - step * curved
-        following = (gradient**2).sum()
-        direction, norm = gradient + following / norm * direction, following
-    return p
+    def normal_matrix(flat: Array) -> Array:
+        """Apply the matrix of the normal equations to a flattened projection."""
+        projection = torch.from_numpy(flat).view(start.shape)
+        predictions = ((states @ projection.T) * embeddings).sum(-1, keepdim=True)
+        product = (embeddings * predictions).T @ states + ridge * projection
+        return product.numpy().ravel()
+
+    right_side = ((embeddings * targets[:, None]).T @ states).numpy().ravel()
+    size = start.numel()
+    operator = LinearOperator((size, size), matvec=normal_matrix, dtype=right_side.dtype)
+    solution, _ = cg(
+        operator,
+        right_side,
+        x0=start.numpy().ravel(),
+        rtol=0.0,
+        atol=CG_RESIDUAL,
+        maxiter=CG_ITERATIONS,
+    )
+    return torch.from_numpy(solution).view(start.shape)
 
 
 def fit_sgd(
@@ -189,10 +241,56 @@ def fit_sgd(
     seed: int,
     progress: Progress,
 ) -> HeadTensors:
-    """An MLP head by AdamW on the squared error; the epoch that is best on the held-out replies is kept."""
-    generator = _seeded(seed)
-    d = replies.hidden.shape[1]
-    mean, scale = replies.hidden.mean(0), replies.hidden.std(0).clamp(min=1e-6)
+    """Fit an MLP head by AdamW on the squared error and return its best epoch.
+
+    The best epoch has the smallest squared error on the held-out replies.
+
+    Args:
+        replies: the samples to train on.
+        held_out: the samples that choose the epoch.
+        vocabulary: V, the number of tokens that get a value.
+        rank: r, the size of the features.
+        width: hidden units of the MLP.
+        gamma: discount per token.
+        lam: trace decay of the targets, 0..1.
+        epochs: passes over the samples.
+        seed: of the first weights and of the order of the samples.
+        progress: called with a line of text after each epoch.
+
+    Returns:
+        W1 [width, d], c1 [width], W2 [r, width], E [V, r] and b [V].
+    """
+    generator = _generator(seed)
+    head = _initial_mlp(replies.hidden, vocabulary, rank, width, generator)
+    parameters = [tensor.requires_grad_() for tensor in head.values()]
+    optimizer = torch.optim.AdamW(parameters, lr=SGD_LEARNING_RATE, weight_decay=SGD_WEIGHT_DECAY)
+    reward_mean = float(replies.rewards.mean())
+    targets = discounted(replies, gamma) - reward_mean
+    held_out_targets = discounted(held_out, gamma) - reward_mean
+    best = _copy(head)
+    best_error = float("inf")
+    for epoch in range(epochs):
+        order = torch.randperm(len(targets), generator=generator)
+        _train_epoch(head, optimizer, replies, targets, order)
+        with torch.no_grad():
+            predictions = predict(head, held_out.hidden, held_out.tokens)
+            error = float((predictions - held_out_targets).square().mean())
+            progress(f"epoch {epoch + 1}/{epochs}, held-out mean squared error {error:.4f}")
+            if error < best_error:
+                best = _copy(head)
+                best_error = error
+            if lam < 1:
+                values = predict(head, replies.hidden, replies.tokens) + reward_mean
+                targets = returns(values, replies, gamma, lam) - reward_mean
+    best["b"] += reward_mean
+    return best
+
+
+def _initial_mlp(
+    hidden: torch.Tensor, vocabulary: int, rank: int, width: int, generator: torch.Generator
+) -> HeadTensors:
+    """Draw the first weights; the first layer standardizes the states."""
+    d = hidden.shape[1]
     head = {
         "W1": torch.randn(width, d, generator=generator) / d**0.5,
         "c1": torch.zeros(width),
@@ -200,39 +298,25 @@ def fit_sgd(
         "E": torch.zeros(vocabulary, rank),
         "b": torch.zeros(vocabulary),
     }
+    mean, scale = _mean_and_scale(hidden)
     head["W1"] /= scale
     head["c1"] -= head["W1"] @ mean
-    parameters = [tensor.requires_grad_() for tensor in head.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01)
-    centre = float(replies.rewards.mean())
-    targets = discounted(replies, gamma) - centre
-    wanted = discounted(held_out, gamma) - centre
-    best, best_loss = _copy(head), float("inf")
-    for epoch in range(epochs):
-        order = torch.randperm(len(targets), generator=generator)
-        for batch in torch.split(order, 256):
-            loss = (
-                predict(head, replies.hidden[batch], replies.tokens[batch]) - targets[batch]
-            ).square().mean() / 2
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        with torch.no_grad():
-            held_out_loss = float(
-                (predict(head, held_out.hidden, held_out.tokens) - wanted).square().mean()
-            )
-            progress(f"epoch {epoch + 1}/{epochs}, held-out mean squared error {held_out_loss:.4f}")
-            if held_out_loss < best_loss:
-                best, best_loss = _copy(head), held_out_loss
-            if lam < 1:
-                targets = (
-                    returns(
-                        predict(head, replies.hidden, replies.tokens) + centre, replies, gamma, lam
-                    )
-                    - centre
-                )
-    best["b"] += centre
-    return best
+    return head
+
+
+def _train_epoch(
+    head: HeadTensors,
+    optimizer: torch.optim.Optimizer,
+    replies: Replies,
+    targets: torch.Tensor,
+    order: torch.Tensor,
+) -> None:
+    for batch in torch.split(order, SGD_BATCH):
+        predictions = predict(head, replies.hidden[batch], replies.tokens[batch])
+        loss = (predictions - targets[batch]).square().mean() / 2
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
 
 
 def _copy(head: HeadTensors) -> HeadTensors:
@@ -241,52 +325,63 @@ def _copy(head: HeadTensors) -> HeadTensors:
 
 @dataclass(frozen=True, slots=True)
 class Fitness:
-    """How well values predict rewards of replies that they were not fitted to."""
+    """The quality of values on replies that they were not fitted to.
 
-    r2: float  # of the reward by every token's value
-    r2_last: float  # of the reward by the last token's value
-    slope: float  # of the reward over the value: 1 is calibrated, less is overconfident
-    deciles: tuple[
-        tuple[float, float], ...
-    ]  # mean value and mean reward in each tenth of the tokens by value
+    Attributes:
+        r2: R^2 between the reward and the value of every token.
+        r2_last: R^2 between the reward and the value of the last token of each reply.
+        slope: regression slope of the reward over the value. 1 is calibrated; less than 1 is
+            overconfident.
+        deciles: mean value and mean reward in each tenth of the tokens, by ascending value.
+    """
+
+    r2: float
+    r2_last: float
+    slope: float
+    deciles: tuple[tuple[float, float], ...]
 
 
 def fitness(values: torch.Tensor, replies: Replies) -> Fitness:
-    """Held-out R^2 and calibration. values: [N]."""
-    rewards = replies.rewards[replies.reply]
-    last = torch.nonzero(
-        torch.diff(replies.reply, append=torch.tensor([len(replies.rewards)]))
-    ).ravel()
-    v, y = values.double(), rewards.double()
-    slope = float(
-        ((v - v.mean()) * (y - y.mean())).sum() / (v - v.mean()).square().sum().clamp(min=1e-12)
-    )
-    order = torch.argsort(v)
-    deciles = tuple(
-        (float(v[part].mean()), float(y[part].mean()))
-        for part in torch.tensor_split(order, 10)
-        if len(part)
-    )
-    return Fitness(_r2(v, y), _r2(v[last], y[last]), slope, deciles)
+    """Compute R^2 and calibration of the values of held-out replies. values: [N]."""
+    v = values.double()
+    y = replies.rewards[replies.reply_index].double()
+    centred = v - v.mean()
+    variation = centred.square().sum().clamp(min=TINY_VARIANCE)
+    slope = float((centred * (y - y.mean())).sum() / variation)
+    reply_count = torch.tensor([len(replies.rewards)])
+    last = torch.nonzero(torch.diff(replies.reply_index, append=reply_count)).ravel()
+    deciles = []
+    for part in torch.tensor_split(torch.argsort(v), 10):
+        if len(part):
+            deciles.append((float(v[part].mean()), float(y[part].mean())))
+    return Fitness(_r2(v, y), _r2(v[last], y[last]), slope, tuple(deciles))
 
 
 def _r2(values: torch.Tensor, targets: torch.Tensor) -> float:
-    """Share of the variance explained, a constant offset forgiven: VAS does not see it."""
+    """Return the explained share of the variance, or NaN for fewer than two values.
+
+    A constant error does not count, because it does not change how VAS steers.
+    """
+    if len(targets) < 2:
+        return float("nan")
     error = targets - values
-    return (
-        float(1 - error.var() / targets.var().clamp(min=1e-12))
-        if len(targets) > 1
-        else float("nan")
-    )
+    return float(1 - error.var() / targets.var().clamp(min=TINY_VARIANCE))
 
 
 def split_by_prompt(prompts: Sequence[int], share: float, seed: int) -> torch.Tensor:
-    """[S] bool, True for the replies of a random share of the prompts: a prompt is held out with all its replies."""
+    """Choose a random share of the prompts and mark all replies to them. -> [S] bool.
+
+    Args:
+        prompts: [S] the prompt of each reply.
+        share: part of the distinct prompts to choose, 0..1; at least one prompt is chosen.
+        seed: of the choice.
+    """
     distinct = sorted(set(prompts))
-    order = torch.randperm(len(distinct), generator=_seeded(seed)).tolist()
-    chosen = {distinct[i] for i in order[: max(1, round(share * len(distinct)))]}
+    order = torch.randperm(len(distinct), generator=_generator(seed)).tolist()
+    count = max(1, round(share * len(distinct)))
+    chosen = {distinct[i] for i in order[:count]}
     return torch.tensor([prompt in chosen for prompt in prompts])
 
 
-def _seeded(seed: int) -> torch.Generator:
+def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

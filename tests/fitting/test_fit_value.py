@@ -225,4 +225,4 @@ async def test_the_cache_makes_room_for_value_lms(
 
 
 def test_the_shares_are_sound() -> None:
-    assert fitting.HELD_OUT_SHARE * fitting.FEWEST_PROMPTS >= 2
+    assert fitting.HELD_OUT_SHARE * fitting.MIN_PROMPTS >= 2

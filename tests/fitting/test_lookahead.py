@@ -83,7 +83,9 @@ def test_it_learns_and_says_so() -> None:
 def test_padding_changes_nothing() -> None:
     what, lm = reading(8), tiny()
     alone = TokenizedReplies(
-        what.ids[:1], what.starts[:1], tuple(r.select(torch.arange(8) == 0) for r in what.replies)
+        what.token_ids[:1],
+        what.reply_starts[:1],
+        tuple(r.select(torch.arange(8) == 0) for r in what.replies),
     )
     heads = torch.nn.Linear(32, 2)
     with torch.no_grad():

@@ -74,9 +74,9 @@ def test_only_some_replies() -> None:
     kept = replies([2, 1, 3], [1.0, 2.0, 3.0], [7, 8, 9]).select(torch.tensor([True, False, True]))
     assert kept.tokens.tolist() == [0, 1, 3, 4, 5]
     assert kept.hidden[:, 0].tolist() == [0.0, 2.0, 6.0, 8.0, 10.0]
-    assert kept.reply.tolist() == [0, 0, 1, 1, 1]
+    assert kept.reply_index.tolist() == [0, 0, 1, 1, 1]
     assert kept.rewards.tolist() == [1.0, 3.0]
-    assert kept.prompts.tolist() == [7, 9]
+    assert kept.prompt_index.tolist() == [7, 9]
 
 
 def test_under_another_reward() -> None:
@@ -84,7 +84,7 @@ def test_under_another_reward() -> None:
     other = first.with_rewards(torch.tensor([5.0, 6.0]))
     assert other.rewards.tolist() == [5.0, 6.0]
     assert torch.equal(other.tokens, first.tokens)
-    assert torch.equal(other.prompts, first.prompts)
+    assert torch.equal(other.prompt_index, first.prompt_index)
     assert other.hidden.shape == (3, 0)
 
 
@@ -226,7 +226,8 @@ def test_sgd_keeps_its_best_epoch(plant: Any) -> None:
     assert len(losses) == 60
     assert losses[-1] > 1.02 * min(losses), "or there is nothing to choose"
     error = (
-        regression.predict(head, testing.hidden, testing.tokens) - testing.rewards[testing.reply]
+        regression.predict(head, testing.hidden, testing.tokens)
+        - testing.rewards[testing.reply_index]
     )
     assert float(error.square().mean()) == pytest.approx(min(losses), abs=1e-3)
     assert not any(tensor.requires_grad for tensor in head.values())
@@ -298,7 +299,7 @@ def spread(n: int = 100) -> Replies:
 
 def test_a_perfect_predictor() -> None:
     samples = spread()
-    found = regression.fitness(samples.rewards[samples.reply], samples)
+    found = regression.fitness(samples.rewards[samples.reply_index], samples)
     assert (found.r2, found.r2_last, found.slope) == pytest.approx((1, 1, 1))
     assert len(found.deciles) == 10
     assert all(value == pytest.approx(reward) for value, reward in found.deciles)
@@ -307,7 +308,7 @@ def test_a_perfect_predictor() -> None:
 
 def test_an_offset_is_forgiven_but_seen_in_the_deciles() -> None:
     samples = spread()
-    found = regression.fitness(samples.rewards[samples.reply] + 5, samples)
+    found = regression.fitness(samples.rewards[samples.reply_index] + 5, samples)
     assert (found.r2, found.slope) == pytest.approx((1, 1))
     assert all(value - reward == pytest.approx(5) for value, reward in found.deciles)
 
@@ -319,9 +320,9 @@ def test_a_constant_predictor_explains_nothing() -> None:
 
 def test_an_overconfident_predictor_has_a_slope_below_one() -> None:
     samples = spread()
-    assert regression.fitness(4 * samples.rewards[samples.reply], samples).slope == pytest.approx(
-        0.25
-    )
+    assert regression.fitness(
+        4 * samples.rewards[samples.reply_index], samples
+    ).slope == pytest.approx(0.25)
 
 
 def test_the_last_token_is_told_apart() -> None:

@@ -216,7 +216,7 @@ async def test_states_are_those_in_which_the_tokens_were_chosen(
     chosen = [ended, empty, *samples[2:]]
     replies, ids, starts = read_states(engine.frozen, prompts, chosen, quiet)
     assert replies.rewards.tolist() == [s.reward for s in chosen]
-    assert replies.prompts.tolist() == [0, 0, 0, 1, 1, 1]
+    assert replies.prompt_index.tolist() == [0, 0, 0, 1, 1, 1]
     (end,) = engine.frozen.eos
     at = 0
     for i, s in enumerate(chosen):
@@ -225,7 +225,7 @@ async def test_states_are_those_in_which_the_tokens_were_chosen(
         assert (own[-1] == end) == (s.finish_reason == "stop" or not s.text)
         states = engine.frozen.states(ids[i])
         assert replies.tokens[at : at + len(own)].tolist() == own
-        assert (replies.reply[at : at + len(own)] == i).all()
+        assert (replies.reply_index[at : at + len(own)] == i).all()
         assert replies.hidden[at : at + len(own)].allclose(states[starts[i] - 1 : -1], atol=1e-5)
         at += len(own)
     assert at == len(replies.tokens)
