@@ -1,4 +1,8 @@
-"""The sampling fields of an OpenAI body, read once for the engines that sample themselves."""
+"""Sampling parameters of an OpenAI body: names, ranges, defaults, parsing and error messages.
+
+Every engine that samples tokens itself reads its bodies here. A field that such an engine cannot honour is refused by
+name; none is dropped silently.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,16 @@ from infer_align.types import Body, Kind
 COMPLETION_TOKENS = 16
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_COUNT = 2**31
+# Decimal digits of a token id in `logit_bias`; more cannot be an index.
+MAX_ID_DIGITS = 19
 
-# Read by the engines beside the sampling parameters.
-_PROMPT = {
+# Fields that hold the prompt or shape the answer. The engines read them next to the sampling parameters.
+_OTHER_FIELDS = {
     "chat": {"messages", "chat_template_kwargs", "top_logprobs"},
     "completion": {"prompt", "echo"},
 }
-# Say who asks, or how to store, cache and bill, not what to answer: nothing here acts on them, at any value.
+# Fields about the caller, storage, caching or billing. They do not change an answer, so any value is accepted.
 _NEUTRAL = {
     "metadata",
     "prompt_cache_key",
@@ -28,7 +35,7 @@ _NEUTRAL = {
     "safety_identifier",
     "user",
 }
-# Fields whose listed values ask for nothing; any other value asks for what these engines cannot do.
+# Fields that are accepted only with a value that requests nothing.
 _HARMLESS: dict[str, tuple[object, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -49,7 +56,7 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
 }
 _ADVICE = {
-    "best_of": "ask for align.best_of_n instead",
+    "best_of": "use align.best_of_n instead",
     "functions": "use tools, and an engine that parses tool calls",
     "tools": "use an engine that parses tool calls",
     "response_format": "use an engine with structured outputs",
@@ -57,27 +64,81 @@ _ADVICE = {
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How one candidate is sampled; names and defaults are OpenAI's, or vLLM's where OpenAI has none."""
+class Range:
+    """The values that a numeric parameter may have: from `low` to `high`, without `low` itself if `above` is set."""
 
-    temperature: float = field(default=1.0, metadata={"low": 0.0, "high": 2.0})
-    top_p: float = field(default=1.0, metadata={"low": 0.0, "high": 1.0, "open": True})
-    top_k: int = field(default=0, metadata={"low": -1, "high": 2**31})  # 0 and -1: all
-    min_p: float = field(default=0.0, metadata={"low": 0.0, "high": 1.0})
-    presence_penalty: float = field(default=0.0, metadata={"low": -2.0, "high": 2.0})
-    frequency_penalty: float = field(default=0.0, metadata={"low": -2.0, "high": 2.0})
-    repetition_penalty: float = field(
-        default=1.0, metadata={"low": 0.0, "high": 10.0, "open": True}
-    )
-    max_tokens: int | None = field(default=None, metadata={"low": 1, "high": 2**31})
-    min_tokens: int = field(default=0, metadata={"low": 0, "high": 2**31})
+    low: float
+    high: float
+    integer: bool = False
+    above: bool = False
+
+    def check(self, name: str, value: Any) -> float:
+        """Return the value if it is in the range.
+
+        Raises:
+            InvalidRequest: it is not a number of the right kind, or out of the range.
+        """
+        types = int if self.integer else int | float
+        # The comparison is false for NaN.
+        valid = (
+            isinstance(value, types)
+            and not isinstance(value, bool)
+            and self.low <= value <= self.high
+        )
+        if not valid or (self.above and value == self.low):
+            raise InvalidRequest(
+                f"{name}: {shown(value)} is not allowed; must be {self.description}.", param=name
+            )
+        number: float = value
+        return number
+
+    @property
+    def description(self) -> str:
+        """The allowed values in words, such as "an integer from 1 to 20"."""
+        noun = "an integer" if self.integer else "a number"
+        if self.above:
+            return f"{noun} over {self.low} and at most {self.high}"
+        return f"{noun} from {self.low} to {self.high}"
+
+    def schema(self) -> dict[str, Any]:
+        """Return the JSON schema of the parameter; null counts as absent."""
+        lowest = "exclusiveMinimum" if self.above else "minimum"
+        type_name = "integer" if self.integer else "number"
+        return {"type": [type_name, "null"], lowest: self.low, "maximum": self.high}
+
+
+_MAX_TOKENS = Range(1, MAX_COUNT, integer=True)
+_TOP_LOGPROBS = Range(0, MAX_TOP_LOGPROBS, integer=True)
+_BIAS = Range(-100.0, 100.0)
+
+
+def _numeric(default: float | None, allowed: Range) -> Any:
+    return field(default=default, metadata={"range": allowed})
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one candidate is sampled. Names and defaults are OpenAI's, or vLLM's where OpenAI has none.
+
+    Attributes:
+        top_k: 0 and -1 mean the whole vocabulary.
+        logprobs: alternatives that are reported per token; None for no logprobs at all.
+    """
+
+    temperature: float = _numeric(1.0, Range(0.0, 2.0))
+    top_p: float = _numeric(1.0, Range(0.0, 1.0, above=True))
+    top_k: int = _numeric(0, Range(-1, MAX_COUNT, integer=True))
+    min_p: float = _numeric(0.0, Range(0.0, 1.0))
+    presence_penalty: float = _numeric(0.0, Range(-2.0, 2.0))
+    frequency_penalty: float = _numeric(0.0, Range(-2.0, 2.0))
+    repetition_penalty: float = _numeric(1.0, Range(0.0, 10.0, above=True))
+    max_tokens: int | None = _numeric(None, _MAX_TOKENS)
+    min_tokens: int = _numeric(0, Range(0, MAX_COUNT, integer=True))
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     echo: bool = False
-    logprobs: int | None = (
-        None  # how many alternatives per token are reported; None: no logprobs at all
-    )
+    logprobs: int | None = None
 
     @classmethod
     def from_body(
@@ -88,127 +149,99 @@ class SamplingParams:
         Args:
             body: the OpenAI request; null counts as absent.
             kind: chat and completion name logprobs and the maximum differently.
-            defaults: the model's own, used where the body is silent.
+            defaults: the model's own values for parameters that the body does not set.
 
         Raises:
             InvalidRequest: a field has a wrong type or is out of range.
-            Unsupported: a field asks for something that no engine using this reader can do; nothing is dropped in silence.
+            Unsupported: a field requests something that no engine using this reader can do.
         """
         _refuse_unread(body, kind)
-        values: dict[str, Any] = {**(defaults or {})}
-        for name, (rule, whole) in _RULES.items():
+        values: dict[str, Any] = dict(defaults or {})
+        for name, allowed in _RANGES.items():
             if body.get(name) is not None:
-                values[name] = _number(body, name, rule, whole=whole)
+                values[name] = allowed.check(name, body[name])
         if body.get("max_completion_tokens") is not None:
-            values["max_tokens"] = _number(
-                body, "max_completion_tokens", {"low": 1, "high": 2**31}, whole=True
-            )
+            limit = body["max_completion_tokens"]
+            values["max_tokens"] = _MAX_TOKENS.check("max_completion_tokens", limit)
         elif kind == "completion":
             values.setdefault("max_tokens", COMPLETION_TOKENS)
-        values["ignore_eos"] = _flag(body, "ignore_eos")
-        values["echo"] = kind == "completion" and _flag(body, "echo")
+        values["ignore_eos"] = _boolean(body, "ignore_eos")
+        values["echo"] = kind == "completion" and _boolean(body, "echo")
         values["logit_bias"] = _logit_bias(body)
         values["stop"] = _stop(body)
         values["logprobs"] = _chat_logprobs(body) if kind == "chat" else _completion_logprobs(body)
         return cls(**values)
 
 
-_RULES = {
-    f.name: (f.metadata, str(f.type).startswith("int"))
-    for f in fields(SamplingParams)
-    if f.metadata
+_RANGES: dict[str, Range] = {
+    f.name: f.metadata["range"] for f in fields(SamplingParams) if "range" in f.metadata
 }
-_READ = (
-    {f.name for f in fields(SamplingParams)} - {"echo"}
-    | {"max_completion_tokens", "model"}
-    | _NEUTRAL
-)
+_READ = {f.name for f in fields(SamplingParams)} - {"echo"}
+_READ |= {"max_completion_tokens", "model"} | _NEUTRAL
 
 
 def field_schemas(kind: Kind) -> dict[str, Any]:
-    """JSON schemas of the fields that `SamplingParams.from_body` takes, n, seed and stream aside."""
-    schemas: dict[str, Any] = {
-        name: _number_schema(rule, whole=whole) for name, (rule, whole) in _RULES.items()
-    }
-    schemas["max_completion_tokens"] = schemas["max_tokens"]
-    schemas["ignore_eos"] = {"type": ["boolean", "null"]}
+    """Return the JSON schema of each field that `SamplingParams.from_body` reads, by name."""
+    schemas: dict[str, Any] = {name: allowed.schema() for name, allowed in _RANGES.items()}
+    schemas["max_completion_tokens"] = _MAX_TOKENS.schema()
+    boolean = {"type": ["boolean", "null"]}
+    schemas["ignore_eos"] = boolean
     text = {"type": "string", "minLength": 1}
-    schemas["stop"] = {
-        "anyOf": [text, {"type": "array", "items": text, "maxItems": MAX_STOPS}, {"type": "null"}]
-    }
-    bias = {"type": "number", "minimum": -100, "maximum": 100}
+    texts = {"type": "array", "items": text, "maxItems": MAX_STOPS}
+    schemas["stop"] = {"anyOf": [text, texts, {"type": "null"}]}
     schemas["logit_bias"] = {
         "type": ["object", "null"],
-        "propertyNames": {"pattern": "^[0-9]{1,19}$"},
-        "additionalProperties": bias,
+        "propertyNames": {"pattern": f"^[0-9]{{1,{MAX_ID_DIGITS}}}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
     }
-    top = _number_schema({"low": 0, "high": MAX_TOP_LOGPROBS}, whole=True)
     if kind == "chat":
-        schemas |= {"logprobs": {"type": ["boolean", "null"]}, "top_logprobs": top}
+        schemas["logprobs"] = boolean
+        schemas["top_logprobs"] = _TOP_LOGPROBS.schema()
     else:
-        schemas |= {"logprobs": top, "echo": {"type": ["boolean", "null"]}}
-    schemas |= {name: {} for name in _NEUTRAL}
-    schemas |= {
-        name: {"enum": [*values, None]}
-        for name, values in _HARMLESS.items()
-        if name != "tool_choice"
-    }
+        schemas["logprobs"] = _TOP_LOGPROBS.schema()
+        schemas["echo"] = boolean
+    for name in _NEUTRAL:
+        schemas[name] = {}
+    for name, values in _HARMLESS.items():
+        # Any tool_choice is accepted while there are no tools, which a schema of one field cannot express.
+        if name != "tool_choice":
+            schemas[name] = {"enum": [*values, None]}
     return dict(sorted(schemas.items()))
 
 
-def _number_schema(rule: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
-    lowest = "exclusiveMinimum" if rule.get("open") else "minimum"
-    return {
-        "type": ["integer" if whole else "number", "null"],
-        lowest: rule["low"],
-        "maximum": rule["high"],
-    }
-
-
 def _refuse_unread(body: Body, kind: Kind) -> None:
-    read = _READ | _PROMPT[kind]
+    """Refuse fields that are not read, unless their value requests nothing."""
+    readable = _READ | _OTHER_FIELDS[kind]
     for name, value in body.items():
-        if name in read or value is None:
+        if name in readable or value is None:
             continue
         if name not in _HARMLESS:
             raise Unsupported(
-                f"{name}: this engine does not know the field; {nearest(name, read)}",
+                f"{name}: this engine does not know the field; {nearest(name, readable)}",
                 param=name,
                 code="unknown_field",
             )
-        harmless = any(
-            type(value) is type(v) and value == v for v in _HARMLESS[name]
-        )  # true is not 1
-        if not harmless and not (name == "tool_choice" and not body.get("tools")):
-            allowed = " or ".join(repr(v) for v in _HARMLESS[name])
-            advice = (
-                f"allowed: {allowed}; {_ADVICE.get(name, 'leave it out')}"
-                if allowed
-                else "leave it out"
-            )
+        if name == "tool_choice" and not body.get("tools"):
+            continue
+        if not _is_harmless(name, value):
             raise Unsupported(
-                f"{name}: {shown(value)} is not available on this engine; {advice}.", param=name
+                f"{name}: {shown(value)} is not available on this engine; {_advice(name)}.",
+                param=name,
             )
 
 
-def _number(body: Body, name: str, rule: Mapping[str, Any], *, whole: bool) -> float:
-    value = body[name]
-    kinds = int if whole else int | float
-    low, high = rule["low"], rule["high"]
-    in_range = (
-        isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
-    )  # NaN is in no range
-    if not in_range or (rule.get("open") and value == low):
-        bounds = f"over {low} and at most {high}" if rule.get("open") else f"from {low} to {high}"
-        noun = "an integer" if whole else "a number"
-        raise InvalidRequest(
-            f"{name}: {shown(value)} is not allowed; must be {noun} {bounds}.", param=name
-        )
-    number: float = value
-    return number
+def _is_harmless(name: str, value: object) -> bool:
+    # The types are compared too, because True == 1.
+    return any(type(value) is type(allowed) and value == allowed for allowed in _HARMLESS[name])
 
 
-def _flag(body: Body, name: str) -> bool:
+def _advice(name: str) -> str:
+    advice = _ADVICE.get(name, "leave it out")
+    allowed = " or ".join(repr(value) for value in _HARMLESS[name])
+    return f"allowed: {allowed}; {advice}" if allowed else advice
+
+
+def _boolean(body: Body, name: str) -> bool:
     value = body.get(name)
     if not isinstance(value, bool | None):
         raise InvalidRequest(
@@ -221,34 +254,28 @@ def _logit_bias(body: Body) -> dict[int, float]:
     value = body.get("logit_bias") or {}
     if not isinstance(value, Mapping):
         raise InvalidRequest(
-            f"logit_bias: {shown(value)} is not an object; allowed: {{token id: -100 to 100}}.",
+            f"logit_bias: {shown(value)} is not an object; must map token ids to numbers from -100 to 100.",
             param="logit_bias",
         )
-    bias = {}
+    bias: dict[int, float] = {}
     for token, amount in value.items():
-        if not (str(token).isdecimal() and len(str(token)) < 20):
+        digits = str(token)
+        if not digits.isdecimal() or len(digits) > MAX_ID_DIGITS:
             raise InvalidRequest(
                 f"logit_bias: {shown(token)} is not a token id; must be an integer >= 0.",
                 param="logit_bias",
             )
-        bias[int(token)] = _number(
-            {"x": amount, "logit_bias": amount},
-            "logit_bias",
-            {"low": -100.0, "high": 100.0},
-            whole=False,
-        )
+        bias[int(digits)] = _BIAS.check("logit_bias", amount)
     return bias
 
 
 def _stop(body: Body) -> tuple[str, ...]:
     value = body.get("stop")
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    good = (
-        isinstance(stops, list)
-        and len(stops) <= MAX_STOPS
-        and all(isinstance(s, str) and s for s in stops)
-    )
-    if not good:
+    if value is None:
+        return ()
+    stops = [value] if isinstance(value, str) else value
+    valid = isinstance(stops, list) and len(stops) <= MAX_STOPS
+    if not valid or not all(isinstance(stop, str) and stop for stop in stops):
         raise InvalidRequest(
             f"stop: {shown(value)} is not allowed; must be a string or up to {MAX_STOPS} strings, none empty.",
             param="stop",
@@ -257,11 +284,11 @@ def _stop(body: Body) -> tuple[str, ...]:
 
 
 def _chat_logprobs(body: Body) -> int | None:
-    wanted = _flag(body, "logprobs")
+    enabled = _boolean(body, "logprobs")
     if body.get("top_logprobs") is None:
-        return 0 if wanted else None
-    top = _number(body, "top_logprobs", {"low": 0, "high": MAX_TOP_LOGPROBS}, whole=True)
-    if not wanted:
+        return 0 if enabled else None
+    top = _TOP_LOGPROBS.check("top_logprobs", body["top_logprobs"])
+    if not enabled:
         raise InvalidRequest(
             "top_logprobs: needs logprobs; set logprobs to true, or leave top_logprobs out.",
             param="top_logprobs",
@@ -274,7 +301,7 @@ def _completion_logprobs(body: Body) -> int | None:
         return None
     if body.get("echo"):
         raise Unsupported(
-            "echo: is not available with logprobs, as the prompt's are not computed; leave out one.",
+            "echo: is not available with logprobs, because logprobs of the prompt are not computed; leave out one.",
             param="echo",
         )
-    return int(_number(body, "logprobs", {"low": 0, "high": MAX_TOP_LOGPROBS}, whole=True))
+    return int(_TOP_LOGPROBS.check("logprobs", body["logprobs"]))

@@ -1,4 +1,9 @@
-"""Where logits become tokens: each row by its own parameters, its own seed, and nothing else in the batch."""
+"""The sampler: logits become tokens, each row by its own parameters and its own seed.
+
+    adjust (penalties, biases, bans) -> steering -> temperature -> min_p, top_k, top_p -> inverse CDF
+
+A row's token depends on nothing else in the batch.
+"""
 
 from __future__ import annotations
 
@@ -7,133 +12,148 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from infer_align.decoding.params import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-class Sampled(Protocol):
-    """What the sampler reads of a row."""
+class SampledRow(Protocol):
+    """A candidate that the sampler extends by one token.
+
+    Attributes:
+        seed: the candidate's own seed.
+        tokens: the tokens sampled so far.
+    """
 
     seed: int
     tokens: list[int]
 
     @property
     def params(self) -> SamplingParams:
-        """How it is sampled."""
+        """The sampling parameters."""
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The prompt's tokens."""
+        """The tokens of the prompt."""
 
     @property
     def banned(self) -> frozenset[int]:
-        """End-of-sequence tokens that may not come yet."""
+        """Tokens that may not be sampled now."""
 
 
-def sample(logits: torch.Tensor, rows: Sequence[Sampled]) -> list[int]:
-    """One token per row. [B, V] float32, adjusted and steered -> B ids.
+def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[int]:
+    """Sample one token per row: [B, V] float32, adjusted and steered -> B ids.
 
-    Temperature, then min_p, top_k and top_p over what is left. One uniform number a row, from its seed and its position alone,
-    picks by inverse CDF. Temperature 0 takes the largest, of equal ones the lowest id.
+    The random number of a row depends on its seed and its number of tokens alone.
     """
-    temperature = torch.tensor([row.params.temperature for row in rows], device=logits.device)
+    seeds = [row.seed for row in rows]
+    steps = [len(row.tokens) for row in rows]
+    return sample_at(logits, [row.params for row in rows], uniforms(seeds, steps))
+
+
+def sample_at(
+    logits: torch.Tensor, params: Sequence[SamplingParams], numbers: NDArray[np.float64]
+) -> list[int]:
+    """Sample one token per row by inverse CDF at the given numbers.
+
+    Temperature comes first, then min_p, top_k and top_p. Temperature 0 takes the largest logit, and the lowest id of
+    equal ones.
+
+    Args:
+        logits: [B, V] float32 or float64.
+        params: of each row.
+        numbers: [B] in [0, 1).
+    """
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], dtype=logits.dtype, device=device)
     greedy = logits.argmax(dim=-1)
     if not bool((temperature > 0).any()):
         return greedy.tolist()
-    scaled = _truncated(logits / temperature.clamp(min=1e-6)[:, None], rows)
+    scaled = truncate(logits / temperature.clamp(min=1e-6)[:, None], params)
     cdf = torch.softmax(scaled, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    uniform = torch.from_numpy(
-        uniforms([row.seed for row in rows], [len(row.tokens) for row in rows])
-    ).to(logits.device)
-    picked = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(
-        max=logits.shape[-1] - 1
-    )
-    return torch.where(temperature > 0, picked, greedy).tolist()
+    point = torch.from_numpy(numbers).to(device)[:, None] * cdf[:, -1:]
+    sampled = torch.searchsorted(cdf, point, right=True)[:, 0]
+    sampled = sampled.clamp(max=logits.shape[-1] - 1)
+    return torch.where(temperature > 0, sampled, greedy).tolist()
 
 
-def uniforms(
-    seeds: Sequence[int], steps: Sequence[int]
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Numbers in [0, 1), each from its (seed, step) alone: two rounds of splitmix64. [B], [B] -> [B]."""
+def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> NDArray[np.float64]:
+    """Return a number in [0, 1) for each (seed, step): two rounds of splitmix64. [B], [B] -> [B]."""
     with np.errstate(over="ignore"):
-        state = (
-            _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN)
-            + np.array(steps, dtype=np.uint64) * _GOLDEN
-        )
-        return (_mix(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        state = _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN)
+        state = _mix(state + np.array(steps, dtype=np.uint64) * _GOLDEN)
+        return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(
-    z: np.ndarray[tuple[int], np.dtype[np.uint64]],
-) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def adjust(logits: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
-    """Biases, penalties and bans, for the rows that have any: what comes before steering. [B, V] -> [B, V], not in place."""
-    touched = [i for i, row in enumerate(rows) if _is_adjusted(row)]
-    if not touched:
+def adjust(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
+    """Apply penalties, biases and bans, which come before steering. [B, V] -> [B, V]; the argument stays unchanged."""
+    indices = [i for i, row in enumerate(rows) if _is_adjusted(row)]
+    if not indices:
         return logits
     logits = logits.clone()
-    for i in touched:
-        row, p = rows[i], rows[i].params
-        if p.repetition_penalty != 1.0:
-            seen = torch.tensor(sorted({*row.prompt_ids, *row.tokens}), device=logits.device)
-            values = logits[i, seen]
-            logits[i, seen] = torch.where(
-                values > 0, values / p.repetition_penalty, values * p.repetition_penalty
-            )
-        if row.tokens and (p.frequency_penalty or p.presence_penalty):
-            counts = torch.bincount(
-                torch.tensor(row.tokens, device=logits.device), minlength=logits.shape[-1]
-            )
-            logits[i] -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
-        if p.logit_bias:
-            logits[i, torch.tensor(list(p.logit_bias), device=logits.device)] += torch.tensor(
-                list(p.logit_bias.values()), device=logits.device
-            )
-        if row.banned:
-            logits[i, list(row.banned)] = -torch.inf
+    for i in indices:
+        _adjust_row(logits[i], rows[i])
     return logits
 
 
-def _is_adjusted(row: Sampled) -> bool:
+def _is_adjusted(row: SampledRow) -> bool:
     p = row.params
-    return bool(
-        p.logit_bias
-        or p.frequency_penalty
-        or p.presence_penalty
-        or p.repetition_penalty != 1.0
-        or row.banned
-    )
+    penalized = p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0
+    return bool(p.logit_bias or penalized or row.banned)
 
 
-def _truncated(scaled: torch.Tensor, rows: Sequence[Sampled]) -> torch.Tensor:
-    """min_p, top_k and top_p as -inf, for the rows that ask for any. [B, V] -> [B, V]."""
-    touched = [
-        i
-        for i, row in enumerate(rows)
-        if row.params.min_p > 0 or row.params.top_k > 0 or row.params.top_p < 1
-    ]
-    if not touched:
+def _adjust_row(logits: torch.Tensor, row: SampledRow) -> None:
+    """Adjust one row in place. [V]."""
+    p = row.params
+    device = logits.device
+    if p.repetition_penalty != 1.0:
+        used = torch.tensor(sorted({*row.prompt_ids, *row.tokens}), device=device)
+        values = logits[used]
+        penalized = values * p.repetition_penalty
+        logits[used] = torch.where(values > 0, values / p.repetition_penalty, penalized)
+    if row.tokens and (p.frequency_penalty or p.presence_penalty):
+        counts = torch.bincount(torch.tensor(row.tokens, device=device), minlength=len(logits))
+        logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+    if p.logit_bias:
+        ids = torch.tensor(list(p.logit_bias), device=device)
+        logits[ids] += torch.tensor(list(p.logit_bias.values()), device=device)
+    if row.banned:
+        logits[list(row.banned)] = -torch.inf
+
+
+def truncate(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Set the tokens that min_p, top_k and top_p exclude to -inf. [B, V] after temperature -> [B, V]."""
+    indices = [i for i, p in enumerate(params) if p.min_p > 0 or p.top_k > 0 or p.top_p < 1]
+    if not indices:
         return scaled
-    params = [rows[i].params for i in touched]
-    device, vocabulary = scaled.device, scaled.shape[-1]
-    values, order = scaled[touched].sort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(vocabulary, device=device)
-    top_k = torch.tensor(
-        [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params], device=device
-    )
-    min_p = torch.tensor([p.min_p for p in params], device=device).log()
-    drop = (ranks[None] >= top_k[:, None]) | (values < values[:, :1] + min_p[:, None])
-    probabilities = torch.softmax(values.masked_fill(drop, -torch.inf), dim=-1)
-    top_p = torch.tensor([p.top_p for p in params], device=device)
-    # A token stays when those before it have not reached top_p: the one that crosses it is the last to stay.
-    before = probabilities.cumsum(dim=-1) - probabilities
-    drop |= (before >= top_p[:, None]) & (top_p < 1)[:, None]
-    kept = torch.empty_like(values).scatter_(-1, order, values.masked_fill(drop, -torch.inf))
-    return scaled.index_copy(0, torch.tensor(touched, device=device), kept)
+    truncated = _truncate_rows(scaled[indices], [params[i] for i in indices])
+    return scaled.index_copy(0, torch.tensor(indices, device=scaled.device), truncated)
+
+
+def _truncate_rows(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    vocabulary = scaled.shape[-1]
+
+    def column(numbers: list[float]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=scaled.dtype, device=scaled.device)[:, None]
+
+    values, order = scaled.sort(dim=-1, descending=True, stable=True)
+    limits = [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params]
+    top_k = torch.tensor(limits, device=scaled.device)[:, None]
+    ranks = torch.arange(vocabulary, device=scaled.device)[None]
+    min_p = column([p.min_p for p in params]).log()
+    excluded = (ranks >= top_k) | (values < values[:, :1] + min_p)
+    probabilities = torch.softmax(values.masked_fill(excluded, -torch.inf), dim=-1)
+    top_p = column([p.top_p for p in params])
+    # A token stays if the tokens before it have not reached top_p. The one that crosses top_p is the last to stay.
+    preceding = probabilities.cumsum(dim=-1) - probabilities
+    excluded |= (preceding >= top_p) & (top_p < 1)
+    truncated = values.masked_fill(excluded, -torch.inf)
+    return torch.empty_like(values).scatter_(-1, order, truncated)

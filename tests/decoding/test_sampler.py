@@ -11,7 +11,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from infer_align.decoding.params import SamplingParams
-from infer_align.decoding.sampler import _truncated, adjust, sample, uniforms
+from infer_align.decoding.sampler import adjust, sample, truncate, uniforms
 
 VOCABULARY = 24
 
@@ -95,7 +95,7 @@ def test_truncation_keeps_exactly_what_the_warpers_keep():
             warped = logits
             for warper in warpers:
                 warped = warper(None, warped)
-            assert torch.equal(_truncated(logits, [Row(SamplingParams(**params))]), warped), params
+            assert torch.equal(truncate(logits, [SamplingParams(**params)]), warped), params
 
 
 def test_rows_do_not_see_each_other(logits):

@@ -20,6 +20,8 @@ import torch
 from transformers import AutoTokenizer
 
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.params import SamplingParams
+from infer_align.decoding.sampler import sample_at
 from infer_align.decoding.siblings import ValueCache
 from infer_align.decoding.text import TextStream, token_bytes
 from infer_align.demo.locate import locate
@@ -27,7 +29,6 @@ from infer_align.engines import Stream
 from infer_align.engines.openai.continuation import WAYS, Continuation, Way
 from infer_align.engines.openai.draws import refusal
 from infer_align.engines.openai.probe import TOP_LOGPROBS
-from infer_align.engines.openai.sampling import Sampling
 from infer_align.errors import (
     AlignError,
     ConfigError,
@@ -46,18 +47,14 @@ from infer_align.values.lookahead import LookaheadValue, ValueLM
 
 MAX_BIAS = 100.0
 # What a request may set while each token is a call of its own; a penalty, say, would see one token only.
-READ = frozenset(
+SAMPLED = frozenset(
+    {"temperature", "top_p", "top_k", "min_p", "max_tokens", "max_completion_tokens", "stop"}
+)
+READ = SAMPLED | frozenset(
     {
         "model",
         "messages",
         "prompt",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "max_tokens",
-        "max_completion_tokens",
-        "stop",
         "user",
         "metadata",
         "chat_template_kwargs",
@@ -164,7 +161,7 @@ class Steerer:
                     f"{name}: is not available where vas steers an upstream token by token; leave it out.",
                     param=name,
                 )
-        Sampling.read(draw)
+        _sampling_params(draw)
 
     def drawing(
         self, client: Client, draw: Draw, model: str, room: int, ended: Callable[[Any], None]
@@ -208,6 +205,17 @@ class Steerer:
             return work(*args)
 
 
+def _sampling_params(draw: Draw) -> SamplingParams:
+    """Read the sampling fields that steering token by token honours.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    return SamplingParams.from_body(
+        {name: value for name, value in draw.body.items() if name in SAMPLED}, draw.kind
+    )
+
+
 def _is_text(data: bytes) -> bool:
     try:
         return bool(data.decode())
@@ -244,11 +252,11 @@ class Steered:
     def start(self) -> None:
         """One task per candidate."""
         prompt, ids = self._steerer.prompt(self._draw)
-        sampling = Sampling.read(self._draw)
+        params = _sampling_params(self._draw)
         for i in range(self._draw.n):
             seed = self._draw.seeds[i] if self._draw.seeds else i
-            text = TextStream(self._steerer.tokenizer, sampling.stops)
-            self._answers.append(_Answer(i, prompt, list(ids), text, sampling, seed, len(ids)))
+            text = TextStream(self._steerer.tokenizer, params.stop)
+            self._answers.append(_Answer(i, prompt, list(ids), text, params, seed, len(ids)))
         self._tasks = [asyncio.create_task(self._run(answer)) for answer in self._answers]
 
     def close(self) -> None:
@@ -369,8 +377,11 @@ class Steered:
         steered = reweight(logits, np.arange(len(best))[None], values[:, None], beta, "keep")[0]
         step = len(answer.ids)
         if steering.tail == "mask":
-            lot = np.random.default_rng((answer.seed % 2**64, step))
-            token: int | None = best[answer.sampling.choose(steered, lot)]
+            number = np.random.default_rng((answer.seed % 2**64, step)).random()
+            (place,) = sample_at(
+                torch.from_numpy(steered)[None], [answer.params], np.array([number])
+            )
+            token: int | None = best[place]
         else:
             bias = dict(zip(best, np.clip(steered - logits[0], -MAX_BIAS, MAX_BIAS), strict=True))
             token = await self._sampled_there(
@@ -450,7 +461,7 @@ class _Answer:
     prompt: dict[str, Any]
     ids: list[int]  # prompt and answer
     text: TextStream
-    sampling: Sampling
+    params: SamplingParams
     seed: int
     prompt_tokens: int
     counter: CallCounter = field(default_factory=CallCounter)
