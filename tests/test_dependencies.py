@@ -109,9 +109,9 @@ def test_what_is_installed_is_what_is_pinned() -> None:
 
 
 def test_a_conflict_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PINS, "httpcore", Version("0.1"))
-    with pytest.raises(AssertionError, match="httpx needs httpcore"):
+    monkeypatch.setitem(PINS, "httpcore2", Version("0.1"))
+    with pytest.raises(AssertionError, match="httpx2 needs httpcore2"):
         test_the_pins_fit_each_other_and_none_is_missing()
-    monkeypatch.delitem(PINS, "httpcore")
+    monkeypatch.delitem(PINS, "httpcore2")
     with pytest.raises(AssertionError, match="does not pin"):
         test_the_pins_fit_each_other_and_none_is_missing()

@@ -109,10 +109,6 @@ class Engine(ABC):
     def sample(self, draw: Draw) -> Stream:
         """Start sampling; must be called from a running event loop, and the stream closed."""
 
-    def app(self) -> App | None:
-        """What the engine itself serves: it answers requests without `align`, and the routes that are not ours. None: nothing."""
-        return None
-
     def exposition(self) -> bytes:
         """What the engine itself counts, in Prometheus's format."""
         return b""

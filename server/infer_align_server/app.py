@@ -1,4 +1,4 @@
-"""The application: routes, errors in OpenAI's shape, one log line and one count per request."""
+"""The ASGI application: its routes, its errors in OpenAI's format, one log line per request."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from starlette.responses import Response as HttpResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer_align.config.config import Config
-from infer_align.engines import Engine
 from infer_align.errors import AlignError
+from infer_align_server.engine_routes import ServesApplication
 from infer_align_server.logs import access
 from infer_align_server.routes import ENGINE_ROUTE, ROUTES
 from infer_align_server.service import Progress, Service
@@ -28,15 +28,23 @@ from infer_align_server.wire.errors import error_response
 
 log = logging.getLogger("infer_align")
 
-# What nginx calls "client closed request": nobody reads it, but logs and metrics should tell it from a success.
+# The status of nginx for "client closed request". No client receives it. In logs and metrics it
+# separates these requests from successful ones.
 CLIENT_LEFT = 499
 
 
 def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
-    """The server as an ASGI application; models load while it already answers /health and /ready.
+    """Return the server as an ASGI application.
+
+    The application answers /health and /ready while it still loads its models. If loading fails,
+    /ready says why.
+
+    Args:
+        config: The configuration of the process.
+        progress: Called with a short description of each thing that is being loaded.
 
     Raises:
-        ConfigError: the configuration cannot be served; what fails while loading stops the process.
+        ConfigError: The configuration cannot be served.
     """
     service = Service(config)
 
@@ -50,79 +58,84 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
             await service.close()
 
     app = FastAPI(
-        title="infer-align", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+        title="infer-align",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
     )
     app.state.service = service
     app.router.routes.extend(ROUTES)
-    if type(service.engine).app is not Engine.app:
+    if isinstance(service.engine, ServesApplication):
         app.router.routes.append(ENGINE_ROUTE)
     app.add_exception_handler(AlignError, _on_align_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_middleware(Observed, service=service)
+    app.add_middleware(RequestLog, service=service)
     return app
 
 
-class Observed:
-    """Gives each request an id, counts it, logs it, and turns what nobody foresaw into an OpenAI error."""
+class RequestLog:
+    """Middleware that gives each request an id, logs it and counts it.
+
+    It also turns an unexpected exception into an error in OpenAI's format.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, status, request_id = monotonic(), 0, _request_id(scope)
+        start = monotonic()
+        request_id = _request_id(scope)
+        status = 0
 
-        async def observed_send(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
-                ]
+                headers = message.get("headers", ())
+                message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
-            await self._app(scope, receive, observed_send)
-        except (
-            ClientLeft,
-            ClientDisconnect,
-        ):  # before the answer, in the middle of it, or while sending the body
+            await self._app(scope, receive, send_with_id)
+        except (ClientLeft, ClientDisconnect):
+            # The client left before the response, during it, or while it sent the body.
             status = CLIENT_LEFT
         except Exception:
             log.exception("failed", extra={"request_id": request_id})
             if not status:
-                await error_response(AlignError("the server failed; its log has the request id."))(
-                    scope, receive, observed_send
-                )
+                message = "The server failed. Its log has the details under this request's id."
+                await error_response(AlignError(message))(scope, receive, send_with_id)
         finally:
-            self._count(scope, status, request_id, monotonic() - started)
+            self._record(scope, status or CLIENT_LEFT, request_id, monotonic() - start)
 
-    def _count(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
-        status = status or CLIENT_LEFT
         if status == CLIENT_LEFT:
             self._service.metrics.disconnects.inc()
         self._service.metrics.requests.labels(route, str(status)).inc()
-        access.info(
-            "request",
-            extra={
-                "request_id": request_id,
-                "method": scope["method"],
-                "route": route,
-                "status": status,
-                "seconds": round(seconds, 4),
-            },
-        )
+        event = {
+            "request_id": request_id,
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 4),
+        }
+        access.info("request", extra=event)
 
 
 def _request_id(scope: Scope) -> str:
-    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else uuid.uuid4().hex
+    """Return the client's request id if it is safe to log, else a new one."""
+    headers: dict[bytes, bytes] = dict(scope["headers"])
+    header = headers.get(b"x-request-id", b"").decode("latin-1")
+    if re.fullmatch(r"[\w.:-]{1,128}", header, re.ASCII):
+        return header
+    return uuid.uuid4().hex
 
 
 async def _on_align_error(_: HttpRequest, error: Exception) -> HttpResponse:
@@ -132,17 +145,20 @@ async def _on_align_error(_: HttpRequest, error: Exception) -> HttpResponse:
 
 async def _on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
     assert isinstance(error, HTTPException)
-    what = {404: "no such route", 405: "not a method of this route"}.get(
-        error.status_code, str(error.detail)
-    )
-    if error.status_code == 404 and re.match(r"/v1/responses(/|$)", http.url.path):
-        what = "this engine does not serve the Responses API; use /v1/chat/completions"
-    raised = AlignError(
-        f"{http.method} {http.url.path}: {what}.",
+    reason = str(error.detail)
+    if error.status_code == 405:
+        reason = "this route does not have this method"
+    elif error.status_code == 404 and re.match(r"/v1/responses(/|$)", http.url.path):
+        reason = "this engine does not serve the Responses API; use /v1/chat/completions"
+    elif error.status_code == 404:
+        reason = "there is no such route"
+    align_error = AlignError(
+        f"{http.method} {http.url.path}: {reason}.",
         status=error.status_code,
         code=f"http_{error.status_code}",
     )
-    raised.type = "invalid_request_error"
-    response = error_response(raised)
-    response.headers.update(error.headers or {})  # a 405 says which methods are allowed
+    align_error.type = "invalid_request_error"
+    response = error_response(align_error)
+    # The headers of a 405 list the methods that are allowed.
+    response.headers.update(error.headers or {})
     return response

@@ -1,4 +1,4 @@
-"""`infer-align chat`: a conversation in the terminal, with the scores of the candidates behind each answer."""
+"""`infer-align chat`: a conversation in the terminal that shows the scores of the candidates."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import httpx
+import httpx2
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from infer_align.errors import AlignError
+from infer_align.upstream.sse import EventParser, is_done
 
 OUT = Console()
+TIMEOUT = httpx2.Timeout(600, connect=5)
 
 
 class Chat:
-    """One conversation with a running server."""
+    """One conversation with a running server.
+
+    Args:
+        base_url: The base URL of the API, such as "http://127.0.0.1:8000/v1".
+        model: The model's name; None for the first model that the server lists.
+        align: The `align` object of every request; empty for none.
+        system: The system message, if there is one.
+        api_key_env: The environment variable that may hold the API key.
+    """
 
     def __init__(
         self,
@@ -30,16 +40,14 @@ class Chat:
     ) -> None:
         key = os.environ.get(api_key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(
-            base_url=base_url.rstrip("/") + "/",
-            headers=headers,
-            timeout=httpx.Timeout(600, connect=5),
+        self._http = httpx2.Client(
+            base_url=base_url.rstrip("/") + "/", headers=headers, timeout=TIMEOUT
         )
         self._model = model
         self._align = align
-        self._messages: list[dict[str, Any]] = (
-            [{"role": "system", "content": system}] if system else []
-        )
+        self._messages: list[dict[str, Any]] = []
+        if system:
+            self._messages.append({"role": "system", "content": system})
 
     def __enter__(self) -> Chat:
         return self
@@ -47,13 +55,13 @@ class Chat:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def once(self, message: str) -> int:
-        """One question, one answer."""
-        self._ask(message)
+    def send_once(self, message: str) -> int:
+        """Send one message and print the answer; return the exit status."""
+        self._send(message)
         return 0
 
     def loop(self) -> int:
-        """Until the end of input."""
+        """Read messages and print answers until the end of input; return the exit status."""
         OUT.print("[dim]Ctrl-D ends the conversation.[/]")
         while True:
             try:
@@ -63,52 +71,78 @@ class Chat:
             if not message.strip():
                 continue
             try:
-                self._ask(message)
-            except AlignError as error:  # the conversation goes on without this turn
+                self._send(message)
+            except AlignError as error:
+                # Drop the message and continue the conversation without it.
                 self._messages.pop()
                 OUT.print(f"[red]{escape(error.message)}[/]", highlight=False)
 
-    def _ask(self, message: str) -> None:
+    def _send(self, message: str) -> None:
         self._messages.append({"role": "user", "content": message})
-        answer, report = "", None
-        for chunk in self._stream():
+        answer = ""
+        report = None
+        for chunk in self._chunks():
             report = chunk.get("align", report)
             for choice in chunk["choices"]:
-                piece = choice["delta"].get("content") or ""
-                answer += piece
-                OUT.print(piece, end="", markup=False, highlight=False)
+                text = choice["delta"].get("content") or ""
+                answer += text
+                OUT.print(text, end="", markup=False, highlight=False)
         OUT.print()
         self._messages.append({"role": "assistant", "content": answer})
         if report:
             _print_report(report)
 
-    def _stream(self) -> Iterator[dict[str, Any]]:
-        body: dict[str, Any] = {"messages": self._messages, "stream": True}
-        if self._align:
-            body["align"] = self._align
+    def _chunks(self) -> Iterator[dict[str, Any]]:
+        """Send the conversation and yield the chunks of the answer.
+
+        Raises:
+            AlignError: The server cannot be reached, or it answers with an error.
+        """
         try:
-            body["model"] = self._model = (
-                self._model or self._http.get("models").raise_for_status().json()["data"][0]["id"]
-            )
+            self._model = self._model or self._first_model()
+            body: dict[str, Any] = {
+                "messages": self._messages,
+                "stream": True,
+                "model": self._model,
+            }
+            if self._align:
+                body["align"] = self._align
             with self._http.stream("POST", "chat/completions", json=body) as response:
                 if response.is_error:
                     response.read()
                     response.raise_for_status()
-                for line in response.iter_lines():
-                    if line.startswith("data: ") and line != "data: [DONE]":
-                        chunk = json.loads(line.removeprefix("data: "))
-                        if "error" in chunk:
-                            raise AlignError(chunk["error"]["message"])
-                        yield chunk
-        except httpx.HTTPStatusError as error:
-            raise AlignError(_message(error.response)) from None
-        except httpx.HTTPError as error:
+                yield from _parse_chunks(response)
+        except httpx2.HTTPStatusError as error:
+            raise AlignError(_error_message(error.response)) from None
+        except httpx2.HTTPError as error:
             raise AlignError(
-                f"{self._http.base_url}: {error}; is the server running? Start it with: infer-align serve"
+                f"{self._http.base_url}: {error}; is the server running? "
+                "Start it with: infer-align serve"
             ) from None
 
+    def _first_model(self) -> str:
+        response = self._http.get("models").raise_for_status()
+        return str(response.json()["data"][0]["id"])
 
-def _message(response: httpx.Response) -> str:
+
+def _parse_chunks(response: httpx2.Response) -> Iterator[dict[str, Any]]:
+    for data in _events(response):
+        if is_done(data):
+            continue
+        chunk = json.loads(data)
+        if "error" in chunk:
+            raise AlignError(chunk["error"]["message"])
+        yield chunk
+
+
+def _events(response: httpx2.Response) -> Iterator[bytes]:
+    parser = EventParser()
+    for received in response.iter_bytes():
+        yield from parser.feed(received)
+    yield from parser.end()
+
+
+def _error_message(response: httpx2.Response) -> str:
     try:
         return f"{response.status_code}: {response.json()['error']['message']}"
     except (ValueError, KeyError, TypeError):
@@ -122,18 +156,13 @@ def _print_report(report: Mapping[str, Any]) -> None:
         return
     table = Table("candidate", "objective", *rewards, "tokens", box=None, header_style="dim")
     for candidate in report["candidates"]:
-        chosen = "[bold green]" if candidate["index"] == report["selected"] else ""
-        scores = [
-            _number(candidate["scores"][name]["value"], candidate["scores"][name]["std"])
-            for name in rewards
-        ]
-        cells = [
-            str(candidate["index"]),
-            _number(candidate["objective"]),
-            *scores,
-            str(candidate["completion_tokens"]),
-        ]
-        table.add_row(*(chosen + cell for cell in cells))
+        cells = [str(candidate["index"]), _number(candidate["objective"])]
+        for name in rewards:
+            score = candidate["scores"][name]
+            cells.append(_number(score["value"], score["std"]))
+        cells.append(str(candidate["completion_tokens"]))
+        style = "bold green" if candidate["index"] == report["selected"] else None
+        table.add_row(*cells, style=style)
     OUT.print(table)
 
 

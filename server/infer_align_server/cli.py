@@ -121,7 +121,7 @@ def _chat(options: argparse.Namespace) -> int:
     with chat.Chat(
         options.base_url, options.model, options.align, options.system, options.api_key_env
     ) as talk:
-        return talk.once(options.message) if options.message else talk.loop()
+        return talk.send_once(options.message) if options.message else talk.loop()
 
 
 def _methods(_: argparse.Namespace) -> int:

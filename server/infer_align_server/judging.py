@@ -71,7 +71,7 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         RewardFailed: nothing at all could be judged.
     """
     texts = candidates_of(service, body, FIELDS)
-    _, preset = service.resolve(body.get("model"))
+    preset = service.resolve_model(body.get("model")).preset
     check_prompt({"messages": body.get("messages")}, "chat")
     given = {key: value for key, value in body.items() if key not in GIVEN and value is not None}
     wanted, reward = _reward(service, {**_of_preset(service, preset), **given})

@@ -18,7 +18,7 @@ from infer_align.config.schema import json_schema
 from infer_align.flow.request import MAX_WEIGHT, SEED_RANGE, Details, reward_names
 from infer_align.objectives import Ensemble
 from infer_align.types import Budget, Kind
-from infer_align_server.forward import Relays
+from infer_align_server.engine_routes import serves_responses
 from infer_align_server.judging import Judging
 from infer_align_server.scoring import ALIGN
 from infer_align_server.service import Service
@@ -66,11 +66,7 @@ _RESPONSES = "/v1/responses"  # described only where the engine serves it, or ma
 
 def changing_facts(service: Service) -> tuple[object, ...]:
     """What the document says of the server that can change while it runs."""
-    return tuple(service.models()), service.engine.capabilities, _responds(service)
-
-
-def _responds(service: Service) -> bool:
-    return service.engine.app() is not None or isinstance(service.engine, Relays)
+    return tuple(service.models()), service.engine.capabilities, serves_responses(service)
 
 
 def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
@@ -81,7 +77,9 @@ def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
         "Document": {"type": "object", "required": ["openapi", "info", "paths"]},
     }
     served = [
-        route for route in routes if not route.path.startswith(_RESPONSES) or _responds(service)
+        route
+        for route in routes
+        if not route.path.startswith(_RESPONSES) or serves_responses(service)
     ]
     text = json.dumps({"schemas": {**schemas, **_definitions(schemas)}}).replace(
         '"#/$defs/', '"#/components/schemas/'

@@ -1,4 +1,8 @@
-"""The routes of the public contract."""
+"""The routes of the HTTP API. The first line of each endpoint's docstring is its OpenAPI summary.
+
+The routes are Starlette's: FastAPI's own route class adds a tenth to the cost of a plain request
+and would have nothing to parse, since request bodies go through whole.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from infer_align.errors import UnknownModel, Unsupported, nearest
 from infer_align.flow.request import worst_case
 from infer_align.types import Kind
 from infer_align_server import discovery, judging, scoring
-from infer_align_server.forward import Forwarded, Relayed, Relays, fields_of, sampled_at_most
+from infer_align_server.engine_routes import (
+    ForwardedResponse,
+    RelayedResponse,
+    RelayRequest,
+    RelaysResponses,
+    engine_app,
+    json_fields,
+    route_worst_case,
+)
 from infer_align_server.limits.client_timeout import client_timeout, with_client_deadline
 from infer_align_server.openapi import changing_facts, document
 from infer_align_server.service import Service
@@ -31,225 +44,248 @@ from infer_align_server.wire.stream_options import stream_options
 
 
 def service_of(http: HttpRequest) -> Service:
-    """The process's service."""
+    """Return the service of the application that received the request."""
     service: Service = http.app.state.service
     return service
 
 
 def authorize(http: HttpRequest) -> tuple[Service, str]:
-    """The service, and who asks; for a caller that may use it.
+    """Return the service and the caller's name for limits.
 
     Raises:
-        Unauthorized, Overloaded: see `Service.authorize`.
+        Unauthorized: The API key is missing or wrong.
+        Overloaded: The caller is over its rate limit.
     """
     service = service_of(http)
-    return service, service.authorize(
-        http.headers.get("authorization", ""), http.client.host if http.client else "unknown"
-    )
+    address = http.client.host if http.client else "unknown"
+    caller = service.authorize(http.headers.get("authorization", ""), address)
+    return service, caller
 
 
 async def chat_completions(http: HttpRequest) -> HttpResponse:
-    """OpenAI chat, streaming and not, plus `align`."""
+    """Create a chat completion, optionally streamed and aligned with `align`."""
     return await _complete(http, "chat")
 
 
 async def completions(http: HttpRequest) -> HttpResponse:
-    """OpenAI text completion, plus `align`."""
+    """Create a text completion, optionally streamed and aligned with `align`."""
     return await _complete(http, "completion")
 
 
 async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     service, caller = authorize(http)
-    received = await read_bytes(http, service.config.limits.max_body_bytes)
-    body = parse_body(received)
-    if app := service.unaligned(body):
-        tokens = worst_case(_with_best_of(body), service.engine, service.config.limits.request)
-        return Forwarded(service, app, received, caller, tokens, json=True)
+    content = await read_bytes(http, service.config.limits.max_body_bytes)
+    body = parse_body(content)
+    service.require_ready()
+    model = service.resolve_model(body.get("model"))
+    app = engine_app(service)
+    if app and model.preset is None and body.get("align") is None:
+        limits = service.config.limits.request
+        tokens = worst_case(_with_best_of(body), service.engine, limits)
+        return ForwardedResponse(service, app, content, caller, tokens, json=True)
     streaming = stream_options(body)
-    request, plan = service.plan(body, kind)
-    patience = client_timeout(http.headers) if service.config.server.honour_client_timeout else None
+    request, plan = service.plan(body, kind, model)
     head = {
         "id": f"{OBJECTS[kind][0]}-{uuid.uuid4().hex}",
         "created": int(time.time()),
-        "model": body.get("model") or service.model,
+        "model": model.name,
     }
+    timeout = None
+    if service.config.server.honour_client_timeout:
+        timeout = client_timeout(http.headers)
     if streaming:
-        return await EventStream(service, request, plan, head, streaming, caller, patience).open(
-            http
-        )
-    response = await until_client_leaves(
-        http.receive, service.answer(with_client_deadline(plan, patience), caller=caller)
-    )
+        stream = EventStream(service, request, plan, head, streaming, caller, timeout)
+        return await stream.open(http)
+    answer = service.answer(with_client_deadline(plan, timeout), caller=caller)
+    response = await until_client_leaves(http.receive, answer)
     return json_response(completion_json(response, request, head))
 
 
 def _with_best_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The body as it is to be counted: `best_of` samples as many as it says, however few come back."""
-    given = [
-        value
-        for name in ("n", "best_of")
-        if isinstance(value := body.get(name), int) and not isinstance(value, bool)
-    ]
-    return {**body, "n": max(given)} if "best_of" in body and given else body
+    """Return the body with `n` raised to `best_of`: all of those candidates are generated."""
+    if "best_of" not in body:
+        return body
+    counts = []
+    for name in ("n", "best_of"):
+        value = body.get(name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            counts.append(value)
+    return {**body, "n": max(counts)} if counts else body
 
 
 async def responses(http: HttpRequest) -> HttpResponse:
-    """OpenAI's Responses API, where the engine or its upstream serves it; without `align`."""
+    """Create a response with the Responses API of the engine or its upstream, without `align`."""
     service, caller = authorize(http)
-    received = await read_bytes(http, service.config.limits.max_body_bytes)
-    body = parse_body(received)
+    content = await read_bytes(http, service.config.limits.max_body_bytes)
+    body = parse_body(content)
     service.require_ready()
-    tokens = sampled_at_most(service, http.url.path, body)
-    if app := service.engine.app():
-        return Forwarded(service, app, received, caller, tokens, json=True)
-    if not isinstance(service.engine, Relays):
+    tokens = route_worst_case(service, http.url.path, body)
+    app = engine_app(service)
+    if app:
+        return ForwardedResponse(service, app, content, caller, tokens, json=True)
+    if not isinstance(service.engine, RelaysResponses):
         raise HTTPException(404)
-    name, preset = service.resolve(body.get("model"))
-    if preset is not None:
+    model = service.resolve_model(body.get("model"))
+    if model.preset is not None:
         raise Unsupported(
-            f"model: the preset {preset!r} is for /v1/chat/completions and /v1/completions.",
+            f"model: the preset {model.preset!r} is only allowed on /v1/chat/completions and "
+            "/v1/completions; leave out the part from '@' here.",
             param="model",
         )
-    if body.get("model") != name or "align" in body:
-        received = dumps(
-            {**{key: value for key, value in body.items() if key != "align"}, "model": name}
-        )
-    return Relayed(service, service.engine, ("POST", "/responses", received, name), caller, tokens)
+    if body.get("model") != model.engine_model or "align" in body:
+        body.pop("align", None)
+        content = dumps({**body, "model": model.engine_model})
+    request = RelayRequest("POST", "/responses", content, model.engine_model)
+    return RelayedResponse(service, service.engine, request, caller, tokens)
 
 
 async def stored_response(http: HttpRequest) -> HttpResponse:
-    """A response that the upstream has stored: read, with its input items, deleted, or cancelled."""
+    """Retrieve, list the input items of, cancel or delete a response stored by the upstream."""
     service, caller = authorize(http)
     service.require_ready()
-    received = await read_bytes(http, service.config.limits.max_body_bytes)
-    if app := service.engine.app():
-        return Forwarded(service, app, received, caller)
-    if not isinstance(service.engine, Relays) or not re.fullmatch(
-        r"[\w-]{1,200}", http.path_params["id"], re.ASCII
-    ):
+    content = await read_bytes(http, service.config.limits.max_body_bytes)
+    app = engine_app(service)
+    if app:
+        return ForwardedResponse(service, app, content, caller)
+    is_id = re.fullmatch(r"[\w-]{1,200}", http.path_params["id"], re.ASCII)
+    if not isinstance(service.engine, RelaysResponses) or not is_id:
         raise HTTPException(404)
+    path = http.url.path.removeprefix("/v1")
     query = urlencode(http.query_params.multi_items())
-    path = http.url.path.removeprefix("/v1") + (f"?{query}" if query else "")
-    return Relayed(service, service.engine, (http.method, path, received or None, None), caller)
+    if query:
+        path += f"?{query}"
+    request = RelayRequest(http.method, path, content or None)
+    return RelayedResponse(service, service.engine, request, caller)
 
 
 async def score(http: HttpRequest) -> HttpResponse:
-    """Score given candidates, without generating anything."""
+    """Score candidates from the request without generating anything."""
     service, caller = authorize(http)
     body = await read_body(http, service.config.limits.max_body_bytes)
-    return json_response(
-        await until_client_leaves(http.receive, scoring.score(service, body, caller))
-    )
+    work = scoring.score(service, body, caller)
+    return json_response(await until_client_leaves(http.receive, work))
 
 
 async def judge(http: HttpRequest) -> HttpResponse:
-    """Judge given answers, one by one and in pairs."""
+    """Judge candidates from the request, one by one and in pairs."""
     service, caller = authorize(http)
     body = await read_body(http, service.config.limits.max_body_bytes)
-    return json_response(
-        await until_client_leaves(http.receive, judging.judge(service, body, caller))
-    )
+    work = judging.judge(service, body, caller)
+    return json_response(await until_client_leaves(http.receive, work))
 
 
 async def models(http: HttpRequest) -> HttpResponse:
-    """The served model, and one entry per preset."""
+    """List the served models, with one further entry per preset."""
     service, _ = authorize(http)
-    return json_response(
-        {"object": "list", "data": [discovery.model(service, name) for name in service.models()]}
-    )
+    entries = [discovery.model(service, name) for name in service.models()]
+    return json_response({"object": "list", "data": entries})
 
 
 async def model(http: HttpRequest) -> HttpResponse:
-    """One of them."""
-    (service, _), name = authorize(http), http.path_params["name"]
-    if name not in service.models():
-        raise UnknownModel(
-            f"model: {name!r} does not exist; {nearest(name, service.models())}", param="model"
-        )
+    """Retrieve one model."""
+    service, _ = authorize(http)
+    name = http.path_params["name"]
+    names = service.models()
+    if name not in names:
+        raise UnknownModel(f"model: {name!r} does not exist; {nearest(name, names)}", param="model")
     return json_response(discovery.model(service, name))
 
 
 async def methods(http: HttpRequest) -> HttpResponse:
-    """What can be asked for here, with schemas."""
+    """List the methods, rewards, values and presets of this server, with JSON schemas."""
     service, _ = authorize(http)
     return json_response(discovery.methods(service))
 
 
 async def openapi(http: HttpRequest) -> HttpResponse:
-    """What the server takes and gives, as OpenAPI 3.1."""
+    """Describe this server as an OpenAPI 3.1 document."""
     service, _ = authorize(http)
-    made, what = getattr(http.app.state, "described", None), changing_facts(service)
-    if service.document is None or made != what:
+    state = http.app.state
+    facts = changing_facts(service)
+    if service.document is None or getattr(state, "document_facts", None) != facts:
         text = dumps(document(service, ROUTES))
-        if not service.settled.is_set():  # before that, rewards may not know their attributes
+        if not service.settled.is_set():
+            # Rewards may not know their attributes before they are loaded.
             return HttpResponse(text, media_type="application/json")
-        service.document, http.app.state.described = text, what
+        service.document = text
+        state.document_facts = facts
     return HttpResponse(service.document, media_type="application/json")
 
 
 async def health(http: HttpRequest) -> HttpResponse:
-    """The process is up."""
+    """Check that the process is running."""
     return json_response({"status": "ok", "model": service_of(http).model})
 
 
 async def ready(http: HttpRequest) -> HttpResponse:
-    """Requests are served; 503 and the reason while they are not."""
+    """Check that requests are served; 503 with the reason if they are not."""
     reason = service_of(http).unready()
-    return json_response(
-        {"ready": reason is None, "reason": reason}, 200 if reason is None else 503
-    )
+    status = 200 if reason is None else 503
+    return json_response({"ready": reason is None, "reason": reason}, status)
 
 
 async def metrics(http: HttpRequest) -> HttpResponse:
-    """Prometheus exposition."""
+    """Return the metrics in Prometheus's text format."""
     service = service_of(http)
-    return HttpResponse(
-        service.metrics.text() + service.engine.exposition(), media_type="text/plain; version=0.0.4"
-    )
+    text = service.metrics.text() + service.engine.exposition()
+    return HttpResponse(text, media_type="text/plain; version=0.0.4")
 
 
 async def engine_route(http: HttpRequest) -> HttpResponse:
-    """What is no route of ours and may be one of the engine's own."""
+    """Forward a request to another route of the engine's own application."""
     service, caller = authorize(http)
     service.require_ready()
-    app = service.engine.app()
+    app = engine_app(service)
     if app is None:
         raise HTTPException(404)
-    received = await read_bytes(http, service.config.limits.max_body_bytes)
-    tokens = (
-        sampled_at_most(service, http.url.path, fields_of(received))
-        if http.method == "POST"
-        else None
-    )
-    return Forwarded(service, app, received, caller, tokens)
+    content = await read_bytes(http, service.config.limits.max_body_bytes)
+    tokens = None
+    if http.method == "POST":
+        tokens = route_worst_case(service, http.url.path, json_fields(content))
+    return ForwardedResponse(service, app, content, caller, tokens)
 
 
-# Plain routes: the bodies are OpenAI's, read by `wire` and `request`, so nothing is left for a framework to parse or to inject.
+class RecordedRoute(Route):
+    """A route that puts itself into the scope, where the log and the metrics read its path.
+
+    FastAPI does this for its own routes only, and Starlette does it in newer versions only.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request to this path."""
+        scope["route"] = self
+        await super().handle(scope, receive, send)
+
+
 ROUTES = [
-    Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-    Route("/v1/completions", completions, methods=["POST"]),
-    Route("/v1/responses", responses, methods=["POST"]),
-    Route("/v1/responses/{id}", stored_response, methods=["GET"], name="retrieve_response"),
-    Route("/v1/responses/{id}", stored_response, methods=["DELETE"], name="delete_response"),
-    Route(
+    RecordedRoute("/v1/chat/completions", chat_completions, methods=["POST"]),
+    RecordedRoute("/v1/completions", completions, methods=["POST"]),
+    RecordedRoute("/v1/responses", responses, methods=["POST"]),
+    RecordedRoute("/v1/responses/{id}", stored_response, methods=["GET"], name="retrieve_response"),
+    RecordedRoute(
+        "/v1/responses/{id}", stored_response, methods=["DELETE"], name="delete_response"
+    ),
+    RecordedRoute(
         "/v1/responses/{id}/input_items",
         stored_response,
         methods=["GET"],
         name="response_input_items",
     ),
-    Route("/v1/responses/{id}/cancel", stored_response, methods=["POST"], name="cancel_response"),
-    Route("/v1/align/score", score, methods=["POST"]),
-    Route("/v1/align/judge", judge, methods=["POST"]),
-    Route("/v1/models", models, methods=["GET"]),
-    Route("/v1/models/{name:path}", model, methods=["GET"]),
-    Route("/v1/align/methods", methods, methods=["GET"]),
-    Route("/openapi.json", openapi, methods=["GET"]),
-    Route("/health", health, methods=["GET"]),
-    Route("/ready", ready, methods=["GET"]),
-    Route("/metrics", metrics, methods=["GET"]),
+    RecordedRoute(
+        "/v1/responses/{id}/cancel", stored_response, methods=["POST"], name="cancel_response"
+    ),
+    RecordedRoute("/v1/align/score", score, methods=["POST"]),
+    RecordedRoute("/v1/align/judge", judge, methods=["POST"]),
+    RecordedRoute("/v1/models", models, methods=["GET"]),
+    RecordedRoute("/v1/models/{name:path}", model, methods=["GET"]),
+    RecordedRoute("/v1/align/methods", methods, methods=["GET"]),
+    RecordedRoute("/openapi.json", openapi, methods=["GET"]),
+    RecordedRoute("/health", health, methods=["GET"]),
+    RecordedRoute("/ready", ready, methods=["GET"]),
+    RecordedRoute("/metrics", metrics, methods=["GET"]),
 ]
 
-# Added where the engine serves more than this contract names.
-ENGINE_ROUTE = Route(
+# Added if the engine has an application of its own, after all other routes.
+ENGINE_ROUTE = RecordedRoute(
     "/{path:path}", engine_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 )

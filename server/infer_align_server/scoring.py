@@ -64,7 +64,7 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
 
 def _plan(service: Service, body: Mapping[str, Any], n: int) -> Plan:
     """How n candidates are scored, as of a best-of-n whose drawing is done: the same checks, the same ranking."""
-    _, preset = service.resolve(body.get("model"))
+    preset = service.resolve_model(body.get("model")).preset
     given = {
         **(service.config.presets[preset] if preset else {}),
         **{key: body[key] for key in ALIGN if body.get(key) is not None},

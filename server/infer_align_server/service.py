@@ -8,13 +8,13 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 from typing import Any
 
 from infer_align.config.config import Config
-from infer_align.engines import App, Engine
+from infer_align.engines import Engine
 from infer_align.errors import (
     AlignError,
     ConfigError,
@@ -42,6 +42,21 @@ log = logging.getLogger("infer_align")
 
 def _phase(progress: Progress, of: str, phase: str) -> None:
     progress(f"{of}: {phase}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """The model and preset of one request.
+
+    Attributes:
+        name: The name in the request, or of the first model; the response repeats it.
+        engine_model: The engine's name of the model.
+        preset: The preset after "@" in the name, if there is one.
+    """
+
+    name: str
+    engine_model: str
+    preset: str | None = None
 
 
 class Service:
@@ -182,32 +197,19 @@ class Service:
             *(f"{name}@{preset}" for name in self.names for preset in self.config.presets),
         ]
 
-    def unaligned(self, body: Mapping[str, Any]) -> App | None:
-        """What answers a request that asks for nothing of ours: the engine's own application, where it has one.
-
-        Raises:
-            UnknownModel: no such model or preset.
-            Unavailable: not ready.
-        """
-        self.require_ready()
-        _, preset = self.resolve(body.get("model"))
-        return None if preset is not None or body.get("align") is not None else self.engine.app()
-
     def require_ready(self) -> None:
         """Raise Unavailable unless requests are served now."""
         if reason := self.unready():
             raise Unavailable(f"{reason}; try again later.", retry_after=5)
 
-    def plan(self, body: Mapping[str, Any], kind: Kind) -> tuple[Request, Plan]:
-        """What a body asks for, refused here or not at all.
+    def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> tuple[Request, Plan]:
+        """Return the request that a body contains, and its plan.
 
         Raises:
-            UnknownModel, InvalidRequest: see `infer_align.flow.request`.
-            Unavailable: not ready.
+            InvalidRequest: See `infer_align.flow.request`.
         """
-        self.require_ready()
-        model, preset = self.resolve(body.get("model"))
-        request = parse_request({**body, "model": model}, kind, self.config.presets, preset)
+        resolved = {**body, "model": model.engine_model}
+        request = parse_request(resolved, kind, self.config.presets, model.preset)
         return request, self.make_plan(request)
 
     def make_plan(self, request: Request, limits: Limits | None = None) -> Plan:
@@ -282,27 +284,29 @@ class Service:
                     f"[server] default_rewards: {name!r} is not configured; {nearest(name, known)}"
                 )
 
-    def resolve(self, model: object) -> tuple[str, str | None]:
-        """The engine's name of a model, and the preset that was chosen with it; the first model where none is given.
+    def resolve_model(self, name: object) -> ModelChoice:
+        """Return the model and the preset that the `model` field of a request names.
+
+        Without a name it is the first model.
 
         Raises:
-            InvalidRequest: not a name.
-            UnknownModel: no such model, or no such preset of it.
+            InvalidRequest: The name is not a string.
+            UnknownModel: There is no such model, or no such preset.
         """
-        names = self.names
-        if model is None:
-            return self.engine.model, None
-        if not isinstance(model, str):
+        if name is None:
+            return ModelChoice(self.model, self.engine.model)
+        if not isinstance(name, str):
             raise InvalidRequest(
-                f"model: {shown(model)} is not allowed; must be a string.", param="model"
+                f"model: {shown(name)} is not allowed; must be a string.", param="model"
             )
-        if model in names:
-            return names[model], None
-        name, at, preset = model.rpartition("@")
-        if at and name in names and preset in self.config.presets:
-            return names[name], preset
+        names = self.names
+        if name in names:
+            return ModelChoice(name, names[name])
+        base, separator, preset = name.rpartition("@")
+        if separator and base in names and preset in self.config.presets:
+            return ModelChoice(name, names[base], preset)
         raise UnknownModel(
-            f"model: {shown(model)} does not exist; {nearest(model, self.models())}", param="model"
+            f"model: {shown(name)} does not exist; {nearest(name, self.models())}", param="model"
         )
 
 

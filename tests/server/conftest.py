@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 import uvicorn
@@ -82,23 +82,23 @@ class Live:
     def port(self) -> int:
         return int(self.root.rpartition(":")[2])
 
-    def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(
+    def http(self, **options: Any) -> httpx2.Client:
+        return httpx2.Client(
             base_url=self.root, timeout=20, trust_env=False, verify=False, **options
         )  # no TLS here: its set-up is slow
 
     def post(
         self, body: object, path: str = "/v1/chat/completions", **options: Any
-    ) -> httpx.Response:
+    ) -> httpx2.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         with self.http() as client:
             return client.post(path, content=content, **options)
 
-    def chat(self, align: object = None, **fields: Any) -> httpx.Response:
+    def chat(self, align: object = None, **fields: Any) -> httpx2.Response:
         body = {"model": self.service.model, "messages": USER, **fields}
         return self.post(body if align is None else {**body, "align": align})
 
-    def get(self, path: str, **options: Any) -> httpx.Response:
+    def get(self, path: str, **options: Any) -> httpx2.Response:
         with self.http() as client:
             return client.get(path, **options)
 

@@ -8,13 +8,13 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 USER: Any = [{"role": "user", "content": "hello"}]
 
 
-def refused(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
+def refused(answer: httpx2.Response, status: int = 400) -> dict[str, Any]:
     """The error, after checking its shape."""
     assert answer.status_code == status, answer.text
     error: dict[str, Any] = answer.json()["error"]
@@ -122,7 +122,7 @@ def test_huge_body_in_chunks(serve: Any) -> None:
             yield b" " * 16_384
 
     # WriteError: the server has answered and closed while we still wrote.
-    with live.http() as http, contextlib.suppress(httpx.WriteError):
+    with live.http() as http, contextlib.suppress(httpx2.WriteError):
         assert (
             refused(http.post("/v1/chat/completions", content=endless()), 413)["code"]
             == "body_too_large"

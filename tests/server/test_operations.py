@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -98,7 +98,7 @@ def test_the_rate_is_per_key(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_full_queue_is_429_with_retry_after(serve: Any) -> None:
     live = serve(f"[limits]\nmax_running = 1\nmax_queue = 1\n{SLOW}")
-    answers: list[httpx.Response] = []
+    answers: list[httpx2.Response] = []
     threads = [threading.Thread(target=lambda: answers.append(live.chat())) for _ in range(2)]
     threads[0].start()
     assert live.until(lambda: live.service.admission.running == 1)

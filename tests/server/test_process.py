@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from infer_align_server import cli
@@ -113,22 +113,22 @@ def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(process: Any, str
     server = process(SLOW)
     url = server.url()
     body = {"messages": [{"role": "user", "content": "x"}], "stream": stream}
-    answers: list[httpx.Response] = []
+    answers: list[httpx2.Response] = []
 
     def ask() -> None:
         answers.append(
-            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20, trust_env=False)
+            httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=20, trust_env=False)
         )
 
-    with httpx.Client(base_url=url, trust_env=False) as kept:
+    with httpx2.Client(base_url=url, trust_env=False) as kept:
         asking = threading.Thread(target=ask)
         asking.start()
         while "infer_align_running_requests 1.0" not in kept.get("/metrics").text:
             time.sleep(0.01)
         server.popen.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        with pytest.raises(httpx.TransportError):
-            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=5, trust_env=False)
+        with pytest.raises(httpx2.TransportError):
+            httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=5, trust_env=False)
         asking.join()
     assert answers[0].status_code == 200
     if stream:
@@ -160,7 +160,7 @@ def test_what_does_not_finish_in_time_is_cut(process: Any) -> None:
         )
         while (
             "infer_align_running_requests 1.0"
-            not in httpx.get(f"{url}/metrics", trust_env=False).text
+            not in httpx2.get(f"{url}/metrics", trust_env=False).text
         ):
             time.sleep(0.01)
         server.popen.send_signal(signal.SIGTERM)
@@ -173,8 +173,8 @@ def test_sigterm_while_loading(process: Any) -> None:
         port = free.getsockname()[1]
     server = process('[engine]\nkind = "fake"\nload_seconds = 60\n', "--set", f"server.port={port}")
     while server.popen.poll() is None:
-        with suppress(httpx.TransportError):
-            assert httpx.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 503
+        with suppress(httpx2.TransportError):
+            assert httpx2.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 503
             break
         time.sleep(0.05)
     server.popen.send_signal(signal.SIGTERM)
@@ -196,7 +196,7 @@ def test_values_are_read_again_on_sighup(process: Any, tmp_path: Path) -> None:
     }
 
     def said() -> str:
-        answer = httpx.post(
+        answer = httpx2.post(
             url, json={**body, "align": {"vas": {"beta": {"v": 30.0}}}}, trust_env=False, timeout=30
         )
         assert answer.status_code == 200, answer.text

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 
@@ -55,15 +55,15 @@ class Process:
             stderr=self.log,
             stdout=subprocess.DEVNULL,
         )
-        self.http = httpx.Client(
+        self.http = httpx2.Client(
             base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60
         )
         self.seen: set[psutil.Process] = set()
 
-    def get(self, path: str) -> httpx.Response | None:
+    def get(self, path: str) -> httpx2.Response | None:
         try:
             return self.http.get(path)
-        except httpx.TransportError:
+        except httpx2.TransportError:
             return None
 
     def children(self) -> set[psutil.Process]:

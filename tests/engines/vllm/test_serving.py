@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 import torch
@@ -68,7 +68,7 @@ def chat(client: openai.OpenAI, extra: dict[str, Any] | None = None, **fields: A
     return client.chat.completions.create(**body, extra_body=extra or {})
 
 
-def post(live: Live, path: str, body: object, **options: Any) -> httpx.Response:
+def post(live: Live, path: str, body: object, **options: Any) -> httpx2.Response:
     with live.http(headers=KEY) as client:
         return client.post(path, json=body, timeout=60, **options)
 
