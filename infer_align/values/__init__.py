@@ -18,7 +18,7 @@ from infer_align.types import Draw
 
 
 @dataclass(frozen=True, slots=True)
-class Frozen:
+class FrozenModel:
     """What a value has to fit: the frozen model that it steers."""
 
     model: str
@@ -40,7 +40,7 @@ class Value(ABC):
     estimates: ClassVar[bool] = False
 
     @abstractmethod
-    def start(self, frozen: Frozen, shared: dict[object, Any]) -> None:
+    def start(self, frozen: FrozenModel, shared: dict[object, Any]) -> None:
         """Load, onto the frozen model's device.
 
         Args:
@@ -57,7 +57,7 @@ def tokenizer_digest(vocabulary: Mapping[str, int]) -> str:
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
 
 
-def check_fit(path: str, made_for: Mapping[str, Any], frozen: Frozen) -> None:
+def check_fit(path: str, made_for: Mapping[str, Any], frozen: FrozenModel) -> None:
     """Refuse a value whose token ids, or hidden states, are not those of the frozen model.
 
     Args:

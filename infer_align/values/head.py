@@ -20,7 +20,7 @@ from torch.nn.functional import embedding, gelu, linear
 
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
-from infer_align.values import Frozen, Value, check_fit
+from infer_align.values import FrozenModel, Value, check_fit
 from infer_align_kernels import candidate_values
 
 
@@ -51,7 +51,7 @@ class HeadValue(Value):
         self.description = description
         self._tensors: dict[str, torch.Tensor] = {}
 
-    def start(self, frozen: Frozen, shared: dict[object, Any]) -> None:
+    def start(self, frozen: FrozenModel, shared: dict[object, Any]) -> None:
         """Read the file.
 
         Raises:
@@ -140,7 +140,10 @@ def _is_head(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def write(
-    path: Path, tensors: Mapping[str, torch.Tensor], frozen: Frozen, metadata: Mapping[str, str]
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    frozen: FrozenModel,
+    metadata: Mapping[str, str],
 ) -> None:
     """Save a head with what it was made for; whole or not at all."""
     made_for = {

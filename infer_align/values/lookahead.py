@@ -20,7 +20,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
-from infer_align.values import Frozen, Value, check_fit
+from infer_align.values import FrozenModel, Value, check_fit
 
 HEADS = "value_heads.safetensors"
 CARD = "value.json"
@@ -50,7 +50,7 @@ plugin = Lookahead
 class ValueLM:
     """A value LM with its heads; values that name the same folder share it."""
 
-    def __init__(self, path: str, frozen: Frozen, dtype: str) -> None:
+    def __init__(self, path: str, frozen: FrozenModel, dtype: str) -> None:
         folder = Path(locate(path))
         self.stamp = stamp(path)
         try:
@@ -78,7 +78,7 @@ class ValueLM:
         self.description: str = card.get("description", "")
         self.cell_bytes = self._measure(path)
 
-    def _check_shapes(self, path: str, frozen: Frozen) -> None:
+    def _check_shapes(self, path: str, frozen: FrozenModel) -> None:
         table = self.lm.get_input_embeddings().weight
         if len(table) < frozen.vocabulary:
             raise ConfigError(
@@ -136,7 +136,7 @@ class LookaheadValue(Value):
         self.lm: ValueLM | None = None
         self.index = 0
 
-    def start(self, frozen: Frozen, shared: dict[object, Any]) -> None:
+    def start(self, frozen: FrozenModel, shared: dict[object, Any]) -> None:
         """Load the LM, or take the one that another value has loaded from the same folder.
 
         Raises:
@@ -161,7 +161,7 @@ def write(
     folder: Path,
     lm: PreTrainedModel,
     heads: dict[str, tuple[torch.Tensor, float]],
-    frozen: Frozen,
+    frozen: FrozenModel,
     card: dict[str, Any],
 ) -> None:
     """Save a value LM with its heads, {name: (weight [d], bias)}, and what it was made for; a half-written one does not load."""

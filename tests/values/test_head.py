@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 
 from infer_align.errors import ConfigError
 from infer_align.fitting import regression
-from infer_align.values import Frozen, head, tokenizer_digest
+from infer_align.values import FrozenModel, head, tokenizer_digest
 from infer_align.values.head import Head, HeadValue
 
 D, V, R, W = 6, 11, 3, 5
-FROZEN = Frozen("tiny", V, D, tokenizer_digest({"a": 0}), "cpu")
+FROZEN = FrozenModel("tiny", V, D, tokenizer_digest({"a": 0}), "cpu")
 
 
 def tensors(form: str, seed: int = 0) -> dict[str, torch.Tensor]:

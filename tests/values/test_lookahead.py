@@ -17,11 +17,11 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from infer_align.decoding.cache import RowCache
 from infer_align.errors import ConfigError
-from infer_align.values import Frozen, lookahead
+from infer_align.values import FrozenModel, lookahead
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
 V, D = 20, 16
-FROZEN = Frozen("tiny", V, 99, "digest", "cpu")  # its hidden size is its own affair
+FROZEN = FrozenModel("tiny", V, 99, "digest", "cpu")  # its hidden size is its own affair
 
 
 def tiny(vocabulary: int = V, seed: int = 0, layers: int = 2) -> LlamaModel:

@@ -42,7 +42,7 @@ from infer_align.types import Array, Candidate, Delta, Draw
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client, CallCounter
 from infer_align.upstream.pool import Host
-from infer_align.values import Frozen, Value, tokenizer_digest
+from infer_align.values import FrozenModel, Value, tokenizer_digest
 from infer_align.values.lookahead import LookaheadValue, ValueLM
 
 MAX_BIAS = 100.0
@@ -85,7 +85,9 @@ class Steerer:
         self.values = values
         self._lock = threading.Lock()
         size, shared = len(self.tokenizer), dict[object, Any]()
-        frozen = Frozen(tokenizer, size, 0, tokenizer_digest(self.tokenizer.get_vocab()), "cpu")
+        frozen = FrozenModel(
+            tokenizer, size, 0, tokenizer_digest(self.tokenizer.get_vocab()), "cpu"
+        )
         for name, value in values.items():
             if not isinstance(value, LookaheadValue):
                 raise ConfigError(

@@ -19,7 +19,7 @@ from infer_align.decoding.cache import RowCache
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, InvalidRequest, shown
 from infer_align.types import Draw
-from infer_align.values import Frozen, tokenizer_digest
+from infer_align.values import FrozenModel, tokenizer_digest
 
 if TYPE_CHECKING:
     from infer_align.engines.transformers import Transformers
@@ -188,10 +188,10 @@ class Model:
         self.lm(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         return self.tap[-1][0].float()
 
-    def frozen(self, name: str) -> Frozen:
+    def frozen(self, name: str) -> FrozenModel:
         """What a value has to fit."""
         digest = tokenizer_digest(self.tokenizer.get_vocab())
-        return Frozen(name, self.vocabulary, self.hidden_size, digest, str(self.device))
+        return FrozenModel(name, self.vocabulary, self.hidden_size, digest, str(self.device))
 
     def render(self, draw: Draw, said: str = "") -> Prompt:
         """The draw's prompt as tokens; `said` is what the assistant's turn begins with.

@@ -12,7 +12,7 @@ from infer_align.decoding.cache import RowCache
 from infer_align.decoding.steering import SteeringBatch
 from infer_align.engines.transformers.rows import Row
 from infer_align.types import Draw
-from infer_align.values import Frozen, Value, check_values
+from infer_align.values import FrozenModel, Value, check_values
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
 
@@ -27,7 +27,7 @@ class Steerer:
         cell_bytes: bytes of keys and values that one token takes in all value LMs together.
     """
 
-    def __init__(self, frozen: Frozen) -> None:
+    def __init__(self, frozen: FrozenModel) -> None:
         self.cell_bytes = 0
         self._frozen = frozen
         self._device = torch.device(frozen.device)

@@ -21,7 +21,7 @@ from infer_align.decoding.steering import steer
 from infer_align.engines.vllm.slots import Bound, Slots
 from infer_align.engines.vllm.steering import KEY, Terms
 from infer_align.engines.vllm.watching import Estimates, Named, Recorder, Watched
-from infer_align.values import Frozen
+from infer_align.values import FrozenModel
 from infer_align.values.head import HeadValue
 from infer_align.vllm.compat import (
     BatchUpdate,
@@ -49,7 +49,7 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
         device = torch.device(where.device if pinned is None else where)
         size = where.max_num_reqs if pinned is None else vllm_config.scheduler_config.max_num_seqs
         settings = _settings(vllm_config)
-        self._frozen = Frozen(
+        self._frozen = FrozenModel(
             model.model,
             model.get_vocab_size(),
             model.get_hidden_size(),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from infer_align.errors import ConfigError, InvalidRequest, nearest
 from infer_align.methods.vas import MAX_BETA
 from infer_align.types import Draw, Steering
-from infer_align.values import Frozen, Value, check_values, tokenizer_digest
+from infer_align.values import FrozenModel, Value, check_values, tokenizer_digest
 from infer_align.values.head import HeadValue
 
 # Where a request's steering stands in SamplingParams.extra_args, and the values in the engine's additional_config.
@@ -95,7 +95,7 @@ class Steerer:
 
     def __init__(self, values: Mapping[str, Value]) -> None:
         self._heads = {name: _head(name, value) for name, value in values.items()}
-        self._frozen: Frozen | None = None
+        self._frozen: FrozenModel | None = None
         self._adding = asyncio.Lock()
 
     @property
@@ -137,7 +137,7 @@ class Steerer:
         for why in _refusals(config):
             raise ConfigError(f"[values.*] cannot steer this engine: {why}")
         model = config.model_config
-        self._frozen = Frozen(
+        self._frozen = FrozenModel(
             model.model, model.get_vocab_size(), model.get_hidden_size(), _digest(model), "cpu"
         )
         for head in self._heads.values():

@@ -20,7 +20,7 @@ from infer_align import demo
 from infer_align.engines.vllm.steering import Steerer
 from infer_align.engines.vllm.watching import Named
 from infer_align.types import EstimateSchedule, Steering
-from infer_align.values import Frozen, head, tokenizer_digest
+from infer_align.values import FrozenModel, head, tokenizer_digest
 from infer_align.values.head import HeadValue
 
 ENVIRONMENT = {
@@ -60,7 +60,7 @@ def make_values(folder: Path) -> dict[str, HeadValue]:
     mlp = {"W1": (16, d), "c1": (16,), "W2": (6, 16), "E": (v, 6), "b": (v,)}
     tensors = {name: torch.randn(shape, generator=g) for name, shape in mlp.items()}
     tensors["W1"] /= d**0.5
-    head.write(folder / "mlp.safetensors", tensors, Frozen("demo", v, d, digest, "cpu"), {})
+    head.write(folder / "mlp.safetensors", tensors, FrozenModel("demo", v, d, digest, "cpu"), {})
     return {
         "helpful": HeadValue("demo/value-helpful.safetensors"),
         "brief": HeadValue("demo/value-brief.safetensors"),

@@ -15,11 +15,11 @@ from infer_align.decoding.steering import steer
 from infer_align.engines.vllm.slots import Slots
 from infer_align.engines.vllm.steering import Terms
 from infer_align.methods.vas import reweight
-from infer_align.values import Frozen
+from infer_align.values import FrozenModel
 from infer_align.values.head import HeadValue, write
 
 V, D, SIZE = 40, 6, 5
-FROZEN = Frozen("tiny", V, D, "tokens", "cpu")
+FROZEN = FrozenModel("tiny", V, D, "tokens", "cpu")
 NAMES = ("a", "b", "c")
 
 
@@ -179,7 +179,7 @@ def test_on_a_gpu_nothing_waits_for_the_device(heads: dict[str, HeadValue]) -> N
     slots, owners = Slots(SIZE, V, device), [*range(SIZE)]
     for name, head in heads.items():
         moved = HeadValue(head.path)
-        moved.start(Frozen("tiny", V, D, "tokens", "cuda"), {})
+        moved.start(FrozenModel("tiny", V, D, "tokens", "cuda"), {})
         slots.add(name, moved)
     logits, hidden = batch(owners)
     on_gpu = hidden.cuda()
