@@ -15,6 +15,10 @@ from infer_align.types import Capability, Plan, Stage
 
 CRITERIA = "helpful, correct and clear"
 
+Mode = Literal["score", "pairwise"]
+Scale = Literal[5, 10, 100]
+Readout = Literal["expected", "geval", "published"]
+
 
 def _said(text: str) -> str:
     if not text.strip():
@@ -31,13 +35,13 @@ Criteria = Annotated[
 class TrustJudge:
     """Let a judge score or compare the candidates, beside the rewards; what is left out is as the judge is configured."""
 
-    mode: Literal["score", "pairwise"] | None = field(
+    mode: Mode | None = field(
         default=None,
         metadata={
             "description": "one score per candidate, or comparisons in both orders and their win rates"
         },
     )
-    scale: Literal[5, 10, 100] | None = field(
+    scale: Scale | None = field(
         default=None, metadata={"description": "the highest score that the judge may give"}
     )
     criteria: Criteria | None = field(
@@ -51,7 +55,7 @@ class TrustJudge:
             "description": "beside the weights of the rewards; the judge's scores are from 1 to 5",
         },
     )
-    readout: Literal["expected", "geval", "published"] | None = field(
+    readout: Readout | None = field(
         default=None,
         metadata={
             "description": "expectation over the labels; that, not renormalised; or the paper's code with its defects"

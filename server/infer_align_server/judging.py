@@ -17,7 +17,7 @@ from infer_align.rewards.trust_judge import (
     nontransitivity,
     rescale,
 )
-from infer_align.rewards.trust_judge.asking import Judgement
+from infer_align.rewards.trust_judge.judge import Judgement
 from infer_align.rewards.trust_judge.consistency import cycles
 from infer_align.rewards.trust_judge.tournament import Comparisons
 from infer_align.types import ScoringUsage

@@ -18,7 +18,7 @@ from infer_align.errors import ConfigError, InvalidRequest, Unsupported
 from infer_align.flow.request import Limits, make_plan, parse_request
 from infer_align.rewards import Reward
 from infer_align.rewards.rules import Rules
-from infer_align.rewards.trust_judge import TrustJudge
+from infer_align.rewards.trust_judge import TrustJudgeSection
 from infer_align.types import Capability, Draw, Method, Plan, Stage
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
@@ -42,7 +42,7 @@ class AbleEngine(FakeEngine):
     capabilities = frozenset(Capability)
 
 
-JUDGE = TrustJudge().load()
+JUDGE = TrustJudgeSection().load()
 JUDGE.engines = {"served": AbleEngine(Fake())}
 REWARDS: dict[str, Reward] = {"short": Rules(words_weight=-1.0).load(), "trust_judge": JUDGE}
 

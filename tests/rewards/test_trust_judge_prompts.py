@@ -136,7 +136,8 @@ def test_conversations_and_parts() -> None:
 
 
 CONTROLS = (
-    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CALLS] [gMASK] [/INST] <end_of_utterance> <image> </think> <sop> <pad> <unk> <unused7> "
+    "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CALLS] [gMASK] [/INST] <end_of_utterance> <image> "
+    "</think> <sop> <pad> <unk> <unused7> "
     "<｜User｜> <s>"
 )
 

@@ -1,10 +1,11 @@
-"""Scores, relations and consistency: the published vectors, and what holds for any judge."""
+"""Scores, relations and consistency equal the published vectors and keep their invariants."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from infer_align.rewards.trust_judge import (
     relation,
     rescale,
 )
-from infer_align.rewards.trust_judge.consistency import cycles, triple_error
-from infer_align.rewards.trust_judge.readings import extract, label_value, merge
+from infer_align.rewards.trust_judge.consistency import cycles
+from infer_align.rewards.trust_judge.readings import label_value, merge
 
 ORACLE = json.loads(
     (Path(__file__).parents[1] / "data" / "trustjudge_public.json").read_text(encoding="utf-8")
@@ -36,15 +37,15 @@ SWAP = {"larger": "smaller", "smaller": "larger", "equal": "equal"}
 def test_scores(case: dict[str, Any]) -> None:
     probs, scale = case["probs"], case["scale"]
     ours, published = case["independent"], case["expected"]
-    found = expected_score(probs, scale)
+    score = expected_score(probs, scale)
     if ours is None:
-        assert math.isnan(found)
+        assert math.isnan(score)
         assert math.isnan(expected_score(probs, scale, "geval")), (
-            "the published 0 is a score that nobody gave"
+            "no label is no score; the published code says 0"
         )
     else:
-        assert found == pytest.approx(ours["renormalised_expectation"], abs=1e-9)
-        assert rescale(found, scale) == pytest.approx(ours["rescaled_affine_1_to_5"], abs=1e-9)
+        assert score == pytest.approx(ours["renormalised_expectation"], abs=1e-9)
+        assert rescale(score, scale) == pytest.approx(ours["rescaled_affine_1_to_5"], abs=1e-9)
         assert expected_score(probs, scale, "geval") == pytest.approx(published["geval"], abs=1e-9)
     assert expected_score(probs, scale, "published") == pytest.approx(
         published["softmax_weighted"], abs=1e-9
@@ -77,90 +78,91 @@ def test_relations(case: dict[str, Any]) -> None:
             with pytest.raises(ValueError, match="none of A, B, C"):
                 relation(one, two, RULES[rule], float(tolerance))
             continue
-        found = relation(one, two, RULES[rule], float(tolerance))
+        compared = relation(one, two, RULES[rule], float(tolerance))
         if not isinstance(expected, dict):
-            assert found == expected, key
+            assert compared == expected, key
         elif "unspecified" in expected:
-            assert found == "equal", "two masses that differ by rounding are one"
+            assert compared == "equal", "probabilities that differ by rounding are equal"
         else:
-            assert found == "larger", "one letter alone is the likeliest"
+            assert compared == "larger", "a single letter is the likeliest"
     merged = merge(one, two)
     assert {side: p for side, p in merged.items() if p} == pytest.approx(
         {k: p for k, p in case["merged_ABC"].items() if p}, abs=1e-9
     )
 
 
+def contradiction(ij: str, jk: str, ik: str) -> str | None:
+    """Return how three relations contradict each other, as the published code names it.
+
+    "circle": i to k is strictly against what the other two imply. "equal": a tie is against it.
+    """
+    signs = {"larger": 1, "equal": 0, "smaller": -1}
+    first, second, third = signs[ij], signs[jk], signs[ik]
+    if first * second < 0:
+        return None
+    implied = first or second
+    if third == implied:
+        return None
+    return "circle" if third == -implied and third != 0 else "equal"
+
+
 @pytest.mark.parametrize("case", ORACLE["triples"], ids=lambda c: f"{c['ij']} {c['jk']} {c['ik']}")
 def test_triples(case: dict[str, Any]) -> None:
-    assert triple_error(case["ij"], case["jk"], case["ik"]) == case["type"]
+    assert contradiction(case["ij"], case["jk"], case["ik"]) == case["type"]
     related = {(0, 1): case["ij"], (1, 2): case["jk"], (0, 2): case["ik"]}
     assert nontransitivity(related, 3) == float(not case["result"])
 
 
-@pytest.mark.parametrize("case", ORACLE["extraction"], ids=lambda c: c["note"])
-def test_extraction(case: dict[str, Any]) -> None:
-    allowed = (
-        "ABC"
-        if case["allowed"] == "ABC"
-        else [str(i) for i in range(1, int(case["allowed"].rpartition(".")[2]) + 1)]
-    )
-    if case["expected_middle"] is None:
-        with pytest.raises(ValueError, match="no label"):
-            extract(case["positions"], allowed)
-        return
-    found = extract(case["positions"], allowed)
-    assert [label for label, _ in found] == [label for label, _ in case["expected_middle"]]
-    assert [p for _, p in found] == pytest.approx([p for _, p in case["expected_middle"]], abs=1e-9)
-
-
-def judged(case: dict[str, Any], rule: str, tolerance: float) -> dict[tuple[int, int], Any]:
-    """All questions side by side: a subset is of one question, as pairs of two were never compared."""
-    related = {}
+def relations_of(case: dict[str, Any], rule: str, tolerance: float) -> dict[tuple[int, int], Any]:
+    """Return the relations of all questions. Pairs of two questions are never compared."""
+    relations = {}
     for number, question in enumerate(case["input"]["pairs"]):
         for pair in question["pairs"]:
             one, two = (
-                Reading(o["probs"], o["cum_logprob"], o["tokens"])
-                for o in (pair["judgement_order1"], pair["judgement_order2"])
+                Reading(order["probs"], order["cum_logprob"], order["tokens"])
+                for order in (pair["judgement_order1"], pair["judgement_order2"])
             )
-            try:
-                related[number * 100 + pair["i"], number * 100 + pair["j"]] = relation(
-                    one, two, RULES[rule], tolerance
-                )
-            except ValueError:
-                continue  # not judged: dropped from every share
-    return related
+            items = (number * 100 + pair["i"], number * 100 + pair["j"])
+            # A pair that cannot be judged is dropped from every share.
+            with suppress(ValueError):
+                relations[items] = relation(one, two, RULES[rule], tolerance)
+    return relations
+
+
+def scores_of(case: dict[str, Any], readout: str) -> dict[int, float]:
+    """Return the scores of all questions, as the published code reads them."""
+    scale = case["input"]["scale"]
+    readouts = {"geval": "geval", "softmax_weighted": "published"}
+    scores = {}
+    for number, question in enumerate(case["input"]["single"]):
+        for item, probs in question["scores"]:
+            first = label_value(probs[0][0], scale)
+            if first is None:
+                continue
+            score = float(first)
+            if readout in readouts:
+                score = expected_score(probs, scale, readouts[readout])
+            scores[number * 100 + item] = score
+    return scores
 
 
 @pytest.mark.parametrize("case", ORACLE["metrics"], ids=lambda c: c["id"])
 def test_metrics(case: dict[str, Any]) -> None:
     for key, expected in case["expected"]["non_transitivity"].items():
         rule, k, tolerance = key.split("@")
-        found = nontransitivity(judged(case, rule, float(tolerance)), int(k[1:]))
-        assert (
-            math.isnan(found)
-            if "error" in expected
-            else found == pytest.approx(expected["non_transitive_proportion"])
-        ), key
-    pairs, scale = judged(case, "baseline", 0.0), case["input"]["scale"]
+        share = nontransitivity(relations_of(case, rule, float(tolerance)), int(k[1:]))
+        if "error" in expected:
+            assert math.isnan(share), key
+        else:
+            assert share == pytest.approx(expected["non_transitive_proportion"]), key
+    pairs = relations_of(case, "baseline", 0.0)
     for key, expected in case["expected"]["conflict"].items():
         readout, _, tolerance = key.partition("@")
-        scores = {}
-        for number, question in enumerate(case["input"]["single"]):
-            for item, probs in question["scores"]:
-                first = label_value(probs[0][0], scale)
-                if first is not None:
-                    names = {"geval": "geval", "softmax_weighted": "published"}
-                    scores[number * 100 + item] = (
-                        expected_score(probs, scale, names[readout])
-                        if readout in names
-                        else float(first)
-                    )
-        assert conflict_ratio(scores, pairs, float(tolerance)) == pytest.approx(
-            expected["conflict_proportion"]
-        ), key
+        ratio = conflict_ratio(scores_of(case, readout), pairs, float(tolerance))
+        assert ratio == pytest.approx(expected["conflict_proportion"]), key
 
 
-# --- what holds for any judge ---
+# --- invariants of every judge ---
 
 
 @settings(deadline=None)
@@ -176,19 +178,19 @@ def test_scores_stay_on_the_scale_and_do_not_depend_on_order(
             unique_by=lambda p: p[0],
         )
     )
-    found = expected_score(probs, scale)
+    score = expected_score(probs, scale)
     if not sum(p for _, p in probs):
-        assert math.isnan(found)
+        assert math.isnan(score)
         return
-    assert 1.0 <= found <= scale
-    assert 1.0 <= rescale(found, scale) <= 5.0
-    assert expected_score(probs[::-1], scale) == found
+    assert 1.0 <= score <= scale
+    assert 1.0 <= rescale(score, scale) <= 5.0
+    assert expected_score(probs[::-1], scale) == score
     halved = [(label, p / 2) for label, p in probs]
     if all(p == 0 or p > 1e-300 for _, p in probs):
-        assert expected_score(halved, scale) == pytest.approx(found), (
-            "a judge that is half silent says the same"
+        assert expected_score(halved, scale) == pytest.approx(score), (
+            "the scale of the probabilities does not matter"
         )
-    assert expected_score([*probs, ("the", 0.9)], scale) == found, "what is no label weighs nothing"
+    assert expected_score([*probs, ("the", 0.9)], scale) == score, "a word has no weight"
 
 
 @settings(deadline=None)
@@ -216,7 +218,7 @@ reading = st.builds(
 
 @settings(deadline=None)
 @given(reading, reading, st.sampled_from(list(RULES.values())), st.floats(0, 0.5))
-def test_exchanging_the_answers_turns_the_relation_around(
+def test_exchanging_the_answers_reverses_the_relation(
     one: Reading, two: Reading, rule: Any, tolerance: float
 ) -> None:
     assert relation(two, one, rule, tolerance) == SWAP[relation(one, two, rule, tolerance)]
@@ -224,7 +226,7 @@ def test_exchanging_the_answers_turns_the_relation_around(
 
 @settings(deadline=None)
 @given(reading, st.sampled_from(["first_label", "likelihood"]))
-def test_a_judge_of_positions_alone_says_equal(one: Reading, rule: Any) -> None:
+def test_a_judge_that_reads_positions_alone_gives_ties(one: Reading, rule: Any) -> None:
     first = one.probs[0][0]
     assert relation(one, one, rule) == "equal" or first == "C"
 
@@ -232,14 +234,11 @@ def test_a_judge_of_positions_alone_says_equal(one: Reading, rule: Any) -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 10), min_size=3, max_size=7))
 def test_a_judge_that_ranks_is_consistent(scores: list[float]) -> None:
-    pairs = {
-        (i, j): "larger"
-        if scores[i] > scores[j]
-        else "smaller"
-        if scores[i] < scores[j]
-        else "equal"
-        for i, j in itertools.combinations(range(len(scores)), 2)
-    }
+    names = {1: "larger", 0: "equal", -1: "smaller"}
+    pairs = {}
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        sign = (scores[i] > scores[j]) - (scores[i] < scores[j])
+        pairs[i, j] = names[sign]
     assert conflict_ratio(dict(enumerate(scores)), pairs) == 0.0
     assert all(nontransitivity(pairs, k) == 0.0 for k in range(3, len(scores) + 1))
     assert cycles(pairs) == []
@@ -247,17 +246,18 @@ def test_a_judge_that_ranks_is_consistent(scores: list[float]) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_names_of_items_do_not_matter(data: st.DataObject) -> None:
+def test_the_numbering_of_items_does_not_matter(data: st.DataObject) -> None:
     pairs = {
         pair: data.draw(st.sampled_from(list(SWAP))) for pair in itertools.combinations(range(5), 2)
     }
     order = data.draw(st.permutations(range(5)))
-    renamed = {
-        (min(order[i], order[j]), max(order[i], order[j])): related
-        if order[i] < order[j]
-        else SWAP[related]
-        for (i, j), related in pairs.items()
-    }
+    renamed = {}
+    for (i, j), related in pairs.items():
+        first, second = order[i], order[j]
+        if first < second:
+            renamed[first, second] = related
+        else:
+            renamed[second, first] = SWAP[related]
     for k in (3, 4, 5):
         assert nontransitivity(pairs, k) == nontransitivity(renamed, k)
     assert len(cycles(pairs)) == len(cycles(renamed))
@@ -283,30 +283,30 @@ def test_what_was_not_judged_is_left_out() -> None:
 @given(st.integers(2, 8), st.integers(3, 6), st.data())
 def test_nontransitivity_counts_as_the_definition_does(n: int, k: int, data: st.DataObject) -> None:
     items = data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n, unique=True).map(sorted))
-    related = st.sampled_from(["larger", "smaller", "equal", None])
-    relations = {
-        pair: r
-        for pair in itertools.combinations(items, 2)
-        if (r := data.draw(related)) is not None
-    }
-    whole = [
-        s
-        for s in itertools.combinations(items, k)
-        if all(pair in relations for pair in itertools.combinations(s, 2))
-    ]
-    bad = [
-        s
-        for s in whole
-        if any(
-            triple_error(relations[i, j], relations[j, m], relations[i, m])
-            for i, j, m in itertools.combinations(s, 3)
+    choices = st.sampled_from(["larger", "smaller", "equal", None])
+    relations: dict[tuple[int, int], Any] = {}
+    for pair in itertools.combinations(items, 2):
+        related = data.draw(choices)
+        if related is not None:
+            relations[pair] = related
+    complete = 0
+    intransitive = 0
+    for subset in itertools.combinations(items, k):
+        if not all(pair in relations for pair in itertools.combinations(subset, 2)):
+            continue
+        complete += 1
+        triples = itertools.combinations(subset, 3)
+        intransitive += any(
+            contradiction(relations[i, j], relations[j, m], relations[i, m]) for i, j, m in triples
         )
-    ]
-    found = nontransitivity(relations, k)
-    assert math.isnan(found) if not whole else found == pytest.approx(len(bad) / len(whole))
+    share = nontransitivity(relations, k)
+    if complete:
+        assert share == pytest.approx(intransitive / complete)
+    else:
+        assert math.isnan(share)
 
 
-def test_what_there_is_not_is_refused() -> None:
+def test_unknown_readouts_and_rules_are_refused() -> None:
     with pytest.raises(
         ValueError, match="'foo' is not allowed; must be one of expected, geval, published"
     ):

@@ -1,30 +1,53 @@
-"""A judge as a reward: TrustJudge (2509.21117), read from the probabilities of its labels.
+"""Judge candidates with a language model: TrustJudge (2509.21117).
 
-    messages, candidates ─ prompts.py ─▶ LabelQuery ─ engine ─▶ Reading (readings.py) ─▶ scores on 1..scale, rescaled to 1..5
-                          two at a time, in both orders ─▶ relations (tournament.py) ─▶ win rates, cycles (consistency.py)
+    [rewards.trust_judge]       # infer-align.toml
+    kind = "trust_judge"
+    engine = "served"           # the served model judges its own candidates
+    mode = "score"
+    scale = 100
 
-What the judge does not say is not scored: NaN, with the share of readings it was lost in. It is never 0.
+    {"best_of_n": {"n": 2}, "trust_judge": {"criteria": "brief"}}       # `align` of a request
+
+    candidate 0: label "80" has probability 0.6 and "70" has 0.4 -> 76 on 1..100 -> 4.03 on 1..5
+    candidate 1: the judge refused                               -> NaN, with a note that says why
+
+The score is read from the probabilities of the judge's labels, not from a label that it samples. In
+mode "pairwise", the judge compares candidates two at a time in both orders, and a candidate's score
+is its win rate, mapped to 1..5. A candidate that the judge does not score is NaN, never 0; the
+report gives the share of such readings as `drop_rate`.
+
+`prompts.py` writes the prompts, `judge.py` sends them, `readings.py` turns label probabilities into
+scores and relations, `tournament.py` schedules comparisons, and `consistency.py` measures how well
+scores and comparisons agree.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from infer_align.errors import ConfigError, Unsupported, nearest
-from infer_align.methods.trust_judge import CRITERIA, Criteria
-from infer_align.methods.trust_judge import TrustJudge as Asked
+from infer_align.methods.trust_judge import CRITERIA, Criteria, Mode, Readout, Scale
+from infer_align.methods.trust_judge import TrustJudge as TrustJudgeParameters
 from infer_align.rewards import Reward, RewardScores
-from infer_align.rewards.trust_judge.asking import Judge, Judgement
 from infer_align.rewards.trust_judge.consistency import conflict_ratio, cycles, nontransitivity
+from infer_align.rewards.trust_judge.judge import Judge, Judgement
 from infer_align.rewards.trust_judge.prompts import SIDES, labels
-from infer_align.rewards.trust_judge.readings import Reading, expected_score, relation, rescale
+from infer_align.rewards.trust_judge.readings import (
+    Reading,
+    Rule,
+    expected_score,
+    relation,
+    rescale,
+)
 from infer_align.rewards.trust_judge.tournament import (
     Comparisons,
-    most_readings,
+    Schedule,
+    max_readings,
     round_robin,
     swiss,
 )
@@ -32,8 +55,8 @@ from infer_align.types import Candidate, Capability, LabelReader, Messages, Scor
 
 __all__ = [
     "Reading",
-    "TrustJudge",
     "TrustJudgeReward",
+    "TrustJudgeSection",
     "conflict_ratio",
     "expected_score",
     "nontransitivity",
@@ -44,43 +67,64 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class TrustJudge:
-    """A language model that scores or compares candidates. `align.trust_judge` overrides what it names."""
+class TrustJudgeSection:
+    """A language model that scores or compares candidates.
+
+    Fields set in `align.trust_judge` override the configured ones.
+    """
 
     engine: str = field(
         default="served",
-        metadata={"description": 'who judges: "served", or a name of `[engines.*]`'},
+        metadata={"description": 'Engine that judges: "served", or a name of `[engines.*]`.'},
     )
-    mode: Literal["score", "pairwise"] = field(
-        default="score", metadata={"description": "one score each, or comparisons"}
+    mode: Mode = field(
+        default="score",
+        metadata={
+            "description": '"score" scores each candidate alone, "pairwise" compares candidates '
+            "in both orders."
+        },
     )
-    scale: Literal[5, 10, 100] = field(
-        default=100, metadata={"description": "the highest score that it may give"}
+    scale: Scale = field(
+        default=100, metadata={"description": "Highest score that the judge can give."}
     )
     criteria: Criteria = field(
-        default=CRITERIA, metadata={"description": "what is judged, in words"}
+        default=CRITERIA, metadata={"description": "Qualities to judge by, in words."}
     )
-    readout: Literal["expected", "geval", "published"] = field(
-        default="expected", metadata={"description": "how scores are read"}
+    readout: Readout = field(
+        default="expected",
+        metadata={
+            "description": '"expected": mean over the labels. "geval": the same without '
+            'normalising. "published": the '
+            "paper's code, bugs included."
+        },
     )
-    rule: Literal["first_label", "likelihood", "perplexity"] = field(
+    rule: Rule = field(
         default="likelihood",
-        metadata={"description": "how the two orders of a comparison become one relation"},
+        metadata={
+            "description": 'How both orders of a comparison become one relation. "first_label": '
+            "the likeliest label, if both "
+            'orders agree. "likelihood": the label with the most probability over both orders. '
+            '"perplexity": the likeliest '
+            "label in the order with the lower perplexity."
+        },
     )
     tolerance: float = field(
-        default=0.0, metadata={"ge": 0, "description": "comparisons nearer than this are ties"}
+        default=0.0,
+        metadata={"ge": 0, "description": "A comparison with a smaller difference is a tie."},
     )
-    schedule: Literal["round_robin", "swiss"] = field(
+    schedule: Schedule = field(
         default="round_robin",
         metadata={
-            "description": "compare all pairs, or neighbours in the standings for log2 N + 1 rounds"
+            "description": '"round_robin" compares all pairs, "swiss" compares neighbours in the '
+            "standings for log2 N + 1 rounds."
         },
     )
     critique_tokens: int = field(
         default=0,
         metadata={
             "ge": 0,
-            "description": "let it write a critique of up to so many tokens first; for reasoning judges",
+            "description": "Maximum number of tokens of a critique before the label; for "
+            "reasoning judges. 0: no critique.",
         },
     )
     min_mass: float = field(
@@ -88,29 +132,36 @@ class TrustJudge:
         metadata={
             "ge": 0,
             "le": 1,
-            "description": "less probability than this on its labels is a refusal: not scored",
+            "description": "Minimum probability on valid labels. With less, the judge has "
+            "refused, and the candidate is not scored.",
         },
     )
-    description: str = field(default="", metadata={"description": "one line for people"})
+    description: str = field(
+        default="", metadata={"description": "One line about this reward, for people."}
+    )
     timeout_seconds: float = field(
         default=60.0,
-        metadata={"gt": 0, "description": "after this a candidate counts as not scored"},
+        metadata={
+            "gt": 0,
+            "description": "Time limit of scoring, in seconds. A candidate without a score by "
+            "then counts as not scored.",
+        },
     )
 
     def load(self) -> TrustJudgeReward:
-        """The reward; its engine is given to it before it starts."""
+        """Return the reward. Its `engines` must be set before it starts."""
         return TrustJudgeReward(self)
 
 
-plugin = TrustJudge
+plugin = TrustJudgeSection
 
 
 class TrustJudgeReward(Reward):
-    """Asks the judge about all candidates at once; scores are from 1 to 5."""
+    """A judge that reads all candidates at once; scores are from 1 to 5."""
 
     uses_engine = True
 
-    def __init__(self, config: TrustJudge) -> None:
+    def __init__(self, config: TrustJudgeSection) -> None:
         self.config = config
         self.timeout_seconds = config.timeout_seconds
         self.description = (
@@ -118,61 +169,68 @@ class TrustJudgeReward(Reward):
         )
 
     async def start(self) -> None:
-        """Find the engine.
+        """Check that the engine exists.
 
         Raises:
-            ConfigError: there is none of that name.
+            ConfigError: there is no engine of the configured name.
         """
         if self.engines and self.config.engine not in self.engines:
             raise ConfigError(
-                f"trust_judge.engine: {self.config.engine!r} is not configured; {nearest('', self.engines)}"
+                f"trust_judge.engine: {self.config.engine!r} is not configured; "
+                f"{nearest('', self.engines)}"
             )
 
     def with_parameters(self, parameters: object) -> TrustJudgeReward:
-        """The same judge with what a request says of mode, scale, criteria and readout."""
-        assert isinstance(parameters, Asked)
-        said = {
-            name: getattr(parameters, name) for name in ("mode", "scale", "criteria", "readout")
-        }
-        return self.configured(**{name: value for name, value in said.items() if value is not None})
+        """Return the same judge with the mode, scale, criteria and readout that a request sets."""
+        assert isinstance(parameters, TrustJudgeParameters)
+        changes: dict[str, Any] = {}
+        for name in ("mode", "scale", "criteria", "readout"):
+            value = getattr(parameters, name)
+            if value is not None:
+                changes[name] = value
+        return self.configured(**changes)
 
     def configured(self, **fields: Any) -> TrustJudgeReward:
-        """The same judge with these fields of its section changed."""
-        other = TrustJudgeReward(replace(self.config, **fields))
-        other.engines = self.engines
-        return other
+        """Return the same judge with these fields of its section changed."""
+        reward = TrustJudgeReward(replace(self.config, **fields))
+        reward.engines = self.engines
+        return reward
 
     def check(self, where: str) -> None:
-        """Refuse a judge whose engine does not show label probabilities, or not those of its critique.
+        """Refuse an engine that does not report the probabilities that the judge needs.
 
         Raises:
-            Unsupported: naming `where`, the engine and what it lacks.
+            Unsupported: naming `where`, the engine and the missing capabilities.
         """
         needed = {Capability.LABEL_LOGPROBS}
         if self._critique_logprobs:
             needed.add(Capability.LOGPROBS)
-        if missing := sorted(needed - self._engine.capabilities):
-            able = [
-                f"engine = {name!r}"
-                for name, engine in self.engines.items()
-                if needed <= engine.capabilities
-            ]
-            advice = (
-                " or ".join(able)
-                or "an engine of [engines.*] that has it, such as transformers or vllm"
-            )
-            raise Unsupported(
-                f"{where}: needs {', '.join(missing)}, which the engine of {self._engine.model!r} lacks; "
-                f"set in the judge's section {advice}.",
-                param=where,
-            )
+        missing = sorted(needed - self._engine.capabilities)
+        if not missing:
+            return
+        able: list[str] = []
+        for name, engine in self.engines.items():
+            if needed <= engine.capabilities:
+                able.append(f"engine = {name!r}")
+        advice = " or ".join(able)
+        if not able:
+            advice = "an engine of [engines.*] that has it, such as transformers or vllm"
+        raise Unsupported(
+            f"{where}: needs {', '.join(missing)}, which the engine of {self._engine.model!r} "
+            f"lacks; "
+            f"set in the judge's section {advice}.",
+            param=where,
+        )
 
     def worst_case_tokens(self, n: int) -> int:
-        """The calls of each reading, and its critique."""
-        single = self.config.mode == "score"
-        readings = n if single else most_readings(n, self.config.schedule)
-        calls = self._engine.label_calls(labels(self.config.scale) if single else SIDES)
-        return readings * (calls + self.config.critique_tokens)
+        """Return the maximum number of sampled tokens for n candidates: labels and critiques."""
+        if self.config.mode == "score":
+            readings = n
+            valid = labels(self.config.scale)
+        else:
+            readings = max_readings(n, self.config.schedule)
+            valid = SIDES
+        return readings * (self._engine.label_calls(valid) + self.config.critique_tokens)
 
     @property
     def _engine(self) -> LabelReader:
@@ -182,43 +240,46 @@ class TrustJudgeReward(Reward):
 
     @property
     def _critique_logprobs(self) -> bool:
+        """True if the log-probability of a critique is needed: for its perplexity."""
+        config = self.config
         return (
-            self.config.critique_tokens > 0
-            and self.config.mode == "pairwise"
-            and self.config.rule == "perplexity"
+            config.critique_tokens > 0 and config.mode == "pairwise" and config.rule == "perplexity"
         )
 
     @property
     def judge(self) -> Judge:
-        """Who is asked, and how."""
-        c = self.config
+        """The engine and the way it is prompted."""
         return Judge(
-            self._engine, c.criteria, c.critique_tokens, self._critique_logprobs, c.min_mass
+            engine=self._engine,
+            criteria=self.config.criteria,
+            critique_tokens=self.config.critique_tokens,
+            critique_logprobs=self._critique_logprobs,
+            min_mass=self.config.min_mass,
         )
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        """[1, 1, N], from 1 to 5; NaN where the judge said nothing that can be read."""
+        """Return [1, 1, N] scores from 1 to 5. A candidate without a valid reading is NaN."""
         answers = [candidate.text for candidate in candidates]
         if self.config.mode == "score":
-            return self._scored(await self.judge.scores(messages, answers, self.config.scale))
-        return self._compared(
-            await self.compare(messages, answers), [candidate.index for candidate in candidates]
-        )
+            judgements = await self.judge.scores(messages, answers, self.config.scale)
+            return self._from_judgements(judgements)
+        comparisons = await self.compare(messages, answers)
+        return _from_comparisons(comparisons, [candidate.index for candidate in candidates])
 
     async def compare(self, messages: Messages, answers: list[str]) -> Comparisons:
-        """The answers two at a time, by the configured schedule."""
+        """Compare the answers two at a time, by the configured schedule."""
         schedule = swiss if self.config.schedule == "swiss" else round_robin
         return await schedule(
             self.judge, messages, answers, self.config.rule, self.config.tolerance
         )
 
     def read(self, judgement: Judgement) -> float:
-        """A judgement's score on 1..scale; NaN where there is none."""
+        """Return a judgement's score on 1..scale, or NaN if it has no reading."""
         if judgement.reading is None:
-            return float("nan")
+            return math.nan
         return expected_score(judgement.reading.probs, self.config.scale, self.config.readout)
 
-    def _scored(self, judgements: Sequence[Judgement]) -> RewardScores:
+    def _from_judgements(self, judgements: Sequence[Judgement]) -> RewardScores:
         values = [rescale(self.read(judgement), self.config.scale) for judgement in judgements]
         dropped = sum(judgement.reading is None for judgement in judgements)
         report = {
@@ -227,38 +288,42 @@ class TrustJudgeReward(Reward):
             "drop_rate": dropped / max(1, len(judgements)),
         }
         spent = sum((judgement.spent for judgement in judgements), ScoringUsage())
-        return RewardScores(
-            np.array([[values]], dtype=np.float64),
-            spent,
-            tuple(j.error for j in judgements),
-            report,
-        )
+        notes = tuple(judgement.error for judgement in judgements)
+        return RewardScores(np.array([[values]], dtype=np.float64), spent, notes, report)
 
-    def _compared(self, found: Comparisons, names: Sequence[int]) -> RewardScores:
-        rates = [found.win_rate(i) for i in range(len(names))]
-        errors = {i: why for pair, why in found.errors.items() for i in pair}
-        lost = (
-            "there was no other candidate to compare with"
-            if len(names) == 1
-            else "none of its comparisons was judged"
-        )
-        notes = tuple(
-            errors.get(i, lost) if np.isnan(rate) else None for i, rate in enumerate(rates)
-        )
-        report = {
-            "mode": "pairwise",
-            "comparisons": [
-                {"pair": [names[i], names[j]], "relation": found.relations.get((i, j))}
-                for i, j in found.orders
-            ],
-            "win_rates": {
-                str(name): rate
-                for name, rate in zip(names, rates, strict=True)
-                if not np.isnan(rate)
-            },
-            "cycles": [[names[i] for i in cycle] for cycle in cycles(found.relations)],
-            "drop_rate": len(found.errors) / max(1, len(found.orders)),
-        }
-        return RewardScores(
-            1.0 + 4.0 * np.array([[rates]], dtype=np.float64), found.spent, notes, report
-        )
+
+def _from_comparisons(comparisons: Comparisons, indices: Sequence[int]) -> RewardScores:
+    """Turn comparisons into scores. `indices` are the candidates' indices, for the report."""
+    rates = np.array([comparisons.win_rate(item) for item in range(len(indices))])
+    notes = tuple(
+        _missing_reason(comparisons, item, len(indices)) if np.isnan(rate) else None
+        for item, rate in enumerate(rates)
+    )
+    compared: list[dict[str, Any]] = []
+    for i, j in comparisons.orders:
+        related = comparisons.relations.get((i, j))
+        compared.append({"pair": [indices[i], indices[j]], "relation": related})
+    win_rates: dict[str, float] = {}
+    for index, rate in zip(indices, rates.tolist(), strict=True):
+        if not math.isnan(rate):
+            win_rates[str(index)] = rate
+    report = {
+        "mode": "pairwise",
+        "comparisons": compared,
+        "win_rates": win_rates,
+        "cycles": [[indices[i] for i in cycle] for cycle in cycles(comparisons.relations)],
+        "drop_rate": len(comparisons.errors) / max(1, len(comparisons.orders)),
+    }
+    values = 1.0 + 4.0 * rates[None, None, :]
+    return RewardScores(values, comparisons.spent, notes, report)
+
+
+def _missing_reason(comparisons: Comparisons, item: int, n: int) -> str:
+    """Explain why one of n candidates has no win rate."""
+    if n == 1:
+        return "there was no other candidate to compare with"
+    reason = "none of its comparisons was judged"
+    for pair, error in comparisons.errors.items():
+        if item in pair:
+            reason = error
+    return reason

@@ -1,4 +1,7 @@
-"""How consistent a judge is: scores against comparisons, and comparisons among each other. TrustJudge (2509.21117), section 2."""
+"""Measure how far the scores and comparisons of a judge agree.
+
+TrustJudge (2509.21117), section 2.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +13,53 @@ from numpy.typing import NDArray
 
 from infer_align.rewards.trust_judge.readings import EQUAL, LARGER, SMALLER, Relation
 
-Relations = Mapping[tuple[int, int], Relation]  # (i, j), i < j: of i to j
+Relations = Mapping[tuple[int, int], Relation]  # (i, j), i < j -> relation of i to j
+Signs = NDArray[np.int8]  # 1 is larger, 0 equal, -1 smaller
+Mask = NDArray[np.bool_]
+
 _SIGN = {LARGER: 1, EQUAL: 0, SMALLER: -1}
 
 
 def conflict_ratio(
     scores: Mapping[int, float], relations: Relations, tolerance: float = 0.0
 ) -> float:
-    """Share of pairs whose scores say otherwise than their comparison (definition 2.1); NaN where no pair has both.
+    """Return the share of pairs whose scores contradict their comparison (definition 2.1).
 
-    Finer scores conflict more often where comparisons are ties: a ratio is to be read beside the share of ties.
+    It is NaN if no pair has both. Finer scores conflict more often with ties, so read the ratio
+    together with the share of ties.
 
     Args:
         scores: item -> score; NaN is not scored.
-        relations: (i, j), i < j -> of i to j.
-        tolerance: scores nearer than this are equal.
+        relations: (i, j), i < j -> relation of i to j.
+        tolerance: a smaller difference of scores is equal.
     """
-    usable = conflicts = 0
-    for (i, j), related in relations.items():
+    usable = 0
+    conflicts = 0
+    for (i, j), compared in relations.items():
         difference = scores.get(i, math.nan) - scores.get(j, math.nan)
         if math.isnan(difference):
             continue
         usable += 1
-        sign = 0 if abs(difference) < tolerance else (difference > 0) - (difference < 0)
-        conflicts += sign != _SIGN[related]
+        conflicts += _sign(difference, tolerance) != _SIGN[compared]
     return conflicts / usable if usable else math.nan
 
 
-def nontransitivity(relations: Relations, k: int) -> float:
-    """Share of the k-subsets, all of whose pairs were compared, that hold an intransitive triple; NaN where there is none.
+def _sign(difference: float, tolerance: float) -> int:
+    """Return 1, 0 or -1; 0 for a difference below the tolerance."""
+    if abs(difference) < tolerance:
+        return 0
+    return (difference > 0) - (difference < 0)
 
-    It grows with k by construction. With N items it takes about N^(k+1) byte operations: seconds for 128 and k = 5.
+
+def nontransitivity(relations: Relations, k: int) -> float:
+    """Return the share of k-subsets that hold an intransitive triple.
+
+    Only subsets with every pair compared count; the share is NaN if there are none. It grows with k
+    by construction. With N items it takes about N^(k+1) byte operations, which is seconds for 128
+    items and k = 5.
 
     Args:
-        relations: (i, j), i < j -> of i to j.
+        relations: (i, j), i < j -> relation of i to j.
         k: size of the subsets, at least 3.
 
     Raises:
@@ -52,54 +68,68 @@ def nontransitivity(relations: Relations, k: int) -> float:
     if k < 3:
         raise ValueError(f"k: {k} is not allowed; must be at least 3.")
     _, sign, compared = _matrices(relations)
-    total = _subsets(compared, [compared] * len(sign), k)
-    consistent = _subsets(compared, [_consistent(sign, i) for i in range(len(sign))], k)
+    total = _count_subsets(compared, [compared] * len(sign), k)
+    transitive = [_transitive_triples(sign, i) for i in range(len(sign))]
+    consistent = _count_subsets(compared, transitive, k)
     return (total - consistent) / total if total else math.nan
 
 
-def _matrices(relations: Relations) -> tuple[list[int], NDArray[np.int8], NDArray[np.bool_]]:
-    """The N items, ascending; [N, N] of 1, 0, -1 and which pairs were compared, both above the diagonal."""
+def cycles(relations: Relations) -> list[tuple[int, int, int]]:
+    """Return the triples (i, j, k) in which i is better than j, j than k, and k than i.
+
+    Each cycle appears once and starts at its lowest item. No item of a cycle can be called the
+    best.
+    """
+    items, sign, _ = _matrices(relations)
+    better = (sign - sign.T) > 0
+    is_cycle = better[:, :, None] & better[None, :, :] & better.T[:, None, :]
+    triples: list[tuple[int, int, int]] = []
+    for i, j, k in np.argwhere(is_cycle).tolist():
+        if i < min(j, k):
+            triples.append((items[i], items[j], items[k]))
+    return triples
+
+
+def _matrices(relations: Relations) -> tuple[list[int], Signs, Mask]:
+    """Return the N items in ascending order, their [N, N] signs, and the pairs that were compared.
+
+    Both matrices are filled above the diagonal.
+    """
     items = sorted({item for pair in relations for item in pair})
-    place = {item: i for i, item in enumerate(items)}
+    index = {item: i for i, item in enumerate(items)}
     sign = np.zeros((len(items), len(items)), np.int8)
     compared = np.zeros(sign.shape, np.bool_)
-    for (i, j), related in relations.items():
-        sign[place[i], place[j]] = _SIGN[related]
-        compared[place[i], place[j]] = True
+    for (i, j), relation in relations.items():
+        sign[index[i], index[j]] = _SIGN[relation]
+        compared[index[i], index[j]] = True
     return items, sign, compared
 
 
-def _consistent(sign: NDArray[np.int8], i: int) -> NDArray[np.bool_]:
-    """[N, N] over j < k: whether the triple (i, j, k) contradicts nothing; `triple_error`, for all at once."""
-    first, third = sign[i][:, None], sign[i][None, :]
-    return np.asarray((first * sign < 0) | (third == np.where(first != 0, first, sign)))
+def _transitive_triples(sign: Signs, i: int) -> Mask:
+    """Return [N, N] over j < k: True if the comparisons of (i, j, k) contradict nothing."""
+    ij = sign[i][:, None]
+    ik = sign[i][None, :]
+    jk = sign
+    # If i and k are both better or both worse than j, any relation of i to k is consistent.
+    free = ij * jk < 0
+    implied = np.where(ij != 0, ij, jk)
+    return np.asarray(free | (ik == implied))
 
 
-def _subsets(pairs: NDArray[np.bool_], triples: Sequence[NDArray[np.bool_]], k: int) -> int:
-    """How many k-subsets have all their pairs in `pairs` and all their triples (i, j, k) in `triples[i][j, k]`."""
+def _count_subsets(pairs: Mask, triples: Sequence[Mask], k: int) -> int:
+    """Count the k-subsets whose pairs and triples are all allowed.
+
+    Args:
+        pairs: [N, N], true for allowed pairs (i, j), i < j.
+        triples: per item i, [N, N], true for allowed triples (i, j, k), i < j < k.
+        k: size of the subsets.
+    """
     if k == 2:
         return int(pairs.sum())
-    found = 0
+    count = 0
     for i in np.flatnonzero(pairs.any(axis=1)).tolist():
-        beside = pairs[i]
-        found += _subsets(pairs & beside[:, None] & beside[None, :] & triples[i], triples, k - 1)
-    return found
-
-
-def triple_error(ij: Relation, jk: Relation, ik: Relation) -> str | None:
-    """Whether three comparisons contradict each other: "circle", strictly against what two imply; "equal", a tie against it."""
-    first, second, third = _SIGN[ij], _SIGN[jk], _SIGN[ik]
-    if first * second < 0:  # i and k are both better, or both worse, than j: they may stand anyhow
-        return None
-    implied = first or second
-    if third == implied:
-        return None
-    return "circle" if third and third == -implied else "equal"
-
-
-def cycles(relations: Relations) -> list[tuple[int, int, int]]:
-    """Triples (i, j, k) with i over j over k over i, each once, starting at its lowest: none of them can be called the best."""
-    items, sign, _ = _matrices(relations)
-    over = (sign - sign.T) > 0
-    found = np.argwhere(over[:, :, None] & over[None, :, :] & over.T[:, None, :])
-    return [(items[i], items[j], items[k]) for i, j, k in found.tolist() if i < min(j, k)]
+        # Only items that are compared with i can join its subsets.
+        partners = pairs[i]
+        rest = pairs & partners[:, None] & partners[None, :] & triples[i]
+        count += _count_subsets(rest, triples, k - 1)
+    return count

@@ -1,23 +1,27 @@
-"""Which answers are compared, and what their comparisons come to."""
+"""Choose which answers are compared, compare them, and compute their win rates."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from infer_align.rewards.trust_judge.asking import Judge, Judgement
+from infer_align.rewards.trust_judge.judge import Judge, Judgement
 from infer_align.rewards.trust_judge.readings import EQUAL, LARGER, Relation, Rule, relation
 from infer_align.types import Messages, ScoringUsage
 
 Pair = tuple[int, int]
+Schedule = Literal["round_robin", "swiss"]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparisons:
-    """Pairs (i, j), i < j, in both orders, and how i compares to j; a pair that was not judged has no relation."""
+    """Pairs (i, j), i < j, judged in both orders, and the relation of i to j.
+
+    A pair that could not be judged has an error and no relation.
+    """
 
     orders: Mapping[Pair, tuple[Judgement, Judgement]] = field(default_factory=dict)
     relations: Mapping[Pair, Relation] = field(default_factory=dict)
@@ -25,28 +29,44 @@ class Comparisons:
 
     @property
     def spent(self) -> ScoringUsage:
-        """Both orders of all pairs."""
-        return sum(
-            (judgement.spent for orders in self.orders.values() for judgement in orders),
-            ScoringUsage(),
-        )
+        """The usage of both orders of all pairs."""
+        judgements = itertools.chain.from_iterable(self.orders.values())
+        return sum((judgement.spent for judgement in judgements), ScoringUsage())
+
+    def points(self, item: int) -> list[float]:
+        """Return the item's points in each judged pair.
+
+        A win is 1 point, a tie 0.5, a loss 0.
+        """
+        points: list[float] = []
+        for pair, compared in self.relations.items():
+            if item not in pair:
+                continue
+            if compared == EQUAL:
+                points.append(0.5)
+            else:
+                winner = pair[0] if compared == LARGER else pair[1]
+                points.append(float(winner == item))
+        return points
 
     def win_rate(self, item: int) -> float:
-        """Wins and half of the ties, over the pairs of the item that were judged; NaN where none was."""
-        points = [
-            _points(related, pair, item) for pair, related in self.relations.items() if item in pair
-        ]
+        """Return the item's mean points over its judged pairs, or NaN if it has none."""
+        points = self.points(item)
         return sum(points) / len(points) if points else math.nan
 
-
-def _points(related: Relation, pair: Pair, item: int) -> float:
-    return 0.5 if related == EQUAL else float((related == LARGER) == (pair[0] == item))
+    def merged(self, other: Comparisons) -> Comparisons:
+        """Return these comparisons and the other ones together."""
+        return Comparisons(
+            {**self.orders, **other.orders},
+            {**self.relations, **other.relations},
+            {**self.errors, **other.errors},
+        )
 
 
 async def round_robin(
     judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float
 ) -> Comparisons:
-    """Every pair, all at once: N (N - 1) readings."""
+    """Compare every pair of N answers at once, with N (N - 1) readings."""
     pairs = list(itertools.combinations(range(len(answers)), 2))
     return await _compare(judge, messages, answers, pairs, rule, tolerance)
 
@@ -54,54 +74,66 @@ async def round_robin(
 async def swiss(
     judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float
 ) -> Comparisons:
-    """ceil(log2 N) + 1 rounds; in each, neighbours in the standings who have not met meet: about N (log2 N + 1) readings.
+    """Compare N answers in ceil(log2 N) + 1 rounds, with about N (log2 N + 1) readings.
 
-    Where N is odd, the last in the standings who has not yet been left out counts as a winner. A judge without cycles and ties
-    finds the best; who comes second, and which pairs meet, depends on the order of equals.
+    Each round compares neighbours in the standings that were not compared yet. If N is odd, the
+    last one in the standings that had no bye yet gets a bye, which counts as a win. A judge without
+    cycles and ties finds the best answer. The second place, and which pairs are compared, depend on
+    the order of equal answers.
     """
-    found, byes = Comparisons(), set[int]()
+    comparisons = Comparisons()
+    byes: set[int] = set()
     for _ in range(_rounds(len(answers))):
-        pairs = _next_round(found, byes, len(answers))
+        standings = _standings(comparisons, byes, len(answers))
+        if len(answers) % 2:
+            bye = _next_bye(standings, byes)
+            byes.add(bye)
+            standings.remove(bye)
+        pairs = _pair_neighbours(standings, comparisons.orders)
         if not pairs:
             break
-        met = await _compare(judge, messages, answers, pairs, rule, tolerance)
-        found = Comparisons(
-            {**found.orders, **met.orders},
-            {**found.relations, **met.relations},
-            {**found.errors, **met.errors},
-        )
-    return found
+        results = await _compare(judge, messages, answers, pairs, rule, tolerance)
+        comparisons = comparisons.merged(results)
+    return comparisons
 
 
-def most_readings(n: int, schedule: Literal["round_robin", "swiss"]) -> int:
-    """Two per pair that the schedule lets n answers meet in."""
-    return n * (n - 1) if schedule == "round_robin" else 2 * (n // 2) * _rounds(n)
+def max_readings(n: int, schedule: Schedule) -> int:
+    """Return the maximum number of readings for n answers: two per pair."""
+    if schedule == "round_robin":
+        return n * (n - 1)
+    return 2 * (n // 2) * _rounds(n)
 
 
 def _rounds(n: int) -> int:
     return math.ceil(math.log2(n)) + 1 if n > 1 else 0
 
 
-def _next_round(found: Comparisons, byes: set[int], n: int) -> list[Pair]:
-    """Who meets next; who is left out is added to `byes`."""
-    points = {
-        i: sum(_points(related, pair, i) for pair, related in found.relations.items() if i in pair)
-        for i in range(n)
-    }
-    waiting = sorted(range(n), key=lambda i: -(points[i] + (i in byes)))
-    if n % 2:
-        left_out = next((i for i in reversed(waiting) if i not in byes), waiting[-1])
-        byes.add(left_out)
-        waiting.remove(left_out)
+def _standings(comparisons: Comparisons, byes: set[int], n: int) -> list[int]:
+    """Return the n answers in order of their points, a bye included, most points first."""
+    points = [sum(comparisons.points(item)) + (item in byes) for item in range(n)]
+    return sorted(range(n), key=lambda item: -points[item])
+
+
+def _next_bye(standings: list[int], byes: set[int]) -> int:
+    """Return the last answer in the standings without a bye, or the last one if all had one."""
+    for item in reversed(standings):
+        if item not in byes:
+            return item
+    return standings[-1]
+
+
+def _pair_neighbours(standings: Iterable[int], compared: Mapping[Pair, object]) -> list[Pair]:
+    """Pair each answer with the next one in the standings that it was not compared with."""
+    waiting = list(standings)
     pairs: list[Pair] = []
     while waiting:
         first = waiting.pop(0)
-        rival = next(
-            (i for i in waiting if (min(first, i), max(first, i)) not in found.orders), None
-        )
-        if rival is not None:
-            waiting.remove(rival)
-            pairs.append((min(first, rival), max(first, rival)))
+        for rival in waiting:
+            pair = (min(first, rival), max(first, rival))
+            if pair not in compared:
+                waiting.remove(rival)
+                pairs.append(pair)
+                break
     return pairs
 
 
@@ -113,15 +145,17 @@ async def _compare(
     rule: Rule,
     tolerance: float,
 ) -> Comparisons:
-    orders = dict(zip(pairs, await judge.comparisons(messages, answers, pairs), strict=True))
+    """Judge pairs in both orders and derive their relations."""
+    judgements = await judge.comparisons(messages, answers, pairs)
+    orders = dict(zip(pairs, judgements, strict=True))
     relations: dict[Pair, Relation] = {}
     errors: dict[Pair, str] = {}
-    for pair, (one, two) in orders.items():
-        if one.reading is None or two.reading is None:
-            errors[pair] = one.error or two.error or "not judged"
+    for pair, (order1, order2) in orders.items():
+        if order1.reading is None or order2.reading is None:
+            errors[pair] = order1.error or order2.error or "not judged"
             continue
         try:
-            relations[pair] = relation(one.reading, two.reading, rule, tolerance)
+            relations[pair] = relation(order1.reading, order2.reading, rule, tolerance)
         except ValueError as error:
             errors[pair] = str(error)
     return Comparisons(orders, relations, errors)
