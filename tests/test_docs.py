@@ -1,4 +1,4 @@
-"""Every example in README.md and docs/ runs, as it stands, against the embedded demo."""
+"""Run every example of README.md and docs/ against the embedded demo; compare its output."""
 
 from __future__ import annotations
 
@@ -7,122 +7,153 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from infer_align.config import config
+
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-DEFAULT = "http://127.0.0.1:8000"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DEFAULT_URL = "http://127.0.0.1:8000"
+FENCED_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LOCAL_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+PATHS = [ROOT, ROOT / "kernels", ROOT / "server", ROOT / "clients/python"]
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.pathsep.join(
-        str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
-    ),
+    "PYTHONPATH": os.pathsep.join(str(path) for path in PATHS),
     "OPENAI_API_KEY": "unused",
 }
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """(line, code) of each fenced block of that language."""
+    """Return (line number, code) of each fenced block in this language."""
     text = page.read_text(encoding="utf-8")
-    return [
-        (text.count("\n", 0, m.start()) + 2, m.group(2))
-        for m in BLOCK.finditer(text)
-        if m.group(1) == language
-    ]
+    numbered = []
+    for match in FENCED_BLOCK.finditer(text):
+        if match[1] == language:
+            line = text.count("\n", 0, match.start()) + 2
+            numbered.append((line, match[2]))
+    return numbered
 
 
-def commands(page: Path) -> list[tuple[int, str]]:
-    """The bash blocks that ask the server something; the others install and start things."""
-    return [
-        (line, code)
-        for language in ("bash", "sh")
-        for line, code in blocks(page, language)
-        if code.lstrip().startswith("curl")
-    ]
+def pages_with(language: str) -> list[Path]:
+    """Return the pages that hold a block in this language."""
+    return [page for page in PAGES if blocks(page, language)]
+
+
+def curl_blocks() -> list[tuple[Path, int, str]]:
+    """Return the bash blocks that send a request; the others install and start things."""
+    requests = []
+    for page in PAGES:
+        for line, code in blocks(page, "bash"):
+            if code.lstrip().startswith("curl"):
+                requests.append((page, line, code))
+    return requests
+
+
+def toml_blocks() -> list[tuple[Path, int, str]]:
+    """Return the blocks that are a server's configuration; a grid of `bench quality` is not."""
+    configurations = []
+    for page in PAGES:
+        for line, code in blocks(page, "toml"):
+            if "[[cells]]" not in code:
+                configurations.append((page, line, code))
+    return configurations
+
+
+def slugs(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = HEADING.findall(page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command of a page; the test's own timeout bounds it."""
+    return subprocess.run(
+        command, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def read_url(stderr: IO[str]) -> str:
+    """Return the address that the server prints once it listens."""
+    lines = []
+    for line in stderr:
+        lines.append(line)
+        match = re.search(r"http://127\.0\.0\.1:\d+", line)
+        if match:
+            return match[0]
+    pytest.fail("the server ended before it listened:\n" + "".join(lines))
 
 
 @pytest.fixture(scope="session")
 def demo() -> Iterator[str]:
-    """The base url of `infer-align serve`, without a configuration: what README.md starts."""
+    """Start `infer-align serve` without a configuration, as README.md does, and return its URL."""
     pytest.importorskip("torch")
-    command = [
-        sys.executable,
-        "-m",
-        "infer_align_server",
-        "serve",
-        "--set",
-        "server.port=0",
-        "--set",
-        "server.log_level=error",
-    ]
+    settings = ["--set", "server.port=0", "--set", "server.log_level=error"]
+    command = [sys.executable, "-m", "infer_align_server", "serve", *settings]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT
     ) as server:
-        said: list[str] = []
-        stderr = server.stderr
-        assert stderr is not None
-        reader = threading.Thread(target=lambda: said.extend(stderr))
-        reader.start()
-        end = time.monotonic() + 60
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", "".join(list(said)))):
-            assert server.poll() is None, said
-            assert time.monotonic() < end, said
-            time.sleep(0.05)
-        yield found.group()
-        server.terminate()
-        assert server.wait(20) == 0
+        assert server.stderr is not None
+        try:
+            url = read_url(server.stderr)
+            # A full pipe would stop the server, so the rest of its log is read too.
+            reader = threading.Thread(target=server.stderr.read)
+            reader.start()
+            yield url
+        finally:
+            server.terminate()
         reader.join()
+        assert server.wait() == 0
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
 def test_python_blocks_run_in_order(page: Path, demo: str, tmp_path: Path) -> None:
     lines: list[str] = []
     for line, code in blocks(page, "python"):
-        lines += [""] * (
-            line - 1 - len(lines)
-        ) + code.splitlines()  # a traceback names the page's own lines
+        # Blank lines keep the numbers of a traceback those of the page.
+        lines += [""] * (line - 1 - len(lines))
+        lines += code.splitlines()
     script = tmp_path / f"{page.stem}.py"
-    script.write_text("\n".join(lines).replace(DEFAULT, demo), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    script.write_text("\n".join(lines).replace(DEFAULT_URL, demo), encoding="utf-8")
+    result = run([sys.executable, str(script)])
+    assert result.returncode == 0, result.stderr
+    position = 0
+    for line, expected in blocks(page, "text"):
+        position = result.stdout.find(expected, position)
+        assert position >= 0, f"{page.name}:{line} is not what was printed:\n{result.stdout}"
+        position += len(expected)
 
 
 @pytest.mark.parametrize(
-    ("page", "line", "code"),
-    [(p, *c) for p in PAGES for c in commands(p)],
-    ids=lambda v: getattr(v, "name", None),
+    ("page", "line", "code"), curl_blocks(), ids=lambda value: getattr(value, "name", None)
 )
 def test_curl_blocks_are_answered(page: Path, line: int, code: str, demo: str) -> None:
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", code.replace(DEFAULT, demo)],
-        env=ENVIRONMENT,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, f"{page.name}:{line}: {done.stderr}"
-    assert done.stdout.strip(), f"{page.name}:{line}"
-    assert not re.match(r'\s*{"error"', done.stdout), f"{page.name}:{line}: {done.stdout}"
+    place = f"{page.name}:{line}"
+    result = run(["bash", "-euo", "pipefail", "-c", code.replace(DEFAULT_URL, demo)])
+    assert result.returncode == 0, f"{place}: {result.stderr}"
+    assert result.stdout.strip(), place
+    assert not re.match(r'\s*{"error"', result.stdout), f"{place}: {result.stdout}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("page", "line", "code"), toml_blocks(), ids=lambda value: getattr(value, "name", None)
+)
+def test_toml_blocks_are_accepted(page: Path, line: int, code: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path = tmp_path / f"{page.stem}-{line}.toml"
+    path.write_text(code, encoding="utf-8")
+    config.load(path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for target in re.findall(
-        r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8")
-    ):
-        assert (page.parent / target).exists(), f"{page.name}: {target}"
+    for path, anchor in LOCAL_LINK.findall(page.read_text(encoding="utf-8")):
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name}: {path}"
+        if anchor:
+            assert anchor in slugs(target), f"{page.name}: {path}#{anchor}"

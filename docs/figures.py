@@ -1,0 +1,475 @@
+"""Make the tables of recorded figures, and the tables that the cost model computes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from infer_align_bench.cost import Setting, capacity, roofline, seconds
+from infer_align_bench.simulate import simulate
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+
+Row = dict[str, Any]
+Cell = Callable[[Row], str]
+Columns = list[tuple[str, Cell]]
+
+# The machine of docs/scaling.md: one H100 at 70% of its bandwidth and 50% of its arithmetic.
+# It holds an 8B model in bfloat16 and three reward models of 0.6B parameters.
+H100 = roofline(
+    parameters=8e9,
+    bandwidth=0.7 * 3.35e12,
+    flops=0.5 * 989e12,
+    cache_bytes=2 * 32 * 8 * 128 * 2,
+    reward_parameters=3 * 0.6e9,
+)
+RATE = 1000
+MAX_SEQUENCES = 512
+ONE_ANSWER = Setting(concurrency=1, n=1, prompt_tokens=512, output_tokens=256)
+BEST_OF_8 = replace(ONE_ANSWER, n=8, reward_tokens=8 * (512 + 256))
+
+# The table "which method when": a need, the keys of `align`, what they need, a row of quality.json.
+CHOICES = [
+    ("a plain answer", "none", "nothing", "one sample"),
+    ("the likeliest answer", "none; `temperature` 0", "nothing", "greedy"),
+    (
+        "the best of several answers",
+        "`best_of_n`, `ensemble`",
+        "a reward: a model, rules or a function",
+        "best of 8, uwo",
+    ),
+    (
+        "a better answer for the tokens of one",
+        "`vas`",
+        "a value fitted to the model and a reward",
+        "VAS head, beta 8",
+    ),
+    (
+        "both together",
+        "`vas`, `best_of_n`",
+        "a reward and a value",
+        "VAS head, beta 4, best of 8",
+    ),
+    (
+        "a trade-off that the user sets",
+        "`dpa`",
+        "a model that was trained on directions",
+        "DPA, helpful and brief",
+    ),
+    (
+        "a trade-off that the model knows badly",
+        "`dpa`, `rps`",
+        "the same, and a reward for each attribute",
+        "RPS, 5 directions, 1 each",
+    ),
+    (
+        "the best of several, without a reward model",
+        "`best_of_n`, `trust_judge`",
+        "a model that can judge",
+        "best of 8, judge",
+    ),
+]
+
+
+# --- cells ---
+
+
+def text(key: str) -> Cell:
+    """Return a cell with the value of `key` as it stands."""
+    return lambda row: str(row[key])
+
+
+def number(key: str, digits: int = 2) -> Cell:
+    """Return a cell with a fixed number of digits, or an empty one without a value."""
+
+    def cell(row: Row) -> str:
+        value = row.get(key)
+        return "" if value is None else f"{value:.{digits}f}"
+
+    return cell
+
+
+def with_error(key: str, digits: int = 2, sign: str = "") -> Cell:
+    """Return a cell "value ± standard error", where the error stands in `{key}_se`."""
+
+    def cell(row: Row) -> str:
+        if key not in row:
+            return ""
+        error = row[f"{key}_se"]
+        return f"{row[key]:{sign}.{digits}f} ± {error:.{digits}f}"
+
+    return cell
+
+
+def estimate(key: str) -> Cell:
+    """Return a cell "value ± error" of a `{value, error}` object, or an empty one without it."""
+
+    def cell(row: Row) -> str:
+        mean = row[key]
+        return "" if mean is None else f"{mean['value']:.2f} ± {mean['error']:.2f}"
+
+    return cell
+
+
+def yes(key: str) -> Cell:
+    """Return a cell that says "yes" where `key` is true."""
+    return lambda row: "yes" if row[key] else ""
+
+
+# --- tables ---
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        lines.append([cell.replace("|", "\\|") for cell in row])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def recorded(name: str) -> dict[str, Any] | None:
+    """Return a recorded result, or None if there is none yet."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+def result_table(
+    name: str, columns: Columns, include: Callable[[Row], bool] = lambda row: True
+) -> str:
+    """Return the rows of a recorded result that `include` accepts."""
+    result = recorded(name)
+    if result is None:
+        return f"Not recorded yet: benchmarks/results/{name}.json.\n"
+    rows = []
+    for row in result["rows"]:
+        if include(row):
+            rows.append([cell(row) for _, cell in columns])
+    return table([title for title, _ in columns], rows)
+
+
+def ratios(name: str) -> Callable[[], str]:
+    """Return a table of figures beside their baselines."""
+    columns: Columns = [
+        ("what", text("what")),
+        ("value", lambda row: f"{row['value']:.3g}"),
+        ("ours", lambda row: f"{row['ours']:.4g}"),
+        ("baseline", lambda row: f"{row['baseline']:.4g}"),
+        ("aim", text("target")),
+    ]
+    return lambda: result_table(name, columns)
+
+
+def results() -> str:
+    """Return every recorded result with its baseline, commit, seed and machine."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        seed = "none" if result["seed"] is None else str(result["seed"])
+        commit = f"`{result['commit']}`"
+        rows.append([f"`{path.name}`", result["baseline"], commit, seed, result["machine"]])
+    return table(["result", "baseline of the same run", "commit", "seed", "machine"], rows)
+
+
+# --- effects on the demo ---
+
+
+def choosing() -> str:
+    """Return which method to use when, with its cost and effect in quality.json."""
+    result = recorded("quality")
+    if result is None:
+        return "Not recorded yet: benchmarks/results/quality.json.\n"
+    measured = {row["name"]: row for row in result["rows"]}
+    rows = []
+    for need, keys, requirement, name in CHOICES:
+        row = measured[name]
+        gain = estimate("minus_baseline")(row)
+        gain = f"+{gain}" if gain else ""
+        cost = [number("tokens", 0)(row), f"{row['seconds']:.2g}"]
+        rows.append([need, keys, requirement, *cost, gain])
+    head = ["you want", "`align`", "it needs", "tokens", "seconds", "true reward gained"]
+    return table(head, rows)
+
+
+BEST_OF_N: Columns = [
+    ("answer", text("answer")),
+    ("tokens spent", number("tokens", 0)),
+    ("proxy", number("proxy")),
+    ("gold", number("gold")),
+    ("± s.e.", number("gold_se")),
+]
+
+
+def demo_summary() -> str:
+    """Return best-of-n in short: one reward model against the ensemble."""
+    objectives = {"base", "greedy", "single", "uwo"}
+    return result_table(
+        "best_of_n",
+        BEST_OF_N,
+        lambda row: row["n"] in {1, 8, 512} and row["objective"] in objectives,
+    )
+
+
+def demo_results() -> str:
+    """Return best-of-n under every objective."""
+    return result_table("best_of_n", BEST_OF_N, lambda row: row["n"] in {1, 8, 64, 512})
+
+
+def demo_replication() -> str:
+    """Return best-of-n with fresh reward models, prompts and samples."""
+    columns: Columns = [
+        ("set", text("set")),
+        ("objective", text("objective")),
+        ("best n", text("best_n")),
+    ]
+    for n in (1, 8, 64, 512):
+        columns.append((f"gold at n = {n}", number(f"gold_{n}")))
+    return result_table(
+        "best_of_n_retrained", columns, lambda row: row["objective"] in {"single", "uwo"}
+    )
+
+
+def vas_results() -> str:
+    """Return the effect of steering by values."""
+    columns: Columns = [
+        ("answer", text("answer")),
+        ("tokens spent", number("tokens", 0)),
+        ("gold", number("gold")),
+        ("± s.e.", number("gold_se")),
+        ("KL, nats", number("kl")),
+        ("proxy", number("proxy")),
+    ]
+    return result_table("vas", columns)
+
+
+def early_stop() -> str:
+    """Return the saving and the loss of early stopping."""
+
+    def minus_budget(row: Row) -> str:
+        has_baseline = "after" in row["answer"] or row["answer"] == "greedy"
+        return with_error("minus_budget", sign="+")(row) if has_baseline else ""
+
+    columns: Columns = [
+        ("answer", text("answer")),
+        ("tokens spent", number("tokens", 0)),
+        ("gold", with_error("gold")),
+        ("- best-of-n at the same tokens", minus_budget),
+        ("- best of 32", with_error("minus_whole", sign="+")),
+    ]
+    return result_table("early_stop", columns)
+
+
+def dpa_results() -> str:
+    """Return how answers follow the angle of a direction."""
+    columns: Columns = [
+        ("answer", text("answer")),
+        ("trained", yes("trained")),
+        ("helpfulness", number("helpfulness")),
+        ("± s.e.", number("helpfulness_se")),
+        ("verbosity", number("verbosity")),
+        ("± s.e.", number("verbosity_se")),
+        ("v . r", number("projected")),
+        ("gold", number("gold")),
+        ("± s.e.", number("gold_se")),
+    ]
+    return result_table("dpa", columns, lambda row: not row["answer"].endswith("degrees, greedy"))
+
+
+def rps_results() -> str:
+    """Return the gain of neighbouring directions."""
+
+    def outcomes(row: Row) -> str:
+        return " / ".join(f"{100 * row[name]:.0f}" for name in ("win", "tie", "loss"))
+
+    columns: Columns = [
+        ("target", text("target")),
+        ("trained", yes("trained")),
+        ("answer", text("answer")),
+        ("v . r", number("projected")),
+        ("minus best of 5", lambda row: f"{row['minus_baseline']:+.3f}"),
+        ("± s.e.", number("minus_baseline_se", 3)),
+        ("win / tie / loss, %", outcomes),
+    ]
+    return result_table("rps", columns)
+
+
+def judge_scores() -> str:
+    """Return how well a judge's single scores order the answers."""
+    columns: Columns = [
+        ("readout", text("readout")),
+        ("accuracy", with_error("accuracy", 3)),
+        ("ties", with_error("ties", 3)),
+        ("conflicts, first label", with_error("conflicts_first_label", 3)),
+        ("conflicts, likelihood", with_error("conflicts_likelihood", 3)),
+    ]
+    return result_table("trust_judge", columns, lambda row: row["kind"] == "score")
+
+
+def judge_relations() -> str:
+    """Return how well a judge's comparisons order the answers."""
+    columns: Columns = [
+        ("readout", text("readout")),
+        ("accuracy", with_error("accuracy", 3)),
+        ("ties", with_error("ties", 3)),
+    ]
+    for size in (3, 4, 5):
+        columns.append((f"nontransitivity, {size}", with_error(f"nontransitivity_{size}", 3)))
+    return result_table("trust_judge", columns, lambda row: row["kind"] == "relation")
+
+
+def composition_results() -> str:
+    """Return the effect of methods in combination."""
+    columns: Columns = [
+        ("", text("section")),
+        ("answer", text("answer")),
+        ("tokens spent", number("tokens", 0)),
+        ("gold", with_error("gold")),
+        ("v . r", with_error("projected")),
+        ("verbosity", with_error("verbosity")),
+    ]
+    return result_table("compositions", columns)
+
+
+def quality() -> str:
+    """Return every setting of the demo's grid; settings on the front of tokens are bold."""
+
+    def name(row: Row) -> str:
+        return f"**{row['name']}**" if "tokens" in row["fronts"] else str(row["name"])
+
+    columns: Columns = [
+        ("setting", name),
+        ("tokens", number("tokens", 0)),
+        ("seconds", lambda row: f"{row['seconds']:.2g} ± {row['seconds_error']:.1g}"),
+        ("KL at most", number("kl_bound")),
+        ("gold", estimate("gold")),
+        ("- baseline", estimate("minus_baseline")),
+        ("- greedy", estimate("minus_greedy")),
+        ("- equal budget", estimate("minus_equal")),
+    ]
+    return result_table("quality", columns)
+
+
+# --- the cost model ---
+
+
+def cost_model() -> str:
+    """Return the cost model's predictions beside the measured times."""
+
+    def percent(row: Row) -> str:
+        return f"{row['error']:+.0%}"
+
+    columns: Columns = [
+        ("under way", number("concurrency", 0)),
+        ("n", number("n", 0)),
+        ("prompt", number("prompt_tokens", 0)),
+        ("tokens", number("output_tokens", 0)),
+        ("k", number("k", 0)),
+        ("judge", number("judge_tokens", 0)),
+        ("measured, ms", number("measured_ms", 1)),
+        ("predicted, ms", number("predicted_ms", 1)),
+        ("error", percent),
+        ("", text("role")),
+    ]
+    return result_table("cost_model", columns)
+
+
+def cost_model_errors() -> str:
+    """Return the errors of the cost model, and which of its prices a held-out setting checked."""
+    result = recorded("cost_model")
+    if result is None:
+        return "Not recorded yet: benchmarks/results/cost_model.json.\n"
+    errors = result["setup"]["errors"]
+    held_out = [row for row in result["rows"] if row["role"] == "held out"]
+    checks = {"prompt_tokens": False, "judge_tokens": False, "k": any(r["k"] for r in held_out)}
+    checks.update(result["setup"].get("validated", {}))
+
+    def verdict(name: str) -> str:
+        return "validated" if checks[name] else "not validated"
+
+    rows = [
+        ["settings held out", str(len(held_out))],
+        ["mean error of those", f"{errors['held_out_mean']:.1%}"],
+        ["worst error of those", f"{errors['held_out_worst']:.1%}"],
+        ["mean error, each left out in turn", f"{errors['left_out_mean']:.1%}"],
+        ["prompts of several lengths", verdict("prompt_tokens")],
+        ["steering", verdict("k")],
+        ["the judge", verdict("judge_tokens")],
+    ]
+    return table(["the cost model on the demo", ""], rows)
+
+
+def scaling() -> str:
+    """Return the GPUs for the rate of docs/scaling.md, by the cost model."""
+    best_of_4 = replace(BEST_OF_8, n=4, reward_tokens=4 * (512 + 256))
+    short = replace(BEST_OF_8, output_tokens=64, reward_tokens=8 * (512 + 64))
+    cases = [
+        ("one answer", ONE_ANSWER, math.inf),
+        ("best of 8", BEST_OF_8, math.inf),
+        ("best of 8, 10 s on average at most", BEST_OF_8, 10.0),
+        ("best of 8, rewards on other GPUs", replace(BEST_OF_8, reward_tokens=0), math.inf),
+        ("best of 4", best_of_4, math.inf),
+        ("best of 8, answers of 64 tokens", short, math.inf),
+    ]
+    head = ["request", "under way on a GPU", "seconds a request"]
+    head += ["requests / s of a GPU", f"GPUs for {RATE:,} / s"]
+    rows = []
+    for name, setting, limit in cases:
+        planned = capacity(H100, setting, RATE, limit, MAX_SEQUENCES)
+        row = [name, str(planned.concurrency), f"{planned.seconds:.1f}"]
+        row += [f"{planned.requests_per_second:.2f}", str(planned.replicas)]
+        rows.append(row)
+    return table(head, rows)
+
+
+def scaling_queue() -> str:
+    """Return the latency under bursts, by the simulated queue of docs/scaling.md."""
+    planned = capacity(H100, BEST_OF_8, RATE, most_sequences=MAX_SEQUENCES)
+
+    def service_seconds(concurrency: int) -> float:
+        return seconds(H100, replace(BEST_OF_8, concurrency=concurrency))
+
+    rows = []
+    for share in (0.99, 0.95, 0.9, 0.8, 0.7):
+        replicas = math.ceil(planned.replicas / share)
+        queue = simulate(service_seconds, RATE, replicas, planned.concurrency)
+        utilization = RATE / planned.requests_per_second / replicas
+        row = [str(replicas), f"{utilization:.0%}"]
+        row += [f"{queue.p50:.1f}", f"{queue.p99:.1f}", f"{queue.waited:.0%}"]
+        rows.append(row)
+    head = ["GPUs", "of their throughput used", "p50, s", "p99, s", "requests that wait"]
+    return table(head, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "choosing": choosing,
+    "results": results,
+    "demo-summary": demo_summary,
+    "demo-results": demo_results,
+    "demo-replication": demo_replication,
+    "vas-results": vas_results,
+    "early-stop": early_stop,
+    "dpa-results": dpa_results,
+    "rps-results": rps_results,
+    "judge-scores": judge_scores,
+    "judge-relations": judge_relations,
+    "composition-results": composition_results,
+    "quality": quality,
+    "cost-model": cost_model,
+    "cost-model-errors": cost_model_errors,
+    "scaling": scaling,
+    "scaling-queue": scaling_queue,
+    "vas-speed": ratios("vas_speed"),
+    "serving-results": ratios("serving"),
+    "vllm-results": ratios("vllm"),
+    "upstream-results": ratios("upstream"),
+    "judge-results": ratios("judge_speed"),
+    "bench-agreement": ratios("bench_agreement"),
+    "bench-agreement-vllm": ratios("bench_agreement_vllm"),
+}
