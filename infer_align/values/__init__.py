@@ -1,7 +1,7 @@
-"""Values estimate the reward that an answer will earn, while it is still being written. VAS steers with them.
+"""Values estimate the reward of an answer while it is still being written. VAS steers with them.
 
-This page is what a value is; each file beside it is one kind. A value module holds a frozen dataclass, its `[values.<name>]`
-section, whose `load()` gives the Value.
+This module defines what a value is. Each module of the package is one kind: a frozen dataclass that
+holds a `[values.<name>]` section, whose `load()` returns a `Value`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ from infer_align.types import Draw
 
 @dataclass(frozen=True, slots=True)
 class FrozenModel:
-    """What a value has to fit: the frozen model that it steers."""
+    """The properties of the steered model that a value has to fit.
+
+    Attributes:
+        model: name for error messages.
+        vocabulary: number of tokens.
+        hidden_size: size of the hidden state that the model's output layer reads.
+        tokenizer: digest of the tokenizer's vocabulary, from `tokenizer_digest`.
+        device: torch device of the model.
+    """
 
     model: str
     vocabulary: int
-    hidden_size: int  # of the hidden state that the model's output layer reads
-    tokenizer: str  # digest of its vocabulary
+    hidden_size: int
+    tokenizer: str
     device: str
 
 
@@ -33,72 +41,84 @@ class Value(ABC):
 
     Attributes:
         description: one line for people.
-        estimates: whether it also says what a state is worth, with no further token read: `HeadValue.expected`.
+        estimates_states: True if the value can also estimate a state without a further token, as
+            `HeadValue.expected` does. Early stopping needs that.
     """
 
     description: str = ""
-    estimates: ClassVar[bool] = False
+    estimates_states: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, frozen: FrozenModel, shared: dict[object, Any]) -> None:
-        """Load, onto the frozen model's device.
+        """Load the value onto the device of the frozen model.
 
         Args:
             frozen: the model to be steered.
-            shared: what the values of one engine have loaded and may use together, such as one value LM with several heads.
+            shared: objects that several values of one engine use together, such as a value LM
+                with several heads. A value adds the objects that it loads.
 
         Raises:
-            ConfigError: not loadable, or made for another model or tokenizer.
+            ConfigError: the value cannot be loaded, or does not fit the model or its tokenizer.
         """
 
 
 def tokenizer_digest(vocabulary: Mapping[str, int]) -> str:
-    """What two tokenizers with the same token ids share. {token: id} -> hex."""
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+    """Return a digest that is equal for tokenizers with equal token ids. {token: id} -> hex."""
+    entries = json.dumps(sorted(vocabulary.items()))
+    return hashlib.sha256(entries.encode()).hexdigest()[:16]
 
 
-def check_fit(path: str, made_for: Mapping[str, Any], frozen: FrozenModel) -> None:
-    """Refuse a value whose token ids, or hidden states, are not those of the frozen model.
+def check_fit(path: str, metadata: Mapping[str, Any], frozen: FrozenModel) -> None:
+    """Refuse a value whose token ids or hidden states are not those of the frozen model.
 
     Args:
-        path: of the value, for the message.
-        made_for: the value's metadata: "tokenizer", and "hidden_size" when it reads the frozen model's states.
+        path: of the value, for the error message.
+        metadata: of the value: "tokenizer", and "hidden_size" if it reads hidden states.
         frozen: the model to be steered.
 
     Raises:
-        ConfigError: naming what differs.
+        ConfigError: the tokenizer or the hidden size differs.
     """
-    if made_for.get("tokenizer") != frozen.tokenizer:
+    if metadata.get("tokenizer") != frozen.tokenizer:
         raise ConfigError(
-            f"{path}: made for a tokenizer with digest {made_for.get('tokenizer')!r}, but {frozen.model!r} has "
-            f"{frozen.tokenizer!r}: their token ids differ; fit the value on this model."
+            f"{path}: made for a tokenizer with digest {metadata.get('tokenizer')!r}, but that of "
+            f"{frozen.model!r} is {frozen.tokenizer!r}: their token ids differ. "
+            "Fit the value on this model."
         )
-    if "hidden_size" in made_for and int(made_for["hidden_size"]) != frozen.hidden_size:
+    if "hidden_size" in metadata and int(metadata["hidden_size"]) != frozen.hidden_size:
         raise ConfigError(
-            f"{path}: reads hidden states of size {made_for['hidden_size']}, but those of {frozen.model!r} have "
-            f"{frozen.hidden_size}; fit the value on this model."
+            f"{path}: reads hidden states of size {metadata['hidden_size']}, but those of "
+            f"{frozen.model!r} have {frozen.hidden_size}. Fit the value on this model."
         )
 
 
 def check_values(draw: Draw, values: Mapping[str, Value]) -> None:
-    """Refuse a draw that asks for values that are not there, or for estimates of one that has none.
+    """Refuse a draw that names an unknown value, or estimates with a value that cannot estimate.
 
     Raises:
-        InvalidRequest: naming the field, and the nearest value.
+        InvalidRequest: names the field and the nearest known value.
     """
-    asked = [("align.vas.beta", name) for name in (draw.steering.beta if draw.steering else ())]
-    asked += [
-        ("align.early_stop.values", name)
-        for name in (draw.estimates.values if draw.estimates else ())
-    ]
-    for field, name in asked:
-        where = f"{field}.{name}"
-        if name not in values:
-            raise InvalidRequest(f"{where}: no such value; {nearest(name, values)}", param=where)
-        if field == "align.early_stop.values" and not values[name].estimates:
-            having = [other for other, value in values.items() if value.estimates]
-            raise InvalidRequest(
-                f"{where}: says nothing of an answer on its way, as its LM would have to read every token; "
-                f"values of kind head do: {', '.join(having) or 'none is configured'}.",
-                param=where,
-            )
+    if draw.steering:
+        for name in draw.steering.beta:
+            _check_known(f"align.vas.beta.{name}", name, values)
+    if draw.estimates:
+        for name in draw.estimates.values:
+            field = f"align.early_stop.values.{name}"
+            _check_known(field, name, values)
+            _check_estimates_states(field, name, values)
+
+
+def _check_known(field: str, name: str, values: Mapping[str, Value]) -> None:
+    if name not in values:
+        raise InvalidRequest(f"{field}: no such value; {nearest(name, values)}", param=field)
+
+
+def _check_estimates_states(field: str, name: str, values: Mapping[str, Value]) -> None:
+    if values[name].estimates_states:
+        return
+    usable = [other for other, value in values.items() if value.estimates_states]
+    raise InvalidRequest(
+        f"{field}: cannot estimate an unfinished answer, because its value LM would have to read "
+        f"every token; values of kind head can: {', '.join(usable) or 'none is configured'}.",
+        param=field,
+    )

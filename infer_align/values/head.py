@@ -1,9 +1,11 @@
-"""A value head: the value of every next token from the frozen model's own last hidden state, in one cheap pass.
+"""Values of kind `head`: the value of every next token, from the frozen model's last hidden state.
 
     Q(h, a) = u(h) . E[a] + b[a]        u(h) = P h, or W2 gelu(W1 h + c1)
 
-h is what the model's output layer reads. Of rank r: E is [V, r], so a head is r/d the size of an output layer, and valuing k
-candidates gathers k rows of it.
+h is the state that the model's output layer reads. With rank r, E is [V, r], so a head has r / d of
+the size of an output layer. Valuing k candidates gathers k rows of E.
+
+Shapes: B rows, V vocabulary, k candidates, d hidden size, r rank.
 """
 
 from __future__ import annotations
@@ -26,15 +28,17 @@ from infer_align_kernels import candidate_values
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Values from the frozen model's own hidden state: low rank or a small MLP."""
+    """Values from the frozen model's hidden state, by a low-rank linear head or a small MLP."""
 
     path: str = field(
-        metadata={"description": "safetensors file, as `infer-align fit value` writes it"}
+        metadata={"description": "Safetensors file that `infer-align fit value` has written."}
     )
-    description: str = field(default="", metadata={"description": "one line for people"})
+    description: str = field(
+        default="", metadata={"description": "One line that describes the value."}
+    )
 
     def load(self) -> HeadValue:
-        """The value, its file not yet read."""
+        """Return the value, without reading its file."""
         return HeadValue(self.path, self.description)
 
 
@@ -44,7 +48,7 @@ plugin = Head
 class HeadValue(Value):
     """One head, resident on the frozen model's device."""
 
-    estimates: ClassVar[bool] = True
+    estimates_states: ClassVar[bool] = True
 
     def __init__(self, path: str, description: str = "") -> None:
         self.path = path
@@ -55,64 +59,66 @@ class HeadValue(Value):
         """Read the file.
 
         Raises:
-            ConfigError: not there, not a head, or made for another model.
+            ConfigError: the file is missing, is not a head, or was made for another model.
         """
         tensors, metadata = read(self.path)
-        first = tensors["P"] if "P" in tensors else tensors["W1"]
-        check_fit(self.path, {**metadata, "hidden_size": first.shape[1]}, frozen)
+        first_layer = tensors["P"] if "P" in tensors else tensors["W1"]
+        check_fit(self.path, {**metadata, "hidden_size": first_layer.shape[1]}, frozen)
         if len(tensors["E"]) != frozen.vocabulary:
             raise ConfigError(
-                f"{self.path}: values {len(tensors['E'])} tokens, but {frozen.model!r} has {frozen.vocabulary}."
+                f"{self.path}: values {len(tensors['E'])} tokens, but {frozen.model!r} has "
+                f"{frozen.vocabulary}. Fit the value on this model."
             )
-        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ConfigError(
-                f"{self.path}: {broken[0]} holds numbers that are not finite; fit the value again."
-            )
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ConfigError(
+                    f"{self.path}: {name} holds numbers that are not finite. Fit the value again."
+                )
         self.description = self.description or metadata.get("description", "")
-        # Copies: what is mapped from a file ends the process when somebody writes over the file.
-        self._tensors = {
-            name: tensor.to(frozen.device, torch.float32, copy=True)
-            for name, tensor in tensors.items()
-        }
+        # Copy the tensors. Those of an open file are mapped into memory, and writing over the file
+        # would end the process.
+        self._tensors = {}
+        for name, tensor in tensors.items():
+            self._tensors[name] = tensor.to(frozen.device, torch.float32, copy=True)
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """u(h). [B, d] float32 -> [B, r]."""
-        t = self._tensors
-        if "P" in t:
-            return linear(hidden, t["P"])
-        return linear(gelu(linear(hidden, t["W1"], t["c1"])), t["W2"])
+        """Compute u(h). [B, d] float32 -> [B, r]."""
+        tensors = self._tensors
+        if "P" in tensors:
+            return linear(hidden, tensors["P"])
+        return linear(gelu(linear(hidden, tensors["W1"], tensors["c1"])), tensors["W2"])
 
     def evaluate(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
+        """Compute Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
+        features = self.features(hidden)
+        weight, bias = self._tensors["E"], self._tensors["b"]
         if hidden.is_cuda:
-            return candidate_values(
-                token_ids,
-                self.features(hidden)[:, None],
-                self._tensors["E"][None],
-                self._tensors["b"][None],
-            )[0]
-        bias, rows = (
-            self._tensors["b"].take(token_ids),
-            embedding(token_ids, self._tensors["E"]),
-        )  # [B, k], [B, k, r]
-        return torch.baddbmm(bias[:, :, None], rows, self.features(hidden)[:, :, None])[:, :, 0]
+            return candidate_values(token_ids, features[:, None], weight[None], bias[None])[0]
+        candidate_biases = bias.take(token_ids)
+        candidate_rows = embedding(token_ids, weight)
+        values = torch.baddbmm(candidate_biases[:, :, None], candidate_rows, features[:, :, None])
+        return values[:, :, 0]
 
     def expected(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """V(h) = sum over a of pi(a) Q(h, a), what the next token will have been worth on average. [B, d], [B, V] -> [B] float32.
+        """Compute V(h) = sum over a of pi(a) Q(h, a), the mean value over the next token.
 
         Args:
-            hidden: the states, float32.
-            logits: those of the policy pi that goes on from them, at temperature 1.
+            hidden: [B, d] states, float32.
+            logits: [B, V] of the policy pi in these states, at temperature 1.
+
+        Returns:
+            [B] float32.
         """
-        t, policy = self._tensors, torch.softmax(logits.float(), dim=-1)
-        return ((policy @ t["E"]) * self.features(hidden)).sum(-1) + policy @ t["b"]
+        policy = torch.softmax(logits.float(), dim=-1)
+        mean_rows = policy @ self._tensors["E"]
+        return (mean_rows * self.features(hidden)).sum(-1) + policy @ self._tensors["b"]
 
 
 def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A head's tensors (P, or W1 c1 W2; E, b) and its metadata.
+    """Read the tensors (P, or W1, c1 and W2; E; b) and the metadata of a head.
 
     Raises:
-        ConfigError: the file is not there, or is not a head.
+        ConfigError: the file is missing or is not a head.
     """
     file = Path(locate(path))
     try:
@@ -123,13 +129,14 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ConfigError(f"{path}: cannot be read as a safetensors file: {error}") from None
     if metadata.get("kind") != "head" or not _is_head(tensors):
         raise ConfigError(
-            f"{path}: not a value head (it holds {', '.join(sorted(tensors))}); make one with: infer-align fit value."
+            f"{path}: not a value head (it holds {', '.join(sorted(tensors))}). "
+            "Make one with: infer-align fit value."
         )
     return tensors, metadata
 
 
 def _is_head(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the names are there, and the shapes fit together."""
+    """Return True if the tensors of a head are there and their shapes fit together."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     match shapes:
         case {"P": (r, _), "E": (v, e), "b": (w,)}:
@@ -145,21 +152,26 @@ def write(
     frozen: FrozenModel,
     metadata: Mapping[str, str],
 ) -> None:
-    """Save a head with what it was made for; whole or not at all."""
-    made_for = {
+    """Save a head and the properties of its model. A failed write leaves the old file.
+
+    Args:
+        path: file to write.
+        tensors: P, or W1, c1 and W2; E; b.
+        frozen: the model that the head was fitted on.
+        metadata: further entries, such as "reward" and "description".
+    """
+    all_metadata = {
+        **metadata,
         "kind": "head",
         "model": frozen.model,
         "tokenizer": frozen.tokenizer,
         "hidden_size": str(frozen.hidden_size),
     }
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            part,
-            {**metadata, **made_for},
-        )
+        save_file(contiguous, part, all_metadata)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -1,8 +1,10 @@
-"""A lookahead value, the paper's: a small value LM reads the prefix and each candidate after it, and scalar heads value them.
+"""Values of kind `lookahead`, as published: a small value LM reads the prefix and each candidate.
 
-One forward per step serves all rows, all candidates and all heads of one value LM: the k candidates of a row are siblings, each
-of which attends to the shared prefix and to itself. The keys and values of the one that is chosen stay, so nothing is computed
-twice.
+A value LM has one or more scalar heads. One forward pass per step serves all rows, candidates and
+heads of a value LM. The k candidates of a row are siblings: each attends to the shared prefix and
+to itself. The keys and values of the chosen sibling stay in the cache, so no token is read twice.
+
+Shapes: B rows, Q new tokens per row, H heads, d hidden size of the LM.
 """
 
 from __future__ import annotations
@@ -24,6 +26,16 @@ from infer_align.values import FrozenModel, Value, check_fit
 
 HEADS = "value_heads.safetensors"
 CARD = "value.json"
+# Errors of a damaged folder, as json, safetensors and transformers raise them.
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +43,19 @@ class Lookahead:
     """Values from a small value LM that reads the prefix and each candidate token."""
 
     path: str = field(
-        metadata={"description": "folder with the value LM, value_heads.safetensors and value.json"}
+        metadata={"description": f"Folder with the files of the value LM, `{HEADS}` and `{CARD}`."}
     )
     head: str | None = field(
-        default=None, metadata={"description": "which of its heads; needed when it has several"}
+        default=None,
+        metadata={"description": "Name of the head. Required if the value LM has several heads."},
     )
-    description: str = field(default="", metadata={"description": "one line for people"})
-    dtype: str = field(default="float32", metadata={"description": "torch dtype of the value LM"})
+    description: str = field(
+        default="", metadata={"description": "One line that describes the value."}
+    )
+    dtype: str = field(default="float32", metadata={"description": "Torch dtype of the value LM."})
 
     def load(self) -> LookaheadValue:
-        """The value, its LM not yet loaded."""
+        """Return the value, without loading its LM."""
         return LookaheadValue(self)
 
 
@@ -48,73 +63,79 @@ plugin = Lookahead
 
 
 class ValueLM:
-    """A value LM with its heads; values that name the same folder share it."""
+    """A value LM with its heads. Values with the same folder and dtype share one.
+
+    Attributes:
+        lm: the transformers base model.
+        names: names of the heads.
+        description: one line for people.
+        folder_version: version of the folder that was loaded, from `folder_version`.
+        cell_bytes: bytes of keys and values per token.
+    """
 
     def __init__(self, path: str, frozen: FrozenModel, dtype: str) -> None:
         folder = Path(locate(path))
-        self.stamp = stamp(path)
+        self.folder_version = folder_version(path)
         try:
             card: dict[str, Any] = json.loads((folder / CARD).read_text())
             self.names: list[str] = card["heads"]
             heads = load_file(folder / HEADS)
-            self._weight = heads["weight"].to(frozen.device, torch.float32, copy=True)  # [H, d]
-            self._bias = heads["bias"].to(frozen.device, torch.float32, copy=True)  # [H]
+            # [H, d] and [H]
+            self._weight = heads["weight"].to(frozen.device, torch.float32, copy=True)
+            self._bias = heads["bias"].to(frozen.device, torch.float32, copy=True)
             self.lm = AutoModel.from_pretrained(folder, dtype=dtype)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
-            raise ConfigError(
-                f"{path}: cannot be loaded as a value LM: {type(error).__name__}: {error}"
-            ) from error
+        except LOAD_ERRORS as error:
+            kind = type(error).__name__
+            raise ConfigError(f"{path}: cannot be loaded as a value LM: {kind}: {error}") from error
         check_fit(path, card, frozen)
         self._check_shapes(path, frozen)
         self.lm = self.lm.to(frozen.device).eval().requires_grad_(requires_grad=False)
         self.description: str = card.get("description", "")
-        self.cell_bytes = self._measure(path)
+        self.cell_bytes = self._measure_cell(path)
 
     def _check_shapes(self, path: str, frozen: FrozenModel) -> None:
-        table = self.lm.get_input_embeddings().weight
-        if len(table) < frozen.vocabulary:
+        embeddings = self.lm.get_input_embeddings().weight
+        if len(embeddings) < frozen.vocabulary:
             raise ConfigError(
-                f"{path}: reads {len(table)} tokens, but {frozen.model!r} has {frozen.vocabulary}."
+                f"{path}: reads {len(embeddings)} tokens, but {frozen.model!r} has "
+                f"{frozen.vocabulary}. Use a value LM with the tokenizer of this model."
             )
         expected = (len(self.names), self.lm.config.hidden_size)
         if self._weight.shape != expected or self._bias.shape != expected[:1]:
             raise ConfigError(
-                f"{path}: its heads have shape {tuple(self._weight.shape)}, but {CARD} and the LM say {expected}; fit it again."
+                f"{path}: its heads have shape {tuple(self._weight.shape)}, but {CARD} and the LM "
+                f"require {expected}. Fit the value again."
             )
 
-    def _measure(self, path: str) -> int:
-        """Bytes of keys and values that a token takes."""
+    def _measure_cell(self, path: str) -> int:
+        """Return the bytes of keys and values of one token, measured with one forward pass."""
+        ones = torch.ones((1, 1), dtype=torch.long, device=self.lm.device)
         try:
-            one = torch.ones((1, 1), dtype=torch.long, device=self.lm.device)
-            output = self.lm(input_ids=one, attention_mask=one, use_cache=True)
-            return sum(
-                int(layer.keys.nbytes + layer.values.nbytes)
-                for layer in output.past_key_values.layers
-            )
-        except (AttributeError, TypeError) as error:  # no cache, or one of states
+            output = self.lm(input_ids=ones, attention_mask=ones, use_cache=True)
+            layers = output.past_key_values.layers
+            return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in layers)
+        except (AttributeError, TypeError) as error:
+            # The model has no cache, or one that holds recurrent states.
             raise ConfigError(
-                f"{path}: a {type(self.lm).__name__} keeps no plain keys and values, which a value LM needs."
+                f"{path}: a {type(self.lm).__name__} keeps no plain keys and values, which a value "
+                "LM needs. Use a model with ordinary attention."
             ) from error
 
     @torch.inference_mode()
     def forward(
         self, ids: torch.Tensor, cache: Any, positions: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Values after each token: [B, Q] ids, appended to `cache` -> [B, Q, H].
+        """Compute the values after each new token and append the tokens to the cache.
 
         Args:
-            ids: new tokens.
-            cache: a transformers cache of what came before.
-            positions: [B, Q] position of each.
-            mask: [B, columns] of padding, or [B, 1, Q, columns] where True may be attended to, the new columns included.
+            ids: [B, Q] new tokens.
+            cache: transformers cache of the earlier tokens.
+            positions: [B, Q] position of each new token.
+            mask: [B, columns], 0 for padding; or [B, 1, Q, columns], True where a token may attend.
+                Columns are the cached tokens, then the new ones.
+
+        Returns:
+            [B, Q, H] float32.
         """
         output = self.lm(
             input_ids=ids,
@@ -128,7 +149,12 @@ class ValueLM:
 
 
 class LookaheadValue(Value):
-    """One head of a value LM."""
+    """One head of a value LM.
+
+    Attributes:
+        lm: the value LM, after `start`.
+        index: index of the head in the LM, after `start`.
+    """
 
     def __init__(self, config: Lookahead) -> None:
         self.config = config
@@ -137,24 +163,32 @@ class LookaheadValue(Value):
         self.index = 0
 
     def start(self, frozen: FrozenModel, shared: dict[object, Any]) -> None:
-        """Load the LM, or take the one that another value has loaded from the same folder.
+        """Load the LM, or use the one that another value has loaded from the same folder.
 
         Raises:
-            ConfigError: not loadable, made for another tokenizer, or the head is not named.
+            ConfigError: the LM cannot be loaded or was made for another tokenizer, or the name of
+                the head is missing or unknown.
         """
-        key = (self.config.path, self.config.dtype)
-        if key not in shared or shared[key].stamp != stamp(
-            self.config.path
-        ):  # not there, or fitted anew since
-            shared[key] = ValueLM(self.config.path, frozen, self.config.dtype)
-        lm: ValueLM = shared[key]
+        lm = self._shared_lm(frozen, shared)
         name = self.config.head or (lm.names[0] if len(lm.names) == 1 else "")
         if name not in lm.names:
             raise ConfigError(
-                f"{self.config.path}: head {name!r} is not one of: {', '.join(lm.names)}; name one with head = '...'."
+                f"{self.config.path}: head {name!r} is not one of: {', '.join(lm.names)}; "
+                "name one with head = '...'."
             )
-        self.lm, self.index = lm, lm.names.index(name)
+        self.lm = lm
+        self.index = lm.names.index(name)
         self.description = self.description or lm.description
+
+    def _shared_lm(self, frozen: FrozenModel, shared: dict[object, Any]) -> ValueLM:
+        """Return the shared LM of the folder; load it if it is missing or out of date."""
+        path = self.config.path
+        key = (path, self.config.dtype)
+        current: ValueLM | None = shared.get(key)
+        if current is None or current.folder_version != folder_version(path):
+            current = ValueLM(path, frozen, self.config.dtype)
+            shared[key] = current
+        return current
 
 
 def write(
@@ -164,8 +198,17 @@ def write(
     frozen: FrozenModel,
     card: dict[str, Any],
 ) -> None:
-    """Save a value LM with its heads, {name: (weight [d], bias)}, and what it was made for; a half-written one does not load."""
-    made_for = {
+    """Save a value LM with its heads. A folder that was only partly written does not load.
+
+    Args:
+        folder: folder to write; other files in it stay.
+        lm: the value LM.
+        heads: {name: (weight [d], bias)}.
+        frozen: the model that the value was fitted on.
+        card: further entries of the card, such as "description".
+    """
+    full_card = {
+        **card,
         "kind": "lookahead",
         "model": frozen.model,
         "tokenizer": frozen.tokenizer,
@@ -179,18 +222,27 @@ def write(
         part.mkdir(parents=True)
         lm.save_pretrained(part)
         save_file({"weight": weight.contiguous(), "bias": bias}, part / HEADS)
-        (part / CARD).write_text(json.dumps({**card, **made_for}, indent=1) + "\n")
-        folder.mkdir(exist_ok=True)
-        (folder / CARD).unlink(
-            missing_ok=True
-        )  # without its card, a mixture of old and new is refused
-        for file in sorted(part.iterdir(), key=lambda file: file.name == CARD):
-            file.replace(folder / file.name)
+        (part / CARD).write_text(json.dumps(full_card, indent=1) + "\n")
+        _move_files(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def stamp(path: str) -> tuple[int, ...]:
-    """What changes when the folder is written again."""
+def _move_files(source: Path, target: Path) -> None:
+    """Move all files; remove the old card first and move the new card last.
+
+    Without a card, a mixture of old and new files does not load.
+    """
+    target.mkdir(exist_ok=True)
+    (target / CARD).unlink(missing_ok=True)
+    for file in sorted(source.iterdir(), key=lambda file: file.name == CARD):
+        file.replace(target / file.name)
+
+
+def folder_version(path: str) -> tuple[int, ...]:
+    """Return a number pair that changes when the folder is written again; empty without a card."""
     card = Path(locate(path)) / CARD
-    return (card.stat().st_mtime_ns, card.stat().st_ino) if card.exists() else ()
+    if not card.exists():
+        return ()
+    status = card.stat()
+    return (status.st_mtime_ns, status.st_ino)

@@ -300,7 +300,7 @@ async def test_what_cannot_be_watched_is_refused_by_name(
     async with serving(values=resident(values)) as engine:
         for name, named in (
             ("linea", "did you mean 'linear'"),
-            ("helpful", "values of kind head do: linear, mlp"),
+            ("helpful", "values of kind head can: linear, mlp"),
         ):
             with pytest.raises(InvalidRequest, match=named) as caught:
                 engine.check(Draw(draw().body, 1, (0,), estimates=EstimateSchedule({name: 1.0}, 4)))
