@@ -1,4 +1,8 @@
-"""A choice put together from its stream chunks: what the upstream would have said in one piece."""
+"""OpenAI choices and their stream chunks: a finished message as a delta, and deltas assembled into a choice.
+
+`openai.lib.streaming` assembles chunks too, but drops fields that OpenAI does not define. Servers send such fields, and
+they are passed on here.
+"""
 
 from __future__ import annotations
 
@@ -8,234 +12,256 @@ from typing import Any
 
 from infer_align.types import Body, Kind
 
-# Said whole, and by some servers again with every piece: the latest counts, nothing is appended.
-WHOLE = frozenset({"role", "id", "type", "index", "finish_reason", "stop_reason"})
-# How many characters are a token, where nothing better is known: about what English has.
-CHARACTERS = 4
+# Strings that are not appended when they are sent again: the latest one counts.
+REPLACED = frozenset({"role", "id", "type", "index", "finish_reason", "stop_reason"})
+# Characters per token of English text, for choices without logprobs.
+CHARACTERS_PER_TOKEN = 4
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 class ChoiceBuilder:
-    """Takes the chunks of one choice, in order.
+    """Assembles one choice from its stream chunks, in order.
 
     Attributes:
-        finished: the upstream gave a finish_reason.
-        pieces: chunks that held text, which is a token each on most servers.
+        kind: "chat" or "completion".
+        finished: True once a finish_reason has arrived.
+        text_chunks: number of chunks that held text; on most servers each is one token.
     """
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
         self.finished = False
-        self.pieces = 0
-        self._whole: Body | None = None
+        self.text_chunks = 0
+        self._complete: Body | None = None
         self._fields: dict[str, Any] = {}
         self._message: dict[str, Any] = {}
-        self._texts: dict[str, list[str]] = {}  # of the message, or of the choice; joined once
+        # The chunks of each text field. Joining them once avoids copying a long text for each chunk.
+        self._texts: dict[str, list[str]] = {}
 
     def add(self, chunk: Mapping[str, Any]) -> Body | None:
-        """One stream choice; -> the same as a Delta carries it, or None where it holds nothing for a reader."""
-        piece = {
-            key: value for key, value in chunk.items() if key not in {"index", "finish_reason"}
-        }
-        reason = chunk.get("finish_reason")
-        delta = piece.get("delta") if self.kind == "chat" else None
-        if isinstance(delta, Mapping):
-            merge(self._message, self._without_texts(delta))
-        beside = {
-            key: value for key, value in piece.items() if key not in {"delta", "logprobs", "text"}
-        }
-        merge(
-            self._fields,
-            {**beside, **self._without_texts({"text": piece["text"]} if piece.get("text") else {})},
-        )
+        """Merge a stream choice; return it as a delta, or None if it holds neither text nor logprobs."""
+        piece = self.merge_chunk(chunk)
+        delta = piece["delta"] if self.kind == "chat" else None
+        has_text = bool(delta or piece.get("text"))
+        self.text_chunks += has_text
+        return piece if has_text or piece.get("logprobs") else None
+
+    def merge_chunk(self, chunk: Mapping[str, Any]) -> Body:
+        """Merge a stream choice; return its fields without the index, the role, the finish_reason and empty texts."""
+        piece = _without(chunk, {"index", "finish_reason"})
+        if self.kind == "chat":
+            delta = piece.get("delta") or {}
+            merge(self._message, self._collect_texts(delta))
+            piece["delta"] = _without_empty(_without(delta, {"role"}))
+        if piece.get("text"):
+            merge(self._fields, self._collect_texts({"text": piece["text"]}))
+        merge(self._fields, _without(piece, {"delta", "logprobs", "text"}))
         merge(self._fields, {"logprobs": chunk.get("logprobs")})
+        reason = chunk.get("finish_reason")
         self._fields["finish_reason"] = reason or self._fields.get("finish_reason")
         self.finished = self.finished or bool(reason)
-        said = {
-            key: value
-            for key, value in (delta or {}).items()
-            if key != "role" and value not in (None, "", [])
-        }
+        return piece
+
+    def set_complete(self, choice: Mapping[str, Any]) -> Body:
+        """Take a choice that was not streamed; return it as one delta."""
+        self._complete = _without(choice, {"index"})
+        self.finished = True
+        self.text_chunks = 1
+        piece = _without(self._complete, {"message", "finish_reason"})
         if self.kind == "chat":
-            piece["delta"] = said
-        speaks = bool(said) or bool(piece.get("text"))
-        self.pieces += speaks
-        return piece if speaks or piece.get("logprobs") else None
-
-    def take(self, choice: Mapping[str, Any]) -> Body:
-        """A choice that came in one piece; -> the same as one Delta carries it."""
-        self._whole = {key: value for key, value in choice.items() if key != "index"}
-        self.finished, self.pieces = True, 1
-        piece = {
-            key: value
-            for key, value in self._whole.items()
-            if key not in {"message", "finish_reason"}
-        }
-        if self.kind == "completion":
-            return piece
-        message = choice.get("message")
-        said = {
-            key: value
-            for key, value in (message or {}).items()
-            if key != "role" and value not in (None, "", [])
-        }
-        if isinstance(calls := said.get("tool_calls"), list):
-            said["tool_calls"] = [
-                {"index": i, **call} for i, call in enumerate(calls) if isinstance(call, Mapping)
-            ]
-        return {**piece, "delta": said}
-
-    def _without_texts(self, piece: Mapping[str, Any]) -> dict[str, Any]:
-        """What has to be merged: a text is kept in pieces, as adding to a long one copies it each time."""
-        rest = {}
-        for key, value in piece.items():
-            if isinstance(value, str) and key not in WHOLE and key != "name":
-                self._texts.setdefault(key, []).append(value)
-            else:
-                rest[key] = value
-        return rest
+            piece["delta"] = _without_empty(message_delta(choice.get("message") or {}))
+        return piece
 
     def choice(self, finish_reason: str | None = None) -> Body:
-        """What there is, as an OpenAI choice without its index; `finish_reason` where the upstream gave none."""
-        if self._whole is not None:
-            return self._whole
-        fields = {
-            **self._fields,
-            "finish_reason": self._fields.get("finish_reason") or finish_reason,
-        }
-        texts = {key: "".join(pieces) for key, pieces in self._texts.items()}
+        """Return the choice so far, without its index. `finish_reason` is used if none has arrived."""
+        if self._complete is not None:
+            return self._complete
+        reason = self._fields.get("finish_reason") or finish_reason
+        fields = {**self._fields, "finish_reason": reason}
+        texts = {name: "".join(chunks) for name, chunks in self._texts.items()}
         if self.kind == "completion":
             return {"text": "", "logprobs": None, **fields, **texts}
         message = {"role": "assistant", "content": None, **self._message, **texts}
-        if isinstance(calls := message.get("tool_calls"), list):
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
             message["tool_calls"] = [_without_index(call) for call in calls]
         return {"message": message, "logprobs": None, **fields}
 
+    def _collect_texts(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Store the texts among these fields; return the other fields."""
+        others: dict[str, Any] = {}
+        for name, value in fields.items():
+            if isinstance(value, str) and name not in REPLACED and name != "name":
+                self._texts.setdefault(name, []).append(value)
+            else:
+                others[name] = value
+        return others
 
-def merge(into: dict[str, Any], piece: Mapping[str, Any]) -> None:
-    """Add a delta to what has come: text is appended, objects are merged, lists grow, or merge by their items' `index`."""
-    for key, value in piece.items():
-        before = into.get(key)
+
+def message_delta(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a finished message as a stream delta: without its role and null fields, with numbered tool calls."""
+    delta = {
+        name: value for name, value in _without(message, {"role"}).items() if value is not None
+    }
+    calls = delta.get("tool_calls")
+    if isinstance(calls, list):
+        numbered = enumerate(calls)
+        delta["tool_calls"] = [{"index": i, **call} for i, call in numbered if _is_object(call)]
+    return delta
+
+
+def merge(target: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    """Merge a delta into what has arrived before.
+
+    Strings are appended and objects merged. Lists grow, except that an item with an `index` is merged into the item of
+    the same index.
+    """
+    for name, value in delta.items():
+        current = target.get(name)
         if value is None:
-            into.setdefault(key, None)
-        elif before is None:
-            into[key] = _copy(value)
-        elif key == "name" and before == value:
-            continue  # repeated by servers that send it with every piece
-        elif isinstance(before, str) and isinstance(value, str) and key not in WHOLE:
-            into[key] = before + value
-        elif isinstance(before, dict) and isinstance(value, Mapping):
-            merge(before, value)
-        elif isinstance(before, list) and isinstance(value, list):
-            _merge_list(before, value)
+            target.setdefault(name, None)
+        elif current is None:
+            target[name] = _copy(value)
+        elif name == "name" and current == value:
+            # Some servers repeat the name of a function with every chunk.
+            continue
+        elif isinstance(current, dict) and isinstance(value, Mapping):
+            merge(current, value)
+        elif isinstance(current, list) and isinstance(value, list):
+            _merge_list(current, value)
+        elif isinstance(current, str) and isinstance(value, str) and name not in REPLACED:
+            target[name] = current + value
         else:
-            into[key] = value
+            target[name] = value
+
+
+def _merge_list(target: list[Any], items: list[Any]) -> None:
+    for item in items:
+        same = _item_of_same_index(target, item)
+        if same is None:
+            target.append(_copy(item))
+        else:
+            merge(same, item)
+
+
+def _item_of_same_index(items: list[Any], item: Any) -> dict[str, Any] | None:
+    index = item.get("index") if isinstance(item, Mapping) else None
+    if index is None:
+        return None
+    for candidate in items:
+        if isinstance(candidate, dict) and candidate.get("index") == index:
+            return candidate
+    return None
 
 
 def _copy(value: Any) -> Any:
-    """A value that later pieces may be merged into."""
+    """Copy a value so that later chunks can be merged into it."""
     if isinstance(value, Mapping):
         copied: dict[str, Any] = {}
         merge(copied, value)
         return copied
     if isinstance(value, list):
-        grown: list[Any] = []
-        _merge_list(grown, value)
-        return grown
+        items: list[Any] = []
+        _merge_list(items, value)
+        return items
     return value
 
 
-def _merge_list(into: list[Any], items: list[Any]) -> None:
-    for item in items:
-        place = item.get("index") if isinstance(item, Mapping) else None
-        same = next(
-            (known for known in into if isinstance(known, dict) and known.get("index") == place),
-            None,
-        )
-        if place is not None and same is not None:
-            merge(same, item)
-        else:
-            into.append(_copy(item))
+def _without(fields: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _without_empty(delta: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in delta.items() if value not in (None, "", [])}
 
 
 def _without_index(call: Any) -> Any:
-    return (
-        {key: value for key, value in call.items() if key != "index"}
-        if isinstance(call, dict)
-        else call
-    )
+    return _without(call, {"index"}) if isinstance(call, dict) else call
 
 
-def shares(total: int, weights: list[int]) -> list[int]:
-    """`total` cut in proportion to the weights, to whole numbers that add up to it; evenly where all weights are 0."""
-    weights = weights if any(weights) else [1] * len(weights)
-    ends = [round(total * sum(weights[: i + 1]) / sum(weights)) for i in range(len(weights))]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+def _is_object(value: object) -> bool:
+    return isinstance(value, Mapping)
 
 
-def tokens(choice: Body) -> int:
-    """How many were generated for a choice, as far as it shows: those that logprobs list, else one for every few characters."""
+def split_proportionally(total: int, weights: list[int]) -> list[int]:
+    """Split `total` in proportion to the weights, into whole numbers that add up to it; evenly if all weights are 0."""
+    if not any(weights):
+        weights = [1] * len(weights)
+    parts: list[int] = []
+    start = 0
+    for i in range(len(weights)):
+        end = round(total * sum(weights[: i + 1]) / sum(weights))
+        parts.append(end - start)
+        start = end
+    return parts
+
+
+def count_tokens(choice: Body) -> int:
+    """Count the tokens of a choice: those listed in its logprobs, else one for every few characters."""
     logprobs = choice.get("logprobs")
-    if isinstance(logprobs, Mapping) and isinstance(
-        listed := logprobs.get("content") or logprobs.get("tokens"), list
-    ):
-        return len(listed)
+    if isinstance(logprobs, Mapping):
+        entries = logprobs.get("content") or logprobs.get("tokens")
+        if isinstance(entries, list):
+            return len(entries)
     message = choice.get("message")
-    said = (
-        [v for k, v in message.items() if k != "role"]
-        if isinstance(message, Mapping)
-        else [choice.get("text")]
-    )
-    return -(
-        -sum(len(value if isinstance(value, str) else str(value)) for value in said if value)
-        // CHARACTERS
-    )
-
-
-def flaw(kind: Kind, choice: Mapping[str, Any], *, streamed: bool = False) -> str | None:
-    """What keeps a choice, or a piece of one, from being one, as the end of "the upstream answered"; None for nothing."""
-    if kind == "completion":
-        text = choice.get("text")
-        if not isinstance(text, str) and not (streamed and text is None):
-            return "a choice without a text"
+    if isinstance(message, Mapping):
+        texts = list(_without(message, {"role"}).values())
     else:
-        message = (choice.get("delta") or {}) if streamed else choice.get("message")
-        if not isinstance(message, Mapping):
-            return "a choice without a message"
-        if not isinstance(message.get("content"), str | list | None):
-            return "a message without a text"
-        if not _objects(message.get("tool_calls")):
-            return "a message without tool calls where it names some"
-    if not isinstance(choice.get("logprobs"), Mapping | None) or not isinstance(
-        choice.get("finish_reason"), str | None
-    ):
+        texts = [choice.get("text")]
+    characters = sum(len(str(text)) for text in texts if text)
+    return -(-characters // CHARACTERS_PER_TOKEN)
+
+
+def token_count(value: object) -> int | None:
+    """Return a number of tokens that an upstream reports, or None if the value is not a sensible count."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < 2**40 else None
+
+
+def find_defect(kind: Kind, choice: Mapping[str, Any], *, streamed: bool = False) -> str | None:
+    """Describe what is wrong with a choice or a stream chunk of one, or return None.
+
+    The description completes the sentence "the upstream answered".
+    """
+    if kind == "completion":
+        defect = _text_defect(choice, streamed=streamed)
+    else:
+        defect = _message_defect((choice.get("delta") or {}) if streamed else choice.get("message"))
+    if defect is not None:
+        return defect
+    logprobs_valid = isinstance(choice.get("logprobs"), Mapping | None)
+    if not logprobs_valid or not isinstance(choice.get("finish_reason"), str | None):
         return "a choice without proper logprobs or finish_reason"
-    return (
-        None
-        if writable(choice)
-        else "a choice without proper JSON: a number that is not finite, or half a character"
-    )
+    if not is_json(choice):
+        return "a choice without proper JSON: a number that is not finite, or half a character"
+    return None
 
 
-def writable(value: object) -> bool:
-    """Whether JSON can say it: no number that is not finite, no half of a character."""
+def _text_defect(choice: Mapping[str, Any], *, streamed: bool) -> str | None:
+    text = choice.get("text")
+    if isinstance(text, str) or (streamed and text is None):
+        return None
+    return "a choice without a text"
+
+
+def _message_defect(message: object) -> str | None:
+    if not isinstance(message, Mapping):
+        return "a choice without a message"
+    if not isinstance(message.get("content"), str | list | None):
+        return "a message without a text"
+    calls = message.get("tool_calls")
+    if calls is None:
+        return None
+    if not isinstance(calls, list) or not all(_is_object(call) for call in calls):
+        return "a message without tool calls where it names some"
+    return None
+
+
+def is_json(value: object) -> bool:
+    """Return True if the value can be written as JSON: all numbers finite, no half of a surrogate pair."""
     try:
         _encode(value).encode()
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _objects(value: object) -> bool:
-    return value is None or (
-        isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
-    )
-
-
-def count(value: object) -> int | None:
-    """A number of tokens as an upstream counts them; None where it is no such number."""
-    return (
-        value
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
-        else None
-    )

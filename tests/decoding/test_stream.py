@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align.decoding.stream import ChoiceBuilder, count, flaw, shares, tokens
+from infer_align.decoding.stream import (
+    ChoiceBuilder,
+    count_tokens,
+    find_defect,
+    message_delta,
+    split_proportionally,
+    token_count,
+)
 
 TEXT = st.text(max_size=12)
 CALL = st.fixed_dictionaries(
@@ -158,7 +165,7 @@ def test_a_whole_choice_is_itself_and_one_delta() -> None:
         "refusal": None,
         "tool_calls": [{"id": "x"}, {"id": "y"}],
     }
-    delta = builder.take(
+    delta = builder.set_complete(
         {"index": 4, "message": message, "logprobs": None, "finish_reason": "stop", "extra": 1}
     )
     assert builder.choice() == {
@@ -176,7 +183,7 @@ def test_a_whole_choice_is_itself_and_one_delta() -> None:
 
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 1000), min_size=1, max_size=20))
 def test_shares_add_up(total: int, weights: list[int]) -> None:
-    found = shares(total, weights)
+    found = split_proportionally(total, weights)
     assert sum(found) == total
     assert len(found) == len(weights)
     whole = sum(weights) or len(weights)
@@ -186,21 +193,29 @@ def test_shares_add_up(total: int, weights: list[int]) -> None:
 
 
 def test_tokens_are_those_that_are_listed_or_as_many_as_the_text_is_long() -> None:
-    assert tokens({"message": {"content": "abcdef"}, "logprobs": {"content": [{}, {}, {}]}}) == 3
-    assert tokens({"text": "abc", "logprobs": {"tokens": ["a"]}}) == 1
-    assert tokens({"message": {"role": "assistant", "content": "x" * 50}}) == 13
     assert (
-        tokens({"message": {"role": "assistant", "content": "x", "reasoning_content": "y" * 40}})
+        count_tokens({"message": {"content": "abcdef"}, "logprobs": {"content": [{}, {}, {}]}}) == 3
+    )
+    assert count_tokens({"text": "abc", "logprobs": {"tokens": ["a"]}}) == 1
+    assert count_tokens({"message": {"role": "assistant", "content": "x" * 50}}) == 13
+    assert (
+        count_tokens(
+            {"message": {"role": "assistant", "content": "x", "reasoning_content": "y" * 40}}
+        )
         == 11
     )
     assert (
-        tokens(
+        count_tokens(
             {"message": {"role": "assistant", "content": None, "tool_calls": [{"id": "x" * 40}]}}
         )
         > 10
     )
-    assert tokens({"text": "abc", "logprobs": None}) == 1
-    assert tokens({"text": ""}) == tokens({"message": {"role": "assistant", "content": None}}) == 0
+    assert count_tokens({"text": "abc", "logprobs": None}) == 1
+    assert (
+        count_tokens({"text": ""})
+        == count_tokens({"message": {"role": "assistant", "content": None}})
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,7 +236,7 @@ def test_tokens_are_those_that_are_listed_or_as_many_as_the_text_is_long() -> No
     ],
 )
 def test_what_is_no_choice(kind: Any, choice: dict[str, Any], words: str) -> None:
-    assert words in (flaw(kind, choice) or "")
+    assert words in (find_defect(kind, choice) or "")
 
 
 @pytest.mark.parametrize(
@@ -234,7 +249,7 @@ def test_what_is_no_choice(kind: Any, choice: dict[str, Any], words: str) -> Non
     ],
 )
 def test_what_is_no_piece(piece: dict[str, Any]) -> None:
-    assert flaw("chat", piece, streamed=True)
+    assert find_defect("chat", piece, streamed=True)
 
 
 def test_what_is_one() -> None:
@@ -242,24 +257,30 @@ def test_what_is_one() -> None:
         {"message": {"content": "x"}},
         {"message": {"content": None, "tool_calls": [{}]}, "logprobs": None, "new": [1]},
     ):
-        assert flaw("chat", choice) is None
+        assert find_defect("chat", choice) is None
     for piece in (
         {},
         {"delta": None},
         {"delta": {}, "finish_reason": "stop"},
         {"delta": {"content": "\U0001f989"}},
     ):
-        assert flaw("chat", piece, streamed=True) is None
+        assert find_defect("chat", piece, streamed=True) is None
     assert (
-        flaw("completion", {"text": ""})
-        is flaw("completion", {"text": None}, streamed=True)
+        find_defect("completion", {"text": ""})
+        is find_defect("completion", {"text": None}, streamed=True)
         is None
     )
 
 
 def test_counts_in_the_wild() -> None:
-    assert [count(value) for value in (0, 7, -1, True, "7", None, 1.5, 10**400)] == [
+    assert [token_count(value) for value in (0, 7, -1, True, "7", None, 1.5, 10**400)] == [
         0,
         7,
         *[None] * 6,
     ]
+
+
+def test_a_finished_message_is_a_delta_with_numbered_tool_calls() -> None:
+    message = {"role": "assistant", "content": "", "refusal": None, "tool_calls": [{"id": "x"}]}
+    assert message_delta(message) == {"content": "", "tool_calls": [{"index": 0, "id": "x"}]}
+    assert message["tool_calls"] == [{"id": "x"}], "the message itself stays unchanged"

@@ -10,7 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from infer_align.decoding.stream import ChoiceBuilder, count, flaw, shares, tokens, writable
+from infer_align.decoding.stream import (
+    ChoiceBuilder,
+    count_tokens,
+    find_defect,
+    is_json,
+    split_proportionally,
+    token_count,
+)
 from infer_align.engines import Stream
 from infer_align.engines.openai.fanout import Fanout
 from infer_align.errors import AlignError, InvalidRequest
@@ -64,21 +71,21 @@ class _Batch:
 
     def prompt_tokens(self) -> int:
         """As the upstream counts them."""
-        return count(self.usage.get("prompt_tokens")) or 0
+        return token_count(self.usage.get("prompt_tokens")) or 0
 
     def sampled(self, done: dict[int, Body]) -> list[int]:
         """Tokens of each finished choice: the upstream's sum, shared by what each shows; where it gives none, what each shows."""
         shown = [
-            max(tokens(choice), self.builders[place].pieces if self.streamed else 0)
+            max(count_tokens(choice), self.builders[place].text_chunks if self.streamed else 0)
             for place, choice in done.items()
         ]
-        spent = count(self.usage.get("completion_tokens"))
-        return shown if spent is None or not done else shares(spent, shown)
+        spent = token_count(self.usage.get("completion_tokens"))
+        return shown if spent is None or not done else split_proportionally(spent, shown)
 
     @property
     def streamed(self) -> bool:
         """Whether the choices came in pieces."""
-        return any(builder.pieces > 1 for builder in self.builders.values())
+        return any(builder.text_chunks > 1 for builder in self.builders.values())
 
     def told(self) -> dict[str, Any]:
         """What stood beside the choices; for the first candidate that asks with the details of the usage, which are the call's."""
@@ -156,7 +163,7 @@ class Drawing:
     def _cut(self, index: int) -> None:
         batch, place = self._place[index]
         builder = batch.builders.get(place)
-        if builder is None or not builder.pieces or place in batch.flaws:
+        if builder is None or not builder.text_chunks or place in batch.flaws:
             self._put(
                 Candidate(
                     index,
@@ -168,7 +175,7 @@ class Drawing:
             )
             return
         choice, cut = builder.choice("length"), not builder.finished
-        spent = max(tokens(choice), builder.pieces)
+        spent = max(count_tokens(choice), builder.text_chunks)
         self._put(
             Candidate(
                 index, choice, 0, batch.prompt_tokens(), spent, calls=batch.calls(), interrupted=cut
@@ -223,14 +230,14 @@ class Drawing:
         """An answer in one piece."""
         for place, choice in enumerate(_choices(answer)[: len(batch.indices)]):
             if (
-                wrong := flaw(self._draw.kind, choice)
+                wrong := find_defect(self._draw.kind, choice)
                 if isinstance(choice, dict)
                 else "a choice without anything in it"
             ):
                 batch.flaws[place] = wrong
                 continue
             batch.builders[place] = ChoiceBuilder(self._draw.kind)
-            delta = batch.builders[place].take(choice)
+            delta = batch.builders[place].set_complete(choice)
             if self._streamed and batch.indices[place] in self._left:
                 self.stream.put(Delta(batch.indices[place], delta))
         batch.usage = _mapping(answer.get("usage"))
@@ -257,7 +264,7 @@ class Drawing:
                 self._read_piece(batch, place, choice)
 
     def _read_piece(self, batch: _Batch, place: int, choice: dict[str, Any]) -> None:
-        if wrong := flaw(self._draw.kind, choice, streamed=True):
+        if wrong := find_defect(self._draw.kind, choice, streamed=True):
             batch.flaws[place] = wrong
             return
         if place not in batch.builders:
@@ -301,7 +308,7 @@ class Drawing:
         for place in sorted((batch.builders.keys() | batch.flaws.keys()) - done.keys()):
             wrong = batch.flaws.get(place)
             error = f"the upstream answered {wrong}." if wrong else why
-            spent = batch.builders[place].pieces if place in batch.builders else 0
+            spent = batch.builders[place].text_chunks if place in batch.builders else 0
             failed = Candidate(
                 batch.indices[place], {}, 0, 0, spent, error, 502 if wrong else status, retry_after
             )
@@ -389,7 +396,7 @@ def _index(choice: Any) -> int:
 
 def _beside(answer: dict[str, Any]) -> dict[str, Any]:
     """What an answer holds beside its choices that can be passed on."""
-    return {key: value for key, value in answer.items() if key not in OURS and writable(value)}
+    return {key: value for key, value in answer.items() if key not in OURS and is_json(value)}
 
 
 def _raise_if_error(answer: Any) -> None:

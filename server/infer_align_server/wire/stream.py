@@ -15,6 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
+from infer_align.decoding.stream import message_delta
 from infer_align.errors import AlignError
 from infer_align.types import Candidate, Delta, Plan, Request, Response
 from infer_align_server.service import Service
@@ -199,14 +200,7 @@ class EventStream(HttpResponse):
         choice = {key: value for key, value in candidate.choice.items() if key != "message"}
         choice["finish_reason"] = None
         if self._request.kind == "chat":
-            delta = {
-                key: value
-                for key, value in candidate.choice["message"].items()
-                if key != "role" and value is not None
-            }
-            if calls := delta.get("tool_calls"):
-                delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
-            choice["delta"] = delta
+            choice["delta"] = message_delta(candidate.choice["message"])
         return self._role(index) + self._chunk({"index": index, **choice})
 
     def _observe(self, response: Response) -> None:
