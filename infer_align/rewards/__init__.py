@@ -1,6 +1,9 @@
-"""Rewards score candidates. This page is what a reward is; each file beside it is one kind.
+"""Rewards score candidates.
 
-A reward module holds a frozen dataclass, its `[rewards.<name>]` section, whose `load()` gives the Reward.
+This module defines a reward; each other module of the package is one kind.
+
+A reward module holds a frozen dataclass, the `[rewards.<name>]` section of the configuration. Its
+`load()` returns the Reward.
 """
 
 from __future__ import annotations
@@ -15,25 +18,26 @@ from typing import ClassVar
 
 from infer_align.types import Array, Body, Candidate, LabelReader, Messages, ScoringUsage
 
-# How long the scoring that runs now may take, in seconds: the reward's own limit, or less before a deadline. Whoever makes several
-# calls ends each a little before it, so that one that hangs does not take the others along.
+# Time limit of the scoring that runs now, in seconds: the reward's own limit, or less before a
+# deadline.
 time_budget: ContextVar[float] = ContextVar("time_budget", default=math.inf)
-# Of that time, what a single call gets.
+# Share of the time budget for each of several concurrent calls. A call that hangs then fails before
+# the budget ends, and the results of the other calls are not lost.
 CALL_SHARE = 0.95
 
 
 @dataclass(frozen=True, slots=True)
 class RewardScores:
-    """What one reward says of N candidates."""
+    """The scores of one reward for N candidates."""
 
-    values: (
-        Array  # [A, K, N]: attributes (1 when it has none), members, candidates; NaN is not scored
-    )
-    spent: ScoringUsage = field(default_factory=ScoringUsage)  # to score them
-    notes: tuple[
-        str | None, ...
-    ] = ()  # per candidate: why it is NaN, or that it was truncated; () for none
-    report: Body = field(default_factory=dict)  # what it has to say beside its scores, as JSON
+    # [A, K, N]: attributes (1 if the reward has none), members, candidates. NaN means not scored.
+    values: Array
+    # The cost of scoring.
+    spent: ScoringUsage = field(default_factory=ScoringUsage)
+    # Per candidate, why it is NaN or that its text was truncated; () if there are no notes.
+    notes: tuple[str | None, ...] = ()
+    # Further results as JSON, such as the comparisons of a judge.
+    report: Body = field(default_factory=dict)
 
 
 class Reward(ABC):
@@ -42,11 +46,14 @@ class Reward(ABC):
     Attributes:
         description: one line for people.
         members: names of the K members of the ensemble.
-        attributes: names of its A objectives, or () when its score is one number.
-        timeout_seconds: how long a call may take before its candidates count as not scored.
-        pipelined: whether it is asked about each candidate as soon as that is finished, not about all of them together.
-        judges: whether it asks an engine: then it is read only where it is named.
-        engines: the process's engines by name, "served" and those of `[engines.*]`; given before `start`, already started.
+        attributes: names of its A objectives, or () if its score is one number.
+        timeout_seconds: time limit of `score`; after it, the candidates count as not scored.
+        pipelined: True if each candidate is scored as soon as it is finished, instead of all
+            together.
+        uses_engine: True if it generates or reads with an engine. Such a reward scores only if a
+            request names it.
+        engines: the engines of the process by name, "served" and those of `[engines.*]`. They are
+            set before `start`, and have started already.
     """
 
     description: str = ""
@@ -58,30 +65,39 @@ class Reward(ABC):
     uses_engine: bool = False
 
     async def start(self) -> None:
-        """Load whatever takes time. Called once, before anything else."""
+        """Load models and open connections. It is called once, before every other method."""
 
     async def close(self) -> None:
-        """Free what is held."""
+        """Free all resources."""
 
     def health(self) -> str | None:
-        """None while it can score, else why it cannot."""
+        """Return None if the reward can score, else the reason why it cannot."""
         return None
 
     def with_parameters(self, parameters: object) -> Reward:
-        """The same reward as one request wants it, by the parameters that a method left for it in the plan."""
+        """Return the same reward with the parameters of one request."""
         raise NotImplementedError(f"{type(self).__name__} takes no parameters: {parameters!r}")
 
     def check(self, where: str) -> None:
-        """Refuse, before anything is spent, what cannot be scored here.
+        """Refuse a reward that cannot score here, before anything is generated.
+
+        Args:
+            where: the field of the request that names this reward.
 
         Raises:
-            Unsupported: naming `where` it was asked for, what is missing, and of which engine.
+            Unsupported: naming `where`, the missing capability and the engine that lacks it.
         """
 
     def worst_case_tokens(self, _n: int) -> int:
-        """The most tokens that scoring n candidates can have sampled; what only reads samples none."""
+        """Return the maximum number of tokens sampled to score n candidates.
+
+        A reward that only reads samples none.
+        """
         return 0
 
     @abstractmethod
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        """Score every candidate as the next turn of `messages`; a text completion's prompt is a user's turn."""
+        """Score every candidate as the next turn of `messages`.
+
+        The prompt of a text completion is a user's turn.
+        """

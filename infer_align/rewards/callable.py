@@ -1,4 +1,4 @@
-"""Any Python function as a reward: the door for scores that no other kind can express."""
+"""Use any Python function as a reward."""
 
 from __future__ import annotations
 
@@ -20,20 +20,27 @@ Function = Callable[[Messages, str], float]
 
 @dataclass(frozen=True, slots=True)
 class FromCallable:
-    """A function `(messages, text) -> float` of an installed module; NaN means that it has no opinion."""
+    """A function `(messages, text) -> float` of an installed module. NaN means not scored."""
 
-    function: str = field(metadata={"description": '"package.module:function"'})
+    function: str = field(metadata={"description": 'The function, as "package.module:function".'})
     description: str = field(
         default="",
-        metadata={"description": "one line for people; default: the function's docstring"},
+        metadata={
+            "description": "One line about this reward, for people. Default: the first line of "
+            "the function's docstring."
+        },
     )
     timeout_seconds: float = field(
         default=30.0,
-        metadata={"gt": 0, "description": "after this a candidate counts as not scored"},
+        metadata={
+            "gt": 0,
+            "description": "Time limit of scoring, in seconds. A candidate without a score by "
+            "then counts as not scored.",
+        },
     )
 
     def load(self) -> CallableReward:
-        """The reward.
+        """Import the function and return the reward.
 
         Raises:
             ConfigError: the function cannot be imported or called.
@@ -41,13 +48,16 @@ class FromCallable:
         module, _, name = self.function.partition(":")
         try:
             function: Function = getattr(importlib.import_module(module), name)
-        except Exception as error:  # importing runs the user's code
+        except Exception as error:
+            # Importing runs the user's code, which may raise anything.
             raise ConfigError(
-                f"callable.function: {self.function!r} cannot be imported: {error}; write it as 'module:name'."
+                f"callable.function: {self.function!r} cannot be imported: {error}; "
+                f"write it as 'module:name'."
             ) from error
         if not callable(function) or inspect.iscoroutinefunction(function):
             raise ConfigError(
-                f"callable.function: {self.function!r} must be a plain function (messages, text) -> float."
+                f"callable.function: {self.function!r} must be a plain function (messages, text) "
+                f"-> float."
             )
         return CallableReward(function, self.description, self.timeout_seconds)
 
@@ -56,7 +66,10 @@ plugin = FromCallable
 
 
 class CallableReward(Reward):
-    """Calls the function per candidate, in a thread: it may be slow. An exception leaves that candidate not scored."""
+    """Calls the function once per candidate, each in a thread.
+
+    A candidate whose call raises is not scored.
+    """
 
     def __init__(
         self, function: Function, description: str = "", timeout_seconds: float = 30.0
@@ -66,16 +79,16 @@ class CallableReward(Reward):
         self.description = description or (function.__doc__ or "").strip().partition("\n")[0]
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        """[1, 1, N]."""
-        results = await asyncio.gather(
-            *(asyncio.to_thread(self._call, messages, c.text) for c in candidates)
-        )
-        return RewardScores(
-            np.array([[[value for value, _ in results]]]), notes=tuple(note for _, note in results)
-        )
+        """Return [1, 1, N] scores, with the exception of a failed call as its note."""
+        calls = [asyncio.to_thread(self._call, messages, each.text) for each in candidates]
+        results = await asyncio.gather(*calls)
+        values = [value for value, _ in results]
+        notes = tuple(note for _, note in results)
+        return RewardScores(np.array([[values]]), notes=notes)
 
     def _call(self, messages: Messages, text: str) -> tuple[float, str | None]:
         try:
             return float(self._function(messages, text)), None
-        except Exception as error:  # the user's code: whatever it raises is data, not a crash
+        except Exception as error:
+            # An exception of the user's code concerns this candidate only.
             return math.nan, f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Rules that need no model: length, a pattern, JSON, words to use or to avoid. Each rule is an attribute of its own or one sum."""
+"""Score text by rules that need no model: length, a pattern, JSON, words to use or to avoid."""
 
 from __future__ import annotations
 
@@ -18,42 +18,57 @@ Rule = Callable[[Candidate], float]
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Score text by rules; the reward is the sum of those that are set."""
+    """Rules about the text. The score is the sum of all rules that are set."""
 
-    description: str = field(default="", metadata={"description": "one line for people"})
+    description: str = field(
+        default="", metadata={"description": "One line about this reward, for people."}
+    )
     target_words: int | None = field(
         default=None,
         metadata={
             "ge": 1,
-            "description": "minus the relative distance from this many words: 0 at the target",
+            "description": "Target number of words. Subtracts the relative distance from it: 0 at "
+            "the target, 1 for no words.",
         },
     )
     words_weight: float = field(
-        default=0.0, metadata={"description": "this much per word; negative prefers brevity"}
+        default=0.0,
+        metadata={"description": "Score per word. A negative weight prefers short answers."},
     )
     regex: str | None = field(
-        default=None, metadata={"description": "1 where the pattern is found (Python's re), else 0"}
+        default=None,
+        metadata={
+            "description": "Regular expression of Python's re module. Adds 1 if it matches "
+            "anywhere in the text."
+        },
     )
     json_object: bool = field(
-        default=False, metadata={"description": "1 where the whole text is a JSON object, else 0"}
+        default=False, metadata={"description": "Add 1 if the text is a JSON object."}
     )
     require: tuple[str, ...] = field(
-        default=(), metadata={"description": "share of these words or phrases that occur, any case"}
+        default=(),
+        metadata={
+            "description": "Words or phrases to use. Adds the share of them that occur, in any "
+            "case."
+        },
     )
     avoid: tuple[str, ...] = field(
         default=(),
-        metadata={"description": "minus the number of these words or phrases that occur, any case"},
+        metadata={
+            "description": "Words or phrases to avoid. Subtracts the number of them that occur, "
+            "in any case."
+        },
     )
     finished: bool = field(
         default=False,
-        metadata={"description": "minus 1 where the answer was cut by the token maximum"},
+        metadata={"description": "Subtract 1 if the token limit ended the answer."},
     )
 
     def load(self) -> RulesReward:
-        """The reward.
+        """Return the reward.
 
         Raises:
-            ConfigError: no rule is set, or the pattern is not one.
+            ConfigError: no rule is set, or `regex` is not a regular expression.
         """
         return RulesReward(self)
 
@@ -65,55 +80,74 @@ class RulesReward(Reward):
     """The sum of the rules that are set."""
 
     def __init__(self, rules: Rules) -> None:
-        self._rules = _compile(rules)
+        self._rules = {**_length_rules(rules), **_pattern_rules(rules), **_phrase_rules(rules)}
+        if rules.finished:
+            self._rules["finished"] = lambda candidate: -float(candidate.finish_reason == "length")
         if not self._rules:
             raise ConfigError(
-                "rules: none is set; set at least one, such as words_weight = -0.01 or regex = '...'."
+                "rules: no rule is set; set at least one, such as words_weight = -0.01 or regex = "
+                "'...'."
             )
         self.description = rules.description or "rules: " + ", ".join(self._rules)
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        """[1, 1, N]; a rule always has an answer, so nothing is NaN."""
-        return RewardScores(
-            np.array(
-                [[[sum(rule(c) for rule in self._rules.values()) for c in candidates]]],
-                dtype=np.float64,
-            )
-        )
+        """Return [1, 1, N] scores. A rule applies to every text, so no score is NaN."""
+        values = [sum(rule(each) for rule in self._rules.values()) for each in candidates]
+        return RewardScores(np.array([[values]], dtype=np.float64))
 
 
-def _compile(rules: Rules) -> dict[str, Rule]:
+def _length_rules(rules: Rules) -> dict[str, Rule]:
     compiled: dict[str, Rule] = {}
-    if (target := rules.target_words) is not None:
-        compiled["target_words"] = lambda c: -abs(len(c.text.split()) - target) / target
+    target = rules.target_words
+    if target is not None:
+        compiled["target_words"] = lambda candidate: -abs(_words(candidate) - target) / target
     if rules.words_weight:
-        compiled["words_weight"] = lambda c: rules.words_weight * len(c.text.split())
+        compiled["words_weight"] = lambda candidate: rules.words_weight * _words(candidate)
+    return compiled
+
+
+def _pattern_rules(rules: Rules) -> dict[str, Rule]:
+    compiled: dict[str, Rule] = {}
     if rules.regex is not None:
         pattern = _pattern(rules.regex)
-        compiled["regex"] = lambda c: float(pattern.search(c.text) is not None)
+        compiled["regex"] = lambda candidate: float(pattern.search(candidate.text) is not None)
     if rules.json_object:
-        compiled["json_object"] = lambda c: float(_is_json_object(c.text))
-    if rules.require:
-        wanted = [_phrase(p) for p in rules.require]
-        compiled["require"] = lambda c: (
-            sum(p.search(c.text) is not None for p in wanted) / len(wanted)
-        )
-    if rules.avoid:
-        unwanted = [_phrase(p) for p in rules.avoid]
-        compiled["avoid"] = lambda c: -float(sum(p.search(c.text) is not None for p in unwanted))
-    if rules.finished:
-        compiled["finished"] = lambda c: -float(c.finish_reason == "length")
+        compiled["json_object"] = lambda candidate: float(_is_json_object(candidate.text))
     return compiled
+
+
+def _phrase_rules(rules: Rules) -> dict[str, Rule]:
+    compiled: dict[str, Rule] = {}
+    required = [_phrase(text) for text in rules.require]
+    avoided = [_phrase(text) for text in rules.avoid]
+    if required:
+        compiled["require"] = lambda candidate: _matches(required, candidate) / len(required)
+    if avoided:
+        compiled["avoid"] = lambda candidate: -float(_matches(avoided, candidate))
+    return compiled
+
+
+def _words(candidate: Candidate) -> int:
+    return len(candidate.text.split())
+
+
+def _matches(patterns: Sequence[re.Pattern[str]], candidate: Candidate) -> int:
+    """Count the patterns that match anywhere in the candidate's text."""
+    return sum(pattern.search(candidate.text) is not None for pattern in patterns)
 
 
 def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise ConfigError(f"rules.regex: {text!r} is not a regular expression: {error}.") from None
+        raise ConfigError(
+            f"rules.regex: {text!r} is not a regular expression: {error}; write one for Python's "
+            f"re."
+        ) from None
 
 
 def _phrase(text: str) -> re.Pattern[str]:
+    """Compile a pattern for a phrase that does not continue a word, in any case."""
     return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
 
 

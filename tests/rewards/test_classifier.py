@@ -1,4 +1,4 @@
-"""Reward models: their scores are those of a direct forward, whoever else is in the batch, and failures stay where they are."""
+"""Reward model scores equal a direct forward, whatever is in the batch, and failures stay local."""
 
 from __future__ import annotations
 
@@ -43,25 +43,18 @@ async def started(**section):
 
 
 def direct(path: str, texts=TEXTS, messages=ASK, limit: int = 10_000) -> np.ndarray:
-    """[labels, N] of one conversation at a time, without padding."""
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(path),
-        AutoModelForSequenceClassification.from_pretrained(path).eval(),
-    )
+    """Return [labels, N] logits of one conversation at a time, without padding."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     rows = []
     for text in texts:
-        conversation = tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": text}], tokenize=False
-        )
+        turns = [*messages, {"role": "assistant", "content": text}]
+        conversation = tokenizer.apply_chat_template(turns, tokenize=False)
         ids = tokenizer(conversation, add_special_tokens=False)["input_ids"][-limit:]
+        mask = torch.ones((1, len(ids)), dtype=torch.long)
         with torch.inference_mode():
-            rows.append(
-                model(
-                    torch.tensor([ids]), attention_mask=torch.ones((1, len(ids)), dtype=torch.long)
-                )
-                .logits[0]
-                .numpy()
-            )
+            output = model(torch.tensor([ids]), attention_mask=mask)
+        rows.append(output.logits[0].numpy())
     return np.stack(rows, axis=1)
 
 
@@ -71,28 +64,25 @@ def same(values: np.ndarray, expected: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Mistral", "GPT2", "Bert", "Gemma2"])
 @pytest.mark.parametrize("labels", [1, 3])
-async def test_equals_a_direct_forward(architecture, labels, reward_model):
+async def test_scores_equal_a_direct_forward(architecture, labels, reward_model):
     path = reward_model(architecture, labels)
     reward = await started(model=path, batch_size=3)
-    marks = await reward.score(ASK, candidates())
-    assert same(marks.values[0], direct(path))
+    scores = await reward.score(ASK, candidates())
+    assert same(scores.values[0], direct(path))
     assert len(reward.members) == labels
     tokenizer = AutoTokenizer.from_pretrained(path)
-    assert marks.spent.reward_tokens == sum(
-        len(
-            tokenizer(f"<user>the cat</s><assistant>{text}</s>", add_special_tokens=False)[
-                "input_ids"
-            ]
-        )
-        for text in TEXTS
-    )
-    assert marks.notes == (None,) * len(TEXTS)
+    tokens = 0
+    for text in TEXTS:
+        conversation = f"<user>the cat</s><assistant>{text}</s>"
+        tokens += len(tokenizer(conversation, add_special_tokens=False)["input_ids"])
+    assert scores.spent.reward_tokens == tokens
+    assert scores.notes == (None,) * len(TEXTS)
     await reward.close()
 
 
 @pytest.mark.parametrize("pad", [None, 0, 1])
 async def test_padding_is_never_read_as_text_nor_text_as_padding(reward_model, pad):
-    # A conversation ends in </s>, token 1. With no padding token of its own the model reads that last token.
+    # A conversation ends in </s>, token 1. A model without a padding token reads that last token.
     path = reward_model("Llama", pad_token_id=pad)
     reward = await started(model=path)
     assert same((await reward.score(ASK, candidates())).values[0], direct(path))
@@ -102,18 +92,18 @@ async def test_padding_is_never_read_as_text_nor_text_as_padding(reward_model, p
 async def test_attributes_are_rows_and_models_are_members(reward_model):
     paths = tuple(reward_model("Llama", 2, seed=s) for s in (1, 2, 3))
     reward = await started(models=paths, attributes=("helpful", "brief"))
-    marks = await reward.score(ASK, candidates())
-    assert marks.values.shape == (2, 3, len(TEXTS))
-    assert same(marks.values, np.stack([direct(p) for p in paths], axis=1))
+    scores = await reward.score(ASK, candidates())
+    assert scores.values.shape == (2, 3, len(TEXTS))
+    assert same(scores.values, np.stack([direct(p) for p in paths], axis=1))
     assert reward.attributes == ("helpful", "brief")
     await reward.close()
 
 
-async def test_several_models_are_an_ensemble_and_their_labels_more_members(reward_model):
+async def test_the_labels_of_several_models_are_members_of_one_ensemble(reward_model):
     paths = (reward_model("Llama", 1), reward_model("Bert", 2))
     reward = await started(models=paths)
-    marks = await reward.score(ASK, candidates())
-    assert same(marks.values[0], np.concatenate([direct(p) for p in paths]))
+    scores = await reward.score(ASK, candidates())
+    assert same(scores.values[0], np.concatenate([direct(p) for p in paths]))
     assert len(reward.members) == 3
     assert reward.members[1].endswith("#0")
     await reward.close()
@@ -129,23 +119,23 @@ async def test_batches_are_filled_across_requests(reward_model):
     shapes.clear()
     results = await asyncio.gather(*(reward.score(ASK, candidates()) for _ in range(8)))
     assert sum(shapes) == 8 * len(TEXTS)
-    assert len(shapes) == 5  # not one per request
-    assert all(same(marks.values, alone.values) for marks in results)
+    assert len(shapes) == 5, "8 requests share 5 full batches"
+    assert all(same(scores.values, alone.values) for scores in results)
     await reward.close()
 
 
-async def test_what_is_too_long_loses_its_beginning_and_says_so(reward_model):
+async def test_a_long_text_loses_its_beginning_and_a_note_says_so(reward_model):
     path = reward_model("Bert", max_position_embeddings=32)
     for section, limit in [({}, 32), ({"max_length": 16}, 16)]:
         reward = await started(model=path, **section)
-        marks = await reward.score(ASK, candidates())
-        assert same(marks.values[0], direct(path, limit=limit))
-        assert marks.notes[1].startswith(f"truncated: read the last {limit} of ")
-        assert (marks.notes[2] is None) == (limit == 32)
+        scores = await reward.score(ASK, candidates())
+        assert same(scores.values[0], direct(path, limit=limit))
+        assert scores.notes[1].startswith(f"truncated: read the last {limit} of ")
+        assert (scores.notes[2] is None) == (limit == 32)
         await reward.close()
 
 
-async def test_the_tokenizers_own_maximum_counts(reward_model, byte_level, tmp_path):
+async def test_the_maximum_of_the_tokenizer_is_a_limit(reward_model, byte_level, tmp_path):
     shutil.copytree(reward_model("Bert"), tmp_path, dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.model_max_length = 20
@@ -155,7 +145,7 @@ async def test_the_tokenizers_own_maximum_counts(reward_model, byte_level, tmp_p
     await reward.close()
 
 
-async def test_a_conversation_that_the_template_refuses_is_not_scored_and_others_are(reward_model):
+async def test_a_refused_conversation_is_not_scored_and_others_are(reward_model):
     path = reward_model()
     reward = await started(model=path)
     wizard = [{"role": "wizard", "content": "abracadabra"}]
@@ -169,11 +159,11 @@ async def test_a_conversation_that_the_template_refuses_is_not_scored_and_others
     await reward.close()
 
 
-async def test_lone_surrogates_are_not_scored(reward_model):
+async def test_invalid_unicode_is_not_scored(reward_model):
     reward = await started(model=reward_model())
-    marks = await reward.score(ASK, candidates(["fine", "a\ud800"]))
-    assert np.isnan(marks.values[0, 0]).tolist() == [False, True]
-    assert marks.notes[1]
+    scores = await reward.score(ASK, candidates(["fine", "a\ud800"]))
+    assert np.isnan(scores.values[0, 0]).tolist() == [False, True]
+    assert scores.notes[1]
     await reward.close()
 
 
@@ -190,21 +180,21 @@ async def test_text_parts_are_joined(reward_model):
     await reward.close()
 
 
-async def test_without_a_chat_template_the_text_is_read_plainly(reward_model, byte_level, tmp_path):
+async def test_without_a_chat_template_the_turns_are_plain_text(reward_model, byte_level, tmp_path):
     shutil.copytree(reward_model(), tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").unlink()
     reward = await started(model=str(tmp_path))
-    marks = await reward.score(ASK, candidates(["sat"]))
-    assert marks.spent.reward_tokens == len(byte_level("the cat\n\nsat")["input_ids"])
-    assert np.isfinite(marks.values).all()
+    scores = await reward.score(ASK, candidates(["sat"]))
+    assert scores.spent.reward_tokens == len(byte_level("the cat\n\nsat")["input_ids"])
+    assert np.isfinite(scores.values).all()
     assert np.isfinite((await reward.score([], candidates(["a completion"]))).values).all()
-    nothing = await reward.score([], candidates([""]))
-    assert np.isnan(nothing.values).all()
-    assert nothing.notes[0]
+    empty = await reward.score([], candidates([""]))
+    assert np.isnan(empty.values).all()
+    assert empty.notes[0]
     await reward.close()
 
 
-async def test_a_forward_that_raises_is_told_and_the_next_is_scored(reward_model):
+async def test_a_failed_forward_raises_and_the_next_is_scored(reward_model):
     reward = await started(model=reward_model())
 
     def fail(module, args):
@@ -218,14 +208,15 @@ async def test_a_forward_that_raises_is_told_and_the_next_is_scored(reward_model
     await reward.close()
 
 
-async def test_cancelling_one_request_leaves_the_others(reward_model):
+async def test_a_cancelled_request_does_not_affect_others(reward_model):
     path = reward_model()
     reward = await started(model=path, batch_size=5)
-    inside, go = threading.Event(), threading.Event()
+    inside = threading.Event()
+    release = threading.Event()
 
     def hold(module, args):
         inside.set()
-        go.wait(20)
+        release.wait(60)
 
     reward._models[0].model.register_forward_pre_hook(hold)
     scored = []
@@ -233,37 +224,48 @@ async def test_cancelling_one_request_leaves_the_others(reward_model):
         lambda m, a, kw: scored.append(len(kw["input_ids"])), with_kwargs=True
     )
     tasks = [asyncio.create_task(reward.score(ASK, candidates())) for _ in range(3)]
-    await asyncio.to_thread(inside.wait, 20)
-    tasks[0].cancel()  # being scored
-    tasks[1].cancel()  # waiting
+    await asyncio.to_thread(inside.wait, 60)
+    # The first request is being scored, the second waits.
+    tasks[0].cancel()
+    tasks[1].cancel()
     await asyncio.sleep(0)
-    go.set()
+    release.set()
     assert same((await tasks[2]).values[0], direct(path))
-    assert sum(scored) == 2 * len(TEXTS)  # what waited was never read
+    assert sum(scored) == 2 * len(TEXTS), "the second request was never scored"
     assert tasks[0].cancelled()
     assert not reward._waiting
     await reward.close()
 
 
-async def test_closing_refuses_what_waits_and_what_comes(reward_model):
+async def test_closing_fails_waiting_and_later_requests(reward_model):
     reward = await started(model=reward_model(), batch_size=2)
     inside = threading.Event()
-    reward._models[0].model.register_forward_pre_hook(lambda m, a: inside.set())
-    task = asyncio.create_task(reward.score(ASK, candidates(["a"] * 200)))
-    await asyncio.to_thread(inside.wait, 20)
-    await reward.close()
+    release = threading.Event()
+
+    def hold(module, args):
+        inside.set()
+        release.wait(60)
+
+    reward._models[0].model.register_forward_pre_hook(hold)
+    task = asyncio.create_task(reward.score(ASK, candidates(["a"] * 6)))
+    await asyncio.to_thread(inside.wait, 60)
+    closing = asyncio.create_task(reward.close())
+    # One turn of the event loop lets `close` fail the waiting texts.
+    await asyncio.sleep(0)
+    release.set()
+    await closing
     with pytest.raises(Unavailable):
         await task
     with pytest.raises(Unavailable):
         await reward.score(ASK, candidates())
 
 
-async def test_a_language_model_is_no_reward_model(language_model):
+async def test_a_language_model_is_refused(language_model):
     with pytest.raises(ConfigError, match="is not a sequence classifier"):
         await started(model=language_model("GPT2"))
 
 
-async def test_what_cannot_be_loaded_is_refused(reward_model, tmp_path):
+async def test_a_model_that_does_not_fit_its_section_is_refused(reward_model, tmp_path):
     with pytest.raises(ConfigError, match="cannot be loaded"):
         await started(model=str(tmp_path))
     with pytest.raises(ConfigError, match="2 names for the 3 labels"):
@@ -273,7 +275,7 @@ async def test_what_cannot_be_loaded_is_refused(reward_model, tmp_path):
             wrong.load()
 
 
-async def test_objectives_are_scaled_as_the_section_says(reward_model):
+async def test_objectives_are_scaled_by_the_section(reward_model):
     path = reward_model(labels=2)
     raw = await started(model=path, attributes=("a", "b"))
     scaled = await started(
@@ -284,8 +286,8 @@ async def test_objectives_are_scaled_as_the_section_says(reward_model):
     np.testing.assert_allclose(after.values[1], (before.values[1] - 1.0) / 4.0, atol=1e-6)
 
 
-def test_scaling_converts_as_the_published_models_labels_are() -> None:
-    """(score - 10) / 20 brings 0..100 back to HelpSteer's 0..4."""
+def test_scaling_converts_the_labels_of_the_published_model() -> None:
+    """The scaling (score - 10) / 20 maps 0..100 to HelpSteer's 0..4."""
     cases = json.loads(
         (Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8")
     )["helpsteer_conversion"]

@@ -1,4 +1,4 @@
-"""What every reward of the registry promises; a new file in rewards/ is tested as soon as it can be built here."""
+"""Every reward of the registry keeps the contract of `Reward`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def reward(request, reward_model):
     if request.param == "callable":
         reward = CallableReward(lambda messages, text: len(text), "letters")
     elif request.param in {"pooling", "trust_judge", "upstream"}:
-        pytest.skip("needs an engine: it has tests of its own beside this one")
+        pytest.skip("needs an engine or a server; its own tests cover the contract")
     else:
         reward = registry.rewards.get(request.param)(**sections[request.param]).load()
     await reward.start()
@@ -45,7 +45,7 @@ def shape(reward: Reward, n: int) -> tuple[int, int, int]:
     return max(1, len(reward.attributes)), len(reward.members), n
 
 
-async def test_is_a_reward(reward):
+async def test_a_reward_describes_itself(reward):
     assert isinstance(reward, Reward)
     assert reward.description
     assert reward.members
@@ -53,38 +53,36 @@ async def test_is_a_reward(reward):
 
 
 @pytest.mark.parametrize("n", [0, 1, 5])
-async def test_marks_have_their_shape(reward, n):
-    marks = await reward.score(
-        ASK, candidates(*["one two", "three", "four five six", "", "seven"][:n])
-    )
-    assert isinstance(marks, RewardScores)
-    assert marks.values.shape == shape(reward, n)
-    assert marks.values.dtype == np.float64
-    assert np.isfinite(marks.values).all()
-    assert len(marks.notes) in {0, n}
-    assert marks.spent.reward_tokens >= 0
+async def test_scores_have_the_promised_shape(reward, n):
+    texts = ["one two", "three", "four five six", "", "seven"]
+    scores = await reward.score(ASK, candidates(*texts[:n]))
+    assert isinstance(scores, RewardScores)
+    assert scores.values.shape == shape(reward, n)
+    assert scores.values.dtype == np.float64
+    assert np.isfinite(scores.values).all()
+    assert len(scores.notes) in {0, n}
+    assert scores.spent.reward_tokens >= 0
 
 
-async def test_a_score_is_the_candidates_own(reward):
+async def test_a_score_does_not_depend_on_the_other_candidates(reward):
     texts = ["one two", "three", "four five six"]
-    marks = await reward.score(ASK, candidates(*texts))
-    turned = await reward.score(ASK, candidates(*texts[::-1]))
-    np.testing.assert_allclose(marks.values, turned.values[..., ::-1], atol=1e-5)
+    scores = await reward.score(ASK, candidates(*texts))
+    reversed_scores = await reward.score(ASK, candidates(*texts[::-1]))
+    np.testing.assert_allclose(scores.values, reversed_scores.values[..., ::-1], atol=1e-5)
     alone = [await reward.score(ASK, candidates(text)) for text in texts]
-    np.testing.assert_allclose(
-        marks.values, np.concatenate([m.values for m in alone], axis=-1), atol=1e-5
-    )
-    assert len(np.unique(marks.values[0, 0].round(6))) > 1
+    separate = np.concatenate([each.values for each in alone], axis=-1)
+    np.testing.assert_allclose(scores.values, separate, atol=1e-5)
+    assert len(np.unique(scores.values[0, 0].round(6))) > 1
 
 
-async def test_text_completions_have_no_messages(reward):
-    marks = await reward.score([], [Candidate(0, {"text": "one two", "finish_reason": "length"})])
-    assert marks.values.shape == shape(reward, 1)
-    assert np.isfinite(marks.values).all()
+async def test_text_completions_are_scored_without_messages(reward):
+    scores = await reward.score([], [Candidate(0, {"text": "one two", "finish_reason": "length"})])
+    assert scores.values.shape == shape(reward, 1)
+    assert np.isfinite(scores.values).all()
 
 
-async def test_many_at_once(reward):
-    results = await asyncio.gather(
-        *(reward.score(ASK, candidates("one", "two three")) for _ in range(16))
-    )
-    assert all(np.allclose(r.values, results[0].values, atol=1e-5) for r in results)
+async def test_concurrent_calls_give_equal_scores(reward):
+    calls = [reward.score(ASK, candidates("one", "two three")) for _ in range(16)]
+    results = await asyncio.gather(*calls)
+    first = results[0].values
+    assert all(np.allclose(result.values, first, atol=1e-5) for result in results)

@@ -1,4 +1,4 @@
-"""Each rule by itself, and their sum."""
+"""Each rule scores alone, and several rules add up."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ RULES = [
 
 
 @pytest.mark.parametrize(("rules", "text", "expected"), RULES)
-async def test_a_rule(rules, text, expected):
-    marks = await rules.load().score([], [candidate(text)])
-    assert marks.values.tolist() == [[[expected]]]
+async def test_rules_score_text(rules, text, expected):
+    scores = await rules.load().score([], [candidate(text)])
+    assert scores.values.tolist() == [[[expected]]]
 
 
-async def test_finished():
-    marks = await Rules(finished=True).load().score([], [candidate("a"), candidate("a", "length")])
-    assert marks.values.tolist() == [[[0.0, -1.0]]]
+async def test_an_answer_cut_by_the_token_limit_loses_a_point():
+    scores = await Rules(finished=True).load().score([], [candidate("a"), candidate("a", "length")])
+    assert scores.values.tolist() == [[[0.0, -1.0]]]
 
 
-async def test_text_completions_and_tool_calls_have_text_too():
+async def test_text_completions_and_tool_calls_are_scored():
     tool = Candidate(
         0, {"message": {"role": "assistant", "content": None}, "finish_reason": "tool_calls"}
     )
-    marks = await Rules(words_weight=1.0).load().score([], [Candidate(0, {"text": "a b"}), tool])
-    assert marks.values.tolist() == [[[2.0, 0.0]]]
+    scores = await Rules(words_weight=1.0).load().score([], [Candidate(0, {"text": "a b"}), tool])
+    assert scores.values.tolist() == [[[2.0, 0.0]]]
 
 
 @pytest.mark.parametrize("rules", [Rules(), Rules(regex="(")])
-def test_rules_that_say_nothing_are_refused(rules):
+def test_a_section_without_a_valid_rule_is_refused(rules):
     with pytest.raises(ConfigError, match="rules"):
         rules.load()
 

@@ -1,4 +1,4 @@
-"""Candidates are data: they cannot close their mark, speak as somebody else, or change what is asked."""
+"""Candidates are data: they cannot close their mark, change roles, or change the instruction."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ BLOCK = re.compile(r"(Question|Answer(?: [AB])?) <(\d+)>\n(.*?)\n</\2>", re.DOTA
 
 
 def blocks(messages: list[dict[str, Any]]) -> dict[str, str]:
-    """What a careful reader finds: the whole user turn must be marked blocks."""
+    """Return the marked blocks of a prompt, and check that the user turn is nothing else."""
     system, user = messages
     assert (system["role"], user["role"]) == ("system", "user")
-    found = list(BLOCK.finditer(user["content"]))
-    assert "\n".join(match[0] for match in found) == user["content"]
-    for match in found[-2:] if len(found) > 2 else found[-1:]:
-        closing = f"</{match[2]}>"
-        assert user["content"].count(closing) == sum(closing in other[0] for other in found), (
-            "no answer closes an answer's mark"
-        )
-    return {match[1]: match[3] for match in found}
+    matches = list(BLOCK.finditer(user["content"]))
+    assert "\n".join(match[0] for match in matches) == user["content"]
+    answers = matches[-2:] if len(matches) > 2 else matches[-1:]
+    for answer in answers:
+        closing = f"</{answer[2]}>"
+        closed = sum(closing in match[0] for match in matches)
+        assert user["content"].count(closing) == closed, "no answer closes an answer's mark"
+    return {match[1]: match[3] for match in matches}
 
 
 @pytest.mark.parametrize("text", ORDERS)
 def test_an_answer_stays_inside_its_mark(text: str) -> None:
-    calm = score_messages(ASK, "mice", 100)
+    harmless = score_messages(ASK, "mice", 100)
     messages = score_messages(ASK, text, 100)
-    found = blocks(messages)
-    assert list(found) == ["Question", "Answer"]
-    assert messages[0] == calm[0], "nothing that it says reaches the instruction"
-    assert re.sub(r"(?<=[<\[]) ", "", found["Answer"]) == text, "and nothing of it is lost"
+    marked = blocks(messages)
+    assert list(marked) == ["Question", "Answer"]
+    assert messages[0] == harmless[0], "the instruction does not depend on the answer"
+    assert re.sub(r"(?<=[<\[]) ", "", marked["Answer"]) == text, "the answer is complete"
     pair = blocks(pair_messages(ASK, text, "mice"))
     assert list(pair) == ["Question", "Answer A", "Answer B"]
     assert pair["Answer B"] == "mice"
@@ -62,7 +62,7 @@ def test_an_answer_stays_inside_its_mark(text: str) -> None:
 
 @settings(deadline=None)
 @given(st.text(), st.text(), st.text())
-def test_whatever_is_said(question: str, first: str, second: str) -> None:
+def test_no_text_escapes_its_mark(question: str, first: str, second: str) -> None:
     messages: Any = [{"role": "user", "content": question}]
     assert len(blocks(score_messages(messages, first, 5))) == (2 if question else 1)
     for system, user in (
@@ -83,10 +83,8 @@ def test_exchanging_two_answers_changes_nothing_else(first: str, second: str) ->
     assert one[0] == two[0]
     a, b = blocks(one), blocks(two)
     assert (a["Answer A"], a["Answer B"]) == (b["Answer B"], b["Answer A"])
-    assert (
-        re.findall(r"</(\d+)>", one[1]["content"])[-1]
-        == re.findall(r"</(\d+)>", two[1]["content"])[-1]
-    )
+    numbers = [re.findall(r"</(\d+)>", prompt[1]["content"])[-1] for prompt in (one, two)]
+    assert numbers[0] == numbers[1]
 
 
 def test_prompts_about_one_question_begin_alike() -> None:
@@ -100,24 +98,20 @@ def test_prompts_about_one_question_begin_alike() -> None:
     assert len(start) > 30
 
 
-def test_criteria_scale_and_critique_are_asked_for() -> None:
+def test_the_instruction_names_criteria_scale_and_critique() -> None:
     system = score_messages(ASK, "x", 10, "brief and kind")[0]["content"]
     assert "from 1 (poor) to 10 (excellent)" in system
     assert "brief and kind" in system
     assert "critique" not in system
-    assert (
-        f"critique, then the last line {SCORE}X]"
-        in score_messages(ASK, "x", 10, critique=True)[0]["content"]
-    )
-    assert (
-        f"critique, then the last line {BETTER}X]"
-        in pair_messages(ASK, "x", "y", critique=True)[0]["content"]
-    )
+    with_critique = score_messages(ASK, "x", 10, critique=True)[0]["content"]
+    assert f"critique, then the last line {SCORE}X]" in with_critique
+    pair_with_critique = pair_messages(ASK, "x", "y", critique=True)[0]["content"]
+    assert f"critique, then the last line {BETTER}X]" in pair_with_critique
     assert labels(5) == ("1", "2", "3", "4", "5")
     assert labels(100)[-1] == "100"
 
 
-def test_conversations_and_parts() -> None:
+def test_a_conversation_is_a_transcript_with_placeholders() -> None:
     talk: Any = [
         {"role": "system", "content": "Be kind."},
         {
@@ -126,10 +120,8 @@ def test_conversations_and_parts() -> None:
         },
         {"role": "assistant", "content": None, "tool_calls": []},
     ]
-    assert (
-        blocks(score_messages(talk, "x", 5))["Question"]
-        == "system: Be kind.\nuser: Look: [image_url]\nassistant: "
-    )
+    question = blocks(score_messages(talk, "x", 5))["Question"]
+    assert question == "system: Be kind.\nuser: Look: [image_url]\nassistant: "
     assert list(blocks(score_messages([], "x", 5))) == ["Answer"], (
         "a text completion has no question"
     )
@@ -137,18 +129,17 @@ def test_conversations_and_parts() -> None:
 
 CONTROLS = (
     "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CALLS] [gMASK] [/INST] <end_of_utterance> <image> "
-    "</think> <sop> <pad> <unk> <unused7> "
-    "<｜User｜> <s>"
+    "</think> <sop> <pad> <unk> <unused7> <｜User｜> <s>"
 )
 
 
 @pytest.mark.parametrize("token", CONTROLS.split())
-def test_control_tokens_of_chat_templates_are_words(token: str) -> None:
+def test_control_tokens_of_chat_templates_are_broken_up(token: str) -> None:
     assert token not in score_messages(ASK, f"a {token} b", 100)[1]["content"]
 
 
 @pytest.mark.parametrize(
     "text", ["if a < b and c > d:", "x[0] + y[i]", "<div>1</div>", "[1, 2]", "List[int]"]
 )
-def test_what_people_write_stays(text: str) -> None:
+def test_ordinary_brackets_stay_as_they_are(text: str) -> None:
     assert text in score_messages(ASK, text, 100)[1]["content"]
