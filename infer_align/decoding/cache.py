@@ -1,7 +1,7 @@
-"""Keys and values of a running batch whose rows come and go.
+"""Keys and values of a running batch whose rows join and leave it.
 
-Rows are right-aligned: the newest token of every row stands in the same column, so that one step appends one column to all, and any
-model that takes left-padded batches takes these.
+Rows are right-aligned: the newest token of every row is in the last column. So one step appends one
+column to all rows, and any model that accepts left-padded batches accepts these.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-# Columns are allocated this many at a time, so that a step writes in place instead of copying the cache.
+# Buffers grow by this many columns at a time, so that most steps write in place.
 GROWTH = 64
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values, [B, heads, columns, dim], in buffers with room for further columns."""
+    """Keys and values of one layer, in buffers with room for more. [B, heads, columns, dim]."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -27,31 +27,32 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append columns; -> all of them."""
+        """Append columns; return the keys and values of all columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.columns + key_states.shape[-2]
         if self._keys is None or self._values is None or end > self._keys.shape[-2]:
-            self._keys = _room(self._keys, key_states, self.columns, end)
-            self._values = _room(self._values, value_states, self.columns, end)
+            self._keys = _enlarged(self._keys, key_states, self.columns, end)
+            self._values = _enlarged(self._values, value_states, self.columns, end)
         self._keys[:, :, self.columns : end] = key_states
         self._values[:, :, self.columns : end] = value_states
         self._show(end)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
-        """Columns in use."""
+        """Return the number of columns in use."""
         return self.columns
 
     def assign(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Hold these columns from now on."""
+        """Replace the columns by these."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._keys, self._values = keys, values
+        self._keys = keys
+        self._values = values
         self._show(keys.shape[-2])
 
     def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
-        """Of the columns from `columns` on, keep in each row the one at offset chosen[row], as column `columns`."""
+        """Keep `columns` columns and, of those after them, the one at offset chosen[row]."""
         rows = torch.arange(len(chosen), device=chosen.device)
         for buffer in (self._keys, self._values):
             assert buffer is not None
@@ -59,10 +60,11 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self._show(columns + 1)
 
     def drop_last(self) -> None:
-        """Forget the newest column."""
+        """Drop the newest column."""
         self._show(self.columns - 1)
 
     def _show(self, columns: int) -> None:
+        """Make the first columns of the buffers visible as `keys` and `values`."""
         assert self._keys is not None
         assert self._values is not None
         self.columns = columns
@@ -71,85 +73,92 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 class RowCache(Cache):  # type: ignore[misc]
-    """The rows of one running batch."""
+    """Keys and values of the rows of one batch, in all layers."""
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)
 
     @property
     def length(self) -> int:
-        """Columns in use, the same in every layer: the tokens of the longest row."""
+        """The number of columns in use: the tokens of the longest row."""
         return int(self.layers[0].columns) if self.layers else 0
 
     @property
     def nbytes(self) -> int:
-        """Memory of the columns in use."""
+        """Bytes of the columns in use."""
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in self.layers)
 
+    def _append_layer(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        layer = GrowingLayer()
+        layer.assign(keys, values)
+        self.layers.append(layer)
+
     def take(self, rows: list[int], columns: int) -> RowCache:
-        """The last `columns` columns of these rows, in this order; a row may be taken more than once."""
-        taken = RowCache()
+        """Return the last `columns` columns of these rows, in this order. Rows may repeat."""
+        selection = RowCache()
+        start = self.length - columns
         for layer in self.layers:
             index = torch.tensor(rows, device=layer.keys.device)
-            start = self.length - columns
-            taken.layers.append(GrowingLayer())
-            taken.layers[-1].assign(layer.keys[index, :, start:], layer.values[index, :, start:])
-        return taken
+            selection._append_layer(layer.keys[index, :, start:], layer.values[index, :, start:])
+        return selection
 
     def beginnings(self, lengths: list[int]) -> RowCache:
-        """The only row's first lengths[i] columns, as row i."""
-        taken, width = RowCache(), max(lengths)
-        for layer in self.layers if width else ():
+        """Return a cache whose row i is the first lengths[i] columns of this cache's only row."""
+        selection = RowCache()
+        width = max(lengths)
+        if not width:
+            return selection
+        for layer in self.layers:
             device = layer.keys.device
             shift = torch.tensor([width - length for length in lengths], device=device)
-            index = (torch.arange(width, device=device)[None] - shift[:, None]).clamp(
-                min=0
-            )  # padding is masked, and finite
-            taken.layers.append(GrowingLayer())
-            taken.layers[-1].assign(
-                layer.keys[0][:, index].transpose(0, 1), layer.values[0][:, index].transpose(0, 1)
-            )
-        return taken
+            # Padding repeats the first column: it is masked, but has to be finite.
+            index = (torch.arange(width, device=device)[None] - shift[:, None]).clamp(min=0)
+            keys = layer.keys[0][:, index].transpose(0, 1)
+            values = layer.values[0][:, index].transpose(0, 1)
+            selection._append_layer(keys, values)
+        return selection
 
     def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
-        """Of the columns from `columns` on, keep in each row the one at offset chosen[row]."""
+        """Keep `columns` columns and, of those after them, the one at offset chosen[row]."""
         for layer in self.layers:
             layer.keep_one(columns, chosen)
 
     def drop_last(self) -> None:
-        """Forget the newest column."""
+        """Drop the newest column."""
         for layer in self.layers:
             layer.drop_last()
 
     def overwrite_last(self, rows: list[int], other: RowCache) -> None:
-        """Put the newest column of each of the other's rows in the place of these rows' newest."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            mine.keys[rows, :, -1] = theirs.keys[:, :, -1]
-            mine.values[rows, :, -1] = theirs.values[:, :, -1]
+        """Overwrite the newest column of these rows with the newest columns of the other's rows."""
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            layer.keys[rows, :, -1] = source.keys[:, :, -1]
+            layer.values[rows, :, -1] = source.values[:, :, -1]
 
     def join(self, other: RowCache) -> RowCache:
-        """These rows, then the other's; the shorter of the two is padded on the left."""
+        """Return these rows followed by the other's. The shorter cache is padded on the left."""
         joined = RowCache()
         width = max(self.length, other.length)
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            joined.layers.append(GrowingLayer())
-            joined.layers[-1].assign(
-                _stack(mine.keys, theirs.keys, width), _stack(mine.values, theirs.values, width)
-            )
+        for upper, lower in zip(self.layers, other.layers, strict=True):
+            keys = _stack(upper.keys, lower.keys, width)
+            values = _stack(upper.values, lower.values, width)
+            joined._append_layer(keys, values)
         return joined
 
 
-def _room(buffer: torch.Tensor | None, like: torch.Tensor, used: int, needed: int) -> torch.Tensor:
+def _enlarged(
+    buffer: torch.Tensor | None, like: torch.Tensor, used: int, needed: int
+) -> torch.Tensor:
+    """Copy the used columns of a buffer to one with room for `needed` columns and more."""
     rows, heads, _, dim = like.shape
-    bigger = like.new_zeros((rows, heads, needed + GROWTH, dim))
+    larger = like.new_zeros((rows, heads, needed + GROWTH, dim))
     if buffer is not None:
-        bigger[:, :, :used] = buffer[:, :, :used]
-    return bigger
+        larger[:, :, :used] = buffer[:, :, :used]
+    return larger
 
 
 def _stack(upper: torch.Tensor, lower: torch.Tensor, width: int) -> torch.Tensor:
     rows = upper.shape[0]
-    # Zeros, not empty: padding is masked, but a NaN left in memory would come through even a weight of 0.
+    # Zeros instead of empty memory: a masked NaN would still spoil the attention's sum.
     stacked = upper.new_zeros((rows + lower.shape[0], upper.shape[1], width, upper.shape[3]))
     stacked[:rows, :, width - upper.shape[2] :] = upper
     stacked[rows:, :, width - lower.shape[2] :] = lower

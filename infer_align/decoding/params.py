@@ -1,7 +1,7 @@
 """Sampling parameters of an OpenAI body: names, ranges, defaults, parsing and error messages.
 
-Every engine that samples tokens itself reads its bodies here. A field that such an engine cannot honour is refused by
-name; none is dropped silently.
+Every engine that samples tokens itself reads its bodies here. A field that such an engine cannot
+honour is refused by name; none is dropped silently.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ MAX_COUNT = 2**31
 # Decimal digits of a token id in `logit_bias`; more cannot be an index.
 MAX_ID_DIGITS = 19
 
-# Fields that hold the prompt or shape the answer. The engines read them next to the sampling parameters.
+# Fields that hold the prompt or shape the answer. The engines read them themselves.
 _OTHER_FIELDS = {
     "chat": {"messages", "chat_template_kwargs", "top_logprobs"},
     "completion": {"prompt", "echo"},
 }
-# Fields about the caller, storage, caching or billing. They do not change an answer, so any value is accepted.
+# Fields about the caller, storage, caching or billing. They do not change an answer, so any value
+# is accepted.
 _NEUTRAL = {
     "metadata",
     "prompt_cache_key",
@@ -65,7 +66,7 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The values that a numeric parameter may have: from `low` to `high`, without `low` itself if `above` is set."""
+    """The values allowed for a number: from `low` to `high`, without `low` if `above` is set."""
 
     low: float
     high: float
@@ -118,7 +119,9 @@ def _numeric(default: float | None, allowed: Range) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one candidate is sampled. Names and defaults are OpenAI's, or vLLM's where OpenAI has none.
+    """Sampling parameters of one candidate.
+
+    Names and defaults are OpenAI's, or vLLM's where OpenAI has none.
 
     Attributes:
         top_k: 0 and -1 mean the whole vocabulary.
@@ -203,7 +206,7 @@ def field_schemas(kind: Kind) -> dict[str, Any]:
     for name in _NEUTRAL:
         schemas[name] = {}
     for name, values in _HARMLESS.items():
-        # Any tool_choice is accepted while there are no tools, which a schema of one field cannot express.
+        # Without tools any tool_choice is accepted, which a schema of one field cannot express.
         if name != "tool_choice":
             schemas[name] = {"enum": [*values, None]}
     return dict(sorted(schemas.items()))
@@ -254,7 +257,8 @@ def _logit_bias(body: Body) -> dict[int, float]:
     value = body.get("logit_bias") or {}
     if not isinstance(value, Mapping):
         raise InvalidRequest(
-            f"logit_bias: {shown(value)} is not an object; must map token ids to numbers from -100 to 100.",
+            f"logit_bias: {shown(value)} is not an object; "
+            "must map token ids to numbers from -100 to 100.",
             param="logit_bias",
         )
     bias: dict[int, float] = {}
@@ -277,7 +281,8 @@ def _stop(body: Body) -> tuple[str, ...]:
     valid = isinstance(stops, list) and len(stops) <= MAX_STOPS
     if not valid or not all(isinstance(stop, str) and stop for stop in stops):
         raise InvalidRequest(
-            f"stop: {shown(value)} is not allowed; must be a string or up to {MAX_STOPS} strings, none empty.",
+            f"stop: {shown(value)} is not allowed; "
+            f"must be a string or up to {MAX_STOPS} strings, none empty.",
             param="stop",
         )
     return tuple(stops)
@@ -301,7 +306,8 @@ def _completion_logprobs(body: Body) -> int | None:
         return None
     if body.get("echo"):
         raise Unsupported(
-            "echo: is not available with logprobs, because logprobs of the prompt are not computed; leave out one.",
+            "echo: is not available with logprobs, because logprobs of the prompt are not "
+            "computed; leave out one.",
             param="echo",
         )
     return int(_TOP_LOGPROBS.check("logprobs", body["logprobs"]))

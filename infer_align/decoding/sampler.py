@@ -1,6 +1,6 @@
 """The sampler: logits become tokens, each row by its own parameters and its own seed.
 
-    adjust (penalties, biases, bans) -> steering -> temperature -> min_p, top_k, top_p -> inverse CDF
+    adjust (penalties, biases, bans) -> steering -> temperature -> min_p, top_k, top_p -> CDF
 
 A row's token depends on nothing else in the batch.
 """
@@ -58,8 +58,8 @@ def sample_at(
 ) -> list[int]:
     """Sample one token per row by inverse CDF at the given numbers.
 
-    Temperature comes first, then min_p, top_k and top_p. Temperature 0 takes the largest logit, and the lowest id of
-    equal ones.
+    Temperature comes first, then min_p, top_k and top_p. Temperature 0 takes the largest logit,
+    and the lowest id of equal ones.
 
     Args:
         logits: [B, V] float32 or float64.
@@ -80,7 +80,7 @@ def sample_at(
 
 
 def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> NDArray[np.float64]:
-    """Return a number in [0, 1) for each (seed, step): two rounds of splitmix64. [B], [B] -> [B]."""
+    """Return a number in [0, 1) for each (seed, step): splitmix64 twice. [B], [B] -> [B]."""
     with np.errstate(over="ignore"):
         state = _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN)
         state = _mix(state + np.array(steps, dtype=np.uint64) * _GOLDEN)
@@ -94,7 +94,10 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def adjust(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
-    """Apply penalties, biases and bans, which come before steering. [B, V] -> [B, V]; the argument stays unchanged."""
+    """Apply penalties, biases and bans, which come before steering. [B, V] -> [B, V].
+
+    The argument stays unchanged.
+    """
     indices = [i for i, row in enumerate(rows) if _is_adjusted(row)]
     if not indices:
         return logits
@@ -130,7 +133,7 @@ def _adjust_row(logits: torch.Tensor, row: SampledRow) -> None:
 
 
 def truncate(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Set the tokens that min_p, top_k and top_p exclude to -inf. [B, V] after temperature -> [B, V]."""
+    """Set what min_p, top_k and top_p exclude to -inf. [B, V] after temperature -> [B, V]."""
     indices = [i for i, p in enumerate(params) if p.min_p > 0 or p.top_k > 0 or p.top_p < 1]
     if not indices:
         return scaled
@@ -152,7 +155,8 @@ def _truncate_rows(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> to
     excluded = (ranks >= top_k) | (values < values[:, :1] + min_p)
     probabilities = torch.softmax(values.masked_fill(excluded, -torch.inf), dim=-1)
     top_p = column([p.top_p for p in params])
-    # A token stays if the tokens before it have not reached top_p. The one that crosses top_p is the last to stay.
+    # A token stays if the tokens before it have not reached top_p. The one that crosses top_p is
+    # the last to stay.
     preceding = probabilities.cumsum(dim=-1) - probabilities
     excluded |= (preceding >= top_p) & (top_p < 1)
     truncated = values.masked_fill(excluded, -torch.inf)

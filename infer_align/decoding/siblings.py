@@ -1,7 +1,8 @@
 """Caches of the value LMs that steer a running batch.
 
-A lookahead value reads a row's k candidates in one forward. The candidates are siblings: each attends to the row's
-tokens and to itself. After sampling, the column of the chosen candidate stays in the cache and the others are dropped.
+A lookahead value reads a row's k candidates in one forward. The candidates are siblings: each
+attends to the row's tokens and to itself. After sampling, the column of the chosen candidate stays
+in the cache and the others are dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class ValueCache:
     Attributes:
         lm: the value LM.
         members: the position in the batch of each row of the cache, ascending.
-        lengths: tokens of each row; all of them are in the cache. `choose` counts the sampled token.
+        lengths: tokens of each row, all of them in the cache. `choose` adds the sampled token.
         cache: keys and values, right-aligned.
     """
 

@@ -1,8 +1,9 @@
 """Value-augmented sampling (VAS): the one place where value estimates change logits.
 
-A step takes the k most likely tokens of each row, values them and adds beta times the centred values to their logits.
-Heads read the frozen model's hidden state; lookahead values read the candidates with a value LM (`siblings.py`).
-Each engine decides which rows are steered by which values and builds a `SteeringBatch`; `steer` does the arithmetic.
+A step takes the k most likely tokens of each row, values them and adds beta times the centred
+values to their logits. Heads read the frozen model's hidden state; lookahead values read the
+candidates with a value LM (`siblings.py`). Each engine decides which rows are steered by which
+values and builds a `SteeringBatch`; `steer` does the arithmetic.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ NO_CACHES: Mapping[ValueLM, ValueCache] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SteeringBatch:
-    """Steering of one step: S rows, M values, at most k candidates per row. Valid while the rows stay the same.
+    """Steering of one step: S rows, M values, at most k candidates per row.
+
+    The record is valid while the rows stay the same.
 
     Attributes:
         rows: [S] indices of the steered rows of the logits; None if all rows are in the batch.
@@ -35,10 +38,10 @@ class SteeringBatch:
         users: for each value, the indices among the S rows that it steers; None for all S.
         beta: [S, M] weights; 0 where a value does not steer a row.
         beyond: [S, k] True in slots past the row's own top_k; None if no row has such slots.
-        tail: [S] True where tokens outside the candidates are masked; "keep" if they are masked nowhere.
+        tail: [S] True where tokens outside the candidates are masked; "keep" if no row masks them.
         k: the largest top_k of the rows.
-        uniform: True if every row has k candidates, is steered by every value and keeps its tail, and all values are
-            heads. `steer` then skips checks when it writes in place.
+        uniform: True if every row has k candidates, is steered by every value and keeps its tail,
+            and all values are heads. `steer` then skips checks when it writes in place.
     """
 
     rows: torch.Tensor | None
@@ -113,11 +116,11 @@ def steer(
         logits: [B, V] float32, before temperature.
         hidden: [B, d] states that the output layer read.
         batch: the steering of these rows.
-        caches: caches of the value LMs in use; their members are indices among the S steered rows.
+        caches: of the value LMs in use; their members are indices among the S steered rows.
         out: pass `logits` to write in place; by default they stay unchanged.
 
     Returns:
-        [B, V] logits, in which rows that are not steered are bit for bit the same, and [S, k] candidates.
+        [B, V] logits and [S, k] candidates. Rows that are not steered stay bit for bit the same.
     """
     rows = batch.rows
     steered = logits if rows is None else logits.index_select(0, rows)
@@ -147,7 +150,10 @@ def _evaluate(
     batch: SteeringBatch,
     caches: Mapping[ValueLM, ValueCache],
 ) -> torch.Tensor:
-    """Value the candidates: [S, k] ids, [S, d] states -> [M, S, k]; 0 where a value does not steer a row."""
+    """Value the candidates: [S, k] ids, [S, d] states -> [M, S, k].
+
+    The result is 0 where a value does not steer a row.
+    """
     first = batch.values[0]
     if len(batch.values) == 1 and batch.users[0] is None and isinstance(first, HeadValue):
         return first.evaluate(hidden, candidates)[None]
@@ -164,7 +170,7 @@ def _evaluate(
 def _evaluate_head(
     head: HeadValue, candidates: torch.Tensor, hidden: torch.Tensor, users: torch.Tensor | None
 ) -> torch.Tensor:
-    """Value the candidates with a head for the rows in `users` (None: all). -> [S, k], 0 elsewhere."""
+    """Value the candidates of the rows in `users` (None: all). -> [S, k], 0 in other rows."""
     if users is None:
         return head.evaluate(hidden, candidates)
     of_users = head.evaluate(hidden.index_select(0, users), candidates.index_select(0, users))
@@ -174,7 +180,7 @@ def _evaluate_head(
 def expected_values(
     logits: torch.Tensor, hidden: torch.Tensor, weights: Sequence[Mapping[HeadValue, float]]
 ) -> torch.Tensor:
-    """Estimate what each row's answer will be worth: the weighted sum of its heads' expectations. -> [D].
+    """Estimate the value of each row's answer, the weighted sum of its heads' expectations. -> [D].
 
     Args:
         logits: [D, V] that the next token is sampled from, before temperature.

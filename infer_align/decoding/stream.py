@@ -1,7 +1,6 @@
-"""OpenAI choices and their stream chunks: a finished message as a delta, and deltas assembled into a choice.
+"""Conversion between OpenAI choices and their stream chunks.
 
-`openai.lib.streaming` assembles chunks too, but drops fields that OpenAI does not define. Servers send such fields, and
-they are passed on here.
+`openai.lib.streaming` assembles chunks too, but chat only, and it would need the SDK at run time.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ class ChoiceBuilder:
         self._complete: Body | None = None
         self._fields: dict[str, Any] = {}
         self._message: dict[str, Any] = {}
-        # The chunks of each text field. Joining them once avoids copying a long text for each chunk.
+        # The chunks of each text field. Joining them once avoids copying a long text each time.
         self._texts: dict[str, list[str]] = {}
 
     def add(self, chunk: Mapping[str, Any]) -> Body | None:
-        """Merge a stream choice; return it as a delta, or None if it holds neither text nor logprobs."""
+        """Merge a stream choice; return it as a delta, or None without text and logprobs."""
         piece = self.merge_chunk(chunk)
         delta = piece["delta"] if self.kind == "chat" else None
         has_text = bool(delta or piece.get("text"))
@@ -47,7 +46,10 @@ class ChoiceBuilder:
         return piece if has_text or piece.get("logprobs") else None
 
     def merge_chunk(self, chunk: Mapping[str, Any]) -> Body:
-        """Merge a stream choice; return its fields without the index, the role, the finish_reason and empty texts."""
+        """Merge a stream choice; return it as a delta.
+
+        The delta has no index, role, finish_reason or empty text.
+        """
         piece = _without(chunk, {"index", "finish_reason"})
         if self.kind == "chat":
             delta = piece.get("delta") or {}
@@ -73,7 +75,7 @@ class ChoiceBuilder:
         return piece
 
     def choice(self, finish_reason: str | None = None) -> Body:
-        """Return the choice so far, without its index. `finish_reason` is used if none has arrived."""
+        """Return the choice so far, without its index; `finish_reason` is used if none arrived."""
         if self._complete is not None:
             return self._complete
         reason = self._fields.get("finish_reason") or finish_reason
@@ -99,7 +101,10 @@ class ChoiceBuilder:
 
 
 def message_delta(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a finished message as a stream delta: without its role and null fields, with numbered tool calls."""
+    """Return a finished message as a stream delta.
+
+    The delta has no role and no null fields, and its tool calls are numbered.
+    """
     delta = {
         name: value for name, value in _without(message, {"role"}).items() if value is not None
     }
@@ -113,8 +118,8 @@ def message_delta(message: Mapping[str, Any]) -> dict[str, Any]:
 def merge(target: dict[str, Any], delta: Mapping[str, Any]) -> None:
     """Merge a delta into what has arrived before.
 
-    Strings are appended and objects merged. Lists grow, except that an item with an `index` is merged into the item of
-    the same index.
+    Strings are appended and objects merged. Lists grow, except that an item with an `index` is
+    merged into the item of the same index.
     """
     for name, value in delta.items():
         current = target.get(name)
@@ -184,7 +189,10 @@ def _is_object(value: object) -> bool:
 
 
 def split_proportionally(total: int, weights: list[int]) -> list[int]:
-    """Split `total` in proportion to the weights, into whole numbers that add up to it; evenly if all weights are 0."""
+    """Split `total` in proportion to the weights, into whole numbers that add up to it.
+
+    If all weights are 0, split it evenly.
+    """
     if not any(weights):
         weights = [1] * len(weights)
     parts: list[int] = []
@@ -197,7 +205,7 @@ def split_proportionally(total: int, weights: list[int]) -> list[int]:
 
 
 def count_tokens(choice: Body) -> int:
-    """Count the tokens of a choice: those listed in its logprobs, else one for every few characters."""
+    """Count the tokens of a choice: those in its logprobs, else one for every few characters."""
     logprobs = choice.get("logprobs")
     if isinstance(logprobs, Mapping):
         entries = logprobs.get("content") or logprobs.get("tokens")
@@ -213,7 +221,7 @@ def count_tokens(choice: Body) -> int:
 
 
 def token_count(value: object) -> int | None:
-    """Return a number of tokens that an upstream reports, or None if the value is not a sensible count."""
+    """Return a token count that an upstream reports, or None if it is not a sensible number."""
     if not isinstance(value, int) or isinstance(value, bool):
         return None
     return value if 0 <= value < 2**40 else None
@@ -227,7 +235,8 @@ def find_defect(kind: Kind, choice: Mapping[str, Any], *, streamed: bool = False
     if kind == "completion":
         defect = _text_defect(choice, streamed=streamed)
     else:
-        defect = _message_defect((choice.get("delta") or {}) if streamed else choice.get("message"))
+        message = (choice.get("delta") or {}) if streamed else choice.get("message")
+        defect = _message_defect(message)
     if defect is not None:
         return defect
     logprobs_valid = isinstance(choice.get("logprobs"), Mapping | None)
@@ -259,7 +268,7 @@ def _message_defect(message: object) -> str | None:
 
 
 def is_json(value: object) -> bool:
-    """Return True if the value can be written as JSON: all numbers finite, no half of a surrogate pair."""
+    """Return True if JSON can hold the value: finite numbers, no half of a surrogate pair."""
     try:
         _encode(value).encode()
     except (ValueError, RecursionError):

@@ -1,24 +1,34 @@
-"""From tokens to text as they come: whole characters only, and stop strings found across token boundaries."""
+"""Streaming text of sampled tokens: complete characters, and stop strings across tokens.
+
+`tokenizers.decoders.DecodeStream` does not suffice: it raises when bytes follow that spoil a
+character, holds broken characters back forever and cannot flush an unfinished one at the end.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from functools import lru_cache
 from typing import Any
 
-# A character is at most four bytes and so four tokens; who sends more that end in none is not waited for.
-PATIENCE = 32
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# A character is at most four bytes, so at most four tokens. After this many tokens without a
+# complete character, the replacement character is emitted.
+MAX_PENDING_TOKENS = 32
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "▁"
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# The letters with which byte-level vocabularies write bytes.
+_BYTE_OF_LETTER: dict[str, int] = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 class TextStream:
     """The text of one candidate.
 
     Attributes:
-        text: all of it so far that cannot become part of a stop string, without the stop string itself.
-        stopped: a stop string has come.
+        text: the text so far, without the stop string and without an end that may begin one.
+        stopped: True once a stop string has arrived.
     """
 
     def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
@@ -26,29 +36,33 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stops = stops
-        self._held = ""  # may be the beginning of a stop string
-        self._before: list[
-            int
-        ] = []  # the tokens of the last piece: whether a space leads depends on what stands before
-        self._tokens: list[int] = []  # those since
+        # Decoded text that may be the beginning of a stop string.
+        self._held = ""
+        # The tokens of the latest piece. The decoder needs them to place a leading space.
+        self._context: list[int] = []
+        # The tokens since then, which do not yet end in a complete character.
+        self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """Add a token; -> the text that is certain now."""
-        self._tokens.append(token)
-        return self._emit(self._piece(final=False), final=not self._stops)
+        """Add a token; return the text that is certain now."""
+        self._pending.append(token)
+        return self._emit(self._next_piece(final=False), final=not self._stops)
 
     def finish(self) -> str:
-        """The end has come: -> what was held back, an unfinished character included."""
-        return self._emit(self._piece(final=True), final=True)
+        """Return the text that was held back, an unfinished character included."""
+        return self._emit(self._next_piece(final=True), final=True)
 
-    def _piece(self, *, final: bool) -> str:
-        before, text = self._decode(self._before), self._decode([*self._before, *self._tokens])
-        # Bytes that follow a character made of bytes can spoil it in the decoder's eyes; what was said stays said.
-        piece = text[len(before) :] if text.startswith(before) else self._decode(self._tokens)
-        unfinished = piece.endswith(_UNKNOWN) and len(self._tokens) < PATIENCE
+    def _next_piece(self, *, final: bool) -> str:
+        context = self._decode(self._context)
+        text = self._decode([*self._context, *self._pending])
+        # Later bytes can change how the decoder renders earlier ones. Never retract emitted text.
+        unchanged = text.startswith(context)
+        piece = text[len(context) :] if unchanged else self._decode(self._pending)
+        unfinished = piece.endswith(_REPLACEMENT) and len(self._pending) < MAX_PENDING_TOKENS
         if not piece or (unfinished and not final):
             return ""
-        self._before, self._tokens = self._tokens, []
+        self._context = self._pending
+        self._pending = []
         return piece
 
     def _decode(self, tokens: list[int]) -> str:
@@ -59,57 +73,81 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += piece
-        # The first to be complete, and of those the longest: so it does not matter where tokens begin and end.
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
+        stop = self._first_stop()
+        if stop is not None:
             self.stopped = True
-            certain = min(found)[1]
+            certain = stop
+        elif final:
+            certain = len(self._held)
         else:
-            certain = len(self._held) if final else len(self._held) - self._risk()
-        out = self._held[:certain]
+            certain = len(self._held) - self._stop_prefix_length()
+        emitted = self._held[:certain]
         self._held = "" if self.stopped else self._held[certain:]
-        self.text += out
-        return out
+        self.text += emitted
+        return emitted
 
-    def _risk(self) -> int:
-        """Length of the longest end of the held text that a stop string begins with."""
+    def _first_stop(self) -> int | None:
+        """Return where in the held text a stop string begins.
+
+        The stop string that is complete first counts, and of those the longest. So the result
+        does not depend on where tokens begin and end.
+        """
+        matches: list[tuple[int, int]] = []
+        for stop in self._stops:
+            start = self._held.find(stop)
+            if start >= 0:
+                matches.append((start + len(stop), start))
+        return min(matches)[1] if matches else None
+
+    def _stop_prefix_length(self) -> int:
+        """Return the length of the longest end of the held text that begins a stop string."""
         longest = max(len(stop) for stop in self._stops) - 1
         for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
+            end = self._held[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
                 return length
         return 0
 
 
 @lru_cache(2**18)
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """The UTF-8 of one token, which may be a part of a character."""
+    """Return the UTF-8 of one token, which may be a part of a character.
+
+    An id without a token gives no bytes; vocabularies are padded.
+    """
     piece: str | None = tokenizer.convert_ids_to_tokens(token)
-    if piece is None:  # an embedding without a token: vocabularies are padded
+    if piece is None:
         return b""
     if token in tokenizer.added_tokens_decoder:
         return piece.encode()
-    decoder = repr(tokenizer.backend_tokenizer.decoder)
-    if "ByteLevel(" in decoder:
-        return (
-            bytes(_LETTERS[letter] for letter in piece)
-            if all(letter in _LETTERS for letter in piece)
-            else piece.encode()
-        )
-    if "ByteFallback(" in decoder and (byte := _BYTE.fullmatch(piece)):
+    steps = _decoder_steps(tokenizer)
+    if "ByteLevel" in steps:
+        return _byte_level(piece)
+    byte = _BYTE.fullmatch(piece)
+    if "ByteFallback" in steps and byte:
         return bytes([int(byte[1], 16)])
-    if _SPACE in decoder:
-        return piece.replace(_SPACE, " ").encode()
-    text: str = tokenizer.decode([token])
+    text: str = piece.replace(_SPACE, " ") if _SPACE in steps else tokenizer.decode([token])
     return text.encode()
 
 
-def _letters() -> dict[str, int]:
-    """The letters that byte-level vocabularies write bytes with: printable ones stand for themselves, the rest from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(0x100 + i): byte for i, byte in enumerate(hidden)
-    }
+def _byte_level(piece: str) -> bytes:
+    if all(letter in _BYTE_OF_LETTER for letter in piece):
+        return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
+    return piece.encode()
 
 
-_LETTERS = _letters()
+@lru_cache(64)
+def _decoder_steps(tokenizer: Any) -> frozenset[str]:
+    """Return the types of a tokenizer's decoders, and "▁" if one of them turns it into a space."""
+    decoder = tokenizer.backend_tokenizer.decoder
+    if decoder is None:
+        return frozenset()
+    steps: set[str] = set()
+    remaining = [json.loads(decoder.__getstate__())]
+    while remaining:
+        step = remaining.pop()
+        remaining += step.get("decoders", [])
+        steps.add(step["type"])
+        if _SPACE in (step.get("replacement"), step.get("pattern", {}).get("String")):
+            steps.add(_SPACE)
+    return frozenset(steps)
