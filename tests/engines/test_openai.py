@@ -14,7 +14,7 @@ import pytest
 
 from infer_align.config import config as configuration
 from infer_align.engines.openai import OpenAI, OpenAIEngine
-from infer_align.engines.openai.roster import listed_models
+from infer_align.engines.openai.models import parse_models
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable, Unsupported
 from infer_align.types import Candidate, Capability, Delta, Draw, LabelQuery
 from infer_align.upstream import UpstreamFailed
@@ -96,9 +96,9 @@ async def test_everything_is_found(up: Upstream, engine: Any) -> None:
     assert {"completion", "seed", "logprobs", "label_logprobs", "tools", "structured"} | {
         "chat"
     } == set(found.capabilities)
-    (probed,) = found.probed.values()
-    assert {"n", "logit_bias", "continue"} <= probed.can
-    assert not probed.ignores | probed.takes | probed.unknown
+    (probed,) = found.features.values()
+    assert {"n", "logit_bias", "continue"} <= probed.supported
+    assert not probed.ignored | probed.accepted | probed.unknown
     assert all(body["max_tokens"] <= 48 for body in up.bodies)
     assert len(up.bodies) < 16
     assert found.context_length == 1000
@@ -109,9 +109,9 @@ async def test_a_200_is_no_capability(up: Upstream, engine: Any) -> None:
     up.answer = indifferent
     found = await engine(probe=True)
     assert set(found.capabilities) == {"chat", "completion"}
-    (probed,) = found.probed.values()
-    assert probed.takes == {"seed", "tools", "structured"}
-    assert probed.ignores == {"logprobs", "n", "logit_bias", "continue"}
+    (probed,) = found.features.values()
+    assert probed.accepted == {"seed", "tools", "structured"}
+    assert probed.ignored == {"logprobs", "n", "logit_bias", "continue"}
     found.check(Draw({"messages": ASK, "tools": [{}], "response_format": {}}, seed_requested=True))
     with pytest.raises(Unsupported, match="logit_bias"):
         found.check(Draw({"messages": ASK, "logit_bias": {"1": 5}}))
@@ -245,8 +245,8 @@ def test_lists_of_models_in_the_wild() -> None:
         {"x": 1},
         3,
     ]
-    assert listed_models({"data": entries}) == {"a": 5, "b": 7, "c": None}
-    assert listed_models([]) == listed_models({"data": None}) == {}
+    assert parse_models({"data": entries}) == {"a": 5, "b": 7, "c": None}
+    assert parse_models([]) == parse_models({"data": None}) == {}
 
 
 def test_forwarding_needs_neither_torch_nor_the_sdk() -> None:

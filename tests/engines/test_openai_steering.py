@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 from infer_align.config import config as configuration
 from infer_align.demo import world
 from infer_align.engines.openai import OpenAI, OpenAIEngine
-from infer_align.engines.openai.continuation import Continuation
+from infer_align.engines.openai.continuation import Continuation, Prompt
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
 from infer_align.flow.request import Limits, make_plan, parse_request
@@ -209,7 +209,7 @@ async def test_names_and_sizes_are_refused(engine: Any) -> None:
 async def test_stop_and_leave(engine: Any) -> None:
     async with engine.sample(steered("mask", n=3, max_tokens=100)) as stream:
         async for event in stream:
-            if not hasattr(event, "cut"):
+            if not hasattr(event, "interrupted"):
                 stream.stop()
             else:
                 assert event.interrupted or event.finish_reason == "stop"
@@ -265,7 +265,7 @@ VOCABULARY = {b"a": 1, b"\xe2\x82": 2, b" b": 3}
 
 
 def shown(way: Any, names: Any) -> dict[int, float]:
-    return Continuation(way, VOCABULARY, "m").top({"choices": [{"logprobs": names}]})
+    return Continuation(way, VOCABULARY, "m").top_logprobs({"choices": [{"logprobs": names}]})
 
 
 def test_tokens_are_known_by_id_by_text_or_by_bytes() -> None:
@@ -294,11 +294,11 @@ def test_tokens_are_known_by_id_by_text_or_by_bytes() -> None:
 
 
 def test_a_prefix_is_continued_as_exactly_as_can_be() -> None:
-    prompt = {"text": "<u>q", "messages": QUESTION, "chat_template_kwargs": {"x": 1}}
-    assert Continuation("ids", VOCABULARY, "m").body(prompt, [4, 5], "so")["prompt"] == [4, 5]
-    assert Continuation("text", VOCABULARY, "m").body(prompt, [4, 5], "so")["prompt"] == "<u>qso"
-    chat = Continuation("chat", VOCABULARY, "m").body(prompt, [4, 5], "so")
+    prompt = Prompt("<u>q", (4,), {"messages": QUESTION, "chat_template_kwargs": {"x": 1}})
+    assert Continuation("ids", VOCABULARY, "m").body(prompt, [5], "so")["prompt"] == [4, 5]
+    assert Continuation("text", VOCABULARY, "m").body(prompt, [5], "so")["prompt"] == "<u>qso"
+    chat = Continuation("chat", VOCABULARY, "m").body(prompt, [5], "so")
     assert chat["messages"][-1] == {"role": "assistant", "content": "so"}
     assert chat["continue_final_message"] is True
     assert chat["chat_template_kwargs"] == {"x": 1}
-    assert Continuation("chat", VOCABULARY, "m").body(prompt, [4], "")["messages"] == QUESTION
+    assert Continuation("chat", VOCABULARY, "m").body(prompt, [], "")["messages"] == QUESTION

@@ -591,7 +591,7 @@ def test_a_refused_n_is_no_verdict_on_n(told: Upstream, front: Any) -> None:
 
 
 def test_what_was_ignored_once_is_asked_again(told: Upstream, front: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("infer_align.engines.openai.fanout.FORGET_SECONDS", 0.3)
+    monkeypatch.setattr("infer_align.engines.openai.batch_size.FORGET_SECONDS", 0.3)
     live = front()
     told.most = 1
     chat(live, {"best_of_n": {"n": 4}})

@@ -1,10 +1,14 @@
-"""Any OpenAI-compatible server as the engine: the client's body goes there whole, what comes back is kept whole.
+"""Any OpenAI-compatible server as the engine.
 
-    check, sample ─▶ Drawing (draws.py): as few calls as the upstream honours ─▶ choices (choices.py) ─▶ Stream
-    start ─▶ models and what they can do (roster.py, probe.py); read_labels ─▶ labels.py; vas ─▶ steering.py
-    relay ─▶ the upstream's own Responses API, passed through
+    start        ─▶ models and their features      models.py, probe.py
+    sample       ─▶ one draw in a few calls        draws.py, batch.py, batch_size.py
+                 ─▶ one draw token by token (vas)  steering.py, steered.py, continuation.py
+    read_labels  ─▶ top logprobs                   labels.py
+    relay        ─▶ the upstream's own response, unchanged
 
-The upstreams, their keys and their health are `infer_align.upstream`. Of a request, only the model's name chooses among them.
+A request's body is sent as the client wrote it, and unknown fields of an answer are returned. The
+package `infer_align.upstream` manages the hosts and sends the calls. Of a request, only the name of
+the model decides which hosts may serve it.
 """
 
 from __future__ import annotations
@@ -17,11 +21,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from infer_align.engines import Engine, Stream
+from infer_align.engines.openai.batch_size import BatchSizes
 from infer_align.engines.openai.draws import Drawing, refusal
-from infer_align.engines.openai.fanout import Fanout
 from infer_align.engines.openai.labels import read_labels
-from infer_align.engines.openai.probe import FEATURES, FIELDS, Probed
-from infer_align.engines.openai.roster import CONTEXT_LENGTH, Roster
+from infer_align.engines.openai.models import CONTEXT_LENGTH, UpstreamModels
+from infer_align.engines.openai.probe import FEATURES, FIELDS, Features
 from infer_align.errors import ConfigError, Unavailable, Unsupported
 from infer_align.types import Body, Capability, Draw, LabelLogprobs, LabelQuery
 from infer_align.upstream import Upstream, UpstreamFailed
@@ -29,70 +33,79 @@ from infer_align.upstream.client import Client
 from infer_align.upstream.response import read_bytes
 
 if TYPE_CHECKING:
-    from infer_align.engines.openai.steering import Steered, Steerer
+    from infer_align.engines.openai.steered import SteeredDrawing
+    from infer_align.engines.openai.steering import Steerer
 
 _CAPABILITIES = frozenset(capability.value for capability in Capability)
-# What a server without the Responses API says of its route, beside a status of these.
-NO_ROUTE, NO_ROUTE_STATUSES = (
-    re.compile(r"|not found|method not allowed|(the upstream answered \d+)", re.IGNORECASE),
-    {404, 405, 501},
+# The status and the message of a server that does not have a route at all.
+NO_ROUTE_STATUSES = {404, 405, 501}
+NO_ROUTE_MESSAGE = re.compile(
+    r"|not found|method not allowed|(the upstream answered \d+)", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAI(Upstream):
-    """One or several OpenAI-compatible servers."""
+    """Options of the engine for OpenAI-compatible servers."""
 
     model: str | None = field(
         default=None,
         metadata={
-            "description": "the upstream's model; without it every model that it lists is served under its name"
+            "description": "Model of the upstreams. By default, every model that they list is "
+            "served under its own name."
         },
     )
     n: Literal["auto", "native", "single"] = field(
         default="auto",
         metadata={
-            "description": "several candidates by one call, by one call each, or as what comes back shows to be possible"
+            "description": "Calls for several candidates. 'native': one call with n. "
+            "'single': n calls. 'auto': native, and fewer per call if fewer come back."
         },
     )
     context_length: int | None = field(
         default=None,
         metadata={
             "ge": 1,
-            "description": f"tokens of prompt and completion; default: the upstream's, or {CONTEXT_LENGTH}",
+            "description": "Maximum number of tokens of prompt and completion together. Default: "
+            f"what the upstream reports, or {CONTEXT_LENGTH}.",
         },
     )
     probe: bool = field(
         default=True,
         metadata={
-            "description": "find out at the start, by calls of a few tokens, what the upstream can do"
+            "description": "Find the features of the upstreams at the start, with calls of a few "
+            "tokens."
         },
     )
     probe_seconds: float = field(
-        default=20.0, metadata={"gt": 0, "description": "for all probes of a model together"}
+        default=20.0,
+        metadata={"gt": 0, "description": "Timeout for all probes of a model together."},
     )
     capabilities: tuple[str, ...] = field(
         default=("completion", "seed", "logprobs", "tools", "structured", "n", "logit_bias"),
         metadata={
-            "description": f"what it can do, where probe is false; of: {', '.join(FEATURES)}"
+            "description": "Features of the upstreams if probe is false. "
+            f"Possible are: {', '.join(FEATURES)}."
         },
     )
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "description": "path or hub id of the upstream model's tokenizer, which vas needs to steer it"
+            "description": "Path or hub id of the tokenizer of the upstream's model. Required by "
+            "vas."
         },
     )
 
     def load(self) -> OpenAIEngine:
-        """The engine, its upstreams not yet reached.
+        """Return the engine, without calling the upstreams.
 
         Raises:
             ConfigError: urls, key or capabilities are wrong.
         """
-        if unknown := sorted(set(self.capabilities) - set(FEATURES)):
+        unknown = sorted(set(self.capabilities) - set(FEATURES))
+        if unknown:
             raise ConfigError(
-                f"capabilities: {unknown[0]!r} is not one of them; known: {', '.join(FEATURES)}."
+                f"capabilities: {unknown[0]!r} is unknown; use any of {', '.join(FEATURES)}."
             )
         return OpenAIEngine(self)
 
@@ -101,7 +114,10 @@ plugin = OpenAI
 
 
 class OpenAIEngine(Engine):
-    """Forwards draws. `start` does not fail where no upstream can be reached: it keeps trying, and `health` says so.
+    """Sends draws to the upstreams.
+
+    `start` succeeds even if no upstream can be reached: the engine keeps trying, and `health`
+    gives the reason.
 
     Attributes:
         client: the upstreams.
@@ -110,103 +126,110 @@ class OpenAIEngine(Engine):
     def __init__(self, config: OpenAI) -> None:
         self.config = config
         self.client = Client(config)
-        self._fanout = Fanout(config.n)
-        self._roster = Roster(config, self.client, self._fanout)
-        self._drawings: set[Drawing | Steered] = set()
-        self._watch: asyncio.Task[None] | None = None
+        self._sizes = BatchSizes(config.n)
+        self._models = UpstreamModels(config, self.client, self._sizes)
+        self._drawings: set[Drawing | SteeredDrawing] = set()
+        self._reaching: asyncio.Task[None] | None = None
         self._steerer: Steerer | None = None
         self._closed = False
 
+    # --- what it offers ---
+
     @property
     def models(self) -> tuple[str, ...]:
-        """Those of all upstreams, the first upstream's first; () until one was reached, unless one is configured."""
-        return self._roster.models
+        """The models of all upstreams; () until one was reached, unless one is configured."""
+        return self._models.names
 
     @property
     def model(self) -> str:
-        """The configured one, else the first that is listed."""
-        return next(iter(self.models), "")
+        """The configured model, else the first that is listed."""
+        return self.models[0] if self.models else ""
 
     @property
     def context_length(self) -> int:
-        """That of the first model."""
-        return self._roster.context_length(self.model)
+        """The context length of the first model."""
+        return self._models.context_length(self.model)
 
     @property
-    def probed(self) -> Mapping[tuple[str, str], Probed]:
-        """What each upstream can do with each model, by (URL, model)."""
-        return self._roster.probed
+    def features(self) -> Mapping[tuple[str, str], Features]:
+        """The features that were found, by (URL, model)."""
+        return self._models.features
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """What every upstream that has the first model was seen to do with it; of another model, `check` knows."""
-        found = {
-            Capability.CHAT,
-            *(Capability(name) for name in self._roster.can(self.model) if name in _CAPABILITIES),
-        }
-        return frozenset(
-            found | {Capability.STEER} if self._steerer and self._steerer.way(self.model) else found
-        )
+        """The features that every upstream of the first model supports.
+
+        `check` knows those of the other models.
+        """
+        names = self._models.supported(self.model) & _CAPABILITIES
+        capabilities = {Capability.CHAT, *map(Capability, names)}
+        if self._steerer and self._steerer.way(self.model):
+            capabilities.add(Capability.STEER)
+        return frozenset(capabilities)
 
     @property
     def capability_hints(self) -> Mapping[Capability, str]:
-        """What steering an upstream needs beyond what is there."""
+        """A sentence on how to enable steering."""
         if self._steerer is None:
-            return {
-                Capability.STEER: "to steer an upstream, name its model's tokenizer with [engine] tokenizer"
-            }
-        return {
-            Capability.STEER: "to be steered, the upstream must show top_logprobs, which it does not"
-        }
+            hint = "to steer an upstream, name its model's tokenizer with [engine] tokenizer"
+        else:
+            hint = "to be steered, the upstream must return top_logprobs, which it does not"
+        return {Capability.STEER: hint}
+
+    def health(self) -> str | None:
+        """Return None while an upstream can be reached, else the reasons."""
+        if self._closed:
+            return "the engine was shut down"
+        return self.client.pool.health()
+
+    # --- start and end ---
 
     async def start(self) -> None:
-        """Reach the upstreams, and ask what they can do.
+        """Reach the upstreams and find their models and features.
 
         Raises:
             ConfigError: the tokenizer or a value cannot be loaded.
         """
         if self.config.tokenizer:
-            from infer_align.engines.openai.steering import Steerer  # noqa: PLC0415 - torch, which forwarding does not need
+            # Steering needs torch, which an engine that only forwards does not.
+            from infer_align.engines.openai.steering import Steerer  # noqa: PLC0415
 
             self._steerer = await asyncio.to_thread(Steerer, self.config.tokenizer, self.values)
-            self._roster.steerer = self._steerer
+            self._models.steerer = self._steerer
         await self.client.start()
-        await self._roster.reach_all()
-        self._watch = asyncio.create_task(self._keep_reaching())
+        await self._models.reach_all()
+        self._reaching = asyncio.create_task(self._keep_reaching())
 
     async def _keep_reaching(self) -> None:
         while True:
             await asyncio.sleep(self.config.recovery_seconds)
-            await self._roster.reach_all()
+            await self._models.reach_all()
 
     async def close(self) -> None:
-        """Break off what is drawn; its streams end with an error."""
+        """Cancel all draws; their streams end with an error."""
         self._closed = True
-        if self._watch:
-            self._watch.cancel()
+        if self._reaching:
+            self._reaching.cancel()
             with suppress(asyncio.CancelledError):
-                await self._watch
+                await self._reaching
         for drawing in tuple(self._drawings):
             drawing.fail(Unavailable("the engine was shut down"))
         await self.client.close()
 
-    def health(self) -> str | None:
-        """None while an upstream can be reached."""
-        if self._closed:
-            return "the engine was shut down"
-        return self.client.pool.health()
+    # --- draws ---
 
     def check(self, draw: Draw) -> None:
-        """Refuse what the upstreams were found to drop; whether a value is allowed is theirs to say.
+        """Refuse fields that an upstream was found to ignore; it checks their values itself.
 
         Raises:
             InvalidRequest: naming the field.
         """
         model = self._model_of(draw.body)
         if self._steerer and draw.steering:
-            self._steerer.check(draw, model, biased="logit_bias" in self._roster.can(model))
+            honours_bias = "logit_bias" in self._models.supported(model)
+            self._steerer.check(draw, draw.steering, model, honours_bias=honours_bias)
             return
-        ignored = self._roster.ignores(model)
+        ignored = self._models.ignored(model)
         if draw.kind in ignored:
             raise Unsupported(
                 f"the upstream of {model!r} has no text completions; use chat completions.",
@@ -214,90 +237,116 @@ class OpenAIEngine(Engine):
             )
         if draw.body.get("best_of") not in {None, 1}:
             raise Unsupported(
-                "best_of: what it draws nobody could count; ask for align.best_of_n instead.",
+                "best_of: the tokens that it costs cannot be counted; use align.best_of_n instead.",
                 param="best_of",
             )
-        asked = {
-            name for feature in ignored for name in FIELDS.get(feature, ()) if draw.body.get(name)
-        }
-        asked |= {"seed"} if "seed" in ignored and draw.seed_requested else set()
-        if asked:
-            name = min(asked)
+        fields: set[str] = set()
+        for feature in ignored:
+            fields.update(name for name in FIELDS.get(feature, ()) if draw.body.get(name))
+        if "seed" in ignored and draw.seed_requested:
+            fields.add("seed")
+        if fields:
+            name = min(fields)
             raise Unsupported(
                 f"{name}: the upstream of {model!r} does not honour it; leave it out.", param=name
             )
 
     def worst_case_tokens(self, body: Body) -> int:
-        """The most tokens one candidate of this body can generate, by the model that it names."""
-        room = (
-            {"max_tokens": self._roster.context_length(self._model_of(body))}
-            if "messages" in body
-            else {}
-        )
-        return super().worst_case_tokens({**room, **body})
+        """Return the maximum number of tokens of one candidate, for the model in the body."""
+        if "messages" not in body:
+            return super().worst_case_tokens(body)
+        context_length = self._models.context_length(self._model_of(body))
+        return super().worst_case_tokens({"max_tokens": context_length, **body})
 
     def sample(self, draw: Draw) -> Stream:
-        """Ask the upstreams for the draw's candidates.
+        """Start the draw at the upstreams.
 
         Raises:
-            Unavailable: after close.
+            Unavailable: the engine is closed, or no upstream that can be steered was reached.
         """
         if self._closed:
             raise Unavailable("the engine was shut down")
-        model = self._model_of(draw.body)
-        drawing: Drawing | Steered
-        if self._steerer and draw.steering and any(draw.steering.beta.values()):
-            room = self._roster.context_length(model)
-            drawing = self._steerer.drawing(self.client, draw, model, room, self._drawings.discard)
-        else:
-            drawing = Drawing(self.client, self._fanout, draw, model, self._drawings.discard)
+        drawing = self._drawing(draw)
         drawing.start()
         self._drawings.add(drawing)
         return drawing.stream
+
+    def _drawing(self, draw: Draw) -> Drawing | SteeredDrawing:
+        model = self._model_of(draw.body)
+        is_steered = draw.steering is not None and any(draw.steering.beta.values())
+        if self._steerer is None or draw.steering is None or not is_steered:
+            return Drawing(self.client, self._sizes, draw, model, self._drawings.discard)
+        # Like the steerer, this needs torch.
+        from infer_align.engines.openai.steered import SteeredDrawing  # noqa: PLC0415
+
+        return SteeredDrawing(
+            self._steerer,
+            self.client,
+            draw,
+            draw.steering,
+            model,
+            self._models.context_length(model),
+            self._drawings.discard,
+        )
 
     def _model_of(self, body: Body) -> str:
         name = body.get("model")
         return name if isinstance(name, str) and name in self.models else self.model
 
+    # --- labels, and responses of the upstream ---
+
     async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
-        """From the top logprobs of calls of one token; see labels.py for how exact that is.
+        """Read the labels from top logprobs; labels.py explains how exact that is.
 
         Raises:
-            Unsupported: the upstreams show no top logprobs.
-            UpstreamFailed: none of them answered.
+            Unsupported: the upstreams return no top logprobs.
+            UpstreamFailed: no upstream answered.
         """
         if Capability.LABEL_LOGPROBS not in self.capabilities:
             return await super().read_labels(query)
-        continues = "continue" in self._roster.can(self.model)
         return await read_labels(
             self.client,
             self.model,
             query,
-            continues=continues,
-            limit=self._roster.limit(self.model),
+            continues="continue" in self._models.supported(self.model),
+            limit_name=self._models.limit_name(self.model),
         )
 
     @asynccontextmanager
     async def relay(
         self, method: str, path: str, content: bytes | None, model: str | None
     ) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
-        """The upstream's own answer to a request below its base URL: (content type, its bytes as they come).
+        """Yield an upstream's own response: its content type, and its bytes as they arrive.
+
+        Args:
+            method: the HTTP method.
+            path: path and query below the base URL.
+            content: the body, if any.
+            model: only upstreams that serve it get the request.
 
         Raises:
-            Unsupported: the upstream does not serve the route.
-            InvalidRequest: it refuses the request.
-            UpstreamFailed: it failed; also while the bytes are read.
+            Unsupported: the upstream does not have the route.
+            InvalidRequest: the upstream refuses the request.
+            UpstreamFailed: the upstream failed; also while the bytes are read.
         """
         try:
             async with self.client.relay(method, path, content, model=model) as response:
-                yield response.headers.get("Content-Type", "application/json"), read_bytes(response)
+                content_type = response.headers.get("Content-Type", "application/json")
+                yield content_type, read_bytes(response)
         except UpstreamFailed as error:
-            unnamed = error.param is None and error.code == UpstreamFailed.code
-            if (
-                error.status in NO_ROUTE_STATUSES
-                and unnamed
-                and NO_ROUTE.fullmatch(error.message.rstrip("."))
-            ):
-                what = f"{method} /v1{path.partition('?')[0]}: the upstream does not serve this; use /v1/chat/completions."
-                raise Unsupported(what, code="not_served", status=404) from None
+            if _means_no_route(error):
+                raise Unsupported(
+                    f"{method} /v1{path.partition('?')[0]}: the upstream does not serve this; "
+                    "use /v1/chat/completions.",
+                    code="not_served",
+                    status=404,
+                ) from None
             raise refusal(error) if error.refused else error from None
+
+
+def _means_no_route(error: UpstreamFailed) -> bool:
+    """Return True for the error of a server without the route, False for one about its content."""
+    is_generic = error.param is None and error.code == UpstreamFailed.code
+    message = error.message.rstrip(".")
+    is_route_status = error.status in NO_ROUTE_STATUSES
+    return is_route_status and is_generic and bool(NO_ROUTE_MESSAGE.fullmatch(message))

@@ -1,135 +1,169 @@
-"""An upstream's next token after a prefix of our own: its top logprobs, or one token sampled under a bias.
+"""Requests for the next token after a prefix that this server has written.
 
 The prefix is continued in the most exact way that the upstream offers:
 
-    ids   text completions that take token ids and name tokens by their ids (vLLM): nothing is tokenized twice
-    text  text completions of a string: its tokenizer may cut the prefix otherwise than it was written
-    chat  an assistant's turn that was begun is continued: the same, and the chat template is the upstream's own
+    ids   text completions that accept token ids and name tokens by id (vLLM). Nothing is
+          tokenized twice.
+    text  text completions of a string. The upstream's tokenizer may split the prefix into other
+          tokens than it was made of.
+    chat  chat completions that continue an unfinished turn of the assistant. The same holds, and
+          the chat template is the upstream's own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from infer_align.engines.openai.probe import CONTINUE
 from infer_align.upstream import UpstreamFailed
 
 Way = Literal["ids", "text", "chat"]
-WAYS: tuple[Way, ...] = get_args(Way)  # the most exact first
-TOKEN_ID = "token_id:"  # noqa: S105 - how vLLM names a token by its id
-_BYTES = re.compile(r"\\x([0-9a-fA-F]{2})")
+# The most exact first.
+WAYS: tuple[Way, ...] = get_args(Way)
+# The prefix by which vLLM marks a token that it names by its id.
+TOKEN_ID = "token_id:"  # noqa: S105
+# The prefix by which OpenAI's text completions mark a token that is a part of a character.
+BYTES = "bytes:"
+_ESCAPED_BYTE = re.compile(r"\\x([0-9a-fA-F]{2})")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The prompt of a draw, in every form that a continuation may need.
+
+    Attributes:
+        text: the prompt as one string, rendered by the chat template.
+        ids: its tokens.
+        chat_fields: the client's `messages` and `chat_template_kwargs`; empty for a completion.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    chat_fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Continuation:
-    """Bodies and answers of calls for one token.
+    """The bodies of calls for one token, and the tokens in their answers.
 
     Args:
-        way: see above.
+        way: how a prefix is continued; see the module.
         vocabulary: {bytes of a token: id}.
-        model: the upstream's name for it.
+        model: the upstream's name of the model.
     """
 
     def __init__(self, way: Way, vocabulary: Mapping[bytes, int], model: str) -> None:
         self.way = way
         self.path = "/chat/completions" if way == "chat" else "/completions"
+        self.model = model
         self._vocabulary = vocabulary
-        self._model = model
 
-    def body(self, prompt: Mapping[str, Any], ids: Sequence[int], said: str) -> dict[str, Any]:
-        """A call for one token after a prefix.
+    def body(self, prompt: Prompt, answer_ids: Sequence[int], answer: str) -> dict[str, Any]:
+        """Return a body that requests one token.
 
         Args:
-            prompt: the client's own messages and template variables (chat), or {"text": the rendered prompt}.
-            ids: prompt and answer so far.
-            said: the answer so far.
+            prompt: the prompt.
+            answer_ids: the tokens of the answer so far.
+            answer: the text of the answer so far.
         """
-        body: dict[str, Any] = {"model": self._model, "max_tokens": 1}
+        body: dict[str, Any] = {"model": self.model, "max_tokens": 1}
         if self.way == "ids":
             return {
                 **body,
-                "prompt": list(ids),
+                "prompt": [*prompt.ids, *answer_ids],
                 "return_tokens_as_token_ids": True,
                 "add_special_tokens": False,
             }
         if self.way == "text":
-            return {**body, "prompt": prompt["text"] + said}
-        begun = (
-            {"messages": [*prompt["messages"], {"role": "assistant", "content": said}], **CONTINUE}
-            if said
-            else {}
-        )
-        return {**body, **{key: value for key, value in prompt.items() if key != "text"}, **begun}
+            return {**body, "prompt": prompt.text + answer}
+        body |= prompt.chat_fields
+        if answer:
+            turn = {"role": "assistant", "content": answer}
+            body |= {"messages": [*body["messages"], turn], **CONTINUE}
+        return body
 
-    def asking(self, k: int) -> dict[str, Any]:
-        """What asks for the k most likely tokens, as the model itself has them."""
-        return {
-            "temperature": 1.0,
-            **({"logprobs": True, "top_logprobs": k} if self.way == "chat" else {"logprobs": k}),
-        }
+    def logprob_fields(self, k: int) -> dict[str, Any]:
+        """Return the fields that request the k most likely tokens, without any temperature."""
+        if self.way == "chat":
+            return {"temperature": 1.0, "logprobs": True, "top_logprobs": k}
+        return {"temperature": 1.0, "logprobs": k}
 
-    def top(self, answer: Any) -> dict[int, float]:
-        """{token id: logprob} of an answer; a token that the tokenizer does not know by what is shown of it is left out.
+    def top_logprobs(self, answer: Any) -> dict[int, float]:
+        """Return {token id: logprob} of an answer, without tokens that are not in the vocabulary.
 
         Raises:
-            UpstreamFailed: it shows none.
+            UpstreamFailed: there are none.
         """
-        shown = self._shown(answer)
-        found = {token: logprob for name, logprob in shown if (token := self._id(name)) is not None}
-        if not found:
-            raise UpstreamFailed("the upstream shows no top logprobs that its tokenizer knows.")
-        return found
+        logprobs = {}
+        for entry, logprob in self._top_entries(answer):
+            token = self._token_id(entry)
+            if token is not None:
+                logprobs[token] = logprob
+        if not logprobs:
+            raise UpstreamFailed(
+                "the upstream returns no top logprobs of tokens that the tokenizer knows."
+            )
+        return logprobs
 
-    def sampled(self, answer: Any) -> int | None:
-        """The token that was sampled; None where it was the end.
+    def sampled_token(self, answer: Any) -> int | None:
+        """Return the id of the token that was sampled; None for the end of the answer.
 
         Raises:
-            UpstreamFailed: it cannot be told which one it was.
+            UpstreamFailed: the answer does not show which token it was.
         """
         try:
-            choice = answer["choices"][0]
-            logprobs = choice["logprobs"] or {}
-            entry = (
-                logprobs["content"][0] if self.way == "chat" else {"token": logprobs["tokens"][0]}
-            )
+            entry = self._sampled_entry(answer)
         except (KeyError, IndexError, TypeError):
-            if (
-                isinstance(answer, dict)
-                and (answer.get("choices") or [{}])[0].get("finish_reason") == "stop"
-            ):
-                return None  # the end has no token
-            raise UpstreamFailed("the upstream does not say which token it sampled.") from None
-        token = self._id(entry)
+            if _finish_reason(answer) == "stop":
+                return None
+            raise UpstreamFailed("the upstream does not show which token it sampled.") from None
+        token = self._token_id(entry)
         if token is None:
+            name = str(entry.get("token"))[:40]
             raise UpstreamFailed(
-                f"the upstream sampled {str(entry.get('token'))[:40]!r}, which the tokenizer does not know."
+                f"the upstream sampled {name!r}, which the tokenizer does not know."
             )
         return token
 
-    def _shown(self, answer: Any) -> list[tuple[Mapping[str, Any], float]]:
+    def _top_entries(self, answer: Any) -> list[tuple[Mapping[str, Any], float]]:
         try:
             logprobs = answer["choices"][0]["logprobs"]
             if self.way == "chat":
-                return [
-                    (entry, float(entry["logprob"]))
-                    for entry in logprobs["content"][0]["top_logprobs"]
-                ]
-            return [
-                ({"token": name}, float(logprob))
-                for name, logprob in logprobs["top_logprobs"][0].items()
-            ]
+                entries = logprobs["content"][0]["top_logprobs"]
+                return [(entry, float(entry["logprob"])) for entry in entries]
+            by_name = logprobs["top_logprobs"][0]
+            return [({"token": name}, float(logprob)) for name, logprob in by_name.items()]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             return []
 
-    def _id(self, entry: Mapping[str, Any]) -> int | None:
-        name, data = str(entry.get("token", "")), entry.get("bytes")
-        if name.startswith(TOKEN_ID) and name[len(TOKEN_ID) :].isdecimal():
-            return int(name[len(TOKEN_ID) :])
-        if isinstance(data, list) and all(
-            isinstance(byte, int) and 0 <= byte < 256 for byte in data
-        ):
+    def _sampled_entry(self, answer: Any) -> Mapping[str, Any]:
+        logprobs = answer["choices"][0]["logprobs"] or {}
+        if self.way == "chat":
+            entry: Mapping[str, Any] = logprobs["content"][0]
+            return entry
+        return {"token": logprobs["tokens"][0]}
+
+    def _token_id(self, entry: Mapping[str, Any]) -> int | None:
+        name = str(entry.get("token", ""))
+        number = name.removeprefix(TOKEN_ID)
+        if number != name and number.isdecimal():
+            return int(number)
+        data = entry.get("bytes")
+        if isinstance(data, list) and all(_is_byte(value) for value in data):
             return self._vocabulary.get(bytes(data))
-        if name.startswith("bytes:"):  # how OpenAI's text completions name a part of a character
-            return self._vocabulary.get(bytes(int(byte, 16) for byte in _BYTES.findall(name)))
+        if name.startswith(BYTES):
+            escaped = _ESCAPED_BYTE.findall(name)
+            return self._vocabulary.get(bytes(int(value, 16) for value in escaped))
         return self._vocabulary.get(name.encode())
+
+
+def _is_byte(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 256
+
+
+def _finish_reason(answer: Any) -> object:
+    """Return the finish_reason of an answer; the end of a text has no token of its own."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    return choices[0].get("finish_reason") if choices else None

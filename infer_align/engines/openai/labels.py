@@ -1,10 +1,12 @@
-"""How likely labels are, from the top logprobs of calls of one token.
+"""Probabilities of labels, read from the top logprobs of calls for one token.
 
-Where the upstream continues a turn that was begun, the prefix is forced, as in an engine that owns the model. Where it does not,
-it is asked to say the label alone; that is another prompt, and so another reading.
+An upstream that continues an unfinished turn reads the labels after the given prefix, exactly as
+an engine that owns the model does. Any other upstream is asked to reply with the label only; that
+is a different prompt, and so a different reading.
 
-A label that is one token is exact while it is among the top tokens shown (20), else -inf. One that takes several tokens ("85" as
-"8" and "5") is read by further calls after each of its beginnings whose probability is over NEGLIGIBLE, and then as exact.
+A label of one token is exact if it is among the top tokens that the upstream returns (20), and
+-inf otherwise. A label of several tokens, such as "85" as "8" and "5", takes further calls: one
+after each of its beginnings whose probability is above NEGLIGIBLE.
 """
 
 from __future__ import annotations
@@ -16,127 +18,160 @@ from typing import Any
 
 from infer_align.engines.openai.probe import (
     CONTINUE,
-    LIMITS,
+    MIN_TOKENS,
     TOP_LOGPROBS,
-    limit_refused,
+    LimitName,
+    refuses_max_tokens,
     top_logprobs,
 )
 from infer_align.types import LabelLogprobs, LabelQuery
 from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import Client, CallCounter
+from infer_align.upstream.client import CallCounter, Client
 
-# What closes a label: said where a shorter label could go on.
+# The reply that ends a label which could be continued to a longer one.
 END = "]"
-# Beginnings less likely than this are not followed: a label loses at most this much.
+# Beginnings less likely than this are not followed, so that a label loses at most this much.
 NEGLIGIBLE = 1e-3
 
 
 async def read_labels(
-    client: Client, model: str, query: LabelQuery, *, continues: bool, limit: str = "max_tokens"
+    client: Client,
+    model: str,
+    query: LabelQuery,
+    *,
+    continues: bool,
+    limit_name: LimitName = "max_tokens",
 ) -> LabelLogprobs:
-    """One reading.
+    """Return the log probability of each label.
 
     Args:
-        client: of the upstreams.
-        model: to be asked.
-        query: the labels.
-        continues: whether the upstream continues an assistant's turn that was begun.
-        limit: what the model calls the limit on its tokens.
+        client: the upstreams.
+        model: the upstream's name of the model.
+        query: the labels and their prompt.
+        continues: True if the upstream continues an unfinished turn of the assistant.
+        limit_name: the field that limits the completion tokens.
 
     Raises:
-        UpstreamFailed: it did not answer, or shows no logprobs.
+        UpstreamFailed: the upstream did not answer, or returns no logprobs.
     """
-    reader = _Reader(client, model, query, continues)
-    reader.limit = limit
-    total = dict.fromkeys(query.labels, 0.0)
-    await reader.follow("", 1.0, total)
-    logprobs = {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
+    reader = _Reader(client, model, query, continues=continues, limit_name=limit_name)
+    await reader.follow("", 1.0)
+    logprobs = {}
+    for label, probability in reader.probabilities.items():
+        logprobs[label] = math.log(probability) if probability > 0.0 else -math.inf
     return LabelLogprobs(logprobs, reader.prompt_tokens, reader.counter.calls)
 
 
 class _Reader:
-    def __init__(self, client: Client, model: str, query: LabelQuery, continues: bool) -> None:  # noqa: FBT001
+    """One reading: a walk over the beginnings of the labels, with one call for each.
+
+    Attributes:
+        probabilities: label -> the probability found so far.
+        counter: the calls made.
+        prompt_tokens: the tokens of all prompts.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: str,
+        query: LabelQuery,
+        *,
+        continues: bool,
+        limit_name: LimitName,
+    ) -> None:
+        self.probabilities = dict.fromkeys(query.labels, 0.0)
         self.counter = CallCounter()
         self.prompt_tokens = 0
-        self.limit = "max_tokens"
         self._client = client
         self._model = model
         self._query = query
         self._continues = continues
-        self._whole = False  # the model was seen to say a label of several characters at once: shorter ones are not its beginnings
+        self._limit_name = limit_name
+        # True if the model replies with a label of several characters as one token. A shorter
+        # label is then complete, and not the beginning of a longer one.
+        self._labels_are_tokens = False
 
-    async def follow(self, said: str, probability: float, total: dict[str, float]) -> float:
-        """Add to `total` what the labels that begin with `said` get; -> the probability that one of them is continued."""
-        shown = await self._top(said)
-        labels = self._query.labels
-        if (
-            not said and not self._continues
-        ):  # who continues a turn says what follows exactly; here it has to be guessed
-            self._whole = any(len(word) > 1 and word in labels for word in map(str.strip, shown))
-        steps: dict[str, float] = {}
-        for token, logprob in shown.items():
-            text = said + (token if self._continues else token.strip())
-            if text != said and any(label.startswith(text) for label in labels):
-                steps[text] = steps.get(text, 0.0) + math.exp(min(logprob, 0.0))
+    async def follow(self, beginning: str, probability: float) -> float:
+        """Add the probabilities of the labels that start with `beginning`.
+
+        Args:
+            beginning: the text so far.
+            probability: the probability of the beginning.
+
+        Returns:
+            The conditional probability that the beginning is continued to a longer label.
+        """
+        logprobs = await self._top_logprobs(beginning)
+        if not beginning and not self._continues:
+            self._labels_are_tokens = self._has_label_of_several_characters(logprobs)
+        probabilities: dict[str, float] = {}
+        for token, logprob in logprobs.items():
+            text = beginning + (token if self._continues else token.strip())
+            if text != beginning and self._starts_label(text):
+                token_probability = math.exp(min(logprob, 0.0))
+                probabilities[text] = probabilities.get(text, 0.0) + token_probability
         await asyncio.gather(
-            *(self._step(text, probability * p, total) for text, p in steps.items())
+            *(self._add(text, probability * p) for text, p in probabilities.items())
         )
-        return sum(steps.values())
+        return sum(probabilities.values())
 
-    async def _step(self, text: str, probability: float, total: dict[str, float]) -> None:
-        longer = not self._whole and any(
-            label != text and label.startswith(text) for label in self._query.labels
-        )
-        goes_on = (
-            await self.follow(text, probability, total)
-            if longer and probability > NEGLIGIBLE
-            else 0.0
-        )
-        if (
-            text in total
-        ):  # said in full only where nothing that continues it to another label follows
-            total[text] += probability * max(0.0, 1.0 - goes_on)
+    async def _add(self, text: str, probability: float) -> None:
+        """Add the probability of `text` to its label, and follow it to longer labels."""
+        is_beginning = not self._labels_are_tokens and self._starts_longer_label(text)
+        continued = 0.0
+        if is_beginning and probability > NEGLIGIBLE:
+            continued = await self.follow(text, probability)
+        if text in self.probabilities:
+            self.probabilities[text] += probability * max(0.0, 1.0 - continued)
 
-    async def _top(self, said: str) -> Mapping[str, float]:
+    def _starts_label(self, text: str) -> bool:
+        return any(label.startswith(text) for label in self._query.labels)
+
+    def _starts_longer_label(self, text: str) -> bool:
+        return any(label != text and label.startswith(text) for label in self._query.labels)
+
+    def _has_label_of_several_characters(self, tokens: Mapping[str, float]) -> bool:
+        stripped = (token.strip() for token in tokens)
+        return any(len(token) > 1 and token in self.probabilities for token in stripped)
+
+    async def _top_logprobs(self, beginning: str) -> Mapping[str, float]:
         body = {
             "model": self._model,
-            **self._prompt(said),
-            self.limit: LIMITS[self.limit],
+            **self._prompt(beginning),
+            self._limit_name: MIN_TOKENS[self._limit_name],
             "temperature": 1.0,
+            "logprobs": True,
+            "top_logprobs": TOP_LOGPROBS,
         }
-        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         try:
             answer: Any = await self._client.post(
                 "/chat/completions", body, model=self._model, counter=self.counter
             )
         except UpstreamFailed as error:
-            if self.limit != "max_tokens" or not limit_refused(error):
+            if self._limit_name != "max_tokens" or not refuses_max_tokens(error):
                 raise
-            self.limit = "max_completion_tokens"
-            return await self._top(said)
-        shown = top_logprobs(answer)
-        if not shown:
-            raise UpstreamFailed("the upstream shows no top logprobs.")
+            self._limit_name = "max_completion_tokens"
+            return await self._top_logprobs(beginning)
+        logprobs = top_logprobs(answer)
+        if not logprobs:
+            raise UpstreamFailed("the upstream returns no top logprobs.")
         usage = answer.get("usage") or {}
         self.prompt_tokens += usage.get("prompt_tokens") or 0
-        return shown
+        return logprobs
 
-    def _prompt(self, said: str) -> dict[str, Any]:
-        messages = [*self._query.messages]
+    def _prompt(self, beginning: str) -> dict[str, Any]:
+        """Return the fields that make the upstream continue the prefix and `beginning`."""
+        text = self._query.prefix + beginning
         if self._continues:
-            return {
-                "messages": [
-                    *messages,
-                    {"role": "assistant", "content": self._query.prefix + said},
-                ],
-                **CONTINUE,
-            }
-        begun = self._query.prefix + said
-        rest = [
-            label.removeprefix(said)
-            for label in self._query.labels
-            if label.startswith(said) and label != said
-        ]
-        choices = ", ".join([END] * (said in self._query.labels) + rest)
-        wish = f"Reply with what follows {begun!r} and nothing else, without quotes. It is one of: {choices}."
-        return {"messages": [*messages, {"role": "user", "content": wish}]}
+            turn = {"role": "assistant", "content": text}
+            return {"messages": [*self._query.messages, turn], **CONTINUE}
+        replies = [END] if beginning in self.probabilities else []
+        for label in self._query.labels:
+            if label != beginning and label.startswith(beginning):
+                replies.append(label.removeprefix(beginning))
+        instruction = (
+            f"Reply with what follows {text!r} and nothing else, without quotes. "
+            f"It is one of: {', '.join(replies)}."
+        )
+        return {"messages": [*self._query.messages, {"role": "user", "content": instruction}]}

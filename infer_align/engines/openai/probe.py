@@ -1,7 +1,8 @@
-"""What an upstream can do with one of its models, asked with calls of a few tokens.
+"""Probing: find out with calls of a few tokens which features an upstream offers with a model.
 
-A capability is what an answer was seen to obey, not what was answered 200. What is taken without a sign is `takes`; a field that
-was seen to change nothing is `ignores`; a call that failed leaves a question open.
+A feature counts as supported only if an answer shows its effect; status 200 alone proves nothing.
+A field that is accepted without a visible effect is `accepted`. A field that changed nothing,
+although it should have, is `ignored`. A call that failed leaves its feature `unknown`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, Literal
 
 from infer_align.errors import AlignError
 from infer_align.upstream import UpstreamFailed
@@ -28,175 +30,244 @@ FEATURES = (
     "logit_bias",
     "continue",
 )
-# Fields that need a feature: where an upstream was found to ignore it, they are refused by name.
+# The request fields of a feature. They are refused by name if an upstream ignores the feature.
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "logprobs": ("logprobs", "top_logprobs"),
     "tools": ("tools",),
     "structured": ("response_format",),
     "logit_bias": ("logit_bias",),
 }
-# The two names of the limit on a completion's tokens: some models know the newer only, and need more tokens to speak at all.
-LIMITS: Mapping[str, int] = {"max_tokens": 1, "max_completion_tokens": 16}
-ASK = [{"role": "user", "content": "Say one word."}]
+LimitName = Literal["max_tokens", "max_completion_tokens"]
+# Both names of the limit on a completion's tokens, and the smallest value that gets an answer.
+# Models that know only the newer name think before they answer, and need more tokens.
+MIN_TOKENS: Mapping[LimitName, int] = {"max_tokens": 1, "max_completion_tokens": 16}
+TOP_LOGPROBS = 20
+# Fields that continue the last message of the request instead of starting a new turn.
+CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
+
+ONE_WORD = [{"role": "user", "content": "Say one word."}]
 LETTERS = [{"role": "user", "content": "Write random letters, and nothing else."}]
-BEGUN = [*ASK, {"role": "assistant", "content": "one two three four"}]
+UNFINISHED_TURN = [*ONE_WORD, {"role": "assistant", "content": "one two three four"}]
 TOOL = {
     "type": "function",
     "function": {"name": "note", "parameters": {"type": "object", "properties": {}}},
 }
-CALLED = {"type": "function", "function": {"name": "note"}}
+TOOL_CHOICE = {"type": "function", "function": {"name": "note"}}
 SCHEMA = {
     "type": "object",
     "properties": {"x": {"const": 1}},
     "required": ["x"],
     "additionalProperties": False,
 }
-FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
-TOP_LOGPROBS = 20
-CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
-SHORT, LONG = 8, 48  # tokens in which two seeds differ, and in which a tool is called
-# Two tokens that every usual vocabulary has, and as different texts: a bias of 100 makes one the answer.
-FIRST, SECOND = {"40": 100}, {"50": 100}
-GREEDY = {"messages": ASK, "temperature": 0}
+JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+# Enough tokens for the texts of two seeds to differ, and for a tool call.
+SEED_TOKENS = 8
+TOOL_TOKENS = 48
+# Two tokens that every usual vocabulary has, with different texts. A bias of 100 makes each of
+# them the answer.
+FIRST_BIAS = {"40": 100}
+SECOND_BIAS = {"50": 100}
+GREEDY = {"messages": ONE_WORD, "temperature": 0}
+SAMPLED = {"messages": LETTERS, "temperature": 1.0, "max_tokens": SEED_TOKENS}
 
-ASKED: Mapping[str, dict[str, Any]] = {
+PROBES: Mapping[str, dict[str, Any]] = {
     "completion": {"prompt": "one"},
-    "logprobs": {"messages": ASK, "logprobs": True, "top_logprobs": TOP_LOGPROBS},
-    "n": {"messages": ASK, "n": 2},
-    "tools": {"messages": ASK, "tools": [TOOL], "tool_choice": CALLED, "max_tokens": LONG},
-    "structured": {"messages": ASK, "response_format": FORMAT, "max_tokens": LONG},
-    "seed": {"messages": LETTERS, "seed": 1, "temperature": 1.0, "max_tokens": SHORT},
-    "seed again": {"messages": LETTERS, "seed": 1, "temperature": 1.0, "max_tokens": SHORT},
-    "seed other": {"messages": LETTERS, "seed": 2, "temperature": 1.0, "max_tokens": SHORT},
+    "logprobs": {"messages": ONE_WORD, "logprobs": True, "top_logprobs": TOP_LOGPROBS},
+    "n": {"messages": ONE_WORD, "n": 2},
+    "tools": {
+        "messages": ONE_WORD,
+        "tools": [TOOL],
+        "tool_choice": TOOL_CHOICE,
+        "max_tokens": TOOL_TOKENS,
+    },
+    "structured": {
+        "messages": ONE_WORD,
+        "response_format": JSON_FORMAT,
+        "max_tokens": TOOL_TOKENS,
+    },
+    "seed": {**SAMPLED, "seed": 1},
+    "seed again": {**SAMPLED, "seed": 1},
+    "seed other": {**SAMPLED, "seed": 2},
     "plain": GREEDY,
-    "logit_bias": {**GREEDY, "logit_bias": FIRST},
-    "logit_bias again": {**GREEDY, "logit_bias": FIRST},
-    "logit_bias other": {**GREEDY, "logit_bias": SECOND},
-    "begun": {"messages": BEGUN},
-    "continue": {"messages": BEGUN, **CONTINUE},
+    "logit_bias": {**GREEDY, "logit_bias": FIRST_BIAS},
+    "logit_bias again": {**GREEDY, "logit_bias": FIRST_BIAS},
+    "logit_bias other": {**GREEDY, "logit_bias": SECOND_BIAS},
+    "new turn": {"messages": UNFINISHED_TURN},
+    "continue": {"messages": UNFINISHED_TURN, **CONTINUE},
 }
 
 
+class _Refused:
+    """The result of a probe that the upstream refused."""
+
+
+class _Verdict(Enum):
+    SUPPORTED = "supported"
+    ACCEPTED = "accepted"
+    IGNORED = "ignored"
+    REFUSED = "refused"
+    UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True, slots=True)
-class Probed:
-    """What was seen to work, and what was seen to be ignored. Of the rest nothing is known, or the upstream itself refuses it.
+class Features:
+    """The features of one model of one upstream.
+
+    A feature in none of the sets is refused by the upstream itself.
 
     Attributes:
-        can: an answer shows it.
-        ignores: an answer shows that it changes nothing; or, of text completions and n, that there is no such thing.
-        takes: what is answered without a sign of it.
-        unknown: what had no answer.
-        limit: how the model calls the limit on its tokens.
+        supported: an answer shows the effect.
+        ignored: an answer shows that there is no effect; or the upstream refuses text completions
+            or `n`.
+        accepted: an answer shows neither.
+        unknown: there was no answer.
+        limit_name: the field that limits the completion tokens.
     """
 
-    can: frozenset[str]
-    ignores: frozenset[str] = frozenset()
-    takes: frozenset[str] = frozenset()
+    supported: frozenset[str]
+    ignored: frozenset[str] = frozenset()
+    accepted: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
-    limit: str = "max_tokens"
-
-    @property
-    def continues(self) -> bool:
-        """Whether a turn of the assistant that was begun can be continued."""
-        return "continue" in self.can
+    limit_name: LimitName = "max_tokens"
 
 
-async def probe(client: Client, host: Host, model: str, seconds: float) -> Probed:
-    """Ask everything at once; what has no answer within `seconds` stays unknown."""
-    limits: set[str] = set()
-    tasks = {
-        name: asyncio.create_task(_ask(client, host, {"model": model, **body}, limits))
-        for name, body in ASKED.items()
-    }
+async def probe(client: Client, host: Host, model: str, seconds: float) -> Features:
+    """Send all probes at once; a feature without an answer within `seconds` stays unknown."""
+    prober = _Prober(client, host, model)
+    tasks = {name: asyncio.create_task(prober.send(body)) for name, body in PROBES.items()}
     try:
         await asyncio.wait(tasks.values(), timeout=seconds)
-        answers = {name: task.result() if task.done() else None for name, task in tasks.items()}
+        answers = {name: task.result() for name, task in tasks.items() if task.done()}
     finally:
         for task in tasks.values():
             task.cancel()
-    return judged(answers, limit="max_completion_tokens" if limits else "max_tokens")
+    return _features(answers, prober.limit_name)
 
 
-def judged(answers: Mapping[str, Any], *, limit: str = "max_tokens") -> Probed:
-    """What the answers to `ASKED` show; False for one that was refused, None for one that failed."""
-    found = {name: _verdict(name, answers) for name in FEATURES if name != "label_logprobs"}
-    by = {
-        verdict: {name for name, said in found.items() if said == verdict}
-        for verdict in ("can", "ignores", "takes", "unknown")
-    }
-    if "logprobs" in by["can"]:
-        by["can"].add("label_logprobs")
-    sets = {verdict: frozenset(names) for verdict, names in by.items()}
-    return Probed(sets["can"], sets["ignores"], sets["takes"], sets["unknown"], limit)
+class _Prober:
+    """Sends probes to one model of one host, and learns the name of its token limit."""
+
+    def __init__(self, client: Client, host: Host, model: str) -> None:
+        self.limit_name: LimitName = "max_tokens"
+        self._client = client
+        self._host = host
+        self._model = model
+
+    async def send(self, body: dict[str, Any]) -> Any:
+        """Return the answer, `_Refused` if the upstream refuses the probe, or None if it fails."""
+        try:
+            return await self._post(body, "max_tokens")
+        except UpstreamFailed as error:
+            if not refuses_max_tokens(error):
+                return _failed_probe(error)
+        except AlignError:
+            return None
+        try:
+            answer = await self._post(body, "max_completion_tokens")
+        except UpstreamFailed as error:
+            return _failed_probe(error)
+        except AlignError:
+            return None
+        self.limit_name = "max_completion_tokens"
+        return answer
+
+    async def _post(self, body: dict[str, Any], limit_name: LimitName) -> Any:
+        path = "/completions" if "prompt" in body else "/chat/completions"
+        tokens = max(body.get("max_tokens", 1), MIN_TOKENS[limit_name])
+        fields = {key: value for key, value in body.items() if key != "max_tokens"}
+        limited = {"model": self._model, **fields, limit_name: tokens}
+        return await self._client.call_host(self._host, path, limited)
 
 
-def _verdict(name: str, answers: Mapping[str, Any]) -> str:
-    """One of "can", "ignores", "takes", "refuses", "unknown"."""
-    answer, others = (
-        answers.get(name),
-        [answers.get(f"{name} {which}") for which in ("again", "other")],
-    )
-    if answer is False:
-        return "ignores" if name in {"completion", "n"} else "refuses"
-    if answer is None:
-        return "unknown"
-    if name in {"seed", "logit_bias"}:
-        if not all(others):
-            return "unknown"
-        return _sampling(name, [said(one) for one in (answer, *others)], answers.get("plain"))
-    if name == "continue":
-        return "can" if _continues(answers.get("begun"), answer) else "ignores"
-    if name in {"tools", "structured"}:
-        return "can" if _SIGNS[name](_message(answer)) else "takes"
-    shows = {
-        "n": len(_choices(answer)) == 2,
-        "logprobs": bool(top_logprobs(answer)),
-        "completion": bool(_choices(answer)),
-    }
-    return "can" if shows[name] else "ignores"
+def _failed_probe(error: UpstreamFailed) -> type[_Refused] | None:
+    return _Refused if error.refused or error.status == 501 else None
 
 
-def _sampling(name: str, texts: list[str], plain: Any) -> str:
-    """Whether the same gave the same and other gave other: a seed under sampling, a bias that makes one token the answer."""
-    first, again, other = texts
-    if name == "seed":  # a model that has one thing to say shows nothing of its seeds
-        return "can" if first == again != other else "takes"
-    if first != again:
-        return "ignores"
-    return "can" if first != other or (plain and first != said(plain)) else "ignores"
-
-
-async def _ask(client: Client, host: Host, body: dict[str, Any], limits: set[str]) -> Any:
-    """The answer; False where the upstream refuses the request; None where it failed."""
-    path = "/completions" if "prompt" in body else "/chat/completions"
-    try:
-        return await client.call_host(
-            host, path, {**body, "max_tokens": body.get("max_tokens", LIMITS["max_tokens"])}
-        )
-    except UpstreamFailed as error:
-        if not limit_refused(error):
-            return False if error.refused or error.status == 501 else None
-    except AlignError:
-        return None
-    newer = {key: value for key, value in body.items() if key != "max_tokens"}
-    least = LIMITS["max_completion_tokens"]
-    try:
-        answer = await client.call_host(
-            host, path, {**newer, "max_completion_tokens": max(least, body.get("max_tokens", 0))}
-        )
-    except UpstreamFailed as error:
-        return False if error.refused or error.status == 501 else None
-    except AlignError:
-        return None
-    limits.add("max_completion_tokens")
-    return answer
-
-
-def limit_refused(error: UpstreamFailed) -> bool:
-    """Whether it is the older name of the limit on tokens that is refused."""
+def refuses_max_tokens(error: UpstreamFailed) -> bool:
+    """Return True if the upstream wants the limit on tokens under its newer name."""
     return error.refused and (
         error.param == "max_tokens" or "max_completion_tokens" in error.message
     )
+
+
+# --- verdicts ---
+
+
+def _features(answers: Mapping[str, Any], limit_name: LimitName) -> Features:
+    """Return the features that the answers to `PROBES` show."""
+    names: dict[_Verdict, set[str]] = {verdict: set() for verdict in _Verdict}
+    for feature in FEATURES:
+        # Labels are read from top_logprobs.
+        probed = "logprobs" if feature == "label_logprobs" else feature
+        verdict = _verdict(probed, answers)
+        if feature != "label_logprobs" or verdict is _Verdict.SUPPORTED:
+            names[verdict].add(feature)
+    return Features(
+        supported=frozenset(names[_Verdict.SUPPORTED]),
+        ignored=frozenset(names[_Verdict.IGNORED]),
+        accepted=frozenset(names[_Verdict.ACCEPTED]),
+        unknown=frozenset(names[_Verdict.UNKNOWN]),
+        limit_name=limit_name,
+    )
+
+
+def _verdict(feature: str, answers: Mapping[str, Any]) -> _Verdict:
+    answer = answers.get(feature)
+    if answer is None:
+        return _Verdict.UNKNOWN
+    if answer is _Refused:
+        return _Verdict.IGNORED if feature in {"completion", "n"} else _Verdict.REFUSED
+    if feature == "seed":
+        return _seed_verdict(answers)
+    if feature == "logit_bias":
+        return _bias_verdict(answers)
+    if feature == "tools":
+        return _Verdict.SUPPORTED if _message(answer).get("tool_calls") else _Verdict.ACCEPTED
+    if feature == "structured":
+        return _Verdict.SUPPORTED if _follows_schema(answer) else _Verdict.ACCEPTED
+    has_effect = {
+        "n": len(_choices(answer)) == 2,
+        "logprobs": bool(top_logprobs(answer)),
+        "completion": bool(_choices(answer)),
+        "continue": _continues_turn(answers.get("new turn"), answer),
+    }
+    return _Verdict.SUPPORTED if has_effect[feature] else _Verdict.IGNORED
+
+
+def _seed_verdict(answers: Mapping[str, Any]) -> _Verdict:
+    """Return SUPPORTED if equal seeds gave equal texts and different seeds different ones."""
+    texts = _three_messages("seed", answers)
+    if texts is None:
+        return _Verdict.UNKNOWN
+    first, again, other = texts
+    # A model that always says the same shows nothing of its seeds.
+    return _Verdict.SUPPORTED if first == again != other else _Verdict.ACCEPTED
+
+
+def _bias_verdict(answers: Mapping[str, Any]) -> _Verdict:
+    """Return SUPPORTED if equal biases gave equal texts and another bias, or none, another one."""
+    texts = _three_messages("logit_bias", answers)
+    if texts is None:
+        return _Verdict.UNKNOWN
+    first, again, other = texts
+    plain = answers.get("plain")
+    differs = first != other
+    if _is_answer(plain):
+        differs = differs or first != _message_json(plain)
+    return _Verdict.SUPPORTED if first == again and differs else _Verdict.IGNORED
+
+
+def _three_messages(feature: str, answers: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    first = answers.get(feature)
+    again = answers.get(f"{feature} again")
+    other = answers.get(f"{feature} other")
+    if not _is_answer(again) or not _is_answer(other):
+        return None
+    return _message_json(first), _message_json(again), _message_json(other)
+
+
+def _is_answer(answer: Any) -> bool:
+    return bool(answer) and answer is not _Refused
 
 
 def _choices(answer: Any) -> list[Any]:
@@ -210,28 +281,30 @@ def _message(answer: Any) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
-def said(answer: Any) -> str:
-    """All that a message says, thoughts too."""
-    return json.dumps(
-        {key: value for key, value in _message(answer).items() if key != "role" and value},
-        default=str,
-    )
+def _message_json(answer: Any) -> str:
+    """Return all fields of a message as text, its reasoning included."""
+    fields = {}
+    for key, value in _message(answer).items():
+        if key != "role" and value:
+            fields[key] = value
+    return json.dumps(fields, default=str)
 
 
-def _is_object(message: dict[str, Any]) -> bool:
+def _follows_schema(answer: Any) -> bool:
     try:
-        return bool(json.loads(message.get("content") or "") == {"x": 1})
+        return bool(json.loads(_message(answer).get("content") or "") == {"x": 1})
     except (ValueError, TypeError, RecursionError):
         return False
 
 
-_SIGNS = {"tools": lambda message: bool(message.get("tool_calls")), "structured": _is_object}
+def _continues_turn(new_turn: Any, continued: Any) -> bool:
+    """Return True if the fields that continue a turn made the prompt shorter.
 
-
-def _continues(begun: Any, continued: Any) -> bool:
-    """An upstream that ignores the wish starts a new turn either way, and reads as many tokens; one that heeds it reads fewer."""
-    before, after = _prompt_tokens(begun), _prompt_tokens(continued)
-    return before is not None and after is not None and after < before
+    An upstream that ignores them starts a new turn and reads at least as many tokens.
+    """
+    tokens = _prompt_tokens(new_turn)
+    continued_tokens = _prompt_tokens(continued)
+    return tokens is not None and continued_tokens is not None and continued_tokens < tokens
 
 
 def _prompt_tokens(answer: Any) -> int | None:
@@ -241,9 +314,9 @@ def _prompt_tokens(answer: Any) -> int | None:
 
 
 def top_logprobs(answer: Any) -> dict[str, float]:
-    """{token: logprob} of the first generated token of a chat answer; {} where they are not shown."""
+    """Return {token: logprob} of the first token of a chat answer, or {} if there are none."""
     try:
-        first = answer["choices"][0]["logprobs"]["content"][0]
-        return {str(entry["token"]): float(entry["logprob"]) for entry in (*first["top_logprobs"],)}
+        entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return {str(entry["token"]): float(entry["logprob"]) for entry in entries}
     except (KeyError, IndexError, TypeError, ValueError):
         return {}
