@@ -1,4 +1,4 @@
-"""What this server offers: models, methods with their schemas, rewards with their members."""
+"""Responses of the routes that list what a server offers: models, methods, rewards and values."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from infer_align.objectives import Ensemble
 from infer_align.types import Budget
 from infer_align_server.service import Service
 
-# Models are frozen and have no birthday; clients only need a number that does not change.
+# The time of creation of every model. OpenAI's API requires one, and clients need only that it
+# does not change.
 CREATED = 1_700_000_000
 
 
 def model(service: Service, name: str) -> dict[str, Any]:
-    """One entry of /v1/models; a preset's says what it stands for."""
+    """Return one entry of /v1/models; the entry of a preset contains its `align` object."""
     entry: dict[str, Any] = {
         "id": name,
         "object": "model",
@@ -24,36 +25,39 @@ def model(service: Service, name: str) -> dict[str, Any]:
     }
     if name not in service.names:
         root, _, preset = name.rpartition("@")
-        entry |= {"root": root, "align": service.config.presets[preset]}
+        entry["root"] = root
+        entry["align"] = service.config.presets[preset]
     return entry
 
 
 def methods(service: Service) -> dict[str, Any]:
-    """The answer of /v1/align/methods."""
-    plugins = {name: registry.methods.get(name) for name in registry.methods.names()}
+    """Return the response of /v1/align/methods."""
+    parameters: dict[str, type[Any]] = {
+        name: registry.methods.get(name) for name in registry.methods.names()
+    }
+    parameters["ensemble"] = Ensemble
+    parameters["budget"] = Budget
+    values = service.engine.values
     return {
         "model": service.model,
         "capabilities": sorted(service.engine.capabilities),
-        "methods": {
-            name: _described(cls)
-            for name, cls in {**plugins, "ensemble": Ensemble, "budget": Budget}.items()
-        },
-        "rewards": {
-            name: {
-                "description": reward.description,
-                "members": list(reward.members),
-                "attributes": list(reward.attributes),
-                "default_weight": service.default_rewards.get(name, 0.0),
-            }
-            for name, reward in service.rewards.items()
-        },
-        "values": {
-            name: {"description": value.description}
-            for name, value in service.engine.values.items()
-        },
+        "methods": {name: _method(cls) for name, cls in parameters.items()},
+        "rewards": {name: _reward(service, name) for name in service.rewards},
+        "values": {name: {"description": value.description} for name, value in values.items()},
         "presets": dict(service.config.presets),
     }
 
 
-def _described(cls: type[Any]) -> dict[str, Any]:
-    return {"description": (cls.__doc__ or "").partition("\n")[0], "parameters": json_schema(cls)}
+def _method(cls: type[Any]) -> dict[str, Any]:
+    summary = (cls.__doc__ or "").partition("\n")[0]
+    return {"description": summary, "parameters": json_schema(cls)}
+
+
+def _reward(service: Service, name: str) -> dict[str, Any]:
+    reward = service.rewards[name]
+    return {
+        "description": reward.description,
+        "members": list(reward.members),
+        "attributes": list(reward.attributes),
+        "default_weight": service.default_rewards.get(name, 0.0),
+    }

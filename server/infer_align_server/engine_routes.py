@@ -179,7 +179,7 @@ class ForwardedResponse(HttpResponse):
         with charged(budget, self._caller, self._worst_case) as charge:
             meter = _TokenMeter(send)
             async with self._service.admission.admit(self._worst_case, caller=self._caller):
-                charge.metered(None)
+                charge.start(None)
                 await self._app(forwarded, replay, meter.send if budget.limited else send)
             charge.spent = meter.tokens(self._worst_case) if self._generates else 0
 
@@ -227,7 +227,7 @@ class RelayedResponse(HttpResponse):
         with charged(self._service.tokens, self._caller, self._worst_case) as charge:
             meter = _TokenMeter(send)
             async with self._service.admission.admit(self._worst_case, caller=self._caller):
-                charge.metered(None)
+                charge.start(None)
                 try:
                     async with upstream as (content_type, chunks):
                         await _send_response(meter.send, content_type, chunks)

@@ -1,4 +1,7 @@
-"""Structured logs: one JSON object a line, on standard error."""
+"""Structured logs: one JSON object per line, on standard error.
+
+The package python-json-logger does not fit: it does not remove secrets from the finished line.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +13,41 @@ import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-# What every LogRecord has; the rest was given as `extra` and is the event's own.
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {
+# The attributes of every LogRecord. All others are the `extra` of one event.
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     "message",
     "asctime",
     "color_message",
     "taskName",
 }
-
-
 REDACTED = "[redacted]"
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"'\\]+")
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON, with whatever was given as `extra`; keys do not get into it, whoever put them there."""
+    """Formats a record and its `extra` fields as one line of JSON, without secrets.
+
+    Args:
+        secrets: Strings that are replaced wherever they occur, such as API keys.
+    """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         super().__init__()
-        # As they stand in JSON, the longest first: one may be the beginning of another.
-        self._secrets = sorted(
-            {json.dumps(secret)[1:-1] for secret in secrets if secret}, key=len, reverse=True
-        )
+        escaped = {json.dumps(secret)[1:-1] for secret in secrets if secret}
+        # The longest first: one secret may be the beginning of another.
+        self._secrets = sorted(escaped, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
-        """Render it."""
+        """Return the record as JSON."""
         event = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
-            **{key: value for key, value in vars(record).items() if key not in _STANDARD},
         }
+        for key, value in vars(record).items():
+            if key not in _STANDARD_ATTRIBUTES:
+                event[key] = value
         if record.exc_info:
             event["exception"] = self.formatException(record.exc_info)
         line = json.dumps(event, default=str)
@@ -51,10 +57,10 @@ class JsonFormatter(logging.Formatter):
 
 
 class AccessLogger(logging.Logger):
-    """One line per request: where in the code it was written is not looked up, which is a third of a line's cost."""
+    """A logger that does not look up the caller's line, which is a third of the cost of a record."""
 
-    def findCaller(self, *_: object, **__: object) -> tuple[str, int, str, None]:  # noqa: N802 - logging's name
-        """Nowhere."""
+    def findCaller(self, *_: object, **__: object) -> tuple[str, int, str, None]:  # noqa: N802
+        """Return an empty location."""
         return "", 0, "", None
 
 
@@ -62,16 +68,24 @@ access = AccessLogger("infer_align.access")
 
 
 def configure(level: str, secrets: Iterable[str] = ()) -> None:
-    """Send our logs and uvicorn's to standard error, without `secrets`; progress bars of model files only to a terminal."""
+    """Send our logs and uvicorn's to standard error.
+
+    Progress bars of downloads are switched off unless standard error is a terminal.
+
+    Args:
+        level: The level of our logs, such as "info".
+        secrets: See `JsonFormatter`.
+    """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(secrets))
-    loggers = (
-        (logging.getLogger("infer_align"), level.upper()),
-        (access, level.upper()),
-        (logging.getLogger("uvicorn.error"), "WARNING"),
-    )
-    for logger, minimum in loggers:
-        logger.handlers, logger.propagate = [handler], False
+    levels = {
+        logging.getLogger("infer_align"): level.upper(),
+        access: level.upper(),
+        logging.getLogger("uvicorn.error"): "WARNING",
+    }
+    for logger, minimum in levels.items():
+        logger.handlers = [handler]
+        logger.propagate = False
         logger.setLevel(minimum)

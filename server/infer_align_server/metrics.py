@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's metrics, in Prometheus's format."""
 
 from __future__ import annotations
 
@@ -11,100 +11,90 @@ TPOT_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2,
 
 
 class Metrics:
-    """One registry per application, so that several can live in one process."""
+    """The metrics of one application, in a registry of their own.
+
+    Several applications can therefore run in one process.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "infer_align_requests", "Requests answered", ["route", "status"], registry=self.registry
+        self.requests = self._counter(
+            "requests", "Requests by route and status", ["route", "status"]
         )
-        self.disconnects = Counter(
-            "infer_align_disconnects",
-            "Clients that left before their answer",
-            registry=self.registry,
+        self.disconnects = self._counter(
+            "disconnects", "Clients that disconnected before the end of their response"
         )
-        tokens = Counter(
-            "infer_align_tokens", "Tokens, by what became of them", ["kind"], registry=self.registry
-        )
+        tokens = self._counter("tokens", "Tokens by kind", ["kind"])
         self.prompt_tokens = tokens.labels("prompt")
         self.returned_tokens = tokens.labels("returned")
         self.rejected_tokens = tokens.labels("rejected")
         self.reward_tokens = tokens.labels("reward")
         self.judge_tokens = tokens.labels("judge")
-        candidates = Counter(
-            "infer_align_candidates",
-            "Candidates, by what became of them",
-            ["outcome"],
-            registry=self.registry,
-        )
+        candidates = self._counter("candidates", "Candidates by outcome", ["outcome"])
         self.returned = candidates.labels("kept")
         self.rejected = candidates.labels("rejected")
         self.dropped = candidates.labels("dropped")
-        self.running = Gauge(
-            "infer_align_running_requests", "Requests worked on now", registry=self.registry
-        )
-        self.queued = Gauge(
-            "infer_align_queued_requests", "Requests waiting for their turn", registry=self.registry
-        )
-        self.tasks = Gauge(
-            "infer_align_tasks",
-            "Tasks of the event loop: back to where it was when nothing runs",
-            registry=self.registry,
-        )
-        self.ready = Gauge(
-            "infer_align_ready", "1 while requests are served", registry=self.registry
-        )
+        self.running = self._gauge("running_requests", "Requests that are running")
+        self.queued = self._gauge("queued_requests", "Requests that wait in the queue")
+        self.tasks = self._gauge("tasks", "Tasks of the event loop; constant while idle")
+        self.ready = self._gauge("ready", "1 while requests are served, else 0")
         self.ttft = self._histogram(
             "ttft_seconds",
-            "From request to first token; with a selection, to its first chunk",
+            "Time to the first token of a stream; with a selection, to its first chunk",
             SECONDS,
         )
         self.tpot = self._histogram(
-            "tpot_seconds", "Per token after the first, streams of one candidate", TPOT_SECONDS
+            "tpot_seconds",
+            "Time per token after the first, in streams of one candidate",
+            TPOT_SECONDS,
         )
         self.e2e = self._histogram(
-            "request_seconds", "From request to the end of the answer", SECONDS
+            "request_seconds", "Time from a request to the end of its response", SECONDS
         )
         self.scoring = self._histogram(
-            "scoring_seconds", "Scoring the candidates of one request", SECONDS
+            "scoring_seconds", "Time to score the candidates of one request", SECONDS
         )
+
+    def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
+        return Counter(f"infer_align_{name}", text, labels or [], registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"infer_align_{name}", text, registry=self.registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"infer_align_{name}", text, buckets=buckets, registry=self.registry)
 
-    def answered(self, response: Response) -> None:
-        """Count one finished answer."""
-        kept = len(response.returned)
-        dropped = len(
-            response.selection.dropped.keys() - {candidate.index for candidate in response.returned}
-        )
-        returned = sum(c.completion_tokens for c in response.returned)
+    def count_response(self, response: Response) -> None:
+        """Count a complete response."""
+        returned = len(response.returned)
+        returned_indices = {candidate.index for candidate in response.returned}
+        dropped = len(response.selection.dropped.keys() - returned_indices)
+        returned_tokens = sum(c.completion_tokens for c in response.returned)
+        generated_tokens = sum(c.completion_tokens for c in response.candidates)
         counts = (
             (self.prompt_tokens, response.prompt_tokens),
-            (self.returned_tokens, returned),
-            (
-                self.rejected_tokens,
-                sum(c.completion_tokens for c in response.candidates) - returned,
-            ),
-            (self.returned, kept),
+            (self.returned_tokens, returned_tokens),
+            (self.rejected_tokens, generated_tokens - returned_tokens),
+            (self.returned, returned),
             (self.dropped, dropped),
-            (self.rejected, len(response.candidates) - kept - dropped),
+            (self.rejected, len(response.candidates) - returned - dropped),
         )
         for counter, count in counts:
             if count:
                 counter.inc(count)
-        self.scored(response.scores.spent)
+        self.count_scoring(response.scores.spent)
         self.e2e.observe(response.timing.total_seconds)
         if response.scores.members:
             self.scoring.observe(response.timing.score_seconds)
 
-    def scored(self, spent: ScoringUsage) -> None:
-        """Count what scoring cost."""
-        if spent.reward_tokens:
-            self.reward_tokens.inc(spent.reward_tokens)
-        if judged := spent.judge_prompt_tokens + spent.judge_completion_tokens:
-            self.judge_tokens.inc(judged)
+    def count_scoring(self, usage: ScoringUsage) -> None:
+        """Count the tokens of rewards and judges."""
+        if usage.reward_tokens:
+            self.reward_tokens.inc(usage.reward_tokens)
+        judge_tokens = usage.judge_prompt_tokens + usage.judge_completion_tokens
+        if judge_tokens:
+            self.judge_tokens.inc(judge_tokens)
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)

@@ -86,7 +86,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     streaming = stream_options(body)
     request, plan = service.plan(body, kind, model)
     head = {
-        "id": f"{OBJECTS[kind][0]}-{uuid.uuid4().hex}",
+        "id": f"{OBJECTS[kind].id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": model.name,
     }

@@ -1,4 +1,7 @@
-"""Run the application under uvicorn: progress while it loads, a first request to try, a drain on SIGTERM."""
+"""`infer-align serve`: the application under uvicorn.
+
+It shows the progress of loading, and finishes running requests on SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -24,45 +27,40 @@ from infer_align_server.app import create_app
 from infer_align_server.service import Service
 from infer_align_server.wire.protocol import BoundedProtocol
 
-BACKLOG = 2048  # connections that may wait to be accepted
+# Maximum number of connections that wait to be accepted.
+BACKLOG = 2048
 
 
 class DrainingServer(uvicorn.Server):  # type: ignore[misc]
-    """Tells the service at the first signal, so that /ready turns while running requests finish."""
+    """A server that makes /ready fail at the first signal, while running requests finish."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT; a second SIGINT does not wait."""
+        """Start to drain on SIGTERM or SIGINT; a second SIGINT ends the process at once."""
         self._service.drain()
         super().handle_exit(sig, frame)
-        # uvicorn raises what it captured again after the drain; ended as asked, the exit status of SIGTERM is 0.
+        # uvicorn raises the captured signals again after the drain. Remove SIGTERM, so that the
+        # exit status is 0.
         self._captured_signals: list[int] = [
             captured for captured in self._captured_signals if captured != signal.SIGTERM
         ]
 
 
 async def serve(config: Config, console: Console) -> int:
-    """Serve until a signal; 1 when the models could not be loaded or the port is taken."""
+    """Serve until a signal arrives.
+
+    Returns:
+        The exit status: 0 after a signal, 1 if the server could not start.
+
+    Raises:
+        ConfigError: The models could not be loaded, or the port is in use.
+    """
     logs.configure(config.server.log_level, config.secrets())
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("loading {task.description}"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task("", total=None)
-        started = monotonic()
-
-        def progress(what: str) -> None:
-            bar.update(task, description=what)
-            if not console.is_terminal:  # in a container's log nothing is drawn over
-                console.print(f"{monotonic() - started:6.1f} s  loading {what}", highlight=False)
-
-        app = create_app(config, progress)
+    with _progress_bar(console) as bar:
+        app = create_app(config, _progress(bar, console))
         service: Service = app.state.service
         server = DrainingServer(_uvicorn_config(config, app), service)
         listener = _listen(config)
@@ -76,18 +74,44 @@ async def serve(config: Config, console: Console) -> int:
         await serving
         raise ConfigError(service.failure)
     if server.started and settled.done():
-        # What is loaded stays: without it, the collector walks a million objects of torch's in the middle of an answer.
+        # Loaded models stay in memory. Exclude them from garbage collection: a walk over the
+        # million objects of torch would interrupt a response.
         gc.collect()
         gc.freeze()
         _reload_on_hangup(service)
-        _welcome(listener, service, console)
+        _print_welcome(listener, service, console)
     await serving
     settled.cancel()
     return 0 if server.started else 1
 
 
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("loading {task.description}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _progress(bar: Progress, console: Console) -> Callable[[str], None]:
+    """Return a callback that shows what is being loaded."""
+    task = bar.add_task("", total=None)
+    start = monotonic()
+
+    def progress(description: str) -> None:
+        bar.update(task, description=description)
+        if not console.is_terminal:
+            # The log of a container shows no progress bar. Print a line instead.
+            seconds = monotonic() - start
+            console.print(f"{seconds:6.1f} s  loading {description}", highlight=False)
+
+    return progress
+
+
 def _reload_on_hangup(service: Service) -> None:
-    """SIGHUP, as daemons have it: what was fitted anew is read without a restart."""
+    """Read the configured values again on SIGHUP."""
     running: set[asyncio.Task[None]] = set()
 
     def reload() -> None:
@@ -95,46 +119,51 @@ def _reload_on_hangup(service: Service) -> None:
         running.add(task)
         task.add_done_callback(running.discard)
 
-    if hasattr(signal, "SIGHUP"):  # not on Windows
+    # Windows has no SIGHUP.
+    if hasattr(signal, "SIGHUP"):
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """The fastest event loop that is installed."""
+    """Return the constructor of the fastest event loop that is installed."""
     factory = uvicorn.Config(lambda: None).get_loop_factory()
     return factory or asyncio.new_event_loop
 
 
 def _listen(config: Config) -> socket.socket:
-    host, port = config.server.host, config.server.port
-    # The protocol is named because asyncio sets TCP_NODELAY only then: without it every answer waits 40 ms for an ACK.
-    listener = socket.socket(
-        socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
-    )
+    host = config.server.host
+    port = config.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sets TCP_NODELAY only if the protocol is named. Without it every response waits
+    # 40 ms for an ACK.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
-        reason = f"cannot listen on {host}:{port}: {error.strerror}"
         raise ConfigError(
-            f"[server] port: {reason}; choose another with --set server.port=0."
+            f"[server] port: cannot listen on {host}:{port}: {error.strerror}; choose another "
+            "port, or any free one with --set server.port=0."
         ) from None
     return listener
 
 
 def _uvicorn_config(config: Config, app: FastAPI) -> uvicorn.Config:
-    drain = max(1, round(config.server.drain_seconds))
-    # A header that anybody can send must not choose whose limits count.
-    options: dict[str, Any] = {"proxy_headers": False, "timeout_graceful_shutdown": drain}
+    options: dict[str, Any] = {
+        # Any client can send a proxy header. It must not choose the caller whose limits apply.
+        "proxy_headers": False,
+        "timeout_graceful_shutdown": max(1, round(config.server.drain_seconds)),
+    }
     return uvicorn.Config(app, http=BoundedProtocol, log_config=None, access_log=False, **options)
 
 
-def _welcome(listener: socket.socket, service: Service, console: Console) -> None:
+def _print_welcome(listener: socket.socket, service: Service, console: Console) -> None:
     host, port = listener.getsockname()[:2]
+    model = escape(service.model)
     console.print(
-        f"[bold]infer-align[/] serves [bold]{escape(service.model)}[/] at http://{host}:{port}/v1",
+        f"[bold]infer-align[/] serves [bold]{model}[/] at http://{host}:{port}/v1",
         highlight=False,
     )
     for name in service.models()[1:]:

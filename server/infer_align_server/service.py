@@ -236,16 +236,16 @@ class Service:
         with charged(self.tokens, caller, plan.worst_case_tokens) as charge:
             async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds, caller):
                 response = await align(
-                    _in_time(plan, arrived), self.engine, self.rewards, charge.metered(on_delta)
+                    _in_time(plan, arrived), self.engine, self.rewards, charge.start(on_delta)
                 )
-            charge.answered(response)
+            charge.complete(response)
         if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
             # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.
             why = f"candidate {failed.index} failed: {failed.error}"
             if failed.interrupted:
                 raise DeadlineExceeded(f"{why}; allow more time.")
             raise EngineFailed(why, status=failed.status, retry_after=failed.retry_after)
-        self.metrics.answered(response)
+        self.metrics.count_response(response)
         return response
 
     @asynccontextmanager
@@ -269,11 +269,11 @@ class Service:
             )
         with charged(self.tokens, caller, worst_case) as charge:
             async with self.admission.admit(worst_case, caller=caller):
-                charge.metered(None)
+                charge.start(None)
 
                 def told(spent: ScoringUsage) -> None:
                     charge.spent = spent.judge_completion_tokens
-                    self.metrics.scored(spent)
+                    self.metrics.count_scoring(spent)
 
                 yield told
 

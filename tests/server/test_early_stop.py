@@ -75,11 +75,11 @@ def test_answers_asked_for_are_drawn_to_the_end(live: Any) -> None:
 
 def test_the_budget_of_the_caller_pays_for_what_was_sampled(live: Any) -> None:
     tokens = live.service.tokens
-    before = tokens.left("127.0.0.1")
+    before = tokens.available("127.0.0.1")
     spent = live.chat({**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}).json()[
         "usage"
     ]["completion_tokens"]
-    assert before - tokens.left("127.0.0.1") <= spent, "the bucket fills up meanwhile"
+    assert before - tokens.available("127.0.0.1") <= spent, "the bucket fills up meanwhile"
 
 
 @pytest.mark.parametrize(

@@ -408,12 +408,12 @@ def test_judging_and_scoring_are_within_limits_counted_and_paid_for(configured: 
         assert answer.status_code == 400, answer.text
         assert "over this server's limit of 400; send fewer" in answer.json()["error"]["message"]
         assert answer.json()["error"]["param"] == "candidates"
-        left, counted = tokens.left("127.0.0.1"), metric()
+        left, counted = tokens.available("127.0.0.1"), metric()
         usage = configured.post(
             {"messages": USER, "candidates": many[:5], **body}, f"/v1/align/{path}"
         ).json()["usage"]
         assert usage["judge_completion_tokens"] >= 20
-        assert left - tokens.left("127.0.0.1") > usage["judge_completion_tokens"] - 10, (
+        assert left - tokens.available("127.0.0.1") > usage["judge_completion_tokens"] - 10, (
             "but for what a second gives back"
         )
         assert metric() - counted == usage["judge_prompt_tokens"] + usage["judge_completion_tokens"]

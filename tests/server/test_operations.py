@@ -125,7 +125,7 @@ def test_a_deadline_counts_the_time_in_the_queue(serve: Any) -> None:
     for stream in (False, True):
         answer = live.chat({"budget": {"deadline_seconds": 0.2}}, stream=stream)
         assert answer.status_code == 504
-        assert "no place came free within the 0.2 s" in answer.json()["error"]["message"]
+        assert "not admitted within its 0.2 s" in answer.json()["error"]["message"]
     running.join()
     assert live.idle()
 

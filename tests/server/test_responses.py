@@ -111,7 +111,7 @@ def ask(live: Live, **fields: Any) -> Any:
 
 
 def left(live: Live) -> float:
-    return float(live.service.tokens.left("key 0"))
+    return float(live.service.tokens.available("key 0"))
 
 
 def test_it_arrives_as_it_is_under_the_upstreams_own_key(up: Upstream, front: Any) -> None:

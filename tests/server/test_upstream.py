@@ -162,7 +162,7 @@ def test_a_budget_of_tokens_makes_no_stream_of_what_is_none(
     told.reset()
     answer = chat(live, align)
     assert "stream" not in told.bodies[0]
-    spent = 100_000 - live.service.tokens.left("127.0.0.1")
+    spent = 100_000 - live.service.tokens.available("127.0.0.1")
     assert spent <= answer.json()["usage"]["completion_tokens"]
 
 

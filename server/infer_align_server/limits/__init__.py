@@ -1,1 +1,1 @@
-"""Limits on what callers may use: the admission queue, rate limits, token budgets, client timeouts."""
+"""Limits on callers: the admission queue, rate limits, token budgets, client timeouts."""

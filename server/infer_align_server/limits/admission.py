@@ -1,4 +1,4 @@
-"""Who may start, who waits, who is sent away: bounded by what each request can cost at worst, shared fairly between callers."""
+"""Admission of requests: at most so many run at once, the others wait in a fair queue."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from time import monotonic
 from infer_align.config.config import Limits
 from infer_align.errors import DeadlineExceeded, Overloaded
 
-# How much a finished request's duration moves the estimate behind Retry-After.
+# Weight of the newest request's duration in the moving average behind Retry-After.
 SMOOTHING = 0.1
+# Above this number of callers, virtual times in the past are deleted.
 MAX_CALLERS = 10_000
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
+    """A waiting request. `admitted` gets a result or an error when it leaves the queue."""
+
     caller: str
     tokens: int
     arrival: int
@@ -26,113 +29,135 @@ class _Waiter:
 
 
 class Admission:
-    """Turns within `[limits]` max_running and max_running_tokens, fair between callers, first come first served for each.
+    """Admits requests within `[limits]` max_running and max_running_tokens, fairly to callers.
 
-    Start-time fair queueing (Goyal, Vin and Cheng, 1996): every caller has a mark, moved on by the worst case of what it
-    was given, and the lowest mark is next. One caller's flood moves its own mark only, so that two callers who both wait
-    are never further apart than one request of each.
+    This is start-time fair queueing (Goyal, Vin and Cheng, 1996). Every caller has a virtual time.
+    It advances by the worst case in tokens of each admitted request. The waiting caller with the
+    smallest virtual time is next; requests of one caller keep their order. A caller that sends
+    many requests advances only its own virtual time, so two callers that both wait are never more
+    than one request of each apart.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._queues: dict[
-            str, deque[_Waiter]
-        ] = {}  # callers that wait, each with at least one request
-        self._marks: dict[
-            str, float
-        ] = {}  # worst-case tokens a caller was given, on the common scale of `_now`
-        self._now = 0.0  # the mark of the last caller admitted: where one that was away joins again
+        # The waiting requests of each caller; a caller without one is absent.
+        self._queues: dict[str, deque[_Waiter]] = {}
+        # The virtual time of each caller, in tokens.
+        self._virtual_times: dict[str, float] = {}
+        # The virtual time of the last admitted caller. A caller that was absent continues here.
+        self._now = 0.0
         self._arrivals = 0
-        self._seconds = 1.0  # a request's usual duration
+        # Moving average of the duration of a request.
+        self._mean_seconds = 1.0
         self.running = 0
         self.running_tokens = 0
 
     @property
     def queued(self) -> int:
-        """Requests waiting for their turn."""
+        """The number of waiting requests."""
         return sum(map(len, self._queues.values()))
 
     @asynccontextmanager
     async def admit(
         self, tokens: int, deadline_seconds: float | None = None, caller: str = ""
     ) -> AsyncIterator[None]:
-        """Hold a place while the block runs; `tokens` is the request's worst case.
+        """Wait until the request may run, and count it as running inside the block.
+
+        Args:
+            tokens: The worst case of the request.
+            deadline_seconds: The longest time to wait.
+            caller: The name of the caller; callers share the server fairly.
 
         Raises:
-            Overloaded: the queue is full.
-            DeadlineExceeded: the turn did not come in time.
+            Overloaded: The queue is full.
+            DeadlineExceeded: The request was not admitted in time.
         """
         if self._queues or not self._fits(tokens):
-            await self._queue(caller, tokens, deadline_seconds)
+            await self._wait(caller, tokens, deadline_seconds)
         else:
             self._enter(caller, tokens)
-        started = monotonic()
+        start = monotonic()
         try:
             yield
         finally:
-            self._seconds += SMOOTHING * (monotonic() - started - self._seconds)
+            seconds = monotonic() - start
+            self._mean_seconds += SMOOTHING * (seconds - self._mean_seconds)
             self._leave(tokens)
 
-    async def _queue(self, caller: str, tokens: int, deadline_seconds: float | None) -> None:
+    async def _wait(self, caller: str, tokens: int, deadline_seconds: float | None) -> None:
         if self.queued >= self._limits.max_queue:
             self._make_room(caller)
-        self._arrivals += 1
-        waiter = _Waiter(caller, tokens, self._arrivals, asyncio.get_running_loop().create_future())
-        if caller not in self._queues:
-            self._marks[caller] = self._now_or_later(caller)
-        self._queues.setdefault(caller, deque()).append(waiter)
+        waiter = self._enqueue(caller, tokens)
         try:
             async with asyncio.timeout(deadline_seconds):
                 await waiter.admitted
-        except BaseException as error:
-            future = waiter.admitted
-            if self._drop(waiter):
-                self._wake()
-            elif (
-                future.done() and not future.cancelled() and not future.exception()
-            ):  # its turn came as it left: pass it on
-                self._leave(tokens)
-            if isinstance(error, TimeoutError):
-                raise DeadlineExceeded(
-                    f"no place came free within the {deadline_seconds} s allowed; allow more time."
-                ) from None
+        except TimeoutError:
+            self._withdraw(waiter)
+            raise DeadlineExceeded(
+                f"The request was not admitted within its {deadline_seconds} s; allow more time."
+            ) from None
+        except BaseException:
+            self._withdraw(waiter)
             raise
 
+    def _enqueue(self, caller: str, tokens: int) -> _Waiter:
+        self._arrivals += 1
+        admitted = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(caller, tokens, self._arrivals, admitted)
+        if caller not in self._queues:
+            self._virtual_times[caller] = self._virtual_time(caller)
+            self._queues[caller] = deque()
+        self._queues[caller].append(waiter)
+        return waiter
+
+    def _withdraw(self, waiter: _Waiter) -> None:
+        """Remove a request that no longer waits."""
+        if self._dequeue(waiter):
+            self._admit_waiters()
+            return
+        future = waiter.admitted
+        was_admitted = future.done() and not future.cancelled() and not future.exception()
+        if was_admitted:
+            # It was admitted at the moment when it gave up. Pass its place on.
+            self._leave(waiter.tokens)
+
     def _make_room(self, caller: str) -> None:
-        """The longest queue gives up its newest request, if that still leaves it no shorter than the newcomer's.
+        """Refuse the newest request of the longest queue, to make room for one of `caller`.
 
         Raises:
-            Overloaded: it is the newcomer that has to go.
+            Overloaded: The new request would itself be in the longest queue.
         """
         longest = max(self._queues.values(), key=len, default=deque())
         if len(self._queues.get(caller, ())) + 1 >= len(longest):
             raise self._overloaded()
         newest = longest[-1]
-        self._drop(newest)
+        self._dequeue(newest)
         if not newest.admitted.done():
             newest.admitted.set_exception(self._overloaded())
 
     def _overloaded(self) -> Overloaded:
         turns = (self.queued + 1) / self._limits.max_running
         return Overloaded(
-            f"{self.running} requests are running and {self.queued} are waiting: the limit; try again later.",
-            retry_after=max(1.0, turns * self._seconds),
+            f"{self.running} requests are running and {self.queued} are waiting, the limit of this "
+            "server; try again later.",
+            retry_after=max(1.0, turns * self._mean_seconds),
             code="queue_full",
         )
 
-    def _drop(self, waiter: _Waiter) -> bool:
-        """Take it out of its queue; False where it is not in one any more."""
-        queue = self._queues.get(waiter.caller, ())
-        if waiter not in queue:
+    def _dequeue(self, waiter: _Waiter) -> bool:
+        """Remove a request from its queue; return False if it is not in it."""
+        queue = self._queues.get(waiter.caller)
+        if queue is None or waiter not in queue:
             return False
-        queue.remove(waiter)  # type: ignore[union-attr]  # only a deque can hold it
+        queue.remove(waiter)
         if not queue:
             del self._queues[waiter.caller]
         return True
 
     def _fits(self, tokens: int) -> bool:
         if self.running == 0:
-            return True  # alone, a request is bounded by its own limit
+            # A request that runs alone is bounded by the limit of one request.
+            return True
         return (
             self.running < self._limits.max_running
             and self.running_tokens + tokens <= self._limits.max_running_tokens
@@ -141,35 +166,43 @@ class Admission:
     def _enter(self, caller: str, tokens: int) -> None:
         self.running += 1
         self.running_tokens += tokens
-        self._now = self._now_or_later(caller)
-        self._marks[caller] = self._now_or_later(caller) + max(1, tokens)
-        if len(self._marks) > MAX_CALLERS:  # a mark that is passed says nothing
-            self._marks = {
-                who: mark
-                for who, mark in self._marks.items()
-                if mark > self._now or who in self._queues
-            }
+        self._now = self._virtual_time(caller)
+        self._virtual_times[caller] = self._now + max(1, tokens)
+        if len(self._virtual_times) > MAX_CALLERS:
+            self._delete_past_times()
 
-    def _now_or_later(self, caller: str) -> float:
-        return max(self._now, self._marks.get(caller, 0.0))
+    def _delete_past_times(self) -> None:
+        """Delete the virtual times that are the same as no virtual time."""
+        self._virtual_times = {
+            caller: time
+            for caller, time in self._virtual_times.items()
+            if time > self._now or caller in self._queues
+        }
+
+    def _virtual_time(self, caller: str) -> float:
+        return max(self._now, self._virtual_times.get(caller, 0.0))
 
     def _leave(self, tokens: int) -> None:
         self.running -= 1
         self.running_tokens -= tokens
-        self._wake()
-        if not self.running:  # then nobody waits either: all start anew
-            self._marks.clear()
+        self._admit_waiters()
+        if not self.running:
+            # Then no request waits either. Start again from zero.
+            self._virtual_times.clear()
             self._now = 0.0
 
-    def _wake(self) -> None:
+    def _admit_waiters(self) -> None:
+        """Admit waiting requests in order, as long as the next one fits."""
         while self._queues:
-            waiter = min(
-                (queue[0] for queue in self._queues.values()),
-                key=lambda w: (self._marks[w.caller], w.arrival),
-            )
+            first_of_each = [queue[0] for queue in self._queues.values()]
+            waiter = min(first_of_each, key=self._order)
             if not self._fits(waiter.tokens):
                 return
-            self._drop(waiter)
-            if not waiter.admitted.cancelled():  # its client may have left in this very step
+            self._dequeue(waiter)
+            # The client may have left just now.
+            if not waiter.admitted.cancelled():
                 self._enter(waiter.caller, waiter.tokens)
                 waiter.admitted.set_result(None)
+
+    def _order(self, waiter: _Waiter) -> tuple[float, int]:
+        return self._virtual_times[waiter.caller], waiter.arrival

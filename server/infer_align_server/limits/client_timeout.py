@@ -1,4 +1,8 @@
-"""How long a client will wait, as OpenAI's SDKs say in a header: an answer after that is sampled for nobody."""
+"""The client's timeout, which OpenAI's SDKs send in a header.
+
+A request that is answered later than this has no reader. The timeout therefore becomes its
+deadline.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +12,38 @@ from dataclasses import replace
 
 from infer_align.types import Plan
 
-# Python's SDK sends the first, the seconds it waits for any byte; JavaScript's the second, the seconds it waits for the head.
+# The Python SDK sends the first: the seconds it waits for any byte. The JavaScript SDK sends the
+# second: the seconds it waits for the response's headers.
 HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
-# Of what the client allows, this is kept for the way back.
-SHARE, MOST_SECONDS = 0.1, 2.0
+# The part of the timeout that is reserved for the way back to the client.
+RESERVED_SHARE = 0.1
+MAX_RESERVED_SECONDS = 2.0
 
 
 def client_timeout(headers: Mapping[str, str]) -> float | None:
-    """Seconds until the client gives up; None where it does not say. What is no positive number says nothing."""
-    given = []
+    """Return the seconds that the client waits; None if no header has a positive number."""
+    timeouts = []
     for name in HEADERS:
         try:
             seconds = float(headers.get(name, ""))
         except ValueError:
             continue
         if 0 < seconds < math.inf:
-            given.append(seconds)
-    return min(given, default=None)
+            timeouts.append(seconds)
+    return min(timeouts, default=None)
 
 
-def with_client_deadline(plan: Plan, patience: float | None) -> Plan:
-    """The plan, due a little before the client gives up; a deadline that the request sets itself stands.
+def with_client_deadline(plan: Plan, timeout: float | None) -> Plan:
+    """Return the plan with a deadline shortly before the client's timeout.
 
-    Not for streams: there each piece, and each comment, starts the client's clock anew.
+    A deadline in the request itself takes precedence. Do not use this for streams: each chunk and
+    each comment starts the client's clock again.
+
+    Args:
+        plan: The plan.
+        timeout: The client's timeout in seconds; None for none.
     """
-    if patience is None or plan.deadline_seconds is not None:
+    if timeout is None or plan.deadline_seconds is not None:
         return plan
-    return replace(plan, deadline_seconds=patience - min(SHARE * patience, MOST_SECONDS))
+    reserved = min(RESERVED_SHARE * timeout, MAX_RESERVED_SECONDS)
+    return replace(plan, deadline_seconds=timeout - reserved)

@@ -1,4 +1,8 @@
-"""What one request takes from its caller's budget of tokens: its worst case, until it is known better."""
+"""The charge of one request to its caller's token budget.
+
+The worst case is charged when the request starts. When the request ends, the difference to the
+tokens that were generated is returned.
+"""
 
 from __future__ import annotations
 
@@ -12,58 +16,71 @@ from infer_align_server.limits.rate_limit import RateLimit
 
 
 class Charge:
-    """One request's place in its caller's token budget: what it has spent as far as anybody knows."""
+    """The charge of one request.
+
+    Attributes:
+        spent: The tokens to charge, as far as they are known.
+    """
 
     def __init__(self, worst_case: int, *, limited: bool) -> None:
         self._worst_case = worst_case
         self._limited = limited
-        self._pieces = 0
+        self._streamed = 0
         self.spent = 0
 
-    def metered(self, on_delta: OnDelta | None) -> OnDelta | None:
-        """Sampling begins: from here on the worst case counts, until something better is known."""
+    def start(self, on_delta: OnDelta | None) -> OnDelta | None:
+        """Charge the worst case from now on; call it when the engine starts.
+
+        Returns:
+            `on_delta`, extended to count the deltas.
+        """
         if not self._limited:
             return on_delta
         self.spent = self._worst_case
-        if on_delta is None:  # a budget is no reason to ask the engine for every token by itself
+        if on_delta is None:
+            # Do not make the engine stream only to count.
             return None
 
         def count(delta: Delta) -> None:
-            self._pieces += 1
+            self._streamed += 1
             on_delta(delta)
 
         return count
 
-    def answered(self, response: Response) -> None:
-        """It ended well: what was sampled is known."""
-        sampled = sum(candidate.completion_tokens for candidate in response.candidates)
-        self.spent = sampled + response.scores.spent.judge_completion_tokens
+    def complete(self, response: Response) -> None:
+        """Charge the tokens of a complete response."""
+        generated = sum(candidate.completion_tokens for candidate in response.candidates)
+        self.spent = generated + response.scores.spent.judge_completion_tokens
 
-    def broken_off(self, *, by_client: bool) -> None:
-        """It did not: what the engine showed was spent. A client that leaves an engine that shows nothing pays in full, and so does
-        one whose own deadline leaves nothing.
+    def abort(self, *, by_client: bool) -> None:
+        """Charge a request that ended early.
 
-        Otherwise reading a stream to its last token but one, and hanging up, would cost nothing.
+        Charge the deltas that were streamed. If there were none and the client ended the request,
+        charge the worst case. Otherwise a client could read a stream except for its last token,
+        close the connection and pay nothing.
+
+        Args:
+            by_client: The client left, or the deadline in its request passed.
         """
-        if self._pieces or not by_client:
-            self.spent = min(self.spent, self._pieces)
+        if self._streamed or not by_client:
+            self.spent = min(self.spent, self._streamed)
 
 
 @contextmanager
-def charged(allowance: RateLimit, caller: str, worst_case: int) -> Iterator[Charge]:
-    """Take the worst case while the block runs; afterwards give back what was not spent, or take what was spent beyond it.
+def charged(budget: RateLimit, caller: str, worst_case: int) -> Iterator[Charge]:
+    """Charge the worst case before the block, and correct the charge after it.
 
     Raises:
-        Overloaded: the caller's budget does not hold it.
+        Overloaded: The caller's budget does not hold the worst case.
     """
-    allowance.take(caller, worst_case)
-    charge = Charge(worst_case, limited=allowance.limited)
+    budget.take(caller, worst_case)
+    charge = Charge(worst_case, limited=budget.limited)
     try:
         yield charge
     except BaseException as error:
-        charge.broken_off(
-            by_client=isinstance(error, DeadlineExceeded) or not isinstance(error, Exception)
-        )
+        # An exception that is not an Exception is the cancellation after the client left.
+        by_client = isinstance(error, DeadlineExceeded) or not isinstance(error, Exception)
+        charge.abort(by_client=by_client)
         raise
     finally:
-        allowance.give_back(caller, worst_case - charge.spent)
+        budget.give_back(caller, worst_case - charge.spent)

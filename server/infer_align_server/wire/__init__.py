@@ -1,1 +1,1 @@
-"""The HTTP wire format: request bodies in, OpenAI objects, errors and event streams out."""
+"""The HTTP wire format: request bodies in; OpenAI objects, errors and event streams out."""

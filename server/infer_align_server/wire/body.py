@@ -1,121 +1,145 @@
-"""Read request bodies: a bounded number of bytes, as one JSON object."""
+"""Reading of request bodies: a bounded number of bytes that contain one JSON object."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from starlette.requests import Request as HttpRequest
 
 from infer_align.errors import BodyTooLarge, InvalidRequest, shown
 
-MAX_NESTING = 128  # levels of a body; what people send has a dozen
+# Maximum nesting of a body. Usual bodies have about a dozen levels.
+MAX_NESTING = 128
 
 
 async def read_body(http: HttpRequest, max_bytes: int) -> dict[str, Any]:
-    """The body as a JSON object.
+    """Return the body of a request as a JSON object.
 
     Raises:
-        BodyTooLarge, InvalidRequest: see `read_bytes` and `parse_body`.
+        BodyTooLarge: The body is larger than `max_bytes`.
+        InvalidRequest: See `parse_body`.
     """
     return parse_body(await read_bytes(http, max_bytes))
 
 
 async def read_bytes(http: HttpRequest, max_bytes: int) -> bytes:
-    """The body as it came.
+    """Return the body of a request as bytes.
 
     Raises:
-        BodyTooLarge: over `max_bytes`, said before it is read where the client announces its size.
+        BodyTooLarge: The body is larger than `max_bytes`. A body whose Content-Length says so is
+            not read.
     """
-    announced = http.headers.get("content-length", "0")
+    content_length = http.headers.get("content-length", "0")
+    announced = int(content_length) if content_length.isdecimal() else 0
+    if announced > max_bytes:
+        raise _too_large(max_bytes)
     received = bytearray()
-    if not announced.isdecimal() or int(announced) <= max_bytes:
-        async for chunk in http.stream():
-            received += chunk
-            if len(received) > max_bytes:
-                break
-    if len(received) > max_bytes or (announced.isdecimal() and int(announced) > max_bytes):
-        raise BodyTooLarge(f"the body is over this server's limit of {max_bytes} bytes; send less.")
+    async for chunk in http.stream():
+        received += chunk
+        if len(received) > max_bytes:
+            raise _too_large(max_bytes)
     return bytes(received)
 
 
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(
+        f"The body is over this server's limit of {max_bytes} bytes; send a smaller one."
+    )
+
+
 def parse_body(received: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Return a body as a JSON object.
 
     Raises:
-        InvalidRequest: not JSON, not an object, or text that is not Unicode.
+        InvalidRequest: The body is not JSON, not an object, nested too deeply, or contains a
+            number or text that JSON cannot represent.
     """
     try:
         body = json.loads(received.decode(), parse_constant=_no_constant, parse_float=_finite)
-        if b"\\u" in received:  # only an escape can smuggle in half a surrogate pair
-            json.dumps(body, ensure_ascii=False).encode()
+        _check_unicode(received, body)
         _check_nesting(body)
-    except _TooLarge:
-        where = _overflow(received)
+    except _NumberTooLargeError:
+        path = _path_of_large_number(received)
         raise InvalidRequest(
-            f"{where or 'the body'}: holds a number that is larger than any here.", param=where
+            f"{path or 'the body'}: contains a number that is too large for a float; "
+            "use one below 1.8e308.",
+            param=path,
         ) from None
     except UnicodeEncodeError as error:
         raise InvalidRequest(
-            f"the body holds text that is not Unicode: {error.reason}; escape whole surrogate pairs."
+            f"The body contains text that is not Unicode: {error.reason}; escape surrogates in "
+            "pairs."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not JSON: {error}.", code="invalid_json") from None
+        raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise InvalidRequest(
-            f"the body is {shown(body)}; must be a JSON object.", code="invalid_json"
+            f"The body is {shown(body)}; must be a JSON object.", code="invalid_json"
         )
     return body
 
 
+def _check_unicode(received: bytes, body: object) -> None:
+    """Raise UnicodeEncodeError if the body contains a surrogate without its pair."""
+    # Only an escape can encode one.
+    if b"\\u" in received:
+        json.dumps(body, ensure_ascii=False).encode()
+
+
 def _check_nesting(body: object) -> None:
-    """Deeper than this, what quotes or writes the body again could run out of stack."""
-    level = [body]
+    """Raise RecursionError if a body is nested so deeply that writing it may overflow the stack."""
+    level: list[object] = [body]
     for _ in range(MAX_NESTING):
-        level = [
-            child for value in level if isinstance(value, dict | list) for child in _children(value)
-        ]
+        containers = [value for value in level if isinstance(value, dict | list)]
+        level = []
+        for container in containers:
+            level.extend(container.values() if isinstance(container, dict) else container)
         if not level:
             return
     raise RecursionError(f"nested deeper than {MAX_NESTING} levels")
-
-
-def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-class _TooLarge(Exception):
-    """A number that overflows: as infinity it would pass every comparison, and no JSON could carry it on."""
+class _NumberTooLargeError(Exception):
+    """A number became infinite.
+
+    Infinity would pass every comparison with a minimum, and JSON cannot represent it.
+    """
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise _TooLarge
+        raise _NumberTooLargeError
     return number
 
 
-def _overflow(received: bytes) -> str | None:
+def _path_of_large_number(received: bytes) -> str | None:
     try:
         body = json.loads(received)
         _check_nesting(body)
     except RecursionError:
         return None
-    return _infinite(body)
+    return _path_of_infinity(body)
 
 
-def _infinite(value: object, path: str = "") -> str | None:
-    """Where in a body an infinite number stands."""
+def _path_of_infinity(value: object, path: str = "") -> str | None:
+    """Return the dotted path of the first infinite number in a body; None if there is none."""
+    children: dict[str, object] = {}
     if isinstance(value, dict):
-        inside = ((f"{path}.{key}" if path else key, child) for key, child in value.items())
+        prefix = f"{path}." if path else ""
+        children = {f"{prefix}{key}": child for key, child in value.items()}
     elif isinstance(value, list):
-        inside = ((f"{path}[{i}]", child) for i, child in enumerate(value))
-    else:
-        return path if isinstance(value, float) and math.isinf(value) else None
-    return next((found for where, child in inside if (found := _infinite(child, where))), None)
+        children = {f"{path}[{i}]": child for i, child in enumerate(value)}
+    elif isinstance(value, float) and math.isinf(value):
+        return path
+    for child_path, child in children.items():
+        match = _path_of_infinity(child, child_path)
+        if match is not None:
+            return match
+    return None

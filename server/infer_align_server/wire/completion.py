@@ -1,44 +1,67 @@
-"""Write completions in the shape of OpenAI's API, with their `align` report."""
+"""Completions in the format of OpenAI's API, with the `align` report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from infer_align.objectives import std
 from infer_align.types import Candidate, Kind, Request, Response
 from infer_align_server.wire.encoding import number
 
-OBJECTS: dict[Kind, tuple[str, str, str]] = {  # id prefix, object of an answer, object of a chunk
-    "chat": ("chatcmpl", "chat.completion", "chat.completion.chunk"),
-    "completion": ("cmpl", "text_completion", "text_completion"),
+
+class ObjectNames(NamedTuple):
+    """The names of the objects that one route returns."""
+
+    id_prefix: str
+    completion: str
+    chunk: str
+
+
+OBJECTS: dict[Kind, ObjectNames] = {
+    "chat": ObjectNames("chatcmpl", "chat.completion", "chat.completion.chunk"),
+    "completion": ObjectNames("cmpl", "text_completion", "text_completion"),
 }
 
 
 def completion_json(
     response: Response, request: Request, head: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The answer of one request; `head` holds id, created and model."""
+    """Return the response to one request as JSON.
+
+    Args:
+        response: The response of the flow.
+        request: The request.
+        head: The fields `id`, `created` and `model`.
+    """
+    choices = [{"index": i, **candidate.choice} for i, candidate in enumerate(response.returned)]
     body: dict[str, Any] = {
         **response.returned[0].response_fields,
         **head,
-        "object": OBJECTS[request.kind][1],
-        "choices": [
-            {"index": i, **candidate.choice} for i, candidate in enumerate(response.returned)
-        ],
+        "object": OBJECTS[request.kind].completion,
+        "choices": choices,
         "usage": usage_json(response),
     }
-    if request.aligned and request.details != "none":
+    if has_report(request):
         body["align"] = align_json(response, request)
     return body
 
 
+def has_report(request: Request) -> bool:
+    """Return True if the response to a request contains the `align` report."""
+    return request.aligned and request.details != "none"
+
+
 def usage_json(response: Response) -> dict[str, Any]:
-    """Each distinct prompt once, everything generated, and which part of it was returned."""
-    generated = sum(c.completion_tokens for c in response.candidates)
-    returned = sum(c.completion_tokens for c in response.returned)
-    return {
+    """Return OpenAI's usage object.
+
+    Each distinct prompt counts once. The tokens of all candidates count as generated; those of
+    the returned ones are the accepted prediction tokens.
+    """
+    generated = sum(candidate.completion_tokens for candidate in response.candidates)
+    returned = sum(candidate.completion_tokens for candidate in response.returned)
+    usage: dict[str, Any] = {
         "prompt_tokens": response.prompt_tokens,
         "completion_tokens": generated,
         "total_tokens": response.prompt_tokens + generated,
@@ -47,60 +70,70 @@ def usage_json(response: Response) -> dict[str, Any]:
             "accepted_prediction_tokens": returned,
             "rejected_prediction_tokens": generated - returned,
         },
-        **(
-            {"prompt_tokens_details": prompt}
-            if (prompt := _details(response, "prompt_tokens_details", response.prompt_tokens))
-            else {}
-        ),
     }
+    prompt_details = _details(response, "prompt_tokens_details", response.prompt_tokens)
+    if prompt_details:
+        usage["prompt_tokens_details"] = prompt_details
+    return usage
 
 
-def _details(response: Response, name: str, most: int) -> dict[str, int]:
-    """What the engine's own usage tells apart, over all candidates; never more than the whole of which it is a part."""
-    found: dict[str, int] = {}
+def _details(response: Response, name: str, limit: int) -> dict[str, int]:
+    """Return one details object of the engine's usage, summed over the candidates.
+
+    No sum exceeds `limit`, the total of which it is a part.
+    """
+    totals: dict[str, int] = {}
     for candidate in response.candidates:
         usage = candidate.response_fields.get("usage")
         details = usage.get(name) if isinstance(usage, Mapping) else None
         for key, tokens in (details or {}).items():
             if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0:
-                found[key] = min(most, found.get(key, 0) + tokens)
-    return found
+                totals[key] = min(limit, totals.get(key, 0) + tokens)
+    return totals
 
 
 def align_json(response: Response, request: Request) -> dict[str, Any]:
-    """What was drawn, how it scored, what was chosen and why."""
-    selection, timing, direction = response.selection, response.timing, response.plan.direction
-    extra: dict[str, Any] = {} if direction is None else {"direction": dict(direction)}
-    if response.scores.reports:
-        extra["reports"] = {name: dict(report) for name, report in response.scores.reports.items()}
-    return {
+    """Return the `align` report: the candidates, their scores and the selection."""
+    report: dict[str, Any] = {
         "methods": list(response.plan.methods),
-        "selected": selection.ranking[0],
-        "dropped": len(selection.dropped),
+        "selected": response.selection.ranking[0],
+        "dropped": len(response.selection.dropped),
         "partial": response.partial,
-        "reason": selection.reason,
-        **extra,
+        "reason": response.selection.reason,
+        **extras_json(response),
         "candidates": [
             _candidate_json(candidate, response, request) for candidate in response.candidates
         ],
         "usage": {
-            "engine_calls": sum(c.calls for c in response.candidates),
+            "engine_calls": sum(candidate.calls for candidate in response.candidates),
             "candidate_tokens": sum(c.completion_tokens for c in response.candidates),
             "saved_tokens": response.saved_tokens,
             **asdict(response.scores.spent),
         },
         "timing": {
-            "generate_seconds": round(timing.generate_seconds, 6),
-            "score_seconds": round(timing.score_seconds, 6),
-            "total_seconds": round(timing.total_seconds, 6),
+            "generate_seconds": round(response.timing.generate_seconds, 6),
+            "score_seconds": round(response.timing.score_seconds, 6),
+            "total_seconds": round(response.timing.total_seconds, 6),
         },
     }
+    return report
+
+
+def extras_json(response: Response) -> dict[str, Any]:
+    """Return the direction and the reports of rewards, if the response has them."""
+    extras: dict[str, Any] = {}
+    if response.plan.direction is not None:
+        extras["direction"] = dict(response.plan.direction)
+    if response.scores.reports:
+        reports = response.scores.reports
+        extras["reports"] = {name: dict(report) for name, report in reports.items()}
+    return extras
 
 
 def _candidate_json(candidate: Candidate, response: Response, request: Request) -> dict[str, Any]:
     index = candidate.index
     direction = response.plan.draws[candidate.draw].direction
-    described: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "index": index,
         "objective": number(response.selection.objective[index]),
         "scores": scores_json(response, index),
@@ -110,20 +143,22 @@ def _candidate_json(candidate: Candidate, response: Response, request: Request) 
         "error": response.selection.dropped.get(index),
     }
     if request.details == "candidates":
-        described["choice"] = dict(candidate.choice)
-    return described
+        fields["choice"] = dict(candidate.choice)
+    return fields
 
 
 def scores_json(response: Response, index: int) -> dict[str, Any]:
-    """Every reward's view of one candidate: its score, the members behind it, and how far they disagree."""
+    """Return each reward's score of one candidate, with the member scores and their deviation."""
     scores: dict[str, Any] = {}
     for name, members in response.scores.members.items():
+        # A [K, 1] column: the scores of the K members for this candidate.
         column = members[:, [index]]
         scores[name] = {
             "value": number(response.selection.values[name][index]),
             "std": number(std(column)[0]),
             "members": [number(value) for value in column[:, 0].tolist()],
         }
-        if note := response.scores.notes[name][index]:
+        note = response.scores.notes[name][index]
+        if note:
             scores[name]["note"] = note
     return scores

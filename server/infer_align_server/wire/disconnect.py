@@ -1,4 +1,4 @@
-"""Cancel work when its client disconnects."""
+"""Cancellation of work when its client disconnects."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ T = TypeVar("T")
 
 
 class ClientLeft(Exception):
-    """The client closed the connection; there is nobody to answer."""
+    """The client closed the connection before it received the response."""
 
 
 async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client disconnects.
+    """Return the result of `work`; cancel it as soon as the client disconnects.
+
+    Args:
+        receive: The ASGI channel of the request, whose body has been read.
+        work: A coroutine.
 
     Raises:
-        ClientLeft: it did.
+        ClientLeft: The client disconnected.
     """
     worker = asyncio.current_task()
     assert worker is not None
-    left = False
+    disconnected = False
 
     async def watch() -> None:
-        nonlocal left
+        nonlocal disconnected
         await _disconnect(receive)
-        left = True
+        disconnected = True
         worker.cancel()
 
     watcher = asyncio.create_task(watch())
     try:
         return await work
     except asyncio.CancelledError:
-        if left and not worker.uncancel():  # ours, not somebody else's who is ending this task
+        # After uncancel() the count is zero if nothing else cancelled this task too.
+        if disconnected and not worker.uncancel():
             raise ClientLeft from None
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Write JSON: compact, with null for NaN and infinity."""
+"""Writing of JSON: compact, and with null for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 
 
 def dumps(value: object) -> bytes:
-    """Compact JSON; NaN and infinity, which JSON lacks, are an error here and must be None by now."""
+    """Return a value as compact JSON.
+
+    Raises:
+        ValueError: The value contains NaN or infinity; see `number`.
+    """
     return _encode(value).encode()
 
 
 def json_response(
     value: object, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> HttpResponse:
-    """A JSON answer."""
+    """Return a response with a value as JSON."""
     return HttpResponse(dumps(value), status, headers, "application/json")
 
 
 def number(value: float) -> float | None:
-    """A JSON number; not scored is null."""
+    """Return a float for JSON: None, which becomes null, for NaN and infinity."""
     return float(value) if math.isfinite(value) else None

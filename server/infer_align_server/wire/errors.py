@@ -1,4 +1,4 @@
-"""Write errors in the shape of OpenAI's API."""
+"""Errors in the format of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -10,37 +10,34 @@ from starlette.responses import Response as HttpResponse
 from infer_align.errors import AlignError
 from infer_align_server.wire.encoding import json_response
 
-MAX_QUOTED = 800  # characters of an error's message
+# Maximum number of characters of an error's message and `param`. Both may repeat a name from the
+# request, which may be megabytes long.
+MAX_TEXT = 800
 
 
 def error_json(error: AlignError) -> dict[str, Any]:
-    """OpenAI's error object."""
-    param = None if error.param is None else _clipped(error.param)
-    return {
-        "error": {
-            "message": _clipped(error.message),
-            "type": error.type,
-            "param": param,
-            "code": error.code,
-        }
+    """Return an error as OpenAI's error object."""
+    fields = {
+        "message": _shorten(error.message),
+        "type": error.type,
+        "param": None if error.param is None else _shorten(error.param),
+        "code": error.code,
     }
+    return {"error": fields}
 
 
-def _clipped(text: str) -> str:
-    """A name that a client made up may be megabytes long; nobody wants it back."""
-    return (
-        text
-        if len(text) <= MAX_QUOTED
-        else f"{text[: MAX_QUOTED // 2]} ... {text[-MAX_QUOTED // 2 :]}"
-    )
+def _shorten(text: str) -> str:
+    if len(text) <= MAX_TEXT:
+        return text
+    half = MAX_TEXT // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def error_response(error: AlignError) -> HttpResponse:
-    """An error with its own status, and when to come back where that is known."""
-    retry = (
-        {}
-        if error.retry_after is None
-        else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
-    )
-    challenge = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    return json_response(error_json(error), error.status, {**retry, **challenge})
+    """Return an error as a response with its status, and Retry-After if it is known."""
+    headers = {}
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return json_response(error_json(error), error.status, headers)

@@ -1,4 +1,8 @@
-"""HTTP as uvicorn reads it, with a limit on the size of a request's head and on how long it may take: uvicorn has neither."""
+"""uvicorn's HTTP protocol with limits on the size and the duration of a request's head.
+
+uvicorn itself has neither limit. A client without them could fill the memory with headers, or
+hold connections open by never finishing a head.
+"""
 
 from __future__ import annotations
 
@@ -14,74 +18,90 @@ MAX_HEAD_BYTES = 64 * 1024
 REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
 
 
-class _HeadTooLarge(Exception):
-    """Raised inside the parser, which ends the request with it."""
+class _HeadTooLargeError(Exception):
+    """Raised inside the parser to end the request."""
 
 
 class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
-    """Refuses a head that is too large with 431, hangs up on one that does not end; what is no HTTP is a 400 in OpenAI's shape."""
+    """An HTTP protocol that refuses large and slow heads.
+
+    A head that is too large gets status 431. The connection of a head that takes too long is
+    closed. Bytes that are not HTTP get status 400. Errors have OpenAI's format.
+    """
 
     head_seconds = 30.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        """A client has connected: it has `head_seconds` to say what it wants."""
+        """Start the clock for the first head of a new connection."""
         super().connection_made(transport)
         self._in_head = False
         self._head_bytes = 0
-        self._too_slow: asyncio.TimerHandle | None = self.loop.call_later(
-            self.head_seconds, transport.close
-        )
+        self._timer: asyncio.TimerHandle | None = None
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
-        self._in_time()
+        """Stop the clock of a closed connection."""
+        self._stop_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Some bytes; a head that is still open after them counts against the limits."""
+        """Parse received bytes; count them if they leave a head incomplete."""
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response("")
-            elif self._too_slow is None:
-                self._too_slow = self.loop.call_later(self.head_seconds, self.transport.close)
+        if not self._in_head or self.transport.is_closing():
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("")
+        elif self._timer is None:
+            self._start_timer()
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Start to count the bytes of a head."""
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head = True
+        self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """Its head is read.
+        """Check the size of a complete head.
 
         Raises:
-            _HeadTooLarge: it came at once and is over the limit.
+            _HeadTooLargeError: The head is over the limit.
         """
         self._in_head = False
-        self._in_time()
-        self._head_bytes = len(self.url) + sum(
-            len(name) + len(value) for name, value in self.headers
-        )
+        self._stop_timer()
+        self._head_bytes = len(self.url)
+        for name, value in self.headers:
+            self._head_bytes += len(name) + len(value)
         if self._head_bytes > MAX_HEAD_BYTES:
-            raise _HeadTooLarge
+            raise _HeadTooLargeError
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse, and hang up; `msg` is uvicorn's."""
-        error: AlignError = InvalidRequest(f"not a request: {msg}", code="invalid_http")
+        """Send an error and close the connection; `msg` is uvicorn's description."""
+        error: AlignError
         if self._head_bytes > MAX_HEAD_BYTES:
             error = InvalidRequest(
-                f"the request's head is over {MAX_HEAD_BYTES} bytes.",
+                f"The request's head is over the limit of {MAX_HEAD_BYTES} bytes; send fewer or "
+                "shorter headers.",
                 code="head_too_large",
                 status=431,
             )
+        else:
+            error = InvalidRequest(f"This is not an HTTP request: {msg}", code="invalid_http")
         body = dumps(error_json(error))
-        head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        head = (
+            b"HTTP/1.1 %d %s\r\n"
+            b"content-type: application/json\r\n"
+            b"content-length: %d\r\n"
+            b"connection: close\r\n\r\n"
+        )
         self.transport.write(head % (error.status, REASONS[error.status], len(body)) + body)
         self.transport.close()
 
-    def _in_time(self) -> None:
-        if self._too_slow is not None:
-            self._too_slow.cancel()
-            self._too_slow = None
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.head_seconds, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,4 +1,4 @@
-"""JSON schemas of what comes back; `wire`, `discovery` and `scoring` write it, and tests hold real answers to these."""
+"""JSON schemas of the responses. Tests validate real responses against them."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ BOOLEAN: Schema = {"type": "boolean"}
 
 
 def ref(name: str) -> Schema:
-    """A schema of `components.schemas`."""
+    """Return a reference to a schema of `components.schemas`."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
 def nullable(schema: Schema) -> Schema:
-    """Or null."""
+    """Return a schema that also allows null."""
     return {"anyOf": [schema, {"type": "null"}]}
 
 
 def array(items: Schema, **limits: object) -> Schema:
-    """A list."""
+    """Return the schema of a list."""
     return {"type": "array", "items": items, **limits}
 
 
 def mapping(values: Schema) -> Schema:
-    """An object with names of the configuration's choosing."""
+    """Return the schema of an object whose names are arbitrary."""
     return {"type": "object", "additionalProperties": values}
 
 
 def closed(**properties: Schema) -> Schema:
-    """An object that holds these, all of them, and nothing else."""
+    """Return the schema of an object with exactly these properties."""
     return {**opened(**properties), "additionalProperties": False}
 
 
 def opened(**properties: Schema) -> Schema:
-    """An object that holds these, all of them, and whatever else the engine adds."""
+    """Return the schema of an object with these properties, and optional ones of the engine."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _answer(kind: str, choice: Schema) -> Schema:
+def _completion(kind: str, choice: Schema) -> Schema:
     head = opened(
         id=STRING,
         object={"const": kind},
@@ -57,13 +57,13 @@ def _answer(kind: str, choice: Schema) -> Schema:
     }
 
 
-def _also(optional: Schema, **properties: Schema) -> Schema:
-    """An object that holds these, and may hold the optional ones."""
-    whole = closed(**properties)
-    return {**whole, "properties": {**whole["properties"], **optional}}
+def _with_optional(optional: Schema, **properties: Schema) -> Schema:
+    """Return the schema of an object with these properties and optional ones, and no others."""
+    schema = closed(**properties)
+    return {**schema, "properties": {**schema["properties"], **optional}}
 
 
-def _finished(**content: Schema) -> Schema:
+def _choice(**content: Schema) -> Schema:
     return opened(
         index=COUNT,
         **content,
@@ -73,9 +73,9 @@ def _finished(**content: Schema) -> Schema:
 
 
 _MESSAGE = opened(role={"const": "assistant"}, content=nullable(STRING))
-_SCORED = {"index": COUNT, "objective": nullable(NUMBER), "scores": mapping(ref("Score"))}
+_SCORE_FIELDS = {"index": COUNT, "objective": nullable(NUMBER), "scores": mapping(ref("Score"))}
 _CANDIDATE = closed(
-    **_SCORED,
+    **_SCORE_FIELDS,
     direction=nullable(mapping(NUMBER)),
     finish_reason=nullable(STRING),
     completion_tokens=COUNT,
@@ -84,10 +84,8 @@ _CANDIDATE = closed(
 _CANDIDATE["properties"] |= {"choice": {"type": "object"}}
 _SCORE = closed(value=nullable(NUMBER), std=nullable(NUMBER), members=array(nullable(NUMBER)))
 _SCORE["properties"] |= {"note": STRING}
-_REPORTED = {
-    "direction": mapping(NUMBER),
-    "reports": mapping({"type": "object"}),
-}  # where there is one
+# Present only if the request has a direction, or a reward has a report.
+_OPTIONAL_REPORT = {"direction": mapping(NUMBER), "reports": mapping({"type": "object"})}
 _MODEL = closed(id=STRING, object={"const": "model"}, created=INTEGER, owned_by=STRING)
 _MODEL["properties"] |= {"root": STRING, "align": {"type": "object"}}
 
@@ -95,15 +93,16 @@ SCHEMAS: dict[str, Schema] = {
     "Error": closed(
         error=closed(message=STRING, type=STRING, param=nullable(STRING), code=nullable(STRING))
     ),
-    "ChatCompletion": _answer("chat.completion", _finished(message=_MESSAGE)),
-    "Completion": _answer("text_completion", _finished(text=STRING)),
+    "ChatCompletion": _completion("chat.completion", _choice(message=_MESSAGE)),
+    "Completion": _completion("text_completion", _choice(text=STRING)),
     "Passed": {
         "type": "object",
-        "description": "what the engine, or its upstream, answers; passed on as it is",
+        "description": "The response of the engine or of its upstream, passed on unchanged.",
     },
     "Event": {
         **opened(data=STRING),
-        "description": "one server-sent event: a chunk as JSON, at the end [DONE]; comments between them while nothing is ready",
+        "description": "One server-sent event: a chunk as JSON, and [DONE] at the end. Comments "
+        "between events keep the connection open.",
     },
     "Usage": opened(
         prompt_tokens=COUNT,
@@ -113,8 +112,8 @@ SCHEMAS: dict[str, Schema] = {
             accepted_prediction_tokens=COUNT, rejected_prediction_tokens=COUNT
         ),
     ),
-    "Report": _also(
-        _REPORTED,
+    "Report": _with_optional(
+        _OPTIONAL_REPORT,
         methods=array(STRING),
         selected=COUNT,
         dropped=COUNT,
@@ -125,12 +124,12 @@ SCHEMAS: dict[str, Schema] = {
         timing=mapping({"type": "number", "minimum": 0}),
     ),
     "Score": _SCORE,
-    "Scores": _also(
-        _REPORTED,
+    "Scores": _with_optional(
+        _OPTIONAL_REPORT,
         object={"const": "align.score"},
         ranking=array(COUNT),
         reason=STRING,
-        candidates=array(closed(**_SCORED, error=nullable(STRING))),
+        candidates=array(closed(**_SCORE_FIELDS, error=nullable(STRING))),
         usage=mapping(COUNT),
     ),
     "Judgements": closed(

@@ -1,7 +1,4 @@
-"""Server-sent events: tokens as they are sampled, or the selected message in ordinary chunks.
-
-What a client leaves is cancelled at once, in streams and plain answers alike.
-"""
+"""Streamed completions: deltas while the engine samples, or the selected candidates at the end."""
 
 from __future__ import annotations
 
@@ -15,14 +12,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
-from infer_align.decoding.stream import message_delta
 from infer_align.errors import AlignError
-from infer_align.types import Candidate, Delta, Plan, Request, Response
+from infer_align.types import Delta, Plan, Request, Response
 from infer_align_server.service import Service
-from infer_align_server.wire.completion import OBJECTS, align_json, usage_json
+from infer_align_server.wire.chunks import ChunkWriter
 from infer_align_server.wire.disconnect import until_client_leaves
-from infer_align_server.wire.encoding import dumps
-from infer_align_server.wire.errors import error_json
 from infer_align_server.wire.stream_options import StreamOptions
 
 HEADERS = [
@@ -30,14 +24,24 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+# A comment, which clients ignore, keeps the connection open while there is nothing to send.
 KEEPALIVE = b": candidates are being compared\n\n"
-LEAST_KEEPALIVE_SECONDS = 0.25
-# What a chunk's choice always has; whatever else an engine puts there is passed on once.
-USUAL = frozenset({"delta", "message", "text", "logprobs", "finish_reason"})
+MIN_KEEPALIVE_SECONDS = 0.25
 
 
 class EventStream(HttpResponse):
-    """One streamed answer: `open` starts it, then it is the HTTP response."""
+    """The streamed response to one request. Call `open` first.
+
+    Args:
+        service: The service that answers.
+        request: The request.
+        plan: The plan of the request.
+        head: The fields `id`, `created` and `model` of each chunk.
+        options: OpenAI's stream options.
+        caller: The caller that pays for the tokens.
+        client_timeout: The longest time in seconds that the client waits between two chunks; None
+            if it is unknown.
+    """
 
     def __init__(
         self,
@@ -47,166 +51,120 @@ class EventStream(HttpResponse):
         head: Mapping[str, Any],
         options: StreamOptions,
         caller: str = "",
-        patience: float | None = None,
+        client_timeout: float | None = None,
     ) -> None:
         super().__init__()
-        self._caller = caller
-        # A client that waits less long between two pieces hears from us before it gives up; but nobody can ask for a flood.
-        needed = math.inf if patience is None else max(LEAST_KEEPALIVE_SECONDS, patience / 2)
-        self._keepalive = min(service.config.server.keepalive_seconds, needed)
         self._service = service
-        self._request = request
         self._plan = plan
-        self._head = {**head, "object": OBJECTS[request.kind][2]}
-        self._include_usage = options.include_usage
-        self._queue: asyncio.Queue[Delta | None] = (
-            asyncio.Queue()
-        )  # None: the answer is complete, or has failed
-        self._early: list[Delta | None] = []  # taken from the queue while it was not yet a stream
-        self._opened: set[int] = set()  # choices that have sent their role
-        self._told: dict[int, set[str]] = {}  # further fields that a choice has sent
-        self._arrived = monotonic()
-        self._first = 0.0
+        self._caller = caller
+        self._keepalive_seconds = _keepalive_seconds(service, client_timeout)
+        self._writer = ChunkWriter(
+            request,
+            head,
+            streams_deltas=not plan.selects,
+            include_usage=options.include_usage,
+        )
+        # None marks the end: the response is complete or has failed.
+        self._queue: asyncio.Queue[Delta | None] = asyncio.Queue()
+        # Received by `open`, to be sent first.
+        self._pending: list[Delta | None] = []
+        self._arrival_time = monotonic()
+        self._first_token_time = 0.0
 
     async def open(self, http: HttpRequest) -> EventStream:
-        """Begin, and wait for the first token, or long enough: an error until here is answered with its own status.
+        """Start the work and wait for the first delta, or for the keepalive time.
+
+        An error until then is a response with its own status.
+
+        Returns:
+            This response, ready to be sent.
 
         Raises:
-            AlignError: what `Service.answer` raises.
-            ClientLeft: before the first token.
+            AlignError: See `Service.answer`.
+            ClientLeft: The client disconnected.
         """
         on_delta = None if self._plan.selects else self._queue.put_nowait
-        self._task = asyncio.create_task(self._service.answer(self._plan, on_delta, self._caller))
+        work = self._service.answer(self._plan, on_delta, self._caller)
+        self._task = asyncio.create_task(work)
         self._task.add_done_callback(lambda _: self._queue.put_nowait(None))
         try:
-            await until_client_leaves(http.receive, self._first_sign())
+            self._pending = await until_client_leaves(http.receive, self._receive())
             if self._task.done():
                 self._task.result()
         except BaseException:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await self._cancel()
             raise
         return self
 
-    async def _first_sign(self) -> None:
-        try:
-            async with asyncio.timeout(self._keepalive):
-                self._early = [await self._queue.get()]
-        except TimeoutError:
-            self._early = []  # slow, not failed: from here on it is a stream
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; the last chunk carries `align`, and usage where it was asked for."""
+        """Send the stream.
+
+        Raises:
+            ClientLeft: The client disconnected.
+        """
         try:
             await until_client_leaves(receive, self._send(send))
         finally:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await self._cancel()
+
+    async def _cancel(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _receive(self) -> list[Delta | None]:
+        """Return the next delta or the end; nothing if there is none for the keepalive time."""
+        try:
+            async with asyncio.timeout(self._keepalive_seconds):
+                return [await self._queue.get()]
+        except TimeoutError:
+            return []
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        items = self._pending
         running = True
         while running:
-            items, self._early = self._early, []
-            try:
-                async with asyncio.timeout(self._keepalive):
-                    items = items or [await self._queue.get()]
-            except TimeoutError:
-                await self._write(send, KEEPALIVE)
+            items = items or await self._receive()
+            if not items:
+                await _send_body(send, KEEPALIVE)
                 continue
             while not self._queue.empty():
                 items.append(self._queue.get_nowait())
             running = items[-1] is not None
-            self._first = self._first or monotonic()
-            if chunks := b"".join(self._delta(item) for item in items if item is not None):
-                await self._write(send, chunks)
-        await self._write(send, self._ending(), more=False)
-
-    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": data, "more_body": more})
-
-    def _delta(self, delta: Delta) -> bytes:
-        if further := {key for key in delta.choice.keys() - USUAL if delta.choice[key] is not None}:
-            self._told.setdefault(delta.index, set()).update(further)
-        return self._role(delta.index) + self._chunk(
-            {"index": delta.index, "logprobs": None, "finish_reason": None, **delta.choice}
-        )
-
-    def _role(self, index: int) -> bytes:
-        if self._request.kind == "completion" or index in self._opened:
-            return b""
-        self._opened.add(index)
-        return self._chunk(
-            {
-                "index": index,
-                "delta": {"role": "assistant", "content": ""},
-                "logprobs": None,
-                "finish_reason": None,
-            }
-        )
-
-    def _chunk(self, choice: Mapping[str, Any] | None, **extra: object) -> bytes:
-        usage = {"usage": None} if self._include_usage else {}
-        return (
-            b"data: "
-            + dumps({**self._head, "choices": [] if choice is None else [choice], **usage, **extra})
-            + b"\n\n"
-        )
+            self._first_token_time = self._first_token_time or monotonic()
+            chunks = [self._writer.delta(item) for item in items if item is not None]
+            if chunks:
+                await _send_body(send, b"".join(chunks))
+            items = []
+        await _send_body(send, self._ending(), more=False)
 
     def _ending(self) -> bytes:
         try:
             response = self._task.result()
         except AlignError as error:
-            return b"data: " + dumps(error_json(error)) + b"\n\n"
+            return self._writer.error(error)
         self._observe(response)
-        kept = list(enumerate(response.returned))
-        sent = (
-            b"".join(self._whole(i, candidate) for i, candidate in kept)
-            if self._plan.selects
-            else b""
-        )
-        report = self._request.aligned and self._request.details != "none"
-        extra: dict[str, Any] = {"align": align_json(response, self._request)} if report else {}
-        for i, candidate in kept:
-            last = extra if i == len(kept) - 1 and not self._include_usage else {}
-            end = {
-                **self._empty(),
-                "finish_reason": candidate.finish_reason,
-                **self._untold(i, candidate),
-            }
-            sent += self._role(i) + self._chunk({"index": i, **end}, **last)
-        if self._include_usage:
-            sent += self._chunk(None, usage=usage_json(response), **extra)
-        return sent + b"data: [DONE]\n\n"
-
-    def _empty(self) -> dict[str, Any]:
-        return (
-            {"delta": {}, "logprobs": None}
-            if self._request.kind == "chat"
-            else {"text": "", "logprobs": None}
-        )
-
-    def _untold(self, index: int, candidate: Candidate) -> dict[str, Any]:
-        """What the engine said of a choice at its end, such as vLLM's stop_reason."""
-        told = USUAL | self._told.get(index, set())
-        return (
-            {}
-            if self._plan.selects
-            else {key: value for key, value in candidate.choice.items() if key not in told}
-        )
-
-    def _whole(self, index: int, candidate: Candidate) -> bytes:
-        """A finished message as one chunk: everything the engine put in it, tool calls and reasoning too."""
-        choice = {key: value for key, value in candidate.choice.items() if key != "message"}
-        choice["finish_reason"] = None
-        if self._request.kind == "chat":
-            choice["delta"] = message_delta(candidate.choice["message"])
-        return self._role(index) + self._chunk({"index": index, **choice})
+        return self._writer.ending(response)
 
     def _observe(self, response: Response) -> None:
-        metrics, ended = self._service.metrics, monotonic()
-        metrics.ttft.observe(self._first - self._arrived)
-        if len(response.candidates) == 1 and response.candidates[0].completion_tokens > 1:
-            metrics.tpot.observe(
-                (ended - self._first) / (response.candidates[0].completion_tokens - 1)
-            )
+        """Record the time to first token, and the time per further token."""
+        end_time = monotonic()
+        metrics = self._service.metrics
+        metrics.ttft.observe(self._first_token_time - self._arrival_time)
+        if len(response.candidates) == 1:
+            further_tokens = response.candidates[0].completion_tokens - 1
+            if further_tokens > 0:
+                metrics.tpot.observe((end_time - self._first_token_time) / further_tokens)
+
+
+def _keepalive_seconds(service: Service, client_timeout: float | None) -> float:
+    """Return the keepalive time: shorter than configured if the client's timeout needs it."""
+    limit = math.inf
+    if client_timeout is not None:
+        # The minimum prevents that a client makes the server send comments without pause.
+        limit = max(MIN_KEEPALIVE_SECONDS, client_timeout / 2)
+    return min(service.config.server.keepalive_seconds, limit)
+
+
+async def _send_body(send: Send, data: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": more})

@@ -1,4 +1,4 @@
-"""Read OpenAI's `stream` and `stream_options`."""
+"""OpenAI's request fields `stream` and `stream_options`."""
 
 from __future__ import annotations
 
@@ -15,31 +15,33 @@ class StreamOptions:
     """OpenAI's `stream_options`."""
 
     include_usage: bool = field(
-        default=False, metadata={"description": "a last chunk with the usage of the whole answer"}
+        default=False,
+        metadata={"description": "Send a last chunk with the usage of the whole response."},
     )
     include_obfuscation: Literal[False] = field(
-        default=False, metadata={"description": "padding: nothing here adds any"}
+        default=False,
+        metadata={"description": "Padding of chunks; this server never adds any."},
     )
 
 
 def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:
-    """How the answer is to be streamed; None where it is not.
+    """Return the options of a streamed response; None if it is not streamed.
 
     Raises:
-        InvalidRequest: `stream` or `stream_options` is not what it should be.
+        InvalidRequest: `stream` or `stream_options` is invalid.
     """
-    stream, options = body.get("stream"), body.get("stream_options")
+    stream = body.get("stream")
+    options = body.get("stream_options")
     if not isinstance(stream, bool | None):
         raise InvalidRequest(
             f"stream: {shown(stream)} is not allowed; must be true or false.", param="stream"
         )
-    if options is not None and not stream:
+    if stream:
+        return parse(StreamOptions, {} if options is None else options, "stream_options")
+    if options is not None:
         raise InvalidRequest(
-            "stream_options: only allowed where stream is true; leave it out.",
+            "stream_options: only allowed if stream is true; set stream to true or leave "
+            "stream_options out.",
             param="stream_options",
         )
-    return (
-        parse(StreamOptions, {} if options is None else options, "stream_options")
-        if stream
-        else None
-    )
+    return None

@@ -209,7 +209,7 @@ def test_bounds_hold_and_nothing_leaks(arrivals: list[tuple[str, int, str]]) -> 
                 result, Overloaded | DeadlineExceeded | asyncio.CancelledError
             ), result
         assert (admission.running, admission.running_tokens, admission.queued) == (0, 0, 0)
-        assert not admission._marks
+        assert not admission._virtual_times
 
     asyncio.run(scenario())
 
@@ -230,7 +230,7 @@ def test_passed_callers_are_forgotten() -> None:
             async with admission.admit(1, caller=f"caller {i}"):
                 await asyncio.sleep(0)
             admission._now += 1
-        assert len(admission._marks) < 100
+        assert len(admission._virtual_times) < 100
         gate.set()
         await first
 

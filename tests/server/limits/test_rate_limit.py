@@ -61,7 +61,7 @@ def test_retry_after_is_true_and_the_average_holds(
     for caller, amount, pause, unspent in uses:
         clock.now += pause
         if wait := refusal(bucket, caller, amount):
-            missing = min(amount, per_minute) - bucket.left(caller)
+            missing = min(amount, per_minute) - bucket.available(caller)
             assert 0 < wait <= missing * 60 / per_minute * 1.001
             clock.now += wait
             bucket.take(caller, amount)  # it told the truth
@@ -72,27 +72,27 @@ def test_retry_after_is_true_and_the_average_holds(
             per_minute * (1 + (clock.now - started) / 60) + 200
         )  # a full bucket, what flowed in, one debt
         assert net[caller] <= allowed + 1e-6
-        assert bucket.left(caller) <= per_minute
+        assert bucket.available(caller) <= per_minute
 
 
 def test_more_than_a_bucket_is_allowed_when_it_is_full_and_is_earned_back() -> None:
     bucket, clock = allowance(60)
     bucket.take("a", 180)
-    assert bucket.left("a") == -120
+    assert bucket.available("a") == -120
     with pytest.raises(Overloaded) as caught:
         bucket.take("a", 180)
     assert caught.value.retry_after == pytest.approx(180)
     clock.now += 180
     bucket.take("a", 180)
     bucket.give_back("a", 180)
-    assert bucket.left("a") == 60
+    assert bucket.available("a") == 60
 
 
 def test_callers_do_not_share_and_no_limit_is_none() -> None:
     bucket, _ = allowance(1)
     bucket.take("a")
     bucket.take("b")
-    with pytest.raises(Overloaded, match=r"over 1 things per minute\. Wait"):
+    with pytest.raises(Overloaded, match=r"limit is 1 things per minute\. Wait"):
         bucket.take("a")
     unlimited, _ = allowance(0)
     for _ in range(1000):
@@ -105,20 +105,20 @@ def test_what_is_spent_beyond_the_worst_case_is_taken_too() -> None:
     bucket, _ = allowance(100)
     with charged(bucket, "a", 10) as charge:
         charge.spent = 70
-    assert bucket.left("a") == 30
+    assert bucket.available("a") == 30
     with charged(bucket, "a", 10) as charge:
         charge.spent = 3
-    assert bucket.left("a") == 27
+    assert bucket.available("a") == 27
 
 
 def test_a_deadline_of_the_callers_own_is_paid_for_and_a_failure_is_not() -> None:
     bucket, _ = allowance(100)
     for error, paid in ((DeadlineExceeded("late"), 10), (EngineFailed("broken"), 0)):
-        before = bucket.left("a")
+        before = bucket.available("a")
         with contextlib.suppress(type(error)), charged(bucket, "a", 10) as charge:
-            assert charge.metered(None) is None, "a budget does not make a stream of what is none"
+            assert charge.start(None) is None, "a budget does not make a stream of what is none"
             raise error
-        assert before - bucket.left("a") == paid
+        assert before - bucket.available("a") == paid
 
 
 def test_the_bucket_fills_again_and_forgets_those_that_are_full() -> None:
@@ -154,7 +154,7 @@ def ask(live: Any, key: str = "a", **fields: Any) -> Any:
 
 
 def left(live: Any, key: int = 0) -> float:
-    return float(live.service.tokens.left(f"key {key}"))
+    return float(live.service.tokens.available(f"key {key}"))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,0 +1,126 @@
+"""The chunks of a streamed completion, as server-sent events in the format of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from infer_align.decoding.stream import message_delta
+from infer_align.errors import AlignError
+from infer_align.types import Candidate, Delta, Request, Response
+from infer_align_server.wire.completion import OBJECTS, align_json, has_report, usage_json
+from infer_align_server.wire.encoding import dumps
+from infer_align_server.wire.errors import error_json
+
+# The fields that every choice has. Other fields are the engine's own; each is sent once.
+STANDARD_FIELDS = frozenset({"delta", "message", "text", "logprobs", "finish_reason"})
+DONE = b"data: [DONE]\n\n"
+
+
+class ChunkWriter:
+    """Writes the chunks of one streamed completion.
+
+    Args:
+        request: The request.
+        head: The fields `id`, `created` and `model` of each chunk.
+        streams_deltas: True if deltas are sent while the engine samples; False if the selected
+            candidates are sent when they are known.
+        include_usage: Send the usage in a last chunk.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        head: Mapping[str, Any],
+        *,
+        streams_deltas: bool,
+        include_usage: bool,
+    ) -> None:
+        self._request = request
+        self._head = {**head, "object": OBJECTS[request.kind].chunk}
+        self._streams_deltas = streams_deltas
+        self._include_usage = include_usage
+        # The choices whose role was sent.
+        self._opened: set[int] = set()
+        # The fields of each choice that were sent, beside the standard ones.
+        self._sent_fields: dict[int, set[str]] = {}
+
+    def delta(self, delta: Delta) -> bytes:
+        """Return a delta of the engine as a chunk."""
+        for key in delta.choice.keys() - STANDARD_FIELDS:
+            if delta.choice[key] is not None:
+                self._sent_fields.setdefault(delta.index, set()).add(key)
+        choice = {"index": delta.index, "logprobs": None, "finish_reason": None, **delta.choice}
+        return self._role(delta.index) + self._chunk(choice)
+
+    def error(self, error: AlignError) -> bytes:
+        """Return an error that ends the stream."""
+        return _event(error_json(error))
+
+    def ending(self, response: Response) -> bytes:
+        """Return the last chunks: selected candidates, finish reasons, report and usage."""
+        returned = list(enumerate(response.returned))
+        extra: dict[str, Any] = {}
+        if has_report(self._request):
+            extra["align"] = align_json(response, self._request)
+        events = []
+        if not self._streams_deltas:
+            for index, candidate in returned:
+                events.append(self._candidate(index, candidate))
+        for index, candidate in returned:
+            is_last = index == len(returned) - 1
+            # The report stands in the last chunk of the stream.
+            chunk_extra = extra if is_last and not self._include_usage else {}
+            events.append(self._role(index))
+            events.append(self._chunk(self._final_choice(index, candidate), **chunk_extra))
+        if self._include_usage:
+            events.append(self._chunk(None, usage=usage_json(response), **extra))
+        return b"".join(events) + DONE
+
+    def _role(self, index: int) -> bytes:
+        """Return the first chunk of a choice, with its role; empty if it was sent."""
+        if self._request.kind == "completion" or index in self._opened:
+            return b""
+        self._opened.add(index)
+        choice = {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+        return self._chunk(choice)
+
+    def _candidate(self, index: int, candidate: Candidate) -> bytes:
+        """Return a complete candidate as one chunk, with all fields of the engine."""
+        choice = {key: value for key, value in candidate.choice.items() if key != "message"}
+        choice["finish_reason"] = None
+        if self._request.kind == "chat":
+            choice["delta"] = message_delta(candidate.choice["message"])
+        return self._role(index) + self._chunk({"index": index, **choice})
+
+    def _final_choice(self, index: int, candidate: Candidate) -> dict[str, Any]:
+        """Return the choice of a last chunk: empty, except for what was not sent before."""
+        choice: dict[str, Any] = {"index": index}
+        if self._request.kind == "chat":
+            choice["delta"] = {}
+        else:
+            choice["text"] = ""
+        choice["logprobs"] = None
+        choice["finish_reason"] = candidate.finish_reason
+        if self._streams_deltas:
+            # Fields that the engine adds at the end, such as vLLM's stop_reason.
+            sent = STANDARD_FIELDS | self._sent_fields.get(index, set())
+            for key, value in candidate.choice.items():
+                if key not in sent:
+                    choice[key] = value
+        return choice
+
+    def _chunk(self, choice: Mapping[str, Any] | None, **extra: object) -> bytes:
+        chunk = {**self._head, "choices": [] if choice is None else [choice]}
+        if self._include_usage:
+            chunk["usage"] = None
+        return _event({**chunk, **extra})
+
+
+def _event(data: object) -> bytes:
+    return b"data: " + dumps(data) + b"\n\n"
