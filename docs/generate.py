@@ -115,10 +115,16 @@ def _fields(cls: type[Any]) -> str:
 
 def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
-        return f"`{json.dumps(field.default, default=repr)}`"
+        return f"`{json.dumps(field.default, default=_set_fields)}`"
     if field.default_factory is not dataclasses.MISSING:
         return f"`{json.dumps(field.default_factory())}`"
     return "required"
+
+
+def _set_fields(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that are set, for defaults such as a scripted reply."""
+    items = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return {name: item for name, item in items.items() if item}
 
 
 def _fill(match: re.Match[str]) -> str:
