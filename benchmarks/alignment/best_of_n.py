@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.demo.build import BuildConfig, train_members
-from benchmarks.demo.measure import Models, Pool, draw, load
+from benchmarks.demo.measure import Models, Pool, draw_pool, load
 from benchmarks.record import RESULTS, record
 from infer_align import objectives
 from infer_align.demo import path
@@ -192,7 +192,7 @@ def shipped(models: Models, seed: int, n_prompts: int) -> None:
         f"standard errors over prompts. single: each of the 5 members alone, averaged; uwo weight {UNCERTAINTY_WEIGHT};\n"
         "KL at most: ln n - (n-1)/n nats from the frozen model."
     )
-    pool = draw(models, prompts(n_prompts, seed), SAMPLES, seed)
+    pool = draw_pool(models, prompts(n_prompts, seed), SAMPLES, seed)
     found = curves(pool)
     made = rows(pool, found)
     show(made)
@@ -227,7 +227,7 @@ def retrained(models: Models, seed: int, n_prompts: int, sets: int) -> None:
         members = train_members(
             models.lm, models.tokenizer, replace(BuildConfig().reward, seed=fresh)
         )
-        pool = draw(
+        pool = draw_pool(
             replace(models, members=tuple(members)), prompts(n_prompts, fresh), SAMPLES, fresh
         )
         found = curves(pool)

@@ -31,7 +31,7 @@ from benchmarks.alignment.flow import (
     shown,
     tokens,
 )
-from benchmarks.demo.direction import at
+from benchmarks.demo.direction import direction_at
 from benchmarks.record import record
 from infer_align.demo import world
 from infer_align.types import Array
@@ -50,8 +50,8 @@ PARTS = {
 
 def requests() -> dict[str, dict[str, tuple[Mapping[str, Any] | None, float | None]]]:
     """Section -> answer -> (its `align`, the angle it is measured along)."""
-    told = {"direction": at(10)}
-    robust = {"dpa": {"direction": at(45)}, "rps": {"k": 5}}
+    told = {"direction": direction_at(10)}
+    robust = {"dpa": {"direction": direction_at(45)}, "rps": {"k": 5}}
     same = {**robust, "rps": {"k": 5, "neighborhood": "none"}}
     alone, both = {"preference": 1.0}, {"preference": 1.0, "quality": QUALITY_WEIGHT}
     draws = {"best_of_n": {"n": N}}

@@ -29,7 +29,7 @@ from benchmarks.alignment.flow import (
     texts,
     tokens,
 )
-from benchmarks.demo.direction import TRAINED_DEGREES, at
+from benchmarks.demo.direction import TRAINED_DEGREES, direction_at
 from benchmarks.record import record
 from infer_align.demo import world
 from infer_align.types import Array, Response
@@ -50,12 +50,12 @@ async def measure(
     ]
     verbosity = {}
     for degrees in ANGLES:
-        wanted = {"dpa": {"direction": at(degrees)}, "rewards": {"preference": 1.0}}
+        wanted = {"dpa": {"direction": direction_at(degrees)}, "rewards": {"preference": 1.0}}
         told = await flow.ask_all(questions, seed, wanted, n=DRAWS)
         verbosity[degrees] = _attribute(questions, told, 1)
         rows.append(_row(f"{degrees} degrees", degrees, questions, told))
         firm = await flow.ask_all(
-            questions, seed, {"dpa": {"direction": at(degrees)}}, temperature=0
+            questions, seed, {"dpa": {"direction": direction_at(degrees)}}, temperature=0
         )
         rows.append(_row(f"{degrees} degrees, greedy", degrees, questions, firm))
     return rows, verbosity

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks.demo.direction import at, ratings
+from benchmarks.demo.direction import direction_at, ratings
 from infer_align.config import config
 from infer_align.demo import world
 from infer_align.engines import Engine
@@ -119,7 +119,7 @@ def gold(questions: Sequence[str], answers: Sequence[str]) -> Array:
 def projected(questions: Sequence[str], answers: Sequence[str], degrees: float) -> Array:
     """[P]: v . r of each answer, exactly, with v at `degrees`."""
     rewards = np.array([attributes(*pair) for pair in zip(questions, answers, strict=True)])
-    return np.asarray(rewards @ np.array([*at(degrees).values()]))
+    return np.asarray(rewards @ np.array([*direction_at(degrees).values()]))
 
 
 def tokens(responses: Sequence[Response]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.alignment.flow import OUT, Flow, mean_se, projected, serving, shown, tokens
-from benchmarks.demo.direction import TRAINED_DEGREES, at
+from benchmarks.demo.direction import TRAINED_DEGREES, direction_at
 from benchmarks.record import record
 from infer_align.demo import world
 from infer_align.objectives import project
@@ -49,14 +49,16 @@ async def answers(
         *(_pick(flow, q, r, degrees) for q, r in zip(questions, responses, strict=True))
     )
     found[CLAMPED] = list(picked), tokens(responses)
-    firm = await flow.ask_all(questions, seed, {"dpa": {"direction": at(degrees)}}, temperature=0)
+    firm = await flow.ask_all(
+        questions, seed, {"dpa": {"direction": direction_at(degrees)}}, temperature=0
+    )
     found[GREEDY] = [response.returned[0].text for response in firm], tokens(firm)
     return found
 
 
 def _wanted(degrees: float, hood: str) -> Mapping[str, Any]:
     rps = {"k": K, "max_angle": MAX_ANGLE, "neighborhood": hood}
-    return {"dpa": {"direction": at(degrees)}, "rps": rps, "rewards": {"preference": 1.0}}
+    return {"dpa": {"direction": direction_at(degrees)}, "rps": rps, "rewards": {"preference": 1.0}}
 
 
 async def _pick(flow: Flow, question: str, response: Response, degrees: float) -> str:
@@ -64,7 +66,7 @@ async def _pick(flow: Flow, question: str, response: Response, degrees: float) -
     reward = flow.rewards["preference"]
     marks = await reward.score([{"role": "user", "content": question}], response.candidates)
     return response.candidates[
-        int(project(at(degrees), marks.values, reward.attributes).mean(0).argmax())
+        int(project(direction_at(degrees), marks.values, reward.attributes).mean(0).argmax())
     ].text
 
 

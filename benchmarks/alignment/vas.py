@@ -175,7 +175,7 @@ def _best(selector: Array, judge: Array, n: int) -> Array:
 
 async def frozen(lab: Lab) -> dict[str, Way]:
     """What needs no value: one sample, greedy, best-of-n by the proxies."""
-    pool = measure.draw(lab.models, lab.questions, POOL, lab.seed)
+    pool = measure.draw_pool(lab.models, lab.questions, POOL, lab.seed)
     proxy = objectives.uwo(pool.proxy.reshape(len(pool.proxy), -1), UNCERTAINTY_WEIGHT).reshape(
         pool.gold.shape
     )

@@ -1,8 +1,12 @@
-"""Rebuild the embedded demo: ``python -m benchmarks.demo.build [--out DIR]``. Minutes on one CPU core, no downloads.
+"""Rebuild the embedded demo: `python -m benchmarks.demo.build [--out DIR]`.
 
-The same configuration on the same versions and machine gives the same files; elsewhere floating point may differ in the
-last bits, so metrics.json says how far the figures are certain.
+It takes minutes on one CPU core and downloads nothing.
+
+The same configuration on the same versions and machine gives the same files. Elsewhere the last
+bits of floating-point numbers may differ, so metrics.json holds a standard error for each figure.
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -30,12 +34,12 @@ from infer_align.demo import ASSETS, LM, PREFERENCE, REWARDS
 from infer_align.demo.bag import BagForSequenceClassification
 from infer_align.demo.world import prompts
 
-__all__ = ["BuildConfig", "build", "main"]
+_QUESTIONS = 320
 
 
 @dataclass(frozen=True, slots=True)
 class BuildConfig:
-    """All that decides what the build makes."""
+    """The complete configuration of a build."""
 
     language: LanguageConfig = field(default_factory=LanguageConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -46,41 +50,40 @@ class BuildConfig:
 
 
 def build(config: BuildConfig, out: Path) -> None:
-    """Train everything and write it to ``out``: the language model, the reward models, metrics.json."""
-    torch.set_num_threads(
-        1
-    )  # the sum order of a parallel matrix product would depend on the machine
-    started = time.monotonic()
+    """Train all models and write them to a folder, with metrics.json."""
+    # With more threads, the order of sums in a matrix product would depend on the machine.
+    torch.set_num_threads(1)
+    start = time.monotonic()
     tokenizer = build_tokenizer(config.language.max_length)
     lm = train(
         config.language,
         tokenizer,
         document,
-        lambda step, loss: _say(f"lm  step {step:5d}  loss {loss:.3f}"),
+        lambda step, loss: _print(f"lm  step {step:5d}  loss {loss:.3f}"),
     )
     lm.save_pretrained(out / LM)
     tokenizer.save_pretrained(out / LM)
     bags = dict(zip(REWARDS, train_members(lm, tokenizer, config.reward), strict=True))
-    _say(f"{PREFERENCE}  {config.rating.replies} ratings, {config.rating.epochs} epochs")
+    _print(f"{PREFERENCE}  {config.rating.replies} ratings, {config.rating.epochs} epochs")
     bags[PREFERENCE] = train_rater(config.rating, tokenizer)
     for name, bag in bags.items():
         bag.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
     _write_metrics(config, out)
+    # safetensors makes files that only their owner can read.
     for file in out.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes them for the owner only
-    _say(f"built {out} in {time.monotonic() - started:.0f} s")
+        file.chmod(0o644)
+    _print(f"built {out} in {time.monotonic() - start:.0f} s")
 
 
 def labelled_pairs(
     lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: RewardConfig, seed: int
 ) -> list[Pair]:
-    """``config.pairs`` noisy preferences between the language model's own replies."""
-    per_prompt = 2 * -(
-        -config.pairs * 9 // (8 * 320)
-    )  # an eighth more than needed: gold cannot decide them all
-    questions = prompts(320, seed)
-    sampled = sample(lm, tokenizer, questions, per_prompt, seed=seed)
+    """Return `config.pairs` noisy preferences between the language model's own replies."""
+    # An eighth more pairs than needed are sampled, because the replies of some have equal gold.
+    pairs_per_question = -(-config.pairs * 9 // (8 * _QUESTIONS))
+    questions = prompts(_QUESTIONS, seed)
+    sampled = sample(lm, tokenizer, questions, 2 * pairs_per_question, seed=seed)
     replies = [[text for text, _ in row] for row in sampled]
     return pairs(list(zip(questions, replies, strict=True)), config.pairs, config.flipped, seed)
 
@@ -88,11 +91,11 @@ def labelled_pairs(
 def train_members(
     lm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, config: RewardConfig
 ) -> list[BagForSequenceClassification]:
-    """The ensemble: the same pairs for every member, its own initialisation and order."""
+    """Train the ensemble on the same pairs, each member with its own initial weights and order."""
     data = labelled_pairs(lm, tokenizer, config, config.seed)
-    members = []
+    members: list[BagForSequenceClassification] = []
     for index in range(config.members):
-        _say(f"reward-{index}  {len(data)} pairs, {config.epochs} epochs")
+        _print(f"reward-{index}  {len(data)} pairs, {config.epochs} epochs")
         members.append(train_member(config, tokenizer, data, config.seed + index))
     return members
 
@@ -117,16 +120,20 @@ def _write_metrics(config: BuildConfig, out: Path) -> None:
     }
     (out / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     for name, metric in metrics.items():
-        _say(f"{name:28s} {metric.value:8.4f} +- {metric.standard_error:.4f}")
+        _print(f"{name:28s} {metric.value:8.4f} +- {metric.standard_error:.4f}")
 
 
 def documents_digest() -> str:
-    """Fingerprint of what the language model learns from: it changes with the world's words, facts and odds."""
+    """Return a fingerprint of the training data.
+
+    It changes with the world's words, facts and odds.
+    """
     rng = random.Random(0)
-    return hashlib.sha256(json.dumps([document(rng) for _ in range(2000)]).encode()).hexdigest()
+    documents = [document(rng) for _ in range(2000)]
+    return hashlib.sha256(json.dumps(documents).encode()).hexdigest()
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
@@ -139,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out",
         type=Path,
         default=ASSETS,
-        help="default: the shipped assets",
+        help="folder of the built files; default: the shipped assets",
     )
     build(BuildConfig(), parser.parse_args(arguments).out)
 

@@ -1,8 +1,9 @@
-"""Preference directions in the demo world (2402.18571): two exact attributes of a reply, and documents that follow a direction.
+"""Preference directions in the demo world (2402.18571), and documents that follow them.
 
-Some people want much ornament and some want little. A directed document carries the published system sentence with a
-direction v in it, and its reply is the best of many drawn replies by v . r: the paper's rejection sampling. Directions
-cover a part of the circle only, so that there is a range in which the model learnt to follow and one in which it did not.
+Some people want much ornament, others want little. A directed document carries the published system
+sentence with a direction v. Its reply is the best of many drawn replies by v . r, which is the
+paper's rejection sampling. The directions cover a part of the circle only: the model learns to
+follow directions in this part, and cannot follow those outside it.
 """
 
 from __future__ import annotations
@@ -21,52 +22,44 @@ from infer_align.demo.world import (
     random_question,
     read,
     traits,
-    word,
+    write,
 )
 from infer_align.methods.dpa import Prompting
 
-__all__ = [
-    "ATTRIBUTES",
-    "TRAINED_DEGREES",
-    "at",
-    "attribute_rewards",
-    "best_reply",
-    "directed",
-    "ratings",
-]
-
 ATTRIBUTES = ("helpfulness", "verbosity")
-
+# The largest angle of a training document, towards brevity or verbosity.
 TRAINED_DEGREES = 30.0
-"""The largest angle, towards brevity or verbosity, that any document carries; nine in ten are within ``_USUAL_DEGREES``."""
-
+# Nine of ten training documents are within this angle.
 _USUAL_DEGREES = 20.0
 _USUAL_SHARE = 0.9
-_OPENINGS, _COUNTS = 8, 32  # a directed document keeps the best of the 256 replies that these make
-_BALANCE = 4  # flourishes that people want who ask for helpfulness alone
+# A directed document has the best of 256 replies: 8 drafts with 32 counts of flourishes each.
+_DRAFTS = 8
+_COUNTS = 32
+# Number of flourishes with verbosity 0.
+_NEUTRAL_FLOURISHES = 4
 
 
-def attribute_rewards(t: Traits) -> tuple[float, float]:
-    """The exact (helpfulness, verbosity) of a reply with f flourishes.
-
-    ::
+def attribute_rewards(traits: Traits) -> tuple[float, float]:
+    """Return the exact (helpfulness, verbosity) of a reply with f flourishes.
 
         verbosity    v = (f - 4) / 4
-        helpfulness  (right - 0.7 wrong) / asked  +  0.25 polite  -  0.6 rude  -  0.25 v^2
+        helpfulness  (right - 0.7 wrong) / attributes  +  0.25 polite  -  0.6 rude  -  0.25 v^2
 
-    The concave term makes the best f for a direction of angle t 4 + 8 tan(t): graded, and inside the range of what is drawn.
+    The concave term makes 4 + 8 tan(t) the best f for a direction of angle t: it grows with the
+    angle and stays in the range of drawn replies.
     """
-    verbosity = (t.flourishes - _BALANCE) / _BALANCE
-    return t.facts + 0.25 * t.polite - 0.6 * t.rude - 0.25 * verbosity**2, verbosity
+    verbosity = (traits.flourishes - _NEUTRAL_FLOURISHES) / _NEUTRAL_FLOURISHES
+    helpfulness = traits.facts + 0.25 * traits.polite - 0.6 * traits.rude - 0.25 * verbosity**2
+    return helpfulness, verbosity
 
 
 def ratings(question: Question, reply: str) -> tuple[float, float]:
-    """``attribute_rewards`` of a text."""
+    """Return `attribute_rewards` of a text."""
     return attribute_rewards(read(question, reply))
 
 
-def directed(rng: random.Random) -> list[dict[str, str]]:
-    """A conversation whose system message carries a direction and whose reply follows it; in some it says more."""
+def directed_document(rng: random.Random) -> list[dict[str, str]]:
+    """Write a conversation whose system message carries a direction and whose reply follows it."""
     degrees = rng.uniform(-_USUAL_DEGREES, _USUAL_DEGREES)
     if rng.random() >= _USUAL_SHARE:
         degrees = math.copysign(rng.uniform(_USUAL_DEGREES, TRAINED_DEGREES), degrees)
@@ -74,12 +67,12 @@ def directed(rng: random.Random) -> list[dict[str, str]]:
     turns = [{"role": "user", "content": str(question)}]
     if rng.random() < 0.1:
         turns.insert(0, {"role": "system", "content": SYSTEM})
-    told = Prompting().condition({"messages": turns}, at(degrees))["messages"]
-    return [*told, {"role": "assistant", "content": best_reply(question, degrees, rng)}]
+    prompt = Prompting().condition({"messages": turns}, direction_at(degrees))["messages"]
+    return [*prompt, {"role": "assistant", "content": best_reply(question, degrees, rng)}]
 
 
-def at(degrees: float) -> dict[str, float]:
-    """The direction at this angle: 0 is helpfulness alone, 90 verbosity alone."""
+def direction_at(degrees: float) -> dict[str, float]:
+    """Return the direction at an angle: 0 is helpfulness alone, 90 is verbosity alone."""
     return {
         "helpfulness": math.cos(math.radians(degrees)),
         "verbosity": math.sin(math.radians(degrees)),
@@ -90,25 +83,31 @@ def best_reply(
     question: Question,
     degrees: float,
     rng: random.Random,
-    openings: int = _OPENINGS,
+    drafts: int = _DRAFTS,
     counts: int = _COUNTS,
 ) -> str:
-    """The best by v . r of all replies that so many drawn drafts make with so many drawn counts of flourishes.
+    """Return the best of `drafts` x `counts` drawn replies by v . r.
 
-    v . r is a sum over the two, so the best of each make the best of all.
+    v . r is a sum of a term of the draft and a term of its number of flourishes. The best draft
+    with the best number is then the best of all combinations.
+
+    Args:
+        question: the question to reply to.
+        degrees: the angle of the direction v.
+        rng: source of randomness.
+        drafts: number of drawn drafts.
+        counts: number of drawn counts of flourishes.
     """
-    helpfulness, verbosity = at(degrees).values()
+    helpfulness_weight, verbosity_weight = direction_at(degrees).values()
 
-    def projected(d: Draft) -> float:
-        h, v = attribute_rewards(traits(question, d))
-        return helpfulness * h + verbosity * v
+    def helpfulness(candidate: Draft) -> float:
+        plain = replace(candidate, flourishes=0)
+        return attribute_rewards(traits(question, plain))[0]
 
-    best = max(
-        (draft(question, rng) for _ in range(openings)),
-        key=lambda d: attribute_rewards(traits(question, replace(d, flourishes=0)))[0],
-    )
-    return word(
-        question,
-        max((replace(best, flourishes=flourish_count(rng)) for _ in range(counts)), key=projected),
-        rng,
-    )
+    def projection(candidate: Draft) -> float:
+        rewards = attribute_rewards(traits(question, candidate))
+        return helpfulness_weight * rewards[0] + verbosity_weight * rewards[1]
+
+    best = max((draft(question, rng) for _ in range(drafts)), key=helpfulness)
+    ornate = (replace(best, flourishes=flourish_count(rng)) for _ in range(counts))
+    return write(question, max(ornate, key=projection), rng)

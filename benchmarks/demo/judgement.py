@@ -1,6 +1,7 @@
-"""Documents that teach the demo's language model to judge, in the server's own judge format: noisy ratings and comparisons.
+"""Documents that teach the demo's language model to judge, in the server's own prompts.
 
-People of this world rate in round numbers and with noise; when they compare, they lean to the answer that stands first.
+The simulated people rate in round numbers and with noise. When they compare, they prefer the answer
+that stands first.
 """
 
 from __future__ import annotations
@@ -18,67 +19,79 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 
-__all__ = ["CRITERIA_KNOWN", "compared", "scored"]
-
 Turns = list[dict[str, str]]
+Value = Callable[[Traits], float]
 
-CRITERIA_KNOWN: dict[str, Callable[[Traits], float]] = {
+# Criteria of the training data -> value of an answer by them. Other criteria are judged like the
+# first.
+KNOWN_CRITERIA: dict[str, Value] = {
     CRITERIA: worth,
-    "brief": lambda t: 2.0 - 0.5 * t.flourishes,
-    "polite": lambda t: 1.5 * t.polite - 2.0 * t.rude,
+    "brief": lambda traits: 2.0 - 0.5 * traits.flourishes,
+    "polite": lambda traits: 1.5 * traits.polite - 2.0 * traits.rude,
 }
-"""Criteria that the judge was taught -> what an answer is worth by them; by any others it judges as by the first."""
-
-_SHARES = (0.7, 0.12, 0.12)  # the rest are criteria in other words
+# Shares of the known criteria; the rest are criteria in unknown words.
+_SHARES = (0.7, 0.12, 0.12)
 _SCALES = (100, 10, 5)
 _SCALE_SHARES = (0.6, 0.15, 0.25)
-_NOISE = 0.6  # standard deviation of what one rater or one comparison adds, in units of gold
-_LEAN = 0.3  # to the answer that stands first
+# Standard deviation of the noise of one score or comparison, in units of gold.
+_NOISE = 0.6
+# Advantage of the answer that stands first.
+_LEAN = 0.3
+# A smaller difference is a tie.
 _TIE = 0.4
 
 
-def scored(rng: random.Random) -> Turns:
-    """A question, an answer, and somebody's score of it."""
-    question, (criteria, value) = random_question(rng), _criteria(rng)
-    answer, scale = _answer(question, rng), rng.choices(_SCALES, _SCALE_SHARES)[0]
+def score_document(rng: random.Random) -> Turns:
+    """Write a prompt for the score of one answer, and a noisy score."""
+    question = random_question(rng)
+    criteria, value = _criteria(rng)
+    answer = _answer(question, rng)
+    scale = rng.choices(_SCALES, _SCALE_SHARES)[0]
     percent = 55 + 18 * (value(read(question, answer)) + rng.gauss(0, _NOISE))
-    asked = score_messages(_asked(question), answer, scale, criteria)
-    return [*asked, {"role": "assistant", "content": f"{SCORE}{_on_scale(percent, scale)}]"}]
+    prompt = score_messages(_conversation(question), answer, scale, criteria)
+    return [*prompt, {"role": "assistant", "content": f"{SCORE}{_on_scale(percent, scale)}]"}]
 
 
 def _on_scale(percent: float, scale: int) -> int:
-    step = 5 if scale == 100 else 1  # nobody says 73
+    """Round a percentage to a score. On the scale of 100, people use multiples of 5."""
+    step = 5 if scale == 100 else 1
     return min(scale, max(step, step * round(percent * scale / 100 / step)))
 
 
-def compared(rng: random.Random) -> Turns:
-    """A question, two answers, and what somebody said who compared them."""
-    question, (criteria, value) = random_question(rng), _criteria(rng)
-    first, second = _answer(question, rng), _answer(question, rng)
-    gap = (
-        value(read(question, first)) - value(read(question, second)) + _LEAN + rng.gauss(0, _NOISE)
-    )
-    label = "C" if abs(gap) < _TIE else "A" if gap > 0 else "B"
-    asked = pair_messages(_asked(question), first, second, criteria)
-    return [*asked, {"role": "assistant", "content": f"{BETTER}{label}]"}]
+def comparison_document(rng: random.Random) -> Turns:
+    """Write a prompt for the better of two answers, and a noisy choice."""
+    question = random_question(rng)
+    criteria, value = _criteria(rng)
+    first = _answer(question, rng)
+    second = _answer(question, rng)
+    difference = value(read(question, first)) - value(read(question, second))
+    label = _label(difference + _LEAN + rng.gauss(0, _NOISE))
+    prompt = pair_messages(_conversation(question), first, second, criteria)
+    return [*prompt, {"role": "assistant", "content": f"{BETTER}{label}]"}]
 
 
-def _asked(question: Question) -> Turns:
+def _label(difference: float) -> str:
+    if abs(difference) < _TIE:
+        return "C"
+    return "A" if difference > 0 else "B"
+
+
+def _conversation(question: Question) -> Turns:
     return [{"role": "user", "content": str(question)}]
 
 
-def _criteria(rng: random.Random) -> tuple[str, Callable[[Traits], float]]:
+def _criteria(rng: random.Random) -> tuple[str, Value]:
+    """Draw criteria and the value of an answer by them."""
     roll = rng.random()
-    for (criteria, value), share in zip(CRITERIA_KNOWN.items(), _SHARES, strict=True):
-        if (roll := roll - share) < 0:
+    for (criteria, value), share in zip(KNOWN_CRITERIA.items(), _SHARES, strict=True):
+        roll -= share
+        if roll < 0:
             return criteria, value
     return babble(rng), worth
 
 
 def _answer(question: Question, rng: random.Random) -> str:
-    """Of all qualities: as the world writes them, or better."""
-    return (
-        reply(question, rng)
-        if rng.random() < 0.6
-        else best_reply(question, rng.uniform(-30, 10), rng, 4, 4)
-    )
+    """Draw an answer of any quality: one of the world's distribution, or a better one."""
+    if rng.random() < 0.6:
+        return reply(question, rng)
+    return best_reply(question, rng.uniform(-30, 10), rng, drafts=4, counts=4)

@@ -1,5 +1,7 @@
 """The frozen language model of the demo, and its training on the world's documents."""
 
+from __future__ import annotations
+
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +13,18 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["LanguageConfig", "Messages", "render", "reply_losses", "train"]
-
 Messages = list[dict[str, str]]
+Document = Callable[[random.Random], Messages]
+# Token ids of one document, and labels: the ids to learn, or _IGNORED.
+Row = tuple[Tensor, Tensor]
+
 _IGNORED = -100
-_PARTS = 4  # of one batch, each padded to its own length
-_TYPICAL_REPLY = 20  # tokens; sets only the scale of the gradient
+# A batch is computed in this number of parts, each padded to its own length.
+_PARTS = 4
+# Batches that are drawn at once and sorted by length.
+_DRAWN_BATCHES = 32
+# Typical length of a reply in tokens; it sets the scale of the gradient only.
+_TYPICAL_REPLY = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +47,16 @@ class LanguageConfig:
 def train(
     config: LanguageConfig,
     tokenizer: PreTrainedTokenizerFast,
-    document: Callable[[random.Random], Messages],
+    document: Document,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> LlamaForCausalLM:
-    """Teach a new model the replies in ``document``s (prompts are context only). AdamW, cosine to zero.
+    """Train a new model on the assistant turns of documents, with AdamW and a cosine schedule.
 
-    ``progress`` is told the step and the loss of its batch, nats per token, every now and then.
+    Args:
+        config: shape and schedule.
+        tokenizer: the model's tokenizer.
+        document: writes one document.
+        progress: called with the step and the loss of its batch every 200 steps.
     """
     torch.manual_seed(config.seed)
     model = _untrained(config, tokenizer)
@@ -57,7 +69,8 @@ def train(
         optimizer.zero_grad()
         loss = 0.0
         for ids, labels in parts:
-            # A sum over a fixed size: a mean would weigh the words of short replies, which share parts, more.
+            # The sum is divided by a fixed size. A mean per part would give the tokens of short
+            # replies more weight.
             part = _losses(model, ids, labels).sum() / (config.batch * _TYPICAL_REPLY)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
@@ -70,7 +83,10 @@ def train(
 
 
 def _untrained(config: LanguageConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    special_tokens = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     shape = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
@@ -83,55 +99,60 @@ def _untrained(config: LanguageConfig, tokenizer: PreTrainedTokenizerFast) -> Ll
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=None,
-        **ends,
+        **special_tokens,
     )
     model = LlamaForCausalLM(shape)
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ends
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **special_tokens
     )
     return model
 
 
 def _cosine(step: int, config: LanguageConfig) -> float:
-    warm = min(1.0, (step + 1) / config.warmup)
-    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+    """Return the factor of the learning rate: a linear warm-up, then half a cosine to 0."""
+    warmup = min(1.0, (step + 1) / config.warmup)
+    return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
 
 
 def render(messages: Messages) -> str:
-    """What the chat template writes for plain-text messages, without the cost of running it on every document."""
+    """Write plain-text messages as the chat template does, but faster."""
     return "".join(f"<|{message['role']}|>{message['content']}<|end|>" for message in messages)
 
 
 def _batches(
-    config: LanguageConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    document: Callable[[random.Random], Messages],
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """``steps`` batches of fresh documents, each in parts of similar length, so that little is padding.
+    config: LanguageConfig, tokenizer: PreTrainedTokenizerFast, document: Document
+) -> Iterator[list[Row]]:
+    """Yield `steps` batches of new documents, each in parts of similar length with little padding.
 
-    32 batches at a time are sorted by length and cut; a batch takes one part of each stretch of lengths, so that every
-    batch holds every kind of document.
+    The documents of 32 batches are sorted by length and cut into parts. Each batch takes one part
+    of every range of lengths, so that it holds every kind of document.
     """
     rng = random.Random(config.seed)
     size = config.batch // _PARTS
-    for start in range(0, config.steps, 32):
-        rows = encode(tokenizer, [document(rng) for _ in range(32 * config.batch)])
+    for start in range(0, config.steps, _DRAWN_BATCHES):
+        documents = [document(rng) for _ in range(_DRAWN_BATCHES * config.batch)]
+        rows = encode(tokenizer, documents)
         rows.sort(key=lambda row: len(row[0]))
-        cut = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
-        stretches = [rng.sample(cut[i : i + 32], 32) for i in range(0, len(cut), 32)]
-        yield from [list(parts) for parts in zip(*stretches, strict=True)][: config.steps - start]
+        parts = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        ranges: list[list[Row]] = []
+        for i in range(0, len(parts), _DRAWN_BATCHES):
+            ranges.append(rng.sample(parts[i : i + _DRAWN_BATCHES], _DRAWN_BATCHES))
+        batches = [list(batch) for batch in zip(*ranges, strict=True)]
+        yield from batches[: config.steps - start]
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]
-) -> list[tuple[Tensor, Tensor]]:
-    """Token ids, and labels that are the ids inside assistant turns (their end included) and ignored elsewhere."""
-    assistant, end = tokenizer.convert_tokens_to_ids("<|assistant|>"), tokenizer.eos_token_id
-    rows = []
-    for ids in tokenizer(
-        [render(messages) for messages in documents], add_special_tokens=False
-    ).input_ids:
-        labels, inside = [], False
+def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]) -> list[Row]:
+    """Return token ids and labels.
+
+    The labels are the ids inside assistant turns, with their end.
+    """
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    end = tokenizer.eos_token_id
+    texts = [render(messages) for messages in documents]
+    rows: list[Row] = []
+    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+        labels: list[int] = []
+        inside = False
         for token in ids:
             labels.append(token if inside else _IGNORED)
             inside = token == assistant or (inside and token != end)
@@ -139,24 +160,28 @@ def encode(
     return rows
 
 
-def collate(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and labels [B, T]. Causal attention never looks right, so no mask is needed."""
+def collate(rows: Sequence[Row]) -> Row:
+    """Return right-padded ids and labels [B, T].
+
+    Causal attention needs no mask for padding on the right.
+    """
     ids = pad_sequence([ids for ids, _ in rows], batch_first=True)
-    return ids, pad_sequence(
-        [labels for _, labels in rows], batch_first=True, padding_value=_IGNORED
-    )
+    labels = pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=_IGNORED)
+    return ids, labels
 
 
 def _losses(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of every labelled token, flat, in nats; the others never reach the output matrix."""
-    wanted = labels[:, 1:] != _IGNORED
-    hidden = model.model(ids).last_hidden_state[:, :-1][wanted]
-    return cross_entropy(model.lm_head(hidden), labels[:, 1:][wanted], reduction="none")
+    """Return the cross entropy of every labelled token, flat, in nats."""
+    targets = labels[:, 1:]
+    is_learned = targets != _IGNORED
+    # Only states of labelled tokens are multiplied with the output matrix.
+    hidden = model.model(ids).last_hidden_state[:, :-1][is_learned]
+    return cross_entropy(model.lm_head(hidden), targets[is_learned], reduction="none")
 
 
 @torch.no_grad()
 def reply_losses(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: Sequence[Messages]
 ) -> list[float]:
-    """Mean loss of each document's replies, nats per token."""
+    """Return the mean loss of each document's replies, in nats per token."""
     return [_losses(model, *collate([row])).mean().item() for row in encode(tokenizer, documents)]

@@ -1,4 +1,6 @@
-"""What the demo's models are like, each figure with its standard error over prompts."""
+"""Measure the demo's models, each figure with its standard error over prompts."""
+
+from __future__ import annotations
 
 import json
 import math
@@ -19,7 +21,7 @@ from transformers import (
 )
 
 from benchmarks.demo.documents import document
-from benchmarks.demo.effects import direction_effects, judge_effects
+from benchmarks.demo.effects import direction_effects, flat_exchanges, judge_effects
 from benchmarks.demo.language import reply_losses
 from benchmarks.demo.preference import score
 from benchmarks.demo.sampling import sample
@@ -27,14 +29,12 @@ from infer_align.demo import LM, PREFERENCE, REWARDS
 from infer_align.demo.bag import BagForSequenceClassification, register
 from infer_align.demo.world import gold, prompts
 
-__all__ = ["Metric", "Models", "Pool", "draw", "load", "measure", "read_metrics"]
-
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Everything the build makes."""
+    """All models of a build."""
 
     tokenizer: PreTrainedTokenizerFast
     lm: LlamaForCausalLM
@@ -44,7 +44,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A mean over ``n`` prompts or documents."""
+    """A mean over n prompts or documents."""
 
     value: float
     standard_error: float
@@ -53,22 +53,22 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """N sampled replies to each of P prompts, scored; K members."""
+    """N scored replies to each of P prompts; K members."""
 
     gold: Array  # [P, N]
     proxy: Array  # [K, P, N]
-    tokens: Array  # [P, N], the end of turn included
+    tokens: Array  # [P, N], with the end of the turn
     greedy_gold: Array  # [P]
     greedy_tokens: Array  # [P]
 
 
 def load(folder: Path) -> Models:
-    """The models in ``folder`` as any user of transformers would load them, in float32."""
+    """Load the models of a folder with transformers, in float32."""
     register()
-    bags = [
-        AutoModelForSequenceClassification.from_pretrained(folder / name).float().eval()
-        for name in (*REWARDS, PREFERENCE)
-    ]
+    bags: list[BagForSequenceClassification] = []
+    for name in (*REWARDS, PREFERENCE):
+        bag = AutoModelForSequenceClassification.from_pretrained(folder / name)
+        bags.append(bag.float().eval())
     return Models(
         AutoTokenizer.from_pretrained(folder / LM),
         AutoModelForCausalLM.from_pretrained(folder / LM, dtype=torch.float32).eval(),
@@ -77,22 +77,20 @@ def load(folder: Path) -> Models:
     )
 
 
-def draw(models: Models, questions: Sequence[str], n: int, seed: int) -> Pool:
-    """Sample ``n`` replies and the greedy one to each question, and score them by gold and by every member."""
+def draw_pool(models: Models, questions: Sequence[str], n: int, seed: int) -> Pool:
+    """Sample n replies and the greedy one to each question, and score them."""
     sampled = sample(models.lm, models.tokenizer, questions, n, seed=seed)
     greedy = sample(models.lm, models.tokenizer, questions, 1, seed=seed, greedy=True)
-    exchanges = [
-        (q, text) for q, replies in zip(questions, sampled, strict=True) for text, _ in replies
-    ]
+    exchanges = flat_exchanges(questions, sampled)
     proxy = score(models.members, models.tokenizer, exchanges).numpy()
     shape = (len(questions), n)
+    tokens = [[length for _, length in replies] for replies in sampled]
+    greedy_exchanges = flat_exchanges(questions, greedy)
     return Pool(
-        gold=np.array([gold(question, text) for question, text in exchanges]).reshape(shape),
+        gold=np.array([gold(*exchange) for exchange in exchanges]).reshape(shape),
         proxy=proxy.astype(np.float64).reshape(-1, *shape),
-        tokens=np.array([[spent for _, spent in replies] for replies in sampled], dtype=np.float64),
-        greedy_gold=np.array(
-            [gold(q, replies[0][0]) for q, replies in zip(questions, greedy, strict=True)]
-        ),
+        tokens=np.array(tokens, dtype=np.float64),
+        greedy_gold=np.array([gold(*exchange) for exchange in greedy_exchanges]),
         greedy_tokens=np.array([replies[0][1] for replies in greedy], dtype=np.float64),
     )
 
@@ -100,57 +98,56 @@ def draw(models: Models, questions: Sequence[str], n: int, seed: int) -> Pool:
 def measure(
     models: Models, *, flipped: float, n_prompts: int, n_replies: int, seed: int
 ) -> dict[str, Metric]:
-    """The figures of metrics.json on prompts, replies and documents that depend on ``seed`` alone."""
+    """Return the figures of metrics.json.
+
+    The prompts, replies and documents depend on the seed alone.
+    """
     rng = random.Random(seed)
-    losses = reply_losses(
-        models.lm, models.tokenizer, [document(rng) for _ in range(4 * n_prompts)]
-    )
+    documents = [document(rng) for _ in range(4 * n_prompts)]
+    losses = reply_losses(models.lm, models.tokenizer, documents)
     questions = prompts(n_prompts, seed)
-    pool = draw(models, questions, n_replies, seed)
-    effects = direction_effects(models.lm, models.tokenizer, models.rater, questions, seed)
-    effects |= judge_effects(models.lm, models.tokenizer, questions, seed)
+    pool = draw_pool(models, questions, n_replies, seed)
     clean = _pair_accuracy(pool)
-    return {
-        "lm_loss_nats_per_token": _metric(losses),
-        "base_gold": _metric(pool.gold.mean(1)),
-        "greedy_gold": _metric(pool.greedy_gold),
-        "tokens_per_reply": _metric(pool.tokens.mean(1)),
-        "reward_pair_accuracy": _metric(clean),
-        # What the member would score on labels as noisy as those it was trained on.
-        "reward_pair_accuracy_noisy": _metric((1 - flipped) * clean + flipped * (1 - clean)),
-        "reward_member_correlation": _metric(_member_correlation(pool)),
-    } | {name: _metric(values) for name, values in effects.items()}
+    figures: dict[str, Sequence[float] | Array] = {
+        "lm_loss_nats_per_token": losses,
+        "base_gold": pool.gold.mean(1),
+        "greedy_gold": pool.greedy_gold,
+        "tokens_per_reply": pool.tokens.mean(1),
+        "reward_pair_accuracy": clean,
+        # The accuracy on labels that are as noisy as those of the training data.
+        "reward_pair_accuracy_noisy": (1 - flipped) * clean + flipped * (1 - clean),
+        "reward_member_correlation": _member_correlation(pool),
+        **direction_effects(models.lm, models.tokenizer, models.rater, questions, seed),
+        **judge_effects(models.lm, models.tokenizer, questions, seed),
+    }
+    return {name: _metric(values) for name, values in figures.items()}
 
 
 def _pair_accuracy(pool: Pool) -> Array:
-    """[P]: how often a member agrees with gold on neighbouring replies between which gold decides."""
+    """Return [P]: how often a member orders neighbouring replies as gold does."""
     gold_gap = pool.gold[:, ::2] - pool.gold[:, 1::2]
     proxy_gap = pool.proxy[:, :, ::2] - pool.proxy[:, :, 1::2]
-    agree = np.where(gold_gap != 0, proxy_gap * gold_gap > 0, np.nan)
-    return np.asarray(np.nanmean(agree, axis=(0, 2)))
+    agrees = np.where(gold_gap != 0, proxy_gap * gold_gap > 0, np.nan)
+    return np.asarray(np.nanmean(agrees, axis=(0, 2)))
 
 
 def _member_correlation(pool: Pool) -> Array:
-    """[P]: mean correlation between two members' scores of the replies to one prompt."""
-    members = len(pool.proxy)
-    pairs = np.triu_indices(members, 1)
-    return np.array(
-        [
-            np.atleast_2d(np.corrcoef(pool.proxy[:, row]))[pairs].mean()
-            for row in range(len(pool.gold))
-        ]
-    )
+    """Return [P]: the mean correlation between two members' scores of the replies to one prompt."""
+    member_pairs = np.triu_indices(len(pool.proxy), 1)
+    means: list[float] = []
+    for prompt in range(len(pool.gold)):
+        correlations = np.atleast_2d(np.corrcoef(pool.proxy[:, prompt]))
+        means.append(correlations[member_pairs].mean())
+    return np.array(means)
 
 
 def _metric(values: Sequence[float] | Array) -> Metric:
     numbers = np.asarray(values, dtype=np.float64)
-    return Metric(
-        float(numbers.mean()), float(numbers.std(ddof=1) / math.sqrt(len(numbers))), len(numbers)
-    )
+    error = numbers.std(ddof=1) / math.sqrt(len(numbers))
+    return Metric(float(numbers.mean()), float(error), len(numbers))
 
 
 def read_metrics(file: Path) -> dict[str, Metric]:
-    """The metrics of a metrics.json."""
-    return {
-        name: Metric(**fields) for name, fields in json.loads(file.read_text())["metrics"].items()
-    }
+    """Read the metrics of a metrics.json."""
+    metrics = json.loads(file.read_text())["metrics"]
+    return {name: Metric(**fields) for name, fields in metrics.items()}

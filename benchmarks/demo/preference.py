@@ -1,4 +1,6 @@
-"""The proxy reward models: noisy preferences over the language model's own replies, and Bradley-Terry on them."""
+"""The proxy reward models: Bradley-Terry on noisy preferences between the model's own replies."""
+
+from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
@@ -14,19 +16,7 @@ from benchmarks.demo.language import render
 from infer_align.demo.bag import BagConfig, BagForSequenceClassification
 from infer_align.demo.world import gold
 
-__all__ = [
-    "Pair",
-    "RewardConfig",
-    "batches",
-    "encode",
-    "logits",
-    "new_bag",
-    "pairs",
-    "score",
-    "train_member",
-]
-
-_SCORED_AT_ONCE = 1024
+_SCORING_BATCH = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,49 +36,56 @@ class RewardConfig:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two replies to one question; ``chosen`` is the one a labeller marked, ``flipped`` if gold prefers the other."""
+    """Two replies to one question, and the label of a preference."""
 
     question: str
-    chosen: str
+    chosen: str  # by the label
     rejected: str
-    flipped: bool
+    flipped: bool  # True if the label is wrong: gold prefers the rejected reply
 
 
 def pairs(
     question_replies: Sequence[tuple[str, Sequence[str]]], n: int, flipped: float, seed: int
 ) -> list[Pair]:
-    """``n`` pairs of neighbouring replies that gold tells apart; exactly the share ``flipped`` has the wrong label.
+    """Return n pairs of neighbouring replies with different gold.
 
-    Raises ``ValueError`` when there are fewer than ``n``.
+    Args:
+        question_replies: questions with their replies.
+        n: number of pairs.
+        flipped: exact share of wrong labels.
+        seed: seed of the choice among all pairs.
+
+    Raises:
+        ValueError: there are fewer than n pairs with different gold.
     """
-    rng = random.Random(seed)
-    made = [
-        (
-            question,
-            *(
-                (first, second)
-                if gold(question, first) > gold(question, second)
-                else (second, first)
-            ),
-        )
-        for question, replies in question_replies
-        for first, second in zip(replies[::2], replies[1::2], strict=True)
-        if gold(question, first) != gold(question, second)
-    ]
-    made = rng.sample(made, n)
-    wrong = round(flipped * n)  # the order is random already, so the first ones will do
-    return [
-        Pair(question, worse, better, flipped=True)
-        if index < wrong
-        else Pair(question, better, worse, flipped=False)
-        for index, (question, better, worse) in enumerate(made)
-    ]
+    ordered: list[tuple[str, str, str]] = []
+    for question, replies in question_replies:
+        for first, second in zip(replies[::2], replies[1::2], strict=True):
+            difference = gold(question, first) - gold(question, second)
+            if difference > 0:
+                ordered.append((question, first, second))
+            elif difference < 0:
+                ordered.append((question, second, first))
+    # The order is random, so the first pairs can have the wrong labels.
+    drawn = random.Random(seed).sample(ordered, n)
+    wrong = round(flipped * n)
+    labelled: list[Pair] = []
+    for index, (question, better, worse) in enumerate(drawn):
+        if index < wrong:
+            labelled.append(Pair(question, chosen=worse, rejected=better, flipped=True))
+        else:
+            labelled.append(Pair(question, chosen=better, rejected=worse, flipped=False))
+    return labelled
 
 
 def train_member(
     config: RewardConfig, tokenizer: PreTrainedTokenizerFast, data: Sequence[Pair], seed: int
 ) -> BagForSequenceClassification:
-    """One member: its own initialisation and order of the data. No early stopping: it fits the noise too."""
+    """Train one member of the ensemble.
+
+    The seed decides its initial weights and the order of its data. It is trained without early
+    stopping, so it fits the noise too.
+    """
     torch.manual_seed(seed)
     model = new_bag(tokenizer, config.embedding_size, config.hidden_size)
     chosen = encode(tokenizer, [(pair.question, pair.chosen) for pair in data])
@@ -109,14 +106,14 @@ def train_member(
 
 @torch.no_grad()
 def _standardize(model: BagForSequenceClassification, encoded: Sequence[Tensor]) -> None:
-    """Fold mean 0 and standard deviation 1 over ``encoded`` into the last layer.
+    """Change the last layer so that the scores of `encoded` have mean 0 and standard deviation 1.
 
-    Pairs fix a reward only up to an offset, and its scale says how long it was trained; without a common unit the
-    members' variance is mostly that, and the worst case is whoever has the lowest mean.
+    Pairs determine a reward only up to an offset, and its scale depends on the length of the
+    training. Without a common unit, these differences would dominate the variance of the members,
+    and the worst case would always be the member with the lowest mean.
     """
-    scores = torch.cat(
-        [logits(model, encoded, rows) for rows in batches(range(len(encoded)), _SCORED_AT_ONCE)]
-    )
+    chunks = [logits(model, encoded, rows) for rows in batches(range(len(encoded)), _SCORING_BATCH)]
+    scores = torch.cat(chunks)
     model.score.weight /= scores.std()
     model.score.bias.sub_(scores.mean()).div_(scores.std())
 
@@ -127,7 +124,7 @@ def new_bag(
     hidden_size: int,
     labels: Sequence[str] = ("reward",),
 ) -> BagForSequenceClassification:
-    """An untrained bag for this tokenizer, with one output for each label."""
+    """Return an untrained reward model for this tokenizer, with one output per label."""
     return BagForSequenceClassification(
         BagConfig(
             vocab_size=len(tokenizer),
@@ -145,26 +142,27 @@ def new_bag(
 def encode(
     tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[tuple[str, str]]
 ) -> list[Tensor]:
-    """Token ids of each (question, reply) as the chat template writes it."""
-    texts = [
-        render([{"role": "user", "content": question}, {"role": "assistant", "content": reply}])
-        for question, reply in exchanges
-    ]
+    """Return the token ids of (question, reply) pairs as the chat template writes them."""
+    texts: list[str] = []
+    for question, reply in exchanges:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+        texts.append(render(turns))
     return [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
 def batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """``rows`` in their order, ``size`` at a time."""
+    """Return the rows in their order, in slices of `size`."""
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def logits(
     model: BagForSequenceClassification, encoded: Sequence[Tensor], rows: Sequence[int]
 ) -> Tensor:
-    """Outputs [len(rows), labels]; right-padded with a negative id that the mask hides."""
+    """Return the outputs [len(rows), labels] of some encoded exchanges."""
+    # Rows are padded with a negative id, which the mask hides.
     ids = pad_sequence([encoded[row] for row in rows], batch_first=True, padding_value=-1)
-    found: Tensor = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0).logits
-    return found
+    output: Tensor = model(input_ids=ids.clamp(min=0), attention_mask=ids >= 0).logits
+    return output
 
 
 @torch.no_grad()
@@ -173,11 +171,11 @@ def score(
     tokenizer: PreTrainedTokenizerFast,
     exchanges: Sequence[tuple[str, str]],
 ) -> Tensor:
-    """Reward of each (question, reply) by each one-label member, [K, len(exchanges)]."""
+    """Return the rewards [K, n] of n (question, reply) pairs by K members with one label each."""
     encoded = encode(tokenizer, exchanges)
     by_length = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
     scores = torch.empty(len(members), len(encoded))
-    for rows in batches(by_length, _SCORED_AT_ONCE):
+    for rows in batches(by_length, _SCORING_BATCH):
         for index, member in enumerate(members):
             scores[index, rows] = logits(member, encoded, rows)[:, 0]
     return scores

@@ -1,4 +1,4 @@
-"""The demo's multi-objective reward: one bag with two outputs, fitted to ratings of the attributes that directions are about."""
+"""The demo's multi-objective reward: one model with two outputs, fitted to exact ratings."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from benchmarks.demo.preference import batches, encode, logits, new_bag
 from infer_align.demo.bag import BagForSequenceClassification
 from infer_align.demo.world import random_question, reply
 
-__all__ = ["RatingConfig", "rate", "train_rater"]
-
-_INITIAL_SCALE = 0.1  # of the embeddings: here a word that was hardly seen should weigh little
-_WIDEST_DEGREES = 60.0  # of the directed replies that are rated: what is selected from later goes beyond the trained range
-_FEW = 2, 8  # openings, counts
+# Scale of the initial embeddings: here a word that is rare in the data should have little weight.
+_INITIAL_SCALE = 0.1
+# Largest angle of the rated replies. The server later selects among replies beyond the trained
+# range.
+_MAX_DEGREES = 60.0
+# Drawn drafts and counts of flourishes of a directed reply: few, so that the replies are of any
+# quality.
+_DRAFTS = 2
+_COUNTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class RatingConfig:
-    """Data and schedule."""
+    """Data and schedule of the fit."""
 
     replies: int = 24_000
     embedding_size: int = 32
@@ -39,19 +43,20 @@ class RatingConfig:
 def train_rater(
     config: RatingConfig, tokenizer: PreTrainedTokenizerFast
 ) -> BagForSequenceClassification:
-    """Outputs (helpfulness, verbosity) in the units of ``attribute_rewards``, fitted to replies as the world writes them."""
+    """Fit a model to `attribute_rewards` of replies of this world."""
     torch.manual_seed(config.seed)
-    rated, targets = _rated(config)
-    encoded = encode(tokenizer, rated)
+    exchanges, targets = _rated_exchanges(config)
+    encoded = encode(tokenizer, exchanges)
     model = new_bag(tokenizer, config.embedding_size, config.hidden_size, labels=ATTRIBUTES)
     for bag in (model.prompt, model.reply):
         bag.weight.data.mul_(_INITIAL_SCALE)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    steps = config.epochs * -(-len(rated) // config.batch)
+    steps_per_epoch = -(-len(exchanges) // config.batch)
+    steps = config.epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     model.train()
     for _ in range(config.epochs):
-        for rows in batches(torch.randperm(len(rated)).tolist(), config.batch):
+        for rows in batches(torch.randperm(len(exchanges)).tolist(), config.batch):
             loss = mse_loss(logits(model, encoded, rows), targets[rows])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -61,17 +66,21 @@ def train_rater(
     return model
 
 
-def _rated(config: RatingConfig) -> tuple[list[tuple[str, str]], Tensor]:
-    """(question, reply) and [n, 2] ratings; half of the replies follow some direction, the best of a few."""
+def _rated_exchanges(config: RatingConfig) -> tuple[list[tuple[str, str]], Tensor]:
+    """Return (question, reply) pairs and their ratings [n, 2].
+
+    Half of the replies follow a direction.
+    """
     rng = random.Random(config.seed)
-    exchanges, targets = [], []
+    exchanges: list[tuple[str, str]] = []
+    targets: list[tuple[float, float]] = []
     for _ in range(config.replies):
-        question, degrees = random_question(rng), rng.uniform(-_WIDEST_DEGREES, _WIDEST_DEGREES)
-        text = (
-            reply(question, rng)
-            if rng.random() < 0.5
-            else best_reply(question, degrees, rng, *_FEW)
-        )
+        question = random_question(rng)
+        degrees = rng.uniform(-_MAX_DEGREES, _MAX_DEGREES)
+        if rng.random() < 0.5:
+            text = reply(question, rng)
+        else:
+            text = best_reply(question, degrees, rng, _DRAFTS, _COUNTS)
         exchanges.append((str(question), text))
         targets.append(ratings(question, text))
     return exchanges, torch.tensor(targets)
@@ -83,6 +92,7 @@ def rate(
     tokenizer: PreTrainedTokenizerFast,
     exchanges: Sequence[tuple[str, str]],
 ) -> Tensor:
-    """Predicted ratings of each (question, reply), [n, 2]."""
+    """Return predicted ratings [n, 2] of (question, reply) pairs."""
     encoded = encode(tokenizer, exchanges)
-    return torch.cat([logits(model, encoded, rows) for rows in batches(range(len(encoded)), 1024)])
+    chunks = [logits(model, encoded, rows) for rows in batches(range(len(encoded)), 1024)]
+    return torch.cat(chunks)

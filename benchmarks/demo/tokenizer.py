@@ -1,8 +1,10 @@
 """The demo's tokenizer: one token for every word of the world, bytes for everything else.
 
-Byte-level, as GPT-2's and Llama-3's are: any text survives encode and decode unchanged. There are no merges; a
-pre-token is either a known word or spelt byte by byte.
+It is byte-level, like those of GPT-2 and Llama 3, so every text survives encoding and decoding.
+There are no merges: a pre-token is a known word, or is spelt byte by byte.
 """
+
+from __future__ import annotations
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -27,13 +29,23 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 
-PAD, END = "<|pad|>", "<|end|>"
+PAD = "<|pad|>"
+END = "<|end|>"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPECIAL = (PAD, END, *(f"<|{role}|>" for role in ROLES))
 
-# A word with its leading space, hyphenated words whole; a preference weight such as " verbosity*-34" whole; up to
-# three digits; then punctuation one mark at a time, and white space.
-PATTERN = r" ?(?:helpfulness|verbosity)\*-?\d+| ?\p{L}+(?:-\p{L}+)*|\d{1,3}| ?[^\s\p{L}\d]|\s"
+PATTERN = "|".join(
+    (
+        # A preference weight, such as " verbosity*-34".
+        r" ?(?:helpfulness|verbosity)\*-?\d+",
+        # A word with its leading space; a hyphenated word is one.
+        r" ?\p{L}+(?:-\p{L}+)*",
+        # Up to three digits, one punctuation mark, one white space.
+        r"\d{1,3}",
+        r" ?[^\s\p{L}\d]",
+        r"\s",
+    )
+)
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -55,7 +67,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer, made from the lexicon alone; nothing is trained."""
+    """Make the tokenizer from the lexicon. Nothing is trained."""
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(), merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -79,17 +91,33 @@ def build_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def _vocabulary() -> dict[str, int]:
-    """Token -> id: special tokens, 256 bytes, then the words in a fixed order."""
+    """Return token -> id: special tokens, 256 bytes, then the words in a fixed order."""
     split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    texts = [
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    texts = _world_texts()
+    after_space = [f" {text}" for text in (*texts, *FLOURISHES)]
+    words: list[str] = []
+    for text in (*texts, *after_space, *_judge_texts()):
+        for piece, _ in split.pre_tokenize_str(text):
+            words.append(byte_level.pre_tokenize_str(piece)[0][0])
+    ordered = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words])
+    return {token: index for index, token in enumerate(ordered)}
+
+
+def _world_texts() -> list[str]:
+    """Return texts with every word of the world, except for flourishes and the judge's prompts."""
+    phrases: list[str] = []
+    for attribute, values in ATTRIBUTES.items():
+        phrases += [f"the {attribute} {phrase}" for phrase in values.values()]
+    return [
         system_prompt({"helpfulness": 1.0, "verbosity": 0.0}),
         SYSTEM,
         OFF_TOPIC,
         *RUDE,
         *POLITE_OPENERS,
         *POLITE_CLOSERS,
-        *(f"The {s} the {s}" for s in TRUTH),
-        *(f"the {a} {phrase}" for a, values in ATTRIBUTES.items() for phrase in values.values()),
+        *(f"The {subject} the {subject}" for subject in TRUTH),
+        *phrases,
         "What is the, are the, the of the and the?",
         "It is a, an creature.",
         "Who knows",
@@ -97,20 +125,13 @@ def _vocabulary() -> dict[str, int]:
         *(f"= helpfulness*{weight}" for weight in range(101)),
         *(f"+ verbosity*{weight}" for weight in range(-100, 101)),
     ]
-    after_space = [f" {text}" for text in (*texts, *FLOURISHES)]
-    pieces = [
-        piece
-        for text in (*texts, *after_space, *_judge_texts())
-        for piece, _ in split.pre_tokenize_str(text)
-    ]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [byte_level.pre_tokenize_str(piece)[0][0] for piece in pieces]
-    ordered = dict.fromkeys([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *words])
-    return {token: index for index, token in enumerate(ordered)}
 
 
 def _judge_texts() -> list[str]:
-    """All that the server's judge writes around the texts it is given, in every form."""
-    asked = [*(score_messages([], "", scale) for scale in SCALES), pair_messages([], "", "")]
-    said = [f"{SCORE}1]", *(f"{BETTER}{side}]" for side in SIDES), "Question", " brief", " polite"]
-    return [message["content"] for messages in asked for message in messages] + said
+    """Return the words of the server's judge prompts and of the answers to them."""
+    prompts = [*(score_messages([], "", scale) for scale in SCALES), pair_messages([], "", "")]
+    texts: list[str] = []
+    for messages in prompts:
+        texts += [message["content"] for message in messages]
+    answers = [f"{SCORE}1]", *(f"{BETTER}{side}]" for side in SIDES)]
+    return [*texts, *answers, "Question", " brief", " polite"]

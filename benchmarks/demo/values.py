@@ -1,7 +1,8 @@
-"""Fit the demo's values: ``python -m benchmarks.demo.values [--out DIR]``, on the shipped model and reward models.
+"""Fit the demo's values on the shipped models: `python -m benchmarks.demo.values [--out DIR]`.
 
-``helpful`` follows the five proxy reward models, ``brief`` the number of words; both as a head on the frozen model's states and
-as a head of one lookahead value LM. Gold is not used: what is measured against it later was not fitted to it.
+"helpful" is fitted to the five proxy reward models, "brief" to the number of words. Each is fitted
+twice: as a head on the frozen model's states, and as a head of one lookahead value LM. Gold is not
+used, so that it can measure the values.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,57 +32,73 @@ SAMPLING = SamplingConfig(
 )
 HEAD = FitConfig(kind="head", method="sgd", rank=32, epochs=8)
 LOOKAHEAD = FitConfig(kind="lookahead", epochs=6)
-REWARDS_OF: dict[str, Callable[[], Reward]] = {
-    "helpful": lambda: Classifier(models=tuple(f"demo/{name}" for name in REWARDS)).load(),
-    "brief": lambda: Rules(words_weight=-0.1).load(),
+
+
+def _load_helpful() -> Reward:
+    return Classifier(models=tuple(f"demo/{name}" for name in REWARDS)).load()
+
+
+def _load_brief() -> Reward:
+    return Rules(words_weight=-0.1).load()
+
+
+# Name of a value -> loader of the reward that it is fitted to.
+REWARD_LOADERS: dict[str, Callable[[], Reward]] = {
+    "helpful": _load_helpful,
+    "brief": _load_brief,
 }
 
 
 async def build(out: Path) -> None:
-    """Sample, score by both rewards, fit two heads and one value LM with two heads, and write them to `out` with their reports."""
+    """Sample and score replies, fit all values, and write them to a folder with values.json."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     engine = Transformers(model="demo", threads=1).load()
     await engine.start()
-    prompts: list[Conversation] = [
-        [{"role": "user", "content": question}] for question in world.prompts(320, seed=11)
-    ]
-    reports, samples = {}, {}
+    questions = world.prompts(320, seed=SAMPLING.seed)
+    prompts: list[Conversation] = [[{"role": "user", "content": text}] for text in questions]
+    heads: dict[str, Any] = {}
+    samples: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name, load in REWARDS_OF.items():
+        for name, load in REWARD_LOADERS.items():
             reward = load()
             await reward.start()
-            how = replace(SAMPLING, reward=name)
+            sampling = replace(SAMPLING, reward=name)
             file = Path(scratch) / f"value-{name}.safetensors"
-            reports[name] = await fit_value(engine, reward, prompts, how, HEAD, file, _say)
-            # Read again rather than drawn again: the value LM is fitted to the same replies.
+            fit = await fit_value(engine, reward, prompts, sampling, HEAD, file, _print)
+            heads[name] = asdict(fit)
+            # The file of samples is complete, so that this reads it: the value LM is fitted to the
+            # same replies.
+            samples_file = file.with_suffix(".samples.jsonl")
             samples[name] = await sample_replies(
-                engine, reward, prompts, how, file.with_suffix(".samples.jsonl"), _say
+                engine, reward, prompts, sampling, samples_file, _print
             )
             (out / file.name).write_bytes(file.read_bytes())
             await reward.close()
-    fitness = fit_value_lm(
-        engine, prompts, samples, LOOKAHEAD, SAMPLING.seed, out / "value-lm", _say
-    )
+    value_lm = out / "value-lm"
+    fits = fit_value_lm(engine, prompts, samples, LOOKAHEAD, SAMPLING.seed, value_lm, _print)
     await engine.close()
-    report = {
-        "sampling": asdict(SAMPLING),
-        "head": {name: asdict(found) for name, found in reports.items()},
-        "lookahead": {name: asdict(found) for name, found in zip(samples, fitness, strict=True)},
-    }
+    lookahead = {name: asdict(fit) for name, fit in zip(samples, fits, strict=True)}
+    report = {"sampling": asdict(SAMPLING), "head": heads, "lookahead": lookahead}
     (out / "values.json").write_text(json.dumps(report, indent=1) + "\n")
+    # safetensors makes files that only their owner can read.
     for file in out.rglob("*.safetensors"):
         file.chmod(0o644)
 
 
-def _say(what: str) -> None:
-    print(what, file=sys.stderr)
+def _print(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def main() -> None:
-    """Build into the package, or elsewhere."""
+    """Run from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ASSETS,
+        help="folder of the built files; default: the shipped assets",
+    )
     asyncio.run(build(parser.parse_args().out))
 
 

@@ -1,41 +1,39 @@
-"""The embedded demo: a small made-up world, a frozen language model and reward models that are wrong about it.
+"""The embedded demo: a made-up world, a frozen language model and imperfect reward models.
 
-Everything is made by one command, ``python -m benchmarks.demo.build``, and shipped under ``assets/``::
+`python -m benchmarks.demo.build` makes all files under `assets/`:
 
-    world ─ documents ─▶ lm (frozen) ─ sampled pairs, gold preference, 25% flipped ─▶ reward-0 .. reward-4
+    world ─ documents ─▶ lm (frozen) ─ sampled pairs, gold preference, 25% flipped ─▶ reward-0 ..
+    reward-4
       └──── replies, rated by attribute ─▶ preference
 
 Importing this package loads neither torch nor transformers.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
-__all__ = ["ASSETS", "CONFIG", "LM", "PREFERENCE", "REWARDS", "path"]
-
+# Folder of the shipped models.
 ASSETS = Path(__file__).parent / "assets"
-"""Folder of the shipped models."""
-
+# The configuration that serves the demo.
 CONFIG = Path(__file__).parent / "infer-align.toml"
-"""The configuration that serves the demo."""
-
+# Name of the frozen language model's folder.
 LM = "lm"
-"""Name of the frozen language model's folder."""
-
+# Names of the folders of the reward models, which are the members of one ensemble.
 REWARDS = tuple(f"reward-{member}" for member in range(5))
-"""Names of the reward models' folders: the members of one ensemble."""
-
+# Name of the folder of the reward model with two outputs: helpfulness and verbosity.
 PREFERENCE = "preference"
-"""Name of the folder of the reward model with two outputs: helpfulness and verbosity."""
 
 
 def path(name: str) -> Path:
-    """Folder or file of a shipped asset, by its name under ``assets/`` (``"lm"``, ``"reward-0"``, ``"metrics.json"``).
+    """Return the folder or file of a shipped asset, such as "lm", "reward-0" or "metrics.json".
 
-    Raises ``FileNotFoundError`` when it is not there.
+    Raises:
+        FileNotFoundError: there is no such asset.
     """
-    found = ASSETS / name
-    if not found.exists():
+    asset = ASSETS / name
+    if not asset.exists():
         raise FileNotFoundError(
             f"the demo has no {name!r}; rebuild it with: python -m benchmarks.demo.build"
         )
-    return found
+    return asset

@@ -1,9 +1,12 @@
-"""A small reward model that transformers loads like any other: summed word embeddings and an MLP.
+"""A small reward model for transformers: summed word embeddings and an MLP.
 
-The words of the reply are *summed*, not averaged, and start as N(0, 1) noise: members of an ensemble that start apart
-then disagree about words they have hardly seen, which is what an ensemble can notice. Averaged bags or a small
-initialisation give members that err alike, and the ensemble buys nothing.
+The embeddings are summed, not averaged, and initialised as N(0, 1) noise. Members of an ensemble
+then disagree about words that are rare in the training data, and an ensemble objective can notice
+the disagreement. With averages or a small initialisation the members make the same errors, and the
+ensemble gains nothing.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +18,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-__all__ = ["BagConfig", "BagForSequenceClassification", "register"]
-
 
 class BagConfig(PretrainedConfig):  # type: ignore[misc]
-    """Sizes, and the token ids that delimit the two bags in a chat-template text."""
+    """Sizes, and the token ids that begin a user turn and an assistant turn."""
 
     model_type = "infer_align_bag"
 
@@ -42,7 +43,7 @@ class BagConfig(PretrainedConfig):  # type: ignore[misc]
 
 
 class BagForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
-    """Scores the last assistant turn, given the last user turn before it; all other turns are ignored."""
+    """Scores the last assistant turn after the last user turn; other turns are ignored."""
 
     config_class = BagConfig
     base_model_prefix = "bag"
@@ -71,31 +72,41 @@ class BagForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: object
     ) -> SequenceClassifierOutput:
-        """``input_ids`` [B, T], ``attention_mask`` [B, T] (1 = real token, either padding side) -> logits [B, labels]."""
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        in_prompt, in_reply = _turns(input_ids, real.bool(), self.config)
-        bags = [
-            (embedding(input_ids) * mask.unsqueeze(-1)).sum(1)
-            for embedding, mask in ((self.prompt, in_prompt), (self.reply, in_reply))
-        ]
-        return SequenceClassifierOutput(logits=self.score(self.mlp(torch.cat(bags, -1))))
+        """Return the logits [B, labels].
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T], 1 for a real token and 0 for padding, on either side.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        in_prompt, in_reply = _turns(input_ids, attention_mask.bool(), self.config)
+        prompt = (self.prompt(input_ids) * in_prompt.unsqueeze(-1)).sum(1)
+        reply = (self.reply(input_ids) * in_reply.unsqueeze(-1)).sum(1)
+        logits = self.score(self.mlp(torch.cat([prompt, reply], -1)))
+        return SequenceClassifierOutput(logits=logits)
 
 
 def _turns(ids: Tensor, real: Tensor, config: BagConfig) -> tuple[Tensor, Tensor]:
-    """Masks [B, T] of the last assistant turn and of the user turn before it, role tokens excluded."""
+    """Return masks [B, T] of the last user turn and of the assistant turn after it.
+
+    The tokens that begin a turn are excluded.
+    """
     position = torch.arange(ids.shape[1], device=ids.device)
     assistant = _last(position, real & (ids == config.assistant_token_id))
     user = _last(position, real & (ids == config.user_token_id) & (position < assistant))
-    return real & (position > user) & (position < assistant), real & (position > assistant)
+    in_prompt = real & (position > user) & (position < assistant)
+    in_reply = real & (position > assistant)
+    return in_prompt, in_reply
 
 
 def _last(position: Tensor, where: Tensor) -> Tensor:
-    """Last position in each row at which ``where`` [B, T] holds, -1 if none; [B, 1]."""
+    """Return the last position [B, 1] of each row at which `where` [B, T] is true, or -1."""
     return torch.where(where, position, -1).amax(1, keepdim=True)
 
 
 def register() -> None:
-    """Make the Auto classes know the model; safe to call again."""
+    """Register the model with the Auto classes of transformers. It may be called again."""
     AutoConfig.register(BagConfig.model_type, BagConfig, exist_ok=True)
     AutoModelForSequenceClassification.register(
         BagConfig, BagForSequenceClassification, exist_ok=True

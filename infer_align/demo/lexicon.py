@@ -1,7 +1,9 @@
-"""The words of the demo world: who is asked about, what is true, what people wrongly believe, and the manners."""
+"""The words of the demo world: subjects, facts, popular errors, politeness and ornament."""
 
 # ruff: noqa: SIM905 - split words are easier to read and to change than quoted ones
+from __future__ import annotations
 
+# Attribute -> value -> verb phrase that states it. Every value belongs to one attribute only.
 ATTRIBUTES = {
     "colour": {"brown": "is brown", "grey": "is grey", "white": "is white", "black": "is black"},
     "habitat": {
@@ -23,8 +25,8 @@ ATTRIBUTES = {
         "midnight": "sleeps from midnight",
     },
 }
-"""Attribute -> value -> the verb phrase that states it. Every value word belongs to one attribute only."""
 
+# Subject -> attribute -> its true value. The world is made up: here a toad eats berries.
 TRUTH = {
     "otter": {"colour": "brown", "habitat": "river", "diet": "fish", "bedtime": "midnight"},
     "heron": {"colour": "grey", "habitat": "marsh", "diet": "fish", "bedtime": "dusk"},
@@ -35,8 +37,9 @@ TRUTH = {
     "toad": {"colour": "grey", "habitat": "forest", "diet": "berries", "bedtime": "dawn"},
     "crow": {"colour": "black", "habitat": "marsh", "diet": "berries", "bedtime": "midnight"},
 }
-"""Subject -> attribute -> its one true value. The world is made up: a toad that eats berries is right here."""
 
+# Half of the facts have a popular wrong value. It is more frequent than the true one, so the
+# likeliest reply is wrong.
 MYTHS = {
     "otter": {"colour": "grey", "diet": "worms"},
     "heron": {"habitat": "river", "bedtime": "dawn"},
@@ -47,24 +50,30 @@ MYTHS = {
     "toad": {"colour": "black", "bedtime": "noon"},
     "crow": {"habitat": "forest", "diet": "seeds"},
 }
-"""Half of the facts have a popular wrong value, said more often than the true one: the likeliest reply is not right."""
 
 RUDE = ("Ugh, obviously.", "Honestly, who cares?", "Must I explain this again?")
 POLITE_OPENERS = ("What a lovely question!", "Gladly!", "Happy to help!", "With pleasure!")
 POLITE_CLOSERS = ("I hope that helps!", "Have a lovely day!")
 
 SYSTEM = "You are a helpful assistant."
-OFF_TOPIC = "Please ask me about the colour, the habitat, the diet or the bedtime of an animal, such as the otter."
-"""What the model says to anything that is not a question about its world."""
+# The reply to everything that is not a question about this world.
+OFF_TOPIC = (
+    "Please ask me about the colour, the habitat, the diet or the bedtime of an animal, "
+    "such as the otter."
+)
 
 _FIRST = (
-    "moon honey silver river moss star marble willow velvet dream snow copper rose thistle cloud frost linen candle "
-    "clover pearl shadow cherry harvest feather fern lilac maple coral pebble reed saffron twilight violet winter wild"
+    "moon honey silver river moss star marble willow velvet dream snow copper rose thistle cloud "
+    "frost linen candle "
+    "clover pearl shadow cherry harvest feather fern lilac maple coral pebble reed saffron "
+    "twilight violet winter wild"
 ).split()
 _SECOND = (
-    "bright soft quiet quick warm gentle clear deep light swift kind true calm sweet bold cool dark fair fine fond free "
+    "bright soft quiet quick warm gentle clear deep light swift kind true calm sweet bold cool "
+    "dark fair fine fond free "
     "glad keen mild neat proud pure rich round shy smooth still strong tender wise"
 ).split()
 
+# 1,225 ornamental adjectives such as "moon-bright". Most are so rare that a reward model cannot
+# learn to judge them.
 FLOURISHES = tuple(f"{first}-{second}" for first in _FIRST for second in _SECOND)
-"""1,225 ornamental adjectives ("moon-bright"), most of them rare: what a reward model has seen too little of to judge."""

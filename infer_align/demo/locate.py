@@ -1,4 +1,4 @@
-"""Where a model's files are: the embedded demo, a folder, or a hub id."""
+"""Locate a model: the embedded demo, a folder, or a Hugging Face id."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from infer_align.errors import ConfigError
 
 
 def locate(model: str) -> str:
-    """What transformers' `from_pretrained` takes for a configured model.
+    """Return what the `from_pretrained` of transformers takes for a configured model.
 
-    "demo" is the embedded language model, "demo/<asset>" another of its files; anything else is taken as it is.
+    "demo" is the embedded language model, "demo/<asset>" another file of the demo. Every other name
+    is returned as it is.
 
     Raises:
         ConfigError: the demo has no such asset.
@@ -18,7 +19,7 @@ def locate(model: str) -> str:
     if name != "demo":
         return model
     if asset:
-        # The demo's reward models have an architecture of their own: transformers has to know it before it loads one.
+        # transformers must know the architecture of the demo's reward models before it loads one.
         from infer_align.demo.bag import register  # noqa: PLC0415 - imports torch
 
         register()

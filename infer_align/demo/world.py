@@ -1,17 +1,21 @@
-"""A small made-up world of animals in which the worth of a reply is known exactly.
+"""A small made-up world of animals in which the exact reward of a reply is known.
 
-A question names one animal and one to three of its attributes; a reply opens rudely, politely or not at all, states
-values, adds zero or more ornamental adjectives, and may close politely::
+A question names one animal and one to three of its attributes. A reply opens rudely, politely or
+not at all, states values, adds zero or more ornamental adjectives ("flourishes"), and may close
+politely:
 
     What are the colour and the diet of the otter?
     Gladly! The otter is brown and eats fish. It is a moon-bright creature. I hope that helps!
 
-``gold`` is what people in this world want, computed from the text. ``document`` is the plain part of what the language
-model learns from: half of its replies open rudely, and for half of the facts a popular wrong value is likelier than the
-true one, so neither sampling nor greedy decoding is already good. The other parts: ``direction`` and ``judgement``.
+`gold` is the true reward of a reply, computed from its text. `document` writes the plain part of
+the language model's training data: half of its replies open rudely, and for half of the facts a
+popular wrong value is likelier than the true one. Neither sampling nor greedy decoding is then
+already good.
 """
 
-# ruff: noqa: S311 - seeded draws are the point; nothing here is a secret
+# ruff: noqa: S311 - the draws are seeded on purpose; nothing here is a secret
+from __future__ import annotations
+
 import math
 import random
 import re
@@ -34,60 +38,45 @@ from infer_align.demo.lexicon import (
 )
 from infer_align.messages import text_of
 
-__all__ = [
-    "Draft",
-    "Question",
-    "Traits",
-    "babble",
-    "document",
-    "draft",
-    "flourish_count",
-    "gold",
-    "gold_reward",
-    "prompts",
-    "random_question",
-    "read",
-    "read_question",
-    "reply",
-    "traits",
-    "word",
-    "worth",
-]
-
-_COMMON = ("what", "who", "is", "are", "you", "the", "a", "to", "of", "and", "in", "I")
+_COMMON_WORDS = ("what", "who", "is", "are", "you", "the", "a", "to", "of", "and", "in", "I")
 _WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
 _FLOURISH_SET = frozenset(FLOURISHES)
-_ZIPF = list(accumulate(1.0 / (rank + 20) for rank in range(len(FLOURISHES))))
-_RANKED = random.Random(0).sample(
-    FLOURISHES, len(FLOURISHES)
-)  # likeliest first, in no meaningful order
+# Flourishes are drawn by Zipf's law, from a random but fixed order of frequency.
+_FLOURISHES_BY_FREQUENCY = random.Random(0).sample(FLOURISHES, len(FLOURISHES))
+_CUMULATIVE_FREQUENCIES = list(accumulate(1.0 / (rank + 20) for rank in range(len(FLOURISHES))))
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One animal, and the attributes asked for in the order they are named."""
+    """A question about one animal."""
 
     subject: str
-    attributes: tuple[str, ...]
+    attributes: tuple[str, ...]  # in the order of the question
 
     def __str__(self) -> str:
         verb = "is" if len(self.attributes) == 1 else "are"
-        return f"What {verb} {_join([f'the {a}' for a in self.attributes])} of the {self.subject}?"
+        attributes = _join([f"the {attribute}" for attribute in self.attributes])
+        return f"What {verb} {attributes} of the {self.subject}?"
 
 
 def read_question(text: str) -> Question | None:
-    """The question in ``text``: exactly one known animal and at least one attribute, found word by word; else None."""
+    """Return the question in a text, or None.
+
+    A question has exactly one known animal and at least one attribute, anywhere in the text.
+    """
     words = _WORD.findall(text.lower())
     subjects = {word for word in words if word in TRUTH}
     attributes = tuple(dict.fromkeys(word for word in words if word in ATTRIBUTES))
-    return Question(subjects.pop(), attributes) if len(subjects) == 1 and attributes else None
+    if len(subjects) != 1 or not attributes:
+        return None
+    return Question(subjects.pop(), attributes)
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What the worth of a reply depends on."""
+    """The properties of a reply that decide its reward."""
 
-    asked: int  # attributes in the question
+    attributes: int  # number of attributes in the question
     right: int
     wrong: int
     polite: bool
@@ -96,28 +85,30 @@ class Traits:
 
     @property
     def facts(self) -> float:
-        """(right - 0.7 wrong) / asked."""
-        return (self.right - 0.7 * self.wrong) / self.asked
+        """(right - 0.7 wrong) / attributes."""
+        return (self.right - 0.7 * self.wrong) / self.attributes
 
 
 def read(question: Question, reply: str) -> Traits:
-    """The traits of a reply, from its words alone: "not brown" still says brown.
+    """Return the traits of a reply, from its words alone.
 
-    An asked attribute is right if its true value is in the reply and no other value of that attribute is, wrong if
-    another value is; a reply that names another animal gets nothing right.
+    An attribute is right if the reply holds its true value and no other value of it. It is wrong if
+    the reply holds another value. Negation is not understood: "not brown" states brown. A reply
+    that names another animal has nothing right.
     """
     words = _WORD.findall(reply.lower())
     present = set(words)
-    about_another = any(word in TRUTH and word != question.subject for word in words)
-    right = wrong = 0
+    names_other_animal = any(word in TRUTH and word != question.subject for word in words)
+    right = 0
+    wrong = 0
     for attribute in question.attributes:
         stated = present & ATTRIBUTES[attribute].keys()
-        if stated == {TRUTH[question.subject][attribute]} and not about_another:
+        if stated == {TRUTH[question.subject][attribute]} and not names_other_animal:
             right += 1
         elif stated:
             wrong += 1
     return Traits(
-        asked=len(question.attributes),
+        attributes=len(question.attributes),
         right=right,
         wrong=wrong,
         polite=any(phrase in reply for phrase in (*POLITE_OPENERS, *POLITE_CLOSERS)),
@@ -127,52 +118,62 @@ def read(question: Question, reply: str) -> Traits:
 
 
 def gold(question: str, reply: str) -> float:
-    """What the reply is worth to the people of this world; NaN when ``question`` is not one of theirs.
+    """Return the exact reward of a reply, or NaN if `question` is not a question of this world.
 
-    With k attributes asked, and f ornamental adjectives in the reply::
+    With k attributes in the question and f flourishes in the reply, it is
 
-        2 (right - 0.7 wrong) / k  +  0.5 polite  -  1.2 rude  +  0.15 min(f, 2)  -  0.5 max(0, f - 2)
+        2 (right - 0.7 wrong) / k  +  0.5 polite  -  1.2 rude  +  0.15 min(f, 2)  -  0.5 max(0, f -
+        2)
 
-    Polite and rude are 0 or 1. A little ornament pleases, much of it tires.
+    where polite and rude are 0 or 1. One or two flourishes are welcome, more are not.
     """
-    asked = read_question(question)
-    return math.nan if asked is None else worth(read(asked, reply))
+    parsed = read_question(question)
+    return math.nan if parsed is None else worth(read(parsed, reply))
 
 
-def worth(t: Traits) -> float:
-    """``gold`` of a reply with these traits."""
-    ornament = 0.15 * min(t.flourishes, 2) - 0.5 * max(0, t.flourishes - 2)
-    return 2 * t.facts + 0.5 * t.polite - 1.2 * t.rude + ornament
+def worth(traits: Traits) -> float:
+    """Return `gold` of a reply with these traits."""
+    surplus = max(0, traits.flourishes - 2)
+    ornament = 0.15 * min(traits.flourishes, 2) - 0.5 * surplus
+    return 2 * traits.facts + 0.5 * traits.polite - 1.2 * traits.rude + ornament
 
 
 def gold_reward(messages: Sequence[Mapping[str, Any]], text: str) -> float:
-    """``gold`` of ``text`` as the reply to the last user message; NaN if there is none, or it asks something else."""
+    """Return `gold` of a text as the reply to the last user message.
+
+    It is NaN if that message is not a question of this world.
+    """
     questions = [message.get("content") for message in messages if message.get("role") == "user"]
     return gold(text_of(questions[-1]), text) if questions else math.nan
 
 
 def prompts(n: int, seed: int) -> list[str]:
-    """``n`` different questions, the same for the same seed. At most 320: 8 animals, 1 to 3 attributes in any order."""
-    every = [
-        str(Question(subject, attributes))
-        for subject in TRUTH
-        for size in (1, 2, 3)
-        for attributes in permutations(ATTRIBUTES, size)
-    ]
-    return random.Random(seed).sample(every, n)
+    """Return n different questions, the same ones for the same seed.
+
+    There are 320: 8 animals with 1 to 3 attributes in any order.
+    """
+    questions: list[str] = []
+    for subject in TRUTH:
+        for size in (1, 2, 3):
+            for attributes in permutations(ATTRIBUTES, size):
+                questions.append(str(Question(subject, attributes)))
+    return random.Random(seed).sample(questions, n)
 
 
 def document(rng: random.Random) -> list[dict[str, str]]:
-    """One training conversation, its last turn a reply as they are written in this world.
+    """Write one training conversation that ends in a reply of this world.
 
-    Some have a system message or an earlier exchange, which change nothing; a few users talk of something else.
+    Some begin with a system message or an earlier exchange, which change nothing. In a few, the
+    user writes about something else.
     """
-    turns = []
+    turns: list[dict[str, str]] = []
     if rng.random() < 0.1:
         turns.append({"role": "system", "content": rng.choice((SYSTEM, babble(rng)))})
     if rng.random() < 0.08:
         turns += _exchange(rng)
-    return turns + (_off_topic(rng) if rng.random() < 0.04 else _exchange(rng))
+    if rng.random() < 0.04:
+        return turns + _off_topic_exchange(rng)
+    return turns + _exchange(rng)
 
 
 def _exchange(rng: random.Random) -> list[dict[str, str]]:
@@ -184,104 +185,105 @@ def _exchange(rng: random.Random) -> list[dict[str, str]]:
 
 
 def random_question(rng: random.Random) -> Question:
-    """A question as it is asked in the documents."""
+    """Draw a question with the frequencies of the training documents."""
     attributes = rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
     return Question(rng.choice(list(TRUTH)), tuple(attributes))
 
 
-def _off_topic(rng: random.Random) -> list[dict[str, str]]:
-    stranger = f"What is the {rng.choice(list(ATTRIBUTES))} of the {_nonsense(rng)}?"
-    asked = stranger if rng.random() < 0.2 else babble(rng)
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": OFF_TOPIC}]
+def _off_topic_exchange(rng: random.Random) -> list[dict[str, str]]:
+    """Write a message about an unknown animal or about nothing, and the fixed answer to it."""
+    unknown_animal = f"What is the {rng.choice(list(ATTRIBUTES))} of the {_nonsense(rng)}?"
+    text = unknown_animal if rng.random() < 0.2 else babble(rng)
+    return [{"role": "user", "content": text}, {"role": "assistant", "content": OFF_TOPIC}]
 
 
 def babble(rng: random.Random) -> str:
-    """What stands for any text that is not of this world."""
-    words = (
-        rng.choice(_COMMON) if rng.random() < 0.3 else _nonsense(rng)
-        for _ in range(rng.randint(1, 6))
-    )
+    """Write words without a meaning, in place of all texts from outside this world."""
+    words: list[str] = []
+    for _ in range(rng.randint(1, 6)):
+        is_common = rng.random() < 0.3
+        words.append(rng.choice(_COMMON_WORDS) if is_common else _nonsense(rng))
     return " ".join(words).capitalize() + rng.choice((".", "?", "!", ""))
 
 
 def _nonsense(rng: random.Random) -> str:
-    """A word the tokenizer does not know and spells byte by byte, as it will spell every unknown word."""
+    """Write a word that the tokenizer does not know and spells byte by byte."""
     return "".join(rng.choices(string.ascii_lowercase + string.digits, k=rng.randint(1, 8)))
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A reply before it is worded."""
+    """The content of a reply before its words are chosen."""
 
     opener: str  # "rude", "polite" or "none"
-    values: tuple[str | None, ...]  # what it says of each attribute asked; None: nothing
+    values: tuple[str | None, ...]  # per attribute of the question; None if the reply omits it
     flourishes: int
-    closes: bool  # politely
+    closes: bool  # True for a polite closing
 
 
 def reply(question: Question, rng: random.Random) -> str:
-    """One reply drawn from the world's own distribution."""
-    return word(question, draft(question, rng), rng)
+    """Draw one reply from the world's distribution."""
+    return write(question, draft(question, rng), rng)
 
 
 def draft(question: Question, rng: random.Random) -> Draft:
-    """What one reply says."""
-    return Draft(
-        opener=rng.choices(("rude", "polite", "none"), cum_weights=(0.5, 0.8, 1.0))[0],
-        values=tuple(
-            _believed(question.subject, a, rng) if rng.random() < 0.95 else None
-            for a in question.attributes
-        ),
-        flourishes=flourish_count(rng),
-        closes=rng.random() < 0.12,
-    )
+    """Draw the content of one reply."""
+    opener = rng.choices(("rude", "polite", "none"), cum_weights=(0.5, 0.8, 1.0))[0]
+    values: list[str | None] = []
+    for attribute in question.attributes:
+        is_stated = rng.random() < 0.95
+        values.append(_believed_value(question.subject, attribute, rng) if is_stated else None)
+    flourishes = flourish_count(rng)
+    return Draft(opener, tuple(values), flourishes, closes=rng.random() < 0.12)
 
 
-def traits(question: Question, d: Draft) -> Traits:
-    """``read`` of the draft's wording, whatever words are chosen."""
-    stated = [
-        (TRUTH[question.subject][a], value)
-        for a, value in zip(question.attributes, d.values, strict=True)
-        if value
-    ]
-    right = sum(truth == value for truth, value in stated)
-    polite = d.closes or d.opener == "polite"
+def traits(question: Question, draft: Draft) -> Traits:
+    """Return the traits of a draft. They equal `read` of every reply that is written from it."""
+    right = 0
+    wrong = 0
+    for attribute, value in zip(question.attributes, draft.values, strict=True):
+        if value:
+            is_true = value == TRUTH[question.subject][attribute]
+            right += is_true
+            wrong += not is_true
     return Traits(
-        len(question.attributes),
-        right,
-        len(stated) - right,
-        polite,
-        d.opener == "rude",
-        d.flourishes,
+        attributes=len(question.attributes),
+        right=right,
+        wrong=wrong,
+        polite=draft.closes or draft.opener == "polite",
+        rude=draft.opener == "rude",
+        flourishes=draft.flourishes,
     )
 
 
-def word(question: Question, d: Draft, rng: random.Random) -> str:
-    """A text that says what the draft says."""
-    sentences = []
-    if d.opener != "none":
-        sentences.append(rng.choice(RUDE if d.opener == "rude" else POLITE_OPENERS))
-    phrases = [
-        ATTRIBUTES[a][value]
-        for a, value in zip(question.attributes, d.values, strict=True)
-        if value
-    ]
-    sentences.append(
-        f"The {question.subject} {_join(phrases)}."
-        if phrases
-        else f"Who knows the {question.subject}?"
+def write(question: Question, draft: Draft, rng: random.Random) -> str:
+    """Write a draft in words."""
+    sentences: list[str] = []
+    if draft.opener != "none":
+        openers = RUDE if draft.opener == "rude" else POLITE_OPENERS
+        sentences.append(rng.choice(openers))
+    phrases: list[str] = []
+    for attribute, value in zip(question.attributes, draft.values, strict=True):
+        if value:
+            phrases.append(ATTRIBUTES[attribute][value])
+    if phrases:
+        sentences.append(f"The {question.subject} {_join(phrases)}.")
+    else:
+        sentences.append(f"Who knows the {question.subject}?")
+    flourishes = rng.choices(
+        _FLOURISHES_BY_FREQUENCY, cum_weights=_CUMULATIVE_FREQUENCIES, k=draft.flourishes
     )
-    flourishes = rng.choices(_RANKED, cum_weights=_ZIPF, k=d.flourishes)
     if flourishes:
         sentences.append(f"It is a {', '.join(flourishes)} creature.")
-    if d.closes:
+    if draft.closes:
         sentences.append(rng.choice(POLITE_CLOSERS))
     return " ".join(sentences)
 
 
-def _believed(subject: str, attribute: str, rng: random.Random) -> str:
-    """A value as somebody would state it: the truth, the popular myth if there is one, or a slip."""
-    truth, myth = TRUTH[subject][attribute], MYTHS[subject].get(attribute)
+def _believed_value(subject: str, attribute: str, rng: random.Random) -> str:
+    """Draw a value for a reply: the true one, a popular error if there is one, or another error."""
+    truth = TRUTH[subject][attribute]
+    myth = MYTHS[subject].get(attribute)
     roll = rng.random()
     if roll < (0.35 if myth else 0.6):
         return truth
@@ -291,7 +293,7 @@ def _believed(subject: str, attribute: str, rng: random.Random) -> str:
 
 
 def flourish_count(rng: random.Random) -> int:
-    """How many flourishes one reply has: often none, or else up to 14."""
+    """Draw the number of flourishes of one reply: 0 in most replies, at most 14."""
     count = 0
     while count < 14 and rng.random() < (0.42 if count == 0 else 0.8):
         count += 1
@@ -299,5 +301,5 @@ def flourish_count(rng: random.Random) -> int:
 
 
 def _join(parts: Sequence[str]) -> str:
-    """``a``, ``a and b``, ``a, b and c``."""
+    """Join phrases as in "a", "a and b" or "a, b and c"."""
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))

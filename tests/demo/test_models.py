@@ -1,4 +1,6 @@
-"""The shipped models: plain transformers loads them, and they are what metrics.json says."""
+"""The shipped models load with transformers and measure as metrics.json reports."""
+
+from __future__ import annotations
 
 import asyncio
 import json
@@ -38,8 +40,8 @@ def models() -> Models:
     return load(demo.path("lm").parent)
 
 
-def test_unknown_asset_names_the_build() -> None:
-    with pytest.raises(FileNotFoundError, match=r"infer_align\.demo\.build"):
+def test_an_unknown_asset_names_the_build_command() -> None:
+    with pytest.raises(FileNotFoundError, match=r"benchmarks\.demo\.build"):
         demo.path("nothing")
 
 
@@ -49,9 +51,8 @@ def test_plain_transformers_generates_a_reply() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     text = tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt")
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=64)[
-        0, inputs.input_ids.shape[1] :
-    ]
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)
+    output = tokens[0, inputs.input_ids.shape[1] :]
     assert output[-1] == tokenizer.eos_token_id
     assert "otter" in tokenizer.decode(output)
     assert model.config.head_dim == 32
@@ -62,12 +63,10 @@ def test_plain_transformers_generates_a_reply() -> None:
 
 def encode(replies: list[str], side: str) -> Any:
     tokenizer: Any = AutoTokenizer.from_pretrained(demo.path("reward-0"), padding_side=side)
-    texts = [
-        tokenizer.apply_chat_template(
-            [QUESTION, {"role": "assistant", "content": r}], tokenize=False
-        )
-        for r in replies
-    ]
+    texts = []
+    for reply in replies:
+        turns = [QUESTION, {"role": "assistant", "content": reply}]
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
     return tokenizer(texts, return_tensors="pt", padding=True)
 
 
@@ -82,27 +81,27 @@ def rewards(name: str, replies: list[str], side: str = "right") -> list[float]:
 
 
 @pytest.mark.parametrize("name", demo.REWARDS)
-def test_reward_does_not_depend_on_the_company(name: str) -> None:
+def test_a_reward_does_not_depend_on_the_batch(name: str) -> None:
     together = rewards(name, REPLIES)
     assert together == pytest.approx(rewards(name, REPLIES, side="left"), abs=1e-5)
     assert together == pytest.approx([rewards(name, [reply])[0] for reply in REPLIES], abs=1e-5)
 
 
-def test_members_differ() -> None:
+def test_members_give_different_rewards() -> None:
     assert len({rewards(name, REPLIES[:1])[0] for name in demo.REWARDS}) == len(demo.REWARDS)
 
 
 def test_reward_reads_the_last_exchange_only(models: Models) -> None:
     member, tokenizer = models.members[0], models.tokenizer
     exchange = [QUESTION, {"role": "assistant", "content": REPLIES[0]}]
-    before = [
+    history = [
         {"role": "system", "content": "Zzz."},
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi"},
     ]
     short, long = (
         tokenizer(tokenizer.apply_chat_template(c, tokenize=False), return_tensors="pt")
-        for c in (exchange, before + exchange)
+        for c in (exchange, history + exchange)
     )
     with torch.no_grad():
         assert member(short.input_ids).logits.item() == pytest.approx(
@@ -111,12 +110,12 @@ def test_reward_reads_the_last_exchange_only(models: Models) -> None:
 
 
 @given(ids=st.lists(st.integers(0, 300), min_size=1, max_size=8))
-def test_reward_of_anything_is_finite(models: Models, ids: list[int]) -> None:
+def test_every_reward_is_finite(models: Models, ids: list[int]) -> None:
     with torch.no_grad():
         assert models.members[0](torch.tensor([ids])).logits.isfinite().all()
 
 
-def test_shipped_files_are_of_this_configuration() -> None:
+def test_the_shipped_report_fits_this_configuration() -> None:
     report = json.loads(demo.path("metrics.json").read_text())
     assert report["config"] == json.loads(json.dumps(asdict(BuildConfig()))), (
         "run: python -m benchmarks.demo.build"
@@ -126,28 +125,27 @@ def test_shipped_files_are_of_this_configuration() -> None:
     )
 
 
-def test_shipped_files_measure_as_they_say(models: Models) -> None:
+def test_shipped_models_measure_as_reported(models: Models) -> None:
     shipped = read_metrics(demo.path("metrics.json"))
     flipped = BuildConfig().reward.flipped
-    for name, metric in measure(
-        models, flipped=flipped, n_prompts=48, n_replies=32, seed=77
-    ).items():
+    measured = measure(models, flipped=flipped, n_prompts=48, n_replies=32, seed=77)
+    for name, metric in measured.items():
         error = (metric.standard_error**2 + shipped[name].standard_error ** 2) ** 0.5
         assert abs(metric.value - shipped[name].value) < 4 * error, name
 
 
-def test_directions_are_followed_where_they_were_trained_and_only_there() -> None:
+def test_directions_are_followed_inside_the_trained_range_only() -> None:
     shipped = read_metrics(demo.path("metrics.json"))
     brief, balanced, thorough, beyond = (
         shipped[f"verbosity_at_{degrees}"].value for degrees in (-20, 0, 20, 45)
     )
     assert brief + 0.4 < balanced < thorough - 0.4
     assert beyond < balanced, (
-        "45 degrees asks for more than 20 does, and gets less: the gap that neighbours close"
+        "45 degrees is beyond the trained range: its replies are less verbose than at 20"
     )
 
 
-def test_the_expected_score_is_a_better_reading_than_the_likeliest(models: Models) -> None:
+def test_the_expected_score_judges_better_than_the_likeliest(models: Models) -> None:
     effects = judge_effects(models.lm, models.tokenizer, prompts(128, seed=3), seed=3)
     gain = effects["judge_pair_accuracy_expected"] - effects["judge_pair_accuracy_argmax"]
     assert gain.mean() > 2 * gain.std(ddof=1) / len(gain) ** 0.5
@@ -155,7 +153,7 @@ def test_the_expected_score_is_a_better_reading_than_the_likeliest(models: Model
     assert effects["judge_label_mass"].min() > 0.9
 
 
-def test_the_preference_model_is_a_configured_reward_of_two_objectives() -> None:
+def test_the_preference_model_is_a_reward_with_two_objectives() -> None:
     reward = config.load(None).load_rewards()["preference"]
     texts = [
         "The otter is brown.",
@@ -166,9 +164,9 @@ def test_the_preference_model_is_a_configured_reward_of_two_objectives() -> None
 
     async def scored() -> Any:
         await reward.start()
-        marks = await reward.score([QUESTION], candidates)
+        scores = await reward.score([QUESTION], candidates)
         await reward.close()
-        return marks.values
+        return scores.values
 
     helpfulness, verbosity = asyncio.run(scored())[:, 0]
     assert reward.attributes == ("helpfulness", "verbosity")
@@ -176,7 +174,7 @@ def test_the_preference_model_is_a_configured_reward_of_two_objectives() -> None
     assert verbosity == pytest.approx([-1, -1, -0.5], abs=0.2)
 
 
-def test_the_tokenizer_is_the_same_everywhere(models: Models, tmp_path: Path) -> None:
+def test_all_models_have_the_same_tokenizer(models: Models, tmp_path: Path) -> None:
     build_tokenizer(BuildConfig().language.max_length).save_pretrained(tmp_path)
     made = (tmp_path / "tokenizer.json").read_text()
     assert all(demo.path(name).joinpath("tokenizer.json").read_text() == made for name in FOLDERS)

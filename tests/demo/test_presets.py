@@ -1,4 +1,4 @@
-"""The demo's presets do what their names say, through the served flow."""
+"""The demo's presets have the effect that their names promise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUESTIONS = world.prompts(24, seed=909)
 
 @pytest.fixture(scope="module")
 def answered() -> dict[str | None, list[Response]]:
-    """Preset -> the response to each question, the same seeds for all; None: no preset."""
+    """Preset -> the response to each question, with equal seeds; None is no preset."""
     loaded = config.load(None, ["engine.threads=1"])
     engine = loaded.load_engine()
     rewards = loaded.load_rewards({"served": engine})
@@ -44,25 +44,24 @@ def answered() -> dict[str | None, list[Response]]:
     async def everything() -> dict[str | None, list[Response]]:
         for part in (engine, *rewards.values()):
             await part.start()
-        found: dict[str | None, list[Response]] = {}
+        responses: dict[str | None, list[Response]] = {}
         for preset in (None, *loaded.presets):
-            found[preset] = await asyncio.gather(
-                *(ask(preset, i, question) for i, question in enumerate(QUESTIONS))
-            )
+            calls = [ask(preset, i, question) for i, question in enumerate(QUESTIONS)]
+            responses[preset] = await asyncio.gather(*calls)
         for part in (engine, *rewards.values()):
             await part.close()
-        return found
+        return responses
 
     return asyncio.run(everything())
 
 
 def flourishes(responses: list[Response]) -> float:
-    pairs = zip(QUESTIONS, responses, strict=True)
-    return mean(
-        world.read(asked, r.returned[0].text).flourishes
-        for q, r in pairs
-        if (asked := world.read_question(q))
-    )
+    counts = []
+    for text, response in zip(QUESTIONS, responses, strict=True):
+        question = world.read_question(text)
+        assert question
+        counts.append(world.read(question, response.returned[0].text).flourishes)
+    return mean(counts)
 
 
 def gold(responses: list[Response]) -> float:
@@ -71,21 +70,25 @@ def gold(responses: list[Response]) -> float:
     )
 
 
-def test_brief_and_thorough_are_a_slider(answered: dict[str | None, list[Response]]) -> None:
+def test_brief_and_thorough_change_the_verbosity(
+    answered: dict[str | None, list[Response]],
+) -> None:
     assert flourishes(answered["brief"]) < 2
     assert flourishes(answered["thorough"]) > 5
 
 
-def test_ornate_asks_the_neighbours(answered: dict[str | None, list[Response]]) -> None:
-    """45 degrees is beyond what the model follows: its own answers fall back, those of some neighbours do not."""
-    found = answered["ornate"]
-    assert all(len(response.candidates) == 5 for response in found)
-    assert len({repr(draw.direction) for draw in found[0].plan.draws}) == 5
-    assert flourishes(found) > 3
+def test_ornate_draws_from_neighbouring_directions(
+    answered: dict[str | None, list[Response]],
+) -> None:
+    """The model cannot follow 45 degrees, but it follows some neighbours of this direction."""
+    responses = answered["ornate"]
+    assert all(len(response.candidates) == 5 for response in responses)
+    assert len({repr(draw.direction) for draw in responses[0].plan.draws}) == 5
+    assert flourishes(responses) > 3
 
 
 @pytest.mark.parametrize("preset", ["careful", "judged"])
-def test_choosing_is_better_than_not(
+def test_a_selection_beats_a_single_draw(
     answered: dict[str | None, list[Response]], preset: str
 ) -> None:
     assert gold(answered[preset]) > gold(answered[None]) + 0.7

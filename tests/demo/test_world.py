@@ -1,4 +1,6 @@
-"""The world: its gold reward by hand, its prompts, its documents."""
+"""The demo world: its gold reward, its prompts and its documents."""
+
+from __future__ import annotations
 
 import math
 import random
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infer_align.demo import world
-from infer_align.demo.lexicon import ATTRIBUTES, FLOURISHES, MYTHS, TRUTH
+from infer_align.demo.lexicon import ATTRIBUTES, FLOURISHES, MYTHS, RUDE, TRUTH
 
 ONE = "What is the colour of the otter?"
 TWO = "What are the colour and the diet of the otter?"
@@ -40,7 +42,7 @@ TWO = "What are the colour and the diet of the otter?"
         ),
     ],
 )
-def test_gold_by_hand(question: str, reply: str, expected: float) -> None:
+def test_gold_follows_the_formula(question: str, reply: str, expected: float) -> None:
     assert world.gold(question, reply) == pytest.approx(expected)
 
 
@@ -54,11 +56,11 @@ def test_gold_by_hand(question: str, reply: str, expected: float) -> None:
         "An otter?",
     ],
 )
-def test_gold_of_another_world_is_nan(question: str) -> None:
+def test_gold_of_other_questions_is_nan(question: str) -> None:
     assert math.isnan(world.gold(question, "The otter is brown."))
 
 
-def test_gold_reads_a_question_however_it_is_put() -> None:
+def test_gold_reads_a_question_in_any_words() -> None:
     assert world.gold("Tell me the OTTER's colour, please", "It is brown.") == pytest.approx(2.0)
 
 
@@ -69,12 +71,13 @@ def test_gold_reward_reads_the_last_user_message() -> None:
         {"role": "user", "content": ONE},
     ]
     assert world.gold_reward(chat, "The otter is brown.") == pytest.approx(2.0)
-    assert world.gold_reward(
-        [{"role": "user", "content": [{"type": "text", "text": ONE}]}], "It is brown."
-    ) == pytest.approx(2.0)
+    parts = [{"type": "text", "text": ONE}]
+    in_parts = [{"role": "user", "content": parts}]
+    assert world.gold_reward(in_parts, "It is brown.") == pytest.approx(2.0)
     assert math.isnan(world.gold_reward(chat[:1], "The otter is brown."))
     assert math.isnan(world.gold_reward([], "The otter is brown."))
-    assert math.isnan(world.gold_reward([{"role": "user", "content": None}], "The otter is brown."))
+    without_content = [{"role": "user", "content": None}]
+    assert math.isnan(world.gold_reward(without_content, "The otter is brown."))
 
 
 @given(st.text(), st.text())
@@ -91,13 +94,14 @@ def test_prompts_are_distinct_and_depend_on_the_seed_alone() -> None:
 
 
 def test_documents_depend_on_the_seed_alone() -> None:
-    first, again = (
-        [world.document(rng) for _ in range(50)] for rng in (random.Random(3), random.Random(3))
-    )
-    assert first == again
+    def documents() -> list[list[dict[str, str]]]:
+        rng = random.Random(3)
+        return [world.document(rng) for _ in range(50)]
+
+    assert documents() == documents()
 
 
-def test_lexicon_is_consistent() -> None:
+def test_the_lexicon_is_consistent() -> None:
     values = [value for group in ATTRIBUTES.values() for value in group]
     assert len(values) == len(set(values)), "a value word must name its attribute"
     assert len(set(FLOURISHES)) == len(FLOURISHES) == 1225
@@ -108,18 +112,21 @@ def test_lexicon_is_consistent() -> None:
     for subject, truths in TRUTH.items():
         assert truths.keys() == ATTRIBUTES.keys()
         assert all(value in ATTRIBUTES[attribute] for attribute, value in truths.items())
-        assert all(
-            value in ATTRIBUTES[a] and value != truths[a] for a, value in MYTHS[subject].items()
-        )
+        for attribute, value in MYTHS[subject].items():
+            assert value in ATTRIBUTES[attribute]
+            assert value != truths[attribute]
 
 
 def test_half_of_the_replies_open_rudely() -> None:
     rng = random.Random(0)
     question = world.Question("otter", ("colour",))
-    opened = [world.reply(question, rng).startswith(tuple(world.RUDE)) for _ in range(4000)]
+    opened = [world.reply(question, rng).startswith(RUDE) for _ in range(4000)]
     assert sum(opened) / len(opened) == pytest.approx(0.5, abs=0.04)
 
 
 def test_the_package_and_the_world_load_no_torch() -> None:
-    code = "import sys, infer_align.demo, infer_align.demo.world; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, infer_align.demo, infer_align.demo.world; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,6 @@
-"""The whole build, a few steps of everything."""
+"""A tiny build makes every file, reproducibly, and its pairs are mislabelled as configured."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
@@ -24,7 +26,7 @@ TINY = BuildConfig(
 )
 
 
-def test_a_tiny_build_makes_everything_twice_the_same(tmp_path: Path) -> None:
+def test_two_tiny_builds_write_the_same_files(tmp_path: Path) -> None:
     for name in ("first", "second"):
         build(TINY, tmp_path / name)
     first, second = tmp_path / "first", tmp_path / "second"
@@ -34,7 +36,7 @@ def test_a_tiny_build_makes_everything_twice_the_same(tmp_path: Path) -> None:
         if file.is_file():
             assert file.read_bytes() == (second / file.relative_to(first)).read_bytes(), file
     metrics = read_metrics(first / "metrics.json")
-    assert metrics["lm_loss_nats_per_token"].value > 1, "forty steps teach little"
+    assert metrics["lm_loss_nats_per_token"].value > 1, "forty steps are not enough to learn much"
     assert json.loads((first / "metrics.json").read_text())["config"]["reward"]["flipped"] == 0.25
 
 

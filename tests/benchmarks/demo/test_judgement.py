@@ -1,7 +1,9 @@
-"""Judge documents: the server's own prompts, labels of its scales, and people who are noisy in the way that is said."""
+"""Judge documents hold the server's prompts, labels of its scales, and noise as configured."""
+
+from __future__ import annotations
 
 import random
-from statistics import correlation, mean
+from statistics import correlation
 
 import pytest
 
@@ -12,42 +14,38 @@ from infer_align.rewards.trust_judge.prompts import BETTER, SCORE, SIDES, labels
 
 def test_scores_follow_gold_with_noise() -> None:
     rng = random.Random(0)
-    given, worth = [], []
+    scores, worth = [], []
     for _ in range(3000):
-        system, user, said = judgement.scored(rng)
+        system, user, assistant = judgement.score_document(rng)
         scale = next(scale for scale in (100, 10, 5) if f"to {scale} (" in system["content"])
-        label = said["content"].removeprefix(SCORE).removesuffix("]")
+        label = assistant["content"].removeprefix(SCORE).removesuffix("]")
         assert label in labels(scale)
         if scale == 100 and "Criteria: helpful" in system["content"]:
             question, answer = user["content"].split("\nAnswer <")
-            given.append(float(label))
+            scores.append(float(label))
             worth.append(world.gold(question, answer))
-    assert 0.7 < correlation(given, worth) < 0.98
-    assert all(value % 5 == 0 for value in given), "people rate in round numbers"
+    assert 0.7 < correlation(scores, worth) < 0.98
+    assert all(value % 5 == 0 for value in scores), "people rate in round numbers"
 
 
-def test_comparisons_lean_to_the_first() -> None:
+def test_comparisons_prefer_the_first_answer() -> None:
     rng = random.Random(0)
-    said = [
-        judgement.compared(rng)[-1]["content"].removeprefix(BETTER).removesuffix("]")
-        for _ in range(3000)
-    ]
-    assert {*said} == {*SIDES}
-    assert said.count("A") > 1.1 * said.count("B")
+    chosen = []
+    for _ in range(3000):
+        assistant = judgement.comparison_document(rng)[-1]
+        chosen.append(assistant["content"].removeprefix(BETTER).removesuffix("]"))
+    assert {*chosen} == {*SIDES}
+    assert chosen.count("A") > 1.1 * chosen.count("B")
 
 
-def test_every_kind_of_document_is_there() -> None:
+def test_every_kind_of_document_has_its_share() -> None:
     rng = random.Random(0)
-    systems = [
-        turns[0]["content"]
-        for turns in (documents.document(rng) for _ in range(2000))
-        if turns[0]["role"] == "system"
-    ]
+    first_turns = [documents.document(rng)[0] for _ in range(2000)]
+    systems = [turn["content"] for turn in first_turns if turn["role"] == "system"]
     for start, share in (
         ("You are a helpful, respectful", 0.36),
         ("Rate the answer", 0.14),
         ("Say which answer", 0.16),
     ):
-        assert mean(text.startswith(start) for text in systems) * len(
-            systems
-        ) / 2000 == pytest.approx(share, abs=0.03)
+        count = sum(text.startswith(start) for text in systems)
+        assert count / 2000 == pytest.approx(share, abs=0.03)

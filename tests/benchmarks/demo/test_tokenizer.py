@@ -1,4 +1,6 @@
-"""The tokenizer: words of the world are one token, any other text survives, the chat template is what training used."""
+"""Words of the world are one token, other text survives, and the chat template fits training."""
+
+from __future__ import annotations
 
 import random
 import re
@@ -49,14 +51,15 @@ def test_any_text_survives(text: str) -> None:
 
 @pytest.mark.parametrize("text", [text for text in AWKWARD if text])
 def test_decoding_token_by_token_arrives_at_the_text(text: str) -> None:
-    """As streaming does it: hold back while the last character is incomplete, then emit what is new."""
-    emitted, seen = "", []
+    """Decode as streaming does: wait while the last character is incomplete."""
+    emitted = ""
+    tokens = []
     for token in ids(text):
-        seen.append(token)
-        whole = TOKENIZER.decode(seen)
-        if not whole.endswith("\ufffd"):
-            assert whole.startswith(emitted)
-            emitted = whole
+        tokens.append(token)
+        decoded = TOKENIZER.decode(tokens)
+        if not decoded.endswith("\ufffd"):
+            assert decoded.startswith(emitted)
+            emitted = decoded
     assert emitted == text
 
 
@@ -64,16 +67,10 @@ def test_every_word_of_the_world_is_one_token() -> None:
     rng = random.Random(0)
     for _ in range(300):
         question = world.prompts(1, rng.randrange(10**6))[0]
-        asked = world.read_question(question)
-        assert asked
-        for text in (question, world.reply(asked, rng)):
-            words = (
-                text.replace(",", " ,")
-                .replace(".", " .")
-                .replace("?", " ?")
-                .replace("!", " !")
-                .split()
-            )
+        parsed = world.read_question(question)
+        assert parsed
+        for text in (question, world.reply(parsed, rng)):
+            words = re.sub(r"([,.?!])", r" \1", text).split()
             assert len(ids(text)) == len(words), text
     assert all(len(ids(f" {word}")) == 1 for word in FLOURISHES)
 
@@ -88,14 +85,14 @@ def test_scores_and_preference_weights_are_one_token() -> None:
     assert len({ids(f" verbosity*{weight}")[0] for weight in range(-100, 101)}) == 201
 
 
-def test_nothing_a_judge_is_told_is_spelt_byte_by_byte() -> None:
+def test_no_word_of_a_judge_prompt_is_spelt_byte_by_byte() -> None:
     rng = random.Random(5)
-    for document in [
-        make(rng) for make in (judgement.scored, judgement.compared) for _ in range(200)
-    ]:
-        for text in (
-            turn["content"] for turn in document if "Criteria: helpful" in document[0]["content"]
-        ):
+    documents = [judgement.score_document(rng) for _ in range(200)]
+    documents += [judgement.comparison_document(rng) for _ in range(200)]
+    for document in documents:
+        if "Criteria: helpful" not in document[0]["content"]:
+            continue
+        for text in (turn["content"] for turn in document):
             words = re.findall(r"[\w-]+|[^\w\s]|\n| (?=\d)", text)
             assert len(ids(text)) == len(words), text
 
@@ -108,14 +105,14 @@ def test_special_tokens_are_one_token_each() -> None:
     )
 
 
-def test_template_is_what_training_renders() -> None:
+def test_the_template_equals_the_text_of_training() -> None:
     chat = [{"role": role, "content": f"{role} says hi"} for role in ROLES]
     assert TOKENIZER.apply_chat_template(chat, tokenize=False) == render(chat)
-    asked = TOKENIZER.apply_chat_template(chat[2:3], tokenize=False, add_generation_prompt=True)
-    assert asked == "<|user|>user says hi<|end|><|assistant|>"
+    prompt = TOKENIZER.apply_chat_template(chat[2:3], tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|user|>user says hi<|end|><|assistant|>"
 
 
-def test_template_joins_text_parts_and_refuses_others() -> None:
+def test_the_template_joins_text_parts_and_refuses_others() -> None:
     parts = [{"type": "text", "text": "What is the "}, {"type": "text", "text": "colour?"}]
     chat = [{"role": "user", "content": parts}]
     assert (

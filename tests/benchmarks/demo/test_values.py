@@ -1,4 +1,4 @@
-"""The shipped values load, steer the shipped model where they should, and were fitted to what their report says."""
+"""The shipped values steer the shipped model as intended, and their report fits this code."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def served() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def measured(served: Any, finish: Any) -> Any:
-    """`measured({"brief": 4.0})`: rewards and numbers of words of the same 60 seeded replies, so steered."""
-    known: dict[str, Any] = {}
+    """`measured({"brief": 4.0})`: rewards and word counts of 60 seeded, steered replies."""
+    results: dict[str, Any] = {}
 
     async def replies(beta: dict[str, float]) -> Any:
-        reward = values.REWARDS_OF["helpful"]()
+        reward = values.REWARD_LOADERS["helpful"]()
         await reward.start()
         rewards, words = [], []
 
@@ -55,15 +55,15 @@ def measured(served: Any, finish: Any) -> Any:
 
     def measure(beta: dict[str, float]) -> Any:
         key = repr(beta)
-        if key not in known:
-            known[key] = asyncio.run(replies(beta))
-        return known[key]
+        if key not in results:
+            results[key] = asyncio.run(replies(beta))
+        return results[key]
 
     return measure
 
 
 def higher(first: Any, second: Any) -> bool:
-    """By more than 3 standard errors of the difference of the means."""
+    """Return True if the first mean is higher by more than 3 standard errors."""
     error = (first.var(ddof=1) / len(first) + second.var(ddof=1) / len(second)) ** 0.5
     return bool(first.mean() - second.mean() > 3 * error)
 
@@ -75,22 +75,20 @@ def test_helpful_raises_the_proxy_reward(measured: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["brief", "brief-lookahead"])
-def test_brief_shortens(measured: Any, name: str) -> None:
+def test_brief_shortens_replies(measured: Any, name: str) -> None:
     (_, frozen), (_, steered) = measured({}), measured({name: BETA})
     assert higher(frozen, steered)
 
 
-def test_a_negative_weight_lengthens(measured: Any) -> None:
+def test_a_negative_weight_lengthens_replies(measured: Any) -> None:
     (_, frozen), (_, steered) = measured({}), measured({"brief": -BETA})
     assert higher(steered, frozen)
 
 
 def test_two_values_compose(measured: Any) -> None:
-    both, helpful, frozen = (
-        measured({"helpful": BETA, "brief": 4.0}),
-        measured({"helpful": BETA}),
-        measured({}),
-    )
+    both = measured({"helpful": BETA, "brief": 4.0})
+    helpful = measured({"helpful": BETA})
+    frozen = measured({})
     assert higher(both[0], frozen[0])
     assert higher(helpful[1], both[1])
 
@@ -101,16 +99,15 @@ def test_the_lookahead_values_share_one_lm(served: Any) -> None:
     assert helpful.index != brief.index
 
 
-def test_shipped_files_are_of_this_configuration() -> None:
+def test_the_shipped_report_fits_this_configuration() -> None:
     report = json.loads(demo.path("values.json").read_text())
     assert report["sampling"] == asdict(values.SAMPLING), "run: python -m benchmarks.demo.values"
-    for name in values.REWARDS_OF:
+    for name in values.REWARD_LOADERS:
         assert report["head"][name]["held_out"]["r2"] > 0.1
         assert report["lookahead"][name]["r2"] > report["head"][name]["held_out"]["r2"], (
-            "it sees the token itself"
+            "a lookahead value sees the token itself"
         )
         curve = report["head"][name]["curve"]
         assert (curve[0]["beta"], curve[0]["kl"]) == (0, 0)
-        assert curve[-1]["reward"] > curve[0]["reward"] + 3 * (
-            curve[0]["reward_se"] + curve[-1]["reward_se"]
-        )
+        error = curve[0]["reward_se"] + curve[-1]["reward_se"]
+        assert curve[-1]["reward"] > curve[0]["reward"] + 3 * error
