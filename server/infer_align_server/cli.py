@@ -26,10 +26,18 @@ ERR = Console(stderr=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 2 for a wrong call or configuration, 1 for a failure, 130 when interrupted."""
+    """Run one command.
+
+    Args:
+        arguments: The arguments after the program's name; default: those of the process.
+
+    Returns:
+        The exit status: 0 for success, 1 for a failure, 2 for a wrong configuration, 130 for
+        Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     try:
-        result: int = options.run(options)
+        status: int = options.run(options)
     except ConfigError as error:
         ERR.print(f"[bold red]configuration:[/] {escape(error.message)}", highlight=False)
         return 2
@@ -38,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return result
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,68 +54,79 @@ def _parser() -> argparse.ArgumentParser:
         "infer-align", description="Serve a frozen language model, aligned while it decodes."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    serving = commands.add_parser(
-        "serve", help="serve a model over the OpenAI API; without a file, the embedded demo"
+    _add_serve(commands.add_parser("serve", help="Serve a model over the OpenAI API."))
+    _add_chat(commands.add_parser("chat", help="Chat with a running server; show the scores."))
+    methods = commands.add_parser(
+        "methods", help="List the methods, rewards, values and engines with their parameters."
     )
-    _add_config(serving)
-    serving.set_defaults(run=_serve)
+    methods.set_defaults(run=_methods)
+    _add_fit(commands.add_parser("fit", help="Fit a value for value-augmented sampling (VAS)."))
+    bench.add_commands(commands.add_parser("bench", help="Measure any OpenAI endpoint."))
+    _add_config(commands.add_parser("config", help="Inspect the configuration."))
+    return parser
 
-    talking = commands.add_parser("chat", help="talk to a running server, and see the scores")
-    talking.add_argument("message", nargs="?", help="one message; without it, a conversation")
-    talking.add_argument(
-        "--base-url", default="http://127.0.0.1:8000/v1", help="default: %(default)s"
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_configuration(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "message", nargs="?", help="Message to send. Default: start a conversation."
     )
-    talking.add_argument("--model", help="default: the first that the server lists")
-    talking.add_argument(
+    parser.add_argument(
+        "--base-url",
+        default="http://127.0.0.1:8000/v1",
+        help="Base URL of the API. Default: %(default)s.",
+    )
+    parser.add_argument(
+        "--model", help="Name of the model. Default: the first model of the server."
+    )
+    parser.add_argument(
         "--align",
         type=bench.json_object,
         default={},
         metavar="JSON",
-        help='such as \'{"best_of_n": {"n": 8}}\'',
+        help='The align object of each request, such as \'{"best_of_n": {"n": 8}}\'.',
     )
-    talking.add_argument("--system", help="system message")
-    talking.add_argument(
+    parser.add_argument("--system", help="System message.")
+    parser.add_argument(
         "--api-key-env",
         default="OPENAI_API_KEY",
-        help="environment variable with the key; default: %(default)s",
+        help="Environment variable that holds the API key. Default: %(default)s.",
     )
-    talking.set_defaults(run=_chat)
+    parser.set_defaults(run=_chat)
 
-    listing = commands.add_parser(
-        "methods", help="what a request can ask for in `align`, what can score, what can be served"
-    )
-    listing.set_defaults(run=_methods)
 
-    fitting = commands.add_parser("fit", help="fit what VAS steers with").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    value = fitting.add_parser(
-        "value", help="a value, from prompts and a configured reward; the model is untouched"
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    value = commands.add_parser(
+        "value",
+        help="Fit a value from prompts and a configured reward. The model does not change.",
     )
     fit.add_arguments(value)
-    _add_config(value)
+    _add_configuration(value)
     value.set_defaults(run=fit.run)
-
-    bench.add_commands(commands.add_parser("bench", help="measure an endpoint, ours or another's"))
-
-    config = commands.add_parser("config", help="the configuration").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    show = config.add_parser("show", help="each value and where it came from")
-    _add_config(show)
-    show.set_defaults(run=_config_show)
-    return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", help="infer-align.toml; default: the embedded demo")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show = commands.add_parser("show", help="Show each value and its origin.")
+    _add_configuration(show)
+    show.set_defaults(run=_config_show)
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="?", help="Path of infer-align.toml. Default: the embedded demo."
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="a.b=c",
-        help="override one value, by the file's own names",
+        help="Override one value of the configuration, by its name in the file.",
     )
 
 
@@ -120,37 +139,44 @@ def _serve(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     with chat.Chat(
         options.base_url, options.model, options.align, options.system, options.api_key_env
-    ) as talk:
-        return talk.send_once(options.message) if options.message else talk.loop()
+    ) as conversation:
+        if options.message:
+            return conversation.send_once(options.message)
+        return conversation.loop()
 
 
 def _methods(_: argparse.Namespace) -> int:
-    methods = {name: registry.methods.get(name) for name in registry.methods.names()}
+    methods: dict[str, type[Any]] = {
+        name: registry.methods.get(name) for name in registry.methods.names()
+    }
     _print_plugins("align", {**methods, "ensemble": Ensemble, "budget": Budget})
-    for title, plugins in (
-        ("[rewards.<name>] kind", registry.rewards),
-        ("[values.<name>] kind", registry.values),
-        ("[engine] kind", registry.engines),
-    ):
-        found = {}
-        for name in plugins.names():
-            try:
-                found[name] = plugins.get(name)
-            except ConfigError as error:  # its packages are not installed here
-                ERR.print(escape(error.message), highlight=False)
-        _print_plugins(title, found)
+    _print_plugins("[rewards.<name>] kind", _installed(registry.rewards))
+    _print_plugins("[values.<name>] kind", _installed(registry.values))
+    _print_plugins("[engine] kind", _installed(registry.engines))
     return 0
 
 
+def _installed(plugins: registry.Registry) -> dict[str, type[Any]]:
+    """Return the plugins that can be imported; print the packages that the others need."""
+    installed = {}
+    for name in plugins.names():
+        try:
+            installed[name] = plugins.get(name)
+        except ConfigError as error:
+            ERR.print(escape(error.message), highlight=False)
+    return installed
+
+
 def _print_plugins(title: str, plugins: dict[str, type[Any]]) -> None:
-    table = Table(escape(title), "parameters", "what it does", title_justify="left")
+    table = Table(escape(title), "parameters", "description", title_justify="left")
     for name, cls in plugins.items():
-        table.add_row(name, escape(signature(cls)), (cls.__doc__ or "").partition("\n")[0])
+        summary = (cls.__doc__ or "").partition("\n")[0]
+        table.add_row(name, escape(signature(cls)), summary)
     OUT.print(table)
 
 
 def _config_show(options: argparse.Namespace) -> int:
-    table = Table("setting", "value", "from")
+    table = Table("setting", "value", "origin")
     for name, value, origin in configuration.load(options.config, options.set).settings():
         table.add_row(escape(name), escape(repr(value)), escape(origin))
     OUT.print(table)

@@ -1,6 +1,8 @@
-"""The OpenAPI document of this very server: its models, rewards and limits, its methods from their dataclasses.
+"""The OpenAPI document of a running server.
 
-Made when it is first asked for, then kept while the server is the same: an upstream's models come and go.
+FastAPI cannot generate it: its schemas depend on the configuration of the process (models,
+rewards, limits, the fields of the engine), and request bodies are passed through whole instead of
+being parsed into models.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
@@ -25,74 +28,93 @@ from infer_align_server.service import Service
 from infer_align_server.wire.response_schemas import SCHEMAS, STRING, Schema, array, nullable, ref
 from infer_align_server.wire.stream_options import StreamOptions
 
-# What each status means, wherever it is answered; also the table of docs/api.md.
+# The meaning of each status, on every route. docs/api.md has a table of it.
 STATUSES = {
-    400: "a field is wrong or unknown, a limit is exceeded, or the engine cannot do what is asked; `param` names the field",
-    401: "the key is missing or unknown",
-    404: "no such model, preset, or route",
-    405: "not a method of the route",
-    413: "the body is too large",
-    429: "the queue is full, or the key is over its rate or its budget of tokens; `Retry-After` says when to come back",
-    431: "the head of the request is too large",
-    500: "the server failed; its log has the request id",
-    502: "every candidate failed (the engine's own status where it has one), or nothing could be scored",
-    503: "loading, draining, or the engine has died",
-    504: "the deadline passed with nothing to answer",
+    400: "A field is wrong or unknown, a limit is exceeded, or the engine does not support the "
+    "request. `param` names the field.",
+    401: "The API key is missing or unknown.",
+    404: "There is no such model, preset or route.",
+    405: "The route does not have this method.",
+    413: "The body is too large.",
+    429: "The queue is full, or the caller is over its rate limit or its token budget. "
+    "`Retry-After` says when to try again.",
+    431: "The head of the request is too large.",
+    500: "The server failed. Its log has the details under the request's id.",
+    502: "Every candidate failed (with the status of the engine if it has one), or no candidate "
+    "could be scored.",
+    503: "The server is loading or shutting down, or its engine has failed.",
+    504: "The deadline passed before there was anything to return.",
 }
-_ALWAYS = (401, 429, 431, 500)
-_WORK = (400, 404, 413, 502, 503, 504)
-# Route -> the schema of its request, that of its answer, and the statuses beside those of every route.
-OPERATIONS: dict[str, tuple[str | None, str | None, tuple[int, ...]]] = {
-    "/v1/chat/completions": ("ChatRequest", "ChatCompletion", (*_ALWAYS, *_WORK)),
-    "/v1/completions": ("CompletionRequest", "Completion", (*_ALWAYS, *_WORK)),
-    "/v1/responses": ("ResponsesRequest", "Passed", (*_ALWAYS, *_WORK)),
-    "/v1/responses/{id}": (None, "Passed", (*_ALWAYS, *_WORK)),
-    "/v1/responses/{id}/input_items": (None, "Passed", (*_ALWAYS, *_WORK)),
-    "/v1/responses/{id}/cancel": (None, "Passed", (*_ALWAYS, *_WORK)),
-    "/v1/align/score": ("ScoreRequest", "Scores", (*_ALWAYS, *_WORK)),
-    "/v1/align/judge": ("JudgeRequest", "Judgements", (*_ALWAYS, *_WORK)),
-    "/v1/models": (None, "Models", _ALWAYS),
-    "/v1/models/{name:path}": (None, "Model", (*_ALWAYS, 404)),
-    "/v1/align/methods": (None, "Methods", _ALWAYS),
-    "/openapi.json": (None, "Document", _ALWAYS),
-    "/health": (None, "Health", (431, 500)),
-    "/ready": (None, "Ready", (431, 500)),
-    "/metrics": (None, None, (431, 500)),
+_ALL_ROUTES = (401, 429, 431, 500)
+_OPEN_ROUTES = (431, 500)
+_WORK = (*_ALL_ROUTES, 400, 404, 413, 502, 503, 504)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """The schemas and statuses of one route.
+
+    Attributes:
+        request: The name of the schema of the request's body, if it has one.
+        response: The name of the schema of a successful response, if it is JSON.
+        statuses: The statuses of errors.
+        streamed: True if the response may be a stream of events.
+        needs_key: True if the route needs an API key.
+    """
+
+    request: str | None
+    response: str | None
+    statuses: tuple[int, ...]
+    streamed: bool = False
+    needs_key: bool = True
+
+
+OPERATIONS: dict[str, Operation] = {
+    "/v1/chat/completions": Operation("ChatRequest", "ChatCompletion", _WORK, streamed=True),
+    "/v1/completions": Operation("CompletionRequest", "Completion", _WORK, streamed=True),
+    "/v1/responses": Operation("ResponsesRequest", "Passed", _WORK, streamed=True),
+    "/v1/responses/{id}": Operation(None, "Passed", _WORK, streamed=True),
+    "/v1/responses/{id}/input_items": Operation(None, "Passed", _WORK),
+    "/v1/responses/{id}/cancel": Operation(None, "Passed", _WORK),
+    "/v1/align/score": Operation("ScoreRequest", "Scores", _WORK),
+    "/v1/align/judge": Operation("JudgeRequest", "Judgements", _WORK),
+    "/v1/models": Operation(None, "Models", _ALL_ROUTES),
+    "/v1/models/{name:path}": Operation(None, "Model", (*_ALL_ROUTES, 404)),
+    "/v1/align/methods": Operation(None, "Methods", _ALL_ROUTES),
+    "/openapi.json": Operation(None, "Document", _ALL_ROUTES),
+    "/health": Operation(None, "Health", _OPEN_ROUTES, needs_key=False),
+    "/ready": Operation(None, "Ready", _OPEN_ROUTES, needs_key=False),
+    "/metrics": Operation(None, None, _OPEN_ROUTES, needs_key=False),
 }
-_OPEN = ("/health", "/ready", "/metrics")  # asked without a key
-_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/responses/{id}")
-_RESPONSES = "/v1/responses"  # described only where the engine serves it, or may
+# Contained in the document only if the engine may serve it.
+_RESPONSES_API = "/v1/responses"
 
 
 def changing_facts(service: Service) -> tuple[object, ...]:
-    """What the document says of the server that can change while it runs."""
+    """Return the facts of the document that can change while the server runs."""
     return tuple(service.models()), service.engine.capabilities, serves_responses(service)
 
 
 def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
-    """OpenAPI 3.1, true of `service` as it is configured."""
+    """Return the OpenAPI 3.1 document of a service as it is configured."""
     schemas = {
         **SCHEMAS,
-        **_requests(service),
+        **_request_schemas(service),
         "Document": {"type": "object", "required": ["openapi", "info", "paths"]},
     }
-    served = [
-        route
-        for route in routes
-        if not route.path.startswith(_RESPONSES) or serves_responses(service)
-    ]
-    text = json.dumps({"schemas": {**schemas, **_definitions(schemas)}}).replace(
-        '"#/$defs/', '"#/components/schemas/'
-    )
+    schemas |= _extract_definitions(schemas)
+    # pydantic refers to "#/$defs/"; in the document these schemas are components.
+    text = json.dumps({"schemas": schemas}).replace('"#/$defs/', '"#/components/schemas/')
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "infer-align",
             "version": _version(),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-            "description": "The OpenAI API over a frozen model, with `align`: how the answer is chosen while decoding.",
+            "description": "The OpenAI API of a frozen language model. The `align` object of a "
+            "request says how the response is chosen while decoding.",
         },
-        "paths": _paths(served, service),
+        "paths": _paths(routes, service),
         "components": {
             **json.loads(text),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -104,142 +126,147 @@ def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
 def _version() -> str:
     try:
         return version("infer-align")
-    except PackageNotFoundError:  # run from a checkout that was not installed
+    except PackageNotFoundError:
+        # The package runs from a checkout that is not installed.
         return "0"
-
-
-def _path(route: Route) -> str:
-    return route.path.replace(":path}", "}")
 
 
 def _paths(routes: Iterable[Route], service: Service) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in routes:
-        paths.setdefault(_path(route), {}).update(_operation(route, service))
+        if route.path.startswith(_RESPONSES_API) and not serves_responses(service):
+            continue
+        path = route.path.replace(":path}", "}")
+        # GET before HEAD.
+        method = min(route.methods or {"GET"})
+        paths.setdefault(path, {})[method.lower()] = _operation(route, service)
     return paths
 
 
 def _operation(route: Route, service: Service) -> dict[str, Any]:
-    request, answer, statuses = OPERATIONS[route.path]
-    method = next(iter(sorted(route.methods or {"GET"})))  # GET before HEAD
-    operation: dict[str, Any] = {
+    operation = OPERATIONS[route.path]
+    responses = _success(operation)
+    for status in sorted(operation.statuses):
+        responses[str(status)] = _failure(status)
+    if route.path == "/ready":
+        responses["503"] = {"description": STATUSES[503], **_json(ref("Ready"))}
+    fields: dict[str, Any] = {
         "operationId": route.name,
         "summary": (route.endpoint.__doc__ or "").partition("\n")[0],
-        "responses": {
-            **_success(route.path, answer),
-            **{str(status): _failure(status) for status in sorted(statuses)},
-        },
+        "responses": responses,
     }
-    if route.path == "/ready":
-        operation["responses"]["503"] = {"description": STATUSES[503], **_json(ref("Ready"))}
-    if request:
-        operation["requestBody"] = {"required": True, **_json(ref(request))}
-        operation["responses"]["default"] = {
-            "description": "what the engine answered, with its own status",
+    if operation.request:
+        fields["requestBody"] = {"required": True, **_json(ref(operation.request))}
+        responses["default"] = {
+            "description": "The response of the engine, with its own status.",
             **_json(ref("Error")),
         }
     if "{name" in route.path:
-        operation["parameters"] = [
-            {
-                "name": "name",
-                "in": "path",
-                "required": True,
-                "schema": {"type": "string", "examples": service.models()},
-            }
+        fields["parameters"] = [
+            _path_parameter("name", {"type": "string", "examples": service.models()})
         ]
     if "{id" in route.path:
-        operation["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": STRING}]
-    if service.config.server.api_keys_env and route.path not in _OPEN:
-        operation["security"] = [{"key": []}]
-    return {method.lower(): operation}
+        fields["parameters"] = [_path_parameter("id", STRING)]
+    if service.config.server.api_keys_env and operation.needs_key:
+        fields["security"] = [{"key": []}]
+    return fields
 
 
-def _success(path: str, answer: str | None) -> dict[str, Any]:
-    if path == "/metrics":
-        return {
-            "200": {
-                "description": "Prometheus exposition",
-                "content": {"text/plain": {"schema": STRING}},
-            }
-        }
-    if answer is None:
-        return {}
-    content = _json(ref(answer))["content"]
-    if path in _STREAMED:
-        content |= {"text/event-stream": {"schema": ref("Event")}}
+def _path_parameter(name: str, schema: Schema) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": schema}
+
+
+def _success(operation: Operation) -> dict[str, Any]:
+    if operation.response is None:
+        content: dict[str, Any] = {"text/plain": {"schema": STRING}}
+        return {"200": {"description": "Metrics in Prometheus's text format.", "content": content}}
+    content = _json(ref(operation.response))["content"]
+    if operation.streamed:
+        content["text/event-stream"] = {"schema": ref("Event")}
     return {"200": {"description": "OK", "content": content}}
 
 
 def _failure(status: int) -> dict[str, Any]:
     headers = {429: "Retry-After", 503: "Retry-After", 401: "WWW-Authenticate"}
-    extra = {"headers": {headers[status]: {"schema": STRING}}} if status in headers else {}
-    return {"description": STATUSES[status], **extra, **_json(ref("Error"))}
+    failure: dict[str, Any] = {"description": STATUSES[status], **_json(ref("Error"))}
+    if status in headers:
+        failure["headers"] = {headers[status]: {"schema": STRING}}
+    return failure
 
 
 def _json(schema: Schema) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": schema}}}
 
 
-# --- what is asked ---
+# --- Schemas of requests ---
 
 
-def _requests(service: Service) -> dict[str, Schema]:
+def _request_schemas(service: Service) -> dict[str, Schema]:
     align = _align(service)
-    scored = {key: align["properties"][key] for key in ALIGN if key in align["properties"]}
+    align_fields = {key: align["properties"][key] for key in ALIGN if key in align["properties"]}
+    judge_fields = json_schema(Judging)["properties"]
     model = {"enum": [*service.models(), None]}
-    candidates = array(STRING, minItems=1, maxItems=service.config.limits.max_candidates)
-    given = {"model": model, "messages": ref("Messages"), "candidates": candidates}
+    max_candidates = service.config.limits.max_candidates
+    common = {
+        "model": model,
+        "messages": ref("Messages"),
+        "candidates": array(STRING, minItems=1, maxItems=max_candidates),
+    }
     return {
         "Align": align,
         "Message": _message(),
         "Messages": array(ref("Message"), minItems=1),
-        "ChatRequest": _request(service, "chat", model, messages=ref("Messages")),
-        "CompletionRequest": _request(service, "completion", model, prompt=STRING),
+        "ChatRequest": _completion_request(service, "chat", model, messages=ref("Messages")),
+        "CompletionRequest": _completion_request(service, "completion", model, prompt=STRING),
         "ResponsesRequest": {
             "type": "object",
             "properties": {"model": model, "align": {"type": "null"}},
         },
-        "ScoreRequest": _about_candidates({**given, **scored}),
-        "JudgeRequest": _about_candidates({**given, **json_schema(Judging)["properties"]}),
+        "ScoreRequest": _candidates_request({**common, **align_fields}),
+        "JudgeRequest": _candidates_request({**common, **judge_fields}),
     }
 
 
-def _about_candidates(fields: Mapping[str, Schema]) -> Schema:
-    nulls = {
-        name: field if name in {"messages", "candidates"} else nullable(field)
-        for name, field in fields.items()
-    }
+def _candidates_request(fields: Mapping[str, Schema]) -> Schema:
+    """Return the schema of a request with `messages`, `candidates` and optional fields."""
+    required = ["messages", "candidates"]
+    properties = {}
+    for name, schema in fields.items():
+        properties[name] = schema if name in required else nullable(schema)
     return {
         "type": "object",
-        "properties": nulls,
-        "required": ["messages", "candidates"],
+        "properties": properties,
+        "required": required,
         "additionalProperties": False,
     }
 
 
-def _request(service: Service, kind: Kind, model: Schema, **prompt: Schema) -> Schema:
-    """A body of OpenAI's: what is read here and by the engine. Further fields are the engine's to forward or refuse by name."""
-    own = {
+def _completion_request(service: Service, kind: Kind, model: Schema, **prompt: Schema) -> Schema:
+    """Return the schema of one of OpenAI's completion requests.
+
+    It contains the fields that this server or the engine checks. The engine forwards any other
+    field or refuses it.
+    """
+    max_candidates = service.config.limits.max_candidates
+    server_fields = {
         "model": model,
-        "n": {
-            "type": ["integer", "null"],
-            "minimum": 1,
-            "maximum": service.config.limits.max_candidates,
-        },
+        "n": {"type": ["integer", "null"], "minimum": 1, "maximum": max_candidates},
         "seed": {"type": ["integer", "null"], "minimum": -SEED_RANGE, "maximum": SEED_RANGE - 1},
         "stream": {"type": ["boolean", "null"]},
         "stream_options": nullable(json_schema(StreamOptions)),
         "align": nullable(ref("Align")),
     }
-    fields = {**service.engine.field_schemas(kind), **prompt, **own}
-    options = {"required": ["stream_options"], "properties": {"stream_options": {"type": "object"}}}
-    streamed = {"required": ["stream"], "properties": {"stream": {"const": True}}}
+    has_options = {
+        "required": ["stream_options"],
+        "properties": {"stream_options": {"type": "object"}},
+    }
+    is_streamed = {"required": ["stream"], "properties": {"stream": {"const": True}}}
     return {
         "type": "object",
-        "properties": fields,
+        "properties": {**service.engine.field_schemas(kind), **prompt, **server_fields},
         "required": list(prompt),
-        "if": options,
-        "then": streamed,
+        "if": has_options,
+        "then": is_streamed,
     }
 
 
@@ -262,39 +289,35 @@ def _message() -> Schema:
 
 
 def _align(service: Service) -> Schema:
-    methods = {name: registry.methods.get(name) for name in registry.methods.names()}
-    able = {
-        name: json_schema(cls)
-        for name, cls in methods.items()
-        if cls.needs <= service.engine.capabilities
+    """Return the schema of `align`: the methods that the engine supports, and the settings."""
+    schemas: dict[str, Schema] = {}
+    for name in registry.methods.names():
+        method = registry.methods.get(name)
+        if method.needs <= service.engine.capabilities:
+            schemas[name] = json_schema(method)
+    schemas["preset"] = {"enum": list(service.config.presets)}
+    schemas["rewards"] = {
+        "type": "object",
+        "propertyNames": {"enum": reward_names(service.rewards)},
+        "additionalProperties": {"type": "number", "minimum": 0, "maximum": MAX_WEIGHT},
     }
-    weight = {"type": "number", "minimum": 0, "maximum": MAX_WEIGHT}
-    names = reward_names(service.rewards)
-    settings: dict[str, Schema] = {
-        "preset": {"enum": list(service.config.presets)},
-        "rewards": {
-            "type": "object",
-            "propertyNames": {"enum": names},
-            "additionalProperties": weight,
-        },
-        "ensemble": json_schema(Ensemble),
-        "budget": json_schema(Budget),
-        "details": {"enum": list(get_args(Details))},
-    }
-    keys = {name: nullable(schema) for name, schema in {**able, **settings}.items()}
+    schemas["ensemble"] = json_schema(Ensemble)
+    schemas["budget"] = json_schema(Budget)
+    schemas["details"] = {"enum": list(get_args(Details))}
+    properties = {name: nullable(schema) for name, schema in schemas.items()}
     if not service.config.presets:
-        keys["preset"] = {"type": "null"}
-    return {"type": "object", "properties": keys, "additionalProperties": False}
+        properties["preset"] = {"type": "null"}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _definitions(schema: object) -> dict[str, Schema]:
-    """What pydantic has put under `$defs`, taken out, for `components`."""
-    found: dict[str, Schema] = {}
+def _extract_definitions(schema: object) -> dict[str, Schema]:
+    """Remove pydantic's `$defs` from a schema and return them."""
+    definitions: dict[str, Schema] = {}
     if isinstance(schema, dict):
-        found |= schema.pop("$defs", {})
-        for child in [*schema.values(), *found.values()]:
-            found |= _definitions(child)
+        definitions |= schema.pop("$defs", {})
+        for child in [*schema.values(), *definitions.values()]:
+            definitions |= _extract_definitions(child)
     elif isinstance(schema, list):
         for child in schema:
-            found |= _definitions(child)
-    return found
+            definitions |= _extract_definitions(child)
+    return definitions
