@@ -102,12 +102,12 @@ def test_a_fitted_value_steers(place: Path, capsys: Any, finish: Any, method: st
     [
         (["--fit", "rnak=3"], "--fit.rnak: no such parameter; did you mean 'rank'?"),
         (["--fit", "rank=0"], "--fit.rank: 0 is not allowed"),
-        (["--fit", "rank"], "--fit 'rank': not of the form NAME=VALUE"),
+        (["--fit", "rank"], "--fit: 'rank' is not allowed; must have the form NAME=VALUE"),
         (["--fit", "kind=haed"], "--fit.kind: 'haed' is not allowed"),
         (["--fit", "gamma=1.5"], "--fit.gamma"),
         (["--fit", "lam=-1"], "--fit.lam"),
         (["--fit", "lam=nan"], "--fit.lam"),
-        (["--set", 'engine={kind="fake"}'], "values are fitted on kind = 'transformers'"),
+        (["--set", 'engine={kind="fake"}'], "it does not give hidden states; set kind = 'transformers'"),
         (["--set", "engine.kind=fake"], "engine.threads: no such parameter"),
         (["--set", "engine.modle=x"], "did you mean 'model'?"),
     ],
@@ -121,7 +121,7 @@ def test_wrong_settings_are_named(place: Path, capsys: Any, more: list[str], mes
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--replies", "0"], "--replies: '0' is not allowed; must be a whole number from 1"),
+        (["--replies", "0"], "--replies: '0' is not allowed; must be an integer of at least 1"),
         (["--replies", "-3"], "--replies"),
         (["--max-tokens", "0"], "--max-tokens: '0' is not allowed"),
         (["--max-tokens", "many"], "--max-tokens: 'many' is not allowed"),
