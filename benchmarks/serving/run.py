@@ -111,7 +111,7 @@ def throughput(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """16 concurrent requests through the engine's continuous batching, against `generate` on a static batch of 16."""
 
     async def ours(engine: TransformersEngine, ids: list[int]) -> int:
-        text = engine._model.tokenizer.decode(ids) if engine._model else ""
+        text = engine.frozen.tokenizer.decode(ids)
         draws = [
             Draw({"prompt": text, "max_tokens": 128, "ignore_eos": True}, 1, (i,), "completion")
             for i in range(16)
@@ -121,8 +121,7 @@ def throughput(rounds: int = ROUNDS) -> list[dict[str, Any]]:
     async def measure() -> tuple[list[float], list[float]]:
         engine = Transformers(threads=1).load()
         await engine.start()
-        model = engine._model
-        assert model is not None
+        model = engine.frozen
         ids = model.tokenizer(world.prompts(1, seed=3)[0])["input_ids"]
         batch = torch.tensor([ids] * 16)
         rates: tuple[list[float], list[float]] = ([], [])

@@ -24,8 +24,8 @@ class Forwards(list):
         super().__init__()
         self.at = lambda step: None
         self.after = lambda logits: logits
-        engine._model.lm.register_forward_pre_hook(self._before, with_kwargs=True)
-        engine._model.lm.register_forward_hook(self._after)
+        engine.frozen.lm.register_forward_pre_hook(self._before, with_kwargs=True)
+        engine.frozen.lm.register_forward_hook(self._after)
 
     def _before(self, module, args, kwargs) -> None:
         self.append(tuple(kwargs["input_ids"].shape))
@@ -43,7 +43,7 @@ async def until(condition) -> None:
 
 
 def idle(engine) -> bool:
-    s: Scheduler = engine._scheduler
+    s: Scheduler = engine._started.scheduler
     return not (s._batch.rows or s._waiting or s._ready or s._jobs)
 
 
@@ -60,7 +60,7 @@ async def test_prompts_are_read_in_parts_and_short_ones_together(serving, draw, 
         forwards = Forwards(engine)
         await finish(engine, draw(LONG * 2, kind="completion", max_tokens=1))
         length = sum(q for _, q in forwards)
-        assert length == len(engine._model.tokenizer(LONG * 2)["input_ids"])
+        assert length == len(engine.frozen.tokenizer(LONG * 2)["input_ids"])
         assert all(rows * q <= 16 for rows, q in forwards)
 
 
@@ -95,7 +95,7 @@ async def test_leaving_mid_decode_empties_the_batch_and_disturbs_nobody(serving,
         got, _ = await task
         assert [c.text for c in got] == [c.text for c in expected]
         await until(lambda: idle(engine))
-        assert engine._scheduler._batch.cache.length == 0
+        assert engine._started.scheduler._batch.cache.length == 0
 
 
 async def test_leaving_mid_prefill(serving, draw, finish):
@@ -174,11 +174,11 @@ def gib(engine_cells: int) -> float:
 
 async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, finish):
     async with serving(kv_cache_gib=gib(100) * 1.001) as engine:
-        assert engine._scheduler.capacity == 100
+        assert engine._started.scheduler.capacity == 100
         forwards = Forwards(engine)
         over = []
         forwards.at = lambda _: over.append(
-            sum(1 for _ in engine._scheduler._batch.rows) * engine._scheduler._batch.cache.length
+            sum(1 for _ in engine._started.scheduler._batch.rows) * engine._started.scheduler._batch.cache.length
             > 100
         )
         results = await asyncio.gather(
@@ -200,7 +200,7 @@ async def test_prompts_that_wait_for_room_are_not_all_read_ahead(serving, draw, 
     async with serving(kv_cache_gib=gib(200) * 1.001) as engine:
         forwards, held = Forwards(engine), []
         forwards.at = lambda _: held.append(
-            sum(len(j.prompt.ids) for j in engine._scheduler._ready)
+            sum(len(j.prompt.ids) for j in engine._started.scheduler._ready)
         )
         await asyncio.gather(
             *(
@@ -294,7 +294,7 @@ async def test_closing_ends_what_runs_and_what_comes_after(serving, draw, finish
             asyncio.create_task(finish(engine, draw(n=2, max_tokens=200, ignore_eos=True)))
             for _ in range(3)
         ]
-        await until(lambda: engine._scheduler._batch.rows)
+        await until(lambda: engine._started.scheduler._batch.rows)
         await engine.close()
         for task in tasks:
             with pytest.raises(Unavailable, match="shut down"):

@@ -83,8 +83,8 @@ async def test_penalties_change_the_answer_as_transformers_does(serving, draw, f
     async with serving() as engine:
         fields = {"kind": "completion", "temperature": 0, "max_tokens": 30, "ignore_eos": True}
         candidate, _ = await one(engine, finish, draw("the cat", repetition_penalty=1.5, **fields))
-        ids = engine._model.tokenizer("the cat", return_tensors="pt")["input_ids"]
-        out = engine._model.lm.generate(
+        ids = engine.frozen.tokenizer("the cat", return_tensors="pt")["input_ids"]
+        out = engine.frozen.lm.generate(
             ids,
             max_new_tokens=30,
             do_sample=False,
@@ -92,7 +92,7 @@ async def test_penalties_change_the_answer_as_transformers_does(serving, draw, f
             eos_token_id=None,
             pad_token_id=0,
         )
-        assert candidate.text == engine._model.tokenizer.decode(
+        assert candidate.text == engine.frozen.tokenizer.decode(
             out[0, ids.shape[1] :], skip_special_tokens=True
         )
         penalised, _ = await one(
@@ -123,11 +123,11 @@ async def test_the_models_own_sampling_defaults_hold_where_the_body_is_silent(
 
 def expected_logprobs(engine, prompt: str, entries) -> torch.Tensor:
     """[T, V] of an independent forward over the prompt and the tokens that were said."""
-    tokenizer = engine._model.tokenizer
+    tokenizer = engine.frozen.tokenizer
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     said = [next(i for i in range(len(tokenizer)) if same(tokenizer, i, e)) for e in entries]
     with torch.inference_mode():
-        logits = engine._model.lm(torch.tensor([prompt_ids + said])).logits[
+        logits = engine.frozen.lm(torch.tensor([prompt_ids + said])).logits[
             0, len(prompt_ids) - 1 : -1
         ]
     return logits.log_softmax(-1), said
@@ -395,5 +395,5 @@ async def test_a_developer_speaks_as_the_system_where_the_template_knows_only_th
             )
             for role in ("developer", "system")
         )
-        assert engine._model.render(developer) == engine._model.render(system)
-        assert "<system>be brief</s><user>sun</s>" in engine._model.render(developer).text
+        assert engine.frozen.render(developer) == engine.frozen.render(system)
+        assert "<system>be brief</s><user>sun</s>" in engine.frozen.render(developer).text

@@ -23,9 +23,9 @@ PROMPTS = [
 
 
 def generate(engine, prompt: str, tokens: int) -> str:
-    tokenizer = engine._model.tokenizer
+    tokenizer = engine.frozen.tokenizer
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    out = engine._model.lm.generate(
+    out = engine.frozen.lm.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
@@ -73,8 +73,8 @@ async def test_grows_past_its_first_buffer(serving, draw, finish):
 
 async def test_ends_where_generate_ends(serving, draw, finish, language_model):
     async with serving() as engine:
-        ids = engine._model.tokenizer("sun", return_tensors="pt")["input_ids"]
-        said = engine._model.lm.generate(
+        ids = engine.frozen.tokenizer("sun", return_tensors="pt")["input_ids"]
+        said = engine.frozen.lm.generate(
             ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
         )[0, ids.shape[1] :]
         last = said[-1].item()
@@ -85,7 +85,7 @@ async def test_ends_where_generate_ends(serving, draw, finish, language_model):
         )
         assert candidate.finish_reason == "stop"
         assert candidate.completion_tokens == said.tolist().index(last) + 1
-        assert candidate.text == engine._model.tokenizer.decode(
+        assert candidate.text == engine.frozen.tokenizer.decode(
             said[: said.tolist().index(last)], skip_special_tokens=True
         )
 

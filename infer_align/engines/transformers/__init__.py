@@ -1,9 +1,11 @@
-"""The embedded engine: any causal LM that transformers loads, with continuous batching of our own.
+"""The embedded engine: any causal LM that transformers loads, batched continuously in this process.
 
-    check, sample ─▶ Prompt (prompt.py) ─▶ Job ─▶ Scheduler thread (scheduler.py): prefill once per prompt, then
-    one step of the whole running batch at a time: model (cache.py) ─▶ logits ─▶ sampler.py ─▶ text.py ─▶ Stream
+    check, sample -> Prompt (prompt.py) -> Job (rows.py) -> Scheduler thread (scheduler.py):
+    prefill each prompt once, then one step of the whole batch at a time:
+    model -> adjust, steer, sample (infer_align.decoding) -> text -> Stream
 
-Own batching, because transformers' generates a third as fast on a CPU and its processors cannot be steered row by row.
+The batching of transformers itself is not used: it is three times slower on a CPU, and its logits
+processors cannot steer single rows.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from infer_align.decoding.labels import LabelTree, control_tokens
 from infer_align.decoding.params import SamplingParams, field_schemas
@@ -31,53 +35,73 @@ class Transformers:
     """Any causal LM that transformers loads, in this process."""
 
     model: str = field(
-        default="demo", metadata={"description": 'path or hub id; "demo" is the embedded model'}
+        default="demo",
+        metadata={"description": 'Path or hub id; "demo" is the embedded model.'},
     )
     device: str = field(
-        default="auto", metadata={"description": '"auto" takes a GPU when there is one'}
+        default="auto",
+        metadata={"description": 'Device of the model; "auto" uses a GPU if there is one.'},
     )
     dtype: str = field(
         default="auto",
         metadata={
-            "description": 'torch dtype of the weights; "auto" is float32 on a CPU, else the model\'s own'
+            "description": "torch dtype of the weights; "
+            '"auto" is float32 on a CPU, else the model\'s own.'
         },
     )
     context_length: int | None = field(
         default=None,
-        metadata={"ge": 8, "description": "tokens of prompt and completion; default: the model's"},
+        metadata={
+            "ge": 8,
+            "description": "Maximum number of tokens of prompt and completion together. "
+            "Default: the model's.",
+        },
     )
     max_batch: int = field(
-        default=256, metadata={"ge": 1, "description": "candidates decoded at once"}
+        default=256,
+        metadata={"ge": 1, "description": "Maximum number of candidates decoded at once."},
     )
     kv_cache_gib: float = field(
         default=2.0,
         metadata={
             "gt": 0,
-            "description": "memory for keys and values; bounds how many candidates run at once",
+            "description": "Memory for keys and values; limits how many candidates run at once.",
         },
     )
     prefill_tokens: int = field(
         default=1024,
-        metadata={"ge": 16, "description": "prompt tokens read between two decoding steps"},
+        metadata={
+            "ge": 16,
+            "description": "Maximum number of prompt tokens read between two decoding steps.",
+        },
     )
     threads: int | None = field(
         default=None,
-        metadata={"ge": 1, "description": "CPU threads of torch; default: torch's own choice"},
+        metadata={"ge": 1, "description": "CPU threads of torch. Default: torch's own choice."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"description": "run model code that comes with the weights"}
+        default=False,
+        metadata={"description": "Run model code that comes with the weights."},
     )
 
     def load(self) -> TransformersEngine:
-        """The engine, its model not yet loaded."""
+        """Return the engine. Its model is loaded by `start`."""
         return TransformersEngine(self)
 
 
 plugin = Transformers
 
 
+class _Started(NamedTuple):
+    """The parts of an engine that has started."""
+
+    model: Model
+    steerer: Steerer
+    scheduler: Scheduler
+
+
 class TransformersEngine(Engine):
-    """Tokenizes on the caller's side, samples in one scheduler thread."""
+    """Reads requests in the caller's thread and samples in one scheduler thread."""
 
     model: str = ""
     context_length: int = 0
@@ -97,129 +121,177 @@ class TransformersEngine(Engine):
         self.config = config
         self.model = config.model
         self.context_length = config.context_length or 0
-        self._model: Model | None = None
-        self._steerer: Steerer | None = None
-        self._scheduler: Scheduler | None = None
+        self._started: _Started | None = None
         self._trees: dict[tuple[str, ...], LabelTree] = {}
 
     async def start(self) -> None:
-        """Load the model.
+        """Load the model and the values, and start the scheduler.
 
         Raises:
-            ConfigError: it cannot be loaded, or it is of a kind that this engine cannot batch.
+            ConfigError: the model cannot be loaded or batched, or a value does not fit it.
         """
-        self._model = await asyncio.to_thread(Model.load, self.config)
-        self.context_length = self._model.context_length
-        self._steerer = Steerer(self._model.frozen(self.config.model))
+        config = self.config
+        model = await asyncio.to_thread(self._load_model)
+        self.context_length = model.context_length
+        steerer = Steerer(model.frozen(config.model))
         for name, value in self.values.items():
-            await asyncio.to_thread(self._steerer.add, name, value)
-        self._scheduler = Scheduler(self._model, self._steerer, self.config)
-        self._scheduler.start()
+            await asyncio.to_thread(steerer.add, name, value)
+        scheduler = Scheduler(
+            model,
+            steerer,
+            max_batch=config.max_batch,
+            prefill_tokens=config.prefill_tokens,
+            kv_cache_gib=config.kv_cache_gib,
+        )
+        scheduler.start()
+        self._started = _Started(model, steerer, scheduler)
+
+    def _load_model(self) -> Model:
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return Model.load(
+            config.model,
+            device=config.device,
+            dtype=config.dtype,
+            context_length=config.context_length,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    def _parts(self) -> _Started:
+        if self._started is None:
+            raise Unavailable("the model is still loading")
+        return self._started
 
     @property
     def frozen(self) -> Model:
-        """The frozen model itself, for fitting values to its states.
+        """The frozen model, for fitting values to its states.
 
         Raises:
-            Unavailable: not started.
+            Unavailable: the engine has not started.
         """
-        if self._model is None:
-            raise Unavailable("the model is still loading")
-        return self._model
+        return self._parts().model
 
     def value(self, name: str) -> Value:
-        """A value that requests can steer by.
+        """Return a value that requests can steer by.
 
         Raises:
-            KeyError: no such value.
+            KeyError: there is no such value.
         """
-        return self._steerer.value(name) if self._steerer else self.values[name]
+        return self._started.steerer.value(name) if self._started else self.values[name]
 
     async def add_value(self, name: str, value: Value) -> None:
-        """Let requests steer by another value from now on; one of the same name is replaced.
+        """Let requests steer by another value from now on. It replaces a value of the same name.
 
         Raises:
-            ConfigError: it does not fit the model.
+            ConfigError: the value does not fit the model.
+            Unavailable: the engine has not started.
         """
-        if self._steerer is None:
-            raise Unavailable("the model is still loading")
-        await asyncio.to_thread(self._steerer.add, name, value)
+        await asyncio.to_thread(self._parts().steerer.add, name, value)
 
     async def close(self) -> None:
-        """End the scheduler; what still runs is cut off."""
-        if self._scheduler:
-            await asyncio.to_thread(self._scheduler.stop)
+        """End the scheduler. Running draws end with an error."""
+        if self._started:
+            await asyncio.to_thread(self._started.scheduler.stop)
 
     def health(self) -> str | None:
-        """None while the scheduler runs."""
-        if self._scheduler is None:
+        """Return None while the scheduler runs, else the reason why it does not."""
+        if self._started is None:
             return "the model is still loading"
-        return None if self._scheduler.is_alive() else "the scheduler has stopped"
+        return None if self._started.scheduler.is_alive() else "the scheduler has stopped"
 
     def check(self, draw: Draw) -> None:
-        """Read the sampling fields, and refuse those that this engine would have to drop."""
+        """Refuse a draw with fields or values that this engine cannot honour.
+
+        Raises:
+            InvalidRequest: naming the field.
+        """
         SamplingParams.from_body(draw.body, draw.kind)
-        if self._steerer:
-            self._steerer.check(draw)
+        if self._started:
+            self._started.steerer.check(draw)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
-        """Those of `SamplingParams`."""
+        """Return the JSON schemas of the sampling fields."""
         return field_schemas(kind)
 
     def sample(self, draw: Draw) -> Stream:
-        """Queue the draw; its candidates join the running batch as soon as there is room.
+        """Queue the draw. Its candidates join the running batch as soon as there is room.
 
         Raises:
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
-            Unavailable: not started, or closed.
+            Unavailable: the engine has not started or was closed.
         """
-        if self._model is None or self._steerer is None or self._scheduler is None:
-            raise Unavailable("the model is still loading")
-        params = SamplingParams.from_body(draw.body, draw.kind, self._model.sampling_defaults)
-        prompt = self._model.render(draw)
-        if biased := [token for token in params.logit_bias if token >= self._model.vocabulary]:
-            raise InvalidRequest(
-                f"logit_bias: {biased[0]} is not a token id; must be from 0 to {self._model.vocabulary - 1}.",
-                param="logit_bias",
-            )
-        room = self._room(draw, len(prompt.ids), params.max_tokens, self._scheduler.capacity)
+        model, steerer, scheduler = self._parts()
+        params = SamplingParams.from_body(draw.body, draw.kind, model.sampling_defaults)
+        prompt = model.render(draw)
+        for token in params.logit_bias:
+            if token >= model.vocabulary:
+                raise InvalidRequest(
+                    f"logit_bias: {token} is not a token id; "
+                    f"must be from 0 to {model.vocabulary - 1}.",
+                    param="logit_bias",
+                )
+        max_tokens = self._max_tokens(
+            draw.kind, len(prompt.ids), params.max_tokens, scheduler.capacity
+        )
         job = Job(
             draw,
             params,
             prompt,
-            room,
-            steering=self._steerer.steering_values(draw),
-            estimates=self._steerer.estimate_values(draw),
+            max_tokens,
+            steering=steerer.steering_values(draw),
+            estimates=steerer.estimate_values(draw),
         )
-        if not self._scheduler.is_alive():
+        if not scheduler.is_alive():
             raise Unavailable("the engine was shut down")
-        # In the loop's next round: draws that begin together, as those of several directions do, are prefilled together.
-        job.loop.call_soon(self._submit, self._scheduler, job)
+        # Submit in the next round of the event loop: draws that begin together, such as those of
+        # several directions, are then prefilled together.
+        job.loop.call_soon(_submit, scheduler, job)
         return job.stream
 
-    @staticmethod
-    def _submit(scheduler: Scheduler, job: Job) -> None:
-        try:
-            scheduler.submit(job)
-        except Unavailable as error:
-            job.stream.put(error)
+    def _max_tokens(
+        self, kind: Kind, prompt_tokens: int, requested: int | None, capacity: int
+    ) -> int:
+        """Return the number of tokens that each candidate may generate.
+
+        Raises:
+            InvalidRequest: prompt and completion do not fit the context or the cache.
+        """
+        available = self.context_length - prompt_tokens
+        if (requested or 1) > available:
+            prompt_field = "messages" if kind == "chat" else "prompt"
+            completion = f" and {requested} of completion" if requested else ""
+            raise InvalidRequest(
+                f"max_completion_tokens: {prompt_tokens} tokens of prompt{completion} do not fit "
+                f"the context of {self.context_length}; shorten the prompt or request fewer.",
+                param="max_completion_tokens" if available >= 1 else prompt_field,
+                code="context_length_exceeded",
+            )
+        max_tokens = requested or max(1, min(available, capacity - prompt_tokens))
+        if prompt_tokens + max_tokens > capacity:
+            raise InvalidRequest(
+                f"max_completion_tokens: a candidate of {prompt_tokens + max_tokens} tokens does "
+                f"not fit the key-value cache of {capacity}; request fewer tokens, or raise "
+                "[engine] kv_cache_gib.",
+                param="max_completion_tokens",
+                code="context_length_exceeded",
+            )
+        return max_tokens
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """Those of the tokenizer that are not words."""
-        return frozenset() if self._model is None else control_tokens(self._model.tokenizer)
+        """The control tokens of the tokenizer; none before the engine has started."""
+        return control_tokens(self._started.model.tokenizer) if self._started else frozenset()
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
-        """As many as there are beginnings of labels in this tokenizer.
+        """Return the number of one-token calls that reading these labels takes.
 
         Raises:
-            Unsupported: a label cannot be spelt.
+            Unsupported: the tokenizer cannot spell a label.
         """
-        return (
-            super().label_calls(labels)
-            if self._model is None
-            else len(self._tree(self._model, labels).readings)
-        )
+        if self._started is None:
+            return super().label_calls(labels)
+        return len(self._tree(self._started.model, labels).readings)
 
     def _tree(self, model: Model, labels: tuple[str, ...]) -> LabelTree:
         if labels not in self._trees:
@@ -227,49 +299,34 @@ class TransformersEngine(Engine):
         return self._trees[labels]
 
     async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
-        """Queue the reading; it is batched with all that wait, between two decoding steps.
+        """Return the probability of each label. Questions that wait are read as one batch.
 
         Raises:
             InvalidRequest: the prompt cannot be rendered.
-            Unsupported: a label cannot be spelt by the tokenizer.
+            Unsupported: the tokenizer cannot spell a label.
             EngineFailed: the prompt does not fit the context or the cache, or the model failed.
-            Unavailable: not started, or closed.
+            Unavailable: the engine has not started or was closed.
         """
-        if self._model is None or self._scheduler is None:
-            raise Unavailable("the model is still loading")
-        tree = self._tree(self._model, query.labels)
-        ids = self._model.render(Draw({"messages": query.messages}), query.prefix).ids
+        model, _, scheduler = self._parts()
+        tree = self._tree(model, query.labels)
+        ids = model.render(Draw({"messages": query.messages}), query.prefix).ids
         longest = len(ids) + max(len(path) for path in tree.readings)
-        if longest > min(self.context_length, self._scheduler.capacity):
+        if longest > min(self.context_length, scheduler.capacity):
             raise EngineFailed(
-                f"a judge's prompt of {len(ids)} tokens does not fit the context of {self.context_length}.",
+                f"a judge's prompt of {len(ids)} tokens does not fit the context of "
+                f"{self.context_length}.",
                 status=400,
             )
         question = Question(ids, tree)
-        await asyncio.sleep(
-            0
-        )  # whoever asks at the same time tokenizes first: then all are read together
-        self._scheduler.submit(question)
-        read = await question.answer
-        return LabelLogprobs(tree.logprobs(read), len(ids), len(tree.readings))
+        # Let concurrent callers tokenize first, so that their questions are read together.
+        await asyncio.sleep(0)
+        scheduler.submit(question)
+        measured = await question.answer
+        return LabelLogprobs(tree.logprobs(measured), len(ids), len(tree.readings))
 
-    def _room(self, draw: Draw, prompt_tokens: int, max_tokens: int | None, capacity: int) -> int:
-        prompt = "messages" if draw.kind == "chat" else "prompt"
-        left = self.context_length - prompt_tokens
-        if left < 1 or (max_tokens or 1) > left:
-            asked = f" and {max_tokens} of completion" if max_tokens else ""
-            raise InvalidRequest(
-                f"max_completion_tokens: {prompt_tokens} tokens of prompt{asked} do not fit the context of {self.context_length}; "
-                "shorten the prompt or ask for fewer.",
-                param="max_completion_tokens" if left >= 1 else prompt,
-                code="context_length_exceeded",
-            )
-        room = max_tokens or max(1, min(left, capacity - prompt_tokens))
-        if prompt_tokens + room > capacity:
-            raise InvalidRequest(
-                f"max_completion_tokens: a candidate of {prompt_tokens + room} tokens does not fit the key-value cache of "
-                f"{capacity}; ask for fewer, or raise [engine] kv_cache_gib.",
-                param="max_completion_tokens",
-                code="context_length_exceeded",
-            )
-        return room
+
+def _submit(scheduler: Scheduler, job: Job) -> None:
+    try:
+        scheduler.submit(job)
+    except Unavailable as error:
+        job.stream.put(error)

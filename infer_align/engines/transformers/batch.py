@@ -14,13 +14,13 @@ from infer_align.values.lookahead import ValueLM
 
 @dataclass(slots=True)
 class Batch:
-    """Rows with their keys and values in the frozen model and in the value LMs that steer some of them.
+    """Rows with their keys and values in the frozen model and in the value LMs.
 
     Attributes:
         rows: the candidates that are decoded.
         cache: keys and values of the frozen model, one row per candidate.
         value_caches: keys and values of the value LMs; each holds some of the rows.
-        steering: how the rows are steered; set by the scheduler at the first step of these rows that needs it.
+        steering: how the rows are steered; set by the scheduler, None if they are not.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Batch:
 
     @classmethod
     def of_prompt(cls, job: Job, rows: list[Row]) -> Batch:
-        """Make a batch of candidates of one job, each with a copy of the prompt's keys and values."""
+        """Return candidates of one job, each with a copy of the prompt's keys and values."""
         copies = [0] * len(rows)
         columns = len(job.prompt.ids)
         members = list(range(len(rows)))

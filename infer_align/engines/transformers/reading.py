@@ -1,15 +1,18 @@
-"""Label probabilities: prompts that are read once and answered by no token, side by side with what is decoded.
+"""Label probabilities: prompts that are read once, between two decoding steps, and sample nothing.
 
-Questions that begin alike, as a judge's do, are one group: their common beginning is read once, the rest as one batch. Labels
-of several tokens take another forward over the same keys and values, of all paths of all questions in the group.
+Questions with a common beginning, such as those of a judge, are one group. The beginning is read
+once and the rest as one batch. Labels of several tokens need one more forward pass per token, over
+the same keys and values, for all paths of all questions of the group.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -17,123 +20,203 @@ import torch
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.labels import LabelTree, Path
 from infer_align.engines.transformers.model import Model
-from infer_align.errors import EngineFailed
+from infer_align.errors import AlignError, EngineFailed
 
-Read = dict[Path, dict[int, float]]  # after a path, token -> logprob
+log = logging.getLogger("infer_align")
+
+# Path -> {token: logprob}.
+Measured = dict[Path, dict[int, float]]
 
 
 @dataclass(eq=False)
 class Question:
-    """One reading on its way. `answer` belongs to the event loop."""
+    """A prompt whose label probabilities are requested.
+
+    Attributes:
+        ids: the prompt's tokens.
+        tree: the paths that spell the labels.
+        loop: the event loop of the caller.
+        answer: the result; it belongs to the event loop.
+    """
 
     ids: list[int]
     tree: LabelTree
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    answer: asyncio.Future[Read] = field(init=False)
+    answer: asyncio.Future[Measured] = field(init=False)
 
     def __post_init__(self) -> None:
         self.answer = self.loop.create_future()
 
-    def tell(self, outcome: Read | Exception) -> None:
-        """Answer it; from the event loop's thread only."""
+    def resolve(self, outcome: Measured | Exception) -> None:
+        """Set the answer or the error; from the event loop's thread only."""
+        # The caller may have been cancelled meanwhile.
         if self.answer.done():
-            return  # whoever asked has left
+            return
         if isinstance(outcome, Exception):
             self.answer.set_exception(outcome)
         else:
             self.answer.set_result(outcome)
 
 
+class QuestionQueue:
+    """Questions that wait for the scheduler's thread."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._waiting: deque[Question] = deque()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, question: Question) -> None:
+        """Append a question."""
+        self._waiting.append(question)
+
+    def read(self, tokens: int, cells: int) -> None:
+        """Answer questions group by group, until `tokens` of prompts have been read.
+
+        Args:
+            tokens: prompt tokens to be read.
+            cells: rows x columns of the cache that a group may take.
+        """
+        remaining = tokens
+        while remaining > 0 and self._waiting:
+            candidates = take_group(self._waiting, remaining, cells)
+            group = [question for question in candidates if not question.answer.done()]
+            if group:
+                remaining -= sum(len(question.ids) for question in group)
+                _resolve(group, self._outcomes(group, tokens, cells))
+
+    def fail(self, error: AlignError) -> None:
+        """Answer all questions with an error."""
+        _resolve(list(self._waiting), [error] * len(self._waiting))
+
+    def _outcomes(
+        self, group: Sequence[Question], tokens: int, cells: int
+    ) -> Sequence[Measured | Exception]:
+        try:
+            return read_group(self._model, group, tokens, cells)
+        except AlignError as error:
+            return [error] * len(group)
+        # The model's code may raise anything.
+        except Exception as error:
+            log.exception("a reading failed")
+            return [EngineFailed(f"the engine failed: {error}", status=500)] * len(group)
+
+
+def _resolve(group: Sequence[Question], outcomes: Sequence[Measured | Exception]) -> None:
+    for question, outcome in zip(group, outcomes, strict=True):
+        # A closed loop raises RuntimeError; then no caller waits for the answer.
+        with suppress(RuntimeError):
+            question.loop.call_soon_threadsafe(question.resolve, outcome)
+
+
 def take_group(waiting: deque[Question], tokens: int, cells: int) -> list[Question]:
-    """The first question, and those of the waiting ones that share at least half of it and fit.
+    """Remove the first question and those that share at least half of it and fit.
 
     Args:
-        waiting: those that are taken leave it.
-        tokens: beside the common beginning, so many may be read.
-        cells: of the cache, rows x columns.
+        waiting: the questions; those of the group are removed.
+        tokens: tokens that the group may have after its common beginning.
+        cells: rows x columns of the cache that the group may take.
     """
-    group = [waiting.popleft()]
-    shared, longest = len(group[0].ids) - 1, len(group[0].ids)
-    for question in [*waiting]:
-        common = min(shared, _common(group[0].ids, question.ids))
+    first = waiting.popleft()
+    group = [first]
+    shared = len(first.ids) - 1
+    longest = len(first.ids)
+    for question in list(waiting):
+        common = min(shared, _common_length(first.ids, question.ids))
         width = max(longest, len(question.ids))
-        if 2 * common < len(group[0].ids) - 1:
+        if 2 * common < len(first.ids) - 1:
             continue
-        if (len(group) + 1) * (width - common) > tokens or (len(group) + 1) * width > cells:
+        rows = len(group) + 1
+        if rows * (width - common) > tokens or rows * width > cells:
             break
         waiting.remove(question)
         group.append(question)
-        shared, longest = common, width
+        shared = common
+        longest = width
     return group
 
 
-def read_group(model: Model, group: Sequence[Question], part: int, cells: int) -> list[Read]:
-    """The logprobs that each question's labels need.
+def read_group(model: Model, group: Sequence[Question], part: int, cells: int) -> list[Measured]:
+    """Return the logprobs that the labels of each question need.
 
     Args:
         model: the frozen model.
-        group: questions, which begin alike where there are several.
-        part: prompt tokens that are read in one forward.
-        cells: of the cache, rows x columns, that the paths of labels may take at once.
+        group: questions with a common beginning.
+        part: prompt tokens that one forward pass may read.
+        cells: rows x columns of the cache that the paths of labels may take at once.
 
     Raises:
         EngineFailed: the model's logits are not finite.
     """
     lengths = [len(question.ids) for question in group]
-    shared = min(
-        [min(lengths) - 1, *(_common(group[0].ids, question.ids) for question in group[1:])]
-    )
-    if len(group) == 1 and lengths[0] <= part:
-        shared = 0
-    start = RowCache()
-    for done in range(0, shared, part):
-        piece = group[0].ids[done : min(done + part, shared)]
-        model.forward(torch.tensor([piece], device=model.device), start, [done + len(piece)])
-    # Every row reads as many tokens, the shorter ones some of the beginning again: then no row has a gap in the middle.
+    shared = _shared_length(group, part)
+    beginning = RowCache()
+    for start in range(0, shared, part):
+        end = min(start + part, shared)
+        model.read([group[0].ids[start:end]], beginning, [end])
+    # Every row reads the same number of tokens, so that no row has a gap in the middle. Shorter
+    # rows read some of the beginning again.
     width = max(lengths) - shared
-    cache = start.beginnings([max(0, length - width) for length in lengths])
+    cache = beginning.beginnings([max(0, length - width) for length in lengths])
     logprobs = _read(model, cache, [question.ids[-width:] for question in group], lengths)
-    reads: list[Read] = [
-        {(): _pick(row, q.tree.readings[()])} for row, q in zip(logprobs, group, strict=True)
-    ]
-    paths = sorted(
-        ((i, path) for i, q in enumerate(group) for path in q.tree.readings if path),
-        key=lambda item: len(item[1]),
-    )
-    for steps, alike in itertools.groupby(paths, key=lambda item: len(item[1])):
-        waiting, rows = [*alike], max(1, cells // (cache.length + steps))
-        while waiting:
-            batch, waiting = waiting[:rows], waiting[rows:]
-            of = [i for i, _ in batch]
-            ends = [lengths[i] + steps for i in of]
-            logprobs = _read(
-                model, cache.take(of, cache.length), [list(path) for _, path in batch], ends
-            )
+    measured: list[Measured] = []
+    for row, question in zip(logprobs, group, strict=True):
+        measured.append({(): _select(row, question.tree.readings[()])})
+    _read_paths(model, group, cache, cells, measured)
+    return measured
+
+
+def _shared_length(group: Sequence[Question], part: int) -> int:
+    """Return the length of the common beginning that is read first."""
+    lengths = [len(question.ids) for question in group]
+    if len(group) == 1 and lengths[0] <= part:
+        return 0
+    common = [_common_length(group[0].ids, question.ids) for question in group[1:]]
+    return min([min(lengths) - 1, *common])
+
+
+def _read_paths(
+    model: Model, group: Sequence[Question], cache: RowCache, cells: int, measured: list[Measured]
+) -> None:
+    """Read the paths of all questions and add their logprobs to `measured`."""
+    paths: list[tuple[int, Path]] = []
+    for i, question in enumerate(group):
+        paths += [(i, path) for path in question.tree.readings if path]
+    paths.sort(key=lambda item: len(item[1]))
+    for steps, of_length in itertools.groupby(paths, key=lambda item: len(item[1])):
+        same_length = list(of_length)
+        rows = max(1, cells // (cache.length + steps))
+        for start in range(0, len(same_length), rows):
+            batch = same_length[start : start + rows]
+            questions = [i for i, _ in batch]
+            lengths = [len(group[i].ids) + steps for i in questions]
+            copies = cache.take(questions, cache.length)
+            logprobs = _read(model, copies, [list(path) for _, path in batch], lengths)
             for (i, path), row in zip(batch, logprobs, strict=True):
-                reads[i][path] = _pick(row, group[i].tree.readings[path])
-    return reads
+                measured[i][path] = _select(row, group[i].tree.readings[path])
 
 
 def _read(
     model: Model, cache: RowCache, tokens: Sequence[list[int]], lengths: list[int]
 ) -> torch.Tensor:
-    """Append tokens to each row; -> [B, V] logprobs after the last."""
-    width = max(len(row) for row in tokens)
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in tokens], device=model.device)
-    logprobs = torch.log_softmax(model.forward(ids, cache, lengths).logits, dim=-1)
+    """Append tokens to each row; return the logprobs after the last one. [B, V]."""
+    logprobs = torch.log_softmax(model.read(tokens, cache, lengths).logits, dim=-1)
     if not logprobs.amax(dim=-1).isfinite().all():
         raise EngineFailed(
-            "the model's logits are not finite; its weights or its dtype are at fault", status=500
+            "the model's logits are not finite; check its weights and its dtype.", status=500
         )
     return logprobs
 
 
-def _pick(logprobs: torch.Tensor, tokens: Sequence[int]) -> dict[int, float]:
+def _select(logprobs: torch.Tensor, tokens: Sequence[int]) -> dict[int, float]:
     return dict(zip(tokens, logprobs[list(tokens)].tolist(), strict=True))
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    return next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of tokens with which both begin."""
+    for i, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return i
+    return min(len(one), len(other))

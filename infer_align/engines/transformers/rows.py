@@ -1,4 +1,4 @@
-"""A draw on its way, and each of its candidates: its tokens, its text, and what it has told its stream."""
+"""A draw on its way through the engine (`Job`) and each of its candidates (`Row`)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import SamplingParams
-from infer_align.decoding.text import TextStream, token_bytes
+from infer_align.decoding.text import TextStream
 from infer_align.engines import Event, Stream
-from infer_align.engines.transformers.model import Model, Prompt, Step
-from infer_align.types import Candidate, Delta, Draw
+from infer_align.engines.transformers.choices import (
+    Entry,
+    chat_logprobs,
+    completion_logprobs,
+    delta_choice,
+    finished_choice,
+)
+from infer_align.engines.transformers.model import Step
+from infer_align.engines.transformers.prompt import Prompt
+from infer_align.types import Body, Candidate, Delta, Draw
 from infer_align.values import Value
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import ValueLM
@@ -23,56 +28,81 @@ from infer_align.values.lookahead import ValueLM
 
 @dataclass(eq=False)
 class Job:
-    """One draw on its way: waiting, prefilled, then as rows in the batch."""
+    """One draw: waiting, then prefilled, then as rows in the batch.
+
+    Attributes:
+        draw: the draw.
+        params: its sampling parameters.
+        prompt: its rendered prompt.
+        max_tokens: tokens that each candidate may generate.
+        steering: the loaded values that steer it, with their weights. A value may be replaced
+            later; the job keeps the one that it was bound to.
+        estimates: the loaded heads whose estimates it reports, with their weights.
+        loop: the event loop of the caller.
+        stream: what the caller reads.
+        closed: True once the caller has left; set from the event loop.
+        stopped: candidates to be finished now; None stands for all. Set from the event loop.
+        rows: the candidates that have not joined the batch; set by the scheduler.
+        cache: keys and values of the prompt, one row; set by prefill.
+        step: the model's result after the prompt, one row; set by prefill.
+        value_caches: keys and values of the prompt in the value LMs; set by prefill.
+        unfinished: candidates that are not finished; counted down by the scheduler.
+    """
 
     draw: Draw
     params: SamplingParams
     prompt: Prompt
-    room: int  # tokens that each candidate may generate
-    # Loaded values and their weights. A value may be replaced later; the job keeps the one it was bound to.
+    max_tokens: int
     steering: Mapping[Value, float] = field(default_factory=dict)
     estimates: Mapping[HeadValue, float] = field(default_factory=dict)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
-    closed: bool = False  # set from the event loop: nobody listens any more
-    rows: deque[Row] = field(
-        default_factory=deque
-    )  # the candidates that have not joined the batch; filled by the scheduler
-    cache: RowCache = field(default_factory=RowCache)  # the prompt's one row, filled by prefill
-    step: Step | None = None  # after the prompt, of one row; None until it is prefilled
-    value_caches: dict[ValueLM, RowCache] = field(
-        default_factory=dict
-    )  # the prompt's row in the value LMs that steer the draw
-    stops: set[int | None] = field(default_factory=set)  # candidates to finish now; None means all
-    unfinished: int = field(
-        init=False
-    )  # candidates still to be told; counted down by the scheduler
+    closed: bool = False
+    stopped: set[int | None] = field(default_factory=set)
+    rows: deque[Row] = field(default_factory=deque)
+    cache: RowCache = field(default_factory=RowCache)
+    step: Step | None = None
+    value_caches: dict[ValueLM, RowCache] = field(default_factory=dict)
+    unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.unfinished = self.draw.n
-        self.stream = Stream(self.draw.n, self.stops.add, self._close)
+        self.stream = Stream(self.draw.n, self.stopped.add, self._close)
 
     def _close(self) -> None:
         self.closed = True
 
     @property
     def echo(self) -> str:
-        """What a text completion repeats before its own words."""
+        """The text that a text completion repeats before its own."""
         return self.prompt.text if self.params.echo else ""
 
     @property
     def width(self) -> int:
-        """Columns of the cache that each candidate may come to need."""
-        return len(self.prompt.ids) + self.room
+        """Columns of the cache that each candidate may need."""
+        return len(self.prompt.ids) + self.max_tokens
 
-    def stopping(self, row: Row) -> bool:
-        """Whether the candidate is to be finished now."""
-        return None in self.stops or row.index in self.stops
+    def is_stopped(self, index: int) -> bool:
+        """Return True if the candidate is to be finished now."""
+        return None in self.stopped or index in self.stopped
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """Candidate `index` of a job; one row of the running batch while it is decoded."""
+    """One candidate of a job; a row of the running batch while it is decoded.
+
+    Attributes:
+        job: its job.
+        index: its index in the job.
+        seed: its own seed.
+        text: the text of its tokens.
+        eos: the model's end-of-sequence tokens.
+        tokens: the tokens sampled so far.
+        entries: the logprob entry of each token, if the request reports logprobs.
+        streamed_entries: number of entries that deltas have carried.
+        pending_echo: the echo, until the first delta.
+        finish_reason: None while it is decoded.
+    """
 
     job: Job
     index: int
@@ -80,15 +110,13 @@ class Row:
     text: TextStream
     eos: frozenset[int]
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)  # one per token, when asked for
-    pending: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # of those, the ones not yet streamed
+    entries: list[Entry] = field(default_factory=list)
+    streamed_entries: int = 0
+    pending_echo: str = field(init=False)
     finish_reason: str | None = None
-    unsaid: str = field(init=False)  # the echo, until the first delta
 
     def __post_init__(self) -> None:
-        self.unsaid = self.job.echo
+        self.pending_echo = self.job.echo
 
     @property
     def params(self) -> SamplingParams:
@@ -97,146 +125,96 @@ class Row:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The job's prompt."""
+        """The tokens of the job's prompt."""
         return self.job.prompt.ids
 
     @property
     def length(self) -> int:
-        """Tokens whose keys and values are needed for the next step: all of them."""
+        """Tokens whose keys and values the next step needs: all of them."""
         return len(self.prompt_ids) + len(self.tokens)
 
     @property
+    def is_steered(self) -> bool:
+        """True if the draw is steered by values."""
+        return self.job.draw.steering is not None
+
+    @property
     def is_due(self) -> bool:
-        """Whether somebody wants to hear now what it is expected to be worth."""
-        watch = self.job.draw.estimates
-        return watch is not None and watch.is_due(len(self.tokens))
+        """True if an estimate is to be reported before the next token."""
+        schedule = self.job.draw.estimates
+        return schedule is not None and schedule.is_due(len(self.tokens))
 
     @property
     def banned(self) -> frozenset[int]:
-        """End-of-sequence tokens, while min_tokens forbids the end."""
+        """The end-of-sequence tokens while min_tokens forbids the end."""
         return self.eos if len(self.tokens) < self.params.min_tokens else frozenset()
 
-    def accept(self, token: int, logprob: dict[str, Any] | None) -> list[Event]:
-        """Add a sampled token; -> what the stream is told."""
+    def accept(self, token: int, entry: Entry | None) -> list[Event]:
+        """Add a sampled token and return the events that result."""
         self.tokens.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-            self.pending.append(logprob)
+        if entry is not None:
+            self.entries.append(entry)
         if token in self.eos and not self.params.ignore_eos:
             self.finish_reason = "stop"
             return self.finish()
         piece = self.text.push(token)
         if self.text.stopped:
             self.finish_reason = "stop"
-        elif len(self.tokens) >= self.job.room:
+        elif len(self.tokens) >= self.job.max_tokens:
             self.finish_reason = "length"
         events: list[Event] = [self._delta(piece)] if piece else []
         return events if self.finish_reason is None else events + self.finish()
 
     def finish(self) -> list[Event]:
-        """The last words and the candidate; cut short, its reason is the length it was allowed."""
-        cut = self.finish_reason is None
+        """Return the last delta and the candidate.
+
+        A candidate without a finish_reason is interrupted; it then ends because of its length.
+        """
+        interrupted = self.finish_reason is None
         self.finish_reason = self.finish_reason or "length"
+        events: list[Event] = []
         rest = self.text.finish()
-        told: list[Event] = [self._delta(rest)] if rest or self.pending or self.unsaid else []
+        if rest or self.pending_echo or self.streamed_entries < len(self.entries):
+            events.append(self._delta(rest))
         text = self.job.echo + self.text.text
-        logprobs = self._wire_logprobs(self.logprobs)
-        if self.job.draw.kind == "chat":
-            message = {"role": "assistant", "content": text, "refusal": None}
-            choice: dict[str, Any] = {
-                "message": message,
-                "logprobs": logprobs,
-                "finish_reason": self.finish_reason,
-            }
-        else:
-            choice = {"text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
-        return [
-            *told,
-            Candidate(
-                self.index, choice, 0, len(self.prompt_ids), len(self.tokens), interrupted=cut
-            ),
-        ]
+        logprobs = self._logprobs(0)
+        choice = finished_choice(self.job.draw.kind, text, logprobs, self.finish_reason)
+        candidate = Candidate(
+            self.index,
+            choice,
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.tokens),
+            interrupted=interrupted,
+        )
+        return [*events, candidate]
 
-    def fail(self, why: str) -> list[Event]:
-        """Nothing more can be sampled."""
+    def fail(self, reason: str) -> list[Event]:
+        """Return the failed candidate."""
         self.finish_reason = "error"
-        return [
-            Candidate(
-                self.index, {}, 0, len(self.prompt_ids), len(self.tokens), error=why, status=500
-            )
-        ]
+        candidate = Candidate(
+            self.index,
+            {},
+            prompt_tokens=len(self.prompt_ids),
+            completion_tokens=len(self.tokens),
+            error=reason,
+            status=500,
+        )
+        return [candidate]
 
-    def _delta(self, piece: str) -> Delta:
-        logprobs, self.pending = self._wire_logprobs(self.pending), []
-        piece, self.unsaid = self.unsaid + piece, ""
-        choice = {"delta": {"content": piece}} if self.job.draw.kind == "chat" else {"text": piece}
-        return Delta(self.index, {**choice, "logprobs": logprobs})
+    def _delta(self, text: str) -> Delta:
+        logprobs = self._logprobs(self.streamed_entries)
+        self.streamed_entries = len(self.entries)
+        choice = delta_choice(self.job.draw.kind, self.pending_echo + text, logprobs)
+        self.pending_echo = ""
+        return Delta(self.index, choice)
 
-    def _wire_logprobs(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+    def _logprobs(self, start: int) -> Body | None:
+        """Return the logprobs field for the entries from `start` on; None without logprobs."""
         if self.params.logprobs is None:
             return None
+        entries = self.entries[start:]
         if self.job.draw.kind == "chat":
-            return {"content": list(entries), "refusal": None}
-        offsets, offset = (
-            [],
-            sum(len(e["token"]) for e in self.logprobs[: len(self.logprobs) - len(entries)]),
-        )
-        for entry in entries:
-            offsets.append(offset)
-            offset += len(entry["token"])
-        return {
-            "tokens": [_name(e) for e in entries],
-            "token_logprobs": [e["logprob"] for e in entries],
-            "top_logprobs": [{_name(t): t["logprob"] for t in e["top_logprobs"]} for e in entries]
-            if self.params.logprobs
-            else None,
-            "text_offset": offsets,
-        }
-
-
-def logprob_entries(
-    model: Model, logits: torch.Tensor, aligned: torch.Tensor, rows: list[Row], tokens: list[int]
-) -> list[dict[str, Any] | None]:
-    """OpenAI's entry per row that asked for logprobs: of the frozen model itself, before temperature, biases and penalties.
-
-    A row that is steered has `aligned_logprob` beside it: the token's under the logits that were sampled from, before temperature.
-    """
-    asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    entries: list[dict[str, Any] | None] = [None] * len(rows)
-    if not asking:
-        return entries
-    logprobs = torch.log_softmax(logits[asking], dim=-1)
-    alternatives = {i: rows[i].params.logprobs or 0 for i in asking}
-    top = logprobs.topk(min(max(alternatives.values()), logprobs.shape[-1]), dim=-1)
-    for j, (i, k) in enumerate(alternatives.items()):
-        best = zip(top.indices[j, :k].tolist(), top.values[j, :k].tolist(), strict=True)
-        entry = _entry(model, tokens[i], float(logprobs[j, tokens[i]]))
-        entries[i] = entry = {
-            **entry,
-            "top_logprobs": [_entry(model, token, value) for token, value in best],
-        }
-        if rows[i].job.draw.steering:
-            entry["aligned_logprob"] = max(
-                float(torch.log_softmax(aligned[i], dim=-1)[tokens[i]]), -9999.0
-            )
-    return entries
-
-
-def _entry(model: Model, token: int, logprob: float) -> dict[str, Any]:
-    data = token_bytes(model.tokenizer, token)
-    # JSON has no infinity; a token that a bias or a ban alone made possible is OpenAI's -9999.
-    return {
-        "token": data.decode(errors="replace"),
-        "logprob": max(logprob, -9999.0),
-        "bytes": list(data),
-    }
-
-
-def _name(entry: dict[str, Any]) -> str:
-    """A token as text completions name it: parts of characters by their bytes, so that no two share a name."""
-    data = bytes(entry["bytes"])
-    return (
-        str(entry["token"])
-        if data == entry["token"].encode()
-        else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-    )
+            return chat_logprobs(entries)
+        characters = sum(len(entry["token"]) for entry in self.entries[:start])
+        alternatives = self.params.logprobs > 0
+        return completion_logprobs(entries, characters, alternatives=alternatives)

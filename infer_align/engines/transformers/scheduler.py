@@ -1,16 +1,14 @@
-"""One thread, one running batch: candidates join and leave it at step boundaries, and no request waits for another to finish."""
+"""Continuous batching: one thread decodes one running batch.
+
+Candidates join and leave the batch between two steps, so no request waits for another to finish.
+"""
 
 from __future__ import annotations
 
-import itertools
-import logging
-import operator
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -19,45 +17,63 @@ from infer_align.decoding.sampler import adjust, sample
 from infer_align.decoding.siblings import choose_siblings
 from infer_align.decoding.steering import expected_values, steer
 from infer_align.decoding.text import TextStream
-from infer_align.engines import Event
 from infer_align.engines.transformers.batch import Batch
+from infer_align.engines.transformers.choices import Entry, logprob_entries
 from infer_align.engines.transformers.model import Model, Step
-from infer_align.engines.transformers.reading import Question, Read, read_group, take_group
-from infer_align.engines.transformers.rows import Job, Row, logprob_entries
+from infer_align.engines.transformers.outbox import Outbox
+from infer_align.engines.transformers.reading import Question, QuestionQueue
+from infer_align.engines.transformers.rows import Job, Row
 from infer_align.engines.transformers.steering import Steerer
-from infer_align.errors import AlignError, EngineFailed, Unavailable
-from infer_align.types import Candidate, Estimate
+from infer_align.errors import Unavailable
+from infer_align.types import Estimate
 
-if TYPE_CHECKING:
-    from infer_align.engines.transformers import Transformers
-
-log = logging.getLogger("infer_align")
+# Questions, and prompts that wait for room in the batch, may each take this share of the cache.
+SHARE_OF_CACHE = 8
 
 
 class Scheduler(threading.Thread):
-    """Runs the model. Everything below `run` happens in its thread alone."""
+    """Runs the model. All private methods run in its thread alone.
 
-    def __init__(self, model: Model, steerer: Steerer, config: Transformers) -> None:
+    Args:
+        model: the frozen model.
+        steerer: the values that steer it.
+        max_batch: candidates that are decoded at once.
+        prefill_tokens: prompt tokens that are read between two decoding steps.
+        kv_cache_gib: memory for keys and values.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        steerer: Steerer,
+        *,
+        max_batch: int,
+        prefill_tokens: int,
+        kv_cache_gib: float,
+    ) -> None:
         super().__init__(name="scheduler", daemon=True)
-        self.model = model
-        self.steerer = steerer
-        self.max_batch = config.max_batch
-        self.prefill_tokens = config.prefill_tokens
-        self._kv_bytes = config.kv_cache_gib * 2**30
+        self._model = model
+        self._steerer = steerer
+        self._max_batch = max_batch
+        self._prefill_tokens = prefill_tokens
+        self._cache_bytes = kv_cache_gib * 2**30
+        # None wakes the thread.
         self._inbox: queue.SimpleQueue[Job | Question | None] = queue.SimpleQueue()
-        self._halt = False
-        self._over = False  # nothing is received any more
-        self._jobs: set[Job] = set()  # everything that somebody waits for
-        self._questions: deque[Question] = deque()  # not yet read
-        self._waiting: deque[Job] = deque()  # not yet prefilled
-        self._ready: deque[Job] = deque()  # prefilled, with candidates that have not joined
+        self._outbox = Outbox()
+        self._stopping = False
+        self._ended = False
+        # All jobs with a caller: those that wait, those that are prefilled and those in the batch.
+        self._jobs: set[Job] = set()
+        self._questions = QuestionQueue(model)
+        self._waiting: deque[Job] = deque()
+        # Prefilled jobs with candidates that have not joined the batch.
+        self._ready: deque[Job] = deque()
         self._batch = Batch()
-        self._told: list[tuple[Job, Event | AlignError]] = []
 
     @property
     def capacity(self) -> int:
-        """Cells of the cache, rows x columns; fewer when a value LM has been added, whose keys and values count too."""
-        return int(self._kv_bytes / (self.model.cell_bytes + self.steerer.cell_bytes))
+        """Cells of the cache, rows x columns. Keys and values of value LMs count too."""
+        return int(self._cache_bytes / (self._model.cell_bytes + self._steerer.cell_bytes))
 
     def submit(self, job: Job | Question) -> None:
         """Queue a job or a question; from any thread.
@@ -66,150 +82,130 @@ class Scheduler(threading.Thread):
             Unavailable: the thread has ended or is about to.
         """
         self._inbox.put(job)
-        if self._over:
+        if self._ended:
             raise Unavailable("the engine was shut down")
 
     def stop(self) -> None:
         """End the thread after the current step, and every job with an error."""
-        self._halt = True
+        self._stopping = True
         self._inbox.put(None)
         self.join()
 
     def run(self) -> None:
-        """Step until stopped."""
+        """Step until stopped, then end what is left with an error."""
         with torch.inference_mode():
-            while not self._halt:
+            while not self._stopping:
                 self._receive()
                 self._step()
-                self._publish()
-        self._over = True
+                self._outbox.publish()
+        self._ended = True
+        # `_receive` waits while there is nothing to do; this entry ends the wait.
         self._inbox.put(None)
         self._receive()
         closed = Unavailable("the engine was shut down")
-        self._fail(self._jobs, closed)
-        self._publish()
-        self._answer([(question, closed) for question in self._questions])
+        self._outbox.fail(self._jobs, closed)
+        self._outbox.publish()
+        self._questions.fail(closed)
 
     def _receive(self) -> None:
+        """Take what was submitted; wait for it if there is nothing else to do."""
         idle = not self._jobs and not self._questions
         while idle or not self._inbox.empty():
             job = self._inbox.get()
             idle = False
             if isinstance(job, Question):
-                self._questions.append(job)
+                self._questions.add(job)
             elif job is not None:
                 self._jobs.add(job)
-                job.rows.extend(self._new_rows(job))
                 self._waiting.append(job)
-
-    def _new_rows(self, job: Job) -> Iterable[Row]:
-        for i, seed in enumerate(job.draw.seeds):
-            yield Row(
-                job, i, seed, TextStream(self.model.tokenizer, job.params.stop), self.model.eos
-            )
+                for i, seed in enumerate(job.draw.seeds):
+                    text = TextStream(self._model.tokenizer, job.params.stop)
+                    job.rows.append(Row(job, i, seed, text, self._model.eos))
 
     def _step(self) -> None:
-        self._leave()
-        self._read()
+        self._remove_ended()
+        self._questions.read(self._prefill_tokens, max(1, self.capacity // SHARE_OF_CACHE))
         self._prefill()
         self._join()
         self._decode()
 
-    def _leave(self) -> None:
-        """Drop what nobody waits for, and finish what was told to stop."""
+    def _remove_ended(self) -> None:
+        """Finish the candidates that were stopped, and drop the jobs whose callers have left."""
         for jobs in (self._waiting, self._ready):
-            for job in [*jobs]:
-                for row in [row for row in job.rows if job.stopping(row)]:
+            for job in list(jobs):
+                stopped = [row for row in job.rows if job.is_stopped(row.index)]
+                for row in stopped:
                     job.rows.remove(row)
-                    self._tell(job, row.finish())
+                    self._outbox.add(job, row.finish())
                 if job.closed or not job.rows:
                     jobs.remove(job)
-        for row in self._batch.rows:
-            if row.finish_reason is None and row.job.stopping(row):
-                self._tell(row.job, row.finish())
+        running: list[int] = []
+        for i, row in enumerate(self._batch.rows):
+            if row.finish_reason is None and row.job.is_stopped(row.index):
+                self._outbox.add(row.job, row.finish())
+            if row.finish_reason is None and not row.job.closed:
+                running.append(i)
+        self._batch = self._batch.take(running)
         self._jobs = {job for job in self._jobs if job.unfinished and not job.closed}
-        self._batch = self._batch.take(
-            [
-                i
-                for i, row in enumerate(self._batch.rows)
-                if row.finish_reason is None and not row.job.closed
-            ]
-        )
-
-    def _read(self) -> None:
-        """Answer questions, group by group, until `prefill_tokens` of prompts have been read."""
-        left, cells = self.prefill_tokens, max(1, self.capacity // 8)
-        while left > 0 and self._questions:
-            group = [q for q in take_group(self._questions, left, cells) if not q.answer.done()]
-            left -= sum(len(question.ids) for question in group)
-            if not group:
-                continue
-            outcomes: Sequence[Read | Exception]
-            try:
-                outcomes = read_group(self.model, group, self.prefill_tokens, cells)
-            except AlignError as error:
-                outcomes = [error] * len(group)
-            except Exception as error:  # whatever the model's code raises
-                log.exception("a reading failed")
-                outcomes = [EngineFailed(f"the engine failed: {error}", status=500)] * len(group)
-            self._answer(list(zip(group, outcomes, strict=True)))
-
-    def _answer(self, told: Sequence[tuple[Question, Read | Exception]]) -> None:
-        for question, outcome in told:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                question.loop.call_soon_threadsafe(question.tell, outcome)
 
     def _prefill(self) -> None:
-        """Read up to `prefill_tokens` of prompts: several short ones at once, or the next part of a long one."""
-        if not self._waiting or len(self._batch.rows) >= self.max_batch or self._is_ahead([]):
+        """Read several short prompts at once, or the next part of a long one."""
+        full = len(self._batch.rows) >= self._max_batch
+        if not self._waiting or full or self._is_ahead([]):
             return
         first = self._waiting[0]
-        done = first.cache.length
-        if done or len(first.prompt.ids) > self.prefill_tokens:
-            part = first.prompt.ids[done : done + self.prefill_tokens]
-            with self._failing([first]):
-                step = self._forward([part], first.cache, [done + len(part)])
-                if done + len(part) == len(first.prompt.ids):
-                    self._prefilled(first, step)
-                    self._ready.append(self._waiting.popleft())
-            return
-        batch: list[Job] = []
-        while (
-            self._waiting
-            and self._fits_prefill([*batch, self._waiting[0]])
-            and not self._is_ahead(batch)
-        ):
-            batch.append(self._waiting.popleft())
+        if first.cache.length or len(first.prompt.ids) > self._prefill_tokens:
+            self._prefill_part(first)
+        else:
+            self._prefill_together()
+
+    def _prefill_part(self, job: Job) -> None:
+        ids = job.prompt.ids
+        start = job.cache.length
+        end = min(start + self._prefill_tokens, len(ids))
+        with self._outbox.failing([job]):
+            step = self._model.read([ids[start:end]], job.cache, [end])
+            if end == len(ids):
+                self._set_prefilled(job, step)
+                self._ready.append(self._waiting.popleft())
+
+    def _prefill_together(self) -> None:
+        jobs: list[Job] = []
+        while self._waiting and not self._is_ahead(jobs):
+            if not self._fits_prefill([*jobs, self._waiting[0]]):
+                break
+            jobs.append(self._waiting.popleft())
+        prompts = [job.prompt.ids for job in jobs]
         cache = RowCache()
-        with self._failing(batch):
-            step = self._forward(
-                [job.prompt.ids for job in batch], cache, [len(job.prompt.ids) for job in batch]
-            )
-            for i, job in enumerate(batch):
+        with self._outbox.failing(jobs):
+            step = self._model.read(prompts, cache, [len(ids) for ids in prompts])
+            for i, job in enumerate(jobs):
                 job.cache = cache.take([i], len(job.prompt.ids))
-                self._prefilled(job, Step(step.logits[i : i + 1], step.hidden[i : i + 1]))
-            self._ready.extend(batch)
+                self._set_prefilled(job, Step(step.logits[i : i + 1], step.hidden[i : i + 1]))
+            self._ready.extend(jobs)
 
-    def _prefilled(self, job: Job, step: Step) -> None:
+    def _set_prefilled(self, job: Job, step: Step) -> None:
         job.step = step
-        job.value_caches = self.steerer.prefill(job.steering, job.prompt.ids)
+        job.value_caches = self._steerer.prefill(job.steering, job.prompt.ids)
 
-    def _is_ahead(self, batch: list[Job]) -> bool:
-        """Prompts that wait for room hold memory too: beside the first, they may take an eighth of what the batch may."""
-        return sum(len(job.prompt.ids) for job in [*self._ready, *batch][1:]) > self.capacity // 8
+    def _is_ahead(self, jobs: list[Job]) -> bool:
+        """Return True if the prefilled prompts that wait for room take too much memory.
+
+        The first one may have any size.
+        """
+        waiting = [*self._ready, *jobs][1:]
+        tokens = sum(len(job.prompt.ids) for job in waiting)
+        return tokens > self.capacity // SHARE_OF_CACHE
 
     def _fits_prefill(self, jobs: list[Job]) -> bool:
-        return len(jobs) * max(len(job.prompt.ids) for job in jobs) <= self.prefill_tokens
-
-    def _forward(self, parts: list[list[int]], cache: RowCache, lengths: list[int]) -> Step:
-        width = max(len(part) for part in parts)
-        ids = torch.tensor(
-            [[0] * (width - len(part)) + part for part in parts], device=self.model.device
-        )
-        return self.model.forward(ids, cache, lengths)
+        longest = max(len(job.prompt.ids) for job in jobs)
+        return len(jobs) * longest <= self._prefill_tokens
 
     def _join(self) -> None:
-        """Let prefilled candidates in, one of each job in turn, so that a large request does not hold up a small one."""
+        """Let prefilled candidates join the batch.
+
+        The jobs take turns, so that a large request does not hold up a small one.
+        """
         joining: list[Row] = []
         while self._ready and self._fits([*self._batch.rows, *joining, self._ready[0].rows[0]]):
             job = self._ready.popleft()
@@ -218,109 +214,95 @@ class Scheduler(threading.Thread):
                 self._ready.append(job)
         if not joining:
             return
-        with self._failing(row.job for row in joining):
-            newcomers = Batch()
-            for job in dict.fromkeys(row.job for row in joining):
-                of_job = [row for row in joining if row.job is job]
-                newcomers = newcomers.join(Batch.of_prompt(job, of_job))
-            steps = [row.job.step for row in newcomers.rows if row.job.step]
-            step = Step(torch.cat([s.logits for s in steps]), torch.cat([s.hidden for s in steps]))
-            self._batch = self._batch.join(self._advance(newcomers, step))
+        with self._outbox.failing(row.job for row in joining):
+            batch, step = _prefilled_batch(joining)
+            self._batch = self._batch.join(self._advance(batch, step))
 
     def _fits(self, rows: list[Row]) -> bool:
-        return (
-            len(rows) <= self.max_batch
-            and len(rows) * max(row.job.width for row in rows) <= self.capacity
-        )
+        widest = max(row.job.width for row in rows)
+        return len(rows) <= self._max_batch and len(rows) * widest <= self.capacity
 
     def _decode(self) -> None:
+        """Sample the next token of every row of the batch."""
         rows = self._batch.rows
         if not rows:
             return
-        with self._failing(row.job for row in rows):
-            step = self._forward(
-                [row.tokens[-1:] for row in rows], self._batch.cache, [row.length for row in rows]
-            )
+        with self._outbox.failing(row.job for row in rows):
+            lengths = [row.length for row in rows]
+            step = self._model.read([row.tokens[-1:] for row in rows], self._batch.cache, lengths)
             self._batch = self._advance(self._batch, step)
 
     def _advance(self, batch: Batch, step: Step) -> Batch:
-        """The one place where logits become tokens; -> the rows that go on."""
-        batch, step = self._sound(batch, step)
+        """Turn logits into tokens; return the rows that continue."""
+        batch, step = self._drop_broken(batch, step)
         rows = batch.rows
         if not rows:
             return batch
-        logits, candidates = adjust(step.logits, rows), None
+        logits = adjust(step.logits, rows)
         if batch.steering is None:
-            batch.steering = self.steerer.steering_batch(rows)
+            batch.steering = self._steerer.steering_batch(rows)
+        candidates = None
         if batch.steering is not None:
             logits, candidates = steer(logits, step.hidden, batch.steering, batch.value_caches)
-        self._report_estimates(logits, step.hidden, rows)
+        self._report_estimates(rows, logits, step.hidden)
         tokens = sample(logits, rows)
-        entries = logprob_entries(self.model, step.logits, logits, rows, tokens)
         if candidates is not None:
             choose_siblings(batch.value_caches.values(), candidates, tokens)
-        for row, token, entry in zip(rows, tokens, entries, strict=True):
-            self._tell(row.job, row.accept(token, entry))
-        return batch.take([i for i, row in enumerate(rows) if row.finish_reason is None])
+        entries = self._entries(rows, step.logits, logits, tokens)
+        running: list[int] = []
+        for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            self._outbox.add(row.job, row.accept(token, entries.get(i)))
+            if row.finish_reason is None:
+                running.append(i)
+        return batch.take(running)
+
+    def _drop_broken(self, batch: Batch, step: Step) -> tuple[Batch, Step]:
+        """Fail the rows whose logits are not finite; return the others."""
+        finite = step.logits.amax(dim=-1).isfinite().tolist()
+        if all(finite):
+            return batch, step
+        sound: list[int] = []
+        for i, row in enumerate(batch.rows):
+            if finite[i]:
+                sound.append(i)
+            else:
+                reason = "the model's logits are not finite; check its weights and its dtype"
+                self._outbox.add(row.job, row.fail(reason))
+        return batch.take(sound), Step(step.logits[sound], step.hidden[sound])
 
     def _report_estimates(
-        self, logits: torch.Tensor, hidden: torch.Tensor, rows: Sequence[Row]
+        self, rows: Sequence[Row], logits: torch.Tensor, hidden: torch.Tensor
     ) -> None:
-        """Publish the estimates of the rows that are due."""
+        """Report the value estimates of the rows that are due."""
         due = [i for i, row in enumerate(rows) if row.is_due]
         if not due:
             return
         weights = [rows[i].job.estimates for i in due]
-        estimates = expected_values(logits[due], hidden[due], weights).tolist()
-        for i, value in zip(due, estimates, strict=True):
+        values = expected_values(logits[due], hidden[due], weights).tolist()
+        for i, value in zip(due, values, strict=True):
             row = rows[i]
-            self._tell(row.job, [Estimate(row.index, len(row.tokens), value)])
+            self._outbox.add(row.job, [Estimate(row.index, len(row.tokens), value)])
 
-    def _sound(self, batch: Batch, step: Step) -> tuple[Batch, Step]:
-        """Without the rows whose logits are not finite: they fail, alone."""
-        sound = step.logits.amax(dim=-1).isfinite().tolist()
-        if all(sound):
-            return batch, step
-        for row in itertools.compress(batch.rows, map(operator.not_, sound)):
-            self._tell(
-                row.job,
-                row.fail(
-                    "the model's logits are not finite; its weights or its dtype are at fault"
-                ),
-            )
-        kept = [i for i, fine in enumerate(sound) if fine]
-        return batch.take(kept), Step(step.logits[kept], step.hidden[kept])
-
-    def _tell(self, job: Job, events: Iterable[Event]) -> None:
-        for event in events:
-            self._told.append((job, event))
-            job.unfinished -= isinstance(event, Candidate)
-
-    @contextmanager
-    def _failing(self, jobs: Iterable[Job]) -> Iterator[None]:
-        """A part of a step: if it fails, it ends the requests that were in it, not the engine."""
-        jobs = {*jobs}
-        try:
-            yield
-        except Exception as error:  # whatever the model's code raises
-            log.exception("a step failed")
-            self._fail(jobs, EngineFailed(f"the engine failed: {error}", status=500))
-
-    def _fail(self, jobs: Iterable[Job], error: AlignError) -> None:
-        for job in jobs:
-            if job.unfinished:
-                self._told.append((job, error))
-            job.closed = True  # the next step lets go of all that belongs to it
-
-    def _publish(self) -> None:
-        """Hand the step's events over, with one call per event loop."""
-        told, self._told = self._told, []
-        for loop in {job.loop for job, _ in told}:
-            mine = [(job, event) for job, event in told if job.loop is loop]
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(_deliver, mine)
+    def _entries(
+        self, rows: Sequence[Row], logits: torch.Tensor, steered: torch.Tensor, tokens: list[int]
+    ) -> dict[int, Entry]:
+        """Return the logprob entries of the rows that report logprobs, by row."""
+        requested: dict[int, int] = {}
+        for i, row in enumerate(rows):
+            if row.params.logprobs is not None:
+                requested[i] = row.params.logprobs
+        steered_rows = frozenset(i for i in requested if rows[i].is_steered)
+        return logprob_entries(self._model, logits, steered, tokens, requested, steered_rows)
 
 
-def _deliver(told: list[tuple[Job, Event | AlignError]]) -> None:
-    for job, event in told:
-        job.stream.put(event)
+def _prefilled_batch(rows: Iterable[Row]) -> tuple[Batch, Step]:
+    """Make a batch of candidates with the keys, values and logits of their jobs' prompts."""
+    by_job: dict[Job, list[Row]] = {}
+    for row in rows:
+        by_job.setdefault(row.job, []).append(row)
+    batch = Batch()
+    for job, of_job in by_job.items():
+        batch = batch.join(Batch.of_prompt(job, of_job))
+    steps = [row.job.step for row in batch.rows if row.job.step is not None]
+    logits = torch.cat([step.logits for step in steps])
+    return batch, Step(logits, torch.cat([step.hidden for step in steps]))

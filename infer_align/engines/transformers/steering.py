@@ -1,4 +1,4 @@
-"""Values of the embedded engine: loading them, binding a draw to them and building the steering of a batch."""
+"""Values of the embedded engine: loading, binding draws to them, the steering of a batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Steerer:
             ConfigError: the value does not fit the frozen model.
         """
         value.start(self._frozen, self._shared)
-        # Replace the mapping instead of changing it: the scheduler's thread may be reading the old one.
+        # Replace the mapping instead of changing it: the scheduler's thread may be reading it.
         self._values = {**self._values, name: value}
         lookaheads = [v for v in self._values.values() if isinstance(v, LookaheadValue)]
         in_use = {id(lookahead.lm) for lookahead in lookaheads}
@@ -66,7 +66,7 @@ class Steerer:
         check_values(draw, self._values)
 
     def steering_values(self, draw: Draw) -> dict[Value, float]:
-        """Return the loaded values that steer a draw, with their weights; weights of 0 are left out."""
+        """Return the loaded values that steer a draw, with their weights other than 0."""
         beta = draw.steering.beta if draw.steering else {}
         return {self._values[name]: weight for name, weight in beta.items() if weight}
 
