@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks.record import record
 from benchmarks.serving.client import serving
-from tests.engines.openai.upstream import upstream
+from tests.engines.openai.upstream import fake_upstream
 
 OUT = Console()
 CONFIG = """
@@ -276,11 +276,11 @@ def target(name: str, model: str, seed: int) -> Iterator[Path]:
         path = Path(folder) / "infer-align.toml"
         text = CONFIG
         if name == "upstream":
-            app, chance = running.enter_context(upstream()), random.Random(seed)
+            app, chance = running.enter_context(fake_upstream()), random.Random(seed)
             app.behave = lambda _, __: (
                 "ok" if chance.random() < 0.5 else chance.choice(UPSTREAM_FAULTS)
             )
-            app.words_seconds = 0.02
+            app.word_seconds = 0.02
             text = UPSTREAM.format(url=app.url, model=model)
         path.write_text(text)
         yield path

@@ -18,7 +18,7 @@ from infer_align.engines.openai.models import parse_models
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable, Unsupported
 from infer_align.types import Candidate, Capability, Delta, Draw, LabelQuery
 from infer_align.upstream import UpstreamFailed
-from tests.engines.openai.upstream import Upstream, upstream
+from tests.engines.openai.upstream import FakeUpstream, fake_upstream
 from tests.server.conftest import end, start
 
 pytestmark = pytest.mark.anyio
@@ -26,16 +26,15 @@ ASK = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[Upstream]:
-    with upstream() as app:
+def up() -> Iterator[FakeUpstream]:
+    with fake_upstream() as app:
         yield app
 
 
 @pytest.fixture
-async def engine(up: Upstream) -> AsyncIterator[Callable[..., Any]]:
+async def engine(up: FakeUpstream) -> AsyncIterator[Callable[..., Any]]:
     """`await engine(n="single")`: started before that upstream."""
     up.reset()
-    up.behave, up.answer, up.most = (lambda _, __: "ok"), None, None
     made: list[OpenAIEngine] = []
 
     async def make(**config: Any) -> OpenAIEngine:
@@ -90,7 +89,7 @@ def indifferent(path: str, body: dict[str, Any]) -> dict[str, Any]:
     return {"choices": [choice], "usage": {"prompt_tokens": 10}}
 
 
-async def test_everything_is_found(up: Upstream, engine: Any) -> None:
+async def test_everything_is_found(up: FakeUpstream, engine: Any) -> None:
     up.answer = capable
     found = await engine(probe=True)
     assert {"completion", "seed", "logprobs", "label_logprobs", "tools", "structured"} | {
@@ -104,7 +103,7 @@ async def test_everything_is_found(up: Upstream, engine: Any) -> None:
     assert found.context_length == 1000
 
 
-async def test_a_200_is_no_capability(up: Upstream, engine: Any) -> None:
+async def test_a_200_is_no_capability(up: FakeUpstream, engine: Any) -> None:
     """Seeds, tools, formats and biases count where they are seen to work; a bias that changes nothing is refused by name."""
     up.answer = indifferent
     found = await engine(probe=True)
@@ -117,8 +116,8 @@ async def test_a_200_is_no_capability(up: Upstream, engine: Any) -> None:
         found.check(Draw({"messages": ASK, "logit_bias": {"1": 5}}))
 
 
-async def test_what_is_ignored_is_refused_by_name(up: Upstream, engine: Any) -> None:
-    up.most = 1
+async def test_what_is_ignored_is_refused_by_name(up: FakeUpstream, engine: Any) -> None:
+    up.max_choices = 1
     found = await engine(probe=True)
     assert Capability.LOGPROBS not in found.capabilities
     assert Capability.LABEL_LOGPROBS not in found.capabilities
@@ -128,7 +127,7 @@ async def test_what_is_ignored_is_refused_by_name(up: Upstream, engine: Any) -> 
     found.check(
         Draw({"messages": ASK, "temperature": 7, "custom": 1})
     )  # whether a value is right is the upstream's to say
-    up.reset()
+    up.clear_log()
     await found.generate(Draw({"messages": ASK}, 3, (1, 2, 3)))
     assert up.calls == 3, "that n is ignored was found at the start"
     with pytest.raises(Unsupported):
@@ -136,7 +135,7 @@ async def test_what_is_ignored_is_refused_by_name(up: Upstream, engine: Any) -> 
 
 
 async def test_an_upstream_that_refuses_or_fails_probes_still_serves(
-    up: Upstream, engine: Any
+    up: FakeUpstream, engine: Any
 ) -> None:
     up.behave = lambda _, body: (
         "ok" if "max_tokens" not in body else ("error_500" if "tools" in body else "error_400")
@@ -159,7 +158,7 @@ async def until(condition: Callable[[], bool], seconds: float = 3.0) -> bool:
     return False
 
 
-async def test_a_probe_that_failed_is_repeated(up: Upstream, engine: Any) -> None:
+async def test_a_probe_that_failed_is_repeated(up: FakeUpstream, engine: Any) -> None:
     up.behave, up.answer = (lambda _, __: "error_500"), capable
     found = await engine(probe=True, recovery_seconds=0.1)
     assert set(found.capabilities) == {"chat"}
@@ -170,9 +169,11 @@ async def test_a_probe_that_failed_is_repeated(up: Upstream, engine: Any) -> Non
     assert up.calls == calls, "what is known is not asked again"
 
 
-async def test_each_upstream_is_asked_about_models_of_its_own(up: Upstream, engine: Any) -> None:
+async def test_each_upstream_is_asked_about_models_of_its_own(
+    up: FakeUpstream, engine: Any
+) -> None:
     up.answer = capable
-    with upstream() as other:
+    with fake_upstream() as other:
         other.models, other.answer = (
             [{"id": "other", "max_model_len": 77}, {"id": "another"}],
             indifferent,
@@ -192,9 +193,9 @@ async def test_each_upstream_is_asked_about_models_of_its_own(up: Upstream, engi
 
 
 async def test_an_upstream_without_the_configured_model_is_left_out(
-    up: Upstream, engine: Any
+    up: FakeUpstream, engine: Any
 ) -> None:
-    with upstream() as other:
+    with fake_upstream() as other:
         other.models = [{"id": "else"}]
         found = await engine(model="up", urls=(other.url, up.url))
         for _ in range(4):
@@ -205,7 +206,7 @@ async def test_an_upstream_without_the_configured_model_is_left_out(
         assert up.calls + other.calls == 5, "where none lists it, lists say nothing"
 
 
-async def test_probes_are_bounded_in_time(up: Upstream, engine: Any) -> None:
+async def test_probes_are_bounded_in_time(up: FakeUpstream, engine: Any) -> None:
     up.behave = lambda _, __: "hang"
     found = await engine(probe=True, probe_seconds=0.3)
     assert found.health() is None
@@ -213,7 +214,7 @@ async def test_probes_are_bounded_in_time(up: Upstream, engine: Any) -> None:
     assert up.until(lambda: up.running == 0, 1.0)
 
 
-async def test_a_list_can_be_trusted_instead(up: Upstream, engine: Any) -> None:
+async def test_a_list_can_be_trusted_instead(up: FakeUpstream, engine: Any) -> None:
     found = await engine(capabilities=("seed", "label_logprobs"))
     assert up.calls == 0
     assert set(found.capabilities) == {"chat", "seed", "label_logprobs"}
@@ -347,17 +348,19 @@ async def test_worst_case(before_ours: Any) -> None:
     assert engine.worst_case_tokens({"messages": []}) == engine.context_length
 
 
-async def test_a_text_that_names_stream_options_unmeters_nobody(up: Upstream, engine: Any) -> None:
+async def test_a_text_that_names_stream_options_unmeters_nobody(
+    up: FakeUpstream, engine: Any
+) -> None:
     up.behave = lambda _, body: "echo" if "top_p" in body else "ok"
     asked = await engine()
     with pytest.raises(InvalidRequest, match="I refuse"):
         await asked.generate(Draw({"messages": ASK, "top_p": 7}, deltas=True))
-    up.reset()
+    up.clear_log()
     await asked.generate(Draw({"messages": ASK}, deltas=True))
     assert up.bodies[0]["stream_options"] == {"include_usage": True}
 
 
-async def test_usage_that_is_missing_is_read_from_the_text(up: Upstream, engine: Any) -> None:
+async def test_usage_that_is_missing_is_read_from_the_text(up: FakeUpstream, engine: Any) -> None:
     up.answer = lambda _, __: {
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "x" * 400}}]
     }
@@ -365,11 +368,11 @@ async def test_usage_that_is_missing_is_read_from_the_text(up: Upstream, engine:
     assert candidate.completion_tokens == 100
 
 
-async def test_an_upstream_that_meters_no_streams(up: Upstream, engine: Any) -> None:
+async def test_an_upstream_that_meters_no_streams(up: FakeUpstream, engine: Any) -> None:
     up.behave = lambda _, body: "no_stream_options" if "stream_options" in body else "ok"
     asked = await engine()
     for calls in (2, 1):
-        up.reset()
+        up.clear_log()
         (candidate,) = await asked.generate(Draw({"messages": ASK}, deltas=True))
         assert (candidate.text, candidate.completion_tokens) == ("candidate 3", 3), (
             "its eleven characters"
@@ -402,7 +405,7 @@ def speaker(model: dict[str, dict[str, float]], *, continues: bool) -> Any:
 
 
 @pytest.mark.parametrize("continues", [True, False])
-async def test_labels_of_one_token(up: Upstream, engine: Any, continues: bool) -> None:
+async def test_labels_of_one_token(up: FakeUpstream, engine: Any, continues: bool) -> None:
     up.answer = speaker({"": {"3": 0.5, "4": 0.25, "x": 0.25}}, continues=continues)
     features = ("label_logprobs", *(("continue",) if continues else ()))
     reading = await (await engine(capabilities=features)).read_labels(
@@ -420,7 +423,7 @@ async def test_labels_of_one_token(up: Upstream, engine: Any, continues: bool) -
     assert sent.get("add_generation_prompt", True) is not continues
 
 
-async def test_labels_of_several_tokens(up: Upstream, engine: Any) -> None:
+async def test_labels_of_several_tokens(up: FakeUpstream, engine: Any) -> None:
     model = {
         "": {"8": 0.5, "1": 0.4, "85": 0.0625},
         "8": {"5": 0.5, "]": 0.5},
@@ -442,7 +445,7 @@ async def test_labels_of_several_tokens(up: Upstream, engine: Any) -> None:
 
 
 async def test_where_turns_cannot_be_continued_a_label_may_end_before_a_longer_one(
-    up: Upstream, engine: Any
+    up: FakeUpstream, engine: Any
 ) -> None:
     """The upstream says what it was asked to choose from: "]" where the label is whole."""
     labels = tuple(str(i) for i in range(1, 11))
@@ -455,7 +458,9 @@ async def test_where_turns_cannot_be_continued_a_label_may_end_before_a_longer_o
     assert up.bodies[1]["messages"][-1]["content"].endswith("It is one of: ], 0.")
 
 
-async def test_a_tokenizer_that_says_numbers_whole_is_asked_once(up: Upstream, engine: Any) -> None:
+async def test_a_tokenizer_that_says_numbers_whole_is_asked_once(
+    up: FakeUpstream, engine: Any
+) -> None:
     up.answer = speaker(
         {"": {"1": 0.9, "85": 0.1}, "1": {"0": 1.0}, "8": {"5": 1.0}}, continues=False
     )
@@ -470,19 +475,19 @@ async def test_a_tokenizer_that_says_numbers_whole_is_asked_once(up: Upstream, e
 
 @pytest.mark.parametrize(("probed", "calls"), [(True, 1), (False, 2)])
 async def test_labels_of_a_model_that_knows_the_newer_limit_only(
-    up: Upstream, engine: Any, probed: bool, calls: int
+    up: FakeUpstream, engine: Any, probed: bool, calls: int
 ) -> None:
     up.behave = lambda _, body: "newer_limit" if "max_tokens" in body else "ok"
     up.answer = speaker({"": {"3": 0.5, "4": 0.25}}, continues=False)
     asked = await engine(probe=probed, capabilities=("label_logprobs",))
-    up.reset()
+    up.clear_log()
     reading = await asked.read_labels(LabelQuery(ASK, "Score: [", ("3", "4")))
     assert reading.logprobs["3"] == pytest.approx(math.log(0.5))
     assert (reading.calls, up.calls) == (calls, calls)
     assert up.bodies[-1]["max_completion_tokens"] >= 1
 
 
-async def test_labels_fail_by_name(up: Upstream, engine: Any) -> None:
+async def test_labels_fail_by_name(up: FakeUpstream, engine: Any) -> None:
     asked = await engine(capabilities=("label_logprobs",))
     with pytest.raises(UpstreamFailed, match="no top logprobs"):
         await asked.read_labels(LabelQuery(ASK, "", ("1",)))

@@ -23,7 +23,7 @@ from infer_align.types import Capability, Draw, Steering
 from infer_align.upstream import UpstreamFailed
 from infer_align.values.head import Head
 from infer_align.values.lookahead import Lookahead
-from tests.engines.openai.upstream import upstream
+from tests.engines.openai.upstream import fake_upstream
 from tests.server.conftest import Live, end, start
 
 pytestmark = pytest.mark.anyio
@@ -182,7 +182,7 @@ def scripted(path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_what_the_upstream_refuses_is_the_requests_fault_and_never_422() -> None:
-    with upstream() as up:
+    with fake_upstream() as up:
         up.answer = scripted
         engine = OpenAI(urls=up.url, tokenizer="demo", probe=False).load()
         engine.values = values()
@@ -229,7 +229,7 @@ async def test_what_is_missing_is_named(demo: Live) -> None:
     with pytest.raises(Unsupported, match="tokenizer"):
         vas(without)
     await without.close()
-    with upstream() as blind:  # shows no logprobs at all
+    with fake_upstream() as blind:  # shows no logprobs at all
         engine = OpenAI(urls=blind.url, tokenizer="demo").load()
         engine.values = values()
         await engine.start()

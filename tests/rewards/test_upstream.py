@@ -14,7 +14,7 @@ from infer_align.flow.run import _mark, score
 from infer_align.objectives import Ensemble
 from infer_align.rewards.upstream import FromUpstream, UpstreamReward
 from infer_align.types import Candidate, Draw, Plan
-from tests.engines.openai.upstream import Upstream, upstream
+from tests.engines.openai.upstream import FakeUpstream, fake_upstream
 
 pytestmark = pytest.mark.anyio
 
@@ -60,15 +60,15 @@ def entries(name: str, values: list[Any]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Upstream]:
-    with upstream() as app:
+def server() -> Iterator[FakeUpstream]:
+    with fake_upstream() as app:
         app.answer = answer
         yield app
 
 
 @pytest.fixture
-async def make_reward(server: Upstream) -> AsyncIterator[MakeReward]:
-    server.reset()
+async def make_reward(server: FakeUpstream) -> AsyncIterator[MakeReward]:
+    server.clear_log()
     server.behave = lambda _, __: "ok"
     rewards: list[UpstreamReward] = []
 
@@ -86,7 +86,7 @@ async def make_reward(server: Upstream) -> AsyncIterator[MakeReward]:
 
 @pytest.mark.parametrize(("api", "query"), [("score", "text_1"), ("rerank", "query")])
 async def test_one_call_scores_all_candidates(
-    server: Upstream, make_reward: MakeReward, api: str, query: str
+    server: FakeUpstream, make_reward: MakeReward, api: str, query: str
 ) -> None:
     reward = await make_reward(api=api, models=("rm",))
     scores = await reward.score(QUESTION, CANDIDATES)
@@ -103,7 +103,7 @@ async def test_one_call_scores_all_candidates(
 @pytest.mark.parametrize("api", ["classify", "pooling"])
 @pytest.mark.parametrize(("form", "calls"), [("messages", 4), ("text", 1)])
 async def test_labels_are_members_or_attributes(
-    server: Upstream, make_reward: MakeReward, api: str, form: str, calls: int
+    server: FakeUpstream, make_reward: MakeReward, api: str, form: str, calls: int
 ) -> None:
     members = await make_reward(api=api, labels=2, input=form)
     assert len(members.members) == 2
@@ -119,7 +119,7 @@ async def test_labels_are_members_or_attributes(
         assert "model" not in server.bodies[0]
 
 
-async def test_urls_and_models_are_members(server: Upstream, make_reward: MakeReward) -> None:
+async def test_urls_and_models_are_members(server: FakeUpstream, make_reward: MakeReward) -> None:
     url = server.url.removesuffix("/v1")
     four = await make_reward(api="score", urls=(url, url), models=("a", "b"))
     assert len(set(four.members)) == 4
@@ -142,7 +142,7 @@ async def test_urls_and_models_are_members(server: Upstream, make_reward: MakeRe
     ],
 )
 async def test_a_failed_call_gives_nan_and_a_note(
-    server: Upstream, make_reward: MakeReward, fault: str, words: str
+    server: FakeUpstream, make_reward: MakeReward, fault: str, words: str
 ) -> None:
     server.behave = lambda _, __: fault
     reward = await make_reward(api="score", retries=0)
@@ -151,7 +151,7 @@ async def test_a_failed_call_gives_nan_and_a_note(
     assert all(words in (note or "") for note in scores.notes)
 
 
-async def test_one_model_fails(server: Upstream, make_reward: MakeReward) -> None:
+async def test_one_model_fails(server: FakeUpstream, make_reward: MakeReward) -> None:
     server.behave = lambda _, body: "error_500" if body["model"] == "b" else "ok"
     reward = await make_reward(api="score", models=("a", "b"))
     scores = await reward.score(QUESTION, CANDIDATES)
@@ -165,7 +165,7 @@ def is_about_three(_: int, body: dict[str, Any]) -> bool:
     return bool(body["messages"][-1]["content"] == "three")
 
 
-async def test_one_candidate_fails(server: Upstream, make_reward: MakeReward) -> None:
+async def test_one_candidate_fails(server: FakeUpstream, make_reward: MakeReward) -> None:
     server.behave = lambda call, body: "error_500" if is_about_three(call, body) else "ok"
     reward = await make_reward(labels=2)
     scores = await reward.score(QUESTION, CANDIDATES)
@@ -175,7 +175,7 @@ async def test_one_candidate_fails(server: Upstream, make_reward: MakeReward) ->
 
 @pytest.mark.parametrize("together", [True, False])
 async def test_a_call_that_hangs_delays_no_other(
-    server: Upstream, make_reward: MakeReward, together: bool
+    server: FakeUpstream, make_reward: MakeReward, together: bool
 ) -> None:
     """Score all candidates together, as /v1/align/score does, or each as soon as it is finished."""
     server.behave = lambda call, body: "hang" if is_about_three(call, body) else "ok"
@@ -198,7 +198,7 @@ async def test_a_call_that_hangs_delays_no_other(
 
 
 async def test_a_model_that_hangs_delays_no_other(
-    server: Upstream, make_reward: MakeReward
+    server: FakeUpstream, make_reward: MakeReward
 ) -> None:
     server.behave = lambda _, body: "hang" if body["model"] == "b" else "ok"
     reward = await make_reward(api="score", models=("a", "b"), timeout_seconds=2.0)
@@ -215,7 +215,7 @@ async def test_a_wrong_number_of_labels_gives_nan_and_a_note(make_reward: MakeRe
     assert "2 numbers per text, configured are 1" in (scores.notes[0] or "")
 
 
-async def test_no_candidates_need_no_call(server: Upstream, make_reward: MakeReward) -> None:
+async def test_no_candidates_need_no_call(server: FakeUpstream, make_reward: MakeReward) -> None:
     reward = await make_reward()
     scores = await reward.score(QUESTION, [])
     assert scores.values.shape == (1, 1, 0)

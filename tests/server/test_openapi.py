@@ -15,7 +15,7 @@ from infer_align.config import registry
 from infer_align_server.openapi import OPERATIONS, STATUSES
 from infer_align_server.routes import ROUTES
 from infer_align_server.service import Service
-from tests.engines.openai.upstream import upstream
+from tests.engines.openai.upstream import fake_upstream
 from tests.server.conftest import end, start
 
 USER: Any = [{"role": "user", "content": "hello"}]
@@ -78,7 +78,7 @@ def test_defaults_and_bounds_are_the_servers(
 
 def test_it_follows_the_models(config_file: Any) -> None:
     """An upstream that was not there at the start brings its models with it."""
-    with upstream() as up:
+    with fake_upstream() as up:
         path = config_file(
             f'[engine]\nkind = "openai"\nurls = ["{up.url}"]\nprobe = false\nrecovery_seconds = 0.1\n'
         )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from infer_align.config import config as configuration
-from tests.engines.openai.upstream import SSE, Faults, Upstream, reply, start, upstream
+from tests.engines.openai.upstream import SSE, FakeUpstream, Faults, fake_upstream, reply, start
 from tests.server.conftest import Live, end
 from tests.server.conftest import start as serve
 
@@ -28,7 +28,7 @@ class Answers:
     """What an upstream with a Responses API says."""
 
     @staticmethod
-    async def stored(_: Upstream, body: dict[str, Any], send: Any) -> None:
+    async def stored(_: FakeUpstream, body: dict[str, Any], send: Any) -> None:
         await reply(
             send,
             200,
@@ -36,30 +36,30 @@ class Answers:
         )
 
     @staticmethod
-    async def streamed(_: Upstream, __: dict[str, Any], send: Any) -> None:
+    async def streamed(_: FakeUpstream, __: dict[str, Any], send: Any) -> None:
         await start(send, 200, SSE)
         for piece in EVENTS:
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
     @staticmethod
-    async def broken(_: Upstream, __: dict[str, Any], send: Any) -> None:
+    async def broken(_: FakeUpstream, __: dict[str, Any], send: Any) -> None:
         await start(send, 200, SSE)
         await send({"type": "http.response.body", "body": EVENTS[0], "more_body": True})
         send.__self__.transport.close()
 
     @staticmethod
-    async def endless(_: Upstream, __: dict[str, Any], send: Any) -> None:
+    async def endless(_: FakeUpstream, __: dict[str, Any], send: Any) -> None:
         await start(send, 200, SSE)
         await send({"type": "http.response.body", "body": EVENTS[0], "more_body": True})
         await Faults.hang(_, __, send)
 
     @staticmethod
-    async def missing(_: Upstream, __: dict[str, Any], send: Any) -> None:
+    async def missing(_: FakeUpstream, __: dict[str, Any], send: Any) -> None:
         await reply(send, 404, {"detail": "Not Found"})
 
     @staticmethod
-    async def unknown(_: Upstream, __: dict[str, Any], send: Any) -> None:
+    async def unknown(_: FakeUpstream, __: dict[str, Any], send: Any) -> None:
         await reply(
             send,
             404,
@@ -74,18 +74,18 @@ class Answers:
 
 
 @pytest.fixture
-def up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
+def up(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
     for name, answer in vars(Answers).items():
         if isinstance(answer, staticmethod):
             monkeypatch.setattr(Faults, name, answer, raising=False)
-    with upstream() as app:
+    with fake_upstream() as app:
         app.behave = lambda _, __: "stored"
         yield app
 
 
 @pytest.fixture
 def front(
-    up: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    up: FakeUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Live]]:
     monkeypatch.setenv("TEST_RESPONSES_UPSTREAM", KEY)
     monkeypatch.setenv("TEST_RESPONSES_KEYS", "the-clients-own")
@@ -114,7 +114,7 @@ def left(live: Live) -> float:
     return float(live.service.tokens.available("key 0"))
 
 
-def test_it_arrives_as_it_is_under_the_upstreams_own_key(up: Upstream, front: Any) -> None:
+def test_it_arrives_as_it_is_under_the_upstreams_own_key(up: FakeUpstream, front: Any) -> None:
     live = front()
     raw = b'{"input" : "h\\u00e9",  "model":"up","seed":1.50}'
     answer = live.post(raw, "/v1/responses", headers=CALLER)
@@ -126,7 +126,7 @@ def test_it_arrives_as_it_is_under_the_upstreams_own_key(up: Upstream, front: An
     assert "/v1/responses" in live.get("/openapi.json", headers=CALLER).json()["paths"]
 
 
-def test_what_is_stored_is_read_deleted_and_cancelled(up: Upstream, front: Any) -> None:
+def test_what_is_stored_is_read_deleted_and_cancelled(up: FakeUpstream, front: Any) -> None:
     live = front()
     with live.http(headers=CALLER) as http:
         assert http.get("/v1/responses/resp_1?include=a%26b&include=c").status_code == 200
@@ -135,7 +135,7 @@ def test_what_is_stored_is_read_deleted_and_cancelled(up: Upstream, front: Any) 
         assert http.get("/v1/responses/resp_1/input_items").status_code == 200
         for path in ("..%2f..%2fsecret", "a%2fb", "x%3fy=1", "a%23b"):
             assert http.get(f"/v1/responses/{path}").status_code == 404
-    assert up.asked == [
+    assert up.requests == [
         "GET /v1/responses/resp_1?include=a%26b&include=c",
         "DELETE /v1/responses/resp_1",
         "POST /v1/responses/resp_1/cancel",
@@ -143,7 +143,7 @@ def test_what_is_stored_is_read_deleted_and_cancelled(up: Upstream, front: Any) 
     ]
 
 
-def test_a_stream_comes_byte_for_byte(up: Upstream, front: Any) -> None:
+def test_a_stream_comes_byte_for_byte(up: FakeUpstream, front: Any) -> None:
     live = front()
     up.behave = lambda _, __: "streamed"
     answer = ask(live, stream=True)
@@ -157,7 +157,7 @@ def test_a_stream_comes_byte_for_byte(up: Upstream, front: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_it_ends_when_the_client_leaves(up: Upstream, front: Any, stream: bool) -> None:
+def test_it_ends_when_the_client_leaves(up: FakeUpstream, front: Any, stream: bool) -> None:
     live = front()
     up.behave = lambda _, __: "endless" if stream else "hang"
     content = json.dumps({**ASKED, "stream": stream}).encode()
@@ -171,7 +171,7 @@ def test_it_ends_when_the_client_leaves(up: Upstream, front: Any, stream: bool) 
     assert live.until(lambda: live.service.admission.running == 0)
 
 
-def test_where_there_is_none_it_says_so(up: Upstream, front: Any) -> None:
+def test_where_there_is_none_it_says_so(up: FakeUpstream, front: Any) -> None:
     live = front()
     up.behave = lambda _, __: "missing"
     answer = ask(live)
@@ -183,8 +183,8 @@ def test_where_there_is_none_it_says_so(up: Upstream, front: Any) -> None:
     assert "resp_9" in answer.json()["error"]["message"]
 
 
-def test_what_lies_on_another_upstream_is_found_there(up: Upstream, front: Any) -> None:
-    with upstream() as second:
+def test_what_lies_on_another_upstream_is_found_there(up: FakeUpstream, front: Any) -> None:
+    with fake_upstream() as second:
         second.behave = lambda _, __: "stored"
         up.behave = lambda _, __: "unknown"
         live = front(second.url)
@@ -204,7 +204,7 @@ def test_what_lies_on_another_upstream_is_found_there(up: Upstream, front: Any) 
     ],
 )
 def test_what_is_refused_is_named(
-    up: Upstream, front: Any, fields: dict[str, Any], status: int, param: str
+    up: FakeUpstream, front: Any, fields: dict[str, Any], status: int, param: str
 ) -> None:
     answer = ask(front(limits="max_completion_tokens = 400"), **fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
@@ -214,7 +214,7 @@ def test_what_is_refused_is_named(
 @pytest.mark.parametrize(
     ("behaviour", "spent"), [("stored", 40), ("streamed", 7), ("error_400", 0)]
 )
-def test_it_is_charged(up: Upstream, front: Any, behaviour: str, spent: int) -> None:
+def test_it_is_charged(up: FakeUpstream, front: Any, behaviour: str, spent: int) -> None:
     live = front(limits="candidate_tokens_per_minute = 1000")
     up.behave = lambda _, __: behaviour
     ask(live, max_output_tokens=20)

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from infer_align.config import config as configuration
 from infer_align_server.logs import REDACTED, JsonFormatter
 from infer_align_server.serve import _uvicorn_config
-from tests.engines.openai.upstream import Faults, Upstream, reply, upstream
+from tests.engines.openai.upstream import FakeUpstream, Faults, fake_upstream, reply
 from tests.engines.openai.upstream import start as start_answer
 from tests.server.conftest import NUMBERS, USER, Live, end, start
 
@@ -31,26 +31,26 @@ class Leaks:
     """An upstream that says the key that it was sent, in every place where an error can say something."""
 
     @staticmethod
-    async def key_in_200(_: Upstream, __: Any, send: Any) -> None:
+    async def key_in_200(_: FakeUpstream, __: Any, send: Any) -> None:
         await reply(send, 200, {"error": {"message": f"bad key {KEY}"}})
 
     @staticmethod
-    async def key_cut(_: Upstream, __: Any, send: Any) -> None:
+    async def key_cut(_: FakeUpstream, __: Any, send: Any) -> None:
         await start_answer(send, 200, (b"content-type", b"application/json"))
         await send(
             {"type": "http.response.body", "body": b"x" * 45 + KEY.encode()}
         )  # an excerpt ends in the middle of it
 
     @staticmethod
-    async def key_in_fields(_: Upstream, __: Any, send: Any) -> None:
+    async def key_in_fields(_: FakeUpstream, __: Any, send: Any) -> None:
         await reply(send, 400, {"error": {"message": "no", "param": KEY, "code": f"bad_{KEY}"}})
 
 
 @pytest.fixture
-def up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Upstream]:
+def up(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
     for name in ("key_in_200", "key_cut", "key_in_fields"):
         monkeypatch.setattr(Faults, name, vars(Leaks)[name], raising=False)
-    with upstream() as app:
+    with fake_upstream() as app:
         yield app
 
 
@@ -78,7 +78,7 @@ def attacker() -> Iterator[tuple[str, list[bytes]]]:
 
 @pytest.fixture
 def front(
-    up: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    up: FakeUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Live]]:
     """A server before the upstream, both with a key."""
     monkeypatch.setenv("TEST_UPSTREAM_KEY", KEY)
@@ -156,7 +156,7 @@ def hostile(url: str) -> tuple[dict[str, str], dict[str, Any]]:
     }
 
 
-def test_no_header_and_no_field_moves_the_key(up: Upstream, front: Any, attacker: Any) -> None:
+def test_no_header_and_no_field_moves_the_key(up: FakeUpstream, front: Any, attacker: Any) -> None:
     live, (url, heard) = front(), attacker
     headers, fields = hostile(url)
     with logged() as text:
@@ -196,7 +196,7 @@ def test_no_header_and_no_field_moves_the_key(up: Upstream, front: Any, attacker
     ],
 )
 def test_keys_are_neither_logged_nor_returned_when_something_fails(
-    up: Upstream, front: Any, fault: str
+    up: FakeUpstream, front: Any, fault: str
 ) -> None:
     live = front()
     up.behave = lambda _, __: fault
@@ -230,7 +230,9 @@ def test_keys_are_neither_logged_nor_returned_when_something_fails(
         assert secret not in text.getvalue()
 
 
-def test_a_redirect_is_not_followed_with_the_key(up: Upstream, front: Any, attacker: Any) -> None:
+def test_a_redirect_is_not_followed_with_the_key(
+    up: FakeUpstream, front: Any, attacker: Any
+) -> None:
     up.behave = lambda _, __: "redirect"
     answer = front().post(
         {"model": "up", "messages": USER}, headers={"authorization": f"Bearer {SERVER_KEY}"}

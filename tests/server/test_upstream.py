@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from infer_align.config import config as configuration
-from tests.engines.openai.upstream import Upstream, upstream
+from tests.engines.openai.upstream import FakeUpstream, fake_upstream
 from tests.server.conftest import Live, end, start
 
 NUMBER = '[rewards.number]\nkind = "callable"\nfunction = "tests.server.scorers:number"\n'
@@ -22,31 +22,21 @@ USER = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[Upstream]:
-    with upstream() as app:
+def up() -> Iterator[FakeUpstream]:
+    with fake_upstream() as app:
         yield app
 
 
 @pytest.fixture
-def told(up: Upstream) -> Iterator[Upstream]:
+def told(up: FakeUpstream) -> Iterator[FakeUpstream]:
     """The upstream, forgetful of the last test."""
     up.reset()
-    up.behave, up.most, up.refuse_n, up.extra, up.extra_choice, up.words_seconds = (
-        (lambda _, __: "ok"),
-        None,
-        False,
-        {},
-        {},
-        0.0,
-    )
-    up.models = [{"id": "up", "object": "model", "max_model_len": 1000}]
-    up.details, up.answer = {}, None
     yield up
     up.behave = lambda _, __: "ok"
 
 
 @pytest.fixture
-def front(told: Upstream, tmp_path: Path) -> Iterator[Callable[..., Live]]:
+def front(told: FakeUpstream, tmp_path: Path) -> Iterator[Callable[..., Live]]:
     """`front('n = "single"')`: a server before it."""
     lives: list[Live] = []
 
@@ -134,10 +124,10 @@ TURNS = [
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 4}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_field_arrives_unchanged(
-    told: Upstream, front: Any, align: Any, stream: bool
+    told: FakeUpstream, front: Any, align: Any, stream: bool
 ) -> None:
     live = front()
-    told.reset()
+    told.clear_log()
     answer = chat(live, align, **{**FULL, "messages": TURNS, "stream": stream, "seed": 12})
     assert answer.status_code == 200, answer.text
     (sent,) = told.bodies
@@ -156,25 +146,25 @@ def test_every_field_arrives_unchanged(
 
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 4}}])
 def test_a_budget_of_tokens_makes_no_stream_of_what_is_none(
-    told: Upstream, front: Any, align: Any
+    told: FakeUpstream, front: Any, align: Any
 ) -> None:
     live = front(extra="[limits]\ncandidate_tokens_per_minute = 100000\n")
-    told.reset()
+    told.clear_log()
     answer = chat(live, align)
     assert "stream" not in told.bodies[0]
     spent = 100_000 - live.service.tokens.available("127.0.0.1")
     assert spent <= answer.json()["usage"]["completion_tokens"]
 
 
-def test_a_seed_that_nobody_gave_is_not_sent(told: Upstream, front: Any) -> None:
+def test_a_seed_that_nobody_gave_is_not_sent(told: FakeUpstream, front: Any) -> None:
     live = front()
-    told.reset()
+    told.clear_log()
     answer = chat(live, {"best_of_n": {"n": 3}})
     assert answer.status_code == 200, answer.text
     assert "seed" not in told.bodies[0]
 
 
-def test_single_calls_carry_their_own_seeds(told: Upstream, front: Any) -> None:
+def test_single_calls_carry_their_own_seeds(told: FakeUpstream, front: Any) -> None:
     live = front('n = "single"')
     for _ in range(2):
         chat(live, {"best_of_n": {"n": 4}}, seed=5)
@@ -185,11 +175,11 @@ def test_single_calls_carry_their_own_seeds(told: Upstream, front: Any) -> None:
 
 
 def test_the_key_goes_to_the_upstream_and_nowhere_else(
-    told: Upstream, front: Any, monkeypatch: Any
+    told: FakeUpstream, front: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("UPSTREAM_KEY", "sk-upstream-secret")
     live = front('api_key_env = "UPSTREAM_KEY"')
-    told.reset()
+    told.clear_log()
     told.behave = lambda _, __: "error_401"
     answer = live.post(
         {"model": "up", "messages": USER},
@@ -226,12 +216,18 @@ def test_the_key_goes_to_the_upstream_and_nowhere_else(
     ],
 )
 def test_n(
-    told: Upstream, front: Any, engine: str, most: int | None, refuse: bool, first: int, then: int
+    told: FakeUpstream,
+    front: Any,
+    engine: str,
+    most: int | None,
+    refuse: bool,
+    first: int,
+    then: int,
 ) -> None:
     live = front(engine)
     for calls in (first, then):
-        told.reset()
-        told.most, told.refuse_n = most, refuse
+        told.clear_log()
+        told.max_choices, told.refuse_n = most, refuse
         answer = chat(live, {"best_of_n": {"n": 5}}).json()
         assert told.calls == calls
         assert answer["align"]["usage"]["engine_calls"] == calls
@@ -241,7 +237,7 @@ def test_n(
         assert sum(c["completion_tokens"] for c in answer["align"]["candidates"]) == 10
 
 
-def test_n_without_a_selection_streams_every_choice(told: Upstream, front: Any) -> None:
+def test_n_without_a_selection_streams_every_choice(told: FakeUpstream, front: Any) -> None:
     chunks = events(chat(front(), n=3, stream=True).text)
     texts = ["", "", ""]
     for chunk in chunks:
@@ -255,7 +251,7 @@ def test_n_without_a_selection_streams_every_choice(told: Upstream, front: Any) 
 
 
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 3}}])
-def test_unknown_fields_come_back(told: Upstream, front: Any, align: Any) -> None:
+def test_unknown_fields_come_back(told: FakeUpstream, front: Any, align: Any) -> None:
     told.extra, told.extra_choice = (
         {"system_fingerprint": "fp", "service_tier": "scale"},
         {"stop_reason": 7, "token_ids": [1, 2]},
@@ -272,7 +268,7 @@ def test_unknown_fields_come_back(told: Upstream, front: Any, align: Any) -> Non
 
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 3}}])
 def test_fields_of_the_last_piece_come_back_in_a_stream(
-    told: Upstream, front: Any, align: Any
+    told: FakeUpstream, front: Any, align: Any
 ) -> None:
     told.extra_choice = {"stop_reason": 7, "matched": {"rule": 1}}
     pieces = events(chat(front(), align, stream=True).text)
@@ -286,9 +282,9 @@ def test_fields_of_the_last_piece_come_back_in_a_stream(
 @pytest.mark.parametrize("engine", ["", 'n = "single"'])
 @pytest.mark.parametrize("stream", [False, True])
 def test_details_of_the_usage_are_added_up(
-    told: Upstream, front: Any, engine: str, stream: bool
+    told: FakeUpstream, front: Any, engine: str, stream: bool
 ) -> None:
-    told.details = {
+    told.usage_details = {
         "prompt_tokens_details": {"cached_tokens": 4},
         "completion_tokens_details": {"reasoning_tokens": 1},
     }
@@ -302,7 +298,7 @@ def test_details_of_the_usage_are_added_up(
     assert usage["completion_tokens_details"]["accepted_prediction_tokens"] == 2
 
 
-def test_tool_calls_through_a_selection(told: Upstream, front: Any) -> None:
+def test_tool_calls_through_a_selection(told: FakeUpstream, front: Any) -> None:
     """The chosen answer's calls come back as they are, in one piece and in a stream; it has no text."""
     called = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     message = {"role": "assistant", "content": None, "tool_calls": [called]}
@@ -332,7 +328,7 @@ def test_tool_calls_through_a_selection(told: Upstream, front: Any) -> None:
     assert deltas[-1]["finish_reason"] == "tool_calls"
 
 
-def test_a_number_that_is_too_large_is_the_clients_fault(told: Upstream, front: Any) -> None:
+def test_a_number_that_is_too_large_is_the_clients_fault(told: FakeUpstream, front: Any) -> None:
     live = front()
     answer = live.post(
         b'{"model": "up", "messages": [{"role": "user", "content": "x"}], "logit_bias": {"5": 1e400}}'
@@ -343,13 +339,13 @@ def test_a_number_that_is_too_large_is_the_clients_fault(told: Upstream, front: 
     assert told.calls == 0
 
 
-def test_what_nobody_could_count_is_refused(told: Upstream, front: Any) -> None:
+def test_what_nobody_could_count_is_refused(told: FakeUpstream, front: Any) -> None:
     answer = front().post({"model": "up", "prompt": "x", "best_of": 8}, "/v1/completions")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "best_of")
     assert told.calls == 0
 
 
-def test_completions(told: Upstream, front: Any) -> None:
+def test_completions(told: FakeUpstream, front: Any) -> None:
     live = front()
     answer = live.post({"prompt": "say"}, "/v1/completions").json()
     assert answer["choices"][0]["text"] == "candidate 3"
@@ -358,7 +354,7 @@ def test_completions(told: Upstream, front: Any) -> None:
     assert told.paths == ["/v1/completions"] * 2
 
 
-def test_every_listed_model_is_served(told: Upstream, front: Any) -> None:
+def test_every_listed_model_is_served(told: FakeUpstream, front: Any) -> None:
     told.models = [{"id": "up"}, {"id": "org/other"}]
     live = front(extra="[presets.best]\nbest_of_n = {n = 2}\n")
     assert [m["id"] for m in live.get("/v1/models").json()["data"]] == [
@@ -377,7 +373,7 @@ def test_every_listed_model_is_served(told: Upstream, front: Any) -> None:
     assert live.post({"model": "nobody", "messages": USER}).status_code == 404
 
 
-def test_a_served_name(told: Upstream, front: Any) -> None:
+def test_a_served_name(told: FakeUpstream, front: Any) -> None:
     live = front('model = "up"', '[server]\nserved_name = "mine"\n')
     assert [m["id"] for m in live.get("/v1/models").json()["data"]] == ["mine"]
     assert live.post({"model": "mine", "messages": USER}).json()["model"] == "mine"
@@ -423,12 +419,12 @@ ALWAYS = [  # fault, status, calls of a plain request, words of the message
 
 @pytest.mark.parametrize(("fault", "status", "calls", "words"), ALWAYS)
 def test_a_fault_has_its_status_and_its_message(
-    told: Upstream, front: Any, fault: str, status: int, calls: int, words: str
+    told: FakeUpstream, front: Any, fault: str, status: int, calls: int, words: str
 ) -> None:
     live = front()
     told.behave = lambda _, __: fault
     for align in (None, {"best_of_n": {"n": 4}}):
-        told.reset()
+        told.clear_log()
         answer = chat(live, align)
         assert answer.status_code == status, answer.text
         error = answer.json()["error"]
@@ -455,7 +451,7 @@ def test_a_fault_has_its_status_and_its_message(
     [f for f, *_ in ALWAYS if f not in {"no_choices", "garbage"}]
     + ["ended_early", "garbage_in_stream", "odd_in_stream"],
 )
-def test_a_fault_in_a_stream(told: Upstream, front: Any, fault: str) -> None:
+def test_a_fault_in_a_stream(told: FakeUpstream, front: Any, fault: str) -> None:
     live = front()
     told.behave = lambda _, __: fault
     answer = chat(live, stream=True)
@@ -478,7 +474,7 @@ def test_a_fault_in_a_stream(told: Upstream, front: Any, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["error_429", "error_503", "reset"])
-def test_what_is_safe_is_tried_again(told: Upstream, front: Any, fault: str) -> None:
+def test_what_is_safe_is_tried_again(told: FakeUpstream, front: Any, fault: str) -> None:
     live = front()
     told.behave = lambda call, _: fault if call == 0 else "ok"
     started = time.monotonic()
@@ -492,7 +488,9 @@ def test_what_is_safe_is_tried_again(told: Upstream, front: Any, fault: str) -> 
 
 
 @pytest.mark.parametrize("fault", ["error_502", "slow_reset"])
-def test_what_may_have_been_done_is_not_done_again(told: Upstream, front: Any, fault: str) -> None:
+def test_what_may_have_been_done_is_not_done_again(
+    told: FakeUpstream, front: Any, fault: str
+) -> None:
     live = front()
     told.behave = lambda _, __: fault
     assert chat(live).status_code == 502
@@ -513,7 +511,7 @@ def test_what_may_have_been_done_is_not_done_again(told: Upstream, front: Any, f
         "reset",
     ],
 )
-def test_some_of_n_fail(told: Upstream, front: Any, fault: str) -> None:
+def test_some_of_n_fail(told: FakeUpstream, front: Any, fault: str) -> None:
     live = front('n = "single"')
     told.behave = lambda call, _: fault if call % 2 else "ok"
     answer = chat(live, {"best_of_n": {"n": 8}, "rewards": {"number": 1}})
@@ -530,7 +528,7 @@ def test_some_of_n_fail(told: Upstream, front: Any, fault: str) -> None:
     assert told.until(lambda: told.running == 0, 1.0)
 
 
-def test_flawed_choices_are_dropped_and_the_rest_counts(told: Upstream, front: Any) -> None:
+def test_flawed_choices_are_dropped_and_the_rest_counts(told: FakeUpstream, front: Any) -> None:
     """One call, eight choices, half of them malformed: the best of the others is the answer."""
     told.behave = lambda _, __: "half_flawed"
     answer = chat(front(), {"best_of_n": {"n": 8}})
@@ -543,7 +541,7 @@ def test_flawed_choices_are_dropped_and_the_rest_counts(told: Upstream, front: A
     )
 
 
-def test_of_a_stream_that_broke_what_was_finished_counts(told: Upstream, front: Any) -> None:
+def test_of_a_stream_that_broke_what_was_finished_counts(told: FakeUpstream, front: Any) -> None:
     """A deadline makes it a stream: four of eight choices finish, then the connection is lost."""
     live = front()
     told.behave = lambda _, __: "half_then_broken"
@@ -556,7 +554,7 @@ def test_of_a_stream_that_broke_what_was_finished_counts(told: Upstream, front: 
     assert told.until(lambda: told.running == 0, 1.0)
 
 
-def test_of_a_slow_drip_what_was_finished_counts(told: Upstream, front: Any) -> None:
+def test_of_a_slow_drip_what_was_finished_counts(told: FakeUpstream, front: Any) -> None:
     """Four of eight choices finish, the others drip on until the deadline: they are cut, and take part with what they have."""
     live = front()
     told.behave = lambda _, __: "half_then_drip"
@@ -568,7 +566,7 @@ def test_of_a_slow_drip_what_was_finished_counts(told: Upstream, front: Any) -> 
     assert told.until(lambda: told.running == 0, 1.0)
 
 
-def test_a_refused_n_is_no_verdict_on_n(told: Upstream, front: Any) -> None:
+def test_a_refused_n_is_no_verdict_on_n(told: FakeUpstream, front: Any) -> None:
     """vLLM refuses n over 1 at temperature 0; another takes 8 at most: that is those requests' fault, and no other's."""
     live = front()
     told.behave = lambda _, body: (
@@ -576,37 +574,39 @@ def test_a_refused_n_is_no_verdict_on_n(told: Upstream, front: Any) -> None:
     )
     calls = []
     for fields in ({}, {"temperature": 0}, {}):
-        told.reset()
+        told.clear_log()
         assert chat(live, {"best_of_n": {"n": 8}}, **fields).status_code == 200
         calls.append(told.calls)
     assert calls == [1, 9, 1]
     told.behave = lambda _, body: "error_400" if body.get("n", 1) > 8 else "ok"
     calls = []
     for n in (4, 16, 4, 8):
-        told.reset()
+        told.clear_log()
         answer = chat(live, {"best_of_n": {"n": n}})
         assert answer.json()["align"]["dropped"] == 0
         calls.append(told.calls)
     assert calls == [1, 4, 1, 1], "16 are refused, one is taken, the others come by eight and seven"
 
 
-def test_what_was_ignored_once_is_asked_again(told: Upstream, front: Any, monkeypatch: Any) -> None:
+def test_what_was_ignored_once_is_asked_again(
+    told: FakeUpstream, front: Any, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("infer_align.engines.openai.batch_size.FORGET_SECONDS", 0.3)
     live = front()
-    told.most = 1
+    told.max_choices = 1
     chat(live, {"best_of_n": {"n": 4}})
-    told.reset()
-    told.most = None
+    told.clear_log()
+    told.max_choices = None
     chat(live, {"best_of_n": {"n": 4}})
     assert told.calls == 4, "remembered"
     time.sleep(0.4)
-    told.reset()
+    told.clear_log()
     chat(live, {"best_of_n": {"n": 4}})
     assert told.calls == 1, "and forgotten"
 
 
-def test_another_upstream_is_asked_instead(told: Upstream, front: Any) -> None:
-    with upstream() as second:
+def test_another_upstream_is_asked_instead(told: FakeUpstream, front: Any) -> None:
+    with fake_upstream() as second:
         live = front('n = "single"', urls=f"'{told.url}', '{second.url}'")
         told.behave = lambda _, __: "error_429_long"  # alone, it would not be asked again
         body = chat(live, {"best_of_n": {"n": 6}}).json()
@@ -615,7 +615,7 @@ def test_another_upstream_is_asked_instead(told: Upstream, front: Any) -> None:
         assert second.calls == 6
 
 
-def test_one_that_is_gone_is_left_out_until_it_is_back(told: Upstream, front: Any) -> None:
+def test_one_that_is_gone_is_left_out_until_it_is_back(told: FakeUpstream, front: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         dead = probe.getsockname()[1]
     live = front(
@@ -631,17 +631,17 @@ def test_one_that_is_gone_is_left_out_until_it_is_back(told: Upstream, front: An
     assert good.down_reason is None
 
 
-def test_load_is_shared_by_weight(told: Upstream, front: Any) -> None:
-    with upstream() as second:
+def test_load_is_shared_by_weight(told: FakeUpstream, front: Any) -> None:
+    with fake_upstream() as second:
         live = front('n = "single"', urls=f"{{url = '{told.url}', weight = 3}}, '{second.url}'")
-        told.words_seconds = second.words_seconds = 0.1
+        told.word_seconds = second.word_seconds = 0.1
         chat(live, {"best_of_n": {"n": 16}})
         assert (told.calls, second.calls) == (12, 4)
 
 
-def test_max_concurrency_is_per_upstream(told: Upstream, front: Any) -> None:
+def test_max_concurrency_is_per_upstream(told: FakeUpstream, front: Any) -> None:
     live = front('n = "single"\nmax_concurrency = 2')
-    told.words_seconds, most = 0.05, []
+    told.word_seconds, most = 0.05, []
     behave = lambda _, __: most.append(told.running) or "ok"  # noqa: E731
     told.behave = behave
     assert chat(live, {"best_of_n": {"n": 7}}).json()["align"]["dropped"] == 0
@@ -650,7 +650,7 @@ def test_max_concurrency_is_per_upstream(told: Upstream, front: Any) -> None:
     )
 
 
-def test_without_an_upstream_it_is_not_ready_and_becomes_so(told: Upstream, front: Any) -> None:
+def test_without_an_upstream_it_is_not_ready_and_becomes_so(told: FakeUpstream, front: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         dead = probe.getsockname()[1]
     live = front('model = "up"\nrecovery_seconds = 0.1', urls=f"'http://127.0.0.1:{dead}/v1'")
@@ -683,7 +683,7 @@ def send(live: Live, body: Any) -> socket.socket:
 )
 @pytest.mark.parametrize("engine", ["", 'n = "single"'])
 def test_nothing_runs_after_the_client_left(
-    told: Upstream, front: Any, fault: str, body: Any, engine: str
+    told: FakeUpstream, front: Any, fault: str, body: Any, engine: str
 ) -> None:
     live = front(f"{engine}\nmax_retry_wait_seconds = 60")
     told.behave = lambda _, __: fault
@@ -700,7 +700,7 @@ def test_nothing_runs_after_the_client_left(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_deadline_keeps_what_has_come(told: Upstream, front: Any, stream: bool) -> None:
+def test_a_deadline_keeps_what_has_come(told: FakeUpstream, front: Any, stream: bool) -> None:
     live = front()
     told.behave = lambda _, __: "drip"
     started = time.monotonic()
@@ -711,7 +711,7 @@ def test_a_deadline_keeps_what_has_come(told: Upstream, front: Any, stream: bool
     assert told.until(lambda: told.running == 0, 1.0)
 
 
-def test_a_deadline_with_some_finished(told: Upstream, front: Any) -> None:
+def test_a_deadline_with_some_finished(told: FakeUpstream, front: Any) -> None:
     live = front('n = "single"')
     told.behave = lambda call, _: "hang" if call % 2 else "ok"
     body = chat(live, {"best_of_n": {"n": 6}, "budget": {"deadline_seconds": 4.0}}).json()
@@ -720,14 +720,14 @@ def test_a_deadline_with_some_finished(told: Upstream, front: Any) -> None:
     assert told.until(lambda: told.running == 0, 1.0)
 
 
-def test_a_deadline_with_nothing(told: Upstream, front: Any) -> None:
+def test_a_deadline_with_nothing(told: FakeUpstream, front: Any) -> None:
     live = front()
     told.behave = lambda _, __: "hang"
     assert chat(live, {"budget": {"deadline_seconds": 0.5}}).status_code == 504
     assert told.until(lambda: told.running == 0, 1.0)
 
 
-def test_the_clients_own_timeout_ends_it(told: Upstream, front: Any) -> None:
+def test_the_clients_own_timeout_ends_it(told: FakeUpstream, front: Any) -> None:
     live = front()
     told.behave = lambda _, __: "hang"
     started = time.monotonic()
@@ -737,7 +737,7 @@ def test_the_clients_own_timeout_ends_it(told: Upstream, front: Any) -> None:
     assert told.until(lambda: told.running == 0, 1.0)
 
 
-def test_the_engines_own_timeout(told: Upstream, front: Any) -> None:
+def test_the_engines_own_timeout(told: FakeUpstream, front: Any) -> None:
     live = front("timeout_seconds = 0.4")
     told.behave = lambda _, __: "hang"
     answer = chat(live)
@@ -748,7 +748,7 @@ def test_the_engines_own_timeout(told: Upstream, front: Any) -> None:
 # --- all at once ---
 
 
-def test_many_clients_many_faults_nothing_left(told: Upstream, front: Any) -> None:
+def test_many_clients_many_faults_nothing_left(told: FakeUpstream, front: Any) -> None:
     """Every request is answered or left, and in the end nobody holds anything."""
     live = front("retries = 1\nmax_concurrency = 24")
     lot = random.Random(7)

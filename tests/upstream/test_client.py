@@ -11,7 +11,7 @@ from infer_align.errors import Unavailable
 from infer_align.upstream import Upstream as Section
 from infer_align.upstream import UpstreamFailed, client
 from infer_align.upstream.client import MAX_MESSAGE, CallCounter, Client
-from tests.engines.openai.upstream import Faults, Upstream, reply, upstream
+from tests.engines.openai.upstream import FakeUpstream, Faults, fake_upstream, reply
 
 pytestmark = pytest.mark.anyio
 
@@ -19,15 +19,15 @@ MakeClient = Callable[..., Awaitable[Client]]
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[Upstream]:
-    with upstream() as app:
+def up() -> Iterator[FakeUpstream]:
+    with fake_upstream() as app:
         app.answer = lambda _, body: {"got": body}
         yield app
 
 
 @pytest.fixture
-async def make_client(up: Upstream) -> AsyncIterator[MakeClient]:
-    up.reset()
+async def make_client(up: FakeUpstream) -> AsyncIterator[MakeClient]:
+    up.clear_log()
     up.behave = lambda _, __: "ok"
     clients: list[Client] = []
 
@@ -57,7 +57,7 @@ async def test_the_body_is_sent_unchanged(make_client: MakeClient) -> None:
 
 @pytest.mark.parametrize(("retries", "calls"), [(0, 1), (2, 3)])
 async def test_calls_are_counted(
-    up: Upstream, make_client: MakeClient, retries: int, calls: int
+    up: FakeUpstream, make_client: MakeClient, retries: int, calls: int
 ) -> None:
     up.behave = lambda _, __: "error_503"
     counter = CallCounter()
@@ -67,12 +67,12 @@ async def test_calls_are_counted(
 
 
 async def assert_calls(
-    up: Upstream, sender: Client, fault: str, calls: int, *, kept_alive: bool
+    up: FakeUpstream, sender: Client, fault: str, calls: int, *, kept_alive: bool
 ) -> None:
     """Assert how many calls one post makes before it fails."""
     if kept_alive:
         await sender.post("/x", {})
-    up.reset()
+    up.clear_log()
     up.behave = lambda _, __: fault
     with pytest.raises(UpstreamFailed):
         await sender.post("/x", {})
@@ -82,7 +82,7 @@ async def assert_calls(
 @pytest.mark.usefixtures("no_lost_connection_is_late")
 @pytest.mark.parametrize(("kept_alive", "calls"), [(True, 2), (False, 1)])
 async def test_a_connection_lost_at_once_is_retried_if_it_was_kept_alive(
-    up: Upstream, make_client: MakeClient, kept_alive: bool, calls: int
+    up: FakeUpstream, make_client: MakeClient, kept_alive: bool, calls: int
 ) -> None:
     sender = await make_client(retries=1)
     await assert_calls(up, sender, "reset", calls, kept_alive=kept_alive)
@@ -92,7 +92,7 @@ async def test_a_connection_lost_at_once_is_retried_if_it_was_kept_alive(
     ("fault", "calls"), [("slow_reset", 1), ("error_502", 1), ("hang", 1), ("error_503", 2)]
 )
 async def test_a_request_that_may_have_been_processed_is_not_retried(
-    up: Upstream, make_client: MakeClient, fault: str, calls: int
+    up: FakeUpstream, make_client: MakeClient, fault: str, calls: int
 ) -> None:
     sender = await make_client(retries=1, timeout_seconds=2.0)
     await assert_calls(up, sender, fault, calls, kept_alive=True)
@@ -100,19 +100,19 @@ async def test_a_request_that_may_have_been_processed_is_not_retried(
 
 @pytest.mark.usefixtures("no_lost_connection_is_late")
 async def test_a_retry_after_a_stale_connection_succeeds_and_is_counted(
-    up: Upstream, make_client: MakeClient
+    up: FakeUpstream, make_client: MakeClient
 ) -> None:
     sender = await make_client()
     counter = CallCounter()
     await sender.post("/x", {})
-    up.reset()
+    up.clear_log()
     up.behave = lambda call, _: "reset" if call == 0 else "ok"
     answer: Any = await sender.post("/x", {"a": 1}, counter=counter)
     assert answer == {"got": {"a": 1}}
     assert counter.calls == up.calls == 2
 
 
-async def test_a_client_that_is_not_started_is_unavailable(up: Upstream) -> None:
+async def test_a_client_that_is_not_started_is_unavailable(up: FakeUpstream) -> None:
     unstarted = Client(Section(urls=up.url))
     with pytest.raises(Unavailable):
         await unstarted.post("/x", {})
@@ -120,7 +120,7 @@ async def test_a_client_that_is_not_started_is_unavailable(up: Upstream) -> None
 
 
 async def test_an_error_message_is_short_and_holds_no_key(
-    up: Upstream, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
+    up: FakeUpstream, make_client: MakeClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("A_KEY", "sk-very-secret")
     sender = await make_client(api_key_env="A_KEY")
