@@ -430,7 +430,7 @@ def scaling() -> str:
 
 def scaling_queue() -> str:
     """Return the latency under bursts, by the simulated queue of docs/scaling.md."""
-    planned = capacity(H100, BEST_OF_8, RATE, most_sequences=MAX_SEQUENCES)
+    planned = capacity(H100, BEST_OF_8, RATE, max_sequences=MAX_SEQUENCES)
 
     def service_seconds(concurrency: int) -> float:
         return seconds(H100, replace(BEST_OF_8, concurrency=concurrency))

@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks.record import record
 from benchmarks.serving.client import serving
 from benchmarks.serving.run import DEMO
-from infer_align_bench.cost import Setting, errors, fit, from_report, left_out, seconds
+from infer_align_bench.cost import Setting, errors, fit, from_report, leave_one_out_errors, seconds
 from infer_align_server import cli
 
 OUT = Console(width=max(120, Console().width))
@@ -179,7 +179,10 @@ def main(rounds: int) -> None:
         )
         table.add_row(*(str(part) for part in parts), *figures)
     OUT.print(table)
-    unseen, others = np.abs(errors(prices, held, truth)), np.abs(left_out(settings, measured))
+    unseen, others = (
+        np.abs(errors(prices, held, truth)),
+        np.abs(leave_one_out_errors(settings, measured)),
+    )
     summary = {
         "held_out_mean": unseen.mean(),
         "held_out_worst": unseen.max(),

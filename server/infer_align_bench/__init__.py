@@ -1,6 +1,9 @@
-"""Load, latency and quality of any OpenAI endpoint, ours or another's: what `infer-align bench` runs.
+"""Measure load, latency and quality of any OpenAI endpoint: the code of `infer-align bench`.
 
-It measures from outside, over HTTP, and knows of `align` only that it is a field of the body. Why a load generator of its own:
-of the established ones (guidellm, locust, vLLM's `bench serve`) some carry extra body fields and some both loops, but none
-interleaves two targets in one run, pairs their requests, or reads what an aligned answer spent against what it returned.
+The bench works over HTTP from outside the server. It knows `align` only as a field of the body.
+
+The established load generators (guidellm, locust, vLLM's `bench serve`) do not fit: some of them
+send extra body fields and some have both a closed and an open loop, but none interleaves two
+targets in one run, pairs their requests, or compares the tokens that an aligned answer generated
+with the tokens that it returned.
 """

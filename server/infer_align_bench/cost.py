@@ -1,41 +1,61 @@
-"""What a request costs: a model with eight prices, fitted to measurements, that predicts throughput for settings nobody has run.
+"""Cost model of a request: nine prices, fitted to measurements, that predict other settings.
 
-A replica decodes step by step. With c requests under way on it, each of n candidates, a step serves b = c n sequences and takes
-`step + b (sequence + attention x context + steer x k)` seconds; an answer of L tokens takes L steps. In its time, c prompts are
-read, c answers are scored and c judged, since in a closed loop as many requests begin and end as are under way::
+A replica decodes step by step. With c requests in flight on it, each of n candidates, one step
+serves b = c n sequences and takes
 
-    seconds(c) =  fixed  +  L (step + [k > 0] steered_step)  +  L b (sequence + attention (P + L / 2) + steer k)
-                  +  c (prefill P  +  reward R  +  judge J)
+    step + b (sequence + attention x context + steer x k)
 
-with P prompt tokens, R tokens read by rewards, J tokens of the judge, per request. It is linear in its prices. Throughput is c /
-seconds(c) (Little's law), times the replicas. What it leaves out: prefix caches, preemption, the longest of n candidates being
-longer than their mean, and arrivals in bursts, which need head room on top.
+seconds. An answer of L tokens takes L steps. Meanwhile c prompts are read, c answers are scored
+and c are judged, since in a closed loop requests begin and end at the same rate:
+
+    seconds(c) = fixed
+               + L (step + [k > 0] steered_step)
+               + L b (sequence + attention (P + L / 2) + steer k)
+               + c (prefill P + reward R + judge J)
+
+with P prompt tokens, R tokens read by rewards and J tokens of the judge per request. The model is
+linear in its prices. The throughput is c / seconds(c) (Little's law), times the replicas.
+
+The model ignores prefix caches, preemption, and bursts of arrivals, which need spare capacity. It
+also uses the mean length of n candidates, where the longest of them decides.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from infer_align.errors import ConfigError
+from infer_align.methods.best_of_n import BestOfN
+from infer_align.methods.rps import RPS
+from infer_align.methods.vas import VAS
 
-LARGEST_CONCURRENCY = 4096
+# The server's defaults of parameters that a request leaves out.
+DEFAULT_N = BestOfN().n
+DEFAULT_DIRECTIONS = RPS().k
+DEFAULT_TOP_K = VAS(beta={}).top_k
+MAX_CONCURRENCY = 4096
+MIN_MEASUREMENTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One kind of request under one load; token counts are means."""
+    """One kind of request under one load. Token counts are means."""
 
-    concurrency: float  # requests under way, over all replicas
-    n: float = 1.0  # candidates
+    # Requests in flight, over all replicas.
+    concurrency: float
+    # Candidates of a request.
+    n: float = 1.0
     prompt_tokens: float = 0.0
-    output_tokens: float = 0.0  # of one candidate
-    k: float = 0.0  # tokens that are valued at each step; 0: not steered
+    # Of one candidate.
+    output_tokens: float = 0.0
+    # Tokens that are valued at each step; 0: no steering.
+    k: float = 0.0
     reward_tokens: float = 0.0
     judge_tokens: float = 0.0
     replicas: int = 1
@@ -43,104 +63,108 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Seconds for one unit of each thing."""
+    """Seconds for one unit of each resource."""
 
-    fixed: float = 0.0  # a request: network, parsing
-    step: float = 0.0  # a decoding step, however few sequences it has: reading the weights
-    sequence: float = 0.0  # a sequence in a step
-    attention: float = 0.0  # a token of context of a sequence in a step
-    prefill: float = 0.0  # a prompt token
-    steered_step: float = 0.0  # a steered step, in addition
-    steer: float = 0.0  # a valued token of a sequence in a step
-    reward: float = 0.0  # a token that the rewards read
-    judge: float = 0.0  # a token of the judge
+    # A request: network and parsing.
+    fixed: float = 0.0
+    # A decoding step of any batch size: reading the weights.
+    step: float = 0.0
+    # A sequence in a step.
+    sequence: float = 0.0
+    # A token of context of a sequence in a step.
+    attention: float = 0.0
+    # A prompt token.
+    prefill: float = 0.0
+    # A steered step, in addition to `step`.
+    steered_step: float = 0.0
+    # A valued token of a sequence in a step.
+    steer: float = 0.0
+    # A token that the rewards read.
+    reward: float = 0.0
+    # A token of the judge.
+    judge: float = 0.0
 
 
 def amounts(setting: Setting) -> Prices:
-    """How much of each price a request of this setting pays."""
-    c, length = setting.concurrency / setting.replicas, setting.output_tokens
-    served = length * c * setting.n
+    """Return the number of units that a request of this setting takes of each price."""
+    concurrency = setting.concurrency / setting.replicas
+    length = setting.output_tokens
+    sequence_steps = length * concurrency * setting.n
     return Prices(
         fixed=1.0,
         step=length,
-        sequence=served,
-        attention=served * (setting.prompt_tokens + length / 2),
-        prefill=c * setting.prompt_tokens,
+        sequence=sequence_steps,
+        attention=sequence_steps * (setting.prompt_tokens + length / 2),
+        prefill=concurrency * setting.prompt_tokens,
         steered_step=length if setting.k else 0.0,
-        steer=served * setting.k,
-        reward=c * setting.reward_tokens,
-        judge=c * setting.judge_tokens,
+        steer=sequence_steps * setting.k,
+        reward=concurrency * setting.reward_tokens,
+        judge=concurrency * setting.judge_tokens,
     )
 
 
 def seconds(prices: Prices, setting: Setting) -> float:
-    """Predicted mean latency of a request."""
+    """Predict the mean latency of a request."""
     return float(np.dot(astuple(prices), astuple(amounts(setting))))
 
 
 def throughput(prices: Prices, setting: Setting) -> float:
-    """Predicted requests per second."""
+    """Predict the requests per second."""
     return setting.concurrency / seconds(prices, setting)
 
 
 def fit(settings: Sequence[Setting], measured: Sequence[float]) -> Prices:
-    """The non-negative prices with the least squared relative error; measured are seconds, one per setting.
+    """Fit non-negative prices with the smallest squared relative error.
 
-    Every subset of prices is tried as the one that is not zero, which finds the optimum exactly: there are 512 of them.
+    Args:
+        settings: that were measured.
+        measured: mean latency of each setting, in seconds.
 
     Raises:
-        ConfigError: fewer than three measurements.
+        ConfigError: there are fewer than three measurements.
     """
-    if len(settings) < 3:
+    if len(settings) < MIN_MEASUREMENTS:
         raise ConfigError(
-            f"a cost model needs three measured settings or more, not {len(settings)}."
+            f"{len(settings)} results are too few: a cost model needs three measured settings or "
+            "more; measure other settings and add their results."
         )
-    design = (
-        np.array([astuple(amounts(setting)) for setting in settings])
-        / np.asarray(measured)[:, None]
-    )
-    scale = np.where(design.any(axis=0), np.abs(design).max(axis=0), 1.0)
-    used = [i for i in range(design.shape[1]) if design[:, i].any()]
-    best, least = np.zeros(design.shape[1]), math.inf
-    for size in range(1, min(len(used), len(settings)) + 1):
-        for chosen in itertools.combinations(used, size):
-            columns = list(chosen)
-            found, *_ = np.linalg.lstsq(
-                design[:, columns] / scale[columns], np.ones(len(settings)), rcond=None
-            )
-            error = float(np.sum((design[:, columns] / scale[columns] @ found - 1) ** 2))
-            if (found >= 0).all() and error < least * (1 - 1e-9):
-                best, least = np.zeros(design.shape[1]), error
-                best[columns] = found / scale[columns]
-    return Prices(*(float(price) for price in best))
+    units = np.array([astuple(amounts(setting)) for setting in settings])
+    # Divided by the measurement, every row predicts 1.
+    design = units / np.asarray(measured)[:, None]
+    scale = np.abs(design).max(axis=0)
+    # A price that no setting pays has a column of zeros, and becomes 0.
+    scale[scale == 0] = 1.0
+    scaled_prices, _ = nnls(design / scale, np.ones(len(settings)))
+    return Prices(*(float(price) for price in scaled_prices / scale))
 
 
 def errors(prices: Prices, settings: Sequence[Setting], measured: Sequence[float]) -> list[float]:
-    """Relative error of each prediction: 0.1 is 10% too slow."""
-    return [
-        seconds(prices, setting) / value - 1
-        for setting, value in zip(settings, measured, strict=True)
-    ]
+    """Return the relative error of each prediction; 0.1 predicts 10% too many seconds."""
+    result = []
+    for setting, value in zip(settings, measured, strict=True):
+        result.append(seconds(prices, setting) / value - 1)
+    return result
 
 
-def left_out(settings: Sequence[Setting], measured: Sequence[float]) -> list[float]:
-    """Relative error of each setting, predicted from all the others."""
-    found = []
-    for i, (setting, value) in enumerate(zip(settings, measured, strict=True)):
-        others = [j for j in range(len(settings)) if j != i]
-        found += errors(
-            fit([settings[j] for j in others], [measured[j] for j in others]), [setting], [value]
-        )
-    return found
+def leave_one_out_errors(settings: Sequence[Setting], measured: Sequence[float]) -> list[float]:
+    """Return the relative error of each setting, predicted from all other settings."""
+    result = []
+    for i in range(len(settings)):
+        prices = fit([*settings[:i], *settings[i + 1 :]], [*measured[:i], *measured[i + 1 :]])
+        result += errors(prices, [settings[i]], [measured[i]])
+    return result
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What one replica bears, and how many are needed."""
+    """The load of one replica and the number of replicas that a rate needs."""
 
-    concurrency: int  # on one replica
+    # Requests in flight on one replica.
+    concurrency: int
+    # Mean latency of a request.
     seconds: float
-    requests_per_second: float  # of one replica
+    # Throughput of one replica.
+    requests_per_second: float
     replicas: int
 
 
@@ -149,38 +173,53 @@ def capacity(
     setting: Setting,
     rate: float,
     limit: float = math.inf,
-    most_sequences: int = 256,
+    max_sequences: int = 256,
 ) -> Capacity:
-    """The replicas for `rate` requests per second, each answered in `limit` seconds on average; `setting` without its load.
+    """Plan the replicas for a rate and a limit of the mean latency.
+
+    Args:
+        prices: of the cost model.
+        setting: the kind of request; its load is ignored.
+        rate: requests per second.
+        limit: maximum mean latency, in seconds.
+        max_sequences: maximum number of sequences of one replica.
 
     Raises:
-        ConfigError: a single request alone takes longer, or its candidates do not fit.
+        ConfigError: a single request exceeds the limit, its candidates do not fit on a replica, or
+            it has no price.
     """
-    most = int(most_sequences // setting.n)
-    alone = seconds(prices, replace(setting, concurrency=1, replicas=1))
-    if most < 1:
+    max_requests = int(max_sequences // setting.n)
+    if max_requests < 1:
         raise ConfigError(
-            f"n: {setting.n:g} candidates do not fit into {most_sequences} sequences; raise --max-sequences."
+            f"--n: {setting.n:g} candidates do not fit into {max_sequences} sequences; "
+            "raise --max-sequences or reduce --n."
         )
+    alone = seconds(prices, replace(setting, concurrency=1, replicas=1))
     if not alone:
         raise ConfigError(
-            "no price was found for anything that is asked; measure requests that are more like it."
+            "the results give no price to any part of the planned request; "
+            "measure requests that are more similar to it."
         )
     if alone > limit:
         raise ConfigError(
-            f"--latency: {limit:g} s cannot be kept: a request alone takes {alone:.3g} s."
+            f"--latency: {limit:g} s is too short: a single request without other load takes "
+            f"{alone:.3g} s; raise --latency."
         )
-    bearable = [
-        replace(setting, concurrency=c, replicas=1)
-        for c in range(1, min(most, LARGEST_CONCURRENCY) + 1)
-    ]
-    best = max(
-        (s for s in bearable if seconds(prices, s) <= limit), key=lambda s: throughput(prices, s)
-    )
-    each = throughput(prices, best)
-    return Capacity(
-        int(best.concurrency), seconds(prices, best), each, math.ceil(rate / each - 1e-9)
-    )
+    best = _best_load(prices, setting, limit, min(max_requests, MAX_CONCURRENCY))
+    rate_per_replica = throughput(prices, best)
+    # The margin keeps a rate that is an exact multiple from taking one more replica.
+    replicas = math.ceil(rate / rate_per_replica - 1e-9)
+    return Capacity(int(best.concurrency), seconds(prices, best), rate_per_replica, replicas)
+
+
+def _best_load(prices: Prices, setting: Setting, limit: float, max_requests: int) -> Setting:
+    """Return the setting with the concurrency of highest throughput within the latency limit."""
+    candidates = []
+    for concurrency in range(1, max_requests + 1):
+        loaded = replace(setting, concurrency=concurrency, replicas=1)
+        if seconds(prices, loaded) <= limit:
+            candidates.append(loaded)
+    return max(candidates, key=lambda loaded: throughput(prices, loaded))
 
 
 def roofline(
@@ -191,67 +230,78 @@ def roofline(
     reward_parameters: float = 0.0,
     weight_bytes: float = 2.0,
 ) -> Prices:
-    """Prices from a data sheet, not measured: the weights are read once a step, each token costs two operations a weight.
+    """Compute prices from a data sheet instead of measurements.
+
+    The weights are read once per step, and each token takes two operations per weight.
 
     Args:
         parameters: of the language model.
-        bandwidth: bytes per second that are reached, not the peak.
-        flops: operations per second that are reached, not the peak.
+        bandwidth: achieved (not peak) bytes per second.
+        flops: achieved (not peak) operations per second.
         cache_bytes: of keys and values, per token of context.
         reward_parameters: of all reward models together, if they run on the same device.
         weight_bytes: per parameter.
     """
-    token = 2 * parameters / flops
+    seconds_per_token = 2 * parameters / flops
     return Prices(
         step=weight_bytes * parameters / bandwidth,
-        sequence=token,
+        sequence=seconds_per_token,
         attention=cache_bytes / bandwidth,
-        prefill=token,
+        prefill=seconds_per_token,
         reward=2 * reward_parameters / flops,
     )
 
 
 def from_report(report: Mapping[str, Any], place: str) -> tuple[Setting, float]:
-    """The setting and the mean latency of one `bench serve` result.
+    """Return the setting and the mean latency in seconds of one `bench serve` result.
+
+    Args:
+        report: the JSON object that `bench serve --json` wrote.
+        place: its file, for error messages.
 
     Raises:
-        ConfigError: not a closed loop on one target, or nothing was answered.
+        ConfigError: the run is not a closed loop on one target, no request was answered, or the
+            endpoint did not count its tokens.
     """
     targets = list(report.get("targets", {}).values())
     if len(targets) != 1 or report["load"]["loop"] != "closed":
         raise ConfigError(
-            f"{place}: a cost model is fitted to closed loops on one target; measure with --concurrency."
+            f"{place}: a cost model is fitted to closed loops on one target; "
+            "measure one target with --concurrency."
         )
-    found, align = targets[0], targets[0]["align"] or {}
-    if not (answered := found["requests"]["answered"]):
-        raise ConfigError(f"{place}: no request was answered.")
-    tokens, usage = found["tokens"], found["tokens"]["align"]
+    target = targets[0]
+    answered = target["requests"]["answered"]
+    if not answered:
+        raise ConfigError(f"{place}: no request was answered; measure again.")
+    tokens = target["tokens"]
     if tokens.get("counted_by", "usage") != "usage" or not tokens["prompt"]:
         raise ConfigError(
-            f"{place}: the endpoint does not count its tokens (usage), so they have no price."
+            f"{place}: the endpoint does not count its tokens (usage), so they have no price; "
+            "measure an endpoint that sends usage."
         )
+    align = target["align"] or {}
+    usage = tokens["align"]
     n = _candidates(align, usage.get("engine_calls", answered) / answered)
+    judge_tokens = usage.get("judge_prompt_tokens", 0) + usage.get("judge_completion_tokens", 0)
     setting = Setting(
         concurrency=report["load"]["concurrency"],
         n=n,
         prompt_tokens=tokens["prompt"] / answered,
         output_tokens=tokens["spent"] / answered / n,
-        k=align["vas"].get("top_k", 20) if "vas" in align else 0,
+        k=align["vas"].get("top_k", DEFAULT_TOP_K) if "vas" in align else 0,
         reward_tokens=usage.get("reward_tokens", 0) / answered,
-        judge_tokens=(usage.get("judge_prompt_tokens", 0) + usage.get("judge_completion_tokens", 0))
-        / answered,
+        judge_tokens=judge_tokens / answered,
     )
-    return setting, found["latency_ms"]["e2e"]["mean"]["value"] / 1e3
+    return setting, target["latency_ms"]["e2e"]["mean"]["value"] / 1e3
 
 
 def _candidates(align: Mapping[str, Any], calls: float) -> float:
-    """Of a request, as it asked for them; by a preset, as many as there were calls."""
+    """Return the candidates of a request: from its parameters, or with a preset from its calls."""
     if "preset" in align or not ("best_of_n" in align or "rps" in align):
         return max(1.0, calls)
-    each = align["best_of_n"].get("n", 8) if "best_of_n" in align else 1
-    return float(each * (align["rps"].get("k", 5) if "rps" in align else 1))
-
-
-def names() -> tuple[str, ...]:
-    """The prices, in order."""
-    return tuple(f.name for f in fields(Prices))
+    candidates = 1.0
+    if "best_of_n" in align:
+        candidates *= align["best_of_n"].get("n", DEFAULT_N)
+    if "rps" in align:
+        candidates *= align["rps"].get("k", DEFAULT_DIRECTIONS)
+    return candidates

@@ -1,38 +1,35 @@
-"""One endpoint over HTTP: which models it serves, and one timed request."""
+"""One endpoint over HTTP: list its models and send timed requests."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, Self
 
+import aiohttp
+
 from infer_align.errors import AlignError, ConfigError, nearest, shown
-
-try:
-    import aiohttp
-except ImportError:
-    raise ConfigError(
-        "bench: aiohttp is not installed; install it with: pip install 'infer-align[bench]'."
-    ) from None
-
-from infer_align_bench.events import Answer, StreamFailed, described
+from infer_align_bench.answer import MAX_EXCERPT, MAX_MESSAGE, Answer, StreamFailed, describe_error
+from infer_align_bench.failures import classify_failure, connect_timeout
 from infer_align_bench.types import Prompt, Sample, Target
 
-CONNECT_SECONDS = 10.0
+READ_BUFFER_BYTES = 2**20
+MAX_MODELS_IN_MESSAGE = 20
+# Raised by aiohttp, or by reading an answer: they are outcomes of a request.
+REQUEST_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
 
 
 class Endpoint:
-    """A target and its connections; kept alive, as many as there are requests under way."""
+    """A target and its HTTP connections, which are kept alive. Use it as an async context."""
 
     def __init__(self, target: Target, timeout: float, seed: int) -> None:
         if not re.match(r"https?://[^/]+", target.base_url):
             raise ConfigError(
-                f"--base-url: {shown(target.base_url)} is not allowed; must be like http://127.0.0.1:8000/v1."
+                f"--base-url: {shown(target.base_url)} is not allowed; "
+                "must be like http://127.0.0.1:8000/v1."
             )
         self.target = replace(target, base_url=target.base_url.rstrip("/"))
         self._seed = seed
@@ -40,14 +37,14 @@ class Endpoint:
 
     async def __aenter__(self) -> Self:
         key = self.target.key.value
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = aiohttp.ClientSession(
-            headers=headers,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            # No limit: the load decides how many requests are in flight.
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(
-                total=self._timeout, sock_connect=min(self._timeout, CONNECT_SECONDS)
+                total=self._timeout, sock_connect=connect_timeout(self._timeout)
             ),
-            read_bufsize=2**20,
+            read_bufsize=READ_BUFFER_BYTES,
         )
         return self
 
@@ -55,74 +52,86 @@ class Endpoint:
         await self._http.close()
 
     async def find_model(self) -> None:
-        """Make sure that it answers, takes the key and serves the model; takes the first model where none was named.
+        """Check that the endpoint answers, accepts the key and serves the model.
+
+        Without a model in the target, use the first that the endpoint lists.
 
         Raises:
-            AlignError: it does not, and what to do.
+            AlignError: one of these fails; the message names the fix.
         """
         status, body = await self.call("models")
-        if (
-            status == 404
-            and not self.target.base_url.endswith("/v1")
-            and (await self.call("v1/models"))[0] == 200
-        ):
-            raise AlignError(
-                f"{self.target.place}/models: status 404; did you mean --base-url {self.target.place}/v1?"
-            )
+        place = self.target.place
+        if status == 404 and await self._has_v1():
+            raise AlignError(f"{place}/models: status 404; did you mean --base-url {place}/v1?")
         if status in (401, 403):
-            raise AlignError(self._refused(status, body))
-        names = [str(model.get("id")) for model in _models(body)] if status == 200 else []
+            raise AlignError(self._key_refused(status, body))
+        names = _model_names(body) if status == 200 else []
         model = self.target.model
         if model is None and not names:
             raise AlignError(
-                f"{self.target.place}/models: status {status}, no list of models; name one with --model."
+                f"{place}/models: status {status}, no list of models; name one with --model."
             )
         if names and model is not None and model not in names:
-            guess = nearest(model, names)
-            served = (
-                "" if guess.startswith("known") else f" It serves: {', '.join(sorted(names)[:20])}."
-            )
             raise AlignError(
-                f"--model: {shown(model)} is not served at {self.target.place}; {guess}{served}"
+                f"--model: {shown(model)} is not served at {place}; {_served(model, names)}"
             )
         self.target = replace(self.target, model=model or names[0])
 
+    async def _has_v1(self) -> bool:
+        """Return True if the API is below /v1 of an address that lacks this path."""
+        if self.target.base_url.endswith("/v1"):
+            return False
+        status, _ = await self.call("v1/models")
+        return status == 200
+
     async def call(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
-        """One GET, or POST of a body; -> the status, and the JSON answer or its text.
+        """Send a GET request, or a POST request if there is a body.
+
+        Returns:
+            The status, and the JSON answer or the beginning of its text.
 
         Raises:
-            AlignError: no answer.
+            AlignError: there was no answer.
         """
         send = self._http.get if body is None else self._http.post
         try:
             async with send(f"{self.target.base_url}/{path}", json=body) as response:
-                return response.status, _json(await response.text(errors="replace"))
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            kind, said = failure(error, self._timeout)
-            why = kind if said.lower() == kind else f"{kind}: {self.safe(said)}"
-            advice = (
-                "raise --timeout, or ask for less"
-                if kind == "timeout"
-                else "is the server running?"
-            )
-            raise AlignError(f"{self.target.place} cannot be reached: {why}; {advice}") from None
+                return response.status, _decode(await response.text(errors="replace"))
+        except REQUEST_ERRORS as error:
+            raise AlignError(self._unreachable(error)) from None
 
-    def _refused(self, status: int, body: Any) -> str:
-        said = self.safe(described(body.get("error") if isinstance(body, Mapping) else body, "")[1])
+    def _unreachable(self, error: Exception) -> str:
+        kind, message = classify_failure(error, self._timeout)
+        reason = kind if message.lower() == kind else f"{kind}: {self.redact(message)}"
+        advice = "is the server running?"
+        if kind == "timeout":
+            advice = "raise --timeout, or request less"
+        return f"{self.target.place} cannot be reached: {reason}; {advice}"
+
+    def _key_refused(self, status: int, body: Any) -> str:
         key = self.target.key
-        given = (
-            f"the key in {key.env} was refused"
-            if key.value
-            else f"no key was sent{f', {key.env} is not set' if key.env else ''}"
+        if key.value:
+            problem = f"the key in {key.env} was refused"
+        elif key.env:
+            problem = f"no key was sent, {key.env} is not set"
+        else:
+            problem = "no key was sent"
+        _, message = describe_error(error_of(body), "")
+        return (
+            f"{self.target.place}: status {status}: {problem}: {self.redact(message)}; "
+            f"name the environment variable of the key with {key.flag}."
         )
-        return f"{self.target.place}: status {status}: {given}: {said}; name its variable with {key.flag}."
 
-    def safe(self, text: str) -> str:
-        """`text` without the key, which servers like to quote."""
-        return text.replace(self.target.key.value, "***") if self.target.key.value else text
+    def redact(self, text: str) -> str:
+        """Return `text` without the API key, which servers like to quote."""
+        key = self.target.key.value
+        return text.replace(key, "***") if key else text
 
     def body(self, prompt: Prompt, index: int) -> dict[str, Any]:
-        """What is sent for a prompt; `index` makes the seed, so that both targets of a pair are asked the same."""
+        """Return the request body of a prompt.
+
+        `index` determines the seed, so that both targets of a pair get the same request.
+        """
         body: dict[str, Any] = {
             "model": self.target.model,
             "messages": list(prompt.messages),
@@ -138,109 +147,100 @@ class Endpoint:
     async def send(
         self, prompt: Prompt, index: int, began: float, intended: float | None = None
     ) -> Sample:
-        """One request; never raises for what an endpoint does.
+        """Send one request. A failure of the endpoint is part of the sample, never an exception.
 
         Args:
-            prompt: what is asked.
-            index: of the request.
-            began: the run's start on `perf_counter`.
-            intended: seconds after it at which the request was due; None: now.
+            prompt: the conversation to send.
+            index: index of the request.
+            began: start of the run on `perf_counter`.
+            intended: due time in seconds after `began`; None: now.
         """
         content = json.dumps(self.body(prompt, index)).encode()
-        started, answer = perf_counter(), Answer()
-        kind, message = await self._exchange(content, answer)
-        prompt_tokens, spent, returned = answer.tokens()
+        answer = Answer()
+        started = perf_counter() - began
+        error, message = await self._exchange(content, answer)
+        ended = perf_counter() - began
+        prompt_tokens, generated, returned = answer.tokens()
         return Sample(
-            self.target.name,
-            index,
-            started - began if intended is None else intended,
-            started - began,
-            perf_counter() - began,
-            None if answer.first is None else answer.first - began,
-            tuple(answer.gaps),
-            answer.chunks,
-            prompt_tokens,
-            spent,
-            returned,
-            answer.align_usage(),
-            answer.finish_reason,
-            kind,
-            self.safe(message),
+            target=self.target.name,
+            index=index,
+            intended=started if intended is None else intended,
+            started=started,
+            ended=ended,
+            first=None if answer.first is None else answer.first - began,
+            gaps=tuple(answer.gaps),
+            chunks=answer.chunks,
+            prompt_tokens=prompt_tokens,
+            spent=generated,
+            returned=returned,
+            align=answer.align_usage(),
+            finish_reason=answer.finish_reason,
+            error=error,
+            message=self.redact(message),
         )
 
     async def _exchange(self, content: bytes, answer: Answer) -> tuple[str | None, str]:
-        url, headers = (
-            f"{self.target.base_url}/chat/completions",
-            {"Content-Type": "application/json"},
-        )
+        """Send a chat request and fill `answer`; return the kind and message of an error."""
+        url = f"{self.target.base_url}/chat/completions"
+        headers = {"Content-Type": "application/json"}
         try:
             async with self._http.post(url, data=content, headers=headers) as response:
                 if response.status != 200:
-                    return _failure(response.status, await response.text(errors="replace"))
-                await self._read(response, answer)
+                    text = await response.text(errors="replace")
+                    return _status_error(response.status, text)
+                await _read(response, answer)
         except StreamFailed as error:
             return error.kind, str(error)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            return failure(error, self._timeout)
+        except REQUEST_ERRORS as error:
+            return classify_failure(error, self._timeout)
         return None, ""
 
-    async def _read(self, response: aiohttp.ClientResponse, answer: Answer) -> None:
-        if "text/event-stream" in response.headers.get("Content-Type", ""):
-            async for data in response.content.iter_any():
-                answer.feed(data, perf_counter())
-            answer.end()
-            return
-        text = await response.text(errors="replace")
-        if not isinstance(body := _json(text), Mapping) or "choices" not in body:
-            raise StreamFailed("not an answer", text[:200])
-        answer.whole(body)
+
+def error_of(body: Any) -> Any:
+    """Return the `error` field of an answer, or the whole answer if it is not an object."""
+    return body.get("error") if isinstance(body, Mapping) else body
 
 
-def failure(error: Exception, timeout: float) -> tuple[str, str]:
-    """What kept a request from its answer: the kind of error, and a sentence."""
-    cause = getattr(error, "os_error", error)  # aiohttp wraps what the system said
-    if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
-        return (
-            "client out of files",
-            f"{os.strerror(cause.errno)}: this client's limit, not the endpoint's; see ulimit -n",
-        )
-    if isinstance(error, aiohttp.ServerTimeoutError):
-        return "connect timeout", f"no connection within {min(timeout, CONNECT_SECONDS):g} s"
-    if isinstance(error, TimeoutError):
-        return "timeout", f"no end within {timeout:g} s"
-    refused = (
-        "connection refused" if isinstance(cause, ConnectionRefusedError) else "connection failed"
-    )
-    kinds: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
-        (aiohttp.ClientConnectorDNSError, "name not found"),
-        (aiohttp.ClientSSLError, "TLS failed"),
-        (aiohttp.ClientConnectorError, refused),
-        ((aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, OSError), "connection lost"),
-    ]
-    kind = next((kind for types, kind in kinds if isinstance(error, types)), "bad HTTP")
-    said = (
-        os.strerror(code)
-        if isinstance(code := getattr(cause, "errno", None), int) and code > 0
-        else str(cause)
-    )
-    return kind, said or type(error).__name__
+async def _read(response: aiohttp.ClientResponse, answer: Answer) -> None:
+    if "text/event-stream" in response.headers.get("Content-Type", ""):
+        async for received in response.content.iter_any():
+            answer.feed(received, perf_counter())
+        answer.end(perf_counter())
+        return
+    text = await response.text(errors="replace")
+    body = _decode(text)
+    if not isinstance(body, Mapping) or "choices" not in body:
+        raise StreamFailed("not an answer", text[:MAX_EXCERPT])
+    answer.read_body(body)
 
 
-def _failure(status: int, text: str) -> tuple[str, str]:
-    body = _json(text)
-    error = body.get("error", body.get("detail", text)) if isinstance(body, Mapping) else text
-    return described(error, f"http {status}")
+def _status_error(status: int, text: str) -> tuple[str, str]:
+    body = _decode(text)
+    error: Any = text
+    if isinstance(body, Mapping):
+        error = body.get("error", body.get("detail", text))
+    return describe_error(error, f"http {status}")
 
 
-def _models(body: Any) -> list[Mapping[str, Any]]:
-    found = body.get("data") if isinstance(body, Mapping) else None
-    return (
-        [model for model in found if isinstance(model, Mapping)] if isinstance(found, list) else []
-    )
+def _model_names(body: Any) -> list[str]:
+    models = body.get("data") if isinstance(body, Mapping) else None
+    if not isinstance(models, list):
+        return []
+    return [str(model.get("id")) for model in models if isinstance(model, Mapping)]
 
 
-def _json(text: str) -> Any:
+def _served(model: str, names: list[str]) -> str:
+    """Name the served model that is nearest to `model`, and list the others."""
+    guess = nearest(model, names)
+    # Without a near match, `nearest` lists the names itself.
+    if not guess.startswith("did you mean"):
+        return guess
+    return f"{guess} It serves: {', '.join(sorted(names)[:MAX_MODELS_IN_MESSAGE])}."
+
+
+def _decode(text: str) -> Any:
+    """Return the JSON value of `text`, or the beginning of `text` if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
-        return text[:500]
+        return text[:MAX_MESSAGE]

@@ -1,11 +1,17 @@
-"""The two loops. Closed: a new request when one ends. Open: at random times, whatever the endpoint does.
+"""Apply a load to one target or to two: a closed loop or an open loop.
 
-Two targets in a closed loop are asked in slices: A alone with its full concurrency until a slice of its requests has ended, then B,
-the order changing from round to round. So each target bears the load that it would bear alone, both see the same weather, and a
-target's time is the time of its own slices. In an open loop both get their arrivals at once: a rate is a load of its own.
+A closed loop keeps a number of requests in flight: a new request starts when one ends. An open
+loop sends requests at random times, independent of the answers.
 
-In the open loop latency counts from the time at which a request was due, not from when it could be sent: an endpoint that stalls
-keeps every request waiting that came meanwhile, and the percentiles must say so ("coordinated omission").
+In a closed loop, two targets get slices: target A alone at full concurrency until a slice of its
+requests has ended, then target B. The order changes from round to round. So each target bears the
+load that it would bear alone, both meet the same conditions of the machine, and the time of a
+target is the time of its own slices. In an open loop both targets get their arrivals at the same
+time, since a rate is a load of its own.
+
+In an open loop, latency counts from the time at which a request was due, not from the time at
+which it was sent. An endpoint that stalls also delays the requests that become due meanwhile, and
+the percentiles must show that ("coordinated omission").
 """
 
 from __future__ import annotations
@@ -15,7 +21,6 @@ import contextlib
 import heapq
 import itertools
 import random
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Protocol
@@ -24,93 +29,131 @@ import numpy as np
 
 from infer_align_bench.types import Load, Prompt, Run, Sample, Span
 
-ROUNDS = 10  # slices of each target, where there are requests enough
-FULL = 4  # times the concurrency: the fewest requests of a slice, most of which then run under the full load
-SHORTEST = 1.0  # seconds of a slice, where time bounds it
+# Slices of each target, if there are enough requests.
+ROUNDS = 10
+# A slice has at least this many requests per request in flight, so that most of its requests run
+# at full load.
+MIN_REQUESTS_PER_PLACE = 4
+# Shortest slice of a run that is bounded by time.
+MIN_SLICE_SECONDS = 1.0
+# The clock expires slightly before the timeout cancels the requests, so that they see it.
+EXPIRY_MARGIN_SECONDS = 1e-3
 GIVEN_UP = "given up"
 
 
 class Sender(Protocol):
-    """What `Endpoint.send` does."""
+    """Sends one request; `Endpoint.send` is the implementation over HTTP."""
 
     def __call__(
         self, prompt: Prompt, index: int, began: float, intended: float | None = None
     ) -> Awaitable[Sample]:
-        """One request, timed."""
+        """Send one request and return its timed sample."""
 
 
-def turns(index: int, count: int, seed: int) -> list[int]:
-    """In which order round `index` asks its `count` targets: random, and the next the other way round, so that none leads."""
-    flip = random.Random(f"{seed}/{index // 2}").random() < 0.5  # noqa: S311 - an order, no secret
-    order = list(range(count))
-    return order[::-1] if flip != bool(index % 2) else order
+def target_order(round_index: int, targets: int, seed: int) -> list[int]:
+    """Return the order of the targets in a round.
+
+    The order of an even round is random and the next round reverses it, so that each target leads
+    equally often.
+    """
+    generator = random.Random(f"{seed}/{round_index // 2}")  # noqa: S311 - an order, no secret
+    swap = generator.random() < 0.5
+    order = list(range(targets))
+    if swap != bool(round_index % 2):
+        order.reverse()
+    return order
 
 
 def arrivals(rate: float, seed: int, target: int) -> Iterator[float]:
-    """The times of a Poisson process, seconds from 0, without end; another for each target."""
-    chance = np.random.default_rng([seed, target])
+    """Yield the times of an endless Poisson process in seconds; each target has its own."""
+    generator = np.random.default_rng([seed, target])
     now = 0.0
     while True:
-        now += float(chance.exponential(1 / rate))
+        now += float(generator.exponential(1 / rate))
         yield now
 
 
 def slices(load: Load, targets: int) -> list[tuple[int | None, float | None]]:
-    """(requests, seconds) of each target's slice, round by round; None: no bound of its own."""
+    """Return requests and seconds of each target's slice, by round; None: no bound of its own."""
     if targets == 1:
         return [(load.requests, load.duration)]
     if load.requests is None:
         assert load.duration is not None
-        rounds = _even(min(ROUNDS, int(load.duration / targets / SHORTEST)))
+        affordable = int(load.duration / targets / MIN_SLICE_SECONDS)
+        rounds = _even(min(ROUNDS, affordable))
         return [(None, load.duration / targets / rounds)] * rounds
-    rounds = _even(min(ROUNDS, load.requests // (FULL * (load.concurrency or 1))))
-    return [(len(part), None) for part in np.array_split(np.arange(load.requests), rounds)]
+    affordable = load.requests // (MIN_REQUESTS_PER_PLACE * (load.concurrency or 1))
+    rounds = _even(min(ROUNDS, affordable))
+    parts = np.array_split(np.arange(load.requests), rounds)
+    return [(len(part), None) for part in parts]
 
 
 def _even(rounds: int) -> int:
-    """An even number, so that each target leads as often; 1 where there are too few."""
+    """Round down to an even number, so that each target leads equally often; at least 1."""
     return max(1, rounds - rounds % 2)
 
 
-async def run(
+async def apply_load(
     load: Load,
     prompts: Sequence[Prompt],
     senders: Mapping[str, Sender],
     stop: asyncio.Event,
     on_sample: Callable[[Sample], None] = lambda _: None,
+    clock: Callable[[], float] = perf_counter,
 ) -> Run:
-    """Apply a load to one target, or to two, until its requests or its time are over, or `stop` is set.
+    """Send requests to one or two targets until their number or the time is reached.
 
-    `load.duration + load.grace` seconds bound the whole: what has not ended by then becomes a sample with the error "given up".
+    A run with a duration ends after `load.duration + load.grace` seconds at the latest. Requests
+    that have not ended by then become samples with the error "given up".
+
+    Args:
+        load: number, rate and time of the requests.
+        prompts: used in turn.
+        senders: of each target, by its name.
+        stop: ends the run early when it is set.
+        on_sample: called for every sample.
+        clock: of the run, in seconds; the senders must use the same clock.
     """
-    loop = _Loop(load, prompts, senders, on_sample)
-    interrupted = not await until(stop, loop.bounded())
-    left = {"abandoned": loop.state["sent"], "unsent": loop.state["waiting"]} if interrupted else {}
+    generator = _LoadGenerator(load, prompts, senders, on_sample, clock)
+    finished = await run_until_stopped(stop, generator.run())
     return Run(
-        tuple(loop.samples), perf_counter() - loop.began, tuple(loop.spans), interrupted, **left
+        samples=tuple(generator.samples),
+        seconds=generator.now,
+        spans=tuple(generator.spans),
+        interrupted=not finished,
+        abandoned=0 if finished else generator.in_flight,
+        unsent=0 if finished else generator.waiting,
     )
 
 
-async def until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Let `work` run to its end, or cancel it when `stop` is set; -> whether it came to its end. Its first error is raised."""
-    working, stopped = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+async def run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Run `work` to its end, or cancel it when `stop` is set.
+
+    Returns:
+        True if the work ended by itself.
+
+    Raises:
+        Exception: the first error of the work.
+    """
+    task = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(stop.wait())
     try:
-        await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        ended = working.done()
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        finished = task.done()
     finally:
         stopped.cancel()
-        working.cancel()
+        task.cancel()
         try:
-            await working
+            await task
         except asyncio.CancelledError:
             pass
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-    return ended
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+    return finished
 
 
-class _Loop:
-    """One run under way."""
+class _LoadGenerator:
+    """One run in progress."""
 
     def __init__(
         self,
@@ -118,37 +161,38 @@ class _Loop:
         prompts: Sequence[Prompt],
         senders: Mapping[str, Sender],
         on_sample: Callable[[Sample], None],
+        clock: Callable[[], float],
     ) -> None:
         self.samples: list[Sample] = []
         self.spans: list[Span] = []
-        self.state: Counter[str] = (
-            Counter()
-        )  # requests that are "sent", and those that are due and "waiting"
-        self.began = perf_counter()
-        self._load, self._prompts, self._senders, self._on_sample = (
-            load,
-            prompts,
-            senders,
-            on_sample,
-        )
+        self.in_flight = 0
+        # Requests that are due and wait for a place.
+        self.waiting = 0
+        self._clock = clock
+        self._began = clock()
+        self._load = load
+        self._prompts = prompts
+        self._senders = senders
+        self._on_sample = on_sample
         self._names = list(senders)
         self._expired = False
 
     @property
     def now(self) -> float:
-        return perf_counter() - self.began
+        """Seconds since the start of the run."""
+        return self._clock() - self._began
 
-    async def bounded(self) -> None:
-        """The loop within its time."""
+    async def run(self) -> None:
+        """Run the loop, within the time of the load."""
         load = self._load
-        clock = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(None) as bound:
+            async with asyncio.timeout(None) as timeout:
                 if load.duration is not None:
-                    at = clock.time() + load.duration + load.grace
-                    bound.reschedule(at)
-                    clock.call_at(at - 1e-3, self._expire)  # before the tasks hear of it
-                await (self._open() if load.open else self._closed())
+                    end = loop.time() + load.duration + load.grace
+                    timeout.reschedule(end)
+                    loop.call_at(end - EXPIRY_MARGIN_SECONDS, self._expire)
+                await (self._open_loop() if load.open else self._closed_loop())
 
     def _expire(self) -> None:
         self._expired = True
@@ -158,57 +202,65 @@ class _Loop:
         name: str,
         index: int,
         due: float | None = None,
-        place: asyncio.Semaphore | None = None,
+        places: asyncio.Semaphore | None = None,
     ) -> None:
-        """One request, which waits for its place; however it ends, it is one sample."""
-        asked, state = self.now if due is None else due, "waiting"
-        self.state[state] += 1
+        """Send one request as soon as there is a place; any outcome is one sample."""
+        intended = self.now if due is None else due
+        prompt = self._prompts[index % len(self._prompts)]
+        sent = False
+        self.waiting += 1
         try:
-            async with place or contextlib.nullcontext():
-                self.state[state] -= 1
-                state = "sent"
-                self.state[state] += 1
-                sample = await self._senders[name](
-                    self._prompts[index % len(self._prompts)], index, self.began, due
-                )
+            async with places or contextlib.nullcontext():
+                sent = True
+                self.waiting -= 1
+                self.in_flight += 1
+                sample = await self._senders[name](prompt, index, self._began, due)
         except asyncio.CancelledError:
+            # An interrupt: the request counts as in flight or waiting.
             if not self._expired:
-                raise  # Ctrl-C: still under way, and counted as such
-            message = f"no end in --duration and {self._load.grace:g} s of grace" + (
-                ", and never sent" if state == "waiting" else ""
-            )
-            sample = Sample(
-                name,
-                index,
-                asked,
-                self.now if state == "waiting" else asked,
-                self.now,
-                error=GIVEN_UP,
-                message=message,
-            )
-        self.state[state] -= 1
+                raise
+            sample = self._given_up(name, index, intended, sent=sent)
+        if sent:
+            self.in_flight -= 1
+        else:
+            self.waiting -= 1
         self.samples.append(sample)
         self._on_sample(sample)
 
-    async def _closed(self) -> None:
+    def _given_up(self, name: str, index: int, intended: float, *, sent: bool) -> Sample:
+        """Return the sample of a request that did not end within the time of the load."""
+        message = f"no end in --duration and {self._load.grace:g} s of grace"
+        if not sent:
+            message += ", and never sent"
+        ended = self.now
+        started = intended if sent else ended
+        return Sample(name, index, intended, started, ended, error=GIVEN_UP, message=message)
+
+    async def _closed_loop(self) -> None:
         indices = [itertools.count(self._load.first) for _ in self._names]
         for number, (requests, seconds) in enumerate(slices(self._load, len(self._names))):
-            for target in turns(number, len(self._names), self._load.seed):
-                await self._slice(
-                    self._names[target], itertools.islice(indices[target], requests), seconds
-                )
+            for target in target_order(number, len(self._names), self._load.seed):
+                part = itertools.islice(indices[target], requests)
+                await self._slice(self._names[target], part, seconds)
 
     async def _slice(self, name: str, indices: Iterator[int], seconds: float | None) -> None:
-        """`concurrency` requests of one target under way until they are all sent, or the time is over; then wait for the last."""
+        """Send requests to one target until they are all sent or the time is over.
+
+        Then wait for those in flight.
+        """
         began = self.now
-        limits = [self._load.duration, None if seconds is None else began + seconds]
-        end = min((limit for limit in limits if limit is not None), default=np.inf)
+        end = np.inf
+        if self._load.duration is not None:
+            end = self._load.duration
+        if seconds is not None:
+            end = min(end, began + seconds)
 
         async def worker() -> None:
-            # The time is looked at first: an index that is taken is asked.
-            while (
-                self.now < end and (index := next(indices, None)) is not None and not self._expired
-            ):
+            # Check the time before taking an index: an index that is taken must be sent.
+            while self.now < end:
+                index = next(indices, None)
+                if index is None or self._expired:
+                    return
                 await self._send(name, index)
 
         try:
@@ -218,14 +270,15 @@ class _Loop:
         finally:
             self.spans.append(Span(name, began, self.now))
 
-    async def _open(self) -> None:
-        most = self._load.max_in_flight
-        places = {name: asyncio.Semaphore(most) if most else None for name in self._names}
+    async def _open_loop(self) -> None:
+        limit = self._load.max_in_flight
+        places = {name: asyncio.Semaphore(limit) if limit else None for name in self._names}
         try:
             async with asyncio.TaskGroup() as group:
                 for due, target, index in _schedule(self._load, len(self._names)):
-                    if (wait := due - self.now) > 0:
-                        await asyncio.sleep(wait)
+                    delay = due - self.now
+                    if delay > 0:
+                        await asyncio.sleep(delay)
                     name = self._names[target]
                     group.create_task(self._send(name, index, due, places[name]))
         finally:
@@ -233,13 +286,16 @@ class _Loop:
 
 
 def _schedule(load: Load, targets: int) -> Iterator[tuple[float, int, int]]:
-    """(due, target, index) in the order of time."""
+    """Yield due time, target and index of each request of an open loop, in the order of time."""
+    schedules = [_target_schedule(load, target) for target in range(targets)]
+    return heapq.merge(*schedules)
+
+
+def _target_schedule(load: Load, target: int) -> Iterator[tuple[float, int, int]]:
     assert load.rate is not None
-
-    def of(target: int, rate: float) -> Iterator[tuple[float, int, int]]:
-        for count, due in enumerate(arrivals(rate, load.seed, target)):
-            if count == load.requests or (load.duration is not None and due >= load.duration):
-                return
-            yield due, target, load.first + count
-
-    return heapq.merge(*(of(target, load.rate) for target in range(targets)))
+    for count, due in enumerate(arrivals(load.rate, load.seed, target)):
+        if count == load.requests:
+            return
+        if load.duration is not None and due >= load.duration:
+            return
+        yield due, target, load.first + count

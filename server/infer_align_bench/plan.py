@@ -1,11 +1,11 @@
-"""`infer-align bench plan`: prices from measurements, how far they can be trusted, and the replicas for a rate and a latency."""
+"""Run `infer-align bench plan`: fit prices to results and plan the replicas for a rate."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,25 @@ from infer_align_bench.cost import (
     errors,
     fit,
     from_report,
-    left_out,
+    leave_one_out_errors,
     seconds,
 )
-from infer_align_bench.doubt import doubted, refuse_unmeasured, saturated
-from infer_align_bench.simulate import replicas_for, simulate
+from infer_align_bench.extrapolation import (
+    extrapolation_warnings,
+    refuse_unmeasured,
+    saturation_warnings,
+)
+from infer_align_bench.simulate import Simulated, replicas_for, simulate
 
 OUT = Console(width=max(80, Console().width))
-HEAD_ROOM = (1.0, 1.1, 1.25, 1.5)  # times the replicas of the mean load
+SCHEMA = "infer-align/bench-plan/2"
+# Numbers of replicas that are simulated, as multiples of those for the mean load.
+SPARE_CAPACITY = (1.0, 1.1, 1.25, 1.5)
+# Fewest results for which each is also predicted from the others.
+MIN_LEAVE_ONE_OUT = 4
 UNITS = {
-    "fixed": "a request, whatever it asks",
-    "step": "a decoding step, whatever its batch",
+    "fixed": "a request, of any kind",
+    "step": "a decoding step, of any batch size",
     "sequence": "a sequence in a step",
     "attention": "a token of context in a step",
     "prefill": "a prompt token",
@@ -45,142 +53,172 @@ UNITS = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Fit, validate, predict, simulate.
+    """Fit the prices, validate them, plan the capacity and simulate the queue.
 
     Raises:
-        ConfigError: a file is no result, there are too few, something is asked that was not measured, or a latency cannot be kept.
+        ConfigError: a file is not a result, there are too few results, the planned request was not
+            measured, or no number of replicas reaches the latency.
     """
     settings, measured = _read(options.results)
     prices = fit(settings, measured)
-    held, truth = _read(options.hold_out)
-    checked = {"left out, one at a time": left_out(settings, measured)} if len(settings) > 3 else {}
-    if held:
-        checked["held out"] = errors(prices, held, truth)
-    rewarded = (
-        options.n * (options.prompt_tokens + options.output_tokens)
-        if any(s.reward_tokens for s in settings)
-        else 0
-    )
-    asked = Setting(
-        1,
-        options.n,
-        options.prompt_tokens,
-        options.output_tokens,
-        options.k,
-        rewarded if options.reward_tokens is None else options.reward_tokens,
-        options.judge_tokens,
-    )
-    refuse_unmeasured(settings, asked)
-    planned = capacity(prices, asked, options.rate, options.latency, options.max_sequences)
-    doubts = [
-        *saturated(settings, measured),
-        *doubted(prices, settings, replace(asked, concurrency=planned.concurrency)),
+    held_out, held_out_measured = _read(options.hold_out)
+    validation = {}
+    if len(settings) >= MIN_LEAVE_ONE_OUT:
+        validation["left out, one at a time"] = leave_one_out_errors(settings, measured)
+    if held_out:
+        validation["held out"] = errors(prices, held_out, held_out_measured)
+    request = _planned_request(options, settings)
+    refuse_unmeasured(settings, request)
+    planned = capacity(prices, request, options.rate, options.latency, options.max_sequences)
+    loaded = replace(request, concurrency=planned.concurrency)
+    warnings = [
+        *saturation_warnings(settings, measured),
+        *extrapolation_warnings(prices, settings, loaded),
     ]
-    _show(prices, [*settings, *held], [*measured, *truth], checked, len(settings))
-    OUT.print(
-        f"\n{options.rate:g} requests / s of n = {options.n}, {options.prompt_tokens} + {options.output_tokens} tokens: "
-        f"[bold]{planned.replicas} replicas[/] at the mean load, each {planned.requests_per_second:.3g} requests / s with "
-        f"{planned.concurrency} under way, {planned.seconds:.3g} s a request",
-        highlight=False,
-    )
-    queues = _queues(options, prices, asked, planned)
-    for doubt in doubts:
-        OUT.print(f"[yellow]{doubt}[/]", highlight=False)
+    _print_prices(prices)
+    labels = [""] * len(settings) + ["held out"] * len(held_out)
+    _print_settings(prices, [*settings, *held_out], [*measured, *held_out_measured], labels)
+    _print_validation(validation)
+    _print_capacity(options, planned)
+    queues = _simulate_queues(options, prices, request, planned)
+    _print_queues(options, planned, queues)
+    for warning in warnings:
+        OUT.print(f"[yellow]{warning}[/]", highlight=False)
     if options.json:
-        made: dict[str, Any] = {
-            "schema": "infer-align/bench-plan/2",
+        simulated = [{"replicas": count, **asdict(queue)} for count, queue in queues.items()]
+        plan: dict[str, Any] = {
+            "schema": SCHEMA,
             "prices_seconds": asdict(prices),
-            "errors": checked,
-            "doubts": doubts,
+            "errors": validation,
+            "doubts": warnings,
+            "plan": asdict(planned),
+            "simulated": simulated,
         }
-        made |= {"plan": asdict(planned), "simulated": queues}
-        options.json.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def _queues(
-    options: argparse.Namespace, prices: Prices, asked: Setting, planned: Capacity
-) -> list[dict[str, Any]]:
-    """Latency with a few numbers of replicas, and with the fewest that keep --p99; simulated, printed."""
+def _planned_request(options: argparse.Namespace, settings: Sequence[Setting]) -> Setting:
+    """Return the request of the options, for a load of one request in flight."""
+    reward_tokens = options.reward_tokens
+    if reward_tokens is None:
+        reward_tokens = 0
+        # By default rewards read each candidate with its prompt.
+        if any(setting.reward_tokens for setting in settings):
+            reward_tokens = options.n * (options.prompt_tokens + options.output_tokens)
+    return Setting(
+        concurrency=1,
+        n=options.n,
+        prompt_tokens=options.prompt_tokens,
+        output_tokens=options.output_tokens,
+        k=options.k,
+        reward_tokens=reward_tokens,
+        judge_tokens=options.judge_tokens,
+    )
 
-    def alone(under_way: int) -> float:
-        return seconds(prices, replace(asked, concurrency=under_way))
 
-    load = planned.concurrency
-    found = {
-        count: simulate(alone, options.rate, count, load, options.spread)
-        for count in sorted({math.ceil(planned.replicas * more) for more in HEAD_ROOM})
-    }
+def _simulate_queues(
+    options: argparse.Namespace, prices: Prices, request: Setting, planned: Capacity
+) -> dict[int, Simulated]:
+    """Simulate a few numbers of replicas, and the smallest number that meets --p99."""
+
+    def latency(in_flight: int) -> float:
+        return seconds(prices, replace(request, concurrency=in_flight))
+
+    slots = planned.concurrency
+    queues = {}
+    for factor in SPARE_CAPACITY:
+        count = math.ceil(planned.replicas * factor)
+        queues[count] = simulate(latency, options.rate, count, slots, options.spread)
     if options.p99 is not None:
-        needed, queue = replicas_for(alone, options.rate, load, options.p99, options.spread)
-        found[needed] = queue
-        OUT.print(f"[bold]{needed} replicas[/] for 99% within {options.p99:g} s", highlight=False)
-    table = Table(
-        "replicas", "mean load", "p50, s", "p99, s", "that wait", box=None, header_style="dim"
-    )
-    for count, queue in sorted(found.items()):
-        used = options.rate / planned.requests_per_second / count
-        times = ("grows", "grows") if queue.growing else (f"{queue.p50:.3g}", f"{queue.p99:.3g}")
-        table.add_row(str(count), f"{used:.0%}", *times, f"{queue.waited:.0%}")
-    OUT.print(
-        f"[dim]simulated: Poisson arrivals, the replica with the fewest requests, lengths by {options.spread:g}[/]"
-    )
-    OUT.print(table)
-    return [{"replicas": count, **asdict(queue)} for count, queue in sorted(found.items())]
+        count, queue = replicas_for(latency, options.rate, slots, options.p99, options.spread)
+        queues[count] = queue
+        OUT.print(f"[bold]{count} replicas[/] for 99% within {options.p99:g} s", highlight=False)
+    return dict(sorted(queues.items()))
 
 
 def _read(paths: Sequence[Path]) -> tuple[list[Setting], list[float]]:
-    found = []
+    """Read results; return their settings and mean latencies in seconds."""
+    settings = []
+    latencies = []
     for path in paths:
         try:
             report: Any = json.loads(path.read_text(encoding="utf-8"))
-            found.append(from_report(report, str(path)))
+            setting, latency = from_report(report, str(path))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{path} is no result of `bench serve --json`.") from None
-    return [setting for setting, _ in found], [value for _, value in found]
+            raise ConfigError(
+                f"{path} is not a result of `bench serve --json`; measure one with that command."
+            ) from None
+        settings.append(setting)
+        latencies.append(latency)
+    return settings, latencies
 
 
-def _show(
-    prices: Prices,
-    settings: Sequence[Setting],
-    measured: Sequence[float],
-    checked: dict[str, list[float]],
-    fitted: int,
-) -> None:
+def _print_prices(prices: Prices) -> None:
     table = Table("price", "microseconds", "of", box=None, header_style="dim")
     for name, value in asdict(prices).items():
         if value:
             table.add_row(name, f"{value * 1e6:.4g}", UNITS[name])
     OUT.print(table)
-    table = Table(
-        "under way",
-        "n",
-        "prompt",
-        "output",
-        "k",
-        "measured, ms",
-        "predicted, ms",
-        "",
-        box=None,
-        header_style="dim",
-    )
-    for i, (s, value) in enumerate(zip(settings, measured, strict=True)):
-        cells = (
-            s.concurrency,
-            s.n,
-            s.prompt_tokens,
-            s.output_tokens,
-            s.k,
-            value * 1e3,
-            seconds(prices, s) * 1e3,
+
+
+def _print_settings(
+    prices: Prices,
+    settings: Sequence[Setting],
+    measured: Sequence[float],
+    labels: Sequence[str],
+) -> None:
+    columns = ("in flight", "n", "prompt", "output", "k", "measured, ms", "predicted, ms", "")
+    table = Table(*columns, box=None, header_style="dim")
+    for setting, latency, label in zip(settings, measured, labels, strict=True):
+        values = (
+            setting.concurrency,
+            setting.n,
+            setting.prompt_tokens,
+            setting.output_tokens,
+            setting.k,
+            latency * 1e3,
+            seconds(prices, setting) * 1e3,
         )
-        table.add_row(*(f"{cell:.4g}" for cell in cells), "" if i < fitted else "held out")
+        table.add_row(*(f"{value:.4g}" for value in values), label)
     OUT.print(table)
-    for what, found in checked.items():
-        size = np.abs(found)
+
+
+def _print_validation(validation: Mapping[str, Sequence[float]]) -> None:
+    for label, relative_errors in validation.items():
+        sizes = np.abs(relative_errors)
         OUT.print(
-            f"error of settings {what}: mean {size.mean():.1%}, worst {size.max():.1%}",
+            f"error of settings {label}: mean {sizes.mean():.1%}, worst {sizes.max():.1%}",
             highlight=False,
         )
+
+
+def _print_capacity(options: argparse.Namespace, planned: Capacity) -> None:
+    OUT.print(
+        f"\n{options.rate:g} requests / s of n = {options.n}, "
+        f"{options.prompt_tokens} + {options.output_tokens} tokens: "
+        f"[bold]{planned.replicas} replicas[/] at the mean load, "
+        f"each {planned.requests_per_second:.3g} requests / s with "
+        f"{planned.concurrency} in flight, {planned.seconds:.3g} s a request",
+        highlight=False,
+    )
+
+
+def _print_queues(
+    options: argparse.Namespace, planned: Capacity, queues: Mapping[int, Simulated]
+) -> None:
+    columns = ("replicas", "mean load", "p50, s", "p99, s", "that wait")
+    table = Table(*columns, box=None, header_style="dim")
+    for count, queue in queues.items():
+        load = options.rate / planned.requests_per_second / count
+        times = (f"{queue.p50:.3g}", f"{queue.p99:.3g}")
+        if queue.growing:
+            times = ("grows", "grows")
+        table.add_row(str(count), f"{load:.0%}", *times, f"{queue.waited:.0%}")
+    OUT.print(
+        "[dim]simulated: Poisson arrivals, each sent to the replica with the fewest requests, "
+        f"lengths with spread {options.spread:g}[/]"
+    )
+    OUT.print(table)

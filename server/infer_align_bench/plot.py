@@ -1,80 +1,104 @@
-"""A run as a picture."""
+"""Plot a run into a PNG file."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infer_align.errors import ConfigError
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def need_matplotlib(flag: str) -> None:
-    """Before the load, not after it.
+MAX_TITLE = 160
+# Line style and label of each latency.
+CURVES = {"ended": ("-", "end to end"), "first": ("--", "first token")}
+
+
+def require_matplotlib(flag: str) -> None:
+    """Check before the measurement that matplotlib is installed.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed; the message names `flag`, which needs it.
     """
     try:
         importlib.import_module("matplotlib")
     except ImportError:
         raise ConfigError(
-            f"{flag}: matplotlib is not installed; install it with: pip install 'infer-align[bench]'."
+            f"{flag}: matplotlib is not installed; "
+            "install it with: pip install 'infer-align[bench]'."
         ) from None
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Two panels: the share of requests answered within a time, and each request over the run. The title says who A and B are."""
+    """Draw the distribution of latencies, and the latency of each request over the run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, name in enumerate(report["targets"]):
-        samples = [s for s in report["samples"] if s["target"] == name and "error" not in s]
-        for key, style in (("ended", "-"), ("first", "--")):
-            values = sorted((s[key] - s["intended"]) * 1e3 for s in samples if s[key] is not None)
-            shares = [(j + 1) / len(values) for j in range(len(values))]
-            label = f"{name}: {'end to end' if key == 'ended' else 'first token'}"
-            left.plot(values, shares, style, color=f"C{i}", label=label, drawstyle="steps-post")
-        _scatter(right, samples, f"C{i}", name)
+        samples = []
+        for sample in report["samples"]:
+            if sample["target"] == name and "error" not in sample:
+                samples.append(sample)
+        _draw_distribution(left, samples, f"C{i}", name)
+        _draw_requests(right, samples, f"C{i}", name)
     left.set(xlabel="milliseconds", ylabel="share of answered requests", ylim=(0, 1.02))
     right.set(xlabel="seconds since the start", ylabel="end to end, milliseconds", ylim=(0, None))
     left.legend(fontsize=8)
     right.legend(fontsize=8)
-    figure.suptitle(
-        "\n".join(
-            [_load(report), *(named(name, target) for name, target in report["targets"].items())]
-        ),
-        fontsize=8,
-    )
+    titles = [_load_title(report)]
+    for name, target in report["targets"].items():
+        titles.append(_target_title(name, target))
+    figure.suptitle("\n".join(titles), fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def named(name: str, target: Mapping[str, Any]) -> str:
-    """Who a target is, on one line of a title."""
-    align = f", align {target['align']}" if target["align"] else ""
-    failed = f", {target['requests']['failed']} failed" if target["requests"]["failed"] else ""
-    # A dollar would begin a formula.
-    return f"{name}: {target['base_url']}, {target['model']}{align}{failed}"[:160].replace(
-        "$", "\\$"
-    )
+def _target_title(name: str, target: Mapping[str, Any]) -> str:
+    """Describe a target in one line."""
+    title = f"{name}: {target['base_url']}, {target['model']}"
+    if target["align"]:
+        title += f", align {target['align']}"
+    if target["requests"]["failed"]:
+        title += f", {target['requests']['failed']} failed"
+    # matplotlib reads an unescaped dollar sign as the begin of a formula.
+    return title[:MAX_TITLE].replace("$", "\\$")
 
 
-def _load(report: Mapping[str, Any]) -> str:
+def _load_title(report: Mapping[str, Any]) -> str:
     load = report["load"]
-    return (
-        f"{load['rate']:g} requests / s, open loop"
-        if load["loop"] == "open"
-        else f"{load['concurrency']} under way, closed loop"
-    )
+    if load["loop"] == "open":
+        return f"{load['rate']:g} requests / s, open loop"
+    return f"{load['concurrency']} requests in flight, closed loop"
 
 
-def _scatter(axes: Any, samples: Sequence[Mapping[str, Any]], colour: str, name: str) -> None:
-    axes.plot(
-        [s["intended"] for s in samples],
-        [(s["ended"] - s["intended"]) * 1e3 for s in samples],
-        ".",
-        color=colour,
-        label=name,
-    )
+def _draw_distribution(
+    axes: Axes, samples: Sequence[Mapping[str, Any]], colour: str, name: str
+) -> None:
+    """Draw the share of requests that are answered within a time."""
+    for key, (style, label) in CURVES.items():
+        latencies = []
+        for sample in samples:
+            if sample[key] is not None:
+                latencies.append((sample[key] - sample["intended"]) * 1e3)
+        latencies.sort()
+        shares = [(i + 1) / len(latencies) for i in range(len(latencies))]
+        axes.plot(
+            latencies,
+            shares,
+            style,
+            color=colour,
+            label=f"{name}: {label}",
+            drawstyle="steps-post",
+        )
+
+
+def _draw_requests(
+    axes: Axes, samples: Sequence[Mapping[str, Any]], colour: str, name: str
+) -> None:
+    """Draw the latency of each request at its due time."""
+    due = [sample["intended"] for sample in samples]
+    latencies = [(sample["ended"] - sample["intended"]) * 1e3 for sample in samples]
+    axes.plot(due, latencies, ".", color=colour, label=name)

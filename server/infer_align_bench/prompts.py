@@ -1,4 +1,4 @@
-"""What is asked: the demo's questions, text of a given length, or a file of chats."""
+"""The prompts of a run: the demo's questions, synthetic text of a chosen length, or a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from infer_align.demo.world import prompts as demo_questions
 from infer_align.errors import ConfigError, nearest, shown
 from infer_align_bench.types import Prompt
 
-# Words that the tokenizers in use spell with one token each, or nearly: a count of words is about a count of tokens.
+# Common tokenizers encode each of these words with about one token, so that a number of words is
+# about a number of tokens.
 WORDS = (
     "time",
     "year",
@@ -35,87 +36,88 @@ NAMES = ("demo", "synthetic")
 
 
 def demo(seed: int) -> list[Prompt]:
-    """All questions of the embedded world, shuffled."""
+    """Return all questions of the embedded demo, shuffled."""
     return [_user(text) for text in demo_questions(DEMO_QUESTIONS, seed)]
 
 
 def synthetic(
     count: int, input_tokens: tuple[int, int], output_tokens: tuple[int, int], seed: int
 ) -> list[Prompt]:
-    """`count` prompts of about so many tokens, each with its own `max_tokens`; both uniform in their range, ends included.
+    """Return `count` prompts of random words, each with its own `max_tokens`.
 
-    No tokenizer is at hand: lengths are words, and the report says what the endpoint counted.
+    Both lengths are drawn uniformly from a range with both ends included. Lengths are counted in
+    words, because no tokenizer is available; the report has the endpoint's counts.
     """
-    chance = random.Random(f"synthetic/{seed}")  # noqa: S311 - filler text
-    made = []
+    generator = random.Random(f"synthetic/{seed}")  # noqa: S311 - filler text
+    prompts = []
     for _ in range(count):
-        words = chance.choices(WORDS, k=chance.randint(*input_tokens))
-        made.append(
-            Prompt(_user(" ".join(words)).messages, {"max_tokens": chance.randint(*output_tokens)})
-        )
-    return made
+        words = generator.choices(WORDS, k=generator.randint(*input_tokens))
+        body = {"max_tokens": generator.randint(*output_tokens)}
+        prompts.append(_user(" ".join(words), body))
+    return prompts
 
 
 def from_file(path: Path) -> list[Prompt]:
-    """One chat a line: a JSON string, which is a user's message, or an object with `messages` and further fields of the body.
+    """Read one chat per line of a JSONL file.
+
+    A line is a JSON string (the user's message), or an object with `messages` and further fields
+    of the body.
 
     Raises:
-        ConfigError: not readable, empty, or a line is neither; says which.
+        ConfigError: the file cannot be read or is empty, or a line has another form.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         guess = nearest(str(path), NAMES)
-        hint = f"; {guess}" if guess.startswith("did") else "."
+        hint = f"; {guess}" if guess.startswith("did you mean") else "."
         raise ConfigError(f"prompts: {path} cannot be read: {error.strerror}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts: {path} is not UTF-8: {error}.") from None
-    found = [
-        _line(line, f"{path}:{number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not found:
-        raise ConfigError(f"prompts: {path} holds none.")
-    return found
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            prompts.append(_parse_line(line, f"{path}:{number}"))
+    if not prompts:
+        raise ConfigError(f"prompts: {path} has no prompts; write one chat per line.")
+    return prompts
 
 
-def marked(prompt: Prompt, mark: str) -> Prompt:
-    """The same conversation with a mark before its first word: alike to ask, and no cache knows it."""
+def with_prefix(prompt: Prompt, prefix: str) -> Prompt:
+    """Return the conversation with a prefix before its first word.
+
+    It costs about the same as the original, and no prefix cache contains it.
+    """
     first, *rest = prompt.messages
     content = first.get("content")
-    content = (
-        [{"type": "text", "text": mark}, *content]
-        if isinstance(content, list)
-        else f"{mark} {content or ''}"
-    )
-    return Prompt(({**first, "content": content}, *rest), prompt.body)
+    if isinstance(content, list):
+        prefixed: Any = [{"type": "text", "text": prefix}, *content]
+    else:
+        prefixed = f"{prefix} {content or ''}"
+    return Prompt(({**first, "content": prefixed}, *rest), prompt.body)
 
 
-def _line(line: str, place: str) -> Prompt:
+def _parse_line(line: str, place: str) -> Prompt:
     try:
         value = json.loads(line)
     except ValueError:
         value = None
     if isinstance(value, str):
         return _user(value)
-    if not isinstance(value, Mapping) or not _messages(value.get("messages")):
+    if not isinstance(value, Mapping) or not _is_conversation(value.get("messages")):
         raise ConfigError(
-            f'{place}: {shown(line)} is not allowed; must be a JSON string or {{"messages": [...]}}.'
+            f"{place}: {shown(line)} is not allowed; "
+            'must be a JSON string or {"messages": [...]}.'
         )
-    return Prompt(
-        tuple(value["messages"]),
-        {name: field for name, field in value.items() if name != "messages"},
-    )
+    body = {name: field for name, field in value.items() if name != "messages"}
+    return Prompt(tuple(value["messages"]), body)
 
 
-def _messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, Mapping) for message in value)
-    )
+def _is_conversation(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(message, Mapping) for message in value)
 
 
-def _user(text: str) -> Prompt:
-    return Prompt(({"role": "user", "content": text},))
+def _user(text: str, body: Mapping[str, Any] | None = None) -> Prompt:
+    return Prompt(({"role": "user", "content": text},), body or {})

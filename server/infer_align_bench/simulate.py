@@ -1,8 +1,14 @@
-"""A queue of replicas, event by event: how long requests take at a rate, with arrivals in bursts and answers of unequal length.
+"""Simulate the queue of several replicas, event by event.
 
-Requests come as a Poisson process. Each goes to the replica with the fewest requests; there it starts, or waits in order while all
-`slots` are taken. With m under way a request makes 1 / seconds(m) of its work a second, as the cost model says; its work is 1 on
-average, drawn from a gamma distribution with the coefficient of variation `spread` (0: all alike, 1: exponential).
+The simulation predicts latencies for arrivals in bursts and answers of unequal length. Requests
+arrive as a Poisson process. Each goes to the replica with the fewest requests; there it starts, or
+waits in order while all `slots` are taken. With m requests in flight on a replica, each of them
+completes 1 / seconds(m) of its work per second, as in the cost model. The work of a request is 1
+on average, drawn from a gamma distribution with the coefficient of variation `spread` (0: all
+equal, 1: exponential).
+
+simpy does not fit: a replica is one shared server whose speed changes with every arrival and every
+end, which simpy's resources do not model.
 """
 
 from __future__ import annotations
@@ -17,47 +23,37 @@ import numpy as np
 
 from infer_align.errors import ConfigError
 
-ARRIVALS = 20_000  # at least, and for so many times as long as a request takes on a full replica:
-TIMES = 30
-POOL = 40  # replicas: more of them are simulated as so many, each under the same load; a smaller pool waits longer, not shorter
-WARMUP = 0.3  # of the arrivals, not counted: the queue begins empty
-MOST_REPLICAS = 1_000_000
+# A run simulates at least this many arrivals ...
+MIN_ARRIVALS = 20_000
+# ... and at least as many as arrive in this multiple of the latency on a full replica.
+MIN_LATENCIES = 30
+# More replicas than this are simulated as this number, each with the same load. A smaller group
+# waits longer, so that the result is not too optimistic.
+MAX_SIMULATED_REPLICAS = 40
+# Share of the arrivals that is not counted, because the queue begins empty.
+WARMUP_SHARE = 0.3
+# A queue grows if its later half takes longer than its earlier half by this factor.
+GROWTH = 1.3
+MAX_REPLICAS = 1_000_000
+
+Latency = Callable[[int], float]
 
 
 @dataclass(frozen=True, slots=True)
 class Simulated:
-    """Of the requests after the warm-up, seconds from arrival to end."""
+    """Latencies of the requests after the warm-up, in seconds from arrival to end."""
 
     mean: float
     p50: float
     p99: float
-    waited: float  # share of requests that could not start at once
-    growing: bool  # whether the later half took markedly longer: then there is no steady state, and figures only grow
-
-
-class _Replica:
-    """Those under way share one clock, which runs by 1 / seconds(m): a request ends when it shows its start plus its work."""
-
-    __slots__ = ("at", "clock", "running", "version", "waiting")
-
-    def __init__(self) -> None:
-        self.clock = self.at = 0.0
-        self.running: list[tuple[float, int]] = []  # (clock at the end, request)
-        self.waiting: deque[int] = deque()
-        self.version = 0
-
-    def advance(self, now: float, seconds: Sequence[float]) -> None:
-        """Let the clock run until `now`."""
-        if self.running:
-            self.clock += (now - self.at) / seconds[len(self.running)]
-        self.at = now
-
-    def load(self) -> int:
-        return len(self.running) + len(self.waiting)
+    # Share of requests that could not start at once.
+    waited: float
+    # True if latencies grow with time: then there is no steady state.
+    growing: bool
 
 
 def simulate(
-    seconds: Callable[[int], float],
+    seconds: Latency,
     rate: float,
     replicas: int,
     slots: int,
@@ -66,90 +62,139 @@ def simulate(
     arrivals: int | None = None,
     seed: int = 0,
 ) -> Simulated:
-    """Latencies at `rate` requests per second over all replicas; seconds(m) is a request's time with m under way on its replica."""
-    rate, replicas = rate * min(1.0, POOL / replicas), min(replicas, POOL)
-    arrivals = arrivals or max(ARRIVALS, math.ceil(TIMES * rate * seconds(slots)))
-    chance = np.random.default_rng(seed)
-    due = np.cumsum(chance.exponential(1 / rate, arrivals))
-    work = chance.gamma(1 / spread**2, spread**2, arrivals) if spread else np.ones(arrivals)
-    queue = _Queue(
-        [math.inf, *(seconds(m) for m in range(1, slots + 1))], replicas, slots, work.tolist()
-    )
-    for request, at in enumerate(due.tolist()):
-        queue.run_until(at)
-        queue.arrive(request, at)
+    """Simulate the latencies at a rate.
+
+    Args:
+        seconds: latency of a request with m requests in flight on its replica.
+        rate: requests per second over all replicas.
+        replicas: number of replicas.
+        slots: maximum number of requests in flight on a replica.
+        spread: coefficient of variation of the work of a request.
+        arrivals: number of simulated requests; None: enough for stable percentiles.
+        seed: of arrivals and work.
+    """
+    rate *= min(1.0, MAX_SIMULATED_REPLICAS / replicas)
+    replicas = min(replicas, MAX_SIMULATED_REPLICAS)
+    if not arrivals:
+        arrivals = max(MIN_ARRIVALS, math.ceil(MIN_LATENCIES * rate * seconds(slots)))
+    generator = np.random.default_rng(seed)
+    due = np.cumsum(generator.exponential(1 / rate, arrivals))
+    work = np.ones(arrivals)
+    if spread:
+        work = generator.gamma(1 / spread**2, spread**2, arrivals)
+    latencies = [math.inf, *(seconds(m) for m in range(1, slots + 1))]
+    queue = _Queue(latencies, replicas, slots, work.tolist())
+    for request, arrival in enumerate(due.tolist()):
+        queue.run_until(arrival)
+        queue.arrive(request, arrival)
     queue.run_until(math.inf)
-    counted = slice(int(arrivals * WARMUP), None)
-    times = np.array(queue.ended)[counted] - due[counted]
+    first_counted = int(arrivals * WARMUP_SHARE)
+    times = np.array(queue.ended)[first_counted:] - due[first_counted:]
     half = len(times) // 2
     return Simulated(
         mean=float(times.mean()),
         p50=float(np.quantile(times, 0.5)),
         p99=float(np.quantile(times, 0.99)),
-        waited=float(np.mean(np.array(queue.waited)[counted])),
-        growing=bool(times[half:].mean() > 1.3 * times[:half].mean()),
+        waited=float(np.mean(np.array(queue.waited)[first_counted:])),
+        growing=bool(times[half:].mean() > GROWTH * times[:half].mean()),
     )
 
 
+class _Replica:
+    """One replica.
+
+    All running requests share one clock that advances by 1 / seconds(m). A request ends when the
+    clock has advanced by its work.
+    """
+
+    __slots__ = ("clock", "now", "running", "version", "waiting")
+
+    def __init__(self) -> None:
+        # The shared clock, and the time at which it was read.
+        self.clock = 0.0
+        self.now = 0.0
+        # Heap of (clock at the end, request).
+        self.running: list[tuple[float, int]] = []
+        self.waiting: deque[int] = deque()
+        # Increases with every change, so that older entries of the queue's heap are outdated.
+        self.version = 0
+
+    def advance(self, now: float, latencies: Sequence[float]) -> None:
+        """Advance the clock to the time `now`."""
+        if self.running:
+            self.clock += (now - self.now) / latencies[len(self.running)]
+        self.now = now
+
+    def start(self, request: int, work: float) -> None:
+        heapq.heappush(self.running, (self.clock + work, request))
+
+    def load(self) -> int:
+        return len(self.running) + len(self.waiting)
+
+    def next_end(self, latencies: Sequence[float]) -> float:
+        """Return the time at which the next running request ends if nothing changes."""
+        remaining = max(0.0, self.running[0][0] - self.clock)
+        return self.now + remaining * latencies[len(self.running)]
+
+
 class _Queue:
-    """The state of the simulation."""
+    """State of the simulation."""
 
     def __init__(
-        self, seconds: Sequence[float], replicas: int, slots: int, work: Sequence[float]
+        self, latencies: Sequence[float], replicas: int, slots: int, work: Sequence[float]
     ) -> None:
-        self.ended, self.waited = [0.0] * len(work), [False] * len(work)
-        self._seconds, self._slots, self._work = seconds, slots, work
+        self.ended = [0.0] * len(work)
+        self.waited = [False] * len(work)
+        self._latencies = latencies
+        self._slots = slots
+        self._work = work
         self._replicas = [_Replica() for _ in range(replicas)]
-        self._ends: list[
-            tuple[float, int, int]
-        ] = []  # (time, replica, its version): stale where the version is
-        self._least = [(0, i) for i in range(replicas)]  # (load, replica): stale where the load is
+        # Heap of (time, replica, its version); outdated where the version differs.
+        self._ends: list[tuple[float, int, int]] = []
+        # Heap of (load, replica); outdated where the load differs.
+        self._loads = [(0, index) for index in range(replicas)]
 
     def run_until(self, now: float) -> None:
-        """Let everything end that ends by `now`."""
+        """Process every end up to the time `now`."""
         while self._ends and self._ends[0][0] <= now:
-            at, index, version = heapq.heappop(self._ends)
+            time, index, version = heapq.heappop(self._ends)
             replica = self._replicas[index]
             if version != replica.version:
                 continue
-            replica.advance(at, self._seconds)
-            self.ended[heapq.heappop(replica.running)[1]] = at
+            replica.advance(time, self._latencies)
+            _, request = heapq.heappop(replica.running)
+            self.ended[request] = time
             if replica.waiting:
-                self._start(replica, replica.waiting.popleft())
-            self._changed(index)
+                waiting_request = replica.waiting.popleft()
+                replica.start(waiting_request, self._work[waiting_request])
+            self._update(index)
 
     def arrive(self, request: int, now: float) -> None:
-        """Send it to the replica with the fewest requests."""
-        while True:
-            load, index = heapq.heappop(self._least)
-            if load == self._replicas[index].load():
-                break
+        """Send a request to the replica with the fewest requests."""
+        load, index = heapq.heappop(self._loads)
+        while load != self._replicas[index].load():
+            load, index = heapq.heappop(self._loads)
         replica = self._replicas[index]
-        replica.advance(now, self._seconds)
+        replica.advance(now, self._latencies)
         if len(replica.running) < self._slots:
-            self._start(replica, request)
+            replica.start(request, self._work[request])
         else:
             replica.waiting.append(request)
             self.waited[request] = True
-        self._changed(index)
+        self._update(index)
 
-    def _start(self, replica: _Replica, request: int) -> None:
-        heapq.heappush(replica.running, (replica.clock + self._work[request], request))
-
-    def _changed(self, index: int) -> None:
+    def _update(self, index: int) -> None:
+        """Put the new load and the next end of a replica into the heaps."""
         replica = self._replicas[index]
         replica.version += 1
-        heapq.heappush(self._least, (replica.load(), index))
+        heapq.heappush(self._loads, (replica.load(), index))
         if replica.running:
-            left = (
-                max(0.0, replica.running[0][0] - replica.clock)
-                * self._seconds[len(replica.running)]
-            )
-            heapq.heappush(self._ends, (replica.at + left, index, replica.version))
+            end = replica.next_end(self._latencies)
+            heapq.heappush(self._ends, (end, index, replica.version))
 
 
 def replicas_for(
-    seconds: Callable[[int], float],
+    seconds: Latency,
     rate: float,
     slots: int,
     p99: float,
@@ -157,29 +202,42 @@ def replicas_for(
     *,
     seed: int = 0,
 ) -> tuple[int, Simulated]:
-    """The fewest replicas that end 99% of requests within `p99` seconds, and what they then take.
+    """Find the smallest number of replicas that ends 99% of the requests within `p99` seconds.
+
+    The other arguments are those of `simulate`.
+
+    Returns:
+        The number of replicas and their simulated latencies.
 
     Raises:
-        ConfigError: one request alone takes longer.
+        ConfigError: no number of replicas reaches it.
     """
-    fewest = max(1, math.floor(rate * min(seconds(m) / m for m in range(1, slots + 1))))
-    low, high = fewest - 1, fewest
-    while not _keeps(found := simulate(seconds, rate, high, slots, spread, seed=seed), p99):
-        if high >= min(MOST_REPLICAS, 64 * fewest + 64):
+    seconds_per_request = min(seconds(m) / m for m in range(1, slots + 1))
+    fewest = max(1, math.floor(rate * seconds_per_request))
+    maximum = min(MAX_REPLICAS, 64 * fewest + 64)
+    low = fewest - 1
+    high = fewest
+    best = simulate(seconds, rate, high, slots, spread, seed=seed)
+    # Double the surplus over the fewest replicas until the limit is met.
+    while not _meets(best, p99):
+        if high >= maximum:
             raise ConfigError(
-                f"--p99: {p99:g} s cannot be kept: alone a request takes {seconds(1):.3g} s, the longest {found.p99:.3g} s."
+                f"--p99: {p99:g} s is too short: a single request without other load takes "
+                f"{seconds(1):.3g} s, and 99% end within {best.p99:.3g} s; raise --p99."
             )
-        low, high = high, high + max(1, (high - fewest + 1), high // 20)
-    best = found
+        low = high
+        high += max(1, high - fewest + 1, high // 20)
+        best = simulate(seconds, rate, high, slots, spread, seed=seed)
     while high - low > 1:
         middle = (low + high) // 2
-        found = simulate(seconds, rate, middle, slots, spread, seed=seed)
-        if _keeps(found, p99):
-            high, best = middle, found
+        simulated = simulate(seconds, rate, middle, slots, spread, seed=seed)
+        if _meets(simulated, p99):
+            high = middle
+            best = simulated
         else:
             low = middle
     return high, best
 
 
-def _keeps(found: Simulated, p99: float) -> bool:
-    return found.p99 <= p99 and not found.growing
+def _meets(simulated: Simulated, p99: float) -> bool:
+    return simulated.p99 <= p99 and not simulated.growing

@@ -1,4 +1,4 @@
-"""The nouns of a measurement: Target, Prompt, Load, Sample, Run."""
+"""The data types of a measurement: Target, Prompt, Load, Sample, Span and Run."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from infer_align_bench.keys import Key
+from infer_align_bench.credentials import ApiKey
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One endpoint, and what every request to it carries."""
+    """One endpoint and the fields that every request to it carries."""
 
-    name: str  # "A", or "B" beside it
+    # "A", or "B" for the second endpoint of a comparison.
+    name: str
     base_url: str
-    model: str | None = None  # None: the first that it lists
+    # None: the first model that the endpoint lists.
+    model: str | None = None
     align: Mapping[str, Any] | None = None
-    body: Mapping[str, Any] = field(default_factory=dict)  # further fields; None removes one
+    # Further fields of the body. The value None removes a field.
+    body: Mapping[str, Any] = field(default_factory=dict)
     stream: bool = True
-    key: Key = field(default_factory=Key)
+    key: ApiKey = field(default_factory=ApiKey)
 
     @property
     def place(self) -> str:
-        """Its address for people and files: without a password that may stand in it."""
+        """The address without user name and password, for messages and files."""
         url = urlsplit(self.base_url)
         return urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2]))
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One conversation, and the fields that belong to it, such as max_tokens."""
+    """One conversation and its own body fields, such as max_tokens."""
 
     messages: tuple[Mapping[str, Any], ...]
     body: Mapping[str, Any] = field(default_factory=dict)
@@ -39,69 +42,96 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests come: `concurrency` of them always under way (closed loop), or at random times `rate` a second (open loop)."""
+    """The load of a run.
+
+    A closed loop keeps `concurrency` requests in flight. An open loop sends `rate` requests per
+    second at random times.
+    """
 
     concurrency: int | None = 1
-    rate: float | None = None  # per target
-    requests: int | None = 200  # per target; None: until `duration`
-    duration: float | None = None  # seconds in which requests are started
-    grace: float = 10.0  # seconds after `duration` in which those under way may end; then they are given up, and counted
-    timeout: float = 120.0  # seconds of one request
-    max_in_flight: int | None = (
-        None  # open loop, per target: those beyond it wait in the client, and their waiting counts
-    )
+    # Requests per second and target; None: a closed loop.
+    rate: float | None = None
+    # Requests per target; None: until `duration` is over.
+    requests: int | None = 200
+    # Seconds in which requests are started.
+    duration: float | None = None
+    # Seconds after `duration` until unfinished requests are given up and counted as failed.
+    grace: float = 10.0
+    # Seconds of one request.
+    timeout: float = 120.0
+    # Open loop, per target: requests beyond it wait in the client, and their waiting counts.
+    max_in_flight: int | None = None
     seed: int = 0
-    first: int = 0  # the index of the first request
+    # Index of the first request.
+    first: int = 0
 
     @property
     def open(self) -> bool:
-        """Whether arrivals do not wait for answers."""
+        """True if requests are sent at a rate, independent of the answers."""
         return self.rate is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One request's fate. Times are seconds since the run began; tokens are None where the endpoint does not say."""
+    """One request and its outcome.
+
+    Times are seconds since the start of the run. Token counts are None if the endpoint sent none.
+    """
 
     target: str
-    index: int  # which request of its target; with two targets, the pair
-    intended: float  # when it should have been sent: latency counts from here
-    started: float  # when it was
+    # Index of the request within its target. With two targets, equal indices form a pair.
+    index: int
+    # Due time: latency counts from here.
+    intended: float
+    # Time at which the request was sent.
+    started: float
     ended: float
-    first: float | None = None  # the first chunk with content
-    gaps: tuple[float, ...] = ()  # between chunks with content
+    # Arrival of the first chunk with content.
+    first: float | None = None
+    # Seconds between consecutive chunks with content.
+    gaps: tuple[float, ...] = ()
     chunks: int = 0
     prompt_tokens: int | None = None
-    spent: int | None = None  # completion tokens that were generated
-    returned: int | None = None  # those of them that came back
-    align: Mapping[str, int] = field(default_factory=dict)  # align.usage
+    # Completion tokens that were generated.
+    spent: int | None = None
+    # Completion tokens that were returned.
+    returned: int | None = None
+    # Counts of align.usage.
+    align: Mapping[str, int] = field(default_factory=dict)
     finish_reason: str | None = None
-    error: str | None = None  # its kind, such as "http 429"
-    message: str = ""  # what it said
+    # Kind of the error, such as "http 429"; None for an answered request.
+    error: str | None = None
+    # Message of the error.
+    message: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether it was answered."""
+        """True if the request was answered."""
         return self.error is None
 
     @property
     def e2e(self) -> float:
-        """Seconds to the end of the answer."""
+        """Seconds from the due time to the end of the answer."""
         return self.ended - self.intended
 
     @property
     def ttft(self) -> float | None:
-        """Seconds to the first token."""
+        """Seconds from the due time to the first token."""
         return None if self.first is None else self.first - self.intended
 
     @property
     def tokens(self) -> int:
-        """Returned tokens; chunks with content where the endpoint sends no usage."""
+        """Returned tokens, or chunks with content if the endpoint sent no usage."""
         return self.chunks if self.returned is None else self.returned
 
     @property
+    def generated_tokens(self) -> int:
+        """Generated tokens, or returned tokens if the endpoint did not count them."""
+        return self.tokens if self.spent is None else self.spent
+
+    @property
     def tpot(self) -> float | None:
-        """Seconds per token after the first; None for an answer that came in one piece, whose tokens came at no rate."""
+        """Seconds per token after the first; None for an answer that arrived in one chunk."""
         if self.first is None or self.chunks < 2 or self.tokens < 2:
             return None
         return sum(self.gaps) / (self.tokens - 1)
@@ -109,7 +139,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of a run in which one target was under load; seconds since the run began."""
+    """A part of a run in which one target was under load, in seconds since the start."""
 
     target: str
     began: float
@@ -118,11 +148,13 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All samples of one run, in the order in which they ended, and when each target was under load."""
+    """All samples of one run in the order in which they ended, and the spans of each target."""
 
     samples: tuple[Sample, ...]
     seconds: float
     spans: tuple[Span, ...] = ()
     interrupted: bool = False
-    abandoned: int = 0  # requests under way when it was interrupted
-    unsent: int = 0  # requests that were due by then and still waited in the client
+    # Requests in flight at an interrupt.
+    abandoned: int = 0
+    # Requests that were due at an interrupt and still waited in the client.
+    unsent: int = 0

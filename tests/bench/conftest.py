@@ -1,12 +1,16 @@
-"""Servers to measure: ours over the fake engine, and endpoints of others' manners."""
+"""Servers to measure: ours over the fake engine, and endpoints that behave like other servers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +26,73 @@ from tests.server.conftest import config_file, serve
 
 __all__ = ["config_file", "serve"]
 
-# A reply repeats its prompt, a word per token; a candidate is as slow as its seed says: its times are known to the number.
-FIRST, EACH, SPREAD = 0.06, 0.02, 3.0
+ROOT = Path(__file__).parents[2]
+# The delays of a reply that repeats its prompt, one token per word. The seed of a candidate
+# multiplies its delays by a known factor.
+FIRST = 0.06
+EACH = 0.02
+SPREAD = 3.0
+REPLY = (
+    f'{{text = "{{prompt}}", first_token_seconds = {FIRST}, '
+    f"seconds_per_token = {EACH}, spread = {SPREAD}}}"
+)
 ECHO = f"""
 [engine]
 kind = "fake"
-replies = [{{text = "{{prompt}}", first_token_seconds = {FIRST}, seconds_per_token = {EACH}, spread = {SPREAD}}}]
+replies = [{REPLY}]
 [rewards.brevity]
 kind = "rules"
 words_weight = -1.0
 [presets.four]
 best_of_n = {{n = 4}}
 """
-QUICK = '[engine]\nkind = "fake"\nreplies = [{text = "one two three"}]\n[rewards.r]\nkind = "rules"\nwords_weight = 1.0\n'
+QUICK = """
+[engine]
+kind = "fake"
+replies = [{text = "one two three"}]
+[rewards.r]
+kind = "rules"
+words_weight = 1.0
+"""
 USAGE = {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens": 2}}
+# Longest wait for an event that must happen, such as the first requests of a new process.
+PATIENT_SECONDS = 100
 
-Answer = Callable[[dict[str, Any], int], Response]
+Reply = Callable[[dict[str, Any], int], Response]
+CommandResult = tuple[int, str, str]
 
 
 class Peer:
-    """An endpoint that answers request number i of a chat by `answer(body, i)`."""
+    """An endpoint that answers chat request number i with `reply(body, i)`."""
 
-    def __init__(self, answer: Answer, models: Response | None = None, scores: Any = None) -> None:
+    def __init__(self, reply: Reply, models: Response | None = None, scores: Any = None) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
         async def chat(request: Request) -> Response:
             self.bodies.append(await request.json())
             self.keys.append(request.headers.get("authorization"))
-            return answer(self.bodies[-1], len(self.bodies) - 1)
+            return reply(self.bodies[-1], len(self.bodies) - 1)
 
-        async def listed(_: Request) -> Response:
-            return models or JSONResponse(
-                {"object": "list", "data": [{"id": "tiny"}, {"id": "large"}]}
-            )
+        async def list_models(_: Request) -> Response:
+            data = [{"id": "tiny"}, {"id": "large"}]
+            return models or JSONResponse({"object": "list", "data": data})
 
         routes = [
             Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/models", listed),
+            Route("/v1/models", list_models),
         ]
-        routes += [Route("/v1/align/score", scores, methods=["POST"])] if scores else []
-        self._server = uvicorn.Server(
-            uvicorn.Config(Starlette(routes=routes), port=0, log_config=None, access_log=False)
-        )
+        if scores:
+            routes.append(Route("/v1/align/score", scores, methods=["POST"]))
+        app = Starlette(routes=routes)
+        config = uvicorn.Config(app, port=0, log_config=None, access_log=False)
+        self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
         while not self._server.started:
             time.sleep(0.005)
-        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}/v1"
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/v1"
 
     def end(self) -> None:
         self._server.should_exit = True
@@ -78,22 +101,22 @@ class Peer:
 
 @pytest.fixture
 def peer() -> Iterator[Callable[..., Peer]]:
-    """`peer(answer)`: a running one."""
+    """Start an endpoint with `peer(reply)`."""
     running: list[Peer] = []
 
-    def make(answer: Answer, models: Response | None = None, scores: Any = None) -> Peer:
-        running.append(Peer(answer, models, scores))
+    def start(reply: Reply, models: Response | None = None, scores: Any = None) -> Peer:
+        running.append(Peer(reply, models, scores))
         return running[-1]
 
-    yield make
-    for one in running:
-        one.end()
+    yield start
+    for endpoint in running:
+        endpoint.end()
 
 
 def events(*chunks: object, end: bool = True) -> StreamingResponse:
-    """A stream of these; a number waits so many seconds."""
+    """Stream the chunks; a float is a pause in seconds."""
 
-    async def sent() -> AsyncIterator[bytes]:
+    async def stream() -> AsyncIterator[bytes]:
         for chunk in chunks:
             if isinstance(chunk, float):
                 await asyncio.sleep(chunk)
@@ -102,17 +125,19 @@ def events(*chunks: object, end: bool = True) -> StreamingResponse:
         if end:
             yield b"data: [DONE]\n\n"
 
-    return StreamingResponse(sent(), media_type="text/event-stream")
+    return StreamingResponse(stream(), media_type="text/event-stream")
 
 
-def piece(content: str | None, finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
-    """One chunk."""
-    delta = {"content": content} if content is not None else {"role": "assistant", "content": ""}
-    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **more}
+def piece(content: str | None, finish_reason: str | None = None, **fields: Any) -> dict[str, Any]:
+    """Return one chunk; without content, the first one with the role only."""
+    delta = {"content": content}
+    if content is None:
+        delta = {"role": "assistant", "content": ""}
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}], **fields}
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Path:
+def out_path(tmp_path: Path) -> Path:
     return tmp_path / "out.json"
 
 
@@ -120,13 +145,40 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-@pytest.fixture
-def bench(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """`code, out, err = bench("--base-url", ...)`: `infer-align bench serve`, its spaces and line breaks as single spaces."""
+def words(text: str) -> str:
+    """Join the lines of a terminal's output."""
+    return " ".join(text.split())
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+
+@pytest.fixture
+def bench(capsys: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
+    """Run `infer-align bench serve`: `code, out, err = bench("--base-url", url)`."""
+
+    def run(*arguments: object) -> CommandResult:
         code = cli.main(["bench", "serve", *map(str, arguments)])
-        said = capsys.readouterr()
-        return code, " ".join(said.out.split()), " ".join(said.err.split())
+        output = capsys.readouterr()
+        return code, words(output.out), words(output.err)
 
     return run
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return the environment of a process that imports this repository's packages."""
+    folders = (".", "kernels", "server", "clients/python")
+    paths = os.pathsep.join(str(ROOT / folder) for folder in folders)
+    return {**os.environ, "PYTHONPATH": paths, **variables}
+
+
+@contextmanager
+def bench_process(*arguments: object, **variables: str) -> Iterator[subprocess.Popen[str]]:
+    """Run `infer-align bench` in a process of its own."""
+    command = [sys.executable, "-m", "infer_align_server", "bench", *map(str, arguments)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**variables),
+        cwd=ROOT,
+    ) as process:
+        yield process

@@ -1,1 +1,1 @@
-"""Quality against cost: which setting of `align` is worth it, on these prompts, by this scorer."""
+"""Measure quality against cost: compare settings of `align` on the same prompts by a scorer."""

@@ -1,7 +1,8 @@
-"""What to use for a budget, how sure that is, and what it comes to on prompts that did not choose it.
+"""Recommend a setting for each budget, with the uncertainty of the choice.
 
-The best of many settings looks better than it is. Two figures say by how much to doubt it: the share of bootstrap resamples of the
-prompts in which a setting is the best within the budget, and what choosing by one half of the prompts reaches on the other half.
+The best of many settings looks better than it is. Two figures show by how much: the share of
+bootstrap resamples of the prompts in which the setting is the best within the budget, and the gold
+on one half of the prompts of the setting that the other half chooses.
 """
 
 from __future__ import annotations
@@ -16,121 +17,159 @@ from numpy.typing import NDArray
 from infer_align_bench.quality.curve import Array, Cost, Mean, Point, Table
 
 REPLICATES = 2000
-HALVES = 200
-ENOUGH = 2.0  # standard errors that a step up must be worth
-NEARLY = 0.9  # of the best gain that is on offer
+SPLITS = 200
+# A difference is measurable if it exceeds this number of standard errors.
+SIGNIFICANT_ERRORS = 2.0
+# The default setting reaches this share of the best gain over the baseline.
+DEFAULT_SHARE = 0.9
+# A cheaper alternative costs at most this share of the recommended setting.
+CHEAPER_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Cheaper:
-    """A cheaper setting which these prompts cannot tell from the choice; `loss` is what it may cost, not that it costs nothing."""
+    """A cheaper setting whose gold these prompts cannot distinguish from the recommendation."""
 
     name: str
+    # Loss of gold. It may be positive although it is not measurable.
     loss: Mean
 
     @property
-    def most(self) -> float:
-        """The loss is at most this, with 97.5%."""
-        return self.loss.value + ENOUGH * self.loss.error
+    def max_loss(self) -> float:
+        """Upper bound of the loss (97.5%)."""
+        return self.loss.value + SIGNIFICANT_ERRORS * self.loss.error
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What to use for so many tokens, or seconds, per answer and more."""
+    """The setting to use for a budget of at least `cost` per answer."""
 
+    # Tokens or seconds.
     cost: float
     name: str
     gold: Mean
-    chance: float  # that it is the best within the budget
-    held_out: float  # gold of what one half of the prompts chooses, on the other half
+    # Probability that it is the best setting within the budget.
+    chance: float
+    # Gold on one half of the prompts of the setting that the other half chooses.
+    held_out: float
     cheaper: Cheaper | None
 
 
-def advice(
-    table: Table, found: Sequence[Point], seed: int = 0, cost: Cost = "tokens"
+def make_advice(
+    table: Table, points: Sequence[Point], seed: int = 0, cost: Cost = "tokens"
 ) -> list[Advice]:
-    """For each budget at which the choice changes: what to use, how sure that is, and what is cheaper and not told apart."""
-    names = [cell.name for cell in table.cells]
-    ordered = sorted(
-        (point for point in found if point.comparable(cost)), key=lambda point: point.cost(cost)
-    )
+    """Return one recommendation for each budget at which the choice changes.
+
+    Args:
+        table: the scores.
+        points: the settings.
+        seed: of the resamples.
+        cost: the kind of budget.
+    """
+    ordered = _by_cost(points, cost)
     if not ordered or not table.required.any():
         return []
-    rows = np.array(
-        [table.gold[names.index(point.cell.name)][table.required] for point in ordered]
-    )  # [points, prompts]
-    chance = np.random.default_rng(seed)
-    prompts = rows.shape[1]
-    drawn = chance.multinomial(prompts, np.full(prompts, 1 / prompts), size=REPLICATES) @ rows.T
-    halves = chance.permuted(np.tile(np.arange(prompts) < prompts // 2, (HALVES, 1)), axis=1)
-    given = []
+    rows = [table.gold[table.index(point.cell.name)] for point in ordered]
+    # [points, prompts]
+    gold = np.array([row[table.required] for row in rows])
+    prompts = gold.shape[1]
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=REPLICATES)
+    resampled = weights @ gold.T
+    first_half = np.tile(np.arange(prompts) < prompts // 2, (SPLITS, 1))
+    splits = generator.permuted(first_half, axis=1)
+    result = []
     for i, point in enumerate(ordered):
         if cost not in point.fronts:
             continue
-        limit = point.cost(cost)
-        within = sum(other.cost(cost) <= limit for other in ordered)
-        best = float((drawn[:, :within].argmax(axis=1) == i).mean())
-        cheap = (
-            _cheaper(table, ordered[j], rows[i] - rows[j])
-            for j in range(within)
-            if ordered[j].cost(cost) < 0.9 * limit
+        affordable = sum(other.cost(cost) <= point.cost(cost) for other in ordered)
+        wins = resampled[:, :affordable].argmax(axis=1) == i
+        advice = Advice(
+            cost=point.cost(cost),
+            name=point.cell.name,
+            gold=point.gold,
+            chance=float(wins.mean()),
+            held_out=_held_out_gold(gold[:affordable], splits),
+            cheaper=_cheaper(table, ordered, gold, i, cost),
         )
-        given.append(
-            Advice(
-                limit,
-                point.cell.name,
-                point.gold,
-                best,
-                _held_out(rows[:within], halves),
-                next(filter(None, cheap), None),
-            )
-        )
-    return given
+        result.append(advice)
+    return result
 
 
-def _held_out(rows: Array, halves: NDArray[np.bool_]) -> float:
-    """[points, prompts], [splits, prompts] -> mean gold, on the half that did not choose, of the setting that the other chose."""
-    if rows.shape[1] < 2:
+def _by_cost(points: Sequence[Point], cost: Cost) -> list[Point]:
+    comparable = [point for point in points if point.comparable(cost)]
+    return sorted(comparable, key=lambda point: point.cost(cost))
+
+
+def _held_out_gold(gold: Array, splits: NDArray[np.bool_]) -> float:
+    """Return the mean gold, on one half of the prompts, of the setting best on the other half.
+
+    Args:
+        gold: [points, prompts].
+        splits: [splits, prompts], True for the prompts of the first half.
+    """
+    if gold.shape[1] < 2:
         return math.nan
-    found = []
-    for chosen in (halves, ~halves):
-        best = ((chosen @ rows.T) / chosen.sum(axis=1, keepdims=True)).argmax(axis=1)
-        others = (~chosen @ rows.T) / (~chosen).sum(axis=1, keepdims=True)
-        found.append(others[np.arange(len(best)), best].mean())
-    return float(np.mean(found))
+    means = []
+    for choosing in (splits, ~splits):
+        best = _half_means(gold, choosing).argmax(axis=1)
+        other_half = _half_means(gold, ~choosing)
+        means.append(other_half[np.arange(len(best)), best].mean())
+    return float(np.mean(means))
 
 
-def _cheaper(table: Table, other: Point, lost: Array) -> Cheaper | None:
-    loss = table.mean(lost)
-    return (
-        None if loss is None or loss.value > ENOUGH * loss.error else Cheaper(other.cell.name, loss)
-    )
+def _half_means(gold: Array, half: NDArray[np.bool_]) -> Array:
+    """Return the mean gold over a half of the prompts, [splits, points]."""
+    means: Array = (half @ gold.T) / half.sum(axis=1, keepdims=True)
+    return means
+
+
+def _cheaper(
+    table: Table, ordered: Sequence[Point], gold: Array, i: int, cost: Cost
+) -> Cheaper | None:
+    """Return the cheapest setting that is not measurably worse than the one with index `i`."""
+    for j, other in enumerate(ordered):
+        if other.cost(cost) >= CHEAPER_SHARE * ordered[i].cost(cost):
+            return None
+        loss = table.mean(gold[i] - gold[j])
+        if loss is not None and not loss.value > SIGNIFICANT_ERRORS * loss.error:
+            return Cheaper(other.cell.name, loss)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """Three settings for a reader with a minute."""
+    """The three settings that the report names first."""
 
-    cheap: Point | None  # the cheapest that is measurably better than the baseline
-    default: Point  # the cheapest that reaches nine tenths of the best one's gain over the baseline
+    # The cheapest that is measurably better than the baseline.
+    cheap: Point | None
+    # The cheapest that reaches nine tenths of the best gain over the baseline.
+    default: Point
+    # The setting with the highest gold.
     best: Point
 
 
-def headline(found: Sequence[Point], baseline: str, cost: Cost = "tokens") -> Headline | None:
-    """What to say first; None where nothing can be compared."""
-    ordered = sorted(
-        (point for point in found if point.comparable(cost)), key=lambda point: point.cost(cost)
-    )
-    base = next((point for point in found if point.cell.name == baseline), None)
-    if not ordered or base is None:
+def make_headline(points: Sequence[Point], baseline: str, cost: Cost = "tokens") -> Headline | None:
+    """Return the settings to name first; None if no settings can be compared."""
+    ordered = _by_cost(points, cost)
+    baseline_gold = None
+    for point in points:
+        if point.cell.name == baseline:
+            baseline_gold = point.gold.value
+    if not ordered or baseline_gold is None:
         return None
     best = max(ordered, key=lambda point: point.gold.value)
-    gains = [(point, point.gold.value - base.gold.value) for point in ordered]
-    most = best.gold.value - base.gold.value
-    default = next((point for point, gain in gains if most > 0 and gain >= NEARLY * most), best)
-    better = [
-        p
-        for p in ordered
-        if (m := p.minus_baseline) and m.value > ENOUGH * np.nan_to_num(m.error, nan=math.inf)
-    ]
-    return Headline(better[0] if better else None, default, best)
+    best_gain = best.gold.value - baseline_gold
+    default = best
+    if best_gain > 0:
+        threshold = DEFAULT_SHARE * best_gain
+        default = next(p for p in ordered if p.gold.value - baseline_gold >= threshold)
+    cheap = next((point for point in ordered if _measurably_better(point)), None)
+    return Headline(cheap, default, best)
+
+
+def _measurably_better(point: Point) -> bool:
+    difference = point.minus_baseline
+    if difference is None or math.isnan(difference.error):
+        return False
+    return difference.value > SIGNIFICANT_ERRORS * difference.error

@@ -1,4 +1,4 @@
-"""`infer-align bench quality`: every setting of a grid on the same prompts, scored, compared, and what to use."""
+"""Run `infer-align bench quality`: measure every setting of a grid and report what to use."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import uvloop
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -23,22 +22,24 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table as Printed
+from rich.table import Table as TextTable
 
 from infer_align.errors import AlignError, ConfigError
 from infer_align_bench import prompts as datasets
+from infer_align_bench.arguments import body_fields
+from infer_align_bench.credentials import ApiKey, same_server
 from infer_align_bench.endpoint import Endpoint
-from infer_align_bench.keys import Key, same_server
-from infer_align_bench.plot import need_matplotlib
-from infer_align_bench.quality import grid as grids
-from infer_align_bench.quality.advice import advice, headline
-from infer_align_bench.quality.cells import FORMAT, PATIENCE, Notebook, Runner, work
-from infer_align_bench.quality.curve import COSTS, Mean, Point, Table, points
+from infer_align_bench.plot import require_matplotlib
+from infer_align_bench.quality.advice import make_advice, make_headline
+from infer_align_bench.quality.curve import COSTS, Mean, Point, Table, make_points
 from infer_align_bench.quality.export import as_json
-from infer_align_bench.quality.gold import scorer, served
-from infer_align_bench.quality.html import page
-from infer_align_bench.serve import INTERRUPTED, caught_signals, check_writable
-from infer_align_bench.show import number
+from infer_align_bench.quality.gold import load_scorer, uses_server
+from infer_align_bench.quality.grid import Grid, read_grid
+from infer_align_bench.quality.html import Results, render_page
+from infer_align_bench.quality.notebook import FORMAT, Notebook
+from infer_align_bench.quality.runner import MAX_CONSECUTIVE_FAILURES, Runner, Work, plan_work
+from infer_align_bench.runtime import INTERRUPTED, check_writable, loop_factory, stop_on_signals
+from infer_align_bench.tables import number
 from infer_align_bench.types import Prompt, Target
 
 SCHEMA = "infer-align/bench-quality/2"
@@ -46,27 +47,71 @@ OUT = Console(width=max(80, Console().width))
 ERR = Console(stderr=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a run has measured."""
+
+    runner: Runner
+    notebook: Notebook
+    interrupted: bool
+
+    @property
+    def failed(self) -> dict[str, int]:
+        """Number of failed answers by setting, without the refused settings."""
+        return {
+            name: len(failures)
+            for name, failures in self.runner.failures.items()
+            if name not in self.runner.refused
+        }
+
+    @property
+    def complete(self) -> bool:
+        """True if every setting that is not refused has an answer to every prompt."""
+        return not (self.interrupted or self.runner.lost or self.failed)
+
+
 def run(options: argparse.Namespace) -> int:
-    """Measure what is missing, report on what there is; 1 where an answer is missing in the end, 130 when interrupted.
+    """Measure the missing answers and write a report on all of them.
+
+    Returns:
+        0; 1 if answers are missing; 130 if the run was interrupted.
 
     Raises:
         ConfigError: a file or an option is wrong.
-        AlignError: the endpoint cannot be reached, or nothing could be measured.
+        AlignError: the endpoint cannot be reached, or no setting could be measured.
     """
-    grid, prompts = grids.read(options.grid), _prompts(options)
+    grid = read_grid(options.grid)
+    prompts = _prompts(options)
     notebook_path = options.notebook or options.report.with_suffix(".jsonl")
-    need_matplotlib("--report")
-    for path in filter(None, (options.report, notebook_path, options.json)):
-        check_writable(path)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        interrupted, notebook, done = runner.run(_measure(options, grid, prompts, notebook_path))
-    table = _table(options, grid, prompts, notebook, done)
-    found = points(table, grid)
-    failed = {name: len(said) for name, said in done.failures.items() if name not in done.refused}
-    complete = not (interrupted or done.lost or failed)
+    require_matplotlib("--report")
+    for path in (options.report, notebook_path, options.json):
+        if path:
+            check_writable(path)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        measurement = runner.run(_measure(options, grid, prompts, notebook_path))
+    results = _results(options, grid, prompts, measurement)
+    options.report.write_text(render_page(results), encoding="utf-8")
+    if options.json:
+        _write_json(options.json, results, measurement)
+    _print_points(results.points)
+    for name, reason in results.unmeasured.items():
+        OUT.print(f"[yellow]{escape(name)}[/]: {escape(reason)}", highlight=False)
+    ERR.print(f"written: {options.report}", highlight=False, markup=False)
+    if not results.points and not measurement.interrupted:
+        reason = next(iter(results.unmeasured.values()), "the scorer gave no answer a score")
+        raise AlignError(f"no setting could be measured; first: {reason}")
+    return _exit_code(measurement, notebook_path)
+
+
+def _results(
+    options: argparse.Namespace, grid: Grid, prompts: Sequence[Prompt], measurement: Measurement
+) -> Results:
+    table = _table(options, grid, prompts, measurement)
+    points = make_points(table, grid)
+    target = measurement.runner.endpoint.target
     facts = {
-        "endpoint": done.endpoint.target.place,
-        "model": done.endpoint.target.model,
+        "endpoint": target.place,
+        "model": target.model,
         "gold": options.gold,
         "prompts": len(prompts),
         "draws per prompt": options.draws,
@@ -74,210 +119,223 @@ def run(options: argparse.Namespace) -> int:
         "seed": options.seed,
         "baseline": grid.baseline,
         "infer-align": version("infer-align"),
-        "complete": complete,
+        "complete": measurement.complete,
     }
-    advised = {cost: advice(table, found, options.seed, cost) for cost in COSTS}
-    unmeasured = _unmeasured(grid, found, done)
-    options.report.write_text(
-        page(found, advised, headline(found, grid.baseline), unmeasured, facts), encoding="utf-8"
-    )
-    if options.json:
-        made = {
-            "schema": SCHEMA,
-            **facts,
-            "refused": done.refused,
-            "failed": failed,
-            **as_json(found, advised),
-        }
-        options.json.write_text(
-            json.dumps(made, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-    _show(found, unmeasured)
-    ERR.print(f"written: {options.report}", highlight=False, markup=False)
-    if not found and not interrupted:
-        first = next(iter(unmeasured.values()), "the scorer had no opinion on any answer")
-        raise AlignError(f"no setting could be measured; first: {first}")
-    return _ended(
-        interrupted,
-        done,
-        sum(failed.values()),
-        f"{len(notebook.rows)} answers are kept in {notebook_path}",
+    return Results(
+        points=points,
+        advice={cost: make_advice(table, points, options.seed, cost) for cost in COSTS},
+        headline=make_headline(points, grid.baseline),
+        unmeasured=_unmeasured(grid, points, measurement.runner),
+        facts=facts,
     )
 
 
-def _ended(interrupted: bool, done: Runner, failed: int, kept: str) -> int:  # noqa: FBT001 - a fact, no switch
-    again = f"{kept}; the same command goes on from there."
-    if interrupted:
-        ERR.print(f"[yellow]interrupted:[/] {escape(again)}", highlight=False)
+def _write_json(path: Path, results: Results, measurement: Measurement) -> None:
+    report = {
+        "schema": SCHEMA,
+        **results.facts,
+        "refused": measurement.runner.refused,
+        "failed": measurement.failed,
+        **as_json(results.points, results.advice),
+    }
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _exit_code(measurement: Measurement, notebook_path: Path) -> int:
+    """Print why the measurement is not complete, and return the exit code."""
+    answers = len(measurement.notebook.rows)
+    advice = escape(
+        f"{answers} answers are kept in {notebook_path}; "
+        "run the same command again to continue from there."
+    )
+    if measurement.interrupted:
+        ERR.print(f"[yellow]interrupted:[/] {advice}", highlight=False)
         return INTERRUPTED
-    if done.lost:
+    if measurement.runner.lost:
         ERR.print(
-            f"[red]given up:[/] {PATIENCE} requests failed one after the other. {escape(again)}",
+            f"[red]given up:[/] {MAX_CONSECUTIVE_FAILURES} requests failed one after the other. "
+            f"{advice}",
             highlight=False,
         )
-    elif failed:
+        return 1
+    failures = sum(measurement.failed.values())
+    if failures:
         ERR.print(
-            f"[red]not complete:[/] {failed} answers could not be had or scored. {escape(again)}",
+            f"[red]not complete:[/] {failures} answers could not be received or scored. {advice}",
             highlight=False,
         )
-    return 1 if done.lost or failed else 0
+        return 1
+    return 0
 
 
 def _table(
-    options: argparse.Namespace,
-    grid: grids.Grid,
-    prompts: list[Prompt],
-    notebook: Notebook,
-    done: Runner,
+    options: argparse.Namespace, grid: Grid, prompts: Sequence[Prompt], measurement: Measurement
 ) -> Table:
-    """The answers that this run asked for; prompts that not every setting has been asked yet are pending."""
-    wanted = work(grid.cells, prompts, 1, options.seed)
-    tried = {(name, one.prompt) for name, found in done.failures.items() for one in found}
-    pending = {
-        one.prompt
-        for one in wanted
-        if (one.key, 0) not in notebook.rows
-        and one.cell.name not in done.refused
-        and (one.cell.name, one.prompt) not in tried
-    }
-    keys = {(one.cell.name, one.prompt): one.key for one in wanted}
-    rows = (row for row in notebook.rows.values() if row.draw < options.draws)
-    fields = {
-        name
-        for fields in (_body(options), *(prompt.body for prompt in prompts))
-        for name, v in fields.items()
-        if v is not None
-    }
-    return Table(grid, rows, keys, pending, fields)
+    """Return the scores of the answers that this run measures or found in the notebook."""
+    runner = measurement.runner
+    rows = measurement.notebook.rows
+    work = plan_work(grid.cells, prompts, 1, options.seed)
+    attempted = set()
+    for name, failures in runner.failures.items():
+        for failure in failures:
+            attempted.add((name, failure.prompt))
+    # Prompts that some setting has not answered yet, without a failure.
+    pending = set()
+    for item in work:
+        name = item.cell.name
+        answered = (item.key, 0) in rows or (name, item.prompt) in attempted
+        if not answered and name not in runner.refused:
+            pending.add(item.prompt)
+    keys = {(item.cell.name, item.prompt): item.key for item in work}
+    current_rows = (row for row in rows.values() if row.draw < options.draws)
+    return Table(grid, current_rows, keys, pending, _shared_fields(options, prompts))
 
 
-def _unmeasured(grid: grids.Grid, found: list[Point], done: Runner) -> dict[str, str]:
-    """Settings without figures, or without some of them, and why."""
-    missing = {point.cell.name: point.missing for point in found}
-    said: dict[str, str] = {}
+def _shared_fields(options: argparse.Namespace, prompts: Sequence[Prompt]) -> set[str]:
+    """Return the body fields that requests have under every setting."""
+    names = set()
+    for fields in (body_fields(options), *(prompt.body for prompt in prompts)):
+        for name, value in fields.items():
+            if value is not None:
+                names.add(name)
+    return names
+
+
+def _unmeasured(grid: Grid, points: Sequence[Point], runner: Runner) -> dict[str, str]:
+    """Return the reasons of missing figures, by setting."""
+    missing = {point.cell.name: point.missing for point in points}
+    reasons = {}
     for cell in grid.cells:
-        failures = done.failures.get(cell.name, [])
-        if cell.name in done.refused:
-            said[cell.name] = f"refused: {done.refused[cell.name]}"
+        name = cell.name
+        if name in runner.refused:
+            reasons[name] = f"refused: {runner.refused[name]}"
             continue
-        parts = [f"{len(failures)} answers failed; first: {failures[0].why}"] if failures else []
-        if missing.get(cell.name):
+        failures = runner.failures.get(name, [])
+        parts = []
+        if failures:
+            parts.append(f"{len(failures)} answers failed; first: {failures[0].reason}")
+        if missing.get(name):
             parts.append(
-                f"{missing[cell.name]} prompts have no score, so it is on no front and in no advice"
+                f"{missing[name]} prompts have no score, so it is on no front and in no advice"
             )
-        if cell.name not in missing and not failures:
+        if name not in missing and not failures:
             parts.append("no answer has a score")
         if parts:
-            said[cell.name] = "; ".join(parts)
-    return said
-
-
-def _body(options: argparse.Namespace) -> dict[str, Any]:
-    return (
-        {"max_tokens": options.max_tokens, **options.body}
-        if options.max_tokens
-        else dict(options.body)
-    )
+            reasons[name] = "; ".join(parts)
+    return reasons
 
 
 async def _measure(
-    options: argparse.Namespace, grid: grids.Grid, prompts: list[Prompt], path: Path
-) -> tuple[bool, Notebook, Runner]:
-    body = _body(options)
-    key, env = Key.named(options.api_key_env), options.gold_api_key_env
-    target = Target("A", options.base_url, options.model, None, body, stream=False, key=key)
+    options: argparse.Namespace, grid: Grid, prompts: Sequence[Prompt], path: Path
+) -> Measurement:
+    target = Target(
+        name="A",
+        base_url=options.base_url,
+        model=options.model,
+        body=body_fields(options),
+        stream=False,
+        key=ApiKey.from_environment(options.api_key_env),
+    )
     async with contextlib.AsyncExitStack() as stack:
         endpoint = await stack.enter_async_context(Endpoint(target, options.timeout, options.seed))
         await endpoint.find_model()
-        url = options.gold_url or options.base_url
-        if env is not None or not same_server(url, options.base_url):
-            key = Key.named(env, "--gold-api-key-env")
-        judging = replace(target, base_url=url, key=key)
-        judge = await stack.enter_async_context(Endpoint(judging, options.timeout, options.seed))
-        # What would give other answers or other scores; a notebook of anything else is not gone on with.
-        made_with = {
-            "format": FORMAT,
-            "endpoint": endpoint.target.place,
-            "model": endpoint.target.model,
-            "gold": options.gold,
-            "gold endpoint": judge.target.place if served(options.gold) else None,
-            "seed": options.seed,
-            "body": body,
-        }
-        gold = scorer(options.gold, judge)
-        notebook = Notebook(path, made_with)
-        runner = Runner(endpoint, gold, prompts, notebook)
-        wanted = work(grid.cells, prompts, options.draws, options.seed)
-        stop = asyncio.Event()
-        stack.enter_context(caught_signals(stop))
-        columns = (
-            TextColumn("measuring"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+        scoring_target = _scoring_target(options, target)
+        scoring = await stack.enter_async_context(
+            Endpoint(scoring_target, options.timeout, options.seed)
         )
-        with Progress(*columns, console=ERR, transient=True) as bar:
-            done = sum((one.key, one.draw) in notebook.rows for one in wanted)
-            task = bar.add_task("", total=len(wanted), completed=done)
-            interrupted = await runner.run(
-                wanted, options.concurrency, stop, lambda: bar.advance(task)
-            )
-    return interrupted, notebook, runner
+        gold = load_scorer(options.gold, scoring)
+        notebook = Notebook(path, _made_with(options, endpoint, scoring))
+        runner = Runner(endpoint, gold, prompts, notebook)
+        work = plan_work(grid.cells, prompts, options.draws, options.seed)
+        stop = asyncio.Event()
+        stack.enter_context(stop_on_signals(stop))
+        with _progress_bar(work, notebook) as advance:
+            interrupted = await runner.run(work, options.concurrency, stop, advance)
+    return Measurement(runner, notebook, interrupted)
+
+
+def _scoring_target(options: argparse.Namespace, target: Target) -> Target:
+    """Return the server that scores; it gets the measured server's key if it is the same."""
+    url = options.gold_url or options.base_url
+    env = options.gold_api_key_env
+    key = target.key
+    if env is not None or not same_server(url, options.base_url):
+        key = ApiKey.from_environment(env, "--gold-api-key-env")
+    return replace(target, base_url=url, key=key)
+
+
+def _made_with(
+    options: argparse.Namespace, endpoint: Endpoint, scoring: Endpoint
+) -> dict[str, Any]:
+    """Return everything that influences answers or scores, except for the settings."""
+    return {
+        "format": FORMAT,
+        "endpoint": endpoint.target.place,
+        "model": endpoint.target.model,
+        "gold": options.gold,
+        "gold endpoint": scoring.target.place if uses_server(options.gold) else None,
+        "seed": options.seed,
+        "body": body_fields(options),
+    }
+
+
+@contextlib.contextmanager
+def _progress_bar(work: Sequence[Work], notebook: Notebook) -> Iterator[Callable[[], None]]:
+    """Show a progress bar; yield the callback that advances it by one answer."""
+    columns = (
+        TextColumn("measuring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    finished = sum((item.key, item.draw) in notebook.rows for item in work)
+    with Progress(*columns, console=ERR, transient=True) as bar:
+        task = bar.add_task("", total=len(work), completed=finished)
+        yield lambda: bar.advance(task)
 
 
 def _prompts(options: argparse.Namespace) -> list[Prompt]:
-    """Each prompt once: asked twice, it would pass for two that are drawn from the population."""
-    found = (
-        datasets.demo(options.seed)
-        if options.prompts == "demo"
-        else datasets.from_file(Path(options.prompts))
-    )
-    once = list(
-        {
-            json.dumps([prompt.messages, prompt.body], sort_keys=True): prompt for prompt in found
-        }.values()
-    )
-    if len(once) < len(found):
-        ERR.print(
-            f"[yellow]{len(found) - len(once)} prompts stand twice and are asked once.[/]",
-            highlight=False,
-        )
+    """Return the prompts without duplicates, which would count as independent prompts."""
+    if options.prompts == "demo":
+        prompts = datasets.demo(options.seed)
+    else:
+        prompts = datasets.from_file(Path(options.prompts))
+    unique: dict[str, Prompt] = {}
+    for prompt in prompts:
+        # A later duplicate equals the earlier one, whose place it takes.
+        unique[json.dumps([prompt.messages, prompt.body], sort_keys=True)] = prompt
+    duplicates = len(prompts) - len(unique)
+    if duplicates:
+        ERR.print(f"[yellow]{duplicates} duplicate prompts are left out.[/]", highlight=False)
+    result = list(unique.values())
     if options.limit:
-        once = once[: options.limit]
-    if len(once) < 2:
-        raise ConfigError("--prompts: one prompt says nothing of the next; give two or more.")
-    return once
+        result = result[: options.limit]
+    if len(result) < 2:
+        raise ConfigError(
+            f"--prompts: {len(result)} prompt is too few for a standard error; give two or more."
+        )
+    return result
 
 
-def _show(found: list[Point], unmeasured: Mapping[str, str]) -> None:
-    table = Printed(
-        "setting",
-        "tokens",
-        "seconds",
-        "gold",
-        "- baseline",
-        "- equal budget",
-        box=None,
-        header_style="dim",
-    )
-    for point in found:
-        means = (point.tokens, point.seconds)
-        cells = [
+def _print_points(points: Sequence[Point]) -> None:
+    columns = ("setting", "tokens", "seconds", "gold", "- baseline", "- equal budget")
+    table = TextTable(*columns, box=None, header_style="dim")
+    for point in points:
+        table.add_row(
             escape(point.cell.name),
-            *("" if mean is None else number(mean.value) for mean in means),
+            number(point.tokens.value) if point.tokens else "",
+            number(point.seconds.value),
             _mean(point.gold),
-        ]
-        cells += [_mean(mean, "+") for mean in (point.minus_baseline, point.minus_equal)]
-        table.add_row(*cells, style="bold" if point.front else None)
+            _mean(point.minus_baseline, "+"),
+            _mean(point.minus_equal, "+"),
+            style="bold" if point.front else None,
+        )
     OUT.print(table)
-    for name, why in unmeasured.items():
-        OUT.print(f"[yellow]{escape(name)}[/]: {escape(why)}", highlight=False)
 
 
 def _mean(mean: Mean | None, sign: str = "") -> str:
-    return (
-        ""
-        if mean is None
-        else f"{mean.value:{sign}.{mean.decimals}f} ± {mean.error:.{mean.decimals}f}"
-    )
+    """Format a mean and its standard error; `sign` is "+" to print the sign of the mean."""
+    if mean is None:
+        return ""
+    return f"{mean.value:{sign}.{mean.decimals}f} ± {mean.error:.{mean.decimals}f}"

@@ -1,8 +1,9 @@
-"""What the scored answers say: means with standard errors, differences by prompt, and the Pareto front.
+"""Statistics of scored answers: means with standard errors, paired differences, Pareto fronts.
 
-Prompts are what is drawn from a population, so errors are over prompts: the draws of one prompt are averaged first. Differences are
-taken prompt by prompt, over the prompts that both settings have. Only settings that were scored at every prompt are compared with
-all others: one that lacks a few hard prompts would look better than it is.
+Prompts are a sample of a population, so errors are over prompts: the draws of one prompt are
+averaged first. Differences are computed prompt by prompt, over the prompts that both settings
+have. Only settings with a score for every prompt are compared with all others: a setting without
+scores for a few hard prompts would look better than it is.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from infer_align_bench.quality.cells import Row
 from infer_align_bench.quality.grid import Cell, Grid
+from infer_align_bench.quality.notebook import Row
 
 Array = NDArray[np.float64]
 Cost = Literal["tokens", "seconds"]
 COSTS: tuple[Cost, ...] = ("tokens", "seconds")
+# A setting is compared with the equal-budget family up to this share outside its range of tokens.
+FAMILY_MARGIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,49 +36,52 @@ class Mean:
 
     @property
     def decimals(self) -> int:
-        """Digits after the point that its error leaves a meaning: two of the error's own."""
-        return max(0, 1 - math.floor(math.log10(self.error))) if 0 < self.error < math.inf else 2
+        """Decimals to print: two significant digits of the error."""
+        if not 0 < self.error < math.inf:
+            return 2
+        return max(0, 1 - math.floor(math.log10(self.error)))
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One setting's place."""
+    """The quality and the cost of one setting."""
 
     cell: Cell
+    # Number of prompts with a score.
     prompts: int
     gold: Mean
-    tokens: (
-        Mean | None
-    )  # all that an answer costs: prompt, generated, rewards' and judge's; None where the endpoint does not say
-    generated: Mean | None  # completion tokens alone
+    # All tokens of an answer: prompt, generated and scoring; None if they were not counted.
+    tokens: Mean | None
+    # Completion tokens alone.
+    generated: Mean | None
     seconds: Mean
     kl_bound: float | None
     minus_baseline: Mean | None
     minus_greedy: Mean | None
-    minus_equal: Mean | None  # against the equal-budget family at the same tokens
-    missing: int = 0  # prompts that others have and this has not: then it is on no front
-    fronts: frozenset[Cost] = frozenset()  # the costs of which nothing cheaper is better
+    # Difference to the equal-budget family at the same tokens.
+    minus_equal: Mean | None
+    # Prompts without a score that other settings have; then the setting is on no front.
+    missing: int = 0
+    # Costs for which no cheaper setting is better.
+    fronts: frozenset[Cost] = frozenset()
 
     @property
     def front(self) -> bool:
-        """Whether nothing is better for fewer tokens."""
+        """True if no setting is better for fewer tokens."""
         return "tokens" in self.fronts
 
-    def cost(self, of: Cost) -> float:
-        """Its mean cost; NaN where it is not known."""
-        mean: Mean | None = getattr(self, of)
+    def cost(self, name: Cost) -> float:
+        """Return the mean cost of an answer; NaN if it is unknown."""
+        mean = self.tokens if name == "tokens" else self.seconds
         return math.nan if mean is None else mean.value
 
     def comparable(self, cost: Cost) -> bool:
-        """Whether it can stand beside all others."""
+        """Return True if the setting can be compared with all others at this cost."""
         return not self.missing and math.isfinite(self.cost(cost))
 
 
 class Table:
-    """Gold, tokens, generated tokens and seconds by setting and prompt; NaN where there is nothing. [cells, prompts].
-
-    `pending` are prompts that have not been asked under every setting yet: they are not held against those that lack them.
-    """
+    """Scores and costs by setting and prompt, [cells, prompts]; NaN where there are none."""
 
     def __init__(
         self,
@@ -84,116 +91,173 @@ class Table:
         pending: Collection[int] = (),
         shared: Collection[str] = (),
     ) -> None:
+        """Average the rows over draws.
+
+        Args:
+            grid: the settings.
+            rows: of the notebook.
+            keys: the digest of each setting's name and prompt.
+            pending: prompts that were not yet answered under every setting. A setting without a
+                score for them still counts as complete.
+            shared: body fields that every request has.
+        """
         self.cells = list(grid.cells)
-        self.shared = shared  # fields of the body that every request has
-        at = {cell.name: i for i, cell in enumerate(self.cells)}
+        self.shared = shared
         prompts = 1 + max((prompt for _, prompt in keys), default=-1)
-        places: dict[str, list[tuple[int, int]]] = {}  # one answer serves all that asked the same
+        sums = self._sums(rows, self._places(keys), prompts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = sums[:-1] / sums[-1]
+        self.gold, self.tokens, self.generated, self.seconds = means
+        # Prompts for which every setting should have a score.
+        self.required = np.isfinite(self.gold).any(axis=0)
+        for prompt in pending:
+            if prompt < prompts:
+                self.required[prompt] = False
+
+    def _places(self, keys: Mapping[tuple[str, int], str]) -> dict[str, list[tuple[int, int]]]:
+        """Return the (cell, prompt) indices of each digest: equal requests share an answer."""
+        indices = {cell.name: i for i, cell in enumerate(self.cells)}
+        places: dict[str, list[tuple[int, int]]] = {}
         for (name, prompt), key in keys.items():
-            places.setdefault(key, []).append((at[name], prompt))
+            places.setdefault(key, []).append((indices[name], prompt))
+        return places
+
+    def _sums(
+        self, rows: Iterable[Row], places: Mapping[str, list[tuple[int, int]]], prompts: int
+    ) -> Array:
+        """Return sums of gold, tokens, generated tokens and seconds, and the number of rows."""
         sums = np.zeros((5, len(self.cells), prompts))
         for row in rows:
             if row.gold is None:
                 continue
             generated = math.nan if row.spent is None else row.spent
-            for place in places.get(row.key, ()):
-                sums[(slice(None), *place)] += (row.gold, row.tokens, generated, row.seconds, 1.0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            self.gold, self.tokens, self.generated, self.seconds = (
-                part / sums[4] for part in sums[:4]
-            )
-        self.required = np.isfinite(self.gold).any(axis=0)
-        self.required[[prompt for prompt in pending if prompt < prompts]] = False
+            for cell, prompt in places.get(row.key, ()):
+                sums[:, cell, prompt] += (row.gold, row.tokens, generated, row.seconds, 1.0)
+        return sums
+
+    def index(self, name: str) -> int:
+        """Return the index of a setting."""
+        return [cell.name for cell in self.cells].index(name)
 
     def mean(self, values: Array) -> Mean | None:
-        """Over the prompts that have a value."""
+        """Return the mean over the prompts that have a value; None if there are none."""
         present = values[np.isfinite(values)]
         if not present.size:
             return None
-        error = (
-            float(present.std(ddof=1) / math.sqrt(present.size)) if present.size > 1 else math.nan
-        )
+        error = math.nan
+        if present.size > 1:
+            error = float(present.std(ddof=1) / math.sqrt(present.size))
         return Mean(float(present.mean()), error)
 
 
-def points(table: Table, grid: Grid) -> list[Point]:
-    """Every setting that has been measured, cheapest first."""
-    names = [cell.name for cell in table.cells]
-    base = table.gold[names.index(grid.baseline)]
-    greedy = table.gold[names.index(grid.greedy)] if grid.greedy else None
-    found = []
-    for i, cell in enumerate(table.cells):
-        gold, seconds = table.mean(table.gold[i]), table.mean(table.seconds[i])
-        if gold is None or seconds is None:
-            continue
-        found.append(
-            Point(
-                cell,
-                int(np.isfinite(table.gold[i]).sum()),
-                gold,
-                table.mean(table.tokens[i]),
-                table.mean(table.generated[i]),
-                seconds,
-                cell.kl_bound(table.shared),
-                None if cell.name == grid.baseline else table.mean(table.gold[i] - base),
-                None
-                if greedy is None or cell.name == grid.greedy
-                else table.mean(table.gold[i] - greedy),
-                None,
-                int((table.required & ~np.isfinite(table.gold[i])).sum()),
-            )
-        )
-    found.sort(
-        key=lambda point: (np.nan_to_num(point.cost("tokens"), nan=math.inf), -point.gold.value)
+def make_points(table: Table, grid: Grid) -> list[Point]:
+    """Return every measured setting, cheapest first."""
+    points = []
+    for i in range(len(table.cells)):
+        point = _point(table, grid, i)
+        if point is not None:
+            points.append(point)
+    points.sort(key=partial(_order, cost="tokens"))
+    return _with_fronts(_with_family_differences(table, grid, points))
+
+
+def _order(point: Point, cost: Cost) -> tuple[float, float]:
+    """Return the sort key: cheapest first, then best first; unknown costs last."""
+    value = point.cost(cost)
+    return (math.inf if math.isnan(value) else value, -point.gold.value)
+
+
+def _point(table: Table, grid: Grid, i: int) -> Point | None:
+    """Return the point of the setting with index `i`; None if it has no score."""
+    cell = table.cells[i]
+    gold = table.mean(table.gold[i])
+    seconds = table.mean(table.seconds[i])
+    if gold is None or seconds is None:
+        return None
+    scored = np.isfinite(table.gold[i])
+    return Point(
+        cell=cell,
+        prompts=int(scored.sum()),
+        gold=gold,
+        tokens=table.mean(table.tokens[i]),
+        generated=table.mean(table.generated[i]),
+        seconds=seconds,
+        kl_bound=cell.kl_bound(table.shared),
+        minus_baseline=_difference(table, i, grid.baseline),
+        minus_greedy=_difference(table, i, grid.greedy),
+        minus_equal=None,
+        missing=int((table.required & ~scored).sum()),
     )
-    return _marked(_beside_the_family(table, grid, found))
 
 
-def _marked(found: Sequence[Point]) -> list[Point]:
-    """With the fronts: each that is better than everything cheaper."""
-    fronts: dict[str, set[Cost]] = {point.cell.name: set() for point in found}
+def _difference(table: Table, i: int, reference: str | None) -> Mean | None:
+    """Return the mean gold difference to a reference; None for the reference itself."""
+    if reference is None or table.cells[i].name == reference:
+        return None
+    return table.mean(table.gold[i] - table.gold[table.index(reference)])
+
+
+def _with_fronts(points: Sequence[Point]) -> list[Point]:
+    """Mark the Pareto front of each cost: every setting that is better than all cheaper ones."""
+    fronts: dict[str, set[Cost]] = {point.cell.name: set() for point in points}
     for cost in COSTS:
+        comparable = [point for point in points if point.comparable(cost)]
+        comparable.sort(key=partial(_order, cost=cost))
         best = -math.inf
-        comparable = [point for point in found if point.comparable(cost)]
-        for point in sorted(comparable, key=lambda point: (point.cost(cost), -point.gold.value)):
+        for point in comparable:
             if point.gold.value > best:
                 best = point.gold.value
                 fronts[point.cell.name].add(cost)
-    return [replace(point, fronts=frozenset(fronts[point.cell.name])) for point in found]
+    return [replace(point, fronts=frozenset(fronts[point.cell.name])) for point in points]
 
 
-def _beside_the_family(table: Table, grid: Grid, found: Sequence[Point]) -> list[Point]:
-    """With the difference to the equal-budget family, of which the baseline is one."""
-    at = {cell.name: i for i, cell in enumerate(table.cells)}
-    members = {
-        point.cell.name
-        for point in found
-        if point.cell.equal_budget or point.cell.name == grid.baseline
-    }
-    spent = {
-        at[point.cell.name]: point.cost("tokens")
-        for point in found
-        if point.comparable("tokens") and point.cost("tokens") > 0
-    }
-    family = sorted((i for i in spent if table.cells[i].name in members), key=lambda i: spent[i])
-    return [
-        point
-        if point.cell.name in members or at[point.cell.name] not in spent
-        else replace(point, minus_equal=_equal(table, at[point.cell.name], family, spent))
-        for point in found
-    ]
+def _with_family_differences(table: Table, grid: Grid, points: Sequence[Point]) -> list[Point]:
+    """Add the difference to the equal-budget family, which includes the baseline."""
+    members = set()
+    spent = {}
+    for point in points:
+        index = table.index(point.cell.name)
+        if point.cell.equal_budget or point.cell.name == grid.baseline:
+            members.add(index)
+        if point.comparable("tokens") and point.cost("tokens") > 0:
+            spent[index] = point.cost("tokens")
+    family = sorted((index for index in spent if index in members), key=lambda i: spent[i])
+    result = []
+    for point in points:
+        index = table.index(point.cell.name)
+        difference = None
+        if index not in members and index in spent:
+            difference = _family_difference(table, index, family, spent)
+        result.append(replace(point, minus_equal=difference))
+    return result
 
 
-def _equal(table: Table, i: int, family: Sequence[int], spent: Mapping[int, float]) -> Mean | None:
-    """The difference to the family at the same tokens: between its two neighbours, linear in the logarithm of the tokens.
+def _family_difference(
+    table: Table, i: int, family: Sequence[int], spent: Mapping[int, float]
+) -> Mean | None:
+    """Return the gold difference to the family at the same tokens.
 
-    None outside of the family's range by more than a tenth: there is nothing to compare with.
+    The family's gold is interpolated between the two neighbours, linearly in the logarithm of the
+    tokens. Outside the family's range, by more than a margin, there is nothing to compare with.
+
+    Args:
+        table: the scores.
+        i: index of the setting.
+        family: indices of the family, cheapest first.
+        spent: mean tokens by index.
     """
-    if len(family) < 2 or not 0.9 * spent[family[0]] <= spent[i] <= 1.1 * spent[family[-1]]:
+    if len(family) < 2:
         return None
-    place = min(max(spent[i], spent[family[0]]), spent[family[-1]])
-    above = next(j for j, member in enumerate(family) if spent[member] >= place)
-    low, high = family[max(0, above - 1)], family[above]
-    wide = math.log(spent[high] / spent[low]) if spent[high] > spent[low] else 1.0
-    share = math.log(place / spent[low]) / wide
-    return table.mean(table.gold[i] - (1 - share) * table.gold[low] - share * table.gold[high])
+    lowest = spent[family[0]]
+    highest = spent[family[-1]]
+    if not (1 - FAMILY_MARGIN) * lowest <= spent[i] <= (1 + FAMILY_MARGIN) * highest:
+        return None
+    tokens = min(max(spent[i], lowest), highest)
+    above = 0
+    while spent[family[above]] < tokens:
+        above += 1
+    low = family[max(0, above - 1)]
+    high = family[above]
+    width = math.log(spent[high] / spent[low]) if spent[high] > spent[low] else 1.0
+    weight = math.log(tokens / spent[low]) / width
+    return table.mean(table.gold[i] - (1 - weight) * table.gold[low] - weight * table.gold[high])

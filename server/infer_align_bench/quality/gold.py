@@ -1,4 +1,4 @@
-"""Who says how good an answer is: a reward or a judge of a running server, or a function of one's own."""
+"""The gold scorer of a quality measurement: a reward or judge of a server, or a function."""
 
 from __future__ import annotations
 
@@ -10,74 +10,85 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from infer_align.errors import AlignError, ConfigError
-from infer_align_bench.endpoint import Endpoint
-from infer_align_bench.events import described
+from infer_align_bench.answer import describe_error
+from infer_align_bench.endpoint import Endpoint, error_of
 
 Messages = Sequence[Mapping[str, Any]]
 Gold = Callable[[Messages, str], Awaitable[float]]
 
 
-def scorer(text: str, endpoint: Endpoint) -> Gold:
-    """`text` as a scorer, of `endpoint` where it is one of a server.
+def load_scorer(text: str, endpoint: Endpoint) -> Gold:
+    """Return the scorer that `text` names.
 
-    A name is a reward that the server has configured; an object is what `/v1/align/score` takes (`{"trust_judge": {}}`,
-    `{"rewards": {"a": 1, "b": 0.5}}`); `module:function` is a function (messages, text) -> float, run here.
+    A name is a reward that the server has configured. An object is a body of `/v1/align/score`,
+    such as {"trust_judge": {}} or {"rewards": {"a": 1, "b": 0.5}}. `module:function` is a function
+    (messages, text) -> float, which runs in this process.
+
+    Args:
+        text: name, object or function.
+        endpoint: of the server that scores.
 
     Raises:
-        ConfigError: none of these.
+        ConfigError: the object is not JSON, or the function cannot be imported.
     """
     if text.startswith("{"):
         try:
-            return _served(endpoint, {"rewards": {}, **json.loads(text)})
+            settings = {"rewards": {}, **json.loads(text)}
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"--gold: {text!r} is not a JSON object: {error}.") from None
+            raise ConfigError(
+                f"--gold: {text!r} is not a JSON object: {error}; "
+                'must be like {"rewards": {"helpful": 1}}.'
+            ) from None
+        return _server_scorer(endpoint, settings)
     if ":" in text:
-        return _called(text)
-    return _served(endpoint, {"rewards": {text: 1.0}, "ensemble": {"objective": "mean"}})
+        return _function_scorer(text)
+    settings = {"rewards": {text: 1.0}, "ensemble": {"objective": "mean"}}
+    return _server_scorer(endpoint, settings)
 
 
-def served(text: str) -> bool:
-    """Whether a server scores, so that it matters which."""
+def uses_server(text: str) -> bool:
+    """Return True if a server computes the scores, False for a function of this process."""
     return text.startswith("{") or ":" not in text
 
 
-def _served(endpoint: Endpoint, settings: Mapping[str, Any]) -> Gold:
+def _server_scorer(endpoint: Endpoint, settings: Mapping[str, Any]) -> Gold:
+    url = f"{endpoint.target.place}/align/score"
+
     async def score(messages: Messages, text: str) -> float:
         body = {"messages": list(messages), "candidates": [text], **settings}
         status, answer = await endpoint.call("align/score", body)
         if status != 200 or not isinstance(answer, Mapping):
-            said = described(
-                answer.get("error") if isinstance(answer, Mapping) else answer, f"status {status}"
-            )
-            raise AlignError(
-                endpoint.safe(f"--gold: {endpoint.target.place}/align/score: {': '.join(said)}")
-            )
+            error = ": ".join(describe_error(error_of(answer), f"status {status}"))
+            raise AlignError(endpoint.redact(f"--gold: {url}: {error}"))
         try:
             value = answer["candidates"][0]["objective"]
         except (KeyError, IndexError, TypeError):
             raise AlignError(
-                f"--gold: {endpoint.target.place}/align/score: its answer holds no objective."
+                f"--gold: {url}: the answer has no objective; "
+                "must be the URL of an infer-align server."
             ) from None
         return math.nan if value is None else float(value)
 
     return score
 
 
-def _called(text: str) -> Gold:
+def _function_scorer(text: str) -> Gold:
     module, _, name = text.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing runs the user's code
+    # The import runs the user's code, which may raise anything.
+    except Exception as error:
         raise ConfigError(
-            f"--gold: {text!r} cannot be imported: {error}; write it as 'module:function'."
+            f"--gold: {text!r} cannot be imported: {error}; must be 'module:function'."
         ) from None
     if not callable(function):
-        raise ConfigError(f"--gold: {text!r} is not a function (messages, text) -> float.")
+        raise ConfigError(f"--gold: {text!r} is not a function; must be (messages, text) -> float.")
 
     async def score(messages: Messages, answer: str) -> float:
         try:
             return float(await asyncio.to_thread(function, messages, answer))
-        except Exception as error:  # the user's code
+        # The user's code may raise anything.
+        except Exception as error:
             raise AlignError(f"--gold: {text} raised {type(error).__name__}: {error}") from None
 
     return score

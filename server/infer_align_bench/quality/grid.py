@@ -1,6 +1,6 @@
-"""The grid: named settings, from a TOML or JSON file.
+"""The grid of settings to compare, from a TOML or JSON file.
 
-baseline = "one sample"            # what every setting is compared with, prompt by prompt
+baseline = "one sample"            # every setting is compared with it, prompt by prompt
 greedy = "greedy"
 
 [[cells]]
@@ -14,7 +14,7 @@ body = { temperature = 0 }
 name = "best of {n}, {objective}"  # one cell for each combination of `over`
 align = { best_of_n = { n = "{n}" }, ensemble = { objective = "{objective}" } }
 over = { n = [2, 4, 8], objective = ["mean", "uwo"] }
-equal_budget = true                # the family that others are compared with at the same tokens
+equal_budget = true                # others are compared with this family at equal tokens
 """
 
 from __future__ import annotations
@@ -23,24 +23,20 @@ import itertools
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from infer_align.errors import ConfigError, nearest, shown
-from infer_align.methods.best_of_n import kl_upper_bound
+from infer_align.methods.best_of_n import BestOfN, kl_upper_bound
 
-KEYS = ("name", "align", "body", "over", "equal_budget")
-BOUNDED = {
-    "best_of_n",
-    "ensemble",
-    "rewards",
-    "trust_judge",
-    "budget",
-    "details",
-}  # of these, only best_of_n moves away
-SAMPLING = (
+GRID_KEYS = ("baseline", "greedy", "cells")
+CELL_KEYS = ("name", "align", "body", "over", "equal_budget")
+# Keys of `align` with a known KL bound: only best_of_n changes the distribution of the answers.
+BOUNDED_KEYS = {"best_of_n", "ensemble", "rewards", "trust_judge", "budget", "details"}
+# Body fields that change the distribution of the answers, by an unknown amount.
+SAMPLING_FIELDS = {
     "temperature",
     "top_p",
     "top_k",
@@ -48,12 +44,12 @@ SAMPLING = (
     "presence_penalty",
     "frequency_penalty",
     "logit_bias",
-)
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One setting."""
+    """One setting: an `align` object and further body fields."""
 
     name: str
     align: Mapping[str, Any] | None = None
@@ -61,32 +57,64 @@ class Cell:
     equal_budget: bool = False
 
     def kl_bound(self, shared: Iterable[str] = ()) -> float | None:
-        """At most so many nats from the frozen model (ln n - (n - 1) / n); None where nothing is known without measuring.
+        """Return an upper bound of the KL divergence from the frozen model, in nats.
 
-        `shared`: the fields that every request carries besides; a temperature there moves this setting as its own would.
+        It is ln n - (n - 1) / n for best-of-n; None if no bound is known.
+
+        Args:
+            shared: body fields that every request of the measurement has.
         """
         align = self.align or {}
-        fields = {*shared} | {name for name, value in self.body.items() if value is not None}
-        if not align.keys() <= BOUNDED or any(name in fields for name in SAMPLING):
+        fields = set(shared)
+        for name, value in self.body.items():
+            if value is not None:
+                fields.add(name)
+        if not align.keys() <= BOUNDED_KEYS or fields & SAMPLING_FIELDS:
             return None
-        return kl_upper_bound(align["best_of_n"].get("n", 8)) if "best_of_n" in align else 0.0
+        if "best_of_n" not in align:
+            return 0.0
+        return kl_upper_bound(align["best_of_n"].get("n", BestOfN().n))
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """All settings; the first is the baseline unless another is named."""
+    """All settings. The first is the baseline unless the file names another."""
 
     cells: tuple[Cell, ...]
     baseline: str
     greedy: str | None = None
 
 
-def read(path: Path) -> Grid:
-    """The grid of a file.
+def read_grid(path: Path) -> Grid:
+    """Read the grid of a TOML or JSON file.
 
     Raises:
-        ConfigError: what is wrong, and where.
+        ConfigError: the file cannot be read, or a value in it is wrong.
     """
+    table = _read_table(path)
+    for key in table:
+        if key not in GRID_KEYS:
+            raise ConfigError(f"--grid: {path}: {key}: no such key; {nearest(key, GRID_KEYS)}")
+    cells: list[Cell] = []
+    for i, entry in enumerate(table["cells"]):
+        cells += _cells(entry, f"{path}: cells[{i}]")
+    names = [cell.name for cell in cells]
+    for name in sorted(names):
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"--grid: {path}: {name!r} names two cells; must be unique. "
+                "With `over`, the name must contain its keys, such as {n}."
+            )
+    baseline = table.get("baseline", names[0])
+    greedy = table.get("greedy")
+    for key, reference in (("baseline", baseline), ("greedy", greedy)):
+        if reference is not None and reference not in names:
+            guess = nearest(str(reference), names)
+            raise ConfigError(f"--grid: {path}: {key}: {shown(reference)} is not a cell; {guess}")
+    return Grid(tuple(cells), baseline, greedy)
+
+
+def _read_table(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -94,71 +122,60 @@ def read(path: Path) -> Grid:
         raise ConfigError(f"--grid: {path} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(f"--grid: {path}: {error}.") from None
-    if (
-        not isinstance(table, dict)
-        or not isinstance(table.get("cells"), list)
-        or not table["cells"]
-    ):
-        raise ConfigError(f"--grid: {path} has no [[cells]].")
-    for key in table:
-        if key not in (known := ("baseline", "greedy", "cells")):
-            raise ConfigError(f"--grid: {path}: {key}: no such key; {nearest(key, known)}")
-    cells = tuple(
-        cell
-        for i, entry in enumerate(table["cells"])
-        for cell in _cells(entry, f"{path}: cells[{i}]")
-    )
-    names = [cell.name for cell in cells]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(
-            f"--grid: {path}: {doubled[0]!r} names two cells; with `over`, the name must hold its keys."
-        )
-    baseline, greedy = table.get("baseline", names[0]), table.get("greedy")
-    for key, name in (("baseline", baseline), ("greedy", greedy)):
-        if name is not None and name not in names:
-            raise ConfigError(
-                f"--grid: {path}: {key}: {shown(name)} is no cell; {nearest(str(name), names)}"
-            )
-    return Grid(cells, baseline, greedy)
+    cells = table.get("cells") if isinstance(table, dict) else None
+    if not isinstance(cells, list) or not cells:
+        raise ConfigError(f"--grid: {path} has no [[cells]]; add one for each setting.")
+    return table
 
 
 def _cells(entry: Any, place: str) -> list[Cell]:
+    """Return the cells of one entry: one for each combination of `over`."""
     if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
         raise ConfigError(f"--grid: {place} needs a name.")
     for key in entry:
-        if key not in KEYS:
-            raise ConfigError(f"--grid: {place}.{key}: no such key; {nearest(key, KEYS)}")
+        if key not in CELL_KEYS:
+            raise ConfigError(f"--grid: {place}.{key}: no such key; {nearest(key, CELL_KEYS)}")
     over = entry.get("over", {})
-    if not isinstance(over, Mapping) or not all(
-        isinstance(values, list) and values for values in over.values()
-    ):
-        raise ConfigError(f"--grid: {place}.over: must be {{name: [values]}}.")
+    if not isinstance(over, Mapping) or not all(map(_is_filled_list, over.values())):
+        raise ConfigError(
+            f"--grid: {place}.over: {shown(over)} is not allowed; must be {{name: [values]}}."
+        )
     for key in ("align", "body"):
         if not isinstance(entry.get(key, {}), Mapping):
             raise ConfigError(
                 f"--grid: {place}.{key}: {shown(entry[key])} is not allowed; must be a table."
             )
-    return [
-        Cell(
-            str(_filled(entry["name"], dict(zip(over, values, strict=True)))),
-            _filled(entry["align"], dict(zip(over, values, strict=True)))
-            if "align" in entry
-            else None,
-            _filled(entry.get("body", {}), dict(zip(over, values, strict=True))),
-            bool(entry.get("equal_budget", False)),
-        )
-        for values in itertools.product(*over.values())
-    ]
+    return [_cell(entry, over, values) for values in itertools.product(*over.values())]
 
 
-def _filled(value: Any, chosen: Mapping[str, Any]) -> Any:
-    """`value` with "{key}" replaced: by the value itself where it stands alone, by its text inside a longer string."""
+def _is_filled_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value)
+
+
+def _cell(entry: Mapping[str, Any], over: Mapping[str, Any], values: Sequence[Any]) -> Cell:
+    """Return the cell of one combination of values."""
+    combination = dict(zip(over, values, strict=True))
+    return Cell(
+        name=str(_substitute(entry["name"], combination)),
+        align=_substitute(entry["align"], combination) if "align" in entry else None,
+        body=_substitute(entry.get("body", {}), combination),
+        equal_budget=bool(entry.get("equal_budget", False)),
+    )
+
+
+def _substitute(value: Any, combination: Mapping[str, Any]) -> Any:
+    """Replace "{key}" in all strings of a JSON value.
+
+    A string that is only "{key}" becomes the value itself; within a longer string, "{key}" becomes
+    the text of the value.
+    """
     if isinstance(value, Mapping):
-        return {key: _filled(item, chosen) for key, item in value.items()}
+        return {key: _substitute(item, combination) for key, item in value.items()}
     if isinstance(value, list):
-        return [_filled(item, chosen) for item in value]
+        return [_substitute(item, combination) for item in value]
     if not isinstance(value, str):
         return value
-    if (alone := re.fullmatch(r"\{(\w+)\}", value)) and alone[1] in chosen:
-        return chosen[alone[1]]
-    return re.sub(r"\{(\w+)\}", lambda found: str(chosen.get(found[1], found[0])), value)
+    single = re.fullmatch(r"\{(\w+)\}", value)
+    if single and single[1] in combination:
+        return combination[single[1]]
+    return re.sub(r"\{(\w+)\}", lambda match: str(combination.get(match[1], match[0])), value)

@@ -1,36 +1,58 @@
-"""One HTML page with everything in it: readable offline, from a file, by mail."""
+"""Write a quality report as one HTML page that needs no other file and no network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from infer_align_bench.quality.advice import Advice, Headline
 from infer_align_bench.quality.curve import Cost, Mean, Point
-from infer_align_bench.quality.plots import numbered, plots
-from infer_align_bench.show import number
+from infer_align_bench.quality.plots import draw_plots, numbered
+from infer_align_bench.tables import number
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
-td.name, th.name { text-align: left } tr.front td { font-weight: 600; background: #f2f7ff } div { overflow-x: auto }
-.doubt { color: #777; font-weight: 400 } figure { margin: 1em 0 } svg { max-width: 100%; height: auto } code { font-size: 90% }
+body {
+  font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
+  color: #222; background: #fff
+}
+table { border-collapse: collapse; margin: 1em 0 }
+td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
+td.name, th.name { text-align: left }
+tr.front td { font-weight: 600; background: #f2f7ff }
+div { overflow-x: auto }
+.note { color: #777; font-weight: 400 }
+figure { margin: 1em 0 }
+svg { max-width: 100%; height: auto }
+code { font-size: 90% }
 """
-LEGEND = """Tokens: all that an answer costs, which are its prompt's, what was generated for it, and what rewards and the judge
-read and wrote, one for one; generated: completion tokens alone. Gold, tokens, seconds: mean ± standard error over prompts.
-Differences are taken prompt by prompt. Equal budget: against the equal-budget family at the same tokens, linear in log tokens
-between neighbours; empty outside its range. KL at most: ln n - (n-1)/n nats for best-of-n; empty where no bound is known. Bold
-rows: nothing cheaper is better. Numbers are those of the plots."""
-BUDGET = (
+LEGEND = """Tokens: everything that an answer costs: the tokens of its prompt, the generated tokens,
+and the tokens that rewards and the judge read and wrote. Generated: completion tokens alone. Gold,
+tokens and seconds are means ± standard error over prompts. Differences are computed prompt by
+prompt. Equal budget: difference to the equal-budget family at the same tokens, interpolated
+linearly in log tokens between its neighbours; empty outside the range of the family. KL at most:
+ln n - (n-1)/n nats for best-of-n; empty where no bound is known. Bold rows: nothing cheaper is
+better. The numbers of the rows are those in the plots."""
+MEANING = (
+    "Gold is the mean of the scorer over prompts ± its standard error; higher is better. "
+    "Tokens are everything that one answer costs."
+)
+NOT_COMPARABLE = (
+    "No two settings can be compared: no setting has a score for every prompt, "
+    "or the endpoint counts no tokens; see below."
+)
+ADVICE_COLUMNS = (
     "use",
     "gold",
     "best in budget",
-    "chosen by one half: on the other",
-    "cheaper, not told apart",
+    "chosen by one half: gold on the other",
+    "cheaper, not distinguishable",
 )
-COLUMNS = (
+POINT_COLUMNS = (
+    "",
+    "setting",
     "prompts",
     "tokens",
     "generated",
@@ -41,153 +63,180 @@ COLUMNS = (
     "- greedy",
     "- equal budget",
 )
-MEANING = "Gold is the scorer's mean over prompts ± its standard error, higher is better; tokens are all that one answer costs."
+# Columns of text, which are aligned to the left.
+TEXT_COLUMNS = {"", "setting", "use", "why", "cheaper, not distinguishable"}
 
 
-def page(
-    found: Sequence[Point],
-    advised: Mapping[Cost, Sequence[Advice]],
-    first: Headline | None,
-    unmeasured: Mapping[str, str],
-    facts: Mapping[str, Any],
-) -> str:
-    """The report: what to use, the curves, every setting, what was not measured and why, and what it was made with."""
-    said = "".join(
-        f"<p>{line}</p>" for line in _headline(first, str(facts["baseline"]), advised["tokens"])
-    )
-    parts = [f"<h1>Which setting is worth it?</h1>{said}", "<h2>What to use for a budget</h2>"]
-    parts += [_advice(cost, given) for cost, given in advised.items() if given]
-    parts += [
-        "<h2>Quality against cost</h2>",
-        f"<figure>{plots(found)}</figure>",
-        "<h2>Every setting</h2>",
-        _points(found),
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Everything that a report shows."""
+
+    points: Sequence[Point]
+    advice: Mapping[Cost, Sequence[Advice]]
+    headline: Headline | None
+    # Reasons for missing figures, by setting.
+    unmeasured: Mapping[str, str]
+    # How the report was made.
+    facts: Mapping[str, Any]
+
+
+def render_page(results: Results) -> str:
+    """Return the HTML page of a report."""
+    head = [
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>Quality against cost</title><style>{STYLE}</style>",
     ]
-    parts += [f"<p class=doubt>{LEGEND}</p>"]
-    if unmeasured:
-        parts += ["<h2>Not measured, or not everywhere</h2>"]
-        parts += [
-            _table(
-                ("setting", "why"),
-                [(escape(name), escape(why)) for name, why in unmeasured.items()],
-            )
-        ]
-    parts += [
-        "<h2>Made with</h2>",
-        _table(("", ""), [(escape(name), escape(str(value))) for name, value in facts.items()]),
-    ]
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    )
-    head += f"<title>Quality against cost</title><style>{STYLE}</style>"
     return (
-        f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+        f'<!doctype html><html lang="en"><head>{"".join(head)}</head>'
+        f"<body>{''.join(_sections(results))}</body></html>\n"
     )
 
 
-def _headline(first: Headline | None, baseline: str, advised: Sequence[Advice]) -> list[str]:
-    if first is None:
-        return [
-            "No two settings can be compared: none was scored at every prompt, or the endpoint counts no tokens; see below."
-        ]
-    best, default, cheap = first.best, first.default, first.cheap
-    lines = []
-    if default is not best:
-        lines.append(
-            f"By default: {_said(default)}, the cheapest with nine tenths of the best gain over {escape(baseline)}."
+def _sections(results: Results) -> Iterator[str]:
+    yield "<h1>Which setting is worth it?</h1>"
+    baseline = escape(str(results.facts["baseline"]))
+    if results.headline is None:
+        yield f"<p>{NOT_COMPARABLE}</p>"
+    else:
+        for line in _headline(results.headline, baseline, results.advice["tokens"]):
+            yield f"<p>{line}</p>"
+    yield "<h2>What to use for a budget</h2>"
+    for cost, choices in results.advice.items():
+        if choices:
+            yield _advice_table(cost, choices)
+    yield "<h2>Quality against cost</h2>"
+    yield f"<figure>{draw_plots(results.points)}</figure>"
+    yield "<h2>Every setting</h2>"
+    yield _point_table(results.points)
+    yield f"<p class=note>{LEGEND}</p>"
+    if results.unmeasured:
+        yield "<h2>Not measured, or not everywhere</h2>"
+        yield _text_table(("setting", "why"), results.unmeasured)
+    yield "<h2>Made with</h2>"
+    yield _text_table(("", ""), results.facts)
+
+
+def _headline(headline: Headline, baseline: str, advice: Sequence[Advice]) -> Iterator[str]:
+    """Yield the paragraphs that name the default, the cheap and the best setting."""
+    default = _reached(headline.default)
+    if headline.default is headline.best:
+        yield (
+            f"By default: {default}; nothing cheaper has nine tenths of its gain over {baseline}."
         )
     else:
-        lines.append(
-            f"By default: {_said(default)}; nothing cheaper has nine tenths of its gain over {escape(baseline)}."
+        yield (
+            f"By default: {default}, the cheapest with nine tenths of the best gain over "
+            f"{baseline}."
         )
-    if cheap is not None:
-        gain = _mean(cheap.minus_baseline)
-        lines.append(
-            f"Cheap: {_said(cheap)}, the cheapest that is measurably better than {escape(baseline)}, by {gain}."
-        )
+    cheap = headline.cheap
+    if cheap is None:
+        yield f"Cheap: nothing is measurably better than {baseline} on these prompts."
     else:
-        lines.append(
-            f"Cheap: nothing is measurably better than {escape(baseline)} on these prompts."
+        yield (
+            f"Cheap: {_reached(cheap)}, the cheapest that is measurably better than {baseline}, "
+            f"by {_mean(cheap.minus_baseline)}."
         )
-    sure = next((one for one in advised if one.name == best.cell.name), None)
-    doubt = ""
-    if sure is not None:
-        doubt = f"; it is the best of all in {sure.chance:.0%} of resamples of the prompts"
-        if math.isfinite(sure.held_out):
-            doubt += f", and choosing by half of the prompts reaches {sure.held_out:.2f} on the other half"
-    lines.append(f"Best: {_said(best)}, the highest gold of all{doubt}.")
-    lines.append(MEANING)
-    return lines
+    best = headline.best
+    yield f"Best: {_reached(best)}, the highest gold of all{_certainty(best, advice)}."
+    yield MEANING
 
 
-def _said(point: Point) -> str:
-    return f"<b>{escape(point.cell.name)}</b> reaches {_mean(point.gold)} for {number(point.cost('tokens'))} tokens an answer"
+def _reached(point: Point) -> str:
+    tokens = number(point.cost("tokens"))
+    name = escape(point.cell.name)
+    return f"<b>{name}</b> reaches {_mean(point.gold)} for {tokens} tokens an answer"
 
 
-def _advice(cost: Cost, advised: Sequence[Advice]) -> str:
+def _certainty(best: Point, advice: Sequence[Advice]) -> str:
+    """Return the part of a sentence that says how certain the choice of the best setting is."""
+    for choice in advice:
+        if choice.name == best.cell.name:
+            text = f"; it is the best of all in {choice.chance:.0%} of resamples of the prompts"
+            if math.isfinite(choice.held_out):
+                text += (
+                    ", and choosing by half of the prompts reaches "
+                    f"{choice.held_out:.2f} on the other half"
+                )
+            return text
+    return ""
+
+
+def _advice_table(cost: Cost, choices: Sequence[Advice]) -> str:
     rows = []
-    for one in advised:
-        cheap = ""
-        if one.cheaper:
-            cheap = f"{escape(one.cheaper.name)}: {_mean(one.cheaper.loss)} less, {one.cheaper.most:.2g} at most (97.5%)"
-        rows.append(
-            (
-                number(one.cost),
-                escape(one.name),
-                _mean(one.gold),
-                f"{one.chance:.0%}",
-                f"{one.held_out:.2f}",
-                cheap,
-            ),
+    for choice in choices:
+        cheaper = ""
+        if choice.cheaper:
+            loss = _mean(choice.cheaper.loss)
+            bound = f"{choice.cheaper.max_loss:.2g} at most (97.5%)"
+            cheaper = f"{escape(choice.cheaper.name)}: {loss} less, {bound}"
+        row = (
+            number(choice.cost),
+            escape(choice.name),
+            _mean(choice.gold),
+            f"{choice.chance:.0%}",
+            f"{choice.held_out:.2f}",
+            cheaper,
         )
-    return _table((f"{cost} an answer, from", *BUDGET), rows)
+        rows.append(row)
+    return _table((f"{cost} an answer, from", *ADVICE_COLUMNS), rows)
 
 
-def _points(found: Sequence[Point]) -> str:
-    rows, fronts = [], []
-    for place, point in numbered(found):
-        kl = "" if point.kl_bound is None else f"{point.kl_bound:.2f}"
-        costs = [_mean(mean) for mean in (point.tokens, point.generated, point.seconds)]
-        differences = [
-            _mean(mean, "+")
-            for mean in (point.minus_baseline, point.minus_greedy, point.minus_equal)
-        ]
-        rows.append(
-            (
-                str(place),
-                escape(point.cell.name),
-                str(point.prompts),
-                *costs,
-                kl,
-                _mean(point.gold),
-                *differences,
-            )
+def _point_table(points: Sequence[Point]) -> str:
+    rows = []
+    front_rows = set()
+    for i, (place, point) in enumerate(numbered(points)):
+        kl_bound = "" if point.kl_bound is None else f"{point.kl_bound:.2f}"
+        row = (
+            str(place),
+            escape(point.cell.name),
+            str(point.prompts),
+            _mean(point.tokens),
+            _mean(point.generated),
+            _mean(point.seconds),
+            kl_bound,
+            _mean(point.gold),
+            _mean(point.minus_baseline, "+"),
+            _mean(point.minus_greedy, "+"),
+            _mean(point.minus_equal, "+"),
         )
-        fronts.append(point.front)
-    return _table(("", "setting", *COLUMNS), rows, fronts)
+        rows.append(row)
+        if point.front:
+            front_rows.add(i)
+    return _table(POINT_COLUMNS, rows, front_rows)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool] = ()) -> str:
-    names = {
-        i
-        for i, head in enumerate(heads)
-        if head in {"setting", "use", "why", "cheaper, not told apart", ""}
-    }
+def _text_table(columns: Sequence[str], texts: Mapping[str, Any]) -> str:
+    rows = [(escape(name), escape(str(value))) for name, value in texts.items()]
+    return _table(columns, rows)
 
-    def row(cells: Sequence[str], tag: str, *, front: bool = False) -> str:
-        inner = "".join(
-            f"<{tag}{' class=name' if i in names else ''}>{cell}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr{' class=front' if front else ''}>{inner}</tr>"
 
-    body = "".join(
-        row(cells, "td", front=bool(marked) and marked[i]) for i, cells in enumerate(rows)
-    )
-    return f"<div><table>{row(heads, 'th') if any(heads) else ''}{body}</table></div>"
+def _table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    front_rows: set[int] | frozenset[int] = frozenset(),
+) -> str:
+    """Return an HTML table; its cells are HTML already."""
+    parts = []
+    if any(columns):
+        parts.append(f"<tr>{_cells(columns, columns, 'th')}</tr>")
+    for i, row in enumerate(rows):
+        style = " class=front" if i in front_rows else ""
+        parts.append(f"<tr{style}>{_cells(columns, row, 'td')}</tr>")
+    return f"<div><table>{''.join(parts)}</table></div>"
+
+
+def _cells(columns: Sequence[str], row: Sequence[str], tag: str) -> str:
+    parts = []
+    for column, cell in zip(columns, row, strict=True):
+        style = " class=name" if column in TEXT_COLUMNS else ""
+        parts.append(f"<{tag}{style}>{cell}</{tag}>")
+    return "".join(parts)
 
 
 def _mean(mean: Mean | None, sign: str = "") -> str:
+    """Format a mean and its standard error; `sign` is "+" to print the sign of the mean."""
     if mean is None or not math.isfinite(mean.value):
         return ""
-    return f"{mean.value:{sign}.{mean.decimals}f} <span class=doubt>± {mean.error:.{mean.decimals}f}</span>"
+    error = f"<span class=note>± {mean.error:.{mean.decimals}f}</span>"
+    return f"{mean.value:{sign}.{mean.decimals}f} {error}"

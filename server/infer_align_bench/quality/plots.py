@@ -1,94 +1,139 @@
-"""The curves of a report, as SVG that stands in the page itself."""
+"""Plots of a quality report as SVG, which the page includes directly."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from infer_align_bench.quality.curve import Cost, Mean, Point
 
-Read = Callable[[Point], Mean | None]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def numbered(found: Sequence[Point]) -> Iterator[tuple[int, Point]]:
-    """Each setting with the number under which it stands in table and plots."""
-    return enumerate(found, start=1)
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot of gold against a cost."""
+
+    label: str
+    read: Callable[[Point], Mean | None]
+    # The cost whose front is drawn, on a logarithmic axis.
+    cost: Cost | None
 
 
-def plots(found: Sequence[Point]) -> str:
-    """Gold against tokens, seconds and the KL bound, as SVG; every point bears its setting's number."""
+def _kl_bound(point: Point) -> Mean | None:
+    return None if point.kl_bound is None else Mean(point.kl_bound, 0.0)
+
+
+PANELS = (
+    Panel("tokens per answer, everything counted", lambda point: point.tokens, "tokens"),
+    Panel("seconds per answer", lambda point: point.seconds, "seconds"),
+    Panel("KL from the frozen model at most, nats", _kl_bound, None),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """One setting in a plot."""
+
+    number: int
+    x: Mean
+    point: Point
+
+
+def numbered(points: Sequence[Point]) -> Iterator[tuple[int, Point]]:
+    """Yield each setting with its number in the table and in the plots."""
+    return enumerate(points, start=1)
+
+
+def draw_plots(points: Sequence[Point]) -> str:
+    """Return the SVG of gold against tokens, seconds and the KL bound.
+
+    Every marker has the number of its setting.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(13, 5), layout="constrained")
-    panels: list[tuple[str, Read, Cost | None]] = [
-        ("tokens per answer, everything counted", lambda point: point.tokens, "tokens"),
-        ("seconds per answer", lambda point: point.seconds, "seconds"),
-        (
-            "KL from the frozen model at most, nats",
-            lambda p: None if p.kl_bound is None else Mean(p.kl_bound, 0.0),
-            None,
-        ),
-    ]
-    for i, (axes, (label, read, cost)) in enumerate(
-        zip(figure.subplots(1, 3, sharey=True), panels, strict=True)
-    ):
-        _panel(
-            axes,
-            [
-                (number, value, point)
-                for number, point in numbered(found)
-                if (value := read(point)) is not None
-            ],
-            cost,
-        )
-        axes.set_xlabel(label)
-        if cost and any((value := read(point)) is not None and value.value > 0 for point in found):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(ScalarFormatter())
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        if i == 0:
-            axes.set_ylabel("gold, ± standard error")
-            axes.legend(fontsize=7) if axes.get_legend_handles_labels()[0] else None
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, panel in zip(panels, PANELS, strict=True):
+        _draw_panel(axes, panel, points)
+    first = panels[0]
+    first.set_ylabel("gold, ± standard error")
+    handles, _ = first.get_legend_handles_labels()
+    if handles:
+        first.legend(fontsize=7)
+    file = io.StringIO()
+    # Text stays text, and equal data give an equal file.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "infer-align"}):
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    svg = file.getvalue()
+    # An HTML page takes no XML declaration.
+    return svg[svg.index("<svg") :]
 
 
-def _panel(axes: Any, shown: Sequence[tuple[int, Mean, Point]], cost: Cost | None) -> None:
-    """Every setting with its errors and number; the front of this panel's own cost, and the equal-budget family, as lines."""
-    for number, mean, point in shown:
-        colour = "C0" if cost in point.fronts else "C1" if point.cell.equal_budget else "0.6"
-        across = mean.error if mean.error > 0 else None  # NaN is not
-        axes.errorbar(
-            mean.value,
-            point.gold.value,
-            point.gold.error,
-            across,
-            fmt="o",
-            markersize=4,
-            color=colour,
-            elinewidth=0.8,
-        )
-        axes.annotate(
-            str(number),
-            (mean.value, point.gold.value),
-            fontsize=7,
-            xytext=(3, 3),
-            textcoords="offset points",
-        )
-    lines = [("equal-budget family", "C1", [one for one in shown if one[2].cell.equal_budget])]
-    if cost:
-        lines.append(
-            ("nothing cheaper is better", "C0", [one for one in shown if cost in one[2].fronts])
-        )
-    for label, colour, chosen in lines:
-        line = sorted((mean.value, point.gold.value) for _, mean, point in chosen)
-        if line:
-            axes.plot(
-                [x for x, _ in line], [y for _, y in line], color=colour, linewidth=0.8, label=label
-            )
+def _draw_panel(axes: Axes, panel: Panel, points: Sequence[Point]) -> None:
+    """Draw every setting with its errors and number, and lines through the front and the family."""
+    markers = []
+    for number, point in numbered(points):
+        x = panel.read(point)
+        if x is not None:
+            markers.append(Marker(number, x, point))
+    for marker in markers:
+        _draw_marker(axes, marker, panel.cost)
+    family = [marker for marker in markers if marker.point.cell.equal_budget]
+    _draw_line(axes, family, "equal-budget family", "C1")
+    if panel.cost:
+        front = [marker for marker in markers if panel.cost in marker.point.fronts]
+        _draw_line(axes, front, "nothing cheaper is better", "C0")
+    axes.set_xlabel(panel.label)
+    if panel.cost and any(marker.x.value > 0 for marker in markers):
+        _use_log_scale(axes)
+
+
+def _draw_marker(axes: Axes, marker: Marker, cost: Cost | None) -> None:
+    colour = "0.6"
+    if cost in marker.point.fronts:
+        colour = "C0"
+    elif marker.point.cell.equal_budget:
+        colour = "C1"
+    # A comparison with NaN is false: then there is no error bar.
+    x_error = marker.x.error if marker.x.error > 0 else None
+    gold = marker.point.gold
+    axes.errorbar(
+        marker.x.value,
+        gold.value,
+        gold.error,
+        x_error,
+        fmt="o",
+        markersize=4,
+        color=colour,
+        elinewidth=0.8,
+    )
+    axes.annotate(
+        str(marker.number),
+        (marker.x.value, gold.value),
+        fontsize=7,
+        xytext=(3, 3),
+        textcoords="offset points",
+    )
+
+
+def _draw_line(axes: Axes, markers: Sequence[Marker], label: str, colour: str) -> None:
+    """Connect the markers from left to right."""
+    if not markers:
+        return
+    line = sorted((marker.x.value, marker.point.gold.value) for marker in markers)
+    x, y = zip(*line, strict=True)
+    axes.plot(x, y, color=colour, linewidth=0.8, label=label)
+
+
+def _use_log_scale(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,13 +1,10 @@
-"""`infer-align bench quality` against our server over the fake engine, whose answers and scores are known."""
+"""`infer-align bench quality` measures our server, whose answers and scores are known."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,11 @@ import pytest
 from starlette.responses import JSONResponse
 
 from infer_align_server import cli
+from tests.bench.conftest import PATIENT_SECONDS, CommandResult, bench_process, read, words
 from tests.server.conftest import NUMBERS
 
-ROOT = Path(__file__).parents[3]
-# Candidate i says 3, 1, 9, 9, 5: the best of 1 and 2 is 3, of 3 and more 9. A reply has two tokens.
+# The candidates are 3, 1, 9, 9, 5: the best of 1 and 2 is 3, of 3 and more it is 9. A reply has
+# two tokens.
 GRID = """
 baseline = "base"
 greedy = "greedy & <b>"
@@ -40,79 +38,102 @@ align = { best_of_n = { n = 3 }, rewards = { brevity = 1.0 } }
 name = "unknown"
 align = { no_such_method = {} }
 """
-Bench = Callable[..., tuple[int, str, str]]
+# Settings that the server answers, and the candidates that they draw for a prompt.
+MEASURED_SETTINGS = 6
+CANDIDATES = 1 + 1 + 2 + 3 + 5 + 3
+FAILING = """
+[engine]
+kind = "fake"
+replies = [{text = "x 1", error = "the gears are stuck"}]
+[rewards.number]
+kind = "rules"
+words_weight = 1.0
+"""
+MODULE = "tests.bench.quality.test_command"
+Bench = Callable[..., CommandResult]
 
 
 def gold(messages: Any, text: str) -> float:
-    """The number, plus how long the question is: prompts differ, settings stand apart."""
+    """Score the number plus the length of the question, so that prompts differ."""
     return float(text.rsplit(maxsplit=1)[-1]) + len(messages[-1]["content"])
 
 
-def no_opinion(_: Any, __: str) -> float:
+def no_score(_: Any, __: str) -> float:
     return float("nan")
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def folder(tmp_path: Path) -> Path:
+    """A folder with a grid and four prompts of different length."""
     (tmp_path / "grid.toml").write_text(GRID)
-    (tmp_path / "prompts.jsonl").write_text(
-        "".join(json.dumps("x" * n) + "\n" for n in (1, 5, 9, 2))
-    )
+    lines = [json.dumps("x" * length) for length in (1, 5, 9, 2)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
 
 
+def files(folder: Path) -> list[object]:
+    return [
+        "--prompts",
+        folder / "prompts.jsonl",
+        "--grid",
+        folder / "grid.toml",
+        "--report",
+        folder / "out.html",
+    ]
+
+
 @pytest.fixture
-def bench(serve: Any, place: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+def bench(serve: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Run `infer-align bench quality`, and check its exit code."""
     live = serve(NUMBERS)
 
-    def run(
-        *arguments: object, scorer: str = "number", code: int | None = None
-    ) -> tuple[int, str, str]:
-        files = [
-            "--prompts",
-            place / "prompts.jsonl",
-            "--grid",
-            place / "grid.toml",
-            "--report",
-            place / "out.html",
-        ]
-        found = cli.main(
-            [
-                "bench",
-                "quality",
-                *map(str, ["--base-url", live.base_url, "--gold", scorer, *files, *arguments]),
-            ]
-        )
-        said = capsys.readouterr()
-        assert code is None or found == code, said.err
-        return found, " ".join(said.out.split()), " ".join(said.err.split())
+    def run(*arguments: object, scorer: str = "number", code: int = 0) -> CommandResult:
+        target = ["--base-url", live.base_url, "--gold", scorer]
+        command = ["bench", "quality", *target, *files(folder), *arguments]
+        actual = cli.main([str(argument) for argument in command])
+        output = capsys.readouterr()
+        assert actual == code, output.err
+        return actual, words(output.out), words(output.err)
 
     return run
 
 
-def rows(place: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()[1:]]
+def row_lines(path: Path) -> list[str]:
+    """Return the complete rows of a notebook, without its header."""
+    return [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]
 
 
-def test_a_report(bench: Bench, place: Path) -> None:
-    _, out, _ = bench("--json", place / "out.json", code=0)
-    made = json.loads((place / "out.json").read_text())
-    by_name = {setting["name"]: setting for setting in made["settings"]}
-    assert by_name["best of 3"]["gold"] == {"value": 9.0, "error": 0.0}
-    assert by_name["best of 3"]["minus_baseline"]["value"] == 6.0
-    assert (by_name["best of 5"]["tokens"], by_name["best of 5"]["generated"]["value"]) == (
-        11.0,
-        10.0,
-    ), "the prompt has one"
-    assert by_name["base"]["minus_baseline"] is None
-    assert [one["use"] for one in made["advice"]["tokens"]] == ["base", "best of 3"]
-    assert list(made["refused"]) == ["unknown"]
-    page = (place / "out.html").read_text()
-    means = {
-        name: {row["gold"] for row in rows(place) if row["cell"] == name}
-        for name in {row["cell"] for row in rows(place)}
-    }
-    assert means == {
+def rows(folder: Path, name: str = "out.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in row_lines(folder / name)]
+
+
+def gold_by_setting(folder: Path) -> dict[str, set[float]]:
+    scores: dict[str, set[float]] = {}
+    for row in rows(folder):
+        scores.setdefault(row["cell"], set()).add(row["gold"])
+    return scores
+
+
+def test_a_report_has_the_figures_of_every_setting(bench: Bench, folder: Path) -> None:
+    _, out, _ = bench("--json", folder / "out.json")
+    report = read(folder / "out.json")
+    settings = {setting["name"]: setting for setting in report["settings"]}
+    best_of_3 = settings["best of 3"]
+    best_of_5 = settings["best of 5"]
+    assert best_of_3["gold"] == {"value": 9.0, "error": 0.0}
+    assert best_of_3["minus_baseline"]["value"] == 6.0
+    assert best_of_5["generated"]["value"] == 10.0
+    assert best_of_5["tokens"] == 11.0, "the prompt has one token"
+    assert settings["base"]["minus_baseline"] is None
+    assert [choice["use"] for choice in report["advice"]["tokens"]] == ["base", "best of 3"]
+    assert list(report["refused"]) == ["unknown"]
+    assert report["complete"] is True
+    assert "unknown: refused: status 400 unknown_field: align.no_such_method: no such key" in out
+
+
+def test_a_notebook_has_every_answer(bench: Bench, folder: Path) -> None:
+    bench()
+    assert gold_by_setting(folder) == {
         "base": {3.0},
         "greedy & <b>": {3.0},
         "best of 2": {3.0},
@@ -120,23 +141,26 @@ def test_a_report(bench: Bench, place: Path) -> None:
         "best of 5": {9.0},
         "shortest of 3": {3.0},
     }
-    assert {row["spent"] for row in rows(place) if row["cell"] == "best of 5"} == {10}
-    assert {row["returned"] for row in rows(place)} == {2}
-    assert made["complete"] is True
-    assert "unknown: refused: status 400 unknown_field: align.no_such_method: no such key" in out
+    assert {row["spent"] for row in rows(folder) if row["cell"] == "best of 5"} == {10}
+    assert {row["returned"] for row in rows(folder)} == {2}
+
+
+def test_a_page_names_the_settings_to_use(bench: Bench, folder: Path) -> None:
+    bench()
+    page = (folder / "out.html").read_text()
     assert "align.no_such_method: no such key" in page
     assert "By default: <b>best of 3</b> reaches 9.00" in page
     assert "Cheap: <b>best of 3</b>" in page
     assert 'name="viewport"' in page
-    assert "0.19" in page, "the bound of best-of-2's KL"
+    assert "0.19" in page, "the KL bound of best-of-2"
     shortest = re.search(r"<td class=name>shortest of 3</td>.*?</tr>", page)
     assert shortest is not None
-    assert "-6.00" in shortest.group(), "against the family at the same six tokens"
+    assert "-6.00" in shortest.group(), "compared with the family at the same six tokens"
 
 
-def test_the_page_stands_alone_and_names_are_text(bench: Bench, place: Path) -> None:
-    bench(code=0)
-    page = (place / "out.html").read_text()
+def test_a_page_needs_no_other_file_and_escapes_names(bench: Bench, folder: Path) -> None:
+    bench()
+    page = (folder / "out.html").read_text()
     assert "<svg" in page
     assert "greedy &amp; &lt;b&gt;" in page
     assert "greedy & <b>" not in page
@@ -146,54 +170,47 @@ def test_the_page_stands_alone_and_names_are_text(bench: Bench, place: Path) -> 
     assert "@import" not in page
 
 
-def test_a_function_scores_and_pairs_take_out_the_prompts(bench: Bench, place: Path) -> None:
-    _, out, _ = bench(scorer="tests.bench.quality.test_command:gold", code=0)
+def test_pairs_remove_the_variation_of_the_prompts(bench: Bench) -> None:
+    _, out, _ = bench(scorer=f"{MODULE}:gold")
     assert re.search(r"best of 3 7\.00 \S+ 13\.2 ± 1\.8 \+6\.00 ± 0\.00", out), out
 
 
-def test_it_goes_on_where_it_stopped(bench: Bench, place: Path, serve: Any) -> None:
-    live = serve(NUMBERS)
-    bench("--limit", 2, code=0)
-    before = rows(place)
-    sampled = live.engine.sampled
-    bench("--limit", 2, code=0)
-    assert live.engine.sampled == sampled, "all of it was there"
-    with (place / "out.jsonl").open("a") as file:
+def test_a_run_continues_from_its_notebook(bench: Bench, folder: Path, serve: Any) -> None:
+    engine = serve(NUMBERS).engine
+    bench("--limit", 2)
+    first_rows = rows(folder)
+    sampled = engine.sampled
+    bench("--limit", 2)
+    assert engine.sampled == sampled, "no answer was missing"
+    with (folder / "out.jsonl").open("a") as file:
         file.write('{"key": "half a li')
-    bench(code=0)
-    lines = (place / "out.jsonl").read_text().splitlines()[1:]
-    complete = [json.loads(line) for line in lines if line.endswith("}")]
-    assert complete[: len(before)] == before
-    assert len({(row["key"], row["draw"]) for row in complete}) == len(complete) == 4 * 6
-    assert live.engine.sampled == sampled + 2 * (1 + 1 + 2 + 3 + 5 + 3)
-    bench("--draws", 2, code=0)
-    assert (
-        sum(
-            json.loads(line)["draw"]
-            for line in (place / "out.jsonl").read_text().splitlines()[1:]
-            if line.endswith("}")
-        )
-        == 4 * 6
-    )
+    bench()
+    all_rows = rows(folder)
+    assert all_rows[: len(first_rows)] == first_rows
+    keys = {(row["key"], row["draw"]) for row in all_rows}
+    assert len(keys) == len(all_rows) == 4 * MEASURED_SETTINGS
+    assert engine.sampled == sampled + 2 * CANDIDATES
+    bench("--draws", 2)
+    assert sum(row["draw"] for row in rows(folder)) == 4 * MEASURED_SETTINGS
 
 
-def test_a_notebook_of_another_question_is_refused(bench: Bench, place: Path) -> None:
-    bench(code=0)
+def test_a_notebook_of_another_measurement_is_refused(bench: Bench, folder: Path) -> None:
+    bench()
     _, _, err = bench("--seed", 3, scorer="brevity", code=2)
     assert "was made with another gold, seed" in err
-    (place / "out.jsonl").write_text("hello\n")
+    (folder / "out.jsonl").write_text("hello\n")
     _, _, err = bench(code=2)
-    assert "is no notebook of `bench quality`" in err
+    assert "is not a notebook of `bench quality`" in err
 
 
-def test_the_order_does_not_favour_a_setting(bench: Bench, place: Path) -> None:
-    bench("--concurrency", 1, code=0)
-    order = [(row["prompt"], row["cell"]) for row in rows(place)]
-    assert [prompt for prompt, _ in order] == sorted(prompt for prompt, _ in order), (
-        "prompt by prompt"
-    )
-    firsts = [cell for i, (prompt, cell) in enumerate(order) if i == 0 or order[i - 1][0] != prompt]
-    assert len(set(firsts)) > 1
+def test_the_order_of_the_settings_is_random(bench: Bench, folder: Path) -> None:
+    bench("--concurrency", 1)
+    prompts = [row["prompt"] for row in rows(folder)]
+    assert prompts == sorted(prompts), "prompt by prompt"
+    first_settings = {}
+    for row in rows(folder):
+        first_settings.setdefault(row["prompt"], row["cell"])
+    assert len(set(first_settings.values())) > 1
 
 
 @pytest.mark.parametrize(
@@ -201,134 +218,88 @@ def test_the_order_does_not_favour_a_setting(bench: Bench, place: Path) -> None:
     [
         ([], "nmber", 1, "no such reward; did you mean 'number'?"),
         ([], "no_such_module:f", 2, "--gold: 'no_such_module:f' cannot be imported"),
-        ([], "tests.bench.quality.test_command:GRID", 2, "is not a function"),
+        ([], f"{MODULE}:GRID", 2, "is not a function"),
         ([], "{oops", 2, "is not a JSON object"),
-        (
-            [],
-            "tests.bench.quality.test_command:no_opinion",
-            1,
-            "no setting could be measured; first:",
-        ),
+        ([], f"{MODULE}:no_score", 1, "no setting could be measured; first:"),
         (["--prompts", "none.jsonl"], "number", 2, "none.jsonl cannot be read"),
-        (["--limit", "1"], "number", 2, "--prompts: one prompt says nothing"),
+        (["--limit", "1"], "number", 2, "--prompts: 1 prompt is too few"),
         (["--grid", "none.toml"], "number", 2, "none.toml cannot be read"),
         (["--report", "no/such/place.html"], "number", 2, "no/such/place.html cannot be written"),
         (["--model", "nope"], "number", 1, "--model: 'nope' is not served"),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_a_wrong_argument_is_named(
     bench: Bench, arguments: list[str], scorer: str, code: int, message: str
 ) -> None:
     _, _, err = bench(*arguments, scorer=scorer, code=code)
-    assert message in err, err
+    assert message in err
 
 
-def test_a_scorer_given_as_an_object(bench: Bench, place: Path) -> None:
-    bench(
-        "--limit",
-        2,
-        scorer='{"rewards": {"number": 0.5, "brevity": 1}, "ensemble": {"objective": "mean"}}',
-        code=0,
-    )
-    assert {row["gold"] for row in rows(place) if row["cell"] == "best of 3"} == {0.5 * 9 - 2}
+def test_a_scorer_may_be_an_object(bench: Bench, folder: Path) -> None:
+    scorer = '{"rewards": {"number": 0.5, "brevity": 1}, "ensemble": {"objective": "mean"}}'
+    bench("--limit", 2, scorer=scorer)
+    assert gold_by_setting(folder)["best of 3"] == {0.5 * 9 - 2}
 
 
-def test_every_setting_failing(serve: Any, bench: Bench, place: Path) -> None:
-    replies = 'replies = [{text = "x 1", error = "the gears are stuck"}]'
-    url = serve(
-        f'[engine]\nkind = "fake"\n{replies}\n[rewards.number]\nkind = "rules"\nwords_weight = 1.0\n'
-    ).base_url
-    _, out, err = bench("--base-url", url, code=1)
+def test_a_run_without_answers_fails(serve: Any, bench: Bench, folder: Path) -> None:
+    _, out, err = bench("--base-url", serve(FAILING).base_url, code=1)
     assert "no setting could be measured" in err
     assert "4 answers failed; first: status 502 engine_failed" in out
-    assert "4 answers failed" in (place / "out.html").read_text()
-    assert rows(place) == [], "what failed is tried again"
+    assert "4 answers failed" in (folder / "out.html").read_text()
+    assert rows(folder) == [], "a failed answer is requested again"
 
 
-def test_an_endpoint_that_ignores_align(peer: Any, bench: Bench, place: Path, serve: Any) -> None:
-    """Others answer 200 to fields they do not know: their plain answer must not pass for an aligned one."""
-    usage = {"prompt_tokens": 1, "completion_tokens": 2}
+def test_an_endpoint_that_ignores_align_is_refused(
+    peer: Any, bench: Bench, folder: Path, serve: Any
+) -> None:
+    """Other servers ignore unknown fields: their answer must not count as an aligned one."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": "x 4"},
         "finish_reason": "stop",
     }
-    url = peer(lambda *_: JSONResponse({"choices": [choice], "usage": usage})).url
-    _, out, _ = bench("--base-url", url, "--gold-url", serve(NUMBERS).base_url, code=0)
-    assert {(row["cell"], row["gold"]) for row in rows(place)} == {
-        ("base", 4.0),
-        ("greedy & <b>", 4.0),
-    }
+    answer = {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+    url = peer(lambda *_: JSONResponse(answer)).url
+    _, out, _ = bench("--base-url", url, "--gold-url", serve(NUMBERS).base_url)
+    assert gold_by_setting(folder) == {"base": {4.0}, "greedy & <b>": {4.0}}
     assert "best of 5: refused: the endpoint ignored `align`" in out
 
 
-def test_a_notebook_is_of_one_server(serve: Any, bench: Bench, place: Path) -> None:
-    bench("--limit", 2, code=0)
+def test_a_notebook_belongs_to_one_server(serve: Any, bench: Bench, folder: Path) -> None:
+    bench("--limit", 2)
     other = serve(NUMBERS.replace("candidate 3", "candidate 4"))
     _, _, err = bench("--limit", 2, "--base-url", other.base_url, code=2)
     assert "was made with another endpoint, gold endpoint" in err
     _, _, err = bench("--limit", 2, "--gold-url", other.base_url, code=2)
     assert "was made with another gold endpoint" in err
-    bench("--limit", 2, "--base-url", other.base_url, "--notebook", place / "other.jsonl", code=0)
-    assert {
-        json.loads(line)["gold"] for line in (place / "other.jsonl").read_text().splitlines()[1:]
-    } == {4.0, 9.0}
+    notebook = ["--notebook", folder / "other.jsonl"]
+    bench("--limit", 2, "--base-url", other.base_url, *notebook)
+    assert {row["gold"] for row in rows(folder, "other.jsonl")} == {4.0, 9.0}
 
 
-def test_a_prompt_that_stands_twice_is_asked_once(bench: Bench, place: Path) -> None:
-    (place / "prompts.jsonl").write_text('"x"\n"yy"\n"x"\n')
-    _, _, err = bench("--json", place / "out.json", code=0)
-    assert "1 prompts stand twice" in err
-    assert {one["prompts"] for one in json.loads((place / "out.json").read_text())["settings"]} == {
-        2
-    }
+def test_a_duplicate_prompt_is_left_out(bench: Bench, folder: Path) -> None:
+    (folder / "prompts.jsonl").write_text('"x"\n"yy"\n"x"\n')
+    _, _, err = bench("--json", folder / "out.json")
+    assert "1 duplicate prompts are left out" in err
+    settings = read(folder / "out.json")["settings"]
+    assert {setting["prompts"] for setting in settings} == {2}
 
 
-def test_an_interrupt_keeps_what_there_is(serve: Any, bench: Bench, place: Path) -> None:
-    slow = serve(
-        NUMBERS.replace('text = "candidate 3"', 'text = "candidate 3", first_token_seconds = 0.1')
-    )
-    files = [
-        "--prompts",
-        place / "prompts.jsonl",
-        "--grid",
-        place / "grid.toml",
-        "--report",
-        place / "out.html",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "infer_align_server",
-        "bench",
-        "quality",
-        "--base-url",
-        slow.base_url,
-        "--gold",
-        "number",
-    ]
-    paths = os.pathsep.join(
-        str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
-    )
-    with subprocess.Popen(
-        [*map(str, [*command, *files]), "--draws", "50", "--concurrency", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths},
-    ) as process:
-        notebook = place / "out.jsonl"
+def test_an_interrupted_run_writes_a_report(serve: Any, folder: Path) -> None:
+    reply = 'text = "candidate 3"'
+    slow = serve(NUMBERS.replace(reply, f"{reply}, first_token_seconds = 0.1"))
+    target = ["quality", "--base-url", slow.base_url, "--gold", "number", *files(folder)]
+    notebook = folder / "out.jsonl"
+    with bench_process(*target, "--draws", 50, "--concurrency", 2) as process:
         assert slow.until(
-            lambda: notebook.exists() and len(notebook.read_text().splitlines()) > 12, 30
+            lambda: notebook.exists() and len(row_lines(notebook)) >= 12, PATIENT_SECONDS
         )
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=PATIENT_SECONDS)
     assert process.returncode == 130, err
-    assert "the same command goes on from there" in " ".join(err.split())
+    assert "run the same command again to continue from there" in words(err)
     assert "Traceback" not in err
     assert "base" in out
-    assert (
-        "<td class=name>complete</td><td class=name>False</td>" in (place / "out.html").read_text()
-    )
-    assert len(rows(place)) >= 12
+    page = (folder / "out.html").read_text()
+    assert "<td class=name>complete</td><td class=name>False</td>" in page
+    assert len(rows(folder)) >= 12

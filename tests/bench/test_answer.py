@@ -1,4 +1,4 @@
-"""Streams are read as they come, wherever they are split."""
+"""An answer collects its events however the network splits them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align_bench.events import Answer, StreamFailed
+from infer_align_bench.answer import Answer, StreamFailed
 
 CHUNKS: list[dict[str, Any]] = [
     {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]},
@@ -23,21 +23,18 @@ CHUNKS: list[dict[str, Any]] = [
         "align": {"usage": {"engine_calls": 2, "odd": "x"}},
     },
 ]
-STREAM = (
-    b": comment\n\n"
-    + b"".join(b"data: " + json.dumps(c).encode() + b"\r\n\r\n" for c in CHUNKS)
-    + b"data: [DONE]\n\n"
-)
+EVENTS = b"".join(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n" for chunk in CHUNKS)
+STREAM = b": comment\n\n" + EVENTS + b"data: [DONE]\n\n"
 
 
 @given(st.lists(st.integers(1, 60), max_size=40))
-def test_split_anywhere(sizes: list[int]) -> None:
-    answer, rest, now = Answer(), STREAM, 0.0
-    for size in [*sizes, len(STREAM)]:
-        now += 1.0
-        answer.feed(rest[:size], now)
-        rest = rest[size:]
-    answer.end()
+def test_a_stream_may_be_split_anywhere(sizes: list[int]) -> None:
+    answer = Answer()
+    remaining = STREAM
+    for now, size in enumerate([*sizes, len(STREAM)]):
+        answer.feed(remaining[:size], float(now))
+        remaining = remaining[size:]
+    answer.end(100.0)
     assert answer.chunks == 3
     assert answer.first is not None
     assert len(answer.gaps) == 2
@@ -46,12 +43,19 @@ def test_split_anywhere(sizes: list[int]) -> None:
     assert answer.finish_reason == "stop"
 
 
-def test_times_are_those_of_content() -> None:
+def test_only_content_has_a_time() -> None:
     answer = Answer()
     for now, chunk in enumerate(CHUNKS):
         answer.feed(b"data: " + json.dumps(chunk).encode() + b"\n\n", 10.0 + now**2)
-    assert answer.first == 11.0, "a chunk with the role only is no token"
+    assert answer.first == 11.0, "a chunk with the role only has no content"
     assert answer.gaps == [3.0, 5.0]
+
+
+def test_the_last_event_needs_no_empty_line() -> None:
+    answer = Answer()
+    answer.feed(b'data: {"choices": [{"delta": {"content": "x"}, "finish_reason": "stop"}]}', 1.0)
+    answer.end(2.0)
+    assert (answer.first, answer.chunks, answer.finish_reason) == (2.0, 1, "stop")
 
 
 @pytest.mark.parametrize(
@@ -64,47 +68,36 @@ def test_times_are_those_of_content() -> None:
         (None, 7),
     ],
 )
-def test_returned_tokens(details: Any, returned: int) -> None:
+def test_accepted_tokens_count_as_returned_if_they_add_up(details: Any, returned: int) -> None:
+    usage = {"prompt_tokens": 1, "completion_tokens": 7, "completion_tokens_details": details}
     answer = Answer()
-    answer.whole(
-        {
-            "choices": [{}],
-            "usage": {
-                "prompt_tokens": 1,
-                "completion_tokens": 7,
-                "completion_tokens_details": details,
-            },
-        }
-    )
+    answer.read_body({"choices": [{}], "usage": usage})
     assert answer.tokens() == (1, 7, returned)
 
 
-def test_an_endpoint_that_does_not_count() -> None:
+def test_without_usage_no_tokens_are_counted() -> None:
     answer = Answer()
-    answer.whole({"choices": [{"finish_reason": "stop"}], "usage": None})
+    answer.read_body({"choices": [{"finish_reason": "stop"}], "usage": None})
     assert answer.tokens() == (None, None, None)
 
 
 @pytest.mark.parametrize(
-    ("data", "kind"),
+    ("event", "kind"),
     [
-        (b"data: {oops\n\n", "not JSON"),
-        (b"data: [1]\n\n", "not JSON"),
-        (
-            b'data: {"error": {"message": "no", "code": "engine_failed"}}\n\n',
-            "error event engine_failed",
-        ),
-        (b'data: {"error": "no"}\n\n', "error event"),
+        (b"{oops", "not JSON"),
+        (b"[1]", "not JSON"),
+        (b'{"error": {"message": "no", "code": "engine_failed"}}', "error event engine_failed"),
+        (b'{"error": "no"}', "error event"),
     ],
 )
-def test_what_is_wrong_with_a_stream(data: bytes, kind: str) -> None:
+def test_a_wrong_event_fails_the_stream(event: bytes, kind: str) -> None:
     with pytest.raises(StreamFailed) as caught:
-        Answer().feed(data, 0.0)
+        Answer().feed(b"data: " + event + b"\n\n", 0.0)
     assert caught.value.kind == kind
 
 
-def test_a_stream_that_breaks_off() -> None:
+def test_a_stream_without_its_end_fails() -> None:
     answer = Answer()
     answer.feed(b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n', 0.0)
     with pytest.raises(StreamFailed, match="without a finish_reason"):
-        answer.end()
+        answer.end(1.0)
