@@ -1,4 +1,7 @@
-"""Triton kernels for value-guided decoding, each beside its torch reference. Knows torch and triton only."""
+"""Triton kernels for value-guided decoding, each next to its torch reference.
+
+The package depends on torch and triton only.
+"""
 
 from infer_align_kernels.sibling_attention import sibling_attention
 from infer_align_kernels.value_reweight import (

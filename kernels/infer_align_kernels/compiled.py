@@ -1,4 +1,7 @@
-"""What a kernel becomes on an architecture: registers, spills, shared memory, tensor-core instructions. Needs no GPU."""
+"""Compile each kernel for a GPU architecture and report its use of the hardware. Needs no GPU.
+
+The report has registers, spills, shared memory and tensor-core instructions.
+"""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -22,189 +25,234 @@ from infer_align_kernels.value_reweight import candidates, head
 from infer_align_kernels.value_reweight import triton as value_reweight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SPILL = re.compile(r"\b(?:STL|LDL)\b")
+TENSOR_CORE_INSTRUCTION = re.compile(r"\b(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b")
+THREADS_PER_WARP = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One way a kernel is launched."""
+    """One way to launch a kernel.
+
+    Attributes:
+        name: for people; launches of one kernel may share it.
+        kernel: the Triton function.
+        types: Triton type of each argument. Pointers count as aligned.
+        constants: compile-time arguments.
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline.
+        tensor_cores: True if the kernel should use tensor cores.
+        aligned: integer arguments that are multiples of 16.
+    """
 
     name: str
     kernel: Any
-    types: Mapping[
-        str, str
-    ]  # argument -> Triton type; pointers are aligned, and the strides named in `aligned`
+    types: Mapping[str, str]
     constants: Mapping[str, Any]
     num_warps: int
     num_stages: int
     tensor_cores: bool
-    aligned: Sequence[str] = ()  # integers that are multiples of 16
+    aligned: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one compiled kernel takes of a multiprocessor."""
+    """The hardware resources of one compiled kernel.
 
-    registers: int  # per thread
-    spills: int  # loads and stores of local memory in the machine code
+    Attributes:
+        registers: per thread.
+        spills: number of instructions that load or store local memory.
+        shared_bytes: shared memory per program.
+        tensor_core_instructions: number of them.
+    """
+
+    registers: int
+    spills: int
     shared_bytes: int
     tensor_core_instructions: int
 
 
 def resources(launch: Launch, capability: int) -> Resources:
-    """Compile for compute capability 80, 90, 100 and read the machine code.
+    """Compile a launch and read its machine code.
+
+    Args:
+        launch: from `launches`.
+        capability: CUDA compute capability: 80, 90 or 100.
 
     Raises:
-        RuntimeError: the disassembler that comes with Triton failed.
+        RuntimeError: the disassembler that is part of Triton failed.
     """
-    names = launch.kernel.arg_names
-    signature = {
-        name: "constexpr" if name in launch.constants else launch.types[name] for name in names
-    }
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in launch.aligned
-    }
-    source = ASTSource(
-        launch.kernel, signature=signature, constexprs=dict(launch.constants), attrs=aligned
+    binary = triton.compile(
+        _source(launch),
+        target=GPUTarget("cuda", capability, THREADS_PER_WARP),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage, code = _dump("-res-usage", file.name), _dump("-sass", file.name)
+        usage = _disassemble("-res-usage", file.name)
+        code = _disassemble("-sass", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump: no register count for {launch.name}: {usage[:200]}")
     return Resources(
         registers=int(registers[1]),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        spills=len(SPILL.findall(code)),
         shared_bytes=int(binary.metadata.shared),
-        tensor_core_instructions=len(
-            re.findall(r"\b(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b", code)
-        ),
+        tensor_core_instructions=len(TENSOR_CORE_INSTRUCTION.findall(code)),
     )
 
 
-def _dump(option: str, path: str) -> str:
-    done = subprocess.run(
+def _source(launch: Launch) -> ASTSource:
+    signature = {}
+    attributes = {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        signature[name] = "constexpr" if name in launch.constants else launch.types[name]
+        if signature[name].startswith("*") or name in launch.aligned:
+            attributes[i,] = [["tt.divisibility", 16]]
+    return ASTSource(
+        launch.kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes
+    )
+
+
+def _disassemble(option: str, path: str) -> str:
+    process = subprocess.run(
         [str(CUOBJDUMP), option, path], capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise RuntimeError(f"cuobjdump {option}: {done.stderr.strip()}")
-    return done.stdout
+    if process.returncode:
+        raise RuntimeError(f"cuobjdump {option}: {process.stderr.strip()}")
+    return process.stdout
 
 
 def launches() -> list[Launch]:
-    """Every kernel as it is launched on a Llama-like model: 128,256 tokens, rank 128, bfloat16, 64 candidates, heads of 128."""
-    return [*_value_reweight(), *_sibling_attention()]
+    """Return every kernel as it is launched for a Llama-like model.
+
+    That is a vocabulary of 128,256 tokens, rank 128, bfloat16, 64 candidates, and heads of 128.
+    """
+    return [*_head_launches(), *_candidate_launches(), *_attention_launches()]
 
 
-def _value_reweight() -> list[Launch]:
-    ops = value_reweight
-    numbers = dict.fromkeys(("logits", "hidden", "weight", "bias"), "*bf16")
-    singles = dict.fromkeys(
-        ("beta", "temperature", "statistics", "out", "shifts", "values"), "*fp32"
+# Types of the arguments of all value reweighting kernels.
+VALUE_REWEIGHT_TYPES = {
+    **dict.fromkeys(("logits", "hidden", "weight", "bias"), "*bf16"),
+    **dict.fromkeys(("beta", "temperature", "statistics", "out", "shifts", "values"), "*fp32"),
+    **dict.fromkeys(("seed", "token_out", "ids"), "*i64"),
+    **dict.fromkeys(("bitmask", "step"), "*i32"),
+    **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "mask_stride", "out_stride"), "i32"),
+    "masked": "*u8",
+}
+
+
+def _value_reweight_launch(
+    kernel: Any,
+    tiles: value_reweight.Tiles,
+    constants: Mapping[str, Any],
+    *,
+    float_type: str = "*bf16",
+    tensor_cores: bool = False,
+) -> Launch:
+    float_arguments = dict.fromkeys(("logits", "hidden", "weight", "bias"), float_type)
+    return Launch(
+        name=kernel.__name__.removesuffix("_kernel"),
+        kernel=kernel,
+        types={**VALUE_REWEIGHT_TYPES, **float_arguments},
+        constants=constants,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        tensor_cores=tensor_cores,
+        aligned=("V", "row_stride", "out_stride"),
     )
-    whole = {
-        "bitmask": "*i32",
-        "seed": "*i64",
-        "step": "*i32",
-        "token_out": "*i64",
-        "ids": "*i64",
-        "masked": "*u8",
-    }
-    sizes = dict.fromkeys(
-        ("B", "V", "M", "T", "K", "row_stride", "mask_stride", "out_stride"), "i32"
-    )
-    types = {**numbers, **singles, **whole, **sizes}
-    rows = ("V", "row_stride", "out_stride")
 
-    def launch(
-        name: str,
-        tiles: Any,
-        constants: Mapping[str, Any],
-        types: Mapping[str, str] = types,
-        *,
-        tensor_cores: bool = False,
-    ) -> Launch:
-        kernel = getattr(
-            head if name.startswith("head") else candidates, f"value_reweight_{name}_kernel"
-        )
-        return Launch(
-            f"value_reweight_{name}",
-            kernel,
-            types,
-            constants,
-            tiles.num_warps,
-            tiles.num_stages,
-            tensor_cores,
-            rows,
-        )
 
-    masks = {"HAS_BITMASK": True}
-    rank = {"R": 128, "HAS_BIAS": True}
-    sparse = {"TOKENS": ops.CANDIDATES.tokens, "TAIL": candidates.PER_ROW.value}
-    found = []
-    for tiles, kind in ((ops.HEAD, "*bf16"), (ops.HEAD_FLOAT32, "*fp32")):
-        typed = {**types, **dict.fromkeys(numbers, kind)}
-        cut = {"TOKENS": tiles.tokens, "RANK": tiles.rank, **rank, **masks}
-        found.append(
-            launch(
-                "head_tile",
-                tiles,
-                {**cut, "ROWS": tiles.rows, "UPCAST": False},
-                typed,
-                tensor_cores=kind == "*bf16",
-            )
+def _head_launches() -> list[Launch]:
+    made = []
+    for tiles, float_type in (
+        (value_reweight.HEAD, "*bf16"),
+        (value_reweight.HEAD_FLOAT32, "*fp32"),
+    ):
+        constants = {
+            "TOKENS": tiles.tokens,
+            "RANK": tiles.rank,
+            "R": 128,
+            "HAS_BIAS": True,
+            "HAS_BITMASK": True,
+        }
+        tile = _value_reweight_launch(
+            head.value_reweight_head_tile_kernel,
+            tiles,
+            {**constants, "ROWS": tiles.rows, "UPCAST": False},
+            float_type=float_type,
+            tensor_cores=float_type == "*bf16",
         )
-        found.append(launch("head_pick", ops.PICK, {**cut, "TILES": 2048}, typed))
+        pick = _value_reweight_launch(
+            head.value_reweight_head_pick_kernel,
+            value_reweight.PICK,
+            {**constants, "TILES": 2048},
+            float_type=float_type,
+        )
+        made += [tile, pick]
+    return made
+
+
+def _candidate_launches() -> list[Launch]:
+    launch = _value_reweight_launch
+    tiles = value_reweight.CANDIDATES
+    shift = candidates.value_reweight_shift_kernel
+    apply_constants = {"TOKENS": tiles.tokens, "TAIL": candidates.PER_ROW.value}
+    constants = {**apply_constants, "HAS_BITMASK": True}
+    gather = value_reweight.GATHER
+    gather_constants = {"SLOTS": gather.rows, "RANK": 128, "R": 128, "HAS_BIAS": True}
     return [
-        *found,
-        launch("shift", ops.SHIFT, {"SLOTS": 64, "SCATTER": False}),
-        launch("shift", ops.SHIFT, {"SLOTS": 64, "SCATTER": True}),
-        launch("apply", ops.CANDIDATES, sparse),
-        launch("candidates_tile", ops.CANDIDATES, {**sparse, **masks}),
-        launch("candidates_pick", ops.CANDIDATES, {**sparse, **masks, "TILES": 64}),
-        launch("candidate_values", ops.GATHER, {"SLOTS": ops.GATHER.rows, "RANK": 128, **rank}),
+        launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": False}),
+        launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": True}),
+        launch(candidates.value_reweight_apply_kernel, tiles, apply_constants),
+        launch(candidates.value_reweight_candidates_tile_kernel, tiles, constants),
+        launch(candidates.value_reweight_candidates_pick_kernel, tiles, {**constants, "TILES": 64}),
+        launch(candidates.value_reweight_candidate_values_kernel, gather, gather_constants),
     ]
 
 
-def _sibling_attention() -> list[Launch]:
+# Stacked queries per key head, numbers per head, and dtype of each launch.
+ATTENTION_SHAPES = (
+    (16, 64, torch.bfloat16),
+    (32, 128, torch.bfloat16),
+    (80, 128, torch.bfloat16),
+    (80, 256, torch.bfloat16),
+    (80, 128, torch.float32),
+)
+ATTENTION_TENSORS = ("query", "prefix_keys", "prefix_values", "own_keys", "own_values", "out")
+ATTENTION_STRIDE_SUFFIXES = ("_row", "_head", "_sibling", "_column")
+
+
+def _attention_launches() -> list[Launch]:
     kernel = sibling_attention.sibling_attention_kernel
-    constants = ("QUERIES", "COLUMNS", "D", "DIM", "UPCAST")
-    tensors = ("query", "prefix_keys", "prefix_values", "own_keys", "own_values", "out")
-    strides = tuple(
-        n for n in kernel.arg_names if n.endswith(("_row", "_head", "_sibling", "_column"))
-    )
-    found = []
-    for queries, dim, kind, dtype in (
-        (16, 64, "*bf16", torch.bfloat16),
-        (32, 128, "*bf16", torch.bfloat16),
-        (80, 128, "*bf16", torch.bfloat16),
-        (80, 256, "*bf16", torch.bfloat16),
-        (80, 128, "*fp32", torch.float32),
-    ):
+    strides = [name for name in kernel.arg_names if name.endswith(ATTENTION_STRIDE_SUFFIXES)]
+    made = []
+    for queries, dim, dtype in ATTENTION_SHAPES:
+        is_half = dtype == torch.bfloat16
         tiles = sibling_attention.tiles(queries, dim, dtype)
         types = {
             **dict.fromkeys(kernel.arg_names, "i32"),
-            **dict.fromkeys(tensors, kind),
+            **dict.fromkeys(ATTENTION_TENSORS, "*bf16" if is_half else "*fp32"),
             "lengths": "*i64",
             "scale": "fp32",
         }
-        values = dict(zip(constants, (tiles.queries, tiles.columns, dim, dim, False), strict=True))
-        half = kind == "*bf16"
-        found.append(
-            Launch(
-                "sibling_attention",
-                kernel,
-                types,
-                values,
-                tiles.num_warps,
-                tiles.num_stages,
-                half,
-                strides,
-            )
+        constants = {
+            "QUERIES": tiles.queries,
+            "COLUMNS": tiles.columns,
+            "D": dim,
+            "DIM": dim,
+            "UPCAST": False,
+        }
+        launch = Launch(
+            name="sibling_attention",
+            kernel=kernel,
+            types=types,
+            constants=constants,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+            tensor_cores=is_half,
+            aligned=strides,
         )
-    return found
+        made.append(launch)
+    return made

@@ -295,7 +295,7 @@ def test_top_candidates_take_the_lowest_of_equals(*, greedy: bool) -> None:
     )
     for k in (1, 7, 199, 200):
         assert torch.equal(top_candidates(logits, k), expected[:, :k])
-        assert torch.equal(reference.keyed_candidates(logits, k), expected[:, :k])
+        assert torch.equal(reference.top_candidates_by_key(logits, k), expected[:, :k])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -304,7 +304,7 @@ def test_top_candidates_by_key_are_those_of_the_reference(dtype: torch.dtype) ->
     logits[3, :5] = torch.tensor([0.0, -0.0, INF, -INF, torch.nan], dtype=dtype)
     logits[4].clamp_(-0.05, 0.05)
     for k in (1, 20, 3001):
-        assert torch.equal(reference.keyed_candidates(logits, k), top_candidates(logits, k))
+        assert torch.equal(reference.top_candidates_by_key(logits, k), top_candidates(logits, k))
 
 
 def chi_square(tokens: torch.Tensor, probabilities: np.ndarray, bins: int) -> float:

@@ -1,4 +1,7 @@
-"""Attention for a lookahead value LM: k sibling tokens per row over one shared prefix, and each over itself."""
+"""Sibling attention for a lookahead value LM: k sibling tokens per row attend to a shared prefix.
+
+Shapes: B rows, H query heads, Hkv key heads, k siblings, T columns, D numbers per head.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,29 @@ def sibling_attention(
     lengths: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Each sibling attends to its row's prefix and to itself, never to another sibling. -> [B, H, k, D], the query's dtype.
+    """Let each sibling attend to its row's prefix and to itself, but not to the other siblings.
 
-    The siblings are k alternatives for one position: no order among them, so no causal mask. The prefix is read where it lies; its
-    heads may be fewer than the query's (grouped queries: query head h reads key head h // (H / Hkv)).
+    The siblings are k alternatives for one position, so there is no causal mask among them. The
+    prefix is not copied. The key heads may be fewer than the query heads: query head h reads key
+    head h // (H / Hkv).
 
     Args:
         query: [B, H, k, D].
-        prefix_keys: [B, Hkv, T, D], right-aligned: row b's prefix is its last `lengths[b]` columns. A sliding window is a shorter
-            length, since all siblings stand at the same position.
-        prefix_values: [B, Hkv, T, D]; unused columns must hold finite numbers.
-        own_keys: [B, Hkv, k, D], each sibling's own key.
-        own_values: [B, Hkv, k, D].
-        lengths: [B] integers in 0..T; a row of length 0 attends to itself alone.
-        scale: multiplies the scores; 1 / sqrt(D) unless given.
+        prefix_keys: [B, Hkv, T, D], right-aligned: row b's prefix is its last `lengths[b]` columns.
+            Use a shorter length for a sliding window; all siblings have the same position.
+        prefix_values: [B, Hkv, T, D]. Unused columns must hold finite numbers.
+        own_keys: [B, Hkv, k, D], the key of each sibling.
+        own_values: [B, Hkv, k, D], the value of each sibling.
+        lengths: [B] integers in 0..T. A row of length 0 attends to itself only.
+        scale: factor of the scores; None means 1 / sqrt(D).
+
+    Returns:
+        [B, H, k, D], in the query's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, by name.
+        ValueError: a shape, dtype or device does not fit.
     """
-    _check(query, prefix_keys, prefix_values, own_keys, own_values, lengths)
+    _check_shapes(query, prefix_keys, prefix_values, own_keys, own_values, lengths)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.is_cuda:
         from infer_align_kernels.sibling_attention import triton  # noqa: PLC0415 - not needed on CPU
@@ -48,7 +55,7 @@ def sibling_attention(
     )
 
 
-def _check(
+def _check_shapes(
     query: torch.Tensor,
     prefix_keys: torch.Tensor,
     prefix_values: torch.Tensor,
@@ -58,27 +65,41 @@ def _check(
 ) -> None:
     if query.ndim != 4 or prefix_keys.ndim != 4:
         raise ValueError(
-            f"query and prefix_keys: {query.ndim} and {prefix_keys.ndim} dimensions; must be [B, heads, tokens, D]."
+            f"query and prefix_keys: {query.ndim} and {prefix_keys.ndim} dimensions are not "
+            "allowed; must be [B, heads, tokens, D]."
         )
     rows, heads, siblings, dim = query.shape
     kv_heads, columns = prefix_keys.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"query: {heads} heads over {kv_heads} key heads; must be a multiple.")
-    expected = {
-        "prefix_keys": (prefix_keys, (rows, kv_heads, columns, dim)),
-        "prefix_values": (prefix_values, (rows, kv_heads, columns, dim)),
-        "own_keys": (own_keys, (rows, kv_heads, siblings, dim)),
-        "own_values": (own_values, (rows, kv_heads, siblings, dim)),
-        "lengths": (lengths, (rows,)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)} does not fit query {tuple(query.shape)}; must be {shape}."
-            )
-        if tensor.device != query.device:
-            raise ValueError(f"{name}: on {tensor.device}, but query is on {query.device}.")
-        if name != "lengths" and tensor.dtype != query.dtype:
-            raise ValueError(f"{name}: {tensor.dtype}, but query is {query.dtype}.")
+        raise ValueError(
+            f"query: {heads} heads over {kv_heads} key heads is not allowed; must be a multiple."
+        )
+    prefix_shape = (rows, kv_heads, columns, dim)
+    own_shape = (rows, kv_heads, siblings, dim)
+    _check_tensor("prefix_keys", prefix_keys, prefix_shape, query)
+    _check_tensor("prefix_values", prefix_values, prefix_shape, query)
+    _check_tensor("own_keys", own_keys, own_shape, query)
+    _check_tensor("own_values", own_values, own_shape, query)
+    _check_shape_and_device("lengths", lengths, (rows,), query)
     if lengths.is_floating_point():
-        raise ValueError(f"lengths: {lengths.dtype}; must be integers.")
+        raise ValueError(f"lengths: {lengths.dtype} is not allowed; must be an integer type.")
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], query: torch.Tensor
+) -> None:
+    _check_shape_and_device(name, tensor, shape, query)
+    if tensor.dtype != query.dtype:
+        raise ValueError(f"{name}: {tensor.dtype} is not allowed; must be {query.dtype}, as query.")
+
+
+def _check_shape_and_device(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], query: torch.Tensor
+) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)} does not fit query {tuple(query.shape)}; "
+            f"must be {shape}."
+        )
+    if tensor.device != query.device:
+        raise ValueError(f"{name}: on {tensor.device}; must be on {query.device}, as query.")

@@ -1,4 +1,4 @@
-"""Sibling attention in torch: the definition, and the path on CPU."""
+"""Sibling attention in torch: the definition of the kernel, and the implementation on CPU."""
 
 from __future__ import annotations
 
@@ -14,38 +14,35 @@ def sibling_attention(
     lengths: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """See `infer_align_kernels.sibling_attention`, which checks what arrives here.
+    """Compute sibling attention; see `infer_align_kernels.sibling_attention`, which checks shapes.
 
-    The heads that share a key head stand under each other as rows of one product, so the prefix is read where it lies, once. The
-    sibling itself joins by log-sum-exp: softmax over prefix and self is a mean of the two outputs, weighted by sigmoid(self - lse).
+    Query heads that share a key head are stacked as rows of one product, so the prefix is read once
+    and is not copied. The sibling itself is merged by log-sum-exp: the softmax over prefix and self
+    is a mean of the two outputs, and the weight of the sibling's own value is sigmoid(self - lse).
     """
     rows, heads, siblings, dim = query.shape
     kv_heads, columns = prefix_keys.shape[1:3]
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = query.reshape(rows, kv_heads, heads // kv_heads, siblings, dim)
     stacked = grouped.flatten(2, 3)
+    # With an empty prefix, the weight of the sibling itself is 1.
+    own_output = own_values[:, :, None].expand_as(grouped)
     if not query.numel() or not columns:
-        return _alone(own_values, grouped).reshape(query.shape)
-    unused = torch.arange(columns, device=query.device) < (columns - lengths)[:, None]
-    mask = query.new_zeros(unused.shape).masked_fill_(unused, -torch.inf)[:, None, None]
-    # The public scaled_dot_product_attention does not hand out the log-sum-exp that the merge needs.
-    prefix, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        return own_output.reshape(query.shape)
+    is_unused = torch.arange(columns, device=query.device) < (columns - lengths)[:, None]
+    mask = query.new_zeros(is_unused.shape).masked_fill_(is_unused, -torch.inf)
+    # The public scaled_dot_product_attention does not return the log-sum-exp that the merge needs.
+    prefix_output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         stacked,
         prefix_keys,
         prefix_values,
-        attn_mask=mask.expand(rows, 1, stacked.shape[2], columns),
+        attn_mask=mask[:, None, None].expand(rows, 1, stacked.shape[2], columns),
         scale=scale,
     )
-    own = (grouped.to(dtype) * own_keys.to(dtype)[:, :, None]).sum(dim=-1) * scale
-    share = torch.sigmoid(own - lse.view_as(own))[..., None]
-    merged = torch.lerp(
-        prefix.to(dtype).view_as(grouped), own_values.to(dtype)[:, :, None], share
-    ).to(query.dtype)
-    return torch.where(
-        (lengths == 0)[:, None, None, None, None], _alone(own_values, grouped), merged
-    ).reshape(query.shape)
-
-
-def _alone(own_values: torch.Tensor, grouped: torch.Tensor) -> torch.Tensor:
-    """Over itself alone a sibling's weight is 1."""
-    return own_values[:, :, None].expand_as(grouped)
+    products = grouped.to(dtype) * own_keys.to(dtype)[:, :, None]
+    own_scores = products.sum(dim=-1) * scale
+    own_weight = torch.sigmoid(own_scores - lse.view_as(own_scores))[..., None]
+    prefix_output = prefix_output.to(dtype).view_as(grouped)
+    merged = torch.lerp(prefix_output, own_values.to(dtype)[:, :, None], own_weight)
+    is_empty = (lengths == 0)[:, None, None, None, None]
+    return torch.where(is_empty, own_output, merged.to(query.dtype)).reshape(query.shape)

@@ -1,4 +1,7 @@
-"""Value reweighting: logits plus beta times value estimates, and a token sampled from the result."""
+"""Value reweighting: add beta times value estimates to the logits, and sample a token from them.
+
+Shapes: B rows, V vocabulary, M values, k candidates, r rank.
+"""
 
 from __future__ import annotations
 
@@ -31,26 +34,30 @@ def value_reweight(
     bitmask: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> Sampled:
-    """Sample one token per row from softmax((logits + sum over m of beta_m * value_m) / temperature), in one go.
+    """Sample one token per row from softmax((logits + sum of beta_m * value_m) / temperature).
 
-    The steered logits are never stored. A row's result depends on nothing else in the batch, and its draw on (seed, step) alone.
-    top-p and min-p need an order of the whole vocabulary and are outside: for them take `reweight_logits` and a sampler.
+    The steered logits are never stored. The result of a row does not depend on the other rows, and
+    its draw depends on (seed, step) alone. top-p and min-p are not offered, because they sort the
+    whole vocabulary: use `reweight_logits` and a sampler for them.
 
-    A logit of -inf stays -inf, NaN counts as -inf, +inf as the largest number; equal ones go to the lowest id. A value whose beta
-    is 0 is not looked at. Candidates are centred over their slots, as VAS is published; see `reweight_logits`.
+    A logit of -inf stays -inf, NaN counts as -inf and +inf as the largest number. Of equal logits,
+    the one with the lowest id is chosen. A value whose beta is 0 is ignored. Candidates are centred
+    over their slots, as published; see `reweight_logits`.
 
     Args:
-        logits: [B, V] float16, bfloat16 or float32; rows may lie apart, tokens not.
+        logits: [B, V] float16, bfloat16 or float32. Rows may be strided, tokens are contiguous.
         values: a head over all tokens, or k candidates with their values.
-        beta: [B, M], finite; 0 in a column leaves that value out, an all-zero row is the frozen model.
-        temperature: [B]; beta acts before it. At 0 or below the largest logit is taken, and logprobs are those of temperature 1.
+        beta: [B, M], finite. 0 turns off one value of a row; a row of zeros is the frozen model.
+        temperature: [B], applied after beta. At 0 or below, the largest logit is chosen, and the
+            logprobs are those of temperature 1.
         seed: [B] int64.
-        step: [B] int32, the position of the token to be drawn.
-        bitmask: [B, ceil(V / 32)] int32, bit i of word w allows token 32 w + i, as xgrammar packs it.
-        workspace: from `allocate_workspace`, to be passed where allocating is not wanted; CUDA only.
+        step: [B] int32, position of the token to be sampled.
+        bitmask: [B, ceil(V / 32)] int32. Bit i of word w allows token 32 w + i, as in xgrammar.
+        workspace: from `allocate_workspace`; without it, memory is allocated. CUDA only.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, by name. Numbers are not inspected: that would wait for the device.
+        ValueError: a shape, dtype or device does not fit. Numbers are not checked, because that
+            would wait for the device.
     """
     _check_sampling(logits, beta, temperature=temperature, seed=seed, step=step, bitmask=bitmask)
     if isinstance(values, HeadValues):
@@ -75,32 +82,35 @@ def reweight_logits(
     tail: Tail | torch.Tensor = "keep",
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """logits[a] + sum over m of beta_m * (value_m[a] - mean of value_m over the k slots), for the candidates a. -> [B, V].
+    """Add the shift of every candidate to its logit.
 
-    A row whose betas are all 0, or without candidates, comes back bit for bit, whatever its values hold and whatever its tail. A
-    logit of -inf stays -inf and its slot counts in the mean, as published. A candidate with a value that is not finite gets -inf
-    and does not count.
+    The shift of a candidate a is sum over m of beta_m * (value_m[a] - mean of value_m), with the
+    mean over the slots of the row.
+
+    A row whose betas are all 0, or without candidates, is returned bit for bit, whatever its values
+    and its tail. A logit of -inf stays -inf, and its slot counts in the mean, as published. A
+    candidate with a value that is not finite gets -inf and does not count in the mean.
 
     Args:
         logits: [B, V], before temperature.
-        token_ids: [B, k] int64, different in each row; unused slots come last and hold -1.
+        token_ids: [B, k] int64, different in each row. Unused slots come last and hold -1.
         values: [M, B, k].
         beta: [B, M], finite.
-        tail: "keep" leaves the other tokens' logits, "mask" makes them -inf; or [B] bool, True where they are masked.
-        out: where to write, `logits` itself included; float32, or float64 for float64 logits.
+        tail: "keep" leaves the logits of all other tokens, "mask" sets them to -inf. A [B] bool
+            tensor masks the tail of the rows that are True.
+        out: tensor to write to, which may be `logits`: float32, or float64 for float64 logits.
+
+    Returns:
+        [B, V], float32, or float64 for float64 logits.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, by name.
+        ValueError: a shape, dtype or device does not fit.
     """
     _check_logits(logits)
     _check_candidates(logits, token_ids, values, beta, tail)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    if out is not None and (
-        out.shape != logits.shape or out.dtype != dtype or out.device != logits.device
-    ):
-        raise ValueError(
-            f"out: {tuple(out.shape)} {out.dtype} on {out.device}; must be {tuple(logits.shape)} {dtype} on {logits.device}."
-        )
+    if out is not None:
+        _check_out(out, logits, dtype)
     if logits.is_cuda and dtype == torch.float32:
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
 
@@ -112,13 +122,14 @@ def reweight_logits(
 def add_candidate_shifts(
     logits: torch.Tensor, token_ids: torch.Tensor, values: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
-    """Add the shift of every candidate to its logit, in place and without any check. -> `logits`.
+    """Add the shift of every candidate to its logit, in place and without any check.
 
-    This is `reweight_logits(..., tail="keep", out=logits)` on a CPU for a caller that has already established the preconditions.
-    The result is bit for bit the same. If a precondition does not hold, the result is undefined.
+    The result is bit for bit that of `reweight_logits(logits, token_ids, values, beta, out=logits)`
+    on a CPU. Use it if the preconditions are already established; otherwise the result is
+    undefined.
 
     Preconditions:
-        All tensors are on the CPU and fit together as `reweight_logits` documents.
+        All tensors are on the CPU, with shapes that fit together.
         `logits`, `values` and `beta` are float32.
         Every slot is used: `token_ids` holds no -1.
         Every beta is non-zero, and every value is finite.
@@ -128,8 +139,11 @@ def add_candidate_shifts(
         token_ids: [B, k] int64, different in each row.
         values: [M, B, k].
         beta: [B, M].
+
+    Returns:
+        `logits`.
     """
-    return logits.scatter_add_(1, token_ids, reference.centred_shifts(values, beta))
+    return logits.scatter_add_(1, token_ids, reference.complete_shifts(values, beta))
 
 
 def candidate_values(
@@ -138,21 +152,24 @@ def candidate_values(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A low-rank head's values for the candidates alone: hidden[b, m] . weight[m, token] (+ bias). -> [M, B, k] float32.
+    """Compute a low-rank head's values of the candidates: hidden[b, m] . weight[m, token] + bias.
 
     Args:
-        token_ids: [B, k] int64; a slot of -1 gives a number without meaning.
+        token_ids: [B, k] int64. The value of a slot that holds -1 is undefined.
         hidden: [B, M, r].
         weight: [M, V, r].
-        bias: [M, V], or none.
+        bias: [M, V], or None.
+
+    Returns:
+        [M, B, k] float32.
 
     Raises:
-        ValueError: shapes that do not fit, by name.
+        ValueError: a shape or device does not fit.
     """
-    _expect("token_ids", token_ids, (hidden.shape[0], None), hidden.device)
-    _expect("hidden", hidden, (None, weight.shape[0], weight.shape[2]), weight.device)
+    _check_shape("token_ids", token_ids, (hidden.shape[0], None), hidden.device)
+    _check_shape("hidden", hidden, (None, weight.shape[0], weight.shape[2]), weight.device)
     if bias is not None:
-        _expect("bias", bias, tuple(weight.shape[:2]), weight.device)
+        _check_shape("bias", bias, tuple(weight.shape[:2]), weight.device)
     if hidden.is_cuda:
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
 
@@ -162,46 +179,54 @@ def candidate_values(
 
 
 def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """The k largest logits of each row, largest first, equal ones by the lower id. -> [B, k] int64.
+    """Return the ids of the k largest logits of each row, largest first, equal ones by lower id.
 
-    `torch.topk` leaves open which of equal logits it takes. NaN counts as -inf. On CUDA nothing waits for the device.
+    `torch.topk` leaves the order of equal logits open. NaN counts as -inf. On CUDA, the call does
+    not wait for the device.
 
     Args:
         logits: [B, V].
         k: 1..V.
 
+    Returns:
+        [B, k] int64.
+
     Raises:
-        ValueError: k outside 1..V.
+        ValueError: k is outside 1..V.
     """
     if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
         raise ValueError(
             f"k: {k} is not allowed for logits {tuple(logits.shape)}; must be in 1..V of [B, V]."
         )
-    return (
-        reference.keyed_candidates(logits, k)
-        if logits.is_cuda
-        else reference.top_candidates(logits, k)
-    )
+    if logits.is_cuda:
+        return reference.top_candidates_by_key(logits, k)
+    return reference.top_candidates(logits, k)
 
 
 def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -> torch.Tensor:
-    """Scratch memory for `value_reweight` on up to `rows` rows; one per stream that runs it."""
+    """Allocate the workspace of `value_reweight` for up to `rows` rows.
+
+    Calls on different CUDA streams need a workspace each.
+    """
     from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
 
     return triton.allocate_workspace(rows, vocabulary, device)
 
 
-def _expect(
-    name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], device: torch.device
+def _check_shape(
+    name: str, tensor: torch.Tensor, expected: tuple[int | None, ...], device: torch.device
 ) -> None:
-    found = tensor.shape
-    if len(found) != len(shape) or any(
-        want is not None and want != found[i] for i, want in enumerate(shape)
-    ):
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not allowed; must be [{wanted}].")
+    """Refuse a tensor of another shape or on another device; None allows any size."""
+    fits = tensor.ndim == len(expected)
+    for size, expected_size in zip(tensor.shape, expected, strict=False):
+        fits = fits and expected_size in {None, size}
+    if not fits:
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} is not allowed; must be [{sizes}].")
     if tensor.device != device:
-        raise ValueError(f"{name}: on {tensor.device}, but the rest is on {device}.")
+        raise ValueError(
+            f"{name}: on {tensor.device}, but the other tensors are on {device}; move it there."
+        )
 
 
 def _check_logits(logits: torch.Tensor) -> None:
@@ -213,32 +238,46 @@ def _check_logits(logits: torch.Tensor) -> None:
         raise ValueError(f"logits: {logits.dtype} is not allowed; must be a floating type.")
 
 
+def _check_out(out: torch.Tensor, logits: torch.Tensor, dtype: torch.dtype) -> None:
+    if out.shape != logits.shape or out.dtype != dtype or out.device != logits.device:
+        raise ValueError(
+            f"out: {tuple(out.shape)} {out.dtype} on {out.device} is not allowed; must be "
+            f"{tuple(logits.shape)} {dtype} on {logits.device}."
+        )
+
+
 def _check_sampling(
     logits: torch.Tensor,
     beta: torch.Tensor,
     *,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    step: torch.Tensor,
     bitmask: torch.Tensor | None,
-    **per_row: torch.Tensor,
 ) -> None:
     _check_logits(logits)
     rows, vocabulary = logits.shape
-    _expect("beta", beta, (rows, None), logits.device)
-    for name, tensor in per_row.items():
-        _expect(name, tensor, (rows,), logits.device)
+    _check_shape("beta", beta, (rows, None), logits.device)
+    _check_shape("temperature", temperature, (rows,), logits.device)
+    _check_shape("seed", seed, (rows,), logits.device)
+    _check_shape("step", step, (rows,), logits.device)
     if bitmask is not None:
-        _expect("bitmask", bitmask, (rows, -(-vocabulary // 32)), logits.device)
+        words = -(-vocabulary // 32)
+        _check_shape("bitmask", bitmask, (rows, words), logits.device)
         if bitmask.dtype != torch.int32:
             raise ValueError(
-                f"bitmask: {bitmask.dtype} is not allowed; must be torch.int32, 32 tokens to a word."
+                f"bitmask: {bitmask.dtype} is not allowed; must be torch.int32, 32 tokens per word."
             )
 
 
 def _check_head(logits: torch.Tensor, beta: torch.Tensor, head: HeadValues) -> None:
     rows, values = beta.shape
-    _expect("values.weight", head.weight, (values, logits.shape[1], None), logits.device)
-    _expect("values.hidden", head.hidden, (rows, values, head.weight.shape[2]), logits.device)
+    vocabulary = logits.shape[1]
+    _check_shape("values.weight", head.weight, (values, vocabulary, None), logits.device)
+    rank = head.weight.shape[2]
+    _check_shape("values.hidden", head.hidden, (rows, values, rank), logits.device)
     if head.bias is not None:
-        _expect("values.bias", head.bias, (values, logits.shape[1]), logits.device)
+        _check_shape("values.bias", head.bias, (values, vocabulary), logits.device)
 
 
 def _check_candidates(
@@ -249,15 +288,16 @@ def _check_candidates(
     tail: Tail | torch.Tensor,
 ) -> None:
     rows = logits.shape[0]
-    _expect("token_ids", token_ids, (rows, None), logits.device)
+    _check_shape("token_ids", token_ids, (rows, None), logits.device)
     if token_ids.dtype != torch.int64 or token_ids.shape[1] == 0:
         raise ValueError(
-            f"token_ids: {tuple(token_ids.shape)} {token_ids.dtype} is not allowed; must be [B, k] torch.int64 with k > 0."
+            f"token_ids: {tuple(token_ids.shape)} {token_ids.dtype} is not allowed; must be "
+            "[B, k] torch.int64 with k > 0."
         )
-    _expect("values", values, (None, *token_ids.shape), logits.device)
-    _expect("beta", beta, (rows, values.shape[0]), logits.device)
+    _check_shape("values", values, (None, *token_ids.shape), logits.device)
+    _check_shape("beta", beta, (rows, values.shape[0]), logits.device)
     if isinstance(tail, torch.Tensor):
-        _expect("tail", tail, (rows,), logits.device)
+        _check_shape("tail", tail, (rows,), logits.device)
         if tail.dtype != torch.bool:
             raise ValueError(f"tail: {tail.dtype} is not allowed; must be torch.bool.")
     elif tail not in {"keep", "mask"}:

@@ -1,6 +1,7 @@
-"""Kernels for k candidates a row: their values, their shifts, and the logits with them."""
+"""Kernels for k candidates per row: their values, their shifts, and the steered logits."""
 
-# ruff: noqa: ANN001, ANN201, D103, N803 - Triton compiles these functions and reads their signatures
+# Triton compiles these functions and reads their signatures.
+# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ import triton.language as tl
 
 from infer_align_kernels.value_reweight.sampling import (
     LARGEST,
+    NO_INDEX,
     STATISTICS,
     choose_tile,
-    cleaned,
-    draw,
-    floor,
-    frozen_logits,
+    clean_logits,
+    draw_token,
+    finite_peak,
+    load_frozen_logits,
     log2_scale,
     philox_uniform,
 )
 
-KEEP, MASK, PER_ROW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Values of the compile-time argument TAIL. With PER_ROW, `masked` holds a flag per row.
+KEEP = tl.constexpr(0)
+MASK = tl.constexpr(1)
+PER_ROW = tl.constexpr(2)
 
 
 @triton.jit
-def steers(beta, row, ids, M, K):
-    """Whether a row steers at all: any beta, and a candidate."""
+def is_steered(beta, row, ids, M, K):
+    """Return True if a row has a non-zero beta and a candidate."""
     strongest = 0.0
     for m in range(M):
         strongest = tl.maximum(strongest, tl.abs(tl.load(beta + row * M + m).to(tl.float32)))
@@ -33,7 +38,7 @@ def steers(beta, row, ids, M, K):
 
 
 @triton.jit
-def steered(
+def steer_tile(
     frozen,
     ids,
     shifts,
@@ -47,19 +52,24 @@ def steered(
     TOKENS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """One tile of a row with its candidates at their shifted logits. -> scores, whether any differs from the frozen ones."""
+    """Add the shifts of the candidates in one tile of a row, and apply the tail.
+
+    Returns the steered logits, and True if they may differ from the frozen ones.
+    """
     x = frozen
     changed = False
-    if steers(beta, row, ids, M, K):
-        if TAIL == PER_ROW:  # noqa: SIM108 - chosen while compiling
+    if is_steered(beta, row, ids, M, K):
+        # Not a conditional expression: the branch is chosen when the kernel is compiled.
+        if TAIL == PER_ROW:  # noqa: SIM108
             changed = tl.load(masked + row) != 0
         else:
             changed = TAIL == MASK
         x = tl.where(changed, float("-inf"), x)
         for j in range(K):
-            found = tl.load(ids + row * K + j)
-            if (found >= start) & (found < start + TOKENS):
-                x = tl.where(tokens == found, frozen + tl.load(shifts + row * K + j), x)
+            candidate = tl.load(ids + row * K + j)
+            if (candidate >= start) & (candidate < start + TOKENS):
+                shift = tl.load(shifts + row * K + j)
+                x = tl.where(tokens == candidate, frozen + shift, x)
                 changed = True
     return x, changed
 
@@ -80,30 +90,35 @@ def value_reweight_shift_kernel(
     SLOTS: tl.constexpr,
     SCATTER: tl.constexpr,
 ):
-    """sum over m of beta_m (v_m - mean v_m) for the slots of one row; with SCATTER also added to `logits` into `out`."""
+    """Compute sum over m of beta_m (v_m - mean of v_m) for the slots of one row. Grid: (rows,).
+
+    Without SCATTER, the shifts are stored in `shifts`. With SCATTER, the logits of the candidates
+    plus their shifts are stored in `out`.
+    """
     row = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, SLOTS)
-    slots = places < K
-    found = tl.load(ids + row * K + places, mask=slots, other=-1)
-    usable = found >= 0
+    slots = tl.arange(0, SLOTS)
+    in_row = slots < K
+    candidates = tl.load(ids + row * K + slots, mask=in_row, other=-1)
+    usable = candidates >= 0
     for m in range(M):
         strength = tl.load(beta + row * M + m).to(tl.float32)
-        value = tl.load(values + (row + m * B) * K + places, mask=slots, other=0.0).to(tl.float32)
+        value = tl.load(values + (row + m * B) * K + slots, mask=in_row, other=0.0).to(tl.float32)
         usable = usable & (tl.where(strength != 0, tl.abs(value), 0.0) <= LARGEST)
     count = tl.maximum(tl.sum(usable.to(tl.float32), axis=0), 1.0)
     shift = tl.zeros((SLOTS,), dtype=tl.float32)
     for m in range(M):
         strength = tl.load(beta + row * M + m).to(tl.float32)
-        value = tl.load(values + (row + m * B) * K + places, mask=slots, other=0.0).to(tl.float32)
+        value = tl.load(values + (row + m * B) * K + slots, mask=in_row, other=0.0).to(tl.float32)
         value = tl.where(usable, tl.where(strength != 0, value, 0.0), 0.0)
         shift += strength * (value - tl.sum(value, axis=0) / count)
     shift = tl.where(usable, shift, float("-inf"))
     if SCATTER:
-        steered = tl.where(steers(beta, row, ids, M, K), found, -1) >= 0
-        logit = tl.load(logits + row * row_stride + found, mask=steered, other=0.0).to(tl.float32)
-        tl.store(out + row * out_stride + found, logit + shift, mask=steered)
+        is_target = tl.where(is_steered(beta, row, ids, M, K), candidates, -1) >= 0
+        pointers = logits + row * row_stride + candidates
+        logit = tl.load(pointers, mask=is_target, other=0.0).to(tl.float32)
+        tl.store(out + row * out_stride + candidates, logit + shift, mask=is_target)
     else:
-        tl.store(shifts + row * K + places, shift, mask=slots)
+        tl.store(shifts + row * K + slots, shift, mask=in_row)
 
 
 @triton.jit
@@ -122,14 +137,14 @@ def value_reweight_apply_kernel(
     TOKENS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Write steered logits, the other tokens too."""
+    """Write the steered logits of one tile of tokens of one row. Grid: (tiles, rows)."""
     row = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * TOKENS
     tokens = start + tl.arange(0, TOKENS)
-    known = tokens < V
-    frozen = tl.load(logits + row * row_stride + tokens, mask=known, other=0.0).to(tl.float32)
-    x, _ = steered(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
-    tl.store(out + row * out_stride + tokens, x, mask=known)
+    in_row = tokens < V
+    frozen = tl.load(logits + row * row_stride + tokens, mask=in_row, other=0.0).to(tl.float32)
+    x, _ = steer_tile(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
+    tl.store(out + row * out_stride + tokens, x, mask=in_row)
 
 
 @triton.jit
@@ -152,30 +167,33 @@ def value_reweight_candidates_tile_kernel(
     HAS_BITMASK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
+    """Write the statistics of one tile of tokens of one row. Grid: (tiles, rows)."""
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     start = tile * TOKENS
     tokens = start + tl.arange(0, TOKENS)
-    frozen = frozen_logits(
+    frozen = load_frozen_logits(
         logits, bitmask, row, row_stride, mask_stride, tokens, tokens < V, HAS_BITMASK
     )
     scale = log2_scale(tl.load(temperature + row).to(tl.float32))
     frozen_peak = tl.max(frozen, axis=0)
-    frozen_total = tl.sum(tl.exp2((frozen - floor(frozen_peak)) * scale), axis=0)
+    frozen_total = tl.sum(tl.exp2((frozen - finite_peak(frozen_peak)) * scale), axis=0)
     peak = frozen_peak
     total = frozen_total
-    x, changed = steered(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
-    x = cleaned(x)
+    x, changed = steer_tile(
+        frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL
+    )
+    x = clean_logits(x)
     if changed:
         peak = tl.max(x, axis=0)
-        total = tl.sum(tl.exp2((x - floor(peak)) * scale), axis=0)
-    largest = tl.min(tl.where(x == peak, tokens, 2147483647), axis=0)
-    at = statistics + tile.to(tl.int64) * STATISTICS * B + row
-    tl.store(at, peak)
-    tl.store(at + B, total)
-    tl.store(at + 2 * B, largest.to(tl.float32))
-    tl.store(at + 3 * B, frozen_peak)
-    tl.store(at + 4 * B, frozen_total)
+        total = tl.sum(tl.exp2((x - finite_peak(peak)) * scale), axis=0)
+    largest = tl.min(tl.where(x == peak, tokens, NO_INDEX), axis=0)
+    pointers = statistics + tile.to(tl.int64) * STATISTICS * B + row
+    tl.store(pointers, peak)
+    tl.store(pointers + B, total)
+    tl.store(pointers + 2 * B, largest.to(tl.float32))
+    tl.store(pointers + 3 * B, frozen_peak)
+    tl.store(pointers + 4 * B, frozen_total)
 
 
 @triton.jit
@@ -204,26 +222,27 @@ def value_reweight_candidates_pick_kernel(
     HAS_BITMASK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
+    """Choose a tile of one row and draw the token in it. Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
-    heat = tl.load(temperature + row).to(tl.float32)
-    scale = log2_scale(heat)
-    greedy = heat <= 0
+    row_temperature = tl.load(temperature + row).to(tl.float32)
+    scale = log2_scale(row_temperature)
+    greedy = row_temperature <= 0
     uniform = philox_uniform(tl.load(seed + row), tl.load(step + row))
-    tile, residual, largest, peak, total, frozen_peak, frozen_total = choose_tile(
+    tile, target, largest, peak, total, frozen_peak, frozen_total = choose_tile(
         statistics, row, B, T, scale, uniform, greedy, TILES
     )
     start = tile * TOKENS
     tokens = start + tl.arange(0, TOKENS)
-    frozen = frozen_logits(
+    frozen = load_frozen_logits(
         logits, bitmask, row, row_stride, mask_stride, tokens, tokens < V, HAS_BITMASK
     )
-    x, _ = steered(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
-    x = cleaned(x)
-    chosen = draw(
+    x, _ = steer_tile(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
+    x = clean_logits(x)
+    chosen = draw_token(
         x,
         frozen,
         tokens,
-        residual,
+        target,
         largest,
         greedy,
         scale,
@@ -254,23 +273,26 @@ def value_reweight_candidate_values_kernel(
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """hidden[b, m] . weight[m, id] for SLOTS candidates of one row and one value."""
-    places = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+    """Compute hidden[b, m] . weight[m, id] + bias[m, id] for SLOTS candidates.
+
+    Grid: (slot blocks, rows, values).
+    """
+    slots = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     row = tl.program_id(1).to(tl.int64)
     m = tl.program_id(2).to(tl.int64)
-    slots = places < K
-    token = tl.maximum(tl.load(ids + row * K + places, mask=slots, other=0), 0) + m * V
+    in_row = slots < K
+    token = tl.maximum(tl.load(ids + row * K + slots, mask=in_row, other=0), 0) + m * V
     q = tl.zeros((SLOTS,), dtype=tl.float32)
     for start in range(0, R, RANK):
         ranks = start + tl.arange(0, RANK)
-        left = ranks < R
+        in_rank = ranks < R
         e = tl.load(
             weight + token[:, None] * R + ranks[None, :],
-            mask=slots[:, None] & left[None, :],
+            mask=in_row[:, None] & in_rank[None, :],
             other=0.0,
         )
-        u = tl.load(hidden + (row * M + m) * R + ranks, mask=left, other=0.0)
+        u = tl.load(hidden + (row * M + m) * R + ranks, mask=in_rank, other=0.0)
         q += tl.sum(e.to(tl.float32) * u.to(tl.float32)[None, :], axis=1)
     if HAS_BIAS:
-        q += tl.load(bias + token, mask=slots, other=0.0).to(tl.float32)
-    tl.store(out + (m * B + row) * K + places, q, mask=slots)
+        q += tl.load(bias + token, mask=in_row, other=0.0).to(tl.float32)
+    tl.store(out + (m * B + row) * K + slots, q, mask=in_row)

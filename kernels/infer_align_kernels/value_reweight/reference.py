@@ -1,4 +1,7 @@
-"""Value reweighting in torch: the definition, and the path on CPU."""
+"""Value reweighting in torch: the definition of the kernels, and the implementation on CPU.
+
+Shapes: B rows, V vocabulary, M values, k candidates, r rank.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,22 @@ import torch
 
 from infer_align_kernels.value_reweight.types import CandidateValues, HeadValues, Sampled, Tail
 
-# Inverse CDF in two levels: the sums of tiles, then the tokens of one tile. About the square root of a vocabulary.
+# Tokens per tile of the two-level draw: about the square root of a vocabulary.
 TILE = 512
 LOG2_E = 1.4426950408889634
-COLDEST = 1e-30
-# Tokens that `keyed_candidates` makes keys for at once: 16 bytes each.
-KEYED_TOKENS = 2**23
+LARGEST = torch.finfo(torch.float32).max
+# Lower temperatures count as this one; its inverse is still a finite number.
+MIN_TEMPERATURE = 1e-30
+# Number of keys that `top_candidates_by_key` makes at once, 16 bytes each.
+KEYS_AT_ONCE = 2**23
+
+# Philox4x32-10 (Salmon et al., 2011): 32-bit words, two multipliers and two key increments.
+WORD = 0xFFFFFFFF
+PHILOX_ROUNDS = 10
+PHILOX_MULTIPLIER_0 = 0xD2511F53
+PHILOX_MULTIPLIER_1 = 0xCD9E8D57
+PHILOX_INCREMENT_0 = 0x9E3779B9
+PHILOX_INCREMENT_1 = 0xBB67AE85
 
 
 def reweight_logits(
@@ -24,57 +37,66 @@ def reweight_logits(
     tail: Tail | torch.Tensor,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See `infer_align_kernels.reweight_logits`."""
+    """Add the shifts of the candidates; see `infer_align_kernels.reweight_logits`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     in_place = out is not None and out.data_ptr() == logits.data_ptr()
-    keep = isinstance(tail, str) and tail == "keep"
-    if (out is None or in_place) and keep and not logits.is_cuda and _is_whole(token_ids, beta):
-        # The common case, with fewer operations and bit for bit the same.
-        shift = centred_shifts(values.to(dtype), beta.to(dtype))
-        if math.isfinite(shift.sum()):  # every value is a number
-            return (logits.to(dtype, copy=True) if out is None else out).scatter_add_(
-                1, token_ids, shift
-            )
+    keeps_tail = isinstance(tail, str) and tail == "keep"
+    needs_no_copy = (out is None or in_place) and keeps_tail and not logits.is_cuda
+    if needs_no_copy and _is_complete(token_ids, beta):
+        # The common case with fewer operations. Its results are bit for bit the same.
+        shift = complete_shifts(values.to(dtype), beta.to(dtype))
+        # The sum is finite only if every value is finite.
+        if math.isfinite(shift.sum()):
+            target = logits.to(dtype, copy=True) if out is None else out
+            return target.scatter_add_(1, token_ids, shift)
     slots = token_ids >= 0
-    # Unused slots repeat the first: a scatter that writes the same number twice is well defined.
+    # Unused slots repeat the first one: a scatter that writes equal numbers twice is well defined.
     ids = torch.where(slots, token_ids, token_ids[:, :1]).clamp_(min=0)
-    chosen = logits.gather(1, ids).to(dtype)
-    steered_rows = ((beta != 0).any(dim=1) & slots[:, 0])[:, None]
-    steered = torch.where(
-        steered_rows, chosen + shifts(values.to(dtype), beta.to(dtype), slots), chosen
-    )
+    candidate_logits = logits.gather(1, ids).to(dtype)
+    steers = ((beta != 0).any(dim=1) & slots[:, 0])[:, None]
+    shifted = candidate_logits + shifts(values.to(dtype), beta.to(dtype), slots)
+    steered = torch.where(steers, shifted, candidate_logits)
     if out is None:
         out = torch.empty(logits.shape, dtype=dtype, device=logits.device)
     if not in_place:
         out.copy_(logits)
-    if not keep:
-        dropped = steered_rows[:, 0] & (tail if isinstance(tail, torch.Tensor) else True)
-        out.index_fill_(0, dropped.nonzero()[:, 0], -torch.inf)
+    if not keeps_tail:
+        masked = steers[:, 0]
+        if isinstance(tail, torch.Tensor):
+            masked = masked & tail
+        out.index_fill_(0, masked.nonzero()[:, 0], -torch.inf)
     return out.scatter_(1, ids, torch.where(slots, steered, steered[:, :1]))
 
 
-def centred_shifts(values: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """`shifts` where every slot is used, every weight counts and every value is a number. [M, B, k], [B, M] -> [B, k]."""
+def _is_complete(token_ids: torch.Tensor, beta: torch.Tensor) -> bool:
+    """Return True if every slot is used and no beta is 0."""
+    return token_ids.numel() > 0 and bool(token_ids.amin() >= 0) and bool(beta.all())
+
+
+def complete_shifts(values: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """Compute `shifts` for used slots, non-zero betas and finite values only.
+
+    [M, B, k], [B, M] -> [B, k].
+    """
     centred = values - values.sum(dim=2, keepdim=True) / values.shape[2]
     if len(values) == 1:
         return beta * centred[0]
     return (beta.T[:, :, None] * centred).sum(dim=0)
 
 
-def _is_whole(token_ids: torch.Tensor, beta: torch.Tensor) -> bool:
-    """Every slot is used and every weight counts."""
-    return token_ids.numel() > 0 and bool(token_ids.amin() >= 0) and bool(beta.all())
-
-
 def shifts(values: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """What is added to the candidates: sum over m of beta_m (v_m - mean of v_m). [M, B, k], [B, M], [B, k] slots -> [B, k].
+    """Compute the shift of each candidate: sum over m of beta_m (v_m - mean of v_m).
 
-    A candidate with a value that is not finite gets -inf and does not count in the mean; a value whose beta is 0 is not looked at.
+    A candidate with a value that is not finite gets -inf and does not count in the mean. A value
+    whose beta is 0 is ignored.
+
+    [M, B, k] values, [B, M] beta, [B, k] True for used slots -> [B, k].
     """
     active = (beta != 0).T[:, :, None]
     usable = slots & (values.isfinite() | ~active).all(dim=0)
     finite = torch.where(usable & active, values, 0.0)
-    mean = finite.sum(dim=2, keepdim=True) / usable.sum(dim=1, keepdim=True).clamp_(min=1)
+    count = usable.sum(dim=1, keepdim=True).clamp_(min=1)
+    mean = finite.sum(dim=2, keepdim=True) / count
     shift = (beta.T[:, :, None] * (finite - mean)).sum(dim=0)
     return shift.masked_fill_(~usable, -torch.inf)
 
@@ -82,53 +104,65 @@ def shifts(values: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor) -> tor
 def candidate_values(
     token_ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """See `infer_align_kernels.candidate_values`."""
+    """Compute a head's values of the candidates; see `infer_align_kernels.candidate_values`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     ids = token_ids.clamp(min=0)
-    flat = ids.flatten()
-    found = []
+    flat_ids = ids.flatten()
+    values = []
     for m in range(weight.shape[0]):
-        rows = weight[m].index_select(0, flat).to(dtype).view(*ids.shape, -1)
+        rows = weight[m].index_select(0, flat_ids).to(dtype).view(*ids.shape, weight.shape[2])
         value = torch.bmm(rows, hidden[:, m].to(dtype)[:, :, None])[:, :, 0]
-        found.append(value if bias is None else value + bias[m][ids])
-    return torch.stack(found)
+        if bias is not None:
+            value = value + bias[m][ids]
+        values.append(value)
+    return torch.stack(values)
 
 
 def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """See `infer_align_kernels.top_candidates`."""
+    """Select the k largest logits with `topk`; see `infer_align_kernels.top_candidates`."""
     values, ids = logits.topk(min(k + 1, logits.shape[1]), dim=1)
-    if (
-        bool((values[:, 1:] < values[:, :-1]).all()) and values.shape[1] > 1
-    ):  # no equal ones, and no NaN
+    # The comparison is False for equal logits and for NaN.
+    is_decreasing = bool((values[:, 1:] < values[:, :-1]).all())
+    if is_decreasing and values.shape[1] > 1:
         return ids[:, :k]
     if bool(values[:, 0].isnan().any()):
         return top_candidates(logits.masked_fill(logits.isnan(), -torch.inf), k)
-    # topk leaves open which of equal logits it takes, and their order.
-    for row in (values[:, 1:] == values[:, :-1]).any(dim=1).nonzero()[:, 0].tolist():
-        cut = values[row, k - 1]
-        above = (logits[row] > cut).nonzero()[:, 0]
-        taken = torch.cat([above, (logits[row] == cut).nonzero()[: k - len(above), 0]])
-        ids[row, :k] = taken[logits[row, taken].sort(descending=True, stable=True).indices]
+    # Select and order the equal logits here, because topk leaves both open.
+    has_equal = (values[:, 1:] == values[:, :-1]).any(dim=1)
+    for row in has_equal.nonzero()[:, 0].tolist():
+        row_logits = logits[row]
+        smallest = values[row, k - 1]
+        larger = (row_logits > smallest).nonzero()[:, 0]
+        equal = (row_logits == smallest).nonzero()[:, 0]
+        selected = torch.cat([larger, equal[: k - len(larger)]])
+        order = row_logits[selected].sort(descending=True, stable=True).indices
+        ids[row, :k] = selected[order]
     return ids[:, :k]
 
 
-def keyed_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """`top_candidates` without a look at the numbers: one integer per token, ordered by logit and then by the lower id."""
-    rows = max(1, KEYED_TOKENS // logits.shape[1])
-    last = 0xFFFFFFFF - torch.arange(logits.shape[1], device=logits.device)
-    found = []
-    for start in range(
-        0, len(logits), rows
-    ):  # each row by itself in all that follows: how many go together changes nothing
-        clean = (
-            logits[start : start + rows]
-            .float()
-            .nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        )
-        keys = clean.add_(0.0).view(torch.int32).long()  # -0 is 0
-        keys ^= (keys >> 63) & 0x7FFFFFFF  # as integers, floats below 0 come in reverse
-        found.append((keys << 32).bitwise_or_(last).topk(k, dim=1).indices)
-    return torch.cat(found) if found else logits.new_empty((0, k), dtype=torch.int64)
+def top_candidates_by_key(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Select the k largest logits without reading numbers back from the device.
+
+    Each token gets a 64-bit key: the upper half orders by logit, the lower half by descending id.
+    All keys of a row are different, so `topk` leaves nothing open. The rows are processed in
+    groups, which limits the memory and does not change the result.
+    """
+    vocabulary = logits.shape[1]
+    rows = max(1, KEYS_AT_ONCE // vocabulary)
+    descending_ids = WORD - torch.arange(vocabulary, device=logits.device)
+    selected = []
+    for start in range(0, len(logits), rows):
+        group = logits[start : start + rows].float()
+        clean = group.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        # Adding 0 turns -0 into 0.
+        keys = clean.add_(0.0).view(torch.int32).long()
+        # The bits of negative floats are in reverse order as integers.
+        keys ^= (keys >> 63) & 0x7FFFFFFF
+        keys = (keys << 32).bitwise_or_(descending_ids)
+        selected.append(keys.topk(k, dim=1).indices)
+    if not selected:
+        return logits.new_empty((0, k), dtype=torch.int64)
+    return torch.cat(selected)
 
 
 def value_reweight(
@@ -140,122 +174,148 @@ def value_reweight(
     step: torch.Tensor,
     bitmask: torch.Tensor | None,
 ) -> Sampled:
-    """See `infer_align_kernels.value_reweight`."""
+    """Steer the logits and sample a token; see `infer_align_kernels.value_reweight`."""
     rows, vocabulary = logits.shape
     greedy = temperature <= 0
-    scale = torch.where(greedy, 1.0, 1.0 / temperature.float().clamp(min=COLDEST))
-    tiled = (rows, -(-vocabulary // TILE), TILE)
-    scores = logits.new_full((rows, tiled[1] * TILE), -torch.inf, dtype=torch.float32)
-    frozen = scores[:, :vocabulary].copy_(logits)
+    scale = torch.where(greedy, 1.0, 1.0 / temperature.float().clamp(min=MIN_TEMPERATURE))
+    tile_count = -(-vocabulary // TILE)
+    # The last tile is filled up with -inf.
+    scores = logits.new_full((rows, tile_count * TILE), -torch.inf, dtype=torch.float32)
+    steered = scores[:, :vocabulary].copy_(logits)
     if bitmask is not None:
-        frozen.masked_fill_(~unpacked(bitmask, vocabulary), -torch.inf)
+        steered.masked_fill_(~unpack_bitmask(bitmask, vocabulary), -torch.inf)
     scratch = torch.empty_like(scores)
-    frozen_peak = _clean(scores).amax(dim=1)
+    frozen_peak = _clean_in_place(scores).amax(dim=1)
     frozen_total = _weights(scores, frozen_peak, scale, scratch).sum(dim=1)
     if isinstance(values, HeadValues):
-        _add_head(frozen, values, beta.float())
+        _add_head(steered, values, beta.float())
     else:
-        reweight_logits(frozen, values.token_ids, values.values, beta, values.tail, out=frozen)
-    peaks = _clean(scores).view(tiled).amax(dim=2)
-    peak = peaks.amax(dim=1)
-    weights = _weights(scores, peak, scale, scratch).view(tiled)
-    token, total = _pick(scores.view(tiled), weights, peaks, uniforms(seed, step), greedy)
-
-    def logprob(source: torch.Tensor, peak: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-        logit = (
-            source.gather(1, token[:, None])[:, 0]
-            .float()
-            .clamp_(max=torch.finfo(torch.float32).max)
-        )
-        return (logit - peak) * scale - total.log()
-
-    found = peak > -torch.inf
-    lowest = torch.full_like(peak, -torch.inf)
+        reweight_logits(steered, values.token_ids, values.values, beta, values.tail, out=steered)
+    tiles = _clean_in_place(scores).view(rows, tile_count, TILE)
+    tile_peaks = tiles.amax(dim=2)
+    peak = tile_peaks.amax(dim=1)
+    weights = _weights(scores, peak, scale, scratch).view(rows, tile_count, TILE)
+    token, total = _pick(tiles, weights, tile_peaks, uniforms(seed, step), greedy)
+    logprob = (_logit_of(scores, token) - peak) * scale - total.log()
+    frozen_logprob = (_logit_of(logits, token) - frozen_peak) * scale - frozen_total.log()
+    has_token = peak > -torch.inf
     return Sampled(
-        token=torch.where(found, token, -1),
-        logsumexp=torch.where(found, peak * scale + total.log(), lowest),
-        logprob=torch.where(found, logprob(scores, peak, total), lowest),
-        frozen_logprob=torch.where(found, logprob(logits, frozen_peak, frozen_total), lowest),
+        token=torch.where(has_token, token, -1),
+        logsumexp=torch.where(has_token, peak * scale + total.log(), -torch.inf),
+        logprob=torch.where(has_token, logprob, -torch.inf),
+        frozen_logprob=torch.where(has_token, frozen_logprob, -torch.inf),
     )
+
+
+def _logit_of(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Return the logit of each row's token in float32, +inf as the largest number."""
+    return logits.gather(1, token[:, None])[:, 0].float().clamp_(max=LARGEST)
 
 
 def uniforms(seed: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 1), each from its (seed, step) alone: 53 bits of one Philox4x32-10 draw. [B], [B] -> [B] float64."""
-    return torch.tensor(
-        [_uniform(*pair) for pair in zip(seed.tolist(), step.tolist(), strict=True)],
-        dtype=torch.float64,
-    )
+    """Draw one number in [0, 1) per row, with 53 bits, from its seed and step alone.
+
+    [B], [B] -> [B] float64.
+    """
+    pairs = zip(seed.tolist(), step.tolist(), strict=True)
+    return torch.tensor([_philox_uniform(*pair) for pair in pairs], dtype=torch.float64)
 
 
-def _uniform(seed: int, step: int) -> float:
-    low = 0xFFFFFFFF
-    k0, k1 = seed & low, seed >> 32 & low
-    c0, c1, c2, c3 = step & low, 0, 0, 0
-    for _ in range(10):
-        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = b >> 32 ^ c1 ^ k0, b & low, a >> 32 ^ c3 ^ k1, a & low
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+def _philox_uniform(seed: int, step: int) -> float:
+    """Run one Philox4x32-10 block with the seed as key and the step as counter."""
+    key0 = seed & WORD
+    key1 = (seed >> 32) & WORD
+    c0, c1, c2, c3 = step & WORD, 0, 0, 0
+    for _ in range(PHILOX_ROUNDS):
+        product0 = c0 * PHILOX_MULTIPLIER_0
+        product1 = c2 * PHILOX_MULTIPLIER_1
+        c0 = (product1 >> 32) ^ c1 ^ key0
+        c2 = (product0 >> 32) ^ c3 ^ key1
+        c1 = product1 & WORD
+        c3 = product0 & WORD
+        key0 = (key0 + PHILOX_INCREMENT_0) & WORD
+        key1 = (key1 + PHILOX_INCREMENT_1) & WORD
     return c0 * 2.0**-32 + (c1 >> 11) * 2.0**-53
 
 
-def unpacked(bitmask: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Bit i of word w allows token 32 w + i. [B, words] int32 -> [B, V] bool."""
+def unpack_bitmask(bitmask: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Return True where bit i of word w allows token 32 w + i. [B, words] int32 -> [B, V] bool."""
     bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
-    return (bitmask[:, :, None] >> bits & 1).bool().flatten(1)[:, :vocabulary]
+    allowed = (bitmask[:, :, None] >> bits & 1).bool()
+    return allowed.flatten(1)[:, :vocabulary]
 
 
-def _clean(scores: torch.Tensor) -> torch.Tensor:
-    """NaN is never chosen; +inf counts as the largest number. In place."""
-    return scores.nan_to_num_(
-        nan=-torch.inf, posinf=torch.finfo(scores.dtype).max, neginf=-torch.inf
-    )
+def _clean_in_place(scores: torch.Tensor) -> torch.Tensor:
+    """Replace NaN by -inf, so that it is never chosen, and +inf by the largest number."""
+    return scores.nan_to_num_(nan=-torch.inf, posinf=LARGEST, neginf=-torch.inf)
 
 
 def _weights(
     scores: torch.Tensor, peak: torch.Tensor, scale: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """exp((scores - peak) / temperature) into `out`; 0 throughout in a row without a finite score."""
-    torch.sub(scores, peak.clamp(min=torch.finfo(torch.float32).min)[:, None], out=out)
-    # exp2 and not exp: where results are subnormal, torch.exp is a hundred times slower on CPU.
+    """Write exp((scores - peak) * scale) to `out`; a row without a finite score gets zeros."""
+    # torch.exp is a hundred times slower than exp2 on CPU where results are subnormal.
+    finite_peak = peak.clamp(min=-LARGEST)
+    torch.sub(scores, finite_peak[:, None], out=out)
     return out.mul_(scale[:, None] * LOG2_E).exp2_()
 
 
 def _add_head(scores: torch.Tensor, head: HeadValues, beta: torch.Tensor) -> None:
-    """Add beta times the head's values, in place, reading a head only for the rows that steer by it."""
+    """Add beta times the head's values in place, only for the rows that each value steers."""
     for m in range(head.weight.shape[0]):
         active = beta[:, m] != 0
         if not bool(active.any()):
             continue
-        everywhere = bool(active.all())
-        part = scores if everywhere else scores[active]
+        steers_all = bool(active.all())
+        part = scores if steers_all else scores[active]
         strength = beta[active, m, None]
         part.addmm_(strength * head.hidden[active, m].float(), head.weight[m].float().T)
         if head.bias is not None:
             part.addcmul_(strength, head.bias[m].float())
-        if not everywhere:
+        if not steers_all:
             scores[active] = part
 
 
 def _pick(
-    scores: torch.Tensor,
+    tiles: torch.Tensor,
     weights: torch.Tensor,
-    peaks: torch.Tensor,
+    tile_peaks: torch.Tensor,
     uniform: torch.Tensor,
     greedy: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token at the uniform number's place in the cumulative weights, or the largest; and the sum of the weights."""
-    row = torch.arange(len(scores), device=scores.device)
-    cdf = weights.sum(dim=2, dtype=torch.float32).double().cumsum(dim=1)
-    total = cdf[:, -1]
+    """Invert the cumulative distribution at the uniform number, or take the largest score.
+
+    The draw has two levels: first the tile, by the sums of the tiles, then the token in the tile.
+
+    Args:
+        tiles: [B, T, TILE] scores.
+        weights: [B, T, TILE] unnormalized probabilities.
+        tile_peaks: [B, T] largest score of each tile.
+        uniform: [B] float64 in [0, 1).
+        greedy: [B] bool, True for the largest score.
+
+    Returns:
+        [B] token and [B] float32 sum of the weights.
+    """
+    row = torch.arange(len(tiles), device=tiles.device)
+    tile_sums = weights.sum(dim=2, dtype=torch.float32)
+    cumulative = tile_sums.double().cumsum(dim=1)
+    total = cumulative[:, -1]
     target = uniform * total
-    tile = torch.where(greedy, peaks.argmax(dim=1), _reaches(cdf, target))
-    before = torch.where(tile > 0, cdf.gather(1, (tile - 1).clamp_(min=0)[:, None])[:, 0], 0.0)
-    drawn = _reaches(weights[row, tile].double().cumsum(dim=1), target - before)
-    within = torch.where(greedy, scores[row, tile].argmax(dim=1), drawn)
-    return tile * scores.shape[2] + within, total.float()
+    tile = torch.where(greedy, tile_peaks.argmax(dim=1), _first_above(cumulative, target))
+    previous = (tile - 1).clamp_(min=0)[:, None]
+    preceding = torch.where(tile > 0, cumulative.gather(1, previous)[:, 0], 0.0)
+    cumulative_in_tile = weights[row, tile].double().cumsum(dim=1)
+    drawn = _first_above(cumulative_in_tile, target - preceding)
+    offset = torch.where(greedy, tiles[row, tile].argmax(dim=1), drawn)
+    return tile * tiles.shape[2] + offset, total.float()
 
 
-def _reaches(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The first place where the cumulative sum passes the target; the last that adds anything, where rounding hid it."""
-    last = (cdf >= cdf[:, -1:]).int().argmax(dim=1)
-    return torch.minimum(torch.searchsorted(cdf, target[:, None], right=True)[:, 0], last)
+def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the first place whose cumulative sum exceeds the target.
+
+    Rounding can hide that place. The result is then the last place that adds to the sum.
+    """
+    last = (cumulative >= cumulative[:, -1:]).int().argmax(dim=1)
+    place = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    return torch.minimum(place, last)

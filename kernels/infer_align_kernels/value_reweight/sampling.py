@@ -1,6 +1,11 @@
-"""Device functions: logits as they count, tile statistics merged, and one token drawn by inverse CDF."""
+"""Device functions shared by the kernels: logits, tile statistics, and the draw of a token.
 
-# ruff: noqa: ANN001, ANN201, D103, N803, PLR0124 - Triton compiles these functions and reads their signatures
+A kernel that reads all logits writes five statistics per row and tile. A second kernel merges the
+statistics of a row, chooses a tile with `choose_tile`, and draws the token in it with `draw_token`.
+"""
+
+# Triton compiles these functions and reads their signatures.
+# ruff: noqa: ANN001, ANN201, N803, PLR0124
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -10,100 +15,114 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(3.4028234663852886e38)
-COLDEST = tl.constexpr(1e-30)
-# Per tile and row: peak, sum and place of the largest of the steered logits; peak and sum of the frozen ones.
+MIN_TEMPERATURE = tl.constexpr(1e-30)
+# Larger than every token id and tile index.
+NO_INDEX = tl.constexpr(2147483647)
+# The statistics of a tile, in this order: peak, sum and largest token of the steered logits, peak
+# and sum of the frozen logits. A sum is that of exp((logit - peak) / temperature).
 STATISTICS = tl.constexpr(5)
 
 
 @triton.jit
-def cleaned(x):
-    """NaN is never chosen; +inf counts as the largest number."""
+def clean_logits(x):
+    """Replace NaN by -inf, so that it is never chosen, and +inf by the largest number."""
     return tl.minimum(tl.where(x != x, float("-inf"), x), LARGEST)
 
 
 @triton.jit
-def frozen_logits(
-    logits, bitmask, row, row_stride, mask_stride, tokens, inside, HAS_BITMASK: tl.constexpr
+def load_frozen_logits(
+    logits, bitmask, row, row_stride, mask_stride, tokens, in_row, HAS_BITMASK: tl.constexpr
 ):
-    x = tl.load(logits + row * row_stride + tokens, mask=inside, other=float("-inf")).to(tl.float32)
+    """Load the logits of some tokens of a row; tokens that the bitmask forbids get -inf."""
+    x = tl.load(logits + row * row_stride + tokens, mask=in_row, other=float("-inf"))
+    x = x.to(tl.float32)
     if HAS_BITMASK:
-        word = tl.load(bitmask + row * mask_stride + tokens // 32, mask=inside, other=0)
-        x = tl.where(((word >> (tokens % 32)) & 1) != 0, x, float("-inf"))
-    return cleaned(x)
+        word = tl.load(bitmask + row * mask_stride + tokens // 32, mask=in_row, other=0)
+        is_allowed = ((word >> (tokens % 32)) & 1) != 0
+        x = tl.where(is_allowed, x, float("-inf"))
+    return clean_logits(x)
 
 
 @triton.jit
 def log2_scale(temperature):
-    """log2(e) / temperature; at 0 or below log2(e): greedy rows report the logprobs of temperature 1."""
-    return tl.where(temperature > 0, LOG2_E / tl.maximum(temperature, COLDEST), LOG2_E)
+    """Return log2(e) / temperature; for greedy rows log2(e), as at temperature 1."""
+    return tl.where(temperature > 0, LOG2_E / tl.maximum(temperature, MIN_TEMPERATURE), LOG2_E)
 
 
 @triton.jit
-def floor(peak):
-    """A peak of -inf as the lowest number, so that -inf minus it stays -inf."""
+def finite_peak(peak):
+    """Replace a peak of -inf by the lowest number, so that -inf minus the peak stays -inf."""
     return tl.maximum(peak, -LARGEST)
 
 
 @triton.jit
 def philox_uniform(seed, step):
-    """53 bits of one Philox draw as a float64 in [0, 1)."""
+    """Draw a float64 in [0, 1) with 53 bits from one Philox4x32-10 block."""
     zero = step * 0
     high, low, _, _ = tl.philox(seed, step, zero, zero, zero)
-    return (
-        high.to(tl.float64) * 2.3283064365386963e-10
-        + (low >> 11).to(tl.float64) * 1.1102230246251565e-16
-    )
+    high_part = high.to(tl.float64) * 2.3283064365386963e-10
+    low_part = (low >> 11).to(tl.float64) * 1.1102230246251565e-16
+    return high_part + low_part
 
 
 @triton.jit
-def reach(cdf, weights, target, places):
-    """The first place whose cumulative weight passes the target; the last with any weight, where rounding hid it."""
-    beyond = tl.min(tl.where((cdf > target) & (weights > 0), places, 2147483647), axis=0)
-    last = tl.max(tl.where(weights > 0, places, 0), axis=0)
-    return tl.minimum(beyond, last)
+def first_above(cumulative, weights, target, indices):
+    """Return the first index whose cumulative weight exceeds the target.
+
+    Rounding can hide that index. The result is then the last index with a weight.
+    """
+    is_above = (cumulative > target) & (weights > 0)
+    first = tl.min(tl.where(is_above, indices, NO_INDEX), axis=0)
+    last = tl.max(tl.where(weights > 0, indices, 0), axis=0)
+    return tl.minimum(first, last)
 
 
 @triton.jit
 def choose_tile(statistics, row, B, T, scale, uniform, greedy, TILES: tl.constexpr):
-    """Merge the tiles of a row. -> tile, what is left of the draw in it, largest token, and peak and sum, steered and frozen."""
-    places = tl.arange(0, TILES)
-    inside = places < T
-    at = statistics + places.to(tl.int64) * STATISTICS * B + row
-    peaks = tl.load(at, mask=inside, other=float("-inf"))
-    sums = tl.load(at + B, mask=inside, other=0.0)
-    frozen_peaks = tl.load(at + 3 * B, mask=inside, other=float("-inf"))
-    frozen_sums = tl.load(at + 4 * B, mask=inside, other=0.0)
+    """Merge the statistics of a row's T tiles and choose the tile of the token.
+
+    Returns the tile, the rest of the target inside it, the tile's largest token, and the row's peak
+    and sum of the steered and of the frozen logits.
+    """
+    tiles = tl.arange(0, TILES)
+    in_row = tiles < T
+    pointers = statistics + tiles.to(tl.int64) * STATISTICS * B + row
+    peaks = tl.load(pointers, mask=in_row, other=float("-inf"))
+    sums = tl.load(pointers + B, mask=in_row, other=0.0)
+    frozen_peaks = tl.load(pointers + 3 * B, mask=in_row, other=float("-inf"))
+    frozen_sums = tl.load(pointers + 4 * B, mask=in_row, other=0.0)
     peak = tl.max(peaks, axis=0)
     frozen_peak = tl.max(frozen_peaks, axis=0)
-    weights = (sums * tl.exp2((peaks - floor(peak)) * scale)).to(tl.float64)
-    frozen_weights = (frozen_sums * tl.exp2((frozen_peaks - floor(frozen_peak)) * scale)).to(
-        tl.float64
-    )
-    cdf = tl.cumsum(weights, axis=0)
+    weights = (sums * tl.exp2((peaks - finite_peak(peak)) * scale)).to(tl.float64)
+    frozen_rescale = tl.exp2((frozen_peaks - finite_peak(frozen_peak)) * scale)
+    frozen_weights = (frozen_sums * frozen_rescale).to(tl.float64)
+    cumulative = tl.cumsum(weights, axis=0)
     total = tl.sum(weights, axis=0)
     target = uniform * total
-    hottest = tl.min(tl.where((peaks == peak) & inside, places, TILES - 1), axis=0)
-    tile = tl.where(greedy, hottest, reach(cdf, weights, target, places))
-    tile = tl.minimum(tile, T - 1)
-    before = tl.sum(tl.where(places == tile, cdf - weights, 0.0), axis=0)
-    largest = tl.load(statistics + (tile.to(tl.int64) * STATISTICS + 2) * B + row).to(tl.int32)
+    peak_tile = tl.min(tl.where((peaks == peak) & in_row, tiles, TILES - 1), axis=0)
+    drawn_tile = first_above(cumulative, weights, target, tiles)
+    tile = tl.minimum(tl.where(greedy, peak_tile, drawn_tile), T - 1)
+    preceding = tl.sum(tl.where(tiles == tile, cumulative - weights, 0.0), axis=0)
+    largest_pointer = statistics + (tile.to(tl.int64) * STATISTICS + 2) * B + row
+    largest = tl.load(largest_pointer).to(tl.int32)
+    frozen_total = tl.sum(frozen_weights, axis=0).to(tl.float32)
     return (
         tile,
-        target - before,
+        target - preceding,
         largest,
         peak,
         total.to(tl.float32),
         frozen_peak,
-        tl.sum(frozen_weights, axis=0).to(tl.float32),
+        frozen_total,
     )
 
 
 @triton.jit
-def draw(
+def draw_token(
     x,
     frozen,
     tokens,
-    residual,
+    target,
     largest,
     greedy,
     scale,
@@ -115,21 +134,25 @@ def draw(
     row,
     B,
 ):
-    """The token within its tile, and what is reported of it. `out`: token [B] int64 comes apart; lse, logprob, frozen [3, B]."""
-    weights = tl.exp2((x - floor(peak)) * scale)
-    drawn = reach(tl.cumsum(weights.to(tl.float64), axis=0), weights, residual, tokens)
+    """Draw the token in its tile and store the row's numbers.
+
+    `x` and `frozen` are the steered and the frozen logits of the tile. `out` is [3, B]: logsumexp,
+    logprob, frozen logprob. Returns the token as int64, or -1 for a row without a finite logit.
+    """
+    weights = tl.exp2((x - finite_peak(peak)) * scale)
+    drawn = first_above(tl.cumsum(weights.to(tl.float64), axis=0), weights, target, tokens)
     token = tl.where(greedy, largest, drawn)
     logit = tl.where(greedy, peak, tl.sum(tl.where(tokens == token, x, 0.0), axis=0))
     frozen_logit = tl.sum(tl.where(tokens == token, frozen, 0.0), axis=0)
-    found = peak > float("-inf")
-    natural = scale / LOG2_E
-    log_total = tl.log(tl.where(found, total, 1.0))
-    tl.store(out + row, tl.where(found, peak * natural + log_total, float("-inf")))
-    tl.store(
-        out + B + row, tl.where(found, (logit - floor(peak)) * natural - log_total, float("-inf"))
-    )
-    frozen_logprob = (frozen_logit - floor(frozen_peak)) * natural - tl.log(
-        tl.where(found, frozen_total, 1.0)
-    )
-    tl.store(out + 2 * B + row, tl.where(found, frozen_logprob, float("-inf")))
-    return tl.where(found, token, -1).to(tl.int64)
+    has_token = peak > float("-inf")
+    inverse_temperature = scale / LOG2_E
+    log_total = tl.log(tl.where(has_token, total, 1.0))
+    frozen_log_total = tl.log(tl.where(has_token, frozen_total, 1.0))
+    logsumexp = peak * inverse_temperature + log_total
+    logprob = (logit - finite_peak(peak)) * inverse_temperature - log_total
+    frozen_logprob = (frozen_logit - finite_peak(frozen_peak)) * inverse_temperature
+    frozen_logprob -= frozen_log_total
+    tl.store(out + row, tl.where(has_token, logsumexp, float("-inf")))
+    tl.store(out + B + row, tl.where(has_token, logprob, float("-inf")))
+    tl.store(out + 2 * B + row, tl.where(has_token, frozen_logprob, float("-inf")))
+    return tl.where(has_token, token, -1).to(tl.int64)

@@ -1,4 +1,8 @@
-"""Value reweighting in Triton: tile statistics in one read of the logits, then one small program per row that draws the token."""
+"""Value reweighting in Triton: checks of memory layout, and the launches of the kernels.
+
+Sampling takes two kernels. The first reads the logits once and writes statistics per row and tile.
+The second has one small program per row, which merges them and draws the token.
+"""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -16,13 +20,30 @@ from infer_align_kernels.value_reweight import head as head_kernels
 from infer_align_kernels.value_reweight.sampling import STATISTICS
 from infer_align_kernels.value_reweight.types import CandidateValues, HeadValues, Sampled, Tail
 
-# The interpreter multiplies the bits of bfloat16: there everything is widened first.
+# The interpreter multiplies the bits of bfloat16, so numbers are widened to float32 there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Upper bound of the ranks that `candidate_values` loads at once.
+MAX_GATHER_RANK = 256
+# tl.dot needs at least this many columns.
+MIN_DOT_RANK = 16
+
+# Arguments of a kernel launch by name.
+Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How a kernel is cut. The same for every batch size: a row's sums must not depend on its neighbours."""
+    """The tile sizes of a kernel and its compiler options.
+
+    They do not depend on the batch size, so that a row's sums do not depend on the other rows.
+
+    Attributes:
+        tokens: tokens per tile.
+        rows: rows, or candidate slots, per program.
+        rank: ranks per step of a product.
+        num_warps: warps per program.
+        num_stages: stages of the software pipeline.
+    """
 
     tokens: int
     rows: int = 1
@@ -49,126 +70,103 @@ def value_reweight(
     bitmask: torch.Tensor | None,
     workspace: torch.Tensor | None,
 ) -> Sampled:
-    """See `infer_align_kernels.value_reweight`."""
+    """Steer the logits and sample a token; see `infer_align_kernels.value_reweight`."""
     rows, vocabulary = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     out = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
     if rows == 0:
         return Sampled(token, *out)
     _check_strides(logits, bitmask)
-    size = workspace_size(rows, vocabulary)
     if workspace is None:
-        workspace = torch.empty(size, dtype=torch.float32, device=logits.device)
-    elif workspace.numel() < size:
+        workspace = allocate_workspace(rows, vocabulary, logits.device)
+    elif workspace.numel() < workspace_size(rows, vocabulary):
+        size = workspace_size(rows, vocabulary)
         raise ValueError(
-            f"workspace: {workspace.numel()} numbers; must be {size} for {rows} rows of {vocabulary} tokens."
+            f"workspace: {workspace.numel()} numbers are too few for {rows} rows of {vocabulary} "
+            f"tokens; must be {size}. Use allocate_workspace."
         )
-    frozen = (logits, logits if bitmask is None else bitmask)
-    strides = {
+    common: Arguments = {
+        "logits": logits,
+        # Any pointer will do without a bitmask: the kernels do not read it.
+        "bitmask": logits if bitmask is None else bitmask,
+        "beta": beta.contiguous(),
+        "temperature": temperature.contiguous(),
+        "statistics": workspace,
+        "B": rows,
+        "V": vocabulary,
         "row_stride": logits.stride(0),
         "mask_stride": 0 if bitmask is None else bitmask.stride(0),
+        "HAS_BITMASK": bitmask is not None,
     }
-    flags = {"HAS_BITMASK": bitmask is not None}
-    rest = (beta.contiguous(), temperature.contiguous())
-    drawn = (
-        seed.to(torch.int64).contiguous(),
-        step.to(torch.int32).contiguous(),
-        workspace,
-        token,
-        out,
-    )
+    draw: Arguments = {
+        "seed": seed.to(torch.int64).contiguous(),
+        "step": step.to(torch.int32).contiguous(),
+        "token_out": token,
+        "out": out,
+    }
     if isinstance(values, HeadValues):
-        _sample_head(frozen, values, rest, drawn, strides, flags)
+        _sample_head(values, common, draw)
     else:
-        _sample_candidates(frozen, values, rest, drawn, strides, flags)
+        _sample_candidates(values, common, draw)
     return Sampled(token, *out)
 
 
-def _sample_head(
-    frozen: Any,
-    head: HeadValues,
-    rest: Any,
-    drawn: Any,
-    strides: dict[str, int],
-    flags: dict[str, bool],
-) -> None:
-    rows, vocabulary = frozen[0].shape
+def _sample_head(head: HeadValues, common: Arguments, draw: Arguments) -> None:
+    rows, vocabulary = common["B"], common["V"]
     count, _, rank = head.weight.shape
     tiles = head_tiles(head.weight.dtype)
-    weight, hidden = head.weight.contiguous(), head.hidden.contiguous()
-    given = (
-        *frozen,
-        hidden,
-        weight,
-        weight if head.bias is None else head.bias.contiguous(),
-        *rest,
-    )
-    sizes = {"B": rows, "V": vocabulary, "M": count, **strides}
-    shape = {
+    tile_count = triton.cdiv(vocabulary, tiles.tokens)
+    weight = head.weight.contiguous()
+    arguments: Arguments = {
+        **common,
+        "hidden": head.hidden.contiguous(),
+        "weight": weight,
+        "bias": weight if head.bias is None else head.bias.contiguous(),
+        "M": count,
         "TOKENS": tiles.tokens,
         "R": rank,
-        "RANK": min(tiles.rank, max(16, triton.next_power_of_2(rank))),
+        "RANK": min(tiles.rank, max(MIN_DOT_RANK, triton.next_power_of_2(rank))),
         "HAS_BIAS": head.bias is not None,
     }
-    steps = triton.cdiv(vocabulary, tiles.tokens)
-    head_kernels.value_reweight_head_tile_kernel[triton.cdiv(rows, tiles.rows), steps](
-        *given,
-        drawn[2],
-        **sizes,
-        **shape,
-        **flags,
+    head_kernels.value_reweight_head_tile_kernel[triton.cdiv(rows, tiles.rows), tile_count](
+        **arguments,
         ROWS=tiles.rows,
         UPCAST=INTERPRETED,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
     head_kernels.value_reweight_head_pick_kernel[(rows,)](
-        *given,
-        *drawn,
-        **sizes,
-        **shape,
-        **flags,
-        T=steps,
-        TILES=triton.next_power_of_2(steps),
+        **arguments,
+        **draw,
+        T=tile_count,
+        TILES=triton.next_power_of_2(tile_count),
         num_warps=PICK.num_warps,
     )
 
 
-def _sample_candidates(
-    frozen: Any,
-    candidates: CandidateValues,
-    rest: Any,
-    drawn: Any,
-    strides: dict[str, int],
-    flags: dict[str, bool],
-) -> None:
-    logits = frozen[0]
-    rows, vocabulary = logits.shape
+def _sample_candidates(candidates: CandidateValues, common: Arguments, draw: Arguments) -> None:
+    logits, rows, vocabulary = common["logits"], common["B"], common["V"]
     ids = candidates.token_ids.contiguous()
     shifts = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
-    _shift(logits, ids, candidates.values, rest[0], shifts, logits, scatter=False)
-    tail, masked = _tail(candidates.tail, logits)
-    given = (*frozen, ids, shifts, rest[0], masked, rest[1])
-    sizes = {
-        "B": rows,
-        "V": vocabulary,
+    _compute_shifts(logits, ids, candidates.values, common["beta"], shifts, logits, scatter=False)
+    tile_count = triton.cdiv(vocabulary, CANDIDATES.tokens)
+    arguments: Arguments = {
+        **common,
+        "ids": ids,
+        "shifts": shifts,
+        **_tail_arguments(candidates.tail, logits),
         "M": candidates.values.shape[0],
         "K": ids.shape[1],
-        **strides,
+        "TOKENS": CANDIDATES.tokens,
     }
-    shape = {"TOKENS": CANDIDATES.tokens, "TAIL": tail}
-    steps = triton.cdiv(vocabulary, CANDIDATES.tokens)
-    candidate_kernels.value_reweight_candidates_tile_kernel[steps, rows](
-        *given, drawn[2], **sizes, **shape, **flags, num_warps=CANDIDATES.num_warps
+    candidate_kernels.value_reweight_candidates_tile_kernel[tile_count, rows](
+        **arguments, num_warps=CANDIDATES.num_warps
     )
     candidate_kernels.value_reweight_candidates_pick_kernel[(rows,)](
-        *given,
-        *drawn,
-        **sizes,
-        **shape,
-        **flags,
-        T=steps,
-        TILES=triton.next_power_of_2(steps),
+        **arguments,
+        **draw,
+        T=tile_count,
+        TILES=triton.next_power_of_2(tile_count),
         num_warps=CANDIDATES.num_warps,
     )
 
@@ -181,7 +179,10 @@ def reweight_logits(
     tail: Tail | torch.Tensor,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See `infer_align_kernels.reweight_logits`: k numbers per row in place with the tail kept, else one pass over [B, V]."""
+    """Add the shifts of the candidates; see `infer_align_kernels.reweight_logits`.
+
+    In place with the tail kept, k numbers per row are written; otherwise [B, V] is written once.
+    """
     rows, vocabulary = logits.shape
     _check_strides(logits, None)
     if out is None:
@@ -189,80 +190,83 @@ def reweight_logits(
     _check_strides(out, None)
     if rows == 0:
         return out
-    ids, beta = token_ids.contiguous(), beta.contiguous()
+    ids = token_ids.contiguous()
+    beta = beta.contiguous()
     shifts = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
-    in_place = isinstance(tail, str) and tail == "keep" and out.data_ptr() == logits.data_ptr()
-    _shift(logits, ids, values, beta, shifts, out, scatter=in_place)
-    if not in_place:
-        kind, masked = _tail(tail, logits)
-        candidate_kernels.value_reweight_apply_kernel[
-            triton.cdiv(vocabulary, CANDIDATES.tokens), rows
-        ](
-            logits,
-            ids,
-            shifts,
-            beta,
-            masked,
-            out,
-            vocabulary,
-            values.shape[0],
-            ids.shape[1],
-            logits.stride(0),
-            out.stride(0),
-            TOKENS=CANDIDATES.tokens,
-            TAIL=kind,
-            num_warps=CANDIDATES.num_warps,
-        )
+    keeps_tail = isinstance(tail, str) and tail == "keep"
+    in_place = keeps_tail and out.data_ptr() == logits.data_ptr()
+    _compute_shifts(logits, ids, values, beta, shifts, out, scatter=in_place)
+    if in_place:
+        return out
+    tile_count = triton.cdiv(vocabulary, CANDIDATES.tokens)
+    candidate_kernels.value_reweight_apply_kernel[tile_count, rows](
+        logits=logits,
+        ids=ids,
+        shifts=shifts,
+        beta=beta,
+        out=out,
+        V=vocabulary,
+        M=values.shape[0],
+        K=ids.shape[1],
+        row_stride=logits.stride(0),
+        out_stride=out.stride(0),
+        TOKENS=CANDIDATES.tokens,
+        **_tail_arguments(tail, logits),
+        num_warps=CANDIDATES.num_warps,
+    )
     return out
 
 
 def candidate_values(
     token_ids: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """See `infer_align_kernels.candidate_values`."""
+    """Compute a head's values of the candidates; see `infer_align_kernels.candidate_values`."""
     rows, k = token_ids.shape
     count, vocabulary, rank = weight.shape
     out = torch.empty((count, rows, k), dtype=torch.float32, device=hidden.device)
-    if out.numel():
-        weight = weight.contiguous()
-        candidate_kernels.value_reweight_candidate_values_kernel[
-            triton.cdiv(k, GATHER.rows), rows, count
-        ](
-            token_ids.contiguous(),
-            hidden.contiguous(),
-            weight,
-            weight if bias is None else bias.contiguous(),
-            out,
-            rows,
-            vocabulary,
-            count,
-            k,
-            SLOTS=GATHER.rows,
-            R=rank,
-            RANK=min(256, triton.next_power_of_2(rank)),
-            HAS_BIAS=bias is not None,
-            num_warps=GATHER.num_warps,
-        )
+    if not out.numel():
+        return out
+    weight = weight.contiguous()
+    grid = (triton.cdiv(k, GATHER.rows), rows, count)
+    candidate_kernels.value_reweight_candidate_values_kernel[grid](
+        ids=token_ids.contiguous(),
+        hidden=hidden.contiguous(),
+        weight=weight,
+        bias=weight if bias is None else bias.contiguous(),
+        out=out,
+        B=rows,
+        V=vocabulary,
+        M=count,
+        K=k,
+        SLOTS=GATHER.rows,
+        R=rank,
+        RANK=min(MAX_GATHER_RANK, triton.next_power_of_2(rank)),
+        HAS_BIAS=bias is not None,
+        num_warps=GATHER.num_warps,
+    )
     return out
 
 
 def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -> torch.Tensor:
-    """See `infer_align_kernels.allocate_workspace`."""
+    """Allocate a workspace; see `infer_align_kernels.allocate_workspace`."""
     return torch.empty(workspace_size(rows, vocabulary), dtype=torch.float32, device=device)
 
 
 def workspace_size(rows: int, vocabulary: int) -> int:
-    """Numbers that the finest tiles need."""
+    """Return the number of float32 numbers that the statistics of the smallest tiles need."""
     tokens = min(HEAD.tokens, HEAD_FLOAT32.tokens, CANDIDATES.tokens)
     return int(triton.cdiv(vocabulary, tokens) * STATISTICS.value * rows)
 
 
 def head_tiles(dtype: torch.dtype) -> Tiles:
-    """The tiles for a head of this type; float32 multiplies without tensor cores, in full precision."""
+    """Return the tiles for a head of this dtype.
+
+    Float32 is multiplied in full precision, without tensor cores.
+    """
     return HEAD_FLOAT32 if dtype == torch.float32 else HEAD
 
 
-def _shift(
+def _compute_shifts(
     logits: torch.Tensor,
     ids: torch.Tensor,
     values: torch.Tensor,
@@ -272,34 +276,41 @@ def _shift(
     *,
     scatter: bool,
 ) -> None:
+    """Write the shifts of the candidates to `shifts`, or with `scatter` their logits to `out`."""
     rows, k = ids.shape
     candidate_kernels.value_reweight_shift_kernel[(rows,)](
-        logits,
-        ids,
-        values.contiguous(),
-        beta,
-        shifts,
-        out,
-        rows,
-        values.shape[0],
-        k,
-        logits.stride(0),
-        out.stride(0),
+        logits=logits,
+        ids=ids,
+        values=values.contiguous(),
+        beta=beta,
+        shifts=shifts,
+        out=out,
+        B=rows,
+        M=values.shape[0],
+        K=k,
+        row_stride=logits.stride(0),
+        out_stride=out.stride(0),
         SLOTS=triton.next_power_of_2(k),
         SCATTER=scatter,
         num_warps=SHIFT.num_warps,
     )
 
 
-def _tail(tail: Tail | torch.Tensor, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """The kernels' word for the tail, and the rows' own flags; any tensor where there are none."""
+def _tail_arguments(tail: Tail | torch.Tensor, logits: torch.Tensor) -> Arguments:
+    """Return the kernels' arguments for the tail.
+
+    Without a flag per row, `masked` is not read, so any pointer will do.
+    """
     if isinstance(tail, torch.Tensor):
-        return candidate_kernels.PER_ROW.value, tail.contiguous().view(torch.uint8)
-    return (candidate_kernels.MASK if tail == "mask" else candidate_kernels.KEEP).value, logits
+        flags = tail.contiguous().view(torch.uint8)
+        return {"TAIL": candidate_kernels.PER_ROW.value, "masked": flags}
+    constant = candidate_kernels.MASK if tail == "mask" else candidate_kernels.KEEP
+    return {"TAIL": constant.value, "masked": logits}
 
 
 def _check_strides(tensor: torch.Tensor, bitmask: torch.Tensor | None) -> None:
     if tensor.stride(1) != 1 or (bitmask is not None and bitmask.stride(1) != 1):
         raise ValueError(
-            "logits, out, bitmask: tokens lie apart in memory; their last dimension must be contiguous."
+            "logits, out, bitmask: the tokens of a row are not contiguous in memory; call "
+            ".contiguous() on the tensor."
         )

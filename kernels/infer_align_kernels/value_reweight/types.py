@@ -1,4 +1,7 @@
-"""What goes into value reweighting and what comes out. B rows, V vocabulary, M values, k candidates, r rank."""
+"""Inputs and outputs of value reweighting.
+
+Shapes: B rows, V vocabulary, M values, k candidates, r rank.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +15,50 @@ Tail = Literal["keep", "mask"]
 
 @dataclass(frozen=True, slots=True)
 class HeadValues:
-    """A low-rank value head: every token has a value, `hidden[b, m] . weight[m, token] + bias[m, token]`.
+    """A low-rank value head: Q(b, m, token) = hidden[b, m] . weight[m, token] + bias[m, token].
 
-    No centring: a constant added to all values of a row cancels in the softmax.
+    The values are not centred: a constant added to all values of a row cancels in the softmax.
+
+    Attributes:
+        hidden: [B, M, r].
+        weight: [M, V, r].
+        bias: [M, V], or None.
     """
 
-    hidden: torch.Tensor  # [B, M, r]
-    weight: torch.Tensor  # [M, V, r]
-    bias: torch.Tensor | None = None  # [M, V]
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateValues:
-    """Values of k candidates a row; the other tokens keep their logits, or are dropped.
+    """Values of k candidate tokens per row.
 
-    A row with fewer candidates fills its last slots with token id -1. A row's ids differ from each other.
+    Attributes:
+        token_ids: [B, k] int64, different in each row. A row with fewer candidates holds -1 in its
+            last slots.
+        values: [M, B, k].
+        tail: "keep" leaves the logits of all other tokens, "mask" sets them to -inf. A [B] bool
+            tensor masks the tail of the rows that are True.
     """
 
-    token_ids: torch.Tensor  # [B, k] int64
-    values: torch.Tensor  # [M, B, k]
-    tail: Tail | torch.Tensor = "keep"  # or [B] bool, True where the other tokens are dropped
+    token_ids: torch.Tensor
+    values: torch.Tensor
+    tail: Tail | torch.Tensor = "keep"
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One token per row, [B] each; a row in which no token has a finite logit gives token -1 and -inf."""
+    """One sampled token per row. A row without a finite logit has token -1 and -inf elsewhere.
 
-    token: torch.Tensor  # int64
-    logsumexp: torch.Tensor  # of the steered logits over temperature, float32
-    logprob: torch.Tensor  # of the token, as it was sampled: steered, temperature applied
-    frozen_logprob: (
-        torch.Tensor
-    )  # the same with beta 0: what the frozen model would have given the token
+    Attributes:
+        token: [B] int64.
+        logsumexp: [B] float32, of the steered logits divided by the temperature.
+        logprob: [B] float32, of the token under the distribution that it was sampled from.
+        frozen_logprob: [B] float32, of the token at beta 0 and the same temperature.
+    """
+
+    token: torch.Tensor
+    logsumexp: torch.Tensor
+    logprob: torch.Tensor
+    frozen_logprob: torch.Tensor
