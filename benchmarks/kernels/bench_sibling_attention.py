@@ -1,4 +1,4 @@
-"""Sibling attention against PyTorch's own: one masked call, and the prefix copied per candidate; and against its floor.
+"""Measure sibling attention against two ways to do it with PyTorch's own attention.
 
 python benchmarks/kernels/bench_sibling_attention.py
 """
@@ -10,24 +10,32 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels.measure import CUDA, DEVICE, bandwidth, gate, row
+from benchmarks.kernels.measure import (
+    CUDA,
+    DEVICE,
+    DTYPE,
+    SEED,
+    copy_bandwidth,
+    measure_row,
+    require_passing_tests,
+    setup,
+)
 from benchmarks.record import record
 from infer_align_kernels import sibling_attention
 
-DTYPE = torch.bfloat16 if CUDA else torch.float32
 # B, H, Hkv, k, T, D
-SHAPES = (
-    [(8, 32, 8, 20, 1024, 128), (32, 32, 8, 20, 1024, 128), (64, 32, 4, 64, 2048, 64)]
-    if CUDA
-    else [
-        (16, 4, 2, 20, 64, 16),
-        (32, 4, 4, 20, 128, 32),
-        (32, 8, 2, 20, 256, 64),
-        (32, 4, 2, 5, 128, 32),
-    ]
-)
+CUDA_SHAPES = [
+    (8, 32, 8, 20, 1024, 128),
+    (32, 32, 8, 20, 1024, 128),
+    (64, 32, 4, 64, 2048, 64),
+]
+CPU_SHAPES = [
+    (16, 4, 2, 20, 64, 16),
+    (32, 4, 4, 20, 128, 32),
+    (32, 8, 2, 20, 256, 64),
+    (32, 4, 2, 5, 128, 32),
+]
 TOLERANCE = 2e-2 if CUDA else 1e-5
-SEED = 0
 
 
 def masked(
@@ -38,18 +46,19 @@ def masked(
     own_values: torch.Tensor,
     lengths: torch.Tensor,
 ) -> torch.Tensor:
-    """One call over prefix and siblings, a mask that lets each see its prefix and itself."""
+    """Call attention once over prefix and siblings; a mask shows each its prefix and itself."""
     rows, heads, siblings, _ = query.shape
     columns = keys.shape[2]
     mask = torch.full(
         (rows, 1, siblings, columns + siblings), -torch.inf, dtype=query.dtype, device=query.device
     )
-    used = torch.arange(columns, device=query.device) >= (columns - lengths)[:, None]
-    mask[..., :columns].masked_fill_(used[:, None, None], 0)
+    is_prefix = torch.arange(columns, device=query.device) >= (columns - lengths)[:, None]
+    mask[..., :columns].masked_fill_(is_prefix[:, None, None], 0)
     mask[..., columns:].diagonal(dim1=-2, dim2=-1).zero_()
-    joined = torch.cat([keys, own_keys], dim=2), torch.cat([values, own_values], dim=2)
+    all_keys = torch.cat([keys, own_keys], dim=2)
+    all_values = torch.cat([values, own_values], dim=2)
     return F.scaled_dot_product_attention(
-        query, *joined, attn_mask=mask, enable_gqa=heads != keys.shape[1]
+        query, all_keys, all_values, attn_mask=mask, enable_gqa=heads != keys.shape[1]
     )
 
 
@@ -61,79 +70,83 @@ def copied(
     own_values: torch.Tensor,
     lengths: torch.Tensor,
 ) -> torch.Tensor:
-    """The prefix once per sibling: k rows where there was one."""
+    """Copy the prefix once per sibling, so that each sibling is a row of its own."""
     rows, heads, siblings, dim = query.shape
-    columns = keys.shape[2]
-    used = torch.arange(columns + 1, device=query.device) >= (columns - lengths)[:, None]
-    own = [
-        t.transpose(1, 2).reshape(rows * siblings, keys.shape[1], 1, dim)
-        for t in (own_keys, own_values)
-    ]
-    joined = [
-        torch.cat([t.repeat_interleave(siblings, 0), mine], dim=2)
-        for t, mine in zip((keys, values), own, strict=True)
-    ]
-    flat = query.transpose(1, 2).reshape(rows * siblings, heads, 1, dim)
-    mask = used.repeat_interleave(siblings, 0)[:, None, None]
+    kv_heads, columns = keys.shape[1:3]
+
+    def with_prefix(prefix: torch.Tensor, sibling: torch.Tensor) -> torch.Tensor:
+        sibling_rows = sibling.transpose(1, 2).reshape(rows * siblings, kv_heads, 1, dim)
+        return torch.cat([prefix.repeat_interleave(siblings, 0), sibling_rows], dim=2)
+
+    # The last column is the sibling itself.
+    is_used = torch.arange(columns + 1, device=query.device) >= (columns - lengths)[:, None]
     out = F.scaled_dot_product_attention(
-        flat, *joined, attn_mask=mask, enable_gqa=heads != keys.shape[1]
+        query.transpose(1, 2).reshape(rows * siblings, heads, 1, dim),
+        with_prefix(keys, own_keys),
+        with_prefix(values, own_values),
+        attn_mask=is_used.repeat_interleave(siblings, 0)[:, None, None],
+        enable_gqa=heads != kv_heads,
     )
     return out.view(rows, siblings, heads, dim).transpose(1, 2)
 
 
-def measured(shape: tuple[int, ...], copy: float) -> dict[str, Any]:
+def random_inputs(shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    """Make inputs with the memory layout of an engine; at least half of each prefix is used."""
     rows, heads, kv_heads, siblings, columns, dim = shape
-    g = torch.Generator(DEVICE).manual_seed(SEED)
+    generator = torch.Generator(DEVICE).manual_seed(SEED)
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=g, device=DEVICE).to(DTYPE)
+        return torch.randn(*size, generator=generator, device=DEVICE).to(DTYPE)
 
     query = random(rows, siblings, heads, dim).transpose(1, 2)
     keys, values = random(2, rows, kv_heads, columns, dim)
     own_keys, own_values = random(2, rows, siblings, kv_heads, dim).transpose(2, 3)
-    lengths = torch.randint(columns // 2, columns + 1, (rows,), generator=g, device=DEVICE)
-    given = (query, keys, values, own_keys, own_values, lengths)
-    got = sibling_attention(*given).float()
-    for other in (masked, copied):
-        worst = float((got - other(*given).float()).abs().max())
-        if not worst < TOLERANCE:
+    lengths = torch.randint(columns // 2, columns + 1, (rows,), generator=generator, device=DEVICE)
+    return query, keys, values, own_keys, own_values, lengths
+
+
+def check_agreement(inputs: tuple[torch.Tensor, ...]) -> None:
+    """Exit if the op and the baselines disagree on this device."""
+    result = sibling_attention(*inputs).float()
+    for baseline in (masked, copied):
+        error = float((result - baseline(*inputs).float()).abs().max())
+        if not error < TOLERANCE:
             raise SystemExit(
-                f"sibling_attention: off by {worst} from {other.__name__}; nothing is measured."
+                f"sibling_attention: differs from {baseline.__name__} by {error}; must be below "
+                f"{TOLERANCE}. Nothing is measured."
             )
+
+
+def measure_shape(shape: tuple[int, ...], bandwidth: float) -> dict[str, Any]:
+    """Measure one shape and return its row."""
+    inputs = random_inputs(shape)
+    check_agreement(inputs)
     variants = {
-        "ours": lambda: sibling_attention(*given),
-        "masked": lambda: masked(*given),
-        "copied": lambda: copied(*given),
+        "ours": lambda: sibling_attention(*inputs),
+        "masked": lambda: masked(*inputs),
+        "copied": lambda: copied(*inputs),
     }
     if CUDA:
         compiled = torch.compile(masked)
-        variants["compile"] = lambda: compiled(*given)
-    moved = (
-        2 * int(lengths.sum()) * kv_heads * dim + 2 * query.numel() + 2 * own_keys.numel()
-    ) * query.element_size()
-    return row(
-        dict(zip(("B", "H", "Hkv", "k", "T", "D"), shape, strict=True)), variants, moved, copy
-    )
+        variants["compile"] = lambda: compiled(*inputs)
+    query, keys, _, own_keys, _, lengths = inputs
+    _, kv_heads, _, dim = keys.shape
+    prefix_numbers = 2 * int(lengths.sum()) * kv_heads * dim
+    moved_numbers = prefix_numbers + 2 * query.numel() + 2 * own_keys.numel()
+    sizes = dict(zip(("B", "H", "Hkv", "k", "T", "D"), shape, strict=True))
+    return measure_row(sizes, variants, moved_numbers * query.element_size(), bandwidth)
 
 
 if __name__ == "__main__":
-    gate("sibling_attention")
-    copy = bandwidth()
-    rows = [measured(shape, copy) for shape in SHAPES]
-    setup = {
-        "device": torch.cuda.get_device_name()
-        if CUDA
-        else "one CPU thread, the torch reference; no CUDA here",
-        "dtype": str(DTYPE),
-        "copy_bytes_per_s": round(copy),
-    }
-    baseline = "masked: one scaled_dot_product_attention over prefix and siblings; copied: the prefix once per sibling"
-    print(
-        record(
-            f"kernels_sibling_attention_{DEVICE.type}",
-            baseline=baseline,
-            seed=SEED,
-            rows=rows,
-            setup=setup,
-        )
+    require_passing_tests("sibling_attention")
+    bandwidth = copy_bandwidth()
+    shapes = CUDA_SHAPES if CUDA else CPU_SHAPES
+    path = record(
+        f"kernels_sibling_attention_{DEVICE.type}",
+        baseline="masked: one scaled_dot_product_attention over prefix and siblings; "
+        "copied: the prefix once per sibling",
+        seed=SEED,
+        rows=[measure_shape(shape, bandwidth) for shape in shapes],
+        setup=setup(bandwidth),
     )
+    print(path)

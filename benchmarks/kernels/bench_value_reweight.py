@@ -1,15 +1,25 @@
-"""Value reweighting against eager torch and torch.compile, and against its floor.
+"""Measure value reweighting against eager torch and torch.compile.
 
 python benchmarks/kernels/bench_value_reweight.py
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from benchmarks.kernels.measure import CUDA, DEVICE, bandwidth, gate, row
+from benchmarks.kernels.measure import (
+    CUDA,
+    DEVICE,
+    DTYPE,
+    SEED,
+    copy_bandwidth,
+    measure_row,
+    require_passing_tests,
+    setup,
+)
 from benchmarks.record import record
 from infer_align_kernels import (
     CandidateValues,
@@ -22,29 +32,22 @@ from infer_align_kernels import (
 )
 
 RANK = 128
-SHAPES = (
-    [(8, 128256), (32, 128256), (256, 128256), (512, 128256)]
-    if CUDA
-    else [(1, 32000), (8, 32000), (8, 128256), (32, 128256)]
-)
-K = (20, 64)
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-SEED = 0
+# B, V
+CUDA_SHAPES = [(8, 128256), (32, 128256), (256, 128256), (512, 128256)]
+CPU_SHAPES = [(1, 32000), (8, 32000), (8, 128256), (32, 128256)]
+CANDIDATES = (20, 64)
+TEMPERATURE = 0.8
+TOLERANCE = 1e-3
+
+Variants = dict[str, Callable[[], Any]]
 
 
 def eager_head(
     logits: torch.Tensor, head: HeadValues, beta: torch.Tensor, temperature: torch.Tensor
-) -> Any:
-    """What one writes without a kernel; one value."""
+) -> tuple[torch.Tensor, ...]:
+    """Steer by a head with one value and sample, as written without a kernel."""
     q = head.hidden[:, 0] @ head.weight[0].T
-    scores = (logits.float() + beta * q.float()) / temperature[:, None]
-    logprobs = torch.log_softmax(scores, dim=-1)
-    token = torch.multinomial(logprobs.exp(), 1)
-    return (
-        token,
-        logprobs.gather(1, token),
-        torch.log_softmax(logits.float() / temperature[:, None], dim=-1).gather(1, token),
-    )
+    return eager_sample(logits, logits.float() + beta * q.float(), temperature)
 
 
 def eager_candidates(
@@ -53,121 +56,138 @@ def eager_candidates(
     values: torch.Tensor,
     beta: torch.Tensor,
     temperature: torch.Tensor,
-) -> Any:
-    """The same for k candidates, the tail kept."""
+) -> tuple[torch.Tensor, ...]:
+    """Steer by the values of k candidates with the tail kept, and sample."""
     shift = beta * (values[0] - values[0].mean(dim=1, keepdim=True))
-    scores = logits.float().scatter_add(1, ids, shift) / temperature[:, None]
-    logprobs = torch.log_softmax(scores, dim=-1)
+    return eager_sample(logits, logits.float().scatter_add(1, ids, shift), temperature)
+
+
+def eager_sample(
+    logits: torch.Tensor, steered: torch.Tensor, temperature: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Sample a token per row. -> the token, its logprob, and its logprob under the frozen model."""
+    logprobs = torch.log_softmax(steered / temperature[:, None], dim=-1)
     token = torch.multinomial(logprobs.exp(), 1)
-    return (
-        token,
-        logprobs.gather(1, token),
-        torch.log_softmax(logits.float() / temperature[:, None], dim=-1).gather(1, token),
-    )
+    frozen_logprobs = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
+    return token, logprobs.gather(1, token), frozen_logprobs.gather(1, token)
 
 
-def agrees(
-    logits: torch.Tensor,
-    values: HeadValues | CandidateValues,
-    expected: torch.Tensor,
-    common: dict[str, Any],
-) -> None:
-    """Refuse to measure where this device's result is not float64's. `expected`: scores over temperature, [B, V]."""
-    got = value_reweight(logits, values, **common)
-    logprob = torch.log_softmax(expected, dim=1).gather(1, got.token[:, None])[:, 0]
-    worst = float((logprob - got.logprob).abs().max())
-    if not worst < 1e-3:
-        raise SystemExit(f"value_reweight: logprob off by {worst}; nothing is measured.")
+class Problem:
+    """Random logits, a head with one value, and the sampling arguments of a batch."""
+
+    def __init__(self, rows: int, vocabulary: int) -> None:
+        generator = torch.Generator(DEVICE).manual_seed(SEED)
+
+        def random(*size: int) -> torch.Tensor:
+            return torch.randn(*size, generator=generator, device=DEVICE)
+
+        self.rows = rows
+        self.vocabulary = vocabulary
+        self.logits = (random(rows, vocabulary) * 3).to(DTYPE)
+        hidden = random(rows, 1, RANK).to(DTYPE)
+        weight = (random(1, vocabulary, RANK) * RANK**-0.5).to(DTYPE)
+        self.head = HeadValues(hidden, weight)
+        self.beta = torch.ones(rows, 1, device=DEVICE)
+        self.temperature = torch.full((rows,), TEMPERATURE, device=DEVICE)
+        self._seed = torch.arange(rows, device=DEVICE)
+        self._step = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+        self._workspace = allocate_workspace(rows, vocabulary, DEVICE) if CUDA else None
+
+    def sample(self, values: HeadValues | CandidateValues) -> Any:
+        """Call the measured op."""
+        return value_reweight(
+            self.logits,
+            values,
+            self.beta,
+            temperature=self.temperature,
+            seed=self._seed,
+            step=self._step,
+            workspace=self._workspace,
+        )
+
+    def check_agreement(self, values: HeadValues | CandidateValues, expected: torch.Tensor) -> None:
+        """Exit if the op disagrees with the expected steered logits. expected: [B, V] float64."""
+        result = self.sample(values)
+        expected_logprobs = torch.log_softmax(expected / TEMPERATURE, dim=1)
+        expected_logprob = expected_logprobs.gather(1, result.token[:, None])[:, 0]
+        error = float((expected_logprob - result.logprob).abs().max())
+        if not error < TOLERANCE:
+            raise SystemExit(
+                f"value_reweight: a logprob is off by {error}; must be below {TOLERANCE}. "
+                "Nothing is measured."
+            )
 
 
-def measured(rows: int, vocabulary: int, copy: float) -> list[dict[str, Any]]:
-    g = torch.Generator(DEVICE).manual_seed(SEED)
-    logits = (torch.randn(rows, vocabulary, generator=g, device=DEVICE) * 3).to(DTYPE)
-    head = HeadValues(
-        torch.randn(rows, 1, RANK, generator=g, device=DEVICE).to(DTYPE),
-        (torch.randn(1, vocabulary, RANK, generator=g, device=DEVICE) * RANK**-0.5).to(DTYPE),
-    )
-    beta, temperature = torch.ones(rows, 1, device=DEVICE), torch.full((rows,), 0.8, device=DEVICE)
-    seed, step = (
-        torch.arange(rows, device=DEVICE),
-        torch.zeros(rows, dtype=torch.int32, device=DEVICE),
-    )
-    space = allocate_workspace(rows, vocabulary, DEVICE) if CUDA else None
-    common = {
-        "beta": beta,
-        "temperature": temperature,
-        "seed": seed,
-        "step": step,
-        "workspace": space,
-    }
+def measure_head(problem: Problem, bandwidth: float) -> dict[str, Any]:
+    """Measure steering by a head over all tokens."""
+    logits, head = problem.logits, problem.head
+    beta, temperature = problem.beta, problem.temperature
     q = torch.einsum("bmr,mvr->bv", head.hidden.double(), head.weight.double())
-    agrees(logits, head, (logits.double() + q) / 0.8, common)
-    size = logits.element_size()
-    shape = {"op": "head", "B": rows, "V": vocabulary, "M": 1, "r": RANK}
-    variants = {
-        "ours": lambda: value_reweight(logits, head, **common),
+    problem.check_agreement(head, logits.double() + q)
+    variants: Variants = {
+        "ours": lambda: problem.sample(head),
         "eager": lambda: eager_head(logits, head, beta, temperature),
     }
     if CUDA:
         compiled = torch.compile(eager_head)
         variants["compile"] = lambda: compiled(logits, head, beta, temperature)
-    lines = [row(shape, variants, (logits.numel() + head.weight.numel()) * size, copy)]
-    for k in K:
-        ids = top_candidates(logits.float(), k)
-        scored = candidate_values(ids, head.hidden, head.weight)
-        given = CandidateValues(ids, scored)
-        agrees(logits, given, reweight_logits(logits, ids, scored, beta).double() / 0.8, common)
-        work = logits.float()
-        variants = {
-            "ours": lambda given=given: value_reweight(logits, given, **common),
-            "eager": lambda ids=ids, scored=scored: eager_candidates(
-                logits, ids, scored, beta, temperature
-            ),
-            "reweight_in_place": lambda ids=ids, scored=scored, work=work: reweight_logits(
-                work, ids, scored, beta, out=work
-            ),
-            "candidate_values": lambda ids=ids: candidate_values(ids, head.hidden, head.weight),
-            "top_candidates": lambda k=k: top_candidates(logits, k),
-            "topk": lambda k=k: logits.topk(k),
-        }
-        if CUDA:
-            sparse = torch.compile(eager_candidates)
-            variants["compile"] = lambda ids=ids, scored=scored, sparse=sparse: sparse(
-                logits, ids, scored, beta, temperature
-            )
-        lines.append(
-            row(
-                {"op": "candidates", "B": rows, "V": vocabulary, "M": 1, "k": k},
-                variants,
-                logits.numel() * size,
-                copy,
-            )
-        )
+    shape = {"op": "head", "B": problem.rows, "V": problem.vocabulary, "M": 1, "r": RANK}
+    moved_bytes = (logits.numel() + head.weight.numel()) * logits.element_size()
+    return measure_row(shape, variants, moved_bytes, bandwidth)
+
+
+def measure_candidates(problem: Problem, k: int, bandwidth: float) -> dict[str, Any]:
+    """Measure steering by k candidates, and each step of it."""
+    logits, head = problem.logits, problem.head
+    beta, temperature = problem.beta, problem.temperature
+    ids = top_candidates(logits.float(), k)
+    values = candidate_values(ids, head.hidden, head.weight)
+    candidates = CandidateValues(ids, values)
+    problem.check_agreement(candidates, reweight_logits(logits, ids, values, beta).double())
+    work = logits.float()
+    variants: Variants = {
+        "ours": lambda: problem.sample(candidates),
+        "eager": lambda: eager_candidates(logits, ids, values, beta, temperature),
+        "reweight_in_place": lambda: reweight_logits(work, ids, values, beta, out=work),
+        "candidate_values": lambda: candidate_values(ids, head.hidden, head.weight),
+        "top_candidates": lambda: top_candidates(logits, k),
+        "topk": lambda: logits.topk(k),
+    }
+    if CUDA:
+        compiled = torch.compile(eager_candidates)
+        variants["compile"] = lambda: compiled(logits, ids, values, beta, temperature)
+    shape = {"op": "candidates", "B": problem.rows, "V": problem.vocabulary, "M": 1, "k": k}
+    return measure_row(shape, variants, logits.numel() * logits.element_size(), bandwidth)
+
+
+def measure_shape(rows: int, vocabulary: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Measure all forms at one batch size and vocabulary."""
+    problem = Problem(rows, vocabulary)
+    lines = [measure_head(problem, bandwidth)]
+    for k in CANDIDATES:
+        lines.append(measure_candidates(problem, k, bandwidth))
     return lines
 
 
+def main() -> None:
+    """Measure all shapes and write the results."""
+    require_passing_tests("value_reweight")
+    bandwidth = copy_bandwidth()
+    lines = []
+    for rows, vocabulary in CUDA_SHAPES if CUDA else CPU_SHAPES:
+        lines += measure_shape(rows, vocabulary, bandwidth)
+    compiled = "torch.compile is measured on CUDA only"
+    if CUDA:
+        compiled = "compile: the same through torch.compile"
+    path = record(
+        f"kernels_value_reweight_{DEVICE.type}",
+        baseline=f"eager: head GEMM, softmax, multinomial, two logprobs; {compiled}",
+        seed=SEED,
+        rows=lines,
+        setup=setup(bandwidth),
+    )
+    print(path)
+
+
 if __name__ == "__main__":
-    gate("value_reweight")
-    copy = bandwidth()
-    rows = [line for shape in SHAPES for line in measured(*shape, copy)]
-    setup = {
-        "device": torch.cuda.get_device_name()
-        if CUDA
-        else "one CPU thread, the torch reference; no CUDA here",
-        "dtype": str(DTYPE),
-        "copy_bytes_per_s": round(copy),
-    }
-    baseline = "eager: head GEMM, softmax, multinomial, two logprobs" + (
-        "; compile: the same through torch.compile"
-        if CUDA
-        else "; torch.compile is measured on CUDA only"
-    )
-    print(
-        record(
-            f"kernels_value_reweight_{DEVICE.type}",
-            baseline=baseline,
-            seed=SEED,
-            rows=rows,
-            setup=setup,
-        )
-    )
+    main()

@@ -1,11 +1,14 @@
-"""How kernels are measured: not on a red test, beside their baselines, against the bytes that must move."""
+"""Measure kernels next to their baselines, and compute the lower bound of their time.
+
+A kernel is measured only if its tests pass.
+"""
 
 from __future__ import annotations
 
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -15,24 +18,29 @@ import torch
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+SEED = 0
+CPU_ROUNDS = 15
+# Larger than the caches of the device.
+COPY_BYTES = 2**30 if CUDA else 2**26
 
 
-def gate(op: str) -> None:
-    """Run the op's tests, the interpreted ones too; refuse to measure on red."""
+def require_passing_tests(op: str) -> None:
+    """Run the tests of an op, the interpreted ones too, and exit if one fails."""
     tests = [f"tests/kernels/test_{op}.py", "tests/kernels/test_interpreter.py"]
-    if subprocess.run(
-        [sys.executable, "-m", "pytest", *tests, "-m", "not slow"], cwd=ROOT, check=False
-    ).returncode:
-        raise SystemExit(f"{op}: its tests are red; nothing is measured.")
+    command = [sys.executable, "-m", "pytest", *tests, "-m", "not slow"]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        raise SystemExit(f"{op}: its tests fail, so nothing is measured. Fix them first.")
     if not CUDA:
         print(
-            f"{op}: no CUDA here. Measuring the torch reference on one CPU thread; no figure below is a GPU's."
+            f"{op}: CUDA is not available. The torch reference is measured on one CPU thread. "
+            "These are not times of a GPU."
         )
         torch.set_num_threads(1)
 
 
-def microseconds(step: Callable[[], Any], rounds: int = 15) -> dict[str, float]:
-    """p50 and p90 of one call: device time with a cold L2 on CUDA, process time on CPU."""
+def microseconds(step: Callable[[], Any]) -> dict[str, float]:
+    """Return p50 and p90 of one call: device time with a cold L2 on CUDA, process time on CPU."""
     if CUDA:
         from triton.testing import do_bench  # noqa: PLC0415 - needs a driver
 
@@ -40,37 +48,50 @@ def microseconds(step: Callable[[], Any], rounds: int = 15) -> dict[str, float]:
         return {"p50_us": round(p50 * 1e3, 2), "p90_us": round(p90 * 1e3, 2)}
     step()
     times = []
-    for _ in range(rounds):
+    for _ in range(CPU_ROUNDS):
         start = process_time()
         step()
         times.append((process_time() - start) * 1e6)
-    return {
-        "p50_us": round(statistics.median(times), 1),
-        "p90_us": round(statistics.quantiles(times, n=10)[-1], 1),
-    }
+    p90 = statistics.quantiles(times, n=10)[-1]
+    return {"p50_us": round(statistics.median(times), 1), "p90_us": round(p90, 1)}
 
 
-def bandwidth() -> float:
-    """Bytes per second of a large copy here, reads and writes counted: what floors are reckoned with."""
-    source = torch.empty(2**30 if CUDA else 2**26, dtype=torch.uint8, device=DEVICE).zero_()
+def copy_bandwidth() -> float:
+    """Measure the bytes per second of a large copy, reads and writes counted."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=DEVICE).zero_()
     target = torch.empty_like(source)
-    return 2 * source.numel() / (microseconds(lambda: target.copy_(source))["p50_us"] * 1e-6)
+    seconds = microseconds(lambda: target.copy_(source))["p50_us"] * 1e-6
+    return 2 * source.numel() / seconds
 
 
-def row(
-    shape: dict[str, Any], variants: dict[str, Callable[[], Any]], floor_bytes: float, copy: float
+def measure_row(
+    shape: Mapping[str, Any],
+    variants: Mapping[str, Callable[[], Any]],
+    moved_bytes: float,
+    bandwidth: float,
 ) -> dict[str, Any]:
-    """One line of results: every variant of the same work, measured in turn, and the floor."""
-    measured = {name: microseconds(step) for name, step in variants.items()}
-    floor = floor_bytes / copy * 1e6
-    line = {
-        **shape,
-        "floor_us": round(floor, 2),
-        **{
-            f"{name}_{key}": value
-            for name, times in measured.items()
-            for key, value in times.items()
-        },
-    }
+    """Measure several variants of the same work, one after the other.
+
+    Args:
+        shape: sizes of the problem, for the row.
+        variants: the calls to measure.
+        moved_bytes: bytes that the work must move at least.
+        bandwidth: bytes per second, from `copy_bandwidth`.
+
+    Returns:
+        The shape, the lower bound of the time, and p50 and p90 of each variant.
+    """
+    line: dict[str, Any] = {**shape, "floor_us": round(moved_bytes / bandwidth * 1e6, 2)}
+    for name, step in variants.items():
+        for key, value in microseconds(step).items():
+            line[f"{name}_{key}"] = value
     print(line)
     return line
+
+
+def setup(bandwidth: float) -> dict[str, Any]:
+    """Describe the device and the dtype of a run."""
+    device = "one CPU thread, the torch reference; no CUDA here"
+    if CUDA:
+        device = torch.cuda.get_device_name()
+    return {"device": device, "dtype": str(DTYPE), "copy_bytes_per_s": round(bandwidth)}
