@@ -17,10 +17,11 @@ from typing import Any
 import figures
 from figures import ROOT, table
 
-from infer_align.config import config, registry
+from infer_align import config
+from infer_align.config import registry
+from infer_align.config.align import Budget
 from infer_align.methods.dpa import Prompting
 from infer_align.objectives import Ensemble
-from infer_align.types import Budget
 from infer_align_server.openapi import STATUSES
 
 MARKER = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

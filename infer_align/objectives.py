@@ -108,11 +108,6 @@ class Ensemble:
         },
     )
 
-    @property
-    def name(self) -> str:
-        """The objective's word."""
-        return self.objective
-
     def reduce(self, scores: Array) -> Array:
         """[K, N] -> [N], by the chosen objective."""
         members = standardize(scores) if self.standardize else scores

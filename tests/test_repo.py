@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from infer_align.config import config, registry
+from infer_align import config
+from infer_align.config import registry
+from infer_align.config.align import Budget
 from infer_align.objectives import Ensemble
-from infer_align.types import Budget
 from infer_align_server.wire.stream_options import StreamOptions
 
 ROOT = Path(__file__).parents[1]

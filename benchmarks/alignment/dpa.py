@@ -32,7 +32,8 @@ from benchmarks.alignment.flow import (
 from benchmarks.demo.direction import TRAINED_DEGREES, direction_at
 from benchmarks.record import record
 from infer_align.demo import world
-from infer_align.types import Array, Response
+from infer_align.flow.response import Response
+from infer_align.types import Array
 
 ANGLES = (-90, -60, -45, -30, -20, -10, 0, 10, 20, 30, 45, 60, 90)
 DRAWS = 4

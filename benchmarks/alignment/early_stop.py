@@ -19,7 +19,8 @@ from rich.table import Table
 from benchmarks.alignment.flow import OUT, Flow, chosen, gold, mean_se, serving, shown
 from benchmarks.record import record
 from infer_align.demo import world
-from infer_align.types import Array, Response
+from infer_align.flow.response import Response
+from infer_align.types import Array
 
 FAMILY = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 N = 32

@@ -14,13 +14,15 @@ import torch
 from rich.console import Console
 
 from benchmarks.demo.direction import direction_at, ratings
-from infer_align.config import config
+from infer_align import config
 from infer_align.demo import world
 from infer_align.engines import Engine
-from infer_align.flow.request import make_plan, parse_request
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
+from infer_align.flow.response import Response
 from infer_align.flow.run import align
 from infer_align.rewards import Reward
-from infer_align.types import Array, Response
+from infer_align.types import Array
 
 OUT = Console(width=max(130, Console().width))
 MAX_TOKENS = 96
@@ -54,10 +56,10 @@ class Flow:
             self.engine,
             self.rewards,
             c.server.default_rewards,
-            c.limits.request,
+            c.limits,
             c.methods,
         )
-        return await align(plan, self.engine, self.rewards)
+        return await align(plan, self.engine)
 
     async def ask_all(
         self,

@@ -20,8 +20,9 @@ from benchmarks.alignment.flow import OUT, Flow, mean_se, projected, serving, sh
 from benchmarks.demo.direction import TRAINED_DEGREES, direction_at
 from benchmarks.record import record
 from infer_align.demo import world
+from infer_align.flow.response import Response
 from infer_align.objectives import project
-from infer_align.types import Array, Response
+from infer_align.types import Array
 
 TARGETS = (-60, -45, -35, -20, 0, 20, 35, 45, 60)
 K, MAX_ANGLE = 5, 30.0

@@ -31,8 +31,7 @@ from benchmarks.demo import measure
 from benchmarks.demo.preference import score
 from benchmarks.demo.values import SAMPLING
 from benchmarks.record import RESULTS, record
-from infer_align import objectives
-from infer_align.config import config
+from infer_align import config, objectives
 from infer_align.demo import path, world
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.fitting import HELD_OUT_SHARE

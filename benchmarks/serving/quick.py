@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.record import RESULTS, commit, machine
 from benchmarks.serving import run, vas
-from infer_align.config import config
+from infer_align import config
 from infer_align.engines.transformers import TransformersEngine
 
 ROUNDS = 3

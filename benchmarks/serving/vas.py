@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import RESULTS, record
-from infer_align.config import config
+from infer_align import config
 from infer_align.demo import world
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.types import Candidate, Draw, Steering

@@ -1,1 +1,9 @@
-"""Configuration of the process: the TOML file, the parser of its sections, and the plugin registry."""
+"""Configuration of the process, and the plugins that it can name.
+
+config = infer_align.config.load("infer-align.toml", ["server.port=9000"])
+engine = config.load_engine()
+"""
+
+from infer_align.config.config import Config, Limits, Server, load, override
+
+__all__ = ["Config", "Limits", "Server", "load", "override"]

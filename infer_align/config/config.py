@@ -1,6 +1,7 @@
-"""The process's configuration: `infer-align.toml`, one dataclass tree, and where each value came from.
+"""The configuration of the process: `infer-align.toml`, as one tree of dataclasses.
 
-`--set a.b=c` uses the file's own names. Environment variables hold secrets only, and the file names them.
+Each value remembers where it came from. `--set a.b=c` uses the names of the file. Environment
+variables hold secrets only, and the file names those variables.
 """
 
 from __future__ import annotations
@@ -12,248 +13,312 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from infer_align import demo
 from infer_align.config import registry
+from infer_align.config.align import parse_align
 from infer_align.config.schema import parse
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, ConfigError, nearest
-from infer_align.flow.request import Limits as RequestLimits
-from infer_align.flow.request import parse_align
-from infer_align.methods.dpa import Prompting
 from infer_align.rewards import Reward
-from infer_align.types import LabelReader
+from infer_align.types import Sections
+from infer_align.values import Value
+
+SECTIONS = ("server", "limits", "engine", "engines", "rewards", "values", "presets")
+# The reward that `align.trust_judge` uses.
+JUDGE = "trust_judge"
+
+
+class EngineSection(Protocol):
+    """`[engine]` or `[engines.<name>]`: the dataclass of the engine's kind."""
+
+    def load(self) -> Engine:
+        """Return the engine, not yet started."""
+
+
+class RewardSection(Protocol):
+    """`[rewards.<name>]`: the dataclass of the reward's kind."""
+
+    def load(self) -> Reward:
+        """Return the reward, not yet started."""
+
+
+class ValueSection(Protocol):
+    """`[values.<name>]`: the dataclass of the value's kind."""
+
+    def load(self) -> Value:
+        """Return the value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """`[server]`: where it listens and who may ask."""
+    """`[server]`: the address to listen on, the API keys, and how answers are sent."""
 
     host: str = field(default="127.0.0.1", metadata={"description": "address to listen on"})
     port: int = field(
         default=8000,
-        metadata={"ge": 0, "le": 65535, "description": "port to listen on; 0 takes a free one"},
+        metadata={"ge": 0, "le": 65535, "description": "port to listen on; 0 takes a free port"},
     )
     api_keys_env: str | None = field(
         default=None,
         metadata={
-            "description": "environment variable with the accepted API keys, comma-separated; without it no key is asked for"
+            "description": "environment variable that holds the accepted API keys, separated by "
+            "commas; without it, no key is required"
         },
     )
     served_name: str | None = field(
-        default=None, metadata={"description": "model name in the API; default: the engine's"}
+        default=None,
+        metadata={"description": "name of the model in the API; default: the engine's name"},
     )
     default_rewards: dict[str, float] = field(
         default_factory=dict,
         metadata={
-            "description": "{reward name: weight} where a request names none; default: all of one objective but judges, equally"
+            "description": "{reward name: weight} for requests that name no rewards; default: "
+            "every single-objective reward except judges, weight 1 each"
         },
     )
     keepalive_seconds: float = field(
         default=10.0,
         metadata={
             "gt": 0,
-            "description": "silence after which a stream sends a comment; until then a failure still has its own status",
+            "description": "seconds of silence after which a stream sends a comment; until then a "
+            "failure is answered with its own HTTP status",
         },
     )
     honour_client_timeout: bool = field(
         default=True,
         metadata={
-            "description": "take the timeout that OpenAI's SDKs announce for a deadline where the request sets none"
+            "description": "use the timeout that OpenAI's SDKs announce as the deadline of a "
+            "request that sets none"
         },
     )
     drain_seconds: float = field(
         default=30.0,
-        metadata={"ge": 0, "description": "how long running requests may finish after SIGTERM"},
+        metadata={"ge": 0, "description": "seconds that running requests may take after SIGTERM"},
     )
     log_level: Literal["debug", "info", "warning", "error"] = field(
-        default="info", metadata={"description": "least severe log line that is written"}
+        default="info", metadata={"description": "lowest level of log lines to write"}
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`[limits]`: what one request, one key and all together may ask for."""
+    """`[limits]`: bounds on one request, on one API key, and on all requests together."""
 
     max_candidates: int = field(
-        default=128, metadata={"ge": 1, "description": "candidates of one request"}
+        default=128,
+        metadata={"ge": 1, "description": "maximum number of candidates of one request"},
     )
     max_completion_tokens: int = field(
         default=131_072,
-        metadata={"ge": 1, "description": "worst case of one request: candidates x maximum tokens"},
+        metadata={
+            "ge": 1,
+            "description": "maximum worst case of one request in tokens: candidates x maximum "
+            "tokens of each",
+        },
     )
     max_running: int = field(
-        default=64, metadata={"ge": 1, "description": "requests worked on at once"}
+        default=64, metadata={"ge": 1, "description": "maximum number of requests running at once"}
     )
     max_running_tokens: int = field(
         default=1_048_576,
-        metadata={"ge": 1, "description": "sum of the running requests' worst cases"},
+        metadata={"ge": 1, "description": "maximum sum of the running requests' worst cases"},
     )
     max_queue: int = field(
         default=256,
         metadata={
             "ge": 0,
-            "description": "requests waiting for their turn; the next one gets a 429",
+            "description": "maximum number of waiting requests; the next one gets a 429",
         },
     )
     max_body_bytes: int = field(
-        default=4 * 1024 * 1024, metadata={"ge": 1, "description": "size of one request body"}
+        default=4 * 1024 * 1024,
+        metadata={"ge": 1, "description": "maximum size of a request body in bytes"},
     )
     requests_per_minute: int = field(
         default=0,
         metadata={
             "ge": 0,
-            "description": "per API key, or per address where no keys are asked for; 0 for no limit",
+            "description": "requests per minute and API key, or per address without keys; "
+            "0 for no limit",
         },
     )
     candidate_tokens_per_minute: int = field(
         default=0,
         metadata={
             "ge": 0,
-            "description": "per API key, or per address: the worst case is taken at once, what was not sampled is given back; "
-            "0 for no limit",
+            "description": "generated tokens per minute and API key, or per address without keys; "
+            "a request reserves its worst case and gets back what it did not use; 0 for no limit",
         },
     )
-
-    @property
-    def request(self) -> RequestLimits:
-        """Those that bound one request's plan."""
-        return RequestLimits(self.max_candidates, self.max_completion_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole tree. `origins` says for each dotted name that was given where: the file's path or "--set"."""
+    """The whole configuration."""
 
-    engine: Any  # the dataclass of the engine's kind
+    engine: EngineSection
     engine_kind: str
     server: Server = field(default_factory=Server)
     limits: Limits = field(default_factory=Limits)
-    engines: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # further ones, for judges: name -> the dataclass of the kind
-    rewards: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # name -> the dataclass of the reward's kind
-    values: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # name -> the dataclass of the value's kind
+    # Further engines, for judges.
+    engines: Mapping[str, EngineSection] = field(default_factory=dict)
+    rewards: Mapping[str, RewardSection] = field(default_factory=dict)
+    values: Mapping[str, ValueSection] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    dpa: Prompting = field(default_factory=Prompting)
+    # Sections of methods, such as `[dpa]`, by the name of the method.
+    method_sections: Mapping[str, object] = field(default_factory=dict)
+    # Dotted name of a setting -> "--set" or the path of the file that it was read from.
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def load_engine(self) -> Engine:
-        """The engine, not yet started."""
-        engine: Engine = self.engine.load()
+        """Return the engine with its values, not yet started."""
+        engine = self.engine.load()
+        engine.served_name = self.server.served_name
         engine.values = {name: section.load() for name, section in self.values.items()}
         return engine
 
     def load_engines(self) -> dict[str, Engine]:
-        """The engines of `[engines.*]`, not yet started."""
+        """Return the engines of `[engines.*]`, not yet started."""
         return {name: section.load() for name, section in self.engines.items()}
 
     def load_rewards(
-        self, engines: Mapping[str, LabelReader] = MappingProxyType({})
+        self, engines: Mapping[str, Engine] = MappingProxyType({})
     ) -> dict[str, Reward]:
-        """Every configured reward, and the judge of `align.trust_judge`, not yet started; `engines` are those that judges may ask.
+        """Return every configured reward and the judge of `align.trust_judge`, not yet started.
+
+        Args:
+            engines: the engines that judges may use, by name.
 
         Raises:
-            ConfigError: naming the section.
+            ConfigError: a reward cannot be made; the message names its section.
         """
-        loaded = {}
-        for name, section in {**self.rewards, **self._judge()}.items():
+        rewards = {}
+        for name, section in {**self.rewards, **self._default_judge()}.items():
             try:
-                loaded[name] = section.load()
-                loaded[name].engines = engines
+                reward = section.load()
             except ConfigError as error:
                 raise ConfigError(f"[rewards.{name}] {error.message}") from error
-        return loaded
+            reward.engines = engines
+            rewards[name] = reward
+        return rewards
 
-    def _judge(self) -> dict[str, Any]:
-        """Who answers to `align.trust_judge`: the section of that name, else the first judge, else the served model."""
-        judge = registry.rewards.get("trust_judge")
-        judges = [section for section in self.rewards.values() if isinstance(section, judge)]
-        return (
-            {}
-            if "trust_judge" in self.rewards
-            else {"trust_judge": judges[0] if judges else judge()}
-        )
+    def _default_judge(self) -> dict[str, RewardSection]:
+        """Return the judge of `align.trust_judge` if no section of that name is configured.
+
+        The first configured judge is used, otherwise the served model itself.
+        """
+        if JUDGE in self.rewards:
+            return {}
+        kind = registry.rewards.get(JUDGE)
+        for section in self.rewards.values():
+            if isinstance(section, kind):
+                return {JUDGE: section}
+        return {JUDGE: kind()}
 
     @property
-    def methods(self) -> Mapping[str, object]:
-        """The sections that methods read, by the method's name."""
-        return {"dpa": self.dpa}
+    def methods(self) -> Sections:
+        """Return the sections that methods read."""
+        return Sections(*self.method_sections.values())
 
     def api_keys(self) -> tuple[str, ...]:
-        """The accepted keys; () where none is asked for.
+        """Return the accepted API keys; () if no key is required.
 
         Raises:
             ConfigError: the environment variable that should hold them is missing or empty.
         """
-        if self.server.api_keys_env is None:
+        variable = self.server.api_keys_env
+        if variable is None:
             return ()
-        keys = tuple(
-            key.strip()
-            for key in os.environ.get(self.server.api_keys_env, "").split(",")
-            if key.strip()
-        )
+        keys = _split_keys(os.environ.get(variable, ""))
         if not keys:
             raise ConfigError(
-                f"[server] api_keys_env: the environment variable {self.server.api_keys_env!r} is not set or empty; "
-                "put the accepted keys there, comma-separated."
+                f"[server] api_keys_env: the environment variable {variable!r} is not set or "
+                "empty; put the accepted keys there, separated by commas."
             )
-        return keys
+        return tuple(keys)
 
     def secrets(self) -> set[str]:
-        """What the environment variables hold that the file names: never to be shown."""
-        sections = (
-            self.server,
-            self.engine,
-            *self.engines.values(),
-            *self.rewards.values(),
-            *self.values.values(),
-        )
-        names = {
-            getattr(section, f.name)
-            for section in sections
-            for f in dataclasses.fields(section)
-            if f.name.endswith("_env")
-        }
-        held = {os.environ.get(name, "") for name in names if name}
-        return {part.strip() for value in held for part in (value, *value.split(","))} - {""}
+        """Return the secrets in the environment variables that the file names.
+
+        They must never appear in a log line or an error message.
+        """
+        secrets: set[str] = set()
+        for section in self._sections().values():
+            for f in dataclasses.fields(section):
+                variable = getattr(section, f.name)
+                if f.name.endswith("_env") and variable:
+                    text = os.environ.get(variable, "")
+                    secrets |= {text.strip(), *_split_keys(text)}
+        return secrets - {""}
 
     def settings(self) -> Iterator[tuple[str, object, str]]:
-        """(dotted name, value, where it came from) of every setting."""
-        sections = {
-            "server": self.server,
-            "limits": self.limits,
-            "dpa": self.dpa,
-            "engine": self.engine,
-        }
-        sections |= {f"engines.{name}": section for name, section in self.engines.items()}
-        sections |= {f"rewards.{name}": section for name, section in self.rewards.items()}
-        sections |= {f"values.{name}": section for name, section in self.values.items()}
-        yield "engine.kind", self.engine_kind, self.origins.get("engine.kind", "default")
-        for path, section in sections.items():
-            for f in dataclasses.fields(section):
-                value = getattr(section, f.name)
-                for key, setting in value.items() if "rest" in f.metadata else [(f.name, value)]:
-                    name = f"{path}.{key}"
-                    yield name, setting, self.origins.get(name, "default")
+        """Yield (dotted name, value, origin) of every setting."""
+        yield "engine.kind", self.engine_kind, self._origin("engine.kind")
+        for path, section in self._sections().items():
+            for name, value in _section_settings(section):
+                yield f"{path}.{name}", value, self._origin(f"{path}.{name}")
         for name, preset in self.presets.items():
-            yield f"presets.{name}", preset, self.origins.get(f"presets.{name}", "default")
+            yield f"presets.{name}", preset, self._origin(f"presets.{name}")
+
+    def _origin(self, name: str) -> str:
+        return self.origins.get(name, "default")
+
+    def _sections(self) -> dict[str, Any]:
+        """Return every section by its dotted path."""
+        sections: dict[str, Any] = {"server": self.server, "limits": self.limits}
+        sections |= self.method_sections
+        sections["engine"] = self.engine
+        for folder in ("engines", "rewards", "values"):
+            for name, section in getattr(self, folder).items():
+                sections[f"{folder}.{name}"] = section
+        return sections
+
+
+def _split_keys(text: str) -> list[str]:
+    keys = [key.strip() for key in text.split(",")]
+    return [key for key in keys if key]
+
+
+def _section_settings(section: Any) -> Iterator[tuple[str, object]]:
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if "rest" in f.metadata:  # options of another program, under their own names
+            yield from value.items()
+        else:
+            yield f.name, value
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read the file, or the embedded demo's when there is none, then the overrides `a.b=c` (c is TOML, or else a string).
+    """Read the configuration file, then apply the overrides.
+
+    Args:
+        path: the TOML file; None for the configuration of the embedded demo.
+        overrides: texts `a.b=c`; c is TOML, or else a string.
 
     Raises:
-        ConfigError: what is wrong, by its dotted name, and where it was read.
+        ConfigError: names what is wrong by its dotted name, and the file.
     """
     file = Path(path) if path else demo.CONFIG
+    table = _read_toml(file)
+    source = str(file) if path else "the embedded demo"
+    origins = dict.fromkeys(_dotted_names(table), source)
+    for text in overrides:
+        name = override(table, text)
+        inside = f"{name}."
+        # The override replaces the whole table of that name, so its old entries are gone.
+        for old in [old for old in origins if old.startswith(inside)]:
+            del origins[old]
+        for new in _dotted_names(table):
+            if new == name or new.startswith(inside):
+                origins[new] = "--set"
+    return _build(table, origins)
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        table: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
             f"{file}: no such file; name a configuration file, or none for the embedded demo."
@@ -262,129 +327,142 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not TOML: {error}") from None
-    origins = {name: str(file) if path else "the embedded demo" for name in _names(table)}
-    for given in overrides:
-        name = override(table, given)
-        origins = {
-            known: origin for known, origin in origins.items() if not known.startswith(f"{name}.")
-        }
-        origins |= {
-            known: "--set"
-            for known in _names(table)
-            if known == name or known.startswith(f"{name}.")
-        }
-    return _build(table, origins)
 
 
 def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
-    known = ("server", "limits", "dpa", "engine", "engines", "rewards", "values", "presets")
-    for section, value in table.items():
-        if section not in known:
-            raise ConfigError(f"[{section}]: no such section; {nearest(section, known)}")
-        if not isinstance(value, dict):
-            raise ConfigError(
-                f"{section}: {value!r} is not a table; write it as a section [{section}]."
-            )
+    method_sections = _method_sections()
+    _check_section_names(table, [*SECTIONS, *method_sections])
     engine = table.get("engine", {})
     kind = engine.get("kind", "transformers")
     presets = table.get("presets", {})
+    _check_presets(presets)
+    server = parse(Server, table.get("server", {}), "server", ConfigError)
+    _check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
+    config = Config(
+        server=server,
+        limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
+        engine=_parse_plugin(registry.engines, kind, engine, "engine"),
+        engine_kind=kind,
+        engines=_parse_plugins(registry.engines, table.get("engines", {})),
+        rewards=_parse_plugins(registry.rewards, table.get("rewards", {})),
+        values=_parse_plugins(registry.values, table.get("values", {})),
+        presets=presets,
+        method_sections={
+            name: parse(section, table.get(name, {}), name, ConfigError)
+            for name, section in method_sections.items()
+        },
+        origins=origins,
+    )
+    _check_gpu_memory(config)
+    return config
+
+
+def _method_sections() -> dict[str, type[Any]]:
+    """Return the dataclasses of the sections that methods read, by the method's name."""
+    sections = {}
+    for name in registry.methods.names():
+        section = getattr(registry.methods.get(name), "section", None)
+        if section is not None:
+            sections[name] = section
+    return sections
+
+
+def _check_section_names(table: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name, value in table.items():
+        if name not in names:
+            raise ConfigError(f"[{name}]: no such section; {nearest(name, names)}")
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name}: {value!r} is not a table; write it as a section [{name}].")
+
+
+def _check_presets(presets: Mapping[str, Any]) -> None:
     for name, preset in presets.items():
         if "@" in name:
             raise ConfigError(
-                f"[presets.{name}] a preset's name cannot hold '@': <model>@<preset> would be ambiguous; rename it."
+                f"[presets.{name}] the name of a preset cannot contain '@': the model name "
+                "<model>@<preset> would be ambiguous; rename it."
             )
         _check_align(preset, f"[presets.{name}]")
-    server = parse(Server, table.get("server", {}), "server", ConfigError)
-    _check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
-    built = Config(
-        server=server,
-        limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
-        engine=_plugin(registry.engines, kind, engine, "engine"),
-        engine_kind=kind,
-        engines={
-            name: _named(registry.engines, name, section)
-            for name, section in table.get("engines", {}).items()
-        },
-        rewards={
-            name: _named(registry.rewards, name, section)
-            for name, section in table.get("rewards", {}).items()
-        },
-        values={
-            name: _named(registry.values, name, section)
-            for name, section in table.get("values", {}).items()
-        },
-        presets=presets,
-        dpa=parse(Prompting, table.get("dpa", {}), "dpa", ConfigError),
-        origins=origins,
-    )
-    _check_memory(built)
-    return built
 
 
-def _check_memory(config: Config) -> None:
-    """Engines that each take a share of the same GPUs must leave room for each other; the last to load would fail otherwise."""
-    sections = {"engine": config.engine}
+def _check_align(align: object, section: str) -> None:
+    try:
+        parse_align(align)
+    except AlignError as error:
+        raise ConfigError(f"{section} {error.message}") from error
+
+
+def _check_gpu_memory(config: Config) -> None:
+    """Check that the engines on the same GPUs leave room for each other.
+
+    Otherwise the last one to load would fail.
+    """
+    sections: dict[str, object] = {"engine": config.engine}
     sections |= {f"engines.{name}": section for name, section in config.engines.items()}
     sections |= {f"rewards.{name}": section for name, section in config.rewards.items()}
-    shares = {
-        name: share
-        for name, section in sections.items()
-        if (share := getattr(section, "memory_share", None)) is not None
-    }
+    shares: dict[str, float] = {}
+    for name, section in sections.items():
+        share = getattr(section, "memory_share", None)
+        if share is not None:
+            shares[name] = share
     total = sum(shares.values())
     if total > 1 + 1e-9:
-        each = " + ".join(f"[{name}] {share:.3g}" for name, share in shares.items())
+        terms = " + ".join(f"[{name}] {share:.3g}" for name, share in shares.items())
         raise ConfigError(
-            f"gpu_memory_utilization: {each} = {total:.3g} of the GPUs' memory, over the whole; set it in each section so that the "
-            "sum is at most 1 (where a section has several models, each takes it), or give kv_cache_memory_bytes instead."
+            f"gpu_memory_utilization: {terms} = {total:.3g} of the GPUs' memory is more than all "
+            "of it; set it in each section so that the sum is at most 1 (a section with several "
+            "models takes its share once per model), or set kv_cache_memory_bytes instead."
         )
 
 
-def _check_align(align: object, where: str) -> None:
-    try:
-        parse_align(align, {})
-    except AlignError as error:
-        raise ConfigError(f"{where} {error.message}") from error
+def _parse_plugins(plugins: registry.Registry, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse the named sections of one folder, such as `[rewards.*]`."""
+    return {name: _parse_named(plugins, name, section) for name, section in table.items()}
 
 
-def _named(plugins: registry.Registry, name: str, section: object) -> Any:
+def _parse_named(plugins: registry.Registry, name: str, section: object) -> Any:
     path = f"{plugins.folder}.{name}"
     if not isinstance(section, dict) or "kind" not in section:
         raise ConfigError(f"[{path}] needs a kind; {nearest('', plugins.names())}")
     if "." in name or "@" in name:
-        raise ConfigError(f"[{path}] the name cannot hold '.' or '@'; rename it.")
-    if path == "rewards.trust_judge" and section["kind"] != "trust_judge":
+        raise ConfigError(f"[{path}] the name cannot contain '.' or '@'; rename it.")
+    if path == f"rewards.{JUDGE}" and section["kind"] != JUDGE:
         raise ConfigError(
-            "[rewards.trust_judge] is who answers to align.trust_judge: its kind must be 'trust_judge'; rename it."
+            f"[{path}] configures the judge of align.trust_judge: its kind must be {JUDGE!r}; "
+            "rename it."
         )
     if path == "engines.served":
-        raise ConfigError("[engines.served] is what the engine of [engine] is called; rename it.")
-    return _plugin(plugins, section["kind"], section, path)
+        raise ConfigError(f"[{path}] 'served' is the name of the engine of [engine]; rename it.")
+    return _parse_plugin(plugins, section["kind"], section, path)
 
 
-def _plugin(plugins: registry.Registry, kind: str, section: Mapping[str, Any], path: str) -> Any:
+def _parse_plugin(
+    plugins: registry.Registry, kind: str, section: Mapping[str, Any], path: str
+) -> Any:
     if kind not in plugins.names():
         raise ConfigError(
             f"{path}.kind: {kind!r} is not one of them; {nearest(str(kind), plugins.names())}"
         )
-    return parse(
-        plugins.get(kind),
-        {key: value for key, value in section.items() if key != "kind"},
-        path,
-        ConfigError,
-    )
+    fields = {key: value for key, value in section.items() if key != "kind"}
+    return parse(plugins.get(kind), fields, path, ConfigError)
 
 
 def override(table: dict[str, Any], text: str) -> str:
-    """Write `a.b=c` into a table of tables; -> the dotted name. c is TOML, or else a string.
+    """Write `a.b=c` into a table of tables and return the dotted name.
+
+    Args:
+        table: changed in place.
+        text: c is TOML, or else a string.
 
     Raises:
-        ConfigError: not of that form.
+        ConfigError: the text has another form.
     """
     name, equals, value = text.partition("=")
     parts = [part.strip() for part in name.split(".")]
     if not equals or not all(parts):
-        raise ConfigError(f"--set {text!r}: not of the form a.b=value, such as server.port=9000.")
+        raise ConfigError(
+            f"--set {text!r}: must have the form a.b=value, such as server.port=9000."
+        )
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
@@ -396,9 +474,9 @@ def override(table: dict[str, Any], text: str) -> str:
     return ".".join(parts)
 
 
-def _names(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _dotted_names(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in table.items():
         name = f"{prefix}{key}"
         yield name
         if isinstance(value, Mapping):
-            yield from _names(value, f"{name}.")
+            yield from _dotted_names(value, f"{name}.")

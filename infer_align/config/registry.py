@@ -1,6 +1,8 @@
-"""Plugins by file name: every module of `methods/`, `rewards/`, `engines/` and `values/`, and entry points of the same group.
+"""Find plugins by their file name.
 
-A plugin module holds its class in a variable `plugin`; the module's name is its id. Listing imports nothing.
+Every module of `methods/`, `rewards/`, `engines/` and `values/` is a plugin, and so is every entry
+point of the groups `infer_align.methods`, `infer_align.rewards` and so on. A plugin module holds its
+class in a variable `plugin`; the module's name is its id. Listing the plugins imports none of them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from infer_align.errors import ConfigError, nearest
 class Registry:
     """The plugins of one folder of the package, such as "rewards".
 
-    A package adds to it with an entry point `name = "its.module"` in the group `infer_align.rewards`.
+    Another package adds a reward with an entry point `name = "its.module"` in the group
+    `infer_align.rewards`.
     """
 
     def __init__(self, folder: str) -> None:
@@ -32,22 +35,25 @@ class Registry:
     def _names(self) -> tuple[str, ...]:
         spec = importlib.util.find_spec(f"infer_align.{self.folder}")
         paths = spec.submodule_search_locations if spec else None
-        found = {m.name for m in pkgutil.iter_modules(paths) if not m.name.startswith("_")}
-        return tuple(sorted(found | self._external.keys()))
+        # Modules that start with an underscore support plugins and are none themselves.
+        internal = {
+            module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")
+        }
+        return tuple(sorted(internal | self._external.keys()))
 
     def names(self) -> list[str]:
-        """Sorted ids, looked up once a process. Modules that start with an underscore are support code, not plugins."""
+        """Return the sorted ids of the plugins."""
         return list(self._names)
 
     def get(self, name: str) -> type[Any]:
-        """The plugin class called `name`, imported now.
+        """Import the plugin class called `name`.
 
         Raises:
-            ConfigError: no such plugin, or the packages it needs are not installed.
+            ConfigError: there is no such plugin, or a package that it needs is not installed.
         """
-        if name not in self.names():
+        if name not in self._names:
             raise ConfigError(
-                f"{self.folder}: {name!r} is not one of them; {nearest(name, self.names())}"
+                f"{self.folder}: {name!r} is not one of them; {nearest(name, self._names)}"
             )
         try:
             if name in self._external:
@@ -56,8 +62,8 @@ class Registry:
                 module = importlib.import_module(f"infer_align.{self.folder}.{name}")
         except ImportError as error:
             raise ConfigError(
-                f"{self.folder}: {name!r} needs the package {error.name!r}; install the extra that brings it, "
-                f"such as: pip install 'infer-align[local]'"
+                f"{self.folder}: {name!r} needs the package {error.name!r}; install the extra that "
+                "brings it, such as: pip install 'infer-align[local]'"
             ) from error
         plugin: type[Any] = module.plugin
         return plugin

@@ -1,13 +1,15 @@
-"""One parser for both scopes, the request's `align` and the configuration: dataclasses in, named errors out.
+"""Parse JSON objects into parameter dataclasses, with errors that name the field.
 
-A field's default, bounds and description stand once, on the dataclass; JSON schemas and tables are read from there.
+The request's `align` and the configuration file use this one parser. The default, the bounds and
+the description of a field are written once, on the dataclass; JSON schemas and tables read them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -16,92 +18,140 @@ from infer_align.errors import AlignError, InvalidRequest, nearest, shown
 
 T = TypeVar("T")
 
-
+# Adapters are slow to make. They are kept by class; `functools.cache` is not typed for classes.
 _adapters: dict[type[Any], TypeAdapter[Any]] = {}
 
+# pydantic adds the branch of a union to a location, such as "int" or "function-after[...]".
+_UNION_BRANCHES = {"int", "float", "str", "bool", "none", "constrained-int", "constrained-float"}
 
-def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
-    if cls in _adapters:
-        return _adapters[cls]
-    # Finite numbers only: NaN and infinity pass every comparison that a bound makes.
-    cls.__pydantic_config__ = ConfigDict(
-        extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
-    )
-    _adapters[cls] = TypeAdapter(cls)
-    return _adapters[cls]
+
+def join(path: str, name: str) -> str:
+    """Return the dotted path of `name` in `path`; `path` may be empty."""
+    return f"{path}.{name}" if path else name
 
 
 def parse(cls: type[T], value: object, path: str, error: type[AlignError] = InvalidRequest) -> T:
-    """`value`, a JSON object, as the dataclass `cls`; `path` is where it stands, such as "align.best_of_n".
+    """Parse a JSON object as the dataclass `cls`.
+
+    Args:
+        cls: the dataclass.
+        value: the JSON object.
+        path: where the object stands, such as "align.best_of_n"; "" if its keys are the body's own.
+        error: the class of the error to raise.
 
     Raises:
-        InvalidRequest: (or `error`) for the first wrong field, with its dotted path, its value and what is allowed.
+        InvalidRequest: (or `error`) for the first wrong field, with its dotted path, its value and
+            what is allowed.
     """
     if not isinstance(value, Mapping):
         raise error(
-            f"{path}: {shown(value)} is not an object; allowed: {{{_signature(cls)}}}.", param=path
+            f"{path}: {shown(value)} is not an object; allowed: {{{signature(cls)}}}.", param=path
         )
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    rest = next(
-        (f for f in fields if "rest" in f.metadata), None
-    )  # holds the options of something else, by their own names
-    own = {f.name for f in fields if f is not rest}
-    known = own if rest is None or own >= value.keys() else own | rest.metadata["rest"]()
+    passthrough = _passthrough_field(cls)
+    names = _allowed_names(cls, passthrough, value)
     for key in value:
-        if key not in known:
+        if key not in names:
             raise error(
-                f"{path}.{key}: no such parameter; {nearest(str(key), known)}",
-                param=f"{path}.{key}",
+                f"{join(path, key)}: no such parameter; {nearest(str(key), names)}",
+                param=join(path, key),
                 code="unknown_field",
             )
-    if rest:
-        options = {key: option for key, option in value.items() if key not in own}
-        value = {**{key: option for key, option in value.items() if key in own}, rest.name: options}
+    fields: dict[str, Any] = dict(value)
+    if passthrough is not None:
+        fields = _collect_options(fields, passthrough, _field_names(cls, passthrough))
     try:
-        # Through JSON: there strict means no conversions at all, and yet objects become dataclasses and arrays tuples.
-        parsed: T = _adapter(cls).validate_json(json.dumps(value, default=str), strict=True)
-        return parsed
+        # Strict mode over JSON converts no types, and yet objects become dataclasses and arrays
+        # become tuples.
+        parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
     except ValidationError as invalid:
         first = invalid.errors(include_url=False)[0]
-        place = ".".join([path, *(str(part) for part in first["loc"] if _is_key(part))])
+        where = functools.reduce(join, _location(first["loc"]), path)
         raise error(
-            f"{place}: {shown(first['input'])} is not allowed; {_rule(first['msg'])}.", param=place
+            f"{where}: {shown(first['input'])} is not allowed; {_rule(first['msg'])}.", param=where
         ) from None
+    return parsed
 
 
 def json_schema(cls: type[Any]) -> dict[str, Any]:
-    """The JSON schema of a parameter dataclass."""
+    """Return the JSON schema of a parameter dataclass."""
     return _adapter(cls).json_schema()
 
 
 def signature(cls: type[Any]) -> str:
-    """`name=default, ...` of a parameter dataclass, for help and tables."""
-    return _signature(cls)
-
-
-def _signature(cls: type[Any]) -> str:
+    """Return `name=default, ...` of a parameter dataclass, for help texts and tables."""
     parts = []
     for f in dataclasses.fields(cls):
-        default = "" if f.default is dataclasses.MISSING else f"={f.default!r}"
-        parts.append(f"{f.name}{default}")
+        has_default = f.default is not dataclasses.MISSING
+        parts.append(f"{f.name}={f.default!r}" if has_default else f.name)
     return ", ".join(parts)
 
 
-def _is_key(part: object) -> bool:
-    # pydantic adds the branch of a union ("int", "function-after[...]") to the location: not a place in the body.
-    return isinstance(part, int) or str(part) not in {
-        "int",
-        "float",
-        "str",
-        "bool",
-        "none",
-        "constrained-int",
-        "constrained-float",
-    }
+def _adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    if cls not in _adapters:
+        _adapters[cls] = _make_adapter(cls)
+    return _adapters[cls]
+
+
+def _make_adapter(cls: type[Any]) -> TypeAdapter[Any]:
+    # Only finite numbers are allowed: NaN and infinity pass every comparison that a bound makes.
+    cls.__pydantic_config__ = ConfigDict(
+        extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+    return TypeAdapter(cls)
+
+
+def _passthrough_field(cls: type[Any]) -> dataclasses.Field[Any] | None:
+    """Return the field that holds options of another program under their own names, if any.
+
+    Its metadata has the key "rest": a function that returns the names of all such options.
+    """
+    for f in dataclasses.fields(cls):
+        if "rest" in f.metadata:
+            return f
+    return None
+
+
+def _field_names(cls: type[Any], passthrough: dataclasses.Field[Any] | None) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls) if f is not passthrough}
+
+
+def _allowed_names(
+    cls: type[Any], passthrough: dataclasses.Field[Any] | None, keys: Iterable[str]
+) -> set[str]:
+    names = _field_names(cls, passthrough)
+    # The options of another program are listed only if some key needs them: that may be slow.
+    if passthrough is not None and not names.issuperset(keys):
+        names |= set(passthrough.metadata["rest"]())
+    return names
+
+
+def _collect_options(
+    fields: Mapping[str, Any], passthrough: dataclasses.Field[Any], names: set[str]
+) -> dict[str, Any]:
+    """Move the keys that are no fields of the dataclass into its passthrough field."""
+    collected: dict[str, Any] = {passthrough.name: {}}
+    for key, value in fields.items():
+        if key in names:
+            collected[key] = value
+        else:
+            collected[passthrough.name][key] = value
+    return collected
+
+
+def _location(parts: Iterable[int | str]) -> list[str]:
+    """Return the parts of a pydantic location that are keys or indices of the body."""
+    return [str(part) for part in parts if isinstance(part, int) or _is_key(part)]
+
+
+def _is_key(part: str) -> bool:
+    return part not in _UNION_BRANCHES
 
 
 def _rule(message: str) -> str:
-    what, should, rule = message.partition(" should ")
+    """Turn pydantic's message into the clause that says what is allowed."""
+    subject, should, rule = message.partition(" should ")
     if not should:
-        return f"must be {what.removeprefix('Value error, ')}"
-    return f"allowed: {rule.removeprefix('be ')}" if rule.startswith("be '") else f"must {rule}"
+        return f"must be {subject.removeprefix('Value error, ')}"
+    if rule.startswith("be '"):
+        return f"allowed: {rule.removeprefix('be ')}"
+    return f"must {rule}"

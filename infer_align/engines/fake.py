@@ -140,8 +140,6 @@ class FakeEngine(Engine):
             Capability.COMPLETION,
             Capability.SEED,
             Capability.LABEL_LOGPROBS,
-            Capability.TOOLS,
-            Capability.STRUCTURED,
             Capability.ESTIMATES,
         }
     )

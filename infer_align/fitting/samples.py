@@ -23,11 +23,11 @@ from infer_align.engines.transformers import TransformersEngine
 from infer_align.engines.transformers.model import Model
 from infer_align.errors import EngineFailed, InvalidRequest
 from infer_align.fitting.regression import Progress, Replies
-from infer_align.flow.request import SEED_RANGE
-from infer_align.flow.run import score
+from infer_align.flow.scoring import score_with
+from infer_align.flow.seeds import SEED_RANGE
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
-from infer_align.types import Candidate, Draw, Plan
+from infer_align.types import Candidate, Draw
 
 Conversation = list[dict[str, Any]]
 
@@ -297,14 +297,8 @@ async def score_candidates(
 ) -> list[float]:
     """Score each candidate by the objective over the reward's members; NaN for a failed score."""
     ensemble = Ensemble(objective=objective)
-    plan = Plan(
-        draws=(Draw({"messages": messages}),),
-        objective=ensemble,
-        rewards={"reward": 1.0},
-        messages=messages,
-    )
-    scores = await score(plan, {"reward": reward}, candidates)
-    values: list[float] = ensemble.reduce(scores.members["reward"]).tolist()
+    scores = await score_with(reward, messages, candidates)
+    values: list[float] = ensemble.reduce(scores.values[0]).tolist()
     return values
 
 

@@ -1,68 +1,49 @@
-"""Successive halving of a plan's candidates: who is drawn on, from what value estimates say on the way."""
+"""Let the observers of a plan follow its running candidates and reject some of them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
+
+from infer_align.flow.plan import Plan
+from infer_align.types import Candidate, Event
 
 
-class Halving:
-    """Who of N candidates goes on, from what their values expect on the way.
+class Observation:
+    """The observers of one request, and the candidates that they rejected.
 
-    Candidates are compared at a number of tokens when each of them has either got so far or ended before. What comes of it depends
-    on the estimates alone, not on who was quick: a candidate that lost is given up even if it has ended since.
-
-    Attributes:
-        rejected: candidate -> why it was given up.
+    Candidates are numbered over all draws of the plan.
     """
 
-    def __init__(self, candidates: int, survival: float, least: int) -> None:
-        """`least` of them are drawn to the end in any case."""
-        self.rejected: dict[int, str] = {}
-        self._survival = survival
-        self._least = least
-        self._running = {*range(candidates)}
-        self._compared = 0  # tokens
-        self._reached: dict[int, dict[int, float]] = {}  # tokens -> candidate -> its value there
+    def __init__(self, plan: Plan) -> None:
+        self._observers = [make(plan.candidates, plan.n_returned) for make in plan.observers]
         self._stops: dict[int, Callable[[], None]] = {}
+        self._rejections: dict[int, str] = {}
 
-    def joins(self, index: int, stop: Callable[[], None]) -> None:
-        """A candidate is being drawn; `stop` ends it."""
+    def start(self, index: int, stop: Callable[[], None]) -> None:
+        """Register a candidate that is being drawn; `stop` ends it."""
         self._stops[index] = stop
 
-    def estimated(self, index: int, tokens: int, value: float) -> None:
-        """A value has been seen; what is not a number neither wins nor loses.
+    def notify(self, event: Event) -> None:
+        """Pass an event to the observers, and stop the candidates that they reject."""
+        if isinstance(event, Candidate):
+            self._stops.pop(event.index, None)
+        for observer in self._observers:
+            for index, reason in observer.observe(event).items():
+                self._rejections.setdefault(index, reason)
+                stop = self._stops.pop(index, None)
+                if stop is not None:
+                    stop()
 
-        To four digits: answers that began alike are equal, whatever a batch of another size makes of the last ones.
-        """
-        if index not in self.rejected and tokens > self._compared:
-            self._reached.setdefault(tokens, {})[index] = float(f"{value:.4g}")
-            self._compare()
+    @property
+    def is_active(self) -> bool:
+        """Return True if the plan has observers."""
+        return bool(self._observers)
 
-    def ended(self, index: int) -> None:
-        """A candidate is finished, by itself or not."""
-        self._running.discard(index)
-        self._compare()
+    def is_rejected(self, index: int) -> bool:
+        """Return True if some observer has rejected the candidate."""
+        return index in self._rejections
 
-    def _compare(self) -> None:
-        for tokens in sorted(self._reached):
-            reached = self._reached[tokens]
-            if not self._running <= reached.keys():
-                return
-            del self._reached[tokens]
-            self._compared = tokens
-            self._reject(
-                tokens, {index: value for index, value in reached.items() if not math.isnan(value)}
-            )
-
-    def _reject(self, tokens: int, values: Mapping[int, float]) -> None:
-        ranking = sorted(values, key=lambda index: (-values[index], index))
-        kept = max(self._least, math.ceil(self._survival * len(ranking)))
-        for index in ranking[kept:]:
-            lead = f"estimate {values[index]:.3g}, below the best {kept} of {len(ranking)}"
-            self.rejected[index] = f"stopped early: after {tokens} tokens, {lead}"
-            for later in self._reached.values():
-                later.pop(index, None)
-            if index in self._running:
-                self._running.discard(index)
-                self._stops[index]()
+    def mark(self, candidate: Candidate) -> Candidate:
+        """Return the candidate with the reason for its rejection, if it was rejected."""
+        return replace(candidate, rejected=self._rejections.get(candidate.index))

@@ -1,66 +1,111 @@
-"""From scores to a ranking, and one plain sentence of why."""
+"""Rank the candidates by their scores, and say in one sentence why the first one won."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from infer_align.errors import RewardFailed
+from infer_align.flow.plan import Plan
 from infer_align.objectives import rank
-from infer_align.types import Array, Candidate, Plan, Scores, Selection
+from infer_align.types import Array, Candidate, Scores, Selection
 
 
-def select(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selection:
-    """Rank the candidates by the weighted sum of their reduced scores; without rewards, in the order they were drawn.
+def select(
+    plan: Plan, candidates: Sequence[Candidate], scores: Scores, *, late: bool = False
+) -> Selection:
+    """Select the candidates to return, best first.
 
-    A candidate that failed, that was given up on its way, or that a reward with weight could not score, is dropped: a missing
-    score is never a 0.
+    If no candidate could be compared, a single candidate is returned as it is; several are returned
+    in the order of drawing if the deadline passed before scoring.
+
+    Args:
+        plan: the plan.
+        candidates: numbered from 0.
+        scores: of the plan's scorers.
+        late: True if the deadline has passed.
+
+    Raises:
+        RewardFailed: there are several candidates and none could be scored.
     """
-    alive = [c.index for c in candidates if c.eligible]
+    selection = rank_candidates(plan, candidates, scores)
+    if selection.ranking:
+        return selection
+    first = next(iter(selection.dropped.values()))
+    if late:
+        reason = "the deadline passed before scoring: the first candidate drawn"
+    elif plan.candidates == 1:
+        reason = f"nothing to compare; {first}"
+    else:
+        raise RewardFailed(f"{selection.reason}; first: {first}")
+    ranking = tuple(candidate.index for candidate in candidates if candidate.eligible)
+    return replace(selection, ranking=ranking, reason=reason, late=late)
+
+
+def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selection:
+    """Rank the candidates by the weighted sum of their scores.
+
+    Without scorers they keep the order of drawing. A candidate that failed, that was rejected while
+    it ran, or that a scorer with weight could not score, is dropped: a missing score is never a 0.
+    """
+    eligible = [candidate.index for candidate in candidates if candidate.eligible]
     dropped = {c.index: c.rejected or f"failed: {c.error}" for c in candidates if not c.eligible}
-    values = {name: plan.objective.reduce(members) for name, members in scores.members.items()}
+    values = {name: plan.ensemble.reduce(members) for name, members in scores.members.items()}
     if not values:
-        return Selection(
-            tuple(alive),
-            tuple(math.nan for _ in candidates),
-            values,
-            dropped,
-            "one draw, nothing to compare",
-        )
+        not_compared = (math.nan,) * len(candidates)
+        reason = "one draw, nothing to compare"
+        return Selection(tuple(eligible), not_compared, values, dropped, reason)
     objective = _weighted_sum(plan, values, len(candidates))
-    objective[list(dropped)] = math.nan  # failed: not even weights of 0 make it comparable
+    # Not even weights of 0 make a failed candidate comparable.
+    objective[list(dropped)] = math.nan
     ranking = rank(objective)
-    for index in alive:
+    for index in eligible:
         if index not in ranking:
-            dropped[index] = "not scored: " + _missing(plan, scores, values, index)
-    given_up = sum(c.rejected is not None for c in candidates)
-    early = f"{given_up} of them stopped early" if given_up else ""
-    reason = "; ".join(filter(None, (_reason(plan, objective, ranking), early, plan.note)))
+            dropped[index] = f"not scored: {_missing_score(plan, scores, values, index)}"
+    reason = _reason(plan, candidates, objective, ranking)
     return Selection(ranking, tuple(objective.tolist()), values, dropped, reason)
 
 
-def _weighted_sum(plan: Plan, values: dict[str, Array], n: int) -> Array:
-    total = np.zeros(n)
-    for name, weight in plan.rewards.items():
-        if weight:  # weight 0 asks to see a score without letting it count, even where it is NaN
-            total = total + weight * values[name]
+def _weighted_sum(plan: Plan, values: Mapping[str, Array], candidates: int) -> Array:
+    total = np.zeros(candidates)
+    for scorer in plan.scorers:
+        # Weight 0 shows a score without counting it, even if it is NaN.
+        if scorer.weight:
+            total = total + scorer.weight * values[scorer.name]
     return total
 
 
-def _missing(plan: Plan, scores: Scores, values: dict[str, Array], index: int) -> str:
-    for name, value in values.items():
-        if plan.rewards[name] and np.isnan(value[index]):
-            return f"{name}: {scores.notes[name][index] or 'NaN'}"
+def _missing_score(plan: Plan, scores: Scores, values: Mapping[str, Array], index: int) -> str:
+    """Return the scorer that left a candidate without a score, and its note."""
+    for scorer in plan.scorers:
+        if scorer.weight and np.isnan(values[scorer.name][index]):
+            return f"{scorer.name}: {scores.notes[scorer.name][index] or 'NaN'}"
     return "the weighted sum is not a number"
 
 
-def _reason(plan: Plan, objective: Array, ranking: tuple[int, ...]) -> str:
+def _reason(
+    plan: Plan, candidates: Sequence[Candidate], objective: Array, ranking: tuple[int, ...]
+) -> str:
+    clauses = [_comparison(plan.ensemble.objective, objective, ranking)]
+    rejected = sum(candidate.rejected is not None for candidate in candidates)
+    if rejected:
+        clauses.append(f"{rejected} of them stopped early")
+    if plan.note:
+        clauses.append(plan.note)
+    return "; ".join(clauses)
+
+
+def _comparison(name: str, objective: Array, ranking: tuple[int, ...]) -> str:
+    candidates = len(objective)
     if not ranking:
-        return f"none of {len(objective)} candidates could be scored"
+        return f"none of {candidates} candidates could be scored"
     best = objective[ranking[0]]
-    if len(objective) == 1:
-        return f"one candidate, nothing to compare ({plan.objective.name} {best:.3g})"
+    if candidates == 1:
+        return f"one candidate, nothing to compare ({name} {best:.3g})"
     if len(ranking) == 1:
-        return f"the only one of {len(objective)} candidates that could be compared ({plan.objective.name} {best:.3g})"
-    return f"highest {plan.objective.name} of {len(objective)} candidates ({best:.3g}; runner-up {objective[ranking[1]]:.3g})"
+        return f"the only one of {candidates} candidates that could be compared ({name} {best:.3g})"
+    runner_up = objective[ranking[1]]
+    return f"highest {name} of {candidates} candidates ({best:.3g}; runner-up {runner_up:.3g})"

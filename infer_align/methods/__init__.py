@@ -1,1 +1,4 @@
-"""The methods a request can name in `align`: one file per paper, its parameters as a frozen dataclass, its maths as functions."""
+"""The methods that a request can name in `align`.
+
+Each file is one method: its parameters as a frozen dataclass, and its maths as plain functions.
+"""

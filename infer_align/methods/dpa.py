@@ -1,8 +1,11 @@
-"""Directional preference alignment: a unit direction over named attributes, told to the model and used to score its answers.
+"""Directional preference alignment: write a preference direction into the prompt and score along it.
 
-Wang et al., "Arithmetic Control of LLMs for Diverse User Preferences" (2402.18571): the preference is a unit vector v in reward
-space, the objective v . r(x, y), and the model is told 100 v, rounded, in its system prompt. The published sentence ends without
-a stop, and its model was trained on it to the letter; a model that was not trained on such numbers may not heed them.
+A preference is a unit vector v over named attributes. The objective of an answer y is v . r(x, y),
+and the system prompt of the model names 100 v, rounded. The published sentence has no full stop at
+its end, and the published model was trained on it to the letter. A model that was not trained on
+such numbers may ignore them.
+
+Source: Wang et al., "Arithmetic Control of LLMs for Diverse User Preferences" (2402.18571).
 """
 
 from __future__ import annotations
@@ -15,23 +18,25 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from infer_align.errors import InvalidRequest, nearest, shown
-from infer_align.types import Body, Capability, Direction, Plan, Stage
+from infer_align.types import Body, Capability, Direction, Messages, PlanDraft, Stage
 
 PUBLISHED = (
-    "You are a helpful, respectful, and honest assistant who always responds to the user in a harmless way. "
-    "Your response should maximize weighted rating = {weights}"
+    "You are a helpful, respectful, and honest assistant who always responds to the user in a "
+    "harmless way. Your response should maximize weighted rating = {weights}"
 )
+# Placeholders without which a field of `Prompting` would not name the direction.
+_PLACEHOLDERS = {"template": ("{weights}",), "term": ("{attribute}", "{weight}")}
 
 
 @dataclass(frozen=True, slots=True)
 class Prompting:
-    """How a direction is written into the prompt; the default is what the published model was trained on."""
+    """`[dpa]`: the sentence that names a direction. The default is the published one."""
 
     attributes: tuple[str, ...] = field(
         default=("helpfulness", "verbosity"),
         metadata={
             "min_length": 1,
-            "description": "what a direction may name, in the template's order",
+            "description": "attributes that a direction may name, in the order of the sentence",
         },
     )
     template: str = field(
@@ -39,171 +44,200 @@ class Prompting:
         metadata={"description": 'the sentence; "{weights}" stands for the terms'},
     )
     term: str = field(
-        default="{attribute}*{weight}", metadata={"description": "one attribute with its weight"}
+        default="{attribute}*{weight}",
+        metadata={"description": "one term: an attribute with its weight"},
     )
-    separator: str = field(default=" + ", metadata={"description": "between terms"})
+    separator: str = field(default=" + ", metadata={"description": "text between two terms"})
     scale: float = field(
         default=100.0,
-        metadata={"gt": 0, "description": "a weight is this times the unit direction"},
+        metadata={"gt": 0, "description": "factor from the unit direction to the weights"},
     )
     decimals: int = field(
         default=0,
-        metadata={"ge": 0, "le": 6, "description": "digits that it is rounded to, half to even"},
+        metadata={
+            "ge": 0,
+            "le": 6,
+            "description": "decimal places of a weight, rounded half to even",
+        },
     )
     placement: Literal["system", "user"] = field(
         default="system",
         metadata={
-            "description": "before the client's own system message, or before the last user message"
+            "description": '"system" puts the sentence before the client\'s system message, "user" '
+            "before the last user message"
         },
     )
 
     def __post_init__(self) -> None:
-        """Refuse a sentence that would not say the direction."""
-        for name, needed in (("template", ("{weights}",)), ("term", ("{attribute}", "{weight}"))):
-            if missing := [part for part in needed if part not in getattr(self, name)]:
-                raise ValueError(
-                    f"a sentence with {' and '.join(missing)} in {name}: without it the model is not told the direction"
-                )
-        if len({*self.attributes}) < len(self.attributes):
-            raise ValueError("told each attribute once")
+        """Check that the sentence names the direction.
 
-    def completed(self, direction: Direction) -> dict[str, float]:
-        """The direction in the template's order, with the template's attributes that it does not name at 0, if it names any."""
-        names = [*self.attributes, *(name for name in direction if name not in self.attributes)]
-        if not direction.keys() & {*self.attributes}:
-            names = [*direction]
-        return {name: direction.get(name, 0.0) for name in names}
+        Raises:
+            ValueError: a placeholder is missing, or an attribute appears twice.
+        """
+        for name, placeholders in _PLACEHOLDERS.items():
+            missing = [text for text in placeholders if text not in getattr(self, name)]
+            if missing:
+                raise ValueError(
+                    f"a sentence with {' and '.join(missing)} in {name}; without it the prompt does "
+                    "not name the direction"
+                )
+        if len(set(self.attributes)) < len(self.attributes):
+            raise ValueError("a list in which each attribute appears once")
+
+    def complete(self, direction: Direction) -> dict[str, float]:
+        """Return the direction in the order of the sentence.
+
+        If the direction names some attribute of the sentence, the sentence's other attributes are
+        added with weight 0.
+        """
+        if not direction.keys() & set(self.attributes):
+            return dict(direction)
+        others = [name for name in direction if name not in self.attributes]
+        return {name: direction.get(name, 0.0) for name in [*self.attributes, *others]}
 
     def weights(self, direction: Direction) -> dict[str, int | float]:
-        """Attribute -> the rounded weight. An attribute of the template that the direction does not name weighs 0."""
-        v = self.completed(unit(direction))
-        rounded = {
-            name: float(np.round(self.scale * weight, self.decimals)) + 0.0
-            for name, weight in v.items()
-        }  # + 0: no -0
-        return rounded if self.decimals else {name: int(weight) for name, weight in rounded.items()}
+        """Return the rounded weight of each attribute, as the sentence shows it."""
+        weights: dict[str, int | float] = {}
+        for name, weight in self.complete(unit(direction)).items():
+            # Adding 0 turns -0.0 into 0.0.
+            rounded = float(np.round(self.scale * weight, self.decimals)) + 0.0
+            weights[name] = rounded if self.decimals else int(rounded)
+        return weights
 
     def sentence(self, direction: Direction) -> str:
-        """The template, filled in."""
-        terms = [
-            self.term.replace("{attribute}", name).replace("{weight}", str(weight))
-            for name, weight in self.weights(direction).items()
-        ]
+        """Return the sentence that names the direction."""
+        terms = []
+        for name, weight in self.weights(direction).items():
+            term = self.term.replace("{attribute}", name)
+            terms.append(term.replace("{weight}", str(weight)))
         return self.template.replace("{weights}", self.separator.join(terms))
 
     def condition(self, body: Body, direction: Direction) -> Body:
-        """A chat body whose model is told the direction; what the client's own messages say stays."""
-        messages = [*body["messages"]]
+        """Return the chat body with the sentence in it. The client's own messages stay."""
+        messages = list(body["messages"])
         sentence = self.sentence(direction)
-        if self.placement == "user":
-            at = max(
-                (i for i, message in enumerate(messages) if message["role"] == "user"), default=None
-            )
-        else:
-            at = 0 if messages and messages[0]["role"] in {"system", "developer"} else None
-        if at is None:
+        index = self._message_index(messages)
+        if index is None:
             messages.insert(0, {"role": self.placement, "content": sentence})
         else:
-            messages[at] = {
-                **messages[at],
-                "content": _before(sentence, messages[at].get("content")),
-            }
+            content = _prepend(sentence, messages[index].get("content"))
+            messages[index] = {**messages[index], "content": content}
         return {**body, "messages": messages}
+
+    def _message_index(self, messages: Messages) -> int | None:
+        """Return the index of the message that the sentence goes into, or None for a new one."""
+        if self.placement == "system":
+            first_role = messages[0]["role"] if messages else None
+            return 0 if first_role in {"system", "developer"} else None
+        for i in range(len(messages) - 1, -1, -1):
+            if messages[i]["role"] == "user":
+                return i
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class DPA:
-    """Tell the model a preference direction, and score answers along it."""
+    """Name a preference direction in the prompt, and score answers along it."""
 
     direction: dict[str, float] = field(
         metadata={
             "min_length": 1,
-            "description": "{attribute: weight}; its length does not matter, negative asks for less",
+            "description": "{attribute: weight}; only the proportions matter; a negative weight "
+            "asks for less of the attribute",
         }
     )
 
     stage: ClassVar[Stage] = Stage.CONDITION
-    needs: ClassVar[frozenset[Capability]] = (
-        frozenset()
-    )  # of a chat, which the draw is checked to be
+    needs: ClassVar[frozenset[Capability]] = frozenset()
+    section: ClassVar[type] = Prompting
 
-    def plan(self, plan: Plan) -> Plan:
-        """Every draw conditioned on the unit direction, and the plan scored along it.
+    def apply(self, draft: PlanDraft) -> PlanDraft:
+        """Write the unit direction into every draw, and score the plan along it.
 
         Raises:
-            InvalidRequest: an attribute is not known, the direction has no length, or the prompt is no chat.
+            InvalidRequest: an attribute is unknown, the direction has no length, or the request is
+                not a chat.
         """
-        prompting = plan.settings.get("dpa", Prompting())
-        assert isinstance(prompting, Prompting)
-        where = "align.dpa"
-        if any(draw.kind != "chat" for draw in plan.draws):
+        param = draft.param("dpa")
+        if any(draw.kind != "chat" for draw in draft.draws):
             raise InvalidRequest(
-                f"{where}: a direction is told in a chat prompt; use /v1/chat/completions.",
-                param=where,
+                f"{param}: a direction needs a chat prompt; use /v1/chat/completions.", param=param
             )
-        known = {*prompting.attributes, *plan.attributes}
-        for name in self.direction:
-            if name not in known:
-                place = f"{where}.direction.{name}"
-                raise InvalidRequest(
-                    f"{place}: no such attribute; {nearest(name, known)}", param=place
-                )
+        prompting = draft.sections.get(Prompting)
+        self._check_attributes({*prompting.attributes, *draft.attributes}, param)
         try:
-            v = prompting.completed(unit(self.direction))
+            v = prompting.complete(unit(self.direction))
         except ValueError as error:
-            raise InvalidRequest(f"{where}.{error}", param=f"{where}.direction") from None
+            raise InvalidRequest(f"{param}.{error}", param=f"{param}.direction") from None
         draws = tuple(
             replace(draw, body=prompting.condition(draw.body, v), direction=v)
-            for draw in plan.draws
+            for draw in draft.draws
         )
-        return replace(plan, draws=draws, direction=v, conditioner=prompting)
+        return replace(draft, draws=draws, direction=v, condition=prompting.condition)
+
+    def _check_attributes(self, attributes: set[str], param: str) -> None:
+        for name in self.direction:
+            if name not in attributes:
+                raise InvalidRequest(
+                    f"{param}.direction.{name}: no such attribute; {nearest(name, attributes)}",
+                    param=f"{param}.direction.{name}",
+                )
 
 
 plugin = DPA
 
 
 def unit(direction: Direction) -> dict[str, float]:
-    """The direction at length 1: {name: weight} -> {name: weight}.
+    """Scale a direction to length 1.
+
+    Args:
+        direction: {name: weight}.
 
     Raises:
-        ValueError: a weight is no finite number, or all are 0.
+        ValueError: a weight is not a finite number, or all weights are 0.
     """
     for name, weight in direction.items():
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float | np.floating | np.integer)
-            or not math.isfinite(weight)
-        ):
+        if not _is_finite_number(weight):
             raise ValueError(
                 f"direction.{name}: {shown(weight)} is not allowed; must be a finite number."
             )
     largest = max((abs(float(weight)) for weight in direction.values()), default=0.0)
     if not largest:
         raise ValueError(
-            f"direction: {shown(dict(direction))} has no length; give at least one weight other than 0."
+            f"direction: {shown(dict(direction))} has no length; give at least one weight other "
+            "than 0."
         )
-    scaled = {
-        name: float(weight) / largest for name, weight in direction.items()
-    }  # no overflow, no underflow in the squares
+    # Scaled to at most 1 first, so that the squares neither overflow nor underflow.
+    scaled = {name: float(weight) / largest for name, weight in direction.items()}
     length = math.hypot(*scaled.values())
     return {name: weight / length for name, weight in scaled.items()}
 
 
 def prompt_weights(direction: Direction) -> dict[str, int]:
-    """The weights as the published prompt writes them: 100 times the unit direction, rounded half to even."""
-    return {
-        name: int(weight)
-        for name, weight in Prompting(attributes=tuple(direction)).weights(direction).items()
-    }
+    """Return the weights of the published prompt: 100 times the unit direction.
+
+    They are rounded half to even.
+    """
+    weights = Prompting(attributes=tuple(direction)).weights(direction)
+    return {name: int(weight) for name, weight in weights.items()}
 
 
 def system_prompt(direction: Direction) -> str:
-    """The published sentence, to the letter: "... weighted rating = helpfulness*71 + verbosity*71", without a final stop."""
+    """Return the published sentence to the letter.
+
+    It ends without a full stop: "... weighted rating = helpfulness*71 + verbosity*71".
+    """
     return Prompting().sentence(direction)
 
 
-def _before(sentence: str, content: object) -> str | list[Mapping[str, Any]]:
-    """The sentence, then what a message says already: text, or a list of parts."""
+def _is_finite_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
+        return False
+    return math.isfinite(value)
+
+
+def _prepend(sentence: str, content: object) -> str | list[Mapping[str, Any]]:
+    """Return the content of a message, text or a list of parts, after the sentence."""
     if isinstance(content, list):
         return [{"type": "text", "text": f"{sentence}\n\n"}, *content]
     return f"{sentence}\n\n{content}" if content else sentence

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from infer_align.types import Array, Body, Candidate, LabelReader, Messages, ScoringUsage
+from infer_align.engines import Engine
+from infer_align.types import Array, Body, Candidate, Messages, ScoringUsage
 
 # Time limit of the scoring that runs now, in seconds: the reward's own limit, or less before a
 # deadline.
@@ -33,7 +34,7 @@ class RewardScores:
     # [A, K, N]: attributes (1 if the reward has none), members, candidates. NaN means not scored.
     values: Array
     # The cost of scoring.
-    spent: ScoringUsage = field(default_factory=ScoringUsage)
+    usage: ScoringUsage = field(default_factory=ScoringUsage)
     # Per candidate, why it is NaN or that its text was truncated; () if there are no notes.
     notes: tuple[str | None, ...] = ()
     # Further results as JSON, such as the comparisons of a judge.
@@ -61,7 +62,7 @@ class Reward(ABC):
     attributes: tuple[str, ...] = ()
     timeout_seconds: float = 30.0
     pipelined: ClassVar[bool] = False
-    engines: Mapping[str, LabelReader] = MappingProxyType({})
+    engines: Mapping[str, Engine] = MappingProxyType({})
     uses_engine: bool = False
 
     async def start(self) -> None:
@@ -74,7 +75,7 @@ class Reward(ABC):
         """Return None if the reward can score, else the reason why it cannot."""
         return None
 
-    def with_parameters(self, parameters: object) -> Reward:
+    def with_parameters(self, parameters: Mapping[str, Any]) -> Reward:
         """Return the same reward with the parameters of one request."""
         raise NotImplementedError(f"{type(self).__name__} takes no parameters: {parameters!r}")
 

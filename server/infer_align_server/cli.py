@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.config import registry
+from infer_align.config.align import Budget
 from infer_align.config.schema import signature
 from infer_align.errors import AlignError, ConfigError
 from infer_align.objectives import Ensemble
-from infer_align.types import Budget
 from infer_align_bench import arguments as bench
 from infer_align_server import chat, fit, serve
 

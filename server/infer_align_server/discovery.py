@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from infer_align.config import registry
+from infer_align.config.align import Budget
 from infer_align.config.schema import json_schema
 from infer_align.objectives import Ensemble
-from infer_align.types import Budget
 from infer_align_server.service import Service
 
 # The time of creation of every model. OpenAI's API requires one, and clients need only that it

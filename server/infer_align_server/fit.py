@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.config import registry
 from infer_align.errors import ConfigError, nearest
 

@@ -17,8 +17,8 @@ from infer_align.rewards.trust_judge import (
     nontransitivity,
     rescale,
 )
-from infer_align.rewards.trust_judge.judge import Judgement
 from infer_align.rewards.trust_judge.consistency import cycles
+from infer_align.rewards.trust_judge.judge import Judgement
 from infer_align.rewards.trust_judge.tournament import Comparisons
 from infer_align.types import ScoringUsage
 from infer_align_server.scoring import candidates_of
@@ -115,14 +115,7 @@ def _of_preset(service: Service, preset: str | None) -> dict[str, Any]:
 
 
 def _reward(service: Service, given: Mapping[str, Any]) -> tuple[Judging, TrustJudgeReward]:
-    try:
-        wanted = parse(Judging, given, "")
-    except InvalidRequest as error:  # the fields stand in the body itself
-        raise type(error)(
-            error.message.removeprefix("."),
-            param=(error.param or "").removeprefix("."),
-            code=error.code,
-        ) from None
+    wanted = parse(Judging, given, "")
     judges = {
         name: reward
         for name, reward in service.rewards.items()

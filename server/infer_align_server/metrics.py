@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from infer_align.types import Response, ScoringUsage
+from infer_align.flow.response import Response
+from infer_align.types import ScoringUsage
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TPOT_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -82,7 +83,7 @@ class Metrics:
         for counter, count in counts:
             if count:
                 counter.inc(count)
-        self.count_scoring(response.scores.spent)
+        self.count_scoring(response.scores.usage)
         self.e2e.observe(response.timing.total_seconds)
         if response.scores.members:
             self.scoring.observe(response.timing.score_seconds)

@@ -17,10 +17,12 @@ from typing import Any, get_args
 from starlette.routing import Route
 
 from infer_align.config import registry
+from infer_align.config.align import MAX_WEIGHT, Budget, Details
 from infer_align.config.schema import json_schema
-from infer_align.flow.request import MAX_WEIGHT, SEED_RANGE, Details, reward_names
+from infer_align.flow.scorers import reward_names
+from infer_align.flow.seeds import SEED_RANGE
 from infer_align.objectives import Ensemble
-from infer_align.types import Budget, Kind
+from infer_align.types import Kind
 from infer_align_server.engine_routes import serves_responses
 from infer_align_server.judging import Judging
 from infer_align_server.scoring import ALIGN

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from infer_align.errors import UnknownModel, Unsupported, nearest
-from infer_align.flow.request import worst_case
+from infer_align.flow.plan import worst_case
 from infer_align.types import Kind
 from infer_align_server import discovery, judging, scoring
 from infer_align_server.engine_routes import (
@@ -80,11 +80,11 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     model = service.resolve_model(body.get("model"))
     app = engine_app(service)
     if app and model.preset is None and body.get("align") is None:
-        limits = service.config.limits.request
+        limits = service.config.limits
         tokens = worst_case(_with_best_of(body), service.engine, limits)
         return ForwardedResponse(service, app, content, caller, tokens, json=True)
     streaming = stream_options(body)
-    request, plan = service.plan(body, kind, model)
+    plan = service.plan(body, kind, model)
     head = {
         "id": f"{OBJECTS[kind].id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -94,11 +94,11 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     if service.config.server.honour_client_timeout:
         timeout = client_timeout(http.headers)
     if streaming:
-        stream = EventStream(service, request, plan, head, streaming, caller, timeout)
+        stream = EventStream(service, plan, head, streaming, caller, timeout)
         return await stream.open(http)
     answer = service.answer(with_client_deadline(plan, timeout), caller=caller)
     response = await until_client_leaves(http.receive, answer)
-    return json_response(completion_json(response, request, head))
+    return json_response(completion_json(response, head))
 
 
 def _with_best_of(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
+from infer_align.config.align import parse_align
 from infer_align.errors import InvalidRequest, RewardFailed, Unavailable, nearest, shown
-from infer_align.flow.request import parse_request
-from infer_align.flow.run import score as score_candidates
-from infer_align.flow.selection import select
-from infer_align.types import Candidate, Plan, Response, Timing
+from infer_align.flow.plan import Plan, make_scoring_plan
+from infer_align.flow.request import check_prompt
+from infer_align.flow.response import Response, Timing
+from infer_align.flow.scoring import score as score_candidates
+from infer_align.flow.selection import rank_candidates
+from infer_align.types import Candidate
 from infer_align_server.service import Service
 from infer_align_server.wire.completion import scores_json
 from infer_align_server.wire.encoding import number
@@ -34,9 +36,9 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         for i, text in enumerate(texts)
     ]
     async with service.scoring(plan.scoring_tokens, caller) as told:
-        scores = await score_candidates(plan, service.rewards, candidates)
-        told(scores.spent)
-    selection = select(plan, candidates, scores)
+        scores = await score_candidates(plan, candidates)
+        told(scores.usage)
+    selection = rank_candidates(plan, candidates, scores)
     if not selection.ranking:
         raise RewardFailed(f"{selection.reason}; first: {next(iter(selection.dropped.values()))}")
     response = Response(plan, tuple(candidates), scores, selection, Timing(0.0, 0.0, 0.0))
@@ -53,7 +55,7 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
             }
             for i in range(len(texts))
         ],
-        "usage": asdict(scores.spent),
+        "usage": asdict(scores.usage),
     }
     if plan.direction is not None:
         answer["direction"] = dict(plan.direction)
@@ -63,27 +65,22 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
 
 
 def _plan(service: Service, body: Mapping[str, Any], n: int) -> Plan:
-    """How n candidates are scored, as of a best-of-n whose drawing is done: the same checks, the same ranking."""
+    """Plan the scoring of n candidates. The keys of `align` stand in the body itself."""
+    messages = body.get("messages")
+    check_prompt({"messages": messages}, "chat")
     preset = service.resolve_model(body.get("model")).preset
-    given = {
-        **(service.config.presets[preset] if preset else {}),
-        **{key: body[key] for key in ALIGN if body.get(key) is not None},
-    }
-    align = {key: value for key, value in given.items() if key in ALIGN}
-    chat = {
-        "messages": body.get("messages"),
-        "align": {**align, "best_of_n": {"n": n}},
-        "max_tokens": 1,
-    }
-    try:
-        # Nothing is drawn; what judging costs is held against the limit below.
-        unlimited = replace(service.config.limits.request, max_completion_tokens=sys.maxsize)
-        return service.make_plan(parse_request(chat, "chat", service.config.presets), unlimited)
-    except InvalidRequest as error:  # here the fields stand in the body itself
-        where = (error.param or "").removeprefix("align.")
-        raise type(error)(
-            error.message.removeprefix("align."), param=where, code=error.code
-        ) from None
+    keys = dict(service.config.presets[preset]) if preset else {}
+    keys |= {key: body[key] for key in ALIGN if body.get(key) is not None}
+    align = parse_align({key: value for key, value in keys.items() if key in ALIGN}, path="")
+    return make_scoring_plan(
+        messages,
+        n,
+        align,
+        service.engine,
+        service.rewards,
+        service.default_rewards,
+        service.config.methods,
+    )
 
 
 def candidates_of(service: Service, body: Mapping[str, Any], fields: tuple[str, ...]) -> list[str]:

@@ -27,10 +27,14 @@ from infer_align.errors import (
     nearest,
     shown,
 )
-from infer_align.flow.request import Limits, make_plan, parse_request, reward_names
-from infer_align.flow.run import OnDelta, align
+from infer_align.flow.plan import Plan, make_plan
+from infer_align.flow.propose import OnDelta
+from infer_align.flow.request import parse_request
+from infer_align.flow.response import Response
+from infer_align.flow.run import align
+from infer_align.flow.scorers import reward_names
 from infer_align.rewards import Reward
-from infer_align.types import Kind, Plan, Request, Response, ScoringUsage
+from infer_align.types import Kind, ScoringUsage
 from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
@@ -67,7 +71,6 @@ class Service:
         self.engine: Engine = config.load_engine()
         self.engines: Mapping[str, Engine] = {**config.load_engines(), "served": self.engine}
         self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
-        self.engine.served_name = config.server.served_name
         self.default_rewards = config.server.default_rewards or {
             name: 1.0
             for name in config.rewards
@@ -202,25 +205,21 @@ class Service:
         if reason := self.unready():
             raise Unavailable(f"{reason}; try again later.", retry_after=5)
 
-    def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> tuple[Request, Plan]:
-        """Return the request that a body contains, and its plan.
+    def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> Plan:
+        """Parse a request and plan it.
 
         Raises:
-            InvalidRequest: See `infer_align.flow.request`.
+            InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
         """
         resolved = {**body, "model": model.engine_model}
         request = parse_request(resolved, kind, self.config.presets, model.preset)
-        return request, self.make_plan(request)
-
-    def make_plan(self, request: Request, limits: Limits | None = None) -> Plan:
-        """What a request asks for, with this process's engine, rewards, settings, and its limits where no others are given.
-
-        Raises:
-            InvalidRequest: see `infer_align.flow.request.make_plan`.
-        """
-        limits = limits or self.config.limits.request
         return make_plan(
-            request, self.engine, self.rewards, self.default_rewards, limits, self.config.methods
+            request,
+            self.engine,
+            self.rewards,
+            self.default_rewards,
+            self.config.limits,
+            self.config.methods,
         )
 
     async def answer(
@@ -235,9 +234,7 @@ class Service:
         arrived = monotonic()
         with charged(self.tokens, caller, plan.worst_case_tokens) as charge:
             async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds, caller):
-                response = await align(
-                    _in_time(plan, arrived), self.engine, self.rewards, charge.start(on_delta)
-                )
+                response = await align(_in_time(plan, arrived), self.engine, charge.start(on_delta))
             charge.complete(response)
         if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
             # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.

@@ -13,10 +13,12 @@ import openai
 import pytest
 
 import infer_align_client
-from infer_align import objectives, types
-from infer_align.config import registry
+from infer_align import objectives
+from infer_align.config import Limits, align, registry
+from infer_align.config.align import SETTINGS
 from infer_align.engines.fake import Fake
-from infer_align.flow.request import SETTINGS, Limits, make_plan, parse_request
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
 from infer_align.rewards.rules import Rules
 from infer_align_client import (
     DPA,
@@ -41,7 +43,7 @@ SAME = [
     (RPS, registry.methods.get("rps")),
     (TrustJudge, registry.methods.get("trust_judge")),
     (Ensemble, objectives.Ensemble),
-    (Budget, types.Budget),
+    (Budget, align.Budget),
 ]
 
 

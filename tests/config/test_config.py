@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from infer_align.config import config, registry
+from infer_align import config
+from infer_align.config import registry
 from infer_align.errors import ConfigError
 from infer_align.methods.dpa import Prompting
 from infer_align_server.service import Service
@@ -50,7 +51,7 @@ def test_a_whole_file(load: Any) -> None:
     assert loaded.rewards["short"].words_weight == -1.0
     assert loaded.presets == {"two": {"best_of_n": {"n": 2}}}
     assert loaded.server.default_rewards == {"short": 2.0}
-    assert loaded.limits.request.max_candidates == 4
+    assert loaded.limits.max_candidates == 4
     assert set(loaded.load_rewards()) == {"short", "trust_judge"}, "a judge there is always"
 
 
@@ -118,12 +119,12 @@ WRONG = [
     ("[rewards.a]\nwords_weight = 1\n", "[rewards.a] needs a kind"),
     ("[rewards]\na = 5\n", "[rewards.a] needs a kind"),
     ("[rewards.a]\nkind = 'rulse'\n", "did you mean 'rules'?"),
-    ("[rewards.'a.b']\nkind = 'rules'\n", "cannot hold '.' or '@'"),
+    ("[rewards.'a.b']\nkind = 'rules'\n", "cannot contain '.' or '@'"),
     ("[presets.a]\nbest_of = {n = 2}\n", "[presets.a] align.best_of: no such key"),
     ("[presets.a]\nbest_of_n = {n = 0}\n", "[presets.a] align.best_of_n.n"),
     ("[presets]\na = 5\n", "[presets.a] align: 5 is not an object"),
     ("[presets.a]\npreset = 'b'\n[presets.b]\n", "[presets.a] align.preset"),
-    ("[presets.'a@b']\nbest_of_n = {}\n", "cannot hold '@'"),
+    ("[presets.'a@b']\nbest_of_n = {}\n", "cannot contain '@'"),
     ("not toml", "not TOML"),
 ]
 
@@ -201,11 +202,11 @@ def test_engines_that_share_gpus_must_leave_room_for_each_other(load: Any) -> No
 
 
 def test_how_directions_are_told(load: Any) -> None:
-    assert load(FAKE).methods["dpa"] == Prompting()
-    told = load(
+    assert load(FAKE).methods.get(Prompting) == Prompting()
+    section = load(
         f'{FAKE}[dpa]\nattributes = ["warmth"]\nscale = 10.0\nplacement = "user"\n'
-    ).methods["dpa"]
-    assert (told.attributes, told.scale, told.placement) == (("warmth",), 10.0, "user")
+    ).methods.get(Prompting)
+    assert (section.attributes, section.scale, section.placement) == (("warmth",), 10.0, "user")
     for section, message in (
         ("attribute = []", "did you mean 'attributes'"),
         ("scale = 0.0", "greater than 0"),

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from infer_align.config import registry
+from infer_align.config import Limits, registry
 from infer_align.engines.fake import Fake, FakeEngine, Reply
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
-from infer_align.flow.request import Limits, make_plan, parse_request
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
 from infer_align.rewards import Reward
 from infer_align.rewards.rules import Rules
 from infer_align.rewards.trust_judge import TrustJudgeSection
-from infer_align.types import Capability, Draw, Method, Plan, Stage
+from infer_align.types import Capability, Draw, Method, PlanDraft, Stage
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 LIMITS = Limits(128, 100_000)
@@ -68,13 +69,15 @@ def test_a_method_is_a_documented_frozen_dataclass(name: str) -> None:
 
 def test_its_plan_is_pure(name: str) -> None:
     request = parsed(name)
-    method: Method = request.methods[name]
-    plan = Plan((Draw(BODY),), request.objective, messages=BODY["messages"])
-    for needed in (other for key, other in request.methods.items() if key != name):
-        plan = needed.plan(plan)
-    before = repr(plan)
-    assert method.plan(plan) == method.plan(plan)
-    assert repr(plan) == before
+    methods = request.align.methods
+    method: Method = methods[name]
+    draft = PlanDraft((Draw(BODY),), messages=BODY["messages"])
+    for key, needed in methods.items():
+        if key != name:
+            draft = needed.apply(draft)
+    before = repr(draft)
+    assert method.apply(draft) == method.apply(draft)
+    assert repr(draft) == before
 
 
 def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
@@ -136,7 +139,7 @@ def test_one_candidate_is_the_model_alone(name: str) -> None:
 
 def test_listing_imports_nothing() -> None:
     code = (
-        "import sys; from infer_align import registry\n"
+        "import sys; from infer_align.config import registry\n"
         "print([r.names() for r in (registry.methods, registry.rewards, registry.engines)])\n"
         "assert not [m for m in sys.modules if m.startswith('infer_align.methods.')]\n"
         "assert 'torch' not in sys.modules\n"
@@ -165,7 +168,8 @@ PLUGIN = '''
 """A method from outside."""
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
-from infer_align.types import Capability, Plan, Stage
+from infer_align.types import Capability, Stage
+from infer_align.types import PlanDraft
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +180,9 @@ class Twice:
     stage: ClassVar[Stage] = Stage.PROPOSE
     needs: ClassVar[frozenset[Capability]] = frozenset(NEEDS)
 
-    def plan(self, plan: Plan) -> Plan:
-        return replace(plan, draws=tuple(replace(d, n=d.n * self.times) for d in plan.draws), selects=True)
+    def apply(self, draft: PlanDraft) -> PlanDraft:
+        draws = tuple(replace(draw, n=draw.n * self.times) for draw in draft.draws)
+        return replace(draft, draws=draws, selects=True)
 
 
 plugin = Twice
@@ -193,7 +198,7 @@ async def main():
     try:
         body = {{"messages": [{{"role": "user", "content": "x"}}], "align": {align}}}
         plan = make_plan(parse_request(body, "chat", {{}}), engine, rewards, {{"short": 1.0}}, Limits(99, 99999999))
-        response = await align(plan, engine, rewards)
+        response = await align(plan, engine)
         print(json.dumps([list(plan.methods), [c.text for c in response.returned], len(response.candidates)]))
     except AlignError as error:
         print(json.dumps([error.code, error.param, error.message]))

@@ -18,8 +18,7 @@ from benchmarks.demo.build import BuildConfig, documents_digest
 from benchmarks.demo.effects import judge_effects
 from benchmarks.demo.measure import Models, load, measure, read_metrics
 from benchmarks.demo.tokenizer import build_tokenizer
-from infer_align import demo
-from infer_align.config import config
+from infer_align import config, demo
 from infer_align.demo.bag import register
 from infer_align.demo.world import prompts
 from infer_align.types import Candidate

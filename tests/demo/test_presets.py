@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from infer_align import demo
-from infer_align.config import config
+from infer_align import config, demo
 from infer_align.demo import world
-from infer_align.flow.request import make_plan, parse_request
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
+from infer_align.flow.response import Response
 from infer_align.flow.run import align
-from infer_align.types import Response
 
 pytestmark = pytest.mark.slow
 
@@ -36,9 +36,8 @@ def answered() -> dict[str | None, list[Response]]:
         request = parse_request(body, "chat", loaded.presets, preset)
         default = loaded.server.default_rewards
         return await align(
-            make_plan(request, engine, rewards, default, loaded.limits.request, loaded.methods),
+            make_plan(request, engine, rewards, default, loaded.limits, loaded.methods),
             engine,
-            rewards,
         )
 
     async def everything() -> dict[str | None, list[Response]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.engines.openai import OpenAI, OpenAIEngine
 from infer_align.engines.openai.models import parse_models
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable, Unsupported

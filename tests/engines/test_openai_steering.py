@@ -11,13 +11,15 @@ import pytest
 
 pytest.importorskip("torch")
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
+from infer_align.config import Limits
 from infer_align.demo import world
 from infer_align.engines.openai import OpenAI, OpenAIEngine
 from infer_align.engines.openai.continuation import Continuation, Prompt
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
-from infer_align.flow.request import Limits, make_plan, parse_request
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
 from infer_align.flow.run import align
 from infer_align.types import Capability, Draw, Steering
 from infer_align.upstream import UpstreamFailed
@@ -139,7 +141,7 @@ async def test_the_cost_is_said(engine: Any) -> None:
     }
     request = parse_request({**body, "align": {"vas": body["align"]["vas"]}}, "chat", {})
     plan = make_plan(request, engine, {}, {}, Limits(8, 1000))
-    response = await align(plan, engine, {})
+    response = await align(plan, engine)
     (candidate,) = response.candidates
     assert candidate.calls >= candidate.completion_tokens
 

@@ -9,10 +9,12 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
+from infer_align.config import Limits
 from infer_align.decoding.params import SamplingParams, field_schemas
 from infer_align.engines.fake import Fake
 from infer_align.errors import InvalidRequest, Unsupported
-from infer_align.flow.request import Limits, make_plan, parse_request
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
 from infer_align.types import Draw
 from infer_align_server.wire.stream_options import stream_options
 

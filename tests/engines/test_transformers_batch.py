@@ -178,7 +178,8 @@ async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, fi
         forwards = Forwards(engine)
         over = []
         forwards.at = lambda _: over.append(
-            sum(1 for _ in engine._started.scheduler._batch.rows) * engine._started.scheduler._batch.cache.length
+            sum(1 for _ in engine._started.scheduler._batch.rows)
+            * engine._started.scheduler._batch.cache.length
             > 100
         )
         results = await asyncio.gather(

@@ -219,7 +219,9 @@ async def test_the_cache_makes_room_for_value_lms(
     other.values = {"v": LookaheadValue(Lookahead(str(tmp_path / "v")))}
     await other.start()
     try:
-        assert other._started.scheduler.capacity == int(0.001 * 2**30 / (2 * engine.frozen.cell_bytes))
+        assert other._started.scheduler.capacity == int(
+            0.001 * 2**30 / (2 * engine.frozen.cell_bytes)
+        )
     finally:
         await other.close()
 

@@ -1,4 +1,4 @@
-"""Ranking: equivariant, NaN-safe, ties to the lowest index, and a reason in one sentence."""
+"""Ranking: equivariant, NaN-safe, ties to the lowest index, with a reason in one sentence."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align.flow.selection import select
+from infer_align.errors import RewardFailed
+from infer_align.flow.plan import Plan
+from infer_align.flow.scorers import Scorer
+from infer_align.flow.selection import rank_candidates, select
 from infer_align.objectives import Ensemble
-from infer_align.types import Candidate, Draw, Plan, Scores, Selection
+from infer_align.rewards import Reward, RewardScores
+from infer_align.types import Candidate, Draw, Scores, Selection
 
 NAN = math.nan
 MEMBERS: Any = st.integers(1, 4).flatmap(
@@ -33,6 +37,17 @@ OBJECTIVES = [
 ]
 
 
+class Unused(Reward):
+    """Stands for the reward of a scorer; the scores are given."""
+
+    async def score(self, messages: Any, candidates: Any) -> RewardScores:
+        raise AssertionError
+
+
+def scorers(weights: dict[str, float]) -> tuple[Scorer, ...]:
+    return tuple(Scorer(name, Unused(), weight) for name, weight in weights.items())
+
+
 def chosen(
     scores: dict[str, Any],
     weights: dict[str, float] | None = None,
@@ -46,8 +61,14 @@ def chosen(
     ]
     for rows in members.values():
         rows[:, list(failed)] = NAN
-    plan = Plan((Draw({}, n),), objective, weights or dict.fromkeys(members, 1.0), selects=True)
-    return select(plan, candidates, Scores(members, notes=dict.fromkeys(members, (None,) * n)))
+    plan = Plan(
+        (Draw({}, n),),
+        ensemble=objective,
+        scorers=scorers(weights or dict.fromkeys(members, 1.0)),
+        selects=True,
+    )
+    notes = dict.fromkeys(members, (None,) * n)
+    return rank_candidates(plan, candidates, Scores(members, notes=notes))
 
 
 @given(MEMBERS, st.sampled_from(OBJECTIVES), st.randoms(use_true_random=False))
@@ -132,8 +153,31 @@ def test_the_reason(rows: Any, failed: tuple[int, ...], reason: str) -> None:
     assert chosen({"r": rows}, failed=failed).reason == reason
 
 
-def test_without_rewards_the_order_is_that_of_drawing() -> None:
-    plan = Plan((Draw({}, 3),), OBJECTIVES[0])
-    made = select(plan, [Candidate(0, {}), Candidate(1, {}, error="x"), Candidate(2, {})], Scores())
-    assert made.ranking == (0, 2)
-    assert made.dropped == {1: "failed: x"}
+def test_without_scorers_candidates_keep_the_order_of_drawing() -> None:
+    plan = Plan((Draw({}, 3),))
+    candidates = [Candidate(0, {}), Candidate(1, {}, error="x"), Candidate(2, {})]
+    selection = select(plan, candidates, Scores())
+    assert selection.ranking == (0, 2)
+    assert selection.dropped == {1: "failed: x"}
+
+
+def unscored(n: int, *, late: bool) -> Selection:
+    plan = Plan((Draw({}, n),), scorers=scorers({"r": 1.0}), selects=True)
+    scores = Scores({"r": np.full((1, n), NAN)}, notes={"r": ("no score",) * n})
+    return select(plan, [Candidate(i, {}) for i in range(n)], scores, late=late)
+
+
+def test_several_unscored_candidates_fail_unless_the_deadline_passed() -> None:
+    with pytest.raises(RewardFailed, match="none of 2 candidates could be scored; first: not sco"):
+        unscored(2, late=False)
+    late = unscored(2, late=True)
+    assert late.ranking == (0, 1)
+    assert late.late
+    assert "deadline" in late.reason
+
+
+def test_a_single_unscored_candidate_is_returned() -> None:
+    single = unscored(1, late=False)
+    assert single.ranking == (0,)
+    assert not single.late
+    assert single.reason == "nothing to compare; not scored: r: no score"

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infer_align.methods.best_of_n import BestOfN, expected_best, kl_upper_bound
-from infer_align.objectives import Ensemble
-from infer_align.types import Draw, Plan
+from infer_align.types import Draw, PlanDraft
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "bon_estimator_public.json").read_text())
 
@@ -77,8 +76,8 @@ def test_kl_of_no_draws_is_refused() -> None:
 
 
 def test_plan_multiplies_every_draw() -> None:
-    plan = Plan(draws=(Draw(body={}, n=2), Draw(body={})), objective=Ensemble())
-    planned = BestOfN(n=4).plan(plan)
+    plan = PlanDraft(draws=(Draw(body={}, n=2), Draw(body={})))
+    planned = BestOfN(n=4).apply(plan)
     assert [draw.n for draw in planned.draws] == [8, 4]
     assert planned.selects
     assert not plan.selects

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from infer_align.config.schema import parse
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.methods.dpa import DPA, Prompting, prompt_weights, system_prompt, unit
-from infer_align.objectives import Ensemble, project
-from infer_align.types import Draw, Plan
+from infer_align.objectives import project
+from infer_align.types import Draw, PlanDraft, Sections
 
 ORACLE = json.loads(
     (Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8")
@@ -114,14 +114,15 @@ def test_a_template_of_ones_own() -> None:
     )
 
 
-def planned(messages: list[dict[str, Any]], direction: dict[str, float], **settings: Any) -> Plan:
-    plan = Plan(
+def planned(
+    messages: list[dict[str, Any]], direction: dict[str, float], **settings: Any
+) -> PlanDraft:
+    plan = PlanDraft(
         (Draw({"messages": messages}),),
-        Ensemble(),
         messages=messages,
-        settings={"dpa": Prompting(**settings)},
+        sections=Sections(Prompting(**settings)),
     )
-    return DPA(direction).plan(plan)
+    return DPA(direction).apply(plan)
 
 
 USER = {"role": "user", "content": "hello"}
@@ -192,14 +193,14 @@ def test_attributes_of_rewards_are_known_too() -> None:
     with pytest.raises(InvalidRequest, match="did you mean 'verbosity'") as refused:
         planned([USER], {"verbosty": 1.0})
     assert refused.value.param == "align.dpa.direction.verbosty"
-    plan = Plan((Draw({"messages": [USER]}),), Ensemble(), messages=[USER], attributes=("warmth",))
-    assert DPA({"warmth": 1.0}).plan(plan).direction == {"warmth": 1.0}
+    plan = PlanDraft((Draw({"messages": [USER]}),), messages=[USER], attributes=("warmth",))
+    assert DPA({"warmth": 1.0}).apply(plan).direction == {"warmth": 1.0}
 
 
 def test_a_text_completion_has_no_place_for_it() -> None:
-    plan = Plan((Draw({"prompt": "x"}, kind="completion"),), Ensemble())
+    plan = PlanDraft((Draw({"prompt": "x"}, kind="completion"),))
     with pytest.raises(InvalidRequest, match="/v1/chat/completions"):
-        DPA({"helpfulness": 1.0}).plan(plan)
+        DPA({"helpfulness": 1.0}).apply(plan)
 
 
 def test_a_projection_looks_at_what_weighs() -> None:
@@ -219,7 +220,7 @@ def test_a_projection_looks_at_what_weighs() -> None:
     [
         ({"template": "Be {weight} nice"}, "{weights} in template"),
         ({"term": "x"}, "{attribute} and {weight} in term"),
-        ({"attributes": ["a", "a"]}, "each attribute once"),
+        ({"attributes": ["a", "a"]}, "each attribute appears once"),
     ],
 )
 def test_a_sentence_that_would_not_say_the_direction_is_refused(section: Any, said: str) -> None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from infer_align.errors import InvalidRequest
 from infer_align.methods.dpa import DPA, unit
 from infer_align.methods.rps import RPS, neighbors, published_neighbors
-from infer_align.objectives import Ensemble, project, rank
-from infer_align.types import Draw, Plan
+from infer_align.objectives import project, rank
+from infer_align.types import Draw, PlanDraft
 
 ORACLE = json.loads(
     (Path(__file__).parents[1] / "data" / "rps_public.json").read_text(encoding="utf-8")
@@ -139,16 +139,15 @@ def test_what_is_out_of_range(arguments: Any) -> None:
             neighbors(direction, 2, 30.0, seed=0)
 
 
-def planned(rps: RPS, direction: dict[str, float], n: int = 1, seed: int = 0) -> Plan:
+def planned(rps: RPS, direction: dict[str, float], n: int = 1, seed: int = 0) -> PlanDraft:
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}]
-    plan = Plan(
+    plan = PlanDraft(
         (Draw({"messages": messages}, n),),
-        Ensemble(),
         messages=messages,
         seed=seed,
         attributes=("warmth",),
     )
-    return rps.plan(DPA(direction).plan(plan))
+    return rps.apply(DPA(direction).apply(plan))
 
 
 def test_each_draw_is_told_its_own_direction_once() -> None:
@@ -165,7 +164,7 @@ def test_each_draw_is_told_its_own_direction_once() -> None:
         assert (
             text
             == DPA(dict(draw.direction))
-            .plan(Plan((Draw({"messages": plan.messages}),), Ensemble()))
+            .apply(PlanDraft((Draw({"messages": plan.messages}),)))
             .draws[0]
             .body["messages"][0]["content"]
         )
@@ -217,7 +216,7 @@ def test_published_needs_two_attributes() -> None:
 
 def test_without_a_direction() -> None:
     with pytest.raises(InvalidRequest, match=r"align\.dpa\.direction"):
-        RPS().plan(Plan((Draw({"messages": []}),), Ensemble()))
+        RPS().apply(PlanDraft((Draw({"messages": []}),)))
 
 
 @pytest.mark.parametrize("neighborhood", ["uniform", "published"])
@@ -225,9 +224,9 @@ def test_attributes_that_are_not_named_are_part_of_the_space(neighborhood: Any) 
     alone, whole = ({"helpfulness": 1.0}, {"helpfulness": 1.0, "verbosity": 0.0})
     drawn = []
     for direction in (alone, whole):
-        made = Plan((Draw({"messages": [{"role": "user", "content": "x"}]}),), Ensemble(), seed=4)
-        plan = RPS(neighborhood=neighborhood).plan(
-            DPA(direction).plan(replace(made, messages=made.draws[0].body["messages"]))
+        made = PlanDraft((Draw({"messages": [{"role": "user", "content": "x"}]}),), seed=4)
+        plan = RPS(neighborhood=neighborhood).apply(
+            DPA(direction).apply(replace(made, messages=made.draws[0].body["messages"]))
         )
         drawn.append([draw.direction for draw in plan.draws])
     assert drawn[0] == drawn[1]
@@ -235,9 +234,9 @@ def test_attributes_that_are_not_named_are_part_of_the_space(neighborhood: Any) 
 
 
 def test_an_empty_neighbourhood_says_so() -> None:
-    made = Plan((Draw({"messages": [{"role": "user", "content": "x"}]}),), Ensemble())
-    plan = RPS(neighborhood="published", max_angle=1).plan(
-        DPA({"helpfulness": 0.2, "verbosity": 1.0}).plan(made)
+    made = PlanDraft((Draw({"messages": [{"role": "user", "content": "x"}]}),))
+    plan = RPS(neighborhood="published", max_angle=1).apply(
+        DPA({"helpfulness": 0.2, "verbosity": 1.0}).apply(made)
     )
     assert "no direction of the grid within 1 degrees; all 5 draws are from the target" in plan.note
     for k, angle in ((0, 30.0), (-1, 30.0), (3, 181.0)):

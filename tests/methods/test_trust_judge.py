@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import pytest
 
+from infer_align.config import Limits
 from infer_align.config.schema import parse
 from infer_align.engines.fake import Fake
 from infer_align.errors import InvalidRequest, Unsupported
-from infer_align.flow.request import Limits, make_plan, parse_request
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
 from infer_align.methods.trust_judge import TrustJudge
-from infer_align.objectives import Ensemble
 from infer_align.rewards.rules import Rules
 from infer_align.rewards.trust_judge.prompts import SCALES
-from infer_align.types import Draw, Plan
+from infer_align.types import Draw, PlanDraft, ScorerRequest
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 
 
 def test_the_judge_joins_the_rewards_with_its_weight() -> None:
-    plan = Plan((Draw(BODY),), Ensemble(), rewards={"short": 1.0})
-    asked = TrustJudge(weight=0.5, criteria="brief")
-    planned = asked.plan(plan)
-    assert planned.rewards == {"short": 1.0, "trust_judge": 0.5}
-    assert planned.parameters == {"trust_judge": asked}
-    assert planned.draws == plan.draws
+    other = ScorerRequest("short", 1.0)
+    draft = PlanDraft((Draw(BODY),), scorers=(other,))
+    planned = TrustJudge(weight=0.5, criteria="brief").apply(draft)
+    judge = ScorerRequest("trust_judge", 0.5, {"criteria": "brief"})
+    assert planned.scorers == (other, judge)
+    assert planned.draws == draft.draws
     assert not planned.selects, "it draws nothing"
 
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from infer_align.config.schema import parse
 from infer_align.errors import InvalidRequest
 from infer_align.methods.vas import VAS, lambda_returns, reweight
-from infer_align.objectives import Ensemble
-from infer_align.types import Draw, Plan, Steering
+from infer_align.types import Draw, PlanDraft, Steering
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vas_public.json").read_text())
 
@@ -141,7 +140,7 @@ def test_bad_parameters_are_named(params: dict, param: str) -> None:
 
 
 def test_plan_steers_every_draw() -> None:
-    plan = Plan(draws=(Draw(body={}), Draw(body={}, n=3)), objective=Ensemble())
-    steered = VAS({"helpful": 2.0}, top_k=5, tail="mask").plan(plan)
+    plan = PlanDraft(draws=(Draw(body={}), Draw(body={}, n=3)))
+    steered = VAS({"helpful": 2.0}, top_k=5, tail="mask").apply(plan)
     assert all(draw.steering == Steering({"helpful": 2.0}, 5, "mask") for draw in steered.draws)
     assert [draw.n for draw in steered.draws] == [1, 3]

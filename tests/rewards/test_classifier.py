@@ -75,7 +75,7 @@ async def test_scores_equal_a_direct_forward(architecture, labels, reward_model)
     for text in TEXTS:
         conversation = f"<user>the cat</s><assistant>{text}</s>"
         tokens += len(tokenizer(conversation, add_special_tokens=False)["input_ids"])
-    assert scores.spent.reward_tokens == tokens
+    assert scores.usage.reward_tokens == tokens
     assert scores.notes == (None,) * len(TEXTS)
     await reward.close()
 
@@ -154,7 +154,7 @@ async def test_a_refused_conversation_is_not_scored_and_others_are(reward_model)
     )
     assert np.isnan(refused.values).all()
     assert all("roles are system" in note for note in refused.notes)
-    assert refused.spent.reward_tokens == 0
+    assert refused.usage.reward_tokens == 0
     assert same(scored.values[0], direct(path))
     await reward.close()
 
@@ -185,7 +185,7 @@ async def test_without_a_chat_template_the_turns_are_plain_text(reward_model, by
     (tmp_path / "chat_template.jinja").unlink()
     reward = await started(model=str(tmp_path))
     scores = await reward.score(ASK, candidates(["sat"]))
-    assert scores.spent.reward_tokens == len(byte_level("the cat\n\nsat")["input_ids"])
+    assert scores.usage.reward_tokens == len(byte_level("the cat\n\nsat")["input_ids"])
     assert np.isfinite(scores.values).all()
     assert np.isfinite((await reward.score([], candidates(["a completion"]))).values).all()
     empty = await reward.score([], candidates([""]))

@@ -61,7 +61,7 @@ async def test_scores_have_the_promised_shape(reward, n):
     assert scores.values.dtype == np.float64
     assert np.isfinite(scores.values).all()
     assert len(scores.notes) in {0, n}
-    assert scores.spent.reward_tokens >= 0
+    assert scores.usage.reward_tokens >= 0
 
 
 async def test_a_score_does_not_depend_on_the_other_candidates(reward):

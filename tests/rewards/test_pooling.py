@@ -100,7 +100,7 @@ async def test_tokens_are_counted(
         [*ASK, {"role": "assistant", "content": "mice"}], tokenize=False
     )
     expected = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert (await reward.score(ASK, candidates(["mice"]))).spent.reward_tokens == 2 * expected
+    assert (await reward.score(ASK, candidates(["mice"]))).usage.reward_tokens == 2 * expected
 
 
 async def test_many_requests_at_once_and_one_that_left(reward: PoolingReward) -> None:

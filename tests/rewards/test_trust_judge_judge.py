@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from infer_align.engines.fake import Fake, FakeEngine, Labels, Reply
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, Unsupported
-from infer_align.methods.trust_judge import TrustJudge
 from infer_align.rewards import time_budget
 from infer_align.rewards.trust_judge import TrustJudgeReward, TrustJudgeSection
 from infer_align.types import Candidate, Capability, LabelLogprobs, LabelQuery
@@ -80,9 +79,9 @@ def test_scores_are_read_from_the_probabilities() -> None:
     assert "no judge today" in scores.notes[3]
     assert scores.report["drop_rate"] == 0.4
     assert len(engine.queries) == 5, "one reading per candidate"
-    assert scores.spent.judge_calls == 4
-    assert scores.spent.judge_completion_tokens == 4
-    assert scores.spent.judge_prompt_tokens > 40
+    assert scores.usage.judge_calls == 4
+    assert scores.usage.judge_completion_tokens == 4
+    assert scores.usage.judge_prompt_tokens > 40
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_comparisons_are_in_both_orders_and_no_more() -> None:
     engine = Ranked(Fake())
     scores = scores_of(engine, ["3", "1", "2"], mode="pairwise")
     np.testing.assert_allclose(scores.values[0, 0], [5.0, 1.0, 3.0])
-    assert len(engine.queries) == scores.spent.judge_calls == 6
+    assert len(engine.queries) == scores.usage.judge_calls == 6
     assert scores.report["comparisons"] == [
         {"pair": [0, 1], "relation": "larger"},
         {"pair": [0, 2], "relation": "larger"},
@@ -269,8 +268,8 @@ def test_after_a_critique() -> None:
     assert engine.bodies[0]["stop"] == ["Score: ["]
     assert engine.bodies[0]["max_tokens"] == 30
     assert "critique" in engine.bodies[0]["messages"][0]["content"]
-    assert scores.spent.judge_calls == 4
-    assert scores.spent.judge_completion_tokens == 2 * 4 + 2
+    assert scores.usage.judge_calls == 4
+    assert scores.usage.judge_completion_tokens == 2 * 4 + 2
     failed = scores_of(fake(replies=(Reply("It", error="no"),)), ["x"], critique_tokens=30)
     assert np.isnan(failed.values).all()
     assert failed.notes == ("no",)
@@ -308,7 +307,7 @@ def test_an_engine_that_is_not_configured_is_refused() -> None:
 
 def test_a_request_changes_a_copy() -> None:
     judge = reward(fake(), scale=5, min_mass=0.3)
-    changed = judge.with_parameters(TrustJudge(scale=10, criteria="brief", mode="pairwise"))
+    changed = judge.with_parameters({"scale": 10, "criteria": "brief", "mode": "pairwise"})
     assert changed.config.scale == 10
     assert changed.config.criteria == "brief"
     assert changed.config.mode == "pairwise"

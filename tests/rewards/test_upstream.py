@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
@@ -10,10 +9,11 @@ import numpy as np
 import pytest
 
 from infer_align.errors import ConfigError
-from infer_align.flow.run import _mark, score
-from infer_align.objectives import Ensemble
+from infer_align.flow.plan import Plan
+from infer_align.flow.scorers import Scorer
+from infer_align.flow.scoring import Scoring
 from infer_align.rewards.upstream import FromUpstream, UpstreamReward
-from infer_align.types import Candidate, Draw, Plan
+from infer_align.types import Candidate, Draw
 from tests.engines.openai.upstream import FakeUpstream, fake_upstream
 
 pytestmark = pytest.mark.anyio
@@ -91,7 +91,7 @@ async def test_one_call_scores_all_candidates(
     reward = await make_reward(api=api, models=("rm",))
     scores = await reward.score(QUESTION, CANDIDATES)
     np.testing.assert_array_equal(scores.values, [[LENGTHS]])
-    assert scores.spent.reward_tokens == 7
+    assert scores.usage.reward_tokens == 7
     assert scores.notes == (None,) * 4
     (body,) = server.bodies
     assert server.paths == [f"/{api}"]
@@ -182,15 +182,13 @@ async def test_a_call_that_hangs_delays_no_other(
     reward = await make_reward(labels=2, timeout_seconds=2.0)
     assert reward.pipelined
     draw = Draw({"messages": QUESTION}, 4)
-    plan = Plan((draw,), Ensemble(), {"long": 1.0}, QUESTION, selects=True)
-    if together:
-        scores = await score(plan, {"long": reward}, CANDIDATES)
-    else:
-        early = {
-            candidate.index: asyncio.create_task(_mark(reward, QUESTION, [candidate], None))
-            for candidate in CANDIDATES
-        }
-        scores = await score(plan, {"long": reward}, CANDIDATES, None, {"long": early})
+    scorer = Scorer("long", reward, 1.0)
+    plan = Plan((draw,), messages=QUESTION, scorers=(scorer,), selects=True)
+    async with Scoring(plan) as scoring:
+        if not together:
+            for candidate in CANDIDATES:
+                scoring.candidate_finished(candidate)
+        scores = await scoring.score(CANDIDATES)
     np.testing.assert_array_equal(scores.members["long"][0], [3, np.nan, 0, 9])
     notes = scores.notes["long"]
     assert [note is None for note in notes] == [True, False, True, True]

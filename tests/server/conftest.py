@@ -16,7 +16,7 @@ import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.engines.fake import FakeEngine
 from infer_align_server.app import create_app
 from infer_align_server.service import Service

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.demo import world
 from infer_align.types import Draw, Steering
 from infer_align_server import cli
@@ -107,7 +107,10 @@ def test_a_fitted_value_steers(place: Path, capsys: Any, finish: Any, method: st
         (["--fit", "gamma=1.5"], "--fit.gamma"),
         (["--fit", "lam=-1"], "--fit.lam"),
         (["--fit", "lam=nan"], "--fit.lam"),
-        (["--set", 'engine={kind="fake"}'], "it does not give hidden states; set kind = 'transformers'"),
+        (
+            ["--set", 'engine={kind="fake"}'],
+            "it does not give hidden states; set kind = 'transformers'",
+        ),
         (["--set", "engine.kind=fake"], "engine.threads: no such parameter"),
         (["--set", "engine.modle=x"], "did you mean 'model'?"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.config import registry
 from infer_align_server.openapi import OPERATIONS, STATUSES
 from infer_align_server.routes import ROUTES

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.errors import ConfigError
 from infer_align_server.app import create_app
 from tests.server.conftest import end, start

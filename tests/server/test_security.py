@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align_server.logs import REDACTED, JsonFormatter
 from infer_align_server.serve import _uvicorn_config
 from tests.engines.openai.upstream import FakeUpstream, Faults, fake_upstream, reply

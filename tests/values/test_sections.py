@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from infer_align.config import config, registry
+from infer_align import config
+from infer_align.config import registry
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError
 from infer_align.types import Draw, Steering

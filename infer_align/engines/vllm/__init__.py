@@ -72,10 +72,7 @@ class VllmEngine(Engine):
 
     model: str = ""
     context_length: int = 0
-    capabilities: frozenset[Capability] = frozenset(Capability) - {
-        Capability.SEQUENCE_LOGPROBS,
-        Capability.STEER,
-    }
+    capabilities: frozenset[Capability] = frozenset(Capability) - {Capability.STEER}
 
     capability_hints: Mapping[Capability, str] = MappingProxyType(
         dict.fromkeys(

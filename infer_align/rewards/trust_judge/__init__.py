@@ -24,15 +24,15 @@ scores and comparisons agree.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from infer_align.engines import Engine
 from infer_align.errors import ConfigError, Unsupported, nearest
 from infer_align.methods.trust_judge import CRITERIA, Criteria, Mode, Readout, Scale
-from infer_align.methods.trust_judge import TrustJudge as TrustJudgeParameters
 from infer_align.rewards import Reward, RewardScores
 from infer_align.rewards.trust_judge.consistency import conflict_ratio, cycles, nontransitivity
 from infer_align.rewards.trust_judge.judge import Judge, Judgement
@@ -51,7 +51,7 @@ from infer_align.rewards.trust_judge.tournament import (
     round_robin,
     swiss,
 )
-from infer_align.types import Candidate, Capability, LabelReader, Messages, ScoringUsage
+from infer_align.types import Candidate, Capability, Messages, ScoringUsage
 
 __all__ = [
     "Reading",
@@ -180,15 +180,9 @@ class TrustJudgeReward(Reward):
                 f"{nearest('', self.engines)}"
             )
 
-    def with_parameters(self, parameters: object) -> TrustJudgeReward:
-        """Return the same judge with the mode, scale, criteria and readout that a request sets."""
-        assert isinstance(parameters, TrustJudgeParameters)
-        changes: dict[str, Any] = {}
-        for name in ("mode", "scale", "criteria", "readout"):
-            value = getattr(parameters, name)
-            if value is not None:
-                changes[name] = value
-        return self.configured(**changes)
+    def with_parameters(self, parameters: Mapping[str, Any]) -> TrustJudgeReward:
+        """Return the same judge with the fields that a request overrides."""
+        return self.configured(**parameters)
 
     def configured(self, **fields: Any) -> TrustJudgeReward:
         """Return the same judge with these fields of its section changed."""
@@ -233,7 +227,7 @@ class TrustJudgeReward(Reward):
         return readings * (self._engine.label_calls(valid) + self.config.critique_tokens)
 
     @property
-    def _engine(self) -> LabelReader:
+    def _engine(self) -> Engine:
         if self.config.engine not in self.engines:
             raise Unsupported(f"the judge's engine {self.config.engine!r} does not run here.")
         return self.engines[self.config.engine]

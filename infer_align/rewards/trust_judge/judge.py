@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from infer_align.engines import Engine
 from infer_align.errors import AlignError
 from infer_align.rewards import CALL_SHARE, time_budget
 from infer_align.rewards.trust_judge.prompts import (
@@ -28,7 +29,6 @@ from infer_align.types import (
     Draw,
     LabelLogprobs,
     LabelQuery,
-    LabelReader,
     Messages,
     ScoringUsage,
 )
@@ -48,7 +48,7 @@ class Judgement:
 class Judge:
     """A language model and the way it is prompted."""
 
-    engine: LabelReader
+    engine: Engine
     criteria: str
     critique_tokens: int = 0  # maximum length of a critique before the label; 0 for no critique
     critique_logprobs: bool = False  # True if the log-probability of the critique is needed

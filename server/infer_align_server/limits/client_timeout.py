@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from infer_align.types import Plan
+from infer_align.flow.plan import Plan
 
 # The Python SDK sends the first: the seconds it waits for any byte. The JavaScript SDK sends the
 # second: the seconds it waits for the response's headers.

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from infer_align.errors import DeadlineExceeded
-from infer_align.flow.run import OnDelta
-from infer_align.types import Delta, Response
+from infer_align.flow.propose import OnDelta
+from infer_align.flow.response import Response
+from infer_align.types import Delta
 from infer_align_server.limits.rate_limit import RateLimit
 
 
@@ -50,7 +51,7 @@ class Charge:
     def complete(self, response: Response) -> None:
         """Charge the tokens of a complete response."""
         generated = sum(candidate.completion_tokens for candidate in response.candidates)
-        self.spent = generated + response.scores.spent.judge_completion_tokens
+        self.spent = generated + response.scores.usage.judge_completion_tokens
 
     def abort(self, *, by_client: bool) -> None:
         """Charge a request that ended early.

@@ -7,7 +7,9 @@ from typing import Any
 
 from infer_align.decoding.stream import message_delta
 from infer_align.errors import AlignError
-from infer_align.types import Candidate, Delta, Request, Response
+from infer_align.flow.request import Request
+from infer_align.flow.response import Response
+from infer_align.types import Candidate, Delta
 from infer_align_server.wire.completion import OBJECTS, align_json, has_report, usage_json
 from infer_align_server.wire.encoding import dumps
 from infer_align_server.wire.errors import error_json
@@ -62,7 +64,7 @@ class ChunkWriter:
         returned = list(enumerate(response.returned))
         extra: dict[str, Any] = {}
         if has_report(self._request):
-            extra["align"] = align_json(response, self._request)
+            extra["align"] = align_json(response)
         events = []
         if not self._streams_deltas:
             for index, candidate in returned:

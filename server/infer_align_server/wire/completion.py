@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from infer_align.flow.request import Request
+from infer_align.flow.response import Response
 from infer_align.objectives import std
-from infer_align.types import Candidate, Kind, Request, Response
+from infer_align.types import Candidate, Kind
 from infer_align_server.wire.encoding import number
 
 
@@ -25,16 +27,14 @@ OBJECTS: dict[Kind, ObjectNames] = {
 }
 
 
-def completion_json(
-    response: Response, request: Request, head: Mapping[str, Any]
-) -> dict[str, Any]:
+def completion_json(response: Response, head: Mapping[str, Any]) -> dict[str, Any]:
     """Return the response to one request as JSON.
 
     Args:
         response: The response of the flow.
-        request: The request.
         head: The fields `id`, `created` and `model`.
     """
+    request = response.plan.request
     choices = [{"index": i, **candidate.choice} for i, candidate in enumerate(response.returned)]
     body: dict[str, Any] = {
         **response.returned[0].response_fields,
@@ -44,13 +44,13 @@ def completion_json(
         "usage": usage_json(response),
     }
     if has_report(request):
-        body["align"] = align_json(response, request)
+        body["align"] = align_json(response)
     return body
 
 
 def has_report(request: Request) -> bool:
     """Return True if the response to a request contains the `align` report."""
-    return request.aligned and request.details != "none"
+    return request.aligned and request.align.details != "none"
 
 
 def usage_json(response: Response) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def _details(response: Response, name: str, limit: int) -> dict[str, int]:
     return totals
 
 
-def align_json(response: Response, request: Request) -> dict[str, Any]:
+def align_json(response: Response) -> dict[str, Any]:
     """Return the `align` report: the candidates, their scores and the selection."""
     report: dict[str, Any] = {
         "methods": list(response.plan.methods),
@@ -101,14 +101,12 @@ def align_json(response: Response, request: Request) -> dict[str, Any]:
         "partial": response.partial,
         "reason": response.selection.reason,
         **extras_json(response),
-        "candidates": [
-            _candidate_json(candidate, response, request) for candidate in response.candidates
-        ],
+        "candidates": [_candidate_json(candidate, response) for candidate in response.candidates],
         "usage": {
             "engine_calls": sum(candidate.calls for candidate in response.candidates),
             "candidate_tokens": sum(c.completion_tokens for c in response.candidates),
             "saved_tokens": response.saved_tokens,
-            **asdict(response.scores.spent),
+            **asdict(response.scores.usage),
         },
         "timing": {
             "generate_seconds": round(response.timing.generate_seconds, 6),
@@ -130,7 +128,7 @@ def extras_json(response: Response) -> dict[str, Any]:
     return extras
 
 
-def _candidate_json(candidate: Candidate, response: Response, request: Request) -> dict[str, Any]:
+def _candidate_json(candidate: Candidate, response: Response) -> dict[str, Any]:
     index = candidate.index
     direction = response.plan.draws[candidate.draw].direction
     fields: dict[str, Any] = {
@@ -142,7 +140,7 @@ def _candidate_json(candidate: Candidate, response: Response, request: Request) 
         "completion_tokens": candidate.completion_tokens,
         "error": response.selection.dropped.get(index),
     }
-    if request.details == "candidates":
+    if response.plan.request.align.details == "candidates":
         fields["choice"] = dict(candidate.choice)
     return fields
 

@@ -13,7 +13,9 @@ from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
 from infer_align.errors import AlignError
-from infer_align.types import Delta, Plan, Request, Response
+from infer_align.flow.plan import Plan
+from infer_align.flow.response import Response
+from infer_align.types import Delta
 from infer_align_server.service import Service
 from infer_align_server.wire.chunks import ChunkWriter
 from infer_align_server.wire.disconnect import until_client_leaves
@@ -34,7 +36,6 @@ class EventStream(HttpResponse):
 
     Args:
         service: The service that answers.
-        request: The request.
         plan: The plan of the request.
         head: The fields `id`, `created` and `model` of each chunk.
         options: OpenAI's stream options.
@@ -46,7 +47,6 @@ class EventStream(HttpResponse):
     def __init__(
         self,
         service: Service,
-        request: Request,
         plan: Plan,
         head: Mapping[str, Any],
         options: StreamOptions,
@@ -59,7 +59,7 @@ class EventStream(HttpResponse):
         self._caller = caller
         self._keepalive_seconds = _keepalive_seconds(service, client_timeout)
         self._writer = ChunkWriter(
-            request,
+            plan.request,
             head,
             streams_deltas=not plan.selects,
             include_usage=options.include_usage,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks.demo import values
+from infer_align import config as configuration
 from infer_align import demo
-from infer_align.config import config as configuration
 from infer_align.demo import world
 from infer_align.fitting.samples import score_candidates
 from infer_align.types import Draw, Steering

@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.errors import ConfigError
 from infer_align.vllm import package as vllm_package
 from tests.engines.vllm.stepping import environment

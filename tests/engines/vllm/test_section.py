@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align.config import config
+from infer_align import config
 from infer_align.engines.vllm import Vllm
 from infer_align.engines.vllm.pieces import Pieces
 from infer_align.errors import ConfigError

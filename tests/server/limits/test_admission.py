@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from infer_align.errors import DeadlineExceeded, Overloaded
 from infer_align_server.limits.admission import MAX_CALLERS, Admission
 

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align.objectives import Ensemble
-from infer_align.types import Plan
+from infer_align.flow.plan import Plan
 from infer_align_server.limits.client_timeout import (
     MAX_RESERVED_SECONDS,
     client_timeout,
@@ -48,7 +47,7 @@ def test_any_text_is_read_without_harm(text: str) -> None:
 
 @given(st.floats(1e-3, 1e6))
 def test_the_deadline_is_a_little_earlier(seconds: float) -> None:
-    plan = Plan((), Ensemble())
+    plan = Plan(())
     due = with_client_deadline(plan, seconds).deadline_seconds
     assert due is not None
     assert 0 < due < seconds

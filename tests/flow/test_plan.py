@@ -1,4 +1,4 @@
-"""From a body to a plan: what is asked for, what it costs at worst, and nothing spent."""
+"""From a request body to a plan: the draws, the scorers, the worst case, and every refusal."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infer_align.config import Limits
+from infer_align.config.align import Budget, parse_align
 from infer_align.engines.fake import Fake
 from infer_align.errors import AlignError, InvalidRequest
-from infer_align.flow.request import (
-    SEED_RANGE,
-    Limits,
-    make_plan,
-    parse_align,
-    parse_request,
-    reward_names,
-)
+from infer_align.flow.plan import Plan, make_plan, make_scoring_plan
+from infer_align.flow.request import parse_request
+from infer_align.flow.scorers import reward_names
+from infer_align.flow.seeds import SEED_RANGE
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward, RewardScores
-from infer_align.types import Budget
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 10}
 LIMITS = Limits(max_candidates=16, max_completion_tokens=1000)
@@ -54,19 +51,18 @@ def plan(align: Any = None, presets: Any = None, default: Any = None, **fields: 
     )
 
 
+def weights(made: Plan) -> dict[str, float]:
+    return {scorer.name: scorer.weight for scorer in made.scorers}
+
+
 def test_a_plain_request_is_one_draw_of_the_whole_body() -> None:
     made = plan(temperature=0.5, custom={"a": 1}, user=None)
     assert len(made.draws) == 1
     assert made.draws[0].body == {**BODY, "temperature": 0.5, "custom": {"a": 1}}, (
         "null is absent, the rest is kept"
     )
-    assert (made.selects, made.rewards, made.methods, made.keep, made.candidates) == (
-        False,
-        {},
-        (),
-        1,
-        1,
-    )
+    assert (made.selects, made.scorers, made.methods) == (False, (), ())
+    assert (made.n_returned, made.candidates) == (1, 1)
     assert made.worst_case_tokens == 10
 
 
@@ -80,10 +76,15 @@ def test_the_clients_body_is_not_edited() -> None:
 
 def test_best_of_n() -> None:
     made = plan({"best_of_n": {"n": 4}}, n=2)
-    assert (made.candidates, made.keep, made.selects, made.worst_case_tokens) == (4, 2, True, 40)
-    assert made.rewards == {"one": 1.0}
+    assert (made.candidates, made.n_returned, made.selects, made.worst_case_tokens) == (
+        4,
+        2,
+        True,
+        40,
+    )
+    assert weights(made) == {"one": 1.0}
     assert made.methods == ("best_of_n",)
-    assert made.objective == Ensemble()
+    assert made.ensemble == Ensemble()
     assert "n" not in made.draws[0].body
 
 
@@ -110,7 +111,7 @@ def test_settings() -> None:
         {},
     )
     assert request.rewards == {"a": 1.0}
-    assert request.objective == Ensemble("wco")
+    assert request.ensemble == Ensemble("wco")
     assert request.budget == Budget(deadline_seconds=2.0)
     assert request.details == "none"
 
@@ -129,9 +130,11 @@ def test_presets_are_overridden_key_by_key() -> None:
 
 def test_reward_names() -> None:
     assert reward_names(REWARDS) == ["one", "quality.helpful", "quality.brief"]
-    assert plan({"best_of_n": {}, "rewards": {"quality.brief": 2}}).rewards == {
-        "quality.brief": 2.0
-    }
+    made = plan({"best_of_n": {}, "rewards": {"quality.brief": 2}})
+    assert weights(made) == {"quality.brief": 2.0}
+    (scorer,) = made.scorers
+    assert scorer.reward is REWARDS["quality"]
+    assert scorer.attribute == "brief"
     for name, hint in (
         ("quality", "several objectives"),
         ("quality.breif", "did you mean 'quality.brief'"),
@@ -207,3 +210,59 @@ def test_any_json_gives_a_plan_or_a_named_refusal(align: Any, fields: Any) -> No
         refusal = error
     assert made is None or (1 <= made.candidates <= 16 and made.worst_case_tokens <= 1000)
     assert refusal is None or (refusal.status == 400 and refusal.param)
+
+
+# --- scoring of existing candidates ---
+
+
+def scoring_plan(align: Any, n: int = 2) -> Plan:
+    parsed = parse_align(align, path="")
+    return make_scoring_plan(BODY["messages"], n, parsed, Fake().load(), REWARDS, {"one": 1.0})
+
+
+def test_a_scoring_plan_scores_and_draws_nothing() -> None:
+    made = scoring_plan({"rewards": {"one": 2.0}})
+    assert weights(made) == {"one": 2.0}
+    assert (made.candidates, made.selects, made.scoring_tokens) == (2, True, 0)
+    assert weights(scoring_plan({})) == {"one": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("align", "param"),
+    [
+        ({"rewards": {"on": 1.0}}, "rewards.on"),
+        ({"rewards": {"one": -1.0}}, "rewards.one"),
+        ({"rewards": {"one": 0.0}}, "rewards"),
+        ({"dpa": {"direction": {"helpfull": 1.0}}}, "dpa.direction.helpfull"),
+        ({"ensemble": {"objective": "median"}}, "ensemble.objective"),
+        ({"trust_judge": {}}, "trust_judge"),
+    ],
+)
+def test_its_errors_name_the_fields_of_the_body_itself(align: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        scoring_plan(align)
+    assert caught.value.param == param
+    assert caught.value.message.startswith(f"{param}: ")
+
+
+# --- a reward is looked up once ---
+
+
+class Counting(One):
+    """Counts how often a request adapts it."""
+
+    def __init__(self) -> None:
+        self.adapted = 0
+
+    def with_parameters(self, parameters: Any) -> Reward:
+        self.adapted += 1
+        return self
+
+
+def test_a_judge_is_made_once_per_request() -> None:
+    judge = Counting()
+    rewards: dict[str, Reward] = {**REWARDS, "trust_judge": judge}
+    body = {**BODY, "align": {"best_of_n": {"n": 2}, "trust_judge": {"scale": 5}}}
+    made = make_plan(parse_request(body, "chat", {}), Fake().load(), rewards, {"one": 1.0}, LIMITS)
+    assert weights(made) == {"one": 1.0, "trust_judge": 1.0}
+    assert judge.adapted == 1

@@ -1,0 +1,153 @@
+"""Parse an `align` object: from the body of a request, or from a preset of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from infer_align.config import registry
+from infer_align.config.schema import join, parse
+from infer_align.errors import InvalidRequest, nearest, shown
+from infer_align.objectives import Ensemble
+from infer_align.types import Method
+
+Details = Literal["none", "scores", "candidates"]
+# Keys of `align` that are not methods.
+SETTINGS = ("preset", "rewards", "ensemble", "budget", "details")
+# Above this weight a weighted sum could overflow, and an infinite objective compares nothing.
+MAX_WEIGHT = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits on the cost of one answer."""
+
+    completion_tokens: int | None = field(
+        default=None,
+        metadata={
+            "ge": 1,
+            "description": "refuse a plan whose worst case exceeds this many generated tokens",
+        },
+    )
+    deadline_seconds: float | None = field(
+        default=None,
+        metadata={
+            "gt": 0,
+            "description": "return the best answer so far after this many seconds, marked partial",
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Align:
+    """A parsed `align` object."""
+
+    methods: Mapping[str, Method] = field(default_factory=dict)
+    rewards: Mapping[str, float] | None = None  # None: the configured default
+    ensemble: Ensemble = field(default_factory=Ensemble)
+    budget: Budget = field(default_factory=Budget)
+    details: Details = "scores"
+    path: str = "align"  # where the object stands in the request body, for error messages
+
+
+def parse_align(
+    value: object,
+    presets: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    preset: str | None = None,
+    path: str = "align",
+) -> Align:
+    """Parse an `align` object.
+
+    Args:
+        value: the JSON object.
+        presets: named `align` objects of the configuration.
+        preset: the preset to start from; `align.preset` wins over it.
+        path: where the object stands in the body; "" if its keys are the body's own.
+
+    Raises:
+        InvalidRequest: the first wrong field, by its dotted path.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(
+            f"{path}: {shown(value)} is not an object; allowed keys: {', '.join(_keys())}.",
+            param=path,
+        )
+    settings = _merge_preset(dict(value), presets, preset, path)
+    methods: dict[str, Method] = {}
+    for key, parameters in settings.items():
+        if key not in _keys():
+            raise InvalidRequest(
+                f"{join(path, key)}: no such key; {nearest(key, _keys())}",
+                param=join(path, key),
+                code="unknown_field",
+            )
+        if key not in SETTINGS:
+            methods[key] = parse(registry.methods.get(key), parameters, join(path, key))
+    rewards = None
+    if "rewards" in settings:
+        rewards = _parse_weights(settings["rewards"], join(path, "rewards"))
+    return Align(
+        methods=methods,
+        rewards=rewards,
+        ensemble=parse(Ensemble, settings.get("ensemble", {}), join(path, "ensemble")),
+        budget=parse(Budget, settings.get("budget", {}), join(path, "budget")),
+        details=_parse_details(settings.get("details", "scores"), join(path, "details")),
+        path=path,
+    )
+
+
+def _keys() -> list[str]:
+    return sorted({*registry.methods.names(), *SETTINGS})
+
+
+def _merge_preset(
+    settings: dict[str, Any],
+    presets: Mapping[str, Mapping[str, Any]],
+    preset: str | None,
+    path: str,
+) -> dict[str, Any]:
+    """Return the preset's keys overridden by the request's; a null takes a key away."""
+    requested = settings.pop("preset", None)
+    name = preset if requested is None else requested
+    base: Mapping[str, Any] = {}
+    if name is not None:
+        if not isinstance(name, str) or name not in presets:
+            raise InvalidRequest(
+                f"{join(path, 'preset')}: {shown(name)} is not configured; "
+                f"{nearest(str(name), presets)}",
+                param=join(path, "preset"),
+            )
+        base = presets[name]
+    merged = {**base, **settings}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def _parse_weights(value: object, path: str) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(
+            f"{path}: {shown(value)} is not an object; allowed: {{reward name: weight}}.",
+            param=path,
+        )
+    for name, weight in value.items():
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 <= weight <= MAX_WEIGHT:
+            raise InvalidRequest(
+                f"{path}.{name}: {shown(weight)} is not allowed; a weight is a number from 0 to "
+                f"{MAX_WEIGHT:.0e}. To prefer less of something, use a reward that scores its "
+                "absence.",
+                param=f"{path}.{name}",
+            )
+    return {str(name): float(weight) for name, weight in value.items()}
+
+
+def _parse_details(value: object, path: str) -> Details:
+    for allowed in get_args(Details):
+        if value == allowed:
+            details: Details = allowed
+            return details
+    raise InvalidRequest(
+        f"{path}: {shown(value)} is not allowed; allowed: {', '.join(get_args(Details))}.",
+        param=path,
+    )

@@ -1,0 +1,54 @@
+"""Measure one request, and know when its stages must end."""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+
+from infer_align.flow.response import Timing
+
+# The share of a deadline reserved for scoring: candidates that were not compared are worth little.
+SCORING_SHARE = 0.2
+# An event loop's timer may fire this many seconds early. What it ends, the deadline ended.
+TIMER_SLACK_SECONDS = 0.05
+
+
+class Clock:
+    """The start of a request and its deadlines, in seconds of the monotonic clock.
+
+    Attributes:
+        deadline: when the answer must be ready, or None.
+        draw_deadline: when drawing must end, or None.
+    """
+
+    def __init__(self, deadline_seconds: float | None, *, scores: bool) -> None:
+        """Start now; `scores` reserves a share of the deadline for scoring."""
+        self._started = monotonic()
+        self._generated = self._started
+        self.deadline: float | None = None
+        self.draw_deadline: float | None = None
+        if deadline_seconds:
+            reserved = SCORING_SHARE * deadline_seconds if scores else 0.0
+            self.deadline = self._started + deadline_seconds
+            self.draw_deadline = self.deadline - reserved
+
+    @property
+    def late(self) -> bool:
+        """Return True if the deadline has passed."""
+        return self.deadline is not None and monotonic() >= self.deadline - TIMER_SLACK_SECONDS
+
+    def mark_generated(self) -> None:
+        """Record that all candidates are drawn."""
+        self._generated = monotonic()
+
+    def timing(self) -> Timing:
+        """Return the seconds of the stages, up to now."""
+        ended = monotonic()
+        return Timing(
+            self._generated - self._started, ended - self._generated, ended - self._started
+        )
+
+
+def loop_time(deadline: float) -> float:
+    """Convert a deadline from the monotonic clock to the clock of the running event loop."""
+    return asyncio.get_running_loop().time() + (deadline - monotonic())

@@ -1,0 +1,80 @@
+"""Check a plan against the limits of the server and the budget of the request."""
+
+from __future__ import annotations
+
+from infer_align.config import Limits
+from infer_align.config.align import Align
+from infer_align.config.schema import join
+from infer_align.errors import InvalidRequest
+
+# Parameters of methods that multiply the number of candidates.
+_FAN_OUT = {"best_of_n": "n", "rps": "k"}
+
+
+def check_candidates(candidates: int, n_returned: int, align: Align, limits: Limits) -> None:
+    """Check the number of candidates.
+
+    Raises:
+        InvalidRequest: there are fewer than must be returned, or more than the server allows.
+    """
+    if n_returned > candidates:
+        raise InvalidRequest(
+            f"n: {n_returned} answers of {candidates} candidates; ask for fewer answers, or draw "
+            "more candidates.",
+            param="n",
+        )
+    if candidates > limits.max_candidates:
+        param = _fan_out(align)
+        raise InvalidRequest(
+            f"{param}: {candidates} candidates are over this server's limit of "
+            f"{limits.max_candidates}; ask for fewer.",
+            param=param,
+            code="too_many_candidates",
+        )
+
+
+def check_tokens(
+    worst_case: int, scoring_tokens: int, candidates: int, align: Align, limits: Limits
+) -> None:
+    """Check the worst case in tokens.
+
+    Args:
+        worst_case: sampled tokens at most, for candidates and by judges.
+        scoring_tokens: the part of them that judges may sample.
+        candidates: number of candidates.
+        align: the request's `align`, with its budget.
+        limits: the server's limits.
+
+    Raises:
+        InvalidRequest: the worst case is over the request's budget or the server's limit.
+    """
+    per_candidate = (worst_case - scoring_tokens) // candidates
+    terms = f"{candidates} candidates x {per_candidate} tokens"
+    if scoring_tokens:
+        terms += f" + {scoring_tokens} of judging"
+    budget = align.budget.completion_tokens
+    if budget is not None and worst_case > budget:
+        param = join(align.path, "budget.completion_tokens")
+        raise InvalidRequest(
+            f"{param}: the worst case is {worst_case} tokens ({terms}), over the budget of "
+            f"{budget}; lower max_completion_tokens or the number of candidates, or raise the "
+            "budget.",
+            param=param,
+            code="over_budget",
+        )
+    if worst_case > limits.max_completion_tokens:
+        raise InvalidRequest(
+            f"max_completion_tokens: the worst case is {worst_case} tokens ({terms}), over this "
+            f"server's limit of {limits.max_completion_tokens}; lower max_completion_tokens or the "
+            "number of candidates.",
+            param="max_completion_tokens",
+            code="over_limit",
+        )
+
+
+def _fan_out(align: Align) -> str:
+    """Return the parameter that the number of candidates comes from."""
+    for method, parameter in _FAN_OUT.items():
+        if method in align.methods:
+            return join(align.path, f"{method}.{parameter}")
+    return "n"

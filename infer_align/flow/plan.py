@@ -1,0 +1,263 @@
+"""Turn a Request into a Plan: draws, scorers and the worst case, known before anything is spent."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from infer_align.config import Limits
+from infer_align.config.align import Align
+from infer_align.engines import Engine
+from infer_align.errors import InvalidRequest, Unsupported, shown
+from infer_align.flow.limits import check_candidates, check_tokens
+from infer_align.flow.request import Request
+from infer_align.flow.scorers import Scorer, resolve_scorers
+from infer_align.flow.seeds import SEED_RANGE, seed_draws
+from infer_align.objectives import Ensemble
+from infer_align.rewards import Reward
+from infer_align.types import (
+    Body,
+    Direction,
+    Draw,
+    Kind,
+    Messages,
+    Method,
+    ObserverFactory,
+    PlanDraft,
+    Sections,
+    Stage,
+)
+
+# Fields of the body that the planner reads. The engine gets them as fields of the draw.
+_PLANNED_FIELDS = {"n", "seed", "stream", "stream_options"}
+# Stages that make sense for candidates that already exist.
+_SCORING_STAGES = (Stage.CONDITION, Stage.SCORE)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one request will do and what it can cost at most.
+
+    The methods wrote into the draft of the plan (`PlanDraft`); the planner resolved the scorers,
+    seeded the draws and counted the cost.
+    """
+
+    draws: tuple[Draw, ...]
+    request: Request = field(default_factory=lambda: Request({}))
+    messages: Messages = ()  # the client's messages before any method: what rewards read
+    scorers: tuple[Scorer, ...] = ()
+    ensemble: Ensemble = field(default_factory=Ensemble)
+    direction: Direction | None = None  # unit; rewards with several attributes score along it
+    observers: tuple[ObserverFactory, ...] = ()
+    methods: tuple[str, ...] = ()
+    selects: bool = False  # True if candidates are compared; otherwise they stream
+    n_returned: int = 1  # OpenAI's n: the number of candidates to return
+    note: str = ""  # a limitation that the response's reason mentions
+    worst_case_tokens: int = 0  # sampled for candidates and by judges
+    scoring_tokens: int = 0  # the part of the worst case that judges may sample
+    deadline_seconds: float | None = None
+
+    @property
+    def candidates(self) -> int:
+        """Return the number of candidates that the plan samples."""
+        return sum(draw.n for draw in self.draws)
+
+
+def make_plan(
+    request: Request,
+    engine: Engine,
+    rewards: Mapping[str, Reward],
+    default_rewards: Mapping[str, float],
+    limits: Limits,
+    sections: Sections | None = None,
+) -> Plan:
+    """Plan a request, and refuse it if it cannot be served.
+
+    Args:
+        request: from `parse_request`.
+        engine: the engine that will sample.
+        rewards: the configured rewards, by name.
+        default_rewards: {reward name: weight} for a request that names none.
+        limits: the bounds of `[limits]`.
+        sections: the configuration sections that methods read.
+
+    Raises:
+        InvalidRequest: the engine lacks a capability, a reward is not configured, or the worst case
+            is over a limit.
+    """
+    n_returned = _parse_integer(request.body, "n", 1, limits.max_candidates) or 1
+    requested_seed = _parse_integer(request.body, "seed", -SEED_RANGE, SEED_RANGE - 1)
+    if requested_seed is None:
+        seed = secrets.randbelow(SEED_RANGE)
+    else:
+        seed = requested_seed % SEED_RANGE
+    draft = _start_draft(request, seed, rewards, sections)
+    draft = _apply_methods(draft, request.align.methods, engine)
+    if n_returned > 1 and not draft.selects:
+        draws = tuple(replace(draw, n=n_returned) for draw in draft.draws)
+        draft = replace(draft, draws=draws)
+    # Checked before anything is made per candidate.
+    check_candidates(draft.candidates, n_returned, request.align, limits)
+    for draw in draft.draws:
+        engine.check(draw)
+    draws = seed_draws(draft.draws, seed, requested=requested_seed is not None)
+    plan = _complete(replace(draft, draws=draws), request, rewards, default_rewards)
+    plan = _count_cost(replace(plan, n_returned=n_returned), engine)
+    check_tokens(
+        plan.worst_case_tokens, plan.scoring_tokens, plan.candidates, request.align, limits
+    )
+    return plan
+
+
+def make_scoring_plan(
+    messages: object,
+    n: int,
+    align: Align,
+    engine: Engine,
+    rewards: Mapping[str, Reward],
+    default_rewards: Mapping[str, float],
+    sections: Sections | None = None,
+) -> Plan:
+    """Plan the scoring of n existing answers to a conversation.
+
+    Only the methods that condition or score take part. Nothing will be sampled for candidates, so
+    `scoring_tokens` is the whole cost.
+
+    Raises:
+        InvalidRequest: as `make_plan`.
+    """
+    # The engine checks the conversation as for a request that it would answer with one token.
+    request = Request({"messages": messages, "max_tokens": 1}, align=align, aligned=True)
+    draft = _start_draft(request, 0, rewards, sections)
+    scoring = {
+        name: method for name, method in align.methods.items() if method.stage in _SCORING_STAGES
+    }
+    draft = _apply_methods(draft, scoring, engine)
+    draws = tuple(replace(draw, n=n) for draw in draft.draws)
+    for draw in draws:
+        engine.check(draw)
+    draft = replace(draft, draws=draws, selects=True)
+    plan = _complete(draft, request, rewards, default_rewards)
+    return _count_cost(plan, engine)
+
+
+def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
+    """Return the most tokens that a request without `align` can generate.
+
+    This is for requests that the engine answers by itself.
+
+    Raises:
+        InvalidRequest: the request is over a limit.
+    """
+    n = _parse_integer(body, "n", 1, limits.max_candidates) or 1
+    candidates = n * _count_prompts(body.get("prompt"))
+    tokens = candidates * engine.worst_case_tokens(body)
+    align = Align()
+    check_candidates(candidates, 1, align, limits)
+    check_tokens(tokens, 0, candidates, align, limits)
+    return tokens
+
+
+def _start_draft(
+    request: Request, seed: int, rewards: Mapping[str, Reward], sections: Sections | None
+) -> PlanDraft:
+    """Return the draft that the first method gets: one draw of the whole body."""
+    body = {key: value for key, value in request.body.items() if key not in _PLANNED_FIELDS}
+    attributes: dict[str, None] = {}
+    for reward in rewards.values():
+        attributes |= dict.fromkeys(reward.attributes)
+    return PlanDraft(
+        draws=(Draw(body, kind=request.kind),),
+        messages=_conversation(body, request.kind),
+        seed=seed,
+        attributes=tuple(attributes),
+        sections=Sections() if sections is None else sections,
+        path=request.align.path,
+    )
+
+
+def _apply_methods(draft: PlanDraft, methods: Mapping[str, Method], engine: Engine) -> PlanDraft:
+    """Apply the methods in the order of their stages.
+
+    Raises:
+        Unsupported: the engine lacks a capability that a method needs.
+    """
+    for name, method in sorted(methods.items(), key=lambda item: item[1].stage):
+        draft = method.apply(draft)
+        missing = sorted(method.needs - engine.capabilities)
+        if missing:
+            param = draft.param(name)
+            hint = engine.capability_hints.get(missing[0], "use another engine")
+            raise Unsupported(
+                f"{param}: needs {', '.join(missing)}, which the engine of {engine.model!r} lacks; "
+                f"{hint}.",
+                param=param,
+            )
+    return draft
+
+
+def _complete(
+    draft: PlanDraft,
+    request: Request,
+    rewards: Mapping[str, Reward],
+    default_rewards: Mapping[str, float],
+) -> Plan:
+    """Resolve the scorers and return the plan, without its cost."""
+    scorers = resolve_scorers(draft, request.align.rewards, rewards, default_rewards)
+    methods = request.align.methods
+    return Plan(
+        draws=draft.draws,
+        request=request,
+        messages=draft.messages,
+        scorers=scorers,
+        ensemble=request.align.ensemble,
+        direction=draft.direction,
+        observers=draft.observers,
+        methods=tuple(sorted(methods, key=lambda name: methods[name].stage)),
+        # Several candidates with scorers are ranked even if no method asks for a selection.
+        selects=draft.selects or (bool(scorers) and draft.candidates > 1),
+        note=draft.note,
+        deadline_seconds=request.align.budget.deadline_seconds,
+    )
+
+
+def _count_cost(plan: Plan, engine: Engine) -> Plan:
+    """Return the plan with the most tokens that it can sample."""
+    rewards = {scorer.reward_name: scorer.reward for scorer in plan.scorers}
+    scoring = sum(reward.worst_case_tokens(plan.candidates) for reward in rewards.values())
+    drawing = sum(draw.n * engine.worst_case_tokens(draw.body) for draw in plan.draws)
+    return replace(plan, worst_case_tokens=drawing + scoring, scoring_tokens=scoring)
+
+
+def _conversation(body: Body, kind: Kind) -> Messages:
+    """Return the conversation that rewards and judges read.
+
+    The prompt of a text completion becomes one message of the user.
+    """
+    if kind == "chat":
+        messages: Messages = body.get("messages", ())
+        return messages
+    prompt = body.get("prompt")
+    if isinstance(prompt, str) and prompt:
+        return [{"role": "user", "content": prompt}]
+    return []
+
+
+def _count_prompts(prompt: object) -> int:
+    """Return the number of prompts of a completion request; a list of tokens is one prompt."""
+    if isinstance(prompt, list) and any(isinstance(item, str | list) for item in prompt):
+        return len(prompt)
+    return 1
+
+
+def _parse_integer(body: Body, name: str, low: int, high: int) -> int | None:
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise InvalidRequest(
+            f"{name}: {shown(value)} is not allowed; must be an integer from {low} to {high}.",
+            param=name,
+        )
+    return value

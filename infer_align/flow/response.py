@@ -1,0 +1,73 @@
+"""The answer to one request, with everything that explains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from infer_align.flow.plan import Plan
+from infer_align.types import Candidate, Scores, Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall-clock seconds of the stages."""
+
+    generate_seconds: float
+    score_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """The candidates of one request, their scores, and which of them are returned."""
+
+    plan: Plan
+    candidates: tuple[Candidate, ...]
+    scores: Scores
+    selection: Selection
+    timing: Timing
+
+    @property
+    def returned(self) -> tuple[Candidate, ...]:
+        """Return the selected candidates, best first."""
+        ranking = self.selection.ranking[: self.plan.n_returned]
+        return tuple(self.candidates[i] for i in ranking)
+
+    @property
+    def partial(self) -> bool:
+        """Return True if a deadline cut the drawing or the scoring short."""
+        return self.selection.late or any(
+            candidate.interrupted and candidate.rejected is None for candidate in self.candidates
+        )
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of the prompts, each distinct prompt counted once."""
+        if len(self.plan.draws) == 1:
+            return max(candidate.prompt_tokens for candidate in self.candidates)
+        tokens: dict[str, int] = {}
+        for candidate in self.candidates:
+            if candidate.error is None:
+                prompt = repr(self.plan.draws[candidate.draw].body)
+                tokens[prompt] = candidate.prompt_tokens
+        return sum(tokens.values())
+
+    @property
+    def saved_tokens(self) -> int:
+        """Estimate the tokens that early stopping saved.
+
+        A stopped candidate would have become as long as the mean of those that ended by themselves,
+        or as long as the plan's worst case if none did.
+        """
+        lengths = [
+            candidate.completion_tokens
+            for candidate in self.candidates
+            if candidate.error is None and not candidate.interrupted
+        ]
+        if lengths:
+            expected = round(sum(lengths) / len(lengths))
+        else:
+            drawing = self.plan.worst_case_tokens - self.plan.scoring_tokens
+            expected = drawing // self.plan.candidates
+        stopped = [candidate for candidate in self.candidates if candidate.interrupted]
+        return sum(max(0, expected - candidate.completion_tokens) for candidate in stopped)

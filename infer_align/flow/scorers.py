@@ -1,0 +1,146 @@
+"""Resolve the rewards that a request names into the scorers of its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from infer_align.errors import InvalidRequest, Unsupported, nearest
+from infer_align.rewards import Reward
+from infer_align.types import PlanDraft
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """One term of the weighted sum that ranks the candidates."""
+
+    reward_name: str
+    reward: Reward  # with the parameters of this request
+    weight: float  # 0 shows the score in the response without counting it
+    attribute: str | None = None  # one attribute of a reward that has several
+
+    @property
+    def name(self) -> str:
+        """Return the name in the request and the response, such as "quality.verbosity"."""
+        if self.attribute is None:
+            return self.reward_name
+        return f"{self.reward_name}.{self.attribute}"
+
+
+def reward_names(rewards: Mapping[str, Reward]) -> list[str]:
+    """Return the names that a request may give a weight.
+
+    A reward with one objective has its own name; one with several is "name.attribute".
+    """
+    single = [name for name, reward in rewards.items() if not reward.attributes]
+    several = []
+    for name, reward in rewards.items():
+        several += [f"{name}.{attribute}" for attribute in reward.attributes]
+    return single + several
+
+
+def resolve_scorers(
+    draft: PlanDraft,
+    weights: Mapping[str, float] | None,
+    rewards: Mapping[str, Reward],
+    default_weights: Mapping[str, float],
+) -> tuple[Scorer, ...]:
+    """Return the scorers of a plan, each reward looked up and made once.
+
+    Rewards take part if the request names them, if a method adds them, or by default if a method
+    draws several candidates to choose from.
+
+    Args:
+        draft: the draft after all methods.
+        weights: {name: weight} of the request, or None.
+        rewards: the configured rewards.
+        default_weights: {name: weight} for a request that names none.
+
+    Raises:
+        InvalidRequest: a reward is unknown or does not score the plan's direction, or there is
+            nothing to choose by.
+    """
+    if weights is None:
+        weights = _default_weights(draft, rewards, default_weights) if draft.selects else {}
+    added = {scorer.reward: scorer.weight for scorer in draft.scorers}
+    merged = {**weights, **added}
+    for name in merged:
+        _check_name(name, draft, rewards)
+    resolved: dict[str, Reward] = {}
+    scorers = []
+    for name, weight in merged.items():
+        reward_name, _, attribute = name.partition(".")
+        if reward_name not in resolved:
+            resolved[reward_name] = _resolve_reward(reward_name, draft, rewards)
+        scorers.append(Scorer(reward_name, resolved[reward_name], weight, attribute or None))
+    if draft.selects and not any(merged.values()):
+        param = draft.param("rewards")
+        raise InvalidRequest(
+            f"{param}: nothing to choose by; give a reward a weight over 0, or configure [rewards] "
+            f"and [server] default_rewards. {nearest('', rewards)}",
+            param=param,
+        )
+    return tuple(scorers)
+
+
+def _resolve_reward(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) -> Reward:
+    """Return the reward with the parameters of this request, checked."""
+    for scorer in draft.scorers:
+        if scorer.reward == name:
+            reward = rewards[name].with_parameters(scorer.parameters)
+            reward.check(draft.param(name))
+            return reward
+    reward = rewards[name]
+    reward.check(draft.param("rewards", name))
+    return reward
+
+
+def _default_weights(
+    draft: PlanDraft, rewards: Mapping[str, Reward], default_weights: Mapping[str, float]
+) -> Mapping[str, float]:
+    """Prefer the rewards that score every attribute of the plan's direction, if there is one."""
+    if not draft.direction:
+        return default_weights
+    along = {}
+    for name, reward in rewards.items():
+        if reward.attributes and _unscored_attribute(draft, reward) is None:
+            along[name] = 1.0
+    return along or default_weights
+
+
+def _check_name(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) -> None:
+    names = reward_names(rewards)
+    if name in names:
+        return
+    if any(scorer.reward == name for scorer in draft.scorers):
+        raise Unsupported(
+            f"{draft.param(name)}: this server has no reward {name!r}; configure [rewards.{name}].",
+            param=draft.param(name),
+        )
+    param = draft.param("rewards", name)
+    reward_name, _, attribute = name.partition(".")
+    if attribute or reward_name not in rewards:
+        raise InvalidRequest(f"{param}: no such reward; {nearest(name, names)}", param=param)
+    reward = rewards[reward_name]
+    own_names = [f"{reward_name}.{attribute}" for attribute in reward.attributes]
+    if draft.direction is None:
+        raise InvalidRequest(
+            f"{param}: {reward_name!r} has several objectives; give a weight to one of "
+            f"{', '.join(own_names)}, or set {draft.param('dpa', 'direction')}.",
+            param=param,
+        )
+    unscored = _unscored_attribute(draft, reward)
+    if unscored is not None:
+        raise InvalidRequest(
+            f"{param}: does not score {unscored!r} of {draft.param('dpa', 'direction')}; it scores "
+            f"{', '.join(reward.attributes)}.",
+            param=param,
+        )
+
+
+def _unscored_attribute(draft: PlanDraft, reward: Reward) -> str | None:
+    """Return an attribute of the plan's direction that the reward does not score, if any."""
+    for name, weight in (draft.direction or {}).items():
+        if weight and name not in reward.attributes:
+            return name
+    return None

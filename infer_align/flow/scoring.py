@@ -1,0 +1,163 @@
+"""Score the candidates of a plan with its rewards, all rewards at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from time import monotonic
+
+import numpy as np
+
+from infer_align.errors import AlignError
+from infer_align.flow.plan import Plan
+from infer_align.flow.scorers import Scorer
+from infer_align.objectives import project
+from infer_align.rewards import Reward, RewardScores, time_budget
+from infer_align.types import (
+    Array,
+    Candidate,
+    Direction,
+    Messages,
+    Scores,
+    ScoringUsage,
+)
+
+
+class Scoring:
+    """The scoring of one request.
+
+    Pipelined rewards score each candidate as soon as it is finished, while others are still being
+    drawn. Leaving the `async with` block cancels what still runs.
+    """
+
+    def __init__(self, plan: Plan, deadline: float | None = None) -> None:
+        """Prepare the rewards of a plan; `deadline` is in seconds of the monotonic clock."""
+        self._plan = plan
+        self._deadline = deadline
+        self._rewards = {scorer.reward_name: scorer.reward for scorer in plan.scorers}
+        # pipelined reward -> candidate -> its running score
+        self._running: dict[str, dict[int, asyncio.Task[RewardScores]]] = {}
+
+    async def __aenter__(self) -> Scoring:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for tasks in self._running.values():
+            for task in tasks.values():
+                task.cancel()
+
+    def candidate_finished(self, candidate: Candidate) -> None:
+        """Start the pipelined rewards of a candidate."""
+        if candidate.error is not None:
+            return
+        for name, reward in self._rewards.items():
+            if reward.pipelined:
+                task = asyncio.create_task(self._score(reward, [candidate]))
+                self._running.setdefault(name, {})[candidate.index] = task
+
+    async def score(self, candidates: Sequence[Candidate]) -> Scores:
+        """Score every eligible candidate. A score that fails or comes too late is NaN."""
+        if not self._rewards:
+            return Scores()
+        eligible = [candidate for candidate in candidates if candidate.eligible]
+        pending = [self._score_all(name, eligible) for name in self._rewards]
+        results = dict(zip(self._rewards, await asyncio.gather(*pending), strict=True))
+        return _combine(self._plan, results, eligible, len(candidates))
+
+    async def _score_all(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
+        tasks = self._running.get(name)
+        if tasks is None:
+            return await self._score(self._rewards[name], candidates)
+        return _join(await asyncio.gather(*(tasks[c.index] for c in candidates)))
+
+    async def _score(self, reward: Reward, candidates: Sequence[Candidate]) -> RewardScores:
+        return await score_with(reward, self._plan.messages, candidates, self._deadline)
+
+
+async def score(
+    plan: Plan, candidates: Sequence[Candidate], deadline: float | None = None
+) -> Scores:
+    """Score existing candidates with the rewards of a plan.
+
+    Args:
+        plan: the plan.
+        candidates: numbered from 0.
+        deadline: seconds of the monotonic clock at which scoring ends.
+    """
+    async with Scoring(plan, deadline) as scoring:
+        return await scoring.score(candidates)
+
+
+async def score_with(
+    reward: Reward,
+    messages: Messages,
+    candidates: Sequence[Candidate],
+    deadline: float | None = None,
+) -> RewardScores:
+    """Call one reward. Whatever goes wrong becomes NaN with a note, never an exception."""
+    shape = (max(1, len(reward.attributes)), len(reward.members), len(candidates))
+    seconds = reward.timeout_seconds
+    if deadline is not None:
+        seconds = min(seconds, deadline - monotonic())
+    # The variable is local to this task.
+    time_budget.set(seconds)
+    try:
+        async with asyncio.timeout(seconds):
+            scores = await reward.score(messages, candidates)
+        if scores.values.shape != shape:
+            raise ValueError(f"the reward returned shape {scores.values.shape}, expected {shape}")
+        # An infinite score cannot be compared, so it counts as not scored.
+        finite = np.where(np.isfinite(scores.values), scores.values, np.nan)
+        return replace(scores, values=finite)
+    except TimeoutError:
+        note = f"no score within {max(0.0, seconds):.3g} s"
+    except AlignError as error:
+        note = error.message
+    except Exception as error:
+        # A reward is the user's code: whatever it raises is data, not a crash.
+        note = f"{type(error).__name__}: {error}"
+    return RewardScores(np.full(shape, np.nan), notes=(note,) * len(candidates))
+
+
+def _join(parts: Sequence[RewardScores]) -> RewardScores:
+    """Join the scores of single candidates into one."""
+    values = np.concatenate([part.values for part in parts], axis=-1)
+    usage = sum((part.usage for part in parts), ScoringUsage())
+    notes = [note for part in parts for note in part.notes or (None,)]
+    return RewardScores(values, usage, tuple(notes))
+
+
+def _combine(
+    plan: Plan,
+    results: Mapping[str, RewardScores],
+    eligible: Sequence[Candidate],
+    candidates: int,
+) -> Scores:
+    """Bring the results of all rewards into one record, with NaN for candidates not scored."""
+    indices = [candidate.index for candidate in eligible]
+    members = {}
+    notes = {}
+    for scorer in plan.scorers:
+        result = results[scorer.reward_name]
+        values = np.full((len(scorer.reward.members), candidates), np.nan)
+        values[:, indices] = _member_scores(scorer, result.values, plan.direction)
+        members[scorer.name] = values
+        note_by_index = dict(zip(indices, result.notes, strict=False))
+        notes[scorer.name] = tuple(note_by_index.get(i) for i in range(candidates))
+    usage = sum((result.usage for result in results.values()), ScoringUsage())
+    reports = {name: result.report for name, result in results.items() if result.report}
+    return Scores(members, usage, notes, reports)
+
+
+def _member_scores(scorer: Scorer, values: Array, direction: Direction | None) -> Array:
+    """Reduce [A, K, N] scores to [K, N].
+
+    Returns one attribute, the projection on the plan's direction, or the only score there is.
+    """
+    attributes = scorer.reward.attributes
+    if scorer.attribute is not None:
+        return np.asarray(values[attributes.index(scorer.attribute)])
+    if attributes and direction:
+        return project(direction, values, attributes)
+    return np.asarray(values[0])
