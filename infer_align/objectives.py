@@ -94,17 +94,17 @@ class Ensemble:
     objective: Literal["mean", "wco", "uwo"] = field(
         default="uwo",
         metadata={
-            "description": "mean, worst case over the members, or mean minus weighted variance"
+            "description": "Mean, worst case over the members, or mean minus weighted variance."
         },
     )
     uncertainty_weight: float = field(
         default=0.5,
-        metadata={"ge": 0, "description": "weight of the members' population variance in uwo"},
+        metadata={"ge": 0, "description": "Weight of the members' population variance in uwo."},
     )
     standardize: bool = field(
         default=False,
         metadata={
-            "description": "bring each member to mean 0 and variance 1 over the candidates first"
+            "description": "Bring each member to mean 0 and variance 1 over the candidates first."
         },
     )
 

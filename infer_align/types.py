@@ -35,6 +35,8 @@ class Capability(StrEnum):
     SEED = "seed"
     LOGPROBS = "logprobs"
     LABEL_LOGPROBS = "label_logprobs"
+    TOOLS = "tools"
+    STRUCTURED = "structured"
     STEER = "steer"
     ESTIMATES = "estimates"
 

@@ -28,14 +28,14 @@ class Budget:
         default=None,
         metadata={
             "ge": 1,
-            "description": "refuse a plan whose worst case exceeds this many generated tokens",
+            "description": "Refuse a plan whose worst case exceeds this many generated tokens.",
         },
     )
     deadline_seconds: float | None = field(
         default=None,
         metadata={
             "gt": 0,
-            "description": "return the best answer so far after this many seconds, marked partial",
+            "description": "Return the best answer so far after this many seconds, marked partial.",
         },
     )
 

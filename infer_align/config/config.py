@@ -55,50 +55,50 @@ class ValueSection(Protocol):
 class Server:
     """`[server]`: the address to listen on, the API keys, and how answers are sent."""
 
-    host: str = field(default="127.0.0.1", metadata={"description": "address to listen on"})
+    host: str = field(default="127.0.0.1", metadata={"description": "Address to listen on."})
     port: int = field(
         default=8000,
-        metadata={"ge": 0, "le": 65535, "description": "port to listen on; 0 takes a free port"},
+        metadata={"ge": 0, "le": 65535, "description": "Port to listen on; 0 takes a free port."},
     )
     api_keys_env: str | None = field(
         default=None,
         metadata={
-            "description": "environment variable that holds the accepted API keys, separated by "
-            "commas; without it, no key is required"
+            "description": "Environment variable that holds the accepted API keys, separated by "
+            "commas; without it, no key is required."
         },
     )
     served_name: str | None = field(
         default=None,
-        metadata={"description": "name of the model in the API; default: the engine's name"},
+        metadata={"description": "Name of the model in the API; default: the engine's name."},
     )
     default_rewards: dict[str, float] = field(
         default_factory=dict,
         metadata={
             "description": "{reward name: weight} for requests that name no rewards; default: "
-            "every single-objective reward except judges, weight 1 each"
+            "every single-objective reward except judges, weight 1 each."
         },
     )
     keepalive_seconds: float = field(
         default=10.0,
         metadata={
             "gt": 0,
-            "description": "seconds of silence after which a stream sends a comment; until then a "
-            "failure is answered with its own HTTP status",
+            "description": "Seconds of silence after which a stream sends a comment; until then a "
+            "failure is answered with its own HTTP status.",
         },
     )
     honour_client_timeout: bool = field(
         default=True,
         metadata={
-            "description": "use the timeout that OpenAI's SDKs announce as the deadline of a "
-            "request that sets none"
+            "description": "Use the timeout that OpenAI's SDKs announce as the deadline of a "
+            "request that sets none."
         },
     )
     drain_seconds: float = field(
         default=30.0,
-        metadata={"ge": 0, "description": "seconds that running requests may take after SIGTERM"},
+        metadata={"ge": 0, "description": "Seconds that running requests may take after SIGTERM."},
     )
     log_level: Literal["debug", "info", "warning", "error"] = field(
-        default="info", metadata={"description": "lowest level of log lines to write"}
+        default="info", metadata={"description": "Lowest level of log lines to write."}
     )
 
 
@@ -108,48 +108,48 @@ class Limits:
 
     max_candidates: int = field(
         default=128,
-        metadata={"ge": 1, "description": "maximum number of candidates of one request"},
+        metadata={"ge": 1, "description": "Maximum number of candidates of one request."},
     )
     max_completion_tokens: int = field(
         default=131_072,
         metadata={
             "ge": 1,
-            "description": "maximum worst case of one request in tokens: candidates x maximum "
-            "tokens of each",
+            "description": "Maximum worst case of one request in tokens: candidates x maximum "
+            "tokens of each.",
         },
     )
     max_running: int = field(
-        default=64, metadata={"ge": 1, "description": "maximum number of requests running at once"}
+        default=64, metadata={"ge": 1, "description": "Maximum number of requests running at once."}
     )
     max_running_tokens: int = field(
         default=1_048_576,
-        metadata={"ge": 1, "description": "maximum sum of the running requests' worst cases"},
+        metadata={"ge": 1, "description": "Maximum sum of the running requests' worst cases."},
     )
     max_queue: int = field(
         default=256,
         metadata={
             "ge": 0,
-            "description": "maximum number of waiting requests; the next one gets a 429",
+            "description": "Maximum number of waiting requests; the next one gets a 429.",
         },
     )
     max_body_bytes: int = field(
         default=4 * 1024 * 1024,
-        metadata={"ge": 1, "description": "maximum size of a request body in bytes"},
+        metadata={"ge": 1, "description": "Maximum size of a request body in bytes."},
     )
     requests_per_minute: int = field(
         default=0,
         metadata={
             "ge": 0,
-            "description": "requests per minute and API key, or per address without keys; "
-            "0 for no limit",
+            "description": "Requests per minute and API key, or per address without keys; "
+            "0 for no limit.",
         },
     )
     candidate_tokens_per_minute: int = field(
         default=0,
         metadata={
             "ge": 0,
-            "description": "generated tokens per minute and API key, or per address without keys; "
-            "a request reserves its worst case and gets back what it did not use; 0 for no limit",
+            "description": "Generated tokens per minute and API key, or per address without keys; "
+            "a request reserves its worst case and gets back what it did not use; 0 for no limit.",
         },
     )
 

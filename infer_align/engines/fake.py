@@ -51,32 +51,32 @@ class Reply:
     """One scripted answer. "{prompt}" in `text` stands for the last message's text, "{seed}" for the candidate's seed."""
 
     text: str = field(
-        default="Hello from {prompt}", metadata={"description": "what it says, a word per token"}
+        default="Hello from {prompt}", metadata={"description": "What it says, a word per token."}
     )
     tool_calls: tuple[dict[str, Any], ...] = field(
-        default=(), metadata={"description": "OpenAI tool calls it ends with"}
+        default=(), metadata={"description": "OpenAI tool calls it ends with."}
     )
     error: str | None = field(
-        default=None, metadata={"description": "fail with this message after the text"}
+        default=None, metadata={"description": "Fail with this message after the text."}
     )
     status: int | None = field(
-        default=None, metadata={"description": "the HTTP status behind the error"}
+        default=None, metadata={"description": "The HTTP status behind the error."}
     )
     seconds_per_token: float = field(
-        default=0.0, metadata={"ge": 0, "description": "delay before each token"}
+        default=0.0, metadata={"ge": 0, "description": "Delay before each token."}
     )
     estimates: dict[str, float] = field(
         default_factory=dict,
-        metadata={"description": "{value name: what it expects of this answer on its way}"},
+        metadata={"description": "{value name: what it expects of this answer on its way}."},
     )
     first_token_seconds: float = field(
-        default=0.0, metadata={"ge": 0, "description": "delay before the first, as prefill is"}
+        default=0.0, metadata={"ge": 0, "description": "Delay before the first, as prefill is."}
     )
     spread: float = field(
         default=0.0,
         metadata={
             "ge": 0,
-            "description": "a candidate's delays are 1 to 1 + spread times as long, evenly, by its seed",
+            "description": "A candidate's delays are 1 to 1 + spread times as long, evenly, by its seed.",
         },
     )
 
@@ -86,16 +86,16 @@ class Labels:
     """One scripted judgement: how likely labels are after prompts of some form."""
 
     probabilities: dict[str, Annotated[float, Ge(0), Le(1)]] = field(
-        metadata={"description": "{label: probability}; others have none"}
+        metadata={"description": "{label: probability}; others have none."}
     )
     pattern: str = field(
         default="",
         metadata={
-            "description": "the prompt's text must hold this (Python's re, dots match newlines)"
+            "description": "The prompt's text must hold this (Python's re, dots match newlines)."
         },
     )
     error: str | None = field(
-        default=None, metadata={"description": "fail with this message instead"}
+        default=None, metadata={"description": "Fail with this message instead."}
     )
 
 
@@ -103,22 +103,22 @@ class Labels:
 class Fake:
     """Scripted replies, delays and faults."""
 
-    model: str = field(default="fake", metadata={"description": "name it is served under"})
+    model: str = field(default="fake", metadata={"description": "Name it is served under."})
     replies: tuple[Reply, ...] = field(
         default=(Reply(),),
-        metadata={"description": "the script; candidate i speaks reply i mod its length"},
+        metadata={"description": "The script; candidate i speaks reply i mod its length."},
     )
     labels: tuple[Labels, ...] = field(
         default=(),
         metadata={
-            "description": "judgements; the first that fits prompt and labels is given, and where none does all are as likely"
+            "description": "Judgements; the first that fits prompt and labels is given, and where none does all are as likely."
         },
     )
     context_length: int = field(
-        default=4096, metadata={"ge": 1, "description": "tokens of prompt and completion together"}
+        default=4096, metadata={"ge": 1, "description": "Tokens of prompt and completion together."}
     )
     load_seconds: float = field(
-        default=0.0, metadata={"ge": 0, "description": "how long loading takes"}
+        default=0.0, metadata={"ge": 0, "description": "How long loading takes."}
     )
 
     def load(self) -> FakeEngine:
@@ -140,6 +140,8 @@ class FakeEngine(Engine):
             Capability.COMPLETION,
             Capability.SEED,
             Capability.LABEL_LOGPROBS,
+            Capability.TOOLS,
+            Capability.STRUCTURED,
             Capability.ESTIMATES,
         }
     )

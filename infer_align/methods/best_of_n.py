@@ -25,7 +25,7 @@ class BestOfN:
 
     n: int = field(
         default=8,
-        metadata={"ge": 1, "description": "candidates per prompt; with rps, per direction"},
+        metadata={"ge": 1, "description": "Candidates per prompt; with rps, per direction."},
     )
 
     stage: ClassVar[Stage] = Stage.PROPOSE

@@ -36,35 +36,35 @@ class Prompting:
         default=("helpfulness", "verbosity"),
         metadata={
             "min_length": 1,
-            "description": "attributes that a direction may name, in the order of the sentence",
+            "description": "Attributes that a direction may name, in the order of the sentence.",
         },
     )
     template: str = field(
         default=PUBLISHED,
-        metadata={"description": 'the sentence; "{weights}" stands for the terms'},
+        metadata={"description": 'The sentence; "{weights}" stands for the terms.'},
     )
     term: str = field(
         default="{attribute}*{weight}",
-        metadata={"description": "one term: an attribute with its weight"},
+        metadata={"description": "One term: an attribute with its weight."},
     )
-    separator: str = field(default=" + ", metadata={"description": "text between two terms"})
+    separator: str = field(default=" + ", metadata={"description": "Text between two terms."})
     scale: float = field(
         default=100.0,
-        metadata={"gt": 0, "description": "factor from the unit direction to the weights"},
+        metadata={"gt": 0, "description": "Factor from the unit direction to the weights."},
     )
     decimals: int = field(
         default=0,
         metadata={
             "ge": 0,
             "le": 6,
-            "description": "decimal places of a weight, rounded half to even",
+            "description": "Decimal places of a weight, rounded half to even.",
         },
     )
     placement: Literal["system", "user"] = field(
         default="system",
         metadata={
             "description": '"system" puts the sentence before the client\'s system message, "user" '
-            "before the last user message"
+            "before the last user message."
         },
     )
 
@@ -143,7 +143,7 @@ class DPA:
         metadata={
             "min_length": 1,
             "description": "{attribute: weight}; only the proportions matter; a negative weight "
-            "asks for less of the attribute",
+            "asks for less of the attribute.",
         }
     )
 

@@ -37,15 +37,15 @@ class EarlyStop:
         metadata={
             "min_length": 1,
             "description": "{value name: weight}: the values, of kind head, whose weighted "
-            "estimates are compared",
+            "estimates are compared.",
         }
     )
     after: int = field(
         default=16,
         metadata={
             "ge": 1,
-            "description": "tokens until the first comparison; each later one comes after twice as "
-            "many",
+            "description": "Tokens until the first comparison; each later one comes after twice as "
+            "many.",
         },
     )
     keep: float = field(
@@ -53,7 +53,7 @@ class EarlyStop:
         metadata={
             "gt": 0,
             "le": 1,
-            "description": "fraction of candidates that continue after each comparison, rounded up",
+            "description": "Fraction of candidates that continue after each comparison, rounded up.",
         },
     )
 

@@ -36,18 +36,19 @@ class RPS:
     """Draw from k directions near `dpa.direction`, and select by that direction itself."""
 
     k: int = field(
-        default=5, metadata={"ge": 1, "le": 128, "description": "number of directions to draw from"}
+        default=5,
+        metadata={"ge": 1, "le": 128, "description": "Number of directions to draw from."},
     )
     max_angle: float = field(
         default=30.0,
-        metadata={"ge": 0, "le": 180, "description": "largest angle to the target, in degrees"},
+        metadata={"ge": 0, "le": 180, "description": "Largest angle to the target, in degrees."},
     )
     neighborhood: Literal["uniform", "published", "none"] = field(
         default="uniform",
         metadata={
             "description": '"uniform": uniform on the spherical cap; "published": the grid of the '
             'authors\' code, for 2 attributes; "none": all draws from the target, the baseline at '
-            "equal budget"
+            "equal budget."
         },
     )
 

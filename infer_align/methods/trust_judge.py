@@ -48,28 +48,28 @@ class TrustJudge:
         default=None,
         metadata={
             "description": '"score": one score per candidate; "pairwise": compare candidates in '
-            "both orders and use their win rates"
+            "both orders and use their win rates."
         },
     )
     scale: Scale | None = field(
-        default=None, metadata={"description": "highest score that the judge may give"}
+        default=None, metadata={"description": "Highest score that the judge may give."}
     )
     criteria: Criteria | None = field(
-        default=None, metadata={"description": "what to judge by, in words"}
+        default=None, metadata={"description": "What to judge by, in words."}
     )
     weight: float = field(
         default=1.0,
         metadata={
             "ge": 0,
             "le": 1e9,
-            "description": "weight of the judge in the sum of rewards; its scores are from 1 to 5",
+            "description": "Weight of the judge in the sum of rewards; its scores are from 1 to 5.",
         },
     )
     readout: Readout | None = field(
         default=None,
         metadata={
             "description": '"expected": mean over the labels; "geval": the same without '
-            'renormalising; "published": the paper\'s code, bugs included'
+            'renormalising; "published": the paper\'s code, bugs included.'
         },
     )
 

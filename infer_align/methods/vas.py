@@ -40,20 +40,20 @@ class VAS:
     beta: dict[str, Annotated[float, Ge(-MAX_BETA), Le(MAX_BETA)]] = field(
         metadata={
             "min_length": 1,
-            "description": "{value name: weight}; a negative weight steers away from the value",
+            "description": "{value name: weight}; a negative weight steers away from the value.",
         }
     )
     top_k: int = field(
         default=20,
         metadata={
             "ge": 1,
-            "description": "number of most likely tokens to value at each step; a number above the "
-            "size of the vocabulary means all tokens",
+            "description": "Number of most likely tokens to value at each step; a number above the "
+            "size of the vocabulary means all tokens.",
         },
     )
     tail: Literal["keep", "mask"] = field(
         default="keep",
-        metadata={"description": '"keep" leaves the other tokens as they are, "mask" bans them'},
+        metadata={"description": '"keep" leaves the other tokens as they are, "mask" bans them.'},
     )
 
     stage: ClassVar[Stage] = Stage.STEER
