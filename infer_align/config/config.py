@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from infer_align import demo
 from infer_align.config import registry
 from infer_align.config.align import parse_align
 from infer_align.config.schema import parse
+from infer_align.config.server import Limits, Server
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, ConfigError, nearest
 from infer_align.rewards import Reward
@@ -49,109 +50,6 @@ class ValueSection(Protocol):
 
     def load(self) -> Value:
         """Return the value."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """`[server]`: the address to listen on, the API keys, and how answers are sent."""
-
-    host: str = field(default="127.0.0.1", metadata={"description": "Address to listen on."})
-    port: int = field(
-        default=8000,
-        metadata={"ge": 0, "le": 65535, "description": "Port to listen on; 0 takes a free port."},
-    )
-    api_keys_env: str | None = field(
-        default=None,
-        metadata={
-            "description": "Environment variable that holds the accepted API keys, separated by "
-            "commas; without it, no key is required."
-        },
-    )
-    served_name: str | None = field(
-        default=None,
-        metadata={"description": "Name of the model in the API; default: the engine's name."},
-    )
-    default_rewards: dict[str, float] = field(
-        default_factory=dict,
-        metadata={
-            "description": "{reward name: weight} for requests that name no rewards; default: "
-            "every single-objective reward except judges, weight 1 each."
-        },
-    )
-    keepalive_seconds: float = field(
-        default=10.0,
-        metadata={
-            "gt": 0,
-            "description": "Seconds of silence after which a stream sends a comment; until then a "
-            "failure is answered with its own HTTP status.",
-        },
-    )
-    honour_client_timeout: bool = field(
-        default=True,
-        metadata={
-            "description": "Use the timeout that OpenAI's SDKs announce as the deadline of a "
-            "request that sets none."
-        },
-    )
-    drain_seconds: float = field(
-        default=30.0,
-        metadata={"ge": 0, "description": "Seconds that running requests may take after SIGTERM."},
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = field(
-        default="info", metadata={"description": "Lowest level of log lines to write."}
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """`[limits]`: bounds on one request, on one API key, and on all requests together."""
-
-    max_candidates: int = field(
-        default=128,
-        metadata={"ge": 1, "description": "Maximum number of candidates of one request."},
-    )
-    max_completion_tokens: int = field(
-        default=131_072,
-        metadata={
-            "ge": 1,
-            "description": "Maximum worst case of one request in tokens: candidates x maximum "
-            "tokens of each.",
-        },
-    )
-    max_running: int = field(
-        default=64, metadata={"ge": 1, "description": "Maximum number of requests running at once."}
-    )
-    max_running_tokens: int = field(
-        default=1_048_576,
-        metadata={"ge": 1, "description": "Maximum sum of the running requests' worst cases."},
-    )
-    max_queue: int = field(
-        default=256,
-        metadata={
-            "ge": 0,
-            "description": "Maximum number of waiting requests; the next one gets a 429.",
-        },
-    )
-    max_body_bytes: int = field(
-        default=4 * 1024 * 1024,
-        metadata={"ge": 1, "description": "Maximum size of a request body in bytes."},
-    )
-    requests_per_minute: int = field(
-        default=0,
-        metadata={
-            "ge": 0,
-            "description": "Requests per minute and API key, or per address without keys; "
-            "0 for no limit.",
-        },
-    )
-    candidate_tokens_per_minute: int = field(
-        default=0,
-        metadata={
-            "ge": 0,
-            "description": "Generated tokens per minute and API key, or per address without keys; "
-            "a request reserves its worst case and gets back what it did not use; 0 for no limit.",
-        },
-    )
 
 
 @dataclass(frozen=True, slots=True)
