@@ -59,7 +59,7 @@ class JsonFormatter(logging.Formatter):
 class AccessLogger(logging.Logger):
     """A logger that does not look up the caller's line, which is a third of the cost of a record."""
 
-    def findCaller(self, *_: object, **__: object) -> tuple[str, int, str, None]:  # noqa: N802
+    def findCaller(self, *_: object, **__: object) -> tuple[str, int, str, None]:
         """Return an empty location."""
         return "", 0, "", None
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
 
-from infer_align.config.config import Limits
+from infer_align.config import Limits
 from infer_align.errors import DeadlineExceeded, Overloaded
 
 # Weight of the newest request's duration in the moving average behind Retry-After.
