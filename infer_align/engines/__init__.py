@@ -1,7 +1,7 @@
-"""Engines turn a Draw into candidates. This page is what an engine is; each file beside it is one.
+"""Engines turn a Draw into candidates. This page defines an engine; each file beside it is one.
 
-An engine module holds a frozen dataclass, its `[engine]` section, whose `load()` gives the Engine. It forwards every OpenAI
-field it is given or refuses it by name in `check`; it never drops one.
+An engine module holds a frozen dataclass, its `[engine]` section, whose `load()` returns the Engine.
+An engine forwards every OpenAI field of a body, or refuses it by name in `check`. It never drops one.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from infer_align.types import (
     Body,
     Candidate,
     Capability,
-    Delta,
     Draw,
-    Estimate,
+    Event,
     Kind,
     LabelLogprobs,
     LabelQuery,
 )
 from infer_align.values import Value
 
-Event = Delta | Estimate | Candidate
-App: TypeAlias = Callable[[Any, Any, Any], Any]  # ASGI: scope, receive, send
+# An ASGI application: scope, receive, send.
+App: TypeAlias = Callable[[Any, Any, Any], Any]
 
 
 class Engine(ABC):
     """A frozen model that can be sampled.
 
     Attributes:
-        values: what it can be steered by, by name; given before `start`, which loads them.
-        served_name: what clients call the model, where that is not its own name; given before `start`.
-        progress: told what is being loaded, in a few words, from any thread.
+        values: the value estimators by name. Set before `start`, which loads them.
+        served_name: the name of the model in the API, if it differs from the engine's name for it.
+            Set before `start`.
+        progress: called with a short text about what is being loaded, from any thread. Set before
+            `start`.
     """
 
     values: Mapping[str, Value] = MappingProxyType({})
@@ -64,119 +65,137 @@ class Engine(ABC):
 
     @property
     def capability_hints(self) -> Mapping[Capability, str]:
-        """For each missing capability that can be enabled, a sentence on how to do it."""
+        """For each missing capability that can be enabled, a clause on how to do it."""
         return {}
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names it answers to, `model` first; several where it has several models. Final once it has started."""
+        """The names of all its models, `model` first. Final once the engine has started."""
         return (self.model,)
 
     async def start(self) -> None:
-        """Load whatever takes time. Called once, before anything else."""
+        """Load models and open connections. Called once, before every other method."""
 
     async def close(self) -> None:
-        """Stop everything that runs and free what is held."""
+        """Stop everything that runs and free all resources."""
 
     async def add_value(self, name: str, value: Value) -> None:
-        """Let draws use another value from now on, without a restart; one of the same name is replaced, and kept by who uses it.
+        """Make another value available to draws from now on, without a restart.
+
+        A value of the same name is replaced; draws that already use it keep it.
 
         Raises:
-            Unsupported: this engine holds no values of its own.
-            ConfigError: it does not fit the model.
+            Unsupported: the engine holds no values of its own.
+            ConfigError: the value does not fit the model.
         """
         raise Unsupported(
-            f"the engine of {self.model!r} holds no values: {name!r} ({value.description}) cannot be added."
+            f"the engine of {self.model!r} holds no values, so {name!r} ({value.description}) "
+            "cannot be added; use an engine of kind transformers or vllm."
         )
 
     @abstractmethod
     def health(self) -> str | None:
-        """None while it can answer, else why it cannot."""
+        """Return None if the engine can answer, else the reason why it cannot."""
 
     @abstractmethod
     def check(self, draw: Draw) -> None:
-        """Refuse, before anything is spent, what this engine cannot honour.
+        """Refuse a draw that this engine cannot honour, before anything is spent.
 
         Raises:
-            InvalidRequest: naming the field, its value and what is allowed.
+            InvalidRequest: names the field, its value and what is allowed.
         """
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
-        """JSON schemas of the body's sampling fields that `check` reads, by name; what it forwards unread has none."""
+        """Return the JSON schemas of the sampling fields that `check` reads, by field.
+
+        Fields that are forwarded unread have none.
+        """
         return {}
 
     @abstractmethod
     def sample(self, draw: Draw) -> Stream:
-        """Start sampling; must be called from a running event loop, and the stream closed."""
+        """Start sampling a draw.
+
+        Call it in a running event loop, and close the stream.
+        """
 
     def exposition(self) -> bytes:
-        """What the engine itself counts, in Prometheus's format."""
+        """Return the engine's own metrics in Prometheus's format."""
         return b""
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """What its tokenizer reads as more than text, as far as it is known: a judge breaks it up in what it is shown."""
+        """Special tokens of the tokenizer, if known. Judge prompts escape them."""
         return frozenset()
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
-        """How many calls of one token `read_labels` makes at most: one, and one after each beginning of a label.
+        """Return an upper bound on the one-token calls that `read_labels` makes.
+
+        It is one call, plus one per proper prefix of a label.
 
         Raises:
-            Unsupported: a label cannot be spelt by the model's tokenizer.
+            Unsupported: the model's tokenizer cannot spell a label.
         """
-        return 1 + len({label[:end] for label in labels for end in range(1, len(label))})
+        prefixes = {label[:end] for label in labels for end in range(1, len(label))}
+        return 1 + len(prefixes)
 
     async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
-        """How likely each label is to come next, one reading; many may run at once, and the engine batches them.
+        """Read the probability of each label as the next words. Concurrent calls are batched.
 
         Raises:
             Unsupported: the engine lacks `Capability.LABEL_LOGPROBS`.
-            AlignError: it failed.
+            AlignError: the engine failed.
         """
         raise Unsupported(
-            f"the engine of {self.model!r} shows no probabilities of labels ({len(query.labels)} asked for)."
+            f"the engine of {self.model!r} does not report the probabilities of labels "
+            f"({len(query.labels)} requested); use an engine that does."
         )
 
     async def generate(self, draw: Draw) -> list[Candidate]:
-        """All candidates of a draw, when the last is finished; failures are among them, as `Candidate.error`."""
+        """Return all candidates of a draw when the last one is finished, failed ones included."""
         async with self.sample(draw) as stream:
             finished = [event async for event in stream if isinstance(event, Candidate)]
         return sorted(finished, key=lambda candidate: candidate.index)
 
     def worst_case_tokens(self, body: Body) -> int:
-        """The most tokens one candidate of this body can generate."""
+        """Return the most tokens that one candidate of this body can generate."""
         for name in ("max_completion_tokens", "max_tokens"):
-            if (
-                isinstance(limit := body.get(name), int) and limit > 0
-            ):  # anything else is for `check` to refuse
+            limit = body.get(name)
+            # `check` refuses every other value.
+            if isinstance(limit, int) and limit > 0:
                 return limit
-        return (
-            self.context_length
-            if "messages" in body
-            else min(COMPLETION_TOKENS, self.context_length)
-        )
+        if "messages" in body:
+            return self.context_length
+        return min(COMPLETION_TOKENS, self.context_length)
 
 
 class Stream:
-    """What one draw yields: deltas as they are sampled, estimates where it is watched, and each of its n candidates once, finished.
+    """The events of one draw: deltas, estimates, and each of its n candidates once, finished.
 
-    Use it as `async with engine.sample(draw) as stream`: leaving the block, however it is left, cancels what still runs.
+    Use it as `async with engine.sample(draw) as stream`. Leaving the block cancels what still runs.
     """
 
     def __init__(
         self, n: int, stop: Callable[[int | None], None], close: Callable[[], None]
     ) -> None:
+        """Wait for n candidates; `stop` finishes one (None: all), `close` cancels the draw."""
         self._unfinished = n
         self._stop = stop
         self._close = close
         self._events: asyncio.Queue[Event | AlignError] = asyncio.Queue()
 
     def put(self, event: Event | AlignError) -> None:
-        """For the engine: the next event, or the error that ends the draw. From the event loop's thread only."""
+        """Add the next event, or the error that ends the draw.
+
+        Only the engine calls it, and only in the event loop's thread.
+        """
         self._events.put_nowait(event)
 
     def stop(self, index: int | None = None) -> None:
-        """Finish candidate `index` (None: all) now, with what it has; it is still yielded, marked `cut`."""
+        """Finish candidate `index` (None: all) now, with the text that it has.
+
+        The candidate is still yielded, marked as interrupted.
+        """
         self._stop(index)
 
     async def __aenter__(self) -> Stream:

@@ -1,7 +1,8 @@
-"""A real engine with scripted replies, delays and faults: what tests, docs and overhead benchmarks run on.
+"""A real engine that plays a script: replies, delays and faults, for tests, docs and benchmarks.
 
-Candidate i of a draw speaks line `i mod len(replies)` of the script, a word per token. It honours stop, the token maximum, seeds
-(recorded, as there is no chance in it), cancellation and streaming, so the flow above it is the same as over a model.
+Candidate i of a draw plays reply `i mod len(replies)`, one word per token. The engine honours stop
+texts, token limits, cancellation and streaming, so the flow above it is the same as over a model. It
+records seeds, but nothing in it is random.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from infer_align.types import (
     LabelQuery,
 )
 
-READ = {
+# The sampling fields that this engine checks.
+SAMPLING_FIELDS = {
     "temperature",
     "top_p",
     "top_k",
@@ -44,58 +46,71 @@ READ = {
     "max_completion_tokens",
     "stop",
 }
+# Bodies and label queries that the engine remembers, for tests.
+_MAX_BODIES = 100
+_MAX_QUERIES = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One scripted answer. "{prompt}" in `text` stands for the last message's text, "{seed}" for the candidate's seed."""
+    """One scripted answer.
+
+    In `text`, "{prompt}" stands for the text of the last message, "{seed}" for the candidate's seed.
+    """
 
     text: str = field(
-        default="Hello from {prompt}", metadata={"description": "What it says, a word per token."}
+        default="Hello from {prompt}",
+        metadata={"description": "Text of the answer, one word per token."},
     )
     tool_calls: tuple[dict[str, Any], ...] = field(
-        default=(), metadata={"description": "OpenAI tool calls it ends with."}
+        default=(), metadata={"description": "OpenAI tool calls at the end of the answer."}
     )
     error: str | None = field(
-        default=None, metadata={"description": "Fail with this message after the text."}
+        default=None, metadata={"description": "Message of a failure after the text."}
     )
     status: int | None = field(
-        default=None, metadata={"description": "The HTTP status behind the error."}
+        default=None, metadata={"description": "HTTP status of the failure."}
     )
     seconds_per_token: float = field(
-        default=0.0, metadata={"ge": 0, "description": "Delay before each token."}
+        default=0.0, metadata={"ge": 0, "description": "Delay before each token in seconds."}
     )
     estimates: dict[str, float] = field(
         default_factory=dict,
-        metadata={"description": "{value name: what it expects of this answer on its way}."},
+        metadata={"description": "{value name: estimate of this answer while it runs}."},
     )
     first_token_seconds: float = field(
-        default=0.0, metadata={"ge": 0, "description": "Delay before the first, as prefill is."}
+        default=0.0,
+        metadata={
+            "ge": 0,
+            "description": "Additional delay before the first token in seconds, as of a prefill.",
+        },
     )
     spread: float = field(
         default=0.0,
         metadata={
             "ge": 0,
-            "description": "A candidate's delays are 1 to 1 + spread times as long, evenly, by its seed.",
+            "description": "Relative spread of the delays: each candidate's delays are multiplied by "
+            "a factor from 1 to 1 + spread, by its seed.",
         },
     )
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
-    """One scripted judgement: how likely labels are after prompts of some form."""
+class ScriptedLabels:
+    """One scripted judgement: the label probabilities after prompts that match a pattern."""
 
     probabilities: dict[str, Annotated[float, Ge(0), Le(1)]] = field(
-        metadata={"description": "{label: probability}; others have none."}
+        metadata={"description": "{label: probability}; other labels have probability 0."}
     )
     pattern: str = field(
         default="",
         metadata={
-            "description": "The prompt's text must hold this (Python's re, dots match newlines)."
+            "description": "Regular expression that the prompt's text must match somewhere; a dot "
+            "matches line breaks."
         },
     )
     error: str | None = field(
-        default=None, metadata={"description": "Fail with this message instead."}
+        default=None, metadata={"description": "Message of a failure instead of a judgement."}
     )
 
 
@@ -103,26 +118,28 @@ class Labels:
 class Fake:
     """Scripted replies, delays and faults."""
 
-    model: str = field(default="fake", metadata={"description": "Name it is served under."})
+    model: str = field(default="fake", metadata={"description": "Name of the model."})
     replies: tuple[Reply, ...] = field(
         default=(Reply(),),
-        metadata={"description": "The script; candidate i speaks reply i mod its length."},
+        metadata={"description": "The script; candidate i plays reply i mod its length."},
     )
-    labels: tuple[Labels, ...] = field(
+    labels: tuple[ScriptedLabels, ...] = field(
         default=(),
         metadata={
-            "description": "Judgements; the first that fits prompt and labels is given, and where none does all are as likely."
+            "description": "Scripted judgements; the first one that fits the prompt and the labels "
+            "is used, or equal probabilities if none fits."
         },
     )
     context_length: int = field(
-        default=4096, metadata={"ge": 1, "description": "Tokens of prompt and completion together."}
+        default=4096,
+        metadata={"ge": 1, "description": "Maximum tokens of prompt and completion together."},
     )
     load_seconds: float = field(
-        default=0.0, metadata={"ge": 0, "description": "How long loading takes."}
+        default=0.0, metadata={"ge": 0, "description": "Duration of loading in seconds."}
     )
 
     def load(self) -> FakeEngine:
-        """The engine, not yet started."""
+        """Return the engine, not yet started."""
         return FakeEngine(self)
 
 
@@ -130,7 +147,14 @@ plugin = Fake
 
 
 class FakeEngine(Engine):
-    """Plays a script. `running` counts the candidates being sampled now; `bodies`, `queries` keep what it was sent, newest last."""
+    """Plays a script.
+
+    Attributes:
+        running: number of candidates that are being sampled now.
+        sampled: number of candidates that were ever started.
+        bodies: the bodies of the latest draws, newest last.
+        queries: the latest label queries, newest last.
+    """
 
     model: str = ""
     context_length: int = 0
@@ -164,40 +188,53 @@ class FakeEngine(Engine):
         self._loaded = True
 
     async def close(self) -> None:
-        """Cancel what is spoken; its streams end with an error."""
+        """Cancel every running candidate; their streams end with an error."""
         self._closed = True
         for task, stream in self._tasks.items():
             task.cancel()
             stream.put(Unavailable("the engine was shut down"))
 
     def health(self) -> str | None:
-        """None between start and close."""
+        """Return None between start and close, else the reason."""
         if self._closed:
             return "the engine was shut down"
         return None if self._loaded else "the script is still loading"
 
     def check(self, draw: Draw) -> None:
-        """Read the sampling fields; every other field is taken, as a model server with unknown extensions would."""
+        """Check the sampling fields and the names of values.
+
+        Every other field is accepted, as by a model server with unknown extensions.
+
+        Raises:
+            InvalidRequest: a field is wrong, or no reply has an estimate of a value.
+        """
         _params(draw)
-        for name in draw.estimates.values if draw.estimates else ():
-            known = sorted({name for reply in self.script.replies for name in reply.estimates})
-            if name not in known:
-                where = f"align.early_stop.values.{name}"
-                raise InvalidRequest(f"{where}: no such value; {nearest(name, known)}", param=where)
+        if draw.estimates is None:
+            return
+        values: set[str] = set()
+        for reply in self.script.replies:
+            values |= reply.estimates.keys()
+        for name in draw.estimates.values:
+            if name not in values:
+                param = f"align.early_stop.values.{name}"
+                raise InvalidRequest(
+                    f"{param}: no such value; {nearest(name, values)}", param=param
+                )
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
-        """Those that are read."""
-        return {name: schema for name, schema in field_schemas(kind).items() if name in READ}
+        """Return the schemas of the fields that `check` reads."""
+        schemas = field_schemas(kind)
+        return {name: schemas[name] for name in schemas if name in SAMPLING_FIELDS}
 
     def sample(self, draw: Draw) -> Stream:
         """Play the script for each candidate of the draw.
 
         Raises:
-            Unavailable: after close.
+            Unavailable: the engine is closed.
         """
         if self._closed:
             raise Unavailable("the engine was shut down")
-        self.bodies = [*self.bodies[-99:], draw.body]
+        self.bodies = [*self.bodies, draw.body][-_MAX_BODIES:]
         tasks: list[asyncio.Task[None]] = []
         stops = [asyncio.Event() for _ in range(draw.n)]
 
@@ -211,45 +248,53 @@ class FakeEngine(Engine):
 
         stream = Stream(draw.n, stop, close)
         params = _params(draw)
-        tasks += [
-            asyncio.create_task(self._play(draw, params, i, stream, stops[i]))
-            for i in range(draw.n)
-        ]
-        for task in tasks:
+        for i in range(draw.n):
+            task = asyncio.create_task(self._run(draw, params, i, stream, stops[i]))
+            tasks.append(task)
             self._tasks[task] = stream
             task.add_done_callback(self._tasks.pop)
         return stream
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
-        """A judgement is scripted as a whole."""
+        """Return 1: a judgement is scripted as a whole."""
         return min(1, len(labels))
 
     async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
-        """The first scripted judgement that fits.
+        """Return the first scripted judgement that fits.
 
         Raises:
-            Unavailable: after close.
-            EngineFailed: the script says so.
+            Unavailable: the engine is closed.
+            EngineFailed: the script holds an error.
         """
         if self._closed:
             raise Unavailable("the engine was shut down")
-        self.queries = [*self.queries[-999:], query]
+        self.queries = [*self.queries, query][-_MAX_QUERIES:]
         text = "\n".join(text_of(message.get("content")) for message in query.messages)
-        even = Labels(dict.fromkeys(query.labels, 1.0 / len(query.labels)))
-        said = next((script for script in self.script.labels if _fits(script, text, query)), even)
-        if said.error is not None:
-            raise EngineFailed(said.error)
-        found = {label: said.probabilities.get(label, 0.0) for label in query.labels}
-        logprobs = {label: math.log(p) if p else -math.inf for label, p in found.items()}
+        judgement = self._find_labels(text, query)
+        if judgement.error is not None:
+            raise EngineFailed(judgement.error)
+        logprobs = {}
+        for label in query.labels:
+            probability = judgement.probabilities.get(label, 0.0)
+            logprobs[label] = math.log(probability) if probability else -math.inf
         return LabelLogprobs(logprobs, len(text.split()))
 
-    async def _play(
+    def _find_labels(self, text: str, query: LabelQuery) -> ScriptedLabels:
+        for judgement in self.script.labels:
+            is_about = any(label in query.labels for label in judgement.probabilities)
+            if not is_about and not judgement.error:
+                continue
+            if re.search(judgement.pattern, text, re.DOTALL) is not None:
+                return judgement
+        return ScriptedLabels(dict.fromkeys(query.labels, 1.0 / len(query.labels)))
+
+    async def _run(
         self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event
     ) -> None:
         self.running += 1
         self.sampled += 1
         try:
-            await self._speak(draw, params, index, stream, stop)
+            await self._play(draw, params, index, stream, stop)
         except EngineFailed as error:
             stream.put(Candidate(index, {}, error=error.message, status=error.status))
         except Exception as error:
@@ -258,73 +303,68 @@ class FakeEngine(Engine):
         finally:
             self.running -= 1
 
-    async def _speak(
+    async def _play(
         self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event
     ) -> None:
+        """Play one reply into the stream, up to its end, the token limit or the stop event."""
         reply = self.script.replies[index % len(self.script.replies)]
+        seed = draw.seeds[index]
         prompt = _prompt(draw)
-        text = reply.text.replace("{prompt}", prompt).replace("{seed}", str(draw.seeds[index]))
-        for ending in params.stop:
-            text = text.partition(ending)[0]
-        words = text.split(" ")
+        words = _words(reply, prompt, seed, params)
         limit = min(params.max_tokens or self.context_length, self.context_length)
-        spoken: list[str] = []
-        async for word in _paced(
-            words[:limit], reply, stop, slowness(reply.spread, draw.seeds[index])
-        ):
-            piece = word if not spoken else f" {word}"
-            spoken.append(piece)
-            stream.put(
-                Delta(
-                    index, {"delta": {"content": piece}} if draw.kind == "chat" else {"text": piece}
-                )
-            )
-            if draw.estimates and draw.estimates.is_due(len(spoken)):
-                expected = sum(
-                    weight * reply.estimates.get(name, math.nan)
-                    for name, weight in draw.estimates.values.items()
-                )
-                stream.put(Estimate(index, len(spoken), expected))
-        if reply.error is not None and not stop.is_set():
+        text = ""
+        tokens = 0
+        async for word in _paced(words[:limit], reply, stop, delay_factor(reply.spread, seed)):
+            piece = f" {word}" if tokens else word
+            text += piece
+            tokens += 1
+            stream.put(Delta(index, _delta(draw, piece)))
+            if draw.estimates and draw.estimates.is_due(tokens):
+                stream.put(Estimate(index, tokens, _expected(reply, draw.estimates.values)))
+        interrupted = stop.is_set()
+        if reply.error is not None and not interrupted:
             raise EngineFailed(reply.error, status=reply.status)
-        if reply.tool_calls and not stop.is_set():
+        if reply.tool_calls and not interrupted:
             calls = [{"index": i, **call} for i, call in enumerate(reply.tool_calls)]
             stream.put(Delta(index, {"delta": {"tool_calls": calls}}))
-        reason = (
-            "length"
-            if stop.is_set() or len(words) > limit
-            else "tool_calls"
-            if reply.tool_calls
-            else "stop"
-        )
-        choice = _choice(draw, "".join(spoken), reply, reason)
-        stream.put(
-            Candidate(index, choice, 0, len(prompt.split()), len(spoken), interrupted=stop.is_set())
-        )
-
-
-def _fits(script: Labels, text: str, query: LabelQuery) -> bool:
-    asked = bool(script.error) or any(label in query.labels for label in script.probabilities)
-    return asked and re.search(script.pattern, text, re.DOTALL) is not None
+        reason = "tool_calls" if reply.tool_calls else "stop"
+        if interrupted or len(words) > limit:
+            reason = "length"
+        choice = _choice(draw, text, reply, reason)
+        prompt_tokens = len(prompt.split())
+        stream.put(Candidate(index, choice, 0, prompt_tokens, tokens, interrupted=interrupted))
 
 
 def _params(draw: Draw) -> SamplingParams:
-    return SamplingParams.from_body(
-        {key: value for key, value in draw.body.items() if key in READ}, draw.kind
-    )
+    fields = {key: value for key, value in draw.body.items() if key in SAMPLING_FIELDS}
+    return SamplingParams.from_body(fields, draw.kind)
 
 
-def slowness(spread: float, seed: int) -> float:
-    """What a candidate's delays are multiplied by: uniform in [1, 1 + spread), the same for the same seed."""
+def _words(reply: Reply, prompt: str, seed: int, params: SamplingParams) -> list[str]:
+    text = reply.text.replace("{prompt}", prompt).replace("{seed}", str(seed))
+    for ending in params.stop:
+        text = text.partition(ending)[0]
+    return text.split(" ")
+
+
+def _expected(reply: Reply, weights: Mapping[str, float]) -> float:
+    """Return the weighted sum of the reply's estimates; NaN if one of them is not scripted."""
+    terms = [weight * reply.estimates.get(name, math.nan) for name, weight in weights.items()]
+    return sum(terms)
+
+
+def delay_factor(spread: float, seed: int) -> float:
+    """Return the factor of a candidate's delays: uniform in [1, 1 + spread), by its seed."""
     return 1.0 + spread * random.Random(seed).random()  # noqa: S311 - a delay, no secret
 
 
 async def _paced(
-    words: list[str], reply: Reply, stop: asyncio.Event, slow: float
+    words: list[str], reply: Reply, stop: asyncio.Event, factor: float
 ) -> AsyncIterator[str]:
-    delay = reply.first_token_seconds * slow
+    """Yield the words with the reply's delays, until `stop` is set."""
+    delay = reply.first_token_seconds * factor
     for word in words:
-        delay += reply.seconds_per_token * slow
+        delay += reply.seconds_per_token * factor
         if delay:
             with suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), delay)
@@ -332,6 +372,12 @@ async def _paced(
             return
         yield word
         delay = 0.0
+
+
+def _delta(draw: Draw, piece: str) -> dict[str, Any]:
+    if draw.kind == "chat":
+        return {"delta": {"content": piece}}
+    return {"text": piece}
 
 
 def _prompt(draw: Draw) -> str:

@@ -12,14 +12,17 @@ import pytest
 from rich.console import Console
 from starlette.responses import JSONResponse
 
-from infer_align.engines.fake import slowness
+from infer_align.engines.fake import delay_factor
 from infer_align_server import cli
 from tests.bench.conftest import EACH, ECHO, FIRST, QUICK, SPREAD, USAGE, events, piece, read
 
 REQUESTS = 120
-SLOWNESS = np.array([slowness(SPREAD, seed) for seed in range(REQUESTS)])
+DELAY_FACTORS = np.array([delay_factor(SPREAD, seed) for seed in range(REQUESTS)])
 # Delays of each request on the server, in milliseconds. A measurement cannot be shorter.
-SHORTEST_MS = {"ttft": (FIRST + EACH) * SLOWNESS * 1e3, "e2e": (FIRST + 3 * EACH) * SLOWNESS * 1e3}
+SHORTEST_MS = {
+    "ttft": (FIRST + EACH) * DELAY_FACTORS * 1e3,
+    "e2e": (FIRST + 3 * EACH) * DELAY_FACTORS * 1e3,
+}
 # A timer of the server may end early by its resolution.
 TIMER_MS = 2.0
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from infer_align.decoding.labels import LabelTree
-from infer_align.engines.fake import Fake, Labels
+from infer_align.engines.fake import Fake, ScriptedLabels
 from infer_align.engines.transformers.reading import take_group
 from infer_align.errors import AlignError, EngineFailed, Unavailable, Unsupported
 from infer_align.types import Capability, LabelQuery
@@ -162,9 +162,9 @@ def test_what_begins_alike_is_read_together():
 
 async def test_the_script_of_the_fake_engine():
     script = (
-        Labels({"5": 0.5, "4": 0.25}, "good"),
-        Labels({"A": 1.0}),
-        Labels({}, "broken", error="no judge today"),
+        ScriptedLabels({"5": 0.5, "4": 0.25}, "good"),
+        ScriptedLabels({"A": 1.0}),
+        ScriptedLabels({}, "broken", error="no judge today"),
     )
     engine = Fake(labels=script).load()
     await engine.start()

@@ -312,11 +312,11 @@ def test_a_deadline_with_nothing_to_return() -> None:
 class Endless(FakeEngine):
     """Plays its script, but the last candidate's text never ends by itself."""
 
-    async def _speak(
+    async def _play(
         self, draw: Draw, params: Any, index: int, stream: Any, stop: asyncio.Event
     ) -> None:
         if index < draw.n - 1:
-            await super()._speak(draw, params, index, stream, stop)
+            await super()._play(draw, params, index, stream, stop)
             return
         stream.put(Delta(index, {"delta": {"content": "7"}}))
         await stop.wait()

@@ -7,10 +7,9 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from infer_align.engines import Event
 from infer_align.engines.transformers.rows import Job
 from infer_align.errors import AlignError, EngineFailed
-from infer_align.types import Candidate
+from infer_align.types import Candidate, Event
 
 log = logging.getLogger("infer_align")
 

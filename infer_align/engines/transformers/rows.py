@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.text import TextStream
-from infer_align.engines import Event, Stream
+from infer_align.engines import Stream
 from infer_align.engines.transformers.choices import (
     Entry,
     chat_logprobs,
@@ -20,7 +20,7 @@ from infer_align.engines.transformers.choices import (
 )
 from infer_align.engines.transformers.model import Step
 from infer_align.engines.transformers.prompt import Prompt
-from infer_align.types import Body, Candidate, Delta, Draw
+from infer_align.types import Body, Candidate, Delta, Draw, Event
 from infer_align.values import Value
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import ValueLM
