@@ -28,7 +28,7 @@ async def engine(request, language_model):
     elif request.param == "transformers":
         section = plugin(model=language_model())
     elif request.param in {"openai", "vllm"}:
-        pytest.skip("needs a server: tests/engines/test_openai.py, tests/engines/vllm")
+        pytest.skip("needs a server: tests/engines/openai, tests/engines/vllm")
     else:
         pytest.fail(f"how is {request.param!r} made for the contract?")
     engine = section.load()
