@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 
-from infer_align.engines.fake import Fake, Reply
-from infer_align.errors import Unavailable
-from infer_align.types import Candidate
+from infer_align.engines.fake import Fake, Reply, ScriptedLabels
+from infer_align.errors import EngineFailed, Unavailable
+from infer_align.types import Candidate, LabelQuery
 
 pytestmark = pytest.mark.anyio
 
@@ -102,3 +103,32 @@ async def test_closing_ends_what_is_spoken(draw, finish):
     with pytest.raises(Unavailable):
         await task
     assert await becomes(engine, 0)
+
+
+def question(text: str, labels: tuple[str, ...]) -> LabelQuery:
+    return LabelQuery([{"role": "user", "content": text}], "Score: [", labels)
+
+
+async def test_label_probabilities_follow_the_script():
+    script = (
+        ScriptedLabels({"5": 0.5, "4": 0.25}, "good"),
+        ScriptedLabels({"A": 1.0}),
+        ScriptedLabels({}, "broken", error="no judge today"),
+    )
+    engine = Fake(labels=script).load()
+    await engine.start()
+    reading = await engine.read_labels(question("a good one", ("1", "4", "5")))
+    assert {label: round(math.exp(p), 9) for label, p in reading.logprobs.items()} == {
+        "1": 0.0,
+        "4": 0.25,
+        "5": 0.5,
+    }
+    assert (await engine.read_labels(question("x", ("A", "B")))).logprobs == {
+        "A": 0.0,
+        "B": -math.inf,
+    }
+    even = await engine.read_labels(question("bad", ("1", "2")))
+    assert all(math.isclose(p, math.log(0.5)) for p in even.logprobs.values())
+    assert len(engine.queries) == 3
+    with pytest.raises(EngineFailed, match="no judge"):
+        await engine.read_labels(question("broken", ("1", "2")))

@@ -1,4 +1,4 @@
-"""Every field of the request that the transformers engine honours, what it refuses, and what it says of logprobs."""
+"""Tests of the request fields that the engine honours or refuses, and of logprobs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ async def one(engine, finish, request):
 
 async def test_max_tokens_min_tokens_and_ignore_eos(serving, draw, finish):
     async with serving() as engine:
-        bias = {"1": 100.0}  # the end of sequence, at once
+        # The bias makes the end of sequence the first token.
+        bias = {"1": 100.0}
         candidate, _ = await one(engine, finish, draw(logit_bias=bias, max_tokens=9))
         assert (candidate.finish_reason, candidate.completion_tokens, candidate.text) == (
             "stop",
@@ -44,19 +45,19 @@ async def test_max_tokens_min_tokens_and_ignore_eos(serving, draw, finish):
         )
         assert candidate.completion_tokens == 3
         candidate, _ = await one(engine, finish, draw(kind="completion", ignore_eos=True))
-        assert candidate.completion_tokens == 16  # OpenAI's default on this route
+        assert candidate.completion_tokens == 16, "OpenAI's default for text completions"
         candidate, _ = await one(engine, finish, draw(ignore_eos=True))
         assert candidate.prompt_tokens + candidate.completion_tokens == engine.context_length
 
 
-async def test_stop_cuts_before_the_string_and_streams_no_part_of_it(serving, draw, finish):
+async def test_a_stop_string_ends_the_text_and_is_not_streamed(serving, draw, finish):
     async with serving() as engine:
-        whole, _ = await one(
+        complete, _ = await one(
             engine,
             finish,
             draw("sun", temperature=0, max_tokens=60, ignore_eos=True, logit_bias={"65": 9}),
         )
-        text = whole.text
+        text = complete.text
         stop = text[10:14]
         candidate, deltas = await one(
             engine,
@@ -79,11 +80,12 @@ async def test_stop_cuts_before_the_string_and_streams_no_part_of_it(serving, dr
     assert not candidate.interrupted
 
 
-async def test_penalties_change_the_answer_as_transformers_does(serving, draw, finish):
+async def test_penalties_change_the_answer_like_those_of_transformers(serving, draw, finish):
     async with serving() as engine:
         fields = {"kind": "completion", "temperature": 0, "max_tokens": 30, "ignore_eos": True}
         candidate, _ = await one(engine, finish, draw("the cat", repetition_penalty=1.5, **fields))
         ids = engine.frozen.tokenizer("the cat", return_tensors="pt")["input_ids"]
+        ids = ids.to(engine.frozen.device)
         out = engine.frozen.lm.generate(
             ids,
             max_new_tokens=30,
@@ -102,7 +104,7 @@ async def test_penalties_change_the_answer_as_transformers_does(serving, draw, f
         assert penalised.text != plain.text
 
 
-async def test_the_models_own_sampling_defaults_hold_where_the_body_is_silent(
+async def test_sampling_defaults_of_the_model_are_used_if_the_body_sets_none(
     tmp_path, serving, draw, finish, language_model
 ):
     shutil.copytree(language_model(), tmp_path, dirs_exist_ok=True)
@@ -122,15 +124,14 @@ async def test_the_models_own_sampling_defaults_hold_where_the_body_is_silent(
 
 
 def expected_logprobs(engine, prompt: str, entries) -> torch.Tensor:
-    """[T, V] of an independent forward over the prompt and the tokens that were said."""
+    """Return [T, V] logprobs of a separate forward pass over the prompt and the answer."""
     tokenizer = engine.frozen.tokenizer
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    said = [next(i for i in range(len(tokenizer)) if same(tokenizer, i, e)) for e in entries]
+    tokens = [next(i for i in range(len(tokenizer)) if same(tokenizer, i, e)) for e in entries]
     with torch.inference_mode():
-        logits = engine.frozen.lm(torch.tensor([prompt_ids + said])).logits[
-            0, len(prompt_ids) - 1 : -1
-        ]
-    return logits.log_softmax(-1), said
+        ids = torch.tensor([prompt_ids + tokens], device=engine.frozen.device)
+        logits = engine.frozen.lm(ids).logits[0, len(prompt_ids) - 1 : -1]
+    return logits.log_softmax(-1).cpu(), tokens
 
 
 def same(tokenizer, token: int, entry) -> bool:
@@ -150,10 +151,10 @@ async def test_chat_logprobs_are_the_frozen_models_own(serving, draw, finish, fi
         for candidate in candidates:
             entries = candidate.choice["logprobs"]["content"]
             assert len(entries) == candidate.completion_tokens
-            logprobs, said = expected_logprobs(engine, "<user>sun</s><assistant>", entries)
+            logprobs, tokens = expected_logprobs(engine, "<user>sun</s><assistant>", entries)
             torch.testing.assert_close(
                 torch.tensor([e["logprob"] for e in entries]),
-                logprobs[range(len(said)), said],
+                logprobs[range(len(tokens)), tokens],
                 atol=1e-4,
                 rtol=1e-4,
             )
@@ -164,9 +165,9 @@ async def test_chat_logprobs_are_the_frozen_models_own(serving, draw, finish, fi
                 bytes(e["bytes"]) for e in entries if e["token"] not in {"</s>", "<pad>"}
             )
             assert data.decode(errors="replace") == candidate.text
-            mine = [d for d in deltas if d.index == candidate.index]
-            assert "".join(d.choice["delta"]["content"] for d in mine) == candidate.text
-            assert [e for d in mine for e in d.choice["logprobs"]["content"]] == entries
+            own_deltas = [d for d in deltas if d.index == candidate.index]
+            assert "".join(d.choice["delta"]["content"] for d in own_deltas) == candidate.text
+            assert [e for d in own_deltas for e in d.choice["logprobs"]["content"]] == entries
 
 
 async def test_completion_logprobs(serving, draw, finish):
@@ -175,9 +176,8 @@ async def test_completion_logprobs(serving, draw, finish):
         candidate, deltas = await one(engine, finish, request)
         logprobs = candidate.choice["logprobs"]
         assert {len(v) for v in logprobs.values()} == {20}
-        assert all(
-            len(top) == 3 for top in logprobs["top_logprobs"]
-        )  # no two parts of characters share a name
+        # No two parts of characters share a name, so no alternative is lost.
+        assert all(len(top) == 3 for top in logprobs["top_logprobs"])
         assert logprobs["text_offset"][0] == 0
         streamed = [d.choice["logprobs"] for d in deltas]
         for key, values in logprobs.items():
@@ -189,7 +189,7 @@ async def test_completion_logprobs(serving, draw, finish):
         assert len(without.choice["logprobs"]["token_logprobs"]) == without.completion_tokens
 
 
-async def test_echo_repeats_the_prompt_in_the_stream_too(serving, draw, finish):
+async def test_echo_repeats_the_prompt_in_text_and_stream(serving, draw, finish):
     async with serving() as engine:
         fields = {"kind": "completion", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
         plain, _ = await one(engine, finish, draw("the cat", **fields))
@@ -205,14 +205,14 @@ async def test_echo_repeats_the_prompt_in_the_stream_too(serving, draw, finish):
 
 async def test_text_parts_are_joined(serving, draw, finish):
     async with serving() as engine:
-        whole, _ = await one(engine, finish, draw("the cat", temperature=0, max_tokens=10))
+        joined, _ = await one(engine, finish, draw("the cat", temperature=0, max_tokens=10))
         parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
         body = {
             "messages": [{"role": "user", "content": parts}],
             "temperature": 0,
             "max_tokens": 10,
         }
-        assert (await one(engine, finish, Draw(body, 1, (0,))))[0].text == whole.text
+        assert (await one(engine, finish, Draw(body, 1, (0,))))[0].text == joined.text
 
 
 def message(content, role: str = "user") -> dict:
@@ -220,7 +220,7 @@ def message(content, role: str = "user") -> dict:
 
 
 @pytest.mark.parametrize(
-    ("body", "kind", "param", "says"),
+    ("body", "kind", "param", "words"),
     [
         ({"prompt": ""}, "completion", "prompt", "empty"),
         ({"prompt": "a\ud800"}, "completion", "prompt", "Unicode"),
@@ -250,12 +250,12 @@ def message(content, role: str = "user") -> dict:
         ({**message("a"), "logit_bias": {"300000": 1}}, "chat", "logit_bias", "300000"),
     ],
 )
-async def test_prompts_that_cannot_be_read_are_refused_by_name(serving, body, kind, param, says):
+async def test_prompts_that_cannot_be_read_are_refused_by_name(serving, body, kind, param, words):
     async with serving() as engine:
         with pytest.raises(InvalidRequest) as refused:
             engine.sample(Draw(body, 1, (0,), kind))
     assert refused.value.param == param
-    assert says in refused.value.message
+    assert words in refused.value.message
 
 
 async def test_template_variables_reach_the_template(
@@ -265,9 +265,8 @@ async def test_template_variables_reach_the_template(
     (tmp_path / "chat_template.jinja").write_text("{{ 1 // zero }}{{ messages[0].content }}")
     async with serving(model=str(tmp_path)) as engine:
         with pytest.raises(InvalidRequest, match="refused"):
-            engine.sample(
-                draw("hello", chat_template_kwargs={"zero": 0})
-            )  # ZeroDivisionError: no error of jinja's
+            # The template raises ZeroDivisionError, which is not an error of jinja.
+            engine.sample(draw("hello", chat_template_kwargs={"zero": 0}))
         candidate, _ = await one(
             engine, finish, draw("hello", chat_template_kwargs={"zero": 1}, max_tokens=1)
         )
@@ -302,7 +301,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_fields_that_would_be_dropped_are_refused(serving, draw, name):
+async def test_fields_that_the_engine_cannot_honour_are_refused(serving, draw, name):
     async with serving() as engine:
         with pytest.raises(Unsupported) as refused:
             engine.check(draw(**{name: REFUSED[name]}))
@@ -310,7 +309,7 @@ async def test_fields_that_would_be_dropped_are_refused(serving, draw, name):
     assert refused.value.message.startswith(f"{name}:")
 
 
-async def test_fields_that_ask_for_nothing_are_taken(serving, draw):
+async def test_fields_that_request_nothing_are_accepted(serving, draw):
     neutral = {
         "user": "me",
         "metadata": {"a": "b"},
@@ -375,14 +374,13 @@ async def test_values_out_of_range_are_refused_by_name(serving, draw, name, valu
     async with serving() as engine:
         with pytest.raises(InvalidRequest) as refused:
             engine.check(draw(**{name: value}))
-        assert (
-            engine.worst_case_tokens({"messages": [], name: value}) >= 1
-        )  # counted before it is checked
+        # The worst case is computed before the body is checked.
+        assert engine.worst_case_tokens({"messages": [], name: value}) >= 1
     assert refused.value.param == name
     assert len(refused.value.message) < 300
 
 
-async def test_a_developer_speaks_as_the_system_where_the_template_knows_only_that(serving, finish):
+async def test_the_developer_role_is_rendered_as_system_if_the_template_has_none(serving, finish):
     async with serving() as engine:
         user = {
             "role": "user",

@@ -1,4 +1,4 @@
-"""The running batch: shared prefills, seeds, cancellation, bounded memory, fairness, and steps that fail."""
+"""Tests of the running batch: prefill, seeds, cancellation, memory, fairness and failing steps."""
 
 from __future__ import annotations
 
@@ -18,36 +18,34 @@ LONG = "a big red ball is in the box with the small blue hat and the dog ran to 
 
 
 class Forwards(list):
-    """The shape of every forward, newest last; `at(step)` is called before each."""
+    """The shape of every forward pass, the newest last.
+
+    `before(step)` is called before each pass; `after(logits)` may replace its logits.
+    """
 
     def __init__(self, engine) -> None:
         super().__init__()
-        self.at = lambda step: None
+        self.before = lambda step: None
         self.after = lambda logits: logits
-        engine.frozen.lm.register_forward_pre_hook(self._before, with_kwargs=True)
-        engine.frozen.lm.register_forward_hook(self._after)
+        engine.frozen.lm.register_forward_pre_hook(self._record, with_kwargs=True)
+        engine.frozen.lm.register_forward_hook(self._replace)
 
-    def _before(self, module, args, kwargs) -> None:
+    def _record(self, module, args, kwargs) -> None:
         self.append(tuple(kwargs["input_ids"].shape))
-        self.at(len(self))
+        self.before(len(self))
 
-    def _after(self, module, args, output):
+    def _replace(self, module, args, output):
         output.logits = self.after(output.logits)
         return output
 
 
-async def until(condition) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def idle(engine) -> bool:
-    s: Scheduler = engine._started.scheduler
-    return not (s._batch.rows or s._waiting or s._ready or s._jobs)
+    scheduler: Scheduler = engine._started.scheduler
+    queued = scheduler._waiting or scheduler._ready or scheduler._jobs
+    return not (queued or scheduler._batch.rows)
 
 
-async def test_draws_of_one_request_share_its_prefill(serving, draw, finish):
+async def test_candidates_of_a_draw_share_its_prefill(serving, draw, finish):
     async with serving() as engine:
         forwards = Forwards(engine)
         candidates, _ = await finish(engine, draw(n=8, max_tokens=4, ignore_eos=True))
@@ -64,7 +62,7 @@ async def test_prompts_are_read_in_parts_and_short_ones_together(serving, draw, 
         assert all(rows * q <= 16 for rows, q in forwards)
 
 
-async def test_same_seed_same_text_alone_and_among_32(serving, draw, finish):
+async def test_same_seed_same_text_alone_and_among_32(serving, draw, finish, until):
     async with serving(prefill_tokens=32) as engine:
 
         def request(i: int):
@@ -81,10 +79,12 @@ async def test_same_seed_same_text_alone_and_among_32(serving, draw, finish):
         crowd = await asyncio.gather(*(finish(engine, request(i)) for i in range(32)))
         assert [[c.text for c in crowd[i][0]] for i in (0, 7, 31)] == alone
         await until(lambda: idle(engine))
-    assert len({c.text for c in crowd[31][0]}) == 2  # and other seeds other texts
+    assert len({c.text for c in crowd[31][0]}) == 2, "other seeds give other texts"
 
 
-async def test_leaving_mid_decode_empties_the_batch_and_disturbs_nobody(serving, draw, finish):
+async def test_leaving_mid_decode_empties_the_batch_and_keeps_other_results(
+    serving, draw, finish, until
+):
     async with serving() as engine:
         request = draw("the dog", n=2, max_tokens=60, ignore_eos=True, logprobs=True)
         expected, _ = await finish(engine, request)
@@ -98,7 +98,7 @@ async def test_leaving_mid_decode_empties_the_batch_and_disturbs_nobody(serving,
         assert engine._started.scheduler._batch.cache.length == 0
 
 
-async def test_leaving_mid_prefill(serving, draw, finish):
+async def test_leaving_mid_prefill_ends_the_prefill(serving, draw, finish, until):
     async with serving(prefill_tokens=16) as engine:
         forwards = Forwards(engine)
         reading, go = asyncio.Event(), threading.Event()
@@ -109,7 +109,7 @@ async def test_leaving_mid_prefill(serving, draw, finish):
                 loop.call_soon_threadsafe(reading.set)
                 go.wait(20)
 
-        forwards.at = pause
+        forwards.before = pause
         async with engine.sample(draw(LONG * 2, max_tokens=5)):
             await reading.wait()
         go.set()
@@ -121,29 +121,26 @@ async def test_leaving_mid_prefill(serving, draw, finish):
 async def test_stop_finishes_one_candidate_with_what_it_has(serving, draw, finish):
     async with serving() as engine:
         request = draw("the cat", n=3, max_tokens=80, ignore_eos=True)
-        whole, _ = await finish(engine, request)
+        complete, _ = await finish(engine, request)
         events = []
         async with engine.sample(request) as stream:
             async for event in stream:
                 if len(events) == 12:
                     stream.stop(1)
                 events.append(event)
-        cut = {e.index: e for e in events if isinstance(e, Candidate)}
-        said = "".join(
-            e.choice["delta"]["content"]
-            for e in events
-            if not isinstance(e, Candidate) and e.index == 1
-        )
-    assert cut[1].interrupted
-    assert cut[1].finish_reason == "length"
-    assert 0 < cut[1].completion_tokens < 80
-    assert cut[1].text == said
-    assert whole[1].text.startswith(cut[1].text.rstrip("\ufffd"))
-    assert [cut[i].text for i in (0, 2)] == [whole[i].text for i in (0, 2)]
-    assert not cut[0].interrupted
+        candidates = {e.index: e for e in events if isinstance(e, Candidate)}
+        deltas = [e for e in events if not isinstance(e, Candidate) and e.index == 1]
+        streamed = "".join(delta.choice["delta"]["content"] for delta in deltas)
+    assert candidates[1].interrupted
+    assert candidates[1].finish_reason == "length"
+    assert 0 < candidates[1].completion_tokens < 80
+    assert candidates[1].text == streamed
+    assert complete[1].text.startswith(candidates[1].text.rstrip("\ufffd"))
+    assert [candidates[i].text for i in (0, 2)] == [complete[i].text for i in (0, 2)]
+    assert not candidates[0].interrupted
 
 
-async def test_stop_all_finishes_those_that_wait_too(serving, draw):
+async def test_stop_finishes_waiting_candidates_too(serving, draw, until):
     async with serving(max_batch=2) as engine:
         async with engine.sample(draw("the cat", n=5, max_tokens=200, ignore_eos=True)) as stream:
             finished = []
@@ -155,7 +152,7 @@ async def test_stop_all_finishes_those_that_wait_too(serving, draw):
         await until(lambda: idle(engine))
 
 
-async def test_what_can_never_fit_is_refused(serving, draw):
+async def test_a_request_that_can_never_fit_is_refused(serving, draw):
     async with serving() as engine:
         for request, param in [
             (draw("the cat " * 200), "messages"),
@@ -176,31 +173,33 @@ async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, fi
     async with serving(kv_cache_gib=gib(100) * 1.001) as engine:
         assert engine._started.scheduler.capacity == 100
         forwards = Forwards(engine)
-        over = []
-        forwards.at = lambda _: over.append(
-            sum(1 for _ in engine._started.scheduler._batch.rows)
-            * engine._started.scheduler._batch.cache.length
-            > 100
-        )
+        cells: list[int] = []
+
+        def count_cells(step: int) -> None:
+            batch = engine._started.scheduler._batch
+            cells.append(len(batch.rows) * batch.cache.length)
+
+        forwards.before = count_cells
         results = await asyncio.gather(
             *(
                 finish(engine, draw("sun", n=6, seed=i, max_tokens=20, ignore_eos=True))
                 for i in range(4)
             )
         )
-        assert [c.completion_tokens for found, _ in results for c in found] == [20] * 24
-        assert not any(over)
+        assert [c.completion_tokens for drawn, _ in results for c in drawn] == [20] * 24
+        assert max(cells) <= 100
         with pytest.raises(InvalidRequest, match="key-value cache of 100"):
             engine.sample(draw(LONG, max_tokens=90))
-        # Who names no maximum gets what there is room for.
+        # A request without a maximum gets all the room there is.
         (candidate,), _ = await finish(engine, draw("sun", ignore_eos=True))
         assert candidate.prompt_tokens + candidate.completion_tokens == 100
 
 
 async def test_prompts_that_wait_for_room_are_not_all_read_ahead(serving, draw, finish):
     async with serving(kv_cache_gib=gib(200) * 1.001) as engine:
-        forwards, held = Forwards(engine), []
-        forwards.at = lambda _: held.append(
+        forwards = Forwards(engine)
+        prefilled: list[int] = []
+        forwards.before = lambda _: prefilled.append(
             sum(len(j.prompt.ids) for j in engine._started.scheduler._ready)
         )
         await asyncio.gather(
@@ -209,24 +208,26 @@ async def test_prompts_that_wait_for_room_are_not_all_read_ahead(serving, draw, 
                 for i in range(12)
             )
         )
-    assert max(held) <= 200
+    assert max(prefilled) <= 200
 
 
-async def test_a_large_request_does_not_hold_up_a_small_one(serving, draw, finish):
+async def test_a_large_request_does_not_hold_up_a_small_one(serving, draw, finish, until, running):
     async with serving(max_batch=4) as engine:
         big = asyncio.create_task(
             finish(engine, draw("the cat", n=64, max_tokens=30, ignore_eos=True))
         )
-        await asyncio.sleep(0.02)
+        await until(lambda: running(engine))
         await finish(engine, draw("sun", max_tokens=5, ignore_eos=True))
         assert not big.done()
         assert len((await big)[0]) == 64
 
 
 @pytest.mark.parametrize("parts", [16, 1024])
-async def test_a_failing_prefill_fails_only_its_request(serving, draw, finish, parts, caplog):
+async def test_a_failing_prefill_fails_only_its_request(
+    serving, draw, finish, parts, caplog, until
+):
     async with serving(prefill_tokens=parts) as engine:
-        running = asyncio.create_task(
+        decoding = asyncio.create_task(
             finish(engine, draw("sun", n=2, max_tokens=150, ignore_eos=True))
         )
         forwards = Forwards(engine)
@@ -234,19 +235,19 @@ async def test_a_failing_prefill_fails_only_its_request(serving, draw, finish, p
 
         def fail(step: int) -> None:
             if forwards[-1][1] > 1:
-                forwards.at = lambda _: None
+                forwards.before = lambda _: None
                 raise RuntimeError("out of memory")
 
-        forwards.at = fail
+        forwards.before = fail
         with pytest.raises(EngineFailed, match="out of memory"):
             await finish(engine, draw(LONG, max_tokens=5))
-        assert [c.completion_tokens for c in (await running)[0]] == [150, 150]
+        assert [c.completion_tokens for c in (await decoding)[0]] == [150, 150]
         await until(lambda: idle(engine))
         assert engine.health() is None
 
 
 async def test_a_failing_decode_fails_the_batch_and_the_engine_lives_on(
-    serving, draw, finish, caplog
+    serving, draw, finish, caplog, until
 ):
     async with serving(max_batch=2) as engine:
         request = draw("sun", n=2, max_tokens=40, ignore_eos=True)
@@ -257,7 +258,7 @@ async def test_a_failing_decode_fails_the_batch_and_the_engine_lives_on(
             if step == 20:
                 raise RuntimeError("a broken kernel")
 
-        forwards.at = fail
+        forwards.before = fail
         failing = asyncio.create_task(finish(engine, request))
         await until(lambda: len(forwards) > 3)
         waiting = asyncio.create_task(finish(engine, request))
@@ -267,7 +268,7 @@ async def test_a_failing_decode_fails_the_batch_and_the_engine_lives_on(
         await until(lambda: idle(engine))
 
 
-async def test_logits_that_are_not_numbers_fail_that_candidate_alone(serving, draw, finish):
+async def test_logits_that_are_not_finite_fail_that_candidate_alone(serving, draw, finish, until):
     async with serving() as engine:
         request = draw("sun", n=3, max_tokens=20, ignore_eos=True)
         expected, _ = await finish(engine, request)
@@ -289,13 +290,13 @@ async def test_logits_that_are_not_numbers_fail_that_candidate_alone(serving, dr
         await until(lambda: idle(engine))
 
 
-async def test_closing_ends_what_runs_and_what_comes_after(serving, draw, finish):
+async def test_closing_ends_running_and_later_draws(serving, draw, finish, until, running):
     async with serving(max_batch=1) as engine:
         tasks = [
             asyncio.create_task(finish(engine, draw(n=2, max_tokens=200, ignore_eos=True)))
             for _ in range(3)
         ]
-        await until(lambda: engine._started.scheduler._batch.rows)
+        await until(lambda: running(engine))
         await engine.close()
         for task in tasks:
             with pytest.raises(Unavailable, match="shut down"):

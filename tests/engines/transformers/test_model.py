@@ -1,4 +1,4 @@
-"""Greedy decoding equals transformers' own `generate`, token by token, whoever else is in the batch."""
+"""Greedy decoding equals transformers' own `generate`, token by token, in any batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from infer_align.errors import ConfigError
 
 pytestmark = pytest.mark.anyio
 
-# Rotary positions, sliding windows with and without full layers between, soft caps, learned positions, biases for positions.
+# Rotary and learned positions, position biases, sliding windows with and without full layers,
+# and soft caps.
 ARCHITECTURES = ["Llama", "Qwen2", "Mistral", "Gemma2", "Gemma3Text", "GPT2", "Bloom", "OPT"]
 PROMPTS = [
     "the cat",
@@ -24,7 +25,7 @@ PROMPTS = [
 
 def generate(engine, prompt: str, tokens: int) -> str:
     tokenizer = engine.frozen.tokenizer
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(engine.frozen.device)
     out = engine.frozen.lm.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -44,12 +45,11 @@ async def answer(engine, draw, finish, prompt: str, tokens: int, **fields):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-async def test_equals_generate_alone_and_in_a_batch_that_changes(
+async def test_greedy_decoding_equals_generate_alone_and_in_a_changing_batch(
     architecture, serving, draw, finish
 ):
-    async with serving(
-        architecture, prefill_tokens=16
-    ) as engine:  # 16: the long prompt is read in parts
+    # With 16 prefill tokens, the long prompt is read in parts.
+    async with serving(architecture, prefill_tokens=16) as engine:
         tokens = [10 + 7 * i for i in range(len(PROMPTS))]
         expected = [generate(engine, p, t) for p, t in zip(PROMPTS, tokens, strict=True)]
         alone = [
@@ -64,29 +64,30 @@ async def test_equals_generate_alone_and_in_a_batch_that_changes(
         assert await asyncio.gather(*map(late, range(len(PROMPTS)))) == expected
 
 
-async def test_grows_past_its_first_buffer(serving, draw, finish):
+async def test_the_cache_grows_past_its_first_buffer(serving, draw, finish):
     async with serving() as engine:
         assert await answer(engine, draw, finish, "the cat", 200) == generate(
             engine, "the cat", 200
         )
 
 
-async def test_ends_where_generate_ends(serving, draw, finish, language_model):
+async def test_decoding_ends_where_generate_ends(serving, draw, finish, language_model):
     async with serving() as engine:
         ids = engine.frozen.tokenizer("sun", return_tensors="pt")["input_ids"]
-        said = engine.frozen.lm.generate(
+        ids = ids.to(engine.frozen.device)
+        tokens = engine.frozen.lm.generate(
             ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
         )[0, ids.shape[1] :]
-        last = said[-1].item()
-    # The same weights, whose end of sequence is a token that they come to say.
-    async with serving(model=language_model("Llama", eos_token_id=last)) as engine:
+        tokens = tokens.tolist()
+    # The same weights, with a token of the greedy answer as the end of sequence.
+    async with serving(model=language_model("Llama", eos_token_id=tokens[-1])) as engine:
         (candidate,), _ = await finish(
             engine, draw("sun", kind="completion", max_tokens=30, temperature=0)
         )
         assert candidate.finish_reason == "stop"
-        assert candidate.completion_tokens == said.tolist().index(last) + 1
+        assert candidate.completion_tokens == tokens.index(tokens[-1]) + 1
         assert candidate.text == engine.frozen.tokenizer.decode(
-            said[: said.tolist().index(last)], skip_special_tokens=True
+            tokens[: tokens.index(tokens[-1])], skip_special_tokens=True
         )
 
 
@@ -98,13 +99,13 @@ async def test_the_demo_answers(serving, draw, finish):
 
 
 @pytest.mark.parametrize("architecture", ["Mamba", "Rwkv"])
-async def test_what_keeps_no_keys_and_values_is_refused_at_start(architecture, serving):
+async def test_a_model_without_keys_and_values_is_refused_at_start(architecture, serving):
     with pytest.raises(ConfigError, match="keys and values"):
         async with serving(architecture):
             pass
 
 
-async def test_a_context_longer_than_the_models_is_refused_at_start(serving):
+async def test_a_context_longer_than_that_of_the_model_is_refused_at_start(serving):
     with pytest.raises(ConfigError, match="context_length: 300 is over the 256"):
         async with serving("GPT2", context_length=300):
             pass

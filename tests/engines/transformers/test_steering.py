@@ -1,4 +1,7 @@
-"""Steered decoding equals a reference written without cache and without batch: k separate forwards of float32 models per token."""
+"""Tests of steered decoding against a reference without cache and batch.
+
+The reference runs k separate forward passes of float32 models per token.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ RANK = 6
 
 @pytest.fixture(scope="module")
 def values(language_model: Any, serving: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A linear head, an MLP head, and a value LM with two heads, all random, in files."""
+    """Return a folder with a linear head, an MLP head and a value LM with two heads, all random."""
     folder = tmp_path_factory.mktemp("values")
     generator = torch.Generator().manual_seed(11)
 
@@ -77,7 +80,7 @@ def resident(folder: Any) -> dict[str, Any]:
 
 
 class Reference:
-    """The definition, token by token: every forward reads the whole text again."""
+    """The definition, token by token: every forward pass reads the complete text again."""
 
     def __init__(self, engine: Any, folder: Any) -> None:
         self.tokenizer = engine.frozen.tokenizer
@@ -164,7 +167,8 @@ async def test_32_rows_with_different_steering_equal_the_reference(
             )
 
         async def later(i: int, draw: Draw) -> Any:
-            await asyncio.sleep(0.01 * (i % 6))  # joins and leaves at different steps
+            # Let the draws join and leave at different steps.
+            await asyncio.sleep(0.01 * (i % 6))
             candidates, _ = await finish(engine, draw)
             return candidates[0]
 
@@ -179,10 +183,10 @@ async def test_32_rows_with_different_steering_equal_the_reference(
             ):
                 await asyncio.sleep(0.05)
 
-        found, _ = await asyncio.gather(
+        finished, _ = await asyncio.gather(
             asyncio.gather(*(later(i, d) for i, d in enumerate(draws))), cancelled()
         )
-        for draw, candidate in zip(draws, found, strict=True):
+        for draw, candidate in zip(draws, finished, strict=True):
             prompt = engine.frozen.render(draw).ids
             tokens, aligned, frozen = reference.greedy(
                 prompt, draw.steering, draw.body["max_tokens"]
@@ -193,7 +197,7 @@ async def test_32_rows_with_different_steering_equal_the_reference(
             assert [e["logprob"] for e in entries] == pytest.approx(frozen, abs=1e-4)
 
 
-async def test_rows_that_do_not_steer_are_as_without(
+async def test_rows_that_are_not_steered_do_not_change(
     serving: Any, values: Any, draw: Any, finish: Any
 ) -> None:
     plain = [draw("the cat " * i, seed=i, max_tokens=12) for i in range(1, 5)]
@@ -226,7 +230,7 @@ async def test_weight_zero_is_the_frozen_model(
         ]
 
 
-async def test_seeded_samples_do_not_depend_on_company(
+async def test_seeded_samples_do_not_depend_on_the_batch(
     serving: Any, values: Any, draw: Any, finish: Any
 ) -> None:
     async with serving(values=resident(values)) as engine:
@@ -244,38 +248,38 @@ async def test_seeded_samples_do_not_depend_on_company(
 async def test_estimates_are_the_expected_value_of_the_next_token(
     serving: Any, values: Any, draw: Any
 ) -> None:
-    """Of the policy that samples: the frozen model's for a plain draw, the steered one for a steered draw."""
+    """The policy is the frozen model for a plain draw, and the steered model for a steered draw."""
     weights = {"linear": 0.5, "mlp": -2.0}
     async with serving(values=resident(values)) as engine:
         reference = Reference(engine, values)
         for steering in (None, Steering({"linear": 2.0}, 10**6, "keep")):
             plain = draw("the cat", n=3, seed=5, max_tokens=14, ignore_eos=True, logprobs=True)
-            watched = Draw(
+            estimated = Draw(
                 plain.body,
                 3,
                 plain.seeds,
                 steering=steering,
                 estimates=EstimateSchedule(weights, 3),
             )
-            async with engine.sample(watched) as stream:
+            async with engine.sample(estimated) as stream:
                 events = [event async for event in stream]
-            found = {(e.index, e.tokens): e.value for e in events if isinstance(e, Estimate)}
-            assert {*found} == {(i, t) for i in range(3) for t in (3, 6, 12)}
+            estimates = {(e.index, e.tokens): e.value for e in events if isinstance(e, Estimate)}
+            assert {*estimates} == {(i, t) for i in range(3) for t in (3, 6, 12)}
             for candidate in (e for e in events if isinstance(e, Candidate)):
-                said = [entry["bytes"] for entry in candidate.choice["logprobs"]["content"]]
-                ids = [*engine.frozen.render(watched).ids, *token_ids(engine.frozen, said)]
+                answer = [entry["bytes"] for entry in candidate.choice["logprobs"]["content"]]
+                ids = [*engine.frozen.render(estimated).ids, *token_ids(engine.frozen, answer)]
                 for t in (3, 6, 12):
                     expected = state_value(
-                        reference, ids[: len(ids) - len(said) + t], weights, steering
+                        reference, ids[: len(ids) - len(answer) + t], weights, steering
                     )
-                    assert found[candidate.index, t] == pytest.approx(expected, abs=1e-4)
+                    assert estimates[candidate.index, t] == pytest.approx(expected, abs=1e-4)
 
 
-def token_ids(model: Any, said: list[list[int]]) -> list[int]:
+def token_ids(model: Any, answer: list[list[int]]) -> list[int]:
     by_bytes = {
         tuple(token_bytes(model.tokenizer, token)): token for token in range(model.vocabulary)
     }
-    return [by_bytes[tuple(data)] for data in said]
+    return [by_bytes[tuple(data)] for data in answer]
 
 
 @torch.inference_mode()
@@ -294,20 +298,22 @@ def state_value(
     return float(sum(weight * (policy * every[name]).sum() for name, weight in weights.items()))
 
 
-async def test_what_cannot_be_watched_is_refused_by_name(
+async def test_a_value_that_cannot_estimate_is_refused_by_name(
     serving: Any, values: Any, draw: Any
 ) -> None:
     async with serving(values=resident(values)) as engine:
-        for name, named in (
+        for name, words in (
             ("linea", "did you mean 'linear'"),
             ("helpful", "values of kind head can: linear, mlp"),
         ):
-            with pytest.raises(InvalidRequest, match=named) as caught:
+            with pytest.raises(InvalidRequest, match=words) as caught:
                 engine.check(Draw(draw().body, 1, (0,), estimates=EstimateSchedule({name: 1.0}, 4)))
             assert caught.value.param == f"align.early_stop.values.{name}"
 
 
-async def test_unknown_value_is_named(serving: Any, values: Any, draw: Any) -> None:
+async def test_an_unknown_value_is_refused_with_the_nearest(
+    serving: Any, values: Any, draw: Any
+) -> None:
     async with serving(values=resident(values)) as engine:
         with pytest.raises(InvalidRequest, match="did you mean 'helpful'"):
             engine.check(
@@ -332,14 +338,14 @@ async def test_a_value_lm_with_several_heads_must_name_one(serving: Any, values:
             pass
 
 
-async def test_a_file_that_is_no_head_is_refused(serving: Any, values: Any) -> None:
+async def test_a_file_without_a_head_is_refused(serving: Any, values: Any) -> None:
     with pytest.raises(ConfigError, match="not a value head"):
         async with serving(values={"x": HeadValue(str(values / "lm" / lookahead.HEADS))}):
             pass
 
 
-async def test_replacing_a_value_in_use_disturbs_nobody(
-    serving: Any, values: Any, draw: Any, finish: Any
+async def test_replacing_a_value_does_not_change_running_draws(
+    serving: Any, values: Any, draw: Any, finish: Any, until: Any, running: Any
 ) -> None:
     async with serving(values=resident(values)) as engine:
         plain = draw("the cat", n=2, seed=3, max_tokens=60, ignore_eos=True)
@@ -352,15 +358,15 @@ async def test_replacing_a_value_in_use_disturbs_nobody(
         expected = [[c.text for c in (await finish(engine, d))[0]] for d in (plain, steered)]
 
         async def replace() -> None:
+            await until(lambda: running(engine) == 4)
             for _ in range(3):
-                await asyncio.sleep(0.02)
                 await engine.add_value(
                     "helpful", LookaheadValue(Lookahead(str(values / "lm"), "brief"))
                 )
                 await engine.add_value("linear", HeadValue(str(values / "mlp.safetensors")))
 
-        running = asyncio.gather(finish(engine, plain), finish(engine, steered))
+        decoding = asyncio.gather(finish(engine, plain), finish(engine, steered))
         await replace()
-        assert [[c.text for c in candidates] for candidates, _ in await running] == expected
+        assert [[c.text for c in candidates] for candidates, _ in await decoding] == expected
         after = [c.text for c in (await finish(engine, steered))[0]]
         assert after != expected[1], "the next request is steered by the new values"
