@@ -1,187 +1,225 @@
-"""Methods together on the embedded demo: a combination against its parts.
+"""Combined methods on the embedded demo, against their parts with the same number of answers.
 
-Is it better than they are, for the same number of answers?
+DPA + VAS         a direction in the system prompt, and every token steered by a value RPS + UWO
+neighbouring directions, selected by the target's reward and by an ensemble with its uncertainty
+judge + ensemble  the served model's own judgement together with the five reward models
 
-DPA + VAS         a direction told to the model, and every token steered by a value
-RPS + UWO         neighbouring directions, chosen by the target's reward and by an ensemble with its uncertainty
-judge + ensemble  the served model's own judgement beside the five reward models
-
-python benchmarks/alignment/compositions.py
+    python benchmarks/alignment/compositions.py
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from benchmarks.alignment.flow import (
-    OUT,
     Flow,
     attributes,
-    chosen,
+    generated_tokens,
     gold,
-    mean_se,
     projected,
+    selected_texts,
     serving,
-    shown,
-    tokens,
 )
+from benchmarks.alignment.report import OUT, argument_parser, figure, mean_se, sign_of
 from benchmarks.demo.direction import direction_at
 from benchmarks.record import record
 from infer_align.demo import world
+from infer_align.flow.response import Response
 from infer_align.types import Array
 
-BRIEF, HELPFUL = {"brief": 4.0}, {"helpful": 4.0}
+BRIEF = {"brief": 4.0}
+HELPFUL = {"helpful": 4.0}
 JUDGE = {"mode": "score", "scale": 100}
-QUALITY_WEIGHT = 0.5  # of the ensemble beside v . r, and of the judge beside the ensemble: their spreads are alike then
+# Weight of the ensemble added to v . r, and of the ensemble added to the judge: their spreads are
+# then alike.
+QUALITY_WEIGHT = 0.5
 N = 8
+# Combination -> its parts.
 PARTS = {
     "DPA + VAS helpful": ("DPA at 10", "VAS helpful"),
     "DPA + VAS brief": ("DPA at 10", "VAS brief"),
     "RPS + UWO": ("RPS", "best of 5 + UWO", "RPS + mean"),
     f"best of {N}, judge + ensemble": (f"best of {N}, ensemble", f"best of {N}, judge"),
 }
+WORDS = {1: "better", 0: "no different", -1: "worse"}
 
 
-def requests() -> dict[str, dict[str, tuple[Mapping[str, Any] | None, float | None]]]:
-    """Section -> answer -> (its `align`, the angle it is measured along)."""
-    told = {"direction": direction_at(10)}
-    robust = {"dpa": {"direction": direction_at(45)}, "rps": {"k": 5}}
-    same = {**robust, "rps": {"k": 5, "neighborhood": "none"}}
-    alone, both = {"preference": 1.0}, {"preference": 1.0, "quality": QUALITY_WEIGHT}
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to answer: the request's `align`, and the angle to measure v . r at."""
+
+    section: str
+    name: str
+    align: Mapping[str, Any]
+    degrees: float | None = None
+
+
+# Answer -> measure -> [P].
+Measures = Mapping[str, Mapping[str, Array]]
+
+
+def ways() -> list[Way]:
+    """Return all ways to answer."""
+    return [*_direction_and_value(), *_neighbours_and_ensemble(), *_judge_and_ensemble()]
+
+
+def _direction_and_value() -> list[Way]:
+    section = "DPA + VAS"
+    dpa = {"dpa": {"direction": direction_at(10)}}
+    helpful = {"vas": {"beta": HELPFUL}}
+    brief = {"vas": {"beta": BRIEF}}
+    return [
+        Way(section, "DPA at 10", dpa, 10),
+        Way(section, "VAS helpful", helpful, 10),
+        Way(section, "VAS brief", brief, 10),
+        Way(section, "DPA + VAS helpful", {**dpa, **helpful}, 10),
+        Way(section, "DPA + VAS brief", {**dpa, **brief}, 10),
+    ]
+
+
+def _neighbours_and_ensemble() -> list[Way]:
+    section = "RPS + UWO"
+    dpa = {"dpa": {"direction": direction_at(45)}}
+    rps = {**dpa, "rps": {"k": 5}}
+    target_only = {**dpa, "rps": {"k": 5, "neighborhood": "none"}}
+    preference = {"rewards": {"preference": 1.0}}
+    both = {"rewards": {"preference": 1.0, "quality": QUALITY_WEIGHT}}
+    uwo = {**both, "ensemble": {"objective": "uwo"}}
+    mean = {**both, "ensemble": {"objective": "mean"}}
+    return [
+        Way(section, "best of 5 at 45", {**target_only, **preference}, 45),
+        Way(section, "best of 5 + UWO", {**target_only, **uwo}, 45),
+        Way(section, "RPS", {**rps, **preference}, 45),
+        Way(section, "RPS + mean", {**rps, **mean}, 45),
+        Way(section, "RPS + UWO", {**rps, **uwo}, 45),
+    ]
+
+
+def _judge_and_ensemble() -> list[Way]:
+    section = "judge + ensemble"
     draws = {"best_of_n": {"n": N}}
-    return {
-        "DPA + VAS": {
-            "DPA at 10": ({"dpa": told}, 10),
-            "VAS helpful": ({"vas": {"beta": HELPFUL}}, 10),
-            "VAS brief": ({"vas": {"beta": BRIEF}}, 10),
-            "DPA + VAS helpful": ({"dpa": told, "vas": {"beta": HELPFUL}}, 10),
-            "DPA + VAS brief": ({"dpa": told, "vas": {"beta": BRIEF}}, 10),
-        },
-        "RPS + UWO": {
-            "best of 5 at 45": ({**same, "rewards": alone}, 45),
-            "best of 5 + UWO": ({**same, "rewards": both, "ensemble": {"objective": "uwo"}}, 45),
-            "RPS": ({**robust, "rewards": alone}, 45),
-            "RPS + mean": ({**robust, "rewards": both, "ensemble": {"objective": "mean"}}, 45),
-            "RPS + UWO": ({**robust, "rewards": both, "ensemble": {"objective": "uwo"}}, 45),
-        },
-        "judge + ensemble": {
-            f"best of {N}, ensemble": ({**draws, "rewards": {"quality": 1.0}}, None),
-            f"best of {N}, judge": ({**draws, "rewards": {}, "trust_judge": JUDGE}, None),
-            f"best of {N}, pairwise judge": (
-                {**draws, "rewards": {}, "trust_judge": {"mode": "pairwise"}},
-                None,
-            ),
-            f"best of {N}, judge + ensemble": (
-                {**draws, "rewards": {"quality": QUALITY_WEIGHT}, "trust_judge": JUDGE},
-                None,
-            ),
-        },
-    }
+    ensemble = {**draws, "rewards": {"quality": 1.0}}
+    judge = {**draws, "rewards": {}, "trust_judge": JUDGE}
+    pairwise = {**draws, "rewards": {}, "trust_judge": {"mode": "pairwise"}}
+    both = {**draws, "rewards": {"quality": QUALITY_WEIGHT}, "trust_judge": JUDGE}
+    return [
+        Way(section, f"best of {N}, ensemble", ensemble),
+        Way(section, f"best of {N}, judge", judge),
+        Way(section, f"best of {N}, pairwise judge", pairwise),
+        Way(section, f"best of {N}, judge + ensemble", both),
+    ]
 
 
 async def measure(
     flow: Flow, questions: Sequence[str], seed: int
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Array]]]:
-    """One row for each way to answer, and what it was measured by on each question: answer -> measure -> [P]."""
-    rows, found = [], {}
-    plain: dict[str, dict[str, Any]] = {"one sample": {}, "greedy": {"temperature": 0}}
-    for name, body in plain.items():
-        responses = await flow.ask_all(questions, seed, None, **body)
-        rows.append(_row("", name, questions, chosen(responses), tokens(responses)))
-    for section, asked in requests().items():
-        for name, (wanted, degrees) in asked.items():
-            responses = await flow.ask_all(questions, seed, wanted)
-            answers = chosen(responses)
-            found[name] = {"gold": gold(questions, answers)}
-            row = _row(section, name, questions, answers, tokens(responses))
-            if degrees is not None:
-                found[name]["v . r"] = projected(questions, answers, degrees)
-                row["projected"], row["projected_se"] = mean_se(found[name]["v . r"])
-            rows.append(row)
-    return rows, found
+) -> tuple[list[dict[str, Any]], Measures]:
+    """Return one row per way to answer, and its measures on each question."""
+    sampled = await flow.ask_all(questions, seed)
+    greedy = await flow.ask_all(questions, seed, temperature=0)
+    rows = [
+        _row("", "one sample", questions, sampled),
+        _row("", "greedy", questions, greedy),
+    ]
+    measures: dict[str, dict[str, Array]] = {}
+    for way in ways():
+        responses = await flow.ask_all(questions, seed, way.align)
+        row = _row(way.section, way.name, questions, responses)
+        answers = selected_texts(responses)
+        measures[way.name] = {"gold": gold(questions, answers)}
+        if way.degrees is not None:
+            projection = projected(questions, answers, way.degrees)
+            measures[way.name]["v . r"] = projection
+            row["projected"], row["projected_se"] = mean_se(projection)
+        rows.append(row)
+    return rows, measures
 
 
 def _row(
-    section: str, name: str, questions: Sequence[str], answers: Sequence[str], spent: float
+    section: str, name: str, questions: Sequence[str], responses: Sequence[Response]
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"section": section, "answer": name, "tokens": spent}
+    answers = selected_texts(responses)
+    tokens = float(generated_tokens(responses).mean())
+    row: dict[str, Any] = {"section": section, "answer": name, "tokens": tokens}
     row["gold"], row["gold_se"] = mean_se(gold(questions, answers))
     rewards = np.array([attributes(*pair) for pair in zip(questions, answers, strict=True)])
     row["verbosity"], row["verbosity_se"] = mean_se(rewards[:, 1])
     return row
 
 
-def verdicts(found: Mapping[str, Mapping[str, Array]]) -> list[str]:
-    """Each combination against each of its parts, in every measure, paired by question."""
-    said = []
+def verdicts(measures: Measures) -> list[str]:
+    """Compare each combination with each of its parts, in every measure, paired by question."""
+    lines: list[str] = []
     for name, parts in PARTS.items():
         for part in parts:
-            gaps = []
-            for measured, values in found[name].items():
-                gap, error = mean_se(values - found[part][measured])
-                word = (
-                    "better" if gap > 2 * error else "worse" if gap < -2 * error else "no different"
-                )
-                gaps.append(f"{word} in {measured} ({gap:+.2f} ± {error:.2f})")
-            said.append(f"{name} against {part}: {', '.join(gaps)}.")
-    return said
+            gaps: list[str] = []
+            for measure_name, values in measures[name].items():
+                gap, error = mean_se(values - measures[part][measure_name])
+                word = WORDS[sign_of(gap, error)]
+                gaps.append(f"{word} in {measure_name} ({gap:+.2f} ± {error:.2f})")
+            lines.append(f"{name} against {part}: {', '.join(gaps)}.")
+    return lines
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """The table."""
+    """Print the table."""
     table = Table("", "answer", "gold", "v . r", "verbosity", "tokens", title="Means ± s.e.")
-    for i, row in enumerate(rows):
-        cells = [
-            shown(row[name], row[f"{name}_se"]) if name in row else ""
-            for name in ("gold", "projected", "verbosity")
-        ]
-        last = i + 1 == len(rows) or rows[i + 1]["section"] != row["section"]
-        table.add_row(
-            row["section"], row["answer"], *cells, f"{row['tokens']:.0f}", end_section=last
-        )
+    sections = [row["section"] for row in rows]
+    for row, next_section in zip(rows, [*sections[1:], None], strict=True):
+        cells = [_cell(row, name) for name in ("gold", "projected", "verbosity")]
+        is_last = row["section"] != next_section
+        tokens = f"{row['tokens']:.0f}"
+        table.add_row(row["section"], row["answer"], *cells, tokens, end_section=is_last)
     OUT.print(table)
 
 
-async def run(seed: int, n_prompts: int) -> None:
-    """Ask, tabulate, judge, record."""
+def _cell(row: dict[str, Any], name: str) -> str:
+    return figure(row[name], row[f"{name}_se"]) if name in row else ""
+
+
+def introduce(seed: int, n_prompts: int) -> None:
+    """Print the claim and the setup."""
     OUT.print(__doc__)
     OUT.print(
-        f"""{n_prompts} questions, temperature 1, seed {seed}; standard errors over questions; a combination is compared with each
-of its parts, which draw as many answers, paired by question. Gold, v . r (at 10 and at 45 degrees) and verbosity are exact.
-VAS: helpful {HELPFUL["helpful"]:g}, brief {BRIEF["brief"]:g}. Weight of the ensemble beside v . r, and beside the
-judge (1 to 5): {QUALITY_WEIGHT}. The weights were set once and not tuned.
-""",
+        f"{n_prompts} questions, temperature 1, seed {seed}. Standard errors are over questions. "
+        f"A combination is "
+        "compared with each of its parts, which draw as many answers, paired by question.\n"
+        "Gold, v . r (at 10 and at 45 degrees) and verbosity are exact. "
+        f"VAS: helpful {HELPFUL['helpful']:g}, brief {BRIEF['brief']:g}.\n"
+        f"Weight of the ensemble added to v . r, and to the judge (1 to 5): {QUALITY_WEIGHT}. "
+        "The weights were set once and not tuned.\n",
         highlight=False,
     )
+
+
+async def run(seed: int, n_prompts: int) -> None:
+    """Answer the questions, print the table, and record the results."""
+    introduce(seed, n_prompts)
     questions = world.prompts(n_prompts, seed)
     async with serving() as flow:
-        rows, found = await measure(flow, questions, seed)
+        rows, measures = await measure(flow, questions, seed)
     show(rows)
-    said = verdicts(found)
-    OUT.print("\n".join(said), highlight=False)
+    lines = verdicts(measures)
+    OUT.print("\n".join(lines), highlight=False)
     setup = {
         "prompts": n_prompts,
         "temperature": 1.0,
         "quality_weight": QUALITY_WEIGHT,
-        "verdicts": said,
+        "verdicts": lines,
     }
-    OUT.print(
-        f"written: {record('compositions', baseline='the parts of each combination', seed=seed, rows=rows, setup=setup)}"
-    )
+    baseline = "the parts of each combination"
+    path = record("compositions", baseline=baseline, seed=seed, rows=rows, setup=setup)
+    OUT.print("written:", path)
 
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=2024)
-    options = parser.parse_args()
+    options = argument_parser(__doc__, prompts=200).parse_args()
     asyncio.run(run(options.seed, options.prompts))
 
 

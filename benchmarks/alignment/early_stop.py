@@ -1,166 +1,164 @@
-"""Best-of-n whose losers are stopped early, on the embedded demo: what it saves, and what it costs.
+"""Best-of-n with early stopping on the embedded demo: the saved tokens, and their cost in quality.
 
-The claim ("Fast Best-of-N Decoding via Speculative Rejection", 2410.20290): stopping the candidates that look worst half-way saves
-most of the tokens and little of the quality. Here a value head says who looks worst (`align.early_stop`).
+The claim ("Fast Best-of-N Decoding via Speculative Rejection", 2410.20290): stopping the candidates
+that look worst half-way saves most of the tokens and loses little quality. Here a value head
+estimates the candidates (`align.early_stop`).
 
     python benchmarks/alignment/early_stop.py
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from benchmarks.alignment.flow import OUT, Flow, chosen, gold, mean_se, serving, shown
+from benchmarks.alignment.flow import Flow, generated_tokens, gold, selected_texts, serving
+from benchmarks.alignment.report import OUT, argument_parser, difference, figure, mean_se, sign_of
 from benchmarks.record import record
 from infer_align.demo import world
-from infer_align.flow.response import Response
 from infer_align.types import Array
 
-FAMILY = (1, 2, 4, 6, 8, 12, 16, 24, 32)
+# Plain best-of-n, for the quality at any number of tokens.
+SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32)
 N = 32
-STOPPED = [(after, keep) for after in (3, 6, 12) for keep in (0.5, 0.25)]
-GREEDY = "greedy"
+FIRST_CHECKPOINTS = (3, 6, 12)
+SURVIVING_SHARES = (0.5, 0.25)
 REWARDS = {"quality": 1.0}
+WORDS = {1: "BETTER", 0: "NO DIFFERENCE within two standard errors", -1: "WORSE"}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One way to answer, per question: arrays are [P]."""
+
+    gold: Array
+    tokens: Array
+    saved: Array  # the server's own estimate of the saved tokens
 
 
 async def rows_of(flow: Flow, questions: Sequence[str], seed: int) -> list[dict[str, Any]]:
-    """Plain best-of-n, then best of N with early stopping, each against the same tokens and against the same n."""
-    family = [
-        await _measured(flow, questions, seed, {"best_of_n": {"n": n}, "rewards": REWARDS})
-        for n in FAMILY
-    ]
-    rows = [_row(f"best of {n}", found, family) for n, found in zip(FAMILY, family, strict=True)]
-    for after, keep in STOPPED:
-        early = {"values": {"helpful": 1.0}, "after": after, "keep": keep}
-        wanted = {"best_of_n": {"n": N}, "rewards": REWARDS, "early_stop": early}
-        name = f"best of {N}, after {after} tokens keep {keep:g}"
-        rows.append(_row(name, await _measured(flow, questions, seed, wanted), family))
-    rows.append(_row(GREEDY, await _measured(flow, questions, seed, None, temperature=0), family))
+    """Return rows of plain best-of-n, of best-of-n with early stopping, and of greedy decoding."""
+    plain: list[Measured] = []
+    for n in SIZES:
+        fields = {"best_of_n": {"n": n}, "rewards": REWARDS}
+        plain.append(await _measure(flow, questions, seed, fields))
+    rows = [_row(f"best of {n}", each, plain) for n, each in zip(SIZES, plain, strict=True)]
+    for after in FIRST_CHECKPOINTS:
+        for share in SURVIVING_SHARES:
+            early_stop = {"values": {"helpful": 1.0}, "after": after, "keep": share}
+            fields = {"best_of_n": {"n": N}, "rewards": REWARDS, "early_stop": early_stop}
+            name = f"best of {N}, after {after} tokens keep {share:g}"
+            rows.append(_row(name, await _measure(flow, questions, seed, fields), plain))
+    greedy = await _measure(flow, questions, seed, None, temperature=0)
+    rows.append(_row("greedy", greedy, plain))
     return rows
 
 
-Measured = tuple[
-    Array, Array, Array
-]  # of each question: gold, tokens, tokens that are said to be saved
-
-
-async def _measured(
-    flow: Flow, questions: Sequence[str], seed: int, wanted: Mapping[str, Any] | None, **body: Any
+async def _measure(
+    flow: Flow,
+    questions: Sequence[str],
+    seed: int,
+    align_fields: Mapping[str, Any] | None,
+    **body: Any,
 ) -> Measured:
-    responses = await flow.ask_all(questions, seed, wanted, **body)
-    saved = np.array([float(response.saved_tokens) for response in responses])
-    return (
-        gold(questions, chosen(responses)),
-        np.array([_spent(response) for response in responses]),
-        saved,
+    responses = await flow.ask_all(questions, seed, align_fields, **body)
+    return Measured(
+        gold=gold(questions, selected_texts(responses)),
+        tokens=generated_tokens(responses),
+        saved=np.array([float(response.saved_tokens) for response in responses]),
     )
 
 
-def _spent(response: Response) -> float:
-    return float(sum(candidate.completion_tokens for candidate in response.candidates))
-
-
-def _row(name: str, found: Measured, family: Sequence[Measured]) -> dict[str, Any]:
-    values, spent, saved = found
-    mean, error = mean_se(values)
-    same_budget, budget_error = mean_se(values - _at_budget(float(spent.mean()), family))
-    whole, whole_error = mean_se(values - family[-1][0])
+def _row(name: str, measured: Measured, plain: Sequence[Measured]) -> dict[str, Any]:
+    tokens = float(measured.tokens.mean())
+    mean, error = mean_se(measured.gold)
+    minus_budget, minus_budget_se = mean_se(measured.gold - _gold_at(tokens, plain))
+    minus_whole, minus_whole_se = mean_se(measured.gold - plain[-1].gold)
     return {
         "answer": name,
-        "tokens": float(spent.mean()),
-        "saved": float(saved.mean()),
+        "tokens": tokens,
+        "saved": float(measured.saved.mean()),
         "gold": mean,
         "gold_se": error,
-        "minus_budget": same_budget,
-        "minus_budget_se": budget_error,
-        "minus_whole": whole,
-        "minus_whole_se": whole_error,
+        "minus_budget": minus_budget,
+        "minus_budget_se": minus_budget_se,
+        "minus_whole": minus_whole,
+        "minus_whole_se": minus_whole_se,
     }
 
 
-def _at_budget(tokens: float, family: Sequence[Measured]) -> Array:
-    """Gold of plain best-of-n at so many tokens, question by question, between the two n beside it."""
-    costs = [float(spent.mean()) for _, spent, _ in family]
-    upper = min(max(1, int(np.searchsorted(costs, tokens))), len(family) - 1)
-    share = float(
-        np.clip((tokens - costs[upper - 1]) / (costs[upper] - costs[upper - 1]), 0.0, 1.0)
-    )
-    return np.asarray((1 - share) * family[upper - 1][0] + share * family[upper][0])
+def _gold_at(tokens: float, plain: Sequence[Measured]) -> Array:
+    """Return the gold [P] of plain best-of-n at a number of tokens, by interpolation."""
+    costs = [float(each.tokens.mean()) for each in plain]
+    upper = min(max(1, int(np.searchsorted(costs, tokens))), len(plain) - 1)
+    lower = upper - 1
+    position = (tokens - costs[lower]) / (costs[upper] - costs[lower])
+    share = float(np.clip(position, 0.0, 1.0))
+    return np.asarray((1 - share) * plain[lower].gold + share * plain[upper].gold)
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Where the claim holds, in words."""
-    said, whole = [], next(row for row in rows if row["answer"] == f"best of {N}")
+    """State in words what early stopping saves, and how it compares at equal tokens."""
+    full = next(row for row in rows if row["answer"] == f"best of {N}")
+    lines: list[str] = []
     for row in rows:
-        if "after" in row["answer"]:
-            gap, error = row["minus_budget"], row["minus_budget_se"]
-            word = (
-                "BETTER"
-                if gap > 2 * error
-                else "WORSE"
-                if gap < -2 * error
-                else "NO DIFFERENCE within two standard errors"
-            )
-            share = row["tokens"] / whole["tokens"]
-            said.append(
-                f"{row['answer']}: {share:.0%} of the tokens of best of {N}; than best-of-n at the same tokens: {word}."
-            )
-    return said
+        if "after" not in row["answer"]:
+            continue
+        word = WORDS[sign_of(row["minus_budget"], row["minus_budget_se"])]
+        share = row["tokens"] / full["tokens"]
+        lines.append(
+            f"{row['answer']}: {share:.0%} of the tokens of best of {N}. "
+            f"Compared with best-of-n at the same tokens: {word}."
+        )
+    return lines
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
-    """The table."""
-    heads = ("answer", "tokens", "said to be saved", "gold", "- same tokens", f"- best of {N}")
-    table = Table(
-        *heads,
-        title="Gold of the pick, ± s.e.; differences paired by question, bold: more than two standard errors",
+    """Print the table."""
+    heads = ("answer", "tokens", "reported as saved", "gold", "- same tokens", f"- best of {N}")
+    title = (
+        "Gold of the selected answer, ± s.e.; differences paired by question, "
+        "bold: more than two standard errors"
     )
+    table = Table(*heads, title=title)
     for row in rows:
-        gaps = [
-            shown(row[f"minus_{key}"], row[f"minus_{key}_se"], sign=True)
-            for key in ("budget", "whole")
-        ]
-        gold_of = shown(row["gold"], row["gold_se"])
         table.add_row(
             row["answer"],
             f"{row['tokens']:.0f}",
             f"{row['saved']:.0f}" if row["saved"] else "",
-            gold_of,
-            *gaps,
+            figure(row["gold"], row["gold_se"]),
+            difference(row["minus_budget"], row["minus_budget_se"]),
+            difference(row["minus_whole"], row["minus_whole_se"]),
         )
     OUT.print(table)
 
 
 async def run(seed: int, n_prompts: int) -> None:
-    """Ask, tabulate, judge, record."""
+    """Answer the questions, print the table, and record the results."""
     OUT.print(__doc__)
     OUT.print(
-        f"{n_prompts} questions, temperature 1, seed {seed}; picked by five proxies (uwo), estimates by the value fitted to them."
+        f"{n_prompts} questions, temperature 1, seed {seed}. Five proxies select (uwo); "
+        "the value that was fitted to them estimates the candidates."
     )
     async with serving() as flow:
         rows = await rows_of(flow, world.prompts(n_prompts, seed), seed)
     show(rows)
-    said = verdicts(rows)
-    OUT.print("\n".join(said), highlight=False)
-    setup = {"prompts": n_prompts, "n": N, "temperature": 1.0, "verdicts": said}
+    lines = verdicts(rows)
+    OUT.print("\n".join(lines), highlight=False)
+    setup = {"prompts": n_prompts, "n": N, "temperature": 1.0, "verdicts": lines}
     baseline = "plain best-of-n at the same tokens, best of 32, one sample and greedy"
-    OUT.print(
-        f"written: {record('early_stop', baseline=baseline, seed=seed, rows=rows, setup=setup)}"
-    )
+    path = record("early_stop", baseline=baseline, seed=seed, rows=rows, setup=setup)
+    OUT.print("written:", path)
 
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--seed", type=int, default=2024)
-    options = parser.parse_args()
+    options = argument_parser(__doc__, prompts=256).parse_args()
     asyncio.run(run(options.seed, options.prompts))
 
 

@@ -1,9 +1,8 @@
-"""The served flow without HTTP, on the embedded demo: what a client would send goes in, the whole response comes out."""
+"""Run the served flow of the embedded demo without HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from benchmarks.demo.direction import direction_at, ratings
 from infer_align import config
@@ -24,9 +22,10 @@ from infer_align.flow.run import align
 from infer_align.rewards import Reward
 from infer_align.types import Array
 
-OUT = Console(width=max(130, Console().width))
 MAX_TOKENS = 96
-AT_ONCE = 16  # requests, as a server would let in: a judge that waits in line for all of them would be too late
+# Number of concurrent requests. With all of them at once, a judge would wait too long for the
+# engine.
+CONCURRENCY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +37,32 @@ class Flow:
     rewards: Mapping[str, Reward]
 
     async def ask(
-        self, question: str, seed: int, wanted: Mapping[str, Any] | None = None, **body: Any
+        self, question: str, seed: int, align_fields: Mapping[str, Any] | None = None, **body: Any
     ) -> Response:
-        """The response to one question; `wanted` is the request's `align`."""
+        """Return the response to one question.
+
+        Args:
+            question: the user's message.
+            seed: seed of the request.
+            align_fields: the request's `align`.
+            body: further fields of the request.
+        """
         chat = {
             "messages": [{"role": "user", "content": question}],
             "max_tokens": MAX_TOKENS,
             "seed": seed,
             **body,
         }
-        if wanted is not None:
-            chat["align"] = wanted
+        if align_fields is not None:
+            chat["align"] = align_fields
         request = parse_request(chat, "chat", self.config.presets)
-        c = self.config
         plan = make_plan(
             request,
             self.engine,
             self.rewards,
-            c.server.default_rewards,
-            c.limits,
-            c.methods,
+            self.config.server.default_rewards,
+            self.config.limits,
+            self.config.methods,
         )
         return await align(plan, self.engine)
 
@@ -65,22 +70,27 @@ class Flow:
         self,
         questions: Sequence[str],
         seed: int,
-        wanted: Mapping[str, Any] | None = None,
+        align_fields: Mapping[str, Any] | None = None,
         **body: Any,
     ) -> list[Response]:
-        """The same request for every question, with a seed for each; the same seeds for whatever request."""
-        turn = asyncio.Semaphore(AT_ONCE)
+        """Send the same request for every question, each with its own seed.
 
-        async def one(index: int, question: str) -> Response:
-            async with turn:
-                return await self.ask(question, seed * 1_000_003 + index, wanted, **body)
+        The seed of a question does not depend on the request, so that different requests can be
+        compared in pairs.
+        """
+        slots = asyncio.Semaphore(CONCURRENCY)
 
-        return await asyncio.gather(*(one(i, question) for i, question in enumerate(questions)))
+        async def ask_in_turn(index: int, question: str) -> Response:
+            async with slots:
+                return await self.ask(question, seed * 1_000_003 + index, align_fields, **body)
+
+        calls = [ask_in_turn(index, question) for index, question in enumerate(questions)]
+        return await asyncio.gather(*calls)
 
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[Flow]:
-    """The embedded demo as it is served, on one thread."""
+    """Start the embedded demo as it is served, on one thread."""
     torch.set_num_threads(1)
     loaded = config.load(None, ["engine.threads=1", "limits.max_candidates=1024"])
     engine = loaded.load_engine()
@@ -97,47 +107,36 @@ async def serving() -> AsyncIterator[Flow]:
 
 
 def attributes(question: str, text: str) -> tuple[float, float]:
-    """Exact (helpfulness, verbosity) of an answer."""
-    asked = world.read_question(question)
-    assert asked is not None
-    return ratings(asked, text)
+    """Return the exact (helpfulness, verbosity) of an answer."""
+    parsed = world.read_question(question)
+    assert parsed is not None
+    return ratings(parsed, text)
 
 
 def texts(responses: Sequence[Response]) -> list[list[str]]:
-    """Every candidate's text, as drawn."""
+    """Return the texts of all candidates of each response."""
     return [[candidate.text for candidate in response.candidates] for response in responses]
 
 
-def chosen(responses: Sequence[Response]) -> list[str]:
-    """The answers that are returned."""
+def selected_texts(responses: Sequence[Response]) -> list[str]:
+    """Return the text that each response returns."""
     return [response.returned[0].text for response in responses]
 
 
 def gold(questions: Sequence[str], answers: Sequence[str]) -> Array:
-    """Gold of each answer, [P]."""
+    """Return the gold reward [P] of one answer per question."""
     return np.array([world.gold(*pair) for pair in zip(questions, answers, strict=True)])
 
 
 def projected(questions: Sequence[str], answers: Sequence[str], degrees: float) -> Array:
-    """[P]: v . r of each answer, exactly, with v at `degrees`."""
+    """Return the exact v . r [P] of one answer per question, with v at this angle."""
     rewards = np.array([attributes(*pair) for pair in zip(questions, answers, strict=True)])
     return np.asarray(rewards @ np.array([*direction_at(degrees).values()]))
 
 
-def tokens(responses: Sequence[Response]) -> float:
-    """Generated for one answer, on average."""
-    return float(
-        np.mean([sum(c.completion_tokens for c in response.candidates) for response in responses])
-    )
-
-
-def mean_se(values: Array) -> tuple[float, float]:
-    """Mean and standard error of [P] values."""
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def shown(value: float, error: float, *, sign: bool = False) -> str:
-    """A figure, or a difference in bold where it is more than two standard errors from zero."""
-    if not sign:
-        return f"{value:.2f} ± {error:.2f}"
-    return f"[{'bold' if abs(value) > 2 * error else 'dim'}]{value:+.2f} ± {error:.2f}[/]"
+def generated_tokens(responses: Sequence[Response]) -> Array:
+    """Return the number of generated tokens [P] of each response."""
+    totals: list[float] = []
+    for response in responses:
+        totals.append(float(sum(each.completion_tokens for each in response.candidates)))
+    return np.array(totals)

@@ -1,28 +1,30 @@
-"""How a judge is read, on the embedded demo: the label it would say against what its probabilities expect.
+"""Readings of a judge on the embedded demo: the label it would write, and its label probabilities.
 
-The claim (TrustJudge, 2509.21117): scores that are expectations over the judge's label probabilities, and comparisons that add up
-the probabilities of both orders, contradict each other less, contradict themselves less, and agree better with the truth.
+The claim (TrustJudge, 2509.21117): scores that are expectations over the judge's label
+probabilities, and comparisons that add the probabilities of both orders, contradict each other and
+themselves less, and agree better with the truth.
 
     python benchmarks/alignment/trust_judge.py
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from benchmarks.alignment.flow import OUT, Flow, serving, shown, texts
+from benchmarks.alignment.flow import Flow, serving, texts
+from benchmarks.alignment.report import OUT, argument_parser, figure, mean_se, sign_of
 from benchmarks.record import record
 from infer_align.demo import world
+from infer_align.methods.trust_judge import Readout
 from infer_align.rewards.trust_judge import (
     Reading,
     conflict_ratio,
@@ -32,351 +34,344 @@ from infer_align.rewards.trust_judge import (
 )
 from infer_align.rewards.trust_judge.prompts import (
     BETTER,
+    SCALES,
     SCORE,
     SIDES,
     labels,
     pair_messages,
     score_messages,
 )
-from infer_align.rewards.trust_judge.readings import Relation, Rule
-from infer_align.types import Array, LabelLogprobs, LabelQuery
+from infer_align.rewards.trust_judge.readings import Relation, Rule, mass
+from infer_align.types import Array, LabelQuery
 
-SCALES = (5, 10, 100)
-RULES: tuple[Rule, ...] = ("first_label", "likelihood", "perplexity")
+RULES: tuple[Rule, ...] = get_args(Rule)
 SUBSETS = (3, 4, 5)
-REFUSED = 0.5  # less probability than this on the labels: the judge said something else
+# With less probability than this on its labels, the judge has refused.
+MIN_MASS = 0.5
 SIGNS = {"larger": 1, "equal": 0, "smaller": -1}
+WORDS = {1: "HOLDS", 0: "NO DIFFERENCE within two standard errors", -1: "THE OPPOSITE HOLDS"}
+EXPECTED_100 = "expected, 1-100"
+LIKELIEST_100 = "likeliest label, 1-100"
+EXPECTED_5 = "expected, 1-5"
+LIKELIEST_5 = "likeliest label, 1-5"
+
 Pair = tuple[int, int]
+Orders = tuple[Reading, Reading]  # both orders of a pair
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """All that the judge said about the answers to one question."""
+    """All judgements of the N answers to one question."""
 
     gold: Array  # [N]
-    manner: Sequence[
-        tuple[bool, bool, int]
-    ]  # [N] polite, rude, flourishes: answers alike in them differ in facts alone
-    scores: Mapping[str, Sequence[float]]  # readout -> [N]; NaN where it refused
+    # [N] polite, rude, flourishes. Answers with equal manners differ in facts alone.
+    manners: Sequence[tuple[bool, bool, int]]
+    scores: Mapping[str, Array]  # readout -> [N]; NaN if the judge refused
     relations: Mapping[Rule, Mapping[Pair, Relation]]
     refused: float  # share of all readings
-    lean: float  # how often the answer that stands first is said to be better, less how often the other is
+    lean: (
+        float  # share of readings that prefer the first answer, minus those that prefer the second
+    )
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """All pairs of answers."""
+        return list(combinations(range(len(self.gold)), 2))
+
+    @property
+    def truth(self) -> NDArray[np.float64]:
+        """The sign of each pair by gold."""
+        return self._signs(self.gold)
+
+    def score_signs(self, readout: str) -> NDArray[np.float64]:
+        """Return the sign of each pair by the scores of a readout."""
+        return self._signs(self.scores[readout])
+
+    def relation_signs(self, rule: Rule) -> NDArray[np.float64]:
+        """Return the sign of each pair by the comparisons."""
+        return np.array([float(SIGNS[self.relations[rule][pair]]) for pair in self.pairs])
+
+    def conflicts(self, readout: str, rule: Rule) -> float:
+        """Return the conflict ratio of scores and comparisons."""
+        scores = dict(enumerate(self.scores[readout].tolist()))
+        return conflict_ratio(scores, self.relations[rule])
+
+    def _signs(self, values: Array) -> NDArray[np.float64]:
+        return np.sign([values[i] - values[j] for i, j in self.pairs])
 
 
 async def judge(flow: Flow, question: str, answers: Sequence[str]) -> Judged:
-    """Every answer scored on every scale, every pair compared in both orders."""
+    """Score every answer on every scale, and compare every pair in both orders."""
     messages = [{"role": "user", "content": question}]
-    reads: dict[Any, Any] = {}
+    single: dict[int, list[Reading]] = {}
     for scale in SCALES:
-        for i, text in enumerate(answers):
-            reads[scale, i] = _read(
-                flow, score_messages(messages, text, scale), SCORE, labels(scale)
-            )
-    for i, j in combinations(range(len(answers)), 2):
-        reads[i, j, 1] = _read(flow, pair_messages(messages, answers[i], answers[j]), BETTER, SIDES)
-        reads[i, j, 2] = _read(flow, pair_messages(messages, answers[j], answers[i]), BETTER, SIDES)
-    said = dict(zip(reads, await asyncio.gather(*reads.values()), strict=True))
-    pairs = {
-        key[:2]: (said[key], said[*key[:2], 2]) for key in said if len(key) == 3 and key[2] == 1
-    }
-    firsts = [reading.probs[0][0] for both in pairs.values() for reading in both]
+        prompts = [score_messages(messages, text, scale) for text in answers]
+        calls = [_read(flow, prompt, SCORE, labels(scale)) for prompt in prompts]
+        single[scale] = await asyncio.gather(*calls)
+    pairs = list(combinations(range(len(answers)), 2))
+    calls = []
+    for i, j in pairs:
+        for first, second in ((answers[i], answers[j]), (answers[j], answers[i])):
+            calls.append(_read(flow, pair_messages(messages, first, second), BETTER, SIDES))
+    compared = await asyncio.gather(*calls)
+    orders = dict(zip(pairs, zip(compared[::2], compared[1::2], strict=True), strict=True))
+    readings = [*(reading for row in single.values() for reading in row), *compared]
+    refused = [mass(reading.probs, dict(reading.probs)) < MIN_MASS for reading in readings]
+    preferred = [reading.probs[0][0] for reading in compared]
     return Judged(
         gold=np.array([world.gold(question, text) for text in answers]),
-        manner=[_manner(question, text) for text in answers],
-        scores=_scores(said, len(answers)),
-        relations={
-            rule: {pair: relation(*both, rule) for pair, both in pairs.items()} for rule in RULES
-        },
-        refused=float(
-            np.mean([math.fsum(p for _, p in reading.probs) < REFUSED for reading in said.values()])
-        ),
-        lean=(firsts.count("A") - firsts.count("B")) / len(firsts),
+        manners=[_manners(question, text) for text in answers],
+        scores=_scores(single),
+        relations={rule: _relations(orders, rule) for rule in RULES},
+        refused=float(np.mean(refused)),
+        lean=(preferred.count("A") - preferred.count("B")) / len(preferred),
     )
 
 
-def _manner(question: str, answer: str) -> tuple[bool, bool, int]:
-    asked = world.read_question(question)
-    assert asked is not None
-    traits = world.read(asked, answer)
+def _manners(question: str, answer: str) -> tuple[bool, bool, int]:
+    parsed = world.read_question(question)
+    assert parsed is not None
+    traits = world.read(parsed, answer)
     return traits.polite, traits.rude, traits.flourishes
 
 
 async def _read(
-    flow: Flow, messages: list[dict[str, Any]], prefix: str, wanted: tuple[str, ...]
+    flow: Flow, messages: list[dict[str, Any]], prefix: str, valid: tuple[str, ...]
 ) -> Reading:
-    found: LabelLogprobs = await flow.engine.read_labels(LabelQuery(messages, prefix, wanted))
-    probs = sorted(
-        ((label, math.exp(found.logprobs[label])) for label in wanted), key=lambda pair: -pair[1]
-    )
+    answer = await flow.engine.read_labels(LabelQuery(messages, prefix, valid))
+    probs = [(label, math.exp(answer.logprobs[label])) for label in valid]
+    probs.sort(key=lambda pair: -pair[1])
     return Reading(probs, math.log(probs[0][1]), 1)
 
 
-def _scores(said: Mapping[Any, Reading], n: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for scale in SCALES:
-        readings = [said[scale, i].probs for i in range(n)]
-        mass = [math.fsum(p for _, p in probs) for probs in readings]
-        found[f"likeliest label, 1-{scale}"] = [
-            float(probs[0][0]) if m >= REFUSED else math.nan
-            for probs, m in zip(readings, mass, strict=True)
-        ]
-        for readout in ("expected", "geval", "published") if scale == 100 else ("expected",):
-            values = [
-                expected_score(probs, scale, readout) if m >= REFUSED else math.nan
-                for probs, m in zip(readings, mass, strict=True)
-            ]
-            found[f"{readout}, 1-{scale}"] = values
-    return found
+def _relations(orders: Mapping[Pair, Orders], rule: Rule) -> dict[Pair, Relation]:
+    return {pair: relation(*readings, rule) for pair, readings in orders.items()}
+
+
+def _scores(single: Mapping[int, Sequence[Reading]]) -> dict[str, Array]:
+    """Return the scores [N] by each readout; NaN if the judge refused."""
+    scores: dict[str, Array] = {}
+    for scale, readings in single.items():
+        refused = [mass(reading.probs, labels(scale)) < MIN_MASS for reading in readings]
+        likeliest = np.array([float(reading.probs[0][0]) for reading in readings])
+        scores[f"likeliest label, 1-{scale}"] = np.where(refused, math.nan, likeliest)
+        readouts: tuple[Readout, ...] = get_args(Readout) if scale == 100 else ("expected",)
+        for readout in readouts:
+            values = np.array([expected_score(each.probs, scale, readout) for each in readings])
+            scores[f"{readout}, 1-{scale}"] = np.where(refused, math.nan, values)
+    return scores
 
 
 def score_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Each readout of the single scores."""
-    made = []
-    for name in judged[0].scores:
-        row: dict[str, Any] = {"kind": "score", "readout": name}
-        signs = [
-            np.sign([one.scores[name][i] - one.scores[name][j] for i, j in _pairs(one)])
-            for one in judged
-        ]
-        _add(
-            row,
-            "accuracy",
-            [_accuracy(sign, _truth(one)) for sign, one in zip(signs, judged, strict=True)],
-        )
-        _add(row, "ties", [float(np.mean(sign == 0)) for sign in signs])
-        for rule in ("first_label", "likelihood"):
-            ratios = [
-                conflict_ratio(dict(enumerate(one.scores[name])), one.relations[rule])
-                for one in judged
-            ]
-            _add(row, f"conflicts_{rule}", ratios)
-        made.append(row)
-    return made
+    """Return one row per readout of single scores."""
+    rows: list[dict[str, Any]] = []
+    for readout in judged[0].scores:
+        row: dict[str, Any] = {"kind": "score", "readout": readout}
+        signs = [each.score_signs(readout) for each in judged]
+        _add_accuracy(row, judged, signs)
+        rules: tuple[Rule, ...] = ("first_label", "likelihood")
+        for rule in rules:
+            _add(row, f"conflicts_{rule}", [each.conflicts(readout, rule) for each in judged])
+        rows.append(row)
+    return rows
 
 
 def relation_rows(judged: Sequence[Judged]) -> list[dict[str, Any]]:
-    """Each rule of the comparisons."""
-    made = []
+    """Return one row per rule of comparisons."""
+    rows: list[dict[str, Any]] = []
     for rule in RULES:
         row: dict[str, Any] = {"kind": "relation", "readout": rule}
-        signs = [
-            np.array([SIGNS[one.relations[rule][pair]] for pair in _pairs(one)]) for one in judged
-        ]
-        _add(
-            row,
-            "accuracy",
-            [_accuracy(sign, _truth(one)) for sign, one in zip(signs, judged, strict=True)],
-        )
-        _add(row, "ties", [float(np.mean(sign == 0)) for sign in signs])
+        _add_accuracy(row, judged, [each.relation_signs(rule) for each in judged])
         for k in SUBSETS:
-            _add(
-                row,
-                f"nontransitivity_{k}",
-                [nontransitivity(one.relations[rule], k) for one in judged],
-            )
-        made.append(row)
-    return made
+            shares = [nontransitivity(each.relations[rule], k) for each in judged]
+            _add(row, f"nontransitivity_{k}", shares)
+        rows.append(row)
+    return rows
 
 
-def _pairs(one: Judged) -> list[Pair]:
-    return list(combinations(range(len(one.gold)), 2))
-
-
-def _truth(one: Judged) -> NDArray[np.float64]:
-    return np.sign([one.gold[i] - one.gold[j] for i, j in _pairs(one)])
-
-
-def _accuracy(signs: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
-    """Of the pairs that gold tells apart; a tie is half right."""
-    decided = (truth != 0) & ~np.isnan(signs)
-    return (
-        float(np.where(signs == 0, 0.5, signs == truth)[decided].mean())
-        if decided.any()
-        else math.nan
-    )
+def _add_accuracy(
+    row: dict[str, Any], judged: Sequence[Judged], signs: Sequence[NDArray[np.float64]]
+) -> None:
+    pairs = zip(signs, judged, strict=True)
+    _add(row, "accuracy", [_accuracy(sign, each.truth) for sign, each in pairs])
+    _add(row, "ties", [float(np.mean(sign == 0)) for sign in signs])
 
 
 def _add(row: dict[str, Any], name: str, per_question: Sequence[float]) -> None:
-    values = np.array(per_question)
-    values = values[~np.isnan(values)]
-    row[name], row[f"{name}_se"] = (
-        float(values.mean()),
-        float(values.std(ddof=1) / math.sqrt(len(values))),
-    )
+    row[name], row[f"{name}_se"] = _mean_se_of_known(per_question)
+
+
+def _mean_se_of_known(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard error of the values that are not NaN."""
+    array = np.array(values)
+    return mean_se(array[~np.isnan(array)])
+
+
+def _accuracy(signs: NDArray[np.float64], truth: NDArray[np.float64]) -> float:
+    """Return the accuracy over pairs with different gold. A tie counts as half."""
+    decided = (truth != 0) & ~np.isnan(signs)
+    if not decided.any():
+        return math.nan
+    points = np.where(signs == 0, 0.5, signs == truth)
+    return float(points[decided].mean())
 
 
 def verdicts(judged: Sequence[Judged]) -> list[str]:
-    """The claims, paired by question."""
-    claims = {
-        "Expected scores order answers better than the likeliest label, scale 100": _gap(
-            judged,
-            lambda one: (
-                _score_accuracy(one, "expected, 1-100")
-                - _score_accuracy(one, "likeliest label, 1-100")
-            ),
+    """State in words which claims hold, paired by question."""
+    lines: list[str] = []
+    for claim, gap_of in _claims().items():
+        gap, error = _mean_se_of_known([gap_of(each) for each in judged])
+        lines.append(f"{claim}: {WORDS[sign_of(gap, error)]} ({gap:+.3f} ± {error:.3f}).")
+    return lines
+
+
+def _claims() -> dict[str, Callable[[Judged], float]]:
+    """Return claim -> difference of two measures of a question, positive if the claim holds."""
+    claims: dict[str, Callable[[Judged], float]] = {
+        "Expected scores order answers better than the likeliest label, scale 100": lambda each: (
+            _score_accuracy(each, EXPECTED_100) - _score_accuracy(each, LIKELIEST_100)
         ),
-        "Even on the pairs that the likeliest label decides, scale 100": _gap(
-            judged,
-            lambda one: (
-                _on_decided(one, "expected, 1-100") - _on_decided(one, "likeliest label, 1-100")
-            ),
+        "The same on the pairs that the likeliest label decides, scale 100": lambda each: (
+            _accuracy_on_decided(each, EXPECTED_100) - _accuracy_on_decided(each, LIKELIEST_100)
         ),
-        "Expected scores order answers better than the likeliest label, scale 5": _gap(
-            judged,
-            lambda one: (
-                _score_accuracy(one, "expected, 1-5") - _score_accuracy(one, "likeliest label, 1-5")
-            ),
+        "Expected scores order answers better than the likeliest label, scale 5": lambda each: (
+            _score_accuracy(each, EXPECTED_5) - _score_accuracy(each, LIKELIEST_5)
         ),
-        "Likelihood over both orders is more accurate than what both said first": _gap(
-            judged,
-            lambda one: _rule_accuracy(one, "likelihood") - _rule_accuracy(one, "first_label"),
+        "Likelihood over both orders is more accurate than the likeliest labels": lambda each: (
+            _rule_accuracy(each, "likelihood") - _rule_accuracy(each, "first_label")
         ),
-        "Expected 1-100 with likelihood conflicts less than the likeliest label 1-5 with first labels": _gap(
-            judged,
-            lambda one: (
-                _conflicts(one, "likeliest label, 1-5", "first_label")
-                - _conflicts(one, "expected, 1-100", "likelihood")
-            ),
+        "Expected 1-100 with likelihood conflicts less than the likeliest label 1-5 with first "
+        "labels": lambda each: (
+            each.conflicts(LIKELIEST_5, "first_label") - each.conflicts(EXPECTED_100, "likelihood")
         ),
-        "Against the SAME first-label comparisons, expected 1-100 conflicts less than the likeliest label 1-5": _gap(
-            judged,
-            lambda one: (
-                _conflicts(one, "likeliest label, 1-5", "first_label")
-                - _conflicts(one, "expected, 1-100", "first_label")
-            ),
+        "With the SAME first-label comparisons, expected 1-100 conflicts less than the likeliest "
+        "label 1-5": lambda each: (
+            each.conflicts(LIKELIEST_5, "first_label") - each.conflicts(EXPECTED_100, "first_label")
         ),
     }
     for k in SUBSETS:
-        claims[f"Likelihood is intransitive in fewer subsets of {k} than first labels"] = _gap(
-            judged,
-            lambda one, k=k: (
-                nontransitivity(one.relations["first_label"], k)
-                - nontransitivity(one.relations["likelihood"], k)
-            ),
-        )
-    words = {1: "HOLDS", 0: "NO DIFFERENCE within two standard errors", -1: "THE OPPOSITE HOLDS"}
-    return [
-        f"{claim}: {words[(gap > 2 * error) - (gap < -2 * error)]} ({gap:+.3f} ± {error:.3f})."
-        for claim, (gap, error) in claims.items()
-    ]
+        claim = f"Likelihood is intransitive in fewer subsets of {k} than first labels"
+        claims[claim] = _transitivity_gap(k)
+    return claims
 
 
-def _gap(judged: Sequence[Judged], of: Any) -> tuple[float, float]:
-    values = np.array([of(one) for one in judged])
-    values = values[~np.isnan(values)]
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
+def _transitivity_gap(k: int) -> Callable[[Judged], float]:
+    def gap(each: Judged) -> float:
+        first_label = nontransitivity(each.relations["first_label"], k)
+        return first_label - nontransitivity(each.relations["likelihood"], k)
+
+    return gap
 
 
-def _score_accuracy(one: Judged, name: str) -> float:
-    return _accuracy(
-        np.sign([one.scores[name][i] - one.scores[name][j] for i, j in _pairs(one)]), _truth(one)
+def _score_accuracy(each: Judged, readout: str) -> float:
+    return _accuracy(each.score_signs(readout), each.truth)
+
+
+def _rule_accuracy(each: Judged, rule: Rule) -> float:
+    return _accuracy(each.relation_signs(rule), each.truth)
+
+
+def _accuracy_on_decided(each: Judged, readout: str) -> float:
+    """Return the accuracy on pairs with two different likeliest labels on the scale of 100."""
+    likeliest = each.scores[LIKELIEST_100]
+    decided = [likeliest[i] != likeliest[j] for i, j in each.pairs]
+    return _accuracy(np.where(decided, each.score_signs(readout), math.nan), each.truth)
+
+
+def facts_verdict(judged: Sequence[Judged]) -> str:
+    """State how often the expected score prefers right facts among answers with equal manners."""
+    points: list[float] = []
+    for each in judged:
+        signs = zip(each.pairs, each.score_signs(EXPECTED_100), each.truth, strict=True)
+        for (i, j), sign, truth in signs:
+            if each.manners[i] == each.manners[j] and truth != 0:
+                points.append(0.5 if sign == 0 else float(sign == truth))
+    mean, error = mean_se(np.array(points))
+    return (
+        f"Of the {len(points)} pairs that differ in facts alone, the expected score prefers the "
+        f"right answer in "
+        f"{mean:.2f} ± {error:.2f}."
     )
-
-
-def _on_decided(one: Judged, name: str) -> float:
-    """Accuracy on the pairs to which the likeliest label of the scale of 100 gives two different scores."""
-    likeliest = one.scores["likeliest label, 1-100"]
-    decided = [likeliest[i] != likeliest[j] for i, j in _pairs(one)]
-    signs = np.sign([one.scores[name][i] - one.scores[name][j] for i, j in _pairs(one)])
-    return _accuracy(np.where(decided, signs, math.nan), _truth(one))
-
-
-def _on_facts(judged: Sequence[Judged]) -> str:
-    """How often the expected score tells right from wrong where nothing else tells the answers apart."""
-    right = []
-    for one in judged:
-        for i, j in _pairs(one):
-            if one.manner[i] == one.manner[j] and one.gold[i] != one.gold[j]:
-                sign = np.sign(one.scores["expected, 1-100"][i] - one.scores["expected, 1-100"][j])
-                right.append(
-                    0.5 if sign == 0 else float(sign == np.sign(one.gold[i] - one.gold[j]))
-                )
-    error = np.std(right, ddof=1) / math.sqrt(len(right))
-    return f"Of the {len(right)} pairs that differ in facts alone it puts the right one first in {np.mean(right):.2f} ± {error:.2f}."
-
-
-def _rule_accuracy(one: Judged, rule: Rule) -> float:
-    return _accuracy(
-        np.array([float(SIGNS[one.relations[rule][pair]]) for pair in _pairs(one)]), _truth(one)
-    )
-
-
-def _conflicts(one: Judged, name: str, rule: Rule) -> float:
-    return conflict_ratio(dict(enumerate(one.scores[name])), one.relations[rule])
 
 
 def show(scores: Sequence[dict[str, Any]], relations: Sequence[dict[str, Any]]) -> None:
-    """Both tables."""
+    """Print both tables."""
     columns = ("accuracy", "ties", "conflicts_first_label", "conflicts_likelihood")
-    table = Table(
-        "single scores",
-        *(name.replace("_", ", ", 1) for name in columns),
-        title="Single scores, ± s.e.",
-    )
-    for row in scores:
-        table.add_row(row["readout"], *(shown(row[name], row[f"{name}_se"]) for name in columns))
+    heads = ["single scores", *(name.replace("_", ", ", 1) for name in columns)]
+    _print_table(heads, "Single scores, ± s.e.", columns, scores)
+    columns = ("accuracy", "ties", *(f"nontransitivity_{k}" for k in SUBSETS))
+    heads = ["comparisons", *(name.replace("_", ", k = ") for name in columns)]
+    _print_table(heads, "Comparisons in both orders, ± s.e.", columns, relations)
+
+
+def _print_table(
+    heads: Sequence[str], title: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]
+) -> None:
+    table = Table(*heads, title=title)
+    for row in rows:
+        cells = [figure(row[name], row[f"{name}_se"]) for name in columns]
+        table.add_row(row["readout"], *cells)
     OUT.print(table)
-    measures = ("accuracy", "ties", *(f"nontransitivity_{k}" for k in SUBSETS))
-    table = Table(
-        "comparisons",
-        *(name.replace("_", ", k = ") for name in measures),
-        title="Comparisons in both orders, ± s.e.",
+
+
+def introduce(seed: int, n_prompts: int, n_answers: int) -> None:
+    """Print the claim and the setup."""
+    OUT.print(__doc__)
+    OUT.print(
+        f"{n_prompts} questions, {n_answers} answers each at temperature 1, seed {seed}. "
+        "Standard errors are over questions, and differences are paired.\n"
+        "The judge is the served model. It learned to judge from noisy scores in round numbers, "
+        "and from noisy comparisons "
+        "that prefer the answer that stands first.\n"
+        "Accuracy: share of pairs ordered as gold orders them; a tie counts half. Conflicts: "
+        "share of pairs whose scores "
+        "contradict their comparison.\n"
+        "A comparison that is a tie conflicts with any two different scores, so finer scores "
+        "conflict more. "
+        "Baseline: the likeliest label, and the likeliest labels of both orders.\n",
+        highlight=False,
     )
-    for row in relations:
-        table.add_row(row["readout"], *(shown(row[name], row[f"{name}_se"]) for name in measures))
-    OUT.print(table)
 
 
 async def run(seed: int, n_prompts: int, n_answers: int) -> None:
-    """Draw, judge, tabulate, record."""
-    OUT.print(__doc__)
-    OUT.print(
-        f"""{n_prompts} questions, {n_answers} answers each at temperature 1, seed {seed}; standard errors over questions,
-differences paired.
-The judge is the served model, which learned to judge from noisy scores in round numbers and from noisy comparisons that lean to
-the answer that stands first. Accuracy: pairs ordered as gold orders them, a tie counts half. Conflicts: pairs whose scores say
-otherwise than their comparison; a comparison that is a tie conflicts with any two different scores, so finer scores conflict more.
-Baseline: the label that the judge would say, and what it said first in both orders.
-""",
-        highlight=False,
-    )
+    """Judge the answers, print the tables, and record the results."""
+    introduce(seed, n_prompts, n_answers)
     questions = world.prompts(n_prompts, seed)
+    judged: list[Judged] = []
     async with serving() as flow:
-        answers = texts(await flow.ask_all(questions, seed, n=n_answers))
-        judged = [
-            await judge(flow, question, drawn)
-            for question, drawn in zip(questions, answers, strict=True)
-        ]
-    scores, relations, said = score_rows(judged), relation_rows(judged), verdicts(judged)
+        drawn = texts(await flow.ask_all(questions, seed, n=n_answers))
+        for question, answers in zip(questions, drawn, strict=True):
+            judged.append(await judge(flow, question, answers))
+    scores = score_rows(judged)
+    relations = relation_rows(judged)
     show(scores, relations)
-    refused, lean = (
-        float(np.mean([getattr(one, name) for one in judged])) for name in ("refused", "lean")
-    )
-    said.append(
-        f"Readings dropped as refused: {refused:.1%}. The answer that stands first is called better {lean:+.1%} more often."
-    )
-    said.append(_on_facts(judged))
-    OUT.print("\n".join(said), highlight=False)
+    refused = float(np.mean([each.refused for each in judged]))
+    lean = float(np.mean([each.lean for each in judged]))
+    lines = [
+        *verdicts(judged),
+        f"Readings dropped as refused: {refused:.1%}. "
+        f"The answer that stands first is preferred {lean:+.1%} more often.",
+        facts_verdict(judged),
+    ]
+    OUT.print("\n".join(lines), highlight=False)
     setup = {
         "prompts": n_prompts,
         "answers": n_answers,
         "temperature": 1.0,
         "dropped": refused,
         "lean": lean,
-        "verdicts": said,
+        "verdicts": lines,
     }
-    baseline = "the likeliest label, and the label said first in both orders"
-    OUT.print(
-        f"written: {record('trust_judge', baseline=baseline, seed=seed, rows=[*scores, *relations], setup=setup)}"
-    )
+    rows = [*scores, *relations]
+    baseline = "the likeliest label, and the likeliest labels of both orders"
+    path = record("trust_judge", baseline=baseline, seed=seed, rows=rows, setup=setup)
+    OUT.print("written:", path)
 
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--prompts", type=int, default=96)
-    parser.add_argument("--answers", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=2024)
+    parser = argument_parser(__doc__, prompts=96)
+    parser.add_argument("--answers", type=int, default=6, help="answers to each question")
     options = parser.parse_args()
     asyncio.run(run(options.seed, options.prompts, options.answers))
 

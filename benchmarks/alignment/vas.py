@@ -1,21 +1,18 @@
-"""Value Augmented Sampling on the embedded demo: what steering every token earns, what it costs, and against best-of-n.
+"""Value Augmented Sampling on the embedded demo, against best-of-n.
 
-The claim (Han et al., 2405.06639): adding value estimates to a frozen model's logits raises the reward of one answer, close to
-choosing the best of up to 128 samples, at a fraction of their cost; values compose, their weights set while decoding.
+The claim (Han et al., 2405.06639): adding value estimates to a frozen model's logits raises the
+reward of one answer, close to the best of up to 128 samples, at a fraction of their cost; values
+can be combined, with weights that are set while decoding.
 
     python benchmarks/alignment/vas.py
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -23,346 +20,113 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.alignment.best_of_n import UNCERTAINTY_WEIGHT
+from benchmarks.alignment.report import OUT, argument_parser, difference, figure, mean_se, sign_of
+from benchmarks.alignment.vas_measure import (
+    BETAS,
+    BRIEF_WEIGHTS,
+    COMPOSED_N,
+    DRAWS,
+    HEAD,
+    HELPFUL_WEIGHTS,
+    LOOKAHEAD,
+    POOL,
+    SIZES,
+    TOP_K,
+    Lab,
+    Way,
+    composed_ways,
+    frozen_ways,
+    headline_beta,
+    headline_rows,
+    label,
+    mix_label,
+    steered_ways,
+)
 from benchmarks.demo import measure
-from benchmarks.demo.preference import score
 from benchmarks.demo.values import SAMPLING
 from benchmarks.record import RESULTS, record
-from infer_align import config, objectives
+from infer_align import config
 from infer_align.demo import path, world
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.fitting import HELD_OUT_SHARE
-from infer_align.fitting.curve import BetaPoint, suggest_beta
 from infer_align.fitting.regression import split_by_prompt
-from infer_align.fitting.samples import draw_candidates
-from infer_align.methods.best_of_n import expected_best, kl_upper_bound
-from infer_align.types import Array, Candidate, Draw, Steering
+from infer_align.methods.best_of_n import kl_upper_bound
 
-QUESTIONS = 320  # all there are
-HEAD, LOOKAHEAD, BRIEF = "helpful", "helpful-lookahead", "brief"
-NAMES = {HEAD: "VAS head", LOOKAHEAD: "VAS lookahead"}
-BETAS = (1.0, 2.0, 4.0, 8.0, 16.0)
-HELPFUL_WEIGHTS, BRIEF_WEIGHTS = (0.0, 4.0, 16.0), (0.0, 2.0, 8.0)
-TAIL_BETA = 4.0
-MASK_ALONE = 1e-6  # a weight of exactly 0 is the frozen model, mask or not
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-SHOWN = (1, 2, 8, 16, 128)
-POOL = 128
-DRAWS = 2
-COMPOSED_N = 8
-COMPOSED_BETAS = (2.0, 4.0)  # and the headlined one
-MAX_TOKENS = 96
+# Number of questions in the world.
+QUESTIONS = 320
+# Rows of best-of-n in the printed table.
+PRINTED_SIZES = (1, 2, 8, 16, 128)
 REFERENCES = {"base": "one sample", "greedy": "greedy", "best_of_16": "best of 16"}
-OUT = Console(width=max(136, Console().width))
+RELATIONS = {1: "exceeds", 0: "equals, within 2 standard errors,", -1: "DOES NOT REACH"}
+Mask = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way to answer, by its mean on each prompt: arrays are [P]."""
-
-    answer: str
-    section: str
-    gold: Array
-    proxy: Array
-    kl: Array  # nats from the frozen model, a whole answer
-    tokens: Array
-    words: Array | None = None
-    kl_is: Literal["measured", "at most"] = "measured"
-
-
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """n answers to each of P prompts: arrays are [P, n]."""
-
-    gold: Array
-    proxy: Array
-    kl: Array
-    tokens: Array
-    words: Array
-
-    def way(self, answer: str, section: str) -> Way:
-        """Any one of them."""
-        return Way(
-            answer,
-            section,
-            *(a.mean(1) for a in (self.gold, self.proxy, self.kl, self.tokens, self.words)),
-        )
-
-    def best(self, n: int, answer: str, section: str) -> Way:
-        """The best of n by the proxy. Its KL: what steering moved the pick by, and at most ln n - (n-1)/n for picking."""
-        gold, proxy, kl, words = (
-            _best(self.proxy, judge, n) for judge in (self.gold, self.proxy, self.kl, self.words)
-        )
-        return Way(
-            answer,
-            section,
-            gold,
-            proxy,
-            kl + kl_upper_bound(n),
-            n * self.tokens.mean(1),
-            words,
-            "at most",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Lab:
-    """The served engine, the world's questions, and the models that judge by proxy."""
-
-    engine: TransformersEngine
-    models: measure.Models
-    questions: Sequence[str]
-    seed: int
-
-    async def ask(
-        self,
-        beta: Mapping[str, float],
-        n: int = DRAWS,
-        *,
-        greedy: bool = False,
-        tail: Literal["keep", "mask"] = "keep",
-    ) -> Answers:
-        """n answers to every question, steered by `beta`; greedy: one at temperature 0. The same seeds for whatever beta."""
-        n, steering = 1 if greedy else n, Steering(beta, 20, tail) if beta else None
-        body = {"max_tokens": MAX_TOKENS, "temperature": float(not greedy), "logprobs": True}
-        wanted = [
-            Draw(
-                {**body, "messages": [{"role": "user", "content": question}]},
-                n,
-                tuple(self.seed * 1_000_003 + i * n + j for j in range(n)),
-                steering=steering,
-            )
-            for i, question in enumerate(self.questions)
-        ]
-        drawn = await asyncio.gather(*(draw_candidates(self.engine, one) for one in wanted))
-        exchanges = [
-            (q, c.text)
-            for q, candidates in zip(self.questions, drawn, strict=True)
-            for c in candidates
-        ]
-        members = (
-            score(self.models.members, self.models.tokenizer, exchanges).numpy().astype(np.float64)
-        )
-        flat = [candidate for candidates in drawn for candidate in candidates]
-        columns = (
-            [world.gold(*exchange) for exchange in exchanges],
-            objectives.uwo(members.reshape(-1, len(exchanges)), UNCERTAINTY_WEIGHT),
-            [_kl(candidate, greedy=greedy) for candidate in flat],
-            [candidate.completion_tokens for candidate in flat],
-            [len(text.split()) for _, text in exchanges],
-        )
-        return Answers(
-            *(np.asarray(column, dtype=np.float64).reshape(len(drawn), n) for column in columns)
-        )
-
-
-def _kl(candidate: Candidate, *, greedy: bool) -> float:
-    """Its part in the KL: log pi - log pi_0 of the answer. Greedy decoding gives it with certainty, so there log pi is 0."""
-    entries = candidate.choice["logprobs"]["content"]
-    aligned = (
-        0.0 if greedy else sum(entry.get("aligned_logprob", entry["logprob"]) for entry in entries)
-    )
-    return float(aligned - sum(entry["logprob"] for entry in entries))
-
-
-def _best(selector: Array, judge: Array, n: int) -> Array:
-    return np.array([expected_best(*rows, n) for rows in zip(selector, judge, strict=True)])
-
-
-async def frozen(lab: Lab) -> dict[str, Way]:
-    """What needs no value: one sample, greedy, best-of-n by the proxies."""
-    pool = measure.draw_pool(lab.models, lab.questions, POOL, lab.seed)
-    proxy = objectives.uwo(pool.proxy.reshape(len(pool.proxy), -1), UNCERTAINTY_WEIGHT).reshape(
-        pool.gold.shape
-    )
-    tokens = pool.tokens.mean(1)
-    # The pool keeps no texts, hence other samples for the words.
-    words = (await lab.ask({})).words.mean(1)
-    one = Way(
-        "one sample",
-        "frozen",
-        pool.gold.mean(1),
-        proxy.mean(1),
-        np.zeros(len(tokens)),
-        tokens,
-        words,
-    )
-    ways = {one.answer: one, "greedy": (await lab.ask({}, greedy=True)).way("greedy", "frozen")}
-    for n in SIZES[1:]:
-        gold, chosen = (_best(proxy, judge, n) for judge in (pool.gold, proxy))
-        bound = np.full(len(tokens), kl_upper_bound(n))
-        ways[f"best of {n}"] = Way(
-            f"best of {n}", "best of n", gold, chosen, bound, n * tokens, kl_is="at most"
-        )
-    return ways
-
-
-async def steered(lab: Lab) -> dict[str, Way]:
-    """VAS by beta, sampled and greedy, for both kinds of value; and what the tail does."""
-    ways = {}
-    for value, kind in NAMES.items():
-        for greedy in (False, True):
-            for beta in BETAS:
-                name = label(value, beta, greedy=greedy)
-                ways[name] = (await lab.ask({value: beta}, greedy=greedy)).way(
-                    name, kind + ", greedy" * greedy
-                )
-    for beta, name in (
-        (MASK_ALONE, "mask alone, top 20"),
-        (TAIL_BETA, f"{label(HEAD, TAIL_BETA)}, mask"),
-    ):
-        ways[name] = (await lab.ask({HEAD: beta}, tail="mask")).way(name, "tail")
-    return ways
-
-
-def label(value: str, beta: float, *, greedy: bool = False) -> str:
-    """What a row is called."""
-    return f"{NAMES[value]}, beta {beta:g}{', greedy' * greedy}"
-
-
-def mix(helpful: float, brief: float) -> str:
-    """What a row of two values is called; with one of them alone it is that value's row."""
-    if not brief:
-        return label(HEAD, helpful) if helpful else "one sample"
-    return f"VAS head {helpful:g} + brief {brief:g}"
-
-
-async def composed(lab: Lab, headline: float) -> dict[str, Way]:
-    """Two values at once on a grid of weights, and VAS with best-of-n over what it draws."""
-    ways = {}
-    for helpful, brief in product(HELPFUL_WEIGHTS, BRIEF_WEIGHTS[1:]):
-        name = mix(helpful, brief)
-        ways[name] = (await lab.ask({HEAD: helpful, BRIEF: brief})).way(name, "two values")
-    for beta in dict.fromkeys((*COMPOSED_BETAS, headline)):
-        name = f"{label(HEAD, beta)}, best of {COMPOSED_N}"
-        ways[name] = (await lab.ask({HEAD: beta}, COMPOSED_N)).best(
-            COMPOSED_N, name, "VAS + best of n"
-        )
-    return ways
-
-
-def headlined(ways: Mapping[str, Way]) -> list[str]:
-    """The row of each value and decoding that is headlined: its beta is chosen by the proxy reward, never by gold."""
-    names = [label(HEAD, report_beta())]
-    for value, greedy in ((HEAD, True), (LOOKAHEAD, False), (LOOKAHEAD, True)):
-        found = [(beta, ways[label(value, beta, greedy=greedy)]) for beta in BETAS]
-        names.append(
-            label(
-                value,
-                suggest_beta([BetaPoint(b, *mean_se(w.proxy), *mean_se(w.kl)) for b, w in found]),
-                greedy=greedy,
-            )
-        )
-    return names
-
-
-def report_beta() -> float:
-    """What the head's fit suggested, from the proxy reward of steered answers; the nearest that is drawn here."""
-    found = float(json.loads(path("values.json").read_text())["head"][HEAD]["suggested_beta"])
-    return min(BETAS, key=lambda beta: abs(beta - found))
-
-
-def rows(ways: Mapping[str, Way], held: NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """The record: means with their standard errors over prompts, and differences paired by prompt."""
-    made = []
+def rows_of(ways: Mapping[str, Way], held_out: Mask) -> list[dict[str, Any]]:
+    """Return one row per way: means with standard errors over prompts, and paired differences."""
+    rows: list[dict[str, Any]] = []
     for way in ways.values():
-        gold, gold_se = mean_se(way.gold)
-        kl, kl_se = mean_se(way.kl)
-        row = {
+        row: dict[str, Any] = {
             "answer": way.answer,
             "section": way.section,
             "tokens": float(way.tokens.mean()),
-            "gold": gold,
-            "gold_se": gold_se,
         }
-        row |= {
-            "kl": kl,
-            "kl_se": kl_se if way.kl_is == "measured" else None,
-            "kl_is": way.kl_is,
-            "proxy": float(way.proxy.mean()),
-        }
+        row["gold"], row["gold_se"] = mean_se(way.gold)
+        row["kl"], kl_se = mean_se(way.kl)
+        row["kl_se"] = kl_se if way.kl_is == "measured" else None
+        row["kl_is"] = way.kl_is
+        row["proxy"] = float(way.proxy.mean())
         row["words"] = None if way.words is None else _words(way)
-        row["gold_held_out"], row["gold_held_out_se"] = mean_se(way.gold[held])
+        row["gold_held_out"], row["gold_held_out_se"] = mean_se(way.gold[held_out])
         for name, reference in REFERENCES.items():
-            row[f"minus_{name}"], row[f"minus_{name}_se"] = mean_se(way.gold - ways[reference].gold)
-        made.append(row)
-    return made
+            gap = way.gold - ways[reference].gold
+            row[f"minus_{name}"], row[f"minus_{name}_se"] = mean_se(gap)
+        rows.append(row)
+    return rows
 
 
-def mean_se(values: Array) -> tuple[float, float]:
-    """Mean and standard error of [P] values."""
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def show(made: Sequence[dict[str, Any]]) -> None:
-    """The table; a difference in bold is more than three standard errors from zero."""
-    heads = (
-        "answer",
-        "tokens",
-        "words",
-        "KL, nats",
-        "proxy",
-        "gold",
-        "- base",
-        "- greedy",
-        "- best of 16",
-    )
-    table = Table(
-        *heads,
-        title="Gold reward of the answer and its differences, ± standard error; tokens spent for one answer",
-    )
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table. A difference in bold is more than three standard errors from zero."""
+    heads = ["answer", "tokens", "words", "KL, nats", "proxy", "gold"]
+    heads += ["- base", "- greedy", "- best of 16"]
+    title = "Gold reward of the answer and its differences, ± standard error; tokens per answer"
+    table = Table(*heads, title=title)
     table.columns[0].no_wrap = True
-    shown = [
-        row
-        for row in made
-        if row["section"] != "best of n" or row["answer"] in {f"best of {n}" for n in SHOWN}
-    ]
-    for i, row in enumerate(shown):
-        kl = (
-            f"<= {row['kl']:.2f}"
-            if row["kl_is"] == "at most"
-            else f"{row['kl']:.2f} ± {row['kl_se']:.2f}"
-        )
-        cells = [
-            row["answer"],
-            f"{row['tokens']:.0f}",
-            "" if row["words"] is None else f"{row['words']:.1f}",
-            kl,
-        ]
-        cells += [f"{row['proxy']:.2f}", f"{row['gold']:.2f} ± {row['gold_se']:.2f}"]
-        cells += [
-            "" if row["answer"] == reference else difference(row, name)
-            for name, reference in REFERENCES.items()
-        ]
-        table.add_row(
-            *cells, end_section=row["section"] != shown[min(i + 1, len(shown) - 1)]["section"]
-        )
+    names = {f"best of {n}" for n in PRINTED_SIZES}
+    printed = [row for row in rows if row["section"] != "best of n" or row["answer"] in names]
+    sections = [row["section"] for row in printed]
+    for row, next_section in zip(printed, [*sections[1:], sections[-1]], strict=True):
+        table.add_row(*_cells(row), end_section=row["section"] != next_section)
     OUT.print(table)
 
 
-def difference(row: dict[str, Any], name: str) -> str:
-    """A paired difference, for the terminal."""
-    value, error = row[f"minus_{name}"], row[f"minus_{name}_se"]
-    return f"[{'bold' if abs(value) > 3 * error else 'dim'}]{value:+.2f} ± {error:.2f}[/]"
+def _cells(row: dict[str, Any]) -> list[str]:
+    cells = [
+        row["answer"],
+        f"{row['tokens']:.0f}",
+        "" if row["words"] is None else f"{row['words']:.1f}",
+        f"<= {row['kl']:.2f}" if row["kl_is"] == "at most" else figure(row["kl"], row["kl_se"]),
+        f"{row['proxy']:.2f}",
+        figure(row["gold"], row["gold_se"]),
+    ]
+    for name, reference in REFERENCES.items():
+        gap = difference(row[f"minus_{name}"], row[f"minus_{name}_se"], significance=3.0)
+        cells.append("" if row["answer"] == reference else gap)
+    return cells
 
 
 def show_grid(ways: Mapping[str, Way]) -> None:
-    """Two values at once: gold and words of each pair of weights."""
-    table = Table(
-        "helpful",
-        *(f"brief {brief:g}" for brief in BRIEF_WEIGHTS),
-        title="Two values composed: gold ± s.e., words",
-    )
+    """Print gold and words of each pair of weights of two values."""
+    heads = ["helpful", *(f"brief {brief:g}" for brief in BRIEF_WEIGHTS)]
+    table = Table(*heads, title="Two values combined: gold ± s.e., words")
     for helpful in HELPFUL_WEIGHTS:
-        cells = [ways[mix(helpful, brief)] for brief in BRIEF_WEIGHTS]
-        said = [
-            f"{way.gold.mean():.2f} ± {mean_se(way.gold)[1]:.2f}, {_words(way):.1f} words"
-            for way in cells
-        ]
-        table.add_row(f"{helpful:g}", *said)
+        cells: list[str] = []
+        for brief in BRIEF_WEIGHTS:
+            way = ways[mix_label(helpful, brief)]
+            cells.append(f"{figure(*mean_se(way.gold))}, {_words(way):.1f} words")
+        table.add_row(f"{helpful:g}", *cells)
     OUT.print(table)
 
 
@@ -370,164 +134,169 @@ def _words(way: Way) -> float:
     return math.nan if way.words is None else float(way.words.mean())
 
 
-def verdicts(ways: Mapping[str, Way], names: Sequence[str], held: NDArray[np.bool_]) -> list[str]:
-    """Which claims hold, in words, for the betas that the proxy chose."""
-    said = []
-    for way in (ways[name] for name in names):
-        raised = [mean_se(way.gold - ways[name].gold) for name in ("one sample", "greedy")]
-        holds = all(mean >= 3 * error for mean, error in raised)
-        (base, base_se), (greedy, greedy_se) = raised
-        unseen, unseen_se = mean_se((way.gold - ways["greedy"].gold)[held])
-        said.append(
-            f"{way.answer}: raises gold over base and over greedy by at least 3 standard errors with a proxy-trained value: "
-            f"{'HOLDS' if holds else 'DOES NOT HOLD'} (base {base:+.2f} ± {base_se:.2f}, greedy {greedy:+.2f} ± {greedy_se:.2f}; "
-            f"greedy on the {held.sum()} questions kept from the fit {unseen:+.2f} ± {unseen_se:.2f})."
-        )
-        said.append(against_best_of_n(way, ways))
-    return said
+def verdicts(ways: Mapping[str, Way], names: Sequence[str], held_out: Mask) -> list[str]:
+    """State in words which claims hold, for the betas that the proxy chose."""
+    lines: list[str] = []
+    for name in names:
+        lines.append(_gain_verdict(ways[name], ways, held_out))
+        lines.append(_best_of_n_verdict(ways[name], ways))
+    return lines
 
 
-def against_best_of_n(way: Way, ways: Mapping[str, Way]) -> str:
-    """The true relation to best-of-n: the difference to 16, the tokens, and which n it is worth."""
+def _gain_verdict(way: Way, ways: Mapping[str, Way], held_out: Mask) -> str:
+    over_greedy = way.gold - ways["greedy"].gold
+    base, base_se = mean_se(way.gold - ways["one sample"].gold)
+    greedy, greedy_se = mean_se(over_greedy)
+    unseen, unseen_se = mean_se(over_greedy[held_out])
+    holds = base >= 3 * base_se and greedy >= 3 * greedy_se
+    return (
+        f"{way.answer}: raises gold over base and over greedy by at least 3 standard errors with "
+        f"a proxy-trained value: "
+        f"{'HOLDS' if holds else 'DOES NOT HOLD'} (base {base:+.2f} ± {base_se:.2f}, greedy "
+        f"{greedy:+.2f} ± {greedy_se:.2f}; "
+        f"greedy on the {held_out.sum()} questions that were not used for gradients {unseen:+.2f} "
+        f"± {unseen_se:.2f})."
+    )
+
+
+def _best_of_n_verdict(way: Way, ways: Mapping[str, Way]) -> str:
+    """Compare a way with best-of-16, and find the largest n that it reaches."""
     reference = ways["best of 16"]
     mean, error = mean_se(way.gold - reference.gold)
-    relation = (
-        "exceeds"
-        if mean > 2 * error
-        else "equals, within 2 standard errors,"
-        if mean >= -2 * error
-        else "DOES NOT REACH"
-    )
-    worth = max(
-        (n for n in SIZES[1:] if ways[f"best of {n}"].gold.mean() <= way.gold.mean()), default=1
-    )
+    reached = [n for n in SIZES[1:] if ways[f"best of {n}"].gold.mean() <= way.gold.mean()]
     share = way.tokens.mean() / reference.tokens.mean()
     return (
-        f"{way.answer}: {relation} best-of-16's gold ({mean:+.2f} ± {error:.2f}) with {share:.1%} of its tokens; it is at or above "
-        f"best-of-{worth}. KL {way.kl.mean():.1f} nats, best-of-16's at most {kl_upper_bound(16):.1f}."
+        f"{way.answer}: {RELATIONS[sign_of(mean, error)]} best-of-16's gold ({mean:+.2f} ± "
+        f"{error:.2f}) "
+        f"with {share:.1%} of its tokens; it is at or above best-of-{max(reached, default=1)}. "
+        f"KL {way.kl.mean():.1f} nats, best-of-16's at most {kl_upper_bound(16):.1f}."
     )
 
 
 def plot(ways: Mapping[str, Way]) -> None:
-    """Left: gold (solid, with standard errors) and proxy (dashed) against KL. Right: gold against beta."""
+    """Plot reward against KL on the left, and gold against beta on the right."""
     mpl.use("Agg")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    by_n = [ways["one sample"], *(ways[f"best of {n}"] for n in SIZES[1:])]
+    plot_figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    _plot_against_kl(left, ways)
+    _plot_against_beta(right, ways)
+    for axes in (left, right):
+        axes.legend(fontsize=7)
+    plot_figure.savefig(RESULTS / "vas.png", dpi=130)
+    plt.close(plot_figure)
+
+
+def _plot_against_kl(axes: Axes, ways: Mapping[str, Way]) -> None:
+    """Plot gold (solid, with standard errors) and proxy (dashed) against KL."""
+    one_sample = ways["one sample"]
     curves = {
-        value: [ways["one sample"], *(ways[label(value, beta)] for beta in BETAS)]
-        for value in (HEAD, LOOKAHEAD)
+        HEAD: [one_sample, *(ways[label(HEAD, beta)] for beta in BETAS)],
+        LOOKAHEAD: [one_sample, *(ways[label(LOOKAHEAD, beta)] for beta in BETAS)],
+        "best of n, KL at most": [one_sample, *(ways[f"best of {n}"] for n in SIZES[1:])],
     }
-    for colour, (name, points) in zip(
-        ("C0", "C1", "C2"), (curves | {"best of n, KL at most": by_n}).items(), strict=True
-    ):
-        kls = [point.kl.mean() for point in points]
-        errors(left, kls, points, color=colour, label=f"{name}: gold")
-        left.plot(
-            kls,
-            [point.proxy.mean() for point in points],
-            color=colour,
-            linestyle="--",
-            linewidth=0.8,
-            label=f"{name}: proxy",
-        )
-    left.set(
-        xlabel="KL from the frozen model, nats an answer",
+    for colour, (name, points) in zip(("C0", "C1", "C2"), curves.items(), strict=True):
+        kl = [point.kl.mean() for point in points]
+        proxy = [point.proxy.mean() for point in points]
+        _plot_gold(axes, kl, points, color=colour, label=f"{name}: gold")
+        dashes = {"color": colour, "linestyle": "--", "linewidth": 0.8, "label": f"{name}: proxy"}
+        axes.plot(kl, proxy, **dashes)
+    axes.set(
+        xlabel="KL from the frozen model, nats per answer",
         ylabel="reward",
         title="Reward against KL",
     )
-    for colour, value in zip(("C0", "C1"), curves, strict=True):
-        errors(right, BETAS, curves[value][1:], color=colour, label=f"{value}, sampled")
+
+
+def _plot_against_beta(axes: Axes, ways: Mapping[str, Way]) -> None:
+    for colour, value in (("C0", HEAD), ("C1", LOOKAHEAD)):
+        sampled = [ways[label(value, beta)] for beta in BETAS]
         greedy = [ways[label(value, beta, greedy=True)] for beta in BETAS]
-        errors(right, BETAS, greedy, color=colour, linestyle=":", label=f"{value}, greedy")
-    for name, style in (
-        ("one sample", "-"),
-        ("greedy", "--"),
-        ("best of 16", "-."),
-        ("best of 128", ":"),
-    ):
-        right.axhline(
-            ways[name].gold.mean(), color="0.5", linewidth=0.8, linestyle=style, label=name
-        )
-    right.set_xscale("log", base=2)
-    right.set_xticks(BETAS, [f"{beta:g}" for beta in BETAS])
-    right.set(xlabel="beta", ylabel="gold reward", title="Gold against beta")
-    for axes in (left, right):
-        axes.legend(fontsize=7)
-    figure.savefig(RESULTS / "vas.png", dpi=130)
-    plt.close(figure)
+        _plot_gold(axes, BETAS, sampled, color=colour, label=f"{value}, sampled")
+        _plot_gold(axes, BETAS, greedy, color=colour, linestyle=":", label=f"{value}, greedy")
+    styles = {"one sample": "-", "greedy": "--", "best of 16": "-.", "best of 128": ":"}
+    for name, style in styles.items():
+        gold = ways[name].gold.mean()
+        axes.axhline(gold, color="0.5", linewidth=0.8, linestyle=style, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(BETAS, [f"{beta:g}" for beta in BETAS])
+    axes.set(xlabel="beta", ylabel="gold reward", title="Gold against beta")
 
 
-def errors(axes: Axes, x: Sequence[float], points: Sequence[Way], **style: Any) -> None:
-    """Gold with its standard errors."""
+def _plot_gold(axes: Axes, x: Sequence[float], points: Sequence[Way], **style: Any) -> None:
+    """Plot gold with its standard errors."""
     gold = np.array([mean_se(point.gold) for point in points])
     axes.errorbar(x, gold[:, 0], gold[:, 1], marker="o", markersize=3, linewidth=1, **style)
 
 
-def introduce(held: NDArray[np.bool_], seed: int) -> None:
-    """What is claimed, and what was done to see."""
+def introduce(held_out: Mask, seed: int) -> None:
+    """Print the claim and the setup."""
     OUT.print(__doc__)
-    kept = int(held.sum())
     OUT.print(
-        f"""{len(held)} questions; {DRAWS} answers to each at temperature 1, one by greedy decoding; best of n by the unbiased
-estimator over {POOL} samples; VAS + best of {COMPOSED_N} over {COMPOSED_N}; top 20 valued, tail kept; seed {seed}.
-Standard errors are over questions, differences paired by question.
-Gold is the world's exact reward, which the values never saw; the five reward
-models saw preferences by it of which a quarter is wrong. Proxy: their uwo (weight {UNCERTAINTY_WEIGHT}), which the helpful
-values were fitted to and best-of-n selects by. KL in nats: the sum over tokens of log pi - log pi_0 at temperature 1;
-greedy decoding is certain of its answer, so there it is -log pi_0.
-NOT held out: the world has only {QUESTIONS} questions, and the values were made from replies to all of them (seed
-{SAMPLING.seed}). {kept} of these were kept from the gradients, though the head's epoch was chosen on them; their gold is recorded
-apart, but they ask for the same facts of the same animals.
-The headlined betas are chosen by the proxy, never by gold: for the sampled head by its fit's report (values.json); for
-the others, which have no report, by the same rule on the proxy rewards below. The other rows are there to be looked at.
-""",
+        f"{len(held_out)} questions; {DRAWS} answers to each at temperature 1, and one by greedy "
+        f"decoding; best of n by the "
+        f"unbiased estimator over {POOL} samples; VAS + best of {COMPOSED_N} over {COMPOSED_N}; "
+        f"top {TOP_K} valued, tail kept; "
+        f"seed {seed}.\n"
+        "Standard errors are over questions, and differences are paired by question.\n"
+        "Gold is the world's exact reward; the values were not fitted to it. The five reward "
+        "models were trained on preferences "
+        "by gold, of which a quarter is wrong.\n"
+        f"Proxy is their uwo (weight {UNCERTAINTY_WEIGHT}): the helpful values were fitted to it, "
+        f"and best-of-n selects by it.\n"
+        "KL in nats is the sum over tokens of log pi - log pi_0 at temperature 1; for greedy "
+        "decoding it is -log pi_0.\n"
+        f"NOT held out: the world has only {QUESTIONS} questions, and the values were fitted to "
+        f"replies to all of them "
+        f"(seed {SAMPLING.seed}). {held_out.sum()} of these questions were not used for "
+        f"gradients, although the head's epoch was "
+        "chosen on them. Their gold is recorded separately, but they ask for the same facts of "
+        "the same animals.\n"
+        "The headline betas are chosen by the proxy, never by gold: for the sampled head by the "
+        "report of its fit (values.json), "
+        "for the others, which have no report, by the same rule on the proxy rewards below. The "
+        "other rows are for inspection.\n",
         highlight=False,
     )
 
 
 async def run(seed: int, n_prompts: int) -> None:
-    """Draw, tabulate, judge, record, plot."""
+    """Answer the questions, print the tables, record the results, and plot them."""
     engine = config.load(None, ["engine.threads=1"]).load_engine()
     assert isinstance(engine, TransformersEngine)
     await engine.start()
-    # The order in which the fit saw them, so that its split can be made again.
+    # The questions are in the order of the fit, so that its split can be reproduced.
     questions = world.prompts(QUESTIONS, SAMPLING.seed)[:n_prompts]
-    held = split_by_prompt(range(QUESTIONS), HELD_OUT_SHARE, SAMPLING.seed).numpy()[:n_prompts]
-    introduce(held, seed)
+    split = split_by_prompt(range(QUESTIONS), HELD_OUT_SHARE, SAMPLING.seed)
+    held_out = split.numpy()[:n_prompts]
+    introduce(held_out, seed)
     lab = Lab(engine, measure.load(path("lm").parent), questions, seed)
-    ways = await frozen(lab) | await steered(lab)
-    names = headlined(ways)
-    ways |= await composed(lab, report_beta())
+    ways = {**await frozen_ways(lab), **await steered_ways(lab)}
+    headline = headline_rows(ways)
+    ways |= await composed_ways(lab, headline_beta())
     await engine.close()
-    made = rows(ways, held)
-    show(made)
+    rows = rows_of(ways, held_out)
+    show(rows)
     show_grid(ways)
-    said = verdicts(ways, names, held)
-    OUT.print("\n".join(said), highlight=False)
+    lines = verdicts(ways, headline, held_out)
+    OUT.print("\n".join(lines), highlight=False)
     setup: dict[str, Any] = {
         "prompts": n_prompts,
-        "held_out": int(held.sum()),
+        "held_out": int(held_out.sum()),
         "draws": DRAWS,
         "pool": POOL,
-        "top_k": 20,
-    }
-    setup |= {
+        "top_k": TOP_K,
         "uncertainty_weight": UNCERTAINTY_WEIGHT,
         "temperature": 1.0,
-        "headlined": names,
-        "verdicts": said,
+        "headlined": headline,
+        "verdicts": lines,
     }
     baseline = "one sample, greedy, and best-of-n by the proxies that the values were fitted to"
-    OUT.print(f"written: {record('vas', baseline=baseline, seed=seed, rows=made, setup=setup)}")
+    OUT.print("written:", record("vas", baseline=baseline, seed=seed, rows=rows, setup=setup))
     plot(ways)
 
 
 def main() -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--prompts", type=int, default=QUESTIONS)
-    parser.add_argument("--seed", type=int, default=2024)
-    options = parser.parse_args()
+    options = argument_parser(__doc__, prompts=QUESTIONS).parse_args()
     torch.set_num_threads(1)
     asyncio.run(run(options.seed, options.prompts))
 
