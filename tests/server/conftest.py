@@ -1,4 +1,9 @@
-"""Real servers on free ports over the fake engine, and clients for them."""
+"""Servers on free ports over the fake engine, and clients for them.
+
+A test never depends on the speed of the machine. It waits for a condition with `Live.until`, whose
+limit only ends a test that fails. Work that must not end by itself takes an hour (`FOREVER`) or
+waits for an event of `tests.server.scorers`.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +26,25 @@ from infer_align.engines.fake import FakeEngine
 from infer_align_server.app import create_app
 from infer_align_server.service import Service
 from infer_align_server.wire.protocol import BoundedProtocol
+from tests.server import scorers
 
-# One script for most tests: candidate i says "candidate <number>", so a reward by number has a known ranking.
+# The longest time to wait for anything, shorter than the timeout of one test.
+LIMIT_SECONDS = 100
+# Longer than any test: for work that ends only if it is cancelled.
+FOREVER = 3600
+
+# The script of most tests: candidate i is "candidate <number>", so a reward that reads the number
+# gives a known ranking.
 NUMBERS = """
 [engine]
 kind = "fake"
-replies = [{text = "candidate 3"}, {text = "candidate 1"}, {text = "candidate 9"}, {text = "candidate 9"}, {text = "candidate 5"}]
+replies = [
+    {text = "candidate 3"},
+    {text = "candidate 1"},
+    {text = "candidate 9"},
+    {text = "candidate 9"},
+    {text = "candidate 5"},
+]
 [rewards.number]
 kind = "callable"
 function = "tests.server.scorers:number"
@@ -62,7 +80,7 @@ USER = [{"role": "user", "content": "hello there"}]
 
 @dataclass
 class Live:
-    """One running server, and a look inside it."""
+    """A running server, with access to its service."""
 
     base_url: str
     service: Service
@@ -83,9 +101,10 @@ class Live:
         return int(self.root.rpartition(":")[2])
 
     def http(self, **options: Any) -> httpx2.Client:
+        # verify=False saves the set-up of TLS, which is slow and not used here.
         return httpx2.Client(
-            base_url=self.root, timeout=20, trust_env=False, verify=False, **options
-        )  # no TLS here: its set-up is slow
+            base_url=self.root, timeout=LIMIT_SECONDS, trust_env=False, verify=False, **options
+        )
 
     def post(
         self, body: object, path: str = "/v1/chat/completions", **options: Any
@@ -103,38 +122,43 @@ class Live:
             return client.get(path, **options)
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of one sample, 0 where it is not there yet."""
+        """Return the value of one sample; 0 if there is none yet."""
         for family in text_string_to_metric_families(self.get("/metrics").text):
             for sample in family.samples:
                 if sample.name == name and labels.items() <= sample.labels.items():
                     return float(sample.value)
         return 0.0
 
-    def until(self, condition: Callable[[], bool], seconds: float = 2.0) -> bool:
-        """Whether `condition` comes true in time."""
-        end = time.monotonic() + seconds
+    def until(self, condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> bool:
+        """Wait until a condition is true; return False if it is not within the limit."""
+        end_time = time.monotonic() + seconds
         while not condition():
-            if time.monotonic() > end:
+            if time.monotonic() > end_time:
                 return False
             time.sleep(0.01)
         return True
 
-    def idle(self, seconds: float = 2.0) -> bool:
-        """Whether nothing runs, waits or holds a place any more, within the time."""
-        place = self.service.admission
-        return self.until(
-            lambda: (
-                not (self.engine.running or place.running or place.queued or place.running_tokens)
-            ),
-            seconds,
-        )
+    def idle(self, seconds: float = LIMIT_SECONDS) -> bool:
+        """Wait until nothing runs, waits or holds a place; return False if something stays."""
+        admission = self.service.admission
+
+        def is_idle() -> bool:
+            busy = (
+                self.engine.running,
+                admission.running,
+                admission.queued,
+                admission.running_tokens,
+            )
+            return not any(busy)
+
+        return self.until(is_idle, seconds)
 
 
 Serve = Callable[[str], Live]
 
 
 def start(config: configuration.Config, *, wait: bool = True) -> Live:
-    """Serve in a thread; with `wait`, until the models have loaded or failed to."""
+    """Serve in a thread; with `wait`, return when loading has ended, well or not."""
     app = create_app(config)
     options: Any = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 5}
     server = uvicorn.Server(uvicorn.Config(app, http=BoundedProtocol, port=0, **options))
@@ -146,20 +170,20 @@ def start(config: configuration.Config, *, wait: bool = True) -> Live:
     port = server.servers[0].sockets[0].getsockname()[1]
     live = Live(f"http://127.0.0.1:{port}/v1", app.state.service, server, thread)
     if wait:
-        assert live.until(live.service.settled.is_set, 10)
+        assert live.until(live.service.settled.is_set)
     return live
 
 
 def end(live: Live) -> None:
-    """Stop it and wait."""
+    """Stop a server and wait for its end."""
     live.server.should_exit = True
-    live.thread.join(10)
+    live.thread.join(LIMIT_SECONDS)
     assert not live.thread.is_alive(), "the server did not end"
 
 
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`config_file(toml)`: the text as a file."""
+    """`config_file(toml)`: the path of a file with this text."""
 
     def write(text: str) -> Path:
         path = tmp_path_factory.mktemp("config") / "infer-align.toml"
@@ -171,7 +195,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="session")
 def serve(config_file: Callable[[str], Path]) -> Iterator[Serve]:
-    """`serve(toml)`: a running server with that configuration; the same text gives the same server."""
+    """`serve(toml)`: a running server with this configuration; equal texts share a server."""
     running: dict[str, Live] = {}
 
     def serve(text: str) -> Live:
@@ -186,16 +210,24 @@ def serve(config_file: Callable[[str], Path]) -> Iterator[Serve]:
         end(live)
 
 
+@pytest.fixture
+def hold() -> Iterator[threading.Event]:
+    """The event that the reward `tests.server.scorers:hanging` waits for; set after the test."""
+    scorers.hold.clear()
+    yield scorers.hold
+    scorers.hold.set()
+
+
 @pytest.fixture(scope="session")
 def numbers(serve: Serve) -> Live:
-    """The server over NUMBERS."""
+    """The server with the configuration NUMBERS."""
     return serve(NUMBERS)
 
 
 @pytest.fixture
 def client(numbers: Live) -> Iterator[openai.OpenAI]:
-    """The OpenAI SDK, unchanged, on that server."""
+    """The unchanged OpenAI SDK with the server `numbers`."""
     with openai.OpenAI(
-        base_url=numbers.base_url, api_key="unused", max_retries=0, timeout=20
+        base_url=numbers.base_url, api_key="unused", max_retries=0, timeout=LIMIT_SECONDS
     ) as client:
         yield client

@@ -1,11 +1,12 @@
-"""What an operator relies on: keys, limits, queue, readiness, metrics."""
+"""The features for operators: API keys, limits, the queue, readiness and metrics."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from infer_align import config as configuration
+from infer_align.engines.fake import Fake, FakeEngine
 from infer_align.errors import ConfigError
 from infer_align_server.app import create_app
 from tests.server.conftest import end, start
 
 FAKE = '[engine]\nkind = "fake"\n'
-SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6", seconds_per_token = 0.15}]\n'
+# The reward waits for the event `hold`, so a selection runs until the test sets it.
+HANGING = (
+    '[engine]\nkind = "fake"\nreplies = [{text = "one 2"}]\n'
+    '[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'
+)
+BEST_OF_TWO = {"best_of_n": {"n": 2}, "rewards": {"hanging": 1}}
 
 
 # --- keys ---
@@ -29,7 +36,8 @@ SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6", seconds_per_t
 def keyed(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("TEST_OPERATIONS_KEYS", " first-key , second-key,")
     return serve(
-        f'[server]\napi_keys_env = "TEST_OPERATIONS_KEYS"\n[limits]\nrequests_per_minute = 600\n{FAKE}'
+        '[server]\napi_keys_env = "TEST_OPERATIONS_KEYS"\n'
+        f"[limits]\nrequests_per_minute = 600\n{FAKE}"
     )
 
 
@@ -49,7 +57,7 @@ def keyed(serve: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     "path", ["/v1/chat/completions", "/v1/completions", "/v1/align/score", "/v1/align/judge"]
 )
-def test_no_key_no_service(keyed: Any, header: str | None, path: str) -> None:
+def test_a_request_without_a_valid_key_is_401(keyed: Any, header: str | None, path: str) -> None:
     headers = {} if header is None else {"authorization": header.encode("latin-1")}
     answer = keyed.post({}, path, headers=headers)
     assert answer.status_code == 401
@@ -58,7 +66,7 @@ def test_no_key_no_service(keyed: Any, header: str | None, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/fake", "/v1/align/methods"])
-def test_keys_guard_what_can_be_read(keyed: Any, path: str) -> None:
+def test_listing_routes_need_a_key(keyed: Any, path: str) -> None:
     assert keyed.get(path).status_code == 401
     for key in ("first-key", "second-key"):
         assert keyed.get(path, headers={"authorization": f"bearer {key}"}).status_code == 200
@@ -70,7 +78,7 @@ def test_probes_need_no_key(keyed: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", " , "])
-def test_keys_that_are_missing_stop_the_start(
+def test_missing_keys_stop_the_start(
     config_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
     monkeypatch.delenv("NO_SUCH_KEYS", raising=False)
@@ -85,21 +93,27 @@ def test_keys_that_are_missing_stop_the_start(
 # --- rate and queue ---
 
 
-def test_the_rate_is_per_key(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_limit_is_per_key(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_RATE_KEYS", "a,b")
     live = serve(
         f'[server]\napi_keys_env = "TEST_RATE_KEYS"\n[limits]\nrequests_per_minute = 3\n{FAKE}'
     )
-    ask = [live.get("/v1/models", headers={"authorization": "Bearer a"}) for _ in range(4)]
-    assert [answer.status_code for answer in ask] == [200, 200, 200, 429]
-    assert 1 <= int(ask[3].headers["retry-after"]) <= 20
+    # The test moves the clock by hand, so that the bucket does not fill meanwhile.
+    live.service._requests._clock = lambda: 0.0
+    answers = [live.get("/v1/models", headers={"authorization": "Bearer a"}) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert 1 <= int(answers[3].headers["retry-after"]) <= 20
     assert live.get("/v1/models", headers={"authorization": "Bearer b"}).status_code == 200
 
 
-def test_a_full_queue_is_429_with_retry_after(serve: Any) -> None:
-    live = serve(f"[limits]\nmax_running = 1\nmax_queue = 1\n{SLOW}")
+def test_a_full_queue_is_429_with_retry_after(serve: Any, hold: threading.Event) -> None:
+    live = serve(f"[limits]\nmax_running = 1\nmax_queue = 1\n{HANGING}")
     answers: list[httpx2.Response] = []
-    threads = [threading.Thread(target=lambda: answers.append(live.chat())) for _ in range(2)]
+
+    def send() -> None:
+        answers.append(live.chat(BEST_OF_TWO))
+
+    threads = [threading.Thread(target=send) for _ in range(2)]
     threads[0].start()
     assert live.until(lambda: live.service.admission.running == 1)
     threads[1].start()
@@ -111,50 +125,74 @@ def test_a_full_queue_is_429_with_retry_after(serve: Any) -> None:
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "queue_full"
         assert int(refused.headers["retry-after"]) >= 1
+    hold.set()
     for thread in threads:
         thread.join()
     assert [answer.status_code for answer in answers] == [200, 200]
     assert live.idle()
 
 
-def test_a_deadline_counts_the_time_in_the_queue(serve: Any) -> None:
-    live = serve(f"[limits]\nmax_running = 1\n{SLOW}# queue deadline\n")
-    running = threading.Thread(target=live.chat)
+def test_a_deadline_includes_the_time_in_the_queue(serve: Any, hold: threading.Event) -> None:
+    live = serve(f"[limits]\nmax_running = 1\n{HANGING}")
+    running = threading.Thread(target=live.chat, args=(BEST_OF_TWO,))
     running.start()
     assert live.until(lambda: live.service.admission.running == 1)
     for stream in (False, True):
         answer = live.chat({"budget": {"deadline_seconds": 0.2}}, stream=stream)
         assert answer.status_code == 504
         assert "not admitted within its 0.2 s" in answer.json()["error"]["message"]
+    hold.set()
     running.join()
     assert live.idle()
 
 
-def test_running_tokens_bound_what_runs_at_once(serve: Any) -> None:
-    live = serve(f"[limits]\nmax_running_tokens = 100\n{SLOW}")
-    threads = [threading.Thread(target=live.chat, kwargs={"max_tokens": 40}) for _ in range(4)]
+def test_running_tokens_bound_the_running_requests(serve: Any, hold: threading.Event) -> None:
+    live = serve(f"[limits]\nmax_running_tokens = 100\n{HANGING}")
+    admission = live.service.admission
+    request = {"align": BEST_OF_TWO, "max_tokens": 20}
+    threads = [threading.Thread(target=live.chat, kwargs=request) for _ in range(4)]
     for thread in threads:
         thread.start()
-    most = 0
-    while any(thread.is_alive() for thread in threads):
-        most = max(most, live.service.admission.running)
-        assert live.service.admission.running_tokens <= 100
-        time.sleep(0.005)
-    assert most == 2
-    assert live.chat(max_tokens=4000).status_code == 200, (
-        "alone, a request is bounded by its own limit only"
-    )
+    assert live.until(lambda: admission.running + admission.queued == 4)
+    assert admission.running == 2
+    assert admission.running_tokens <= 100
+    hold.set()
+    for thread in threads:
+        thread.join()
+    answer = live.chat(max_tokens=4000)
+    assert answer.status_code == 200, "a request alone is bounded by its own limit only"
     assert live.idle()
 
 
 # --- readiness ---
 
 
-def test_ready_tells_the_truth(config_file: Callable[[str], Path]) -> None:
-    live = start(
-        configuration.load(config_file('[engine]\nkind = "fake"\nload_seconds = 0.5\n')), wait=False
-    )
+class GatedEngine(FakeEngine):
+    """A fake engine whose loading waits for an event of the test."""
+
+    def __init__(self, script: Fake) -> None:
+        super().__init__(script)
+        self.may_load = threading.Event()
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self.may_load.wait)
+        await super().start()
+
+
+@dataclass(frozen=True)
+class GatedSection:
+    """The `[engine]` section of a GatedEngine."""
+
+    def load(self) -> GatedEngine:
+        return GatedEngine(Fake())
+
+
+def test_ready_reports_loading_serving_and_draining() -> None:
+    live = start(configuration.Config(engine=GatedSection(), engine_kind="fake"), wait=False)
+    engine = live.engine
+    assert isinstance(engine, GatedEngine)
     try:
+        assert live.until(lambda: "engine" in live.get("/ready").text)
         loading = live.get("/ready")
         assert loading.status_code == 503
         assert loading.json() == {
@@ -167,7 +205,8 @@ def test_ready_tells_the_truth(config_file: Callable[[str], Path]) -> None:
         assert early.status_code == 503
         assert early.json()["error"]["code"] == "unavailable"
         assert int(early.headers["retry-after"]) >= 1
-        assert live.until(lambda: live.get("/ready").status_code == 200, 3)
+        engine.may_load.set()
+        assert live.until(lambda: live.get("/ready").status_code == 200)
         assert live.metric("infer_align_ready") == 1
         assert live.chat().status_code == 200
         live.service.drain()
@@ -175,19 +214,19 @@ def test_ready_tells_the_truth(config_file: Callable[[str], Path]) -> None:
         assert drained.status_code == 503
         assert drained.json()["reason"] == "the server is shutting down"
         assert live.chat().status_code == 503
-        assert (
-            live.post({"messages": [], "candidates": ["1"]}, "/v1/align/score").status_code == 503
-        )
+        scored = live.post({"messages": [], "candidates": ["1"]}, "/v1/align/score")
+        assert scored.status_code == 503
         assert live.get("/health").status_code == 200
     finally:
+        engine.may_load.set()
         end(live)
 
 
-def test_ready_after_a_failed_load(config_file: Callable[[str], Path], tmp_path: Path) -> None:
-    config = configuration.load(
-        config_file(f'[rewards.gone]\nkind = "classifier"\nmodels = ["{tmp_path}/none"]\n{FAKE}')
-    )
-    live = start(config)
+def test_ready_gives_the_reason_of_a_failed_load(
+    config_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = f'[rewards.gone]\nkind = "classifier"\nmodels = ["{tmp_path}/none"]\n{FAKE}'
+    live = start(configuration.load(config_file(text)))
     try:
         answer = live.get("/ready")
         assert answer.status_code == 503
@@ -201,9 +240,9 @@ def test_ready_after_a_failed_load(config_file: Callable[[str], Path], tmp_path:
 # --- metrics ---
 
 
-def test_metrics(serve: Any) -> None:
+def test_metrics_count_requests_candidates_and_tokens(serve: Any) -> None:
     live = serve(
-        f'{FAKE}replies = [{{text = "1"}}, {{text = "1 2 3"}}, {{text = "", error = "x"}}]\n# metrics\n'
+        f'{FAKE}replies = [{{text = "1"}}, {{text = "1 2 3"}}, {{text = "", error = "x"}}]\n'
         '[rewards.words]\nkind = "rules"\nwords_weight = 1.0\n'
     )
     assert live.chat({"best_of_n": {"n": 3}}).status_code == 200
@@ -231,7 +270,7 @@ def test_metrics(serve: Any) -> None:
     assert all(f.documentation for f in families.values())
 
 
-def test_methods_says_what_can_be_asked_for(numbers: Any) -> None:
+def test_the_methods_route_lists_methods_rewards_and_presets(numbers: Any) -> None:
     listed = numbers.get("/v1/align/methods").json()
     assert listed["methods"]["best_of_n"]["parameters"]["properties"]["n"]["default"] == 8
     assert {"best_of_n", "ensemble", "budget"} <= set(listed["methods"])
