@@ -13,7 +13,7 @@ import pytest
 
 from infer_align.config.config import Config, Limits, Server
 from infer_align.engines.fake import Fake, FakeEngine
-from tests.server.conftest import USER, Live, end, start
+from tests.server.conftest import FOREVER, USER, Live, end, start
 
 KEY = {"Authorization": "Bearer sesame"}
 CHAT = {"model": "fake", "messages": USER}
@@ -202,7 +202,7 @@ def test_the_engine_learns_that_its_client_left(live: Live) -> None:
 
 
 def test_before_it_is_ready_nothing_is_forwarded() -> None:
-    live = start(Config(engine=Section(load_seconds=30), engine_kind="fake"), wait=False)
+    live = start(Config(engine=Section(load_seconds=FOREVER), engine_kind="fake"), wait=False)
     for answer in (live.post(CHAT), live.get("/anything")):
         assert answer.status_code == 503
     end(live)

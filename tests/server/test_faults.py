@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.server import scorers
+from tests.server.conftest import FOREVER
 
 GOOD, BAD = '{text = "candidate 4"}', '{text = "", error = "out of memory", status = 503}'
+HANGING = '[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'
 NUMBER = '[rewards.number]\nkind = "callable"\nfunction = "tests.server.scorers:number"\n'
 
 
@@ -142,11 +142,12 @@ def test_one_draw_needs_no_score(numbers: Any, align: Any, stream: bool) -> None
     assert '"error":{' not in answer.text
 
 
+@pytest.mark.usefixtures("hold")
 def test_a_reward_over_its_time_is_not_scored(serve: Any) -> None:
     live = serve(
         script(
             GOOD,
-            rewards='[rewards.slow]\nkind = "callable"\nfunction = "tests.server.scorers:slow"\ntimeout_seconds = 0.2\n',
+            rewards=f"{HANGING}timeout_seconds = 0.2\n",
         )
     )
     answer = live.chat({"best_of_n": {"n": 2}})
@@ -155,25 +156,18 @@ def test_a_reward_over_its_time_is_not_scored(serve: Any) -> None:
     assert live.idle()
 
 
-@pytest.fixture
-def _let_go() -> Iterator[None]:
-    scorers.hold.clear()
-    yield
-    scorers.hold.set()
-
-
-@pytest.mark.usefixtures("_let_go")
+@pytest.mark.usefixtures("hold")
 def test_deadline_while_scoring_answers_with_what_is_there(serve: Any) -> None:
     live = serve(
         script(
             GOOD,
-            rewards='[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n',
+            rewards=HANGING,
         )
     )
     for stream in (False, True):
         kept = live.metric("infer_align_candidates_total", outcome="kept")
         answer = live.chat(
-            {"best_of_n": {"n": 2}, "budget": {"deadline_seconds": 0.4}}, stream=stream, n=2
+            {"best_of_n": {"n": 2}, "budget": {"deadline_seconds": 1.0}}, stream=stream, n=2
         )
         assert answer.status_code == 200, answer.text
         assert '"partial":true' in answer.text
@@ -185,15 +179,16 @@ def test_deadline_while_scoring_answers_with_what_is_there(serve: Any) -> None:
 
 # --- deadlines ---
 
-SLOW = '{text = "one two three four five six seven eight 9", seconds_per_token = 0.1}'
-LATE = '{text = "one two 3", first_token_seconds = 8}'
+# It takes minutes. A deadline leaves a part of it.
+SLOW = f'{{text = "one two {"three " * 4000}eight 9", seconds_per_token = 0.02}}'
+LATE = f'{{text = "one two 3", first_token_seconds = {FOREVER}}}'
 
 
 @pytest.mark.parametrize("align", [{}, {"best_of_n": {"n": 2}, "rewards": {"brevity": 1}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_deadline_with_a_partial_answer(serve: Any, align: Any, stream: bool) -> None:
     live = serve(script(SLOW, rewards='[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'))
-    answer = live.chat({**align, "budget": {"deadline_seconds": 0.45}}, stream=stream)
+    answer = live.chat({**align, "budget": {"deadline_seconds": 1.0}}, stream=stream)
     assert answer.status_code == 200, answer.text
     assert '"partial":true' in answer.text
     assert '"finish_reason":"length"' in answer.text
@@ -203,7 +198,7 @@ def test_deadline_with_a_partial_answer(serve: Any, align: Any, stream: bool) ->
 
 def test_deadline_keeps_the_candidates_that_are_done(serve: Any) -> None:
     live = serve(script(LATE, '{text = "candidate 2"}', '{text = "candidate 4"}'))
-    answer = live.chat({"best_of_n": {"n": 3}, "budget": {"deadline_seconds": 0.5}})
+    answer = live.chat({"best_of_n": {"n": 3}, "budget": {"deadline_seconds": 1.0}})
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["content"] == "candidate 4"
     assert answer.json()["align"]["partial"] is True

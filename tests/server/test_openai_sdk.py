@@ -316,7 +316,7 @@ def test_an_engine_failure_keeps_its_status(
 def test_a_failure_before_the_first_token_of_a_stream_has_its_own_status(serve: Any) -> None:
     selection = '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
     live = serve(
-        f'[engine]\nkind = "fake"\nreplies = [{{text = "x", first_token_seconds = 5}}]\n{selection}'
+        f'[engine]\nkind = "fake"\nreplies = [{{text = "x", first_token_seconds = 3600}}]\n{selection}'
     )
     budget = {"align": {"budget": {"deadline_seconds": 0.2}}}
     client = openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0)

@@ -298,27 +298,37 @@ def test_a_deadline_in_the_queue_leaks_nothing() -> None:
 
 
 def test_one_keys_flood_does_not_hold_up_another(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
+    serve: Any, monkeypatch: pytest.MonkeyPatch, hold: threading.Event
 ) -> None:
     monkeypatch.setenv("TEST_FAIR_KEYS", "flood,quiet")
     live = serve(
         '[server]\napi_keys_env = "TEST_FAIR_KEYS"\n[limits]\nmax_running = 1\n'
-        '[engine]\nkind = "fake"\nreplies = [{text = "1 2", seconds_per_token = 0.05}]\n'
+        '[engine]\nkind = "fake"\nreplies = [{text = "one 2"}]\n'
+        '[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'
     )
-    done: list[str] = []
+    statuses: list[int] = []
 
-    def ask(key: str) -> None:
-        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5}
-        assert live.post(body, headers={"authorization": f"Bearer {key}"}).status_code == 200
-        done.append(key)
+    def send(key: str) -> None:
+        body = {
+            "messages": [{"role": "user", "content": key}],
+            "max_tokens": 5,
+            "align": {"best_of_n": {"n": 2}},
+        }
+        answer = live.post(body, headers={"authorization": f"Bearer {key}"})
+        statuses.append(answer.status_code)
 
-    flood = [threading.Thread(target=ask, args=("flood",)) for _ in range(15)]
+    flood = [threading.Thread(target=send, args=("flood",)) for _ in range(15)]
     for thread in flood:
         thread.start()
-    assert live.until(lambda: live.service.admission.queued + len(done) >= 12)
-    before = len(done)
-    ask("quiet")
-    assert len(done) - before <= 5, "not behind the whole queue"
-    for thread in flood:
+    # The reward holds the first request; the others wait.
+    assert live.until(lambda: live.service.admission.queued == 14)
+    quiet = threading.Thread(target=send, args=("quiet",))
+    quiet.start()
+    assert live.until(lambda: live.service.admission.queued == 15)
+    hold.set()
+    for thread in [*flood, quiet]:
         thread.join()
+    assert statuses == [200] * 16
+    order = [body["messages"][0]["content"] for body in live.engine.bodies]
+    assert order.index("quiet") <= 5, "not behind the whole queue"
     assert live.idle()

@@ -17,7 +17,11 @@ from infer_align_server.limits.client_timeout import (
     with_client_deadline,
 )
 
-SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8 9 10 11 12", seconds_per_token = 0.3}]\n'
+WORDS = " ".join(str(i) for i in range(1, 4001))
+# It takes minutes. A deadline of a few seconds leaves a part of it.
+SLOW = f'[engine]\nkind = "fake"\nreplies = [{{text = "{WORDS}", seconds_per_token = 0.05}}]\n'
+# It ends at once.
+FAST = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8"}]\n'
 USER: Any = [{"role": "user", "content": "x"}]
 
 
@@ -63,10 +67,11 @@ def client(live: Any, timeout: float) -> openai.OpenAI:
 
 def test_the_sdk_gets_what_was_sampled_in_its_time(serve: Any) -> None:
     live = serve(SLOW)
-    with client(live, 1.6) as sdk:
-        started = time.monotonic()
+    seconds = 5.0
+    with client(live, seconds) as sdk:
+        start_time = time.monotonic()
         answer = sdk.chat.completions.create(model="fake", messages=USER)
-    assert time.monotonic() - started < 1.6
+    assert time.monotonic() - start_time < seconds
     assert answer.choices[0].finish_reason == "length"
     assert (answer.choices[0].message.content or "").startswith("1 2")
     assert live.idle()
@@ -74,16 +79,16 @@ def test_the_sdk_gets_what_was_sampled_in_its_time(serve: Any) -> None:
 
 def test_the_requests_own_deadline_counts(serve: Any) -> None:
     live = serve(SLOW)
-    with client(live, 20) as sdk:
+    with client(live, 60) as sdk:
         body = {"align": {"budget": {"deadline_seconds": 0.7}}}
         answer: Any = sdk.chat.completions.create(model="fake", messages=USER, extra_body=body)
     assert answer.align["partial"] is True
 
 
 def test_a_stream_is_kept_alive_for_its_client(serve: Any) -> None:
-    live = serve('[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 2}]\n')
+    live = serve('[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 4}]\n')
     with (
-        client(live, 0.8) as sdk,
+        client(live, 2.0) as sdk,
         sdk.chat.completions.create(model="fake", messages=USER, stream=True) as stream,
     ):
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "1 2"
@@ -99,6 +104,6 @@ def test_nobody_can_ask_for_a_flood_of_comments(serve: Any) -> None:
 
 
 def test_it_can_be_switched_off(serve: Any) -> None:
-    live = serve(f"[server]\nhonour_client_timeout = false\n{SLOW}")
-    answer = live.post({"messages": USER}, headers={"x-stainless-read-timeout": "0.5"})
+    live = serve(f"[server]\nhonour_client_timeout = false\n{FAST}")
+    answer = live.post({"messages": USER}, headers={"x-stainless-read-timeout": "1e-6"})
     assert answer.json()["choices"][0]["finish_reason"] == "stop"

@@ -20,7 +20,7 @@ SMUGGLED = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 def talk(live: Any, *pieces: bytes, pause: float = 0.0, answers: int = 99) -> bytes:
     """Send, then read until the server hangs up or has begun so many answers."""
     received = b""
-    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=60) as raw:
         try:
             for piece in pieces:
                 raw.sendall(piece)
@@ -126,18 +126,17 @@ def test_a_long_target_is_431(numbers: Any) -> None:
 
 
 def test_a_flood_is_cut_off_early(numbers: Any) -> None:
-    """Ten megabytes of head are not read to the end, and the server serves on."""
+    """A head of 100 MB is not read to its end, and the server continues to serve."""
     sent = 0
     with (
-        socket.create_connection(("127.0.0.1", numbers.port), timeout=5) as raw,
+        socket.create_connection(("127.0.0.1", numbers.port), timeout=60) as raw,
         contextlib.suppress(OSError),
     ):
         raw.sendall(HEAD)
-        for i in range(10_000):
-            raw.sendall(b"X-%d: " % i + b"a" * 1000 + b"\r\n")
-            sent += 1000
-            time.sleep(0.0002)
-    assert sent < 5_000_000
+        for i in range(1_000):
+            raw.sendall(b"X-%d: " % i + b"a" * 100_000 + b"\r\n")
+            sent += 100_000
+    assert sent < 50_000_000, "more than the buffers of the sockets can hold"
     assert numbers.get("/health").status_code == 200
 
 
@@ -156,15 +155,15 @@ def test_who_does_not_say_what_he_wants_is_hung_up_on(
 ) -> None:
     live = serve('# head seconds\n[engine]\nkind = "fake"\n')
     monkeypatch.setattr(BoundedProtocol, "head_seconds", 0.3)
-    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=60) as raw:
         raw.sendall(sent)
         assert raw.recv(100) == b""
 
 
 def test_a_slow_second_request_is_hung_up_on(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     live = serve('# head seconds\n[engine]\nkind = "fake"\n')
-    monkeypatch.setattr(BoundedProtocol, "head_seconds", 0.3)
-    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
+    monkeypatch.setattr(BoundedProtocol, "head_seconds", 3.0)
+    with socket.create_connection(("127.0.0.1", live.port), timeout=60) as raw:
         raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert raw.recv(1000).startswith(b"HTTP/1.1 200")
         raw.sendall(b"GET /health HTTP/1.1\r\nHo")
