@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Messages = Sequence[Mapping[str, Any]]
@@ -60,3 +63,11 @@ def fails_late(_: Messages, __: str) -> float:
     """Raise an error after the test has set `hold`."""
     hold.wait()
     raise RuntimeError("out of memory")
+
+
+def held_by_a_file(_: Messages, __: str) -> float:
+    """Return 1 as soon as the file TEST_HOLD_FILE exists, for a server in another process."""
+    path = Path(os.environ["TEST_HOLD_FILE"])
+    while not path.exists():
+        time.sleep(0.01)
+    return 1.0

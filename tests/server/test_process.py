@@ -1,4 +1,4 @@
-"""The command as a process: it serves, drains, ends with a status, and says clearly what is wrong."""
+"""The command `infer-align` as a process: serving, draining, exit status and error messages."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ ENVIRONMENT = {
     "PYTHONWARNINGS": "error",
 }
 COMMAND = [sys.executable, "-m", "infer_align_server"]
-SLOW = '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8", seconds_per_token = 0.2}]\n'
+# Longer than any test takes, shorter than its timeout.
+LIMIT_SECONDS = 100
+LOCAL: Any = {"timeout": LIMIT_SECONDS, "trust_env": False}
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """One command, to its end."""
+    """Run one command to its end."""
     return subprocess.run(
         [*COMMAND, *arguments],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT_SECONDS,
         env={**ENVIRONMENT, **environment},
         cwd=ROOT,
         check=False,
@@ -50,131 +52,167 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 class Process:
-    """A running `infer-align serve`, with what it has said."""
+    """A running `infer-align serve` and the lines of its standard error."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **environment: str) -> None:
         self.popen = subprocess.Popen(
             [*COMMAND, "serve", *arguments],
             stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
             text=True,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, **environment},
             cwd=ROOT,
         )
         self.lines: list[str] = []
+        self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.popen.stderr is not None
-        self.lines.extend(self.popen.stderr)
+        for line in self.popen.stderr:
+            with self._changed:
+                self.lines.append(line)
+                self._changed.notify_all()
+
+    def line(self, pattern: str) -> re.Match[str]:
+        """Wait for a line and return its match of a pattern."""
+        matches: list[re.Match[str]] = []
+
+        def is_there() -> bool:
+            match = re.search(pattern, "".join(self.lines))
+            if match:
+                matches.append(match)
+            return bool(match) or not self._reader.is_alive()
+
+        with self._changed:
+            while not self._changed.wait_for(is_there, timeout=1.0):
+                assert self.popen.poll() is None, self.lines
+        assert matches, self.lines
+        return matches[0]
 
     def url(self) -> str:
-        """Where it says that it serves."""
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            self.lines_now = list(self._said())
-            if found := re.search(r"http://127\.0\.0\.1:\d+", "".join(self.lines_now)):
-                return found.group()
-            assert self.popen.poll() is None, self.lines
-            time.sleep(0.02)
-        raise AssertionError(self.lines)
-
-    def _said(self) -> Iterator[str]:
-        yield from self.lines
+        """Wait until the server is ready and return its URL."""
+        return self.line(r"http://127\.0\.0\.1:\d+").group()
 
     def wait(self) -> int:
-        code = self.popen.wait(20)
-        self._reader.join(5)
-        for pipe in (self.popen.stderr, self.popen.stdout):
-            assert pipe is not None
-            pipe.close()
-        return code
+        """Wait for the end of the process and return its exit status."""
+        status = self.popen.wait(LIMIT_SECONDS)
+        self._reader.join(LIMIT_SECONDS)
+        assert self.popen.stderr is not None
+        self.popen.stderr.close()
+        return status
 
 
 @pytest.fixture
 def process(config_file: Callable[[str], Path]) -> Iterator[Callable[..., Process]]:
-    """`process(toml, "--set", ...)`: `infer-align serve` on a free port."""
-    started: list[Process] = []
+    """`process(toml, "--set", ...)`: a running `infer-align serve` on a free port."""
+    processes: list[Process] = []
 
-    def spawn(text: str, *arguments: str) -> Process:
-        started.append(Process(str(config_file(text)), "--set", "server.port=0", *arguments))
-        return started[-1]
+    def spawn(text: str, *arguments: str, **environment: str) -> Process:
+        path = str(config_file(text))
+        process = Process(path, "--set", "server.port=0", *arguments, **environment)
+        processes.append(process)
+        return process
 
     yield spawn
-    for one in started:
-        if one.popen.poll() is None:
-            one.popen.kill()
-        one.wait()
+    for process in processes:
+        if process.popen.poll() is None:
+            process.popen.kill()
+        process.wait()
+
+
+def wait_for_running_request(url: str) -> None:
+    while "infer_align_running_requests 1.0" not in httpx2.get(f"{url}/metrics", **LOCAL).text:
+        time.sleep(0.01)
+
+
+def wait_for_refusal(url: str) -> None:
+    """Wait until the server accepts no connections."""
+    while True:
+        try:
+            httpx2.get(f"{url}/health", **LOCAL)
+        except httpx2.TransportError:
+            return
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_sigterm_lets_what_runs_finish_and_refuses_what_is_new(process: Any, stream: bool) -> None:
-    server = process(SLOW)
+def test_sigterm_finishes_running_requests_and_refuses_new_ones(
+    process: Any, tmp_path: Path, stream: bool
+) -> None:
+    hold_file = tmp_path / "go"
+    server = process(
+        '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8"}]\n'
+        '[rewards.held]\nkind = "callable"\nfunction = "tests.server.scorers:held_by_a_file"\n',
+        TEST_HOLD_FILE=str(hold_file),
+    )
     url = server.url()
-    body = {"messages": [{"role": "user", "content": "x"}], "stream": stream}
+    body = {
+        "messages": [{"role": "user", "content": "x"}],
+        "stream": stream,
+        "align": {"best_of_n": {"n": 2}},
+    }
     answers: list[httpx2.Response] = []
 
-    def ask() -> None:
-        answers.append(
-            httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=20, trust_env=False)
-        )
+    def send() -> None:
+        answers.append(httpx2.post(f"{url}/v1/chat/completions", json=body, **LOCAL))
 
-    with httpx2.Client(base_url=url, trust_env=False) as kept:
-        asking = threading.Thread(target=ask)
-        asking.start()
-        while "infer_align_running_requests 1.0" not in kept.get("/metrics").text:
-            time.sleep(0.01)
-        server.popen.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises(httpx2.TransportError):
-            httpx2.post(f"{url}/v1/chat/completions", json=body, timeout=5, trust_env=False)
-        asking.join()
+    sender = threading.Thread(target=send)
+    sender.start()
+    wait_for_running_request(url)
+    server.popen.send_signal(signal.SIGTERM)
+    wait_for_refusal(url)
+    with pytest.raises(httpx2.TransportError):
+        httpx2.post(f"{url}/v1/chat/completions", json=body, **LOCAL)
+    assert not answers, "the first request is still running"
+    hold_file.touch()
+    sender.join()
     assert answers[0].status_code == 200
     if stream:
         assert answers[0].text.endswith("data: [DONE]\n\n")
-        assert '" 8"' in answers[0].text
+        assert '"1 2 3 4 5 6 7 8"' in answers[0].text
     else:
         assert answers[0].json()["choices"][0]["message"]["content"] == "1 2 3 4 5 6 7 8"
     assert server.wait() == 0
-    for line in server.lines:
-        if line.startswith("{"):
-            event = json.loads(line)
-            assert event["level"] == "info", event
-    requests = [json.loads(line) for line in server.lines if '"event": "request"' in line]
+    events = [json.loads(line) for line in server.lines if line.startswith("{")]
+    for event in events:
+        assert event["level"] == "info", event
+    requests = [event for event in events if event["event"] == "request"]
     assert requests[-1]["route"] == "/v1/chat/completions"
     assert len(requests[-1]["request_id"]) == 32
 
 
 @pytest.mark.slow
-def test_what_does_not_finish_in_time_is_cut(process: Any) -> None:
+def test_a_request_that_outlasts_the_drain_is_cancelled(process: Any) -> None:
     server = process(
-        '[server]\ndrain_seconds = 1\n[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 60}]\n'
+        "[server]\ndrain_seconds = 1\n"
+        '[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 3600}]\n'
     )
     url = server.url()
-    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as raw:
+    port = int(url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT_SECONDS) as raw:
         content = b'{"messages": [{"role": "user", "content": "x"}]}'
         raw.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
             % (len(content), content)
         )
-        while (
-            "infer_align_running_requests 1.0"
-            not in httpx2.get(f"{url}/metrics", trust_env=False).text
-        ):
-            time.sleep(0.01)
+        wait_for_running_request(url)
         server.popen.send_signal(signal.SIGTERM)
         assert server.wait() == 0
 
 
 @pytest.mark.slow
-def test_sigterm_while_loading(process: Any) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    server = process('[engine]\nkind = "fake"\nload_seconds = 60\n', "--set", f"server.port={port}")
+def test_sigterm_while_loading_ends_the_process(process: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    server = process(
+        '[engine]\nkind = "fake"\nload_seconds = 3600\n', "--set", f"server.port={port}"
+    )
     while server.popen.poll() is None:
         with suppress(httpx2.TransportError):
-            assert httpx2.get(f"http://127.0.0.1:{port}/ready", trust_env=False).status_code == 503
+            answer = httpx2.get(f"http://127.0.0.1:{port}/ready", **LOCAL)
+            assert answer.status_code == 503
             break
         time.sleep(0.05)
     server.popen.send_signal(signal.SIGTERM)
@@ -182,48 +220,43 @@ def test_sigterm_while_loading(process: Any) -> None:
 
 
 @pytest.mark.slow
-def test_values_are_read_again_on_sighup(process: Any, tmp_path: Path) -> None:
+def test_sighup_reads_the_values_again(process: Any, tmp_path: Path) -> None:
+    assets = ROOT / "infer_align/demo/assets"
     head = tmp_path / "value.safetensors"
-    shutil.copy(ROOT / "infer_align/demo/assets/value-helpful.safetensors", head)
+    shutil.copy(assets / "value-helpful.safetensors", head)
     server = process(
-        f'[engine]\nkind = "transformers"\nmodel = "demo"\nthreads = 1\n[values.v]\nkind = "head"\npath = "{head}"\n'
+        '[engine]\nkind = "transformers"\nmodel = "demo"\nthreads = 1\n'
+        f'[values.v]\nkind = "head"\npath = "{head}"\n'
     )
     url = f"{server.url()}/v1/chat/completions"
     body = {
         "messages": [{"role": "user", "content": "What is the diet of the owl?"}],
         "temperature": 0,
         "max_tokens": 40,
+        "align": {"vas": {"beta": {"v": 30.0}}},
     }
 
-    def said() -> str:
-        answer = httpx2.post(
-            url, json={**body, "align": {"vas": {"beta": {"v": 30.0}}}}, trust_env=False, timeout=30
-        )
+    def completion() -> str:
+        answer = httpx2.post(url, json=body, **LOCAL)
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["message"]["content"])
 
-    def told(words: str) -> None:
-        end = time.monotonic() + 10
-        while not any(words in line for line in [*server.lines]):
-            assert time.monotonic() < end, server.lines
-            time.sleep(0.02)
-
-    before = said()
+    before = completion()
     head.write_bytes(b"not a head")
     server.popen.send_signal(signal.SIGHUP)
-    told("value v stays as it was")
-    assert said() == before, "a file that cannot be read changes nothing"
-    shutil.copy(ROOT / "infer_align/demo/assets/value-brief.safetensors", head)
+    server.line("value v stays as it was")
+    assert completion() == before, "a file that cannot be read changes nothing"
+    shutil.copy(assets / "value-brief.safetensors", head)
     server.popen.send_signal(signal.SIGHUP)
-    told("value v: read again")
-    assert said() != before
+    server.line("value v: read again")
+    assert completion() != before
     server.popen.send_signal(signal.SIGTERM)
     assert server.wait() == 0
 
 
-def test_port_taken(config_file: Callable[[str], Path]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_a_used_port_is_named(config_file: Callable[[str], Path]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
         done = run(
             "serve", str(config_file('[engine]\nkind = "fake"\n')), "--set", f"server.port={port}"
         )
@@ -270,7 +303,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG)
-def test_a_wrong_configuration(
+def test_a_wrong_configuration_is_named(
     config_file: Callable[[str], Path], capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     assert cli.main(["config", "show", str(config_file(text))]) == 2
@@ -283,7 +316,7 @@ def test_a_wrong_configuration(
     "setting",
     ["server.port", "=5", "server..port=1", "engine=fake", "server.port.x=1", "server.port=many"],
 )
-def test_a_wrong_override(
+def test_a_wrong_override_is_named(
     config_file: Callable[[str], Path], capsys: pytest.CaptureFixture[str], setting: str
 ) -> None:
     path = config_file('[engine]\nkind = "fake"\n[server]\nport = 1\n')
@@ -291,7 +324,7 @@ def test_a_wrong_override(
     assert capsys.readouterr().err.startswith("configuration:")
 
 
-def test_config_show_says_where_each_value_is_from(config_file: Callable[[str], Path]) -> None:
+def test_config_show_gives_the_origin_of_each_value(config_file: Callable[[str], Path]) -> None:
     path = config_file(
         '[engine]\nkind = "fake"\n[server]\nport = 9\n[rewards.r]\nkind = "rules"\nregex = "[a-z]+[/x]"\n'
         "[presets.p]\nbest_of_n = {n = 2}\n"
@@ -311,7 +344,7 @@ def test_config_show_says_where_each_value_is_from(config_file: Callable[[str], 
 
 
 @pytest.mark.slow
-def test_methods() -> None:
+def test_methods_lists_plugins_and_parameters() -> None:
     done = run("methods")
     assert done.returncode == 0, done.stderr
     for word in (
@@ -329,7 +362,7 @@ def test_methods() -> None:
     assert "[rewards.<name>] kind" in done.stdout
 
 
-def test_chat_one_shot(numbers: Any) -> None:
+def test_chat_sends_one_message(numbers: Any) -> None:
     done = run(
         "chat", "hello", "--base-url", numbers.base_url, "--align", '{"best_of_n": {"n": 5}}'
     )
@@ -342,7 +375,7 @@ def test_chat_one_shot(numbers: Any) -> None:
     assert numbers.engine.bodies[-1]["messages"][0] == {"role": "system", "content": "be brief"}
 
 
-def test_chat_says_what_is_wrong(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_reports_errors(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "hello", "--base-url", "http://127.0.0.1:9/v1"]) == 1
     assert "is the server running?" in " ".join(capsys.readouterr().err.split())
     for options in (
@@ -358,13 +391,13 @@ def test_chat_says_what_is_wrong(numbers: Any, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-def test_chat_as_a_conversation(numbers: Any) -> None:
+def test_chat_keeps_the_conversation(numbers: Any) -> None:
     done = subprocess.run(
         [*COMMAND, "chat", "--base-url", numbers.base_url],
         input="first\n\nsecond\n",
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT_SECONDS,
         env=ENVIRONMENT,
         cwd=ROOT,
         check=False,
