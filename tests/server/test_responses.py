@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from tests.engines.openai.upstream import SSE, FakeUpstream, Faults, fake_upstream, reply, start
 from tests.server.conftest import Live, end
 from tests.server.conftest import start as serve

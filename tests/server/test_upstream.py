@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from infer_align.config import config as configuration
+from infer_align import config as configuration
 from tests.engines.openai.upstream import FakeUpstream, fake_upstream
 from tests.server.conftest import Live, end, start
 
