@@ -1,19 +1,20 @@
-"""Every error that a person can meet, and what it says on the wire.
+"""Every error that a person can meet, and its form on the wire.
 
     AlignError
-    ├── InvalidRequest      400  a field of the request: named, with what is allowed
+    ├── InvalidRequest      400  a field of the request is wrong
     │   └── Unsupported     400  well-formed, but this engine or server cannot honour it
-    ├── Unauthorized        401  no key, or one that is not known
-    ├── UnknownModel        404  no such model or preset
-    ├── DeadlineExceeded    504  the deadline passed with nothing to answer
+    ├── Unauthorized        401  the API key is missing or not accepted
+    ├── UnknownModel        404  there is no such model or preset
+    ├── DeadlineExceeded    504  the deadline passed with nothing to return
     ├── BodyTooLarge        413  the body is over `[limits] max_body_bytes`
-    ├── Overloaded          429  queue or rate limit; carries `retry_after` seconds
+    ├── Overloaded          429  over a queue or rate limit; carries `retry_after` seconds
     ├── EngineFailed        502  the engine (or its upstream) failed every candidate
     ├── RewardFailed        502  no candidate could be scored
-    ├── Unavailable         503  still loading, shutting down, or the engine died
-    └── ConfigError          -   the configuration; the process does not start
+    ├── Unavailable         503  loading, shutting down, or the engine died
+    └── ConfigError          -   the configuration is wrong; the process does not start
 
-A message names the field, the value, what is allowed and how to mend it. `param` is a dotted path into the body.
+A message names the field, its value, what is allowed and how to fix it. `param` is a dotted path
+into the request body.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from collections.abc import Iterable
 
 
 class AlignError(Exception):
-    """Base of the tree: `message` for people, `code` for programs, `param` for the field, `status` for HTTP."""
+    """Base class of all errors.
+
+    Attributes:
+        message: for people.
+        code: for programs.
+        param: the field of the request, as a dotted path, or None.
+        status: the HTTP status.
+        retry_after: seconds until a retry makes sense, or None.
+    """
 
     status = 500
     type = "server_error"
@@ -47,7 +56,7 @@ class AlignError(Exception):
 
 
 class InvalidRequest(AlignError):
-    """400: one field of the request is wrong; `param` names it."""
+    """400: a field of the request is wrong; `param` names it."""
 
     status = 400
     type = "invalid_request_error"
@@ -55,13 +64,13 @@ class InvalidRequest(AlignError):
 
 
 class Unsupported(InvalidRequest):
-    """400: understood, but not something this engine or server can do."""
+    """400: the request is well-formed, but this engine or server cannot honour it."""
 
     code = "unsupported"
 
 
 class Unauthorized(AlignError):
-    """401: the API key is missing or unknown."""
+    """401: the API key is missing or not accepted."""
 
     status = 401
     type = "invalid_request_error"
@@ -77,7 +86,7 @@ class UnknownModel(AlignError):
 
 
 class DeadlineExceeded(AlignError):
-    """504: the deadline passed and no candidate had produced anything."""
+    """504: the deadline passed before any candidate had produced anything."""
 
     status = 504
     type = "timeout_error"
@@ -93,7 +102,7 @@ class BodyTooLarge(AlignError):
 
 
 class Overloaded(AlignError):
-    """429: come back after `retry_after` seconds."""
+    """429: over a limit; retry after `retry_after` seconds."""
 
     status = 429
     type = "rate_limit_error"
@@ -101,9 +110,9 @@ class Overloaded(AlignError):
 
 
 class EngineFailed(AlignError):
-    """502 unless the engine knows better: every candidate failed; the first failure's message is kept.
+    """502, or the status of the engine's upstream: every candidate failed.
 
-    An upstream's 429 is one to the client too, whose SDK then knows what to do.
+    An upstream's 429 becomes a rate limit error for the client too, so that its SDK retries.
     """
 
     status = 502
@@ -118,44 +127,48 @@ class EngineFailed(AlignError):
         status: int | None = None,
         retry_after: float | None = None,
     ) -> None:
-        over = status == Overloaded.status
-        code = code or (Overloaded.code if over else None)
+        rate_limited = status == Overloaded.status
+        if rate_limited and code is None:
+            code = Overloaded.code
         super().__init__(message, param=param, code=code, status=status, retry_after=retry_after)
-        if over:
+        if rate_limited:
             self.type = Overloaded.type
 
 
 class RewardFailed(AlignError):
-    """502: a selection was asked for and no candidate could be scored."""
+    """502: a selection was requested and no candidate could be scored."""
 
     status = 502
     code = "reward_failed"
 
 
 class Unavailable(AlignError):
-    """503: loading, draining, or the engine has died."""
+    """503: the server is loading or draining, or its engine has died."""
 
     status = 503
     code = "unavailable"
 
 
 class ConfigError(AlignError):
-    """The configuration is wrong; names the key and where it was read."""
+    """The configuration is wrong; the message names the key and the file."""
 
     code = "invalid_config"
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A closing clause for a message about an unknown name: the nearest known one, else all of them."""
-    known = sorted(known)
-    if close := difflib.get_close_matches(
-        word[:80], known, n=1
-    ):  # a client's word can be megabytes long
-        return f"did you mean {close[0]!r}?"
-    return "known: " + (", ".join(known) or "none") + "."
+def nearest(word: str, names: Iterable[str]) -> str:
+    """Return a closing clause for a message about an unknown name.
+
+    It suggests the most similar of the allowed names, or lists all of them.
+    """
+    allowed = sorted(names)
+    # A client's word can be megabytes long, so only its beginning is compared.
+    similar = difflib.get_close_matches(word[:80], allowed, n=1)
+    if similar:
+        return f"did you mean {similar[0]!r}?"
+    return "known: " + (", ".join(allowed) or "none") + "."
 
 
 def shown(value: object) -> str:
-    """`value` as a message quotes it: enough to recognise it, never a whole body."""
+    """Return `value` as a message quotes it: recognisable, but never a whole body."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

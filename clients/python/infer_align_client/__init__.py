@@ -1,17 +1,23 @@
-"""Typed `align` knobs for the OpenAI SDK.
+"""Typed `align` parameters for the OpenAI SDK.
 
-    answer = client.chat.completions.create(model="demo", messages=[...], extra_body=extra_body(best_of_n={"n": 8}))
+    answer = client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "What is the diet of the owl?"}],
+        extra_body=extra_body(best_of_n={"n": 8}),
+    )
     print(report(answer)["reason"])
 
-Depends on nothing, so any version of the SDK will do, and the asynchronous client too: a knob is a plain dictionary with a
-type, `extra_body` wraps them as the SDK sends them, and `report` reads what comes back.
+The parameters of a method are a plain dictionary with a type. `extra_body` wraps them as the SDK
+sends them, and `report` reads the `align` object of the answer. This package depends on nothing, so
+it works with every version of the SDK and with its asynchronous client.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, cast
+from typing import Literal, TypedDict, Unpack, cast
 
-__all__ = [  # noqa: RUF022 - plainly sorted
+# Sorted by character, as the tests of this repository expect.
+__all__ = [  # noqa: RUF022
     "Align",
     "BestOfN",
     "Budget",
@@ -30,13 +36,13 @@ __all__ = [  # noqa: RUF022 - plainly sorted
 
 
 class BestOfN(TypedDict, total=False):
-    """Draw n candidates, answer with the best by the rewards."""
+    """Draw n candidates per prompt and return the best by the rewards."""
 
     n: int
 
 
 class VAS(TypedDict, total=False):
-    """Steer every token by value estimates."""
+    """Steer every token by value estimates while it is sampled."""
 
     beta: dict[str, float]
     top_k: int
@@ -44,7 +50,7 @@ class VAS(TypedDict, total=False):
 
 
 class EarlyStop(TypedDict, total=False):
-    """Stop drawing the candidates that value estimates give the least hope."""
+    """Stop the candidates that value estimates give the least hope."""
 
     values: dict[str, float]
     after: int
@@ -52,7 +58,7 @@ class EarlyStop(TypedDict, total=False):
 
 
 class DPA(TypedDict, total=False):
-    """Tell the model a preference direction, and score answers along it."""
+    """Name a preference direction in the prompt, and score answers along it."""
 
     direction: dict[str, float]
 
@@ -66,7 +72,7 @@ class RPS(TypedDict, total=False):
 
 
 class TrustJudge(TypedDict, total=False):
-    """Let a judge score or compare the candidates, beside the rewards."""
+    """Let a judge score or compare the candidates."""
 
     mode: Literal["score", "pairwise"]
     scale: Literal[5, 10, 100]
@@ -76,7 +82,7 @@ class TrustJudge(TypedDict, total=False):
 
 
 class Ensemble(TypedDict, total=False):
-    """How the members of each reward become one score."""
+    """The objective that reduces the members of each reward to one score."""
 
     objective: Literal["mean", "wco", "uwo"]
     uncertainty_weight: float
@@ -84,14 +90,14 @@ class Ensemble(TypedDict, total=False):
 
 
 class Budget(TypedDict, total=False):
-    """What an answer may cost at most."""
+    """Limits on the cost of one answer."""
 
     completion_tokens: int
     deadline_seconds: float
 
 
 class Align(TypedDict, total=False):
-    """The `align` object of a request; every key is optional and they compose."""
+    """The `align` object of a request. Every key is optional, and all of them compose."""
 
     preset: str
     dpa: DPA
@@ -106,41 +112,24 @@ class Align(TypedDict, total=False):
     details: Literal["none", "scores", "candidates"]
 
 
-def extra_body(
-    *,
-    preset: str | None = None,
-    dpa: DPA | None = None,
-    rps: RPS | None = None,
-    best_of_n: BestOfN | None = None,
-    early_stop: EarlyStop | None = None,
-    vas: VAS | None = None,
-    trust_judge: TrustJudge | None = None,
-    rewards: dict[str, float] | None = None,
-    ensemble: Ensemble | None = None,
-    budget: Budget | None = None,
-    details: Literal["none", "scores", "candidates"] | None = None,
-) -> dict[str, Align]:
-    """`{"align": {...}}` with the knobs that are given, for `extra_body=` of the OpenAI SDK."""
-    given = {
-        "preset": preset,
-        "dpa": dpa,
-        "rps": rps,
-        "best_of_n": best_of_n,
-        "early_stop": early_stop,
-        "vas": vas,
-        "trust_judge": trust_judge,
-        "rewards": rewards,
-        "ensemble": ensemble,
-        "budget": budget,
-        "details": details,
-    }
-    return {
-        "align": cast("Align", {key: value for key, value in given.items() if value is not None})
-    }
+def extra_body(**align: Unpack[Align]) -> dict[str, Align]:
+    """Return `{"align": {...}}` with the given keys, for `extra_body=` of the OpenAI SDK.
+
+    Keys that are None are left out.
+
+    Raises:
+        TypeError: `align` has no such key.
+    """
+    for key in align:
+        if key not in Align.__annotations__:
+            allowed = ", ".join(Align.__annotations__)
+            raise TypeError(f"extra_body() got an unexpected key {key!r}; allowed: {allowed}")
+    present = {key: value for key, value in align.items() if value is not None}
+    return {"align": cast("Align", present)}
 
 
 class Score(TypedDict, total=False):
-    """One reward's view of one candidate; None where it was not scored."""
+    """The score of one candidate by one reward. None means not scored."""
 
     value: float | None
     std: float | None
@@ -149,7 +138,7 @@ class Score(TypedDict, total=False):
 
 
 class CandidateReport(TypedDict, total=False):
-    """One candidate: how it scored, or why it was dropped."""
+    """One candidate: its scores, or the reason why it was dropped."""
 
     index: int
     objective: float | None
@@ -162,7 +151,7 @@ class CandidateReport(TypedDict, total=False):
 
 
 class Report(TypedDict):
-    """The `align` object of an answer: what was drawn, how it scored, what was chosen and why."""
+    """The `align` object of an answer: the candidates, their scores, and the selection."""
 
     methods: list[str]
     selected: int
@@ -175,5 +164,8 @@ class Report(TypedDict):
 
 
 def report(answer: object) -> Report | None:
-    """The report of a completion, or of a stream's last chunk; None where the request asked for no alignment."""
+    """Return the report of a completion or of the last chunk of a stream.
+
+    It is None if the request did not ask for alignment.
+    """
     return cast("Report | None", getattr(answer, "align", None))
