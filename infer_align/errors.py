@@ -168,7 +168,7 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return "known: " + (", ".join(allowed) or "none") + "."
 
 
-def shown(value: object) -> str:
+def quote(value: object) -> str:
     """Return `value` as a message quotes it: recognisable, but never a whole body."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from infer_align import errors
-from infer_align.errors import AlignError, nearest, shown
+from infer_align.errors import AlignError, nearest, quote
 
 CLASSES = [
     cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, AlignError)
@@ -49,5 +49,5 @@ def test_nearest() -> None:
 
 
 def test_shown_is_short() -> None:
-    assert shown("a") == "'a'"
-    assert len(shown("a" * 1000)) == 80
+    assert quote("a") == "'a'"
+    assert len(quote("a" * 1000)) == 80

@@ -41,10 +41,34 @@ ENVIRONMENT = {
 }
 
 
-VAGUE_NAMES = set(
-    "found said told asked asks shown given wanted kept left most least seen known beside whole "
-    "among others own mine theirs taken came tell says unsaid".split()
-)
+VAGUE_NAMES = {
+    "found",
+    "said",
+    "told",
+    "asked",
+    "asks",
+    "shown",
+    "given",
+    "wanted",
+    "kept",
+    "left",
+    "most",
+    "least",
+    "seen",
+    "known",
+    "beside",
+    "whole",
+    "among",
+    "others",
+    "own",
+    "mine",
+    "theirs",
+    "taken",
+    "came",
+    "tell",
+    "says",
+    "unsaid",
+}
 # Words that a docstring cannot begin with: it would describe without a verb.
 VERBLESS = re.compile(r"(What|Who|Whoever|Whether|How|Which|Where|Why|When|Those|These)\b")
 # Client classes mirror the server's parameters and have the same names on purpose.

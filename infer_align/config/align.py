@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from infer_align.config import registry
 from infer_align.config.schema import join, parse
-from infer_align.errors import InvalidRequest, nearest, shown
+from infer_align.errors import InvalidRequest, nearest, quote
 from infer_align.objectives import Ensemble
 from infer_align.types import Method
 
@@ -71,7 +71,7 @@ def parse_align(
     """
     if not isinstance(value, Mapping):
         raise InvalidRequest(
-            f"{path}: {shown(value)} is not an object; allowed keys: {', '.join(_keys())}.",
+            f"{path}: {quote(value)} is not an object; allowed keys: {', '.join(_keys())}.",
             param=path,
         )
     settings = _merge_preset(dict(value), presets, preset, path)
@@ -115,7 +115,7 @@ def _merge_preset(
     if name is not None:
         if not isinstance(name, str) or name not in presets:
             raise InvalidRequest(
-                f"{join(path, 'preset')}: {shown(name)} is not configured; "
+                f"{join(path, 'preset')}: {quote(name)} is not configured; "
                 f"{nearest(str(name), presets)}",
                 param=join(path, "preset"),
             )
@@ -127,14 +127,14 @@ def _merge_preset(
 def _parse_weights(value: object, path: str) -> dict[str, float]:
     if not isinstance(value, Mapping):
         raise InvalidRequest(
-            f"{path}: {shown(value)} is not an object; allowed: {{reward name: weight}}.",
+            f"{path}: {quote(value)} is not an object; allowed: {{reward name: weight}}.",
             param=path,
         )
     for name, weight in value.items():
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not 0 <= weight <= MAX_WEIGHT:
             raise InvalidRequest(
-                f"{path}.{name}: {shown(weight)} is not allowed; a weight is a number from 0 to "
+                f"{path}.{name}: {quote(weight)} is not allowed; a weight is a number from 0 to "
                 f"{MAX_WEIGHT:.0e}. To prefer less of something, use a reward that scores its "
                 "absence.",
                 param=f"{path}.{name}",
@@ -148,6 +148,6 @@ def _parse_details(value: object, path: str) -> Details:
             details: Details = allowed
             return details
     raise InvalidRequest(
-        f"{path}: {shown(value)} is not allowed; allowed: {', '.join(get_args(Details))}.",
+        f"{path}: {quote(value)} is not allowed; allowed: {', '.join(get_args(Details))}.",
         param=path,
     )

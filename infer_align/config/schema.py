@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from infer_align.errors import AlignError, InvalidRequest, nearest, shown
+from infer_align.errors import AlignError, InvalidRequest, nearest, quote
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
     """
     if not isinstance(value, Mapping):
         raise error(
-            f"{path}: {shown(value)} is not an object; allowed: {{{signature(cls)}}}.", param=path
+            f"{path}: {quote(value)} is not an object; allowed: {{{signature(cls)}}}.", param=path
         )
     passthrough = _passthrough_field(cls)
     names = _allowed_names(cls, passthrough, value)
@@ -67,7 +67,7 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
         first = invalid.errors(include_url=False)[0]
         where = functools.reduce(join, _location(first["loc"]), path)
         raise error(
-            f"{where}: {shown(first['input'])} is not allowed; {_rule(first['msg'])}.", param=where
+            f"{where}: {quote(first['input'])} is not allowed; {_rule(first['msg'])}.", param=where
         ) from None
     return parsed
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from infer_align.errors import InvalidRequest, Unsupported, nearest, shown
+from infer_align.errors import InvalidRequest, Unsupported, nearest, quote
 from infer_align.types import Body, Kind
 
 # OpenAI's maximum for a text completion that sets none.
@@ -88,7 +88,7 @@ class Range:
         )
         if not valid or (self.above and value == self.low):
             raise InvalidRequest(
-                f"{name}: {shown(value)} is not allowed; must be {self.description}.", param=name
+                f"{name}: {quote(value)} is not allowed; must be {self.description}.", param=name
             )
         number: float = value
         return number
@@ -228,7 +228,7 @@ def _refuse_unread(body: Body, kind: Kind) -> None:
             continue
         if not _is_harmless(name, value):
             raise Unsupported(
-                f"{name}: {shown(value)} is not available on this engine; {_advice(name)}.",
+                f"{name}: {quote(value)} is not available on this engine; {_advice(name)}.",
                 param=name,
             )
 
@@ -248,7 +248,7 @@ def _boolean(body: Body, name: str) -> bool:
     value = body.get(name)
     if not isinstance(value, bool | None):
         raise InvalidRequest(
-            f"{name}: {shown(value)} is not allowed; must be true or false.", param=name
+            f"{name}: {quote(value)} is not allowed; must be true or false.", param=name
         )
     return bool(value)
 
@@ -257,7 +257,7 @@ def _logit_bias(body: Body) -> dict[int, float]:
     value = body.get("logit_bias") or {}
     if not isinstance(value, Mapping):
         raise InvalidRequest(
-            f"logit_bias: {shown(value)} is not an object; "
+            f"logit_bias: {quote(value)} is not an object; "
             "must map token ids to numbers from -100 to 100.",
             param="logit_bias",
         )
@@ -266,7 +266,7 @@ def _logit_bias(body: Body) -> dict[int, float]:
         digits = str(token)
         if not digits.isdecimal() or len(digits) > MAX_ID_DIGITS:
             raise InvalidRequest(
-                f"logit_bias: {shown(token)} is not a token id; must be an integer >= 0.",
+                f"logit_bias: {quote(token)} is not a token id; must be an integer >= 0.",
                 param="logit_bias",
             )
         bias[int(digits)] = _BIAS.check("logit_bias", amount)
@@ -281,7 +281,7 @@ def _stop(body: Body) -> tuple[str, ...]:
     valid = isinstance(stops, list) and len(stops) <= MAX_STOPS
     if not valid or not all(isinstance(stop, str) and stop for stop in stops):
         raise InvalidRequest(
-            f"stop: {shown(value)} is not allowed; "
+            f"stop: {quote(value)} is not allowed; "
             f"must be a string or up to {MAX_STOPS} strings, none empty.",
             param="stop",
         )

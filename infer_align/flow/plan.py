@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from infer_align.config import Limits
 from infer_align.config.align import Align
 from infer_align.engines import Engine
-from infer_align.errors import InvalidRequest, Unsupported, shown
+from infer_align.errors import InvalidRequest, Unsupported, quote
 from infer_align.flow.limits import check_candidates, check_tokens
 from infer_align.flow.request import Request
 from infer_align.flow.scorers import Scorer, resolve_scorers
@@ -257,7 +257,7 @@ def _parse_integer(body: Body, name: str, low: int, high: int) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise InvalidRequest(
-            f"{name}: {shown(value)} is not allowed; must be an integer from {low} to {high}.",
+            f"{name}: {quote(value)} is not allowed; must be an integer from {low} to {high}.",
             param=name,
         )
     return value

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infer_align.config.align import Align, parse_align
-from infer_align.errors import InvalidRequest, shown
+from infer_align.errors import InvalidRequest, quote
 from infer_align.types import Body, Kind
 
 
@@ -62,14 +62,14 @@ def check_prompt(body: Body, kind: Kind) -> None:
     prompt = body.get("prompt")
     if not isinstance(prompt, str):
         raise InvalidRequest(
-            f"prompt: {shown(prompt)} is not allowed; must be a string.", param="prompt"
+            f"prompt: {quote(prompt)} is not allowed; must be a string.", param="prompt"
         )
 
 
 def _check_messages(messages: object) -> None:
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest(
-            f"messages: {shown(messages)} is not allowed; must be a list of at least one message.",
+            f"messages: {quote(messages)} is not allowed; must be a list of at least one message.",
             param="messages",
         )
     for i, message in enumerate(messages):
@@ -79,7 +79,7 @@ def _check_messages(messages: object) -> None:
 def _check_message(message: object, param: str) -> None:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequest(
-            f"{param}: {shown(message)} is not allowed; must be an object with a role.",
+            f"{param}: {quote(message)} is not allowed; must be an object with a role.",
             param=param,
         )
     content = message.get("content")
@@ -89,7 +89,7 @@ def _check_message(message: object, param: str) -> None:
         return
     if not isinstance(content, str | list):
         raise InvalidRequest(
-            f"{param}.content: {shown(content)} is not allowed; must be text or a list of parts.",
+            f"{param}.content: {quote(content)} is not allowed; must be text or a list of parts.",
             param=f"{param}.content",
         )
     if isinstance(content, list):
@@ -100,11 +100,11 @@ def _check_message(message: object, param: str) -> None:
 def _check_part(part: object, param: str) -> None:
     if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
         raise InvalidRequest(
-            f"{param}: {shown(part)} is not allowed; must be an object with a type.", param=param
+            f"{param}: {quote(part)} is not allowed; must be an object with a type.", param=param
         )
     text = part.get("text")
     if part["type"] == "text" and not isinstance(text, str):
         raise InvalidRequest(
-            f"{param}.text: {shown(text)} is not allowed; must be a string.",
+            f"{param}.text: {quote(text)} is not allowed; must be a string.",
             param=f"{param}.text",
         )

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from infer_align.errors import InvalidRequest, nearest, shown
+from infer_align.errors import InvalidRequest, nearest, quote
 from infer_align.types import Body, Capability, Direction, Messages, PlanDraft, Stage
 
 PUBLISHED = (
@@ -199,12 +199,12 @@ def unit(direction: Direction) -> dict[str, float]:
     for name, weight in direction.items():
         if not _is_finite_number(weight):
             raise ValueError(
-                f"direction.{name}: {shown(weight)} is not allowed; must be a finite number."
+                f"direction.{name}: {quote(weight)} is not allowed; must be a finite number."
             )
     largest = max((abs(float(weight)) for weight in direction.values()), default=0.0)
     if not largest:
         raise ValueError(
-            f"direction: {shown(dict(direction))} has no length; give at least one weight other "
+            f"direction: {quote(dict(direction))} has no length; give at least one weight other "
             "than 0."
         )
     # Scaled to at most 1 first, so that the squares neither overflow nor underflow.

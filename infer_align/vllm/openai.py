@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from infer_align.errors import AlignError, ConfigError, InvalidRequest, shown
+from infer_align.errors import AlignError, ConfigError, InvalidRequest, quote
 from infer_align.types import Kind, Messages
 from infer_align.vllm.compat import refusal, refused, vocabulary_of
 
@@ -210,7 +210,7 @@ def _invalid(error: ValidationError) -> InvalidRequest:
 
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
-    message = str(cause) if cause else f"{shown(first['input'])}: {first['msg']}"
+    message = str(cause) if cause else f"{quote(first['input'])}: {first['msg']}"
     if isinstance(cause, VLLMValidationError) and cause.parameter:
         return InvalidRequest(message, param=cause.parameter)
     field_name = str(first["loc"][0]) if first["loc"] else None

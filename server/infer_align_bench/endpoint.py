@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from infer_align.errors import AlignError, ConfigError, nearest, shown
+from infer_align.errors import AlignError, ConfigError, nearest, quote
 from infer_align_bench.answer import MAX_EXCERPT, MAX_MESSAGE, Answer, StreamFailed, describe_error
 from infer_align_bench.failures import classify_failure, connect_timeout
 from infer_align_bench.types import Prompt, Sample, Target
@@ -28,7 +28,7 @@ class Endpoint:
     def __init__(self, target: Target, timeout: float, seed: int) -> None:
         if not re.match(r"https?://[^/]+", target.base_url):
             raise ConfigError(
-                f"--base-url: {shown(target.base_url)} is not allowed; "
+                f"--base-url: {quote(target.base_url)} is not allowed; "
                 "must be like http://127.0.0.1:8000/v1."
             )
         self.target = replace(target, base_url=target.base_url.rstrip("/"))
@@ -73,7 +73,7 @@ class Endpoint:
             )
         if names and model is not None and model not in names:
             raise AlignError(
-                f"--model: {shown(model)} is not served at {place}; {_served(model, names)}"
+                f"--model: {quote(model)} is not served at {place}; {_served(model, names)}"
             )
         self.target = replace(self.target, model=model or names[0])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infer_align.demo.world import prompts as demo_questions
-from infer_align.errors import ConfigError, nearest, shown
+from infer_align.errors import ConfigError, nearest, quote
 from infer_align_bench.types import Prompt
 
 # Common tokenizers encode each of these words with about one token, so that a number of words is
@@ -106,7 +106,7 @@ def _parse_line(line: str, place: str) -> Prompt:
         return _user(value)
     if not isinstance(value, Mapping) or not _is_conversation(value.get("messages")):
         raise ConfigError(
-            f"{place}: {shown(line)} is not allowed; "
+            f"{place}: {quote(line)} is not allowed; "
             'must be a JSON string or {"messages": [...]}.'
         )
     body = {name: field for name, field in value.items() if name != "messages"}

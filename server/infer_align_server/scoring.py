@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from infer_align.config.align import parse_align
-from infer_align.errors import InvalidRequest, RewardFailed, Unavailable, nearest, shown
+from infer_align.errors import InvalidRequest, RewardFailed, Unavailable, nearest, quote
 from infer_align.flow.plan import Plan, make_scoring_plan
 from infer_align.flow.request import check_prompt
 from infer_align.flow.response import Response, Timing
@@ -100,7 +100,7 @@ def candidates_of(service: Service, body: Mapping[str, Any], fields: tuple[str, 
     value, most = body.get("candidates"), service.config.limits.max_candidates
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise InvalidRequest(
-            f"candidates: {shown(value)} is not allowed; must be a list of at least one string.",
+            f"candidates: {quote(value)} is not allowed; must be a list of at least one string.",
             param="candidates",
         )
     if len(value) > most:

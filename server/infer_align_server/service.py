@@ -25,7 +25,7 @@ from infer_align.errors import (
     Unavailable,
     UnknownModel,
     nearest,
-    shown,
+    quote,
 )
 from infer_align.flow.plan import Plan, make_plan
 from infer_align.flow.propose import OnDelta
@@ -294,7 +294,7 @@ class Service:
             return ModelChoice(self.model, self.engine.model)
         if not isinstance(name, str):
             raise InvalidRequest(
-                f"model: {shown(name)} is not allowed; must be a string.", param="model"
+                f"model: {quote(name)} is not allowed; must be a string.", param="model"
             )
         names = self.names
         if name in names:
@@ -303,7 +303,7 @@ class Service:
         if separator and base in names and preset in self.config.presets:
             return ModelChoice(name, names[base], preset)
         raise UnknownModel(
-            f"model: {shown(name)} does not exist; {nearest(name, self.models())}", param="model"
+            f"model: {quote(name)} does not exist; {nearest(name, self.models())}", param="model"
         )
 
 

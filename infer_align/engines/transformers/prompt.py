@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from infer_align.errors import InvalidRequest, shown
+from infer_align.errors import InvalidRequest, quote
 from infer_align.types import Body
 
 
@@ -98,7 +98,7 @@ def _part_text(where: str, part: Mapping[str, Any]) -> str:
     text = part.get(kind)
     if not isinstance(text, str):
         raise InvalidRequest(
-            f"{where}: a part holds {shown(part)}; must hold a string {kind!r}.", param=where
+            f"{where}: a part holds {quote(part)}; must hold a string {kind!r}.", param=where
         )
     return text
 
@@ -108,7 +108,7 @@ def _template_variables(variables: object) -> Mapping[str, Any]:
     path = "chat_template_kwargs"
     if not isinstance(variables, Mapping):
         raise InvalidRequest(
-            f"{path}: {shown(variables)} is not an object; allowed: the template's variables.",
+            f"{path}: {quote(variables)} is not an object; allowed: the template's variables.",
             param=path,
         )
     parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters

@@ -4,7 +4,6 @@ One pass over a row's prefix serves all siblings and all query heads that share 
 """
 
 # Triton compiles the kernel and reads its signature.
-# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def value_reweight(
     else:
         _check_candidates(logits, values.token_ids, values.values, beta, values.tail)
     if logits.is_cuda:
-        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
+        from infer_align_kernels.value_reweight import triton
 
         with torch.cuda.device(logits.device):
             return triton.value_reweight(
@@ -112,7 +112,7 @@ def reweight_logits(
     if out is not None:
         _check_out(out, logits, dtype)
     if logits.is_cuda and dtype == torch.float32:
-        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
+        from infer_align_kernels.value_reweight import triton
 
         with torch.cuda.device(logits.device):
             return triton.reweight_logits(logits, token_ids, values, beta, tail, out)
@@ -171,7 +171,7 @@ def candidate_values(
     if bias is not None:
         _check_shape("bias", bias, tuple(weight.shape[:2]), weight.device)
     if hidden.is_cuda:
-        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
+        from infer_align_kernels.value_reweight import triton
 
         with torch.cuda.device(hidden.device):
             return triton.candidate_values(token_ids, hidden, weight, bias)
@@ -208,7 +208,7 @@ def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -
 
     Calls on different CUDA streams need a workspace each.
     """
-    from infer_align_kernels.value_reweight import triton  # noqa: PLC0415 - not needed on CPU
+    from infer_align_kernels.value_reweight import triton
 
     return triton.allocate_workspace(rows, vocabulary, device)
 

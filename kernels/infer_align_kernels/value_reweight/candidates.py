@@ -1,7 +1,6 @@
 """Kernels for k candidates per row: their values, their shifts, and the steered logits."""
 
 # Triton compiles these functions and reads their signatures.
-# ruff: noqa: ANN001, ANN201, N803
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def steer_tile(
     changed = False
     if is_steered(beta, row, ids, M, K):
         # Not a conditional expression: the branch is chosen when the kernel is compiled.
-        if TAIL == PER_ROW:  # noqa: SIM108
+        if TAIL == PER_ROW:
             changed = tl.load(masked + row) != 0
         else:
             changed = TAIL == MASK

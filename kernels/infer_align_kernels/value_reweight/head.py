@@ -1,7 +1,6 @@
 """Kernels for a low-rank head. Its values are computed tile by tile and never stored."""
 
 # Triton compiles these functions and reads their signatures.
-# ruff: noqa: ANN001, ANN201, N803, PLR0915
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ statistics of a row, chooses a tile with `choose_tile`, and draws the token in i
 """
 
 # Triton compiles these functions and reads their signatures.
-# ruff: noqa: ANN001, ANN201, N803, PLR0124
 # mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator, no-untyped-call"
 
 from __future__ import annotations

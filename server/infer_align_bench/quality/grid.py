@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infer_align.errors import ConfigError, nearest, shown
+from infer_align.errors import ConfigError, nearest, quote
 from infer_align.methods.best_of_n import BestOfN, kl_upper_bound
 
 GRID_KEYS = ("baseline", "greedy", "cells")
@@ -110,7 +110,7 @@ def read_grid(path: Path) -> Grid:
     for key, reference in (("baseline", baseline), ("greedy", greedy)):
         if reference is not None and reference not in names:
             guess = nearest(str(reference), names)
-            raise ConfigError(f"--grid: {path}: {key}: {shown(reference)} is not a cell; {guess}")
+            raise ConfigError(f"--grid: {path}: {key}: {quote(reference)} is not a cell; {guess}")
     return Grid(tuple(cells), baseline, greedy)
 
 
@@ -138,12 +138,12 @@ def _cells(entry: Any, place: str) -> list[Cell]:
     over = entry.get("over", {})
     if not isinstance(over, Mapping) or not all(map(_is_filled_list, over.values())):
         raise ConfigError(
-            f"--grid: {place}.over: {shown(over)} is not allowed; must be {{name: [values]}}."
+            f"--grid: {place}.over: {quote(over)} is not allowed; must be {{name: [values]}}."
         )
     for key in ("align", "body"):
         if not isinstance(entry.get(key, {}), Mapping):
             raise ConfigError(
-                f"--grid: {place}.{key}: {shown(entry[key])} is not allowed; must be a table."
+                f"--grid: {place}.{key}: {quote(entry[key])} is not allowed; must be a table."
             )
     return [_cell(entry, over, values) for values in itertools.product(*over.values())]
 

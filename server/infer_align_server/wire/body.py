@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import Request as HttpRequest
 
-from infer_align.errors import BodyTooLarge, InvalidRequest, shown
+from infer_align.errors import BodyTooLarge, InvalidRequest, quote
 
 # Maximum nesting of a body. Usual bodies have about a dozen levels.
 MAX_NESTING = 128
@@ -76,7 +76,7 @@ def parse_body(received: bytes) -> dict[str, Any]:
         raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise InvalidRequest(
-            f"The body is {shown(body)}; must be a JSON object.", code="invalid_json"
+            f"The body is {quote(body)}; must be a JSON object.", code="invalid_json"
         )
     return body
 

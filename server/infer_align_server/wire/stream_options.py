@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from infer_align.config.schema import parse
-from infer_align.errors import InvalidRequest, shown
+from infer_align.errors import InvalidRequest, quote
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:
     options = body.get("stream_options")
     if not isinstance(stream, bool | None):
         raise InvalidRequest(
-            f"stream: {shown(stream)} is not allowed; must be true or false.", param="stream"
+            f"stream: {quote(stream)} is not allowed; must be true or false.", param="stream"
         )
     if stream:
         return parse(StreamOptions, {} if options is None else options, "stream_options")
