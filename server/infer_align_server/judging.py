@@ -10,7 +10,7 @@ from typing import Any, Literal
 from infer_align.config.schema import parse
 from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
 from infer_align.flow.request import check_prompt
-from infer_align.methods.trust_judge import Criteria
+from infer_align.methods.trust_judge import Criteria, Readout, Scale
 from infer_align.rewards.trust_judge import (
     TrustJudgeReward,
     conflict_ratio,
@@ -19,7 +19,8 @@ from infer_align.rewards.trust_judge import (
 )
 from infer_align.rewards.trust_judge.consistency import cycles
 from infer_align.rewards.trust_judge.judge import Judgement
-from infer_align.rewards.trust_judge.tournament import Comparisons
+from infer_align.rewards.trust_judge.readings import Rule
+from infer_align.rewards.trust_judge.tournament import Comparisons, Schedule
 from infer_align.types import ScoringUsage
 from infer_align_server.scoring import candidates_of
 from infer_align_server.service import Service
@@ -39,22 +40,18 @@ class Judging:
     mode: Literal["score", "pairwise", "both"] = field(
         default="both", metadata={"description": "scores, comparisons, or both"}
     )
-    scale: Literal[5, 10, 100] | None = field(
-        default=None, metadata={"description": "the highest score"}
-    )
+    scale: Scale | None = field(default=None, metadata={"description": "the highest score"})
     criteria: Criteria | None = field(
         default=None, metadata={"description": "what is judged, in words"}
     )
-    readout: Literal["expected", "geval", "published"] | None = field(
-        default=None, metadata={"description": "how scores are read"}
-    )
-    rule: Literal["first_label", "likelihood", "perplexity"] | None = field(
+    readout: Readout | None = field(default=None, metadata={"description": "how scores are read"})
+    rule: Rule | None = field(
         default=None, metadata={"description": "how two orders become one relation"}
     )
     tolerance: float | None = field(
         default=None, metadata={"ge": 0, "description": "nearer than this is a tie"}
     )
-    schedule: Literal["round_robin", "swiss"] | None = field(
+    schedule: Schedule | None = field(
         default=None, metadata={"description": "which pairs are compared"}
     )
 
@@ -78,7 +75,9 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     judgements: Sequence[Judgement] = ()
     compared = Comparisons()
     modes = ("score", "pairwise") if wanted.mode == "both" else (wanted.mode,)
-    worst = sum(reward.configured(mode=mode).worst_case_tokens(len(texts)) for mode in modes)
+    worst = sum(
+        reward.with_parameters({"mode": mode}).worst_case_tokens(len(texts)) for mode in modes
+    )
     async with service.scoring(worst, caller) as told:
         try:
             async with asyncio.timeout(reward.timeout_seconds):
@@ -129,8 +128,8 @@ def _reward(service: Service, given: Mapping[str, Any]) -> tuple[Judging, TrustJ
     names = ("scale", "criteria", "readout", "rule", "tolerance", "schedule")
     fields = {name: value for name in names if (value := getattr(wanted, name)) is not None}
     # The mode decides whether a critique's own probability is read, which comparisons alone need.
-    reward = judges[wanted.judge].configured(
-        **fields, mode="score" if wanted.mode == "score" else "pairwise"
+    reward = judges[wanted.judge].with_parameters(
+        {**fields, "mode": "score" if wanted.mode == "score" else "pairwise"}
     )
     reward.check("judge")
     return wanted, reward

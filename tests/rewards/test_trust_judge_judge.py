@@ -332,7 +332,7 @@ async def test_on_a_real_model(language_model: Any, mode: Any) -> None:
     assert np.isfinite(scores.values).all()
     again = await judge.score(ASK, texts[::-1])
     np.testing.assert_allclose(again.values[..., ::-1], scores.values, atol=1e-4)
-    wary = judge.configured(min_mass=0.9)
+    wary = judge.with_parameters({"min_mass": 0.9})
     assert np.isnan((await wary.score(ASK, texts)).values).all(), (
         "a random model gives its labels little probability"
     )

@@ -181,12 +181,8 @@ class TrustJudgeReward(Reward):
             )
 
     def with_parameters(self, parameters: Mapping[str, Any]) -> TrustJudgeReward:
-        """Return the same judge with the fields that a request overrides."""
-        return self.configured(**parameters)
-
-    def configured(self, **fields: Any) -> TrustJudgeReward:
         """Return the same judge with these fields of its section changed."""
-        reward = TrustJudgeReward(replace(self.config, **fields))
+        reward = TrustJudgeReward(replace(self.config, **parameters))
         reward.engines = self.engines
         return reward
 
@@ -211,8 +207,7 @@ class TrustJudgeReward(Reward):
             advice = "an engine of [engines.*] that has it, such as transformers or vllm"
         raise Unsupported(
             f"{where}: needs {', '.join(missing)}, which the engine of {self._engine.model!r} "
-            f"lacks; "
-            f"set in the judge's section {advice}.",
+            f"lacks; set in the judge's section {advice}.",
             param=where,
         )
 
