@@ -8,18 +8,22 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import pytest
 
-from infer_align.config import config
+from infer_align.config import load
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 DEFAULT_URL = "http://127.0.0.1:8000"
 FENCED_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LOCAL_LINK = re.compile(r"\]\((?!https?://|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
+REPOSITORY_PATH = re.compile(
+    r"`((?:infer_align|kernels|server|clients|benchmarks|tests)/[\w./-]*)`"
+)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 PATHS = [ROOT, ROOT / "kernels", ROOT / "server", ROOT / "clients/python"]
 ENVIRONMENT = {
@@ -29,46 +33,57 @@ ENVIRONMENT = {
 }
 
 
-def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """Return (line number, code) of each fenced block in this language."""
-    text = page.read_text(encoding="utf-8")
-    numbered = []
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int  # of its first line of code
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def read(page: str) -> str:
+    """Return the text of a page."""
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> list[Block]:
+    """Return the blocks of a page in one language."""
+    text = read(page)
+    matching = []
     for match in FENCED_BLOCK.finditer(text):
         if match[1] == language:
             line = text.count("\n", 0, match.start()) + 2
-            numbered.append((line, match[2]))
-    return numbered
+            matching.append(Block(page, line, match[1], match[2]))
+    return matching
 
 
-def pages_with(language: str) -> list[Path]:
-    """Return the pages that hold a block in this language."""
-    return [page for page in PAGES if blocks(page, language)]
+def all_blocks(language: str) -> list[Block]:
+    """Return the blocks of all pages in one language."""
+    return [block for page in PAGES for block in blocks(page, language)]
 
 
-def curl_blocks() -> list[tuple[Path, int, str]]:
-    """Return the bash blocks that send a request; the others install and start things."""
-    requests = []
-    for page in PAGES:
-        for line, code in blocks(page, "bash"):
-            if code.lstrip().startswith("curl"):
-                requests.append((page, line, code))
-    return requests
+PYTHON_PAGES = sorted({block.page for block in all_blocks("python")})
+# The other bash blocks install and start things.
+CURL_BLOCKS = [block for block in all_blocks("bash") if block.code.startswith("curl")]
+# A grid of `bench quality` is not a server's configuration.
+CONFIGURATIONS = [block for block in all_blocks("toml") if "[[cells]]" not in block.code]
 
-
-def toml_blocks() -> list[tuple[Path, int, str]]:
-    """Return the blocks that are a server's configuration; a grid of `bench quality` is not."""
-    configurations = []
-    for page in PAGES:
-        for line, code in blocks(page, "toml"):
-            if "[[cells]]" not in code:
-                configurations.append((page, line, code))
-    return configurations
+# One worker runs all tests that need the demo, so only one demo is started.
+one_worker = pytest.mark.xdist_group("docs")
 
 
 def slugs(page: Path) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
-    headings = HEADING.findall(page.read_text(encoding="utf-8"))
-    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+    anchors = set()
+    for heading in HEADING.findall(page.read_text(encoding="utf-8")):
+        words = re.sub(r"[^\w\- ]", "", heading)
+        anchors.add(words.lower().replace(" ", "-"))
+    return anchors
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -111,49 +126,53 @@ def demo() -> Iterator[str]:
         assert server.wait() == 0
 
 
-@pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
-def test_python_blocks_run_in_order(page: Path, demo: str, tmp_path: Path) -> None:
+@one_worker
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_python_blocks_run_in_order(page: str, demo: str, tmp_path: Path) -> None:
     lines: list[str] = []
-    for line, code in blocks(page, "python"):
+    for block in blocks(page, "python"):
         # Blank lines keep the numbers of a traceback those of the page.
-        lines += [""] * (line - 1 - len(lines))
-        lines += code.splitlines()
-    script = tmp_path / f"{page.stem}.py"
+        lines += [""] * (block.line - 1 - len(lines))
+        lines += block.code.splitlines()
+    script = tmp_path / "page.py"
     script.write_text("\n".join(lines).replace(DEFAULT_URL, demo), encoding="utf-8")
     result = run([sys.executable, str(script)])
     assert result.returncode == 0, result.stderr
     position = 0
-    for line, expected in blocks(page, "text"):
-        position = result.stdout.find(expected, position)
-        assert position >= 0, f"{page.name}:{line} is not what was printed:\n{result.stdout}"
-        position += len(expected)
+    for output in blocks(page, "text"):
+        position = result.stdout.find(output.code, position)
+        assert position >= 0, f"{output} is not what was printed:\n{result.stdout}"
+        position += len(output.code)
 
 
-@pytest.mark.parametrize(
-    ("page", "line", "code"), curl_blocks(), ids=lambda value: getattr(value, "name", None)
-)
-def test_curl_blocks_are_answered(page: Path, line: int, code: str, demo: str) -> None:
-    place = f"{page.name}:{line}"
-    result = run(["bash", "-euo", "pipefail", "-c", code.replace(DEFAULT_URL, demo)])
-    assert result.returncode == 0, f"{place}: {result.stderr}"
-    assert result.stdout.strip(), place
-    assert not re.match(r'\s*{"error"', result.stdout), f"{place}: {result.stdout}"
+@one_worker
+@pytest.mark.parametrize("block", CURL_BLOCKS, ids=str)
+def test_curl_blocks_are_answered(block: Block, demo: str) -> None:
+    result = run(["bash", "-euo", "pipefail", "-c", block.code.replace(DEFAULT_URL, demo)])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert not re.match(r'\s*{"error"', result.stdout), result.stdout
 
 
-@pytest.mark.parametrize(
-    ("page", "line", "code"), toml_blocks(), ids=lambda value: getattr(value, "name", None)
-)
-def test_toml_blocks_are_accepted(page: Path, line: int, code: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", CONFIGURATIONS, ids=str)
+def test_toml_blocks_are_accepted(block: Block, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    path = tmp_path / f"{page.stem}-{line}.toml"
-    path.write_text(code, encoding="utf-8")
-    config.load(path)
+    path = tmp_path / "infer-align.toml"
+    path.write_text(block.code, encoding="utf-8")
+    load(path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for path, anchor in LOCAL_LINK.findall(page.read_text(encoding="utf-8")):
-        target = page.parent / path if path else page
-        assert target.exists(), f"{page.name}: {path}"
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    source = ROOT / page
+    for path, anchor in LOCAL_LINK.findall(read(page)):
+        target = source.parent / path if path else source
+        assert target.exists(), path
         if anchor:
-            assert anchor in slugs(target), f"{page.name}: {path}#{anchor}"
+            assert anchor in slugs(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page: str) -> None:
+    for path in REPOSITORY_PATH.findall(read(page)):
+        assert (ROOT / path).exists(), path
