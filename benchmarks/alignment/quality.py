@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, record
-from benchmarks.serving.client import serving
-from benchmarks.serving.run import DEMO
+from benchmarks.serving.client import DEMO, serving
 from infer_align_server import cli
 
 GRID = Path(__file__).parent / "demo_grid.toml"

@@ -1,9 +1,9 @@
-"""The baseline of the overhead benchmark: the same fake engine behind a bare FastAPI route."""
+"""Serve the fake engine behind a bare FastAPI route: the baseline of the overhead benchmark."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import sys
 from typing import Any
 
 import uvicorn
@@ -23,17 +23,18 @@ async def ready() -> dict[str, bool]:
 
 @app.post("/v1/chat/completions")
 async def chat(body: dict[str, Any]) -> dict[str, Any]:
-    async with engine.sample(Draw({"messages": body["messages"]}, n=1, seeds=(0,))) as stream:
+    draw = Draw({"messages": body["messages"]}, n=1, seeds=(0,))
+    async with engine.sample(draw) as stream:
         async for event in stream:
             if isinstance(event, Candidate):
-                return {
-                    "id": "chatcmpl-0",
-                    "object": "chat.completion",
-                    "choices": [{"index": 0, **event.choice}],
-                }
-    raise RuntimeError("no candidate")
+                choices = [{"index": 0, **event.choice}]
+                return {"id": "chatcmpl-0", "object": "chat.completion", "choices": choices}
+    raise RuntimeError("the engine returned no candidate")
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("port", type=int)
+    options = parser.parse_args()
     asyncio.run(engine.start())
-    uvicorn.run(app, port=int(sys.argv[1]), log_level="warning")
+    uvicorn.run(app, port=options.port, log_level="warning")

@@ -1,4 +1,8 @@
-"""The least a load generator can be: keep-alive HTTP/1.1 over asyncio streams, so that the client is not what is measured."""
+"""A minimal load generator, so that the client is not what is measured.
+
+It uses HTTP/1.1 with kept-alive connections over asyncio streams. aiohttp and httpx do not fit:
+they take longer per request than the server adds.
+"""
 
 from __future__ import annotations
 
@@ -14,49 +18,76 @@ from contextlib import contextmanager
 from time import perf_counter, sleep
 from typing import Any
 
+# Arguments of Python that run our server with the embedded demo; see `serving`.
+DEMO = ("-m", "infer_align_server", "serve", "--set", "server.port={port}")
+POLL_SECONDS = 0.1
+SHUTDOWN_SECONDS = 30
+
 
 class Connection:
-    """One kept-alive connection."""
+    """One kept-alive connection to a port of this machine."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, path: str, body: bytes) -> dict[str, Any]:
-        """One request; -> the JSON answer, which must be a 200."""
+        """Send one request and return its JSON answer.
+
+        Raises:
+            RuntimeError: the status is not 200.
+        """
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self.port)
         reader, writer = self._streams
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
+        writer.write(_request_head(path, len(body)) + body)
         header = await reader.readuntil(b"\r\n\r\n")
-        length = next(
-            int(line.split(b":")[1])
-            for line in header.lower().split(b"\r\n")
-            if line.startswith(b"content-length")
-        )
-        content = await reader.readexactly(length)
+        content = await reader.readexactly(_content_length(header))
         if not header.startswith(b"HTTP/1.1 200"):
             raise RuntimeError(content.decode())
         answer: dict[str, Any] = json.loads(content)
         return answer
 
     def close(self) -> None:
-        """Hang up, also in the middle of a request."""
+        """Close the connection, also in the middle of a request."""
         if self._streams:
-            self._streams[1].transport.abort()
+            _, writer = self._streams
+            writer.transport.abort()
         self._streams = None
+
+
+def _request_head(path: str, length: int) -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: x",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def _content_length(header: bytes) -> int:
+    for line in header.lower().split(b"\r\n"):
+        if line.startswith(b"content-length"):
+            return int(line.split(b":")[1])
+    raise RuntimeError(f"the answer has no Content-Length: {header.decode(errors='replace')}")
 
 
 async def closed_loop(
     port: int, body: dict[str, Any], concurrency: int, requests: int
 ) -> tuple[list[float], float]:
-    """`requests` in all, `concurrency` at a time; -> seconds of each, and of all together."""
-    encoded, left, latencies = json.dumps(body).encode(), iter(range(requests)), []
+    """Send `requests` requests, `concurrency` at a time.
+
+    Returns:
+        The seconds of each request, and of all requests together.
+    """
+    encoded = json.dumps(body).encode()
+    remaining = iter(range(requests))
+    latencies = []
 
     async def worker() -> None:
         connection = Connection(port)
-        for _ in left:
+        for _ in remaining:
             started = perf_counter()
             await connection.post("/v1/chat/completions", encoded)
             latencies.append(perf_counter() - started)
@@ -69,29 +100,34 @@ async def closed_loop(
 
 @contextmanager
 def serving(*command: str, ready: str = "/ready", seconds: int = 60) -> Iterator[tuple[int, int]]:
-    """A server process with `{port}` filled in; -> its port and process id, once it is ready."""
+    """Run a server process, and yield its port and process id once it is ready.
+
+    Args:
+        command: arguments of Python; `{port}` stands for a free port.
+        ready: path that answers when the server is ready.
+        seconds: to wait for it.
+    """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
+    arguments = [part.format(port=port) for part in command]
     process = subprocess.Popen(
-        [sys.executable, *(part.format(port=port) for part in command)],
-        env=os.environ,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, *arguments], env=os.environ, stderr=subprocess.DEVNULL
     )
     try:
-        _wait(f"http://127.0.0.1:{port}{ready}", process, seconds)
+        _wait_until_ready(f"http://127.0.0.1:{port}{ready}", process, seconds)
         yield port, process.pid
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(SHUTDOWN_SECONDS)
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], seconds: int) -> None:
-    for _ in range(10 * seconds):
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], seconds: int) -> None:
+    for _ in range(round(seconds / POLL_SECONDS)):
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with {process.returncode}")
+            raise RuntimeError(f"the server ended with exit code {process.returncode}")
         try:
             with urllib.request.urlopen(url, timeout=1):
                 return
         except OSError:
-            sleep(0.1)
-    raise RuntimeError("the server did not become ready")
+            sleep(POLL_SECONDS)
+    raise RuntimeError(f"the server was not ready within {seconds} s")

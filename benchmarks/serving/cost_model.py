@@ -1,16 +1,19 @@
-"""The cost model against the embedded demo: prices from some settings, the error on others that it has not seen.
+"""Validate the cost model on the embedded demo.
 
-Every setting is measured in each of several rounds, so that a slow minute falls on all of them; the median round counts.
-python benchmarks/serving/cost_model.py [ROUNDS]
+Prices are fitted to some settings and predict others. Every setting is measured in each of several
+rounds, so that a slow phase of the machine affects all of them; the median round counts.
+
+    python benchmarks/serving/cost_model.py [ROUNDS]
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import statistics
-import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
@@ -21,14 +24,23 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import record
-from benchmarks.serving.client import serving
-from benchmarks.serving.run import DEMO
-from infer_align_bench.cost import Setting, errors, fit, from_report, leave_one_out_errors, seconds
+from benchmarks.serving.client import DEMO, serving
+from infer_align_bench.cost import (
+    Prices,
+    Setting,
+    errors,
+    fit,
+    from_report,
+    leave_one_out_errors,
+    seconds,
+)
 from infer_align_server import cli
 
 OUT = Console(width=max(120, Console().width))
 ROUNDS = 5
+# Requests of a setting, or three times its concurrency if that is more.
 REQUESTS = 24
+STEERING_BETA = {"helpful-lookahead": 2.0}
 
 
 class Case(NamedTuple):
@@ -36,109 +48,124 @@ class Case(NamedTuple):
 
     concurrency: int
     n: int
-    prompt_tokens: int  # words that are asked; the endpoint says how many tokens they are
+    # Words of the prompt; the endpoint counts its tokens.
+    prompt_tokens: int
     output_tokens: int
     k: int = 0
     judged: bool = False
 
 
 FITTED = [
-    Case(*case)
-    for case in [
-        (1, 1, 16, 16),
-        (1, 1, 16, 64),
-        (8, 1, 48, 48),
-        (24, 1, 16, 32),
-        (1, 8, 48, 32),
-        (4, 4, 16, 16),
-        (4, 8, 16, 64),
-        (12, 2, 96, 48),
-        (1, 1, 96, 16),
-        (16, 1, 96, 16),
-        (1, 1, 16, 48, 20),
-        (8, 1, 48, 32, 20),
-        (8, 1, 16, 48, 64),
-        (4, 4, 16, 32, 20),
-        (1, 4, 16, 16, 0, True),
-        (4, 4, 16, 32, 0, True),
-        (2, 8, 48, 16, 0, True),
-    ]
+    Case(1, 1, 16, 16),
+    Case(1, 1, 16, 64),
+    Case(8, 1, 48, 48),
+    Case(24, 1, 16, 32),
+    Case(1, 8, 48, 32),
+    Case(4, 4, 16, 16),
+    Case(4, 8, 16, 64),
+    Case(12, 2, 96, 48),
+    Case(1, 1, 96, 16),
+    Case(16, 1, 96, 16),
+    Case(1, 1, 16, 48, k=20),
+    Case(8, 1, 48, 32, k=20),
+    Case(8, 1, 16, 48, k=64),
+    Case(4, 4, 16, 32, k=20),
+    Case(1, 4, 16, 16, judged=True),
+    Case(4, 4, 16, 32, judged=True),
+    Case(2, 8, 48, 16, judged=True),
 ]
 HELD_OUT = [
-    Case(*case)
-    for case in [
-        (2, 1, 32, 32),
-        (16, 1, 16, 64),
-        (2, 8, 16, 48),
-        (8, 4, 64, 32),
-        (6, 2, 32, 64),
-        (8, 1, 96, 32),
-        (16, 1, 16, 32, 20),
-        (2, 8, 16, 32, 20),
-        (4, 8, 16, 16, 0, True),
-        (2, 4, 48, 32, 0, True),
-    ]
+    Case(2, 1, 32, 32),
+    Case(16, 1, 16, 64),
+    Case(2, 8, 16, 48),
+    Case(8, 4, 64, 32),
+    Case(6, 2, 32, 64),
+    Case(8, 1, 96, 32),
+    Case(16, 1, 16, 32, k=20),
+    Case(2, 8, 16, 32, k=20),
+    Case(4, 8, 16, 16, judged=True),
+    Case(2, 4, 48, 32, judged=True),
 ]
+# Parts of a request whose prices the held-out settings may validate.
+PARTS = ("prompt_tokens", "k", "reward_tokens", "judge_tokens")
+# A measured setting, and its mean latency in seconds.
+Measured = tuple[Setting, float]
 
 
-def measure(url: str, case: Case, folder: Path) -> tuple[Setting, float]:
-    """One closed loop; every candidate says exactly so many tokens."""
-    align: dict[str, Any] = {"best_of_n": {"n": case.n}} if case.n > 1 else {}
-    if case.k:
-        align["vas"] = {"beta": {"helpful-lookahead": 2.0}, "top_k": case.k}
-    if case.judged:
-        align |= {"trust_judge": {}, "rewards": {}}
+def measure(url: str, case: Case, folder: Path) -> Measured:
+    """Measure one closed loop, in which every candidate has exactly `output_tokens` tokens."""
+    align = _align(case)
     path = folder / "result.json"
-    arguments = [
-        "--base-url",
-        url,
-        "--concurrency",
-        str(case.concurrency),
-        "--requests",
-        str(max(REQUESTS, 3 * case.concurrency)),
-    ]
-    arguments += [
-        "--dataset",
-        "synthetic",
-        "--input-tokens",
-        str(case.prompt_tokens),
-        "--output-tokens",
-        str(case.output_tokens),
-    ]
-    arguments += ["--warmup", str(case.concurrency), "--body", json.dumps({"ignore_eos": True})]
-    arguments += ["--align", json.dumps(align)] if align else []
-    said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):
-        code = cli.main(["bench", "serve", *arguments, "--json", str(path)])
+    arguments: dict[str, Any] = {
+        "--base-url": url,
+        "--concurrency": case.concurrency,
+        "--requests": max(REQUESTS, 3 * case.concurrency),
+        "--dataset": "synthetic",
+        "--input-tokens": case.prompt_tokens,
+        "--output-tokens": case.output_tokens,
+        "--warmup": case.concurrency,
+        "--body": json.dumps({"ignore_eos": True}),
+        "--json": path,
+    }
+    if align:
+        arguments["--align"] = json.dumps(align)
+    flags = []
+    for name, value in arguments.items():
+        flags += [name, str(value)]
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        code = cli.main(["bench", "serve", *flags])
     if code:
-        raise SystemExit(f"{case} could not be measured:\n{said.getvalue()}")
+        raise SystemExit(f"{case} could not be measured:\n{output.getvalue()}")
     return from_report(json.loads(path.read_text()), path.name)
 
 
-def rounds_of(rounds: int) -> dict[Case, tuple[Setting, float]]:
-    """Each setting, and its median latency over the rounds."""
-    seen: dict[Case, list[tuple[Setting, float]]] = {}
+def _align(case: Case) -> dict[str, Any]:
+    align: dict[str, Any] = {}
+    if case.n > 1:
+        align["best_of_n"] = {"n": case.n}
+    if case.k:
+        align["vas"] = {"beta": STEERING_BETA, "top_k": case.k}
+    if case.judged:
+        align |= {"trust_judge": {}, "rewards": {}}
+    return align
+
+
+def measure_rounds(rounds: int) -> dict[Case, Measured]:
+    """Measure every case in each round; return its setting and its median latency."""
+    measurements: dict[Case, list[Measured]] = {}
     with serving(*DEMO) as (port, _), tempfile.TemporaryDirectory() as folder:
+        url = f"http://127.0.0.1:{port}/v1"
         for i in range(rounds):
             OUT.print(f"[dim]round {i + 1} of {rounds}[/]")
             for case in [*FITTED, *HELD_OUT]:
-                seen.setdefault(case, []).append(
-                    measure(f"http://127.0.0.1:{port}/v1", case, Path(folder))
-                )
+                measurement = measure(url, case, Path(folder))
+                measurements.setdefault(case, []).append(measurement)
+    medians = {}
+    for case, values in measurements.items():
+        setting, _ = values[0]
+        medians[case] = (setting, statistics.median(latency for _, latency in values))
+    return medians
+
+
+def make_row(case: Case, setting: Setting, latency: float, prices: Prices) -> dict[str, Any]:
+    """Return the row of one case: its setting, its latency and the prediction."""
+    predicted = seconds(prices, setting)
     return {
-        case: (found[0][0], statistics.median(value for _, value in found))
-        for case, found in seen.items()
+        **case._asdict(),
+        "prompt_tokens": setting.prompt_tokens,
+        "judge_tokens": setting.judge_tokens,
+        "role": "held out" if case in HELD_OUT else "fitted",
+        "measured_ms": latency * 1e3,
+        "predicted_ms": predicted * 1e3,
+        "error": predicted / latency - 1,
     }
 
 
-def main(rounds: int) -> None:
-    """Measure, fit, predict, record."""
-    done = rounds_of(rounds)
-    settings, measured = zip(*(done[case] for case in FITTED), strict=True)
-    held, truth = zip(*(done[case] for case in HELD_OUT), strict=True)
-    prices = fit(settings, measured)
+def print_settings(rows: list[dict[str, Any]]) -> None:
+    """Print measured and predicted latency of every case."""
     table = Table(
-        "under way",
+        "in flight",
         "n",
         "prompt",
         "tokens",
@@ -149,61 +176,69 @@ def main(rounds: int) -> None:
         "error",
         "",
     )
-    rows = []
-    for case, (setting, value) in done.items():
-        predicted = seconds(prices, setting)
-        row: dict[str, Any] = case._asdict() | {
-            "prompt_tokens": setting.prompt_tokens,
-            "judge_tokens": setting.judge_tokens,
-        }
-        row |= {
-            "role": "held out" if case in HELD_OUT else "fitted",
-            "measured_ms": value * 1e3,
-            "predicted_ms": predicted * 1e3,
-        }
-        row["error"] = predicted / value - 1
-        rows.append(row)
-        figures = (
-            f"{value * 1e3:.1f}",
-            f"{predicted * 1e3:.1f}",
+    for row in rows:
+        table.add_row(
+            str(row["concurrency"]),
+            str(row["n"]),
+            f"{row['prompt_tokens']:.0f}",
+            str(row["output_tokens"]),
+            str(row["k"]),
+            f"{row['judge_tokens']:.0f}",
+            f"{row['measured_ms']:.1f}",
+            f"{row['predicted_ms']:.1f}",
             f"{row['error']:+.0%}",
             row["role"],
         )
-        parts = (
-            case.concurrency,
-            case.n,
-            f"{setting.prompt_tokens:.0f}",
-            case.output_tokens,
-            case.k,
-            f"{setting.judge_tokens:.0f}",
-        )
-        table.add_row(*(str(part) for part in parts), *figures)
     OUT.print(table)
-    unseen, others = (
-        np.abs(errors(prices, held, truth)),
-        np.abs(leave_one_out_errors(settings, measured)),
-    )
-    summary = {
-        "held_out_mean": unseen.mean(),
-        "held_out_worst": unseen.max(),
-        "left_out_mean": others.mean(),
+
+
+def summarize_errors(measured: Mapping[Case, Measured], prices: Prices) -> dict[str, float]:
+    """Return the errors of held-out settings, and of fitted ones that are left out in turn."""
+    settings, latencies = zip(*(measured[case] for case in FITTED), strict=True)
+    held_out, held_out_latencies = zip(*(measured[case] for case in HELD_OUT), strict=True)
+    held_out_errors = np.abs(errors(prices, held_out, held_out_latencies))
+    left_out_errors = np.abs(leave_one_out_errors(settings, latencies))
+    return {
+        "held_out_mean": float(held_out_errors.mean()),
+        "held_out_worst": float(held_out_errors.max()),
+        "left_out_mean": float(left_out_errors.mean()),
     }
-    OUT.print({name: f"{value:.1%}" for name, value in summary.items()})
-    setup = {"rounds": rounds, "requests": REQUESTS, "prices_seconds": asdict(prices)}
-    parts = ("prompt_tokens", "k", "reward_tokens", "judge_tokens")
-    setup["validated"] = {name: any(getattr(setting, name) for setting in held) for name in parts}
-    setup["errors"] = {name: float(value) for name, value in summary.items()}
-    OUT.print(
-        "written:",
-        record(
-            "cost_model",
-            baseline="the measured latency of each setting",
-            seed=0,
-            rows=rows,
-            setup=setup,
-        ),
+
+
+def main() -> None:
+    """Measure, fit, predict and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("rounds", nargs="?", type=int, default=ROUNDS)
+    rounds = parser.parse_args().rounds
+    measured = measure_rounds(rounds)
+    settings, latencies = zip(*(measured[case] for case in FITTED), strict=True)
+    prices = fit(settings, latencies)
+    rows = []
+    for case, (setting, latency) in measured.items():
+        rows.append(make_row(case, setting, latency, prices))
+    print_settings(rows)
+    summary = summarize_errors(measured, prices)
+    OUT.print({name: f"{value:.1%}" for name, value in summary.items()})
+    validated = {}
+    for part in PARTS:
+        validated[part] = any(getattr(measured[case][0], part) for case in HELD_OUT)
+    path = record(
+        "cost_model",
+        baseline="the measured latency of each setting",
+        seed=0,
+        rows=rows,
+        setup={
+            "rounds": rounds,
+            "requests": REQUESTS,
+            "prices_seconds": asdict(prices),
+            "validated": validated,
+            "errors": summary,
+        },
+    )
+    OUT.print("written:", path)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS)
+    main()

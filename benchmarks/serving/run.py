@@ -1,15 +1,18 @@
-"""Serving, measured: overhead, best-of-n against plain n, throughput against `generate`, memory under cancellation.
+"""Measure serving.
 
-Every figure stands beside a baseline of the same run, in alternating rounds; medians and ratios, as machines are noisy.
+The benchmarks are the overhead of the server, best-of-n against plain n, throughput against
+`generate`, and memory under cancellation. Every figure has a baseline of the same run, in
+alternating rounds; figures are medians and ratios, since machines are noisy.
+
     python benchmarks/serving/run.py [overhead] [best_of_n] [throughput] [memory]
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any
@@ -17,194 +20,195 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.record import record
-from benchmarks.serving.client import Connection, closed_loop, serving
+from benchmarks.serving.client import DEMO, Connection, closed_loop, serving
+from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.demo import world
 from infer_align.engines.transformers import Transformers, TransformersEngine
 from infer_align.types import Candidate, Draw
 
-SERVER = ("-m", "infer_align_server", "serve")
-FAKE = (
-    *SERVER,
-    "--set",
-    "engine.kind=fake",
-    "--set",
-    "engine.model=demo",
-    "--set",
-    "server.port={port}",
-)
-DEMO = (*SERVER, "--set", "server.port={port}")
+FAKE = (*DEMO, "--set", "engine.kind=fake", "--set", "engine.model=demo")
 ROUNDS = 7
+CONCURRENCY = 16
+# Tokens of each request of the throughput benchmark.
+TOKENS = 128
+# Requests of the memory benchmark after the warm-up, and between two readings.
+MEMORY_REQUESTS = 2000
+READING_REQUESTS = 500
+ABANDON_SECONDS = 0.03
 OUT = Console()
 
 
-def overhead(rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """The whole server over an instant engine, against that engine behind a bare route."""
-    body = {
-        "model": "demo",
-        "messages": [{"role": "user", "content": "a question of some length, as people ask them"}],
-    }
-    p50: dict[str, list[float]] = {"bare": [], "ours": []}
-    rate: dict[str, list[float]] = {"bare": [], "ours": []}
-    with serving("benchmarks/serving/bare.py", "{port}") as (bare, _), serving(*FAKE) as (ours, _):
-        ports = {"bare": bare, "ours": ours}
+def overhead(rounds: int = ROUNDS) -> list[Row]:
+    """Compare the whole server over an instant engine with that engine behind a bare route."""
+    question = "a question of some length, as people ask them"
+    body = {"model": "demo", "messages": [{"role": "user", "content": question}]}
+    latencies_ms: dict[str, list[float]] = {"bare": [], "ours": []}
+    rates: dict[str, list[float]] = {"bare": [], "ours": []}
+    with (
+        serving("benchmarks/serving/bare.py", "{port}") as (bare_port, _),
+        serving(*FAKE) as (our_port, _),
+    ):
+        ports = {"bare": bare_port, "ours": our_port}
         for port in ports.values():
-            asyncio.run(closed_loop(port, body, 16, 400))
+            asyncio.run(closed_loop(port, body, CONCURRENCY, 400))
         for _ in range(rounds):
             for name, port in ports.items():
                 latencies, _ = asyncio.run(closed_loop(port, body, 1, 200))
-                p50[name].append(statistics.median(latencies) * 1e3)
-                _, seconds = asyncio.run(closed_loop(port, body, 16, 600))
-                rate[name].append(600 / seconds)
-    ms = {name: statistics.median(values) for name, values in p50.items()}
-    rps = {name: statistics.median(values) for name, values in rate.items()}
+                latencies_ms[name].append(statistics.median(latencies) * 1e3)
+                _, seconds = asyncio.run(closed_loop(port, body, CONCURRENCY, 600))
+                rates[name].append(600 / seconds)
+    latency = {name: statistics.median(values) for name, values in latencies_ms.items()}
+    rate = {name: statistics.median(values) for name, values in rates.items()}
     return [
         row(
             "added p50 at concurrency 1, ms",
-            ms["ours"] - ms["bare"],
-            ms["ours"],
-            ms["bare"],
+            latency["ours"] - latency["bare"],
+            latency["ours"],
+            latency["bare"],
             "at most 5",
         ),
         row(
             "requests per second at concurrency 16, ratio",
-            rps["ours"] / rps["bare"],
-            rps["ours"],
-            rps["bare"],
+            rate["ours"] / rate["bare"],
+            rate["ours"],
+            rate["bare"],
             "at least 0.5",
         ),
     ]
 
 
-def best_of_n(rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """Best-of-8 with five reward models, against one plain n=8 generation of the same tokens."""
-    question = world.prompts(1, seed=7)[0]
-    plain = {
-        "model": "demo",
-        "messages": [{"role": "user", "content": question}],
-        "n": 8,
-        "seed": 1,
-        "max_tokens": 64,
-    }
-    body = {**plain, "n": 1, "align": {"best_of_n": {"n": 8}, "rewards": {"quality": 1}}}
+def best_of_n(rounds: int = ROUNDS) -> list[Row]:
+    """Compare best-of-8 by five reward models with one n=8 generation of the same tokens."""
+    plain = _demo_body(n=8, seed=1, max_tokens=64)
+    align = {"best_of_n": {"n": 8}, "rewards": {"quality": 1}}
+    bodies = {"plain": plain, "best": {**plain, "n": 1, "align": align}}
     seconds: dict[str, list[float]] = {"plain": [], "best": []}
     with serving(*DEMO) as (port, _):
-        for repeat in range(rounds * 8):
-            for name, request in (("plain", plain), ("best", body)):
-                latencies, _ = asyncio.run(closed_loop(port, {**request, "seed": repeat}, 1, 1))
+        for seed in range(rounds * 8):
+            for name, body in bodies.items():
+                latencies, _ = asyncio.run(closed_loop(port, {**body, "seed": seed}, 1, 1))
                 seconds[name] += latencies
-    best, base = statistics.median(seconds["best"]), statistics.median(seconds["plain"])
+    best = statistics.median(seconds["best"])
+    baseline = statistics.median(seconds["plain"])
     return [
         row(
             "best-of-8 against n=8, wall time ratio",
-            best / base,
+            best / baseline,
             best * 1e3,
-            base * 1e3,
+            baseline * 1e3,
             "at most 1.3",
         )
     ]
 
 
-def throughput(rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """16 concurrent requests through the engine's continuous batching, against `generate` on a static batch of 16."""
-
-    async def ours(engine: TransformersEngine, ids: list[int]) -> int:
-        text = engine.frozen.tokenizer.decode(ids)
-        draws = [
-            Draw({"prompt": text, "max_tokens": 128, "ignore_eos": True}, 1, (i,), "completion")
-            for i in range(16)
-        ]
-        return sum(await asyncio.gather(*(_tokens(engine, draw) for draw in draws)))
-
-    async def measure() -> tuple[list[float], list[float]]:
-        engine = Transformers(threads=1).load()
-        await engine.start()
-        model = engine.frozen
-        ids = model.tokenizer(world.prompts(1, seed=3)[0])["input_ids"]
-        batch = torch.tensor([ids] * 16)
-        rates: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            started = perf_counter()
-            tokens = await ours(engine, ids)
-            rates[0].append(tokens / (perf_counter() - started))
-            started = perf_counter()
-            model.lm.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                do_sample=True,
-                max_new_tokens=128,
-                min_new_tokens=128,
-            )
-            rates[1].append(16 * 128 / (perf_counter() - started))
-        await engine.close()
-        return rates
-
-    mine, generate = (statistics.median(rates) for rates in asyncio.run(measure()))
+def throughput(rounds: int = ROUNDS) -> list[Row]:
+    """Compare 16 concurrent requests to the engine with `generate` on a static batch of 16."""
+    our_rates, generate_rates = asyncio.run(_measure_throughput(rounds))
+    ours = statistics.median(our_rates)
+    generate = statistics.median(generate_rates)
     return [
         row(
             "decode tokens per second of 16 requests, ratio",
-            mine / generate,
-            mine,
+            ours / generate,
+            ours,
             generate,
             "at least 0.8",
         )
     ]
 
 
-async def _tokens(engine: TransformersEngine, draw: Draw) -> int:
-    async with engine.sample(draw) as stream:
-        return sum(
-            [event.completion_tokens async for event in stream if isinstance(event, Candidate)]
+async def _measure_throughput(rounds: int) -> tuple[list[float], list[float]]:
+    """Return the tokens per second of the engine and of `generate`, for each round."""
+    engine = Transformers(threads=1).load()
+    await engine.start()
+    model = engine.frozen
+    ids = model.tokenizer(world.prompts(1, seed=3)[0])["input_ids"]
+    text = model.tokenizer.decode(ids)
+    batch = torch.tensor([ids] * CONCURRENCY)
+    our_rates = []
+    generate_rates = []
+    for _ in range(rounds):
+        started = perf_counter()
+        tokens = await _decode(engine, text)
+        our_rates.append(tokens / (perf_counter() - started))
+        started = perf_counter()
+        model.lm.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            do_sample=True,
+            max_new_tokens=TOKENS,
+            min_new_tokens=TOKENS,
         )
+        generate_rates.append(CONCURRENCY * TOKENS / (perf_counter() - started))
+    await engine.close()
+    return our_rates, generate_rates
 
 
-def memory() -> list[dict[str, Any]]:
-    """2,000 best-of-4 requests, every second one abandoned on the way, after as many to warm up: resident memory."""
-    question = world.prompts(1, seed=7)[0]
-    body = {
-        "model": "demo",
-        "messages": [{"role": "user", "content": question}],
-        "align": {"best_of_n": {"n": 4}},
-    }
+async def _decode(engine: TransformersEngine, prompt: str) -> int:
+    """Decode concurrent requests, and return the number of tokens."""
+    body = {"prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True}
+    draws = [Draw(body, 1, (seed,), "completion") for seed in range(CONCURRENCY)]
+    return sum(await asyncio.gather(*(_completion_tokens(engine, draw) for draw in draws)))
 
-    async def load(port: int, process: psutil.Process) -> list[float]:
-        resident = []
-        for done in range(0, 4001, 20):
-            if done % 500 == 0:
-                resident.append(process.memory_info().rss / 2**20)
-            await asyncio.gather(*(_request(port, body, abandon=bool(i % 2)) for i in range(20)))
-        return resident
 
-    with serving(*DEMO) as (port, pid):
-        resident = asyncio.run(load(port, psutil.Process(pid)))
+async def _completion_tokens(engine: TransformersEngine, draw: Draw) -> int:
+    tokens = 0
+    async with engine.sample(draw) as stream:
+        async for event in stream:
+            if isinstance(event, Candidate):
+                tokens += event.completion_tokens
+    return tokens
+
+
+def memory() -> list[Row]:
+    """Measure the growth of resident memory over 2,000 best-of-4 requests after a warm-up.
+
+    The client abandons every second request.
+    """
+    body = _demo_body(align={"best_of_n": {"n": 4}})
+    with serving(*DEMO) as (port, process_id):
+        readings = asyncio.run(_read_memory(port, psutil.Process(process_id), body))
+    warm = readings[MEMORY_REQUESTS // READING_REQUESTS]
     growth = row(
         "resident memory, MiB: growth over 2,000 requests",
-        resident[-1] - resident[4],
-        resident[-1],
-        resident[4],
+        readings[-1] - warm,
+        readings[-1],
+        warm,
         "flat",
     )
-    return [{**growth, "every_500_requests": resident}]
+    return [{**growth, "every_500_requests": readings}]
+
+
+async def _read_memory(port: int, process: psutil.Process, body: dict[str, Any]) -> list[float]:
+    """Send the requests; return the memory in MiB after every 500 of them."""
+    group = 20
+    readings = []
+    for sent in range(0, 2 * MEMORY_REQUESTS + 1, group):
+        if sent % READING_REQUESTS == 0:
+            readings.append(process.memory_info().rss / 2**20)
+        requests = [_request(port, body, abandon=bool(i % 2)) for i in range(group)]
+        await asyncio.gather(*requests)
+    return readings
 
 
 async def _request(port: int, body: dict[str, Any], *, abandon: bool) -> None:
     connection = Connection(port)
     request = connection.post("/v1/chat/completions", json.dumps(body).encode())
     try:
-        await asyncio.wait_for(request, 0.03 if abandon else 60)
+        await asyncio.wait_for(request, ABANDON_SECONDS if abandon else 60)
     except TimeoutError:
         assert abandon, "a request that was not abandoned took over a minute"
     connection.close()
 
 
-def row(what: str, value: float, ours: float, baseline: float, target: str) -> dict[str, Any]:
-    """One figure, what it is made of, and what was hoped for."""
-    return {"what": what, "value": value, "ours": ours, "baseline": baseline, "target": target}
+def _demo_body(**fields: Any) -> dict[str, Any]:
+    question = world.prompts(1, seed=7)[0]
+    return {"model": "demo", "messages": [{"role": "user", "content": question}], **fields}
 
 
-BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+BENCHMARKS: dict[str, Callable[[], list[Row]]] = {
     "overhead": overhead,
     "best_of_n": best_of_n,
     "throughput": throughput,
@@ -212,25 +216,33 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 
-def main(names: list[str]) -> None:
-    """Run those named, or all."""
-    rows = [found for name in names or BENCHMARKS for found in BENCHMARKS[name]()]
-    table = Table("what", "value", "ours", "baseline", "target")
-    for found in rows:
-        table.add_row(
-            found["what"],
-            *(f"{found[key]:.4g}" for key in ("value", "ours", "baseline")),
-            found["target"],
-        )
-    OUT.print(table)
+def main() -> None:
+    """Run the named benchmarks, or all of them; write the result of all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="BENCHMARK", help=f"any of {', '.join(BENCHMARKS)}"
+    )
+    names = parser.parse_args().names
+    for name in names:
+        if name not in BENCHMARKS:
+            parser.error(f"{name!r} is not a benchmark; must be one of {', '.join(BENCHMARKS)}")
+    rows = []
+    for name in names or BENCHMARKS:
+        rows += BENCHMARKS[name]()
+    print_rows(rows, OUT)
     if not names:
-        baseline = "bare FastAPI route; one n=8 request; transformers generate; resident memory after 2,000 requests to warm up"
-        OUT.print(
-            "written:",
-            record("serving", baseline=baseline, seed=0, rows=rows, setup={"rounds": ROUNDS}),
-            highlight=False,
+        path = record(
+            "serving",
+            baseline="bare FastAPI route; one n=8 request; transformers generate; "
+            "resident memory after 2,000 requests to warm up",
+            seed=0,
+            rows=rows,
+            setup={"rounds": ROUNDS},
         )
+        OUT.print("written:", path, highlight=False)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,27 +1,31 @@
-"""What steering costs: tokens per second of the head and the lookahead value, against plain decoding and the published way.
+"""Measure the cost of steering, in tokens per second.
 
-The published procedure values the k candidates of every token with k + 1 passes of the value model, one after the other, one row at
-a time; it is run here on the same models. All figures are from the same run, in alternating rounds.
+Steering by the head and by the lookahead value is compared with plain decoding and with the
+published procedure. That procedure values the k candidates of every token with k + 1 passes of the
+value model, one after the other and one row at a time; here it runs on the same models. All figures
+are from the same run, in alternating rounds.
+
     python benchmarks/serving/vas.py
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import statistics
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 
-matplotlib.use("agg")
+mpl.use("agg")
 import torch
-from matplotlib import pyplot
+from matplotlib import pyplot as plt
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.record import RESULTS, record
+from benchmarks.serving.rows import Row, print_rows, ratio_row
 from infer_align import config
 from infer_align.demo import world
 from infer_align.engines.transformers import TransformersEngine
@@ -29,29 +33,47 @@ from infer_align.types import Candidate, Draw, Steering
 
 ROUNDS = 7
 TOKENS = 96
+TOP_K = 20
+BETA = 2.0
+# Tokens of the published procedure, which is slow.
+PUBLISHED_TOKENS = 12
 OUT = Console()
 PLAIN, HEAD, LOOKAHEAD = "plain", "head", "lookahead"
+# Value that steers, by the name of the curve.
 VALUES = {PLAIN: None, HEAD: "helpful", LOOKAHEAD: "helpful-lookahead"}
+BATCHES = (1, 4, 16, 64)
+# Values of k at batch 16, in addition to TOP_K.
+OTHER_TOP_KS = (5, 10, 40, 64)
+CASES = [*((batch, TOP_K) for batch in BATCHES), *((16, k) for k in OTHER_TOP_KS)]
+# Tokens per second by curve, batch and k.
+Rates = dict[tuple[str, int, int], float]
 
 
-def steering(way: str, k: int) -> Steering | None:
-    """How a draw is steered, if it is."""
-    value = VALUES[way]
-    return None if value is None else Steering({value: 2.0}, k, "keep")
+async def start_engine() -> TransformersEngine:
+    """Start the embedded demo's engine on one thread."""
+    engine = config.load(None, ["engine.threads=1"]).load_engine()
+    assert isinstance(engine, TransformersEngine)
+    await engine.start()
+    return engine
 
 
-async def rate(engine: TransformersEngine, way: str, batch: int, k: int) -> float:
-    """Tokens per second of `batch` concurrent requests."""
-    body = {
-        "messages": [{"role": "user", "content": world.prompts(1, seed=3)[0]}],
-        "max_tokens": TOKENS,
-        "ignore_eos": True,
-    }
+def steering(name: str, k: int) -> Steering | None:
+    """Return the steering of a curve; None for plain decoding."""
+    value = VALUES[name]
+    return None if value is None else Steering({value: BETA}, k, "keep")
+
+
+async def rate(engine: TransformersEngine, name: str, batch: int, k: int) -> float:
+    """Return the tokens per second of `batch` concurrent requests."""
+    body = {"messages": _messages(), "max_tokens": TOKENS, "ignore_eos": True}
+    draws = [Draw(body, 1, (seed,), steering=steering(name, k)) for seed in range(batch)]
     started = perf_counter()
-    await asyncio.gather(
-        *(_finish(engine, Draw(body, 1, (i,), steering=steering(way, k))) for i in range(batch))
-    )
+    await asyncio.gather(*(_finish(engine, draw) for draw in draws))
     return batch * TOKENS / (perf_counter() - started)
+
+
+def _messages() -> list[dict[str, str]]:
+    return [{"role": "user", "content": world.prompts(1, seed=3)[0]}]
 
 
 async def _finish(engine: TransformersEngine, draw: Draw) -> None:
@@ -62,93 +84,89 @@ async def _finish(engine: TransformersEngine, draw: Draw) -> None:
 
 
 @torch.inference_mode()
-def published(engine: TransformersEngine, k: int, tokens: int = 12) -> float:
-    """Tokens per second of the published procedure: batch 1, a pass for the prefix and one per candidate, one after the other."""
+def published_rate(engine: TransformersEngine, k: int, tokens: int = PUBLISHED_TOKENS) -> float:
+    """Return the tokens per second of the published procedure at batch 1.
+
+    It runs one pass for the prefix and one per candidate, one after the other.
+    """
     model = engine.frozen
-    value_lm = engine.value("helpful-lookahead").lm
-    ids = model.render(
-        Draw({"messages": [{"role": "user", "content": world.prompts(1, seed=3)[0]}]})
-    ).ids
+    value_model = engine.value("helpful-lookahead").lm
+    ids = model.render(Draw({"messages": _messages()})).ids
     started = perf_counter()
     for _ in range(tokens):
         logits = model.lm(input_ids=torch.tensor([ids])).logits[0, -1]
-        _values_of(value_lm, ids)
+        _value(value_model, ids)
         top = logits.topk(k).indices.tolist()
-        values = torch.tensor([_values_of(value_lm, [*ids, token]) for token in top])
-        logits[top] += 2.0 * (values - values.mean())
+        values = torch.tensor([_value(value_model, [*ids, token]) for token in top])
+        logits[top] += BETA * (values - values.mean())
         ids = [*ids, int(torch.softmax(logits, -1).multinomial(1))]
     return tokens / (perf_counter() - started)
 
 
-def _values_of(value_lm: Any, ids: list[int]) -> float:
+def _value(value_model: Any, ids: list[int]) -> float:
     positions = torch.arange(len(ids))[None]
-    return float(value_lm.forward(torch.tensor([ids]), None, positions, None)[0, -1, 0])
+    return float(value_model.forward(torch.tensor([ids]), None, positions, None)[0, -1, 0])
 
 
-async def measure() -> tuple[list[dict[str, Any]], dict[str, dict[Any, list[float]]]]:
-    """The figures that have an aim, and the cost over batch and over k."""
-    engine = config.load(None, ["engine.threads=1"]).load_engine()
-    assert isinstance(engine, TransformersEngine)
-    await engine.start()
-    found: dict[tuple[str, int, int], list[float]] = {}
-    paper: list[float] = []
-    cases = [(batch, 20) for batch in (1, 4, 16, 64)] + [(16, k) for k in (5, 10, 40, 64)]
+async def measure() -> tuple[Rates, float]:
+    """Return the median rate of each case, and of the published procedure."""
+    engine = await start_engine()
+    rates: dict[tuple[str, int, int], list[float]] = {}
+    published = []
     for _ in range(ROUNDS):
-        for batch, k in cases:
-            for way in VALUES:
-                found.setdefault((way, batch, k), []).append(await rate(engine, way, batch, k))
-        paper.append(published(engine, 20))
+        for batch, k in CASES:
+            for name in VALUES:
+                tokens_per_second = await rate(engine, name, batch, k)
+                rates.setdefault((name, batch, k), []).append(tokens_per_second)
+        published.append(published_rate(engine, TOP_K))
     await engine.close()
-    best = {case: statistics.median(rates) for case, rates in found.items()}
-    one = statistics.median(paper)
-    rows = [
-        _row(
+    medians = {case: statistics.median(values) for case, values in rates.items()}
+    return medians, statistics.median(published)
+
+
+def summarize(rates: Rates, published: float) -> list[Row]:
+    """Return the figures that have a target."""
+    return [
+        ratio_row(
             "head, batch 16, against plain decoding",
-            best[HEAD, 16, 20],
-            best[PLAIN, 16, 20],
+            rates[HEAD, 16, TOP_K],
+            rates[PLAIN, 16, TOP_K],
             "at least 0.8",
         ),
-        _row(
-            "lookahead, batch 1, against the published procedure", best[LOOKAHEAD, 1, 20], one, ""
+        ratio_row(
+            "lookahead, batch 1, against the published procedure",
+            rates[LOOKAHEAD, 1, TOP_K],
+            published,
+            "",
         ),
-        _row(
+        ratio_row(
             "lookahead, batch 16, against the published procedure",
-            best[LOOKAHEAD, 16, 20],
-            one,
+            rates[LOOKAHEAD, 16, TOP_K],
+            published,
             "at least 8",
         ),
-        _row(
+        ratio_row(
             "lookahead, batch 16, against plain decoding",
-            best[LOOKAHEAD, 16, 20],
-            best[PLAIN, 16, 20],
+            rates[LOOKAHEAD, 16, TOP_K],
+            rates[PLAIN, 16, TOP_K],
             "",
         ),
     ]
-    curves = {way: {f"batch {b}, k {k}": best[way, b, k] for b, k in cases} for way in VALUES}
-    _plot(best)
-    return rows, curves  # type: ignore[return-value]
 
 
-def _row(what: str, ours: float, baseline: float, target: str) -> dict[str, Any]:
-    return {
-        "what": what,
-        "value": ours / baseline,
-        "ours": ours,
-        "baseline": baseline,
-        "target": target,
-    }
-
-
-def _plot(best: dict[tuple[str, int, int], float]) -> Path:
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for way in VALUES:
-        batches, ks = (1, 4, 16, 64), (5, 10, 20, 40, 64)
-        left.plot(batches, [best[way, b, 20] for b in batches], marker="o", label=way)
-        right.plot(ks, [best[way, 16, k] for k in ks], marker="o", label=way)
-    left.set(xscale="log", xlabel="concurrent requests, k = 20", ylabel="tokens per second")
-    right.set(xlabel="k, 16 concurrent requests", ylabel="tokens per second", ylim=(0, None))
-    left.legend()
-    figure.suptitle("What steering costs, one CPU thread, embedded demo")
+def plot(rates: Rates) -> Path:
+    """Draw the rates over batch and over k, and return the file."""
+    figure, (batch_axes, k_axes) = plt.subplots(1, 2, figsize=(10, 4))
+    top_ks = sorted((TOP_K, *OTHER_TOP_KS))
+    for name in VALUES:
+        by_batch = [rates[name, batch, TOP_K] for batch in BATCHES]
+        batch_axes.plot(BATCHES, by_batch, marker="o", label=name)
+        by_k = [rates[name, 16, k] for k in top_ks]
+        k_axes.plot(top_ks, by_k, marker="o", label=name)
+    batch_axes.set(xscale="log", xlabel="concurrent requests, k = 20", ylabel="tokens per second")
+    k_axes.set(xlabel="k, 16 concurrent requests", ylabel="tokens per second", ylim=(0, None))
+    batch_axes.legend()
+    figure.suptitle("Cost of steering, one CPU thread, embedded demo")
     figure.tight_layout()
     path = RESULTS / "vas_speed.png"
     figure.savefig(path, dpi=100)
@@ -156,27 +174,26 @@ def _plot(best: dict[tuple[str, int, int], float]) -> Path:
 
 
 def main() -> None:
-    """Measure, print, record."""
-    rows, curves = asyncio.run(measure())
-    table = Table("tokens per second", "ratio", "ours", "baseline", "aim")
-    for row in rows:
-        table.add_row(
-            row["what"],
-            *(f"{row[key]:.4g}" for key in ("value", "ours", "baseline")),
-            row["target"],
-        )
-    OUT.print(table)
-    setup = {"rounds": ROUNDS, "tokens": TOKENS, "tokens_per_second": curves}
-    OUT.print(
-        "written:",
-        record(
-            "vas_speed",
-            baseline="plain decoding; the published procedure",
-            seed=0,
-            rows=rows,
-            setup=setup,
-        ),
+    """Measure, plot, print and write the result."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.parse_args()
+    rates, published = asyncio.run(measure())
+    rows = summarize(rates, published)
+    plot(rates)
+    print_rows(rows, OUT, ("tokens per second", "ratio", "ours", "baseline", "target"))
+    curves: dict[str, dict[str, float]] = {name: {} for name in VALUES}
+    for (name, batch, k), tokens_per_second in rates.items():
+        curves[name][f"batch {batch}, k {k}"] = tokens_per_second
+    path = record(
+        "vas_speed",
+        baseline="plain decoding; the published procedure",
+        seed=0,
+        rows=rows,
+        setup={"rounds": ROUNDS, "tokens": TOKENS, "tokens_per_second": curves},
+    )
+    OUT.print("written:", path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""vLLM behind this server, measured against `vllm serve`: the same model, options and machine, in alternating rounds of one run.
+"""Compare vLLM behind this server with `vllm serve`.
 
-    python benchmarks/serving/vllm_engine.py [MODEL] [--rounds 5] [--scale 1.0] [--set max_model_len=4096 ...]
+Both run the same model with the same options on the same machine, in alternating rounds of one run.
+On a GPU, name a model, and its rewards and values with --config. Without a model, the benchmark
+runs the embedded demo on vLLM's CPU build.
 
-On a GPU give a model, and its rewards and values with --config; without, it is the embedded demo on vLLM's CPU build.
+    python benchmarks/serving/vllm_engine.py [MODEL] [--rounds 5] [--scale 1.0]
+        [--set max_model_len=4096 ...]
 """
 
 from __future__ import annotations
@@ -11,37 +14,32 @@ import argparse
 import asyncio
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.record import record
 from benchmarks.serving.client import closed_loop, serving
+from benchmarks.serving.rows import Row, print_rows, ratio_row
 from infer_align.config.config import override
 from infer_align.demo import world
 from infer_align.demo.locate import locate
 
-# What `vllm serve` runs; that command itself does not know the CPU build by its package's name.
+# The module that `vllm serve` runs: the command does not find the CPU build under its package name.
+# Neither server writes an access log.
 RAW = (
     "-m",
     "vllm.entrypoints.launchers.api_server.entry",
-    "--model",
-    "{model}",
     "--served-model-name",
     "demo",
     "--port",
     "{port}",
     "--disable-uvicorn-access-log",
 )
-# Neither writes an access log.
-OURS = (
-    "-m",
-    "infer_align_server",
-    "serve",
-    "{config}",
+OUR_SETTINGS = (
     "--set",
     "server.port={port}",
     "--set",
@@ -49,9 +47,9 @@ OURS = (
     "--set",
     "server.log_level=warning",
 )
-DEMO = "infer_align/demo/vllm.toml"
-# What a CPU needs; a GPU's own are given with --set.
-CPU = {
+DEMO_CONFIG = "infer_align/demo/vllm.toml"
+# Options for a CPU. Options for a GPU come from --set.
+CPU_OPTIONS = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 512,
@@ -64,154 +62,141 @@ CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 LOADING_SECONDS = 900
-BEST = {"align": {"best_of_n": {"n": 8}, "rewards": {"quality": 1}}}
+ROUNDS = 11
+BEST_OF_8 = {"align": {"best_of_n": {"n": 8}, "rewards": {"quality": 1}}}
 STEERED = {"align": {"vas": {"beta": {"helpful": 4.0}}}}
 OUT = Console()
 
-Seconds = Callable[[str, dict[str, Any], int, int], float]
+
+@dataclass(frozen=True)
+class Comparison:
+    """One request to `vllm serve` and the corresponding one to our server."""
+
+    what: str
+    raw: dict[str, Any]
+    ours: dict[str, Any]
+    concurrency: int
+    # Requests of a round.
+    requests: int
+    target: str
+    # True: compare requests per second; False: seconds per request.
+    as_rate: bool
+
+
+def comparisons() -> list[Comparison]:
+    """Return everything that is compared."""
+    question = world.prompts(1, seed=7)[0]
+    body = {"model": "demo", "messages": [{"role": "user", "content": question}], "max_tokens": 64}
+    long = {**body, "max_tokens": 96, "ignore_eos": True}
+    # A fixed length, so that best-of-8 and n=8 do the same work.
+    fixed = {**body, "max_tokens": 40, "ignore_eos": True}
+    return [
+        Comparison(
+            "requests per second without align at concurrency 16, ratio",
+            raw=body,
+            ours=body,
+            concurrency=16,
+            requests=400,
+            target="at least 0.97",
+            as_rate=True,
+        ),
+        Comparison(
+            "best-of-8 against n=8, wall time ratio",
+            raw={**fixed, "n": 8},
+            ours={**fixed, **BEST_OF_8},
+            concurrency=1,
+            requests=16,
+            target="at most 1.3",
+            as_rate=False,
+        ),
+        Comparison(
+            "32 concurrent best-of-8 against n=8, wall time ratio",
+            raw={**fixed, "n": 8},
+            ours={**fixed, **BEST_OF_8},
+            concurrency=32,
+            requests=64,
+            target="at most 1.3",
+            as_rate=False,
+        ),
+        Comparison(
+            "tokens per second of 16 requests, steered against plain, ratio",
+            raw=long,
+            ours={**long, **STEERED},
+            concurrency=16,
+            requests=96,
+            target="at least 0.85",
+            as_rate=True,
+        ),
+    ]
 
 
 @contextmanager
 def servers(model: str, options: dict[str, Any], config: str) -> Iterator[dict[str, int]]:
-    """`vllm serve` and ours, with the same options; -> their ports."""
-    flags = [word for key, value in options.items() for word in _flag(key, value)]
-    settings = [
-        word for key, value in options.items() for word in ("--set", f"engine.{key}={_toml(value)}")
-    ]
-    ours = [
-        *(part.replace("{config}", config) for part in OURS),
-        "--set",
-        f"engine.model={model}",
-        *settings,
-    ]
-    raw = [part.replace("{model}", locate(model)) for part in RAW]
-    loading = {"seconds": LOADING_SECONDS}
+    """Run `vllm serve` and our server with the same options, and yield their ports."""
+    flags = []
+    settings = []
+    for key, value in options.items():
+        flags += _vllm_flag(key, value)
+        settings += ["--set", f"engine.{key}={_toml(value)}"]
+    settings += ["--set", f"engine.model={model}"]
+    ours = ["-m", "infer_align_server", "serve", config, *OUR_SETTINGS, *settings]
+    raw = [*RAW, "--model", locate(model), *flags]
     with (
-        serving(*raw, *flags, ready="/health", **loading) as (plain, _),
-        serving(*ours, **loading) as (aligned, _),
+        serving(*raw, ready="/health", seconds=LOADING_SECONDS) as (raw_port, _),
+        serving(*ours, seconds=LOADING_SECONDS) as (our_port, _),
     ):
-        yield {"raw": plain, "ours": aligned}
+        yield {"raw": raw_port, "ours": our_port}
 
 
-def _flag(key: str, value: Any) -> list[str]:
-    name = f"--{key.replace('_', '-')}"
-    return (
-        [name if value else f"--no-{name[2:]}"] if isinstance(value, bool) else [name, str(value)]
-    )
+def _vllm_flag(key: str, value: Any) -> list[str]:
+    name = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 def _toml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def measure(ports: dict[str, int], rounds: int, scale: float) -> list[dict[str, Any]]:
-    """Every figure beside its baseline; medians over alternating rounds."""
-    question = world.prompts(1, seed=7)[0]
-    body = {"model": "demo", "messages": [{"role": "user", "content": question}], "max_tokens": 64}
-    long = {**body, "max_tokens": 96, "ignore_eos": True}
-    fixed = {**body, "max_tokens": 40, "ignore_eos": True}  # best-of-8 and n=8 do the same work
-    # what, the raw request, ours, concurrency, requests, the aim, and whether more is better
-    comparisons = [
-        (
-            "requests per second without align at concurrency 16, ratio",
-            body,
-            body,
-            16,
-            400,
-            "at least 0.97",
-            True,
-        ),
-        (
-            "best-of-8 against n=8, wall time ratio",
-            {**fixed, "n": 8},
-            {**fixed, **BEST},
-            1,
-            16,
-            "at most 1.3",
-            False,
-        ),
-        (
-            "32 concurrent best-of-8 against n=8, wall time ratio",
-            {**fixed, "n": 8},
-            {**fixed, **BEST},
-            32,
-            64,
-            "at most 1.3",
-            False,
-        ),
-        (
-            "tokens per second of 16 requests, steered against plain, ratio",
-            long,
-            {**long, **STEERED},
-            16,
-            96,
-            "at least 0.85",
-            True,
-        ),
-    ]
-    rows = []
-    for what, raw, ours, concurrency, requests, target, rate in comparisons:
-        count = max(concurrency, round(requests * scale))
-        bodies = {"raw": raw, "ours": ours}
-        for name, port in ports.items():  # to warm up
-            asyncio.run(closed_loop(port, bodies[name], concurrency, concurrency))
-        seconds: dict[str, list[float]] = {name: [] for name in ports}
-        for _ in range(rounds):
-            for name, port in ports.items():
-                seconds[name].append(
-                    asyncio.run(closed_loop(port, bodies[name], concurrency, count))[1] / count
-                )
-        mine, base = statistics.median(seconds["ours"]), statistics.median(seconds["raw"])
-        figures = (base / mine, 1 / mine, 1 / base) if rate else (mine / base, mine, base)
-        rows.append(
-            {
-                "what": what,
-                **dict(zip(("value", "ours", "baseline"), figures, strict=True)),
-                "target": target,
-            }
-        )
-    return rows
+def measure(ports: dict[str, int], comparison: Comparison, rounds: int, scale: float) -> Row:
+    """Measure one comparison, and return its figure: medians over alternating rounds."""
+    concurrency = comparison.concurrency
+    requests = max(concurrency, round(comparison.requests * scale))
+    bodies = {"raw": comparison.raw, "ours": comparison.ours}
+    for name, port in ports.items():
+        asyncio.run(closed_loop(port, bodies[name], concurrency, concurrency))
+    seconds_per_request: dict[str, list[float]] = {name: [] for name in ports}
+    for _ in range(rounds):
+        for name, port in ports.items():
+            _, seconds = asyncio.run(closed_loop(port, bodies[name], concurrency, requests))
+            seconds_per_request[name].append(seconds / requests)
+    ours = statistics.median(seconds_per_request["ours"])
+    raw = statistics.median(seconds_per_request["raw"])
+    if comparison.as_rate:
+        return ratio_row(comparison.what, 1 / ours, 1 / raw, comparison.target)
+    return ratio_row(comparison.what, ours, raw, comparison.target)
 
 
 def main() -> None:
-    """Run it, and keep the result unless it was a small one."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument(
-        "--config",
-        default=DEMO,
-        help="with a reward called quality and a head called helpful; default: %(default)s",
-    )
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="of the numbers of requests; below 1 nothing is written",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option of vLLM's"
-    )
-    given = parser.parse_args()
-    options: dict[str, Any] = {} if given.set else dict(CPU)
-    for text in given.set:
-        override(options, text)
-    if not given.set:
+    """Measure and print; write the result of a run of full scale."""
+    arguments = _arguments()
+    options: dict[str, Any] = {}
+    if arguments.set:
+        for text in arguments.set:
+            override(options, text)
+    else:
+        options |= CPU_OPTIONS
         os.environ.update(CPU_ENVIRONMENT)
-    with servers(given.model, options, given.config) as ports:
-        rows = measure(ports, given.rounds, given.scale)
-    table = Table("what", "value", "ours", "vllm serve", "aim")
-    for row in rows:
-        table.add_row(
-            row["what"],
-            *(f"{row[key]:.4g}" for key in ("value", "ours", "baseline")),
-            row["target"],
-        )
-    OUT.print(table)
-    if given.scale >= 1:
+    rows = []
+    with servers(arguments.model, options, arguments.config) as ports:
+        for comparison in comparisons():
+            rows.append(measure(ports, comparison, arguments.rounds, arguments.scale))
+    print_rows(rows, OUT, ("what", "value", "ours", "vllm serve", "target"))
+    if arguments.scale >= 1:
         setup = {
-            "model": given.model,
-            "rounds": given.rounds,
+            "model": arguments.model,
+            "rounds": arguments.rounds,
             "options": options,
             "no_seed": "requests name no seed, as most do: vLLM draws its own, on both sides",
         }
@@ -219,6 +204,33 @@ def main() -> None:
             "vllm", baseline="vllm serve in the same run", seed=None, rows=rows, setup=setup
         )
         OUT.print("written:", path, highlight=False)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="demo", help="default: %(default)s")
+    parser.add_argument(
+        "--config",
+        default=DEMO_CONFIG,
+        help="configuration with a reward `quality` and a head `helpful`; default: %(default)s",
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="factor of the numbers of requests; below 1 no result is written",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="option of vLLM for both servers; may be repeated",
+    )
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -37,18 +37,22 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    distribution_axes, request_axes = figure.subplots(1, 2)
     for i, name in enumerate(report["targets"]):
         samples = []
         for sample in report["samples"]:
             if sample["target"] == name and "error" not in sample:
                 samples.append(sample)
-        _draw_distribution(left, samples, f"C{i}", name)
-        _draw_requests(right, samples, f"C{i}", name)
-    left.set(xlabel="milliseconds", ylabel="share of answered requests", ylim=(0, 1.02))
-    right.set(xlabel="seconds since the start", ylabel="end to end, milliseconds", ylim=(0, None))
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+        _draw_distribution(distribution_axes, samples, f"C{i}", name)
+        _draw_requests(request_axes, samples, f"C{i}", name)
+    distribution_axes.set(
+        xlabel="milliseconds", ylabel="share of answered requests", ylim=(0, 1.02)
+    )
+    request_axes.set(
+        xlabel="seconds since the start", ylabel="end to end, milliseconds", ylim=(0, None)
+    )
+    distribution_axes.legend(fontsize=8)
+    request_axes.legend(fontsize=8)
     titles = [_load_title(report)]
     for name, target in report["targets"].items():
         titles.append(_target_title(name, target))

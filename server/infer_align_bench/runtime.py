@@ -1,4 +1,4 @@
-"""What the commands share with the process: exit code, event loop, signals and output files."""
+"""Exit code, event loop, signals and output files of the commands."""
 
 from __future__ import annotations
 

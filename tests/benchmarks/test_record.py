@@ -1,4 +1,4 @@
-"""A figure counts only with what it takes to doubt it: commit, versions, machine, baseline, seed."""
+"""A result has its commit, versions, machine, baseline and seed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from benchmarks import record as recording
-from benchmarks.record import RESULTS, known, problems, record
+from benchmarks.record import RESULTS, in_history, problems, record
 
 FILES = sorted(RESULTS.glob("*.json"))
-# Measured at commits that the history no longer holds; a name leaves when it is measured again.
-AGAIN = {
+# Results of commits that the history no longer has. A new measurement removes a name.
+OUTDATED = {
     "bench_agreement",
     "bench_agreement_vllm",
     "best_of_n",
@@ -51,7 +51,7 @@ WRONG: list[tuple[str, Any]] = [
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What `record` writes here and now."""
+    """The file that `record` writes."""
     monkeypatch.setattr(recording, "RESULTS", tmp_path)
     monkeypatch.setattr(recording, "commit", lambda: "0123456789ab")
     rows = [{"what": "x", "value": math.nan, "each": (1.0, math.inf)}]
@@ -59,23 +59,23 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_every_recorded_result_says_what_it_must(path: Path) -> None:
+def test_every_recorded_result_is_valid(path: Path) -> None:
     assert problems(path) == []
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_the_commit_that_was_measured_is_in_the_history(path: Path) -> None:
-    found = known(json.loads(path.read_text())["commit"])
-    if found is None:
-        pytest.skip("there is no whole git history here to look into")
-    if not found and path.stem in AGAIN:
-        pytest.xfail("measured at a commit that is gone: to be measured again")
-    assert found
+def test_the_measured_commit_is_in_the_history(path: Path) -> None:
+    present = in_history(json.loads(path.read_text())["commit"])
+    if present is None:
+        pytest.skip("there is no complete git history")
+    if not present and path.stem in OUTDATED:
+        pytest.xfail("the measured commit is gone: measure again")
+    assert present
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One commit of everything that a figure may depend on."""
+    """A repository with one commit of files of every kind."""
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", "-C", str(tmp_path)]
     for name in (
         "infer_align/x.py",
@@ -87,8 +87,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("before")
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *command], check=True)
+    for command in ("init -q", "add -A", "commit -qm x"):
+        subprocess.run([*git, *command.split()], check=True)
     monkeypatch.setattr(recording, "RESULTS", tmp_path / "benchmarks/results")
     return tmp_path
 
@@ -105,27 +105,27 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("tests/x.py", False),
     ],
 )
-def test_a_change_that_matters_marks_the_commit(repository: Path, name: str, marked: bool) -> None:
+def test_a_relevant_change_marks_the_commit(repository: Path, name: str, marked: bool) -> None:
     clean = recording.commit()
     assert len(clean) == 12
     (repository / name).write_text("after")
     assert recording.commit() == clean + "+changes" * marked
-    assert known(clean) is True
-    assert known("0123456789ab") is False
+    assert in_history(clean) is True
+    assert in_history("0123456789ab") is False
 
 
-def test_without_a_history_nothing_is_claimed(
+def test_without_a_history_nothing_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recording, "RESULTS", tmp_path / "none")
-    assert known("0123456789ab") is None
+    assert in_history("0123456789ab") is None
 
 
 def test_there_are_results() -> None:
     assert len(FILES) >= 8
 
 
-def test_what_record_writes_is_accepted(written: Path) -> None:
+def test_a_written_result_is_valid(written: Path) -> None:
     assert problems(written) == []
     assert json.loads(written.read_text())["rows"] == [
         {"what": "x", "value": None, "each": [1.0, None]}
@@ -133,7 +133,7 @@ def test_what_record_writes_is_accepted(written: Path) -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG)
-def test_what_is_wrong_is_refused(written: Path, field: str, value: Any) -> None:
+def test_a_wrong_field_is_refused(written: Path, field: str, value: Any) -> None:
     result = json.loads(written.read_text())
     written.write_text(json.dumps({**result, field: value}))
     assert problems(written)
@@ -142,22 +142,21 @@ def test_what_is_wrong_is_refused(written: Path, field: str, value: Any) -> None
 @pytest.mark.parametrize(
     "field", ["benchmark", "commit", "versions", "machine", "baseline", "seed", "setup", "rows"]
 )
-def test_what_is_missing_is_refused(written: Path, field: str) -> None:
+def test_a_missing_field_is_refused(written: Path, field: str) -> None:
     result = json.loads(written.read_text())
     del result[field]
     written.write_text(json.dumps(result))
     assert any(field in problem for problem in problems(written))
 
 
-def test_no_seed_needs_a_reason(written: Path) -> None:
+def test_a_missing_seed_needs_a_reason(written: Path) -> None:
     result = json.loads(written.read_text())
-    written.write_text(
-        json.dumps({**result, "seed": None, "setup": {"no_seed": "nothing is drawn"}})
-    )
+    result |= {"seed": None, "setup": {"no_seed": "nothing is drawn"}}
+    written.write_text(json.dumps(result))
     assert problems(written) == []
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"value": NaN}', "[]"])
-def test_what_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_result_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
     assert problems(tmp_path / "x.json")

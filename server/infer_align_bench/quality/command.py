@@ -49,7 +49,7 @@ ERR = Console(stderr=True)
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What a run has measured."""
+    """The answers and failures of a run."""
 
     runner: Runner
     notebook: Notebook

@@ -111,7 +111,7 @@ def rows(folder: Path) -> list[str]:
 
 
 def test_a_prompt_may_be_too_long_for_some_settings(peer: Any, bench: Bench, folder: Path) -> None:
-    """These settings are measured on the other prompts, and are on no front."""
+    """Such settings are measured on the other prompts, and are on no front."""
     too_long = {"error": {"message": "too long", "code": "context_length_exceeded"}}
 
     def reply(body: dict[str, Any], _: int) -> Response:
