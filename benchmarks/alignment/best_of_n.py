@@ -21,7 +21,7 @@ import torch
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from benchmarks.alignment.report import OUT, argument_parser, difference, figure, mean_se
+from benchmarks.alignment.report import OUT, argument_parser, difference, mean_se, row_figure
 from benchmarks.demo.build import BuildConfig, train_members
 from benchmarks.demo.measure import Models, Pool, draw_pool, load
 from benchmarks.record import RESULTS, record
@@ -139,7 +139,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     answer = row["answer"]
     tokens = f"{row['tokens']:.0f}"
-    gold = figure(row["gold"], row["gold_se"])
+    gold = row_figure(row, "gold")
     if "kl_upper_bound" not in row:
         return [answer, tokens, "", "", gold]
     kl = f"{row['kl_upper_bound']:.2f}"

@@ -26,7 +26,7 @@ from benchmarks.alignment.flow import (
     selected_texts,
     serving,
 )
-from benchmarks.alignment.report import OUT, argument_parser, figure, mean_se, sign_of
+from benchmarks.alignment.report import OUT, argument_parser, mean_se, row_figure, sign_of
 from benchmarks.demo.direction import direction_at
 from benchmarks.record import record
 from infer_align.demo import world
@@ -171,15 +171,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table("", "answer", "gold", "v . r", "verbosity", "tokens", title="Means ± s.e.")
     sections = [row["section"] for row in rows]
     for row, next_section in zip(rows, [*sections[1:], None], strict=True):
-        cells = [_cell(row, name) for name in ("gold", "projected", "verbosity")]
+        cells = [row_figure(row, name) for name in ("gold", "projected", "verbosity")]
         is_last = row["section"] != next_section
         tokens = f"{row['tokens']:.0f}"
         table.add_row(row["section"], row["answer"], *cells, tokens, end_section=is_last)
     OUT.print(table)
-
-
-def _cell(row: dict[str, Any], name: str) -> str:
-    return figure(row[name], row[f"{name}_se"]) if name in row else ""
 
 
 def introduce(seed: int, n_prompts: int) -> None:

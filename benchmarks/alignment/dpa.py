@@ -26,7 +26,7 @@ from benchmarks.alignment.flow import (
     serving,
     texts,
 )
-from benchmarks.alignment.report import OUT, argument_parser, figure, mean_se, sign_of
+from benchmarks.alignment.report import OUT, argument_parser, mean_se, row_figure, sign_of
 from benchmarks.demo.direction import ATTRIBUTES, TRAINED_DEGREES, direction_at
 from benchmarks.record import record
 from infer_align.demo import world
@@ -126,14 +126,10 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     heads = ("answer", "trained", "helpfulness", "verbosity", "v . r", "gold", "tokens")
     table = Table(*heads, title="Mean of the answers, ± s.e.")
     for row in rows:
-        cells = [_cell(row, name) for name in columns]
+        cells = [row_figure(row, name) for name in columns]
         trained = "yes" if row["trained"] else ""
         table.add_row(row["answer"], trained, *cells, f"{row['tokens']:.0f}")
     OUT.print(table)
-
-
-def _cell(row: dict[str, Any], name: str) -> str:
-    return figure(row[name], row[f"{name}_se"]) if name in row else ""
 
 
 def introduce(seed: int, n_prompts: int) -> None:

@@ -18,7 +18,14 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.alignment.flow import Flow, generated_tokens, gold, selected_texts, serving
-from benchmarks.alignment.report import OUT, argument_parser, difference, figure, mean_se, sign_of
+from benchmarks.alignment.report import (
+    OUT,
+    argument_parser,
+    difference,
+    mean_se,
+    row_figure,
+    sign_of,
+)
 from benchmarks.record import record
 from infer_align.demo import world
 from infer_align.types import Array
@@ -131,7 +138,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             row["answer"],
             f"{row['tokens']:.0f}",
             f"{row['saved']:.0f}" if row["saved"] else "",
-            figure(row["gold"], row["gold_se"]),
+            row_figure(row, "gold"),
             difference(row["minus_budget"], row["minus_budget_se"]),
             difference(row["minus_whole"], row["minus_whole_se"]),
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 
@@ -33,6 +35,11 @@ def mean_se(values: Array) -> tuple[float, float]:
 def figure(value: float, error: float) -> str:
     """Format a figure with its standard error."""
     return f"{value:.2f} ± {error:.2f}"
+
+
+def row_figure(row: Mapping[str, Any], name: str) -> str:
+    """Format the figure of a row with its standard error, or nothing if the row has none."""
+    return figure(row[name], row[f"{name}_se"]) if name in row else ""
 
 
 def difference(value: float, error: float, significance: float = 2.0) -> str:

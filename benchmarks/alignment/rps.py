@@ -18,7 +18,14 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.alignment.flow import Flow, generated_tokens, projected, selected_texts, serving
-from benchmarks.alignment.report import OUT, argument_parser, difference, figure, mean_se, sign_of
+from benchmarks.alignment.report import (
+    OUT,
+    argument_parser,
+    difference,
+    mean_se,
+    row_figure,
+    sign_of,
+)
 from benchmarks.demo.direction import TRAINED_DEGREES, direction_at
 from benchmarks.record import record
 from infer_align.demo import world
@@ -152,7 +159,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             str(row["target"]),
             "yes" if row["trained"] else "",
             row["answer"],
-            figure(row["projected"], row["projected_se"]),
+            row_figure(row, "projected"),
             "" if is_baseline else gap,
             "" if is_baseline else shares,
             f"{row['tokens']:.0f}",

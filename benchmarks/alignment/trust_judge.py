@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from benchmarks.alignment.flow import Flow, serving, texts
-from benchmarks.alignment.report import OUT, argument_parser, figure, mean_se, sign_of
+from benchmarks.alignment.report import OUT, argument_parser, mean_se, row_figure, sign_of
 from benchmarks.record import record
 from infer_align.demo import world
 from infer_align.methods.trust_judge import Readout
@@ -309,7 +309,7 @@ def _print_table(
 ) -> None:
     table = Table(*heads, title=title)
     for row in rows:
-        cells = [figure(row[name], row[f"{name}_se"]) for name in columns]
+        cells = [row_figure(row, name) for name in columns]
         table.add_row(row["readout"], *cells)
     OUT.print(table)
 

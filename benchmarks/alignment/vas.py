@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from benchmarks.alignment.best_of_n import UNCERTAINTY_WEIGHT
-from benchmarks.alignment.report import OUT, argument_parser, difference, figure, mean_se, sign_of
+from benchmarks.alignment.report import (
+    OUT,
+    argument_parser,
+    difference,
+    figure,
+    mean_se,
+    row_figure,
+    sign_of,
+)
 from benchmarks.alignment.vas_measure import (
     BETAS,
     BRIEF_WEIGHTS,
@@ -109,7 +117,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if row["words"] is None else f"{row['words']:.1f}",
         f"<= {row['kl']:.2f}" if row["kl_is"] == "at most" else figure(row["kl"], row["kl_se"]),
         f"{row['proxy']:.2f}",
-        figure(row["gold"], row["gold_se"]),
+        row_figure(row, "gold"),
     ]
     for name, reference in REFERENCES.items():
         gap = difference(row[f"minus_{name}"], row[f"minus_{name}_se"], significance=3.0)

@@ -208,28 +208,40 @@ async def test_a_failed_forward_raises_and_the_next_is_scored(reward_model):
     await reward.close()
 
 
+class Hold:
+    """Holds every forward of a reward's first model until it is released."""
+
+    def __init__(self, reward) -> None:
+        self._inside = threading.Event()
+        self._release = threading.Event()
+        reward._models[0].model.register_forward_pre_hook(self._wait)
+
+    def _wait(self, module, args) -> None:
+        self._inside.set()
+        self._release.wait(60)
+
+    async def started(self) -> None:
+        await asyncio.to_thread(self._inside.wait, 60)
+
+    def release(self) -> None:
+        self._release.set()
+
+
 async def test_a_cancelled_request_does_not_affect_others(reward_model):
     path = reward_model()
     reward = await started(model=path, batch_size=5)
-    inside = threading.Event()
-    release = threading.Event()
-
-    def hold(module, args):
-        inside.set()
-        release.wait(60)
-
-    reward._models[0].model.register_forward_pre_hook(hold)
+    hold = Hold(reward)
     scored = []
     reward._models[0].model.register_forward_pre_hook(
         lambda m, a, kw: scored.append(len(kw["input_ids"])), with_kwargs=True
     )
     tasks = [asyncio.create_task(reward.score(ASK, candidates())) for _ in range(3)]
-    await asyncio.to_thread(inside.wait, 60)
+    await hold.started()
     # The first request is being scored, the second waits.
     tasks[0].cancel()
     tasks[1].cancel()
     await asyncio.sleep(0)
-    release.set()
+    hold.release()
     assert same((await tasks[2]).values[0], direct(path))
     assert sum(scored) == 2 * len(TEXTS), "the second request was never scored"
     assert tasks[0].cancelled()
@@ -239,20 +251,13 @@ async def test_a_cancelled_request_does_not_affect_others(reward_model):
 
 async def test_closing_fails_waiting_and_later_requests(reward_model):
     reward = await started(model=reward_model(), batch_size=2)
-    inside = threading.Event()
-    release = threading.Event()
-
-    def hold(module, args):
-        inside.set()
-        release.wait(60)
-
-    reward._models[0].model.register_forward_pre_hook(hold)
+    hold = Hold(reward)
     task = asyncio.create_task(reward.score(ASK, candidates(["a"] * 6)))
-    await asyncio.to_thread(inside.wait, 60)
+    await hold.started()
     closing = asyncio.create_task(reward.close())
     # One turn of the event loop lets `close` fail the waiting texts.
     await asyncio.sleep(0)
-    release.set()
+    hold.release()
     await closing
     with pytest.raises(Unavailable):
         await task
