@@ -38,6 +38,14 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
+def device() -> Any:
+    """The device of engines and tensors: the GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
 def byte_level() -> Any:
     """A byte-level BPE tokenizer: any text, every byte a token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
