@@ -1,22 +1,27 @@
-"""Inputs for the kernels' tests: awkward on purpose."""
+"""Awkward inputs for the tests of the kernels."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from infer_align_kernels import CandidateValues, HeadValues
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
 
 
 def logits(
     rows: int, vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> torch.Tensor:
-    """Rows of a wider tensor, so not contiguous, between columns of NaN; some logits -inf and NaN."""
-    g = torch.Generator().manual_seed(seed)
+    """Make strided rows between columns of NaN, with a logit of -inf and one of NaN."""
+    generator = torch.Generator().manual_seed(seed)
     wide = torch.full((rows, vocabulary + 5), torch.nan, dtype=dtype)
-    wide[:, 2 : vocabulary + 2] = (torch.randn(rows, vocabulary, generator=g) * 3).to(dtype)
     inner = wide[:, 2 : vocabulary + 2]
+    inner.copy_(torch.randn(rows, vocabulary, generator=generator) * 3)
     if rows and vocabulary > 12:
         inner[0, 5] = -torch.inf
         inner[-1, 7] = torch.nan
@@ -31,48 +36,52 @@ def head(
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
 ) -> HeadValues:
-    g = torch.Generator().manual_seed(seed)
-    return HeadValues(
-        hidden=torch.randn(rows, values, rank, generator=g).to(dtype),
-        weight=(torch.randn(values, vocabulary, rank, generator=g) * rank**-0.5).to(dtype),
-        bias=torch.randn(values, vocabulary, generator=g),
-    )
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, values, rank, generator=generator)
+    weight = torch.randn(values, vocabulary, rank, generator=generator) * rank**-0.5
+    bias = torch.randn(values, vocabulary, generator=generator)
+    return HeadValues(hidden.to(dtype), weight.to(dtype), bias)
 
 
 def candidates(
     frozen: torch.Tensor, k: int, values: int, tail: Any = "keep", seed: int = 2
 ) -> CandidateValues:
-    """The top k, the last row one slot short, one value NaN in the first row."""
-    g = torch.Generator().manual_seed(seed)
-    ids = frozen.float().nan_to_num(nan=-torch.inf, neginf=-torch.inf).topk(k, dim=1).indices
-    scored = torch.randn(values, len(ids), k, generator=g) + 50
+    """Take the top k; the last row has one slot less, and the first row has a value of NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = frozen.float().nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    ids = clean.topk(k, dim=1).indices
+    scores = torch.randn(values, len(ids), k, generator=generator) + 50
     if len(ids) and k > 2:
         ids[-1, -1] = -1
-        scored[0, 0, 1] = torch.nan
-    return CandidateValues(ids, scored, tail)
+        scores[0, 0, 1] = torch.nan
+    return CandidateValues(ids, scores, tail)
 
 
 def sampling(rows: int, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Temperatures around 1, the second row greedy."""
-    g = torch.Generator().manual_seed(seed)
-    temperature = torch.rand(rows, generator=g) + 0.5
+    """Make temperatures around 1; the second row is greedy."""
+    generator = torch.Generator().manual_seed(seed)
+    temperature = torch.rand(rows, generator=generator) + 0.5
     temperature[1:2] = 0
     return {
         "temperature": temperature,
-        "seed": torch.randint(-(2**62), 2**62, (rows,), generator=g),
+        "seed": torch.randint(-(2**62), 2**62, (rows,), generator=generator),
         "step": torch.arange(rows, dtype=torch.int32) * 7,
     }
 
 
+def select_rows(sampling: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    """Return the sampling arguments of some rows."""
+    return {name: tensor[rows] for name, tensor in sampling.items()}
+
+
 def strengths(rows: int, values: int, seed: int = 4) -> torch.Tensor:
-    """Betas of both signs; the third row does not steer."""
+    """Make betas of both signs; the third row does not steer."""
     beta = torch.randn(rows, values, generator=torch.Generator().manual_seed(seed))
     beta[2:3] = 0
     return beta
 
 
 def bitmask(rows: int, vocabulary: int, seed: int = 5) -> torch.Tensor:
-    words = torch.randint(
-        -(2**31), 2**31, (rows, -(-vocabulary // 32)), generator=torch.Generator().manual_seed(seed)
-    )
-    return words.to(torch.int32)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (rows, -(-vocabulary // 32))
+    return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)

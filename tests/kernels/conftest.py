@@ -1,4 +1,4 @@
-"""Fresh memory full of NaN: what a kernel forgets to write does not pass for zero."""
+"""Fill fresh memory with NaN, so that a number that a kernel does not write is not 0 by chance."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-# Compiling on 3.9 warns that the default is going to change; the kernels want a * b + c fused.
+# Triton 3.9 warns that the default will change. The kernels need a * b + c to be fused.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poison(make: Any) -> Any:
-        def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-            tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(-77)
+    def poison(allocate: Any) -> Any:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            poison_value = torch.nan if tensor.is_floating_point() else -77
+            return tensor.fill_(poison_value)
 
-        return made
+        return allocate_poisoned
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))

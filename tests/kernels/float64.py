@@ -1,4 +1,7 @@
-"""The definitions again, row by row in float64, written from the READMEs and not from the code they check."""
+"""The definitions of the kernels, row by row in float64.
+
+They are written from the READMEs, not from the code that they check.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from infer_align_kernels import CandidateValues, HeadValues
+from infer_align_kernels import CandidateValues, HeadValues, Sampled
 
 LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -18,38 +21,45 @@ def clean(row: np.ndarray) -> np.ndarray:
 
 
 def allowed(bitmask: torch.Tensor | None, b: int, vocabulary: int) -> np.ndarray:
+    """Return True for the tokens that a row's bitmask allows."""
     if bitmask is None:
         return np.ones(vocabulary, dtype=bool)
-    return np.array([bool(int(bitmask[b, t // 32]) >> (t % 32) & 1) for t in range(vocabulary)])
+    words = bitmask[b].tolist()
+    return np.array([bool(words[t // 32] >> (t % 32) & 1) for t in range(vocabulary)])
 
 
-def add_candidates(row: np.ndarray, b: int, c: CandidateValues, beta: np.ndarray) -> np.ndarray:
-    """One row of logits, steered by its candidates."""
-    ids = c.token_ids[b].tolist()
+def add_candidates(
+    row: np.ndarray, b: int, candidates: CandidateValues, beta: np.ndarray
+) -> np.ndarray:
+    """Steer one row of logits by its candidates."""
+    ids = candidates.token_ids[b].tolist()
+    values = candidates.values[:, b].double().numpy()
     slots = [j for j, token in enumerate(ids) if token >= 0]
-    values = c.values[:, b].double().numpy()
-    used = [m for m in range(len(beta)) if beta[m] != 0]
-    if not used or not slots:
+    active = [m for m in range(len(beta)) if beta[m] != 0]
+    if not active or not slots:
         return row
-    drop = bool(c.tail[b]) if isinstance(c.tail, torch.Tensor) else c.tail == "mask"
-    finite = [j for j in slots if all(math.isfinite(values[m, j]) for m in used)]
-    out = np.full_like(row, -np.inf) if drop else row.copy()
+    tail = candidates.tail
+    masks_tail = bool(tail[b]) if isinstance(tail, torch.Tensor) else tail == "mask"
+    out = np.full_like(row, -np.inf) if masks_tail else row.copy()
+    finite = [j for j in slots if all(math.isfinite(values[m, j]) for m in active)]
     for j in slots:
-        shift = (
-            sum(beta[m] * (values[m, j] - np.mean(values[m, finite])) for m in used)
-            if j in finite
-            else -np.inf
-        )
+        shift = -np.inf
+        if j in finite:
+            shift = sum(beta[m] * (values[m, j] - np.mean(values[m, finite])) for m in active)
         out[ids[j]] = row[ids[j]] + shift
     return out
 
 
 def add_head(row: np.ndarray, b: int, head: HeadValues, beta: np.ndarray) -> np.ndarray:
+    """Steer one row of logits by a head."""
     out = row.copy()
     for m in range(len(beta)):
-        if beta[m] != 0:
-            q = head.weight[m].double().numpy() @ head.hidden[b, m].double().numpy()
-            out = out + beta[m] * (q if head.bias is None else q + head.bias[m].double().numpy())
+        if beta[m] == 0:
+            continue
+        q = head.weight[m].double().numpy() @ head.hidden[b, m].double().numpy()
+        if head.bias is not None:
+            q = q + head.bias[m].double().numpy()
+        out = out + beta[m] * q
     return out
 
 
@@ -60,19 +70,22 @@ def distributions(
     temperature: torch.Tensor,
     bitmask: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores over temperature, steered and frozen. -> [B, V], [B, V]."""
-    steered, frozen = [], []
+    """Compute the steered and the frozen logits over temperature. -> [B, V], [B, V]."""
+    steered = []
+    frozen = []
     for b in range(len(logits)):
-        row = clean(
-            np.where(allowed(bitmask, b, logits.shape[1]), logits[b].double().numpy(), -np.inf)
-        )
+        is_allowed = allowed(bitmask, b, logits.shape[1])
+        row = clean(np.where(is_allowed, logits[b].double().numpy(), -np.inf))
         strength = beta[b].double().numpy()
         with np.errstate(invalid="ignore", over="ignore"):
-            add = add_head if isinstance(values, HeadValues) else add_candidates
-            mine = clean(add(row, b, values, strength))
-        heat = float(temperature[b]) if temperature[b] > 0 else 1.0
-        steered.append(mine / heat)
-        frozen.append(row / heat)
+            if isinstance(values, HeadValues):
+                steered_row = add_head(row, b, values, strength)
+            else:
+                steered_row = add_candidates(row, b, values, strength)
+            steered_row = clean(steered_row)
+        divisor = float(temperature[b]) if temperature[b] > 0 else 1.0
+        steered.append(steered_row / divisor)
+        frozen.append(row / divisor)
     return np.array(steered), np.array(frozen)
 
 
@@ -80,6 +93,27 @@ def logsumexp(scores: np.ndarray) -> np.ndarray:
     peak = np.maximum(scores.max(axis=1), -LARGEST)
     with np.errstate(divide="ignore"):
         return peak + np.log(np.exp(scores - peak[:, None]).sum(axis=1))
+
+
+def assert_sampled(
+    sampled: Sampled, steered: np.ndarray, frozen: np.ndarray, temperature: torch.Tensor
+) -> None:
+    """Check a sampled token and its numbers against the distributions of each row."""
+    token = sampled.token.numpy()
+    has_token = ~np.isneginf(steered).all(axis=1)
+    assert ((token >= 0) == has_token).all()
+    assert (token[~has_token] == -1).all()
+    rows = np.flatnonzero(has_token)
+    chosen = (rows, token[rows])
+    assert (steered[chosen] > -np.inf).all()
+    greedy = rows[temperature.numpy()[rows] <= 0]
+    assert (steered[greedy, token[greedy]] >= steered[greedy].max(axis=1) - 1e-5).all()
+    lse = logsumexp(steered)[rows]
+    logprob = steered[chosen] - lse
+    frozen_logprob = frozen[chosen] - logsumexp(frozen)[rows]
+    np.testing.assert_allclose(sampled.logsumexp.numpy()[rows], lse, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(sampled.logprob.numpy()[rows], logprob, atol=2e-5)
+    np.testing.assert_allclose(sampled.frozen_logprob.numpy()[rows], frozen_logprob, atol=2e-5)
 
 
 def attention(
@@ -90,18 +124,16 @@ def attention(
     own_values: torch.Tensor,
     lengths: torch.Tensor,
 ) -> torch.Tensor:
+    """Compute one softmax per sibling, over its prefix and itself."""
     rows, heads, siblings, dim = query.shape
     out = torch.zeros(query.shape, dtype=torch.float64)
-    for b in range(rows):
+    for b, h, j in np.ndindex(rows, heads, siblings):
+        kv_head = h * prefix_keys.shape[1] // heads
         start = prefix_keys.shape[2] - int(lengths[b])
-        for h in range(heads):
-            g = h * prefix_keys.shape[1] // heads
-            for j in range(siblings):
-                keys = torch.cat([prefix_keys[b, g, start:], own_keys[b, g, j : j + 1]]).double()
-                values = torch.cat(
-                    [prefix_values[b, g, start:], own_values[b, g, j : j + 1]]
-                ).double()
-                out[b, h, j] = (
-                    torch.softmax(keys @ query[b, h, j].double() / dim**0.5, dim=0) @ values
-                )
+        own_key = own_keys[b, kv_head, j : j + 1]
+        own_value = own_values[b, kv_head, j : j + 1]
+        keys = torch.cat([prefix_keys[b, kv_head, start:], own_key]).double()
+        values = torch.cat([prefix_values[b, kv_head, start:], own_value]).double()
+        scores = keys @ query[b, h, j].double() / dim**0.5
+        out[b, h, j] = torch.softmax(scores, dim=0) @ values
     return out

@@ -1,4 +1,7 @@
-"""Every kernel compiles for three generations of GPU, without one: no spills, and tensor cores where products are."""
+"""Compile every kernel for three generations of GPU, without a GPU.
+
+No kernel may spill registers, and kernels with products must use tensor cores.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,42 @@ import triton
 
 from infer_align_kernels.compiled import Launch, launches, resources
 
-# Bytes of shared memory that one program may take, by compute capability.
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-ALL = [(launch, capability) for capability in SHARED for launch in launches()]
-QUICK = {"value_reweight_head_tile", "value_reweight_candidates_tile", "sibling_attention"}
+# Bytes of shared memory that one program may use, by compute capability.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MAX_REGISTERS = 255
+# The first launch of each of these kernels is tested on sm_90 in the quick set. They do the work.
+QUICK_KERNELS = {
+    "value_reweight_head_tile",
+    "value_reweight_candidates_tile",
+    "sibling_attention",
+}
+QUICK_CAPABILITY = 90
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
     yield
     triton.knobs.cache.reset()
 
 
-def cases() -> Iterator[object]:
-    """The first launch of the three kernels that do the work, on sm_90, is quick; the rest is slow."""
-    waiting = set(QUICK)
-    for i, (launch, capability) in enumerate(ALL):
-        quick = capability == 90 and launch.name in waiting
-        waiting -= {launch.name} if quick else set()
-        yield pytest.param(
-            launch,
-            capability,
-            id=f"{launch.name}-sm_{capability}-{i}",
-            marks=[] if quick else [pytest.mark.slow],
-        )
+def compilations() -> Iterator[object]:
+    """Yield each launch with each architecture; most of them are slow."""
+    remaining = set(QUICK_KERNELS)
+    pairs = [(launch, capability) for capability in SHARED_BYTES for launch in launches()]
+    for i, (launch, capability) in enumerate(pairs):
+        is_quick = capability == QUICK_CAPABILITY and launch.name in remaining
+        if is_quick:
+            remaining.remove(launch.name)
+        marks = [] if is_quick else [pytest.mark.slow]
+        name = f"{launch.name}-sm_{capability}-{i}"
+        yield pytest.param(launch, capability, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("launch", "capability"), list(cases()))
-def test_it_compiles_without_spills(launch: Launch, capability: int) -> None:
-    found = resources(launch, capability)
-    assert found.spills == 0
-    assert found.registers <= 255
-    assert found.shared_bytes <= SHARED[capability]
-    assert (found.tensor_core_instructions > 0) == launch.tensor_cores
+@pytest.mark.parametrize(("launch", "capability"), list(compilations()))
+def test_a_kernel_compiles_without_spills(launch: Launch, capability: int) -> None:
+    compiled = resources(launch, capability)
+    assert compiled.spills == 0
+    assert compiled.registers <= MAX_REGISTERS
+    assert compiled.shared_bytes <= SHARED_BYTES[capability]
+    assert (compiled.tensor_core_instructions > 0) == launch.tensor_cores

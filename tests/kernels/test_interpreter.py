@@ -1,4 +1,7 @@
-"""The Triton code runs in Triton's interpreter, in a process of its own: the switch is read when Triton is imported."""
+"""Run the tests of the Triton code in Triton's interpreter.
+
+They need a process of their own, because the interpreter is chosen when Triton is imported.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,15 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_triton_code_in_the_interpreter(speed: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(FOLDER),
-        "-m",
-        speed,
-        "-p",
-        "no:cacheprovider",
-        "--timeout",
-        "280",
-        "--durations=5",
-    ]
-    done = subprocess.run(
-        command,
+def test_the_triton_code_passes_its_tests_in_the_interpreter(speed: str) -> None:
+    pytest_command = [sys.executable, "-m", "pytest", str(FOLDER), "-m", speed]
+    options = ["-p", "no:cacheprovider", "--timeout", "280", "--durations=5"]
+    process = subprocess.run(
+        [*pytest_command, *options],
         cwd=FOLDER.parents[2],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr

@@ -1,4 +1,4 @@
-"""Sibling attention on CPU: the torch reference against one softmax per sibling in float64."""
+"""Test sibling attention on CPU against one softmax per sibling in float64."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 4e-3, tor
 def case(
     rows: int, heads: int, kv_heads: int, siblings: int, columns: int, dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
-    """Views as an engine has them: heads transposed, the prefix inside a longer buffer."""
-    g = torch.Generator().manual_seed(0)
-    query = torch.randn(rows, siblings, heads, dim, generator=g).to(dtype).transpose(1, 2)
-    keys, values = torch.randn(2, rows, kv_heads, columns + 9, dim, generator=g).to(dtype)[
-        :, :, :, :columns
-    ]
-    own_keys, own_values = (
-        torch.randn(2, rows, siblings, kv_heads, dim, generator=g).to(dtype).transpose(2, 3)
-    )
-    lengths = torch.randint(0, columns + 1, (rows,), generator=g)
+    """Make views as an engine has them: transposed heads, and a prefix in a longer buffer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    query = random(rows, siblings, heads, dim).transpose(1, 2)
+    keys, values = random(2, rows, kv_heads, columns + 9, dim)[:, :, :, :columns]
+    own_keys, own_values = random(2, rows, siblings, kv_heads, dim).transpose(2, 3)
+    lengths = torch.randint(0, columns + 1, (rows,), generator=generator)
     lengths[:1] = 0
     lengths[-1:] = columns
     return query, keys, values, own_keys, own_values, lengths
@@ -43,37 +43,34 @@ def case(
     ],
     ids=str,
 )
-def test_each_sibling_sees_its_prefix_and_itself(
+def test_each_sibling_attends_to_its_prefix_and_itself(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    given = case(*shape, dtype)
-    got = sibling_attention(*given)
-    assert got.dtype == dtype
-    torch.testing.assert_close(
-        got.double(), float64.attention(*given), atol=TOLERANCE[dtype], rtol=0
-    )
+    inputs = case(*shape, dtype)
+    result = sibling_attention(*inputs)
+    assert result.dtype == dtype
+    expected = float64.attention(*inputs)
+    torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=0)
 
 
-def test_a_row_does_not_depend_on_its_batch_nor_on_its_padding() -> None:
-    given = case(5, 4, 2, 6, 40, 16, torch.float32)
-    together = sibling_attention(*given)
+def test_a_row_depends_neither_on_its_batch_nor_on_its_padding() -> None:
+    inputs = case(5, 4, 2, 6, 40, 16, torch.float32)
+    together = sibling_attention(*inputs)
     for b in range(5):
-        alone = sibling_attention(*(t[b : b + 1] for t in given))
+        alone = sibling_attention(*(tensor[b : b + 1] for tensor in inputs))
         torch.testing.assert_close(alone, together[b : b + 1], atol=1e-6, rtol=1e-6)
-    query, keys, values, own_keys, own_values, lengths = given
-    wider = [torch.cat([torch.full_like(t[:, :, :7], 1e4), t], dim=2) for t in (keys, values)]
-    torch.testing.assert_close(
-        sibling_attention(query, *wider, own_keys, own_values, lengths),
-        together,
-        atol=1e-6,
-        rtol=1e-6,
-    )
+    query, keys, values, own_keys, own_values, lengths = inputs
+    padding = torch.full_like(keys[:, :, :7], 1e4)
+    padded_keys = torch.cat([padding, keys], dim=2)
+    padded_values = torch.cat([padding, values], dim=2)
+    padded = sibling_attention(query, padded_keys, padded_values, own_keys, own_values, lengths)
+    torch.testing.assert_close(padded, together, atol=1e-6, rtol=1e-6)
 
 
-def test_the_scale_is_the_callers() -> None:
-    given = case(2, 2, 2, 3, 5, 4, torch.float32)
-    doubled = sibling_attention(given[0] * 2, *given[1:])
-    torch.testing.assert_close(sibling_attention(*given, scale=2 * 4**-0.5), doubled)
+def test_a_scale_replaces_the_default() -> None:
+    query, *others = case(2, 2, 2, 3, 5, 4, torch.float32)
+    doubled = sibling_attention(query * 2, *others)
+    torch.testing.assert_close(sibling_attention(query, *others, scale=2 * 4**-0.5), doubled)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +85,10 @@ def test_the_scale_is_the_callers() -> None:
         (5, torch.zeros(3, dtype=torch.int64), "lengths: shape"),
     ],
 )
-def test_what_does_not_fit_is_named(index: int, wrong: torch.Tensor, message: str) -> None:
-    given = list(case(2, 4, 2, 5, 7, 8, torch.float32))
-    given[index] = wrong
+def test_an_argument_that_does_not_fit_is_named(
+    index: int, wrong: torch.Tensor, message: str
+) -> None:
+    inputs = list(case(2, 4, 2, 5, 7, 8, torch.float32))
+    inputs[index] = wrong
     with pytest.raises(ValueError, match=message):
-        sibling_attention(*given)
+        sibling_attention(*inputs)

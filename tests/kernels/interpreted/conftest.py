@@ -1,4 +1,7 @@
-"""These run where TRITON_INTERPRET=1 was set before Triton was imported: see test_interpreter.py beside this folder."""
+"""Collect these tests only if TRITON_INTERPRET=1 was set before Triton was imported.
+
+test_interpreter.py in the parent folder runs them that way.
+"""
 
 from __future__ import annotations
 

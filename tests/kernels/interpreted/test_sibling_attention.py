@@ -1,4 +1,4 @@
-"""The Triton code of sibling attention, interpreted, against float64."""
+"""Test the Triton code of sibling attention, interpreted, against float64."""
 
 from __future__ import annotations
 
@@ -22,45 +22,37 @@ from tests.kernels.test_sibling_attention import TOLERANCE, case
     ],
     ids=str,
 )
-def test_each_sibling_sees_its_prefix_and_itself(
+def test_each_sibling_attends_to_its_prefix_and_itself(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    given = case(*shape, dtype)
+    inputs = case(*shape, dtype)
+    _, prefix_keys, prefix_values, _, _, lengths = inputs
     # Columns before a row's prefix are never read.
-    for row, length in enumerate(given[5].tolist()):
-        for tensor in given[1:3]:
+    for row, length in enumerate(lengths.tolist()):
+        for tensor in (prefix_keys, prefix_values):
             tensor[row, :, : tensor.shape[2] - length] = torch.nan
-    got = triton.sibling_attention(*given, scale=shape[-1] ** -0.5)
-    torch.testing.assert_close(
-        got.double(), float64.attention(*given), atol=TOLERANCE[dtype], rtol=0
-    )
+    result = triton.sibling_attention(*inputs, scale=shape[-1] ** -0.5)
+    expected = float64.attention(*inputs)
+    torch.testing.assert_close(result.double(), expected, atol=TOLERANCE[dtype], rtol=0)
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    given = case(5, 4, 2, 6, 40, 16, torch.float32)
-    together = triton.sibling_attention(*given, scale=0.25)
+    inputs = case(5, 4, 2, 6, 40, 16, torch.float32)
+    together = triton.sibling_attention(*inputs, scale=0.25)
     for b in (0, 2, 4):
-        alone = triton.sibling_attention(*(t[b : b + 1] for t in given), scale=0.25)
+        alone = triton.sibling_attention(*(tensor[b : b + 1] for tensor in inputs), scale=0.25)
         assert torch.equal(alone, together[b : b + 1])
 
 
-def test_nothing_to_do() -> None:
-    assert triton.sibling_attention(*case(0, 2, 2, 3, 4, 4, torch.float32), scale=1.0).shape == (
-        0,
-        2,
-        3,
-        4,
-    )
-    assert triton.sibling_attention(*case(2, 2, 1, 0, 4, 4, torch.float32), scale=1.0).shape == (
-        2,
-        2,
-        0,
-        4,
-    )
+@pytest.mark.parametrize("shape", [(0, 2, 2, 3, 4, 4), (2, 2, 1, 0, 4, 4)], ids=str)
+def test_an_empty_query_gives_an_empty_result(shape: tuple[int, ...]) -> None:
+    rows, heads, _, siblings, _, dim = shape
+    result = triton.sibling_attention(*case(*shape, torch.float32), scale=1.0)
+    assert result.shape == (rows, heads, siblings, dim)
 
 
-def test_scattered_numbers_are_refused() -> None:
-    given = list(case(2, 4, 2, 5, 7, 8, torch.float32))
-    given[1] = given[1].transpose(2, 3).contiguous().transpose(2, 3)
+def test_strided_numbers_of_a_head_are_refused() -> None:
+    inputs = list(case(2, 4, 2, 5, 7, 8, torch.float32))
+    inputs[1] = inputs[1].transpose(2, 3).contiguous().transpose(2, 3)
     with pytest.raises(ValueError, match="contiguous"):
-        triton.sibling_attention(*given, scale=1.0)
+        triton.sibling_attention(*inputs, scale=1.0)
