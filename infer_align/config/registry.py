@@ -1,8 +1,9 @@
 """Find plugins by their file name.
 
 Every module of `methods/`, `rewards/`, `engines/` and `values/` is a plugin, and so is every entry
-point of the groups `infer_align.methods`, `infer_align.rewards` and so on. A plugin module holds its
-class in a variable `plugin`; the module's name is its id. Listing the plugins imports none of them.
+point of the groups `infer_align.methods`, `infer_align.rewards` and so on. A plugin module holds
+its class in a variable `plugin`; the module's name is its id. Listing the plugins imports none of
+them.
 """
 
 from __future__ import annotations

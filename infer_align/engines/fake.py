@@ -1,8 +1,8 @@
 """A real engine that plays a script: replies, delays and faults, for tests, docs and benchmarks.
 
 Candidate i of a draw plays reply `i mod len(replies)`, one word per token. The engine honours stop
-texts, token limits, cancellation and streaming, so the flow above it is the same as over a model. It
-records seeds, but nothing in it is random.
+texts, token limits, cancellation and streaming, so the flow above it is the same as over a model.
+It records seeds, but nothing in it is random.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ _MAX_QUERIES = 1000
 class Reply:
     """One scripted answer.
 
-    In `text`, "{prompt}" stands for the text of the last message, "{seed}" for the candidate's seed.
+    In `text`, "{prompt}" stands for the text of the last message, and "{seed}" for the seed of the
+    candidate.
     """
 
     text: str = field(
@@ -89,8 +90,8 @@ class Reply:
         default=0.0,
         metadata={
             "ge": 0,
-            "description": "Relative spread of the delays: each candidate's delays are multiplied by "
-            "a factor from 1 to 1 + spread, by its seed.",
+            "description": "Relative spread of the delays: each candidate's delays are multiplied "
+            "by a factor from 1 to 1 + spread, by its seed.",
         },
     )
 

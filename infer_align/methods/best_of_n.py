@@ -1,7 +1,7 @@
 """Best-of-n: draw n candidates from the frozen model and return the one that the rewards prefer.
 
-The flow selects. This file holds the number of draws and two figures of merit: an unbiased estimator
-of the value of the best of n, and a bound on the distance from the model.
+The flow selects. This file holds the number of draws and two figures of merit: an unbiased
+estimator of the value of the best of n, and a bound on the distance from the model.
 
 Source: Coste et al., "Reward Model Ensembles Help Mitigate Overoptimization" (2310.02743),
 appendix B.

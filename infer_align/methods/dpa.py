@@ -1,4 +1,4 @@
-"""Directional preference alignment: write a preference direction into the prompt and score along it.
+"""Directional preference alignment: put a preference direction in the prompt, score along it.
 
 A preference is a unit vector v over named attributes. The objective of an answer y is v . r(x, y),
 and the system prompt of the model names 100 v, rounded. The published sentence has no full stop at
@@ -78,8 +78,8 @@ class Prompting:
             missing = [text for text in placeholders if text not in getattr(self, name)]
             if missing:
                 raise ValueError(
-                    f"a sentence with {' and '.join(missing)} in {name}; without it the prompt does "
-                    "not name the direction"
+                    f"a sentence with {' and '.join(missing)} in {name}; without it the prompt "
+                    "does not name the direction"
                 )
         if len(set(self.attributes)) < len(self.attributes):
             raise ValueError("a list in which each attribute appears once")

@@ -53,7 +53,8 @@ class EarlyStop:
         metadata={
             "gt": 0,
             "le": 1,
-            "description": "Fraction of candidates that continue after each comparison, rounded up.",
+            "description": "Fraction of candidates that continue after each comparison, rounded "
+            "up.",
         },
     )
 

@@ -4,10 +4,10 @@ A model trained on few examples of a direction may hold better answers in neighb
 Draw one answer (or n) from each of k directions within max_angle of v, and return the argmax of
 v . r(x, y_i) with the original v.
 
-Neighbourhoods: "uniform" draws directions uniformly by area from the spherical cap, in any dimension.
-"published" is the authors' code: the k nearest of the angles -40, -35 .. 40 degrees, which for a
-target of 40 or 45 degrees all lie on one side. "none" draws all k from the target: the baseline at
-equal budget.
+Neighbourhoods: "uniform" draws directions uniformly by area from the spherical cap, in any
+dimension. "published" is the authors' code: the k nearest of the angles -40, -35 .. 40 degrees,
+which for a target of 40 or 45 degrees all lie on one side. "none" draws all k from the target: the
+baseline at equal budget.
 
 Source: "Robust Preference Selection" (2510.20498).
 """

@@ -8,7 +8,7 @@ With T the top-k tokens of the logits and V_m(s, a) the m-th value of the prefix
 A constant added to a value changes nothing, because values are centred over T. The other tokens
 weigh as much as a token of average value. All values share one top-k, so several values cost one
 pass with their weighted sum. beta acts on the logits before temperature, so temperature t makes it
-beta / t. Biases, penalties and bans act before beta; min_p, top_k and top_p of the sampler after it.
+beta / t. Biases, penalties and bans act before beta; the sampler's min_p, top_k and top_p after it.
 
 The published code differs, and this one does not follow it: it trusts a key-value cache after
 comparing row 0 of a batch alone, it gives the value model no attention mask, so padded rows are

@@ -29,7 +29,7 @@ def test_every_environment_is_tried() -> None:
             assert line.count("==") == 1, f"{name}: {line} is no exact pin"
 
 
-@pytest.mark.slow
+@pytest.mark.clients
 @pytest.mark.parametrize("name", CASES)
 def test_client(servers: dict[str, Any], name: str) -> None:
     python = environments.program(name)

@@ -95,7 +95,7 @@ def over(failures: dict[str, int], tolerated: dict[str, int]) -> dict[str, str]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.clients
 @pytest.mark.timeout(300)
 def test_our_own_description_is_true(serve: Any, tmp_path: Path) -> None:
     live = serve(SUITE)
@@ -109,7 +109,7 @@ def test_our_own_description_is_true(serve: Any, tmp_path: Path) -> None:
     assert live.metric("infer_align_requests_total", status="500") == 0
 
 
-@pytest.mark.slow
+@pytest.mark.clients
 @pytest.mark.timeout(300)
 def test_openais_description_holds(serve: Any, tmp_path: Path) -> None:
     live = serve(SUITE)
