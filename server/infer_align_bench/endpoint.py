@@ -14,7 +14,7 @@ import aiohttp
 from infer_align.errors import AlignError, ConfigError, nearest, quote
 from infer_align_bench.answer import MAX_EXCERPT, MAX_MESSAGE, Answer, StreamFailed, describe_error
 from infer_align_bench.failures import classify_failure, connect_timeout
-from infer_align_bench.types import Prompt, Sample, Target
+from infer_align_bench.types import ChatPrompt, Sample, Target
 
 READ_BUFFER_BYTES = 2**20
 MAX_MODELS_IN_MESSAGE = 20
@@ -127,7 +127,7 @@ class Endpoint:
         key = self.target.key.value
         return text.replace(key, "***") if key else text
 
-    def body(self, prompt: Prompt, index: int) -> dict[str, Any]:
+    def body(self, prompt: ChatPrompt, index: int) -> dict[str, Any]:
         """Return the request body of a prompt.
 
         `index` determines the seed, so that both targets of a pair get the same request.
@@ -145,7 +145,7 @@ class Endpoint:
         return {name: value for name, value in body.items() if value is not None}
 
     async def send(
-        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+        self, prompt: ChatPrompt, index: int, began: float, intended: float | None = None
     ) -> Sample:
         """Send one request. A failure of the endpoint is part of the sample, never an exception.
 

@@ -45,7 +45,7 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class IntervalEstimate:
     """A figure and its interval. An end is NaN if the data are too few to know it."""
 
     value: float
@@ -53,7 +53,7 @@ class Estimate:
     high: float
 
 
-def estimates(groups: Sequence[ArrayLike], seed: int = 0) -> dict[str, Estimate]:
+def estimates(groups: Sequence[ArrayLike], seed: int = 0) -> dict[str, IntervalEstimate]:
     """Estimate the mean and the percentiles of all values.
 
     Percentiles are numpy's: linear between neighbouring values.
@@ -72,7 +72,7 @@ def estimates(groups: Sequence[ArrayLike], seed: int = 0) -> dict[str, Estimate]
 
 def ratios(
     groups: Sequence[ArrayLike], baseline: Sequence[ArrayLike], seed: int = 0
-) -> dict[str, Estimate]:
+) -> dict[str, IntervalEstimate]:
     """Estimate the figures of `groups` divided by those of `baseline`.
 
     The groups are pairs and are resampled as pairs.
@@ -103,10 +103,10 @@ def ratios(
 class Rate:
     """An amount per second, and its resamples [replicates]."""
 
-    estimate: Estimate
+    estimate: IntervalEstimate
     replicates: Array
 
-    def over(self, other: Rate) -> Estimate:
+    def over(self, other: Rate) -> IntervalEstimate:
         """Estimate the ratio of two rates that were measured independently."""
         count = min(len(self.replicates), len(other.replicates))
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -138,15 +138,15 @@ def rate(amounts: ArrayLike, seconds: ArrayLike, seed: int = 0) -> Rate:
     return Rate(_estimate(value, usable), replicates)
 
 
-def share(successes: int, total: int) -> Estimate:
+def share(successes: int, total: int) -> IntervalEstimate:
     """Estimate a share with Wilson's interval, which is valid where all or none succeed.
 
     Requests count as independent.
     """
     if not total:
-        return Estimate(math.nan, math.nan, math.nan)
+        return IntervalEstimate(math.nan, math.nan, math.nan)
     interval = binomtest(successes, total).proportion_ci(LEVEL / 100, method="wilson")
-    return Estimate(successes / total, float(interval.low), float(interval.high))
+    return IntervalEstimate(successes / total, float(interval.low), float(interval.high))
 
 
 def block_length(series: ArrayLike) -> int:
@@ -250,22 +250,24 @@ def _independent_groups(groups: int, length: int) -> float:
     return min(groups, 2 * groups / length)
 
 
-def _estimate(value: float, replicates: Array) -> Estimate:
+def _estimate(value: float, replicates: Array) -> IntervalEstimate:
     finite = replicates[np.isfinite(replicates)]
     if not finite.size:
-        return Estimate(value, math.nan, math.nan)
+        return IntervalEstimate(value, math.nan, math.nan)
     low, high = np.quantile(finite, [TAIL, 1 - TAIL])
-    return Estimate(value, float(low), float(high))
+    return IntervalEstimate(value, float(low), float(high))
 
 
-def _figure_estimates(figures: Array, replicates: Array, independent: float) -> dict[str, Estimate]:
+def _figure_estimates(
+    figures: Array, replicates: Array, independent: float
+) -> dict[str, IntervalEstimate]:
     result = {}
     for name, value, column in zip(NAMES, figures, replicates.T, strict=True):
         # Every resample of a single request equals it: its spread is unknown, not zero.
         usable = column if independent > 1 else column[:0]
         estimate = _estimate(float(value), usable)
         if not _upper_end_observed(name, independent):
-            estimate = Estimate(estimate.value, estimate.low, math.nan)
+            estimate = IntervalEstimate(estimate.value, estimate.low, math.nan)
         result[name] = estimate
     return result
 

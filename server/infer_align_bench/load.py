@@ -27,7 +27,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from infer_align_bench.types import Load, Prompt, Run, Sample, Span
+from infer_align_bench.types import ChatPrompt, Load, Run, Sample, Span
 
 # Slices of each target, if there are enough requests.
 ROUNDS = 10
@@ -45,7 +45,7 @@ class Sender(Protocol):
     """Sends one request; `Endpoint.send` is the implementation over HTTP."""
 
     def __call__(
-        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+        self, prompt: ChatPrompt, index: int, began: float, intended: float | None = None
     ) -> Awaitable[Sample]:
         """Send one request and return its timed sample."""
 
@@ -95,7 +95,7 @@ def _even(rounds: int) -> int:
 
 async def apply_load(
     load: Load,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[ChatPrompt],
     senders: Mapping[str, Sender],
     stop: asyncio.Event,
     on_sample: Callable[[Sample], None] = lambda _: None,
@@ -158,7 +158,7 @@ class _LoadGenerator:
     def __init__(
         self,
         load: Load,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[ChatPrompt],
         senders: Mapping[str, Sender],
         on_sample: Callable[[Sample], None],
         clock: Callable[[], float],

@@ -10,7 +10,7 @@ from typing import Any
 
 from infer_align.demo.world import prompts as demo_questions
 from infer_align.errors import ConfigError, nearest, quote
-from infer_align_bench.types import Prompt
+from infer_align_bench.types import ChatPrompt
 
 # Common tokenizers encode each of these words with about one token, so that a number of words is
 # about a number of tokens.
@@ -35,14 +35,14 @@ DEMO_QUESTIONS = 320
 NAMES = ("demo", "synthetic")
 
 
-def demo(seed: int) -> list[Prompt]:
+def demo(seed: int) -> list[ChatPrompt]:
     """Return all questions of the embedded demo, shuffled."""
     return [_user(text) for text in demo_questions(DEMO_QUESTIONS, seed)]
 
 
 def synthetic(
     count: int, input_tokens: tuple[int, int], output_tokens: tuple[int, int], seed: int
-) -> list[Prompt]:
+) -> list[ChatPrompt]:
     """Return `count` prompts of random words, each with its own `max_tokens`.
 
     Both lengths are drawn uniformly from a range with both ends included. Lengths are counted in
@@ -57,7 +57,7 @@ def synthetic(
     return prompts
 
 
-def from_file(path: Path) -> list[Prompt]:
+def from_file(path: Path) -> list[ChatPrompt]:
     """Read one chat per line of a JSONL file.
 
     A line is a JSON string (the user's message), or an object with `messages` and further fields
@@ -83,7 +83,7 @@ def from_file(path: Path) -> list[Prompt]:
     return prompts
 
 
-def with_prefix(prompt: Prompt, prefix: str) -> Prompt:
+def with_prefix(prompt: ChatPrompt, prefix: str) -> ChatPrompt:
     """Return the conversation with a prefix before its first word.
 
     It costs about the same as the original, and no prefix cache contains it.
@@ -94,10 +94,10 @@ def with_prefix(prompt: Prompt, prefix: str) -> Prompt:
         prefixed: Any = [{"type": "text", "text": prefix}, *content]
     else:
         prefixed = f"{prefix} {content or ''}"
-    return Prompt(({**first, "content": prefixed}, *rest), prompt.body)
+    return ChatPrompt(({**first, "content": prefixed}, *rest), prompt.body)
 
 
-def _parse_line(line: str, place: str) -> Prompt:
+def _parse_line(line: str, place: str) -> ChatPrompt:
     try:
         value = json.loads(line)
     except ValueError:
@@ -110,7 +110,7 @@ def _parse_line(line: str, place: str) -> Prompt:
             'must be a JSON string or {"messages": [...]}.'
         )
     body = {name: field for name, field in value.items() if name != "messages"}
-    return Prompt(tuple(value["messages"]), body)
+    return ChatPrompt(tuple(value["messages"]), body)
 
 
 def _is_conversation(value: Any) -> bool:
@@ -119,5 +119,5 @@ def _is_conversation(value: Any) -> bool:
     return all(isinstance(message, Mapping) for message in value)
 
 
-def _user(text: str, body: Mapping[str, Any] | None = None) -> Prompt:
-    return Prompt(({"role": "user", "content": text},), body or {})
+def _user(text: str, body: Mapping[str, Any] | None = None) -> ChatPrompt:
+    return ChatPrompt(({"role": "user", "content": text},), body or {})

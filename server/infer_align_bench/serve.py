@@ -26,7 +26,7 @@ from infer_align_bench.report import build_report
 from infer_align_bench.runtime import INTERRUPTED, check_writable, loop_factory, stop_on_signals
 from infer_align_bench.summary import GOALS
 from infer_align_bench.tables import print_report
-from infer_align_bench.types import Load, Prompt, Run, Sample, Target
+from infer_align_bench.types import ChatPrompt, Load, Run, Sample, Target
 
 OUT = Console(width=max(80, Console().width))
 ERR = Console(stderr=True)
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def _measure(
-    load: Load, targets: Sequence[Target], prompts: Sequence[Prompt], warmup: int
+    load: Load, targets: Sequence[Target], prompts: Sequence[ChatPrompt], warmup: int
 ) -> tuple[Run, list[Target]]:
     """Warm up and run; return the run and the targets with their models."""
     stop = asyncio.Event()
@@ -125,7 +125,7 @@ def _progress_bar(total: int | None) -> Iterator[Callable[[Sample], None]]:
 
 async def _warm_up(
     load: Load,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[ChatPrompt],
     senders: Mapping[str, Sender],
     stop: asyncio.Event,
     requests: int,
@@ -277,7 +277,7 @@ def _goals(text: str | None) -> dict[str, float]:
     return goals
 
 
-def _prompts(options: argparse.Namespace, load: Load) -> tuple[list[Prompt], dict[str, Any]]:
+def _prompts(options: argparse.Namespace, load: Load) -> tuple[list[ChatPrompt], dict[str, Any]]:
     """Return the prompts of the dataset, and its description for the report."""
     if options.dataset == "demo":
         return datasets.demo(load.seed), {"name": "demo"}

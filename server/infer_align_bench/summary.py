@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from infer_align_bench.intervals import Estimate, Rate, estimates, rate, share
+from infer_align_bench.intervals import IntervalEstimate, Rate, estimates, rate, share
 from infer_align_bench.types import Load, Sample, Span
 
 MILLISECONDS = 1e3
@@ -201,7 +201,7 @@ def _tokens(answered: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def as_json(estimate: Estimate, scale: float = 1.0) -> dict[str, float | None]:
+def as_json(estimate: IntervalEstimate, scale: float = 1.0) -> dict[str, float | None]:
     """Return an estimate for a JSON file; null for an unknown end."""
     ends = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
     return {name: end * scale if math.isfinite(end) else None for name, end in ends.items()}

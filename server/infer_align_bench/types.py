@@ -1,4 +1,4 @@
-"""The data types of a measurement: Target, Prompt, Load, Sample, Span and Run."""
+"""The data types of a measurement: Target, ChatPrompt, Load, Sample, Span and Run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ChatPrompt:
     """One conversation and its own body fields, such as max_tokens."""
 
     messages: tuple[Mapping[str, Any], ...]

@@ -13,7 +13,7 @@ from infer_align_bench import intervals
 from infer_align_bench.intervals import (
     NAMES,
     PERCENTILES,
-    Estimate,
+    IntervalEstimate,
     _Pool,
     block_length,
     estimates,
@@ -37,7 +37,7 @@ def singletons(values: object) -> list[list[float]]:
     return np.asarray(values, dtype=float)[:, None].tolist()
 
 
-def width(estimate: Estimate) -> float:
+def width(estimate: IntervalEstimate) -> float:
     return estimate.high - estimate.low
 
 

@@ -18,12 +18,12 @@ from infer_align_bench.load import Sender, apply_load, arrivals, slices, target_
 from infer_align_bench.report import build_report
 from infer_align_bench.summary import summarize
 from infer_align_bench.tables import notes
-from infer_align_bench.types import Load, Prompt, Run, Sample, Target
+from infer_align_bench.types import ChatPrompt, Load, Run, Sample, Target
 from tests.bench.virtual_time import run_virtual
 
 # Seconds in which an endpoint answers nothing.
 STALL = 0.6
-PROMPTS = [Prompt(({"role": "user", "content": str(i)},)) for i in range(3)]
+PROMPTS = [ChatPrompt(({"role": "user", "content": str(i)},)) for i in range(3)]
 
 
 def now() -> float:
@@ -42,7 +42,7 @@ class Endpoint:
     max_in_flight: int = 0
 
     async def __call__(
-        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+        self, prompt: ChatPrompt, index: int, began: float, intended: float | None = None
     ) -> Sample:
         started = now() - began
         self.log.append((self.name, index, prompt.messages[0]["content"]))
@@ -63,7 +63,7 @@ class SerialEndpoint:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def __call__(
-        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+        self, prompt: ChatPrompt, index: int, began: float, intended: float | None = None
     ) -> Sample:
         started = now() - began
         async with self.lock:
@@ -80,7 +80,7 @@ class StallingEndpoint:
     stalled_until: float = 0.0
 
     async def __call__(
-        self, prompt: Prompt, index: int, began: float, intended: float | None = None
+        self, prompt: ChatPrompt, index: int, began: float, intended: float | None = None
     ) -> Sample:
         started = now() - began
         if index == 30:
@@ -329,7 +329,7 @@ def test_a_stop_keeps_the_answered_requests() -> None:
 @pytest.mark.parametrize("load", [Load(concurrency=2, requests=4), Load(None, 100.0, 3)])
 def test_an_error_of_our_own_is_raised(load: Load) -> None:
     async def broken(
-        prompt: Prompt, index: int, began: float, intended: float | None = None
+        prompt: ChatPrompt, index: int, began: float, intended: float | None = None
     ) -> Sample:
         raise RuntimeError("a bug")
 

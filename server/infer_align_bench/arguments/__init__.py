@@ -8,7 +8,8 @@ from collections.abc import Callable
 from functools import partial
 
 from infer_align_bench.arguments import plan, quality, serve
-from infer_align_bench.arguments.common import body_fields, json_object
+from infer_align_bench.arguments.endpoint import body_fields
+from infer_align_bench.arguments.values import json_object
 
 __all__ = ["add_commands", "body_fields", "json_object"]
 

@@ -6,7 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
-from infer_align_bench.arguments.common import non_negative, positive, positive_number
+from infer_align_bench.arguments.values import non_negative, positive, positive_number
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +56,10 @@ def _add_planned_request(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of tokens of one candidate; default: %(default)s",
     )
+    _add_planned_methods(group)
+
+
+def _add_planned_methods(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--k",
         type=non_negative,

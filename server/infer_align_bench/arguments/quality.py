@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from infer_align_bench.arguments.common import add_endpoint, add_timeout, non_negative, positive
+from infer_align_bench.arguments.endpoint import add_endpoint, add_timeout
+from infer_align_bench.arguments.values import non_negative, positive
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

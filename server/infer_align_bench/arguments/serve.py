@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from infer_align_bench.arguments.common import (
-    add_endpoint,
-    add_timeout,
+from infer_align_bench.arguments.endpoint import add_endpoint, add_timeout
+from infer_align_bench.arguments.values import (
     json_object,
     non_negative,
     number_range,
@@ -70,6 +69,11 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of requests per target; default: 200, or no limit with --duration",
     )
+    _add_time_limits(group)
+    _add_load_details(group)
+
+
+def _add_time_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--duration",
         type=positive_number,
@@ -85,6 +89,9 @@ def _add_load(parser: argparse.ArgumentParser) -> None:
         "failed; default: %(default)g",
     )
     add_timeout(group)
+
+
+def _add_load_details(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-in-flight",
         type=positive,

@@ -40,7 +40,7 @@ from infer_align_bench.quality.notebook import FORMAT, Notebook
 from infer_align_bench.quality.runner import MAX_CONSECUTIVE_FAILURES, Runner, Work, plan_work
 from infer_align_bench.runtime import INTERRUPTED, check_writable, loop_factory, stop_on_signals
 from infer_align_bench.tables import number
-from infer_align_bench.types import Prompt, Target
+from infer_align_bench.types import ChatPrompt, Target
 
 SCHEMA = "infer-align/bench-quality/2"
 OUT = Console(width=max(80, Console().width))
@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _results(
-    options: argparse.Namespace, grid: Grid, prompts: Sequence[Prompt], measurement: Measurement
+    options: argparse.Namespace, grid: Grid, prompts: Sequence[ChatPrompt], measurement: Measurement
 ) -> Results:
     table = _table(options, grid, prompts, measurement)
     points = make_points(table, grid)
@@ -169,7 +169,7 @@ def _exit_code(measurement: Measurement, notebook_path: Path) -> int:
 
 
 def _table(
-    options: argparse.Namespace, grid: Grid, prompts: Sequence[Prompt], measurement: Measurement
+    options: argparse.Namespace, grid: Grid, prompts: Sequence[ChatPrompt], measurement: Measurement
 ) -> Table:
     """Return the scores of the answers that this run measures or found in the notebook."""
     runner = measurement.runner
@@ -191,7 +191,7 @@ def _table(
     return Table(grid, current_rows, keys, pending, _shared_fields(options, prompts))
 
 
-def _shared_fields(options: argparse.Namespace, prompts: Sequence[Prompt]) -> set[str]:
+def _shared_fields(options: argparse.Namespace, prompts: Sequence[ChatPrompt]) -> set[str]:
     """Return the body fields that requests have under every setting."""
     names = set()
     for fields in (body_fields(options), *(prompt.body for prompt in prompts)):
@@ -226,7 +226,7 @@ def _unmeasured(grid: Grid, points: Sequence[Point], runner: Runner) -> dict[str
 
 
 async def _measure(
-    options: argparse.Namespace, grid: Grid, prompts: Sequence[Prompt], path: Path
+    options: argparse.Namespace, grid: Grid, prompts: Sequence[ChatPrompt], path: Path
 ) -> Measurement:
     target = Target(
         name="A",
@@ -295,13 +295,13 @@ def _progress_bar(work: Sequence[Work], notebook: Notebook) -> Iterator[Callable
         yield lambda: bar.advance(task)
 
 
-def _prompts(options: argparse.Namespace) -> list[Prompt]:
+def _prompts(options: argparse.Namespace) -> list[ChatPrompt]:
     """Return the prompts without duplicates, which would count as independent prompts."""
     if options.prompts == "demo":
         prompts = datasets.demo(options.seed)
     else:
         prompts = datasets.from_file(Path(options.prompts))
-    unique: dict[str, Prompt] = {}
+    unique: dict[str, ChatPrompt] = {}
     for prompt in prompts:
         # A later duplicate equals the earlier one, whose place it takes.
         unique[json.dumps([prompt.messages, prompt.body], sort_keys=True)] = prompt

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer_align_bench.quality.grid import Cell, Grid
-from infer_align_bench.quality.notebook import Row
+from infer_align_bench.quality.notebook import ScoredAnswer
 
 Array = NDArray[np.float64]
 Cost = Literal["tokens", "seconds"]
@@ -86,7 +86,7 @@ class Table:
     def __init__(
         self,
         grid: Grid,
-        rows: Iterable[Row],
+        rows: Iterable[ScoredAnswer],
         keys: Mapping[tuple[str, int], str],
         pending: Collection[int] = (),
         shared: Collection[str] = (),
@@ -123,7 +123,10 @@ class Table:
         return places
 
     def _sums(
-        self, rows: Iterable[Row], places: Mapping[str, list[tuple[int, int]]], prompts: int
+        self,
+        rows: Iterable[ScoredAnswer],
+        places: Mapping[str, list[tuple[int, int]]],
+        prompts: int,
     ) -> Array:
         """Return sums of gold, tokens, generated tokens and seconds, and the number of rows."""
         sums = np.zeros((5, len(self.cells), prompts))

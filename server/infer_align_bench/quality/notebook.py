@@ -16,7 +16,7 @@ FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScoredAnswer:
     """One scored answer."""
 
     # Digest of the setting and the prompt. Another run reuses the answer to an equal request.
@@ -56,7 +56,7 @@ class Notebook:
         Raises:
             ConfigError: the file is not a notebook, or belongs to another measurement.
         """
-        self.rows: dict[tuple[str, int], Row] = {}
+        self.rows: dict[tuple[str, int], ScoredAnswer] = {}
         self._path = path
         if path.exists() and path.stat().st_size:
             self._load(made_with)
@@ -72,7 +72,7 @@ class Notebook:
             self._append("\n")
         for line in lines:
             with suppress(ValueError, TypeError):
-                row = Row(**json.loads(line))
+                row = ScoredAnswer(**json.loads(line))
                 self.rows[row.key, row.draw] = row
 
     def _check_header(self, header: str, made_with: Mapping[str, Any]) -> None:
@@ -93,7 +93,7 @@ class Notebook:
                 "remove it, or name another file with --notebook."
             )
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ScoredAnswer) -> None:
         """Write a row to the file, then keep it in memory."""
         self._append(json.dumps(asdict(row), ensure_ascii=False) + "\n")
         self.rows[row.key, row.draw] = row

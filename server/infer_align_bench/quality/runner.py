@@ -19,8 +19,8 @@ from infer_align_bench.endpoint import Endpoint, error_of
 from infer_align_bench.load import run_until_stopped
 from infer_align_bench.quality.gold import Gold
 from infer_align_bench.quality.grid import Cell
-from infer_align_bench.quality.notebook import Notebook, Row
-from infer_align_bench.types import Prompt
+from infer_align_bench.quality.notebook import Notebook, ScoredAnswer
+from infer_align_bench.types import ChatPrompt
 
 # Distance between the seeds of one prompt's draws: larger than any number of prompts.
 DRAW_STRIDE = 1_000_003
@@ -59,7 +59,7 @@ class Failure:
 
 
 def plan_work(
-    cells: Sequence[Cell], prompts: Sequence[Prompt], draws: int, seed: int
+    cells: Sequence[Cell], prompts: Sequence[ChatPrompt], draws: int, seed: int
 ) -> list[Work]:
     """List all answers to measure, prompt by prompt.
 
@@ -76,7 +76,7 @@ def plan_work(
     return work
 
 
-def _digest(cell: Cell, prompt: Prompt) -> str:
+def _digest(cell: Cell, prompt: ChatPrompt) -> str:
     request = [cell.align, cell.body, prompt.messages, prompt.body]
     text = json.dumps(request, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -86,7 +86,7 @@ class Runner:
     """Measures the answers that a notebook does not have yet."""
 
     def __init__(
-        self, endpoint: Endpoint, gold: Gold, prompts: Sequence[Prompt], notebook: Notebook
+        self, endpoint: Endpoint, gold: Gold, prompts: Sequence[ChatPrompt], notebook: Notebook
     ) -> None:
         self.endpoint = endpoint
         # Failures of each setting.
@@ -166,7 +166,7 @@ class Runner:
         failure = Failure(work.prompt, self.endpoint.redact(reason), refused)
         self.failures.setdefault(work.cell.name, []).append(failure)
 
-    async def _answer(self, work: Work) -> Row | None:
+    async def _answer(self, work: Work) -> ScoredAnswer | None:
         """Request and score one answer; return None after a failure of the endpoint."""
         prompt = self._prompts[work.prompt]
         started = perf_counter()
@@ -185,7 +185,7 @@ class Runner:
         prompt_tokens, generated, returned = answer.tokens()
         usage = answer.align_usage()
         score = await self._gold(prompt.messages, text)
-        return Row(
+        return ScoredAnswer(
             key=work.key,
             cell=work.cell.name,
             prompt=work.prompt,
@@ -199,7 +199,7 @@ class Runner:
             scoring=sum(usage.get(name, 0) for name in SCORING_COUNTS),
         )
 
-    def _body(self, work: Work, prompt: Prompt) -> dict[str, Any]:
+    def _body(self, work: Work, prompt: ChatPrompt) -> dict[str, Any]:
         body = self.endpoint.body(prompt, work.prompt + work.draw * DRAW_STRIDE)
         body |= work.cell.body
         if work.cell.align is not None:

@@ -11,14 +11,16 @@ import pytest
 from infer_align_bench.quality.advice import make_advice, make_headline
 from infer_align_bench.quality.curve import Mean, Point, Table, make_points
 from infer_align_bench.quality.grid import Cell, Grid
-from infer_align_bench.quality.notebook import Row
+from infer_align_bench.quality.notebook import ScoredAnswer
 
 # Scores by prompt; None: no score; a list: one score per draw.
 Scores = Sequence[float | list[float] | None]
 
 
-def row(key: str, cell: str, prompt: int, gold: float | None, tokens: float, draw: int = 0) -> Row:
-    return Row(
+def row(
+    key: str, cell: str, prompt: int, gold: float | None, tokens: float, draw: int = 0
+) -> ScoredAnswer:
+    return ScoredAnswer(
         key=key,
         cell=cell,
         prompt=prompt,
