@@ -59,17 +59,21 @@ class Curve:
 def curves(pool: Pool) -> dict[str, Curve]:
     """Return the curve of each objective, and of an oracle that selects by gold."""
     scores = pool.proxy.reshape(len(pool.proxy), -1)
-    by_objective = {name: _curve(select(scores), pool.gold) for name, select in SELECTORS.items()}
-    return {**by_objective, ORACLE: _curve([pool.gold.ravel()], pool.gold)}
+    by_objective: dict[str, Curve] = {}
+    for name, select in SELECTORS.items():
+        by_objective[name] = _curve(select(scores), pool.gold)
+    by_objective[ORACLE] = _curve([pool.gold.ravel()], pool.gold)
+    return by_objective
 
 
 def _curve(selectors: Sequence[Array], gold: Array) -> Curve:
     shaped = [selector.reshape(gold.shape) for selector in selectors]
     golds = [gold] * len(shaped)
-    return Curve(
-        proxy={n: _mean_expected_best(shaped, shaped, n) for n in SIZES},
-        gold={n: _mean_expected_best(shaped, golds, n) for n in SIZES},
-    )
+    curve = Curve(proxy={}, gold={})
+    for n in SIZES:
+        curve.proxy[n] = _mean_expected_best(shaped, shaped, n)
+        curve.gold[n] = _mean_expected_best(shaped, golds, n)
+    return curve
 
 
 def _mean_expected_best(selectors: Sequence[Array], values: Sequence[Array], n: int) -> Array:

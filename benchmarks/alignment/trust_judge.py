@@ -13,7 +13,7 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, get_args
 
 import numpy as np
@@ -42,7 +42,7 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 from infer_align.rewards.trust_judge.readings import Relation, Rule, mass
-from infer_align.types import Array, LabelQuery
+from infer_align.types import Array, LabelQuery, Messages
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 SUBSETS = (3, 4, 5)
@@ -105,27 +105,43 @@ async def judge(flow: Flow, question: str, answers: Sequence[str]) -> Judged:
     messages = [{"role": "user", "content": question}]
     single: dict[int, list[Reading]] = {}
     for scale in SCALES:
-        prompts = [score_messages(messages, text, scale) for text in answers]
-        calls = [_read(flow, prompt, SCORE, labels(scale)) for prompt in prompts]
-        single[scale] = await asyncio.gather(*calls)
-    pairs = list(combinations(range(len(answers)), 2))
-    calls = []
-    for i, j in pairs:
-        for first, second in ((answers[i], answers[j]), (answers[j], answers[i])):
-            calls.append(_read(flow, pair_messages(messages, first, second), BETTER, SIDES))
-    compared = await asyncio.gather(*calls)
-    orders = dict(zip(pairs, zip(compared[::2], compared[1::2], strict=True), strict=True))
-    readings = [*(reading for row in single.values() for reading in row), *compared]
+        single[scale] = await _read_scores(flow, messages, answers, scale)
+    orders = await _read_comparisons(flow, messages, answers)
+    compared = list(chain.from_iterable(orders.values()))
+    readings = [*chain.from_iterable(single.values()), *compared]
     refused = [mass(reading.probs, dict(reading.probs)) < MIN_MASS for reading in readings]
     preferred = [reading.probs[0][0] for reading in compared]
+    gold = [world.gold(question, text) for text in answers]
     return Judged(
-        gold=np.array([world.gold(question, text) for text in answers]),
+        gold=np.array(gold),
         manners=[_manners(question, text) for text in answers],
         scores=_scores(single),
         relations={rule: _relations(orders, rule) for rule in RULES},
         refused=float(np.mean(refused)),
         lean=(preferred.count("A") - preferred.count("B")) / len(preferred),
     )
+
+
+async def _read_scores(
+    flow: Flow, messages: Messages, answers: Sequence[str], scale: int
+) -> list[Reading]:
+    """Read the score of every answer."""
+    prompts = [score_messages(messages, text, scale) for text in answers]
+    return await asyncio.gather(*(_read(flow, each, SCORE, labels(scale)) for each in prompts))
+
+
+async def _read_comparisons(
+    flow: Flow, messages: Messages, answers: Sequence[str]
+) -> dict[Pair, Orders]:
+    """Read the comparison of every pair in both orders."""
+    pairs = list(combinations(range(len(answers)), 2))
+    prompts: list[list[dict[str, Any]]] = []
+    for i, j in pairs:
+        prompts.append(pair_messages(messages, answers[i], answers[j]))
+        prompts.append(pair_messages(messages, answers[j], answers[i]))
+    readings = await asyncio.gather(*(_read(flow, each, BETTER, SIDES) for each in prompts))
+    orders = zip(readings[::2], readings[1::2], strict=True)
+    return dict(zip(pairs, orders, strict=True))
 
 
 def _manners(question: str, answer: str) -> tuple[bool, bool, int]:

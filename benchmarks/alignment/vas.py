@@ -196,12 +196,13 @@ def plot(ways: Mapping[str, Way]) -> None:
 def _plot_against_kl(axes: Axes, ways: Mapping[str, Way]) -> None:
     """Plot gold (solid, with standard errors) and proxy (dashed) against KL."""
     one_sample = ways["one sample"]
-    curves = {
-        HEAD: [one_sample, *(ways[label(HEAD, beta)] for beta in BETAS)],
-        LOOKAHEAD: [one_sample, *(ways[label(LOOKAHEAD, beta)] for beta in BETAS)],
-        "best of n, KL at most": [one_sample, *(ways[f"best of {n}"] for n in SIZES[1:])],
+    names = {
+        HEAD: [label(HEAD, beta) for beta in BETAS],
+        LOOKAHEAD: [label(LOOKAHEAD, beta) for beta in BETAS],
+        "best of n, KL at most": [f"best of {n}" for n in SIZES[1:]],
     }
-    for colour, (name, points) in zip(("C0", "C1", "C2"), curves.items(), strict=True):
+    for colour, (name, rows) in zip(("C0", "C1", "C2"), names.items(), strict=True):
+        points = [one_sample, *(ways[row] for row in rows)]
         kl = [point.kl.mean() for point in points]
         proxy = [point.proxy.mean() for point in points]
         _plot_gold(axes, kl, points, color=colour, label=f"{name}: gold")

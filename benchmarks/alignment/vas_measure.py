@@ -14,7 +14,6 @@ import numpy as np
 from benchmarks.alignment.best_of_n import UNCERTAINTY_WEIGHT
 from benchmarks.alignment.report import mean_se
 from benchmarks.demo import measure
-from benchmarks.demo.effects import flat_exchanges
 from benchmarks.demo.preference import score
 from infer_align import objectives
 from infer_align.demo import path, world
@@ -131,23 +130,26 @@ class Lab:
             greedy: draw one answer at temperature 0 instead.
             tail: treatment of the tokens that are not valued.
         """
+        temperature = 1.0
         if greedy:
             n = 1
+            temperature = 0.0
         steering = Steering(beta, TOP_K, tail) if beta else None
-        draws = [
-            self._draw(index, n, steering, temperature=0.0 if greedy else 1.0)
-            for index in range(len(self.questions))
-        ]
+        indices = range(len(self.questions))
+        draws = [self._draw(index, n, steering, temperature) for index in indices]
         drawn = await asyncio.gather(*(draw_candidates(self.engine, draw) for draw in draws))
-        candidates = [candidate for row in drawn for candidate in row]
-        replies = [[(each.text, each.completion_tokens) for each in row] for row in drawn]
-        exchanges = flat_exchanges(self.questions, replies)
+        candidates: list[Candidate] = []
+        exchanges: list[tuple[str, str]] = []
+        for question, row in zip(self.questions, drawn, strict=True):
+            candidates += row
+            exchanges += [(question, candidate.text) for candidate in row]
         shape = (len(drawn), n)
+        gold = [world.gold(*exchange) for exchange in exchanges]
         kl = [_kl_term(candidate, greedy=greedy) for candidate in candidates]
         tokens = [float(candidate.completion_tokens) for candidate in candidates]
         words = [float(len(text.split())) for _, text in exchanges]
         return Answers(
-            gold=np.array([world.gold(*exchange) for exchange in exchanges]).reshape(shape),
+            gold=np.array(gold).reshape(shape),
             proxy=self._proxy(exchanges).reshape(shape),
             kl=np.array(kl).reshape(shape),
             tokens=np.array(tokens).reshape(shape),

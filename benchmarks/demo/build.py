@@ -84,8 +84,10 @@ def labelled_pairs(
     pairs_per_question = -(-config.pairs * 9 // (8 * _QUESTIONS))
     questions = prompts(_QUESTIONS, seed)
     sampled = sample(lm, tokenizer, questions, 2 * pairs_per_question, seed=seed)
-    replies = [[text for text, _ in row] for row in sampled]
-    return pairs(list(zip(questions, replies, strict=True)), config.pairs, config.flipped, seed)
+    question_replies: list[tuple[str, list[str]]] = []
+    for question, replies in zip(questions, sampled, strict=True):
+        question_replies.append((question, [text for text, _ in replies]))
+    return pairs(question_replies, config.pairs, config.flipped, seed)
 
 
 def train_members(

@@ -24,7 +24,7 @@ from benchmarks.demo.documents import document
 from benchmarks.demo.effects import direction_effects, flat_exchanges, judge_effects
 from benchmarks.demo.language import reply_losses
 from benchmarks.demo.preference import score
-from benchmarks.demo.sampling import sample
+from benchmarks.demo.sampling import Reply, sample
 from infer_align.demo import LM, PREFERENCE, REWARDS
 from infer_align.demo.bag import BagForSequenceClassification, register
 from infer_align.demo.world import gold, prompts
@@ -81,18 +81,29 @@ def draw_pool(models: Models, questions: Sequence[str], n: int, seed: int) -> Po
     """Sample n replies and the greedy one to each question, and score them."""
     sampled = sample(models.lm, models.tokenizer, questions, n, seed=seed)
     greedy = sample(models.lm, models.tokenizer, questions, 1, seed=seed, greedy=True)
-    exchanges = flat_exchanges(questions, sampled)
-    proxy = score(models.members, models.tokenizer, exchanges).numpy()
+    proxy = score(models.members, models.tokenizer, flat_exchanges(questions, sampled)).numpy()
     shape = (len(questions), n)
-    tokens = [[length for _, length in replies] for replies in sampled]
-    greedy_exchanges = flat_exchanges(questions, greedy)
     return Pool(
-        gold=np.array([gold(*exchange) for exchange in exchanges]).reshape(shape),
+        gold=_gold(questions, sampled),
         proxy=proxy.astype(np.float64).reshape(-1, *shape),
-        tokens=np.array(tokens, dtype=np.float64),
-        greedy_gold=np.array([gold(*exchange) for exchange in greedy_exchanges]),
-        greedy_tokens=np.array([replies[0][1] for replies in greedy], dtype=np.float64),
+        tokens=_tokens(sampled),
+        greedy_gold=_gold(questions, greedy)[:, 0],
+        greedy_tokens=_tokens(greedy)[:, 0],
     )
+
+
+def _gold(questions: Sequence[str], replies: Sequence[Sequence[Reply]]) -> Array:
+    """Return the gold reward [P, N] of every reply."""
+    exchanges = flat_exchanges(questions, replies)
+    return np.array([gold(*exchange) for exchange in exchanges]).reshape(len(questions), -1)
+
+
+def _tokens(replies: Sequence[Sequence[Reply]]) -> Array:
+    """Return the length [P, N] of every reply."""
+    lengths: list[list[int]] = []
+    for row in replies:
+        lengths.append([length for _, length in row])
+    return np.array(lengths, dtype=np.float64)
 
 
 def measure(

@@ -98,7 +98,7 @@ def read(question: Question, reply: str) -> Traits:
     """
     words = _WORD.findall(reply.lower())
     present = set(words)
-    names_other_animal = any(word in TRUTH and word != question.subject for word in words)
+    names_other_animal = bool((present & TRUTH.keys()) - {question.subject})
     right = 0
     wrong = 0
     for attribute in question.attributes:
@@ -111,10 +111,14 @@ def read(question: Question, reply: str) -> Traits:
         attributes=len(question.attributes),
         right=right,
         wrong=wrong,
-        polite=any(phrase in reply for phrase in (*POLITE_OPENERS, *POLITE_CLOSERS)),
-        rude=any(phrase in reply for phrase in RUDE),
+        polite=_holds_any(reply, (*POLITE_OPENERS, *POLITE_CLOSERS)),
+        rude=_holds_any(reply, RUDE),
         flourishes=sum(word in _FLOURISH_SET for word in words),
     )
+
+
+def _holds_any(reply: str, phrases: Sequence[str]) -> bool:
+    return any(phrase in reply for phrase in phrases)
 
 
 def gold(question: str, reply: str) -> float:

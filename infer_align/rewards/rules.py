@@ -85,15 +85,18 @@ class RulesReward(Reward):
             self._rules["finished"] = lambda candidate: -float(candidate.finish_reason == "length")
         if not self._rules:
             raise ConfigError(
-                "rules: no rule is set; set at least one, such as words_weight = -0.01 or regex = "
-                "'...'."
+                "rules: no rule is set; set at least one, "
+                "such as words_weight = -0.01 or regex = '...'."
             )
         self.description = rules.description or "rules: " + ", ".join(self._rules)
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """Return [1, 1, N] scores. A rule applies to every text, so no score is NaN."""
-        values = [sum(rule(each) for rule in self._rules.values()) for each in candidates]
+        values = [self._sum(candidate) for candidate in candidates]
         return RewardScores(np.array([[values]], dtype=np.float64))
+
+    def _sum(self, candidate: Candidate) -> float:
+        return sum(rule(candidate) for rule in self._rules.values())
 
 
 def _length_rules(rules: Rules) -> dict[str, Rule]:

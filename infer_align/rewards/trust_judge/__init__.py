@@ -283,28 +283,31 @@ class TrustJudgeReward(Reward):
 
 def _from_comparisons(comparisons: Comparisons, indices: Sequence[int]) -> RewardScores:
     """Turn comparisons into scores. `indices` are the candidates' indices, for the report."""
-    rates = np.array([comparisons.win_rate(item) for item in range(len(indices))])
-    notes = tuple(
-        _missing_reason(comparisons, item, len(indices)) if np.isnan(rate) else None
-        for item, rate in enumerate(rates)
-    )
+    n = len(indices)
+    rates = [comparisons.win_rate(item) for item in range(n)]
+    notes: list[str | None] = [None] * n
+    win_rates: dict[str, float] = {}
+    for item, rate in enumerate(rates):
+        if math.isnan(rate):
+            notes[item] = _missing_reason(comparisons, item, n)
+        else:
+            win_rates[str(indices[item])] = rate
     compared: list[dict[str, Any]] = []
     for i, j in comparisons.orders:
         related = comparisons.relations.get((i, j))
         compared.append({"pair": [indices[i], indices[j]], "relation": related})
-    win_rates: dict[str, float] = {}
-    for index, rate in zip(indices, rates.tolist(), strict=True):
-        if not math.isnan(rate):
-            win_rates[str(index)] = rate
+    named_cycles: list[list[int]] = []
+    for cycle in cycles(comparisons.relations):
+        named_cycles.append([indices[i] for i in cycle])
     report = {
         "mode": "pairwise",
         "comparisons": compared,
         "win_rates": win_rates,
-        "cycles": [[indices[i] for i in cycle] for cycle in cycles(comparisons.relations)],
+        "cycles": named_cycles,
         "drop_rate": len(comparisons.errors) / max(1, len(comparisons.orders)),
     }
-    values = 1.0 + 4.0 * rates[None, None, :]
-    return RewardScores(values, comparisons.spent, notes, report)
+    values = 1.0 + 4.0 * np.array([[rates]], dtype=np.float64)
+    return RewardScores(values, comparisons.spent, tuple(notes), report)
 
 
 def _missing_reason(comparisons: Comparisons, item: int, n: int) -> str:
