@@ -184,10 +184,10 @@ def _best_of_n_verdict(way: Way, ways: Mapping[str, Way]) -> str:
 def plot(ways: Mapping[str, Way]) -> None:
     """Plot reward against KL on the left, and gold against beta on the right."""
     mpl.use("Agg")
-    plot_figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    _plot_against_kl(left, ways)
-    _plot_against_beta(right, ways)
-    for axes in (left, right):
+    plot_figure, (kl_axes, beta_axes) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    _plot_against_kl(kl_axes, ways)
+    _plot_against_beta(beta_axes, ways)
+    for axes in (kl_axes, beta_axes):
         axes.legend(fontsize=7)
     plot_figure.savefig(RESULTS / "vas.png", dpi=130)
     plt.close(plot_figure)

@@ -26,6 +26,14 @@ time_budget: ContextVar[float] = ContextVar("time_budget", default=math.inf)
 # the budget ends, and the results of the other calls are not lost.
 CALL_SHARE = 0.95
 
+# Metadata of the fields `description` and `timeout_seconds` of a reward's section.
+DESCRIPTION = {"description": "One line about this reward, for people."}
+TIMEOUT = {
+    "gt": 0,
+    "description": "Time limit of scoring, in seconds. A candidate without a score by then counts "
+    "as not scored.",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class RewardScores:

@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from infer_align.errors import ConfigError, Unavailable
-from infer_align.rewards import Reward, RewardScores
+from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
 from infer_align.types import Array, ScoringUsage
 
@@ -42,9 +42,7 @@ class RewardModelSection:
         },
     )
     scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
-    description: str = field(
-        default="", metadata={"description": "One line about this reward, for people."}
-    )
+    description: str = field(default="", metadata=DESCRIPTION)
     max_length: int = field(
         default=4096,
         metadata={
@@ -53,14 +51,7 @@ class RewardModelSection:
             "a note says so.",
         },
     )
-    timeout_seconds: float = field(
-        default=60.0,
-        metadata={
-            "gt": 0,
-            "description": "Time limit of scoring, in seconds. A candidate without a score by "
-            "then counts as not scored.",
-        },
-    )
+    timeout_seconds: float = field(default=60.0, metadata=TIMEOUT)
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from infer_align.errors import ConfigError
-from infer_align.rewards import Reward, RewardScores
+from infer_align.rewards import TIMEOUT, Reward, RewardScores
 from infer_align.types import Candidate, Messages
 
 Function = Callable[[Messages, str], float]
@@ -30,14 +30,7 @@ class FromCallable:
             "the function's docstring."
         },
     )
-    timeout_seconds: float = field(
-        default=30.0,
-        metadata={
-            "gt": 0,
-            "description": "Time limit of scoring, in seconds. A candidate without a score by "
-            "then counts as not scored.",
-        },
-    )
+    timeout_seconds: float = field(default=30.0, metadata=TIMEOUT)
 
     def load(self) -> CallableReward:
         """Import the function and return the reward.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from infer_align.errors import ConfigError
-from infer_align.rewards import Reward, RewardScores
+from infer_align.rewards import DESCRIPTION, Reward, RewardScores
 from infer_align.types import Candidate, Messages
 
 Rule = Callable[[Candidate], float]
@@ -20,9 +20,7 @@ Rule = Callable[[Candidate], float]
 class Rules:
     """Rules about the text. The score is the sum of all rules that are set."""
 
-    description: str = field(
-        default="", metadata={"description": "One line about this reward, for people."}
-    )
+    description: str = field(default="", metadata=DESCRIPTION)
     target_words: int | None = field(
         default=None,
         metadata={

@@ -16,7 +16,7 @@ import numpy as np
 
 from infer_align.errors import AlignError, ConfigError
 from infer_align.messages import transcript
-from infer_align.rewards import CALL_SHARE, Reward, RewardScores, time_budget
+from infer_align.rewards import CALL_SHARE, DESCRIPTION, Reward, RewardScores, time_budget
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
 from infer_align.types import Array, Body, Candidate, Messages, ScoringUsage
 from infer_align.upstream import Upstream, UpstreamFailed
@@ -83,9 +83,7 @@ class FromUpstream(Upstream):
             "scores."
         },
     )
-    description: str = field(
-        default="", metadata={"description": "One line about this reward, for people."}
-    )
+    description: str = field(default="", metadata=DESCRIPTION)
     timeout_seconds: float = field(
         default=60.0,
         metadata={

@@ -33,7 +33,7 @@ import numpy as np
 from infer_align.engines import Engine
 from infer_align.errors import ConfigError, Unsupported, nearest
 from infer_align.methods.trust_judge import CRITERIA, Criteria, Mode, Readout, Scale
-from infer_align.rewards import Reward, RewardScores
+from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
 from infer_align.rewards.trust_judge.consistency import conflict_ratio, cycles, nontransitivity
 from infer_align.rewards.trust_judge.judge import Judge, Judgement
 from infer_align.rewards.trust_judge.prompts import SIDES, labels
@@ -136,17 +136,8 @@ class TrustJudgeSection:
             "refused, and the candidate is not scored.",
         },
     )
-    description: str = field(
-        default="", metadata={"description": "One line about this reward, for people."}
-    )
-    timeout_seconds: float = field(
-        default=60.0,
-        metadata={
-            "gt": 0,
-            "description": "Time limit of scoring, in seconds. A candidate without a score by "
-            "then counts as not scored.",
-        },
-    )
+    description: str = field(default="", metadata=DESCRIPTION)
+    timeout_seconds: float = field(default=60.0, metadata=TIMEOUT)
 
     def load(self) -> TrustJudgeReward:
         """Return the reward. Its `engines` must be set before it starts."""
