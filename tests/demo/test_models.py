@@ -91,21 +91,19 @@ def test_members_give_different_rewards() -> None:
 
 
 def test_reward_reads_the_last_exchange_only(models: Models) -> None:
-    member, tokenizer = models.members[0], models.tokenizer
+    def reward(conversation: list[dict[str, str]]) -> float:
+        text = models.tokenizer.apply_chat_template(conversation, tokenize=False)
+        input_ids = models.tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return float(models.members[0](input_ids).logits.item())
+
     exchange = [QUESTION, {"role": "assistant", "content": REPLIES[0]}]
     history = [
         {"role": "system", "content": "Zzz."},
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi"},
     ]
-    short, long = (
-        tokenizer(tokenizer.apply_chat_template(c, tokenize=False), return_tensors="pt")
-        for c in (exchange, history + exchange)
-    )
-    with torch.no_grad():
-        assert member(short.input_ids).logits.item() == pytest.approx(
-            member(long.input_ids).logits.item(), abs=1e-5
-        )
+    assert reward(exchange) == pytest.approx(reward(history + exchange), abs=1e-5)
 
 
 @given(ids=st.lists(st.integers(0, 300), min_size=1, max_size=8))

@@ -286,21 +286,20 @@ async def test_objectives_are_scaled_by_the_section(reward_model):
     scaled = await started(
         model=path, attributes=("a", "b"), scaling={"b": Scaling(mean=1.0, std=4.0)}
     )
-    before, after = await raw.score(ASK, candidates()), await scaled.score(ASK, candidates())
+    before = await raw.score(ASK, candidates())
+    after = await scaled.score(ASK, candidates())
     np.testing.assert_allclose(after.values[0], before.values[0], atol=1e-6)
     np.testing.assert_allclose(after.values[1], (before.values[1] - 1.0) / 4.0, atol=1e-6)
 
 
 def test_scaling_converts_the_labels_of_the_published_model() -> None:
     """The scaling (score - 10) / 20 maps 0..100 to HelpSteer's 0..4."""
-    cases = json.loads(
-        (Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8")
-    )["helpsteer_conversion"]
+    vectors = Path(__file__).parents[1] / "data" / "dpa_public.json"
+    cases = json.loads(vectors.read_text(encoding="utf-8"))["helpsteer_conversion"]
     names = tuple("abcde")
     scaling = dict.fromkeys(names, Scaling(mean=10.0, std=20.0))
     for case in cases:
         values = np.array(case["score_0_100"])[:, None, None]
-        np.testing.assert_allclose(
-            scale_scores(values, scaling, names)[:, 0, 0], case["helpsteer_0_4"], atol=1e-9
-        )
+        converted = scale_scores(values, scaling, names)[:, 0, 0]
+        np.testing.assert_allclose(converted, case["helpsteer_0_4"], atol=1e-9)
     assert len(cases) >= 8

@@ -79,19 +79,20 @@ def test_no_text_escapes_its_mark(question: str, first: str, second: str) -> Non
 @settings(deadline=None)
 @given(st.text(), st.text())
 def test_exchanging_two_answers_changes_nothing_else(first: str, second: str) -> None:
-    one, two = pair_messages(ASK, first, second), pair_messages(ASK, second, first)
+    one = pair_messages(ASK, first, second)
+    two = pair_messages(ASK, second, first)
     assert one[0] == two[0]
-    a, b = blocks(one), blocks(two)
-    assert (a["Answer A"], a["Answer B"]) == (b["Answer B"], b["Answer A"])
+    straight = blocks(one)
+    exchanged = blocks(two)
+    assert straight["Answer A"] == exchanged["Answer B"]
+    assert straight["Answer B"] == exchanged["Answer A"]
     numbers = [re.findall(r"</(\d+)>", prompt[1]["content"])[-1] for prompt in (one, two)]
     assert numbers[0] == numbers[1]
 
 
 def test_prompts_about_one_question_begin_alike() -> None:
-    one, two = (
-        score_messages(ASK, "mice", 100),
-        score_messages(ASK, "seeds and 33 other things", 100),
-    )
+    one = score_messages(ASK, "mice", 100)
+    two = score_messages(ASK, "seeds and 33 other things", 100)
     assert one[0] == two[0]
     start = one[1]["content"].partition("Answer")[0]
     assert two[1]["content"].startswith(start)

@@ -35,8 +35,10 @@ SWAP = {"larger": "smaller", "smaller": "larger", "equal": "equal"}
 
 @pytest.mark.parametrize("case", ORACLE["score_expectation"], ids=lambda c: c["id"])
 def test_scores(case: dict[str, Any]) -> None:
-    probs, scale = case["probs"], case["scale"]
-    ours, published = case["independent"], case["expected"]
+    probs = case["probs"]
+    scale = case["scale"]
+    ours = case["independent"]
+    published = case["expected"]
     score = expected_score(probs, scale)
     if ours is None:
         assert math.isnan(score)
@@ -86,9 +88,9 @@ def test_relations(case: dict[str, Any]) -> None:
         else:
             assert compared == "larger", "a single letter is the likeliest"
     merged = merge(one, two)
-    assert {side: p for side, p in merged.items() if p} == pytest.approx(
-        {k: p for k, p in case["merged_ABC"].items() if p}, abs=1e-9
-    )
+    positive = {side: p for side, p in merged.items() if p}
+    expected_merge = {side: p for side, p in case["merged_ABC"].items() if p}
+    assert positive == pytest.approx(expected_merge, abs=1e-9)
 
 
 def contradiction(ij: str, jk: str, ik: str) -> str | None:
@@ -97,7 +99,9 @@ def contradiction(ij: str, jk: str, ik: str) -> str | None:
     "circle": i to k is strictly against what the other two imply. "equal": a tie is against it.
     """
     signs = {"larger": 1, "equal": 0, "smaller": -1}
-    first, second, third = signs[ij], signs[jk], signs[ik]
+    first = signs[ij]
+    second = signs[jk]
+    third = signs[ik]
     if first * second < 0:
         return None
     implied = first or second
@@ -247,13 +251,13 @@ def test_a_judge_that_ranks_is_consistent(scores: list[float]) -> None:
 @settings(deadline=None)
 @given(st.data())
 def test_the_numbering_of_items_does_not_matter(data: st.DataObject) -> None:
-    pairs = {
-        pair: data.draw(st.sampled_from(list(SWAP))) for pair in itertools.combinations(range(5), 2)
-    }
+    choices = st.sampled_from(list(SWAP))
+    pairs = {pair: data.draw(choices) for pair in itertools.combinations(range(5), 2)}
     order = data.draw(st.permutations(range(5)))
     renamed = {}
     for (i, j), related in pairs.items():
-        first, second = order[i], order[j]
+        first = order[i]
+        second = order[j]
         if first < second:
             renamed[first, second] = related
         else:

@@ -29,7 +29,8 @@ TINY = BuildConfig(
 def test_two_tiny_builds_write_the_same_files(tmp_path: Path) -> None:
     for name in ("first", "second"):
         build(TINY, tmp_path / name)
-    first, second = tmp_path / "first", tmp_path / "second"
+    first = tmp_path / "first"
+    second = tmp_path / "second"
     assert {path.name for path in first.iterdir()} == {LM, *REWARDS, PREFERENCE, "metrics.json"}
     assert len(load(first).members) == len(REWARDS)
     for file in first.rglob("*"):

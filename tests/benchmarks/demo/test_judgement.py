@@ -14,7 +14,8 @@ from infer_align.rewards.trust_judge.prompts import BETTER, SCORE, SIDES, labels
 
 def test_scores_follow_gold_with_noise() -> None:
     rng = random.Random(0)
-    scores, worth = [], []
+    scores = []
+    worth = []
     for _ in range(3000):
         system, user, assistant = judgement.score_document(rng)
         scale = next(scale for scale in (100, 10, 5) if f"to {scale} (" in system["content"])

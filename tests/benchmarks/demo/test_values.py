@@ -37,19 +37,20 @@ def measured(served: Any, finish: Any) -> Any:
     async def replies(beta: dict[str, float]) -> Any:
         reward = values.REWARD_LOADERS["helpful"]()
         await reward.start()
-        rewards, words = [], []
+        rewards = []
+        words = []
 
-        async def one(i: int, text: str) -> None:
+        async def draw_two(i: int, text: str) -> None:
             messages = [{"role": "user", "content": text}]
             steering = Steering(beta, 20, "keep") if beta else None
-            draw = Draw(
-                {"messages": messages, "max_tokens": 64}, 2, (2 * i, 2 * i + 1), steering=steering
-            )
+            body = {"messages": messages, "max_tokens": 64}
+            draw = Draw(body, 2, (2 * i, 2 * i + 1), steering=steering)
             candidates, _ = await finish(served, draw)
             rewards.extend(await score_candidates(reward, messages, candidates, "uwo"))
             words.extend(len(c.text.split()) for c in candidates)
 
-        await asyncio.gather(*(one(i, text) for i, text in enumerate(world.prompts(30, seed=505))))
+        questions = world.prompts(30, seed=505)
+        await asyncio.gather(*(draw_two(i, text) for i, text in enumerate(questions)))
         await reward.close()
         return np.array(rewards), np.array(words)
 
@@ -70,18 +71,21 @@ def higher(first: Any, second: Any) -> bool:
 
 @pytest.mark.parametrize("name", ["helpful", "helpful-lookahead"])
 def test_helpful_raises_the_proxy_reward(measured: Any, name: str) -> None:
-    (frozen, _), (steered, _) = measured({}), measured({name: BETA})
+    frozen, _ = measured({})
+    steered, _ = measured({name: BETA})
     assert higher(steered, frozen)
 
 
 @pytest.mark.parametrize("name", ["brief", "brief-lookahead"])
 def test_brief_shortens_replies(measured: Any, name: str) -> None:
-    (_, frozen), (_, steered) = measured({}), measured({name: BETA})
+    _, frozen = measured({})
+    _, steered = measured({name: BETA})
     assert higher(frozen, steered)
 
 
 def test_a_negative_weight_lengthens_replies(measured: Any) -> None:
-    (_, frozen), (_, steered) = measured({}), measured({"brief": -BETA})
+    _, frozen = measured({})
+    _, steered = measured({"brief": -BETA})
     assert higher(steered, frozen)
 
 
@@ -94,7 +98,8 @@ def test_two_values_compose(measured: Any) -> None:
 
 
 def test_the_lookahead_values_share_one_lm(served: Any) -> None:
-    helpful, brief = served.value("helpful-lookahead"), served.value("brief-lookahead")
+    helpful = served.value("helpful-lookahead")
+    brief = served.value("brief-lookahead")
     assert helpful.lm is brief.lm
     assert helpful.index != brief.index
 
