@@ -57,7 +57,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class AccessLogger(logging.Logger):
-    """A logger that does not look up the caller's line, which is a third of the cost of a record."""
+    """A logger that does not look up the caller's line: that is a third of a record's cost."""
 
     def findCaller(self, *_: object, **__: object) -> tuple[str, int, str, None]:
         """Return an empty location."""

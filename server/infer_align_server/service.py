@@ -1,4 +1,4 @@
-"""What one server process holds: an engine, rewards, who may use them, and whether it is ready."""
+"""The service of one server process: an engine and rewards behind API keys and limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -34,7 +33,7 @@ from infer_align.flow.response import Response
 from infer_align.flow.run import align
 from infer_align.flow.scorers import reward_names
 from infer_align.rewards import Reward
-from infer_align.types import Kind, ScoringUsage
+from infer_align.types import Candidate, Kind, ScoringUsage
 from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
@@ -42,10 +41,6 @@ from infer_align_server.metrics import Metrics
 
 Progress = Callable[[str], None]
 log = logging.getLogger("infer_align")
-
-
-def _phase(progress: Progress, of: str, phase: str) -> None:
-    progress(f"{of}: {phase}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,55 +59,61 @@ class ModelChoice:
 
 
 class Service:
-    """The flow with an engine and rewards in it, behind admission."""
+    """The flow with an engine and rewards, behind API keys and limits.
+
+    Attributes:
+        default_rewards: {reward name: weight} for requests that name no rewards.
+        tokens: The token budget of each caller.
+        settled: Set when loading has ended, also if it failed.
+        failure: The reason why loading failed.
+        document: The OpenAPI document, from its first use until it changes.
+
+    Raises:
+        ConfigError: The configuration cannot be served.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.engine: Engine = config.load_engine()
         self.engines: Mapping[str, Engine] = {**config.load_engines(), "served": self.engine}
         self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
-        self.default_rewards = config.server.default_rewards or {
-            name: 1.0
-            for name in config.rewards
-            if not self.rewards[name].attributes and not self.rewards[name].uses_engine
-        }
-        self.metrics = Metrics()
-        self.admission = Admission(config.limits)
-        self._requests = RateLimit(
-            config.limits.requests_per_minute, "requests", "rate_limit_exceeded"
-        )
+        self.default_rewards = config.server.default_rewards or self._all_plain_rewards()
+        self._check_default_rewards()
+        limits = config.limits
+        self.admission = Admission(limits)
+        self._requests = RateLimit(limits.requests_per_minute, "requests", "rate_limit_exceeded")
         self.tokens = RateLimit(
-            config.limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
+            limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
         )
         self._keys = [key.encode() for key in config.api_keys()]
-        self._check_default_rewards()
-        self._defaults = sorted({name.partition(".")[0] for name in self.default_rewards})
-        self.settled = asyncio.Event()  # set when loading has ended, well or not
-        self.failure: str | None = None  # why loading failed
-        self.document: bytes | None = None  # the OpenAPI document, once somebody has asked for it
-        self._loading = ""  # what is being loaded
+        self.settled = asyncio.Event()
+        self.failure: str | None = None
+        self.document: bytes | None = None
+        self._loading = ""
         self._draining = False
+        self.metrics = Metrics()
         self.metrics.running.set_function(lambda: self.admission.running)
         self.metrics.queued.set_function(lambda: self.admission.queued)
-        self.metrics.tasks.set_function(_tasks)
+        self.metrics.tasks.set_function(_count_tasks)
         self.metrics.ready.set_function(lambda: float(self.unready() is None))
 
-    async def start(self, tell: Progress = lambda _: None) -> None:
-        """Load the engines and the rewards, one after the other: each takes all cores. What fails is kept in `failure`."""
+    # --- Loading and shutdown ---
 
-        def progress(what: str) -> None:
-            self._loading = what
-            tell(what)
+    async def start(self, report: Progress = lambda _: None) -> None:
+        """Load the engines and the rewards, one after the other, because each uses all cores.
+
+        An error ends the loading; `failure` then has its message.
+
+        Args:
+            report: Called with a short description of each thing that is being loaded.
+        """
+
+        def progress(description: str) -> None:
+            self._loading = description
+            report(description)
 
         try:
-            for name, engine in self.engines.items():
-                shown_as = f"engine {self.model if engine is self.engine else name}"
-                progress(shown_as)
-                engine.progress = partial(_phase, progress, shown_as)
-                await engine.start()
-            for name, reward in self.rewards.items():
-                progress(f"reward {name}")
-                await reward.start()
+            await self._load(progress)
         except AlignError as error:
             self.failure = error.message
         except Exception as error:
@@ -120,8 +121,22 @@ class Service:
             self.failure = f"{type(error).__name__}: {error}"
         self.settled.set()
 
+    async def _load(self, progress: Progress) -> None:
+        for name, engine in self.engines.items():
+            model = self.model if engine is self.engine else name
+            progress(f"engine {model}")
+
+            def phase_progress(phase: str, model: str = model) -> None:
+                progress(f"engine {model}: {phase}")
+
+            engine.progress = phase_progress
+            await engine.start()
+        for name, reward in self.rewards.items():
+            progress(f"reward {name}")
+            await reward.start()
+
     async def close(self) -> None:
-        """Let running requests finish, for as long as the configuration says, then stop everything."""
+        """Wait for running requests, at most `drain_seconds`, then close everything."""
         self._draining = True
         deadline = monotonic() + self.config.server.drain_seconds
         while self.admission.running and monotonic() < deadline:
@@ -132,7 +147,10 @@ class Service:
             await engine.close()
 
     async def reload_values(self) -> None:
-        """Read the configured values again, for requests that come from now on; one that cannot be read stays as it was."""
+        """Read the configured values again, for later requests.
+
+        A value that cannot be read stays as it is.
+        """
         for name, section in self.config.values.items():
             try:
                 await self.engine.add_value(name, section.load())
@@ -141,145 +159,94 @@ class Service:
                 log.error("value %s stays as it was: %s", name, error.message)
 
     def drain(self) -> None:
-        """From now on answer 503 and let what runs finish."""
+        """Refuse new requests from now on; running requests continue."""
         self._draining = True
 
+    # --- Readiness, API keys and models ---
+
     def unready(self) -> str | None:
-        """Why requests are not served now; None while they are."""
+        """Return the reason why requests are not served now; None if they are."""
         if self._draining:
             return "the server is shutting down"
         if not self.settled.is_set():
-            return (
-                f"the models are still loading ({self._loading})"
-                if self._loading
-                else "the models are still loading"
-            )
+            detail = f" ({self._loading})" if self._loading else ""
+            return f"the models are still loading{detail}"
         if self.failure:
             return f"loading failed: {self.failure}"
-        # What is asked for by name alone, such as a judge on another engine, fails those who ask for it.
-        needed = {"": self.engine.health()} | {
-            f"reward {name}: ": self.rewards[name].health() for name in self._defaults
-        }
-        return next((f"{what}{why}" for what, why in needed.items() if why), None)
+        error = self.engine.health()
+        if error:
+            return error
+        # A reward that is not a default, such as a judge on another engine, fails only the
+        # requests that name it.
+        for name in sorted({name.partition(".")[0] for name in self.default_rewards}):
+            error = self.rewards[name].health()
+            if error:
+                return f"reward {name}: {error}"
+        return None
 
-    def authorize(self, authorization: str, client: str) -> str:
-        """Check the key and count the request against its rate; -> who asks, as rates, budgets and the queue know them.
+    def require_ready(self) -> None:
+        """Check that requests are served now.
 
         Raises:
-            Unauthorized: keys are configured and this is none of them.
-            Overloaded: over the rate limit.
+            Unavailable: They are not.
         """
-        scheme, _, key = authorization.partition(" ")
-        given = key.strip().encode()
-        # Every key is compared, each in constant time: the answer's timing tells nothing about any of them.
-        known = [hmac.compare_digest(given, accepted) for accepted in self._keys]
-        if self._keys and (scheme.lower() != "bearer" or not any(known)):
-            what = "is not one of this server's" if key else "is missing"
-            # OpenAI's own words come first: some clients know a wrong key by them.
-            raise Unauthorized(
-                f"Incorrect API key provided: it {what}; send it as 'Authorization: Bearer <key>'."
-            )
-        caller = f"key {known.index(True)}" if self._keys else client
+        reason = self.unready()
+        if reason:
+            raise Unavailable(f"{reason}; try again later.", retry_after=5)
+
+    def authorize(self, authorization: str, address: str) -> str:
+        """Check the API key of a request and count the request against the rate limit.
+
+        Args:
+            authorization: The request's Authorization header.
+            address: The client's address.
+
+        Returns:
+            The name of the caller in limits and in the queue.
+
+        Raises:
+            Unauthorized: API keys are configured, and the request has none of them.
+            Overloaded: The caller is over its rate limit.
+        """
+        caller = address
+        if self._keys:
+            caller = f"key {self._key_index(authorization)}"
         self._requests.take(caller)
         return caller
 
+    def _key_index(self, authorization: str) -> int:
+        scheme, _, text = authorization.partition(" ")
+        key = text.strip().encode()
+        # Compare with every key, each in constant time: otherwise the time of the response
+        # depends on the keys.
+        matches = [hmac.compare_digest(key, accepted) for accepted in self._keys]
+        if scheme.lower() != "bearer" or not any(matches):
+            reason = "is not a key of this server" if text else "is missing"
+            # The first four words are OpenAI's. Some clients recognise them.
+            raise Unauthorized(
+                f"Incorrect API key provided: it {reason}; send it as "
+                "'Authorization: Bearer <key>'."
+            )
+        return matches.index(True)
+
     @property
     def model(self) -> str:
-        """The name of the model that answers where a request names none."""
+        """The name of the first model, which answers requests that name no model."""
         return self.config.server.served_name or self.engine.model
 
     @property
     def names(self) -> dict[str, str]:
-        """Each served model's name in the API, and the engine's name for it."""
-        return {name if i else self.model: name for i, name in enumerate(self.engine.models)}
+        """{name in the API: name in the engine} of each model."""
+        names = {name: name for name in self.engine.models[1:]}
+        # An upstream that was never reached has no model yet.
+        first = {self.model: name for name in self.engine.models[:1]}
+        return {**first, **names}
 
     def models(self) -> list[str]:
-        """Every model, and each with each preset."""
-        return [
-            *self.names,
-            *(f"{name}@{preset}" for name in self.names for preset in self.config.presets),
-        ]
-
-    def require_ready(self) -> None:
-        """Raise Unavailable unless requests are served now."""
-        if reason := self.unready():
-            raise Unavailable(f"{reason}; try again later.", retry_after=5)
-
-    def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> Plan:
-        """Parse a request and plan it.
-
-        Raises:
-            InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
-        """
-        resolved = {**body, "model": model.engine_model}
-        request = parse_request(resolved, kind, self.config.presets, model.preset)
-        return make_plan(
-            request,
-            self.engine,
-            self.rewards,
-            self.default_rewards,
-            self.config.limits,
-            self.config.methods,
-        )
-
-    async def answer(
-        self, plan: Plan, on_delta: OnDelta | None = None, caller: str = ""
-    ) -> Response:
-        """Wait for a place, then carry out the plan; its worst case is the caller's to pay until it is known what was spent.
-
-        Raises:
-            Overloaded: the queue is full, or the caller's budget of tokens is used up.
-            AlignError: what `infer_align.flow.run.align` raises.
-        """
-        arrived = monotonic()
-        with charged(self.tokens, caller, plan.worst_case_tokens) as charge:
-            async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds, caller):
-                response = await align(_in_time(plan, arrived), self.engine, charge.start(on_delta))
-            charge.complete(response)
-        if not plan.selects and (failed := next((c for c in response.candidates if c.error), None)):
-            # Nothing was asked about tolerance: an answer with fewer choices than n would be a silent failure.
-            why = f"candidate {failed.index} failed: {failed.error}"
-            if failed.interrupted:
-                raise DeadlineExceeded(f"{why}; allow more time.")
-            raise EngineFailed(why, status=failed.status, retry_after=failed.retry_after)
-        self.metrics.count_response(response)
-        return response
-
-    @asynccontextmanager
-    async def scoring(
-        self, worst_case: int, caller: str
-    ) -> AsyncIterator[Callable[[ScoringUsage], None]]:
-        """A place for work that draws no candidates, by its worst case of sampled tokens, which the caller pays.
-
-        What is yielded is to be told what was spent.
-
-        Raises:
-            InvalidRequest: over the limit of one request.
-            Overloaded: the queue is full, or the caller's budget of tokens is used up.
-        """
-        if worst_case > (most := self.config.limits.max_completion_tokens):
-            raise InvalidRequest(
-                f"candidates: judging them takes up to {worst_case} tokens, over this server's limit of {most}; send fewer, or "
-                "choose a smaller scale.",
-                param="candidates",
-                code="over_limit",
-            )
-        with charged(self.tokens, caller, worst_case) as charge:
-            async with self.admission.admit(worst_case, caller=caller):
-                charge.start(None)
-
-                def told(spent: ScoringUsage) -> None:
-                    charge.spent = spent.judge_completion_tokens
-                    self.metrics.count_scoring(spent)
-
-                yield told
-
-    def _check_default_rewards(self) -> None:
-        for name in self.default_rewards:
-            if name not in (known := reward_names(self.rewards)):
-                raise ConfigError(
-                    f"[server] default_rewards: {name!r} is not configured; {nearest(name, known)}"
-                )
+        """Return the name of each model, then of each model with each preset."""
+        names = list(self.names)
+        presets = self.config.presets
+        return names + [f"{name}@{preset}" for name in names for preset in presets]
 
     def resolve_model(self, name: object) -> ModelChoice:
         """Return the model and the preset that the `model` field of a request names.
@@ -306,26 +273,133 @@ class Service:
             f"model: {quote(name)} does not exist; {nearest(name, self.models())}", param="model"
         )
 
+    # --- Requests ---
 
-def _tasks() -> float:
-    """How many there are, as seen from the event loop; elsewhere nobody can say."""
+    def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> Plan:
+        """Parse a request and plan it.
+
+        Raises:
+            InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
+        """
+        resolved = {**body, "model": model.engine_model}
+        request = parse_request(resolved, kind, self.config.presets, model.preset)
+        return make_plan(
+            request,
+            self.engine,
+            self.rewards,
+            self.default_rewards,
+            self.config.limits,
+            self.config.methods,
+        )
+
+    async def answer(
+        self, plan: Plan, on_delta: OnDelta | None = None, caller: str = ""
+    ) -> Response:
+        """Wait for admission, then carry out a plan and charge its tokens to the caller.
+
+        Args:
+            plan: The plan.
+            on_delta: Called with each delta of the engine.
+            caller: The name of the caller; see `authorize`.
+
+        Raises:
+            Overloaded: The queue is full, or the caller's token budget is used up.
+            AlignError: See `infer_align.flow.run.align`.
+        """
+        arrival_time = monotonic()
+        with charged(self.tokens, caller, plan.worst_case_tokens) as charge:
+            async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds, caller):
+                plan = _shorten_deadline(plan, monotonic() - arrival_time)
+                response = await align(plan, self.engine, charge.start(on_delta))
+            charge.complete(response)
+        if not plan.selects:
+            # Without a selection every candidate must be returned: fewer choices than n would be
+            # an error that the client does not see.
+            for candidate in response.candidates:
+                if candidate.error:
+                    raise _candidate_error(candidate)
+        self.metrics.count_response(response)
+        return response
+
+    @asynccontextmanager
+    async def scoring(
+        self, worst_case: int, caller: str
+    ) -> AsyncIterator[Callable[[ScoringUsage], None]]:
+        """Admit a request that scores existing candidates, inside the block.
+
+        Args:
+            worst_case: The largest number of tokens that judges can generate for it.
+            caller: The name of the caller, which pays for the tokens.
+
+        Yields:
+            A function to call with the usage of the scoring.
+
+        Raises:
+            InvalidRequest: The worst case is over the limit of one request.
+            Overloaded: The queue is full, or the caller's token budget is used up.
+        """
+        limit = self.config.limits.max_completion_tokens
+        if worst_case > limit:
+            raise InvalidRequest(
+                f"candidates: the worst case of judging them is {worst_case} tokens, over this "
+                f"server's limit of {limit}; send fewer candidates or choose a smaller scale.",
+                param="candidates",
+                code="over_limit",
+            )
+        with charged(self.tokens, caller, worst_case) as charge:
+            async with self.admission.admit(worst_case, caller=caller):
+                charge.start(None)
+
+                def count(usage: ScoringUsage) -> None:
+                    charge.spent = usage.judge_completion_tokens
+                    self.metrics.count_scoring(usage)
+
+                yield count
+
+    def _all_plain_rewards(self) -> dict[str, float]:
+        """Return weight 1 for each reward, except rewards with attributes and judges."""
+        names = []
+        for name in self.config.rewards:
+            reward = self.rewards[name]
+            if not reward.attributes and not reward.uses_engine:
+                names.append(name)
+        return dict.fromkeys(names, 1.0)
+
+    def _check_default_rewards(self) -> None:
+        names = reward_names(self.rewards)
+        for name in self.default_rewards:
+            if name not in names:
+                raise ConfigError(
+                    f"[server] default_rewards: {name!r} is not configured; {nearest(name, names)}"
+                )
+
+
+def _count_tasks() -> float:
+    """Return the number of tasks of the running event loop; NaN outside of one."""
     try:
         return float(len(asyncio.all_tasks()))
     except RuntimeError:
         return math.nan
 
 
-def _in_time(plan: Plan, arrived: float) -> Plan:
-    """The plan with what is left of its deadline.
+def _shorten_deadline(plan: Plan, waited_seconds: float) -> Plan:
+    """Return the plan with the rest of its deadline after the time in the queue.
 
     Raises:
-        DeadlineExceeded: nothing is.
+        DeadlineExceeded: The deadline has passed.
     """
     if plan.deadline_seconds is None:
         return plan
-    left = plan.deadline_seconds - (monotonic() - arrived)
-    if left <= 0:
+    remaining = plan.deadline_seconds - waited_seconds
+    if remaining <= 0:
         raise DeadlineExceeded(
-            f"no place came free within the {plan.deadline_seconds} s allowed; allow more time."
+            f"The request was not admitted within its {plan.deadline_seconds} s; allow more time."
         )
-    return replace(plan, deadline_seconds=left)
+    return replace(plan, deadline_seconds=remaining)
+
+
+def _candidate_error(candidate: Candidate) -> AlignError:
+    message = f"candidate {candidate.index} failed: {candidate.error}"
+    if candidate.interrupted:
+        return DeadlineExceeded(f"{message}; allow more time.")
+    return EngineFailed(message, status=candidate.status, retry_after=candidate.retry_after)
