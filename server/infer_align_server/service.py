@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -20,7 +19,6 @@ from infer_align.errors import (
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
-    Unauthorized,
     Unavailable,
     UnknownModel,
     nearest,
@@ -35,6 +33,7 @@ from infer_align.flow.scorers import reward_names
 from infer_align.rewards import Reward
 from infer_align.types import Candidate, Kind, ScoringUsage
 from infer_align_server.limits.admission import Admission
+from infer_align_server.limits.api_keys import ApiKeys
 from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.metrics import Metrics
@@ -85,7 +84,7 @@ class Service:
         self.tokens = RateLimit(
             limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
         )
-        self._keys = [key.encode() for key in config.api_keys()]
+        self._keys = ApiKeys(config.api_keys())
         self.settled = asyncio.Event()
         self.failure: str | None = None
         self.document: bytes | None = None
@@ -208,26 +207,9 @@ class Service:
             Unauthorized: API keys are configured, and the request has none of them.
             Overloaded: The caller is over its rate limit.
         """
-        caller = address
-        if self._keys:
-            caller = f"key {self._key_index(authorization)}"
+        caller = self._keys.caller(authorization, address)
         self._requests.take(caller)
         return caller
-
-    def _key_index(self, authorization: str) -> int:
-        scheme, _, text = authorization.partition(" ")
-        key = text.strip().encode()
-        # Compare with every key, each in constant time: otherwise the time of the response
-        # depends on the keys.
-        matches = [hmac.compare_digest(key, accepted) for accepted in self._keys]
-        if scheme.lower() != "bearer" or not any(matches):
-            reason = "is not a key of this server" if text else "is missing"
-            # The first four words are OpenAI's. Some clients recognise them.
-            raise Unauthorized(
-                f"Incorrect API key provided: it {reason}; send it as "
-                "'Authorization: Bearer <key>'."
-            )
-        return matches.index(True)
 
     @property
     def model(self) -> str:
