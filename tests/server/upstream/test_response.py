@@ -1,0 +1,129 @@
+"""An upstream's answer reaches the client with all of its fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engines.openai.upstream import FakeUpstream
+from tests.server.conftest import USER
+from tests.server.upstream.conftest import Serve, events_of
+from tests.server.upstream.test_request import FIELDS, TURNS
+
+BEST_OF_3 = {"best_of_n": {"n": 3}}
+
+
+@pytest.mark.parametrize("align", [None, BEST_OF_3])
+def test_unknown_fields_are_returned(up: FakeUpstream, serve_upstream: Serve, align: Any) -> None:
+    up.extra = {"system_fingerprint": "fp", "service_tier": "scale"}
+    up.extra_choice = {"stop_reason": 7, "token_ids": [1, 2]}
+    body = serve_upstream().chat(align).json()
+    assert body["model"] == "up"
+    assert up.extra.items() <= body.items()
+    assert up.extra_choice.items() <= body["choices"][0].items()
+
+
+@pytest.mark.parametrize("align", [None, BEST_OF_3])
+def test_fields_of_the_last_chunk_are_returned_in_a_stream(
+    up: FakeUpstream, serve_upstream: Serve, align: Any
+) -> None:
+    up.extra_choice = {"stop_reason": 7, "matched": {"rule": 1}}
+    chunks = events_of(serve_upstream().chat(align, stream=True))
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    (last,) = [choice for choice in choices if "stop_reason" in choice]
+    assert (last["stop_reason"], last["matched"]) == (7, {"rule": 1})
+    if align is None:
+        assert last["finish_reason"] == "stop", "as in the upstream's own stream"
+
+
+@pytest.mark.parametrize(
+    ("engine", "reasoning_tokens", "cached_tokens"),
+    # The cached tokens of three calls are at most those of the prompt, which counts once.
+    [("", 1, 4), ('n = "single"', 3, 5)],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_details_of_the_usage_are_added_up(
+    up: FakeUpstream,
+    serve_upstream: Serve,
+    engine: str,
+    reasoning_tokens: int,
+    cached_tokens: int,
+    stream: bool,
+) -> None:
+    up.usage_details = {
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 1},
+    }
+    server = serve_upstream(engine)
+    if stream:
+        answer = server.chat(BEST_OF_3, stream=True, stream_options={"include_usage": True})
+        usage = events_of(answer)[-1]["usage"]
+    else:
+        usage = server.chat(BEST_OF_3).json()["usage"]
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == reasoning_tokens
+    assert usage["prompt_tokens_details"]["cached_tokens"] == cached_tokens
+    assert usage["completion_tokens_details"]["accepted_prediction_tokens"] == 2
+
+
+TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}
+
+
+def first_speaks_others_call(_: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Answer with a text in the first choice and a tool call in the others."""
+    choices = []
+    for i in range(body.get("n", 1)):
+        message = CALLING if i else {"role": "assistant", "content": "candidate 1"}
+        choices.append({"index": i, "message": message, "finish_reason": "tool_calls"})
+    return {"choices": choices}
+
+
+def test_tool_calls_of_the_selected_candidate_are_returned(
+    up: FakeUpstream, serve_upstream: Serve
+) -> None:
+    up.answer = first_speaks_others_call
+    server = serve_upstream(extra='[rewards.short]\nkind = "rules"\nwords_weight = -1.0\n')
+    align = {**BEST_OF_3, "rewards": {"short": 1}}
+    fields = {"tools": FIELDS["tools"], "messages": TURNS}
+    (choice,) = server.chat(align, **fields).json()["choices"]
+    assert (choice["message"], choice["finish_reason"]) == (CALLING, "tool_calls")
+    chunks = events_of(server.chat(align, **fields, stream=True))
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    deltas = [choice["delta"] for choice in choices]
+    (calls,) = [delta["tool_calls"] for delta in deltas if delta.get("tool_calls")]
+    assert calls == [{"index": 0, **TOOL_CALL}]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+def test_text_completions_are_forwarded(up: FakeUpstream, serve_upstream: Serve) -> None:
+    server = serve_upstream()
+    answer = server.post({"prompt": "say"}, "/v1/completions").json()
+    assert answer["choices"][0]["text"] == "candidate 3"
+    chunks = events_of(server.post({"prompt": "say", "stream": True}, "/v1/completions"))
+    texts = [choice["text"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(texts) == "candidate 1"
+    assert up.paths == ["/v1/completions"] * 2
+
+
+def test_every_listed_model_is_served(up: FakeUpstream, serve_upstream: Serve) -> None:
+    up.models = [{"id": "up"}, {"id": "org/other"}]
+    server = serve_upstream(extra="[presets.best]\nbest_of_n = {n = 2}\n")
+    models = server.get("/v1/models").json()["data"]
+    names = ["up", "org/other", "up@best", "org/other@best"]
+    assert [model["id"] for model in models] == names
+    assert server.get("/v1/models/org/other@best").json()["root"] == "org/other"
+    answer = server.post({"model": "org/other@best", "messages": USER})
+    assert answer.json()["model"] == "org/other@best"
+    assert (up.bodies[-1]["model"], up.bodies[-1]["n"]) == ("org/other", 2)
+    assert server.post({"messages": USER}).status_code == 200
+    assert up.bodies[-1]["model"] == "up"
+    assert server.post({"model": "nobody", "messages": USER}).status_code == 404
+
+
+def test_a_model_is_served_under_another_name(up: FakeUpstream, serve_upstream: Serve) -> None:
+    server = serve_upstream('model = "up"', '[server]\nserved_name = "mine"\n')
+    assert [model["id"] for model in server.get("/v1/models").json()["data"]] == ["mine"]
+    assert server.post({"model": "mine", "messages": USER}).json()["model"] == "mine"
+    assert up.bodies[-1]["model"] == "up"
+    assert server.post({"model": "up", "messages": USER}).status_code == 404
