@@ -1,4 +1,4 @@
-"""Fixtures for all tests: asyncio, and tiny random models of several architectures, built once per session."""
+"""Fixtures for all tests: asyncio, and tiny random models, built once per session."""
 
 # ruff: noqa: PLC0415 - torch is loaded by the tests that want it
 from __future__ import annotations
@@ -11,7 +11,9 @@ import pytest
 
 TEMPLATE = (
     "{% for m in messages %}"
-    "{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('roles are system, user, assistant') }}{% endif %}"
+    "{% if m.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('roles are system, user, assistant') }}"
+    "{% endif %}"
     "<{{ m.role }}>{{ m.content }}</s>"
     "{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -114,7 +116,7 @@ def byte_fallback() -> Any:
 def _config(architecture: str, vocabulary: int, **options: Any) -> Any:
     import transformers as tf
 
-    own: dict[str, dict[str, Any]] = {
+    fields: dict[str, dict[str, Any]] = {
         "Llama": {"num_key_value_heads": 2},
         "Qwen2": {
             "num_key_value_heads": 2,
@@ -141,7 +143,7 @@ def _config(architecture: str, vocabulary: int, **options: Any) -> Any:
             "max_position_embeddings": 256,
             **SIZE,
             **SPECIAL_IDS,
-            **own.get(architecture, {}),
+            **fields.get(architecture, {}),
             **options,
         }
     )
@@ -155,7 +157,7 @@ def _save(model: Any, tokenizer: Any, path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def language_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) -> Callable[..., str]:
-    """`language_model("Llama", **config)`: the folder of a tiny random causal LM; the same call gives the same folder."""
+    """Return the folder of a tiny random causal LM: `language_model("Llama", **config)`."""
     made: dict[tuple[Any, ...], str] = {}
 
     def make(
@@ -179,7 +181,7 @@ def language_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) ->
 
 @pytest.fixture(scope="session")
 def reward_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) -> Callable[..., str]:
-    """`reward_model("Bert", labels=1, seed=0, **config)`: the folder of a tiny random sequence classifier."""
+    """Return the folder of a tiny random classifier: `reward_model("Bert", labels=1, seed=0)`."""
     made: dict[tuple[Any, ...], str] = {}
 
     def make(
@@ -212,7 +214,7 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) -> C
 
 @pytest.fixture(scope="session")
 def finish() -> Callable[..., Any]:
-    """`candidates, deltas = await finish(engine, draw)`: sample a draw to its end; candidates by index."""
+    """Sample a draw to its end: `candidates, deltas = await finish(engine, draw)`."""
     from infer_align.types import Candidate
 
     async def collect(engine: Any, draw: Any) -> tuple[list[Any], list[Any]]:
@@ -236,7 +238,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def pooling_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
-    """`pooling_model(labels)`: a reward model with random weights, of the demo's language model's shape and tokenizer."""
+    """Return a random reward model in the shape of the demo's LM: `pooling_model(labels)`."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""Virtual environments beside ours, for clients whose pins would disturb it; `make clients` builds them."""
+"""Virtual environments for clients whose pins conflict with ours; `make clients` builds them."""
 
 from __future__ import annotations
 
@@ -10,36 +10,30 @@ import pytest
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "tests/clients/requirements"
 ENVIRONMENTS = ROOT / ".venv-clients"
+# Variables that would lead a client to our packages, to an account, or to the network.
+PREFIXES = ("PYTHON", "OPENAI_", "LITELLM", "LANGCHAIN")
 
 
 def names() -> list[str]:
-    """Those that are described."""
+    """Return the environments that have a file of requirements."""
     return sorted(path.stem for path in REQUIREMENTS.glob("*.txt"))
 
 
 def program(environment: str, name: str = "python") -> str:
-    """The path of a program in one of them; without it, the test is skipped with the reason."""
-    ready = ENVIRONMENTS / environment / "ready"  # a copy of what is installed there
-    if not ready.exists():
-        pytest.skip(
-            f"{environment} is not installed: `make clients`, with the package index in reach"
-        )
-    if ready.read_text() != (REQUIREMENTS / f"{environment}.txt").read_text():
-        pytest.skip(
-            f"{environment} is installed in other versions than {environment}.txt names: `make clients`"
-        )
+    """Return the path of a program in an environment, or skip the test if it is not installed."""
+    installed = ENVIRONMENTS / environment / "ready"
+    if not installed.exists():
+        pytest.skip(f"{environment} is not installed; run `make clients` with the package index")
+    if installed.read_text() != (REQUIREMENTS / f"{environment}.txt").read_text():
+        pytest.skip(f"{environment} has other versions than {environment}.txt; run `make clients`")
     return str(ENVIRONMENTS / environment / "bin" / name)
 
 
 def variables() -> dict[str, str]:
-    """The process's variables without what would lead into our own packages, and without anything to call home with."""
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith(("PYTHON", "OPENAI_", "LITELLM", "LANGCHAIN"))
-    }
+    """Return the environment variables for a client's process."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(PREFIXES)}
     return {
-        **kept,
+        **inherited,
         "PYTHONPATH": str(ROOT / "clients/python"),
         "NO_PROXY": "*",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",

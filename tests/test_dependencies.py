@@ -1,4 +1,4 @@
-"""What is installed hangs together, as far as can be said without a network; `make audit` asks for known holes with one."""
+"""The pinned packages fit each other and our requirements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -24,91 +23,90 @@ PINS = {
     canonicalize_name(name): Version(version)
     for name, version in (line.split("==") for line in LINES)
 }
-# torch's GPU builds pin triton themselves, and their own libraries; what installs packages is not ours to pin.
+# torch's GPU builds pin triton and their own libraries; installers are not ours to pin.
 UNPINNED = re.compile(r"triton$|nvidia-|cuda-|infer-align$|setuptools$|pip$|vllm")
+# A package and a requirement of it.
+Need = tuple[str, Requirement]
 
 
 def declared() -> list[Requirement]:
-    texts = [
-        *PROJECT["dependencies"],
-        *(text for extra in ("local", "dev") for text in PROJECT["optional-dependencies"][extra]),
-    ]
+    texts = list(PROJECT["dependencies"])
+    for extra in ("local", "dev"):
+        texts += PROJECT["optional-dependencies"][extra]
     return [Requirement(text) for text in texts]
 
 
-def wanted(requirement: Requirement, extras: set[str]) -> bool:
+def applies(requirement: Requirement, extras: set[str]) -> bool:
     if UNPINNED.match(canonicalize_name(requirement.name)):
         return False
-    return requirement.marker is None or any(
-        requirement.marker.evaluate({"extra": extra}) for extra in extras or {""}
-    )
+    if requirement.marker is None:
+        return True
+    return any(requirement.marker.evaluate({"extra": extra}) for extra in extras or {""})
 
 
-def test_every_pin_is_exact_and_said_once() -> None:
+def test_every_pin_is_exact_and_appears_once() -> None:
     assert all(re.fullmatch(r"[\w.-]+==[\w.+]+", line) for line in LINES)
     assert len(PINS) == len(LINES)
-    assert [line.partition("==")[0].lower() for line in LINES] == sorted(
-        line.partition("==")[0].lower() for line in LINES
-    )
+    names = [line.partition("==")[0].lower() for line in LINES]
+    assert names == sorted(names)
 
 
 @pytest.mark.parametrize("requirement", declared(), ids=str)
-def test_every_dependency_is_pinned_to_what_it_allows(requirement: Requirement) -> None:
-    if wanted(requirement, set()):
+def test_every_dependency_is_pinned_to_an_allowed_version(requirement: Requirement) -> None:
+    if applies(requirement, set()):
         assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
 
 
-def closure() -> dict[str, list[tuple[str, Requirement]]]:
-    """Package -> what asks for it, over everything that ours bring along, as installed here."""
-    asked: dict[str, list[tuple[str, Requirement]]] = {}
-    todo: list[tuple[str, Requirement]] = [
-        ("infer-align", requirement) for requirement in declared()
-    ]
-    seen: set[tuple[str, frozenset[str]]] = set()
-    while todo:
-        by, requirement = todo.pop()
-        if not wanted(requirement, set()):
+def closure() -> list[Need]:
+    """Return every requirement of our packages and of theirs, as installed here."""
+    needs: list[Need] = []
+    pending: list[Need] = [("infer-align", requirement) for requirement in declared()]
+    visited: set[tuple[str, frozenset[str]]] = set()
+    while pending:
+        package, requirement = pending.pop()
+        if not applies(requirement, set()):
             continue
+        needs.append((package, requirement))
         name = canonicalize_name(requirement.name)
-        asked.setdefault(name, []).append((by, requirement))
         key = (name, frozenset(requirement.extras))
-        if key in seen:
-            continue
-        seen.add(key)
-        try:
-            found: Any = distribution(name).requires or []
-        except PackageNotFoundError:
-            continue
-        todo += [
-            (name, r) for r in map(Requirement, found) if wanted(r, set(requirement.extras) | {""})
-        ]
-    return asked
+        if key not in visited:
+            visited.add(key)
+            pending += [(name, need) for need in requirements_of(name, set(requirement.extras))]
+    return needs
+
+
+def requirements_of(name: str, extras: set[str]) -> list[Requirement]:
+    try:
+        texts = distribution(name).requires or []
+    except PackageNotFoundError:
+        return []
+    return [need for need in map(Requirement, texts) if applies(need, extras | {""})]
 
 
 def test_the_pins_fit_each_other_and_none_is_missing() -> None:
     wrong = []
-    for name, asked in closure().items():
-        for by, requirement in asked:
-            if name not in PINS:
-                wrong.append(f"{by} needs {requirement}, which constraints.txt does not pin")
-            elif not requirement.specifier.contains(PINS[name], prereleases=True):
-                wrong.append(f"{by} needs {requirement}, constraints.txt pins {PINS[name]}")
+    for package, requirement in closure():
+        name = canonicalize_name(requirement.name)
+        if name not in PINS:
+            wrong.append(f"{package} needs {requirement}, which constraints.txt does not pin")
+        elif not requirement.specifier.contains(PINS[name], prereleases=True):
+            wrong.append(f"{package} needs {requirement}, constraints.txt pins {PINS[name]}")
     assert wrong == []
 
 
-def test_what_is_installed_is_what_is_pinned() -> None:
+def test_the_installed_versions_are_the_pinned_ones() -> None:
     different = {}
     for name, version in PINS.items():
         try:
-            found = Version(distribution(name).version)
+            installed = Version(distribution(name).version)
         except PackageNotFoundError:
             continue
-        if found.public != version.public:
-            different[name] = f"{found}, pinned {version}"
+        if installed.public != version.public:
+            different[name] = f"{installed}, pinned {version}"
     assert different == {}
 
 
-def test_a_conflict_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conflict_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PINS, "httpcore2", Version("0.1"))
     with pytest.raises(AssertionError, match="httpx2 needs httpcore2"):
         test_the_pins_fit_each_other_and_none_is_missing()

@@ -1,4 +1,4 @@
-"""Ensemble objectives, against vectors made by running the paper's published code, and as properties."""
+"""Ensemble objectives, against vectors from the paper's published code, and as properties."""
 
 from __future__ import annotations
 
@@ -94,8 +94,9 @@ def test_standardize(scores: np.ndarray) -> None:
     result = standardize(scores)
     assert (np.isnan(result) == np.isnan(scores)).all()
     for before, after in zip(scores, result, strict=True):
-        kept, values = before[~np.isnan(before)], after[~np.isnan(before)]
-        if len(kept) and kept.std() > 1e-6:
+        present = ~np.isnan(before)
+        values = after[present]
+        if present.any() and before[present].std() > 1e-6:
             assert values.mean() == pytest.approx(0, abs=1e-6)
             assert values.std() == pytest.approx(1)
 

@@ -45,7 +45,9 @@ def test_a_whole_file(load: Any) -> None:
     loaded = load(
         '[engine]\nkind = "fake"\nreplies = [{text = "a", status = 500}]\n'
         '[rewards.short]\nkind = "rules"\nwords_weight = -1\n'
-        "[presets.two]\nbest_of_n = {n = 2}\n[server]\nport = 0\ndefault_rewards = {short = 2}\n[limits]\nmax_candidates = 4\n"
+        "[presets.two]\nbest_of_n = {n = 2}\n"
+        "[server]\nport = 0\ndefault_rewards = {short = 2}\n"
+        "[limits]\nmax_candidates = 4\n"
     )
     assert loaded.engine.replies[0].status == 500
     assert loaded.rewards["short"].words_weight == -1.0
@@ -166,7 +168,8 @@ def test_default_rewards_must_exist(load: Any, default: str) -> None:
     with pytest.raises(ConfigError, match="default_rewards"):
         Service(
             load(
-                f"{FAKE}[rewards.short]\nkind = 'rules'\nwords_weight = 1\n[server]\ndefault_rewards = {{'{default}' = 1}}\n"
+                f"{FAKE}[rewards.short]\nkind = 'rules'\nwords_weight = 1\n"
+                f"[server]\ndefault_rewards = {{'{default}' = 1}}\n"
             )
         )
 
@@ -201,7 +204,7 @@ def test_engines_that_share_gpus_must_leave_room_for_each_other(load: Any) -> No
         assert "kv_cache_memory_bytes" in caught.value.message
 
 
-def test_how_directions_are_told(load: Any) -> None:
+def test_the_section_of_dpa(load: Any) -> None:
     assert load(FAKE).methods.get(Prompting) == Prompting()
     section = load(
         f'{FAKE}[dpa]\nattributes = ["warmth"]\nscale = 10.0\nplacement = "user"\n'
@@ -216,16 +219,19 @@ def test_how_directions_are_told(load: Any) -> None:
             load(f"{FAKE}[dpa]\n{section}\n")
 
 
-def test_who_answers_to_trust_judge(load: Any) -> None:
+def test_the_judge_of_align_trust_judge(load: Any) -> None:
     assert load(FAKE).load_rewards()["trust_judge"].config.engine == "served"
-    critic = f'{FAKE}[engines.other]\nkind = "fake"\n[rewards.critic]\nkind = "trust_judge"\nengine = "other"\n'
+    critic = (
+        f'{FAKE}[engines.other]\nkind = "fake"\n'
+        '[rewards.critic]\nkind = "trust_judge"\nengine = "other"\n'
+    )
     assert load(critic).load_rewards()["trust_judge"].config.engine == "other", (
         "the first judge there is"
     )
     with pytest.raises(ConfigError, match="rename it"):
         load(f"{FAKE}[rewards.trust_judge]\nkind = 'rules'\nwords_weight = 1.0\n")
-    own = f'{critic}[rewards.trust_judge]\nkind = "trust_judge"\nscale = 5\n'
-    assert load(own).load_rewards()["trust_judge"].config.scale == 5
+    named = f'{critic}[rewards.trust_judge]\nkind = "trust_judge"\nscale = 5\n'
+    assert load(named).load_rewards()["trust_judge"].config.scale == 5
     with pytest.raises(ConfigError, match="5, 10 or 100"):
         load(f'{FAKE}[rewards.critic]\nkind = "trust_judge"\nscale = 7\n')
     with pytest.raises(ConfigError, match="must be words"):
@@ -233,6 +239,9 @@ def test_who_answers_to_trust_judge(load: Any) -> None:
 
 
 def test_scaling_is_of_attributes(load: Any) -> None:
-    section = '[rewards.r]\nkind = "classifier"\nmodel = "x"\nattributes = ["a"]\nscaling = {b = {mean = 1.0}}\n'
+    section = (
+        '[rewards.r]\nkind = "classifier"\nmodel = "x"\n'
+        'attributes = ["a"]\nscaling = {b = {mean = 1.0}}\n'
+    )
     with pytest.raises(ConfigError, match=r"scaling\.b"):
         load(FAKE + section).load_rewards()

@@ -1,4 +1,4 @@
-"""Adding a thing is adding a file; and the contract that every method keeps, the ones not yet written too."""
+"""A plugin is one file; and the contract of every method, also of those not yet written."""
 
 from __future__ import annotations
 
@@ -197,9 +197,11 @@ rewards = {{"short": Rules(words_weight=-1.0).load()}}
 async def main():
     try:
         body = {{"messages": [{{"role": "user", "content": "x"}}], "align": {align}}}
-        plan = make_plan(parse_request(body, "chat", {{}}), engine, rewards, {{"short": 1.0}}, Limits(99, 99999999))
+        request = parse_request(body, "chat", {{}})
+        plan = make_plan(request, engine, rewards, {{"short": 1.0}}, Limits(99, 99999999))
         response = await align(plan, engine)
-        print(json.dumps([list(plan.methods), [c.text for c in response.returned], len(response.candidates)]))
+        texts = [candidate.text for candidate in response.returned]
+        print(json.dumps([list(plan.methods), texts, len(response.candidates)]))
     except AlignError as error:
         print(json.dumps([error.code, error.param, error.message]))
 asyncio.run(main())
@@ -207,7 +209,7 @@ asyncio.run(main())
 
 
 def outside(tmp_path: Path, align: str, needs: str = "()") -> Any:
-    """Install a method as a package of its own would, by an entry point, and use it in a process of its own."""
+    """Install a method by an entry point, as a package would, and use it in another process."""
     (tmp_path / "twice_plugin.py").write_text(PLUGIN.replace("NEEDS", needs), encoding="utf-8")
     info = tmp_path / "twice_plugin-1.0.dist-info"
     info.mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ class Knobs:
 
 def test_defaults_and_values() -> None:
     assert parse(Knobs, {}, "k") == Knobs()
-    given = {
+    fields = {
         "n": 2,
         "weight": 1,
         "kind": "b",
@@ -41,7 +41,7 @@ def test_defaults_and_values() -> None:
         "inner": [{"word": "y"}],
         "weights": {"a": 1},
     }
-    assert parse(Knobs, given, "k") == Knobs(
+    assert parse(Knobs, fields, "k") == Knobs(
         2, 1.0, "b", True, 3.0, ("x",), (Inner("y"),), {"a": 1.0}
     )
 

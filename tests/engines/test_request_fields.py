@@ -1,4 +1,4 @@
-"""Every field of OpenAI's current requests is honoured or refused by name on the embedded engine: none is dropped in silence."""
+"""The embedded engine honours or refuses every field of OpenAI's current requests, by name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from infer_align_server.wire.stream_options import stream_options
 
 FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 TOOLS = [{"type": "function", "function": FUNCTION}]
-# For each field of the SDK's types: values that ask for nothing, or for what is done; values that ask for more.
+# For each field of the SDK's types: values that the engine accepts, and values that it refuses.
 ACCEPTED: dict[str, list[Any]] = {
     "messages": [[{"role": "user", "content": "x"}]],
     "model": ["m"],
@@ -137,7 +137,7 @@ BODIES: dict[Any, dict[str, Any]] = {
 
 
 def read(kind: Any, **fields: Any) -> SamplingParams:
-    """What the server and an embedded engine do with a body, up to sampling.
+    """Parse a body as the server and an embedded engine do, up to sampling.
 
     Raises:
         InvalidRequest: as the client gets it.
@@ -152,8 +152,8 @@ def read(kind: Any, **fields: Any) -> SamplingParams:
 def values(table: dict[str, list[Any]]) -> list[Any]:
     return [
         pytest.param(name, value, id=f"{name}={value}"[:60])
-        for name, given in table.items()
-        for value in given
+        for name, fields in table.items()
+        for value in fields
     ]
 
 

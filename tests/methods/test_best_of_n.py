@@ -1,4 +1,4 @@
-"""The unbiased estimator and the KL bound, against vectors made by running the paper's published code."""
+"""The unbiased estimator and the KL bound, against vectors from the paper's published code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_equals_the_mean_over_all_subsets(
         top = max(proxy for proxy, _ in subset)
         best.append(np.mean([gold for proxy, gold in subset if proxy == top]))
     value = expected_best([p for p, _ in pairs], [g for _, g in pairs], n)
-    # A subset of a tied group is as likely as any other, so breaking ties at random is the mean over the tied.
+    # All members of a tied group are equally likely: random tie-breaking gives their mean.
     assert value == pytest.approx(np.mean(best), rel=1e-9, abs=1e-9)
 
 

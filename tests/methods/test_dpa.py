@@ -57,9 +57,9 @@ def test_projection(case: dict[str, Any]) -> None:
     ):
         attributes = [f"output {i}" for i in range(10)]
         attributes[helpfulness], attributes[4] = PAIR
-        found = project(dict(zip(PAIR, case["unit"], strict=True)), outputs, attributes)
-        np.testing.assert_allclose(found[0], case["expected"][name]["projected"], atol=1e-9)
-        assert int(found[0].argmax()) == case["expected"][name]["argmax_first"]
+        scores = project(dict(zip(PAIR, case["unit"], strict=True)), outputs, attributes)
+        np.testing.assert_allclose(scores[0], case["expected"][name]["projected"], atol=1e-9)
+        assert int(scores[0].argmax()) == case["expected"][name]["argmax_first"]
 
 
 @settings(deadline=None)
@@ -101,7 +101,7 @@ def test_attributes_that_are_not_named_weigh_nothing() -> None:
 
 
 def test_a_template_of_ones_own() -> None:
-    own = Prompting(
+    prompting = Prompting(
         ("warmth", "depth", "brevity"),
         "Aim: {weights}.",
         "{attribute} {weight}",
@@ -110,7 +110,8 @@ def test_a_template_of_ones_own() -> None:
         decimals=1,
     )
     assert (
-        own.sentence({"brevity": 3.0, "warmth": 4.0}) == "Aim: warmth 8.0, depth 0.0, brevity 6.0."
+        prompting.sentence({"brevity": 3.0, "warmth": 4.0})
+        == "Aim: warmth 8.0, depth 0.0, brevity 6.0."
     )
 
 
@@ -216,14 +217,14 @@ def test_a_projection_looks_at_what_weighs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"template": "Be {weight} nice"}, "{weights} in template"),
         ({"term": "x"}, "{attribute} and {weight} in term"),
         ({"attributes": ["a", "a"]}, "each attribute appears once"),
     ],
 )
-def test_a_sentence_that_would_not_say_the_direction_is_refused(section: Any, said: str) -> None:
+def test_a_sentence_that_would_not_say_the_direction_is_refused(section: Any, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(Prompting, section, "dpa", ConfigError)
-    assert said in caught.value.message
+    assert message in caught.value.message

@@ -1,4 +1,4 @@
-"""Neighbours: on the cap, uniform by area, in any dimension; the authors' grid as it is; the budget kept."""
+"""Neighbours: uniform on the cap in any dimension, or the authors' grid, at equal budget."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def test_two_dimensions_are_an_arc(case: dict[str, Any]) -> None:
     angle, offset = case["target_degrees"], case["offset_degrees"]
     target = {"x": math.cos(math.radians(angle)), "y": math.sin(math.radians(angle))}
     near = neighbors(target, 2000, abs(offset), seed=1)
-    found = np.array([[v["x"], v["y"]] for v in near])
-    distance = degrees(found, np.array(case["expected_unit"]))
+    points = np.array([[v["x"], v["y"]] for v in near])
+    distance = degrees(points, np.array(case["expected_unit"]))
     assert distance.min() < abs(offset) / 50, "the edge is reached"
-    turned = (np.degrees(np.arctan2(found[:, 1], found[:, 0])) - angle + 180) % 360 - 180
+    turned = (np.degrees(np.arctan2(points[:, 1], points[:, 0])) - angle + 180) % 360 - 180
     assert np.histogram(turned, bins=4, range=(-abs(offset), abs(offset)))[0].min() > 400
 
 
@@ -74,16 +74,16 @@ def test_neighbours_are_unit_and_within_the_angle(
     target = {
         f"a{i}": x * 10.0 ** rng.integers(-20, 20) for i, x in enumerate(rng.normal(size=dimension))
     }
-    found = neighbors(target, k, angle, seed)
-    assert len(found) == k
-    assert all([*v] == [*target] for v in found)
-    rows, v = np.array([[*n.values()] for n in found]), np.array([*unit(target).values()])
+    drawn = neighbors(target, k, angle, seed)
+    assert len(drawn) == k
+    assert all([*v] == [*target] for v in drawn)
+    rows, v = np.array([[*n.values()] for n in drawn]), np.array([*unit(target).values()])
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-12)
     assert (degrees(rows, v) <= angle + 1e-12).all()
-    assert neighbors(target, k, angle, seed) == found
-    assert neighbors(target, k + 3, angle, seed)[:k] == found
+    assert neighbors(target, k, angle, seed) == drawn
+    assert neighbors(target, k + 3, angle, seed)[:k] == drawn
     if dimension > 1 and angle > 1:
-        assert neighbors(target, k, angle, seed + 1) != found
+        assert neighbors(target, k, angle, seed + 1) != drawn
 
 
 @pytest.mark.parametrize("case", ORACLE["angle_membership_any_d"], ids=lambda c: c["id"])
@@ -112,10 +112,10 @@ def test_uniform_by_area(dimension: int, angle: float) -> None:
     """The share within an inner cap is the share of its area: the integral of sin^(d-2)."""
     target = {str(i): float(i == 0) for i in range(dimension)}
     rows = np.array([[*v.values()] for v in neighbors(target, 4000, angle, seed=5)])
-    found = np.sort(degrees(rows, np.eye(dimension)[0]))
+    angles = np.sort(degrees(rows, np.eye(dimension)[0]))
     grid = np.linspace(0, math.radians(angle), 20_001)
     area = np.cumsum(np.sin(grid) ** (dimension - 2))
-    expected = np.interp(np.radians(found), grid, area / area[-1])
+    expected = np.interp(np.radians(angles), grid, area / area[-1])
     assert np.abs(expected - (np.arange(4000) + 0.5) / 4000).max() < 1.63 / math.sqrt(4000), (
         "Kolmogorov-Smirnov at 1%"
     )
@@ -221,9 +221,9 @@ def test_without_a_direction() -> None:
 
 @pytest.mark.parametrize("neighborhood", ["uniform", "published"])
 def test_attributes_that_are_not_named_are_part_of_the_space(neighborhood: Any) -> None:
-    alone, whole = ({"helpfulness": 1.0}, {"helpfulness": 1.0, "verbosity": 0.0})
+    implicit, explicit = ({"helpfulness": 1.0}, {"helpfulness": 1.0, "verbosity": 0.0})
     drawn = []
-    for direction in (alone, whole):
+    for direction in (implicit, explicit):
         made = PlanDraft((Draw({"messages": [{"role": "user", "content": "x"}]}),), seed=4)
         plan = RPS(neighborhood=neighborhood).apply(
             DPA(direction).apply(replace(made, messages=made.draws[0].body["messages"]))

@@ -1,4 +1,4 @@
-"""The reweighting and the TD(lambda) targets, against vectors made by running the paper's published code."""
+"""The reweighting and the TD(lambda) targets, against vectors from the paper's published code."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def test_tail(case: dict) -> None:
     logits = numbers(case["logits"])
     ids = top_k(logits, case["topk"])
     values = numbers(case["values"])[ids][None]
-    kept = np.exp(logprobs(reweight(logits, ids, values, [case["beta"]])))
+    probabilities = np.exp(logprobs(reweight(logits, ids, values, [case["beta"]])))
     outside = np.setdiff1d(np.arange(case["V"]), ids[0])
-    assert kept[0, outside].sum() == pytest.approx(
+    assert probabilities[0, outside].sum() == pytest.approx(
         case["expected_prob_mass_outside_topk_published"], abs=1e-9
     )
     masked = logprobs(reweight(logits, ids, values, [case["beta"]], "mask"))

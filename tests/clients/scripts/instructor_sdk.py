@@ -34,23 +34,23 @@ for url, mode in (
 ):
     client = instructor.from_openai(openai.OpenAI(base_url=url, **OPTIONS), mode=mode)
     for body in ({}, BEST):
-        found = client.chat.completions.create(
+        answer = client.chat.completions.create(
             model="fake",
             messages=list(USER),
             response_model=Weather,
             max_retries=0,
             extra_body=body,
         )
-        assert found.model_dump() == WANTED.model_dump(), (mode, body, found)
+        assert answer.model_dump() == WANTED.model_dump(), (mode, body, answer)
 
 
 async def asynchronous() -> None:
     async with openai.AsyncOpenAI(base_url=URLS["tools"], **OPTIONS) as sdk:
         client = instructor.from_openai(sdk, mode=instructor.Mode.TOOLS)
-        found = await client.chat.completions.create(
+        answer = await client.chat.completions.create(
             model="fake", messages=list(USER), response_model=Weather, extra_body=BEST
         )
-        assert found.model_dump() == WANTED.model_dump()
+        assert answer.model_dump() == WANTED.model_dump()
 
 
 asyncio.run(asynchronous())
