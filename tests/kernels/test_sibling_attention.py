@@ -68,9 +68,9 @@ def test_a_row_depends_neither_on_its_batch_nor_on_its_padding() -> None:
 
 
 def test_a_scale_replaces_the_default() -> None:
-    query, *others = case(2, 2, 2, 3, 5, 4, torch.float32)
-    doubled = sibling_attention(query * 2, *others)
-    torch.testing.assert_close(sibling_attention(query, *others, scale=2 * 4**-0.5), doubled)
+    query, *rest = case(2, 2, 2, 3, 5, 4, torch.float32)
+    doubled = sibling_attention(query * 2, *rest)
+    torch.testing.assert_close(sibling_attention(query, *rest, scale=2 * 4**-0.5), doubled)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A head's file: written whole or not at all, read back as it was, and refused where it does not fit."""
+"""Test the file of a head: it is written atomically, read back, and refused if it does not fit."""
 
 from __future__ import annotations
 
@@ -19,40 +19,51 @@ D, V, R, W = 6, 11, 3, 5
 FROZEN = FrozenModel("tiny", V, D, tokenizer_digest({"a": 0}), "cpu")
 
 
-def tensors(form: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"linear": {"P": (R, D)}, "mlp": {"W1": (W, D), "c1": (W,), "W2": (R, W)}}[form]
-    return {
-        name: torch.randn(shape, generator=generator)
-        for name, shape in {**shapes, "E": (V, R), "b": (V,)}.items()
-    }
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "linear": {"P": (R, D), "E": (V, R), "b": (V,)},
+    "mlp": {"W1": (W, D), "c1": (W,), "W2": (R, W), "E": (V, R), "b": (V,)},
+}
 
 
-@pytest.mark.parametrize("form", ["linear", "mlp"])
-def test_a_head_comes_back_as_it_was(tmp_path: Path, form: str) -> None:
+def tensors(form: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for name, shape in SHAPES[form].items():
+        made[name] = torch.randn(shape, generator=generator)
+    return made
+
+
+@pytest.mark.parametrize("form", SHAPES)
+def test_a_head_is_read_back_as_it_was_written(tmp_path: Path, form: str) -> None:
     made, path = tensors(form), tmp_path / "deep" / "value.v1.safetensors"
-    head.write(path, made, FROZEN, {"reward": "helpful", "description": "what it follows"})
-    found, metadata = head.read(str(path))
-    assert found.keys() == made.keys()
-    assert all(torch.equal(found[name], made[name]) for name in made)
+    head.write(path, made, FROZEN, {"reward": "helpful", "description": "a helpful answer"})
+    stored, metadata = head.read(str(path))
+    assert stored.keys() == made.keys()
+    for name, tensor in made.items():
+        assert torch.equal(stored[name], tensor)
     assert metadata == {
         "reward": "helpful",
-        "description": "what it follows",
+        "description": "a helpful answer",
         "kind": "head",
         "model": "tiny",
         "tokenizer": FROZEN.tokenizer,
         "hidden_size": str(D),
     }
+
+
+def test_the_configured_description_replaces_that_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    head.write(path, tensors("linear"), FROZEN, {"description": "a helpful answer"})
     value = HeadValue(str(path))
     value.start(FROZEN, {})
-    assert value.description == "what it follows"
-    named = Head(str(path), description="mine").load()
-    named.start(FROZEN, {})
-    assert named.description == "mine"
+    assert value.description == "a helpful answer"
+    described = Head(str(path), description="from the configuration").load()
+    described.start(FROZEN, {})
+    assert described.description == "from the configuration"
 
 
-@pytest.mark.parametrize("form", ["linear", "mlp"])
-def test_fitting_and_steering_mean_the_same_by_a_head(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("form", SHAPES)
+def test_a_head_has_the_values_that_were_fitted(tmp_path: Path, form: str) -> None:
     made, path = tensors(form), tmp_path / "v.safetensors"
     head.write(path, made, FROZEN, {})
     value = HeadValue(str(path))
@@ -60,7 +71,7 @@ def test_fitting_and_steering_mean_the_same_by_a_head(tmp_path: Path, form: str)
     hidden, ids = torch.randn(4, D), torch.randint(0, V, (4, 5))
     expected = regression.predict(made, hidden.repeat_interleave(5, 0), ids.flatten()).view(4, 5)
     assert value.evaluate(hidden, ids).allclose(expected, atol=1e-5)
-    assert value.evaluate(hidden[:, :], ids[:, :1]).shape == (4, 1)
+    assert value.evaluate(hidden, ids[:, :1]).shape == (4, 1)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -68,7 +79,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     head.write(path, tensors("linear"), FROZEN, {})
     before = path.read_bytes()
     broken: Any = {**tensors("linear"), "E": torch.empty(2, 2, device="meta")}
-    with pytest.raises(Exception, match=r"."):  # whatever safetensors raises
+    # safetensors decides on the class of the error.
+    with pytest.raises(Exception, match=r"."):
         head.write(path, broken, FROZEN, {})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["v.safetensors"]
@@ -80,8 +92,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 
 def test_tensors_that_are_views_can_be_written(tmp_path: Path) -> None:
     made = tensors("linear")
-    shared = torch.cat([made["E"], made["b"][:, None]], dim=1)
-    head.write(tmp_path / "v", {**made, "E": shared[:, :-1], "b": shared[:, -1]}, FROZEN, {})
+    joined = torch.cat([made["E"], made["b"][:, None]], dim=1)
+    head.write(tmp_path / "v", {**made, "E": joined[:, :-1], "b": joined[:, -1]}, FROZEN, {})
     assert torch.equal(head.read(str(tmp_path / "v"))[0]["E"], made["E"])
 
 
@@ -103,7 +115,8 @@ def test_a_head_for_another_model_is_refused(tmp_path: Path, change: Any, messag
 
 @pytest.mark.parametrize("drop", ["P", "E", "b"])
 def test_a_head_with_a_part_missing_is_refused(tmp_path: Path, drop: str) -> None:
-    made = {name: tensor for name, tensor in tensors("linear").items() if name != drop}
+    made = tensors("linear")
+    del made[drop]
     head.write(tmp_path / "v", made, FROZEN, {})
     with pytest.raises(ConfigError, match="not a value head"):
         HeadValue(str(tmp_path / "v")).start(FROZEN, {})
@@ -114,13 +127,15 @@ def test_a_head_with_a_part_missing_is_refused(tmp_path: Path, drop: str) -> Non
     [{"E": (V, R + 1)}, {"b": (V - 1,)}, {"P": (R + 1, D)}, {"P": (D,)}, {"P": (R, D + 1)}],
 )
 def test_a_head_whose_shapes_do_not_fit_is_refused(tmp_path: Path, shapes: Any) -> None:
-    made = {**tensors("linear"), **{name: torch.zeros(shape) for name, shape in shapes.items()}}
+    made = tensors("linear")
+    for name, shape in shapes.items():
+        made[name] = torch.zeros(shape)
     head.write(tmp_path / "v", made, FROZEN, {})
     with pytest.raises(ConfigError, match=r"not a value head|hidden states of size 7"):
         HeadValue(str(tmp_path / "v")).start(FROZEN, {})
 
 
-def test_what_is_no_head_is_refused_by_its_path(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_head_is_refused_with_its_path(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     (tmp_path / "empty").write_text("")
     (tmp_path / "folder").mkdir()
@@ -132,9 +147,7 @@ def test_what_is_no_head_is_refused_by_its_path(tmp_path: Path) -> None:
         HeadValue("demo/value-nothing").start(FROZEN, {})
 
 
-def test_the_digest_is_of_the_ids_not_of_their_order() -> None:
-    assert (
-        tokenizer_digest({"a": 0, "b": 1})
-        == tokenizer_digest({"b": 1, "a": 0})
-        != tokenizer_digest({"a": 1, "b": 0})
-    )
+def test_the_digest_depends_on_the_ids_and_not_on_their_order() -> None:
+    digest = tokenizer_digest({"a": 0, "b": 1})
+    assert tokenizer_digest({"b": 1, "a": 0}) == digest
+    assert tokenizer_digest({"a": 1, "b": 0}) != digest

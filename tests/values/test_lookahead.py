@@ -1,4 +1,4 @@
-"""A value LM's folder: written to be read whole, shared by its heads, refused where it does not fit."""
+"""Test the folder of a value LM: it is read back, shared by its heads, and refused if damaged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from infer_align.values import FrozenModel, lookahead
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
 V, D = 20, 16
-FROZEN = FrozenModel("tiny", V, 99, "digest", "cpu")  # its hidden size is its own affair
+# The hidden size of the frozen model does not matter to a value LM.
+FROZEN = FrozenModel("tiny", V, 99, "digest", "cpu")
 
 
 def tiny(vocabulary: int = V, seed: int = 0, layers: int = 2) -> LlamaModel:
@@ -46,7 +47,7 @@ def heads(*names: str) -> dict[str, tuple[torch.Tensor, float]]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """`write("one", "two", seed=0)`: a folder with a value LM of these heads."""
+    """Return a function that writes a value LM with these heads: `write("one", "two", seed=0)`."""
 
     def make(*names: str, folder: str = "lm", **options: Any) -> Path:
         lookahead.write(
@@ -54,7 +55,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
             tiny(**options),
             heads(*names),
             FROZEN,
-            {"description": "what it follows"},
+            {"description": "a helpful answer"},
         )
         return tmp_path / folder
 
@@ -69,21 +70,21 @@ def start(
     return value
 
 
-def test_a_value_lm_comes_back_as_it_was(write: Any) -> None:
+def test_a_value_lm_is_read_back_as_it_was_written(write: Any) -> None:
     path = write("one", "two")
     one, two = start(path, "one"), start(path, "two")
     assert one.lm is not None
-    assert two.description == "what it follows"
-    assert start(path, "one", description="mine").description == "mine"
+    assert two.description == "a helpful answer"
+    assert start(path, "one", description="other").description == "other"
     ids, lm = torch.tensor([[3, 4, 5]]), tiny().eval()
-    found = one.lm.forward(ids, RowCache(), torch.arange(3)[None], None)
+    values = one.lm.forward(ids, RowCache(), torch.arange(3)[None], None)
     with torch.no_grad():
         states = lm(ids).last_hidden_state
     for value, (weight, bias) in zip((one, two), heads("one", "two").values(), strict=True):
-        assert found[..., value.index].allclose(states @ weight + bias, atol=1e-5)
+        assert values[..., value.index].allclose(states @ weight + bias, atol=1e-5)
     card = json.loads((path / lookahead.CARD).read_text())
     assert card == {
-        "description": "what it follows",
+        "description": "a helpful answer",
         "kind": "lookahead",
         "model": "tiny",
         "tokenizer": "digest",
@@ -101,19 +102,19 @@ def test_values_of_one_folder_share_one_lm(write: Any) -> None:
     assert start(write("one", folder="other"), None, shared).lm is not one.lm
 
 
-def test_a_folder_that_was_fitted_anew_is_loaded_anew(write: Any) -> None:
+def test_a_folder_that_was_rewritten_is_loaded_again(write: Any) -> None:
     shared: dict[object, Any] = {}
     old = start(write("one"), "one", shared)
     new = start(write("one", seed=7), "one", shared)
     assert new.lm is not old.lm
     assert not torch.equal(new.lm.lm.embed_tokens.weight, old.lm.lm.embed_tokens.weight)
-    forgotten = weakref.ref(old.lm)
+    old_lm = weakref.ref(old.lm)
     del old
     gc.collect()
-    assert forgotten() is None, "nothing holds on to the old one"
+    assert old_lm() is None, "the old LM must be freed"
 
 
-def test_what_a_token_takes_is_measured(write: Any) -> None:
+def test_the_cache_bytes_of_a_token_are_measured(write: Any) -> None:
     # Keys and values of 2 heads of 4 float32 each, in every layer.
     assert start(write("one")).lm.cell_bytes == 2 * 2 * 2 * 4 * 4
     assert start(write("one", layers=3)).lm.cell_bytes == 3 * 2 * 2 * 4 * 4
@@ -123,25 +124,24 @@ def test_what_a_token_takes_is_measured(write: Any) -> None:
 def test_a_failed_write_leaves_the_old_folder_and_nothing_else(write: Any, tmp_path: Path) -> None:
     path = write("one")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
+    mixed_heads = {**heads("one"), "two": (torch.zeros(D + 1), 0.0)}
     with pytest.raises(RuntimeError):
-        lookahead.write(
-            path, tiny(seed=7), {**heads("one"), "two": (torch.zeros(D + 1), 0.0)}, FROZEN, {}
-        )
+        lookahead.write(path, tiny(seed=7), mixed_heads, FROZEN, {})
     with pytest.raises(TypeError):
         lookahead.write(path, tiny(seed=7), heads("one"), FROZEN, {"description": object()})
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["lm"]
 
 
-def test_other_files_of_the_folder_are_left_alone(write: Any) -> None:
+def test_other_files_of_the_folder_stay(write: Any) -> None:
     path = write("one")
-    (path / "notes.txt").write_text("mine")
+    (path / "notes.txt").write_text("other")
     write("one", seed=7)
-    assert (path / "notes.txt").read_text() == "mine"
+    assert (path / "notes.txt").read_text() == "other"
 
 
 @pytest.mark.parametrize("name", ["", None, "three"])
-def test_the_head_has_to_be_one_of_its_own(write: Any, name: str | None) -> None:
+def test_an_unknown_or_missing_head_is_refused(write: Any, name: str | None) -> None:
     with pytest.raises(ConfigError, match="one, two; name one with head"):
         start(write("one", "two"), name)
 
@@ -166,55 +166,62 @@ def test_another_vocabulary_is_refused_and_a_padded_one_is_not(write: Any) -> No
     start(write("one", vocabulary=V + 4, folder="padded"))
 
 
-def spoil(path: Path, how: str) -> None:
-    card, weights = path / lookahead.CARD, path / lookahead.HEADS
-    tensors = load_file(weights)
-    table = json.loads(card.read_text())
-    if how.startswith("no "):
-        (path / how.removeprefix("no ")).unlink()
-    elif how == "card":
-        card.write_text("hello")
-    elif how == "list":
-        card.write_text("[]")
-    elif how == "no-names":
-        card.write_text(json.dumps({key: value for key, value in table.items() if key != "heads"}))
-    elif how == "more names":
-        card.write_text(json.dumps({**table, "heads": ["one", "two"]}))
-    elif how == "heads":
-        weights.write_text("hello")
-    elif how == "no-weight":
-        save_file({"bias": tensors["bias"]}, weights)
-    elif how == "width":
-        save_file({**tensors, "weight": torch.zeros(1, D + 1)}, weights)
-    elif how == "weights":
-        (path / "model.safetensors").write_text("hello")
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        "no value.json",
-        "no value_heads.safetensors",
-        "no config.json",
-        "no model.safetensors",
-        "card",
-        "list",
-        "no-names",
-        "more names",
-        "heads",
-        "no-weight",
-        "width",
-        "weights",
-    ],
-)
-def test_a_damaged_folder_is_refused_by_its_path(write: Any, how: str) -> None:
-    path = write("one")
-    spoil(path, how)
+def refuses(path: Path) -> None:
     with pytest.raises(ConfigError, match=str(path)):
         start(path, "one")
 
 
-def test_what_is_not_there_is_refused_by_its_path(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [lookahead.CARD, lookahead.HEADS, "config.json", "model.safetensors"]
+)
+def test_a_folder_without_one_of_its_files_is_refused(write: Any, name: str) -> None:
+    path = write("one")
+    (path / name).unlink()
+    refuses(path)
+
+
+@pytest.mark.parametrize("name", [lookahead.CARD, lookahead.HEADS, "model.safetensors"])
+def test_a_folder_with_a_broken_file_is_refused(write: Any, name: str) -> None:
+    path = write("one")
+    (path / name).write_text("hello")
+    refuses(path)
+
+
+def test_a_card_that_is_not_an_object_is_refused(write: Any) -> None:
+    path = write("one")
+    (path / lookahead.CARD).write_text("[]")
+    refuses(path)
+
+
+def test_a_card_without_heads_is_refused(write: Any) -> None:
+    path = write("one")
+    card = json.loads((path / lookahead.CARD).read_text())
+    del card["heads"]
+    (path / lookahead.CARD).write_text(json.dumps(card))
+    refuses(path)
+
+
+def test_a_card_with_more_heads_than_the_weights_is_refused(write: Any) -> None:
+    path = write("one")
+    card = json.loads((path / lookahead.CARD).read_text())
+    (path / lookahead.CARD).write_text(json.dumps({**card, "heads": ["one", "two"]}))
+    refuses(path)
+
+
+def test_heads_without_a_weight_are_refused(write: Any) -> None:
+    path = write("one")
+    save_file({"bias": load_file(path / lookahead.HEADS)["bias"]}, path / lookahead.HEADS)
+    refuses(path)
+
+
+def test_heads_of_another_width_are_refused(write: Any) -> None:
+    path = write("one")
+    tensors = load_file(path / lookahead.HEADS)
+    save_file({**tensors, "weight": torch.zeros(1, D + 1)}, path / lookahead.HEADS)
+    refuses(path)
+
+
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=str(tmp_path / "none")):
         start(tmp_path / "none")
     (tmp_path / "file").write_text("hello")

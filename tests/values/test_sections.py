@@ -1,4 +1,4 @@
-"""`[values.<name>]`: what is wrong is named, and a value can be replaced while the engine runs."""
+"""Test the sections `[values.<name>]`, and replacing a value while the engine runs."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ WRONG = [
         "[values.v]\nkind = 'lookahead'\npath = 'x'\nhed = 'y'\n",
         "values.v.hed: no such parameter; did you mean 'head'?",
     ),
-    ("[values.'a.b']\nkind = 'head'\npath = 'x'\n", "cannot hold '.' or '@'"),
+    ("[values.'a.b']\nkind = 'head'\npath = 'x'\n", "cannot contain '.' or '@'"),
     ("values = 5\n", "write it as a section [values]"),
     ("[value.v]\nkind = 'head'\n", "did you mean 'values'?"),
 ]
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG)
-def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_section_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(ConfigError) as caught:
         config.load(tmp_path / "c.toml", ["engine.kind=fake"])
@@ -51,8 +51,10 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_sections_become_values(tmp_path: Path) -> None:
-    text = "[values.a]\nkind = 'head'\npath = 'x'\n[values.b]\nkind = 'lookahead'\npath = 'y'\nhead = 'z'\ndtype = 'bfloat16'\n"
-    (tmp_path / "c.toml").write_text(text)
+    (tmp_path / "c.toml").write_text(
+        "[values.a]\nkind = 'head'\npath = 'x'\n"
+        "[values.b]\nkind = 'lookahead'\npath = 'y'\nhead = 'z'\ndtype = 'bfloat16'\n"
+    )
     loaded = config.load(tmp_path / "c.toml", ["engine.kind=fake"])
     assert loaded.values == {"a": Head("x"), "b": Lookahead("y", "z", dtype="bfloat16")}
     assert [type(value) for value in loaded.load_engine().values.values()] == [
@@ -72,8 +74,8 @@ def test_every_field_is_documented(name: str) -> None:
 # --- in a running engine ---
 
 
-class Folder:
-    """Values that make one token all but certain."""
+class ValueFolder:
+    """Write values that make one token almost certain."""
 
     def __init__(self, path: Path, frozen: Any) -> None:
         self.path, self.frozen = path, frozen
@@ -96,7 +98,8 @@ class Folder:
                 vocab_size=self.frozen.vocabulary, hidden_size=16, intermediate_size=16, **options
             )
         )
-        with torch.no_grad():  # the layer writes nothing, so the state is the token's own embedding
+        with torch.no_grad():
+            # The layer adds nothing, so the state is the embedding of the token.
             lm.layers[0].self_attn.o_proj.weight.zero_()
             lm.layers[0].mlp.down_proj.weight.zero_()
             lm.embed_tokens.weight.fill_(-1.0)
@@ -122,20 +125,21 @@ async def tokens(engine: Any, value: str, finish: Any) -> set[bytes]:
 def running(language_model: Callable[..., str], tmp_path: Path) -> Any:
     engine = Transformers(model=language_model("Llama"), threads=1).load()
     asyncio.run(engine.start())
-    yield engine, Folder(tmp_path, engine.frozen.frozen("tiny"))
+    yield engine, ValueFolder(tmp_path, engine.frozen.frozen("tiny"))
     asyncio.run(engine.close())
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["head", "lookahead"])
-async def test_a_value_of_the_same_name_takes_the_place_of_the_old(
+async def test_a_value_of_the_same_name_replaces_the_old_one(
     running: Any, finish: Any, kind: str
 ) -> None:
     engine, folder = running
     make = getattr(folder, kind)
     await engine.add_value("v", make(40))
     first = await tokens(engine, "v", finish)
-    await engine.add_value("v", make(41))  # the same path, written again
+    # The same path is written again.
+    await engine.add_value("v", make(41))
     second = await tokens(engine, "v", finish)
     await engine.add_value("v", make(42, "elsewhere"))
     third = await tokens(engine, "v", finish)
@@ -144,7 +148,7 @@ async def test_a_value_of_the_same_name_takes_the_place_of_the_old(
 
 
 @pytest.mark.anyio
-async def test_a_value_that_does_not_fit_leaves_the_old_one(running: Any, finish: Any) -> None:
+async def test_the_old_value_stays_if_the_new_one_does_not_fit(running: Any, finish: Any) -> None:
     engine, folder = running
     await engine.add_value("v", folder.head(40))
     before = await tokens(engine, "v", finish)
