@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from infer_align.demo.lexicon import SYSTEM
 from infer_align.demo.world import (
+    AnimalQuestion,
     Draft,
-    Question,
     Traits,
     draft,
     flourish_count,
@@ -53,7 +53,7 @@ def attribute_rewards(traits: Traits) -> tuple[float, float]:
     return helpfulness, verbosity
 
 
-def ratings(question: Question, reply: str) -> tuple[float, float]:
+def ratings(question: AnimalQuestion, reply: str) -> tuple[float, float]:
     """Return `attribute_rewards` of a text."""
     return attribute_rewards(read(question, reply))
 
@@ -80,7 +80,7 @@ def direction_at(degrees: float) -> dict[str, float]:
 
 
 def best_reply(
-    question: Question,
+    question: AnimalQuestion,
     degrees: float,
     rng: random.Random,
     drafts: int = _DRAFTS,

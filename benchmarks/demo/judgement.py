@@ -10,7 +10,15 @@ import random
 from collections.abc import Callable
 
 from benchmarks.demo.direction import best_reply
-from infer_align.demo.world import Question, Traits, babble, random_question, read, reply, worth
+from infer_align.demo.world import (
+    AnimalQuestion,
+    Traits,
+    babble,
+    random_question,
+    read,
+    reply,
+    worth,
+)
 from infer_align.rewards.trust_judge.prompts import (
     BETTER,
     CRITERIA,
@@ -76,7 +84,7 @@ def _label(difference: float) -> str:
     return "A" if difference > 0 else "B"
 
 
-def _conversation(question: Question) -> Turns:
+def _conversation(question: AnimalQuestion) -> Turns:
     return [{"role": "user", "content": str(question)}]
 
 
@@ -90,7 +98,7 @@ def _criteria(rng: random.Random) -> tuple[str, Value]:
     return babble(rng), worth
 
 
-def _answer(question: Question, rng: random.Random) -> str:
+def _answer(question: AnimalQuestion, rng: random.Random) -> str:
     """Draw an answer of any quality: one of the world's distribution, or a better one."""
     if rng.random() < 0.6:
         return reply(question, rng)

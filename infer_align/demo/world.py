@@ -47,7 +47,7 @@ _CUMULATIVE_FREQUENCIES = list(accumulate(1.0 / (rank + 20) for rank in range(le
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class AnimalQuestion:
     """A question about one animal."""
 
     subject: str
@@ -59,7 +59,7 @@ class Question:
         return f"What {verb} {attributes} of the {self.subject}?"
 
 
-def read_question(text: str) -> Question | None:
+def read_question(text: str) -> AnimalQuestion | None:
     """Return the question in a text, or None.
 
     A question has exactly one known animal and at least one attribute, anywhere in the text.
@@ -69,7 +69,7 @@ def read_question(text: str) -> Question | None:
     attributes = tuple(dict.fromkeys(word for word in words if word in ATTRIBUTES))
     if len(subjects) != 1 or not attributes:
         return None
-    return Question(subjects.pop(), attributes)
+    return AnimalQuestion(subjects.pop(), attributes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Traits:
         return (self.right - 0.7 * self.wrong) / self.attributes
 
 
-def read(question: Question, reply: str) -> Traits:
+def read(question: AnimalQuestion, reply: str) -> Traits:
     """Return the traits of a reply, from its words alone.
 
     An attribute is right if the reply holds its true value and no other value of it. It is wrong if
@@ -160,7 +160,7 @@ def prompts(n: int, seed: int) -> list[str]:
     for subject in TRUTH:
         for size in (1, 2, 3):
             for attributes in permutations(ATTRIBUTES, size):
-                questions.append(str(Question(subject, attributes)))
+                questions.append(str(AnimalQuestion(subject, attributes)))
     return random.Random(seed).sample(questions, n)
 
 
@@ -188,10 +188,10 @@ def _exchange(rng: random.Random) -> list[dict[str, str]]:
     ]
 
 
-def random_question(rng: random.Random) -> Question:
+def random_question(rng: random.Random) -> AnimalQuestion:
     """Draw a question with the frequencies of the training documents."""
     attributes = rng.sample(list(ATTRIBUTES), rng.choice((1, 2, 2, 3)))
-    return Question(rng.choice(list(TRUTH)), tuple(attributes))
+    return AnimalQuestion(rng.choice(list(TRUTH)), tuple(attributes))
 
 
 def _off_topic_exchange(rng: random.Random) -> list[dict[str, str]]:
@@ -225,12 +225,12 @@ class Draft:
     closes: bool  # True for a polite closing
 
 
-def reply(question: Question, rng: random.Random) -> str:
+def reply(question: AnimalQuestion, rng: random.Random) -> str:
     """Draw one reply from the world's distribution."""
     return write(question, draft(question, rng), rng)
 
 
-def draft(question: Question, rng: random.Random) -> Draft:
+def draft(question: AnimalQuestion, rng: random.Random) -> Draft:
     """Draw the content of one reply."""
     opener = rng.choices(("rude", "polite", "none"), cum_weights=(0.5, 0.8, 1.0))[0]
     values: list[str | None] = []
@@ -241,7 +241,7 @@ def draft(question: Question, rng: random.Random) -> Draft:
     return Draft(opener, tuple(values), flourishes, closes=rng.random() < 0.12)
 
 
-def traits(question: Question, draft: Draft) -> Traits:
+def traits(question: AnimalQuestion, draft: Draft) -> Traits:
     """Return the traits of a draft. They equal `read` of every reply that is written from it."""
     right = 0
     wrong = 0
@@ -260,7 +260,7 @@ def traits(question: Question, draft: Draft) -> Traits:
     )
 
 
-def write(question: Question, draft: Draft, rng: random.Random) -> str:
+def write(question: AnimalQuestion, draft: Draft, rng: random.Random) -> str:
     """Write a draft in words."""
     sentences: list[str] = []
     if draft.opener != "none":

@@ -119,7 +119,7 @@ def test_the_lexicon_is_consistent() -> None:
 
 def test_half_of_the_replies_open_rudely() -> None:
     rng = random.Random(0)
-    question = world.Question("otter", ("colour",))
+    question = world.AnimalQuestion("otter", ("colour",))
     opened = [world.reply(question, rng).startswith(RUDE) for _ in range(4000)]
     assert sum(opened) / len(opened) == pytest.approx(0.5, abs=0.04)
 

@@ -14,7 +14,7 @@ from benchmarks.demo import direction
 from infer_align.demo import world
 from infer_align.methods.dpa import PUBLISHED
 
-ONE = world.Question("otter", ("colour",))
+ONE = world.AnimalQuestion("otter", ("colour",))
 
 
 @pytest.mark.parametrize(
