@@ -53,8 +53,8 @@ def test_columns_are_appended_past_the_first_buffer(device: torch.device) -> Non
 
 def test_rows_are_taken_in_any_order_and_more_than_once(device: torch.device) -> None:
     columns = numbers(3, 6, device)
-    taken = filled(columns).take([2, 0, 2], 4)
-    expect(taken, columns[[2, 0, 2], 2:])
+    selection = filled(columns).take([2, 0, 2], 4)
+    expect(selection, columns[[2, 0, 2], 2:])
 
 
 def test_joining_pads_the_shorter_cache_with_zeros_on_the_left(device: torch.device) -> None:

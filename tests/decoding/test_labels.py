@@ -1,4 +1,4 @@
-"""The exact probability of a label, against the enumeration of everything a random model can say."""
+"""Tests of label probabilities, against the enumeration of all answers of a random model."""
 
 import itertools
 import math
@@ -16,13 +16,21 @@ ODD = DIGITS | {"10": 10, "85": 11, "00": 12, "5": 5}
 
 
 def distribution(path: tuple[int, ...], size: int) -> np.ndarray:
-    """A next-token distribution that depends on all that went before; the last entry stands for everything that is no digit."""
+    """Return a next-token distribution that depends on the path.
+
+    Its last entry stands for all tokens that are not digits.
+    """
     logits = np.random.default_rng([7, *path, 99]).normal(size=size + 1) * 2
-    return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
 
 
-def said(vocabulary: dict[str, int], labels: tuple[str, ...]) -> dict[str, float]:
-    """By brute force: every token sequence of up to three digits' tokens, times the chance that no label goes on from there."""
+def enumerated(vocabulary: dict[str, int], labels: tuple[str, ...]) -> dict[str, float]:
+    """Return each label's probability by brute force.
+
+    It is the sum over all sequences of up to three tokens that spell the label, times the
+    probability that no token follows that continues it to another label.
+    """
     text = {token: piece for piece, token in vocabulary.items()}
     size = max(vocabulary.values()) + 1
     total = dict.fromkeys(labels, 0.0)
@@ -32,12 +40,12 @@ def said(vocabulary: dict[str, int], labels: tuple[str, ...]) -> dict[str, float
             if label not in total:
                 continue
             chance = math.prod(distribution(path[:i], size)[t] for i, t in enumerate(path))
-            onward = [
-                t
-                for t, piece in text.items()
+            continued = sum(
+                distribution(path, size)[token]
+                for token, piece in text.items()
                 if any(other.startswith(label + piece) for other in labels)
-            ]
-            total[label] += chance * (1 - sum(distribution(path, size)[t] for t in onward))
+            )
+            total[label] += chance * (1 - continued)
     return total
 
 
@@ -47,12 +55,12 @@ def said(vocabulary: dict[str, int], labels: tuple[str, ...]) -> dict[str, float
 def test_every_path_is_summed(vocabulary: dict[str, int]) -> None:
     tree = LabelTree(vocabulary, HUNDRED)
     size = max(vocabulary.values()) + 1
-    read = {
+    measured = {
         path: {t: math.log(distribution(path, size)[t]) for t in tokens}
         for path, tokens in tree.readings.items()
     }
-    expected = said(vocabulary, HUNDRED)
-    got = tree.logprobs(read)
+    expected = enumerated(vocabulary, HUNDRED)
+    got = tree.logprobs(measured)
     assert got.keys() == expected.keys()
     np.testing.assert_allclose(
         [math.exp(got[label]) for label in HUNDRED],
@@ -70,7 +78,8 @@ def test_labels_of_one_token_take_one_reading() -> None:
 
 
 def test_digits_take_eleven_readings_for_a_hundred() -> None:
-    assert len(LabelTree(DIGITS, HUNDRED).readings) == 11  # the prompt, after 1..9, after 1 0
+    # One after the prompt, one after each of the digits 1 to 9, one after "1" + "0".
+    assert len(LabelTree(DIGITS, HUNDRED).readings) == 11
 
 
 def test_a_label_that_cannot_be_spelt_is_refused() -> None:

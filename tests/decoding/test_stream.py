@@ -1,4 +1,4 @@
-"""A choice put together from its chunks is the choice that was cut into them."""
+"""Tests of choices assembled from stream chunks, and of choices that servers send."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CALL = st.fixed_dictionaries(
 )
 
 
-def cut(data: st.DataObject, text: str) -> list[str]:
-    places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
-    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+def split(data: st.DataObject, text: str) -> list[str]:
+    ends = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=4)))
+    return [text[a:b] for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
 @given(
@@ -42,23 +42,23 @@ def cut(data: st.DataObject, text: str) -> list[str]:
     st.sampled_from(["stop", "length", "tool_calls"]),
     st.booleans(),
 )
-def test_chat(
+def test_a_chat_choice_is_assembled(
     data: st.DataObject, content: str, reasoning: str, calls: list[Any], reason: str, repeats: bool
 ) -> None:
     chunks: list[dict[str, Any]] = [
         {"delta": {"role": "assistant", "content": ""}, "finish_reason": None}
     ]
-    chunks += [{"delta": {"reasoning_content": piece}} for piece in cut(data, reasoning)]
+    chunks += [{"delta": {"reasoning_content": piece}} for piece in split(data, reasoning)]
     chunks += [
         {
             "delta": {"content": piece},
             "logprobs": {"content": [{"token": piece, "logprob": -1.0}], "refusal": None},
         }
-        for piece in cut(data, content)
+        for piece in split(data, content)
     ]
     for i, call in enumerate(calls):
         fixed = {"id": call["id"], "type": "function"}
-        pieces = cut(data, call["arguments"])
+        pieces = split(data, call["arguments"])
         for j, piece in enumerate(pieces):
             named = {"name": call["name"]} if j == 0 or repeats else {}
             head = fixed if j == 0 or repeats else {}
@@ -72,9 +72,10 @@ def test_chat(
                 }
             )
     chunks.append({"delta": {}, "finish_reason": reason, "stop_reason": 5})
-    before, builder = deepcopy(chunks), ChoiceBuilder("chat")
+    original = deepcopy(chunks)
+    builder = ChoiceBuilder("chat")
     deltas = [delta for chunk in chunks if (delta := builder.add({"index": 3, **chunk}))]
-    assert chunks == before, "what the upstream sent is not edited"
+    assert chunks == original, "the chunks are not changed"
     choice = builder.choice()
     assert builder.finished
     assert choice["finish_reason"] == reason
@@ -100,10 +101,10 @@ def test_chat(
 
 
 @given(st.data(), TEXT)
-def test_completion(data: st.DataObject, text: str) -> None:
+def test_a_completion_choice_is_assembled(data: st.DataObject, text: str) -> None:
     builder = ChoiceBuilder("completion")
-    pieces = cut(data, text)
-    said = [
+    pieces = split(data, text)
+    deltas = [
         builder.add({"index": 0, "text": p, "logprobs": {"tokens": [p], "token_logprobs": [-1.0]}})
         for p in pieces
     ]
@@ -112,7 +113,7 @@ def test_completion(data: st.DataObject, text: str) -> None:
     assert choice["text"] == text
     assert choice["logprobs"]["tokens"] == pieces
     assert choice["finish_reason"] == "length"
-    assert "".join(d["text"] for d in said if d) == text
+    assert "".join(d["text"] for d in deltas if d) == text
 
 
 def test_unknown_fields_are_kept() -> None:
@@ -144,20 +145,20 @@ def test_unknown_fields_are_kept() -> None:
     assert choice["new"] == {"a": 1}
 
 
-def test_a_chunk_that_says_nothing_is_no_delta() -> None:
+def test_a_chunk_without_text_is_no_delta() -> None:
     builder = ChoiceBuilder("chat")
     assert builder.add({"delta": {"role": "assistant", "content": ""}}) is None
     assert builder.add({"delta": {}, "finish_reason": "stop"}) is None
     assert builder.choice()["message"] == {"role": "assistant", "content": ""}
-    silent = ChoiceBuilder("chat")
-    assert silent.choice("length") == {
+    empty = ChoiceBuilder("chat")
+    assert empty.choice("length") == {
         "message": {"role": "assistant", "content": None},
         "logprobs": None,
         "finish_reason": "length",
     }
 
 
-def test_a_whole_choice_is_itself_and_one_delta() -> None:
+def test_a_complete_choice_is_returned_and_is_one_delta() -> None:
     builder = ChoiceBuilder("chat")
     message = {
         "role": "assistant",
@@ -182,17 +183,17 @@ def test_a_whole_choice_is_itself_and_one_delta() -> None:
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(0, 1000), min_size=1, max_size=20))
-def test_shares_add_up(total: int, weights: list[int]) -> None:
-    found = split_proportionally(total, weights)
-    assert sum(found) == total
-    assert len(found) == len(weights)
-    whole = sum(weights) or len(weights)
-    fair = [total * (w if sum(weights) else 1) / whole for w in weights]
-    assert all(abs(a - b) <= 1 for a, b in zip(found, fair, strict=True))
-    assert all(share >= 0 for share in found)
+def test_a_split_adds_up_and_is_fair(total: int, weights: list[int]) -> None:
+    parts = split_proportionally(total, weights)
+    assert sum(parts) == total
+    assert len(parts) == len(weights)
+    effective = weights if any(weights) else [1] * len(weights)
+    fair = [total * weight / sum(effective) for weight in effective]
+    assert all(abs(part - exact) <= 1 for part, exact in zip(parts, fair, strict=True))
+    assert all(part >= 0 for part in parts)
 
 
-def test_tokens_are_those_that_are_listed_or_as_many_as_the_text_is_long() -> None:
+def test_tokens_are_counted_by_logprobs_or_by_characters() -> None:
     assert (
         count_tokens({"message": {"content": "abcdef"}, "logprobs": {"content": [{}, {}, {}]}}) == 3
     )
@@ -235,7 +236,7 @@ def test_tokens_are_those_that_are_listed_or_as_many_as_the_text_is_long() -> No
         ("completion", {"text": "x", "score": math.nan}, "JSON"),
     ],
 )
-def test_what_is_no_choice(kind: Any, choice: dict[str, Any], words: str) -> None:
+def test_a_choice_with_a_defect_is_described(kind: Any, choice: dict[str, Any], words: str) -> None:
     assert words in (find_defect(kind, choice) or "")
 
 
@@ -248,11 +249,11 @@ def test_what_is_no_choice(kind: Any, choice: dict[str, Any], words: str) -> Non
         {"delta": {}, "logprobs": 1},
     ],
 )
-def test_what_is_no_piece(piece: dict[str, Any]) -> None:
+def test_a_chunk_with_a_defect_is_described(piece: dict[str, Any]) -> None:
     assert find_defect("chat", piece, streamed=True)
 
 
-def test_what_is_one() -> None:
+def test_proper_choices_and_chunks_have_no_defect() -> None:
     for choice in (
         {"message": {"content": "x"}},
         {"message": {"content": None, "tool_calls": [{}]}, "logprobs": None, "new": [1]},
@@ -272,7 +273,7 @@ def test_what_is_one() -> None:
     )
 
 
-def test_counts_in_the_wild() -> None:
+def test_only_sensible_token_counts_are_accepted() -> None:
     assert [token_count(value) for value in (0, 7, -1, True, "7", None, 1.5, 10**400)] == [
         0,
         7,

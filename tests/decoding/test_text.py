@@ -1,4 +1,4 @@
-"""Text as it comes: never a broken character, never a part of a stop string, and in the end what decoding at once gives."""
+"""Tests of streaming text: complete characters, no part of a stop string, nothing lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ QUICK = settings(
 
 
 def naive(text: str, stops: tuple[str, ...]) -> tuple[str, bool]:
-    """Character by character: the first stop string to be complete ends the text; of several, the longest."""
+    """Find the stop string that is complete first, and of several the longest.
+
+    Returns the text before it, and whether there is one.
+    """
     for end in range(1, len(text) + 1):
         ends = [stop for stop in stops if text[:end].endswith(stop)]
         if ends:
@@ -36,7 +39,7 @@ def stream(tokenizer, ids: list[int], stops: tuple[str, ...] = ()) -> tuple[list
 @pytest.mark.parametrize("tokenizer", ["byte_level", "byte_fallback"])
 @QUICK
 @given(text=TEXTS)
-def test_pieces_make_up_the_text(request, tokenizer, text):
+def test_the_pieces_add_up_to_the_text(request, tokenizer, text):
     tokenizer = request.getfixturevalue(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     pieces, streamed = stream(tokenizer, ids)
@@ -53,15 +56,15 @@ def test_pieces_make_up_the_text(request, tokenizer, text):
 def test_stop_strings_are_found_wherever_tokens_end(request, tokenizer, text, stops):
     tokenizer = request.getfixturevalue(tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    complete = tokenizer.decode(ids, skip_special_tokens=True)
     pieces, streamed = stream(tokenizer, ids, stops)
-    assert ("".join(pieces), streamed.stopped) == naive(whole, stops)
+    assert ("".join(pieces), streamed.stopped) == naive(complete, stops)
     assert streamed.text == "".join(pieces)
 
 
 @QUICK
 @given(ids=st.lists(st.integers(0, 299), max_size=30))
-def test_any_tokens_of_a_byte_level_vocabulary(byte_level, ids):
+def test_any_tokens_of_a_byte_level_vocabulary_are_decoded(byte_level, ids):
     pieces, streamed = stream(byte_level, ids)
     assert "".join(pieces) == streamed.text == byte_level.decode(ids, skip_special_tokens=True)
     assert (
@@ -72,26 +75,25 @@ def test_any_tokens_of_a_byte_level_vocabulary(byte_level, ids):
 
 @QUICK
 @given(ids=st.lists(st.integers(0, 293), max_size=40))
-def test_any_tokens_of_a_byte_fallback_vocabulary(byte_fallback, ids):
-    pieces, streamed = stream(
-        byte_fallback, ids
-    )  # bytes that spoil a character already said must not raise
+def test_any_tokens_of_a_byte_fallback_vocabulary_are_decoded(byte_fallback, ids):
+    # Bytes that spoil an emitted character must not raise.
+    pieces, streamed = stream(byte_fallback, ids)
     assert "".join(pieces) == streamed.text
 
 
-def test_bytes_that_follow_a_character_do_not_unsay_it(byte_fallback):
+def test_bytes_that_follow_a_character_do_not_retract_it(byte_fallback):
     ids = byte_fallback.convert_tokens_to_ids(["<0xE4>", "<0xBD>", "<0xA0>", "<0xE4>", "a", "▁b"])
     pieces, _ = stream(byte_fallback, ids)
     assert pieces == ["", "", "你", "", "\ufffda", " b", ""]
 
 
-def test_endless_broken_characters_are_not_held_for_ever(byte_level):
+def test_endless_broken_characters_are_emitted_in_the_end(byte_level):
     text = TextStream(byte_level)
     broken = byte_level("你", add_special_tokens=False)["input_ids"][1]
     assert any(text.push(broken) for _ in range(40))
 
 
-def test_what_may_become_a_stop_string_is_held_and_given_out_at_the_end(byte_level):
+def test_the_beginning_of_a_stop_string_is_held_until_the_end(byte_level):
     ids = byte_level("one STO", add_special_tokens=False)["input_ids"]
     text = TextStream(byte_level, ("STOP",))
     assert "".join(text.push(i) for i in ids) == "one "
@@ -99,14 +101,14 @@ def test_what_may_become_a_stop_string_is_held_and_given_out_at_the_end(byte_lev
     assert not text.stopped
 
 
-def test_an_unfinished_character_at_the_end_is_told(byte_level):
+def test_an_unfinished_character_at_the_end_is_emitted(byte_level):
     ids = byte_level("a你", add_special_tokens=False)["input_ids"][:-1]
     pieces, streamed = stream(byte_level, ids)
     assert streamed.text == "a\ufffd"
     assert pieces[-1] == "\ufffd"
 
 
-def test_bytes_of_tokens(byte_level, byte_fallback):
+def test_the_bytes_of_tokens_add_up_to_the_text(byte_level, byte_fallback):
     for tokenizer in (byte_level, byte_fallback):
         ids = tokenizer(" a你b", add_special_tokens=False)["input_ids"]
         assert b"".join(token_bytes(tokenizer, i) for i in ids).decode().strip() == "a你b"

@@ -24,7 +24,7 @@ from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
-from infer_align.engines.transformers.steering import Steerer
+from infer_align.engines.transformers.steering import LoadedValues
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
 from infer_align.types import Capability, Draw, Kind, LabelLogprobs, LabelQuery
 from infer_align.values import Value
@@ -96,7 +96,7 @@ class _Started(NamedTuple):
     """The parts of an engine that has started."""
 
     model: Model
-    steerer: Steerer
+    values: LoadedValues
     scheduler: Scheduler
 
 
@@ -133,18 +133,18 @@ class TransformersEngine(Engine):
         config = self.config
         model = await asyncio.to_thread(self._load_model)
         self.context_length = model.context_length
-        steerer = Steerer(model.frozen(config.model))
+        values = LoadedValues(model.frozen(config.model))
         for name, value in self.values.items():
-            await asyncio.to_thread(steerer.add, name, value)
+            await asyncio.to_thread(values.add, name, value)
         scheduler = Scheduler(
             model,
-            steerer,
+            values,
             max_batch=config.max_batch,
             prefill_tokens=config.prefill_tokens,
             kv_cache_gib=config.kv_cache_gib,
         )
         scheduler.start()
-        self._started = _Started(model, steerer, scheduler)
+        self._started = _Started(model, values, scheduler)
 
     def _load_model(self) -> Model:
         config = self.config
@@ -178,7 +178,7 @@ class TransformersEngine(Engine):
         Raises:
             KeyError: there is no such value.
         """
-        return self._started.steerer.value(name) if self._started else self.values[name]
+        return self._started.values.value(name) if self._started else self.values[name]
 
     async def add_value(self, name: str, value: Value) -> None:
         """Let requests steer by another value from now on. It replaces a value of the same name.
@@ -187,7 +187,7 @@ class TransformersEngine(Engine):
             ConfigError: the value does not fit the model.
             Unavailable: the engine has not started.
         """
-        await asyncio.to_thread(self._parts().steerer.add, name, value)
+        await asyncio.to_thread(self._parts().values.add, name, value)
 
     async def close(self) -> None:
         """End the scheduler. Running draws end with an error."""
@@ -208,7 +208,7 @@ class TransformersEngine(Engine):
         """
         SamplingParams.from_body(draw.body, draw.kind)
         if self._started:
-            self._started.steerer.check(draw)
+            self._started.values.check(draw)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""
@@ -221,7 +221,7 @@ class TransformersEngine(Engine):
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
             Unavailable: the engine has not started or was closed.
         """
-        model, steerer, scheduler = self._parts()
+        model, values, scheduler = self._parts()
         params = SamplingParams.from_body(draw.body, draw.kind, model.sampling_defaults)
         prompt = model.render(draw)
         for token in params.logit_bias:
@@ -239,8 +239,8 @@ class TransformersEngine(Engine):
             params,
             prompt,
             max_tokens,
-            steering=steerer.steering_values(draw),
-            estimates=steerer.estimate_values(draw),
+            steering=values.steering_values(draw),
+            estimates=values.estimate_values(draw),
         )
         if not scheduler.is_alive():
             raise Unavailable("the engine was shut down")

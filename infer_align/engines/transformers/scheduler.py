@@ -23,7 +23,7 @@ from infer_align.engines.transformers.model import Model, Step
 from infer_align.engines.transformers.outbox import Outbox
 from infer_align.engines.transformers.reading import Question, QuestionQueue
 from infer_align.engines.transformers.rows import Job, Row
-from infer_align.engines.transformers.steering import Steerer
+from infer_align.engines.transformers.steering import LoadedValues
 from infer_align.errors import Unavailable
 from infer_align.types import Estimate
 
@@ -36,7 +36,7 @@ class Scheduler(threading.Thread):
 
     Args:
         model: the frozen model.
-        steerer: the values that steer it.
+        values: the values that steer it.
         max_batch: candidates that are decoded at once.
         prefill_tokens: prompt tokens that are read between two decoding steps.
         kv_cache_gib: memory for keys and values.
@@ -45,7 +45,7 @@ class Scheduler(threading.Thread):
     def __init__(
         self,
         model: Model,
-        steerer: Steerer,
+        values: LoadedValues,
         *,
         max_batch: int,
         prefill_tokens: int,
@@ -53,7 +53,7 @@ class Scheduler(threading.Thread):
     ) -> None:
         super().__init__(name="scheduler", daemon=True)
         self._model = model
-        self._steerer = steerer
+        self._values = values
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
         self._cache_bytes = kv_cache_gib * 2**30
@@ -73,7 +73,7 @@ class Scheduler(threading.Thread):
     @property
     def capacity(self) -> int:
         """Cells of the cache, rows x columns. Keys and values of value LMs count too."""
-        return int(self._cache_bytes / (self._model.cell_bytes + self._steerer.cell_bytes))
+        return int(self._cache_bytes / (self._model.cell_bytes + self._values.cell_bytes))
 
     def submit(self, job: Job | Question) -> None:
         """Queue a job or a question; from any thread.
@@ -186,7 +186,7 @@ class Scheduler(threading.Thread):
 
     def _set_prefilled(self, job: Job, step: Step) -> None:
         job.step = step
-        job.value_caches = self._steerer.prefill(job.steering, job.prompt.ids)
+        job.value_caches = self._values.prefill(job.steering, job.prompt.ids)
 
     def _is_ahead(self, jobs: list[Job]) -> bool:
         """Return True if the prefilled prompts that wait for room take too much memory.
@@ -240,7 +240,7 @@ class Scheduler(threading.Thread):
             return batch
         logits = adjust(step.logits, rows)
         if batch.steering is None:
-            batch.steering = self._steerer.steering_batch(rows)
+            batch.steering = self._values.steering_batch(rows)
         candidates = None
         if batch.steering is not None:
             logits, candidates = steer(logits, step.hidden, batch.steering, batch.value_caches)

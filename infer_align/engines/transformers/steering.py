@@ -20,8 +20,8 @@ from infer_align.values.lookahead import LookaheadValue, ValueLM
 PREFILL_TOKENS = 1024
 
 
-class Steerer:
-    """The values of one engine.
+class LoadedValues:
+    """The values that requests to one engine can use.
 
     Attributes:
         cell_bytes: bytes of keys and values that one token takes in all value LMs together.
