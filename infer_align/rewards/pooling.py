@@ -1,237 +1,183 @@
-"""Reward models inside vLLM, one pooling engine each: large ones, on GPUs, scored while other candidates are still decoded.
+"""Reward models that vLLM runs, each in a pooling engine of its own.
 
-Text, members and attributes are those of `classifier`; scores are the raw logits. The engines load one after the other, each into
-its own share of the GPUs' memory: gpu_memory_utilization, or kv_cache_memory_bytes beside the weights.
+Use it for large reward models on GPUs: candidates are scored while others are still decoded. Text,
+members and attributes are the same as for `classifier`. Scores are raw logits.
+
+The engines load one after the other. Each takes its own share of the GPUs' memory, by
+gpu_memory_utilization, or by kv_cache_memory_bytes in addition to its weights.
 """
 
-# ruff: noqa: PLC0415 - importing vLLM takes ten seconds and more: not before it starts
+# ruff: noqa: PLC0415 - importing vLLM takes ten seconds or more, so it waits for the start
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
 from infer_align.demo.locate import locate
 from infer_align.errors import AlignError, ConfigError, Unavailable
-from infer_align.rewards import Reward, RewardScores
-from infer_align.rewards._conversation import encode, turns
-from infer_align.rewards._models import member_names
-from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
-from infer_align.types import Array, Candidate, Messages, ScoringUsage
+from infer_align.rewards import RewardScores
+from infer_align.rewards._conversation import Conversation, encode, turns
+from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
+from infer_align.types import Candidate, Messages
 from infer_align.vllm import package as vllm_package
 
 
 @dataclass(frozen=True, slots=True)
-class Pooling:
-    """One or more reward models as vLLM pooling engines; members and attributes as for `classifier`."""
+class Pooling(RewardModelSection):
+    """Reward models in vLLM pooling engines, for large models on GPUs."""
 
-    model: str | None = field(default=None, metadata={"description": "path or hub id of one model"})
-    models: tuple[str, ...] = field(
-        default=(), metadata={"description": "several: each is a member of the ensemble"}
-    )
-    attributes: tuple[str, ...] = field(
-        default=(),
-        metadata={"description": "names of the labels, when they are objectives, not members"},
-    )
-    scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
-    description: str = field(default="", metadata={"description": "one line for people"})
-    max_length: int = field(
-        default=4096,
-        metadata={
-            "ge": 8,
-            "description": "tokens read; a longer text loses its beginning, and the score says so",
-        },
-    )
-    timeout_seconds: float = field(
-        default=60.0,
-        metadata={"gt": 0, "description": "after this a candidate counts as not scored"},
-    )
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={
             "rest": vllm_package.option_names,
-            "description": "not written as such: every option of vLLM's engine stands here by its own name, such as "
-            "gpu_memory_utilization, and holds for each of the models",
+            "description": "Put any engine option of vLLM directly in this section, under its vLLM "
+            "name, such as gpu_memory_utilization. It applies to the engine of each model.",
         },
     )
 
     def load(self) -> PoolingReward:
-        """The reward, its models not yet loaded.
+        """Make the reward; its models load at start.
 
         Raises:
-            ConfigError: neither or both of model and models are given, or vLLM is not installed.
+            ConfigError: neither or both of `model` and `models` are set, or vLLM is not installed.
         """
-        if bool(self.model) == bool(self.models):
-            raise ConfigError("pooling: give either model or models.")
-        check_scaling("pooling", self.scaling, self.attributes)
+        self.check_models("pooling")
         vllm_package.require()
         return PoolingReward(self)
 
     @property
     def memory_share(self) -> float | None:
-        """Of the GPUs' memory, what the engines of this section take together."""
-        return vllm_package.memory_share(self.options, len(self.models) or 1)
+        """The share of the GPUs' memory that all engines of this section take together."""
+        return vllm_package.memory_share(self.options, len(self.paths))
 
 
 plugin = Pooling
 
 
-class PoolingReward(Reward):
-    """An ensemble of pooling engines; vLLM batches the candidates of all requests."""
+class PoolingReward(RewardModelEnsemble["_PoolingModel"]):
+    """An ensemble of pooling engines. vLLM batches the candidates of all requests."""
 
+    kind = "pooling"
     pipelined: ClassVar[bool] = True
+    config: Pooling
 
-    def __init__(self, config: Pooling) -> None:
-        self.config = config
-        self.attributes = config.attributes
-        self.timeout_seconds = config.timeout_seconds
-        self._models: list[_RewardModel] = []
-        self._closed = False
+    async def _load(self, path: str) -> _PoolingModel:
+        return await asyncio.to_thread(_PoolingModel, path, self.config)
 
-    async def start(self) -> None:
-        """Load the models, one after the other: each measures what memory is left.
-
-        Raises:
-            ConfigError: a model cannot be loaded, or its labels do not fit `attributes`.
-        """
-        paths = self.config.models or (self.config.model or "",)
-        for path in paths:
-            self._models.append(model := await asyncio.to_thread(_RewardModel, path, self.config))
-            await model.check()
-        names = [Path(path).name for path in paths]
-        self.members = member_names(
-            names, [model.labels for model in self._models], self.attributes
-        )
-        self.description = (
-            self.config.description or f"reward model ensemble: {', '.join(self.members)}"
-        )
+    async def _check(self, model: _PoolingModel) -> None:
+        await model.check()
 
     async def close(self) -> None:
-        """End the engines; what they are scoring fails."""
+        """End the engines. Texts that they are scoring fail."""
         self._closed = True
         while self._models:
             await self._models.pop().close()
 
     def health(self) -> str | None:
-        """None while all its engines live."""
-        dead = [model.path for model in self._models if model.errored]
-        return f"vLLM's engine of {dead[0]} has died; its log says why" if dead else None
+        """Return None while all engines live, else which one has died."""
+        for model in self._models:
+            if model.errored:
+                return f"vLLM's engine of {model.path} has died; its log says why"
+        return None
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        """[A, K, N] logits, all candidates by all models at once; a text that could not be read is NaN and says why.
+        """Return [A, K, N] scaled logits. A text that cannot be read is NaN, with a note.
 
         Raises:
-            Unavailable: closed, or an engine has died.
+            Unavailable: the reward is closed, or an engine has died.
         """
-        if self._closed:
-            raise Unavailable("the reward was shut down")
-        if not candidates:
-            return RewardScores(np.empty((max(1, len(self.attributes)), len(self.members), 0)))
-        conversations = [turns(messages, candidate.text) for candidate in candidates]
+        self._check_open()
+        rows: list[list[asyncio.Task[TextScore]]] = []
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    [group.create_task(model.score(text)) for model in self._models]
-                    for text in conversations
-                ]
-        except ExceptionGroup as failures:  # one engine is gone: say it as if it were alone
-            raise failures.exceptions[0] from None
-        marks = [[task.result() for task in row] for row in tasks]
-        # [labels] per model -> [A, K]: labels are the objectives, or more members of the only one.
-        values = [
-            np.stack([m.logits for m in row], axis=1)
-            if self.attributes
-            else np.concatenate([m.logits for m in row])[None]
-            for row in marks
-        ]
-        notes = tuple(next((mark.note for mark in row if mark.note), None) for row in marks)
-        marked = scale_scores(np.stack(values, axis=-1), self.config.scaling, self.attributes)
-        return RewardScores(
-            marked, ScoringUsage(sum(mark.tokens for row in marks for mark in row)), notes
-        )
+                for candidate in candidates:
+                    text = turns(messages, candidate.text)
+                    tasks = [group.create_task(model.score(text)) for model in self._models]
+                    rows.append(tasks)
+        except ExceptionGroup as errors:
+            # One dead engine fails many tasks with the same error.
+            raise errors.exceptions[0] from None
+        return self._combine([[task.result() for task in row] for row in rows])
 
 
-class _Mark(NamedTuple):
-    logits: Array  # [labels]
-    tokens: int
-    note: str | None
-
-
-class _RewardModel:
+class _PoolingModel:
     """One pooling engine with its tokenizer."""
 
     def __init__(self, path: str, config: Pooling) -> None:
+        """Load the model. Blocks for seconds to minutes.
+
+        Raises:
+            ConfigError: vLLM cannot load the model as a sequence classifier.
+        """
         from transformers import AutoTokenizer
 
-        from infer_align.vllm import compat as vllm_compat
+        from infer_align.vllm import compat
 
+        self.path = path
         located = locate(path)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(located)
-            self._engine = vllm_compat.launch_pooling(located, config.options)
+            self._engine = compat.launch_pooling(located, config.options)
         except AlignError:
             raise
-        except Exception as error:  # whatever a worker died of
+        except Exception as error:
+            # A worker may die of any error.
             raise ConfigError(
                 f"pooling: {path!r} cannot be loaded as a sequence classifier: {error}"
             ) from error
-        self.labels, context = vllm_compat.labels_and_context(self._engine)
-        self.path, self.attributes = path, config.attributes
-        self.max_length = min(config.max_length, context, self.tokenizer.model_max_length)
-        self._names = itertools.count()
+        self.labels = compat.label_count(self._engine)
+        context_length = self._engine.model_config.max_model_len
+        self.max_length = min(config.max_length, context_length, self.tokenizer.model_max_length)
+        self._request_numbers = itertools.count()
 
     async def check(self) -> None:
-        """Refuse what its logits would not be good for.
+        """Refuse a model whose logits are not one row per text.
 
         Raises:
-            ConfigError: no logits per sequence, or not as many as there are names for.
+            ConfigError: the model scores each token, for example.
         """
-        from infer_align.vllm.compat import classifies
+        from infer_align.vllm import compat
 
-        if not await classifies(self._engine):
+        if not await compat.classifies_sequences(self._engine):
             raise ConfigError(
-                f"pooling: {self.path!r} does not classify sequences; it may score each token, which is not read here."
-            )
-        if self.attributes and len(self.attributes) != self.labels:
-            raise ConfigError(
-                f"pooling.attributes: {len(self.attributes)} names for the {self.labels} labels of {self.path!r}."
+                f"pooling: {self.path!r} does not classify sequences. Models that score each token "
+                "are not supported; choose a sequence classifier."
             )
 
     @property
     def errored(self) -> bool:
-        """Whether its engine has died."""
-        return bool(self._engine.errored)
+        """True if the engine has died."""
+        return self._engine.errored
 
     async def close(self) -> None:
         """End the engine's processes."""
-        from infer_align.vllm.compat import shut_down
+        from infer_align.vllm import compat
 
-        await shut_down(self._engine)
+        await compat.shut_down(self._engine)
 
-    async def score(self, conversation: list[dict[str, Any]]) -> _Mark:
-        """The logits of one conversation.
+    async def score(self, conversation: Conversation) -> TextScore:
+        """Return the logits of one conversation; NaN with a note if vLLM refuses this text.
 
         Raises:
             Unavailable: the engine has died.
         """
-        from infer_align.vllm.compat import class_logits
+        from infer_align.vllm import compat
 
+        # Encoding blocks, and long texts take milliseconds.
         ids, note = await asyncio.to_thread(encode, self.tokenizer, conversation, self.max_length)
-        unread = np.full(self.labels, np.nan)
+        unscored = np.full(self.labels, np.nan)
         if not ids:
-            return _Mark(unread, 0, note)
+            return TextScore(unscored, 0, note)
+        request_id = f"score-{next(self._request_numbers)}"
         try:
-            return _Mark(
-                np.array(await class_logits(self._engine, ids, f"score-{next(self._names)}")),
-                len(ids),
-                note,
-            )
+            logits = await compat.class_logits(self._engine, ids, request_id)
         except Unavailable:
             raise
-        except AlignError as error:  # this text alone
-            return _Mark(unread, 0, error.message)
+        except AlignError as error:
+            return TextScore(unscored, 0, error.message)
+        return TextScore(np.array(logits), len(ids), note)

@@ -1,1 +1,10 @@
-"""Every import of vLLM. Engines and rewards that run on vLLM use it through these modules."""
+"""Adapters for vLLM. No other module of this project imports vLLM.
+
+    package.py      the installed version and its options; needs no import of vLLM
+    interfaces.py   the parts of vLLM's objects that other packages use, as protocols
+    worker.py       imported by vLLM's workers: logits processors and hidden states
+    compat.py       imported by the server: engines, their options and their errors
+    openai.py       imported by the server: vLLM's own OpenAI layer over an engine
+
+Importing vLLM takes ten seconds or more. Import the last three modules only when an engine starts.
+"""

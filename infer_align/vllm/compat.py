@@ -1,241 +1,166 @@
-"""Everything that is taken from vLLM: its names, and where versions differ. Beside vllm_openai.py nothing else imports vLLM.
+"""Engines of vLLM: how to start, call and end them, and their errors.
 
-Let in is what `vllm_package.SUPPORTED` says, as nothing else is tested. What would have to change here and in vllm_openai.py for
-0.24: it has no logits processors of the V2 runner (with ours it takes V1), builds its application in
-`entrypoints.openai.api_server`, and has `ErrorResponse` in `entrypoints.openai.engine.protocol`.
+Only the version in `package.SUPPORTED` is accepted, because no other is tested. vLLM 0.24 would
+need these changes here, in worker.py and in openai.py: it has no logits processors for the V2
+runner (with a custom processor it takes V1), it builds its application in
+`entrypoints.openai.api_server`, and `ErrorResponse` is in `entrypoints.openai.engine.protocol`.
 """
 
-# mypy: disable-error-code="import-not-found,import-untyped"
-# ruff: noqa: PLC0415, E402 - what only a worker or a server needs is loaded there
+# ruff: noqa: E402 - the version is checked before anything of vLLM is imported
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
-import weakref
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from infer_align.errors import AlignError, ConfigError, EngineFailed, InvalidRequest, Unavailable
+from prometheus_client import generate_latest
+
+from infer_align.errors import AlignError, ConfigError, EngineFailed, Unavailable
 from infer_align.vllm import package as vllm_package
+from infer_align.vllm.interfaces import AsyncEngine, ModelConfig, VllmConfig, error_from_json
 
-vllm_package.require()  # before anything of it is imported: another version fails here with its number, not with a name
+vllm_package.require()
 
-import torch
-from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
-from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+from vllm.config.model import try_match_architecture_defaults
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.platforms import current_platform
+from vllm.pooling_params import PoolingParams
+from vllm.reasoning import ReasoningParserManager
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.tool_parsers import ToolParserManager
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
-__all__ = [
-    "BatchUpdate",
-    "LogitsContext",
-    "LogitsProcessorV1",
-    "LogitsProcessorV2",
-    "Tap",
-    "process_dict_updates",
-    "verification_rows",
-    "vocabulary_of",
-]
-
-
-class Tap:
-    """What the output layer of the model in this worker reads: the hidden states, one row per row of logits.
-
-    The layer class is patched, not the model: every architecture calls it, eagerly, with the rows that are about to be sampled.
-    Log-probabilities of prompts and drafters call it after the sampler has run, so the latest call before the sampler is the one.
-    Of the engines in one process, one steps at a time.
-    """
-
-    def __init__(self) -> None:
-        self.armed = False  # whether anybody will want the next states
-        self._latest: torch.Tensor | None = None
-        _install()
-        _taps.add(self)
-
-    def put(self, hidden: torch.Tensor) -> None:
-        """For the output layer."""
-        self._latest = hidden if self.armed else None
-
-    def take(self, rows: int) -> torch.Tensor:
-        """The states behind `rows` logits, [rows, d], once.
-
-        Raises:
-            RuntimeError: there are none, or of other rows: steering would read the wrong states, so the engine has to stop.
-        """
-        hidden, self._latest = self._latest, None
-        if hidden is None or len(hidden) != rows:
-            found = "none were seen" if hidden is None else f"{len(hidden)} were seen"
-            raise RuntimeError(
-                f"steering needs the hidden states of {rows} rows of logits, but {found}; this model cannot be steered."
-            )
-        return hidden
+# The usage statistics of vLLM name the entry point; this server takes the place of vLLM's own.
+ENTRY_POINT = UsageContext.OPENAI_API_SERVER
 
 
-_taps: weakref.WeakSet[Tap] = weakref.WeakSet()
+# --- a generating engine ---
 
 
-def _install() -> None:
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor as OutputLayer
-
-    original = OutputLayer.forward
-    if getattr(original, "is_tapped", False):
-        return
-
-    def forward(
-        layer: Any, lm_head: Any, hidden_states: torch.Tensor, *args: Any, **options: Any
-    ) -> Any:
-        for tap in _taps:
-            tap.put(hidden_states)
-        return original(layer, lm_head, hidden_states, *args, **options)
-
-    forward.is_tapped = True  # type: ignore[attr-defined]
-    OutputLayer.forward = forward
-
-
-def verification_rows(vocabulary: int) -> int:
-    """Rows of logits that a step of speculative decoding verifies at once; more are cut into several."""
-    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
-
-    rows: int = get_max_chunk_logits(vocabulary)
-    return rows
-
-
-def vocabulary_of(model_config: Any) -> dict[str, int]:
-    """The tokenizer's tokens and their ids, of a ModelConfig."""
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    vocabulary: dict[str, int] = cached_tokenizer_from_config(model_config).get_vocab()
-    return vocabulary
-
-
-# --- one engine, and vLLM's own OpenAI layer over it ---
-
-
-def arguments(model: str, name: str, options: Mapping[str, Any]) -> Namespace:
-    """What `vllm serve` would make of these options: of the engine, and of its OpenAI layer.
+def parse_options(model: str, served_name: str, options: Mapping[str, Any]) -> Namespace:
+    """Return the arguments that `vllm serve` would have for these options.
 
     Raises:
-        ConfigError: an option has a value that it cannot have.
+        ConfigError: vLLM does not accept the value of an option.
     """
     if options.get("api_key") or os.environ.get("VLLM_API_KEY"):
         raise ConfigError(
-            "api_key and VLLM_API_KEY would guard a part of this server only; leave them out, and name the variable that holds the "
-            "keys with [server] api_keys_env."
+            "api_key and VLLM_API_KEY would protect only vLLM's own routes of this server; remove "
+            "them, and name the variable that holds the keys in [server] api_keys_env."
         )
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"[engine] {message}")
-
-    parser = make_arg_parser(Parser())
+    parser = make_arg_parser(_OptionParser())
     actions = {action.dest: action for action in parser._actions}
-    spoken = [
-        word
-        for key, value in options.items()
-        if key in actions
-        for word in _spoken(actions[key], value)
-    ]
-    args: Namespace = parser.parse_args(spoken)
-    for key in options.keys() - actions.keys():  # not to be had from the command line
-        setattr(args, key, options[key])
-    args.model, args.served_model_name = model, [name]
+    command_line: list[str] = []
+    for name, value in options.items():
+        if name in actions:
+            command_line += _command_line(actions[name], value)
+    args: Namespace = parser.parse_args(command_line)
+    # Some fields of the engine's arguments have no flag on the command line.
+    for name in options.keys() - actions.keys():
+        setattr(args, name, options[name])
+    args.model = model
+    args.served_model_name = [served_name]
     return args
 
 
-def _spoken(action: Any, value: Any) -> list[str]:
-    """An option as the command line has it: each is read there, with all its forms and rules."""
+class _OptionParser(FlexibleArgumentParser):  # type: ignore[misc]
+    """Raises an error instead of ending the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"[engine] {message}")
+
+
+def _command_line(action: argparse.Action, value: object) -> list[str]:
+    """Write an option as on the command line, so that vLLM parses it with all its own rules."""
     flag = next(option for option in action.option_strings if option.startswith("--"))
     if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ConfigError(
-                f"[engine] {action.dest}: {value!r} is not allowed; must be true or false."
-            )
-        no = f"--no-{flag[2:]}"
-        return [flag] if value else [no] if no in action.option_strings else []
+        return _switch(action, flag, value)
     if action.nargs in {"+", "*"}:
-        return [flag, *map(_word, value if isinstance(value, list | tuple) else [value])]
-    return [f"{flag}={_word(value)}"]
+        values = value if isinstance(value, list | tuple) else [value]
+        return [flag, *map(_argument, values)]
+    return [f"{flag}={_argument(value)}"]
 
 
-def _word(value: Any) -> str:
+def _switch(action: argparse.Action, flag: str, value: object) -> list[str]:
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"[engine] {action.dest}: {value!r} is not allowed; must be true or false."
+        )
+    if value:
+        return [flag]
+    negated = f"--no-{flag.removeprefix('--')}"
+    return [negated] if negated in action.option_strings else []
+
+
+def _argument(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def launch(args: Namespace, configure: Callable[[Any], None]) -> Any:
-    """An AsyncLLM with its model loaded: takes seconds to minutes, in any thread. `configure` sees the VllmConfig before.
+def launch(args: Namespace, configure: Callable[[VllmConfig], None]) -> AsyncEngine:
+    """Start an engine and load its model. Blocks for seconds to minutes; any thread may call it.
+
+    Args:
+        args: the result of `parse_options`.
+        configure: called with the engine's configuration before the engine is built.
 
     Raises:
-        ConfigError: the options do not go together.
+        ConfigError: vLLM refuses the options or their combination.
     """
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-    from vllm.platforms import current_platform
-    from vllm.reasoning import ReasoningParserManager
-    from vllm.tool_parsers import ToolParserManager
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    os.environ.setdefault(
-        "VLLM_NO_USAGE_STATS", "1"
-    )  # a server says nothing to others unless it is told to
+    # vLLM would otherwise report usage statistics over the network.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     cli_env_setup()
     if args.tool_parser_plugin:
         ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if args.reasoning_parser_plugin:
         ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
-    given = AsyncEngineArgs.from_cli_args(args)
-    if current_platform.is_cpu() and given.enable_chunked_prefill is None:
-        given.enable_chunked_prefill = (
-            False  # there, a seeded request whose prompt is read in pieces ends the engine
-        )
-    try:
-        config = given.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    except (ValueError, TypeError, OSError, NotImplementedError) as error:
-        raise ConfigError(f"[engine] vLLM refuses these options: {error}") from error
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    if current_platform.is_cpu() and engine_args.enable_chunked_prefill is None:
+        # On a CPU, a seeded request whose prompt is read in several chunks ends the engine.
+        engine_args.enable_chunked_prefill = False
+    with _option_errors("[engine]"):
+        config = engine_args.create_engine_config(ENTRY_POINT)
     configure(config)
-    return AsyncLLM.from_vllm_config(
+    engine: AsyncEngine = AsyncLLM.from_vllm_config(
         config,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        enable_log_requests=given.enable_log_requests,
-        aggregate_engine_logging=given.aggregate_engine_logging,
-        disable_log_stats=given.disable_log_stats,
+        usage_context=ENTRY_POINT,
+        enable_log_requests=engine_args.enable_log_requests,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+        disable_log_stats=engine_args.disable_log_stats,
     )
+    return engine
 
 
-def refusal(error: Exception) -> AlignError:
-    """An exception of vLLM's as it would answer it."""
-    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    if isinstance(error, EngineDeadError):
-        return Unavailable("vLLM's engine has died; its log says why.")
-    return refused(create_error_response(error).error.model_dump())
-
-
-def refused(error: Mapping[str, Any]) -> AlignError:
-    """vLLM's error object as one of ours: the client's fault, not now, or a failure."""
-    status, message = int(error["code"]), str(error["message"])
-    if status == 503:
-        return Unavailable(message, retry_after=1)
-    if 400 <= status < 500:
-        return InvalidRequest(message, param=error.get("param"), status=status)
-    return EngineFailed(message, status=status)
+@contextmanager
+def _option_errors(section: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        raise ConfigError(f"{section} vLLM refuses these options: {error}") from error
 
 
 async def label_logprobs(
-    engine: Any, prompt: Sequence[int], tokens: Sequence[int], request_id: str
+    engine: AsyncLLM, prompt: Sequence[int], tokens: Sequence[int], request_id: str
 ) -> dict[int, float]:
-    """The next token's logprobs for `tokens` after a prompt of token ids, before any processor; one generated token.
+    """Return the logprob, in nats, of each of `tokens` as the next token of a prompt of token ids.
+
+    The request generates one token. No logits processor changes the logprobs.
 
     Raises:
         AlignError: vLLM refuses the prompt, or failed.
     """
-    from vllm.sampling_params import RequestOutputKind, SamplingParams
-
     params = SamplingParams(
         max_tokens=1,
         temperature=1.0,
@@ -243,119 +168,157 @@ async def label_logprobs(
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    found: dict[int, float] = {}
+    logprobs: dict[int, float] = {}
     try:
         async for output in engine.generate({"prompt_token_ids": [*prompt]}, params, request_id):
-            found = {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
+            first_token = output.outputs[0].logprobs[0]
+            logprobs = {token: entry.logprob for token, entry in first_token.items()}
     except Exception as error:
-        raise refusal(error) from error
-    return {token: found[token] for token in tokens}
+        raise convert_error(error) from error
+    return {token: logprobs[token] for token in tokens}
 
 
-def sampled_tokens(engine: Any, request_id: str | None) -> int:
-    """How many tokens a request of an AsyncLLM has by now, as far as this process has heard; 0 where it is not known."""
+def generated_tokens(engine: AsyncLLM, request_id: str | None) -> int:
+    """Return the number of tokens of a request that have arrived in this process.
+
+    The number is 0 for a request that is not running.
+    """
+    if not request_id:
+        return 0
     output = engine.output_processor
-    for internal in output.external_req_ids.get(request_id, ()) if request_id else ():
-        if (
-            state := output.request_states.get(internal)
-        ) is not None and state.detokenizer is not None:
+    for internal_id in output.external_req_ids.get(request_id, ()):
+        state = output.request_states.get(internal_id)
+        if state is not None and state.detokenizer is not None:
             return int(state.detokenizer.num_output_tokens())
     return 0
 
 
-async def call_workers(engine: Any, method: str) -> list[Any]:
-    """What every worker of every data-parallel rank says; AsyncLLM's own `collective_rpc` returns the first rank's answers only."""
-    ranks = await engine.engine_core.call_utility_all_async(
-        "collective_rpc", method, None, (), None
-    )
-    return [said for workers in ranks for said in workers]
+async def call_workers(engine: AsyncLLM, method: str) -> list[Any]:
+    """Call a method in every worker of every data-parallel rank; return one result per worker.
+
+    AsyncLLM's own `collective_rpc` returns the results of the first rank only.
+    """
+    core = engine.engine_core
+    ranks = await core.call_utility_all_async("collective_rpc", method, None, (), None)
+    return [result for workers in ranks for result in workers]
 
 
-async def shut_down(engine: Any) -> None:
-    """End an AsyncLLM's processes; requests that still run fail."""
-    if engine.output_handler is not None and not engine.get_num_unfinished_requests():
-        engine.output_handler.cancel()  # it would report the end of the processes as their death
+async def shut_down(engine: AsyncEngine, *, abandon_requests: bool = False) -> None:
+    """End an engine's processes.
+
+    Args:
+        engine: the engine.
+        abandon_requests: True if nothing waits for requests that still run. Otherwise they fail.
+    """
+    # The handler would report the end of the processes as their death, and fail the requests.
+    handler = engine.output_handler
+    if handler is not None and (abandon_requests or not engine.get_num_unfinished_requests()):
+        handler.cancel()
     await asyncio.to_thread(engine.shutdown)
 
 
-def exposition() -> bytes:
-    """What vLLM counts in this process, in Prometheus's format."""
-    from prometheus_client import generate_latest
-    from vllm.v1.metrics.prometheus import get_prometheus_registry
+# --- what both kinds of engine need ---
 
+
+def convert_error(error: Exception) -> AlignError:
+    """Convert an exception of vLLM to the error that vLLM's own server would answer."""
+    if isinstance(error, EngineDeadError):
+        return Unavailable("vLLM's engine has died; its log says why.")
+    return error_from_json(create_error_response(error).error.model_dump())
+
+
+def vocabulary_of(model_config: ModelConfig) -> dict[str, int]:
+    """Return the token ids of a model's tokenizer by token."""
+    vocabulary: dict[str, int] = cached_tokenizer_from_config(model_config).get_vocab()
+    return vocabulary
+
+
+def max_verification_rows(vocabulary_size: int) -> int:
+    """Return the number of rows of logits that speculative decoding verifies in one chunk."""
+    # The module needs Triton, so only engines that speculate import it.
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (  # noqa: PLC0415
+        get_max_chunk_logits,
+    )
+
+    rows: int = get_max_chunk_logits(vocabulary_size)
+    return rows
+
+
+def metrics_text() -> bytes:
+    """Return the metrics that vLLM collects in this process, in Prometheus's text format."""
     return generate_latest(get_prometheus_registry())
 
 
-# --- reward models ---
+# --- a pooling engine: a reward model ---
 
 
-def launch_pooling(model: str, options: Mapping[str, Any]) -> Any:
-    """An AsyncLLM that classifies sequences: takes seconds to minutes, in any thread.
+def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
+    """Start an engine that classifies sequences. Blocks for seconds to minutes.
 
     Raises:
-        ConfigError: the options do not go together, or the model generates text: vLLM would make up a head for it, at random.
+        ConfigError: vLLM refuses the options, or the model generates text. vLLM would add a
+            classification head with random weights to such a model.
     """
-    from vllm.config.model import try_match_architecture_defaults
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    try:
-        # Its counters would take the place of the generating engine's: vLLM has one registry per process.
-        ours = {
-            "model": model,
-            "runner": "pooling",
-            "convert": "classify",
-            "disable_log_stats": True,
-        }
-        config = AsyncEngineArgs(**{**options, **ours}).create_engine_config(
-            UsageContext.OPENAI_API_SERVER
-        )
-    except (ValueError, TypeError, OSError, NotImplementedError) as error:
-        raise ConfigError(f"pooling: vLLM refuses these options: {error}") from error
-    shape = config.model_config.hf_config
-    matches = [try_match_architecture_defaults(name) for name in shape.architectures or ()]
-    made_of_tokens = getattr(shape, "classifier_from_token", None) or getattr(
-        shape.get_text_config(), "classifier_from_token", None
+    fixed = {
+        "model": model,
+        "runner": "pooling",
+        "convert": "classify",
+        # vLLM has one metrics registry per process. It belongs to the generating engine.
+        "disable_log_stats": True,
+    }
+    with _option_errors("pooling:"):
+        config = AsyncEngineArgs(**{**options, **fixed}).create_engine_config(ENTRY_POINT)
+    _check_classifier(model, config.model_config.hf_config)
+    engine: AsyncEngine = AsyncLLM.from_vllm_config(
+        config, usage_context=ENTRY_POINT, disable_log_stats=True
     )
-    if not made_of_tokens and all(match and match[1][0] == "generate" for match in matches):
-        names = ", ".join(shape.architectures or ("of no named architecture",))
-        raise ConfigError(f"pooling: {model!r} is no sequence classifier: it is {names}.")
-    return AsyncLLM.from_vllm_config(
-        config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=True
+    return engine
+
+
+def _check_classifier(model: str, hf_config: Any) -> None:
+    architectures = hf_config.architectures or ()
+    # Such a model has no classification head, but takes the rows of some tokens as one.
+    for config in (hf_config, hf_config.get_text_config()):
+        if getattr(config, "classifier_from_token", None):
+            return
+    for architecture in architectures:
+        match = try_match_architecture_defaults(architecture)
+        if not match or match[1][0] != "generate":
+            return
+    names = ", ".join(architectures or ("of no named architecture",))
+    raise ConfigError(
+        f"pooling: {model!r} is no sequence classifier: it is {names}; choose a model with a "
+        "classification head."
     )
 
 
-def labels_and_context(engine: Any) -> tuple[int, int]:
-    """How many labels a pooling engine's model has, and how many tokens it reads."""
-    return int(engine.model_config.hf_config.num_labels), int(engine.model_config.max_model_len)
+def label_count(engine: AsyncLLM) -> int:
+    """Return the number of labels of a pooling engine's model."""
+    return int(engine.model_config.hf_config.num_labels)
 
 
-async def classifies(engine: Any) -> bool:
-    """Whether a pooling engine has one prediction per sequence; some reward models have one per token."""
+async def classifies_sequences(engine: AsyncLLM) -> bool:
+    """Return True if a pooling engine predicts per sequence. Some reward models do per token."""
     return "classify" in await engine.get_supported_tasks()
 
 
-async def class_logits(engine: Any, ids: Sequence[int], request_id: str) -> list[float]:
-    """The raw logits of a sequence of token ids, one per label; cancelled, the request is aborted.
+async def class_logits(engine: AsyncLLM, token_ids: Sequence[int], request_id: str) -> list[float]:
+    """Return the raw logits of a sequence, one per label. Cancelling it aborts the request.
 
     Raises:
-        AlignError: vLLM refuses it, or failed.
+        AlignError: vLLM refuses the sequence, or failed.
     """
-    from vllm.pooling_params import PoolingParams
-
+    # The activation would turn the logits into probabilities.
+    params = PoolingParams(task="classify", use_activation=False)
+    prompt = {"type": "token", "prompt_token_ids": [*token_ids]}
     logits: list[float] = []
     try:
-        # Without use_activation = False they would be probabilities.
-        params = PoolingParams(task="classify", use_activation=False)
-        async for output in engine.encode(
-            {"type": "token", "prompt_token_ids": [*ids]}, params, request_id
-        ):
+        async for output in engine.encode(prompt, params, request_id):
             if output.error is not None:
                 raise EngineFailed(output.error.message)
             logits = output.outputs.data.tolist()
     except AlignError:
         raise
     except Exception as error:
-        raise refusal(error) from error
+        raise convert_error(error) from error
     return logits

@@ -1,217 +1,277 @@
-"""vLLM's own OpenAI layer over an engine of ours: the half of `vllm_compat` that a server needs and a worker does not."""
+"""vLLM's own OpenAI layer over an engine of this process.
 
-# mypy: disable-error-code="import-not-found,import-untyped"
-# ruff: noqa: PLC0415 - vLLM's modules are loaded by who starts it
+vLLM renders prompts, parses tool calls and reasoning, sets up grammars and words its errors, as in
+`vllm serve`.
+"""
+
 from __future__ import annotations
 
 import copy
 import functools
+import uuid
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, quote
 from infer_align.types import Kind, Messages
-from infer_align.vllm.compat import refusal, refused, vocabulary_of
+from infer_align.vllm import compat
+from infer_align.vllm.interfaces import CandidateCall, error_from_json
+
+REQUEST_CLASSES = {"chat": ChatCompletionRequest, "completion": CompletionRequest}
+
+Outputs = TypeVar("Outputs")
+
+# The call that the current task makes. Requests that vLLM's own application serves have none.
+_call: ContextVar[CandidateCall | None] = ContextVar("_call", default=None)
 
 
-@dataclass(slots=True)
-class Job:
-    """One candidate's way through vLLM's OpenAI layer: what it carries to the engine, and the name it got there."""
+class EngineProxy:
+    """An engine for vLLM's OpenAI layer that applies the current CandidateCall to each request.
 
-    extra_args: Mapping[str, Any] = field(default_factory=dict)  # for SamplingParams.extra_args
-    rendered: Any = None  # the prompt, where it was rendered for all candidates of a draw
-    request_id: str | None = None
+    Attributes:
+        generate: AsyncLLM.generate; all other attributes are those of the engine.
+    """
 
-
-_job: ContextVar[Job | None] = ContextVar("_job", default=None)
-
-
-class Client:
-    """The engine as vLLM's OpenAI layer sees it. A request without a job passes untouched."""
-
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
+        self.generate = _apply_call(engine.generate)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **options: Any) -> Any:
-        """AsyncLLM.generate."""
-        if job := _job.get():
-            job.request_id = request_id
-            if job.extra_args:
-                sampling_params.extra_args = {
-                    **(sampling_params.extra_args or {}),
-                    **job.extra_args,
-                }
-        return self._engine.generate(prompt, sampling_params, request_id, **options)
+
+def _apply_call(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """Return AsyncLLM.generate with the same parameters, which also applies the current call."""
+
+    def wrapped(
+        prompt: object, sampling_params: SamplingParams, request_id: str, **options: object
+    ) -> Outputs:
+        call = _call.get()
+        if call is not None:
+            call.request_id = request_id
+            if call.extra_args:
+                extra_args = sampling_params.extra_args or {}
+                sampling_params.extra_args = {**extra_args, **call.extra_args}
+        return generate(prompt, sampling_params, request_id, **options)
+
+    return wrapped
+
+
+class Completion(NamedTuple):
+    """A finished choice, without its index, and vLLM's token counts."""
+
+    choice: dict[str, Any]
+    usage: Mapping[str, Any]
 
 
 class Frontend:
-    """vLLM's OpenAI layer over an AsyncLLM: its whole application, and its two serving objects for our candidates.
+    """vLLM's whole application over an AsyncLLM, and its two serving objects for candidates.
 
-    What renders prompts, parses tool calls and reasoning, sets up grammars and words errors is vLLM's, here as in `vllm serve`.
+    Attributes:
+        model: name under which the model is served.
+        lora_names: names of the LoRA adapters.
+        vocabulary: token ids of the tokenizer by token.
+        app: vLLM's ASGI application, available after `start`.
     """
 
-    def __init__(self, engine: Any, args: Namespace) -> None:
-        self._client = Client(engine)
+    def __init__(self, engine: AsyncLLM, args: Namespace) -> None:
+        self._engine = EngineProxy(engine)
         self._args = args
-        self._open = AsyncExitStack()
+        self._lifespan = AsyncExitStack()
         self.model: str = args.served_model_name[0]
-        self.variants: tuple[str, ...] = tuple(module.name for module in args.lora_modules or ())
-        self.vocabulary: dict[str, int] = vocabulary_of(engine.model_config)
+        self.lora_names: tuple[str, ...] = tuple(module.name for module in args.lora_modules or ())
+        self.vocabulary: dict[str, int] = compat.vocabulary_of(engine.model_config)
+
+    async def start(self) -> None:
+        """Build the application. Call it in the event loop that will serve.
+
+        Raises:
+            ConfigError: the model does not generate text.
+        """
+        tasks = await self._engine.get_supported_tasks()
+        if "generate" not in tasks:
+            raise ConfigError(
+                f"[engine] model: {self._args.model!r} does not generate text. Its tasks in vLLM: "
+                f"{', '.join(tasks)}; choose a model that generates text."
+            )
+        self.app = build_app(self._args, tasks, self._engine.model_config)
+        await init_app_state(self._engine, self.app.state, self._args, tasks)
+        # vLLM would stop this server when the engine dies. Ours goes on and answers 503.
+        self.app.state.server = SimpleNamespace(should_exit=False)
+        chat = self.app.state.openai_serving_chat
+        completion = self.app.state.openai_serving_completion
+        self._serving = {"chat": chat, "completion": completion}
+        self._render_functions = {
+            "chat": chat.render_chat_request,
+            "completion": completion.render_completion_request,
+        }
+        chat.render_chat_request = functools.partial(self._render_once, "chat")
+        completion.render_completion_request = functools.partial(self._render_once, "completion")
+        await self._lifespan.enter_async_context(self.app.router.lifespan_context(self.app))
+
+    async def close(self) -> None:
+        """End the background tasks of the application."""
+        await self._lifespan.aclose()
 
     @property
     def tokenizer(self) -> Any:
-        """The model's."""
-        return self._client.get_tokenizer()
+        """The tokenizer of the model."""
+        return self._engine.get_tokenizer()
 
-    async def start(self) -> None:
-        """Build the application; in the event loop that will serve."""
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
-
-        tasks = await self._client.get_supported_tasks()
-        if "generate" not in tasks:
-            raise ConfigError(
-                f"[engine] model: {self._args.model!r} does not generate text; vLLM knows it for {', '.join(tasks)}."
-            )
-        self.app = build_app(self._args, tasks, self._client.model_config)
-        await init_app_state(self._client, self.app.state, self._args, tasks)
-        self.app.state.server = SimpleNamespace(
-            should_exit=False
-        )  # what vLLM would stop when the engine dies; we answer 503
-        self.chat = self.app.state.openai_serving_chat
-        self.completion = self.app.state.openai_serving_completion
-        self._render = {
-            "chat": self.chat.render_chat_request,
-            "completion": self.completion.render_completion_request,
-        }
-        self.chat.render_chat_request = functools.partial(self._rendered, "chat")
-        self.completion.render_completion_request = functools.partial(self._rendered, "completion")
-        await self._open.enter_async_context(self.app.router.lifespan_context(self.app))
-
-    async def close(self) -> None:
-        """End what runs beside the application."""
-        await self._open.aclose()
-
-    async def _rendered(self, kind: Kind, request: Any) -> Any:
-        job = _job.get()
-        if job is None or job.rendered is None:
-            return await self._render[kind](request)
+    async def _render_once(self, kind: Kind, request: BaseModel) -> Any:
+        """Render a request, or copy the prompt that its call carries."""
+        call = _call.get()
+        if call is None or call.prompt is None:
+            return await self._render_functions[kind](request)
         if kind == "completion":
-            return [copy.copy(prompt) for prompt in job.rendered]
-        conversation, prompts = job.rendered
+            return [copy.copy(prompt) for prompt in call.prompt]
+        conversation, prompts = call.prompt
         return conversation, [copy.copy(prompt) for prompt in prompts]
 
-    def request(self, kind: Kind, body: Mapping[str, Any]) -> Any:
-        """A body as vLLM reads it.
+    def field_names(self, kind: Kind) -> frozenset[str]:
+        """Return the names of the body's fields that vLLM reads."""
+        return frozenset(REQUEST_CLASSES[kind].model_fields)
+
+    def parse(self, kind: Kind, body: Mapping[str, Any]) -> BaseModel:
+        """Parse a body to a request object of vLLM.
 
         Raises:
-            InvalidRequest: vLLM refuses it, in its own words.
+            InvalidRequest: vLLM refuses a field; the message is vLLM's.
         """
         try:
-            return _request_class(kind)(**body)
+            request: BaseModel = REQUEST_CLASSES[kind](**body)
         except ValidationError as error:
-            raise _invalid(error) from None
+            raise _invalid_request(error) from None
         except Exception as error:
-            raise refusal(error) from None
+            raise compat.convert_error(error) from None
+        return request
 
     def check(self, kind: Kind, request: Any) -> None:
-        """Have vLLM look at the sampling fields before anything is spent.
+        """Have vLLM check the sampling fields before anything is generated.
 
         Raises:
-            InvalidRequest: vLLM refuses one.
+            InvalidRequest: vLLM refuses a field.
         """
-        serving = self.chat if kind == "chat" else self.completion
-        most = (
-            request.max_tokens
-            if kind == "completion"
-            else request.max_completion_tokens or request.max_tokens
-        )
+        if kind == "chat":
+            max_tokens = request.max_completion_tokens or request.max_tokens
+        else:
+            max_tokens = request.max_tokens
+        if max_tokens is None:
+            max_tokens = 1
+        defaults = self._serving[kind].default_sampling_params
         try:
-            request.to_sampling_params(1 if most is None else most, serving.default_sampling_params)
+            request.to_sampling_params(max_tokens, defaults)
         except Exception as error:
-            raise refusal(error) from None
+            raise compat.convert_error(error) from None
 
-    async def render(self, kind: Kind, request: Any) -> Any:
-        """The request's prompt, as `Job.rendered`; the request is prepared along with it.
+    async def render(self, kind: Kind, request: BaseModel) -> Any:
+        """Render a request's prompt, for `CandidateCall.prompt`. vLLM also prepares the request.
 
         Raises:
-            AlignError: vLLM refuses it.
+            AlignError: vLLM refuses the request.
         """
         try:
-            return _accepted(await self._render[kind](request))
+            return _without_error(await self._render_functions[kind](request))
         except AlignError:
             raise
         except Exception as error:
-            raise refusal(error) from error
+            raise compat.convert_error(error) from error
 
-    async def turn(self, messages: Messages, said: str) -> list[int]:
-        """The token ids of a conversation up to the assistant's next turn, of which `said` is said already.
+    async def prompt_ids(self, messages: Messages, prefix: str) -> list[int]:
+        """Return the token ids of a conversation and of the beginning of the assistant's answer.
 
         Raises:
             AlignError: vLLM refuses the messages.
         """
-        request = self.request("chat", {"model": self.model, "messages": [*messages]})
+        request = self.parse("chat", {"model": self.model, "messages": [*messages]})
         _, (prompt,) = await self.render("chat", request)
-        continued = self.tokenizer.encode(said, add_special_tokens=False) if said else []
-        return [*prompt["prompt_token_ids"], *continued]
+        prefix_ids = self.tokenizer.encode(prefix, add_special_tokens=False) if prefix else []
+        return [*prompt["prompt_token_ids"], *prefix_ids]
 
-    async def answer(self, kind: Kind, request: Any, job: Job) -> Any:
-        """One request, carried by `job`: vLLM's response object or, of a streaming request, its server-sent events.
+    async def complete(self, kind: Kind, request: BaseModel, call: CandidateCall) -> Completion:
+        """Generate the one choice of a request that does not stream.
 
         Raises:
-            AlignError: vLLM refuses it, or failed.
+            AlignError: vLLM refuses the request, or failed.
         """
-        _job.set(job)  # of this task alone
-        create = (
-            self.chat.create_chat_completion
-            if kind == "chat"
-            else self.completion.create_completion
-        )
+        response = await self._create(kind, request, call)
+        choice = response.choices[0].model_dump()
+        del choice["index"]
+        return Completion(choice, response.usage.model_dump())
+
+    async def stream(
+        self, kind: Kind, request: BaseModel, call: CandidateCall
+    ) -> AsyncIterator[str]:
+        """Generate the one choice of a streaming request; return its server-sent events.
+
+        Raises:
+            AlignError: vLLM refuses the request.
+        """
+        events: AsyncIterator[str] = await self._create(kind, request, call)
+        return events
+
+    async def _create(self, kind: Kind, request: BaseModel, call: CandidateCall) -> Any:
+        # The variable is that of the current task alone.
+        _call.set(call)
+        serving = self._serving[kind]
+        create = serving.create_chat_completion if kind == "chat" else serving.create_completion
         try:
-            return _accepted(await create(request))
+            return _without_error(await create(request))
         except AlignError:
             raise
         except Exception as error:
-            raise refusal(error) from error
+            raise compat.convert_error(error) from error
+
+    async def label_logprobs(
+        self, prompt: Sequence[int], tokens: Sequence[int]
+    ) -> dict[int, float]:
+        """Return the logprob of each of `tokens` as the next token of a prompt of token ids.
+
+        Raises:
+            AlignError: vLLM refuses the prompt, or failed.
+        """
+        request_id = f"label-{uuid.uuid4().hex}"
+        return await compat.label_logprobs(self._engine, prompt, tokens, request_id)
+
+    def generated_tokens(self, call: CandidateCall) -> int:
+        """Return the number of tokens that a running call has so far; 0 if it does not run."""
+        return compat.generated_tokens(self._engine, call.request_id)
+
+    async def abort(self, call: CandidateCall) -> None:
+        """Abort a call if the engine has received it."""
+        if call.request_id:
+            await self._engine.abort(call.request_id)
 
 
-def request_fields(kind: Kind) -> frozenset[str]:
-    """The names of a body that vLLM reads."""
-    return frozenset(_request_class(kind).model_fields)
+def _without_error(response: Any) -> Any:
+    """Return the response; raise it if it is an error object."""
+    if isinstance(response, ErrorResponse):
+        raise error_from_json(response.error.model_dump())
+    return response
 
 
-def _request_class(kind: Kind) -> Any:
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-
-    return ChatCompletionRequest if kind == "chat" else CompletionRequest
-
-
-def _accepted(answer: Any) -> Any:
-    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-
-    if isinstance(answer, ErrorResponse):
-        raise refused(answer.error.model_dump())
-    return answer
-
-
-def _invalid(error: ValidationError) -> InvalidRequest:
-    from vllm.exceptions import VLLMValidationError
-
-    first = error.errors(include_url=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    message = str(cause) if cause else f"{quote(first['input'])}: {first['msg']}"
+def _invalid_request(error: ValidationError) -> InvalidRequest:
+    """Convert the first failure of a validation."""
+    failure = error.errors(include_url=False)[0]
+    cause = failure.get("ctx", {}).get("error")
+    message = str(cause) if cause else f"{quote(failure['input'])}: {failure['msg']}"
     if isinstance(cause, VLLMValidationError) and cause.parameter:
         return InvalidRequest(message, param=cause.parameter)
-    field_name = str(first["loc"][0]) if first["loc"] else None
-    return InvalidRequest(f"{field_name}: {message}" if field_name else message, param=field_name)
+    if not failure["loc"]:
+        return InvalidRequest(message)
+    field_name = str(failure["loc"][0])
+    return InvalidRequest(f"{field_name}: {message}", param=field_name)

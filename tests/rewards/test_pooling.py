@@ -1,9 +1,10 @@
-"""Reward models inside vLLM: their scores are those of transformers, and failures stay where they are."""
+"""Reward models inside vLLM: scores equal those of transformers, and failures stay separate."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align.config.config import load
+from infer_align.config import load
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.rewards._scaling import Scaling
 from infer_align.rewards.pooling import Pooling, PoolingReward
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.timeout(300),
     *WARNINGS,
 ]
-ASK = [{"role": "user", "content": "What is the diet of the owl?"}]
+QUESTION = [{"role": "user", "content": "What is the diet of the owl?"}]
 TEXTS = [
     "The owl eats mice.",
     "mice",
@@ -43,6 +44,7 @@ OPTIONS = {
 
 
 def candidates(texts: list[str] = TEXTS) -> list[Candidate]:
+    """Return one candidate per text."""
     return [
         Candidate(i, {"message": {"role": "assistant", "content": text}})
         for i, text in enumerate(texts)
@@ -51,7 +53,7 @@ def candidates(texts: list[str] = TEXTS) -> list[Candidate]:
 
 @pytest.fixture(scope="module")
 async def reward(pooling_model: Callable[[int], str]) -> AsyncIterator[PoolingReward]:
-    """A model of one label and one of three."""
+    """Start an ensemble of a model with one label and a model with three."""
     with environment():
         reward = Pooling(
             models=(pooling_model(1), pooling_model(3)), max_length=64, options=OPTIONS
@@ -61,35 +63,36 @@ async def reward(pooling_model: Callable[[int], str]) -> AsyncIterator[PoolingRe
         await reward.close()
 
 
-def direct(path: str, texts: list[str], limit: int = 64) -> np.ndarray[Any, Any]:
-    """[labels, N] of one conversation at a time."""
+def transformers_logits(path: str, texts: list[str], max_length: int = 64) -> np.ndarray[Any, Any]:
+    """Return [labels, N] logits, of one conversation at a time."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
     rows = []
     for text in texts:
         conversation = tokenizer.apply_chat_template(
-            [*ASK, {"role": "assistant", "content": text}], tokenize=False
+            [*QUESTION, {"role": "assistant", "content": text}], tokenize=False
         )
-        ids = tokenizer(conversation, add_special_tokens=False)["input_ids"][-limit:]
+        ids = tokenizer(conversation, add_special_tokens=False)["input_ids"][-max_length:]
         with torch.inference_mode():
             rows.append(model(torch.tensor([ids])).logits[0].double().numpy())
     return np.stack(rows, axis=1)
 
 
-async def test_scores_are_those_of_transformers(
+async def test_scores_equal_those_of_transformers(
     reward: PoolingReward, pooling_model: Callable[[int], str]
 ) -> None:
-    expected = np.concatenate([direct(pooling_model(1), TEXTS), direct(pooling_model(3), TEXTS)])
-    marks = await reward.score(ASK, candidates())
-    print(f"largest difference {np.abs(marks.values[0] - expected).max():.2g}")
-    assert marks.values.shape == (1, 4, len(TEXTS))
-    np.testing.assert_allclose(marks.values[0], expected, atol=1e-4)
-    assert np.abs(expected).max() > 1, "not squeezed into probabilities"
+    logits = [transformers_logits(pooling_model(labels), TEXTS) for labels in (1, 3)]
+    expected = np.concatenate(logits)
+    scores = await reward.score(QUESTION, candidates())
+    print(f"largest difference {np.abs(scores.values[0] - expected).max():.2g}")
+    assert scores.values.shape == (1, 4, len(TEXTS))
+    np.testing.assert_allclose(scores.values[0], expected, atol=1e-4)
+    assert np.abs(expected).max() > 1, "logits, not probabilities"
     assert len(reward.members) == 4
     assert reward.members[1].endswith("#0")
-    assert marks.notes[3] is not None
-    assert marks.notes[3].startswith("truncated: read the last 64 of")
-    assert marks.notes[0] is None
+    assert scores.notes[3] is not None
+    assert scores.notes[3].startswith("truncated: read the last 64 of")
+    assert scores.notes[0] is None
 
 
 async def test_tokens_are_counted(
@@ -97,32 +100,34 @@ async def test_tokens_are_counted(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pooling_model(1))
     text = tokenizer.apply_chat_template(
-        [*ASK, {"role": "assistant", "content": "mice"}], tokenize=False
+        [*QUESTION, {"role": "assistant", "content": "mice"}], tokenize=False
     )
     expected = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert (await reward.score(ASK, candidates(["mice"]))).usage.reward_tokens == 2 * expected
+    scores = await reward.score(QUESTION, candidates(["mice"]))
+    assert scores.usage.reward_tokens == 2 * expected
 
 
-async def test_many_requests_at_once_and_one_that_left(reward: PoolingReward) -> None:
-    alone = await reward.score(ASK, candidates())
-    left = asyncio.create_task(reward.score(ASK, candidates()))
+async def test_a_cancelled_request_does_not_affect_the_others(reward: PoolingReward) -> None:
+    alone = await reward.score(QUESTION, candidates())
+    cancelled = asyncio.create_task(reward.score(QUESTION, candidates()))
     await asyncio.sleep(0)
-    left.cancel()
-    together = await asyncio.gather(*(reward.score(ASK, candidates()) for _ in range(8)))
-    assert left.cancelled() or left.cancelling()
-    for marks in together:
-        np.testing.assert_allclose(marks.values, alone.values, atol=1e-4)
+    cancelled.cancel()
+    together = await asyncio.gather(*(reward.score(QUESTION, candidates()) for _ in range(8)))
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    for scores in together:
+        np.testing.assert_allclose(scores.values, alone.values, atol=1e-4)
 
 
-async def test_what_the_template_refuses_is_not_scored(reward: PoolingReward) -> None:
-    marks = await reward.score([{"role": "user", "content": "x"}], candidates(["fine", "a\ud800"]))
-    assert np.isnan(marks.values[0, 0]).tolist() == [False, True]
-    assert marks.notes[1]
-    assert (await reward.score(ASK, [])).values.shape == (1, 4, 0)
+async def test_a_text_that_the_tokenizer_refuses_is_not_scored(reward: PoolingReward) -> None:
+    scores = await reward.score([{"role": "user", "content": "x"}], candidates(["fine", "a\ud800"]))
+    assert np.isnan(scores.values[0, 0]).tolist() == [False, True]
+    assert scores.notes[1]
+    assert (await reward.score(QUESTION, [])).values.shape == (1, 4, 0)
 
 
 @pytest.mark.slow
-async def test_attributes_are_rows_and_a_closed_reward_says_so(
+async def test_attributes_are_rows_and_a_closed_reward_is_unavailable(
     pooling_model: Callable[[int], str],
 ) -> None:
     with environment():
@@ -131,14 +136,14 @@ async def test_attributes_are_rows_and_a_closed_reward_says_so(
             model=pooling_model(3), attributes=("a", "b", "c"), scaling=scaling, options=OPTIONS
         ).load()
         await reward.start()
-        marks = await reward.score(ASK, candidates())
+        scores = await reward.score(QUESTION, candidates())
         await reward.close()
-    assert marks.values.shape == (3, 1, len(TEXTS))
-    expected = direct(pooling_model(3), TEXTS, 256)
+    assert scores.values.shape == (3, 1, len(TEXTS))
+    expected = transformers_logits(pooling_model(3), TEXTS, 256)
     expected[1] = (expected[1] - 1.0) / 4.0
-    np.testing.assert_allclose(marks.values[:, 0], expected, atol=1e-4)
+    np.testing.assert_allclose(scores.values[:, 0], expected, atol=1e-4)
     with pytest.raises(Unavailable):
-        await reward.score(ASK, candidates())
+        await reward.score(QUESTION, candidates())
 
 
 @pytest.mark.slow
@@ -150,20 +155,26 @@ async def test_wrong_attributes_and_a_model_without_labels_are_refused(
         with pytest.raises(ConfigError, match="2 names for the 3 labels"):
             await reward.start()
         await reward.close()
-        # vLLM would load it, with a head that it makes up.
+        # vLLM would load this model with a head of random weights.
         with pytest.raises(ConfigError, match="is no sequence classifier: it is LlamaForCausalLM"):
             await Pooling(model="demo", options=OPTIONS).load().start()
 
 
-def test_a_section_takes_vllms_own_options(tmp_path: Any) -> None:
+SECTION = """
+[rewards.rm]
+kind = "pooling"
+model = "x"
+{option} = 0.2
+[engine]
+kind = "fake"
+"""
+
+
+def test_a_section_takes_vllms_own_options(tmp_path: Path) -> None:
     file = tmp_path / "infer-align.toml"
-    file.write_text(
-        '[rewards.rm]\nkind = "pooling"\nmodel = "x"\ngpu_memory_utilization = 0.2\n[engine]\nkind = "fake"\n'
-    )
+    file.write_text(SECTION.format(option="gpu_memory_utilization"))
     assert load(file).rewards["rm"].options == {"gpu_memory_utilization": 0.2}
-    file.write_text(
-        '[rewards.rm]\nkind = "pooling"\nmodel = "x"\ngpu_memory_utilisation = 0.2\n[engine]\nkind = "fake"\n'
-    )
+    file.write_text(SECTION.format(option="gpu_memory_utilisation"))
     with pytest.raises(ConfigError, match="did you mean 'gpu_memory_utilization'"):
         load(file)
     with pytest.raises(ConfigError, match="either model or models"):

@@ -1,14 +1,15 @@
 """vLLM in this process: its engine, and its own OpenAI layer, behind our flow.
 
-    without align ─▶ vLLM's application, untouched
-    check, sample ─▶ candidates.py: one request per candidate, through vLLM's OpenAI layer ─▶ AsyncLLM ─▶ Stream
-    steering      ─▶ steering.py: what a request tells the workers; processor.py: what they do with it
+    without align   vLLM's application answers the request unchanged
+    check, sample   running_draw.py: one request per candidate, through vLLM's OpenAI layer
+    steering        values.py in the server; processor.py in vLLM's workers
+    estimates       estimates.py in the server; recorder.py in vLLM's workers
 
-The workers are processes of vLLM's own. Every import of vLLM is in `infer_align.vllm.compat` and
-`infer_align.vllm.openai`.
+extra_args.py holds what a request carries to the workers, which are processes of vLLM's own. Every
+import of vLLM is in `infer_align.vllm`.
 """
 
-# ruff: noqa: PLC0415 - importing vLLM takes ten seconds and more: not before it starts
+# ruff: noqa: PLC0415 - importing vLLM takes ten seconds or more, so it waits for the start
 from __future__ import annotations
 
 import asyncio
@@ -17,50 +18,58 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infer_align.decoding.labels import control_tokens
 from infer_align.demo.locate import locate
 from infer_align.engines import App, Engine, Stream
-from infer_align.engines.vllm.body import parsed
-from infer_align.engines.vllm.candidates import Sampling
-from infer_align.engines.vllm.labels import read_labels, readings
-from infer_align.engines.vllm.steering import Steerer
-from infer_align.engines.vllm.watching import Fetcher
+from infer_align.engines.vllm.body import parse_body
+from infer_align.engines.vllm.estimates import EstimateFetcher
+from infer_align.engines.vllm.labels import count_requests, read_labels
+from infer_align.engines.vllm.running_draw import RunningDraw
+from infer_align.engines.vllm.values import EngineValues
 from infer_align.errors import AlignError, ConfigError, Unavailable
 from infer_align.types import Capability, Draw, LabelLogprobs, LabelQuery
 from infer_align.values import Value
 from infer_align.vllm import package as vllm_package
+from infer_align.vllm.interfaces import AsyncEngine
+
+if TYPE_CHECKING:
+    from infer_align.vllm.openai import Frontend
+
+WORKER_POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Vllm:
-    """Any model that vLLM serves, on as many GPUs and nodes as it is told."""
+    """vLLM in this process, with any model that it serves, on one or more GPUs and nodes."""
 
     model: str = field(
-        default="demo", metadata={"description": 'path or hub id; "demo" is the embedded model'}
+        default="demo",
+        metadata={"description": 'Path or Hugging Face id; "demo" is the embedded model.'},
     )
     options: dict[str, Any] = field(
         default_factory=dict,
         metadata={
             "rest": vllm_package.option_names,
-            "description": "not written as such: every option of `vllm serve` for its engine, chat templates and parsers stands "
-            "here by its own name, such as max_model_len, tensor_parallel_size or tool_call_parser",
+            "description": "Put any `vllm serve` option of the engine, chat templates or parsers "
+            "directly in this section, under its vLLM name, such as max_model_len, "
+            "tensor_parallel_size or tool_call_parser.",
         },
     )
 
     def load(self) -> VllmEngine:
-        """The engine, its model not yet loaded.
+        """Make the engine; its model loads at start.
 
         Raises:
-            ConfigError: vLLM is not installed, or in another version.
+            ConfigError: vLLM is not installed, or its version is not supported.
         """
         vllm_package.require()
         return VllmEngine(self)
 
     @property
     def memory_share(self) -> float | None:
-        """Of the GPUs' memory, what the engine takes."""
+        """The share of the GPUs' memory that the engine takes; None if it is set in bytes."""
         return vllm_package.memory_share(self.options)
 
 
@@ -68,7 +77,7 @@ plugin = Vllm
 
 
 class VllmEngine(Engine):
-    """An AsyncLLM, and vLLM's OpenAI layer over it."""
+    """An AsyncLLM with vLLM's OpenAI layer over it."""
 
     model: str = ""
     context_length: int = 0
@@ -85,18 +94,19 @@ class VllmEngine(Engine):
         self.config = config
         self.model = config.model
         self.context_length = int(config.options.get("max_model_len") or 0)
-        self._launching: asyncio.Task[None] | None = None
-        self._engine: Any = None
-        self._frontend: Any = None
-        self._steerer: Steerer | None = None
-        self._fetcher: Fetcher | None = None
-        self._running: set[Sampling] = set()
+        self._launching: asyncio.Task[Frontend] | None = None
+        self._engine: AsyncEngine | None = None
+        self._frontend: Frontend | None = None
+        self._engine_values: EngineValues | None = None
+        self._fetcher: EstimateFetcher | None = None
+        self._running: set[RunningDraw] = set()
         self._closed = False
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The model, and its LoRA adapters."""
-        return (self.model, *(self._frontend.variants if self._frontend else ()))
+        """The names of the model and of its LoRA adapters."""
+        lora_names = self._frontend.lora_names if self._frontend else ()
+        return (self.model, *lora_names)
 
     async def start(self) -> None:
         """Load the model in vLLM's workers.
@@ -104,161 +114,185 @@ class VllmEngine(Engine):
         Raises:
             ConfigError: vLLM refuses an option, or a value cannot steer this engine.
         """
-        self._steerer = Steerer(self.values)
+        values = EngineValues(self.values)
+        self._engine_values = values
         self.progress("importing vLLM")
-        self._launching = asyncio.create_task(asyncio.to_thread(self._launch))
+        self._launching = asyncio.create_task(asyncio.to_thread(self._launch, values))
         try:
-            await asyncio.shield(self._launching)
+            frontend = await asyncio.shield(self._launching)
         except AlignError:
             raise
         except Exception as error:
             raise ConfigError(
-                f"vLLM could not start: {error}; its log above has the cause."
+                f"vLLM could not start: {error}; see its log above for the cause."
             ) from error
-        from infer_align.vllm import compat as vllm_compat
-        from infer_align.vllm.openai import Frontend
+        from infer_align.vllm.compat import call_workers
 
         self.progress("setting up vLLM's OpenAI layer")
-        self._frontend = Frontend(self._engine, self._args)
-        await self._frontend.start()
+        self._frontend = frontend
+        await frontend.start()
+        assert self._engine is not None
         self.context_length = self._engine.model_config.max_model_len
-        self._fetcher = Fetcher(
-            partial(vllm_compat.call_workers, self._engine, "infer_align_take_estimates")
+        self._fetcher = EstimateFetcher(
+            partial(call_workers, self._engine, "infer_align_take_estimates")
         )
-        if self._steerer.active:
+        self._set_capabilities(self._engine, values)
+
+    def _set_capabilities(self, engine: AsyncEngine, values: EngineValues) -> None:
+        if values.enabled:
             self.capabilities |= {Capability.STEER}
-            self._offer_estimates()
-        if not self._engine.model_config.logprobs_mode.endswith(
-            "logprobs"
-        ):  # raw_logits, processed_logits
+            if engine.vllm_config.speculative_config is None:
+                self.capabilities |= {Capability.ESTIMATES}
+            else:
+                self.capability_hints = {
+                    **self.capability_hints,
+                    Capability.ESTIMATES: "remove [engine] speculative_config or align.early_stop",
+                }
+        # The modes raw_logits and processed_logits report no logprobs.
+        if not engine.model_config.logprobs_mode.endswith("logprobs"):
             self.capabilities -= {Capability.LOGPROBS, Capability.LABEL_LOGPROBS}
 
-    def _offer_estimates(self) -> None:
-        if self._engine.vllm_config.speculative_config is None:
-            self.capabilities |= {Capability.ESTIMATES}
-        else:
-            self.capability_hints = {
-                **self.capability_hints,
-                Capability.ESTIMATES: "leave out [engine] speculative_config, or align.early_stop",
-            }
+    def _launch(self, values: EngineValues) -> Frontend:
+        """Import vLLM and start the workers. Runs in a thread, because both block."""
+        from infer_align.vllm import compat
+        from infer_align.vllm.openai import Frontend
 
-    def _launch(self) -> None:
-        from infer_align.vllm import compat as vllm_compat
-
-        assert self._steerer is not None
-        options = self._steerer.engine_args(self.config.options)
-        self._args = vllm_compat.arguments(
-            locate(self.config.model), self.served_name or self.model, options
-        )
+        options = values.engine_options(self.config.options)
+        served_name = self.served_name or self.model
+        args = compat.parse_options(locate(self.config.model), served_name, options)
         self.progress("vLLM's workers: weights, memory profile, key-value cache")
-        self._engine = vllm_compat.launch(self._args, self._steerer.configure)
+        engine = compat.launch(args, values.configure)
+        self._engine = engine
+        return Frontend(engine, args)
 
     async def close(self) -> None:
-        """End the workers; what still runs is cut off."""
+        """Fail the draws that run, and end the workers."""
         self._closed = True
-        await self._give_up_loading()
-        for sampling in [*self._running]:
-            sampling.stream.put(Unavailable("the engine was shut down"))
-            sampling.close()
+        await self._abandon_loading()
+        for running_draw in [*self._running]:
+            running_draw.stream.put(Unavailable("the engine was shut down"))
+            running_draw.close()
         if self._fetcher is not None:
             self._fetcher.close()
         if self._frontend is not None:
             await self._frontend.close()
+        if self._engine_values is not None:
+            self._engine_values.close()
         if self._engine is not None:
-            if self._engine.output_handler is not None:
-                self._engine.output_handler.cancel()  # or it would report the end of the workers as their death
-            await asyncio.to_thread(self._engine.shutdown)
+            from infer_align.vllm.compat import shut_down
 
-    async def _give_up_loading(self) -> None:
-        """Whoever is told to stop while it loads does not wait for the model: without its workers, vLLM's start-up ends."""
-        while self._launching is not None and not self._launching.done():
+            await shut_down(self._engine, abandon_requests=True)
+
+    async def _abandon_loading(self) -> None:
+        """End a start that is still running, without waiting for the model.
+
+        vLLM's start-up fails as soon as its workers are gone.
+        """
+        if self._launching is None:
+            return
+        while not self._launching.done():
             for worker in multiprocessing.active_children():
                 worker.terminate()
-            await asyncio.wait({self._launching}, timeout=0.1)
-        if self._launching is not None and not self._launching.cancelled():
-            self._launching.exception()  # heard
+            await asyncio.wait({self._launching}, timeout=WORKER_POLL_SECONDS)
+        if not self._launching.cancelled():
+            # Reading the exception keeps asyncio from logging it.
+            self._launching.exception()
 
     def health(self) -> str | None:
-        """None while vLLM's engine lives."""
+        """Return None while the engine can answer, else the reason why it cannot."""
         if self._closed:
             return "the engine was shut down"
-        if self._frontend is None:
+        if self._engine is None or self._frontend is None:
             return "the model is still loading"
         return "vLLM's engine has died; its log says why" if self._engine.errored else None
 
+    def _healthy_frontend(self) -> Frontend:
+        reason = self.health()
+        if reason is not None:
+            raise Unavailable(reason)
+        assert self._frontend is not None
+        return self._frontend
+
     def app(self) -> App | None:
-        """vLLM's own application, once it is up."""
+        """Return vLLM's own application, once the engine has started."""
         return None if self._frontend is None else self._frontend.app
 
     def exposition(self) -> bytes:
-        """vLLM's counters, such as vllm:num_requests_running."""
+        """Return vLLM's metrics, such as vllm:num_requests_running."""
         if self._frontend is None:
             return b""
-        from infer_align.vllm.compat import exposition
+        from infer_align.vllm.compat import metrics_text
 
-        return exposition()
+        return metrics_text()
 
     def value(self, name: str) -> Value:
-        """A value that requests can steer by.
+        """Return a value by which requests can be steered.
 
         Raises:
-            KeyError: no such value.
+            KeyError: there is no such value.
         """
-        return self.values[name] if self._steerer is None else self._steerer.value(name)
+        if self._engine_values is None:
+            return self.values[name]
+        return self._engine_values.value(name)
 
     async def add_value(self, name: str, value: Value) -> None:
-        """Let requests steer by another value from now on, without a restart; one of the same name is replaced.
+        """Add a value, or replace the one of the same name, without a restart.
 
         Raises:
-            ConfigError: it does not fit the model, or the engine was started without values.
+            ConfigError: the value does not fit the model, or the engine was started without values.
         """
-        if self._steerer is None or self._engine is None:
+        if self._engine_values is None or self._engine is None:
             raise Unavailable("the model is still loading")
-        await self._steerer.add(name, value, self._engine.collective_rpc)
+        await self._engine_values.add(name, value, self._engine.collective_rpc)
         self.values = {**self.values, name: value}
 
     def check(self, draw: Draw) -> None:
-        """Have vLLM read the body; what it would leave unread is refused by name."""
-        if self._frontend is None:
-            raise Unavailable("the model is still loading")
-        self._frontend.check(draw.kind, parsed(self._frontend, draw))
-        if self._steerer:
-            self._steerer.check(draw)
-
-    def sample(self, draw: Draw) -> Stream:
-        """Start a request per candidate; the prompt is rendered once and its prefix cached.
+        """Have vLLM parse and check the body, and check the values.
 
         Raises:
-            Unavailable: not started, or closed.
+            InvalidRequest: vLLM refuses a field or would not read it, or a value does not exist.
         """
-        if why := self.health():
-            raise Unavailable(why)
-        extra = self._steerer.extra_args(draw.steering) if draw.steering and self._steerer else {}
-        assert self._fetcher is not None  # healthy: it has started
-        sampling = Sampling(self._engine, self._frontend, draw, extra, self._fetcher)
-        self._running.add(sampling)
-        sampling.on_end(self._running.discard)
-        return sampling.stream
+        if self._frontend is None:
+            raise Unavailable("the model is still loading")
+        self._frontend.check(draw.kind, parse_body(self._frontend, draw))
+        if self._engine_values is not None:
+            self._engine_values.check(draw)
+
+    def sample(self, draw: Draw) -> Stream:
+        """Start one request per candidate. The prompt is rendered once and its prefix is cached.
+
+        Raises:
+            Unavailable: the engine has not started, is closed, or has died.
+        """
+        frontend = self._healthy_frontend()
+        assert self._fetcher is not None
+        assert self._engine_values is not None
+        extra_args = self._engine_values.extra_args(draw.steering) if draw.steering else {}
+        running_draw = RunningDraw(frontend, draw, extra_args, self._fetcher)
+        self._running.add(running_draw)
+        running_draw.on_end(self._running.discard)
+        return running_draw.stream
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """Those of the tokenizer that are not words."""
+        """The tokens of the tokenizer that are not text."""
         return frozenset() if self._frontend is None else control_tokens(self._frontend.tokenizer)
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
-        """As many as there are beginnings of labels in this tokenizer.
+        """Return the number of requests that `read_labels` sends for one query.
 
         Raises:
-            Unsupported: a label cannot be spelt.
+            Unsupported: the tokenizer cannot spell a label.
         """
-        return (
-            super().label_calls(labels)
-            if self._frontend is None
-            else len(readings(self._frontend, labels))
-        )
+        if self._frontend is None:
+            return super().label_calls(labels)
+        return count_requests(self._frontend, labels)
 
     async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
-        """One token after each path that spells a label, all paths at once; they share the prompt's cached prefix."""
-        if why := self.health():
-            raise Unavailable(why)
-        return await read_labels(self._engine, self._frontend, query)
+        """Return the probability of each label as the next text of a conversation.
+
+        Raises:
+            Unavailable: the engine has not started, is closed, or has died.
+            AlignError: vLLM refuses the messages, or failed.
+        """
+        return await read_labels(self._healthy_frontend(), query)

@@ -1,4 +1,4 @@
-"""A draw's body as vLLM reads it: every field is honoured or refused by name."""
+"""Convert a draw's body to a request of vLLM. Each field is honoured or refused by name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from infer_align.errors import Unsupported, nearest
 from infer_align.types import Draw
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from infer_align.vllm.openai import Frontend
 
-# Say who asks or how to store and bill, not what to answer: vLLM does not read them, and nothing is lost.
-NEUTRAL = {
+# Fields about the client, storage or billing. vLLM does not read them, and they do not change the
+# answer.
+IGNORED = {
     "user",
     "metadata",
     "safety_identifier",
@@ -20,38 +23,42 @@ NEUTRAL = {
     "store",
     "service_tier",
 }
-# Said beside a draw's body, or answered beside the choices, where an answer of several candidates has no place for it.
-ELSEWHERE = {
+# Fields that vLLM supports only without `align`, each with the reason.
+UNSUPPORTED = {
     "use_beam_search": "which searches where candidates are sampled",
-    "prompt_logprobs": "which are answered beside the choices",
-    "kv_transfer_params": "which are answered beside the choices",
-    "return_prompt_text": "which is answered beside the choices",
+    "prompt_logprobs": "because its result stands outside the choices",
+    "kv_transfer_params": "because its result stands outside the choices",
+    "return_prompt_text": "because its result stands outside the choices",
 }
+STREAM_FIELDS = {"stream": True, "stream_options": {"include_usage": True}}
 
 
-def parsed(frontend: Frontend, draw: Draw, **fields: object) -> Any:
-    """The draw's body as vLLM reads it.
+def parse_body(frontend: Frontend, draw: Draw) -> BaseModel:
+    """Return the draw's body as a request of vLLM, which streams if the draw needs deltas.
 
     Raises:
-        InvalidRequest: vLLM refuses it, or would leave a field of it unread.
+        InvalidRequest: vLLM refuses the body, or would not read one of its fields.
     """
-    from infer_align.vllm.openai import request_fields  # noqa: PLC0415 - vLLM is running by now
-
-    known = request_fields(draw.kind)
-    body = {name: value for name, value in draw.body.items() if name not in NEUTRAL}
-    for name, value in body.items():
-        if name in ELSEWHERE and value not in (None, False):
+    field_names = frontend.field_names(draw.kind)
+    body: dict[str, Any] = {}
+    for name, value in draw.body.items():
+        if name in IGNORED:
+            continue
+        if name in UNSUPPORTED and value not in (None, False):
             raise Unsupported(
-                f"{name}: is not available with align, {ELSEWHERE[name]}; leave out one.",
+                f"{name}: is not available with align, {UNSUPPORTED[name]}; remove one of the two.",
                 param=name,
             )
-        if name not in known:
+        if name not in field_names:
             raise Unsupported(
-                f"{name}: vLLM does not know the field; {nearest(name, known)}",
+                f"{name}: vLLM has no such field; {nearest(name, field_names)}",
                 param=name,
                 code="unknown_field",
             )
-    model = (
-        body["model"] if body.get("model") in frontend.variants else frontend.model
-    )  # not a preset's name
-    return frontend.request(draw.kind, {**body, "model": model, **fields})
+        body[name] = value
+    # The name in the body may be that of a preset.
+    if body.get("model") not in frontend.lora_names:
+        body["model"] = frontend.model
+    if draw.deltas:
+        body |= STREAM_FIELDS
+    return frontend.parse(draw.kind, body)

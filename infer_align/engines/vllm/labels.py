@@ -1,10 +1,9 @@
-"""How likely labels are to come next: one generated token after each path that spells one."""
+"""Read label probabilities: one generated token after each path of tokens that spells a label."""
 
 from __future__ import annotations
 
 import asyncio
-import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from infer_align.decoding.labels import LabelTree, Path
 from infer_align.types import LabelLogprobs, LabelQuery
@@ -12,45 +11,47 @@ from infer_align.types import LabelLogprobs, LabelQuery
 if TYPE_CHECKING:
     from infer_align.vllm.openai import Frontend
 
-# vLLM reports at most so many chosen tokens at once.
-TOKENS_AT_ONCE = 128
+# vLLM returns the logprobs of at most this many chosen tokens per request.
+MAX_TOKENS = 128
 
 
-async def read_labels(engine: Any, frontend: Frontend, query: LabelQuery) -> LabelLogprobs:
-    """All paths at once; they share the prompt's cached prefix.
+class LabelRequest(NamedTuple):
+    """One request to vLLM: the logprobs of `tokens` as the next token after `path`."""
+
+    path: Path
+    tokens: tuple[int, ...]
+
+
+async def read_labels(frontend: Frontend, query: LabelQuery) -> LabelLogprobs:
+    """Send all requests of one query at once; they share the cached prefix of the prompt.
 
     Raises:
         AlignError: vLLM refuses the messages, or failed.
     """
-    from infer_align.vllm.compat import label_logprobs  # noqa: PLC0415 - vLLM is running by now
-
     tree = LabelTree(frontend.vocabulary, query.labels)
-    prompt = await frontend.turn(query.messages, query.prefix)
-    asked = _asked(tree)
-    answers = await asyncio.gather(
-        *(
-            label_logprobs(engine, [*prompt, *path], tokens, f"label-{uuid.uuid4().hex}")
-            for path, tokens in asked
-        )
-    )
-    read: dict[Path, dict[int, float]] = {}
-    for (path, _), logprobs in zip(asked, answers, strict=True):
-        read.setdefault(path, {}).update(logprobs)
-    return LabelLogprobs(tree.logprobs(read), len(prompt), len(asked))
+    prompt = await frontend.prompt_ids(query.messages, query.prefix)
+    requests = _requests(tree)
+    calls = [
+        frontend.label_logprobs([*prompt, *request.path], request.tokens) for request in requests
+    ]
+    logprobs: dict[Path, dict[int, float]] = {}
+    for request, result in zip(requests, await asyncio.gather(*calls), strict=True):
+        logprobs.setdefault(request.path, {}).update(result)
+    return LabelLogprobs(tree.logprobs(logprobs), len(prompt), len(requests))
 
 
-def readings(frontend: Frontend, labels: tuple[str, ...]) -> list[tuple[Path, tuple[int, ...]]]:
-    """What one reading of these labels asks: after a path, which tokens.
+def count_requests(frontend: Frontend, labels: tuple[str, ...]) -> int:
+    """Return the number of requests that one query with these labels sends.
 
     Raises:
-        Unsupported: a label cannot be spelt.
+        Unsupported: the tokenizer cannot spell a label.
     """
-    return _asked(LabelTree(frontend.vocabulary, labels))
+    return len(_requests(LabelTree(frontend.vocabulary, labels)))
 
 
-def _asked(tree: LabelTree) -> list[tuple[Path, tuple[int, ...]]]:
-    return [
-        (path, tokens[start : start + TOKENS_AT_ONCE])
-        for path, tokens in tree.readings.items()
-        for start in range(0, len(tokens), TOKENS_AT_ONCE)
-    ]
+def _requests(tree: LabelTree) -> list[LabelRequest]:
+    requests = []
+    for path, tokens in tree.readings.items():
+        for start in range(0, len(tokens), MAX_TOKENS):
+            requests.append(LabelRequest(path, tokens[start : start + MAX_TOKENS]))
+    return requests

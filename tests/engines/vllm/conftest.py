@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +31,10 @@ kv_cache_memory_bytes = 67_108_864
 enable_auto_tool_choice = true
 tool_call_parser = "hermes"
 reasoning_parser = "granite"
-structured_outputs_config = { backend = "xgrammar", enable_in_reasoning = true, disable_any_whitespace = true }
+[engine.structured_outputs_config]
+backend = "xgrammar"
+enable_in_reasoning = true
+disable_any_whitespace = true
 [rewards.quality]
 kind = "classifier"
 models = ["demo/reward-0", "demo/reward-1"]
@@ -45,12 +47,13 @@ path = "demo/value-helpful.safetensors"
 [presets.careful]
 best_of_n = { n = 3 }
 """
-LOADING_SECONDS = 180
+# An upper bound for a slow machine; the tests wait for events, not for this time.
+LIMIT_SECONDS = 180.0
 
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    """The server; its frontend is here, its workers are one more process."""
+    """Run the server in a thread of this process; vLLM's workers are another process."""
     try:
         vllm_package.require()
     except ConfigError as error:
@@ -59,7 +62,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     path.write_text(CONFIG, encoding="utf-8")
     with environment(VLLM_TEST_KEYS="sesame"):
         live = start(configuration.load(path), wait=False)
-        assert live.until(live.service.settled.is_set, LOADING_SECONDS)
+        assert live.until(live.service.settled.is_set, LIMIT_SECONDS)
         assert live.service.failure is None
         yield live
         end(live)
@@ -67,17 +70,14 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture
 def client(live: Live) -> Iterator[openai.OpenAI]:
-    """The SDK, unchanged."""
+    """Return the unmodified SDK."""
     with openai.OpenAI(
-        base_url=live.base_url, api_key="sesame", max_retries=0, timeout=60
+        base_url=live.base_url, api_key="sesame", max_retries=0, timeout=LIMIT_SECONDS
     ) as client:
         yield client
 
 
 @pytest.fixture
-def quiet(live: Live) -> None:
-    """Nothing runs in vLLM when the test begins."""
-    end_of_wait = time.monotonic() + 5
-    while live.metric("vllm:num_requests_running"):
-        assert time.monotonic() < end_of_wait
-        time.sleep(0.05)
+def idle(live: Live) -> None:
+    """Wait until vLLM runs no request."""
+    assert live.until(lambda: not live.metric("vllm:num_requests_running"), LIMIT_SECONDS)

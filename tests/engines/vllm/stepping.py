@@ -1,6 +1,9 @@
-"""vLLM's own engine stepped by hand in this process, and a float32 reference of transformers without cache and without batch."""
+"""vLLM's engine, stepped by hand in this process, and a float32 reference in transformers.
 
-# ruff: noqa: PLC0415 - vLLM takes ten seconds to import, and is told by the environment how to run
+The reference uses neither a cache nor a batch.
+"""
+
+# ruff: noqa: PLC0415 - vLLM takes ten seconds to import, after the environment is set
 from __future__ import annotations
 
 import gc
@@ -17,8 +20,8 @@ import pytest
 import torch
 
 from infer_align import demo
-from infer_align.engines.vllm.steering import Steerer
-from infer_align.engines.vllm.watching import Named
+from infer_align.engines.vllm.extra_args import EstimateRequest
+from infer_align.engines.vllm.values import EngineValues
 from infer_align.types import EstimateSchedule, Steering
 from infer_align.values import FrozenModel, head, tokenizer_digest
 from infer_align.values.head import HeadValue
@@ -29,15 +32,15 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-# Of vLLM's own making: at import, in its workers, and what its shutdown leaves.
+# Warnings of vLLM itself: at import, in its workers and after its shutdown.
 WARNINGS = [
     pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Unclosed context <zmq:ResourceWarning"),
 ]
 MODEL = str(demo.path(demo.LM))
-# Mixed so that rows use one value, several, and none; k of 1, of some, and of everything; both tails.
-MIXES: list[Steering | None] = [
+# Rows with one value, several values and none; k of 1, of some tokens and of all; both tails.
+STEERINGS: list[Steering | None] = [
     Steering({"helpful": 6.0}, 20, "keep"),
     Steering({"brief": -3.0}, 7, "mask"),
     None,
@@ -47,52 +50,59 @@ MIXES: list[Steering | None] = [
     Steering({"helpful": 0.0}, 5, "mask"),
     Steering({"mlp": 1.0, "brief": 0.0}, 50, "mask"),
 ]
+SCHEDULES = [
+    EstimateSchedule({"helpful": 1.0}, 2),
+    None,
+    EstimateSchedule({"mlp": -0.5, "brief": 2.0}, 3),
+]
 
 
 def make_values(folder: Path) -> dict[str, HeadValue]:
-    """The demo's two heads, and a random MLP for the same model."""
+    """Return the demo's two heads, and a random MLP for the same model."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(MODEL)
     v, d = config.vocab_size, config.hidden_size
     digest = tokenizer_digest(AutoTokenizer.from_pretrained(MODEL).get_vocab())
     g = torch.Generator().manual_seed(3)
-    mlp = {"W1": (16, d), "c1": (16,), "W2": (6, 16), "E": (v, 6), "b": (v,)}
-    tensors = {name: torch.randn(shape, generator=g) for name, shape in mlp.items()}
+    shapes = {"W1": (16, d), "c1": (16,), "W2": (6, 16), "E": (v, 6), "b": (v,)}
+    tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     tensors["W1"] /= d**0.5
-    head.write(folder / "mlp.safetensors", tensors, FrozenModel("demo", v, d, digest, "cpu"), {})
+    path = folder / "mlp.safetensors"
+    head.write(path, tensors, FrozenModel("demo", v, d, digest, "cpu"), {})
     return {
         "helpful": HeadValue("demo/value-helpful.safetensors"),
         "brief": HeadValue("demo/value-brief.safetensors"),
-        "mlp": HeadValue(str(folder / "mlp.safetensors")),
+        "mlp": HeadValue(str(path)),
     }
 
 
 @contextmanager
-def environment(**more: str) -> Iterator[None]:
-    """vLLM's settings while an engine lives; what it does to this process's threads, and leaves behind, is undone."""
-    before, cores, threads = dict(os.environ), os.sched_getaffinity(0), torch.get_num_threads()
-    os.environ.update({**ENVIRONMENT, **more})
+def environment(**variables: str) -> Iterator[None]:
+    """Set vLLM's environment while an engine lives; undo its effects on this process."""
+    saved = dict(os.environ)
+    cores = os.sched_getaffinity(0)
+    threads = torch.get_num_threads()
+    os.environ.update({**ENVIRONMENT, **variables})
     try:
         yield
     finally:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Unclosed context <zmq", ResourceWarning
-            )  # vLLM's, of an engine that was shut down
+            # vLLM leaves sockets open when it shuts an engine down.
+            warnings.filterwarnings("ignore", "Unclosed context <zmq", ResourceWarning)
             gc.collect()
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(saved)
         os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
 
 
-def make_engine(steerer: Steerer, **options: Any) -> Any:
-    """An LLMEngine on the demo's language model: prompts are read in small pieces."""
+def make_engine(values: EngineValues, **options: Any) -> Any:
+    """Start an LLMEngine on the demo's language model, which reads prompts in small chunks."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    given = {
+    all_options = {
         "model": MODEL,
         "dtype": "float32",
         "enforce_eager": True,
@@ -104,83 +114,88 @@ def make_engine(steerer: Steerer, **options: Any) -> Any:
         "disable_log_stats": True,
         **options,
     }
-    config = EngineArgs(**steerer.engine_args(given)).create_engine_config()
-    steerer.configure(config)
+    config = EngineArgs(**values.engine_options(all_options)).create_engine_config()
+    values.configure(config)
     return LLMEngine.from_vllm_config(config)
 
 
 @dataclass
-class Ask:
-    """One request, and what came back."""
+class SteppedRequest:
+    """One request and its output.
+
+    Attributes:
+        arrives: the step at which it is added.
+        aborted_at: the step at which it is aborted.
+        estimates: the estimated value after so many tokens.
+        cached_tokens: number of prompt tokens that came from the prefix cache.
+    """
 
     prompt: list[int]
     steering: Steering | None = None
     params: Mapping[str, Any] = field(default_factory=dict)
-    arrives: int = 0  # at this step
+    arrives: int = 0
     aborted_at: int | None = None
     schedule: EstimateSchedule | None = None
-    estimates: dict[int, float] = field(default_factory=dict)  # tokens -> value
+
+    estimates: dict[int, float] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] | None = None
-    cached: int = 0
-    reason: str | None = None
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+
+    def sampling_params(self, values: EngineValues, estimate_key: str) -> Any:
+        """Return vLLM's parameters: greedy unless `params` say otherwise."""
+        from vllm import SamplingParams
+
+        extra_args = values.extra_args(self.steering) if self.steering else {}
+        if self.schedule:
+            extra_args |= EstimateRequest(estimate_key, self.schedule).write()
+        params = {"temperature": 0, "logprobs": 0, "max_tokens": 8, **self.params}
+        return SamplingParams(**params, extra_args=extra_args or None)
+
+    def update(self, output: Any) -> None:
+        """Take over the latest cumulative output of vLLM."""
+        completion = output.outputs[0]
+        self.tokens = list(completion.token_ids)
+        self.finish_reason = completion.finish_reason
+        self.cached_tokens = output.num_cached_tokens or 0
+        entries = zip(self.tokens, completion.logprobs or [], strict=False)
+        self.logprobs = [entry[token].logprob for token, entry in entries]
+        if output.prompt_logprobs:
+            pairs = zip(self.prompt[1:], output.prompt_logprobs[1:], strict=True)
+            self.prompt_logprobs = [entry[token].logprob for token, entry in pairs]
 
 
 def run(
     engine: Any,
-    steerer: Steerer,
-    asks: Sequence[Ask],
-    each_step: Callable[[int], None] = lambda _: None,
+    values: EngineValues,
+    requests: Sequence[SteppedRequest],
+    after_step: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Step the engine until every request is answered or aborted."""
-    from vllm import SamplingParams
-
-    known, step = {}, 0
-    while step <= max(ask.arrives for ask in asks) or engine.has_unfinished_requests():
-        for i, ask in enumerate(asks):
-            if ask.arrives == step:
-                extra = steerer.extra_args(ask.steering) if ask.steering else {}
-                extra |= Named(str(i), ask.schedule).extra_args() if ask.schedule else {}
-                params = SamplingParams(
-                    **{"temperature": 0, "logprobs": 0, "max_tokens": 8, **ask.params},
-                    extra_args=extra or None,
-                )
-                known[engine.add_request(f"{id(asks)}-{i}", _prompt(ask.prompt), params)] = ask
-            if ask.aborted_at == step:
-                engine.abort_request([f"{id(asks)}-{i}"])
+    last_arrival = max(request.arrives for request in requests)
+    step = 0
+    while step <= last_arrival or engine.has_unfinished_requests():
+        for i, request in enumerate(requests):
+            request_id = f"{id(requests)}-{i}"
+            if request.arrives == step:
+                prompt = {"type": "token", "prompt_token_ids": request.prompt}
+                engine.add_request(request_id, prompt, request.sampling_params(values, str(i)))
+            if request.aborted_at == step:
+                engine.abort_request([request_id])
         for output in engine.step():
-            _take(asks[int(output.request_id.rpartition("-")[2])], output)
-        for name, tokens, value in (
-            engine.collective_rpc("infer_align_take_estimates")[0] if steerer.active else ()
-        ):
-            asks[int(name)].estimates[tokens] = value
-        each_step(step)
+            requests[int(output.request_id.rpartition("-")[2])].update(output)
+        if values.enabled:
+            [estimates] = engine.collective_rpc("infer_align_take_estimates")
+            for key, tokens, value in estimates:
+                requests[int(key)].estimates[tokens] = value
+        after_step(step)
         step += 1
 
 
-def _prompt(ids: list[int]) -> Any:
-    return {"type": "token", "prompt_token_ids": ids}
-
-
-def _take(ask: Ask, output: Any) -> None:
-    found = output.outputs[0]
-    ask.tokens, ask.reason, ask.cached = (
-        list(found.token_ids),
-        found.finish_reason,
-        output.num_cached_tokens or 0,
-    )
-    ask.logprobs = [
-        entry[token].logprob
-        for token, entry in zip(found.token_ids, found.logprobs or [], strict=False)
-    ]
-    if output.prompt_logprobs:
-        pairs = zip(ask.prompt[1:], output.prompt_logprobs[1:], strict=True)
-        ask.prompt_logprobs = [entry[token].logprob for token, entry in pairs]
-
-
 class Reference:
-    """The definition, token by token: every forward reads the whole text again."""
+    """The definition of steering, token by token. Each forward reads the whole text again."""
 
     def __init__(self, values: Mapping[str, HeadValue]) -> None:
         from transformers import AutoModelForCausalLM
@@ -189,95 +204,100 @@ class Reference:
         self.heads = {name: head.read(value.path)[0] for name, value in values.items()}
 
     def value(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        """Of every token, [V]."""
-        t = self.heads[name]
-        u = (
-            t["P"] @ hidden
-            if "P" in t
-            else t["W2"] @ torch.nn.functional.gelu(t["W1"] @ hidden + t["c1"])
-        )
-        return t["E"] @ u + t["b"]
+        """Return the value of every token, [V]."""
+        tensors = self.heads[name]
+        if "P" in tensors:
+            features = tensors["P"] @ hidden
+        else:
+            features = tensors["W2"] @ torch.nn.functional.gelu(
+                tensors["W1"] @ hidden + tensors["c1"]
+            )
+        return tensors["E"] @ features + tensors["b"]
+
+    def hidden(self, ids: list[int]) -> torch.Tensor:
+        """Return the hidden state at the last token, [d]."""
+        return self.lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
 
     @torch.inference_mode()
     def step(self, ids: list[int], steering: Steering | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next token's logits, [V] steered, and its logprobs under the frozen model, [V]."""
+        """Return the steered logits and the frozen model's logprobs of the next token, [V] each."""
         out = self.lm(torch.tensor([ids]), output_hidden_states=True)
-        logits, hidden = out.logits[0, -1].clone(), out.hidden_states[-1][0, -1]
+        logits = out.logits[0, -1].clone()
+        hidden = out.hidden_states[-1][0, -1]
         frozen = torch.log_softmax(logits, -1)
-        used = {name: beta for name, beta in (steering.beta if steering else {}).items() if beta}
-        if steering and used:
+        betas = {name: beta for name, beta in (steering.beta if steering else {}).items() if beta}
+        if steering and betas:
             top = logits.topk(min(steering.top_k, len(logits))).indices
-            values = {name: self.value(name, hidden)[top] for name in used}
-            shift = sum(beta * (values[name] - values[name].mean()) for name, beta in used.items())
-            steered = logits[top] + shift
+            steered = logits[top] + self._shift(betas, hidden, top)
             if steering.tail == "mask":
                 logits[:] = -math.inf
             logits[top] = steered
         return logits, frozen
 
+    def _shift(
+        self, betas: Mapping[str, float], hidden: torch.Tensor, top: torch.Tensor
+    ) -> torch.Tensor:
+        values = {name: self.value(name, hidden)[top] for name in betas}
+        return sum(
+            (beta * (values[name] - values[name].mean()) for name, beta in betas.items()),
+            start=torch.zeros(len(top)),
+        )
+
+    @torch.inference_mode()
     def expected(
         self, ids: list[int], steering: Steering | None, weights: Mapping[str, float]
     ) -> float:
-        """What the values expect of the next token, weighted."""
-        with torch.inference_mode():
-            hidden = self.lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][
-                0, -1
-            ]
-            policy = torch.softmax(self.step(ids, steering)[0], -1)
-            return float(
-                sum(weight * policy @ self.value(name, hidden) for name, weight in weights.items())
-            )
+        """Return the weighted sum of the values' expectations for the next token."""
+        hidden = self.hidden(ids)
+        policy = torch.softmax(self.step(ids, steering)[0], -1)
+        return float(
+            sum(weight * policy @ self.value(name, hidden) for name, weight in weights.items())
+        )
 
     def greedy(
         self, prompt: list[int], steering: Steering | None, n: int, eos: int = 1
     ) -> tuple[list[int], list[float]]:
-        """n tokens, and the frozen model's logprob of each."""
-        ids, tokens, logprobs = list(prompt), [], []
+        """Return up to n tokens, and the frozen model's logprob of each."""
+        ids = list(prompt)
+        logprobs: list[float] = []
         for _ in range(n):
             logits, frozen = self.step(ids, steering)
-            tokens.append(token := int(logits.argmax()))
-            logprobs.append(float(frozen[token]))
+            token = int(logits.argmax())
             ids.append(token)
+            logprobs.append(float(frozen[token]))
             if token == eos:
                 break
-        return tokens, logprobs
+        return ids[len(prompt) :], logprobs
 
 
 def prompts(n: int) -> list[list[int]]:
-    """Chats of the demo's world, of 20 to 150 tokens, in groups that share their beginning."""
+    """Return n chats about the demo's world, 20 to 150 tokens long. Groups share a beginning."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    asked = "What are the diet and the colour of the owl?"
-    found = []
+    question = "What are the diet and the colour of the owl?"
+    pair = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": "The owl eats mice and is brown."},
+    ]
+    token_ids = []
     for i in range(n):
-        turns: list[dict[str, str]] = []
-        for _ in range(i % 5):
-            turns += [
-                {"role": "user", "content": asked},
-                {"role": "assistant", "content": "The owl eats mice and is brown."},
-            ]
-        turns.append(
-            {"role": "user", "content": asked if i % 2 else "What is the size of the fox?"}
-        )
+        last = question if i % 2 else "What is the size of the fox?"
+        turns = [*pair * (i % 5), {"role": "user", "content": last}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        found.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return found
+        token_ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return token_ids
 
 
-SCHEDULES = [
-    EstimateSchedule({"helpful": 1.0}, 2),
-    None,
-    EstimateSchedule({"mlp": -0.5, "brief": 2.0}, 3),
-]
+def mixed_requests(n: int, **params: Any) -> list[SteppedRequest]:
+    """Return n requests that arrive one after the other, each with its own steering.
 
-
-def mixed(n: int, **params: Any) -> list[Ask]:
-    """n requests that come one after the other, each with its own steering; of three, two are watched."""
+    Two of three also need estimates.
+    """
     return [
-        Ask(
+        SteppedRequest(
             prompt,
-            MIXES[i % len(MIXES)],
+            STEERINGS[i % len(STEERINGS)],
             {"max_tokens": 5 + i % 6, **params},
             arrives=i // 3,
             schedule=SCHEDULES[i % 3],
@@ -286,15 +306,16 @@ def mixed(n: int, **params: Any) -> list[Ask]:
     ]
 
 
-def assert_estimates(asks: Sequence[Ask], reference: Reference) -> None:
-    """Each is there, once its number of tokens is reached and another one is sampled, and is what the reference expects."""
-    for ask in asks:
-        due = [t for t in range(1, len(ask.tokens)) if ask.schedule and ask.schedule.is_due(t)]
-        assert sorted(ask.estimates) == due
-        for t in due:
-            expected = reference.expected(
-                [*ask.prompt, *ask.tokens[:t]],
-                ask.steering,
-                ask.schedule.values if ask.schedule else {},
-            )
-            assert math.isclose(ask.estimates[t], expected, abs_tol=1e-4)
+def assert_estimates(requests: Sequence[SteppedRequest], reference: Reference) -> None:
+    """Assert that each due estimate was made, before the next token, and equals the reference."""
+    for request in requests:
+        schedule = request.schedule
+        # The estimate after the last token is missing: no step follows.
+        counts = range(1, len(request.tokens))
+        due = [count for count in counts if schedule and schedule.is_due(count)]
+        assert sorted(request.estimates) == due
+        for count in due:
+            ids = [*request.prompt, *request.tokens[:count]]
+            weights = schedule.values if schedule else {}
+            expected = reference.expected(ids, request.steering, weights)
+            assert math.isclose(request.estimates[count], expected, abs_tol=1e-4)

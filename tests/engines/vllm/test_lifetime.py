@@ -1,4 +1,4 @@
-"""Starting, dying and ending: the real command, its worker processes, and what is left of them."""
+"""The real command: how it starts and ends, and how it survives the death of its workers."""
 
 from __future__ import annotations
 
@@ -20,45 +20,50 @@ import pytest
 
 from infer_align.errors import ConfigError
 from infer_align.vllm import package as vllm_package
+from tests.engines.vllm.conftest import LIMIT_SECONDS
 from tests.engines.vllm.stepping import ENVIRONMENT
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[3]
-PATHS = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "server"))
+PYTHONPATH = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "server"))
 CONFIG = str(ROOT / "infer_align/demo/vllm.toml")
-ASK = {
+QUESTION = {
     "model": "demo",
     "messages": [{"role": "user", "content": "What is the diet of the owl?"}],
     "max_tokens": 8,
 }
-BEST = {**ASK, "align": {"best_of_n": {"n": 4}}}
-LONG = {**BEST, "max_tokens": 400, "ignore_eos": True, "align": {"best_of_n": {"n": 32}}}
+BEST = {**QUESTION, "align": {"best_of_n": {"n": 4}}}
+LONG_STREAM = {
+    **QUESTION,
+    "align": {"best_of_n": {"n": 32}},
+    "max_tokens": 400,
+    "ignore_eos": True,
+    "stream": True,
+}
 
 
 class Process:
-    """`infer-align serve` on vLLM, and all that it started."""
+    """`infer-align serve` on vLLM, with all processes that it starts."""
 
     def __init__(self, *settings: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        words = [
-            word
-            for setting in (f"server.port={self.port}", *settings)
-            for word in ("--set", setting)
-        ]
-        self.log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - closed at the end
+        arguments = ["--set", f"server.port={self.port}"]
+        for setting in settings:
+            arguments += ["--set", setting]
+        self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - closed at the end
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "infer_align_server", "serve", CONFIG, *words],
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": PATHS},
+            [sys.executable, "-m", "infer_align_server", "serve", CONFIG, *arguments],
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": PYTHONPATH},
             cwd=ROOT,
-            stderr=self.log,
+            stderr=self._log,
             stdout=subprocess.DEVNULL,
         )
         self.http = httpx2.Client(
             base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60
         )
-        self.seen: set[psutil.Process] = set()
+        self._descendants: set[psutil.Process] = set()
 
     def get(self, path: str) -> httpx2.Response | None:
         try:
@@ -66,27 +71,45 @@ class Process:
         except httpx2.TransportError:
             return None
 
-    def children(self) -> set[psutil.Process]:
-        with suppress(psutil.NoSuchProcess):
-            self.seen |= set(psutil.Process(self.popen.pid).children(recursive=True))
-        return {
-            child
-            for child in self.seen
-            if child.is_running() and child.status() != psutil.STATUS_ZOMBIE
-        }
+    def post(self, body: dict[str, Any]) -> httpx2.Response:
+        return self.http.post("/v1/chat/completions", json=body)
 
-    def until(self, condition: Callable[[], Any], seconds: float) -> bool:
-        end = time.monotonic() + seconds
+    def children(self) -> set[psutil.Process]:
+        """Return the descendants that run, also those whose parent has died."""
+        with suppress(psutil.NoSuchProcess):
+            self._descendants |= set(psutil.Process(self.popen.pid).children(recursive=True))
+        return {child for child in self._descendants if is_running(child)}
+
+    def until(self, condition: Callable[[], Any]) -> bool:
+        """Wait until the condition is true; return False if it is not within a generous limit."""
+        end = time.monotonic() + LIMIT_SECONDS
         while not condition():
             if time.monotonic() > end:
                 return False
+            # A worker must be found while it is alive, to be missed afterwards.
             self.children()
             time.sleep(0.05)
         return True
 
-    def said(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
+    def is_ready(self) -> bool:
+        response = self.get("/ready")
+        assert self.popen.poll() is None, self.log()
+        return response is not None and response.status_code == 200
+
+    def unready_reason(self) -> str:
+        response = self.get("/ready")
+        assert response is not None
+        assert response.status_code == 503
+        return str(response.json()["reason"])
+
+    def terminate(self) -> int:
+        """Ask the server to end; return its exit status."""
+        self.popen.terminate()
+        return self.popen.wait(LIMIT_SECONDS)
+
+    def log(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
 
     def end(self) -> None:
         if self.popen.poll() is None:
@@ -95,12 +118,19 @@ class Process:
         for child in self.children():
             child.kill()
         self.http.close()
-        self.log.close()
+        self._log.close()
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Process]]:
-    """`serve("engine.x=1", ...)`: a process, ended after the test."""
+    """Return `serve("engine.x=1", ...)`, which starts a process that ends after the test."""
     try:
         vllm_package.require()
     except ConfigError as error:
@@ -116,105 +146,91 @@ def serve() -> Iterator[Callable[..., Process]]:
         process.end()
 
 
-def is_ready(process: Process) -> bool:
-    answer = process.get("/ready")
-    assert process.popen.poll() is None, process.said()
-    return answer is not None and answer.status_code == 200
-
-
-def test_a_worker_that_dies_is_noticed_and_nothing_is_left_at_the_end(
-    serve: Callable[..., Process],
-) -> None:
+def test_a_dead_worker_is_noticed_and_no_process_stays(serve: Callable[..., Process]) -> None:
     process = serve()
-    assert process.until(lambda: process.get("/health"), 60), "the server answers while vLLM loads"
-    loading = process.get("/ready")
-    assert loading is not None
-    assert loading.status_code == 503
-    assert loading.json()["reason"].startswith("the models are still loading (engine demo")
-    assert process.http.post("/v1/chat/completions", json=ASK).status_code == 503
-    assert process.until(lambda: is_ready(process), 240)
-    for body in (ASK, BEST):
-        assert process.http.post("/v1/chat/completions", json=body).status_code == 200
+    assert process.until(lambda: process.get("/health")), "the server answers while vLLM loads"
+    assert process.unready_reason().startswith("the models are still loading (engine demo")
+    assert process.post(QUESTION).status_code == 503
+    assert process.until(process.is_ready)
+    for body in (QUESTION, BEST):
+        assert process.post(body).status_code == 200
 
     workers = process.children()
     assert workers
-    with process.http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}):
+    with process.http.stream("POST", "/v1/chat/completions", json=LONG_STREAM):
         for worker in workers:
             worker.kill()
-    assert process.until(lambda: not is_ready(process), 20)
-    ready = process.get("/ready")
-    assert ready is not None
-    assert "died" in ready.json()["reason"]
-    for body in (ASK, BEST, {**ASK, "stream": True}):
-        refused = process.http.post("/v1/chat/completions", json=body)
+    assert process.until(lambda: not process.is_ready())
+    assert "died" in process.unready_reason()
+    for body in (QUESTION, BEST, {**QUESTION, "stream": True}):
+        refused = process.post(body)
         assert refused.status_code == 503
         assert "died" in refused.json()["error"]["message"]
     assert process.get("/health")
 
-    process.popen.terminate()
-    assert process.popen.wait(60) == 0
-    assert process.until(lambda: not process.children(), 5), process.children()
+    assert process.terminate() == 0
+    assert process.until(lambda: not process.children()), process.children()
 
 
-def test_ended_while_it_works_it_leaves_no_process(serve: Callable[..., Process]) -> None:
+def test_a_busy_server_ends_without_leaving_a_process(serve: Callable[..., Process]) -> None:
     process = serve("server.drain_seconds=1")
-    assert process.until(lambda: is_ready(process), 240)
-    with process.http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}):
+    assert process.until(process.is_ready)
+    with process.http.stream("POST", "/v1/chat/completions", json=LONG_STREAM):
         process.popen.terminate()
-    assert process.popen.wait(60) == 0
-    assert process.until(lambda: not process.children(), 5), process.children()
-    assert "output_handler failed" not in process.said()
+    assert process.popen.wait(LIMIT_SECONDS) == 0
+    assert process.until(lambda: not process.children()), process.children()
+    assert "output_handler failed" not in process.log()
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("setting", "reason"),
     [
         ("engine.max_model_len=1000000", "max_model_len"),
-        (
-            "engine.kv_cache_memory_bytes=1000",
-            "Engine core initialization failed",
-        ),  # the worker finds out, and logs why
+        # The worker fails, and logs why.
+        ("engine.kv_cache_memory_bytes=1000", "Engine core initialization failed"),
         ("engine.quantization=nonsense", "quantization"),
     ],
 )
-def test_what_cannot_start_ends_with_the_reason(
-    serve: Callable[..., Process], setting: str, said: str
+def test_a_server_that_cannot_start_ends_with_the_reason(
+    serve: Callable[..., Process], setting: str, reason: str
 ) -> None:
     process = serve(setting)
-    assert process.until(lambda: process.popen.poll() is not None, 240), "it hangs"
+    assert process.until(lambda: process.popen.poll() is not None), "it hangs"
     assert process.popen.returncode == 2
-    assert re.search(said, process.said())
-    assert "configuration:" in process.said()
-    assert process.until(lambda: not process.children(), 5), process.children()
+    assert re.search(reason, process.log())
+    assert "configuration:" in process.log()
+    assert process.until(lambda: not process.children()), process.children()
 
 
-def test_told_to_stop_while_it_loads_it_does_not_wait_for_the_model(
+def test_a_server_that_still_loads_ends_without_waiting_for_the_model(
     serve: Callable[..., Process],
 ) -> None:
     process = serve()
-    assert process.until(process.children, 120), "the worker starts"
-    started = time.monotonic()
-    process.popen.terminate()
-    assert process.popen.wait(30) == 0, process.said()
-    assert time.monotonic() - started < 8
-    assert process.until(lambda: not process.children(), 5), process.children()
+    assert process.until(process.children), "the worker starts"
+    assert process.terminate() == 0, process.log()
+    assert process.until(lambda: not process.children()), process.children()
+    log = process.log()
+    assert "loading engine demo: importing vLLM" in log
+    assert "OpenAI layer" not in log, "the phase that follows the model is not reached"
 
 
-def test_a_reward_engine_that_dies_is_noticed(
+def test_a_dead_reward_engine_is_noticed(
     serve: Callable[..., Process], pooling_model: Callable[[int], str]
 ) -> None:
-    options = 'dtype = "float32", enforce_eager = true, kv_cache_memory_bytes = 33554432, max_model_len = 256, block_size = 32'
-    process = serve(
-        f'rewards.quality={{kind = "pooling", model = "{pooling_model(1)}", {options}}}'
-    )
-    assert process.until(lambda: is_ready(process), 300)
-    assert process.http.post("/v1/chat/completions", json=BEST).status_code == 200, (
-        "generator and reward side by side"
-    )
+    options = {
+        "dtype": '"float32"',
+        "enforce_eager": "true",
+        "kv_cache_memory_bytes": "33554432",
+        "max_model_len": "256",
+        "block_size": "32",
+    }
+    fields = ", ".join(f"{name} = {value}" for name, value in options.items())
+    model = pooling_model(1)
+    process = serve(f'rewards.quality={{kind = "pooling", model = "{model}", {fields}}}')
+    assert process.until(process.is_ready)
+    assert process.post(BEST).status_code == 200, "the generator and the reward run together"
     newest = max(process.children(), key=lambda child: child.create_time())
     newest.kill()
-    assert process.until(lambda: not is_ready(process), 20)
-    ready = process.get("/ready")
-    assert ready is not None
-    assert ready.json()["reason"].startswith("reward quality: vLLM's engine of")
-    assert process.http.post("/v1/chat/completions", json=BEST).status_code == 503
+    assert process.until(lambda: not process.is_ready())
+    assert process.unready_reason().startswith("reward quality: vLLM's engine of")
+    assert process.post(BEST).status_code == 503

@@ -1,4 +1,4 @@
-"""Steering through the engine as it is served: workers in a process of their own, values replaced while it runs."""
+"""Steering through the engine as it is served: workers in another process, values replaced live."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.types import Candidate, Draw, Steering
 from infer_align.values.head import HeadValue
 from tests.engines.vllm.stepping import (
-    MIXES,
+    STEERINGS,
     WARNINGS,
     Reference,
     environment,
@@ -40,70 +39,73 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HeadValue]:
+def heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HeadValue]:
     return make_values(tmp_path_factory.mktemp("values"))
 
 
 @pytest.fixture(scope="module")
-def reference(values: dict[str, HeadValue]) -> Reference:
-    return Reference(values)
+def reference(heads: dict[str, HeadValue]) -> Reference:
+    return Reference(heads)
 
 
 @pytest.fixture(scope="module")
-async def engine(values: dict[str, HeadValue]) -> AsyncIterator[VllmEngine]:
+async def engine(heads: dict[str, HeadValue]) -> AsyncIterator[VllmEngine]:
     with environment():
         engine = Vllm(options=OPTIONS).load()
-        engine.values = values
+        engine.values = heads
         await engine.start()
         yield engine
         await engine.close()
         del engine
 
 
-def steered(prompt: list[int], steering: Steering | None, max_tokens: int = 6) -> Draw:
-    body = {"prompt": prompt, "temperature": 0, "max_tokens": max_tokens, "logprobs": 1}
+def make_draw(prompt: list[int], steering: Steering | None) -> Draw:
+    body = {"prompt": prompt, "temperature": 0, "max_tokens": 6, "logprobs": 1}
     return Draw(body, 1, (0,), "completion", steering=steering, seed_requested=False)
 
 
-async def said(engine: Any, draw: Draw) -> Candidate:
+async def generate(engine: VllmEngine, draw: Draw) -> Candidate:
     engine.check(draw)
     [candidate] = await engine.generate(draw)
     assert candidate.error is None
     return candidate
 
 
-def same(candidate: Candidate, draw: Draw, reference: Reference, steering: Steering | None) -> bool:
-    """Its logprobs are the frozen model's for the tokens that the reference would have taken."""
-    found = candidate.choice["logprobs"]["token_logprobs"]
+def equals_reference(
+    candidate: Candidate, draw: Draw, reference: Reference, steering: Steering | None
+) -> bool:
+    """Compare the frozen model's logprobs of the tokens with those of the reference's tokens."""
+    logprobs = candidate.choice["logprobs"]["token_logprobs"]
     _, expected = reference.greedy(draw.body["prompt"], steering, draw.body["max_tokens"])
-    return len(found) == len(expected) and all(
-        math.isclose(a, b, abs_tol=1e-4) for a, b in zip(found, expected, strict=True)
-    )
+    if len(logprobs) != len(expected):
+        return False
+    pairs = zip(logprobs, expected, strict=True)
+    return all(math.isclose(a, b, abs_tol=1e-4) for a, b in pairs)
 
 
 async def test_concurrent_draws_equal_the_reference(
     engine: VllmEngine, reference: Reference
 ) -> None:
-    draws = [steered(prompt, MIXES[i % len(MIXES)]) for i, prompt in enumerate(prompts(32))]
-    found = await asyncio.gather(*(said(engine, draw) for draw in draws))
-    for draw, candidate in zip(draws, found, strict=True):
-        assert same(candidate, draw, reference, draw.steering)
+    draws = [
+        make_draw(prompt, STEERINGS[i % len(STEERINGS)]) for i, prompt in enumerate(prompts(32))
+    ]
+    candidates = await asyncio.gather(*(generate(engine, draw) for draw in draws))
+    for draw, candidate in zip(draws, candidates, strict=True):
+        assert equals_reference(candidate, draw, reference, draw.steering)
 
 
 async def test_a_value_is_added_and_replaced_without_a_restart(
-    engine: VllmEngine, values: dict[str, HeadValue], reference: Reference, tmp_path: Path
+    engine: VllmEngine, heads: dict[str, HeadValue], reference: Reference, tmp_path: Path
 ) -> None:
-    prompt = prompts(4)[3]
-    fresh = Steering({"fresh": 6.0}, 20, "keep")
+    draw = make_draw(prompts(4)[3], Steering({"fresh": 6.0}, 20, "keep"))
     with pytest.raises(InvalidRequest, match="no such value"):
-        engine.check(steered(prompt, fresh))
+        engine.check(draw)
     for name in ("helpful", "mlp"):
-        await engine.add_value("fresh", HeadValue(values[name].path))
-        draw = steered(prompt, fresh)
-        assert same(await said(engine, draw), draw, reference, Steering({name: 6.0}, 20, "keep"))
+        await engine.add_value("fresh", HeadValue(heads[name].path))
+        candidate = await generate(engine, draw)
+        assert equals_reference(candidate, draw, reference, Steering({name: 6.0}, 20, "keep"))
     with pytest.raises(ConfigError, match="cannot be read"):
         await engine.add_value("fresh", HeadValue(str(tmp_path / "none.safetensors")))
-    draw = steered(prompt, fresh)
-    assert same(await said(engine, draw), draw, reference, Steering({"mlp": 6.0}, 20, "keep")), (
-        "the old one stays"
-    )
+    candidate = await generate(engine, draw)
+    by_mlp = Steering({"mlp": 6.0}, 20, "keep")
+    assert equals_reference(candidate, draw, reference, by_mlp), "the previous value stays"

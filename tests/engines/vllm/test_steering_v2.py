@@ -1,4 +1,7 @@
-"""Steering inside vLLM's V2 runner, the one that GPUs run: its Triton kernels interpreted on a CPU, in a process of its own."""
+"""Steering inside vLLM's V2 runner, the one that GPUs use.
+
+Its Triton kernels are interpreted on a CPU, in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,24 @@ from typing import Any
 
 import pytest
 
-from tests.engines.vllm.stepping import MODEL, Reference, assert_estimates, make_values, mixed
+from tests.engines.vllm.stepping import (
+    MODEL,
+    Reference,
+    assert_estimates,
+    make_values,
+    mixed_requests,
+)
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+PYTHON_PATHS = (HERE / "v2", ROOT, ROOT / "kernels", ROOT / "server", ROOT / "clients/python")
+VARIABLES = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONPATH": os.pathsep.join(map(str, PYTHON_PATHS)),
+}
 SPECULATIVE = {
     "speculative_config": {
         "method": "draft_model",
@@ -27,58 +42,49 @@ SPECULATIVE = {
 }
 
 
-def answer(folder: Path, options: dict[str, Any], n: int) -> list[dict[str, Any]]:
-    paths = [
-        str(HERE / "v2"),
-        str(ROOT),
-        *(str(ROOT / part) for part in ("kernels", "server", "clients/python")),
-    ]
-    settings = {
-        "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
-    command = [
-        sys.executable,
-        str(HERE / "v2" / "answer.py"),
-        str(folder),
-        json.dumps(options),
-        str(n),
-    ]
+def run_in_process(folder: Path, options: dict[str, Any], n: int) -> list[dict[str, Any]]:
+    """Answer n mixed requests with v2/answer.py; return the fields of each."""
+    script = str(HERE / "v2" / "answer.py")
     done = subprocess.run(
-        command,
-        env={**os.environ, **settings},
+        [sys.executable, script, str(folder), json.dumps(options), str(n)],
+        env={**os.environ, **VARIABLES},
         capture_output=True,
         text=True,
         check=False,
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["runner"] == "vllm.v1.worker.cpu.model_runner", "the runner that was asked for"
-    assert said["speculates"] == bool(options)
-    found: list[dict[str, Any]] = said["found"]
-    return found
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["runner"] == "vllm.v1.worker.cpu.model_runner", "the V2 runner"
+    assert result["speculates"] == bool(options)
+    requests: list[dict[str, Any]] = result["requests"]
+    return requests
 
 
 @pytest.mark.parametrize("options", [{}, SPECULATIVE], ids=["plain", "speculative"])
-def test_equals_the_reference(options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_v2_runner_equals_the_reference(options: dict[str, Any], tmp_path: Path) -> None:
     n = 16
-    found = answer(tmp_path, options, n)
+    results = run_in_process(tmp_path, options, n)
     reference = Reference(make_values(tmp_path))
-    worst, compared, answered = 0.0, 0, []
-    for ask, said in zip(mixed(n), found, strict=True):
-        if said["reason"] is None:  # aborted
+    largest = 0.0
+    count = 0
+    answered = []
+    for request, result in zip(mixed_requests(n), results, strict=True):
+        if result["finish_reason"] is None:
+            # It was aborted.
             continue
-        tokens, logprobs = reference.greedy(ask.prompt, ask.steering, len(said["tokens"]))
-        assert said["tokens"] == tokens
-        worst = max(worst, *(abs(a - b) for a, b in zip(said["logprobs"], logprobs, strict=True)))
-        compared += len(tokens)
-        ask.tokens, ask.estimates = said["tokens"], dict(said["estimates"])
-        answered.append(ask)
-    if not options:  # under speculative decoding nothing is watched
+        tokens, logprobs = reference.greedy(request.prompt, request.steering, len(result["tokens"]))
+        assert result["tokens"] == tokens
+        for actual, expected in zip(result["logprobs"], logprobs, strict=True):
+            largest = max(largest, abs(actual - expected))
+        count += len(tokens)
+        request.tokens = tokens
+        request.estimates = dict(result["estimates"])
+        answered.append(request)
+    if not options:
+        # Speculative decoding makes no estimates.
         assert_estimates(answered, reference)
-        assert sum(len(ask.estimates) for ask in answered) >= 10
-    print(f"{compared} tokens, worst logprob difference {worst:.2g}")
-    assert compared > 60
-    assert worst < 1e-4
+        assert sum(len(request.estimates) for request in answered) >= 10
+    print(f"{count} tokens, largest logprob difference {largest:.2g}")
+    assert count > 60
+    assert largest < 1e-4

@@ -1,4 +1,7 @@
-"""Answers steered requests in vLLM's V2 runner and prints them as JSON; run by test_steering_v2.py in a process of its own."""
+"""Answer steered requests with vLLM's V2 runner and print the answers as JSON.
+
+test_steering_v2.py runs this script in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +9,41 @@ import json
 import sys
 from pathlib import Path
 
-from infer_align.engines.vllm.steering import Steerer
-from tests.engines.vllm.stepping import Ask, environment, make_engine, make_values, mixed, run
+from infer_align.engines.vllm.values import EngineValues
+from tests.engines.vllm.stepping import (
+    environment,
+    make_engine,
+    make_values,
+    mixed_requests,
+    run,
+)
 
 
 def main(folder: str, options: str, n: str) -> None:
     with environment():
-        steerer = Steerer(make_values(Path(folder)))
-        engine = make_engine(steerer, **json.loads(options))
-        asks: list[Ask] = mixed(int(n))
-        for i, ask in enumerate(asks):
+        values = EngineValues(make_values(Path(folder)))
+        engine = make_engine(values, **json.loads(options))
+        requests = mixed_requests(int(n))
+        for i, request in enumerate(requests):
             if i % 5 == 3:
-                ask.aborted_at = ask.arrives + 3
-        run(engine, steerer, asks)
+                request.aborted_at = request.arrives + 3
+        run(engine, values, requests)
         runner = engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-        found = [
+        answers = [
             {
-                "tokens": ask.tokens,
-                "logprobs": ask.logprobs,
-                "reason": ask.reason,
-                "estimates": [*ask.estimates.items()],
+                "tokens": request.tokens,
+                "logprobs": request.logprobs,
+                "finish_reason": request.finish_reason,
+                "estimates": [*request.estimates.items()],
             }
-            for ask in asks
+            for request in requests
         ]
-        print(
-            json.dumps(
-                {
-                    "runner": type(runner).__module__,
-                    "speculates": runner.speculator is not None,
-                    "found": found,
-                }
-            )
-        )
+        result = {
+            "runner": type(runner).__module__,
+            "speculates": runner.speculator is not None,
+            "requests": answers,
+        }
+        print(json.dumps(result))
         engine.engine_core.shutdown()
 
 

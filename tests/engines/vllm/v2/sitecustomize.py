@@ -1,4 +1,8 @@
-"""Triton's interpreter as the driver of a CPU, in every process: with it vLLM's newer model runner runs where no GPU is."""
+"""Register Triton's interpreter as the driver of a CPU.
+
+Python imports this module at its start, in every process whose PYTHONPATH names its folder. It
+lets vLLM's V2 model runner run without a GPU.
+"""
 
 import os
 
@@ -8,7 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from triton.backends.compiler import BaseBackend, GPUTarget
 
     class InterpretedDriver:
-        """Answers what Triton and vLLM ask of a driver; nothing is ever compiled."""
+        """The driver methods that Triton and vLLM call; nothing is ever compiled."""
 
         @classmethod
         def is_active(cls) -> bool:

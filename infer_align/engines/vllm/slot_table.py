@@ -1,0 +1,214 @@
+"""The steering of the requests in one worker, by slot.
+
+vLLM's V1 model runner numbers requests by their row in the batch, the V2 runner by a slot that
+stays the same. Here both numbers are called slots. The table is on the host, so nothing waits for
+the device; the tensors of a step are made again only after a change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from infer_align.decoding.steering import SteeringBatch, upload
+from infer_align.engines.vllm.extra_args import SteeringRequest
+from infer_align.values.head import HeadValue
+
+Indices = NDArray[np.int64]
+
+
+class SlotSteering(NamedTuple):
+    """The steering of one slot.
+
+    Attributes:
+        weights: weight of each value by its column in the table; none is 0.
+        top_k: number of candidate tokens, at most the size of the vocabulary.
+        mask_tail: True if all other tokens are masked.
+    """
+
+    weights: Mapping[int, float]
+    top_k: int
+    mask_tail: bool
+
+
+class _DeviceTable(NamedTuple):
+    """The whole table on the device; the first dimension is the slots."""
+
+    beta: torch.Tensor
+    top_k: torch.Tensor
+    mask_tail: torch.Tensor
+
+    def rows(self, slots: torch.Tensor) -> _DeviceTable:
+        """Return one row per element of `slots`."""
+        beta = self.beta.index_select(0, slots)
+        top_k = self.top_k.index_select(0, slots)
+        return _DeviceTable(beta, top_k, self.mask_tail.index_select(0, slots))
+
+
+class SlotTable:
+    """The steering of every slot. Each value has a column of weights.
+
+    A value that is replaced keeps its column as long as a slot uses it.
+    """
+
+    def __init__(self, slots: int, vocabulary_size: int, device: torch.device) -> None:
+        self._vocabulary_size = vocabulary_size
+        self._device = device
+        # The value of each column; None for a free column.
+        self._values: list[HeadValue | None] = []
+        # The column of each name, for requests that join from now on.
+        self._columns: dict[str, int] = {}
+        self._beta = np.zeros((slots, 0), np.float32)
+        # 0 for a slot that is not steered.
+        self._top_k = np.zeros(slots, np.int64)
+        self._mask_tail = np.zeros(slots, np.bool_)
+        # The latest batch, after the bytes of the slots for which it was made.
+        self._batch: tuple[bytes, SteeringBatch | None] | None = None
+        self._device_table: _DeviceTable | None = None
+
+    @property
+    def any_steered(self) -> bool:
+        """True if a slot is steered, or was and has not been assigned again."""
+        return bool(self._top_k.any())
+
+    def set_value(self, name: str, value: HeadValue) -> None:
+        """Use a value under this name for requests that join from now on."""
+        column = self._free_column(name)
+        self._columns[name] = column
+        self._values[column] = value
+        self._forget_tensors()
+
+    def _free_column(self, replaced: str) -> int:
+        """Free the columns without users; return the first one, or add one.
+
+        Args:
+            replaced: a name whose column no new request will use.
+        """
+        used = set(np.flatnonzero(self._beta.any(axis=0)).tolist())
+        used.update(column for name, column in self._columns.items() if name != replaced)
+        for column in range(len(self._values)):
+            if column not in used:
+                self._values[column] = None
+        if None not in self._values:
+            self._values.append(None)
+            new_column = np.zeros((len(self._beta), 1), np.float32)
+            self._beta = np.concatenate([self._beta, new_column], axis=1)
+        return self._values.index(None)
+
+    def value(self, name: str) -> HeadValue:
+        """Return the current value of that name.
+
+        Raises:
+            RuntimeError: this worker has no such value. An estimate without it would be wrong.
+        """
+        value = self._values[self._columns[name]] if name in self._columns else None
+        if value is None:
+            raise RuntimeError(f"a request needs the value {name!r}, which this worker lacks.")
+        return value
+
+    def resolve(self, request: SteeringRequest | None) -> SlotSteering | None:
+        """Resolve the names of a request to the current values.
+
+        Raises:
+            RuntimeError: this worker lacks a value. Sampling without it would be wrong.
+        """
+        if request is None:
+            return None
+        missing = request.beta.keys() - self._columns.keys()
+        if missing:
+            raise RuntimeError(
+                f"a request is steered by the values {sorted(missing)}, which this worker lacks."
+            )
+        weights = {self._columns[name]: weight for name, weight in request.beta.items()}
+        top_k = min(request.top_k, self._vocabulary_size)
+        return SlotSteering(weights, top_k, request.mask_tail)
+
+    def assign(self, slot: int, steering: SlotSteering | None) -> None:
+        """Give a slot to a request, in place of the previous one."""
+        if steering is None and not self._top_k[slot]:
+            return
+        self._forget_tensors()
+        self._beta[slot] = 0.0
+        self._top_k[slot] = 0
+        self._mask_tail[slot] = False
+        if steering is not None:
+            self._beta[slot, [*steering.weights]] = [*steering.weights.values()]
+            self._top_k[slot] = steering.top_k
+            self._mask_tail[slot] = steering.mask_tail
+
+    def assign_all(self, steerings: Mapping[int, SlotSteering]) -> None:
+        """Assign every slot; those without an entry are not steered."""
+        steered = np.flatnonzero(self._top_k).tolist()
+        for slot in {*steered, *steerings}:
+            self.assign(slot, steerings.get(slot))
+
+    def batch(self, slots: Sequence[int] | Indices) -> SteeringBatch | None:
+        """Return the steering of a step with one row per slot; None if no row is steered.
+
+        The result is kept until the table or the slots change.
+        """
+        indices = np.asarray(slots, np.int64)
+        key = indices.tobytes()
+        if self._batch is None or self._batch[0] != key:
+            self._batch = (key, self._build_batch(indices))
+        return self._batch[1]
+
+    def _build_batch(self, slots: Indices) -> SteeringBatch | None:
+        rows = np.flatnonzero(self._top_k[slots])
+        if not len(rows):
+            return None
+        steered = slots[rows]
+        columns = np.flatnonzero(self._beta[steered].any(axis=0))
+        return SteeringBatch.build(
+            self._values_of(columns),
+            self._beta[np.ix_(steered, columns)],
+            self._top_k[steered],
+            self._mask_tail[steered],
+            self._device,
+            rows=None if len(rows) == len(slots) else rows,
+        )
+
+    def expanded_batch(self, slots: Indices, row_slots: torch.Tensor) -> SteeringBatch | None:
+        """Return the steering of a step in which a slot has several rows; None if none is steered.
+
+        All rows are in the batch. Rows of slots that are not steered have no candidates, so their
+        logits stay the same.
+
+        Args:
+            slots: the slots in the step, on the host.
+            row_slots: [rows] the slot of each row, which only the device knows.
+        """
+        steered = slots[self._top_k[slots] > 0]
+        if not len(steered):
+            return None
+        if self._device_table is None:
+            self._device_table = _DeviceTable(
+                upload(self._beta, self._device),
+                upload(self._top_k, self._device),
+                upload(self._mask_tail, self._device),
+            )
+        k = int(self._top_k[steered].max())
+        columns = np.flatnonzero(self._beta[steered].any(axis=0))
+        rows = self._device_table.rows(row_slots)
+        candidates = torch.arange(k, device=row_slots.device)
+        return SteeringBatch(
+            rows=None,
+            values=self._values_of(columns),
+            users=(None,) * len(columns),
+            beta=rows.beta.index_select(1, upload(columns, self._device)),
+            beyond=candidates[None] >= rows.top_k[:, None],
+            tail=rows.mask_tail if self._mask_tail[steered].any() else "keep",
+            k=k,
+        )
+
+    def _values_of(self, columns: Iterable[int]) -> tuple[HeadValue, ...]:
+        values = [self._values[column] for column in columns]
+        return tuple(value for value in values if value is not None)
+
+    def _forget_tensors(self) -> None:
+        self._batch = None
+        self._device_table = None

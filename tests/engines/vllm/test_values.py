@@ -1,0 +1,181 @@
+"""The values of an engine in the server: what is refused before and after vLLM starts."""
+
+# ruff: noqa: PLC0415 - vLLM takes ten seconds to import
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from infer_align import demo
+from infer_align.engines.vllm.extra_args import STEERING_KEY, published_value_names
+from infer_align.engines.vllm.values import PROCESSOR, WORKER_EXTENSION, EngineValues
+from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.types import Draw, EstimateSchedule, Steering
+from infer_align.values.head import HeadValue
+from infer_align.values.lookahead import Lookahead, LookaheadValue
+from tests.engines.vllm.stepping import WARNINGS
+
+pytestmark = WARNINGS
+HELPFUL = "demo/value-helpful.safetensors"
+BRIEF = "demo/value-brief.safetensors"
+
+
+def make_values() -> EngineValues:
+    return EngineValues({"helpful": HeadValue(HELPFUL), "brief": HeadValue(BRIEF)})
+
+
+def test_without_values_vllm_is_not_changed() -> None:
+    empty = EngineValues({})
+    assert not empty.enabled
+    assert empty.engine_options({"max_model_len": 64}) == {"max_model_len": 64}
+    config: Any = SimpleNamespace(additional_config={})
+    empty.configure(config)
+    assert config.additional_config == {}
+
+    async def call_workers(*_: object) -> list[Any]:
+        raise AssertionError("no worker is called")
+
+    with pytest.raises(ConfigError, match="started without values"):
+        asyncio.run(empty.add("x", HeadValue(HELPFUL), call_workers))
+
+
+def test_the_options_of_steering_are_added_to_the_users_own() -> None:
+    options = make_values().engine_options(
+        {"max_model_len": 64, "logits_processors": ["user:Processor"]}
+    )
+    assert options == {
+        "max_model_len": 64,
+        "logits_processors": ["user:Processor", PROCESSOR],
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+    with pytest.raises(ConfigError, match=r"worker_extension_cls: 'user\.Extension'"):
+        make_values().engine_options({"worker_extension_cls": "user.Extension"})
+
+
+def test_a_lookahead_value_is_refused_by_name() -> None:
+    message = r"\[values.slow\] kind 'lookahead' cannot run inside vLLM"
+    with pytest.raises(ConfigError, match=message):
+        EngineValues({"slow": LookaheadValue(Lookahead("demo/value-lm"))})
+
+
+def make_draw(
+    steering: Steering | None, estimates: EstimateSchedule | None = None, **body: Any
+) -> Draw:
+    return Draw(body, steering=steering, estimates=estimates)
+
+
+def test_a_draw_is_checked_as_by_the_embedded_engine() -> None:
+    values = make_values()
+    with pytest.raises(InvalidRequest) as caught:
+        values.check(make_draw(Steering({"helpfull": 1.0}, 5, "keep")))
+    assert caught.value.message == "align.vas.beta.helpfull: no such value; did you mean 'helpful'?"
+    assert caught.value.param == "align.vas.beta.helpfull"
+    with pytest.raises(InvalidRequest, match="use_beam_search"):
+        values.check(make_draw(Steering({"helpful": 1.0}, 5, "keep"), use_beam_search=True))
+    values.check(make_draw(Steering({"helpful": 1.0}, 5, "keep"), use_beam_search=False))
+    with pytest.raises(InvalidRequest) as caught:
+        values.check(make_draw(None, EstimateSchedule({"helpfull": 1.0}, 4)))
+    assert caught.value.param == "align.early_stop.values.helpfull"
+
+
+def engine_config(**changes: Any) -> Any:
+    """Return the parts of a VllmConfig that `configure` reads, for the demo's model."""
+    model = SimpleNamespace(
+        model=str(demo.path(demo.LM)),
+        is_diffusion=False,
+        get_vocab_size=lambda: 1992,
+        get_hidden_size=lambda: 64,
+    )
+    parallel = SimpleNamespace(
+        enable_batch_sharded_sampling=False,
+        distributed_executor_backend="mp",
+        pipeline_parallel_size=1,
+    )
+    scheduler = SimpleNamespace(max_num_seqs=256)
+    config = SimpleNamespace(
+        model_config=model,
+        parallel_config=parallel,
+        speculative_config=None,
+        scheduler_config=scheduler,
+        use_v2_model_runner=True,
+        additional_config={"user": 1},
+    )
+    for name, value in changes.items():
+        for section in (model, parallel, scheduler, config):
+            if hasattr(section, name):
+                setattr(section, name, value)
+                break
+    return config
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"enable_batch_sharded_sampling": True}, "enable_batch_sharded_sampling"),
+        (
+            {"distributed_executor_backend": "external_launcher", "pipeline_parallel_size": 2},
+            "external_launcher",
+        ),
+        ({"is_diffusion": True}, "diffusion"),
+        (
+            {
+                "speculative_config": SimpleNamespace(num_speculative_tokens=2),
+                "use_v2_model_runner": False,
+            },
+            "V1 model runner",
+        ),
+        (
+            {
+                "speculative_config": SimpleNamespace(num_speculative_tokens=7),
+                "max_num_seqs": 512,
+                "get_vocab_size": lambda: 128256,
+            },
+            r"512 sequences of 7 \+ 1 tokens are 4096 rows of logits, over the 2092 "
+            ".* set max_num_seqs to 261 or less",
+        ),
+    ],
+)
+def test_a_configuration_that_would_skip_steering_is_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    pytest.importorskip("vllm")
+    with pytest.raises(ConfigError, match=message):
+        make_values().configure(engine_config(**changes))
+
+
+@pytest.mark.vllm
+def test_vllms_own_configurations_are_checked_in_the_same_way(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {
+        "model": str(demo.path(demo.LM)),
+        "dtype": "float32",
+        "max_model_len": 64,
+        "kv_cache_memory_bytes": 1 << 24,
+    }
+    speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    values = make_values()
+    config = EngineArgs(
+        **values.engine_options({**options, "speculative_config": speculative})
+    ).create_engine_config()
+    with pytest.raises(ConfigError, match="speculative_config"):
+        values.configure(config)
+
+    config = EngineArgs(**values.engine_options(options)).create_engine_config()
+    values.configure(config)
+    assert config.additional_config[STEERING_KEY]["values"] == {"helpful": HELPFUL, "brief": BRIEF}
+    assert {"helpful", "brief"} <= published_value_names()
+    values.close()
+
+    missing = EngineValues({"x": HeadValue(str(tmp_path / "none.safetensors"))})
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        missing.configure(config)
+    config.model_config.model_arch_config.hidden_size = 128
+    with pytest.raises(ConfigError, match="hidden states of size 64"):
+        make_values().configure(config)
