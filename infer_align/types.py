@@ -1,17 +1,17 @@
-"""The nouns that all parts of the flow share: Draw, PlanDraft, Candidate, Scores, Selection.
+"""The nouns that all parts of the flow share: Draw, Candidate, Scores, Selection.
 
 Everything here is frozen: a stage makes the next noun, it never edits the last one. Arrays are
 numpy. In shapes, K counts the members of a reward, N the candidates, A the attributes of a reward.
-The nouns that only the flow uses stand in `infer_align.flow`: Request, Plan and Response.
+Nouns of one part stand with it: Method and PlanDraft in `infer_align.methods`; Request, Plan and
+Response in `infer_align.flow`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
+from enum import StrEnum
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +21,6 @@ Kind = Literal["chat", "completion"]
 Body = Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 Direction = Mapping[str, float]  # attribute -> weight
-# Writes a preference direction into a chat body.
-Condition: TypeAlias = Callable[[Body, Direction], Body]
-
-SectionT = TypeVar("SectionT")
 
 
 class Capability(StrEnum):
@@ -39,48 +35,6 @@ class Capability(StrEnum):
     STRUCTURED = "structured"
     STEER = "steer"
     ESTIMATES = "estimates"
-
-
-class Stage(IntEnum):
-    """A place in the flow where methods act. Methods are applied to a plan in this order."""
-
-    CONDITION = 1
-    PROPOSE = 2
-    STEER = 3
-    OBSERVE = 4
-    SCORE = 5
-    SELECT = 6
-
-
-class Method(Protocol):
-    """One key of `align`.
-
-    A method is a frozen dataclass. Its fields are its parameters, its docstring is its description.
-    A method that reads a section of the configuration names its dataclass in a class attribute
-    `section`.
-    """
-
-    stage: ClassVar[Stage]
-    needs: ClassVar[frozenset[Capability]]
-
-    @abstractmethod
-    def apply(self, draft: PlanDraft) -> PlanDraft:
-        """Return the draft with this method's part written into it. Pure."""
-
-
-class Sections:
-    """The configuration sections that methods read, looked up by their dataclass."""
-
-    def __init__(self, *sections: object) -> None:
-        self._by_class: dict[type, object] = {type(section): section for section in sections}
-
-    def get(self, section: type[SectionT]) -> SectionT:
-        """Return the configured section, or one with its defaults if none is configured."""
-        configured = self._by_class.get(section)
-        if not isinstance(configured, section):
-            configured = section()
-            self._by_class[section] = configured
-        return configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,70 +145,6 @@ class Candidate:
 
 
 Event: TypeAlias = Delta | Estimate | Candidate
-
-
-class Observer(ABC):
-    """Follows the running candidates of one request and may reject some of them."""
-
-    @abstractmethod
-    def observe(self, event: Event) -> Mapping[int, str]:
-        """Return the candidates to reject now, each with the reason.
-
-        Called for each event of each candidate, in order of arrival; a `Candidate` is the last
-        event of its index. `event.index` counts over all draws of the plan. A rejected candidate
-        is stopped if it still runs, and takes no part in the selection.
-        """
-
-
-# Makes the observer of one request from its number of candidates and the number to return.
-ObserverFactory: TypeAlias = Callable[[int, int], Observer]
-
-
-@dataclass(frozen=True, slots=True)
-class ScorerRequest:
-    """A reward that a method adds to the plan, by its configured name."""
-
-    reward: str
-    weight: float
-    # Fields of the reward's section that this request overrides.
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class PlanDraft:
-    """A plan while the methods of one request write into it. The planner completes it."""
-
-    draws: tuple[Draw, ...]  # rewritten by CONDITION, PROPOSE, STEER and OBSERVE
-
-    # Given by the planner before the first method.
-    messages: Messages = ()  # the client's messages before any method: what rewards read
-    seed: int = 0
-    attributes: tuple[str, ...] = ()  # attributes that some configured reward scores
-    sections: Sections = field(default_factory=Sections)
-    path: str = "align"  # where the methods stand in the request body, for error messages
-
-    # Written by CONDITION.
-    direction: Direction | None = None  # unit; rewards with several attributes score along it
-    condition: Condition | None = None  # writes another direction into a draw's body
-
-    # Written by PROPOSE.
-    selects: bool = False  # True if candidates are compared; otherwise they stream
-    note: str = ""  # a limitation that the response's reason mentions
-
-    # Written by OBSERVE.
-    observers: tuple[ObserverFactory, ...] = ()
-
-    # Written by SCORE.
-    scorers: tuple[ScorerRequest, ...] = ()
-
-    @property
-    def candidates(self) -> int:
-        """Return the number of candidates of all draws."""
-        return sum(draw.n for draw in self.draws)
-
-    def param(self, *names: str) -> str:
-        """Return the dotted path of a parameter in the request, such as "align.dpa.direction"."""
-        return ".".join(name for name in (self.path, *names) if name)
 
 
 @dataclass(frozen=True, slots=True)

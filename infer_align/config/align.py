@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from infer_align.config import registry
 from infer_align.config.schema import join, parse
 from infer_align.errors import InvalidRequest, nearest, quote
+from infer_align.methods import Method
 from infer_align.objectives import Ensemble
-from infer_align.types import Method
 
 Details = Literal["none", "scores", "candidates"]
 # Keys of `align` that are not methods.

@@ -22,8 +22,8 @@ from infer_align.config.schema import parse
 from infer_align.config.server import Limits, Server
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, ConfigError, nearest
+from infer_align.methods import Sections
 from infer_align.rewards import Reward
-from infer_align.types import Sections
 from infer_align.values import Value
 
 SECTIONS = ("server", "limits", "engine", "engines", "rewards", "values", "presets")

@@ -12,22 +12,13 @@ from infer_align.engines import Engine
 from infer_align.errors import InvalidRequest, Unsupported, quote
 from infer_align.flow.limits import check_candidates, check_tokens
 from infer_align.flow.request import Request
+from infer_align.flow.rules import Highest
 from infer_align.flow.scorers import Scorer, resolve_scorers
 from infer_align.flow.seeds import SEED_RANGE, seed_draws
+from infer_align.methods import Method, ObserverFactory, PlanDraft, Sections, SelectionRule, Stage
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
-from infer_align.types import (
-    Body,
-    Direction,
-    Draw,
-    Kind,
-    Messages,
-    Method,
-    ObserverFactory,
-    PlanDraft,
-    Sections,
-    Stage,
-)
+from infer_align.types import Body, Direction, Draw, Kind, Messages
 
 # Fields of the body that the planner reads. The engine gets them as fields of the draw.
 _PLANNED_FIELDS = {"n", "seed", "stream", "stream_options"}
@@ -50,6 +41,7 @@ class Plan:
     ensemble: Ensemble = field(default_factory=Ensemble)
     direction: Direction | None = None  # unit; rewards with several attributes score along it
     observers: tuple[ObserverFactory, ...] = ()
+    rule: SelectionRule = field(default_factory=Highest)
     methods: tuple[str, ...] = ()
     selects: bool = False  # True if candidates are compared; otherwise they stream
     n_returned: int = 1  # OpenAI's n: the number of candidates to return
@@ -214,6 +206,7 @@ def _complete(
         ensemble=request.align.ensemble,
         direction=draft.direction,
         observers=draft.observers,
+        rule=draft.rule or Highest(),
         methods=tuple(sorted(methods, key=lambda name: methods[name].stage)),
         # Several candidates with scorers are ranked even if no method asks for a selection.
         selects=draft.selects or (bool(scorers) and draft.candidates > 1),

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from infer_align.errors import InvalidRequest, Unsupported, nearest
+from infer_align.methods import PlanDraft
 from infer_align.rewards import Reward
-from infer_align.types import PlanDraft
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,7 @@ from infer_align.flow.plan import Plan
 from infer_align.flow.scorers import Scorer
 from infer_align.objectives import project
 from infer_align.rewards import Reward, RewardScores, time_budget
-from infer_align.types import (
-    Array,
-    Candidate,
-    Direction,
-    Messages,
-    Scores,
-    ScoringUsage,
-)
+from infer_align.types import Array, Candidate, Direction, Messages, Scores, ScoringUsage
 
 
 class Scoring:

@@ -10,7 +10,6 @@ import numpy as np
 
 from infer_align.errors import RewardFailed
 from infer_align.flow.plan import Plan
-from infer_align.objectives import rank
 from infer_align.types import Array, Candidate, Scores, Selection
 
 
@@ -46,7 +45,7 @@ def select(
 
 
 def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selection:
-    """Rank the candidates by the weighted sum of their scores.
+    """Rank the candidates by the weighted sum of their scores, with the rule of the plan.
 
     Without scorers they keep the order of drawing. A candidate that failed, that was rejected while
     it ran, or that a scorer with weight could not score, is dropped: a missing score is never a 0.
@@ -61,7 +60,7 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
     objective = _weighted_sum(plan, values, len(candidates))
     # Not even weights of 0 make a failed candidate comparable.
     objective[list(dropped)] = math.nan
-    ranking = rank(objective)
+    ranking = plan.rule.rank(objective)
     for index in eligible:
         if index not in ranking:
             dropped[index] = f"not scored: {_missing_score(plan, scores, values, index)}"
@@ -89,7 +88,7 @@ def _missing_score(plan: Plan, scores: Scores, values: Mapping[str, Array], inde
 def _reason(
     plan: Plan, candidates: Sequence[Candidate], objective: Array, ranking: tuple[int, ...]
 ) -> str:
-    clauses = [_comparison(plan.ensemble.objective, objective, ranking)]
+    clauses = [_comparison(plan, objective, ranking)]
     rejected = sum(candidate.rejected is not None for candidate in candidates)
     if rejected:
         clauses.append(f"{rejected} of them stopped early")
@@ -98,7 +97,8 @@ def _reason(
     return "; ".join(clauses)
 
 
-def _comparison(name: str, objective: Array, ranking: tuple[int, ...]) -> str:
+def _comparison(plan: Plan, objective: Array, ranking: tuple[int, ...]) -> str:
+    name = plan.ensemble.objective
     candidates = len(objective)
     if not ranking:
         return f"none of {candidates} candidates could be scored"
@@ -108,4 +108,7 @@ def _comparison(name: str, objective: Array, ranking: tuple[int, ...]) -> str:
     if len(ranking) == 1:
         return f"the only one of {candidates} candidates that could be compared ({name} {best:.3g})"
     runner_up = objective[ranking[1]]
-    return f"highest {name} of {candidates} candidates ({best:.3g}; runner-up {runner_up:.3g})"
+    return (
+        f"{plan.rule.name} {name} of {candidates} candidates "
+        f"({best:.3g}; runner-up {runner_up:.3g})"
+    )

@@ -1,4 +1,158 @@
-"""The methods that a request can name in `align`.
+"""The methods that a request can name in `align`. This page defines a method.
 
-Each file is one method: its parameters as a frozen dataclass, and its maths as plain functions.
+Each file beside this one is a method: its parameters as a frozen dataclass in the variable
+`plugin`, and its maths as plain functions. A method gets the draft of a plan and returns it with
+its own part written into it:
+
+    @dataclass(frozen=True, slots=True)
+    class Twice:
+        times: int = field(default=2, metadata={"ge": 1, "description": "Factor of draws."})
+
+        stage: ClassVar[Stage] = Stage.PROPOSE
+        needs: ClassVar[frozenset[Capability]] = frozenset()
+
+        def apply(self, draft: PlanDraft) -> PlanDraft:
+            draws = tuple(replace(draw, n=draw.n * self.times) for draw in draft.draws)
+            return replace(draft, draws=draws, selects=True)
 """
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+
+from infer_align.types import Array, Body, Capability, Direction, Draw, Event, Messages
+
+SectionT = TypeVar("SectionT")
+# Writes a preference direction into a chat body.
+Condition: TypeAlias = Callable[[Body, Direction], Body]
+
+
+class Stage(IntEnum):
+    """A place in the flow where methods act. Methods are applied to a plan in this order."""
+
+    CONDITION = 1
+    PROPOSE = 2
+    STEER = 3
+    OBSERVE = 4
+    SCORE = 5
+    SELECT = 6
+
+
+class Method(Protocol):
+    """One key of `align`.
+
+    A method is a frozen dataclass. Its fields are its parameters, its docstring is its description.
+    A method that reads a section of the configuration names its dataclass in a class attribute
+    `section`.
+    """
+
+    stage: ClassVar[Stage]
+    needs: ClassVar[frozenset[Capability]]
+
+    @abstractmethod
+    def apply(self, draft: PlanDraft) -> PlanDraft:
+        """Return the draft with this method's part written into it. Pure."""
+
+
+class Sections:
+    """The configuration sections that methods read, looked up by their dataclass."""
+
+    def __init__(self, *sections: object) -> None:
+        self._by_class: dict[type, object] = {type(section): section for section in sections}
+
+    def get(self, section: type[SectionT]) -> SectionT:
+        """Return the configured section, or one with its defaults if none is configured."""
+        configured = self._by_class.get(section)
+        if not isinstance(configured, section):
+            configured = section()
+            self._by_class[section] = configured
+        return configured
+
+
+class Observer(ABC):
+    """Follows the running candidates of one request and may reject some of them."""
+
+    @abstractmethod
+    def observe(self, event: Event) -> Mapping[int, str]:
+        """Return the candidates to reject now, each with the reason.
+
+        Called for each event of each candidate, in order of arrival; a `Candidate` is the last
+        event of its index. `event.index` counts over all draws of the plan. A rejected candidate
+        is stopped if it still runs, and takes no part in the selection.
+        """
+
+
+# Makes the observer of one request from its number of candidates and the number to return.
+ObserverFactory: TypeAlias = Callable[[int, int], Observer]
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerRequest:
+    """A reward that a method adds to the plan, by its configured name."""
+
+    reward: str
+    weight: float
+    # Fields of the reward's section that this request overrides.
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+class SelectionRule(ABC):
+    """Ranks the candidates of one request by their objective.
+
+    Attributes:
+        name: an adjective for the response's reason, such as "highest".
+    """
+
+    name: str
+
+    @abstractmethod
+    def rank(self, objective: Array) -> tuple[int, ...]:
+        """Return the candidates to return, best first: [N] -> up to N indices.
+
+        The objective is the weighted sum of the scores; NaN marks a candidate that was not compared
+        and must be left out.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDraft:
+    """A plan while the methods of one request write into it. The planner completes it."""
+
+    draws: tuple[Draw, ...]  # rewritten by CONDITION, PROPOSE, STEER and OBSERVE
+
+    # Given by the planner before the first method.
+    messages: Messages = ()  # the client's messages before any method: what rewards read
+    seed: int = 0
+    attributes: tuple[str, ...] = ()  # attributes that some configured reward scores
+    sections: Sections = field(default_factory=Sections)
+    path: str = "align"  # where the methods stand in the request body, for error messages
+
+    # Written by CONDITION.
+    direction: Direction | None = None  # unit; rewards with several attributes score along it
+    condition: Condition | None = None  # writes another direction into a draw's body
+
+    # Written by PROPOSE.
+    selects: bool = False  # True if candidates are compared; otherwise they stream
+    note: str = ""  # a limitation that the response's reason mentions
+
+    # Written by OBSERVE.
+    observers: tuple[ObserverFactory, ...] = ()
+
+    # Written by SCORE.
+    scorers: tuple[ScorerRequest, ...] = ()
+
+    # Written by SELECT.
+    rule: SelectionRule | None = None  # None: the highest objective first
+
+    @property
+    def candidates(self) -> int:
+        """Return the number of candidates of all draws."""
+        return sum(draw.n for draw in self.draws)
+
+    def param(self, *names: str) -> str:
+        """Return the dotted path of a parameter in the request, such as "align.dpa.direction"."""
+        return ".".join(name for name in (self.path, *names) if name)

@@ -16,7 +16,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from infer_align.types import Array, Capability, PlanDraft, Stage
+from infer_align.methods import PlanDraft, Stage
+from infer_align.types import Array, Capability
 
 
 @dataclass(frozen=True, slots=True)

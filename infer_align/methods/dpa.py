@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from infer_align.errors import InvalidRequest, nearest, quote
-from infer_align.types import Body, Capability, Direction, Messages, PlanDraft, Stage
+from infer_align.methods import PlanDraft, Stage
+from infer_align.types import Body, Capability, Direction, Messages
 
 PUBLISHED = (
     "You are a helpful, respectful, and honest assistant who always responds to the user in a "

@@ -17,16 +17,8 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Le
 
 from infer_align.errors import InvalidRequest
-from infer_align.types import (
-    Candidate,
-    Capability,
-    Estimate,
-    EstimateSchedule,
-    Event,
-    Observer,
-    PlanDraft,
-    Stage,
-)
+from infer_align.methods import Observer, PlanDraft, Stage
+from infer_align.types import Candidate, Capability, Estimate, EstimateSchedule, Event
 
 
 @dataclass(frozen=True, slots=True)

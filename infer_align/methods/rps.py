@@ -22,7 +22,8 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from infer_align.errors import InvalidRequest
-from infer_align.types import Array, Capability, Direction, Draw, PlanDraft, Stage
+from infer_align.methods import PlanDraft, Stage
+from infer_align.types import Array, Capability, Direction, Draw
 
 # The grid of the authors' code, in degrees.
 _GRID_RANGE = (-40, 40)

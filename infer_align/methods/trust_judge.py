@@ -15,7 +15,8 @@ from typing import Annotated, ClassVar, Literal, TypeAlias
 from annotated_types import Len
 from pydantic import AfterValidator, Field
 
-from infer_align.types import Capability, PlanDraft, ScorerRequest, Stage
+from infer_align.methods import PlanDraft, ScorerRequest, Stage
+from infer_align.types import Capability
 
 Mode: TypeAlias = Literal["score", "pairwise"]
 Scale: TypeAlias = Literal[5, 10, 100]

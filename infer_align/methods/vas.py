@@ -27,7 +27,8 @@ import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import ArrayLike
 
-from infer_align.types import Array, Capability, PlanDraft, Stage, Steering
+from infer_align.methods import PlanDraft, Stage
+from infer_align.types import Array, Capability, Steering
 
 # With a larger weight, a float32 softmax is an argmax over the values.
 MAX_BETA = 1000.0

@@ -17,10 +17,11 @@ from infer_align.engines.fake import Fake, FakeEngine, Reply
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
 from infer_align.flow.plan import make_plan
 from infer_align.flow.request import parse_request
+from infer_align.methods import Method, PlanDraft, Stage
 from infer_align.rewards import Reward
 from infer_align.rewards.rules import Rules
 from infer_align.rewards.trust_judge import TrustJudgeSection
-from infer_align.types import Capability, Draw, Method, PlanDraft, Stage
+from infer_align.types import Capability, Draw
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 LIMITS = Limits(128, 100_000)
@@ -168,8 +169,9 @@ PLUGIN = '''
 """A method from outside."""
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
-from infer_align.types import Capability, Stage
-from infer_align.types import PlanDraft
+from infer_align.methods import Stage
+from infer_align.types import Capability
+from infer_align.methods import PlanDraft
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed, Rewar
 from infer_align.flow.plan import Plan
 from infer_align.flow.response import Response
 from infer_align.flow.scorers import Scorer
+from infer_align.methods import Observer
 from infer_align.methods.early_stop import EarlyStop
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward, RewardScores
@@ -27,7 +28,6 @@ from infer_align.types import (
     Estimate,
     EstimateSchedule,
     Event,
-    Observer,
     ScoringUsage,
 )
 

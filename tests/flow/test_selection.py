@@ -14,9 +14,10 @@ from infer_align.errors import RewardFailed
 from infer_align.flow.plan import Plan
 from infer_align.flow.scorers import Scorer
 from infer_align.flow.selection import rank_candidates, select
-from infer_align.objectives import Ensemble
+from infer_align.methods import SelectionRule
+from infer_align.objectives import Ensemble, rank
 from infer_align.rewards import Reward, RewardScores
-from infer_align.types import Candidate, Draw, Scores, Selection
+from infer_align.types import Array, Candidate, Draw, Scores, Selection
 
 NAN = math.nan
 MEMBERS: Any = st.integers(1, 4).flatmap(
@@ -181,3 +182,21 @@ def test_a_single_unscored_candidate_is_returned() -> None:
     assert single.ranking == (0,)
     assert not single.late
     assert single.reason == "nothing to compare; not scored: r: no score"
+
+
+class Lowest(SelectionRule):
+    """Ranks the lowest objective first."""
+
+    name = "lowest"
+
+    def rank(self, objective: Array) -> tuple[int, ...]:
+        return tuple(reversed(rank(objective)))
+
+
+def test_a_plan_may_bring_another_rule() -> None:
+    plan = Plan((Draw({}, 3),), scorers=scorers({"r": 1.0}), selects=True, rule=Lowest())
+    scores = Scores({"r": np.array([[2.0, 1.0, NAN]])}, notes={"r": (None,) * 3})
+    selection = select(plan, [Candidate(i, {}) for i in range(3)], scores)
+    assert selection.ranking == (1, 0)
+    assert selection.dropped == {2: "not scored: r: NaN"}
+    assert selection.reason == "lowest uwo of 3 candidates (1; runner-up 2)"

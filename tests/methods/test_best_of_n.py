@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infer_align.methods import PlanDraft
 from infer_align.methods.best_of_n import BestOfN, expected_best, kl_upper_bound
-from infer_align.types import Draw, PlanDraft
+from infer_align.types import Draw
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "bon_estimator_public.json").read_text())
 

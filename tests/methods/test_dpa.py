@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from infer_align.config.schema import parse
 from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.methods import PlanDraft, Sections
 from infer_align.methods.dpa import DPA, Prompting, prompt_weights, system_prompt, unit
 from infer_align.objectives import project
-from infer_align.types import Draw, PlanDraft, Sections
+from infer_align.types import Draw
 
 ORACLE = json.loads(
     (Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8")

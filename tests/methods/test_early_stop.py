@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from infer_align.config.schema import parse
 from infer_align.errors import InvalidRequest
+from infer_align.methods import PlanDraft
 from infer_align.methods.best_of_n import BestOfN
 from infer_align.methods.early_stop import EarlyStop, Halving
 from infer_align.methods.rps import RPS
-from infer_align.types import Candidate, Delta, Draw, Estimate, EstimateSchedule, PlanDraft
+from infer_align.types import Candidate, Delta, Draw, Estimate, EstimateSchedule
 
 
 class Race:

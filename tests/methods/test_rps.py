@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer_align.errors import InvalidRequest
+from infer_align.methods import PlanDraft
 from infer_align.methods.dpa import DPA, unit
 from infer_align.methods.rps import RPS, neighbors, published_neighbors
 from infer_align.objectives import project, rank
-from infer_align.types import Draw, PlanDraft
+from infer_align.types import Draw
 
 ORACLE = json.loads(
     (Path(__file__).parents[1] / "data" / "rps_public.json").read_text(encoding="utf-8")

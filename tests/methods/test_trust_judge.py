@@ -10,10 +10,11 @@ from infer_align.engines.fake import Fake
 from infer_align.errors import InvalidRequest, Unsupported
 from infer_align.flow.plan import make_plan
 from infer_align.flow.request import parse_request
+from infer_align.methods import PlanDraft, ScorerRequest
 from infer_align.methods.trust_judge import TrustJudge
 from infer_align.rewards.rules import Rules
 from infer_align.rewards.trust_judge.prompts import SCALES
-from infer_align.types import Draw, PlanDraft, ScorerRequest
+from infer_align.types import Draw
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 

@@ -406,7 +406,10 @@ def test_judging_and_scoring_are_within_limits_counted_and_paid_for(configured: 
             {"messages": USER, "candidates": many, **body}, f"/v1/align/{path}"
         )
         assert answer.status_code == 400, answer.text
-        assert "over this server's limit of 400; send fewer candidates" in answer.json()["error"]["message"]
+        assert (
+            "over this server's limit of 400; send fewer candidates"
+            in answer.json()["error"]["message"]
+        )
         assert answer.json()["error"]["param"] == "candidates"
         left, counted = tokens.available("127.0.0.1"), metric()
         usage = configured.post(

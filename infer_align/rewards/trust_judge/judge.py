@@ -24,14 +24,7 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 from infer_align.rewards.trust_judge.readings import Reading, mass
-from infer_align.types import (
-    Candidate,
-    Draw,
-    LabelLogprobs,
-    LabelQuery,
-    Messages,
-    ScoringUsage,
-)
+from infer_align.types import Candidate, Draw, LabelLogprobs, LabelQuery, Messages, ScoringUsage
 
 
 @dataclass(frozen=True, slots=True)
