@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from time import monotonic
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from infer_align.upstream.pool import Host
 
 Mode = Literal["auto", "native", "single"]
+# A URL and a model.
+HostModel: TypeAlias = tuple[str, str]
 # An upstream that returned fewer choices than requested is asked for more again after this time.
 FORGET_SECONDS = 300.0
 
@@ -30,11 +32,11 @@ class BatchSizes:
     def __init__(self, mode: Mode) -> None:
         self.models_without_usage: set[str] = set()
         self._mode = mode
-        # (URL, model) -> the number of choices of a call that returned fewer than requested, and
+        # The number of choices of a call that returned fewer than requested, and
         # the time until which this limit counts.
-        self._limits: dict[tuple[str, str], tuple[int, float]] = {}
-        # (URL, model) -> the largest number of choices that a call requested and got.
-        self._confirmed: dict[tuple[str, str], int] = {}
+        self._limits: dict[HostModel, tuple[int, float]] = {}
+        # The largest number of choices that a call requested and got.
+        self._confirmed: dict[HostModel, int] = {}
 
     @property
     def refusal_may_mean_n(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from infer_align.engines.openai.batch_size import BatchSizes
+from infer_align.engines.openai.batch_size import BatchSizes, HostModel
 from infer_align.engines.openai.probe import FEATURES, Features, LimitName, probe
 from infer_align.errors import AlignError
 from infer_align.upstream import KEY_REFUSED, UpstreamFailed
@@ -53,7 +53,7 @@ class UpstreamModels:
     def __init__(self, config: OpenAI, client: Client, sizes: BatchSizes) -> None:
         self.names: tuple[str, ...] = (config.model,) if config.model else ()
         self.steerer: Steerer | None = None
-        self.features: dict[tuple[str, str], Features] = {}
+        self.features: dict[HostModel, Features] = {}
         self._config = config
         self._client = client
         self._sizes = sizes
@@ -62,7 +62,7 @@ class UpstreamModels:
         # Model -> its features on every host; a cache.
         self._features_by_model: dict[str, list[Features]] = {}
         # (URL, model) -> the time of the next probe, and the interval after that.
-        self._next_probe: dict[tuple[str, str], tuple[float, float]] = {}
+        self._next_probe: dict[HostModel, tuple[float, float]] = {}
 
     # --- what is known ---
 
@@ -86,24 +86,34 @@ class UpstreamModels:
         """Return the configured context length, else the smallest that an upstream reports."""
         if self._config.context_length:
             return self._config.context_length
-        lengths = [models.get(model) for models in self._listed.values()]
-        return min((length for length in lengths if length), default=CONTEXT_LENGTH)
+        lengths = []
+        for models in self._listed.values():
+            length = models.get(model)
+            if length:
+                lengths.append(length)
+        return min(lengths, default=CONTEXT_LENGTH)
 
     def _features_of(self, model: str) -> list[Features]:
         if model not in self._features_by_model:
-            features = []
-            for host in self._client.pool.hosts:
-                if host.models is None or model in host.models:
-                    key = host.url, self._probed_instead_of(host, model)
-                    if key in self.features:
-                        features.append(self.features[key])
-            self._features_by_model[model] = features
+            self._features_by_model[model] = self._collect_features(model)
         return self._features_by_model[model]
+
+    def _collect_features(self, model: str) -> list[Features]:
+        features = []
+        for host in self._client.pool.hosts:
+            if host.models is not None and model not in host.models:
+                continue
+            key = host.url, self._probed_instead_of(host, model)
+            if key in self.features:
+                features.append(self.features[key])
+        return features
 
     def _probed_instead_of(self, host: Host, model: str) -> str:
         """Return the model whose probe counts for this one."""
         probed = self._probed_models(host)
-        return probed[0] if probed and model not in probed else model
+        if model in probed or not probed:
+            return model
+        return probed[0]
 
     def _probed_models(self, host: Host) -> Sequence[str]:
         if self._config.model:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -37,6 +37,9 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "structured": ("response_format",),
     "logit_bias": ("logit_bias",),
 }
+# Features that may work although an answer does not show it. A model that always says the same,
+# for example, shows nothing of its seeds.
+EFFECT_MAY_BE_HIDDEN = frozenset({"seed", "tools", "structured"})
 LimitName = Literal["max_tokens", "max_completion_tokens"]
 # Both names of the limit on a completion's tokens, and the smallest value that gets an answer.
 # Models that know only the newer name think before they answer, and need more tokens.
@@ -217,47 +220,38 @@ def _verdict(feature: str, answers: Mapping[str, Any]) -> _Verdict:
         return _Verdict.UNKNOWN
     if answer is _Refused:
         return _Verdict.IGNORED if feature in {"completion", "n"} else _Verdict.REFUSED
-    if feature == "seed":
-        return _seed_verdict(answers)
-    if feature == "logit_bias":
-        return _bias_verdict(answers)
-    if feature == "tools":
-        return _Verdict.SUPPORTED if _message(answer).get("tool_calls") else _Verdict.ACCEPTED
-    if feature == "structured":
-        return _Verdict.SUPPORTED if _follows_schema(answer) else _Verdict.ACCEPTED
-    has_effect = {
-        "n": len(_choices(answer)) == 2,
-        "logprobs": bool(top_logprobs(answer)),
-        "completion": bool(_choices(answer)),
-        "continue": _continues_turn(answers.get("new turn"), answer),
-    }
-    return _Verdict.SUPPORTED if has_effect[feature] else _Verdict.IGNORED
+    has_effect = _EFFECTS[feature](answers)
+    if has_effect is None:
+        return _Verdict.UNKNOWN
+    if has_effect:
+        return _Verdict.SUPPORTED
+    return _Verdict.ACCEPTED if feature in EFFECT_MAY_BE_HIDDEN else _Verdict.IGNORED
 
 
-def _seed_verdict(answers: Mapping[str, Any]) -> _Verdict:
-    """Return SUPPORTED if equal seeds gave equal texts and different seeds different ones."""
+def _seed_has_effect(answers: Mapping[str, Any]) -> bool | None:
+    """Return True if equal seeds gave equal texts and different seeds different ones."""
     texts = _three_messages("seed", answers)
     if texts is None:
-        return _Verdict.UNKNOWN
+        return None
     first, again, other = texts
-    # A model that always says the same shows nothing of its seeds.
-    return _Verdict.SUPPORTED if first == again != other else _Verdict.ACCEPTED
+    return first == again != other
 
 
-def _bias_verdict(answers: Mapping[str, Any]) -> _Verdict:
-    """Return SUPPORTED if equal biases gave equal texts and another bias, or none, another one."""
+def _bias_has_effect(answers: Mapping[str, Any]) -> bool | None:
+    """Return True if equal biases gave equal texts, and another bias, or none, a different one."""
     texts = _three_messages("logit_bias", answers)
     if texts is None:
-        return _Verdict.UNKNOWN
+        return None
     first, again, other = texts
-    plain = answers.get("plain")
     differs = first != other
+    plain = answers.get("plain")
     if _is_answer(plain):
         differs = differs or first != _message_json(plain)
-    return _Verdict.SUPPORTED if first == again and differs else _Verdict.IGNORED
+    return first == again and differs
 
 
 def _three_messages(feature: str, answers: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Return the messages of a feature's three probes, or None if one has no answer."""
     first = answers.get(feature)
     again = answers.get(f"{feature} again")
     other = answers.get(f"{feature} other")
@@ -290,21 +284,24 @@ def _message_json(answer: Any) -> str:
     return json.dumps(fields, default=str)
 
 
-def _follows_schema(answer: Any) -> bool:
+def _follows_schema(answers: Mapping[str, Any]) -> bool:
     try:
-        return bool(json.loads(_message(answer).get("content") or "") == {"x": 1})
+        content = json.loads(_message(answers["structured"]).get("content") or "")
     except (ValueError, TypeError, RecursionError):
         return False
+    return bool(content == {"x": 1})
 
 
-def _continues_turn(new_turn: Any, continued: Any) -> bool:
+def _continues_turn(answers: Mapping[str, Any]) -> bool:
     """Return True if the fields that continue a turn made the prompt shorter.
 
     An upstream that ignores them starts a new turn and reads at least as many tokens.
     """
-    tokens = _prompt_tokens(new_turn)
-    continued_tokens = _prompt_tokens(continued)
-    return tokens is not None and continued_tokens is not None and continued_tokens < tokens
+    new_turn_tokens = _prompt_tokens(answers.get("new turn"))
+    continued_tokens = _prompt_tokens(answers.get("continue"))
+    if new_turn_tokens is None or continued_tokens is None:
+        return False
+    return continued_tokens < new_turn_tokens
 
 
 def _prompt_tokens(answer: Any) -> int | None:
@@ -320,3 +317,17 @@ def top_logprobs(answer: Any) -> dict[str, float]:
         return {str(entry["token"]): float(entry["logprob"]) for entry in entries}
     except (KeyError, IndexError, TypeError, ValueError):
         return {}
+
+
+# For each probed feature, a function that says whether the answers show its effect; None if an
+# answer that it needs is missing.
+_EFFECTS: Mapping[str, Callable[[Mapping[str, Any]], bool | None]] = {
+    "completion": lambda answers: bool(_choices(answers["completion"])),
+    "logprobs": lambda answers: bool(top_logprobs(answers["logprobs"])),
+    "n": lambda answers: len(_choices(answers["n"])) == 2,
+    "tools": lambda answers: bool(_message(answers["tools"]).get("tool_calls")),
+    "structured": _follows_schema,
+    "seed": _seed_has_effect,
+    "logit_bias": _bias_has_effect,
+    "continue": _continues_turn,
+}
