@@ -40,7 +40,7 @@ class Connection:
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self.port)
         reader, writer = self._streams
-        writer.write(_request_head(path, len(body)) + body)
+        writer.write(request_head(path, len(body)) + body)
         header = await reader.readuntil(b"\r\n\r\n")
         content = await reader.readexactly(_content_length(header))
         if not header.startswith(b"HTTP/1.1 200"):
@@ -56,12 +56,14 @@ class Connection:
         self._streams = None
 
 
-def _request_head(path: str, length: int) -> bytes:
+def request_head(path: str, length: int, *headers: str) -> bytes:
+    """Return the head of a POST request with a JSON body of `length` bytes."""
     lines = [
         f"POST {path} HTTP/1.1",
         "Host: x",
         "Content-Type: application/json",
         f"Content-Length: {length}",
+        *headers,
     ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from benchmarks.record import record
 from benchmarks.serving.client import DEMO, Connection, closed_loop, serving
+from benchmarks.serving.overhead import CONCURRENCY, compare_overhead
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.demo import world
 from infer_align.engines.transformers import Transformers, TransformersEngine
@@ -30,7 +31,6 @@ from infer_align.types import Candidate, Draw
 
 FAKE = (*DEMO, "--set", "engine.kind=fake", "--set", "engine.model=demo")
 ROUNDS = 7
-CONCURRENCY = 16
 # Tokens of each request of the throughput benchmark.
 TOKENS = 128
 # Requests of the memory benchmark after the warm-up, and between two readings.
@@ -44,39 +44,19 @@ def overhead(rounds: int = ROUNDS) -> list[Row]:
     """Compare the whole server over an instant engine with that engine behind a bare route."""
     question = "a question of some length, as people ask them"
     body = {"model": "demo", "messages": [{"role": "user", "content": question}]}
-    latencies_ms: dict[str, list[float]] = {"bare": [], "ours": []}
-    rates: dict[str, list[float]] = {"bare": [], "ours": []}
     with (
         serving("benchmarks/serving/bare.py", "{port}") as (bare_port, _),
         serving(*FAKE) as (our_port, _),
     ):
-        ports = {"bare": bare_port, "ours": our_port}
-        for port in ports.values():
-            asyncio.run(closed_loop(port, body, CONCURRENCY, 400))
-        for _ in range(rounds):
-            for name, port in ports.items():
-                latencies, _ = asyncio.run(closed_loop(port, body, 1, 200))
-                latencies_ms[name].append(statistics.median(latencies) * 1e3)
-                _, seconds = asyncio.run(closed_loop(port, body, CONCURRENCY, 600))
-                rates[name].append(600 / seconds)
-    latency = {name: statistics.median(values) for name, values in latencies_ms.items()}
-    rate = {name: statistics.median(values) for name, values in rates.items()}
-    return [
-        row(
-            "added p50 at concurrency 1, ms",
-            latency["ours"] - latency["bare"],
-            latency["ours"],
-            latency["bare"],
-            "at most 5",
-        ),
-        row(
-            "requests per second at concurrency 16, ratio",
-            rate["ours"] / rate["bare"],
-            rate["ours"],
-            rate["bare"],
-            "at least 0.5",
-        ),
-    ]
+        return compare_overhead(
+            {"bare": bare_port, "ours": our_port},
+            closed_loop,
+            body,
+            rounds=rounds,
+            requests=600,
+            warmup=400,
+            rate_target="at least 0.5",
+        )
 
 
 def best_of_n(rounds: int = ROUNDS) -> list[Row]:

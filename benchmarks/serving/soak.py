@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import record
-from benchmarks.serving.client import serving
+from benchmarks.serving.client import request_head, serving
 from benchmarks.serving.rows import Row, row
 from benchmarks.serving.soak_target import target_config
 
@@ -134,7 +134,7 @@ async def exchange(
     content = json.dumps(body).encode()
     sent = content[:-1] if leave_after == 0.0 else content
     try:
-        writer.write(_request_head(path, len(content)) + sent)
+        writer.write(request_head(path, len(content), "Connection: close") + sent)
         async with asyncio.timeout(leave_after):
             answer = await reader.read(-1)
     except TimeoutError:
@@ -142,16 +142,6 @@ async def exchange(
     finally:
         writer.transport.abort()
     return _status(answer)
-
-
-def _request_head(path: str, length: int) -> bytes:
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "Host: x",
-        "Connection: close",
-        f"Content-Length: {length}",
-    ]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
 def _status(answer: bytes) -> int:

@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import statistics
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -23,12 +23,12 @@ from rich.console import Console
 
 from benchmarks.record import record
 from benchmarks.serving.client import closed_loop, serving
+from benchmarks.serving.overhead import CONCURRENCY, Ports, compare_overhead
 from benchmarks.serving.rows import Row, print_rows, row
 
 ROUNDS = 7
 # Requests of a round.
 REQUESTS = 600
-CONCURRENCY = 16
 OUT = Console()
 MESSAGES: Any = [{"role": "user", "content": "a question of some length, as people ask them"}]
 CONFIG = """
@@ -44,10 +44,6 @@ words_weight = -1.0
 kind = "upstream"
 urls = "http://127.0.0.1:{port}"
 """
-# (port, body, concurrency, requests) -> (seconds of each request, seconds of all)
-ClosedLoop = Callable[[int, dict[str, Any], int, int], Awaitable[tuple[list[float], float]]]
-# Ports of the bare upstream ("bare") and of our server ("ours").
-Ports = dict[str, int]
 
 
 async def sdk_closed_loop(
@@ -70,41 +66,6 @@ async def sdk_closed_loop(
         started = perf_counter()
         await asyncio.gather(*(worker() for _ in range(concurrency)))
         return latencies, perf_counter() - started
-
-
-def compare(
-    ports: Ports, loop: ClosedLoop, client: str, rate_target: str, requests: int
-) -> list[Row]:
-    """Compare the median latency at concurrency 1 and the rate at concurrency 16."""
-    body = {"model": "instant", "messages": MESSAGES}
-    latencies_ms: dict[str, list[float]] = {name: [] for name in ports}
-    rates: dict[str, list[float]] = {name: [] for name in ports}
-    for port in ports.values():
-        asyncio.run(loop(port, body, CONCURRENCY, requests))
-    for _ in range(ROUNDS):
-        for name, port in ports.items():
-            latencies, _ = asyncio.run(loop(port, body, 1, max(1, requests // 3)))
-            latencies_ms[name].append(statistics.median(latencies) * 1e3)
-            _, seconds = asyncio.run(loop(port, body, CONCURRENCY, requests))
-            rates[name].append(requests / seconds)
-    latency = {name: statistics.median(values) for name, values in latencies_ms.items()}
-    rate = {name: statistics.median(values) for name, values in rates.items()}
-    return [
-        row(
-            f"added p50 at concurrency 1, ms ({client})",
-            latency["ours"] - latency["bare"],
-            latency["ours"],
-            latency["bare"],
-            "at most 5",
-        ),
-        row(
-            f"requests per second at concurrency 16, ratio ({client})",
-            rate["ours"] / rate["bare"],
-            rate["ours"],
-            rate["bare"],
-            rate_target,
-        ),
-    ]
 
 
 def best_of_8(ports: Ports, requests: int) -> list[Row]:
@@ -170,10 +131,21 @@ def main() -> None:
     )
     given_requests = parser.parse_args().requests
     requests = given_requests or REQUESTS
+    body = {"model": "instant", "messages": MESSAGES}
+    load = {"rounds": ROUNDS, "requests": requests, "warmup": requests}
     with servers() as ports:
         rows = [
-            *compare(ports, sdk_closed_loop, "OpenAI SDK", "at least 0.8", requests),
-            *compare(ports, closed_loop, "minimal client", "", requests),
+            *compare_overhead(
+                ports,
+                sdk_closed_loop,
+                body,
+                **load,
+                rate_target="at least 0.8",
+                label=" (OpenAI SDK)",
+            ),
+            *compare_overhead(
+                ports, closed_loop, body, **load, rate_target="", label=" (minimal client)"
+            ),
             *best_of_8(ports, requests),
         ]
     print_rows(rows, OUT)

@@ -283,7 +283,11 @@ def test_an_exception_has_a_kind(error: Exception, kind: str) -> None:
     assert "ssl:" not in classify_failure(error, 30.0)[1]
 
 
-@pytest.mark.parametrize("loop", [["--concurrency", "3"], ["--rate", "30"]])
+# With at most three requests in flight, a fourth request shows that the client has an answer.
+LOOPS = [["--concurrency", "3"], ["--rate", "30", "--max-in-flight", "3"]]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_writes_its_answers(
     serve: Any, out_path: Path, number: int, loop: list[str]
