@@ -42,9 +42,9 @@ async def test_hosts_that_are_down_suspect_or_just_failed_come_last() -> None:
 
 async def test_health_gives_the_reason_for_each_host_and_no_address() -> None:
     pool = reachable_pool(1.0, 1.0, 1.0)
-    first, *others = pool.hosts
+    first, second, third = pool.hosts
     first.record_failure("gone")
-    for host in others:
+    for host in (second, third):
         host.record_failure("refused")
     health = pool.health() or ""
     assert health == "upstream 1: gone; upstream 2: refused; upstream 3: refused"

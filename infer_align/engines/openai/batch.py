@@ -81,9 +81,7 @@ class Batch:
             raise UpstreamFailed("the upstream's answer holds no choices.")
         deltas = []
         for position, choice in enumerate(sorted(choices, key=_index)[: len(self.indices)]):
-            defect = "a choice without anything in it"
-            if isinstance(choice, dict):
-                defect = find_defect(self.kind, choice) or ""
+            defect = self._defect(choice)
             if defect:
                 self.defects[position] = defect
                 continue
@@ -92,6 +90,11 @@ class Batch:
         self._usage = _mapping(answer.get("usage"))
         self._response_fields = _other_fields(answer)
         return deltas
+
+    def _defect(self, choice: Any) -> str | None:
+        if not isinstance(choice, dict):
+            return "a choice without anything in it"
+        return find_defect(self.kind, choice)
 
     def read_chunk(self, chunk: Any) -> list[Delta]:
         """Read one event of a streamed answer, None for its end; return the new deltas.
