@@ -16,7 +16,16 @@ from numpy.typing import NDArray
 
 from infer_align.decoding.params import SamplingParams
 
+# Constants of splitmix64.
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR_1 = np.uint64(0xBF58476D1CE4E5B9)
+_FACTOR_2 = np.uint64(0x94D049BB133111EB)
+_SHIFT_1 = np.uint64(30)
+_SHIFT_2 = np.uint64(27)
+_SHIFT_3 = np.uint64(31)
+# A float64 has 53 bits of precision: the upper 53 of 64 become a number in [0, 1).
+_LOW_BITS = np.uint64(11)
+_SCALE = 2.0**-53
 
 
 class SampledRow(Protocol):
@@ -48,9 +57,14 @@ def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[int]:
 
     The random number of a row depends on its seed and its number of tokens alone.
     """
-    seeds = [row.seed for row in rows]
-    steps = [len(row.tokens) for row in rows]
-    return sample_at(logits, [row.params for row in rows], uniforms(seeds, steps))
+    params: list[SamplingParams] = []
+    seeds: list[int] = []
+    steps: list[int] = []
+    for row in rows:
+        params.append(row.params)
+        seeds.append(row.seed)
+        steps.append(len(row.tokens))
+    return sample_at(logits, params, uniforms(seeds, steps))
 
 
 def sample_at(
@@ -71,26 +85,33 @@ def sample_at(
     greedy = logits.argmax(dim=-1)
     if not bool((temperature > 0).any()):
         return greedy.tolist()
-    scaled = truncate(logits / temperature.clamp(min=1e-6)[:, None], params)
-    cdf = torch.softmax(scaled, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    point = torch.from_numpy(numbers).to(device)[:, None] * cdf[:, -1:]
+    divisor = temperature.clamp(min=1e-6)[:, None]
+    scaled = truncate(logits / divisor, params)
+    probabilities = torch.softmax(scaled, dim=-1, dtype=torch.float64)
+    cdf = probabilities.cumsum(dim=-1)
+    total = cdf[:, -1:]
+    point = torch.from_numpy(numbers).to(device)[:, None] * total
     sampled = torch.searchsorted(cdf, point, right=True)[:, 0]
+    # Rounding can put the point past the last token.
     sampled = sampled.clamp(max=logits.shape[-1] - 1)
     return torch.where(temperature > 0, sampled, greedy).tolist()
 
 
 def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> NDArray[np.float64]:
     """Return a number in [0, 1) for each (seed, step): splitmix64 twice. [B], [B] -> [B]."""
+    seed = np.array(seeds, dtype=np.uint64)
+    step = np.array(steps, dtype=np.uint64)
     with np.errstate(over="ignore"):
-        state = _mix(np.array(seeds, dtype=np.uint64) + _GOLDEN)
-        state = _mix(state + np.array(steps, dtype=np.uint64) * _GOLDEN)
-        return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        state = _mix(seed + _GOLDEN)
+        state = _mix(state + step * _GOLDEN)
+    upper_bits = state >> _LOW_BITS
+    return upper_bits.astype(np.float64) * _SCALE
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z = (z ^ (z >> _SHIFT_1)) * _FACTOR_1
+    z = (z ^ (z >> _SHIFT_2)) * _FACTOR_2
+    return z ^ (z >> _SHIFT_3)
 
 
 def adjust(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
@@ -120,25 +141,31 @@ def _adjust_row(logits: torch.Tensor, row: SampledRow) -> None:
     if p.repetition_penalty != 1.0:
         used = torch.tensor(sorted({*row.prompt_ids, *row.tokens}), device=device)
         values = logits[used]
-        penalized = values * p.repetition_penalty
-        logits[used] = torch.where(values > 0, values / p.repetition_penalty, penalized)
+        lowered = values / p.repetition_penalty
+        logits[used] = torch.where(values > 0, lowered, values * p.repetition_penalty)
     if row.tokens and (p.frequency_penalty or p.presence_penalty):
-        counts = torch.bincount(torch.tensor(row.tokens, device=device), minlength=len(logits))
+        tokens = torch.tensor(row.tokens, device=device)
+        counts = torch.bincount(tokens, minlength=len(logits))
         logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
     if p.logit_bias:
         ids = torch.tensor(list(p.logit_bias), device=device)
-        logits[ids] += torch.tensor(list(p.logit_bias.values()), device=device)
+        amounts = torch.tensor(list(p.logit_bias.values()), device=device)
+        logits[ids] += amounts
     if row.banned:
         logits[list(row.banned)] = -torch.inf
 
 
 def truncate(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Set what min_p, top_k and top_p exclude to -inf. [B, V] after temperature -> [B, V]."""
-    indices = [i for i, p in enumerate(params) if p.min_p > 0 or p.top_k > 0 or p.top_p < 1]
+    indices = [i for i, p in enumerate(params) if _is_truncated(p)]
     if not indices:
         return scaled
     truncated = _truncate_rows(scaled[indices], [params[i] for i in indices])
     return scaled.index_copy(0, torch.tensor(indices, device=scaled.device), truncated)
+
+
+def _is_truncated(p: SamplingParams) -> bool:
+    return p.min_p > 0 or p.top_k > 0 or p.top_p < 1
 
 
 def _truncate_rows(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -148,11 +175,12 @@ def _truncate_rows(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> to
         return torch.tensor(numbers, dtype=scaled.dtype, device=scaled.device)[:, None]
 
     values, order = scaled.sort(dim=-1, descending=True, stable=True)
-    limits = [min(p.top_k, vocabulary) if p.top_k > 0 else vocabulary for p in params]
+    limits = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
     top_k = torch.tensor(limits, device=scaled.device)[:, None]
     ranks = torch.arange(vocabulary, device=scaled.device)[None]
     min_p = column([p.min_p for p in params]).log()
-    excluded = (ranks >= top_k) | (values < values[:, :1] + min_p)
+    lowest = values[:, :1] + min_p
+    excluded = (ranks >= top_k) | (values < lowest)
     probabilities = torch.softmax(values.masked_fill(excluded, -torch.inf), dim=-1)
     top_p = column([p.top_p for p in params])
     # A token stays if the tokens before it have not reached top_p. The one that crosses top_p is

@@ -69,9 +69,12 @@ class ValueCache:
         device = token_ids.device
         lengths = torch.tensor(self.lengths, device=device)
         rows, k = token_ids.shape
-        prefix = torch.arange(columns, device=device)[None] >= (columns - lengths)[:, None]
+        # A candidate attends to the tokens of its row, which end in the last column, and to itself.
+        starts = columns - lengths
+        prefix = torch.arange(columns, device=device)[None] >= starts[:, None]
+        prefixes = prefix[:, None].expand(-1, k, -1)
         itself = torch.eye(k, dtype=torch.bool, device=device)
-        mask = torch.cat([prefix[:, None].expand(-1, k, -1), itself.expand(rows, -1, -1)], dim=-1)
+        mask = torch.cat([prefixes, itself.expand(rows, -1, -1)], dim=-1)
         positions = lengths[:, None].expand(-1, k)
         return self.lm.forward(token_ids, self.cache, positions, mask[:, None])
 

@@ -91,13 +91,13 @@ class ChoiceBuilder:
 
     def _collect_texts(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Store the texts among these fields; return the other fields."""
-        others: dict[str, Any] = {}
+        remaining: dict[str, Any] = {}
         for name, value in fields.items():
             if isinstance(value, str) and name not in REPLACED and name != "name":
                 self._texts.setdefault(name, []).append(value)
             else:
-                others[name] = value
-        return others
+                remaining[name] = value
+        return remaining
 
 
 def message_delta(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def _select(logprobs: torch.Tensor, tokens: Sequence[int]) -> dict[int, float]:
 
 def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of tokens with which both begin."""
-    for i, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
+    for i, (token, other_token) in enumerate(zip(one, other, strict=False)):
+        if token != other_token:
             return i
     return min(len(one), len(other))

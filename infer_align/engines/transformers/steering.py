@@ -45,6 +45,7 @@ class LoadedValues:
         self._values = {**self._values, name: value}
         lookaheads = [v for v in self._values.values() if isinstance(v, LookaheadValue)]
         in_use = {id(lookahead.lm) for lookahead in lookaheads}
+        # Drop the value LMs that only a replaced value used.
         self._shared = {key: item for key, item in self._shared.items() if id(item) in in_use}
         lms = [item for item in self._shared.values() if isinstance(item, ValueLM)]
         self.cell_bytes = sum(lm.cell_bytes for lm in lms)
@@ -105,9 +106,11 @@ class LoadedValues:
         beta = np.zeros((len(rows), len(values)), np.float32)
         top_k = np.zeros(len(rows), np.int64)
         masked = np.zeros(len(rows), np.bool_)
-        for i, (row, steering) in enumerate(zip(rows, steerings, strict=True)):
-            if steering is not None:
-                beta[i] = [row.job.steering.get(value, 0.0) for value in values]
-                top_k[i] = min(steering.top_k, self._frozen.vocabulary)
-                masked[i] = steering.tail == "mask"
+        for i, steering in enumerate(steerings):
+            if steering is None:
+                continue
+            weights = rows[i].job.steering
+            beta[i] = [weights.get(value, 0.0) for value in values]
+            top_k[i] = min(steering.top_k, self._frozen.vocabulary)
+            masked[i] = steering.tail == "mask"
         return SteeringBatch.build(values, beta, top_k, masked, self._device)
