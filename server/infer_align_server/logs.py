@@ -59,7 +59,7 @@ class JsonFormatter(logging.Formatter):
 class AccessLogger(logging.Logger):
     """A logger that does not look up the caller's line: that is a third of a record's cost."""
 
-    def findCaller(self, *_: object, **__: object) -> tuple[str, int, str, None]:
+    def findCaller(self, *_: object, **__: object) -> tuple[str, int, str, None]:  # noqa: N802
         """Return an empty location."""
         return "", 0, "", None
 

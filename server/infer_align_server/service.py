@@ -219,10 +219,11 @@ class Service:
     @property
     def names(self) -> dict[str, str]:
         """{name in the API: name in the engine} of each model."""
-        names = {name: name for name in self.engine.models[1:]}
-        # An upstream that was never reached has no model yet.
-        first = {self.model: name for name in self.engine.models[:1]}
-        return {**first, **names}
+        names = {}
+        for i, name in enumerate(self.engine.models):
+            api_name = name if i else self.model
+            names[api_name] = name
+        return names
 
     def models(self) -> list[str]:
         """Return the name of each model, then of each model with each preset."""

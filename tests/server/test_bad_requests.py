@@ -1,4 +1,4 @@
-"""What is wrong is refused with its own status, by name, in OpenAI's shape; nothing is spent and nothing hangs."""
+"""Wrong requests get an error in OpenAI's format that names the field; nothing is sampled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USER: Any = [{"role": "user", "content": "hello"}]
 
 
 def refused(answer: httpx2.Response, status: int = 400) -> dict[str, Any]:
-    """The error, after checking its shape."""
+    """Check the format of an error and return it."""
     assert answer.status_code == status, answer.text
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

@@ -1,4 +1,4 @@
-"""Every object on the wire has the shape that OpenAI's own description of the API gives it."""
+"""Every object in a response fits OpenAI's own description of the API."""
 
 from __future__ import annotations
 
@@ -55,14 +55,16 @@ def test_chat_stream(numbers: Any, fields: Any, usage: bool) -> None:
     chunks = events(answer.text)
     for chunk in chunks:
         conforms(chunk, "CreateChatCompletionStreamResponse")
-    whole = numbers.chat(**fields).json()
+    complete = numbers.chat(**fields).json()
     streamed = dict.fromkeys((c["index"] for chunk in chunks for c in chunk["choices"]), "")
     for chunk in chunks:
         for choice in chunk["choices"]:
             streamed[choice["index"]] += choice["delta"].get("content") or ""
-    assert list(streamed.values()) == [choice["message"]["content"] for choice in whole["choices"]]
+    assert list(streamed.values()) == [
+        choice["message"]["content"] for choice in complete["choices"]
+    ]
     if usage:
-        assert chunks[-1]["usage"] == whole["usage"]
+        assert chunks[-1]["usage"] == complete["usage"]
 
 
 @pytest.mark.parametrize("fields", ALIGNS)

@@ -1,4 +1,4 @@
-"""Same request, same answer: candidates, ranking and ties, alone or in a crowd; and what comes back about it."""
+"""Equal requests with equal seeds have equal responses, alone and beside other requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import pytest
 SEEDED = """
 [engine]
 kind = "fake"
-replies = [{text = "about {prompt} {seed}"}, {text = "or {seed}"}, {text = "{seed} 4", seconds_per_token = 0.01}]
+replies = [
+    {text = "about {prompt} {seed}"},
+    {text = "or {seed}"},
+    {text = "{seed} 4", seconds_per_token = 0.01},
+]
 [rewards.length]
 kind = "callable"
 function = "tests.server.scorers:shortest"
@@ -19,7 +23,7 @@ function = "tests.server.scorers:shortest"
 TIMELESS = {"id", "created"}
 
 
-def told(answer: Any) -> Any:
+def contents(answer: Any) -> Any:
     body = answer.json()
     if "align" in body:
         del body["align"]["timing"]
@@ -29,10 +33,10 @@ def told(answer: Any) -> Any:
 @pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 6}, "details": "candidates"}])
 def test_same_seed_same_answer_alone_and_in_a_crowd(serve: Any, align: Any) -> None:
     live = serve(SEEDED)
-    alone = told(live.chat(align, seed=11))
+    alone = contents(live.chat(align, seed=11))
     answers: list[Any] = []
     threads = [
-        threading.Thread(target=lambda i=i: answers.append((i, told(live.chat(align, seed=i)))))
+        threading.Thread(target=lambda i=i: answers.append((i, contents(live.chat(align, seed=i)))))
         for i in range(32)
     ]
     for thread in threads:
@@ -70,12 +74,12 @@ def test_any_seed_is_taken(serve: Any, seed: int) -> None:
     live = serve(SEEDED)
     answers = [live.chat({"best_of_n": {"n": 3}}, seed=seed) for _ in range(2)]
     assert answers[0].status_code == 200, answers[0].text
-    assert told(answers[0]) == told(answers[1])
+    assert contents(answers[0]) == contents(answers[1])
 
 
 def test_no_seed_is_a_new_one_each_time(serve: Any) -> None:
     live = serve(SEEDED)
-    assert told(live.chat())["choices"] != told(live.chat())["choices"]
+    assert contents(live.chat())["choices"] != contents(live.chat())["choices"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -87,7 +91,7 @@ def test_best_of_one_is_the_model_alone(serve: Any, stream: bool) -> None:
         ]
         assert all("about" in text and " 5" in text for text in texts)
         return
-    plain, best = (told(live.chat(align, seed=5)) for align in (None, {"best_of_n": {"n": 1}}))
+    plain, best = (contents(live.chat(align, seed=5)) for align in (None, {"best_of_n": {"n": 1}}))
     assert best["choices"] == plain["choices"]
     assert best["usage"] == plain["usage"]
 

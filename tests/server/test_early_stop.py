@@ -1,4 +1,4 @@
-"""Early stopping over HTTP: losers are not drawn to the end, and the answer says who, why and what was saved."""
+"""Early stopping over HTTP: which candidates stop, why, and how many tokens that saves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 
 WORDS = "w " * 39
 REPLIES = ", ".join(
-    f'{{text = "{i} {WORDS}{i}", estimates = {{helpful = {value}, brief = {-value}}}, seconds_per_token = 0.004}}'
+    f'{{text = "{i} {WORDS}{i}", seconds_per_token = 0.004, '
+    f"estimates = {{helpful = {value}, brief = {-value}}}}}"
     for i, value in enumerate((0.1, 0.9, 0.3, 0.7))
 )
 CONFIG = f"""
@@ -29,7 +30,7 @@ def live(serve: Any) -> Any:
     return serve(CONFIG)
 
 
-def test_losers_are_given_up_and_the_answer_says_what_was_saved(live: Any) -> None:
+def test_candidates_with_low_estimates_stop_and_the_report_has_the_saved_tokens(live: Any) -> None:
     answer = live.chat(
         {**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}, max_tokens=60
     )
@@ -52,28 +53,28 @@ def test_losers_are_given_up_and_the_answer_says_what_was_saved(live: Any) -> No
     )
     assert align["dropped"] == 3
     assert "3 of them stopped early" in align["reason"]
-    assert not align["partial"], "what was given up was not the best that could be had in time"
-    assert candidates[0]["scores"]["number"]["value"] is None, "nobody scores what was given up"
+    assert not align["partial"], "a stopped candidate does not make the response partial"
+    assert candidates[0]["scores"]["number"]["value"] is None, "a stopped candidate is not scored"
     spent = sum(c["completion_tokens"] for c in candidates)
     assert body["usage"]["completion_tokens"] == spent
     assert align["usage"]["saved_tokens"] == 4 * 41 - spent
     assert live.idle()
 
 
-def test_values_are_weighed(live: Any) -> None:
+def test_several_values_are_weighted(live: Any) -> None:
     align = live.chat(
         {**BEST, "early_stop": {"values": {"helpful": 1.0, "brief": 3.0}, "after": 4}}
     ).json()["align"]
     assert align["selected"] == 0
 
 
-def test_answers_asked_for_are_drawn_to_the_end(live: Any) -> None:
+def test_the_requested_number_of_candidates_is_completed(live: Any) -> None:
     body = live.chat({**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}, n=3).json()
     assert [choice["message"]["content"][0] for choice in body["choices"]] == ["3", "2", "1"]
     assert body["align"]["dropped"] == 1
 
 
-def test_the_budget_of_the_caller_pays_for_what_was_sampled(live: Any) -> None:
+def test_the_token_budget_is_charged_for_sampled_tokens(live: Any) -> None:
     tokens = live.service.tokens
     before = tokens.available("127.0.0.1")
     spent = live.chat({**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}).json()[
@@ -83,7 +84,7 @@ def test_the_budget_of_the_caller_pays_for_what_was_sampled(live: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("align", "param", "said"),
+    ("align", "param", "hint"),
     [
         (
             {"early_stop": {"values": {"helpful": 1.0}}},
@@ -103,8 +104,8 @@ def test_the_budget_of_the_caller_pays_for_what_was_sampled(live: Any) -> None:
         ),
     ],
 )
-def test_bad_input_is_named(live: Any, align: Any, param: str, said: str) -> None:
+def test_bad_input_is_named(live: Any, align: Any, param: str, hint: str) -> None:
     answer = live.chat(align)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
-    assert said in answer.json()["error"]["message"]
+    assert hint in answer.json()["error"]["message"]

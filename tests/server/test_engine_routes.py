@@ -1,4 +1,4 @@
-"""What an engine with an application of its own answers: requests without `align`, and routes that are not ours."""
+"""An engine with its own application gets requests without `align` and all other routes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ CHAT = {"model": "fake", "messages": USER}
 
 
 class Serving(FakeEngine):
-    """The fake engine with an application that says what it got; `/hang` waits until its client leaves."""
+    """The fake engine with an application that echoes requests.
+
+    The route `/hang` waits until its client disconnects.
+    """
 
     models = ("fake", "adapter")
 
     def __init__(self, script: Fake) -> None:
         super().__init__(script)
-        self.left = 0
+        self.disconnects = 0
 
     def app(self) -> Any:
         return self._answer if self.health() is None else None
@@ -39,10 +42,10 @@ class Serving(FakeEngine):
         if scope["path"] == "/hang":
             while (await receive())["type"] != "http.disconnect":
                 await asyncio.sleep(0)
-            self.left += 1
+            self.disconnects += 1
             return
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        told = {
+        echo = {
             "path": scope["path"],
             "method": scope["method"],
             "body": body.decode(),
@@ -56,7 +59,7 @@ class Serving(FakeEngine):
                 "headers": [(b"content-type", b"application/json")],
             }
         )
-        await send({"type": "http.response.body", "body": json.dumps(told).encode()})
+        await send({"type": "http.response.body", "body": json.dumps(echo).encode()})
 
 
 @dataclass(frozen=True)
@@ -89,19 +92,19 @@ def test_a_request_without_align_reaches_the_engine_byte_for_byte(live: Live) ->
         {},
         {"Content-Type": "text/plain"},
     ):  # curl -d says neither what it sends nor the truth
-        told = live.post(body, headers={**KEY, **headers}).json()
-        assert told == {
+        echo = live.post(body, headers={**KEY, **headers}).json()
+        assert echo == {
             "path": "/v1/chat/completions",
             "method": "POST",
             "body": body.decode(),
             "type": "application/json",
         }
-    told = live.post({"model": "fake", "prompt": ["a", "b"]}, "/v1/completions", headers=KEY).json()
-    assert told["path"] == "/v1/completions"
+    echo = live.post({"model": "fake", "prompt": ["a", "b"]}, "/v1/completions", headers=KEY).json()
+    assert echo["path"] == "/v1/completions"
 
 
 @pytest.mark.parametrize("fields", [{"align": {}}, {"align": {"details": "none"}}])
-def test_a_request_with_align_does_not(live: Live, fields: dict[str, Any]) -> None:
+def test_a_request_with_align_is_not_forwarded(live: Live, fields: dict[str, Any]) -> None:
     answer = live.post({**CHAT, **fields}, headers=KEY).json()
     assert answer["object"] == "chat.completion"
 
@@ -118,7 +121,7 @@ def test_a_request_with_align_does_not(live: Live, fields: dict[str, Any]) -> No
         ({"align": 3}, 400, "align"),
     ],
 )
-def test_models_and_limits_are_ours(
+def test_our_models_and_limits_apply(
     live: Live, fields: dict[str, Any], status: int, param: str | None
 ) -> None:
     answer = live.post({**CHAT, **fields}, headers=KEY)
@@ -126,7 +129,7 @@ def test_models_and_limits_are_ours(
     assert answer.json()["error"]["param"] == param
 
 
-def test_other_models_of_the_engine_are_models_too(live: Live) -> None:
+def test_all_models_of_the_engine_are_listed(live: Live) -> None:
     listed = live.get("/v1/models", headers=KEY).json()["data"]
     assert [(entry["id"], entry.get("root"), "align" in entry) for entry in listed] == [
         ("fake", None, False),
@@ -142,13 +145,13 @@ def test_other_models_of_the_engine_are_models_too(live: Live) -> None:
     assert aligned.json()["model"] == "adapter"
 
 
-def test_keys_are_asked_for_everywhere(live: Live) -> None:
+def test_every_route_needs_a_key(live: Live) -> None:
     assert live.post(CHAT).status_code == 401
     for path in ("/anything", "/v1/other", "/nothing"):
         assert live.get(path).status_code == 401
 
 
-def test_other_routes_are_the_engines(live: Live) -> None:
+def test_other_routes_are_forwarded(live: Live) -> None:
     assert live.get("/v1/embeddings/x", headers=KEY).json()["path"] == "/v1/embeddings/x"
     assert live.post(b"\x00not json", "/upload", headers=KEY).json()["body"] == "\x00not json"
     assert live.get("/nothing", headers=KEY).status_code == 404
@@ -167,41 +170,42 @@ def test_other_routes_are_the_engines(live: Live) -> None:
         ("/v1/completions", {"prompt": "x", "best_of": 5}, "n"),
     ],
 )
-def test_no_route_leads_around_the_limits(
+def test_the_limits_apply_to_every_route(
     live: Live, path: str, fields: dict[str, Any], param: str
 ) -> None:
     answer = live.post({"model": "fake", **fields}, path, headers=KEY)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
-def test_the_engines_responses_are_its_own(live: Live) -> None:
-    told = live.post(
+def test_the_responses_api_is_forwarded(live: Live) -> None:
+    echo = live.post(
         {"model": "fake", "input": "x", "max_output_tokens": 9}, "/v1/responses", headers=KEY
     ).json()
-    assert (told["path"], json.loads(told["body"])["input"]) == ("/v1/responses", "x")
+    assert (echo["path"], json.loads(echo["body"])["input"]) == ("/v1/responses", "x")
     for path in ("/v1/responses/resp_1", "/v1/responses/resp_1/input_items"):
         assert live.get(path, headers=KEY).json()["path"] == path
 
 
-def test_metrics_are_both(live: Live) -> None:
+def test_metrics_include_those_of_the_engine(live: Live) -> None:
     assert live.metric("engine_left_total") == 7.0
     assert live.metric("infer_align_ready") == 1.0
 
 
-def test_the_engine_learns_that_its_client_left(live: Live) -> None:
+def test_a_disconnect_reaches_the_engine(live: Live) -> None:
     engine = live.service.engine
     assert isinstance(engine, Serving)
-    before = engine.left
+    before = engine.disconnects
     with socket.create_connection(("127.0.0.1", live.port)) as connection:
         connection.sendall(
-            b"POST /hang HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer sesame\r\nContent-Length: 2\r\n\r\nhi"
+            b"POST /hang HTTP/1.1\r\nHost: x\r\n"
+            b"Authorization: Bearer sesame\r\nContent-Length: 2\r\n\r\nhi"
         )
         assert live.until(lambda: live.service.admission.running == 1)
-    assert live.until(lambda: engine.left == before + 1)
+    assert live.until(lambda: engine.disconnects == before + 1)
     assert live.idle()
 
 
-def test_before_it_is_ready_nothing_is_forwarded() -> None:
+def test_nothing_is_forwarded_before_the_engine_is_ready() -> None:
     live = start(Config(engine=Section(load_seconds=FOREVER), engine_kind="fake"), wait=False)
     for answer in (live.post(CHAT), live.get("/anything")):
         assert answer.status_code == 503

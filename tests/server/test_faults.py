@@ -1,4 +1,4 @@
-"""Candidates and rewards that fail, hang or say nothing: data in the answer while anything is left, else one honest status."""
+"""Failed candidates and rewards are data in the response; a request fails if nothing remains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def script(*replies: str, rewards: str = NUMBER) -> str:
 @pytest.mark.parametrize(
     "replies", [(BAD, GOOD, GOOD, GOOD), (GOOD, BAD, BAD, GOOD), (BAD, BAD, BAD, GOOD)]
 )
-def test_some_candidates_fail(serve: Any, replies: tuple[str, ...]) -> None:
+def test_failed_candidates_are_dropped(serve: Any, replies: tuple[str, ...]) -> None:
     live = serve(script(*replies))
     dropped = live.metric("infer_align_candidates_total", outcome="dropped")
     answer = live.chat({"best_of_n": {"n": 4}})
@@ -55,20 +55,20 @@ def test_all_candidates_fail_with_the_status_of_the_first(
     assert live.idle()
 
 
-def test_one_of_n_without_tolerance_asked_for(serve: Any) -> None:
+def test_without_a_selection_one_failed_candidate_fails_the_request(serve: Any) -> None:
     answer = serve(script(GOOD, BAD)).chat(n=2)
     assert answer.status_code == 503, "fewer choices than n would be a silent failure"
     assert "candidate 1 failed: out of memory" in answer.json()["error"]["message"]
 
 
-def test_a_failed_candidate_is_never_returned_even_where_nothing_counts(serve: Any) -> None:
+def test_a_failed_candidate_is_not_returned_even_with_weight_0(serve: Any) -> None:
     answer = serve(script(BAD, GOOD)).chat({"rewards": {"number": 0}}, n=2)
     assert answer.status_code == 200, answer.text
     assert [c["message"]["content"] for c in answer.json()["choices"]] == ["candidate 4"]
     assert answer.json()["align"]["dropped"] == 1
 
 
-def test_calls_are_not_multiplied(serve: Any) -> None:
+def test_failed_candidates_are_not_retried(serve: Any) -> None:
     live = serve(script(BAD, BAD, BAD))
     before = live.engine.sampled
     live.chat({"best_of_n": {"n": 6}})
@@ -81,7 +81,7 @@ def test_calls_are_not_multiplied(serve: Any) -> None:
 @pytest.mark.parametrize(
     ("reward", "why"), [("broken", "the reward model is on fire"), ("silent", "NaN")]
 )
-def test_nothing_can_be_scored(numbers: Any, reward: str, why: str) -> None:
+def test_a_request_without_any_score_fails(numbers: Any, reward: str, why: str) -> None:
     for stream in (False, True):
         answer = numbers.chat({"best_of_n": {"n": 3}, "rewards": {reward: 1}}, stream=stream)
         assert answer.status_code == 502
@@ -107,8 +107,8 @@ def test_a_broken_reward_beside_a_good_one(numbers: Any, weight: float) -> None:
         return
     body = answer.json()
     assert body["align"]["selected"] == 2
-    shown = body["align"]["candidates"][2]["scores"]["broken"]
-    assert shown == {
+    broken = body["align"]["candidates"][2]["scores"]["broken"]
+    assert broken == {
         "value": None,
         "std": None,
         "members": [None],
@@ -157,7 +157,7 @@ def test_a_reward_over_its_time_is_not_scored(serve: Any) -> None:
 
 
 @pytest.mark.usefixtures("hold")
-def test_deadline_while_scoring_answers_with_what_is_there(serve: Any) -> None:
+def test_a_deadline_during_scoring_returns_the_candidates(serve: Any) -> None:
     live = serve(
         script(
             GOOD,
@@ -165,7 +165,7 @@ def test_deadline_while_scoring_answers_with_what_is_there(serve: Any) -> None:
         )
     )
     for stream in (False, True):
-        kept = live.metric("infer_align_candidates_total", outcome="kept")
+        before = live.metric("infer_align_candidates_total", outcome="kept")
         answer = live.chat(
             {"best_of_n": {"n": 2}, "budget": {"deadline_seconds": 1.0}}, stream=stream, n=2
         )
@@ -173,7 +173,7 @@ def test_deadline_while_scoring_answers_with_what_is_there(serve: Any) -> None:
         assert '"partial":true' in answer.text
         assert "the deadline passed before scoring" in answer.text
         assert "data: [DONE]" in answer.text or not stream
-        assert live.metric("infer_align_candidates_total", outcome="kept") == kept + 2
+        assert live.metric("infer_align_candidates_total", outcome="kept") == before + 2
     assert live.idle()
 
 
@@ -186,7 +186,7 @@ LATE = f'{{text = "one two 3", first_token_seconds = {FOREVER}}}'
 
 @pytest.mark.parametrize("align", [{}, {"best_of_n": {"n": 2}, "rewards": {"brevity": 1}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_deadline_with_a_partial_answer(serve: Any, align: Any, stream: bool) -> None:
+def test_a_deadline_returns_a_partial_answer(serve: Any, align: Any, stream: bool) -> None:
     live = serve(script(SLOW, rewards='[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'))
     answer = live.chat({**align, "budget": {"deadline_seconds": 1.0}}, stream=stream)
     assert answer.status_code == 200, answer.text
@@ -196,7 +196,7 @@ def test_deadline_with_a_partial_answer(serve: Any, align: Any, stream: bool) ->
     assert live.idle()
 
 
-def test_deadline_keeps_the_candidates_that_are_done(serve: Any) -> None:
+def test_a_deadline_keeps_the_complete_candidates(serve: Any) -> None:
     live = serve(script(LATE, '{text = "candidate 2"}', '{text = "candidate 4"}'))
     answer = live.chat({"best_of_n": {"n": 3}, "budget": {"deadline_seconds": 1.0}})
     assert answer.status_code == 200, answer.text
@@ -211,7 +211,7 @@ def test_deadline_keeps_the_candidates_that_are_done(serve: Any) -> None:
 
 @pytest.mark.parametrize("align", [{}, {"best_of_n": {"n": 2}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_deadline_with_nothing(serve: Any, align: Any, stream: bool) -> None:
+def test_a_deadline_before_any_token_is_504(serve: Any, align: Any, stream: bool) -> None:
     live = serve(script(LATE))
     answer = live.chat({**align, "budget": {"deadline_seconds": 0.2}}, stream=stream)
     assert answer.status_code == 504

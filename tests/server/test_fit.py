@@ -1,4 +1,4 @@
-"""`infer-align fit value`, as a person runs it: on the embedded model, with a rule for a reward."""
+"""The command `infer-align fit value` on the embedded model, with a rule as the reward."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ path = "VALUE"
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a configuration, whose value is yet to be made, and prompts."""
+    """A folder with prompts and a configuration, whose value does not exist yet."""
     (tmp_path / "c.toml").write_text(CONFIG.replace("VALUE", str(tmp_path / "brief.safetensors")))
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps(text) + "\n" for text in world.prompts(60, seed=3))
@@ -50,10 +50,10 @@ def fit(place: Path, *more: str, reward: str = "brevity", out: str = "brief.safe
 
 
 async def words(place: Path, betas: list[float], finish: Any) -> list[float]:
-    """Mean length of 40 replies for each beta, by the configured value."""
+    """Return the mean length of 40 replies for each beta, with the configured value."""
     engine = configuration.load(place / "c.toml").load_engine()
     await engine.start()
-    found = []
+    lengths = []
     try:
         for beta in betas:
             draws = [
@@ -67,10 +67,10 @@ async def words(place: Path, betas: list[float], finish: Any) -> list[float]:
             ]
             done = await asyncio.gather(*(finish(engine, draw) for draw in draws))
             lengths = [len(c.text.split()) for candidates, _ in done for c in candidates]
-            found.append(sum(lengths) / len(lengths))
+            lengths.append(sum(lengths) / len(lengths))
     finally:
         await engine.close()
-    return found
+    return lengths
 
 
 @pytest.mark.parametrize("method", ["ridge", "sgd"])
@@ -86,10 +86,10 @@ def test_a_fitted_value_steers(place: Path, capsys: Any, finish: Any, method: st
         "largest_beta=8",
     ]
     assert fit(place, "--replies", "6", "--max-tokens", "40", "--objective", "mean", *settings) == 0
-    said = capsys.readouterr().out
-    assert "360 samples" in said.replace("\n", "")
+    output = capsys.readouterr().out
+    assert "360 samples" in output.replace("\n", "")
     report = json.loads((place / "brief.report.json").read_text())
-    assert re.search(rf"suggested beta: {report['suggested_beta']:g}$", said.strip())
+    assert re.search(rf"suggested beta: {report['suggested_beta']:g}$", output.strip())
     assert report["samples"] == 360
     assert report["held_out"]["r2"] > 0.02
     assert [point["beta"] for point in report["curve"]] == [0, 0.5, 1, 2, 4, 8]
@@ -155,12 +155,12 @@ def test_prompts_that_cannot_be_read_are_named(place: Path, capsys: Any) -> None
     assert "cannotberead" in "".join(capsys.readouterr().err.split())
 
 
-def test_too_few_prompts_say_what_to_do(place: Path, capsys: Any) -> None:
+def test_too_few_prompts_are_refused(place: Path, capsys: Any) -> None:
     (place / "prompts.jsonl").write_text('"hello"\n"there"\n')
     assert fit(place, "--max-tokens", "4") == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert "16 are too few" in said
-    assert "more prompts" in said
+    output = " ".join(capsys.readouterr().err.split())
+    assert "16 are too few" in output
+    assert "more prompts" in output
 
 
 def test_a_reward_that_cannot_score_is_refused(place: Path, capsys: Any) -> None:

@@ -1,4 +1,4 @@
-"""The judge over HTTP: as a reward beside others, by preset, on another engine, and on its own route."""
+"""The judge over HTTP: as a reward, in a preset, on another engine, and on its own route."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_by_preset(client: openai.OpenAI) -> None:
     assert align["candidates"][1]["objective"] == 10.0, "twice the weight of a 5"
 
 
-def test_pairwise_asks_twice_per_pair_and_says_how_they_compare(
+def test_pairwise_mode_reads_each_pair_twice_and_reports_the_relations(
     client: openai.OpenAI, live: Any
 ) -> None:
     before = len(live.engine.queries)
@@ -117,7 +117,7 @@ def test_pairwise_asks_twice_per_pair_and_says_how_they_compare(
     assert values(align)[2] == 5.0
 
 
-def test_it_mixes_with_other_rewards_by_weight(client: openai.OpenAI) -> None:
+def test_the_judge_is_weighted_with_other_rewards(client: openai.OpenAI) -> None:
     body: Any = {"best_of_n": {"n": 3}, "rewards": {"number": 1.0}, "trust_judge": {"weight": 0.5}}
     _, align = ask(client, body)
     for candidate in align["candidates"]:
@@ -184,7 +184,7 @@ def test_scoring_with_a_judge(live: Any) -> None:
     assert answer["reports"]["trust_judge"]["drop_rate"] == 0.0
 
 
-def test_when_the_judge_says_nothing(live: Any) -> None:
+def test_a_judge_without_a_reading_gives_no_score(live: Any) -> None:
     answer = live.post(
         {"messages": USER, "candidates": ["rude", "rude too"], "rewards": {}, "trust_judge": {}},
         "/v1/align/score",
@@ -210,27 +210,27 @@ def judged(live: Any, candidates: list[str], **fields: Any) -> Any:
 
 
 def test_judging_both_ways(live: Any) -> None:
-    found = judged(live, ["fine", "poor", "great", "fine too", "rude"])
-    assert found["object"] == "align.judge"
-    assert [c["score"] for c in found["candidates"]] == pytest.approx([60, 2, 92, 60, None])
-    assert found["candidates"][2]["rescaled"] == on_five(92)
-    assert found["candidates"][2]["win_rate"] == 1.0
-    assert "refusal" in found["candidates"][4]["error"]
-    assert len(found["pairs"]) == 10
-    great = next(pair for pair in found["pairs"] if pair["pair"] == [0, 2])
+    response = judged(live, ["fine", "poor", "great", "fine too", "rude"])
+    assert response["object"] == "align.judge"
+    assert [c["score"] for c in response["candidates"]] == pytest.approx([60, 2, 92, 60, None])
+    assert response["candidates"][2]["rescaled"] == on_five(92)
+    assert response["candidates"][2]["win_rate"] == 1.0
+    assert "refusal" in response["candidates"][4]["error"]
+    assert len(response["pairs"]) == 10
+    great = next(pair for pair in response["pairs"] if pair["pair"] == [0, 2])
     assert great["relation"] == "smaller"
     assert [order["B"] for order in great["orders"]] == pytest.approx([0.8, 0.1])
-    assert found["conflict_ratio"] == pytest.approx(2 / 6), (
+    assert response["conflict_ratio"] == pytest.approx(2 / 6), (
         "fine and poor are a tie to compare, not to score"
     )
-    assert found["tie_rate"] == pytest.approx(3 / 6)
-    assert found["nontransitivity"] == {"3": 0.0, "4": 0.0, "5": None}
-    assert found["cycles"] == []
-    assert found["drop_rate"] == {"score": pytest.approx(0.2), "pairwise": pytest.approx(0.4)}
-    assert found["usage"]["judge_calls"] == 5 + 20
+    assert response["tie_rate"] == pytest.approx(3 / 6)
+    assert response["nontransitivity"] == {"3": 0.0, "4": 0.0, "5": None}
+    assert response["cycles"] == []
+    assert response["drop_rate"] == {"score": pytest.approx(0.2), "pairwise": pytest.approx(0.4)}
+    assert response["usage"]["judge_calls"] == 5 + 20
 
 
-def test_judging_one_way(live: Any) -> None:
+def test_judging_in_one_mode(live: Any) -> None:
     scored = judged(
         live, ["fine", "great"], mode="score", scale=10, criteria="short", readout="geval"
     )
@@ -285,7 +285,7 @@ def test_wrong_judging(live: Any, change: Any, param: str, hint: str) -> None:
     assert hint in answer.json()["error"]["message"]
 
 
-def test_judging_what_nobody_can_judge(live: Any) -> None:
+def test_judging_without_any_reading_fails(live: Any) -> None:
     answer = live.post(
         {"messages": USER, "candidates": ["rude"], "mode": "score"}, "/v1/align/judge"
     )
@@ -317,16 +317,18 @@ def test_wrong_parameters(live: Any, parameters: Any, param: str, hint: str) -> 
 def test_the_worst_case_holds_the_judges_tokens(
     client: openai.OpenAI, mode: str, readings: int
 ) -> None:
-    asked = {"best_of_n": {"n": 4}, "rewards": {}, "trust_judge": {"mode": mode}}
+    settings = {"best_of_n": {"n": 4}, "rewards": {}, "trust_judge": {"mode": mode}}
     _, within = ask(
-        client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings}}, max_tokens=10
+        client, {**settings, "budget": {"completion_tokens": 4 * 10 + readings}}, max_tokens=10
     )
     assert within["usage"]["judge_completion_tokens"] == readings
     with pytest.raises(
         openai.BadRequestError, match=rf"4 candidates x 10 tokens \+ {readings} of judging"
     ):
         ask(
-            client, {**asked, "budget": {"completion_tokens": 4 * 10 + readings - 1}}, max_tokens=10
+            client,
+            {**settings, "budget": {"completion_tokens": 4 * 10 + readings - 1}},
+            max_tokens=10,
         )
 
 
@@ -367,14 +369,14 @@ def configured(serve: Callable[[str], Any]) -> Any:
     return serve(CONFIGURED)
 
 
-def test_what_a_request_leaves_out_is_as_the_judge_is_configured(configured: Any) -> None:
+def test_omitted_settings_are_those_of_the_judge(configured: Any) -> None:
     body = {"best_of_n": {"n": 2}, "rewards": {}}
-    for asked, mode, scale in (
+    for settings, mode, scale in (
         ({}, "pairwise", None),
         ({"mode": "score"}, "score", 10),
         ({"mode": "score", "scale": 5}, "score", 5),
     ):
-        answer = configured.chat({**body, "trust_judge": asked}, max_tokens=20)
+        answer = configured.chat({**body, "trust_judge": settings}, max_tokens=20)
         report = answer.json()["align"]["reports"]["trust_judge"]
         assert (report["mode"], report.get("scale")) == (mode, scale)
         assert (
@@ -389,13 +391,13 @@ def test_what_a_request_leaves_out_is_as_the_judge_is_configured(configured: Any
 
 
 def test_the_judges_route_knows_the_preset_of_the_models_name(configured: Any) -> None:
-    found = judged(configured, ["a", "b"], model="fake@brief", mode="score")
-    assert found["scale"] == 5
+    response = judged(configured, ["a", "b"], model="fake@brief", mode="score")
+    assert response["scale"] == 5
     assert "Criteria: brief." in configured.engine.queries[-1].messages[0]["content"]
     assert judged(configured, ["a", "b"], model="fake@brief", mode="score", scale=10)["scale"] == 10
 
 
-def test_judging_and_scoring_are_within_limits_counted_and_paid_for(configured: Any) -> None:
+def test_judging_and_scoring_are_limited_counted_and_charged(configured: Any) -> None:
     tokens, metric = (
         configured.service.tokens,
         lambda: configured.metric("infer_align_tokens_total", kind="judge"),
@@ -411,19 +413,19 @@ def test_judging_and_scoring_are_within_limits_counted_and_paid_for(configured: 
             in answer.json()["error"]["message"]
         )
         assert answer.json()["error"]["param"] == "candidates"
-        left, counted = tokens.available("127.0.0.1"), metric()
+        available, counted = tokens.available("127.0.0.1"), metric()
         usage = configured.post(
             {"messages": USER, "candidates": many[:5], **body}, f"/v1/align/{path}"
         ).json()["usage"]
         assert usage["judge_completion_tokens"] >= 20
-        assert left - tokens.available("127.0.0.1") > usage["judge_completion_tokens"] - 10, (
+        assert available - tokens.available("127.0.0.1") > usage["judge_completion_tokens"] - 10, (
             "but for what a second gives back"
         )
         assert metric() - counted == usage["judge_prompt_tokens"] + usage["judge_completion_tokens"]
     assert configured.idle()
 
 
-def test_a_judge_that_cannot_be_reached_fails_those_who_ask_it(configured: Any) -> None:
+def test_an_unreachable_judge_fails_only_requests_that_use_it(configured: Any) -> None:
     assert configured.get("/ready").status_code == 200
     assert (
         configured.chat(
@@ -448,21 +450,26 @@ def test_the_prompt_of_a_text_completion_is_judged_too(configured: Any) -> None:
     assert "Once upon a" in configured.engine.queries[-1].messages[1]["content"]
 
 
-def test_many_candidates_do_not_stop_the_server(serve: Callable[[str], Any]) -> None:
+def test_counting_subsets_does_not_block_the_server(serve: Callable[[str], Any]) -> None:
     live = serve('[engine]\nkind = "fake"\n[limits]\nmax_completion_tokens = 100_000\n')
-    slowest, done = 0.0, threading.Event()
+    slowest = 0.0
+    done = threading.Event()
 
     def watch() -> None:
         nonlocal slowest
         while not done.is_set():
-            started = time.monotonic()
+            start_time = time.monotonic()
             live.get("/health")
-            slowest = max(slowest, time.monotonic() - started)
+            slowest = max(slowest, time.monotonic() - start_time)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    found = judged(live, [str(i) for i in range(60)], mode="pairwise")
+    start_time = time.monotonic()
+    response = judged(live, [str(i) for i in range(60)], mode="pairwise")
+    seconds = time.monotonic() - start_time
     done.set()
     watcher.join()
-    assert found["nontransitivity"]["5"] == 0.0
-    assert slowest < 2.0, "as many subsets as five of sixty are counted beside the event loop"
+    assert response["nontransitivity"]["5"] == 0.0
+    # Counting the subsets of 5 of 60 takes most of the time. In the event loop, it would delay
+    # the responses to /health as long.
+    assert slowest < seconds / 2

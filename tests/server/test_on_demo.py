@@ -1,4 +1,4 @@
-"""Preferences and the judge on the embedded demo, from the openai SDK: a real model behind a real server."""
+"""Directions and the judge with the embedded demo model, used from the OpenAI SDK."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def client(live: Any) -> Any:
 
 
 def ask(client: openai.OpenAI, align: Any, question: str = QUESTIONS[0], **fields: Any) -> Any:
-    given = {"model": "demo", "max_tokens": 64, "seed": 3, **fields}
+    candidates = {"model": "demo", "max_tokens": 64, "seed": 3, **fields}
     return client.chat.completions.create(
-        messages=[{"role": "user", "content": question}], extra_body={"align": align}, **given
+        messages=[{"role": "user", "content": question}], extra_body={"align": align}, **candidates
     )
 
 
@@ -60,16 +60,16 @@ def test_rps(client: openai.OpenAI) -> None:
 
 
 def test_judged_best_of_8_with_criteria_and_by_preset(client: openai.OpenAI) -> None:
-    asked = ask(
+    settings = ask(
         client, {"best_of_n": {"n": 8}, "rewards": {}, "trust_judge": {"criteria": "brief"}}
     )
-    assert report(asked)["usage"]["judge_calls"] == 8, (
+    assert report(settings)["usage"]["judge_calls"] == 8, (
         "every label is one token of the demo's tokenizer"
     )
-    assert report(asked)["reports"]["trust_judge"]["drop_rate"] == 0.0
-    values = [c["scores"]["trust_judge"]["value"] for c in report(asked)["candidates"]]
+    assert report(settings)["reports"]["trust_judge"]["drop_rate"] == 0.0
+    values = [c["scores"]["trust_judge"]["value"] for c in report(settings)["candidates"]]
     assert all(1.0 <= value <= 5.0 for value in values)
-    assert report(asked)["selected"] == values.index(max(values))
+    assert report(settings)["selected"] == values.index(max(values))
     preset = ask(client, {}, model="demo@judged")
     assert set(report(preset)["candidates"][0]["scores"]) == {"trust_judge"}
     assert report(preset)["methods"] == ["best_of_n", "trust_judge"]
@@ -85,11 +85,11 @@ def test_everything_together(client: openai.OpenAI) -> None:
         "trust_judge": {"mode": "pairwise"},
         "ensemble": {"objective": "wco"},
     }
-    found = report(ask(client, align, n=2))
-    assert found["methods"] == ["dpa", "rps", "best_of_n", "vas", "trust_judge"]
-    assert len(found["candidates"]) == 4
-    assert set(found["candidates"][0]["scores"]) == {"quality", "preference", "trust_judge"}
-    assert found["usage"]["judge_calls"] == 12
+    response = report(ask(client, align, n=2))
+    assert response["methods"] == ["dpa", "rps", "best_of_n", "vas", "trust_judge"]
+    assert len(response["candidates"]) == 4
+    assert set(response["candidates"][0]["scores"]) == {"quality", "preference", "trust_judge"}
+    assert response["usage"]["judge_calls"] == 12
     with client.chat.completions.create(
         model="demo",
         messages=[{"role": "user", "content": QUESTIONS[0]}],
@@ -98,7 +98,7 @@ def test_everything_together(client: openai.OpenAI) -> None:
         extra_body={"align": align},
     ) as stream:
         last = list(stream)[-1]
-    assert report(last)["selected"] == found["selected"]
+    assert report(last)["selected"] == response["selected"]
 
 
 def test_judging_given_answers(live: Any) -> None:

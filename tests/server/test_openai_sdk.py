@@ -1,4 +1,4 @@
-"""The openai SDK, unchanged: what it asks it gets, and what fails arrives as the SDK's own exceptions."""
+"""The unchanged OpenAI SDK: its requests work, and errors become the SDK's exceptions."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ def test_64_async_clients_at_once(numbers: Any) -> None:
 
 
 def test_tool_calls_pass_through_unchanged(serve: Any) -> None:
-    call = '{id = "call_1", type = "function", function = {name = "weather", arguments = "{\\"city\\": \\"Oslo\\"}"}}'
+    function = '{name = "weather", arguments = "{\\"city\\": \\"Oslo\\"}"}'
+    call = f'{{id = "call_1", type = "function", function = {function}}}'
     live = serve(
         f'[engine]\nkind = "fake"\nreplies = [{{text = "", tool_calls = [{call}]}}]\n'
         '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
@@ -301,9 +302,9 @@ def test_rate_limit(serve: Any) -> None:
 def test_an_engine_failure_keeps_its_status(
     serve: Any, status: int | None, error: type[openai.APIStatusError]
 ) -> None:
-    told = "" if status is None else f", status = {status}"
+    usage = "" if status is None else f", status = {status}"
     live = serve(
-        f'[engine]\nkind = "fake"\nreplies = [{{text = "", error = "the GPU fell off"{told}}}]\n'
+        f'[engine]\nkind = "fake"\nreplies = [{{text = "", error = "the GPU fell off"{usage}}}]\n'
     )
     with openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0) as client:
         with pytest.raises(error) as caught:
@@ -316,7 +317,8 @@ def test_an_engine_failure_keeps_its_status(
 def test_a_failure_before_the_first_token_of_a_stream_has_its_own_status(serve: Any) -> None:
     selection = '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
     live = serve(
-        f'[engine]\nkind = "fake"\nreplies = [{{text = "x", first_token_seconds = 3600}}]\n{selection}'
+        '[engine]\nkind = "fake"\nreplies = [{text = "x", first_token_seconds = 3600}]\n'
+        f"{selection}"
     )
     budget = {"align": {"budget": {"deadline_seconds": 0.2}}}
     client = openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0)
@@ -328,7 +330,8 @@ def test_a_failure_before_the_first_token_of_a_stream_has_its_own_status(serve: 
 
 def test_a_failure_in_the_middle_of_a_stream_is_an_error_event(serve: Any) -> None:
     live = serve(
-        '[engine]\nkind = "fake"\nreplies = [{text = "one two three", error = "the GPU fell off", seconds_per_token = 0.02}]\n'
+        '[engine]\nkind = "fake"\nreplies = [{text = "one two three", '
+        'error = "the GPU fell off", seconds_per_token = 0.02}]\n'
     )
     text = ""
     with openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0) as client:

@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: of the routes, of what is taken and refused, and of what comes back."""
+"""The OpenAPI document fits the routes, the accepted and refused requests, and the responses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def validator(document: dict[str, Any], name: str) -> Any:
     return jsonschema.Draft202012Validator(json.loads(text), registry=resources)
 
 
-def test_it_holds_every_route_and_every_schema_it_names(described: dict[str, Any]) -> None:
+def test_the_document_has_every_route_and_every_referenced_schema(
+    described: dict[str, Any],
+) -> None:
     assert {route.path for route in ROUTES} == {*OPERATIONS}
     responses = {
         path for path in OPERATIONS if path.startswith("/v1/responses")
@@ -76,11 +78,12 @@ def test_defaults_and_bounds_are_the_servers(
     assert numbers.get("/openapi.json").content == numbers.service.document, "made once"
 
 
-def test_it_follows_the_models(config_file: Any) -> None:
-    """An upstream that was not there at the start brings its models with it."""
+def test_the_document_follows_the_models_of_an_upstream(config_file: Any) -> None:
+    """The document gets the models of an upstream that is reached after the start."""
     with fake_upstream() as up:
         path = config_file(
-            f'[engine]\nkind = "openai"\nurls = ["{up.url}"]\nprobe = false\nrecovery_seconds = 0.1\n'
+            f'[engine]\nkind = "openai"\nurls = ["{up.url}"]\n'
+            "probe = false\nrecovery_seconds = 0.1\n"
         )
         up.models = []
         live = start(configuration.load(path))
@@ -93,7 +96,7 @@ def test_it_follows_the_models(config_file: Any) -> None:
             end(live)
 
 
-def test_keys_guard_it_and_it_says_so(
+def test_the_document_needs_a_key_and_describes_it(
     serve: Any, monkeypatch: pytest.MonkeyPatch, config_file: Any
 ) -> None:
     monkeypatch.setenv("TEST_OPENAPI_KEYS", "k")
@@ -106,7 +109,7 @@ def test_keys_guard_it_and_it_says_so(
     assert "TEST_OPENAPI_KEYS" not in json.dumps(document)
 
 
-def test_it_costs_nothing_until_it_is_asked_for(config_file: Any) -> None:
+def test_the_document_is_made_at_the_first_request(config_file: Any) -> None:
     service = Service(configuration.load(config_file('[engine]\nkind = "fake"\n')))
     assert service.document is None
 
@@ -204,7 +207,7 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("schema", "path", "body"), TAKEN)
-def test_what_it_allows_is_taken(
+def test_allowed_requests_are_accepted(
     numbers: Any, described: dict[str, Any], schema: str, path: str, body: Any
 ) -> None:
     validator(described, schema).validate(body)
@@ -212,7 +215,7 @@ def test_what_it_allows_is_taken(
 
 
 @pytest.mark.parametrize(("schema", "path", "body"), REFUSED)
-def test_what_it_forbids_is_refused(
+def test_forbidden_requests_are_refused(
     numbers: Any, described: dict[str, Any], schema: str, path: str, body: Any
 ) -> None:
     assert not validator(described, schema).is_valid(body)
@@ -227,9 +230,9 @@ def test_answers_are_as_described(
     responses = described["paths"][path]["post"]["responses"]
     assert str(answer.status_code) in responses, "each status is documented"
     media = answer.headers["content-type"].partition(";")[0]
-    found = responses[str(answer.status_code)]["content"][media]["schema"]
+    errors = responses[str(answer.status_code)]["content"][media]["schema"]
     if media == "application/json":
-        validator(described, found["$ref"].rpartition("/")[2]).validate(answer.json())
+        validator(described, errors["$ref"].rpartition("/")[2]).validate(answer.json())
 
 
 @pytest.mark.parametrize(
@@ -251,12 +254,12 @@ def test_reading_is_as_described(numbers: Any, described: dict[str, Any], path: 
     validator(described, content["$ref"].rpartition("/")[2]).validate(numbers.get(path).json())
 
 
-def test_every_documented_status_says_when() -> None:
+def test_every_documented_status_has_a_meaning() -> None:
     for operation in OPERATIONS.values():
         assert {*operation.statuses} <= {*STATUSES}
 
 
-def test_the_responses_api_is_said_to_be_missing(numbers: Any) -> None:
+def test_a_missing_responses_api_is_named(numbers: Any) -> None:
     for answer in (
         numbers.post({"model": "fake", "input": "x"}, "/v1/responses"),
         numbers.get("/v1/responses/resp_1"),

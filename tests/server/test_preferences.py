@@ -1,4 +1,4 @@
-"""Directions over HTTP: told to the model, drawn around, and selected by; from the openai SDK, unchanged."""
+"""Directions over HTTP with the unchanged OpenAI SDK: in prompts, draws and the selection."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def ask(client: openai.OpenAI, align: Any, messages: Any = USER, **fields: Any) 
     return answer, (answer.model_extra or {})["align"]
 
 
-def test_a_direction_is_told_and_the_clients_own_words_stay(
+def test_a_direction_extends_the_prompt_and_keeps_the_clients_messages(
     client: openai.OpenAI, live: Any
 ) -> None:
     _, align = ask(client, {"dpa": {"direction": PAIR}}, SYSTEM)
@@ -139,7 +139,7 @@ def test_rps_with_best_of_n_is_n_per_direction(client: openai.OpenAI) -> None:
         ]
 
 
-def test_the_default_is_what_scores_the_direction(client: openai.OpenAI) -> None:
+def test_by_default_the_rewards_with_the_attributes_score(client: openai.OpenAI) -> None:
     _, align = ask(client, {"dpa": {"direction": PAIR}, "rps": {"k": 2}})
     assert set(align["candidates"][0]["scores"]) == {"quality", "raw"}
     _, other = ask(client, {"dpa": {"direction": {"warmth": 1.0}}, "best_of_n": {"n": 2}})
@@ -150,7 +150,7 @@ def test_the_default_is_what_scores_the_direction(client: openai.OpenAI) -> None
     assert set(mixed["candidates"][0]["scores"]) == {"brevity"}, "none scores both"
 
 
-def test_a_budget_that_is_kept_and_said(client: openai.OpenAI) -> None:
+def test_a_budget_is_checked_and_named(client: openai.OpenAI) -> None:
     _, align = ask(client, {"dpa": {"direction": PAIR}, "rps": {"k": 4, "max_angle": 0}})
     assert len(align["candidates"]) == 4
     assert "1 of 4 directions within 0 degrees" in align["reason"]
@@ -246,7 +246,7 @@ BAD: list[Any] = [
 @pytest.mark.parametrize(
     ("align", "param", "hint"), BAD, ids=lambda v: v if isinstance(v, str) else ""
 )
-def test_what_is_wrong_is_named(live: Any, align: Any, param: str, hint: str) -> None:
+def test_wrong_parameters_are_named(live: Any, align: Any, param: str, hint: str) -> None:
     before = live.engine.sampled
     answer = live.chat(align)
     error = answer.json()["error"]
@@ -256,13 +256,11 @@ def test_what_is_wrong_is_named(live: Any, align: Any, param: str, hint: str) ->
     assert live.engine.sampled == before, "nothing was spent"
 
 
-def test_no_number_in_json(live: Any) -> None:
+def test_numbers_that_json_cannot_represent_are_refused(live: Any) -> None:
     for value in (b"NaN", b"Infinity", b"-Infinity"):
-        body = (
-            b'{"messages": [{"role": "user", "content": "x"}], "align": {"dpa": {"direction": {"verbosity": '
-            + value
-            + b"}}}}"
-        )
+        direction = b'{"direction": {"verbosity": %s}}' % value
+        messages = b'[{"role": "user", "content": "x"}]'
+        body = b'{"messages": %s, "align": {"dpa": %s}}' % (messages, direction)
         answer = live.post(body)
         assert answer.status_code == 400
         assert value.decode().strip("-") in answer.json()["error"]["message"]

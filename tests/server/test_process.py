@@ -272,7 +272,8 @@ def test_a_used_port_is_named(config_file: Callable[[str], Path]) -> None:
 def test_a_load_that_fails_ends_the_process(
     config_file: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    text = f'[rewards.gone]\nkind = "classifier"\nmodels = ["{tmp_path}/none"]\n[engine]\nkind = "fake"\n'
+    reward = f'[rewards.gone]\nkind = "classifier"\nmodels = ["{tmp_path}/none"]\n'
+    text = f'{reward}[engine]\nkind = "fake"\n'
     done = run("serve", str(config_file(text)), "--set", "server.port=0")
     assert done.returncode == 2
     assert f"{tmp_path}/none" in done.stderr
@@ -326,7 +327,8 @@ def test_a_wrong_override_is_named(
 
 def test_config_show_gives_the_origin_of_each_value(config_file: Callable[[str], Path]) -> None:
     path = config_file(
-        '[engine]\nkind = "fake"\n[server]\nport = 9\n[rewards.r]\nkind = "rules"\nregex = "[a-z]+[/x]"\n'
+        '[engine]\nkind = "fake"\n[server]\nport = 9\n'
+        '[rewards.r]\nkind = "rules"\nregex = "[a-z]+[/x]"\n'
         "[presets.p]\nbest_of_n = {n = 2}\n"
     )
     done = run("config", "show", str(path), "--set", "limits.max_queue=7", COLUMNS="400")

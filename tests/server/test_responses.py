@@ -1,4 +1,4 @@
-"""The Responses API of an upstream: passed through as it is, with its own key, and counted like everything else."""
+"""The Responses API of an upstream is passed through with the upstream's key and is charged."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from tests.server.conftest import start as serve
 KEY, CALLER = "sk-upstream-secret", {"authorization": "Bearer the-clients-own"}
 ASKED = {"model": "up", "input": "hello", "unknown": {"x": [1, None]}}
 EVENTS = [
-    b'event: response.created\ndata: {"type":"response.created","response":{"id":"resp_1","usage":null}}\n\n',
-    b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"hi"}\n\n',
-    b'event: response.completed\ndata: {"type":"response.completed","response":{"usage":{"output_tokens":7}}}\n\n',
+    b"event: response.created\ndata: "
+    b'{"type":"response.created","response":{"id":"resp_1","usage":null}}\n\n',
+    b"event: response.output_text.delta\ndata: "
+    b'{"type":"response.output_text.delta","delta":"hi"}\n\n',
+    b"event: response.completed\ndata: "
+    b'{"type":"response.completed","response":{"usage":{"output_tokens":7}}}\n\n',
 ]
 
 
 class Answers:
-    """What an upstream with a Responses API says."""
+    """Return the response of an upstream with a Responses API."""
 
     @staticmethod
     async def stored(_: FakeUpstream, body: dict[str, Any], send: Any) -> None:
@@ -96,7 +99,8 @@ def front(
         path.write_text(
             f'[engine]\nkind = "openai"\nurls = {json.dumps([up.url, *more])}\nprobe = false\n'
             f'api_key_env = "TEST_RESPONSES_UPSTREAM"\n'
-            f'[server]\napi_keys_env = "TEST_RESPONSES_KEYS"\n[presets.best]\nbest_of_n = {{n = 2}}\n[limits]\n{limits}\n'
+            f'[server]\napi_keys_env = "TEST_RESPONSES_KEYS"\n'
+            f"[presets.best]\nbest_of_n = {{n = 2}}\n[limits]\n{limits}\n"
         )
         lives.append(serve(configuration.load(path)))
         return lives[-1]
@@ -110,11 +114,11 @@ def ask(live: Live, **fields: Any) -> Any:
     return live.post({**ASKED, **fields}, "/v1/responses", headers=CALLER)
 
 
-def left(live: Live) -> float:
+def available(live: Live) -> float:
     return float(live.service.tokens.available("key 0"))
 
 
-def test_it_arrives_as_it_is_under_the_upstreams_own_key(up: FakeUpstream, front: Any) -> None:
+def test_a_request_arrives_unchanged_with_the_upstreams_key(up: FakeUpstream, front: Any) -> None:
     live = front()
     raw = b'{"input" : "h\\u00e9",  "model":"up","seed":1.50}'
     answer = live.post(raw, "/v1/responses", headers=CALLER)
@@ -126,7 +130,7 @@ def test_it_arrives_as_it_is_under_the_upstreams_own_key(up: FakeUpstream, front
     assert "/v1/responses" in live.get("/openapi.json", headers=CALLER).json()["paths"]
 
 
-def test_what_is_stored_is_read_deleted_and_cancelled(up: FakeUpstream, front: Any) -> None:
+def test_stored_responses_are_read_deleted_and_cancelled(up: FakeUpstream, front: Any) -> None:
     live = front()
     with live.http(headers=CALLER) as http:
         assert http.get("/v1/responses/resp_1?include=a%26b&include=c").status_code == 200
@@ -157,12 +161,15 @@ def test_a_stream_comes_byte_for_byte(up: FakeUpstream, front: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_it_ends_when_the_client_leaves(up: FakeUpstream, front: Any, stream: bool) -> None:
+def test_a_disconnect_ends_the_request_to_the_upstream(
+    up: FakeUpstream, front: Any, stream: bool
+) -> None:
     live = front()
     up.behave = lambda _, __: "endless" if stream else "hang"
     content = json.dumps({**ASKED, "stream": stream}).encode()
     with socket.create_connection(("127.0.0.1", live.port), timeout=60) as raw:
-        head = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nAuthorization: {CALLER['authorization']}\r\n"
+        key = CALLER["authorization"]
+        head = f"POST /v1/responses HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n"
         raw.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content)
         assert live.until(lambda: up.running == 1)
         if stream:
@@ -171,7 +178,7 @@ def test_it_ends_when_the_client_leaves(up: FakeUpstream, front: Any, stream: bo
     assert live.until(lambda: live.service.admission.running == 0)
 
 
-def test_where_there_is_none_it_says_so(up: FakeUpstream, front: Any) -> None:
+def test_an_upstream_without_a_responses_api_is_named(up: FakeUpstream, front: Any) -> None:
     live = front()
     up.behave = lambda _, __: "missing"
     answer = ask(live)
@@ -183,7 +190,7 @@ def test_where_there_is_none_it_says_so(up: FakeUpstream, front: Any) -> None:
     assert "resp_9" in answer.json()["error"]["message"]
 
 
-def test_what_lies_on_another_upstream_is_found_there(up: FakeUpstream, front: Any) -> None:
+def test_a_response_stored_on_another_upstream_is_read_there(up: FakeUpstream, front: Any) -> None:
     with fake_upstream() as second:
         second.behave = lambda _, __: "stored"
         up.behave = lambda _, __: "unknown"
@@ -203,7 +210,7 @@ def test_what_lies_on_another_upstream_is_found_there(up: FakeUpstream, front: A
         ({}, 400, "max_output_tokens"),
     ],
 )
-def test_what_is_refused_is_named(
+def test_refused_requests_are_named(
     up: FakeUpstream, front: Any, fields: dict[str, Any], status: int, param: str
 ) -> None:
     answer = ask(front(limits="max_completion_tokens = 400"), **fields)
@@ -214,15 +221,15 @@ def test_what_is_refused_is_named(
 @pytest.mark.parametrize(
     ("behaviour", "spent"), [("stored", 40), ("streamed", 7), ("error_400", 0)]
 )
-def test_it_is_charged(up: FakeUpstream, front: Any, behaviour: str, spent: int) -> None:
+def test_responses_are_charged(up: FakeUpstream, front: Any, behaviour: str, spent: int) -> None:
     live = front(limits="candidate_tokens_per_minute = 1000")
     up.behave = lambda _, __: behaviour
     ask(live, max_output_tokens=20)
     assert live.until(lambda: live.service.admission.running == 0)
-    assert 1000 - spent <= left(live) <= 1001 - spent, (
+    assert 1000 - spent <= available(live) <= 1001 - spent, (
         "what was said, and not only what was announced"
     )
     live.get("/v1/responses/resp_1", headers=CALLER)
-    assert left(live) >= 1000 - spent, "reading it again is free"
+    assert available(live) >= 1000 - spent, "reading it again is free"
     ask(live, max_output_tokens=990)
     assert ask(live, max_output_tokens=1000).status_code == (429 if spent else 400)

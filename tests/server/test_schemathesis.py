@@ -1,8 +1,9 @@
-"""Thousands of generated requests, good and bad: no server error, no status and no answer that the descriptions do not have.
+"""Thousands of generated requests give no server error and only documented responses.
 
-Seeded and bounded. Two checks are counted: a schema cannot say all that is refused (a direction without a chat prompt, a worst
-case over the limit), and an engine forwards fields that it does not know, which OpenAI's own description types. The counts are a
-ratchet: they may fall, and a change that lets one rise has to say why here.
+The runs are seeded and bounded. Two kinds of failures are counted and not refused: a schema cannot
+describe all that the server refuses (a direction without a chat prompt, a worst case over the
+limit), and an engine forwards fields that it does not know, while OpenAI's description types them.
+The counts may fall. A change that raises one gives the reason here.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ max_candidates = 16
 """
 REFUSED_BEYOND_THE_SCHEMA = "RejectedPositiveData"
 TAKEN_BEYOND_THE_SCHEMA = "AcceptedNegativeData"
-# Failures per kind that are tolerated. Against OpenAI's description vLLM's own server has six, so that ours may never have more.
+# The allowed failures per kind. With OpenAI's description, vLLM's own server has six
+# failures; ours may never have more.
 OURS = {REFUSED_BEYOND_THE_SCHEMA: 4}
 OPENAIS = {REFUSED_BEYOND_THE_SCHEMA: 2, TAKEN_BEYOND_THE_SCHEMA: 1}
 VLLM = 6
 
 
 def schemathesis(document: dict[str, Any], url: str, folder: Path, examples: int) -> dict[str, int]:
-    """Failures by kind, of one seeded run against the server at `url`."""
+    """Run one seeded test of the server at `url`; return the failures by kind."""
     program = environments.program("schemathesis", "schemathesis")
     (folder / "openapi.json").write_text(json.dumps(document))
     done = subprocess.run(
@@ -87,7 +89,7 @@ def schemathesis(document: dict[str, Any], url: str, folder: Path, examples: int
 
 
 def over(failures: dict[str, int], tolerated: dict[str, int]) -> dict[str, str]:
-    """What there is more of than is tolerated."""
+    """Return the failures above the allowed counts."""
     return {
         kind: f"{n}, over {tolerated.get(kind, 0)}"
         for kind, n in failures.items()

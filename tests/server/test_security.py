@@ -1,4 +1,4 @@
-"""What a client says cannot change where keys go, nor which method runs; keys are neither logged nor returned."""
+"""No request changes where API keys go or which method runs; keys are not logged or returned."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CERTIFICATE = Path(__file__).parents[1] / "data" / "self_signed.pem"
 
 
 class Leaks:
-    """An upstream that says the key that it was sent, in every place where an error can say something."""
+    """An upstream that repeats the received key in every part of an error."""
 
     @staticmethod
     async def key_in_200(_: FakeUpstream, __: Any, send: Any) -> None:
@@ -56,7 +56,7 @@ def up(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeUpstream]:
 
 @pytest.fixture
 def attacker() -> Iterator[tuple[str, list[bytes]]]:
-    """A URL that nobody should ever ask, and what it has received."""
+    """A URL that no request may reach, and the bytes that it received."""
     heard: list[bytes] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -80,7 +80,7 @@ def attacker() -> Iterator[tuple[str, list[bytes]]]:
 def front(
     up: FakeUpstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Live]]:
-    """A server before the upstream, both with a key."""
+    """A server in front of the upstream, both with a key."""
     monkeypatch.setenv("TEST_UPSTREAM_KEY", KEY)
     monkeypatch.setenv("TEST_SERVER_KEYS", SERVER_KEY)
     lives: list[Live] = []
@@ -89,7 +89,8 @@ def front(
         path = tmp_path / "front.toml"
         path.write_text(
             f'[server]\napi_keys_env = "TEST_SERVER_KEYS"\n'
-            f'[engine]\nkind = "openai"\nurls = ["{url}"]\napi_key_env = "TEST_UPSTREAM_KEY"\n{probe}\n'
+            f'[engine]\nkind = "openai"\nurls = ["{url}"]\n'
+            f'api_key_env = "TEST_UPSTREAM_KEY"\n{probe}\n'
             '[rewards.number]\nkind = "callable"\nfunction = "tests.server.scorers:number"\n'
         )
         lives.append(start(configuration.load(path)))
@@ -102,7 +103,7 @@ def front(
 
 @contextlib.contextmanager
 def logged() -> Iterator[io.StringIO]:
-    """Everything that any logger says meanwhile, at the level debug."""
+    """All log records of the test, at the level debug."""
     text, root = io.StringIO(), logging.getLogger()
     handler = logging.StreamHandler(text)
     handler.setFormatter(JsonFormatter())
@@ -123,7 +124,7 @@ def logged() -> Iterator[io.StringIO]:
 
 
 def hostile(url: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Every place where a client might try to name another upstream, another key, or another method."""
+    """Return every part of a request that could name another upstream, key or method."""
     host = url.removeprefix("http://").removesuffix("/v1")
     headers = {
         "X-ITS-Endpoint": url,
@@ -156,7 +157,9 @@ def hostile(url: str) -> tuple[dict[str, str], dict[str, Any]]:
     }
 
 
-def test_no_header_and_no_field_moves_the_key(up: FakeUpstream, front: Any, attacker: Any) -> None:
+def test_no_header_or_field_changes_where_the_key_goes(
+    up: FakeUpstream, front: Any, attacker: Any
+) -> None:
     live, (url, heard) = front(), attacker
     headers, fields = hostile(url)
     with logged() as text:
@@ -223,9 +226,9 @@ def test_keys_are_neither_logged_nor_returned_when_something_fails(
             "/ready",
             "/metrics",
         ):
-            told = live.get(path, headers={"authorization": f"Bearer {SERVER_KEY}"})
+            answer = live.get(path, headers={"authorization": f"Bearer {SERVER_KEY}"})
             for name in (KEY, SERVER_KEY, "TEST_UPSTREAM_KEY", "TEST_SERVER_KEYS"):
-                assert name not in told.text, path
+                assert name not in answer.text, path
     for secret in (KEY, SERVER_KEY, "a-wrong-key"):
         assert secret not in text.getvalue()
 
@@ -241,8 +244,8 @@ def test_a_redirect_is_not_followed_with_the_key(
     assert attacker[1] == []
 
 
-def test_an_upstream_that_nobody_vouches_for_is_refused(front: Any, tmp_path: Path) -> None:
-    """TLS certificates are verified: a self-signed one gets no request, and so no key."""
+def test_an_upstream_with_an_untrusted_certificate_is_refused(front: Any, tmp_path: Path) -> None:
+    """TLS certificates are verified: a self-signed one gets no request and therefore no key."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(CERTIFICATE)
     heard: list[bytes] = []
@@ -271,11 +274,11 @@ def test_an_upstream_that_nobody_vouches_for_is_refused(front: Any, tmp_path: Pa
         thread.join()
     assert answer.status_code in {502, 503}, answer.text
     assert "certificate" in answer.text.lower()
-    assert not [said for said in heard if said], "nothing was said to it"
+    assert not [text for text in heard if text], "it received no request"
 
 
-def test_nobody_is_told_where_the_upstreams_are(front: Any) -> None:
-    """What needs no key, and what a client is told of a failure, names neither address nor port."""
+def test_the_addresses_of_upstreams_are_not_revealed(front: Any) -> None:
+    """Routes without a key and error messages contain no address and no port."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = str(closed.getsockname()[1])
     live = front(f"http://127.0.0.1:{port}/v1", 'probe = false\nmodel = "up"')
@@ -288,8 +291,8 @@ def test_nobody_is_told_where_the_upstreams_are(front: Any) -> None:
         assert "127.0.0.1" not in answer.text
 
 
-def test_no_header_makes_a_client_another(config_file: Any) -> None:
-    """Limits count by the connection's address; X-Forwarded-For is anybody's to write."""
+def test_no_header_changes_the_caller(config_file: Any) -> None:
+    """Limits use the address of the connection: any client can write X-Forwarded-For."""
     options = _uvicorn_config(
         configuration.load(config_file('[engine]\nkind = "fake"\n')), FastAPI()
     )
@@ -349,13 +352,18 @@ def test_align_counts_in_one_place_only(numbers: Any) -> None:
             headers={"align": "best", "x-preset": "best"},
         )
     assert "align" not in answer.json()
-    twice = b'{"messages": [{"role": "user", "content": "x"}], "align": {"best_of_n": {"n": 5}}, "align": null}'
+    twice = (
+        b'{"messages": [{"role": "user", "content": "x"}], '
+        b'"align": {"best_of_n": {"n": 5}}, "align": null}'
+    )
     assert "align" not in numbers.post(twice).json(), (
         "of two, the last counts, as JSON readers have it"
     )
 
 
-def test_who_is_not_known_spends_nothing(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_without_a_valid_key_spends_nothing(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TEST_SECURITY_KEYS", SERVER_KEY)
     live = serve(f'{NUMBERS}api_keys_env = "TEST_SECURITY_KEYS"\n')
     for key in ("sk-anything", "anything", SERVER_KEY[:-1], f"{SERVER_KEY}x", SERVER_KEY.upper()):
@@ -399,7 +407,8 @@ def test_the_configuration_knows_its_secrets(
     monkeypatch.setenv("TEST_B", "three")
     path = tmp_path / "x.toml"
     path.write_text(
-        '[server]\napi_keys_env = "TEST_A"\n[engine]\nkind = "openai"\nurls = ["http://127.0.0.1:1/v1"]\napi_key_env = "TEST_B"\n'
+        '[server]\napi_keys_env = "TEST_A"\n[engine]\nkind = "openai"\n'
+        'urls = ["http://127.0.0.1:1/v1"]\napi_key_env = "TEST_B"\n'
     )
     assert configuration.load(path).secrets() == {"one, two", "one", "two", "three"}
     path.write_text('[engine]\nkind = "fake"\n')

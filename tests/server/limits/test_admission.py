@@ -1,4 +1,4 @@
-"""Admission: fair between callers, first come first served for each, bounded, and nothing leaks."""
+"""Admission is fair to callers, keeps each caller's order, holds its bounds and leaks nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Arrivals = list[tuple[str, int]]
 async def served(
     arrivals: Arrivals, leave: frozenset[int] = frozenset(), **limits: int
 ) -> list[int]:
-    """The order in which requests that all wait at once are admitted; those in `leave` hang up while they wait."""
+    """Return the order in which requests that wait at the same time are admitted.
+
+    The requests in `leave` disconnect while they wait.
+    """
     admission, order = (
         Admission(configuration.Limits(**{"max_running": 1, "max_queue": 10_000, **limits})),
         [],
@@ -54,25 +57,33 @@ TRAFFIC = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), max_si
 
 @given(TRAFFIC)
 @settings(max_examples=200, deadline=None)
-def test_callers_that_wait_get_the_same(arrivals: Arrivals) -> None:
+def test_waiting_callers_get_equal_shares(arrivals: Arrivals) -> None:
     order = asyncio.run(served(arrivals))
-    assert sorted(order) == list(range(len(arrivals))), "everybody is served in the end"
+    assert sorted(order) == list(range(len(arrivals))), "every request is admitted in the end"
     waiting = Counter(caller for caller, _ in arrivals)
-    largest = {caller: max(max(1, n) for who, n in arrivals if who == caller) for caller in waiting}
-    got: Counter[str] = Counter()
+    largest = {
+        caller: max(max(1, n) for name, n in arrivals if name == caller) for caller in waiting
+    }
+    admitted_tokens: Counter[str] = Counter()
     for i in order:
         caller, tokens = arrivals[i]
-        got[caller] += max(1, tokens)
+        admitted_tokens[caller] += max(1, tokens)
         waiting[caller] -= 1
-        still = [who for who, left in waiting.items() if left]  # the bound holds while both wait
-        for a in still:
-            for b in still:
-                assert abs(got[a] - got[b]) <= largest[a] + largest[b], (a, b, got)
+        waiting_callers = [
+            name for name, remaining in waiting.items() if remaining
+        ]  # the bound holds while both wait
+        for a in waiting_callers:
+            for b in waiting_callers:
+                assert abs(admitted_tokens[a] - admitted_tokens[b]) <= largest[a] + largest[b], (
+                    a,
+                    b,
+                    admitted_tokens,
+                )
 
 
 @given(TRAFFIC, st.data())
 @settings(max_examples=100, deadline=None)
-def test_each_caller_is_served_in_its_order_whoever_leaves(
+def test_each_caller_keeps_its_order_when_requests_leave(
     arrivals: Arrivals, data: st.DataObject
 ) -> None:
     leave = (
@@ -81,26 +92,26 @@ def test_each_caller_is_served_in_its_order_whoever_leaves(
     order = asyncio.run(served(arrivals, leave))
     assert set(order) == set(range(len(arrivals))) - leave
     for caller in "abc":
-        own = [i for i in order if arrivals[i][0] == caller]
-        assert own == sorted(own)
+        of_caller = [i for i in order if arrivals[i][0] == caller]
+        assert of_caller == sorted(of_caller)
 
 
-def test_a_flood_does_not_starve_anybody() -> None:
+def test_a_flood_does_not_starve_another_caller() -> None:
     flood = [("flood", 100)] * 500
     order = asyncio.run(served([*flood, ("quiet", 100), ("quiet", 100)]))
     assert order.index(500) <= 2
     assert order.index(501) <= 4
 
 
-def test_who_asks_for_less_gets_more_turns() -> None:
+def test_a_caller_with_small_requests_gets_more_turns() -> None:
     arrivals = [("large", 1000)] * 5 + [("small", 10)] * 300
     order = asyncio.run(served(arrivals))
     before_the_third = order[: order.index(2)]
     assert sum(i >= 5 for i in before_the_third) >= 100
 
 
-def test_who_was_away_has_saved_nothing_up() -> None:
-    """A newcomer shares from now on; it is not first given what others had before it came."""
+def test_an_absent_caller_gains_nothing() -> None:
+    """A new caller gets its share from now on, and nothing for the time before it came."""
 
     async def scenario() -> list[str]:
         admission, order, late = Admission(configuration.Limits(max_running=1)), [], []
@@ -123,8 +134,8 @@ def test_who_was_away_has_saved_nothing_up() -> None:
     assert order[10:14].count("late") == 2
 
 
-def test_who_held_every_place_waits_behind_who_held_none() -> None:
-    """What ran without waiting counts as well."""
+def test_a_caller_that_held_every_place_waits_behind_a_new_one() -> None:
+    """Requests that ran without waiting count too."""
 
     async def scenario() -> list[str]:
         admission, order, gate = Admission(configuration.Limits(max_running=3)), [], asyncio.Event()
@@ -163,11 +174,11 @@ def test_a_flood_does_not_keep_others_out_of_the_queue() -> None:
             await one("flood")
         assert caught.value.code == "queue_full"
         assert (caught.value.retry_after or 0) >= 1
-        others = [asyncio.create_task(one(f"other {i}")) for i in range(4)]
+        other_tasks = [asyncio.create_task(one(f"other {i}")) for i in range(4)]
         await asyncio.sleep(0)
         assert admission.queued == 4
         gate.set()
-        done = await asyncio.gather(*tasks, *others, return_exceptions=True)
+        done = await asyncio.gather(*tasks, *other_tasks, return_exceptions=True)
         gone = [isinstance(result, Overloaded) for result in done]
         assert gone == [False, False, True, True, True, False, False, False, True], (
             "down to one place each, the newest goes first"
@@ -192,8 +203,8 @@ def test_bounds_hold_and_nothing_leaks(arrivals: list[tuple[str, int, str]]) -> 
             configuration.Limits(max_running=2, max_running_tokens=40, max_queue=5)
         )
 
-        async def one(caller: str, tokens: int, how: str) -> None:
-            async with admission.admit(tokens, 0.0 if how == "late" else None, caller):
+        async def one(caller: str, tokens: int, behaviour: str) -> None:
+            async with admission.admit(tokens, 0.0 if behaviour == "late" else None, caller):
                 assert admission.running <= 2
                 assert admission.running_tokens <= 40
                 await asyncio.sleep(0)
@@ -214,7 +225,7 @@ def test_bounds_hold_and_nothing_leaks(arrivals: list[tuple[str, int, str]]) -> 
     asyncio.run(scenario())
 
 
-def test_passed_callers_are_forgotten() -> None:
+def test_callers_of_the_past_are_deleted() -> None:
     async def scenario() -> None:
         admission, gate = (
             Admission(configuration.Limits(max_running=MAX_CALLERS * 2)),
@@ -259,7 +270,7 @@ def test_admission_is_first_come_first_served_and_leaks_nothing() -> None:
     assert asyncio.run(scenario()) == [i for i in range(30) if i not in {5, 11, 28}]
 
 
-def test_leaving_in_the_very_step_of_being_admitted_leaks_nothing() -> None:
+def test_leaving_at_the_moment_of_admission_leaks_nothing() -> None:
     async def scenario() -> None:
         admission = Admission(configuration.Limits(max_running=1))
         release = asyncio.Event()
@@ -297,7 +308,7 @@ def test_a_deadline_in_the_queue_leaks_nothing() -> None:
     asyncio.run(scenario())
 
 
-def test_one_keys_flood_does_not_hold_up_another(
+def test_a_flood_with_one_key_does_not_delay_another(
     serve: Any, monkeypatch: pytest.MonkeyPatch, hold: threading.Event
 ) -> None:
     monkeypatch.setenv("TEST_FAIR_KEYS", "flood,quiet")

@@ -1,4 +1,4 @@
-"""The timeout that OpenAI's SDKs announce is a deadline, where the request sets none."""
+"""The timeout that OpenAI's SDKs send is the deadline of a request that sets none."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ USER: Any = [{"role": "user", "content": "x"}]
         ],
     ],
 )
-def test_what_the_client_says(headers: dict[str, str], seconds: float | None) -> None:
+def test_the_smallest_valid_timeout_counts(headers: dict[str, str], seconds: float | None) -> None:
     assert client_timeout(headers) == seconds
 
 
 @given(st.text())
-def test_any_text_is_read_without_harm(text: str) -> None:
+def test_any_header_is_parsed(text: str) -> None:
     seconds = client_timeout({"x-stainless-read-timeout": text})
     assert seconds is None or seconds > 0
 
@@ -57,15 +57,15 @@ def test_the_deadline_is_a_little_earlier(seconds: float) -> None:
     assert 0 < due < seconds
     assert seconds - due <= MAX_RESERVED_SECONDS
     assert with_client_deadline(plan, None) is plan
-    own = with_client_deadline(with_client_deadline(plan, 5.0), 1.0)
-    assert own.deadline_seconds == 4.5, "a deadline that is there stands"
+    with_deadline = with_client_deadline(with_client_deadline(plan, 5.0), 1.0)
+    assert with_deadline.deadline_seconds == 4.5, "a deadline that is there stands"
 
 
 def client(live: Any, timeout: float) -> openai.OpenAI:
     return openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0, timeout=timeout)
 
 
-def test_the_sdk_gets_what_was_sampled_in_its_time(serve: Any) -> None:
+def test_the_sdk_gets_a_partial_answer_within_its_timeout(serve: Any) -> None:
     live = serve(SLOW)
     seconds = 5.0
     with client(live, seconds) as sdk:
@@ -94,7 +94,7 @@ def test_a_stream_is_kept_alive_for_its_client(serve: Any) -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "1 2"
 
 
-def test_nobody_can_ask_for_a_flood_of_comments(serve: Any) -> None:
+def test_a_tiny_timeout_does_not_cause_a_flood_of_comments(serve: Any) -> None:
     live = serve('[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 2}]\n')
     answer = live.post(
         {"messages": USER, "stream": True}, headers={"x-stainless-read-timeout": "1e-9"}
@@ -103,7 +103,7 @@ def test_nobody_can_ask_for_a_flood_of_comments(serve: Any) -> None:
     assert answer.text.endswith("data: [DONE]\n\n")
 
 
-def test_it_can_be_switched_off(serve: Any) -> None:
+def test_the_client_timeout_can_be_switched_off(serve: Any) -> None:
     live = serve(f"[server]\nhonour_client_timeout = false\n{FAST}")
     answer = live.post({"messages": USER}, headers={"x-stainless-read-timeout": "1e-6"})
     assert answer.json()["choices"][0]["finish_reason"] == "stop"

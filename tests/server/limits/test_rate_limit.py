@@ -1,4 +1,4 @@
-"""What a caller may use in a minute: requests, and candidate tokens, charged at their worst and given back."""
+"""Rate limits and token budgets: the worst case is charged, and unused tokens are returned."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAILS = '[engine]\nkind = "fake"\nreplies = [{text = "one two", error = "broken"
 
 
 class Clock:
-    """Monotonic seconds, moved by hand."""
+    """A clock in seconds that the test moves."""
 
     now = 1000.0
 
@@ -41,7 +41,7 @@ def allowance(per_minute: int) -> tuple[RateLimit, Clock]:
 
 
 def refusal(bucket: RateLimit, caller: str, amount: int) -> float | None:
-    """Take; -> the seconds to wait where it is refused."""
+    """Take an amount; return the seconds to wait if it is refused."""
     try:
         bucket.take(caller, amount)
     except Overloaded as refused:
@@ -68,7 +68,7 @@ def test_retry_after_is_true_and_the_average_holds(
             missing = min(amount, per_minute) - bucket.available(caller)
             assert 0 < wait <= missing * 60 / per_minute * 1.001
             clock.now += wait
-            bucket.take(caller, amount)  # it told the truth
+            bucket.take(caller, amount)  # retry_after was right
         back = int(unspent * amount)
         bucket.give_back(caller, back)
         net[caller] += amount - back
@@ -79,7 +79,7 @@ def test_retry_after_is_true_and_the_average_holds(
         assert bucket.available(caller) <= per_minute
 
 
-def test_more_than_a_bucket_is_allowed_when_it_is_full_and_is_earned_back() -> None:
+def test_an_amount_above_the_bucket_is_allowed_when_it_is_full() -> None:
     bucket, clock = allowance(60)
     bucket.take("a", 180)
     assert bucket.available("a") == -120
@@ -92,7 +92,7 @@ def test_more_than_a_bucket_is_allowed_when_it_is_full_and_is_earned_back() -> N
     assert bucket.available("a") == 60
 
 
-def test_callers_do_not_share_and_no_limit_is_none() -> None:
+def test_callers_have_separate_buckets_and_zero_is_no_limit() -> None:
     bucket, _ = allowance(1)
     bucket.take("a")
     bucket.take("b")
@@ -105,7 +105,7 @@ def test_callers_do_not_share_and_no_limit_is_none() -> None:
     assert not unlimited.limited
 
 
-def test_what_is_spent_beyond_the_worst_case_is_taken_too() -> None:
+def test_tokens_beyond_the_worst_case_are_charged_too() -> None:
     bucket, _ = allowance(100)
     with charged(bucket, "a", 10) as charge:
         charge.spent = 70
@@ -115,17 +115,17 @@ def test_what_is_spent_beyond_the_worst_case_is_taken_too() -> None:
     assert bucket.available("a") == 27
 
 
-def test_a_deadline_of_the_callers_own_is_paid_for_and_a_failure_is_not() -> None:
+def test_a_deadline_is_charged_and_a_failure_is_not() -> None:
     bucket, _ = allowance(100)
     for error, paid in ((DeadlineExceeded("late"), 10), (EngineFailed("broken"), 0)):
         before = bucket.available("a")
         with contextlib.suppress(type(error)), charged(bucket, "a", 10) as charge:
-            assert charge.start(None) is None, "a budget does not make a stream of what is none"
+            assert charge.start(None) is None, "a budget does not turn streaming on"
             raise error
         assert before - bucket.available("a") == paid
 
 
-def test_the_bucket_fills_again_and_forgets_those_that_are_full() -> None:
+def test_a_bucket_refills_and_full_buckets_are_deleted() -> None:
     rate, clock = allowance(60)
     for _ in range(60):
         rate.take("busy")
@@ -163,18 +163,18 @@ def ask(live: Any, key: str = "a", **fields: Any) -> Any:
     return live.post(body, headers={"authorization": f"Bearer {key}"})
 
 
-def left(live: Any, key: int = 0) -> float:
+def available(live: Any, key: int = 0) -> float:
     return float(live.service.tokens.available(f"key {key}"))
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_worst_case_is_refused_and_what_was_not_spent_comes_back(
+def test_the_worst_case_is_charged_and_unused_tokens_are_returned(
     budgeted: Any, stream: bool
 ) -> None:
     live = budgeted(WORDS, 100, f"refused {stream}")
     assert ask(live, max_tokens=90, stream=stream).status_code == 200
     assert live.idle()
-    assert left(live) == 70, "thirty of ninety were spent"
+    assert available(live) == 70, "thirty of ninety were spent"
     assert ask(live, max_tokens=35, n=2, stream=stream).status_code == 200, "sixty of seventy"
     assert live.idle()
     refused = ask(live, max_tokens=99, stream=stream)
@@ -194,62 +194,67 @@ def test_selection_counts_every_candidate(budgeted: Any) -> None:
         f'[rewards.brief]\nkind = "rules"\nwords_weight = -1.0\n{WORDS}', 1000, "selection"
     )
     assert ask(live, max_tokens=40, align={"best_of_n": {"n": 20}}).status_code == 200
-    assert left(live) == 400, "twenty times thirty were spent"
+    assert available(live) == 400, "twenty times thirty were spent"
 
 
-def test_a_request_that_is_refused_or_fails_pays_what_was_sampled(budgeted: Any) -> None:
+def test_a_refused_or_failed_request_pays_for_streamed_tokens(budgeted: Any) -> None:
     live = budgeted(FAILS, 6, "fails")
     assert ask(live, n=0).status_code == 400
-    assert left(live) == 6
+    assert available(live) == 6
     assert ask(live, max_tokens=500).status_code == 502
-    assert left(live) == 6, "what the engine kept to itself is not the caller's to pay"
+    assert available(live) == 6, "tokens that were not streamed are not charged"
     assert ask(live, max_tokens=500, stream=True).status_code in {200, 502}
     assert live.idle()
-    assert left(live) == 4, "two words were streamed before the failure"
+    assert available(live) == 4, "two words were streamed before the failure"
 
 
-def hang_up(live: Any, begun: Any, **fields: Any) -> None:
-    """Send a request, wait until it has `begun`, leave."""
+def request_head(key: str, content: bytes) -> str:
+    return (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+
+
+def hang_up(live: Any, has_started: Any, **fields: Any) -> None:
+    """Send a request, wait until it has started, then disconnect."""
     content = json.dumps(
         {"messages": [{"role": "user", "content": "x"}], "max_tokens": 500, **fields}
     ).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer a\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = request_head("a", content)
     with socket.create_connection(("127.0.0.1", live.port), timeout=60) as raw:
         raw.sendall(head.encode() + content)
-        assert live.until(begun)
+        assert live.until(has_started)
         if fields.get("stream"):
             assert b"200" in raw.recv(100)
     assert live.idle()
 
 
-def test_who_hangs_up_pays_for_what_was_shown(budgeted: Any) -> None:
+def test_a_disconnect_pays_for_streamed_tokens(budgeted: Any) -> None:
     live = budgeted(SLOW, 6, "shown")
     hang_up(live, lambda: live.engine.running == 1, stream=True)
-    assert -4 <= left(live) < 6
+    assert -4 <= available(live) < 6
 
 
-def test_who_hangs_up_on_an_engine_that_shows_nothing_pays_in_full(budgeted: Any) -> None:
+def test_a_disconnect_without_streamed_tokens_pays_the_worst_case(budgeted: Any) -> None:
     live = budgeted(SILENT, 1000, "nothing shown")
     hang_up(live, lambda: live.engine.running == 1)
-    assert left(live) == 500
+    assert available(live) == 500
 
 
-def test_who_hangs_up_in_the_queue_pays_nothing(budgeted: Any) -> None:
+def test_a_disconnect_in_the_queue_pays_nothing(budgeted: Any) -> None:
     live = budgeted(f"max_running = 1\n{SILENT}", 100_000, "queue")
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     content = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer b\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = request_head("b", content)
     with socket.create_connection(("127.0.0.1", live.port), timeout=60) as first:
         first.sendall(head.encode() + content)
         assert live.until(lambda: live.engine.running == 1)
         content = json.dumps({**body, "max_tokens": 500}).encode()
-        head = head.replace("Bearer b", "Bearer a").replace(
-            str(len(json.dumps(body))), str(len(content))
-        )
+        head = request_head("a", content)
         with socket.create_connection(("127.0.0.1", live.port), timeout=60) as second:
             second.sendall(head.encode() + content)
             assert live.until(lambda: live.service.admission.queued == 1)
-            assert left(live) == 99_500
+            assert available(live) == 99_500
         assert live.until(lambda: live.service.admission.queued == 0)
-        assert live.until(lambda: left(live) == 100_000)
+        assert live.until(lambda: available(live) == 100_000)
     assert live.idle()

@@ -1,4 +1,4 @@
-"""Raw sockets: what is no HTTP, or two things at once, or too much of it, is refused; nothing is smuggled in behind it."""
+"""Raw sockets: invalid, ambiguous and oversized requests are refused; none hides another one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMUGGLED = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
 
 
 def talk(live: Any, *pieces: bytes, pause: float = 0.0, answers: int = 99) -> bytes:
-    """Send, then read until the server hangs up or has begun so many answers."""
+    """Send bytes; read until the server closes or has started a number of responses."""
     received = b""
     with socket.create_connection(("127.0.0.1", live.port), timeout=60) as raw:
         try:
@@ -76,7 +76,7 @@ def test_nothing_is_smuggled_behind_an_ambiguous_request(numbers: Any, head: byt
         b"GET / HTTP/9.9\r\n\r\n",
     ],
 )
-def test_what_is_no_http(numbers: Any, text: bytes) -> None:
+def test_bytes_that_are_not_http_are_400(numbers: Any, text: bytes) -> None:
     answer = talk(numbers, text)
     assert statuses(answer) == [400]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
@@ -91,9 +91,7 @@ def test_pipelined_requests_are_answered_one_after_the_other(numbers: Any) -> No
     "target", [b"http://evil.example/v1/chat/completions", b"//evil.example/v1/chat/completions"]
 )
 @pytest.mark.parametrize("host", [b"evil.example", b"127.0.0.1:1", b"a" * 300])
-def test_the_host_that_a_client_names_means_nothing(
-    numbers: Any, target: bytes, host: bytes
-) -> None:
+def test_the_host_header_has_no_effect(numbers: Any, target: bytes, host: bytes) -> None:
     request = SMUGGLED.replace(b"/v1/chat/completions", target, 1).replace(
         b"Host: x", b"Host: " + host
     )
@@ -125,7 +123,7 @@ def test_a_long_target_is_431(numbers: Any) -> None:
     ]
 
 
-def test_a_flood_is_cut_off_early(numbers: Any) -> None:
+def test_a_flood_of_headers_is_closed_early(numbers: Any) -> None:
     """A head of 100 MB is not read to its end, and the server continues to serve."""
     sent = 0
     with (
@@ -150,7 +148,7 @@ def test_a_head_of_the_usual_size_is_served(numbers: Any) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat", HEAD])
-def test_who_does_not_say_what_he_wants_is_hung_up_on(
+def test_an_incomplete_head_is_closed(
     serve: Any, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     live = serve('# head seconds\n[engine]\nkind = "fake"\n')
@@ -160,7 +158,7 @@ def test_who_does_not_say_what_he_wants_is_hung_up_on(
         assert raw.recv(100) == b""
 
 
-def test_a_slow_second_request_is_hung_up_on(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_second_head_is_closed(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     live = serve('# head seconds\n[engine]\nkind = "fake"\n')
     monkeypatch.setattr(BoundedProtocol, "head_seconds", 3.0)
     with socket.create_connection(("127.0.0.1", live.port), timeout=60) as raw:
