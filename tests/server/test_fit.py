@@ -53,7 +53,7 @@ async def words(place: Path, betas: list[float], finish: Any) -> list[float]:
     """Return the mean length of 40 replies for each beta, with the configured value."""
     engine = configuration.load(place / "c.toml").load_engine()
     await engine.start()
-    lengths = []
+    means = []
     try:
         for beta in betas:
             draws = [
@@ -67,10 +67,10 @@ async def words(place: Path, betas: list[float], finish: Any) -> list[float]:
             ]
             done = await asyncio.gather(*(finish(engine, draw) for draw in draws))
             lengths = [len(c.text.split()) for candidates, _ in done for c in candidates]
-            lengths.append(sum(lengths) / len(lengths))
+            means.append(sum(lengths) / len(lengths))
     finally:
         await engine.close()
-    return lengths
+    return means
 
 
 @pytest.mark.parametrize("method", ["ridge", "sgd"])
