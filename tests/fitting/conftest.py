@@ -1,4 +1,4 @@
-"""Planted samples, rewards that can be counted, and the transformers engine on a tiny random model."""
+"""Planted samples, a reward that records its calls, and an engine with a tiny random model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from infer_align.rewards import Messages, Reward, RewardScores
 from infer_align.types import Candidate
 
 
-class Counted(Reward):
-    """Scores a text by a function, and remembers for which prompts it was asked."""
+class RecordingReward(Reward):
+    """Score a text by a function, and record the prompt of each call."""
 
-    def __init__(self, of: Callable[[str], float]) -> None:
-        self.of = of
-        self.asked: list[str] = []
+    def __init__(self, function: Callable[[str], float]) -> None:
+        self.function = function
+        self.prompts: list[str] = []
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        self.asked.append(str(messages[-1]["content"]))
-        return RewardScores(np.array([[[self.of(c.text) for c in candidates]]]))
+        self.prompts.append(str(messages[-1]["content"]))
+        scores = [self.function(candidate.text) for candidate in candidates]
+        return RewardScores(np.array([[scores]]))
+
+
+def letters_and_signs(text: str) -> float:
+    """Count the characters that are not spaces."""
+    return float(len(text.replace(" ", "")))
 
 
 def planted(
@@ -36,7 +42,7 @@ def planted(
     d: int,
     vocabulary: int,
 ) -> Replies:
-    """Replies of one token each, 8 to a prompt, whose reward is a function of state and token, and noise."""
+    """Make 8 replies of one token per prompt; the reward is a function of state and token, plus noise."""
     generator = torch.Generator().manual_seed(seed)
     n = 8 * prompts
     hidden = 3.0 + torch.randn(n, d, generator=generator) * torch.linspace(0.5, 2, d)
@@ -51,20 +57,24 @@ def plant() -> Callable[..., Replies]:
 
 
 @pytest.fixture
-def counted() -> Callable[..., Counted]:
-    """`counted(len)`: a reward by a function of the text; by default its number of characters that are not spaces."""
-    return lambda of=lambda text: float(len(text.replace(" ", ""))): Counted(of)
+def recording_reward() -> Callable[..., RecordingReward]:
+    """Return a function that makes a reward from a function of the text."""
+
+    def make(function: Callable[[str], float] = letters_and_signs) -> RecordingReward:
+        return RecordingReward(function)
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def nan_for() -> Callable[[str], float]:
-    """A reward that cannot score some texts."""
+    """Return a function that cannot score texts of odd length."""
     return lambda text: math.nan if len(text) % 2 else 1.0
 
 
 @pytest.fixture(scope="session")
 def engine(language_model: Callable[..., str]) -> Iterator[TransformersEngine]:
-    """Started once; each test runs it from an event loop of its own."""
+    """Start the engine once; each test uses it from its own event loop."""
     torch.set_num_threads(1)
     running = Transformers(model=language_model("Llama"), threads=1).load()
     asyncio.run(running.start())

@@ -73,7 +73,7 @@ def resident(engine: Any, tmp_path: Path) -> str:
 
 @pytest.mark.anyio
 async def test_the_curve(
-    engine: Any, resident: str, counted: Any, prompts: Any, quiet: Any
+    engine: Any, resident: str, recording_reward: Any, prompts: Any, quiet: Any
 ) -> None:
     texts: list[str] = []
 
@@ -83,7 +83,7 @@ async def test_the_curve(
 
     told: list[str] = []
     curve = await reward_kl_curve(
-        engine, counted(length), prompts, resident, [0.0, 1.0, 3.0, -2.0], HOW, told.append
+        engine, recording_reward(length), prompts, resident, [0.0, 1.0, 3.0, -2.0], HOW, told.append
     )
     assert len(told) == 4
     assert [p.beta for p in curve] == [0.0, 1.0, 3.0, -2.0]
@@ -105,12 +105,14 @@ async def test_the_curve(
 
 @pytest.mark.anyio
 async def test_replies_that_cannot_be_scored_are_left_out(
-    engine: Any, resident: str, counted: Any, prompts: Any, quiet: Any, nan_for: Any
+    engine: Any, resident: str, recording_reward: Any, prompts: Any, quiet: Any, nan_for: Any
 ) -> None:
-    (some,) = await reward_kl_curve(engine, counted(nan_for), prompts, resident, [1.0], HOW, quiet)
+    (some,) = await reward_kl_curve(
+        engine, recording_reward(nan_for), prompts, resident, [1.0], HOW, quiet
+    )
     assert (some.reward, some.reward_se) == (1.0, 0.0)
     (none,) = await reward_kl_curve(
-        engine, counted(lambda _: math.nan), prompts, resident, [1.0], HOW, quiet
+        engine, recording_reward(lambda _: math.nan), prompts, resident, [1.0], HOW, quiet
     )
     assert math.isnan(none.reward)
     assert math.isfinite(none.kl)

@@ -42,7 +42,7 @@ FORMS: list[dict[str, Any]] = [
 async def test_a_value_is_fitted_saved_and_tried(
     engine: Any,
     prompts: Any,
-    counted: Any,
+    recording_reward: Any,
     quiet: Any,
     tmp_path: Path,
     change: Any,
@@ -51,7 +51,7 @@ async def test_a_value_is_fitted_saved_and_tried(
     monkeypatch.chdir(tmp_path)
     out = Path("deep/letters" + ("" if change.get("kind") else ".safetensors"))
     weights = {name: tensor.clone() for name, tensor in engine.frozen.lm.state_dict().items()}
-    reward = counted(letters)
+    reward = recording_reward(letters)
     report = await fit_value(engine, reward, prompts, HOW, replace(QUICK, **change), out, quiet)
     assert all(
         tensor.equal(weights[name]) for name, tensor in engine.frozen.lm.state_dict().items()
@@ -66,7 +66,7 @@ async def test_a_value_is_fitted_saved_and_tried(
     assert len(stored["curve"]) == 6
     assert len((tmp_path / "deep/letters.samples.jsonl").read_text().splitlines()) == 201
     # The curve is measured on prompts that were held out: a fifth of them, in turn.
-    tried = reward.asked[20:]
+    tried = reward.prompts[20:]
     assert len(tried) == 6 * 12
     assert len(set(tried)) == 4
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == sorted(
@@ -75,32 +75,32 @@ async def test_a_value_is_fitted_saved_and_tried(
 
 
 async def test_a_fit_can_be_repeated_from_its_samples(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "v.safetensors"
-    first = await fit_value(engine, counted(letters), prompts, HOW, QUICK, out, quiet)
+    first = await fit_value(engine, recording_reward(letters), prompts, HOW, QUICK, out, quiet)
     tensors, metadata = head.read(str(out))
     assert metadata["reward"] == "length"
-    reward = counted(letters)
+    reward = recording_reward(letters)
     second = await fit_value(engine, reward, prompts, HOW, QUICK, out, quiet)
     assert replace(second, curve=()) == replace(first, curve=())
     assert [(p.beta, p.reward) for p in second.curve] == [(p.beta, p.reward) for p in first.curve]
     # Rows that meet in other batches differ in the last bits.
     assert [p.kl for p in second.curve] == pytest.approx([p.kl for p in first.curve], abs=1e-4)
-    assert len(reward.asked) == 6 * 12, "nothing was sampled again"
+    assert len(reward.prompts) == 6 * 12, "nothing was sampled again"
     again, _ = head.read(str(out))
     assert all(tensor.equal(again[name]) for name, tensor in tensors.items())
 
 
 async def test_too_few_samples_or_prompts_are_refused(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(
         InvalidRequest, match=r"samples: 40 are too few.*at least 200: more prompts"
     ):
         await fit_value(
             engine,
-            counted(),
+            recording_reward(),
             prompts,
             replace(HOW, replies_per_prompt=2),
             QUICK,
@@ -110,7 +110,7 @@ async def test_too_few_samples_or_prompts_are_refused(
     with pytest.raises(InvalidRequest, match=r"prompts: 2 are too few.*at least 10"):
         await fit_value(
             engine,
-            counted(),
+            recording_reward(),
             prompts[:2],
             replace(HOW, replies_per_prompt=100),
             QUICK,
@@ -120,26 +120,28 @@ async def test_too_few_samples_or_prompts_are_refused(
 
 
 async def test_a_constant_reward_is_refused(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidRequest, match="same score"):
-        await fit_value(engine, counted(lambda _: 3.0), prompts, HOW, QUICK, tmp_path / "v", quiet)
+        await fit_value(
+            engine, recording_reward(lambda _: 3.0), prompts, HOW, QUICK, tmp_path / "v", quiet
+        )
 
 
 async def test_a_reward_of_several_objectives_is_refused(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
-    reward = counted()
+    reward = recording_reward()
     reward.attributes = ("kind", "true")
     with pytest.raises(InvalidRequest, match="several objectives \\(kind, true\\)"):
         await fit_value(engine, reward, prompts, HOW, QUICK, tmp_path / "v", quiet)
-    assert reward.asked == []
+    assert reward.prompts == []
 
 
 async def test_where_it_cannot_be_written_is_said_before_sampling(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
-    reward = counted()
+    reward = recording_reward()
     with pytest.raises(ConfigError, match="is a folder"):
         await fit_value(engine, reward, prompts, HOW, QUICK, tmp_path, quiet)
     (tmp_path / "file").write_text("")
@@ -147,32 +149,39 @@ async def test_where_it_cannot_be_written_is_said_before_sampling(
         await fit_value(
             engine, reward, prompts, HOW, replace(QUICK, kind="lookahead"), tmp_path / "file", quiet
         )
-    assert reward.asked == []
+    assert reward.prompts == []
 
 
 async def test_a_value_model_of_another_tokenizer_is_refused(
     engine: Any,
     prompts: Any,
-    counted: Any,
+    recording_reward: Any,
     quiet: Any,
     tmp_path: Path,
     language_model: Any,
     byte_fallback: Any,
 ) -> None:
-    reward, other = counted(), language_model("Llama", tokenizer=byte_fallback)
+    reward, other = recording_reward(), language_model("Llama", tokenizer=byte_fallback)
     for name, message in ((other, "token ids of"), (str(tmp_path / "none"), "cannot be loaded")):
         how = replace(QUICK, kind="lookahead", value_model=name)
         with pytest.raises(ConfigError, match=f"^value_model: .*{message}") as caught:
             await fit_value(engine, reward, prompts, HOW, how, tmp_path / "v", quiet)
         assert name in caught.value.message
-    assert reward.asked == []
+    assert reward.prompts == []
 
 
 async def test_a_value_model_of_another_architecture_will_do(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, language_model: Any
+    engine: Any,
+    prompts: Any,
+    recording_reward: Any,
+    quiet: Any,
+    tmp_path: Path,
+    language_model: Any,
 ) -> None:
     how = replace(QUICK, kind="lookahead", value_model=language_model("GPT2"))
-    report = await fit_value(engine, counted(letters), prompts, HOW, how, tmp_path / "v", quiet)
+    report = await fit_value(
+        engine, recording_reward(letters), prompts, HOW, how, tmp_path / "v", quiet
+    )
     assert report.curve[-1].kl != 0
 
 
@@ -199,11 +208,16 @@ async def test_one_value_lm_for_several_rewards(
 
 
 async def test_the_cache_makes_room_for_value_lms(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, language_model: Any
+    engine: Any,
+    prompts: Any,
+    recording_reward: Any,
+    quiet: Any,
+    tmp_path: Path,
+    language_model: Any,
 ) -> None:
     await fit_value(
         engine,
-        counted(letters),
+        recording_reward(letters),
         prompts,
         HOW,
         replace(QUICK, kind="lookahead", epochs=1),

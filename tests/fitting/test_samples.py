@@ -72,10 +72,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 async def test_sampling_continues_where_it_stopped(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     whole, file = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    expected = await sample_replies(engine, counted(), prompts, HOW, whole, quiet)
+    expected = await sample_replies(engine, recording_reward(), prompts, HOW, whole, quiet)
     assert [s.prompt for s in expected] == [i for i in range(20) for _ in range(3)]
     assert len({s.text for s in expected}) > 30
     text = whole.read_text()
@@ -90,11 +90,11 @@ async def test_sampling_continues_where_it_stopped(
         (0, ""),
     ):
         file.write_text(header + "".join(lines[:kept]) + tail)
-        reward = counted()
+        reward = recording_reward()
         assert await sample_replies(engine, reward, prompts, HOW, file, quiet) == expected
         assert file.read_text() == text
         asked = [p[0]["content"] for p in prompts[kept // 3 :]]
-        assert sorted(reward.asked) == sorted(asked), (
+        assert sorted(reward.prompts) == sorted(asked), (
             "nothing is drawn twice; of one batch, any may be scored first"
         )
     assert sorted(os.listdir(tmp_path)) == ["cut.jsonl", "whole.jsonl"]
@@ -102,27 +102,27 @@ async def test_sampling_continues_where_it_stopped(
 
 @pytest.mark.parametrize("left", [0, 10])
 async def test_a_header_that_was_cut_is_refused(
-    engine: Any, counted: Any, prompts: Any, quiet: Any, tmp_path: Path, left: int
+    engine: Any, recording_reward: Any, prompts: Any, quiet: Any, tmp_path: Path, left: int
 ) -> None:
     file = tmp_path / "s.jsonl"
-    await sample_replies(engine, counted(), prompts[:1], HOW, file, quiet)
+    await sample_replies(engine, recording_reward(), prompts[:1], HOW, file, quiet)
     file.write_text(file.read_text()[:left])
     with pytest.raises(InvalidRequest, match="has no header"):
-        await sample_replies(engine, counted(), prompts[:1], HOW, file, quiet)
+        await sample_replies(engine, recording_reward(), prompts[:1], HOW, file, quiet)
 
 
 async def test_prompts_can_be_added_but_not_changed(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "s.jsonl"
-    first = await sample_replies(engine, counted(), prompts[:2], HOW, file, quiet)
-    reward = counted()
+    first = await sample_replies(engine, recording_reward(), prompts[:2], HOW, file, quiet)
+    reward = recording_reward()
     more = await sample_replies(engine, reward, prompts[:4], HOW, file, quiet)
     assert more[:6] == first
-    assert sorted(reward.asked) == ["the cat 2", "the cat 3"]
+    assert sorted(reward.prompts) == ["the cat 2", "the cat 3"]
     for other in (prompts[:1], [*prompts[:3], prompts[9]]):
         with pytest.raises(InvalidRequest, match="other prompts"):
-            await sample_replies(engine, counted(), other, HOW, file, quiet)
+            await sample_replies(engine, recording_reward(), other, HOW, file, quiet)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +130,12 @@ async def test_prompts_can_be_added_but_not_changed(
     [{"model": "x"}, {"reward": "x"}, {"seed": 2}, {"max_tokens": 6}, {"objective": "wco"}],
 )
 async def test_other_settings_are_refused(
-    engine: Any, counted: Any, quiet: Any, tmp_path: Path, change: Any
+    engine: Any, recording_reward: Any, quiet: Any, tmp_path: Path, change: Any
 ) -> None:
     file = tmp_path / "s.jsonl"
-    await sample_replies(engine, counted(), [], HOW, file, quiet)
+    await sample_replies(engine, recording_reward(), [], HOW, file, quiet)
     with pytest.raises(InvalidRequest, match="other settings"):
-        await sample_replies(engine, counted(), [], replace(HOW, **change), file, quiet)
+        await sample_replies(engine, recording_reward(), [], replace(HOW, **change), file, quiet)
 
 
 def damage(text: str, how: str) -> str:
@@ -166,51 +166,59 @@ def damage(text: str, how: str) -> str:
     ],
 )
 async def test_a_damaged_file_is_refused(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path, how: str, message: str
+    engine: Any,
+    prompts: Any,
+    recording_reward: Any,
+    quiet: Any,
+    tmp_path: Path,
+    how: str,
+    message: str,
 ) -> None:
     file = tmp_path / "s.jsonl"
-    await sample_replies(engine, counted(), prompts[:3], HOW, file, quiet)
+    await sample_replies(engine, recording_reward(), prompts[:3], HOW, file, quiet)
     file.write_text(damage(file.read_text(), how))
     before = file.read_text()
     with pytest.raises(InvalidRequest) as caught:
-        await sample_replies(engine, counted(), prompts[:3], HOW, file, quiet)
+        await sample_replies(engine, recording_reward(), prompts[:3], HOW, file, quiet)
     assert message in caught.value.message
     assert str(file) in caught.value.message
     assert file.read_text() == before
 
 
 async def test_a_reply_that_cannot_be_scored_names_its_prompt(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     def fails(_: str) -> float:
-        return float("nan") if reward.asked[-1] == "the cat 17" else 1.0
+        return float("nan") if reward.prompts[-1] == "the cat 17" else 1.0
 
-    reward, file = counted(fails), tmp_path / "s.jsonl"
+    reward, file = recording_reward(fails), tmp_path / "s.jsonl"
     with pytest.raises(InvalidRequest) as caught:
         await sample_replies(engine, reward, prompts, HOW, file, quiet)
     assert "reward length: 3 of 3 replies to prompt 17 could not be scored" in caught.value.message
-    mended = counted()
+    mended = recording_reward()
     assert len(await sample_replies(engine, mended, prompts, HOW, file, quiet)) == 60
-    assert sorted(mended.asked) == [f"the cat {i}" for i in range(16, 20)], (
+    assert sorted(mended.prompts) == [f"the cat {i}" for i in range(16, 20)], (
         "the prompts before its batch are on disk"
     )
 
 
 async def test_a_prompt_that_the_template_refuses_is_named(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     wrong = [*prompts[:2], [{"role": "tool", "content": "x"}]]
     with pytest.raises(InvalidRequest, match=r"prompt 2: .*roles are"):
-        await sample_replies(engine, counted(), wrong, HOW, tmp_path / "s.jsonl", quiet)
+        await sample_replies(engine, recording_reward(), wrong, HOW, tmp_path / "s.jsonl", quiet)
 
 
 # --- states ---
 
 
 async def test_states_are_those_in_which_the_tokens_were_chosen(
-    engine: Any, prompts: Any, counted: Any, quiet: Any, tmp_path: Path
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
-    samples = await sample_replies(engine, counted(), prompts[:2], HOW, tmp_path / "s.jsonl", quiet)
+    samples = await sample_replies(
+        engine, recording_reward(), prompts[:2], HOW, tmp_path / "s.jsonl", quiet
+    )
     ended = replace(samples[0], text="the cat", finish_reason="stop")
     empty = replace(samples[1], text="", finish_reason="length")
     chosen = [ended, empty, *samples[2:]]
@@ -232,10 +240,10 @@ async def test_states_are_those_in_which_the_tokens_were_chosen(
 
 
 async def test_of_several_end_tokens_the_likeliest_is_taken(
-    engine: Any, prompts: Any, quiet: Any, counted: Any, tmp_path: Path
+    engine: Any, prompts: Any, quiet: Any, recording_reward: Any, tmp_path: Path
 ) -> None:
     (one, *_) = await sample_replies(
-        engine, counted(), prompts[:1], HOW, tmp_path / "s.jsonl", quiet
+        engine, recording_reward(), prompts[:1], HOW, tmp_path / "s.jsonl", quiet
     )
     for several in ({1, 5, 9}, {20, 21, 22, 23}):
         model = replace(engine.frozen, eos=frozenset(several))
