@@ -42,7 +42,7 @@ def planted(
     d: int,
     vocabulary: int,
 ) -> Replies:
-    """Make 8 replies of one token per prompt; the reward is a function of state and token, plus noise."""
+    """Make 8 replies of one token per prompt, with a reward by state and token, plus noise."""
     generator = torch.Generator().manual_seed(seed)
     n = 8 * prompts
     hidden = 3.0 + torch.randn(n, d, generator=generator) * torch.linspace(0.5, 2, d)

@@ -1,4 +1,4 @@
-"""Reward against KL over beta, and the beta that is suggested."""
+"""Test the curve of reward against KL over beta, and the suggested beta."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from infer_align.types import Draw
 from infer_align.values import head
 from infer_align.values.head import HeadValue
 
-HOW = SamplingConfig("tiny", "length", "mean", replies_per_prompt=8, max_tokens=6, seed=5)
+SAMPLING = SamplingConfig("tiny", "length", "mean", replies_per_prompt=8, max_tokens=6, seed=5)
 
 
 def points(
@@ -40,14 +40,14 @@ def points(
         ((math.nan,) * 4, 0.0),
     ],
 )
-def test_suggests_the_smallest_beta_within_one_standard_error_of_the_best(
+def test_the_smallest_beta_within_one_standard_error_of_the_best_is_suggested(
     rewards: Any, beta: float
 ) -> None:
     assert suggest_beta(points(*rewards)) == beta
     assert suggest_beta(points(*rewards)[::-1]) == beta
 
 
-def test_the_smallest_is_by_size_not_by_sign() -> None:
+def test_the_smallest_beta_is_the_one_nearest_to_zero() -> None:
     assert suggest_beta(points(2.0, 1.99, 2.0, 0.0, grid=(-4.0, -1.0, 2.0, 0.0))) == -1.0
 
 
@@ -57,7 +57,7 @@ def test_the_grid_starts_with_the_frozen_model() -> None:
 
 @pytest.fixture
 def resident(engine: Any, tmp_path: Path) -> str:
-    """A head that likes the tokens of one letter."""
+    """Load a head that prefers the first 60 tokens, and return its name."""
     frozen = engine.frozen.frozen("tiny")
     b = torch.zeros(frozen.vocabulary)
     b[:60] = 1.0
@@ -72,7 +72,7 @@ def resident(engine: Any, tmp_path: Path) -> str:
 
 
 @pytest.mark.anyio
-async def test_the_curve(
+async def test_the_curve_measures_reward_and_kl_of_each_beta(
     engine: Any, resident: str, recording_reward: Any, prompts: Any, quiet: Any
 ) -> None:
     texts: list[str] = []
@@ -81,20 +81,18 @@ async def test_the_curve(
         texts.append(text)
         return float(len(text))
 
-    told: list[str] = []
+    lines: list[str] = []
+    betas = [0.0, 1.0, 3.0, -2.0]
     curve = await reward_kl_curve(
-        engine, recording_reward(length), prompts, resident, [0.0, 1.0, 3.0, -2.0], HOW, told.append
+        engine, recording_reward(length), prompts, resident, betas, SAMPLING, lines.append
     )
-    assert len(told) == 4
-    assert [p.beta for p in curve] == [0.0, 1.0, 3.0, -2.0]
-    frozen = [
-        (
-            await draw_candidates(
-                engine, Draw({"messages": messages, "max_tokens": 6}, 1, (HOW.seed + i,))
-            )
-        )[0].text
-        for i, messages in enumerate(prompts)
-    ]
+    assert len(lines) == 4
+    assert [p.beta for p in curve] == betas
+    frozen = []
+    for i, messages in enumerate(prompts):
+        draw = Draw({"messages": messages, "max_tokens": 6}, 1, (SAMPLING.seed + i,))
+        (candidate,) = await draw_candidates(engine, draw)
+        frozen.append(candidate.text)
     assert sorted(texts[:20]) == sorted(frozen)
     assert curve[0].reward == pytest.approx(sum(map(len, frozen)) / 20)
     assert (curve[0].kl, curve[0].kl_se) == (0.0, 0.0)
@@ -104,15 +102,15 @@ async def test_the_curve(
 
 
 @pytest.mark.anyio
-async def test_replies_that_cannot_be_scored_are_left_out(
+async def test_replies_that_cannot_be_scored_do_not_count(
     engine: Any, resident: str, recording_reward: Any, prompts: Any, quiet: Any, nan_for: Any
 ) -> None:
     (some,) = await reward_kl_curve(
-        engine, recording_reward(nan_for), prompts, resident, [1.0], HOW, quiet
+        engine, recording_reward(nan_for), prompts, resident, [1.0], SAMPLING, quiet
     )
     assert (some.reward, some.reward_se) == (1.0, 0.0)
     (none,) = await reward_kl_curve(
-        engine, recording_reward(lambda _: math.nan), prompts, resident, [1.0], HOW, quiet
+        engine, recording_reward(lambda _: math.nan), prompts, resident, [1.0], SAMPLING, quiet
     )
     assert math.isnan(none.reward)
     assert math.isfinite(none.kl)

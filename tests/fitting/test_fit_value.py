@@ -1,4 +1,4 @@
-"""From prompts to a saved value and its report, on a tiny random model."""
+"""Test fitting from prompts to a saved value and its report, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from infer_align.values.lookahead import Lookahead, LookaheadValue
 
 pytestmark = pytest.mark.anyio
 
-HOW = SamplingConfig("tiny", "length", "mean", replies_per_prompt=10, max_tokens=4, seed=1)
+SAMPLING = SamplingConfig("tiny", "length", "mean", replies_per_prompt=10, max_tokens=4, seed=1)
 QUICK = FitConfig(
     method="ridge", rank=8, ridge=20.0, epochs=2, width=8, largest_beta=4.0, curve_replies=12
 )
@@ -52,10 +52,12 @@ async def test_a_value_is_fitted_saved_and_tried(
     out = Path("deep/letters" + ("" if change.get("kind") else ".safetensors"))
     weights = {name: tensor.clone() for name, tensor in engine.frozen.lm.state_dict().items()}
     reward = recording_reward(letters)
-    report = await fit_value(engine, reward, prompts, HOW, replace(QUICK, **change), out, quiet)
+    report = await fit_value(
+        engine, reward, prompts, SAMPLING, replace(QUICK, **change), out, quiet
+    )
     assert all(
         tensor.equal(weights[name]) for name, tensor in engine.frozen.lm.state_dict().items()
-    ), "the model is frozen"
+    ), "the model must not change"
     assert report.samples == 200
     assert [p.beta for p in report.curve] == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
     assert report.curve[0].kl == 0.0
@@ -65,10 +67,10 @@ async def test_a_value_is_fitted_saved_and_tried(
     assert stored["held_out"]["r2"] == report.held_out.r2
     assert len(stored["curve"]) == 6
     assert len((tmp_path / "deep/letters.samples.jsonl").read_text().splitlines()) == 201
-    # The curve is measured on prompts that were held out: a fifth of them, in turn.
-    tried = reward.prompts[20:]
-    assert len(tried) == 6 * 12
-    assert len(set(tried)) == 4
+    # The curve uses the held-out fifth of the prompts in turn.
+    curve_prompts = reward.prompts[20:]
+    assert len(curve_prompts) == 6 * 12
+    assert len(set(curve_prompts)) == 4
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == sorted(
         [out.name, "letters.report.json", "letters.samples.jsonl"]
     )
@@ -78,16 +80,16 @@ async def test_a_fit_can_be_repeated_from_its_samples(
     engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "v.safetensors"
-    first = await fit_value(engine, recording_reward(letters), prompts, HOW, QUICK, out, quiet)
+    first = await fit_value(engine, recording_reward(letters), prompts, SAMPLING, QUICK, out, quiet)
     tensors, metadata = head.read(str(out))
     assert metadata["reward"] == "length"
     reward = recording_reward(letters)
-    second = await fit_value(engine, reward, prompts, HOW, QUICK, out, quiet)
+    second = await fit_value(engine, reward, prompts, SAMPLING, QUICK, out, quiet)
     assert replace(second, curve=()) == replace(first, curve=())
     assert [(p.beta, p.reward) for p in second.curve] == [(p.beta, p.reward) for p in first.curve]
-    # Rows that meet in other batches differ in the last bits.
+    # Rows in other batches differ in the last bits.
     assert [p.kl for p in second.curve] == pytest.approx([p.kl for p in first.curve], abs=1e-4)
-    assert len(reward.prompts) == 6 * 12, "nothing was sampled again"
+    assert len(reward.prompts) == 6 * 12, "nothing must be sampled again"
     again, _ = head.read(str(out))
     assert all(tensor.equal(again[name]) for name, tensor in tensors.items())
 
@@ -102,7 +104,7 @@ async def test_too_few_samples_or_prompts_are_refused(
             engine,
             recording_reward(),
             prompts,
-            replace(HOW, replies_per_prompt=2),
+            replace(SAMPLING, replies_per_prompt=2),
             QUICK,
             tmp_path / "a",
             quiet,
@@ -112,7 +114,7 @@ async def test_too_few_samples_or_prompts_are_refused(
             engine,
             recording_reward(),
             prompts[:2],
-            replace(HOW, replies_per_prompt=100),
+            replace(SAMPLING, replies_per_prompt=100),
             QUICK,
             tmp_path / "b",
             quiet,
@@ -124,7 +126,7 @@ async def test_a_constant_reward_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match="same score"):
         await fit_value(
-            engine, recording_reward(lambda _: 3.0), prompts, HOW, QUICK, tmp_path / "v", quiet
+            engine, recording_reward(lambda _: 3.0), prompts, SAMPLING, QUICK, tmp_path / "v", quiet
         )
 
 
@@ -134,20 +136,26 @@ async def test_a_reward_of_several_objectives_is_refused(
     reward = recording_reward()
     reward.attributes = ("kind", "true")
     with pytest.raises(InvalidRequest, match="several objectives \\(kind, true\\)"):
-        await fit_value(engine, reward, prompts, HOW, QUICK, tmp_path / "v", quiet)
+        await fit_value(engine, reward, prompts, SAMPLING, QUICK, tmp_path / "v", quiet)
     assert reward.prompts == []
 
 
-async def test_where_it_cannot_be_written_is_said_before_sampling(
+async def test_an_output_that_cannot_be_written_is_refused_before_sampling(
     engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     reward = recording_reward()
     with pytest.raises(ConfigError, match="is a folder"):
-        await fit_value(engine, reward, prompts, HOW, QUICK, tmp_path, quiet)
+        await fit_value(engine, reward, prompts, SAMPLING, QUICK, tmp_path, quiet)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         await fit_value(
-            engine, reward, prompts, HOW, replace(QUICK, kind="lookahead"), tmp_path / "file", quiet
+            engine,
+            reward,
+            prompts,
+            SAMPLING,
+            replace(QUICK, kind="lookahead"),
+            tmp_path / "file",
+            quiet,
         )
     assert reward.prompts == []
 
@@ -165,12 +173,12 @@ async def test_a_value_model_of_another_tokenizer_is_refused(
     for name, message in ((other, "token ids of"), (str(tmp_path / "none"), "cannot be loaded")):
         how = replace(QUICK, kind="lookahead", value_model=name)
         with pytest.raises(ConfigError, match=f"^value_model: .*{message}") as caught:
-            await fit_value(engine, reward, prompts, HOW, how, tmp_path / "v", quiet)
+            await fit_value(engine, reward, prompts, SAMPLING, how, tmp_path / "v", quiet)
         assert name in caught.value.message
     assert reward.prompts == []
 
 
-async def test_a_value_model_of_another_architecture_will_do(
+async def test_a_value_model_may_have_another_architecture(
     engine: Any,
     prompts: Any,
     recording_reward: Any,
@@ -180,7 +188,7 @@ async def test_a_value_model_of_another_architecture_will_do(
 ) -> None:
     how = replace(QUICK, kind="lookahead", value_model=language_model("GPT2"))
     report = await fit_value(
-        engine, recording_reward(letters), prompts, HOW, how, tmp_path / "v", quiet
+        engine, recording_reward(letters), prompts, SAMPLING, how, tmp_path / "v", quiet
     )
     assert report.curve[-1].kl != 0
 
@@ -189,22 +197,28 @@ async def test_one_value_lm_for_several_rewards(
     engine: Any, prompts: Any, quiet: Any, tmp_path: Path
 ) -> None:
     texts = [(p, f"the {'cat ' * (i % 4)}") for p in range(12) for i in range(4)]
-    asks = {
+    samples = {
         "cats": [ScoredReply(p, "", text, "stop", float(text.count("cat"))) for p, text in texts],
         "fewer": [ScoredReply(p, "", text, "stop", -2.0 * text.count("cat")) for p, text in texts],
     }
-    found = fit_value_lm(
-        engine, prompts, asks, replace(QUICK, kind="lookahead", epochs=8), 0, tmp_path / "lm", quiet
+    fits = fit_value_lm(
+        engine,
+        prompts,
+        samples,
+        replace(QUICK, kind="lookahead", epochs=8),
+        0,
+        tmp_path / "lm",
+        quiet,
     )
-    assert len(found) == 2
+    assert len(fits) == 2
     shared: dict[object, Any] = {}
-    values = [LookaheadValue(Lookahead(str(tmp_path / "lm"), name)) for name in asks]
+    values = [LookaheadValue(Lookahead(str(tmp_path / "lm"), name)) for name in samples]
     for value in values:
         value.start(engine.frozen.frozen("tiny"), shared)
     assert values[0].lm is values[1].lm
-    asks["fewer"] = asks["fewer"][::-1]
+    samples["fewer"] = samples["fewer"][::-1]
     with pytest.raises(ValueError, match="different replies"):
-        fit_value_lm(engine, prompts, asks, QUICK, 0, tmp_path / "other", quiet)
+        fit_value_lm(engine, prompts, samples, QUICK, 0, tmp_path / "other", quiet)
 
 
 async def test_the_cache_makes_room_for_value_lms(
@@ -219,12 +233,12 @@ async def test_the_cache_makes_room_for_value_lms(
         engine,
         recording_reward(letters),
         prompts,
-        HOW,
+        SAMPLING,
         replace(QUICK, kind="lookahead", epochs=1),
         tmp_path / "v",
         quiet,
     )
-    # A copy of the frozen model remembers as much as the frozen model: half as many tokens fit.
+    # A copy of the frozen model needs as much memory per token, so half as many tokens fit.
     value = LookaheadValue(Lookahead(str(tmp_path / "v")))
     value.start(engine.frozen.frozen("tiny"), {})
     assert value.lm is not None
@@ -240,5 +254,5 @@ async def test_the_cache_makes_room_for_value_lms(
         await other.close()
 
 
-def test_the_shares_are_sound() -> None:
+def test_the_smallest_held_out_part_has_two_prompts() -> None:
     assert fitting.HELD_OUT_SHARE * fitting.MIN_PROMPTS >= 2

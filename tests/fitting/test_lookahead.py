@@ -1,7 +1,8 @@
-"""A tiny value LM learns what a token is worth, for several rewards at once."""
+"""Test that a tiny value LM learns the values of tokens, for several rewards at once."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -14,24 +15,22 @@ from infer_align.fitting.regression import Replies
 V, PROMPT = 10, 2
 
 
-def reading(n: int = 320, seed: int = 0) -> TokenizedReplies:
-    """Random replies of 1 to 5 tokens, 4 to a prompt; rewards: how many 3s there are, and minus half the length."""
+def samples(n: int = 320, seed: int = 0) -> TokenizedReplies:
+    """Make random replies of 1 to 5 tokens, 4 per prompt.
+
+    The first reward is the number of 3s; the second is minus half the length.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 6, (n,), generator=generator).tolist()
     texts = [torch.randint(2, 6, (length,), generator=generator).tolist() for length in lengths]
-    ids = [[0, 1 + i % 3, *text][:2] + text for i, text in enumerate(texts)]
-    reply = torch.repeat_interleave(torch.arange(n), torch.tensor(lengths))
-    tokens, prompts = (
-        torch.tensor([token for text in texts for token in text]),
-        torch.arange(n) // 4,
-    )
-    counts = torch.tensor([float(text.count(3)) for text in texts])
-    first = Replies(torch.zeros(len(tokens), 0), tokens, reply, counts, prompts)
-    return TokenizedReplies(
-        ids,
-        [PROMPT] * n,
-        (first, first.with_rewards(torch.tensor([-0.5 * length for length in lengths]))),
-    )
+    token_ids = [[0, 1 + i % 3, *text] for i, text in enumerate(texts)]
+    reply_index = torch.repeat_interleave(torch.arange(n), torch.tensor(lengths))
+    tokens = torch.tensor(list(itertools.chain.from_iterable(texts)))
+    prompt_index = torch.arange(n) // 4
+    threes = torch.tensor([float(text.count(3)) for text in texts])
+    brevity = torch.tensor([-0.5 * length for length in lengths])
+    by_threes = Replies(torch.zeros(len(tokens), 0), tokens, reply_index, threes, prompt_index)
+    return TokenizedReplies(token_ids, [PROMPT] * n, (by_threes, by_threes.with_rewards(brevity)))
 
 
 def tiny() -> LlamaModel:
@@ -45,7 +44,7 @@ def tiny() -> LlamaModel:
     return LlamaModel(LlamaConfig(vocab_size=V, max_position_embeddings=32, **size))
 
 
-def fit(lm: LlamaModel, what: TokenizedReplies, **options: Any) -> Any:
+def fit(lm: LlamaModel, data: TokenizedReplies, **options: Any) -> Any:
     defaults = {
         "gamma": 1.0,
         "lam": 1.0,
@@ -54,7 +53,7 @@ def fit(lm: LlamaModel, what: TokenizedReplies, **options: Any) -> Any:
         "seed": 0,
         "progress": lambda _: None,
     }
-    return fit_lookahead(lm, what, **{**defaults, **options})
+    return fit_lookahead(lm, data, **{**defaults, **options})
 
 
 @torch.no_grad()
@@ -63,48 +62,48 @@ def value(lm: LlamaModel, heads: Any, ids: list[int]) -> list[float]:
     return [float(state @ weight) + bias for weight, bias in heads]
 
 
-def test_it_learns_and_says_so() -> None:
-    lm, told = tiny(), []
-    heads, found = fit(lm, reading(), progress=told.append)
-    r2 = [[float(part) for part in line.partition("R² ")[2].split(", ")] for line in told]
+def test_the_lm_learns_and_reports_its_progress() -> None:
+    lm, lines = tiny(), []
+    heads, fits = fit(lm, samples(), progress=lines.append)
+    r2 = [[float(part) for part in line.partition("R² ")[2].split(", ")] for line in lines]
     assert len(r2) == 24
     for h in range(2):
         assert r2[-1][h] > r2[0][h] + 0.1
-        assert found[h].r2 == pytest.approx(r2[-1][h], abs=1e-3)
-        assert found[h].r2_last > found[h].r2 + 0.1, "later tokens know more"
-        assert found[h].slope == pytest.approx(1, abs=0.3)
+        assert fits[h].r2 == pytest.approx(r2[-1][h], abs=1e-3)
+        assert fits[h].r2_last > fits[h].r2 + 0.1, "later tokens must predict better"
+        assert fits[h].slope == pytest.approx(1, abs=0.3)
     three, other = value(lm, heads, [0, 1, 4, 3]), value(lm, heads, [0, 1, 4, 5])
     assert three[0] - other[0] == pytest.approx(1, abs=0.4)
     assert abs(three[1] - other[1]) < 0.4
-    # Heads carry the mean reward: values are rewards.
+    # The biases of the heads include the mean reward, so values are rewards.
     assert three[0] == pytest.approx(1.4, abs=0.7)
 
 
 def test_padding_changes_nothing() -> None:
-    what, lm = reading(8), tiny()
+    data, lm = samples(8), tiny()
     alone = TokenizedReplies(
-        what.token_ids[:1],
-        what.reply_starts[:1],
-        tuple(r.select(torch.arange(8) == 0) for r in what.replies),
+        data.token_ids[:1],
+        data.reply_starts[:1],
+        tuple(r.select(torch.arange(8) == 0) for r in data.replies),
     )
     heads = torch.nn.Linear(32, 2)
     with torch.no_grad():
-        together = _values(lm.eval(), heads, what, list(range(8)))
+        together = _values(lm.eval(), heads, data, list(range(8)))
         assert together[: len(alone.replies[0].tokens)].allclose(
             _values(lm, heads, alone, [0]), atol=1e-5
         )
-        assert len(together) == len(what.replies[0].tokens)
+        assert len(together) == len(data.replies[0].tokens)
 
 
-def test_bootstrapped_targets_learn_too() -> None:
+def test_the_lm_learns_from_bootstrapped_targets() -> None:
     lm = tiny()
-    heads, found = fit(lm, reading(), lam=0.8)
-    assert min(f.r2_last for f in found) > 0.5
+    heads, fits = fit(lm, samples(), lam=0.8)
+    assert min(fit.r2_last for fit in fits) > 0.5
     assert value(lm, heads, [0, 1, 4, 3])[0] > value(lm, heads, [0, 1, 4, 5])[0] + 0.4
 
 
-def test_it_is_deterministic() -> None:
-    first, again = (fit(tiny(), reading(80), epochs=2) for _ in range(2))
+def test_the_fit_is_deterministic() -> None:
+    first, again = (fit(tiny(), samples(80), epochs=2) for _ in range(2))
     assert all(
         torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first[0], again[0], strict=True)
     )

@@ -1,4 +1,4 @@
-"""Samples on disk: continued where a run stopped, refused where they are not what they should be."""
+"""Test the samples file: an interrupted run continues it, and a wrong file is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from infer_align.fitting.samples import SamplingConfig, read_prompts, read_state
 
 pytestmark = pytest.mark.anyio
 
-HOW = SamplingConfig("tiny", "length", "mean", replies_per_prompt=3, max_tokens=5, seed=1)
+SAMPLING = SamplingConfig("tiny", "length", "mean", replies_per_prompt=3, max_tokens=5, seed=1)
 
 
 # --- prompts ---
@@ -23,15 +23,16 @@ HOW = SamplingConfig("tiny", "length", "mean", replies_per_prompt=3, max_tokens=
 
 def test_prompts_are_strings_or_conversations(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    told = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    odd = "a\u2028b\u0085c"  # ends of lines to str.splitlines, but not to JSON
-    lines = ["hello", {"messages": told}, odd]
+    conversation = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    # str.splitlines would split this text, but JSON allows the characters.
+    odd = "a\u2028b\u0085c"
+    lines = ["hello", {"messages": conversation}, odd]
     file.write_text(
         "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n", encoding="utf-8"
     )
     assert read_prompts(file) == [
         [{"role": "user", "content": "hello"}],
-        told,
+        conversation,
         [{"role": "user", "content": odd}],
     ]
     file.write_bytes(b'"one"\r\n"two"')
@@ -74,14 +75,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 async def test_sampling_continues_where_it_stopped(
     engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
-    whole, file = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    expected = await sample_replies(engine, recording_reward(), prompts, HOW, whole, quiet)
+    complete, file = tmp_path / "complete.jsonl", tmp_path / "cut.jsonl"
+    expected = await sample_replies(engine, recording_reward(), prompts, SAMPLING, complete, quiet)
     assert [s.prompt for s in expected] == [i for i in range(20) for _ in range(3)]
     assert len({s.text for s in expected}) > 30
-    text = whole.read_text()
+    text = complete.read_text()
     header, *lines = text.splitlines(keepends=True)
-    # Cut between prompts, between replies, in a reply, in the last line's end, and in the header.
-    for kept, tail in (
+    # Cut between prompts, between replies, in a reply, before the last line end, and in the header.
+    for count, tail in (
         (18, ""),
         (19, ""),
         (19, lines[19][:20]),
@@ -89,40 +90,40 @@ async def test_sampling_continues_where_it_stopped(
         (59, lines[59][:-1]),
         (0, ""),
     ):
-        file.write_text(header + "".join(lines[:kept]) + tail)
+        file.write_text(header + "".join(lines[:count]) + tail)
         reward = recording_reward()
-        assert await sample_replies(engine, reward, prompts, HOW, file, quiet) == expected
+        assert await sample_replies(engine, reward, prompts, SAMPLING, file, quiet) == expected
         assert file.read_text() == text
-        asked = [p[0]["content"] for p in prompts[kept // 3 :]]
-        assert sorted(reward.prompts) == sorted(asked), (
-            "nothing is drawn twice; of one batch, any may be scored first"
+        expected_prompts = [p[0]["content"] for p in prompts[count // 3 :]]
+        assert sorted(reward.prompts) == sorted(expected_prompts), (
+            "nothing is sampled twice; the order within a batch is open"
         )
-    assert sorted(os.listdir(tmp_path)) == ["cut.jsonl", "whole.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["complete.jsonl", "cut.jsonl"]
 
 
-@pytest.mark.parametrize("left", [0, 10])
+@pytest.mark.parametrize("size", [0, 10])
 async def test_a_header_that_was_cut_is_refused(
-    engine: Any, recording_reward: Any, prompts: Any, quiet: Any, tmp_path: Path, left: int
+    engine: Any, recording_reward: Any, prompts: Any, quiet: Any, tmp_path: Path, size: int
 ) -> None:
     file = tmp_path / "s.jsonl"
-    await sample_replies(engine, recording_reward(), prompts[:1], HOW, file, quiet)
-    file.write_text(file.read_text()[:left])
+    await sample_replies(engine, recording_reward(), prompts[:1], SAMPLING, file, quiet)
+    file.write_text(file.read_text()[:size])
     with pytest.raises(InvalidRequest, match="has no header"):
-        await sample_replies(engine, recording_reward(), prompts[:1], HOW, file, quiet)
+        await sample_replies(engine, recording_reward(), prompts[:1], SAMPLING, file, quiet)
 
 
 async def test_prompts_can_be_added_but_not_changed(
     engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "s.jsonl"
-    first = await sample_replies(engine, recording_reward(), prompts[:2], HOW, file, quiet)
+    first = await sample_replies(engine, recording_reward(), prompts[:2], SAMPLING, file, quiet)
     reward = recording_reward()
-    more = await sample_replies(engine, reward, prompts[:4], HOW, file, quiet)
+    more = await sample_replies(engine, reward, prompts[:4], SAMPLING, file, quiet)
     assert more[:6] == first
     assert sorted(reward.prompts) == ["the cat 2", "the cat 3"]
     for other in (prompts[:1], [*prompts[:3], prompts[9]]):
         with pytest.raises(InvalidRequest, match="other prompts"):
-            await sample_replies(engine, recording_reward(), other, HOW, file, quiet)
+            await sample_replies(engine, recording_reward(), other, SAMPLING, file, quiet)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +134,11 @@ async def test_other_settings_are_refused(
     engine: Any, recording_reward: Any, quiet: Any, tmp_path: Path, change: Any
 ) -> None:
     file = tmp_path / "s.jsonl"
-    await sample_replies(engine, recording_reward(), [], HOW, file, quiet)
+    await sample_replies(engine, recording_reward(), [], SAMPLING, file, quiet)
     with pytest.raises(InvalidRequest, match="other settings"):
-        await sample_replies(engine, recording_reward(), [], replace(HOW, **change), file, quiet)
+        await sample_replies(
+            engine, recording_reward(), [], replace(SAMPLING, **change), file, quiet
+        )
 
 
 def damage(text: str, how: str) -> str:
@@ -175,11 +178,11 @@ async def test_a_damaged_file_is_refused(
     message: str,
 ) -> None:
     file = tmp_path / "s.jsonl"
-    await sample_replies(engine, recording_reward(), prompts[:3], HOW, file, quiet)
+    await sample_replies(engine, recording_reward(), prompts[:3], SAMPLING, file, quiet)
     file.write_text(damage(file.read_text(), how))
     before = file.read_text()
     with pytest.raises(InvalidRequest) as caught:
-        await sample_replies(engine, recording_reward(), prompts[:3], HOW, file, quiet)
+        await sample_replies(engine, recording_reward(), prompts[:3], SAMPLING, file, quiet)
     assert message in caught.value.message
     assert str(file) in caught.value.message
     assert file.read_text() == before
@@ -193,12 +196,12 @@ async def test_a_reply_that_cannot_be_scored_names_its_prompt(
 
     reward, file = recording_reward(fails), tmp_path / "s.jsonl"
     with pytest.raises(InvalidRequest) as caught:
-        await sample_replies(engine, reward, prompts, HOW, file, quiet)
+        await sample_replies(engine, reward, prompts, SAMPLING, file, quiet)
     assert "reward length: 3 of 3 replies to prompt 17 could not be scored" in caught.value.message
-    mended = recording_reward()
-    assert len(await sample_replies(engine, mended, prompts, HOW, file, quiet)) == 60
-    assert sorted(mended.prompts) == [f"the cat {i}" for i in range(16, 20)], (
-        "the prompts before its batch are on disk"
+    fixed_reward = recording_reward()
+    assert len(await sample_replies(engine, fixed_reward, prompts, SAMPLING, file, quiet)) == 60
+    assert sorted(fixed_reward.prompts) == [f"the cat {i}" for i in range(16, 20)], (
+        "the prompts of earlier batches are on disk"
     )
 
 
@@ -207,17 +210,19 @@ async def test_a_prompt_that_the_template_refuses_is_named(
 ) -> None:
     wrong = [*prompts[:2], [{"role": "tool", "content": "x"}]]
     with pytest.raises(InvalidRequest, match=r"prompt 2: .*roles are"):
-        await sample_replies(engine, recording_reward(), wrong, HOW, tmp_path / "s.jsonl", quiet)
+        await sample_replies(
+            engine, recording_reward(), wrong, SAMPLING, tmp_path / "s.jsonl", quiet
+        )
 
 
 # --- states ---
 
 
-async def test_states_are_those_in_which_the_tokens_were_chosen(
+async def test_states_are_read_before_each_reply_token(
     engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
     samples = await sample_replies(
-        engine, recording_reward(), prompts[:2], HOW, tmp_path / "s.jsonl", quiet
+        engine, recording_reward(), prompts[:2], SAMPLING, tmp_path / "s.jsonl", quiet
     )
     ended = replace(samples[0], text="the cat", finish_reason="stop")
     empty = replace(samples[1], text="", finish_reason="length")
@@ -228,22 +233,24 @@ async def test_states_are_those_in_which_the_tokens_were_chosen(
     (end,) = engine.frozen.eos
     at = 0
     for i, s in enumerate(chosen):
-        own = ids[i][starts[i] :]
-        assert engine.frozen.tokenizer.decode(own, skip_special_tokens=True) == s.text
-        assert (own[-1] == end) == (s.finish_reason == "stop" or not s.text)
+        reply_ids = ids[i][starts[i] :]
+        assert engine.frozen.tokenizer.decode(reply_ids, skip_special_tokens=True) == s.text
+        assert (reply_ids[-1] == end) == (s.finish_reason == "stop" or not s.text)
         states = engine.frozen.states(ids[i])
-        assert replies.tokens[at : at + len(own)].tolist() == own
-        assert (replies.reply_index[at : at + len(own)] == i).all()
-        assert replies.hidden[at : at + len(own)].allclose(states[starts[i] - 1 : -1], atol=1e-5)
-        at += len(own)
+        assert replies.tokens[at : at + len(reply_ids)].tolist() == reply_ids
+        assert (replies.reply_index[at : at + len(reply_ids)] == i).all()
+        assert replies.hidden[at : at + len(reply_ids)].allclose(
+            states[starts[i] - 1 : -1], atol=1e-5
+        )
+        at += len(reply_ids)
     assert at == len(replies.tokens)
 
 
-async def test_of_several_end_tokens_the_likeliest_is_taken(
+async def test_the_likeliest_of_several_end_tokens_is_used(
     engine: Any, prompts: Any, quiet: Any, recording_reward: Any, tmp_path: Path
 ) -> None:
     (one, *_) = await sample_replies(
-        engine, recording_reward(), prompts[:1], HOW, tmp_path / "s.jsonl", quiet
+        engine, recording_reward(), prompts[:1], SAMPLING, tmp_path / "s.jsonl", quiet
     )
     for several in ({1, 5, 9}, {20, 21, 22, 23}):
         model = replace(engine.frozen, eos=frozenset(several))
