@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from infer_align_bench.intervals import ratios
-from infer_align_bench.summary import AMOUNTS, LATENCIES, as_json, meets_goals, rates
+from infer_align_bench.summary import (
+    AMOUNTS,
+    LATENCIES,
+    Amount,
+    Goals,
+    Latencies,
+    as_json,
+    meets_goals,
+    rates,
+)
 from infer_align_bench.types import Run, Sample
 
-TOKENS: dict[str, Callable[[Sample], float]] = {
+TOKENS: dict[str, Amount] = {
     "returned_tokens": lambda sample: float(sample.tokens),
     "generated_tokens": lambda sample: float(sample.generated_tokens),
 }
 Pair = tuple[Sample, Sample]
 
 
-def compare(
-    run: Run, names: tuple[str, str], goals: Mapping[str, float], seed: int
-) -> dict[str, Any]:
+def compare(run: Run, names: tuple[str, str], goals: Goals, seed: int) -> dict[str, Any]:
     """Return the ratios of the first target to the second.
 
     Latencies and tokens are compared over the pairs in which both requests were answered;
@@ -41,32 +48,37 @@ def compare(
 
 def _answered_pairs(run: Run, names: tuple[str, str]) -> tuple[list[Pair], int]:
     """Return the pairs in which both requests were answered, and the number of all pairs."""
-    first = {sample.index: sample for sample in run.samples if sample.target == names[0]}
-    second = {sample.index: sample for sample in run.samples if sample.target == names[1]}
-    indices = sorted(first.keys() | second.keys())
+    indices = sorted({sample.index for sample in run.samples})
+    first_answers = _answers(run, names[0])
+    second_answers = _answers(run, names[1])
     pairs = []
     for index in indices:
-        pair = (first.get(index), second.get(index))
-        if pair[0] and pair[0].ok and pair[1] and pair[1].ok:
-            pairs.append((pair[0], pair[1]))
+        if index in first_answers and index in second_answers:
+            pairs.append((first_answers[index], second_answers[index]))
     return pairs, len(indices)
 
 
-def _latency_ratios(
-    pairs: Sequence[Pair], read: Callable[[Sample], Sequence[float]], seed: int
-) -> dict[str, Any]:
+def _answers(run: Run, name: str) -> dict[int, Sample]:
+    """Return the answered requests of a target by their index."""
+    answers = {}
+    for sample in run.samples:
+        if sample.target == name and sample.ok:
+            answers[sample.index] = sample
+    return answers
+
+
+def _latency_ratios(pairs: Sequence[Pair], read: Latencies, seed: int) -> dict[str, Any]:
     if not pairs:
         return {}
     numerator = [read(first) for first, _ in pairs]
     denominator = [read(second) for _, second in pairs]
-    return {
-        name: as_json(estimate) for name, estimate in ratios(numerator, denominator, seed).items()
-    }
+    result = {}
+    for name, estimate in ratios(numerator, denominator, seed).items():
+        result[name] = as_json(estimate)
+    return result
 
 
-def _token_ratio(
-    pairs: Sequence[Pair], count: Callable[[Sample], float], seed: int
-) -> dict[str, float | None] | None:
+def _token_ratio(pairs: Sequence[Pair], count: Amount, seed: int) -> dict[str, float | None] | None:
     if not pairs:
         return None
     numerator = [[count(first)] for first, _ in pairs]
@@ -74,9 +86,7 @@ def _token_ratio(
     return as_json(ratios(numerator, denominator, seed)["mean"])
 
 
-def _rate_ratios(
-    run: Run, names: tuple[str, str], goals: Mapping[str, float], seed: int
-) -> dict[str, Any]:
+def _rate_ratios(run: Run, names: tuple[str, str], goals: Goals, seed: int) -> dict[str, Any]:
     amounts = dict(AMOUNTS)
     if goals:
         amounts["goodput"] = lambda sample: float(meets_goals(sample, goals))

@@ -16,9 +16,16 @@ from infer_align_bench.types import Load, Sample, Span
 
 MILLISECONDS = 1e3
 
+# Limits of latencies in milliseconds, by name.
+Goals = Mapping[str, float]
+# Reads an amount of a request, which is added up.
+Amount = Callable[[Sample], float]
+# Reads the latencies of a request in seconds.
+Latencies = Callable[[Sample], Sequence[float]]
+
 # The latencies of a request in seconds. An answer that arrived in one chunk has no "tpot" and no
 # "itl" (gaps between chunks); a longer one has many gaps.
-LATENCIES: dict[str, Callable[[Sample], Sequence[float]]] = {
+LATENCIES: dict[str, Latencies] = {
     "ttft": lambda sample: () if sample.ttft is None else (sample.ttft,),
     "tpot": lambda sample: () if sample.tpot is None else (sample.tpot,),
     "itl": lambda sample: sample.gaps,
@@ -26,7 +33,7 @@ LATENCIES: dict[str, Callable[[Sample], Sequence[float]]] = {
 }
 GOALS = ("ttft", "tpot", "e2e")
 # The amounts whose rate per second is reported. A failed request contributes nothing.
-AMOUNTS: dict[str, Callable[[Sample], float]] = {
+AMOUNTS: dict[str, Amount] = {
     "requests_per_second": lambda sample: float(sample.ok),
     "output_tokens_per_second": lambda sample: float(sample.tokens) if sample.ok else 0.0,
     "generated_tokens_per_second": (
@@ -36,7 +43,7 @@ AMOUNTS: dict[str, Callable[[Sample], float]] = {
 
 
 def summarize(
-    samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals: Mapping[str, float]
+    samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals: Goals
 ) -> dict[str, Any]:
     """Summarize one target.
 
@@ -72,16 +79,17 @@ def summarize(
 
 
 def _milliseconds(groups: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
-    return {
-        name: as_json(estimate, MILLISECONDS) for name, estimate in estimates(groups, seed).items()
-    }
+    result = {}
+    for name, estimate in estimates(groups, seed).items():
+        result[name] = as_json(estimate, MILLISECONDS)
+    return result
 
 
 def rates(
     samples: Sequence[Sample],
     spans: Sequence[Span],
     seed: int,
-    amounts: Mapping[str, Callable[[Sample], float]] = AMOUNTS,
+    amounts: Mapping[str, Amount] = AMOUNTS,
 ) -> dict[str, Rate]:
     """Return each amount per second under load; {} if no request ended.
 
@@ -125,7 +133,7 @@ def _intervals_between_ends(
 
 
 def _goodput(
-    samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals: Mapping[str, float]
+    samples: Sequence[Sample], spans: Sequence[Span], load: Load, goals: Goals
 ) -> dict[str, Any] | None:
     """Summarize the requests that met every goal.
 
@@ -148,7 +156,7 @@ def _goodput(
     }
 
 
-def meets_goals(sample: Sample, goals: Mapping[str, float]) -> bool:
+def meets_goals(sample: Sample, goals: Goals) -> bool:
     """Return True if the request was answered within every goal (milliseconds)."""
     if not sample.ok:
         return False
@@ -166,10 +174,10 @@ def _errors(samples: Sequence[Sample]) -> dict[str, Any]:
     for sample in samples:
         if not sample.ok:
             first_messages.setdefault(sample.error, sample.message)
-    return {
-        kind: {"count": count, "first": first_messages[kind]}
-        for kind, count in counts.most_common()
-    }
+    result = {}
+    for kind, count in counts.most_common():
+        result[kind] = {"count": count, "first": first_messages[kind]}
+    return result
 
 
 def _tokens(answered: Sequence[Sample]) -> dict[str, Any]:
