@@ -123,7 +123,9 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     file = Path(locate(path))
     try:
         with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+            # The opened file is not a mapping, so it cannot be iterated itself.
+            names = opened.keys()
+            tensors = {name: opened.get_tensor(name) for name in names}
             metadata = opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: cannot be read as a safetensors file: {error}") from None

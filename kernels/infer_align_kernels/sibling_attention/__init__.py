@@ -44,7 +44,8 @@ def sibling_attention(
     _check_shapes(query, prefix_keys, prefix_values, own_keys, own_values, lengths)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.is_cuda:
-        from infer_align_kernels.sibling_attention import triton
+        # Triton is not needed on a CPU.
+        from infer_align_kernels.sibling_attention import triton  # noqa: PLC0415
 
         with torch.cuda.device(query.device):
             return triton.sibling_attention(

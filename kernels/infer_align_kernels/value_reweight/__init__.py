@@ -65,7 +65,8 @@ def value_reweight(
     else:
         _check_candidates(logits, values.token_ids, values.values, beta, values.tail)
     if logits.is_cuda:
-        from infer_align_kernels.value_reweight import triton
+        # Triton is not needed on a CPU.
+        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
         with torch.cuda.device(logits.device):
             return triton.value_reweight(
@@ -112,7 +113,8 @@ def reweight_logits(
     if out is not None:
         _check_out(out, logits, dtype)
     if logits.is_cuda and dtype == torch.float32:
-        from infer_align_kernels.value_reweight import triton
+        # Triton is not needed on a CPU.
+        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
         with torch.cuda.device(logits.device):
             return triton.reweight_logits(logits, token_ids, values, beta, tail, out)
@@ -171,7 +173,8 @@ def candidate_values(
     if bias is not None:
         _check_shape("bias", bias, tuple(weight.shape[:2]), weight.device)
     if hidden.is_cuda:
-        from infer_align_kernels.value_reweight import triton
+        # Triton is not needed on a CPU.
+        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
         with torch.cuda.device(hidden.device):
             return triton.candidate_values(token_ids, hidden, weight, bias)
@@ -208,7 +211,8 @@ def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -
 
     Calls on different CUDA streams need a workspace each.
     """
-    from infer_align_kernels.value_reweight import triton
+    # Triton is not needed on a CPU.
+    from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
     return triton.allocate_workspace(rows, vocabulary, device)
 

@@ -25,7 +25,9 @@ STATISTICS = tl.constexpr(5)
 @triton.jit
 def clean_logits(x):
     """Replace NaN by -inf, so that it is never chosen, and +inf by the largest number."""
-    return tl.minimum(tl.where(x != x, float("-inf"), x), LARGEST)
+    # Only NaN differs from itself.
+    is_nan = x != x  # noqa: PLR0124
+    return tl.minimum(tl.where(is_nan, float("-inf"), x), LARGEST)
 
 
 @triton.jit
