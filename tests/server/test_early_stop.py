@@ -35,7 +35,8 @@ def test_candidates_with_low_estimates_stop_and_the_report_has_the_saved_tokens(
         {**BEST, "early_stop": {"values": {"helpful": 1.0}, "after": 4}}, max_tokens=60
     )
     assert answer.status_code == 200, answer.text
-    body, align = answer.json(), answer.json()["align"]
+    body = answer.json()
+    align = answer.json()["align"]
     candidates = align["candidates"]
     assert align["methods"] == ["best_of_n", "early_stop"]
     assert align["selected"] == 1, (

@@ -8,7 +8,8 @@ import pytest
 
 from tests.server.conftest import FOREVER
 
-GOOD, BAD = '{text = "candidate 4"}', '{text = "", error = "out of memory", status = 503}'
+GOOD = '{text = "candidate 4"}'
+BAD = '{text = "", error = "out of memory", status = 503}'
 HANGING = '[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'
 NUMBER = '[rewards.number]\nkind = "callable"\nfunction = "tests.server.scorers:number"\n'
 

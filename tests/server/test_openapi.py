@@ -19,7 +19,9 @@ from tests.engines.openai.upstream import fake_upstream
 from tests.server.conftest import end, start
 
 USER: Any = [{"role": "user", "content": "hello"}]
-CHAT, TEXT, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/align/score"
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+SCORE = "/v1/align/score"
 
 
 @pytest.fixture(scope="module")

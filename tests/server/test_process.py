@@ -333,11 +333,11 @@ def test_config_show_gives_the_origin_of_each_value(config_file: Callable[[str],
     )
     done = run("config", "show", str(path), "--set", "limits.max_queue=7", COLUMNS="400")
     assert done.returncode == 0, done.stderr
-    rows = {
-        cells[0]: cells[1:]
-        for line in done.stdout.splitlines()
-        if len(cells := [c.strip() for c in line.split("│")[1:-1]]) == 3
-    }
+    rows = {}
+    for line in done.stdout.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if len(cells) == 3:
+            rows[cells[0]] = cells[1:]
     assert rows["limits.max_queue"] == ["7", "--set"]
     assert rows["server.port"] == ["9", str(path)]
     assert rows["server.host"] == ["'127.0.0.1'", "default"]

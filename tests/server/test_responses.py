@@ -15,7 +15,8 @@ from tests.engines.openai.upstream import SSE, FakeUpstream, Faults, fake_upstre
 from tests.server.conftest import Live, end
 from tests.server.conftest import start as serve
 
-KEY, CALLER = "sk-upstream-secret", {"authorization": "Bearer the-clients-own"}
+KEY = "sk-upstream-secret"
+CALLER = {"authorization": "Bearer the-clients-own"}
 ASKED = {"model": "up", "input": "hello", "unknown": {"x": [1, None]}}
 EVENTS = [
     b"event: response.created\ndata: "

@@ -23,7 +23,8 @@ from tests.engines.openai.upstream import FakeUpstream, Faults, fake_upstream, r
 from tests.engines.openai.upstream import start as start_answer
 from tests.server.conftest import NUMBERS, USER, Live, end, start
 
-KEY, SERVER_KEY = "sk-upstream-secret", "the-servers-own-key"
+KEY = "sk-upstream-secret"
+SERVER_KEY = "the-servers-own-key"
 CERTIFICATE = Path(__file__).parents[1] / "data" / "self_signed.pem"
 
 
@@ -104,7 +105,8 @@ def front(
 @contextlib.contextmanager
 def logged() -> Iterator[io.StringIO]:
     """All log records of the test, at the level debug."""
-    text, root = io.StringIO(), logging.getLogger()
+    text = io.StringIO()
+    root = logging.getLogger()
     handler = logging.StreamHandler(text)
     handler.setFormatter(JsonFormatter())
     names = [None, *logging.Logger.manager.loggerDict]
@@ -160,7 +162,8 @@ def hostile(url: str) -> tuple[dict[str, str], dict[str, Any]]:
 def test_no_header_or_field_changes_where_the_key_goes(
     up: FakeUpstream, front: Any, attacker: Any
 ) -> None:
-    live, (url, heard) = front(), attacker
+    live = front()
+    url, heard = attacker
     headers, fields = hostile(url)
     with logged() as text:
         for body in ({}, {"align": {"best_of_n": {"n": 3}}}, {"stream": True}):

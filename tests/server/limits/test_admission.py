@@ -25,10 +25,8 @@ async def served(
 
     The requests in `leave` disconnect while they wait.
     """
-    admission, order = (
-        Admission(configuration.Limits(**{"max_running": 1, "max_queue": 10_000, **limits})),
-        [],
-    )
+    admission = Admission(configuration.Limits(**{"max_running": 1, "max_queue": 10_000, **limits}))
+    order = []
     gate = asyncio.Event()
 
     async def hold() -> None:
@@ -114,7 +112,9 @@ def test_an_absent_caller_gains_nothing() -> None:
     """A new caller gets its share from now on, and nothing for the time before it came."""
 
     async def scenario() -> list[str]:
-        admission, order, late = Admission(configuration.Limits(max_running=1)), [], []
+        admission = Admission(configuration.Limits(max_running=1))
+        order = []
+        late = []
 
         async def one(caller: str) -> None:
             async with admission.admit(10, caller=caller):
@@ -138,7 +138,9 @@ def test_a_caller_that_held_every_place_waits_behind_a_new_one() -> None:
     """Requests that ran without waiting count too."""
 
     async def scenario() -> list[str]:
-        admission, order, gate = Admission(configuration.Limits(max_running=3)), [], asyncio.Event()
+        admission = Admission(configuration.Limits(max_running=3))
+        order = []
+        gate = asyncio.Event()
 
         async def one(caller: str) -> None:
             async with admission.admit(10, caller=caller):
@@ -158,10 +160,8 @@ def test_a_caller_that_held_every_place_waits_behind_a_new_one() -> None:
 
 def test_a_flood_does_not_keep_others_out_of_the_queue() -> None:
     async def scenario() -> None:
-        admission, gate = (
-            Admission(configuration.Limits(max_running=1, max_queue=4)),
-            asyncio.Event(),
-        )
+        admission = Admission(configuration.Limits(max_running=1, max_queue=4))
+        gate = asyncio.Event()
 
         async def one(caller: str) -> str:
             async with admission.admit(1, caller=caller):
@@ -227,10 +227,8 @@ def test_bounds_hold_and_nothing_leaks(arrivals: list[tuple[str, int, str]]) -> 
 
 def test_callers_of_the_past_are_deleted() -> None:
     async def scenario() -> None:
-        admission, gate = (
-            Admission(configuration.Limits(max_running=MAX_CALLERS * 2)),
-            asyncio.Event(),
-        )
+        admission = Admission(configuration.Limits(max_running=MAX_CALLERS * 2))
+        gate = asyncio.Event()
 
         async def hold() -> None:
             async with admission.admit(1, caller="first"):
@@ -252,7 +250,8 @@ def test_admission_is_first_come_first_served_and_leaks_nothing() -> None:
     limits = configuration.Limits(max_running=2, max_running_tokens=10, max_queue=50)
 
     async def scenario() -> list[int]:
-        admission, order = Admission(limits), []
+        admission = Admission(limits)
+        order = []
 
         async def one(i: int) -> None:
             async with admission.admit(5 if i % 3 else 10):
@@ -281,10 +280,8 @@ def test_leaving_at_the_moment_of_admission_leaks_nothing() -> None:
 
         first = asyncio.create_task(hold(release))
         await asyncio.sleep(0)
-        second, third = (
-            asyncio.create_task(hold(asyncio.Event())),
-            asyncio.create_task(hold(release)),
-        )
+        second = asyncio.create_task(hold(asyncio.Event()))
+        third = asyncio.create_task(hold(release))
         await asyncio.sleep(0)
         release.set()
         first.add_done_callback(lambda _: second.cancel())
