@@ -20,7 +20,7 @@ LOG2_E = 1.4426950408889634
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-class Tiles(NamedTuple):
+class AttentionTiles(NamedTuple):
     """The tile sizes of the kernel and its compiler options.
 
     Attributes:
@@ -192,16 +192,16 @@ def sibling_attention(
     return out
 
 
-def tiles(stacked: int, dim: int, dtype: torch.dtype) -> Tiles:
+def tiles(stacked: int, dim: int, dtype: torch.dtype) -> AttentionTiles:
     """Choose the tiles by the stacked queries of a key head, the head's size and its dtype.
 
     They do not depend on the number of rows, so a row's result is the same in every batch.
     """
     if dtype == torch.float32:
-        return Tiles(queries=16, columns=16, num_warps=4, num_stages=2)
+        return AttentionTiles(queries=16, columns=16, num_warps=4, num_stages=2)
     if dim > 128:
-        return Tiles(queries=64, columns=32, num_warps=8, num_stages=2)
+        return AttentionTiles(queries=64, columns=32, num_warps=8, num_stages=2)
     if stacked > 32:
-        return Tiles(queries=64, columns=32, num_warps=4, num_stages=3)
+        return AttentionTiles(queries=64, columns=32, num_warps=4, num_stages=3)
     queries = 16 if stacked <= 16 else 32
-    return Tiles(queries=queries, columns=64, num_warps=4, num_stages=3)
+    return AttentionTiles(queries=queries, columns=64, num_warps=4, num_stages=3)
