@@ -42,7 +42,7 @@ def completion_logprobs(entries: Sequence[Entry], start: int, *, alternatives: b
     Args:
         entries: of the tokens.
         start: number of characters before the first token.
-        alternatives: False if the request asked for the sampled tokens only.
+        alternatives: False if the request wants the sampled tokens only.
     """
     offsets: list[int] = []
     top_logprobs: list[dict[str, float]] = []
