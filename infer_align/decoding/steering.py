@@ -88,6 +88,37 @@ class SteeringBatch:
             uniform=heads_only and same_k and bool(beta.all()) and not masked.any(),
         )
 
+    @classmethod
+    def build_on_device(
+        cls,
+        values: Sequence[Value],
+        beta: torch.Tensor,
+        top_k: torch.Tensor,
+        masked: torch.Tensor | None,
+        k: int,
+    ) -> SteeringBatch:
+        """Build the record for all rows of the logits from tensors that the host has not read.
+
+        Rows with a top_k of 0 have no candidates, so their logits stay the same.
+
+        Args:
+            values: the M values.
+            beta: [B, M] weights.
+            top_k: [B] candidates of each row.
+            masked: [B] True where the tail is masked; None if no row masks it.
+            k: an upper bound of `top_k`.
+        """
+        slots = torch.arange(k, device=top_k.device)[None]
+        return cls(
+            rows=None,
+            values=tuple(values),
+            users=(None,) * len(values),
+            beta=beta,
+            beyond=slots >= top_k[:, None],
+            tail="keep" if masked is None else masked,
+            k=k,
+        )
+
 
 def _users(column: NDArray[np.float32], device: torch.device) -> torch.Tensor | None:
     if column.all():

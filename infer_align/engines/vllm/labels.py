@@ -31,13 +31,15 @@ async def read_labels(frontend: Frontend, query: LabelQuery) -> LabelLogprobs:
     tree = LabelTree(frontend.vocabulary, query.labels)
     prompt = await frontend.prompt_ids(query.messages, query.prefix)
     requests = _requests(tree)
-    calls = [
-        frontend.label_logprobs([*prompt, *request.path], request.tokens) for request in requests
-    ]
-    logprobs: dict[Path, dict[int, float]] = {}
-    for request, result in zip(requests, await asyncio.gather(*calls), strict=True):
-        logprobs.setdefault(request.path, {}).update(result)
-    return LabelLogprobs(tree.logprobs(logprobs), len(prompt), len(requests))
+    calls = []
+    for request in requests:
+        token_ids = [*prompt, *request.path]
+        calls.append(frontend.label_logprobs(token_ids, request.tokens))
+    results = await asyncio.gather(*calls)
+    measured: dict[Path, dict[int, float]] = {}
+    for request, logprobs in zip(requests, results, strict=True):
+        measured.setdefault(request.path, {}).update(logprobs)
+    return LabelLogprobs(tree.logprobs(measured), len(prompt), len(requests))
 
 
 def count_requests(frontend: Frontend, labels: tuple[str, ...]) -> int:
@@ -53,5 +55,6 @@ def _requests(tree: LabelTree) -> list[LabelRequest]:
     requests = []
     for path, tokens in tree.readings.items():
         for start in range(0, len(tokens), MAX_TOKENS):
-            requests.append(LabelRequest(path, tokens[start : start + MAX_TOKENS]))
+            part = tokens[start : start + MAX_TOKENS]
+            requests.append(LabelRequest(path, part))
     return requests

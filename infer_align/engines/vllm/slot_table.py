@@ -42,12 +42,6 @@ class _DeviceTable(NamedTuple):
     top_k: torch.Tensor
     mask_tail: torch.Tensor
 
-    def rows(self, slots: torch.Tensor) -> _DeviceTable:
-        """Return one row per element of `slots`."""
-        beta = self.beta.index_select(0, slots)
-        top_k = self.top_k.index_select(0, slots)
-        return _DeviceTable(beta, top_k, self.mask_tail.index_select(0, slots))
-
 
 class SlotTable:
     """The steering of every slot. Each value has a column of weights.
@@ -66,8 +60,9 @@ class SlotTable:
         # 0 for a slot that is not steered.
         self._top_k = np.zeros(slots, np.int64)
         self._mask_tail = np.zeros(slots, np.bool_)
-        # The latest batch, after the bytes of the slots for which it was made.
-        self._batch: tuple[bytes, SteeringBatch | None] | None = None
+        # The latest batch, and the bytes of the slots for which it was made; None after a change.
+        self._batch: SteeringBatch | None = None
+        self._batch_key: bytes | None = None
         self._device_table: _DeviceTable | None = None
 
     @property
@@ -105,7 +100,8 @@ class SlotTable:
         Raises:
             RuntimeError: this worker has no such value. An estimate without it would be wrong.
         """
-        value = self._values[self._columns[name]] if name in self._columns else None
+        column = self._columns.get(name)
+        value = None if column is None else self._values[column]
         if value is None:
             raise RuntimeError(f"a request needs the value {name!r}, which this worker lacks.")
         return value
@@ -135,10 +131,12 @@ class SlotTable:
         self._beta[slot] = 0.0
         self._top_k[slot] = 0
         self._mask_tail[slot] = False
-        if steering is not None:
-            self._beta[slot, [*steering.weights]] = [*steering.weights.values()]
-            self._top_k[slot] = steering.top_k
-            self._mask_tail[slot] = steering.mask_tail
+        if steering is None:
+            return
+        for column, weight in steering.weights.items():
+            self._beta[slot, column] = weight
+        self._top_k[slot] = steering.top_k
+        self._mask_tail[slot] = steering.mask_tail
 
     def assign_all(self, steerings: Mapping[int, SlotSteering]) -> None:
         """Assign every slot; those without an entry are not steered."""
@@ -153,9 +151,10 @@ class SlotTable:
         """
         indices = np.asarray(slots, np.int64)
         key = indices.tobytes()
-        if self._batch is None or self._batch[0] != key:
-            self._batch = (key, self._build_batch(indices))
-        return self._batch[1]
+        if self._batch_key != key:
+            self._batch = self._build_batch(indices)
+            self._batch_key = key
+        return self._batch
 
     def _build_batch(self, slots: Indices) -> SteeringBatch | None:
         rows = np.flatnonzero(self._top_k[slots])
@@ -185,30 +184,38 @@ class SlotTable:
         steered = slots[self._top_k[slots] > 0]
         if not len(steered):
             return None
+        table = self._table_on_device()
+        columns = np.flatnonzero(self._beta[steered].any(axis=0))
+        beta = table.beta.index_select(0, row_slots)
+        mask_tail = None
+        if self._mask_tail[steered].any():
+            mask_tail = table.mask_tail.index_select(0, row_slots)
+        return SteeringBatch.build_on_device(
+            self._values_of(columns),
+            beta.index_select(1, upload(columns, self._device)),
+            table.top_k.index_select(0, row_slots),
+            mask_tail,
+            k=int(self._top_k[steered].max()),
+        )
+
+    def _table_on_device(self) -> _DeviceTable:
         if self._device_table is None:
             self._device_table = _DeviceTable(
                 upload(self._beta, self._device),
                 upload(self._top_k, self._device),
                 upload(self._mask_tail, self._device),
             )
-        k = int(self._top_k[steered].max())
-        columns = np.flatnonzero(self._beta[steered].any(axis=0))
-        rows = self._device_table.rows(row_slots)
-        candidates = torch.arange(k, device=row_slots.device)
-        return SteeringBatch(
-            rows=None,
-            values=self._values_of(columns),
-            users=(None,) * len(columns),
-            beta=rows.beta.index_select(1, upload(columns, self._device)),
-            beyond=candidates[None] >= rows.top_k[:, None],
-            tail=rows.mask_tail if self._mask_tail[steered].any() else "keep",
-            k=k,
-        )
+        return self._device_table
 
     def _values_of(self, columns: Iterable[int]) -> tuple[HeadValue, ...]:
-        values = [self._values[column] for column in columns]
-        return tuple(value for value in values if value is not None)
+        values: list[HeadValue] = []
+        for column in columns:
+            value = self._values[column]
+            if value is not None:
+                values.append(value)
+        return tuple(values)
 
     def _forget_tensors(self) -> None:
         self._batch = None
+        self._batch_key = None
         self._device_table = None

@@ -23,7 +23,7 @@ class Workers:
 
     Attributes:
         calls: number of calls that the workers received.
-        checks: number of times that the fetcher asked for the token count of a request.
+        checks: number of times that the fetcher read the token count of a request.
         tokens: the token count of every request.
         delivered: the estimates that requests received.
     """

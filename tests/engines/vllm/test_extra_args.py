@@ -1,4 +1,4 @@
-"""What a request carries to the workers: it is read as it was written, and checked. No vLLM."""
+"""The part of a request for the workers is read as it was written, and checked. No vLLM."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ def test_invalid_steering_never_reaches_a_worker(engine: Any, values: EngineValu
 
 
 def test_the_padding_of_a_cuda_graph_is_never_due() -> None:
-    """Where a CUDA graph pads the batch, vLLM pads the lengths but not the slots."""
+    # Where a CUDA graph pads the batch, vLLM pads the lengths but not the slots.
     from infer_align.engines.vllm.processor import ValueProcessor
     from infer_align.engines.vllm.recorder import EstimatedRequest
 
