@@ -28,7 +28,7 @@ _SCORING_STAGES = (Stage.CONDITION, Stage.SCORE)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one request will do and what it can cost at most.
+    """The work of one request and its maximum cost.
 
     The methods wrote into the draft of the plan (`PlanDraft`); the planner resolved the scorers,
     seeded the draws and counted the cost.

@@ -93,8 +93,8 @@ class Prompting:
         """
         if not direction.keys() & set(self.attributes):
             return dict(direction)
-        others = [name for name in direction if name not in self.attributes]
-        return {name: direction.get(name, 0.0) for name in [*self.attributes, *others]}
+        further = [name for name in direction if name not in self.attributes]
+        return {name: direction.get(name, 0.0) for name in [*self.attributes, *further]}
 
     def weights(self, direction: Direction) -> dict[str, int | float]:
         """Return the rounded weight of each attribute, as the sentence shows it."""

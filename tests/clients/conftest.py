@@ -20,7 +20,10 @@ SERVERS = {
     "numbers": NUMBERS,
     "tools": f'[engine]\nkind = "fake"\nreplies = [{{text = "", tool_calls = [{CALL}]}}]\n{BRIEF}',
     "json": f'[engine]\nkind = "fake"\nreplies = [{{text = "{ANSWER}"}}]\n{BRIEF}',
-    "slow": '[engine]\nkind = "fake"\nreplies = [{text = "1 2 3 4 5 6 7 8 9 10 11 12", seconds_per_token = 0.3}]\n',
+    "slow": (
+        '[engine]\nkind = "fake"\n'
+        'replies = [{text = "1 2 3 4 5 6 7 8 9 10 11 12", seconds_per_token = 0.3}]\n'
+    ),
     "keyed": '[server]\napi_keys_env = "TEST_CLIENT_KEYS"\n[engine]\nkind = "fake"\n',
 }
 

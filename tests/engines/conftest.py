@@ -15,7 +15,7 @@ from infer_align.types import Draw
 
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., Draw]:
-    """`draw("words", n=2, seed=7, temperature=0)`: a chat draw; `kind="completion"` for the other."""
+    """Return a draw: `draw("words", n=2, seed=7, temperature=0, kind="completion")`."""
 
     def make(
         text: str = "the cat", n: int = 1, seed: int = 0, kind: Any = "chat", **fields: Any
@@ -32,7 +32,7 @@ def draw() -> Callable[..., Draw]:
 
 @pytest.fixture(scope="session")
 def serving(language_model: Callable[..., str]) -> Callable[..., AbstractAsyncContextManager[Any]]:
-    """`async with serving("GPT2", prefill_tokens=16) as engine`: the transformers engine on a tiny model."""
+    """Serve a tiny model: `async with serving("GPT2", prefill_tokens=16) as engine`."""
 
     @asynccontextmanager
     async def serve(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from infer_align.engines import Engine, Stream
 from infer_align.engines.openai.batch_size import BatchSizes
-from infer_align.engines.openai.draws import Drawing, refusal
+from infer_align.engines.openai.draws import UpstreamDrawing, refusal
 from infer_align.engines.openai.labels import read_labels
 from infer_align.engines.openai.models import CONTEXT_LENGTH, UpstreamModels
 from infer_align.engines.openai.probe import FEATURES, FIELDS, Features
@@ -128,7 +128,7 @@ class OpenAIEngine(Engine):
         self.client = Client(config)
         self._sizes = BatchSizes(config.n)
         self._models = UpstreamModels(config, self.client, self._sizes)
-        self._drawings: set[Drawing | SteeredDrawing] = set()
+        self._drawings: set[UpstreamDrawing | SteeredDrawing] = set()
         self._reaching: asyncio.Task[None] | None = None
         self._steerer: Steerer | None = None
         self._closed = False
@@ -271,11 +271,11 @@ class OpenAIEngine(Engine):
         self._drawings.add(drawing)
         return drawing.stream
 
-    def _drawing(self, draw: Draw) -> Drawing | SteeredDrawing:
+    def _drawing(self, draw: Draw) -> UpstreamDrawing | SteeredDrawing:
         model = self._model_of(draw.body)
         is_steered = draw.steering is not None and any(draw.steering.beta.values())
         if self._steerer is None or draw.steering is None or not is_steered:
-            return Drawing(self.client, self._sizes, draw, model, self._drawings.discard)
+            return UpstreamDrawing(self.client, self._sizes, draw, model, self._drawings.discard)
         # Like the steerer, this needs torch.
         from infer_align.engines.openai.steered import SteeredDrawing  # noqa: PLC0415
 

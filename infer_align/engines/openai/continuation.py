@@ -31,7 +31,7 @@ _ESCAPED_BYTE = re.compile(r"\\x([0-9a-fA-F]{2})")
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class ContinuationPrompt:
     """The prompt of a draw, in every form that a continuation may need.
 
     Attributes:
@@ -60,7 +60,9 @@ class Continuation:
         self.model = model
         self._vocabulary = vocabulary
 
-    def body(self, prompt: Prompt, answer_ids: Sequence[int], answer: str) -> dict[str, Any]:
+    def body(
+        self, prompt: ContinuationPrompt, answer_ids: Sequence[int], answer: str
+    ) -> dict[str, Any]:
         """Return a body that requests one token.
 
         Args:

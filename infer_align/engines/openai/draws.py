@@ -41,7 +41,7 @@ class _Reaction(Enum):
     FAIL_BATCH = auto()
 
 
-class Drawing:
+class UpstreamDrawing:
     """One draw being sampled.
 
     Args:
@@ -61,7 +61,7 @@ class Drawing:
         sizes: BatchSizes,
         draw: Draw,
         model: str,
-        on_close: Callable[[Drawing], None],
+        on_close: Callable[[UpstreamDrawing], None],
     ) -> None:
         self.stream = Stream(draw.n, self.stop, self.close)
         self._client = client

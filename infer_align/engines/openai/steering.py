@@ -23,7 +23,13 @@ from transformers import AutoTokenizer
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.text import token_bytes
 from infer_align.demo.locate import locate
-from infer_align.engines.openai.continuation import TOKEN_ID, WAYS, Continuation, Prompt, Way
+from infer_align.engines.openai.continuation import (
+    TOKEN_ID,
+    WAYS,
+    Continuation,
+    ContinuationPrompt,
+    Way,
+)
 from infer_align.engines.openai.probe import TOP_LOGPROBS
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unsupported
 from infer_align.types import Draw, Steering
@@ -95,7 +101,9 @@ class Steerer:
     async def _works(self, client: Client, host: Host, continuation: Continuation) -> bool:
         text = "one two"
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        prompt = Prompt(text, tuple(ids), {"messages": [{"role": "user", "content": text}]})
+        prompt = ContinuationPrompt(
+            text, tuple(ids), {"messages": [{"role": "user", "content": text}]}
+        )
         body = continuation.body(prompt, [], "three") | continuation.logprob_fields(2)
         try:
             answer = await client.call_host(host, continuation.path, body)
@@ -157,7 +165,7 @@ class Steerer:
         """Return the values of a steering, in its order."""
         return [self._values[name] for name in steering.beta]
 
-    def prompt(self, draw: Draw) -> Prompt:
+    def prompt(self, draw: Draw) -> ContinuationPrompt:
         """Return the prompt of a draw.
 
         Raises:
@@ -165,7 +173,7 @@ class Steerer:
         """
         if draw.kind == "completion":
             text = draw.body["prompt"]
-            return Prompt(text, tuple(self.tokenizer(text)["input_ids"]))
+            return ContinuationPrompt(text, tuple(self.tokenizer(text)["input_ids"]))
         messages = draw.body["messages"]
         options = draw.body.get("chat_template_kwargs") or {}
         try:
@@ -181,7 +189,7 @@ class Steerer:
         if options:
             fields["chat_template_kwargs"] = options
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Prompt(text, tuple(ids), fields)
+        return ContinuationPrompt(text, tuple(ids), fields)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run a forward pass of a value LM in a thread: one at a time, as each uses all cores."""

@@ -13,7 +13,7 @@ from infer_align.values.lookahead import ValueLM
 
 
 @dataclass(slots=True)
-class Batch:
+class RowBatch:
     """Rows with their keys and values in the frozen model and in the value LMs.
 
     Attributes:
@@ -29,7 +29,7 @@ class Batch:
     steering: SteeringBatch | None = None
 
     @classmethod
-    def of_prompt(cls, job: Job, rows: list[Row]) -> Batch:
+    def of_prompt(cls, job: Job, rows: list[Row]) -> RowBatch:
         """Return candidates of one job, each with a copy of the prompt's keys and values."""
         copies = [0] * len(rows)
         columns = len(job.prompt.ids)
@@ -40,13 +40,13 @@ class Batch:
             value_caches[lm] = ValueCache(lm, members, [columns] * len(rows), copied)
         return cls(rows, job.cache.take(copies, columns), value_caches)
 
-    def take(self, positions: Sequence[int]) -> Batch:
+    def take(self, positions: Sequence[int]) -> RowBatch:
         """Return the rows at these positions, in this order."""
         if len(positions) == len(self.rows):
             return self
         rows = [self.rows[i] for i in positions]
         if not rows:
-            return Batch()
+            return RowBatch()
         value_caches: dict[ValueLM, ValueCache] = {}
         for lm, value_cache in self.value_caches.items():
             remaining = value_cache.take(positions)
@@ -55,9 +55,9 @@ class Batch:
         # The longest row spans the cache, except for tokens that the model has not read yet.
         unread = max(row.length for row in self.rows) - self.cache.length
         columns = max(row.length for row in rows) - unread
-        return Batch(rows, self.cache.take(list(positions), columns), value_caches)
+        return RowBatch(rows, self.cache.take(list(positions), columns), value_caches)
 
-    def join(self, other: Batch) -> Batch:
+    def join(self, other: RowBatch) -> RowBatch:
         """Return these rows followed by the other's."""
         if not self.rows:
             return other
@@ -67,4 +67,4 @@ class Batch:
         for lm, value_cache in other.value_caches.items():
             shifted = value_cache.shifted(len(self.rows))
             value_caches[lm] = value_caches[lm].join(shifted) if lm in value_caches else shifted
-        return Batch(self.rows + other.rows, self.cache.join(other.cache), value_caches)
+        return RowBatch(self.rows + other.rows, self.cache.join(other.cache), value_caches)

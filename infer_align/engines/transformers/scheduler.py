@@ -17,7 +17,7 @@ from infer_align.decoding.sampler import adjust, sample
 from infer_align.decoding.siblings import choose_siblings
 from infer_align.decoding.steering import expected_values, steer
 from infer_align.decoding.text import TextStream
-from infer_align.engines.transformers.batch import Batch
+from infer_align.engines.transformers.batch import RowBatch
 from infer_align.engines.transformers.choices import Entry, logprob_entries
 from infer_align.engines.transformers.model import Model, Step
 from infer_align.engines.transformers.outbox import Outbox
@@ -68,7 +68,7 @@ class Scheduler(threading.Thread):
         self._waiting: deque[Job] = deque()
         # Prefilled jobs with candidates that have not joined the batch.
         self._ready: deque[Job] = deque()
-        self._batch = Batch()
+        self._batch = RowBatch()
 
     @property
     def capacity(self) -> int:
@@ -232,7 +232,7 @@ class Scheduler(threading.Thread):
             step = self._model.read([row.tokens[-1:] for row in rows], self._batch.cache, lengths)
             self._batch = self._advance(self._batch, step)
 
-    def _advance(self, batch: Batch, step: Step) -> Batch:
+    def _advance(self, batch: RowBatch, step: Step) -> RowBatch:
         """Turn logits into tokens; return the rows that continue."""
         batch, step = self._drop_broken(batch, step)
         rows = batch.rows
@@ -256,7 +256,7 @@ class Scheduler(threading.Thread):
                 running.append(i)
         return batch.take(running)
 
-    def _drop_broken(self, batch: Batch, step: Step) -> tuple[Batch, Step]:
+    def _drop_broken(self, batch: RowBatch, step: Step) -> tuple[RowBatch, Step]:
         """Fail the rows whose logits are not finite; return the others."""
         finite = step.logits.amax(dim=-1).isfinite().tolist()
         if all(finite):
@@ -295,14 +295,14 @@ class Scheduler(threading.Thread):
         return logprob_entries(self._model, logits, steered, tokens, requested, steered_rows)
 
 
-def _prefilled_batch(rows: Iterable[Row]) -> tuple[Batch, Step]:
+def _prefilled_batch(rows: Iterable[Row]) -> tuple[RowBatch, Step]:
     """Make a batch of candidates with the keys, values and logits of their jobs' prompts."""
     by_job: dict[Job, list[Row]] = {}
     for row in rows:
         by_job.setdefault(row.job, []).append(row)
-    batch = Batch()
+    batch = RowBatch()
     for job, of_job in by_job.items():
-        batch = batch.join(Batch.of_prompt(job, of_job))
+        batch = batch.join(RowBatch.of_prompt(job, of_job))
     steps = [row.job.step for row in batch.rows if row.job.step is not None]
     logits = torch.cat([step.logits for step in steps])
     return batch, Step(logits, torch.cat([step.hidden for step in steps]))

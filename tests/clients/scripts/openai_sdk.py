@@ -1,4 +1,4 @@
-"""What a program with OpenAI's SDK does, in any version from 1 to 3; run with the urls of the servers as JSON."""
+"""Use OpenAI's SDK, in any version from 1 to 3. The argument is a JSON object of server URLs."""
 
 from __future__ import annotations
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from infer_align.engines.openai.continuation import Continuation, Prompt, Way
+from infer_align.engines.openai.continuation import Continuation, ContinuationPrompt, Way
 from infer_align.upstream import UpstreamFailed
 
 VOCABULARY = {b"a": 1, b"\xe2\x82": 2, b" b": 3}
 QUESTION = [{"role": "user", "content": "q"}]
-PROMPT = Prompt("<u>q", (4,), {"messages": QUESTION, "chat_template_kwargs": {"x": 1}})
+PROMPT = ContinuationPrompt("<u>q", (4,), {"messages": QUESTION, "chat_template_kwargs": {"x": 1}})
 
 
 def continuation(way: Way) -> Continuation:

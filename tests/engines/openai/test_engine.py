@@ -63,7 +63,9 @@ async def test_one_candidate_is_stopped_and_the_other_finishes(
     engine: OpenAIEngine, draw: MakeDraw
 ) -> None:
     finished: dict[int, Candidate] = {}
-    async with engine.sample(Draw(draw().body, 2, (1, 2), deltas=True)) as stream:
+    # Both candidates come by one call, which goes on until its last choice ends.
+    body = draw(max_tokens=100).body
+    async with engine.sample(Draw(body, 2, (1, 2), deltas=True)) as stream:
         async for event in stream:
             if isinstance(event, Delta) and event.index == 1:
                 stream.stop(1)
