@@ -16,6 +16,8 @@ import pytest
 
 from infer_align.config import load
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 DEFAULT_URL = "http://127.0.0.1:8000"

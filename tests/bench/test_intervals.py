@@ -22,6 +22,8 @@ from infer_align_bench.intervals import (
     share,
 )
 
+pytestmark = pytest.mark.slow
+
 Generator = np.random.Generator
 numbers = st.floats(-1e6, 1e6, allow_subnormal=False)
 value_groups = st.lists(st.lists(numbers, max_size=6), min_size=1, max_size=40).filter(any)

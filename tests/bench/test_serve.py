@@ -16,6 +16,8 @@ from infer_align.engines.fake import delay_factor
 from infer_align_server import cli
 from tests.bench.conftest import EACH, ECHO, FIRST, QUICK, SPREAD, USAGE, events, piece, read
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = 120
 DELAY_FACTORS = np.array([delay_factor(SPREAD, seed) for seed in range(REQUESTS)])
 # Delays of each request on the server, in milliseconds. A measurement cannot be shorter.

@@ -31,6 +31,8 @@ from tests.bench.conftest import (
     words,
 )
 
+pytestmark = pytest.mark.slow
+
 SECRET = "sk-very-secret-key-123"
 FAILING = """
 [engine]

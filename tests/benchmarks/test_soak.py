@@ -13,6 +13,8 @@ from benchmarks.serving import soak
 from benchmarks.serving.client import serving
 from benchmarks.serving.soak_target import target_config
 
+pytestmark = pytest.mark.slow
+
 CLEAN: dict[str, Any] = {
     "answered": 10,
     "left": 3,

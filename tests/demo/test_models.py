@@ -23,6 +23,8 @@ from infer_align.demo.bag import register
 from infer_align.demo.world import prompts
 from infer_align.types import Candidate
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = (demo.LM, *demo.REWARDS, demo.PREFERENCE)
 QUESTION = {"role": "user", "content": "What is the colour of the otter?"}
 REPLIES = [

@@ -17,7 +17,7 @@ from infer_align.fitting.samples import SamplingConfig, ScoredReply
 from infer_align.values import head
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 SAMPLING = SamplingConfig("tiny", "length", "mean", replies_per_prompt=10, max_tokens=4, seed=1)
 QUICK = FitConfig(

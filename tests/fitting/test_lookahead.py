@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaModel
 from infer_align.fitting.lookahead import TokenizedReplies, _values, fit_lookahead
 from infer_align.fitting.regression import Replies
 
+pytestmark = pytest.mark.slow
+
 V, PROMPT = 10, 2
 
 

@@ -12,6 +12,8 @@ import triton
 
 from infer_align_kernels.compiled import Launch, launches, resources
 
+pytestmark = pytest.mark.slow
+
 # Bytes of shared memory that one program may use, by compute capability.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MAX_REGISTERS = 255

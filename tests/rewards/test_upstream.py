@@ -16,7 +16,7 @@ from infer_align.rewards.upstream import FromUpstream, UpstreamReward
 from infer_align.types import Candidate, Draw
 from tests.engines.openai.upstream import FakeUpstream, fake_upstream
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 MakeReward = Callable[..., Awaitable[UpstreamReward]]
 QUESTION = [{"role": "user", "content": "the cat"}]

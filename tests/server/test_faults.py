@@ -8,6 +8,8 @@ import pytest
 
 from tests.server.conftest import FOREVER
 
+pytestmark = pytest.mark.slow
+
 GOOD = '{text = "candidate 4"}'
 BAD = '{text = "", error = "out of memory", status = 503}'
 HANGING = '[rewards.hanging]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'

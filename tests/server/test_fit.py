@@ -17,6 +17,8 @@ from infer_align.demo import world
 from infer_align.types import Draw, Steering
 from infer_align_server import cli
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 [engine]
 kind = "transformers"

@@ -22,6 +22,8 @@ import pytest
 
 from infer_align_server import cli
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     **os.environ,

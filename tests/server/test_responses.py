@@ -15,6 +15,8 @@ from tests.engines.openai.upstream import SSE, FakeUpstream, Faults, fake_upstre
 from tests.server.conftest import Live, end
 from tests.server.conftest import start as serve
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-upstream-secret"
 CALLER = {"authorization": "Bearer the-clients-own"}
 ASKED = {"model": "up", "input": "hello", "unknown": {"x": [1, None]}}

@@ -16,6 +16,8 @@ from infer_align_server import cli
 from tests.bench.conftest import PATIENT_SECONDS, CommandResult, bench_process, read, words
 from tests.server.conftest import NUMBERS
 
+pytestmark = pytest.mark.slow
+
 # The candidates are 3, 1, 9, 9, 5: the best of 1 and 2 is 3, of 3 and more it is 9. A reply has
 # two tokens.
 GRID = """

@@ -14,6 +14,8 @@ from starlette.responses import JSONResponse, Response
 from infer_align_server import cli
 from tests.bench.conftest import events, piece, read, words
 
+pytestmark = pytest.mark.slow
+
 GRID = """
 baseline = "base"
 [[cells]]

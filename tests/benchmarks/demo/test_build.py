@@ -15,6 +15,8 @@ from benchmarks.demo.rating import RatingConfig
 from infer_align.demo import LM, PREFERENCE, REWARDS
 from infer_align.demo.world import gold
 
+pytestmark = pytest.mark.slow
+
 TINY = BuildConfig(
     language=LanguageConfig(
         steps=40, batch=8, hidden_size=32, intermediate_size=32, layers=1, heads=1

@@ -18,6 +18,8 @@ from infer_align.demo import world
 from infer_align.fitting.samples import score_candidates
 from infer_align.types import Draw, Steering
 
+pytestmark = pytest.mark.slow
+
 BETA = 6.0
 
 

@@ -28,7 +28,7 @@ from infer_align.values.lookahead import Lookahead
 from tests.engines.openai.upstream import FakeUpstream, fake_upstream
 from tests.server.conftest import Live, end, start
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 Tail = Literal["mask", "keep"]
 QUESTION = [{"role": "user", "content": world.prompts(1, seed=3)[0]}]

@@ -21,7 +21,7 @@ from infer_align.values import head, lookahead
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 RANK = 6
 

@@ -14,6 +14,8 @@ from infer_align.engines.vllm import Vllm
 from infer_align.errors import ConfigError
 from infer_align.vllm import package as vllm_package
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 PYTHON_PATHS = (ROOT, ROOT / "kernels", ROOT / "server")
 

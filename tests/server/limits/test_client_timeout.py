@@ -17,6 +17,8 @@ from infer_align_server.limits.client_timeout import (
     with_client_deadline,
 )
 
+pytestmark = pytest.mark.slow
+
 WORDS = " ".join(str(i) for i in range(1, 4001))
 # It takes minutes. A deadline of a few seconds leaves a part of it.
 SLOW = f'[engine]\nkind = "fake"\nreplies = [{{text = "{WORDS}", seconds_per_token = 0.05}}]\n'

@@ -15,6 +15,8 @@ from tests.engines.openai.upstream import FakeUpstream
 from tests.server.conftest import USER, Live
 from tests.server.upstream.conftest import Serve, engine_of
 
+pytestmark = pytest.mark.slow
+
 FAULTS = (
     "error_500",
     "error_503",

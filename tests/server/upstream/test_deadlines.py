@@ -10,6 +10,8 @@ from tests.engines.openai.upstream import FakeUpstream
 from tests.server.conftest import USER
 from tests.server.upstream.conftest import Serve, align_of
 
+pytestmark = pytest.mark.slow
+
 # A request that waited for the upstream would take far longer than this.
 PROMPTLY = 20.0
 

@@ -18,6 +18,8 @@ from tests.server.upstream.conftest import (
     content_of,
 )
 
+pytestmark = pytest.mark.slow
+
 BEST_OF_8 = {"best_of_n": {"n": 8}}
 
 
