@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 from infer_align.errors import nearest
 from infer_align.types import Array, Direction
 
+Objective = Literal["mean", "wco", "uwo"]
+
 
 def mean(scores: ArrayLike) -> Array:
     """Return the mean over members (eq. 3): [K, N] -> [N].
@@ -99,7 +101,7 @@ def rank(objective: ArrayLike) -> tuple[int, ...]:
 class Ensemble:
     """The objective that reduces the members of each reward to one score."""
 
-    objective: Literal["mean", "wco", "uwo"] = field(
+    objective: Objective = field(
         default="uwo",
         metadata={
             "description": '"mean"; "wco": the lowest member; "uwo": the mean minus the weighted '

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float64]
 Kind = Literal["chat", "completion"]
+# The treatment of the tokens that are not valued: unchanged, or banned.
+Tail = Literal["keep", "mask"]
 Body = Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 Direction = Mapping[str, float]  # attribute -> weight
@@ -43,7 +45,7 @@ class Steering:
 
     beta: Mapping[str, float]  # value name -> weight
     top_k: int
-    tail: Literal["keep", "mask"]
+    tail: Tail
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Draw:
     """One homogeneous batch to sample: n candidates of one body."""
 
     body: Body  # without n, seed and stream, which are fields of their own
+    # Written by PROPOSE.
     n: int = 1
     # One per candidate. Written by the planner when the plan is complete.
     seeds: tuple[int, ...] = ()
@@ -104,8 +107,10 @@ class Estimate:
 class Candidate:
     """One answer exactly as the engine produced it."""
 
+    # Numbered in the draw by the engine; renumbered over all draws by the flow.
     index: int
     choice: Body  # an OpenAI choice without its index
+    # The index of the draw in its plan. Written by the flow.
     draw: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -204,4 +209,5 @@ class Selection:
     values: Mapping[str, Array]  # scorer -> [N], before weighting
     dropped: Mapping[int, str]  # candidate -> why it was not compared
     reason: str
-    late: bool = False  # True if the deadline passed before anything was scored
+    # True if the deadline passed before anything was scored. Written by the flow.
+    late: bool = False

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -156,9 +156,17 @@ def test_curl_blocks_are_answered(block: Block, demo: str) -> None:
     assert not re.match(r'\s*{"error"', result.stdout), result.stdout
 
 
-@pytest.mark.parametrize("block", CONFIGURATIONS, ids=str)
+def configuration(block: Block) -> Any:
+    """Return the parameter for a configuration; one that names vLLM needs it to be installed."""
+    needs_vllm = re.search(r'kind = "(vllm|pooling)"', block.code) is not None
+    return pytest.param(block, marks=[pytest.mark.vllm] if needs_vllm else [], id=str(block))
+
+
+@pytest.mark.parametrize("block", [configuration(block) for block in CONFIGURATIONS])
 def test_toml_blocks_are_accepted(block: Block, tmp_path: Path) -> None:
     pytest.importorskip("torch")
+    if re.search(r'kind = "(vllm|pooling)"', block.code):
+        pytest.importorskip("vllm")
     path = tmp_path / "infer-align.toml"
     path.write_text(block.code, encoding="utf-8")
     load(path)

@@ -299,6 +299,8 @@ def test_every_kernel_is_a_triple_with_a_test_and_a_benchmark() -> None:
     "path", [p for p in MODULES if "__all__" in p.read_text(encoding="utf-8")], ids=lambda p: p.stem
 )
 def test_exported_names_are_sorted_and_there(path: Path) -> None:
+    if path.is_relative_to(ROOT / "infer_align/vllm"):
+        pytest.importorskip("vllm")
     for package in PACKAGES:
         if path.is_relative_to(package):
             parts = [package.name, *path.relative_to(package).with_suffix("").parts]

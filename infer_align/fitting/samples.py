@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
@@ -25,7 +25,7 @@ from infer_align.errors import EngineFailed, InvalidRequest
 from infer_align.fitting.regression import Progress, Replies
 from infer_align.flow.scoring import score_with
 from infer_align.flow.seeds import SEED_RANGE
-from infer_align.objectives import Ensemble
+from infer_align.objectives import Ensemble, Objective
 from infer_align.rewards import Reward
 from infer_align.types import Candidate, Draw
 
@@ -45,7 +45,7 @@ class SamplingConfig:
 
     model: str
     reward: str
-    objective: Literal["mean", "wco", "uwo"]
+    objective: Objective
     replies_per_prompt: int
     max_tokens: int
     seed: int
@@ -293,7 +293,7 @@ async def score_candidates(
     reward: Reward,
     messages: Conversation,
     candidates: Sequence[Candidate],
-    objective: Literal["mean", "wco", "uwo"],
+    objective: Objective,
 ) -> list[float]:
     """Score each candidate by the objective over the reward's members; NaN for a failed score."""
     ensemble = Ensemble(objective=objective)

@@ -7,9 +7,6 @@ from infer_align.config.align import Align
 from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest
 
-# Parameters of methods that multiply the number of candidates.
-_FAN_OUT = {"best_of_n": "n", "rps": "k"}
-
 
 def check_candidates(candidates: int, n_returned: int, align: Align, limits: Limits) -> None:
     """Check the number of candidates.
@@ -74,7 +71,8 @@ def check_tokens(
 
 def _fan_out(align: Align) -> str:
     """Return the parameter that the number of candidates comes from."""
-    for method, parameter in _FAN_OUT.items():
-        if method in align.methods:
-            return join(align.path, f"{method}.{parameter}")
+    for name, method in sorted(align.methods.items()):
+        parameter = getattr(method, "fan_out", None)
+        if parameter is not None:
+            return join(align.path, f"{name}.{parameter}")
     return "n"

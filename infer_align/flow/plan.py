@@ -34,21 +34,36 @@ class Plan:
     seeded the draws and counted the cost.
     """
 
+    # Written by CONDITION, PROPOSE, STEER and OBSERVE; seeded by the planner.
     draws: tuple[Draw, ...]
+
+    # Copied from the request.
     request: Request = field(default_factory=lambda: Request({}))
     messages: Messages = ()  # the client's messages before any method: what rewards read
-    scorers: tuple[Scorer, ...] = ()
     ensemble: Ensemble = field(default_factory=Ensemble)
-    direction: Direction | None = None  # unit; rewards with several attributes score along it
-    observers: tuple[ObserverFactory, ...] = ()
-    rule: SelectionRule = field(default_factory=Highest)
-    methods: tuple[str, ...] = ()
-    selects: bool = False  # True if candidates are compared; otherwise they stream
+    methods: tuple[str, ...] = ()  # their names, in the order of their stages
     n_returned: int = 1  # OpenAI's n: the number of candidates to return
+    deadline_seconds: float | None = None
+
+    # Written by CONDITION.
+    direction: Direction | None = None  # unit; rewards with several attributes score along it
+
+    # Written by PROPOSE.
+    selects: bool = False  # True if candidates are compared; otherwise they stream
     note: str = ""  # a limitation that the response's reason mentions
+
+    # Written by OBSERVE.
+    observers: tuple[ObserverFactory, ...] = ()
+
+    # Resolved by the planner from the request's rewards and from what SCORE wrote.
+    scorers: tuple[Scorer, ...] = ()
+
+    # Written by SELECT.
+    rule: SelectionRule = field(default_factory=Highest)
+
+    # Counted by the planner.
     worst_case_tokens: int = 0  # sampled for candidates and by judges
     scoring_tokens: int = 0  # the part of the worst case that judges may sample
-    deadline_seconds: float | None = None
 
     @property
     def candidates(self) -> int:

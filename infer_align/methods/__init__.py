@@ -27,6 +27,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 from infer_align.types import Array, Body, Capability, Direction, Draw, Event, Messages
 
 SectionT = TypeVar("SectionT")
+# With a larger weight of a value, a float32 softmax is an argmax over the values.
+MAX_VALUE_WEIGHT = 1000.0
 # Writes a preference direction into a chat body.
 Condition: TypeAlias = Callable[[Body, Direction], Body]
 
@@ -47,7 +49,8 @@ class Method(Protocol):
 
     A method is a frozen dataclass. Its fields are its parameters, its docstring is its description.
     A method that reads a section of the configuration names its dataclass in a class attribute
-    `section`.
+    `section`. A method that multiplies the candidates names the parameter in a class attribute
+    `fan_out`, for the message about too many candidates.
     """
 
     stage: ClassVar[Stage]

@@ -31,6 +31,7 @@ class BestOfN:
 
     stage: ClassVar[Stage] = Stage.PROPOSE
     needs: ClassVar[frozenset[Capability]] = frozenset()
+    fan_out: ClassVar[str] = "n"
 
     def apply(self, draft: PlanDraft) -> PlanDraft:
         """Enlarge every draw n times, and select among all candidates."""

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Le
 
 from infer_align.errors import InvalidRequest
-from infer_align.methods import Observer, PlanDraft, Stage
+from infer_align.methods import MAX_VALUE_WEIGHT, Observer, PlanDraft, Stage
 from infer_align.types import Candidate, Capability, Estimate, EstimateSchedule, Event
 
 
@@ -25,7 +25,7 @@ from infer_align.types import Candidate, Capability, Estimate, EstimateSchedule,
 class EarlyStop:
     """Stop the candidates that value estimates give the least hope."""
 
-    values: dict[str, Annotated[float, Ge(-1000), Le(1000)]] = field(
+    values: dict[str, Annotated[float, Ge(-MAX_VALUE_WEIGHT), Le(MAX_VALUE_WEIGHT)]] = field(
         metadata={
             "min_length": 1,
             "description": "{value name: weight}: the values, of kind head, whose weighted "

@@ -55,6 +55,7 @@ class RPS:
 
     stage: ClassVar[Stage] = Stage.PROPOSE
     needs: ClassVar[frozenset[Capability]] = frozenset()
+    fan_out: ClassVar[str] = "k"
 
     def apply(self, draft: PlanDraft) -> PlanDraft:
         """Replace each draw by k draws, each conditioned on a neighbour of the plan's direction.

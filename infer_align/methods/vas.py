@@ -21,24 +21,21 @@ Source: Han et al., "Value Augmented Sampling for Language Model Alignment and P
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import ArrayLike
 
-from infer_align.methods import PlanDraft, Stage
-from infer_align.types import Array, Capability, Steering
-
-# With a larger weight, a float32 softmax is an argmax over the values.
-MAX_BETA = 1000.0
+from infer_align.methods import MAX_VALUE_WEIGHT, PlanDraft, Stage
+from infer_align.types import Array, Capability, Steering, Tail
 
 
 @dataclass(frozen=True, slots=True)
 class VAS:
     """Steer every token by value estimates while it is sampled."""
 
-    beta: dict[str, Annotated[float, Ge(-MAX_BETA), Le(MAX_BETA)]] = field(
+    beta: dict[str, Annotated[float, Ge(-MAX_VALUE_WEIGHT), Le(MAX_VALUE_WEIGHT)]] = field(
         metadata={
             "min_length": 1,
             "description": "{value name: weight}; a negative weight steers away from the value.",
@@ -52,7 +49,7 @@ class VAS:
             "size of the vocabulary means all tokens.",
         },
     )
-    tail: Literal["keep", "mask"] = field(
+    tail: Tail = field(
         default="keep",
         metadata={"description": '"keep" leaves the other tokens as they are, "mask" bans them.'},
     )
@@ -75,7 +72,7 @@ def reweight(
     token_ids: ArrayLike,
     values: ArrayLike,
     beta: ArrayLike,
-    tail: Literal["keep", "mask"] = "keep",
+    tail: Tail = "keep",
 ) -> Array:
     """Return the steered logits by the definition above.
 

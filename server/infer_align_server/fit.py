@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -16,6 +16,7 @@ from rich.table import Table
 from infer_align import config as configuration
 from infer_align.config import registry
 from infer_align.errors import ConfigError, nearest
+from infer_align.objectives import Ensemble, Objective
 
 if TYPE_CHECKING:
     from infer_align.fitting import FitReport
@@ -41,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--objective",
-        default="uwo",
-        choices=("mean", "wco", "uwo"),
+        default=Ensemble().objective,
+        choices=get_args(Objective),
         help="Objective over the members of the reward. Default: %(default)s.",
     )
     parser.add_argument(

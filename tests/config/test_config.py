@@ -180,7 +180,9 @@ def test_every_plugin_section_can_be_named_in_a_file(plugins: registry.Registry)
         assert dataclasses.is_dataclass(plugins.get(name))
 
 
+@pytest.mark.vllm
 def test_engines_that_share_gpus_must_leave_room_for_each_other(load: Any) -> None:
+    pytest.importorskip("vllm")
     text = "[engine]\nkind = 'vllm'\n{}\n[rewards.rm]\nkind = 'pooling'\nmodels = ['a', 'b']\n{}\n"
     assert (
         load(text.format("gpu_memory_utilization = 0.6", "gpu_memory_utilization = 0.2"))

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from infer_align.errors import nearest, quote
-from infer_align.methods.vas import MAX_BETA
+from infer_align.methods import MAX_VALUE_WEIGHT
 from infer_align.types import EstimateSchedule, Steering
 
 # Keys in extra_args. The values of an engine are under STEERING_KEY of its additional_config.
@@ -132,10 +132,10 @@ def _weights(
             raise ValueError(f"{where}: no such value; {nearest(str(name), names or ())}")
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         # The comparison also fails for NaN.
-        if not is_number or not abs(weight) <= MAX_BETA:
+        if not is_number or not abs(weight) <= MAX_VALUE_WEIGHT:
             raise ValueError(
-                f"{where}: {weight!r} is not allowed; must be a number from {-MAX_BETA:g} to "
-                f"{MAX_BETA:g}."
+                f"{where}: {weight!r} is not allowed; must be a number from "
+                f"{-MAX_VALUE_WEIGHT:g} to {MAX_VALUE_WEIGHT:g}."
             )
     return {name: float(weight) for name, weight in weights.items()}
 

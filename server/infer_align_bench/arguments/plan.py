@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from infer_align.methods.best_of_n import BestOfN
 from infer_align_bench.arguments.values import non_negative, positive, positive_number
 
 
@@ -38,7 +39,7 @@ def _add_planned_request(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--n",
         type=positive,
-        default=8,
+        default=BestOfN().n,
         metavar="N",
         help="number of candidates; default: %(default)s",
     )
