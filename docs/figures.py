@@ -347,7 +347,7 @@ def quality() -> str:
         ("setting", name),
         ("tokens", number("tokens", 0)),
         ("seconds", lambda row: f"{row['seconds']:.2g} ± {row['seconds_error']:.1g}"),
-        ("KL at most", number("kl_bound")),
+        ("upper bound of KL", number("kl_bound")),
         ("gold", estimate("gold")),
         ("- baseline", estimate("minus_baseline")),
         ("- greedy", estimate("minus_greedy")),

@@ -307,9 +307,9 @@ def _check_gpu_memory(config: Config) -> None:
     if total > 1 + 1e-9:
         terms = " + ".join(f"[{name}] {share:.3g}" for name, share in shares.items())
         raise ConfigError(
-            f"gpu_memory_utilization: {terms} = {total:.3g} of the GPUs' memory is more than all "
-            "of it; set it in each section so that the sum is at most 1 (a section with several "
-            "models takes its share once per model), or set kv_cache_memory_bytes instead."
+            f"gpu_memory_utilization: the shares sum to {terms} = {total:.3g}, but the sum "
+            "must be at most 1 (a section with several models takes its share once per model); "
+            "lower the shares, or set kv_cache_memory_bytes instead."
         )
 
 
@@ -339,7 +339,7 @@ def _parse_plugin(
 ) -> Any:
     if kind not in plugins.names():
         raise ConfigError(
-            f"{path}.kind: {kind!r} is not one of them; {nearest(str(kind), plugins.names())}"
+            f"{path}.kind: {kind!r} is not a known kind; {nearest(str(kind), plugins.names())}"
         )
     fields = {key: value for key, value in section.items() if key != "kind"}
     return parse(plugins.get(kind), fields, path, ConfigError)

@@ -54,7 +54,7 @@ class Registry:
         """
         if name not in self._names:
             raise ConfigError(
-                f"{self.folder}: {name!r} is not one of them; {nearest(name, self._names)}"
+                f"there is no {name!r} among the {self.folder}; {nearest(name, self._names)}"
             )
         try:
             if name in self._external:

@@ -37,8 +37,8 @@ class Server:
         default=10.0,
         metadata={
             "gt": 0,
-            "description": "Seconds of silence after which a stream sends a comment; until then a "
-            "failure is answered with its own HTTP status.",
+            "description": "Seconds without output after which a stream sends an SSE comment; "
+            "until then a failure is answered with its own HTTP status.",
         },
     )
     honour_client_timeout: bool = field(

@@ -220,7 +220,7 @@ def _refuse_unread(body: Body, kind: Kind) -> None:
             continue
         if name not in _HARMLESS:
             raise Unsupported(
-                f"{name}: this engine does not know the field; {nearest(name, readable)}",
+                f"{name}: this engine does not support the field; {nearest(name, readable)}",
                 param=name,
                 code="unknown_field",
             )

@@ -83,7 +83,8 @@ class Reply:
         default=0.0,
         metadata={
             "ge": 0,
-            "description": "Additional delay before the first token in seconds, as of a prefill.",
+            "description": "Additional delay before the first token in seconds, "
+            "to imitate a prefill.",
         },
     )
     spread: float = field(
@@ -122,7 +123,9 @@ class Fake:
     model: str = field(default="fake", metadata={"description": "Name of the model."})
     replies: tuple[Reply, ...] = field(
         default=(Reply(),),
-        metadata={"description": "The script; candidate i plays reply i mod its length."},
+        metadata={
+            "description": "The script; candidate i returns reply i modulo the number of replies."
+        },
     )
     labels: tuple[ScriptedLabels, ...] = field(
         default=(),

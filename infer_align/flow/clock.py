@@ -1,4 +1,4 @@
-"""Measure one request, and know when its stages must end."""
+"""Measure one request, and compute the deadlines of its stages."""
 
 from __future__ import annotations
 

@@ -16,15 +16,15 @@ def check_candidates(candidates: int, n_returned: int, align: Align, limits: Lim
     """
     if n_returned > candidates:
         raise InvalidRequest(
-            f"n: {n_returned} answers of {candidates} candidates; ask for fewer answers, or draw "
-            "more candidates.",
+            f"n: {n_returned} answers are requested, but only {candidates} candidates are drawn; "
+            "lower n, or draw more candidates.",
             param="n",
         )
     if candidates > limits.max_candidates:
         param = _fan_out(align)
         raise InvalidRequest(
             f"{param}: {candidates} candidates are over this server's limit of "
-            f"{limits.max_candidates}; ask for fewer.",
+            f"{limits.max_candidates}; request fewer candidates.",
             param=param,
             code="too_many_candidates",
         )

@@ -1,4 +1,4 @@
-"""Early stopping: stop the candidates that value estimates give the least hope.
+"""Early stopping: stop the candidates with the lowest value estimates.
 
 Best-of-n draws n answers to their end and returns one. "Fast Best-of-N Decoding via Speculative
 Rejection" (2410.20290) scores partial answers with the reward model and stops the worst. Here a
@@ -23,7 +23,7 @@ from infer_align.types import Candidate, Capability, Estimate, EstimateSchedule,
 
 @dataclass(frozen=True, slots=True)
 class EarlyStop:
-    """Stop the candidates that value estimates give the least hope."""
+    """Stop the candidates with the lowest value estimates."""
 
     values: dict[str, Annotated[float, Ge(-MAX_VALUE_WEIGHT), Le(MAX_VALUE_WEIGHT)]] = field(
         metadata={

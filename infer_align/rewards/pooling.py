@@ -82,7 +82,7 @@ class PoolingReward(RewardModelEnsemble["_PoolingModel"]):
         """Return None while all engines live, else which one has died."""
         for model in self._models:
             if model.errored:
-                return f"vLLM's engine of {model.path} has died; its log says why"
+                return f"vLLM's engine of {model.path} has stopped; see its log for the cause"
         return None
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:

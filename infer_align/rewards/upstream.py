@@ -192,7 +192,10 @@ class UpstreamReward(Reward):
             await client.close()
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
-        """Score the candidates: [A, K, N]. Each label is an attribute, or a member without them."""
+        """Score the candidates: [A, K, N].
+
+        With attributes each label is one objective; without, each label is one member.
+        """
         scores = await asyncio.gather(
             *(self._score_with(model, messages, candidates) for model in self._models)
         )
@@ -323,8 +326,8 @@ def parse_scores(api: Api, answer: Any, n: int, labels: int) -> list[Array]:
     for row in rows:
         if row.shape != (labels,):
             raise UpstreamFailed(
-                f"the upstream gives {row.size} numbers per text, configured are {labels}; "
-                "correct labels or attributes."
+                f"the upstream returned {row.size} numbers per text, but {labels} are configured; "
+                "change labels or attributes."
             )
     return [np.where(np.isfinite(row), row, math.nan) for row in rows]
 

@@ -78,7 +78,7 @@ class Upstream:
         default=10.0,
         metadata={
             "ge": 0,
-            "description": "Longest Retry-After that is waited for. "
+            "description": "Maximum Retry-After, in seconds, before a retry. "
             "A longer one is returned to the client as an error.",
         },
     )

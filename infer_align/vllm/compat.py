@@ -223,7 +223,7 @@ async def shut_down(engine: AsyncEngine, *, abandon_requests: bool = False) -> N
 def convert_error(error: Exception) -> AlignError:
     """Convert an exception of vLLM to the error that vLLM's own server would answer."""
     if isinstance(error, EngineDeadError):
-        return Unavailable("vLLM's engine has died; its log says why.")
+        return Unavailable("vLLM's engine has stopped; see its log for the cause.")
     return error_from_json(create_error_response(error).error.model_dump())
 
 

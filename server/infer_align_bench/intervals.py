@@ -133,7 +133,7 @@ def rate(amounts: ArrayLike, seconds: ArrayLike, seed: int = 0) -> Rate:
     with np.errstate(divide="ignore", invalid="ignore"):
         replicates = _replicates(quotient, len(amount), length, seed)
         value = float(amount.sum() / time.sum())
-    # A single request tells nothing about the spread.
+    # The spread cannot be estimated from one request.
     usable = replicates if len(amount) > 1 else replicates[:0]
     return Rate(_estimate(value, usable), replicates)
 

@@ -229,9 +229,9 @@ class _LoadGenerator:
 
     def _given_up(self, name: str, index: int, intended: float, *, sent: bool) -> Sample:
         """Return the sample of a request that did not end within the time of the load."""
-        message = f"no end in --duration and {self._load.grace:g} s of grace"
+        message = f"not finished within --duration plus {self._load.grace:g} s of grace"
         if not sent:
-            message += ", and never sent"
+            message += "; it was never sent"
         ended = self.now
         started = intended if sent else ended
         return Sample(name, index, intended, started, ended, error=GIVEN_UP, message=message)

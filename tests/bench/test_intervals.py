@@ -53,7 +53,7 @@ def test_figures_equal_numpys(groups: list[list[float]]) -> None:
     low, high = min(values) - 1e-6, max(values) + 1e-6
     for name, estimate in result.items():
         if len(groups) == 1:
-            assert np.isnan(estimate.low), "one request tells nothing about the spread"
+            assert np.isnan(estimate.low), "the spread cannot be estimated from one request"
             assert np.isnan(estimate.high)
             continue
         assert low <= estimate.low <= high

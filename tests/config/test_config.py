@@ -111,7 +111,7 @@ WRONG = [
     ("[server]\nlog_level = 'chatty'\n", "server.log_level"),
     ("[server]\ndefault_rewards = {a = -1.0}\n", "[server] default_rewards"),
     ("[limits]\nmax_running = 0\n", "limits.max_running"),
-    ("[engine]\nkind = 'fkae'\n", "engine.kind: 'fkae' is not one of them; did you mean 'fake'?"),
+    ("[engine]\nkind = 'fkae'\n", "engine.kind: 'fkae' is not a known kind; did you mean 'fake'?"),
     ("[engine]\nkind = 5\n", "engine.kind: 5"),
     (
         "[engine]\nkind = 'fake'\nreplys = []\n",

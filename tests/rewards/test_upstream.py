@@ -210,7 +210,7 @@ async def test_a_wrong_number_of_labels_gives_nan_and_a_note(make_reward: MakeRe
     reward = await make_reward()
     scores = await reward.score(QUESTION, CANDIDATES)
     assert np.isnan(scores.values).all()
-    assert "2 numbers per text, configured are 1" in (scores.notes[0] or "")
+    assert "2 numbers per text, but 1 are configured" in (scores.notes[0] or "")
 
 
 async def test_no_candidates_need_no_call(server: FakeUpstream, make_reward: MakeReward) -> None:

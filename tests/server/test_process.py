@@ -291,7 +291,7 @@ WRONG = [
         '[engine]\nkind = "fake"\n[limits]\nmax_que = 1\n',
         "limits.max_que: no such parameter; did you mean 'max_queue'?",
     ),
-    ('[engine]\nkind = "fak"\n', "engine.kind: 'fak' is not one of them; did you mean 'fake'?"),
+    ('[engine]\nkind = "fak"\n', "engine.kind: 'fak' is not a known kind; did you mean 'fake'?"),
     (
         '[engine]\nkind = "fake"\n[server]\nlog_level = "loud"\n',
         "server.log_level: 'loud' is not allowed",

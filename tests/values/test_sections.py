@@ -24,7 +24,7 @@ from infer_align.values.lookahead import Lookahead, LookaheadValue
 WRONG = [
     (
         "[values.v]\nkind = 'haed'\npath = 'x'\n",
-        "values.v.kind: 'haed' is not one of them; did you mean 'head'?",
+        "values.v.kind: 'haed' is not a known kind; did you mean 'head'?",
     ),
     ("[values.v]\npath = 'x'\n", "[values.v] needs a kind"),
     ("[values]\nv = 5\n", "[values.v] needs a kind"),

@@ -50,7 +50,7 @@ class VAS(TypedDict, total=False):
 
 
 class EarlyStop(TypedDict, total=False):
-    """Stop the candidates that value estimates give the least hope."""
+    """Stop the candidates with the lowest value estimates."""
 
     values: dict[str, float]
     after: int

@@ -125,7 +125,7 @@ class Continuation:
         if token is None:
             name = str(entry.get("token"))[:40]
             raise UpstreamFailed(
-                f"the upstream sampled {name!r}, which the tokenizer does not know."
+                f"the upstream sampled {name!r}, which is not in the tokenizer's vocabulary."
             )
         return token
 

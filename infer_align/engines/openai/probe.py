@@ -42,7 +42,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 EFFECT_MAY_BE_HIDDEN = frozenset({"seed", "tools", "structured"})
 LimitName = Literal["max_tokens", "max_completion_tokens"]
 # Both names of the limit on a completion's tokens, and the smallest value that gets an answer.
-# Models that know only the newer name think before they answer, and need more tokens.
+# Models that accept only the newer name generate reasoning tokens first, and need more tokens.
 MIN_TOKENS: Mapping[LimitName, int] = {"max_tokens": 1, "max_completion_tokens": 16}
 TOP_LOGPROBS = 20
 # Fields that continue the last message of the request instead of starting a new turn.

@@ -204,7 +204,9 @@ class VllmEngine(Engine):
             return "the engine was shut down"
         if self._engine is None or self._frontend is None:
             return "the model is still loading"
-        return "vLLM's engine has died; its log says why" if self._engine.errored else None
+        return (
+            "vLLM's engine has stopped; see its log for the cause" if self._engine.errored else None
+        )
 
     def _healthy_frontend(self) -> Frontend:
         reason = self.health()

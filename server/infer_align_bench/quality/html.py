@@ -32,9 +32,9 @@ LEGEND = """Tokens: everything that an answer costs: the tokens of its prompt, t
 and the tokens that rewards and the judge read and wrote. Generated: completion tokens alone. Gold,
 tokens and seconds are means ± standard error over prompts. Differences are computed prompt by
 prompt. Equal budget: difference to the equal-budget family at the same tokens, interpolated
-linearly in log tokens between its neighbours; empty outside the range of the family. KL at most:
-ln n - (n-1)/n nats for best-of-n; empty where no bound is known. Bold rows: nothing cheaper is
-better. The numbers of the rows are those in the plots."""
+linearly in log tokens between its neighbours; empty outside the range of the family. Upper bound
+of KL: ln n - (n-1)/n nats for best-of-n; empty where no bound is known. Bold rows: nothing cheaper
+is better. The numbers of the rows are those in the plots."""
 MEANING = (
     "Gold is the mean of the scorer over prompts ± its standard error; higher is better. "
     "Tokens are everything that one answer costs."
@@ -47,7 +47,7 @@ ADVICE_COLUMNS = (
     "use",
     "gold",
     "best in budget",
-    "chosen by one half: gold on the other",
+    "gold on held-out prompts (chosen on the other half)",
     "cheaper, not distinguishable",
 )
 POINT_COLUMNS = (
@@ -57,7 +57,7 @@ POINT_COLUMNS = (
     "tokens",
     "generated",
     "seconds",
-    "KL at most",
+    "upper bound of KL",
     "gold",
     "- baseline",
     "- greedy",

@@ -30,7 +30,7 @@ def _kl_bound(point: Point) -> Mean | None:
 PANELS = (
     Panel("tokens per answer, everything counted", lambda point: point.tokens, "tokens"),
     Panel("seconds per answer", lambda point: point.seconds, "seconds"),
-    Panel("KL from the frozen model at most, nats", _kl_bound, None),
+    Panel("upper bound of KL from the frozen model, nats", _kl_bound, None),
 )
 
 

@@ -161,11 +161,11 @@ def test_a_dead_worker_is_noticed_and_no_process_stays(serve: Callable[..., Proc
         for worker in workers:
             worker.kill()
     assert process.until(lambda: not process.is_ready())
-    assert "died" in process.unready_reason()
+    assert "has stopped" in process.unready_reason()
     for body in (QUESTION, BEST, {**QUESTION, "stream": True}):
         refused = process.post(body)
         assert refused.status_code == 503
-        assert "died" in refused.json()["error"]["message"]
+        assert "has stopped" in refused.json()["error"]["message"]
     assert process.get("/health")
 
     assert process.terminate() == 0
