@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from infer_align.decoding.siblings import ValueCache
+from infer_align.methods.vas import reweight
+from infer_align.types import Array
 from infer_align.values import Value
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
@@ -224,3 +226,13 @@ def expected_values(
         column = np.array([row.get(head, 0.0) for row in weights], np.float32)
         total += upload(column, logits.device) * head.expected(states, logits)
     return total
+
+
+def steer_candidates(logits: Array, values: Array, beta: Sequence[float]) -> Array:
+    """Reweight the logits of one row's k candidates in float64: [k], [M, k], [M] -> [k].
+
+    For engines that know the logits of the candidates only, such as an upstream's.
+    """
+    slots = np.arange(len(logits))[None]
+    steered: Array = reweight(logits[None], slots, values[:, None], beta)[0]
+    return steered

@@ -14,13 +14,13 @@ from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.sampler import sample_at
 from infer_align.decoding.siblings import ValueCache
+from infer_align.decoding.steering import steer_candidates
 from infer_align.decoding.text import TextStream
 from infer_align.engines import Stream
 from infer_align.engines.openai.continuation import Continuation
 from infer_align.engines.openai.draws import refusal
 from infer_align.engines.openai.steering import Steerer, sampling_params
 from infer_align.errors import AlignError, Unavailable
-from infer_align.methods.vas import reweight
 from infer_align.types import Array, Body, Candidate, Delta, Draw, Steering
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import CallCounter, Client
@@ -234,10 +234,7 @@ class SteeredDrawing:
     async def _steer(self, answer: _Answer, candidates: Sequence[int], logits: Array) -> Array:
         """Add the weighted values to the logits of the candidates: [k] -> [k]."""
         values = await self._steerer.in_thread(lambda: answer.values.evaluate(candidates))
-        beta = np.array(list(self._steering.beta.values()))
-        slots = np.arange(len(candidates))[None]
-        steered: Array = reweight(logits[None], slots, values[:, None], beta, "keep")[0]
-        return steered
+        return steer_candidates(logits, values, list(self._steering.beta.values()))
 
     def _sample(self, answer: _Answer, logits: Array) -> int:
         """Sample here; return the position of the token among the candidates."""
