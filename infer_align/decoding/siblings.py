@@ -105,7 +105,7 @@ class ValueCache:
         self.cache.overwrite_last(rows, patch)
 
 
-def choose_siblings(
+def keep_sampled_siblings(
     caches: Iterable[ValueCache], candidates: torch.Tensor, tokens: Sequence[int]
 ) -> None:
     """Record the sampled tokens in every value cache of a batch.

@@ -39,7 +39,7 @@ class SteeringBatch:
         values: the M values.
         users: for each value, the indices among the S rows that it steers; None for all S.
         beta: [S, M] weights; 0 where a value does not steer a row.
-        beyond: [S, k] True in slots past the row's own top_k; None if no row has such slots.
+        unused_slots: [S, k] True in slots past the row's own top_k; None if no row has such slots.
         tail: [S] True where tokens outside the candidates are masked; "keep" if no row masks them.
         k: the largest top_k of the rows.
         uniform: True if every row has k candidates, is steered by every value and keeps its tail,
@@ -50,7 +50,7 @@ class SteeringBatch:
     values: tuple[Value, ...]
     users: tuple[torch.Tensor | None, ...]
     beta: torch.Tensor
-    beyond: torch.Tensor | None
+    unused_slots: torch.Tensor | None
     tail: torch.Tensor | Literal["keep"]
     k: int
     uniform: bool = False
@@ -84,7 +84,7 @@ class SteeringBatch:
             values=tuple(values),
             users=tuple(_users(column, device) for column in beta.T),
             beta=upload(beta, device),
-            beyond=None if same_k else upload(slots >= top_k[:, None], device),
+            unused_slots=None if same_k else upload(slots >= top_k[:, None], device),
             tail=upload(masked, device) if masked.any() else "keep",
             k=k,
             uniform=heads_only and same_k and bool(beta.all()) and not masked.any(),
@@ -116,7 +116,7 @@ class SteeringBatch:
             values=tuple(values),
             users=(None,) * len(values),
             beta=beta,
-            beyond=slots >= top_k[:, None],
+            unused_slots=slots >= top_k[:, None],
             tail="keep" if masked is None else masked,
             k=k,
         )
@@ -141,7 +141,8 @@ def steer(
     hidden: torch.Tensor,
     batch: SteeringBatch,
     caches: Mapping[ValueLM, ValueCache] = NO_CACHES,
-    out: torch.Tensor | None = None,
+    *,
+    in_place: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Reweight the logits of the steered rows.
 
@@ -149,8 +150,9 @@ def steer(
         logits: [B, V] float32, before temperature.
         hidden: [B, d] states that the output layer read.
         batch: the steering of these rows.
-        caches: of the value LMs in use; their members are indices among the S steered rows.
-        out: pass `logits` to write in place; by default they stay unchanged.
+        caches: the cache of each value LM that steers a row. The members of a cache are indices
+            among the S steered rows.
+        in_place: True to write to `logits`; by default they stay unchanged.
 
     Returns:
         [B, V] logits and [S, k] candidates. Rows that are not steered stay bit for bit the same.
@@ -159,22 +161,32 @@ def steer(
     steered = logits if rows is None else logits.index_select(0, rows)
     states = hidden if rows is None else hidden.index_select(0, rows)
     candidates = top_candidates(steered, batch.k)
-    # Without a weight other than 0 there is nothing to add.
+    # All weights are 0: there is nothing to add.
     if not batch.values:
         return logits, candidates
     values = _evaluate(candidates, states.float(), batch, caches)
-    slots = candidates if batch.beyond is None else candidates.masked_fill(batch.beyond, -1)
-    # A selection of rows is a copy already, so it can always be written in place.
-    target = out if rows is None else steered
-    if batch.uniform and target is not None and not logits.is_cuda:
+    valid_candidates = candidates
+    if batch.unused_slots is not None:
+        valid_candidates = candidates.masked_fill(batch.unused_slots, -1)
+    # A selection of rows is a copy already, so it can always be written to.
+    may_overwrite = in_place or rows is not None
+    # The fast path has no masks and runs on the CPU only.
+    if batch.uniform and may_overwrite and not logits.is_cuda:
         add_candidate_shifts(steered, candidates, values, batch.beta)
     else:
-        steered = reweight_logits(steered, slots, values, batch.beta, batch.tail, out=target)
+        steered = reweight_logits(
+            steered,
+            valid_candidates,
+            values,
+            batch.beta,
+            batch.tail,
+            out=steered if may_overwrite else None,
+        )
     if rows is None:
         return steered, candidates
-    if out is None:
-        return logits.index_copy(0, rows, steered), candidates
-    return logits.index_copy_(0, rows, steered), candidates
+    if in_place:
+        return logits.index_copy_(0, rows, steered), candidates
+    return logits.index_copy(0, rows, steered), candidates
 
 
 def _evaluate(

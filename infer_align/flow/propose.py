@@ -19,7 +19,8 @@ from infer_align.types import Candidate, Delta, Draw, Event
 OnDelta = Callable[[Delta], None]
 OnFinished = Callable[[Candidate], None]
 
-# At a deadline an engine is told to finish with what it has. It may take this long to do so.
+# At a deadline the stream is stopped. The engine may take this long to return the partial
+# candidates.
 GRACE_SECONDS = 1.0
 # Do not stream for longer deadlines: streaming costs more than a rarely needed partial answer is
 # worth.
@@ -47,25 +48,25 @@ async def propose(
         DeadlineExceeded: the deadline passed before any token.
     """
     observation = Observation(plan)
-    drawings = []
+    candidate_draws = []
     first = 0
     for i, draw in enumerate(plan.draws):
-        drawings.append(
-            Drawing(i, draw, first, clock.draw_deadline, observation, on_delta, on_finished)
+        candidate_draws.append(
+            CandidateDraw(i, draw, first, clock.draw_deadline, observation, on_delta, on_finished)
         )
         first += draw.n
-    batches = await _run_together(drawings, engine)
+    batches = await _run_together(candidate_draws, engine)
     candidates = [observation.mark(candidate) for batch in batches for candidate in batch]
     _check_any_usable(candidates, plan)
     return tuple(candidates)
 
 
-async def _run_together(drawings: Sequence[Drawing], engine: Engine) -> list[list[Candidate]]:
-    if len(drawings) == 1:
-        return [await drawings[0].run(engine)]
+async def _run_together(draws: Sequence[CandidateDraw], engine: Engine) -> list[list[Candidate]]:
+    if len(draws) == 1:
+        return [await draws[0].run(engine)]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(drawing.run(engine)) for drawing in drawings]
+            tasks = [group.create_task(draw.run(engine)) for draw in draws]
     except ExceptionGroup as failures:
         # One draw was refused and the others are cancelled: raise as if it were the only draw.
         raise failures.exceptions[0] from None
@@ -95,7 +96,7 @@ def _is_usable(candidate: Candidate) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class CandidateDraw:
     """One draw of a plan while it runs."""
 
     index: int  # of the draw in the plan
@@ -112,6 +113,7 @@ class Drawing:
         async with engine.sample(self._prepared_draw()) as stream:
             for i in range(self.draw.n):
                 self.observation.start(self.first + i, functools.partial(stream.stop, i))
+            # The deadline stops a stream, so the stream is opened first. Opening it does not wait.
             async with self._stopped_at_deadline(stream):
                 async for event in stream:
                     self._handle(event, finished)

@@ -60,6 +60,7 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
     objective = _weighted_sum(plan, values, len(candidates))
     # Not even weights of 0 make a failed candidate comparable.
     objective[list(dropped)] = math.nan
+    # The default rule is `Highest` in rules.py.
     ranking = plan.rule.rank(objective)
     for index in eligible:
         if index not in ranking:

@@ -38,7 +38,7 @@ async def read_json(response: aiohttp.ClientResponse) -> Any:
     Raises:
         UpstreamFailed: the response breaks off, or is not JSON.
     """
-    with _read_errors():
+    with _as_upstream_failures():
         content = await response.read()
     return _parse_json(content)
 
@@ -50,7 +50,7 @@ async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
         UpstreamFailed: the response breaks off, or an event is not JSON.
     """
     parser = EventParser()
-    with _read_errors():
+    with _as_upstream_failures():
         async for received in response.content.iter_any():
             for data in parser.feed(received):
                 if is_done(data):
@@ -68,7 +68,7 @@ async def read_bytes(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     Raises:
         UpstreamFailed: the response breaks off.
     """
-    with _read_errors():
+    with _as_upstream_failures():
         async for received in response.content.iter_any():
             yield received
 
@@ -96,7 +96,7 @@ def _parse_json(content: bytes) -> Any:
 
 
 @contextmanager
-def _read_errors() -> Iterator[None]:
+def _as_upstream_failures() -> Iterator[None]:
     """Raise UpstreamFailed if a response ends before it is complete."""
     try:
         yield

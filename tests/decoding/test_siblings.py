@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from infer_align.decoding.cache import RowCache
-from infer_align.decoding.siblings import ValueCache, choose_siblings
+from infer_align.decoding.siblings import ValueCache, keep_sampled_siblings
 
 VOCABULARY = 30
 HEADS = 2
@@ -122,6 +122,6 @@ def test_sampled_tokens_reach_the_rows_of_each_cache(lm: Any, device: torch.devi
     cache = ValueCache(lm, [0, 2], [3, 2], batch_of(lm, texts).cache)
     candidates = torch.tensor([[11, 12], [13, 14], [15, 16]], device=device)
     cache.siblings(candidates[cache.members])
-    choose_siblings([cache], candidates, [12, 13, 15])
+    keep_sampled_siblings([cache], candidates, [12, 13, 15])
     ids = torch.tensor([[21, 22], [23, 24]], device=device)
     expect_siblings(lm, cache, [[1, 2, 3, 12], [4, 5, 15]], ids)

@@ -97,7 +97,7 @@ def test_a_selection_of_rows_gives_the_same(
     rows = np.array([0, 1, 2])
     batch = SteeringBatch.build(heads, BETA[rows], TOP_K[rows], MASKED[rows], device, rows)
     original = logits.clone()
-    steered, candidates = steer(logits, hidden, batch, out=logits if in_place else None)
+    steered, candidates = steer(logits, hidden, batch, in_place=in_place)
     assert candidates.shape == (3, 9)
     assert (steered.data_ptr() == logits.data_ptr()) == in_place
     expect(steered, heads, original, hidden)
@@ -111,7 +111,7 @@ def test_a_uniform_batch_in_place_equals_the_checked_path_bit_for_bit(
     batch = SteeringBatch.build(heads, beta, top_k, np.zeros(ROWS, np.bool_), device)
     assert batch.uniform
     expected, _ = steer(logits, hidden, batch)
-    steered, _ = steer(logits, hidden, batch, out=logits)
+    steered, _ = steer(logits, hidden, batch, in_place=True)
     assert torch.equal(steered, expected)
 
 

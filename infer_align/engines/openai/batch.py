@@ -33,7 +33,7 @@ class Batch:
         indices: the candidates that the call requests.
         waiting: candidates that get a call once this one has shown why a call was refused.
         counter: counts the calls that were made and not yet reported.
-        accepted: True if an upstream accepted the same request for one candidate.
+        accepted_for_one: True if an upstream accepted the same request for one candidate.
         request_usage: True if a streamed call may ask for the usage.
 
     Attributes:
@@ -50,14 +50,14 @@ class Batch:
         *,
         waiting: list[int] | None = None,
         counter: CallCounter | None = None,
-        accepted: bool = False,
+        accepted_for_one: bool = False,
         request_usage: bool = True,
     ) -> None:
         self.kind: Kind = kind
         self.indices = indices
         self.waiting = waiting or []
         self.counter = counter or CallCounter()
-        self.accepted = accepted
+        self.accepted_for_one = accepted_for_one
         self.request_usage = request_usage
         self.host: Host | None = None
         self.ended = False

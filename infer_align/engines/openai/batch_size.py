@@ -39,7 +39,7 @@ class BatchSizes:
         self._confirmed: dict[HostModel, int] = {}
 
     @property
-    def refusal_may_mean_n(self) -> bool:
+    def may_refuse_because_of_n(self) -> bool:
         """True if a refused call for several candidates may work for fewer."""
         return self._mode == "auto"
 

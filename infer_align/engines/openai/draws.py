@@ -31,7 +31,7 @@ class _Reaction(Enum):
 
     # The upstream may reject `stream_options`: repeat the call without it.
     OMIT_USAGE = auto()
-    # The request is fine for one candidate, so that the number is too large: request two halves.
+    # One candidate is accepted, so n must be too large: request two halves.
     HALVE = auto()
     # The request or the number may be wrong: request the first candidate alone to find out.
     FIRST_ALONE = auto()
@@ -255,7 +255,7 @@ class UpstreamDrawing:
             self._draw.kind,
             indices,
             counter=counter,
-            accepted=True,
+            accepted_for_one=True,
             request_usage=batch.request_usage,
         )
 
@@ -277,15 +277,17 @@ class UpstreamDrawing:
     def _reaction(self, batch: Batch, error: UpstreamFailed) -> _Reaction:
         if not error.refused:
             return _Reaction.FAIL_BATCH
-        names_option = "stream_options" in f"{error.param} {error.message}"
-        if names_option and self._streamed and batch.request_usage:
+        mentions_stream_options = "stream_options" in f"{error.param} {error.message}"
+        if mentions_stream_options and self._streamed and batch.request_usage:
             return _Reaction.OMIT_USAGE
-        if len(batch.indices) > 1 and self._unfinished.intersection(batch.indices):
-            if batch.accepted:
+        unfinished = self._unfinished.intersection(batch.indices)
+        can_be_divided = len(batch.indices) > 1 and bool(unfinished)
+        if can_be_divided:
+            if batch.accepted_for_one:
                 return _Reaction.HALVE
-            if self._sizes.refusal_may_mean_n:
+            if self._sizes.may_refuse_because_of_n:
                 return _Reaction.FIRST_ALONE
-        return _Reaction.FAIL_BATCH if batch.accepted else _Reaction.FAIL_DRAW
+        return _Reaction.FAIL_BATCH if batch.accepted_for_one else _Reaction.FAIL_DRAW
 
     def _unfinished_of(self, batch: Batch) -> list[int]:
         return [index for index in batch.indices if index in self._unfinished]
@@ -298,7 +300,7 @@ class UpstreamDrawing:
             self._unfinished_of(batch) or batch.indices[:1],
             waiting=batch.waiting,
             counter=batch.counter,
-            accepted=batch.accepted,
+            accepted_for_one=batch.accepted_for_one,
             request_usage=False,
         )
         self._begin(repeated)

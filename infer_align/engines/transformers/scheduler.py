@@ -14,7 +14,7 @@ import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.sampler import adjust, sample
-from infer_align.decoding.siblings import choose_siblings
+from infer_align.decoding.siblings import keep_sampled_siblings
 from infer_align.decoding.steering import expected_values, steer
 from infer_align.decoding.text import TextStream
 from infer_align.engines.transformers.batch import RowBatch
@@ -238,7 +238,9 @@ class Scheduler(threading.Thread):
         rows = batch.rows
         if not rows:
             return batch
+        # Penalties, biases and bans.
         logits = adjust(step.logits, rows)
+        # Kept until rows join or leave.
         if batch.steering is None:
             batch.steering = self._values.steering_batch(rows)
         candidates = None
@@ -247,8 +249,8 @@ class Scheduler(threading.Thread):
         self._report_estimates(rows, logits, step.hidden)
         tokens = sample(logits, rows)
         if candidates is not None:
-            choose_siblings(batch.value_caches.values(), candidates, tokens)
-        entries = self._entries(rows, step.logits, logits, tokens)
+            keep_sampled_siblings(batch.value_caches.values(), candidates, tokens)
+        entries = self._entries(rows=rows, logits=step.logits, steered=logits, tokens=tokens)
         running: list[int] = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             self._outbox.add(row.job, row.accept(token, entries.get(i)))

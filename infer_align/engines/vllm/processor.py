@@ -188,7 +188,7 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
             return logits
         hidden = self._tap.take(len(logits))
         if batch is not None:
-            logits, _ = steer(logits, hidden, batch, out=logits)
+            logits, _ = steer(logits, hidden, batch, in_place=True)
         if due:
             self._recorder.add(logits, hidden, due)
         return logits

@@ -66,7 +66,7 @@ class Admission:
         Args:
             tokens: The worst case of the request.
             deadline_seconds: The longest time to wait.
-            caller: The name of the caller; callers share the server fairly.
+            caller: The name of the caller; each caller has a queue of its own.
 
         Raises:
             Overloaded: The queue is full.
@@ -74,6 +74,7 @@ class Admission:
         """
         if self._queues or not self._fits(tokens):
             await self._wait(caller, tokens, deadline_seconds)
+            # `_admit_waiters` has already counted it as running.
         else:
             self._enter(caller, tokens)
         start = monotonic()
@@ -172,7 +173,7 @@ class Admission:
             self._delete_past_times()
 
     def _delete_past_times(self) -> None:
-        """Delete the virtual times that are the same as no virtual time."""
+        """Delete virtual times in the past: their callers start again at the present one."""
         self._virtual_times = {
             caller: time
             for caller, time in self._virtual_times.items()

@@ -94,7 +94,7 @@ def assert_steered(batch: Any, requests: list[SteeringRequest | None], heads: He
         return
     logits, hidden = random_batch(len(requests))
     target = logits.clone()
-    result, _ = steer(target, hidden, batch, out=target)
+    result, _ = steer(target, hidden, batch, in_place=True)
     expected = definition(logits, hidden, requests, heads)
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-4)
     for row, request in enumerate(requests):
@@ -194,7 +194,7 @@ def test_on_a_gpu_nothing_waits_for_the_device(heads: Heads) -> None:
         try:
             batch = table.batch(range(SLOTS))
             assert batch is not None
-            result, _ = steer(target, hidden_on_gpu, batch, out=target)
+            result, _ = steer(target, hidden_on_gpu, batch, in_place=True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     expected = definition(logits, hidden, requests, heads)
