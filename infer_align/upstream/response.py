@@ -52,14 +52,23 @@ async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:
     parser = EventParser()
     with _as_upstream_failures():
         async for received in response.content.iter_any():
-            for data in parser.feed(received):
-                if is_done(data):
-                    await _drain(response)
-                    yield None
-                    return
+            events, done = _before_done(parser.feed(received))
+            for data in events:
                 yield _parse_json(data)
+            if done:
+                await _drain(response)
+                yield None
+                return
         for data in parser.end():
             yield None if is_done(data) else _parse_json(data)
+
+
+def _before_done(events: list[bytes]) -> tuple[list[bytes], bool]:
+    """Return the events before "[DONE]", and True if there is a "[DONE]"."""
+    for index, data in enumerate(events):
+        if is_done(data):
+            return events[:index], True
+    return events, False
 
 
 async def read_bytes(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -74,18 +74,23 @@ def arrivals(rate: float, seed: int, target: int) -> Iterator[float]:
 
 
 def slices(load: Load, targets: int) -> list[tuple[int | None, float | None]]:
-    """Return requests and seconds of each target's slice, by round; None: no bound of its own."""
+    """Return requests and seconds of each target's slice, by round; None: no bound of its own.
+
+    Raises:
+        ValueError: there are two targets, and the load has no bound.
+    """
     if targets == 1:
         return [(load.requests, load.duration)]
-    if load.requests is None:
-        assert load.duration is not None
-        affordable = int(load.duration / targets / MIN_SLICE_SECONDS)
+    if load.requests is not None:
+        affordable = load.requests // (MIN_REQUESTS_PER_PLACE * (load.concurrency or 1))
         rounds = _even(min(ROUNDS, affordable))
-        return [(None, load.duration / targets / rounds)] * rounds
-    affordable = load.requests // (MIN_REQUESTS_PER_PLACE * (load.concurrency or 1))
+        parts = np.array_split(np.arange(load.requests), rounds)
+        return [(len(part), None) for part in parts]
+    if load.duration is None:
+        raise ValueError("a load on two targets needs a number of requests or a duration.")
+    affordable = int(load.duration / targets / MIN_SLICE_SECONDS)
     rounds = _even(min(ROUNDS, affordable))
-    parts = np.array_split(np.arange(load.requests), rounds)
-    return [(len(part), None) for part in parts]
+    return [(None, load.duration / targets / rounds)] * rounds
 
 
 def _even(rounds: int) -> int:
@@ -192,7 +197,10 @@ class _LoadGenerator:
                     end = loop.time() + load.duration + load.grace
                     timeout.reschedule(end)
                     loop.call_at(end - EXPIRY_MARGIN_SECONDS, self._expire)
-                await (self._open_loop() if load.open else self._closed_loop())
+                if load.rate is None:
+                    await self._closed_loop()
+                else:
+                    await self._open_loop(load.rate)
 
     def _expire(self) -> None:
         self._expired = True
@@ -270,30 +278,33 @@ class _LoadGenerator:
         finally:
             self.spans.append(Span(name, began, self.now))
 
-    async def _open_loop(self) -> None:
-        limit = self._load.max_in_flight
-        places = {name: asyncio.Semaphore(limit) if limit else None for name in self._names}
+    async def _open_loop(self, rate: float) -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                for due, target, index in _schedule(self._load, len(self._names)):
-                    delay = due - self.now
-                    if delay > 0:
-                        await asyncio.sleep(delay)
-                    name = self._names[target]
-                    group.create_task(self._send(name, index, due, places[name]))
+                await self._start_when_due(rate, group)
         finally:
             self.spans += [Span(name, 0.0, self.now) for name in self._names]
 
+    async def _start_when_due(self, rate: float, group: asyncio.TaskGroup) -> None:
+        """Start each request of an open loop at its time, as a task of the group."""
+        limit = self._load.max_in_flight
+        places = {name: asyncio.Semaphore(limit) if limit else None for name in self._names}
+        for due, target, index in _schedule(self._load, rate, len(self._names)):
+            delay = due - self.now
+            if delay > 0:
+                await asyncio.sleep(delay)
+            name = self._names[target]
+            group.create_task(self._send(name, index, due, places[name]))
 
-def _schedule(load: Load, targets: int) -> Iterator[tuple[float, int, int]]:
+
+def _schedule(load: Load, rate: float, targets: int) -> Iterator[tuple[float, int, int]]:
     """Yield due time, target and index of each request of an open loop, in the order of time."""
-    schedules = [_target_schedule(load, target) for target in range(targets)]
+    schedules = [_target_schedule(load, rate, target) for target in range(targets)]
     return heapq.merge(*schedules)
 
 
-def _target_schedule(load: Load, target: int) -> Iterator[tuple[float, int, int]]:
-    assert load.rate is not None
-    for count, due in enumerate(arrivals(load.rate, load.seed, target)):
+def _target_schedule(load: Load, rate: float, target: int) -> Iterator[tuple[float, int, int]]:
+    for count, due in enumerate(arrivals(rate, load.seed, target)):
         if count == load.requests:
             return
         if load.duration is not None and due >= load.duration:

@@ -68,8 +68,8 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
     app.router.routes.extend(ROUTES)
     if isinstance(service.engine, ServesApplication):
         app.router.routes.append(ENGINE_ROUTE)
-    app.add_exception_handler(AlignError, _on_align_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    app.exception_handler(AlignError)(_on_align_error)
+    app.exception_handler(HTTPException)(_on_http_error)
     app.add_middleware(RequestLog, service=service)
     return app
 
@@ -138,13 +138,11 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-async def _on_align_error(_: HttpRequest, error: Exception) -> HttpResponse:
-    assert isinstance(error, AlignError)
+async def _on_align_error(_: HttpRequest, error: AlignError) -> HttpResponse:
     return error_response(error)
 
 
-async def _on_http_error(http: HttpRequest, error: Exception) -> HttpResponse:
-    assert isinstance(error, HTTPException)
+async def _on_http_error(http: HttpRequest, error: HTTPException) -> HttpResponse:
     reason = str(error.detail)
     if error.status_code == 405:
         reason = "this route does not have this method"

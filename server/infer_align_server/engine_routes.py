@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from infer_align.engines import App
 from infer_align.errors import AlignError, InvalidRequest, Unsupported
-from infer_align_server.limits.token_budget import charged
+from infer_align_server.limits.token_budget import Charge, charged
 from infer_align_server.service import Service
 from infer_align_server.wire.disconnect import until_client_leaves
 from infer_align_server.wire.encoding import dumps
@@ -222,18 +222,22 @@ class RelayedResponse(HttpResponse):
         await until_client_leaves(receive, self._relay(send))
 
     async def _relay(self, send: Send) -> None:
-        request = self._request
-        upstream = self._engine.relay(request.method, request.path, request.content, request.model)
         with charged(self._service.tokens, self._caller, self._worst_case) as charge:
-            meter = _TokenMeter(send)
             async with self._service.admission.admit(self._worst_case, caller=self._caller):
                 charge.start(None)
-                try:
-                    async with upstream as (content_type, chunks):
-                        await _send_response(meter.send, content_type, chunks)
-                finally:
-                    if meter.started:
-                        charge.spent = meter.tokens(self._worst_case) if self._generates else 0
+                await self._send_metered(send, charge)
+
+    async def _send_metered(self, send: Send, charge: Charge) -> None:
+        """Send the upstream's response, and charge the tokens that it contains."""
+        request = self._request
+        upstream = self._engine.relay(request.method, request.path, request.content, request.model)
+        meter = _TokenMeter(send)
+        try:
+            async with upstream as (content_type, chunks):
+                await _send_response(meter.send, content_type, chunks)
+        finally:
+            if meter.started:
+                charge.spent = meter.tokens(self._worst_case) if self._generates else 0
 
 
 async def _send_response(send: Send, content_type: str, chunks: AsyncIterator[bytes]) -> None:

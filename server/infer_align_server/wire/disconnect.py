@@ -24,9 +24,11 @@ async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) ->
 
     Raises:
         ClientLeft: The client disconnected.
+        RuntimeError: The caller is not in an asyncio task.
     """
     worker = asyncio.current_task()
-    assert worker is not None
+    if worker is None:
+        raise RuntimeError("until_client_leaves: the caller is not in an asyncio task.")
     disconnected = False
 
     async def watch() -> None:
