@@ -21,8 +21,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.columns = 0
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+        # Empty until the first columns arrive, which set the shape, the type and the device.
+        self._keys = torch.empty((0, 0, 0, 0))
+        self._values = torch.empty((0, 0, 0, 0))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -31,7 +32,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.columns + key_states.shape[-2]
-        if self._keys is None or self._values is None or end > self._keys.shape[-2]:
+        if end > self._keys.shape[-2]:
             self._keys = _enlarged(self._keys, key_states, self.columns, end)
             self._values = _enlarged(self._values, value_states, self.columns, end)
         self._keys[:, :, self.columns : end] = key_states
@@ -55,7 +56,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Keep `columns` columns and, of those after them, the one at offset chosen[row]."""
         rows = torch.arange(len(chosen), device=chosen.device)
         for buffer in (self._keys, self._values):
-            assert buffer is not None
             buffer[:, :, columns] = buffer[rows, :, columns + chosen]
         self._show(columns + 1)
 
@@ -65,8 +65,6 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def _show(self, columns: int) -> None:
         """Make the first columns of the buffers visible as `keys` and `values`."""
-        assert self._keys is not None
-        assert self._values is not None
         self.columns = columns
         self.keys = self._keys[:, :, :columns]
         self.values = self._values[:, :, :columns]
@@ -145,13 +143,11 @@ class RowCache(Cache):  # type: ignore[misc]
         return joined
 
 
-def _enlarged(
-    buffer: torch.Tensor | None, like: torch.Tensor, used: int, needed: int
-) -> torch.Tensor:
+def _enlarged(buffer: torch.Tensor, like: torch.Tensor, used: int, needed: int) -> torch.Tensor:
     """Copy the used columns of a buffer to one with room for `needed` columns and more."""
     rows, heads, _, dim = like.shape
     larger = like.new_zeros((rows, heads, needed + GROWTH, dim))
-    if buffer is not None:
+    if used:
         larger[:, :, :used] = buffer[:, :, :used]
     return larger
 

@@ -87,10 +87,11 @@ class EstimateFetcher:
         if running is not None and not running.done():
             await asyncio.wait({running})
         # The first caller that wakes up starts the next fetch.
-        if self._latest_fetch is running:
-            self._latest_fetch = asyncio.create_task(self._deliver())
-        assert self._latest_fetch is not None
-        await asyncio.wait({self._latest_fetch})
+        latest = self._latest_fetch
+        if latest is None or latest is running:
+            latest = asyncio.create_task(self._deliver())
+            self._latest_fetch = latest
+        await asyncio.wait({latest})
 
     def close(self) -> None:
         """Stop fetching."""

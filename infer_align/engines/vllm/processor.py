@@ -116,8 +116,12 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
         """Use the loaded head under this name for requests that join from now on.
 
         Requests that run keep the head that it replaces.
+
+        Raises:
+            RuntimeError: no head is loaded.
         """
-        assert self._loaded is not None
+        if self._loaded is None:
+            raise RuntimeError(f"value {name!r}: no head is loaded; call load_value first.")
         self._table.set_value(name, self._loaded)
         self._loaded = None
 

@@ -89,20 +89,21 @@ class EngineValues:
         for reason in _conflicts(config):
             raise ConfigError(f"[values.*] cannot steer this engine: {reason}")
         model = config.model_config
-        self._frozen = FrozenModel(
+        frozen = FrozenModel(
             model.model,
             model.get_vocab_size(),
             model.get_hidden_size(),
             _tokenizer_digest(model),
             "cpu",
         )
+        self._frozen = frozen
         for head in self._heads.values():
-            self._check_fit(head)
+            _check_fit(head, frozen)
         publish_value_names(self, self._heads)
         paths = {name: head.path for name, head in self._heads.items()}
         config.additional_config = {
             **config.additional_config,
-            STEERING_KEY: {"tokenizer": self._frozen.tokenizer, "values": paths},
+            STEERING_KEY: {"tokenizer": frozen.tokenizer, "values": paths},
         }
 
     async def add(self, name: str, value: Value, call_workers: CallWorkers) -> None:
@@ -114,13 +115,14 @@ class EngineValues:
             ConfigError: the value does not fit the model, or the engine was started without values.
         """
         head = _head(name, value)
-        if self._frozen is None:
+        frozen = self._frozen
+        if frozen is None:
             raise ConfigError(
                 f"[values.{name}] the engine was started without values, so it cannot steer; "
                 "configure a value and restart the server."
             )
         async with self._adding:
-            await asyncio.to_thread(self._check_fit, head)
+            await asyncio.to_thread(_check_fit, head, frozen)
             # Either every worker can load the value, or none uses it.
             await call_workers("infer_align_load_value", args=(head.path,))
             users = sum(await call_workers("infer_align_use_value", args=(name,)))
@@ -152,12 +154,12 @@ class EngineValues:
         vocabulary_size = self._frozen.vocabulary if self._frozen else None
         return SteeringRequest.write(steering, vocabulary_size)
 
-    def _check_fit(self, head: HeadValue) -> None:
-        """Load a head in this process first, because a worker that cannot load it would die."""
-        assert self._frozen is not None
-        trial = HeadValue(head.path, head.description)
-        trial.start(self._frozen, {})
-        head.description = trial.description
+
+def _check_fit(head: HeadValue, frozen: FrozenModel) -> None:
+    """Load a head in this process first, because a worker that cannot load it would die."""
+    trial = HeadValue(head.path, head.description)
+    trial.start(frozen, {})
+    head.description = trial.description
 
 
 def _head(name: str, value: Value) -> HeadValue:
