@@ -1,0 +1,56 @@
+"""From an OpenAI body to a Request: the part for the engine, and the parsed `align`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from infer_align.errors import InvalidRequest
+from infer_align.flow.request import check_prompt, parse_request
+from tests.flow.builders import REQUEST_BODY
+
+
+def test_align_given_empty_is_still_aligned() -> None:
+    assert parse_request({**REQUEST_BODY, "align": {}}, "chat", {}).aligned
+    assert not parse_request({**REQUEST_BODY, "align": None}, "chat", {}).aligned
+    assert parse_request(REQUEST_BODY, "chat", {"p": {}}, "p").aligned
+
+
+def test_align_and_nulls_are_not_forwarded() -> None:
+    body = {**REQUEST_BODY, "user": None, "align": {"details": "none"}}
+    request = parse_request(body, "chat", {})
+    assert request.body == REQUEST_BODY
+    assert request.align.details == "none"
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        (None, "messages"),
+        ([], "messages"),
+        ("hello", "messages"),
+        (["hello"], "messages[0]"),
+        ([{"content": "hello"}], "messages[0]"),
+        ([{"role": "user", "content": None}], "messages[0].content"),
+        ([{"role": "user", "content": 1}], "messages[0].content"),
+        ([{"role": "user", "content": [{}]}], "messages[0].content[0]"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
+    ],
+)
+def test_a_message_of_the_wrong_shape_is_named(messages: Any, param: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check_prompt({"messages": messages}, "chat")
+    assert caught.value.param == param
+
+
+def test_an_assistants_message_may_lack_content() -> None:
+    check_prompt({"messages": [{"role": "assistant", "tool_calls": []}]}, "chat")
+
+
+@pytest.mark.parametrize("prompt", [None, 1, ["a"]])
+def test_a_completion_prompt_is_a_string(prompt: Any) -> None:
+    check_prompt({"prompt": "a"}, "completion")
+    with pytest.raises(InvalidRequest) as caught:
+        check_prompt({"prompt": prompt}, "completion")
+    assert caught.value.param == "prompt"
