@@ -2,7 +2,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a key of TABLES.
 Tables of parameters come from the code. Tables of figures come from benchmarks/results, see
-`figures.py`. With `--check` nothing is written: the exit code is 1 if a table is out of date.
+`figures.py`. The tables of docs/scaling.md are computed by the cost model, see `capacity.py`. With
+`--check` nothing is written: the exit code is 1 if a table is out of date.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import capacity
 import figures
 from figures import ROOT, table
 
@@ -88,6 +90,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dpa": dpa,
     "statuses": statuses,
     **figures.TABLES,
+    **capacity.TABLES,
 }
 
 

@@ -85,13 +85,15 @@ def resolve_scorers(
 
 def _resolve_reward(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) -> Reward:
     """Return the reward with the parameters of this request, checked."""
-    for scorer in draft.scorers:
-        if scorer.reward == name:
-            reward = rewards[name].with_parameters(scorer.parameters)
-            reward.check(draft.param(name))
-            return reward
     reward = rewards[name]
-    reward.check(draft.param("rewards", name))
+    param = draft.param("rewards", name)
+    for scorer in draft.scorers:
+        if scorer.reward.partition(".")[0] != name:
+            continue
+        param = draft.param(name)
+        if scorer.parameters:
+            reward = reward.with_parameters(scorer.parameters)
+    reward.check(param)
     return reward
 
 

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from infer_align.engines import Engine
+from infer_align.errors import Unsupported
 from infer_align.types import Array, Body, Candidate, Messages, ScoringUsage
 
 # Time limit of the scoring that runs now, in seconds: the reward's own limit, or less before a
@@ -84,8 +85,16 @@ class Reward(ABC):
         return None
 
     def with_parameters(self, parameters: Mapping[str, Any]) -> Reward:
-        """Return the same reward with the parameters of one request."""
-        raise NotImplementedError(f"{type(self).__name__} takes no parameters: {parameters!r}")
+        """Return the same reward with the parameters of one request.
+
+        Raises:
+            Unsupported: the reward takes no parameters.
+        """
+        names = ", ".join(parameters)
+        raise Unsupported(
+            f"{names}: a reward of the kind {type(self).__name__} takes no parameters of a "
+            "request; set them in its section [rewards.*]."
+        )
 
     def check(self, where: str) -> None:
         """Refuse a reward that cannot score here, before anything is generated.

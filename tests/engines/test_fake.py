@@ -98,7 +98,7 @@ async def test_loading_takes_as_long_as_the_script_says():
 async def test_closing_ends_what_is_spoken(draw, finish):
     engine = await started(Reply("a", first_token_seconds=100))
     task = asyncio.create_task(finish(engine, draw(n=2)))
-    await asyncio.sleep(0.01)
+    assert await becomes(engine, 2)
     await engine.close()
     with pytest.raises(Unavailable):
         await task

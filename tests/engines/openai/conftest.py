@@ -26,7 +26,7 @@ replies = [{{text = "{QUICK}"}}, {{text = "{LONG}", seconds_per_token = 0.02}}]
 """
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Return True as soon as the condition holds, False after a time that is never needed."""
     end_time = asyncio.get_running_loop().time() + seconds
     while not condition():
