@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infer_align.decoding.cache import RowCache
-from infer_align.demo.locate import locate
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
+from infer_align.engines.transformers.weights import load_weights
 from infer_align.errors import ConfigError
 from infer_align.types import Draw
 from infer_align.values import FrozenModel, tokenizer_digest
@@ -84,7 +83,7 @@ class Model:
         on_device = torch.device(device)
         if dtype == "auto" and on_device.type == "cpu":
             dtype = "float32"
-        lm, tokenizer = _load_weights(name, dtype, trust_remote_code=trust_remote_code)
+        lm, tokenizer = load_weights(name, dtype, trust_remote_code=trust_remote_code)
         lm = lm.to(on_device).eval().requires_grad_(requires_grad=False)
         text_config = lm.config.get_text_config(decoder=True)
         maximum = getattr(text_config, "max_position_embeddings", None)
@@ -201,24 +200,6 @@ class Model:
             return tokenize(self.tokenizer, draw.body["prompt"], "prompt", special=True)
         text = render(self.tokenizer, draw.body)
         return tokenize(self.tokenizer, text + prefix, "messages", special=False)
-
-
-def _load_weights(name: str, dtype: str, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load the weights and the tokenizer."""
-    path = locate(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        lm = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"[engine] model: {name!r} cannot be loaded: {error}") from error
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            f"[engine] model: {name!r} has no fast tokenizer, which streaming needs; "
-            "convert it to tokenizer.json."
-        )
-    return lm, tokenizer
 
 
 def _eos_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:
