@@ -153,25 +153,6 @@ Event: TypeAlias = Delta | Estimate | Candidate
 
 
 @dataclass(frozen=True, slots=True)
-class LabelQuery:
-    """A question of a judge to an engine: the probability of each label as the next words."""
-
-    messages: Messages
-    prefix: str  # the beginning of the assistant's turn, such as "Score: ["; labels continue it
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LabelLogprobs:
-    """The model's own distribution over labels, at temperature 1 and before any penalty."""
-
-    # label -> nats; -inf if the label cannot be produced, or the engine does not show it
-    logprobs: Mapping[str, float]
-    prompt_tokens: int = 0
-    calls: int = 1  # one-token calls; 1 if every label is one token
-
-
-@dataclass(frozen=True, slots=True)
 class ScoringUsage:
     """The cost of scoring."""
 

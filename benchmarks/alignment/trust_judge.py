@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks.alignment.flow import Flow, serving, texts
 from benchmarks.alignment.report import OUT, argument_parser, mean_se, row_figure, sign_of
 from benchmarks.record import record
+from infer_align.decoding.labels import LabelQuery
 from infer_align.demo import world
 from infer_align.methods.trust_judge import Readout
 from infer_align.rewards.trust_judge import (
@@ -42,7 +43,7 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 from infer_align.rewards.trust_judge.readings import Relation, Rule, mass
-from infer_align.types import Array, LabelQuery, Messages
+from infer_align.types import Array, Messages
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 SUBSETS = (3, 4, 5)

@@ -10,13 +10,34 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from infer_align.errors import Unsupported
+from infer_align.types import Messages
 
 # Token ids that follow the prompt.
 Path = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelQuery:
+    """A question of a judge to an engine: the probability of each label as the next words."""
+
+    messages: Messages
+    prefix: str  # the beginning of the assistant's turn, such as "Score: ["; labels continue it
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelLogprobs:
+    """The model's own distribution over labels, at temperature 1 and before any penalty."""
+
+    # label -> nats; -inf if the label cannot be produced, or the engine does not show it
+    logprobs: Mapping[str, float]
+    prompt_tokens: int = 0
+    calls: int = 1  # one-token calls; 1 if every label is one token
 
 
 class LabelTree:

@@ -13,18 +13,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.decoding.params import COMPLETION_TOKENS
 from infer_align.errors import AlignError, Unsupported
-from infer_align.types import (
-    Body,
-    Candidate,
-    Capability,
-    Draw,
-    Event,
-    Kind,
-    LabelLogprobs,
-    LabelQuery,
-)
+from infer_align.types import Body, Candidate, Capability, Draw, Event, Kind
 from infer_align.values import Value
 
 # An ASGI application: scope, receive, send.

@@ -18,21 +18,12 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.decoding.params import SamplingParams, field_schemas
 from infer_align.engines import Engine, Stream
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable, nearest
 from infer_align.messages import text_of
-from infer_align.types import (
-    Body,
-    Candidate,
-    Capability,
-    Delta,
-    Draw,
-    Estimate,
-    Kind,
-    LabelLogprobs,
-    LabelQuery,
-)
+from infer_align.types import Body, Candidate, Capability, Delta, Draw, Estimate, Kind
 
 # The sampling fields that this engine checks.
 SAMPLING_FIELDS = {

@@ -7,9 +7,10 @@ import math
 
 import pytest
 
+from infer_align.decoding.labels import LabelQuery
 from infer_align.engines.fake import Fake, Reply, ScriptedLabels
 from infer_align.errors import EngineFailed, Unavailable
-from infer_align.types import Candidate, LabelQuery
+from infer_align.types import Candidate
 
 pytestmark = pytest.mark.anyio
 

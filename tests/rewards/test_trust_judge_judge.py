@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.engines.fake import Fake, FakeEngine, Reply, ScriptedLabels
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, Unsupported
 from infer_align.rewards import time_budget
 from infer_align.rewards.trust_judge import TrustJudgeReward, TrustJudgeSection
-from infer_align.types import Candidate, Capability, LabelLogprobs, LabelQuery
+from infer_align.types import Candidate, Capability
 
 ASK: Any = [{"role": "user", "content": "What is the diet of the owl?"}]
 GOOD = ScriptedLabels({"90": 0.6, "80": 0.3, "the": 0.1}, r"Answer <\d+>\ngood")

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.engines import Engine, Stream
 from infer_align.engines.openai.batch_size import BatchSizes
 from infer_align.engines.openai.draws import UpstreamDrawing, refusal
@@ -27,7 +28,7 @@ from infer_align.engines.openai.labels import read_labels
 from infer_align.engines.openai.models import CONTEXT_LENGTH, UpstreamModels
 from infer_align.engines.openai.probe import FEATURES, FIELDS, Features
 from infer_align.errors import ConfigError, Unavailable, Unsupported
-from infer_align.types import Body, Capability, Draw, LabelLogprobs, LabelQuery
+from infer_align.types import Body, Capability, Draw
 from infer_align.upstream import Upstream, UpstreamFailed
 from infer_align.upstream.client import Client
 from infer_align.upstream.response import read_bytes

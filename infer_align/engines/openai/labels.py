@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.engines.openai.probe import (
     CONTINUE,
     MIN_TOKENS,
@@ -24,7 +25,6 @@ from infer_align.engines.openai.probe import (
     refuses_max_tokens,
     top_logprobs,
 )
-from infer_align.types import LabelLogprobs, LabelQuery
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import CallCounter, Client
 

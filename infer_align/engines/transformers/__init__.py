@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from infer_align.decoding.labels import LabelTree, control_tokens
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery, LabelTree, control_tokens
 from infer_align.decoding.params import SamplingParams, field_schemas
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers.model import Model
@@ -26,7 +26,7 @@ from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.engines.transformers.steering import LoadedValues
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
-from infer_align.types import Capability, Draw, Kind, LabelLogprobs, LabelQuery
+from infer_align.types import Capability, Draw, Kind
 from infer_align.values import Value
 
 

@@ -20,7 +20,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from infer_align.decoding.labels import control_tokens
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery, control_tokens
 from infer_align.demo.locate import locate
 from infer_align.engines import App, Engine, Stream
 from infer_align.engines.vllm.body import parse_body
@@ -29,7 +29,7 @@ from infer_align.engines.vllm.labels import count_requests, read_labels
 from infer_align.engines.vllm.running_draw import RunningDraw
 from infer_align.engines.vllm.values import EngineValues
 from infer_align.errors import AlignError, ConfigError, Unavailable
-from infer_align.types import Capability, Draw, LabelLogprobs, LabelQuery
+from infer_align.types import Capability, Draw
 from infer_align.values import Value
 from infer_align.vllm import package as vllm_package
 from infer_align.vllm.interfaces import AsyncEngine

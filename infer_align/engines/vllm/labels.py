@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
-from infer_align.decoding.labels import LabelTree, Path
-from infer_align.types import LabelLogprobs, LabelQuery
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery, LabelTree, Path
 
 if TYPE_CHECKING:
     from infer_align.vllm.openai import Frontend

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.engines import Engine
 from infer_align.errors import AlignError
 from infer_align.rewards import CALL_SHARE, time_budget
@@ -24,7 +25,7 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 from infer_align.rewards.trust_judge.readings import Reading, mass
-from infer_align.types import Candidate, Draw, LabelLogprobs, LabelQuery, Messages, ScoringUsage
+from infer_align.types import Candidate, Draw, Messages, ScoringUsage
 
 
 @dataclass(frozen=True, slots=True)

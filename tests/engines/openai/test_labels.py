@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from infer_align.types import LabelLogprobs, LabelQuery
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.upstream import UpstreamFailed
 from tests.engines.openai.conftest import QUESTION, MakeEngine
 from tests.engines.openai.upstream import FakeUpstream

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from infer_align.decoding.labels import LabelQuery
 from infer_align.engines.openai import OpenAIEngine
 from infer_align.engines.openai.probe import Features
 from infer_align.errors import Unsupported
-from infer_align.types import Capability, Draw, LabelQuery
+from infer_align.types import Capability, Draw
 from tests.engines.openai.conftest import QUESTION, MakeEngine, until
 from tests.engines.openai.upstream import FakeUpstream
 

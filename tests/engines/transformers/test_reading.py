@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from infer_align.decoding.labels import LabelTree
+from infer_align.decoding.labels import LabelQuery, LabelTree
 from infer_align.engines.transformers.reading import take_group
 from infer_align.errors import AlignError, EngineFailed, Unavailable, Unsupported
-from infer_align.types import Capability, LabelQuery
+from infer_align.types import Capability
 
 pytestmark = pytest.mark.anyio
 HUNDRED = tuple(str(i) for i in range(1, 101))

@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infer_align import demo
-from infer_align.decoding.labels import LabelTree
+from infer_align.decoding.labels import LabelQuery, LabelTree
 from infer_align.engines.transformers import Transformers
-from infer_align.types import Candidate, Draw, Estimate, EstimateSchedule, LabelQuery
+from infer_align.types import Candidate, Draw, Estimate, EstimateSchedule
 from tests.engines.vllm.conftest import LIMIT_SECONDS
 from tests.server.conftest import Live
 
