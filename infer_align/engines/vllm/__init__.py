@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from infer_align.vllm.openai import Frontend
 
 WORKER_POLL_SECONDS = 0.1
+LOADING = "the model is still loading"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,16 @@ class Vllm:
 plugin = Vllm
 
 
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """The parts of an engine that has started."""
+
+    engine: AsyncEngine
+    frontend: Frontend
+    values: EngineValues
+    fetcher: EstimateFetcher
+
+
 class VllmEngine(Engine):
     """An AsyncLLM with vLLM's OpenAI layer over it."""
 
@@ -94,18 +106,17 @@ class VllmEngine(Engine):
         self.config = config
         self.model = config.model
         self.context_length = int(config.options.get("max_model_len") or 0)
-        self._launching: asyncio.Task[Frontend] | None = None
-        self._engine: AsyncEngine | None = None
-        self._frontend: Frontend | None = None
-        self._engine_values: EngineValues | None = None
-        self._fetcher: EstimateFetcher | None = None
+        self._launching: asyncio.Task[tuple[AsyncEngine, Frontend]] | None = None
+        self._started: _Started | None = None
+        # What `close` has to end, also after a start that failed.
+        self._resources = AsyncExitStack()
         self._running: set[RunningDraw] = set()
         self._closed = False
 
     @property
     def models(self) -> tuple[str, ...]:
         """The names of the model and of its LoRA adapters."""
-        lora_names = self._frontend.lora_names if self._frontend else ()
+        lora_names = self._started.frontend.lora_names if self._started else ()
         return (self.model, *lora_names)
 
     async def start(self) -> None:
@@ -115,11 +126,11 @@ class VllmEngine(Engine):
             ConfigError: vLLM refuses an option, or a value cannot steer this engine.
         """
         values = EngineValues(self.values)
-        self._engine_values = values
+        self._resources.callback(values.close)
         self.progress("importing vLLM")
         self._launching = asyncio.create_task(asyncio.to_thread(self._launch, values))
         try:
-            frontend = await asyncio.shield(self._launching)
+            engine, frontend = await asyncio.shield(self._launching)
         except AlignError:
             raise
         except Exception as error:
@@ -129,14 +140,13 @@ class VllmEngine(Engine):
         from infer_align.vllm.compat import call_workers
 
         self.progress("setting up vLLM's OpenAI layer")
-        self._frontend = frontend
+        self._resources.push_async_callback(frontend.close)
         await frontend.start()
-        assert self._engine is not None
-        self.context_length = self._engine.model_config.max_model_len
-        self._fetcher = EstimateFetcher(
-            partial(call_workers, self._engine, "infer_align_take_estimates")
-        )
-        self._set_capabilities(self._engine, values)
+        self.context_length = engine.model_config.max_model_len
+        fetcher = EstimateFetcher(partial(call_workers, engine, "infer_align_take_estimates"))
+        self._resources.callback(fetcher.close)
+        self._set_capabilities(engine, values)
+        self._started = _Started(engine, frontend, values, fetcher)
 
     def _set_capabilities(self, engine: AsyncEngine, values: EngineValues) -> None:
         if values.enabled:
@@ -152,7 +162,7 @@ class VllmEngine(Engine):
         if not engine.model_config.logprobs_mode.endswith("logprobs"):
             self.capabilities -= {Capability.LOGPROBS, Capability.LABEL_LOGPROBS}
 
-    def _launch(self, values: EngineValues) -> Frontend:
+    def _launch(self, values: EngineValues) -> tuple[AsyncEngine, Frontend]:
         """Import vLLM and start the workers. Runs in a thread, because both block."""
         from infer_align.vllm import compat
         from infer_align.vllm.openai import Frontend
@@ -162,8 +172,8 @@ class VllmEngine(Engine):
         args = compat.parse_options(locate(self.config.model), served_name, options)
         self.progress("vLLM's workers: weights, memory profile, key-value cache")
         engine = compat.launch(args, values.configure)
-        self._engine = engine
-        return Frontend(engine, args)
+        self._resources.push_async_callback(compat.shut_down, engine, abandon_requests=True)
+        return engine, Frontend(engine, args)
 
     async def close(self) -> None:
         """Fail the draws that run, and end the workers."""
@@ -172,16 +182,7 @@ class VllmEngine(Engine):
         for running_draw in [*self._running]:
             running_draw.stream.put(Unavailable("the engine was shut down"))
             running_draw.close()
-        if self._fetcher is not None:
-            self._fetcher.close()
-        if self._frontend is not None:
-            await self._frontend.close()
-        if self._engine_values is not None:
-            self._engine_values.close()
-        if self._engine is not None:
-            from infer_align.vllm.compat import shut_down
-
-            await shut_down(self._engine, abandon_requests=True)
+        await self._resources.aclose()
 
     async def _abandon_loading(self) -> None:
         """End a start that is still running, without waiting for the model.
@@ -202,26 +203,30 @@ class VllmEngine(Engine):
         """Return None while the engine can answer, else the reason why it cannot."""
         if self._closed:
             return "the engine was shut down"
-        if self._engine is None or self._frontend is None:
-            return "the model is still loading"
-        return (
-            "vLLM's engine has stopped; see its log for the cause" if self._engine.errored else None
-        )
+        if self._started is None:
+            return LOADING
+        if self._started.engine.errored:
+            return "vLLM's engine has stopped; see its log for the cause"
+        return None
 
-    def _healthy_frontend(self) -> Frontend:
+    def _require_started(self) -> _Started:
+        if self._started is None:
+            raise Unavailable(LOADING)
+        return self._started
+
+    def _require_healthy(self) -> _Started:
         reason = self.health()
         if reason is not None:
             raise Unavailable(reason)
-        assert self._frontend is not None
-        return self._frontend
+        return self._require_started()
 
     def app(self) -> App | None:
         """Return vLLM's own application, once the engine has started."""
-        return None if self._frontend is None else self._frontend.app
+        return None if self._started is None else self._started.frontend.app
 
     def exposition(self) -> bytes:
         """Return vLLM's metrics, such as vllm:num_requests_running."""
-        if self._frontend is None:
+        if self._started is None:
             return b""
         from infer_align.vllm.compat import metrics_text
 
@@ -233,9 +238,9 @@ class VllmEngine(Engine):
         Raises:
             KeyError: there is no such value.
         """
-        if self._engine_values is None:
+        if self._started is None:
             return self.values[name]
-        return self._engine_values.value(name)
+        return self._started.values.value(name)
 
     async def add_value(self, name: str, value: Value) -> None:
         """Add a value, or replace the one of the same name, without a restart.
@@ -243,9 +248,8 @@ class VllmEngine(Engine):
         Raises:
             ConfigError: the value does not fit the model, or the engine was started without values.
         """
-        if self._engine_values is None or self._engine is None:
-            raise Unavailable("the model is still loading")
-        await self._engine_values.add(name, value, self._engine.collective_rpc)
+        started = self._require_started()
+        await started.values.add(name, value, started.engine.collective_rpc)
         self.values = {**self.values, name: value}
 
     def check(self, draw: Draw) -> None:
@@ -254,11 +258,9 @@ class VllmEngine(Engine):
         Raises:
             InvalidRequest: vLLM refuses a field or would not read it, or a value does not exist.
         """
-        if self._frontend is None:
-            raise Unavailable("the model is still loading")
-        self._frontend.check(draw.kind, parse_body(self._frontend, draw))
-        if self._engine_values is not None:
-            self._engine_values.check(draw)
+        started = self._require_started()
+        started.frontend.check(draw.kind, parse_body(started.frontend, draw))
+        started.values.check(draw)
 
     def sample(self, draw: Draw) -> Stream:
         """Start one request per candidate. The prompt is rendered once and its prefix is cached.
@@ -266,11 +268,9 @@ class VllmEngine(Engine):
         Raises:
             Unavailable: the engine has not started, is closed, or has died.
         """
-        frontend = self._healthy_frontend()
-        assert self._fetcher is not None
-        assert self._engine_values is not None
-        extra_args = self._engine_values.extra_args(draw.steering) if draw.steering else {}
-        running_draw = RunningDraw(frontend, draw, extra_args, self._fetcher)
+        started = self._require_healthy()
+        extra_args = started.values.extra_args(draw.steering) if draw.steering else {}
+        running_draw = RunningDraw(started.frontend, draw, extra_args, started.fetcher)
         self._running.add(running_draw)
         running_draw.on_end(self._running.discard)
         return running_draw.stream
@@ -278,7 +278,9 @@ class VllmEngine(Engine):
     @property
     def control_tokens(self) -> frozenset[str]:
         """The tokens of the tokenizer that are not text."""
-        return frozenset() if self._frontend is None else control_tokens(self._frontend.tokenizer)
+        if self._started is None:
+            return frozenset()
+        return control_tokens(self._started.frontend.tokenizer)
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return the number of requests that `read_labels` sends for one query.
@@ -286,9 +288,9 @@ class VllmEngine(Engine):
         Raises:
             Unsupported: the tokenizer cannot spell a label.
         """
-        if self._frontend is None:
+        if self._started is None:
             return super().label_calls(labels)
-        return count_requests(self._frontend, labels)
+        return count_requests(self._started.frontend, labels)
 
     async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
         """Return the probability of each label as the next text of a conversation.
@@ -297,4 +299,4 @@ class VllmEngine(Engine):
             Unavailable: the engine has not started, is closed, or has died.
             AlignError: vLLM refuses the messages, or failed.
         """
-        return await read_labels(self._healthy_frontend(), query)
+        return await read_labels(self._require_healthy().frontend, query)
