@@ -9,11 +9,14 @@ EXTRA := vllm or clients
 export PYTHONPATH := .:kernels:server:clients/python
 export MYPYPATH := kernels:server:clients/python
 
-.PHONY: serve test test-all test-quick test-failed check docs demo bench measure soak rebuild-demo
+.PHONY: serve demo-serve test test-all test-quick test-failed check docs demo bench measure soak rebuild-demo
 .PHONY: clients audit
 
 serve: $(VENV)/local  ## serve the demo at http://127.0.0.1:8000/v1; CONFIG=file.toml serves another
 	$(BIN)/python -m infer_align_server serve $(CONFIG)
+
+demo-serve: $(VENV)/local  ## serve the demo's synthetic world, with its exact reward
+	$(BIN)/python -m infer_align_server serve
 
 test: $(VENV)/dev  ## run every test that needs neither vLLM nor the clients' environments
 	$(BIN)/python -m pytest $(PARALLEL) -m "not ($(EXTRA))"

@@ -4,7 +4,8 @@ config = infer_align.config.load("infer-align.toml", ["server.port=9000"])
 engine = config.load_engine()
 """
 
-from infer_align.config.config import Config, load, override
+from infer_align.config.config import Config, load
 from infer_align.config.server import Limits, Server
+from infer_align.config.source import Choices, override
 
-__all__ = ["Config", "Limits", "Server", "load", "override"]
+__all__ = ["Choices", "Config", "Limits", "Server", "load", "override"]

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from infer_align import demo
 from infer_align.config import registry
 from infer_align.config.align import parse_align
+from infer_align.config.model_path import check_model, file_name
 from infer_align.config.schema import parse
 from infer_align.config.server import Limits, Server
+from infer_align.config.source import Choices, kind_of, read_tables
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, ConfigError, nearest
 from infer_align.methods import Sections
 from infer_align.rewards import Reward
+from infer_align.upstream import Upstream
 from infer_align.values import Value
 
 SECTIONS = ("server", "limits", "engine", "engines", "rewards", "values", "presets")
@@ -73,7 +75,7 @@ class Config:
     def load_engine(self) -> Engine:
         """Return the engine with its values, not yet started."""
         engine = self.engine.load()
-        engine.served_name = self.server.served_name
+        engine.served_name = self.served_name
         engine.values = {name: section.load() for name, section in self.values.items()}
         return engine
 
@@ -114,6 +116,19 @@ class Config:
             if isinstance(section, kind):
                 return {JUDGE: section}
         return {JUDGE: kind()}
+
+    @property
+    def served_name(self) -> str | None:
+        """Return the name of the model in the API; None if it is the engine's own name for it.
+
+        A model in a folder is served under the folder's name, a GGUF file under its stem.
+        """
+        if self.server.served_name:
+            return self.server.served_name
+        if isinstance(self.engine, Upstream):
+            return None
+        model = getattr(self.engine, "model", None)
+        return file_name(model) if isinstance(model, str) else None
 
     @property
     def methods(self) -> Sections:
@@ -188,50 +203,31 @@ def _section_settings(section: Any) -> Iterator[tuple[str, object]]:
             yield f.name, value
 
 
-def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read the configuration file, then apply the overrides.
+def load(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    choices: Choices | None = None,
+) -> Config:
+    """Read the configuration file, then apply the command line.
 
     Args:
-        path: the TOML file; None for the configuration of the embedded demo.
+        path: the TOML file; None for the configuration of the embedded demo, or for no settings
+            at all if the command line names another engine.
         overrides: texts `a.b=c`; c is TOML, or else a string.
+        choices: settings that the command names by arguments of their own.
 
     Raises:
         ConfigError: names what is wrong by its dotted name, and the file.
     """
-    file = Path(path) if path else demo.CONFIG
-    table = _read_toml(file)
-    source = str(file) if path else "the embedded demo"
-    origins = dict.fromkeys(_dotted_names(table), source)
-    for text in overrides:
-        name = override(table, text)
-        inside = f"{name}."
-        # The override replaces the whole table of that name, so its old entries are gone.
-        for old in [old for old in origins if old.startswith(inside)]:
-            del origins[old]
-        for new in _dotted_names(table):
-            if new == name or new.startswith(inside):
-                origins[new] = "--set"
+    table, origins = read_tables(path, overrides, choices)
     return _build(table, origins)
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{file}: no such file; name a configuration file, or none for the embedded demo."
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not TOML: {error}") from None
 
 
 def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
     method_sections = _method_sections()
     _check_section_names(table, [*SECTIONS, *method_sections])
     engine = table.get("engine", {})
-    kind = engine.get("kind", "transformers")
+    kind = kind_of(engine)
     presets = table.get("presets", {})
     _check_presets(presets)
     server = parse(Server, table.get("server", {}), "server", ConfigError)
@@ -251,6 +247,9 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         },
         origins=origins,
     )
+    model = getattr(config.engine, "model", None)
+    if isinstance(model, str) and not isinstance(config.engine, Upstream):
+        check_model(model)
     _check_gpu_memory(config)
     return config
 
@@ -268,9 +267,27 @@ def _method_sections() -> dict[str, type[Any]]:
 def _check_section_names(table: Mapping[str, Any], names: Sequence[str]) -> None:
     for name, value in table.items():
         if name not in names:
-            raise ConfigError(f"[{name}]: no such section; {nearest(name, names)}")
+            sections = [f"{owner}.{name}" for owner in owners_of(name)]
+            hint = f"did you mean {sections[0]!r}?" if sections else nearest(name, names)
+            raise ConfigError(f"[{name}]: no such section; {hint}")
         if not isinstance(value, dict):
             raise ConfigError(f"{name}: {value!r} is not a table; write it as a section [{name}].")
+
+
+def owners_of(setting: str) -> list[str]:
+    """Return the sections that have a setting of this name, such as ["server"] for "port"."""
+    sections: dict[str, type[Any]] = {"server": Server, "limits": Limits}
+    owners = [section for section, cls in sections.items() if _has_field(cls, setting)]
+    for kind in registry.engines.names():
+        # The packages of an engine may be missing.
+        with suppress(ConfigError):
+            if _has_field(registry.engines.get(kind), setting):
+                return [*owners, "engine"]
+    return owners
+
+
+def _has_field(cls: type[Any], name: str) -> bool:
+    return any(f.name == name for f in dataclasses.fields(cls))
 
 
 def _check_presets(presets: Mapping[str, Any]) -> None:
@@ -343,38 +360,3 @@ def _parse_plugin(
         )
     fields = {key: value for key, value in section.items() if key != "kind"}
     return parse(plugins.get(kind), fields, path, ConfigError)
-
-
-def override(table: dict[str, Any], text: str) -> str:
-    """Write `a.b=c` into a table of tables and return the dotted name.
-
-    Args:
-        table: changed in place.
-        text: c is TOML, or else a string.
-
-    Raises:
-        ConfigError: the text has another form.
-    """
-    name, equals, value = text.partition("=")
-    parts = [part.strip() for part in name.split(".")]
-    if not equals or not all(parts):
-        raise ConfigError(
-            f"--set {text!r}: must have the form a.b=value, such as server.port=9000."
-        )
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {text!r}: {part!r} is a value, not a section.")
-    try:
-        table[parts[-1]] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[parts[-1]] = value
-    return ".".join(parts)
-
-
-def _dotted_names(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in table.items():
-        name = f"{prefix}{key}"
-        yield name
-        if isinstance(value, Mapping):
-            yield from _dotted_names(value, f"{name}.")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from infer_align import config as configuration
 from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.config.schema import signature
@@ -20,8 +21,18 @@ from infer_align.errors import AlignError, ConfigError
 from infer_align.objectives import Ensemble
 from infer_align_bench import arguments as bench
 from infer_align_server import chat, fit, serve
+from infer_align_server.arguments import Parser, add_address, add_configuration, configuration
 
-OUT = Console()
+# Width of tables in a file or a pipe, where no terminal has a width. COLUMNS overrides it.
+FILE_WIDTH = 240
+
+
+def _output_width() -> int | None:
+    is_free = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return None if is_free else FILE_WIDTH
+
+
+OUT = Console(width=_output_width())
 ERR = Console(stderr=True)
 
 
@@ -35,23 +46,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for a failure, 2 for a wrong configuration, 130 for
         Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
     except ConfigError as error:
-        ERR.print(f"[bold red]configuration:[/] {escape(error.message)}", highlight=False)
+        _print_error("configuration", error)
         return 2
     except AlignError as error:
-        ERR.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False)
+        _print_error("error", error)
         return 1
     except KeyboardInterrupt:
         return 130
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _print_error(kind: str, error: AlignError) -> None:
+    """Print an error as one line, which a reader of a log can search for."""
+    text = f"[bold red]{kind}:[/] {escape(error.message)}"
+    ERR.print(text, highlight=False, soft_wrap=True)
+
+
+def make_parser() -> Parser:
+    """Return the parser of the whole command line."""
+    parser = Parser(
         "infer-align", description="Serve a frozen language model, aligned while it decodes."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"infer-align {version('infer-align')}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_serve(commands.add_parser("serve", help="Serve a model over the OpenAI API."))
@@ -67,7 +88,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
-    _add_configuration(parser)
+    add_configuration(parser)
+    add_address(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -106,32 +128,20 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         help="Fit a value from prompts and a configured reward. The model does not change.",
     )
     fit.add_arguments(value)
-    _add_configuration(value)
+    add_configuration(value)
     value.set_defaults(run=fit.run)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="Show each value and its origin.")
-    _add_configuration(show)
+    add_configuration(show)
+    add_address(show)
     show.set_defaults(run=_config_show)
 
 
-def _add_configuration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", nargs="?", help="Path of infer-align.toml. Default: the embedded demo."
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        help="Override one value of the configuration, by its name in the file.",
-    )
-
-
 def _serve(options: argparse.Namespace) -> int:
-    config = configuration.load(options.config, options.set)
+    config = configuration(options)
     with asyncio.Runner(loop_factory=serve.loop_factory()) as runner:
         return runner.run(serve.serve(config, ERR))
 
@@ -177,7 +187,7 @@ def _print_plugins(title: str, plugins: dict[str, type[Any]]) -> None:
 
 def _config_show(options: argparse.Namespace) -> int:
     table = Table("setting", "value", "origin")
-    for name, value, origin in configuration.load(options.config, options.set).settings():
+    for name, value, origin in configuration(options).settings():
         table.add_row(escape(name), escape(repr(value)), escape(origin))
     OUT.print(table)
     return 0

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from infer_align import config as configuration
-from infer_align.config import registry
+from infer_align.config import override, registry
 from infer_align.errors import ConfigError, nearest
 from infer_align.objectives import Ensemble, Objective
+from infer_align_server.arguments import configuration
 
 if TYPE_CHECKING:
     from infer_align.fitting import FitReport
@@ -109,7 +109,7 @@ async def _fit(options: argparse.Namespace, progress: Callable[[str], None]) -> 
     from infer_align.fitting import FitConfig, fit_value
     from infer_align.fitting.samples import SamplingConfig, read_prompts
 
-    config = configuration.load(options.config, options.set)
+    config = configuration(options)
     prompts = read_prompts(options.prompts)
     fit_config = parse(FitConfig, _settings(options.fit), "--fit", ConfigError)
     if options.reward not in config.rewards:
@@ -149,7 +149,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"--fit: {pair!r} is not allowed; must have the form NAME=VALUE, such as rank=32."
             )
-        configuration.override(table, pair)
+        override(table, pair)
     return table
 
 

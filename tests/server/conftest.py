@@ -27,6 +27,7 @@ from infer_align_server.app import create_app
 from infer_align_server.service import Service
 from infer_align_server.wire.protocol import BoundedProtocol
 from tests.server import scorers
+from tests.server.processes import Process
 
 # The longest time to wait for anything, shorter than the timeout of one test.
 LIMIT_SECONDS = 100
@@ -208,6 +209,35 @@ def serve(config_file: Callable[[str], Path]) -> Iterator[Serve]:
         live.server.should_exit = True
     for live in running.values():
         end(live)
+
+
+@pytest.fixture
+def command() -> Iterator[Callable[..., Process]]:
+    """`command("MODEL", "--name", "x")`: a running `infer-align serve` on a free port."""
+    processes: list[Process] = []
+
+    def spawn(*arguments: str, **environment: str) -> Process:
+        process = Process("--port", "0", *arguments, **environment)
+        processes.append(process)
+        return process
+
+    yield spawn
+    for process in processes:
+        if process.popen.poll() is None:
+            process.popen.kill()
+        process.wait()
+
+
+@pytest.fixture
+def process(
+    config_file: Callable[[str], Path], command: Callable[..., Process]
+) -> Callable[..., Process]:
+    """`process(toml, "--set", ...)`: a running `infer-align serve` with this configuration."""
+
+    def spawn(text: str, *arguments: str, **environment: str) -> Process:
+        return command(str(config_file(text)), *arguments, **environment)
+
+    return spawn
 
 
 @pytest.fixture

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,107 +18,9 @@ import httpx2
 import pytest
 
 from infer_align_server import cli
+from tests.server.processes import COMMAND, ENVIRONMENT, LIMIT_SECONDS, LOCAL, ROOT, run
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join(
-        str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
-    ),
-    "COLUMNS": "200",
-    "NO_COLOR": "1",
-    "PYTHONWARNINGS": "error",
-}
-COMMAND = [sys.executable, "-m", "infer_align_server"]
-# Longer than any test takes, shorter than its timeout.
-LIMIT_SECONDS = 100
-LOCAL: Any = {"timeout": LIMIT_SECONDS, "trust_env": False}
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        env={**ENVIRONMENT, **environment},
-        cwd=ROOT,
-        check=False,
-    )
-
-
-class Process:
-    """A running `infer-align serve` and the lines of its standard error."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.popen = subprocess.Popen(
-            [*COMMAND, "serve", *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env={**ENVIRONMENT, **environment},
-            cwd=ROOT,
-        )
-        self.lines: list[str] = []
-        self._changed = threading.Condition()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            with self._changed:
-                self.lines.append(line)
-                self._changed.notify_all()
-
-    def line(self, pattern: str) -> re.Match[str]:
-        """Wait for a line and return its match of a pattern."""
-        matches: list[re.Match[str]] = []
-
-        def is_there() -> bool:
-            match = re.search(pattern, "".join(self.lines))
-            if match:
-                matches.append(match)
-            return bool(match) or not self._reader.is_alive()
-
-        with self._changed:
-            while not self._changed.wait_for(is_there, timeout=1.0):
-                assert self.popen.poll() is None, self.lines
-        assert matches, self.lines
-        return matches[0]
-
-    def url(self) -> str:
-        """Wait until the server is ready and return its URL."""
-        return self.line(r"http://127\.0\.0\.1:\d+").group()
-
-    def wait(self) -> int:
-        """Wait for the end of the process and return its exit status."""
-        status = self.popen.wait(LIMIT_SECONDS)
-        self._reader.join(LIMIT_SECONDS)
-        assert self.popen.stderr is not None
-        self.popen.stderr.close()
-        return status
-
-
-@pytest.fixture
-def process(config_file: Callable[[str], Path]) -> Iterator[Callable[..., Process]]:
-    """`process(toml, "--set", ...)`: a running `infer-align serve` on a free port."""
-    processes: list[Process] = []
-
-    def spawn(text: str, *arguments: str, **environment: str) -> Process:
-        path = str(config_file(text))
-        process = Process(path, "--set", "server.port=0", *arguments, **environment)
-        processes.append(process)
-        return process
-
-    yield spawn
-    for process in processes:
-        if process.popen.poll() is None:
-            process.popen.kill()
-        process.wait()
 
 
 def wait_for_running_request(url: str) -> None:

@@ -1,0 +1,82 @@
+"""Check the path of a model before anything is loaded, and name the model by it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from infer_align.errors import ConfigError
+
+# Files one of which every folder of a model holds. Mistral's own format has params.json.
+MODEL_FILES = ("config.json", "params.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
+
+
+def file_name(model: str) -> str | None:
+    """Return the name of a model that lies in a folder or a GGUF file; None for any other."""
+    path = Path(model).expanduser()
+    if is_gguf(model):
+        return path.stem
+    return path.resolve().name if path.is_dir() else None
+
+
+def is_gguf(model: str) -> bool:
+    """Return True for the name of a GGUF file."""
+    return model.lower().endswith(".gguf")
+
+
+def is_path(model: str) -> bool:
+    """Return True if a model's name is a path: by its form, or because such a folder exists."""
+    path = Path(model).expanduser()
+    return model.startswith((".", "/", "~")) or is_gguf(model) or path.exists()
+
+
+def check_model(model: str) -> None:
+    """Check a model that is named by its path. A hub id is not looked up.
+
+    Raises:
+        ConfigError: there is no such folder or file, or it holds no model.
+    """
+    if not is_path(model):
+        return
+    path = Path(model).expanduser()
+    if not path.exists():
+        kind = "file" if is_gguf(model) else "folder"
+        raise ConfigError(f"[engine] model: {model!r}: no such {kind}{_similar(path)}.")
+    if path.is_dir():
+        _check_folder(model, path)
+    elif not is_gguf(model):
+        raise ConfigError(
+            f"[engine] model: {model!r} is a file, but a model is a folder or a GGUF file; "
+            f"name its folder: {str(path.parent)!r}."
+        )
+
+
+def _check_folder(model: str, folder: Path) -> None:
+    files = sorted(entry.name for entry in folder.iterdir())
+    ggufs = [name for name in files if is_gguf(name)]
+    if ggufs or any(name in files for name in MODEL_FILES):
+        return
+    advice = "name the folder that holds config.json, the weights and the tokenizer"
+    inner = [
+        entry
+        for entry in sorted(folder.iterdir())
+        if any((entry / f).exists() for f in MODEL_FILES)
+    ]
+    if "adapter_config.json" in files:
+        advice = "it holds a LoRA adapter; merge it into its base model, and name the result"
+    elif inner:
+        advice = f"did you mean {str(inner[0])!r}?"
+    elif any(name.endswith(".toml") for name in files):
+        toml = next(name for name in files if name.endswith(".toml"))
+        advice = f"to use the configuration in it, name the file: {str(folder / toml)!r}"
+    raise ConfigError(f"[engine] model: {model!r} has no config.json, so it is no model; {advice}.")
+
+
+def _similar(path: Path) -> str:
+    """Return a clause that names the most similar entry of a path's folder, if there is one."""
+    if not path.parent.is_dir():
+        return f" ({str(path.parent)!r} does not exist either)"
+    names = [entry.name for entry in path.parent.iterdir()]
+    similar = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {str(path.parent / similar[0])!r}" if similar else ""

@@ -1,0 +1,149 @@
+"""The arguments that choose a configuration, and a parser that says what was meant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn
+
+from infer_align.config import Choices, Config, load
+from infer_align.config.config import owners_of
+from infer_align.config.model_path import WEIGHT_SUFFIXES, is_gguf
+from infer_align.errors import ConfigError
+
+# Options of other servers, each with what it is called here.
+OTHER_NAMES = {
+    "--served-model-name": "--name NAME",
+    "--alias": "--name NAME",
+    "--base-url": "--upstream URL",
+    "--url": "--upstream URL",
+    "--urls": "--upstream URL",
+    "--api-key": "--set server.api_keys_env=VARIABLE, the environment variable that holds the key",
+    "--max-model-len": "--set engine.context_length=N, or engine.max_model_len with kind vllm",
+    "--engine": "--set engine.kind=KIND",
+    "--kind": "--set engine.kind=KIND",
+    "--backend": "--set engine.kind=KIND",
+    "--reward": "a section [rewards.NAME] of a configuration file",
+    "--rewards": "a section [rewards.NAME] of a configuration file",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors show the usage of the command itself and name the nearest option."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse arguments; a command refuses what it does not know, before its parents do."""
+        options, unknown = super().parse_known_args(args, namespace)
+        is_command = self.get_default("run") is not None
+        if unknown and is_command:
+            self.refuse(unknown[0])
+        return options, unknown
+
+    def refuse(self, argument: str) -> NoReturn:
+        """End the program with an error about an unknown argument."""
+        option = argument.partition("=")[0]
+        if not option.startswith("-"):
+            self.error(f"there is one argument too many: {argument!r}")
+        self.error(f"there is no option {option}; {self._meant(option)}")
+
+    def _meant(self, option: str) -> str:
+        if option in OTHER_NAMES and "--upstream" in self._option_string_actions:
+            return f"here it is {OTHER_NAMES[option]}"
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        similar = difflib.get_close_matches(option, names, n=1)
+        if similar:
+            return f"did you mean {similar[0]}?"
+        setting = option.lstrip("-").replace("-", "_")
+        owners = owners_of(setting) if "--set" in names else []
+        if owners:
+            return f"write it as --set {owners[0]}.{setting}=VALUE"
+        return f"known: {', '.join(sorted(names))}"
+
+
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose a configuration. `configuration` reads them."""
+    parser.add_argument(
+        "target",
+        nargs="?",
+        metavar="MODEL|CONFIG",
+        help="Model to serve: a folder, a hub id such as ORG/NAME, or a GGUF file. Or the path of "
+        "a configuration (.toml). Default: the embedded demo.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="Path of a configuration.")
+    parser.add_argument(
+        "--model", "-m", help="Model to serve; with --upstream, the upstream's name of it."
+    )
+    parser.add_argument(
+        "--upstream",
+        metavar="URL",
+        help="Serve the models of an OpenAI-compatible server, such as http://127.0.0.1:8001/v1.",
+    )
+    parser.add_argument("--name", help="Name of the model in the API. Default: its own.")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="Override one value of the configuration, by its name in the file.",
+    )
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """Add the address that `serve` listens on."""
+    parser.add_argument("--host", help="Address to listen on. Default: 127.0.0.1.")
+    parser.add_argument(
+        "--port", "-p", type=int, help="Port to listen on; 0 takes a free one. Default: 8000."
+    )
+
+
+def configuration(options: argparse.Namespace) -> Config:
+    """Return the configuration that the arguments choose.
+
+    Raises:
+        ConfigError: an argument contradicts another one, or the configuration is wrong.
+    """
+    path = options.config
+    model = options.model
+    target = options.target
+    if target is not None and _is_configuration(target):
+        path = _one_of("--config", path, target)
+    elif target is not None:
+        model = _one_of("--model", model, target)
+    if options.upstream is None and model is not None and "://" in model:
+        raise ConfigError(
+            f"{model!r} is a URL, not a model; to serve the models of that server: "
+            f"infer-align serve --upstream {model}"
+        )
+    choices = Choices(
+        model=model,
+        upstream=_url(options.upstream),
+        name=options.name,
+        host=getattr(options, "host", None),
+        port=getattr(options, "port", None),
+    )
+    return load(path, options.set, choices)
+
+
+def _is_configuration(target: str) -> bool:
+    """Return True for the path of a configuration, False for a model."""
+    path = Path(target)
+    if target.endswith(".toml"):
+        return True
+    is_weights = target.lower().endswith(WEIGHT_SUFFIXES) or is_gguf(target)
+    return path.exists() and not path.is_dir() and not is_weights
+
+
+def _one_of(option: str, value: Any, target: str) -> str:
+    if value is not None and value != target:
+        raise ConfigError(
+            f"{option} {value} and the argument {target!r} name two different things; give one."
+        )
+    return target
+
+
+def _url(upstream: str | None) -> str | None:
+    """Return an upstream's URL; "host:port" alone is completed to one."""
+    if upstream is None or "://" in upstream:
+        return upstream
+    return f"http://{upstream}"

@@ -1,0 +1,60 @@
+"""Names of models: what is wrong with a path is said before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from infer_align.config.model_path import check_model
+from infer_align.errors import ConfigError
+
+
+def test_a_hub_id_is_not_looked_up() -> None:
+    for model in ("org/name", "gpt2", "demo", "some.org/name-1.5B"):
+        check_model(model)
+
+
+def test_a_folder_with_a_model_is_accepted(tmp_path: Path) -> None:
+    for file in ("config.json", "params.json", "weights.Q4.gguf"):
+        folder = tmp_path / file.replace(".", "-")
+        folder.mkdir()
+        (folder / file).write_text("{}")
+        check_model(str(folder))
+
+
+def test_a_missing_path_names_the_nearest_one(tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "tiny.gguf").write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"no such folder; did you mean '{tmp_path}/llama'"):
+        check_model(f"{tmp_path}/lama")
+    with pytest.raises(ConfigError, match=f"no such file; did you mean '{tmp_path}/tiny.gguf'"):
+        check_model(f"{tmp_path}/tinny.gguf")
+    with pytest.raises(ConfigError, match="'/no/such' does not exist either"):
+        check_model("/no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ("readme.md", "name the folder that holds config.json"),
+        ("adapter_config.json", "LoRA adapter"),
+        ("infer-align.toml", "name the file: '{folder}/infer-align.toml'"),
+        ("main/config.json", "did you mean '{folder}/main'?"),
+    ],
+)
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, file: str, advice: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    expected = re.escape(advice.format(folder=tmp_path))
+    with pytest.raises(ConfigError, match=rf"^\[engine\] model: .*no config.json.*{expected}"):
+        check_model(str(tmp_path))
+
+
+def test_a_file_of_weights_names_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=f"name its folder: '{tmp_path}'"):
+        check_model(str(path))

@@ -1,0 +1,142 @@
+"""The arguments of the command line: what they choose, and what a wrong one should have been."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infer_align.config import Config
+from infer_align_server import cli
+from infer_align_server.arguments import configuration
+
+URL = "http://127.0.0.1:8001/v1"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return the folder of a model, without weights."""
+    path = tmp_path / "tiny"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def parse(*arguments: object) -> Config:
+    """Return the configuration that `infer-align serve ...` would serve."""
+    return configuration(cli.make_parser().parse_args(["serve", *map(str, arguments)]))
+
+
+def settings(config: Config) -> dict[str, Any]:
+    return {name: value for name, value, _ in config.settings()}
+
+
+def test_a_model_can_be_named_in_four_ways(folder: Path) -> None:
+    pytest.importorskip("torch")
+    ways = [
+        (folder,),
+        ("--model", folder),
+        ("-m", folder),
+        ("--set", f"engine.model={folder}"),
+    ]
+    for way in ways:
+        config = parse(*way, "--port", 0)
+        assert settings(config)["engine.model"] == str(folder)
+        assert config.served_name == "tiny"
+        assert (config.rewards, config.presets, config.values) == ({}, {}, {})
+        assert config.server.port == 0
+
+
+def test_an_upstream_can_be_named_in_three_ways() -> None:
+    ways = [
+        ("--upstream", URL),
+        ("--upstream", "127.0.0.1:8001/v1"),
+        ("--set", "engine.kind=openai", "--set", f"engine.urls={URL}"),
+    ]
+    for way in ways:
+        config = parse(*way)
+        assert config.engine_kind == "openai"
+        assert settings(config)["engine.urls"] == URL
+        assert settings(config)["engine.model"] is None
+        assert config.rewards == {}
+
+
+def test_an_upstreams_model_can_be_named() -> None:
+    for way in (("--model", "org/gpt"), ("org/gpt",)):
+        config = parse("--upstream", URL, *way)
+        assert settings(config)["engine.model"] == "org/gpt"
+
+
+def test_a_configuration_can_be_named_in_two_ways(tmp_path: Path) -> None:
+    path = tmp_path / "any.toml"
+    path.write_text('[engine]\nkind = "fake"\nmodel = "x"\n[server]\nport = 5\n')
+    other = tmp_path / "any.conf"
+    other.write_text(path.read_text())
+    for way in ((path,), ("--config", path), (other,), (path, "--config", path)):
+        config = parse(*way, "--host", "::1", "--name", "me")
+        assert config.engine_kind == "fake"
+        assert (config.server.host, config.server.port) == ("::1", 5)
+        assert config.served_name == "me"
+
+
+def test_a_file_and_a_model_together(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    path = tmp_path / "any.toml"
+    path.write_text('[rewards.r]\nkind = "rules"\n')
+    config = parse(folder, "--config", path)
+    assert config.served_name == "tiny"
+    assert list(config.rewards) == ["r"]
+
+
+WRONG = [
+    (["serve", "--prot", "1"], "there is no option --prot; did you mean --port?"),
+    (["serve", "--served-model-name", "x"], "here it is --name NAME"),
+    (["serve", "--base-url", "x"], "here it is --upstream URL"),
+    (["serve", "--max-queue=3"], "write it as --set limits.max_queue=VALUE"),
+    (["serve", "--dtype", "x"], "write it as --set engine.dtype=VALUE"),
+    (["serve", "--nonsense"], "there is no option --nonsense; known: --config"),
+    (["serve", "a", "b"], "one argument too many: 'b'"),
+    (["serve", "--port", "many"], "invalid int value: 'many'"),
+    (["chat", "--sistem", "x"], "did you mean --system?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_a_wrong_option_shows_the_usage_of_its_command(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    error = capsys.readouterr().err
+    assert f"usage: infer-align {arguments[0]}" in error
+    assert message in error
+
+
+def test_a_contradiction_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        [folder, "--model", "other"],
+        [tmp_path / "a.toml", "--config", tmp_path / "b.toml"],
+    ):
+        assert cli.main(["config", "show", *map(str, arguments)]) == 2
+        assert "name two different things" in capsys.readouterr().err
+
+
+def test_a_url_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "show", URL]) == 2
+    assert f"infer-align serve --upstream {URL}" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / ("a-long-name-" * 12)
+    assert cli.main(["config", "show", f"{path}.toml"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("infer-align ")
