@@ -8,6 +8,7 @@ A reward module holds a frozen dataclass, the `[rewards.<name>]` section of the 
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from infer_align.engines import Engine
-from infer_align.errors import Unsupported
+from infer_align.errors import ConfigError, Unsupported
 from infer_align.types import Array, Body, Candidate, Messages, ScoringUsage
+
+log = logging.getLogger(__name__)
 
 # Time limit of the scoring that runs now, in seconds: the reward's own limit, or less before a
 # deadline.
@@ -64,6 +67,7 @@ class Reward(ABC):
             request names it.
         engines: the engines of the process by name, "served" and those of `[engines.*]`. They are
             set before `start`, and have started already.
+        warnings: sentences about what an operator should check; they are complete after `start`.
     """
 
     description: str = ""
@@ -73,6 +77,7 @@ class Reward(ABC):
     pipelined: ClassVar[bool] = False
     engines: Mapping[str, Engine] = MappingProxyType({})
     uses_engine: bool = False
+    warnings: tuple[str, ...] = ()
 
     async def start(self) -> None:
         """Load models and open connections. It is called once, before every other method."""
@@ -119,3 +124,17 @@ class Reward(ABC):
 
         The prompt of a text completion is a user's turn.
         """
+
+
+async def start_reward(name: str, reward: Reward) -> None:
+    """Start the reward of the section `[rewards.<name>]`, and log its warnings.
+
+    Raises:
+        ConfigError: it cannot score as it is configured; the message names the section.
+    """
+    try:
+        await reward.start()
+    except ConfigError as error:
+        raise ConfigError(f"[rewards.{name}] {error.message}") from error
+    for warning in reward.warnings:
+        log.warning("[rewards.%s] %s", name, warning)

@@ -17,6 +17,7 @@ import numpy as np
 
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
+from infer_align.rewards._encoding import Encoder
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
 from infer_align.types import Array, ScoringUsage
 
@@ -47,8 +48,23 @@ class RewardModelSection:
         default=4096,
         metadata={
             "ge": 8,
-            "description": "Maximum number of tokens read. A longer text loses its beginning, and "
-            "a note says so.",
+            "description": "Maximum number of tokens read. A longer text is truncated, and a note "
+            "says so. A chat template's text loses its beginning; special tokens stay.",
+        },
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "description": "Chat template by which the model reads a conversation: the name of one "
+            "of the tokenizer's, the path of a Jinja file, or the template itself. Default: the "
+            "tokenizer's."
+        },
+    )
+    add_special_tokens: bool = field(
+        default=False,
+        metadata={
+            "description": "Put the tokenizer's special tokens, such as [CLS] and [SEP], around "
+            "the text of the chat template."
         },
     )
     timeout_seconds: float = field(default=60.0, metadata=TIMEOUT)
@@ -88,6 +104,10 @@ class LoadedModel(Protocol):
     def labels(self) -> int:
         """The number of scores that the model gives one text."""
 
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder that turns conversations into the model's token ids."""
+
 
 Model = TypeVar("Model", bound=LoadedModel)
 
@@ -115,6 +135,10 @@ class RewardModelEnsemble(Reward, Generic[Model]):
     async def _check(self, model: Model) -> None:
         """Refuse a loaded model whose scores would have no meaning here."""
 
+    @abstractmethod
+    async def _probe(self, model: Model) -> TextScore:
+        """Score a short conversation with one model."""
+
     async def start(self) -> None:
         """Load the models one after the other.
 
@@ -127,6 +151,8 @@ class RewardModelEnsemble(Reward, Generic[Model]):
             # Stored before the checks, so that `close` also frees a model that is refused.
             self._models.append(model)
             await self._check(model)
+            await self._check_probe(path, model)
+            self._check_special_tokens(path, model)
             if self.attributes and len(self.attributes) != model.labels:
                 raise ConfigError(
                     f"{self.kind}.attributes: {len(self.attributes)} names for the {model.labels} "
@@ -138,6 +164,34 @@ class RewardModelEnsemble(Reward, Generic[Model]):
         self.members = member_names(names, labels, self.attributes)
         members = ", ".join(self.members)
         self.description = self.config.description or f"reward model ensemble: {members}"
+
+    async def _check_probe(self, path: str, model: Model) -> None:
+        """Refuse a model that cannot score a short conversation of a user and an assistant.
+
+        Raises:
+            ConfigError: the chat template refuses it, for example, or the score is not a number.
+        """
+        score = await self._probe(model)
+        if np.isfinite(score.logits).all():
+            return
+        reason = score.note or "its scores are not finite numbers"
+        raise ConfigError(
+            f"{self.kind}: {path!r} cannot score a test text: {reason}. "
+            "If the chat template is the cause, set chat_template to one that takes a "
+            "conversation of a user and an assistant."
+        )
+
+    def _check_special_tokens(self, path: str, model: Model) -> None:
+        """Warn of a template that lacks the special tokens of its tokenizer."""
+        missing = model.encoder.missing_special_tokens()
+        if not missing:
+            return
+        warning = (
+            f"{path!r}: its tokenizer adds {' '.join(missing)}, but its chat template does not "
+            "write them, so the model reads the text without them. If it was trained with them, "
+            "set add_special_tokens = true."
+        )
+        self.warnings = (*self.warnings, warning)
 
     def _check_open(self) -> None:
         """Raise Unavailable after `close`."""

@@ -1,13 +1,14 @@
 """Score with sequence classifiers that transformers loads, alone or as an ensemble.
 
-The text is the conversation with the candidate as its last turn, written by the model's chat
-template. Scores are the raw logits. Candidates of all waiting requests are scored in one batch,
-sorted by length.
+The text is the conversation with the candidate as its last turn, see `_encoding`. Scores are the
+raw logits. Candidates of all waiting requests are scored in one batch, sorted by length. A text
+that cannot be read fails alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,9 +21,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.rewards import RewardScores
-from infer_align.rewards._conversation import Conversation, Encoded, encode, turns
+from infer_align.rewards._conversation import Conversation, turns
+from infer_align.rewards._encoding import PROBE, Encoded, make_encoder
 from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
 from infer_align.types import Array, Candidate, Messages
+
+log = logging.getLogger(__name__)
 
 TextScores: TypeAlias = list[TextScore]  # of one text, one per model
 
@@ -79,6 +83,11 @@ class ClassifierReward(RewardModelEnsemble["_TorchModel"]):
     async def _load(self, path: str) -> _TorchModel:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, _TorchModel, path, self.config)
+
+    async def _probe(self, model: _TorchModel) -> TextScore:
+        loop = asyncio.get_running_loop()
+        encoded = [model.encoder.encode(PROBE)]
+        return (await loop.run_in_executor(self._thread, model.score, encoded))[0]
 
     async def close(self) -> None:
         """Fail the waiting texts and free the models."""
@@ -145,9 +154,10 @@ class ClassifierReward(RewardModelEnsemble["_TorchModel"]):
         encoded: dict[object, list[Encoded]] = {}
         per_model: list[TextScores] = []
         for model in self._models:
-            if model.encoding_key not in encoded:
-                encoded[model.encoding_key] = model.encode(conversations)
-            per_model.append(model.score(encoded[model.encoding_key]))
+            encoder = model.encoder
+            if encoder.key not in encoded:
+                encoded[encoder.key] = [encoder.encode(each) for each in conversations]
+            per_model.append(model.score(encoded[encoder.key]))
         return [list(scores) for scores in zip(*per_model, strict=True)]
 
 
@@ -160,34 +170,43 @@ class _TorchModel:
         self.model = model.to(_device(config.device)).eval()
         self.labels = int(self.model.config.num_labels)
         self.config = self.model.config.get_text_config()
-        positions = getattr(self.config, "max_position_embeddings", None) or config.max_length
-        self.max_length = min(config.max_length, positions, self.tokenizer.model_max_length)
         pad = self.config.pad_token_id
         self.has_padding_token = pad is not None and pad >= 0
-        # Models with an equal key turn a conversation into the same tokens.
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        self.encoding_key = (
-            self.tokenizer.chat_template,
-            self.max_length,
-            backend.to_str() if backend else id(self.tokenizer),
+        self.encoder = make_encoder(
+            self.tokenizer,
+            config.chat_template,
+            [config.max_length, _position_count(self.model)],
+            _vocabulary_size(self.model),
+            add_special_tokens=config.add_special_tokens,
         )
-
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Turn conversations into token ids."""
-        return [encode(self.tokenizer, each, self.max_length) for each in conversations]
 
     @torch.inference_mode()
     def score(self, encoded: Sequence[Encoded]) -> TextScores:
-        """Return the logits of each encoded text."""
+        """Return the logits of each encoded text. A text that the model cannot read is NaN."""
         # Rows are in order of length. The order of rows is part of the result, bit by bit.
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index][0]))
-        logits = self._logits([encoded[index][0] for index in order])
-        scores: dict[int, TextScore] = {}
-        for row, index in enumerate(order):
-            ids, note = encoded[index]
-            values = logits[row] if ids else np.full(self.labels, np.nan)
-            scores[index] = TextScore(values, len(ids), note)
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
+        rows = [encoded[index] for index in order]
+        try:
+            logits = self._logits([row.ids for row in rows])
+            results = [self._result(*row) for row in zip(rows, logits, strict=True)]
+        except Exception:
+            # One text may be the cause. The texts of other callers must not fail with it.
+            log.exception("a batch of %d texts failed; each is read alone", len(rows))
+            results = [self._score_alone(row) for row in rows]
+        scores = dict(zip(order, results, strict=True))
         return [scores[index] for index in range(len(encoded))]
+
+    def _score_alone(self, encoded: Encoded) -> TextScore:
+        """Score one text; NaN with a note if the model raises."""
+        try:
+            return self._result(encoded, self._logits([encoded.ids])[0])
+        except Exception as error:
+            note = f"the reward model cannot read the text: {type(error).__name__}: {error}"
+            return TextScore(np.full(self.labels, np.nan), 0, note)
+
+    def _result(self, encoded: Encoded, logits: Array) -> TextScore:
+        values = logits if encoded.ids else np.full(self.labels, np.nan)
+        return TextScore(values, len(encoded.ids), encoded.note)
 
     def _logits(self, rows: Sequence[list[int]]) -> Array:
         """Run the model on rows of token ids and return [rows, labels]."""
@@ -214,6 +233,31 @@ class _TorchModel:
             unused = (token for token in range(len(endings) + 1) if token not in endings)
             self.config.pad_token_id = next(unused)
         return int(self.config.pad_token_id)
+
+
+def _position_count(model: Any) -> int | None:
+    """Return the number of positions that a model has for tokens; None if there is no limit."""
+    config = model.config.get_text_config()
+    for name, module in model.named_modules():
+        # The models of RoBERTa's family count positions from the padding token's id.
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return len(module.weight) - int(padding) - 1
+    # With relative positions alone, as in DeBERTa v2 and v3, any length can be read.
+    relative = getattr(config, "relative_attention", False)
+    if relative and not getattr(config, "position_biased_input", True):
+        return None
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None
+
+
+def _vocabulary_size(model: Any) -> int | None:
+    """Return the number of token ids that a model reads; None if it does not say."""
+    try:
+        return len(model.get_input_embeddings().weight)
+    except NotImplementedError:
+        # transformers finds the embedding of its own models alone.
+        return getattr(model.config.get_text_config(), "vocab_size", None)
 
 
 def _load_classifier(path: str, dtype: str) -> tuple[Any, Any]:

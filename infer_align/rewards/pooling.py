@@ -21,7 +21,8 @@ import numpy as np
 from infer_align.demo.locate import locate
 from infer_align.errors import AlignError, ConfigError, Unavailable
 from infer_align.rewards import RewardScores
-from infer_align.rewards._conversation import Conversation, encode, turns
+from infer_align.rewards._conversation import Conversation, turns
+from infer_align.rewards._encoding import PROBE, make_encoder
 from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
 from infer_align.types import Candidate, Messages
 from infer_align.vllm import package as vllm_package
@@ -71,6 +72,9 @@ class PoolingReward(RewardModelEnsemble["_PoolingModel"]):
 
     async def _check(self, model: _PoolingModel) -> None:
         await model.check()
+
+    async def _probe(self, model: _PoolingModel) -> TextScore:
+        return await model.score(PROBE)
 
     async def close(self) -> None:
         """End the engines. Texts that they are scoring fail."""
@@ -131,8 +135,13 @@ class _PoolingModel:
                 f"pooling: {path!r} cannot be loaded as a sequence classifier: {error}"
             ) from error
         self.labels = compat.label_count(self._engine)
-        context_length = self._engine.model_config.max_model_len
-        self.max_length = min(config.max_length, context_length, self.tokenizer.model_max_length)
+        self.encoder = make_encoder(
+            self.tokenizer,
+            config.chat_template,
+            [config.max_length, compat.readable_tokens(self._engine)],
+            self._engine.model_config.get_vocab_size(),
+            add_special_tokens=config.add_special_tokens,
+        )
         self._request_numbers = itertools.count()
 
     async def check(self) -> None:
@@ -169,7 +178,7 @@ class _PoolingModel:
         from infer_align.vllm import compat
 
         # Encoding blocks, and long texts take milliseconds.
-        ids, note = await asyncio.to_thread(encode, self.tokenizer, conversation, self.max_length)
+        ids, note = await asyncio.to_thread(self.encoder.encode, conversation)
         unscored = np.full(self.labels, np.nan)
         if not ids:
             return TextScore(unscored, 0, note)

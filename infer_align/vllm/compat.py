@@ -297,6 +297,19 @@ def label_count(engine: AsyncLLM) -> int:
     return int(engine.model_config.hf_config.num_labels)
 
 
+def readable_tokens(engine: AsyncLLM) -> int:
+    """Return the maximum number of tokens that a pooling engine's model can read.
+
+    vLLM counts all rows of a position table. The models of RoBERTa's family use only those after
+    the row of the padding token.
+    """
+    length = int(engine.model_config.max_model_len)
+    config = engine.model_config.hf_config
+    if "roberta" not in config.model_type:
+        return length
+    return min(length, int(config.max_position_embeddings) - int(config.pad_token_id) - 1)
+
+
 async def classifies_sequences(engine: AsyncLLM) -> bool:
     """Return True if a pooling engine predicts per sequence. Some reward models do per token."""
     return "classify" in await engine.get_supported_tasks()

@@ -16,6 +16,7 @@ from rich.table import Table
 from infer_align.config import override, registry
 from infer_align.errors import ConfigError, nearest
 from infer_align.objectives import Ensemble, Objective
+from infer_align.rewards import start_reward
 from infer_align_server.arguments import configuration
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ async def _fit(options: argparse.Namespace, progress: Callable[[str], None]) -> 
     engine.values = {}
     await engine.start()
     try:
-        await reward.start()
+        await start_reward(options.reward, reward)
         sampling = SamplingConfig(
             model=engine.model,
             reward=options.reward,

@@ -30,7 +30,7 @@ from infer_align.flow.request import parse_request
 from infer_align.flow.response import Response
 from infer_align.flow.run import align
 from infer_align.flow.scorers import reward_names
-from infer_align.rewards import Reward
+from infer_align.rewards import Reward, start_reward
 from infer_align.types import Candidate, Kind, ScoringUsage
 from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.api_keys import ApiKeys
@@ -132,7 +132,7 @@ class Service:
             await engine.start()
         for name, reward in self.rewards.items():
             progress(f"reward {name}")
-            await reward.start()
+            await start_reward(name, reward)
 
     async def close(self) -> None:
         """Wait for running requests, at most `drain_seconds`, then close everything."""

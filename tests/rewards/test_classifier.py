@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infer_align.errors import ConfigError, Unavailable
+from infer_align.rewards._conversation import turns
 from infer_align.rewards._scaling import Scaling, scale_scores
 from infer_align.rewards.classifier import Classifier
 from infer_align.types import Candidate
@@ -194,17 +195,26 @@ async def test_without_a_chat_template_the_turns_are_plain_text(reward_model, by
     await reward.close()
 
 
-async def test_a_failed_forward_raises_and_the_next_is_scored(reward_model):
-    reward = await started(model=reward_model())
+async def test_a_text_that_the_model_cannot_read_fails_alone(reward_model):
+    path = reward_model()
+    reward = await started(model=path)
+    model = reward._models[0].model
+    width = len(reward._models[0].encoder.encode(turns(ASK, TEXTS[1])).ids)
 
-    def fail(module, args):
-        handle.remove()
-        raise RuntimeError("out of memory")
+    def fail(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] == width:
+            raise RuntimeError("out of memory")
 
-    handle = reward._models[0].model.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        await reward.score(ASK, candidates())
-    assert np.isfinite((await reward.score(ASK, candidates())).values).all()
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    failing, other = await asyncio.gather(
+        reward.score(ASK, candidates()), reward.score(ASK, candidates(["fine"]))
+    )
+    expected = direct(path)
+    expected[:, 1] = np.nan
+    np.testing.assert_allclose(failing.values[0], expected, atol=1e-5)
+    assert failing.notes[1].endswith("RuntimeError: out of memory")
+    assert failing.notes[0] is None
+    assert same(other.values[0], direct(path, ["fine"]))
     await reward.close()
 
 
