@@ -145,7 +145,11 @@ class SamplingParams:
 
     @classmethod
     def from_body(
-        cls, body: Body, kind: Kind, defaults: Mapping[str, float] | None = None
+        cls,
+        body: Body,
+        kind: Kind,
+        defaults: Mapping[str, float] | None = None,
+        also_read: frozenset[str] = frozenset(),
     ) -> SamplingParams:
         """Read a body without n, seed and stream.
 
@@ -153,12 +157,13 @@ class SamplingParams:
             body: the OpenAI request; null counts as absent.
             kind: chat and completion name logprobs and the maximum differently.
             defaults: the model's own values for parameters that the body does not set.
+            also_read: further fields that the engine reads itself.
 
         Raises:
             InvalidRequest: a field has a wrong type or is out of range.
             Unsupported: a field requests something that no engine using this reader can do.
         """
-        _refuse_unread(body, kind)
+        _refuse_unread(body, _READ | _OTHER_FIELDS[kind] | also_read)
         values: dict[str, Any] = dict(defaults or {})
         for name, allowed in _RANGES.items():
             if body.get(name) is not None:
@@ -212,9 +217,8 @@ def field_schemas(kind: Kind) -> dict[str, Any]:
     return dict(sorted(schemas.items()))
 
 
-def _refuse_unread(body: Body, kind: Kind) -> None:
+def _refuse_unread(body: Body, readable: set[str]) -> None:
     """Refuse fields that are not read, unless their value requests nothing."""
-    readable = _READ | _OTHER_FIELDS[kind]
     for name, value in body.items():
         if name in readable or value is None:
             continue

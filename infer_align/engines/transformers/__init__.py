@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from infer_align.decoding import structured_outputs
+from infer_align.decoding.constraint import Constraint, ConstraintCompiler
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery, LabelTree, control_tokens
 from infer_align.decoding.params import SamplingParams, field_schemas
 from infer_align.engines import Engine, Stream
@@ -97,6 +99,7 @@ class _Started(NamedTuple):
 
     model: Model
     values: LoadedValues
+    grammars: ConstraintCompiler
     scheduler: Scheduler
 
 
@@ -112,6 +115,7 @@ class TransformersEngine(Engine):
             Capability.SEED,
             Capability.LOGPROBS,
             Capability.LABEL_LOGPROBS,
+            Capability.STRUCTURED,
             Capability.STEER,
             Capability.ESTIMATES,
         }
@@ -136,6 +140,9 @@ class TransformersEngine(Engine):
         values = LoadedValues(model.frozen(config.model))
         for name, value in self.values.items():
             await asyncio.to_thread(values.add, name, value)
+        grammars = await asyncio.to_thread(
+            ConstraintCompiler, model.tokenizer, model.vocabulary, model.eos
+        )
         scheduler = Scheduler(
             model,
             values,
@@ -144,7 +151,7 @@ class TransformersEngine(Engine):
             kv_cache_gib=config.kv_cache_gib,
         )
         scheduler.start()
-        self._started = _Started(model, values, scheduler)
+        self._started = _Started(model, values, grammars, scheduler)
 
     def _load_model(self) -> Model:
         config = self.config
@@ -206,13 +213,16 @@ class TransformersEngine(Engine):
         Raises:
             InvalidRequest: naming the field.
         """
-        SamplingParams.from_body(draw.body, draw.kind)
+        SamplingParams.from_body(draw.body, draw.kind, also_read=structured_outputs.FIELDS)
+        grammar = structured_outputs.read_grammar(draw.body)
         if self._started:
             self._started.values.check(draw)
+            if grammar is not None:
+                self._started.grammars.compile(grammar)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""
-        return field_schemas(kind)
+        return {**field_schemas(kind), **structured_outputs.field_schemas()}
 
     def sample(self, draw: Draw) -> Stream:
         """Queue the draw. Its candidates join the running batch as soon as there is room.
@@ -221,8 +231,10 @@ class TransformersEngine(Engine):
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
             Unavailable: the engine has not started or was closed.
         """
-        model, values, scheduler = self._parts()
-        params = SamplingParams.from_body(draw.body, draw.kind, model.sampling_defaults)
+        model, values, _, scheduler = self._parts()
+        params = SamplingParams.from_body(
+            draw.body, draw.kind, model.sampling_defaults, structured_outputs.FIELDS
+        )
         prompt = model.render(draw)
         for token in params.logit_bias:
             if token >= model.vocabulary:
@@ -241,6 +253,7 @@ class TransformersEngine(Engine):
             max_tokens,
             steering=values.steering_values(draw),
             estimates=values.estimate_values(draw),
+            constraint=self._constraint(draw),
         )
         if not scheduler.is_alive():
             raise Unavailable("the engine was shut down")
@@ -248,6 +261,11 @@ class TransformersEngine(Engine):
         # several directions, are then prefilled together.
         job.loop.call_soon(_submit, scheduler, job)
         return job.stream
+
+    def _constraint(self, draw: Draw) -> Constraint | None:
+        """Return the compiled grammar of a draw; None if its text is free."""
+        grammar = structured_outputs.read_grammar(draw.body)
+        return None if grammar is None else self._parts().grammars.compile(grammar)
 
     def _max_tokens(
         self, kind: Kind, prompt_tokens: int, requested: int | None, capacity: int
@@ -307,7 +325,7 @@ class TransformersEngine(Engine):
             EngineFailed: the prompt does not fit the context or the cache, or the model failed.
             Unavailable: the engine has not started or was closed.
         """
-        model, _, scheduler = self._parts()
+        model, _, _, scheduler = self._parts()
         tree = self._tree(model, query.labels)
         ids = model.render(Draw({"messages": query.messages}), query.prefix).ids
         longest = len(ids) + max(len(path) for path in tree.readings)

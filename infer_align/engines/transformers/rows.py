@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.constraint import Constraint, Matcher
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.text import TextStream
 from infer_align.engines import Stream
@@ -38,6 +39,7 @@ class Job:
         steering: the loaded values that steer it, with their weights. A value may be replaced
             later; the job keeps the one that it was bound to.
         estimates: the loaded heads whose estimates it reports, with their weights.
+        constraint: the grammar that every candidate follows; None if the text is free.
         loop: the event loop of the caller.
         stream: what the caller reads.
         closed: True once the caller has left; set from the event loop.
@@ -55,6 +57,7 @@ class Job:
     max_tokens: int
     steering: Mapping[Value, float] = field(default_factory=dict)
     estimates: Mapping[HeadValue, float] = field(default_factory=dict)
+    constraint: Constraint | None = None
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
     closed: bool = False
@@ -98,6 +101,7 @@ class Row:
         text: the text of its tokens.
         eos: the model's end-of-sequence tokens.
         tokens: the tokens sampled so far.
+        matcher: follows it through the grammar of its job; None if the text is free.
         entries: the logprob entry of each token, if the request reports logprobs.
         streamed_entries: number of entries that deltas have carried.
         pending_echo: the echo, until the first delta.
@@ -110,6 +114,7 @@ class Row:
     text: TextStream
     eos: frozenset[int]
     tokens: list[int] = field(default_factory=list)
+    matcher: Matcher | None = field(init=False)
     entries: list[Entry] = field(default_factory=list)
     streamed_entries: int = 0
     pending_echo: str = field(init=False)
@@ -117,6 +122,8 @@ class Row:
 
     def __post_init__(self) -> None:
         self.pending_echo = self.job.echo
+        constraint = self.job.constraint
+        self.matcher = constraint.matcher() if constraint else None
 
     @property
     def params(self) -> SamplingParams:
@@ -147,7 +154,9 @@ class Row:
     @property
     def banned(self) -> frozenset[int]:
         """The end-of-sequence tokens while min_tokens forbids the end."""
-        return self.eos if len(self.tokens) < self.params.min_tokens else frozenset()
+        must_end = self.matcher is not None and self.matcher.finished
+        is_short = len(self.tokens) < self.params.min_tokens
+        return self.eos if is_short and not must_end else frozenset()
 
     def accept(self, token: int, entry: Entry | None) -> list[Event]:
         """Add a sampled token and return the events that result."""
@@ -158,12 +167,19 @@ class Row:
             self.finish_reason = "stop"
             return self.finish()
         piece = self.text.push(token)
-        if self.text.stopped:
+        if self.text.stopped or self._follows_to_the_end(token):
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.job.max_tokens:
             self.finish_reason = "length"
         events: list[Event] = [self._delta(piece)] if piece else []
         return events if self.finish_reason is None else events + self.finish()
+
+    def _follows_to_the_end(self, token: int) -> bool:
+        """Take the token through the grammar; return True if nothing can follow it."""
+        if self.matcher is None:
+            return False
+        self.matcher.consume(token)
+        return self.matcher.finished
 
     def finish(self) -> list[Event]:
         """Return the last delta and the candidate.
@@ -188,8 +204,13 @@ class Row:
         )
         return [*events, candidate]
 
-    def fail(self, reason: str) -> list[Event]:
-        """Return the failed candidate."""
+    def fail(self) -> list[Event]:
+        """Return the failed candidate of a row that no token can continue."""
+        reason = "the model's logits are not finite; check its weights and its dtype"
+        status = 500
+        if self.matcher is not None and self.matcher.error:
+            reason = f"the grammar cannot be followed any further: {self.matcher.error}"
+            status = 400
         self.finish_reason = "error"
         candidate = Candidate(
             self.index,
@@ -197,7 +218,7 @@ class Row:
             prompt_tokens=len(self.prompt_ids),
             completion_tokens=len(self.tokens),
             error=reason,
-            status=500,
+            status=status,
         )
         return [candidate]
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.constraint import constrain
 from infer_align.decoding.sampler import adjust, sample
 from infer_align.decoding.siblings import keep_sampled_siblings
 from infer_align.decoding.steering import expected_values, steer
@@ -234,6 +235,8 @@ class Scheduler(threading.Thread):
 
     def _advance(self, batch: RowBatch, step: Step) -> RowBatch:
         """Turn logits into tokens; return the rows that continue."""
+        # The forbidden tokens of structured outputs.
+        step = step._replace(logits=constrain(step.logits, batch.rows))
         batch, step = self._drop_broken(batch, step)
         rows = batch.rows
         if not rows:
@@ -259,7 +262,7 @@ class Scheduler(threading.Thread):
         return batch.take(running)
 
     def _drop_broken(self, batch: RowBatch, step: Step) -> tuple[RowBatch, Step]:
-        """Fail the rows whose logits are not finite; return the others."""
+        """Fail the rows without a largest logit that is finite; return the others."""
         finite = step.logits.amax(dim=-1).isfinite().tolist()
         if all(finite):
             return batch, step
@@ -268,8 +271,7 @@ class Scheduler(threading.Thread):
             if finite[i]:
                 sound.append(i)
             else:
-                reason = "the model's logits are not finite; check its weights and its dtype"
-                self._outbox.add(row.job, row.fail(reason))
+                self._outbox.add(row.job, row.fail())
         return batch.take(sound), Step(step.logits[sound], step.hidden[sound])
 
     def _report_estimates(

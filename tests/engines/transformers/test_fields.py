@@ -284,7 +284,6 @@ async def test_template_variables_reach_the_template(
 REFUSED = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
     "functions": [{"name": "f"}],
-    "response_format": {"type": "json_object"},
     "audio": {"voice": "alloy"},
     "modalities": ["text", "audio"],
     "store": True,
