@@ -180,6 +180,23 @@ def language_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) ->
 
 
 @pytest.fixture(scope="session")
+def gguf_model(
+    tmp_path_factory: pytest.TempPathFactory, language_model: Callable[..., str]
+) -> Callable[..., Path]:
+    """Write the tiny Llama of `language_model` as GGUF: `gguf_model(without="lm_head.weight")`."""
+
+    def write(**options: str) -> Path:
+        pytest.importorskip("gguf")
+        from tests.gguf_files import write_gguf
+
+        file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+        write_gguf(file, Path(language_model("Llama")), **options)
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def reward_model(tmp_path_factory: pytest.TempPathFactory, byte_level: Any) -> Callable[..., str]:
     """Return the folder of a tiny random classifier: `reward_model("Bert", labels=1, seed=0)`."""
     made: dict[tuple[Any, ...], str] = {}

@@ -38,7 +38,7 @@ class Transformers:
 
     model: str = field(
         default="demo",
-        metadata={"description": 'Path or hub id; "demo" is the embedded model.'},
+        metadata={"description": 'Path, GGUF file or hub id; "demo" is the embedded model.'},
     )
     device: str = field(
         default="auto",
@@ -163,6 +163,7 @@ class TransformersEngine(Engine):
             dtype=config.dtype,
             context_length=config.context_length,
             trust_remote_code=config.trust_remote_code,
+            progress=self.progress,
         )
 
     def _parts(self) -> _Started:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
-from infer_align.engines.transformers.weights import load_weights
+from infer_align.engines.transformers.weights import check_causal, load_weights
 from infer_align.errors import ConfigError
 from infer_align.types import Draw
 from infer_align.values import FrozenModel, tokenizer_digest
@@ -71,19 +71,22 @@ class Model:
         dtype: str,
         context_length: int | None,
         trust_remote_code: bool,
+        progress: Callable[[str], None],
     ) -> Model:
-        """Load a model from the demo, a folder or the hub.
+        """Load a model from the demo, a folder, a GGUF file or the hub.
 
         Raises:
-            ConfigError: the model cannot be loaded, has no fast tokenizer, or has layers without
-                keys and values, such as state space models.
+            ConfigError: the model cannot be loaded, lacks weights or a fast tokenizer, or has
+                layers without keys and values, such as state space models.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         on_device = torch.device(device)
         if dtype == "auto" and on_device.type == "cpu":
             dtype = "float32"
-        lm, tokenizer = load_weights(name, dtype, trust_remote_code=trust_remote_code)
+        lm, tokenizer = load_weights(
+            name, dtype, trust_remote_code=trust_remote_code, progress=progress
+        )
         lm = lm.to(on_device).eval().requires_grad_(requires_grad=False)
         text_config = lm.config.get_text_config(decoder=True)
         maximum = getattr(text_config, "max_position_embeddings", None)
@@ -102,6 +105,7 @@ class Model:
             tap=_tap_output_layer(lm),
         )
         cell_bytes, hidden_size = model.check_cache(name)
+        check_causal(name, lm)
         return replace(model, cell_bytes=cell_bytes, hidden_size=hidden_size)
 
     def check_cache(self, name: str) -> tuple[int, int]:

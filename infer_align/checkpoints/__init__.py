@@ -1,0 +1,8 @@
+"""Checkpoints of models on disk: their files, their conversion, and the check for missing weights.
+
+Engines, rewards and values load models with transformers. What they share stands here:
+
+    complete.py  refuse a checkpoint that lacks weights
+    gguf.py      read a GGUF file, converted once to a folder that transformers loads quickly
+    folders.py   the cache of converted folders
+"""
