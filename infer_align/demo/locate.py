@@ -15,8 +15,8 @@ def locate(model: str) -> str:
     """Return what the `from_pretrained` of transformers takes for a configured model.
 
     "demo" is the embedded language model, "demo/<asset>" another file of the demo.
-    "package:<name>/<file>" is a file of an installed Python package. Every other name is returned
-    as it is.
+    "package:<name>/<file>" is a file of an installed Python package. "~" is the home folder. Every
+    other name is returned as it is.
 
     Raises:
         ConfigError: the demo has no such asset, or the package is not installed or has no such
@@ -24,6 +24,8 @@ def locate(model: str) -> str:
     """
     if model.startswith(PACKAGE):
         return str(_package_file(model))
+    if model.startswith("~"):
+        return str(Path(model).expanduser())
     name, _, asset = model.partition("/")
     if name != "demo":
         return model

@@ -16,6 +16,11 @@ def test_a_name_that_is_not_the_demo_s_is_returned_as_it_is():
         assert locate(name) == name
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert locate("~/models/llama") == "/home/ann/models/llama"
+
+
 def test_the_demo_is_its_folder():
     assert locate("demo") == str(demo.ASSETS / "lm")
 
