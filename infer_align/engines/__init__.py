@@ -9,18 +9,32 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.decoding.params import COMPLETION_TOKENS
-from infer_align.errors import AlignError, Unsupported
+from infer_align.errors import AlignError, Unavailable, Unsupported
 from infer_align.types import Body, Candidate, Capability, Draw, Event, Kind
 from infer_align.values import Value
 
 # An ASGI application: scope, receive, send.
 App: TypeAlias = Callable[[Any, Any, Any], Any]
+
+
+class Undiscovered(Unavailable):
+    """503: the engine does not know yet if it can honour a request.
+
+    Whoever plans the request awaits `discover()` and plans again.
+
+    Attributes:
+        discover: finds out what is unknown, with calls that cost a few tokens.
+    """
+
+    def __init__(self, message: str, discover: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(message, retry_after=1)
+        self.discover = discover
 
 
 class Engine(ABC):
@@ -57,6 +71,29 @@ class Engine(ABC):
         """
 
     @property
+    def unknown_capabilities(self) -> frozenset[Capability]:
+        """The capabilities that are found out only when a request needs them."""
+        return frozenset()
+
+    def missing(self, needs: frozenset[Capability], model: object = None) -> frozenset[Capability]:
+        """Return the needed capabilities that the engine lacks.
+
+        Args:
+            needs: the needed capabilities.
+            model: the model of the request; the first one if it is not a name of a model.
+
+        Raises:
+            Undiscovered: a needed capability was not looked for yet.
+            Unavailable: a needed capability could not be found out.
+        """
+        return needs - self.capabilities
+
+    def describe(self, model: object = None) -> str:
+        """Return how messages name the engine with a model; see `missing`."""
+        name = self.model
+        return f"the engine of {name!r}" if name else f"the engine {type(self).__name__}"
+
+    @property
     def capability_hints(self) -> Mapping[Capability, str]:
         """For each missing capability that can be enabled, a clause on how to do it."""
         return {}
@@ -82,7 +119,7 @@ class Engine(ABC):
             ConfigError: the value does not fit the model.
         """
         raise Unsupported(
-            f"the engine of {self.model!r} holds no values, so {name!r} ({value.description}) "
+            f"{self.describe()} holds no values, so {name!r} ({value.description}) "
             "cannot be added; use an engine of kind transformers or vllm."
         )
 
@@ -140,7 +177,7 @@ class Engine(ABC):
             AlignError: the engine failed.
         """
         raise Unsupported(
-            f"the engine of {self.model!r} does not report the probabilities of labels "
+            f"{self.describe()} does not report the probabilities of labels "
             f"({len(query.labels)} requested); use an engine that does."
         )
 

@@ -189,16 +189,17 @@ def _apply_methods(draft: PlanDraft, methods: Mapping[str, Method], engine: Engi
 
     Raises:
         Unsupported: the engine lacks a capability that a method needs.
+        Undiscovered: the engine does not know yet if it has one.
     """
     for name, method in sorted(methods.items(), key=lambda item: item[1].stage):
         draft = method.apply(draft)
-        missing = sorted(method.needs - engine.capabilities)
+        missing = sorted(engine.missing(method.needs, draft.draws[0].body.get("model")))
         if missing:
             param = draft.param(name)
             hint = engine.capability_hints.get(missing[0], "use another engine")
+            lacking = engine.describe(draft.draws[0].body.get("model"))
             raise Unsupported(
-                f"{param}: needs {', '.join(missing)}, which the engine of {engine.model!r} lacks; "
-                f"{hint}.",
+                f"{param}: needs {', '.join(missing)}, which {lacking} lacks; {hint}.",
                 param=param,
             )
     return draft

@@ -41,6 +41,8 @@ def methods(service: Service) -> dict[str, Any]:
     return {
         "model": service.model,
         "capabilities": sorted(service.engine.capabilities),
+        # An upstream is asked for these only when a request needs one.
+        "unknown_capabilities": sorted(service.engine.unknown_capabilities),
         "methods": {name: _method(cls) for name, cls in parameters.items()},
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: {"description": value.description} for name, value in values.items()},

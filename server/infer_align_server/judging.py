@@ -23,7 +23,7 @@ from infer_align.rewards.trust_judge.readings import Rule
 from infer_align.rewards.trust_judge.tournament import Comparisons, Schedule
 from infer_align.types import Messages, ScoringUsage
 from infer_align_server.scoring import parse_candidates
-from infer_align_server.service import Service
+from infer_align_server.service import Service, when_discovered
 from infer_align_server.wire.encoding import number
 
 # The sizes of the subsets whose transitivity is reported.
@@ -115,7 +115,7 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         if key not in COMMON_FIELDS and value is not None:
             settings[key] = value
     judging = parse(Judging, settings, "")
-    reward = _judge_reward(service, judging)
+    reward = await when_discovered(lambda: _judge_reward(service, judging))
     modes: tuple[Mode, ...] = ("score", "pairwise") if judging.mode == "both" else (judging.mode,)
     worst_cases = [
         reward.with_parameters({"mode": mode}).worst_case_tokens(len(texts)) for mode in modes

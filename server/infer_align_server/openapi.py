@@ -94,7 +94,9 @@ _RESPONSES_API = "/v1/responses"
 
 def changing_facts(service: Service) -> tuple[object, ...]:
     """Return the facts of the document that can change while the server runs."""
-    return tuple(service.models()), service.engine.capabilities, serves_responses(service)
+    engine = service.engine
+    capabilities = engine.capabilities, engine.unknown_capabilities
+    return tuple(service.models()), capabilities, serves_responses(service)
 
 
 def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
@@ -293,9 +295,10 @@ def _message() -> Schema:
 def _align(service: Service) -> Schema:
     """Return the schema of `align`: the methods that the engine supports, and the settings."""
     schemas: dict[str, Schema] = {}
+    possible = service.engine.capabilities | service.engine.unknown_capabilities
     for name in registry.methods.names():
         method = registry.methods.get(name)
-        if method.needs <= service.engine.capabilities:
+        if method.needs <= possible:
             schemas[name] = json_schema(method)
     schemas["preset"] = {"enum": list(service.config.presets)}
     schemas["rewards"] = {

@@ -84,7 +84,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
         tokens = worst_case(_with_best_of(body), service.engine, limits)
         return ForwardedResponse(service, app, content, caller, tokens, json=True)
     streaming = stream_options(body)
-    plan = service.plan(body, kind, model)
+    plan = await service.plan(body, kind, model)
     head = {
         "id": f"{OBJECTS[kind].id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),

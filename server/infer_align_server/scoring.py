@@ -14,7 +14,7 @@ from infer_align.flow.response import Response, Timing
 from infer_align.flow.scoring import score as score_candidates
 from infer_align.flow.selection import rank_candidates
 from infer_align.types import Candidate
-from infer_align_server.service import Service
+from infer_align_server.service import Service, when_discovered
 from infer_align_server.wire.completion import extras_json, scores_json
 from infer_align_server.wire.encoding import number
 
@@ -32,7 +32,7 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         RewardFailed: No candidate could be scored.
     """
     texts = parse_candidates(service, body, FIELDS)
-    plan = _plan(service, body, len(texts))
+    plan = await when_discovered(lambda: _plan(service, body, len(texts)))
     candidates = [_candidate(i, text) for i, text in enumerate(texts)]
     async with service.scoring(plan.scoring_tokens, caller) as count_usage:
         scores = await score_candidates(plan, candidates)

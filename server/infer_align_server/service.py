@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from infer_align.config.config import Config
-from infer_align.engines import Engine
+from infer_align.engines import Engine, Undiscovered
 from infer_align.errors import (
     AlignError,
     ConfigError,
@@ -40,6 +40,10 @@ from infer_align_server.metrics import Metrics
 
 Progress = Callable[[str], None]
 log = logging.getLogger("infer_align")
+T = TypeVar("T")
+
+# One request needs facts about a few things at most: its fields, its methods and its judges.
+MAX_DISCOVERIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,8 @@ class Service:
 
     async def _load(self, progress: Progress) -> None:
         for name, engine in self.engines.items():
-            model = self.model if engine is self.engine else name
+            # An upstream's models are not known before it was reached.
+            model = self.model or self.config.engine_kind if engine is self.engine else name
             progress(f"engine {model}")
 
             def phase_progress(phase: str, model: str = model) -> None:
@@ -258,21 +263,24 @@ class Service:
 
     # --- Requests ---
 
-    def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> Plan:
+    async def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> Plan:
         """Parse a request and plan it.
 
         Raises:
             InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
+            Unavailable: It could not be found out if the engine can honour the request.
         """
         resolved = {**body, "model": model.engine_model}
         request = parse_request(resolved, kind, self.config.presets, model.preset)
-        return make_plan(
-            request,
-            self.engine,
-            self.rewards,
-            self.default_rewards,
-            self.config.limits,
-            self.config.methods,
+        return await when_discovered(
+            lambda: make_plan(
+                request,
+                self.engine,
+                self.rewards,
+                self.default_rewards,
+                self.config.limits,
+                self.config.methods,
+            )
         )
 
     async def answer(
@@ -355,6 +363,20 @@ class Service:
                 raise ConfigError(
                     f"[server] default_rewards: {name!r} is not configured; {nearest(name, names)}"
                 )
+
+
+async def when_discovered(plan: Callable[[], T]) -> T:
+    """Return `plan()`; find out first what it needs to know about an engine.
+
+    Raises:
+        Unavailable: It could not be found out.
+    """
+    for _ in range(MAX_DISCOVERIES):
+        try:
+            return plan()
+        except Undiscovered as gap:
+            await gap.discover()
+    return plan()
 
 
 def _count_tasks() -> float:

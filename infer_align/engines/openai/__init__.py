@@ -1,6 +1,7 @@
 """Any OpenAI-compatible server as the engine.
 
-    start        ─▶ models and their features      models.py, probe.py
+    start        ─▶ the list of models             models.py
+    check        ─▶ features that a request needs  features.py, probe.py
     sample       ─▶ one draw in a few calls        draws.py, batch.py, batch_size.py
                  ─▶ one draw token by token (vas)  steering.py, steered.py, continuation.py
     read_labels  ─▶ top logprobs                   labels.py
@@ -15,18 +16,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery
-from infer_align.engines import Engine, Stream
+from infer_align.engines import Engine, Stream, Undiscovered
 from infer_align.engines.openai.batch_size import BatchSizes
 from infer_align.engines.openai.draws import UpstreamDrawing, refusal
+from infer_align.engines.openai.features import STEER
 from infer_align.engines.openai.labels import read_labels
 from infer_align.engines.openai.models import CONTEXT_LENGTH, UpstreamModels
-from infer_align.engines.openai.probe import FEATURES, FIELDS, Features
+from infer_align.engines.openai.probe import (
+    EFFECT_MAY_BE_HIDDEN,
+    FEATURES,
+    FIELDS,
+    Features,
+)
 from infer_align.errors import ConfigError, Unavailable, Unsupported
 from infer_align.types import Body, Capability, Draw
 from infer_align.upstream import Upstream, UpstreamFailed
@@ -34,6 +41,7 @@ from infer_align.upstream.client import Client
 from infer_align.upstream.response import read_bytes
 
 if TYPE_CHECKING:
+    from infer_align.engines.openai.features import UpstreamFeatures
     from infer_align.engines.openai.steered import SteeredDrawing
     from infer_align.engines.openai.steering import Steerer
 
@@ -71,16 +79,18 @@ class OpenAI(Upstream):
             f"what the upstream reports, or {CONTEXT_LENGTH}.",
         },
     )
-    probe: bool = field(
-        default=True,
+    probe: Literal["lazy", "start"] | bool = field(
+        default="lazy",
         metadata={
-            "description": "Find the features of the upstreams at the start, with calls of a few "
-            "tokens."
+            "description": "When to find out the features of the upstreams, with calls of a few "
+            "tokens. 'lazy': when a request first needs one, for its model alone. 'start' or true: "
+            "at the start, for the first models that are listed. false: never; `capabilities` "
+            "counts."
         },
     )
     probe_seconds: float = field(
         default=20.0,
-        metadata={"gt": 0, "description": "Timeout for all probes of a model together."},
+        metadata={"gt": 0, "description": "Timeout for the probes of a model that run together."},
     )
     capabilities: tuple[str, ...] = field(
         default=("completion", "seed", "logprobs", "tools", "structured", "n", "logit_bias"),
@@ -112,6 +122,9 @@ class OpenAI(Upstream):
 
 
 plugin = OpenAI
+
+# Labels are read differently from an upstream that continues a begun turn.
+LABEL_FEATURES = frozenset({"label_logprobs", "continue"})
 
 
 class OpenAIEngine(Engine):
@@ -154,19 +167,74 @@ class OpenAIEngine(Engine):
     @property
     def features(self) -> Mapping[tuple[str, str], Features]:
         """The features that were found, by (URL, model)."""
-        return self._models.features
+        return self._models.features.found
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """The features that every upstream of the first model supports.
+        """The features that every upstream of the first model is known to support.
 
-        `check` knows those of the other models.
+        `missing` also finds out those that are unknown, and those of the other models.
         """
-        names = self._models.supported(self.model) & _CAPABILITIES
+        return self._capabilities_of(self.model)
+
+    @property
+    def unknown_capabilities(self) -> frozenset[Capability]:
+        """The features of the first model that no request needed yet."""
+        names = self._features.unknown(self.model, _CAPABILITIES)
+        return frozenset(map(Capability, names))
+
+    def missing(self, needs: frozenset[Capability], model: object = None) -> frozenset[Capability]:
+        """Return the needed capabilities that an upstream of the model lacks.
+
+        Raises:
+            Undiscovered: a needed feature was not probed yet.
+            Unavailable: a needed feature could not be probed, or no upstream can be reached.
+        """
+        name = self._model_of({"model": model})
+        features = {need.value for need in needs}
+        if Capability.LABEL_LOGPROBS in needs:
+            features |= LABEL_FEATURES
+        self._require_found(name, features)
+        unknown = self._features.unknown(name, features)
+        if unknown:
+            raise Unavailable(
+                f"the upstream of {name!r} did not answer the calls that show if it can do "
+                f"{', '.join(sorted(unknown))}; try again later.",
+                retry_after=self.config.recovery_seconds,
+            )
+        missing = needs - self._capabilities_of(name)
+        reason = self.health()
+        if missing and reason:
+            raise Unavailable(f"{reason}; try again later.", retry_after=5)
+        return missing
+
+    def describe(self, model: object = None) -> str:
+        """Return how messages name the engine with a model."""
+        name = self._model_of({"model": model})
+        if name:
+            return f"the engine of {name!r}"
+        return "the engine openai, which has not reached an upstream yet,"
+
+    @property
+    def _features(self) -> UpstreamFeatures:
+        return self._models.features
+
+    def _capabilities_of(self, model: str) -> frozenset[Capability]:
+        names = self._features.supported(model) & _CAPABILITIES
         capabilities = {Capability.CHAT, *map(Capability, names)}
-        if self._steerer and self._steerer.way(self.model):
+        if self._steerer and self._steerer.way(model):
             capabilities.add(Capability.STEER)
         return frozenset(capabilities)
+
+    def _require_found(self, model: str, features: Collection[str]) -> None:
+        """Raise Undiscovered if one of the features can be probed now."""
+        due = self._features.due(model, features)
+        if due:
+            raise Undiscovered(
+                f"it is not known yet if the upstream of {model!r} can do "
+                f"{', '.join(sorted(due))}; try again.",
+                lambda: self._features.find(model, due),
+            )
 
     @property
     def capability_hints(self) -> Mapping[Capability, str]:
@@ -186,7 +254,7 @@ class OpenAIEngine(Engine):
     # --- start and end ---
 
     async def start(self) -> None:
-        """Reach the upstreams and find their models and features.
+        """Reach the upstreams and list their models.
 
         Raises:
             ConfigError: the tokenizer or a value cannot be loaded.
@@ -196,7 +264,7 @@ class OpenAIEngine(Engine):
             from infer_align.engines.openai.steering import Steerer  # noqa: PLC0415
 
             self._steerer = await asyncio.to_thread(Steerer, self.config.tokenizer, self.values)
-            self._models.steerer = self._steerer
+            self._features.steerer = self._steerer
         await self.client.start()
         await self._models.reach_all()
         self._reaching = asyncio.create_task(self._keep_reaching())
@@ -213,6 +281,7 @@ class OpenAIEngine(Engine):
             self._reaching.cancel()
             with suppress(asyncio.CancelledError):
                 await self._reaching
+        self._features.close()
         for drawing in tuple(self._drawings):
             drawing.fail(Unavailable("the engine was shut down"))
         await self.client.close()
@@ -224,13 +293,15 @@ class OpenAIEngine(Engine):
 
         Raises:
             InvalidRequest: naming the field.
+            Undiscovered: it is not known yet if an upstream ignores a field.
         """
         model = self._model_of(draw.body)
+        self._require_found(model, _needed_features(draw))
         if self._steerer and draw.steering:
-            honours_bias = "logit_bias" in self._models.supported(model)
+            honours_bias = "logit_bias" in self._features.supported(model)
             self._steerer.check(draw, draw.steering, model, honours_bias=honours_bias)
             return
-        ignored = self._models.ignored(model)
+        ignored = self._features.ignored(model)
         if draw.kind in ignored:
             raise Unsupported(
                 f"the upstream of {model!r} has no text completions; use chat completions.",
@@ -303,14 +374,15 @@ class OpenAIEngine(Engine):
             Unsupported: the upstreams return no top logprobs.
             UpstreamFailed: no upstream answered.
         """
+        await self._features.find(self.model, LABEL_FEATURES)
         if Capability.LABEL_LOGPROBS not in self.capabilities:
             return await super().read_labels(query)
         return await read_labels(
             self.client,
             self.model,
             query,
-            continues="continue" in self._models.supported(self.model),
-            limit_name=self._models.limit_name(self.model),
+            continues="continue" in self._features.supported(self.model),
+            limit_name=self._features.limit_name(self.model),
         )
 
     @asynccontextmanager
@@ -343,6 +415,21 @@ class OpenAIEngine(Engine):
                     status=404,
                 ) from None
             raise refusal(error) if error.refused else error from None
+
+
+def _needed_features(draw: Draw) -> set[str]:
+    """Return the features of a draw that an upstream may be seen to ignore."""
+    if draw.steering and any(draw.steering.beta.values()):
+        needed = {STEER}
+        if draw.steering.tail == "keep":
+            needed.add("logit_bias")
+        return needed
+    needed = {"completion"} if draw.kind == "completion" else set()
+    for feature, names in FIELDS.items():
+        is_present = any(draw.body.get(name) for name in names)
+        if is_present and feature not in EFFECT_MAY_BE_HIDDEN:
+            needed.add(feature)
+    return needed
 
 
 def _means_no_route(error: UpstreamFailed) -> bool:

@@ -1,6 +1,6 @@
-"""The models of the upstreams, and the features that each upstream offers with each model.
+"""The models of the upstreams: listed at the start, and again when an upstream comes back.
 
-Both are found when the engine starts. What is still unknown is checked again later.
+Listing costs nothing. What each model can do is in `features.py`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from infer_align.engines.openai.batch_size import BatchSizes, HostModel
-from infer_align.engines.openai.probe import FEATURES, Features, LimitName, probe
+from infer_align.engines.openai.batch_size import BatchSizes
+from infer_align.engines.openai.features import UpstreamFeatures
 from infer_align.errors import AlignError
 from infer_align.upstream import KEY_REFUSED, UpstreamFailed
 from infer_align.upstream.client import Client
@@ -20,17 +19,15 @@ from infer_align.upstream.pool import Host
 
 if TYPE_CHECKING:
     from infer_align.engines.openai import OpenAI
-    from infer_align.engines.openai.steering import Steerer
 
 log = logging.getLogger("infer_align")
 
 # Context length if no upstream reports one. It only sets the worst case of a request that has no
 # maximum of its own.
 CONTEXT_LENGTH = 8192
-# Only this many models of an upstream are probed; the others are assumed to be like the first.
+# With `probe = "start"`, only this many models of an upstream are probed; the others are assumed to
+# be like the first.
 MAX_PROBED = 8
-# A probe that stays without an answer is repeated at growing intervals, up to this one.
-MAX_PROBE_INTERVAL_SECONDS = 300.0
 # Names that servers use for the context length of a listed model.
 LENGTH_FIELDS = ("max_model_len", "context_length", "context_window")
 
@@ -46,41 +43,18 @@ class UpstreamModels:
     Attributes:
         names: the configured model; else the models of all upstreams that were reached, in the
             order of the configuration and of their lists.
-        steerer: finds out how each upstream can be steered; None without a tokenizer.
-        features: (URL, model) -> the features that were found.
+        features: what each upstream offers with each model.
     """
 
     def __init__(self, config: OpenAI, client: Client, sizes: BatchSizes) -> None:
         self.names: tuple[str, ...] = (config.model,) if config.model else ()
-        self.steerer: Steerer | None = None
-        self.features: dict[HostModel, Features] = {}
+        self.features = UpstreamFeatures(config, client, sizes, self._probed_models)
         self._config = config
         self._client = client
-        self._sizes = sizes
         # URL -> model -> context length, or None if the upstream does not report it.
         self._listed: dict[str, dict[str, int | None]] = {}
-        # Model -> its features on every host; a cache.
-        self._features_by_model: dict[str, list[Features]] = {}
-        # (URL, model) -> the time of the next probe, and the interval after that.
-        self._next_probe: dict[HostModel, tuple[float, float]] = {}
 
     # --- what is known ---
-
-    def supported(self, model: str) -> frozenset[str]:
-        """Return the features that every upstream of the model supports."""
-        features = self._features_of(model)
-        if not features:
-            return frozenset()
-        return frozenset.intersection(*(each.supported for each in features))
-
-    def ignored(self, model: str) -> frozenset[str]:
-        """Return the features that at least one upstream of the model ignores."""
-        return frozenset().union(*(each.ignored for each in self._features_of(model)))
-
-    def limit_name(self, model: str) -> LimitName:
-        """Return the field that limits the completion tokens of the model."""
-        features = self._features_of(model)
-        return features[0].limit_name if features else "max_tokens"
 
     def context_length(self, model: str) -> int:
         """Return the configured context length, else the smallest that an upstream reports."""
@@ -92,28 +66,6 @@ class UpstreamModels:
             if length:
                 lengths.append(length)
         return min(lengths, default=CONTEXT_LENGTH)
-
-    def _features_of(self, model: str) -> list[Features]:
-        if model not in self._features_by_model:
-            self._features_by_model[model] = self._collect_features(model)
-        return self._features_by_model[model]
-
-    def _collect_features(self, model: str) -> list[Features]:
-        features = []
-        for host in self._client.pool.hosts:
-            if host.models is not None and model not in host.models:
-                continue
-            key = host.url, self._probed_instead_of(host, model)
-            if key in self.features:
-                features.append(self.features[key])
-        return features
-
-    def _probed_instead_of(self, host: Host, model: str) -> str:
-        """Return the model whose probe counts for this one."""
-        probed = self._probed_models(host)
-        if model in probed or not probed:
-            return model
-        return probed[0]
 
     def _probed_models(self, host: Host) -> Sequence[str]:
         if self._config.model:
@@ -127,7 +79,9 @@ class UpstreamModels:
         await asyncio.gather(*(self.reach(host) for host in self._client.pool.hosts))
 
     async def reach(self, host: Host) -> None:
-        """List the models of a host that was lost, and probe what is unknown.
+        """List the models of a host that was lost.
+
+        With `probe = "start"`, also probe what is unknown.
 
         A failure is recorded in the state of the host.
         """
@@ -135,9 +89,9 @@ class UpstreamModels:
         try:
             if host.down_reason is not None or unlisted:
                 await self._list_models(host)
-                self._probe_at_once(host)
+                self.features.forget_intervals(host)
             if host.down_reason is None:
-                await self._probe_unknown(host)
+                await self.features.find_at_start(host)
         except AlignError as error:
             host.record_failure(host.down_reason or error.message)
         except Exception:
@@ -160,7 +114,6 @@ class UpstreamModels:
             # It answers, and has no list of models.
             listed = {}
         self._listed[host.url] = listed
-        self._features_by_model.clear()
         if self._config.model is None:
             self._serve_listed(host)
         else:
@@ -183,43 +136,6 @@ class UpstreamModels:
         for host in self._client.pool.hosts:
             names = self._listed.get(host.url)
             host.models = frozenset(names) if names and is_listed else None
-
-    # --- probing ---
-
-    def _probe_at_once(self, host: Host) -> None:
-        """Forget the intervals of a host that is back."""
-        for key in tuple(self._next_probe):
-            if key[0] == host.url:
-                del self._next_probe[key]
-
-    async def _probe_unknown(self, host: Host) -> None:
-        """Probe each model of which something is unknown and whose next probe is due."""
-        for model in self._probed_models(host):
-            key = host.url, model
-            features = self.features.get(key)
-            due, interval = self._next_probe.get(key, (0.0, self._config.recovery_seconds))
-            is_known = features is not None and not features.unknown
-            if is_known or monotonic() < due:
-                continue
-            next_interval = min(2 * interval, MAX_PROBE_INTERVAL_SECONDS)
-            self._next_probe[key] = monotonic() + interval, next_interval
-            if self.steerer:
-                await self.steerer.probe(self._client, host, model)
-            self.features[key] = await self._find_features(host, model)
-            self._features_by_model.clear()
-
-    async def _find_features(self, host: Host, model: str) -> Features:
-        if self._config.probe:
-            features = await probe(self._client, host, model, self._config.probe_seconds)
-        else:
-            configured = frozenset(self._config.capabilities)
-            features = Features(supported=configured, ignored=frozenset(FEATURES) - configured)
-        for name in ("supported", "accepted", "ignored", "unknown"):
-            listed = ", ".join(sorted(getattr(features, name))) or "-"
-            log.info("upstream %s, model %s, %s: %s", host.url, model, name, listed)
-        if self._config.probe and "n" in features.supported | features.ignored:
-            self._sizes.set_probed(host, model, honours_n="n" in features.supported)
-        return features
 
 
 def parse_models(answer: Any) -> dict[str, int | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -98,6 +98,14 @@ PROBES: Mapping[str, dict[str, Any]] = {
     "new turn": {"messages": UNFINISHED_TURN},
     "continue": {"messages": UNFINISHED_TURN, **CONTINUE},
 }
+# The probes whose answers show a feature; by default the one of the same name.
+PROBES_OF: Mapping[str, tuple[str, ...]] = {
+    # Labels are read from top_logprobs.
+    "label_logprobs": ("logprobs",),
+    "seed": ("seed", "seed again", "seed other"),
+    "logit_bias": ("plain", "logit_bias", "logit_bias again", "logit_bias other"),
+    "continue": ("new turn", "continue"),
+}
 
 
 class _Refused:
@@ -116,35 +124,65 @@ class _Verdict(Enum):
 class Features:
     """The features of one model of one upstream.
 
-    A feature in none of the sets is refused by the upstream itself.
-
     Attributes:
         supported: an answer shows the effect.
         ignored: an answer shows that there is no effect; or the upstream refuses text completions
             or `n`.
         accepted: an answer shows neither.
-        unknown: there was no answer.
+        refused: the upstream itself refuses requests for it.
+        unknown: it was not looked for, or there was no answer.
         limit_name: the field that limits the completion tokens.
     """
 
     supported: frozenset[str]
     ignored: frozenset[str] = frozenset()
     accepted: frozenset[str] = frozenset()
+    refused: frozenset[str] = frozenset()
     unknown: frozenset[str] = frozenset()
     limit_name: LimitName = "max_tokens"
 
+    def updated(self, found: Features) -> Features:
+        """Return these features with what another probe found."""
+        looked_for = found.supported | found.ignored | found.accepted | found.refused
+        looked_for |= found.unknown
+        is_newer_name = "max_completion_tokens" in {self.limit_name, found.limit_name}
+        return Features(
+            supported=(self.supported - looked_for) | found.supported,
+            ignored=(self.ignored - looked_for) | found.ignored,
+            accepted=(self.accepted - looked_for) | found.accepted,
+            refused=(self.refused - looked_for) | found.refused,
+            unknown=(self.unknown - looked_for) | found.unknown,
+            limit_name="max_completion_tokens" if is_newer_name else "max_tokens",
+        )
 
-async def probe(client: Client, host: Host, model: str, seconds: float) -> Features:
-    """Send all probes at once; a feature without an answer within `seconds` stays unknown."""
+
+NOTHING_KNOWN = Features(supported=frozenset(), unknown=frozenset(FEATURES))
+
+
+async def probe(
+    client: Client,
+    host: Host,
+    model: str,
+    seconds: float,
+    features: Collection[str] = FEATURES,
+) -> Features:
+    """Send the probes of some features at once.
+
+    A feature without an answer within `seconds` stays unknown. The result is about these features
+    only.
+    """
     prober = _Prober(client, host, model)
-    tasks = {name: asyncio.create_task(prober.send(body)) for name, body in PROBES.items()}
+    names: dict[str, None] = {}
+    for feature in features:
+        names |= dict.fromkeys(PROBES_OF.get(feature, (feature,)))
+    tasks = {name: asyncio.create_task(prober.send(PROBES[name])) for name in names}
     try:
         await asyncio.wait(tasks.values(), timeout=seconds)
         answers = {name: task.result() for name, task in tasks.items() if task.done()}
     finally:
         for task in tasks.values():
             task.cancel()
-    return _features(answers, prober.limit_name)
+    return _features(answers, features, prober.limit_name)
 
 
 class _Prober:
@@ -196,22 +234,29 @@ def refuses_max_tokens(error: UpstreamFailed) -> bool:
 # --- verdicts ---
 
 
-def _features(answers: Mapping[str, Any], limit_name: LimitName) -> Features:
-    """Return the features that the answers to `PROBES` show."""
+def _features(
+    answers: Mapping[str, Any], features: Collection[str], limit_name: LimitName
+) -> Features:
+    """Return which of the features the answers to their probes show."""
     names: dict[_Verdict, set[str]] = {verdict: set() for verdict in _Verdict}
-    for feature in FEATURES:
-        # Labels are read from top_logprobs.
-        probed = "logprobs" if feature == "label_logprobs" else feature
-        verdict = _verdict(probed, answers)
-        if feature != "label_logprobs" or verdict is _Verdict.SUPPORTED:
-            names[verdict].add(feature)
+    for feature in features:
+        names[_feature_verdict(feature, answers)].add(feature)
     return Features(
         supported=frozenset(names[_Verdict.SUPPORTED]),
         ignored=frozenset(names[_Verdict.IGNORED]),
         accepted=frozenset(names[_Verdict.ACCEPTED]),
+        refused=frozenset(names[_Verdict.REFUSED]),
         unknown=frozenset(names[_Verdict.UNKNOWN]),
         limit_name=limit_name,
     )
+
+
+def _feature_verdict(feature: str, answers: Mapping[str, Any]) -> _Verdict:
+    if feature != "label_logprobs":
+        return _verdict(feature, answers)
+    verdict = _verdict("logprobs", answers)
+    # There is no field for labels that a request could contain in vain.
+    return _Verdict.REFUSED if verdict is _Verdict.IGNORED else verdict
 
 
 def _verdict(feature: str, answers: Mapping[str, Any]) -> _Verdict:

@@ -31,8 +31,9 @@ from infer_align.engines.openai.continuation import (
     Way,
 )
 from infer_align.engines.openai.probe import TOP_LOGPROBS
-from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unsupported
+from infer_align.errors import ConfigError, InvalidRequest, Unsupported
 from infer_align.types import Draw, Steering
+from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client
 from infer_align.upstream.pool import Host
 from infer_align.values import FrozenModel, Value, check_values, tokenizer_digest
@@ -89,8 +90,16 @@ class Steerer:
     # --- what the upstreams can do ---
 
     async def probe(self, client: Client, host: Host, model: str) -> None:
-        """Find the most exact way in which an upstream continues a prefix with top logprobs."""
+        """Find the most exact way in which an upstream continues a prefix with top logprobs.
+
+        Raises:
+            AlignError: the upstream did not answer, so that it is still unknown.
+        """
         self._ways[host.url, model] = await self._find_way(client, host, model)
+
+    def knows(self, host: Host, model: str) -> bool:
+        """Return True if it was found out how an upstream continues a prefix."""
+        return (host.url, model) in self._ways
 
     async def _find_way(self, client: Client, host: Host, model: str) -> Way | None:
         for way in WAYS:
@@ -107,9 +116,14 @@ class Steerer:
         body = continuation.body(prompt, [], "three") | continuation.logprob_fields(2)
         try:
             answer = await client.call_host(host, continuation.path, body)
+        except UpstreamFailed as error:
+            if error.refused or error.status == 501:
+                return False
+            raise
+        try:
             has_ids = TOKEN_ID in str(answer["choices"][0]["logprobs"])
             has_logprobs = bool(continuation.top_logprobs(answer))
-        except (AlignError, KeyError, IndexError, TypeError):
+        except (UpstreamFailed, KeyError, IndexError, TypeError):
             return False
         return has_logprobs and (has_ids or continuation.way != "ids")
 

@@ -183,10 +183,10 @@ class TrustJudgeReward(Reward):
         Raises:
             Unsupported: naming `where`, the engine and the missing capabilities.
         """
-        needed = {Capability.LABEL_LOGPROBS}
+        needed = frozenset({Capability.LABEL_LOGPROBS})
         if self._critique_logprobs:
-            needed.add(Capability.LOGPROBS)
-        missing = sorted(needed - self._engine.capabilities)
+            needed |= {Capability.LOGPROBS}
+        missing = sorted(self._engine.missing(needed))
         if not missing:
             return
         able: list[str] = []
@@ -197,8 +197,8 @@ class TrustJudgeReward(Reward):
         if not able:
             advice = "an engine of [engines.*] that has it, such as transformers or vllm"
         raise Unsupported(
-            f"{where}: needs {', '.join(missing)}, which the engine of {self._engine.model!r} "
-            f"lacks; set in the judge's section {advice}.",
+            f"{where}: needs {', '.join(missing)}, which {self._engine.describe()} lacks; "
+            f"set in the judge's section {advice}.",
             param=where,
         )
 

@@ -164,6 +164,7 @@ SCHEMAS: dict[str, Schema] = {
     "Methods": closed(
         model=STRING,
         capabilities=array(STRING),
+        unknown_capabilities=array(STRING),
         methods=mapping(closed(description=STRING, parameters={"type": "object"})),
         rewards=mapping(
             closed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,10 +15,10 @@ pytest.importorskip("torch")
 from infer_align import config as configuration
 from infer_align.config import Limits
 from infer_align.demo import world
-from infer_align.engines import Engine
+from infer_align.engines import Engine, Undiscovered
 from infer_align.engines.openai import OpenAI, OpenAIEngine
 from infer_align.engines.transformers import Transformers
-from infer_align.errors import ConfigError, InvalidRequest, Unsupported
+from infer_align.errors import ConfigError, InvalidRequest, Unavailable, Unsupported
 from infer_align.flow.plan import Plan, make_plan
 from infer_align.flow.request import parse_request
 from infer_align.flow.run import align
@@ -56,9 +57,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 async def steerable(urls: str, **config: Any) -> OpenAIEngine:
     """Return a started engine with the tokenizer and the values of the demo."""
-    engine = OpenAI(urls=urls, tokenizer="demo", **config).load()
+    engine = OpenAI(**{"urls": urls, "tokenizer": "demo", "probe": "start", **config}).load()
     engine.values = values()
     await engine.start()
+    try:
+        engine.missing(frozenset({Capability.STEER}))
+    except Undiscovered as gap:
+        await gap.discover()
     return engine
 
 
@@ -263,6 +268,43 @@ async def test_the_tail_keep_needs_logit_bias(demo: Live) -> None:
     (draw,) = plan_vas(engine, "mask").draws
     assert draw.steering is not None
     assert draw.steering.tail == "mask"
+    await engine.close()
+
+
+async def test_steering_is_looked_for_at_its_first_need(up: FakeUpstream) -> None:
+    up.answer = two_tokens
+    engine = OpenAI(urls=up.url, tokenizer="demo").load()
+    engine.values = values()
+    await engine.start()
+    assert up.calls == 0
+    assert Capability.STEER in engine.unknown_capabilities
+    with pytest.raises(Undiscovered) as gap:
+        plan_vas(engine, "mask")
+    await asyncio.gather(gap.value.discover(), gap.value.discover())
+    assert up.calls == 2, "text completions with token ids are tried first, then with text"
+    assert plan_vas(engine, "mask").draws
+    assert Capability.STEER not in engine.unknown_capabilities
+    await engine.close()
+
+
+async def test_a_failed_look_for_steering_is_not_remembered(up: FakeUpstream) -> None:
+    up.behave = lambda _, __: "error_500"
+    engine = OpenAI(urls=up.url, tokenizer="demo", recovery_seconds=60).load()
+    engine.values = values()
+    await engine.start()
+    with pytest.raises(Undiscovered) as gap:
+        plan_vas(engine, "mask")
+    await gap.value.discover()
+    with pytest.raises(Unavailable, match="did not answer the calls that show if it can do steer"):
+        plan_vas(engine, "mask")
+    up.answer = two_tokens
+    up.behave = lambda _, __: "ok"
+    # As when the upstream comes back after it was down.
+    engine._features.forget_intervals(engine.client.pool.hosts[0])
+    with pytest.raises(Undiscovered) as gap:
+        plan_vas(engine, "mask")
+    await gap.value.discover()
+    assert plan_vas(engine, "mask").draws
     await engine.close()
 
 

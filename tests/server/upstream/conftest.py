@@ -50,7 +50,8 @@ def serve_upstream(up: FakeUpstream, tmp_path: Path) -> Iterator[Serve]:
     def serve(engine: str = "", extra: str = "", urls: str = "") -> Live:
         path = tmp_path / f"{len(servers)}.toml"
         urls = urls or repr(up.url)
-        section = f'[engine]\nkind = "openai"\nprobe = false\nurls = [{urls}]\n{engine}\n'
+        probe = "" if "probe =" in engine else "probe = false\n"
+        section = f'[engine]\nkind = "openai"\n{probe}urls = [{urls}]\n{engine}\n'
         path.write_text(f"{section}{NUMBER}{extra}", encoding="utf-8")
         server = start(configuration.load(path))
         servers.append(server)
