@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from infer_align.config.schema import parse
 from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
+from infer_align.flow.discovery import when_discovered
 from infer_align.flow.request import check_prompt
 from infer_align.methods.trust_judge import Criteria, Mode, Readout, Scale
 from infer_align.rewards.trust_judge import (
@@ -23,7 +24,7 @@ from infer_align.rewards.trust_judge.readings import Rule
 from infer_align.rewards.trust_judge.tournament import Comparisons, Schedule
 from infer_align.types import Messages, ScoringUsage
 from infer_align_server.scoring import parse_candidates
-from infer_align_server.service import Service, when_discovered
+from infer_align_server.service import Service
 from infer_align_server.wire.encoding import number
 
 # The sizes of the subsets whose transitivity is reported.

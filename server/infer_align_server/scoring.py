@@ -8,13 +8,14 @@ from typing import Any, TypeGuard
 
 from infer_align.config.align import parse_align
 from infer_align.errors import InvalidRequest, RewardFailed, nearest, quote
+from infer_align.flow.discovery import when_discovered
 from infer_align.flow.plan import Plan, make_scoring_plan
 from infer_align.flow.request import check_prompt
 from infer_align.flow.response import Response, Timing
 from infer_align.flow.scoring import score as score_candidates
 from infer_align.flow.selection import rank_candidates
 from infer_align.types import Candidate
-from infer_align_server.service import Service, when_discovered
+from infer_align_server.service import Service
 from infer_align_server.wire.completion import extras_json, scores_json
 from infer_align_server.wire.encoding import number
 

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from infer_align.config.config import Config
-from infer_align.engines import Engine, Undiscovered
+from infer_align.engines import Engine
 from infer_align.errors import (
     AlignError,
     ConfigError,
@@ -24,6 +24,7 @@ from infer_align.errors import (
     nearest,
     quote,
 )
+from infer_align.flow.discovery import when_discovered
 from infer_align.flow.plan import Plan, make_plan
 from infer_align.flow.propose import OnDelta
 from infer_align.flow.request import parse_request
@@ -40,10 +41,6 @@ from infer_align_server.metrics import Metrics
 
 Progress = Callable[[str], None]
 log = logging.getLogger("infer_align")
-T = TypeVar("T")
-
-# One request needs facts about a few things at most: its fields, its methods and its judges.
-MAX_DISCOVERIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,20 +360,6 @@ class Service:
                 raise ConfigError(
                     f"[server] default_rewards: {name!r} is not configured; {nearest(name, names)}"
                 )
-
-
-async def when_discovered(plan: Callable[[], T]) -> T:
-    """Return `plan()`; find out first what it needs to know about an engine.
-
-    Raises:
-        Unavailable: It could not be found out.
-    """
-    for _ in range(MAX_DISCOVERIES):
-        try:
-            return plan()
-        except Undiscovered as gap:
-            await gap.discover()
-    return plan()
 
 
 def _count_tasks() -> float:

@@ -53,7 +53,7 @@ class UpstreamFeatures:
 
     Attributes:
         steerer: finds out how each upstream can be steered; None without a tokenizer.
-        found: (URL, model) -> what was found out.
+        by_model: (URL, model) -> what was found out.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class UpstreamFeatures:
         probed_at_start: Callable[[Host], Sequence[str]],
     ) -> None:
         self.steerer: Steerer | None = None
-        self.found: dict[HostModel, Features] = {}
+        self.by_model: dict[HostModel, Features] = {}
         self._config = config
         self._client = client
         self._sizes = sizes
@@ -115,9 +115,9 @@ class UpstreamFeatures:
         for host in self._client.pool.hosts:
             if host.models is not None and model not in host.models:
                 continue
-            known = self._known(host, self._probed_instead_of(host, model))
-            if known is not NOTHING_KNOWN:
-                features.append(known)
+            result = self._known(host, self._probed_instead_of(host, model))
+            if result is not NOTHING_KNOWN:
+                features.append(result)
         return features
 
     def _hosts_of(self, model: str) -> list[Host]:
@@ -133,7 +133,7 @@ class UpstreamFeatures:
         if self._config.probe is False:
             configured = frozenset(self._config.capabilities)
             return Features(supported=configured, ignored=frozenset(FEATURES) - configured)
-        return self.found.get((host.url, model), NOTHING_KNOWN)
+        return self.by_model.get((host.url, model), NOTHING_KNOWN)
 
     def _probed_instead_of(self, host: Host, model: str) -> str:
         """Return the model whose probe counts for this one."""
@@ -215,11 +215,11 @@ class UpstreamFeatures:
         probed = [feature for feature in features if feature != STEER]
         if probed:
             seconds = self._config.probe_seconds
-            found = await probe(self._client, host, model, seconds, probed)
-            self.found[host.url, model] = self._known(host, model).updated(found)
-            self._log(host, model, found)
-            if "n" in found.supported | found.ignored:
-                self._sizes.set_probed(host, model, honours_n="n" in found.supported)
+            result = await probe(self._client, host, model, seconds, probed)
+            self.by_model[host.url, model] = self._known(host, model).updated(result)
+            self._log(host, model, result)
+            if "n" in result.supported | result.ignored:
+                self._sizes.set_probed(host, model, honours_n="n" in result.supported)
         if STEER in features and self.steerer:
             await self.steerer.probe(self._client, host, model)
 
@@ -231,8 +231,8 @@ class UpstreamFeatures:
                 following = min(2 * interval, MAX_PROBE_INTERVAL_SECONDS)
                 self._next_probe[key] = monotonic() + interval, following
 
-    def _log(self, host: Host, model: str, found: Features) -> None:
+    def _log(self, host: Host, model: str, result: Features) -> None:
         for name in ("supported", "accepted", "ignored", "refused", "unknown"):
-            listed = ", ".join(sorted(getattr(found, name)))
+            listed = ", ".join(sorted(getattr(result, name)))
             if listed:
                 log.info("upstream %s, model %s, %s: %s", host.url, model, name, listed)

@@ -141,17 +141,17 @@ class Features:
     unknown: frozenset[str] = frozenset()
     limit_name: LimitName = "max_tokens"
 
-    def updated(self, found: Features) -> Features:
-        """Return these features with what another probe found."""
-        looked_for = found.supported | found.ignored | found.accepted | found.refused
-        looked_for |= found.unknown
-        is_newer_name = "max_completion_tokens" in {self.limit_name, found.limit_name}
+    def updated(self, result: Features) -> Features:
+        """Return these features with the result of another probe."""
+        looked_for = result.supported | result.ignored | result.accepted | result.refused
+        looked_for |= result.unknown
+        is_newer_name = "max_completion_tokens" in {self.limit_name, result.limit_name}
         return Features(
-            supported=(self.supported - looked_for) | found.supported,
-            ignored=(self.ignored - looked_for) | found.ignored,
-            accepted=(self.accepted - looked_for) | found.accepted,
-            refused=(self.refused - looked_for) | found.refused,
-            unknown=(self.unknown - looked_for) | found.unknown,
+            supported=(self.supported - looked_for) | result.supported,
+            ignored=(self.ignored - looked_for) | result.ignored,
+            accepted=(self.accepted - looked_for) | result.accepted,
+            refused=(self.refused - looked_for) | result.refused,
+            unknown=(self.unknown - looked_for) | result.unknown,
             limit_name="max_completion_tokens" if is_newer_name else "max_tokens",
         )
 

@@ -1,0 +1,357 @@
+"""The engine: it checks draws, starts them at the upstreams and passes on what is not drawn."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
+from infer_align.engines import Engine, Stream, Undiscovered
+from infer_align.engines.openai.batch_size import BatchSizes
+from infer_align.engines.openai.draws import UpstreamDrawing, refusal
+from infer_align.engines.openai.features import STEER
+from infer_align.engines.openai.labels import read_labels
+from infer_align.engines.openai.models import UpstreamModels
+from infer_align.engines.openai.probe import (
+    EFFECT_MAY_BE_HIDDEN,
+    FIELDS,
+    Features,
+)
+from infer_align.errors import Unavailable, Unsupported
+from infer_align.types import Body, Capability, Draw
+from infer_align.upstream import UpstreamFailed
+from infer_align.upstream.client import Client
+from infer_align.upstream.response import read_bytes
+
+if TYPE_CHECKING:
+    from infer_align.engines.openai import OpenAI
+    from infer_align.engines.openai.features import UpstreamFeatures
+    from infer_align.engines.openai.steered import SteeredDrawing
+    from infer_align.engines.openai.steering import Steerer
+
+_CAPABILITIES = frozenset(capability.value for capability in Capability)
+# The status and the message of a server that does not have a route at all.
+NO_ROUTE_STATUSES = {404, 405, 501}
+NO_ROUTE_MESSAGE = re.compile(
+    r"|not found|method not allowed|(the upstream answered \d+)", re.IGNORECASE
+)
+
+
+# Labels are read differently from an upstream that continues a begun turn.
+LABEL_FEATURES = frozenset({"label_logprobs", "continue"})
+
+
+class OpenAIEngine(Engine):
+    """Sends draws to the upstreams.
+
+    `start` succeeds even if no upstream can be reached: the engine keeps trying, and `health`
+    gives the reason.
+
+    Attributes:
+        client: the upstreams.
+    """
+
+    def __init__(self, config: OpenAI) -> None:
+        self.config = config
+        self.client = Client(config)
+        self._sizes = BatchSizes(config.n)
+        self._models = UpstreamModels(config, self.client, self._sizes)
+        self._drawings: set[UpstreamDrawing | SteeredDrawing] = set()
+        self._reaching: asyncio.Task[None] | None = None
+        self._steerer: Steerer | None = None
+        self._closed = False
+
+    # --- what it offers ---
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models of all upstreams; () until one was reached, unless one is configured."""
+        return self._models.names
+
+    @property
+    def model(self) -> str:
+        """The configured model, else the first that is listed."""
+        return self.models[0] if self.models else ""
+
+    @property
+    def context_length(self) -> int:
+        """The context length of the first model."""
+        return self._models.context_length(self.model)
+
+    @property
+    def features(self) -> Mapping[tuple[str, str], Features]:
+        """The features that were found, by (URL, model)."""
+        return self._models.features.by_model
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """The features that every upstream of the first model is known to support.
+
+        `missing` also finds out those that are unknown, and those of the other models.
+        """
+        return self._capabilities_of(self.model)
+
+    @property
+    def unknown_capabilities(self) -> frozenset[Capability]:
+        """The features of the first model that no request needed yet."""
+        names = self._features.unknown(self.model, _CAPABILITIES)
+        return frozenset(map(Capability, names))
+
+    def missing(self, needs: frozenset[Capability], model: object = None) -> frozenset[Capability]:
+        """Return the needed capabilities that an upstream of the model lacks.
+
+        Raises:
+            Undiscovered: a needed feature was not probed yet.
+            Unavailable: a needed feature could not be probed, or no upstream can be reached.
+        """
+        name = self._model_of({"model": model})
+        features = {need.value for need in needs}
+        if Capability.LABEL_LOGPROBS in needs:
+            features |= LABEL_FEATURES
+        self._require_found(name, features)
+        unknown = self._features.unknown(name, features)
+        if unknown:
+            raise Unavailable(
+                f"the upstream of {name!r} did not answer the calls that show if it can do "
+                f"{', '.join(sorted(unknown))}; try again later.",
+                retry_after=self.config.recovery_seconds,
+            )
+        missing = needs - self._capabilities_of(name)
+        reason = self.health()
+        if missing and reason:
+            raise Unavailable(f"{reason}; try again later.", retry_after=5)
+        return missing
+
+    def describe(self, model: object = None) -> str:
+        """Return how messages name the engine with a model."""
+        name = self._model_of({"model": model})
+        if name:
+            return f"the engine of {name!r}"
+        return "the engine openai, which has not reached an upstream yet,"
+
+    @property
+    def _features(self) -> UpstreamFeatures:
+        return self._models.features
+
+    def _capabilities_of(self, model: str) -> frozenset[Capability]:
+        names = self._features.supported(model) & _CAPABILITIES
+        capabilities = {Capability.CHAT, *map(Capability, names)}
+        if self._steerer and self._steerer.way(model):
+            capabilities.add(Capability.STEER)
+        return frozenset(capabilities)
+
+    def _require_found(self, model: str, features: Collection[str]) -> None:
+        """Raise Undiscovered if one of the features can be probed now."""
+        due = self._features.due(model, features)
+        if due:
+            raise Undiscovered(
+                f"it is not known yet if the upstream of {model!r} can do "
+                f"{', '.join(sorted(due))}; try again.",
+                lambda: self._features.find(model, due),
+            )
+
+    @property
+    def capability_hints(self) -> Mapping[Capability, str]:
+        """A sentence on how to enable steering."""
+        if self._steerer is None:
+            hint = "to steer an upstream, name its model's tokenizer with [engine] tokenizer"
+        else:
+            hint = "to be steered, the upstream must return top_logprobs, which it does not"
+        return {Capability.STEER: hint}
+
+    def health(self) -> str | None:
+        """Return None while an upstream can be reached, else the reasons."""
+        if self._closed:
+            return "the engine was shut down"
+        return self.client.pool.health()
+
+    # --- start and end ---
+
+    async def start(self) -> None:
+        """Reach the upstreams and list their models.
+
+        Raises:
+            ConfigError: the tokenizer or a value cannot be loaded.
+        """
+        if self.config.tokenizer:
+            # Steering needs torch, which an engine that only forwards does not.
+            from infer_align.engines.openai.steering import Steerer  # noqa: PLC0415
+
+            self._steerer = await asyncio.to_thread(Steerer, self.config.tokenizer, self.values)
+            self._features.steerer = self._steerer
+        await self.client.start()
+        await self._models.reach_all()
+        self._reaching = asyncio.create_task(self._keep_reaching())
+
+    async def _keep_reaching(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.recovery_seconds)
+            await self._models.reach_all()
+
+    async def close(self) -> None:
+        """Cancel all draws; their streams end with an error."""
+        self._closed = True
+        if self._reaching:
+            self._reaching.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._reaching
+        self._features.close()
+        for drawing in tuple(self._drawings):
+            drawing.fail(Unavailable("the engine was shut down"))
+        await self.client.close()
+
+    # --- draws ---
+
+    def check(self, draw: Draw) -> None:
+        """Refuse fields that an upstream was found to ignore; it checks their values itself.
+
+        Raises:
+            InvalidRequest: naming the field.
+            Undiscovered: it is not known yet if an upstream ignores a field.
+        """
+        model = self._model_of(draw.body)
+        self._require_found(model, _needed_features(draw))
+        if self._steerer and draw.steering:
+            honours_bias = "logit_bias" in self._features.supported(model)
+            self._steerer.check(draw, draw.steering, model, honours_bias=honours_bias)
+            return
+        ignored = self._features.ignored(model)
+        if draw.kind in ignored:
+            raise Unsupported(
+                f"the upstream of {model!r} has no text completions; use chat completions.",
+                param="prompt",
+            )
+        if draw.body.get("best_of") not in {None, 1}:
+            raise Unsupported(
+                "best_of: the tokens that it costs cannot be counted; use align.best_of_n instead.",
+                param="best_of",
+            )
+        fields: set[str] = set()
+        for feature in ignored:
+            fields.update(name for name in FIELDS.get(feature, ()) if draw.body.get(name))
+        if "seed" in ignored and draw.seed_requested:
+            fields.add("seed")
+        if fields:
+            name = min(fields)
+            raise Unsupported(
+                f"{name}: the upstream of {model!r} does not honour it; leave it out.", param=name
+            )
+
+    def worst_case_tokens(self, body: Body) -> int:
+        """Return the maximum number of tokens of one candidate, for the model in the body."""
+        if "messages" not in body:
+            return super().worst_case_tokens(body)
+        context_length = self._models.context_length(self._model_of(body))
+        return super().worst_case_tokens({"max_tokens": context_length, **body})
+
+    def sample(self, draw: Draw) -> Stream:
+        """Start the draw at the upstreams.
+
+        Raises:
+            Unavailable: the engine is closed, or no upstream that can be steered was reached.
+        """
+        if self._closed:
+            raise Unavailable("the engine was shut down")
+        drawing = self._drawing(draw)
+        drawing.start()
+        self._drawings.add(drawing)
+        return drawing.stream
+
+    def _drawing(self, draw: Draw) -> UpstreamDrawing | SteeredDrawing:
+        model = self._model_of(draw.body)
+        is_steered = draw.steering is not None and any(draw.steering.beta.values())
+        if self._steerer is None or draw.steering is None or not is_steered:
+            return UpstreamDrawing(self.client, self._sizes, draw, model, self._drawings.discard)
+        # Like the steerer, this needs torch.
+        from infer_align.engines.openai.steered import SteeredDrawing  # noqa: PLC0415
+
+        return SteeredDrawing(
+            self._steerer,
+            self.client,
+            draw,
+            draw.steering,
+            model,
+            self._models.context_length(model),
+            self._drawings.discard,
+        )
+
+    def _model_of(self, body: Body) -> str:
+        name = body.get("model")
+        return name if isinstance(name, str) and name in self.models else self.model
+
+    # --- labels, and responses of the upstream ---
+
+    async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
+        """Read the labels from top logprobs; labels.py explains how exact that is.
+
+        Raises:
+            Unsupported: the upstreams return no top logprobs.
+            UpstreamFailed: no upstream answered.
+        """
+        await self._features.find(self.model, LABEL_FEATURES)
+        if Capability.LABEL_LOGPROBS not in self.capabilities:
+            return await super().read_labels(query)
+        return await read_labels(
+            self.client,
+            self.model,
+            query,
+            continues="continue" in self._features.supported(self.model),
+            limit_name=self._features.limit_name(self.model),
+        )
+
+    @asynccontextmanager
+    async def relay(
+        self, method: str, path: str, content: bytes | None, model: str | None
+    ) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
+        """Yield an upstream's own response: its content type, and its bytes as they arrive.
+
+        Args:
+            method: the HTTP method.
+            path: path and query below the base URL.
+            content: the body, if any.
+            model: only upstreams that serve it get the request.
+
+        Raises:
+            Unsupported: the upstream does not have the route.
+            InvalidRequest: the upstream refuses the request.
+            UpstreamFailed: the upstream failed; also while the bytes are read.
+        """
+        try:
+            async with self.client.relay(method, path, content, model=model) as response:
+                content_type = response.headers.get("Content-Type", "application/json")
+                yield content_type, read_bytes(response)
+        except UpstreamFailed as error:
+            if _means_no_route(error):
+                raise Unsupported(
+                    f"{method} /v1{path.partition('?')[0]}: the upstream does not serve this; "
+                    "use /v1/chat/completions.",
+                    code="not_served",
+                    status=404,
+                ) from None
+            raise refusal(error) if error.refused else error from None
+
+
+def _needed_features(draw: Draw) -> set[str]:
+    """Return the features of a draw that an upstream may be seen to ignore."""
+    if draw.steering and any(draw.steering.beta.values()):
+        needed = {STEER}
+        if draw.steering.tail == "keep":
+            needed.add("logit_bias")
+        return needed
+    needed = {"completion"} if draw.kind == "completion" else set()
+    for feature, names in FIELDS.items():
+        is_present = any(draw.body.get(name) for name in names)
+        if is_present and feature not in EFFECT_MAY_BE_HIDDEN:
+            needed.add(feature)
+    return needed
+
+
+def _means_no_route(error: UpstreamFailed) -> bool:
+    """Return True for the error of a server without the route, False for one about its content."""
+    is_generic = error.param is None and error.code == UpstreamFailed.code
+    message = error.message.rstrip(".")
+    is_route_status = error.status in NO_ROUTE_STATUSES
+    return is_route_status and is_generic and bool(NO_ROUTE_MESSAGE.fullmatch(message))
