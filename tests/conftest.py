@@ -3,11 +3,16 @@
 # ruff: noqa: PLC0415 - torch is loaded by the tests that want it
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Each worker of a parallel run has one core. More threads would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TEMPLATE = (
     "{% for m in messages %}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import os
 import re
@@ -23,6 +24,9 @@ from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.objectives import Ensemble
 from infer_align_server.wire.stream_options import StreamOptions
+
+# One worker parses every file once.
+pytestmark = pytest.mark.xdist_group("repo")
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [
@@ -90,6 +94,7 @@ def python(code: str) -> str:
     return done.stdout
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -330,6 +335,7 @@ def test_the_package_exports_what_it_imports_and_nothing_else() -> None:
     python(code)
 
 
+@pytest.mark.slow
 def test_importing_it_is_light(record_property: Any) -> None:
     code = (
         "import sys, time\n"
@@ -341,6 +347,7 @@ def test_importing_it_is_light(record_property: Any) -> None:
     record_property("import_seconds", float(python(code)))
 
 
+@pytest.mark.slow
 def test_the_server_needs_no_torch_for_an_engine_without_it() -> None:
     code = (
         "import sys; from infer_align import config; from infer_align_server import cli, app\n"

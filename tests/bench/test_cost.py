@@ -184,6 +184,7 @@ def results(tmp_path: Path) -> list[str]:
     return [write_result(tmp_path / f"{i}.json", setting) for i, setting in enumerate(grid)]
 
 
+@pytest.mark.slow
 def test_the_command_plans_from_results(
     tmp_path: Path, results: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +201,7 @@ def test_the_command_plans_from_results(
     assert plan["plan"]["replicas"] in [queue["replicas"] for queue in plan["simulated"]]
 
 
+@pytest.mark.slow
 def test_the_command_finds_the_replicas_for_a_percentile(
     tmp_path: Path, results: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,6 +153,7 @@ def test_two_targets_get_slices() -> None:
     assert Counter(span.target for span in spans[::2]) == {"A": 2, "B": 2}, "each leads equally"
 
 
+@pytest.mark.slow
 def test_a_slow_target_does_not_change_the_other_ones_figures() -> None:
     load = Load(concurrency=4, requests=48)
     fast, slow = 0.01, 0.04
@@ -247,6 +248,7 @@ def test_an_open_loop_with_a_limit_queues_in_the_client() -> None:
     assert len(run.samples) == 20
 
 
+@pytest.mark.slow
 def test_each_target_has_a_limit_of_its_own() -> None:
     load = Load(None, rate=200.0, requests=20, max_in_flight=1)
     run = apply(load, SerialEndpoint("A", 0.06), SerialEndpoint("B", 0.001))

@@ -21,6 +21,7 @@ def batched(in_flight: int) -> float:
     return 1.0 + 0.1 * in_flight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_one_slot_with_exponential_work(load: float) -> None:
     """M/M/1: latencies are exponential with mean 1 / (1 - load)."""
@@ -33,6 +34,7 @@ def test_one_slot_with_exponential_work(load: float) -> None:
     assert not simulated.growing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [0.5, 0.8])
 def test_one_slot_with_equal_work(load: float) -> None:
     """M/D/1: the mean wait is load / (2 (1 - load)) (Pollaczek and Khinchine)."""
@@ -40,6 +42,7 @@ def test_one_slot_with_equal_work(load: float) -> None:
     assert simulated.mean == pytest.approx(1 + load / (2 * (1 - load)), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.0, 0.5, 1.0])
 def test_processor_sharing(spread: float) -> None:
     """M/G/1 with processor sharing: the mean is 1 / (1 - load) for any distribution of work."""
@@ -48,6 +51,7 @@ def test_processor_sharing(spread: float) -> None:
     assert simulated.waited == 0
 
 
+@pytest.mark.slow
 def test_several_slots() -> None:
     """M/M/c with c = 4 and 70% load: Erlang's C is the share that waits."""
     offered = 2.8
@@ -71,6 +75,7 @@ def test_an_overloaded_queue_grows() -> None:
     assert simulate(constant, 1.3, 1, 1).growing
 
 
+@pytest.mark.slow
 def test_replicas_for_a_percentile() -> None:
     replicas, simulated = replicas_for(batched, 40.0, 8, 3.0)
     assert simulated.p99 <= 3.0
@@ -79,6 +84,7 @@ def test_replicas_for_a_percentile() -> None:
     assert fewer.p99 > 3.0 or fewer.growing
 
 
+@pytest.mark.slow
 def test_a_percentile_below_the_latency_of_one_request_is_refused() -> None:
     with pytest.raises(ConfigError, match="is too short: a single request without other load"):
         replicas_for(constant, 5.0, 4, 0.5)

@@ -138,6 +138,7 @@ def test_one_candidate_is_the_model_alone(name: str) -> None:
 # --- the registry itself ---
 
 
+@pytest.mark.slow
 def test_listing_imports_nothing() -> None:
     code = (
         "import sys; from infer_align.config import registry\n"
@@ -236,6 +237,7 @@ def outside(tmp_path: Path, align: str, needs: str = "()") -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_method_is_added_without_editing_anything(tmp_path: Path) -> None:
     assert outside(tmp_path, '{"twice": {"times": 3}}') == [["twice"], ["a"], 3]
     assert outside(tmp_path, '{"twice": {}, "best_of_n": {"n": 2}}')[2] == 4, "and it composes"
@@ -243,6 +245,7 @@ def test_a_method_is_added_without_editing_anything(tmp_path: Path) -> None:
     assert "did you mean 'twice'?" in outside(tmp_path, '{"twic": {}}')[2]
 
 
+@pytest.mark.slow
 def test_a_method_from_outside_that_needs_what_the_engine_lacks(tmp_path: Path) -> None:
     code, param, message = outside(tmp_path, '{"twice": {}}', '{"steer"}')
     assert (code, param) == ("unsupported", "align.twice")

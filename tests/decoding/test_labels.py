@@ -49,6 +49,7 @@ def enumerated(vocabulary: dict[str, int], labels: tuple[str, ...]) -> dict[str,
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "vocabulary", [DIGITS, TWO_DIGITS, ODD], ids=["digits", "two digits", "mixed"]
 )

@@ -74,6 +74,7 @@ WARPERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("params", "warpers"), WARPERS, ids=lambda v: str(v) if isinstance(v, dict) else ""
 )
@@ -84,6 +85,7 @@ def test_the_distribution_is_that_of_the_warpers_of_transformers(logits, params,
     assert agree(frequencies(logits, **params), warped[0].softmax(-1).double().cpu().numpy())
 
 
+@pytest.mark.slow
 def test_the_check_itself_can_fail(logits):
     assert not agree(
         frequencies(logits, temperature=1.1), logits[0].softmax(-1).double().cpu().numpy()

@@ -47,6 +47,7 @@ def test_the_pieces_add_up_to_the_text(request, tokenizer, text):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["byte_level", "byte_fallback"])
 @QUICK
 @given(

@@ -124,6 +124,7 @@ def test_half_of_the_replies_open_rudely() -> None:
     assert sum(opened) / len(opened) == pytest.approx(0.5, abs=0.04)
 
 
+@pytest.mark.slow
 def test_the_package_and_the_world_load_no_torch() -> None:
     code = (
         "import sys, infer_align.demo, infer_align.demo.world; "

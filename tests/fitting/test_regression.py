@@ -227,6 +227,7 @@ def sgd(training: Replies, testing: Replies, **options: Any) -> dict[str, torch.
     return regression.fit_sgd(training, testing, V, **{**defaults, **options})
 
 
+@pytest.mark.slow
 def test_sgd_fits_a_value_that_no_linear_head_can_represent(plant: Any) -> None:
     training, testing = plant(saddle, 500, 0, D, V), plant(saddle, 50, 1, D, V)
     head = sgd(training, testing, epochs=40)
@@ -286,6 +287,7 @@ def values_of_steps(head: dict[str, torch.Tensor]) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 @pytest.mark.parametrize("form", ["ridge", "sgd"])
 def test_bootstrapped_targets_find_the_token_that_matters(form: str, lam: float) -> None:

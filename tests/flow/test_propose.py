@@ -81,6 +81,7 @@ class Deaf(FakeEngine):
         return stream
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_stop_is_left_after_a_grace() -> None:
     source = Deaf(Fake(replies=(Reply("1"), Reply("2", first_token_seconds=600))))
     response = run(scored(2, deadline_seconds=1.0), source)

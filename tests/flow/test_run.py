@@ -24,6 +24,7 @@ def test_the_best_is_returned_and_everything_is_accounted_for() -> None:
     assert timing.total_seconds >= timing.generate_seconds + timing.score_seconds - 1e-9
 
 
+@pytest.mark.slow
 def test_a_deadline_while_scoring() -> None:
     response = run(
         scored(reward=Scripted(forever, timeout=60), n_returned=2, deadline_seconds=1.0),

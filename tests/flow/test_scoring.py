@@ -164,6 +164,7 @@ def test_a_pipelined_reward_that_fails_for_one_candidate_fails_for_it_alone() ->
     assert "not this one" in (response.scores.notes["r"][1] or "")
 
 
+@pytest.mark.slow
 def test_a_pipelined_reward_ends_with_the_deadline_and_with_the_request() -> None:
     ended: list[str] = []
     started: list[str] = []

@@ -44,6 +44,7 @@ def sample_one_row(logits: list[float], temperature: float = 1.0, seed: int = 0)
     )
 
 
+@pytest.mark.slow
 @DTYPES
 @SHAPES
 def test_sampling_by_a_head_matches_the_definition(
@@ -58,6 +59,7 @@ def test_sampling_by_a_head_matches_the_definition(
     float64.assert_sampled(sampled, steered, frozen, temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["keep", "mask", "per_row"])
 @SHAPES
 def test_sampling_by_candidates_matches_the_definition(
@@ -294,6 +296,7 @@ def chi_square_z(tokens: torch.Tensor, probabilities: np.ndarray, bins: int) -> 
     return float((statistic - bins) / np.sqrt(2 * bins))
 
 
+@pytest.mark.slow
 def test_the_sampler_follows_the_distribution() -> None:
     draws = 60_000
     row = torch.randn(1, 1300, generator=torch.Generator().manual_seed(1)) * 1.5

@@ -63,6 +63,7 @@ def same(values: np.ndarray, expected: np.ndarray) -> bool:
     return values.shape == expected.shape and np.allclose(values, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Mistral", "GPT2", "Bert", "Gemma2"])
 @pytest.mark.parametrize("labels", [1, 3])
 async def test_scores_equal_a_direct_forward(architecture, labels, reward_model):

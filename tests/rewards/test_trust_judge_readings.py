@@ -169,6 +169,7 @@ def test_metrics(case: dict[str, Any]) -> None:
 # --- invariants of every judge ---
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(SCALES, st.data())
 def test_scores_stay_on_the_scale_and_do_not_depend_on_order(
@@ -248,6 +249,7 @@ def test_a_judge_that_ranks_is_consistent(scores: list[float]) -> None:
     assert cycles(pairs) == []
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.data())
 def test_the_numbering_of_items_does_not_matter(data: st.DataObject) -> None:

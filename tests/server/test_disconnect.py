@@ -130,6 +130,7 @@ def test_a_disconnect_during_the_body_is_counted(serve: Any) -> None:
     assert live.metric("infer_align_requests_total", status="500") == 0
 
 
+@pytest.mark.slow
 def test_64_disconnects_at_once_cancel_everything(serve: Any) -> None:
     live = serve(script(DECODE))
     before = disconnects(live)

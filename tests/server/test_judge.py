@@ -457,6 +457,7 @@ def test_the_prompt_of_a_text_completion_is_judged_too(configured: Any) -> None:
     assert "Once upon a" in configured.engine.queries[-1].messages[1]["content"]
 
 
+@pytest.mark.slow
 def test_counting_subsets_does_not_block_the_server(serve: Callable[[str], Any]) -> None:
     live = serve('[engine]\nkind = "fake"\n[limits]\nmax_completion_tokens = 100_000\n')
     slowest = 0.0

@@ -40,6 +40,7 @@ def report(answer: Any) -> Any:
     return answer.model_extra["align"]
 
 
+@pytest.mark.slow
 def test_a_slider_from_brief_to_thorough(client: openai.OpenAI) -> None:
     words = []
     for verbosity in (-0.5, 0.0, 0.5):
@@ -49,6 +50,7 @@ def test_a_slider_from_brief_to_thorough(client: openai.OpenAI) -> None:
     assert words[0] < words[1] < words[2], words
 
 
+@pytest.mark.slow
 def test_rps(client: openai.OpenAI) -> None:
     answer = ask(client, {"dpa": {"direction": HELPFUL}, "rps": {"k": 5}})
     align = report(answer)

@@ -165,6 +165,7 @@ async def _gather(base_url: str, count: int) -> list[str | None]:
         return await asyncio.gather(*(one(i) for i in range(count)))
 
 
+@pytest.mark.slow
 def test_64_async_clients_at_once(numbers: Any) -> None:
     texts = asyncio.run(_gather(numbers.base_url, 64))
     assert texts == ["candidate 3", "candidate 9"] * 32

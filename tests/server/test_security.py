@@ -188,6 +188,7 @@ def test_no_header_or_field_changes_where_the_key_goes(
     assert SERVER_KEY not in text.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

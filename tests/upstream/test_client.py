@@ -88,6 +88,7 @@ async def test_a_connection_lost_at_once_is_retried_if_it_was_kept_alive(
     await assert_calls(up, sender, "reset", calls, kept_alive=kept_alive)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "calls"), [("slow_reset", 1), ("error_502", 1), ("hang", 1), ("error_503", 2)]
 )

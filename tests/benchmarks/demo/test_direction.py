@@ -49,6 +49,7 @@ def test_a_draft_has_the_traits_of_its_wording(seed: int) -> None:
     assert world.read(question, world.write(question, draft, rng)) == world.traits(question, draft)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**9), st.floats(-60, 60))
 def test_more_draws_give_better_replies(seed: int, degrees: float) -> None:
     v = direction.direction_at(degrees)

@@ -12,6 +12,7 @@ from infer_align.demo import world
 from infer_align.rewards.trust_judge.prompts import BETTER, SCORE, SIDES, labels
 
 
+@pytest.mark.slow
 def test_scores_follow_gold_with_noise() -> None:
     rng = random.Random(0)
     scores = []
@@ -29,6 +30,7 @@ def test_scores_follow_gold_with_noise() -> None:
     assert all(value % 5 == 0 for value in scores), "people rate in round numbers"
 
 
+@pytest.mark.slow
 def test_comparisons_prefer_the_first_answer() -> None:
     rng = random.Random(0)
     chosen = []

@@ -44,6 +44,7 @@ def test_awkward_text_survives(text: str) -> None:
     assert TOKENIZER.decode(ids(text)) == text
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_any_text_survives(text: str) -> None:
     assert TOKENIZER.decode(ids(text)) == text

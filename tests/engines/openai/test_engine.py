@@ -59,6 +59,7 @@ async def test_stop_finishes_all_candidates_with_their_text(
     assert await until(lambda: server.idle(0.0))
 
 
+@pytest.mark.slow
 async def test_one_candidate_is_stopped_and_the_other_finishes(
     engine: OpenAIEngine, draw: MakeDraw
 ) -> None:
@@ -115,6 +116,7 @@ def test_a_wrong_configuration_is_refused(config: dict[str, Any]) -> None:
         OpenAI(**{"urls": "http://x", **config}).load()
 
 
+@pytest.mark.slow
 def test_forwarding_needs_neither_torch_nor_the_sdk() -> None:
     code = (
         "import sys, infer_align.engines.openai\n"

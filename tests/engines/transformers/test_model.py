@@ -44,6 +44,7 @@ async def answer(engine, draw, finish, prompt: str, tokens: int, **fields):
     return candidate.choice["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 async def test_greedy_decoding_equals_generate_alone_and_in_a_changing_batch(
     architecture, serving, draw, finish

@@ -68,6 +68,7 @@ async def test_the_distribution_is_that_of_the_model(serving, architecture, labe
 
 
 # The attention of this Mistral reaches eight columns back.
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral"])
 @pytest.mark.parametrize("prefill_tokens", [16, 1024])
 async def test_questions_at_once_give_the_same_as_alone(serving, architecture, prefill_tokens):

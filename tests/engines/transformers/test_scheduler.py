@@ -169,6 +169,7 @@ def gib(engine_cells: int) -> float:
     return engine_cells * (2 * 2 * 8 * 2 * 4) / 2**30
 
 
+@pytest.mark.slow
 async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, finish):
     async with serving(kv_cache_gib=gib(100) * 1.001) as engine:
         assert engine._started.scheduler.capacity == 100
@@ -195,6 +196,7 @@ async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, fi
         assert candidate.prompt_tokens + candidate.completion_tokens == 100
 
 
+@pytest.mark.slow
 async def test_prompts_that_wait_for_room_are_not_all_read_ahead(serving, draw, finish):
     async with serving(kv_cache_gib=gib(200) * 1.001) as engine:
         forwards = Forwards(engine)
@@ -211,6 +213,7 @@ async def test_prompts_that_wait_for_room_are_not_all_read_ahead(serving, draw, 
     assert max(prefilled) <= 200
 
 
+@pytest.mark.slow
 async def test_a_large_request_does_not_hold_up_a_small_one(serving, draw, finish, until, running):
     async with serving(max_batch=4) as engine:
         big = asyncio.create_task(
@@ -222,6 +225,7 @@ async def test_a_large_request_does_not_hold_up_a_small_one(serving, draw, finis
         assert len((await big)[0]) == 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [16, 1024])
 async def test_a_failing_prefill_fails_only_its_request(
     serving, draw, finish, parts, caplog, until

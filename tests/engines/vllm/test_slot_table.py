@@ -114,6 +114,7 @@ def test_each_row_is_steered_by_its_own_request(
     assert table.batch(slots) is batch, "the batch is made again only after a change"
 
 
+@pytest.mark.slow
 @given(ASSIGNMENTS, st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=9))
 @settings(deadline=None, max_examples=60)
 def test_a_slot_may_have_several_rows(

@@ -53,6 +53,7 @@ async def served(
 TRAFFIC = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50)), max_size=40)
 
 
+@pytest.mark.slow
 @given(TRAFFIC)
 @settings(max_examples=200, deadline=None)
 def test_waiting_callers_get_equal_shares(arrivals: Arrivals) -> None:
@@ -79,6 +80,7 @@ def test_waiting_callers_get_equal_shares(arrivals: Arrivals) -> None:
                 )
 
 
+@pytest.mark.slow
 @given(TRAFFIC, st.data())
 @settings(max_examples=100, deadline=None)
 def test_each_caller_keeps_its_order_when_requests_leave(

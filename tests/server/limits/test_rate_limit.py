@@ -55,6 +55,7 @@ USES = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(st.integers(1, 100), USES)
 def test_retry_after_is_true_and_the_average_holds(
     per_minute: int, uses: list[tuple[str, int, float, float]]
@@ -125,6 +126,7 @@ def test_a_deadline_is_charged_and_a_failure_is_not() -> None:
         assert before - bucket.available("a") == paid
 
 
+@pytest.mark.slow
 def test_a_bucket_refills_and_full_buckets_are_deleted() -> None:
     rate, clock = allowance(60)
     for _ in range(60):

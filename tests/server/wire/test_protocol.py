@@ -158,6 +158,7 @@ def test_an_incomplete_head_is_closed(
         assert raw.recv(100) == b""
 
 
+@pytest.mark.slow
 def test_a_slow_second_head_is_closed(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     live = serve('# head seconds\n[engine]\nkind = "fake"\n')
     monkeypatch.setattr(BoundedProtocol, "head_seconds", 3.0)
