@@ -18,6 +18,7 @@ import numpy as np
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
 from infer_align.rewards._encoding import Encoder
+from infer_align.rewards._labels import Labels, check_labels
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
 from infer_align.types import Array, ScoringUsage
 
@@ -40,6 +41,19 @@ class RewardModelSection:
         metadata={
             "description": "Names of the model's labels, if each label is an objective. Without "
             "names, each label is a member of the ensemble."
+        },
+    )
+    label: str | None = field(
+        default=None,
+        metadata={
+            "description": "Name of one label of the model, such as POSITIVE. The score is then "
+            "its log-odds."
+        },
+    )
+    members: bool = field(
+        default=False,
+        metadata={
+            "description": "Average the labels as members of an ensemble, although they have names."
         },
     )
     scaling: dict[str, Scaling] = field(default_factory=dict, metadata=SCALING)
@@ -75,16 +89,22 @@ class RewardModelSection:
         return self.models or (self.model or "",)
 
     def check_models(self, kind: str) -> None:
-        """Refuse a section that does not name its models, or scales an unknown attribute.
+        """Refuse a section that does not name its models, or contradicts itself.
 
         Raises:
-            ConfigError: neither or both of `model` and `models` are set, or `scaling` names an
-                unknown attribute.
+            ConfigError: neither or both of `model` and `models` are set, or more than one of
+                `attributes`, `label` and `members`, or `scaling` names an unknown attribute.
         """
         if bool(self.model) == bool(self.models):
             raise ConfigError(
                 f"{kind}: set either model or models: model = 'path' for one reward model, "
                 f"models = ['path', ...] for several."
+            )
+        meanings = [bool(self.attributes), self.label is not None, self.members]
+        if sum(meanings) > 1:
+            raise ConfigError(
+                f"{kind}: attributes, label and members give the labels different meanings; "
+                "set one of them."
             )
         check_scaling(kind, self.scaling, self.attributes)
 
@@ -101,8 +121,8 @@ class LoadedModel(Protocol):
     """A reward model that is ready to score."""
 
     @property
-    def labels(self) -> int:
-        """The number of scores that the model gives one text."""
+    def labels(self) -> Labels:
+        """The labels of the model. It gives one logit for each."""
 
     @property
     def encoder(self) -> Encoder:
@@ -143,27 +163,39 @@ class RewardModelEnsemble(Reward, Generic[Model]):
         """Load the models one after the other.
 
         Raises:
-            ConfigError: a model cannot be loaded, or its number of labels is not the number of
-                `attributes`.
+            ConfigError: a model cannot be loaded or cannot score, or its labels do not fit the
+                configuration.
         """
         for path in self.config.paths:
             model = await self._load(path)
             # Stored before the checks, so that `close` also frees a model that is refused.
             self._models.append(model)
             await self._check(model)
+            self._check_labels(path, model)
             await self._check_probe(path, model)
             self._check_special_tokens(path, model)
-            if self.attributes and len(self.attributes) != model.labels:
-                raise ConfigError(
-                    f"{self.kind}.attributes: {len(self.attributes)} names for the {model.labels} "
-                    f"labels of {path!r}; "
-                    f"give one name per label."
-                )
         names = [Path(path).name for path in self.config.paths]
-        labels = [model.labels for model in self._models]
-        self.members = member_names(names, labels, self.attributes)
+        labels = [len(model.labels.names) for model in self._models]
+        one_score = bool(self.attributes) or self.config.label is not None
+        self.members = tuple(names) if one_score else member_names(names, labels)
         members = ", ".join(self.members)
         self.description = self.config.description or f"reward model ensemble: {members}"
+
+    def _check_labels(self, path: str, model: Model) -> None:
+        """Refuse a model if the configuration does not say what its labels mean.
+
+        Raises:
+            ConfigError: see `check_labels`.
+        """
+        config = self.config
+        try:
+            warning = check_labels(
+                path, model.labels, config.label, config.attributes, members=config.members
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{self.kind}: {error.message}") from None
+        if warning:
+            self.warnings = (*self.warnings, warning)
 
     async def _check_probe(self, path: str, model: Model) -> None:
         """Refuse a model that cannot score a short conversation of a user and an assistant.
@@ -211,19 +243,20 @@ class RewardModelEnsemble(Reward, Generic[Model]):
     def _arrange(self, logits: Sequence[Array]) -> Array:
         """Turn one [labels] per model into [A, K].
 
-        Labels are objectives, or members of the only objective.
+        Labels are objectives, or members of the only objective. If one label is configured, its
+        log-odds are the score.
         """
         if self.attributes:
             return np.stack(logits, axis=1)
+        label = self.config.label
+        if label is not None:
+            pairs = zip(self._models, logits, strict=True)
+            return np.array([[model.labels.log_odds(label, each) for model, each in pairs]])
         return np.concatenate(logits)[None]
 
 
-def member_names(
-    names: Sequence[str], labels: Sequence[int], attributes: Sequence[str]
-) -> tuple[str, ...]:
-    """Name the members of an ensemble. Without attributes, a model with K labels is K members."""
-    if attributes:
-        return tuple(names)
+def member_names(names: Sequence[str], labels: Sequence[int]) -> tuple[str, ...]:
+    """Name the members of an ensemble in which a model with K labels is K members."""
     members: list[str] = []
     for name, count in zip(names, labels, strict=True):
         if count == 1:

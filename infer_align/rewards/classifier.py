@@ -23,6 +23,7 @@ from infer_align.errors import ConfigError, Unavailable
 from infer_align.rewards import RewardScores
 from infer_align.rewards._conversation import Conversation, turns
 from infer_align.rewards._encoding import PROBE, Encoded, make_encoder
+from infer_align.rewards._labels import Labels
 from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
 from infer_align.types import Array, Candidate, Messages
 
@@ -168,7 +169,7 @@ class _TorchModel:
         path = locate(path)
         self.tokenizer, model = _load_classifier(path, config.dtype)
         self.model = model.to(_device(config.device)).eval()
-        self.labels = int(self.model.config.num_labels)
+        self.labels = Labels.of(self.model.config)
         self.config = self.model.config.get_text_config()
         pad = self.config.pad_token_id
         self.has_padding_token = pad is not None and pad >= 0
@@ -202,11 +203,14 @@ class _TorchModel:
             return self._result(encoded, self._logits([encoded.ids])[0])
         except Exception as error:
             note = f"the reward model cannot read the text: {type(error).__name__}: {error}"
-            return TextScore(np.full(self.labels, np.nan), 0, note)
+            return TextScore(self._unscored(), 0, note)
 
     def _result(self, encoded: Encoded, logits: Array) -> TextScore:
-        values = logits if encoded.ids else np.full(self.labels, np.nan)
+        values = logits if encoded.ids else self._unscored()
         return TextScore(values, len(encoded.ids), encoded.note)
+
+    def _unscored(self) -> Array:
+        return np.full(len(self.labels.names), np.nan)
 
     def _logits(self, rows: Sequence[list[int]]) -> Array:
         """Run the model on rows of token ids and return [rows, labels]."""

@@ -23,6 +23,7 @@ from infer_align.errors import AlignError, ConfigError, Unavailable
 from infer_align.rewards import RewardScores
 from infer_align.rewards._conversation import Conversation, turns
 from infer_align.rewards._encoding import PROBE, make_encoder
+from infer_align.rewards._labels import Labels
 from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
 from infer_align.types import Candidate, Messages
 from infer_align.vllm import package as vllm_package
@@ -134,7 +135,7 @@ class _PoolingModel:
             raise ConfigError(
                 f"pooling: {path!r} cannot be loaded as a sequence classifier: {error}"
             ) from error
-        self.labels = compat.label_count(self._engine)
+        self.labels = Labels.of(compat.classifier_config(self._engine))
         self.encoder = make_encoder(
             self.tokenizer,
             config.chat_template,
@@ -179,7 +180,7 @@ class _PoolingModel:
 
         # Encoding blocks, and long texts take milliseconds.
         ids, note = await asyncio.to_thread(self.encoder.encode, conversation)
-        unscored = np.full(self.labels, np.nan)
+        unscored = np.full(len(self.labels.names), np.nan)
         if not ids:
             return TextScore(unscored, 0, note)
         request_id = f"score-{next(self._request_numbers)}"

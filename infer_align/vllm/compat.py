@@ -292,9 +292,9 @@ def _check_classifier(model: str, hf_config: Any) -> None:
     )
 
 
-def label_count(engine: AsyncLLM) -> int:
-    """Return the number of labels of a pooling engine's model."""
-    return int(engine.model_config.hf_config.num_labels)
+def classifier_config(engine: AsyncLLM) -> Any:
+    """Return the transformers configuration of a pooling engine's model, which has its labels."""
+    return engine.model_config.hf_config
 
 
 def readable_tokens(engine: AsyncLLM) -> int:

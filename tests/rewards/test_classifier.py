@@ -291,6 +291,102 @@ async def test_a_model_that_does_not_fit_its_section_is_refused(reward_model, tm
             wrong.load()
 
 
+SENTIMENT = {0: "NEGATIVE", 1: "POSITIVE"}
+STARS = {0: "bad", 1: "fair", 2: "good"}
+SINGLE = "single_label_classification"
+MULTIPLE = "multi_label_classification"
+
+
+def classes(reward_model, names, problem=None) -> str:
+    """Return the folder of a classifier whose labels have names."""
+    label2id = {name: index for index, name in names.items()}
+    fields = {"id2label": names, "label2id": label2id, "problem_type": problem}
+    return reward_model("Bert", len(names), **fields)
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (SENTIMENT, None),
+        (SENTIMENT, SINGLE),
+        (STARS, None),
+        (STARS, "regression"),
+        ({0: "toxic", 1: "rude"}, MULTIPLE),
+        ({0: "LABEL_0", 1: "LABEL_1"}, SINGLE),
+        ({0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}, MULTIPLE),
+    ],
+)
+async def test_classes_without_a_meaning_are_refused(reward_model, names, problem):
+    path = classes(reward_model, names, problem)
+    with pytest.raises(ConfigError) as raised:
+        await started(model=path)
+    message = raised.value.message
+    assert ", ".join(names.values()) in message
+    assert f'label = "{names[len(names) - 1]}"' in message
+    assert "attributes = [...]" in message
+    assert "members = true" in message
+    as_members = await started(model=path, members=True)
+    assert len(as_members.members) == len(names)
+    assert as_members.warnings == ()
+    await as_members.close()
+
+
+@pytest.mark.parametrize("problem", [None, SINGLE])
+@pytest.mark.parametrize("names", [SENTIMENT, STARS])
+async def test_the_score_of_one_class_is_its_log_odds(reward_model, names, problem):
+    path = classes(reward_model, names, problem)
+    logits = torch.from_numpy(direct(path))
+    for index, label in names.items():
+        reward = await started(model=path, label=label)
+        scores = await reward.score(ASK, candidates())
+        expected = torch.logit(torch.softmax(logits.double(), 0)[index])
+        assert same(scores.values[0, 0], expected.numpy())
+        assert scores.values.shape == (1, 1, len(TEXTS))
+        assert len(reward.members) == 1
+        await reward.close()
+
+
+@pytest.mark.parametrize("problem", [MULTIPLE, "regression"])
+async def test_the_score_of_an_independent_label_is_its_logit(reward_model, problem):
+    path = classes(reward_model, STARS, problem)
+    reward = await started(model=path, label="fair")
+    assert same((await reward.score(ASK, candidates())).values[0, 0], direct(path)[1])
+    await reward.close()
+
+
+async def test_one_label_of_several_models_is_an_ensemble(reward_model):
+    # The order of the labels may differ between the models.
+    paths = (classes(reward_model, SENTIMENT), classes(reward_model, {0: "POSITIVE", 1: "x"}))
+    reward = await started(models=paths, label="POSITIVE")
+    scores = await reward.score(ASK, candidates([*TEXTS, "a\ud800"]))
+    first, second = (direct(path) for path in paths)
+    expected = np.stack([first[1] - first[0], second[0] - second[1]])
+    assert same(scores.values[0, :, :-1], expected)
+    assert np.isnan(scores.values[0, :, -1]).all()
+    assert len(reward.members) == 2
+    await reward.close()
+
+
+async def test_labels_without_names_are_members_with_a_warning(reward_model):
+    reward = await started(model=reward_model("Bert", 5))
+    assert len(reward.members) == 5
+    assert "LABEL_0, LABEL_1, LABEL_2, LABEL_3, LABEL_4 are averaged" in reward.warnings[0]
+    await reward.close()
+    reward = await started(model=reward_model("Bert", 1, problem_type="regression"))
+    assert reward.warnings == ()
+    await reward.close()
+
+
+async def test_a_wrong_label_is_refused(reward_model):
+    path = classes(reward_model, SENTIMENT)
+    with pytest.raises(ConfigError, match="did you mean 'POSITIVE'"):
+        await started(model=path, label="POSTIVE")
+    with pytest.raises(ConfigError, match="set one of them"):
+        Classifier(model=path, label="POSITIVE", members=True).load()
+    with pytest.raises(ConfigError, match="set one of them"):
+        Classifier(model=path, label="POSITIVE", attributes=("a", "b")).load()
+
+
 async def test_objectives_are_scaled_by_the_section(reward_model):
     path = reward_model(labels=2)
     raw = await started(model=path, attributes=("a", "b"))

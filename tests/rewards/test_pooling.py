@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,31 @@ async def test_wrong_attributes_and_a_model_without_labels_are_refused(
         # vLLM would load this model with a head of random weights.
         with pytest.raises(ConfigError, match="is no sequence classifier: it is LlamaForCausalLM"):
             await Pooling(model="demo", options=OPTIONS).load().start()
+
+
+@pytest.mark.slow
+async def test_classes_need_a_meaning_and_one_label_is_scored_by_its_log_odds(
+    pooling_model: Callable[[int], str], tmp_path: Path
+) -> None:
+    shutil.copytree(pooling_model(3), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["id2label"] = {"0": "bad", "1": "fair", "2": "good"}
+    config["label2id"] = {"bad": 0, "fair": 1, "good": 2}
+    file.write_text(json.dumps(config))
+    path = str(tmp_path)
+    with environment():
+        reward = Pooling(model=path, options=OPTIONS).load()
+        with pytest.raises(ConfigError, match=r'labels bad, fair, good.*label = "good"'):
+            await reward.start()
+        await reward.close()
+        reward = Pooling(model=path, label="fair", options=OPTIONS).load()
+        await reward.start()
+        scores = await reward.score(QUESTION, candidates())
+        await reward.close()
+    logits = torch.from_numpy(transformers_logits(path, TEXTS, 256))
+    expected = torch.logit(torch.softmax(logits, 0)[1])
+    np.testing.assert_allclose(scores.values[0, 0], expected.numpy(), atol=1e-4)
 
 
 SECTION = """
