@@ -131,16 +131,23 @@ def json_grammar(schema: Mapping[str, Any], param: str, style: JsonStyle = COMPA
     Raises:
         InvalidRequest: the schema is nested too deeply.
     """
+    return Grammar(LLMatcher.grammar_from_json_schema(json_schema_of(schema, param, style)), param)
+
+
+def json_schema_of(schema: Mapping[str, Any], param: str, style: JsonStyle = COMPACT_JSON) -> str:
+    """Return a JSON schema as llguidance reads it, with the style as its own keyword.
+
+    Raises:
+        InvalidRequest: the schema is nested too deeply.
+    """
     try:
         narrowed = _with_real_dates(closed(schema) if style.closes_objects else schema)
-        options: Any = {**style.spacing}
-        text = LLMatcher.grammar_from_json_schema(json.dumps(narrowed), defaults=options)
+        return json.dumps({"x-guidance": {**style.spacing}, **narrowed})
     except (RecursionError, ValueError) as error:
         raise InvalidRequest(
             f"{param}: cannot be read as a JSON schema: {error}; must be a JSON schema.",
             param=param,
         ) from None
-    return Grammar(text, param)
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -26,16 +26,24 @@ _BYTE_OF_LETTER: dict[str, int] = {letter: byte for byte, letter in bytes_to_uni
 class TextStream:
     """The text of one candidate.
 
+    Args:
+        tokenizer: the model's tokenizer.
+        stops: the stop strings.
+        special: True to show special tokens.
+
     Attributes:
         text: the text so far, without the stop string and without an end that may begin one.
         stopped: True once a stop string has arrived.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stops: tuple[str, ...] = (), *, special: bool = False
+    ) -> None:
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
         self._stops = stops
+        self._skips_special = not special
         # Decoded text that may be the beginning of a stop string.
         self._held = ""
         # The tokens of the latest piece. The decoder needs them to place a leading space.
@@ -66,7 +74,9 @@ class TextStream:
         return piece
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.backend_tokenizer.decode(tokens, skip_special_tokens=True)
+        text: str = self._tokenizer.backend_tokenizer.decode(
+            tokens, skip_special_tokens=self._skips_special
+        )
         return text
 
     def _emit(self, piece: str, *, final: bool) -> str:

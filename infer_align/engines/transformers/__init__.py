@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from infer_align.decoding import structured_outputs
+from infer_align.decoding import structured_outputs, tools
+from infer_align.decoding.call_format import ToolUse, argument_grammar
 from infer_align.decoding.constraint import Constraint, ConstraintCompiler
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery, LabelTree, control_tokens
 from infer_align.decoding.params import SamplingParams, field_schemas
@@ -93,6 +94,12 @@ class Transformers:
 
 plugin = Transformers
 
+# Fields that the engine reads beside the sampling parameters.
+_CONSTRAINTS: Mapping[Kind, frozenset[str]] = {
+    "chat": structured_outputs.FIELDS | tools.FIELDS,
+    "completion": structured_outputs.FIELDS,
+}
+
 
 class _Started(NamedTuple):
     """The parts of an engine that has started."""
@@ -116,6 +123,7 @@ class TransformersEngine(Engine):
             Capability.LOGPROBS,
             Capability.LABEL_LOGPROBS,
             Capability.STRUCTURED,
+            Capability.TOOLS,
             Capability.STEER,
             Capability.ESTIMATES,
         }
@@ -214,16 +222,24 @@ class TransformersEngine(Engine):
         Raises:
             InvalidRequest: naming the field.
         """
-        SamplingParams.from_body(draw.body, draw.kind, also_read=structured_outputs.FIELDS)
+        SamplingParams.from_body(draw.body, draw.kind, also_read=_CONSTRAINTS[draw.kind])
+        request = _tool_request(draw)
         grammar = structured_outputs.read_grammar(draw.body)
-        if self._started:
-            self._started.values.check(draw)
-            if grammar is not None:
-                self._started.grammars.compile(grammar)
+        if self._started is None:
+            return
+        self._started.values.check(draw)
+        if grammar is not None:
+            self._started.grammars.compile(grammar)
+        if request is not None and request.is_required:
+            for tool in request.tools:
+                self._started.grammars.compile(argument_grammar(tool))
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""
-        return {**field_schemas(kind), **structured_outputs.field_schemas()}
+        constrained = structured_outputs.field_schemas()
+        if kind == "chat":
+            constrained |= tools.field_schemas()
+        return {**field_schemas(kind), **constrained}
 
     def sample(self, draw: Draw) -> Stream:
         """Queue the draw. Its candidates join the running batch as soon as there is room.
@@ -234,9 +250,11 @@ class TransformersEngine(Engine):
         """
         model, values, _, scheduler = self._parts()
         params = SamplingParams.from_body(
-            draw.body, draw.kind, model.sampling_defaults, structured_outputs.FIELDS
+            draw.body, draw.kind, model.sampling_defaults, _CONSTRAINTS[draw.kind]
         )
-        prompt = model.render(draw)
+        request = _tool_request(draw)
+        use = None if request is None else ToolUse.of(request, model.tokenizer)
+        prompt = model.render(draw, use.prefix if use else "", request)
         for token in params.logit_bias:
             if token >= model.vocabulary:
                 raise InvalidRequest(
@@ -254,7 +272,8 @@ class TransformersEngine(Engine):
             max_tokens,
             steering=values.steering_values(draw),
             estimates=values.estimate_values(draw),
-            constraint=self._constraint(draw),
+            constraint=self._constraint(draw, use),
+            tools=use,
         )
         if not scheduler.is_alive():
             raise Unavailable("the engine was shut down")
@@ -263,9 +282,11 @@ class TransformersEngine(Engine):
         job.loop.call_soon(_submit, scheduler, job)
         return job.stream
 
-    def _constraint(self, draw: Draw) -> Constraint | None:
+    def _constraint(self, draw: Draw, use: ToolUse | None) -> Constraint | None:
         """Return the compiled grammar of a draw; None if its text is free."""
-        grammar = structured_outputs.read_grammar(draw.body)
+        grammar = use.grammar if use else None
+        if grammar is None:
+            grammar = structured_outputs.read_grammar(draw.body)
         return None if grammar is None else self._parts().grammars.compile(grammar)
 
     def _max_tokens(
@@ -342,6 +363,23 @@ class TransformersEngine(Engine):
         scheduler.submit(question)
         measured = await question.answer
         return LabelLogprobs(tree.logprobs(measured), len(ids), len(tree.readings))
+
+
+def _tool_request(draw: Draw) -> tools.ToolRequest | None:
+    """Return the tools of a draw; None if it shall call none.
+
+    Raises:
+        InvalidRequest: a field is malformed, or another constraint excludes a call.
+    """
+    request = tools.read_tools(draw.body) if draw.kind == "chat" else None
+    outputs = draw.body.get("structured_outputs")
+    if request is not None and request.is_required and outputs is not None:
+        raise InvalidRequest(
+            "structured_outputs: is not available when tool_choice requires a call; "
+            "set only one of them.",
+            param="structured_outputs",
+        )
+    return request
 
 
 def _submit(scheduler: Scheduler, job: Job) -> None:

@@ -17,17 +17,28 @@ IMPOSSIBLE = -9999.0
 Entry = dict[str, Any]
 
 
-def delta_choice(kind: Kind, text: str, logprobs: Body | None) -> Body:
-    """Return new text as a stream choice."""
-    content: Body = {"delta": {"content": text}} if kind == "chat" else {"text": text}
+def delta_choice(kind: Kind, fields: Body, logprobs: Body | None) -> Body:
+    """Return new fields of a message, such as its content, as a stream choice."""
+    content: Body = {"delta": fields} if kind == "chat" else {"text": fields["content"]}
     return {**content, "logprobs": logprobs}
 
 
-def finished_choice(kind: Kind, text: str, logprobs: Body | None, finish_reason: str) -> Body:
-    """Return a finished candidate as a choice without its index."""
+def finished_choice(
+    kind: Kind, text: str, logprobs: Body | None, finish_reason: str, message: Body | None = None
+) -> Body:
+    """Return a finished candidate as a choice without its index.
+
+    Args:
+        kind: chat or completion.
+        text: its text.
+        logprobs: its logprobs.
+        finish_reason: OpenAI's reason.
+        message: the message of a chat request with tools; by default it holds the text.
+    """
     content: Body = {"text": text}
     if kind == "chat":
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        plain = {"role": "assistant", "content": text, "refusal": None}
+        content = {"message": plain if message is None else message}
     return {**content, "logprobs": logprobs, "finish_reason": finish_reason}
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.tools import ToolRequest
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
 from infer_align.engines.transformers.weights import check_causal, load_weights
 from infer_align.errors import ConfigError
@@ -190,19 +191,20 @@ class Model:
         digest = tokenizer_digest(self.tokenizer.get_vocab())
         return FrozenModel(name, self.vocabulary, self.hidden_size, digest, str(self.device))
 
-    def render(self, draw: Draw, prefix: str = "") -> Prompt:
+    def render(self, draw: Draw, prefix: str = "", tools: ToolRequest | None = None) -> Prompt:
         """Return the prompt of a draw as text and tokens.
 
         Args:
             draw: the draw.
             prefix: the beginning of the assistant's turn.
+            tools: the tools that the model may call.
 
         Raises:
             InvalidRequest: the chat template refuses the messages, or a part is not text.
         """
         if draw.kind == "completion":
             return tokenize(self.tokenizer, draw.body["prompt"], "prompt", special=True)
-        text = render(self.tokenizer, draw.body)
+        text = render(self.tokenizer, draw.body, tools)
         return tokenize(self.tokenizer, text + prefix, "messages", special=False)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from infer_align.decoding.call_format import calls_as_text, with_instruction
+from infer_align.decoding.tools import ToolRequest
 from infer_align.errors import InvalidRequest, quote
 from infer_align.types import Body
 
@@ -45,8 +47,15 @@ def tokenize(tokenizer: Any, text: str, param: str, *, special: bool) -> Prompt:
     return Prompt(text, ids)
 
 
-def render(tokenizer: Any, body: Body) -> str:
+def render(tokenizer: Any, body: Body, tools: ToolRequest | None = None) -> str:
     """Render the messages of a chat body, up to the beginning of the assistant's turn.
+
+    A template that knows no tools gets an instruction that describes them.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        body: the chat body.
+        tools: the tools that the model may call.
 
     Raises:
         InvalidRequest: the chat template refuses the messages, or a part is not text.
@@ -58,10 +67,17 @@ def render(tokenizer: Any, body: Body) -> str:
             param="messages",
             code="unsupported",
         )
+    variables = {**_template_variables(body.get("chat_template_kwargs") or {})}
+    template = str(tokenizer.chat_template)
+    if "tool" not in template:
+        messages = calls_as_text(messages)
+    if tools is not None and "tools" in template:
+        variables["tools"] = list(tools.described)
+    elif tools is not None:
+        messages = with_instruction(messages, tools.described)
     # "developer" is OpenAI's newer name of the system role. Most templates do not know it.
-    if "developer" not in str(tokenizer.chat_template):
+    if "developer" not in template:
         messages = [_with_system_role(message) for message in messages]
-    variables = _template_variables(body.get("chat_template_kwargs") or {})
     try:
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **variables

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from base64 import b32encode
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.call_format import ToolUse
+from infer_align.decoding.call_stream import CallStream
 from infer_align.decoding.constraint import Constraint, Matcher
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.text import TextStream
@@ -40,6 +44,7 @@ class Job:
             later; the job keeps the one that it was bound to.
         estimates: the loaded heads whose estimates it reports, with their weights.
         constraint: the grammar that every candidate follows; None if the text is free.
+        tools: the tools that candidates may call; None without tools.
         loop: the event loop of the caller.
         stream: what the caller reads.
         closed: True once the caller has left; set from the event loop.
@@ -58,6 +63,7 @@ class Job:
     steering: Mapping[Value, float] = field(default_factory=dict)
     estimates: Mapping[HeadValue, float] = field(default_factory=dict)
     constraint: Constraint | None = None
+    tools: ToolUse | None = None
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
     closed: bool = False
@@ -102,6 +108,7 @@ class Row:
         eos: the model's end-of-sequence tokens.
         tokens: the tokens sampled so far.
         matcher: follows it through the grammar of its job; None if the text is free.
+        calls: finds the tool calls in its text; None without tools.
         entries: the logprob entry of each token, if the request reports logprobs.
         streamed_entries: number of entries that deltas have carried.
         pending_echo: the echo, until the first delta.
@@ -115,6 +122,7 @@ class Row:
     eos: frozenset[int]
     tokens: list[int] = field(default_factory=list)
     matcher: Matcher | None = field(init=False)
+    calls: CallStream | None = None
     entries: list[Entry] = field(default_factory=list)
     streamed_entries: int = 0
     pending_echo: str = field(init=False)
@@ -124,6 +132,9 @@ class Row:
         self.pending_echo = self.job.echo
         constraint = self.job.constraint
         self.matcher = constraint.matcher() if constraint else None
+        if self.job.tools is not None:
+            tools = self.job.tools
+            self.calls = CallStream(tools.request, tools.form, self._call_id)
 
     @property
     def params(self) -> SamplingParams:
@@ -171,7 +182,7 @@ class Row:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.job.max_tokens:
             self.finish_reason = "length"
-        events: list[Event] = [self._delta(piece)] if piece else []
+        events = self._deltas(piece) if piece else []
         return events if self.finish_reason is None else events + self.finish()
 
     def _follows_to_the_end(self, token: int) -> bool:
@@ -188,13 +199,14 @@ class Row:
         """
         interrupted = self.finish_reason is None
         self.finish_reason = self.finish_reason or "length"
-        events: list[Event] = []
-        rest = self.text.finish()
-        if rest or self.pending_echo or self.streamed_entries < len(self.entries):
-            events.append(self._delta(rest))
+        events = self._last_deltas(self.text.finish())
         text = self.job.echo + self.text.text
-        logprobs = self._logprobs(0)
-        choice = finished_choice(self.job.draw.kind, text, logprobs, self.finish_reason)
+        message: Body | None = None
+        reason = self.finish_reason
+        if self.calls is not None:
+            message = self.calls.message()
+            reason = self.calls.finish_reason(reason)
+        choice = finished_choice(self.job.draw.kind, text, self._logprobs(0), reason, message)
         candidate = Candidate(
             self.index,
             choice,
@@ -222,12 +234,37 @@ class Row:
         )
         return [candidate]
 
-    def _delta(self, text: str) -> Delta:
+    def _deltas(self, text: str) -> list[Event]:
+        """Return the delta of new text; none while it may turn out to be a tool call."""
+        if self.calls is None:
+            return [self._delta({"content": self.pending_echo + text})]
+        fields = self.calls.push(text)
+        return [self._delta(fields)] if fields else []
+
+    def _last_deltas(self, text: str) -> list[Event]:
+        """Return the delta of the last text, if it holds anything."""
+        if self.calls is None:
+            fields: Body = {"content": self.pending_echo + text}
+            has_fields = bool(fields["content"])
+        else:
+            fields = self.calls.finish(text)
+            has_fields = bool(fields)
+        has_entries = self.streamed_entries < len(self.entries)
+        return [self._delta(fields)] if has_fields or has_entries else []
+
+    def _delta(self, fields: Body) -> Delta:
         logprobs = self._logprobs(self.streamed_entries)
         self.streamed_entries = len(self.entries)
-        choice = delta_choice(self.job.draw.kind, self.pending_echo + text, logprobs)
         self.pending_echo = ""
-        return Delta(self.index, choice)
+        return Delta(self.index, delta_choice(self.job.draw.kind, fields, logprobs))
+
+    def _call_id(self, index: int) -> str:
+        """Return the id of a tool call: the same for the same seed and prompt, and for no others.
+
+        Some chat templates want exactly nine letters and digits.
+        """
+        origin = f"{self.seed} {index} {self.job.prompt.text}".encode(errors="replace")
+        return b32encode(blake2b(origin).digest()).decode().lower()[:9]
 
     def _logprobs(self, start: int) -> Body | None:
         """Return the logprobs field for the entries from `start` on; None without logprobs."""

@@ -120,7 +120,8 @@ class Scheduler(threading.Thread):
                 self._jobs.add(job)
                 self._waiting.append(job)
                 for i, seed in enumerate(job.draw.seeds):
-                    text = TextStream(self._model.tokenizer, job.params.stop)
+                    special = job.tools is not None and job.tools.has_special_marker
+                    text = TextStream(self._model.tokenizer, job.params.stop, special=special)
                     job.rows.append(Row(job, i, seed, text, self._model.eos))
 
     def _step(self) -> None:

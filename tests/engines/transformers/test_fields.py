@@ -282,7 +282,6 @@ async def test_template_variables_reach_the_template(
 
 
 REFUSED = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
     "functions": [{"name": "f"}],
     "audio": {"voice": "alloy"},
     "modalities": ["text", "audio"],
