@@ -206,5 +206,5 @@ def _with_calls_as_text(message: Mapping[str, Any]) -> dict[str, Any]:
         head = HERMES.head(str(function.get("name")))
         texts.append(f"{HERMES.begin}{head}{arguments}}}{HERMES.end}")
     content = "\n".join(text for text in texts if text)
-    others = {name: value for name, value in message.items() if name != "tool_calls"}
-    return {**others, "content": content}
+    fields = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**fields, "content": content}
