@@ -83,3 +83,15 @@ def _similar(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir()]
     similar = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {str(path.parent / similar[0])!r}" if similar else ""
+
+
+def disk_bytes(model: str) -> int:
+    """Return the bytes of a model's weights on disk; 0 for a model that is not in a folder."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    if not path.is_dir():
+        return 0
+    suffixes = (*WEIGHT_SUFFIXES, ".gguf")
+    weights = [entry for entry in path.iterdir() if entry.name.lower().endswith(suffixes)]
+    return sum(entry.stat().st_size for entry in weights if entry.is_file())

@@ -99,6 +99,11 @@ class Engine(ABC):
         return {}
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what the model lacks and what to do. Final once the engine has started."""
+        return ()
+
+    @property
     def models(self) -> tuple[str, ...]:
         """The names of all its models, `model` first. Final once the engine has started."""
         return (self.model,)

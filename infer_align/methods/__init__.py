@@ -50,7 +50,8 @@ class Method(Protocol):
     A method is a frozen dataclass. Its fields are its parameters, its docstring is its description.
     A method that reads a section of the configuration names its dataclass in a class attribute
     `section`. A method that multiplies the candidates names the parameter in a class attribute
-    `fan_out`, for the message about too many candidates.
+    `fan_out`, for the message about too many candidates. A method that is of no use without a
+    configured reward or value says so in a class attribute `relies_on`: "rewards" or "values".
     """
 
     stage: ClassVar[Stage]

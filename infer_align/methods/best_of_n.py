@@ -31,6 +31,7 @@ class BestOfN:
 
     stage: ClassVar[Stage] = Stage.PROPOSE
     needs: ClassVar[frozenset[Capability]] = frozenset()
+    relies_on: ClassVar[str] = "rewards"
     fan_out: ClassVar[str] = "n"
 
     def apply(self, draft: PlanDraft) -> PlanDraft:

@@ -52,6 +52,7 @@ class EarlyStop:
 
     stage: ClassVar[Stage] = Stage.OBSERVE
     needs: ClassVar[frozenset[Capability]] = frozenset({Capability.ESTIMATES})
+    relies_on: ClassVar[str] = "values"
 
     def apply(self, draft: PlanDraft) -> PlanDraft:
         """Ask for estimates of every draw, and compare them while candidates run.

@@ -55,6 +55,7 @@ class RPS:
 
     stage: ClassVar[Stage] = Stage.PROPOSE
     needs: ClassVar[frozenset[Capability]] = frozenset()
+    relies_on: ClassVar[str] = "rewards"
     fan_out: ClassVar[str] = "k"
 
     def apply(self, draft: PlanDraft) -> PlanDraft:

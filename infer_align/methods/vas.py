@@ -56,6 +56,7 @@ class VAS:
 
     stage: ClassVar[Stage] = Stage.STEER
     needs: ClassVar[frozenset[Capability]] = frozenset({Capability.STEER})
+    relies_on: ClassVar[str] = "values"
 
     def apply(self, draft: PlanDraft) -> PlanDraft:
         """Steer every draw."""

@@ -20,9 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infer_align.config.config import Config
 from infer_align.errors import AlignError
 from infer_align_server.engine_routes import ServesApplication
+from infer_align_server.loading import Progress
 from infer_align_server.logs import access
 from infer_align_server.routes import ENGINE_ROUTE, ROUTES
-from infer_align_server.service import Progress, Service
+from infer_align_server.service import Service
 from infer_align_server.wire.disconnect import ClientLeft
 from infer_align_server.wire.errors import error_response
 

@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_error(kind: str, error: AlignError) -> None:
     """Print an error as one line, which a reader of a log can search for."""
-    text = f"[bold red]{kind}:[/] {escape(error.message)}"
+    # Messages of libraries may hold line breaks.
+    message = " ".join(error.message.split())
+    text = f"[bold red]{kind}:[/] {escape(message)}"
     ERR.print(text, highlight=False, soft_wrap=True)
 
 
@@ -141,6 +143,9 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    if not sys.stderr.isatty():
+        # A log holds lines, not bars. transformers reads this when it is imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     config = configuration(options)
     with asyncio.Runner(loop_factory=serve.loop_factory()) as runner:
         return runner.run(serve.serve(config, ERR))

@@ -8,6 +8,7 @@ from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.config.schema import json_schema
 from infer_align.objectives import Ensemble
+from infer_align_server.availability import Availability, availability
 from infer_align_server.service import Service
 
 # The time of creation of every model. OpenAI's API requires one, and clients need only that it
@@ -37,22 +38,31 @@ def methods(service: Service) -> dict[str, Any]:
     }
     parameters["ensemble"] = Ensemble
     parameters["budget"] = Budget
+    usable = availability(service)
     values = service.engine.values
     return {
         "model": service.model,
         "capabilities": sorted(service.engine.capabilities),
         # An upstream is asked for these only when a request needs one.
         "unknown_capabilities": sorted(service.engine.unknown_capabilities),
-        "methods": {name: _method(cls) for name, cls in parameters.items()},
+        "methods": {name: _method(cls, usable.get(name)) for name, cls in parameters.items()},
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: {"description": value.description} for name, value in values.items()},
         "presets": dict(service.config.presets),
     }
 
 
-def _method(cls: type[Any]) -> dict[str, Any]:
+def _method(cls: type[Any], usable: Availability | None) -> dict[str, Any]:
+    """Return a method with its parameters, and whether it can be used now."""
     summary = (cls.__doc__ or "").partition("\n")[0]
-    return {"description": summary, "parameters": json_schema(cls)}
+    usable = usable or Availability()
+    return {
+        "description": summary,
+        "parameters": json_schema(cls),
+        "available": usable.reason is None,
+        "reason": usable.reason,
+        "fix": usable.fix,
+    }
 
 
 def _reward(service: Service, name: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from infer_align.config.config import Config
@@ -25,6 +24,7 @@ from infer_align.errors import ConfigError
 from infer_align_server import logs
 from infer_align_server.app import create_app
 from infer_align_server.service import Service
+from infer_align_server.welcome import print_welcome
 from infer_align_server.wire.protocol import BoundedProtocol
 
 # Maximum number of connections that wait to be accepted.
@@ -59,6 +59,7 @@ async def serve(config: Config, console: Console) -> int:
         ConfigError: The models could not be loaded, or the port is in use.
     """
     logs.configure(config.server.log_level, config.secrets())
+    start = monotonic()
     with _progress_bar(console) as bar:
         app = create_app(config, _progress(bar, console))
         service: Service = app.state.service
@@ -79,9 +80,14 @@ async def serve(config: Config, console: Console) -> int:
         gc.collect()
         gc.freeze()
         _reload_on_hangup(service)
-        _print_welcome(listener, service, console)
-    await serving
-    settled.cancel()
+        print_welcome(service, _url(listener), monotonic() - start, console)
+    try:
+        await serving
+    finally:
+        # The interpreter frees what is left at its end. Some extensions report objects that are
+        # still frozen then as leaks.
+        gc.unfreeze()
+        settled.cancel()
     return 0 if server.started else 1
 
 
@@ -159,12 +165,7 @@ def _uvicorn_config(config: Config, app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(app, http=BoundedProtocol, log_config=None, access_log=False, **options)
 
 
-def _print_welcome(listener: socket.socket, service: Service, console: Console) -> None:
+def _url(listener: socket.socket) -> str:
+    """Return the URL of the server, without a path."""
     host, port = listener.getsockname()[:2]
-    model = escape(service.model)
-    console.print(
-        f"[bold]infer-align[/] serves [bold]{model}[/] at http://{host}:{port}/v1",
-        highlight=False,
-    )
-    for name in service.models()[1:]:
-        console.print(f"  preset [bold]{escape(name)}[/]", highlight=False)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -31,15 +31,15 @@ from infer_align.flow.request import parse_request
 from infer_align.flow.response import Response
 from infer_align.flow.run import align
 from infer_align.flow.scorers import reward_names
-from infer_align.rewards import Reward, start_reward
+from infer_align.rewards import Reward
 from infer_align.types import Candidate, Kind, ScoringUsage
 from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.api_keys import ApiKeys
 from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
+from infer_align_server.loading import Progress, load_models
 from infer_align_server.metrics import Metrics
 
-Progress = Callable[[str], None]
 log = logging.getLogger("infer_align")
 
 
@@ -66,6 +66,7 @@ class Service:
         tokens: The token budget of each caller.
         settled: Set when loading has ended, also if it failed.
         failure: The reason why loading failed.
+        warnings: Sentences about the configuration for the person who starts the server.
         document: The OpenAPI document, from its first use until it changes.
 
     Raises:
@@ -89,6 +90,7 @@ class Service:
         self.settled = asyncio.Event()
         self.failure: str | None = None
         self.document: bytes | None = None
+        self.warnings: list[str] = []
         self._loading = ""
         self._draining = False
         self.metrics = Metrics()
@@ -100,7 +102,7 @@ class Service:
     # --- Loading and shutdown ---
 
     async def start(self, report: Progress = lambda _: None) -> None:
-        """Load the engines and the rewards, one after the other, because each uses all cores.
+        """Load the engines and the rewards.
 
         An error ends the loading; `failure` then has its message.
 
@@ -113,28 +115,13 @@ class Service:
             report(description)
 
         try:
-            await self._load(progress)
+            await load_models(self.config, self.engines, self.rewards, progress)
         except AlignError as error:
             self.failure = error.message
         except Exception as error:
             log.exception("loading failed")
             self.failure = f"{type(error).__name__}: {error}"
         self.settled.set()
-
-    async def _load(self, progress: Progress) -> None:
-        for name, engine in self.engines.items():
-            # An upstream's models are not known before it was reached.
-            model = self.model or self.config.engine_kind if engine is self.engine else name
-            progress(f"engine {model}")
-
-            def phase_progress(phase: str, model: str = model) -> None:
-                progress(f"engine {model}: {phase}")
-
-            engine.progress = phase_progress
-            await engine.start()
-        for name, reward in self.rewards.items():
-            progress(f"reward {name}")
-            await start_reward(name, reward)
 
     async def close(self) -> None:
         """Wait for running requests, at most `drain_seconds`, then close everything."""

@@ -28,6 +28,7 @@ from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.engines.transformers.steering import LoadedValues
+from infer_align.engines.transformers.template import read_template, template_notes
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
 from infer_align.types import Capability, Draw, Kind
 from infer_align.values import Value
@@ -81,6 +82,12 @@ class Transformers:
     threads: int | None = field(
         default=None,
         metadata={"ge": 1, "description": "CPU threads of torch. Default: torch's own choice."},
+    )
+    chat_template: str | None = field(
+        default=None,
+        metadata={
+            "description": "Path of a chat template in Jinja's language. Default: the model's own."
+        },
     )
     trust_remote_code: bool = field(
         default=False,
@@ -165,7 +172,8 @@ class TransformersEngine(Engine):
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
-        return Model.load(
+        template = read_template(config.chat_template) if config.chat_template else None
+        model = Model.load(
             config.model,
             device=config.device,
             dtype=config.dtype,
@@ -173,6 +181,14 @@ class TransformersEngine(Engine):
             trust_remote_code=config.trust_remote_code,
             progress=self.progress,
         )
+        if template is not None:
+            model.tokenizer.chat_template = template
+        return model
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what the model's chat template lacks; none before the engine has started."""
+        return template_notes(self._started.model.tokenizer) if self._started else ()
 
     def _parts(self) -> _Started:
         if self._started is None:

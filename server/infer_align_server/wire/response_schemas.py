@@ -165,7 +165,15 @@ SCHEMAS: dict[str, Schema] = {
         model=STRING,
         capabilities=array(STRING),
         unknown_capabilities=array(STRING),
-        methods=mapping(closed(description=STRING, parameters={"type": "object"})),
+        methods=mapping(
+            closed(
+                description=STRING,
+                parameters={"type": "object"},
+                available=BOOLEAN,
+                reason=nullable(STRING),
+                fix=STRING,
+            )
+        ),
         rewards=mapping(
             closed(
                 description=STRING,

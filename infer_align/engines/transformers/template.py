@@ -1,0 +1,48 @@
+"""The chat template of a model: read one from a file, and find out what one lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from infer_align.engines.transformers.prompt import render
+from infer_align.errors import ConfigError, InvalidRequest
+
+# A word that no template holds.
+MARK = "infer-align-system"
+NO_TEMPLATE = (
+    "The model has no chat template, so only /v1/completions answers. Name a file with its "
+    'template: [engine] chat_template = "template.jinja".'
+)
+NO_SYSTEM_ROLE = (
+    "The model's chat template shows it no system messages: {problem}. Name another template: "
+    '[engine] chat_template = "template.jinja".'
+)
+
+
+def read_template(path: str) -> str:
+    """Return the text of a chat template.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"[engine] chat_template: {path!r} cannot be read: {reason}; name a file with a "
+            "template in Jinja's language."
+        ) from None
+
+
+def template_notes(tokenizer: Any) -> tuple[str, ...]:
+    """Return sentences on what the chat template of a tokenizer lacks, and what to do."""
+    if not tokenizer.chat_template:
+        return (NO_TEMPLATE,)
+    messages = [{"role": "system", "content": MARK}, {"role": "user", "content": "x"}]
+    try:
+        text = render(tokenizer, {"messages": messages})
+    except InvalidRequest as error:
+        return (NO_SYSTEM_ROLE.format(problem=error.message.rstrip(".")),)
+    return () if MARK in text else (NO_SYSTEM_ROLE.format(problem="it leaves them out"),)

@@ -1,0 +1,161 @@
+"""The start of `infer-align serve` as a person sees it, and its end without a word."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.server.processes import ENVIRONMENT, LOCAL, Process, run
+
+pytestmark = pytest.mark.slow
+
+QUIET = ("--set", "server.log_level=error")
+REWARD = '[rewards.short]\nkind = "rules"\ntarget_words = 60\n'
+PRESETS = "".join(f"[presets.p{i}]\n" for i in range(12))
+
+
+def screen(server: Process) -> str:
+    """Return what the server has printed when it is ready."""
+    server.line("docs +docs/api.md")
+    return "".join(server.lines)
+
+
+def methods(url: str) -> dict[str, Any]:
+    answer: dict[str, Any] = httpx2.get(f"{url}/v1/align/methods", **LOCAL).json()["methods"]
+    return answer
+
+
+def test_the_screen_says_what_is_missing_and_the_lines_mend_it(
+    process: Callable[..., Process], command: Callable[..., Process], tmp_path: Path
+) -> None:
+    server = process('[engine]\nkind = "fake"\nmodel = "tiny"\n', *QUIET)
+    text = screen(server)
+    assert re.search(r"infer-align serves tiny at http://127.0.0.1:\d+/v1 \(ready after", text)
+    assert "best_of_n, rps: no reward is configured" in text
+    assert methods(server.url())["best_of_n"]["available"] is False
+    assert methods(server.url())["dpa"]["available"] is True
+    fix = methods(server.url())["best_of_n"]["fix"]
+    for line in fix.splitlines():
+        assert line in text
+    path = tmp_path / "mended.toml"
+    path.write_text(f'{fix}\n[engine]\nkind = "fake"\nmodel = "tiny"\n')
+    mended = command(str(path), *QUIET)
+    assert "best_of_n, " in screen(mended)
+    assert methods(mended.url())["best_of_n"]["available"] is True
+
+
+@pytest.mark.parametrize("text", ["", REWARD, PRESETS])
+def test_the_example_can_be_copied(process: Callable[..., Process], text: str) -> None:
+    server = process(f'{text}[engine]\nkind = "fake"\nmodel = "it\'s"\n', *QUIET)
+    printed = screen(server)
+    match = re.search(r"curl .*", printed)
+    assert match
+    done = subprocess.run(
+        ["bash", "-c", f"{match[0]} --silent --noproxy '*'"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=ENVIRONMENT,
+    )
+    assert '"choices"' in done.stdout
+    assert ("best of" in done.stdout or '"align"' in done.stdout) is (text == REWARD)
+    assert ("and 5 more" in printed) is (text == PRESETS)
+
+
+def test_sizes_and_times_of_what_loads_are_printed(
+    command: Callable[..., Process], language_model: Callable[..., str]
+) -> None:
+    text = screen(command(language_model("Llama"), *QUIET))
+    assert re.search(r"^ +\d+\.\d s  loading engine \S+ \(\d[\d.]* [kM]B\)$", text, re.MULTILINE)
+    assert "it/s" not in text, "a log holds no progress bars"
+
+
+def test_a_missing_chat_template_can_be_named(
+    command: Callable[..., Process], language_model: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "bare"
+    shutil.copytree(language_model("Llama"), folder)
+    template = folder / "chat_template.jinja"
+    template.unlink(missing_ok=True)
+    config = folder / "tokenizer_config.json"
+    without = re.sub(r'"chat_template": ".*?[^\\]",?', "", config.read_text())
+    config.write_text(without)
+    bare = screen(command(str(folder), *QUIET))
+    assert "The model has no chat template, so only /v1/completions answers" in bare
+    file = tmp_path / "t.jinja"
+    file.write_text(
+        "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    server = command(str(folder), "--set", f"engine.chat_template={file}", *QUIET)
+    assert "shows it no system messages: it leaves them out" in screen(server)
+    body = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 2}
+    answer = httpx2.post(f"{server.url()}/v1/chat/completions", json=body, **LOCAL)
+    assert answer.status_code == 200, answer.text
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    whole = screen(command(str(folder), "--set", f"engine.chat_template={file}", *QUIET))
+    assert "note" not in whole
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_the_end_prints_nothing(
+    command: Callable[..., Process], language_model: Callable[..., str], sign: int
+) -> None:
+    server = command(language_model("Llama"), *QUIET)
+    before = screen(server)
+    server.popen.send_signal(sign)
+    assert server.wait() == {signal.SIGTERM: 0, signal.SIGINT: 130}[signal.Signals(sign)]
+    assert "".join(server.lines) == before
+
+
+def break_weights(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:2000])
+
+
+def remove_weights(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def list_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def name_unknown_architecture(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "zebra"}')
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [break_weights, remove_weights, break_config, list_config, name_unknown_architecture],
+)
+def test_a_damaged_model_is_named_on_one_line(
+    language_model: Callable[..., str], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(language_model("Llama"), folder)
+    damage(folder)
+    done = run("serve", str(folder), "--port", "0", *QUIET)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("configuration: [engine] ")
+
+
+def test_a_missing_template_file_is_named() -> None:
+    pytest.importorskip("torch")
+    done = run("serve", "--port", "0", "--set", "engine.chat_template=/no/such.jinja", *QUIET)
+    assert done.returncode == 2
+    assert "[engine] chat_template: '/no/such.jinja' cannot be read" in done.stderr
