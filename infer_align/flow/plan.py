@@ -23,7 +23,7 @@ from infer_align.types import Body, Direction, Draw, Kind, Messages
 # Fields of the body that the planner reads. The engine gets them as fields of the draw.
 _PLANNED_FIELDS = {"n", "seed", "stream", "stream_options"}
 # Stages that make sense for candidates that already exist.
-_SCORING_STAGES = (Stage.CONDITION, Stage.SCORE)
+SCORING_STAGES = (Stage.CONDITION, Stage.SCORE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def make_scoring_plan(
     request = Request({"messages": messages, "max_tokens": 1}, align=align, aligned=True)
     draft = _start_draft(request, 0, rewards, sections)
     scoring = {
-        name: method for name, method in align.methods.items() if method.stage in _SCORING_STAGES
+        name: method for name, method in align.methods.items() if method.stage in SCORING_STAGES
     }
     draft = _apply_methods(draft, scoring, engine)
     draws = tuple(replace(draw, n=n) for draw in draft.draws)

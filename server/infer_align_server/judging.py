@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from infer_align.config.config import JUDGE
 from infer_align.config.schema import parse
 from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
 from infer_align.flow.discovery import when_discovered
@@ -38,9 +39,7 @@ JUDGE_SETTINGS = ("scale", "criteria", "readout", "rule", "tolerance", "schedule
 class Judging:
     """The settings of one request. Omitted settings are as the judge is configured."""
 
-    judge: str = field(
-        default="trust_judge", metadata={"description": "Name of the judge's reward."}
-    )
+    judge: str = field(default=JUDGE, metadata={"description": "Name of the judge's reward."})
     mode: Literal["score", "pairwise", "both"] = field(
         default="both",
         metadata={"description": "Score candidates, compare them in pairs, or both."},
@@ -158,7 +157,7 @@ def _preset_settings(service: Service, preset: str | None) -> dict[str, Any]:
     """
     if preset is None:
         return {}
-    settings = service.config.presets[preset].get("trust_judge") or {}
+    settings = service.config.presets[preset].get(JUDGE) or {}
     names = Judging.__dataclass_fields__.keys() - {"mode"}
     return {key: value for key, value in settings.items() if key in names}
 

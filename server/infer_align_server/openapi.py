@@ -25,7 +25,7 @@ from infer_align.objectives import Ensemble
 from infer_align.types import Kind
 from infer_align_server.engine_routes import serves_responses
 from infer_align_server.judging import Judging
-from infer_align_server.scoring import ALIGN
+from infer_align_server.scoring import align_keys
 from infer_align_server.service import Service
 from infer_align_server.wire.response_schemas import SCHEMAS, STRING, Schema, array, nullable, ref
 from infer_align_server.wire.stream_options import StreamOptions
@@ -207,7 +207,9 @@ def _json(schema: Schema) -> dict[str, Any]:
 
 def _request_schemas(service: Service) -> dict[str, Schema]:
     align = _align(service)
-    align_fields = {key: align["properties"][key] for key in ALIGN if key in align["properties"]}
+    align_fields = {
+        key: align["properties"][key] for key in align_keys() if key in align["properties"]
+    }
     judge_fields = json_schema(Judging)["properties"]
     model = {"enum": [*service.models(), None]}
     max_candidates = service.config.limits.max_candidates

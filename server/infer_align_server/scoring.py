@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from typing import Any, TypeGuard
 
+from infer_align.config import registry
 from infer_align.config.align import parse_align
 from infer_align.errors import InvalidRequest, RewardFailed, nearest, quote
 from infer_align.flow.discovery import when_discovered
-from infer_align.flow.plan import Plan, make_scoring_plan
+from infer_align.flow.plan import SCORING_STAGES, Plan, make_scoring_plan
 from infer_align.flow.request import check_prompt
 from infer_align.flow.response import Response, Timing
 from infer_align.flow.scoring import score as score_candidates
@@ -19,9 +21,18 @@ from infer_align_server.service import Service
 from infer_align_server.wire.completion import extras_json, scores_json
 from infer_align_server.wire.encoding import number
 
-# The keys of `align` that the body of the request may contain.
-ALIGN = ("rewards", "ensemble", "dpa", "trust_judge")
-FIELDS = ("model", "messages", "candidates", *ALIGN)
+# Settings of `align` that are about scores, beside the methods.
+SETTINGS = ("rewards", "ensemble")
+
+
+@cache
+def align_keys() -> tuple[str, ...]:
+    """Return the keys of `align` that the body of the request may contain."""
+    methods = []
+    for name in registry.methods.names():
+        if registry.methods.get(name).stage in SCORING_STAGES:
+            methods.append(name)
+    return (*SETTINGS, *methods)
 
 
 async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> dict[str, Any]:
@@ -32,7 +43,7 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         InvalidRequest: A field is missing, wrong or unknown.
         RewardFailed: No candidate could be scored.
     """
-    texts = parse_candidates(service, body, FIELDS)
+    texts = parse_candidates(service, body, ("model", "messages", "candidates", *align_keys()))
     plan = await when_discovered(lambda: _plan(service, body, len(texts)))
     candidates = [_candidate(i, text) for i, text in enumerate(texts)]
     async with service.scoring(plan.scoring_tokens, caller) as count_usage:
@@ -73,8 +84,8 @@ def _plan(service: Service, body: Mapping[str, Any], n: int) -> Plan:
     check_prompt({"messages": messages}, "chat")
     preset = service.resolve_model(body.get("model")).preset
     settings = service.config.presets[preset] if preset else {}
-    keys = {key: value for key, value in settings.items() if key in ALIGN}
-    for key in ALIGN:
+    keys = {key: value for key, value in settings.items() if key in align_keys()}
+    for key in align_keys():
         if body.get(key) is not None:
             keys[key] = body[key]
     align = parse_align(keys, path="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -12,12 +13,38 @@ from infer_align.engines import Engine
 from infer_align.engines.fake import Reply
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable
 from infer_align.types import Candidate, Capability, Delta
+from tests.engines.openai.upstream import fake_upstream, reply
 
 pytestmark = pytest.mark.anyio
 
 
+# Values that every engine refuses: when it checks a draw, or through its upstream when it samples.
+WRONG_VALUES = [("temperature", 5), ("max_tokens", 0), ("stop", [""]), ("top_p", "x")]
+
+
+async def refuse_wrong_value(_app, body, send):
+    name = wrong_field(body)
+    error = {"message": f"{name} is wrong", "param": name, "code": None}
+    await reply(send, 400, {"error": error})
+
+
+def wrong_field(body):
+    names = [name for name, value in WRONG_VALUES if body.get(name) == value]
+    return names[0] if names else None
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    """An upstream that samples by the seed and refuses wrong values."""
+    with fake_upstream() as app:
+        app.seeded = True
+        app.word_seconds = 0.002
+        app.behave = lambda _, body: refuse_wrong_value if wrong_field(body) else "ok"
+        yield app
+
+
 @pytest.fixture(params=registry.engines.names())
-async def engine(request, language_model):
+async def engine(request, language_model, upstream):
     try:
         plugin = registry.engines.get(request.param)
     except ConfigError as error:
@@ -27,8 +54,10 @@ async def engine(request, language_model):
         section = plugin(replies=(Reply("a b c d e f g h " * 8, seconds_per_token=0.002),))
     elif request.param == "transformers":
         section = plugin(model=language_model())
-    elif request.param in {"openai", "vllm"}:
-        pytest.skip("needs a server: tests/engines/openai, tests/engines/vllm")
+    elif request.param == "openai":
+        section = plugin(urls=upstream.url, probe="start")
+    elif request.param == "vllm":
+        pytest.skip("starts vLLM: tests/engines/vllm/test_serving.py")
     else:
         pytest.fail(f"how is {request.param!r} made for the contract?")
     engine = section.load()
@@ -48,7 +77,8 @@ async def test_is_an_engine(engine):
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 async def test_each_candidate_comes_once_and_its_deltas_make_it_up(engine, draw, finish, kind):
-    candidates, deltas = await finish(engine, draw("the cat", n=3, seed=7, kind=kind, max_tokens=6))
+    request = replace(draw("the cat", n=3, seed=7, kind=kind, max_tokens=6), deltas=True)
+    candidates, deltas = await finish(engine, request)
     assert [c.index for c in candidates] == [0, 1, 2]
     for candidate in candidates:
         assert candidate.error is None
@@ -103,12 +133,14 @@ async def test_leaving_early_and_by_an_error(engine, draw, finish):
     assert len((await finish(engine, draw(max_tokens=2)))[0]) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("temperature", 5), ("max_tokens", 0), ("stop", [""]), ("top_p", "x")]
-)
-async def test_a_wrong_value_is_refused_by_name(engine, draw, name, value):
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES)
+async def test_a_wrong_value_is_refused_by_name(engine, draw, finish, name, value):
+    async def check_and_sample(request):
+        engine.check(request)
+        await finish(engine, request)
+
     with pytest.raises(InvalidRequest, match=name) as refused:
-        engine.check(draw(**{name: value}))
+        await check_and_sample(draw(**{name: value}))
     assert refused.value.param == name
 
 

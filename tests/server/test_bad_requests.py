@@ -354,6 +354,8 @@ def test_unknown_model(numbers: Any, model: str) -> None:
         ({"dpa": {"direction": {"helpful": 1}}}, "dpa.direction.helpful"),
         ({"trust_judge": {"scale": 7}}, "trust_judge.scale"),
         ({"rps": {}}, "rps"),
+        ({"best_of_n": {"n": 2}}, "best_of_n"),
+        ({"vas": {}}, "vas"),
     ],
 )
 def test_wrong_score_request(numbers: Any, change: Any, param: str) -> None:

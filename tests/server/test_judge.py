@@ -443,8 +443,8 @@ def test_an_unreachable_judge_fails_only_requests_that_use_it(configured: Any) -
     answer = configured.chat(
         {"best_of_n": {"n": 2}, "rewards": {"number": 1, "lost": 1}}, max_tokens=20
     )
-    assert answer.status_code == 400
-    assert "set in the judge's section engine = 'served'" in answer.json()["error"]["message"]
+    assert answer.status_code == 503
+    assert "the upstream cannot be reached" in answer.json()["error"]["message"]
 
 
 def test_the_prompt_of_a_text_completion_is_judged_too(configured: Any) -> None:

@@ -28,6 +28,7 @@ class FakeUpstream:
     Attributes:
         models: the entries of /models.
         numbers: the numbers of the candidates.
+        seeded: True to make the numbers from the seeds of the calls instead.
         behave: names what becomes of a call: "ok", a method of `Faults`, or a function like one.
         answer: gives the JSON of an answer instead of candidates.
         max_choices: largest number of choices that a call returns.
@@ -50,6 +51,7 @@ class FakeUpstream:
         self.models: list[Body] = [{"id": "up", "object": "model", "max_model_len": 1000}]
         self.behave: Callable[[int, Body], str | Behaviour] = lambda _, __: "ok"
         self.answer: Callable[[str, Body], Body] | None = None
+        self.seeded = False
         self.max_choices: int | None = None
         self.refuse_n = False
         self.extra: Body = {}
@@ -145,6 +147,9 @@ class FakeUpstream:
         n = min(body.get("n", 1), self.max_choices or 10**6)
         first = self.texts_sent
         self.texts_sent += n
+        if self.seeded:
+            seed = body.get("seed") or 0
+            return [f"candidate {seed + i}" for i in range(n)]
         return [f"candidate {self.numbers[(first + i) % len(self.numbers)]}" for i in range(n)]
 
     async def _send_candidates(self, body: Body, send: Any, *, chat: bool) -> None:
