@@ -6,7 +6,7 @@ honour is refused by name; none is dropped silently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -20,6 +20,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_COUNT = 2**31
 # Decimal digits of a token id in `logit_bias`; more cannot be an index.
 MAX_ID_DIGITS = 19
+STOP_TOKEN_IDS = "stop_token_ids"  # noqa: S105 - the name of a field
 
 # Fields that hold the prompt or shape the answer. The engines read them themselves.
 _OTHER_FIELDS = {
@@ -215,6 +216,47 @@ def field_schemas(kind: Kind) -> dict[str, Any]:
         if name != "tool_choice":
             schemas[name] = {"enum": [*values, None]}
     return dict(sorted(schemas.items()))
+
+
+def stop_token_ids(body: Body) -> frozenset[int]:
+    """Return the tokens at which a request ends, beside the model's own end tokens.
+
+    It is vLLM's `stop_token_ids`. Engines that sample text without token ids do not read it.
+
+    Raises:
+        InvalidRequest: the field is not a list of token ids.
+    """
+    value = body.get(STOP_TOKEN_IDS)
+    if value is None:
+        return frozenset()
+    tokens = value if isinstance(value, list) else [None]
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < MAX_COUNT:
+            raise InvalidRequest(
+                f"{STOP_TOKEN_IDS}: {quote(value)} is not allowed; must be a list of token ids.",
+                param=STOP_TOKEN_IDS,
+            )
+    return frozenset(tokens)
+
+
+def stop_token_ids_schema() -> dict[str, Any]:
+    """Return the JSON schema of `stop_token_ids`."""
+    token = {"type": "integer", "minimum": 0, "exclusiveMaximum": MAX_COUNT}
+    return {"type": ["array", "null"], "items": token}
+
+
+def check_token_ids(field_name: str, tokens: Iterable[int], vocabulary: int) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        InvalidRequest: naming the field.
+    """
+    for token in tokens:
+        if token >= vocabulary:
+            raise InvalidRequest(
+                f"{field_name}: {token} is not a token id; must be from 0 to {vocabulary - 1}.",
+                param=field_name,
+            )
 
 
 def _refuse_unread(body: Body, readable: set[str]) -> None:

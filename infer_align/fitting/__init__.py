@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from infer_align.checkpoints.rope import fix_rope
 from infer_align.demo.locate import locate
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.errors import ConfigError, InvalidRequest
@@ -316,6 +317,7 @@ def fit_value_lm(
     lm = AutoModel.from_pretrained(
         locate(config.value_model or engine.config.model), dtype=torch.float32
     )
+    fix_rope(lm, None)
     heads, fits = fit_lookahead(
         lm,
         TokenizedReplies(token_ids, reply_starts, tuple(replies)),

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from infer_align.checkpoints.rope import by_rope_factors
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.rewards import RewardScores
@@ -213,7 +214,17 @@ class _TorchModel:
         return np.full(len(self.labels.names), np.nan)
 
     def _logits(self, rows: Sequence[list[int]]) -> Array:
-        """Run the model on rows of token ids and return [rows, labels]."""
+        """Run the model on rows of token ids and return [rows, labels].
+
+        A text is read by the rotary factors of its own length, whatever else is in the batch.
+        """
+        logits = np.empty((len(rows), len(self.labels.names)))
+        for group in by_rope_factors(self.config, [len(ids) for ids in rows]):
+            logits[group] = self._forward([rows[index] for index in group])
+        return logits
+
+    def _forward(self, rows: Sequence[list[int]]) -> Array:
+        """Run the model once on rows of token ids and return [rows, labels]."""
         width = max(1, *(len(ids) for ids in rows))
         input_ids = torch.full((len(rows), width), self._padding(rows))
         mask = torch.zeros_like(input_ids)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 
+from infer_align.checkpoints.rope import fix_rope
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
 from infer_align.values import FrozenModel, Value, check_fit
@@ -90,6 +91,8 @@ class ValueLM:
         check_fit(path, card, frozen)
         self._check_shapes(path, frozen)
         self.lm = self.lm.to(frozen.device).eval().requires_grad_(requires_grad=False)
+        # It was fitted with the same factors.
+        fix_rope(self.lm, None)
         self.description: str = card.get("description", "")
         self.cell_bytes = self._measure_cell(path)
 

@@ -91,6 +91,21 @@ async def test_padding_is_never_read_as_text_nor_text_as_padding(reward_model, p
     await reward.close()
 
 
+async def test_the_rotary_factors_of_a_text_are_those_of_its_own_length(reward_model):
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.5],
+        "long_factor": [2.0, 4.0, 8.0, 16.0],
+        "original_max_position_embeddings": 32,
+    }
+    path = reward_model("Llama", rope_parameters=rope)
+    reward = await started(model=path)
+    scores = await reward.score(ASK, candidates())
+    assert same(scores.values[0], direct(path))
+    await reward.close()
+
+
 async def test_attributes_are_rows_and_models_are_members(reward_model):
     paths = tuple(reward_model("Llama", 2, seed=s) for s in (1, 2, 3))
     reward = await started(models=paths, attributes=("helpful", "brief"))

@@ -25,7 +25,7 @@ V, D = 20, 16
 FROZEN = FrozenModel("tiny", V, 99, "digest", "cpu")
 
 
-def tiny(vocabulary: int = V, seed: int = 0, layers: int = 2) -> LlamaModel:
+def tiny(vocabulary: int = V, seed: int = 0, layers: int = 2, **options: Any) -> LlamaModel:
     torch.manual_seed(seed)
     return LlamaModel(
         LlamaConfig(
@@ -36,6 +36,7 @@ def tiny(vocabulary: int = V, seed: int = 0, layers: int = 2) -> LlamaModel:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=64,
+            **options,
         )
     )
 
@@ -90,6 +91,24 @@ def test_a_value_lm_is_read_back_as_it_was_written(write: Any) -> None:
         "tokenizer": "digest",
         "heads": ["one", "two"],
     }
+
+
+def test_a_value_lm_reads_a_row_by_the_same_rotary_factors_beside_any_other(write: Any) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 2.0],
+        "long_factor": [4.0, 8.0],
+        "original_max_position_embeddings": 16,
+    }
+    lm = start(write("one", rope_parameters=rope)).lm
+    assert lm is not None
+    ids = torch.tensor([[3, 4, 5], [3, 4, 5]])
+    near = torch.tensor([[0, 1, 2], [0, 1, 2]])
+    far = torch.tensor([[0, 1, 2], [37, 38, 39]])
+    mask = torch.ones_like(ids)
+    alone = lm.forward(ids, RowCache(), near, mask)[0]
+    assert torch.equal(lm.forward(ids, RowCache(), far, mask)[0], alone)
 
 
 def test_values_of_one_folder_share_one_lm(write: Any) -> None:

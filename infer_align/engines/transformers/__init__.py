@@ -21,7 +21,14 @@ from infer_align.decoding import structured_outputs, tools
 from infer_align.decoding.call_format import ToolUse, argument_grammar
 from infer_align.decoding.constraint import Constraint, ConstraintCompiler
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery, LabelTree, control_tokens
-from infer_align.decoding.params import SamplingParams, field_schemas
+from infer_align.decoding.params import (
+    STOP_TOKEN_IDS,
+    SamplingParams,
+    check_token_ids,
+    field_schemas,
+    stop_token_ids,
+    stop_token_ids_schema,
+)
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
@@ -58,7 +65,8 @@ class Transformers:
         metadata={
             "ge": 8,
             "description": "Maximum number of tokens of prompt and completion together. "
-            "Default: the model's.",
+            "Default: the model's. It also chooses the factors of longrope and dynamic rotary "
+            "positions, once for all requests, as vLLM does.",
         },
     )
     max_batch: int = field(
@@ -102,9 +110,9 @@ class Transformers:
 plugin = Transformers
 
 # Fields that the engine reads beside the sampling parameters.
-_CONSTRAINTS: Mapping[Kind, frozenset[str]] = {
-    "chat": structured_outputs.FIELDS | tools.FIELDS,
-    "completion": structured_outputs.FIELDS,
+_ALSO_READ: Mapping[Kind, frozenset[str]] = {
+    "chat": structured_outputs.FIELDS | tools.FIELDS | {STOP_TOKEN_IDS},
+    "completion": structured_outputs.FIELDS | {STOP_TOKEN_IDS},
 }
 
 
@@ -238,7 +246,8 @@ class TransformersEngine(Engine):
         Raises:
             InvalidRequest: naming the field.
         """
-        SamplingParams.from_body(draw.body, draw.kind, also_read=_CONSTRAINTS[draw.kind])
+        SamplingParams.from_body(draw.body, draw.kind, also_read=_ALSO_READ[draw.kind])
+        stop_token_ids(draw.body)
         request = _tool_request(draw)
         grammar = structured_outputs.read_grammar(draw.body)
         if self._started is None:
@@ -252,10 +261,11 @@ class TransformersEngine(Engine):
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""
-        constrained = structured_outputs.field_schemas()
+        schemas = {**field_schemas(kind), **structured_outputs.field_schemas()}
+        schemas[STOP_TOKEN_IDS] = stop_token_ids_schema()
         if kind == "chat":
-            constrained |= tools.field_schemas()
-        return {**field_schemas(kind), **constrained}
+            schemas |= tools.field_schemas()
+        return schemas
 
     def sample(self, draw: Draw) -> Stream:
         """Queue the draw. Its candidates join the running batch as soon as there is room.
@@ -266,18 +276,14 @@ class TransformersEngine(Engine):
         """
         model, values, _, scheduler = self._parts()
         params = SamplingParams.from_body(
-            draw.body, draw.kind, model.sampling_defaults, _CONSTRAINTS[draw.kind]
+            draw.body, draw.kind, model.sampling_defaults, _ALSO_READ[draw.kind]
         )
         request = _tool_request(draw)
         use = None if request is None else ToolUse.of(request, model.tokenizer)
         prompt = model.render(draw, use.prefix if use else "", request)
-        for token in params.logit_bias:
-            if token >= model.vocabulary:
-                raise InvalidRequest(
-                    f"logit_bias: {token} is not a token id; "
-                    f"must be from 0 to {model.vocabulary - 1}.",
-                    param="logit_bias",
-                )
+        stop_ids = stop_token_ids(draw.body)
+        check_token_ids("logit_bias", params.logit_bias, model.vocabulary)
+        check_token_ids(STOP_TOKEN_IDS, stop_ids, model.vocabulary)
         max_tokens = self._max_tokens(
             draw.kind, len(prompt.ids), params.max_tokens, scheduler.capacity
         )
@@ -290,6 +296,7 @@ class TransformersEngine(Engine):
             estimates=values.estimate_values(draw),
             constraint=self._constraint(draw, use),
             tools=use,
+            stop_ids=stop_ids,
         )
         if not scheduler.is_alive():
             raise Unavailable("the engine was shut down")

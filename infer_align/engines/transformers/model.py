@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from infer_align.checkpoints.rope import fix_rope, longest_context, reads_rows_alone
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.tools import ToolRequest
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
@@ -90,17 +91,21 @@ class Model:
         )
         lm = lm.to(on_device).eval().requires_grad_(requires_grad=False)
         text_config = lm.config.get_text_config(decoder=True)
-        maximum = getattr(text_config, "max_position_embeddings", None)
+        maximum = longest_context(text_config)
         if maximum and (context_length or 0) > maximum:
             raise ConfigError(
                 f"[engine] context_length: {context_length} is over the {maximum} of {name!r}."
             )
+        # `dynamic` positions can be stretched beyond these.
+        trained = getattr(text_config, "max_position_embeddings", None)
+        context_length = int(context_length or trained or CONTEXT_LENGTH)
+        _fix_positions(name, lm, context_length)
         model = cls(
             lm=lm,
             tokenizer=tokenizer,
             device=on_device,
-            eos=_eos_tokens(lm, tokenizer),
-            context_length=int(context_length or maximum or CONTEXT_LENGTH),
+            eos=end_tokens(lm, tokenizer),
+            context_length=context_length,
             vocabulary=int(text_config.vocab_size),
             sampling_defaults=_sampling_defaults(lm),
             tap=_tap_output_layer(lm),
@@ -208,13 +213,62 @@ class Model:
         return tokenize(self.tokenizer, text + prefix, "messages", special=False)
 
 
-def _eos_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:
-    eos = lm.generation_config.eos_token_id
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+def end_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:
+    """Return every token that ends a turn or a text.
+
+    These are the tokenizer's end of sequence and end of turn, and all that the model's
+    generation_config and configuration list. A chat model often lists its end of turn in one of
+    these places alone.
+
+    Args:
+        lm: the transformers model.
+        tokenizer: its fast tokenizer.
+    """
+    ends: set[int] = set()
+    for name in ("eos_token_id", "eot_token_id", "eom_token_id"):
+        ends |= _ids(getattr(tokenizer, name, None))
+    ends |= _ids(lm.generation_config.eos_token_id)
+    for config in (lm.config, lm.config.get_text_config(decoder=True)):
+        stated = _ids(getattr(config, "eos_token_id", None))
+        # A configuration class has a default, such as 2 for Llama. If the checkpoint states no end
+        # token, that default may be an ordinary word.
+        default = _ids(getattr(type(config), "eos_token_id", None))
+        ends |= {token for token in stated if token not in default or _is_special(tokenizer, token)}
+    # A vocabulary may be smaller than its tokenizer's or its configuration's.
+    vocabulary = int(lm.config.get_text_config(decoder=True).vocab_size)
+    return frozenset(token for token in ends if token < vocabulary)
+
+
+def _ids(value: object) -> set[int]:
+    """Return the token ids of a field that holds one, a list of them or none."""
+    values = value if isinstance(value, list | tuple | set) else [value]
+    ids: set[int] = set()
+    for token in values:
+        # Some configurations write -1 for a token that they lack.
+        if isinstance(token, int) and token >= 0:
+            ids.add(token)
+    return ids
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token)
+    return added is not None and bool(added.special)
+
+
+def _fix_positions(name: str, lm: Any, context_length: int) -> None:
+    """Let the model read each row by the same rotary factors, whatever is in the batch.
+
+    Raises:
+        ConfigError: the positions of other rows change how it reads a row.
+    """
+    fix_rope(lm, context_length)
+    if not reads_rows_alone(lm, context_length):
+        raise ConfigError(
+            f"[engine] model: {name!r} is a {type(lm).__name__} whose rotary positions depend on "
+            "the longest sequence of a batch, so answers would depend on other requests. Set "
+            "[engine] context_length to the length that it was trained with, or serve it with "
+            "vLLM."
+        )
 
 
 def _sampling_defaults(lm: Any) -> dict[str, float]:

@@ -45,6 +45,7 @@ class Job:
         estimates: the loaded heads whose estimates it reports, with their weights.
         constraint: the grammar that every candidate follows; None if the text is free.
         tools: the tools that candidates may call; None without tools.
+        stop_ids: tokens at which the request ends, beside the model's end tokens.
         loop: the event loop of the caller.
         stream: what the caller reads.
         closed: True once the caller has left; set from the event loop.
@@ -64,6 +65,7 @@ class Job:
     estimates: Mapping[HeadValue, float] = field(default_factory=dict)
     constraint: Constraint | None = None
     tools: ToolUse | None = None
+    stop_ids: frozenset[int] = frozenset()
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
     closed: bool = False
@@ -164,17 +166,17 @@ class Row:
 
     @property
     def banned(self) -> frozenset[int]:
-        """The end-of-sequence tokens while min_tokens forbids the end."""
+        """The tokens that end the text, while min_tokens forbids the end."""
         must_end = self.matcher is not None and self.matcher.finished
         is_short = len(self.tokens) < self.params.min_tokens
-        return self.eos if is_short and not must_end else frozenset()
+        return self.eos | self.job.stop_ids if is_short and not must_end else frozenset()
 
     def accept(self, token: int, entry: Entry | None) -> list[Event]:
         """Add a sampled token and return the events that result."""
         self.tokens.append(token)
         if entry is not None:
             self.entries.append(entry)
-        if token in self.eos and not self.params.ignore_eos:
+        if self._ends_with(token):
             self.finish_reason = "stop"
             return self.finish()
         piece = self.text.push(token)
@@ -184,6 +186,11 @@ class Row:
             self.finish_reason = "length"
         events = self._deltas(piece) if piece else []
         return events if self.finish_reason is None else events + self.finish()
+
+    def _ends_with(self, token: int) -> bool:
+        """Return True if the token ends the text and is not part of it."""
+        is_eos = token in self.eos and not self.params.ignore_eos
+        return is_eos or token in self.job.stop_ids
 
     def _follows_to_the_end(self, token: int) -> bool:
         """Take the token through the grammar; return True if nothing can follow it."""
