@@ -378,7 +378,7 @@ def test_transformers_does_not_take_our_kernels_for_its_package() -> None:
 def documented() -> dict[str, Any]:
     plugins = {
         f"{r.folder}.{name}": r.get(name)
-        for r in (registry.methods, registry.rewards, registry.engines)
+        for r in (registry.methods, registry.rewards, registry.engines, registry.values)
         for name in r.names()
     }
     settings = {
@@ -409,6 +409,27 @@ def test_every_field_of_every_section_is_documented(name: str) -> None:
             description = field.metadata.get("description", "")
             assert description, f"{cls.__name__}.{field.name} has no description"
             assert description.endswith("."), f"{cls.__name__}.{field.name}: no sentence"
+
+
+def read_attributes() -> set[str]:
+    """Return the names of all attributes that product code reads, `value.name`."""
+    names = set()
+    for path in MODULES:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(documented()))
+def test_every_field_of_every_section_is_read(name: str) -> None:
+    attributes = read_attributes()
+    for cls in nested(documented()[name]):
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            # A field with one allowed value has nothing to read.
+            if hints[field.name] != typing.Literal[False]:
+                assert field.name in attributes, f"{cls.__name__}.{field.name} is never read"
 
 
 # --- what is shipped ---
