@@ -3,6 +3,9 @@
 "helpful" is fitted to the five proxy reward models, "brief" to the number of words. Each is fitted
 twice: as a head on the frozen model's states, and as a head of one lookahead value LM. Gold is not
 used, so that it can measure the values.
+
+With `--fingerprint`, nothing is fitted: the heads of the folder get the fingerprint of the shipped
+model. Their tensors do not change.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from infer_align.fitting.samples import Conversation, SamplingConfig, sample_rep
 from infer_align.rewards import Reward
 from infer_align.rewards.classifier import Classifier
 from infer_align.rewards.rules import Rules
+from infer_align.values import head
 
 SAMPLING = SamplingConfig(
     model="demo", reward="quality", objective="uwo", replies_per_prompt=16, max_tokens=64, seed=11
@@ -86,6 +90,19 @@ async def build(out: Path) -> None:
         file.chmod(0o644)
 
 
+async def add_fingerprints(folder: Path) -> None:
+    """Write the fingerprint of the demo's model into the metadata of the heads in a folder."""
+    engine = Transformers(model="demo", threads=1).load()
+    await engine.start()
+    frozen = engine.frozen.frozen("demo")
+    await engine.close()
+    for name in REWARD_LOADERS:
+        file = folder / f"value-{name}.safetensors"
+        tensors, metadata = head.read(str(file))
+        head.write(file, tensors, frozen, metadata)
+        file.chmod(0o644)
+
+
 def _print(line: str) -> None:
     print(line, file=sys.stderr)
 
@@ -99,7 +116,12 @@ def main() -> None:
         default=ASSETS,
         help="folder of the built files; default: the shipped assets",
     )
-    asyncio.run(build(parser.parse_args().out))
+    parser.add_argument(
+        "--fingerprint", action="store_true", help="only add the model's fingerprint to the heads"
+    )
+    options = parser.parse_args()
+    task = add_fingerprints(options.out) if options.fingerprint else build(options.out)
+    asyncio.run(task)
 
 
 if __name__ == "__main__":

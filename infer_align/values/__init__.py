@@ -27,6 +27,7 @@ class FrozenModel:
         hidden_size: size of the hidden state that the model's output layer reads.
         tokenizer: digest of the tokenizer's vocabulary, from `tokenizer_digest`.
         device: torch device of the model.
+        fingerprint: numbers of its weights, see `_fingerprint`; None where they cannot be read.
     """
 
     model: str
@@ -34,6 +35,7 @@ class FrozenModel:
     hidden_size: int
     tokenizer: str
     device: str
+    fingerprint: Mapping[str, list[float]] | None = None
 
 
 class Value(ABC):
@@ -43,9 +45,11 @@ class Value(ABC):
         description: one line for people.
         estimates_states: True if the value can also estimate a state without a further token, as
             `HeadValue.expected` does. Early stopping needs that.
+        warnings: sentences about what an operator should check; they are complete after `start`.
     """
 
     description: str = ""
+    warnings: tuple[str, ...] = ()
     estimates_states: ClassVar[bool] = False
 
     @abstractmethod

@@ -10,6 +10,7 @@ Shapes: B rows, V vocabulary, k candidates, d hidden size, r rank.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,16 @@ from torch.nn.functional import embedding, gelu, linear
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
 from infer_align.values import FrozenModel, Value, check_fit
+from infer_align.values._fingerprint import (
+    Fingerprint,
+    different_parts,
+    digest,
+    from_json,
+    to_json,
+)
 from infer_align_kernels import candidate_values
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +84,9 @@ class HeadValue(Value):
                 raise ConfigError(
                     f"{self.path}: {name} holds numbers that are not finite. Fit the value again."
                 )
+        self.warnings = _check_weights(self.path, metadata, frozen)
+        for warning in self.warnings:
+            log.warning("%s", warning)
         self.description = self.description or metadata.get("description", "")
         # Copy the tensors. Those of an open file are mapped into memory, and writing over the file
         # would end the process.
@@ -137,6 +150,43 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def _check_weights(path: str, metadata: Mapping[str, str], frozen: FrozenModel) -> tuple[str, ...]:
+    """Refuse a head that was fitted on other weights than those of the frozen model.
+
+    Returns:
+        A warning if the weights cannot be compared, else nothing.
+
+    Raises:
+        ConfigError: naming both models.
+    """
+    if frozen.fingerprint is None:
+        return ()
+    fitted_on = metadata.get("model", "an unknown model")
+    stored = _stored_fingerprint(metadata)
+    differences = different_parts(stored, frozen.fingerprint)
+    if differences is None:
+        return (
+            f"{path}: nothing shows that this head was fitted on {frozen.model!r}. It names "
+            f"{fitted_on!r}, and holds no fingerprint of that model's weights. On another model it "
+            "steers at random. Fit the value again to be sure.",
+        )
+    if differences:
+        raise ConfigError(
+            f"{path}: fitted on {fitted_on!r} (fingerprint {digest(stored)}), but the weights of "
+            f"{frozen.model!r} (fingerprint {digest(frozen.fingerprint)}) are others: "
+            f"{', '.join(differences)}. Fit the value on this model."
+        )
+    return ()
+
+
+def _stored_fingerprint(metadata: Mapping[str, str]) -> Fingerprint:
+    """Return the fingerprint in a head's metadata; {} if there is none that can be read."""
+    try:
+        return from_json(metadata.get("fingerprint", "{}"))
+    except (ValueError, TypeError):
+        return {}
+
+
 def _is_head(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Return True if the tensors of a head are there and their shapes fit together."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -169,6 +219,8 @@ def write(
         "tokenizer": frozen.tokenizer,
         "hidden_size": str(frozen.hidden_size),
     }
+    if frozen.fingerprint:
+        all_metadata["fingerprint"] = to_json(frozen.fingerprint)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")

@@ -9,6 +9,7 @@ from infer_align.config.align import Budget
 from infer_align.config.schema import json_schema
 from infer_align.objectives import Ensemble
 from infer_align_server.availability import Availability, availability
+from infer_align.values import Value
 from infer_align_server.service import Service
 
 # The time of creation of every model. OpenAI's API requires one, and clients need only that it
@@ -47,7 +48,7 @@ def methods(service: Service) -> dict[str, Any]:
         "unknown_capabilities": sorted(service.engine.unknown_capabilities),
         "methods": {name: _method(cls, usable.get(name)) for name, cls in parameters.items()},
         "rewards": {name: _reward(service, name) for name in service.rewards},
-        "values": {name: {"description": value.description} for name, value in values.items()},
+        "values": {name: _value(value) for name, value in values.items()},
         "presets": dict(service.config.presets),
     }
 
@@ -65,6 +66,10 @@ def _method(cls: type[Any], usable: Availability | None) -> dict[str, Any]:
     }
 
 
+def _value(value: Value) -> dict[str, Any]:
+    return {"description": value.description, "warnings": list(value.warnings)}
+
+
 def _reward(service: Service, name: str) -> dict[str, Any]:
     reward = service.rewards[name]
     return {
@@ -72,4 +77,5 @@ def _reward(service: Service, name: str) -> dict[str, Any]:
         "members": list(reward.members),
         "attributes": list(reward.attributes),
         "default_weight": service.default_rewards.get(name, 0.0),
+        "warnings": list(reward.warnings),
     }

@@ -279,6 +279,7 @@ def test_the_methods_route_lists_methods_rewards_and_presets(numbers: Any) -> No
         "members": ["score"],
         "attributes": [],
         "default_weight": 1.0,
+        "warnings": [],
     }
     assert listed["presets"]["best"] == {"best_of_n": {"n": 5}, "ensemble": {"objective": "mean"}}
     json.dumps(listed, allow_nan=False)

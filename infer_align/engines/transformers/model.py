@@ -16,6 +16,7 @@ from infer_align.engines.transformers.weights import check_causal, load_weights
 from infer_align.errors import ConfigError
 from infer_align.types import Draw
 from infer_align.values import FrozenModel, tokenizer_digest
+from infer_align.values._fingerprint import fingerprint
 
 # Sampling parameters that a model's generation_config may set, by the names of SamplingParams.
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -194,7 +195,9 @@ class Model:
     def frozen(self, name: str) -> FrozenModel:
         """Describe the model for the values that have to fit it."""
         digest = tokenizer_digest(self.tokenizer.get_vocab())
-        return FrozenModel(name, self.vocabulary, self.hidden_size, digest, str(self.device))
+        weights = fingerprint(self.lm.named_parameters())
+        device = str(self.device)
+        return FrozenModel(name, self.vocabulary, self.hidden_size, digest, device, weights)
 
     def render(self, draw: Draw, prefix: str = "", tools: ToolRequest | None = None) -> Prompt:
         """Return the prompt of a draw as text and tokens.

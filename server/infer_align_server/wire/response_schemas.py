@@ -180,9 +180,10 @@ SCHEMAS: dict[str, Schema] = {
                 members=array(STRING),
                 attributes=array(STRING),
                 default_weight=NUMBER,
+                warnings=array(STRING),
             )
         ),
-        values=mapping(closed(description=STRING)),
+        values=mapping(closed(description=STRING, warnings=array(STRING))),
         presets=mapping({"type": "object"}),
     ),
     "Health": closed(status={"const": "ok"}, model=STRING),
