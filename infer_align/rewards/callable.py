@@ -6,12 +6,16 @@ import asyncio
 import importlib
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
-from infer_align.errors import ConfigError
+from infer_align.errors import ConfigError, nearest
 from infer_align.rewards import TIMEOUT, Reward, RewardScores
 from infer_align.types import Candidate, Messages
 
@@ -20,9 +24,14 @@ Function = Callable[[Messages, str], float]
 
 @dataclass(frozen=True, slots=True)
 class FromCallable:
-    """A function `(messages, text) -> float` of an installed module. NaN means not scored."""
+    """A function `(messages, text) -> float` of a module. NaN means not scored."""
 
-    function: str = field(metadata={"description": 'The function, as "package.module:function".'})
+    function: str = field(
+        metadata={
+            "description": 'The function, as "package.module:function". The module is installed, '
+            "on PYTHONPATH, or in the working directory."
+        }
+    )
     description: str = field(
         default="",
         metadata={
@@ -38,15 +47,7 @@ class FromCallable:
         Raises:
             ConfigError: the function cannot be imported or called.
         """
-        module, _, name = self.function.partition(":")
-        try:
-            function: Function = getattr(importlib.import_module(module), name)
-        except Exception as error:
-            # Importing runs the user's code, which may raise anything.
-            raise ConfigError(
-                f"callable.function: {self.function!r} cannot be imported: {error}; "
-                f"write it as 'module:name'."
-            ) from error
+        function = _find(self.function)
         if not callable(function) or inspect.iscoroutinefunction(function):
             raise ConfigError(
                 f"callable.function: {self.function!r} must be a plain function (messages, text) "
@@ -56,6 +57,57 @@ class FromCallable:
 
 
 plugin = FromCallable
+
+
+def _find(path: str) -> Function:
+    """Import "module:function". Modules of the working directory are found after all others.
+
+    Raises:
+        ConfigError: naming the fix.
+    """
+    where = f"callable.function: {path!r}"
+    module_name, _, name = path.partition(":")
+    is_dotted_name = all(part.isidentifier() for part in module_name.split("."))
+    if not name or not is_dotted_name or module_name.endswith(".py"):
+        raise ConfigError(
+            f"{where} is not the name of a function; write it as 'module:function', such as "
+            "'my_rewards:score' for the function score in my_rewards.py."
+        )
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    module = _import(where, module_name, folder)
+    try:
+        function: Function = attrgetter(name)(module)
+    except AttributeError:
+        file = getattr(module, "__file__", None) or "a namespace package"
+        raise ConfigError(
+            f"{where}: the module {module_name!r} ({file}) has no {name!r}; "
+            f"{nearest(name, _public_names(module))}"
+        ) from None
+    return function
+
+
+def _import(where: str, name: str, folder: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        # Importing runs the user's code, which may raise anything.
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            raise ConfigError(
+                f"{where}: there is no module {missing!r} in the working directory ({folder}), on "
+                "PYTHONPATH or among the installed packages. Start in the folder that holds it, or "
+                "put that folder on PYTHONPATH."
+            ) from error
+        hint = f" Install {missing!r} in this environment." if missing is not None else ""
+        raise ConfigError(
+            f"{where}: importing {name!r} failed: {type(error).__name__}: {error}.{hint}"
+        ) from error
+
+
+def _public_names(module: ModuleType) -> list[str]:
+    return [name for name in vars(module) if not name.startswith("_")]
 
 
 class CallableReward(Reward):
@@ -82,6 +134,7 @@ class CallableReward(Reward):
     def _call(self, messages: Messages, text: str) -> tuple[float, str | None]:
         try:
             return float(self._function(messages, text)), None
-        except Exception as error:
-            # An exception of the user's code concerns this candidate only.
+        except (Exception, SystemExit) as error:
+            # An exception of the user's code concerns this candidate only. A call of sys.exit
+            # would end the server.
             return math.nan, f"{type(error).__name__}: {error}"

@@ -8,8 +8,8 @@ from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.config.schema import json_schema
 from infer_align.objectives import Ensemble
-from infer_align_server.availability import Availability, availability
 from infer_align.values import Value
+from infer_align_server.availability import Availability, availability
 from infer_align_server.service import Service
 
 # The time of creation of every model. OpenAI's API requires one, and clients need only that it

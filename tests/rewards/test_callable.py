@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 import threading
 
 import numpy as np
@@ -92,3 +94,68 @@ def test_anything_but_a_plain_function_is_refused(function, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"callable\.function"):
         FromCallable(function).load()
+
+
+@pytest.fixture
+def working_directory(tmp_path, monkeypatch):
+    """An empty working directory; what it adds to the search path is removed again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name, module in [*sys.modules.items()]:
+        if str(tmp_path) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
+
+
+async def test_a_module_of_the_working_directory_is_found(working_directory):
+    (working_directory / "own_helpers.py").write_text("def length(text): return len(text)")
+    (working_directory / "own_rewards.py").write_text(
+        "class Short:\n"
+        "    @staticmethod\n"
+        "    def score(messages, text):\n"
+        "        from own_helpers import length\n"
+        "        return -length(text)\n"
+    )
+    reward = FromCallable("own_rewards:Short.score").load()
+    scores = await reward.score([], candidates("ab", "abc"))
+    assert scores.values.tolist() == [[[-2, -3]]]
+    (working_directory / "own_package").mkdir()
+    (working_directory / "own_package" / "words.py").write_text(
+        "def count(messages, text):\n    '''Count the words.'''\n    return len(text.split())\n"
+    )
+    assert FromCallable("own_package.words:count").load().description == "Count the words."
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("no_such_module:f", r"no module 'no_such_module' in the working directory.*PYTHONPATH"),
+        ("math.nothing:f", r"no module 'math.nothing'"),
+        ("needs_more:f", r"importing 'needs_more' failed.*Install 'no_such_dependency'"),
+        ("broken:f", r"importing 'broken' failed: ZeroDivisionError"),
+        ("wrong_syntax:f", r"importing 'wrong_syntax' failed: SyntaxError"),
+        ("leaves:f", r"importing 'leaves' failed: SystemExit: 3"),
+        ("leaves.py:f", r"write it as 'module:function'"),
+        ("./leaves:f", r"write it as 'module:function'"),
+        ("/srv/leaves.py:f", r"write it as 'module:function'"),
+        ("math.sqrt", r"write it as 'module:function'"),
+        ("math:sqrtt", r"has no 'sqrtt'; did you mean 'sqrt'"),
+    ],
+)
+def test_the_message_names_the_fix(function, message, working_directory):
+    (working_directory / "needs_more.py").write_text("import no_such_dependency")
+    (working_directory / "broken.py").write_text("1 / 0")
+    (working_directory / "wrong_syntax.py").write_text("def f(:")
+    (working_directory / "leaves.py").write_text("raise SystemExit(3)")
+    with pytest.raises(ConfigError, match=message):
+        FromCallable(function).load()
+
+
+async def test_a_function_that_exits_fails_for_its_candidate_alone():
+    def leave(messages, text):
+        return 1.0 if text == "stay" else sys.exit("good bye")
+
+    scores = await CallableReward(leave).score([], candidates("stay", "go"))
+    assert np.isnan(scores.values[0, 0]).tolist() == [False, True]
+    assert scores.notes == (None, "SystemExit: good bye")
