@@ -16,15 +16,16 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from infer_align.config import registry
-from infer_align.config.align import parse_align
 from infer_align.config.model_path import check_model, file_name
+from infer_align.config.presets import check_align, split_presets
 from infer_align.config.schema import parse
 from infer_align.config.server import Limits, Server
 from infer_align.config.source import Choices, kind_of, read_tables
 from infer_align.engines import Engine
-from infer_align.errors import AlignError, ConfigError, nearest
+from infer_align.errors import ConfigError, nearest
 from infer_align.methods import Sections
 from infer_align.rewards import Reward
+from infer_align.types import Body
 from infer_align.upstream import Upstream
 from infer_align.values import Value
 
@@ -66,7 +67,9 @@ class Config:
     engines: Mapping[str, EngineSection] = field(default_factory=dict)
     rewards: Mapping[str, RewardSection] = field(default_factory=dict)
     values: Mapping[str, ValueSection] = field(default_factory=dict)
+    # The `align` object of each preset, and the fields of the body that it sets.
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    preset_bodies: Mapping[str, Body] = field(default_factory=dict)
     # Sections of methods, such as `[dpa]`, by the name of the method.
     method_sections: Mapping[str, object] = field(default_factory=dict)
     # Dotted name of a setting -> "--set" or the path of the file that it was read from.
@@ -76,6 +79,7 @@ class Config:
         """Return the engine with its values, not yet started."""
         engine = self.engine.load()
         engine.served_name = self.served_name
+        engine.default_max_tokens = self.server.default_max_tokens
         engine.values = {name: section.load() for name, section in self.values.items()}
         return engine
 
@@ -174,6 +178,10 @@ class Config:
                 yield f"{path}.{name}", value, self._origin(f"{path}.{name}")
         for name, preset in self.presets.items():
             yield f"presets.{name}", preset, self._origin(f"presets.{name}")
+        for name, body in self.preset_bodies.items():
+            for key, value in body.items():
+                setting = f"presets.{name}.body.{key}"
+                yield setting, value, self._origin(setting)
 
     def _origin(self, name: str) -> str:
         return self.origins.get(name, "default")
@@ -228,10 +236,9 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
     _check_section_names(table, [*SECTIONS, *method_sections])
     engine = table.get("engine", {})
     kind = kind_of(engine)
-    presets = table.get("presets", {})
-    _check_presets(presets)
+    presets, preset_bodies = split_presets(table.get("presets", {}))
     server = parse(Server, table.get("server", {}), "server", ConfigError)
-    _check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
+    check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
     config = Config(
         server=server,
         limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
@@ -241,6 +248,7 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         rewards=_parse_plugins(registry.rewards, table.get("rewards", {})),
         values=_parse_plugins(registry.values, table.get("values", {})),
         presets=presets,
+        preset_bodies=preset_bodies,
         method_sections={
             name: parse(section, table.get(name, {}), name, ConfigError)
             for name, section in method_sections.items()
@@ -288,23 +296,6 @@ def owners_of(setting: str) -> list[str]:
 
 def _has_field(cls: type[Any], name: str) -> bool:
     return any(f.name == name for f in dataclasses.fields(cls))
-
-
-def _check_presets(presets: Mapping[str, Any]) -> None:
-    for name, preset in presets.items():
-        if "@" in name:
-            raise ConfigError(
-                f"[presets.{name}] the name of a preset cannot contain '@': the model name "
-                "<model>@<preset> would be ambiguous; rename it."
-            )
-        _check_align(preset, f"[presets.{name}]")
-
-
-def _check_align(align: object, section: str) -> None:
-    try:
-        parse_align(align)
-    except AlignError as error:
-        raise ConfigError(f"{section} {error.message}") from error
 
 
 def _check_gpu_memory(config: Config) -> None:

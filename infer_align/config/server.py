@@ -33,6 +33,14 @@ class Server:
             "every single-objective reward except judges, weight 1 each."
         },
     )
+    default_max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "ge": 1,
+            "description": "Maximum number of tokens of an answer whose request names none. It "
+            "also bounds what such a request reserves. Default: what fits the context.",
+        },
+    )
     keepalive_seconds: float = field(
         default=10.0,
         metadata={

@@ -44,12 +44,15 @@ class Engine(ABC):
         values: the value estimators by name. Set before `start`, which loads them.
         served_name: the name of the model in the API, if it differs from the engine's name for it.
             Set before `start`.
+        default_max_tokens: the server's limit for requests that name none. The server writes it
+            into their bodies; an engine that counts the prompt's tokens shortens it to what fits.
         progress: called with a short text about what is being loaded, from any thread. Set before
             `start`.
     """
 
     values: Mapping[str, Value] = MappingProxyType({})
     served_name: str | None = None
+    default_max_tokens: int | None = None
     progress: Callable[[str], None] = staticmethod(lambda _: None)
 
     @property

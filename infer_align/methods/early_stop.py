@@ -54,6 +54,11 @@ class EarlyStop:
     needs: ClassVar[frozenset[Capability]] = frozenset({Capability.ESTIMATES})
     relies_on: ClassVar[str] = "values"
 
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Return the names of the values whose estimates are compared."""
+        return tuple(self.values)
+
     def apply(self, draft: PlanDraft) -> PlanDraft:
         """Ask for estimates of every draw, and compare them while candidates run.
 

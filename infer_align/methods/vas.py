@@ -58,6 +58,11 @@ class VAS:
     needs: ClassVar[frozenset[Capability]] = frozenset({Capability.STEER})
     relies_on: ClassVar[str] = "values"
 
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """Return the names of the values that steer."""
+        return tuple(self.beta)
+
     def apply(self, draft: PlanDraft) -> PlanDraft:
         """Steer every draw."""
         steering = Steering(self.beta, self.top_k, self.tail)

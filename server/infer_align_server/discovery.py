@@ -29,6 +29,7 @@ def model(service: Service, name: str) -> dict[str, Any]:
         root, _, preset = name.rpartition("@")
         entry["root"] = root
         entry["align"] = service.config.presets[preset]
+        entry["body"] = service.config.preset_bodies[preset]
     return entry
 
 
@@ -50,6 +51,7 @@ def methods(service: Service) -> dict[str, Any]:
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: _value(value) for name, value in values.items()},
         "presets": dict(service.config.presets),
+        "preset_bodies": dict(service.config.preset_bodies),
     }
 
 

@@ -81,7 +81,10 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     app = engine_app(service)
     if app and model.preset is None and body.get("align") is None:
         limits = service.config.limits
-        tokens = worst_case(_with_best_of(body), service.engine, limits)
+        completed = service.complete_body(body, model)
+        if completed != body:
+            content = dumps(completed)
+        tokens = worst_case(_with_best_of(completed), service.engine, limits)
         return ForwardedResponse(service, app, content, caller, tokens, json=True)
     streaming = stream_options(body)
     plan = await service.plan(body, kind, model)

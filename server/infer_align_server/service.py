@@ -27,12 +27,13 @@ from infer_align.errors import (
 from infer_align.flow.discovery import when_discovered
 from infer_align.flow.plan import Plan, make_plan
 from infer_align.flow.propose import OnDelta
-from infer_align.flow.request import parse_request
+from infer_align.flow.request import Request, parse_request
 from infer_align.flow.response import Response
 from infer_align.flow.run import align
 from infer_align.flow.scorers import reward_names
 from infer_align.rewards import Reward
 from infer_align.types import Candidate, Kind, ScoringUsage
+from infer_align_server.defaults import check_preset_names, check_presets, complete_body
 from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.api_keys import ApiKeys
 from infer_align_server.limits.rate_limit import RateLimit
@@ -80,6 +81,7 @@ class Service:
         self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
         self.default_rewards = config.server.default_rewards or self._all_plain_rewards()
         self._check_default_rewards()
+        check_preset_names(config, self.rewards, self.engine)
         limits = config.limits
         self.admission = Admission(limits)
         self._requests = RateLimit(limits.requests_per_minute, "requests", "rate_limit_exceeded")
@@ -116,6 +118,7 @@ class Service:
 
         try:
             await load_models(self.config, self.engines, self.rewards, progress)
+            self.warnings += check_presets(self.config, self._plan_preset)
         except AlignError as error:
             self.failure = error.message
         except Exception as error:
@@ -247,6 +250,10 @@ class Service:
 
     # --- Requests ---
 
+    def complete_body(self, body: Mapping[str, Any], model: ModelChoice) -> Mapping[str, Any]:
+        """Return a request's body with the fields of its preset and the server's defaults."""
+        return complete_body(self.config, body, model.preset)
+
     async def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> Plan:
         """Parse a request and plan it.
 
@@ -254,18 +261,23 @@ class Service:
             InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
             Unavailable: It could not be found out if the engine can honour the request.
         """
-        resolved = {**body, "model": model.engine_model}
+        resolved = {**self.complete_body(body, model), "model": model.engine_model}
         request = parse_request(resolved, kind, self.config.presets, model.preset)
-        return await when_discovered(
-            lambda: make_plan(
-                request,
-                self.engine,
-                self.rewards,
-                self.default_rewards,
-                self.config.limits,
-                self.config.methods,
-            )
+        return await when_discovered(lambda: self._make_plan(request))
+
+    def _make_plan(self, request: Request) -> Plan:
+        return make_plan(
+            request,
+            self.engine,
+            self.rewards,
+            self.default_rewards,
+            self.config.limits,
+            self.config.methods,
         )
+
+    def _plan_preset(self, body: Mapping[str, Any], preset: str) -> Plan:
+        named = {**body, "model": self.engine.model}
+        return self._make_plan(parse_request(named, "chat", self.config.presets, preset))
 
     async def answer(
         self, plan: Plan, on_delta: OnDelta | None = None, caller: str = ""

@@ -32,10 +32,11 @@ from infer_align.decoding.params import (
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
+from infer_align.engines.transformers.room import completion_tokens
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.engines.transformers.steering import LoadedValues
-from infer_align.engines.transformers.template import read_template, template_notes
+from infer_align.engines.transformers.template import set_template, template_notes
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
 from infer_align.types import Capability, Draw, Kind
 from infer_align.values import Value
@@ -93,9 +94,7 @@ class Transformers:
     )
     chat_template: str | None = field(
         default=None,
-        metadata={
-            "description": "Path of a chat template in Jinja's language. Default: the model's own."
-        },
+        metadata={"description": "File of a Jinja chat template. Default: the model's own."},
     )
     trust_remote_code: bool = field(
         default=False,
@@ -180,7 +179,6 @@ class TransformersEngine(Engine):
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
-        template = read_template(config.chat_template) if config.chat_template else None
         model = Model.load(
             config.model,
             device=config.device,
@@ -189,8 +187,7 @@ class TransformersEngine(Engine):
             trust_remote_code=config.trust_remote_code,
             progress=self.progress,
         )
-        if template is not None:
-            model.tokenizer.chat_template = template
+        set_template(model.tokenizer, config.chat_template)
         return model
 
     @property
@@ -284,8 +281,13 @@ class TransformersEngine(Engine):
         stop_ids = stop_token_ids(draw.body)
         check_token_ids("logit_bias", params.logit_bias, model.vocabulary)
         check_token_ids(STOP_TOKEN_IDS, stop_ids, model.vocabulary)
-        max_tokens = self._max_tokens(
-            draw.kind, len(prompt.ids), params.max_tokens, scheduler.capacity
+        max_tokens = completion_tokens(
+            draw.kind,
+            len(prompt.ids),
+            params.max_tokens,
+            default=self.default_max_tokens,
+            context_length=self.context_length,
+            capacity=scheduler.capacity,
         )
         job = Job(
             draw,
@@ -311,35 +313,6 @@ class TransformersEngine(Engine):
         if grammar is None:
             grammar = structured_outputs.read_grammar(draw.body)
         return None if grammar is None else self._parts().grammars.compile(grammar)
-
-    def _max_tokens(
-        self, kind: Kind, prompt_tokens: int, requested: int | None, capacity: int
-    ) -> int:
-        """Return the number of tokens that each candidate may generate.
-
-        Raises:
-            InvalidRequest: prompt and completion do not fit the context or the cache.
-        """
-        available = self.context_length - prompt_tokens
-        if (requested or 1) > available:
-            prompt_field = "messages" if kind == "chat" else "prompt"
-            completion = f" and {requested} of completion" if requested else ""
-            raise InvalidRequest(
-                f"max_completion_tokens: {prompt_tokens} tokens of prompt{completion} do not fit "
-                f"the context of {self.context_length}; shorten the prompt or request fewer.",
-                param="max_completion_tokens" if available >= 1 else prompt_field,
-                code="context_length_exceeded",
-            )
-        max_tokens = requested or max(1, min(available, capacity - prompt_tokens))
-        if prompt_tokens + max_tokens > capacity:
-            raise InvalidRequest(
-                f"max_completion_tokens: a candidate of {prompt_tokens + max_tokens} tokens does "
-                f"not fit the key-value cache of {capacity}; request fewer tokens, or raise "
-                "[engine] kv_cache_gib.",
-                param="max_completion_tokens",
-                code="context_length_exceeded",
-            )
-        return max_tokens
 
     @property
     def control_tokens(self) -> frozenset[str]:

@@ -20,14 +20,16 @@ NO_SYSTEM_ROLE = (
 )
 
 
-def read_template(path: str) -> str:
-    """Return the text of a chat template.
+def set_template(tokenizer: Any, path: str | None) -> None:
+    """Give a tokenizer the chat template of a file; None keeps its own.
 
     Raises:
         ConfigError: the file cannot be read.
     """
+    if path is None:
+        return
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(

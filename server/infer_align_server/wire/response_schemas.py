@@ -87,7 +87,11 @@ _SCORE["properties"] |= {"note": STRING}
 # Present only if the request has a direction, or a reward has a report.
 _OPTIONAL_REPORT = {"direction": mapping(NUMBER), "reports": mapping({"type": "object"})}
 _MODEL = closed(id=STRING, object={"const": "model"}, created=INTEGER, owned_by=STRING)
-_MODEL["properties"] |= {"root": STRING, "align": {"type": "object"}}
+_MODEL["properties"] |= {
+    "root": STRING,
+    "align": {"type": "object"},
+    "body": {"type": "object"},
+}
 
 SCHEMAS: dict[str, Schema] = {
     "Error": closed(
@@ -185,6 +189,7 @@ SCHEMAS: dict[str, Schema] = {
         ),
         values=mapping(closed(description=STRING, warnings=array(STRING))),
         presets=mapping({"type": "object"}),
+        preset_bodies=mapping({"type": "object"}),
     ),
     "Health": closed(status={"const": "ok"}, model=STRING),
     "Ready": closed(ready=BOOLEAN, reason=nullable(STRING)),
