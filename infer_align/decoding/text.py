@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 # A character is at most four bytes, so at most four tokens. After this many tokens without a
 # complete character, the replacement character is emitted.
 MAX_PENDING_TOKENS = 32
+# Tokens of the prompt that are decoded with the first token of an answer, at most.
+MAX_CONTEXT_TOKENS = 32
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _SPACE = "▁"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -30,6 +33,8 @@ class TextStream:
         tokenizer: the model's tokenizer.
         stops: the stop strings.
         special: True to show special tokens.
+        prompt: the tokens of the text that the candidate continues. Many tokenizers write a space
+            before a word only if text comes before it. Empty if the candidate begins a text.
 
     Attributes:
         text: the text so far, without the stop string and without an end that may begin one.
@@ -37,7 +42,12 @@ class TextStream:
     """
 
     def __init__(
-        self, tokenizer: Any, stops: tuple[str, ...] = (), *, special: bool = False
+        self,
+        tokenizer: Any,
+        stops: tuple[str, ...] = (),
+        *,
+        special: bool = False,
+        prompt: Sequence[int] = (),
     ) -> None:
         self.text = ""
         self.stopped = False
@@ -47,7 +57,7 @@ class TextStream:
         # Decoded text that may be the beginning of a stop string.
         self._held = ""
         # The tokens of the latest piece. The decoder needs them to place a leading space.
-        self._context: list[int] = []
+        self._context = self._end_of(prompt)
         # The tokens since then, which do not yet end in a complete character.
         self._pending: list[int] = []
 
@@ -59,6 +69,15 @@ class TextStream:
     def finish(self) -> str:
         """Return the text that was held back, an unfinished character included."""
         return self._emit(self._next_piece(final=True), final=True)
+
+    def _end_of(self, prompt: Sequence[int]) -> list[int]:
+        """Return the last tokens of a prompt that show some text, from a complete character on."""
+        for length in range(1, min(len(prompt), MAX_CONTEXT_TOKENS) + 1):
+            end = list(prompt[-length:])
+            text = self._decode(end)
+            if text.strip() and not text.startswith(_REPLACEMENT):
+                return end
+        return list(prompt[-MAX_CONTEXT_TOKENS:])
 
     def _next_piece(self, *, final: bool) -> str:
         context = self._decode(self._context)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from infer_align.decoding.text import TextStream, token_bytes
 
@@ -115,3 +117,73 @@ def test_the_bytes_of_tokens_add_up_to_the_text(byte_level, byte_fallback):
         assert b"".join(token_bytes(tokenizer, i) for i in ids).decode().strip() == "a你b"
         assert token_bytes(tokenizer, tokenizer.eos_token_id) == b"</s>"
         assert token_bytes(tokenizer, len(tokenizer) + 5) == b""
+
+
+@pytest.fixture(scope="module")
+def metaspace():
+    """Build a tokenizer whose decoder drops the space before the first word, as T5's does."""
+    words = ["<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz.!", "▁a", "▁b", "ab"]
+    model = models.BPE(
+        {word: i for i, word in enumerate(words)},
+        [("▁", "a"), ("▁", "b"), ("a", "b")],
+        unk_token="<unk>",
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def word_piece():
+    """Build a tokenizer that joins parts of words, as BERT's does."""
+    words = ["<pad>", "</s>", "<unk>", "a", "b", "ab", ".", "##a", "##b"]
+    tokenizer = Tokenizer(
+        models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+CONTINUATIONS = [("a b", "ab"), ("ab ", "b a"), ("a.", "a ab b"), ("a", ". b"), ("a  b", " ab")]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte_level", "byte_fallback", "metaspace", "word_piece"])
+@pytest.mark.parametrize(("prompt", "answer"), CONTINUATIONS)
+@pytest.mark.parametrize("has_stop", [False, True])
+def test_an_answer_goes_on_where_the_text_of_its_prompt_ends(
+    request, tokenizer, prompt, answer, has_stop
+):
+    tokenizer = request.getfixturevalue(tokenizer)
+    ids = tokenizer(f"{prompt} {answer}", add_special_tokens=False)["input_ids"]
+    for split in range(1, len(ids)):
+        before = tokenizer.decode(ids[:split])
+        complete = tokenizer.decode(ids)
+        # The decoder of word pieces joins a full stop to the word before it, for example.
+        assert complete.startswith(before)
+        text = TextStream(tokenizer, ("zzz",) if has_stop else (), prompt=ids[:split])
+        pieces = [text.push(token) for token in ids[split:]]
+        assert before + "".join([*pieces, text.finish()]) == complete
+
+
+def test_a_stop_string_may_begin_with_the_space_of_the_first_word(byte_fallback):
+    prompt, rest = byte_fallback("a b", add_special_tokens=False)["input_ids"], ["▁a", "▁b"]
+    text = TextStream(byte_fallback, (" a",), prompt=prompt)
+    for token in byte_fallback.convert_tokens_to_ids(rest):
+        text.push(token)
+    assert text.stopped
+    assert text.text == ""
+
+
+def test_a_prompt_of_control_tokens_alone_is_no_text(byte_fallback):
+    text = TextStream(byte_fallback, prompt=[byte_fallback.eos_token_id])
+    pieces = [text.push(token) for token in byte_fallback.convert_tokens_to_ids(["▁a", "▁b"])]
+    assert pieces == ["a", " b"]
+
+
+def test_a_prompt_that_ends_in_bytes_shows_whole_characters(byte_fallback):
+    prompt = byte_fallback("ab 你", add_special_tokens=False)["input_ids"]
+    text = TextStream(byte_fallback, prompt=prompt)
+    pieces = [text.push(token) for token in byte_fallback("你 b")["input_ids"]]
+    assert "".join([*pieces, text.finish()]) == " 你 b"

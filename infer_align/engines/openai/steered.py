@@ -109,7 +109,11 @@ class SteeredDrawing:
         """Start one task per candidate."""
         for index in range(self._draw.n):
             seed = self._draw.seeds[index] if self._draw.seeds else index
-            text = TextStream(self._steerer.tokenizer, self._params.stop)
+            text = TextStream(
+                self._steerer.tokenizer,
+                self._params.stop,
+                prompt=self._prompt.ids if self._draw.kind == "completion" else (),
+            )
             values = _ValueReader(self._steerer.values_of(self._steering))
             self._answers.append(_Answer(index, seed, text, values))
         self._tasks = [asyncio.create_task(self._run(answer)) for answer in self._answers]

@@ -211,9 +211,11 @@ class Model:
             InvalidRequest: the chat template refuses the messages, or a part is not text.
         """
         if draw.kind == "completion":
-            return tokenize(self.tokenizer, draw.body["prompt"], "prompt", special=True)
-        text = render(self.tokenizer, draw.body, tools)
-        return tokenize(self.tokenizer, text + prefix, "messages", special=False)
+            prompt = draw.body["prompt"]
+            return tokenize(self.tokenizer, prompt, "prompt", special=True, is_continued=True)
+        text = render(self.tokenizer, draw.body, tools) + prefix
+        is_continued = bool(prefix)
+        return tokenize(self.tokenizer, text, "messages", special=False, is_continued=is_continued)
 
 
 def end_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:

@@ -17,13 +17,28 @@ from infer_align.types import Body
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A rendered prompt."""
+    """A rendered prompt.
+
+    Attributes:
+        text: the prompt as text.
+        ids: its tokens.
+        is_continued: True if the answer goes on with the last text of the prompt, as in a text
+            completion. An assistant's new turn begins a text of its own.
+    """
 
     text: str
     ids: list[int]
+    is_continued: bool = False
+
+    @property
+    def continued_ids(self) -> list[int]:
+        """The tokens of the text that the answer continues; none if it begins a text."""
+        return self.ids if self.is_continued else []
 
 
-def tokenize(tokenizer: Any, text: str, param: str, *, special: bool) -> Prompt:
+def tokenize(
+    tokenizer: Any, text: str, param: str, *, special: bool, is_continued: bool = False
+) -> Prompt:
     """Turn a rendered prompt into tokens.
 
     Args:
@@ -31,6 +46,7 @@ def tokenize(tokenizer: Any, text: str, param: str, *, special: bool) -> Prompt:
         text: the rendered prompt.
         param: the field of the request that it comes from.
         special: True if the tokenizer adds its special tokens, such as a beginning of sequence.
+        is_continued: see `Prompt`.
 
     Raises:
         InvalidRequest: the text is empty or not valid Unicode.
@@ -44,7 +60,7 @@ def tokenize(tokenizer: Any, text: str, param: str, *, special: bool) -> Prompt:
         raise InvalidRequest(
             f"{param}: no tokens to start from; must not be empty for this model.", param=param
         )
-    return Prompt(text, ids)
+    return Prompt(text, ids, is_continued)
 
 
 def render(tokenizer: Any, body: Body, tools: ToolRequest | None = None) -> str:

@@ -121,7 +121,12 @@ class Scheduler(threading.Thread):
                 self._waiting.append(job)
                 for i, seed in enumerate(job.draw.seeds):
                     special = job.tools is not None and job.tools.has_special_marker
-                    text = TextStream(self._model.tokenizer, job.params.stop, special=special)
+                    text = TextStream(
+                        self._model.tokenizer,
+                        job.params.stop,
+                        special=special,
+                        prompt=job.prompt.continued_ids,
+                    )
                     job.rows.append(Row(job, i, seed, text, self._model.eos))
 
     def _step(self) -> None:

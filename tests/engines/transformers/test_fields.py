@@ -393,3 +393,35 @@ async def test_the_developer_role_is_rendered_as_system_if_the_template_has_none
         )
         assert engine.frozen.render(developer) == engine.frozen.render(system)
         assert "<system>be brief</s><user>sun</s>" in engine.frozen.render(developer).text
+
+
+@pytest.mark.parametrize("prompt", ["a b", "a b ", "ab."])
+async def test_a_text_completion_keeps_the_space_before_its_first_word(
+    prompt, serving, draw, finish, language_model, byte_fallback
+):
+    async with serving(model=language_model(tokenizer=byte_fallback)) as engine:
+        tokenizer = engine.frozen.tokenizer
+        first = tokenizer.convert_tokens_to_ids("▁a")
+        fields = {
+            "max_tokens": 4,
+            "temperature": 0,
+            "logit_bias": {str(first): 100},
+            "ignore_eos": True,
+        }
+        request = draw(prompt, kind="completion", logprobs=0, **fields)
+        (candidate,), deltas = await finish(engine, request)
+        text = candidate.choice["text"]
+        assert text == " a" * 4
+        assert "".join(delta.choice["text"] for delta in deltas) == text
+        logprobs = candidate.choice["logprobs"]
+        assert "".join(logprobs["tokens"]) == text
+        assert logprobs["text_offset"] == [0, 2, 4, 6]
+        request = draw(prompt, kind="completion", echo=True, **fields)
+        (echoed,), _ = await finish(engine, request)
+        assert echoed.choice["text"] == prompt + text
+        request = draw(prompt, kind="completion", stop=" a a", **fields)
+        (stopped,), _ = await finish(engine, request)
+        assert (stopped.choice["text"], stopped.finish_reason) == ("", "stop")
+        # A turn of a chat begins a text.
+        (turn,), _ = await finish(engine, draw(prompt, **fields))
+        assert turn.text == "a a a a"
