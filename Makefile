@@ -54,9 +54,10 @@ demo: $(VENV)/dev  ## measure the methods on the embedded demo: tables and plots
 bench: $(VENV)/dev  ## compare this machine's speed with the recorded ratios; informs only
 	$(BIN)/python benchmarks/serving/quick.py
 
-measure: $(VENV)/vllm  ## measure serving, each figure beside its baseline; writes benchmarks/results
+measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside its baseline; writes benchmarks/results
 	$(BIN)/python benchmarks/serving/run.py
 	$(BIN)/python benchmarks/serving/vas.py
+	$(BIN)/python benchmarks/serving/small_model.py
 	$(BIN)/python benchmarks/serving/vllm_engine.py
 	$(BIN)/python benchmarks/serving/upstream.py
 	$(BIN)/python benchmarks/serving/judge.py
