@@ -99,6 +99,14 @@ class Limits:
         default=4 * 1024 * 1024,
         metadata={"ge": 1, "description": "Maximum size of a request body in bytes."},
     )
+    max_upload_bytes: int = field(
+        default=512 * 1024 * 1024,
+        metadata={
+            "ge": 1,
+            "description": "Maximum size in bytes of a body that is passed on piece by piece and "
+            "is not JSON, such as a file or a recording.",
+        },
+    )
     requests_per_minute: int = field(
         default=0,
         metadata={

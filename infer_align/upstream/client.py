@@ -73,7 +73,7 @@ class Client:
     def __init__(self, config: Upstream) -> None:
         self.config = config
         self.pool = Pool(config.addresses(), config.max_concurrency, config.recovery_seconds)
-        self._key = config.api_key()
+        self.key = config.api_key()
         self._session: aiohttp.ClientSession | None = None
         self._timeout = aiohttp.ClientTimeout(
             total=config.timeout_seconds, sock_connect=config.connect_timeout_seconds
@@ -82,8 +82,8 @@ class Client:
     async def start(self) -> None:
         """Open the connection pool; must be called in the event loop that will use it."""
         headers = {"Content-Type": "application/json", "User-Agent": "infer-align"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         self._session = aiohttp.ClientSession(
             connector=_Connector(limit=0, keepalive_timeout=30),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -109,10 +109,10 @@ class Client:
         try:
             async with self._open(host, method, path, content) as response:
                 return await read_json(response)
-        except _RetriableFailure as failure:
-            raise self._redacted(failure.error) from None
+        except RetriableFailure as failure:
+            raise self.redacted(failure.error) from None
         except UpstreamFailed as error:
-            raise self._redacted(error) from None
+            raise self.redacted(error) from None
 
     async def post(
         self,
@@ -160,70 +160,38 @@ class Client:
                 async with self._open(host, "POST", path, content) as response:
                     yield host, response
                     return
-            except _RetriableFailure as failure:
+            except RetriableFailure as failure:
                 failed_hosts.add(host)
-                wait = self._retry_wait(failure, attempt, failed_hosts, model)
+                wait = self.retry_wait(failure, attempt, failed_hosts, model)
                 if wait is None:
-                    raise self._redacted(failure.error) from None
+                    raise self.redacted(failure.error) from None
             except UpstreamFailed as error:
-                raise self._redacted(error) from None
+                raise self.redacted(error) from None
             finally:
                 self.pool.release(host)
             await asyncio.sleep(wait)
 
-    @asynccontextmanager
-    async def relay(
-        self, method: str, path: str, content: bytes | None, *, model: str | None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Yield the response of the first host that does not answer 404 or 405.
-
-        A stored object exists on one of the hosts only, and the client does not know on which.
-        Each host gets the request at most once.
-
-        Raises:
-            UpstreamFailed: the last host's failure.
-            Unavailable: see `call`.
-        """
-        failures: dict[Host, UpstreamFailed] = {}
-        while True:
-            host = await self.pool.acquire(model, failures)
-            is_open = False
-            try:
-                if host in failures:
-                    raise self._redacted(failures[host])
-                async with self._open(host, method, path, content) as response:
-                    is_open = True
-                    yield response
-                    return
-            except _RetriableFailure as failure:
-                failures[host] = failure.error
-            except UpstreamFailed as error:
-                if is_open or host in failures or error.status not in {404, 405}:
-                    raise self._redacted(error) from None
-                failures[host] = error
-            finally:
-                self.pool.release(host)
-
-    def _redacted(self, error: UpstreamFailed) -> UpstreamFailed:
+    def redacted(self, error: UpstreamFailed) -> UpstreamFailed:
         """Return the error with texts that are valid UTF-8, short, and without the key."""
-        error.message = self._redact(error.message)
-        error.param = None if error.param is None else self._redact(error.param)
-        error.code = self._redact(error.code)
+        error.message = self.redact(error.message)
+        error.param = None if error.param is None else self.redact(error.param)
+        error.code = self.redact(error.code)
         error.args = (error.message,)
         return error
 
-    def _redact(self, text: str) -> str:
-        key = self._key or ""
+    def redact(self, text: str, max_length: int = MAX_MESSAGE) -> str:
+        """Return a text without this server's key, nor a beginning of it, and not too long."""
+        key = self.key or ""
         shortest = max(1, min(len(key), MIN_KEY_PREFIX))
         for length in range(len(key), shortest - 1, -1):
             prefix = key[:length]
             escaped = repr(prefix)[1:-1]
             text = text.replace(prefix, "***").replace(escaped, "***")
-        return text.encode(errors="replace").decode()[:MAX_MESSAGE]
+        return text.encode(errors="replace").decode()[:max_length]
 
-    def _retry_wait(
+    def retry_wait(
         self,
-        failure: _RetriableFailure,
+        failure: RetriableFailure,
         attempt: int,
         failed_hosts: set[Host],
         model: str | None,
@@ -250,13 +218,13 @@ class Client:
         """Send one request to one host and yield its successful response.
 
         Raises:
-            _RetriableFailure: the request failed and cost no tokens.
+            RetriableFailure: the request failed and cost no tokens.
             UpstreamFailed: the request failed otherwise.
         """
-        response = await self._send(host, method, path, content)
+        response = await self.send(host, method, f"{host.url}{path}", content)
         try:
             if not 200 <= response.status < 300:
-                raise await _failure(host, response)
+                raise await failure_of(host, response)
             host.record_success()
             yield response
         finally:
@@ -265,8 +233,13 @@ class Client:
             else:
                 response.close()
 
-    async def _send(
-        self, host: Host, method: str, path: str, content: bytes | None
+    async def send(
+        self,
+        host: Host,
+        method: str,
+        url: str,
+        content: bytes | AsyncIterator[bytes] | None,
+        headers: Mapping[str, str] | None = None,
     ) -> aiohttp.ClientResponse:
         """Send one request and return the response; record in the host why there is none."""
         if self._session is None or self._session.closed:
@@ -275,7 +248,7 @@ class Client:
         started = monotonic()
         try:
             return await self._session.request(
-                method, f"{host.url}{path}", data=content, allow_redirects=False
+                method, url, data=content, headers=headers, allow_redirects=False
             )
         except aiohttp.ClientConnectorError as error:
             raise _not_connected(host, f"no connection: {_reason(error)}", 502) from None
@@ -294,11 +267,11 @@ class Client:
             )
             early = _kept_alive.get() and monotonic() - started < STALE_SECONDS
             if early and isinstance(error, aiohttp.ServerDisconnectedError | OSError):
-                raise _RetriableFailure(lost, stale=True) from None
+                raise RetriableFailure(lost, stale=True) from None
             raise lost from None
 
 
-class _RetriableFailure(Exception):
+class RetriableFailure(Exception):
     """A failure that may be retried; at once if the connection was `stale`."""
 
     def __init__(self, error: UpstreamFailed, *, stale: bool = False) -> None:
@@ -307,13 +280,13 @@ class _RetriableFailure(Exception):
         self.stale = stale
 
 
-def _not_connected(host: Host, reason: str, status: int) -> _RetriableFailure:
+def _not_connected(host: Host, reason: str, status: int) -> RetriableFailure:
     host.record_failure(reason)
     error = UpstreamFailed(f"the upstream cannot be reached: {reason}.", status=status)
-    return _RetriableFailure(error)
+    return RetriableFailure(error)
 
 
-async def _failure(host: Host, response: aiohttp.ClientResponse) -> Exception:
+async def failure_of(host: Host, response: aiohttp.ClientResponse) -> Exception:
     """Return the exception for a response with an unsuccessful status."""
     status = response.status
     if status >= 500:
@@ -337,7 +310,7 @@ async def _failure(host: Host, response: aiohttp.ClientResponse) -> Exception:
         retry_after=parse_retry_after(response.headers.get("Retry-After")),
         refused=status in REFUSED_STATUSES,
     )
-    return _RetriableFailure(error) if status in RETRIED_STATUSES else error
+    return RetriableFailure(error) if status in RETRIED_STATUSES else error
 
 
 async def _error_content(response: aiohttp.ClientResponse) -> bytes:

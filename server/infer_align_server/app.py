@@ -6,9 +6,10 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from time import monotonic
+from typing import TypeAlias
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -20,9 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infer_align.config.config import Config
 from infer_align.errors import AlignError
 from infer_align_server.engine_routes import ServesApplication
+from infer_align_server.forwarding import Forwards
 from infer_align_server.loading import Progress
 from infer_align_server.logs import access
-from infer_align_server.routes import ENGINE_ROUTE, ROUTES
+from infer_align_server.routes import ENGINE_ROUTE, ROUTES, UPSTREAM_ROUTE
 from infer_align_server.service import Service
 from infer_align_server.wire.disconnect import ClientLeft
 from infer_align_server.wire.errors import error_response
@@ -32,6 +34,7 @@ log = logging.getLogger("infer_align")
 # The status of nginx for "client closed request". No client receives it. In logs and metrics it
 # separates these requests from successful ones.
 CLIENT_LEFT = 499
+Header: TypeAlias = tuple[bytes, bytes]
 
 
 def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
@@ -69,6 +72,8 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
     app.router.routes.extend(ROUTES)
     if isinstance(service.engine, ServesApplication):
         app.router.routes.append(ENGINE_ROUTE)
+    if isinstance(service.engine, Forwards):
+        app.router.routes.append(UPSTREAM_ROUTE)
     app.exception_handler(AlignError)(_on_align_error)
     app.exception_handler(HTTPException)(_on_http_error)
     app.add_middleware(RequestLog, service=service)
@@ -98,8 +103,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = message.get("headers", ())
-                message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
+                message["headers"] = _with_request_id(message.get("headers", ()), request_id)
             await send(message)
 
         try:
@@ -128,6 +132,13 @@ class RequestLog:
             "seconds": round(seconds, 4),
         }
         access.info("request", extra=event)
+
+
+def _with_request_id(headers: Iterable[Header], request_id: str) -> list[Header]:
+    """Return the headers with a request id; an upstream's own id stays."""
+    if any(name == b"x-request-id" for name, _ in headers):
+        return list(headers)
+    return [*headers, (b"x-request-id", request_id.encode())]
 
 
 def _request_id(scope: Scope) -> str:

@@ -88,6 +88,14 @@ class Metrics:
         if response.scores.members:
             self.scoring.observe(response.timing.score_seconds)
 
+    def count_forwarded(self, prompt_tokens: int, returned_tokens: int, seconds: float) -> None:
+        """Count an answer that an upstream gave itself."""
+        if prompt_tokens:
+            self.prompt_tokens.inc(prompt_tokens)
+        if returned_tokens:
+            self.returned_tokens.inc(returned_tokens)
+        self.e2e.observe(seconds)
+
     def count_scoring(self, usage: ScoringUsage) -> None:
         """Count the tokens of rewards and judges."""
         if usage.reward_tokens:

@@ -6,17 +6,15 @@ and would have nothing to parse, since request bodies go through whole.
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlencode
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from infer_align.errors import UnknownModel, Unsupported, nearest
@@ -25,16 +23,23 @@ from infer_align.types import Kind
 from infer_align_server import discovery, judging, scoring
 from infer_align_server.engine_routes import (
     ForwardedResponse,
-    RelayedResponse,
-    RelayRequest,
-    RelaysResponses,
     engine_app,
     json_fields,
     route_worst_case,
 )
-from infer_align_server.limits.client_timeout import client_timeout, with_client_deadline
+from infer_align_server.forwarding import (
+    Cost,
+    Forwards,
+    Upload,
+    UpstreamResponse,
+    completion_request,
+    completion_worst_case,
+    route_request,
+    waiting_time,
+)
+from infer_align_server.limits.client_timeout import with_client_deadline
 from infer_align_server.openapi import changing_facts, document
-from infer_align_server.service import Service
+from infer_align_server.service import ModelChoice, Service
 from infer_align_server.wire.body import parse_body, read_body, read_bytes
 from infer_align_server.wire.completion import OBJECTS, completion_json
 from infer_align_server.wire.disconnect import until_client_leaves
@@ -79,13 +84,15 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     service.require_ready()
     model = service.resolve_model(body.get("model"))
     app = engine_app(service)
-    if app and model.preset is None and body.get("align") is None:
+    if app and _is_plain(body, model):
         limits = service.config.limits
         completed = service.complete_body(body, model)
         if completed != body:
             content = dumps(completed)
         tokens = worst_case(_with_best_of(completed), service.engine, limits)
         return ForwardedResponse(service, app, content, caller, tokens, json=True)
+    if _is_plain(body, model) and isinstance(service.engine, Forwards):
+        return _forwarded_completion(http, kind, content, body, model, caller)
     streaming = stream_options(body)
     plan = await service.plan(body, kind, model)
     head = {
@@ -93,15 +100,48 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
         "created": int(time.time()),
         "model": model.name,
     }
-    timeout = None
-    if service.config.server.honour_client_timeout:
-        timeout = client_timeout(http.headers)
+    timeout = waiting_time(service, http)
     if streaming:
         stream = EventStream(service, plan, head, streaming, caller, timeout)
         return await stream.open(http)
     answer = service.answer(with_client_deadline(plan, timeout), caller=caller)
     response = await until_client_leaves(http.receive, answer)
     return json_response(completion_json(response, head))
+
+
+def _is_plain(body: Mapping[str, Any], model: ModelChoice) -> bool:
+    return model.preset is None and body.get("align") is None
+
+
+def _forwarded_completion(
+    http: HttpRequest,
+    kind: Kind,
+    content: bytes,
+    body: Mapping[str, Any],
+    model: ModelChoice,
+    caller: str,
+) -> UpstreamResponse:
+    service = service_of(http)
+    is_renamed = model.name != model.engine_model
+    return UpstreamResponse(
+        service,
+        _forwarding_engine(service),
+        completion_request(http, PATHS[kind], content, body, model),
+        Cost(caller, completion_worst_case(service, body)),
+        timeout=waiting_time(service, http),
+        renamed=(model.engine_model, model.name) if is_renamed else None,
+    )
+
+
+def _forwarding_engine(service: Service) -> Forwards:
+    """Return the engine if it passes requests on.
+
+    Raises:
+        HTTPException: It does not: there is no such route.
+    """
+    if not isinstance(service.engine, Forwards):
+        raise HTTPException(404)
+    return service.engine
 
 
 def _with_best_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -126,20 +166,20 @@ async def responses(http: HttpRequest) -> HttpResponse:
     app = engine_app(service)
     if app:
         return ForwardedResponse(service, app, content, caller, tokens, json=True)
-    if not isinstance(service.engine, RelaysResponses):
-        raise HTTPException(404)
+    engine = _forwarding_engine(service)
     model = service.resolve_model(body.get("model"))
+    _refuse_preset(model)
+    request = completion_request(http, "/responses", content, body, model)
+    return UpstreamResponse(service, engine, request, Cost(caller, tokens))
+
+
+def _refuse_preset(model: ModelChoice) -> None:
     if model.preset is not None:
         raise Unsupported(
             f"model: the preset {model.preset!r} is only allowed on /v1/chat/completions and "
             "/v1/completions; leave out the part from '@' here.",
             param="model",
         )
-    if body.get("model") != model.engine_model or "align" in body:
-        body.pop("align", None)
-        content = dumps({**body, "model": model.engine_model})
-    request = RelayRequest("POST", "/responses", content, model.engine_model)
-    return RelayedResponse(service, service.engine, request, caller, tokens)
 
 
 async def stored_response(http: HttpRequest) -> HttpResponse:
@@ -150,15 +190,58 @@ async def stored_response(http: HttpRequest) -> HttpResponse:
     app = engine_app(service)
     if app:
         return ForwardedResponse(service, app, content, caller)
-    is_id = re.fullmatch(r"[\w-]{1,200}", http.path_params["id"], re.ASCII)
-    if not isinstance(service.engine, RelaysResponses) or not is_id:
+    engine = _forwarding_engine(service)
+    request = route_request(http, content, None)
+    if request is None:
         raise HTTPException(404)
-    path = http.url.path.removeprefix("/v1")
-    query = urlencode(http.query_params.multi_items())
-    if query:
-        path += f"?{query}"
-    request = RelayRequest(http.method, path, content or None)
-    return RelayedResponse(service, service.engine, request, caller)
+    return UpstreamResponse(service, engine, request, Cost(caller, generates=False))
+
+
+async def upstream_route(http: HttpRequest) -> HttpResponse:
+    """Pass on a request to another route of the upstreams, such as /v1/embeddings."""
+    service, caller = authorize(http)
+    service.require_ready()
+    engine = _forwarding_engine(service)
+    limits = service.config.limits
+    if _is_upload(http):
+        upload = Upload(http, limits.max_upload_bytes)
+        request = route_request(http, upload.pieces(), None)
+        if request is None:
+            raise HTTPException(404)
+        return UpstreamResponse(service, engine, request, Cost(caller), upload=upload)
+    content = await read_bytes(http, limits.max_body_bytes)
+    body = json_fields(content)
+    model = _routed_model(service, body)
+    if model and model.engine_model != body["model"]:
+        content = dumps({**body, "model": model.engine_model})
+    request = route_request(http, content, model.engine_model if model else None)
+    if request is None:
+        raise HTTPException(404)
+    generates = http.method == "POST"
+    tokens = route_worst_case(service, http.url.path, body) if generates else 0
+    return UpstreamResponse(service, engine, request, Cost(caller, tokens, generates=generates))
+
+
+def _is_upload(http: HttpRequest) -> bool:
+    """Return True for a body that is not JSON: it may be large, and is passed on in pieces."""
+    content_type = http.headers.get("content-type", "")
+    return bool(content_type) and "json" not in content_type
+
+
+def _routed_model(service: Service, body: Mapping[str, Any]) -> ModelChoice | None:
+    """Return the model of a request to another route; None if any upstream may answer it.
+
+    An upstream may serve models for embeddings or speech that it does not list.
+    """
+    name = body.get("model")
+    if not isinstance(name, str):
+        return None
+    try:
+        model = service.resolve_model(name)
+    except UnknownModel:
+        return None
+    _refuse_preset(model)
+    return model
 
 
 async def score(http: HttpRequest) -> HttpResponse:
@@ -260,6 +343,8 @@ class RecordedRoute(Route):
         await super().handle(scope, receive, send)
 
 
+PATHS: Mapping[Kind, str] = {"chat": "/chat/completions", "completion": "/completions"}
+
 ROUTES = [
     RecordedRoute("/v1/chat/completions", chat_completions, methods=["POST"]),
     RecordedRoute("/v1/completions", completions, methods=["POST"]),
@@ -291,4 +376,21 @@ ROUTES = [
 # Added if the engine has an application of its own, after all other routes.
 ENGINE_ROUTE = RecordedRoute(
     "/{path:path}", engine_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+)
+
+
+class UpstreamRoute(RecordedRoute):
+    """All routes that the engine passes on; any other path stays unknown."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Return a full match for a path that is passed on."""
+        engine = scope["app"].state.service.engine if "app" in scope else None
+        if isinstance(engine, Forwards) and engine.passes(scope.get("path", "")):
+            return super().matches(scope)
+        return Match.NONE, {}
+
+
+# Added if the engine passes requests on, after all other routes.
+UPSTREAM_ROUTE = UpstreamRoute(
+    "/{path:path}", upstream_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]
 )

@@ -215,7 +215,9 @@ def test_keys_are_neither_logged_nor_returned_when_something_fails(
         ):
             request = {"model": "up", "messages": USER, **body}
             answer = live.post(request, headers={"authorization": f"Bearer {SERVER_KEY}"})
-            assert answer.status_code >= 400, answer.text
+            # Without `align`, a malformed answer is passed on as it is.
+            is_passed_on = "align" not in body and fault in {"garbage", "key_in_200", "key_cut"}
+            assert answer.status_code >= 400 or is_passed_on, answer.text
             assert KEY[:9] not in answer.text + str(answer.headers), (
                 "not even where the upstream says it, nor a part of it"
             )

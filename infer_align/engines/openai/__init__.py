@@ -5,7 +5,7 @@
     sample       ─▶ one draw in a few calls        draws.py, batch.py, batch_size.py
                  ─▶ one draw token by token (vas)  steering.py, steered.py, continuation.py
     read_labels  ─▶ top logprobs                   labels.py
-    relay        ─▶ the upstream's own response, unchanged
+    forward      ─▶ the upstream's own answer, unchanged
 
 A request's body is sent as the client wrote it, and unknown fields of an answer are returned. The
 package `infer_align.upstream` manages the hosts and sends the calls. Of a request, only the name of
@@ -70,6 +70,36 @@ class OpenAI(Upstream):
         metadata={
             "description": "Features of the upstreams if probe is false. "
             f"Possible are: {', '.join(FEATURES)}."
+        },
+    )
+    routes: tuple[str, ...] = field(
+        default=(
+            "audio",
+            "batches",
+            "chat",
+            "classify",
+            "completions",
+            "containers",
+            "conversations",
+            "detokenize",
+            "embeddings",
+            "files",
+            "images",
+            "messages",
+            "moderations",
+            "ocr",
+            "pooling",
+            "rerank",
+            "responses",
+            "score",
+            "tokenize",
+            "uploads",
+            "vector_stores",
+            "videos",
+        ),
+        metadata={
+            "description": "Routes of the upstreams that are passed on, by the first part of their "
+            "path below /v1. '*' passes on every route, also those that administrate the upstream."
         },
     )
     tokenizer: str | None = field(

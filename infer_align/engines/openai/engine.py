@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import re
-from collections.abc import AsyncIterator, Collection, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.engines import Engine, Stream, Undiscovered
 from infer_align.engines.openai.batch_size import BatchSizes
-from infer_align.engines.openai.draws import UpstreamDrawing, refusal
+from infer_align.engines.openai.draws import UpstreamDrawing
 from infer_align.engines.openai.features import STEER
 from infer_align.engines.openai.labels import read_labels
 from infer_align.engines.openai.models import UpstreamModels
@@ -22,9 +21,8 @@ from infer_align.engines.openai.probe import (
 )
 from infer_align.errors import Unavailable, Unsupported
 from infer_align.types import Body, Capability, Draw
-from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import Client
-from infer_align.upstream.response import read_bytes
+from infer_align.upstream.forward import ForwardedAnswer, ForwardedRequest
+from infer_align.upstream.forwarder import Forwarder
 
 if TYPE_CHECKING:
     from infer_align.engines.openai import OpenAI
@@ -33,15 +31,14 @@ if TYPE_CHECKING:
     from infer_align.engines.openai.steering import Steerer
 
 _CAPABILITIES = frozenset(capability.value for capability in Capability)
-# The status and the message of a server that does not have a route at all.
-NO_ROUTE_STATUSES = {404, 405, 501}
-NO_ROUTE_MESSAGE = re.compile(
-    r"|not found|method not allowed|(the upstream answered \d+)", re.IGNORECASE
-)
-
-
 # Labels are read differently from an upstream that continues a begun turn.
 LABEL_FEATURES = frozenset({"label_logprobs", "continue"})
+
+
+# Routes of vLLM that stand beside "/v1".
+ROOT_ROUTES = frozenset(
+    {"/classify", "/detokenize", "/pooling", "/rerank", "/score", "/tokenize", "/v2/rerank"}
+)
 
 
 class OpenAIEngine(Engine):
@@ -56,7 +53,7 @@ class OpenAIEngine(Engine):
 
     def __init__(self, config: OpenAI) -> None:
         self.config = config
-        self.client = Client(config)
+        self.client = Forwarder(config)
         self._sizes = BatchSizes(config.n)
         self._models = UpstreamModels(config, self.client, self._sizes)
         self._drawings: set[UpstreamDrawing | SteeredDrawing] = set()
@@ -302,36 +299,16 @@ class OpenAIEngine(Engine):
             limit_name=self._features.limit_name(self.model),
         )
 
-    @asynccontextmanager
-    async def relay(
-        self, method: str, path: str, content: bytes | None, model: str | None
-    ) -> AsyncIterator[tuple[str, AsyncIterator[bytes]]]:
-        """Yield an upstream's own response: its content type, and its bytes as they arrive.
+    def passes(self, path: str) -> bool:
+        """Return True if a route, such as "/v1/embeddings", is passed on to the upstreams."""
+        family = path.removeprefix("/v1/").strip("/").partition("/")[0]
+        if path.startswith("/v1/"):
+            return "*" in self.config.routes or family in self.config.routes
+        return path.rstrip("/") in ROOT_ROUTES and family in {*self.config.routes, "v2"}
 
-        Args:
-            method: the HTTP method.
-            path: path and query below the base URL.
-            content: the body, if any.
-            model: only upstreams that serve it get the request.
-
-        Raises:
-            Unsupported: the upstream does not have the route.
-            InvalidRequest: the upstream refuses the request.
-            UpstreamFailed: the upstream failed; also while the bytes are read.
-        """
-        try:
-            async with self.client.relay(method, path, content, model=model) as response:
-                content_type = response.headers.get("Content-Type", "application/json")
-                yield content_type, read_bytes(response)
-        except UpstreamFailed as error:
-            if _means_no_route(error):
-                raise Unsupported(
-                    f"{method} /v1{path.partition('?')[0]}: the upstream does not serve this; "
-                    "use /v1/chat/completions.",
-                    code="not_served",
-                    status=404,
-                ) from None
-            raise refusal(error) if error.refused else error from None
+    def forward(self, request: ForwardedRequest) -> AbstractAsyncContextManager[ForwardedAnswer]:
+        """Open a request at an upstream; see `Forwarder.forward`."""
+        return self.client.forward(request)
 
 
 def _needed_features(draw: Draw) -> set[str]:
@@ -347,11 +324,3 @@ def _needed_features(draw: Draw) -> set[str]:
         if is_present and feature not in EFFECT_MAY_BE_HIDDEN:
             needed.add(feature)
     return needed
-
-
-def _means_no_route(error: UpstreamFailed) -> bool:
-    """Return True for the error of a server without the route, False for one about its content."""
-    is_generic = error.param is None and error.code == UpstreamFailed.code
-    message = error.message.rstrip(".")
-    is_route_status = error.status in NO_ROUTE_STATUSES
-    return is_route_status and is_generic and bool(NO_ROUTE_MESSAGE.fullmatch(message))

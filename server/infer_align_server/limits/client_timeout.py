@@ -33,6 +33,11 @@ def client_timeout(headers: Mapping[str, str]) -> float | None:
     return min(timeouts, default=None)
 
 
+def shortly_before(timeout: float) -> float:
+    """Return a client's timeout without the time that the way back takes, in seconds."""
+    return timeout - min(RESERVED_SHARE * timeout, MAX_RESERVED_SECONDS)
+
+
 def with_client_deadline(plan: Plan, timeout: float | None) -> Plan:
     """Return the plan with a deadline shortly before the client's timeout.
 
@@ -45,5 +50,4 @@ def with_client_deadline(plan: Plan, timeout: float | None) -> Plan:
     """
     if timeout is None or plan.deadline_seconds is not None:
         return plan
-    reserved = min(RESERVED_SHARE * timeout, MAX_RESERVED_SECONDS)
-    return replace(plan, deadline_seconds=timeout - reserved)
+    return replace(plan, deadline_seconds=shortly_before(timeout))

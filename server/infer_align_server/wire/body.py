@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from starlette.requests import Request as HttpRequest
@@ -31,9 +32,7 @@ async def read_bytes(http: HttpRequest, max_bytes: int) -> bytes:
         BodyTooLarge: The body is larger than `max_bytes`. A body whose Content-Length says so is
             not read.
     """
-    content_length = http.headers.get("content-length", "0")
-    announced = int(content_length) if content_length.isdecimal() else 0
-    if announced > max_bytes:
+    if content_length(http.headers) > max_bytes:
         raise _too_large(max_bytes)
     received = bytearray()
     async for chunk in http.stream():
@@ -41,6 +40,12 @@ async def read_bytes(http: HttpRequest, max_bytes: int) -> bytes:
         if len(received) > max_bytes:
             raise _too_large(max_bytes)
     return bytes(received)
+
+
+def content_length(headers: Mapping[str, str]) -> int:
+    """Return the size of the body that a request announces, in bytes; 0 if it announces none."""
+    length = headers.get("content-length", "0")
+    return int(length) if length.isdecimal() else 0
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:

@@ -106,7 +106,7 @@ class FakeUpstream:
             return
         content = await _read(receive)
         call = self.calls
-        body = json.loads(content or b"{}")
+        body = _parse(content)
         self._log(scope, content, body)
         self.running += 1
         work = asyncio.create_task(self._respond(call, body, scope["path"], send))
@@ -434,6 +434,15 @@ class Faults:
 
 
 # --- messages of a response ---
+
+
+def _parse(content: bytes) -> Body:
+    """Return the fields of a JSON object; {} for any other body, such as a file."""
+    try:
+        body = json.loads(content)
+    except ValueError:
+        return {}
+    return body if isinstance(body, dict) else {}
 
 
 async def _read(receive: Any) -> bytes:

@@ -148,6 +148,13 @@ def test_a_failed_probe_is_not_remembered(up: FakeUpstream, serve_upstream: Serv
     assert server.until(lambda: "label_logprobs" not in server.chat(JUDGED).text)
 
 
+def test_a_plain_request_probes_nothing(up: FakeUpstream, serve_upstream: Serve) -> None:
+    server = serve_upstream(LAZY)
+    assert server.chat(logprobs=True, top_logprobs=2, logit_bias={"5": 1}, n=2).status_code == 200
+    assert server.post({"prompt": "x", "logprobs": 1}, "/v1/completions").status_code == 200
+    assert up.calls == 2
+
+
 def test_probing_at_the_start_stays_available(up: FakeUpstream, serve_upstream: Serve) -> None:
     up.answer = numbered
     server = serve_upstream('probe = "start"')

@@ -20,6 +20,8 @@ from tests.server.upstream.conftest import (
 
 pytestmark = pytest.mark.slow
 
+# A request with `align` is drawn and not passed on; test_forwarding.py has the others.
+ALIGNED: dict[str, object] = {}
 BEST_OF_8 = {"best_of_n": {"n": 8}}
 
 
@@ -82,7 +84,7 @@ def test_a_fault_has_its_status_and_its_message(
 ) -> None:
     server = serve_upstream()
     up.behave = lambda _, __: fault.name
-    for align, calls in ((None, fault.calls), (BEST_OF_4, fault.calls_of_4)):
+    for align, calls in ((ALIGNED, fault.calls), (BEST_OF_4, fault.calls_of_4)):
         up.clear_log()
         answer = server.chat(align)
         assert answer.status_code == fault.status, answer.text
@@ -115,7 +117,7 @@ def test_a_fault_before_a_stream_begins_has_its_status(
 ) -> None:
     server = serve_upstream()
     up.behave = lambda _, __: fault.name
-    answer = server.chat(stream=True)
+    answer = server.chat(ALIGNED, stream=True)
     assert answer.status_code == fault.status
     assert answer.json()["error"]["message"]
     assert up.until(lambda: up.running == 0)
@@ -130,7 +132,8 @@ def test_a_fault_in_a_stream_ends_it_with_an_error(
     server = serve_upstream()
     up.behave = lambda _, __: fault
     up.reader_is_ready = threading.Event()
-    body = {"model": "up", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": "up", "messages": messages, "stream": True, "align": ALIGNED}
     text = ""
     with (
         server.http() as http,

@@ -140,7 +140,7 @@ def test_a_number_that_is_too_large_is_refused_by_name(
 def test_a_field_whose_cost_cannot_be_counted_is_refused(
     up: FakeUpstream, serve_upstream: Serve
 ) -> None:
-    body = {"model": "up", "prompt": "x", "best_of": 8}
+    body = {"model": "up", "prompt": "x", "best_of": 8, "align": {}}
     answer = serve_upstream().post(body, "/v1/completions")
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "best_of")
     assert up.calls == 0

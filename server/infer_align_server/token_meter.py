@@ -1,0 +1,69 @@
+"""Counting the tokens of an answer that is passed on unread, from the usage that it carries."""
+
+from __future__ import annotations
+
+import re
+
+from starlette.types import Message, Send
+
+_GENERATED = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,12})')
+_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,12})')
+# The end of a body contains its usage.
+TAIL_BYTES = 2**16
+
+
+class TokenMeter:
+    """Sends an answer and counts its tokens.
+
+    The names of the usage cannot occur in the texts of the answer: quotes are escaped there.
+
+    Attributes:
+        started: True once the answer has begun.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self.started = False
+        self._send = send
+        self._tail = bytearray()
+        self._events = 0
+        self._is_stream = False
+        self._is_error = False
+        self._is_text = False
+
+    async def send(self, message: Message) -> None:
+        """Send a message of the answer."""
+        self.started = True
+        if message["type"] == "http.response.start":
+            self._read_head(message)
+        elif self._is_text:
+            chunk = message.get("body", b"")
+            self._tail += chunk[-TAIL_BYTES:]
+            del self._tail[:-TAIL_BYTES]
+            if self._is_stream:
+                self._events += chunk.count(b"data: ")
+        await self._send(message)
+
+    def _read_head(self, message: Message) -> None:
+        headers = {name.lower(): value for name, value in message.get("headers", ())}
+        content_type = headers.get(b"content-type", b"")
+        self._is_error = message["status"] >= 400
+        self._is_stream = content_type.startswith(b"text/event-stream")
+        self._is_text = self._is_stream or b"json" in content_type
+
+    def tokens(self, worst_case: int) -> int:
+        """Return the number of tokens that the answer reports as generated.
+
+        An error counts 0. A stream without usage counts one token per event. Any other answer
+        without usage counts `worst_case`.
+        """
+        if self._is_error:
+            return 0
+        counts = _GENERATED.findall(self._tail)
+        if counts:
+            return int(counts[-1])
+        return self._events if self._is_stream else worst_case
+
+    def prompt_tokens(self) -> int:
+        """Return the number of prompt tokens that the answer reports; 0 if it reports none."""
+        counts = _PROMPT.findall(self._tail)
+        return int(counts[-1]) if counts and not self._is_error else 0
