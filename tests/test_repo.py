@@ -281,13 +281,26 @@ def test_every_plugin_has_tests_of_its_own(folder: str) -> None:
         "flow/scoring",
         "flow/seeds",
         "flow/selection",
+        "messages",
         "objectives",
+        "types",
+        "vllm/interfaces",
+        "vllm/package",
     ],
 )
 def test_every_part_of_the_core_has_tests_of_its_own(module: str) -> None:
     path = Path(module)
     assert (ROOT / "infer_align" / f"{module}.py").exists()
     assert (ROOT / "tests" / path.parent / f"test_{path.name}.py").exists()
+
+
+def test_every_part_of_the_wire_has_tests_of_its_own() -> None:
+    wire = ROOT / "server/infer_align_server/wire"
+    # The schemas are tested with the OpenAPI document, streams with their requests.
+    elsewhere = {"__init__", "response_schemas", "stream"}
+    for path in wire.glob("*.py"):
+        test = ROOT / "tests/server/wire" / f"test_{path.name}"
+        assert path.stem in elsewhere or test.exists(), f"{test} is missing"
 
 
 def test_every_kernel_is_a_triple_with_a_test_and_a_benchmark() -> None:
