@@ -126,6 +126,16 @@ class Reward(ABC):
         """
 
 
+class ComparableReward(Reward):
+    """A reward whose scores can be compared with those of a plain recipe, see `rewards check`."""
+
+    @abstractmethod
+    async def score_by_recipe(
+        self, messages: Messages, candidates: Sequence[Candidate]
+    ) -> RewardScores:
+        """Score as `tokenizer(text, truncation=True)` reads the text, one text at a time."""
+
+
 async def start_reward(name: str, reward: Reward) -> None:
     """Start the reward of the section `[rewards.<name>]`, and log its warnings.
 

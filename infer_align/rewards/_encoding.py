@@ -106,6 +106,25 @@ class Encoder:
         note = f"truncated: read the {side} {self.max_length} of {len(ids)} tokens"
         return self._checked([*prefix, *content, *suffix], note)
 
+    def encode_by_recipe(self, conversation: Conversation) -> Encoded:
+        """Return the ids as `tokenizer(text, truncation=True)` gives them.
+
+        This is how most programs call a classifier. Special tokens are added, unless the template
+        writes them.
+        """
+        try:
+            added = self.template is None or self.add_special_tokens
+            encoded = self.tokenizer(
+                self._text(conversation),
+                truncation=True,
+                max_length=self.max_length,
+                add_special_tokens=added or bool(self.missing_special_tokens()),
+            )
+        except Exception as error:
+            # A template is code that came with the model: it may raise anything.
+            return Encoded([], f"the tokenizer or its template failed: {error}")
+        return self._checked(encoded["input_ids"], None)
+
     def missing_special_tokens(self) -> list[str]:
         """Return the tokens that the tokenizer would add and that the template does not write."""
         if self.template is None or self.add_special_tokens:

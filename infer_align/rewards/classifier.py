@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from infer_align.checkpoints.rope import by_rope_factors
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
-from infer_align.rewards import RewardScores
+from infer_align.rewards import ComparableReward, RewardScores
 from infer_align.rewards._conversation import Conversation, turns
 from infer_align.rewards._encoding import PROBE, Encoded, make_encoder
 from infer_align.rewards._labels import Labels
@@ -69,7 +69,7 @@ class _WaitingText(NamedTuple):
     done: asyncio.Future[TextScores]
 
 
-class ClassifierReward(RewardModelEnsemble["_TorchModel"]):
+class ClassifierReward(RewardModelEnsemble["_TorchModel"], ComparableReward):
     """An ensemble of reward models that share one queue of waiting texts."""
 
     kind = "classifier"
@@ -118,6 +118,26 @@ class ClassifierReward(RewardModelEnsemble["_TorchModel"]):
         if self._worker is None or self._worker.done():
             self._worker = loop.create_task(self._work())
         return self._combine(await asyncio.gather(*(text.done for text in texts)))
+
+    async def score_by_recipe(
+        self, messages: Messages, candidates: Sequence[Candidate]
+    ) -> RewardScores:
+        """Return [A, K, N] scaled logits of the texts as most programs tokenize them.
+
+        Raises:
+            Unavailable: the reward is closed.
+        """
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        rows: list[TextScores] = []
+        for candidate in candidates:
+            conversation = turns(messages, candidate.text)
+            scores: TextScores = []
+            for model in self._models:
+                encoded = [model.encoder.encode_by_recipe(conversation)]
+                scores += await loop.run_in_executor(self._thread, model.score, encoded)
+            rows.append(scores)
+        return self._combine(rows)
 
     async def _work(self) -> None:
         """Score the waiting texts, batch after batch, until none is left."""

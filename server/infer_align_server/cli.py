@@ -20,7 +20,7 @@ from infer_align.config.schema import signature
 from infer_align.errors import AlignError, ConfigError
 from infer_align.objectives import Ensemble
 from infer_align_bench import arguments as bench
-from infer_align_server import chat, fit, serve
+from infer_align_server import chat, check_rewards, fit, serve
 from infer_align_server.arguments import Parser, add_address, add_configuration, configuration
 
 # Width of tables in a file or a pipe, where no terminal has a width. COLUMNS overrides it.
@@ -85,6 +85,7 @@ def make_parser() -> Parser:
     methods.set_defaults(run=_methods)
     _add_fit(commands.add_parser("fit", help="Fit a value for value-augmented sampling (VAS)."))
     bench.add_commands(commands.add_parser("bench", help="Measure any OpenAI endpoint."))
+    _add_rewards(commands.add_parser("rewards", help="Check the configured rewards."))
     _add_config(commands.add_parser("config", help="Inspect the configuration."))
     return parser
 
@@ -132,6 +133,16 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     fit.add_arguments(value)
     add_configuration(value)
     value.set_defaults(run=fit.run)
+
+
+def _add_rewards(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check",
+        help="Load the rewards, score a few texts, and compare with Hugging Face's usual recipe.",
+    )
+    add_configuration(check)
+    check.set_defaults(run=lambda options: check_rewards.run(options, OUT))
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
