@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from infer_align.errors import AlignError, InvalidRequest, nearest, quote
+from infer_align.errors import AlignError, ConfigError, InvalidRequest, nearest, quote
 
 T = TypeVar("T")
 
@@ -44,9 +44,9 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
             what is allowed.
     """
     if not isinstance(value, Mapping):
-        raise error(
-            f"{path}: {quote(value)} is not an object; allowed: {{{signature(cls)}}}.", param=path
-        )
+        # A request is JSON, the configuration is TOML.
+        example = f"{{{signature(cls)}}}" if issubclass(error, ConfigError) else _example(cls)
+        raise error(f"{path}: {quote(value)} is not an object; allowed: {example}.", param=path)
     passthrough = _passthrough_field(cls)
     names = _allowed_names(cls, passthrough, value)
     for key in value:
@@ -66,9 +66,11 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
     except ValidationError as invalid:
         first = invalid.errors(include_url=False)[0]
         where = functools.reduce(join, _location(first["loc"]), path)
-        raise error(
-            f"{where}: {quote(first['input'])} is not allowed; {_rule(first['msg'])}.", param=where
-        ) from None
+        if first["type"] == "missing":
+            message = f"{where}: is required{_description(cls, first['loc'])}."
+        else:
+            message = f"{where}: {quote(first['input'])} is not allowed; {_rule(first['msg'])}."
+        raise error(message, param=where) from None
     return parsed
 
 
@@ -84,6 +86,25 @@ def signature(cls: type[Any]) -> str:
         has_default = f.default is not dataclasses.MISSING
         parts.append(f"{f.name}={f.default!r}" if has_default else f.name)
     return ", ".join(parts)
+
+
+def _example(cls: type[Any]) -> str:
+    """Return an object with each parameter and its default, as JSON."""
+    parts = []
+    for f in dataclasses.fields(cls):
+        value = "..."
+        if f.default is not dataclasses.MISSING:
+            value = json.dumps(f.default, default=str)
+        parts.append(f'"{f.name}": {value}')
+    return f"{{{', '.join(parts)}}}"
+
+
+def _description(cls: type[Any], location: tuple[int | str, ...]) -> str:
+    """Return a clause with the description of a parameter; "" if it has none."""
+    for f in dataclasses.fields(cls):
+        if location == (f.name,) and "description" in f.metadata:
+            return f": {f.metadata['description'].rstrip('.')}"
+    return ""
 
 
 def _adapter(cls: type[Any]) -> TypeAdapter[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from infer_align.config import registry
 from infer_align.config.align import Align, parse_align
 from infer_align.errors import InvalidRequest, quote
 from infer_align.types import Body, Kind
@@ -40,12 +41,28 @@ def parse_request(
         InvalidRequest: the first wrong field, by its dotted path.
     """
     check_prompt(body, kind)
+    check_placement(body)
     align = body.get("align")
     forwarded = {key: value for key, value in body.items() if key != "align" and value is not None}
     if align is None and preset is None:
         return Request(forwarded, kind)
     parsed = parse_align({} if align is None else align, presets, preset)
     return Request(forwarded, kind, parsed, aligned=True)
+
+
+def check_placement(body: Body) -> None:
+    """Refuse a method beside `align` instead of inside it, which no engine would read.
+
+    Raises:
+        InvalidRequest: naming the method.
+    """
+    for name in registry.methods.names():
+        if body.get(name) is not None:
+            raise InvalidRequest(
+                f"{name}: is a key of align, not of the body; write it inside align: "
+                f'{{"align": {{"{name}": ...}}}}.',
+                param=name,
+            )
 
 
 def check_prompt(body: Body, kind: Kind) -> None:

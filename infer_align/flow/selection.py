@@ -55,8 +55,7 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
     values = {name: plan.ensemble.reduce(members) for name, members in scores.members.items()}
     if not values:
         not_compared = (math.nan,) * len(candidates)
-        reason = "one draw, nothing to compare"
-        return Selection(tuple(eligible), not_compared, values, dropped, reason)
+        return Selection(tuple(eligible), not_compared, values, dropped, _plain_reason(plan))
     objective = _weighted_sum(plan, values, len(candidates))
     # Not even weights of 0 make a failed candidate comparable.
     objective[list(dropped)] = math.nan
@@ -84,6 +83,15 @@ def _missing_score(plan: Plan, scores: Scores, values: Mapping[str, Array], inde
         if scorer.weight and np.isnan(values[scorer.name][index]):
             return f"{scorer.name}: {scores.notes[scorer.name][index] or 'NaN'}"
     return "the weighted sum is not a number"
+
+
+def _plain_reason(plan: Plan) -> str:
+    """Return the reason of a plan without scorers."""
+    steering = plan.draws[0].steering if plan.draws else None
+    if steering is None:
+        return "one draw, nothing to compare"
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in steering.beta.items())
+    return f"one draw, steered by vas with beta {weights}"
 
 
 def _reason(

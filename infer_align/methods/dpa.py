@@ -69,6 +69,14 @@ class Prompting:
         },
     )
 
+    trained: bool = field(
+        default=False,
+        metadata={
+            "description": "The model was trained on directions in this form. Without it, the "
+            "start says that the model may ignore them."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check that the sentence names the direction.
 

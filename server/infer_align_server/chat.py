@@ -25,7 +25,7 @@ class Chat:
     Args:
         base_url: The base URL of the API, such as "http://127.0.0.1:8000/v1".
         model: The model's name; None for the first model that the server lists.
-        align: The `align` object of every request; empty for none.
+        fields: Further fields of every request, such as `align`; None leaves a field out.
         system: The system message, if there is one.
         api_key_env: The environment variable that may hold the API key.
     """
@@ -34,7 +34,7 @@ class Chat:
         self,
         base_url: str,
         model: str | None,
-        align: Mapping[str, Any],
+        fields: Mapping[str, Any],
         system: str | None,
         api_key_env: str,
     ) -> None:
@@ -44,7 +44,7 @@ class Chat:
             base_url=base_url.rstrip("/") + "/", headers=headers, timeout=TIMEOUT
         )
         self._model = model
-        self._align = align
+        self._fields = {name: value for name, value in fields.items() if value is not None}
         self._messages: list[dict[str, Any]] = []
         if system:
             self._messages.append({"role": "system", "content": system})
@@ -105,8 +105,7 @@ class Chat:
                 "stream": True,
                 "model": self._model,
             }
-            if self._align:
-                body["align"] = self._align
+            body |= self._fields
             with self._http.stream("POST", "chat/completions", json=body) as response:
                 if response.is_error:
                     response.read()

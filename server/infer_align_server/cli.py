@@ -116,6 +116,9 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
         help='The align object of each request, such as \'{"best_of_n": {"n": 8}}\'.',
     )
     parser.add_argument("--system", help="System message.")
+    parser.add_argument("--temperature", type=float, help="Sampling temperature; 0 is greedy.")
+    parser.add_argument("--top-p", type=float, help="Probability mass to sample from.")
+    parser.add_argument("--max-tokens", type=int, help="Maximum number of tokens of an answer.")
     parser.add_argument(
         "--api-key-env",
         default="OPENAI_API_KEY",
@@ -163,8 +166,15 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
+    fields = {
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "max_tokens": options.max_tokens,
+    }
+    if options.align:
+        fields["align"] = options.align
     with chat.Chat(
-        options.base_url, options.model, options.align, options.system, options.api_key_env
+        options.base_url, options.model, fields, options.system, options.api_key_env
     ) as conversation:
         if options.message:
             return conversation.send_once(options.message)

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from infer_align.errors import UnknownModel, Unsupported, nearest
 from infer_align.flow.plan import worst_case
+from infer_align.flow.request import check_placement
 from infer_align.types import Kind
 from infer_align_server import discovery, judging, scoring
 from infer_align_server.engine_routes import (
@@ -86,6 +87,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     app = engine_app(service)
     if app and _is_plain(body, model):
         limits = service.config.limits
+        check_placement(body)
         completed = service.complete_body(body, model)
         if completed != body:
             content = dumps(completed)

@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.markup import escape
 
+from infer_align.methods.dpa import Prompting
 from infer_align_server.availability import Availability, availability
 from infer_align_server.service import Service
 
 # Names of further models that one screen has room for.
 MAX_NAMES = 8
 QUESTION = "Why is the sky blue?"
+DIRECTIONS = (
+    "dpa and rps change answers only if the model was trained on directions. If it was, set "
+    "[dpa] trained = true."
+)
 
 
 def print_welcome(service: Service, url: str, seconds: float, console: Console) -> None:
@@ -44,6 +49,8 @@ def _rows(service: Service, url: str) -> Iterator[tuple[str, str]]:
     if len(models) > 1:
         yield "models", _list_names(models)
     yield from _methods(service)
+    if not service.config.methods.get(Prompting).trained:
+        yield "note", DIRECTIONS
     for note in engine.notes:
         yield "note", note
     for warning in service.warnings:

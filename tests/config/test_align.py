@@ -54,3 +54,26 @@ def test_a_wrong_field_is_named_by_its_path(align: Any, param: str, path: str) -
     with pytest.raises(InvalidRequest) as caught:
         parse_align(align, {}, path=path)
     assert caught.value.param == (f"{path}.{param}" if path else param)
+
+
+@pytest.mark.parametrize(
+    ("align", "message"),
+    [
+        ({"best_of_n": 8}, 'align.best_of_n: 8 is not an object; allowed: {"n": 8}.'),
+        (
+            {"vas": {}},
+            "align.vas.beta: is required: {value name: weight}; a negative weight steers away from "
+            "the value.",
+        ),
+        (
+            {"dpa": {}},
+            "align.dpa.direction: is required: {attribute: weight}; only the proportions matter; "
+            "a negative weight asks for less of the attribute.",
+        ),
+        ({"vas": 1}, 'allowed: {"beta": ..., "top_k": 20, "tail": "keep"}.'),
+    ],
+)
+def test_a_wrong_shape_is_answered_with_a_whole_sentence(align: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_align(align)
+    assert caught.value.message.endswith(message)

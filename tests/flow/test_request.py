@@ -54,3 +54,11 @@ def test_a_completion_prompt_is_a_string(prompt: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         check_prompt({"prompt": prompt}, "completion")
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize("name", ["best_of_n", "vas", "dpa", "rps", "early_stop", "trust_judge"])
+def test_a_method_beside_align_is_sent_inside(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="write it inside align") as caught:
+        parse_request({**REQUEST_BODY, name: {"n": 2}}, "chat", {})
+    assert caught.value.param == name
+    parse_request({**REQUEST_BODY, name: None}, "chat", {})

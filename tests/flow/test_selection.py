@@ -17,7 +17,7 @@ from infer_align.flow.selection import rank_candidates, select
 from infer_align.methods import SelectionRule
 from infer_align.objectives import Ensemble, rank
 from infer_align.rewards import Reward, RewardScores
-from infer_align.types import Array, Candidate, Draw, Scores, Selection
+from infer_align.types import Array, Candidate, Draw, Scores, Selection, Steering
 
 NAN = math.nan
 MEMBERS: Any = st.integers(1, 4).flatmap(
@@ -200,3 +200,10 @@ def test_a_plan_may_bring_another_rule() -> None:
     assert selection.ranking == (1, 0)
     assert selection.dropped == {2: "not scored: r: NaN"}
     assert selection.reason == "lowest uwo of 3 candidates (1; runner-up 2)"
+
+
+def test_the_reason_of_a_steered_draw_names_its_weights() -> None:
+    steering = Steering({"helpful": 4.0, "brief": -0.5}, 20, "keep")
+    plan = Plan((Draw({}, 1, steering=steering),))
+    selection = rank_candidates(plan, [Candidate(0, {})], Scores())
+    assert selection.reason == "one draw, steered by vas with beta helpful 4, brief -0.5"

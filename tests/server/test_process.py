@@ -278,6 +278,14 @@ def test_chat_sends_one_message(numbers: Any) -> None:
     assert numbers.engine.bodies[-1]["messages"][0] == {"role": "system", "content": "be brief"}
 
 
+def test_chat_sends_the_sampling_fields(numbers: Any) -> None:
+    fields = ("--temperature", "0.5", "--top-p", "0.9", "--max-tokens", "6")
+    done = run("chat", "hello", "--base-url", numbers.base_url, *fields)
+    assert done.returncode == 0, done.stderr
+    body = numbers.engine.bodies[-1]
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.5, 0.9, 6)
+
+
 def test_chat_reports_errors(numbers: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["chat", "hello", "--base-url", "http://127.0.0.1:9/v1"]) == 1
     assert "is the server running?" in " ".join(capsys.readouterr().err.split())

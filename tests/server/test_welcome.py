@@ -42,13 +42,15 @@ def test_the_screen_says_what_is_missing_and_the_lines_mend_it(
     assert "best_of_n, rps: no reward is configured" in text
     assert methods(server.url())["best_of_n"]["available"] is False
     assert methods(server.url())["dpa"]["available"] is True
+    assert "[dpa] trained = true" in text
     fix = methods(server.url())["best_of_n"]["fix"]
     for line in fix.splitlines():
         assert line in text
     path = tmp_path / "mended.toml"
-    path.write_text(f'{fix}\n[engine]\nkind = "fake"\nmodel = "tiny"\n')
+    path.write_text(f'{fix}\n[engine]\nkind = "fake"\n[dpa]\ntrained = true\n')
     mended = command(str(path), *QUIET)
     assert "best_of_n, " in screen(mended)
+    assert "[dpa] trained" not in screen(mended)
     assert methods(mended.url())["best_of_n"]["available"] is True
 
 
@@ -101,7 +103,7 @@ def test_a_missing_chat_template_can_be_named(
     assert answer.status_code == 200, answer.text
     file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     whole = screen(command(str(folder), "--set", f"engine.chat_template={file}", *QUIET))
-    assert "note" not in whole
+    assert "chat template" not in whole
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
