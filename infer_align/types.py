@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from infer_align.messages import message_text
+
 Array: TypeAlias = NDArray[np.float64]
 Kind = Literal["chat", "completion"]
 # The treatment of the tokens that are not valued: unchanged, or banned.
@@ -135,12 +137,10 @@ class Candidate:
 
     @property
     def text(self) -> str:
-        """Return the text that rewards read, without tool calls and reasoning."""
+        """Return the text that rewards read: content or refusal, then tool calls, no reasoning."""
         if "message" in self.choice:
-            content = self.choice["message"].get("content")
-        else:
-            content = self.choice.get("text")
-        return content or ""
+            return message_text(self.choice["message"])
+        return self.choice.get("text") or ""
 
     @property
     def finish_reason(self) -> str | None:

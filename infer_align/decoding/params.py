@@ -24,7 +24,13 @@ STOP_TOKEN_IDS = "stop_token_ids"  # noqa: S105 - the name of a field
 
 # Fields that hold the prompt or shape the answer. The engines read them themselves.
 _OTHER_FIELDS = {
-    "chat": {"messages", "chat_template_kwargs", "top_logprobs"},
+    "chat": {
+        "messages",
+        "chat_template_kwargs",
+        "continue_final_message",
+        "add_generation_prompt",
+        "top_logprobs",
+    },
     "completion": {"prompt", "echo"},
 }
 # Fields about the caller, storage, caching or billing. They do not change an answer, so any value

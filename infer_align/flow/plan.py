@@ -15,6 +15,7 @@ from infer_align.flow.request import Request
 from infer_align.flow.rules import Highest
 from infer_align.flow.scorers import Scorer, resolve_scorers
 from infer_align.flow.seeds import SEED_RANGE, seed_draws
+from infer_align.messages import message_text
 from infer_align.methods import Method, ObserverFactory, PlanDraft, Sections, SelectionRule, Stage
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
@@ -40,6 +41,8 @@ class Plan:
     # Copied from the request.
     request: Request = field(default_factory=lambda: Request({}))
     messages: Messages = ()  # the client's messages before any method: what rewards read
+    # the beginning of the answer, which the client wrote and every candidate continues
+    begun_answer: str = ""
     ensemble: Ensemble = field(default_factory=Ensemble)
     methods: tuple[str, ...] = ()  # their names, in the order of their stages
     n_returned: int = 1  # OpenAI's n: the number of candidates to return
@@ -212,12 +215,16 @@ def _complete(
     default_rewards: Mapping[str, float],
 ) -> Plan:
     """Resolve the scorers and return the plan, without its cost."""
-    scorers = resolve_scorers(draft, request.align.rewards, rewards, default_rewards)
+    messages, begun_answer = _split_begun_answer(request.body, draft.messages)
+    scorers = resolve_scorers(
+        replace(draft, messages=messages), request.align.rewards, rewards, default_rewards
+    )
     methods = request.align.methods
     return Plan(
         draws=draft.draws,
         request=request,
-        messages=draft.messages,
+        messages=messages,
+        begun_answer=begun_answer,
         scorers=scorers,
         ensemble=request.align.ensemble,
         direction=draft.direction,
@@ -251,6 +258,16 @@ def _conversation(body: Body, kind: Kind) -> Messages:
     if isinstance(prompt, str) and prompt:
         return [{"role": "user", "content": prompt}]
     return []
+
+
+def _split_begun_answer(body: Body, messages: Messages) -> tuple[Messages, str]:
+    """Return the conversation before the answer, and the beginning of the answer.
+
+    With `continue_final_message` the last message is the beginning of the answer.
+    """
+    if not body.get("continue_final_message") or not messages:
+        return messages, ""
+    return messages[:-1], message_text(messages[-1])
 
 
 def _count_prompts(prompt: object) -> int:

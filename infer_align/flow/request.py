@@ -99,6 +99,7 @@ def _check_message(message: object, param: str) -> None:
             f"{param}: {quote(message)} is not allowed; must be an object with a role.",
             param=param,
         )
+    _check_tool_calls(message.get("tool_calls"), f"{param}.tool_calls")
     content = message.get("content")
     # An assistant's message may consist of tool calls alone.
     optional = message["role"] == "assistant"
@@ -112,6 +113,23 @@ def _check_message(message: object, param: str) -> None:
     if isinstance(content, list):
         for j, part in enumerate(content):
             _check_part(part, f"{param}.content[{j}]")
+
+
+def _check_tool_calls(calls: object, param: str) -> None:
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise InvalidRequest(
+            f"{param}: {quote(calls)} is not allowed; must be a list of tool calls.", param=param
+        )
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InvalidRequest(
+                f"{param}: {quote(call)} is not allowed; must be an object with a function, which "
+                "has a name and arguments.",
+                param=param,
+            )
 
 
 def _check_part(part: object, param: str) -> None:

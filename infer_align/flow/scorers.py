@@ -94,6 +94,7 @@ def _resolve_reward(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) 
         if scorer.parameters:
             reward = reward.with_parameters(scorer.parameters)
     reward.check(param)
+    reward.check_conversation(param, draft.messages)
     return reward
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from infer_align.errors import AlignError
 from infer_align.flow.plan import Plan
 from infer_align.flow.scorers import Scorer
+from infer_align.messages import text_of
 from infer_align.objectives import project
 from infer_align.rewards import Reward, RewardScores, time_budget
 from infer_align.types import Array, Candidate, Direction, Messages, Scores, ScoringUsage
@@ -65,7 +66,8 @@ class Scoring:
         return _join(await asyncio.gather(*(tasks[c.index] for c in candidates)))
 
     async def _score(self, reward: Reward, candidates: Sequence[Candidate]) -> RewardScores:
-        return await score_with(reward, self._plan.messages, candidates, self._deadline)
+        answers = [_with_beginning(candidate, self._plan.begun_answer) for candidate in candidates]
+        return await score_with(reward, self._plan.messages, answers, self._deadline)
 
 
 async def score(
@@ -111,6 +113,15 @@ async def score_with(
         # A reward is the user's code: whatever it raises is data, not a crash.
         note = f"{type(error).__name__}: {error}"
     return RewardScores(np.full(shape, np.nan), notes=(note,) * len(candidates))
+
+
+def _with_beginning(candidate: Candidate, beginning: str) -> Candidate:
+    """Return a candidate with the beginning of the answer that the client wrote."""
+    message = candidate.choice.get("message")
+    if not beginning or not isinstance(message, Mapping):
+        return candidate
+    joined = {**message, "content": beginning + text_of(message.get("content"))}
+    return replace(candidate, choice={**candidate.choice, "message": joined})
 
 
 def _join(parts: Sequence[RewardScores]) -> RewardScores:

@@ -111,6 +111,17 @@ class Reward(ABC):
             Unsupported: naming `where`, the missing capability and the engine that lacks it.
         """
 
+    def check_conversation(self, where: str, messages: Messages) -> None:
+        """Refuse a conversation that the reward cannot read, before anything is generated.
+
+        Args:
+            where: the field of the request that names this reward.
+            messages: the conversation that candidates answer to.
+
+        Raises:
+            InvalidRequest: naming `where` and what cannot be read.
+        """
+
     def worst_case_tokens(self, _n: int) -> int:
         """Return the maximum number of tokens sampled to score n candidates.
 

@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infer_align.errors import ConfigError, nearest, quote
-from infer_align.messages import text_of
-from infer_align.rewards._conversation import Conversation
+from infer_align.messages import (
+    Conversation,
+    called_functions,
+    calls_as_text,
+    message_text,
+    render,
+)
 
 SEPARATOR = "\n\n"
 # A limit of fewer tokens is a mistake in a tokenizer's files.
@@ -84,7 +89,7 @@ class Encoder:
         ids and the note says why.
         """
         try:
-            text = self._text(conversation)
+            text = self.text(conversation)
         except Exception as error:
             # A template is code that came with the model: it may raise anything.
             return Encoded(
@@ -115,7 +120,7 @@ class Encoder:
         try:
             added = self.template is None or self.add_special_tokens
             encoded = self.tokenizer(
-                self._text(conversation),
+                self.text(conversation),
                 truncation=True,
                 max_length=self.max_length,
                 add_special_tokens=added or bool(self.missing_special_tokens()),
@@ -130,7 +135,7 @@ class Encoder:
         if self.template is None or self.add_special_tokens:
             return []
         prefix, suffix = self.special_tokens
-        ids = self._content_ids(self._text(PROBE))
+        ids = self._content_ids(self.text(PROBE))
         missing: list[int] = []
         if ids[: len(prefix)] != prefix:
             missing += prefix
@@ -139,9 +144,22 @@ class Encoder:
         names: list[str] = self.tokenizer.convert_ids_to_tokens(missing)
         return names
 
-    def _text(self, conversation: Conversation) -> str:
+    def text(self, conversation: Conversation) -> str:
+        """Return the text that the model reads, without special tokens and not truncated.
+
+        Raises:
+            Exception: the chat template refuses the conversation.
+        """
         if self.template is None:
-            return SEPARATOR.join(text_of(message.get("content")) for message in conversation)
+            return SEPARATOR.join(message_text(message) for message in conversation)
+        text = render(self._rendered, conversation)
+        if all(name in text for name in called_functions(conversation)):
+            return text
+        # The template does not write tool calls. Two candidates that differ in their calls alone
+        # must not read alike.
+        return render(self._rendered, calls_as_text(conversation))
+
+    def _rendered(self, conversation: Conversation) -> str:
         text: str = self.tokenizer.apply_chat_template(
             conversation, chat_template=self.template, tokenize=False
         )
@@ -176,7 +194,7 @@ class Encoder:
         """
         if self.template is not None or self.tokenizer.truncation_side == "left":
             return False
-        earlier = self._text([*conversation[:-1], {"content": ""}])
+        earlier = self.text([*conversation[:-1], {"content": ""}])
         return 2 * len(self._content_ids(earlier)) <= room
 
     def _checked(self, ids: list[int], note: str | None) -> Encoded:

@@ -15,12 +15,16 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from infer_align.errors import ConfigError, Unavailable
+from infer_align.errors import ConfigError, InvalidRequest, Unavailable
 from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
+from infer_align.rewards._conversation import check_text_only, turns
 from infer_align.rewards._encoding import Encoder
 from infer_align.rewards._labels import Labels, check_labels
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
-from infer_align.types import Array, ScoringUsage
+from infer_align.types import Array, Candidate, Messages, ScoringUsage
+
+# Stands for the answer when a conversation is checked before anything is drawn.
+_ANSWER = Candidate(0, {"message": {"role": "assistant", "content": "yes"}})
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,26 @@ class RewardModelEnsemble(Reward, Generic[Model]):
 
     async def _check(self, model: Model) -> None:
         """Refuse a loaded model whose scores would have no meaning here."""
+
+    def check_conversation(self, where: str, messages: Messages) -> None:
+        """Refuse a conversation that the chat template of a member cannot read.
+
+        Raises:
+            InvalidRequest: naming `where` and the template's reason.
+        """
+        check_text_only(where, messages)
+        conversation = turns(messages, _ANSWER)
+        readers = {model.encoder.template: model.encoder for model in self._models}
+        for encoder in readers.values():
+            try:
+                encoder.text(conversation)
+            except Exception as error:
+                raise InvalidRequest(
+                    f"{where}: the reward model's chat template refuses these messages: {error}; "
+                    "change the messages, leave this reward out, or set chat_template in its "
+                    "section.",
+                    param=where,
+                ) from error
 
     @abstractmethod
     async def _probe(self, model: Model) -> TextScore:

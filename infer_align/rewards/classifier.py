@@ -21,8 +21,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from infer_align.checkpoints.rope import by_rope_factors
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
+from infer_align.messages import Conversation
 from infer_align.rewards import ComparableReward, RewardScores
-from infer_align.rewards._conversation import Conversation, turns
+from infer_align.rewards._conversation import turns
 from infer_align.rewards._encoding import PROBE, Encoded, make_encoder
 from infer_align.rewards._labels import Labels
 from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
@@ -112,7 +113,7 @@ class ClassifierReward(RewardModelEnsemble["_TorchModel"], ComparableReward):
         loop = asyncio.get_running_loop()
         texts: list[_WaitingText] = []
         for candidate in candidates:
-            conversation = turns(messages, candidate.text)
+            conversation = turns(messages, candidate)
             texts.append(_WaitingText(conversation, loop.create_future()))
         self._waiting += texts
         if self._worker is None or self._worker.done():
@@ -131,7 +132,7 @@ class ClassifierReward(RewardModelEnsemble["_TorchModel"], ComparableReward):
         loop = asyncio.get_running_loop()
         rows: list[TextScores] = []
         for candidate in candidates:
-            conversation = turns(messages, candidate.text)
+            conversation = turns(messages, candidate)
             scores: TextScores = []
             for model in self._models:
                 encoded = [model.encoder.encode_by_recipe(conversation)]

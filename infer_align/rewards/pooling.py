@@ -20,8 +20,9 @@ import numpy as np
 
 from infer_align.demo.locate import locate
 from infer_align.errors import AlignError, ConfigError, Unavailable
+from infer_align.messages import Conversation
 from infer_align.rewards import RewardScores
-from infer_align.rewards._conversation import Conversation, turns
+from infer_align.rewards._conversation import turns
 from infer_align.rewards._encoding import PROBE, make_encoder
 from infer_align.rewards._labels import Labels
 from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
@@ -101,7 +102,7 @@ class PoolingReward(RewardModelEnsemble["_PoolingModel"]):
         try:
             async with asyncio.TaskGroup() as group:
                 for candidate in candidates:
-                    text = turns(messages, candidate.text)
+                    text = turns(messages, candidate)
                     tasks = [group.create_task(model.score(text)) for model in self._models]
                     rows.append(tasks)
         except ExceptionGroup as errors:

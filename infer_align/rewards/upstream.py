@@ -17,6 +17,7 @@ import numpy as np
 from infer_align.errors import AlignError, ConfigError
 from infer_align.messages import transcript
 from infer_align.rewards import CALL_SHARE, DESCRIPTION, Reward, RewardScores, time_budget
+from infer_align.rewards._conversation import json_turns, turns
 from infer_align.rewards._scaling import SCALING, Scaling, check_scaling, scale_scores
 from infer_align.types import Array, Body, Candidate, Messages, ScoringUsage
 from infer_align.upstream import Upstream, UpstreamFailed
@@ -240,8 +241,8 @@ class UpstreamReward(Reward):
         activation = {"use_activation": self.config.activation}
         if self.config.api in {"classify", "pooling"} and self.config.input == "messages":
             return [
-                _Call([index], {"messages": _conversation(messages, text), **activation})
-                for index, text in enumerate(texts)
+                _Call([index], {"messages": json_turns(messages, candidate), **activation})
+                for index, candidate in enumerate(candidates)
             ]
         body: dict[str, Any]
         if self.config.api == "score":
@@ -249,7 +250,7 @@ class UpstreamReward(Reward):
         elif self.config.api == "rerank":
             body = {"query": transcript(messages), "documents": texts}
         else:
-            body = {"input": [transcript(_conversation(messages, text)) for text in texts]}
+            body = {"input": [transcript(turns(messages, each)) for each in candidates]}
         return [_Call(range(len(texts)), body | activation)]
 
     async def _call_in_time(self, model: _Model, call: _Call) -> _Result:
@@ -293,11 +294,6 @@ def _models(config: FromUpstream, clients: Sequence[Client]) -> list[_Model]:
         for model in config.models or (None,):
             models.append(_Model(client, model, f"{model or config.api}{number}"))
     return models
-
-
-def _conversation(messages: Messages, text: str) -> list[Body]:
-    """Return the messages with the candidate's text as the next turn."""
-    return [*messages, {"role": "assistant", "content": text}]
 
 
 def _total_tokens(answer: Mapping[str, Any]) -> int:

@@ -15,7 +15,6 @@ from infer_align.decoding.call_format import (
     MISTRAL,
     CallFormat,
     call_format,
-    calls_as_text,
     forced_grammar,
     with_instruction,
 )
@@ -98,27 +97,3 @@ def test_the_instruction_joins_the_first_system_turn(role: str) -> None:
     assert second == turns[1]
     alone = with_instruction(turns[1:], TOOLS)
     assert [turn["role"] for turn in alone] == ["system", "user"]
-
-
-def test_calls_and_their_results_become_text() -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    parsed = {"function": {"name": "other", "arguments": {"a": True}}}
-    turns: list[dict[str, Any]] = [
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": None, "tool_calls": [call, parsed]},
-        {"role": "tool", "tool_call_id": "1", "content": "2"},
-        {"role": "tool", "tool_call_id": "2", "content": "3"},
-        {"role": "assistant", "content": "Five.", "tool_calls": []},
-        {"role": "tool", "content": None},
-    ]
-    result = calls_as_text(turns)
-    assert [turn["role"] for turn in result] == ["user", "assistant", "user", "assistant", "user"]
-    assert result[1]["content"] == (
-        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>\n'
-        '<tool_call>\n{"name": "other", "arguments": {"a": true}}\n</tool_call>'
-    )
-    assert result[2]["content"] == (
-        "<tool_response>\n2\n</tool_response>\n<tool_response>\n3\n</tool_response>"
-    )
-    assert all("tool_calls" not in turn or not turn["tool_calls"] for turn in result)
-    assert calls_as_text(turns[:1]) == turns[:1], "a plain conversation stays the same"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from infer_align.errors import ConfigError, Unavailable
+from infer_align.errors import ConfigError, InvalidRequest, Unavailable
 from infer_align.rewards._conversation import turns
 from infer_align.rewards._scaling import Scaling, scale_scores
 from infer_align.rewards.classifier import Classifier
@@ -166,6 +166,10 @@ async def test_a_refused_conversation_is_not_scored_and_others_are(reward_model)
     path = reward_model()
     reward = await started(model=path)
     wizard = [{"role": "wizard", "content": "abracadabra"}]
+    with pytest.raises(InvalidRequest, match=r"align.rewards.x: .* roles are system") as error:
+        reward.check_conversation("align.rewards.x", wizard)
+    assert error.value.param == "align.rewards.x"
+    reward.check_conversation("align.rewards.x", ASK)
     refused, scored = await asyncio.gather(
         reward.score(wizard, candidates()), reward.score(ASK, candidates())
     )
@@ -173,6 +177,71 @@ async def test_a_refused_conversation_is_not_scored_and_others_are(reward_model)
     assert all("roles are system" in note for note in refused.notes)
     assert refused.usage.reward_tokens == 0
     assert same(scored.values[0], direct(path))
+    await reward.close()
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "sat", "arguments": '{"on": "mat"}'}}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None}
+AS_TEXT = '<tool_call>\n{"name": "sat", "arguments": {"on": "mat"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("messages", "plain"),
+    [
+        ([{"role": "developer", "content": "a"}, *ASK], [{"role": "system", "content": "a"}, *ASK]),
+        (
+            [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, *ASK],
+            [{"role": "system", "content": "a\n\nb"}, *ASK],
+        ),
+        (
+            [*ASK, {"role": "assistant", "content": None, "refusal": "no"}, *ASK],
+            [*ASK, {"role": "assistant", "content": "no"}, *ASK],
+        ),
+        (
+            [*ASK, CALLED, {"role": "tool", "tool_call_id": "1", "content": "dog"}],
+            [
+                *ASK,
+                {"role": "assistant", "content": AS_TEXT},
+                {"role": "user", "content": "<tool_response>\ndog\n</tool_response>"},
+            ],
+        ),
+        (
+            [{"role": "user", "content": "the cat", "name": None, "audio": None}],
+            ASK,
+        ),
+    ],
+)
+async def test_a_conversation_is_read_in_one_form(reward_model, messages, plain):
+    path = reward_model()
+    reward = await started(model=path)
+    reward.check_conversation("x", messages)
+    scores = (await reward.score(messages, candidates())).values[0]
+    assert same(scores, direct(path, messages=plain))
+    await reward.close()
+
+
+async def test_candidates_that_differ_in_their_calls_have_different_scores(reward_model):
+    path = reward_model()
+    reward = await started(model=path)
+    ran = {"id": "1", "type": "function", "function": {"name": "ran", "arguments": "{}"}}
+    answers = [
+        Candidate(0, {"message": CALLED}),
+        Candidate(1, {"message": {**CALLED, "tool_calls": [ran]}}),
+        Candidate(2, {"message": {"content": None, "refusal": "no", "reasoning": "hm"}}),
+    ]
+    scores = (await reward.score(ASK, answers)).values[0]
+    texts = [AS_TEXT, '<tool_call>\n{"name": "ran", "arguments": {}}\n</tool_call>', "no"]
+    assert same(scores, direct(path, texts))
+    assert len(set(scores[0].tolist())) == 3
+    await reward.close()
+
+
+async def test_an_image_is_refused_by_the_name_of_the_reward(reward_model):
+    reward = await started(model=reward_model())
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}
+    messages = [*ASK, {"role": "user", "content": [image]}]
+    with pytest.raises(InvalidRequest, match=r"messages\[1\] has a part of type 'image_url'"):
+        reward.check_conversation("align.rewards.x", messages)
     await reward.close()
 
 
@@ -215,7 +284,7 @@ async def test_a_text_that_the_model_cannot_read_fails_alone(reward_model):
     path = reward_model()
     reward = await started(model=path)
     model = reward._models[0].model
-    width = len(reward._models[0].encoder.encode(turns(ASK, TEXTS[1])).ids)
+    width = len(reward._models[0].encoder.encode(turns(ASK, candidates()[1])).ids)
 
     def fail(module, args, kwargs):
         if kwargs["input_ids"].shape[1] == width:

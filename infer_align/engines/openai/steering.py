@@ -32,6 +32,7 @@ from infer_align.engines.openai.continuation import (
 )
 from infer_align.engines.openai.probe import TOP_LOGPROBS
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
+from infer_align.messages import Conversation, normalize, render
 from infer_align.types import Draw, Steering
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client
@@ -190,10 +191,15 @@ class Steerer:
             return ContinuationPrompt(text, tuple(self.tokenizer(text)["input_ids"]))
         messages = draw.body["messages"]
         options = draw.body.get("chat_template_kwargs") or {}
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **options
+
+        def rendered(conversation: Conversation) -> str:
+            text: str = self.tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, **options
             )
+            return text
+
+        try:
+            text = render(rendered, normalize(messages))
         # A template is code, and may raise anything.
         except Exception as error:
             raise InvalidRequest(

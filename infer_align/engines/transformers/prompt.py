@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from infer_align.decoding.call_format import calls_as_text, with_instruction
+from infer_align.decoding.call_format import with_instruction
 from infer_align.decoding.tools import ToolRequest
 from infer_align.errors import InvalidRequest, quote
-from infer_align.types import Body
+from infer_align.messages import Conversation, calls_as_text, normalize, part_text
+from infer_align.messages import render as render_messages
+from infer_align.types import Body, Messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,63 +78,89 @@ def render(tokenizer: Any, body: Body, tools: ToolRequest | None = None) -> str:
     Raises:
         InvalidRequest: the chat template refuses the messages, or a part is not text.
     """
-    messages = [_joined_parts(i, message) for i, message in enumerate(body["messages"])]
-    if not tokenizer.chat_template:
+    _check_parts(body["messages"])
+    template = str(tokenizer.chat_template or "")
+    if not template:
         raise InvalidRequest(
             "messages: this model has no chat template; use /v1/completions.",
             param="messages",
             code="unsupported",
         )
-    variables = {**_template_variables(body.get("chat_template_kwargs") or {})}
-    template = str(tokenizer.chat_template)
+    # "developer" is OpenAI's newer name of the system role. Most templates do not know it.
+    messages = normalize(body["messages"], developer="developer" in template)
+    options = {**_template_variables(body.get("chat_template_kwargs") or {}), **_ending(body)}
     if "tool" not in template:
         messages = calls_as_text(messages)
     if tools is not None and "tools" in template:
-        variables["tools"] = list(tools.described)
+        options["tools"] = list(tools.described)
     elif tools is not None:
         messages = with_instruction(messages, tools.described)
-    # "developer" is OpenAI's newer name of the system role. Most templates do not know it.
-    if "developer" not in template:
-        messages = [_with_system_role(message) for message in messages]
+
+    def rendered(conversation: Conversation) -> str:
+        text: str = tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        return text
+
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **variables
-        )
+        return render_messages(rendered, messages)
     # A template is code that comes with the model; it may raise anything.
     except Exception as error:
         raise InvalidRequest(
             f"messages: the model's chat template refused them: {error}.", param="messages"
         ) from None
-    return text
 
 
-def _with_system_role(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "role": "system"} if message["role"] == "developer" else message
+def _ending(body: Body) -> dict[str, bool]:
+    """Return the template's options about the end of the prompt.
+
+    By default the prompt ends where the assistant's turn begins.
+
+    Raises:
+        InvalidRequest: a field is no boolean, or both are true, or there is no turn to continue.
+    """
+    for name in ("continue_final_message", "add_generation_prompt"):
+        if body.get(name) not in (None, True, False):
+            raise InvalidRequest(
+                f"{name}: {quote(body[name])} is not allowed; must be true or false.", param=name
+            )
+    continued = bool(body.get("continue_final_message"))
+    if continued and body.get("add_generation_prompt"):
+        raise InvalidRequest(
+            "continue_final_message: cannot be true together with add_generation_prompt; "
+            "set add_generation_prompt to false.",
+            param="continue_final_message",
+        )
+    if continued and body["messages"][-1]["role"] != "assistant":
+        raise InvalidRequest(
+            "continue_final_message: the last message must be one of the assistant.",
+            param="continue_final_message",
+        )
+    begins = body.get("add_generation_prompt", True) is not False and not continued
+    return {"continue_final_message": continued, "add_generation_prompt": begins}
 
 
-def _joined_parts(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with its text parts joined, as chat templates of text models expect."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return dict(message)
-    where = f"messages[{index}].content"
-    text = "".join(_part_text(where, part) for part in content)
-    return {**message, "content": text}
+def _check_parts(messages: Messages) -> None:
+    """Refuse content that is not text.
+
+    Raises:
+        InvalidRequest: naming the message and the part.
+    """
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            _check_part(f"messages[{index}].content", part)
 
 
-def _part_text(where: str, part: Mapping[str, Any]) -> str:
+def _check_part(where: str, part: Mapping[str, Any]) -> None:
     kind = part["type"]
-    if kind not in {"text", "refusal"}:
+    if part_text(part) is None:
         raise InvalidRequest(
             f"{where}: a part of type {kind!r} is not available on this engine; allowed: text.",
             param=where,
         )
-    text = part.get(kind)
-    if not isinstance(text, str):
+    if kind in {"text", "refusal"} and not isinstance(part.get(kind), str):
         raise InvalidRequest(
             f"{where}: a part holds {quote(part)}; must hold a string {kind!r}.", param=where
         )
-    return text
 
 
 def _template_variables(variables: object) -> Mapping[str, Any]:
