@@ -3,13 +3,17 @@
 If each label is one token, the distribution after the prompt suffices. A tokenizer that splits "85"
 into digits needs another distribution after "8", and "8" itself counts only if no further digit
 follows. All spellings are summed: "100" may be "100", "10" + "0" or "1" + "0" + "0".
+
+Space around a label does not count: " A", "A " and "A" are one label, and their probabilities are
+summed. Upper and lower case differ.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +23,15 @@ from infer_align.types import Messages
 
 # Token ids that follow the prompt.
 Path = tuple[int, ...]
+
+# White space as vocabularies write it: SentencePiece marks a space with one character, and
+# byte-level vocabularies write each byte as a character. Labels are ASCII, so none contains these.
+_WRITTEN_SPACES = ("▁", "Ġ", "Ċ", "ĉ", "č", "Âł")
+# Spaces that tokens of a vocabulary may begin or end with.
+_SPACES = (" ", "\n", "\t", "\r", "\xa0", *_WRITTEN_SPACES)
+_SPACE = rf"(?:\s|{'|'.join(_WRITTEN_SPACES)})+"
+_LEADING_SPACE = re.compile(rf"\A{_SPACE}")
+_TRAILING_SPACE = re.compile(rf"{_SPACE}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,40 @@ class LabelLogprobs:
     calls: int = 1  # one-token calls; 1 if every label is one token
 
 
+def bare_label(text: str) -> str:
+    """Return a label without the white space around it, in any spelling of vocabularies."""
+    return without_trailing_space(_LEADING_SPACE.sub("", text))
+
+
+def without_trailing_space(text: str) -> str:
+    """Return a text without the white space at its end, in any spelling of vocabularies."""
+    return _TRAILING_SPACE.sub("", text)
+
+
+def merge_labels(logprobs: Mapping[str, float]) -> dict[str, float]:
+    """Return the logprob of each label in nats, labels that differ by space around them summed."""
+    spellings: dict[str, list[float]] = {}
+    for label, logprob in logprobs.items():
+        spellings.setdefault(bare_label(label), []).append(logprob)
+    return {label: _log_sum(each) for label, each in spellings.items()}
+
+
+def _log_sum(logprobs: Sequence[float]) -> float:
+    """Return the logarithm of a sum of probabilities; one logprob stays as it is."""
+    if len(logprobs) == 1:
+        return logprobs[0]
+    total = math.fsum(math.exp(logprob) for logprob in logprobs)
+    return math.log(total) if total > 0.0 else -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A token that follows a path of a `LabelTree`."""
+
+    text: str  # what the path spells with it
+    is_last: bool  # True if space follows, so that no token continues the label
+
+
 class LabelTree:
     """The paths through a vocabulary that spell labels.
 
@@ -57,8 +104,13 @@ class LabelTree:
         self._prefixes: set[str] = set()
         # The tokens of which labels can consist: text -> id.
         self._tokens: dict[str, int] = {}
+        # The same with space before them: (text without the space, id).
+        self._after_space: list[tuple[str, int]] = []
+        # Tokens that end a label, with space after them: (text without the space, id).
+        self._before_space: list[tuple[str, int]] = []
         for label in self.labels:
             self._add(label, vocabulary)
+        self._add_spaced(vocabulary)
         for label in self.labels:
             if not self._can_spell(label):
                 raise Unsupported(
@@ -74,6 +126,16 @@ class LabelTree:
                 if part in vocabulary:
                     self._tokens[part] = vocabulary[part]
 
+    def _add_spaced(self, vocabulary: Mapping[str, int]) -> None:
+        endings = {label[start:] for label in self.labels for start in range(len(label))}
+        for space in _SPACES:
+            for text in sorted(self._prefixes):
+                if space + text in vocabulary:
+                    self._after_space.append((text, vocabulary[space + text]))
+            for text in sorted(endings):
+                if text + space in vocabulary:
+                    self._before_space.append((text, vocabulary[text + space]))
+
     def _can_spell(self, text: str) -> bool:
         if not text:
             return True
@@ -84,21 +146,44 @@ class LabelTree:
     def readings(self) -> dict[Path, tuple[int, ...]]:
         """Map each path to the tokens whose logprobs are needed after it; () is the prompt."""
         if all(label in self._tokens for label in self.labels):
-            return {(): tuple(self._tokens[label] for label in self.labels)}
+            spellings = self._single_tokens.values()
+            return {(): tuple(token for tokens in spellings for token in tokens)}
         return {path: tuple(steps) for path, steps in self._steps.items() if steps}
 
     @cached_property
-    def _steps(self) -> dict[Path, dict[int, str]]:
-        """Map each path to its possible next tokens and the text that each of them completes."""
-        steps: dict[Path, dict[int, str]] = {}
+    def _single_tokens(self) -> dict[str, list[int]]:
+        """Map each label to the tokens that spell it alone, the one without space first."""
+        tokens = {label: [self._tokens[label]] for label in self.labels}
+        for text, token in (*self._after_space, *self._before_space):
+            if text in tokens:
+                tokens[text].append(token)
+        return tokens
+
+    @cached_property
+    def _steps(self) -> dict[Path, dict[int, _Step]]:
+        """Map each path to its possible next tokens."""
+        steps: dict[Path, dict[int, _Step]] = {}
         frontier: deque[tuple[Path, str]] = deque([((), "")])
         while frontier:
             path, text = frontier.popleft()
-            steps[path] = {}
-            for piece, token in self._tokens.items():
-                if text + piece in self._prefixes:
-                    steps[path][token] = text + piece
-                    frontier.append(((*path, token), text + piece))
+            steps[path] = self._next_steps(text)
+            for token, step in steps[path].items():
+                if not step.is_last:
+                    frontier.append(((*path, token), step.text))
+        return steps
+
+    def _next_steps(self, text: str) -> dict[int, _Step]:
+        """Return the tokens that may follow `text`, the beginning of a label."""
+        steps: dict[int, _Step] = {}
+        pieces = [*self._tokens.items()]
+        if not text:
+            pieces += self._after_space
+        for piece, token in pieces:
+            if text + piece in self._prefixes:
+                steps[token] = _Step(text + piece, is_last=False)
+        for piece, token in self._before_space:
+            if text + piece in self.labels:
+                steps[token] = _Step(text + piece, is_last=True)
         return steps
 
     def logprobs(self, measured: Mapping[Path, Mapping[int, float]]) -> dict[str, float]:
@@ -109,23 +194,30 @@ class LabelTree:
                 impossible.
         """
         if len(self.readings) == 1:
-            first = measured[()]
-            return {label: first.get(self._tokens[label], -math.inf) for label in self.labels}
+            return self._single_logprobs(measured[()])
         total = dict.fromkeys(self.labels, 0.0)
         stack: list[tuple[Path, str, float]] = [((), "", 1.0)]
         while stack:
             path, text, probability = stack.pop()
             logprobs = measured.get(path, {})
             continued = 0.0
-            for token, longer in self._steps[path].items():
-                step = math.exp(logprobs.get(token, -math.inf))
-                continued += step
-                if step > 0.0:
-                    stack.append(((*path, token), longer, probability * step))
+            for token, step in self._steps[path].items():
+                chance = math.exp(logprobs.get(token, -math.inf))
+                continued += chance
+                if step.is_last:
+                    total[step.text] += probability * chance
+                elif chance > 0.0:
+                    stack.append(((*path, token), step.text, probability * chance))
             # The label is complete only if no token follows that continues it to another label.
             if text in total:
                 total[text] += probability * max(0.0, 1.0 - continued)
         return {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
+
+    def _single_logprobs(self, first: Mapping[int, float]) -> dict[str, float]:
+        logprobs: dict[str, float] = {}
+        for label, tokens in self._single_tokens.items():
+            logprobs[label] = _log_sum([first.get(token, -math.inf) for token in tokens])
+        return logprobs
 
 
 def control_tokens(tokenizer: Any) -> frozenset[str]:

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
-from infer_align.decoding.labels import LabelLogprobs, LabelQuery
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery, bare_label
 from infer_align.decoding.params import SamplingParams, field_schemas
 from infer_align.engines import Engine, Stream
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable, nearest
@@ -268,15 +268,19 @@ class FakeEngine(Engine):
         judgement = self._find_labels(text, query)
         if judgement.error is not None:
             raise EngineFailed(judgement.error)
+        scripted: dict[str, float] = {}
+        for label, probability in judgement.probabilities.items():
+            bare = bare_label(label)
+            scripted[bare] = scripted.get(bare, 0.0) + probability
         logprobs = {}
         for label in query.labels:
-            probability = judgement.probabilities.get(label, 0.0)
+            probability = scripted.get(label, 0.0)
             logprobs[label] = math.log(probability) if probability else -math.inf
         return LabelLogprobs(logprobs, len(text.split()))
 
     def _find_labels(self, text: str, query: LabelQuery) -> ScriptedLabels:
         for judgement in self.script.labels:
-            is_about = any(label in query.labels for label in judgement.probabilities)
+            is_about = any(bare_label(label) in query.labels for label in judgement.probabilities)
             if not is_about and not judgement.error:
                 continue
             if re.search(judgement.pattern, text, re.DOTALL) is not None:

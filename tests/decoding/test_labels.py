@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from infer_align.decoding.labels import LabelTree
+from infer_align.decoding.labels import LabelTree, bare_label, merge_labels
 from infer_align.errors import Unsupported
 
 HUNDRED = tuple(str(i) for i in range(1, 101))
@@ -86,3 +86,38 @@ def test_digits_take_eleven_readings_for_a_hundred() -> None:
 def test_a_label_that_cannot_be_spelt_is_refused() -> None:
     with pytest.raises(Unsupported, match="'9'"):
         LabelTree({piece: token for piece, token in DIGITS.items() if piece != "9"}, ("1", "9"))
+
+
+@pytest.mark.parametrize("space", [" ", "\n", "\t", "\xa0", "▁", "Ġ", "Ċ", "Âł"])
+def test_labels_that_differ_by_space_are_one_label(space: str) -> None:
+    assert bare_label(f"{space}A{space}") == "A"
+    logprobs = {"A": math.log(0.2), f"{space}A": math.log(0.3), f"A{space}": math.log(0.1)}
+    merged = merge_labels({**logprobs, "B": -0.25, "a": -3.5})
+    assert math.exp(merged.pop("A")) == pytest.approx(0.6)
+    assert merged == {"B": -0.25, "a": -3.5}, "case differs, and a label alone stays as it is"
+    vocabulary = {"A": 0, f"{space}A": 1, f"A{space}": 2, "B": 3, "a": 4, f"{space}a": 5}
+    tree = LabelTree(vocabulary, ("A", "B"))
+    assert {token for tokens in tree.readings.values() for token in tokens} == {0, 1, 2, 3}
+    measured = {0: math.log(0.2), 1: math.log(0.3), 2: math.log(0.1), 3: -0.25, 4: -0.5}
+    read = tree.logprobs({(): measured})
+    assert math.exp(read["A"]) == pytest.approx(0.6)
+    assert read["B"] == -0.25
+
+
+def test_labels_of_no_probability_stay_impossible() -> None:
+    assert merge_labels({"A": -math.inf, " A": -math.inf}) == {"A": -math.inf}
+    assert merge_labels({}) == {}
+
+
+def test_a_space_before_digits_is_followed_and_one_after_them_ends_the_label() -> None:
+    tree = LabelTree({**DIGITS, "Ġ1": 11, "0Ġ": 12}, HUNDRED)
+    assert 11 in tree.readings[()]
+    assert 12 in tree.readings[(11,)]
+    measured = {
+        (): {1: math.log(0.25), 11: math.log(0.5)},
+        (1,): {0: math.log(0.5)},
+        (11,): {0: math.log(0.25), 12: math.log(0.25)},
+        (1, 0): {0: math.log(0.5)},
+    }
+    read = {label: math.exp(p) for label, p in tree.logprobs(measured).items() if p > -math.inf}
+    assert read == pytest.approx({"1": 0.375, "10": 0.3125, "100": 0.0625})

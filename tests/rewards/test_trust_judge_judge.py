@@ -67,6 +67,23 @@ def fake(*labels: ScriptedLabels, **script: Any) -> FakeEngine:
     return Fake(labels=labels, **script).load()
 
 
+@pytest.mark.parametrize("space", [" ", "\n", "▁", "Ġ"])
+def test_labels_that_differ_by_space_are_one_label(space: str) -> None:
+    class Spaced(FakeEngine):
+        """Reports the spellings of the label A apart."""
+
+        async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
+            if "good" in query.messages[1]["content"].partition("Answer B")[0]:
+                probs = {"B": 0.4, f"{space}A": 0.3, f"A{space}": 0.2, "A": 0.1}
+            else:
+                probs = {"A": 0.4, f"{space}B": 0.3, f"B{space}": 0.2, "B": 0.1}
+            return LabelLogprobs({label: math.log(p) for label, p in probs.items()}, 40)
+
+    scores = scores_of(Spaced(Fake()), ["good", "bad"], mode="pairwise", min_mass=0.99)
+    assert scores.report["comparisons"] == [{"pair": [0, 1], "relation": "larger"}]
+    assert scores.values[0, 0].tolist() == [5.0, 1.0]
+
+
 def test_scores_are_read_from_the_probabilities() -> None:
     engine = fake(GOOD, BAD, REFUSED, BROKEN)
     scores = scores_of(engine, ["good", "bad", "rude", "broken", "good"])

@@ -6,7 +6,8 @@ is a different prompt, and so a different reading.
 
 A label of one token is exact if it is among the top tokens that the upstream returns (20), and
 -inf otherwise. A label of several tokens, such as "85" as "8" and "5", takes further calls: one
-after each of its beginnings whose probability is above NEGLIGIBLE.
+after each of its beginnings whose probability is above NEGLIGIBLE. Space around a label does not
+count.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from infer_align.decoding.labels import LabelLogprobs, LabelQuery
+from infer_align.decoding.labels import (
+    LabelLogprobs,
+    LabelQuery,
+    bare_label,
+    without_trailing_space,
+)
 from infer_align.engines.openai.probe import (
     CONTINUE,
     MIN_TOKENS,
@@ -106,15 +112,28 @@ class _Reader:
         if not beginning and not self._continues:
             self._labels_are_tokens = self._has_label_of_several_characters(logprobs)
         probabilities: dict[str, float] = {}
+        completed = 0.0
         for token, logprob in logprobs.items():
-            text = beginning + (token if self._continues else token.strip())
-            if text != beginning and self._starts_label(text):
-                token_probability = math.exp(min(logprob, 0.0))
+            text = self._spelt(beginning, token)
+            if text == beginning or not self._starts_label(text):
+                continue
+            token_probability = math.exp(min(logprob, 0.0))
+            if without_trailing_space(token) == token:
                 probabilities[text] = probabilities.get(text, 0.0) + token_probability
+            elif text in self.probabilities:
+                # The space at its end completes the label.
+                self.probabilities[text] += probability * token_probability
+                completed += token_probability
         await asyncio.gather(
             *(self._add(text, probability * p) for text, p in probabilities.items())
         )
-        return sum(probabilities.values())
+        return completed + sum(probabilities.values())
+
+    def _spelt(self, beginning: str, token: str) -> str:
+        """Return what a token spells after the beginning. Space around a label does not count."""
+        if beginning and self._continues:
+            return beginning + without_trailing_space(token)
+        return beginning + bare_label(token)
 
     async def _add(self, text: str, probability: float) -> None:
         """Add the probability of `text` to its label, and follow it to longer labels."""
@@ -132,7 +151,7 @@ class _Reader:
         return any(label != text and label.startswith(text) for label in self._query.labels)
 
     def _has_label_of_several_characters(self, tokens: Mapping[str, float]) -> bool:
-        stripped = (token.strip() for token in tokens)
+        stripped = (bare_label(token) for token in tokens)
         return any(len(token) > 1 and token in self.probabilities for token in stripped)
 
     async def _top_logprobs(self, beginning: str) -> Mapping[str, float]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from infer_align.decoding.labels import LabelLogprobs, LabelQuery
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery, merge_labels
 from infer_align.engines import Engine
 from infer_align.errors import AlignError
 from infer_align.rewards import CALL_SHARE, time_budget
@@ -149,7 +149,8 @@ class Judge:
             tokens: tokens of that text, and one for the label.
             spent: the usage of all calls for this judgement.
         """
-        possible = {label: p for label, p in answer.logprobs.items() if p > -math.inf}
+        merged = merge_labels(answer.logprobs)
+        possible = {label: p for label, p in merged.items() if p > -math.inf}
         likeliest_first = sorted(possible, key=lambda label: -math.exp(possible[label]))
         probs = [(label, math.exp(possible[label])) for label in likeliest_first]
         share = mass(probs, valid)

@@ -128,3 +128,27 @@ async def test_a_reading_fails_with_a_reason(up: FakeUpstream, make_engine: Make
     up.behave = lambda _, __: "error_500"
     with pytest.raises(UpstreamFailed, match="on fire"):
         await engine.read_labels(LabelQuery(QUESTION, "", ("1",)))
+
+
+@pytest.mark.parametrize("continues", [True, False])
+@pytest.mark.parametrize("space", [" ", "\n", "\xa0", "▁", "Ġ"])
+async def test_labels_that_differ_by_space_are_one_label(
+    up: FakeUpstream, make_engine: MakeEngine, space: str, continues: bool
+) -> None:
+    model = {"": {"A": 0.2, f"{space}A": 0.3, f"A{space}": 0.1, "B": 0.25, "a": 0.1, space: 0.05}}
+    up.answer = answer_like(model, continues=continues)
+    features = ("label_logprobs", "continue") if continues else ("label_logprobs",)
+    engine = await make_engine(capabilities=features)
+    reading = await engine.read_labels(LabelQuery(QUESTION, PREFIX, ("A", "B", "C")))
+    assert probabilities_of(reading) == pytest.approx({"A": 0.6, "B": 0.25})
+    assert reading.calls == 1
+
+
+async def test_a_space_inside_a_label_is_none_of_its_characters(
+    up: FakeUpstream, make_engine: MakeEngine
+) -> None:
+    model = {"": {" 1": 0.5, "1 ": 0.25}, "1": {"0": 0.25, " 0": 0.25, "0 ": 0.25}}
+    up.answer = answer_like(model, continues=True)
+    engine = await make_engine(capabilities=("label_logprobs", "continue"))
+    reading = await engine.read_labels(LabelQuery(QUESTION, PREFIX, ONE_TO_TEN))
+    assert probabilities_of(reading) == pytest.approx({"1": 0.5, "10": 0.25})
