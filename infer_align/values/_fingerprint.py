@@ -9,7 +9,8 @@ Every engine can compute it, whatever the type of its weights and however it arr
   unit of the last place at most.
 * They are taken where vLLM keeps the layout of transformers, also if it joins the projections of
   an attention layer, or holds a part of each matrix on each GPU.
-* Only the parts that both engines can read are compared. Quantised matrices are not read.
+* Only the parts that both engines can read are compared. Quantised matrices are not read. On CPUs,
+  vLLM packs the matrices of its layers, so the embedding and the norm are compared there.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def _layer_part(index: int, name: str, weight: torch.Tensor) -> dict[str, list[f
     Joined projections begin with the query's rows, and a shard of the down projection with its
     first columns.
     """
-    if weight.dim() != 2:
+    if weight.dim() != 2 or not weight.numel():
         return {}
     if _QUERY.search(name):
         return {f"layer {index} query": _numbers(weight[0, :NUMBERS])}

@@ -8,6 +8,7 @@ requests, but has no use for model code: that is imported when a tap is made.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from infer_align.vllm import package as vllm_package
 
 vllm_package.require()
 
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, process_dict_updates
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1
@@ -30,8 +32,21 @@ __all__ = [
     "LogitsProcessorV1",
     "LogitsProcessorV2",
     "SamplingParams",
+    "is_first_shard",
+    "model_parameters",
     "process_dict_updates",
 ]
+
+
+def is_first_shard() -> bool:
+    """Return True if this worker holds the first part of each matrix, by tensor parallelism."""
+    return int(get_tensor_model_parallel_rank()) == 0
+
+
+def model_parameters(worker: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    """Return the names and weights of a worker's model."""
+    parameters: Iterable[tuple[str, torch.Tensor]] = worker.get_model().named_parameters()
+    return parameters
 
 
 class HiddenStateTap:

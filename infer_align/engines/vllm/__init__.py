@@ -142,6 +142,7 @@ class VllmEngine(Engine):
         self.progress("setting up vLLM's OpenAI layer")
         self._resources.push_async_callback(frontend.close)
         await frontend.start()
+        await values.check_weights(engine.collective_rpc)
         self.context_length = engine.model_config.max_model_len
         fetcher = EstimateFetcher(partial(call_workers, engine, "infer_align_take_estimates"))
         self._resources.callback(fetcher.close)

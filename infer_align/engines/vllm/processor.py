@@ -32,6 +32,7 @@ from infer_align.engines.vllm.extra_args import (
 from infer_align.engines.vllm.recorder import DueRow, EstimatedRequest, EstimateRecorder
 from infer_align.engines.vllm.slot_table import SlotSteering, SlotTable
 from infer_align.values import FrozenModel
+from infer_align.values._fingerprint import Fingerprint, fingerprint
 from infer_align.values.head import HeadValue
 from infer_align.vllm.interfaces import VllmConfig
 from infer_align.vllm.worker import (
@@ -42,6 +43,8 @@ from infer_align.vllm.worker import (
     LogitsProcessorV2,
     LogitsProcRequestState,
     SamplingParams,
+    is_first_shard,
+    model_parameters,
     process_dict_updates,
 )
 
@@ -243,6 +246,13 @@ class WorkerExtension:
     """
 
     vllm_config: VllmConfig
+
+    def infer_align_fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of this worker's weights; {} if it is not the first of its shards.
+
+        The numbers are taken from the part of each matrix that the first GPU holds.
+        """
+        return fingerprint(model_parameters(self)) if is_first_shard() else {}
 
     def infer_align_load_value(self, path: str) -> None:
         """Load a head, without using it yet.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from infer_align.engines.vllm.extra_args import (
@@ -106,6 +107,21 @@ class EngineValues:
             STEERING_KEY: {"tokenizer": frozen.tokenizer, "values": paths},
         }
 
+    async def check_weights(self, call_workers: CallWorkers) -> None:
+        """Refuse heads that were fitted on other weights than those that the workers have loaded.
+
+        Raises:
+            ConfigError: naming the head and both models.
+        """
+        if self._frozen is None:
+            return
+        parts: dict[str, list[float]] = {}
+        for fingerprint in await call_workers("infer_align_fingerprint"):
+            parts.update(fingerprint)
+        self._frozen = replace(self._frozen, fingerprint=parts)
+        for head in self._heads.values():
+            await asyncio.to_thread(_check_fit, head, self._frozen)
+
     async def add(self, name: str, value: Value, call_workers: CallWorkers) -> None:
         """Add a value, or replace the one of the same name, without a restart.
 
@@ -160,6 +176,7 @@ def _check_fit(head: HeadValue, frozen: FrozenModel) -> None:
     trial = HeadValue(head.path, head.description)
     trial.start(frozen, {})
     head.description = trial.description
+    head.warnings = trial.warnings
 
 
 def _head(name: str, value: Value) -> HeadValue:

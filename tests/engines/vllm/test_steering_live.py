@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from infer_align.engines.vllm import Vllm, VllmEngine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.types import Candidate, Draw, Steering
+from infer_align.values import head
 from infer_align.values.head import HeadValue
 from tests.engines.vllm.stepping import (
     STEERINGS,
@@ -109,3 +112,39 @@ async def test_a_value_is_added_and_replaced_without_a_restart(
     candidate = await generate(engine, draw)
     by_mlp = Steering({"mlp": 6.0}, 20, "keep")
     assert equals_reference(candidate, draw, reference, by_mlp), "the previous value stays"
+
+
+@pytest.fixture(scope="module")
+def other_head(tmp_path_factory: pytest.TempPathFactory, heads: dict[str, HeadValue]) -> HeadValue:
+    """Return a head that was fitted on a model of the same shape, with other weights."""
+    tensors, metadata = head.read(heads["helpful"].path)
+    numbers = {
+        name: [2 * x for x in part] for name, part in json.loads(metadata["fingerprint"]).items()
+    }
+    path = tmp_path_factory.mktemp("other") / "value.safetensors"
+    save_file(tensors, path, {**metadata, "fingerprint": json.dumps(numbers)})
+    return HeadValue(str(path))
+
+
+async def test_a_head_of_another_model_is_refused(
+    engine: VllmEngine, other_head: HeadValue
+) -> None:
+    with pytest.raises(ConfigError, match=r"are others: embedding, (.*, )?norm\."):
+        await engine.add_value("fresh", other_head)
+    assert engine.value("helpful").warnings == ()
+    [warning] = engine.value("mlp").warnings
+    assert "no fingerprint" in warning
+
+
+@pytest.mark.slow
+async def test_a_head_of_another_model_is_refused_at_the_start(
+    heads: dict[str, HeadValue], other_head: HeadValue
+) -> None:
+    with environment():
+        engine = Vllm(options={**OPTIONS, "dtype": "bfloat16"}).load()
+        engine.values = {"helpful": heads["helpful"], "other": other_head}
+        with pytest.raises(ConfigError) as raised:
+            await engine.start()
+        await engine.close()
+        del engine
+    assert raised.value.message.startswith(other_head.path)
