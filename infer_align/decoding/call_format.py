@@ -108,7 +108,7 @@ class ToolUse:
 
 def call_format(template: str) -> CallFormat:
     """Return the form of tool calls that a chat template writes."""
-    if "tool" not in template:
+    if "tools" not in template:
         return INSTRUCTED
     if MISTRAL.marker in template:
         return MISTRAL

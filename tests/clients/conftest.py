@@ -24,6 +24,7 @@ SERVERS = {
         '[engine]\nkind = "fake"\n'
         'replies = [{text = "1 2 3 4 5 6 7 8 9 10 11 12", seconds_per_token = 0.3}]\n'
     ),
+    "embedded": f'[engine]\nkind = "transformers"\nmodel = "demo"\n{BRIEF}',
     "keyed": '[server]\napi_keys_env = "TEST_CLIENT_KEYS"\n[engine]\nkind = "fake"\n',
 }
 

@@ -89,7 +89,7 @@ def render(tokenizer: Any, body: Body, tools: ToolRequest | None = None) -> str:
     # "developer" is OpenAI's newer name of the system role. Most templates do not know it.
     messages = normalize(body["messages"], developer="developer" in template)
     options = {**_template_variables(body.get("chat_template_kwargs") or {}), **_ending(body)}
-    if "tool" not in template:
+    if "tool_calls" not in template:
         messages = calls_as_text(messages)
     if tools is not None and "tools" in template:
         options["tools"] = list(tools.described)
