@@ -108,12 +108,6 @@ class Transformers:
 
 plugin = Transformers
 
-# Fields that the engine reads beside the sampling parameters.
-_ALSO_READ: Mapping[Kind, frozenset[str]] = {
-    "chat": structured_outputs.FIELDS | tools.FIELDS | {STOP_TOKEN_IDS},
-    "completion": structured_outputs.FIELDS | {STOP_TOKEN_IDS},
-}
-
 
 class _Started(NamedTuple):
     """The parts of an engine that has started."""
@@ -243,18 +237,11 @@ class TransformersEngine(Engine):
         Raises:
             InvalidRequest: naming the field.
         """
-        SamplingParams.from_body(draw.body, draw.kind, also_read=_ALSO_READ[draw.kind])
-        stop_token_ids(draw.body)
-        request = _tool_request(draw)
-        grammar = structured_outputs.read_grammar(draw.body)
-        if self._started is None:
-            return
-        self._started.values.check(draw)
-        if grammar is not None:
-            self._started.grammars.compile(grammar)
-        if request is not None and request.is_required:
-            for tool in request.tools:
-                self._started.grammars.compile(argument_grammar(tool))
+        SamplingParams.from_body(draw.body, draw.kind, also_read=FIELDS[draw.kind])
+        form = AnswerForm.read(draw)
+        if self._started:
+            self._started.values.check(draw)
+            form.check(self._started.grammars)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""
@@ -307,13 +294,6 @@ class TransformersEngine(Engine):
         job.loop.call_soon(_submit, scheduler, job)
         return job.stream
 
-    def _constraint(self, draw: Draw, use: ToolUse | None) -> Constraint | None:
-        """Return the compiled grammar of a draw; None if its text is free."""
-        grammar = use.grammar if use else None
-        if grammar is None:
-            grammar = structured_outputs.read_grammar(draw.body)
-        return None if grammar is None else self._parts().grammars.compile(grammar)
-
     @property
     def control_tokens(self) -> frozenset[str]:
         """The control tokens of the tokenizer; none before the engine has started."""
@@ -359,23 +339,6 @@ class TransformersEngine(Engine):
         scheduler.submit(question)
         measured = await question.answer
         return LabelLogprobs(tree.logprobs(measured), len(ids), len(tree.readings))
-
-
-def _tool_request(draw: Draw) -> tools.ToolRequest | None:
-    """Return the tools of a draw; None if it shall call none.
-
-    Raises:
-        InvalidRequest: a field is malformed, or another constraint excludes a call.
-    """
-    request = tools.read_tools(draw.body) if draw.kind == "chat" else None
-    outputs = draw.body.get("structured_outputs")
-    if request is not None and request.is_required and outputs is not None:
-        raise InvalidRequest(
-            "structured_outputs: is not available when tool_choice requires a call; "
-            "set only one of them.",
-            param="structured_outputs",
-        )
-    return request
 
 
 def _submit(scheduler: Scheduler, job: Job) -> None:

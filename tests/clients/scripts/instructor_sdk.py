@@ -63,11 +63,10 @@ for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mod
             extra_body=body,
         )
         assert isinstance(user, UserInfo), (mode, body, user)
-    for user in client.chat.completions.create_partial(
+    partial = client.chat.completions.create_partial(
         model="demo", messages=list(EXTRACT), response_model=UserInfo, max_retries=0
-    ):
-        pass
-    UserInfo.model_validate(user.model_dump())
+    )
+    UserInfo.model_validate(list(partial)[-1].model_dump())
 
 
 async def asynchronous() -> None:
