@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from infer_align.decoding import structured_outputs, tools
-from infer_align.decoding.call_format import ToolUse, argument_grammar
-from infer_align.decoding.constraint import Constraint, ConstraintCompiler
+from infer_align.decoding.constraint import ConstraintCompiler
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery, LabelTree, control_tokens
 from infer_align.decoding.params import (
     STOP_TOKEN_IDS,
@@ -30,6 +28,8 @@ from infer_align.decoding.params import (
     stop_token_ids_schema,
 )
 from infer_align.engines import Engine, Stream
+from infer_align.engines.transformers import form as answer_form
+from infer_align.engines.transformers.form import AnswerForm
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.room import completion_tokens
@@ -107,6 +107,11 @@ class Transformers:
 
 
 plugin = Transformers
+
+# Fields that the engine reads beside the sampling parameters.
+_ALSO_READ: Mapping[Kind, frozenset[str]] = {
+    kind: fields | {STOP_TOKEN_IDS} for kind, fields in answer_form.FIELDS.items()
+}
 
 
 class _Started(NamedTuple):
@@ -237,7 +242,8 @@ class TransformersEngine(Engine):
         Raises:
             InvalidRequest: naming the field.
         """
-        SamplingParams.from_body(draw.body, draw.kind, also_read=FIELDS[draw.kind])
+        SamplingParams.from_body(draw.body, draw.kind, also_read=_ALSO_READ[draw.kind])
+        stop_token_ids(draw.body)
         form = AnswerForm.read(draw)
         if self._started:
             self._started.values.check(draw)
@@ -245,11 +251,11 @@ class TransformersEngine(Engine):
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""
-        schemas = {**field_schemas(kind), **structured_outputs.field_schemas()}
-        schemas[STOP_TOKEN_IDS] = stop_token_ids_schema()
-        if kind == "chat":
-            schemas |= tools.field_schemas()
-        return schemas
+        return {
+            **field_schemas(kind),
+            **answer_form.field_schemas(kind),
+            STOP_TOKEN_IDS: stop_token_ids_schema(),
+        }
 
     def sample(self, draw: Draw) -> Stream:
         """Queue the draw. Its candidates join the running batch as soon as there is room.
@@ -258,13 +264,13 @@ class TransformersEngine(Engine):
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
             Unavailable: the engine has not started or was closed.
         """
-        model, values, _, scheduler = self._parts()
+        model, values, grammars, scheduler = self._parts()
         params = SamplingParams.from_body(
             draw.body, draw.kind, model.sampling_defaults, _ALSO_READ[draw.kind]
         )
-        request = _tool_request(draw)
-        use = None if request is None else ToolUse.of(request, model.tokenizer)
-        prompt = model.render(draw, use.prefix if use else "", request)
+        form = AnswerForm.read(draw)
+        use = form.tool_use(model.tokenizer)
+        prompt = model.render(draw, use.prefix if use else "", form.request)
         stop_ids = stop_token_ids(draw.body)
         check_token_ids("logit_bias", params.logit_bias, model.vocabulary)
         check_token_ids(STOP_TOKEN_IDS, stop_ids, model.vocabulary)
@@ -283,7 +289,7 @@ class TransformersEngine(Engine):
             max_tokens,
             steering=values.steering_values(draw),
             estimates=values.estimate_values(draw),
-            constraint=self._constraint(draw, use),
+            constraint=form.constraint(grammars, use),
             tools=use,
             stop_ids=stop_ids,
         )
