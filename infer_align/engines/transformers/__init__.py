@@ -37,7 +37,7 @@ from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.engines.transformers.steering import LoadedValues
 from infer_align.engines.transformers.template import set_template, template_notes
-from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
+from infer_align.errors import EngineFailed, Unavailable
 from infer_align.types import Capability, Draw, Kind
 from infer_align.values import Value
 
