@@ -9,7 +9,7 @@
     ├── BodyTooLarge        413  the body is over `[limits] max_body_bytes`
     ├── Overloaded          429  over a queue or rate limit; carries `retry_after` seconds
     ├── EngineFailed        502  the engine (or its upstream) failed every candidate
-    ├── RewardFailed        502  no candidate could be scored
+    ├── RewardFailed        424  no candidate could be scored; a retry would draw all of them again
     ├── Unavailable         503  loading, shutting down, or the engine died
     └── ConfigError          -   the configuration is wrong; the process does not start
 
@@ -32,9 +32,12 @@ class AlignError(Exception):
         param: the field of the request, as a dotted path, or None.
         status: the HTTP status.
         retry_after: seconds until a retry makes sense, or None.
+        should_retry: False if clients shall not send the request again by themselves; None leaves
+            it to the status.
     """
 
     status = 500
+    should_retry: bool | None = None
     type = "server_error"
     code = "internal_error"
 
@@ -136,9 +139,13 @@ class EngineFailed(AlignError):
 
 
 class RewardFailed(AlignError):
-    """502: a selection was requested and no candidate could be scored."""
+    """424: a selection was requested and no candidate could be scored.
 
-    status = 502
+    SDKs repeat a 5xx by themselves. That would draw every candidate again, and mostly fail again.
+    """
+
+    status = 424
+    should_retry = False
     code = "reward_failed"
 
 

@@ -179,6 +179,8 @@ class Scores:
     # scorer -> N notes: why a score is NaN, or that the text was truncated
     notes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
     reports: Mapping[str, Body] = field(default_factory=dict)  # reward -> further results as JSON
+    failures: Mapping[str, int] = field(default_factory=dict)  # reward -> candidates not scored
+    seconds: Mapping[str, float] = field(default_factory=dict)  # reward -> time of its slowest call
 
 
 @dataclass(frozen=True, slots=True)

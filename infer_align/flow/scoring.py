@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
@@ -16,6 +17,8 @@ from infer_align.messages import text_of
 from infer_align.objectives import project
 from infer_align.rewards import Reward, RewardScores, time_budget
 from infer_align.types import Array, Candidate, Direction, Messages, Scores, ScoringUsage
+
+log = logging.getLogger("infer_align")
 
 
 class Scoring:
@@ -32,6 +35,8 @@ class Scoring:
         self._rewards = {scorer.reward_name: scorer.reward for scorer in plan.scorers}
         # pipelined reward -> candidate -> its running score
         self._running: dict[str, dict[int, asyncio.Task[RewardScores]]] = {}
+        # reward -> seconds of its slowest call
+        self._seconds: dict[str, float] = {}
 
     async def __aenter__(self) -> Scoring:
         return self
@@ -47,7 +52,7 @@ class Scoring:
             return
         for name, reward in self._rewards.items():
             if reward.pipelined:
-                task = asyncio.create_task(self._score(reward, [candidate]))
+                task = asyncio.create_task(self._score(name, [candidate]))
                 self._running.setdefault(name, {})[candidate.index] = task
 
     async def score(self, candidates: Sequence[Candidate]) -> Scores:
@@ -57,17 +62,23 @@ class Scoring:
         eligible = [candidate for candidate in candidates if candidate.eligible]
         pending = [self._score_all(name, eligible) for name in self._rewards]
         results = dict(zip(self._rewards, await asyncio.gather(*pending), strict=True))
-        return _combine(self._plan, results, eligible, len(candidates))
+        scores = _combine(self._plan, results, eligible, len(candidates))
+        for name, failed in scores.failures.items():
+            _log_failure(name, results[name], failed)
+        return replace(scores, seconds=self._seconds)
 
     async def _score_all(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
         tasks = self._running.get(name)
         if tasks is None:
-            return await self._score(self._rewards[name], candidates)
+            return await self._score(name, candidates)
         return _join(await asyncio.gather(*(tasks[c.index] for c in candidates)))
 
-    async def _score(self, reward: Reward, candidates: Sequence[Candidate]) -> RewardScores:
+    async def _score(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
         answers = [_with_beginning(candidate, self._plan.begun_answer) for candidate in candidates]
-        return await score_with(reward, self._plan.messages, answers, self._deadline)
+        start = monotonic()
+        scores = await score_with(self._rewards[name], self._plan.messages, answers, self._deadline)
+        self._seconds[name] = max(monotonic() - start, self._seconds.get(name, 0.0))
+        return scores
 
 
 async def score(
@@ -105,14 +116,25 @@ async def score_with(
         # An infinite score cannot be compared, so it counts as not scored.
         finite = np.where(np.isfinite(scores.values), scores.values, np.nan)
         return replace(scores, values=finite)
-    except TimeoutError:
+    except TimeoutError as error:
         note = f"no score within {max(0.0, seconds):.3g} s"
+        failure: Exception = error
     except AlignError as error:
         note = error.message
+        failure = error
     except Exception as error:
         # A reward is the user's code: whatever it raises is data, not a crash.
         note = f"{type(error).__name__}: {error}"
-    return RewardScores(np.full(shape, np.nan), notes=(note,) * len(candidates))
+        failure = error
+    notes = (note,) * len(candidates)
+    return RewardScores(np.full(shape, np.nan), notes=notes, failure=failure)
+
+
+def _log_failure(name: str, scores: RewardScores, failed: int) -> None:
+    """Log the candidates that a reward could not score: one event, with the first traceback."""
+    note = next((note for note in scores.notes if note), "its scores are not numbers")
+    fields = {"reward": name, "candidates": failed, "reason": note}
+    log.error("reward failed", extra=fields, exc_info=scores.failure)
 
 
 def _with_beginning(candidate: Candidate, beginning: str) -> Candidate:
@@ -129,7 +151,8 @@ def _join(parts: Sequence[RewardScores]) -> RewardScores:
     values = np.concatenate([part.values for part in parts], axis=-1)
     usage = sum((part.usage for part in parts), ScoringUsage())
     notes = [note for part in parts for note in part.notes or (None,)]
-    return RewardScores(values, usage, tuple(notes))
+    failures = [part.failure for part in parts if part.failure is not None]
+    return RewardScores(values, usage, tuple(notes), failure=next(iter(failures), None))
 
 
 def _combine(
@@ -151,7 +174,12 @@ def _combine(
         notes[scorer.name] = tuple(note_by_index.get(i) for i in range(candidates))
     usage = sum((result.usage for result in results.values()), ScoringUsage())
     reports = {name: result.report for name, result in results.items() if result.report}
-    return Scores(members, usage, notes, reports)
+    failures: dict[str, int] = {}
+    for name, result in results.items():
+        failed = int(np.isnan(result.values).any(axis=(0, 1)).sum())
+        if failed:
+            failures[name] = failed
+    return Scores(members, usage, notes, reports, failures)
 
 
 def _member_scores(scorer: Scorer, values: Array, direction: Direction | None) -> Array:

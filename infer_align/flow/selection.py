@@ -13,6 +13,20 @@ from infer_align.flow.plan import Plan
 from infer_align.types import Array, Candidate, Scores, Selection
 
 
+class NothingScored(RewardFailed):
+    """There are several candidates and none could be scored.
+
+    Attributes:
+        candidates: that were drawn.
+        scores: with the usage of scoring.
+    """
+
+    def __init__(self, message: str, candidates: Sequence[Candidate], scores: Scores) -> None:
+        super().__init__(message)
+        self.candidates = tuple(candidates)
+        self.scores = scores
+
+
 def select(
     plan: Plan, candidates: Sequence[Candidate], scores: Scores, *, late: bool = False
 ) -> Selection:
@@ -28,7 +42,7 @@ def select(
         late: True if the deadline has passed.
 
     Raises:
-        RewardFailed: there are several candidates and none could be scored.
+        NothingScored: there are several candidates and none could be scored.
     """
     selection = rank_candidates(plan, candidates, scores)
     if selection.ranking:
@@ -39,7 +53,7 @@ def select(
     elif plan.candidates == 1:
         reason = f"nothing to compare; {first}"
     else:
-        raise RewardFailed(f"{selection.reason}; first: {first}")
+        raise NothingScored(f"{selection.reason}; first: {first}", candidates, scores)
     ranking = tuple(candidate.index for candidate in candidates if candidate.eligible)
     return replace(selection, ranking=ranking, reason=reason, late=late)
 

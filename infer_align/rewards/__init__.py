@@ -51,6 +51,8 @@ class RewardScores:
     notes: tuple[str | None, ...] = ()
     # Further results as JSON, such as the comparisons of a judge.
     report: Body = field(default_factory=dict)
+    # The first exception that left a candidate without a score, for the log.
+    failure: BaseException | None = None
 
 
 class Reward(ABC):

@@ -128,13 +128,19 @@ class CallableReward(Reward):
         calls = [asyncio.to_thread(self._call, messages, each.text) for each in candidates]
         results = await asyncio.gather(*calls)
         values = [value for value, _ in results]
-        notes = tuple(note for _, note in results)
-        return RewardScores(np.array([[values]]), notes=notes)
+        failures = [failure for _, failure in results]
+        notes = tuple(_note(failure) for failure in failures)
+        first = next((failure for failure in failures if failure is not None), None)
+        return RewardScores(np.array([[values]]), notes=notes, failure=first)
 
-    def _call(self, messages: Messages, text: str) -> tuple[float, str | None]:
+    def _call(self, messages: Messages, text: str) -> tuple[float, BaseException | None]:
         try:
             return float(self._function(messages, text)), None
         except (Exception, SystemExit) as error:
             # An exception of the user's code concerns this candidate only. A call of sys.exit
             # would end the server.
-            return math.nan, f"{type(error).__name__}: {error}"
+            return math.nan, error
+
+
+def _note(failure: BaseException | None) -> str | None:
+    return None if failure is None else f"{type(failure).__name__}: {failure}"

@@ -23,7 +23,7 @@ from infer_align.errors import AlignError
 from infer_align_server.engine_routes import ServesApplication
 from infer_align_server.forwarding import Forwards
 from infer_align_server.loading import Progress
-from infer_align_server.logs import access
+from infer_align_server.logs import access, access_fields
 from infer_align_server.routes import ENGINE_ROUTE, ROUTES, UPSTREAM_ROUTE
 from infer_align_server.service import Service
 from infer_align_server.wire.disconnect import ClientLeft
@@ -97,6 +97,8 @@ class RequestLog:
             return
         start = monotonic()
         request_id = _request_id(scope)
+        fields: dict[str, object] = {"request_id": request_id}
+        access_fields.set(fields)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -117,15 +119,15 @@ class RequestLog:
                 message = "The server failed. Its log has the details under this request's id."
                 await error_response(AlignError(message))(scope, receive, send_with_id)
         finally:
-            self._record(scope, status or CLIENT_LEFT, request_id, monotonic() - start)
+            self._record(scope, status or CLIENT_LEFT, fields, monotonic() - start)
 
-    def _record(self, scope: Scope, status: int, request_id: str, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, fields: dict[str, object], seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         if status == CLIENT_LEFT:
             self._service.metrics.disconnects.inc()
         self._service.metrics.requests.labels(route, str(status)).inc()
         event = {
-            "request_id": request_id,
+            **fields,
             "method": scope["method"],
             "route": route,
             "status": status,

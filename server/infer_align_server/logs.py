@@ -10,8 +10,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from datetime import UTC, datetime
+
+from infer_align.types import Candidate
 
 # The attributes of every LogRecord. All others are the `extra` of one event.
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
@@ -21,6 +24,8 @@ _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     "taskName",
 }
 REDACTED = "[redacted]"
+# Libraries that install handlers of their own.
+LIBRARIES = ("transformers", "huggingface_hub")
 _BEARER = re.compile(r"(?i)\b(bearer)\s+[^\s\"'\\]+")
 
 
@@ -56,6 +61,37 @@ class JsonFormatter(logging.Formatter):
         return _BEARER.sub(rf"\1 {REDACTED}", line)
 
 
+# The fields of the access line of the running request, which its parts fill in.
+access_fields: ContextVar[dict[str, object] | None] = ContextVar("access_fields", default=None)
+
+
+def describe(**fields: object) -> None:
+    """Add fields to the access line of the running request, if there is one."""
+    line = access_fields.get()
+    if line is not None:
+        line.update(fields)
+
+
+def describe_usage(candidates: Sequence[Candidate]) -> None:
+    """Add the tokens that were spent on candidates to the access line."""
+    describe(
+        candidates=len(candidates),
+        prompt_tokens=max((each.prompt_tokens for each in candidates), default=0),
+        completion_tokens=sum(each.completion_tokens for each in candidates),
+    )
+
+
+class RequestIdFilter(logging.Filter):
+    """Adds the id of the running request to events that are logged while it is handled."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add the id, and let every record pass."""
+        line = access_fields.get()
+        if line is not None and not hasattr(record, "request_id"):
+            record.request_id = line["request_id"]
+        return True
+
+
 class AccessLogger(logging.Logger):
     """A logger that does not look up the caller's line: that is a third of a record's cost."""
 
@@ -68,9 +104,10 @@ access = AccessLogger("infer_align.access")
 
 
 def configure(level: str, secrets: Iterable[str] = ()) -> None:
-    """Send our logs and uvicorn's to standard error.
+    """Send the logs of every package and Python's warnings to standard error.
 
-    Progress bars of downloads are switched off unless standard error is a terminal.
+    The progress bars of downloads and of loading are switched off unless standard error is a
+    terminal.
 
     Args:
         level: The level of our logs, such as "info".
@@ -78,8 +115,16 @@ def configure(level: str, secrets: Iterable[str] = ()) -> None:
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        _switch_off_load_bars()
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(secrets))
+    handler.addFilter(RequestIdFilter())
+    # Libraries log to the root. Their own handlers would write plain lines.
+    logging.getLogger().handlers = [handler]
+    logging.captureWarnings(capture=True)
+    for library in LIBRARIES:
+        logging.getLogger(library).handlers = []
+        logging.getLogger(library).propagate = True
     levels = {
         logging.getLogger("infer_align"): level.upper(),
         access: level.upper(),
@@ -89,3 +134,10 @@ def configure(level: str, secrets: Iterable[str] = ()) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(minimum)
+
+
+def _switch_off_load_bars() -> None:
+    """Switch off the progress bars of transformers, if its engine has been imported."""
+    transformers = sys.modules.get("transformers")
+    if transformers is not None:
+        transformers.utils.logging.disable_progress_bar()

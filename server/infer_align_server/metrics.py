@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+from collections.abc import Sequence
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from infer_align.flow.response import Response
-from infer_align.types import ScoringUsage
+from infer_align.types import Candidate, Scores, ScoringUsage
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TPOT_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -39,6 +43,10 @@ class Metrics:
         self.queued = self._gauge("queued_requests", "Requests that wait in the queue")
         self.tasks = self._gauge("tasks", "Tasks of the event loop; constant while idle")
         self.ready = self._gauge("ready", "1 while requests are served, else 0")
+        self._time_requests()
+        self._watch_rewards()
+
+    def _time_requests(self) -> None:
         self.ttft = self._histogram(
             "ttft_seconds",
             "Time to the first token of a stream; with a selection, to its first chunk",
@@ -56,14 +64,26 @@ class Metrics:
             "scoring_seconds", "Time to score the candidates of one request", SECONDS
         )
 
+    def _watch_rewards(self) -> None:
+        self.reward_failures = self._counter(
+            "reward_failures", "Candidates that a reward could not score", ["reward"]
+        )
+        self.reward_seconds = self._histogram(
+            "reward_seconds", "Time of one reward for one request", SECONDS, ["reward"]
+        )
+
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
         return Counter(f"infer_align_{name}", text, labels or [], registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"infer_align_{name}", text, registry=self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"infer_align_{name}", text, buckets=buckets, registry=self.registry)
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()
+    ) -> Histogram:
+        return Histogram(
+            f"infer_align_{name}", text, labels, buckets=buckets, registry=self.registry
+        )
 
     def count_response(self, response: Response) -> None:
         """Count a complete response."""
@@ -83,7 +103,7 @@ class Metrics:
         for counter, count in counts:
             if count:
                 counter.inc(count)
-        self.count_scoring(response.scores.usage)
+        self.count_scores(response.scores)
         self.e2e.observe(response.timing.total_seconds)
         if response.scores.members:
             self.scoring.observe(response.timing.score_seconds)
@@ -96,6 +116,26 @@ class Metrics:
             self.returned_tokens.inc(returned_tokens)
         self.e2e.observe(seconds)
 
+    def count_failure(self, candidates: Sequence[Candidate], scores: Scores) -> None:
+        """Count a request that failed after its candidates were drawn: nothing is returned."""
+        if candidates:
+            self.prompt_tokens.inc(max(candidate.prompt_tokens for candidate in candidates))
+        self.rejected_tokens.inc(sum(candidate.completion_tokens for candidate in candidates))
+        self.dropped.inc(len(candidates))
+        self.count_scores(scores)
+
+    def count_scores(self, scores: Scores) -> None:
+        """Count the tokens, the failures and the time of the rewards of one request."""
+        self.count_scoring(scores.usage)
+        self.count_reward_calls(scores)
+
+    def count_reward_calls(self, scores: Scores) -> None:
+        """Count the failures and the time of the rewards of one request."""
+        for name, failed in scores.failures.items():
+            self.reward_failures.labels(name).inc(failed)
+        for name, seconds in scores.seconds.items():
+            self.reward_seconds.labels(name).observe(seconds)
+
     def count_scoring(self, usage: ScoringUsage) -> None:
         """Count the tokens of rewards and judges."""
         if usage.reward_tokens:
@@ -107,3 +147,11 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+def count_tasks() -> float:
+    """Return the number of tasks of the running event loop; NaN outside of one."""
+    try:
+        return float(len(asyncio.all_tasks()))
+    except RuntimeError:
+        return math.nan

@@ -55,8 +55,8 @@ def service_of(http: HttpRequest) -> Service:
     return service
 
 
-def authorize(http: HttpRequest) -> tuple[Service, str]:
-    """Return the service and the caller's name for limits.
+def authorize(http: HttpRequest, *, limited: bool = True) -> tuple[Service, str]:
+    """Return the service and the caller's name; see `Service.authorize`.
 
     Raises:
         Unauthorized: The API key is missing or wrong.
@@ -64,7 +64,8 @@ def authorize(http: HttpRequest) -> tuple[Service, str]:
     """
     service = service_of(http)
     address = http.client.host if http.client else "unknown"
-    caller = service.authorize(http.headers.get("authorization", ""), address)
+    authorization = http.headers.get("authorization", "")
+    caller = service.authorize(authorization, address, limited=limited)
     return service, caller
 
 
@@ -264,14 +265,14 @@ async def judge(http: HttpRequest) -> HttpResponse:
 
 async def models(http: HttpRequest) -> HttpResponse:
     """List the served models, with one further entry per preset."""
-    service, _ = authorize(http)
+    service, _ = authorize(http, limited=False)
     entries = [discovery.model(service, name) for name in service.models()]
     return json_response({"object": "list", "data": entries})
 
 
 async def model(http: HttpRequest) -> HttpResponse:
     """Retrieve one model."""
-    service, _ = authorize(http)
+    service, _ = authorize(http, limited=False)
     name = http.path_params["name"]
     names = service.models()
     if name not in names:
@@ -281,13 +282,13 @@ async def model(http: HttpRequest) -> HttpResponse:
 
 async def methods(http: HttpRequest) -> HttpResponse:
     """List the methods, rewards, values and presets of this server, with JSON schemas."""
-    service, _ = authorize(http)
+    service, _ = authorize(http, limited=False)
     return json_response(discovery.methods(service))
 
 
 async def openapi(http: HttpRequest) -> HttpResponse:
     """Describe this server as an OpenAPI 3.1 document."""
-    service, _ = authorize(http)
+    service, _ = authorize(http, limited=False)
     state = http.app.state
     facts = changing_facts(service)
     if service.document is None or getattr(state, "document_facts", None) != facts:

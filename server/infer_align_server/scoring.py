@@ -49,6 +49,7 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     async with service.scoring(plan.scoring_tokens, caller) as count_usage:
         scores = await score_candidates(plan, candidates)
         count_usage(scores.usage)
+        service.metrics.count_reward_calls(scores)
     selection = rank_candidates(plan, candidates, scores)
     if not selection.ranking:
         first_error = next(iter(selection.dropped.values()))

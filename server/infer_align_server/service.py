@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -31,15 +30,18 @@ from infer_align.flow.request import Request, parse_request
 from infer_align.flow.response import Response
 from infer_align.flow.run import align
 from infer_align.flow.scorers import reward_names
+from infer_align.flow.selection import NothingScored
 from infer_align.rewards import Reward
-from infer_align.types import Candidate, Kind, ScoringUsage
+from infer_align.types import Candidate, Kind, Scores, ScoringUsage
 from infer_align_server.defaults import check_preset_names, check_presets, complete_body
 from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.api_keys import ApiKeys
+from infer_align_server.limits.client_timeout import shorten_deadline
 from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
-from infer_align_server.metrics import Metrics
+from infer_align_server.logs import describe, describe_usage
+from infer_align_server.metrics import Metrics, count_tasks
 
 log = logging.getLogger("infer_align")
 
@@ -98,7 +100,7 @@ class Service:
         self.metrics = Metrics()
         self.metrics.running.set_function(lambda: self.admission.running)
         self.metrics.queued.set_function(lambda: self.admission.queued)
-        self.metrics.tasks.set_function(_count_tasks)
+        self.metrics.tasks.set_function(count_tasks)
         self.metrics.ready.set_function(lambda: float(self.unready() is None))
 
     # --- Loading and shutdown ---
@@ -125,13 +127,16 @@ class Service:
             log.exception("loading failed")
             self.failure = f"{type(error).__name__}: {error}"
         self.settled.set()
+        if self.failure is None:
+            log.info("ready", extra={"model": self.model})
 
     async def close(self) -> None:
         """Wait for running requests, at most `drain_seconds`, then close everything."""
-        self._draining = True
+        self.drain()
         deadline = monotonic() + self.config.server.drain_seconds
         while self.admission.running and monotonic() < deadline:
             await asyncio.sleep(0.05)
+        log.info("drain ended", extra={"running_requests": self.admission.running})
         for reward in self.rewards.values():
             await reward.close()
         for engine in self.engines.values():
@@ -151,6 +156,8 @@ class Service:
 
     def drain(self) -> None:
         """Refuse new requests from now on; running requests continue."""
+        if not self._draining:
+            log.info("drain started", extra={"running_requests": self.admission.running})
         self._draining = True
 
     # --- Readiness, API keys and models ---
@@ -185,12 +192,14 @@ class Service:
         if reason:
             raise Unavailable(f"{reason}; try again later.", retry_after=5)
 
-    def authorize(self, authorization: str, address: str) -> str:
+    def authorize(self, authorization: str, address: str, *, limited: bool = True) -> str:
         """Check the API key of a request and count the request against the rate limit.
 
         Args:
             authorization: The request's Authorization header.
             address: The client's address.
+            limited: False for a request that costs nothing, such as listing the models. It does
+                not count against the rate limit.
 
         Returns:
             The name of the caller in limits and in the queue.
@@ -200,7 +209,9 @@ class Service:
             Overloaded: The caller is over its rate limit.
         """
         caller = self._keys.caller(authorization, address)
-        self._requests.take(caller)
+        describe(caller=caller)
+        if limited:
+            self._requests.take(caller)
         return caller
 
     @property
@@ -262,8 +273,11 @@ class Service:
             Unavailable: It could not be found out if the engine can honour the request.
         """
         resolved = {**self.complete_body(body, model), "model": model.engine_model}
+        describe(model=model.engine_model, preset=model.preset)
         request = parse_request(resolved, kind, self.config.presets, model.preset)
-        return await when_discovered(lambda: self._make_plan(request))
+        plan = await when_discovered(lambda: self._make_plan(request))
+        describe(methods=list(plan.methods))
+        return plan
 
     def _make_plan(self, request: Request) -> Plan:
         return make_plan(
@@ -296,17 +310,29 @@ class Service:
         arrival_time = monotonic()
         with charged(self.tokens, caller, plan.worst_case_tokens) as charge:
             async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds, caller):
-                plan = _shorten_deadline(plan, monotonic() - arrival_time)
-                response = await align(plan, self.engine, charge.start(on_delta))
+                plan = shorten_deadline(plan, monotonic() - arrival_time)
+                try:
+                    response = await align(plan, self.engine, charge.start(on_delta))
+                except NothingScored as error:
+                    charge.fail(error.candidates, error.scores)
+                    self._count_failure(error.candidates, error.scores)
+                    raise
             charge.complete(response)
         if not plan.selects:
             # Without a selection every candidate must be returned: fewer choices than n would be
             # an error that the client does not see.
             for candidate in response.candidates:
                 if candidate.error:
+                    self._count_failure(response.candidates, response.scores)
                     raise _candidate_error(candidate)
         self.metrics.count_response(response)
+        describe_usage(response.candidates)
         return response
+
+    def _count_failure(self, candidates: Sequence[Candidate], scores: Scores) -> None:
+        """Count what a request spent that fails after drawing, in the metrics and in the log."""
+        self.metrics.count_failure(candidates, scores)
+        describe_usage(candidates)
 
     @asynccontextmanager
     async def scoring(
@@ -359,30 +385,6 @@ class Service:
                 raise ConfigError(
                     f"[server] default_rewards: {name!r} is not configured; {nearest(name, names)}"
                 )
-
-
-def _count_tasks() -> float:
-    """Return the number of tasks of the running event loop; NaN outside of one."""
-    try:
-        return float(len(asyncio.all_tasks()))
-    except RuntimeError:
-        return math.nan
-
-
-def _shorten_deadline(plan: Plan, waited_seconds: float) -> Plan:
-    """Return the plan with the rest of its deadline after the time in the queue.
-
-    Raises:
-        DeadlineExceeded: The deadline has passed.
-    """
-    if plan.deadline_seconds is None:
-        return plan
-    remaining = plan.deadline_seconds - waited_seconds
-    if remaining <= 0:
-        raise DeadlineExceeded(
-            f"The request was not admitted within its {plan.deadline_seconds} s; allow more time."
-        )
-    return replace(plan, deadline_seconds=remaining)
 
 
 def _candidate_error(candidate: Candidate) -> AlignError:

@@ -215,7 +215,7 @@ def test_score_ranks_as_best_of_n_does(numbers: Any) -> None:
         {**body, "model": "fake@three", "candidates": ["9", "7"]}, "/v1/align/score"
     ).json()
     assert chosen["ranking"] == [0, 1]
-    assert numbers.post({**body, "rewards": {"broken": 1}}, "/v1/align/score").status_code == 502
+    assert numbers.post({**body, "rewards": {"broken": 1}}, "/v1/align/score").status_code == 424
     partly = numbers.post({**body, "rewards": {"picky": 1}}, "/v1/align/score").json()
     assert partly["ranking"] == [2, 3, 4, 1]
     assert partly["candidates"][0]["error"].startswith("not scored")

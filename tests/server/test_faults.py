@@ -87,7 +87,7 @@ def test_failed_candidates_are_not_retried(serve: Any) -> None:
 def test_a_request_without_any_score_fails(numbers: Any, reward: str, why: str) -> None:
     for stream in (False, True):
         answer = numbers.chat({"best_of_n": {"n": 3}, "rewards": {reward: 1}}, stream=stream)
-        assert answer.status_code == 502
+        assert answer.status_code == 424
         error = answer.json()["error"]
         assert error["code"] == "reward_failed"
         assert why in error["message"]
@@ -106,7 +106,7 @@ def test_a_reward_that_fails_on_one_candidate_drops_it(numbers: Any) -> None:
 def test_a_broken_reward_beside_a_good_one(numbers: Any, weight: float) -> None:
     answer = numbers.chat({"best_of_n": {"n": 5}, "rewards": {"number": 1, "broken": weight}})
     if weight:
-        assert answer.status_code == 502, "a weighted sum without one of its terms compares nothing"
+        assert answer.status_code == 424, "a weighted sum without one of its terms compares nothing"
         return
     body = answer.json()
     assert body["align"]["selected"] == 2
@@ -154,7 +154,7 @@ def test_a_reward_over_its_time_is_not_scored(serve: Any) -> None:
         )
     )
     answer = live.chat({"best_of_n": {"n": 2}})
-    assert answer.status_code == 502
+    assert answer.status_code == 424
     assert "no score within 0.2 s" in answer.json()["error"]["message"]
     assert live.idle()
 

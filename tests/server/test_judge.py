@@ -190,7 +190,7 @@ def test_a_judge_without_a_reading_gives_no_score(live: Any) -> None:
         {"messages": USER, "candidates": ["rude", "rude too"], "rewards": {}, "trust_judge": {}},
         "/v1/align/score",
     )
-    assert answer.status_code == 502
+    assert answer.status_code == 424
     assert "refusal" in answer.json()["error"]["message"]
 
 
@@ -290,7 +290,7 @@ def test_judging_without_any_reading_fails(live: Any) -> None:
     answer = live.post(
         {"messages": USER, "candidates": ["rude"], "mode": "score"}, "/v1/align/judge"
     )
-    assert answer.status_code == 502
+    assert answer.status_code == 424
     assert "refusal" in answer.json()["error"]["message"]
 
 

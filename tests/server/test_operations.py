@@ -100,10 +100,11 @@ def test_the_rate_limit_is_per_key(serve: Any, monkeypatch: pytest.MonkeyPatch) 
     )
     # The test moves the clock by hand, so that the bucket does not fill meanwhile.
     live.service._requests._clock = lambda: 0.0
-    answers = [live.get("/v1/models", headers={"authorization": "Bearer a"}) for _ in range(4)]
+    body = {"messages": [{"role": "user", "content": "hello"}]}
+    answers = [live.post(body, headers={"authorization": "Bearer a"}) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert 1 <= int(answers[3].headers["retry-after"]) <= 20
-    assert live.get("/v1/models", headers={"authorization": "Bearer b"}).status_code == 200
+    assert live.post(body, headers={"authorization": "Bearer b"}).status_code == 200
 
 
 def test_a_full_queue_is_429_with_retry_after(serve: Any, hold: threading.Event) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from infer_align.errors import DeadlineExceeded
 from infer_align.flow.plan import Plan
 
 # The Python SDK sends the first: the seconds it waits for any byte. The JavaScript SDK sends the
@@ -51,3 +52,19 @@ def with_client_deadline(plan: Plan, timeout: float | None) -> Plan:
     if timeout is None or plan.deadline_seconds is not None:
         return plan
     return replace(plan, deadline_seconds=shortly_before(timeout))
+
+
+def shorten_deadline(plan: Plan, waited_seconds: float) -> Plan:
+    """Return the plan with the rest of its deadline after the time in the queue.
+
+    Raises:
+        DeadlineExceeded: The deadline has passed.
+    """
+    if plan.deadline_seconds is None:
+        return plan
+    remaining = plan.deadline_seconds - waited_seconds
+    if remaining <= 0:
+        raise DeadlineExceeded(
+            f"The request was not admitted within its {plan.deadline_seconds} s; allow more time."
+        )
+    return replace(plan, deadline_seconds=remaining)

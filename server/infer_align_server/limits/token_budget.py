@@ -6,13 +6,13 @@ tokens that were generated is returned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from infer_align.errors import DeadlineExceeded
 from infer_align.flow.propose import OnDelta
 from infer_align.flow.response import Response
-from infer_align.types import Delta
+from infer_align.types import Candidate, Delta, Scores
 from infer_align_server.limits.rate_limit import RateLimit
 
 
@@ -27,6 +27,7 @@ class Charge:
         self._worst_case = worst_case
         self._limited = limited
         self._streamed = 0
+        self._is_final = False
         self.spent = 0
 
     def start(self, on_delta: OnDelta | None) -> OnDelta | None:
@@ -50,8 +51,16 @@ class Charge:
 
     def complete(self, response: Response) -> None:
         """Charge the tokens of a complete response."""
-        generated = sum(candidate.completion_tokens for candidate in response.candidates)
-        self.spent = generated + response.scores.usage.judge_completion_tokens
+        self._count(response.candidates, response.scores)
+
+    def fail(self, candidates: Sequence[Candidate], scores: Scores) -> None:
+        """Charge the tokens of a request that failed after its candidates were drawn."""
+        self._count(candidates, scores)
+        self._is_final = True
+
+    def _count(self, candidates: Sequence[Candidate], scores: Scores) -> None:
+        generated = sum(candidate.completion_tokens for candidate in candidates)
+        self.spent = generated + scores.usage.judge_completion_tokens
 
     def abort(self, *, by_client: bool) -> None:
         """Charge a request that ended early.
@@ -63,6 +72,8 @@ class Charge:
         Args:
             by_client: The client left, or the deadline in its request passed.
         """
+        if self._is_final:
+            return
         if self._streamed or not by_client:
             self.spent = min(self.spent, self._streamed)
 

@@ -38,6 +38,9 @@ def error_response(error: AlignError) -> HttpResponse:
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if error.should_retry is False:
+        # OpenAI's SDKs obey this header, whatever the status.
+        headers["x-should-retry"] = "false"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return json_response(error_json(error), error.status, headers)
