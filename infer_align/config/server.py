@@ -22,6 +22,13 @@ class Server:
             "commas; without it, no key is required."
         },
     )
+    allowed_origins: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "description": "Origins of the web pages whose scripts may call this server, such as "
+            '"https://app.example.com"; "*" allows all. By default, no page of another origin may.'
+        },
+    )
     served_name: str | None = field(
         default=None,
         metadata={"description": "Name of the model in the API; default: the engine's name."},

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from infer_align.decoding.tool_pieces import ToolCallNumbers, cleaned_function
 from infer_align.types import Body, Kind
 
 # Strings that are not appended when they are sent again: the latest one counts.
@@ -34,6 +35,7 @@ class ChoiceBuilder:
         self._complete: Body | None = None
         self._fields: dict[str, Any] = {}
         self._message: dict[str, Any] = {}
+        self._calls = ToolCallNumbers()
         # The chunks of each text field. Joining them once avoids copying a long text each time.
         self._texts: dict[str, list[str]] = {}
 
@@ -52,8 +54,9 @@ class ChoiceBuilder:
         """
         piece = _without(chunk, {"index", "finish_reason"})
         if self.kind == "chat":
-            delta = piece.get("delta") or {}
+            delta = self._read_delta(piece)
             merge(self._message, self._collect_texts(delta))
+            piece.pop("message", None)
             piece["delta"] = _without_empty(_without(delta, {"role"}))
         if piece.get("text"):
             merge(self._fields, self._collect_texts({"text": piece["text"]}))
@@ -63,6 +66,19 @@ class ChoiceBuilder:
         self._fields["finish_reason"] = reason or self._fields.get("finish_reason")
         self.finished = self.finished or bool(reason)
         return piece
+
+    def _read_delta(self, piece: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the delta of a stream choice, with the pieces of tool calls numbered."""
+        delta = dict(delta_of(piece))
+        if delta.get("role") == "":
+            del delta["role"]
+        calls = delta.get("tool_calls")
+        if isinstance(calls, list):
+            delta["tool_calls"] = self._calls.renumbered(calls)
+        function = delta.get("function_call")
+        if isinstance(function, Mapping):
+            delta["function_call"] = cleaned_function(function)
+        return delta
 
     def set_complete(self, choice: Mapping[str, Any]) -> Body:
         """Take a choice that was not streamed; return it as one delta."""
@@ -86,7 +102,7 @@ class ChoiceBuilder:
         message = {"role": "assistant", "content": None, **self._message, **texts}
         calls = message.get("tool_calls")
         if isinstance(calls, list):
-            message["tool_calls"] = [_without_index(call) for call in calls]
+            message["tool_calls"] = [_finished_call(call) for call in calls]
         return {"message": message, "logprobs": None, **fields}
 
     def _collect_texts(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,8 +196,20 @@ def _without_empty(delta: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in delta.items() if value not in (None, "", [])}
 
 
-def _without_index(call: Any) -> Any:
-    return _without(call, {"index"}) if isinstance(call, dict) else call
+def _finished_call(call: Any) -> Any:
+    """Return a call without its number, and with arguments even if none were sent."""
+    if not isinstance(call, dict):
+        return call
+    fields = _without(call, {"index"})
+    function = fields.get("function")
+    if isinstance(function, dict):
+        fields["function"] = {**function, "arguments": function.get("arguments") or ""}
+    return fields
+
+
+def delta_of(choice: Mapping[str, Any]) -> Any:
+    """Return the delta of a stream choice; some servers call it `message`."""
+    return choice.get("delta") or choice.get("message") or {}
 
 
 def _is_object(value: object) -> bool:
@@ -235,7 +263,7 @@ def find_defect(kind: Kind, choice: Mapping[str, Any], *, streamed: bool = False
     if kind == "completion":
         defect = _text_defect(choice, streamed=streamed)
     else:
-        message = (choice.get("delta") or {}) if streamed else choice.get("message")
+        message = delta_of(choice) if streamed else choice.get("message")
         defect = _message_defect(message)
     if defect is not None:
         return defect

@@ -11,7 +11,7 @@ from infer_align.config.align import Align
 from infer_align.engines import Engine
 from infer_align.errors import InvalidRequest, Unsupported, quote
 from infer_align.flow.limits import check_candidates, check_tokens
-from infer_align.flow.request import Request
+from infer_align.flow.request import Request, whole_number
 from infer_align.flow.rules import Highest
 from infer_align.flow.scorers import Scorer, resolve_scorers
 from infer_align.flow.seeds import SEED_RANGE, seed_draws
@@ -278,7 +278,7 @@ def _count_prompts(prompt: object) -> int:
 
 
 def _parse_integer(body: Body, name: str, low: int, high: int) -> int | None:
-    value = body.get(name)
+    value = whole_number(body.get(name))
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:

@@ -11,6 +11,20 @@ from infer_align.config.align import Align, parse_align
 from infer_align.errors import InvalidRequest, quote
 from infer_align.types import Body, Kind
 
+# Fields of a body that are whole numbers.
+WHOLE_NUMBERS = frozenset(
+    {
+        "n",
+        "seed",
+        "max_tokens",
+        "max_completion_tokens",
+        "min_tokens",
+        "top_logprobs",
+        "top_k",
+        "best_of",
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -43,7 +57,11 @@ def parse_request(
     check_prompt(body, kind)
     check_placement(body)
     align = body.get("align")
-    forwarded = {key: value for key, value in body.items() if key != "align" and value is not None}
+    forwarded = {
+        key: whole_number(value) if key in WHOLE_NUMBERS else value
+        for key, value in body.items()
+        if key != "align" and value is not None
+    }
     if align is None and preset is None:
         return Request(forwarded, kind)
     parsed = parse_align({} if align is None else align, presets, preset)
@@ -63,6 +81,16 @@ def check_placement(body: Body) -> None:
                 f'{{"align": {{"{name}": ...}}}}.',
                 param=name,
             )
+
+
+def whole_number(value: object) -> object:
+    """Return a float without a fraction as an integer, and any other value as it is.
+
+    JSON has one type of number: some clients write 4 as 4.0.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def check_prompt(body: Body, kind: Kind) -> None:

@@ -37,7 +37,10 @@ class BestOfN:
     def apply(self, draft: PlanDraft) -> PlanDraft:
         """Enlarge every draw n times, and select among all candidates."""
         draws = tuple(replace(draw, n=draw.n * self.n) for draw in draft.draws)
-        return replace(draft, draws=draws, selects=True)
+        note = draft.note
+        if not note and self.n > 1 and draft.draws[0].body.get("temperature") == 0:
+            note = "temperature 0 draws equal candidates; set a temperature over 0"
+        return replace(draft, draws=draws, selects=True, note=note)
 
 
 plugin = BestOfN

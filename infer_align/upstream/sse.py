@@ -13,6 +13,8 @@ The parser does no I/O. Feed it bytes as they arrive; it returns the data of eac
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
+
 MAX_EVENT_BYTES = 64 * 2**20
 
 
@@ -20,11 +22,13 @@ class EventParser:
     """Splits a byte stream into the data of its events.
 
     Network chunks may end anywhere, also within a character or a line end. An event with several
-    `data:` lines gives them joined by line feeds. Comments and other fields are skipped.
+    `data:` lines gives them joined by line feeds. Comments, other fields and a byte order mark are
+    skipped.
     """
 
     def __init__(self) -> None:
         self._incomplete_line = b""
+        self._at_start = True
         self._data_lines: list[bytes] = []
 
     def feed(self, received: bytes) -> list[bytes]:
@@ -33,7 +37,14 @@ class EventParser:
         Raises:
             ValueError: an event is larger than MAX_EVENT_BYTES.
         """
-        *lines, self._incomplete_line = (self._incomplete_line + received).split(b"\n")
+        content = self._incomplete_line + received
+        if self._at_start:
+            if len(content) < len(BOM_UTF8) and BOM_UTF8.startswith(content):
+                self._incomplete_line = content
+                return []
+            self._at_start = False
+            content = content.removeprefix(BOM_UTF8)
+        *lines, self._incomplete_line = content.split(b"\n")
         if len(self._incomplete_line) > MAX_EVENT_BYTES:
             raise ValueError(f"an event is over {MAX_EVENT_BYTES} bytes")
         events = []

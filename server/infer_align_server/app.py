@@ -6,13 +6,14 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import TypeAlias
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
@@ -34,6 +35,8 @@ log = logging.getLogger("infer_align")
 # The status of nginx for "client closed request". No client receives it. In logs and metrics it
 # separates these requests from successful ones.
 CLIENT_LEFT = 499
+# Headers of responses that scripts of web pages may read.
+EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms", "openai-version")
 Header: TypeAlias = tuple[bytes, bytes]
 
 
@@ -76,8 +79,27 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
         app.router.routes.append(UPSTREAM_ROUTE)
     app.exception_handler(AlignError)(_on_align_error)
     app.exception_handler(HTTPException)(_on_http_error)
+    app.router.redirect_slashes = False
     app.add_middleware(RequestLog, service=service)
+    _allow_origins(app, config.server.allowed_origins)
     return app
+
+
+def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let the web pages of these origins call the server.
+
+    The middleware is outside of all others: a preflight has no key, and errors need the headers
+    too. Without origins it is absent and costs nothing.
+    """
+    if not origins:
+        return
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=[origin.rstrip("/") for origin in origins],
+        allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED_HEADERS,
+    )
 
 
 class RequestLog:
@@ -95,6 +117,7 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         start = monotonic()
         request_id = _request_id(scope)
         fields: dict[str, object] = {"request_id": request_id}

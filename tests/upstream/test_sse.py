@@ -54,3 +54,13 @@ def test_done_ends_a_stream(data: bytes) -> None:
 @pytest.mark.parametrize("data", [b"", b"{}", b'"[DONE]"'])
 def test_other_data_does_not_end_a_stream(data: bytes) -> None:
     assert not is_done(data)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_a_byte_order_mark_at_the_start_is_skipped(size: int) -> None:
+    content = b"\xef\xbb\xbfdata: 1\n\ndata: \xef\xbb\xbf2\n\n"
+    parser = EventParser()
+    events = []
+    for start in range(0, len(content), size):
+        events += parser.feed(content[start : start + size])
+    assert events == [b"1", b"\xef\xbb\xbf2"]
