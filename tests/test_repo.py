@@ -424,6 +424,7 @@ def test_every_field_of_every_section_is_documented(name: str) -> None:
             assert description.endswith("."), f"{cls.__name__}.{field.name}: no sentence"
 
 
+@functools.cache
 def read_attributes() -> set[str]:
     """Return the names of all attributes that product code reads, `value.name`."""
     names = set()

@@ -12,7 +12,9 @@ from infer_align.decoding.text import TextStream, token_bytes
 
 TEXTS = st.text(alphabet=st.sampled_from("ab .!é你😀\n\u200d\u0301"), max_size=24)
 QUICK = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 
