@@ -29,7 +29,7 @@ def model(service: Service, name: str) -> dict[str, Any]:
         root, _, preset = name.rpartition("@")
         entry["root"] = root
         entry["align"] = service.config.presets[preset]
-        entry["body"] = service.config.preset_bodies[preset]
+        entry["body"] = service.config.preset_bodies.get(preset, {})
     return entry
 
 

@@ -208,7 +208,7 @@ async def test_a_reply_that_cannot_be_scored_names_its_prompt(
 async def test_a_prompt_that_the_template_refuses_is_named(
     engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
 ) -> None:
-    wrong = [*prompts[:2], [{"role": "tool", "content": "x"}]]
+    wrong = [*prompts[:2], [{"role": "narrator", "content": "x"}]]
     with pytest.raises(InvalidRequest, match=r"prompt 2: .*roles are"):
         await sample_replies(
             engine, recording_reward(), wrong, SAMPLING, tmp_path / "s.jsonl", quiet
