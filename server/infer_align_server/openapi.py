@@ -38,18 +38,19 @@ STATUSES = {
     404: "There is no such model, preset or route.",
     405: "The route does not have this method.",
     413: "The body is too large.",
+    424: "The candidates were drawn, but none could be scored. The header `x-should-retry: false` "
+    "keeps SDKs from drawing them again.",
     429: "The queue is full, or the caller is over its rate limit or its token budget. "
     "`Retry-After` says when to try again.",
     431: "The head of the request is too large.",
     500: "The server failed. Its log has the details under the request's id.",
-    502: "Every candidate failed (with the status of the engine if it has one), or no candidate "
-    "could be scored.",
+    502: "Every candidate failed (with the status of the engine if it has one).",
     503: "The server is loading or shutting down, or its engine has failed.",
     504: "The deadline passed before there was anything to return.",
 }
 _ALL_ROUTES = (401, 429, 431, 500)
 _OPEN_ROUTES = (431, 500)
-_WORK = (*_ALL_ROUTES, 400, 404, 413, 502, 503, 504)
+_WORK = (*_ALL_ROUTES, 400, 404, 413, 424, 502, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ def test_a_file_is_unpacked_once_for_each_type(gguf_model):
     assert convert(file, "auto") == (other, [])
 
 
+@pytest.mark.slow
 def test_the_content_of_the_file_names_the_entry_and_not_its_path(gguf_model, tmp_path):
     folder, _ = convert(gguf_model())
     copy = shutil.copy(gguf_model(), tmp_path / "tiny.gguf")
@@ -76,6 +77,7 @@ def test_the_content_of_the_file_names_the_entry_and_not_its_path(gguf_model, tm
     assert convert(Path(copy))[0] != folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "deleted", "emptied", "list", "header"])
 def test_a_damaged_entry_is_made_again(gguf_model, damage):
     file = gguf_model()

@@ -179,6 +179,7 @@ for _ in range(15):
     TOO_LARGE["doubled"] = {"type": "object", "properties": {"a": part, "b": part}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_what_llguidance_cannot_honour_is_refused_and_never_ignored(
     byte_level: Any, name: str

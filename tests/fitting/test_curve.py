@@ -71,6 +71,7 @@ def resident(engine: Any, tmp_path: Path) -> str:
     return "v"
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_the_curve_measures_reward_and_kl_of_each_beta(
     engine: Any, resident: str, recording_reward: Any, prompts: Any, quiet: Any

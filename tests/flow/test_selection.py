@@ -105,6 +105,7 @@ def test_everything_is_either_ranked_or_dropped_with_a_reason(rows: Any, objecti
         )
 
 
+@pytest.mark.slow
 @given(MEMBERS)
 def test_relations_between_the_objectives(rows: Any) -> None:
     mean, wco, uwo0 = (

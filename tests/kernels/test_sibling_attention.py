@@ -29,6 +29,7 @@ def case(
     return query, keys, values, own_keys, own_values, lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     "shape",

@@ -105,6 +105,7 @@ def test_membership_in_any_dimension(case: dict[str, Any]) -> None:
     assert (np.degrees(np.arccos(near @ target / norms)) <= limit).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dimension", "angle"),
     [(2, 30), (3, 30), (3, 100), (4, 80), (8, 45), (8, 89), (30, 60), (30, 88)],

@@ -152,6 +152,7 @@ def reference(
     return np.array(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_long_texts_are_truncated_as_transformers_does(
     family: str, save: Callable[..., str]

@@ -33,6 +33,7 @@ def fingerprint_of(path: str, dtype: torch.dtype = torch.float32) -> Fingerprint
     return fingerprint(model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_copies_in_other_types_are_the_same_model(
     language_model: Callable[..., str], architecture: str
@@ -47,6 +48,7 @@ def test_copies_in_other_types_are_the_same_model(
     assert different_parts(original, fingerprint(half.named_parameters())) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_another_model_of_the_same_shape_differs(
     language_model: Callable[..., str], architecture: str

@@ -65,6 +65,7 @@ async def test_greedy_decoding_equals_generate_alone_and_in_a_changing_batch(
         assert await asyncio.gather(*map(late, range(len(PROMPTS)))) == expected
 
 
+@pytest.mark.slow
 async def test_the_cache_grows_past_its_first_buffer(serving, draw, finish):
     async with serving() as engine:
         assert await answer(engine, draw, finish, "the cat", 200) == generate(

@@ -53,6 +53,7 @@ def same(reading, expected: dict[str, float]) -> None:
     assert max(math.exp(p) for p in expected.values()) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Llama", "GPT2", "Mistral", "Gemma2", "Gemma3Text"])
 @pytest.mark.parametrize(
     "labels", [HUNDRED, HUNDRED[:10], ("A", "B", "C")], ids=["hundred", "ten", "letters"]

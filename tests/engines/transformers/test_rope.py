@@ -72,6 +72,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int | None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 async def test_a_short_answer_beside_a_long_prompt_is_the_answer_alone(
     case, serving, language_model, draw, finish

@@ -62,6 +62,7 @@ async def test_prompts_are_read_in_parts_and_short_ones_together(serving, draw, 
         assert all(rows * q <= 16 for rows, q in forwards)
 
 
+@pytest.mark.slow
 async def test_same_seed_same_text_alone_and_among_32(serving, draw, finish, until):
     async with serving(prefill_tokens=32) as engine:
 

@@ -91,6 +91,7 @@ async def test_a_classifier_is_refused(serving, reward_model, architecture, opti
     assert f"{architecture}ForSequenceClassification, not a causal language model" in message
 
 
+@pytest.mark.slow
 async def test_an_encoder_is_refused(serving, tmp_path, byte_level):
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
@@ -108,6 +109,7 @@ async def test_an_encoder_is_refused(serving, tmp_path, byte_level):
     assert "whose tokens read the tokens after them" in await refusal(serving, masked)
 
 
+@pytest.mark.slow
 async def test_a_model_of_another_task_is_refused_in_one_line(serving, tmp_path, byte_level):
     from transformers import T5Config, T5ForConditionalGeneration
 

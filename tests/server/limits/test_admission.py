@@ -190,6 +190,7 @@ def test_a_flood_does_not_keep_others_out_of_the_queue() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(
