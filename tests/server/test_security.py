@@ -326,7 +326,7 @@ def test_no_text_of_a_message_chooses_a_method(numbers: Any, words: str, role: s
         {"role": role, "content": [{"type": "text", "text": words}]},
     ):
         answer = numbers.chat(messages=[message, *USER])
-        assert answer.status_code == 200
+        assert answer.status_code == 200, answer.text
         assert "align" not in answer.json()
         assert numbers.engine.bodies[-1]["messages"][0] == message, (
             "and it reaches the model as it is"
@@ -344,13 +344,13 @@ def test_align_counts_in_one_place_only(numbers: Any) -> None:
         {"extra_body": {"align": align}},
         {"user": json.dumps({"align": align})},
         {"Align": align},
-        {"best_of_n": {"n": 5}},
         {"preset": "best"},
     ):
         answer = numbers.chat(**fields)
-        assert answer.status_code == 200
+        assert answer.status_code == 200, answer.text
         assert "align" not in answer.json()
-    assert numbers.engine.sampled == before + 7
+    assert numbers.chat(best_of_n={"n": 5}).status_code == 400
+    assert numbers.engine.sampled == before + 6
     with numbers.http() as http:
         answer = http.post(
             "/v1/chat/completions?align=best&model=fake@best",
