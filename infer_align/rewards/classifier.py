@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from infer_align.checkpoints.complete import check_complete
+from infer_align.checkpoints.errors import LOAD_ERRORS
 from infer_align.checkpoints.rope import by_rope_factors
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
@@ -300,25 +302,18 @@ def _load_classifier(path: str, dtype: str) -> tuple[Any, Any]:
     """Load a tokenizer and its sequence classifier.
 
     Raises:
-        ConfigError: there is no such model, or it is not a sequence classifier.
+        ConfigError: there is no such model, it is not a sequence classifier, or it lacks weights.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype, output_loading_info=True
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, ValueError) as error:
+    except LOAD_ERRORS as error:
         raise ConfigError(
             f"classifier: {path!r} cannot be loaded as a sequence classifier: {error}"
         ) from error
-    # transformers fills missing weights with random numbers.
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise ConfigError(
-            f"classifier: {path!r} is not a sequence classifier: it has no weights for "
-            f"{', '.join(missing[:3])}; "
-            f"configure a reward model."
-        )
+    check_complete("classifier", path, "sequence classifier", loading)
     return tokenizer, model
 
 

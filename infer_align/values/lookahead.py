@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 
+from infer_align.checkpoints.complete import check_complete
+from infer_align.checkpoints.errors import LOAD_ERRORS
 from infer_align.checkpoints.rope import fix_rope
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
@@ -27,16 +28,6 @@ from infer_align.values import FrozenModel, Value, check_fit
 
 HEADS = "value_heads.safetensors"
 CARD = "value.json"
-# Errors of a damaged folder, as json, safetensors and transformers raise them.
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +75,13 @@ class ValueLM:
             # [H, d] and [H]
             self._weight = heads["weight"].to(frozen.device, torch.float32, copy=True)
             self._bias = heads["bias"].to(frozen.device, torch.float32, copy=True)
-            self.lm = AutoModel.from_pretrained(folder, dtype=dtype)
+            self.lm, loading = AutoModel.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         except LOAD_ERRORS as error:
             kind = type(error).__name__
             raise ConfigError(f"{path}: cannot be loaded as a value LM: {kind}: {error}") from error
+        check_complete("path", path, "value LM", loading)
         check_fit(path, card, frozen)
         self._check_shapes(path, frozen)
         self.lm = self.lm.to(frozen.device).eval().requires_grad_(requires_grad=False)

@@ -20,7 +20,7 @@ from infer_align.config.schema import signature
 from infer_align.errors import AlignError, ConfigError
 from infer_align.objectives import Ensemble
 from infer_align_bench import arguments as bench
-from infer_align_server import chat, check_rewards, fit, serve
+from infer_align_server import chat, check_dpa, check_rewards, fit, serve
 from infer_align_server.arguments import Parser, add_address, add_configuration, configuration
 
 # Width of tables in a file or a pipe, where no terminal has a width. COLUMNS overrides it.
@@ -86,6 +86,7 @@ def make_parser() -> Parser:
     _add_fit(commands.add_parser("fit", help="Fit a value for value-augmented sampling (VAS)."))
     bench.add_commands(commands.add_parser("bench", help="Measure any OpenAI endpoint."))
     _add_rewards(commands.add_parser("rewards", help="Check the configured rewards."))
+    _add_check(commands.add_parser("check", help="Check what the served model can do."))
     _add_config(commands.add_parser("config", help="Inspect the configuration."))
     return parser
 
@@ -146,6 +147,16 @@ def _add_rewards(parser: argparse.ArgumentParser) -> None:
     )
     add_configuration(check)
     check.set_defaults(run=lambda options: check_rewards.run(options, OUT))
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    dpa = commands.add_parser(
+        "dpa", help="Find out if the model follows preference directions, from greedy answers."
+    )
+    check_dpa.add_arguments(dpa)
+    add_configuration(dpa)
+    dpa.set_defaults(run=lambda options: check_dpa.run(options, OUT))
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -53,6 +53,9 @@ def _rows(service: Service, url: str) -> Iterator[tuple[str, str]]:
         yield "note", DIRECTIONS
     for note in engine.notes:
         yield "note", note
+    for name, reward in service.rewards.items():
+        for warning in reward.warnings:
+            yield "note", f"[rewards.{name}] {warning}"
     for warning in service.warnings:
         yield "warning", warning
     yield "try", _example(service, url)

@@ -208,3 +208,61 @@ def test_the_reason_of_a_steered_draw_names_its_weights() -> None:
     plan = Plan((Draw({}, 1, steering=steering),))
     selection = rank_candidates(plan, [Candidate(0, {})], Scores())
     assert selection.reason == "one draw, steered by vas with beta helpful 4, brief -0.5"
+
+
+def greedy(direction: float | None, temperature: float = 0, n: int = 1) -> Draw:
+    """Return a draw whose prompt names a direction."""
+    messages = [{"role": "system", "content": f"rating = {direction}"}]
+    body = {"messages": messages, "temperature": temperature}
+    return Draw(body, n, direction=None if direction is None else {"a": direction})
+
+
+def reason(draws: list[Draw], texts: list[str], **fields: Any) -> str:
+    """Return the reason for candidates with these texts, one after the other from the draws."""
+    owners = [i for i, draw in enumerate(draws) for _ in range(draw.n)]
+    candidates = [
+        Candidate(i, {"text": text}, owner, **fields)
+        for i, (text, owner) in enumerate(zip(texts, owners, strict=True))
+    ]
+    made = Plan(tuple(draws), scorers=scorers({"r": 1.0}), selects=True, note="a note")
+    return rank_candidates(made, candidates, Scores({"r": np.ones((1, len(texts)))})).reason
+
+
+IGNORED = "a note; all directions gave the same answer; the model may ignore directions"
+
+
+@pytest.mark.parametrize(
+    ("draws", "texts"),
+    [
+        ([greedy(1), greedy(2)], ["owls", "owls"]),
+        ([greedy(1, 0.0), greedy(2, 0.0), greedy(3, 0.0)], ["", "", ""]),
+        ([greedy(1, n=2), greedy(2)], ["owls", "owls", "owls"]),
+    ],
+)
+def test_the_same_greedy_answer_to_all_directions_is_noted(
+    draws: list[Draw], texts: list[str]
+) -> None:
+    assert reason(draws, texts).endswith(IGNORED)
+
+
+@pytest.mark.parametrize(
+    ("draws", "texts"),
+    [
+        ([greedy(1), greedy(2)], ["owls", "mice"]),
+        ([greedy(1), greedy(2), greedy(3)], ["owls", "owls", "mice"]),
+        # Sampled answers may be the same by chance.
+        ([greedy(1, 0.7), greedy(2, 0.7)], ["owls", "owls"]),
+        # Directions that are rounded to the same prompt.
+        ([greedy(1), greedy(1)], ["owls", "owls"]),
+        ([greedy(1, n=2)], ["owls", "owls"]),
+        ([greedy(None), greedy(None)], ["owls", "owls"]),
+    ],
+)
+def test_other_answers_are_not_noted(draws: list[Draw], texts: list[str]) -> None:
+    assert reason(draws, texts).endswith("; a note")
+
+
+def test_answers_that_were_cut_or_failed_say_nothing_about_directions() -> None:
+    draws = [greedy(1), greedy(2)]
+    for fields in ({"interrupted": True}, {"error": "x"}, {"rejected": "low"}):
+        assert "ignore" not in reason(draws, ["", ""], **fields)

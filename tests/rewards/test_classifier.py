@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable
@@ -57,6 +58,15 @@ def direct(path: str, texts=TEXTS, messages=ASK, limit: int = 10_000) -> np.ndar
             output = model(torch.tensor([ids]), attention_mask=mask)
         rows.append(output.logits[0].numpy())
     return np.stack(rows, axis=1)
+
+
+def changed(path: str, copy: Path, change) -> str:
+    """Copy a model and change its weights."""
+    shutil.copytree(path, copy)
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return str(copy)
 
 
 def same(values: np.ndarray, expected: np.ndarray) -> bool:
@@ -361,8 +371,54 @@ async def test_closing_fails_waiting_and_later_requests(reward_model):
 
 
 async def test_a_language_model_is_refused(language_model):
-    with pytest.raises(ConfigError, match="is not a sequence classifier"):
+    with pytest.raises(
+        ConfigError, match=r"not a complete sequence classifier.* no weights for score.weight\."
+    ):
         await started(model=language_model("GPT2"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "weight"),
+    [
+        ("Llama", "score.weight"),
+        ("Llama", "model.layers.1.mlp.up_proj.weight"),
+        ("GPT2", "transformer.wte.weight"),
+        ("Bert", "classifier.bias"),
+    ],
+)
+async def test_a_classifier_without_one_of_its_weights_is_refused(
+    architecture, weight, reward_model, tmp_path
+):
+    def remove(weights):
+        del weights[weight]
+
+    path = changed(reward_model(architecture), tmp_path / "rm", remove)
+    with pytest.raises(ConfigError, match=f"its checkpoint has no weights for {weight}"):
+        await started(model=path)
+
+
+async def test_weights_of_a_wrong_size_are_refused(reward_model, tmp_path):
+    def widen(weights):
+        weights["score.weight"] = torch.zeros(3, weights["score.weight"].shape[1])
+
+    path = changed(reward_model("Llama"), tmp_path / "rm", widen)
+    with pytest.raises(ConfigError, match=r"score.weight \(saved \[3, 32\], needed \[1, 32\]\)"):
+        await started(model=path)
+
+
+async def test_weights_that_are_tied_do_not_count_as_missing(reward_model):
+    path = reward_model("Bart")
+    weights = load_file(Path(path) / "model.safetensors")
+    assert "model.decoder.embed_tokens.weight" not in weights
+    reward = await started(model=path)
+    assert np.isfinite((await reward.score(ASK, candidates(["sat"]))).values).all()
+
+
+async def test_a_broken_file_is_refused(reward_model, tmp_path):
+    path = changed(reward_model("Llama"), tmp_path / "rm", lambda _: None)
+    (tmp_path / "rm" / "model.safetensors").write_text("hello")
+    with pytest.raises(ConfigError, match="cannot be loaded as a sequence classifier"):
+        await started(model=path)
 
 
 async def test_a_model_that_does_not_fit_its_section_is_refused(reward_model, tmp_path):

@@ -5,6 +5,7 @@ limit only ends a test that fails. Work that must not end by itself takes an hou
 waits for an event of `tests.server.scorers`.
 """
 
+# ruff: noqa: PLC0415 - torch is loaded by the tests that want it
 from __future__ import annotations
 
 import json
@@ -261,3 +262,27 @@ def client(numbers: Live) -> Iterator[openai.OpenAI]:
         base_url=numbers.base_url, api_key="unused", max_retries=0, timeout=LIMIT_SECONDS
     ) as client:
         yield client
+
+
+@pytest.fixture
+def framing_tokenizer(byte_level: Any) -> Callable[[str | None], Any]:
+    """Return a function that makes a tokenizer that adds <pad> and </s> around a text.
+
+    Its argument is the chat template.
+    """
+
+    def make(template: str | None) -> Any:
+        from tokenizers import Tokenizer, processors
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer.from_str(byte_level.backend_tokenizer.to_str())
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<pad> $A </s>", special_tokens=[("<pad>", 0), ("</s>", 1)]
+        )
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", cls_token="<pad>"
+        )
+        fast.chat_template = template
+        return fast
+
+    return make

@@ -10,9 +10,6 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
-
 from infer_align_server import cli
 
 FRAMED = "<pad>{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}</s>"
@@ -20,19 +17,13 @@ BARE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
 @pytest.fixture
-def model(byte_level: Any, reward_model: Callable[..., str]) -> Callable[[str | None], str]:
+def model(
+    framing_tokenizer: Callable[[str | None], Any], reward_model: Callable[..., str]
+) -> Callable[[str | None], str]:
     """Return a function that makes a BERT whose tokenizer adds special tokens at both ends."""
 
     def make(template: str | None) -> str:
-        tokenizer = Tokenizer.from_str(byte_level.backend_tokenizer.to_str())
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<pad> $A </s>", special_tokens=[("<pad>", 0), ("</s>", 1)]
-        )
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", cls_token="<pad>"
-        )
-        fast.chat_template = template
-        return reward_model("Bert", tokenizer=fast)
+        return reward_model("Bert", tokenizer=framing_tokenizer(template))
 
     return make
 

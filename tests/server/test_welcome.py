@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 QUIET = ("--set", "server.log_level=error")
 REWARD = '[rewards.short]\nkind = "rules"\ntarget_words = 60\n'
+BARE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 PRESETS = "".join(f"[presets.p{i}]\n" for i in range(12))
 
 
@@ -161,3 +162,20 @@ def test_a_missing_template_file_is_named() -> None:
     done = run("serve", "--port", "0", "--set", "engine.chat_template=/no/such.jinja", *QUIET)
     assert done.returncode == 2
     assert "[engine] chat_template: '/no/such.jinja' cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_reward_whose_template_lacks_special_tokens_is_noted(
+    is_written: bool,
+    process: Callable[..., Process],
+    framing_tokenizer: Callable[[str], Any],
+    reward_model: Callable[..., str],
+) -> None:
+    model = reward_model("Bert", tokenizer=framing_tokenizer(BARE))
+    lines = ["[rewards.quality]", 'kind = "classifier"', f'model = "{model}"']
+    if is_written:
+        lines.append("add_special_tokens = true")
+    lines += ["[engine]", 'kind = "fake"', ""]
+    text = screen(process("\n".join(lines), *QUIET))
+    note = re.search(r"note +\[rewards.quality\] .*adds <pad> </s>.*add_special_tokens = t", text)
+    assert bool(note) is not is_written

@@ -206,6 +206,25 @@ def test_a_folder_with_a_broken_file_is_refused(write: Any, name: str) -> None:
     refuses(path)
 
 
+@pytest.mark.parametrize("name", ["norm.weight", "layers.1.mlp.up_proj.weight"])
+def test_an_lm_without_one_of_its_weights_is_refused(write: Any, name: str) -> None:
+    path = write("one")
+    weights = load_file(path / "model.safetensors")
+    del weights[name]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=f"not a complete value LM.* no weights for {name}"):
+        start(path, "one")
+
+
+def test_an_lm_with_weights_of_another_size_is_refused(write: Any) -> None:
+    path = write("one")
+    weights = load_file(path / "model.safetensors")
+    weights["norm.weight"] = torch.zeros(D + 1)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"norm.weight \(saved \[17\], needed \[16\]\)"):
+        start(path, "one")
+
+
 def test_a_card_that_is_not_an_object_is_refused(write: Any) -> None:
     path = write("one")
     (path / lookahead.CARD).write_text("[]")

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from infer_align.checkpoints.complete import check_complete
+from infer_align.checkpoints.errors import LOAD_ERRORS
 from infer_align.checkpoints.gguf import convert_gguf, find_gguf
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
 
 FIELD = "[engine] model"
-# The errors of a folder that is damaged, incomplete or of a kind that transformers cannot load.
-LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    AttributeError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    EOFError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
 # A change of a token's logits that counts as rounding, as a share of the largest logit. Types
 # with fewer bits than float32 are given two units in the last place.
 ROUNDING = 1e-4
