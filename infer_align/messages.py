@@ -23,6 +23,12 @@ _TEXT_PARTS = {
 }
 # Types of the parts that hold what a model thought. Nobody answers to them, so they are left out.
 _THINKING_PARTS = {"thinking", "redacted_thinking", "reasoning"}
+# A system message with a word that no template holds, and the turn that follows it.
+SYSTEM_MARK = "infer-align-system"
+SYSTEM_PROBE: tuple[Message, ...] = (
+    {"role": "system", "content": SYSTEM_MARK},
+    {"role": "user", "content": "x"},
+)
 # Put between two turns that become one.
 _BREAK = "\n\n"
 

@@ -166,6 +166,14 @@ class Engine(ABC):
         """Special tokens of the tokenizer, if known. Judge prompts escape them."""
         return frozenset()
 
+    @property
+    def has_system_role(self) -> bool:
+        """True unless the model is known to see no system messages.
+
+        Judge prompts then have their instruction in the user's turn.
+        """
+        return True
+
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return an upper bound on the one-token calls that `read_labels` makes.
 

@@ -27,6 +27,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, quote
+from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE
 from infer_align.types import Kind, Messages
 from infer_align.vllm import compat
 from infer_align.vllm.interfaces import CandidateCall, error_from_json
@@ -86,6 +87,8 @@ class Frontend:
         lora_names: names of the LoRA adapters.
         vocabulary: token ids of the tokenizer by token.
         app: vLLM's ASGI application, available after `start`.
+        has_system_role: False if the chat template refuses system messages or leaves them out.
+            Final after `start`.
     """
 
     def __init__(self, engine: AsyncLLM, args: Namespace) -> None:
@@ -94,6 +97,7 @@ class Frontend:
         self._lifespan = AsyncExitStack()
         self.model: str = args.served_model_name[0]
         self.lora_names: tuple[str, ...] = tuple(module.name for module in args.lora_modules or ())
+        self.has_system_role = True
         self.vocabulary: dict[str, int] = compat.vocabulary_of(engine.model_config)
 
     async def start(self) -> None:
@@ -122,6 +126,15 @@ class Frontend:
         chat.render_chat_request = functools.partial(self._render_once, "chat")
         completion.render_completion_request = functools.partial(self._render_once, "completion")
         await self._lifespan.enter_async_context(self.app.router.lifespan_context(self.app))
+        self.has_system_role = await self._shows_system()
+
+    async def _shows_system(self) -> bool:
+        """Render a system message, and look for it in the prompt. Nothing is generated."""
+        try:
+            prompt = await self.prompt_ids(SYSTEM_PROBE, "")
+        except InvalidRequest:
+            return False
+        return SYSTEM_MARK in self.tokenizer.decode(prompt)
 
     async def close(self) -> None:
         """End the background tasks of the application."""

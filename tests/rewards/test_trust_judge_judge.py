@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery
+from infer_align.engines import Engine
 from infer_align.engines.fake import Fake, FakeEngine, Reply, ScriptedLabels
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, Unsupported
@@ -45,7 +47,7 @@ class Ranked(FakeEngine):
         )
 
 
-def reward(served: FakeEngine, **section: Any) -> TrustJudgeReward:
+def reward(served: Engine, **section: Any) -> TrustJudgeReward:
     loaded = TrustJudgeSection(**section).load()
     loaded.engines = {"served": served}
     return loaded
@@ -370,3 +372,34 @@ def test_a_reading_that_hangs_costs_its_own_candidate_only() -> None:
     scores = context.run(scores_of, engine, ["good", "slow", "good"])
     assert np.isnan(scores.values[0, 0]).tolist() == [False, True, False]
     assert "did not answer within 0.38 s" in scores.notes[1]
+
+
+CONTENT = "{{ m.content }}"
+NO_SYSTEM = [
+    "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CONTENT,
+    "{% if m.role != 'system' %}" + CONTENT + "{% endif %}",
+    "{% if m.role in ['user', 'assistant'] %}" + CONTENT + "{% endif %}",
+]
+WITH_SYSTEM = CONTENT + "{% if m.role == 'system' %}{{ '\\n\\n' }}{% endif %}"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("turn", NO_SYSTEM)
+@pytest.mark.parametrize("mode", ["score", "pairwise"])
+async def test_a_judge_without_a_system_role_reads_the_instruction(
+    tmp_path: Path, language_model: Any, turn: str, mode: str
+) -> None:
+    """The scores are those of a template that knows the role and writes the same text."""
+    values = []
+    for each in (turn, WITH_SYSTEM):
+        path = tmp_path / "template.jinja"
+        path.write_text("{% for m in messages %}" + each + "{% endfor %}")
+        engine = Transformers(model=language_model(), chat_template=str(path)).load()
+        await engine.start()
+        try:
+            judge = reward(engine, mode=mode, min_mass=0.0, scale=5)
+            scores = await judge.score(ASK, candidates("sun", "the cat"))
+        finally:
+            await engine.close()
+        values.append(scores.values.tolist())
+    assert values[0] == values[1]

@@ -99,6 +99,14 @@ def test_prompts_about_one_question_begin_alike() -> None:
     assert len(start) > 30
 
 
+@pytest.mark.parametrize("text", ORDERS)
+def test_without_a_system_role_the_instruction_begins_the_turn_of_the_user(text: str) -> None:
+    for write, answers in ((score_messages, (text, 5)), (pair_messages, (text, "mice"))):
+        system, user = write(ASK, *answers)
+        [only] = write(ASK, *answers, system_role=False)
+        assert only == {"role": "user", "content": f"{system['content']}\n\n{user['content']}"}
+
+
 def test_the_instruction_names_criteria_scale_and_critique() -> None:
     system = score_messages(ASK, "x", 10, "brief and kind")[0]["content"]
     assert "from 1 (poor) to 10 (excellent)" in system

@@ -36,7 +36,11 @@ from infer_align.engines.transformers.room import completion_tokens
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.engines.transformers.steering import LoadedValues
-from infer_align.engines.transformers.template import set_template, template_notes
+from infer_align.engines.transformers.template import (
+    has_system_role,
+    set_template,
+    template_notes,
+)
 from infer_align.errors import EngineFailed, Unavailable
 from infer_align.types import Capability, Draw, Kind
 from infer_align.values import Value
@@ -304,6 +308,11 @@ class TransformersEngine(Engine):
     def control_tokens(self) -> frozenset[str]:
         """The control tokens of the tokenizer; none before the engine has started."""
         return control_tokens(self._started.model.tokenizer) if self._started else frozenset()
+
+    @property
+    def has_system_role(self) -> bool:
+        """True unless the chat template leaves system messages out."""
+        return self._started is None or has_system_role(self._started.model.tokenizer)
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return the number of one-token calls that reading these labels takes.

@@ -7,9 +7,8 @@ from typing import Any
 
 from infer_align.engines.transformers.prompt import render
 from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE
 
-# A word that no template holds.
-MARK = "infer-align-system"
 NO_TEMPLATE = (
     "The model has no chat template, so only /v1/completions answers. Name a file with its "
     'template: [engine] chat_template = "template.jinja".'
@@ -42,9 +41,16 @@ def template_notes(tokenizer: Any) -> tuple[str, ...]:
     """Return sentences on what the chat template of a tokenizer lacks, and what to do."""
     if not tokenizer.chat_template:
         return (NO_TEMPLATE,)
-    messages = [{"role": "system", "content": MARK}, {"role": "user", "content": "x"}]
     try:
-        text = render(tokenizer, {"messages": messages})
+        text = render(tokenizer, {"messages": SYSTEM_PROBE})
     except InvalidRequest as error:
         return (NO_SYSTEM_ROLE.format(problem=error.message.rstrip(".")),)
-    return () if MARK in text else (NO_SYSTEM_ROLE.format(problem="it leaves them out"),)
+    return () if SYSTEM_MARK in text else (NO_SYSTEM_ROLE.format(problem="it leaves them out"),)
+
+
+def has_system_role(tokenizer: Any) -> bool:
+    """Return True if the model sees system messages; nothing is generated."""
+    try:
+        return SYSTEM_MARK in render(tokenizer, {"messages": SYSTEM_PROBE})
+    except InvalidRequest:
+        return False

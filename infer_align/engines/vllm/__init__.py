@@ -283,6 +283,11 @@ class VllmEngine(Engine):
             return frozenset()
         return control_tokens(self._started.frontend.tokenizer)
 
+    @property
+    def has_system_role(self) -> bool:
+        """True unless the chat template refuses system messages or leaves them out."""
+        return self._started is None or self._started.frontend.has_system_role
+
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return the number of requests that `read_labels` sends for one query.
 

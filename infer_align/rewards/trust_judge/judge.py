@@ -60,6 +60,7 @@ class Judge:
                 self.criteria,
                 critique=self.critique_tokens > 0,
                 controls=self.engine.control_tokens,
+                system_role=self.engine.has_system_role,
             )
             for answer in answers
         ]
@@ -85,6 +86,7 @@ class Judge:
                 self.criteria,
                 critique=self.critique_tokens > 0,
                 controls=self.engine.control_tokens,
+                system_role=self.engine.has_system_role,
             )
             for first, second in orders
         ]

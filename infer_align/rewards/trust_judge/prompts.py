@@ -55,6 +55,7 @@ def score_messages(
     *,
     critique: bool = False,
     controls: frozenset[str] = _NO_CONTROLS,
+    system_role: bool = True,
 ) -> list[dict[str, Any]]:
     """Return the prompt for the score of one answer. The labels "1" .. str(scale) follow `SCORE`.
 
@@ -65,13 +66,15 @@ def score_messages(
         criteria: the qualities to judge by.
         critique: let the judge write a critique before the label.
         controls: control tokens of the judge's tokenizer, which are broken up in all data.
+        system_role: False for a judge without system messages; the instruction then begins the
+            user's turn.
     """
     instruction = (
         f"Rate the answer from 1 (poor) to {scale} (excellent). Criteria: {criteria}.\n{_DATA}"
     )
     if critique:
         instruction += _CRITIQUE.format(SCORE)
-    return _prompt(instruction, messages, {"Answer": answer}, controls)
+    return _prompt(instruction, messages, {"Answer": answer}, controls, system_role=system_role)
 
 
 def pair_messages(
@@ -82,6 +85,7 @@ def pair_messages(
     *,
     critique: bool = False,
     controls: frozenset[str] = _NO_CONTROLS,
+    system_role: bool = True,
 ) -> list[dict[str, Any]]:
     """Return the prompt for the better of two answers.
 
@@ -94,7 +98,13 @@ def pair_messages(
     )
     if critique:
         instruction += _CRITIQUE.format(BETTER)
-    return _prompt(instruction, messages, {"Answer A": first, "Answer B": second}, controls)
+    return _prompt(
+        instruction,
+        messages,
+        {"Answer A": first, "Answer B": second},
+        controls,
+        system_role=system_role,
+    )
 
 
 def labels(scale: int) -> tuple[str, ...]:
@@ -103,7 +113,12 @@ def labels(scale: int) -> tuple[str, ...]:
 
 
 def _prompt(
-    system: str, messages: Messages, answers: Mapping[str, str], controls: frozenset[str]
+    system: str,
+    messages: Messages,
+    answers: Mapping[str, str],
+    controls: frozenset[str],
+    *,
+    system_role: bool,
 ) -> list[dict[str, Any]]:
     question = transcript(messages, text_with_placeholders)
     pattern = _control_pattern(controls)
@@ -115,7 +130,10 @@ def _prompt(
     number = _number([question, *sorted(answers.values())])
     for name, text in answers.items():
         blocks.append(_marked(name, text, number, pattern))
-    return [{"role": "system", "content": system}, {"role": "user", "content": "\n".join(blocks)}]
+    data = "\n".join(blocks)
+    if not system_role:
+        return [{"role": "user", "content": f"{system}\n\n{data}"}]
+    return [{"role": "system", "content": system}, {"role": "user", "content": data}]
 
 
 @lru_cache(maxsize=64)
