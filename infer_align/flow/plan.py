@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from infer_align.config import Limits
@@ -150,6 +150,35 @@ def make_scoring_plan(
     draft = replace(draft, draws=draws, selects=True)
     plan = _complete(draft, request, rewards, default_rewards)
     return _count_cost(plan, engine)
+
+
+def check_prompt_count(prompts: int, limits: Limits) -> None:
+    """Check the number of prompts of one request; each has at least one candidate.
+
+    Raises:
+        InvalidRequest: there are more than the server allows candidates.
+    """
+    if prompts > limits.max_candidates:
+        raise InvalidRequest(
+            f"prompt: {prompts} prompts are over this server's limit of {limits.max_candidates} "
+            "candidates; send fewer prompts in one request.",
+            param="prompt",
+            code="too_many_candidates",
+        )
+
+
+def check_together(plans: Sequence[Plan], limits: Limits) -> None:
+    """Check the plans of all prompts of one request against the limits of one request.
+
+    Raises:
+        InvalidRequest: together they are over a limit.
+    """
+    align = plans[0].request.align
+    candidates = sum(plan.candidates for plan in plans)
+    tokens = sum(plan.worst_case_tokens for plan in plans)
+    scoring_tokens = sum(plan.scoring_tokens for plan in plans)
+    check_candidates(candidates, 1, align, limits)
+    check_tokens(tokens, scoring_tokens, candidates, align, limits)
 
 
 def worst_case(body: Body, engine: Engine, limits: Limits) -> int:

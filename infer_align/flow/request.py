@@ -68,6 +68,30 @@ def parse_request(
     return Request(forwarded, kind, parsed, aligned=True)
 
 
+def split_prompts(body: Body, kind: Kind) -> list[Body]:
+    """Return one body per prompt of a request; `prompt` of a text completion may be a list.
+
+    Raises:
+        InvalidRequest: the list is empty, or an item is not a string.
+    """
+    prompts = body.get("prompt")
+    if kind == "chat" or not isinstance(prompts, list):
+        return [body]
+    if not prompts:
+        raise InvalidRequest(
+            "prompt: [] is not allowed; must be a string, or a list of at least one string.",
+            param="prompt",
+        )
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise InvalidRequest(
+                f"prompt[{i}]: {quote(prompt)} is not allowed; must be a string. Send text instead "
+                "of token ids.",
+                param=f"prompt[{i}]",
+            )
+    return [{**body, "prompt": prompt} for prompt in prompts]
+
+
 def check_placement(body: Body) -> None:
     """Refuse a method beside `align` instead of inside it, which no engine would read.
 
@@ -107,7 +131,8 @@ def check_prompt(body: Body, kind: Kind) -> None:
     prompt = body.get("prompt")
     if not isinstance(prompt, str):
         raise InvalidRequest(
-            f"prompt: {quote(prompt)} is not allowed; must be a string.", param="prompt"
+            f"prompt: {quote(prompt)} is not allowed; must be a string or a list of strings.",
+            param="prompt",
         )
 
 

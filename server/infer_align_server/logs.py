@@ -72,11 +72,18 @@ def describe(**fields: object) -> None:
         line.update(fields)
 
 
-def describe_usage(candidates: Sequence[Candidate]) -> None:
-    """Add the tokens that were spent on candidates to the access line."""
+def describe_usage(candidates: Sequence[Candidate], prompt_tokens: int | None = None) -> None:
+    """Add the tokens that were spent on candidates to the access line.
+
+    Args:
+        candidates: The candidates.
+        prompt_tokens: The tokens of all prompts; None if the candidates have one prompt.
+    """
+    if prompt_tokens is None:
+        prompt_tokens = max((each.prompt_tokens for each in candidates), default=0)
     describe(
         candidates=len(candidates),
-        prompt_tokens=max((each.prompt_tokens for each in candidates), default=0),
+        prompt_tokens=prompt_tokens,
         completion_tokens=sum(each.completion_tokens for each in candidates),
     )
 

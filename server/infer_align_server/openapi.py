@@ -219,12 +219,13 @@ def _request_schemas(service: Service) -> dict[str, Schema]:
         "messages": ref("Messages"),
         "candidates": array(STRING, minItems=1, maxItems=max_candidates),
     }
+    prompt = {"anyOf": [STRING, array(STRING, minItems=1, maxItems=max_candidates)]}
     return {
         "Align": align,
         "Message": _message(),
         "Messages": array(ref("Message"), minItems=1),
         "ChatRequest": _completion_request(service, "chat", model, messages=ref("Messages")),
-        "CompletionRequest": _completion_request(service, "completion", model, prompt=STRING),
+        "CompletionRequest": _completion_request(service, "completion", model, prompt=prompt),
         "ResponsesRequest": {
             "type": "object",
             "properties": {"model": model, "align": {"type": "null"}},

@@ -22,6 +22,7 @@ from infer_align.flow.plan import worst_case
 from infer_align.flow.request import check_placement
 from infer_align.types import Kind
 from infer_align_server import discovery, judging, scoring
+from infer_align_server.answering import answer_all
 from infer_align_server.engine_routes import (
     ForwardedResponse,
     engine_app,
@@ -97,7 +98,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     if _is_plain(body, model) and isinstance(service.engine, Forwards):
         return _forwarded_completion(http, kind, content, body, model, caller)
     streaming = stream_options(body)
-    plan = await service.plan(body, kind, model)
+    plans = await service.plan(body, kind, model)
     head = {
         "id": f"{OBJECTS[kind].id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -105,11 +106,11 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     }
     timeout = waiting_time(service, http)
     if streaming:
-        stream = EventStream(service, plan, head, streaming, caller, timeout)
+        stream = EventStream(service, plans, head, streaming, caller, timeout)
         return await stream.open(http)
-    answer = service.answer(with_client_deadline(plan, timeout), caller=caller)
-    response = await until_client_leaves(http.receive, answer)
-    return json_response(completion_json(response, head))
+    plans = [with_client_deadline(plan, timeout) for plan in plans]
+    responses = await until_client_leaves(http.receive, answer_all(service, plans, caller=caller))
+    return json_response(completion_json(responses, head))
 
 
 def _is_plain(body: Mapping[str, Any], model: ModelChoice) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -15,8 +15,6 @@ from infer_align.engines import Engine
 from infer_align.errors import (
     AlignError,
     ConfigError,
-    DeadlineExceeded,
-    EngineFailed,
     InvalidRequest,
     Unavailable,
     UnknownModel,
@@ -24,23 +22,18 @@ from infer_align.errors import (
     quote,
 )
 from infer_align.flow.discovery import when_discovered
-from infer_align.flow.plan import Plan, make_plan
-from infer_align.flow.propose import OnDelta
-from infer_align.flow.request import Request, parse_request
-from infer_align.flow.response import Response
-from infer_align.flow.run import align
+from infer_align.flow.plan import Plan, check_prompt_count, check_together, make_plan
+from infer_align.flow.request import Request, parse_request, split_prompts
 from infer_align.flow.scorers import reward_names
-from infer_align.flow.selection import NothingScored
 from infer_align.rewards import Reward
-from infer_align.types import Candidate, Kind, Scores, ScoringUsage
+from infer_align.types import Kind, ScoringUsage
 from infer_align_server.defaults import check_preset_names, check_presets, complete_body
 from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.api_keys import ApiKeys
-from infer_align_server.limits.client_timeout import shorten_deadline
 from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
-from infer_align_server.logs import describe, describe_usage
+from infer_align_server.logs import describe
 from infer_align_server.metrics import Metrics, count_tasks
 
 log = logging.getLogger("infer_align")
@@ -265,8 +258,8 @@ class Service:
         """Return a request's body with the fields of its preset and the server's defaults."""
         return complete_body(self.config, body, model.preset)
 
-    async def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> Plan:
-        """Parse a request and plan it.
+    async def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> list[Plan]:
+        """Parse a request and plan it, with one plan for each of its prompts.
 
         Raises:
             InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
@@ -274,10 +267,14 @@ class Service:
         """
         resolved = {**self.complete_body(body, model), "model": model.engine_model}
         describe(model=model.engine_model, preset=model.preset)
-        request = parse_request(resolved, kind, self.config.presets, model.preset)
-        plan = await when_discovered(lambda: self._make_plan(request))
-        describe(methods=list(plan.methods))
-        return plan
+        bodies = split_prompts(resolved, kind)
+        check_prompt_count(len(bodies), self.config.limits)
+        presets = self.config.presets
+        requests = [parse_request(each, kind, presets, model.preset) for each in bodies]
+        plans = await when_discovered(lambda: [self._make_plan(each) for each in requests])
+        check_together(plans, self.config.limits)
+        describe(methods=list(plans[0].methods))
+        return plans
 
     def _make_plan(self, request: Request) -> Plan:
         return make_plan(
@@ -292,47 +289,6 @@ class Service:
     def _plan_preset(self, body: Mapping[str, Any], preset: str) -> Plan:
         named = {**body, "model": self.engine.model}
         return self._make_plan(parse_request(named, "chat", self.config.presets, preset))
-
-    async def answer(
-        self, plan: Plan, on_delta: OnDelta | None = None, caller: str = ""
-    ) -> Response:
-        """Wait for admission, then carry out a plan and charge its tokens to the caller.
-
-        Args:
-            plan: The plan.
-            on_delta: Called with each delta of the engine.
-            caller: The name of the caller; see `authorize`.
-
-        Raises:
-            Overloaded: The queue is full, or the caller's token budget is used up.
-            AlignError: See `infer_align.flow.run.align`.
-        """
-        arrival_time = monotonic()
-        with charged(self.tokens, caller, plan.worst_case_tokens) as charge:
-            async with self.admission.admit(plan.worst_case_tokens, plan.deadline_seconds, caller):
-                plan = shorten_deadline(plan, monotonic() - arrival_time)
-                try:
-                    response = await align(plan, self.engine, charge.start(on_delta))
-                except NothingScored as error:
-                    charge.fail(error.candidates, error.scores)
-                    self._count_failure(error.candidates, error.scores)
-                    raise
-            charge.complete(response)
-        if not plan.selects:
-            # Without a selection every candidate must be returned: fewer choices than n would be
-            # an error that the client does not see.
-            for candidate in response.candidates:
-                if candidate.error:
-                    self._count_failure(response.candidates, response.scores)
-                    raise _candidate_error(candidate)
-        self.metrics.count_response(response)
-        describe_usage(response.candidates)
-        return response
-
-    def _count_failure(self, candidates: Sequence[Candidate], scores: Scores) -> None:
-        """Count what a request spent that fails after drawing, in the metrics and in the log."""
-        self.metrics.count_failure(candidates, scores)
-        describe_usage(candidates)
 
     @asynccontextmanager
     async def scoring(
@@ -385,10 +341,3 @@ class Service:
                 raise ConfigError(
                     f"[server] default_rewards: {name!r} is not configured; {nearest(name, names)}"
                 )
-
-
-def _candidate_error(candidate: Candidate) -> AlignError:
-    message = f"candidate {candidate.index} failed: {candidate.error}"
-    if candidate.interrupted:
-        return DeadlineExceeded(f"{message}; allow more time.")
-    return EngineFailed(message, status=candidate.status, retry_after=candidate.retry_after)

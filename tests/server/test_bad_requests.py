@@ -225,7 +225,7 @@ def test_wrong_content(numbers: Any, content: object) -> None:
     ].startswith("messages[0]")
 
 
-@pytest.mark.parametrize("prompt", [None, 5, [], ["a"], {}, True])
+@pytest.mark.parametrize("prompt", [None, 5, [], {}, True])
 def test_wrong_prompt(numbers: Any, prompt: object) -> None:
     assert refused(numbers.post({"prompt": prompt}, "/v1/completions"))["param"] == "prompt"
 
@@ -233,7 +233,7 @@ def test_wrong_prompt(numbers: Any, prompt: object) -> None:
 ALIGN: list[tuple[Any, str, str]] = [
     ({"best_of_m": {}}, "align.best_of_m", "did you mean 'best_of_n'?"),
     ({"xyzzy": 1}, "align.xyzzy", "known: "),
-    ({"best_of_n": 8}, "align.best_of_n", "n=8"),
+    ({"best_of_n": 8}, "align.best_of_n", '{"n": 8}'),
     ({"best_of_n": []}, "align.best_of_n", "not an object"),
     ({"best_of_n": {"m": 8}}, "align.best_of_n.m", "known: n"),
     ({"best_of_n": {"nn": 8}}, "align.best_of_n.nn", "did you mean 'n'?"),

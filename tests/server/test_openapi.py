@@ -175,6 +175,7 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [
         {"messages": USER, "stream": True, "stream_options": {"include_usage": True}},
     ),
     ("CompletionRequest", TEXT, {"prompt": "", "max_tokens": 3}),
+    ("CompletionRequest", TEXT, {"prompt": ["a", "b"], "align": {"best_of_n": {"n": 2}}}),
     (
         "ScoreRequest",
         SCORE,
@@ -202,7 +203,7 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("ChatRequest", CHAT, {"messages": USER, "align": {"rewards": {"number": -1}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"preset": "worst"}}),
     ("ChatRequest", CHAT, {"messages": USER, "stream": True, "stream_options": {"usage": True}}),
-    ("CompletionRequest", TEXT, {"prompt": ["a"]}),
+    ("CompletionRequest", TEXT, {"prompt": [1, 2]}),
     ("ScoreRequest", SCORE, {"messages": USER}),
     ("ScoreRequest", SCORE, {"messages": USER, "candidates": ["1"], "best_of_n": {}}),
 ]

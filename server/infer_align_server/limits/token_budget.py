@@ -56,11 +56,11 @@ class Charge:
     def fail(self, candidates: Sequence[Candidate], scores: Scores) -> None:
         """Charge the tokens of a request that failed after its candidates were drawn."""
         self._count(candidates, scores)
-        self._is_final = True
 
     def _count(self, candidates: Sequence[Candidate], scores: Scores) -> None:
         generated = sum(candidate.completion_tokens for candidate in candidates)
         self.spent = generated + scores.usage.judge_completion_tokens
+        self._is_final = True
 
     def abort(self, *, by_client: bool) -> None:
         """Charge a request that ended early.

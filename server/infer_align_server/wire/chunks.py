@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infer_align.decoding.stream import message_delta
@@ -10,7 +10,13 @@ from infer_align.errors import AlignError
 from infer_align.flow.request import Request
 from infer_align.flow.response import Response
 from infer_align.types import Candidate, Delta
-from infer_align_server.wire.completion import OBJECTS, align_json, has_report, usage_json
+from infer_align_server.wire.completion import (
+    OBJECTS,
+    has_report,
+    report_json,
+    returned_candidates,
+    total_usage_json,
+)
 from infer_align_server.wire.encoding import dumps
 from infer_align_server.wire.errors import error_json
 
@@ -59,12 +65,12 @@ class ChunkWriter:
         """Return an error that ends the stream."""
         return _event(error_json(error))
 
-    def ending(self, response: Response) -> bytes:
+    def ending(self, responses: Sequence[Response]) -> bytes:
         """Return the last chunks: selected candidates, finish reasons, report and usage."""
-        returned = list(enumerate(response.returned))
+        returned = list(enumerate(returned_candidates(responses)))
         extra: dict[str, Any] = {}
         if has_report(self._request):
-            extra["align"] = align_json(response)
+            extra["align"] = report_json(responses)
         events = []
         if not self._streams_deltas:
             for index, candidate in returned:
@@ -76,7 +82,7 @@ class ChunkWriter:
             events.append(self._role(index))
             events.append(self._chunk(self._final_choice(index, candidate), **chunk_extra))
         if self._include_usage:
-            events.append(self._chunk(None, usage=usage_json(response), **extra))
+            events.append(self._chunk(None, usage=total_usage_json(responses), **extra))
         return b"".join(events) + DONE
 
     def _role(self, index: int) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -27,25 +27,55 @@ OBJECTS: dict[Kind, ObjectNames] = {
 }
 
 
-def completion_json(response: Response, head: Mapping[str, Any]) -> dict[str, Any]:
+def completion_json(responses: Sequence[Response], head: Mapping[str, Any]) -> dict[str, Any]:
     """Return the response to one request as JSON.
 
     Args:
-        response: The response of the flow.
+        responses: The responses of the flow, one per prompt.
         head: The fields `id`, `created` and `model`.
     """
-    request = response.plan.request
-    choices = [{"index": i, **candidate.choice} for i, candidate in enumerate(response.returned)]
+    request = responses[0].plan.request
+    returned = returned_candidates(responses)
+    choices = [{"index": i, **candidate.choice} for i, candidate in enumerate(returned)]
     body: dict[str, Any] = {
-        **response.returned[0].response_fields,
+        **returned[0].response_fields,
         **head,
         "object": OBJECTS[request.kind].completion,
         "choices": choices,
-        "usage": usage_json(response),
+        "usage": total_usage_json(responses),
     }
     if has_report(request):
-        body["align"] = align_json(response)
+        body["align"] = report_json(responses)
     return body
+
+
+def returned_candidates(responses: Sequence[Response]) -> list[Candidate]:
+    """Return the selected candidates of each prompt, in the order of the prompts."""
+    return [candidate for response in responses for candidate in response.returned]
+
+
+def report_json(responses: Sequence[Response]) -> dict[str, Any]:
+    """Return the `align` report of a request; with several prompts, one report per prompt."""
+    if len(responses) == 1:
+        return align_json(responses[0])
+    return {"prompts": [align_json(response) for response in responses]}
+
+
+def total_usage_json(responses: Sequence[Response]) -> dict[str, Any]:
+    """Return OpenAI's usage object of a request, summed over its prompts."""
+    totals: dict[str, Any] = {}
+    for response in responses:
+        _add_usage(totals, usage_json(response))
+    return totals
+
+
+def _add_usage(totals: dict[str, Any], usage: Mapping[str, Any]) -> None:
+    """Add numbers, and those of the objects below, to the totals."""
+    for name, value in usage.items():
+        if isinstance(value, Mapping):
+            _add_usage(totals.setdefault(name, {}), value)
+        else:
+            totals[name] = totals.get(name, 0) + value
 
 
 def has_report(request: Request) -> bool:
@@ -54,7 +84,7 @@ def has_report(request: Request) -> bool:
 
 
 def usage_json(response: Response) -> dict[str, Any]:
-    """Return OpenAI's usage object.
+    """Return OpenAI's usage object of one prompt.
 
     Each distinct prompt counts once. The tokens of all candidates count as generated; those of
     the returned ones are the accepted prediction tokens.

@@ -43,7 +43,7 @@ def opened(**properties: Schema) -> Schema:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-def _completion(kind: str, choice: Schema) -> Schema:
+def _completion(kind: str, choice: Schema, report: Schema) -> Schema:
     head = opened(
         id=STRING,
         object={"const": kind},
@@ -53,7 +53,7 @@ def _completion(kind: str, choice: Schema) -> Schema:
     )
     return {
         **head,
-        "properties": {**head["properties"], "usage": ref("Usage"), "align": ref("Report")},
+        "properties": {**head["properties"], "usage": ref("Usage"), "align": report},
     }
 
 
@@ -97,8 +97,13 @@ SCHEMAS: dict[str, Schema] = {
     "Error": closed(
         error=closed(message=STRING, type=STRING, param=nullable(STRING), code=nullable(STRING))
     ),
-    "ChatCompletion": _completion("chat.completion", _choice(message=_MESSAGE)),
-    "Completion": _completion("text_completion", _choice(text=STRING)),
+    "ChatCompletion": _completion("chat.completion", _choice(message=_MESSAGE), ref("Report")),
+    "Completion": _completion(
+        "text_completion",
+        _choice(text=STRING),
+        # With several prompts there is one report per prompt.
+        {"anyOf": [ref("Report"), closed(prompts=array(ref("Report"), minItems=2))]},
+    ),
     "Passed": {
         "type": "object",
         "description": "The response of the engine or of its upstream, passed on unchanged.",

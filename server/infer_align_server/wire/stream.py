@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -16,6 +16,7 @@ from infer_align.errors import AlignError
 from infer_align.flow.plan import Plan
 from infer_align.flow.response import Response
 from infer_align.types import Delta
+from infer_align_server.answering import answer_all
 from infer_align_server.service import Service
 from infer_align_server.wire.chunks import ChunkWriter
 from infer_align_server.wire.disconnect import until_client_leaves
@@ -36,7 +37,7 @@ class EventStream(HttpResponse):
 
     Args:
         service: The service that answers.
-        plan: The plan of the request.
+        plans: The plans of the request, one per prompt.
         head: The fields `id`, `created` and `model` of each chunk.
         options: OpenAI's stream options.
         caller: The caller that pays for the tokens.
@@ -47,7 +48,7 @@ class EventStream(HttpResponse):
     def __init__(
         self,
         service: Service,
-        plan: Plan,
+        plans: Sequence[Plan],
         head: Mapping[str, Any],
         options: StreamOptions,
         caller: str = "",
@@ -55,13 +56,14 @@ class EventStream(HttpResponse):
     ) -> None:
         super().__init__()
         self._service = service
-        self._plan = plan
+        self._plans = plans
+        self._selects = plans[0].selects
         self._caller = caller
         self._keepalive_seconds = _keepalive_seconds(service, client_timeout)
         self._writer = ChunkWriter(
-            plan.request,
+            plans[0].request,
             head,
-            streams_deltas=not plan.selects,
+            streams_deltas=not self._selects,
             include_usage=options.include_usage,
         )
         # None marks the end: the response is complete or has failed.
@@ -80,11 +82,11 @@ class EventStream(HttpResponse):
             This response, ready to be sent.
 
         Raises:
-            AlignError: See `Service.answer`.
+            AlignError: See `answer_all`.
             ClientLeft: The client disconnected.
         """
-        on_delta = None if self._plan.selects else self._queue.put_nowait
-        work = self._service.answer(self._plan, on_delta, self._caller)
+        on_delta = None if self._selects else self._queue.put_nowait
+        work = answer_all(self._service, self._plans, on_delta, self._caller)
         self._task = asyncio.create_task(work)
         self._task.add_done_callback(lambda _: self._queue.put_nowait(None))
         try:
@@ -140,19 +142,20 @@ class EventStream(HttpResponse):
 
     def _ending(self) -> bytes:
         try:
-            response = self._task.result()
+            responses = self._task.result()
         except AlignError as error:
             return self._writer.error(error)
-        self._observe(response)
-        return self._writer.ending(response)
+        self._observe(responses)
+        return self._writer.ending(responses)
 
-    def _observe(self, response: Response) -> None:
+    def _observe(self, responses: Sequence[Response]) -> None:
         """Record the time to first token, and the time per further token."""
         end_time = monotonic()
         metrics = self._service.metrics
         metrics.ttft.observe(self._first_token_time - self._arrival_time)
-        if len(response.candidates) == 1:
-            further_tokens = response.candidates[0].completion_tokens - 1
+        candidates = [candidate for response in responses for candidate in response.candidates]
+        if len(candidates) == 1:
+            further_tokens = candidates[0].completion_tokens - 1
             if further_tokens > 0:
                 metrics.tpot.observe((end_time - self._first_token_time) / further_tokens)
 

@@ -66,7 +66,11 @@ def test_details_of_the_usage_are_added_up(
     assert usage["completion_tokens_details"]["accepted_prediction_tokens"] == 2
 
 
-TOOL_CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+TOOL_CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "f", "arguments": '{"x": 1, "y": 2}'},
+}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]}
 
 
@@ -83,8 +87,9 @@ def test_tool_calls_of_the_selected_candidate_are_returned(
     up: FakeUpstream, serve_upstream: Serve
 ) -> None:
     up.answer = first_speaks_others_call
-    server = serve_upstream(extra='[rewards.short]\nkind = "rules"\nwords_weight = -1.0\n')
-    align = {**BEST_OF_3, "rewards": {"short": 1}}
+    # Rewards read a call as text, and this one is longer than the answer.
+    server = serve_upstream(extra='[rewards.long]\nkind = "rules"\nwords_weight = 1.0\n')
+    align = {**BEST_OF_3, "rewards": {"long": 1}}
     fields = {"tools": FIELDS["tools"], "messages": TURNS}
     (choice,) = server.chat(align, **fields).json()["choices"]
     assert (choice["message"], choice["finish_reason"]) == (CALLING, "tool_calls")

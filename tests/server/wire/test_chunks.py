@@ -66,7 +66,7 @@ def test_a_field_of_the_engine_is_sent_once() -> None:
     out = writer(request)
     out.delta(Delta(0, {"text": "a", "token_ids": [5]}))
     choice = {"text": "a", "finish_reason": "stop", "token_ids": [5], "stop_reason": 7}
-    (final,) = chunks_of(out.ending(respond(request, choice)))
+    (final,) = chunks_of(out.ending([respond(request, choice)]))
     assert final["choices"][0]["finish_reason"] == "stop"
     assert final["choices"][0]["stop_reason"] == 7
     assert "token_ids" not in final["choices"][0]
@@ -76,7 +76,7 @@ def test_a_selected_candidate_is_sent_complete() -> None:
     request = request_of(align={"best_of_n": {"n": 2}})
     message = {"role": "assistant", "content": "mice", "tool_calls": [{"id": "c"}]}
     response = respond(request, {"message": message, "finish_reason": "stop", "logprobs": None})
-    role, content, final = chunks_of(writer(request, deltas=False).ending(response))
+    role, content, final = chunks_of(writer(request, deltas=False).ending([response]))
     assert role["choices"][0]["delta"]["role"] == "assistant"
     assert content["choices"][0]["delta"]["content"] == "mice"
     assert content["choices"][0]["finish_reason"] is None
@@ -90,7 +90,7 @@ def test_the_usage_is_a_chunk_of_its_own_at_the_end(align: Any) -> None:
     request = request_of("completion", align)
     out = writer(request, usage=True)
     events = out.delta(Delta(0, {"text": "a"}))
-    events += out.ending(respond(request, {"text": "a", "finish_reason": "stop"}))
+    events += out.ending([respond(request, {"text": "a", "finish_reason": "stop"})])
     assert events.endswith(DONE)
     *others, last = chunks_of(events)
     assert [chunk["usage"] for chunk in others] == [None, None]

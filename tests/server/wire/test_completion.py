@@ -49,7 +49,7 @@ def respond(
 
 def test_the_choice_is_as_the_engine_made_it() -> None:
     candidate = answer(0, "mice", response_fields={"system_fingerprint": "fp"})
-    body = completion_json(respond(candidate, answer(1, "voles")), HEAD)
+    body = completion_json([respond(candidate, answer(1, "voles"))], HEAD)
     assert body["choices"] == [{"index": 0, **candidate.choice}]
     assert body["object"] == "chat.completion"
     assert body["system_fingerprint"] == "fp"
@@ -59,7 +59,7 @@ def test_the_choice_is_as_the_engine_made_it() -> None:
 
 def test_returned_choices_are_numbered_from_zero() -> None:
     body = completion_json(
-        respond(answer(0, "a"), answer(1, "b"), answer(2, "c"), returned=2), HEAD
+        [respond(answer(0, "a"), answer(1, "b"), answer(2, "c"), returned=2)], HEAD
     )
     assert [choice["index"] for choice in body["choices"]] == [0, 1]
 
@@ -90,7 +90,7 @@ def test_details_of_the_engine_are_summed_within_their_total(
 @pytest.mark.parametrize("details", ["none", "scores", "candidates"])
 def test_the_report_has_the_requested_details(details: str) -> None:
     align = parse_align({"best_of_n": {"n": 2}, "details": details})
-    body = completion_json(respond(answer(0, "a"), answer(1, "b"), align=align), HEAD)
+    body = completion_json([respond(answer(0, "a"), answer(1, "b"), align=align)], HEAD)
     assert ("align" in body) == (details != "none")
     if details != "none":
         choices = ["choice" in candidate for candidate in body["align"]["candidates"]]
