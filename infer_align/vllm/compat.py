@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import transformers
 from prometheus_client import generate_latest
 
+from infer_align.checkpoints.complete import check_complete
 from infer_align.errors import AlignError, ConfigError, EngineFailed, Unavailable
 from infer_align.vllm import package as vllm_package
 from infer_align.vllm.interfaces import AsyncEngine, ModelConfig, VllmConfig, error_from_json
@@ -256,8 +258,8 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
     """Start an engine that classifies sequences. Blocks for seconds to minutes.
 
     Raises:
-        ConfigError: vLLM refuses the options, or the model generates text. vLLM would add a
-            classification head with random weights to such a model.
+        ConfigError: vLLM refuses the options, the model lacks weights, or it generates text. vLLM
+            would add a classification head with random weights to such a model.
     """
     fixed = {
         "model": model,
@@ -269,6 +271,7 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
     with _option_errors("pooling:"):
         config = AsyncEngineArgs(**{**options, **fixed}).create_engine_config(ENTRY_POINT)
     _check_classifier(model, config.model_config.hf_config)
+    _check_weights(model, config)
     engine: AsyncEngine = AsyncLLM.from_vllm_config(
         config, usage_context=ENTRY_POINT, disable_log_stats=True
     )
@@ -290,6 +293,30 @@ def _check_classifier(model: str, hf_config: Any) -> None:
         f"pooling: {model!r} is no sequence classifier: it is {names}; choose a model with a "
         "classification head."
     )
+
+
+def _check_weights(model: str, config: VllmConfig) -> None:
+    """Refuse a classifier that lacks weights. vLLM itself looks for those of norms alone.
+
+    transformers compares the checkpoint with the architecture, and reads no weights. What it cannot
+    compare is left to vLLM: other architectures, quantised weights, and models that have no head.
+    """
+    hf_config = config.model_config.hf_config
+    architecture = (hf_config.architectures or [""])[0]
+    cls = getattr(transformers, architecture, None)
+    is_derived = getattr(hf_config.get_text_config(), "classifier_from_token", None) is not None
+    is_read = config.load_config.load_format in {"auto", "safetensors", "hf", "pt"}
+    if cls is None or is_derived or not is_read or config.model_config.quantization is not None:
+        return
+    _, loading = cls.from_pretrained(
+        model,
+        config=hf_config,
+        revision=config.model_config.revision,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    check_complete("pooling", model, "sequence classifier", loading)
 
 
 def classifier_config(engine: AsyncLLM) -> Any:

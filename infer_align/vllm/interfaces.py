@@ -21,12 +21,21 @@ class ModelConfig(Protocol):
     max_model_len: int
     logprobs_mode: str
     is_diffusion: bool
+    hf_config: Any  # the configuration of transformers
+    quantization: str | None
+    revision: str | None
 
     def get_vocab_size(self) -> int:
         """Return the number of columns of the logits."""
 
     def get_hidden_size(self) -> int:
         """Return the size of a hidden state."""
+
+
+class LoadConfig(Protocol):
+    """`vllm.config.LoadConfig`."""
+
+    load_format: str
 
 
 class ParallelConfig(Protocol):
@@ -53,6 +62,7 @@ class VllmConfig(Protocol):
     """`vllm.config.VllmConfig`, the configuration of one engine."""
 
     model_config: ModelConfig
+    load_config: LoadConfig
     parallel_config: ParallelConfig
     scheduler_config: SchedulerConfig
     speculative_config: SpeculativeConfig | None

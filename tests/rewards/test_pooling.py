@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from infer_align.config import load
@@ -160,6 +161,43 @@ async def test_wrong_attributes_and_a_model_without_labels_are_refused(
         # vLLM would load this model with a head of random weights.
         with pytest.raises(ConfigError, match="is no sequence classifier: it is LlamaForCausalLM"):
             await Pooling(model="demo", options=OPTIONS).load().start()
+
+
+def remove(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Return a change that removes a weight."""
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        del weights[name]
+
+    return change
+
+
+def widen_head(weights: dict[str, torch.Tensor]) -> None:
+    weights["score.weight"] = torch.zeros(3, weights["score.weight"].shape[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("score.weight"), "has no weights for score.weight"),
+        (remove("model.layers.0.mlp.up_proj.weight"), "no weights for model.layers.0.mlp.up_proj"),
+        (remove("model.norm.weight"), "no weights for model.norm.weight"),
+        (widen_head, r"score.weight \(saved \[3, "),
+    ],
+)
+async def test_a_checkpoint_that_lacks_weights_is_refused(
+    change: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+    pooling_model: Callable[[int], str],
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(pooling_model(1), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with environment(), pytest.raises(ConfigError, match=message):
+        await Pooling(model=str(tmp_path), options=OPTIONS).load().start()
 
 
 @pytest.mark.slow
