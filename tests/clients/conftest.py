@@ -29,11 +29,19 @@ SERVERS = {
 }
 
 
+# Gateways before the servers above, by their names.
+GATEWAYS = {"upstream_numbers": "numbers", "upstream_tools": "tools", "upstream_json": "json"}
+
+
 @pytest.fixture(scope="session")
 def servers(serve: Any) -> dict[str, Any]:
     """One of each."""
     os.environ["TEST_CLIENT_KEYS"] = "a-key"
     try:
-        return {name: serve(text) for name, text in SERVERS.items()}
+        lives = {name: serve(text) for name, text in SERVERS.items()}
+        for name, upstream in GATEWAYS.items():
+            url = lives[upstream].base_url
+            lives[name] = serve(f'[engine]\nkind = "openai"\nurls = ["{url}"]\n{BRIEF}')
+        return lives
     finally:
         del os.environ["TEST_CLIENT_KEYS"]

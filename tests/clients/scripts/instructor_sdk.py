@@ -38,6 +38,8 @@ for url, mode in (
     (URLS["tools"], instructor.Mode.TOOLS),
     (URLS["json"], instructor.Mode.JSON),
     (URLS["json"], instructor.Mode.JSON_SCHEMA),
+    (URLS["upstream_tools"], instructor.Mode.TOOLS),
+    (URLS["upstream_json"], instructor.Mode.JSON_SCHEMA),
 ):
     client = instructor.from_openai(openai.OpenAI(base_url=url, **OPTIONS), mode=mode)
     for body in ({}, BEST):

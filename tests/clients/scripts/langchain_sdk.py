@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from typing import Literal
 
 import openai
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI
+from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import BaseModel
 
 from infer_align_client import extra_body
@@ -25,7 +26,7 @@ def chat(url: str, model: str = "fake", **options: object) -> ChatOpenAI:
 
 
 @tool
-def Weather(city: str) -> str:
+def Weather(city: Literal["Oslo", "Rome"]) -> str:
     """How warm it is."""
     return f"4 degrees in {city}"
 
@@ -76,6 +77,51 @@ for kind, model, url in (
         assert error.code  # noqa: PT017
     else:
         raise AssertionError(model)
+
+
+def complete(url: str, model: str, **options: object) -> list[list[str]]:
+    """Return the texts of two prompts, which langchain sends as one list."""
+    program = OpenAI(
+        model=model, base_url=url, api_key="unused", max_retries=0, max_tokens=6, **options
+    )
+    result = program.generate(["an owl eats", "the colour of a crow is"])
+    assert result.llm_output["token_usage"]["completion_tokens"] > 0
+    return [[generation.text for generation in each] for each in result.generations]
+
+
+for name, model in (("numbers", "fake"), ("upstream_numbers", "fake"), ("embedded", "demo")):
+    url = URLS[name]
+    greedy = complete(url, model, temperature=0, seed=3)
+    assert [len(texts) for texts in greedy] == [1, 1], (name, greedy)
+    assert greedy == complete(url, model, temperature=0, seed=3), name
+    drawn = complete(url, model, n=2, seed=3)
+    assert [len(texts) for texts in drawn] == [2, 2], (name, drawn)
+    aligned = complete(url, model, seed=3, extra_body=extra_body(best_of_n={"n": 2}))
+    assert [len(texts) for texts in aligned] == [1, 1], (name, aligned)
+    alone = OpenAI(model=model, base_url=url, api_key="unused", max_tokens=6, seed=3, temperature=0)
+    assert alone.invoke("an owl eats") == greedy[0][0], name
+    assert "".join(alone.stream("an owl eats")) == greedy[0][0], name
+
+
+def loop(call: ChatOpenAI, answer: ChatOpenAI, tool_choice: str | None) -> None:
+    """Let the model call a tool, run the tool, and let the model answer."""
+    turns: list[object] = [HumanMessage("how warm is it?")]
+    message = call.bind_tools([Weather], tool_choice=tool_choice).invoke(turns)
+    assert message.tool_calls, message
+    turns.append(message)
+    turns += [Weather.invoke(each) for each in message.tool_calls]
+    assert isinstance(turns[-1], ToolMessage)
+    final = answer.bind_tools([Weather], tool_choice="none").invoke(turns)
+    assert final.content, final
+    assert not final.tool_calls, final
+
+
+for body in ({}, extra_body(best_of_n={"n": 2}, rewards={"brevity": 1.0})):
+    embedded = chat(URLS["embedded"], "demo", extra_body=body, seed=1, max_tokens=60)
+    for choice in ("Weather", "required"):
+        loop(embedded, embedded, choice)
+    for caller, answerer in (("tools", "json"), ("upstream_tools", "upstream_json")):
+        loop(chat(URLS[caller], extra_body=body), chat(URLS[answerer], extra_body=body), None)
 
 
 async def asynchronous() -> None:
