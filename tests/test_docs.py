@@ -95,15 +95,15 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def read_url(stderr: IO[str]) -> str:
-    """Return the address that the server prints once it listens."""
+def read_url(screen: IO[str]) -> str:
+    """Return the address that the server prints once it is ready."""
     lines = []
-    for line in stderr:
+    for line in screen:
         lines.append(line)
         match = re.search(r"http://127\.0\.0\.1:\d+", line)
         if match:
             return match[0]
-    pytest.fail("the server ended before it listened:\n" + "".join(lines))
+    pytest.fail("the server ended before it was ready:\n" + "".join(lines))
 
 
 @pytest.fixture(scope="session")
@@ -113,13 +113,13 @@ def demo() -> Iterator[str]:
     settings = ["--set", "server.port=0", "--set", "server.log_level=error"]
     command = [sys.executable, "-m", "infer_align_server", "serve", *settings]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT
+        command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT
     ) as server:
-        assert server.stderr is not None
+        assert server.stdout is not None
         try:
-            url = read_url(server.stderr)
-            # A full pipe would stop the server, so the rest of its log is read too.
-            reader = threading.Thread(target=server.stderr.read)
+            url = read_url(server.stdout)
+            # A full pipe would stop the server, so the rest of its output is read too.
+            reader = threading.Thread(target=server.stdout.read)
             reader.start()
             yield url
         finally:

@@ -20,7 +20,7 @@ from infer_align.config.schema import signature
 from infer_align.errors import AlignError, ConfigError
 from infer_align.objectives import Ensemble
 from infer_align_bench import arguments as bench
-from infer_align_server import chat, check_dpa, check_rewards, fit, serve
+from infer_align_server import chat, check_dpa, check_rewards, fit, logs, serve
 from infer_align_server.arguments import Parser, add_address, add_configuration, configuration
 
 # Width of tables in a file or a pipe, where no terminal has a width. COLUMNS overrides it.
@@ -168,12 +168,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    if not sys.stderr.isatty():
-        # A log holds lines, not bars. transformers reads this when it is imported.
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logs.switch_off_progress_bars()
     config = configuration(options)
     with asyncio.Runner(loop_factory=serve.loop_factory()) as runner:
-        return runner.run(serve.serve(config, ERR))
+        return runner.run(serve.serve(config, OUT, ERR))
 
 
 def _chat(options: argparse.Namespace) -> int:

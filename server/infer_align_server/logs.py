@@ -113,16 +113,10 @@ access = AccessLogger("infer_align.access")
 def configure(level: str, secrets: Iterable[str] = ()) -> None:
     """Send the logs of every package and Python's warnings to standard error.
 
-    The progress bars of downloads and of loading are switched off unless standard error is a
-    terminal.
-
     Args:
         level: The level of our logs, such as "info".
         secrets: See `JsonFormatter`.
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        _switch_off_load_bars()
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter(secrets))
     handler.addFilter(RequestIdFilter())
@@ -143,8 +137,12 @@ def configure(level: str, secrets: Iterable[str] = ()) -> None:
         logger.setLevel(minimum)
 
 
-def _switch_off_load_bars() -> None:
-    """Switch off the progress bars of transformers, if its engine has been imported."""
-    transformers = sys.modules.get("transformers")
-    if transformers is not None:
-        transformers.utils.logging.disable_progress_bar()
+def switch_off_progress_bars() -> None:
+    """Switch off the bars of downloads and of loading, unless standard error is a terminal.
+
+    A log holds lines, not bars. The libraries read these variables when they are imported, so this
+    has to run before.
+    """
+    if not sys.stderr.isatty():
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(name, "1")

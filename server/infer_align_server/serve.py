@@ -1,15 +1,19 @@
 """`infer-align serve`: the application under uvicorn.
 
-It shows the progress of loading, and finishes running requests on SIGTERM.
+It shows the progress of loading, and finishes running requests on SIGTERM. On a terminal, a bar and
+the start screen are shown on standard error. Without a terminal, standard error is a log of JSON
+alone: the progress is logged, and the start screen goes to standard output.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -26,6 +30,8 @@ from infer_align_server.app import create_app
 from infer_align_server.service import Service
 from infer_align_server.welcome import print_welcome
 from infer_align_server.wire.protocol import BoundedProtocol
+
+log = logging.getLogger("infer_align")
 
 # Maximum number of connections that wait to be accepted.
 BACKLOG = 2048
@@ -49,8 +55,13 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]
         ]
 
 
-async def serve(config: Config, console: Console) -> int:
+async def serve(config: Config, out: Console, err: Console) -> int:
     """Serve until a signal arrives.
+
+    Args:
+        config: The configuration.
+        out: Standard output.
+        err: Standard error. If it is a terminal, a person reads it, else a program reads the log.
 
     Returns:
         The exit status: 0 after a signal, 1 if the server could not start.
@@ -60,8 +71,8 @@ async def serve(config: Config, console: Console) -> int:
     """
     logs.configure(config.server.log_level, config.secrets())
     start = monotonic()
-    with _progress_bar(console) as bar:
-        app = create_app(config, _progress(bar, console))
+    with _progress(err) as progress:
+        app = create_app(config, progress)
         service: Service = app.state.service
         server = DrainingServer(_uvicorn_config(config, app), service)
         listener = _listen(config)
@@ -80,7 +91,8 @@ async def serve(config: Config, console: Console) -> int:
         gc.collect()
         gc.freeze()
         _reload_on_hangup(service)
-        print_welcome(service, _url(listener), monotonic() - start, console)
+        screen = err if err.is_terminal else out
+        print_welcome(service, _url(listener), monotonic() - start, screen)
     try:
         await serving
     finally:
@@ -91,29 +103,30 @@ async def serve(config: Config, console: Console) -> int:
     return 0 if server.started else 1
 
 
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
+@contextmanager
+def _progress(err: Console) -> Iterator[Callable[[str], None]]:
+    """Provide a callback that shows or logs what is being loaded."""
+    if not err.is_terminal:
+        yield _log_progress
+        return
+    bar = Progress(
         SpinnerColumn(),
         TextColumn("loading {task.description}"),
         TimeElapsedColumn(),
-        console=console,
+        console=err,
         transient=True,
     )
+    with bar:
+        task = bar.add_task("", total=None)
+
+        def show(description: str) -> None:
+            bar.update(task, description=description)
+
+        yield show
 
 
-def _progress(bar: Progress, console: Console) -> Callable[[str], None]:
-    """Return a callback that shows what is being loaded."""
-    task = bar.add_task("", total=None)
-    start = monotonic()
-
-    def progress(description: str) -> None:
-        bar.update(task, description=description)
-        if not console.is_terminal:
-            # The log of a container shows no progress bar. Print a line instead.
-            seconds = monotonic() - start
-            console.print(f"{seconds:6.1f} s  loading {description}", highlight=False)
-
-    return progress
+def _log_progress(description: str) -> None:
+    log.info("loading", extra={"part": description})
 
 
 def _reload_on_hangup(service: Service) -> None:

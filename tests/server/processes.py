@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -39,31 +40,24 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-class Process:
-    """A running `infer-align serve` and the lines of its standard error."""
+class Lines:
+    """The lines of one output of a process, read while it runs."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.popen = subprocess.Popen(
-            [*COMMAND, "serve", *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env={**ENVIRONMENT, **environment},
-            cwd=ROOT,
-        )
+    def __init__(self, popen: subprocess.Popen[str], output: IO[str]) -> None:
         self.lines: list[str] = []
+        self._popen = popen
+        self._output = output
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
+        for line in self._output:
             with self._changed:
                 self.lines.append(line)
                 self._changed.notify_all()
 
-    def line(self, pattern: str) -> re.Match[str]:
+    def find(self, pattern: str) -> re.Match[str]:
         """Wait for a line and return its match of a pattern."""
         matches: list[re.Match[str]] = []
 
@@ -75,18 +69,44 @@ class Process:
 
         with self._changed:
             while not self._changed.wait_for(is_there, timeout=1.0):
-                assert self.popen.poll() is None, self.lines
+                assert self._popen.poll() is None, self.lines
         assert matches, self.lines
         return matches[0]
 
+    def close(self) -> None:
+        """Read to the end."""
+        self._reader.join(LIMIT_SECONDS)
+        self._output.close()
+
+
+class Process:
+    """A running `infer-align serve`, whose log and start screen are read."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.popen = subprocess.Popen(
+            [*COMMAND, "serve", *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**ENVIRONMENT, **environment},
+            cwd=ROOT,
+        )
+        assert self.popen.stderr is not None
+        assert self.popen.stdout is not None
+        self.log = Lines(self.popen, self.popen.stderr)
+        self.screen = Lines(self.popen, self.popen.stdout)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the log so far: every line of standard error is a JSON object."""
+        return [json.loads(line) for line in self.log.lines]
+
     def url(self) -> str:
         """Wait until the server is ready and return its URL."""
-        return self.line(r"infer-align serves .* at (http://127\.0\.0\.1:\d+)").group(1)
+        return self.screen.find(r"infer-align serves .* at (http://127\.0\.0\.1:\d+)").group(1)
 
     def wait(self) -> int:
         """Wait for the end of the process and return its exit status."""
         status = self.popen.wait(LIMIT_SECONDS)
-        self._reader.join(LIMIT_SECONDS)
-        assert self.popen.stderr is not None
-        self.popen.stderr.close()
+        self.log.close()
+        self.screen.close()
         return status

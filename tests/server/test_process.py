@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -76,7 +75,7 @@ def test_sigterm_finishes_running_requests_and_refuses_new_ones(
     else:
         assert answers[0].json()["choices"][0]["message"]["content"] == "1 2 3 4 5 6 7 8"
     assert server.wait() == 0
-    events = [json.loads(line) for line in server.lines if line.startswith("{")]
+    events = server.events()
     for event in events:
         assert event["level"] == "info", event
     requests = [event for event in events if event["event"] == "request"]
@@ -145,11 +144,11 @@ def test_sighup_reads_the_values_again(process: Any, tmp_path: Path) -> None:
     before = completion()
     head.write_bytes(b"not a head")
     server.popen.send_signal(signal.SIGHUP)
-    server.line("value v stays as it was")
+    server.log.find("value v stays as it was")
     assert completion() == before, "a file that cannot be read changes nothing"
     shutil.copy(assets / "value-brief.safetensors", head)
     server.popen.send_signal(signal.SIGHUP)
-    server.line("value v: read again")
+    server.log.find("value v: read again")
     assert completion() != before
     server.popen.send_signal(signal.SIGTERM)
     assert server.wait() == 0

@@ -216,7 +216,7 @@ class Model:
             prompt = draw.body["prompt"]
             return tokenize(self.tokenizer, prompt, "prompt", special=True, is_continued=True)
         text = render(self.tokenizer, draw.body, tools) + prefix
-        is_continued = bool(prefix)
+        is_continued = bool(prefix) or bool(draw.body.get("continue_final_message"))
         return tokenize(self.tokenizer, text, "messages", special=False, is_continued=is_continued)
 
 

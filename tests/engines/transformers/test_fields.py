@@ -425,3 +425,32 @@ async def test_a_text_completion_keeps_the_space_before_its_first_word(
         # A turn of a chat begins a text.
         (turn,), _ = await finish(engine, draw(prompt, **fields))
         assert turn.text == "a a a a"
+
+
+@pytest.mark.parametrize("begun", ["a b", "a b ", "ab."])
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"continue_final_message": True}, " a a a a"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, " a a a a"),
+        ({"continue_final_message": False}, "a a a a"),
+        ({}, "a a a a"),
+    ],
+)
+async def test_a_continued_turn_keeps_the_space_before_its_first_word(
+    begun, fields, text, serving, finish, language_model, byte_fallback
+):
+    async with serving(model=language_model(tokenizer=byte_fallback)) as engine:
+        first = engine.frozen.tokenizer.convert_tokens_to_ids("▁a")
+        messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": begun}]
+        body = {
+            "messages": messages,
+            "max_tokens": 4,
+            "temperature": 0,
+            "logit_bias": {str(first): 100},
+            "ignore_eos": True,
+            **fields,
+        }
+        (candidate,), deltas = await finish(engine, Draw(body, seeds=(1,)))
+        assert candidate.text == text
+        assert "".join(delta.choice["delta"].get("content", "") for delta in deltas) == text
