@@ -21,6 +21,7 @@ from infer_align import demo
 from infer_align.decoding.labels import LabelQuery, LabelTree
 from infer_align.engines.transformers import Transformers
 from infer_align.types import Candidate, Draw, Estimate, EstimateSchedule
+from tests.clients.test_open_webui import BODIES
 from tests.engines.vllm.conftest import LIMIT_SECONDS
 from tests.server.conftest import Live
 
@@ -618,3 +619,38 @@ async def run_in_server(live: Live, work: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine in the event loop of the server, where its engine lives."""
     loop = live.server.config.app.state.loading.get_loop()
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+
+
+# --- lists of prompts ---
+
+
+@pytest.mark.parametrize("extra", [{}, BEST, STEERED], ids=["plain", "best-of-n", "vas"])
+def test_a_list_of_prompts_is_answered_in_order(
+    client: openai.OpenAI, extra: dict[str, Any]
+) -> None:
+    prompts = ["the owl eats", "The crow is"]
+    fields: dict[str, Any] = {"model": "owl", "max_tokens": 6, "seed": 3, "extra_body": extra}
+    together = client.completions.create(prompt=prompts, **fields)
+    alone = [client.completions.create(prompt=prompt, **fields) for prompt in prompts]
+    assert [choice.index for choice in together.choices] == [0, 1]
+    texts = [choice.text for choice in together.choices]
+    assert texts == [answer.choices[0].text for answer in alone]
+    chunks = client.completions.create(prompt=prompts, stream=True, **fields)
+    streamed = {0: "", 1: ""}
+    for chunk in chunks:
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert list(streamed.values()) == texts
+
+
+# --- requests of clients ---
+
+
+@pytest.mark.parametrize("shape", BODIES)
+def test_requests_of_open_webui_are_answered(live: Live, shape: str) -> None:
+    answer = post(live, "/v1/chat/completions", {"model": "owl", **BODIES[shape]})
+    assert answer.status_code == 200, answer.text
+    if BODIES[shape]["stream"]:
+        assert answer.text.rstrip().endswith("data: [DONE]")
+    else:
+        assert answer.json()["choices"][0]["message"]["role"] == "assistant"
