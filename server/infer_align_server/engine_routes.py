@@ -19,6 +19,7 @@ from infer_align.engines import App
 from infer_align.errors import InvalidRequest, Unsupported
 from infer_align_server.forwarding import Forwards
 from infer_align_server.limits.token_budget import charged
+from infer_align_server.logs import describe
 from infer_align_server.service import Service
 from infer_align_server.token_meter import TokenMeter
 
@@ -141,10 +142,12 @@ class ForwardedResponse(HttpResponse):
             headers = [(name, value) for name, value in headers if name != b"content-type"]
             headers.append((b"content-type", b"application/json"))
         forwarded = {**scope, "headers": headers}
-        budget = self._service.tokens
-        with charged(budget, self._caller, self._worst_case) as charge:
+        with charged(self._service.tokens, self._caller, self._worst_case) as charge:
             meter = TokenMeter(send)
             async with self._service.admission.admit(self._worst_case, caller=self._caller):
                 charge.start(None)
-                await self._app(forwarded, replay, meter.send if budget.limited else send)
+                try:
+                    await self._app(forwarded, replay, meter.send)
+                finally:
+                    describe(**meter.usage())
             charge.spent = meter.tokens(self._worst_case) if self._generates else 0

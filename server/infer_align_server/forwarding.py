@@ -35,6 +35,7 @@ from infer_align.upstream.forward import ForwardedAnswer, ForwardedRequest, requ
 from infer_align.upstream.response import parse_error
 from infer_align_server.limits.client_timeout import client_timeout, shortly_before
 from infer_align_server.limits.token_budget import Charge, charged
+from infer_align_server.logs import describe
 from infer_align_server.service import ModelChoice, Service
 from infer_align_server.token_meter import TokenMeter
 from infer_align_server.wire.body import content_length
@@ -263,6 +264,7 @@ class UpstreamResponse(HttpResponse):
         try:
             await self._answer(meter.send)
         finally:
+            describe(**meter.usage())
             if meter.started:
                 worst_case = self._cost.worst_case
                 charge.spent = meter.tokens(worst_case) if self._cost.generates else 0

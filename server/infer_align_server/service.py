@@ -230,12 +230,17 @@ class Service:
     def resolve_model(self, name: object) -> ModelChoice:
         """Return the model and the preset that the `model` field of a request names.
 
-        Without a name it is the first model.
+        Without a name it is the first model. The access line of the request gets both.
 
         Raises:
             InvalidRequest: The name is not a string.
             UnknownModel: There is no such model, or no such preset.
         """
+        model = self._find_model(name)
+        describe(model=model.engine_model, preset=model.preset)
+        return model
+
+    def _find_model(self, name: object) -> ModelChoice:
         if name is None:
             return ModelChoice(self.model, self.engine.model)
         if not isinstance(name, str):

@@ -50,6 +50,16 @@ class TokenMeter:
         self._is_stream = content_type.startswith(b"text/event-stream")
         self._is_text = self._is_stream or b"json" in content_type
 
+    def usage(self) -> dict[str, int]:
+        """Return the counts that the answer reports, under their names in the access line."""
+        fields = {"prompt_tokens": _PROMPT, "completion_tokens": _GENERATED}
+        usage: dict[str, int] = {}
+        for name, pattern in fields.items():
+            counts = pattern.findall(self._tail)
+            if counts and not self._is_error:
+                usage[name] = int(counts[-1])
+        return usage
+
     def tokens(self, worst_case: int) -> int:
         """Return the number of tokens that the answer reports as generated.
 
@@ -65,5 +75,4 @@ class TokenMeter:
 
     def prompt_tokens(self) -> int:
         """Return the number of prompt tokens that the answer reports; 0 if it reports none."""
-        counts = _PROMPT.findall(self._tail)
-        return int(counts[-1]) if counts and not self._is_error else 0
+        return self.usage().get("prompt_tokens", 0)

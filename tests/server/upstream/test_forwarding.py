@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import httpx2
 import pytest
 
+from infer_align_server import logs
 from tests.engines.openai.upstream import FakeUpstream, body_part, reply, start
 from tests.server.conftest import USER, Live
 from tests.server.upstream.conftest import Serve
@@ -340,3 +342,25 @@ def test_an_upstreams_request_id_is_returned(up: FakeUpstream, serve_upstream: S
     answer = serve_upstream().chat()
     assert answer.headers.get_list("x-request-id") == ["req-7"]
     assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_the_access_line_has_the_model_and_the_tokens(
+    up: FakeUpstream, serve_upstream: Serve, monkeypatch: Any, path: str, stream: bool
+) -> None:
+    server = serve_upstream()
+    up.behave = lambda _, __: mirror
+    events: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", events.append)
+    logs.access.addHandler(handler)
+    try:
+        body = {"messages": USER, "prompt": "x", "stream": stream}
+        assert server.post(body, path).status_code == 200
+        assert server.until(lambda: events)
+    finally:
+        logs.access.removeHandler(handler)
+    (line,) = [vars(event) for event in events]
+    names = ("model", "preset", "prompt_tokens", "completion_tokens")
+    assert [line[name] for name in names] == [server.service.engine.model, None, 3, 7]
