@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from infer_align.checkpoints.complete import check_complete
 from infer_align.checkpoints.rope import fix_rope
 from infer_align.demo.locate import locate
 from infer_align.engines.transformers import TransformersEngine
@@ -314,9 +315,11 @@ def fit_value_lm(
     for scored in samples.values():
         rewards = torch.tensor([sample.reward for sample in scored])
         replies.append(states.with_rewards(rewards))
-    lm = AutoModel.from_pretrained(
-        locate(config.value_model or engine.config.model), dtype=torch.float32
+    name = config.value_model or engine.config.model
+    lm, loading = AutoModel.from_pretrained(
+        locate(name), dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
+    check_complete("value_model", name, "value LM to start from", loading)
     fix_rope(lm, None)
     heads, fits = fit_lookahead(
         lm,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from infer_align import fitting
 from infer_align.engines.transformers import Transformers
@@ -176,6 +178,24 @@ async def test_a_value_model_of_another_tokenizer_is_refused(
             await fit_value(engine, reward, prompts, SAMPLING, how, tmp_path / "v", quiet)
         assert name in caught.value.message
     assert reward.prompts == []
+
+
+async def test_a_value_model_that_lacks_weights_is_refused(
+    engine: Any,
+    prompts: Any,
+    recording_reward: Any,
+    quiet: Any,
+    tmp_path: Path,
+    language_model: Any,
+) -> None:
+    folder = tmp_path / "lm"
+    shutil.copytree(language_model("GPT2"), folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.ln_f.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    how = replace(QUICK, kind="lookahead", value_model=str(folder))
+    with pytest.raises(ConfigError, match=r"^value_model: .* no weights for ln_f\.weight"):
+        await fit_value(engine, recording_reward(), prompts, SAMPLING, how, tmp_path / "v", quiet)
 
 
 async def test_a_value_model_may_have_another_architecture(
