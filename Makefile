@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One worker per core. Tests that share an expensive fixture form a group and stay together.
 PARALLEL := --numprocesses auto --dist loadgroup
-# The tests that need an installation of their own: vLLM, and the environments of the clients.
-EXTRA := vllm or clients
+# The tests that need an installation of their own, vLLM or the clients, and those that work on a real
+# model for minutes.
+EXTRA := vllm or clients or real
 export PYTHONPATH := .:kernels:server:clients/python
 export MYPYPATH := kernels:server:clients/python
 # The pins decide the version of each package; pip's notice about its own version is no help here.

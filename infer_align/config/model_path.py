@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from infer_align.demo.locate import PACKAGE
@@ -18,7 +19,8 @@ def file_name(model: str) -> str | None:
     path = Path(model).expanduser()
     if is_gguf(model):
         return path.stem
-    return path.resolve().name if path.is_dir() else None
+    # A link keeps its own name: it is the one that the user wrote.
+    return Path(os.path.abspath(path)).name if path.is_dir() else None
 
 
 def is_gguf(model: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infer_align.config.model_path import check_model
+from infer_align.config.model_path import check_model, file_name
 from infer_align.errors import ConfigError
 
 
@@ -58,3 +58,14 @@ def test_a_file_of_weights_names_its_folder(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ConfigError, match=f"name its folder: '{tmp_path}'"):
         check_model(str(path))
+
+
+def test_a_linked_folder_keeps_the_name_of_the_link(tmp_path, monkeypatch):
+    (tmp_path / "weights-3f2a" / "inner").mkdir(parents=True)
+    (tmp_path / "my-model").symlink_to(tmp_path / "weights-3f2a")
+    monkeypatch.chdir(tmp_path)
+    assert file_name("./my-model") == file_name("my-model/") == "my-model"
+    assert file_name("./weights-3f2a/inner/..") == "weights-3f2a"
+    monkeypatch.chdir(tmp_path / "weights-3f2a")
+    assert file_name(".") == "weights-3f2a"
+    assert file_name("./elsewhere") is None
