@@ -163,12 +163,19 @@ def configuration(block: Block) -> Any:
 
 
 @pytest.mark.parametrize("block", [configuration(block) for block in CONFIGURATIONS])
-def test_toml_blocks_are_accepted(block: Block, tmp_path: Path) -> None:
+def test_toml_blocks_are_accepted(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch")
     if re.search(r'kind = "(vllm|pooling)"', block.code):
         pytest.importorskip("vllm")
     path = tmp_path / "infer-align.toml"
     path.write_text(block.code, encoding="utf-8")
+    # The reader's model, in the working directory.
+    (tmp_path / "my-model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "my-model" / name).touch()
+    monkeypatch.chdir(tmp_path)
     load(path)
 
 
