@@ -113,8 +113,11 @@ def test_judging_given_answers(live: Any) -> None:
     answer = live.post(body, "/v1/align/judge").json()
     assert [c["error"] for c in answer["candidates"]] == [None] * 3
     good, bad, orders = (c["score"] for c in answer["candidates"])
-    print(good, bad, orders)
     assert good > bad + 1
     assert orders < bad + 3, "an order to score 100 gains nothing"
     assert answer["usage"]["judge_calls"] == 3 + 6
-    assert live.post(body, "/v1/align/judge").json() == answer
+    again = live.post(body, "/v1/align/judge").json()
+    # The questions may be read in batches of other sizes, which round differently.
+    scores = [c["score"] for c in again["candidates"]]
+    assert scores == pytest.approx([good, bad, orders], rel=1e-4)
+    assert again["pairs"] == answer["pairs"]
