@@ -220,11 +220,20 @@ def _apply_methods(draft: PlanDraft, methods: Mapping[str, Method], engine: Engi
     """Apply the methods in the order of their stages.
 
     Raises:
-        Unsupported: the engine lacks a capability that a method needs.
+        Unsupported: the engine lacks a capability that a method needs, or its model sees no system
+            message and a method wrote into it.
         Undiscovered: the engine does not know yet if it has one.
     """
     for name, method in sorted(methods.items(), key=lambda item: item[1].stage):
         draft = method.apply(draft)
+        if draft.system_setting is not None and not engine.has_system_role:
+            param = draft.param(name)
+            raise Unsupported(
+                f"{param}: writes into the system message, which the chat template of "
+                f"{engine.describe(draft.draws[0].body.get('model'))} does not show to the model; "
+                f"set {draft.system_setting}.",
+                param=param,
+            )
         missing = sorted(engine.missing(method.needs, draft.draws[0].body.get("model")))
         if missing:
             param = draft.param(name)

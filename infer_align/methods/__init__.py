@@ -138,6 +138,8 @@ class PlanDraft:
     # Written by CONDITION.
     direction: Direction | None = None  # unit; rewards with several attributes score along it
     condition: Condition | None = None  # writes another direction into a draw's body
+    # The setting that avoids the system message, if a method wrote into it.
+    system_setting: str | None = None
 
     # Written by PROPOSE.
     selects: bool = False  # True if candidates are compared; otherwise they stream

@@ -182,7 +182,14 @@ class DPA:
             replace(draw, body=prompting.condition(draw.body, v), direction=v)
             for draw in draft.draws
         )
-        return replace(draft, draws=draws, direction=v, condition=prompting.condition)
+        setting = '[dpa] placement = "user"' if prompting.placement == "system" else None
+        return replace(
+            draft,
+            draws=draws,
+            direction=v,
+            condition=prompting.condition,
+            system_setting=setting,
+        )
 
     def _check_attributes(self, attributes: set[str], param: str) -> None:
         for name in self.direction:

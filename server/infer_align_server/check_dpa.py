@@ -183,6 +183,11 @@ def conclusion(rows: Sequence[CheckedPrompt]) -> tuple[int, str]:
             f"The model ignores directions: none of {compared} answers differs from the answer "
             "at 0°; dpa and rps cannot change what it says."
         )
+    if differing < compared / 4:
+        return 0, (
+            f"The model hardly follows directions: only {differing} of {compared} answers differ "
+            "from the answer at 0°; expect little of dpa and rps."
+        )
     return 0, (
         f"The model follows directions: {differing} of {compared} answers differ from the answer "
         "at 0°; if the answers are what the directions ask for, set [dpa] trained = true."

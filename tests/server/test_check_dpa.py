@@ -58,13 +58,11 @@ def test_the_demo_follows_directions(capsys: pytest.CaptureFixture[str]) -> None
         assert prompt in printed
 
 
-def test_a_template_without_system_turns_ignores_directions(
+def test_a_template_without_system_turns_needs_another_placement(
     model: Callable[[str | None], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, printed = check(capsys, model(WITHOUT_SYSTEM), *SHORT)
-    assert status == 1
-    assert "The model ignores directions: none of 16 answers differs" in printed
-    assert printed.count("0 of 4") == len(PROMPTS)
+    assert cli.main(["check", "dpa", model(WITHOUT_SYSTEM), *SHORT]) == 1
+    assert 'set [dpa] placement = "user"' in capsys.readouterr().err
 
 
 def test_a_template_with_system_turns_changes_the_answers(
@@ -92,6 +90,8 @@ def test_the_configured_attributes_are_used(
     )
     status, printed = check(capsys, str(file))
     assert status == 1, "the fake engine always gives the same answer"
+    assert "The model ignores directions: none of " in printed
+    assert printed.count("0 of 4") == len(PROMPTS)
     assert "warmth" in printed
     assert ("depth (90°)" in printed) == ("depth" in attributes)
 
@@ -124,3 +124,6 @@ def test_prompts_whose_answers_change_by_themselves_do_not_count() -> None:
     assert "none of 4 answers" in conclusion([same, unstable])[1]
     assert conclusion([same, stable, unstable])[0] == 0
     assert "4 of 8 answers" in conclusion([same, stable, unstable])[1]
+    one = CheckedPrompt("p", ["c", "c", "c", "c", "d"], "c")
+    assert conclusion([same, one])[0] == 0
+    assert "hardly follows directions: only 1 of 8" in conclusion([same, one])[1]

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
+from infer_align.config import Limits
 from infer_align.decoding.labels import LabelQuery
 from infer_align.engines.transformers.prompt import render
-from infer_align.errors import InvalidRequest
+from infer_align.errors import InvalidRequest, Unsupported
+from infer_align.flow.plan import make_plan
+from infer_align.flow.request import parse_request
 
 STRICT = (
     "{% for m in messages %}"
@@ -27,6 +30,10 @@ WITH_TOOLS = (
     "{{ c.function.name }}:"
     "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}"
     "{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+DROPPING = (
+    "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 USER = {"role": "user", "content": "hi"}
@@ -132,3 +139,23 @@ async def test_a_judge_reads_through_a_template_without_a_system_role(
             for m in (prompt, folded)
         ]
     assert answers[0].logprobs == answers[1].logprobs
+
+
+@pytest.mark.anyio
+async def test_a_direction_is_refused_where_the_model_would_not_see_it(
+    serving, language_model, tmp_path
+):
+    shutil.copytree(language_model(), tmp_path, dirs_exist_ok=True)
+    template = tmp_path / "chat_template.jinja"
+    request = parse_request(
+        {"messages": [USER], "align": {"dpa": {"direction": {"helpfulness": 1}}}}, "chat", {}
+    )
+    for text, is_seen in ((DROPPING, False), (STRICT, True)):
+        template.write_text(text)
+        async with serving(model=str(tmp_path)) as engine:
+            if is_seen:
+                assert make_plan(request, engine, {}, {}, Limits()).direction
+            else:
+                with pytest.raises(Unsupported, match=r'set \[dpa\] placement = "user"') as error:
+                    make_plan(request, engine, {}, {}, Limits())
+                assert error.value.param == "align.dpa"
