@@ -24,6 +24,7 @@ from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.methods.dpa import Prompting
 from infer_align.objectives import Ensemble
+from infer_align_server.metrics import Metrics
 from infer_align_server.openapi import STATUSES
 
 MARKER = re.compile(r"(<!-- table: ([\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -79,6 +80,15 @@ def statuses() -> str:
     return table(["status", "when"], rows)
 
 
+def metrics() -> str:
+    """Return the metrics of the server."""
+    rows = []
+    for family in Metrics().families:
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        rows.append([f"`{family.name}`", family.kind, labels, f"{family.text}."])
+    return table(["metric", "type", "labels", "meaning"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "example": example,
     "methods": methods,
@@ -89,6 +99,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "limits": limits,
     "dpa": dpa,
     "statuses": statuses,
+    "metrics": metrics,
     **figures.TABLES,
     **capacity.TABLES,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -15,6 +16,15 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20
 TPOT_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
+class Family(NamedTuple):
+    """One metric, for the docs."""
+
+    name: str
+    kind: str  # of Prometheus: counter, gauge or histogram
+    labels: tuple[str, ...]
+    text: str
+
+
 class Metrics:
     """The metrics of one application, in a registry of their own.
 
@@ -23,6 +33,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.families: list[Family] = []
         self.requests = self._counter(
             "requests", "Requests by route and status", ["route", "status"]
         )
@@ -73,17 +84,21 @@ class Metrics:
         )
 
     def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
-        return Counter(f"infer_align_{name}", text, labels or [], registry=self.registry)
+        name = f"infer_align_{name}"
+        self.families.append(Family(f"{name}_total", "counter", tuple(labels or ()), text))
+        return Counter(name, text, labels or [], registry=self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"infer_align_{name}", text, registry=self.registry)
+        name = f"infer_align_{name}"
+        self.families.append(Family(name, "gauge", (), text))
+        return Gauge(name, text, registry=self.registry)
 
     def _histogram(
         self, name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()
     ) -> Histogram:
-        return Histogram(
-            f"infer_align_{name}", text, labels, buckets=buckets, registry=self.registry
-        )
+        name = f"infer_align_{name}"
+        self.families.append(Family(name, "histogram", tuple(labels), text))
+        return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
 
     def count_response(self, response: Response) -> None:
         """Count a complete response."""
