@@ -69,9 +69,15 @@ def all_blocks(language: str) -> list[Block]:
     return [block for page in PAGES for block in blocks(page, language)]
 
 
-PYTHON_PAGES = sorted({block.page for block in all_blocks("python")})
+# `test_first_hour.py` follows this page, with a model of the reader.
+FOLLOWED_PAGE = "docs/first-hour.md"
+PYTHON_PAGES = sorted({block.page for block in all_blocks("python")} - {FOLLOWED_PAGE})
 # The other bash blocks install and start things.
-CURL_BLOCKS = [block for block in all_blocks("bash") if block.code.startswith("curl")]
+CURL_BLOCKS = [
+    block
+    for block in all_blocks("bash")
+    if block.code.startswith("curl") and block.page != FOLLOWED_PAGE
+]
 # A grid of `bench quality` is not a server's configuration.
 CONFIGURATIONS = [block for block in all_blocks("toml") if "[[cells]]" not in block.code]
 

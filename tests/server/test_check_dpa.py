@@ -54,8 +54,9 @@ def test_the_demo_follows_directions(capsys: pytest.CaptureFixture[str]) -> None
     assert status == 0
     assert "helpfulness (0°) and verbosity (90°)" in printed
     assert "The model follows directions: " in printed
+    # In a narrow table a prompt takes several lines, which begin between words.
     for prompt in PROMPTS:
-        assert prompt in printed
+        assert set(prompt.split()) <= set(printed.split())
 
 
 def test_a_template_without_system_turns_needs_another_placement(

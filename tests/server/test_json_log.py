@@ -6,7 +6,9 @@ import os
 import pty
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -58,25 +60,49 @@ def test_unpacking_a_gguf_file_keeps_the_log_json(
     assert any("unpacking" in part for part in parts)
 
 
+class Terminal:
+    """A pseudo-terminal whose output is read at once, so that no program waits to write."""
+
+    def __init__(self) -> None:
+        self._controller, self.file = pty.openpty()
+        self._text = bytearray()
+        self._marker = b"docs/api.md"
+        self.has_screen = threading.Event()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        # The last program that closes the terminal ends the reading with an error.
+        with suppress(OSError):
+            while piece := os.read(self._controller, 4096):
+                self._text += piece
+                if self._marker in self._text:
+                    self.has_screen.set()
+        # A program that ends early must not be waited for.
+        self.has_screen.set()
+
+    def close(self) -> bytes:
+        """Wait for the end of the output and return all of it."""
+        self._reader.join()
+        os.close(self._controller)
+        return bytes(self._text)
+
+
 def test_a_terminal_shows_the_start_screen_on_standard_error() -> None:
-    controller, terminal = pty.openpty()
+    terminal = Terminal()
     arguments = ["serve", "--port", "0", "--set", "engine.kind=fake"]
     server = subprocess.Popen(
         [*COMMAND, *arguments],
-        stderr=terminal,
+        stderr=terminal.file,
         stdout=subprocess.PIPE,
         env={**ENVIRONMENT, "TERM": "xterm"},
         cwd=ROOT,
     )
-    os.close(terminal)
-    text = b""
-    try:
-        while b"docs/api.md" not in text:
-            text += os.read(controller, 4096)
-    finally:
-        server.terminate()
-        output, _ = server.communicate()
-        os.close(controller)
+    os.close(terminal.file)
+    terminal.has_screen.wait()
+    server.terminate()
+    output, _ = server.communicate()
+    text = terminal.close()
     # Colours stand between the words.
     assert b" serves " in text
     assert b"loading engine fake" in text
