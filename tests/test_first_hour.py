@@ -134,6 +134,7 @@ class Follower:
                 stderr=subprocess.STDOUT,
             )
         self._servers[page_port] = server
+        self._stack.callback(server.wait)
         self._stack.callback(server.kill)
         while not self._is_ready(page_port) and server.poll() is None:
             with suppress(subprocess.TimeoutExpired):

@@ -47,7 +47,7 @@ def check_model(model: str) -> None:
     path = Path(model).expanduser()
     if not path.exists():
         kind = "file" if is_gguf(model) else "folder"
-        raise ConfigError(f"[engine] model: {model!r}: no such {kind}{_similar(path)}.")
+        raise ConfigError(f"[engine] model: {model!r}: no such {kind}{_similar(path)}")
     if path.is_dir():
         _check_folder(model, path)
     elif not is_gguf(model):
@@ -62,29 +62,29 @@ def _check_folder(model: str, folder: Path) -> None:
     ggufs = [name for name in files if is_gguf(name)]
     if ggufs or any(name in files for name in MODEL_FILES):
         return
-    advice = "name the folder that holds config.json, the weights and the tokenizer"
+    advice = "name the folder that holds config.json, the weights and the tokenizer."
     inner = [
         entry
         for entry in sorted(folder.iterdir())
         if any((entry / f).exists() for f in MODEL_FILES)
     ]
     if "adapter_config.json" in files:
-        advice = "it holds a LoRA adapter; merge it into its base model, and name the result"
+        advice = "it holds a LoRA adapter; merge it into its base model, and name the result."
     elif inner:
         advice = f"did you mean {str(inner[0])!r}?"
     elif any(name.endswith(".toml") for name in files):
         toml = next(name for name in files if name.endswith(".toml"))
-        advice = f"to use the configuration in it, name the file: {str(folder / toml)!r}"
-    raise ConfigError(f"[engine] model: {model!r} has no config.json, so it is no model; {advice}.")
+        advice = f"to use the configuration in it, name the file: {str(folder / toml)!r}."
+    raise ConfigError(f"[engine] model: {model!r} has no config.json, so it is no model; {advice}")
 
 
 def _similar(path: Path) -> str:
-    """Return a clause that names the most similar entry of a path's folder, if there is one."""
+    """Return the end of a sentence: the most similar entry of a path's folder, if there is one."""
     if not path.parent.is_dir():
-        return f" ({str(path.parent)!r} does not exist either)"
+        return f" ({str(path.parent)!r} does not exist either)."
     names = [entry.name for entry in path.parent.iterdir()]
     similar = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {str(path.parent / similar[0])!r}" if similar else ""
+    return f"; did you mean {str(path.parent / similar[0])!r}?" if similar else "."
 
 
 def disk_bytes(model: str) -> int:
