@@ -41,12 +41,16 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]
     """A server that makes /ready fail at the first signal, while running requests finish."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        """Make the server in the event loop that will run it."""
         super().__init__(config)
         self._service = service
+        self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start to drain on SIGTERM or SIGINT; a second SIGINT ends the process at once."""
-        self._service.drain()
+        # The signal may interrupt a write to standard error, and draining writes to the log. A
+        # write inside a write fails, so the drain begins in the next round of the event loop.
+        self._loop.call_soon_threadsafe(self._service.drain)
         super().handle_exit(sig, frame)
         # uvicorn raises the captured signals again after the drain. Remove SIGTERM, so that the
         # exit status is 0.
