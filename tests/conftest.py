@@ -3,6 +3,7 @@
 # ruff: noqa: PLC0415 - torch is loaded by the tests that want it
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Callable, Generator, Iterable
@@ -267,9 +268,8 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    """Let the interpreter free at exit what was frozen. Libraries report it as leaked otherwise."""
-    gc.unfreeze()
+# The interpreter frees at its end what was frozen. Libraries report it as leaked otherwise.
+atexit.register(gc.unfreeze)
 
 
 @pytest.hookimpl(tryfirst=True)

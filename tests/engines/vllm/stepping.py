@@ -36,6 +36,7 @@ ENVIRONMENT = {
 WARNINGS = [
     pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Unclosed context <zmq:ResourceWarning"),
 ]
 MODEL = str(demo.path(demo.LM))
