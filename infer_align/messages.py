@@ -73,6 +73,20 @@ def part_text(part: object) -> str | None:
     return text if isinstance(text, str) else ""
 
 
+def prepend_text(text: str, content: object) -> str | list[Any]:
+    """Return the content of a message, text or a list of parts, after a text of its own."""
+    if isinstance(content, list):
+        return [{"type": "text", "text": f"{text}\n\n"}, *content]
+    return f"{text}\n\n{content}" if content else text
+
+
+def append_text(content: object, text: str) -> str | list[Any]:
+    """Return the content of a message, text or a list of parts, before a text of its own."""
+    if isinstance(content, list):
+        return [*content, {"type": "text", "text": f"\n\n{text}"}]
+    return f"{content}\n\n{text}" if content else text
+
+
 def message_text(message: Message, read: Callable[[object], str] = text_of) -> str:
     """Return everything that a message says as plain text: its content, then its tool calls.
 

@@ -39,6 +39,8 @@ class Capability(StrEnum):
     STRUCTURED = "structured"
     STEER = "steer"
     ESTIMATES = "estimates"
+    GUIDE = "guide"
+    SEQUENCE_LOGPROBS = "sequence_logprobs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,29 @@ class Steering:
     beta: Mapping[str, float]  # value name -> weight
     top_k: int
     tail: Tail
+
+
+@dataclass(frozen=True, slots=True)
+class Contrast:
+    """One trait that guides a draw: the request with the trait's prompt against the one without.
+
+    It adds scale x (logprobs after `body` - logprobs after `negative_body`) to the logits.
+    """
+
+    trait: str
+    scale: float  # never 0
+    body: Body  # the draw's body with the trait's prompt in it
+    # The draw's body with the negative prompt in it; None: the draw's own body.
+    negative_body: Body | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """The contrasts between prompts that change a draw's logits."""
+
+    contrasts: tuple[Contrast, ...]
+    # A token is masked if it is below min_p times the likeliest token in every context. 0: no mask.
+    min_p: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +102,7 @@ class Draw:
     direction: Direction | None = None
     # Written by STEER.
     steering: Steering | None = None
+    guidance: Guidance | None = None
     # Written by OBSERVE.
     estimates: EstimateSchedule | None = None
     # True if the request named a seed; otherwise an engine may draw its own.
@@ -116,6 +142,10 @@ class Candidate:
     draw: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    # Tokens that the model read in the contexts of guidance, beside the prompt and the answer: the
+    # contexts' prompts, which are the same for all candidates of a draw, and the answer in each.
+    context_prompt_tokens: int = 0
+    context_completion_tokens: int = 0
     error: str | None = None
     # The HTTP status behind `error`, if the engine knows one.
     status: int | None = None

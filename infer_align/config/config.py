@@ -70,7 +70,7 @@ class Config:
     # The `align` object of each preset, and the fields of the body that it sets.
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     preset_bodies: Mapping[str, Body] = field(default_factory=dict)
-    # Sections of methods, such as `[dpa]`, by the name of the method.
+    # Sections of methods, such as `[dpa]`, by the name of the section.
     method_sections: Mapping[str, object] = field(default_factory=dict)
     # Dotted name of a setting -> "--set" or the path of the file that it was read from.
     origins: Mapping[str, str] = field(default_factory=dict)
@@ -189,7 +189,11 @@ class Config:
     def _sections(self) -> dict[str, Any]:
         """Return every section by its dotted path."""
         sections: dict[str, Any] = {"server": self.server, "limits": self.limits}
-        sections |= self.method_sections
+        for name, section in self.method_sections.items():
+            if hasattr(section, "entries"):
+                sections |= {f"{name}.{key}": entry for key, entry in section.entries.items()}
+            else:
+                sections[name] = section
         sections["engine"] = self.engine
         for folder in ("engines", "rewards", "values"):
             for name, section in getattr(self, folder).items():
@@ -250,7 +254,7 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         presets=presets,
         preset_bodies=preset_bodies,
         method_sections={
-            name: parse(section, table.get(name, {}), name, ConfigError)
+            name: _parse_method_section(section, table.get(name, {}), name)
             for name, section in method_sections.items()
         },
         origins=origins,
@@ -263,13 +267,23 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
 
 
 def _method_sections() -> dict[str, type[Any]]:
-    """Return the dataclasses of the sections that methods read, by the method's name."""
+    """Return the dataclasses of the sections that methods read, by the section's name."""
     sections = {}
     for name in registry.methods.names():
         section = getattr(registry.methods.get(name), "section", None)
         if section is not None:
-            sections[name] = section
+            sections[getattr(section, "section_name", name)] = section
     return sections
+
+
+def _parse_method_section(cls: type[Any], table: Mapping[str, Any], name: str) -> Any:
+    """Parse the section of a method: one table, or a table of named entries."""
+    entry = getattr(cls, "entry", None)
+    if entry is None:
+        return parse(cls, table, name, ConfigError)
+    return cls(
+        {key: parse(entry, value, f"{name}.{key}", ConfigError) for key, value in table.items()}
+    )
 
 
 def _check_section_names(table: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.decoding.params import COMPLETION_TOKENS
+from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.errors import AlignError, Unavailable, Unsupported
 from infer_align.types import Body, Candidate, Capability, Draw, Event, Kind
 from infer_align.values import Value
@@ -195,6 +196,21 @@ class Engine(ABC):
         raise Unsupported(
             f"{self.describe()} does not report the probabilities of labels "
             f"({len(query.labels)} requested); use an engine that does."
+        )
+
+    async def sequence_logprobs(self, query: SequenceQuery) -> SequenceLogprobs:
+        """Return the log-probability of each text as the answer to a prompt.
+
+        The prompt is read once for all texts. Concurrent calls are batched.
+
+        Raises:
+            Unsupported: the engine lacks `Capability.SEQUENCE_LOGPROBS`.
+            InvalidRequest: the prompt cannot be rendered, or a text does not fit the context.
+            AlignError: the engine failed.
+        """
+        raise Unsupported(
+            f"{self.describe()} does not report the log-probabilities of given texts "
+            f"({len(query.texts)} requested); use an engine that does."
         )
 
     async def generate(self, draw: Draw) -> list[Candidate]:

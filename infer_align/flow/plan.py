@@ -102,7 +102,7 @@ def make_plan(
         seed = secrets.randbelow(SEED_RANGE)
     else:
         seed = requested_seed % SEED_RANGE
-    draft = _start_draft(request, seed, rewards, sections)
+    draft = _start_draft(request, seed, rewards, engine, sections)
     draft = _apply_methods(draft, request.align.methods, engine)
     if n_returned > 1 and not draft.selects:
         draws = tuple(replace(draw, n=n_returned) for draw in draft.draws)
@@ -139,7 +139,7 @@ def make_scoring_plan(
     """
     # The engine checks the conversation as for a request that it would answer with one token.
     request = Request({"messages": messages, "max_tokens": 1}, align=align, aligned=True)
-    draft = _start_draft(request, 0, rewards, sections)
+    draft = _start_draft(request, 0, rewards, engine, sections)
     scoring = {
         name: method for name, method in align.methods.items() if method.stage in SCORING_STAGES
     }
@@ -199,7 +199,11 @@ def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
 
 
 def _start_draft(
-    request: Request, seed: int, rewards: Mapping[str, Reward], sections: Sections | None
+    request: Request,
+    seed: int,
+    rewards: Mapping[str, Reward],
+    engine: Engine,
+    sections: Sections | None,
 ) -> PlanDraft:
     """Return the draft that the first method gets: one draw of the whole body."""
     body = {key: value for key, value in request.body.items() if key not in _PLANNED_FIELDS}
@@ -211,6 +215,7 @@ def _start_draft(
         messages=_conversation(body, request.kind),
         seed=seed,
         attributes=tuple(attributes),
+        has_system_role=engine.has_system_role,
         sections=Sections() if sections is None else sections,
         path=request.align.path,
     )

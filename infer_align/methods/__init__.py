@@ -49,9 +49,12 @@ class Method(Protocol):
 
     A method is a frozen dataclass. Its fields are its parameters, its docstring is its description.
     A method that reads a section of the configuration names its dataclass in a class attribute
-    `section`. A method that multiplies the candidates names the parameter in a class attribute
-    `fan_out`, for the message about too many candidates. A method that is of no use without a
-    configured reward or value says so in a class attribute `relies_on`: "rewards" or "values".
+    `section`. The section has the name of the method, or the one in the dataclass's `section_name`.
+    If the dataclass names another one in a class attribute `entry`, the section is a table of such
+    entries by name, such as `[traits.*]`. A method that multiplies the candidates names the
+    parameter in a class attribute `fan_out`, for the message about too many candidates. A method
+    that is of no use without a configured reward or value says so in a class attribute `relies_on`:
+    "rewards" or "values".
     """
 
     stage: ClassVar[Stage]
@@ -132,6 +135,7 @@ class PlanDraft:
     messages: Messages = ()  # the client's messages before any method: what rewards read
     seed: int = 0
     attributes: tuple[str, ...] = ()  # attributes that some configured reward scores
+    has_system_role: bool = True  # False if the model sees no system messages
     sections: Sections = field(default_factory=Sections)
     path: str = "align"  # where the methods stand in the request body, for error messages
 

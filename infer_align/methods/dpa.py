@@ -11,13 +11,13 @@ Source: Wang et al., "Arithmetic Control of LLMs for Diverse User Preferences" (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from infer_align.errors import InvalidRequest, nearest, quote
+from infer_align.messages import prepend_text
 from infer_align.methods import PlanDraft, Stage
 from infer_align.types import Body, Capability, Direction, Messages
 
@@ -129,7 +129,7 @@ class Prompting:
         if index is None:
             messages.insert(0, {"role": self.placement, "content": sentence})
         else:
-            content = _prepend(sentence, messages[index].get("content"))
+            content = prepend_text(sentence, messages[index].get("content"))
             messages[index] = {**messages[index], "content": content}
         return {**body, "messages": messages}
 
@@ -250,10 +250,3 @@ def _is_finite_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | np.floating | np.integer):
         return False
     return math.isfinite(value)
-
-
-def _prepend(sentence: str, content: object) -> str | list[Mapping[str, Any]]:
-    """Return the content of a message, text or a list of parts, after the sentence."""
-    if isinstance(content, list):
-        return [{"type": "text", "text": f"{sentence}\n\n"}, *content]
-    return f"{sentence}\n\n{content}" if content else sentence

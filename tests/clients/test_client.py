@@ -19,6 +19,7 @@ from infer_align.config.align import SETTINGS
 from infer_align.engines.fake import Fake
 from infer_align.flow.plan import make_plan
 from infer_align.flow.request import parse_request
+from infer_align.methods.guidance import TraitSections
 from infer_align.rewards.rules import Rules
 from infer_align_client import (
     DPA,
@@ -29,8 +30,10 @@ from infer_align_client import (
     Budget,
     CandidateReport,
     Ensemble,
+    Guidance,
     Report,
     Score,
+    TraitPrompts,
     TrustJudge,
     extra_body,
     report,
@@ -56,6 +59,13 @@ def test_typed_keys_are_the_servers_fields(typed: Any, served: Any) -> None:
         assert server_types[name] in {kind, kind | None}, name
 
 
+def test_typed_guidance_is_the_servers() -> None:
+    served = registry.methods.get("guidance")
+    assert list(Guidance.__annotations__) == [f.name for f in dataclasses.fields(served)]
+    prompts = [f.name for f in dataclasses.fields(TraitSections.entry)]
+    assert set(TraitPrompts.__annotations__) == {*prompts} - {"description"}
+
+
 def test_align_has_every_key_of_the_server() -> None:
     assert set(Align.__annotations__) == {*registry.methods.names(), *SETTINGS}
 
@@ -74,6 +84,7 @@ def test_extra_body_holds_the_given_keys_and_nothing_else() -> None:
         "best_of_n": {"n": 2},
         "early_stop": {"values": {"helpful": 1.0}},
         "vas": {"beta": {"helpful": 1.0}},
+        "guidance": {"scale": {"calm": 1.0}},
         "trust_judge": {"criteria": "brief"},
         "rewards": {"short": 0.0},
         "ensemble": {"objective": "wco"},

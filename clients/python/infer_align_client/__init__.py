@@ -14,7 +14,7 @@ it works with every version of the SDK and with its asynchronous client.
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict, Unpack, cast
+from typing import Literal, Required, TypedDict, Unpack, cast
 
 # Sorted by character, as the tests of this repository expect.
 __all__ = [  # noqa: RUF022
@@ -25,9 +25,11 @@ __all__ = [  # noqa: RUF022
     "DPA",
     "EarlyStop",
     "Ensemble",
+    "Guidance",
     "RPS",
     "Report",
     "Score",
+    "TraitPrompts",
     "TrustJudge",
     "VAS",
     "extra_body",
@@ -47,6 +49,22 @@ class VAS(TypedDict, total=False):
     beta: dict[str, float]
     top_k: int
     tail: Literal["keep", "mask"]
+
+
+class TraitPrompts(TypedDict, total=False):
+    """The prompts of a trait that a request brings itself."""
+
+    prompt: Required[str]
+    negative_prompt: str
+
+
+class Guidance(TypedDict, total=False):
+    """Steer every token by the difference that the prompts of traits make."""
+
+    scale: dict[str, float]
+    traits: dict[str, TraitPrompts]
+    min_p: float
+    keep: Literal["body", "all"]
 
 
 class EarlyStop(TypedDict, total=False):
@@ -105,6 +123,7 @@ class Align(TypedDict, total=False):
     best_of_n: BestOfN
     early_stop: EarlyStop
     vas: VAS
+    guidance: Guidance
     trust_judge: TrustJudge
     rewards: dict[str, float]
     ensemble: Ensemble
