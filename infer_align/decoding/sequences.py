@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from infer_align.types import Array, Body, Kind
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceQuery:
-    """A question of a reward to an engine: how likely each text is as the answer to a prompt."""
+    """A question of a reward to an engine: how likely each text is as the next turn."""
 
     # Holds the conversation (`messages`) of a chat, or the `prompt` of a text completion. Sampling
     # fields are ignored: the answer is the model's own distribution at temperature 1.
     body: Body
     texts: tuple[str, ...]
     kind: Kind = "chat"
+    # The author of the texts in a chat: the model's answer, or the next turn of the user, written
+    # as the chat template writes one.
+    role: Literal["assistant", "user"] = "assistant"
     # Names of fitted values whose expectation after the last token of each text is read too.
     values: tuple[str, ...] = ()
 
