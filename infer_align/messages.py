@@ -87,6 +87,31 @@ def append_text(content: object, text: str) -> str | list[Any]:
     return f"{content}\n\n{text}" if content else text
 
 
+def with_instruction(
+    messages: Sequence[Message], text: str, *, has_system_role: bool = True
+) -> list[Message]:
+    """Return a conversation with one more instruction in it. The client's own messages stay.
+
+    The text ends the system message at the beginning; without one it becomes the system message.
+
+    Args:
+        messages: OpenAI messages, in any form.
+        text: the instruction.
+        has_system_role: False if the model sees no system message. The text then stands at the
+            beginning of the first user message.
+    """
+    turns = list(messages)
+    roles = [turn.get("role") for turn in turns]
+    if not has_system_role and "user" in roles:
+        i = roles.index("user")
+        turns[i] = {**turns[i], "content": prepend_text(text, turns[i].get("content"))}
+    elif roles and roles[0] in {"system", "developer"}:
+        turns[0] = {**turns[0], "content": append_text(turns[0].get("content"), text)}
+    else:
+        turns.insert(0, {"role": "system", "content": text})
+    return turns
+
+
 def message_text(message: Message, read: Callable[[object], str] = text_of) -> str:
     """Return everything that a message says as plain text: its content, then its tool calls.
 

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike
 from pydantic import AfterValidator, Field
 
 from infer_align.errors import InvalidRequest, nearest
-from infer_align.messages import append_text, prepend_text
+from infer_align.messages import with_instruction
 from infer_align.methods import PlanDraft, Stage
 from infer_align.types import Array, Body, Capability, Contrast, Draw, Guidance
 
@@ -196,9 +196,7 @@ def _contrast(
 def _with_prompt(draw: Draw, text: str, draft: PlanDraft, param: str) -> Body:
     """Return the body with a trait's prompt in it. The client's own messages stay.
 
-    In a chat the text ends the client's system message; without one it becomes the system message.
-    A model that sees no system message gets it at the beginning of the first user message. In a
-    text completion it stands before the prompt.
+    In a chat it stands where `with_instruction` puts it, in a text completion before the prompt.
     """
     if draw.kind == "completion":
         prompt = draw.body.get("prompt")
@@ -209,18 +207,9 @@ def _with_prompt(draw: Draw, text: str, draft: PlanDraft, param: str) -> Body:
                 param=param,
             )
         return {**draw.body, "prompt": f"{text}\n\n{prompt}"}
-    messages = list(draw.body.get("messages", ()))
-    roles = [message.get("role") for message in messages]
-    if not draft.has_system_role and "user" in roles:
-        i = roles.index("user")
-        content = prepend_text(text, messages[i].get("content"))
-        messages[i] = {**messages[i], "content": content}
-    elif roles and roles[0] in {"system", "developer"}:
-        content = append_text(messages[0].get("content"), text)
-        messages[0] = {**messages[0], "content": content}
-    else:
-        messages.insert(0, {"role": "system", "content": text})
-    return {**draw.body, "messages": messages}
+    messages = draw.body.get("messages", ())
+    prompted = with_instruction(messages, text, has_system_role=draft.has_system_role)
+    return {**draw.body, "messages": prompted}
 
 
 def guide(base: ArrayLike, contexts: ArrayLike, scales: ArrayLike, min_p: float) -> Array:
