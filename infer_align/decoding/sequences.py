@@ -1,6 +1,12 @@
 """Log-probabilities of given texts: the question of a reward to an engine, and its answer.
 
 An engine reads one prompt, and each text as the model's next words. Nothing is sampled.
+
+A text is read as an answer that begins after the prompt, so no token spans the border between both.
+The tokens are those that the tokenizer makes of the text at this place: at the beginning of an
+assistant's turn, or in the middle of a text that a completion continues. They are the tokens that
+the model sampled for an answer, unless it spelt the answer in a way that the tokenizer would not.
+The name of a control token in a text, such as "</s>", is ordinary text.
 """
 
 from __future__ import annotations
@@ -9,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from infer_align.errors import InvalidRequest
 from infer_align.types import Array, Body, Kind
 
 
@@ -16,8 +23,9 @@ from infer_align.types import Array, Body, Kind
 class SequenceQuery:
     """A question of a reward to an engine: how likely each text is as the next turn."""
 
-    # Holds the conversation (`messages`) of a chat, or the `prompt` of a text completion. Sampling
-    # fields are ignored: the answer is the model's own distribution at temperature 1.
+    # Holds the conversation (`messages`) of a chat, or the `prompt` of a text completion: a string,
+    # or token ids. Fields that change the prompt, such as `tools`, count. Sampling fields are
+    # ignored: the answer is the model's own distribution at temperature 1.
     body: Body
     texts: tuple[str, ...]
     kind: Kind = "chat"
@@ -39,3 +47,29 @@ class SequenceLogprobs:
     text_tokens: int = 0  # of all texts together
     # value -> [N]: what the value expects after the last token of each text
     estimates: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> tuple[float, ...]:
+        """The log-probability of each text, in nats."""
+        return tuple(float(each.sum()) for each in self.logprobs)
+
+
+def check_fit(index: int, prompt_tokens: int, text_tokens: int, context_length: int) -> None:
+    """Refuse a text that does not fit the context together with its prompt.
+
+    Args:
+        index: the text's index in its query.
+        prompt_tokens: number of tokens of the prompt.
+        text_tokens: number of tokens of the text.
+        context_length: maximum of prompt and text together.
+
+    Raises:
+        InvalidRequest: naming the text and the limit.
+    """
+    if prompt_tokens + text_tokens <= context_length:
+        return
+    raise InvalidRequest(
+        f"text {index}: {prompt_tokens} tokens of prompt and {text_tokens} of text do not fit the "
+        f"context of {context_length}; shorten the prompt or the text.",
+        code="context_length_exceeded",
+    )

@@ -8,9 +8,10 @@ import math
 import pytest
 
 from infer_align.decoding.labels import LabelQuery
-from infer_align.engines.fake import Fake, Reply, ScriptedLabels
-from infer_align.errors import EngineFailed, Unavailable
-from infer_align.types import Candidate
+from infer_align.decoding.sequences import SequenceQuery
+from infer_align.engines.fake import Fake, Reply, ScriptedLabels, ScriptedWords
+from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
+from infer_align.types import Candidate, Capability
 
 pytestmark = pytest.mark.anyio
 
@@ -133,3 +134,46 @@ async def test_label_probabilities_follow_the_script():
     assert len(engine.queries) == 3
     with pytest.raises(EngineFailed, match="no judge"):
         await engine.read_labels(question("broken", ("1", "2")))
+
+
+def words_query(text: str, *texts: str, values: tuple[str, ...] = ()) -> SequenceQuery:
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": text}]
+    return SequenceQuery({"messages": messages}, texts, values=values)
+
+
+async def test_log_probabilities_of_words_follow_the_script():
+    script = (
+        ScriptedWords({"please": -0.5, "no": -4.0}, "kind.*polite"),
+        ScriptedWords(pattern="broken", error="no words today"),
+        ScriptedWords({"no": -0.25}, other=-2.0),
+    )
+    engine = Fake(words=script).load()
+    await engine.start()
+    assert Capability.SEQUENCE_LOGPROBS in engine.capabilities
+    answer = await engine.sequence_logprobs(words_query("polite", "yes please", "", "no"))
+    assert [each.tolist() for each in answer.logprobs] == [[-1.0, -0.5], [], [-4.0]]
+    assert answer.sums == (-1.5, 0.0, -4.0)
+    assert (answer.prompt_tokens, answer.text_tokens) == (3, 3)
+    rude = await engine.sequence_logprobs(words_query("rude", "no please"))
+    assert rude.sums == (-2.25,)
+    assert len(engine.sequence_queries) == 2
+    with pytest.raises(EngineFailed, match="no words"):
+        await engine.sequence_logprobs(words_query("broken", "a"))
+    completion = SequenceQuery({"prompt": "one two"}, ("three",), kind="completion")
+    plain = await (await started()).sequence_logprobs(completion)
+    assert (plain.sums, plain.prompt_tokens) == ((-1.0,), 2)
+
+
+async def test_estimates_of_texts_are_those_of_the_replies():
+    engine = await started(
+        Reply("about {prompt}: good", estimates={"helpful": 2.0}), Reply("bad"), context_length=8
+    )
+    answer = await engine.sequence_logprobs(
+        words_query("tea", "about tea:", "bad", "new", values=("helpful",))
+    )
+    assert answer.estimates["helpful"][0] == 2.0
+    assert [math.isnan(value) for value in answer.estimates["helpful"]] == [False, True, True]
+    with pytest.raises(InvalidRequest, match=r"values\.helpfull: no such value.*'helpful'"):
+        await engine.sequence_logprobs(words_query("tea", "a", values=("helpfull",)))
+    with pytest.raises(InvalidRequest, match=r"text 1: 3 tokens of prompt and 6 .* context of 8"):
+        await engine.sequence_logprobs(words_query("tea", "a", "1 2 3 4 5 6"))

@@ -1,9 +1,4 @@
-"""A real engine that plays a script: replies, delays and faults, for tests, docs and benchmarks.
-
-Candidate i of a draw plays reply `i mod len(replies)`, one word per token. The engine honours stop
-texts, token limits, cancellation and streaming, so the flow above it is the same as over a model.
-It records seeds, but nothing in it is random.
-"""
+"""The engine that plays a script."""
 
 from __future__ import annotations
 
@@ -13,17 +8,21 @@ import random
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from annotated_types import Ge, Le
+import numpy as np
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery, bare_label
 from infer_align.decoding.params import SamplingParams, field_schemas
+from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery, check_fit
 from infer_align.engines import Engine, Stream
+from infer_align.engines.fake.script import Reply, ScriptedLabels, ScriptedWords
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable, nearest
 from infer_align.messages import text_of
-from infer_align.types import Body, Candidate, Capability, Delta, Draw, Estimate, Kind
+from infer_align.types import Array, Body, Candidate, Capability, Delta, Draw, Estimate, Kind
+
+if TYPE_CHECKING:
+    from infer_align.engines.fake import Fake
 
 # The sampling fields that this engine checks.
 SAMPLING_FIELDS = {
@@ -42,105 +41,6 @@ _MAX_BODIES = 100
 _MAX_QUERIES = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One scripted answer.
-
-    In `text`, "{prompt}" stands for the text of the last message, and "{seed}" for the seed of the
-    candidate.
-    """
-
-    text: str = field(
-        default="Hello from {prompt}",
-        metadata={"description": "Text of the answer, one word per token."},
-    )
-    tool_calls: tuple[dict[str, Any], ...] = field(
-        default=(), metadata={"description": "OpenAI tool calls at the end of the answer."}
-    )
-    error: str | None = field(
-        default=None, metadata={"description": "Message of a failure after the text."}
-    )
-    status: int | None = field(
-        default=None, metadata={"description": "HTTP status of the failure."}
-    )
-    seconds_per_token: float = field(
-        default=0.0, metadata={"ge": 0, "description": "Delay before each token in seconds."}
-    )
-    estimates: dict[str, float] = field(
-        default_factory=dict,
-        metadata={"description": "{value name: estimate of this answer while it runs}."},
-    )
-    first_token_seconds: float = field(
-        default=0.0,
-        metadata={
-            "ge": 0,
-            "description": "Additional delay before the first token in seconds, "
-            "to imitate a prefill.",
-        },
-    )
-    spread: float = field(
-        default=0.0,
-        metadata={
-            "ge": 0,
-            "description": "Relative spread of the delays: each candidate's delays are multiplied "
-            "by a factor from 1 to 1 + spread, by its seed.",
-        },
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class ScriptedLabels:
-    """One scripted judgement: the label probabilities after prompts that match a pattern."""
-
-    probabilities: dict[str, Annotated[float, Ge(0), Le(1)]] = field(
-        metadata={"description": "{label: probability}; other labels have probability 0."}
-    )
-    pattern: str = field(
-        default="",
-        metadata={
-            "description": "Regular expression that the prompt's text must match somewhere; a dot "
-            "matches line breaks."
-        },
-    )
-    error: str | None = field(
-        default=None, metadata={"description": "Message of a failure instead of a judgement."}
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Fake:
-    """Scripted replies, delays and faults."""
-
-    model: str = field(default="fake", metadata={"description": "Name of the model."})
-    replies: tuple[Reply, ...] = field(
-        default=(Reply(),),
-        metadata={
-            "description": "The script; candidate i returns reply i modulo the number of replies."
-        },
-    )
-    labels: tuple[ScriptedLabels, ...] = field(
-        default=(),
-        metadata={
-            "description": "Scripted judgements; the first one that fits the prompt and the labels "
-            "is used, or equal probabilities if none fits."
-        },
-    )
-    context_length: int = field(
-        default=4096,
-        metadata={"ge": 1, "description": "Maximum tokens of prompt and completion together."},
-    )
-    load_seconds: float = field(
-        default=0.0, metadata={"ge": 0, "description": "Duration of loading in seconds."}
-    )
-
-    def load(self) -> FakeEngine:
-        """Return the engine, not yet started."""
-        return FakeEngine(self)
-
-
-plugin = Fake
-
-
 class FakeEngine(Engine):
     """Plays a script.
 
@@ -149,6 +49,7 @@ class FakeEngine(Engine):
         sampled: number of candidates that were ever started.
         bodies: the bodies of the latest draws, newest last.
         queries: the latest label queries, newest last.
+        sequence_queries: the latest queries for log-probabilities of texts, newest last.
     """
 
     model: str = ""
@@ -162,6 +63,7 @@ class FakeEngine(Engine):
             Capability.TOOLS,
             Capability.STRUCTURED,
             Capability.ESTIMATES,
+            Capability.SEQUENCE_LOGPROBS,
         }
     )
 
@@ -173,6 +75,7 @@ class FakeEngine(Engine):
         self.sampled = 0
         self.bodies: list[Body] = []
         self.queries: list[LabelQuery] = []
+        self.sequence_queries: list[SequenceQuery] = []
         self._loaded = False
         self._closed = False
         self._tasks: dict[asyncio.Task[None], Stream] = {}
@@ -206,15 +109,15 @@ class FakeEngine(Engine):
         _params(draw)
         if draw.estimates is None:
             return
+        for name in draw.estimates.values:
+            self._check_value(f"align.early_stop.values.{name}", name)
+
+    def _check_value(self, param: str, name: str) -> None:
         values: set[str] = set()
         for reply in self.script.replies:
             values |= reply.estimates.keys()
-        for name in draw.estimates.values:
-            if name not in values:
-                param = f"align.early_stop.values.{name}"
-                raise InvalidRequest(
-                    f"{param}: no such value; {nearest(name, values)}", param=param
-                )
+        if name not in values:
+            raise InvalidRequest(f"{param}: no such value; {nearest(name, values)}", param=param)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the schemas of the fields that `check` reads."""
@@ -264,7 +167,7 @@ class FakeEngine(Engine):
         if self._closed:
             raise Unavailable("the engine was shut down")
         self.queries = [*self.queries, query][-_MAX_QUERIES:]
-        text = "\n".join(text_of(message.get("content")) for message in query.messages)
+        text = _conversation({"messages": query.messages}, "chat")
         judgement = self._find_labels(text, query)
         if judgement.error is not None:
             raise EngineFailed(judgement.error)
@@ -286,6 +189,51 @@ class FakeEngine(Engine):
             if re.search(judgement.pattern, text, re.DOTALL) is not None:
                 return judgement
         return ScriptedLabels(dict.fromkeys(query.labels, 1.0 / len(query.labels)))
+
+    async def sequence_logprobs(self, query: SequenceQuery) -> SequenceLogprobs:
+        """Return the scripted log-probability of each word of each text.
+
+        A value's estimate is that of the first reply that begins with the text, else NaN.
+
+        Raises:
+            InvalidRequest: no reply has an estimate of a value, or a text does not fit the context.
+            Unavailable: the engine is closed.
+            EngineFailed: the script holds an error.
+        """
+        if self._closed:
+            raise Unavailable("the engine was shut down")
+        for name in query.values:
+            self._check_value(f"values.{name}", name)
+        self.sequence_queries = [*self.sequence_queries, query][-_MAX_QUERIES:]
+        prompt = _conversation(query.body, query.kind)
+        script = self._find_words(prompt)
+        if script.error is not None:
+            raise EngineFailed(script.error)
+        prompt_tokens = len(prompt.split())
+        logprobs: list[Array] = []
+        for index, text in enumerate(query.texts):
+            words = text.split()
+            check_fit(index, prompt_tokens, len(words), self.context_length)
+            logprobs.append(np.array([script.logprobs.get(word, script.other) for word in words]))
+        last = _last_text(query.body, query.kind)
+        estimates: dict[str, Array] = {}
+        for name in query.values:
+            expected = [self._estimate(name, text, last) for text in query.texts]
+            estimates[name] = np.array(expected, dtype=np.float64)
+        text_tokens = sum(len(each) for each in logprobs)
+        return SequenceLogprobs(tuple(logprobs), prompt_tokens, text_tokens, estimates)
+
+    def _find_words(self, prompt: str) -> ScriptedWords:
+        for script in self.script.words:
+            if re.search(script.pattern, prompt, re.DOTALL) is not None:
+                return script
+        return ScriptedWords()
+
+    def _estimate(self, name: str, text: str, prompt: str) -> float:
+        for reply in self.script.replies:
+            if reply.text.replace("{prompt}", prompt).startswith(text):
+                return reply.estimates.get(name, math.nan)
+        return math.nan
 
     async def _run(
         self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event
@@ -380,9 +328,21 @@ def _delta(draw: Draw, piece: str) -> dict[str, Any]:
 
 
 def _prompt(draw: Draw) -> str:
-    if draw.kind == "completion":
-        return str(draw.body.get("prompt", ""))
-    return text_of(draw.body["messages"][-1].get("content"))
+    return _last_text(draw.body, draw.kind)
+
+
+def _last_text(body: Body, kind: Kind) -> str:
+    """Return the prompt of a text completion, or the last message of a chat."""
+    if kind == "completion":
+        return str(body.get("prompt", ""))
+    return text_of(body["messages"][-1].get("content"))
+
+
+def _conversation(body: Body, kind: Kind) -> str:
+    """Return the prompt of a text completion, or all messages of a chat."""
+    if kind == "completion":
+        return str(body.get("prompt", ""))
+    return "\n".join(text_of(message.get("content")) for message in body["messages"])
 
 
 def _choice(draw: Draw, text: str, reply: Reply, reason: str) -> dict[str, Any]:
