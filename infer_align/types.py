@@ -48,8 +48,18 @@ class Steering:
     """The value estimates that reweight a draw's logits."""
 
     beta: Mapping[str, float]  # value name -> weight
-    top_k: int
+    # The number of most likely tokens that are valued, or all of them.
+    top_k: int | Literal["all"]
     tail: Tail
+    # Instead of `top_k`: the tokens at least this times as likely as the likeliest are valued.
+    min_p: float | None = None
+
+    @property
+    def candidates(self) -> int | None:
+        """Return the number of valued tokens; None if it is not fixed."""
+        if self.min_p is not None or self.top_k == "all":
+            return None
+        return self.top_k
 
 
 @dataclass(frozen=True, slots=True)

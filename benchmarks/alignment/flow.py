@@ -1,4 +1,4 @@
-"""Run the served flow of the embedded demo without HTTP."""
+"""Run the served flow of a configuration without HTTP."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,10 +90,10 @@ class Flow:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Flow]:
-    """Start the embedded demo as it is served, on one thread."""
+async def serving(source: Path | None = None) -> AsyncIterator[Flow]:
+    """Start a configuration as it is served, on one thread; by default the embedded demo."""
     torch.set_num_threads(1)
-    loaded = config.load(None, ["engine.threads=1", "limits.max_candidates=1024"])
+    loaded = config.load(source, ["engine.threads=1", "limits.max_candidates=1024"])
     engine = loaded.load_engine()
     rewards = loaded.load_rewards({"served": engine})
     await engine.start()

@@ -64,12 +64,16 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
         # become tuples.
         parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
     except ValidationError as invalid:
-        first = invalid.errors(include_url=False)[0]
-        where = functools.reduce(join, _location(first["loc"]), path)
+        errors = invalid.errors(include_url=False)
+        first = errors[0]
+        location = _location(first["loc"])
+        where = functools.reduce(join, location, path)
         if first["type"] == "missing":
             message = f"{where}: is required{_description(cls, first['loc'])}."
         else:
-            message = f"{where}: {quote(first['input'])} is not allowed; {_rule(first['msg'])}."
+            # A field that allows several types has an error for each.
+            messages = [error["msg"] for error in errors if _location(error["loc"]) == location]
+            message = f"{where}: {quote(first['input'])} is not allowed; {_rules(messages)}."
         raise error(message, param=where) from None
     return parsed
 
@@ -165,7 +169,14 @@ def _location(parts: Iterable[int | str]) -> list[str]:
 
 
 def _is_key(part: str) -> bool:
-    return part not in _UNION_BRANCHES
+    return part not in _UNION_BRANCHES and not part.startswith("literal[")
+
+
+def _rules(messages: Iterable[str]) -> str:
+    """Turn pydantic's messages about one field into the clause that says what is allowed."""
+    first, *further = dict.fromkeys(_rule(message) for message in messages)
+    alternatives = [rule.removeprefix("allowed: ").removeprefix("must ") for rule in further]
+    return ", or ".join([first, *alternatives])
 
 
 def _rule(message: str) -> str:

@@ -1,7 +1,8 @@
 """Value-augmented sampling (VAS): the one place where value estimates change logits.
 
 A step takes the k most likely tokens of each row, values them and adds beta times the centred
-values to their logits. Heads read the frozen model's hidden state; lookahead values read the
+values to their logits. Rows with all of their tokens valued, or all that are likely enough, are in
+`dense_steering.py`. Heads read the frozen model's hidden state; lookahead values read the
 candidates with a value LM (`siblings.py`). Each engine decides which rows are steered by which
 values and builds a `SteeringBatch`; `steer` does the arithmetic.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from infer_align.decoding.dense_steering import DENSE, DenseSteering, add_dense
+from infer_align.decoding.device import upload
 from infer_align.decoding.siblings import ValueCache
 from infer_align.methods.vas import reweight
 from infer_align.types import Array
@@ -44,6 +47,7 @@ class SteeringBatch:
         k: the largest top_k of the rows.
         uniform: True if every row has k candidates, is steered by every value and keeps its tail,
             and all values are heads. `steer` then skips checks when it writes in place.
+        dense: the rows without a fixed number of candidates; None if there are none.
     """
 
     rows: torch.Tensor | None
@@ -54,6 +58,7 @@ class SteeringBatch:
     tail: torch.Tensor | Literal["keep"]
     k: int
     uniform: bool = False
+    dense: DenseSteering | None = None
 
     @classmethod
     def build(
@@ -64,17 +69,24 @@ class SteeringBatch:
         masked: NDArray[np.bool_],
         device: torch.device,
         rows: NDArray[np.int64] | None = None,
+        min_p: NDArray[np.float32] | None = None,
     ) -> SteeringBatch:
         """Build the record from host arrays without waiting for the device.
 
         Args:
             values: the M values.
             beta: [S, M] weights.
-            top_k: [S] candidates of each row; 0 for a row that is not steered.
+            top_k: [S] candidates of each row; 0 for a row that is not steered, DENSE for a row
+                without a fixed number of them.
             masked: [S] True where the tail is masked.
             device: where the logits are.
             rows: [S] indices of the rows in the logits; None for all.
+            min_p: [S] for the rows that are DENSE: see `DenseSteering.build`. None if none is.
         """
+        dense = None
+        if min_p is not None and (top_k == DENSE).any():
+            dense = DenseSteering.build(values, beta, min_p, top_k == DENSE, masked, device, rows)
+            top_k = np.where(top_k == DENSE, 0, top_k)
         k = int(top_k.max())
         same_k = bool(top_k.min() == k)
         slots = np.arange(k)[None]
@@ -88,6 +100,7 @@ class SteeringBatch:
             tail=upload(masked, device) if masked.any() else "keep",
             k=k,
             uniform=heads_only and same_k and bool(beta.all()) and not masked.any(),
+            dense=dense,
         )
 
     @classmethod
@@ -98,6 +111,7 @@ class SteeringBatch:
         top_k: torch.Tensor,
         masked: torch.Tensor | None,
         k: int,
+        min_p: torch.Tensor | None = None,
     ) -> SteeringBatch:
         """Build the record for all rows of the logits from tensors that the host has not read.
 
@@ -106,10 +120,15 @@ class SteeringBatch:
         Args:
             values: the M values.
             beta: [B, M] weights.
-            top_k: [B] candidates of each row.
+            top_k: [B] candidates of each row; DENSE for a row without a fixed number of them.
             masked: [B] True where the tail is masked; None if no row masks it.
-            k: an upper bound of `top_k`.
+            k: an upper bound of `top_k`; 0 if every steered row is DENSE.
+            min_p: [B] for the rows that are DENSE; None if no row is.
         """
+        dense = None
+        if min_p is not None:
+            is_dense = top_k == DENSE
+            dense = DenseSteering.build_on_device(values, beta, min_p, is_dense, masked)
         slots = torch.arange(k, device=top_k.device)[None]
         return cls(
             rows=None,
@@ -119,6 +138,7 @@ class SteeringBatch:
             unused_slots=slots >= top_k[:, None],
             tail="keep" if masked is None else masked,
             k=k,
+            dense=dense,
         )
 
 
@@ -126,14 +146,6 @@ def _users(column: NDArray[np.float32], device: torch.device) -> torch.Tensor | 
     if column.all():
         return None
     return upload(np.flatnonzero(column), device)
-
-
-def upload(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Copy a host array to the device without waiting for it. The array may change afterwards."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor.clone()
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def steer(
@@ -157,9 +169,14 @@ def steer(
     Returns:
         [B, V] logits and [S, k] candidates. Rows that are not steered stay bit for bit the same.
     """
+    if batch.dense is not None:
+        logits = add_dense(logits if in_place else logits.clone(), hidden, batch.dense)
+        in_place = True
     rows = batch.rows
     steered = logits if rows is None else logits.index_select(0, rows)
     states = hidden if rows is None else hidden.index_select(0, rows)
+    if not batch.k:
+        return logits, torch.empty((len(steered), 0), dtype=torch.int64, device=logits.device)
     candidates = top_candidates(steered, batch.k)
     # All weights are 0: there is nothing to add.
     if not batch.values:

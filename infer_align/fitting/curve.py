@@ -67,7 +67,7 @@ async def reward_kl_curve(
     points = []
     for beta in betas:
         vas = VAS({value: beta})
-        steering = Steering(vas.beta, vas.top_k, vas.tail)
+        steering = Steering(vas.beta, vas.top_k, vas.tail, vas.min_p)
         replies = []
         for i, messages in enumerate(prompts):
             seed = sampling.seed + i

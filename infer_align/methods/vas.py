@@ -5,6 +5,9 @@ With T the top-k tokens of the logits and V_m(s, a) the m-th value of the prefix
     logit'_a = logit_a + sum_m beta_m (V_m(s, a) - mean over T of V_m(s, .))    for a in T
     logit'_a = logit_a  (tail "keep")  or  -inf  (tail "mask")                  for every other a
 
+T can also be all tokens (`top_k` "all"), or the tokens that are at least `min_p` times as likely as
+the likeliest one.
+
 A constant added to a value changes nothing, because values are centred over T. The other tokens
 weigh as much as a token of average value. All values share one top-k, so several values cost one
 pass with their weighted sum. beta acts on the logits before temperature, so temperature t makes it
@@ -21,14 +24,18 @@ Source: Han et al., "Value Augmented Sampling for Language Model Alignment and P
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge, Le
 from numpy.typing import ArrayLike
 
+from infer_align.errors import InvalidRequest
 from infer_align.methods import MAX_VALUE_WEIGHT, PlanDraft, Stage
 from infer_align.types import Array, Capability, Steering, Tail
+
+# The published number of candidates.
+_DEFAULT_TOP_K = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +48,25 @@ class VAS:
             "description": "{value name: weight}; a negative weight steers away from the value.",
         }
     )
-    top_k: int = field(
-        default=20,
+    top_k: Annotated[int, Ge(1)] | Literal["all"] = field(
+        default=_DEFAULT_TOP_K,
         metadata={
-            "ge": 1,
-            "description": "Number of most likely tokens to value at each step; a number above the "
-            "size of the vocabulary means all tokens.",
+            "description": 'Number of most likely tokens to value at each step, or "all". "all" is '
+            "for values of kind head.",
         },
     )
     tail: Tail = field(
         default="keep",
         metadata={"description": '"keep" leaves the other tokens as they are, "mask" bans them.'},
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "gt": 0,
+            "le": 1,
+            "description": "Instead of top_k: value the tokens that are at least this times as "
+            "likely as the likeliest one. It is for values of kind head.",
+        },
     )
 
     stage: ClassVar[Stage] = Stage.STEER
@@ -64,8 +79,19 @@ class VAS:
         return tuple(self.beta)
 
     def apply(self, draft: PlanDraft) -> PlanDraft:
-        """Steer every draw."""
-        steering = Steering(self.beta, self.top_k, self.tail)
+        """Steer every draw.
+
+        Raises:
+            InvalidRequest: the valued tokens are chosen in two ways.
+        """
+        if self.min_p is not None and self.top_k != _DEFAULT_TOP_K:
+            param = draft.param("vas", "min_p")
+            raise InvalidRequest(
+                f"{param}: takes the place of top_k, which is {self.top_k!r}; give only one of "
+                "them.",
+                param=param,
+            )
+        steering = Steering(self.beta, self.top_k, self.tail, self.min_p)
         draws = tuple(replace(draw, steering=steering) for draw in draft.draws)
         return replace(draft, draws=draws)
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from infer_align.errors import ConfigError, InvalidRequest, nearest
-from infer_align.types import Draw
+from infer_align.errors import ConfigError, InvalidRequest, nearest, quote
+from infer_align.types import Draw, Steering
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +105,28 @@ def check_values(draw: Draw, values: Mapping[str, Value]) -> None:
     if draw.steering:
         for name in draw.steering.beta:
             _check_known(f"align.vas.beta.{name}", name, values)
+        _check_values_all(draw.steering, values)
     if draw.estimates:
         for name in draw.estimates.values:
             field = f"align.early_stop.values.{name}"
             _check_known(field, name, values)
             _check_estimates_states(field, name, values)
+
+
+def _check_values_all(steering: Steering, values: Mapping[str, Value]) -> None:
+    """Refuse to value every token with a value LM, which would have to read every token."""
+    if steering.candidates is not None:
+        return
+    for name in steering.beta:
+        if not values[name].estimates_states:
+            parameter = "top_k" if steering.min_p is None else "min_p"
+            param = f"align.vas.{parameter}"
+            raise InvalidRequest(
+                f"{param}: {quote(getattr(steering, parameter))} values any number of tokens, "
+                f"which {name!r} cannot do because it reads each of them; give a number as "
+                "align.vas.top_k, or use values of kind head.",
+                param=param,
+            )
 
 
 def _check_known(field: str, name: str, values: Mapping[str, Value]) -> None:

@@ -31,7 +31,7 @@ from infer_align.values._fingerprint import (
     from_json,
     to_json,
 )
-from infer_align_kernels import candidate_values
+from infer_align_kernels import add_head_values, candidate_values
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,9 @@ class HeadValue(Value):
         self._tensors = {}
         for name, tensor in tensors.items():
             self._tensors[name] = tensor.to(frozen.device, torch.float32, copy=True)
+        # The mean over all tokens, which is the centre of their values.
+        self._tensors["mean E"] = self._tensors["E"].mean(dim=0)
+        self._tensors["mean b"] = self._tensors["b"].mean()
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute u(h). [B, d] float32 -> [B, r]."""
@@ -111,6 +114,30 @@ class HeadValue(Value):
         candidate_rows = embedding(token_ids, weight)
         values = torch.baddbmm(candidate_biases[:, :, None], candidate_rows, features[:, :, None])
         return values[:, :, 0]
+
+    def evaluate_all(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute Q(h, a) of every token. [B, d] float32 -> [B, V]."""
+        return torch.addmm(self._tensors["b"][None], self.features(hidden), self._tensors["E"].T)
+
+    def add_all(
+        self,
+        logits: torch.Tensor,
+        hidden: torch.Tensor,
+        beta: torch.Tensor,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Add beta times the value of every token to its logit in place, centred over all tokens.
+
+        Args:
+            logits: [B, V] float32, overwritten.
+            hidden: [S, d] states of the steered rows, float32.
+            beta: [S]; a row of weight 0 stays bit for bit the same.
+            rows: [S] indices of the steered rows; None for all.
+        """
+        features = self.features(hidden)
+        centre = features @ self._tensors["mean E"] + self._tensors["mean b"]
+        weight, bias = self._tensors["E"], self._tensors["b"]
+        add_head_values(logits, features, weight, bias, centre, beta, rows)
 
     def expected(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Compute V(h) = sum over a of pi(a) Q(h, a), the mean value over the next token.

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,8 @@ VALUE_REWEIGHT_TYPES = {
     **dict.fromkeys(("bitmask", "step"), "*i32"),
     **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "mask_stride", "out_stride"), "i32"),
     "masked": "*u8",
+    "indices": "*i64",
+    "centre": "*fp32",
 }
 
 
@@ -191,8 +193,29 @@ def _head_launches() -> list[Launch]:
             {**constants, "TILES": 2048},
             float_type=float_type,
         )
-        made += [tile, pick]
+        made += [tile, pick, _add_head_launch(tiles, float_type)]
     return made
+
+
+def _add_head_launch(tiles: value_reweight.Tiles, float_type: str) -> Launch:
+    constants = {
+        "ROWS": tiles.rows,
+        "TOKENS": tiles.tokens,
+        "R": 128,
+        "RANK": tiles.rank,
+        "HAS_BIAS": True,
+        "HAS_INDICES": True,
+        "UPCAST": False,
+    }
+    launch = _value_reweight_launch(
+        head.value_reweight_add_head_kernel,
+        tiles,
+        constants,
+        float_type=float_type,
+        tensor_cores=float_type == "*bf16",
+    )
+    # The logits are float32, whatever the head is.
+    return replace(launch, types={**launch.types, "logits": "*fp32"})
 
 
 def _candidate_launches() -> list[Launch]:

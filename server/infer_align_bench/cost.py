@@ -288,11 +288,28 @@ def from_report(report: Mapping[str, Any], place: str) -> tuple[Setting, float]:
         n=n,
         prompt_tokens=tokens["prompt"] / answered,
         output_tokens=tokens["spent"] / answered / n,
-        k=align["vas"].get("top_k", DEFAULT_TOP_K) if "vas" in align else 0,
+        k=_valued_tokens(align),
         reward_tokens=usage.get("reward_tokens", 0) / answered,
         judge_tokens=judge_tokens / answered,
     )
     return setting, target["latency_ms"]["e2e"]["mean"]["value"] / 1e3
+
+
+def _valued_tokens(align: Mapping[str, Any]) -> int:
+    """Return the number of tokens that steering values at each step.
+
+    Raises:
+        ConfigError: the number is not fixed, and the model has no price for that.
+    """
+    if "vas" not in align:
+        return 0
+    top_k: object = align["vas"].get("top_k", DEFAULT_TOP_K)
+    if not isinstance(top_k, int) or align["vas"].get("min_p") is not None:
+        raise ConfigError(
+            "align.vas: the cost model has no price for steering without a fixed number of "
+            "candidates; measure a target that sets top_k to a number."
+        )
+    return top_k
 
 
 def _candidates(align: Mapping[str, Any], calls: float) -> float:

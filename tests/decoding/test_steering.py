@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from infer_align.decoding.steering import SteeringBatch, expected_values, steer, upload
+from infer_align.decoding.device import upload
+from infer_align.decoding.steering import SteeringBatch, expected_values, steer
 from infer_align.methods.vas import reweight
 from infer_align.values import FrozenModel
 from infer_align.values.head import HeadValue, write

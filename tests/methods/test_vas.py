@@ -145,3 +145,14 @@ def test_plan_steers_every_draw() -> None:
     steered = VAS({"helpful": 2.0}, top_k=5, tail="mask").apply(plan)
     assert all(draw.steering == Steering({"helpful": 2.0}, 5, "mask") for draw in steered.draws)
     assert [draw.n for draw in steered.draws] == [1, 3]
+
+
+def test_min_p_takes_the_place_of_top_k() -> None:
+    draft = PlanDraft(draws=(Draw({}),))
+    (draw,) = VAS({"a": 1.0}, min_p=0.1).apply(draft).draws
+    assert draw.steering == Steering({"a": 1.0}, 20, "keep", 0.1)
+    assert draw.steering.candidates is None
+    with pytest.raises(InvalidRequest) as refused:
+        VAS({"a": 1.0}, top_k=5, min_p=0.1).apply(draft)
+    assert refused.value.param == "align.vas.min_p"
+    assert "top_k, which is 5" in refused.value.message

@@ -47,8 +47,9 @@ class VAS(TypedDict, total=False):
     """Steer every token by value estimates while it is sampled."""
 
     beta: dict[str, float]
-    top_k: int
+    top_k: int | Literal["all"]
     tail: Literal["keep", "mask"]
+    min_p: float
 
 
 class TraitPrompts(TypedDict, total=False):

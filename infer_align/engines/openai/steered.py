@@ -19,6 +19,7 @@ from infer_align.decoding.text import TextStream
 from infer_align.engines import Stream
 from infer_align.engines.openai.continuation import Continuation
 from infer_align.engines.openai.draws import refusal
+from infer_align.engines.openai.probe import TOP_LOGPROBS
 from infer_align.engines.openai.steering import Steerer, sampling_params
 from infer_align.errors import AlignError, Unavailable
 from infer_align.types import Array, Body, Candidate, Delta, Draw, Steering
@@ -96,6 +97,8 @@ class SteeredDrawing:
         self._continuation = Continuation(way, steerer.vocabulary, model)
         self._draw = draw
         self._steering = steering
+        # `check` refuses a steering without a fixed number.
+        self._top_k = steering.candidates or TOP_LOGPROBS
         self._on_close = on_close
         self._prompt = steerer.prompt(draw)
         self._params = sampling_params(draw)
@@ -212,9 +215,9 @@ class SteeredDrawing:
         tokenizer = self._steerer.tokenizer
         text = tokenizer.decode(answer.ids, skip_special_tokens=True)
         body = self._continuation.body(self._prompt, answer.ids, text)
-        logprob_fields = self._continuation.logprob_fields(self._steering.top_k)
+        logprob_fields = self._continuation.logprob_fields(self._top_k)
         logprobs = await self._post(answer, body | logprob_fields, self._continuation.top_logprobs)
-        candidates = _most_likely(logprobs, self._excluded, self._steering.top_k)
+        candidates = _most_likely(logprobs, self._excluded, self._top_k)
         if not candidates:
             raise UpstreamFailed(
                 "the upstream returns only parts of characters, after which a text cannot be "

@@ -150,10 +150,17 @@ class Steerer:
             InvalidRequest: naming the field.
         """
         check_values(draw, self._values)
-        if steering.top_k > TOP_LOGPROBS:
+        if steering.candidates is None:
+            parameter = "top_k" if steering.min_p is None else "min_p"
             raise Unsupported(
-                f"align.vas.top_k: {steering.top_k} is over the {TOP_LOGPROBS} logprobs that an "
-                f"upstream returns; set it to at most {TOP_LOGPROBS}.",
+                f"align.vas.{parameter}: an upstream shows only its {TOP_LOGPROBS} most likely "
+                f"tokens; give a number up to {TOP_LOGPROBS} as align.vas.top_k instead.",
+                param=f"align.vas.{parameter}",
+            )
+        if steering.candidates > TOP_LOGPROBS:
+            raise Unsupported(
+                f"align.vas.top_k: {steering.candidates} is over the {TOP_LOGPROBS} logprobs that "
+                f"an upstream returns; set it to at most {TOP_LOGPROBS}.",
                 param="align.vas.top_k",
             )
         if self.way(model) is None and self._ways:

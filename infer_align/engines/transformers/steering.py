@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.dense_steering import candidate_count
 from infer_align.decoding.steering import SteeringBatch
 from infer_align.engines.transformers.rows import Row
 from infer_align.types import Draw
@@ -105,12 +106,14 @@ class LoadedValues:
         values = list(dict.fromkeys(value for row in rows for value in row.job.steering))
         beta = np.zeros((len(rows), len(values)), np.float32)
         top_k = np.zeros(len(rows), np.int64)
+        min_p = np.zeros(len(rows), np.float32)
         masked = np.zeros(len(rows), np.bool_)
         for i, steering in enumerate(steerings):
             if steering is None:
                 continue
             weights = rows[i].job.steering
             beta[i] = [weights.get(value, 0.0) for value in values]
-            top_k[i] = min(steering.top_k, self._frozen.vocabulary)
+            top_k[i] = candidate_count(steering, self._frozen.vocabulary)
+            min_p[i] = steering.min_p or 0.0
             masked[i] = steering.tail == "mask"
-        return SteeringBatch.build(values, beta, top_k, masked, self._device)
+        return SteeringBatch.build(values, beta, top_k, masked, self._device, min_p=min_p)

@@ -27,22 +27,31 @@ class SteeringRequest(NamedTuple):
 
     Attributes:
         beta: weight of each value; none is 0.
-        top_k: number of candidate tokens.
+        top_k: number of candidate tokens; None if it is not fixed.
         mask_tail: True if all other tokens are masked.
+        min_p: without a fixed number, the smallest share of the likeliest token's probability that
+            is valued; 0 for all tokens.
     """
 
     beta: Mapping[str, float]
-    top_k: int
+    top_k: int | None
     mask_tail: bool
+    min_p: float = 0.0
 
     @staticmethod
     def write(steering: Steering, vocabulary_size: int | None = None) -> dict[str, Any]:
         """Return the extra arguments of a request that is steered."""
         top_k = steering.top_k
-        if vocabulary_size is not None:
+        if vocabulary_size is not None and top_k != "all":
             top_k = min(top_k, vocabulary_size)
-        beta = dict(steering.beta)
-        return {STEERING_KEY: {"beta": beta, "top_k": top_k, "tail": steering.tail}}
+        fields: dict[str, Any] = {
+            "beta": dict(steering.beta),
+            "top_k": top_k,
+            "tail": steering.tail,
+        }
+        if steering.min_p is not None:
+            fields["min_p"] = steering.min_p
+        return {STEERING_KEY: fields}
 
     @classmethod
     def read(
@@ -61,19 +70,41 @@ class SteeringRequest(NamedTuple):
         if fields is None:
             return None
         match fields:
-            case {"beta": dict(beta), "top_k": top_k, "tail": tail, **rest} if not rest:
+            case {"beta": dict(beta), "top_k": top_k, "tail": tail, **rest} if rest.keys() <= {
+                "min_p"
+            }:
                 weights = _weights("align.vas.beta", beta, names)
             case _:
                 raise ValueError(
                     f"extra_args.{STEERING_KEY}: {quote(fields)} is not of the form "
-                    "{beta, top_k, tail}; use align.vas instead."
+                    "{beta, top_k, tail, min_p}; use align.vas instead."
                 )
-        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
-            raise ValueError(f"align.vas.top_k: {top_k!r} is not allowed; must be an integer >= 1.")
         if tail not in {"keep", "mask"}:
             raise ValueError(f'align.vas.tail: {tail!r} is not allowed; must be "keep" or "mask".')
+        candidates, min_p = _candidates(top_k, rest.get("min_p"))
         beta = {name: weight for name, weight in weights.items() if weight}
-        return cls(beta, top_k, tail == "mask") if beta else None
+        return cls(beta, candidates, tail == "mask", min_p) if beta else None
+
+
+def _candidates(top_k: object, min_p: object) -> tuple[int | None, float]:
+    """Check which tokens are valued; return their number, None if not fixed, and min_p.
+
+    Raises:
+        ValueError: a number is out of bounds.
+    """
+    if min_p is not None:
+        if not isinstance(min_p, int | float) or not 0 < min_p <= 1:
+            raise ValueError(
+                f"align.vas.min_p: {min_p!r} is not allowed; must be over 0 and at most 1."
+            )
+        return None, float(min_p)
+    if top_k == "all":
+        return None, 0.0
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1:
+        raise ValueError(
+            f'align.vas.top_k: {top_k!r} is not allowed; must be an integer >= 1, or "all".'
+        )
+    return top_k, 0.0
 
 
 class EstimateRequest(NamedTuple):

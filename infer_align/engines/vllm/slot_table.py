@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from infer_align.decoding.steering import SteeringBatch, upload
+from infer_align.decoding.dense_steering import DENSE
+from infer_align.decoding.device import upload
+from infer_align.decoding.steering import SteeringBatch
 from infer_align.engines.vllm.extra_args import SteeringRequest
 from infer_align.values.head import HeadValue
 
@@ -26,13 +28,17 @@ class SlotSteering(NamedTuple):
 
     Attributes:
         weights: weight of each value by its column in the table; none is 0.
-        top_k: number of candidate tokens, at most the size of the vocabulary.
+        top_k: number of candidate tokens, at most the size of the vocabulary; DENSE if it is not
+            fixed.
         mask_tail: True if all other tokens are masked.
+        min_p: for a slot that is DENSE, the smallest share of the likeliest token's probability
+            that is valued; 0 for all tokens.
     """
 
     weights: Mapping[int, float]
     top_k: int
     mask_tail: bool
+    min_p: float = 0.0
 
 
 class _DeviceTable(NamedTuple):
@@ -41,6 +47,7 @@ class _DeviceTable(NamedTuple):
     beta: torch.Tensor
     top_k: torch.Tensor
     mask_tail: torch.Tensor
+    min_p: torch.Tensor
 
 
 class SlotTable:
@@ -60,6 +67,7 @@ class SlotTable:
         # 0 for a slot that is not steered.
         self._top_k = np.zeros(slots, np.int64)
         self._mask_tail = np.zeros(slots, np.bool_)
+        self._min_p = np.zeros(slots, np.float32)
         # The latest batch, and the bytes of the slots for which it was made; None after a change.
         self._batch: SteeringBatch | None = None
         self._batch_key: bytes | None = None
@@ -120,6 +128,8 @@ class SlotTable:
                 f"a request is steered by the values {sorted(missing)}, which this worker lacks."
             )
         weights = {self._columns[name]: weight for name, weight in request.beta.items()}
+        if request.top_k is None:
+            return SlotSteering(weights, DENSE, request.mask_tail, request.min_p)
         top_k = min(request.top_k, self._vocabulary_size)
         return SlotSteering(weights, top_k, request.mask_tail)
 
@@ -131,12 +141,14 @@ class SlotTable:
         self._beta[slot] = 0.0
         self._top_k[slot] = 0
         self._mask_tail[slot] = False
+        self._min_p[slot] = 0.0
         if steering is None:
             return
         for column, weight in steering.weights.items():
             self._beta[slot, column] = weight
         self._top_k[slot] = steering.top_k
         self._mask_tail[slot] = steering.mask_tail
+        self._min_p[slot] = steering.min_p
 
     def assign_all(self, steerings: Mapping[int, SlotSteering]) -> None:
         """Assign every slot; those without an entry are not steered."""
@@ -169,6 +181,7 @@ class SlotTable:
             self._mask_tail[steered],
             self._device,
             rows=None if len(rows) == len(slots) else rows,
+            min_p=self._min_p[steered],
         )
 
     def expanded_batch(self, slots: Indices, row_slots: torch.Tensor) -> SteeringBatch | None:
@@ -181,7 +194,7 @@ class SlotTable:
             slots: the slots in the step, on the host.
             row_slots: [rows] the slot of each row, which only the device knows.
         """
-        steered = slots[self._top_k[slots] > 0]
+        steered = slots[self._top_k[slots] != 0]
         if not len(steered):
             return None
         table = self._table_on_device()
@@ -190,12 +203,16 @@ class SlotTable:
         mask_tail = None
         if self._mask_tail[steered].any():
             mask_tail = table.mask_tail.index_select(0, row_slots)
+        min_p = None
+        if (self._top_k[steered] == DENSE).any():
+            min_p = table.min_p.index_select(0, row_slots)
         return SteeringBatch.build_on_device(
             self._values_of(columns),
             beta.index_select(1, upload(columns, self._device)),
             table.top_k.index_select(0, row_slots),
             mask_tail,
-            k=int(self._top_k[steered].max()),
+            k=max(0, int(self._top_k[steered].max())),
+            min_p=min_p,
         )
 
     def _table_on_device(self) -> _DeviceTable:
@@ -204,6 +221,7 @@ class SlotTable:
                 upload(self._beta, self._device),
                 upload(self._top_k, self._device),
                 upload(self._mask_tail, self._device),
+                upload(self._min_p, self._device),
             )
         return self._device_table
 

@@ -15,6 +15,7 @@ __all__ = [
     "HeadValues",
     "Sampled",
     "add_candidate_shifts",
+    "add_head_values",
     "allocate_workspace",
     "candidate_values",
     "reweight_logits",
@@ -146,6 +147,55 @@ def add_candidate_shifts(
         `logits`.
     """
     return logits.scatter_add_(1, token_ids, reference.complete_shifts(values, beta))
+
+
+def add_head_values(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    centre: torch.Tensor,
+    beta: torch.Tensor,
+    indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Add beta times a head's centred value of every token to the logits, in place.
+
+    The value of a token is hidden[s] . weight[token] + bias[token] - centre[s]. On CUDA the values
+    are never stored: the logits are read and written once. A logit of -inf stays -inf, and a row
+    whose beta is 0 stays bit for bit the same.
+
+    Args:
+        logits: [B, V] float32, overwritten. Rows may be strided, tokens are contiguous.
+        hidden: [S, r] features of the steered rows.
+        weight: [V, r].
+        bias: [V], or None.
+        centre: [S] float32, usually the mean value of the row.
+        beta: [S] float32, finite.
+        indices: [S] int64, the steered rows of the logits, all different; None for all, in order.
+
+    Returns:
+        `logits`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    _check_logits(logits)
+    if logits.dtype != torch.float32:
+        raise ValueError(f"logits: {logits.dtype} is not allowed; must be torch.float32.")
+    rows = len(logits) if indices is None else len(indices)
+    _check_shape("weight", weight, (logits.shape[1], None), logits.device)
+    _check_shape("hidden", hidden, (rows, weight.shape[1]), logits.device)
+    if bias is not None:
+        _check_shape("bias", bias, (logits.shape[1],), logits.device)
+    _check_shape("centre", centre, (rows,), logits.device)
+    _check_shape("beta", beta, (rows,), logits.device)
+    if logits.is_cuda:
+        # Triton is not needed on a CPU.
+        from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
+
+        with torch.cuda.device(logits.device):
+            return triton.add_head_values(logits, hidden, weight, bias, centre, beta, indices)
+    return reference.add_head_values(logits, hidden, weight, bias, centre, beta, indices)
 
 
 def candidate_values(

@@ -182,3 +182,63 @@ def value_reweight_head_pick_kernel(
         B,
     )
     tl.store(token_out + row, chosen)
+
+
+@triton.jit
+def value_reweight_add_head_kernel(
+    logits,
+    indices,
+    hidden,
+    weight,
+    bias,
+    centre,
+    beta,
+    B,
+    V,
+    row_stride,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    R: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_INDICES: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Add the centred values of one tile of tokens to ROWS rows. Grid: (row blocks, tiles)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = rows.to(tl.int64)
+    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = tokens.to(tl.int64)
+    in_batch = rows < B
+    in_vocabulary = tokens < V
+    q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    for start in range(0, R, RANK):
+        ranks = start + tl.arange(0, RANK)
+        in_rank = ranks < R
+        e = tl.load(
+            weight + token[:, None] * R + ranks[None, :],
+            mask=in_vocabulary[:, None] & in_rank[None, :],
+            other=0.0,
+        )
+        u = tl.load(
+            hidden + row[:, None] * R + ranks[None, :],
+            mask=in_batch[:, None] & in_rank[None, :],
+            other=0.0,
+        )
+        u = u.to(e.dtype)
+        if UPCAST:
+            u, e = u.to(tl.float32), e.to(tl.float32)
+        q = tl.dot(u, tl.trans(e), q, input_precision="ieee")
+    if HAS_BIAS:
+        token_bias = tl.load(bias + token, mask=in_vocabulary, other=0.0)
+        q += token_bias.to(tl.float32)[None, :]
+    q -= tl.load(centre + row, mask=in_batch, other=0.0)[:, None]
+    strength = tl.load(beta + row, mask=in_batch, other=0.0)
+    target = row
+    if HAS_INDICES:
+        target = tl.load(indices + row, mask=in_batch, other=0)
+    pointers = logits + target[:, None] * row_stride + tokens[None, :]
+    # A row of strength 0 is not written, so it stays bit for bit the same.
+    written = (in_batch & (strength != 0))[:, None] & in_vocabulary[None, :]
+    x = tl.load(pointers, mask=written, other=0.0)
+    tl.store(pointers, x + strength[:, None] * q, mask=written)

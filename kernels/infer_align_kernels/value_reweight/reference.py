@@ -68,6 +68,26 @@ def reweight_logits(
     return out.scatter_(1, ids, torch.where(slots, steered, steered[:, :1]))
 
 
+def add_head_values(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    centre: torch.Tensor,
+    beta: torch.Tensor,
+    indices: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add a head's centred values in place; see `infer_align_kernels.add_head_values`."""
+    offset = -centre[:, None] if bias is None else bias.float()[None] - centre[:, None]
+    shift = torch.addmm(offset, hidden.float(), weight.float().T).mul_(beta[:, None])
+    steered = logits if indices is None else logits.index_select(0, indices)
+    # Adding 0 would turn a logit of -0.0 into 0.0.
+    steered = torch.where(beta[:, None] != 0, steered + shift, steered)
+    if indices is None:
+        return logits.copy_(steered)
+    return logits.index_copy_(0, indices, steered)
+
+
 def _is_complete(token_ids: torch.Tensor, beta: torch.Tensor) -> bool:
     """Return True if every slot is used and no beta is 0."""
     return token_ids.numel() > 0 and bool(token_ids.amin() >= 0) and bool(beta.all())

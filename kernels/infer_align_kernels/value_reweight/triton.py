@@ -247,6 +247,49 @@ def candidate_values(
     return out
 
 
+def add_head_values(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    centre: torch.Tensor,
+    beta: torch.Tensor,
+    indices: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add a head's centred values in place; see `infer_align_kernels.add_head_values`."""
+    rows, rank = hidden.shape
+    vocabulary = logits.shape[1]
+    _check_strides(logits, None)
+    if rows == 0:
+        return logits
+    tiles = head_tiles(weight.dtype)
+    weight = weight.contiguous()
+    grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(vocabulary, tiles.tokens))
+    head_kernels.value_reweight_add_head_kernel[grid](
+        logits=logits,
+        # Any pointer will do without indices or a bias: the kernel does not read it.
+        indices=logits if indices is None else indices.contiguous(),
+        hidden=hidden.contiguous(),
+        weight=weight,
+        bias=weight if bias is None else bias.contiguous(),
+        centre=centre.contiguous(),
+        beta=beta.contiguous(),
+        B=rows,
+        V=vocabulary,
+        row_stride=logits.stride(0),
+        ROWS=tiles.rows,
+        TOKENS=tiles.tokens,
+        R=rank,
+        RANK=min(tiles.rank, max(MIN_DOT_RANK, triton.next_power_of_2(rank))),
+        HAS_BIAS=bias is not None,
+        HAS_INDICES=indices is not None,
+        UPCAST=INTERPRETED,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return logits
+
+
 def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -> torch.Tensor:
     """Allocate a workspace; see `infer_align_kernels.allocate_workspace`."""
     return torch.empty(workspace_size(rows, vocabulary), dtype=torch.float32, device=device)

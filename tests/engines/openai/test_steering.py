@@ -203,6 +203,12 @@ async def test_unknown_values_and_a_large_top_k_are_refused(engine: OpenAIEngine
         engine.check(Draw({"messages": QUESTION}, steering=Steering({"brif": 1.0}, 10, "mask")))
     with pytest.raises(Unsupported, match=r"top_k: 21 is over the 20"):
         engine.check(Draw({"messages": QUESTION}, steering=Steering({VALUE: 1.0}, 21, "mask")))
+    # A value LM reads each token that it values, so their number must be fixed.
+    with pytest.raises(InvalidRequest, match=r"align\.vas\.top_k: 'all' values any number"):
+        engine.check(Draw({"messages": QUESTION}, steering=Steering({VALUE: 1.0}, "all", "mask")))
+    likely = Steering({VALUE: 1.0}, 20, "mask", 0.1)
+    with pytest.raises(InvalidRequest, match=r"align\.vas\.min_p: 0\.1 values any number"):
+        engine.check(Draw({"messages": QUESTION}, steering=likely))
 
 
 def two_tokens(_: str, __: dict[str, Any]) -> dict[str, Any]:

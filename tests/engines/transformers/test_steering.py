@@ -79,6 +79,14 @@ def resident(folder: Any) -> dict[str, Any]:
     }
 
 
+def valued(steering: Steering, logits: torch.Tensor) -> torch.Tensor:
+    """Return the tokens that a steering values in these logits [V]."""
+    if steering.candidates is not None:
+        return logits.topk(min(steering.candidates, len(logits))).indices
+    threshold = logits.max() + math.log(steering.min_p) if steering.min_p else -math.inf
+    return (logits >= threshold).nonzero()[:, 0]
+
+
 class Reference:
     """The definition, token by token: every forward pass reads the complete text again."""
 
@@ -116,7 +124,7 @@ class Reference:
             out = self.lm(torch.tensor([ids]), output_hidden_states=True)
             logits, hidden = out.logits[0, -1].clone(), out.hidden_states[-1][0, -1]
             raw = torch.log_softmax(logits, -1)
-            top = logits.topk(min(steering.top_k, len(logits))).indices.tolist()
+            top = valued(steering, logits).tolist()
             shift = torch.zeros(len(top))
             for name, beta in steering.beta.items():
                 v = torch.tensor([self.value(name, ids, hidden, token) for token in top])
@@ -144,6 +152,9 @@ MIXES = [
     ({"helpful": 0.5}, 1, "keep"),
     ({"mlp": 4.0, "linear": -4.0, "helpful": 1.0, "brief": 1.0}, 3, "keep"),
     ({"brief": 5.0}, 10**6, "keep"),
+    ({"linear": 2.0, "mlp": -1.0}, "all", "keep"),
+    ({"mlp": 3.0}, 20, "mask", 0.05),
+    ({"linear": -4.0}, 20, "keep", 0.3),
 ]
 
 
@@ -154,16 +165,14 @@ async def test_32_rows_with_different_steering_equal_the_reference(
         reference = Reference(engine, values)
         draws = []
         for i in range(32):
-            beta, top_k, tail = MIXES[i % len(MIXES)]
+            beta, *how = MIXES[i % len(MIXES)]
             body = {
                 "messages": [{"role": "user", "content": "the cat sat " * (i % 5) + "on"}],
                 "temperature": 0,
                 "logprobs": True,
             }
             draws.append(
-                Draw(
-                    {**body, "max_tokens": 4 + i % 7}, 1, (i,), steering=Steering(beta, top_k, tail)
-                )
+                Draw({**body, "max_tokens": 4 + i % 7}, 1, (i,), steering=Steering(beta, *how))
             )
 
         async def later(i: int, draw: Draw) -> Any:

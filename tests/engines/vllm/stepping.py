@@ -50,6 +50,9 @@ STEERINGS: list[Steering | None] = [
     Steering({"mlp": -2.5, "helpful": 3.0}, 10**6, "mask"),
     Steering({"helpful": 0.0}, 5, "mask"),
     Steering({"mlp": 1.0, "brief": 0.0}, 50, "mask"),
+    Steering({"helpful": 5.0, "mlp": -1.0}, "all", "keep"),
+    Steering({"helpful": 5.0}, 20, "mask", 0.05),
+    Steering({"brief": -3.0}, 20, "keep", 0.2),
 ]
 SCHEDULES = [
     EstimateSchedule({"helpful": 1.0}, 2),
@@ -195,6 +198,14 @@ def run(
         step += 1
 
 
+def valued_tokens(steering: Steering, logits: torch.Tensor) -> torch.Tensor:
+    """Return the tokens that a steering values in these logits [V]."""
+    if steering.candidates is not None:
+        return logits.topk(min(steering.candidates, len(logits))).indices
+    threshold = logits.max() + math.log(steering.min_p) if steering.min_p else -math.inf
+    return (logits >= threshold).nonzero()[:, 0]
+
+
 class Reference:
     """The definition of steering, token by token. Each forward reads the whole text again."""
 
@@ -228,7 +239,7 @@ class Reference:
         frozen = torch.log_softmax(logits, -1)
         betas = {name: beta for name, beta in (steering.beta if steering else {}).items() if beta}
         if steering and betas:
-            top = logits.topk(min(steering.top_k, len(logits))).indices
+            top = valued_tokens(steering, logits)
             steered = logits[top] + self._shift(betas, hidden, top)
             if steering.tail == "mask":
                 logits[:] = -math.inf

@@ -53,12 +53,23 @@ def test_top_k_is_at_most_the_vocabulary() -> None:
         ({"beta": {"a": 1.0}, "top_k": 0, "tail": "keep"}, "top_k"),
         ({"beta": {"a": 1.0}, "top_k": True, "tail": "keep"}, "top_k"),
         ({"beta": {"a": 1.0}, "top_k": 3, "tail": "cut"}, "tail"),
+        ({"beta": {"a": 1.0}, "top_k": "most", "tail": "keep"}, "top_k"),
+        ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "min_p": 0}, "min_p"),
+        ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "min_p": 1.5}, "min_p"),
+        ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "min_p": "0.1"}, "min_p"),
         ({"beta": {"b": 1.0}, "top_k": 3, "tail": "keep"}, r"beta\.b: no such value; known: a"),
     ],
 )
 def test_other_steering_is_refused(fields: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SteeringRequest.read({STEERING_KEY: fields}, {"a"})
+
+
+def test_steering_without_a_fixed_number_is_read_as_it_was_written() -> None:
+    every = SteeringRequest.write(Steering({"a": 2.0}, "all", "keep"), 1992)
+    assert SteeringRequest.read(every) == SteeringRequest({"a": 2.0}, None, False)
+    likely = SteeringRequest.write(Steering({"a": 2.0}, 20, "mask", 0.1), 1992)
+    assert SteeringRequest.read(likely) == SteeringRequest({"a": 2.0}, None, True, 0.1)
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"other": 1}])

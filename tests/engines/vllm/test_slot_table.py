@@ -41,12 +41,13 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Heads:
 
 
 BETAS = st.floats(-4, 4, width=32).filter(bool)
-REQUESTS = st.none() | st.builds(
-    SteeringRequest,
-    st.dictionaries(st.sampled_from(NAMES), BETAS, min_size=1),
-    st.sampled_from([1, 2, 7, V, 10**6]),
-    st.booleans(),
+WEIGHTS = st.dictionaries(st.sampled_from(NAMES), BETAS, min_size=1)
+FIXED = st.builds(SteeringRequest, WEIGHTS, st.sampled_from([1, 2, 7, V, 10**6]), st.booleans())
+# Without a fixed number of candidates: all tokens, or the likely ones.
+DENSE = st.builds(
+    SteeringRequest, WEIGHTS, st.none(), st.booleans(), st.sampled_from([0.0, 0.05, 0.5])
 )
+REQUESTS = st.none() | FIXED | DENSE
 ASSIGNMENTS = st.lists(st.tuples(st.integers(0, SLOTS - 1), REQUESTS), max_size=12)
 
 
@@ -65,6 +66,14 @@ def random_batch(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn((rows, V), generator=g) * 3, torch.randn((rows, D), generator=g)
 
 
+def valued_tokens(logits: Any, request: SteeringRequest) -> Any:
+    """Return the tokens of a row [V] that a request values."""
+    if request.top_k is not None:
+        return logits.argsort()[::-1][: request.top_k]
+    threshold = logits.max() + np.log(request.min_p) if request.min_p else -np.inf
+    return np.flatnonzero(logits >= threshold)
+
+
 def definition(
     logits: torch.Tensor,
     hidden: torch.Tensor,
@@ -77,7 +86,7 @@ def definition(
     for row, request in enumerate(requests):
         if request is None:
             continue
-        ids = out[row].argsort()[::-1][: request.top_k][None]
+        ids = valued_tokens(out[row], request)[None]
         state = hidden[row : row + 1]
         values = np.stack(
             [heads[name].evaluate(state, every_token).numpy()[:, ids[0]] for name in request.beta]

@@ -1,0 +1,235 @@
+"""Guidance by prompts on a real small model: SmolLM2-135M-Instruct, as `make serve` serves it.
+
+The claim (Sanchez et al., 2306.17806): a scale on the difference that a trait's prompt makes turns
+the trait up and down, also beyond asking for it. Beside each measure of a trait stand guards: the
+log-probability of the answer under the frozen model, and the share of distinct word pairs, which
+fall when the text breaks.
+
+    python benchmarks/alignment/guidance_real.py
+    python benchmarks/alignment/guidance_real.py --pools answer_pools.jsonl.xz    # its instructions
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import lzma
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+from benchmarks.alignment.flow import Flow, serving
+from benchmarks.alignment.report import OUT, argument_parser, difference, mean_se, row_figure
+from benchmarks.record import RESULTS, record
+from infer_align.decoding.sequences import SequenceQuery
+from infer_align.quickstart import CONFIG
+from infer_align.quickstart.rewards import cheerfulness
+from infer_align.types import Array
+
+TRAITS = {
+    "cheerful": "You are a cheerful, enthusiastic assistant. You are happy and positive.",
+    "simple": "Explain everything in very simple, short words, as to a five-year-old child.",
+    "brief": "Answer in one short sentence.",
+}
+SCALES = (-1.0, 0.0, 0.5, 1.0, 2.0, 3.0)
+GRID = (0.0, 1.0, 2.0)
+MAX_TOKENS = 64
+TEMPERATURE = 0.8
+SEED = 90_210
+# Instructions for a run without a file.
+TOPICS = (
+    "rainbows", "the moon", "bread", "volcanoes", "chess", "honey bees", "trains", "the ocean",
+    "friendship", "winter", "the heart", "paper", "music", "elections", "sleep", "glaciers",
+)  # fmt: skip
+TASKS = (
+    "Tell me about {}.",
+    "Write a short paragraph about {} for a newsletter.",
+    "Why do people care about {}?",
+    "Give me some advice that has to do with {}.",
+)
+_WORD = re.compile(r"[A-Za-z']+")
+_VOWELS = re.compile(r"[aeiouy]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The answers to all prompts by one setting. Every array is [P]."""
+
+    setting: Mapping[str, float]  # trait -> scale
+    measures: Mapping[str, Array]
+
+
+def cheerful(text: str) -> float:
+    """Return the sentiment of a text by the lexicon VADER, from -1 to 1."""
+    return cheerfulness([], text)
+
+
+def reading_ease(text: str) -> float:
+    """Return Flesch's reading ease of a text: 100 is easy, 0 is hard. Syllables are vowel groups.
+
+    Source: Flesch, "A new readability yardstick" (1948).
+    """
+    words = _WORD.findall(text)
+    if not words:
+        return 0.0
+    sentences = max(1, len(re.findall(r"[.!?]+", text)))
+    syllables = sum(max(1, len(_VOWELS.findall(word.lower()))) for word in words)
+    return 206.835 - 1.015 * len(words) / sentences - 84.6 * syllables / len(words)
+
+
+def distinct_pairs(text: str) -> float:
+    """Return the share of distinct pairs of neighbouring words; 1 for a text without pairs."""
+    words = text.lower().split()
+    pairs = [*itertools.pairwise(words)]
+    return len({*pairs}) / len(pairs) if pairs else 1.0
+
+
+# Trait -> the measure that should rise with its scale. Fewer tokens are better for "brief".
+MEASURES: dict[str, Callable[[str], float]] = {"cheerful": cheerful, "simple": reading_ease}
+
+
+def prompts(pools: Path | None, n: int) -> list[str]:
+    """Return n instructions: of a file of answer pools, or of the list above."""
+    if pools is None:
+        made = [task.format(topic) for topic in TOPICS for task in TASKS]
+        return made[:n]
+    with lzma.open(pools, "rt") as lines:
+        every = [json.loads(line)["prompt"] for line in lines]
+    # Spread over the file, so that no single source fills the list.
+    step = max(1, len(every) // n)
+    return every[::step][:n]
+
+
+async def answer(flow: Flow, questions: Sequence[str], seed: int, scales: dict[str, float]) -> Cell:
+    """Answer every question once with these scales, and measure the answers."""
+    traits = {name: {"prompt": TRAITS[name]} for name in scales}
+    guidance = {"guidance": {"scale": scales, "traits": traits}, "rewards": {}}
+    body = {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE}
+    responses = await flow.ask_all(questions, seed, guidance, **body)
+    texts = [response.returned[0].text for response in responses]
+    measures: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for text in texts:
+        for name, measure in MEASURES.items():
+            measures[name].append(measure(text))
+    measures["tokens"] = [float(each.returned[0].completion_tokens) for each in responses]
+    measures["distinct_pairs"] = [distinct_pairs(text) for text in texts]
+    measures["logprob_per_token"] = await frozen_logprobs(flow, questions, texts)
+    arrays = {name: np.array(values) for name, values in measures.items()}
+    return Cell(scales, arrays)
+
+
+async def frozen_logprobs(
+    flow: Flow, questions: Sequence[str], texts: Sequence[str]
+) -> list[float]:
+    """Return the mean log-probability per token of each answer under the frozen model."""
+    means: list[float] = []
+    for question, text in zip(questions, texts, strict=True):
+        messages = [{"role": "user", "content": question}]
+        read = await flow.engine.sequence_logprobs(SequenceQuery({"messages": messages}, (text,)))
+        logprobs = read.logprobs[0]
+        means.append(float(logprobs.mean()) if len(logprobs) else float("nan"))
+    return means
+
+
+def rows_of(cells: Sequence[Cell], frozen: Cell) -> list[dict[str, Any]]:
+    """Return the recorded rows, with the differences to the frozen model paired by prompt."""
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        row: dict[str, Any] = {f"scale_{name}": scale for name, scale in cell.setting.items()}
+        for name, values in cell.measures.items():
+            valid = ~np.isnan(values) & ~np.isnan(frozen.measures[name])
+            row[name], row[f"{name}_se"] = mean_se(values[valid])
+            gap = values[valid] - frozen.measures[name][valid]
+            row[f"{name}_minus_frozen"], row[f"{name}_minus_frozen_se"] = mean_se(gap)
+        rows.append(row)
+    return rows
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table. A difference in bold is more than two standard errors from zero."""
+    measures = [*MEASURES, "tokens", "logprob_per_token", "distinct_pairs"]
+    table = Table("scale", *measures, "cheerful - frozen", "simple - frozen", title=title)
+    for row in rows:
+        scales = [f"{key[6:]} {row[key]:g}" for key in row if key.startswith("scale_")]
+        cells = [row_figure(row, name) for name in measures]
+        for name in MEASURES:
+            cells.append(difference(row[f"{name}_minus_frozen"], row[f"{name}_minus_frozen_se"]))
+        table.add_row(", ".join(scales), *cells)
+    OUT.print(table)
+
+
+def plot(cells: Mapping[str, Sequence[Cell]]) -> None:
+    """Plot the measure of each trait, and the frozen model's log-probability, against the scale."""
+    mpl.use("Agg")
+    plot_figure, axes = plt.subplots(1, len(TRAITS) + 1, figsize=(13, 3.6), layout="constrained")
+    for axis, (trait, row) in zip(axes, cells.items(), strict=False):
+        measure = trait if trait in MEASURES else "tokens"
+        points = np.array([mean_se(cell.measures[measure]) for cell in row])
+        axis.errorbar(SCALES, points[:, 0], points[:, 1], marker="o")
+        axis.set(xlabel=f"scale of {trait!r}", title=f"{measure} (standard errors)")
+        axis.axvline(1.0, color="0.7", linewidth=0.8)
+        guard = np.array([np.nanmean(cell.measures["logprob_per_token"]) for cell in row])
+        axes[-1].plot(SCALES, guard, marker="o", markersize=3, label=trait)
+    axes[-1].set(xlabel="scale", title="log p per token, frozen model")
+    axes[-1].legend(fontsize=7)
+    plot_figure.savefig(RESULTS / "guidance_real.png", dpi=100)
+    plt.close(plot_figure)
+
+
+async def run(seed: int, questions: Sequence[str], source: str) -> None:
+    """Answer the prompts with every scale, print the tables, record and plot the results."""
+    OUT.print(__doc__, highlight=False)
+    by_trait: dict[str, list[Cell]] = {}
+    async with serving(CONFIG) as flow:
+        for trait in TRAITS:
+            by_trait[trait] = []
+            for scale in SCALES:
+                by_trait[trait].append(await answer(flow, questions, seed, {trait: scale}))
+                OUT.print(f"{trait} {scale:g}: measured", highlight=False)
+        grid: list[Cell] = []
+        for first, second in itertools.product(GRID, GRID):
+            scales = {"cheerful": first, "simple": second}
+            grid.append(await answer(flow, questions, seed, scales))
+    frozen = by_trait["cheerful"][SCALES.index(0.0)]
+    rows: list[dict[str, Any]] = []
+    for trait, cells in by_trait.items():
+        rows += rows_of(cells, frozen)
+        show(f"Guidance by {trait!r}, one draw", rows_of(cells, frozen))
+    composed = rows_of(grid, frozen)
+    show("Two traits at once", composed)
+    setup = {
+        "prompts": len(questions),
+        "source": source,
+        "max_tokens": MAX_TOKENS,
+        "temperature": TEMPERATURE,
+        "traits": TRAITS,
+    }
+    baseline = "the frozen model (scale 0) and asking (scale 1), with the same seeds"
+    written = record(
+        "guidance_real", baseline=baseline, seed=seed, rows=[*rows, *composed], setup=setup
+    )
+    OUT.print("written:", written)
+    plot(by_trait)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argument_parser(__doc__, prompts=64)
+    parser.set_defaults(seed=SEED)
+    parser.add_argument("--pools", type=Path, help="answer pools of AlpacaEval, JSONL in xz")
+    options = parser.parse_args()
+    source = "a list of topics" if options.pools is None else "AlpacaEval's instructions"
+    questions = prompts(options.pools, options.prompts)
+    asyncio.run(run(options.seed, questions, source))
+
+
+if __name__ == "__main__":
+    main()
