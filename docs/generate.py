@@ -22,6 +22,7 @@ from figures import ROOT, table
 from infer_align import config
 from infer_align.config import registry
 from infer_align.config.align import Budget
+from infer_align.config.schema import placeholder
 from infer_align.methods.dpa import Prompting
 from infer_align.objectives import Ensemble
 from infer_align_server.metrics import Metrics
@@ -115,7 +116,7 @@ def _parameters(classes: dict[str, type[Any]], head: str) -> str:
         summary = (cls.__doc__ or "").partition("\n")[0]
         rows.append([f"`{name}`", "", summary])
         for field in dataclasses.fields(cls):
-            parameter = f"`{field.name}` ({_default(field)})"
+            parameter = f"`{placeholder(field)}` ({_default(field)})"
             rows.append(["", parameter, field.metadata.get("description", "")])
     return table([head, "parameter (default)", "what it does"], rows)
 

@@ -62,10 +62,24 @@ def standardize(scores: ArrayLike) -> Array:
     mean, and UWO reads an offset between members as disagreement.
     """
     members, _ = _members(scores)
-    spread = std(members.T)[:, None]
+    deviation = std(members.T)[:, None]
     centred = members - mean(members.T)[:, None]
     constant = np.where(np.isnan(members), np.nan, 0.0)
-    return np.asarray(np.divide(centred, spread, out=constant, where=spread > 0))
+    return np.asarray(np.divide(centred, deviation, out=constant, where=deviation > 0))
+
+
+def spread(scores: ArrayLike) -> float:
+    """Return the population standard deviation of the finite scores: [N] -> at least 0.
+
+    It is 0 if no score is finite, and if all of them are equal, however they are rounded.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    finite = values[np.isfinite(values)]
+    if not len(finite) or finite.min() == finite.max():
+        return 0.0
+    # Squares of scores over 1e154 are infinite.
+    scale = float(np.abs(finite).max())
+    return float(np.std(finite / scale)) * scale
 
 
 def project(direction: Direction, values: ArrayLike, attributes: Sequence[str]) -> Array:

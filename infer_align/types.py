@@ -221,6 +221,24 @@ class Scores:
     reports: Mapping[str, Body] = field(default_factory=dict)  # reward -> further results as JSON
     failures: Mapping[str, int] = field(default_factory=dict)  # reward -> candidates not scored
     seconds: Mapping[str, float] = field(default_factory=dict)  # reward -> time of its slowest call
+    # pairwise judge -> [N, N] probabilities that a row beats a column; NaN: not compared
+    matrices: Mapping[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The result of a selection rule. Candidates are named by their index."""
+
+    order: tuple[int, ...]  # best first
+    clause: str  # why the first one won, for the response's reason
+    # The probability of each candidate to be first; None: the rule is no lottery.
+    distribution: tuple[float, ...] | None = None
+    # True if the rule compares pairs; then the next two fields say what it saw.
+    pairwise: bool = False
+    condorcet: int | None = None  # the candidate that beats every other one
+    cycles: int = 0  # triples in which each beats the next one
+    # The worst case that the rule maximises: a probability to win, or a group's score.
+    worst_case: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,8 +247,19 @@ class Selection:
 
     ranking: tuple[int, ...]
     objective: tuple[float, ...]  # per candidate; NaN if it was not compared
-    values: Mapping[str, Array]  # scorer -> [N], before weighting
+    values: Mapping[str, Array]  # scorer -> [N], before shapes and weights
     dropped: Mapping[int, str]  # candidate -> why it was not compared
     reason: str
+    # scorer -> [N] after its shape; empty if the request composes nothing
+    composed: Mapping[str, Array] = field(default_factory=dict)
+    # The name of the rule that ranked the candidates; "" if nothing was ranked.
+    rule: str = ""
+    # The probability of each candidate to be first; None: the rule is no lottery.
+    distribution: tuple[float, ...] | None = None
+    # True if the rule compared pairs; then the next two fields say what it saw.
+    pairwise: bool = False
+    condorcet: int | None = None
+    cycles: int = 0
+    worst_case: float | None = None
     # True if the deadline passed before anything was scored. Written by the flow.
     late: bool = False

@@ -64,9 +64,17 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
         # become tuples.
         parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
     except ValidationError as invalid:
+<<<<<<< HEAD
         errors = invalid.errors(include_url=False)
         first = errors[0]
         location = _location(first["loc"])
+=======
+        first = invalid.errors(include_url=False)[0]
+        location = _location(first["loc"])
+        if passthrough is not None and location[:1] == [passthrough.name]:
+            # The options stand beside the other fields, not in one of their own.
+            location = location[1:]
+>>>>>>> 15338a1 (select, compose: rules and shapes between the scores and the returned candidate)
         where = functools.reduce(join, location, path)
         if first["type"] == "missing":
             message = f"{where}: is required{_description(cls, first['loc'])}."
@@ -80,7 +88,12 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
 
 def json_schema(cls: type[Any]) -> dict[str, Any]:
     """Return the JSON schema of a parameter dataclass."""
-    return _adapter(cls).json_schema()
+    schema = _adapter(cls).json_schema()
+    passthrough = _passthrough_field(cls)
+    if passthrough is not None and passthrough.metadata["rest"] is None:
+        options = schema["properties"].pop(passthrough.name)
+        schema["additionalProperties"] = options["additionalProperties"]
+    return schema
 
 
 def signature(cls: type[Any]) -> str:
@@ -92,6 +105,11 @@ def signature(cls: type[Any]) -> str:
     return ", ".join(parts)
 
 
+def placeholder(parameter: dataclasses.Field[Any]) -> str:
+    """Return the name of a parameter for people; options of any name have a placeholder."""
+    return str(parameter.metadata.get("placeholder", parameter.name))
+
+
 def _example(cls: type[Any]) -> str:
     """Return an object with each parameter and its default, as JSON."""
     parts = []
@@ -99,7 +117,7 @@ def _example(cls: type[Any]) -> str:
         value = "..."
         if f.default is not dataclasses.MISSING:
             value = json.dumps(f.default, default=str)
-        parts.append(f'"{f.name}": {value}')
+        parts.append(f'"{placeholder(f)}": {value}')
     return f"{{{', '.join(parts)}}}"
 
 
@@ -126,9 +144,10 @@ def _make_adapter(cls: type[Any]) -> TypeAdapter[Any]:
 
 
 def _passthrough_field(cls: type[Any]) -> dataclasses.Field[Any] | None:
-    """Return the field that holds options of another program under their own names, if any.
+    """Return the field that holds options under their own names, if any.
 
-    Its metadata has the key "rest": a function that returns the names of all such options.
+    Its metadata has the key "rest": a function that returns the names of all such options, or None
+    if they may have any name.
     """
     for f in dataclasses.fields(cls):
         if "rest" in f.metadata:
@@ -146,7 +165,8 @@ def _allowed_names(
     names = _field_names(cls, passthrough)
     # The options of another program are listed only if some key needs them: that may be slow.
     if passthrough is not None and not names.issuperset(keys):
-        names |= set(passthrough.metadata["rest"]())
+        list_options = passthrough.metadata["rest"]
+        names |= set(keys if list_options is None else list_options())
     return names
 
 

@@ -12,11 +12,19 @@ from infer_align.engines import Engine
 from infer_align.errors import InvalidRequest, Unsupported, quote
 from infer_align.flow.limits import check_candidates, check_tokens
 from infer_align.flow.request import Request, whole_number
-from infer_align.flow.rules import Highest
+from infer_align.flow.rules import Highest, check_selection
 from infer_align.flow.scorers import Scorer, resolve_scorers
 from infer_align.flow.seeds import SEED_RANGE, seed_draws
 from infer_align.messages import message_text
-from infer_align.methods import Method, ObserverFactory, PlanDraft, Sections, SelectionRule, Stage
+from infer_align.methods import (
+    Composition,
+    Method,
+    ObserverFactory,
+    PlanDraft,
+    Sections,
+    SelectionRule,
+    Stage,
+)
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
 from infer_align.types import Body, Direction, Draw, Kind, Messages
@@ -24,7 +32,7 @@ from infer_align.types import Body, Direction, Draw, Kind, Messages
 # Fields of the body that the planner reads. The engine gets them as fields of the draw.
 _PLANNED_FIELDS = {"n", "seed", "stream", "stream_options"}
 # Stages that make sense for candidates that already exist.
-SCORING_STAGES = (Stage.CONDITION, Stage.SCORE)
+SCORING_STAGES = (Stage.CONDITION, Stage.SCORE, Stage.SELECT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,7 @@ class Plan:
     ensemble: Ensemble = field(default_factory=Ensemble)
     methods: tuple[str, ...] = ()  # their names, in the order of their stages
     n_returned: int = 1  # OpenAI's n: the number of candidates to return
+    seed: int = 0  # of the request; lotteries draw with it
     deadline_seconds: float | None = None
 
     # Written by CONDITION.
@@ -62,6 +71,7 @@ class Plan:
     scorers: tuple[Scorer, ...] = ()
 
     # Written by SELECT.
+    composition: Composition | None = None  # None: scores are summed as they are
     rule: SelectionRule = field(default_factory=Highest)
 
     # Counted by the planner.
@@ -131,8 +141,8 @@ def make_scoring_plan(
 ) -> Plan:
     """Plan the scoring of n existing answers to a conversation.
 
-    Only the methods that condition or score take part. Nothing will be sampled for candidates, so
-    `scoring_tokens` is the whole cost.
+    Only the methods that condition, score or select take part. Nothing will be sampled for
+    candidates, so `scoring_tokens` is the whole cost.
 
     Raises:
         InvalidRequest: as `make_plan`.
@@ -262,6 +272,8 @@ def _complete(
     scorers = resolve_scorers(
         replace(draft, messages=messages), request.align.rewards, rewards, default_rewards
     )
+    rule = draft.rule or Highest()
+    check_selection(draft, rule, scorers, rewards)
     methods = request.align.methods
     return Plan(
         draws=draft.draws,
@@ -272,7 +284,9 @@ def _complete(
         ensemble=request.align.ensemble,
         direction=draft.direction,
         observers=draft.observers,
-        rule=draft.rule or Highest(),
+        composition=draft.composition,
+        rule=rule,
+        seed=draft.seed,
         methods=tuple(sorted(methods, key=lambda name: methods[name].stage)),
         # Several candidates with scorers are ranked even if no method asks for a selection.
         selects=draft.selects or (bool(scorers) and draft.candidates > 1),

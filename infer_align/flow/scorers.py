@@ -73,7 +73,8 @@ def resolve_scorers(
         if reward_name not in resolved:
             resolved[reward_name] = _resolve_reward(reward_name, draft, rewards)
         scorers.append(Scorer(reward_name, resolved[reward_name], weight, attribute or None))
-    if draft.selects and not any(merged.values()):
+    needs_scores = draft.rule is None or draft.rule.needs_scores
+    if draft.selects and needs_scores and not any(merged.values()):
         param = draft.param("rewards")
         raise InvalidRequest(
             f"{param}: nothing to choose by; give a reward a weight over 0, or configure [rewards] "

@@ -113,6 +113,11 @@ async def score_with(
             scores = await reward.score(messages, candidates)
         if scores.values.shape != shape:
             raise ValueError(f"the reward returned shape {scores.values.shape}, expected {shape}")
+        if scores.matrix is not None and scores.matrix.shape != shape[2:] * 2:
+            raise ValueError(
+                f"the reward returned win probabilities of shape {scores.matrix.shape}, expected "
+                f"{shape[2:] * 2}"
+            )
         # An infinite score cannot be compared, so it counts as not scored.
         finite = np.where(np.isfinite(scores.values), scores.values, np.nan)
         return replace(scores, values=finite)
@@ -165,6 +170,7 @@ def _combine(
     indices = [candidate.index for candidate in eligible]
     members = {}
     notes = {}
+    matrices = {}
     for scorer in plan.scorers:
         result = results[scorer.reward_name]
         values = np.full((len(scorer.reward.members), candidates), np.nan)
@@ -172,6 +178,10 @@ def _combine(
         members[scorer.name] = values
         note_by_index = dict(zip(indices, result.notes, strict=False))
         notes[scorer.name] = tuple(note_by_index.get(i) for i in range(candidates))
+        if result.matrix is not None:
+            matrix = np.full((candidates, candidates), np.nan)
+            matrix[np.ix_(indices, indices)] = result.matrix
+            matrices[scorer.name] = matrix
     usage = sum((result.usage for result in results.values()), ScoringUsage())
     reports = {name: result.report for name, result in results.items() if result.report}
     failures: dict[str, int] = {}
@@ -179,7 +189,7 @@ def _combine(
         failed = int(np.isnan(result.values).any(axis=(0, 1)).sum())
         if failed:
             failures[name] = failed
-    return Scores(members, usage, notes, reports, failures)
+    return Scores(members, usage, notes, reports, failures, matrices=matrices)
 
 
 def _member_scores(scorer: Scorer, values: Array, direction: Direction | None) -> Array:

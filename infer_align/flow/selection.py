@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infer_align.errors import RewardFailed
 from infer_align.flow.plan import Plan
-from infer_align.types import Array, Candidate, Scores, Selection
+from infer_align.methods import Contest
+from infer_align.types import Array, Candidate, Ranking, Scores, Selection
 
 IGNORED = "all directions gave the same answer; the model may ignore directions"
 
@@ -61,28 +63,137 @@ def select(
 
 
 def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selection:
-    """Rank the candidates by the weighted sum of their scores, with the rule of the plan.
+    """Rank the candidates: compose their scores, sum them, drop by gates, and apply the rule.
 
     Without scorers they keep the order of drawing. A candidate that failed, that was rejected while
     it ran, or that a scorer with weight could not score, is dropped: a missing score is never a 0.
+    So is one that misses a gate, unless all do: then the one that misses by the least wins.
     """
     eligible = [candidate.index for candidate in candidates if candidate.eligible]
     dropped = {c.index: c.rejected or f"failed: {c.error}" for c in candidates if not c.eligible}
     values = {name: plan.ensemble.reduce(members) for name, members in scores.members.items()}
-    if not values:
+    if not values and (plan.rule.needs_scores or not plan.selects):
         not_compared = (math.nan,) * len(candidates)
         reason = _joined(_plain_reason(plan), _ignored_directions(plan, candidates))
         return Selection(tuple(eligible), not_compared, values, dropped, reason)
-    objective = _weighted_sum(plan, values, len(candidates))
-    # Not even weights of 0 make a failed candidate comparable.
+    composed = values if plan.composition is None else plan.composition.compose(values)
+    shortfalls = _shortfalls(plan, values, len(candidates))
+    objective = _weighted_sum(plan, composed, len(candidates))
+    # Not even weights of 0 make a failed candidate comparable, nor one that a gate did not score.
     objective[list(dropped)] = math.nan
-    # The default rule is `Highest` in rules.py.
-    ranking = plan.rule.rank(objective)
+    objective[np.isnan(shortfalls)] = math.nan
     for index in eligible:
-        if index not in ranking:
+        if math.isnan(objective[index]):
             dropped[index] = f"not scored: {_missing_score(plan, scores, values, index)}"
-    reason = _reason(plan, candidates, objective, ranking)
-    return Selection(ranking, tuple(objective.tolist()), values, dropped, reason)
+    compared = np.flatnonzero(~np.isnan(objective))
+    passing = compared[shortfalls[compared] == 0]
+    if len(passing):
+        for index in compared[shortfalls[compared] > 0].tolist():
+            objective[index] = math.nan
+            dropped[index] = _missed_gate(plan, values, index)
+        ranking = _apply_rule(plan, passing, candidates, scores, composed, objective)
+    else:
+        ranking = _least_shortfall(plan, compared, shortfalls, objective)
+    missed = len(compared) - len(ranking.order)
+    reason = _reason(plan, candidates, objective, ranking, missed)
+    if not values:
+        # The rule chose without scores.
+        objective[:] = math.nan
+    selection = Selection(ranking.order, tuple(objective.tolist()), values, dropped, reason)
+    return _with_ranking(selection, plan, ranking, composed)
+
+
+def _with_ranking(
+    selection: Selection, plan: Plan, ranking: Ranking, composed: Mapping[str, Array]
+) -> Selection:
+    """Return the selection with what the rule computed beside the order."""
+    return replace(
+        selection,
+        composed={} if plan.composition is None else composed,
+        rule=plan.rule.name,
+        distribution=ranking.distribution,
+        pairwise=ranking.pairwise,
+        condorcet=ranking.condorcet,
+        cycles=ranking.cycles,
+        worst_case=ranking.worst_case,
+    )
+
+
+def _shortfalls(plan: Plan, values: Mapping[str, Array], candidates: int) -> Array:
+    """Return by how much each candidate misses the gates; 0 without gates."""
+    if plan.composition is None or not plan.composition.gates:
+        return np.zeros(candidates)
+    return plan.composition.shortfalls(values)
+
+
+def _apply_rule(
+    plan: Plan,
+    compared: NDArray[np.intp],
+    candidates: Sequence[Candidate],
+    scores: Scores,
+    composed: Mapping[str, Array],
+    objective: Array,
+) -> Ranking:
+    """Rank the candidates that can be compared by the rule of the plan."""
+    counted = [scorer for scorer in plan.scorers if scorer.weight]
+    rows = [composed[scorer.name][compared] for scorer in counted]
+    matrices = {name: p[np.ix_(compared, compared)] for name, p in scores.matrices.items()}
+    composition = plan.composition
+    contest = Contest(
+        objective=objective[compared],
+        names=tuple(scorer.name for scorer in counted),
+        values=np.reshape(rows, (len(rows), len(compared))),
+        weights=np.array([scorer.weight for scorer in counted]),
+        shaped=frozenset() if composition is None else frozenset(composition.shaped),
+        matrices=matrices,
+        texts=tuple(candidates[i].text for i in compared),
+        tokens=tuple(candidates[i].completion_tokens for i in compared),
+        measure=_measure(plan),
+        drawn=len(candidates),
+        seed=plan.seed,
+        n_returned=plan.n_returned,
+    )
+    return _numbered(plan.rule.rank(contest), compared, len(candidates))
+
+
+def _numbered(ranking: Ranking, compared: NDArray[np.intp], candidates: int) -> Ranking:
+    """Return a ranking of the compared candidates with their indices among all of them."""
+    order = tuple(int(compared[i]) for i in ranking.order)
+    distribution = None
+    if ranking.distribution is not None:
+        probabilities = np.zeros(candidates)
+        probabilities[compared] = ranking.distribution
+        distribution = tuple(probabilities.tolist())
+    condorcet = ranking.condorcet
+    if condorcet is not None:
+        condorcet = int(compared[condorcet])
+    return replace(ranking, order=order, distribution=distribution, condorcet=condorcet)
+
+
+def _least_shortfall(
+    plan: Plan, compared: NDArray[np.intp], shortfalls: Array, objective: Array
+) -> Ranking:
+    """Rank candidates that all miss a gate by how little they miss, then by the objective."""
+    order = sorted(compared.tolist(), key=lambda i: (shortfalls[i], -objective[i], i))
+    gates = {} if plan.composition is None else plan.composition.gates
+    clause = f"all {len(order)} candidates miss a gate ({', '.join(gates)}); this one by the least"
+    return Ranking(tuple(order), clause)
+
+
+def _missed_gate(plan: Plan, values: Mapping[str, Array], index: int) -> str:
+    """Return the first gate that a candidate misses."""
+    gates = {} if plan.composition is None else plan.composition.gates
+    for name, limit in gates.items():
+        value = values[name][index]
+        if value < limit:
+            return f"missed a gate: {name} {value:.3g} is under at_least {limit:g}"
+    return "missed a gate"
+
+
+def _measure(plan: Plan) -> str:
+    """Return the name of the objective, for the reason."""
+    name = plan.ensemble.objective
+    return name if plan.composition is None else f"composed {name}"
 
 
 def _weighted_sum(plan: Plan, values: Mapping[str, Array], candidates: int) -> Array:
@@ -96,8 +207,10 @@ def _weighted_sum(plan: Plan, values: Mapping[str, Array], candidates: int) -> A
 
 def _missing_score(plan: Plan, scores: Scores, values: Mapping[str, Array], index: int) -> str:
     """Return the scorer that left a candidate without a score, and its note."""
+    gates = {} if plan.composition is None else plan.composition.gates
     for scorer in plan.scorers:
-        if scorer.weight and np.isnan(values[scorer.name][index]):
+        counts = scorer.weight or scorer.name in gates
+        if counts and np.isnan(values[scorer.name][index]):
             return f"{scorer.name}: {scores.notes[scorer.name][index] or 'NaN'}"
     return "the weighted sum is not a number"
 
@@ -112,12 +225,14 @@ def _plain_reason(plan: Plan) -> str:
 
 
 def _reason(
-    plan: Plan, candidates: Sequence[Candidate], objective: Array, ranking: tuple[int, ...]
+    plan: Plan, candidates: Sequence[Candidate], objective: Array, ranking: Ranking, missed: int
 ) -> str:
     clauses = [_comparison(plan, objective, ranking)]
     rejected = sum(candidate.rejected is not None for candidate in candidates)
     if rejected:
         clauses.append(f"{rejected} of them stopped early")
+    if missed:
+        clauses.append(f"{missed} of them missed a gate")
     clauses += [plan.note, _ignored_directions(plan, candidates)]
     return _joined(*clauses)
 
@@ -143,18 +258,13 @@ def _ignored_directions(plan: Plan, candidates: Sequence[Candidate]) -> str:
     return IGNORED if len(prompts) > 1 and len(answers) == 1 else ""
 
 
-def _comparison(plan: Plan, objective: Array, ranking: tuple[int, ...]) -> str:
-    name = plan.ensemble.objective
+def _comparison(plan: Plan, objective: Array, ranking: Ranking) -> str:
     candidates = len(objective)
-    if not ranking:
+    if not ranking.order:
         return f"none of {candidates} candidates could be scored"
-    best = objective[ranking[0]]
+    value = f" ({_measure(plan)} {objective[ranking.order[0]]:.3g})" if plan.scorers else ""
     if candidates == 1:
-        return f"one candidate, nothing to compare ({name} {best:.3g})"
-    if len(ranking) == 1:
-        return f"the only one of {candidates} candidates that could be compared ({name} {best:.3g})"
-    runner_up = objective[ranking[1]]
-    return (
-        f"{plan.rule.name} {name} of {candidates} candidates "
-        f"({best:.3g}; runner-up {runner_up:.3g})"
-    )
+        return f"one candidate, nothing to compare{value}"
+    if len(ranking.order) == 1:
+        return f"the only one of {candidates} candidates that could be compared{value}"
+    return ranking.clause

@@ -19,12 +19,23 @@ its own part written into it:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
-from infer_align.types import Array, Body, Capability, Direction, Draw, Event, Messages
+import numpy as np
+
+from infer_align.types import (
+    Array,
+    Body,
+    Capability,
+    Direction,
+    Draw,
+    Event,
+    Messages,
+    Ranking,
+)
 
 SectionT = TypeVar("SectionT")
 # With a larger weight of a value, a float32 softmax is an argmax over the values.
@@ -107,21 +118,83 @@ class ScorerRequest:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
-class SelectionRule(ABC):
-    """Ranks the candidates of one request by their objective.
+class Composition(ABC):
+    """Shapes the scores of one request before they are summed, and gates its candidates."""
 
-    Attributes:
-        name: an adjective for the response's reason, such as "highest".
-    """
+    @property
+    @abstractmethod
+    def shaped(self) -> tuple[str, ...]:
+        """Return the names of the rewards with a shape."""
 
-    name: str
+    @property
+    @abstractmethod
+    def gates(self) -> Mapping[str, float]:
+        """Return the lowest score that passes, by reward."""
 
     @abstractmethod
-    def rank(self, objective: Array) -> tuple[int, ...]:
-        """Return the candidates to return, best first: [N] -> up to N indices.
+    def compose(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the shaped scores of each reward: {reward: [N]} -> {reward: [N]}; NaN stays."""
 
-        The objective is the weighted sum of the scores; NaN marks a candidate that was not compared
-        and must be left out.
+    @abstractmethod
+    def shortfalls(self, values: Mapping[str, Array]) -> Array:
+        """Return by how much each candidate misses the gates: {reward: [N]} -> [N].
+
+        0 passes; NaN is a candidate that a gate's reward did not score.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """The candidates of one request that can be compared, as a selection rule sees them.
+
+    N counts these candidates: none failed, and each has all its scores. R counts the rewards with a
+    weight over 0. No score is NaN.
+    """
+
+    objective: Array  # [N]: the weighted sum of the composed scores
+    names: tuple[str, ...] = ()  # R names of rewards
+    values: Array = field(default_factory=lambda: np.zeros((0, 0)))  # [R, N] composed scores
+    weights: Array = field(default_factory=lambda: np.zeros(0))  # [R], over 0
+    # The rewards whose shape the request sets. The scale of any other one is arbitrary.
+    shaped: frozenset[str] = frozenset()
+    # pairwise judge -> [N, N] probabilities that a row beats a column; NaN: not compared
+    matrices: Mapping[str, Array] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()  # N
+    tokens: tuple[int, ...] = ()  # N
+    measure: str = "objective"  # the name of the objective, such as "uwo"
+    drawn: int = 0  # candidates of the request, including those that cannot be compared
+    seed: int = 0
+    n_returned: int = 1
+
+
+class SelectionRule(ABC):
+    """Ranks the candidates of one request.
+
+    Attributes:
+        name: the value of `align.select.rule`, or another word for the response.
+        needs_scores: False if the rule can choose without any reward.
+    """
+
+    name: ClassVar[str]
+    needs_scores: ClassVar[bool] = True
+
+    def check(self, param: str, rewards: Sequence[str], judges: Sequence[str]) -> None:
+        """Refuse a plan that lacks what the rule needs, before anything is spent.
+
+        Args:
+            param: the field of the request that names the rule.
+            rewards: the names of the rewards with a weight over 0, pairwise judges included.
+            judges: the names of the pairwise judges among them.
+
+        Raises:
+            InvalidRequest: naming the field and what is missing.
+        """
+
+    @abstractmethod
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the candidates to return, best first, by their place in the contest.
+
+        There is at least one candidate. The same contest gives the same ranking.
         """
 
 
@@ -156,6 +229,7 @@ class PlanDraft:
     scorers: tuple[ScorerRequest, ...] = ()
 
     # Written by SELECT.
+    composition: Composition | None = None  # None: scores are summed as they are
     rule: SelectionRule | None = None  # None: the highest objective first
 
     @property

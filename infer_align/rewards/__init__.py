@@ -53,6 +53,9 @@ class RewardScores:
     report: Body = field(default_factory=dict)
     # The first exception that left a candidate without a score, for the log.
     failure: BaseException | None = None
+    # [N, N]: the probability that the candidate of the row beats the one of the column, and NaN for
+    # pairs that were not compared. None: the reward does not compare pairs.
+    matrix: Array | None = None
 
 
 class Reward(ABC):
@@ -65,6 +68,7 @@ class Reward(ABC):
         timeout_seconds: time limit of `score`; after it, the candidates count as not scored.
         pipelined: True if each candidate is scored as soon as it is finished, instead of all
             together.
+        compares_pairs: True if its scores come with a matrix of win probabilities.
         uses_engine: True if it generates or reads with an engine. Such a reward scores only if a
             request names it.
         engines: the engines of the process by name, "served" and those of `[engines.*]`. They are
@@ -78,6 +82,7 @@ class Reward(ABC):
     timeout_seconds: float = 30.0
     pipelined: ClassVar[bool] = False
     engines: Mapping[str, Engine] = MappingProxyType({})
+    compares_pairs: bool = False
     uses_engine: bool = False
     warnings: tuple[str, ...] = ()
 

@@ -19,6 +19,8 @@ from infer_align.config.align import SETTINGS
 from infer_align.engines.fake import Fake
 from infer_align.flow.plan import make_plan
 from infer_align.flow.request import parse_request
+from infer_align.methods.compose import Gate as GateParameters
+from infer_align.methods.compose import RewardShape as RewardShapeParameters
 from infer_align.methods.guidance import TraitSections
 from infer_align.rewards.rules import Rules
 from infer_align_client import (
@@ -30,9 +32,12 @@ from infer_align_client import (
     Budget,
     CandidateReport,
     Ensemble,
+    Gate,
     Guidance,
     Report,
+    RewardShape,
     Score,
+    Select,
     TraitPrompts,
     TrustJudge,
     extra_body,
@@ -45,6 +50,9 @@ SAME = [
     (DPA, registry.methods.get("dpa")),
     (RPS, registry.methods.get("rps")),
     (TrustJudge, registry.methods.get("trust_judge")),
+    (Select, registry.methods.get("select")),
+    (RewardShape, RewardShapeParameters),
+    (Gate, GateParameters),
     (Ensemble, objectives.Ensemble),
     (Budget, align.Budget),
 ]
@@ -88,6 +96,8 @@ def test_extra_body_holds_the_given_keys_and_nothing_else() -> None:
         "trust_judge": {"criteria": "brief"},
         "rewards": {"short": 0.0},
         "ensemble": {"objective": "wco"},
+        "compose": {"short": {"shape": "rank"}, "gates": {"short": {"at_least": -9.0}}},
+        "select": {"rule": "shortest"},
         "budget": {"completion_tokens": 100},
         "details": "none",
     }
@@ -135,7 +145,7 @@ def test_a_report_is_what_the_server_writes(servers: Any) -> None:
         plain = ask(model="fake", messages=user)
     answered = report(answer)
     assert answered is not None
-    assert set(answered) == set(Report.__annotations__)
+    assert set(answered) == {*Report.__annotations__} - {"selection"}
     for candidate in answered["candidates"]:
         assert set(candidate) == set(CandidateReport.__annotations__)
         for score in candidate["scores"].values():

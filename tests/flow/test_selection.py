@@ -14,10 +14,10 @@ from infer_align.errors import RewardFailed
 from infer_align.flow.plan import Plan
 from infer_align.flow.scorers import Scorer
 from infer_align.flow.selection import rank_candidates, select
-from infer_align.methods import SelectionRule
+from infer_align.methods import Contest, SelectionRule
 from infer_align.objectives import Ensemble, rank
 from infer_align.rewards import Reward, RewardScores
-from infer_align.types import Array, Candidate, Draw, Scores, Selection, Steering
+from infer_align.types import Candidate, Draw, Ranking, Scores, Selection, Steering
 
 NAN = math.nan
 MEMBERS: Any = st.integers(1, 4).flatmap(
@@ -190,8 +190,9 @@ class Lowest(SelectionRule):
 
     name = "lowest"
 
-    def rank(self, objective: Array) -> tuple[int, ...]:
-        return tuple(reversed(rank(objective)))
+    def rank(self, contest: Contest) -> Ranking:
+        order = tuple(reversed(rank(contest.objective)))
+        return Ranking(order, f"lowest of {contest.drawn}")
 
 
 def test_a_plan_may_bring_another_rule() -> None:
@@ -200,7 +201,7 @@ def test_a_plan_may_bring_another_rule() -> None:
     selection = select(plan, [Candidate(i, {}) for i in range(3)], scores)
     assert selection.ranking == (1, 0)
     assert selection.dropped == {2: "not scored: r: NaN"}
-    assert selection.reason == "lowest uwo of 3 candidates (1; runner-up 2)"
+    assert selection.reason == "lowest of 3"
 
 
 def test_the_reason_of_a_steered_draw_names_its_weights() -> None:

@@ -14,7 +14,7 @@ it works with every version of the SDK and with its asynchronous client.
 
 from __future__ import annotations
 
-from typing import Literal, Required, TypedDict, Unpack, cast
+from typing import Literal, NotRequired, Required, TypeAlias, TypedDict, Unpack, cast
 
 # Sorted by character, as the tests of this repository expect.
 __all__ = [  # noqa: RUF022
@@ -22,13 +22,18 @@ __all__ = [  # noqa: RUF022
     "BestOfN",
     "Budget",
     "CandidateReport",
+    "Compose",
     "DPA",
     "EarlyStop",
     "Ensemble",
+    "Gate",
     "Guidance",
     "RPS",
     "Report",
+    "RewardShape",
     "Score",
+    "Select",
+    "SelectionReport",
     "TraitPrompts",
     "TrustJudge",
     "VAS",
@@ -108,6 +113,45 @@ class Ensemble(TypedDict, total=False):
     standardize: bool
 
 
+class RewardShape(TypedDict, total=False):
+    """The shape in which one reward enters the sum."""
+
+    shape: Literal["raw", "standardize", "rank", "par", "cap"]
+    references: int
+    at: float
+
+
+class Gate(TypedDict):
+    """A minimum that a candidate must reach."""
+
+    at_least: float
+
+
+# The shape of each reward by its name, and under the key "gates" the minima by reward.
+Compose: TypeAlias = dict[str, RewardShape | dict[str, Gate]]
+
+
+class Select(TypedDict, total=False):
+    """Choose the rule by which a candidate is returned."""
+
+    rule: Literal[
+        "argmax",
+        "win_rate",
+        "minimax",
+        "maxmin",
+        "lexicographic",
+        "consensus",
+        "pessimistic",
+        "tilted",
+        "shortest",
+    ]
+    margin: float
+    beta: float
+    within: float
+    order: list[str]
+    regret: bool
+
+
 class Budget(TypedDict, total=False):
     """Limits on the cost of one answer."""
 
@@ -128,6 +172,8 @@ class Align(TypedDict, total=False):
     trust_judge: TrustJudge
     rewards: dict[str, float]
     ensemble: Ensemble
+    compose: Compose
+    select: Select
     budget: Budget
     details: Literal["none", "scores", "candidates"]
 
@@ -152,6 +198,7 @@ class Score(TypedDict, total=False):
     """The score of one candidate by one reward. None means not scored."""
 
     value: float | None
+    composed: float | None
     std: float | None
     members: list[float | None]
     note: str
@@ -170,6 +217,16 @@ class CandidateReport(TypedDict, total=False):
     choice: dict[str, object]
 
 
+class SelectionReport(TypedDict, total=False):
+    """The result of `select` and `compose`. A rule reports only what it computes."""
+
+    rule: str
+    distribution: list[float]
+    condorcet: int | None
+    cycles: int
+    worst_case: float
+
+
 class Report(TypedDict):
     """The `align` object of an answer: the candidates, their scores, and the selection."""
 
@@ -181,6 +238,7 @@ class Report(TypedDict):
     candidates: list[CandidateReport]
     usage: dict[str, int]
     timing: dict[str, float]
+    selection: NotRequired[SelectionReport]
 
 
 def report(answer: object) -> Report | None:

@@ -155,6 +155,7 @@ class TrustJudgeReward(Reward):
     def __init__(self, config: TrustJudgeSection) -> None:
         self.config = config
         self.timeout_seconds = config.timeout_seconds
+        self.compares_pairs = config.mode == "pairwise"
         self.description = (
             config.description or f"a judge on the engine {config.engine!r}, mode {config.mode}"
         )
@@ -298,7 +299,8 @@ def _from_comparisons(comparisons: Comparisons, indices: Sequence[int]) -> Rewar
         "drop_rate": len(comparisons.errors) / max(1, len(comparisons.orders)),
     }
     values = 1.0 + 4.0 * np.array([[rates]], dtype=np.float64)
-    return RewardScores(values, comparisons.spent, tuple(notes), report)
+    matrix = comparisons.win_probabilities(n)
+    return RewardScores(values, comparisons.spent, tuple(notes), report, matrix=matrix)
 
 
 def _missing_reason(comparisons: Comparisons, item: int, n: int) -> str:

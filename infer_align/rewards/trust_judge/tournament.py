@@ -8,9 +8,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from infer_align.rewards.trust_judge.judge import Judge, Judgement
-from infer_align.rewards.trust_judge.readings import EQUAL, LARGER, Relation, Rule, relation
-from infer_align.types import Messages, ScoringUsage
+from infer_align.rewards.trust_judge.readings import (
+    EQUAL,
+    LARGER,
+    Relation,
+    Rule,
+    merge,
+    relation,
+)
+from infer_align.types import Array, Messages, ScoringUsage
 
 Pair = tuple[int, int]
 Schedule = Literal["round_robin", "swiss"]
@@ -53,6 +62,25 @@ class Comparisons:
         """Return the item's mean points over its judged pairs, or NaN if it has none."""
         points = self.points(item)
         return sum(points) / len(points) if points else math.nan
+
+    def win_probabilities(self, n: int) -> Array:
+        """Return the probability of each of n answers to beat each other one: [n, n].
+
+        It is read from the labels of both orders; a tie counts half for each. A pair that was not
+        judged is NaN.
+        """
+        matrix = np.full((n, n), np.nan)
+        np.fill_diagonal(matrix, 0.5)
+        for i, j in self.relations:
+            order1, order2 = self.orders[i, j]
+            if order1.reading is None or order2.reading is None:
+                continue
+            labels = merge(order1.reading, order2.reading)
+            total = sum(labels.values())
+            if total > 0:
+                matrix[i, j] = (labels["A"] + labels["C"] / 2) / total
+                matrix[j, i] = 1.0 - matrix[i, j]
+        return matrix
 
     def merged(self, other: Comparisons) -> Comparisons:
         """Return these comparisons and the other ones together."""

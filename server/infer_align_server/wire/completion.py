@@ -148,8 +148,10 @@ def align_json(response: Response) -> dict[str, Any]:
 
 
 def extras_json(response: Response) -> dict[str, Any]:
-    """Return the direction and the reports of rewards, if the response has them."""
+    """Return the direction, the selection and the reports of rewards, if the response has them."""
     extras: dict[str, Any] = {}
+    if response.selection.rule and {"select", "compose"} & set(response.plan.methods):
+        extras["selection"] = selection_json(response)
     if response.plan.direction is not None:
         extras["direction"] = dict(response.plan.direction)
     if response.scores.reports:
@@ -175,6 +177,25 @@ def _candidate_json(candidate: Candidate, response: Response) -> dict[str, Any]:
     return fields
 
 
+def selection_json(response: Response) -> dict[str, Any]:
+    """Return what `select` and `compose` did, as far as the rule computes it."""
+    selection = response.selection
+    report: dict[str, Any] = {"rule": selection.rule}
+    if selection.distribution is not None:
+        report["distribution"] = list(selection.distribution)
+    if selection.pairwise:
+        report |= {"condorcet": selection.condorcet, "cycles": selection.cycles}
+    if selection.worst_case is not None:
+        report["worst_case"] = number(selection.worst_case)
+    return report
+
+
+def _composed_json(response: Response, name: str, index: int) -> dict[str, Any]:
+    """Return the score of one candidate after its shape, if the request composes rewards."""
+    composed = response.selection.composed.get(name)
+    return {} if composed is None else {"composed": number(composed[index])}
+
+
 def scores_json(response: Response, index: int) -> dict[str, Any]:
     """Return each reward's score of one candidate, with the member scores and their deviation."""
     scores: dict[str, Any] = {}
@@ -183,6 +204,7 @@ def scores_json(response: Response, index: int) -> dict[str, Any]:
         column = members[:, [index]]
         scores[name] = {
             "value": number(response.selection.values[name][index]),
+            **_composed_json(response, name, index),
             "std": number(std(column)[0]),
             "members": [number(value) for value in column[:, 0].tolist()],
         }

@@ -83,9 +83,22 @@ _CANDIDATE = closed(
 )
 _CANDIDATE["properties"] |= {"choice": {"type": "object"}}
 _SCORE = closed(value=nullable(NUMBER), std=nullable(NUMBER), members=array(nullable(NUMBER)))
-_SCORE["properties"] |= {"note": STRING}
-# Present only if the request has a direction, or a reward has a report.
-_OPTIONAL_REPORT = {"direction": mapping(NUMBER), "reports": mapping({"type": "object"})}
+# "composed" is present only if the request composes rewards.
+_SCORE["properties"] |= {"note": STRING, "composed": nullable(NUMBER)}
+_SELECTION = closed(rule=STRING)
+# Each rule reports what it computes.
+_SELECTION["properties"] |= {
+    "distribution": array(NUMBER),
+    "condorcet": nullable(COUNT),
+    "cycles": COUNT,
+    "worst_case": nullable(NUMBER),
+}
+# Present only if the request has a direction, or selects or composes, or a reward has a report.
+_OPTIONAL_REPORT = {
+    "direction": mapping(NUMBER),
+    "selection": _SELECTION,
+    "reports": mapping({"type": "object"}),
+}
 _MODEL = closed(id=STRING, object={"const": "model"}, created=INTEGER, owned_by=STRING)
 _MODEL["properties"] |= {
     "root": STRING,

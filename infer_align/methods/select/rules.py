@@ -1,0 +1,351 @@
+"""Apply the selection rules to the candidates of one request.
+
+Every rule ranks all candidates, so that a request for several gets the best ones. Ties go to the
+higher objective, then to the candidate that was drawn first; with maxmin, to the latter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infer_align.errors import InvalidRequest, nearest
+from infer_align.methods import Contest, SelectionRule
+from infer_align.methods.select import pairwise, scores
+from infer_align.objectives import rank, spread, standardize
+from infer_align.types import Array, Ranking
+
+Indices: TypeAlias = NDArray[np.intp]
+# A stream of random numbers of its own beside the seeds of the candidates.
+_LOTTERY = 0x10C0
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate(SelectionRule):
+    """Ranks by the mean probability to beat another candidate."""
+
+    order: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "win_rate"
+
+    def check(self, param: str, rewards: Sequence[str], judges: Sequence[str]) -> None:
+        """Refuse a plan that has nothing to compare two candidates by."""
+        _check_pairs(self.name, self.order, param, rewards, judges)
+
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the candidates by win rate, copies of an answer last."""
+        distinct = _distinct(contest)
+        p = _win_probabilities(contest, self.order, distinct)
+        rates = pairwise.win_rates(p)
+        order = _descending(rates, contest.objective[distinct])
+        best = order[0]
+        clause = f"highest win rate of {contest.drawn} candidates"
+        if len(order) > 1:
+            clause += f" ({rates[best]:.3g}; runner-up {rates[order[1]]:.3g})"
+        winner = pairwise.condorcet(p)
+        clause += _condorcet_clause(winner, best)
+        return Ranking(
+            _with_copies(contest, distinct[order]),
+            clause,
+            pairwise=True,
+            condorcet=None if winner is None else int(distinct[winner]),
+            cycles=pairwise.cycles(p),
+            worst_case=float(np.nanmin(p[best])),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Minimax(SelectionRule):
+    """Draws from the lottery with the best worst case against any other candidate."""
+
+    order: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "minimax"
+
+    def check(self, param: str, rewards: Sequence[str], judges: Sequence[str]) -> None:
+        """Refuse a plan that has nothing to compare two candidates by."""
+        _check_pairs(self.name, self.order, param, rewards, judges)
+
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the candidates as they are drawn, then the rest by their win rate."""
+        distinct = _distinct(contest)
+        p = _win_probabilities(contest, self.order, distinct)
+        lottery = pairwise.minimax_lottery(p)
+        if not lottery.any():
+            # No pair was compared, so no candidate is better than another.
+            lottery = np.full(len(distinct), 1 / len(distinct))
+        rest = _descending(pairwise.win_rates(p), contest.objective[distinct])
+        order = _drawn(lottery, rest, contest.seed)
+        winner = pairwise.condorcet(p)
+        worst = float((lottery @ np.nan_to_num(p, nan=0.5)).min())
+        clause = f"drawn by the minimax lottery over {contest.drawn} candidates"
+        clause += f" with probability {lottery[order[0]]:.3g}"
+        if winner is None:
+            clause += f", which beats any of them with probability {worst:.3g} or more"
+        clause += _condorcet_clause(winner, order[0])
+        distribution = np.zeros(len(contest.objective))
+        distribution[distinct] = lottery
+        return Ranking(
+            _with_copies(contest, distinct[order]),
+            clause,
+            distribution=tuple(distribution.tolist()),
+            pairwise=True,
+            condorcet=None if winner is None else int(distinct[winner]),
+            cycles=pairwise.cycles(p),
+            worst_case=worst,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MaxMin(SelectionRule):
+    """Ranks by the score of the reward that a candidate serves worst."""
+
+    order: tuple[str, ...] = ()
+    regret: bool = False
+
+    name: ClassVar[str] = "maxmin"
+
+    def check(self, param: str, rewards: Sequence[str], judges: Sequence[str]) -> None:
+        """Refuse groups that are not scored."""
+        _check_order(self.name, self.order, param, rewards)
+
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the candidates by their worst group, or by their largest regret."""
+        rows = _rows(contest, self.order)
+        groups = np.stack([_comparable(contest, row) for row in rows])
+        order = scores.maxmin_order(groups, regret=self.regret)
+        losses = groups.max(axis=1, keepdims=True) - groups
+        worst = losses.max(axis=0) if self.regret else groups.min(axis=0)
+        best = order[0]
+        group = int(losses[:, best].argmax() if self.regret else groups[:, best].argmin())
+        measure = "smallest largest regret" if self.regret else "highest worst reward"
+        clause = f"{measure} of {contest.drawn} candidates"
+        clause += f" ({worst[best]:.3g} by {contest.names[rows[group]]}"
+        if len(order) > 1:
+            clause += f"; runner-up {worst[order[1]]:.3g}"
+        return Ranking(order, clause + ")", worst_case=float(worst[best]))
+
+
+@dataclass(frozen=True, slots=True)
+class Lexicographic(SelectionRule):
+    """Compares pairs by rewards in the order of their importance, and ranks by wins."""
+
+    order: tuple[str, ...] = ()
+    margin: float = 0.25
+
+    name: ClassVar[str] = "lexicographic"
+
+    def check(self, param: str, rewards: Sequence[str], judges: Sequence[str]) -> None:
+        """Refuse rewards that are not scored."""
+        _check_order(self.name, self.order, param, rewards)
+
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the candidates by wins, copies of an answer last."""
+        rows = _rows(contest, self.order)
+        if not self.order:
+            rows = sorted(rows, key=lambda row: -contest.weights[row])
+        distinct = _distinct(contest)
+        margins = np.full(len(rows), self.margin)
+        wins = scores.lexicographic(contest.values[rows][:, distinct], margins)
+        order = _descending(wins, contest.objective[distinct])
+        names = ", then ".join(contest.names[row] for row in rows)
+        clause = f"wins {wins[order[0]]:g} of {len(distinct) - 1} comparisons by {names}"
+        return Ranking(_with_copies(contest, distinct[order]), clause)
+
+
+@dataclass(frozen=True, slots=True)
+class Consensus(SelectionRule):
+    """Ranks by the mean overlap of words with the other candidates."""
+
+    name: ClassVar[str] = "consensus"
+    needs_scores: ClassVar[bool] = False
+
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the candidates by their likeness to the others. Copies count as others."""
+        likeness = scores.consensus(scores.overlap(contest.texts))
+        order = _descending(likeness, contest.objective)
+        clause = f"most like the others of {contest.drawn} candidates"
+        if len(order) > 1:
+            best, second = likeness[list(order[:2])]
+            clause += f" (mean overlap {best:.3g}; runner-up {second:.3g})"
+        return Ranking(tuple(order.tolist()), clause)
+
+
+@dataclass(frozen=True, slots=True)
+class Pessimistic(SelectionRule):
+    """Draws among the best, so that a candidate that only seems best cannot dominate."""
+
+    beta: float = 0.1
+
+    name: ClassVar[str] = "pessimistic"
+
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the candidates as they are drawn, then the rest by the objective."""
+        lottery = scores.pessimistic(_standard(contest.objective), self.beta)
+        clause = f"drawn by chi-squared pessimism from the best {np.count_nonzero(lottery)}"
+        return _lottery_ranking(contest, lottery, clause)
+
+
+@dataclass(frozen=True, slots=True)
+class Tilted(SelectionRule):
+    """Draws with probabilities that grow exponentially with the objective."""
+
+    beta: float = 0.5
+
+    name: ClassVar[str] = "tilted"
+
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the candidates as they are drawn."""
+        lottery = scores.tilted(_standard(contest.objective), self.beta)
+        return _lottery_ranking(contest, lottery, f"drawn by the tilted {contest.measure}")
+
+
+@dataclass(frozen=True, slots=True)
+class Shortest(SelectionRule):
+    """Ranks the shortest of those near the best first."""
+
+    within: float = 0.25
+
+    name: ClassVar[str] = "shortest"
+
+    def rank(self, contest: Contest) -> Ranking:
+        """Return the near ones by length, then the rest by the objective.
+
+        The length is in tokens, or in characters if the candidates were not drawn here.
+        """
+        unit = "tokens" if any(contest.tokens) else "characters"
+        lengths = contest.tokens if any(contest.tokens) else [len(text) for text in contest.texts]
+        limit = self.within * spread(contest.objective)
+        ranked = rank(contest.objective)
+        best = contest.objective[ranked[0]]
+        near = [i for i in ranked if best - contest.objective[i] <= limit]
+        first = scores.shortest(contest.objective, np.array(lengths), limit)
+        near.sort(key=lambda i: (i != first, lengths[i]))
+        rest = [i for i in ranked if i not in near]
+        clause = f"shortest of {len(near)} candidates ({lengths[near[0]]} {unit}) within "
+        clause += f"{self.within:g} standard deviations of the highest {contest.measure}"
+        clause += f" of {contest.drawn}"
+        return Ranking((*near, *rest), clause)
+
+
+def _lottery_ranking(contest: Contest, lottery: Array, clause: str) -> Ranking:
+    order = _drawn(lottery, np.array(rank(contest.objective)), contest.seed)
+    clause += f" of {contest.drawn} candidates with probability {lottery[order[0]]:.3g}"
+    return Ranking(tuple(order.tolist()), clause, distribution=tuple(lottery.tolist()))
+
+
+def _drawn(lottery: Array, rest: Indices, seed: int) -> Indices:
+    """Return candidates as they are drawn without replacement; those of probability 0 follow.
+
+    Args:
+        lottery: [N] probabilities.
+        rest: [N] indices; candidates of probability 0 keep this order.
+        seed: of the request.
+    """
+    support = np.flatnonzero(lottery)
+    generator = np.random.default_rng([seed, _LOTTERY])
+    p = lottery[support] / lottery[support].sum()
+    drawn = generator.choice(support, size=len(support), replace=False, p=p)
+    return np.concatenate([drawn, [i for i in rest if not lottery[i]]]).astype(np.int64)
+
+
+def _descending(values: Array, objective: Array) -> Indices:
+    """Return all candidates, the highest value first, then the highest objective; NaN last."""
+    comparable = np.where(np.isnan(values), -np.inf, values)
+    return np.lexsort((np.arange(len(values)), -objective, -comparable))
+
+
+def _standard(values: Array) -> Array:
+    return np.asarray(standardize(values[None])[0])
+
+
+def _comparable(contest: Contest, row: int) -> Array:
+    """Return the scores of a reward, standardized unless the request sets their shape."""
+    values = contest.values[row]
+    return values if contest.names[row] in contest.shaped else _standard(values)
+
+
+def _rows(contest: Contest, order: tuple[str, ...]) -> list[int]:
+    """Return the rows of the rewards of `order`, or all of them."""
+    return [contest.names.index(name) for name in order or contest.names]
+
+
+def _distinct(contest: Contest) -> Indices:
+    """Return the first candidate of each text: copies of an answer are no rivals."""
+    first: dict[str, int] = {}
+    for i, text in enumerate(contest.texts):
+        first.setdefault(text, i)
+    return np.array([*first.values()])
+
+
+def _with_copies(contest: Contest, order: Indices) -> tuple[int, ...]:
+    """Return the order with the copies of answers behind all distinct ones."""
+    leading = [int(i) for i in order]
+    copies = [i for i in rank(contest.objective) if i not in leading]
+    return (*leading, *copies)
+
+
+def _win_probabilities(contest: Contest, order: tuple[str, ...], distinct: Indices) -> Array:
+    """Return the probabilities that distinct candidates beat each other: [D, D].
+
+    A pairwise judge gives its own, as the mean over copies of an answer. Any other reward prefers
+    the higher score. Several are averaged by their weights.
+    """
+    rows = _rows(contest, order)
+    matrices: list[Array] = []
+    for row in rows:
+        judged = contest.matrices.get(contest.names[row])
+        if judged is None:
+            values = contest.values[row][None, distinct]
+            matrices.append(pairwise.preferences(values, [1.0]))
+        else:
+            matrices.append(_merged(judged, contest.texts, distinct))
+    return pairwise.weighted_mean(np.stack(matrices), contest.weights[rows])
+
+
+def _merged(p: Array, texts: Sequence[str], distinct: Indices) -> Array:
+    """Return the mean probabilities over copies of answers: [N, N] -> [D, D]."""
+    number = {texts[i]: k for k, i in enumerate(distinct.tolist())}
+    member = np.zeros((len(distinct), len(texts)))
+    for i, text in enumerate(texts):
+        member[number[text], i] = 1.0
+    present = ~np.isnan(p)
+    totals = member @ np.where(present, p, 0.0) @ member.T
+    counts = member @ present.astype(np.float64) @ member.T
+    mean = np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
+    return np.asarray(mean)
+
+
+def _condorcet_clause(winner: int | None, best: int) -> str:
+    if winner is None:
+        return "; no candidate beats every other one"
+    return "; it beats every other one" if winner == best else "; another one beats all others"
+
+
+def _check_order(rule: str, order: Sequence[str], param: str, rewards: Sequence[str]) -> None:
+    for name in order:
+        if name not in rewards:
+            raise InvalidRequest(
+                f"{param}.order: {rule} needs {name!r} among the rewards with a weight over 0; "
+                f"{nearest(name, rewards)}",
+                param=f"{param}.order",
+            )
+
+
+def _check_pairs(
+    rule: str, order: Sequence[str], param: str, rewards: Sequence[str], judges: Sequence[str]
+) -> None:
+    _check_order(rule, order, param, rewards)
+    used = order or rewards
+    if len(used) > 1 or set(used) & set(judges):
+        return
+    raise InvalidRequest(
+        f"{param}.rule: {rule} needs pairs of candidates that are compared, and this plan has "
+        f"only {', '.join(used) or 'no reward'}; give several rewards a weight over 0, or add a "
+        'judge that compares: trust_judge = {"mode": "pairwise"}.',
+        param=f"{param}.rule",
+    )

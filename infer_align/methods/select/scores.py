@@ -1,0 +1,212 @@
+"""Select from scores: several rewards without a sum, lotteries over one, length, consensus.
+
+A NaN score is never a 0 and never wins: its candidate is no rival and is not chosen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from infer_align.objectives import spread
+from infer_align.types import Array
+
+_WORD = re.compile(r"\w+")
+
+
+def maxmin(utilities: ArrayLike, regret: bool = False) -> int | None:  # noqa: FBT001, FBT002
+    """Return the candidate that is best for the group that it serves worst: [U, N] -> index.
+
+    With `regret`, the groups compare each candidate with their own best one: the candidate with the
+    smallest largest max_j u[j] - u[i] wins. Candidates with equal worst groups are compared by the
+    second worst, and so on; then the lowest index wins. A candidate with a NaN is not chosen; None
+    if there is no other.
+
+    Source: Chakraborty et al. (2402.08925).
+
+    Raises:
+        ValueError: utilities are not [U, N].
+    """
+    ranked = maxmin_order(utilities, regret=regret)
+    return ranked[0] if ranked else None
+
+
+def maxmin_order(utilities: ArrayLike, *, regret: bool) -> tuple[int, ...]:
+    """Return the candidates of `maxmin` in order, best first, without those that have a NaN."""
+    groups = np.asarray(utilities, dtype=np.float64)
+    if groups.ndim != 2:
+        raise ValueError(f"utilities: shape {groups.shape} is not allowed; must be [U, N].")
+    compared = np.flatnonzero(~np.isnan(groups).any(axis=0))
+    rows = groups[:, compared]
+    if regret and rows.size:
+        # A quarter of two finite numbers cannot differ by an infinite amount.
+        rows = -_below_best(rows / 4)
+    ascending = np.sort(rows, axis=0)
+    order = sorted(range(len(compared)), key=lambda i: tuple(-ascending[:, i]))
+    return tuple(int(compared[i]) for i in order)
+
+
+def lexicographic(scores: ArrayLike, margins: ArrayLike) -> Array:
+    """Return how many others each candidate beats: [R, N], [R] -> [N] pairwise wins.
+
+    Rewards stand in the order of their importance. The first one in which two candidates differ by
+    more than its margin decides between them; if none does, nobody wins. Margins are in standard
+    deviations of the reward over the candidates. A candidate with a NaN gives NaN and is no rival.
+    Infinite scores are compared, but do not count in the deviation.
+
+    Source: "HERON" (2306.00186).
+
+    Raises:
+        ValueError: the shapes do not fit together, or a margin is negative or NaN.
+    """
+    rewards = np.asarray(scores, dtype=np.float64)
+    widths = np.asarray(margins, dtype=np.float64)
+    if rewards.ndim != 2 or widths.shape != rewards.shape[:1] or not (widths >= 0).all():
+        raise ValueError(
+            f"scores {rewards.shape} and margins {widths.shape}: must be [R, N] and [R], margins "
+            "at least 0."
+        )
+    missing = np.isnan(rewards).any(axis=0)
+    # A quarter of two finite numbers cannot differ by an infinite amount.
+    rows = np.where(missing, np.nan, rewards) / 4
+    n = rows.shape[1]
+    outcome = np.zeros((n, n))
+    for row, width in zip(rows, widths, strict=True):
+        # Equal infinities do not differ. An infinite margin never decides.
+        with np.errstate(invalid="ignore"):
+            difference = np.nan_to_num(row[:, None] - row[None, :], nan=0.0, posinf=np.inf)
+            decided = np.abs(difference) > width * spread(row)
+        outcome = np.where((outcome == 0) & decided, np.sign(difference), outcome)
+    wins = (outcome > 0).sum(axis=1).astype(np.float64)
+    wins[missing] = np.nan
+    return np.asarray(wins)
+
+
+def pessimistic(scores: ArrayLike, beta: float) -> Array:
+    """Return the lottery of chi-squared pessimism: [N] -> [N] probabilities.
+
+    Candidate i gets relu(score_i - level) / (beta N), with the level at which this sums to 1. The
+    larger beta, the more candidates share the probability, so a candidate that only seems best
+    cannot take it all. A NaN gets 0 and does not count in N; all are 0 if nothing was scored.
+
+    Source: Huang et al. (2503.21878).
+
+    Raises:
+        ValueError: scores are not [N], or beta is not over 0.
+    """
+    distance = _distances(scores, beta)
+    scored = np.flatnonzero(~np.isnan(distance))
+    lottery = np.zeros(len(distance))
+    if not len(scored):
+        return lottery
+    n = len(scored)
+    descending = np.sort(distance[scored])[::-1]
+    # A candidate more than N betas below the best never gets a share.
+    sums = np.cumsum(np.maximum(descending, -n - 1.0))
+    levels = (sums - n) / np.arange(1, n + 1)
+    count = int((descending > levels).sum())
+    share = np.maximum(distance[scored] - levels[count - 1], 0.0)
+    lottery[scored] = share / share.sum()
+    return lottery
+
+
+def tilted(scores: ArrayLike, beta: float) -> Array:
+    """Return softmax(scores / beta): [N] -> [N] probabilities.
+
+    This is the first answer of statistical rejection sampling. A NaN gets 0; all are 0 if nothing
+    was scored.
+
+    Source: Liu et al. (2309.06657).
+
+    Raises:
+        ValueError: scores are not [N], or beta is not over 0.
+    """
+    distance = _distances(scores, beta)
+    weights = np.exp(np.where(np.isnan(distance), -np.inf, distance))
+    total = weights.sum()
+    return np.asarray(weights / total if total > 0 else weights)
+
+
+def shortest(scores: ArrayLike, lengths: ArrayLike, within: float) -> int | None:
+    """Return the shortest candidate near the best one: [N], [N] -> index.
+
+    Near means at most `within` below the highest score. Of equally short ones the higher score
+    wins, then the lower index. A NaN score or length is not chosen; None if there is no other.
+
+    Raises:
+        ValueError: the shapes do not fit together, or `within` is negative or NaN.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    sizes = np.asarray(lengths, dtype=np.float64)
+    if values.ndim != 1 or values.shape != sizes.shape or not within >= 0:
+        raise ValueError(
+            f"scores {values.shape}, lengths {sizes.shape}, within {within}: must be [N], [N] and "
+            "at least 0."
+        )
+    compared = np.flatnonzero(~np.isnan(values) & ~np.isnan(sizes))
+    if not len(compared):
+        return None
+    below = _below_best(values[compared][None])[0]
+    near = compared[below <= within]
+    return int(min(near.tolist(), key=lambda i: (sizes[i], -values[i], i)))
+
+
+def consensus(similarities: ArrayLike) -> Array:
+    """Return the mean similarity of each candidate to the others: [N, N] -> [N].
+
+    The candidate with the highest mean is the minimum Bayes risk answer. The diagonal is not read.
+    NaN is ignored; a candidate without any similarity gives NaN, so a single candidate does too.
+
+    Raises:
+        ValueError: similarities are not [N, N].
+    """
+    matrix = np.array(similarities, dtype=np.float64)
+    if matrix.size == 0:
+        return np.zeros(0)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"similarities: shape {matrix.shape} is not allowed; must be [N, N].")
+    np.fill_diagonal(matrix, np.nan)
+    present = ~np.isnan(matrix)
+    counts = present.sum(axis=1).astype(np.float64)
+    counts[counts == 0] = np.nan
+    return np.asarray(np.where(present, matrix, 0.0).sum(axis=1) / counts)
+
+
+def overlap(texts: Sequence[str]) -> Array:
+    """Return the overlap of the words of each pair of texts: N texts -> [N, N] from 0 to 1.
+
+    It is the F1 score of the words that two texts share, without case and punctuation (ROUGE-1).
+    Two texts without words are alike.
+    """
+    words = [Counter(_WORD.findall(text.casefold())) for text in texts]
+    sizes = [counter.total() for counter in words]
+    matrix = np.ones((len(texts), len(texts)))
+    for i, first in enumerate(words):
+        for j in range(i):
+            total = sizes[i] + sizes[j]
+            common = (first & words[j]).total()
+            matrix[i, j] = matrix[j, i] = 2 * common / total if total else 1.0
+    return matrix
+
+
+def _distances(scores: ArrayLike, beta: float) -> Array:
+    """Return (score - best) / beta, at most 0; NaN stays NaN."""
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not beta > 0:
+        raise ValueError(f"scores {values.shape}, beta {beta}: must be [N], and beta over 0.")
+    if np.isnan(values).all():
+        return values.copy()
+    with np.errstate(over="ignore"):
+        return np.asarray(-_below_best(values[None])[0] / beta)
+
+
+def _below_best(rows: Array) -> Array:
+    """Return how far each score is below the best of its row; infinite equals are 0 apart."""
+    best = np.nanmax(rows, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore"):
+        below = best - rows
+    return np.asarray(np.where(rows == best, 0.0, below))
