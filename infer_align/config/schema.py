@@ -64,18 +64,14 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
         # become tuples.
         parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
     except ValidationError as invalid:
-<<<<<<< HEAD
         errors = invalid.errors(include_url=False)
         first = errors[0]
         location = _location(first["loc"])
-=======
-        first = invalid.errors(include_url=False)[0]
-        location = _location(first["loc"])
+        keys = location
         if passthrough is not None and location[:1] == [passthrough.name]:
             # The options stand beside the other fields, not in one of their own.
-            location = location[1:]
->>>>>>> 15338a1 (select, compose: rules and shapes between the scores and the returned candidate)
-        where = functools.reduce(join, location, path)
+            keys = location[1:]
+        where = functools.reduce(join, keys, path)
         if first["type"] == "missing":
             message = f"{where}: is required{_description(cls, first['loc'])}."
         else:
