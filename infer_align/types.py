@@ -122,6 +122,8 @@ class Draw:
     # True if a deadline may end the draw; engines that see only streamed text should then stream.
     # Written when the draw starts.
     has_deadline: bool = False
+    # Number of candidates of the same draw that earlier batches sampled. Written by the flow.
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)

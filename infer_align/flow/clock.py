@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 from infer_align.flow.response import Timing
@@ -24,7 +26,7 @@ class Clock:
     def __init__(self, deadline_seconds: float | None, *, scores: bool) -> None:
         """Start now; `scores` reserves a share of the deadline for scoring."""
         self._started = monotonic()
-        self._generated = self._started
+        self._generate_seconds = 0.0
         self.deadline: float | None = None
         self.draw_deadline: float | None = None
         if deadline_seconds:
@@ -37,16 +39,24 @@ class Clock:
         """Return True if the deadline has passed."""
         return self.deadline is not None and monotonic() >= self.deadline - TIMER_SLACK_SECONDS
 
-    def mark_generated(self) -> None:
-        """Record that all candidates are drawn."""
-        self._generated = monotonic()
+    @property
+    def drawing_is_late(self) -> bool:
+        """Return True if the deadline of drawing has passed."""
+        if self.draw_deadline is None:
+            return False
+        return monotonic() >= self.draw_deadline - TIMER_SLACK_SECONDS
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Count the seconds of the block as those of drawing a batch of candidates."""
+        started = monotonic()
+        yield
+        self._generate_seconds += monotonic() - started
 
     def timing(self) -> Timing:
-        """Return the seconds of the stages, up to now."""
-        ended = monotonic()
-        return Timing(
-            self._generated - self._started, ended - self._generated, ended - self._started
-        )
+        """Return the seconds of the stages, up to now. What is not drawing is scoring."""
+        total = monotonic() - self._started
+        return Timing(self._generate_seconds, total - self._generate_seconds, total)
 
 
 def loop_time(deadline: float) -> float:

@@ -6,6 +6,7 @@ from infer_align.config import Limits
 from infer_align.config.align import Align
 from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest
+from infer_align.methods import StopRule
 
 
 def check_candidates(candidates: int, n_returned: int, align: Align, limits: Limits) -> None:
@@ -28,6 +29,22 @@ def check_candidates(candidates: int, n_returned: int, align: Align, limits: Lim
             param=param,
             code="too_many_candidates",
         )
+
+
+def check_first_batch(candidates: int, rule: StopRule | None, align: Align) -> None:
+    """Check that a stop rule allows the candidates that are drawn first.
+
+    Raises:
+        InvalidRequest: its largest number of candidates is lower.
+    """
+    if rule is None or candidates <= rule.max_candidates:
+        return
+    param = _fan_out(align)
+    raise InvalidRequest(
+        f"{param}: {rule.max_candidates} is under the {candidates} candidates that are drawn "
+        f"first; set it to {candidates} or more, or draw fewer first (best_of_n.n, rps.k).",
+        param=param,
+    )
 
 
 def check_tokens(

@@ -10,13 +10,15 @@ from infer_align.types import Candidate, Event
 
 
 class Observation:
-    """The observers of one request, and the candidates that they rejected.
+    """The observers of one batch, and the candidates that they rejected.
 
-    Candidates are numbered over all draws of the plan.
+    Candidates are numbered over all batches of the plan; observers number those of the batch.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._observers = [make(plan.candidates, plan.n_returned) for make in plan.observers]
+    def __init__(self, plan: Plan, candidates: int, first: int = 0) -> None:
+        """Observe a batch of `candidates`, the first of which has the number `first`."""
+        self._first = first
+        self._observers = [make(candidates, plan.n_returned) for make in plan.observers]
         self._stops: dict[int, Callable[[], None]] = {}
         self._rejections: dict[int, str] = {}
 
@@ -28,10 +30,12 @@ class Observation:
         """Pass an event to the observers, and stop the candidates that they reject."""
         if isinstance(event, Candidate):
             self._stops.pop(event.index, None)
+        in_batch = replace(event, index=event.index - self._first)
         for observer in self._observers:
-            for index, reason in observer.observe(event).items():
-                self._rejections.setdefault(index, reason)
-                stop = self._stops.pop(index, None)
+            for index, reason in observer.observe(in_batch).items():
+                number = self._first + index
+                self._rejections.setdefault(number, reason)
+                stop = self._stops.pop(number, None)
                 if stop is not None:
                     stop()
 

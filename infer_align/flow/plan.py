@@ -10,7 +10,8 @@ from infer_align.config import Limits
 from infer_align.config.align import Align
 from infer_align.engines import Engine
 from infer_align.errors import InvalidRequest, Unsupported, quote
-from infer_align.flow.limits import check_candidates, check_tokens
+from infer_align.flow.batches import BatchSizes, CandidateBatch, enlarge, plan_sizes, split
+from infer_align.flow.limits import check_candidates, check_first_batch, check_tokens
 from infer_align.flow.request import Request, whole_number
 from infer_align.flow.rules import Highest, check_selection
 from infer_align.flow.scorers import Scorer, resolve_scorers
@@ -24,6 +25,7 @@ from infer_align.methods import (
     Sections,
     SelectionRule,
     Stage,
+    StopRule,
 )
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
@@ -43,7 +45,8 @@ class Plan:
     seeded the draws and counted the cost.
     """
 
-    # Written by CONDITION, PROPOSE, STEER and OBSERVE; seeded by the planner.
+    # Written by CONDITION, PROPOSE, STEER and OBSERVE; seeded by the planner. With a stop rule, all
+    # candidates that may be drawn.
     draws: tuple[Draw, ...]
 
     # Copied from the request.
@@ -63,6 +66,7 @@ class Plan:
     # Written by PROPOSE.
     selects: bool = False  # True if candidates are compared; otherwise they stream
     note: str = ""  # a limitation that the response's reason mentions
+    stop_rule: StopRule | None = None  # None: all candidates are drawn at once
 
     # Written by OBSERVE.
     observers: tuple[ObserverFactory, ...] = ()
@@ -75,13 +79,19 @@ class Plan:
     rule: SelectionRule = field(default_factory=Highest)
 
     # Counted by the planner.
+    batch_sizes: BatchSizes = ()  # per batch and draw; (): one batch of everything
     worst_case_tokens: int = 0  # sampled for candidates and by judges
     scoring_tokens: int = 0  # the part of the worst case that judges may sample
 
     @property
     def candidates(self) -> int:
-        """Return the number of candidates that the plan samples."""
+        """Return the number of candidates that the plan samples at most."""
         return sum(draw.n for draw in self.draws)
+
+    @property
+    def batches(self) -> tuple[CandidateBatch, ...]:
+        """Return the batches in which the candidates are drawn."""
+        return split(self.draws, self.batch_sizes)
 
 
 def make_plan(
@@ -118,12 +128,15 @@ def make_plan(
         draws = tuple(replace(draw, n=n_returned) for draw in draft.draws)
         draft = replace(draft, draws=draws)
     # Checked before anything is made per candidate.
-    check_candidates(draft.candidates, n_returned, request.align, limits)
+    rule = draft.stop_rule
+    check_first_batch(draft.candidates, rule, request.align)
+    candidates = draft.candidates if rule is None else rule.max_candidates
+    check_candidates(candidates, n_returned, request.align, limits)
     for draw in draft.draws:
         engine.check(draw)
-    draws = seed_draws(draft.draws, seed, requested=requested_seed is not None)
+    draws, sizes = _seeded(draft, n_returned, seed, requested=requested_seed is not None)
     plan = _complete(replace(draft, draws=draws), request, rewards, default_rewards)
-    plan = _count_cost(replace(plan, n_returned=n_returned), engine)
+    plan = _count_cost(replace(plan, n_returned=n_returned, batch_sizes=sizes), engine)
     check_tokens(
         plan.worst_case_tokens, plan.scoring_tokens, plan.candidates, request.align, limits
     )
@@ -261,6 +274,22 @@ def _apply_methods(draft: PlanDraft, methods: Mapping[str, Method], engine: Engi
     return draft
 
 
+def _seeded(
+    draft: PlanDraft, n_returned: int, seed: int, *, requested: bool
+) -> tuple[tuple[Draw, ...], BatchSizes]:
+    """Return the seeded draws of the worst case, and the sizes of the batches.
+
+    A candidate has the seed that it has where `best_of_n` draws the largest number at once.
+    """
+    rule = draft.stop_rule
+    if rule is None:
+        return seed_draws(draft.draws, seed, requested=requested), ()
+    sizes = plan_sizes(draft.draws, rule, n_returned)
+    ranges = [draw.n * rule.max_candidates for draw in draft.draws]
+    draws = enlarge(draft.draws, sizes)
+    return seed_draws(draws, seed, requested=requested, ranges=ranges), sizes
+
+
 def _complete(
     draft: PlanDraft,
     request: Request,
@@ -291,6 +320,7 @@ def _complete(
         # Several candidates with scorers are ranked even if no method asks for a selection.
         selects=draft.selects or (bool(scorers) and draft.candidates > 1),
         note=draft.note,
+        stop_rule=draft.stop_rule,
         deadline_seconds=request.align.budget.deadline_seconds,
     )
 
@@ -298,9 +328,20 @@ def _complete(
 def _count_cost(plan: Plan, engine: Engine) -> Plan:
     """Return the plan with the most tokens that it can sample."""
     rewards = {scorer.reward_name: scorer.reward for scorer in plan.scorers}
-    scoring = sum(reward.worst_case_tokens(plan.candidates) for reward in rewards.values())
+    scoring = sum(_scoring_tokens(plan, reward) for reward in rewards.values())
     drawing = sum(draw.n * engine.worst_case_tokens(draw.body) for draw in plan.draws)
     return replace(plan, worst_case_tokens=drawing + scoring, scoring_tokens=scoring)
+
+
+def _scoring_tokens(plan: Plan, reward: Reward) -> int:
+    """Return the most tokens that a reward can sample for all candidates of a plan."""
+    if not reward.relative:
+        return reward.worst_case_tokens(plan.candidates)
+    # After each batch it scores everything again.
+    tokens = 0
+    for batch in plan.batches:
+        tokens += reward.worst_case_tokens(batch.first + batch.candidates)
+    return tokens
 
 
 def _conversation(body: Body, kind: Kind) -> Messages:

@@ -1,4 +1,4 @@
-"""Draw the candidates of a plan: run its draws side by side, and end them at the deadline."""
+"""Draw a batch of candidates: run its draws side by side, and end them at the deadline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from infer_align.engines import Engine, Stream
-from infer_align.errors import DeadlineExceeded, EngineFailed
+from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed
+from infer_align.flow.batches import CandidateBatch, Share
 from infer_align.flow.clock import Clock, loop_time
 from infer_align.flow.observe import Observation
 from infer_align.flow.plan import Plan
@@ -28,15 +29,17 @@ STREAMING_DEADLINE_SECONDS = 300.0
 
 
 async def propose(
+    batch: CandidateBatch,
     plan: Plan,
     engine: Engine,
     clock: Clock,
     on_delta: OnDelta | None,
     on_finished: OnFinished,
 ) -> tuple[Candidate, ...]:
-    """Draw the candidates of all draws, numbered over all draws.
+    """Draw the candidates of a batch, numbered over all draws and batches.
 
     Args:
+        batch: the batch of the plan.
         plan: the plan.
         engine: started.
         clock: at its `draw_deadline` the candidates that still run are interrupted.
@@ -44,21 +47,34 @@ async def propose(
         on_finished: called with each candidate that is finished and not rejected.
 
     Raises:
-        EngineFailed: every candidate failed.
-        DeadlineExceeded: the deadline passed before any token.
+        EngineFailed: every candidate of the first batch failed. Later ones may.
+        DeadlineExceeded: the deadline passed before any token of the first batch.
     """
-    observation = Observation(plan)
+    observation = Observation(plan, batch.candidates, batch.first)
     candidate_draws = []
-    first = 0
-    for i, draw in enumerate(plan.draws):
+    for share in batch.shares:
         candidate_draws.append(
-            CandidateDraw(i, draw, first, clock.draw_deadline, observation, on_delta, on_finished)
+            CandidateDraw(share, clock.draw_deadline, observation, on_delta, on_finished)
         )
-        first += draw.n
-    batches = await _run_together(candidate_draws, engine)
-    candidates = [observation.mark(candidate) for batch in batches for candidate in batch]
-    _check_any_usable(candidates, plan)
+    with clock.drawing():
+        drawn = await _run_batch(batch, candidate_draws, engine)
+    candidates = [observation.mark(candidate) for candidate in drawn]
+    if batch.first == 0:
+        _check_any_usable(candidates, plan)
     return tuple(candidates)
+
+
+async def _run_batch(
+    batch: CandidateBatch, draws: Sequence[CandidateDraw], engine: Engine
+) -> list[Candidate]:
+    """Return the candidates of a batch. If a later batch fails, the earlier ones still count."""
+    try:
+        by_draw = await _run_together(draws, engine)
+    except AlignError as error:
+        if batch.first == 0:
+            raise
+        by_draw = [draw.failed(error) for draw in draws]
+    return [candidate for candidates in by_draw for candidate in candidates]
 
 
 async def _run_together(draws: Sequence[CandidateDraw], engine: Engine) -> list[list[Candidate]]:
@@ -97,11 +113,9 @@ def _is_usable(candidate: Candidate) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CandidateDraw:
-    """One draw of a plan while it runs."""
+    """One draw of a batch while it runs."""
 
-    index: int  # of the draw in the plan
-    draw: Draw
-    first: int  # number of the draw's first candidate over all draws
+    share: Share
     deadline: float | None  # monotonic seconds
     observation: Observation
     on_delta: OnDelta | None
@@ -111,20 +125,25 @@ class CandidateDraw:
         """Sample the draw and return its candidates, failed ones included."""
         finished: dict[int, Candidate] = {}
         async with engine.sample(self._prepared_draw()) as stream:
-            for i in range(self.draw.n):
-                self.observation.start(self.first + i, functools.partial(stream.stop, i))
+            for i in range(self.share.draw.n):
+                self.observation.start(self.share.first + i, functools.partial(stream.stop, i))
             # The deadline stops a stream, so the stream is opened first. Opening it does not wait.
             async with self._stopped_at_deadline(stream):
                 async for event in stream:
                     self._handle(event, finished)
-        return [finished.get(i) or self._unfinished(i) for i in range(self.draw.n)]
+        return [finished.get(i) or self._unfinished(i) for i in range(self.share.draw.n)]
+
+    def failed(self, error: AlignError) -> list[Candidate]:
+        """Return the candidates of a draw that could not be sampled."""
+        numbers = range(self.share.first, self.share.first + self.share.draw.n)
+        return [Candidate(i, {}, self.share.index, error=error.message) for i in numbers]
 
     def _prepared_draw(self) -> Draw:
         has_deadline = (
             self.deadline is not None and self.deadline - monotonic() < STREAMING_DEADLINE_SECONDS
         )
-        deltas = self.draw.deltas or self.on_delta is not None
-        return replace(self.draw, deltas=deltas, has_deadline=has_deadline)
+        deltas = self.share.draw.deltas or self.on_delta is not None
+        return replace(self.share.draw, deltas=deltas, has_deadline=has_deadline)
 
     @asynccontextmanager
     async def _stopped_at_deadline(self, stream: Stream) -> AsyncIterator[None]:
@@ -143,9 +162,9 @@ class CandidateDraw:
             alarm.cancel()
 
     def _handle(self, event: Event, finished: dict[int, Candidate]) -> None:
-        index = self.first + event.index
+        index = self.share.first + event.index
         if isinstance(event, Candidate):
-            candidate = replace(event, draw=self.index, index=index)
+            candidate = replace(event, draw=self.share.index, index=index)
             finished[event.index] = candidate
             self.observation.notify(candidate)
             if not self.observation.is_rejected(index):
@@ -158,5 +177,9 @@ class CandidateDraw:
 
     def _unfinished(self, i: int) -> Candidate:
         return Candidate(
-            self.first + i, {}, self.index, error="the deadline passed", interrupted=True
+            self.share.first + i,
+            {},
+            self.share.index,
+            error="the deadline passed",
+            interrupted=True,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from infer_align.flow.plan import Plan
+from infer_align.flow.stopping import Stop
 from infer_align.types import Candidate, Scores, Selection
 
 
@@ -26,6 +27,14 @@ class Response:
     scores: Scores
     selection: Selection
     timing: Timing
+    stop: Stop | None = None  # the end of drawing, if a stop rule decided about it
+
+    @property
+    def reason(self) -> str:
+        """Return one sentence on why the first candidate is returned, and why no more are drawn."""
+        if self.stop is None:
+            return self.selection.reason
+        return f"{self.selection.reason}; {self.stop.reason}"
 
     @property
     def returned(self) -> tuple[Candidate, ...]:
@@ -36,6 +45,8 @@ class Response:
     @property
     def partial(self) -> bool:
         """Return True if a deadline cut the drawing or the scoring short."""
+        if self.stop is not None and self.stop.is_late:
+            return True
         return self.selection.late or any(
             candidate.interrupted and candidate.rejected is None for candidate in self.candidates
         )
@@ -54,10 +65,10 @@ class Response:
 
     @property
     def saved_tokens(self) -> int:
-        """Estimate the tokens that early stopping saved.
+        """Estimate the tokens that early stopping and undrawn batches saved.
 
         A stopped candidate would have become as long as the mean of those that ended by themselves,
-        or as long as the plan's worst case if none did.
+        or as long as the plan's worst case if none did. So would one that was not drawn.
         """
         lengths = [
             candidate.completion_tokens
@@ -70,4 +81,6 @@ class Response:
             drawing = self.plan.worst_case_tokens - self.plan.scoring_tokens
             expected = drawing // self.plan.candidates
         stopped = [candidate for candidate in self.candidates if candidate.interrupted]
-        return sum(max(0, expected - candidate.completion_tokens) for candidate in stopped)
+        saved = sum(max(0, expected - candidate.completion_tokens) for candidate in stopped)
+        undrawn = self.plan.candidates - len(self.candidates)
+        return saved + undrawn * expected

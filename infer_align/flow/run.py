@@ -12,10 +12,14 @@ from infer_align.flow.propose import OnDelta, propose
 from infer_align.flow.response import Response
 from infer_align.flow.scoring import Scoring
 from infer_align.flow.selection import select
+from infer_align.flow.stopping import stop_after
+from infer_align.types import Candidate
 
 
 async def align(plan: Plan, engine: Engine, on_delta: OnDelta | None = None) -> Response:
     """Carry out the plan of a Request: draw its candidates, score them, select the best.
+
+    Candidates come in one batch, or in several until the plan's stop rule ends the drawing.
 
     Args:
         plan: from `make_plan`.
@@ -28,9 +32,14 @@ async def align(plan: Plan, engine: Engine, on_delta: OnDelta | None = None) -> 
         DeadlineExceeded: the deadline passed before any token.
     """
     clock = Clock(plan.deadline_seconds, scores=bool(plan.scorers))
+    candidates: tuple[Candidate, ...] = ()
     async with Scoring(plan, clock.deadline) as scoring:
-        candidates = await propose(plan, engine, clock, on_delta, scoring.candidate_finished)
-        clock.mark_generated()
-        scores = await scoring.score(candidates)
+        for batch in plan.batches:
+            finished = scoring.candidate_finished
+            candidates += await propose(batch, plan, engine, clock, on_delta, finished)
+            scores = await scoring.score(candidates)
+            stop = stop_after(batch, plan, candidates, scores, late=clock.drawing_is_late)
+            if stop is not None:
+                break
     selection = select(plan, candidates, scores, late=clock.late)
-    return Response(plan, candidates, scores, selection, clock.timing())
+    return Response(plan, candidates, scores, selection, clock.timing(), stop)

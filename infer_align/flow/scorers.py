@@ -73,7 +73,7 @@ def resolve_scorers(
         if reward_name not in resolved:
             resolved[reward_name] = _resolve_reward(reward_name, draft, rewards)
         scorers.append(Scorer(reward_name, resolved[reward_name], weight, attribute or None))
-    needs_scores = draft.rule is None or draft.rule.needs_scores
+    needs_scores = draft.rule is None or draft.rule.needs_scores or draft.stop_rule is not None
     if draft.selects and needs_scores and not any(merged.values()):
         param = draft.param("rewards")
         raise InvalidRequest(

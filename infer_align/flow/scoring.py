@@ -25,7 +25,8 @@ class Scoring:
     """The scoring of one request.
 
     Pipelined rewards score each candidate as soon as it is finished, while others are still being
-    drawn. Leaving the `async with` block cancels what still runs.
+    drawn. If candidates come in batches, each call of `score` adds the scores of the new ones.
+    Leaving the `async with` block cancels what still runs.
     """
 
     def __init__(self, plan: Plan, deadline: float | None = None) -> None:
@@ -35,8 +36,12 @@ class Scoring:
         self._rewards = {scorer.reward_name: scorer.reward for scorer in plan.scorers}
         # pipelined reward -> candidate -> its running score
         self._running: dict[str, dict[int, asyncio.Task[RewardScores]]] = {}
+        # reward -> its scores of the eligible candidates so far
+        self._results: dict[str, RewardScores] = {}
         # reward -> seconds of its slowest call
         self._seconds: dict[str, float] = {}
+        # reward -> failures that the log has
+        self._logged: dict[str, int] = {}
 
     async def __aenter__(self) -> Scoring:
         return self
@@ -56,18 +61,36 @@ class Scoring:
                 self._running.setdefault(name, {})[candidate.index] = task
 
     async def score(self, candidates: Sequence[Candidate]) -> Scores:
-        """Score every eligible candidate. A score that fails or comes too late is NaN."""
+        """Score every eligible candidate. A score that fails or comes too late is NaN.
+
+        Args:
+            candidates: numbered from 0; those of the call before come first.
+        """
         if not self._rewards:
             return Scores()
         eligible = [candidate for candidate in candidates if candidate.eligible]
         pending = [self._score_all(name, eligible) for name in self._rewards]
-        results = dict(zip(self._rewards, await asyncio.gather(*pending), strict=True))
-        scores = _combine(self._plan, results, eligible, len(candidates))
+        self._results = dict(zip(self._rewards, await asyncio.gather(*pending), strict=True))
+        scores = _combine(self._plan, self._results, eligible, len(candidates))
         for name, failed in scores.failures.items():
-            _log_failure(name, results[name], failed)
+            self._log_failure(name, failed)
         return replace(scores, seconds=self._seconds)
 
     async def _score_all(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
+        """Return the scores of all candidates; only new ones are scored, if that is enough."""
+        earlier = self._results.get(name)
+        if earlier is None:
+            return await self._score_new(name, candidates)
+        new = candidates[earlier.values.shape[-1] :]
+        if not new:
+            return earlier
+        reward = self._rewards[name]
+        if reward.relative:
+            return _replaced(earlier, await self._score_new(name, candidates))
+        parts = (earlier, await self._score_new(name, new))
+        return replace(_join(parts), report=reward.join_reports(parts))
+
+    async def _score_new(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
         tasks = self._running.get(name)
         if tasks is None:
             return await self._score(name, candidates)
@@ -79,6 +102,17 @@ class Scoring:
         scores = await score_with(self._rewards[name], self._plan.messages, answers, self._deadline)
         self._seconds[name] = max(monotonic() - start, self._seconds.get(name, 0.0))
         return scores
+
+    def _log_failure(self, name: str, failed: int) -> None:
+        """Log the candidates that a reward could not score, once, with the first traceback."""
+        new = failed - self._logged.get(name, 0)
+        if new <= 0:
+            return
+        self._logged[name] = failed
+        scores = self._results[name]
+        note = next((note for note in scores.notes if note), "its scores are not numbers")
+        fields = {"reward": name, "candidates": new, "reason": note}
+        log.error("reward failed", extra=fields, exc_info=scores.failure)
 
 
 async def score(
@@ -135,13 +169,6 @@ async def score_with(
     return RewardScores(np.full(shape, np.nan), notes=notes, failure=failure)
 
 
-def _log_failure(name: str, scores: RewardScores, failed: int) -> None:
-    """Log the candidates that a reward could not score: one event, with the first traceback."""
-    note = next((note for note in scores.notes if note), "its scores are not numbers")
-    fields = {"reward": name, "candidates": failed, "reason": note}
-    log.error("reward failed", extra=fields, exc_info=scores.failure)
-
-
 def _with_beginning(candidate: Candidate, beginning: str) -> Candidate:
     """Return a candidate with the beginning of the answer that the client wrote."""
     message = candidate.choice.get("message")
@@ -151,11 +178,27 @@ def _with_beginning(candidate: Candidate, beginning: str) -> Candidate:
     return replace(candidate, choice={**candidate.choice, "message": joined})
 
 
+def _replaced(earlier: RewardScores, again: RewardScores) -> RewardScores:
+    """Return new scores of all candidates; the earlier ones, if nothing was scored again."""
+    if not np.isnan(again.values).all():
+        return replace(again, usage=earlier.usage + again.usage)
+    n = earlier.values.shape[-1]
+    missing = replace(again, values=again.values[..., n:], notes=again.notes[n:])
+    matrix = earlier.matrix
+    if matrix is not None:
+        total = again.values.shape[-1]
+        matrix = np.full((total, total), np.nan)
+        matrix[:n, :n] = earlier.matrix
+    return replace(_join((earlier, missing)), report=earlier.report, matrix=matrix)
+
+
 def _join(parts: Sequence[RewardScores]) -> RewardScores:
-    """Join the scores of single candidates into one."""
+    """Join the scores of several calls into one."""
     values = np.concatenate([part.values for part in parts], axis=-1)
     usage = sum((part.usage for part in parts), ScoringUsage())
-    notes = [note for part in parts for note in part.notes or (None,)]
+    notes: list[str | None] = []
+    for part in parts:
+        notes += part.notes or (None,) * part.values.shape[-1]
     failures = [part.failure for part in parts if part.failure is not None]
     return RewardScores(values, usage, tuple(notes), failure=next(iter(failures), None))
 

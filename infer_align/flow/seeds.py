@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from infer_align.types import Draw
@@ -10,7 +11,9 @@ SEED_RANGE = 2**63
 _MASK_64 = 2**64 - 1
 
 
-def seed_draws(draws: tuple[Draw, ...], seed: int, *, requested: bool) -> tuple[Draw, ...]:
+def seed_draws(
+    draws: tuple[Draw, ...], seed: int, *, requested: bool, ranges: Sequence[int] | None = None
+) -> tuple[Draw, ...]:
     """Give every candidate of every draw a seed of its own.
 
     The first candidate has the request's own seed, so it is the answer that the request gives
@@ -21,13 +24,14 @@ def seed_draws(draws: tuple[Draw, ...], seed: int, *, requested: bool) -> tuple[
         draws: the draws of one plan.
         seed: the seed of the request, 0 to SEED_RANGE - 1.
         requested: True if the client named the seed.
+        ranges: number of seeds that are reserved for each draw; by default, one per candidate.
     """
     seeded = []
     first = 0
-    for draw in draws:
+    for d, draw in enumerate(draws):
         seeds = tuple(candidate_seed(seed, first + i) for i in range(draw.n))
         seeded.append(replace(draw, seeds=seeds, seed_requested=requested))
-        first += draw.n
+        first += draw.n if ranges is None else ranges[d]
     return tuple(seeded)
 
 

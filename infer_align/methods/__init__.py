@@ -99,13 +99,38 @@ class Observer(ABC):
         """Return the candidates to reject now, each with the reason.
 
         Called for each event of each candidate, in order of arrival; a `Candidate` is the last
-        event of its index. `event.index` counts over all draws of the plan. A rejected candidate
+        event of its index. `event.index` counts over all draws of the batch. A rejected candidate
         is stopped if it still runs, and takes no part in the selection.
         """
 
 
-# Makes the observer of one request from its number of candidates and the number to return.
+# Makes the observer of one batch from its number of candidates and the number to return. A plan
+# without a stop rule has one batch.
 ObserverFactory: TypeAlias = Callable[[int, int], Observer]
+
+
+class StopRule(ABC):
+    """Lets a plan draw its candidates in batches, and decides after each if another one is drawn.
+
+    Attributes:
+        max_candidates: number of candidates of all draws and batches together, at most.
+        batch: number of candidates of each batch after the first. The first one has at least as
+            many: those that the other methods ask for, and those that the request returns.
+    """
+
+    max_candidates: int
+    batch: int
+
+    @abstractmethod
+    def reason_to_stop(self, objective: Array) -> str | None:
+        """Return a clause that says why no other batch is drawn, or None to draw one. Pure.
+
+        Called only while more candidates may be drawn.
+
+        Args:
+            objective: [N] of the candidates so far, in the order of drawing; NaN marks one that was
+                not compared.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +246,8 @@ class PlanDraft:
     # Written by PROPOSE.
     selects: bool = False  # True if candidates are compared; otherwise they stream
     note: str = ""  # a limitation that the response's reason mentions
+    # Draws more batches after the draws above, which are the first one; None: there are no more.
+    stop_rule: StopRule | None = None
 
     # Written by OBSERVE.
     observers: tuple[ObserverFactory, ...] = ()

@@ -69,6 +69,8 @@ class Reward(ABC):
         pipelined: True if each candidate is scored as soon as it is finished, instead of all
             together.
         compares_pairs: True if its scores come with a matrix of win probabilities.
+        relative: True if the score of a candidate depends on the candidates that are scored with
+            it. Such a reward scores all candidates again if more are drawn.
         uses_engine: True if it generates or reads with an engine. Such a reward scores only if a
             request names it.
         engines: the engines of the process by name, "served" and those of `[engines.*]`. They are
@@ -81,6 +83,7 @@ class Reward(ABC):
     attributes: tuple[str, ...] = ()
     timeout_seconds: float = 30.0
     pipelined: ClassVar[bool] = False
+    relative: bool = False
     engines: Mapping[str, Engine] = MappingProxyType({})
     compares_pairs: bool = False
     uses_engine: bool = False
@@ -135,6 +138,10 @@ class Reward(ABC):
         A reward that only reads samples none.
         """
         return 0
+
+    def join_reports(self, parts: Sequence[RewardScores]) -> Body:
+        """Return one report on candidates that were scored in several calls, in their order."""
+        return parts[-1].report
 
     @abstractmethod
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:

@@ -90,6 +90,7 @@ def test_extra_body_holds_the_given_keys_and_nothing_else() -> None:
         "dpa": {"direction": {"verbosity": -1.0}},
         "rps": {"k": 3},
         "best_of_n": {"n": 2},
+        "adaptive": {"max_n": 8, "batch": 2, "cost": 0.1},
         "early_stop": {"values": {"helpful": 1.0}},
         "vas": {"beta": {"helpful": 1.0}},
         "guidance": {"scale": {"calm": 1.0}},

@@ -60,10 +60,31 @@ def test_a_timer_that_fires_a_little_early_has_met_the_deadline(
 
 def test_the_stages_add_up(set_time: Callable[[float], None]) -> None:
     clock = Clock(None, scores=True)
-    set_time(103.0)
-    clock.mark_generated()
+    with clock.drawing():
+        set_time(103.0)
     set_time(104.0)
     assert clock.timing() == Timing(generate_seconds=3.0, score_seconds=1.0, total_seconds=4.0)
+
+
+def test_the_seconds_of_several_batches_are_summed(set_time: Callable[[float], None]) -> None:
+    clock = Clock(None, scores=True)
+    with clock.drawing():
+        set_time(103.0)
+    set_time(104.0)
+    with clock.drawing():
+        set_time(106.0)
+    set_time(108.0)
+    assert clock.timing() == Timing(generate_seconds=5.0, score_seconds=3.0, total_seconds=8.0)
+
+
+def test_drawing_is_late_before_the_request_is(set_time: Callable[[float], None]) -> None:
+    clock = Clock(10.0, scores=True)
+    set_time(107.0)
+    assert not clock.drawing_is_late
+    set_time(108.0)
+    assert clock.drawing_is_late
+    assert not clock.late
+    assert not Clock(None, scores=True).drawing_is_late
 
 
 @pytest.mark.usefixtures("set_time")

@@ -18,6 +18,7 @@ from typing import Literal, NotRequired, Required, TypeAlias, TypedDict, Unpack,
 
 # Sorted by character, as the tests of this repository expect.
 __all__ = [  # noqa: RUF022
+    "Adaptive",
     "Align",
     "BestOfN",
     "Budget",
@@ -46,6 +47,14 @@ class BestOfN(TypedDict, total=False):
     """Draw n candidates per prompt and return the best by the rewards."""
 
     n: int
+
+
+class Adaptive(TypedDict, total=False):
+    """Draw candidates in batches until the expected gain of one more batch is below its cost."""
+
+    max_n: int
+    batch: int
+    cost: float
 
 
 class VAS(TypedDict, total=False):
@@ -166,6 +175,7 @@ class Align(TypedDict, total=False):
     dpa: DPA
     rps: RPS
     best_of_n: BestOfN
+    adaptive: Adaptive
     early_stop: EarlyStop
     vas: VAS
     guidance: Guidance

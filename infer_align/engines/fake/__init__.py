@@ -1,8 +1,9 @@
 """A real engine that plays a script: replies, delays and faults, for tests, docs and benchmarks.
 
-Candidate i of a draw plays reply `i mod len(replies)`, one word per token. The engine honours stop
-texts, token limits, cancellation and streaming, so the flow above it is the same as over a model.
-It records seeds, but nothing in it is random.
+Candidate i of a draw plays reply `i mod len(replies)`, one word per token; the next batch of the
+draw goes on with the script. The engine honours stop texts, token limits, cancellation and
+streaming, so the flow above it is the same as over a model. It records seeds, but nothing in it is
+random.
 """
 
 from __future__ import annotations

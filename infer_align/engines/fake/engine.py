@@ -254,7 +254,7 @@ class FakeEngine(Engine):
         self, draw: Draw, params: SamplingParams, index: int, stream: Stream, stop: asyncio.Event
     ) -> None:
         """Play one reply into the stream, up to its end, the token limit or the stop event."""
-        reply = self.script.replies[index % len(self.script.replies)]
+        reply = self.script.replies[(draw.first + index) % len(self.script.replies)]
         seed = draw.seeds[index]
         prompt = _prompt(draw)
         words = _words(reply, prompt, seed, params)

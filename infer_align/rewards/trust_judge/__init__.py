@@ -51,7 +51,7 @@ from infer_align.rewards.trust_judge.tournament import (
     round_robin,
     swiss,
 )
-from infer_align.types import Candidate, Capability, Messages, ScoringUsage
+from infer_align.types import Body, Candidate, Capability, Messages, ScoringUsage
 
 __all__ = [
     "Reading",
@@ -156,6 +156,7 @@ class TrustJudgeReward(Reward):
         self.config = config
         self.timeout_seconds = config.timeout_seconds
         self.compares_pairs = config.mode == "pairwise"
+        self.relative = config.mode == "pairwise"
         self.description = (
             config.description or f"a judge on the engine {config.engine!r}, mode {config.mode}"
         )
@@ -246,6 +247,12 @@ class TrustJudgeReward(Reward):
             return self._from_judgements(judgements)
         comparisons = await self.compare(messages, answers)
         return _from_comparisons(comparisons, [candidate.index for candidate in candidates])
+
+    def join_reports(self, parts: Sequence[RewardScores]) -> Body:
+        """Return the report of mode "score" on the candidates of several calls."""
+        dropped = sum(int(np.isnan(part.values).sum()) for part in parts)
+        candidates = sum(part.values.shape[-1] for part in parts)
+        return {**parts[-1].report, "drop_rate": dropped / max(1, candidates)}
 
     async def compare(self, messages: Messages, answers: list[str]) -> Comparisons:
         """Compare the answers two at a time, by the configured schedule."""

@@ -129,7 +129,7 @@ def align_json(response: Response) -> dict[str, Any]:
         "selected": response.selection.ranking[0],
         "dropped": len(response.selection.dropped),
         "partial": response.partial,
-        "reason": response.selection.reason,
+        "reason": response.reason,
         **extras_json(response),
         "candidates": [_candidate_json(candidate, response) for candidate in response.candidates],
         "usage": {
