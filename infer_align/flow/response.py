@@ -64,6 +64,19 @@ class Response:
         return sum(tokens.values())
 
     @property
+    def context_tokens(self) -> int:
+        """Return the tokens that the model read in the contexts of guidance.
+
+        The contexts' prompts count once per draw, and an answer once per context.
+        """
+        prompts: dict[int, int] = {}
+        for candidate in self.candidates:
+            tokens = prompts.get(candidate.draw, 0)
+            prompts[candidate.draw] = max(tokens, candidate.context_prompt_tokens)
+        answers = sum(candidate.context_completion_tokens for candidate in self.candidates)
+        return sum(prompts.values()) + answers
+
+    @property
     def saved_tokens(self) -> int:
         """Estimate the tokens that early stopping and undrawn batches saved.
 

@@ -217,11 +217,18 @@ def _missing_score(plan: Plan, scores: Scores, values: Mapping[str, Array], inde
 
 def _plain_reason(plan: Plan) -> str:
     """Return the reason of a plan without scorers."""
-    steering = plan.draws[0].steering if plan.draws else None
-    if steering is None:
-        return "one draw, nothing to compare"
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in steering.beta.items())
-    return f"one draw, steered by vas with beta {weights}"
+    draw = plan.draws[0] if plan.draws else None
+    clauses = ["one draw"]
+    if draw is not None and draw.guidance is not None:
+        contrasts = draw.guidance.contrasts
+        scales = ", ".join(f"{contrast.trait} {contrast.scale:g}" for contrast in contrasts)
+        clauses.append(f"guided by {scales}")
+    if draw is not None and draw.steering is not None:
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in draw.steering.beta.items())
+        clauses.append(f"steered by vas with beta {weights}")
+    if len(clauses) == 1:
+        clauses.append("nothing to compare")
+    return ", ".join(clauses)
 
 
 def _reason(

@@ -39,7 +39,7 @@ from infer_align.types import Array, Body, Capability, Contrast, Draw, Guidance
 MAX_SCALE = 20.0
 MAX_TRAITS = 8
 # A difference of logprobs with an infinite side counts as this many nats.
-_INFINITE = 1e4
+INFINITE_DIFFERENCE = 1e4
 
 
 def _check_words(text: str) -> str:
@@ -247,7 +247,9 @@ def guide(base: ArrayLike, contexts: ArrayLike, scales: ArrayLike, min_p: float)
     # Two impossible tokens do not differ.
     with np.errstate(invalid="ignore"):
         difference = pairs[:, 0] - pairs[:, 1]
-    difference = np.nan_to_num(difference, nan=0.0, posinf=_INFINITE, neginf=-_INFINITE)
+    difference = np.nan_to_num(
+        difference, nan=0.0, posinf=INFINITE_DIFFERENCE, neginf=-INFINITE_DIFFERENCE
+    )
     guided = logits + weights[used] @ difference
     if min_p > 0:
         likely = np.concatenate([logits[None], pairs.reshape(-1, len(logits))])

@@ -1,4 +1,4 @@
-"""Responses of the routes that list what a server offers: models, methods, rewards and values."""
+"""Responses of the routes that list what a server offers: models, methods and what they use."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.config.schema import json_schema
+from infer_align.methods.guidance import TraitSections
 from infer_align.objectives import Ensemble
 from infer_align.values import Value
 from infer_align_server.availability import Availability, availability
@@ -42,6 +43,7 @@ def methods(service: Service) -> dict[str, Any]:
     parameters["budget"] = Budget
     usable = availability(service)
     values = service.engine.values
+    traits = service.config.methods.get(TraitSections).entries
     return {
         "model": service.model,
         "capabilities": sorted(service.engine.capabilities),
@@ -50,6 +52,7 @@ def methods(service: Service) -> dict[str, Any]:
         "methods": {name: _method(cls, usable.get(name)) for name, cls in parameters.items()},
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: _value(value) for name, value in values.items()},
+        "traits": {name: {"description": trait.description} for name, trait in traits.items()},
         "presets": dict(service.config.presets),
         "preset_bodies": dict(service.config.preset_bodies),
     }

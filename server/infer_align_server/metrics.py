@@ -44,6 +44,7 @@ class Metrics:
         self.prompt_tokens = tokens.labels("prompt")
         self.returned_tokens = tokens.labels("returned")
         self.rejected_tokens = tokens.labels("rejected")
+        self.context_tokens = tokens.labels("context")
         self.reward_tokens = tokens.labels("reward")
         self.judge_tokens = tokens.labels("judge")
         candidates = self._counter("candidates", "Candidates by outcome", ["outcome"])
@@ -111,6 +112,7 @@ class Metrics:
             (self.prompt_tokens, response.prompt_tokens),
             (self.returned_tokens, returned_tokens),
             (self.rejected_tokens, generated_tokens - returned_tokens),
+            (self.context_tokens, response.context_tokens),
             (self.returned, returned),
             (self.dropped, dropped),
             (self.rejected, len(response.candidates) - returned - dropped),

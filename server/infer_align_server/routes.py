@@ -282,7 +282,7 @@ async def model(http: HttpRequest) -> HttpResponse:
 
 
 async def methods(http: HttpRequest) -> HttpResponse:
-    """List the methods, rewards, values and presets of this server, with JSON schemas."""
+    """List the methods, rewards, values, traits and presets of this server, with JSON schemas."""
     service, _ = authorize(http, limited=False)
     return json_response(discovery.methods(service))
 

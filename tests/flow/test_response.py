@@ -92,3 +92,15 @@ def test_if_no_candidate_ended_by_itself_the_worst_case_is_the_length() -> None:
 def test_without_early_stopping_nothing_is_saved() -> None:
     candidates = (Candidate(0, {}, completion_tokens=3), Candidate(1, {}, completion_tokens=9))
     assert respond(Plan((Draw(ONE, 2),), worst_case_tokens=20), *candidates).saved_tokens == 0
+
+
+def test_contexts_are_counted_once_per_draw_and_their_answers_once_per_candidate() -> None:
+    first = {"draw": 0, "context_prompt_tokens": 50}
+    response = respond(
+        Plan((Draw(ONE, 2), Draw(TWO, 2))),
+        Candidate(0, {}, **first, context_completion_tokens=6),
+        Candidate(1, {}, **first, context_completion_tokens=9),
+        Candidate(2, {}, draw=1, context_prompt_tokens=30, context_completion_tokens=4),
+        Candidate(3, {}, draw=1, error="boom"),
+    )
+    assert response.context_tokens == (50 + 6 + 9) + (30 + 4)

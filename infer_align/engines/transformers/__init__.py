@@ -22,17 +22,17 @@ from infer_align.decoding.labels import LabelLogprobs, LabelQuery, LabelTree, co
 from infer_align.decoding.params import (
     STOP_TOKEN_IDS,
     SamplingParams,
-    check_token_ids,
     field_schemas,
     stop_token_ids,
     stop_token_ids_schema,
 )
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers import form as answer_form
+from infer_align.engines.transformers.draw import ALSO_READ, ReadDraw, read_draw
 from infer_align.engines.transformers.form import AnswerForm
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
-from infer_align.engines.transformers.room import completion_tokens
+from infer_align.engines.transformers.room import Room
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.engines.transformers.steering import LoadedValues
@@ -76,7 +76,11 @@ class Transformers:
     )
     max_batch: int = field(
         default=256,
-        metadata={"ge": 1, "description": "Maximum number of candidates decoded at once."},
+        metadata={
+            "ge": 1,
+            "description": "Maximum number of candidates decoded at once. Each prompt of "
+            "`align.guidance` counts as one more.",
+        },
     )
     kv_cache_gib: float = field(
         default=2.0,
@@ -112,11 +116,6 @@ class Transformers:
 
 plugin = Transformers
 
-# Fields that the engine reads beside the sampling parameters.
-_ALSO_READ: Mapping[Kind, frozenset[str]] = {
-    kind: fields | {STOP_TOKEN_IDS} for kind, fields in answer_form.FIELDS.items()
-}
-
 
 class _Started(NamedTuple):
     """The parts of an engine that has started."""
@@ -143,6 +142,7 @@ class TransformersEngine(Engine):
             Capability.TOOLS,
             Capability.STEER,
             Capability.ESTIMATES,
+            Capability.GUIDE,
         }
     )
 
@@ -246,12 +246,15 @@ class TransformersEngine(Engine):
         Raises:
             InvalidRequest: naming the field.
         """
-        SamplingParams.from_body(draw.body, draw.kind, also_read=_ALSO_READ[draw.kind])
+        SamplingParams.from_body(draw.body, draw.kind, also_read=ALSO_READ[draw.kind])
         stop_token_ids(draw.body)
         form = AnswerForm.read(draw)
         if self._started:
             self._started.values.check(draw)
             form.check(self._started.grammars)
+        if self._started and draw.guidance is not None:
+            # The prompts of traits have to fit before anything is spent.
+            self._read(draw)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""
@@ -268,34 +271,19 @@ class TransformersEngine(Engine):
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
             Unavailable: the engine has not started or was closed.
         """
-        model, values, grammars, scheduler = self._parts()
-        params = SamplingParams.from_body(
-            draw.body, draw.kind, model.sampling_defaults, _ALSO_READ[draw.kind]
-        )
-        form = AnswerForm.read(draw)
-        use = form.tool_use(model.tokenizer)
-        prompt = model.render(draw, use.prefix if use else "", form.request)
-        stop_ids = stop_token_ids(draw.body)
-        check_token_ids("logit_bias", params.logit_bias, model.vocabulary)
-        check_token_ids(STOP_TOKEN_IDS, stop_ids, model.vocabulary)
-        max_tokens = completion_tokens(
-            draw.kind,
-            len(prompt.ids),
-            params.max_tokens,
-            default=self.default_max_tokens,
-            context_length=self.context_length,
-            capacity=scheduler.capacity,
-        )
+        _, values, grammars, scheduler = self._parts()
+        read = self._read(draw)
         job = Job(
             draw,
-            params,
-            prompt,
-            max_tokens,
+            read.params,
+            read.prompt,
+            read.max_tokens,
+            guiding=read.guiding,
             steering=values.steering_values(draw),
             estimates=values.estimate_values(draw),
-            constraint=form.constraint(grammars, use),
-            tools=use,
-            stop_ids=stop_ids,
+            constraint=read.form.constraint(grammars, read.tools),
+            tools=read.tools,
+            stop_ids=read.stop_ids,
         )
         if not scheduler.is_alive():
             raise Unavailable("the engine was shut down")
@@ -303,6 +291,11 @@ class TransformersEngine(Engine):
         # several directions, are then prefilled together.
         job.loop.call_soon(_submit, scheduler, job)
         return job.stream
+
+    def _read(self, draw: Draw) -> ReadDraw:
+        model, _, _, scheduler = self._parts()
+        room = Room(self.context_length, scheduler.capacity, self.config.max_batch)
+        return read_draw(draw, model, room, self.default_max_tokens)
 
     @property
     def control_tokens(self) -> frozenset[str]:

@@ -1,11 +1,19 @@
-"""The rows that step together, with their keys and values in every model that reads them."""
+"""The rows that step together, with their keys and values in every model that reads them.
+
+A candidate takes one lane, that is one row of the frozen model's cache, per context: first that of
+the request as it is, then those that guide it. Without guidance, lanes and candidates are the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
+
+import torch
 
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.guidance import CandidateGuidance, GuidanceBatch
 from infer_align.decoding.siblings import ValueCache
 from infer_align.decoding.steering import SteeringBatch
 from infer_align.engines.transformers.rows import Job, Row
@@ -18,19 +26,66 @@ class RowBatch:
 
     Attributes:
         rows: the candidates that are decoded.
-        cache: keys and values of the frozen model, one row per candidate.
+        cache: keys and values of the frozen model, one row per lane.
         value_caches: keys and values of the value LMs; each holds some of the rows.
         steering: how the rows are steered; set by the scheduler, None if they are not.
+        guidance: how the rows are guided; set by the scheduler, None if they are not.
     """
 
     rows: list[Row] = field(default_factory=list)
     cache: RowCache = field(default_factory=RowCache)
     value_caches: dict[ValueLM, ValueCache] = field(default_factory=dict)
     steering: SteeringBatch | None = None
+    guidance: GuidanceBatch | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        """True if some candidate is guided."""
+        return any(row.guidance is not None for row in self.rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each lane, the newest one included."""
+        return [length for row in self.rows for length in row.lengths]
+
+    @property
+    def newest(self) -> list[list[int]]:
+        """The token that each lane reads next."""
+        tokens: list[list[int]] = []
+        for row in self.rows:
+            tokens += [row.tokens[-1:]] * row.lanes
+        return tokens
+
+    def lanes(self, positions: Sequence[int]) -> list[int]:
+        """Return the lanes of the candidates at these positions, in this order."""
+        ends = list(accumulate(row.lanes for row in self.rows))
+        lanes: list[int] = []
+        for i in positions:
+            lanes += range(ends[i] - self.rows[i].lanes, ends[i])
+        return lanes
+
+    def first_lanes(self) -> list[int]:
+        """Return the lane of each candidate that reads the request as it is."""
+        ends = accumulate(row.lanes for row in self.rows)
+        return [end - row.lanes for end, row in zip(ends, self.rows, strict=True)]
+
+    def split(self, of_lanes: Iterable[bool]) -> list[list[bool]]:
+        """Return the items of all lanes as one list per candidate."""
+        items = iter(of_lanes)
+        return [list(islice(items, row.lanes)) for row in self.rows]
+
+    def guidance_batch(self, device: torch.device) -> GuidanceBatch:
+        """Build the guidance of these rows; at least one of them is guided."""
+        first_lanes = self.first_lanes()
+        guided: dict[int, CandidateGuidance] = {}
+        for i, row in enumerate(self.rows):
+            if row.guidance is not None:
+                guided[i] = row.guidance
+        return GuidanceBatch.build(guided, {i: first_lanes[i] for i in guided}, device)
 
     @classmethod
     def of_prompt(cls, job: Job, rows: list[Row]) -> RowBatch:
-        """Return candidates of one job, each with a copy of the prompt's keys and values."""
+        """Return candidates of one job, each with a copy of the prompts' keys and values."""
         copies = [0] * len(rows)
         columns = len(job.prompt.ids)
         members = list(range(len(rows)))
@@ -38,7 +93,8 @@ class RowBatch:
         for lm, cache in job.value_caches.items():
             copied = cache.take(copies, columns)
             value_caches[lm] = ValueCache(lm, members, [columns] * len(rows), copied)
-        return cls(rows, job.cache.take(copies, columns), value_caches)
+        lanes = list(range(len(job.contexts))) * len(rows)
+        return cls(rows, job.cache.take(lanes, job.longest_prompt), value_caches)
 
     def take(self, positions: Sequence[int]) -> RowBatch:
         """Return the rows at these positions, in this order."""
@@ -52,10 +108,12 @@ class RowBatch:
             remaining = value_cache.take(positions)
             if remaining.members:
                 value_caches[lm] = remaining
-        # The longest row spans the cache, except for tokens that the model has not read yet.
-        unread = max(row.length for row in self.rows) - self.cache.length
-        columns = max(row.length for row in rows) - unread
-        return RowBatch(rows, self.cache.take(list(positions), columns), value_caches)
+        lanes = self.lanes(positions)
+        lengths = self.lengths
+        # The longest lane spans the cache, except for tokens that the model has not read yet.
+        unread = max(lengths) - self.cache.length
+        columns = max(lengths[lane] for lane in lanes) - unread
+        return RowBatch(rows, self.cache.take(lanes, columns), value_caches)
 
     def join(self, other: RowBatch) -> RowBatch:
         """Return these rows followed by the other's."""

@@ -37,6 +37,18 @@ class Step(NamedTuple):
     logits: torch.Tensor
     hidden: torch.Tensor
 
+    @classmethod
+    def stack(cls, steps: Sequence[Step]) -> Step:
+        """Return the rows of all steps, one after the other."""
+        if len(steps) == 1:
+            return steps[0]
+        logits = torch.cat([step.logits for step in steps])
+        return cls(logits, torch.cat([step.hidden for step in steps]))
+
+    def take(self, rows: list[int]) -> Step:
+        """Return these rows."""
+        return Step(self.logits[rows], self.hidden[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Model:

@@ -6,13 +6,14 @@ import asyncio
 from base64 import b32encode
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.call_format import ToolUse
 from infer_align.decoding.call_stream import CallStream
 from infer_align.decoding.constraint import Constraint, Matcher
+from infer_align.decoding.guidance import CandidateGuidance
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.text import TextStream
 from infer_align.engines import Stream
@@ -31,15 +32,47 @@ from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import ValueLM
 
 
+@dataclass(eq=False, slots=True)
+class Context:
+    """A prompt that the model reads for a job: the request's own, or one with a trait's prompt.
+
+    Attributes:
+        ids: its tokens.
+        cache: their keys and values, one row; filled by prefill.
+        step: the model's result after the prompt, one row; set by prefill.
+    """
+
+    ids: list[int]
+    cache: RowCache = field(default_factory=RowCache)
+    step: Step | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Guiding:
+    """The contexts that guide a job, beside the request's own.
+
+    Attributes:
+        prompts: the tokens of each. They differ from each other and from the request's.
+        candidate: the guidance of each candidate.
+    """
+
+    prompts: tuple[list[int], ...]
+    candidate: CandidateGuidance
+
+
 @dataclass(eq=False)
 class Job:
     """One draw: waiting, then prefilled, then as rows in the batch.
+
+    Each of its candidates takes one row of the cache per context. All of them step together, and
+    each sampled token goes to all contexts of its candidate.
 
     Attributes:
         draw: the draw.
         params: its sampling parameters.
         prompt: its rendered prompt.
         max_tokens: tokens that each candidate may generate.
+        guiding: the contexts that guide it; None if it is not guided.
         steering: the loaded values that steer it, with their weights. A value may be replaced
             later; the job keeps the one that it was bound to.
         estimates: the loaded heads whose estimates it reports, with their weights.
@@ -51,8 +84,9 @@ class Job:
         closed: True once the caller has left; set from the event loop.
         stopped: candidates to be finished now; None stands for all. Set from the event loop.
         rows: the candidates that have not joined the batch; set by the scheduler.
-        cache: keys and values of the prompt, one row; set by prefill.
-        step: the model's result after the prompt, one row; set by prefill.
+        contexts: the prompts that are read: the request's own, then those that guide it.
+        cache: keys and values of all contexts, one row each; set when all of them are read.
+        step: the model's results after the contexts, one row each; set with the cache.
         value_caches: keys and values of the prompt in the value LMs; set by prefill.
         unfinished: candidates that are not finished; counted down by the scheduler.
     """
@@ -61,6 +95,7 @@ class Job:
     params: SamplingParams
     prompt: Prompt
     max_tokens: int
+    guiding: Guiding | None = None
     steering: Mapping[Value, float] = field(default_factory=dict)
     estimates: Mapping[HeadValue, float] = field(default_factory=dict)
     constraint: Constraint | None = None
@@ -71,6 +106,7 @@ class Job:
     closed: bool = False
     stopped: set[int | None] = field(default_factory=set)
     rows: deque[Row] = field(default_factory=deque)
+    contexts: tuple[Context, ...] = field(init=False)
     cache: RowCache = field(default_factory=RowCache)
     step: Step | None = None
     value_caches: dict[ValueLM, RowCache] = field(default_factory=dict)
@@ -78,6 +114,8 @@ class Job:
 
     def __post_init__(self) -> None:
         self.unfinished = self.draw.n
+        guiding = self.guiding.prompts if self.guiding else ()
+        self.contexts = tuple(Context(ids) for ids in (self.prompt.ids, *guiding))
         self.stream = Stream(self.draw.n, self.stopped.add, self._close)
 
     def _close(self) -> None:
@@ -89,9 +127,29 @@ class Job:
         return self.prompt.text if self.params.echo else ""
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest context: columns of the cache after prefill."""
+        return max(len(context.ids) for context in self.contexts)
+
+    @property
     def width(self) -> int:
         """Columns of the cache that each candidate may need."""
-        return len(self.prompt.ids) + self.max_tokens
+        return self.longest_prompt + self.max_tokens
+
+    @property
+    def unread(self) -> list[Context]:
+        """The contexts that prefill has not read to the end, in their order."""
+        return [context for context in self.contexts if context.step is None]
+
+    def gather(self) -> None:
+        """Put the keys, values and results of all contexts together; all of them are read."""
+        self.cache = self.contexts[0].cache
+        for context in self.contexts[1:]:
+            self.cache = self.cache.join(context.cache)
+        steps = [context.step for context in self.contexts if context.step is not None]
+        self.step = Step.stack(steps)
+        for context in self.contexts:
+            context.cache = RowCache()
 
     def is_stopped(self, index: int) -> bool:
         """Return True if the candidate is to be finished now."""
@@ -149,14 +207,24 @@ class Row:
         return self.job.prompt.ids
 
     @property
-    def length(self) -> int:
-        """Tokens whose keys and values the next step needs: all of them."""
-        return len(self.prompt_ids) + len(self.tokens)
+    def lanes(self) -> int:
+        """Rows of the cache that the candidate takes: one per context."""
+        return len(self.job.contexts)
 
     @property
-    def is_steered(self) -> bool:
-        """True if the draw is steered by values."""
-        return self.job.draw.steering is not None
+    def lengths(self) -> list[int]:
+        """Tokens of each context whose keys and values the next step needs: all of them."""
+        return [len(context.ids) + len(self.tokens) for context in self.job.contexts]
+
+    @property
+    def guidance(self) -> CandidateGuidance | None:
+        """The guidance of the candidate; None if it is not guided."""
+        return self.job.guiding.candidate if self.job.guiding else None
+
+    @property
+    def is_aligned(self) -> bool:
+        """True if the draw is steered by values or guided by prompts."""
+        return self.job.draw.steering is not None or self.job.guiding is not None
 
     @property
     def is_due(self) -> bool:
@@ -214,14 +282,7 @@ class Row:
             message = self.calls.message()
             reason = self.calls.finish_reason(reason)
         choice = finished_choice(self.job.draw.kind, text, self._logprobs(0), reason, message)
-        candidate = Candidate(
-            self.index,
-            choice,
-            prompt_tokens=len(self.prompt_ids),
-            completion_tokens=len(self.tokens),
-            interrupted=interrupted,
-        )
-        return [*events, candidate]
+        return [*events, replace(self._candidate(choice), interrupted=interrupted)]
 
     def fail(self) -> list[Event]:
         """Return the failed candidate of a row that no token can continue."""
@@ -231,15 +292,19 @@ class Row:
             reason = f"the grammar cannot be followed any further: {self.matcher.error}"
             status = 400
         self.finish_reason = "error"
-        candidate = Candidate(
+        return [replace(self._candidate({}), error=reason, status=status)]
+
+    def _candidate(self, choice: Body) -> Candidate:
+        """Return the candidate with what it has cost so far."""
+        guiding = self.job.contexts[1:]
+        return Candidate(
             self.index,
-            {},
+            choice,
             prompt_tokens=len(self.prompt_ids),
             completion_tokens=len(self.tokens),
-            error=reason,
-            status=status,
+            context_prompt_tokens=sum(len(context.ids) for context in guiding),
+            context_completion_tokens=len(guiding) * len(self.tokens),
         )
-        return [candidate]
 
     def _deltas(self, text: str) -> list[Event]:
         """Return the delta of new text; none while it may turn out to be a tool call."""

@@ -14,6 +14,7 @@ import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.constraint import constrain
+from infer_align.decoding.guidance import guide_rows
 from infer_align.decoding.sampler import adjust, sample
 from infer_align.decoding.siblings import keep_sampled_siblings
 from infer_align.decoding.steering import expected_values, steer
@@ -23,7 +24,7 @@ from infer_align.engines.transformers.choices import Entry, logprob_entries
 from infer_align.engines.transformers.model import Model, Step
 from infer_align.engines.transformers.outbox import Outbox
 from infer_align.engines.transformers.reading import Question, QuestionQueue
-from infer_align.engines.transformers.rows import Job, Row
+from infer_align.engines.transformers.rows import Context, Job, Row
 from infer_align.engines.transformers.steering import LoadedValues
 from infer_align.errors import Unavailable
 from infer_align.types import Estimate
@@ -38,7 +39,7 @@ class Scheduler(threading.Thread):
     Args:
         model: the frozen model.
         values: the values that steer it.
-        max_batch: candidates that are decoded at once.
+        max_batch: candidates that are decoded at once; each guiding context counts as one more.
         prefill_tokens: prompt tokens that are read between two decoding steps.
         kv_cache_gib: memory for keys and values.
     """
@@ -157,43 +158,60 @@ class Scheduler(threading.Thread):
 
     def _prefill(self) -> None:
         """Read several short prompts at once, or the next part of a long one."""
-        full = len(self._batch.rows) >= self._max_batch
+        full = _lanes(self._batch.rows) >= self._max_batch
         if not self._waiting or full or self._is_ahead([]):
             return
-        first = self._waiting[0]
-        if first.cache.length or len(first.prompt.ids) > self._prefill_tokens:
-            self._prefill_part(first)
+        first = self._waiting[0].unread[0]
+        if first.cache.length or len(first.ids) > self._prefill_tokens:
+            self._prefill_part(self._waiting[0], first)
         else:
             self._prefill_together()
 
-    def _prefill_part(self, job: Job) -> None:
-        ids = job.prompt.ids
-        start = job.cache.length
+    def _prefill_part(self, job: Job, context: Context) -> None:
+        ids = context.ids
+        start = context.cache.length
         end = min(start + self._prefill_tokens, len(ids))
         with self._outbox.failing([job]):
-            step = self._model.read([ids[start:end]], job.cache, [end])
+            step = self._model.read([ids[start:end]], context.cache, [end])
             if end == len(ids):
-                self._set_prefilled(job, step)
-                self._ready.append(self._waiting.popleft())
+                context.step = step
+                self._finish_prefill([job])
 
     def _prefill_together(self) -> None:
-        jobs: list[Job] = []
-        while self._waiting and not self._is_ahead(jobs):
-            if not self._fits_prefill([*jobs, self._waiting[0]]):
-                break
-            jobs.append(self._waiting.popleft())
-        prompts = [job.prompt.ids for job in jobs]
+        jobs, contexts = self._next_prefill()
+        prompts = [context.ids for context in contexts]
         cache = RowCache()
         with self._outbox.failing(jobs):
             step = self._model.read(prompts, cache, [len(ids) for ids in prompts])
-            for i, job in enumerate(jobs):
-                job.cache = cache.take([i], len(job.prompt.ids))
-                self._set_prefilled(job, Step(step.logits[i : i + 1], step.hidden[i : i + 1]))
-            self._ready.extend(jobs)
+            for i, context in enumerate(contexts):
+                context.cache = cache.take([i], len(context.ids))
+                context.step = step.take([i])
+            self._finish_prefill(jobs)
 
-    def _set_prefilled(self, job: Job, step: Step) -> None:
-        job.step = step
-        job.value_caches = self._values.prefill(job.steering, job.prompt.ids)
+    def _next_prefill(self) -> tuple[list[Job], list[Context]]:
+        """Return the contexts that the next forward pass reads together, with their jobs."""
+        jobs: list[Job] = []
+        contexts: list[Context] = []
+        for job in self._waiting:
+            if self._is_ahead(jobs):
+                break
+            for context in job.unread:
+                if not self._fits_prefill([*contexts, context]):
+                    return jobs, contexts
+                contexts.append(context)
+                if job not in jobs:
+                    jobs.append(job)
+        return jobs, contexts
+
+    def _finish_prefill(self, jobs: list[Job]) -> None:
+        """Let the jobs join the batch whose contexts are all read."""
+        read = [job for job in jobs if not job.unread]
+        for job in read:
+            job.gather()
+            job.value_caches = self._values.prefill(job.steering, job.prompt.ids)
+        for job in read:
+            self._waiting.remove(job)
+        self._ready.extend(read)
 
     def _is_ahead(self, jobs: list[Job]) -> bool:
         """Return True if the prefilled prompts that wait for room take too much memory.
@@ -201,12 +219,12 @@ class Scheduler(threading.Thread):
         The first one may have any size.
         """
         waiting = [*self._ready, *jobs][1:]
-        tokens = sum(len(job.prompt.ids) for job in waiting)
+        tokens = sum(len(job.contexts) * job.longest_prompt for job in waiting)
         return tokens > self.capacity // SHARE_OF_CACHE
 
-    def _fits_prefill(self, jobs: list[Job]) -> bool:
-        longest = max(len(job.prompt.ids) for job in jobs)
-        return len(jobs) * longest <= self._prefill_tokens
+    def _fits_prefill(self, contexts: list[Context]) -> bool:
+        longest = max(len(context.ids) for context in contexts)
+        return len(contexts) * longest <= self._prefill_tokens
 
     def _join(self) -> None:
         """Let prefilled candidates join the batch.
@@ -227,7 +245,8 @@ class Scheduler(threading.Thread):
 
     def _fits(self, rows: list[Row]) -> bool:
         widest = max(row.job.width for row in rows)
-        return len(rows) <= self._max_batch and len(rows) * widest <= self.capacity
+        lanes = _lanes(rows)
+        return lanes <= self._max_batch and lanes * widest <= self.capacity
 
     def _decode(self) -> None:
         """Sample the next token of every row of the batch."""
@@ -235,20 +254,19 @@ class Scheduler(threading.Thread):
         if not rows:
             return
         with self._outbox.failing(row.job for row in rows):
-            lengths = [row.length for row in rows]
-            step = self._model.read([row.tokens[-1:] for row in rows], self._batch.cache, lengths)
-            self._batch = self._advance(self._batch, step)
+            batch = self._batch
+            step = self._model.read(batch.newest, batch.cache, batch.lengths)
+            self._batch = self._advance(batch, step)
 
     def _advance(self, batch: RowBatch, step: Step) -> RowBatch:
-        """Turn logits into tokens; return the rows that continue."""
-        # The forbidden tokens of structured outputs.
-        step = step._replace(logits=constrain(step.logits, batch.rows))
-        batch, step = self._drop_broken(batch, step)
+        """Turn the logits of all lanes into tokens; return the rows that continue."""
+        batch, step, contexts = self._drop_broken(batch, step)
         rows = batch.rows
         if not rows:
             return batch
         # Penalties, biases and bans.
         logits = adjust(step.logits, rows)
+        logits = self._guide(batch, logits, contexts)
         # Kept until rows join or leave.
         if batch.steering is None:
             batch.steering = self._values.steering_batch(rows)
@@ -267,18 +285,41 @@ class Scheduler(threading.Thread):
                 running.append(i)
         return batch.take(running)
 
-    def _drop_broken(self, batch: RowBatch, step: Step) -> tuple[RowBatch, Step]:
-        """Fail the rows without a largest logit that is finite; return the others."""
+    def _drop_broken(self, batch: RowBatch, step: Step) -> tuple[RowBatch, Step, torch.Tensor]:
+        """Constrain the candidates, and fail those without a largest logit that is finite.
+
+        Returns:
+            The other candidates, their own results and the logits of all their lanes.
+        """
+        contexts = step.logits
+        is_guided = batch.is_guided
+        if is_guided:
+            step = step.take(batch.first_lanes())
+        # The forbidden tokens of structured outputs.
+        step = step._replace(logits=constrain(step.logits, batch.rows))
         finite = step.logits.amax(dim=-1).isfinite().tolist()
+        if is_guided:
+            of_lanes = contexts.amax(dim=-1).isfinite().tolist()
+            pairs = zip(finite, batch.split(of_lanes), strict=True)
+            finite = [first and all(lanes) for first, lanes in pairs]
         if all(finite):
-            return batch, step
+            return batch, step, contexts
         sound: list[int] = []
         for i, row in enumerate(batch.rows):
             if finite[i]:
                 sound.append(i)
             else:
                 self._outbox.add(row.job, row.fail())
-        return batch.take(sound), Step(step.logits[sound], step.hidden[sound])
+        return batch.take(sound), step.take(sound), contexts[batch.lanes(sound)]
+
+    def _guide(self, batch: RowBatch, logits: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+        """Guide the candidates' logits by those of their contexts."""
+        if not batch.is_guided:
+            return logits
+        # Kept until rows join or leave.
+        if batch.guidance is None:
+            batch.guidance = batch.guidance_batch(logits.device)
+        return guide_rows(logits, contexts, batch.guidance)
 
     def _report_estimates(
         self, rows: Sequence[Row], logits: torch.Tensor, hidden: torch.Tensor
@@ -301,7 +342,7 @@ class Scheduler(threading.Thread):
         for i, row in enumerate(rows):
             if row.params.logprobs is not None:
                 requested[i] = row.params.logprobs
-        steered_rows = frozenset(i for i in requested if rows[i].is_steered)
+        steered_rows = frozenset(i for i in requested if rows[i].is_aligned)
         return logprob_entries(self._model, logits, steered, tokens, requested, steered_rows)
 
 
@@ -314,5 +355,9 @@ def _prefilled_batch(rows: Iterable[Row]) -> tuple[RowBatch, Step]:
     for job, of_job in by_job.items():
         batch = batch.join(RowBatch.of_prompt(job, of_job))
     steps = [row.job.step for row in batch.rows if row.job.step is not None]
-    logits = torch.cat([step.logits for step in steps])
-    return batch, Step(logits, torch.cat([step.hidden for step in steps]))
+    return batch, Step.stack(steps)
+
+
+def _lanes(rows: Iterable[Row]) -> int:
+    """Return the number of rows of the cache that these candidates take."""
+    return sum(row.lanes for row in rows)

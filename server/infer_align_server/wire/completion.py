@@ -132,12 +132,7 @@ def align_json(response: Response) -> dict[str, Any]:
         "reason": response.reason,
         **extras_json(response),
         "candidates": [_candidate_json(candidate, response) for candidate in response.candidates],
-        "usage": {
-            "engine_calls": sum(candidate.calls for candidate in response.candidates),
-            "candidate_tokens": sum(c.completion_tokens for c in response.candidates),
-            "saved_tokens": response.saved_tokens,
-            **asdict(response.scores.usage),
-        },
+        "usage": align_usage_json(response),
         "timing": {
             "generate_seconds": round(response.timing.generate_seconds, 6),
             "score_seconds": round(response.timing.score_seconds, 6),
@@ -145,6 +140,19 @@ def align_json(response: Response) -> dict[str, Any]:
         },
     }
     return report
+
+
+def align_usage_json(response: Response) -> dict[str, int]:
+    """Return the cost of the methods; guided requests also report the tokens of their contexts."""
+    usage = {
+        "engine_calls": sum(candidate.calls for candidate in response.candidates),
+        "candidate_tokens": sum(c.completion_tokens for c in response.candidates),
+        "saved_tokens": response.saved_tokens,
+        **asdict(response.scores.usage),
+    }
+    if any(draw.guidance for draw in response.plan.draws):
+        usage["context_tokens"] = response.context_tokens
+    return usage
 
 
 def extras_json(response: Response) -> dict[str, Any]:

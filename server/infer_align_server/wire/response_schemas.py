@@ -206,6 +206,7 @@ SCHEMAS: dict[str, Schema] = {
             )
         ),
         values=mapping(closed(description=STRING, warnings=array(STRING))),
+        traits=mapping(closed(description=STRING)),
         presets=mapping({"type": "object"}),
         preset_bodies=mapping({"type": "object"}),
     ),
