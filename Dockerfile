@@ -7,6 +7,7 @@ COPY infer_align infer_align
 COPY kernels kernels
 COPY server server
 COPY clients/python clients/python
+COPY clients/web clients/web
 # vLLM, torch and transformers are the image's own: nothing of them is resolved again.
 RUN pip install --no-cache-dir --no-deps . && pip install --no-cache-dir rich httptools
 

@@ -488,6 +488,9 @@ def test_the_wheel(tmp_path: Path) -> None:
     for package in PACKAGES:
         for path in [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]:
             assert f"{package.name}/{path.relative_to(package)}" in names, f"{path} is not shipped"
+    web = ROOT / "clients/web"
+    for path in [p for p in web.rglob("*") if p.suffix in {".html", ".css", ".js", ".svg"}]:
+        assert f"infer_align_server/web/{path.relative_to(web)}" in names, f"{path} is not shipped"
     assert "infer-align = infer_align_server.cli:main" in scripts
     needed = [
         line

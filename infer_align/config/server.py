@@ -67,6 +67,14 @@ class Server:
         default=30.0,
         metadata={"ge": 0, "description": "Seconds that running requests may take after SIGTERM."},
     )
+    playground: bool = field(
+        default=True,
+        metadata={"description": "Serve the playground, a page for the browser, at `/`."},
+    )
+    api_docs: bool = field(
+        default=True,
+        metadata={"description": "Serve the reference of the API, a page for people, at `/docs`."},
+    )
     log_level: Literal["debug", "info", "warning", "error"] = field(
         default="info", metadata={"description": "Lowest level of log lines to write."}
     )

@@ -150,6 +150,10 @@ class DPA:
 
     direction: dict[str, float] = field(
         metadata={
+            "json_schema_extra": {
+                "x-names": "attributes",
+                "x-slider": {"minimum": -1, "maximum": 1, "step": 0.01},
+            },
             "min_length": 1,
             "description": "{attribute: weight}; only the proportions matter; a negative weight "
             "asks for less of the attribute.",

@@ -28,6 +28,10 @@ class EarlyStop:
     values: dict[str, Annotated[float, Ge(-MAX_VALUE_WEIGHT), Le(MAX_VALUE_WEIGHT)]] = field(
         metadata={
             "min_length": 1,
+            "json_schema_extra": {
+                "x-names": "estimates",
+                "x-slider": {"minimum": -2, "maximum": 2, "step": 0.1},
+            },
             "description": "{value name: weight}: the values, of kind head, whose weighted "
             "estimates are compared.",
         }

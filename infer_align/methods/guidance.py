@@ -97,6 +97,10 @@ class PromptGuidance:
 
     scale: Annotated[dict[str, Scale], Len(max_length=MAX_TRAITS)] = field(
         metadata={
+            "json_schema_extra": {
+                "x-names": "traits",
+                "x-slider": {"minimum": -2, "maximum": 4, "step": 0.1},
+            },
             "min_length": 1,
             "description": "{trait: scale}: 0 is the frozen model, 1 asks for the trait, above 1 "
             "goes beyond asking, below 0 steers away from it.",

@@ -45,6 +45,10 @@ class VAS:
     beta: dict[str, Annotated[float, Ge(-MAX_VALUE_WEIGHT), Le(MAX_VALUE_WEIGHT)]] = field(
         metadata={
             "min_length": 1,
+            "json_schema_extra": {
+                "x-names": "values",
+                "x-slider": {"minimum": -10, "maximum": 10, "step": 0.5},
+            },
             "description": "{value name: weight}; a negative weight steers away from the value.",
         }
     )

@@ -25,6 +25,7 @@ from infer_align_server.engine_routes import ServesApplication
 from infer_align_server.forwarding import Forwards
 from infer_align_server.loading import Progress
 from infer_align_server.logs import access, access_fields
+from infer_align_server.playground import page_routes
 from infer_align_server.routes import ENGINE_ROUTE, ROUTES, UPSTREAM_ROUTE
 from infer_align_server.service import Service
 from infer_align_server.wire.disconnect import ClientLeft
@@ -72,7 +73,7 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
         openapi_url=None,
     )
     app.state.service = service
-    app.router.routes.extend(ROUTES)
+    app.router.routes.extend([*ROUTES, *page_routes(config.server)])
     if isinstance(service.engine, ServesApplication):
         app.router.routes.append(ENGINE_ROUTE)
     if isinstance(service.engine, Forwards):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.config.schema import json_schema
+from infer_align.flow.scorers import reward_names
+from infer_align.methods.dpa import Prompting
 from infer_align.methods.guidance import TraitSections
 from infer_align.objectives import Ensemble
 from infer_align.values import Value
@@ -16,6 +20,8 @@ from infer_align_server.service import Service
 # The time of creation of every model. OpenAI's API requires one, and clients need only that it
 # does not change.
 CREATED = 1_700_000_000
+# The kinds of names that a request may add to.
+OPEN_NAMES = {"traits"}
 
 
 def model(service: Service, name: str) -> dict[str, Any]:
@@ -43,32 +49,75 @@ def methods(service: Service) -> dict[str, Any]:
     parameters["budget"] = Budget
     usable = availability(service)
     values = service.engine.values
-    traits = service.config.methods.get(TraitSections).entries
+    names = _names(service)
     return {
         "model": service.model,
         "capabilities": sorted(service.engine.capabilities),
         # An upstream is asked for these only when a request needs one.
         "unknown_capabilities": sorted(service.engine.unknown_capabilities),
-        "methods": {name: _method(cls, usable.get(name)) for name, cls in parameters.items()},
+        "methods": {
+            name: _method(cls, usable.get(name), names) for name, cls in parameters.items()
+        },
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: _value(value) for name, value in values.items()},
-        "traits": {name: {"description": trait.description} for name, trait in traits.items()},
+        "traits": {name: {"description": text} for name, text in _traits(service).items()},
         "presets": dict(service.config.presets),
         "preset_bodies": dict(service.config.preset_bodies),
+        "limits": dataclasses.asdict(service.config.limits),
     }
 
 
-def _method(cls: type[Any], usable: Availability | None) -> dict[str, Any]:
+def _method(
+    cls: type[Any], usable: Availability | None, names: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
     """Return a method with its parameters, and whether it can be used now."""
     summary = (cls.__doc__ or "").partition("\n")[0]
     usable = usable or Availability()
+    stage = getattr(cls, "stage", None)
     return {
         "description": summary,
-        "parameters": json_schema(cls),
+        "stage": None if stage is None else stage.name.lower(),
+        "parameters": _with_names(json_schema(cls), names),
         "available": usable.reason is None,
         "reason": usable.reason,
         "fix": usable.fix,
     }
+
+
+def _with_names(schema: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the schema of a method with the names of this server in it.
+
+    The metadata of a field says by "x-names" what its keys name, such as values. A request may
+    bring traits of its own, so configured traits are examples.
+    """
+    properties = dict(schema.get("properties", {}))
+    for key, parameter in properties.items():
+        kind = parameter.get("x-names")
+        if kind is not None:
+            keyword = "examples" if kind in OPEN_NAMES else "enum"
+            properties[key] = {**parameter, "propertyNames": {keyword: list(names[kind])}}
+    return {**schema, "properties": properties}
+
+
+def _names(service: Service) -> dict[str, list[str]]:
+    """Return what the keys of a parameter may name, by its kind in "x-names"."""
+    attributes = list(service.config.methods.get(Prompting).attributes)
+    for reward in service.rewards.values():
+        attributes += reward.attributes
+    values = service.engine.values
+    return {
+        "attributes": list(dict.fromkeys(attributes)),
+        "estimates": [name for name, value in values.items() if value.estimates_states],
+        "rewards": reward_names(service.rewards),
+        "traits": list(_traits(service)),
+        "values": list(values),
+    }
+
+
+def _traits(service: Service) -> dict[str, str]:
+    """Return the description of each configured trait."""
+    entries = service.config.methods.get(TraitSections).entries
+    return {name: trait.description for name, trait in entries.items()}
 
 
 def _value(value: Value) -> dict[str, Any]:

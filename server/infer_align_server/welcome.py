@@ -59,7 +59,11 @@ def _rows(service: Service, url: str) -> Iterator[tuple[str, str]]:
     for warning in service.warnings:
         yield "warning", warning
     yield "try", _example(service, url)
-    yield "docs", f"docs/api.md, docs/configuration.md; {url}/v1/align/methods"
+    server = service.config.server
+    if server.playground:
+        yield "open", f"{url}/ in a browser: the playground"
+    reference = f"{url}/docs" if server.api_docs else f"{url}/openapi.json"
+    yield "docs", f"docs/api.md, docs/configuration.md; {reference}"
 
 
 def _list_names(names: list[str]) -> str:

@@ -101,7 +101,7 @@ def test_models(numbers: Any) -> None:
             404,
         ),
         ("POST", "/v1/nowhere", b"{}", 404),
-        ("GET", "/", b"", 404),
+        ("GET", "/nowhere", b"", 404),
         ("GET", "/v1/chat/completions", b"", 405),
         ("DELETE", "/v1/models", b"", 405),
         ("POST", "/v1/align/score", b"{}", 400),

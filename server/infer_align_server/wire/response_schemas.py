@@ -190,6 +190,7 @@ SCHEMAS: dict[str, Schema] = {
         methods=mapping(
             closed(
                 description=STRING,
+                stage=nullable(STRING),
                 parameters={"type": "object"},
                 available=BOOLEAN,
                 reason=nullable(STRING),
@@ -209,6 +210,7 @@ SCHEMAS: dict[str, Schema] = {
         traits=mapping(closed(description=STRING)),
         presets=mapping({"type": "object"}),
         preset_bodies=mapping({"type": "object"}),
+        limits=mapping({"type": "integer"}),
     ),
     "Health": closed(status={"const": "ok"}, model=STRING),
     "Ready": closed(ready=BOOLEAN, reason=nullable(STRING)),

@@ -1,0 +1,113 @@
+/** The answers side by side, each in a card of its own. */
+
+import { isRunning } from "./answer.js";
+import { el, short } from "./dom.js";
+import { advice } from "./errors.js";
+import { KINDS } from "./request.js";
+import { isColoured, tokenSpans } from "./tokens.js";
+
+const STATES = {
+  drawing: "Waiting for the first token",
+  writing: "Writing",
+  cancelled: "Cancelled",
+  failed: "Failed",
+};
+
+/**
+ * Show the answers of the current question.
+ * @param {HTMLElement} place
+ * @param {object} state
+ */
+export function showAnswers(place, state) {
+  for (const kind of Object.keys(KINDS)) {
+    const answer = state.answers[kind];
+    let card = place.querySelector(`[data-kind="${kind}"]`);
+    if (!answer) {
+      card?.remove();
+      continue;
+    }
+    if (!card) {
+      card = newCard(kind);
+      place.append(card);
+    }
+    fillCard(card, kind, answer);
+  }
+  sortCards(place);
+}
+
+/** Keep the cards in the order of the kinds. */
+function sortCards(place) {
+  const order = Object.keys(KINDS);
+  const cards = [...place.children];
+  const sorted = cards.toSorted(
+    (a, b) => order.indexOf(a.dataset.kind) - order.indexOf(b.dataset.kind),
+  );
+  if (cards.some((card, i) => card !== sorted[i])) place.append(...sorted);
+}
+
+function newCard(kind) {
+  return el(
+    "article",
+    { class: "answer", "data-kind": kind, "aria-labelledby": `answer-${kind}` },
+    el("h3", { id: `answer-${kind}` }, KINDS[kind].title),
+    el("p", { class: "hint" }, KINDS[kind].note),
+    el("div", { class: "progress" }),
+    el("div", { class: "text" }),
+    el("div", { class: "legend" }),
+    el("p", { class: "state" }),
+  );
+}
+
+function fillCard(card, kind, answer) {
+  card.dataset.state = answer.state;
+  card.querySelector(".state").textContent = stateText(kind, answer);
+  card.querySelector(".progress").replaceChildren(...progress(kind, answer));
+  const text = card.querySelector(".text");
+  const legend = card.querySelector(".legend");
+  legend.replaceChildren();
+  if (answer.error) {
+    text.replaceChildren(...errorParts(answer));
+  } else if (!isRunning(answer) && isColoured(answer)) {
+    text.replaceChildren(...tokenSpans(answer.tokens));
+    legend.append(...legendParts());
+  } else {
+    text.textContent = answer.text;
+  }
+}
+
+/** Return the error in words, below the text that had arrived. */
+function errorParts(answer) {
+  const code = answer.error.code ? ` (${answer.error.code})` : "";
+  const message = el("p", {}, `${answer.error.message}${code}`);
+  const hint = el("p", { class: "advice" }, advice(answer.error));
+  return [answer.text, el("div", { class: "error", role: "alert" }, message, hint)];
+}
+
+function progress(kind, answer) {
+  if (answer.state !== "drawing") return [];
+  const title = `${KINDS[kind].title} answer is drawn`;
+  return [el("progress", { "aria-label": title })];
+}
+
+function legendParts() {
+  return [
+    "Steering made a token ",
+    el("span", { class: "up level-3" }, "likelier"),
+    " or ",
+    el("span", { class: "down level-3" }, "less likely"),
+    ".",
+  ];
+}
+
+/** Return the line below the text: what happens, or what the answer cost. */
+function stateText(kind, answer) {
+  if (answer.state === "drawing" && answer.body.align) return "Drawing and comparing candidates";
+  if (answer.state !== "done") return STATES[answer.state];
+  const tokens = answer.usage?.completion_tokens;
+  const seconds = (answer.end - answer.start) / 1000;
+  const parts = [];
+  if (tokens !== undefined) parts.push(`${short(tokens)} tokens generated`);
+  parts.push(`${short(seconds)} s`);
+  if (answer.finish === "length") parts.push("cut at the maximum of tokens");
+  return parts.join(" · ");
+}

@@ -1,0 +1,74 @@
+/** Calls of the public API. All addresses are relative to the page, so a base path works. */
+
+import { ApiError, errorOf } from "./errors.js";
+import { baseUrl, storedKey } from "./key.js";
+import { readEvents } from "./sse.js";
+
+// The status of an error that arrives in the middle of a stream: its HTTP status was sent before.
+const IN_STREAM = 200;
+
+/**
+ * Call the API.
+ * @param {string} path Without a slash at the beginning, such as "v1/models".
+ * @param {RequestInit} [options]
+ * @returns {Promise<Response>}
+ * @throws {ApiError} The server refuses, or cannot be reached.
+ */
+async function call(path, options = {}) {
+  const headers = new Headers(options.headers);
+  const key = storedKey();
+  if (key) headers.set("Authorization", `Bearer ${key}`);
+  let response;
+  try {
+    response = await fetch(new URL(path, baseUrl()), { ...options, headers });
+  } catch (error) {
+    throw connectionError(error);
+  }
+  if (!response.ok) {
+    const text = await response.text();
+    throw errorOf(response.status, text, response.headers.get("retry-after"));
+  }
+  return response;
+}
+
+/** Return an error of the connection in words. An abort by the page stays what it is. */
+function connectionError(error) {
+  if (error.name === "AbortError") return error;
+  if (error instanceof ApiError) return error;
+  return new ApiError("The server cannot be reached, or the connection to it was lost.");
+}
+
+/**
+ * Get a JSON document.
+ * @param {string} path
+ * @returns {Promise<any>}
+ */
+export async function getJson(path) {
+  const response = await call(path);
+  return response.json();
+}
+
+/**
+ * Stream a chat completion.
+ * @param {object} body
+ * @param {AbortSignal} signal Aborting closes the connection, and the server stops its work.
+ * @param {(chunk: any) => void} onChunk
+ * @throws {ApiError} The request fails, at once or in the middle of the stream.
+ */
+export async function streamChat(body, signal, onChunk) {
+  const response = await call("v1/chat/completions", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    signal,
+  });
+  try {
+    await readEvents(response.body, (data) => {
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw errorOf(IN_STREAM, data);
+      onChunk(chunk);
+    });
+  } catch (error) {
+    throw connectionError(error);
+  }
+}

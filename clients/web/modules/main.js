@@ -1,0 +1,191 @@
+/** The playground: load what the server offers, and connect the parts of the page. */
+
+import { getJson } from "./api.js";
+import { showAnswers } from "./answers.js";
+import { showCandidates } from "./candidates.js";
+import { copyFrom } from "./copy.js";
+import { extendedHistory, showConversation } from "./conversation.js";
+import { showCost } from "./cost.js";
+import { byId, el } from "./dom.js";
+import { advice } from "./errors.js";
+import { baseUrl } from "./key.js";
+import { connectKeyForm } from "./keyform.js";
+import { methodsPanel } from "./methods.js";
+import { chosenPreset, showPreset, showPresets } from "./presets.js";
+import { rewardsPanel } from "./rewards.js";
+import { createRunner } from "./run.js";
+import { connectSampling, showModels } from "./sampling.js";
+import { curl, preset, python } from "./snippets.js";
+import { createStore, initialState } from "./store.js";
+
+const store = createStore(initialState());
+const keyForm = connectKeyForm(load);
+const runner = createRunner(store, onError);
+// The controls that were made from the catalog; null until it is loaded.
+let panels = null;
+
+function onError(error) {
+  if (error.status === 401) keyForm.ask();
+  markControl(error.param);
+}
+
+/** Mark the control that an error names. */
+function markControl(param) {
+  for (const control of document.querySelectorAll("[aria-invalid]")) {
+    control.removeAttribute("aria-invalid");
+  }
+  if (!param) return;
+  document.querySelector(`[data-param="${CSS.escape(param)}"]`)?.setAttribute("aria-invalid", "true");
+}
+
+/** Load what the server offers. */
+async function load() {
+  store.update({ problem: null });
+  try {
+    const [catalog, models] = await Promise.all([
+      getJson("v1/align/methods"),
+      getJson("v1/models"),
+    ]);
+    const names = models.data.filter((model) => !model.root).map((model) => model.id);
+    const sampling = { ...store.get().sampling, model: catalog.model || names[0] || "" };
+    store.update({ catalog, models: names, sampling });
+    showModels(store.get());
+    showCatalog(catalog);
+  } catch (error) {
+    store.update({ problem: error });
+    if (error.status === 401) keyForm.ask();
+  }
+}
+
+/** Make the controls from the catalog. */
+function showCatalog(catalog) {
+  showPresets(catalog);
+  const methods = methodsPanel(catalog, onAlignChange);
+  const rewards = rewardsPanel(catalog, onAlignChange);
+  panels = { methods, rewards };
+  byId("methods").replaceChildren(methods.node, rewards.node);
+  methods.start();
+}
+
+/** Read the controls into the store, and answer again if the person wants that. */
+function onAlignChange() {
+  if (!panels) return;
+  const align = panels.methods.read();
+  const rewards = panels.rewards.read();
+  if (rewards) align.rewards = rewards;
+  if (chosenPreset()) align.preset = chosenPreset();
+  store.update({ align });
+  answerAgain(["aligned"]);
+}
+
+/** Draw answers to the current question again, at a change of settings. */
+function answerAgain(kinds) {
+  if (byId("live").checked && store.get().question) runner.answer(kinds);
+}
+
+function ask() {
+  const input = byId("question");
+  const question = input.value.trim();
+  if (!question || !store.get().catalog) return;
+  runner.cancel();
+  const history = extendedHistory(store.get());
+  input.value = "";
+  markControl(null);
+  store.update({ history, question, answers: {} });
+  runner.answer();
+}
+
+function startOver() {
+  runner.cancel();
+  store.update({ history: [], question: "", answers: {}, running: false });
+  byId("question").focus();
+}
+
+/** Say in one line what happens, for everyone and for screen readers. */
+function showStatus(state) {
+  const answers = Object.values(state.answers);
+  const status = byId("status");
+  if (state.problem) status.textContent = "";
+  else if (!state.catalog) status.textContent = "Asking the server what it offers …";
+  else if (state.running) status.textContent = "Answering … Esc cancels.";
+  else if (answers.some((answer) => answer.error)) status.textContent = "An answer failed.";
+  else if (answers.some((answer) => answer.state === "cancelled")) status.textContent = "Cancelled.";
+  else if (answers.length) status.textContent = "All answers are there.";
+  else status.textContent = "Ready. Ask something.";
+}
+
+function showProblem({ problem }) {
+  const place = byId("problem");
+  place.hidden = !problem;
+  if (!problem) return;
+  const retry = el("button", { type: "button", click: load }, "Try again");
+  place.replaceChildren(el("p", {}, problem.message), el("p", {}, advice(problem)), retry);
+}
+
+function showButtons(state) {
+  byId("send").disabled = !state.catalog;
+  byId("again").disabled = !state.question;
+  byId("cancel").disabled = !state.running;
+}
+
+function showSnippets(state) {
+  const base = baseUrl();
+  const example = state.question ? state : { ...state, question: "Why is the sky blue?" };
+  byId("curl").textContent = curl(example, base);
+  byId("python").textContent = python(example, base);
+  byId("preset-toml").textContent = preset(state);
+}
+
+function connect() {
+  const all = ["answers", "problem", "catalog", "running", "question"];
+  store.watch(["answers"], (state) => showAnswers(byId("answers"), state));
+  store.watch(["answers"], (state) => {
+    showCandidates(byId("candidates"), state.answers.aligned?.report ?? null);
+  });
+  store.watch(["answers"], (state) => showCost(byId("cost"), state));
+  store.watch(["history", "question"], (state) => showConversation(byId("turns"), state));
+  store.watch(["align", "sampling", "question", "history"], showSnippets);
+  store.watch(all, showStatus);
+  store.watch(all, showButtons);
+  store.watch(["problem"], showProblem);
+  connectSampling(store, () => answerAgain());
+  byId("ask").addEventListener("submit", (event) => {
+    event.preventDefault();
+    ask();
+  });
+  byId("question").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    ask();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") runner.cancel();
+  });
+  byId("cancel").addEventListener("click", () => runner.cancel());
+  byId("again").addEventListener("click", () => runner.answer());
+  byId("restart").addEventListener("click", startOver);
+  byId("preset").addEventListener("change", () => {
+    // A preset stands alone until the person switches a method on.
+    if (chosenPreset()) panels.methods.clear();
+    showPreset(store.get().catalog);
+    onAlignChange();
+  });
+  for (const box of document.querySelectorAll("#compare input")) {
+    box.addEventListener("change", () => onCompare(box.value, box.checked));
+  }
+  for (const button of document.querySelectorAll("button[data-copy]")) {
+    button.addEventListener("click", () => copyFrom(byId(button.dataset.copy), button));
+  }
+}
+
+/** Show or hide one kind of answer. */
+function onCompare(kind, isOn) {
+  const state = store.get();
+  const answers = { ...state.answers };
+  if (!isOn) delete answers[kind];
+  store.update({ compare: { ...state.compare, [kind]: isOn }, answers });
+  if (isOn) answerAgain([kind]);
+}
+
+connect();
+load();

@@ -1,0 +1,91 @@
+/** Editors for objects whose keys are names, such as {value name: weight}. */
+
+import { el, freshId } from "./dom.js";
+import { editorFor, numberEditor } from "./fields.js";
+import { isNumber, plainSchema } from "./schema.js";
+
+// Descriptions begin with the shape of the object, which a person sees.
+const SHAPE = /^\{[^}]*\}[:;] */;
+
+/**
+ * Return an editor with one row for each name that the schema lists, and a field to add others if
+ * it lists none.
+ * @param {string} label
+ * @param {object} schema
+ * @param {import("./fields.js").Context} context
+ */
+export function mapEditor(label, schema, context) {
+  const names = schema.propertyNames?.enum ?? schema.propertyNames?.examples;
+  const entry = plainSchema(schema.additionalProperties, context.root);
+  const rows = new Map();
+  const list = el("div", { class: "rows" });
+  const node = el("fieldset", { class: "group" }, el("legend", {}, label));
+  const meaning = (schema.description ?? "").replace(SHAPE, "");
+  if (meaning) node.append(el("p", { class: "hint" }, meaning));
+  node.append(list);
+
+  function add(name, isRemovable) {
+    if (rows.has(name)) return;
+    const part = { ...context, path: `${context.path}.${name}` };
+    const description = context.describe(schema["x-names"], name);
+    const editor = isNumber(entry)
+      ? weightEditor(name, { ...entry, description }, schema, part)
+      : editorFor(name, { ...entry, description }, part);
+    rows.set(name, editor);
+    if (isRemovable) editor.node.append(removeButton(name, editor.node));
+    list.append(editor.node);
+  }
+
+  function removeButton(name, row) {
+    const remove = () => {
+      rows.delete(name);
+      row.remove();
+      context.onChange();
+    };
+    return el("button", { type: "button", click: remove }, `Remove ${name}`);
+  }
+
+  for (const name of names ?? []) add(name, false);
+  if (!names) node.append(adder(label, (name) => add(name, true)));
+  if (names?.length === 0) node.append(el("p", { class: "hint" }, "None is configured."));
+  return { node, read: () => readRows(rows) };
+}
+
+function readRows(rows) {
+  const value = {};
+  for (const [name, editor] of rows) {
+    const part = editor.read();
+    if (part !== undefined) value[name] = part;
+  }
+  return Object.keys(value).length ? value : undefined;
+}
+
+/**
+ * Return an editor for the weight of one name. It starts at 0, and 0 leaves the name out.
+ * @param {string} name
+ * @param {object} entry The schema of the number.
+ * @param {object} schema The schema of the map, which has the range of the slider.
+ * @param {import("./fields.js").Context} context
+ */
+export function weightEditor(name, entry, schema, context) {
+  const hint = schema["x-slider"] ? { "x-slider": schema["x-slider"] } : {};
+  const editor = numberEditor(name, { default: 0, ...entry, ...hint }, context);
+  return { node: editor.node, read: () => editor.read() || undefined };
+}
+
+/** Return a field and a button that add a row by its name. */
+function adder(label, add) {
+  const input = el("input", { type: "text", id: freshId("name") });
+  const press = () => {
+    const name = input.value.trim();
+    if (name) add(name);
+    input.value = "";
+  };
+  return el(
+    "div",
+    { class: "adder" },
+    el("label", { for: input.id }, `Name to add to ${label}`),
+    input,
+    el("button", { type: "button", click: press }, "Add"),
+  );
+}
