@@ -6,6 +6,7 @@ column to all rows, and any model that accepts left-padded batches accepts these
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -100,10 +101,15 @@ class RowCache(Cache):  # type: ignore[misc]
             selection._append_layer(layer.keys[index, :, start:], layer.values[index, :, start:])
         return selection
 
-    def beginnings(self, lengths: list[int]) -> RowCache:
-        """Return a cache whose row i is the first lengths[i] columns of this cache's only row."""
+    def beginnings(self, lengths: list[int], width: int | None = None) -> RowCache:
+        """Return a cache whose row i is the first lengths[i] columns of this cache's only row.
+
+        Args:
+            lengths: columns of each row.
+            width: columns of the result, at least the largest length; by default that length.
+        """
         selection = RowCache()
-        width = max(lengths)
+        width = max(lengths) if width is None else width
         if not width:
             return selection
         for layer in self.layers:
@@ -115,6 +121,16 @@ class RowCache(Cache):  # type: ignore[misc]
             values = layer.values[0][:, index].transpose(0, 1)
             selection._append_layer(keys, values)
         return selection
+
+    @classmethod
+    def stack(cls, caches: Sequence[RowCache]) -> RowCache:
+        """Return the rows of caches of one width, one after the other."""
+        stacked = cls()
+        for layers in zip(*(cache.layers for cache in caches), strict=True):
+            keys = torch.cat([layer.keys for layer in layers])
+            values = torch.cat([layer.values for layer in layers])
+            stacked._append_layer(keys, values)
+        return stacked
 
     def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
         """Keep `columns` columns and, of those after them, the one at offset chosen[row]."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from infer_align.errors import InvalidRequest
+from infer_align.errors import InvalidRequest, quote
 from infer_align.types import Array, Body, Kind
 
 
@@ -73,3 +73,20 @@ def check_fit(index: int, prompt_tokens: int, text_tokens: int, context_length: 
         f"context of {context_length}; shorten the prompt or the text.",
         code="context_length_exceeded",
     )
+
+
+def check_token_prompt(prompt: object) -> list[int]:
+    """Return a prompt of token ids, checked.
+
+    Raises:
+        InvalidRequest: it is neither a string nor a list of token ids, or it is empty.
+    """
+    is_list = isinstance(prompt, list | tuple) and bool(prompt)
+    tokens = list(prompt) if isinstance(prompt, list | tuple) else []
+    are_ids = all(isinstance(token, int) and not isinstance(token, bool) for token in tokens)
+    if not is_list or not are_ids or min(tokens) < 0:
+        raise InvalidRequest(
+            f"prompt: {quote(prompt)} is not allowed; must be a string, or a list of token ids.",
+            param="prompt",
+        )
+    return tokens

@@ -109,8 +109,22 @@ def check_values(draw: Draw, values: Mapping[str, Value]) -> None:
     if draw.estimates:
         for name in draw.estimates.values:
             field = f"align.early_stop.values.{name}"
-            _check_known(field, name, values)
-            _check_estimates_states(field, name, values)
+            check_estimating(field, name, values)
+
+
+def check_estimating(field: str, name: str, values: Mapping[str, Value]) -> None:
+    """Refuse a value that is unknown, or that cannot estimate a state.
+
+    Args:
+        field: the field that names the value.
+        name: the name of the value.
+        values: the known values by name.
+
+    Raises:
+        InvalidRequest: names the field and the nearest known value.
+    """
+    _check_known(field, name, values)
+    _check_estimates_states(field, name, values)
 
 
 def _check_values_all(steering: Steering, values: Mapping[str, Value]) -> None:
@@ -138,8 +152,9 @@ def _check_estimates_states(field: str, name: str, values: Mapping[str, Value]) 
     if values[name].estimates_states:
         return
     usable = [other for other, value in values.items() if value.estimates_states]
+    names = ", ".join(usable) or "none is configured"
     raise InvalidRequest(
-        f"{field}: cannot estimate an unfinished answer, because its value LM would have to read "
-        f"every token; values of kind head can: {', '.join(usable) or 'none is configured'}.",
+        f"{field}: cannot estimate an answer, because its value LM would have to read every token; "
+        f"values of kind head can: {names}.",
         param=field,
     )

@@ -26,6 +26,7 @@ from infer_align.decoding.params import (
     stop_token_ids,
     stop_token_ids_schema,
 )
+from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers import form as answer_form
 from infer_align.engines.transformers.draw import ALSO_READ, ReadDraw, read_draw
@@ -35,6 +36,8 @@ from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.room import Room
 from infer_align.engines.transformers.rows import Job
 from infer_align.engines.transformers.scheduler import Scheduler
+from infer_align.engines.transformers.sequence_prompt import query_tokens
+from infer_align.engines.transformers.sequences import SequenceQuestion
 from infer_align.engines.transformers.steering import LoadedValues
 from infer_align.engines.transformers.template import (
     has_system_role,
@@ -143,6 +146,7 @@ class TransformersEngine(Engine):
             Capability.STEER,
             Capability.ESTIMATES,
             Capability.GUIDE,
+            Capability.SEQUENCE_LOGPROBS,
         }
     )
 
@@ -347,6 +351,25 @@ class TransformersEngine(Engine):
         scheduler.submit(question)
         measured = await question.answer
         return LabelLogprobs(tree.logprobs(measured), len(ids), len(tree.readings))
+
+    async def sequence_logprobs(self, query: SequenceQuery) -> SequenceLogprobs:
+        """Return the log-probability of each text. Queries that wait are read as one batch.
+
+        Raises:
+            InvalidRequest: the prompt cannot be rendered, a text does not fit the context or the
+                cache, or a value is unknown or cannot estimate.
+            EngineFailed: the model failed.
+            Unavailable: the engine has not started or was closed.
+        """
+        model, values, _, scheduler = self._parts()
+        heads = values.estimating(query.values)
+        longest = min(self.context_length, scheduler.capacity)
+        prompt, texts = query_tokens(model, query, longest)
+        question = SequenceQuestion(prompt, texts, heads)
+        # Let concurrent callers tokenize first, so that their questions are read together.
+        await asyncio.sleep(0)
+        scheduler.submit(question)
+        return await question.answer
 
 
 def _submit(scheduler: Scheduler, job: Job) -> None:

@@ -168,12 +168,28 @@ class Model:
             cache: the rows' keys and values; the new ones are appended.
             lengths: tokens of each row, the new ones included.
         """
+        step = self.forward_last(ids, cache, lengths, 1)
+        return Step(step.logits[:, -1], step.hidden[:, -1])
+
+    @torch.inference_mode()
+    def forward_last(
+        self, ids: torch.Tensor, cache: RowCache, lengths: list[int], columns: int
+    ) -> Step:
+        """Read new tokens as `forward` does; return the results of the last columns.
+
+        Args:
+            ids: new tokens; a row with fewer than Q has padding on the left.
+            cache: the rows' keys and values; the new ones are appended.
+            lengths: tokens of each row, the new ones included.
+            columns: number of the last columns whose results are returned: [B, columns, V] logits
+                and [B, columns, d] states.
+        """
         width = cache.length + ids.shape[1]
         starts = width - torch.tensor(lengths, device=self.device)
-        columns = torch.arange(width, device=self.device)
-        positions = columns[None, cache.length :] - starts[:, None]
+        places = torch.arange(width, device=self.device)
+        positions = places[None, cache.length :] - starts[:, None]
         padded = min(lengths) < width
-        mask = (columns[None] >= starts[:, None]).long() if padded else None
+        mask = (places[None] >= starts[:, None]).long() if padded else None
         self.tap.clear()
         output = self.lm(
             input_ids=ids,
@@ -181,10 +197,10 @@ class Model:
             position_ids=positions.clamp(min=0),
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=columns,
         )
-        logits = output.logits[:, -1].float()
-        hidden = self.tap[-1][:, -1].float() if self.tap else logits[:, :0]
+        logits = output.logits[:, -columns:].float()
+        hidden = self.tap[-1][:, -columns:].float() if self.tap else logits[..., :0]
         return Step(logits, hidden)
 
     def read(self, tokens: Sequence[list[int]], cache: RowCache, lengths: list[int]) -> Step:

@@ -7,108 +7,37 @@ the same keys and values, for all paths of all questions of the group.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
-import logging
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.labels import LabelTree, Path
 from infer_align.engines.transformers.model import Model
-from infer_align.errors import AlignError, EngineFailed
-
-log = logging.getLogger("infer_align")
+from infer_align.engines.transformers.questions import Pending
+from infer_align.errors import EngineFailed
 
 # Path -> {token: logprob}.
 Measured = dict[Path, dict[int, float]]
 
 
 @dataclass(eq=False)
-class Question:
+class Question(Pending[Measured]):
     """A prompt whose label probabilities are requested.
 
     Attributes:
         ids: the prompt's tokens.
         tree: the paths that spell the labels.
-        loop: the event loop of the caller.
-        answer: the result; it belongs to the event loop.
     """
 
     ids: list[int]
     tree: LabelTree
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    answer: asyncio.Future[Measured] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.answer = self.loop.create_future()
-
-    def resolve(self, outcome: Measured | Exception) -> None:
-        """Set the answer or the error; from the event loop's thread only."""
-        # The caller may have been cancelled meanwhile.
-        if self.answer.done():
-            return
-        if isinstance(outcome, Exception):
-            self.answer.set_exception(outcome)
-        else:
-            self.answer.set_result(outcome)
-
-
-class QuestionQueue:
-    """Questions that wait for the scheduler's thread."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._waiting: deque[Question] = deque()
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, question: Question) -> None:
-        """Append a question."""
-        self._waiting.append(question)
-
-    def read(self, tokens: int, cells: int) -> None:
-        """Answer questions group by group, until `tokens` of prompts have been read.
-
-        Args:
-            tokens: prompt tokens to be read.
-            cells: rows x columns of the cache that a group may take.
-        """
-        remaining = tokens
-        while remaining > 0 and self._waiting:
-            candidates = take_group(self._waiting, remaining, cells)
-            group = [question for question in candidates if not question.answer.done()]
-            if group:
-                remaining -= sum(len(question.ids) for question in group)
-                _resolve(group, self._outcomes(group, tokens, cells))
-
-    def fail(self, error: AlignError) -> None:
-        """Answer all questions with an error."""
-        _resolve(list(self._waiting), [error] * len(self._waiting))
-
-    def _outcomes(
-        self, group: Sequence[Question], tokens: int, cells: int
-    ) -> Sequence[Measured | Exception]:
-        try:
-            return read_group(self._model, group, tokens, cells)
-        except AlignError as error:
-            return [error] * len(group)
-        # The model's code may raise anything.
-        except Exception as error:
-            log.exception("a reading failed")
-            return [EngineFailed(f"the engine failed: {error}", status=500)] * len(group)
-
-
-def _resolve(group: Sequence[Question], outcomes: Sequence[Measured | Exception]) -> None:
-    for question, outcome in zip(group, outcomes, strict=True):
-        # A closed loop raises RuntimeError; then no caller waits for the answer.
-        with suppress(RuntimeError):
-            question.loop.call_soon_threadsafe(question.resolve, outcome)
+        super().__init__()
 
 
 def take_group(waiting: deque[Question], tokens: int, cells: int) -> list[Question]:
@@ -124,7 +53,7 @@ def take_group(waiting: deque[Question], tokens: int, cells: int) -> list[Questi
     shared = len(first.ids) - 1
     longest = len(first.ids)
     for question in list(waiting):
-        common = min(shared, _common_length(first.ids, question.ids))
+        common = min(shared, common_length(first.ids, question.ids))
         width = max(longest, len(question.ids))
         if 2 * common < len(first.ids) - 1:
             continue
@@ -173,7 +102,7 @@ def _shared_length(group: Sequence[Question], part: int) -> int:
     lengths = [len(question.ids) for question in group]
     if len(group) == 1 and lengths[0] <= part:
         return 0
-    common = [_common_length(group[0].ids, question.ids) for question in group[1:]]
+    common = [common_length(group[0].ids, question.ids) for question in group[1:]]
     return min([min(lengths) - 1, *common])
 
 
@@ -214,7 +143,7 @@ def _select(logprobs: torch.Tensor, tokens: Sequence[int]) -> dict[int, float]:
     return dict(zip(tokens, logprobs[list(tokens)].tolist(), strict=True))
 
 
-def _common_length(one: Sequence[int], other: Sequence[int]) -> int:
+def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Return the number of tokens with which both begin."""
     for i, (token, other_token) in enumerate(zip(one, other, strict=False)):
         if token != other_token:

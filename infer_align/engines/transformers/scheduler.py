@@ -23,7 +23,7 @@ from infer_align.engines.transformers.batch import RowBatch
 from infer_align.engines.transformers.choices import Entry, logprob_entries
 from infer_align.engines.transformers.model import Model, Step
 from infer_align.engines.transformers.outbox import Outbox
-from infer_align.engines.transformers.reading import Question, QuestionQueue
+from infer_align.engines.transformers.question_queue import AnyQuestion, QuestionQueue
 from infer_align.engines.transformers.rows import Context, Job, Row
 from infer_align.engines.transformers.steering import LoadedValues
 from infer_align.errors import Unavailable
@@ -60,7 +60,7 @@ class Scheduler(threading.Thread):
         self._prefill_tokens = prefill_tokens
         self._cache_bytes = kv_cache_gib * 2**30
         # None wakes the thread.
-        self._inbox: queue.SimpleQueue[Job | Question | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Job | AnyQuestion | None] = queue.SimpleQueue()
         self._outbox = Outbox()
         self._stopping = False
         self._ended = False
@@ -77,7 +77,7 @@ class Scheduler(threading.Thread):
         """Cells of the cache, rows x columns. Keys and values of value LMs count too."""
         return int(self._cache_bytes / (self._model.cell_bytes + self._values.cell_bytes))
 
-    def submit(self, job: Job | Question) -> None:
+    def submit(self, job: Job | AnyQuestion) -> None:
         """Queue a job or a question; from any thread.
 
         Raises:
@@ -115,7 +115,7 @@ class Scheduler(threading.Thread):
         while idle or not self._inbox.empty():
             job = self._inbox.get()
             idle = False
-            if isinstance(job, Question):
+            if isinstance(job, AnyQuestion):
                 self._questions.add(job)
             elif job is not None:
                 self._jobs.add(job)

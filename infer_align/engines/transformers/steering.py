@@ -13,7 +13,7 @@ from infer_align.decoding.dense_steering import candidate_count
 from infer_align.decoding.steering import SteeringBatch
 from infer_align.engines.transformers.rows import Row
 from infer_align.types import Draw
-from infer_align.values import FrozenModel, Value, check_values
+from infer_align.values import FrozenModel, Value, check_estimating, check_values
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
 
@@ -66,6 +66,20 @@ class LoadedValues:
             InvalidRequest: naming the value and the nearest name.
         """
         check_values(draw, self._values)
+
+    def estimating(self, names: Sequence[str]) -> dict[str, HeadValue]:
+        """Return the loaded heads of these names.
+
+        Raises:
+            InvalidRequest: naming a value that is not configured or cannot estimate.
+        """
+        heads: dict[str, HeadValue] = {}
+        for name in names:
+            check_estimating(f"values.{name}", name, self._values)
+            value = self._values[name]
+            if isinstance(value, HeadValue):
+                heads[name] = value
+        return heads
 
     def steering_values(self, draw: Draw) -> dict[Value, float]:
         """Return the loaded values that steer a draw, with their weights other than 0."""
