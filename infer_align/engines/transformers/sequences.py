@@ -343,17 +343,15 @@ def _store(batch: Sequence[_TextRow], read: _Read) -> None:
 
 def _store_estimates(batch: Sequence[_TextRow], step: Step) -> None:
     """Store what heads expect after the last column, which is the end of every text."""
-    users: dict[HeadValue, list[int]] = {}
+    users: dict[HeadValue, list[tuple[int, str]]] = {}
     for i, row in enumerate(batch):
-        for head in row.question.heads.values():
-            users.setdefault(head, []).append(i)
-    for head, rows in users.items():
+        for name, head in row.question.heads.items():
+            users.setdefault(head, []).append((i, name))
+    for head, named in users.items():
+        rows = [i for i, _ in named]
         expected = head.expected(step.hidden[rows, -1], step.logits[rows, -1]).tolist()
-        for i, value in zip(rows, expected, strict=True):
-            question = batch[i].question
-            for name, named in question.heads.items():
-                if named is head:
-                    question.estimates[name][batch[i].index] = value
+        for (i, name), value in zip(named, expected, strict=True):
+            batch[i].question.estimates[name][batch[i].index] = value
 
 
 def _finish(batch: Sequence[_TextRow]) -> None:
