@@ -140,8 +140,8 @@ def take_sequences(
     group = [first]
     prompts = [first.ids]
     # The most similar prompts come first: a prompt without a common beginning ends the sharing.
-    others = sorted(waiting, key=lambda other: -common_length(first.ids, other.ids))
-    for question in others:
+    by_similarity = sorted(waiting, key=lambda other: -common_length(first.ids, other.ids))
+    for question in by_similarity:
         together = _distinct([*prompts, question.ids])
         cost = _prompt_cost(together)
         if cost > _prompt_cost(prompts) + len(question.ids):
@@ -247,14 +247,14 @@ def _read_texts(model: Model, rows: Sequence[_TextRow], part: int, cells: int) -
         batch = _take_batch(remaining, part, cells)
         # The callers of some may have been cancelled meanwhile.
         batch = [row for row in batch if not row.question.answer.done()]
-        for read in _read_new(model, batch, _beginnings(batch), tokens, keep_all=True):
+        for read in _read_new(model, batch, _beginnings(batch), tokens, all_results=True):
             _store(batch, read)
             yield read.columns * len(batch)
         _finish(batch)
 
 
 def _read_new(
-    model: Model, batch: Sequence[_Row], cache: RowCache, tokens: int, *, keep_all: bool = False
+    model: Model, batch: Sequence[_Row], cache: RowCache, tokens: int, *, all_results: bool = False
 ) -> Iterator[_Read]:
     """Read the new tokens of a batch in parts.
 
@@ -263,7 +263,7 @@ def _read_new(
         batch: the rows.
         cache: their beginnings; the keys and values of the new tokens are appended.
         tokens: tokens that one forward pass may read.
-        keep_all: True to get the results of every token; False for those of the last one.
+        all_results: True to get the results of every column; False for those of the last one.
     """
     if not batch:
         return
@@ -276,8 +276,8 @@ def _read_new(
         unread = width - start - part.shape[1]
         # A row shorter than `width` begins with padding. It is read as if its last column counted.
         lengths = [max(1, len(row.ids) - unread) for row in batch]
-        kept = part.shape[1] if keep_all else 1
-        step = model.forward_last(part, cache, lengths, kept)
+        results = part.shape[1] if all_results else 1
+        step = model.forward_last(part, cache, lengths, results)
         yield _Read(step, part.shape[1], unread)
 
 
