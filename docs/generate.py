@@ -24,6 +24,7 @@ from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.config.schema import placeholder
 from infer_align.methods.dpa import Prompting
+from infer_align.methods.profile import ProfileSettings
 from infer_align.objectives import Ensemble
 from infer_align_server.metrics import Metrics
 from infer_align_server.openapi import STATUSES
@@ -75,6 +76,11 @@ def dpa() -> str:
     return _fields(Prompting)
 
 
+def profiles() -> str:
+    """Return the fields of the [profiles] section."""
+    return _fields(ProfileSettings)
+
+
 def statuses() -> str:
     """Return the meaning of each HTTP status."""
     rows = [[str(status), text] for status, text in STATUSES.items()]
@@ -99,6 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "server": server,
     "limits": limits,
     "dpa": dpa,
+    "profiles": profiles,
     "statuses": statuses,
     "metrics": metrics,
     **figures.TABLES,

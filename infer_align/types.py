@@ -265,3 +265,16 @@ class Selection:
     worst_case: float | None = None
     # True if the deadline passed before anything was scored. Written by the flow.
     late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedProfile:
+    """The changes that a profile made to one request."""
+
+    id: str | None
+    adapt: str
+    choices: int  # that the weights were learnt from, or that stand in the prompt
+    left_out: int  # choices that could not be used
+    weights: Mapping[str, float]  # by reward, attribute or trait
+    uncertainty: Mapping[str, float | None]  # standard deviations of the weights
+    bounds: Mapping[str, tuple[float, float]]

@@ -235,7 +235,7 @@ def _start_draft(
         attributes |= dict.fromkeys(reward.attributes)
     return PlanDraft(
         draws=(Draw(body, kind=request.kind),),
-        messages=_conversation(body, request.kind),
+        messages=conversation(body, request.kind),
         seed=seed,
         attributes=tuple(attributes),
         has_system_role=engine.has_system_role,
@@ -298,9 +298,10 @@ def _complete(
 ) -> Plan:
     """Resolve the scorers and return the plan, without its cost."""
     messages, begun_answer = _split_begun_answer(request.body, draft.messages)
-    scorers = resolve_scorers(
-        replace(draft, messages=messages), request.align.rewards, rewards, default_rewards
-    )
+    weights = request.align.rewards
+    if weights is None and draft.selects:
+        weights = request.weights
+    scorers = resolve_scorers(replace(draft, messages=messages), weights, rewards, default_rewards)
     rule = draft.rule or Highest()
     check_selection(draft, rule, scorers, rewards)
     methods = request.align.methods
@@ -344,7 +345,7 @@ def _scoring_tokens(plan: Plan, reward: Reward) -> int:
     return tokens
 
 
-def _conversation(body: Body, kind: Kind) -> Messages:
+def conversation(body: Body, kind: Kind) -> Messages:
     """Return the conversation that rewards and judges read.
 
     The prompt of a text completion becomes one message of the user.

@@ -9,7 +9,7 @@ from typing import Any
 from infer_align.config import registry
 from infer_align.config.align import Align, parse_align
 from infer_align.errors import InvalidRequest, quote
-from infer_align.types import Body, Kind
+from infer_align.types import AppliedProfile, Body, Kind
 
 # Fields of a body that are whole numbers.
 WHOLE_NUMBERS = frozenset(
@@ -35,6 +35,10 @@ class Request:
     align: Align = field(default_factory=Align)
     # True if the client sent `align` or chose a preset: only then does the response carry one.
     aligned: bool = False
+    # {reward: weight} that a profile chose for a request that names no rewards, and what it
+    # changed. Written by `infer_align.flow.personal`.
+    weights: Mapping[str, float] | None = None
+    profile: AppliedProfile | None = None
 
 
 def parse_request(

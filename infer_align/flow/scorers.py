@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from infer_align.errors import InvalidRequest, Unsupported, nearest
 from infer_align.methods import PlanDraft
 from infer_align.rewards import Reward
+from infer_align.types import Direction
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,15 @@ def reward_names(rewards: Mapping[str, Reward]) -> list[str]:
     for name, reward in rewards.items():
         several += [f"{name}.{attribute}" for attribute in reward.attributes]
     return single + several
+
+
+def rewards_along(direction: Direction, rewards: Mapping[str, Reward]) -> dict[str, float]:
+    """Return weight 1 for each reward that scores every attribute of a direction."""
+    along = {}
+    for name, reward in rewards.items():
+        if reward.attributes and _unscored_attribute(direction, reward) is None:
+            along[name] = 1.0
+    return along
 
 
 def resolve_scorers(
@@ -103,12 +113,7 @@ def _default_weights(
     draft: PlanDraft, rewards: Mapping[str, Reward], default_weights: Mapping[str, float]
 ) -> Mapping[str, float]:
     """Prefer the rewards that score every attribute of the plan's direction, if there is one."""
-    if not draft.direction:
-        return default_weights
-    along = {}
-    for name, reward in rewards.items():
-        if reward.attributes and _unscored_attribute(draft, reward) is None:
-            along[name] = 1.0
+    along = rewards_along(draft.direction, rewards) if draft.direction else {}
     return along or default_weights
 
 
@@ -133,7 +138,7 @@ def _check_name(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) -> N
             f"{', '.join(own_names)}, or set {draft.param('dpa', 'direction')}.",
             param=param,
         )
-    unscored = _unscored_attribute(draft, reward)
+    unscored = _unscored_attribute(draft.direction, reward)
     if unscored is not None:
         raise InvalidRequest(
             f"{param}: does not score {unscored!r} of {draft.param('dpa', 'direction')}; it scores "
@@ -142,9 +147,9 @@ def _check_name(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) -> N
         )
 
 
-def _unscored_attribute(draft: PlanDraft, reward: Reward) -> str | None:
-    """Return an attribute of the plan's direction that the reward does not score, if any."""
-    for name, weight in (draft.direction or {}).items():
+def _unscored_attribute(direction: Direction | None, reward: Reward) -> str | None:
+    """Return an attribute of the direction that the reward does not score, if any."""
+    for name, weight in (direction or {}).items():
         if weight and name not in reward.attributes:
             return name
     return None

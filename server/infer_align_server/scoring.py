@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -12,7 +12,7 @@ from infer_align.config.align import parse_align
 from infer_align.errors import InvalidRequest, RewardFailed, nearest, quote
 from infer_align.flow.discovery import when_discovered
 from infer_align.flow.plan import SCORING_STAGES, Plan, make_scoring_plan
-from infer_align.flow.request import check_prompt
+from infer_align.flow.request import Request, check_prompt
 from infer_align.flow.response import Response, Timing
 from infer_align.flow.scoring import score as score_candidates
 from infer_align.flow.selection import rank_candidates
@@ -35,8 +35,16 @@ def align_keys() -> tuple[str, ...]:
     return (*SETTINGS, *methods)
 
 
-async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> dict[str, Any]:
+async def score(
+    service: Service, body: Mapping[str, Any], caller: str = "", owner: str = ""
+) -> dict[str, Any]:
     """Return the response of /v1/align/score: scores, objectives and the ranking.
+
+    Args:
+        service: The service.
+        body: The body of the request.
+        caller: The name of the caller, which pays.
+        owner: The owner of the stored profile that the request may name.
 
     Raises:
         Unavailable: The server does not serve requests now.
@@ -44,7 +52,8 @@ async def score(service: Service, body: Mapping[str, Any], caller: str = "") -> 
         RewardFailed: No candidate could be scored.
     """
     texts = parse_candidates(service, body, ("model", "messages", "candidates", *align_keys()))
-    plan = await when_discovered(lambda: _plan(service, body, len(texts)))
+    request = await _request(service, body, owner)
+    plan = await when_discovered(lambda: _plan(service, request, len(texts)))
     candidates = [_candidate(i, text) for i, text in enumerate(texts)]
     async with service.scoring(plan.scoring_tokens, caller) as count_usage:
         scores = await score_candidates(plan, candidates)
@@ -79,8 +88,8 @@ def _candidate_json(response: Response, index: int) -> dict[str, Any]:
     }
 
 
-def _plan(service: Service, body: Mapping[str, Any], n: int) -> Plan:
-    """Plan the scoring of n candidates. The keys of `align` are fields of the body itself."""
+async def _request(service: Service, body: Mapping[str, Any], owner: str) -> Request:
+    """Return the request with its profile. The keys of `align` are fields of the body itself."""
     messages = body.get("messages")
     check_prompt({"messages": messages}, "chat")
     preset = service.resolve_model(body.get("model")).preset
@@ -89,9 +98,17 @@ def _plan(service: Service, body: Mapping[str, Any], n: int) -> Plan:
     for key in align_keys():
         if body.get(key) is not None:
             keys[key] = body[key]
-    align = parse_align(keys, path="")
-    return make_scoring_plan(
-        messages,
+    request = Request({"messages": messages}, align=parse_align(keys, path=""), aligned=True)
+    return await service.personalise(request, owner)
+
+
+def _plan(service: Service, request: Request, n: int) -> Plan:
+    """Plan the scoring of n candidates."""
+    align = request.align
+    if align.rewards is None and request.weights is not None:
+        align = replace(align, rewards=request.weights)
+    plan = make_scoring_plan(
+        request.body["messages"],
         n,
         align,
         service.engine,
@@ -99,6 +116,7 @@ def _plan(service: Service, body: Mapping[str, Any], n: int) -> Plan:
         service.default_rewards,
         service.config.methods,
     )
+    return replace(plan, request=replace(plan.request, profile=request.profile))
 
 
 def parse_candidates(

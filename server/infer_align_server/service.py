@@ -11,6 +11,7 @@ from time import monotonic
 from typing import Any
 
 from infer_align.config.config import Config
+from infer_align.config.schema import join
 from infer_align.engines import Engine
 from infer_align.errors import (
     AlignError,
@@ -18,13 +19,17 @@ from infer_align.errors import (
     InvalidRequest,
     Unavailable,
     UnknownModel,
+    Unsupported,
     nearest,
     quote,
 )
+from infer_align.flow.choice_scores import ChoiceScores
 from infer_align.flow.discovery import when_discovered
+from infer_align.flow.personal import Personaliser
 from infer_align.flow.plan import Plan, check_prompt_count, check_together, make_plan
 from infer_align.flow.request import Request, parse_request, split_prompts
 from infer_align.flow.scorers import reward_names
+from infer_align.methods.profile import Profile
 from infer_align.rewards import Reward
 from infer_align.types import Kind, ScoringUsage
 from infer_align_server.defaults import check_preset_names, check_presets, complete_body
@@ -91,6 +96,10 @@ class Service:
         self._loading = ""
         self._draining = False
         self.metrics = Metrics()
+        self.choice_scores = ChoiceScores(self.rewards, self.metrics.count_scoring)
+        self.personaliser = Personaliser(
+            self.rewards, self.default_rewards, config.methods, self.choice_scores
+        )
         self.metrics.running.set_function(lambda: self.admission.running)
         self.metrics.queued.set_function(lambda: self.admission.queued)
         self.metrics.tasks.set_function(count_tasks)
@@ -263,8 +272,16 @@ class Service:
         """Return a request's body with the fields of its preset and the server's defaults."""
         return complete_body(self.config, body, model.preset)
 
-    async def plan(self, body: Mapping[str, Any], kind: Kind, model: ModelChoice) -> list[Plan]:
+    async def plan(
+        self, body: Mapping[str, Any], kind: Kind, model: ModelChoice, owner: str = ""
+    ) -> list[Plan]:
         """Parse a request and plan it, with one plan for each of its prompts.
+
+        Args:
+            body: The client's body.
+            kind: The kind of the request, by its route.
+            model: The model and the preset that the body names.
+            owner: The owner of the stored profile that the request may name.
 
         Raises:
             InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
@@ -275,11 +292,35 @@ class Service:
         bodies = split_prompts(resolved, kind)
         check_prompt_count(len(bodies), self.config.limits)
         presets = self.config.presets
-        requests = [parse_request(each, kind, presets, model.preset) for each in bodies]
+        parsed = [parse_request(each, kind, presets, model.preset) for each in bodies]
+        requests = [await self.personalise(request, owner) for request in parsed]
         plans = await when_discovered(lambda: [self._make_plan(each) for each in requests])
         check_together(plans, self.config.limits)
         describe(methods=list(plans[0].methods))
         return plans
+
+    async def personalise(self, request: Request, owner: str) -> Request:
+        """Return a request with what its profile says; without a profile, as it is.
+
+        Args:
+            request: The request.
+            owner: The owner of the stored profile that it may name.
+
+        Raises:
+            InvalidRequest: See `infer_align.flow.personal`.
+            Unsupported: It names a stored profile, and this server keeps none.
+        """
+        profile = request.align.methods.get("profile")
+        if not isinstance(profile, Profile):
+            return request
+        if profile.id is not None:
+            param = join(request.align.path, "profile.id")
+            raise Unsupported(
+                f"{param}: this server keeps no profiles; send the choices in the request, as "
+                f"{join(request.align.path, 'profile.choices')}.",
+                param=param,
+            )
+        return await self.personaliser.apply(request)
 
     def _make_plan(self, request: Request) -> Plan:
         return make_plan(

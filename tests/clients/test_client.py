@@ -19,6 +19,7 @@ from infer_align.config.align import SETTINGS
 from infer_align.engines.fake import Fake
 from infer_align.flow.plan import make_plan
 from infer_align.flow.request import parse_request
+from infer_align.methods import profile as served_profile
 from infer_align.methods.compose import Gate as GateParameters
 from infer_align.methods.compose import RewardShape as RewardShapeParameters
 from infer_align.methods.guidance import TraitSections
@@ -31,9 +32,11 @@ from infer_align_client import (
     BestOfN,
     Budget,
     CandidateReport,
+    Choice,
     Ensemble,
     Gate,
     Guidance,
+    Profile,
     Report,
     RewardShape,
     Score,
@@ -74,6 +77,14 @@ def test_typed_guidance_is_the_servers() -> None:
     assert set(TraitPrompts.__annotations__) == {*prompts} - {"description"}
 
 
+def test_a_typed_profile_is_the_servers() -> None:
+    served = registry.methods.get("profile")
+    assert list(Profile.__annotations__) == [f.name for f in dataclasses.fields(served)]
+    assert list(Choice.__annotations__) == [
+        f.name for f in dataclasses.fields(served_profile.Choice)
+    ]
+
+
 def test_align_has_every_key_of_the_server() -> None:
     assert set(Align.__annotations__) == {*registry.methods.names(), *SETTINGS}
 
@@ -94,6 +105,7 @@ def test_extra_body_holds_the_given_keys_and_nothing_else() -> None:
         "early_stop": {"values": {"helpful": 1.0}},
         "vas": {"beta": {"helpful": 1.0}},
         "guidance": {"scale": {"calm": 1.0}},
+        "profile": {"choices": [{"chosen": "a", "rejected": "b"}]},
         "trust_judge": {"criteria": "brief"},
         "rewards": {"short": 0.0},
         "ensemble": {"objective": "wco"},

@@ -34,6 +34,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "dpa": {"dpa": {"direction": {"helpfulness": 1.0}}},
     "early_stop": {"best_of_n": {"n": 4}, "early_stop": {"values": {"helpful": 1.0}}},
     "guidance": {"guidance": {"scale": {"calm": 1.0}, "traits": {"calm": {"prompt": "Be calm."}}}},
+    "profile": {"profile": {"description": "Likes it brief."}},
     "rps": {"dpa": {"direction": {"helpfulness": 1.0}}, "rps": {}},
     "vas": {"vas": {"beta": {"helpful": 1.0}}},
 }

@@ -23,12 +23,14 @@ __all__ = [  # noqa: RUF022
     "BestOfN",
     "Budget",
     "CandidateReport",
+    "Choice",
     "Compose",
     "DPA",
     "EarlyStop",
     "Ensemble",
     "Gate",
     "Guidance",
+    "Profile",
     "RPS",
     "Report",
     "RewardShape",
@@ -102,6 +104,24 @@ class RPS(TypedDict, total=False):
     k: int
     max_angle: float
     neighborhood: Literal["uniform", "published", "none"]
+
+
+class Choice(TypedDict, total=False):
+    """One choice of a user: this answer is better than that one."""
+
+    chosen: Required[str]
+    rejected: Required[str]
+    messages: list[dict[str, object]]
+
+
+class Profile(TypedDict, total=False):
+    """Answer as one user prefers, by what earlier choices say."""
+
+    id: str
+    choices: list[Choice]
+    weights: dict[str, float]
+    description: str
+    adapt: Literal["weights", "in_context"]
 
 
 class TrustJudge(TypedDict, total=False):
@@ -179,6 +199,7 @@ class Align(TypedDict, total=False):
     early_stop: EarlyStop
     vas: VAS
     guidance: Guidance
+    profile: Profile
     trust_judge: TrustJudge
     rewards: dict[str, float]
     ensemble: Ensemble

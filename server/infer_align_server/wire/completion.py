@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from infer_align.flow.request import Request
 from infer_align.flow.response import Response
 from infer_align.objectives import std
-from infer_align.types import Candidate, Kind
+from infer_align.types import AppliedProfile, Candidate, Kind
 from infer_align_server.wire.encoding import number
 
 
@@ -156,16 +156,32 @@ def align_usage_json(response: Response) -> dict[str, int]:
 
 
 def extras_json(response: Response) -> dict[str, Any]:
-    """Return the direction, the selection and the reports of rewards, if the response has them."""
+    """Return what the response says beside its candidates, as far as it has it."""
     extras: dict[str, Any] = {}
     if response.selection.rule and {"select", "compose"} & set(response.plan.methods):
         extras["selection"] = selection_json(response)
+    profile = response.plan.request.profile
+    if profile is not None:
+        extras["profile"] = profile_json(profile)
     if response.plan.direction is not None:
         extras["direction"] = dict(response.plan.direction)
     if response.scores.reports:
         reports = response.scores.reports
         extras["reports"] = {name: dict(report) for name, report in reports.items()}
     return extras
+
+
+def profile_json(profile: AppliedProfile) -> dict[str, Any]:
+    """Return what a profile changed: the weights, how certain they are, and their bounds."""
+    fields: dict[str, Any] = {
+        "adapt": profile.adapt,
+        "choices": profile.choices,
+        "left_out": profile.left_out,
+        "weights": {name: number(weight) for name, weight in profile.weights.items()},
+        "uncertainty": dict(profile.uncertainty),
+        "bounds": {name: list(bounds) for name, bounds in profile.bounds.items()},
+    }
+    return fields if profile.id is None else {"id": profile.id, **fields}
 
 
 def _candidate_json(candidate: Candidate, response: Response) -> dict[str, Any]:

@@ -93,9 +93,11 @@ _SELECTION["properties"] |= {
     "cycles": COUNT,
     "worst_case": nullable(NUMBER),
 }
-# Present only if the request has a direction, or selects or composes, or a reward has a report.
+# Present only if the request has a direction or a profile, or selects or composes, or a reward has
+# a report.
 _OPTIONAL_REPORT = {
     "direction": mapping(NUMBER),
+    "profile": ref("AppliedProfile"),
     "selection": _SELECTION,
     "reports": mapping({"type": "object"}),
 }
@@ -144,6 +146,15 @@ SCHEMAS: dict[str, Schema] = {
         candidates=array(_CANDIDATE),
         usage=mapping(COUNT),
         timing=mapping({"type": "number", "minimum": 0}),
+    ),
+    "AppliedProfile": _with_optional(
+        {"id": STRING},
+        adapt=STRING,
+        choices=COUNT,
+        left_out=COUNT,
+        weights=mapping(nullable(NUMBER)),
+        uncertainty=mapping(nullable(NUMBER)),
+        bounds=mapping(array(NUMBER, minItems=2, maxItems=2)),
     ),
     "Score": _SCORE,
     "Scores": _with_optional(

@@ -1,0 +1,394 @@
+"""Apply a profile to a request: learn the weights that its choices speak for.
+
+This happens before the plan is made. The result is an ordinary request with other weights of
+rewards, another `align.dpa.direction` and other scales of guidance, so that every other method
+works with a profile as it works without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+
+from infer_align.config.align import Align
+from infer_align.config.schema import join
+from infer_align.errors import InvalidRequest, nearest
+from infer_align.flow.choice_scores import ChoiceScores
+from infer_align.flow.plan import conversation
+from infer_align.flow.request import Request, check_prompt
+from infer_align.flow.scorers import reward_names, rewards_along
+from infer_align.methods import Sections
+from infer_align.methods.dpa import DPA, Prompting, unit
+from infer_align.methods.profile import (
+    Choice,
+    Profile,
+    ProfileSettings,
+    examples_in_prompt,
+    turned,
+)
+from infer_align.profiles.records import StoredChoice, StoredProfile
+from infer_align.profiles.weights import Learned, learn, spreads_of
+from infer_align.rewards import Reward
+from infer_align.types import AppliedProfile, Array, Messages
+
+
+class Term(NamedTuple):
+    """One thing that a profile weighs."""
+
+    name: str  # in the report
+    feature: str  # the score that it weighs: "reward" or "reward.attribute"
+    prior: float
+    is_attribute: bool = False  # of `align.dpa.direction`
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Everything that the profile of one request may weigh."""
+
+    weights: Mapping[str, float]  # of all rewards, those that no choice can change included
+    direction: Mapping[str, float] | None  # of dpa; None without it
+    learnt: tuple[Term, ...]
+
+
+class Personaliser:
+    """Applies profiles to requests."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        default_rewards: Mapping[str, float],
+        sections: Sections,
+        scores: ChoiceScores,
+    ) -> None:
+        """Prepare to apply profiles.
+
+        Args:
+            rewards: the configured rewards, by name.
+            default_rewards: {reward name: weight} for a request that names none.
+            sections: the configuration sections that methods read.
+            scores: scores the answers of choices.
+        """
+        self._rewards = rewards
+        self._default_rewards = default_rewards
+        self._sections = sections
+        self._scores = scores
+        self.settings = sections.get(ProfileSettings)
+
+    async def apply(self, request: Request, stored: StoredProfile | None = None) -> Request:
+        """Return the request with what its profile says; without a profile, as it is.
+
+        Args:
+            request: from `parse_request`.
+            stored: the profile that the request names by its id.
+
+        Raises:
+            InvalidRequest: a weight names nothing that the request uses, a conversation of a choice
+                is no conversation, or stored choices have no texts to put into the prompt.
+        """
+        profile = request.align.methods.get("profile")
+        if not isinstance(profile, Profile):
+            return request
+        path = join(request.align.path, "profile")
+        if stored is not None:
+            profile = _with_stored(profile, stored, path)
+        _check_conversations(profile.choices, path)
+        terms = self.terms(request.align, profile.weights, path)
+        if profile.adapt == "in_context":
+            return self._in_context(request, profile, terms)
+        brought = await self._differences(request, profile.choices, terms.learnt, path)
+        earlier = self.stored_rows(stored.choices if stored else (), terms.learnt)
+        learned = self.learn(np.concatenate([earlier, brought]), terms.learnt)
+        total = len(earlier) + len(brought)
+        return _personalised(request, profile, terms, learned, total, self.settings)
+
+    def terms(self, align: Align, weights: Mapping[str, float], path: str) -> Terms:
+        """Return what a profile weighs in a request with this `align`.
+
+        Args:
+            align: of the request.
+            weights: the profile's own weights, where learning starts.
+            path: where the profile stands in the request, for error messages.
+
+        Raises:
+            InvalidRequest: a weight names neither a reward nor an attribute of the direction.
+        """
+        direction = self._direction(align)
+        names = reward_names(self._rewards)
+        rewards: dict[str, float] = {}
+        for name, weight in weights.items():
+            if name in names:
+                rewards[name] = weight
+            elif direction is not None and name in direction:
+                direction[name] = weight
+            else:
+                allowed = [*names, *(direction or ())]
+                param = f"{path}.weights.{name}"
+                raise InvalidRequest(
+                    f"{param}: no such reward, nor an attribute of align.dpa.direction; "
+                    f"{nearest(name, allowed)}",
+                    param=param,
+                )
+        base = {**self._base_weights(align, rewards, direction), **rewards}
+        learnt = [
+            Term(name, name, weight)
+            for name, weight in base.items()
+            if self._is_learnt(name, weight, align, rewards)
+        ]
+        learnt += self._attribute_terms(base, direction)
+        return Terms(base, direction, tuple(learnt))
+
+    def _base_weights(
+        self,
+        align: Align,
+        rewards: Mapping[str, float],
+        direction: Mapping[str, float] | None,
+    ) -> Mapping[str, float]:
+        """Return the weights of a request before its profile."""
+        if align.rewards is not None:
+            return align.rewards
+        if rewards:
+            return {}
+        along = rewards_along(direction, self._rewards) if direction else {}
+        return along or self.settings.rewards or self._default_rewards
+
+    def _is_learnt(
+        self, name: str, weight: float, align: Align, rewards: Mapping[str, float]
+    ) -> bool:
+        """Return True for a weight that choices may change.
+
+        A request's weight of 0 only shows a score. A judge that generates text is not asked about
+        earlier choices, nor is a reward whose scores depend on the other candidates. The attributes
+        of a whole reward are weighed by the direction.
+        """
+        if name not in reward_names(self._rewards):
+            return False
+        if weight == 0 and align.rewards is not None and name not in rewards:
+            return False
+        reward = self._rewards[name.partition(".")[0]]
+        return not reward.relative and not reward.worst_case_tokens(2)
+
+    def _direction(self, align: Align) -> dict[str, float] | None:
+        """Return the complete direction of dpa; None without one that can be used."""
+        dpa = align.methods.get("dpa")
+        if not isinstance(dpa, DPA):
+            return None
+        try:
+            return self._sections.get(Prompting).complete(unit(dpa.direction))
+        except ValueError:
+            # The planner refuses it, and says why.
+            return None
+
+    def _attribute_terms(
+        self, weights: Mapping[str, float], direction: Mapping[str, float] | None
+    ) -> list[Term]:
+        """Return the attributes of the direction, each with the reward that scores it."""
+        if not direction:
+            return []
+        along = list(rewards_along(direction, self._rewards))
+        named = [name for name in along if name in weights]
+        scorer = next(iter([*named, *along]), None)
+        if scorer is None:
+            return []
+        terms: list[Term] = []
+        for attribute, weight in direction.items():
+            if attribute in self._rewards[scorer].attributes:
+                feature = f"{scorer}.{attribute}"
+                terms.append(Term(attribute, feature, weight, is_attribute=True))
+        return terms
+
+    async def _differences(
+        self, request: Request, choices: Sequence[Choice], terms: Sequence[Term], path: str
+    ) -> Array:
+        """Return chosen minus rejected of each choice: [C, T]."""
+        rows = np.full((len(choices), len(terms)), np.nan)
+        if not terms or not choices:
+            return rows
+        features = [term.feature for term in terms]
+        seconds = request.align.budget.deadline_seconds
+        deadline = None if seconds is None else monotonic() + seconds
+        own_messages = conversation(request.body, request.kind)
+        pending = []
+        for i, choice in enumerate(choices):
+            messages = own_messages if choice.messages is None else choice.messages
+            self.check_conversation(features, messages, f"{path}.choices.{i}.messages")
+            texts = (choice.chosen, choice.rejected)
+            work = self._scores.score(features, messages, texts, request.align.ensemble, deadline)
+            pending.append(work)
+        for i, scores in enumerate(await asyncio.gather(*pending)):
+            rows[i] = scores[0] - scores[1]
+        return _without_failed_rewards(rows)
+
+    def check_conversation(self, features: Sequence[str], messages: Messages, param: str) -> None:
+        """Refuse a conversation that a reward cannot read.
+
+        Raises:
+            InvalidRequest: naming `param`.
+        """
+        for name in dict.fromkeys(feature.partition(".")[0] for feature in features):
+            self._rewards[name].check_conversation(param, messages)
+
+    def stored_rows(self, choices: Sequence[StoredChoice], terms: Sequence[Term]) -> Array:
+        """Return the differences of stored choices: [C, T].
+
+        A reward that was not configured when the choice was made does not tell its answers apart.
+        """
+        rows = np.zeros((len(choices), len(terms)))
+        for i, choice in enumerate(choices):
+            for t, term in enumerate(terms):
+                rows[i, t] = choice.differences.get(term.feature, 0.0)
+        return rows
+
+    def learn(
+        self, rows: Array, terms: Sequence[Term], spread_rows: Array | None = None
+    ) -> Learned:
+        """Learn the weights of the terms.
+
+        Args:
+            rows: [C, T] chosen minus rejected.
+            terms: the T terms.
+            spread_rows: [D, T] further differences that say how much answers differ.
+        """
+        configured = [self.settings.spreads.get(term.feature) for term in terms]
+        every = rows if spread_rows is None else np.concatenate([rows, spread_rows])
+        prior = np.array([term.prior for term in terms], dtype=np.float64)
+        return learn(
+            rows,
+            prior,
+            spreads_of(every, configured, prior),
+            deviation=self.settings.deviation,
+            bound=self.settings.bound,
+            keeps_sign=np.array([not term.is_attribute for term in terms], dtype=bool),
+        )
+
+    def _in_context(self, request: Request, profile: Profile, terms: Terms) -> Request:
+        """Return the request with the profile's choices for the prompt, and its own weights."""
+        used = examples_in_prompt(profile.choices, self.settings.max_characters)
+        weights = {term.name: term.prior for term in terms.learnt}
+        applied = AppliedProfile(
+            id=profile.id,
+            adapt=profile.adapt,
+            choices=used,
+            left_out=len(profile.choices) - used,
+            weights=weights,
+            uncertainty={},
+            bounds={},
+        )
+        direction = _unit(terms.direction or {})
+        return _changed(request, profile, terms.weights, direction, applied)
+
+
+def _with_stored(profile: Profile, stored: StoredProfile, path: str) -> Profile:
+    """Return the profile of a request with what the store knows of it.
+
+    Raises:
+        InvalidRequest: the choices have to stand in the prompt, and their texts are not kept.
+    """
+    texts = [choice.text for choice in stored.choices if choice.text is not None]
+    if profile.adapt == "in_context":
+        if stored.choices and not texts:
+            raise InvalidRequest(
+                f'{path}.adapt: "in_context" needs the texts of choices, and this profile has '
+                'none: set [profiles] store_text = true before choices are made, or use "weights".',
+                param=f"{path}.adapt",
+            )
+        profile = replace(profile, choices=(*texts, *profile.choices))
+    return replace(
+        profile,
+        weights={**stored.weights, **profile.weights},
+        description=profile.description or stored.description,
+    )
+
+
+def _check_conversations(choices: Sequence[Choice], path: str) -> None:
+    for i, choice in enumerate(choices):
+        if choice.messages is None:
+            continue
+        try:
+            check_prompt({"messages": list(choice.messages)}, "chat")
+        except InvalidRequest as error:
+            where = f"{path}.choices.{i}"
+            param = f"{where}.{error.param}"
+            raise InvalidRequest(f"{where}.{error.message}", param=param) from None
+
+
+def _without_failed_rewards(rows: Array) -> Array:
+    """Return the rows, with 0 for a reward that could score no choice at all.
+
+    It teaches nothing, but the other rewards still do.
+    """
+    failed = np.isnan(rows).all(axis=0)
+    if failed.all():
+        return rows
+    return np.where(failed, 0.0, rows)
+
+
+def _personalised(
+    request: Request,
+    profile: Profile,
+    terms: Terms,
+    learned: Learned,
+    total: int,
+    settings: ProfileSettings,
+) -> Request:
+    """Return the request with the weights that were learnt."""
+    weights = dict(terms.weights)
+    goal = dict(terms.direction or {})
+    uncertainty: dict[str, float | None] = {}
+    bounds: dict[str, tuple[float, float]] = {}
+    report: dict[str, float] = {}
+    for t, term in enumerate(terms.learnt):
+        value = float(learned.weights[t])
+        uncertainty[term.name] = _known(learned.deviations[t])
+        if term.is_attribute:
+            goal[term.name] = value
+            continue
+        weights[term.name] = report[term.name] = value
+        if not math.isnan(learned.low[t]):
+            bounds[term.name] = (float(learned.low[t]), float(learned.high[t]))
+    direction = turned(_unit(terms.direction or {}), goal, settings.max_angle)
+    report |= direction
+    used = learned.choices if terms.learnt else 0
+    applied = AppliedProfile(
+        id=profile.id,
+        adapt=profile.adapt,
+        choices=used,
+        left_out=total - used,
+        weights=report,
+        uncertainty=uncertainty,
+        bounds=bounds,
+    )
+    return _changed(request, profile, weights, direction, applied)
+
+
+def _changed(
+    request: Request,
+    profile: Profile,
+    weights: Mapping[str, float],
+    direction: Mapping[str, float],
+    applied: AppliedProfile,
+) -> Request:
+    """Return the request with its complete profile, these weights and this direction."""
+    methods = {**request.align.methods, "profile": profile}
+    if direction:
+        methods["dpa"] = DPA(dict(direction))
+    align = replace(request.align, methods=methods)
+    if align.rewards is not None:
+        align = replace(align, rewards=weights)
+    return replace(request, align=align, weights=weights, profile=applied)
+
+
+def _unit(direction: Mapping[str, float]) -> Mapping[str, float]:
+    try:
+        return unit(direction)
+    except ValueError:
+        return direction
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
