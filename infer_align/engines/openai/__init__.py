@@ -3,7 +3,8 @@
     start        ─▶ the list of models             models.py
     check        ─▶ features that a request needs  features.py, probe.py
     sample       ─▶ one draw in a few calls        draws.py, batch.py, batch_size.py
-                 ─▶ one draw token by token (vas)  steering.py, steered.py, continuation.py
+                 ─▶ one draw token by token        steering.py, steered.py, contexts.py, ways.py,
+                    (vas, guidance)                continuation.py
     read_labels  ─▶ top logprobs                   labels.py
     forward      ─▶ the upstream's own answer, unchanged
 
@@ -106,7 +107,7 @@ class OpenAI(Upstream):
         default=None,
         metadata={
             "description": "Path or hub id of the tokenizer of the upstream's model. Required by "
-            "vas."
+            "vas and guidance."
         },
     )
 

@@ -11,7 +11,6 @@ from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.engines import Engine, Stream, Undiscovered
 from infer_align.engines.openai.batch_size import BatchSizes
 from infer_align.engines.openai.draws import UpstreamDrawing
-from infer_align.engines.openai.features import STEER
 from infer_align.engines.openai.labels import read_labels
 from infer_align.engines.openai.models import UpstreamModels
 from infer_align.engines.openai.probe import (
@@ -19,6 +18,7 @@ from infer_align.engines.openai.probe import (
     FIELDS,
     Features,
 )
+from infer_align.engines.openai.ways import GUIDE, needs_of
 from infer_align.errors import Unavailable, Unsupported
 from infer_align.types import Body, Capability, Draw
 from infer_align.upstream.forward import ForwardedAnswer, ForwardedRequest
@@ -136,8 +136,10 @@ class OpenAIEngine(Engine):
     def _capabilities_of(self, model: str) -> frozenset[Capability]:
         names = self._features.supported(model) & _CAPABILITIES
         capabilities = {Capability.CHAT, *map(Capability, names)}
-        if self._steerer and self._steerer.way(model):
+        if self._steerer and self._steerer.ways.way(model):
             capabilities.add(Capability.STEER)
+        if self._steerer and self._steerer.ways.width(model):
+            capabilities.add(Capability.GUIDE)
         return frozenset(capabilities)
 
     def _require_found(self, model: str, features: Collection[str]) -> None:
@@ -152,12 +154,22 @@ class OpenAIEngine(Engine):
 
     @property
     def capability_hints(self) -> Mapping[Capability, str]:
-        """A sentence on how to enable steering."""
+        """A sentence on how to enable steering and guidance."""
         if self._steerer is None:
             hint = "to steer an upstream, name its model's tokenizer with [engine] tokenizer"
-        else:
-            hint = "to be steered, the upstream must return top_logprobs, which it does not"
-        return {Capability.STEER: hint}
+            return {Capability.STEER: hint, Capability.GUIDE: hint}
+        return {
+            Capability.STEER: "to be steered, the upstream must return top_logprobs, which it does "
+            "not",
+            Capability.GUIDE: "to be guided, the upstream must return at least 2 top_logprobs, and "
+            "must continue a text completion or honour continue_final_message, which it does not; "
+            "a vLLM server does by default",
+        }
+
+    @property
+    def has_system_role(self) -> bool:
+        """False if the tokenizer's chat template shows no system messages."""
+        return self._steerer is None or self._steerer.has_system_role
 
     def health(self) -> str | None:
         """Return None while an upstream can be reached, else the reasons."""
@@ -178,7 +190,7 @@ class OpenAIEngine(Engine):
             from infer_align.engines.openai.steering import Steerer  # noqa: PLC0415
 
             self._steerer = await asyncio.to_thread(Steerer, self.config.tokenizer, self.values)
-            self._features.steerer = self._steerer
+            self._features.ways = self._steerer.ways
         await self.client.start()
         await self._models.reach_all()
         self._reaching = asyncio.create_task(self._keep_reaching())
@@ -211,9 +223,13 @@ class OpenAIEngine(Engine):
         """
         model = self._model_of(draw.body)
         self._require_found(model, _needed_features(draw))
-        if self._steerer and draw.steering:
-            honours_bias = "logit_bias" in self._features.supported(model)
-            self._steerer.check(draw, draw.steering, model, honours_bias=honours_bias)
+        if self._steerer and (draw.steering or draw.guidance):
+            self._steerer.check(
+                draw,
+                model,
+                honours_bias="logit_bias" in self._features.supported(model),
+                context_length=self._models.known_context_length(model),
+            )
             return
         ignored = self._features.ignored(model)
         if draw.kind in ignored:
@@ -259,8 +275,7 @@ class OpenAIEngine(Engine):
 
     def _drawing(self, draw: Draw) -> UpstreamDrawing | SteeredDrawing:
         model = self._model_of(draw.body)
-        is_steered = draw.steering is not None and any(draw.steering.beta.values())
-        if self._steerer is None or draw.steering is None or not is_steered:
+        if self._steerer is None or not needs_of(draw):
             return UpstreamDrawing(self.client, self._sizes, draw, model, self._drawings.discard)
         # Like the steerer, this needs torch.
         from infer_align.engines.openai.steered import SteeredDrawing  # noqa: PLC0415
@@ -269,9 +284,8 @@ class OpenAIEngine(Engine):
             self._steerer,
             self.client,
             draw,
-            draw.steering,
             model,
-            self._models.context_length(model),
+            self._models.known_context_length(model),
             self._drawings.discard,
         )
 
@@ -313,11 +327,11 @@ class OpenAIEngine(Engine):
 
 def _needed_features(draw: Draw) -> set[str]:
     """Return the features of a draw that an upstream may be seen to ignore."""
-    if draw.steering and any(draw.steering.beta.values()):
-        needed = {STEER}
-        if draw.steering.tail == "keep":
-            needed.add("logit_bias")
-        return needed
+    needs = needs_of(draw)
+    if needs:
+        # Only value steering alone lets the upstream sample, with a bias.
+        is_biased = GUIDE not in needs and draw.steering and draw.steering.tail == "keep"
+        return {*needs, "logit_bias"} if is_biased else set(needs)
     needed = {"completion"} if draw.kind == "completion" else set()
     for feature, names in FIELDS.items():
         is_present = any(draw.body.get(name) for name in names)

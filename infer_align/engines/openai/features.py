@@ -24,18 +24,16 @@ from infer_align.engines.openai.probe import (
     LimitName,
     probe,
 )
+from infer_align.engines.openai.ways import TOKENWISE, UpstreamWays
 from infer_align.errors import AlignError
 from infer_align.upstream.client import Client
 from infer_align.upstream.pool import Host
 
 if TYPE_CHECKING:
     from infer_align.engines.openai import OpenAI
-    from infer_align.engines.openai.steering import Steerer
 
 log = logging.getLogger("infer_align")
 
-# Not a field of a request: the way in which an upstream continues a prefix, found by the steerer.
-STEER = "steer"
 # A probe that stays without an answer is repeated at growing intervals, up to this one.
 MAX_PROBE_INTERVAL_SECONDS = 300.0
 
@@ -52,7 +50,7 @@ class UpstreamFeatures:
         probed_at_start: returns the models of a host that `probe = "start"` looks at.
 
     Attributes:
-        steerer: finds out how each upstream can be steered; None without a tokenizer.
+        ways: how each upstream continues a prefix; None without a tokenizer.
         by_model: (URL, model) -> what was found out.
     """
 
@@ -63,7 +61,7 @@ class UpstreamFeatures:
         sizes: BatchSizes,
         probed_at_start: Callable[[Host], Sequence[str]],
     ) -> None:
-        self.steerer: Steerer | None = None
+        self.ways: UpstreamWays | None = None
         self.by_model: dict[HostModel, Features] = {}
         self._config = config
         self._client = client
@@ -142,8 +140,11 @@ class UpstreamFeatures:
 
     def _unknown_on(self, host: Host, model: str, features: Collection[str]) -> set[str]:
         unknown = set(self._known(host, model).unknown.intersection(features))
-        if STEER in features and self.steerer and not self.steerer.knows(host, model):
-            unknown.add(STEER)
+        if self.ways is None:
+            return unknown
+        for need in TOKENWISE:
+            if need in features and not self.ways.knows(need, host, model):
+                unknown.add(need)
         return unknown
 
     def _due_on(self, host: Host, model: str, features: Collection[str]) -> set[str]:
@@ -170,7 +171,7 @@ class UpstreamFeatures:
         if not self.probes_at_start:
             return
         for model in self._probed_at_start(host):
-            tasks = self._probes(host, model, (*FEATURES, STEER))
+            tasks = self._probes(host, model, (*FEATURES, *TOKENWISE))
             await asyncio.gather(*tasks)
 
     def forget_intervals(self, host: Host) -> None:
@@ -212,7 +213,7 @@ class UpstreamFeatures:
             self._schedule(host, model, keys)
 
     async def _find_on(self, host: Host, model: str, features: Sequence[str]) -> None:
-        probed = [feature for feature in features if feature != STEER]
+        probed = [feature for feature in features if feature not in TOKENWISE]
         if probed:
             seconds = self._config.probe_seconds
             result = await probe(self._client, host, model, seconds, probed)
@@ -220,8 +221,9 @@ class UpstreamFeatures:
             self._log(host, model, result)
             if "n" in result.supported | result.ignored:
                 self._sizes.set_probed(host, model, honours_n="n" in result.supported)
-        if STEER in features and self.steerer:
-            await self.steerer.probe(self._client, host, model)
+        needs = [feature for feature in features if feature in TOKENWISE]
+        if needs and self.ways:
+            await self.ways.find(needs, self._client, host, model)
 
     def _schedule(self, host: Host, model: str, keys: Sequence[_ProbeKey]) -> None:
         """Set the time of the next probe of each feature that is still unknown."""

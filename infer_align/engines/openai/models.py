@@ -57,6 +57,10 @@ class UpstreamModels:
     # --- what is known ---
 
     def context_length(self, model: str) -> int:
+        """Return the context length if it is known, else a usual one."""
+        return self.known_context_length(model) or CONTEXT_LENGTH
+
+    def known_context_length(self, model: str) -> int | None:
         """Return the configured context length, else the smallest that an upstream reports."""
         if self._config.context_length:
             return self._config.context_length
@@ -65,7 +69,7 @@ class UpstreamModels:
             length = models.get(model)
             if length:
                 lengths.append(length)
-        return min(lengths, default=CONTEXT_LENGTH)
+        return min(lengths, default=None)
 
     def _probed_models(self, host: Host) -> Sequence[str]:
         if self._config.model:

@@ -342,14 +342,15 @@ def _continues_turn(answers: Mapping[str, Any]) -> bool:
 
     An upstream that ignores them starts a new turn and reads at least as many tokens.
     """
-    new_turn_tokens = _prompt_tokens(answers.get("new turn"))
-    continued_tokens = _prompt_tokens(answers.get("continue"))
+    new_turn_tokens = prompt_tokens(answers.get("new turn"))
+    continued_tokens = prompt_tokens(answers.get("continue"))
     if new_turn_tokens is None or continued_tokens is None:
         return False
     return continued_tokens < new_turn_tokens
 
 
-def _prompt_tokens(answer: Any) -> int | None:
+def prompt_tokens(answer: Any) -> int | None:
+    """Return the prompt tokens that an answer reports, or None."""
     usage = answer.get("usage") if isinstance(answer, dict) else None
     tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     return tokens if isinstance(tokens, int) else None

@@ -1,31 +1,35 @@
-"""One steered draw: each candidate is written token by token, with one or two calls per token."""
+"""One steered draw: each candidate is written token by token.
+
+    each context's top logprobs ─▶ guidance ─▶ vas ─▶ a token ─▶ every context goes on with it
+
+A draw without guidance has one context, the request as it is.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from infer_align.decoding.cache import RowCache
-from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.sampler import sample_at
-from infer_align.decoding.siblings import ValueCache
-from infer_align.decoding.steering import steer_candidates
 from infer_align.decoding.text import TextStream
 from infer_align.engines import Stream
+from infer_align.engines.openai.answer_values import AnswerValues, most_likely
+from infer_align.engines.openai.contexts import GuidanceContexts
 from infer_align.engines.openai.continuation import Continuation
 from infer_align.engines.openai.draws import refusal
+from infer_align.engines.openai.models import CONTEXT_LENGTH
 from infer_align.engines.openai.probe import TOP_LOGPROBS
 from infer_align.engines.openai.steering import Steerer, sampling_params
+from infer_align.engines.openai.ways import STEER, needs_of
 from infer_align.errors import AlignError, Unavailable
-from infer_align.types import Array, Body, Candidate, Delta, Draw, Steering
+from infer_align.types import Array, Body, Candidate, Delta, Draw
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import CallCounter, Client
-from infer_align.values.lookahead import LookaheadValue, ValueLM
 
 T = TypeVar("T")
 
@@ -44,7 +48,7 @@ class _Answer:
         index: the candidate.
         seed: its seed.
         text: the text of its tokens.
-        values: what the value LMs have read of it.
+        values: what the value LMs have read of it; None without vas.
         ids: its tokens, without the prompt.
         counter: the calls made for it.
         finished: True once its candidate is in the stream.
@@ -53,7 +57,7 @@ class _Answer:
     index: int
     seed: int
     text: TextStream
-    values: _ValueReader
+    values: AnswerValues | None
     ids: list[int] = field(default_factory=list)
     counter: CallCounter = field(default_factory=CallCounter)
     finished: bool = False
@@ -65,10 +69,9 @@ class SteeredDrawing:
     Args:
         steerer: the tokenizer and the values.
         client: the upstreams.
-        draw: the draw.
-        steering: its steering.
+        draw: the draw, with steering or guidance.
         model: the upstream's name of the model.
-        context_length: tokens of prompt and answer together.
+        context_length: tokens of prompt and answer together; None if they are unknown.
         on_close: called with this drawing when it is closed.
 
     Attributes:
@@ -83,12 +86,11 @@ class SteeredDrawing:
         steerer: Steerer,
         client: Client,
         draw: Draw,
-        steering: Steering,
         model: str,
-        context_length: int,
+        context_length: int | None,
         on_close: Callable[[SteeredDrawing], None],
     ) -> None:
-        way = steerer.way(model)
+        way = steerer.ways.way(model)
         if way is None:
             raise Unavailable("no upstream that can be steered was reached yet")
         self.stream = Stream(draw.n, self.stop, self.close)
@@ -96,17 +98,35 @@ class SteeredDrawing:
         self._client = client
         self._continuation = Continuation(way, steerer.vocabulary, model)
         self._draw = draw
-        self._steering = steering
-        # `check` refuses a steering without a fixed number.
-        self._top_k = steering.candidates or TOP_LOGPROBS
+        self._steering = draw.steering if STEER in needs_of(draw) else None
+        self._contexts: GuidanceContexts | None = None
+        bodies: Sequence[Body] = (draw.body,)
+        # The tokens that each call shows. `check` refuses a steering without a fixed number.
+        self._width = (self._steering and self._steering.candidates) or TOP_LOGPROBS
+        if draw.guidance:
+            self._contexts = GuidanceContexts.of(draw.body, draw.guidance)
+            bodies = self._contexts.bodies
+            self._width = steerer.ways.width(model)
         self._on_close = on_close
-        self._prompt = steerer.prompt(draw)
+        self._prompts = [steerer.prompt(draw.kind, body) for body in bodies]
         self._params = sampling_params(draw)
-        self._max_tokens = _max_tokens(self._params, context_length, len(self._prompt.ids))
+        self._max_tokens = self._count_max_tokens(context_length)
         # A prefix that is sent as text cannot end within a character.
         self._excluded = frozenset() if way == "ids" else steerer.partial_tokens
         self._answers: list[_Answer] = []
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _count_max_tokens(self, context_length: int | None) -> int:
+        """Return the most tokens of an answer."""
+        limit = CONTEXT_LENGTH if context_length is None else context_length
+        requested = self._params.max_tokens
+        room = max(1, limit - max(len(prompt.ids) for prompt in self._prompts))
+        if requested is None:
+            return min(limit, room)
+        # The contexts of guidance are longer than the request that the upstream would accept.
+        if self._contexts and context_length is not None:
+            return min(requested, room)
+        return min(limit, requested)
 
     def start(self) -> None:
         """Start one task per candidate."""
@@ -115,11 +135,15 @@ class SteeredDrawing:
             text = TextStream(
                 self._steerer.tokenizer,
                 self._params.stop,
-                prompt=self._prompt.ids if self._draw.kind == "completion" else (),
+                prompt=self._prompts[0].ids if self._draw.kind == "completion" else (),
             )
-            values = _ValueReader(self._steerer.values_of(self._steering))
-            self._answers.append(_Answer(index, seed, text, values))
+            self._answers.append(_Answer(index, seed, text, self._new_values()))
         self._tasks = [asyncio.create_task(self._run(answer)) for answer in self._answers]
+
+    def _new_values(self) -> AnswerValues | None:
+        if self._steering is None:
+            return None
+        return AnswerValues(self._steerer.values_of(self._steering), self._steering)
 
     def close(self) -> None:
         """Cancel every task."""
@@ -159,7 +183,9 @@ class SteeredDrawing:
 
     async def _write(self, answer: _Answer) -> str:
         """Sample the tokens of an answer; return its finish_reason."""
-        await self._steerer.in_thread(lambda: answer.values.read_prompt(self._prompt.ids))
+        values = answer.values
+        if values:
+            await self._steerer.in_thread(lambda: values.read_prompt(self._prompts[0].ids))
         for _ in range(self._max_tokens):
             token = await self._next_token(answer)
             if token is None:
@@ -180,27 +206,40 @@ class SteeredDrawing:
         content: Body = {"text": answer.text.text}
         if self._draw.kind == "chat":
             content = {"message": {"role": "assistant", "content": answer.text.text}}
-        candidate = Candidate(
-            answer.index,
-            {**content, "logprobs": None, "finish_reason": reason},
-            prompt_tokens=len(self._prompt.ids),
-            completion_tokens=len(answer.ids),
-            calls=answer.counter.calls,
-            interrupted=interrupted,
+        self._put_candidate(
+            answer,
+            Candidate(
+                answer.index,
+                {**content, "logprobs": None, "finish_reason": reason},
+                prompt_tokens=len(self._prompts[0].ids),
+                interrupted=interrupted,
+            ),
         )
-        self.stream.put(candidate)
 
     def _finish_failed(self, answer: _Answer, error: UpstreamFailed) -> None:
         answer.finished = True
-        candidate = Candidate(
-            answer.index,
-            {},
-            error=error.message,
-            status=error.status,
-            retry_after=error.retry_after,
+        self._put_candidate(
+            answer,
+            Candidate(
+                answer.index,
+                {},
+                error=error.message,
+                status=error.status,
+                retry_after=error.retry_after,
+            ),
+        )
+
+    def _put_candidate(self, answer: _Answer, candidate: Candidate) -> None:
+        """Put a finished candidate into the stream, with what it has cost."""
+        further = self._prompts[1:]
+        counted = replace(
+            candidate,
+            completion_tokens=len(answer.ids),
+            context_prompt_tokens=sum(len(prompt.ids) for prompt in further),
+            context_completion_tokens=len(further) * len(answer.ids),
             calls=answer.counter.calls,
         )
-        self.stream.put(candidate)
+        self.stream.put(counted)
 
     def _put_delta(self, answer: _Answer, piece: str) -> None:
         choice: Body = {"text": piece}
@@ -214,34 +253,86 @@ class SteeredDrawing:
         """Sample one token; None for the end of the answer."""
         tokenizer = self._steerer.tokenizer
         text = tokenizer.decode(answer.ids, skip_special_tokens=True)
-        body = self._continuation.body(self._prompt, answer.ids, text)
-        logprob_fields = self._continuation.logprob_fields(self._top_k)
-        logprobs = await self._post(answer, body | logprob_fields, self._continuation.top_logprobs)
-        candidates = _most_likely(logprobs, self._excluded, self._top_k)
+        bodies = [self._continuation.body(prompt, answer.ids, text) for prompt in self._prompts]
+        tops = await self._read(answer, bodies)
+        candidates, logits = self._candidates(tops)
         if not candidates:
             raise UpstreamFailed(
                 "the upstream returns only parts of characters, after which a text cannot be "
                 "continued."
             )
-        logits = np.array([logprobs[token] for token in candidates])
-        steered = await self._steer(answer, candidates, logits)
+        steered = logits
+        values = answer.values
+        if values:
+            steered = await self._steerer.in_thread(lambda: values.steer(candidates, logits))
         token: int | None
-        if self._steering.tail == "mask":
-            token = candidates[self._sample(answer, steered)]
-        else:
+        if self._lets_upstream_sample:
             shifts = np.clip(steered - logits, -MAX_BIAS, MAX_BIAS)
             bias = dict(zip(candidates, shifts.tolist(), strict=True))
-            bias |= dict.fromkeys(logprobs.keys() & self._excluded, -MAX_BIAS)
-            token = await self._sample_upstream(answer, body, bias)
+            bias |= dict.fromkeys(tops[0].keys() & self._excluded, -MAX_BIAS)
+            token = await self._sample_upstream(answer, bodies[0], bias)
+        else:
+            token = candidates[self._sample(answer, steered)]
         if token is None or token == tokenizer.eos_token_id:
             return None
-        await self._steerer.in_thread(lambda: answer.values.choose(candidates, token))
+        if values:
+            await self._steerer.in_thread(lambda: values.choose(token))
         return token
 
-    async def _steer(self, answer: _Answer, candidates: Sequence[int], logits: Array) -> Array:
-        """Add the weighted values to the logits of the candidates: [k] -> [k]."""
-        values = await self._steerer.in_thread(lambda: answer.values.evaluate(candidates))
-        return steer_candidates(logits, values, list(self._steering.beta.values()))
+    async def _read(
+        self, answer: _Answer, bodies: Sequence[Mapping[str, Any]]
+    ) -> list[dict[int, float]]:
+        """Return the top logprobs of each context; all are read side by side."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._read_context(answer, i, body))
+                    for i, body in enumerate(bodies)
+                ]
+        except ExceptionGroup as failures:
+            # One call failed, and the others are cancelled.
+            raise failures.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _read_context(
+        self, answer: _Answer, index: int, body: Mapping[str, Any]
+    ) -> dict[int, float]:
+        """Return the logprobs of the most likely tokens of one context.
+
+        Raises:
+            UpstreamFailed: there are none; a refusal names the context.
+        """
+        fields = {**body, **self._continuation.logprob_fields(self._width)}
+        try:
+            logprobs = await self._post(answer, fields, self._continuation.top_logprobs)
+        except UpstreamFailed as error:
+            if self._contexts and index and error.refused:
+                name = self._contexts.names[index]
+                error.param = "align.guidance"
+                error.message = (
+                    f"align.guidance: the upstream refuses the request {name}: {error.message}"
+                )
+            raise
+        return logprobs
+
+    def _candidates(self, tops: Sequence[Mapping[int, float]]) -> tuple[list[int], Array]:
+        """Return the tokens that may be sampled and their logits: guided, or as they are."""
+        if self._contexts:
+            guided = self._contexts.guided([self._likely(each) for each in tops], self._excluded)
+            return list(guided), np.array(list(guided.values()))
+        candidates = most_likely(tops[0], self._width, self._excluded)
+        return candidates, np.array([tops[0][token] for token in candidates])
+
+    def _likely(self, top: Mapping[int, float]) -> dict[int, float]:
+        """Leave out the token that some servers add because they sampled it: it is chance."""
+        return {token: top[token] for token in most_likely(top, self._width)}
+
+    @property
+    def _lets_upstream_sample(self) -> bool:
+        """True if tokens that no call shows may be sampled, which only the upstream can do."""
+        if self._contexts or self._steering is None:
+            return False
+        return self._steering.tail == "keep"
 
     def _sample(self, answer: _Answer, logits: Array) -> int:
         """Sample here; return the position of the token among the candidates."""
@@ -274,7 +365,7 @@ class SteeredDrawing:
         return token
 
     def _step(self, answer: _Answer) -> int:
-        return len(self._prompt.ids) + len(answer.ids)
+        return len(self._prompts[0].ids) + len(answer.ids)
 
     async def _post(self, answer: _Answer, body: Mapping[str, Any], parse: Callable[[Any], T]) -> T:
         return await self._client.post(
@@ -284,48 +375,3 @@ class SteeredDrawing:
             counter=answer.counter,
             parse=parse,
         )
-
-
-class _ValueReader:
-    """The values of the next tokens of one answer. Its methods run in threads."""
-
-    def __init__(self, values: Sequence[LookaheadValue]) -> None:
-        self._values = values
-        self._caches: dict[ValueLM, ValueCache] = {}
-
-    @torch.inference_mode()
-    def read_prompt(self, ids: Sequence[int]) -> None:
-        """Read the prompt with each value LM."""
-        for value in self._values:
-            if value.lm and value.lm not in self._caches:
-                cache = RowCache()
-                positions = torch.arange(len(ids))[None]
-                value.lm.forward(torch.tensor([list(ids)]), cache, positions, None)
-                self._caches[value.lm] = ValueCache(value.lm, [0], [len(ids)], cache)
-
-    @torch.inference_mode()
-    def evaluate(self, candidates: Sequence[int]) -> Array:
-        """Value the answer after each of k candidates: -> [M, k]. `choose` must follow."""
-        ids = torch.tensor([list(candidates)])
-        by_lm = {lm: cache.siblings(ids)[0] for lm, cache in self._caches.items()}
-        values = [by_lm[value.lm][:, value.index].numpy() for value in self._values if value.lm]
-        return np.asarray(values, dtype=np.float64)
-
-    @torch.inference_mode()
-    def choose(self, candidates: Sequence[int], token: int) -> None:
-        """Keep the sampled token in the caches, and drop the other candidates."""
-        for cache in self._caches.values():
-            cache.choose(torch.tensor([list(candidates)]), torch.tensor([token]))
-
-
-def _max_tokens(params: SamplingParams, context_length: int, prompt_tokens: int) -> int:
-    if params.max_tokens is None:
-        return min(context_length, max(1, context_length - prompt_tokens))
-    return min(context_length, params.max_tokens)
-
-
-def _most_likely(logprobs: Mapping[int, float], excluded: Collection[int], k: int) -> list[int]:
-    """Return the k most likely tokens, the lower id first among equals."""
-    tokens = [token for token in logprobs if token not in excluded]
-    tokens.sort(key=lambda token: (-logprobs[token], token))
-    return tokens[:k]

@@ -1,21 +1,25 @@
-"""VAS for a model on another server (Han et al. 2405.06639): its top logprobs, and a value LM here.
+"""Steering a model on another server: its top logprobs are read, and changed, token by token.
 
-    tail "mask"  One call per token. The top k tokens are reweighted and sampled here; no other
-                 token can be sampled.
-    tail "keep"  Two calls per token. The first returns the top k; the second samples one token
-                 with logit_bias = beta . (V - mean), clipped at 100.
+    vas, tail "mask"  One call per token. The top k tokens are reweighted and sampled here; no other
+                      token can be sampled.
+    vas, tail "keep"  Two calls per token. The first returns the top k; the second samples one token
+                      with logit_bias = beta . (V - mean), clipped at 100.
+    guidance          One call per token and context, side by side. The tokens that they show are
+                      guided (`contexts.py`), reweighted by vas if it is there, and sampled here.
 
-The upstream reads the prefix again at every token. Prefix caching makes that cheap; without it the
-cost is quadratic. The calls are counted in `align.usage.engine_calls`.
+VAS is Han et al. 2405.06639, with a value LM here. The upstream reads the prefix again at every
+token. Prefix caching makes that cheap; without it the cost is quadratic. The calls are counted in
+`align.usage.engine_calls`.
 
-This module holds what all steered draws of an engine share; `steered.py` is one steered draw.
+This module holds what all steered draws of an engine share; `steered.py` is one steered draw, and
+`ways.py` finds out which upstreams can be steered.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from transformers import AutoTokenizer
@@ -23,20 +27,13 @@ from transformers import AutoTokenizer
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.text import token_bytes
 from infer_align.demo.locate import locate
-from infer_align.engines.openai.continuation import (
-    TOKEN_ID,
-    WAYS,
-    Continuation,
-    ContinuationPrompt,
-    Way,
-)
+from infer_align.engines.openai.contexts import GuidanceContexts
+from infer_align.engines.openai.continuation import ContinuationPrompt
 from infer_align.engines.openai.probe import TOP_LOGPROBS
+from infer_align.engines.openai.ways import UpstreamWays
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
-from infer_align.messages import Conversation, normalize, render
-from infer_align.types import Draw, Steering
-from infer_align.upstream import UpstreamFailed
-from infer_align.upstream.client import Client
-from infer_align.upstream.pool import Host
+from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE, Conversation, normalize, render
+from infer_align.types import Body, Draw, Guidance, Kind, Steering
 from infer_align.values import FrozenModel, Value, check_values, tokenizer_digest
 from infer_align.values.lookahead import LookaheadValue
 
@@ -71,6 +68,8 @@ class Steerer:
     Attributes:
         vocabulary: {bytes of a token: id}.
         partial_tokens: the tokens that are not whole characters.
+        ways: how each upstream continues a prefix.
+        has_system_role: False if the tokenizer's chat template shows no system messages.
 
     Raises:
         ConfigError: the tokenizer or a value cannot be loaded.
@@ -81,74 +80,46 @@ class Steerer:
         self.vocabulary = _vocabulary(self.tokenizer)
         partial = [token for data, token in self.vocabulary.items() if not _is_text(data)]
         self.partial_tokens = frozenset(partial)
+        self.ways = UpstreamWays(self.vocabulary, self._tokenize)
+        self.has_system_role = self._shows_system()
         digest = tokenizer_digest(self.tokenizer.get_vocab())
         frozen = FrozenModel(tokenizer, len(self.tokenizer), 0, digest, "cpu")
         self._values = _started(values, frozen)
-        # (URL, model) -> how the upstream continues a prefix; None if it returns no top logprobs.
-        self._ways: dict[tuple[str, str], Way | None] = {}
         self._lock = threading.Lock()
 
-    # --- what the upstreams can do ---
-
-    async def probe(self, client: Client, host: Host, model: str) -> None:
-        """Find the most exact way in which an upstream continues a prefix with top logprobs.
-
-        Raises:
-            AlignError: the upstream did not answer, so that it is still unknown.
-        """
-        self._ways[host.url, model] = await self._find_way(client, host, model)
-
-    def knows(self, host: Host, model: str) -> bool:
-        """Return True if it was found out how an upstream continues a prefix."""
-        return (host.url, model) in self._ways
-
-    async def _find_way(self, client: Client, host: Host, model: str) -> Way | None:
-        for way in WAYS:
-            if await self._works(client, host, Continuation(way, self.vocabulary, model)):
-                return way
-        return None
-
-    async def _works(self, client: Client, host: Host, continuation: Continuation) -> bool:
-        text = "one two"
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        prompt = ContinuationPrompt(
-            text, tuple(ids), {"messages": [{"role": "user", "content": text}]}
-        )
-        body = continuation.body(prompt, [], "three") | continuation.logprob_fields(2)
-        try:
-            answer = await client.call_host(host, continuation.path, body)
-        except UpstreamFailed as error:
-            if error.refused or error.status == 501:
-                return False
-            raise
-        try:
-            has_ids = TOKEN_ID in str(answer["choices"][0]["logprobs"])
-            has_logprobs = bool(continuation.top_logprobs(answer))
-        except (UpstreamFailed, KeyError, IndexError, TypeError):
-            return False
-        return has_logprobs and (has_ids or continuation.way != "ids")
-
-    def way(self, model: str) -> Way | None:
-        """Return how every upstream of the model can continue a prefix, or None if one cannot."""
-        ways = {way for (_, name), way in self._ways.items() if name == model}
-        if not ways or None in ways:
-            return None
-        return max((way for way in ways if way), key=WAYS.index)
-
-    # --- draws ---
-
-    def check(self, draw: Draw, steering: Steering, model: str, *, honours_bias: bool) -> None:
+    def check(
+        self, draw: Draw, model: str, *, honours_bias: bool, context_length: int | None
+    ) -> None:
         """Refuse what cannot be steered token by token.
 
         Args:
-            draw: the draw.
-            steering: its steering.
+            draw: the draw, which has steering or guidance.
             model: the upstream's name of the model.
             honours_bias: True if the upstream honours logit_bias.
+            context_length: tokens of prompt and answer together; None if they are unknown.
 
         Raises:
             InvalidRequest: naming the field.
         """
+        if draw.steering:
+            needs_bias = draw.steering.tail == "keep" and not draw.guidance
+            lacks_bias = needs_bias and not honours_bias
+            self._check_steering(draw, draw.steering, model, lacks_bias=lacks_bias)
+        method = "guidance" if draw.guidance else "vas"
+        for name, value in draw.body.items():
+            if name not in FIELDS and value not in (None, False, [], {}, 0):
+                raise Unsupported(
+                    f"{name}: is not available when {method} steers an upstream token by token; "
+                    "leave it out.",
+                    param=name,
+                )
+        sampling_params(draw)
+        if draw.guidance:
+            self._check_guidance(draw, draw.guidance, context_length)
+
+    def _check_steering(
+        self, draw: Draw, steering: Steering, model: str, *, lacks_bias: bool
+    ) -> None:
         check_values(draw, self._values)
         if steering.candidates is None:
             parameter = "top_k" if steering.min_p is None else "min_p"
@@ -163,41 +134,45 @@ class Steerer:
                 f"an upstream returns; set it to at most {TOP_LOGPROBS}.",
                 param="align.vas.top_k",
             )
-        if self.way(model) is None and self._ways:
+        if self.ways.refuses(model):
             raise Unsupported(
                 f"align.vas: the upstream of {model!r} cannot be steered; use another model.",
                 param="align.vas",
             )
-        if steering.tail == "keep" and not honours_bias:
+        if lacks_bias:
             raise Unsupported(
                 "align.vas.tail: 'keep' needs logit_bias, which the upstream does not honour; "
                 "use the tail 'mask'.",
                 param="align.vas.tail",
             )
-        for name, value in draw.body.items():
-            if name not in FIELDS and value not in (None, False, [], {}, 0):
-                raise Unsupported(
-                    f"{name}: is not available when vas steers an upstream token by token; "
-                    "leave it out.",
-                    param=name,
+
+    def _check_guidance(self, draw: Draw, guidance: Guidance, context_length: int | None) -> None:
+        """Render every context, and refuse one that leaves no room for an answer."""
+        contexts = GuidanceContexts.of(draw.body, guidance)
+        for body, name in zip(contexts.bodies, contexts.names, strict=True):
+            tokens = len(self.prompt(draw.kind, body).ids)
+            if context_length is not None and tokens >= context_length:
+                raise InvalidRequest(
+                    f"align.guidance: the request {name} has {tokens} tokens, which leave no room "
+                    f"for an answer in the model's {context_length}; shorten it.",
+                    param="align.guidance",
                 )
-        sampling_params(draw)
 
     def values_of(self, steering: Steering) -> list[LookaheadValue]:
         """Return the values of a steering, in its order."""
         return [self._values[name] for name in steering.beta]
 
-    def prompt(self, draw: Draw) -> ContinuationPrompt:
-        """Return the prompt of a draw.
+    def prompt(self, kind: Kind, body: Body) -> ContinuationPrompt:
+        """Return the prompt of a body.
 
         Raises:
             InvalidRequest: the chat template refuses the messages.
         """
-        if draw.kind == "completion":
-            text = draw.body["prompt"]
+        if kind == "completion":
+            text = body["prompt"]
             return ContinuationPrompt(text, tuple(self.tokenizer(text)["input_ids"]))
-        messages = draw.body["messages"]
-        options = draw.body.get("chat_template_kwargs") or {}
+        messages = body["messages"]
+        options = body.get("chat_template_kwargs") or {}
 
         def rendered(conversation: Conversation) -> str:
             text: str = self.tokenizer.apply_chat_template(
@@ -215,8 +190,21 @@ class Steerer:
         fields = {"messages": messages}
         if options:
             fields["chat_template_kwargs"] = options
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ContinuationPrompt(text, tuple(ids), fields)
+        return ContinuationPrompt(text, tuple(self._tokenize(text)), fields)
+
+    def _tokenize(self, text: str) -> Sequence[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _shows_system(self) -> bool:
+        """Return False if the chat template leaves system messages out, or refuses them."""
+        if not self.tokenizer.chat_template:
+            # The upstream has a template of its own.
+            return True
+        try:
+            return SYSTEM_MARK in self.prompt("chat", {"messages": SYSTEM_PROBE}).text
+        except InvalidRequest:
+            return False
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run a forward pass of a value LM in a thread: one at a time, as each uses all cores."""

@@ -78,6 +78,14 @@ class Vllm:
 plugin = Vllm
 
 
+_ADD_HEAD = 'configure a value of kind "head" in [values.*]'
+# The contexts of a request would have to stay at the same step, which vLLM's scheduler does not do.
+_GUIDE_FROM_OUTSIDE = (
+    "a second server in front of this one can guide it: infer-align serve --upstream "
+    "http://HOST:PORT/v1 --set engine.tokenizer=MODEL"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Started:
     """The parts of an engine that has started."""
@@ -93,13 +101,17 @@ class VllmEngine(Engine):
 
     model: str = ""
     context_length: int = 0
-    capabilities: frozenset[Capability] = frozenset(Capability) - {Capability.STEER}
+    capabilities: frozenset[Capability] = frozenset(Capability) - {
+        Capability.STEER,
+        Capability.GUIDE,
+    }
 
     capability_hints: Mapping[Capability, str] = MappingProxyType(
-        dict.fromkeys(
-            (Capability.STEER, Capability.ESTIMATES),
-            'configure a value of kind "head" in [values.*]',
-        )
+        {
+            Capability.STEER: _ADD_HEAD,
+            Capability.ESTIMATES: _ADD_HEAD,
+            Capability.GUIDE: _GUIDE_FROM_OUTSIDE,
+        }
     )
 
     def __init__(self, config: Vllm) -> None:
