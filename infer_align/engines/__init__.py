@@ -11,7 +11,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.decoding.params import COMPLETION_TOKENS
@@ -49,12 +49,14 @@ class Engine(ABC):
             into their bodies; an engine that counts the prompt's tokens shortens it to what fits.
         progress: called with a short text about what is being loaded, from any thread. Set before
             `start`.
+        reads_values: True if `sequence_logprobs` also reads what values expect after the texts.
     """
 
     values: Mapping[str, Value] = MappingProxyType({})
     served_name: str | None = None
     default_max_tokens: int | None = None
     progress: Callable[[str], None] = staticmethod(lambda _: None)
+    reads_values: ClassVar[bool] = False
 
     @property
     @abstractmethod

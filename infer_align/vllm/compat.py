@@ -36,7 +36,6 @@ from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.pooling_params import PoolingParams
 from vllm.reasoning import ReasoningParserManager
-from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
@@ -151,33 +150,6 @@ def _option_errors(section: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, NotImplementedError) as error:
         raise ConfigError(f"{section} vLLM refuses these options: {error}") from error
-
-
-async def label_logprobs(
-    engine: AsyncLLM, prompt: Sequence[int], tokens: Sequence[int], request_id: str
-) -> dict[int, float]:
-    """Return the logprob, in nats, of each of `tokens` as the next token of a prompt of token ids.
-
-    The request generates one token. No logits processor changes the logprobs.
-
-    Raises:
-        AlignError: vLLM refuses the prompt, or failed.
-    """
-    params = SamplingParams(
-        max_tokens=1,
-        temperature=1.0,
-        logprob_token_ids=[*tokens],
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-    logprobs: dict[int, float] = {}
-    try:
-        async for output in engine.generate({"prompt_token_ids": [*prompt]}, params, request_id):
-            first_token = output.outputs[0].logprobs[0]
-            logprobs = {token: entry.logprob for token, entry in first_token.items()}
-    except Exception as error:
-        raise convert_error(error) from error
-    return {token: logprobs[token] for token in tokens}
 
 
 def generated_tokens(engine: AsyncLLM, request_id: str | None) -> int:

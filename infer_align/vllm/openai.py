@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import uuid
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, quote
 from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE
 from infer_align.types import Kind, Messages
-from infer_align.vllm import compat
+from infer_align.vllm import compat, readings
 from infer_align.vllm.interfaces import CandidateCall, error_from_json
 
 REQUEST_CLASSES = {"chat": ChatCompletionRequest, "completion": CompletionRequest}
@@ -210,10 +211,32 @@ class Frontend:
         Raises:
             AlignError: vLLM refuses the messages.
         """
-        request = self.parse("chat", {"model": self.model, "messages": [*messages]})
-        _, (prompt,) = await self.render("chat", request)
+        prompt = await self.chat_ids({"messages": [*messages]})
         prefix_ids = self.tokenizer.encode(prefix, add_special_tokens=False) if prefix else []
-        return [*prompt["prompt_token_ids"], *prefix_ids]
+        return [*prompt, *prefix_ids]
+
+    async def chat_ids(self, fields: Mapping[str, Any]) -> list[int]:
+        """Return the token ids of a chat's prompt.
+
+        Args:
+            fields: the fields of a chat's body that shape its prompt.
+
+        Raises:
+            AlignError: vLLM refuses the fields.
+        """
+        request = self.parse("chat", {"model": self.model, **fields})
+        _, (prompt,) = await self.render("chat", request)
+        return [*prompt["prompt_token_ids"]]
+
+    async def completion_ids(self, text: str) -> list[int]:
+        """Return the token ids of the prompt of a text completion.
+
+        Raises:
+            AlignError: vLLM refuses the prompt.
+        """
+        request = self.parse("completion", {"model": self.model, "prompt": text})
+        (prompt,) = await self.render("completion", request)
+        return [*prompt["prompt_token_ids"]]
 
     async def complete(self, kind: Kind, request: BaseModel, call: CandidateCall) -> Completion:
         """Generate the one choice of a request that does not stream.
@@ -258,7 +281,26 @@ class Frontend:
             AlignError: vLLM refuses the prompt, or failed.
         """
         request_id = f"label-{uuid.uuid4().hex}"
-        return await compat.label_logprobs(self._engine, prompt, tokens, request_id)
+        return await readings.label_logprobs(self._engine, prompt, tokens, request_id)
+
+    @property
+    def cached_block(self) -> float:
+        """The number of tokens of the smallest prefix that the engine caches; infinity if none."""
+        cache = self._engine.vllm_config.cache_config
+        return cache.block_size if cache.enable_prefix_caching else math.inf
+
+    async def text_logprobs(
+        self, prompt: Sequence[int], text: Sequence[int], *, uses_cache: bool
+    ) -> tuple[list[float], int]:
+        """Return the logprob of each token of a text after a prompt; see `readings.text_logprobs`.
+
+        Raises:
+            AlignError: vLLM refuses the prompt, or failed.
+        """
+        request_id = f"text-{uuid.uuid4().hex}"
+        return await readings.text_logprobs(
+            self._engine, prompt, text, request_id, uses_cache=uses_cache
+        )
 
     def generated_tokens(self, call: CandidateCall) -> int:
         """Return the number of tokens that a running call has so far; 0 if it does not run."""

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from infer_align.config import registry
+from infer_align.engines import Engine
+from infer_align.engines.transformers import Transformers
 from infer_align.rewards import Reward, RewardScores
 from infer_align.rewards.callable import CallableReward
 from infer_align.types import Candidate
+from infer_align.values.head import HeadValue
 
 pytestmark = pytest.mark.anyio
 ASK = [{"role": "user", "content": "the cat"}]
@@ -23,15 +26,29 @@ async def reward(request, reward_model):
         "classifier": {"models": models, "attributes": ("a", "b"), "dtype": "float32"},
         "rules": {"words_weight": -1.0},
     }
+    engine = None
     if request.param == "callable":
         reward = CallableReward(lambda messages, text: len(text), "letters")
     elif request.param in {"pooling", "trust_judge", "upstream"}:
         pytest.skip("needs an engine or a server; its own tests cover the contract")
+    elif request.param == "value":
+        engine = await demo_engine()
+        reward = registry.rewards.get("value")("helpful").load()
+        reward.engines = {"served": engine}
     else:
         reward = registry.rewards.get(request.param)(**sections[request.param]).load()
     await reward.start()
     yield reward
     await reward.close()
+    if engine is not None:
+        await engine.close()
+
+
+async def demo_engine() -> Engine:
+    engine = Transformers(model="demo", dtype="float32").load()
+    engine.values = {"helpful": HeadValue("demo/value-helpful.safetensors")}
+    await engine.start()
+    return engine
 
 
 def candidates(*texts: str) -> list[Candidate]:

@@ -54,6 +54,7 @@ class FakeEngine(Engine):
 
     model: str = ""
     context_length: int = 0
+    reads_values = True
     capabilities: frozenset[Capability] = frozenset(
         {
             Capability.CHAT,

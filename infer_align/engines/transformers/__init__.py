@@ -134,6 +134,7 @@ class TransformersEngine(Engine):
 
     model: str = ""
     context_length: int = 0
+    reads_values = True
     capabilities: frozenset[Capability] = frozenset(
         {
             Capability.CHAT,

@@ -22,12 +22,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery, control_tokens
+from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.demo.locate import locate
 from infer_align.engines import App, Engine, Stream
 from infer_align.engines.vllm.body import parse_body
 from infer_align.engines.vllm.estimates import EstimateFetcher
 from infer_align.engines.vllm.labels import count_requests, read_labels
 from infer_align.engines.vllm.running_draw import RunningDraw
+from infer_align.engines.vllm.sequences import sequence_logprobs
 from infer_align.engines.vllm.values import EngineValues
 from infer_align.errors import AlignError, ConfigError, Unavailable
 from infer_align.types import Capability, Draw
@@ -158,10 +160,12 @@ class VllmEngine(Engine):
         self.context_length = engine.model_config.max_model_len
         fetcher = EstimateFetcher(partial(call_workers, engine, "infer_align_take_estimates"))
         self._resources.callback(fetcher.close)
-        self._set_capabilities(engine, values)
+        self._set_capabilities(engine, frontend, values)
         self._started = _Started(engine, frontend, values, fetcher)
 
-    def _set_capabilities(self, engine: AsyncEngine, values: EngineValues) -> None:
+    def _set_capabilities(
+        self, engine: AsyncEngine, frontend: Frontend, values: EngineValues
+    ) -> None:
         if values.enabled:
             self.capabilities |= {Capability.STEER}
             if engine.vllm_config.speculative_config is None:
@@ -173,7 +177,14 @@ class VllmEngine(Engine):
                 }
         # The modes raw_logits and processed_logits report no logprobs.
         if not engine.model_config.logprobs_mode.endswith("logprobs"):
-            self.capabilities -= {Capability.LOGPROBS, Capability.LABEL_LOGPROBS}
+            self.capabilities -= {
+                Capability.LOGPROBS,
+                Capability.LABEL_LOGPROBS,
+                Capability.SEQUENCE_LOGPROBS,
+            }
+        # Only fast tokenizers of transformers show which tokens spell a text at its place.
+        if not getattr(frontend.tokenizer, "is_fast", False):
+            self.capabilities -= {Capability.SEQUENCE_LOGPROBS}
 
     def _launch(self, values: EngineValues) -> tuple[AsyncEngine, Frontend]:
         """Import vLLM and start the workers. Runs in a thread, because both block."""
@@ -318,3 +329,18 @@ class VllmEngine(Engine):
             AlignError: vLLM refuses the messages, or failed.
         """
         return await read_labels(self._require_healthy().frontend, query)
+
+    async def sequence_logprobs(self, query: SequenceQuery) -> SequenceLogprobs:
+        """Return the log-probability of each text as the answer to a prompt.
+
+        Raises:
+            Unsupported: the query asks for values, or for the tokens of an adapter, or the model
+                has no fast tokenizer.
+            InvalidRequest: the prompt cannot be rendered, or a text does not fit the context.
+            Unavailable: the engine has not started, is closed, or has died.
+            AlignError: vLLM failed.
+        """
+        frontend = self._require_healthy().frontend
+        if Capability.SEQUENCE_LOGPROBS not in self.capabilities:
+            return await super().sequence_logprobs(query)
+        return await sequence_logprobs(frontend, query, self.context_length)
