@@ -26,7 +26,11 @@ class BestOfN:
 
     n: int = field(
         default=8,
-        metadata={"ge": 1, "description": "Candidates per prompt; with rps, per direction."},
+        metadata={
+            "ge": 1,
+            "json_schema_extra": {"x-slider": {"minimum": 1, "maximum": 32, "step": 1}},
+            "description": "Candidates per prompt; with rps, per direction.",
+        },
     )
 
     stage: ClassVar[Stage] = Stage.PROPOSE

@@ -95,8 +95,9 @@ class Compose:
     gates: dict[str, Gate] = field(
         default_factory=dict,
         metadata={
+            "json_schema_extra": {"x-names": "rewards"},
             "description": '{reward: {"at_least": number}}: a candidate with a lower score is '
-            "dropped. If all miss a gate, the one that misses by the least wins."
+            "dropped. If all miss a gate, the one that misses by the least wins.",
         },
     )
 

@@ -76,6 +76,13 @@ class Prompting:
             "start says that the model may ignore them."
         },
     )
+    trained_range: dict[str, tuple[float, float]] = field(
+        default_factory=dict,
+        metadata={
+            "description": "{attribute: [lowest, highest]}: the weights of unit directions that "
+            "the model was trained on. The playground shades them."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check that the sentence names the direction.
@@ -92,6 +99,12 @@ class Prompting:
                 )
         if len(set(self.attributes)) < len(self.attributes):
             raise ValueError("a list in which each attribute appears once")
+        for name, (low, high) in self.trained_range.items():
+            if name not in self.attributes or not -1 <= low <= high <= 1:
+                raise ValueError(
+                    f"a trained_range of configured attributes, each from -1 to 1; {name} is "
+                    f"[{low}, {high}]"
+                )
 
     def complete(self, direction: Direction) -> dict[str, float]:
         """Return the direction in the order of the sentence.

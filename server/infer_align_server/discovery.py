@@ -50,13 +50,14 @@ def methods(service: Service) -> dict[str, Any]:
     usable = availability(service)
     values = service.engine.values
     names = _names(service)
+    ranges = service.config.methods.get(Prompting).trained_range
     return {
         "model": service.model,
         "capabilities": sorted(service.engine.capabilities),
         # An upstream is asked for these only when a request needs one.
         "unknown_capabilities": sorted(service.engine.unknown_capabilities),
         "methods": {
-            name: _method(cls, usable.get(name), names) for name, cls in parameters.items()
+            name: _method(cls, usable.get(name), names, ranges) for name, cls in parameters.items()
         },
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: _value(value) for name, value in values.items()},
@@ -68,7 +69,10 @@ def methods(service: Service) -> dict[str, Any]:
 
 
 def _method(
-    cls: type[Any], usable: Availability | None, names: Mapping[str, Sequence[str]]
+    cls: type[Any],
+    usable: Availability | None,
+    names: Mapping[str, Sequence[str]],
+    ranges: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """Return a method with its parameters, and whether it can be used now."""
     summary = (cls.__doc__ or "").partition("\n")[0]
@@ -77,25 +81,35 @@ def _method(
     return {
         "description": summary,
         "stage": None if stage is None else stage.name.lower(),
-        "parameters": _with_names(json_schema(cls), names),
+        "parameters": _with_names(json_schema(cls), names, ranges),
         "available": usable.reason is None,
         "reason": usable.reason,
         "fix": usable.fix,
     }
 
 
-def _with_names(schema: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def _with_names(
+    schema: dict[str, Any],
+    names: Mapping[str, Sequence[str]],
+    ranges: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
     """Return the schema of a method with the names of this server in it.
 
     The metadata of a field says by "x-names" what its keys name, such as values. A request may
     bring traits of its own, so configured traits are examples.
     """
+    if isinstance(schema.get("additionalProperties"), Mapping):
+        # The method's own keys name rewards.
+        rewards = {"x-names": "rewards", "propertyNames": {"examples": list(names["rewards"])}}
+        schema = {**schema, **rewards}
     properties = dict(schema.get("properties", {}))
     for key, parameter in properties.items():
         kind = parameter.get("x-names")
         if kind is not None:
             keyword = "examples" if kind in OPEN_NAMES else "enum"
             properties[key] = {**parameter, "propertyNames": {keyword: list(names[kind])}}
+        if kind == "attributes":
+            properties[key]["x-trained-range"] = {name: list(r) for name, r in ranges.items()}
     return {**schema, "properties": properties}
 
 

@@ -223,6 +223,9 @@ def test_a_projection_looks_at_what_weighs() -> None:
         ({"template": "Be {weight} nice"}, "{weights} in template"),
         ({"term": "x"}, "{attribute} and {weight} in term"),
         ({"attributes": ["a", "a"]}, "each attribute appears once"),
+        ({"trained_range": {"wit": [0, 1]}}, "wit is [0.0, 1.0]"),
+        ({"trained_range": {"verbosity": [0.5, 0.2]}}, "verbosity is [0.5, 0.2]"),
+        ({"trained_range": {"verbosity": [0, 2]}}, "from -1 to 1"),
     ],
 )
 def test_a_sentence_that_would_not_say_the_direction_is_refused(section: Any, message: str) -> None:

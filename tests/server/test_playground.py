@@ -113,13 +113,20 @@ def test_each_page_can_be_switched_off(
 
 def test_the_sliders_of_the_page_are_described(serve: Serve) -> None:
     live = serve(
+        f'[rewards.short]\nkind = "rules"\ntarget_words = 9\n'
         f'[traits.pirate]\nprompt = "Talk like a pirate."\ndescription = "Arr."\n'
-        f'[dpa]\nattributes = ["wit", "length"]\n{FAKE}'
+        f'[dpa]\nattributes = ["wit", "length"]\ntrained_range = {{wit = [0, 1]}}\n{FAKE}'
     )
     listed = live.get("/v1/align/methods").json()
     methods = listed["methods"]
     direction = methods["dpa"]["parameters"]["properties"]["direction"]
     assert direction["propertyNames"] == {"enum": ["wit", "length"]}
+    assert direction["x-trained-range"] == {"wit": [0, 1]}
+    compose = methods["compose"]["parameters"]
+    assert compose["propertyNames"] == {"examples": ["short", "trust_judge"]}, (
+        "its own keys name rewards"
+    )
+    assert compose["properties"]["gates"]["propertyNames"] == {"enum": ["short", "trust_judge"]}
     scale = methods["guidance"]["parameters"]["properties"]["scale"]
     assert scale["propertyNames"] == {"examples": ["pirate"]}, "a request may bring its own"
     assert scale["x-slider"]["minimum"] < 0 < scale["x-slider"]["maximum"]

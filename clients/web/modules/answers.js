@@ -4,7 +4,7 @@ import { isRunning } from "./answer.js";
 import { el, short } from "./dom.js";
 import { advice } from "./errors.js";
 import { KINDS } from "./request.js";
-import { isColoured, tokenSpans } from "./tokens.js";
+import { colouredPieces, pieces } from "./tokens.js";
 
 const STATES = {
   drawing: "Waiting for the first token",
@@ -60,15 +60,18 @@ function newCard(kind) {
 
 function fillCard(card, kind, answer) {
   card.dataset.state = answer.state;
-  card.querySelector(".state").textContent = stateText(kind, answer);
+  card.querySelector(".state").textContent = stateText(answer);
   card.querySelector(".progress").replaceChildren(...progress(kind, answer));
   const text = card.querySelector(".text");
   const legend = card.querySelector(".legend");
   legend.replaceChildren();
   if (answer.error) {
     text.replaceChildren(...errorParts(answer));
-  } else if (!isRunning(answer) && isColoured(answer)) {
-    text.replaceChildren(...tokenSpans(answer.tokens));
+    return;
+  }
+  const parts = isRunning(answer) ? null : pieces(answer);
+  if (parts) {
+    text.replaceChildren(...colouredPieces(parts));
     legend.append(...legendParts());
   } else {
     text.textContent = answer.text;
@@ -99,9 +102,17 @@ function legendParts() {
   ];
 }
 
+/** Return what the server does for a request with `align`. */
+function drawing({ align }) {
+  const n = align.best_of_n?.n;
+  return n ? `Drawing ${n} candidates and comparing them` : "Drawing and comparing candidates";
+}
+
 /** Return the line below the text: what happens, or what the answer cost. */
-function stateText(kind, answer) {
-  if (answer.state === "drawing" && answer.body.align) return "Drawing and comparing candidates";
+function stateText(answer) {
+  const elapsed = Math.round((performance.now() - answer.start) / 1000);
+  if (answer.state === "drawing" && answer.body.align) return `${drawing(answer.body)}, ${elapsed} s`;
+  if (isRunning(answer)) return `${STATES[answer.state]}, ${elapsed} s`;
   if (answer.state !== "done") return STATES[answer.state];
   const tokens = answer.usage?.completion_tokens;
   const seconds = (answer.end - answer.start) / 1000;

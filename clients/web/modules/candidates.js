@@ -85,15 +85,18 @@ function candidateItem(candidate, rank, report, ranges) {
     "li",
     { class: isSelected ? "candidate chosen" : "candidate", "data-index": candidate.index },
     title,
-    el("p", { class: "facts" }, facts(candidate)),
+    el("p", { class: "facts" }, facts(candidate, report)),
     failure,
     ...rewards,
     candidateText(candidate),
   );
 }
 
-function facts(candidate) {
+function facts(candidate, report) {
   const parts = [];
+  // A lottery draws the candidate with this probability.
+  const probability = report.selection?.distribution?.[candidate.index];
+  if (probability !== undefined) parts.push(`probability ${short(probability)}`);
   if (candidate.objective !== null) parts.push(`objective ${short(candidate.objective)}`);
   parts.push(`${short(candidate.completion_tokens)} tokens`);
   if (candidate.finish_reason === "length") parts.push("cut at the maximum of tokens");
@@ -104,7 +107,10 @@ function facts(candidate) {
 }
 
 function scoreRow(reward, score, range) {
-  const note = score.note ? el("span", { class: "note" }, score.note) : null;
+  const notes = [];
+  if (score.note) notes.push(score.note);
+  if (typeof score.composed === "number") notes.push(`enters the sum as ${short(score.composed)}`);
+  const note = notes.length ? el("span", { class: "note" }, notes.join("; ")) : null;
   return el(
     "div",
     { class: "score" },

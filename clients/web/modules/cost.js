@@ -5,6 +5,7 @@ import { KINDS } from "./request.js";
 
 // Keys of `align.usage` that belong to a row below.
 const COUNTED = [
+  "context_tokens",
   "candidate_tokens",
   "saved_tokens",
   "reward_tokens",
@@ -16,6 +17,7 @@ const TOKENS = [
   ["prompt", ({ usage }) => usage?.prompt_tokens],
   ["returned", returned],
   ["rejected", ({ usage }) => usage?.completion_tokens_details?.rejected_prediction_tokens],
+  ["read as context", ({ report }) => report?.usage.context_tokens],
   ["read by reward models", ({ report }) => report?.usage.reward_tokens],
   ["judged: read", ({ report }) => report?.usage.judge_prompt_tokens],
   ["judged: generated", ({ report }) => report?.usage.judge_completion_tokens],

@@ -6,6 +6,7 @@
  */
 
 import { el, freshId, words } from "./dom.js";
+import { listEditor } from "./lists.js";
 import { mapEditor } from "./maps.js";
 import { isEqual, isMap, isNumber, plainSchema, sliderRange } from "./schema.js";
 
@@ -52,6 +53,7 @@ export function editorFor(label, schema, context) {
   if (schema.type === "string") return textEditor(label, schema, context);
   if (isMap(schema)) return mapEditor(label, schema, context);
   if (schema.type === "object") return objectEditor(label, schema, context);
+  if (schema.type === "array" && schema.items) return listEditor(label, schema, context);
   return jsonEditor(label, schema, context);
 }
 

@@ -18,6 +18,10 @@ import { connectSampling, showModels } from "./sampling.js";
 import { curl, preset, python } from "./snippets.js";
 import { createStore, initialState } from "./store.js";
 
+const TICK_MILLISECONDS = 500;
+// Errors name a field by the newer of its two names.
+const NEWER_NAMES = { max_completion_tokens: "max_tokens" };
+
 const store = createStore(initialState());
 const keyForm = connectKeyForm(load);
 const runner = createRunner(store, onError);
@@ -34,8 +38,16 @@ function markControl(param) {
   for (const control of document.querySelectorAll("[aria-invalid]")) {
     control.removeAttribute("aria-invalid");
   }
-  if (!param) return;
-  document.querySelector(`[data-param="${CSS.escape(param)}"]`)?.setAttribute("aria-invalid", "true");
+  // An error may name a part of what a control sets.
+  for (let name = NEWER_NAMES[param] ?? param ?? ""; name; name = name.slice(0, Math.max(0, name.lastIndexOf(".")))) {
+    const control = document.querySelector(`[data-param="${CSS.escape(name)}"]`);
+    if (!control) continue;
+    control.setAttribute("aria-invalid", "true");
+    for (let fold = control.closest("details"); fold; fold = fold.parentElement.closest("details")) {
+      fold.open = true;
+    }
+    return;
+  }
 }
 
 /** Load what the server offers. */
@@ -148,6 +160,10 @@ function connect() {
   store.watch(all, showStatus);
   store.watch(all, showButtons);
   store.watch(["problem"], showProblem);
+  // The seconds of answers that run.
+  setInterval(() => {
+    if (store.get().running) showAnswers(byId("answers"), store.get());
+  }, TICK_MILLISECONDS);
   connectSampling(store, () => answerAgain());
   byId("ask").addEventListener("submit", (event) => {
     event.preventDefault();

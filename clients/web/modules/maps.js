@@ -1,5 +1,6 @@
 /** Editors for objects whose keys are names, such as {value name: weight}. */
 
+import { directionPicture } from "./direction.js";
 import { el, freshId } from "./dom.js";
 import { editorFor, numberEditor } from "./fields.js";
 import { isNumber, plainSchema } from "./schema.js";
@@ -8,14 +9,16 @@ import { isNumber, plainSchema } from "./schema.js";
 const SHAPE = /^\{[^}]*\}[:;] */;
 
 /**
- * Return an editor with one row for each name that the schema lists, and a field to add others if
- * it lists none.
+ * Return an editor for an object whose keys are names.
+ *
+ * A number gets one row for each name that the schema lists. Anything larger, and names that are
+ * not listed, are added by the person.
  * @param {string} label
  * @param {object} schema
  * @param {import("./fields.js").Context} context
  */
 export function mapEditor(label, schema, context) {
-  const names = schema.propertyNames?.enum ?? schema.propertyNames?.examples;
+  const names = schema.propertyNames?.enum ?? schema.propertyNames?.examples ?? null;
   const entry = plainSchema(schema.additionalProperties, context.root);
   const rows = new Map();
   const list = el("div", { class: "rows" });
@@ -27,10 +30,10 @@ export function mapEditor(label, schema, context) {
   function add(name, isRemovable) {
     if (rows.has(name)) return;
     const part = { ...context, path: `${context.path}.${name}` };
-    const description = context.describe(schema["x-names"], name);
+    const described = { ...entry, description: context.describe(schema["x-names"], name) };
     const editor = isNumber(entry)
-      ? weightEditor(name, { ...entry, description }, schema, part)
-      : editorFor(name, { ...entry, description }, part);
+      ? weightEditor(name, described, schema, part)
+      : editorFor(name, described, part);
     rows.set(name, editor);
     if (isRemovable) editor.node.append(removeButton(name, editor.node));
     list.append(editor.node);
@@ -45,8 +48,15 @@ export function mapEditor(label, schema, context) {
     return el("button", { type: "button", click: remove }, `Remove ${name}`);
   }
 
-  for (const name of names ?? []) add(name, false);
-  if (!names) node.append(adder(label, (name) => add(name, true)));
+  const isListed = names !== null && isNumber(entry);
+  if (isListed) for (const name of names) add(name, false);
+  else node.append(adder(label, names, (name) => add(name, true)));
+  const ranges = schema["x-trained-range"];
+  if (isListed && ranges) {
+    const picture = directionPicture(names, ranges);
+    node.append(picture.node);
+    list.addEventListener("input", () => picture.show(readRows(rows) ?? {}));
+  }
   if (names?.length === 0) node.append(el("p", { class: "hint" }, "None is configured."));
   return { node, read: () => readRows(rows) };
 }
@@ -73,18 +83,19 @@ export function weightEditor(name, entry, schema, context) {
   return { node: editor.node, read: () => editor.read() || undefined };
 }
 
-/** Return a field and a button that add a row by its name. */
-function adder(label, add) {
-  const input = el("input", { type: "text", id: freshId("name") });
+/** Return a list of names, or a field to type one, and a button that adds a row of that name. */
+function adder(label, names, add) {
+  const id = freshId("name");
+  const options = (names ?? []).map((name) => el("option", { value: name }, name));
+  const input = names ? el("select", { id }, ...options) : el("input", { type: "text", id });
   const press = () => {
     const name = input.value.trim();
     if (name) add(name);
-    input.value = "";
   };
   return el(
     "div",
     { class: "adder" },
-    el("label", { for: input.id }, `Name to add to ${label}`),
+    el("label", { for: id }, `Name to add to ${label}`),
     input,
     el("button", { type: "button", click: press }, "Add"),
   );

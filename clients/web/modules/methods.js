@@ -2,7 +2,8 @@
 
 import { el, words } from "./dom.js";
 import { fieldEditor } from "./fields.js";
-import { plainSchema } from "./schema.js";
+import { mapEditor } from "./maps.js";
+import { isMap, plainSchema } from "./schema.js";
 import { traitEditor, traitFields } from "./traits.js";
 
 // The stages of the flow, in groups that a person understands.
@@ -124,6 +125,12 @@ function parameterEditors(schema, context) {
       },
       isFirst: isText || isRequired || keys.length <= FEW,
     });
+  }
+  if (isMap(schema)) {
+    // Each key that is no other parameter is a name, such as that of a reward.
+    const map = { ...schema, description: undefined };
+    const editor = mapEditor(`Each of the ${schema["x-names"] ?? "names"}`, map, context);
+    editors.unshift({ node: editor.node, read: () => editor.read() ?? {}, isFirst: true });
   }
   return editors;
 }
