@@ -60,6 +60,7 @@ bench: $(VENV)/dev  ## compare this machine's speed with the recorded ratios; in
 measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside its baseline; writes benchmarks/results
 	$(BIN)/python benchmarks/serving/run.py
 	$(BIN)/python benchmarks/serving/vas.py
+	$(BIN)/python benchmarks/serving/guidance.py
 	$(BIN)/python benchmarks/serving/small_model.py
 	$(BIN)/python benchmarks/serving/vllm_engine.py
 	$(BIN)/python benchmarks/serving/upstream.py

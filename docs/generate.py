@@ -24,6 +24,7 @@ from infer_align.config import registry
 from infer_align.config.align import Budget
 from infer_align.config.schema import placeholder
 from infer_align.methods.dpa import Prompting
+from infer_align.methods.guidance import PromptGuidance, Trait
 from infer_align.methods.profile import ProfileSettings
 from infer_align.objectives import Ensemble
 from infer_align_server.metrics import Metrics
@@ -81,6 +82,16 @@ def profiles() -> str:
     return _fields(ProfileSettings)
 
 
+def guidance() -> str:
+    """Return the parameters of `align.guidance`."""
+    return _fields(PromptGuidance)
+
+
+def traits() -> str:
+    """Return the fields of a [traits.<name>] section."""
+    return _fields(Trait)
+
+
 def statuses() -> str:
     """Return the meaning of each HTTP status."""
     rows = [[str(status), text] for status, text in STATUSES.items()]
@@ -106,6 +117,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "limits": limits,
     "dpa": dpa,
     "profiles": profiles,
+    "guidance": guidance,
+    "traits": traits,
     "statuses": statuses,
     "metrics": metrics,
     **figures.TABLES,

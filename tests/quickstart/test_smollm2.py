@@ -14,6 +14,7 @@ from infer_align.flow.plan import make_plan
 from infer_align.flow.request import parse_request
 from infer_align.flow.response import Response
 from infer_align.flow.run import align
+from infer_align.methods.guidance import TraitSections
 from infer_align.rewards import Reward
 from infer_align.types import Candidate
 
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.skipif(
     reason="the packages of constraints-quickstart.txt are not installed",
 )
 
+# Scales of the trait `cheerful`, by the name of the answer.
+GUIDED = {"away": -1.5, "beyond": 2.0}
 QUESTION = "Tell me about your favourite season."
 
 
@@ -50,6 +53,27 @@ def test_the_model_is_served_under_its_own_name_and_every_reward_is_described():
     loaded = config.load(quickstart.CONFIG)
     assert loaded.served_name == "SmolLM2-135M-Instruct"
     assert all(reward.description for reward in loaded.load_rewards({}).values())
+
+
+def test_every_trait_is_described_and_a_preset_steers_by_one():
+    loaded = config.load(quickstart.CONFIG)
+    traits = loaded.methods.get(TraitSections).entries
+    assert set(traits) == {"cheerful", "simple", "brief", "formal"}
+    assert all(trait.description for trait in traits.values())
+    assert loaded.presets["very-cheerful"]["guidance"]["scale"].keys() <= set(traits)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_cheerful_trait_raises_the_sentiment():
+    frozen, away, beyond = asyncio.run(_answers(["", "away", "beyond"]))
+    rewards = config.load(quickstart.CONFIG).load_rewards({})
+
+    def sentiment(response: Response) -> float:
+        return mean(score(rewards["cheerful"], c.text) for c in response.candidates)
+
+    assert sentiment(away) < sentiment(beyond)
+    assert sentiment(frozen) < sentiment(beyond)
 
 
 @pytest.mark.slow
@@ -88,7 +112,12 @@ async def _answers(presets: list[str]) -> list[Response]:
         }
         if not preset:
             body["align"] = {"best_of_n": {"n": 4}}
-        request = parse_request(body, "chat", loaded.presets, preset or None)
+        if preset in GUIDED:
+            body["align"] = {"guidance": {"scale": {"cheerful": GUIDED[preset]}}}
+            body["n"] = 4
+        request = parse_request(
+            body, "chat", loaded.presets, None if preset in GUIDED else preset or None
+        )
         default = loaded.server.default_rewards
         plan = make_plan(request, engine, rewards, default, loaded.limits, loaded.methods)
         return await align(plan, engine)

@@ -1,0 +1,167 @@
+"""Measure the cost of guidance by prompts, in milliseconds per token.
+
+The same requests are answered plainly, guided by one trait (two contexts) and by three traits (four
+contexts), in alternating rounds of one run. Decoding alone is the time of a long answer minus that
+of an answer of one token. The whole request includes the prompts of the contexts, read once.
+
+    python benchmarks/serving/guidance.py [--rounds 5] [--only demo]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import NamedTuple
+
+from rich.console import Console
+
+from benchmarks.record import record
+from benchmarks.serving.rows import Row, print_rows, row
+from infer_align import config, quickstart
+from infer_align.engines.transformers import TransformersEngine
+from infer_align.types import Candidate, Contrast, Draw, Guidance
+
+BATCH = 16
+SCALE = 1.5
+MIN_P = 0.05
+PROMPTS = (
+    "You are cheerful and happy. Answer with joy.",
+    "Use short and simple words that a child understands.",
+    "Write in a formal and polite style, as in a letter.",
+)
+# Most that guidance may cost, as a multiple of plain decoding, by its number of traits.
+TARGETS = {1: "at most 2.1", 3: "at most 4.2"}
+OUT = Console()
+
+
+class Case(NamedTuple):
+    """A model and the length of its answers."""
+
+    name: str
+    path: Path | None  # of its configuration; None is the demo's
+    tokens: int
+
+
+CASES = (Case("demo", None, 96), Case("SmolLM2-135M", quickstart.CONFIG, 32))
+
+
+class Cost(NamedTuple):
+    """The cost of one run."""
+
+    seconds: float
+    cpu_seconds: float
+
+    def minus(self, other: Cost) -> Cost:
+        """Return the difference of two runs."""
+        return Cost(self.seconds - other.seconds, self.cpu_seconds - other.cpu_seconds)
+
+
+def draw(number: int, tokens: int, traits: int) -> Draw:
+    """Return one request of one candidate, guided by so many traits."""
+    question = {"role": "user", "content": f"{number + 1}. Tell me about the owl."}
+    body = {"messages": [question], "max_tokens": tokens, "ignore_eos": True}
+    contrasts: list[Contrast] = []
+    for i, prompt in enumerate(PROMPTS[:traits]):
+        messages = [{"role": "system", "content": prompt}, question]
+        contrasts.append(Contrast(f"trait {i}", SCALE, {**body, "messages": messages}))
+    guidance = Guidance(tuple(contrasts), MIN_P) if contrasts else None
+    return Draw(body, 1, (number,), guidance=guidance)
+
+
+async def run(engine: TransformersEngine, tokens: int, traits: int) -> Cost:
+    """Answer a batch of requests once and return the cost."""
+    start, cpu = perf_counter(), process_time()
+    draws = [draw(i, tokens, traits) for i in range(BATCH)]
+    await asyncio.gather(*(_finish(engine, item, tokens) for item in draws))
+    return Cost(perf_counter() - start, process_time() - cpu)
+
+
+async def _finish(engine: TransformersEngine, item: Draw, tokens: int) -> None:
+    async with engine.sample(item) as stream:
+        async for event in stream:
+            if isinstance(event, Candidate) and event.completion_tokens != tokens:
+                raise RuntimeError(f"{event.completion_tokens} tokens in place of {tokens}")
+
+
+async def measure(case: Case, rounds: int) -> list[Row]:
+    """Return the rows of one model."""
+    engine = config.load(case.path, ["engine.threads=1"]).load_engine()
+    assert isinstance(engine, TransformersEngine)
+    await engine.start()
+    whole: dict[int, list[Cost]] = {traits: [] for traits in (0, *TARGETS)}
+    decoding: dict[int, list[Cost]] = {traits: [] for traits in (0, *TARGETS)}
+    for traits in whole:
+        await run(engine, 2, traits)
+    for _ in range(rounds):
+        for traits, costs in whole.items():
+            first_token = await run(engine, 1, traits)
+            costs.append(await run(engine, case.tokens, traits))
+            decoding[traits].append(costs[-1].minus(first_token))
+    await engine.close()
+    rows: list[Row] = []
+    for traits, target in TARGETS.items():
+        what = f"{case.name}, traits: {traits}"
+        decoded = BATCH * (case.tokens - 1)
+        rows.append(_row(f"{what}, decoding", decoding[traits], decoding[0], decoded, target))
+        answered = BATCH * case.tokens
+        rows.append(_row(f"{what}, whole request", whole[traits], whole[0], answered, ""))
+    return rows
+
+
+def _row(what: str, ours: list[Cost], baseline: list[Cost], tokens: int, target: str) -> Row:
+    def milliseconds(costs: Sequence[float]) -> float:
+        return 1e3 * statistics.median(costs) / tokens
+
+    guided = milliseconds([cost.seconds for cost in ours])
+    plain = milliseconds([cost.seconds for cost in baseline])
+    guided_cpu = milliseconds([cost.cpu_seconds for cost in ours])
+    plain_cpu = milliseconds([cost.cpu_seconds for cost in baseline])
+    return {
+        **row(what, guided / plain, guided, plain, target),
+        "cpu_value": guided_cpu / plain_cpu,
+        "cpu_ms_per_token": guided_cpu,
+        "baseline_cpu_ms_per_token": plain_cpu,
+    }
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=[case.name for case in CASES])
+    options = parser.parse_args()
+    rows: list[Row] = []
+    for case in CASES:
+        if options.only in (None, case.name):
+            rows += asyncio.run(measure(case, options.rounds))
+    print_rows(rows, OUT, ("cost", "ratio", "ms per token", "plain", "target"))
+    for item in rows:
+        OUT.print(f"{item['what']}: {item['cpu_value']:.2f} by CPU time")
+    if options.only:
+        return
+    setup = {
+        "rounds": options.rounds,
+        "batch": BATCH,
+        "tokens": {case.name: case.tokens for case in CASES},
+        "threads": 1,
+        "unit": "milliseconds per token of all requests together; median of the rounds",
+        "note": "the machine ran other programs; compare figures of one row only",
+    }
+    path = record(
+        "guidance",
+        baseline="the same requests without guidance, in alternating rounds",
+        seed=0,
+        rows=rows,
+        setup=setup,
+    )
+    OUT.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
