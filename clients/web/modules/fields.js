@@ -33,6 +33,7 @@ export function fieldEditor(name, schema, context) {
   const initial = plain.default ?? null;
   return {
     node: editor.node,
+    readWithDefault: editor.read,
     read() {
       const value = editor.read();
       return isEqual(value ?? null, initial) ? undefined : value;

@@ -14,6 +14,7 @@ import { methodsPanel } from "./methods.js";
 import { chosenPreset, showPreset, showPresets } from "./presets.js";
 import { rewardsPanel } from "./rewards.js";
 import { createRunner } from "./run.js";
+import { isEqual } from "./schema.js";
 import { connectSampling, showModels } from "./sampling.js";
 import { curl, preset, python } from "./snippets.js";
 import { createStore, initialState } from "./store.js";
@@ -77,15 +78,22 @@ function showCatalog(catalog) {
   panels = { methods, rewards };
   byId("methods").replaceChildren(methods.node, rewards.node);
   methods.start();
+  store.update({ align: readAlign() });
 }
 
-/** Read the controls into the store, and answer again if the person wants that. */
-function onAlignChange() {
-  if (!panels) return;
+/** Return the `align` object that the controls describe. */
+function readAlign() {
   const align = panels.methods.read();
   const rewards = panels.rewards.read();
   if (rewards) align.rewards = rewards;
   if (chosenPreset()) align.preset = chosenPreset();
+  return align;
+}
+
+/** Read the controls into the store, and answer again if the person wants that. */
+function onAlignChange() {
+  const align = readAlign();
+  if (isEqual(align, store.get().align)) return;
   store.update({ align });
   answerAgain(["aligned"]);
 }

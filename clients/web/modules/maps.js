@@ -24,7 +24,7 @@ export function mapEditor(label, schema, context) {
   const list = el("div", { class: "rows" });
   const node = el("fieldset", { class: "group" }, el("legend", {}, label));
   const meaning = (schema.description ?? "").replace(SHAPE, "");
-  if (meaning) node.append(el("p", { class: "hint" }, meaning));
+  if (meaning) node.append(el("p", { class: "hint" }, meaning[0].toUpperCase() + meaning.slice(1)));
   node.append(list);
 
   function add(name, isRemovable) {

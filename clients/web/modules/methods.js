@@ -23,7 +23,7 @@ const FEW = 2;
  * @param {() => void} onChange Called after a person has changed something.
  * @returns {{node: HTMLElement, read: () => object, clear: () => void, start: () => void}}
  *   `read` returns the methods of an `align` object. `clear` switches every method off. `start`
- *   switches on what a first visit shows.
+ *   switches on what a first visit shows. Neither calls `onChange`.
  */
 export function methodsPanel(catalog, onChange) {
   const node = el("div", { class: "methods" });
@@ -44,8 +44,8 @@ export function methodsPanel(catalog, onChange) {
   return {
     node,
     read: () => readPanels(panels),
-    clear: () => panels.forEach((panel) => panel.set(false)),
-    start: () => panels.get("best_of_n")?.set(true),
+    clear: () => panels.forEach((panel) => panel.show(false)),
+    start: () => panels.get("best_of_n")?.show(true),
   };
 }
 
@@ -66,7 +66,10 @@ function methodPanel(name, method, catalog, onChange) {
     path: `align.${name}`,
     describe: (kind, key) => describe(catalog, kind, key),
     // A person who moves a slider wants the method.
-    onChange: () => set(true),
+    onChange() {
+      show(true);
+      onChange();
+    },
   };
   const editors = parameterEditors(method.parameters, context);
   const body = el("div", { class: "parameters" }, ...parameterRows(editors));
@@ -85,19 +88,29 @@ function methodPanel(name, method, catalog, onChange) {
     const value = {};
     for (const editor of editors) Object.assign(value, editor.read());
     const required = method.parameters.required ?? [];
-    return required.every((key) => key in value) ? value : undefined;
+    if (!required.every((key) => key in value)) return undefined;
+    // A method without any parameter would not say what it does: add what is always in view.
+    const first = editors.filter((editor) => editor.isFirst);
+    return Object.keys(value).length ? value : Object.assign({}, ...first.map(readWithDefault));
   }
 
-  function set(isOn) {
+  function show(isOn) {
     box.checked = isOn;
     idle.hidden = !isOn || read() !== undefined;
     node.classList.toggle("on", isOn);
-    onChange();
   }
 
-  box.addEventListener("change", () => set(box.checked));
+  box.addEventListener("change", () => {
+    show(box.checked);
+    onChange();
+  });
   idle.hidden = true;
-  return { node, read, set };
+  return { node, read, show };
+}
+
+/** Return a part of a method's value, with defaults too. */
+function readWithDefault(editor) {
+  return (editor.readWithDefault ?? editor.read)();
 }
 
 /** Return the editors of a method; `read` of each returns a part of the method's value. */
@@ -121,6 +134,10 @@ function parameterEditors(schema, context) {
       node: editor.node,
       read() {
         const value = editor.read();
+        return value === undefined ? {} : { [key]: value };
+      },
+      readWithDefault() {
+        const value = editor.readWithDefault();
         return value === undefined ? {} : { [key]: value };
       },
       isFirst: isText || isRequired || keys.length <= FEW,

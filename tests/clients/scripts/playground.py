@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -370,6 +371,47 @@ def new_method(visit: Visit) -> dict[str, Any]:
     return {"align": visit.bodies()[-1]["align"], "panel": panel.inner_text()}
 
 
+def preset(visit: Visit) -> dict[str, Any]:
+    visit.ready()
+    visit.ask()
+    visit.answered()
+    count = len(visit.bodies())
+    visit.page.get_by_label("Preset", exact=True).select_option(visit.options["preset"])
+    visit.status("Answering")
+    visit.answered()
+    return {
+        "bodies": visit.bodies()[count:],
+        "content": visit.page.locator("#preset-content").text_content(),
+        "reason": visit.page.locator(".reason").inner_text(),
+    }
+
+
+def pictures(visit: Visit) -> dict[str, Any]:
+    """Take the pictures of docs/playground.md."""
+    folder = visit.options["folder"]
+    page = visit.page
+
+    def take(name: str, place: str, *, rows: int) -> None:
+        page.evaluate("window.scrollTo(0, 0)")
+        box = page.locator(place).bounding_box() or {}
+        clip = {"x": box["x"], "y": box["y"], "width": box["width"], "height": rows}
+        page.screenshot(path=f"{folder}/{name}.png", clip=clip, full_page=True)  # type: ignore[arg-type]
+
+    visit.ready()
+    visit.ask()
+    visit.answered()
+    visit.slide("vas", "helpful", "ArrowRight")
+    visit.slide("vas", "helpful", "ArrowRight")
+    visit.answered()
+    take("playground", "body", rows=620)
+    take("playground-candidates", "#results section:first-child", rows=330)
+    page.emulate_media(color_scheme="dark")
+    page.set_viewport_size({"width": 390, "height": 780})
+    page.evaluate("window.scrollTo(0, 0)")
+    page.screenshot(path=f"{folder}/playground-phone.png")
+    return {}
+
+
 SCENARIOS: dict[str, Callable[[Visit], dict[str, Any]]] = {
     each.__name__: each
     for each in (
@@ -386,6 +428,8 @@ SCENARIOS: dict[str, Callable[[Visit], dict[str, Any]]] = {
         keyboard,
         reference,
         new_method,
+        preset,
+        pictures,
     )
 }
 
@@ -393,8 +437,12 @@ SCENARIOS: dict[str, Callable[[Visit], dict[str, Any]]] = {
 def main() -> None:
     options = json.loads(sys.argv[2])
     with sync_playwright() as playwright:
+        path = options["browser"] or playwright.chromium.executable_path
+        if not Path(path).exists():
+            print(json.dumps({"missing": path}))
+            return
         browser = playwright.chromium.launch(
-            executable_path=options["browser"],
+            executable_path=path,
             args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"],
         )
         context = browser.new_context(
