@@ -45,7 +45,9 @@ class Align:
     """A parsed `align` object."""
 
     methods: Mapping[str, Method] = field(default_factory=dict)
-    rewards: Mapping[str, float] | None = None  # None: the configured default
+    rewards: Mapping[str, float] | None = None  # reward -> weight; None: the configured default
+    # reward -> the parameters that the request sets
+    reward_parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ensemble: Ensemble = field(default_factory=Ensemble)
     budget: Budget = field(default_factory=Budget)
     details: Details = "scores"
@@ -86,11 +88,13 @@ def parse_align(
         if key not in SETTINGS:
             methods[key] = parse(registry.methods.get(key), parameters, join(path, key))
     rewards = None
+    reward_parameters: dict[str, dict[str, Any]] = {}
     if "rewards" in settings:
-        rewards = _parse_weights(settings["rewards"], join(path, "rewards"))
+        rewards, reward_parameters = _parse_rewards(settings["rewards"], join(path, "rewards"))
     return Align(
         methods=methods,
         rewards=rewards,
+        reward_parameters=reward_parameters,
         ensemble=parse(Ensemble, settings.get("ensemble", {}), join(path, "ensemble")),
         budget=parse(Budget, settings.get("budget", {}), join(path, "budget")),
         details=_parse_details(settings.get("details", "scores"), join(path, "details")),
@@ -124,22 +128,41 @@ def _merge_preset(
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def _parse_weights(value: object, path: str) -> dict[str, float]:
+def _parse_rewards(value: object, path: str) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
+    """Return the weight of each reward, and the parameters of those that have some.
+
+    A reward is a number, its weight, or an object with a weight (1 if it names none) and
+    parameters. The parameters are checked when the reward is looked up.
+    """
     if not isinstance(value, Mapping):
         raise InvalidRequest(
             f"{path}: {quote(value)} is not an object; allowed: {{reward name: weight}}.",
             param=path,
         )
-    for name, weight in value.items():
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not 0 <= weight <= MAX_WEIGHT:
-            raise InvalidRequest(
-                f"{path}.{name}: {quote(weight)} is not allowed; a weight is a number from 0 to "
-                f"{MAX_WEIGHT:.0e}. To prefer less of something, use a reward that scores its "
-                "absence.",
-                param=f"{path}.{name}",
-            )
-    return {str(name): float(weight) for name, weight in value.items()}
+    weights: dict[str, float] = {}
+    parameters: dict[str, dict[str, Any]] = {}
+    for key, reward in value.items():
+        name = str(key)
+        if not isinstance(reward, Mapping):
+            weights[name] = _parse_weight(reward, join(path, name))
+            continue
+        fields = dict(reward)
+        weights[name] = _parse_weight(fields.pop("weight", 1.0), join(path, f"{name}.weight"))
+        if fields:
+            parameters[name] = fields
+    return weights, parameters
+
+
+def _parse_weight(weight: Any, path: str) -> float:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if is_number and 0 <= weight <= MAX_WEIGHT:
+        return float(weight)
+    raise InvalidRequest(
+        f"{path}: {quote(weight)} is not allowed; a weight is a number from 0 to "
+        f'{MAX_WEIGHT:.0e}. A reward with parameters is an object: {{"weight": 1, "<parameter>": '
+        "...}. To prefer less of something, use a reward that scores its absence.",
+        param=path,
+    )
 
 
 def _parse_details(value: object, path: str) -> Details:

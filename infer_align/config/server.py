@@ -37,7 +37,8 @@ class Server:
         default_factory=dict,
         metadata={
             "description": "{reward name: weight} for requests that name no rewards; default: "
-            "every single-objective reward except judges, weight 1 each."
+            "every single-objective reward that needs no engine, weight 1 each, or else every one "
+            "that reads with an engine. Judges and likelihoods score only if they are named."
         },
     )
     default_max_tokens: int | None = field(

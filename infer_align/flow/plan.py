@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from infer_align.config import Limits
 from infer_align.config.align import Align
@@ -16,6 +17,7 @@ from infer_align.flow.request import Request, whole_number
 from infer_align.flow.rules import Highest, check_selection
 from infer_align.flow.scorers import Scorer, resolve_scorers
 from infer_align.flow.seeds import SEED_RANGE, seed_draws
+from infer_align.flow.stand_in import stand_in, stand_in_note
 from infer_align.messages import message_text
 from infer_align.methods import (
     Composition,
@@ -135,7 +137,7 @@ def make_plan(
     for draw in draft.draws:
         engine.check(draw)
     draws, sizes = _seeded(draft, n_returned, seed, requested=requested_seed is not None)
-    plan = _complete(replace(draft, draws=draws), request, rewards, default_rewards)
+    plan = _complete(replace(draft, draws=draws), request, rewards, default_rewards, engine)
     plan = _count_cost(replace(plan, n_returned=n_returned, batch_sizes=sizes), engine)
     check_tokens(
         plan.worst_case_tokens, plan.scoring_tokens, plan.candidates, request.align, limits
@@ -171,7 +173,7 @@ def make_scoring_plan(
     for draw in draws:
         engine.check(draw)
     draft = replace(draft, draws=draws, selects=True)
-    plan = _complete(draft, request, rewards, default_rewards)
+    plan = _complete(draft, request, rewards, default_rewards, engine)
     return _count_cost(plan, engine)
 
 
@@ -295,23 +297,33 @@ def _complete(
     request: Request,
     rewards: Mapping[str, Reward],
     default_rewards: Mapping[str, float],
+    engine: Engine,
 ) -> Plan:
     """Resolve the scorers and return the plan, without its cost."""
     messages, begun_answer = _split_begun_answer(request.body, draft.messages)
-    weights = request.align.rewards
+    align = request.align
+    weights = align.rewards
     if weights is None and draft.selects:
         weights = request.weights
-    scorers = resolve_scorers(replace(draft, messages=messages), weights, rewards, default_rewards)
+    scored = replace(draft, messages=messages)
+    scorers = resolve_scorers(
+        scored,
+        weights,
+        rewards,
+        default_rewards,
+        align.reward_parameters,
+        partial(stand_in, scored, engine),
+    )
     rule = draft.rule or Highest()
     check_selection(draft, rule, scorers, rewards)
-    methods = request.align.methods
+    methods = align.methods
     return Plan(
         draws=draft.draws,
         request=request,
         messages=messages,
         begun_answer=begun_answer,
         scorers=scorers,
-        ensemble=request.align.ensemble,
+        ensemble=align.ensemble,
         direction=draft.direction,
         observers=draft.observers,
         composition=draft.composition,
@@ -320,9 +332,9 @@ def _complete(
         methods=tuple(sorted(methods, key=lambda name: methods[name].stage)),
         # Several candidates with scorers are ranked even if no method asks for a selection.
         selects=draft.selects or (bool(scorers) and draft.candidates > 1),
-        note=draft.note,
+        note="; ".join(note for note in (draft.note, stand_in_note(scorers)) if note),
         stop_rule=draft.stop_rule,
-        deadline_seconds=request.align.budget.deadline_seconds,
+        deadline_seconds=align.budget.deadline_seconds,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
+from infer_align.config.schema import join, parse
 from infer_align.errors import InvalidRequest, Unsupported, nearest
 from infer_align.methods import PlanDraft
 from infer_align.rewards import Reward
@@ -19,6 +22,8 @@ class Scorer:
     reward: Reward  # with the parameters of this request
     weight: float  # 0 shows the score in the response without counting it
     attribute: str | None = None  # one attribute of a reward that has several
+    # True if it chooses because no reward is configured that could.
+    stands_in: bool = False
 
     @property
     def name(self) -> str:
@@ -54,22 +59,28 @@ def resolve_scorers(
     weights: Mapping[str, float] | None,
     rewards: Mapping[str, Reward],
     default_weights: Mapping[str, float],
+    parameters: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    stand_in: Callable[[], Scorer] | None = None,
 ) -> tuple[Scorer, ...]:
     """Return the scorers of a plan, each reward looked up and made once.
 
     Rewards take part if the request names them, if a method adds them, or by default if a method
-    draws several candidates to choose from.
+    draws several candidates to choose from. Where the configuration has no default, `stand_in`
+    chooses.
 
     Args:
         draft: the draft after all methods.
         weights: {name: weight} of the request, or None.
         rewards: the configured rewards.
         default_weights: {name: weight} for a request that names none.
+        parameters: {name: parameters} that the request sets.
+        stand_in: makes the scorer of a request that names no rewards, if there is no default.
 
     Raises:
-        InvalidRequest: a reward is unknown or does not score the plan's direction, or there is
-            nothing to choose by.
+        InvalidRequest: a reward is unknown, does not score the plan's direction or refuses its
+            parameters, or there is nothing to choose by.
     """
+    is_named = weights is not None
     if weights is None:
         weights = _default_weights(draft, rewards, default_weights) if draft.selects else {}
     added = {scorer.reward: scorer.weight for scorer in draft.scorers}
@@ -81,23 +92,37 @@ def resolve_scorers(
     for name, weight in merged.items():
         reward_name, _, attribute = name.partition(".")
         if reward_name not in resolved:
-            resolved[reward_name] = _resolve_reward(reward_name, draft, rewards)
+            resolved[reward_name] = _resolve_reward(reward_name, draft, rewards, parameters)
         scorers.append(Scorer(reward_name, resolved[reward_name], weight, attribute or None))
     needs_scores = draft.rule is None or draft.rule.needs_scores or draft.stop_rule is not None
     if draft.selects and needs_scores and not any(merged.values()):
-        param = draft.param("rewards")
-        raise InvalidRequest(
-            f"{param}: nothing to choose by; give a reward a weight over 0, or configure [rewards] "
-            f"and [server] default_rewards. {nearest('', rewards)}",
-            param=param,
-        )
+        if is_named or stand_in is None:
+            raise _nothing_to_choose_by(draft, rewards)
+        scorers.append(stand_in())
     return tuple(scorers)
 
 
-def _resolve_reward(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) -> Reward:
+def _nothing_to_choose_by(draft: PlanDraft, rewards: Mapping[str, Reward]) -> InvalidRequest:
+    param = draft.param("rewards")
+    return InvalidRequest(
+        f"{param}: nothing to choose by; give a reward a weight over 0, or leave {param} out to "
+        f"choose by the default. {nearest('', rewards)}",
+        param=param,
+    )
+
+
+def _resolve_reward(
+    name: str,
+    draft: PlanDraft,
+    rewards: Mapping[str, Reward],
+    parameters: Mapping[str, Mapping[str, Any]],
+) -> Reward:
     """Return the reward with the parameters of this request, checked."""
     reward = rewards[name]
     param = draft.param("rewards", name)
+    for scorer_name, chosen in parameters.items():
+        if scorer_name.partition(".")[0] == name:
+            reward = _with_parameters(name, reward, chosen, draft.param("rewards", scorer_name))
     for scorer in draft.scorers:
         if scorer.reward.partition(".")[0] != name:
             continue
@@ -107,6 +132,28 @@ def _resolve_reward(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) 
     reward.check(param)
     reward.check_conversation(param, draft.messages)
     return reward
+
+
+def _with_parameters(name: str, reward: Reward, chosen: Mapping[str, Any], param: str) -> Reward:
+    """Return the reward with parameters from `align.rewards`.
+
+    Raises:
+        Unsupported: the reward takes none.
+        InvalidRequest: one is unknown or wrong.
+    """
+    if reward.parameters is None:
+        first = f"{param}.{next(iter(chosen))}"
+        raise Unsupported(
+            f"{first}: the reward {name!r} takes no parameters of a request; give it a weight "
+            f"alone, or set the fields of [rewards.{name}].",
+            param=first,
+        )
+    parsed: Any = parse(reward.parameters, chosen, param)
+    try:
+        return reward.with_parameters({key: getattr(parsed, key) for key in chosen})
+    except InvalidRequest as error:
+        where = join(param, error.param) if error.param else param
+        raise InvalidRequest(f"{param}.{error.message}", param=where) from None
 
 
 def _default_weights(

@@ -71,8 +71,11 @@ class Reward(ABC):
         compares_pairs: True if its scores come with a matrix of win probabilities.
         relative: True if the score of a candidate depends on the candidates that are scored with
             it. Such a reward scores all candidates again if more are drawn.
-        uses_engine: True if it generates or reads with an engine. Such a reward scores only if a
-            request names it.
+        uses_engine: True if it generates or reads with an engine. Requests that name no rewards are
+            scored by it only if there is no reward without an engine.
+        named_only: True if it scores only if a request names it.
+        parameters: the dataclass of the parameters that a request may set, or None.
+        cost: the tokens that it reads or samples for each request, in words.
         engines: the engines of the process by name, "served" and those of `[engines.*]`. They are
             set before `start`, and have started already.
         warnings: sentences about what an operator should check; they are complete after `start`.
@@ -87,6 +90,9 @@ class Reward(ABC):
     engines: Mapping[str, Engine] = MappingProxyType({})
     compares_pairs: bool = False
     uses_engine: bool = False
+    named_only: bool = False
+    parameters: ClassVar[type | None] = None
+    cost: str = ""
     warnings: tuple[str, ...] = ()
 
     async def start(self) -> None:

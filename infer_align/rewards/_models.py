@@ -203,6 +203,7 @@ class RewardModelEnsemble(Reward, Generic[Model]):
         one_score = bool(self.attributes) or self.config.label is not None
         self.members = tuple(names) if one_score else member_names(names, labels)
         members = ", ".join(self.members)
+        self.cost = f"reads the conversation and each answer once with {len(names)} model(s)"
         self.description = self.config.description or f"reward model ensemble: {members}"
 
     def _check_labels(self, path: str, model: Model) -> None:

@@ -116,6 +116,8 @@ class CallableReward(Reward):
     A candidate whose call raises is not scored.
     """
 
+    cost = "calls the function once per answer"
+
     def __init__(
         self, function: Function, description: str = "", timeout_seconds: float = 30.0
     ) -> None:

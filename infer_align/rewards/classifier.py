@@ -29,6 +29,7 @@ from infer_align.rewards._conversation import turns
 from infer_align.rewards._encoding import PROBE, Encoded, make_encoder
 from infer_align.rewards._labels import Labels
 from infer_align.rewards._models import RewardModelEnsemble, RewardModelSection, TextScore
+from infer_align.rewards._torch import pick_device, position_count
 from infer_align.types import Array, Candidate, Messages
 
 log = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ class _TorchModel:
     def __init__(self, path: str, config: Classifier) -> None:
         path = locate(path)
         self.tokenizer, model = _load_classifier(path, config.dtype)
-        self.model = model.to(_device(config.device)).eval()
+        self.model = model.to(pick_device(config.device)).eval()
         self.labels = Labels.of(self.model.config)
         self.config = self.model.config.get_text_config()
         pad = self.config.pad_token_id
@@ -200,7 +201,7 @@ class _TorchModel:
         self.encoder = make_encoder(
             self.tokenizer,
             config.chat_template,
-            [config.max_length, _position_count(self.model)],
+            [config.max_length, position_count(self.model)],
             _vocabulary_size(self.model),
             add_special_tokens=config.add_special_tokens,
         )
@@ -273,22 +274,6 @@ class _TorchModel:
         return int(self.config.pad_token_id)
 
 
-def _position_count(model: Any) -> int | None:
-    """Return the number of positions that a model has for tokens; None if there is no limit."""
-    config = model.config.get_text_config()
-    for name, module in model.named_modules():
-        # The models of RoBERTa's family count positions from the padding token's id.
-        padding = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None:
-            return len(module.weight) - int(padding) - 1
-    # With relative positions alone, as in DeBERTa v2 and v3, any length can be read.
-    relative = getattr(config, "relative_attention", False)
-    if relative and not getattr(config, "position_biased_input", True):
-        return None
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if positions and positions > 0 else None
-
-
 def _vocabulary_size(model: Any) -> int | None:
     """Return the number of token ids that a model reads; None if it does not say."""
     try:
@@ -315,9 +300,3 @@ def _load_classifier(path: str, dtype: str) -> tuple[Any, Any]:
         ) from error
     check_complete("classifier", path, "sequence classifier", loading)
     return tokenizer, model
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"

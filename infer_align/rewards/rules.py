@@ -77,6 +77,8 @@ plugin = Rules
 class RulesReward(Reward):
     """The sum of the rules that are set."""
 
+    cost = "reads nothing"
+
     def __init__(self, rules: Rules) -> None:
         self._rules = {**_length_rules(rules), **_pattern_rules(rules), **_phrase_rules(rules)}
         if rules.finished:

@@ -175,6 +175,7 @@ class UpstreamReward(Reward):
         self._clients = _clients(config)
         self._models = _models(config, self._clients)
         self.members = self._member_names()
+        self.cost = f"reads the conversation and each answer once with {len(self._models)} model(s)"
 
     def _member_names(self) -> tuple[str, ...]:
         names = [model.name for model in self._models]

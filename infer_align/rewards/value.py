@@ -44,6 +44,7 @@ class ValueReward(Reward):
     """The expectation of one head after the last token of each answer."""
 
     uses_engine = True
+    cost = "reads the conversation and each answer once"
 
     def __init__(self, section: ValueRewardSection) -> None:
         self._name = section.value

@@ -7,13 +7,16 @@ from typing import Any
 
 from infer_align.config import registry
 from infer_align.errors import AlignError, Unavailable
+from infer_align.flow.stand_in import AGREEMENT as AGREEMENT_KIND
+from infer_align.flow.stand_in import NEEDS
+from infer_align.flow.stand_in import RATIO as RATIO_KIND
 from infer_align_server.service import Service
 
-# What a method relies on -> the sections that would provide it.
-FIXES = {
-    "rewards": '[rewards.short]\nkind = "rules"\ntarget_words = 60',
-    "values": '[values.mine]\nkind = "head"\npath = "mine.safetensors"',
-}
+# The section that would provide a value.
+VALUE = '[values.mine]\nkind = "head"\npath = "mine.safetensors"'
+# Sections of a reward of one's own: one that reads with the engine, and one that needs nothing.
+RATIO = '[rewards.polite]\nkind = "density_ratio"\nprompt = "Answer politely."'
+RULES = '[rewards.short]\nkind = "rules"\ntarget_words = 60'
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +25,14 @@ class Availability:
 
     Attributes:
         reason: Why it cannot be used; None if it can.
-        fix: The lines of the configuration that would make it usable; "" if there are none.
+        fix: The lines of the configuration that would make it usable, or that would replace what
+            the note says; "" if there are none.
+        note: What a method that can be used makes do with; "" if it has all it needs.
     """
 
     reason: str | None = None
     fix: str = ""
+    note: str = ""
 
 
 def availability(service: Service) -> dict[str, Availability]:
@@ -39,24 +45,28 @@ def _method(service: Service, name: str) -> Availability:
     # What an upstream can do is found out when a request needs it.
     possible = service.engine.capabilities | service.engine.unknown_capabilities
     missing = sorted(cls.needs - possible)
+    relies_on = getattr(cls, "relies_on", None)
     # Where the configuration lacks a value, the engine cannot have the capability to use it.
-    lacking = _lacking(service, getattr(cls, "relies_on", None))
-    if lacking.reason:
-        return lacking
+    if relies_on == "values" and not service.engine.values:
+        return Availability("no value is configured; fit one with: infer-align fit value", VALUE)
     if missing:
         hint = service.engine.capability_hints.get(missing[0], "use another engine")
         return Availability(f"the engine lacks {', '.join(missing)}; {hint}")
+    if relies_on == "rewards" and not service.default_rewards:
+        return _stand_in(service)
     return _judge(service, name)
 
 
-def _lacking(service: Service, relies_on: str | None) -> Availability:
-    if relies_on == "rewards" and not service.config.rewards:
-        reason = "no reward is configured; align.trust_judge in the same request can stand in"
-        return Availability(reason, FIXES["rewards"])
-    if relies_on == "values" and not service.engine.values:
-        reason = "no value is configured; fit one with: infer-align fit value"
-        return Availability(reason, FIXES["values"])
-    return Availability()
+def _stand_in(service: Service) -> Availability:
+    """Return what chooses where no reward is configured, and what one section would add."""
+    engine = service.engine
+    start = "no reward is configured: "
+    if engine.capabilities >= NEEDS:
+        return Availability(note=f"{start}{RATIO_KIND} chooses", fix=RATIO)
+    if engine.unknown_capabilities >= NEEDS:
+        unless = f"{AGREEMENT_KIND} if the upstream cannot read given texts"
+        return Availability(note=f"{start}{RATIO_KIND} chooses, or {unless}", fix=RATIO)
+    return Availability(note=f"{start}{AGREEMENT_KIND} chooses", fix=RULES)
 
 
 def _judge(service: Service, name: str) -> Availability:

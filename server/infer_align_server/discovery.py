@@ -85,6 +85,7 @@ def _method(
         "available": usable.reason is None,
         "reason": usable.reason,
         "fix": usable.fix,
+        "note": usable.note,
     }
 
 
@@ -145,5 +146,7 @@ def _reward(service: Service, name: str) -> dict[str, Any]:
         "members": list(reward.members),
         "attributes": list(reward.attributes),
         "default_weight": service.default_rewards.get(name, 0.0),
+        "parameters": None if reward.parameters is None else json_schema(reward.parameters),
+        "cost": reward.cost,
         "warnings": list(reward.warnings),
     }

@@ -22,6 +22,7 @@ from infer_align.config.schema import json_schema
 from infer_align.flow.scorers import reward_names
 from infer_align.flow.seeds import SEED_RANGE
 from infer_align.objectives import Ensemble
+from infer_align.rewards import Reward
 from infer_align.types import Kind
 from infer_align_server.engine_routes import serves_responses
 from infer_align_server.judging import Judging
@@ -305,10 +306,11 @@ def _align(service: Service) -> Schema:
         if method.needs <= possible:
             schemas[name] = json_schema(method)
     schemas["preset"] = {"enum": list(service.config.presets)}
+    names = reward_names(service.rewards)
     schemas["rewards"] = {
         "type": "object",
-        "propertyNames": {"enum": reward_names(service.rewards)},
-        "additionalProperties": {"type": "number", "minimum": 0, "maximum": MAX_WEIGHT},
+        "propertyNames": {"enum": names},
+        "properties": {name: _reward(service.rewards[name.partition(".")[0]]) for name in names},
     }
     schemas["ensemble"] = json_schema(Ensemble)
     schemas["budget"] = json_schema(Budget)
@@ -330,3 +332,21 @@ def _extract_definitions(schema: object) -> dict[str, Schema]:
         for child in schema:
             definitions |= _extract_definitions(child)
     return definitions
+
+
+def _reward(reward: Reward) -> Schema:
+    """Return the schema of one reward in `align.rewards`: its weight, or an object.
+
+    A reward that requires a parameter has no plain weight.
+    """
+    weight: Schema = {"type": "number", "minimum": 0, "maximum": MAX_WEIGHT}
+    parameters: Schema = {} if reward.parameters is None else json_schema(reward.parameters)
+    fields = {**parameters.get("properties", {}), "weight": weight}
+    required = parameters.get("required", [])
+    with_parameters: Schema = {
+        "type": "object",
+        "properties": fields,
+        "required": required,
+        "additionalProperties": False,
+    }
+    return with_parameters if required else {"anyOf": [weight, with_parameters]}

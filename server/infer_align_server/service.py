@@ -372,13 +372,19 @@ class Service:
                 yield count
 
     def _all_plain_rewards(self) -> dict[str, float]:
-        """Return weight 1 for each reward, except rewards with attributes and judges."""
-        names = []
+        """Return weight 1 for each reward that may score requests that name none.
+
+        Those without an engine come first: only if there is none, those that read with one score.
+        """
+        plain: list[str] = []
+        reading: list[str] = []
         for name in self.config.rewards:
             reward = self.rewards[name]
-            if not reward.attributes and not reward.uses_engine:
-                names.append(name)
-        return dict.fromkeys(names, 1.0)
+            if reward.attributes or reward.named_only:
+                continue
+            group = reading if reward.uses_engine else plain
+            group.append(name)
+        return dict.fromkeys(plain or reading, 1.0)
 
     def _check_default_rewards(self) -> None:
         names = reward_names(self.rewards)

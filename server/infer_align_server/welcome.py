@@ -82,11 +82,21 @@ def _methods(service: Service) -> Iterator[tuple[str, str]]:
         if method.reason is not None:
             by_reason.setdefault(method, []).append(name)
     for method, names in by_reason.items():
-        text = f"{', '.join(names)}: {method.reason}"
-        if method.fix:
-            lines = "\n".join(f"    {line}" for line in method.fix.splitlines())
-            text = f"{text}; or add to the configuration:\n{lines}"
-        yield "not yet", text
+        yield "not yet", _mended(f"{', '.join(names)}: {method.reason}", method.fix)
+    by_note: dict[Availability, list[str]] = {}
+    for name, method in methods.items():
+        if method.note:
+            by_note.setdefault(method, []).append(name)
+    for method, names in by_note.items():
+        yield "note", _mended(f"{', '.join(names)}: {method.note}", method.fix)
+
+
+def _mended(text: str, fix: str) -> str:
+    """Return a text with the lines of configuration that would mend it."""
+    if not fix:
+        return text
+    lines = "\n".join(f"    {line}" for line in fix.splitlines())
+    return f"{text}; or add to the configuration:\n{lines}"
 
 
 def _example(service: Service, url: str) -> str:

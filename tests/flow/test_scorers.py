@@ -35,12 +35,9 @@ def test_reward_names() -> None:
 
 
 def test_nothing_to_choose_by() -> None:
-    for align, default in (
-        ({"best_of_n": {}}, {}),
-        ({"best_of_n": {}, "rewards": {"one": 0}}, None),
-    ):
+    for rewards in ({}, {"one": 0}, {"one": {"weight": 0}}):
         with pytest.raises(InvalidRequest, match="nothing to choose by"):
-            plan_request(align, default=default)
+            plan_request({"best_of_n": {}, "rewards": rewards})
 
 
 class Counting(One):

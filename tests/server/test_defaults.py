@@ -123,10 +123,8 @@ def test_a_preset_that_leaves_something_to_the_request_is_served(serve: Serve) -
     live = serve(f"{FAKE}[presets.p]\nbest_of_n = {{ n = 2 }}\n[presets.q]\nrps = {{}}\n")
     assert live.service.failure is None
     warnings = live.service.warnings
-    assert len(warnings) == 2
-    assert (
-        "[presets.p] cannot be used by itself: align.rewards: nothing to choose by" in warnings[0]
-    )
+    assert len(warnings) == 1
+    assert "[presets.q] cannot be used by itself: align.rps: needs a direction" in warnings[0]
     answer = live.chat({"trust_judge": {}}, model="m@p")
     assert answer.status_code == 200, answer.text
 

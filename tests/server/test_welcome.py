@@ -40,8 +40,9 @@ def test_the_screen_says_what_is_missing_and_the_lines_mend_it(
     server = process('[engine]\nkind = "fake"\nmodel = "tiny"\n', *QUIET)
     text = screen(server)
     assert re.search(r"infer-align serves tiny at http://127.0.0.1:\d+/v1 \(ready after", text)
-    assert "best_of_n, rps: no reward is configured" in text
-    assert methods(server.url())["best_of_n"]["available"] is False
+    assert "best_of_n, rps: no reward is configured: density_ratio chooses" in text
+    assert methods(server.url())["best_of_n"]["available"] is True
+    assert "density_ratio chooses" in methods(server.url())["best_of_n"]["note"]
     assert methods(server.url())["dpa"]["available"] is True
     assert "[dpa] trained = true" in text
     fix = methods(server.url())["best_of_n"]["fix"]
@@ -52,7 +53,7 @@ def test_the_screen_says_what_is_missing_and_the_lines_mend_it(
     mended = command(str(path), *QUIET)
     assert "best_of_n, " in screen(mended)
     assert "[dpa] trained" not in screen(mended)
-    assert methods(mended.url())["best_of_n"]["available"] is True
+    assert methods(mended.url())["best_of_n"]["note"] == ""
 
 
 @pytest.mark.parametrize("text", ["", REWARD, PRESETS])

@@ -32,7 +32,7 @@ import numpy as np
 
 from infer_align.engines import Engine
 from infer_align.errors import ConfigError, Unsupported, nearest
-from infer_align.methods.trust_judge import CRITERIA, Criteria, Mode, Readout, Scale
+from infer_align.methods.trust_judge import CRITERIA, Criteria, Mode, Readout, Scale, TrustJudge
 from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
 from infer_align.rewards.trust_judge.consistency import conflict_ratio, cycles, nontransitivity
 from infer_align.rewards.trust_judge.judge import Judge, Judgement
@@ -151,12 +151,17 @@ class TrustJudgeReward(Reward):
     """A judge that reads all candidates at once; scores are from 1 to 5."""
 
     uses_engine = True
+    named_only = True
+    parameters = TrustJudge
 
     def __init__(self, config: TrustJudgeSection) -> None:
         self.config = config
         self.timeout_seconds = config.timeout_seconds
         self.compares_pairs = config.mode == "pairwise"
         self.relative = config.mode == "pairwise"
+        self.cost = "samples a label, or several, for each answer"
+        if config.mode == "pairwise":
+            self.cost = "samples labels for each pair of answers, in both orders"
         self.description = (
             config.description or f"a judge on the engine {config.engine!r}, mode {config.mode}"
         )
@@ -174,8 +179,12 @@ class TrustJudgeReward(Reward):
             )
 
     def with_parameters(self, parameters: Mapping[str, Any]) -> TrustJudgeReward:
-        """Return the same judge with these fields of its section changed."""
-        reward = TrustJudgeReward(replace(self.config, **parameters))
+        """Return the same judge with these fields of its section changed.
+
+        A field that is None stays as configured.
+        """
+        changes = {name: value for name, value in parameters.items() if value is not None}
+        reward = TrustJudgeReward(replace(self.config, **changes))
         reward.engines = self.engines
         return reward
 

@@ -206,6 +206,7 @@ SCHEMAS: dict[str, Schema] = {
                 available=BOOLEAN,
                 reason=nullable(STRING),
                 fix=STRING,
+                note=STRING,
             )
         ),
         rewards=mapping(
@@ -215,6 +216,8 @@ SCHEMAS: dict[str, Schema] = {
                 attributes=array(STRING),
                 default_weight=NUMBER,
                 warnings=array(STRING),
+                parameters=nullable({"type": "object"}),
+                cost=STRING,
             )
         ),
         values=mapping(closed(description=STRING, warnings=array(STRING))),

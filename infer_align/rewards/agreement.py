@@ -1,0 +1,305 @@
+"""Score an answer by how much the other candidates agree with it. No model judges.
+
+    by = "text"        share of all candidates whose extracted text is the same
+    by = "words"       mean cosine of the word counts with the other candidates
+    by = "embeddings"  mean cosine of the sentence embeddings with the other candidates
+
+Agreement finds the answer that the model gives most often. That is the right one where a model is
+right more often than it is wrong in one same way, such as in arithmetic. It is a popular error
+where the model believes one.
+
+A single candidate scores 1, with a note: it agrees with itself.
+
+Source: "Self-Consistency Improves Chain of Thought Reasoning in Language Models" (2203.11171), for
+the vote over extracted texts. The similarities are a form of minimum Bayes risk decoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+from annotated_types import Len
+
+from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
+from infer_align.types import Array, Candidate, Messages, ScoringUsage
+
+if TYPE_CHECKING:
+    from infer_align.rewards._sentences import SentenceEncoder
+
+By: TypeAlias = Literal["text", "words", "embeddings"]
+# Returns the part of a text that is compared, or None if there is none.
+Extractor: TypeAlias = Callable[[str], str | None]
+Pattern = Annotated[str, Len(min_length=1, max_length=500)]
+
+# A number, with or without commas between its thousands. No sign after a word: "10-12" ends in 12.
+_NUMBER = re.compile(r"(?:(?<!\w)[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_WORD = re.compile(r"\w+")
+# A pattern may take this many seconds for one text. Some patterns would take years.
+MATCH_SECONDS = 0.25
+_DIGITS = 12
+ALONE = "the only candidate: it agrees with itself"
+NO_MATCH = "extract matches nothing in this text, so it agrees with none"
+
+
+@dataclass(frozen=True, slots=True)
+class AgreementParameters:
+    """The parameters that a request may set."""
+
+    extract: Pattern | None = field(
+        default=None,
+        metadata={
+            "description": 'Regular expression of what by = "text" compares: its last match, or '
+            "the first group of it. Default: the last number, or else the whole text without case "
+            "and punctuation."
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement(AgreementParameters):
+    """The agreement of the other candidates with an answer."""
+
+    by: By = field(
+        default="text",
+        metadata={
+            "description": '"text" counts equal results, "words" compares word counts, '
+            '"embeddings" compares sentence embeddings by `model`.'
+        },
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "description": "Path or Hugging Face id of a sentence encoder, such as "
+            'all-MiniLM-L6-v2. Needed for by = "embeddings".'
+        },
+    )
+    device: str = field(
+        default="auto",
+        metadata={"description": 'torch device. "auto" is a GPU if there is one, else the CPU.'},
+    )
+    description: str = field(default="", metadata=DESCRIPTION)
+    timeout_seconds: float = field(default=30.0, metadata=TIMEOUT)
+
+    def load(self) -> AgreementReward:
+        """Return the reward. Its encoder is loaded by `start`.
+
+        Raises:
+            ConfigError: `model` or `extract` does not fit `by`, or `extract` is not a pattern.
+        """
+        if (self.by == "embeddings") != (self.model is not None):
+            raise ConfigError(
+                'agreement: model is the sentence encoder of by = "embeddings"; set both or '
+                "neither."
+            )
+        try:
+            return AgreementReward(self)
+        except ValueError as error:
+            raise ConfigError(f"agreement.{error}") from None
+
+
+plugin = Agreement
+
+
+class AgreementReward(Reward):
+    """The agreement of each candidate with the others, from 0 to 1 (embeddings: from -1)."""
+
+    parameters: ClassVar[type] = AgreementParameters
+    relative = True
+
+    def __init__(self, config: Agreement, encoder: SentenceEncoder | None = None) -> None:
+        """Compare as configured.
+
+        Raises:
+            ValueError: `extract` is not a regular expression, or `by` does not use one.
+        """
+        self.config = config
+        self.timeout_seconds = config.timeout_seconds
+        self.description = config.description or f"agreement of the candidates by {config.by}"
+        self.cost = "reads nothing"
+        if config.by == "embeddings":
+            self.cost = "reads each answer once with the sentence encoder"
+        self._encoder = encoder
+        self._extract = _make_extractor(config)
+
+    async def start(self) -> None:
+        """Load the sentence encoder, if there is one.
+
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+        if self.config.model is None:
+            return
+        # torch is not needed for the other ways to compare.
+        from infer_align.rewards._sentences import SentenceEncoder  # noqa: PLC0415
+
+        self._encoder = await asyncio.to_thread(
+            SentenceEncoder, self.config.model, self.config.device
+        )
+
+    async def close(self) -> None:
+        """Free the encoder."""
+        self._encoder = None
+
+    def with_parameters(self, parameters: Mapping[str, Any]) -> AgreementReward:
+        """Return the same reward with another pattern.
+
+        Raises:
+            InvalidRequest: it is not a regular expression, or `by` does not use one.
+        """
+        try:
+            return AgreementReward(replace(self.config, **parameters), self._encoder)
+        except ValueError as error:
+            raise InvalidRequest(str(error), param="extract") from None
+
+    async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
+        """Return [1, 1, N] scores. A single candidate scores 1.
+
+        Raises:
+            InvalidRequest: `extract` takes too long on an answer.
+        """
+        texts = [candidate.text for candidate in candidates]
+        if len(texts) == 1:
+            return RewardScores(np.ones((1, 1, 1)), notes=(ALONE,))
+        return await asyncio.to_thread(self._compare, texts)
+
+    def _compare(self, texts: Sequence[str]) -> RewardScores:
+        if self.config.by == "text":
+            return _votes([self._extract(text) for text in texts])
+        if self.config.by == "words":
+            return RewardScores(mean_cosines(word_vectors(texts))[None, None])
+        if self._encoder is None:
+            raise ConfigError("agreement: the sentence encoder is not loaded.")
+        notes: list[str | None] = []
+        for text in texts:
+            limit = self._encoder.max_length
+            truncated = self._encoder.is_truncated(text)
+            notes.append(f"truncated: read the first {limit} tokens" if truncated else None)
+        vectors = self._encoder.embed(texts)
+        return RewardScores(mean_cosines(vectors)[None, None], ScoringUsage(), tuple(notes))
+
+
+def mean_cosines(vectors: Array) -> Array:
+    """Return the mean product of each unit vector with the others: [N, D] -> [N].
+
+    A single vector has 1.
+    """
+    rivals = len(vectors) - 1
+    if rivals < 1:
+        return np.ones(len(vectors))
+    products = vectors @ vectors.T
+    np.fill_diagonal(products, 0.0)
+    # Equal texts shall have equal scores, whatever the order of the sums.
+    means: Array = (products.sum(axis=1) / rivals).round(_DIGITS)
+    return means
+
+
+def word_vectors(texts: Sequence[str]) -> Array:
+    """Return the word counts of each text as a unit vector, in any case: [N, words].
+
+    A text without words has a vector of zeros.
+    """
+    counts = [Counter(_WORD.findall(text.casefold())) for text in texts]
+    columns: dict[str, int] = {}
+    for count in counts:
+        for word in count:
+            columns.setdefault(word, len(columns))
+    vectors = np.zeros((len(texts), max(1, len(columns))))
+    for row, count in enumerate(counts):
+        for word, times in count.items():
+            vectors[row, columns[word]] = times
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1.0))
+
+
+def last_number(text: str) -> str | None:
+    """Return the last number of a text in one spelling, so that "1,200.0" and "1200" are equal."""
+    numbers = _NUMBER.findall(text)
+    if not numbers:
+        return None
+    digits = numbers[-1].replace(",", "").replace("−", "-")
+    sign = "-" if digits.startswith("-") else ""
+    integer, _, fraction = digits.removeprefix("-").partition(".")
+    integer = integer.lstrip("0") or "0"
+    fraction = fraction.rstrip("0")
+    number = f"{integer}.{fraction}" if fraction else integer
+    return number if number == "0" else sign + number
+
+
+def normalized(text: str) -> str:
+    """Return the words of a text in lower case, without punctuation."""
+    return " ".join(_WORD.findall(text.casefold()))
+
+
+def _votes(results: Sequence[str | None]) -> RewardScores:
+    """Return the share of candidates with the same result; 0 for a candidate without one."""
+    counts = Counter(result for result in results if result is not None)
+    shares: list[float] = []
+    notes: list[str | None] = []
+    for result in results:
+        shares.append(0.0 if result is None else counts[result] / len(results))
+        notes.append(NO_MATCH if result is None else None)
+    values = np.array([[shares]], dtype=np.float64)
+    return RewardScores(values, notes=tuple(notes))
+
+
+def _make_extractor(config: Agreement) -> Extractor:
+    """Return the function that finds what is compared in a text.
+
+    Raises:
+        ValueError: `extract` is not a regular expression, or `by` does not use one.
+    """
+    if config.extract is None:
+        return _number_or_text
+    if config.by != "text":
+        raise ValueError(f'extract: is for by = "text", but this reward compares by {config.by}.')
+    return _by_pattern(config.extract)
+
+
+def _number_or_text(text: str) -> str | None:
+    number = last_number(text)
+    return normalized(text) if number is None else number
+
+
+def _by_pattern(pattern: str) -> Extractor:
+    """Return the function that finds the last match of a pattern.
+
+    The package `regex` matches as `re` does, and can stop: a client's pattern may be one that takes
+    exponential time.
+    """
+    # Only a configured pattern needs the package.
+    try:
+        import regex  # noqa: PLC0415
+    except ModuleNotFoundError:
+        raise ValueError("extract: needs the package regex; install infer-align[local].") from None
+    try:
+        compiled = regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"extract: {pattern!r} is not a regular expression: {error}.") from None
+
+    def extract(text: str) -> str | None:
+        result = None
+        try:
+            for match in compiled.finditer(text, timeout=MATCH_SECONDS, concurrent=True):
+                result = match.group(1) if compiled.groups else match.group()
+        except TimeoutError:
+            raise InvalidRequest(
+                f"extract: {pattern!r} takes longer than {MATCH_SECONDS:g} s on an answer; write a "
+                "pattern without repetitions inside repetitions."
+            ) from None
+        return None if result is None else normalized_number(result)
+
+    return extract
+
+
+def normalized_number(text: str) -> str:
+    """Return a text without spaces around it; a text that is a number in one spelling."""
+    stripped = text.strip()
+    number = _NUMBER.fullmatch(stripped)
+    return last_number(stripped) or stripped if number else stripped
