@@ -12,12 +12,12 @@ The prefix is continued in the most exact way that the upstream offers:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from infer_align.engines.openai.probe import CONTINUE
+from infer_align.engines.openai.prompt_tokens import named_bytes
 from infer_align.upstream import UpstreamFailed
 
 Way = Literal["ids", "text", "chat"]
@@ -25,9 +25,6 @@ Way = Literal["ids", "text", "chat"]
 WAYS: tuple[Way, ...] = get_args(Way)
 # The prefix by which vLLM marks a token that it names by its id.
 TOKEN_ID = "token_id:"  # noqa: S105
-# The prefix by which OpenAI's text completions mark a token that is a part of a character.
-BYTES = "bytes:"
-_ESCAPED_BYTE = re.compile(r"\\x([0-9a-fA-F]{2})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +152,7 @@ class Continuation:
         data = entry.get("bytes")
         if isinstance(data, list) and all(_is_byte(value) for value in data):
             return self._vocabulary.get(bytes(data))
-        if name.startswith(BYTES):
-            escaped = _ESCAPED_BYTE.findall(name)
-            return self._vocabulary.get(bytes(int(value, 16) for value in escaped))
-        return self._vocabulary.get(name.encode())
+        return self._vocabulary.get(named_bytes(name))
 
 
 def _is_byte(value: object) -> bool:

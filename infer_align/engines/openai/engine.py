@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager, suppress
 from typing import TYPE_CHECKING
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery
+from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.engines import Engine, Stream, Undiscovered
 from infer_align.engines.openai.batch_size import BatchSizes
 from infer_align.engines.openai.draws import UpstreamDrawing
@@ -18,6 +19,7 @@ from infer_align.engines.openai.probe import (
     FIELDS,
     Features,
 )
+from infer_align.engines.openai.sequences import sequence_logprobs
 from infer_align.engines.openai.ways import GUIDE, needs_of
 from infer_align.errors import Unavailable, Unsupported
 from infer_align.types import Body, Capability, Draw
@@ -312,6 +314,20 @@ class OpenAIEngine(Engine):
             continues="continue" in self._features.supported(self.model),
             limit_name=self._features.limit_name(self.model),
         )
+
+    async def sequence_logprobs(self, query: SequenceQuery) -> SequenceLogprobs:
+        """Read texts as the end of prompts; sequences.py explains which texts can be read.
+
+        Raises:
+            Unsupported: the upstreams list no logprobs of prompts, or a text cannot be read.
+            UpstreamFailed: no upstream answered.
+        """
+        model = self._model_of(query.body)
+        feature = "echo" if query.kind == "completion" else Capability.SEQUENCE_LOGPROBS.value
+        await self._features.find(model, {feature})
+        if feature not in self._features.supported(model):
+            return await super().sequence_logprobs(query)
+        return await sequence_logprobs(self.client, model, query)
 
     def passes(self, path: str) -> bool:
         """Return True if a route, such as "/v1/embeddings", is passed on to the upstreams."""

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
 
+from infer_align.engines.openai.prompt_tokens import (
+    echoed_tokens,
+    rendered_tokens,
+    text_logprobs,
+)
 from infer_align.errors import AlignError
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import Client
@@ -29,6 +34,8 @@ FEATURES = (
     "n",
     "logit_bias",
     "continue",
+    "echo",
+    "sequence_logprobs",
 )
 # The request fields of a feature. They are refused by name if an upstream ignores the feature.
 FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -40,6 +47,8 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
 # Features that may work although an answer does not show it. A model that always says the same,
 # for example, shows nothing of its seeds.
 EFFECT_MAY_BE_HIDDEN = frozenset({"seed", "tools", "structured"})
+# Features for questions of rewards. No field of a request stands for them.
+WITHOUT_FIELD = frozenset({"label_logprobs", "echo", "sequence_logprobs"})
 LimitName = Literal["max_tokens", "max_completion_tokens"]
 # Both names of the limit on a completion's tokens, and the smallest value that gets an answer.
 # Models that accept only the newer name generate reasoning tokens first, and need more tokens.
@@ -50,7 +59,8 @@ CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}
 
 ONE_WORD = [{"role": "user", "content": "Say one word."}]
 LETTERS = [{"role": "user", "content": "Write random letters, and nothing else."}]
-UNFINISHED_TURN = [*ONE_WORD, {"role": "assistant", "content": "one two three four"}]
+UNFINISHED_TEXT = "one two three four"
+UNFINISHED_TURN = [*ONE_WORD, {"role": "assistant", "content": UNFINISHED_TEXT}]
 TOOL = {
     "type": "function",
     "function": {"name": "note", "parameters": {"type": "object", "properties": {}}},
@@ -97,6 +107,8 @@ PROBES: Mapping[str, dict[str, Any]] = {
     "logit_bias other": {**GREEDY, "logit_bias": SECOND_BIAS},
     "new turn": {"messages": UNFINISHED_TURN},
     "continue": {"messages": UNFINISHED_TURN, **CONTINUE},
+    "echo": {"prompt": UNFINISHED_TEXT, "echo": True, "logprobs": 0},
+    "sequence_logprobs": {"messages": UNFINISHED_TURN, **CONTINUE, "prompt_logprobs": 0},
 }
 # The probes whose answers show a feature; by default the one of the same name.
 PROBES_OF: Mapping[str, tuple[str, ...]] = {
@@ -252,10 +264,10 @@ def _features(
 
 
 def _feature_verdict(feature: str, answers: Mapping[str, Any]) -> _Verdict:
-    if feature != "label_logprobs":
+    if feature not in WITHOUT_FIELD:
         return _verdict(feature, answers)
-    verdict = _verdict("logprobs", answers)
-    # There is no field for labels that a request could contain in vain.
+    verdict = _verdict("logprobs" if feature == "label_logprobs" else feature, answers)
+    # There is no field that a request could contain in vain.
     return _Verdict.REFUSED if verdict is _Verdict.IGNORED else verdict
 
 
@@ -365,6 +377,12 @@ def top_logprobs(answer: Any) -> dict[str, float]:
         return {}
 
 
+def _lists_turn(answers: Mapping[str, Any]) -> bool:
+    """Return True if the prompt that the answer lists ends with the turn that was continued."""
+    tokens = rendered_tokens(answers["sequence_logprobs"])
+    return text_logprobs(tokens, UNFINISHED_TEXT) is not None
+
+
 # For each probed feature, a function that says whether the answers show its effect; None if an
 # answer that it needs is missing.
 _EFFECTS: Mapping[str, Callable[[Mapping[str, Any]], bool | None]] = {
@@ -376,4 +394,6 @@ _EFFECTS: Mapping[str, Callable[[Mapping[str, Any]], bool | None]] = {
     "seed": _seed_has_effect,
     "logit_bias": _bias_has_effect,
     "continue": _continues_turn,
+    "echo": lambda answers: len(echoed_tokens(answers["echo"])) > 1,
+    "sequence_logprobs": _lists_turn,
 }

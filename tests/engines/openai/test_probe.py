@@ -36,7 +36,20 @@ def capable(_: str, body: dict[str, Any]) -> dict[str, Any]:
         entry = {"token": "x", "logprob": -0.5, "top_logprobs": TOP_LOGPROBS}
         choice["logprobs"] = {"content": [entry]}
     prompt_tokens = 7 if body.get("continue_final_message") else 10
+    extra: dict[str, Any] = {}
+    if body.get("echo"):
+        tokens = body["prompt"].split(" ")
+        prompt_tokens = len(tokens)
+        choice["logprobs"] = {
+            "tokens": [*tokens, "x"],
+            "token_logprobs": [None, *[-1.0] * len(tokens)],
+        }
+    if "prompt_logprobs" in body:
+        words = body["messages"][-1]["content"].split(" ")
+        listed = [{"1": {"decoded_token": f" {word}", "logprob": -1.0}} for word in words]
+        extra["prompt_logprobs"] = [None, *listed]
     return {
+        **extra,
         "choices": [{"index": i, **choice} for i in range(body.get("n", 1))],
         "usage": {"prompt_tokens": prompt_tokens},
     }
@@ -67,11 +80,12 @@ async def test_every_feature_is_found(up: FakeUpstream, make_engine: MakeEngine)
         "seed",
         "logprobs",
         "label_logprobs",
+        "sequence_logprobs",
         "tools",
         "structured",
     }
     features = features_of(engine)
-    assert {"n", "logit_bias", "continue"} <= features.supported
+    assert {"n", "logit_bias", "continue", "echo"} <= features.supported
     assert not features.ignored | features.accepted | features.unknown
     assert engine.context_length == 1000
 
@@ -80,7 +94,7 @@ async def test_probing_is_cheap(up: FakeUpstream, make_engine: MakeEngine) -> No
     up.answer = capable
     await make_engine(probe=True)
     assert all(body["max_tokens"] <= 48 for body in up.bodies)
-    assert len(up.bodies) < 16
+    assert len(up.bodies) < 18
 
 
 async def test_status_200_proves_no_feature(up: FakeUpstream, make_engine: MakeEngine) -> None:
