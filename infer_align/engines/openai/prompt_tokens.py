@@ -51,8 +51,8 @@ def _rendered_token(entry: Mapping[str, Any] | None) -> PromptToken:
     if entry is None:
         return PromptToken(b"", None)
     # The first of several tokens is the prompt's own; others are alternatives.
-    own = next(iter(entry.values()))
-    return PromptToken(str(own["decoded_token"]).encode(), _number(own["logprob"]))
+    chosen = next(iter(entry.values()))
+    return PromptToken(str(chosen["decoded_token"]).encode(), _number(chosen["logprob"]))
 
 
 def named_bytes(name: str) -> bytes:
