@@ -1,10 +1,10 @@
 """Measure the cost of guidance by prompts, in milliseconds per token.
 
 The same requests are answered plainly, guided by one trait (two contexts) and by three traits (four
-contexts), in alternating rounds of one run. Decoding alone is the time of a long answer minus that
-of an answer of one token. The whole request includes the prompts of the contexts, read once.
+contexts), in alternating rounds of one run. Decoding is the time of a step in which all requests
+run, from one forward pass to the next. The whole request includes the prompts of the contexts.
 
-    python benchmarks/serving/guidance.py [--rounds 5] [--only demo]
+    python benchmarks/serving/guidance.py [--rounds 3] [--only demo]
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter, process_time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -46,18 +47,36 @@ class Case(NamedTuple):
     tokens: int
 
 
-CASES = (Case("demo", None, 96), Case("SmolLM2-135M", quickstart.CONFIG, 32))
+CASES = (Case("demo", None, 96), Case("SmolLM2-135M", quickstart.CONFIG, 24))
 
 
 class Cost(NamedTuple):
-    """The cost of one run."""
+    """The cost of one run, or of one step of it."""
 
     seconds: float
     cpu_seconds: float
 
-    def minus(self, other: Cost) -> Cost:
-        """Return the difference of two runs."""
-        return Cost(self.seconds - other.seconds, self.cpu_seconds - other.cpu_seconds)
+
+class StepClock:
+    """Notes when the forward passes of a model begin."""
+
+    def __init__(self, lm: Any) -> None:
+        self.passes: list[tuple[int, int, Cost]] = []
+        lm.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: Any, args: Any, kwargs: Any) -> None:
+        rows, tokens = kwargs["input_ids"].shape
+        self.passes.append((rows, tokens, Cost(perf_counter(), process_time())))
+
+    def steps(self, rows: int) -> list[Cost]:
+        """Return the cost of each step of so many rows, and forget all passes."""
+        passes, self.passes = self.passes, []
+        steps: list[Cost] = []
+        for (*shape, start), (*next_shape, end) in pairwise(passes):
+            if shape == next_shape == [rows, 1]:
+                seconds = end.seconds - start.seconds
+                steps.append(Cost(seconds, end.cpu_seconds - start.cpu_seconds))
+        return steps
 
 
 def draw(number: int, tokens: int, traits: int) -> Draw:
@@ -94,19 +113,18 @@ async def measure(case: Case, rounds: int) -> list[Row]:
     await engine.start()
     whole: dict[int, list[Cost]] = {traits: [] for traits in (0, *TARGETS)}
     decoding: dict[int, list[Cost]] = {traits: [] for traits in (0, *TARGETS)}
-    for traits in whole:
-        await run(engine, 2, traits)
+    clock = StepClock(engine.frozen.lm)
+    await run(engine, 2, 0)
     for _ in range(rounds):
         for traits, costs in whole.items():
-            first_token = await run(engine, 1, traits)
+            clock.passes.clear()
             costs.append(await run(engine, case.tokens, traits))
-            decoding[traits].append(costs[-1].minus(first_token))
+            decoding[traits] += clock.steps(BATCH * (1 + traits))
     await engine.close()
     rows: list[Row] = []
     for traits, target in TARGETS.items():
         what = f"{case.name}, traits: {traits}"
-        decoded = BATCH * (case.tokens - 1)
-        rows.append(_row(f"{what}, decoding", decoding[traits], decoding[0], decoded, target))
+        rows.append(_row(f"{what}, decoding", decoding[traits], decoding[0], BATCH, target))
         answered = BATCH * case.tokens
         rows.append(_row(f"{what}, whole request", whole[traits], whole[0], answered, ""))
     return rows
@@ -133,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=[case.name for case in CASES])
     options = parser.parse_args()
     rows: list[Row] = []
@@ -150,7 +168,7 @@ def main() -> None:
         "batch": BATCH,
         "tokens": {case.name: case.tokens for case in CASES},
         "threads": 1,
-        "unit": "milliseconds per token of all requests together; median of the rounds",
+        "unit": "milliseconds per token of all requests together; median of steps or rounds",
         "note": "the machine ran other programs; compare figures of one row only",
     }
     path = record(
