@@ -403,7 +403,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost-model": cost_model,
     "cost-model-errors": cost_model_errors,
     "vas-speed": ratios("vas_speed"),
-    "guidance-cost": ratios("guidance"),
+    "guidance-cost": ratios("guidance_cost"),
     "serving-results": ratios("serving"),
     "vllm-results": ratios("vllm"),
     "upstream-results": ratios("upstream"),

@@ -172,7 +172,7 @@ def main() -> None:
         "note": "the machine ran other programs; compare figures of one row only",
     }
     path = record(
-        "guidance",
+        "guidance_cost",
         baseline="the same requests without guidance, in alternating rounds",
         seed=0,
         rows=rows,
