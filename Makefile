@@ -86,8 +86,8 @@ rebuild-demo: $(VENV)/dev  ## train the embedded models again
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-LOCAL := '.[local]'
-DEV := '.[local,dev]'
+LOCAL := '.[local,store]'
+DEV := '.[local,store,dev]'
 
 $(VENV)/local: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing the server into $(VENV): about 2 GB, once"

@@ -21,7 +21,8 @@ from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest, nearest
 from infer_align.flow.choice_scores import ChoiceScores
 from infer_align.flow.plan import conversation
-from infer_align.flow.request import Request, check_prompt
+from infer_align.flow.profile_inputs import check_conversations, with_stored
+from infer_align.flow.request import Request
 from infer_align.flow.scorers import reward_names, rewards_along
 from infer_align.methods import Sections
 from infer_align.methods.dpa import DPA, Prompting, unit
@@ -96,8 +97,9 @@ class Personaliser:
             return request
         path = join(request.align.path, "profile")
         if stored is not None:
-            profile = _with_stored(profile, stored, path)
-        _check_conversations(profile.choices, path)
+            stored = replace(stored, weights=self.known_weights(stored.weights))
+            profile = with_stored(profile, stored, path)
+        check_conversations(profile.choices, path)
         terms = self.terms(request.align, profile.weights, path)
         if profile.adapt == "in_context":
             return self._in_context(request, profile, terms)
@@ -143,6 +145,27 @@ class Personaliser:
         learnt += self._attribute_terms(base, direction)
         return Terms(base, direction, tuple(learnt))
 
+    def default_weights(self) -> Mapping[str, float]:
+        """Return the weights of a request that names no rewards and no direction."""
+        return self.settings.rewards or self._default_rewards
+
+    def known_weights(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """Return the weights of rewards that are configured; a stored one may be gone."""
+        names = reward_names(self._rewards)
+        return {name: weight for name, weight in weights.items() if name in names}
+
+    def feedback_features(self) -> list[str]:
+        """Return the scores that stored choices are kept by.
+
+        They are those of the default weights, and without `[profiles] rewards` also each attribute
+        of each reward, so that a direction can be learnt.
+        """
+        names = list(self.default_weights())
+        if not self.settings.rewards:
+            names += [name for name in reward_names(self._rewards) if "." in name]
+        features = dict.fromkeys(name for name in names if self._is_learnt(name, 1.0, Align(), {}))
+        return list(features)
+
     def _base_weights(
         self,
         align: Align,
@@ -155,7 +178,7 @@ class Personaliser:
         if rewards:
             return {}
         along = rewards_along(direction, self._rewards) if direction else {}
-        return along or self.settings.rewards or self._default_rewards
+        return along or self.default_weights()
 
     def _is_learnt(
         self, name: str, weight: float, align: Align, rewards: Mapping[str, float]
@@ -281,40 +304,6 @@ class Personaliser:
         )
         direction = _unit(terms.direction or {})
         return _changed(request, profile, terms.weights, direction, applied)
-
-
-def _with_stored(profile: Profile, stored: StoredProfile, path: str) -> Profile:
-    """Return the profile of a request with what the store knows of it.
-
-    Raises:
-        InvalidRequest: the choices have to stand in the prompt, and their texts are not kept.
-    """
-    texts = [choice.text for choice in stored.choices if choice.text is not None]
-    if profile.adapt == "in_context":
-        if stored.choices and not texts:
-            raise InvalidRequest(
-                f'{path}.adapt: "in_context" needs the texts of choices, and this profile has '
-                'none: set [profiles] store_text = true before choices are made, or use "weights".',
-                param=f"{path}.adapt",
-            )
-        profile = replace(profile, choices=(*texts, *profile.choices))
-    return replace(
-        profile,
-        weights={**stored.weights, **profile.weights},
-        description=profile.description or stored.description,
-    )
-
-
-def _check_conversations(choices: Sequence[Choice], path: str) -> None:
-    for i, choice in enumerate(choices):
-        if choice.messages is None:
-            continue
-        try:
-            check_prompt({"messages": list(choice.messages)}, "chat")
-        except InvalidRequest as error:
-            where = f"{path}.choices.{i}"
-            param = f"{where}.{error.param}"
-            raise InvalidRequest(f"{where}.{error.message}", param=param) from None
 
 
 def _without_failed_rewards(rows: Array) -> Array:

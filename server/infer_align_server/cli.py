@@ -20,7 +20,15 @@ from infer_align.config.schema import signature
 from infer_align.errors import AlignError, ConfigError
 from infer_align.objectives import Ensemble
 from infer_align_bench import arguments as bench
-from infer_align_server import chat, check_dpa, check_rewards, fit, logs, serve
+from infer_align_server import (
+    chat,
+    check_dpa,
+    check_rewards,
+    fit,
+    logs,
+    profile_commands,
+    serve,
+)
 from infer_align_server.arguments import Parser, add_address, add_configuration, configuration
 
 # Width of tables in a file or a pipe, where no terminal has a width. COLUMNS overrides it.
@@ -87,6 +95,9 @@ def make_parser() -> Parser:
     bench.add_commands(commands.add_parser("bench", help="Measure any OpenAI endpoint."))
     _add_rewards(commands.add_parser("rewards", help="Check the configured rewards."))
     _add_check(commands.add_parser("check", help="Check what the served model can do."))
+    profile_commands.add_commands(
+        commands.add_parser("profiles", help="List, show, export or delete stored profiles."), OUT
+    )
     _add_config(commands.add_parser("config", help="Inspect the configuration."))
     return parser
 

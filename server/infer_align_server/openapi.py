@@ -25,6 +25,7 @@ from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
 from infer_align.types import Kind
 from infer_align_server.engine_routes import serves_responses
+from infer_align_server.feedback import Feedback
 from infer_align_server.judging import Judging
 from infer_align_server.scoring import align_keys
 from infer_align_server.service import Service
@@ -36,7 +37,7 @@ STATUSES = {
     400: "A field is wrong or unknown, a limit is exceeded, or the engine does not support the "
     "request. `param` names the field.",
     401: "The API key is missing or unknown.",
-    404: "There is no such model, preset or route.",
+    404: "There is no such model, preset, profile or route.",
     405: "The route does not have this method.",
     413: "The body is too large.",
     424: "The candidates were drawn, but none could be scored. The header `x-should-retry: false` "
@@ -82,6 +83,10 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/responses/{id}/cancel": Operation(None, "Passed", _WORK),
     "/v1/align/score": Operation("ScoreRequest", "Scores", _WORK),
     "/v1/align/judge": Operation("JudgeRequest", "Judgements", _WORK),
+    "/v1/align/feedback": Operation("FeedbackRequest", "Feedback", _WORK),
+    "/v1/align/profiles/{id}": Operation(None, "Profile", _WORK),
+    "/v1/align/profiles/{id}/export": Operation(None, "ProfileExport", _WORK),
+    "/v1/align/profiles/{id}/question": Operation("QuestionRequest", "Question", _WORK),
     "/v1/models": Operation(None, "Models", _ALL_ROUTES),
     "/v1/models/{name:path}": Operation(None, "Model", (*_ALL_ROUTES, 404)),
     "/v1/align/methods": Operation(None, "Methods", _ALL_ROUTES),
@@ -141,6 +146,8 @@ def _paths(routes: Iterable[Route], service: Service) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in routes:
         if route.path.startswith(_RESPONSES_API) and not serves_responses(service):
+            continue
+        if route.name == "delete_profile" and not service.profiles.keeps:
             continue
         path = route.path.replace(":path}", "}")
         # GET before HEAD.
@@ -233,6 +240,16 @@ def _request_schemas(service: Service) -> dict[str, Schema]:
         },
         "ScoreRequest": _candidates_request({**common, **align_fields}),
         "JudgeRequest": _candidates_request({**common, **judge_fields}),
+        "FeedbackRequest": json_schema(Feedback),
+        "QuestionRequest": {
+            "type": "object",
+            "properties": {
+                **common,
+                "candidates": nullable(array(STRING, minItems=2, maxItems=max_candidates)),
+                "align": {"type": "null"},
+            },
+            "required": ["messages"],
+        },
     }
 
 

@@ -21,8 +21,9 @@ from infer_align.errors import UnknownModel, Unsupported, nearest
 from infer_align.flow.plan import worst_case
 from infer_align.flow.request import check_placement
 from infer_align.types import Kind
-from infer_align_server import discovery, judging, scoring
+from infer_align_server import discovery, judging, profile_routes, scoring
 from infer_align_server.answering import answer_all
+from infer_align_server.authorization import authorize, owner_of, service_of
 from infer_align_server.engine_routes import (
     ForwardedResponse,
     engine_app,
@@ -48,26 +49,6 @@ from infer_align_server.wire.disconnect import until_client_leaves
 from infer_align_server.wire.encoding import dumps, json_response
 from infer_align_server.wire.stream import EventStream
 from infer_align_server.wire.stream_options import stream_options
-
-
-def service_of(http: HttpRequest) -> Service:
-    """Return the service of the application that received the request."""
-    service: Service = http.app.state.service
-    return service
-
-
-def authorize(http: HttpRequest, *, limited: bool = True) -> tuple[Service, str]:
-    """Return the service and the caller's name; see `Service.authorize`.
-
-    Raises:
-        Unauthorized: The API key is missing or wrong.
-        Overloaded: The caller is over its rate limit.
-    """
-    service = service_of(http)
-    address = http.client.host if http.client else "unknown"
-    authorization = http.headers.get("authorization", "")
-    caller = service.authorize(authorization, address, limited=limited)
-    return service, caller
 
 
 async def chat_completions(http: HttpRequest) -> HttpResponse:
@@ -98,7 +79,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
     if _is_plain(body, model) and isinstance(service.engine, Forwards):
         return _forwarded_completion(http, kind, content, body, model, caller)
     streaming = stream_options(body)
-    plans = await service.plan(body, kind, model)
+    plans = await service.plan(body, kind, model, owner_of(http))
     head = {
         "id": f"{OBJECTS[kind].id_prefix}-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -252,7 +233,7 @@ async def score(http: HttpRequest) -> HttpResponse:
     """Score candidates from the request without generating anything."""
     service, caller = authorize(http)
     body = await read_body(http, service.config.limits.max_body_bytes)
-    work = scoring.score(service, body, caller)
+    work = scoring.score(service, body, caller, owner_of(http))
     return json_response(await until_client_leaves(http.receive, work))
 
 
@@ -368,6 +349,16 @@ ROUTES = [
     ),
     RecordedRoute("/v1/align/score", score, methods=["POST"]),
     RecordedRoute("/v1/align/judge", judge, methods=["POST"]),
+    RecordedRoute("/v1/align/feedback", profile_routes.feedback, methods=["POST"]),
+    RecordedRoute(
+        "/v1/align/profiles/{id}",
+        profile_routes.profile,
+        methods=["GET"],
+        name="retrieve_profile",
+    ),
+    RecordedRoute("/v1/align/profiles/{id}", profile_routes.delete_profile, methods=["DELETE"]),
+    RecordedRoute("/v1/align/profiles/{id}/export", profile_routes.export_profile, methods=["GET"]),
+    RecordedRoute("/v1/align/profiles/{id}/question", profile_routes.question, methods=["POST"]),
     RecordedRoute("/v1/models", models, methods=["GET"]),
     RecordedRoute("/v1/models/{name:path}", model, methods=["GET"]),
     RecordedRoute("/v1/align/methods", methods, methods=["GET"]),

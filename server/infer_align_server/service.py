@@ -19,7 +19,6 @@ from infer_align.errors import (
     InvalidRequest,
     Unavailable,
     UnknownModel,
-    Unsupported,
     nearest,
     quote,
 )
@@ -40,6 +39,7 @@ from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
 from infer_align_server.logs import describe
 from infer_align_server.metrics import Metrics, count_tasks
+from infer_align_server.profile_keeper import ProfileKeeper
 
 log = logging.getLogger("infer_align")
 
@@ -88,6 +88,7 @@ class Service:
         self.tokens = RateLimit(
             limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
         )
+        self.profiles = ProfileKeeper(config)
         self._keys = ApiKeys(config.api_keys())
         self.settled = asyncio.Event()
         self.failure: str | None = None
@@ -143,6 +144,7 @@ class Service:
             await reward.close()
         for engine in self.engines.values():
             await engine.close()
+        await self.profiles.close()
 
     async def reload_values(self) -> None:
         """Read the configured values again, for later requests.
@@ -215,6 +217,13 @@ class Service:
         if limited:
             self._requests.take(caller)
         return caller
+
+    def owner(self, authorization: str) -> str:
+        """Return the owner of the profiles that a request may use: a hash of its API key.
+
+        Without API keys all requests have the same owner.
+        """
+        return self._keys.owner(authorization)
 
     @property
     def model(self) -> str:
@@ -309,18 +318,17 @@ class Service:
         Raises:
             InvalidRequest: See `infer_align.flow.personal`.
             Unsupported: It names a stored profile, and this server keeps none.
+            UnknownProfile: The owner has no profile of this name.
+            StoreFailed: The profile could not be read.
         """
         profile = request.align.methods.get("profile")
         if not isinstance(profile, Profile):
             return request
-        if profile.id is not None:
-            param = join(request.align.path, "profile.id")
-            raise Unsupported(
-                f"{param}: this server keeps no profiles; send the choices in the request, as "
-                f"{join(request.align.path, 'profile.choices')}.",
-                param=param,
-            )
-        return await self.personaliser.apply(request)
+        if profile.id is None:
+            return await self.personaliser.apply(request)
+        param = join(request.align.path, "profile.id")
+        stored = await self.profiles.load(owner, profile.id, param)
+        return await self.personaliser.apply(request, stored)
 
     def _make_plan(self, request: Request) -> Plan:
         return make_plan(

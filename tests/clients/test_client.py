@@ -34,6 +34,7 @@ from infer_align_client import (
     CandidateReport,
     Choice,
     Ensemble,
+    Feedback,
     Gate,
     Guidance,
     Profile,
@@ -46,6 +47,7 @@ from infer_align_client import (
     extra_body,
     report,
 )
+from infer_align_server import feedback as served_feedback
 
 SAME = [
     (BestOfN, registry.methods.get("best_of_n")),
@@ -83,6 +85,11 @@ def test_a_typed_profile_is_the_servers() -> None:
     assert list(Choice.__annotations__) == [
         f.name for f in dataclasses.fields(served_profile.Choice)
     ]
+
+
+def test_typed_feedback_is_the_servers() -> None:
+    served = [field.name for field in dataclasses.fields(served_feedback.Feedback)]
+    assert list(Feedback.__annotations__) == served
 
 
 def test_align_has_every_key_of_the_server() -> None:

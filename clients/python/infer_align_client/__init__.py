@@ -28,6 +28,7 @@ __all__ = [  # noqa: RUF022
     "DPA",
     "EarlyStop",
     "Ensemble",
+    "Feedback",
     "Gate",
     "Guidance",
     "Profile",
@@ -122,6 +123,20 @@ class Profile(TypedDict, total=False):
     weights: dict[str, float]
     description: str
     adapt: Literal["weights", "in_context"]
+
+
+class Feedback(TypedDict, total=False):
+    """The body of `/v1/align/feedback`: a choice of a user, for `client.post(..., body=...)`."""
+
+    profile: Required[str]
+    messages: list[dict[str, object]]
+    candidates: list[str]
+    chosen: int | str
+    rejected: int | str
+    rating: float
+    request_id: str
+    description: str
+    weights: dict[str, float]
 
 
 class TrustJudge(TypedDict, total=False):

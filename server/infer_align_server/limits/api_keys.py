@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Sequence
 
@@ -39,3 +40,8 @@ class ApiKeys:
                 "'Authorization: Bearer <key>'."
             )
         return f"key {matches.index(True)}"
+
+    def owner(self, authorization: str) -> str:
+        """Return a hash of the key of an accepted request; without keys it is always the same."""
+        key = authorization.partition(" ")[2].strip() if self._keys else ""
+        return hashlib.sha256(key.encode()).hexdigest()

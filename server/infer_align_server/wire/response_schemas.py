@@ -108,6 +108,14 @@ _MODEL["properties"] |= {
     "body": {"type": "object"},
 }
 
+_KNOWLEDGE = {
+    "choices": COUNT,
+    "weights": mapping(NUMBER),
+    "uncertainty": mapping(nullable(NUMBER)),
+    "bounds": mapping(array(NUMBER, minItems=2, maxItems=2)),
+    "words": array(STRING),
+}
+
 SCHEMAS: dict[str, Schema] = {
     "Error": closed(
         error=closed(message=STRING, type=STRING, param=nullable(STRING), code=nullable(STRING))
@@ -155,6 +163,37 @@ SCHEMAS: dict[str, Schema] = {
         weights=mapping(nullable(NUMBER)),
         uncertainty=mapping(nullable(NUMBER)),
         bounds=mapping(array(NUMBER, minItems=2, maxItems=2)),
+    ),
+    "Feedback": closed(
+        object={"const": "align.feedback"}, profile=STRING, added=COUNT, **_KNOWLEDGE
+    ),
+    "Profile": {
+        "anyOf": [
+            closed(
+                object={"const": "align.profile"},
+                id=STRING,
+                created_at=NUMBER,
+                description=STRING,
+                **_KNOWLEDGE,
+            ),
+            closed(object={"const": "align.profile.deleted"}, id=STRING, deleted=BOOLEAN),
+        ]
+    },
+    "ProfileExport": closed(
+        object={"const": "align.profile.export"},
+        id=STRING,
+        created_at=NUMBER,
+        description=STRING,
+        weights=mapping(NUMBER),
+        total=COUNT,
+        choices=array({"type": "object"}),
+    ),
+    "Question": closed(
+        object={"const": "align.question"},
+        pair=array(COUNT, minItems=2, maxItems=2),
+        answers=array(STRING, minItems=2, maxItems=2),
+        candidates=array(STRING),
+        probability=NUMBER,
     ),
     "Score": _SCORE,
     "Scores": _with_optional(
