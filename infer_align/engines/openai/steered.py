@@ -251,8 +251,7 @@ class SteeredDrawing:
 
     async def _next_token(self, answer: _Answer) -> int | None:
         """Sample one token; None for the end of the answer."""
-        tokenizer = self._steerer.tokenizer
-        text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+        text = self._steerer.tokenizer.decode(answer.ids, skip_special_tokens=True)
         bodies = [self._continuation.body(prompt, answer.ids, text) for prompt in self._prompts]
         tops = await self._read(answer, bodies)
         candidates, logits = self._candidates(tops)
@@ -273,7 +272,7 @@ class SteeredDrawing:
             token = await self._sample_upstream(answer, bodies[0], bias)
         else:
             token = candidates[self._sample(answer, steered)]
-        if token is None or token == tokenizer.eos_token_id:
+        if token is None or token in self._steerer.end_tokens:
             return None
         if values:
             await self._steerer.in_thread(lambda: values.choose(token))

@@ -20,9 +20,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.text import token_bytes
@@ -57,6 +58,9 @@ FIELDS = SAMPLING_FIELDS | frozenset(
     }
 )
 
+# The fields of a tokenizer that name an end: of the text, of a turn, of a message.
+END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
 
 class Steerer:
     """The tokenizer and the values of one engine, and how its upstreams can be steered.
@@ -68,6 +72,7 @@ class Steerer:
     Attributes:
         vocabulary: {bytes of a token: id}.
         partial_tokens: the tokens that are not whole characters.
+        end_tokens: the tokens that end an answer.
         ways: how each upstream continues a prefix.
         has_system_role: False if the tokenizer's chat template shows no system messages.
 
@@ -80,6 +85,7 @@ class Steerer:
         self.vocabulary = _vocabulary(self.tokenizer)
         partial = [token for data, token in self.vocabulary.items() if not _is_text(data)]
         self.partial_tokens = frozenset(partial)
+        self.end_tokens = _end_tokens(tokenizer, self.tokenizer)
         self.ways = UpstreamWays(self.vocabulary, self._tokenize)
         self.has_system_role = self._shows_system()
         digest = tokenizer_digest(self.tokenizer.get_vocab())
@@ -234,6 +240,19 @@ def _load_tokenizer(name: str) -> Any:
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer: {name!r} has no fast tokenizer, which streaming needs.")
     return tokenizer
+
+
+def _end_tokens(name: str, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end an answer: the tokenizer's, and those of a generation_config.
+
+    A chat model often lists its end of turn only there.
+    """
+    ends = [getattr(tokenizer, field, None) for field in END_FIELDS]
+    # A tokenizer may come without the rest of its model.
+    with suppress(OSError, ValueError):
+        listed = GenerationConfig.from_pretrained(locate(name)).eos_token_id
+        ends += listed if isinstance(listed, list) else [listed]
+    return frozenset(end for end in ends if isinstance(end, int) and end >= 0)
 
 
 def _started(values: Mapping[str, Value], frozen: FrozenModel) -> dict[str, LookaheadValue]:

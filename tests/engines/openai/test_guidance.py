@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from infer_align.methods import Sections
 from infer_align.methods.guidance import guide
 from infer_align.types import Array, Candidate, Capability, Delta, Draw
 from infer_align.values.lookahead import Lookahead
+from tests.engines.openai.conftest import until
 from tests.engines.openai.upstream import Behaviour, FakeUpstream, fake_upstream
 from tests.server.conftest import Live, end, start
 
@@ -364,11 +366,11 @@ def up() -> Iterator[FakeUpstream]:
         yield app
 
 
-async def letters(up: FakeUpstream, **options: Any) -> OpenAIEngine:
-    upstream = Letters(**options)
+async def letters(up: FakeUpstream, tokenizer: str = "demo", allowed: int = 20) -> OpenAIEngine:
+    upstream = Letters(allowed)
     up.behave = upstream.behave
     up.answer = upstream.answer
-    return await guiding(up.url, recovery_seconds=60)
+    return await guiding(up.url, tokenizer=tokenizer, recovery_seconds=60)
 
 
 async def test_an_upstream_that_shows_five_tokens_is_asked_for_five(up: FakeUpstream) -> None:
@@ -381,6 +383,21 @@ async def test_an_upstream_that_shows_five_tokens_is_asked_for_five(up: FakeUpst
     prompts = [body["prompt"] for body in up.bodies]
     assert sum("politely" in prompt for prompt in prompts) == 3
     assert sum(prompt.endswith("thethe") for prompt in prompts) == 2
+    await engine.close()
+
+
+async def test_a_token_that_the_generation_config_names_ends_the_answer(
+    up: FakeUpstream, reference: Reference, tmp_path: Path
+) -> None:
+    word = reference.tokenizer.convert_tokens_to_ids("the")
+    reference.tokenizer.save_pretrained(tmp_path)
+    ends = {"eos_token_id": [reference.tokenizer.eos_token_id, word]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
+    engine = await letters(up, tokenizer=str(tmp_path))
+    plan = await planned(engine, guided_body({"polite": 1.0}))
+    (candidate,) = await engine.generate(plan.draws[0])
+    assert candidate.text == ""
+    assert candidate.finish_reason == "stop"
     await engine.close()
 
 
@@ -432,6 +449,17 @@ async def test_a_busy_upstream_is_tried_again(up: FakeUpstream) -> None:
     (candidate,) = await engine.generate(plan.draws[0])
     assert candidate.text == "thethethe"
     assert candidate.calls == 7, "six calls and the one that was repeated"
+    await engine.close()
+
+
+async def test_a_client_that_leaves_closes_the_calls_of_every_context(up: FakeUpstream) -> None:
+    engine = await letters(up)
+    plan = await planned(engine, guided_body({"polite": 1.0}))
+    up.behave = lambda _, __: "hang"
+    async with engine.sample(plan.draws[0]):
+        assert await until(lambda: up.running == 2)
+    assert await until(lambda: up.running == 0)
+    assert not engine._drawings
     await engine.close()
 
 
