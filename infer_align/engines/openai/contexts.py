@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from infer_align.methods.guidance import guide
-from infer_align.types import Body, Guidance
+from infer_align.types import Body, Contrast, Guidance
 
 # Logprobs are float32, so their probabilities may sum to a little more than 1.
 _SMALLEST_REST = 1e-6
@@ -27,12 +27,14 @@ class GuidanceContexts:
     Attributes:
         bodies: the request as it is, then those with the prompts of traits in them.
         names: how messages name each body, after "the request".
+        params: the field that each body comes from; None for the request as it is.
         pairs: for each contrast, the indices of its body and of its negative body.
         guidance: the contrasts and the limit on implausible tokens.
     """
 
     bodies: tuple[Body, ...]
     names: tuple[str, ...]
+    params: tuple[str | None, ...]
     pairs: tuple[tuple[int, int], ...]
     guidance: Guidance
 
@@ -40,23 +42,24 @@ class GuidanceContexts:
     def of(cls, body: Body, guidance: Guidance) -> GuidanceContexts:
         """Return the contexts of a draw with this body."""
         names: list[str] = ["as it is"]
+        params: list[str | None] = [None]
         bodies: list[Body] = [body]
         pairs: list[tuple[int, int]] = []
 
-        def index(other: Body, name: str) -> int:
-            if other not in bodies:
-                bodies.append(other)
-                names.append(name)
-            return bodies.index(other)
+        def index(context: Body, contrast: Contrast, name: str) -> int:
+            if context not in bodies:
+                bodies.append(context)
+                names.append(f"with the {name} of {contrast.trait!r}")
+                params.append(f"align.guidance.scale.{contrast.trait}")
+            return bodies.index(context)
 
         for contrast in guidance.contrasts:
-            positive = index(contrast.body, f"with the prompt of {contrast.trait!r}")
+            positive = index(contrast.body, contrast, "prompt")
             negative = 0
             if contrast.negative_body is not None:
-                name = f"with the negative prompt of {contrast.trait!r}"
-                negative = index(contrast.negative_body, name)
+                negative = index(contrast.negative_body, contrast, "negative prompt")
             pairs.append((positive, negative))
-        return cls(tuple(bodies), tuple(names), tuple(pairs), guidance)
+        return cls(tuple(bodies), tuple(names), tuple(params), tuple(pairs), guidance)
 
     def guided(
         self, tops: Sequence[Mapping[int, float]], excluded: Collection[int] = ()

@@ -305,12 +305,13 @@ class SteeredDrawing:
         try:
             logprobs = await self._post(answer, fields, self._continuation.top_logprobs)
         except UpstreamFailed as error:
-            if self._contexts and index and error.refused:
+            if self._contexts and error.refused:
+                param = self._contexts.params[index]
                 name = self._contexts.names[index]
-                error.param = "align.guidance"
-                error.message = (
-                    f"align.guidance: the upstream refuses the request {name}: {error.message}"
-                )
+                if param is not None:
+                    refused = f"{param}: the upstream refuses the request {name}"
+                    error.message = f"{refused}: {error.message}"
+                    error.param = param
             raise
         return logprobs
 

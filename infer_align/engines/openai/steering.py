@@ -58,6 +58,7 @@ FIELDS = SAMPLING_FIELDS | frozenset(
     }
 )
 
+PROMPT_FIELDS: Mapping[Kind, str] = {"chat": "messages", "completion": "prompt"}
 # The fields of a tokenizer that name an end: of the text, of a turn, of a message.
 END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -155,13 +156,15 @@ class Steerer:
     def _check_guidance(self, draw: Draw, guidance: Guidance, context_length: int | None) -> None:
         """Render every context, and refuse one that leaves no room for an answer."""
         contexts = GuidanceContexts.of(draw.body, guidance)
-        for body, name in zip(contexts.bodies, contexts.names, strict=True):
+        for i, body in enumerate(contexts.bodies):
             tokens = len(self.prompt(draw.kind, body).ids)
             if context_length is not None and tokens >= context_length:
+                param = contexts.params[i] or PROMPT_FIELDS[draw.kind]
                 raise InvalidRequest(
-                    f"align.guidance: the request {name} has {tokens} tokens, which leave no room "
-                    f"for an answer in the model's {context_length}; shorten it.",
-                    param="align.guidance",
+                    f"{param}: the request {contexts.names[i]} has {tokens} tokens, which leave no "
+                    f"room for an answer in the model's context of {context_length}; shorten it.",
+                    param=param,
+                    code="context_length_exceeded",
                 )
 
     def values_of(self, steering: Steering) -> list[LookaheadValue]:

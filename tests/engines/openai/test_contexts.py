@@ -36,6 +36,7 @@ def test_equal_bodies_are_one_context() -> None:
     )
     assert made.bodies == (BODY, body("kind"), body("rude"))
     assert made.pairs == ((1, 2), (1, 0), (2, 0))
+    assert made.params == (None, "align.guidance.scale.kind", "align.guidance.scale.kind")
     assert made.names[2] == "with the negative prompt of 'kind'"
 
 

@@ -475,7 +475,7 @@ async def test_a_refused_context_is_named(up: FakeUpstream) -> None:
         InvalidRequest, match=r"with the prompt of 'polite': .*not a number"
     ) as raised:
         await engine.generate(plan.draws[0])
-    assert raised.value.param == "align.guidance"
+    assert raised.value.param == "align.guidance.scale.polite"
     await engine.close()
 
 
@@ -506,7 +506,7 @@ async def test_a_context_that_leaves_no_room_is_refused_and_a_long_one_ends_the_
     engine = await guiding(demo.base_url, context_length=longest)
     with pytest.raises(InvalidRequest, match="with the prompt of 'polite' has") as raised:
         await planned(engine, guided_body({"polite": 1.0}))
-    assert raised.value.param == "align.guidance"
+    assert raised.value.param == "align.guidance.scale.polite"
     await engine.close()
     engine = await guiding(demo.base_url, context_length=longest + 3)
     plan = await planned(engine, guided_body({"polite": 1.0}))

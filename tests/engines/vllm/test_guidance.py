@@ -13,13 +13,10 @@ from infer_align.errors import Unsupported
 from infer_align.flow.plan import Plan, make_plan
 from infer_align.flow.request import parse_request
 from infer_align.types import Capability
+from tests.engines.vllm.stepping import WARNINGS
 from tests.server.conftest import Live
 
-# Warnings of vLLM itself: of the libraries that it imports, and when it reads its own field.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.distributed.reduce_op` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
-]
+pytestmark = WARNINGS
 
 QUESTION = [{"role": "user", "content": "What are the diet and the colour of the owl?"}]
 TRAITS = {
