@@ -74,12 +74,31 @@ def spread(scores: ArrayLike) -> float:
     It is 0 if no score is finite, and if all of them are equal, however they are rounded.
     """
     values = np.asarray(scores, dtype=np.float64)
-    finite = values[np.isfinite(values)]
-    if not len(finite) or finite.min() == finite.max():
+    # Sorted, so that the rounding of sums does not depend on the order of the candidates.
+    finite = np.sort(values[np.isfinite(values)])
+    if not len(finite) or finite[0] == finite[-1]:
         return 0.0
     # Squares of scores over 1e154 are infinite.
     scale = float(np.abs(finite).max())
     return float(np.std(finite / scale)) * scale
+
+
+def standard_scores(scores: ArrayLike) -> Array:
+    """Return scores with mean 0 and standard deviation 1: [N] -> [N].
+
+    Equal scores become 0, NaN stays NaN. Infinite scores stay as they are and do not count in the
+    moments. Unlike `standardize`, it does not overflow.
+    """
+    values = np.array(scores, dtype=np.float64)
+    finite = np.isfinite(values)
+    deviation = spread(values)
+    if deviation > 0:
+        # Halves cannot sum to an infinite difference, and means of quotients cannot overflow.
+        quotients = values[finite] / 2 / deviation
+        values[finite] = 2 * (quotients - np.sort(quotients).mean())
+    else:
+        values[finite] = 0.0
+    return values
 
 
 def project(direction: Direction, values: ArrayLike, attributes: Sequence[str]) -> Array:

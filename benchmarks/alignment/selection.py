@@ -15,7 +15,7 @@ Every figure is made by the selection of the server's own flow, from scores that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib as mpl
@@ -28,7 +28,7 @@ from benchmarks.alignment.report import OUT, argument_parser, figure, mean_se, r
 from benchmarks.demo.effects import flat_exchanges
 from benchmarks.demo.measure import Models, load
 from benchmarks.demo.preference import score
-from benchmarks.demo.sampling import sample
+from benchmarks.demo.sampling import Reply, sample
 from benchmarks.record import RESULTS, record
 from infer_align.config.align import parse_align
 from infer_align.demo import path, world
@@ -43,7 +43,7 @@ from infer_align.types import Array, Candidate, Draw, Scores, Selection
 SAMPLES = 512
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 # At most this many disjoint pools of n answers per question.
-POOLS = 8
+POOLS = 4
 SEED = 61_409
 WRONG_SCALE = 20.0
 SHAPES: dict[str, dict[str, Any]] = {
@@ -100,7 +100,7 @@ LENGTH_SIZE = 16
 class Answers:
     """N scored answers to each of P questions."""
 
-    texts: list[list[str]]  # [P][N]
+    candidates: list[list[Candidate]]  # [P][N]
     gold: Array  # [P, N]
     members: Array  # [K, P, N]: the scores of the reward models
     tokens: Array  # [P, N]
@@ -126,7 +126,7 @@ def draw(models: Models, questions: Sequence[str], seed: int) -> Answers:
     greedy_gold = [world.gold(q, row[0][0]) for q, row in zip(questions, greedy, strict=True)]
     gold = [[world.gold(q, text) for text in row] for q, row in zip(questions, texts, strict=True)]
     return Answers(
-        texts=texts,
+        candidates=[_candidates(row) for row in sampled],
         gold=np.array(gold),
         members=members.astype(np.float64).reshape(-1, *shape),
         tokens=lengths,
@@ -134,6 +134,13 @@ def draw(models: Models, questions: Sequence[str], seed: int) -> Answers:
         greedy_gold=np.array(greedy_gold),
         greedy_tokens=np.array([row[0][1] for row in greedy], dtype=np.float64),
     )
+
+
+def _candidates(replies: Sequence[Reply]) -> list[Candidate]:
+    made: list[Candidate] = []
+    for i, (text, length) in enumerate(replies):
+        made.append(Candidate(i, {"text": text}, completion_tokens=length))
+    return made
 
 
 def _traits(
@@ -153,11 +160,7 @@ def _traits(
 
 
 def selected(
-    answers: Answers,
-    question: int,
-    pool: slice,
-    scores: Mapping[str, Array],
-    align: Mapping[str, Any],
+    answers: Answers, question: int, pool: slice, scores: Mapping[str, Array], plan: Plan
 ) -> Selection:
     """Return the selection of the flow among a pool of answers.
 
@@ -166,28 +169,28 @@ def selected(
         question: its index.
         pool: of the answers to it.
         scores: reward -> [K, n] scores of its members in this pool.
-        align: the `align` object; without `rewards` each one has weight 1.
+        plan: from `plan_of`.
     """
+    candidates = answers.candidates[question][pool]
+    numbered = [replace(candidate, index=i) for i, candidate in enumerate(candidates)]
+    notes = dict.fromkeys(scores, (None,) * len(numbered))
+    return select(plan, numbered, Scores(members=dict(scores), notes=notes))
+
+
+def plan_of(align: Mapping[str, Any], rewards: Sequence[str], n: int) -> Plan:
+    """Return the plan of an `align` object; without its own `rewards` each has weight 1."""
     parsed = parse_align(dict(align))
-    weights = parsed.rewards or dict.fromkeys(scores, 1.0)
-    texts = answers.texts[question][pool]
-    draft = PlanDraft((Draw({}, len(texts)),))
+    draft = PlanDraft((Draw({}, n),))
     for method in parsed.methods.values():
         draft = method.apply(draft)
-    scorers = [Scorer(name, SCORED, weight) for name, weight in weights.items()]
-    plan = Plan(
+    weights = parsed.rewards or dict.fromkeys(rewards, 1.0)
+    return Plan(
         draft.draws,
-        scorers=tuple(scorers),
+        scorers=tuple(Scorer(name, SCORED, weight) for name, weight in weights.items()),
         composition=draft.composition,
         rule=draft.rule or Highest(),
         selects=True,
     )
-    candidates = []
-    for i, text in enumerate(texts):
-        length = int(answers.tokens[question, pool][i])
-        candidates.append(Candidate(i, {"text": text}, completion_tokens=length))
-    notes = dict.fromkeys(scores, (None,) * len(texts))
-    return select(plan, candidates, Scores(members=dict(scores), notes=notes))
 
 
 def worth(selection: Selection, values: Array) -> float:
@@ -205,16 +208,17 @@ def by_question(answers: Answers, n: int, values: Sequence[float]) -> Array:
 def wrong_scale(answers: Answers, n: int) -> Iterator[dict[str, Any]]:
     """Multiply each member by 20 in turn, and sum all five under every shape."""
     count = len(answers.members)
+    names = [f"member-{k}" for k in range(count)]
     for name, shape in SHAPES.items():
-        align = {"compose": {f"member-{k}": shape for k in range(count)}}
+        plan = plan_of({"compose": dict.fromkeys(names, shape)}, names, n)
         golds: list[Array] = []
         for wrong in range(count):
             factors = np.where(np.arange(count) == wrong, WRONG_SCALE, 1.0)
             values: list[float] = []
             for question, pool in answers.pools(n):
                 rows = answers.members[:, question, pool] * factors[:, None]
-                scores = {f"member-{k}": rows[[k]] for k in range(count)}
-                selection = selected(answers, question, pool, scores, align)
+                scores = {member: rows[[k]] for k, member in enumerate(names)}
+                selection = selected(answers, question, pool, scores, plan)
                 values.append(worth(selection, answers.gold[question, pool]))
             golds.append(by_question(answers, n, values))
         yield row(f"one of five x 20, {name}", "scale", n, answers, np.mean(golds, axis=0))
@@ -223,12 +227,13 @@ def wrong_scale(answers: Answers, n: int) -> Iterator[dict[str, Any]]:
 def one_proxy(answers: Answers, n: int) -> Iterator[dict[str, Any]]:
     """Select by each member alone, under every rule."""
     for name, align in PROXY_RULES.items():
+        plan = plan_of(align, ["proxy"], n)
         golds: list[Array] = []
         for member in answers.members:
             values: list[float] = []
             for question, pool in answers.pools(n):
                 scores = {"proxy": member[[question], pool]}
-                selection = selected(answers, question, pool, scores, align)
+                selection = selected(answers, question, pool, scores, plan)
                 values.append(worth(selection, answers.gold[question, pool]))
             golds.append(by_question(answers, n, values))
         yield row(f"one proxy, {name}", "proxy", n, answers, np.mean(golds, axis=0))
@@ -236,13 +241,14 @@ def one_proxy(answers: Answers, n: int) -> Iterator[dict[str, Any]]:
 
 def baselines(answers: Answers, n: int) -> Iterator[dict[str, Any]]:
     """Select by all five members, and by gold itself."""
+    plan = plan_of({}, ["quality"], n)
     for name in ("uwo of five", "gold oracle"):
         values: list[float] = []
         for question, pool in answers.pools(n):
             scores = {"quality": answers.members[:, question, pool]}
             if name == "gold oracle":
                 scores = {"quality": answers.gold[[question], pool]}
-            selection = selected(answers, question, pool, scores, {})
+            selection = selected(answers, question, pool, scores, plan)
             values.append(worth(selection, answers.gold[question, pool]))
         yield row(name, "baseline", n, answers, by_question(answers, n, values))
 
@@ -250,62 +256,81 @@ def baselines(answers: Answers, n: int) -> Iterator[dict[str, Any]]:
 def groups(answers: Answers, n: int) -> Iterator[dict[str, Any]]:
     """Serve three groups that like different traits, in two populations."""
     for population, shares in POPULATIONS.items():
+        shapes = {group: {"shape": "standardize"} for group in shares}
+        made: dict[str, list[Selection]] = {}
         for name, rule in GROUP_RULES.items():
-            shapes = {group: {"shape": "standardize"} for group in shares}
-            align = {**rule, "rewards": shares, "compose": shapes}
-            utilities: list[list[float]] = []
-            winners = chosen = 0
-            worst: list[float] = []
+            plan = plan_of({**rule, "rewards": shares, "compose": shapes}, [], n)
+            made[name] = []
             for question, pool in answers.pools(n):
                 scores = {g: trait[[question], pool] for g, trait in answers.traits.items()}
-                selection = selected(answers, question, pool, scores, align)
-                composed = selection.composed
-                utilities.append([worth(selection, composed[group]) for group in shares])
-                # The same pool under a rule that compares pairs.
-                judged = selected(
-                    answers, question, pool, scores, {**align, "select": {"rule": "minimax"}}
-                )
-                winners += judged.condorcet is not None
-                first = answers.texts[question][pool][selection.ranking[0]]
-                if judged.condorcet is not None:
-                    chosen += first == answers.texts[question][pool][judged.condorcet]
-                if selection.pairwise and selection.worst_case is not None:
-                    worst.append(selection.worst_case)
-            means = np.array(utilities).mean(0)
+                made[name].append(selected(answers, question, pool, scores, plan))
+        for name, selections in made.items():
             yield {
                 "answer": f"groups {population}, {name}",
                 "section": "groups",
                 "n": n,
                 "tokens": n * float(answers.tokens.mean()),
-                **_group_figures(answers, n, np.array(utilities), list(shares)),
-                "worst_group": float(means.min()),
-                "condorcet_share": winners / len(utilities),
-                "condorcet_chosen": chosen / winners,
-                "worst_case_win": float(np.mean(worst)) if worst else None,
+                **_group_figures(answers, n, selections, list(shares)),
+                **_pair_figures(answers, n, selections, made["minimax"]),
             }
 
 
 def _group_figures(
-    answers: Answers, n: int, utilities: Array, names: Sequence[str]
+    answers: Answers, n: int, selections: Sequence[Selection], names: Sequence[str]
 ) -> dict[str, float]:
-    """Return the mean utility of each group with its standard error over questions."""
+    """Return the mean utility of each group with its standard error, and of the worst one."""
     figures: dict[str, float] = {}
-    for k, name in enumerate(names):
-        mean, error = mean_se(by_question(answers, n, utilities[:, k].tolist()))
+    for name in names:
+        utilities = [worth(selection, selection.composed[name]) for selection in selections]
+        mean, error = mean_se(by_question(answers, n, utilities))
         figures |= {name: mean, f"{name}_se": error}
+    figures["worst_group"] = min(figures[name] for name in names)
     return figures
+
+
+def _pair_figures(
+    answers: Answers, n: int, selections: Sequence[Selection], judged: Sequence[Selection]
+) -> dict[str, float | None]:
+    """Return how often a Condorcet winner exists and is returned, and the worst case of pairs.
+
+    Args:
+        answers: all answers.
+        n: size of the pools.
+        selections: of a rule, one per pool.
+        judged: of the minimax lottery, which compares pairs in every pool.
+    """
+    winners = 0
+    chosen = 0
+    worst: list[float] = []
+    pools = answers.pools(n)
+    for (question, pool), selection, lottery in zip(pools, selections, judged, strict=True):
+        if selection.pairwise and selection.worst_case is not None:
+            worst.append(selection.worst_case)
+        if lottery.condorcet is None:
+            continue
+        winners += 1
+        candidates = answers.candidates[question][pool]
+        # Copies of the winner are the winner.
+        chosen += candidates[selection.ranking[0]].text == candidates[lottery.condorcet].text
+    return {
+        "condorcet_share": winners / len(selections),
+        "condorcet_chosen": chosen / winners if winners else None,
+        "worst_case_win": float(np.mean(worst)) if worst else None,
+    }
 
 
 def lengths(answers: Answers, n: int) -> Iterator[dict[str, Any]]:
     """Prefer quality, and brevity among answers of like quality."""
     for name, align in LENGTH_RULES.items():
+        used = list(align.get("rewards", ("quality", "brief")))
+        plan = plan_of(align, used, n)
         golds: list[float] = []
         sizes: list[float] = []
         for question, pool in answers.pools(n):
             quality = answers.members[:, question, pool]
             scores = {"quality": quality, "brief": answers.traits["brief"][[question], pool]}
-            used = {reward: scores[reward] for reward in align.get("rewards", scores)}
-            selection = selected(answers, question, pool, used, align)
+            scored = {reward: scores[reward] for reward in used}
+            selection = selected(answers, question, pool, scored, plan)
             golds.append(worth(selection, answers.gold[question, pool]))
             sizes.append(worth(selection, answers.tokens[question, pool]))
         made = row(f"length, {name}", "length", n, answers, by_question(answers, n, golds))
@@ -326,6 +351,7 @@ def row(answer: str, section: str, n: int, answers: Answers, gold: Array) -> dic
         "gold_se": error,
         "minus_greedy": difference,
         "minus_greedy_se": difference_error,
+        "by_question": gold,
     }
 
 
@@ -343,13 +369,21 @@ def measure(answers: Answers) -> list[dict[str, Any]]:
     return rows
 
 
-def falls(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return how far each rule over one proxy ends below its best n."""
-    curves: dict[str, list[float]] = {}
+def falls(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return how far each rule over one proxy ends below its best n, with the standard error.
+
+    The differences are paired by question. The gold of each question is taken out of the rows.
+    """
+    curves: dict[str, list[Array]] = {}
     for made in rows:
+        gold = made.pop("by_question", None)
         if made["section"] == "proxy":
-            curves.setdefault(made["answer"], []).append(made["gold"])
-    return {name: max(curve) - curve[-1] for name, curve in curves.items()}
+            curves.setdefault(made["answer"], []).append(gold)
+    ends: dict[str, tuple[float, float]] = {}
+    for name, curve in curves.items():
+        best = max(curve, key=lambda gold: gold.mean())
+        ends[name] = mean_se(best - curve[-1])
+    return ends
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -372,8 +406,6 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         case = "" if made["worst_case_win"] is None else f"{made['worst_case_win']:.3f}"
         table.add_row(made["answer"], *cells, f"{made['worst_group']:.2f}", *shares, case)
     OUT.print(table)
-    for name, fall in falls(rows).items():
-        OUT.print(f"{name}: {fall:.2f} below its best n at n = {SIZES[-1]}")
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -410,7 +442,10 @@ def main() -> None:
     questions = world.prompts(options.prompts, options.seed)
     answers = draw(load(path("lm").parent), questions, options.seed)
     rows = measure(answers)
+    ends = falls(rows)
     show(rows)
+    for name, end in ends.items():
+        OUT.print(f"{name}: {figure(*end)} below its best n at n = {SIZES[-1]}")
     setup = {
         "prompts": options.prompts,
         "samples": SAMPLES,
@@ -418,7 +453,7 @@ def main() -> None:
         "pools_per_question": POOLS,
         "wrong_scale": WRONG_SCALE,
         "lotteries": "the expectation over their distribution",
-        "fall_from_best_n": falls(rows),
+        "fall_from_best_n": ends,
     }
     baseline = "one sample, greedy, the uwo of five members and the gold oracle at the same n"
     where = record("selection", baseline=baseline, seed=options.seed, rows=rows, setup=setup)

@@ -10,7 +10,8 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -64,22 +65,33 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
         # become tuples.
         parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
     except ValidationError as invalid:
-        errors = invalid.errors(include_url=False)
-        first = errors[0]
-        location = _location(first["loc"])
-        keys = location
-        if passthrough is not None and location[:1] == [passthrough.name]:
-            # The options stand beside the other fields, not in one of their own.
-            keys = location[1:]
-        where = functools.reduce(join, keys, path)
-        if first["type"] == "missing":
-            message = f"{where}: is required{_description(cls, first['loc'])}."
-        else:
-            # A field that allows several types has an error for each.
-            messages = [error["msg"] for error in errors if _location(error["loc"]) == location]
-            message = f"{where}: {quote(first['input'])} is not allowed; {_rules(messages)}."
-        raise error(message, param=where) from None
+        raise _first_error(cls, invalid, path, error) from None
     return parsed
+
+
+def _first_error(
+    cls: type[Any], invalid: ValidationError, path: str, error: type[AlignError]
+) -> AlignError:
+    """Return the error for the first field that pydantic refused."""
+    errors = invalid.errors(include_url=False)
+    first = errors[0]
+    location = _location(first["loc"])
+    passthrough = _passthrough_field(cls)
+    keys = location
+    if passthrough is not None and location[:1] == [passthrough.name]:
+        # The options stand beside the other fields, not in one of their own.
+        keys = location[1:]
+    where = functools.reduce(join, keys, path)
+    if first["type"] == "missing":
+        return error(f"{where}: is required{_description(cls, first['loc'])}.", param=where)
+    if first["type"] == "unexpected_keyword_argument":
+        names = [f.name for f in dataclasses.fields(_owner(cls, first["loc"]))]
+        message = f"{where}: no such parameter; {nearest(location[-1], names)}"
+        return error(message, param=where, code="unknown_field")
+    # A field that allows several types has an error for each.
+    messages = [problem["msg"] for problem in errors if _location(problem["loc"]) == location]
+    message = f"{where}: {quote(first['input'])} is not allowed; {_rules(messages)}."
+    return error(message, param=where)
 
 
 def json_schema(cls: type[Any]) -> dict[str, Any]:
@@ -119,10 +131,29 @@ def _example(cls: type[Any]) -> str:
 
 def _description(cls: type[Any], location: tuple[int | str, ...]) -> str:
     """Return a clause with the description of a parameter; "" if it has none."""
-    for f in dataclasses.fields(cls):
-        if location == (f.name,) and "description" in f.metadata:
+    for f in dataclasses.fields(_owner(cls, location)):
+        if location[-1] == f.name and "description" in f.metadata:
             return f": {f.metadata['description'].rstrip('.')}"
     return ""
+
+
+def _owner(cls: type[Any], location: tuple[int | str, ...]) -> type[Any]:
+    """Return the dataclass in which the last part of a location is a field: `cls` or one in it."""
+    owner = cls
+    hint: Any = cls
+    for part in location[:-1]:
+        if dataclasses.is_dataclass(hint):
+            hint = get_type_hints(hint).get(str(part))
+        else:
+            # The values of a dictionary, or the items of a list.
+            hint = next(iter(get_args(hint)[-1:]), None)
+        for choice in get_args(hint) if get_origin(hint) in {Union, UnionType} else ():
+            if choice is not NoneType:
+                hint = choice
+                break
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            owner = hint
+    return owner
 
 
 def _adapter(cls: type[Any]) -> TypeAdapter[Any]:

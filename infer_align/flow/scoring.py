@@ -20,6 +20,9 @@ from infer_align.types import Array, Candidate, Direction, Messages, Scores, Sco
 
 log = logging.getLogger("infer_align")
 
+# The sum of the probabilities that two candidates beat each other is 1 within this distance.
+PROBABILITY_ACCURACY = 1e-6
+
 
 class Scoring:
     """The scoring of one request.
@@ -147,11 +150,8 @@ async def score_with(
             scores = await reward.score(messages, candidates)
         if scores.values.shape != shape:
             raise ValueError(f"the reward returned shape {scores.values.shape}, expected {shape}")
-        if scores.matrix is not None and scores.matrix.shape != shape[2:] * 2:
-            raise ValueError(
-                f"the reward returned win probabilities of shape {scores.matrix.shape}, expected "
-                f"{shape[2:] * 2}"
-            )
+        if scores.matrix is not None:
+            _check_win_probabilities(scores.matrix, len(candidates))
         # An infinite score cannot be compared, so it counts as not scored.
         finite = np.where(np.isfinite(scores.values), scores.values, np.nan)
         return replace(scores, values=finite)
@@ -167,6 +167,26 @@ async def score_with(
         failure = error
     notes = (note,) * len(candidates)
     return RewardScores(np.full(shape, np.nan), notes=notes, failure=failure)
+
+
+def _check_win_probabilities(matrix: Array, n: int) -> None:
+    if matrix.shape != (n, n):
+        raise ValueError(
+            f"the reward returned win probabilities of shape {matrix.shape}, expected {(n, n)}"
+        )
+    # The diagonal compares nothing, and NaN was not compared.
+    rows, columns = np.triu_indices(n, 1)
+    wins = matrix[rows, columns]
+    losses = matrix[columns, rows]
+    compared = ~np.isnan(wins) | ~np.isnan(losses)
+    with np.errstate(invalid="ignore"):
+        complete = np.abs(wins + losses - 1) < PROBABILITY_ACCURACY
+    possible = complete & (wins >= 0) & (wins <= 1)
+    if not possible[compared].all():
+        raise ValueError(
+            "the reward returned win probabilities that are not from 0 to 1 with p[i, j] + "
+            "p[j, i] = 1"
+        )
 
 
 def _with_beginning(candidate: Candidate, beginning: str) -> Candidate:

@@ -234,11 +234,11 @@ def _plain_reason(plan: Plan) -> str:
 def _reason(
     plan: Plan, candidates: Sequence[Candidate], objective: Array, ranking: Ranking, missed: int
 ) -> str:
-    clauses = [_comparison(plan, objective, ranking)]
+    clauses = [_comparison(plan, objective, ranking, missed)]
     rejected = sum(candidate.rejected is not None for candidate in candidates)
     if rejected:
         clauses.append(f"{rejected} of them stopped early")
-    if missed:
+    if missed and len(ranking.order) > 1:
         clauses.append(f"{missed} of them missed a gate")
     clauses += [plan.note, _ignored_directions(plan, candidates)]
     return _joined(*clauses)
@@ -265,7 +265,7 @@ def _ignored_directions(plan: Plan, candidates: Sequence[Candidate]) -> str:
     return IGNORED if len(prompts) > 1 and len(answers) == 1 else ""
 
 
-def _comparison(plan: Plan, objective: Array, ranking: Ranking) -> str:
+def _comparison(plan: Plan, objective: Array, ranking: Ranking, missed: int) -> str:
     candidates = len(objective)
     if not ranking.order:
         return f"none of {candidates} candidates could be scored"
@@ -273,5 +273,6 @@ def _comparison(plan: Plan, objective: Array, ranking: Ranking) -> str:
     if candidates == 1:
         return f"one candidate, nothing to compare{value}"
     if len(ranking.order) == 1:
-        return f"the only one of {candidates} candidates that could be compared{value}"
+        survived = "passed the gates" if missed else "could be compared"
+        return f"the only one of {candidates} candidates that {survived}{value}"
     return ranking.clause

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from infer_align.methods import Composition, PlanDraft, Stage
-from infer_align.objectives import spread
+from infer_align.objectives import spread, standard_scores
 from infer_align.types import Array, Capability
 
 ShapeName: TypeAlias = Literal["raw", "standardize", "rank", "par", "cap"]
@@ -149,16 +149,7 @@ def standardize(scores: ArrayLike) -> Array:
 
     Equal scores become 0. Infinite scores stay as they are and do not count in the moments.
     """
-    values = _row(scores)
-    finite = np.isfinite(values)
-    standardized = values.copy()
-    standardized[finite] = 0.0
-    deviation = spread(values)
-    if deviation > 0:
-        # Halves cannot sum to an infinite difference, and means of quotients cannot overflow.
-        quotients = values[finite] / 2 / deviation
-        standardized[finite] = 2 * (quotients - quotients.mean())
-    return standardized
+    return standard_scores(_row(scores))
 
 
 def rank(scores: ArrayLike) -> Array:

@@ -329,6 +329,7 @@ def _align(service: Service) -> Schema:
         "propertyNames": {"enum": names},
         "properties": {name: _reward(service.rewards[name.partition(".")[0]]) for name in names},
     }
+    schemas["compose"] = _with_rewards(schemas["compose"], service)
     schemas["ensemble"] = json_schema(Ensemble)
     schemas["budget"] = json_schema(Budget)
     schemas["details"] = {"enum": list(get_args(Details))}
@@ -336,6 +337,14 @@ def _align(service: Service) -> Schema:
     if not service.config.presets:
         properties["preset"] = {"type": "null"}
     return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _with_rewards(schema: Schema, service: Service) -> Schema:
+    """Return the schema of `compose`, which names the configured rewards."""
+    names = reward_names(service.rewards)
+    gates = {**schema["properties"]["gates"], "propertyNames": {"enum": names}}
+    properties = {**schema["properties"], "gates": gates}
+    return {**schema, "properties": properties, "propertyNames": {"enum": [*names, "gates"]}}
 
 
 def _extract_definitions(schema: object) -> dict[str, Schema]:

@@ -102,3 +102,31 @@ def test_json_schema_and_signature_say_what_the_dataclass_says() -> None:
     assert signature(Knobs).startswith("n=8, weight=0.5, kind='a'")
     assert "MISSING" not in signature(Knobs)
     assert "<" not in signature(Knobs), "a factory is no default to show"
+
+
+@dataclass(frozen=True)
+class Options:
+    """A dataclass whose other keys have any name."""
+
+    by_name: dict[str, Inner] = field(
+        default_factory=dict, metadata={"rest": None, "placeholder": "<name>"}
+    )
+    flag: bool = False
+
+
+def test_options_of_any_name_stand_beside_the_fields() -> None:
+    parsed = parse(Options, {"a": {"word": "x"}, "by_name": {"word": "y"}, "flag": True}, "k")
+    assert {name: inner.word for name, inner in parsed.by_name.items()} == {
+        "a": "x",
+        "by_name": "y",
+    }
+    assert parsed.flag
+    schema = json_schema(Options)
+    assert list(schema["properties"]) == ["flag"]
+    assert schema["additionalProperties"] == {"$ref": "#/$defs/Inner"}
+    with pytest.raises(InvalidRequest, match=r'allowed: \{"<name>": \.\.\., "flag": false\}'):
+        parse(Options, 5, "k")
+    with pytest.raises(
+        InvalidRequest, match=r"^k\.a\.wrod: no such parameter; did you mean 'word'"
+    ):
+        parse(Options, {"a": {"wrod": "x"}}, "k")

@@ -46,6 +46,10 @@ FAULTS: list[tuple[Any, str]] = [
     (lambda c: RewardScores(np.zeros((1, 2, len(c)))), "shape"),
     (lambda c: RewardScores(np.zeros((1, 1, len(c) + 1))), "shape"),
     (lambda c: RewardScores(np.zeros(len(c))), "shape"),
+    (
+        lambda c: RewardScores(np.zeros((1, 1, len(c))), matrix=np.zeros((1, len(c)))),
+        "win probabilities of shape",
+    ),
     (lambda c: RewardScores([[[0.0] * len(c)]]), "AttributeError"),
     (lambda _: None, "AttributeError"),
 ]
@@ -198,3 +202,31 @@ def test_a_pipelined_reward_ends_with_the_deadline_and_with_the_request() -> Non
 
     asyncio.run(cancelled())
     assert ended == ["1"]
+
+
+def judged(matrix: Any) -> RewardScores:
+    """Return the scores of three candidates that a pairwise judge compared."""
+    return RewardScores(np.array([[[1.0, 2.0, 3.0]]]), matrix=np.array(matrix))
+
+
+def test_win_probabilities_are_numbered_like_the_candidates() -> None:
+    pair = [[0.5, 0.2], [0.8, 0.5]]
+    reward = Scripted(lambda c: RewardScores(np.ones((1, 1, len(c))), matrix=np.array(pair)))
+    response = run(scored(reward=reward), engine("1", Reply("", error="x"), "3"))
+    nan = math.nan
+    expected = [[0.5, nan, 0.2], [nan, nan, nan], [0.8, nan, 0.5]]
+    np.testing.assert_array_equal(response.scores.matrices["r"], expected)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        [[0.5, 0.6, 0.5], [0.6, 0.5, 0.5], [0.5, 0.5, 0.5]],
+        [[0.5, 1.5, 0.5], [-0.5, 0.5, 0.5], [0.5, 0.5, 0.5]],
+        [[0.5, math.nan, 0.5], [0.4, 0.5, 0.5], [0.5, 0.5, 0.5]],
+        [[0.5, math.inf, 0.5], [-math.inf, 0.5, 0.5], [0.5, 0.5, 0.5]],
+    ],
+)
+def test_what_are_no_win_probabilities_is_a_failed_reward(matrix: Any) -> None:
+    with pytest.raises(RewardFailed, match="win probabilities that are not from 0 to 1"):
+        run(scored(reward=Scripted(lambda _: judged(matrix))), engine("1", "2", "3"))

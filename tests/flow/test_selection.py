@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infer_align.config.align import parse_align
 from infer_align.errors import RewardFailed
 from infer_align.flow.plan import Plan
+from infer_align.flow.rules import Highest
 from infer_align.flow.scorers import Scorer
 from infer_align.flow.selection import rank_candidates, select
-from infer_align.methods import Contest, SelectionRule
+from infer_align.methods import Contest, PlanDraft, SelectionRule
+from infer_align.methods.select import RuleName, Select
 from infer_align.objectives import Ensemble, rank
 from infer_align.rewards import Reward, RewardScores
 from infer_align.types import Candidate, Draw, Ranking, Scores, Selection, Steering
@@ -267,3 +270,107 @@ def test_answers_that_were_cut_or_failed_say_nothing_about_directions() -> None:
     draws = [greedy(1), greedy(2)]
     for fields in ({"interrupted": True}, {"error": "x"}, {"rejected": "low"}):
         assert "ignore" not in reason(draws, ["", ""], **fields)
+
+
+def composed(
+    scores: dict[str, Any], align: dict[str, Any], weights: dict[str, float] | None = None
+) -> Selection:
+    """Return the selection of candidates "0", "1", ... with these scores under an `align`."""
+    rows = {name: np.array([values], dtype=np.float64) for name, values in scores.items()}
+    n = len(next(iter(scores.values())))
+    draft = PlanDraft((Draw({}, n),))
+    for method in parse_align(align).methods.values():
+        draft = method.apply(draft)
+    plan = Plan(
+        draft.draws,
+        ensemble=OBJECTIVES[0],
+        scorers=scorers(weights or dict.fromkeys(scores, 1.0)),
+        composition=draft.composition,
+        rule=draft.rule or Highest(),
+        selects=True,
+    )
+    notes = dict.fromkeys(scores, (None,) * n)
+    candidates = [Candidate(i, {"text": str(i)}) for i in range(n)]
+    return rank_candidates(plan, candidates, Scores(rows, notes=notes))
+
+
+def test_a_shape_changes_the_sum_and_the_raw_score_stays() -> None:
+    scores = {"a": [0.0, 100.0, 200.0], "b": [3.0, 2.0, 1.0], "c": [3.0, 2.0, 1.0]}
+    assert composed(scores, {}).ranking == (2, 1, 0)
+    ranks = {name: {"shape": "rank"} for name in scores}
+    made = composed(scores, {"compose": ranks})
+    assert made.ranking == (0, 1, 2)
+    assert made.objective == (2.0, 1.5, 1.0)
+    np.testing.assert_array_equal(made.values["a"], [0, 100, 200])
+    np.testing.assert_array_equal(made.composed["a"], [0, 0.5, 1])
+    assert made.reason == "highest composed mean of 3 candidates (2; runner-up 1.5)"
+    assert composed(scores, {}).composed == {}
+
+
+def test_a_reward_without_a_shape_enters_as_it_is() -> None:
+    made = composed({"a": [5.0, 9.0], "b": [1.0, 0.0]}, {"compose": {"a": {"shape": "rank"}}})
+    assert made.objective == (1.0, 1.0)
+    np.testing.assert_array_equal(made.composed["b"], [1, 0])
+
+
+def test_a_candidate_that_misses_a_gate_is_dropped() -> None:
+    gates = {"compose": {"gates": {"safe": {"at_least": 0.5}}}}
+    scores = {"good": [9.0, 1.0, 2.0], "safe": [0.4, 0.5, 0.9]}
+    made = composed(scores, gates, {"good": 1.0, "safe": 0.0})
+    assert made.ranking == (2, 1)
+    assert made.dropped == {0: "missed a gate: safe 0.4 is under at_least 0.5"}
+    assert math.isnan(made.objective[0])
+    assert made.reason == (
+        "highest composed mean of 3 candidates (2; runner-up 1); 1 of them missed a gate"
+    )
+    alone = composed({"good": [9.0, 1.0], "safe": [0.4, 0.5]}, gates)
+    assert alone.reason == "the only one of 2 candidates that passed the gates (composed mean 1.5)"
+
+
+def test_if_all_miss_a_gate_the_least_shortfall_wins_whatever_the_rule() -> None:
+    align = {
+        "compose": {"gates": {"safe": {"at_least": 5.0}}},
+        "select": {"rule": "tilted"},
+    }
+    made = composed({"good": [9.0, 1.0, 2.0], "safe": [0.0, 1.0, 1.0]}, align)
+    assert made.ranking == (2, 1, 0)
+    assert made.dropped == {}
+    assert made.distribution is None
+    assert made.reason == "all 3 candidates miss a gate (safe); this one by the least"
+
+
+def test_a_gate_is_read_before_the_shape_and_needs_a_score() -> None:
+    align = {"compose": {"safe": {"shape": "rank"}, "gates": {"safe": {"at_least": 7.0}}}}
+    made = composed({"safe": [9.0, 6.0, NAN]}, align)
+    assert made.ranking == (0,)
+    assert made.dropped[2] == "not scored: safe: NaN"
+    unweighted = composed({"good": [1.0, 2.0], "safe": [9.0, NAN]}, align, {"good": 1, "safe": 0})
+    assert unweighted.ranking == (0,)
+    assert unweighted.dropped == {1: "not scored: safe: NaN"}
+
+
+def test_a_rule_names_candidates_by_their_index_among_all() -> None:
+    scores = {"a": [NAN, 1.0, 2.0, 0.0], "b": [5.0, 1.0, 2.0, 0.0]}
+    made = composed(scores, {"select": {"rule": "minimax"}})
+    assert made.ranking == (2, 1, 3)
+    assert made.distribution == (0.0, 0.0, 1.0, 0.0)
+    assert (made.rule, made.condorcet, made.cycles, made.worst_case) == ("minimax", 2, 0, 0.5)
+    assert made.dropped == {0: "not scored: a: NaN"}
+
+
+@pytest.mark.parametrize("rule", get_args(RuleName))
+def test_one_candidate_is_returned_by_every_rule(rule: str) -> None:
+    align = {"select": {"rule": rule}, "compose": {"a": {"shape": "par"}}}
+    made = composed({"a": [3.0], "b": [1.0]}, align)
+    assert made.ranking == (0,)
+    assert made.reason == "one candidate, nothing to compare (composed mean 1.5)"
+    assert made.distribution in {None, (1.0,)}
+
+
+def test_consensus_needs_no_reward() -> None:
+    texts = ["owls eat mice", "bats", "owls eat mice daily"]
+    draft = Select(rule="consensus").apply(PlanDraft((Draw({}, 3),)))
+    plan = Plan(draft.draws, rule=draft.rule or Highest(), selects=True)
+    made = select(plan, [Candidate(i, {"text": text}) for i, text in enumerate(texts)], Scores())
+    assert made.ranking == (0, 2, 1)
+    assert all(math.isnan(value) for value in made.objective)

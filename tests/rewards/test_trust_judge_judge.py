@@ -136,6 +136,34 @@ def test_comparisons_are_in_both_orders_and_no_more() -> None:
     assert scores.report["win_rates"] == {"0": 1.0, "1": 0.0, "2": 0.5}
 
 
+def test_win_probabilities_are_read_from_both_orders() -> None:
+    matrix = scores_of(Ranked(Fake()), ["3", "1", "2"], mode="pairwise").matrix
+    p = 1 / (1 + math.exp(-1))
+    np.testing.assert_allclose(matrix[0, 2], 0.9 * p + 0.05)
+    np.testing.assert_allclose(matrix + matrix.T, 1.0)
+    np.testing.assert_array_equal(np.diag(matrix), 0.5)
+    assert matrix[0, 1] > matrix[0, 2] > 0.5
+    assert scores_of(fake(GOOD), ["good"]).matrix is None
+
+
+def test_a_bias_towards_the_first_answer_cancels() -> None:
+    class Biased(Ranked):
+        bias = 2.0
+
+    matrix = scores_of(Biased(Fake()), ["1", "1", "2"], mode="pairwise").matrix
+    np.testing.assert_allclose(matrix[0, 1], 0.5)
+    assert matrix[2, 0] > 0.5
+
+
+def test_a_pair_that_is_not_judged_has_no_probability() -> None:
+    labels = ScriptedLabels({"A": 0.6, "B": 0.4}, r"good")
+    broken = ScriptedLabels({}, r"broken", error="no judge today")
+    matrix = scores_of(fake(broken, labels), ["good", "good", "broken"], mode="pairwise").matrix
+    assert matrix[0, 1] == 0.5
+    assert np.isnan(matrix[2, :2]).all()
+    assert np.isnan(matrix[:2, 2]).all()
+
+
 def test_all_readings_run_at_once() -> None:
     class Gathering(Ranked):
         """Answers no query before all 30 have arrived."""

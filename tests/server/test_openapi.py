@@ -174,12 +174,34 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [
         CHAT,
         {"messages": USER, "stream": True, "stream_options": {"include_usage": True}},
     ),
+    (
+        "ChatRequest",
+        CHAT,
+        {
+            "messages": USER,
+            "align": {
+                "best_of_n": {"n": 3},
+                "compose": {"number": {"shape": "rank"}, "gates": {"number": {"at_least": 2}}},
+                "select": {"rule": "pessimistic", "beta": 0.5},
+            },
+        },
+    ),
     ("CompletionRequest", TEXT, {"prompt": "", "max_tokens": 3}),
     ("CompletionRequest", TEXT, {"prompt": ["a", "b"], "align": {"best_of_n": {"n": 2}}}),
     (
         "ScoreRequest",
         SCORE,
         {"messages": USER, "candidates": ["1", "2"], "rewards": {"number": 1}, "model": None},
+    ),
+    (
+        "ScoreRequest",
+        SCORE,
+        {
+            "messages": USER,
+            "candidates": ["1", "2"],
+            "compose": {"number": {"shape": "par"}},
+            "select": {"rule": "maxmin"},
+        },
     ),
 ]
 REFUSED: list[tuple[str, str, dict[str, Any]]] = [
@@ -202,6 +224,10 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("ChatRequest", CHAT, {"messages": USER, "align": {"rewards": {"nope": 1}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"rewards": {"number": -1}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"preset": "worst"}}),
+    ("ChatRequest", CHAT, {"messages": USER, "align": {"select": {"rule": "best"}}}),
+    ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"nope": {}}}}),
+    ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"number": {"at": 2}}}}),
+    ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"gates": {"nope": {}}}}}),
     ("ChatRequest", CHAT, {"messages": USER, "stream": True, "stream_options": {"usage": True}}),
     ("CompletionRequest", TEXT, {"prompt": [1, 2]}),
     ("ScoreRequest", SCORE, {"messages": USER}),

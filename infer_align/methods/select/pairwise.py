@@ -32,7 +32,8 @@ def win_rates(p: ArrayLike) -> Array:
     matrix = _probabilities(p)
     np.fill_diagonal(matrix, np.nan)
     compared = ~np.isnan(matrix)
-    totals = np.where(compared, matrix, 0.0).sum(axis=1)
+    # Sorted, so that the rounding of sums does not depend on the order of the candidates.
+    totals = np.sort(np.where(compared, matrix, 0.0), axis=1).sum(axis=1)
     counts = compared.sum(axis=1).astype(np.float64)
     counts[counts == 0] = np.nan
     return np.asarray(totals / counts)

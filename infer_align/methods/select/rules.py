@@ -1,7 +1,7 @@
 """Apply the selection rules to the candidates of one request.
 
 Every rule ranks all candidates, so that a request for several gets the best ones. Ties go to the
-higher objective, then to the candidate that was drawn first; with maxmin, to the latter.
+higher objective, then to the candidate that was drawn first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from infer_align.errors import InvalidRequest, nearest
 from infer_align.methods import Contest, SelectionRule
 from infer_align.methods.select import pairwise, scores
-from infer_align.objectives import rank, spread, standardize
+from infer_align.objectives import rank, spread, standard_scores
 from infer_align.types import Array, Ranking
 
 Indices: TypeAlias = NDArray[np.intp]
@@ -82,10 +82,10 @@ class Minimax(SelectionRule):
         order = _drawn(lottery, rest, contest.seed)
         winner = pairwise.condorcet(p)
         worst = float((lottery @ np.nan_to_num(p, nan=0.5)).min())
-        clause = f"drawn by the minimax lottery over {contest.drawn} candidates"
-        clause += f" with probability {lottery[order[0]]:.3g}"
+        clause = f"drawn with probability {lottery[order[0]]:.3g} by the minimax lottery over "
+        clause += f"{contest.drawn} candidates"
         if winner is None:
-            clause += f", which beats any of them with probability {worst:.3g} or more"
+            clause += f"; the lottery beats any of them with probability {worst:.3g} or more"
         clause += _condorcet_clause(winner, order[0])
         distribution = np.zeros(len(contest.objective))
         distribution[distinct] = lottery
@@ -117,8 +117,12 @@ class MaxMin(SelectionRule):
         """Return the candidates by their worst group, or by their largest regret."""
         rows = _rows(contest, self.order)
         groups = np.stack([_comparable(contest, row) for row in rows])
-        order = scores.maxmin_order(groups, regret=self.regret)
-        losses = groups.max(axis=1, keepdims=True) - groups
+        # Equal candidates stay in the order of the objective.
+        ranked = rank(contest.objective)
+        places = scores.maxmin_order(groups[:, ranked], regret=self.regret)
+        order = tuple(ranked[place] for place in places)
+        with np.errstate(over="ignore"):
+            losses = groups.max(axis=1, keepdims=True) - groups
         worst = losses.max(axis=0) if self.regret else groups.min(axis=0)
         best = order[0]
         group = int(losses[:, best].argmax() if self.regret else groups[:, best].argmin())
@@ -185,8 +189,9 @@ class Pessimistic(SelectionRule):
 
     def rank(self, contest: Contest) -> Ranking:
         """Return the candidates as they are drawn, then the rest by the objective."""
-        lottery = scores.pessimistic(_standard(contest.objective), self.beta)
-        clause = f"drawn by chi-squared pessimism from the best {np.count_nonzero(lottery)}"
+        lottery = scores.pessimistic(standard_scores(contest.objective), self.beta)
+        count = np.count_nonzero(lottery)
+        clause = f"chi-squared pessimism from the {count} highest {contest.measure}"
         return _lottery_ranking(contest, lottery, clause)
 
 
@@ -200,8 +205,8 @@ class Tilted(SelectionRule):
 
     def rank(self, contest: Contest) -> Ranking:
         """Return the candidates as they are drawn."""
-        lottery = scores.tilted(_standard(contest.objective), self.beta)
-        return _lottery_ranking(contest, lottery, f"drawn by the tilted {contest.measure}")
+        lottery = scores.tilted(standard_scores(contest.objective), self.beta)
+        return _lottery_ranking(contest, lottery, f"the tilted {contest.measure}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,24 +222,26 @@ class Shortest(SelectionRule):
 
         The length is in tokens, or in characters if the candidates were not drawn here.
         """
-        unit = "tokens" if any(contest.tokens) else "characters"
+        unit = "token" if any(contest.tokens) else "character"
         lengths = contest.tokens if any(contest.tokens) else [len(text) for text in contest.texts]
         limit = self.within * spread(contest.objective)
         ranked = rank(contest.objective)
         best = contest.objective[ranked[0]]
-        near = [i for i in ranked if best - contest.objective[i] <= limit]
+        near = [i for i in ranked if contest.objective[i] >= best - limit]
         first = scores.shortest(contest.objective, np.array(lengths), limit)
         near.sort(key=lambda i: (i != first, lengths[i]))
         rest = [i for i in ranked if i not in near]
-        clause = f"shortest of {len(near)} candidates ({lengths[near[0]]} {unit}) within "
-        clause += f"{self.within:g} standard deviations of the highest {contest.measure}"
-        clause += f" of {contest.drawn}"
+        length = lengths[near[0]]
+        unit += "" if length == 1 else "s"
+        clause = f"shortest ({length} {unit}) of the {len(near)} within {self.within:g} standard "
+        clause += f"deviations of the highest {contest.measure} of {contest.drawn} candidates"
         return Ranking((*near, *rest), clause)
 
 
-def _lottery_ranking(contest: Contest, lottery: Array, clause: str) -> Ranking:
+def _lottery_ranking(contest: Contest, lottery: Array, source: str) -> Ranking:
     order = _drawn(lottery, np.array(rank(contest.objective)), contest.seed)
-    clause += f" of {contest.drawn} candidates with probability {lottery[order[0]]:.3g}"
+    clause = f"drawn with probability {lottery[order[0]]:.3g} by {source}"
+    clause += f" of {contest.drawn} candidates"
     return Ranking(tuple(order.tolist()), clause, distribution=tuple(lottery.tolist()))
 
 
@@ -259,14 +266,10 @@ def _descending(values: Array, objective: Array) -> Indices:
     return np.lexsort((np.arange(len(values)), -objective, -comparable))
 
 
-def _standard(values: Array) -> Array:
-    return np.asarray(standardize(values[None])[0])
-
-
 def _comparable(contest: Contest, row: int) -> Array:
     """Return the scores of a reward, standardized unless the request sets their shape."""
     values = contest.values[row]
-    return values if contest.names[row] in contest.shaped else _standard(values)
+    return values if contest.names[row] in contest.shaped else standard_scores(values)
 
 
 def _rows(contest: Contest, order: tuple[str, ...]) -> list[int]:
@@ -345,7 +348,7 @@ def _check_pairs(
         return
     raise InvalidRequest(
         f"{param}.rule: {rule} needs pairs of candidates that are compared, and this plan has "
-        f"only {', '.join(used) or 'no reward'}; give several rewards a weight over 0, or add a "
+        f"{', '.join(used) or 'no reward'} alone; give several rewards a weight over 0, or add a "
         'judge that compares: trust_judge = {"mode": "pairwise"}.',
         param=f"{param}.rule",
     )

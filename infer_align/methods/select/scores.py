@@ -150,8 +150,7 @@ def shortest(scores: ArrayLike, lengths: ArrayLike, within: float) -> int | None
     compared = np.flatnonzero(~np.isnan(values) & ~np.isnan(sizes))
     if not len(compared):
         return None
-    below = _below_best(values[compared][None])[0]
-    near = compared[below <= within]
+    near = compared[values[compared] >= values[compared].max() - within]
     return int(min(near.tolist(), key=lambda i: (sizes[i], -values[i], i)))
 
 
@@ -173,7 +172,9 @@ def consensus(similarities: ArrayLike) -> Array:
     present = ~np.isnan(matrix)
     counts = present.sum(axis=1).astype(np.float64)
     counts[counts == 0] = np.nan
-    return np.asarray(np.where(present, matrix, 0.0).sum(axis=1) / counts)
+    # Sorted, so that the rounding of sums does not depend on the order of the candidates.
+    totals = np.sort(np.where(present, matrix, 0.0), axis=1).sum(axis=1)
+    return np.asarray(totals / counts)
 
 
 def overlap(texts: Sequence[str]) -> Array:
