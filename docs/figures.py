@@ -57,6 +57,10 @@ CHOICES = [
 ]
 
 
+# Answers that stand beside every shape of rewards.
+SELECTION_BASELINES = ("uwo of five", "gold oracle")
+
+
 # --- cells ---
 
 
@@ -230,6 +234,66 @@ def vas_results() -> str:
     return result_table("vas", columns)
 
 
+def selection_scale() -> str:
+    """Return what shapes do if one of five rewards is on a wrong scale."""
+    columns: Columns = [
+        ("answer", text("answer")),
+        ("n", text("n")),
+        ("gold", with_error("gold")),
+        ("- greedy", with_error("minus_greedy", sign="+")),
+    ]
+
+    def include(row: Row) -> bool:
+        is_baseline = row["section"] == "frozen" or row["answer"] in SELECTION_BASELINES
+        return row["section"] == "scale" or (is_baseline and row["n"] in {1, 8, 64})
+
+    return result_table("selection", columns, include)
+
+
+def selection_proxy() -> str:
+    """Return the gold of every rule over one reward model, one column for each n."""
+    result = recorded("selection")
+    if result is None:
+        return "Not recorded yet: benchmarks/results/selection.json.\n"
+    curves: dict[str, dict[int, str]] = {}
+    for row in result["rows"]:
+        if row["section"] in {"baseline", "proxy"}:
+            curves.setdefault(row["answer"], {})[row["n"]] = with_error("gold")(row)
+    sizes = sorted(next(iter(curves.values())))
+    ends = result["setup"]["fall_from_best_n"]
+    rows = []
+    for name, golds in curves.items():
+        end = ends.get(name)
+        fall = "" if end is None else f"{end[0]:.2f} ± {end[1]:.2f}"
+        rows.append([name, *(golds[n] for n in sizes), fall])
+    heads = ["answer", *(f"n = {n}" for n in sizes), f"best n - n = {sizes[-1]}"]
+    return table(heads, rows)
+
+
+def selection_groups() -> str:
+    """Return how rules serve three groups."""
+    columns: Columns = [("answer", text("answer"))]
+    for group in ("brief", "ornate", "polite"):
+        columns.append((group, with_error(group)))
+    columns += [
+        ("worst group", number("worst_group")),
+        ("Condorcet", number("condorcet_share")),
+        ("returned", number("condorcet_chosen")),
+        ("worst case of pairs", number("worst_case_win", 3)),
+    ]
+    return result_table("selection", columns, lambda row: row["section"] == "groups")
+
+
+def selection_length() -> str:
+    """Return quality and length of the returned answers."""
+    columns: Columns = [
+        ("answer", text("answer")),
+        ("gold", with_error("gold")),
+        ("tokens returned", with_error("returned_tokens", 1)),
+    ]
+    return result_table("selection", columns, lambda row: row["section"] == "length")
+
+
 def early_stop() -> str:
     """Return the saving and the loss of early stopping."""
 
@@ -393,6 +457,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-results": demo_results,
     "demo-replication": demo_replication,
     "vas-results": vas_results,
+    "selection-scale": selection_scale,
+    "selection-proxy": selection_proxy,
+    "selection-groups": selection_groups,
+    "selection-length": selection_length,
     "early-stop": early_stop,
     "dpa-results": dpa_results,
     "rps-results": rps_results,
