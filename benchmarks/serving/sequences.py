@@ -1,0 +1,139 @@
+"""Measure the cost of log-probabilities of given texts, against generating the texts.
+
+Each round generates 8 candidates of one prompt and then reads their texts after the same prompt.
+Both times include the prompt, which is read once for all candidates.
+
+    python benchmarks/serving/sequences.py [--rounds 7] [--only demo]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import NamedTuple
+
+from rich.console import Console
+
+from benchmarks.record import record
+from benchmarks.serving.rows import Row, print_rows, row
+from infer_align import config, quickstart
+from infer_align.decoding.sequences import SequenceQuery
+from infer_align.engines.transformers import TransformersEngine
+from infer_align.types import Draw
+
+CANDIDATES = 8
+QUESTION = {"role": "user", "content": "What are the diet and the colour of the owl?"}
+TARGET = "at most 0.3"
+OUT = Console()
+
+
+class Case(NamedTuple):
+    """A model and the length of its answers."""
+
+    name: str
+    path: Path | None  # of its configuration; None is the demo's
+    tokens: int
+
+
+CASES = (Case("demo", None, 64), Case("SmolLM2-135M", quickstart.CONFIG, 64))
+
+
+class Cost(NamedTuple):
+    """The cost of one run."""
+
+    seconds: float
+    cpu_seconds: float
+    tokens: int
+
+
+async def generate(engine: TransformersEngine, seed: int, tokens: int) -> tuple[Cost, list[str]]:
+    """Generate the candidates; return the cost and their texts."""
+    body = {"messages": [QUESTION], "max_tokens": tokens, "ignore_eos": True}
+    seeds = tuple(seed * CANDIDATES + i for i in range(CANDIDATES))
+    start, cpu = perf_counter(), process_time()
+    candidates = await engine.generate(Draw(body, CANDIDATES, seeds))
+    cost = Cost(perf_counter() - start, process_time() - cpu, CANDIDATES * tokens)
+    if any(candidate.completion_tokens != tokens for candidate in candidates):
+        raise RuntimeError(f"a candidate has not {tokens} tokens")
+    return cost, [candidate.text for candidate in candidates]
+
+
+async def read(engine: TransformersEngine, texts: Sequence[str]) -> Cost:
+    """Read the texts; return the cost."""
+    start, cpu = perf_counter(), process_time()
+    answer = await engine.sequence_logprobs(SequenceQuery({"messages": [QUESTION]}, tuple(texts)))
+    return Cost(perf_counter() - start, process_time() - cpu, answer.text_tokens)
+
+
+async def measure(case: Case, rounds: int) -> list[Row]:
+    """Return the rows of one model."""
+    engine = config.load(case.path, ["engine.threads=1"]).load_engine()
+    assert isinstance(engine, TransformersEngine)
+    await engine.start()
+    generated: list[Cost] = []
+    scored: list[Cost] = []
+    # The first round warms up.
+    for seed in range(rounds + 1):
+        cost, texts = await generate(engine, seed, case.tokens)
+        generated.append(cost)
+        scored.append(await read(engine, texts))
+    await engine.close()
+    return [_row(case, scored[1:], generated[1:])]
+
+
+def _row(case: Case, scored: list[Cost], generated: list[Cost]) -> Row:
+    ours = statistics.median(cost.seconds for cost in scored)
+    baseline = statistics.median(cost.seconds for cost in generated)
+    cpu = statistics.median(cost.cpu_seconds for cost in scored)
+    baseline_cpu = statistics.median(cost.cpu_seconds for cost in generated)
+    what = f"{case.name}, {CANDIDATES} candidates of {case.tokens} tokens"
+    return {
+        **row(what, ours / baseline, 1e3 * ours, 1e3 * baseline, TARGET),
+        "cpu_value": cpu / baseline_cpu,
+        # A text may be split into other tokens than it was sampled from.
+        "tokens": statistics.median(cost.tokens for cost in scored),
+        "baseline_tokens": statistics.median(cost.tokens for cost in generated),
+    }
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=[case.name for case in CASES])
+    options = parser.parse_args()
+    rows: list[Row] = []
+    for case in CASES:
+        if options.only in (None, case.name):
+            rows += asyncio.run(measure(case, options.rounds))
+    print_rows(rows, OUT, ("cost", "ratio", "milliseconds", "generating", "target"))
+    for item in rows:
+        OUT.print(f"{item['what']}: {item['cpu_value']:.2f} by CPU time")
+    if options.only:
+        return
+    setup = {
+        "rounds": options.rounds,
+        "candidates": CANDIDATES,
+        "tokens": {case.name: case.tokens for case in CASES},
+        "threads": 1,
+        "unit": "milliseconds for all candidates; median of the rounds",
+        "note": "the machine ran other programs; compare figures of one row only",
+    }
+    path = record(
+        "sequences",
+        baseline="generating the same candidates, in alternating rounds",
+        seed=0,
+        rows=rows,
+        setup=setup,
+    )
+    OUT.print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
