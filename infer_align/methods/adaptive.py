@@ -36,6 +36,8 @@ _BESTS = leggauss(32)
 _VARIANCES = 128
 # The best of a batch is below this many standard deviations, but for a probability of 1e-12 or so.
 _HIGHEST = 10.0
+# Scores this close, in standard deviations, are one score that was computed in two batches.
+_SAME_SCORE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +94,26 @@ class ExpectedGain(StopRule):
     batch: int
     cost: float  # in standard deviations of the objective
 
-    def reason_to_stop(self, objective: Array) -> str | None:
-        """Return the gain that is too small, or None if another batch is worth its cost.
+    def gain(self, objective: Array) -> float:
+        """Return the expected gain of one more batch, in standard deviations of the objective.
 
-        Of the next batch, as large a share is expected to be compared as of those before.
+        Not every draw of a batch can gain. As large a share of it is expected to be compared as of
+        those before. And if k candidates share the best score, draws that reach it are expected to
+        repeat it, all but one in k: where answers reach a ceiling, there is little to gain.
+
+        Args:
+            objective: [N] of the candidates so far; NaN marks one that was not compared.
         """
-        compared = np.count_nonzero(~np.isnan(objective))
-        batch = max(1, round(self.batch * compared / len(objective)))
-        gain = expected_gain(objective, batch)
+        compared = objective[~np.isnan(objective)]
+        if len(compared) < 2:
+            return math.inf
+        tolerance = _SAME_SCORE * float(np.std(compared))
+        best = int(np.count_nonzero(compared >= compared.max() - tolerance))
+        return expected_gain(compared, self.batch * len(compared) / len(objective) / best)
+
+    def reason_to_stop(self, objective: Array) -> str | None:
+        """Return the gain that is too small, or None if another batch is worth its cost."""
+        gain = self.gain(objective)
         if gain >= self.cost:
             return None
         return (
@@ -108,7 +122,7 @@ class ExpectedGain(StopRule):
         )
 
 
-def expected_gain(scores: ArrayLike, batch: int) -> float:
+def expected_gain(scores: ArrayLike, batch: float) -> float:
     """Return the expected gain of the best of `batch` more draws over the best score so far.
 
     The gain is in sample standard deviations of the scores, so it does not change if all scores are
@@ -117,19 +131,19 @@ def expected_gain(scores: ArrayLike, batch: int) -> float:
 
     Args:
         scores: [N] scores so far; those that are not finite are left out.
-        batch: number of further draws, at least 1.
+        batch: number of further draws, over 0; an expected number need not be whole.
 
     Returns:
         The gain, at least 0; infinity with fewer than 2 scores, which say nothing about the spread.
 
     Raises:
-        ValueError: the scores are not [N], or batch is below 1.
+        ValueError: the scores are not [N], or batch is not over 0.
     """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"scores: shape {values.shape} is not allowed; must be [N].")
-    if batch < 1:
-        raise ValueError(f"batch: {batch} is not allowed; must be at least 1.")
+    if not batch > 0:
+        raise ValueError(f"batch: {batch} is not allowed; must be over 0.")
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return math.inf
@@ -142,7 +156,7 @@ def expected_gain(scores: ArrayLike, batch: int) -> float:
     return _gain(margin, len(values), batch)
 
 
-def _gain(margin: float, n: int, batch: int) -> float:
+def _gain(margin: float, n: int, batch: float) -> float:
     """Return E[(best of batch - best so far)+], in sample standard deviations.
 
     With r the posterior ratio of the standard deviation to that of the sample, e ~ N(0, 1 / n) the

@@ -137,6 +137,23 @@ def test_the_rule_counts_the_draws_that_are_usually_lost() -> None:
     assert ExpectedGain(64, 4, half * 1.01).reason_to_stop(objective) is not None
 
 
+def test_the_rule_expects_less_where_the_best_score_repeats() -> None:
+    rule = ExpectedGain(64, 4, 0.05)
+    distinct = np.array([0.0, 1.0, 2.0, 3.0, 3.5, 4.0])
+    assert rule.gain(distinct) == expected_gain(distinct, 4)
+    ceiling = np.array([0.0, 1.0, 4.0, 4.0, 4.0, 4.0 - 1e-7])
+    assert rule.gain(ceiling) == expected_gain(ceiling, 1)
+    lower_ties = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 4.0])
+    assert rule.gain(lower_ties) == expected_gain(lower_ties, 4)
+
+
+@pytest.mark.parametrize("compared", [0, 1])
+def test_the_rule_goes_on_while_there_is_nothing_to_compare(compared: int) -> None:
+    objective = np.full(4, math.nan)
+    objective[:compared] = 1.0
+    assert ExpectedGain(64, 4, 0.05).reason_to_stop(objective) is None
+
+
 def test_the_plan_is_continued_in_batches() -> None:
     draft = Adaptive(max_n=12, batch=3, cost=0.1).apply(PlanDraft(draws=(Draw(body={}),)))
     assert draft.selects
