@@ -104,6 +104,22 @@ def test_scores_are_read_from_the_probabilities() -> None:
     assert scores.usage.judge_prompt_tokens > 40
 
 
+def test_the_report_on_several_calls_counts_all_their_readings() -> None:
+    judge = reward(fake(GOOD, BAD, REFUSED))
+
+    async def scored(*texts: str) -> Any:
+        return await judge.score(ASK, candidates(*texts))
+
+    parts = [asyncio.run(scored("good", "rude", "bad")), asyncio.run(scored("good"))]
+    assert judge.join_reports(parts) == {"mode": "score", "scale": 100, "drop_rate": 0.25}
+
+
+def test_only_comparisons_depend_on_the_other_candidates() -> None:
+    assert not reward(fake()).relative
+    assert reward(fake(), mode="pairwise").relative
+    assert reward(fake()).with_parameters({"mode": "pairwise"}).relative
+
+
 @pytest.mark.parametrize(
     ("readout", "value"), [("expected", 90.0), ("geval", 45.0), ("published", 90.0)]
 )

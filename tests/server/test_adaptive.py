@@ -25,6 +25,8 @@ function = "tests.server.scorers:constant"
 [rewards.fails]
 kind = "callable"
 function = "tests.server.scorers:fails"
+[rewards.trust_judge]
+kind = "trust_judge"
 [rewards.hanging]
 kind = "callable"
 function = "tests.server.scorers:hanging"
@@ -144,6 +146,20 @@ def test_if_nothing_can_be_scored_one_batch_is_drawn(live: Any) -> None:
     answer = live.chat({**ADAPTIVE, "rewards": {"fails": 1}})
     assert answer.status_code == 424
     assert live.engine.sampled == sampled + 4
+
+
+def test_comparisons_of_the_growing_pool_are_counted(live: Any) -> None:
+    judged = {"rewards": {"number": 0}, "trust_judge": {"mode": "pairwise"}, "details": "scores"}
+    align = {**judged, "adaptive": {"max_n": 6, "batch": 3, "cost": 0}}
+    answer = live.chat(align, max_tokens=5)
+    assert answer.status_code == 200, answer.text
+    report = answer.json()["align"]
+    # Both orders of each pair: 3 pairs after the first batch, and all 15 after the second.
+    assert report["usage"]["judge_calls"] == 2 * (3 + 15)
+    assert len(report["reports"]["trust_judge"]["comparisons"]) == 15
+    over = live.chat({**align, "budget": {"completion_tokens": 6 * 5 + 35}}, max_tokens=5)
+    assert over.json()["error"]["code"] == "over_budget"
+    assert "+ 36 of judging" in over.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
