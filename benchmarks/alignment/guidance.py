@@ -102,7 +102,9 @@ async def single_draws(flow: Flow, questions: Sequence[str], seed: int) -> list[
     await add("asked", "asked", align=dpa, n=DRAWS)
     await add("asked, greedy", "asked", align=dpa, temperature=0)
     for scale in SCALES:
-        await add(f"guidance {scale:g}", "guidance", 2, guided(scale), n=DRAWS)
+        # Scale 0 adds no context.
+        contexts = 2 if scale else 1
+        await add(f"guidance {scale:g}", "guidance", contexts, guided(scale), n=DRAWS)
     await add("guidance 2, greedy", "guidance", 2, guided(2.0), temperature=0)
     await add("vas, helpful 16", "vas", align={"vas": {"beta": HEAD}}, n=DRAWS)
     await add("vas, helpful 16, greedy", "vas", align={"vas": {"beta": HEAD}}, temperature=0)
