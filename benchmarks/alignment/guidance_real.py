@@ -34,12 +34,9 @@ from infer_align.quickstart import CONFIG
 from infer_align.quickstart.rewards import cheerfulness
 from infer_align.types import Array
 
-TRAITS = {
-    "cheerful": "You are a cheerful, enthusiastic assistant. You are happy and positive.",
-    "simple": "Explain everything in very simple, short words, as to a five-year-old child.",
-    "brief": "Answer in one short sentence.",
-}
-SCALES = (-1.0, 0.0, 0.5, 1.0, 2.0, 3.0)
+# Configured in the quickstart; a measure of each stands in MEASURES, or is the number of tokens.
+TRAITS = ("cheerful", "simple", "brief")
+SCALES = (-1.0, 0.0, 1.0, 2.0, 3.0)
 GRID = (0.0, 1.0, 2.0)
 MAX_TOKENS = 64
 TEMPERATURE = 0.8
@@ -110,8 +107,7 @@ def prompts(pools: Path | None, n: int) -> list[str]:
 
 async def answer(flow: Flow, questions: Sequence[str], seed: int, scales: dict[str, float]) -> Cell:
     """Answer every question once with these scales, and measure the answers."""
-    traits = {name: {"prompt": TRAITS[name]} for name in scales}
-    guidance = {"guidance": {"scale": scales, "traits": traits}, "rewards": {}}
+    guidance = {"guidance": {"scale": scales}, "rewards": {}}
     body = {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE}
     responses = await flow.ask_all(questions, seed, guidance, **body)
     texts = [response.returned[0].text for response in responses]
@@ -210,7 +206,7 @@ async def run(seed: int, questions: Sequence[str], source: str) -> None:
         "source": source,
         "max_tokens": MAX_TOKENS,
         "temperature": TEMPERATURE,
-        "traits": TRAITS,
+        "traits": [*TRAITS],
     }
     baseline = "the frozen model (scale 0) and asking (scale 1), with the same seeds"
     written = record(
