@@ -10,6 +10,7 @@ from infer_align.config.align import parse_align
 from infer_align.config.presets import LIMIT_NAMES, fill
 from infer_align.engines import Engine
 from infer_align.errors import ConfigError, InvalidRequest, Unavailable, Unsupported, nearest
+from infer_align.flow.scorers import reward_names
 from infer_align.rewards import Reward
 from infer_align.types import Body
 
@@ -38,6 +39,34 @@ def complete_body(config: Config, body: Body, preset: str | None) -> Body:
     if limit is not None and not any(field in defaults for field in LIMIT_NAMES):
         defaults["max_tokens"] = limit
     return fill(body, defaults)
+
+
+def default_rewards(config: Config, rewards: Mapping[str, Reward]) -> Mapping[str, float]:
+    """Return the weights of the rewards that score requests which name none.
+
+    Without a configured default, every reward that may score such a request has weight 1. Those
+    without an engine come first: only if there is none, those that read with one score.
+
+    Raises:
+        ConfigError: a configured default is no reward; the message names the nearest.
+    """
+    names = reward_names(rewards)
+    for name in config.server.default_rewards:
+        if name not in names:
+            raise ConfigError(
+                f"[server] default_rewards: {name!r} is not configured; {nearest(name, names)}"
+            )
+    if config.server.default_rewards:
+        return config.server.default_rewards
+    plain: list[str] = []
+    reading: list[str] = []
+    for name in config.rewards:
+        reward = rewards[name]
+        if reward.attributes or reward.named_only:
+            continue
+        group = reading if reward.uses_engine else plain
+        group.append(name)
+    return dict.fromkeys(plain or reading, 1.0)
 
 
 def check_preset_names(config: Config, rewards: Mapping[str, Reward], engine: Engine) -> None:

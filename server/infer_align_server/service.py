@@ -15,7 +15,6 @@ from infer_align.config.schema import join
 from infer_align.engines import Engine
 from infer_align.errors import (
     AlignError,
-    ConfigError,
     InvalidRequest,
     Unavailable,
     UnknownModel,
@@ -27,11 +26,15 @@ from infer_align.flow.discovery import when_discovered
 from infer_align.flow.personal import Personaliser
 from infer_align.flow.plan import Plan, check_prompt_count, check_together, make_plan
 from infer_align.flow.request import Request, parse_request, split_prompts
-from infer_align.flow.scorers import reward_names
 from infer_align.methods.profile import Profile
 from infer_align.rewards import Reward
 from infer_align.types import Kind, ScoringUsage
-from infer_align_server.defaults import check_preset_names, check_presets, complete_body
+from infer_align_server.defaults import (
+    check_preset_names,
+    check_presets,
+    complete_body,
+    default_rewards,
+)
 from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.api_keys import ApiKeys
 from infer_align_server.limits.rate_limit import RateLimit
@@ -79,8 +82,7 @@ class Service:
         self.engine: Engine = config.load_engine()
         self.engines: Mapping[str, Engine] = {**config.load_engines(), "served": self.engine}
         self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
-        self.default_rewards = config.server.default_rewards or self._all_plain_rewards()
-        self._check_default_rewards()
+        self.default_rewards = default_rewards(config, self.rewards)
         check_preset_names(config, self.rewards, self.engine)
         limits = config.limits
         self.admission = Admission(limits)
@@ -378,26 +380,3 @@ class Service:
                     self.metrics.count_scoring(usage)
 
                 yield count
-
-    def _all_plain_rewards(self) -> dict[str, float]:
-        """Return weight 1 for each reward that may score requests that name none.
-
-        Those without an engine come first: only if there is none, those that read with one score.
-        """
-        plain: list[str] = []
-        reading: list[str] = []
-        for name in self.config.rewards:
-            reward = self.rewards[name]
-            if reward.attributes or reward.named_only:
-                continue
-            group = reading if reward.uses_engine else plain
-            group.append(name)
-        return dict.fromkeys(plain or reading, 1.0)
-
-    def _check_default_rewards(self) -> None:
-        names = reward_names(self.rewards)
-        for name in self.default_rewards:
-            if name not in names:
-                raise ConfigError(
-                    f"[server] default_rewards: {name!r} is not configured; {nearest(name, names)}"
-                )
