@@ -44,7 +44,7 @@ INFINITE_DIFFERENCE = 1e4
 
 def _check_words(text: str) -> str:
     if not text.strip():
-        raise ValueError("words; leave it out for none")
+        raise ValueError('words, such as "Answer cheerfully."')
     return text
 
 
