@@ -28,6 +28,18 @@ GRACE_SECONDS = 1.0
 STREAMING_DEADLINE_SECONDS = 300.0
 
 
+def call_both(first: OnFinished, second: OnFinished | None) -> OnFinished:
+    """Return a function that calls one function after the other; the second may be missing."""
+    if second is None:
+        return first
+
+    def call(candidate: Candidate) -> None:
+        first(candidate)
+        second(candidate)
+
+    return call
+
+
 async def propose(
     batch: CandidateBatch,
     plan: Plan,

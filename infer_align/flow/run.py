@@ -8,7 +8,7 @@ from __future__ import annotations
 from infer_align.engines import Engine
 from infer_align.flow.clock import Clock
 from infer_align.flow.plan import Plan
-from infer_align.flow.propose import OnDelta, propose
+from infer_align.flow.propose import OnDelta, OnFinished, call_both, propose
 from infer_align.flow.response import Response
 from infer_align.flow.scoring import Scoring
 from infer_align.flow.selection import select
@@ -16,7 +16,12 @@ from infer_align.flow.stopping import stop_after
 from infer_align.types import Candidate
 
 
-async def align(plan: Plan, engine: Engine, on_delta: OnDelta | None = None) -> Response:
+async def align(
+    plan: Plan,
+    engine: Engine,
+    on_delta: OnDelta | None = None,
+    on_candidate: OnFinished | None = None,
+) -> Response:
     """Carry out the plan of a Request: draw its candidates, score them, select the best.
 
     Candidates come in one batch, or in several until the plan's stop rule ends the drawing.
@@ -25,6 +30,7 @@ async def align(plan: Plan, engine: Engine, on_delta: OnDelta | None = None) -> 
         plan: from `make_plan`.
         engine: started.
         on_delta: called in this event loop with each piece of a candidate as it is sampled.
+        on_candidate: called in this event loop with each candidate that is finished.
 
     Raises:
         EngineFailed: every candidate failed.
@@ -35,7 +41,7 @@ async def align(plan: Plan, engine: Engine, on_delta: OnDelta | None = None) -> 
     candidates: tuple[Candidate, ...] = ()
     async with Scoring(plan, clock.deadline) as scoring:
         for batch in plan.batches:
-            finished = scoring.candidate_finished
+            finished = call_both(scoring.candidate_finished, on_candidate)
             candidates += await propose(batch, plan, engine, clock, on_delta, finished)
             scores = await scoring.score(candidates)
             stop = stop_after(batch, plan, candidates, scores, late=clock.drawing_is_late)

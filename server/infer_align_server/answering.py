@@ -10,7 +10,7 @@ from time import monotonic
 
 from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed
 from infer_align.flow.plan import Plan
-from infer_align.flow.propose import OnDelta
+from infer_align.flow.propose import OnDelta, OnFinished
 from infer_align.flow.response import Response
 from infer_align.flow.run import align
 from infer_align.flow.selection import NothingScored
@@ -22,7 +22,11 @@ from infer_align_server.service import Service
 
 
 async def answer_all(
-    service: Service, plans: Sequence[Plan], on_delta: OnDelta | None = None, caller: str = ""
+    service: Service,
+    plans: Sequence[Plan],
+    on_delta: OnDelta | None = None,
+    caller: str = "",
+    on_candidate: OnFinished | None = None,
 ) -> list[Response]:
     """Wait for admission, then carry out the plans of one request side by side.
 
@@ -35,6 +39,7 @@ async def answer_all(
         on_delta: Called with each delta of the engine. Its index is the one of the choice in the
             response to the whole request.
         caller: The name of the caller, which pays; see `Service.authorize`.
+        on_candidate: Called with each candidate that is finished.
 
     Returns:
         One response per plan, in their order.
@@ -51,7 +56,9 @@ async def answer_all(
         for i, plan in enumerate(plans):
             charge = charges.enter_context(charged(service.tokens, caller, plan.worst_case_tokens))
             first_choice = i * plan.n_returned
-            work.append(_Work(service, plan, charge, _shifted(on_delta, first_choice)))
+            work.append(
+                _Work(service, plan, charge, _shifted(on_delta, first_choice), on_candidate)
+            )
         async with service.admission.admit(worst_case, deadline_seconds, caller):
             waited_seconds = monotonic() - arrival_time
             responses = await _run_all(work, waited_seconds)
@@ -70,18 +77,25 @@ class _Work:
     """The work for one plan of an admitted request."""
 
     def __init__(
-        self, service: Service, plan: Plan, charge: Charge, on_delta: OnDelta | None
+        self,
+        service: Service,
+        plan: Plan,
+        charge: Charge,
+        on_delta: OnDelta | None,
+        on_candidate: OnFinished | None,
     ) -> None:
         self._service = service
         self._plan = plan
         self._charge = charge
         self._on_delta = on_delta
+        self._on_candidate = on_candidate
 
     async def run(self, waited_seconds: float) -> Response:
         """Carry out the plan and charge its tokens."""
         plan = shorten_deadline(self._plan, waited_seconds)
         try:
-            response = await align(plan, self._service.engine, self._charge.start(self._on_delta))
+            on_delta = self._charge.start(self._on_delta)
+            response = await align(plan, self._service.engine, on_delta, self._on_candidate)
         except NothingScored as error:
             self._charge.fail(error.candidates, error.scores)
             self._service.metrics.count_failure(error.candidates, error.scores)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.server.conftest import NUMBERS, config_file, serve
+from tests.server.conftest import NUMBERS, config_file, hold, serve
 
-__all__ = ["config_file", "serve"]
+__all__ = ["config_file", "hold", "serve"]
 
 ANSWER = '{\\"city\\": \\"Oslo\\", \\"degrees\\": 4}'
 CALL = (

@@ -287,6 +287,19 @@ def test_cancelling_stops_the_work_of_the_server(serve: Serve, visit: Visit, by:
     assert live.until(lambda: live.metric("infer_align_disconnects_total") == before + 3)
 
 
+def test_the_page_counts_the_candidates_that_are_finished(
+    serve: Serve, visit: Visit, hold: threading.Event
+) -> None:
+    assert not hold.is_set(), "the reward waits until the end of the test"
+    live = serve(
+        '[rewards.slow]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'
+        f'{FAKE}replies = [{{text = "one 2"}}]\n'
+    )
+    seen = visit("progress", address(live))
+    assert "Drawing 8 candidates and comparing them: 8 are finished" in seen["state"]
+    assert seen["bar"] == ["8", "8"]
+
+
 def test_an_error_is_shown_in_words_with_what_to_do(serve: Serve, visit: Visit) -> None:
     live = serve(NUMBERS)
     seen = visit("errors", address(live), fill={"Most tokens of an answer": "99999999"})

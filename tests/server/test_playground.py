@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from infer_align_server.playground import folder
-from tests.server.conftest import Live, Serve
+from tests.server.conftest import USER, Live, Serve
 
 FAKE = '[engine]\nkind = "fake"\n'
 HTML = ("index.html", "docs.html")
@@ -134,6 +135,26 @@ def test_the_sliders_of_the_page_are_described(serve: Serve) -> None:
     assert methods["guidance"]["stage"] == "steer"
     assert methods["budget"]["stage"] is None
     assert listed["limits"]["max_candidates"] == 128
+
+
+def test_a_waiting_stream_says_how_many_candidates_are_finished(
+    serve: Serve, hold: threading.Event
+) -> None:
+    live = serve(
+        f'[rewards.slow]\nkind = "callable"\nfunction = "tests.server.scorers:hanging"\n'
+        f'{FAKE}replies = [{{text = "one 2"}}]\n'
+    )
+    body = {"messages": USER, "stream": True, "align": {"best_of_n": {"n": 3}}}
+    headers = {"x-stainless-read-timeout": "0.5"}
+    with (
+        live.http() as http,
+        http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer,
+    ):
+        lines = answer.iter_lines()
+        comments = (line for line in lines if line.startswith(":"))
+        assert any(comment.endswith(", 3 are finished") for comment in comments)
+        hold.set()
+        assert "data: [DONE]" in list(lines)
 
 
 # --- the files ---

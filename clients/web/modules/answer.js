@@ -4,6 +4,7 @@
  * @typedef {object} Answer
  * @property {"drawing"|"writing"|"done"|"failed"|"cancelled"} state
  * @property {string} text
+ * @property {number} finished The candidates that are finished, as far as the server has said.
  * @property {object[]} tokens Entries of OpenAI's logprobs, if they were asked for.
  * @property {object|null} report The `align` report.
  * @property {object|null} usage OpenAI's usage.
@@ -20,6 +21,7 @@ export function newAnswer(body) {
   return {
     state: "drawing",
     text: "",
+    finished: 0,
     tokens: [],
     report: null,
     usage: null,
@@ -53,6 +55,12 @@ export function withChunk(answer, chunk) {
   if (choice.logprobs?.content) next.tokens = [...next.tokens, ...choice.logprobs.content];
   if (choice.finish_reason) next.finish = choice.finish_reason;
   return next;
+}
+
+/** Return the answer with what a comment of the server says about its candidates. */
+export function withComment(answer, comment) {
+  const match = /(\d+) are finished/.exec(comment);
+  return match ? { ...answer, finished: Number(match[1]) } : answer;
 }
 
 /** Return the answer at its end. */

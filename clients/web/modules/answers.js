@@ -89,7 +89,10 @@ function errorParts(answer) {
 function progress(kind, answer) {
   if (answer.state !== "drawing") return [];
   const title = `${KINDS[kind].title} answer is drawn`;
-  return [el("progress", { "aria-label": title })];
+  const n = answer.body.align?.best_of_n?.n;
+  // Without a number of candidates, the bar only says that something happens.
+  const value = n && answer.finished ? { value: answer.finished, max: n } : {};
+  return [el("progress", { "aria-label": title, ...value })];
 }
 
 function legendParts() {
@@ -103,15 +106,16 @@ function legendParts() {
 }
 
 /** Return what the server does for a request with `align`. */
-function drawing({ align }) {
-  const n = align.best_of_n?.n;
-  return n ? `Drawing ${n} candidates and comparing them` : "Drawing and comparing candidates";
+function drawing({ body, finished }) {
+  const n = body.align.best_of_n?.n;
+  const text = n ? `Drawing ${n} candidates and comparing them` : "Drawing and comparing candidates";
+  return finished ? `${text}: ${finished} are finished` : text;
 }
 
 /** Return the line below the text: what happens, or what the answer cost. */
 function stateText(answer) {
   const elapsed = Math.round((performance.now() - answer.start) / 1000);
-  if (answer.state === "drawing" && answer.body.align) return `${drawing(answer.body)}, ${elapsed} s`;
+  if (answer.state === "drawing" && answer.body.align) return `${drawing(answer)}, ${elapsed} s`;
   if (isRunning(answer)) return `${STATES[answer.state]}, ${elapsed} s`;
   if (answer.state !== "done") return STATES[answer.state];
   const tokens = answer.usage?.completion_tokens;

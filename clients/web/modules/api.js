@@ -48,26 +48,34 @@ export async function getJson(path) {
   return response.json();
 }
 
+// The server sends a comment after each half of this time, as it does for SDKs that would give up.
+const COMMENT_SECONDS = 2;
+
 /**
  * Stream a chat completion.
  * @param {object} body
  * @param {AbortSignal} signal Aborting closes the connection, and the server stops its work.
  * @param {(chunk: any) => void} onChunk
+ * @param {(comment: string) => void} onComment Called while there is nothing else to send.
  * @throws {ApiError} The request fails, at once or in the middle of the stream.
  */
-export async function streamChat(body, signal, onChunk) {
+export async function streamChat(body, signal, onChunk, onComment) {
   const response = await call("v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: {
+      "Content-Type": "application/json",
+      ...(body.align ? { "X-Stainless-Read-Timeout": String(COMMENT_SECONDS) } : {}),
+    },
     body: JSON.stringify(body),
     signal,
   });
   try {
-    await readEvents(response.body, (data) => {
+    const onData = (data) => {
       const chunk = JSON.parse(data);
       if (chunk.error) throw errorOf(IN_STREAM, data);
       onChunk(chunk);
-    });
+    };
+    await readEvents(response.body, onData, onComment);
   } catch (error) {
     throw connectionError(error);
   }

@@ -8,7 +8,7 @@ import { traitEditor, traitFields } from "./traits.js";
 
 // The stages of the flow, in groups that a person understands.
 const GROUPS = [
-  ["Steer the answer", ["condition", "steer"]],
+  ["Steer the answer", ["steer", "condition"]],
   ["Draw several candidates", ["propose", "observe"]],
   ["Choose among the candidates", ["score", "select", null]],
 ];
@@ -30,7 +30,9 @@ export function methodsPanel(catalog, onChange) {
   const panels = new Map();
   const entries = Object.entries(catalog.methods);
   for (const [title, stages] of GROUPS) {
-    const group = entries.filter(([, method]) => stages.includes(method.stage ?? null));
+    const place = ([, method]) => stages.indexOf(method.stage ?? null);
+    const group = entries.filter((entry) => place(entry) >= 0);
+    group.sort((a, b) => place(a) - place(b));
     const usable = group.filter(([, method]) => method.available);
     if (usable.length) node.append(el("h3", {}, title));
     for (const [name, method] of usable) {

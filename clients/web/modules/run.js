@@ -1,6 +1,6 @@
 /** Send the requests of a question, side by side, and cancel them. */
 
-import { ended, isRunning, newAnswer, withChunk } from "./answer.js";
+import { ended, isRunning, newAnswer, withChunk, withComment } from "./answer.js";
 import { streamChat } from "./api.js";
 import { KINDS, streamedBody } from "./request.js";
 
@@ -27,10 +27,16 @@ export function createRunner(store, onError) {
     // A newer request of the same kind may have taken the place of this one.
     const isCurrent = () => running[kind] === controller;
     try {
-      await streamChat(answer.body, controller.signal, (chunk) => {
-        answer = withChunk(answer, chunk);
+      const step = (next) => {
+        answer = next;
         if (isCurrent()) put(kind, answer);
-      });
+      };
+      await streamChat(
+        answer.body,
+        controller.signal,
+        (chunk) => step(withChunk(answer, chunk)),
+        (comment) => step(withComment(answer, comment)),
+      );
       answer = ended(answer, "done");
     } catch (error) {
       const isCancelled = controller.signal.aborted;

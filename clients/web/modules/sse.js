@@ -6,9 +6,10 @@ const END = "[DONE]";
  * Read a stream of events to its end.
  * @param {ReadableStream<Uint8Array>} stream
  * @param {(data: string) => void} onData Called with the data of each event except the last.
+ * @param {(comment: string) => void} onComment Called with each comment.
  * @throws {Error} The stream ends before its last event.
  */
-export async function readEvents(stream, onData) {
+export async function readEvents(stream, onData, onComment) {
   const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   try {
@@ -22,6 +23,7 @@ export async function readEvents(stream, onData) {
         const data = dataOf(event);
         if (data === END) return;
         if (data) onData(data);
+        else if (event.startsWith(":")) onComment(event.slice(1).trim());
       }
     }
   } finally {

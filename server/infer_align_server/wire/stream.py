@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from infer_align.errors import AlignError
 from infer_align.flow.plan import Plan
 from infer_align.flow.response import Response
-from infer_align.types import Delta
+from infer_align.types import Candidate, Delta
 from infer_align_server.answering import answer_all
 from infer_align_server.service import Service
 from infer_align_server.wire.chunks import ChunkWriter
@@ -27,8 +27,6 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-# A comment, which clients ignore, keeps the connection open while there is nothing to send.
-KEEPALIVE = b": candidates are being compared\n\n"
 MIN_KEEPALIVE_SECONDS = 0.25
 
 
@@ -72,6 +70,7 @@ class EventStream(HttpResponse):
         self._pending: list[Delta | None] = []
         self._arrival_time = monotonic()
         self._first_token_time = 0.0
+        self._finished_candidates = 0
 
     async def open(self, http: HttpRequest) -> EventStream:
         """Start the work and wait for the first delta, or for the keepalive time.
@@ -86,7 +85,7 @@ class EventStream(HttpResponse):
             ClientLeft: The client disconnected.
         """
         on_delta = None if self._selects else self._queue.put_nowait
-        work = answer_all(self._service, self._plans, on_delta, self._caller)
+        work = answer_all(self._service, self._plans, on_delta, self._caller, self._count_candidate)
         self._task = asyncio.create_task(work)
         self._task.add_done_callback(lambda _: self._queue.put_nowait(None))
         try:
@@ -128,7 +127,7 @@ class EventStream(HttpResponse):
         while running:
             items = items or await self._receive()
             if not items:
-                await _send_body(send, KEEPALIVE)
+                await _send_body(send, self._comment())
                 continue
             while not self._queue.empty():
                 items.append(self._queue.get_nowait())
@@ -139,6 +138,18 @@ class EventStream(HttpResponse):
                 await _send_body(send, b"".join(chunks))
             items = []
         await _send_body(send, self._ending(), more=False)
+
+    def _count_candidate(self, _: Candidate) -> None:
+        self._finished_candidates += 1
+
+    def _comment(self) -> bytes:
+        """Return a comment, which clients ignore.
+
+        It keeps the connection open while there is nothing to send, and tells a person who looks
+        how far the work is.
+        """
+        finished = self._finished_candidates
+        return f": candidates are being compared, {finished} are finished\n\n".encode()
 
     def _ending(self) -> bytes:
         try:

@@ -239,6 +239,22 @@ def cancel(visit: Visit) -> dict[str, Any]:
     }
 
 
+def progress(visit: Visit) -> dict[str, Any]:
+    visit.ready()
+    visit.ask()
+    aligned = visit.page.locator('[data-kind="aligned"]')
+    expect(aligned.locator(".state")).to_contain_text("are finished")
+    bar = aligned.locator("progress")
+    seen = {
+        "state": aligned.locator(".state").inner_text(),
+        "bar": [bar.get_attribute("value"), bar.get_attribute("max")],
+        "faults": visit.faults(),
+    }
+    visit.page.keyboard.press("Escape")
+    visit.status("Cancelled")
+    return seen
+
+
 def errors(visit: Visit) -> dict[str, Any]:
     visit.ready()
     for label, value in visit.options["fill"].items():
@@ -421,6 +437,7 @@ SCENARIOS: dict[str, Callable[[Visit], dict[str, Any]]] = {
         own_trait,
         candidates,
         cancel,
+        progress,
         errors,
         unreachable,
         key,
