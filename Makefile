@@ -53,6 +53,7 @@ demo: $(VENV)/dev  ## measure the methods on the embedded demo: tables and plots
 	$(BIN)/python benchmarks/alignment/rps.py
 	$(BIN)/python benchmarks/alignment/trust_judge.py
 	$(BIN)/python benchmarks/alignment/compositions.py
+	$(BIN)/python benchmarks/alignment/profiles.py
 
 bench: $(VENV)/dev  ## compare this machine's speed with the recorded ratios; informs only
 	$(BIN)/python benchmarks/serving/quick.py

@@ -382,6 +382,19 @@ def composition_results() -> str:
     return result_table("compositions", columns)
 
 
+def profile_results() -> str:
+    """Return the share of the gain of knowing a user, by the number of choices."""
+    result = recorded("profiles")
+    if result is None:
+        return "Not recorded yet: benchmarks/results/profiles.json.\n"
+    counts = list(dict.fromkeys(row["choices"] for row in result["rows"]))
+    share = with_error("share")
+    rows: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        rows.setdefault(row["way"], [row["way"]]).append(share(row))
+    return table(["choices", *map(str, counts)], list(rows.values()))
+
+
 def quality() -> str:
     """Return every setting of the demo's grid; settings on the front of tokens are bold."""
 
@@ -467,6 +480,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "judge-scores": judge_scores,
     "judge-relations": judge_relations,
     "composition-results": composition_results,
+    "profile-results": profile_results,
     "quality": quality,
     "cost-model": cost_model,
     "cost-model-errors": cost_model_errors,
