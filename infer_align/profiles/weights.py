@@ -14,6 +14,9 @@ from infer_align.types import Array
 
 # Differences up to this are rounding of the scores: they say nothing.
 NO_SPREAD = 1e-6
+# A weight that keeps its sign keeps this share of its size: if all weights were 0, nothing could be
+# compared.
+LEFT_OVER = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +103,8 @@ def learn(
     high = np.maximum(bound, np.abs(start))
     low = -high
     if keeps_sign is not None:
-        low = np.where(keeps_sign & (start > 0), 0.0, low)
-        high = np.where(keeps_sign & (start < 0), 0.0, high)
+        low = np.where(keeps_sign & (start > 0), LEFT_OVER * start, low)
+        high = np.where(keeps_sign & (start < 0), LEFT_OVER * start, high)
     strengths = np.clip(strengths, low, high)
     unit = length / divisor
     unknown = np.where(has_spread, unit, np.nan)

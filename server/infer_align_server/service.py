@@ -221,10 +221,7 @@ class Service:
         return caller
 
     def owner(self, authorization: str) -> str:
-        """Return the owner of the profiles that a request may use: a hash of its API key.
-
-        Without API keys all requests have the same owner.
-        """
+        """Return the owner of the profiles that a request may use; see `ApiKeys.owner`."""
         return self._keys.owner(authorization)
 
     @property
@@ -311,11 +308,7 @@ class Service:
         return plans
 
     async def personalise(self, request: Request, owner: str) -> Request:
-        """Return a request with what its profile says; without a profile, as it is.
-
-        Args:
-            request: The request.
-            owner: The owner of the stored profile that it may name.
+        """Return a request with what its profile says; the owner is that of a stored profile.
 
         Raises:
             InvalidRequest: See `infer_align.flow.personal`.

@@ -91,7 +91,7 @@ def test_choices_move_the_weights_the_way_they_point() -> None:
     assert profile.weights["words"] < 1.0
     assert profile.weights["lively"] > 1.0
     low, high = profile.bounds["words"]
-    assert low == 0
+    assert low == pytest.approx(0.01)
     assert profile.weights["words"] < high
     assert profile.uncertainty["words"] > 0
 
@@ -130,6 +130,13 @@ def test_weights_alone_are_the_weights() -> None:
     request = personalised({"profile": {"weights": {"words": -2.0, "lively": 0.5}}})
     assert request.weights == {"words": -2.0, "lively": 0.5}
     assert request.profile.choices == 0
+
+
+def test_the_only_reward_still_compares_for_a_user_who_dislikes_it() -> None:
+    align = {"best_of_n": {"n": 2}, "rewards": {"words": 1.0}, "profile": {"choices": [SHORT] * 9}}
+    request = personalised(align)
+    assert request.align.rewards["words"] == pytest.approx(0.01)
+    assert make_plan(request, engine("a"), rewards(), {}, LIMITS).selects
 
 
 def test_an_unknown_weight_is_refused_by_name() -> None:
