@@ -3,8 +3,9 @@
     start        ─▶ the list of models             models.py
     check        ─▶ features that a request needs  features.py, probe.py
     sample       ─▶ one draw in a few calls        draws.py, batch.py, batch_size.py
-                 ─▶ one draw token by token        steering.py, steered.py, contexts.py, ways.py,
-                    (vas, guidance)                continuation.py
+                 ─▶ one draw token by token        steering.py, steered.py, ways.py,
+                    (vas, guidance)                contexts.py, context_reader.py,
+                                                   answer_values.py, continuation.py
     read_labels  ─▶ top logprobs                   labels.py
     forward      ─▶ the upstream's own answer, unchanged
 

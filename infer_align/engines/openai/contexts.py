@@ -1,8 +1,9 @@
 """The contexts of one guided draw, and the guided logits of the tokens that they show.
 
 An upstream shows the most likely tokens of each context only. All tokens that any context shows
-are compared. Where a context does not show one of them, its logprob there is at most that of the
-least likely shown token, and at most that of everything that is not shown; the lesser counts.
+are compared. `context_reader.py` reads what is hidden of them. Where that is not possible, a hidden
+logprob is at most that of the least likely token that is shown, and at most that of everything that
+is not; the lesser counts.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ class GuidanceContexts:
 
 def _logprobs(top: Mapping[int, float], tokens: Sequence[int]) -> list[float]:
     """Return the logprob of each token after one context, or its upper bound."""
-    rest = 1.0 - sum(math.exp(logprob) for logprob in top.values())
-    bound = min(*top.values(), math.log(max(rest, _SMALLEST_REST)))
+    bound = largest_hidden(top)
     return [top.get(token, bound) for token in tokens]
+
+
+def largest_hidden(top: Mapping[int, float]) -> float:
+    """Return the largest logprob that a token can have that a context does not show."""
+    rest = 1.0 - sum(math.exp(logprob) for logprob in top.values())
+    return min(*top.values(), math.log(max(rest, _SMALLEST_REST)))

@@ -126,6 +126,18 @@ class Continuation:
             )
         return token
 
+    def sampled_logprob(self, answer: Any, token: int) -> float | None:
+        """Return the logprob of the token that was sampled; None if it is another one."""
+        try:
+            entry = self._sampled_entry(answer)
+            if self._token_id(entry) != token:
+                return None
+            if self.way == "chat":
+                return float(entry["logprob"])
+            return float(answer["choices"][0]["logprobs"]["token_logprobs"][0])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            return None
+
     def _top_entries(self, answer: Any) -> list[tuple[Mapping[str, Any], float]]:
         try:
             logprobs = answer["choices"][0]["logprobs"]

@@ -19,6 +19,7 @@ from infer_align.decoding.sampler import sample_at
 from infer_align.decoding.text import TextStream
 from infer_align.engines import Stream
 from infer_align.engines.openai.answer_values import AnswerValues, most_likely
+from infer_align.engines.openai.context_reader import ContextReader
 from infer_align.engines.openai.contexts import GuidanceContexts
 from infer_align.engines.openai.continuation import Continuation
 from infer_align.engines.openai.draws import refusal
@@ -113,6 +114,9 @@ class SteeredDrawing:
         self._max_tokens = self._count_max_tokens(context_length)
         # A prefix that is sent as text cannot end within a character.
         self._excluded = frozenset() if way == "ids" else steerer.partial_tokens
+        self._reader = ContextReader(
+            client, self._continuation, steerer.ways, self._contexts, self._width, self._excluded
+        )
         self._answers: list[_Answer] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -253,7 +257,7 @@ class SteeredDrawing:
         """Sample one token; None for the end of the answer."""
         text = self._steerer.tokenizer.decode(answer.ids, skip_special_tokens=True)
         bodies = [self._continuation.body(prompt, answer.ids, text) for prompt in self._prompts]
-        tops = await self._read(answer, bodies)
+        tops = await self._reader.read(bodies, answer.counter)
         candidates, logits = self._candidates(tops)
         if not candidates:
             raise UpstreamFailed(
@@ -278,54 +282,13 @@ class SteeredDrawing:
             await self._steerer.in_thread(lambda: values.choose(token))
         return token
 
-    async def _read(
-        self, answer: _Answer, bodies: Sequence[Mapping[str, Any]]
-    ) -> list[dict[int, float]]:
-        """Return the top logprobs of each context; all are read side by side."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._read_context(answer, i, body))
-                    for i, body in enumerate(bodies)
-                ]
-        except ExceptionGroup as failures:
-            # One call failed, and the others are cancelled.
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _read_context(
-        self, answer: _Answer, index: int, body: Mapping[str, Any]
-    ) -> dict[int, float]:
-        """Return the logprobs of the most likely tokens of one context.
-
-        Raises:
-            UpstreamFailed: there are none; a refusal names the context.
-        """
-        fields = {**body, **self._continuation.logprob_fields(self._width)}
-        try:
-            logprobs = await self._post(answer, fields, self._continuation.top_logprobs)
-        except UpstreamFailed as error:
-            if self._contexts and error.refused:
-                param = self._contexts.params[index]
-                name = self._contexts.names[index]
-                if param is not None:
-                    refused = f"{param}: the upstream refuses the request {name}"
-                    error.message = f"{refused}: {error.message}"
-                    error.param = param
-            raise
-        return logprobs
-
     def _candidates(self, tops: Sequence[Mapping[int, float]]) -> tuple[list[int], Array]:
         """Return the tokens that may be sampled and their logits: guided, or as they are."""
         if self._contexts:
-            guided = self._contexts.guided([self._likely(each) for each in tops], self._excluded)
+            guided = self._contexts.guided(tops, self._excluded)
             return list(guided), np.array(list(guided.values()))
         candidates = most_likely(tops[0], self._width, self._excluded)
         return candidates, np.array([tops[0][token] for token in candidates])
-
-    def _likely(self, top: Mapping[int, float]) -> dict[int, float]:
-        """Leave out the token that some servers add because they sampled it: it is chance."""
-        return {token: top[token] for token in most_likely(top, self._width)}
 
     @property
     def _lets_upstream_sample(self) -> bool:

@@ -4,8 +4,9 @@
                       token can be sampled.
     vas, tail "keep"  Two calls per token. The first returns the top k; the second samples one token
                       with logit_bias = beta . (V - mean), clipped at 100.
-    guidance          One call per token and context, side by side. The tokens that they show are
-                      guided (`contexts.py`), reweighted by vas if it is there, and sampled here.
+    guidance          One call per token and context, side by side, and one for each plausible token
+                      that a context hides. The tokens are guided (`contexts.py`), reweighted by
+                      vas if it is there, and sampled here.
 
 VAS is Han et al. 2405.06639, with a value LM here. The upstream reads the prefix again at every
 token. Prefix caching makes that cheap; without it the cost is quadratic. The calls are counted in

@@ -52,6 +52,9 @@ class UpstreamWays:
     Args:
         vocabulary: {bytes of a token: id}.
         tokenize: returns the tokens of a text, without special tokens.
+
+    Attributes:
+        hiding: the models of which only the top logprobs can be read.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class UpstreamWays:
         self._vocabulary = vocabulary
         ids = tuple(tokenize(_TEXT))
         self._prompt = ContinuationPrompt(_TEXT, ids, {"messages": [_TURN]})
+        self.hiding: set[str] = set()
         # None if an upstream returns no top logprobs.
         self._ways: dict[HostModel, Way | None] = {}
         # The top logprobs of a call; 0 if they do not suffice for guidance.

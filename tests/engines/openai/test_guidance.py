@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 
@@ -34,7 +35,7 @@ from infer_align.methods.guidance import guide
 from infer_align.types import Array, Candidate, Capability, Delta, Draw
 from infer_align.values.lookahead import Lookahead
 from tests.engines.openai.conftest import until
-from tests.engines.openai.upstream import Behaviour, FakeUpstream, fake_upstream
+from tests.engines.openai.upstream import Behaviour, FakeUpstream, fake_upstream, reply
 from tests.server.conftest import Live, end, start
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
@@ -371,6 +372,68 @@ async def letters(up: FakeUpstream, tokenizer: str = "demo", allowed: int = 20) 
     up.behave = upstream.behave
     up.answer = upstream.answer
     return await guiding(up.url, tokenizer=tokenizer, recovery_seconds=60)
+
+
+class Narrow:
+    """The demo behind a server that shows few top logprobs, and perhaps takes no bias.
+
+    Args:
+        url: of the demo.
+        allowed: the most top logprobs that it may be asked for.
+        takes_bias: False to ignore `logit_bias`.
+    """
+
+    def __init__(self, url: str, allowed: int, *, takes_bias: bool = True) -> None:
+        self.url = url
+        self.allowed = allowed
+        self.takes_bias = takes_bias
+        self.biased = 0
+
+    async def __call__(self, _: FakeUpstream, body: dict[str, Any], send: Any) -> None:
+        if (body.get("logprobs") or 0) > self.allowed:
+            await reply(send, 400, {"error": {"message": "too many", "param": "logprobs"}})
+            return
+        self.biased += "logit_bias" in body
+        fields = {name: value for name, value in body.items() if name != "model"}
+        if not self.takes_bias:
+            fields.pop("logit_bias", None)
+        path = "chat/completions" if "messages" in body else "completions"
+        async with httpx2.AsyncClient(trust_env=False, verify=False, timeout=60) as client:
+            answer = await client.post(f"{self.url}/{path}", json=fields)
+        await reply(send, answer.status_code, answer.json())
+
+
+@pytest.mark.parametrize("scale", [{"rude": -1.5}, {"rude": 2.0, "polite": -1.0}], ids=json.dumps)
+async def test_a_logprob_that_a_context_does_not_show_is_read_with_a_bias(
+    demo: Live, up: FakeUpstream, reference: Reference, scale: dict[str, float]
+) -> None:
+    narrow = Narrow(demo.base_url, 2)
+    up.behave = lambda _, __: narrow
+    engine = await guiding(up.url)
+    plan = await planned(engine, guided_body(scale, max_tokens=8))
+    (candidate,) = await engine.generate(plan.draws[0])
+    assert candidate.text == reference.text(plan.draws[0], likeliest)
+    assert narrow.biased > 0
+    contexts = 4 if "polite" in scale else 3
+    steps = candidate.completion_tokens + (candidate.finish_reason == "stop")
+    assert candidate.calls == steps * contexts + narrow.biased
+    await engine.close()
+
+
+async def test_an_upstream_that_ignores_the_bias_is_asked_once(
+    demo: Live, up: FakeUpstream
+) -> None:
+    narrow = Narrow(demo.base_url, 2, takes_bias=False)
+    up.behave = lambda _, __: narrow
+    engine = await guiding(up.url)
+    plan = await planned(engine, guided_body({"rude": -1.5}, max_tokens=8))
+    (candidate,) = await engine.generate(plan.draws[0])
+    assert candidate.error is None
+    first = narrow.biased
+    assert first > 0
+    await engine.generate(plan.draws[0])
+    assert narrow.biased == first, "it is remembered"
+    await engine.close()
 
 
 async def test_an_upstream_that_shows_five_tokens_is_asked_for_five(up: FakeUpstream) -> None:
