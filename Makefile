@@ -49,6 +49,7 @@ demo: $(VENV)/dev  ## measure the methods on the embedded demo: tables and plots
 	$(BIN)/python benchmarks/alignment/best_of_n.py
 	$(BIN)/python benchmarks/alignment/vas.py
 	$(BIN)/python benchmarks/alignment/early_stop.py
+	$(BIN)/python benchmarks/alignment/adaptive.py
 	$(BIN)/python benchmarks/alignment/dpa.py
 	$(BIN)/python benchmarks/alignment/rps.py
 	$(BIN)/python benchmarks/alignment/trust_judge.py

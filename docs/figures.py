@@ -311,6 +311,28 @@ def early_stop() -> str:
     return result_table("early_stop", columns)
 
 
+def adaptive() -> str:
+    """Return the tokens that an adaptive number of draws saves at equal reward."""
+
+    def saved(row: Row) -> str:
+        return f"{row['saved']:+.0%} ± {row['saved_se']:.0%}" if "saved" in row else ""
+
+    def minus_budget(row: Row) -> str:
+        return with_error("minus_budget", 3, sign="+")(row) if "saved" in row else ""
+
+    columns: Columns = [
+        ("prompts and reward", text("set")),
+        ("answer", text("answer")),
+        ("draws", number("draws", 1)),
+        ("tokens", number("tokens", 0)),
+        ("value", with_error("value", 3)),
+        ("- best-of-n at the same tokens", minus_budget),
+        ("tokens saved at equal value", saved),
+    ]
+    sizes = {f"best of {n}" for n in (4, 8, 16, 32, 64)}
+    return result_table("adaptive", columns, lambda row: "saved" in row or row["answer"] in sizes)
+
+
 def dpa_results() -> str:
     """Return how answers follow the angle of a direction."""
     columns: Columns = [
@@ -475,6 +497,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "selection-groups": selection_groups,
     "selection-length": selection_length,
     "early-stop": early_stop,
+    "adaptive": adaptive,
     "dpa-results": dpa_results,
     "rps-results": rps_results,
     "judge-scores": judge_scores,

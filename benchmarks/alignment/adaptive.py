@@ -5,7 +5,7 @@ reward of best-of-n with fewer draws. Pools of answers are drawn once. The stop 
 `align.adaptive` then runs on them, and best-of-n is exact on the same pools. A live run confirms
 that the server draws what the simulation says.
 
-    python benchmarks/alignment/adaptive.py         # the demo: plain, and with a ceiling
+    python benchmarks/alignment/adaptive.py         # the demo: alike, with a ceiling, mixed
     python benchmarks/alignment/adaptive.py --real  # SmolLM2-135M-Instruct, sentiment
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -23,12 +23,15 @@ from rich.table import Table
 from benchmarks.alignment.flow import Flow, serving
 from benchmarks.alignment.guidance_real import prompts as instructions
 from benchmarks.alignment.report import OUT, argument_parser, mean_se, row_figure
+from benchmarks.demo.direction import direction_at
 from benchmarks.demo.measure import draw_pool, load
+from benchmarks.demo.sampling import sample
 from benchmarks.record import record
 from infer_align.demo import path, world
 from infer_align.flow.response import Response
 from infer_align.methods.adaptive import Adaptive, ExpectedGain
 from infer_align.methods.best_of_n import expected_best
+from infer_align.methods.dpa import system_prompt
 from infer_align.objectives import Ensemble
 from infer_align.quickstart import CONFIG
 from infer_align.types import Array
@@ -44,6 +47,8 @@ LIVE_PROMPTS = 16
 LIVE_PROMPTS_REAL = 3
 # An answer with all facts, not rude: "good enough". Easy prompts reach it often, hard ones seldom.
 CEILING = 2.0
+# With this direction in the prompt the model's answers are mostly good.
+EASY_DEGREES = -20.0
 BAR = 0.15
 
 
@@ -76,6 +81,28 @@ def draw_demo_pool(questions: Sequence[str], seed: int, runs: int) -> Pool:
     members = drawn.proxy.reshape(len(drawn.proxy), -1)
     objective = Ensemble().reduce(members)
     return Pool(objective.reshape(shape), drawn.gold.reshape(shape), drawn.tokens.reshape(shape))
+
+
+def draw_easy_pool(questions: Sequence[str], seed: int, runs: int) -> Pool:
+    """Draw answers to the same questions with a direction in the prompt, which makes them easy."""
+    models = load(path("lm").parent)
+    system = system_prompt(direction_at(EASY_DEGREES))
+    replies = sample(models.lm, models.tokenizer, questions, runs * MAX_N, seed=seed, system=system)
+    shape = (len(questions), runs, MAX_N)
+    values: list[float] = []
+    tokens: list[int] = []
+    for question, answers in zip(questions, replies, strict=True):
+        values += [world.gold(question, text) for text, _ in answers]
+        tokens += [length for _, length in answers]
+    value = np.array(values).reshape(shape)
+    return Pool(value, value, np.array(tokens, dtype=np.float64).reshape(shape))
+
+
+def mixed(hard: Pool, easy: Pool) -> Pool:
+    """Return the first half of the prompts of one pool, and the second half of the other's."""
+    half = len(hard.value) // 2
+    pairs = zip(astuple(hard), astuple(easy), strict=True)
+    return Pool(*(np.concatenate([a[:half], b[half:]]) for a, b in pairs))
 
 
 async def draw_served_pool(
@@ -247,9 +274,14 @@ async def measure_demo(seed: int, n_prompts: int, runs: int) -> Measured:
     pool = draw_demo_pool(questions, seed, runs)
     async with serving() as flow:
         live = await confirm(flow, questions, seed)
-    alike = "demo, five proxies"
-    mixed = f"demo, exact reward up to {CEILING:g}"
-    return {alike: pool, mixed: with_ceiling(pool)}, live
+    easy = with_ceiling(draw_easy_pool(questions, seed, runs))
+    hard = with_ceiling(pool)
+    pools = {
+        "five proxies": pool,
+        f"exact reward up to {CEILING:g}": hard,
+        f"exact reward up to {CEILING:g}, half of the prompts easy": mixed(hard, easy),
+    }
+    return pools, live
 
 
 async def measure_real(seed: int, n_prompts: int, runs: int) -> Measured:
