@@ -63,6 +63,7 @@ measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside
 	$(BIN)/python benchmarks/serving/run.py
 	$(BIN)/python benchmarks/serving/vas.py
 	$(BIN)/python benchmarks/serving/guidance.py
+	$(BIN)/python benchmarks/serving/sequences.py
 	$(BIN)/python benchmarks/serving/small_model.py
 	$(BIN)/python benchmarks/serving/vllm_engine.py
 	$(BIN)/python benchmarks/serving/upstream.py

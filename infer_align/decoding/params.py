@@ -356,10 +356,11 @@ def _chat_logprobs(body: Body) -> int | None:
 def _completion_logprobs(body: Body) -> int | None:
     if body.get("logprobs") is None:
         return None
-    if body.get("echo"):
+    logprobs = int(_TOP_LOGPROBS.check("logprobs", body["logprobs"]))
+    if body.get("echo") and logprobs:
         raise Unsupported(
-            "echo: is not available with logprobs, because logprobs of the prompt are not "
-            "computed; leave out one.",
-            param="echo",
+            f"logprobs: {logprobs} is not available with echo, because alternatives of the "
+            "prompt's tokens are not computed; set logprobs to 0, or leave out echo.",
+            param="logprobs",
         )
-    return int(_TOP_LOGPROBS.check("logprobs", body["logprobs"]))
+    return logprobs

@@ -30,6 +30,7 @@ from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers import form as answer_form
 from infer_align.engines.transformers.draw import ALSO_READ, ReadDraw, read_draw
+from infer_align.engines.transformers.echo import lists_prompt, submit_with_prompt
 from infer_align.engines.transformers.form import AnswerForm
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
@@ -156,6 +157,8 @@ class TransformersEngine(Engine):
         self.model = config.model
         self.context_length = config.context_length or 0
         self._started: _Started | None = None
+        # The prompts whose logprobs are read before their draws begin.
+        self._readings: set[asyncio.Task[None]] = set()
         self._trees: dict[tuple[str, ...], LabelTree] = {}
 
     async def start(self) -> None:
@@ -276,7 +279,7 @@ class TransformersEngine(Engine):
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
             Unavailable: the engine has not started or was closed.
         """
-        _, values, grammars, scheduler = self._parts()
+        model, values, grammars, scheduler = self._parts()
         read = self._read(draw)
         job = Job(
             draw,
@@ -292,6 +295,11 @@ class TransformersEngine(Engine):
         )
         if not scheduler.is_alive():
             raise Unavailable("the engine was shut down")
+        if lists_prompt(job):
+            reading = job.loop.create_task(submit_with_prompt(model, scheduler, job))
+            self._readings.add(reading)
+            reading.add_done_callback(self._readings.discard)
+            return job.stream
         # Submit in the next round of the event loop: draws that begin together, such as those of
         # several directions, are then prefilled together.
         job.loop.call_soon(_submit, scheduler, job)

@@ -111,6 +111,24 @@ def logprob_entries(
     return entries
 
 
+def prompt_entries(model: Model, ids: Sequence[int], logprobs: Sequence[float]) -> list[Entry]:
+    """Return the entries of a prompt's tokens, without alternatives.
+
+    Args:
+        model: the frozen model.
+        ids: the tokens of the prompt.
+        logprobs: of all tokens but the first, which follows nothing.
+    """
+    entries = [_entry(model, *pair) for pair in zip(ids, (0.0, *logprobs), strict=True)]
+    entries[0]["logprob"] = None
+    for entry in entries:
+        entry["top_logprobs"] = []
+    if ids[0] in model.tokenizer.all_special_ids:
+        # The tokenizer writes this token; it is no part of the text.
+        entries[0] |= {"token": "", "bytes": []}
+    return entries
+
+
 def _entry(model: Model, token: int, logprob: float) -> Entry:
     data = token_bytes(model.tokenizer, token)
     return {

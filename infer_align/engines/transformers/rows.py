@@ -79,6 +79,8 @@ class Job:
         constraint: the grammar that every candidate follows; None if the text is free.
         tools: the tools that candidates may call; None without tools.
         stop_ids: tokens at which the request ends, beside the model's end tokens.
+        entries: the logprob entries of the prompt, if the request echoes it with logprobs; set
+            before the job is submitted.
         loop: the event loop of the caller.
         stream: what the caller reads.
         closed: True once the caller has left; set from the event loop.
@@ -101,6 +103,7 @@ class Job:
     constraint: Constraint | None = None
     tools: ToolUse | None = None
     stop_ids: frozenset[int] = frozenset()
+    entries: list[Entry] = field(default_factory=list)
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     stream: Stream = field(init=False)
     closed: bool = False
@@ -169,7 +172,8 @@ class Row:
         tokens: the tokens sampled so far.
         matcher: follows it through the grammar of its job; None if the text is free.
         calls: finds the tool calls in its text; None without tools.
-        entries: the logprob entry of each token, if the request reports logprobs.
+        entries: the logprob entry of each token, those of an echoed prompt first, if the request
+            reports logprobs.
         streamed_entries: number of entries that deltas have carried.
         pending_echo: the echo, until the first delta.
         finish_reason: None while it is decoded.
@@ -183,13 +187,14 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     matcher: Matcher | None = field(init=False)
     calls: CallStream | None = None
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[Entry] = field(init=False)
     streamed_entries: int = 0
     pending_echo: str = field(init=False)
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
         self.pending_echo = self.job.echo
+        self.entries = [*self.job.entries]
         constraint = self.job.constraint
         self.matcher = constraint.matcher() if constraint else None
         if self.job.tools is not None:

@@ -326,7 +326,7 @@ async def test_fields_that_request_nothing_are_accepted(serving, draw):
         for name in ("top_logprobs", "messages", "chat_template_kwargs"):
             with pytest.raises(InvalidRequest):
                 engine.check(draw(kind="completion", **{name: 1}))
-        with pytest.raises(InvalidRequest, match="echo"):
+        with pytest.raises(InvalidRequest, match="logprobs: 1 is not available with echo"):
             engine.check(draw(kind="completion", echo=True, logprobs=1))
 
 
