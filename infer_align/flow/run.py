@@ -24,8 +24,6 @@ async def align(
 ) -> Response:
     """Carry out the plan of a Request: draw its candidates, score them, select the best.
 
-    Candidates come in one batch, or in several until the plan's stop rule ends the drawing.
-
     Args:
         plan: from `make_plan`.
         engine: started.
