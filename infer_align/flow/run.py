@@ -25,8 +25,7 @@ async def align(
     """Carry out the plan of a Request: draw its candidates, score them, select the best.
 
     Args:
-        plan: from `make_plan`.
-        engine: started.
+        plan: from `make_plan` for this engine, which has started.
         on_delta: called in this event loop with each piece of a candidate as it is sampled.
         on_candidate: called in this event loop with each candidate that is finished.
 
