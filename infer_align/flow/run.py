@@ -37,12 +37,11 @@ async def align(
     clock = Clock(plan.deadline_seconds, scores=bool(plan.scorers))
     candidates: tuple[Candidate, ...] = ()
     async with Scoring(plan, clock.deadline) as scoring:
+        finished = call_both(scoring.candidate_finished, on_candidate)
         for batch in plan.batches:
-            finished = call_both(scoring.candidate_finished, on_candidate)
             candidates += await propose(batch, plan, engine, clock, on_delta, finished)
             scores = await scoring.score(candidates)
-            stop = stop_after(batch, plan, candidates, scores, late=clock.drawing_is_late)
-            if stop is not None:
+            if stop := stop_after(batch, plan, candidates, scores, late=clock.drawing_is_late):
                 break
     selection = select(plan, candidates, scores, late=clock.late)
     return Response(plan, candidates, scores, selection, clock.timing(), stop)

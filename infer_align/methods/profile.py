@@ -157,7 +157,7 @@ class Profile:
     weights: dict[str, Weight] = field(
         default_factory=dict,
         metadata={
-            "description": "{reward, attribute or trait: weight}: where the weights start; without "
+            "description": "{reward or attribute: weight}: where the weights start; without "
             "choices, the weights themselves."
         },
     )
@@ -168,9 +168,8 @@ class Profile:
     adapt: Literal["weights", "in_context"] = field(
         default="weights",
         metadata={
-            "description": '"weights": choices change the weights of rewards, '
-            '`align.dpa.direction` and `align.guidance.scale`; "in_context": they are put into the '
-            "prompt as examples."
+            "description": '"weights": choices change the weights of rewards and '
+            '`align.dpa.direction`; "in_context": they are put into the prompt as examples.'
         },
     )
 
