@@ -25,9 +25,10 @@ async def align(
     """Carry out the plan of a Request: draw its candidates, score them, select the best.
 
     Args:
-        plan: from `make_plan` for this engine, which has started.
+        plan: from `make_plan`.
+        engine: started.
         on_delta: called in this event loop with each piece of a candidate as it is sampled.
-        on_candidate: called in this event loop with each candidate that is finished.
+        on_candidate: called there with each candidate that is finished.
 
     Raises:
         EngineFailed: every candidate failed.
