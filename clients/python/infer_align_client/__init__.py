@@ -34,6 +34,7 @@ __all__ = [  # noqa: RUF022
     "Profile",
     "RPS",
     "Report",
+    "RewardParameters",
     "RewardShape",
     "Score",
     "Select",
@@ -149,6 +150,21 @@ class TrustJudge(TypedDict, total=False):
     readout: Literal["expected", "geval", "published"]
 
 
+class RewardParameters(TypedDict, total=False):
+    """A reward with parameters of this request. Each kind of reward takes its own."""
+
+    weight: float
+    reference: str
+    prompt: str | None
+    negative_prompt: str | None
+    per_token: bool
+    extract: str | None
+    mode: Literal["score", "pairwise"]
+    scale: Literal[5, 10, 100]
+    criteria: str
+    readout: Literal["expected", "geval", "published"]
+
+
 class Ensemble(TypedDict, total=False):
     """The objective that reduces the members of each reward to one score."""
 
@@ -216,7 +232,8 @@ class Align(TypedDict, total=False):
     guidance: Guidance
     profile: Profile
     trust_judge: TrustJudge
-    rewards: dict[str, float]
+    # A weight, or an object with a weight and parameters of the reward.
+    rewards: dict[str, float | RewardParameters]
     ensemble: Ensemble
     compose: Compose
     select: Select
