@@ -331,6 +331,12 @@ def adaptive() -> str:
     ]
     sizes = {f"best of {n}" for n in (4, 8, 16, 32, 64)}
     return result_table("adaptive", columns, lambda row: "saved" in row or row["answer"] in sizes)
+def free_rewards() -> str:
+    """Return the gold of the best of n by rewards without a reward model."""
+    columns: Columns = [("candidates chosen by", text("selector"))]
+    for n in (1, 8, 64):
+        columns.append((f"best of {n}", with_error(f"gold_{n}")))
+    return result_table("free_rewards", columns)
 
 
 def dpa_results() -> str:
@@ -498,6 +504,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "selection-length": selection_length,
     "early-stop": early_stop,
     "adaptive": adaptive,
+    "free-rewards": free_rewards,
     "dpa-results": dpa_results,
     "rps-results": rps_results,
     "judge-scores": judge_scores,
