@@ -19,7 +19,7 @@ from benchmarks.alignment.report import OUT, argument_parser, figure, mean_se
 from benchmarks.demo.direction import direction_at
 from benchmarks.record import record
 from infer_align.demo.world import prompts
-from infer_align.flow.stand_in import PROMPT
+from infer_align.flow.stand_in import NEGATIVE_PROMPT, PROMPT
 from infer_align.methods.best_of_n import expected_best
 from infer_align.methods.dpa import Prompting
 from infer_align.objectives import uwo
@@ -41,7 +41,9 @@ def selectors(flow: Flow) -> dict[str, Reward]:
     sections = {
         "density_ratio, direction of -20 degrees": DensityRatio(prompt=sentence),
         "the same, per token": DensityRatio(prompt=sentence, per_token=True),
-        "density_ratio, the default's prompt": DensityRatio(prompt=PROMPT),
+        "density_ratio, the default's prompts": DensityRatio(
+            PROMPT, NEGATIVE_PROMPT, per_token=True
+        ),
     }
     rewards: dict[str, Reward] = {}
     for name, section in sections.items():

@@ -21,8 +21,10 @@ from infer_align.types import Capability
 RATIO = "density_ratio"
 AGREEMENT = "agreement"
 NEEDS = frozenset({Capability.SEQUENCE_LOGPROBS})
-# Asks for a good answer in general, see docs/rewards-without-models.md for its measured worth.
-PROMPT = "Answer helpfully, correctly and clearly."
+# Ask for a good answer in general and for a bad one; docs/rewards-without-models.md says what this
+# was measured to be worth.
+PROMPT = "You are an expert. Give a correct, complete and well organised answer."
+NEGATIVE_PROMPT = "Answer badly: unhelpful, wrong and confusing."
 
 
 def stand_in(draft: PlanDraft, engine: Engine) -> Scorer:
@@ -59,6 +61,7 @@ def _can_read(draft: PlanDraft, engine: Engine, model: str | None) -> bool:
 
 
 def _ratio(engine: Engine, model: str | None) -> Reward:
-    reward: Reward = registry.rewards.get(RATIO)(prompt=PROMPT).load(model)
+    section = registry.rewards.get(RATIO)(PROMPT, NEGATIVE_PROMPT, per_token=True)
+    reward: Reward = section.load(model)
     reward.engines = {"served": engine}
     return reward

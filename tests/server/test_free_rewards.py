@@ -20,7 +20,7 @@ ENGINE = r"""
 kind = "fake"
 replies = [{text = "no"}, {text = "fine thanks"}, {text = "no way"}]
 words = [
-  {pattern = "helpfully", logprobs = {fine = -0.1, thanks = -0.1}, other = -2.0},
+  {pattern = "helpfully|expert", logprobs = {fine = -0.1, thanks = -0.1}, other = -2.0},
   {pattern = "rudely", logprobs = {way = -0.1}, other = -3.0},
   {pattern = 'no way\s+Answer:', logprobs = {42 = -0.5}},
 ]
@@ -61,7 +61,7 @@ def test_best_of_n_works_where_no_reward_is_configured(bare: Any) -> None:
     report = answer["align"]
     assert "no reward is configured: chosen by density_ratio" in report["reason"]
     values = [each["scores"]["density_ratio"]["value"] for each in report["candidates"]]
-    assert values == pytest.approx([-1.0, 1.8, -2.0])
+    assert values == pytest.approx([-1.0, 0.9, -1.0])
     assert report["usage"]["reward_tokens"] > 0
 
 

@@ -34,7 +34,6 @@ __all__ = [  # noqa: RUF022
     "Profile",
     "RPS",
     "Report",
-    "RewardParameters",
     "RewardShape",
     "Score",
     "Select",
