@@ -331,6 +331,8 @@ def adaptive() -> str:
     ]
     sizes = {f"best of {n}" for n in (4, 8, 16, 32, 64)}
     return result_table("adaptive", columns, lambda row: "saved" in row or row["answer"] in sizes)
+
+
 def free_rewards() -> str:
     """Return the gold of the best of n by rewards without a reward model."""
     columns: Columns = [("candidates chosen by", text("selector"))]
