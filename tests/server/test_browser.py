@@ -72,7 +72,6 @@ def test_by_default_no_origin_is_allowed(numbers: Live) -> None:
         ("GET", "/ready/", 200),
         ("GET", "/v1/", 404),
         ("GET", "/v1/nothing/", 404),
-        ("GET", "//", 404),
     ],
 )
 def test_a_slash_at_the_end_changes_nothing(
@@ -83,6 +82,13 @@ def test_a_slash_at_the_end_changes_nothing(
         answer = http.request(method, numbers.root + path, json=body)
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
+
+
+def test_the_page_is_also_at_two_slashes(numbers: Live) -> None:
+    with numbers.http() as http:
+        page = http.get(f"{numbers.root}//")
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
 
 
 def test_whole_numbers_may_be_written_as_floats(numbers: Live) -> None:

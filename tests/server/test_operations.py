@@ -280,6 +280,8 @@ def test_the_methods_route_lists_methods_rewards_and_presets(numbers: Any) -> No
         "members": ["score"],
         "attributes": [],
         "default_weight": 1.0,
+        "parameters": None,
+        "cost": "calls the function once per answer",
         "warnings": [],
     }
     assert listed["presets"]["best"] == {"best_of_n": {"n": 5}, "ensemble": {"objective": "mean"}}

@@ -151,6 +151,7 @@ def test_only_the_adapters_import_vllm() -> None:
     assert importing == {
         "infer_align/vllm/compat.py",
         "infer_align/vllm/openai.py",
+        "infer_align/vllm/readings.py",
         "infer_align/vllm/worker.py",
     }
 
