@@ -97,6 +97,8 @@ OPERATIONS: dict[str, Operation] = {
 }
 # Contained in the document only if the engine may serve it.
 _RESPONSES_API = "/v1/responses"
+# Described only where profiles are kept.
+_PROFILE_ROUTES = ("/v1/align/feedback", "/v1/align/profiles")
 
 
 def changing_facts(service: Service) -> tuple[object, ...]:
@@ -147,7 +149,7 @@ def _paths(routes: Iterable[Route], service: Service) -> dict[str, Any]:
     for route in routes:
         if route.path.startswith(_RESPONSES_API) and not serves_responses(service):
             continue
-        if route.name == "delete_profile" and not service.profiles.keeps:
+        if route.path.startswith(_PROFILE_ROUTES) and not service.profiles.keeps:
             continue
         path = route.path.replace(":path}", "}")
         # GET before HEAD.

@@ -153,6 +153,12 @@ def send(live: Live, body: Any, headers: Any = ANN, path: str = "/v1/align/feedb
     return live.post(body, path, headers=headers)
 
 
+def test_the_routes_are_described_where_profiles_are_kept(keeping: Any) -> None:
+    paths = keeping().get("/openapi.json", headers=ANN).json()["paths"]
+    assert {*paths["/v1/align/profiles/{id}"]} == {"get", "delete"}
+    assert {"/v1/align/feedback", "/v1/align/profiles/{id}/question"} <= {*paths}
+
+
 def test_feedback_makes_a_profile_that_answers_follow(keeping: Any) -> None:
     live = keeping()
     for count in (1, 2, 3):
