@@ -1,0 +1,122 @@
+"""Read the JSON objects of a file, and keep the reason for each line that gives nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infer_align.errors import ConfigError, quote
+
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+
+class BadLineError(ValueError):
+    """A line that gives no pair, with the reason."""
+
+
+@dataclass(slots=True)
+class Problems:
+    """The problems of a file. As a context manager it records the problem of one line."""
+
+    lines: list[tuple[int, str]] = field(default_factory=list)
+    sampled: int = 0  # pools of which not every pair is read
+    line: int = 0
+
+    def at(self, line: int) -> Problems:
+        """Return this object as the context of a line."""
+        self.line = line
+        return self
+
+    def add(self, reason: str) -> None:
+        """Record why the line gives nothing."""
+        self.lines.append((self.line, reason))
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: object, _traceback: object) -> bool:
+        if isinstance(error, BadLineError):
+            self.add(str(error))
+            return True
+        return False
+
+    def sentences(self) -> tuple[str, ...]:
+        """Return the problems in the order of the file."""
+        return tuple(f"line {line}: {reason}" for line, reason in sorted(self.lines))
+
+
+def json_objects(path: Path, problems: Problems) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield the JSON objects of a file with the number of their line.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    content = _content(path)
+    single = _single(content)
+    if single is not None:
+        yield from enumerate(single, 1)
+        return
+    for line, text in enumerate(content.split(b"\n"), 1):
+        if not text.strip():
+            continue
+        with problems.at(line):
+            yield line, _record(text)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        content = _decompressed(path.suffix, path.read_bytes())
+    except _UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{str(path)!r}: cannot be read: {reason}.") from error
+    return content.removeprefix(b"\xef\xbb\xbf")
+
+
+def _decompressed(suffix: str, content: bytes) -> bytes:
+    if suffix == ".gz":
+        return gzip.decompress(content)
+    if suffix == ".xz":
+        return lzma.decompress(content)
+    return content
+
+
+def _single(content: bytes) -> list[Mapping[str, Any]] | None:
+    """Return the objects of a file that is one JSON value over several lines; None if it is not."""
+    stripped = content.strip()
+    is_list = stripped.startswith(b"[")
+    if not is_list and not re.match(rb"\{\s*\n", stripped):
+        return None
+    try:
+        value = json.loads(stripped)
+    except (ValueError, RecursionError):
+        return None
+    values = value if isinstance(value, list) else [value]
+    return values if all(isinstance(each, dict) for each in values) else None
+
+
+def _record(text: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadLineError("is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise BadLineError(f"is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadLineError(f"is {quote(value)}; must be a JSON object")
+    return value
+
+
+def nothing_to_read(path: Path, sought: str, problems: Problems) -> ConfigError:
+    """Return the error of a file without a single pair or pool."""
+    reasons = problems.sentences()
+    if not reasons:
+        return ConfigError(f"{path}: is empty; each line must be a JSON object with a {sought}.")
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    return ConfigError(f"{path}: has no {sought}: {reasons[0]}{more}.")
