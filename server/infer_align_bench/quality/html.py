@@ -8,26 +8,12 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from infer_align_bench.page import document, table
 from infer_align_bench.quality.advice import Advice, Headline
 from infer_align_bench.quality.curve import Cost, Mean, Point
 from infer_align_bench.quality.plots import draw_plots, numbered
 from infer_align_bench.tables import number
 
-STYLE = """
-body {
-  font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em;
-  color: #222; background: #fff
-}
-table { border-collapse: collapse; margin: 1em 0 }
-td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd }
-td.name, th.name { text-align: left }
-tr.front td { font-weight: 600; background: #f2f7ff }
-div { overflow-x: auto }
-.note { color: #777; font-weight: 400 }
-figure { margin: 1em 0 }
-svg { max-width: 100%; height: auto }
-code { font-size: 90% }
-"""
 LEGEND = """Tokens: everything that an answer costs: the tokens of its prompt, the generated tokens,
 and the tokens that rewards and the judge read and wrote. Generated: completion tokens alone. Gold,
 tokens and seconds are means ± standard error over prompts. Differences are computed prompt by
@@ -82,15 +68,7 @@ class Results:
 
 def render_page(results: Results) -> str:
     """Return the HTML page of a report."""
-    head = [
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Quality against cost</title><style>{STYLE}</style>",
-    ]
-    return (
-        f'<!doctype html><html lang="en"><head>{"".join(head)}</head>'
-        f"<body>{''.join(_sections(results))}</body></html>\n"
-    )
+    return document("Quality against cost", _sections(results))
 
 
 def _sections(results: Results) -> Iterator[str]:
@@ -179,7 +157,7 @@ def _advice_table(cost: Cost, choices: Sequence[Advice]) -> str:
             cheaper,
         )
         rows.append(row)
-    return _table((f"{cost} an answer, from", *ADVICE_COLUMNS), rows)
+    return table((f"{cost} an answer, from", *ADVICE_COLUMNS), rows, TEXT_COLUMNS)
 
 
 def _point_table(points: Sequence[Point]) -> str:
@@ -203,35 +181,12 @@ def _point_table(points: Sequence[Point]) -> str:
         rows.append(row)
         if point.front:
             front_rows.add(i)
-    return _table(POINT_COLUMNS, rows, front_rows)
+    return table(POINT_COLUMNS, rows, TEXT_COLUMNS, front_rows)
 
 
 def _text_table(columns: Sequence[str], texts: Mapping[str, Any]) -> str:
     rows = [(escape(name), escape(str(value))) for name, value in texts.items()]
-    return _table(columns, rows)
-
-
-def _table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    front_rows: set[int] | frozenset[int] = frozenset(),
-) -> str:
-    """Return an HTML table; its cells are HTML already."""
-    parts = []
-    if any(columns):
-        parts.append(f"<tr>{_cells(columns, columns, 'th')}</tr>")
-    for i, row in enumerate(rows):
-        style = " class=front" if i in front_rows else ""
-        parts.append(f"<tr{style}>{_cells(columns, row, 'td')}</tr>")
-    return f"<div><table>{''.join(parts)}</table></div>"
-
-
-def _cells(columns: Sequence[str], row: Sequence[str], tag: str) -> str:
-    parts = []
-    for column, cell in zip(columns, row, strict=True):
-        style = " class=name" if column in TEXT_COLUMNS else ""
-        parts.append(f"<{tag}{style}>{cell}</{tag}>")
-    return "".join(parts)
+    return table(columns, rows, TEXT_COLUMNS)
 
 
 def _mean(mean: Mean | None, sign: str = "") -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from infer_align_bench.page import svg
 from infer_align_bench.quality.curve import Cost, Mean, Point
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def draw_plots(points: Sequence[Point]) -> str:
 
     Every marker has the number of its setting.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
@@ -65,13 +64,7 @@ def draw_plots(points: Sequence[Point]) -> str:
     handles, _ = first.get_legend_handles_labels()
     if handles:
         first.legend(fontsize=7)
-    file = io.StringIO()
-    # Text stays text, and equal data give an equal file.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "infer-align"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = file.getvalue()
-    # An HTML page takes no XML declaration.
-    return svg[svg.index("<svg") :]
+    return svg(figure)
 
 
 def _draw_panel(axes: Axes, panel: Panel, points: Sequence[Point]) -> None:
