@@ -28,12 +28,10 @@ def test_a_table_aligns_text_and_marks_rows() -> None:
 
 
 def test_equal_figures_give_equal_svg() -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
+    matplotlib = pytest.importorskip("matplotlib.figure")
     texts = []
     for _ in range(2):
-        figure = Figure(figsize=(2, 1))
+        figure = matplotlib.Figure(figsize=(2, 1))
         figure.subplots().plot([0, 1], [1, 0])
         texts.append(svg(figure))
     assert texts[0] == texts[1]
