@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
@@ -220,6 +220,19 @@ class Engine(ABC):
         async with self.sample(draw) as stream:
             finished = [event async for event in stream if isinstance(event, Candidate)]
         return sorted(finished, key=lambda candidate: candidate.index)
+
+    def text_of_tokens(self, tokens: Sequence[int]) -> str:
+        """Return the text of a prompt of token ids, which rewards read.
+
+        Raises:
+            Unsupported: the engine does not have the model's tokenizer.
+            InvalidRequest: the model does not have one of the token ids.
+        """
+        raise Unsupported(
+            f"prompt: {self.describe()} cannot turn {len(tokens)} token ids into text, which "
+            "`align` needs; send the prompt as text.",
+            param="prompt",
+        )
 
     def worst_case_tokens(self, body: Body) -> int:
         """Return the most tokens that one candidate of this body can generate."""

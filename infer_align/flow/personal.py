@@ -20,9 +20,8 @@ from infer_align.config.align import Align
 from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest, nearest
 from infer_align.flow.choice_scores import ChoiceScores
-from infer_align.flow.plan import conversation
 from infer_align.flow.profile_inputs import check_conversations, with_stored
-from infer_align.flow.request import Request
+from infer_align.flow.request import Request, conversation
 from infer_align.flow.scorers import reward_names, rewards_along
 from infer_align.methods import Sections
 from infer_align.methods.dpa import DPA, Prompting, unit
@@ -235,10 +234,12 @@ class Personaliser:
         features = [term.feature for term in terms]
         seconds = request.align.budget.deadline_seconds
         deadline = None if seconds is None else monotonic() + seconds
-        own_messages = conversation(request.body, request.kind)
         pending = []
         for i, choice in enumerate(choices):
-            messages = own_messages if choice.messages is None else choice.messages
+            if choice.messages is None:
+                messages = conversation(request.body, request.kind, _refuse_tokens)
+            else:
+                messages = choice.messages
             self.check_conversation(features, messages, f"{path}.choices.{i}.messages")
             texts = (choice.chosen, choice.rejected)
             work = self._scores.score(features, messages, texts, request.align.ensemble, deadline)
@@ -304,6 +305,14 @@ class Personaliser:
         )
         direction = _unit(terms.direction or {})
         return _changed(request, profile, terms.weights, direction, applied)
+
+
+def _refuse_tokens(_: Sequence[int]) -> str:
+    raise InvalidRequest(
+        "prompt: choices are compared by the text of the prompt; send the prompt as text, or give "
+        "each choice its own messages.",
+        param="prompt",
+    )
 
 
 def _without_failed_rewards(rows: Array) -> Array:

@@ -13,7 +13,7 @@ from infer_align.engines import Engine
 from infer_align.errors import InvalidRequest, Unsupported, quote
 from infer_align.flow.batches import BatchSizes, CandidateBatch, enlarge, plan_sizes, split
 from infer_align.flow.limits import check_candidates, check_first_batch, check_tokens
-from infer_align.flow.request import Request, whole_number
+from infer_align.flow.request import Request, conversation, whole_number
 from infer_align.flow.rules import Highest, check_selection
 from infer_align.flow.scorers import Scorer, resolve_scorers
 from infer_align.flow.seeds import SEED_RANGE, seed_draws
@@ -31,7 +31,7 @@ from infer_align.methods import (
 )
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
-from infer_align.types import Body, Direction, Draw, Kind, Messages
+from infer_align.types import Body, Direction, Draw, Messages
 
 # Fields of the body that the planner reads. The engine gets them as fields of the draw.
 _PLANNED_FIELDS = {"n", "seed", "stream", "stream_options"}
@@ -237,7 +237,7 @@ def _start_draft(
         attributes |= dict.fromkeys(reward.attributes)
     return PlanDraft(
         draws=(Draw(body, kind=request.kind),),
-        messages=conversation(body, request.kind),
+        messages=conversation(body, request.kind, engine.text_of_tokens),
         seed=seed,
         attributes=tuple(attributes),
         has_system_role=engine.has_system_role,
@@ -355,20 +355,6 @@ def _scoring_tokens(plan: Plan, reward: Reward) -> int:
     for batch in plan.batches:
         tokens += reward.worst_case_tokens(batch.first + batch.candidates)
     return tokens
-
-
-def conversation(body: Body, kind: Kind) -> Messages:
-    """Return the conversation that rewards and judges read.
-
-    The prompt of a text completion becomes one message of the user.
-    """
-    if kind == "chat":
-        messages: Messages = body.get("messages", ())
-        return messages
-    prompt = body.get("prompt")
-    if isinstance(prompt, str) and prompt:
-        return [{"role": "user", "content": prompt}]
-    return []
 
 
 def _split_begun_answer(body: Body, messages: Messages) -> tuple[Messages, str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from infer_align.config import registry
 from infer_align.config.align import Align, parse_align
 from infer_align.errors import InvalidRequest, quote
-from infer_align.types import AppliedProfile, Body, Kind
+from infer_align.types import AppliedProfile, Body, Kind, Messages
 
 # Fields of a body that are whole numbers.
 WHOLE_NUMBERS = frozenset(
@@ -24,6 +24,10 @@ WHOLE_NUMBERS = frozenset(
         "best_of",
     }
 )
+
+
+# The forms of the prompt of a text completion, for messages.
+_PROMPTS = "a string, a list of token ids, or a list of strings or of lists of token ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +77,74 @@ def parse_request(
 
 
 def split_prompts(body: Body, kind: Kind) -> list[Body]:
-    """Return one body per prompt of a request; `prompt` of a text completion may be a list.
+    """Return one body per prompt of a request.
+
+    The `prompt` of a text completion is a string, a list of token ids, or a list of either.
 
     Raises:
-        InvalidRequest: the list is empty, or an item is not a string.
+        InvalidRequest: the list is empty, or an item is not what the first item is.
     """
     prompts = body.get("prompt")
     if kind == "chat" or not isinstance(prompts, list):
         return [body]
     if not prompts:
-        raise InvalidRequest(
-            "prompt: [] is not allowed; must be a string, or a list of at least one string.",
-            param="prompt",
-        )
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
+        raise InvalidRequest(f"prompt: [] is not allowed; must be {_PROMPTS}.", param="prompt")
+    is_item = _item_check(prompts[0])
+    for i, item in enumerate(prompts):
+        if not is_item(item):
             raise InvalidRequest(
-                f"prompt[{i}]: {quote(prompt)} is not allowed; must be a string. Send text instead "
-                "of token ids.",
+                f"prompt[{i}]: {quote(item)} is not allowed; prompt must be {_PROMPTS}.",
                 param=f"prompt[{i}]",
             )
+    if is_item is _is_token:
+        return [body]
     return [{**body, "prompt": prompt} for prompt in prompts]
+
+
+def _item_check(first: object) -> Callable[[object], bool]:
+    """Return the check of all items of a `prompt` that begins with this item."""
+    if isinstance(first, str):
+        return _is_text
+    return _is_token_list if isinstance(first, list) else _is_token
+
+
+def _is_text(item: object) -> bool:
+    return isinstance(item, str)
+
+
+def _is_token(item: object) -> bool:
+    """Return True for a number that may be a token id; the engine knows how many there are."""
+    return isinstance(item, int) and not isinstance(item, bool) and item >= 0
+
+
+def _is_token_list(item: object) -> bool:
+    return isinstance(item, list) and bool(item) and all(_is_token(token) for token in item)
+
+
+def conversation(
+    body: Body, kind: Kind, text_of_tokens: Callable[[Sequence[int]], str]
+) -> Messages:
+    """Return the conversation that rewards and judges read.
+
+    The prompt of a text completion becomes one message of the user.
+
+    Args:
+        body: the body of the request.
+        kind: its kind.
+        text_of_tokens: turns a prompt of token ids into text, or refuses it.
+
+    Raises:
+        InvalidRequest: the prompt cannot be turned into text.
+    """
+    if kind == "chat":
+        messages: Messages = body.get("messages", ())
+        return messages
+    prompt = body.get("prompt")
+    if isinstance(prompt, list):
+        prompt = text_of_tokens(prompt)
+    if isinstance(prompt, str) and prompt:
+        return [{"role": "user", "content": prompt}]
+    return []
 
 
 def check_placement(body: Body) -> None:
@@ -133,10 +184,9 @@ def check_prompt(body: Body, kind: Kind) -> None:
         _check_messages(body.get("messages"))
         return
     prompt = body.get("prompt")
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) and not _is_token_list(prompt):
         raise InvalidRequest(
-            f"prompt: {quote(prompt)} is not allowed; must be a string or a list of strings.",
-            param="prompt",
+            f"prompt: {quote(prompt)} is not allowed; must be {_PROMPTS}.", param="prompt"
         )
 
 

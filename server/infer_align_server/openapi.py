@@ -229,7 +229,10 @@ def _request_schemas(service: Service) -> dict[str, Schema]:
         "messages": ref("Messages"),
         "candidates": array(STRING, minItems=1, maxItems=max_candidates),
     }
-    prompt = {"anyOf": [STRING, array(STRING, minItems=1, maxItems=max_candidates)]}
+    tokens = array({"type": "integer", "minimum": 0}, minItems=1)
+    texts = array(STRING, minItems=1, maxItems=max_candidates)
+    token_lists = array(tokens, minItems=1, maxItems=max_candidates)
+    prompt = {"anyOf": [STRING, tokens, texts, token_lists]}
     return {
         "Align": align,
         "Message": _message(),

@@ -120,7 +120,7 @@ COMPLETION_ACCEPTED: dict[str, list[Any]] = {
     "suffix": [""],
 }
 COMPLETION_REFUSED: dict[str, list[Any]] = {
-    "prompt": [None, ["a", "b"], [1, 2], [[1]]],
+    "prompt": [None, ["a", "b"], [1, -2], [[1]]],
     "best_of": [2, True],
     "echo": ["yes"],
     "logprobs": [True, 21],

@@ -48,9 +48,10 @@ def test_an_assistants_message_may_lack_content() -> None:
     check_prompt({"messages": [{"role": "assistant", "tool_calls": []}]}, "chat")
 
 
-@pytest.mark.parametrize("prompt", [None, 1, ["a"]])
-def test_a_completion_prompt_is_a_string(prompt: Any) -> None:
+@pytest.mark.parametrize("prompt", [None, 1, ["a"], [], [-1], [True], [1.0], [[1]]])
+def test_a_completion_prompt_is_a_string_or_token_ids(prompt: Any) -> None:
     check_prompt({"prompt": "a"}, "completion")
+    check_prompt({"prompt": [0, 5]}, "completion")
     with pytest.raises(InvalidRequest) as caught:
         check_prompt({"prompt": prompt}, "completion")
     assert caught.value.param == "prompt"

@@ -227,7 +227,7 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"number": {"at": 2}}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"gates": {"nope": {}}}}}),
     ("ChatRequest", CHAT, {"messages": USER, "stream": True, "stream_options": {"usage": True}}),
-    ("CompletionRequest", TEXT, {"prompt": [1, 2]}),
+    ("CompletionRequest", TEXT, {"prompt": [1, -2]}),
     ("ScoreRequest", SCORE, {"messages": USER}),
     ("ScoreRequest", SCORE, {"messages": USER, "candidates": ["1"], "best_of_n": {}}),
 ]

@@ -104,7 +104,14 @@ def test_a_list_of_one_prompt_is_that_prompt(serve: Serve) -> None:
     ("prompt", "param"),
     [
         ([], "prompt"),
-        ([1, 2, 3], "prompt[0]"),
+        ([[]], "prompt[0]"),
+        ([1, -2, 3], "prompt[1]"),
+        ([1, True], "prompt[1]"),
+        ([1, 2.5], "prompt[1]"),
+        ([1, "a"], "prompt[1]"),
+        ([[1], [2, "3"]], "prompt[1]"),
+        ([[1], 2], "prompt[1]"),
+        ([None], "prompt[0]"),
         (["a", [1, 2]], "prompt[1]"),
         (["a", None], "prompt[1]"),
         (7, "prompt"),
@@ -115,6 +122,55 @@ def test_other_lists_are_refused_by_name(serve: Serve, prompt: object, param: st
     error = refuse(serve(FAKE), prompt)
     assert error["param"] == param
     assert "string" in error["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"n": 2}, {"align": BEST}, {"echo": True}])
+def test_token_ids_are_answered_as_the_text_that_they_spell(
+    serve: Serve, fields: dict[str, Any]
+) -> None:
+    live = serve(EMBEDDED)
+    texts = [complete(live, prompt, **fields)["choices"] for prompt in PROMPTS]
+    engine: Any = live.service.engine
+    tokenizer = engine.frozen.tokenizer
+    ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    alone = [complete(live, tokens, **fields)["choices"] for tokens in ids]
+    assert alone == texts
+    together = complete(live, ids, **fields)["choices"]
+    expected = [choice["text"] for choices in texts for choice in choices]
+    assert [each["text"] for each in together] == expected
+
+
+@pytest.mark.slow
+def test_token_ids_that_the_model_lacks_are_refused(serve: Serve) -> None:
+    live = serve(EMBEDDED)
+    for fields in ({}, {"align": BEST}):
+        error = refuse(live, [5, 99_999], **fields)
+        assert error["param"] == "prompt"
+        assert "99999 is not a token id" in error["message"]
+
+
+def test_the_fake_engine_reads_token_ids_as_words(serve: Serve) -> None:
+    live = serve(
+        '[engine]\nkind = "fake"\nreplies = [{text = "{prompt}"}]\n'
+        '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
+    )
+    answer = complete(live, [[3, 1], [2]], align=BEST)
+    assert [choice["text"] for choice in answer["choices"]] == ["3 1", "2"]
+    assert answer["usage"]["prompt_tokens"] == 3
+    assert complete(live, [7, 7])["choices"][0]["text"] == "7 7"
+
+
+def test_an_upstream_gets_token_ids_without_align_only(serve: Serve) -> None:
+    behind = serve('[engine]\nkind = "fake"\nreplies = [{text = "{prompt}"}]\n')
+    front = serve(
+        f'[engine]\nkind = "openai"\nurls = ["{behind.base_url}"]\n'
+        '[rewards.brevity]\nkind = "rules"\nwords_weight = -1.0\n'
+    )
+    assert complete(front, [3, 1])["choices"][0]["text"] == "3 1"
+    error = refuse(front, [3, 1], align=BEST)
+    assert error["param"] == "prompt"
+    assert "send the prompt as text" in error["message"]
 
 
 def test_prompts_together_stay_within_the_limits_of_one_request(serve: Serve) -> None:

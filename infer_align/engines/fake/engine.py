@@ -6,7 +6,7 @@ import asyncio
 import math
 import random
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +153,10 @@ class FakeEngine(Engine):
             self._tasks[task] = stream
             task.add_done_callback(self._tasks.pop)
         return stream
+
+    def text_of_tokens(self, tokens: Sequence[int]) -> str:
+        """Return each token id as a word."""
+        return _prompt_text(list(tokens))
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return 1: a judgement is scripted as a whole."""
@@ -335,15 +339,22 @@ def _prompt(draw: Draw) -> str:
 def _last_text(body: Body, kind: Kind) -> str:
     """Return the prompt of a text completion, or the last message of a chat."""
     if kind == "completion":
-        return str(body.get("prompt", ""))
+        return _prompt_text(body.get("prompt", ""))
     return text_of(body["messages"][-1].get("content"))
 
 
 def _conversation(body: Body, kind: Kind) -> str:
     """Return the prompt of a text completion, or all messages of a chat."""
     if kind == "completion":
-        return str(body.get("prompt", ""))
+        return _prompt_text(body.get("prompt", ""))
     return "\n".join(text_of(message.get("content")) for message in body["messages"])
+
+
+def _prompt_text(prompt: object) -> str:
+    """Return a prompt as text. Token ids become words: this engine has no vocabulary."""
+    if isinstance(prompt, list):
+        return " ".join(str(token) for token in prompt)
+    return str(prompt)
 
 
 def _choice(draw: Draw, text: str, reply: Reply, reason: str) -> dict[str, Any]:

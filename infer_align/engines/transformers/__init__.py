@@ -11,7 +11,7 @@ processors cannot steer single rows.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -319,6 +319,15 @@ class TransformersEngine(Engine):
     def has_system_role(self) -> bool:
         """True unless the chat template leaves system messages out."""
         return self._started is None or has_system_role(self._started.model.tokenizer)
+
+    def text_of_tokens(self, tokens: Sequence[int]) -> str:
+        """Return the text of a prompt of token ids.
+
+        Raises:
+            InvalidRequest: the model does not have one of the token ids.
+            Unavailable: the engine has not started.
+        """
+        return self._parts().model.completion_prompt(list(tokens)).text
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return the number of one-token calls that reading these labels takes.

@@ -10,6 +10,8 @@ import torch
 
 from infer_align.checkpoints.rope import fix_rope, longest_context, reads_rows_alone
 from infer_align.decoding.cache import RowCache
+from infer_align.decoding.params import check_token_ids
+from infer_align.decoding.sequences import check_token_prompt
 from infer_align.decoding.tools import ToolRequest
 from infer_align.engines.transformers.output_layer import quicken_output_layer
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
@@ -241,11 +243,23 @@ class Model:
             InvalidRequest: the chat template refuses the messages, or a part is not text.
         """
         if draw.kind == "completion":
-            prompt = draw.body["prompt"]
-            return tokenize(self.tokenizer, prompt, "prompt", special=True, is_continued=True)
+            return self.completion_prompt(draw.body["prompt"])
         text = render(self.tokenizer, draw.body, tools) + prefix
         is_continued = bool(prefix) or bool(draw.body.get("continue_final_message"))
         return tokenize(self.tokenizer, text, "messages", special=False, is_continued=is_continued)
+
+    def completion_prompt(self, prompt: object) -> Prompt:
+        """Return the prompt of a text completion, which is a string or a list of token ids.
+
+        Raises:
+            InvalidRequest: it is something else, or the model does not have one of the token ids.
+        """
+        if isinstance(prompt, str):
+            return tokenize(self.tokenizer, prompt, "prompt", special=True, is_continued=True)
+        ids = check_token_prompt(prompt)
+        check_token_ids("prompt", ids, self.vocabulary)
+        text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return Prompt(text, ids, is_continued=True)
 
 
 def end_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:

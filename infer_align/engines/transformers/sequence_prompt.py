@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from infer_align.decoding.continuation import TURN, text_tokens
-from infer_align.decoding.params import check_token_ids
-from infer_align.decoding.sequences import SequenceQuery, check_fit, check_token_prompt
+from infer_align.decoding.sequences import SequenceQuery, check_fit
 from infer_align.decoding.tools import read_tools
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
@@ -38,22 +37,13 @@ def query_tokens(
 def _prompt(model: Model, query: SequenceQuery) -> tuple[Prompt, str]:
     """Return the prompt, and the space that stands before each text."""
     if query.kind == "completion":
-        return _completion_prompt(model, query.body), ""
+        return model.completion_prompt(query.body["prompt"]), ""
     if query.role == "user":
         return _user_prompt(model, query.body)
     text = render(model.tokenizer, query.body, read_tools(query.body))
     is_continued = bool(query.body.get("continue_final_message"))
     prompt = tokenize(model.tokenizer, text, "messages", special=False, is_continued=is_continued)
     return prompt, ""
-
-
-def _completion_prompt(model: Model, body: Body) -> Prompt:
-    prompt = body["prompt"]
-    if isinstance(prompt, str):
-        return tokenize(model.tokenizer, prompt, "prompt", special=True, is_continued=True)
-    ids = check_token_prompt(prompt)
-    check_token_ids("prompt", ids, model.vocabulary)
-    return Prompt("", ids, is_continued=True)
 
 
 def _user_prompt(model: Model, body: Body) -> tuple[Prompt, str]:

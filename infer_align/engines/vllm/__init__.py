@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from infer_align.decoding.labels import LabelLogprobs, LabelQuery, control_tokens
+from infer_align.decoding.params import check_token_ids
 from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.demo.locate import locate
 from infer_align.engines import App, Engine, Stream
@@ -310,6 +311,18 @@ class VllmEngine(Engine):
     def has_system_role(self) -> bool:
         """True unless the chat template refuses system messages or leaves them out."""
         return self._started is None or self._started.frontend.has_system_role
+
+    def text_of_tokens(self, tokens: Sequence[int]) -> str:
+        """Return the text of a prompt of token ids.
+
+        Raises:
+            InvalidRequest: the model does not have one of the token ids.
+            Unavailable: the engine has not started.
+        """
+        frontend = self._require_started().frontend
+        check_token_ids("prompt", tokens, len(frontend.vocabulary))
+        text: str = frontend.tokenizer.decode([*tokens])
+        return text
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return the number of requests that `read_labels` sends for one query.
