@@ -90,10 +90,17 @@ class Flow:
 
 
 @asynccontextmanager
-async def serving(source: Path | None = None) -> AsyncIterator[Flow]:
-    """Start a configuration as it is served, on one thread; by default the embedded demo."""
+async def serving(
+    source: Path | None = None, settings: Sequence[str] = ("engine.threads=1",)
+) -> AsyncIterator[Flow]:
+    """Start a configuration as it is served, on one thread; by default the embedded demo.
+
+    Args:
+        source: the file of the configuration.
+        settings: texts `a.b=c` that replace settings of the file.
+    """
     torch.set_num_threads(1)
-    loaded = config.load(source, ["engine.threads=1", "limits.max_candidates=1024"])
+    loaded = config.load(source, [*settings, "limits.max_candidates=1024"])
     engine = loaded.load_engine()
     rewards = loaded.load_rewards({"served": engine})
     await engine.start()

@@ -7,6 +7,10 @@ fall when the text breaks.
 
     python benchmarks/alignment/guidance_real.py
     python benchmarks/alignment/guidance_real.py --pools answer_pools.jsonl.xz    # its instructions
+    python benchmarks/alignment/guidance_real.py --upstream --prompts 24    # before an upstream
+
+With --upstream, a second server has the model, and ours stands before it: it reads the most likely
+tokens of each context from the upstream. The guards are read from the model itself.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +34,9 @@ from rich.table import Table
 from benchmarks.alignment.flow import Flow, serving
 from benchmarks.alignment.report import OUT, argument_parser, difference, mean_se, row_figure
 from benchmarks.record import RESULTS, record
+from benchmarks.serving.client import serving as serving_http
 from infer_align.decoding.sequences import SequenceQuery
+from infer_align.engines.transformers import TransformersEngine
 from infer_align.quickstart import CONFIG
 from infer_align.quickstart.rewards import cheerfulness
 from infer_align.types import Array
@@ -38,6 +45,10 @@ from infer_align.types import Array
 TRAITS = ("cheerful", "simple", "brief")
 SCALES = (-1.0, 0.0, 1.0, 2.0, 3.0)
 GRID = (0.0, 1.0, 2.0)
+# The scales before an upstream, where every token costs a call per context.
+UPSTREAM_TRAIT = "cheerful"
+UPSTREAM_SCALES = (-1.0, 0.0, 1.0, 2.0)
+MODEL = "SmolLM2-135M-Instruct"
 MAX_TOKENS = 64
 TEMPERATURE = 0.8
 SEED = 90_210
@@ -105,8 +116,22 @@ def prompts(pools: Path | None, n: int) -> list[str]:
     return every[::step][:n]
 
 
-async def answer(flow: Flow, questions: Sequence[str], seed: int, scales: dict[str, float]) -> Cell:
-    """Answer every question once with these scales, and measure the answers."""
+async def answer(
+    flow: Flow,
+    questions: Sequence[str],
+    seed: int,
+    scales: dict[str, float],
+    frozen: Flow | None = None,
+) -> Cell:
+    """Answer every question once with these scales, and measure the answers.
+
+    Args:
+        flow: answers the questions.
+        questions: the prompts.
+        seed: of the draws.
+        scales: trait -> scale.
+        frozen: reads the log-probabilities of the frozen model, if `flow` cannot.
+    """
     guidance = {"guidance": {"scale": scales}, "rewards": {}}
     body = {"max_tokens": MAX_TOKENS, "temperature": TEMPERATURE}
     responses = await flow.ask_all(questions, seed, guidance, **body)
@@ -117,7 +142,7 @@ async def answer(flow: Flow, questions: Sequence[str], seed: int, scales: dict[s
             measures[name].append(measure(text))
     measures["tokens"] = [float(each.returned[0].completion_tokens) for each in responses]
     measures["distinct_pairs"] = [distinct_pairs(text) for text in texts]
-    measures["logprob_per_token"] = await frozen_logprobs(flow, questions, texts)
+    measures["logprob_per_token"] = await frozen_logprobs(frozen or flow, questions, texts)
     arrays = {name: np.array(values) for name, values in measures.items()}
     return Cell(scales, arrays)
 
@@ -194,6 +219,7 @@ async def run(seed: int, questions: Sequence[str], source: str) -> None:
         for first, second in itertools.product(GRID, GRID):
             scales = {"cheerful": first, "simple": second}
             grid.append(await answer(flow, questions, seed, scales))
+            OUT.print(f"cheerful {first:g}, simple {second:g}: measured", highlight=False)
     frozen = by_trait["cheerful"][SCALES.index(0.0)]
     rows: list[dict[str, Any]] = []
     for trait, cells in by_trait.items():
@@ -216,15 +242,53 @@ async def run(seed: int, questions: Sequence[str], source: str) -> None:
     plot(by_trait)
 
 
+def before_upstream(frozen: Flow, port: int) -> AbstractAsyncContextManager[Flow]:
+    """Start the same configuration before the server on this port, with the model's tokenizer."""
+    assert isinstance(frozen.engine, TransformersEngine)
+    tokenizer = frozen.engine.frozen.lm.config.name_or_path
+    url = f"http://127.0.0.1:{port}/v1"
+    engine = f'engine={{urls="{url}", probe="start", model="{MODEL}", tokenizer="{tokenizer}"}}'
+    return serving(CONFIG, [engine, "rewards={}", "server.default_rewards={}"])
+
+
+async def run_upstream(seed: int, questions: Sequence[str], source: str) -> None:
+    """Answer the prompts with every scale of one trait before an upstream; print and record."""
+    OUT.print(__doc__, highlight=False)
+    command = ("-m", "infer_align_server", "serve", str(CONFIG), "--port", "{port}")
+    cells: list[Cell] = []
+    with serving_http(*command, seconds=300) as (port, _):
+        async with serving(CONFIG) as frozen, before_upstream(frozen, port) as flow:
+            for scale in UPSTREAM_SCALES:
+                scales = {UPSTREAM_TRAIT: scale}
+                cells.append(await answer(flow, questions, seed, scales, frozen))
+                OUT.print(f"{UPSTREAM_TRAIT} {scale:g}: measured", highlight=False)
+    rows = rows_of(cells, cells[UPSTREAM_SCALES.index(0.0)])
+    show(f"Guidance by {UPSTREAM_TRAIT!r} before an upstream, one draw", rows)
+    setup = {
+        "prompts": len(questions),
+        "source": source,
+        "max_tokens": MAX_TOKENS,
+        "temperature": TEMPERATURE,
+        "traits": [UPSTREAM_TRAIT],
+        "upstream": "the same model behind our server on the same machine",
+    }
+    baseline = "the frozen model (scale 0) and asking (scale 1), with the same seeds"
+    name = "guidance_upstream"
+    written = record(name, baseline=baseline, seed=seed, rows=rows, setup=setup)
+    OUT.print("written:", written)
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argument_parser(__doc__, prompts=64)
     parser.set_defaults(seed=SEED)
     parser.add_argument("--pools", type=Path, help="answer pools of AlpacaEval, JSONL in xz")
+    parser.add_argument("--upstream", action="store_true", help="measure before an upstream")
     options = parser.parse_args()
     source = "a list of topics" if options.pools is None else "AlpacaEval's instructions"
     questions = prompts(options.pools, options.prompts)
-    asyncio.run(run(options.seed, questions, source))
+    measure = run_upstream if options.upstream else run
+    asyncio.run(measure(options.seed, questions, source))
 
 
 if __name__ == "__main__":
