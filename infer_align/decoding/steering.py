@@ -26,7 +26,12 @@ from infer_align.types import Array
 from infer_align.values import Value
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
-from infer_align_kernels import add_candidate_shifts, reweight_logits, top_candidates
+from infer_align_kernels import (
+    add_candidate_shifts,
+    reweight_logits,
+    runs_triton,
+    top_candidates,
+)
 
 NO_CACHES: Mapping[ValueLM, ValueCache] = MappingProxyType({})
 
@@ -188,7 +193,7 @@ def steer(
     # A selection of rows is a copy already, so it can always be written to.
     may_overwrite = in_place or rows is not None
     # The fast path has no masks and runs on the CPU only.
-    if batch.uniform and may_overwrite and not logits.is_cuda:
+    if batch.uniform and may_overwrite and not runs_triton(logits.device):
         add_candidate_shifts(steered, candidates, values, batch.beta)
     else:
         steered = reweight_logits(

@@ -31,7 +31,7 @@ from infer_align.values._fingerprint import (
     from_json,
     to_json,
 )
-from infer_align_kernels import add_head_values, candidate_values
+from infer_align_kernels import add_head_values, candidate_values, runs_triton
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class HeadValue(Value):
         """Compute Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
         features = self.features(hidden)
         weight, bias = self._tensors["E"], self._tensors["b"]
-        if hidden.is_cuda:
+        if runs_triton(hidden.device):
             return candidate_values(token_ids, features[:, None], weight[None], bias[None])[0]
         candidate_biases = bias.take(token_ids)
         candidate_rows = embedding(token_ids, weight)

@@ -3,7 +3,9 @@
 The package depends on torch and triton only.
 """
 
+from infer_align_kernels.devices import runs_triton
 from infer_align_kernels.sibling_attention import sibling_attention
+from infer_align_kernels.top_candidates import top_candidates
 from infer_align_kernels.value_reweight import (
     CandidateValues,
     HeadValues,
@@ -13,7 +15,6 @@ from infer_align_kernels.value_reweight import (
     allocate_workspace,
     candidate_values,
     reweight_logits,
-    top_candidates,
     value_reweight,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "allocate_workspace",
     "candidate_values",
     "reweight_logits",
+    "runs_triton",
     "sibling_attention",
     "top_candidates",
     "value_reweight",

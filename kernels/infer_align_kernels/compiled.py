@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from infer_align_kernels.sibling_attention import triton as sibling_attention
+from infer_align_kernels.top_candidates import triton as top_candidates
 from infer_align_kernels.value_reweight import candidates, head
 from infer_align_kernels.value_reweight import triton as value_reweight
 
@@ -130,7 +131,48 @@ def launches() -> list[Launch]:
 
     That is a vocabulary of 128,256 tokens, rank 128, bfloat16, 64 candidates, and heads of 128.
     """
-    return [*_head_launches(), *_candidate_launches(), *_attention_launches()]
+    return [
+        *_top_candidates_launches(),
+        *_head_launches(),
+        *_candidate_launches(),
+        *_attention_launches(),
+    ]
+
+
+VOCABULARY = 128_256
+CANDIDATE_COUNTS = (20, 64, top_candidates.MAX_CANDIDATES)
+TOP_CANDIDATES_TYPES = {
+    "logits": "*fp32",
+    **dict.fromkeys(("indices", "out"), "*i64"),
+    "peaks": "*i32",
+    **dict.fromkeys(("V", "N", "K", "row_stride"), "i32"),
+}
+
+
+def _top_candidates_launches() -> list[Launch]:
+    peaks = top_candidates.tile_peaks_kernel
+    tile = top_candidates.plan(VOCABULARY, 1).tile
+    constants = {"TILE": tile, "TILES": top_candidates.BLOCK // tile, "HAS_INDICES": True}
+    made = [_top_candidates_launch(peaks, constants, top_candidates.PEAK_WARPS)]
+    for k in CANDIDATE_COUNTS:
+        cut = top_candidates.plan(VOCABULARY, k)
+        constants = {"SLOTS": cut.slots, "TILE": cut.tile, "TILES": cut.tile_slots}
+        kernel = top_candidates.top_candidates_kernel
+        made.append(_top_candidates_launch(kernel, constants, cut.num_warps))
+    return made
+
+
+def _top_candidates_launch(kernel: Any, constants: Mapping[str, Any], num_warps: int) -> Launch:
+    return Launch(
+        name=kernel.__name__.removesuffix("_kernel"),
+        kernel=kernel,
+        types=TOP_CANDIDATES_TYPES,
+        constants=constants,
+        num_warps=num_warps,
+        num_stages=2,
+        tensor_cores=False,
+        aligned=("V", "row_stride"),
+    )
 
 
 # Types of the arguments of all value reweighting kernels.

@@ -262,29 +262,6 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
     assert out.shape == (0, 40)
 
 
-@pytest.mark.parametrize("distinct", [3, 40])
-def test_top_candidates_order_equal_logits_by_id(distinct: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randint(0, distinct, (50, 200), generator=generator).float()
-    logits[0] = -INF
-    logits[1, :150] = NAN
-    clean = logits.nan_to_num(nan=-INF, neginf=-INF)
-    expected = clean.sort(dim=1, descending=True, stable=True).indices
-    for k in (1, 7, 199, 200):
-        assert torch.equal(top_candidates(logits, k), expected[:, :k])
-        assert torch.equal(reference.top_candidates_by_key(logits, k), expected[:, :k])
-
-
-@DTYPES
-def test_top_candidates_by_key_are_those_by_topk(dtype: torch.dtype) -> None:
-    logits = cases.logits(40, 3001, dtype)
-    logits[3, :5] = torch.tensor([0.0, -0.0, INF, -INF, NAN], dtype=dtype)
-    logits[4].clamp_(-0.05, 0.05)
-    for k in (1, 20, 3001):
-        by_key = reference.top_candidates_by_key(logits, k)
-        assert torch.equal(by_key, top_candidates(logits, k))
-
-
 def chi_square_z(tokens: torch.Tensor, probabilities: np.ndarray, bins: int) -> float:
     """Return the z-score of Pearson's statistic; the rarest tokens share a bin."""
     order = np.argsort(-probabilities)
@@ -381,11 +358,6 @@ def test_a_sampling_argument_that_does_not_fit_is_named(
     }
     with pytest.raises(ValueError, match=message):
         value_reweight(**(arguments | change))
-
-
-def test_a_k_beyond_the_vocabulary_is_named() -> None:
-    with pytest.raises(ValueError, match="k: 41"):
-        top_candidates(cases.logits(2, 40), 41)
 
 
 def test_the_exported_names_are_sorted_and_callable() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from infer_align_kernels.devices import launching, runs_triton
 from infer_align_kernels.sibling_attention import reference
 
 
@@ -43,11 +44,11 @@ def sibling_attention(
     """
     _check_shapes(query, prefix_keys, prefix_values, own_keys, own_values, lengths)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.is_cuda:
+    if runs_triton(query.device):
         # Triton is not needed on a CPU.
         from infer_align_kernels.sibling_attention import triton  # noqa: PLC0415
 
-        with torch.cuda.device(query.device):
+        with launching(query.device):
             return triton.sibling_attention(
                 query, prefix_keys, prefix_values, own_keys, own_values, lengths, scale
             )

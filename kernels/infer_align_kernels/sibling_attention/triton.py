@@ -8,16 +8,15 @@ One pass over a row's prefix serves all siblings and all query heads that share 
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from infer_align_kernels.devices import INTERPRETED
+
 LOG2_E = 1.4426950408889634
-# The interpreter multiplies the bits of bfloat16, so numbers are widened to float32 there.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class AttentionTiles(NamedTuple):
@@ -185,6 +184,7 @@ def sibling_attention(
         COLUMNS=shape.columns,
         D=dim,
         DIM=max(16, triton.next_power_of_2(dim)),
+        # The interpreter multiplies the bits of bfloat16, so numbers are widened there.
         UPCAST=INTERPRETED,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,

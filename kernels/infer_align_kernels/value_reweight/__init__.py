@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from infer_align_kernels.devices import launching, runs_triton
 from infer_align_kernels.value_reweight import reference
 from infer_align_kernels.value_reweight.types import CandidateValues, HeadValues, Sampled, Tail
 
@@ -19,7 +20,6 @@ __all__ = [
     "allocate_workspace",
     "candidate_values",
     "reweight_logits",
-    "top_candidates",
     "value_reweight",
 ]
 
@@ -65,11 +65,11 @@ def value_reweight(
         _check_head(logits, beta, values)
     else:
         _check_candidates(logits, values.token_ids, values.values, beta, values.tail)
-    if logits.is_cuda:
+    if runs_triton(logits.device):
         # Triton is not needed on a CPU.
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
-        with torch.cuda.device(logits.device):
+        with launching(logits.device):
             return triton.value_reweight(
                 logits, values, beta, temperature, seed, step, bitmask, workspace
             )
@@ -113,11 +113,11 @@ def reweight_logits(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if out is not None:
         _check_out(out, logits, dtype)
-    if logits.is_cuda and dtype == torch.float32:
+    if runs_triton(logits.device) and dtype == torch.float32:
         # Triton is not needed on a CPU.
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
-        with torch.cuda.device(logits.device):
+        with launching(logits.device):
             return triton.reweight_logits(logits, token_ids, values, beta, tail, out)
     return reference.reweight_logits(logits, token_ids, values, beta, tail, out)
 
@@ -189,11 +189,11 @@ def add_head_values(
         _check_shape("bias", bias, (logits.shape[1],), logits.device)
     _check_shape("centre", centre, (rows,), logits.device)
     _check_shape("beta", beta, (rows,), logits.device)
-    if logits.is_cuda:
+    if runs_triton(logits.device):
         # Triton is not needed on a CPU.
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
-        with torch.cuda.device(logits.device):
+        with launching(logits.device):
             return triton.add_head_values(logits, hidden, weight, bias, centre, beta, indices)
     return reference.add_head_values(logits, hidden, weight, bias, centre, beta, indices)
 
@@ -222,38 +222,13 @@ def candidate_values(
     _check_shape("hidden", hidden, (None, weight.shape[0], weight.shape[2]), weight.device)
     if bias is not None:
         _check_shape("bias", bias, tuple(weight.shape[:2]), weight.device)
-    if hidden.is_cuda:
+    if runs_triton(hidden.device):
         # Triton is not needed on a CPU.
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
-        with torch.cuda.device(hidden.device):
+        with launching(hidden.device):
             return triton.candidate_values(token_ids, hidden, weight, bias)
     return reference.candidate_values(token_ids, hidden, weight, bias)
-
-
-def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the ids of the k largest logits of each row, largest first, equal ones by lower id.
-
-    `torch.topk` leaves the order of equal logits open. NaN counts as -inf. On CUDA, the call does
-    not wait for the device.
-
-    Args:
-        logits: [B, V].
-        k: 1..V.
-
-    Returns:
-        [B, k] int64.
-
-    Raises:
-        ValueError: k is outside 1..V.
-    """
-    if logits.ndim != 2 or not 1 <= k <= logits.shape[1]:
-        raise ValueError(
-            f"k: {k} is not allowed for logits {tuple(logits.shape)}; must be in 1..V of [B, V]."
-        )
-    if logits.is_cuda:
-        return reference.top_candidates_by_key(logits, k)
-    return reference.top_candidates(logits, k)
 
 
 def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -> torch.Tensor:

@@ -8,20 +8,18 @@ The second has one small program per row, which merges them and draws the token.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
+from infer_align_kernels.devices import INTERPRETED
 from infer_align_kernels.value_reweight import candidates as candidate_kernels
 from infer_align_kernels.value_reweight import head as head_kernels
 from infer_align_kernels.value_reweight.sampling import STATISTICS
 from infer_align_kernels.value_reweight.types import CandidateValues, HeadValues, Sampled, Tail
 
-# The interpreter multiplies the bits of bfloat16, so numbers are widened to float32 there.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Upper bound of the ranks that `candidate_values` loads at once.
 MAX_GATHER_RANK = 256
 # tl.dot needs at least this many columns.
@@ -131,6 +129,7 @@ def _sample_head(head: HeadValues, common: Arguments, draw: Arguments) -> None:
     head_kernels.value_reweight_head_tile_kernel[triton.cdiv(rows, tiles.rows), tile_count](
         **arguments,
         ROWS=tiles.rows,
+        # The interpreter multiplies the bits of bfloat16, so numbers are widened there.
         UPCAST=INTERPRETED,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -283,6 +282,7 @@ def add_head_values(
         RANK=min(tiles.rank, max(MIN_DOT_RANK, triton.next_power_of_2(rank))),
         HAS_BIAS=bias is not None,
         HAS_INDICES=indices is not None,
+        # The interpreter multiplies the bits of bfloat16, so numbers are widened there.
         UPCAST=INTERPRETED,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

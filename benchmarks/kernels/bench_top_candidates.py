@@ -1,0 +1,77 @@
+"""Measure the exact top-k against torch.topk, which leaves the order of equal logits open.
+
+python benchmarks/kernels/bench_top_candidates.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.kernels.measure import (
+    CUDA,
+    DEVICE,
+    SEED,
+    copy_bandwidth,
+    measure_row,
+    require_passing_tests,
+    setup,
+)
+from benchmarks.record import record
+from infer_align_kernels import top_candidates
+
+VOCABULARY = 128_256
+CUDA_ROWS = (1, 8, 32, 64, 128, 256, 512)
+CPU_ROWS = (1, 8, 32)
+CANDIDATES = (20, 64)
+
+
+def random_logits(rows: int) -> torch.Tensor:
+    """Return float32 logits, as an engine has them. [B, V]."""
+    generator = torch.Generator(DEVICE).manual_seed(SEED)
+    return torch.randn(rows, VOCABULARY, generator=generator, device=DEVICE) * 3
+
+
+def check_agreement(logits: torch.Tensor, k: int) -> None:
+    """Exit if the candidates are not those of a stable sort."""
+    expected = logits.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    if not torch.equal(top_candidates(logits, k), expected):
+        raise SystemExit("top_candidates: differs from a stable sort. Nothing is measured.")
+
+
+def measure_shape(rows: int, k: int, bandwidth: float) -> dict[str, Any]:
+    """Measure one batch size and return its row."""
+    logits = random_logits(rows)
+    check_agreement(logits, k)
+    half = logits.bfloat16()
+    variants = {
+        "ours": lambda: top_candidates(logits, k),
+        "topk": lambda: logits.topk(k),
+        "ours_bf16": lambda: top_candidates(half, k),
+        "topk_bf16": lambda: half.topk(k),
+    }
+    shape = {"B": rows, "V": VOCABULARY, "k": k}
+    return measure_row(shape, variants, logits.nbytes, bandwidth)
+
+
+def main() -> None:
+    """Measure all shapes and write the results."""
+    require_passing_tests("top_candidates")
+    bandwidth = copy_bandwidth()
+    lines = []
+    for rows in CUDA_ROWS if CUDA else CPU_ROWS:
+        for k in CANDIDATES:
+            lines.append(measure_shape(rows, k, bandwidth))
+    path = record(
+        f"kernels_top_candidates_{DEVICE.type}",
+        baseline="topk: torch.topk of the same logits",
+        seed=SEED,
+        rows=lines,
+        setup=setup(bandwidth),
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Choose the implementation for a device: the Triton kernels or the torch references."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+# True if Triton interprets its kernels on the CPU. Triton reads the variable when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Return True if tensors on this device are computed by the Triton kernels.
+
+    That is a GPU. With TRITON_INTERPRET=1 it is the CPU too, so that tests can run everything that
+    a GPU runs.
+    """
+    return device.type == "cuda" or (INTERPRETED and device.type == "cpu")
+
+
+def launching(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which kernels are launched on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
