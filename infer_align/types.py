@@ -222,6 +222,8 @@ class Scores:
     notes: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
     reports: Mapping[str, Body] = field(default_factory=dict)  # reward -> further results as JSON
     failures: Mapping[str, int] = field(default_factory=dict)  # reward -> candidates not scored
+    # reward -> type of the first exception that left a candidate without a score
+    errors: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)  # reward -> time of its slowest call
     # pairwise judge -> [N, N] probabilities that a row beats a column; NaN: not compared
     matrices: Mapping[str, Array] = field(default_factory=dict)

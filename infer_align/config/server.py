@@ -89,6 +89,13 @@ class Limits:
         default=128,
         metadata={"ge": 1, "description": "Maximum number of candidates of one request."},
     )
+    max_documents: int = field(
+        default=1000,
+        metadata={
+            "ge": 1,
+            "description": "Maximum number of documents of one request to /v1/rerank.",
+        },
+    )
     max_completion_tokens: int = field(
         default=131_072,
         metadata={

@@ -248,11 +248,14 @@ def _combine(
     usage = sum((result.usage for result in results.values()), ScoringUsage())
     reports = {name: result.report for name, result in results.items() if result.report}
     failures: dict[str, int] = {}
+    errors: dict[str, str] = {}
     for name, result in results.items():
         failed = int(np.isnan(result.values).any(axis=(0, 1)).sum())
         if failed:
             failures[name] = failed
-    return Scores(members, usage, notes, reports, failures, matrices=matrices)
+        if result.failure is not None:
+            errors[name] = type(result.failure).__name__
+    return Scores(members, usage, notes, reports, failures, errors, matrices=matrices)
 
 
 def _member_scores(scorer: Scorer, values: Array, direction: Direction | None) -> Array:

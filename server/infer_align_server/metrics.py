@@ -52,6 +52,8 @@ class Metrics:
         self.rejected = candidates.labels("rejected")
         self.dropped = candidates.labels("dropped")
         self.profile_choices = self._counter("profile_choices", "Choices added to stored profiles")
+        self.documents = self._counter("documents", "Documents that were scored by /v1/rerank")
+        self.verdicts = self._counter("verdicts", "Verdicts by disposition", ["disposition"])
         self.running = self._gauge("running_requests", "Requests that are running")
         self.queued = self._gauge("queued_requests", "Requests that wait in the queue")
         self.tasks = self._gauge("tasks", "Tasks of the event loop; constant while idle")

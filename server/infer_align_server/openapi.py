@@ -9,28 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, get_args
+from typing import Any
 
 from starlette.routing import Route
 
-from infer_align.config import registry
-from infer_align.config.align import MAX_WEIGHT, Budget, Details
-from infer_align.config.schema import json_schema
-from infer_align.flow.scorers import reward_names
-from infer_align.flow.seeds import SEED_RANGE
-from infer_align.objectives import Ensemble
-from infer_align.rewards import Reward
-from infer_align.types import Kind
 from infer_align_server.engine_routes import serves_responses
-from infer_align_server.feedback import Feedback
-from infer_align_server.judging import Judging
-from infer_align_server.scoring import align_keys
+from infer_align_server.request_schemas import request_schemas
 from infer_align_server.service import Service
-from infer_align_server.wire.response_schemas import SCHEMAS, STRING, Schema, array, nullable, ref
-from infer_align_server.wire.stream_options import StreamOptions
+from infer_align_server.wire.response_schemas import (
+    SCHEMAS,
+    STRING,
+    Schema,
+    ref,
+)
 
 # The meaning of each status, on every route. docs/api.md has a table of it.
 STATUSES = {
@@ -83,6 +77,9 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/responses/{id}/cancel": Operation(None, "Passed", _WORK),
     "/v1/align/score": Operation("ScoreRequest", "Scores", _WORK),
     "/v1/align/judge": Operation("JudgeRequest", "Judgements", _WORK),
+    "/v1/align/verify": Operation("VerifyRequest", "Verdict", _WORK),
+    "/verify": Operation("EntailmentRequest", "Entailment", _WORK),
+    "/v1/rerank": Operation("RerankRequest", "Reranked", _WORK),
     "/v1/align/feedback": Operation("FeedbackRequest", "Feedback", _WORK),
     "/v1/align/profiles/{id}": Operation(None, "Profile", _WORK),
     "/v1/align/profiles/{id}/export": Operation(None, "ProfileExport", _WORK),
@@ -112,7 +109,7 @@ def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of a service as it is configured."""
     schemas = {
         **SCHEMAS,
-        **_request_schemas(service),
+        **request_schemas(service),
         "Document": {"type": "object", "required": ["openapi", "info", "paths"]},
     }
     schemas |= _extract_definitions(schemas)
@@ -213,145 +210,6 @@ def _json(schema: Schema) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": schema}}}
 
 
-# --- Schemas of requests ---
-
-
-def _request_schemas(service: Service) -> dict[str, Schema]:
-    align = _align(service)
-    align_fields = {
-        key: align["properties"][key] for key in align_keys() if key in align["properties"]
-    }
-    judge_fields = json_schema(Judging)["properties"]
-    model = {"enum": [*service.models(), None]}
-    max_candidates = service.config.limits.max_candidates
-    common = {
-        "model": model,
-        "messages": ref("Messages"),
-        "candidates": array(STRING, minItems=1, maxItems=max_candidates),
-    }
-    tokens = array({"type": "integer", "minimum": 0}, minItems=1)
-    texts = array(STRING, minItems=1, maxItems=max_candidates)
-    token_lists = array(tokens, minItems=1, maxItems=max_candidates)
-    prompt = {"anyOf": [STRING, tokens, texts, token_lists]}
-    return {
-        "Align": align,
-        "Message": _message(),
-        "Messages": array(ref("Message"), minItems=1),
-        "ChatRequest": _completion_request(service, "chat", model, messages=ref("Messages")),
-        "CompletionRequest": _completion_request(service, "completion", model, prompt=prompt),
-        "ResponsesRequest": {
-            "type": "object",
-            "properties": {"model": model, "align": {"type": "null"}},
-        },
-        "ScoreRequest": _candidates_request({**common, **align_fields}),
-        "JudgeRequest": _candidates_request({**common, **judge_fields}),
-        "FeedbackRequest": json_schema(Feedback),
-        "QuestionRequest": {
-            "type": "object",
-            "properties": {
-                **common,
-                "candidates": nullable(array(STRING, minItems=2, maxItems=max_candidates)),
-                "align": {"type": "null"},
-            },
-            "required": ["messages"],
-        },
-    }
-
-
-def _candidates_request(fields: Mapping[str, Schema]) -> Schema:
-    """Return the schema of a request with `messages`, `candidates` and optional fields."""
-    required = ["messages", "candidates"]
-    properties = {}
-    for name, schema in fields.items():
-        properties[name] = schema if name in required else nullable(schema)
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required,
-        "additionalProperties": False,
-    }
-
-
-def _completion_request(service: Service, kind: Kind, model: Schema, **prompt: Schema) -> Schema:
-    """Return the schema of one of OpenAI's completion requests.
-
-    It contains the fields that this server or the engine checks. The engine forwards any other
-    field or refuses it.
-    """
-    max_candidates = service.config.limits.max_candidates
-    server_fields = {
-        "model": model,
-        "n": {"type": ["integer", "null"], "minimum": 1, "maximum": max_candidates},
-        "seed": {"type": ["integer", "null"], "minimum": -SEED_RANGE, "maximum": SEED_RANGE - 1},
-        "stream": {"type": ["boolean", "null"]},
-        "stream_options": nullable(json_schema(StreamOptions)),
-        "align": nullable(ref("Align")),
-    }
-    has_options = {
-        "required": ["stream_options"],
-        "properties": {"stream_options": {"type": "object"}},
-    }
-    is_streamed = {"required": ["stream"], "properties": {"stream": {"const": True}}}
-    return {
-        "type": "object",
-        "properties": {**service.engine.field_schemas(kind), **prompt, **server_fields},
-        "required": list(prompt),
-        "if": has_options,
-        "then": is_streamed,
-    }
-
-
-def _message() -> Schema:
-    part = {
-        "type": "object",
-        "required": ["type"],
-        "properties": {"type": STRING},
-        "if": {"properties": {"type": {"const": "text"}}},
-        "then": {"required": ["text"], "properties": {"text": STRING}},
-    }
-    content = {"anyOf": [STRING, array(part)]}
-    return {
-        "type": "object",
-        "required": ["role"],
-        "properties": {"role": STRING, "content": nullable(content)},
-        "if": {"properties": {"role": {"const": "assistant"}}},
-        "else": {"required": ["content"], "properties": {"content": content}},
-    }
-
-
-def _align(service: Service) -> Schema:
-    """Return the schema of `align`: the methods that the engine supports, and the settings."""
-    schemas: dict[str, Schema] = {}
-    possible = service.engine.capabilities | service.engine.unknown_capabilities
-    for name in registry.methods.names():
-        method = registry.methods.get(name)
-        if method.needs <= possible:
-            schemas[name] = json_schema(method)
-    schemas["preset"] = {"enum": list(service.config.presets)}
-    names = reward_names(service.rewards)
-    schemas["rewards"] = {
-        "type": "object",
-        "propertyNames": {"enum": names},
-        "properties": {name: _reward(service.rewards[name.partition(".")[0]]) for name in names},
-    }
-    schemas["compose"] = _with_rewards(schemas["compose"], service)
-    schemas["ensemble"] = json_schema(Ensemble)
-    schemas["budget"] = json_schema(Budget)
-    schemas["details"] = {"enum": list(get_args(Details))}
-    properties = {name: nullable(schema) for name, schema in schemas.items()}
-    if not service.config.presets:
-        properties["preset"] = {"type": "null"}
-    return {"type": "object", "properties": properties, "additionalProperties": False}
-
-
-def _with_rewards(schema: Schema, service: Service) -> Schema:
-    """Return the schema of `compose`, which names the configured rewards."""
-    names = reward_names(service.rewards)
-    gates = {**schema["properties"]["gates"], "propertyNames": {"enum": names}}
-    properties = {**schema["properties"], "gates": gates}
-    return {**schema, "properties": properties, "propertyNames": {"enum": [*names, "gates"]}}
-
-
 def _extract_definitions(schema: object) -> dict[str, Schema]:
     """Remove pydantic's `$defs` from a schema and return them."""
     definitions: dict[str, Schema] = {}
@@ -363,21 +221,3 @@ def _extract_definitions(schema: object) -> dict[str, Schema]:
         for child in schema:
             definitions |= _extract_definitions(child)
     return definitions
-
-
-def _reward(reward: Reward) -> Schema:
-    """Return the schema of one reward in `align.rewards`: its weight, or an object.
-
-    A reward that requires a parameter has no plain weight.
-    """
-    weight: Schema = {"type": "number", "minimum": 0, "maximum": MAX_WEIGHT}
-    parameters: Schema = {} if reward.parameters is None else json_schema(reward.parameters)
-    fields = {**parameters.get("properties", {}), "weight": weight}
-    required = parameters.get("required", [])
-    with_parameters: Schema = {
-        "type": "object",
-        "properties": fields,
-        "required": required,
-        "additionalProperties": False,
-    }
-    return with_parameters if required else {"anyOf": [weight, with_parameters]}

@@ -21,7 +21,7 @@ from infer_align.errors import UnknownModel, Unsupported, nearest
 from infer_align.flow.plan import worst_case
 from infer_align.flow.request import check_placement
 from infer_align.types import Kind
-from infer_align_server import discovery, judging, profile_routes, scoring
+from infer_align_server import discovery, profile_routes, reranking, scoring_routes
 from infer_align_server.answering import answer_all
 from infer_align_server.authorization import authorize, owner_of, service_of
 from infer_align_server.engine_routes import (
@@ -43,7 +43,7 @@ from infer_align_server.forwarding import (
 from infer_align_server.limits.client_timeout import with_client_deadline
 from infer_align_server.openapi import changing_facts, document
 from infer_align_server.service import ModelChoice, Service
-from infer_align_server.wire.body import parse_body, read_body, read_bytes
+from infer_align_server.wire.body import parse_body, read_bytes
 from infer_align_server.wire.completion import OBJECTS, completion_json
 from infer_align_server.wire.disconnect import until_client_leaves
 from infer_align_server.wire.encoding import dumps, json_response
@@ -195,6 +195,13 @@ async def upstream_route(http: HttpRequest) -> HttpResponse:
             raise HTTPException(404)
         return UpstreamResponse(service, engine, request, Cost(caller), upload=upload)
     content = await read_bytes(http, limits.max_body_bytes)
+    return _forwarded_json(http, content, caller)
+
+
+def _forwarded_json(http: HttpRequest, content: bytes, caller: str) -> UpstreamResponse:
+    """Return the upstream's answer to a request to one of its routes."""
+    service = service_of(http)
+    engine = _forwarding_engine(service)
     body = json_fields(content)
     model = _routed_model(service, body)
     if model and model.engine_model != body["model"]:
@@ -229,19 +236,18 @@ def _routed_model(service: Service, body: Mapping[str, Any]) -> ModelChoice | No
     return model
 
 
-async def score(http: HttpRequest) -> HttpResponse:
-    """Score candidates from the request without generating anything."""
+async def rerank(http: HttpRequest) -> HttpResponse:
+    """Order documents by how well they answer a query, as the rewards see it."""
     service, caller = authorize(http)
-    body = await read_body(http, service.config.limits.max_body_bytes)
-    work = scoring.score(service, body, caller, owner_of(http))
-    return json_response(await until_client_leaves(http.receive, work))
-
-
-async def judge(http: HttpRequest) -> HttpResponse:
-    """Judge candidates from the request, one by one and in pairs."""
-    service, caller = authorize(http)
-    body = await read_body(http, service.config.limits.max_body_bytes)
-    work = judging.judge(service, body, caller)
+    content = await read_bytes(http, service.config.limits.max_body_bytes)
+    service.require_ready()
+    app = engine_app(service)
+    if reranking.is_for_engine(service, json_fields(content)):
+        if app:
+            return ForwardedResponse(service, app, content, caller, 0)
+        if isinstance(service.engine, Forwards) and service.engine.passes(http.url.path):
+            return _forwarded_json(http, content, caller)
+    work = reranking.rerank(service, parse_body(content), caller, owner_of(http))
     return json_response(await until_client_leaves(http.receive, work))
 
 
@@ -347,8 +353,11 @@ ROUTES = [
     RecordedRoute(
         "/v1/responses/{id}/cancel", stored_response, methods=["POST"], name="cancel_response"
     ),
-    RecordedRoute("/v1/align/score", score, methods=["POST"]),
-    RecordedRoute("/v1/align/judge", judge, methods=["POST"]),
+    RecordedRoute("/v1/rerank", rerank, methods=["POST"]),
+    RecordedRoute("/v1/align/score", scoring_routes.score, methods=["POST"]),
+    RecordedRoute("/v1/align/judge", scoring_routes.judge, methods=["POST"]),
+    RecordedRoute("/v1/align/verify", scoring_routes.verify, methods=["POST"]),
+    RecordedRoute("/verify", scoring_routes.verify_entailment, methods=["POST"]),
     RecordedRoute("/v1/align/feedback", profile_routes.feedback, methods=["POST"]),
     RecordedRoute(
         "/v1/align/profiles/{id}",

@@ -1,9 +1,12 @@
-"""`/v1/align/score`: score candidates that the client sends; the second half of the flow alone."""
+"""Score texts that the client sends; the second half of the flow alone.
+
+`/v1/align/score` returns all scores. `/v1/rerank` and `/v1/align/verify` use the same steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -16,13 +19,40 @@ from infer_align.flow.request import Request, check_prompt
 from infer_align.flow.response import Response, Timing
 from infer_align.flow.scoring import score as score_candidates
 from infer_align.flow.selection import rank_candidates
-from infer_align.types import Candidate
+from infer_align.types import Candidate, Scores, Selection
 from infer_align_server.service import Service
 from infer_align_server.wire.completion import extras_json, scores_json
 from infer_align_server.wire.encoding import number
 
 # Settings of `align` that are about scores, beside the methods.
 SETTINGS = ("rewards", "ensemble")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTexts:
+    """Texts with their scores and their ranking.
+
+    Attributes:
+        plan: The plan that scored them.
+        candidates: The texts as candidates, in their order.
+        scores: The scores of all rewards.
+        selection: The ranking. It is empty if no text could be scored.
+    """
+
+    plan: Plan
+    candidates: tuple[Candidate, ...]
+    scores: Scores
+    selection: Selection
+
+    def check(self) -> None:
+        """Check that something could be scored.
+
+        Raises:
+            RewardFailed: No text has a score.
+        """
+        if not self.selection.ranking:
+            first_error = next(iter(self.selection.dropped.values()))
+            raise RewardFailed(f"{self.selection.reason}; first: {first_error}")
 
 
 @cache
@@ -52,27 +82,106 @@ async def score(
         RewardFailed: No candidate could be scored.
     """
     texts = parse_candidates(service, body, ("model", "messages", "candidates", *align_keys()))
-    request = await _request(service, body, owner)
-    plan = await when_discovered(lambda: _plan(service, request, len(texts)))
-    candidates = [_candidate(i, text) for i, text in enumerate(texts)]
+    messages = body.get("messages")
+    check_prompt({"messages": messages}, "chat")
+    keys = align_settings(service, body, align_keys())
+    plan = await scoring_plan(service, messages, keys, len(texts), owner)
+    scored = await score_texts(service, plan, texts, caller)
+    scored.check()
+    no_timing = Timing(0.0, 0.0, 0.0)
+    response = Response(plan, scored.candidates, scored.scores, scored.selection, no_timing)
+    return {
+        "object": "align.score",
+        "ranking": list(scored.selection.ranking),
+        "reason": scored.selection.reason,
+        "candidates": [_candidate_json(response, i) for i in range(len(texts))],
+        "usage": asdict(scored.scores.usage),
+        **extras_json(response),
+    }
+
+
+def align_settings(
+    service: Service, body: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Return the keys of `align` that a body has as fields, over those of its model's preset.
+
+    Args:
+        service: The service.
+        body: The body of the request; its `model` may name a preset.
+        names: The keys that are read.
+
+    Raises:
+        UnknownModel: There is no such model or preset.
+    """
+    preset = service.resolve_model(body.get("model")).preset
+    settings = service.config.presets[preset] if preset else {}
+    keys = {key: value for key, value in settings.items() if key in names}
+    for key in names:
+        if body.get(key) is not None:
+            keys[key] = body[key]
+    return keys
+
+
+async def scoring_plan(
+    service: Service, messages: object, keys: Mapping[str, Any], n: int, owner: str
+) -> Plan:
+    """Return the plan that scores n answers to a conversation.
+
+    Args:
+        service: The service.
+        messages: The conversation.
+        keys: The keys of `align`, as `align_settings` returns them.
+        n: The number of answers.
+        owner: The owner of the stored profile that the keys may name.
+
+    Raises:
+        InvalidRequest: A key is wrong, or a reward cannot score these messages.
+    """
+    align = parse_align(keys, path="")
+    parsed = Request({"messages": messages}, align=align, aligned=True)
+    request = await service.personalise(parsed, owner)
+    return await when_discovered(lambda: _plan(service, request, n))
+
+
+async def score_texts(
+    service: Service, plan: Plan, texts: Sequence[str], caller: str
+) -> ScoredTexts:
+    """Score the texts with a plan, admitted, charged and counted as one request.
+
+    Raises:
+        InvalidRequest: The worst case of the judges is over the limit of one request.
+        Overloaded: The queue is full, or the caller's token budget is used up.
+    """
+    candidates = tuple(_candidate(i, text) for i, text in enumerate(texts))
     async with service.scoring(plan.scoring_tokens, caller) as count_usage:
         scores = await score_candidates(plan, candidates)
         count_usage(scores.usage)
         service.metrics.count_reward_calls(scores)
-    selection = rank_candidates(plan, candidates, scores)
-    if not selection.ranking:
-        first_error = next(iter(selection.dropped.values()))
-        raise RewardFailed(f"{selection.reason}; first: {first_error}")
-    no_timing = Timing(0.0, 0.0, 0.0)
-    response = Response(plan, tuple(candidates), scores, selection, no_timing)
+    return ScoredTexts(plan, candidates, scores, rank_candidates(plan, candidates, scores))
+
+
+def usage_json(scores: Scores) -> dict[str, int]:
+    """Return the tokens of scoring under OpenAI's names."""
+    usage = scores.usage
+    prompt_tokens = usage.reward_tokens + usage.judge_prompt_tokens
     return {
-        "object": "align.score",
-        "ranking": list(selection.ranking),
-        "reason": selection.reason,
-        "candidates": [_candidate_json(response, i) for i in range(len(texts))],
-        "usage": asdict(scores.usage),
-        **extras_json(response),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": usage.judge_completion_tokens,
+        "total_tokens": prompt_tokens + usage.judge_completion_tokens,
     }
+
+
+def check_fields(body: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a field that the route does not have.
+
+    Raises:
+        InvalidRequest: Naming the field and the nearest one.
+    """
+    for name in body:
+        if name not in names:
+            raise InvalidRequest(
+                f"{name}: no such field; {nearest(name, names)}", param=name, code="unknown_field"
+            )
 
 
 def _candidate(index: int, text: str) -> Candidate:
@@ -86,20 +195,6 @@ def _candidate_json(response: Response, index: int) -> dict[str, Any]:
         "scores": scores_json(response, index),
         "error": response.selection.dropped.get(index),
     }
-
-
-async def _request(service: Service, body: Mapping[str, Any], owner: str) -> Request:
-    """Return the request with its profile. The keys of `align` are fields of the body itself."""
-    messages = body.get("messages")
-    check_prompt({"messages": messages}, "chat")
-    preset = service.resolve_model(body.get("model")).preset
-    settings = service.config.presets[preset] if preset else {}
-    keys = {key: value for key, value in settings.items() if key in align_keys()}
-    for key in align_keys():
-        if body.get(key) is not None:
-            keys[key] = body[key]
-    request = Request({"messages": messages}, align=parse_align(keys, path=""), aligned=True)
-    return await service.personalise(request, owner)
 
 
 def _plan(service: Service, request: Request, n: int) -> Plan:
@@ -134,11 +229,7 @@ def parse_candidates(
         InvalidRequest: There are no candidates, or too many, or the body has an unknown field.
     """
     service.require_ready()
-    for name in body:
-        if name not in fields:
-            raise InvalidRequest(
-                f"{name}: no such field; {nearest(name, fields)}", param=name, code="unknown_field"
-            )
+    check_fields(body, fields)
     candidates = body.get("candidates")
     if not _is_list_of_text(candidates):
         raise InvalidRequest(
@@ -146,14 +237,21 @@ def parse_candidates(
             "string.",
             param="candidates",
         )
-    limit = service.config.limits.max_candidates
-    if len(candidates) > limit:
-        raise InvalidRequest(
-            f"candidates: {len(candidates)} candidates are over this server's limit of {limit}; "
-            "send fewer.",
-            param="candidates",
-        )
+    check_count("candidates", len(candidates), service.config.limits.max_candidates)
     return candidates
+
+
+def check_count(field: str, count: int, limit: int) -> None:
+    """Check the number of texts of a request.
+
+    Raises:
+        InvalidRequest: There are more than the limit allows; `param` is the field.
+    """
+    if count > limit:
+        raise InvalidRequest(
+            f"{field}: {count} {field} are over this server's limit of {limit}; send fewer.",
+            param=field,
+        )
 
 
 def _is_list_of_text(value: object) -> TypeGuard[list[str]]:

@@ -53,6 +53,12 @@ def fails_on_3(_: Messages, text: str) -> float:
     return float(text.rsplit(maxsplit=1)[-1])
 
 
+def system_characters(messages: Messages, _: str) -> float:
+    """A hundredth of the number of characters of the system's turn."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    return len("".join(system)) / 100
+
+
 def hanging(_: Messages, text: str) -> float:
     """Return the number that the text ends with, after the test has set `hold`."""
     hold.wait()

@@ -73,6 +73,7 @@ def _choice(**content: Schema) -> Schema:
 
 
 _MESSAGE = opened(role={"const": "assistant"}, content=nullable(STRING))
+_CONFIDENCE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 _SCORE_FIELDS = {"index": COUNT, "objective": nullable(NUMBER), "scores": mapping(ref("Score"))}
 _CANDIDATE = closed(
     **_SCORE_FIELDS,
@@ -230,6 +231,36 @@ SCHEMAS: dict[str, Schema] = {
         cycles=array(array(COUNT)),
         drop_rate=closed(score=nullable(NUMBER), pairwise=nullable(NUMBER)),
         usage=mapping(COUNT),
+    ),
+    "Reranked": closed(
+        id=STRING,
+        model=STRING,
+        results=array(
+            _with_optional({"document": opened(text=STRING)}, index=COUNT, relevance_score=NUMBER)
+        ),
+        usage=mapping(COUNT),
+        meta=_with_optional({"warnings": array(STRING)}, api_version=closed(version=STRING)),
+    ),
+    "Verdict": closed(
+        object={"const": "align.verdict"},
+        disposition={"enum": ["approve", "redo", "reject", "tie", "abstain"]},
+        confidence=nullable(_CONFIDENCE),
+        reason_codes=array(STRING, minItems=1),
+        kind=STRING,
+        version=STRING,
+        scores=array(
+            _with_optional({"flags": array(STRING)}, candidate_id=STRING, confidence=_CONFIDENCE)
+        ),
+        not_scored=mapping(STRING),
+        usage=mapping(COUNT),
+        latency_ms=COUNT,
+    ),
+    "Entailment": closed(
+        confidence=_CONFIDENCE,
+        should_escalate=BOOLEAN,
+        verified_count=COUNT,
+        total_samples=COUNT,
+        threshold=_CONFIDENCE,
     ),
     "Model": _MODEL,
     "Models": closed(object={"const": "list"}, data=array(ref("Model"), minItems=1)),

@@ -72,7 +72,7 @@ OTHER: list[tuple[str, str, bytes, str]] = [
     ("GET", "/v1/files/file-1/content", b"", ""),
     ("DELETE", "/v1/files/file-1", b"", ""),
     ("POST", "/v1/images/generations", b'{"prompt": "a"}', "application/json"),
-    ("POST", "/v1/rerank", b'{"query": "a", "documents": ["b"]}', "application/json"),
+    ("POST", "/v1/rerank", b'{"model": "r", "query": "a", "documents": ["b"]}', "application/json"),
     ("POST", "/v1/score", b'{"text_1": "a", "text_2": "b"}', "application/json"),
     ("POST", "/tokenize", b'{"prompt": "a"}', "application/json"),
     ("POST", "/v1/responses", b'{"model": "up", "input": "a"}', "application/json"),
