@@ -1,6 +1,9 @@
+"""The store of profiles, on SQLite and on PostgreSQL."""
+
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -19,26 +22,31 @@ pytest.importorskip("alembic")
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import create_engine, inspect
+from sqlalchemy import Connection, inspect
 
+from infer_align.profiles import cache
 from infer_align.profiles import store as stores
+from infer_align.profiles.database import MIGRATIONS, StoreFailed, open_database
 from infer_align.profiles.schema import METADATA
-from infer_align.profiles.store import ProfileStore, StoreFailed
+from infer_align.profiles.store import ProfileStore
+from tests.postgres import Postgres
+
+pytestmark = pytest.mark.xdist_group("store")
 
 
 def choice(number: float, text: Choice | None = None) -> StoredChoice:
     return StoredChoice({"brief": number}, "a", "b", "c", text, "request")
 
 
-def url(path: Path) -> str:
-    return f"sqlite+aiosqlite:///{path}"
+def numbers(profile) -> list[float]:
+    return [stored.differences["brief"] for stored in profile.choices]
 
 
-def run(path: Path, work, options: str = ""):
-    """Return the result of `work(store)` on a store in this file."""
+def run(url: str, work):
+    """Return the result of `work(store)` on the store of an URL."""
 
     async def scenario():
-        store = ProfileStore(url(path) + options)
+        store = ProfileStore(url)
         try:
             return await work(store)
         finally:
@@ -47,7 +55,34 @@ def run(path: Path, work, options: str = ""):
     return asyncio.run(scenario())
 
 
-def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+def run_in_database(url: str, work, version: str | None = None):
+    """Return the result of `work(connection)` in one transaction, without our migrations.
+
+    Args:
+        url: of the database.
+        work: the transaction.
+        version: of the tables that are made before; None makes none.
+    """
+
+    def transaction(connection: Connection):
+        if version is not None:
+            config = Config()
+            config.set_main_option("script_location", str(MIGRATIONS))
+            config.attributes["connection"] = connection
+            command.upgrade(config, version)
+        return work(connection)
+
+    async def scenario():
+        database = open_database(url)
+        try:
+            return await database._transaction(transaction, writes=True)
+        finally:
+            await database.close()
+
+    return asyncio.run(scenario())
+
+
+def test_a_profile_is_read_as_it_was_written(store_url: str) -> None:
     text = Choice("Yes.", "No.", ({"role": "user", "content": "Häuser 🦉?"},))
 
     async def work(store: ProfileStore):
@@ -55,14 +90,25 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
         await store.add("ann", "u", [choice(3.0)])
         return await store.get("ann", "u")
 
-    profile = run(tmp_path / "p.db", work)
-    assert [stored.differences["brief"] for stored in profile.choices] == [1.0, -2.5, 3.0]
+    profile = run(store_url, work)
+    assert numbers(profile) == [1.0, -2.5, 3.0]
     assert profile.choices[1].text == text
     assert (profile.total, profile.description, profile.weights) == (3, "A child.", {"brief": 0.5})
     assert profile.choices[0].request_id == "request"
+    assert run(store_url, lambda store: store.get("ann", "u")) == profile
 
 
-def test_owners_share_nothing(tmp_path: Path) -> None:
+def test_adding_returns_the_profile_as_it_is_then(store_url: str) -> None:
+    async def work(store: ProfileStore):
+        added = [await store.add("ann", "u", [choice(1.0)]), await store.add("ann", "u")]
+        added.append(await store.add("ann", "u", [choice(2.0), choice(3.0)], weights={"brief": 1}))
+        assert added[-1] == await store.get("ann", "u")
+        return added
+
+    assert [each.total for each in run(store_url, work)] == [1, 1, 3]
+
+
+def test_owners_share_nothing(store_url: str) -> None:
     async def work(store: ProfileStore):
         await store.add("ann", "u", [choice(1.0)])
         await store.add("bob", "u", [choice(2.0), choice(3.0)])
@@ -70,13 +116,13 @@ def test_owners_share_nothing(tmp_path: Path) -> None:
         assert not await store.delete("ann", "u")
         return await store.get("ann", "u"), await store.get("bob", "u"), await store.overview()
 
-    ann, bob, overview = run(tmp_path / "p.db", work)
+    ann, bob, overview = run(store_url, work)
     assert ann is None
     assert bob.total == 2
     assert [row[:3] for row in overview] == [("bob", "u", 2)]
 
 
-def test_sql_in_a_name_is_a_name(tmp_path: Path) -> None:
+def test_sql_in_a_name_is_a_name(store_url: str) -> None:
     name = "'; DROP TABLE profiles; --"
 
     async def work(store: ProfileStore):
@@ -84,96 +130,161 @@ def test_sql_in_a_name_is_a_name(tmp_path: Path) -> None:
         await store.add("ann", name, [choice(1.0)])
         return await store.get("ann", name)
 
-    assert run(tmp_path / "p.db", work).id == name
+    assert run(store_url, work).id == name
 
 
-def test_the_latest_choices_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_choices_are_read(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "MAX_READ", 3)
 
     async def work(store: ProfileStore):
         await store.add("ann", "u", [choice(float(i)) for i in range(7)])
+        first = await store.get("ann", "u")
+        await store.add("ann", "u", [choice(7.0)])
+        return first, await store.get("ann", "u")
+
+    first, second = run(store_url, work)
+    assert (numbers(first), first.total) == ([4.0, 5.0, 6.0], 7)
+    assert (numbers(second), second.total) == ([5.0, 6.0, 7.0], 8)
+
+
+def test_a_replica_reads_what_another_one_wrote(store_url: str) -> None:
+    async def work(store: ProfileStore):
+        replica = ProfileStore(store_url)
+        try:
+            totals = []
+            for i in range(3):
+                await store.add("ann", "u", [choice(float(i))])
+                await replica.add("ann", "u", [choice(float(i))])
+                totals += [(await each.get("ann", "u")).total for each in (store, replica)]
+            return totals
+        finally:
+            await replica.close()
+
+    assert run(store_url, work) == [2, 2, 4, 4, 6, 6]
+
+
+def test_a_profile_that_a_replica_made_anew_has_no_earlier_choices(store_url: str) -> None:
+    async def work(store: ProfileStore):
+        await store.add("ann", "u", [choice(1.0), choice(2.0)])
+        replica = ProfileStore(store_url)
+        try:
+            assert await replica.delete("ann", "u")
+            await replica.add("ann", "u", [choice(9.0)])
+        finally:
+            await replica.close()
         return await store.get("ann", "u")
 
-    profile = run(tmp_path / "p.db", work)
-    assert [stored.differences["brief"] for stored in profile.choices] == [4.0, 5.0, 6.0]
-    assert profile.total == 7
+    assert numbers(run(store_url, work)) == [9.0]
 
 
-def test_a_store_of_the_first_version_moves_forward(tmp_path: Path) -> None:
-    path = tmp_path / "p.db"
-    engine = create_engine(f"sqlite:///{path}")
-    with engine.begin() as connection:
-        config = Config()
-        config.set_main_option("script_location", str(stores.MIGRATIONS))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "first")
+def test_the_choices_in_memory_are_bounded(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MAX_CHOICES", 5)
+
+    async def work(store: ProfileStore):
+        for i in range(6):
+            await store.add("ann", f"u{i}", [choice(1.0), choice(2.0)])
+        assert len(store._cache._profiles) == 2
+        return [(await store.get("ann", f"u{i}")).total for i in range(6)]
+
+    assert run(store_url, work) == [2] * 6
+
+
+def test_a_store_of_the_first_version_moves_forward(store_url: str) -> None:
+    def fill(connection: Connection) -> None:
         connection.exec_driver_sql("INSERT INTO profiles VALUES ('ann', 'u', 1.0)")
-    engine.dispose()
+        connection.exec_driver_sql(
+            "INSERT INTO choices (owner, profile_id, created_at, differences, chosen_hash, "
+            "rejected_hash, messages_hash) "
+            "VALUES ('ann', 'u', 1.0, '{\"brief\": 4}', 'a', 'b', 'c')"
+        )
+
+    run_in_database(store_url, fill, "first")
 
     async def work(store: ProfileStore):
         await store.add("ann", "u", [choice(1.0)])
         return await store.get("ann", "u")
 
-    profile = run(path, work)
-    assert (profile.total, profile.description, profile.weights) == (1, "", {})
+    profile = run(store_url, work)
+    assert (numbers(profile), profile.description, profile.weights) == ([4.0, 1.0], "", {})
 
 
-def test_the_migrations_make_the_tables_of_the_schema(tmp_path: Path) -> None:
-    run(tmp_path / "p.db", lambda store: store.get("ann", "u"))
-    engine = create_engine(f"sqlite:///{tmp_path / 'p.db'}")
-    inspector = inspect(engine)
+def test_replicas_that_migrate_at_once_do_it_once(store_url: str) -> None:
+    run_in_database(store_url, lambda _: None, "first")
+
+    async def scenario():
+        replicas = [ProfileStore(store_url) for _ in range(4)]
+        await asyncio.gather(*(each.add("ann", "u", [choice(1.0)]) for each in replicas))
+        profile = await replicas[0].get("ann", "u")
+        await asyncio.gather(*(each.close() for each in replicas))
+        return profile.total
+
+    assert asyncio.run(scenario()) == 4
+
+
+def test_the_migrations_make_the_tables_of_the_schema(store_url: str) -> None:
+    run(store_url, lambda store: store.get("ann", "u"))
+
+    def columns(connection: Connection):
+        inspector = inspect(connection)
+        return {name: inspector.get_columns(name) for name in METADATA.tables}
+
+    made = run_in_database(store_url, columns)
     for name, table in METADATA.tables.items():
-        made = {column["name"]: column["nullable"] for column in inspector.get_columns(name)}
-        assert made == {column.name: column.nullable for column in table.columns}
-    engine.dispose()
+        nullable = {column["name"]: column["nullable"] for column in made[name]}
+        assert nullable == {column.name: column.nullable for column in table.columns}
 
 
-def test_a_store_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    run(tmp_path / "p.db", lambda store: store.get("ann", "u"))
-    connection = sqlite3.connect(tmp_path / "p.db")
-    connection.execute("UPDATE alembic_version SET version_num = 'later'")
-    connection.commit()
-    connection.close()
+def test_a_store_of_a_newer_version_is_refused(store_url: str) -> None:
+    run(store_url, lambda store: store.get("ann", "u"))
+    later = "UPDATE alembic_version SET version_num = 'later'"
+    run_in_database(store_url, lambda connection: connection.exec_driver_sql(later).rowcount)
     with pytest.raises(StoreFailed, match="newer version"):
-        run(tmp_path / "p.db", lambda store: store.get("ann", "u"))
+        run(store_url, lambda store: store.get("ann", "u"))
 
 
-def test_a_read_only_store_is_read_and_not_written(tmp_path: Path) -> None:
+async def _refuses_to_write(store: ProfileStore) -> StoreFailed:
+    assert (await store.get("ann", "u")).total == 1
+    with pytest.raises(StoreFailed) as caught:
+        await store.add("ann", "u", [choice(2.0)])
+    assert (await store.get("ann", "u")).total == 1
+    return caught.value
+
+
+def test_a_read_only_file_is_read_and_not_written(tmp_path: Path) -> None:
     path = tmp_path / "p.db"
-    run(path, lambda store: store.add("ann", "u", [choice(1.0)]))
-
-    async def work(store: ProfileStore):
-        assert (await store.get("ann", "u")).total == 1
-        with pytest.raises(StoreFailed) as caught:
-            await store.add("ann", "u", [choice(2.0)])
-        return caught.value
-
-    error = asyncio.run(_read_only(path, work))
+    run(f"sqlite+aiosqlite:///{path}", lambda store: store.add("ann", "u", [choice(1.0)]))
+    error = run(f"sqlite+aiosqlite:///file:{path}?mode=ro&uri=true", _refuses_to_write)
     assert (error.status, error.code, error.retry_after) == (503, "store_unavailable", 5)
 
 
-async def _read_only(path: Path, work):
-    store = ProfileStore(f"sqlite+aiosqlite:///file:{path}?mode=ro&uri=true")
-    try:
-        return await work(store)
-    finally:
-        await store.close()
+@pytest.mark.slow
+def test_a_read_only_server_is_read_and_not_written(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    run(url, lambda store: store.add("ann", "u", [choice(1.0)]))
+    postgres.read_only(url)
+    assert run(url, _refuses_to_write).status == 503
 
 
 def test_a_full_store_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
-    path = tmp_path / "p.db"
-    run(path, lambda store: store.add("ann", "u", [choice(1.0)]))
+    url = f"sqlite+aiosqlite:///{tmp_path}/p.db"
+    run(url, lambda store: store.add("ann", "u", [choice(1.0)]))
 
     async def work(store: ProfileStore):
         await store.get("ann", "u")
-        limit = "PRAGMA max_page_count = 1"
-        async with store._engine.connect() as connection:
-            await connection.exec_driver_sql(limit)
-        with pytest.raises(StoreFailed):
-            await store.add("ann", "u", [choice(2.0, Choice("x" * 100_000, "y"))])
-        return await store.get("ann", "u")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # No file can grow: for the database, the disk is full.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            with pytest.raises(StoreFailed):
+                await store.add("ann", "u", [choice(2.0, Choice("x" * 1_000_000, "y"))])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        kept = await store.get("ann", "u")
+        return kept, await store.add("ann", "u", [choice(3.0)])
 
-    assert run(path, work).total == 1
+    kept, later = run(url, work)
+    assert (numbers(kept), numbers(later)) == ([1.0], [1.0, 3.0])
 
 
 @pytest.mark.parametrize("text", ["mysql://host/db", "nothing", "sqlite:///p.db"])
@@ -182,15 +293,15 @@ def test_another_database_is_refused(text: str) -> None:
         ProfileStore(text)
 
 
-def test_many_writers_lose_nothing(tmp_path: Path) -> None:
+def test_many_writers_lose_nothing(store_url: str) -> None:
     async def work(store: ProfileStore):
         await asyncio.gather(*(store.add("ann", f"u{i % 3}", [choice(i)]) for i in range(30)))
         return [(await store.get("ann", f"u{i}")).total for i in range(3)]
 
-    assert run(tmp_path / "p.db", work) == [10, 10, 10]
+    assert run(store_url, work) == [10, 10, 10]
 
 
-def test_a_cancelled_write_is_whole_and_leaves_no_connection_behind(tmp_path: Path) -> None:
+def test_a_cancelled_write_is_whole_and_leaves_no_connection_behind(store_url: str) -> None:
     async def work(store: ProfileStore):
         tasks = [asyncio.create_task(store.add("ann", "u", [choice(i)])) for i in range(10)]
         await asyncio.sleep(0)
@@ -200,7 +311,7 @@ def test_a_cancelled_write_is_whole_and_leaves_no_connection_behind(tmp_path: Pa
         await store.add("ann", "u", [choice(99)])
         return await store.get("ann", "u")
 
-    assert run(tmp_path / "p.db", work).total >= 1
+    assert run(store_url, work).total >= 1
 
 
 WRITER = """
@@ -221,18 +332,17 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_a_killed_writer_leaves_all_that_it_acknowledged(tmp_path: Path) -> None:
-    path = tmp_path / "p.db"
-    arguments = [sys.executable, "-c", WRITER, url(path)]
+def test_a_killed_writer_leaves_all_that_it_acknowledged(store_url: str) -> None:
+    arguments = [sys.executable, "-c", WRITER, store_url]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         acknowledged = [writer.stdout.readline() for _ in range(20)]
         writer.send_signal(signal.SIGKILL)
         acknowledged += writer.stdout.readlines()
-    numbers = [float(line) for line in acknowledged if line.endswith("\n")]
-    profile = run(path, lambda store: store.get("ann", "u"))
-    kept = [stored.differences["brief"] for stored in profile.choices]
-    assert kept[: len(numbers)] == numbers
-    connection = sqlite3.connect(path)
-    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    connection.close()
+    written = [float(line) for line in acknowledged if line.endswith("\n")]
+    profile = run(store_url, lambda store: store.get("ann", "u"))
+    assert numbers(profile)[: len(written)] == written
+    if store_url.startswith("sqlite"):
+        connection = sqlite3.connect(store_url.partition(":///")[2])
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        connection.close()
