@@ -270,6 +270,15 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnedScale:
+    """The scale of a trait that choices speak for."""
+
+    scale: float
+    uncertainty: float | None  # standard deviation of the scale; None: no choice says anything
+    bounds: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
 class AppliedProfile:
     """The changes that a profile made to one request."""
 
@@ -277,6 +286,7 @@ class AppliedProfile:
     adapt: str
     choices: int  # that the weights were learnt from, or that stand in the prompt
     left_out: int  # choices that could not be used
-    weights: Mapping[str, float]  # by reward, attribute or trait
+    weights: Mapping[str, float]  # by reward or attribute
     uncertainty: Mapping[str, float | None]  # standard deviations of the weights
     bounds: Mapping[str, tuple[float, float]]
+    scales: Mapping[str, LearnedScale] = field(default_factory=dict)  # of guidance, by trait

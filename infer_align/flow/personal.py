@@ -8,11 +8,9 @@ works with a profile as it works without one.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,9 +18,17 @@ from infer_align.config.align import Align
 from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest, nearest
 from infer_align.flow.choice_scores import ChoiceScores
+from infer_align.flow.personalised import (
+    Term,
+    Terms,
+    changed_request,
+    personalised,
+    unit_or_same,
+)
 from infer_align.flow.profile_inputs import check_conversations, with_stored
 from infer_align.flow.request import Request, conversation
 from infer_align.flow.scorers import reward_names, rewards_along
+from infer_align.flow.trait_scales import check_traits, learned_scales, learnt_traits
 from infer_align.methods import Sections
 from infer_align.methods.dpa import DPA, Prompting, unit
 from infer_align.methods.profile import (
@@ -30,30 +36,11 @@ from infer_align.methods.profile import (
     Profile,
     ProfileSettings,
     examples_in_prompt,
-    turned,
 )
 from infer_align.profiles.records import StoredChoice, StoredProfile
 from infer_align.profiles.weights import Learned, learn, spreads_of
 from infer_align.rewards import Reward
-from infer_align.types import AppliedProfile, Array, Messages
-
-
-class Term(NamedTuple):
-    """One thing that a profile weighs."""
-
-    name: str  # in the report
-    feature: str  # the score that it weighs: "reward" or "reward.attribute"
-    prior: float
-    is_attribute: bool = False  # of `align.dpa.direction`
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """Everything that the profile of one request may weigh."""
-
-    weights: Mapping[str, float]  # of all rewards, those that no choice can change included
-    direction: Mapping[str, float] | None  # of dpa; None without it
-    learnt: tuple[Term, ...]
+from infer_align.types import AppliedProfile, Array, LearnedScale, Messages
 
 
 class Personaliser:
@@ -73,7 +60,11 @@ class Personaliser:
             default_rewards: {reward name: weight} for a request that names none.
             sections: the configuration sections that methods read.
             scores: scores the answers of choices.
+
+        Raises:
+            ConfigError: `[profiles] traits` names what is not configured.
         """
+        check_traits(sections, rewards)
         self._rewards = rewards
         self._default_rewards = default_rewards
         self._sections = sections
@@ -106,15 +97,23 @@ class Personaliser:
         earlier = self.stored_rows(stored.choices if stored else (), terms.learnt)
         learned = self.learn(np.concatenate([earlier, brought]), terms.learnt)
         total = len(earlier) + len(brought)
-        return _personalised(request, profile, terms, learned, total, self.settings)
+        scales = self.scales(terms, learned)
+        return personalised(request, profile, terms, learned, scales, total, self.settings)
 
-    def terms(self, align: Align, weights: Mapping[str, float], path: str) -> Terms:
+    def terms(
+        self,
+        align: Align,
+        weights: Mapping[str, float],
+        path: str,
+        traits: Mapping[str, float] | None = None,
+    ) -> Terms:
         """Return what a profile weighs in a request with this `align`.
 
         Args:
             align: of the request.
             weights: the profile's own weights, where learning starts.
             path: where the profile stands in the request, for error messages.
+            traits: {trait: scale} to learn; by default those of the request's guidance.
 
         Raises:
             InvalidRequest: a weight names neither a reward nor an attribute of the direction.
@@ -142,7 +141,13 @@ class Personaliser:
             if self._is_learnt(name, weight, align, rewards)
         ]
         learnt += self._attribute_terms(base, direction)
-        return Terms(base, direction, tuple(learnt))
+        if traits is None:
+            traits = learnt_traits(align.methods.get("guidance"), self.settings.traits)
+        features = [term.feature for term in learnt]
+        for measure in dict.fromkeys(self.settings.traits[trait] for trait in traits):
+            if measure not in features:
+                learnt.append(Term(measure, measure, 0.0, is_measure=True))
+        return Terms(base, direction, traits, tuple(learnt))
 
     def default_weights(self) -> Mapping[str, float]:
         """Return the weights of a request that names no rewards and no direction."""
@@ -156,12 +161,13 @@ class Personaliser:
     def feedback_features(self) -> list[str]:
         """Return the scores that stored choices are kept by.
 
-        They are those of the default weights, and without `[profiles] rewards` also each attribute
-        of each reward, so that a direction can be learnt.
+        They are those of the default weights, the measures of traits, and without `[profiles]
+        rewards` also each attribute of each reward, so that a direction can be learnt.
         """
         names = list(self.default_weights())
         if not self.settings.rewards:
             names += [name for name in reward_names(self._rewards) if "." in name]
+        names += self.settings.traits.values()
         features = dict.fromkeys(name for name in names if self._is_learnt(name, 1.0, Align(), {}))
         return list(features)
 
@@ -293,7 +299,7 @@ class Personaliser:
     def _in_context(self, request: Request, profile: Profile, terms: Terms) -> Request:
         """Return the request with the profile's choices for the prompt, and its own weights."""
         used = examples_in_prompt(profile.choices, self.settings.max_characters)
-        weights = {term.name: term.prior for term in terms.learnt}
+        weights = {term.name: term.prior for term in terms.learnt if not term.is_measure}
         applied = AppliedProfile(
             id=profile.id,
             adapt=profile.adapt,
@@ -303,8 +309,13 @@ class Personaliser:
             uncertainty={},
             bounds={},
         )
-        direction = _unit(terms.direction or {})
-        return _changed(request, profile, terms.weights, direction, applied)
+        direction = unit_or_same(terms.direction or {})
+        return changed_request(request, profile, terms.weights, direction, applied)
+
+    def scales(self, terms: Terms, learned: Learned) -> dict[str, LearnedScale]:
+        """Return the scales of the traits of these terms."""
+        features = [term.feature for term in terms.learnt]
+        return learned_scales(terms.traits, self.settings, features, learned)
 
 
 def _refuse_tokens(_: Sequence[int]) -> str:
@@ -324,69 +335,3 @@ def _without_failed_rewards(rows: Array) -> Array:
     if failed.all():
         return rows
     return np.where(failed, 0.0, rows)
-
-
-def _personalised(
-    request: Request,
-    profile: Profile,
-    terms: Terms,
-    learned: Learned,
-    total: int,
-    settings: ProfileSettings,
-) -> Request:
-    """Return the request with the weights that were learnt."""
-    weights = dict(terms.weights)
-    goal = dict(terms.direction or {})
-    uncertainty: dict[str, float | None] = {}
-    bounds: dict[str, tuple[float, float]] = {}
-    report: dict[str, float] = {}
-    for t, term in enumerate(terms.learnt):
-        value = float(learned.weights[t])
-        uncertainty[term.name] = _known(learned.deviations[t])
-        if term.is_attribute:
-            goal[term.name] = value
-            continue
-        weights[term.name] = report[term.name] = value
-        if not math.isnan(learned.low[t]):
-            bounds[term.name] = (float(learned.low[t]), float(learned.high[t]))
-    direction = turned(_unit(terms.direction or {}), goal, settings.max_angle)
-    report |= direction
-    used = learned.choices if terms.learnt else 0
-    applied = AppliedProfile(
-        id=profile.id,
-        adapt=profile.adapt,
-        choices=used,
-        left_out=total - used,
-        weights=report,
-        uncertainty=uncertainty,
-        bounds=bounds,
-    )
-    return _changed(request, profile, weights, direction, applied)
-
-
-def _changed(
-    request: Request,
-    profile: Profile,
-    weights: Mapping[str, float],
-    direction: Mapping[str, float],
-    applied: AppliedProfile,
-) -> Request:
-    """Return the request with its complete profile, these weights and this direction."""
-    methods = {**request.align.methods, "profile": profile}
-    if direction:
-        methods["dpa"] = DPA(dict(direction))
-    align = replace(request.align, methods=methods)
-    if align.rewards is not None:
-        align = replace(align, rewards=weights)
-    return replace(request, align=align, weights=weights, profile=applied)
-
-
-def _unit(direction: Mapping[str, float]) -> Mapping[str, float]:
-    try:
-        return unit(direction)
-    except ValueError:
-        return direction
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

@@ -89,6 +89,22 @@ class ProfileSettings:
             "answers to one prompt. Default: that of the choices, which is rough for a few."
         },
     )
+    traits: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "description": "{trait: reward}: the reward that measures a trait, such as its density "
+            "ratio. Choices then also change the scale of the trait in `align.guidance`."
+        },
+    )
+    trait_step: float = field(
+        default=0.5,
+        metadata={
+            "gt": 0,
+            "le": 10,
+            "description": "How much a scale grows for a user who prefers, with weight 1, answers "
+            "whose measure is one spread higher. A scale changes by at most `bound` steps.",
+        },
+    )
     deviation: float = field(
         default=1.0,
         metadata={
@@ -168,8 +184,9 @@ class Profile:
     adapt: Literal["weights", "in_context"] = field(
         default="weights",
         metadata={
-            "description": '"weights": choices change the weights of rewards and '
-            '`align.dpa.direction`; "in_context": they are put into the prompt as examples.'
+            "description": '"weights": choices change the weights of rewards, '
+            "`align.dpa.direction` and the scales of `align.guidance`; "
+            '"in_context": they are put into the prompt as examples.'
         },
     )
 

@@ -30,6 +30,7 @@ class Learned:
     # Of the scores divided by their spreads. A term without a spread has the spread 1 here.
     spreads: Array  # [T]
     strengths: Array  # [T] weights of the divided scores; those of the prior have length 1
+    changes: Array  # [T] the strengths minus those of the prior, before the bounds
     covariance: Array  # [T, T] of the strengths
     choices: int  # that taught something
 
@@ -100,6 +101,7 @@ def learn(
     rows = np.where(has_spread, differences / divisor, 0.0)
     rows = np.where(np.isfinite(differences), rows, np.nan)
     strengths, covariance = fit(rows, start, deviation**2 * np.diag(has_spread.astype(float)))
+    changes = strengths - start
     high = np.maximum(bound, np.abs(start))
     low = -high
     if keeps_sign is not None:
@@ -115,6 +117,7 @@ def learn(
         high=high * unknown,
         spreads=divisor,
         strengths=strengths,
+        changes=changes,
         covariance=covariance,
         choices=int(np.isfinite(rows).all(axis=1).sum()),
     )

@@ -17,15 +17,18 @@ from infer_align.errors import (
     nearest,
     quote,
 )
-from infer_align.flow.personal import Personaliser, Term
+from infer_align.flow.personal import Personaliser
+from infer_align.flow.personalised import Term, Terms
 from infer_align.flow.request import check_prompt
 from infer_align.objectives import Ensemble
 from infer_align.profiles import next_question
 from infer_align.profiles.records import StoredProfile
 from infer_align.profiles.weights import Learned
+from infer_align.types import LearnedScale
 from infer_align_server.answering import answer_all
 from infer_align_server.feedback import Feedback, check_weights, pairs_of, score_pairs
 from infer_align_server.service import Service
+from infer_align_server.wire.completion import scales_json
 from infer_align_server.wire.encoding import number
 
 # Candidates that a question draws if the request brings none.
@@ -54,9 +57,8 @@ async def feedback(
         )
     async with service.scoring(0, caller):
         choices = await score_pairs(service, sent, pairs)
-    await store.add(owner, sent.profile, choices, sent.description, sent.weights)
+    stored = await store.add(owner, sent.profile, choices, sent.description, sent.weights)
     service.metrics.profile_choices.inc(len(choices))
-    stored = await service.profiles.load(owner, sent.profile, "profile")
     return {
         "object": "align.feedback",
         "profile": sent.profile,
@@ -130,7 +132,7 @@ async def question(
     check_prompt(body, "chat")
     texts = await _question_texts(service, body, caller)
     personaliser = service.personaliser
-    terms = _terms(personaliser, stored)
+    terms = _terms(personaliser, stored).learnt
     features = [term.feature for term in terms]
     personaliser.check_conversation(features, body["messages"], "messages")
     async with service.scoring(0, caller):
@@ -187,28 +189,40 @@ async def _question_texts(service: Service, body: Mapping[str, Any], caller: str
     return list(candidates)
 
 
-def _terms(personaliser: Personaliser, stored: StoredProfile) -> tuple[Term, ...]:
-    """Return what a profile weighs if a request names nothing."""
+def _terms(personaliser: Personaliser, stored: StoredProfile) -> Terms:
+    """Return what a profile weighs if a request names nothing, and every trait from scale 0."""
     weights = personaliser.known_weights(stored.weights)
     start = {**personaliser.default_weights(), **weights}
-    return personaliser.terms(Align(), start, "profile").learnt
+    traits = dict.fromkeys(personaliser.settings.traits, 0.0)
+    return personaliser.terms(Align(), start, "profile", traits)
 
 
 def knowledge(personaliser: Personaliser, stored: StoredProfile) -> dict[str, Any]:
     """Return the weights of a profile, how certain they are, and the same in words."""
     terms = _terms(personaliser, stored)
-    learned = personaliser.learn(personaliser.stored_rows(stored.choices, terms), terms)
-    names = [term.name for term in terms]
+    rows = personaliser.stored_rows(stored.choices, terms.learnt)
+    learned = personaliser.learn(rows, terms.learnt)
+    weights: dict[str, float] = {}
+    uncertainty: dict[str, float | None] = {}
     bounds: dict[str, list[float]] = {}
-    for t, name in enumerate(names):
+    words: list[str] = []
+    for t, term in enumerate(terms.learnt):
+        if term.is_measure:
+            continue
+        weights[term.name] = float(learned.weights[t])
+        uncertainty[term.name] = number(float(learned.deviations[t]))
         if not math.isnan(learned.low[t]):
-            bounds[name] = [float(learned.low[t]), float(learned.high[t])]
+            bounds[term.name] = [float(learned.low[t]), float(learned.high[t])]
+        words.append(_in_words(term, learned, t))
+    scales = personaliser.scales(terms, learned)
+    words += [_scale_in_words(trait, scale) for trait, scale in scales.items()]
     return {
         "choices": stored.total,
-        "weights": dict(zip(names, learned.weights.tolist(), strict=True)),
-        "uncertainty": dict(zip(names, map(number, learned.deviations.tolist()), strict=True)),
+        "weights": weights,
+        "uncertainty": uncertainty,
         "bounds": bounds,
-        "words": [_in_words(term, learned, t) for t, term in enumerate(terms)],
+        "scales": scales_json(scales),
+        "words": words,
     }
 
 
@@ -219,8 +233,7 @@ def _in_words(term: Term, learned: Learned, t: int) -> str:
     if math.isnan(deviation):
         return f"{term.name}: no choice says anything about it; its weight is {weight:.3g}."
     change = weight - term.prior
-    ratio = abs(change) / deviation if deviation else math.inf
-    certainty = "clearly" if ratio > 2 else "probably" if ratio > 0.5 else "perhaps"
+    certainty = _certainty(change, deviation)
     direction = "more" if change > 0 else "less"
     if not change:
         return f"{term.name}: matters as it did at the start; its weight is {weight:.3g}."
@@ -228,3 +241,20 @@ def _in_words(term: Term, learned: Learned, t: int) -> str:
         f"{term.name}: {certainty} matters {direction} than at the start; its weight is "
         f"{weight:.3g} and was {term.prior:.3g}."
     )
+
+
+def _scale_in_words(trait: str, learned: LearnedScale) -> str:
+    """Return one sentence about the scale of a trait."""
+    if learned.uncertainty is None:
+        return f"trait {trait}: no choice says anything about it."
+    certainty = _certainty(learned.scale, learned.uncertainty)
+    direction = "more" if learned.scale > 0 else "less"
+    return f"trait {trait}: {certainty} {direction} of it is liked; its scale {learned.scale:+.3g}."
+
+
+def _certainty(change: float, deviation: float) -> str:
+    """Return a word for how sure it is that a number has changed."""
+    ratio = abs(change) / deviation if deviation else math.inf
+    if ratio > 2:
+        return "clearly"
+    return "probably" if ratio > 0.5 else "perhaps"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from infer_align.flow.request import Request
 from infer_align.flow.response import Response
 from infer_align.objectives import std
-from infer_align.types import AppliedProfile, Candidate, Kind
+from infer_align.types import AppliedProfile, Candidate, Kind, LearnedScale
 from infer_align_server.wire.encoding import number
 
 
@@ -181,7 +181,21 @@ def profile_json(profile: AppliedProfile) -> dict[str, Any]:
         "uncertainty": dict(profile.uncertainty),
         "bounds": {name: list(bounds) for name, bounds in profile.bounds.items()},
     }
+    if profile.scales:
+        fields["scales"] = scales_json(profile.scales)
     return fields if profile.id is None else {"id": profile.id, **fields}
+
+
+def scales_json(scales: Mapping[str, LearnedScale]) -> dict[str, Any]:
+    """Return the scales of traits that were learnt."""
+    return {
+        trait: {
+            "scale": learned.scale,
+            "uncertainty": learned.uncertainty,
+            "bounds": list(learned.bounds),
+        }
+        for trait, learned in scales.items()
+    }
 
 
 def _candidate_json(candidate: Candidate, response: Response) -> dict[str, Any]:

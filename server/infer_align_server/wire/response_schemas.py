@@ -109,11 +109,19 @@ _MODEL["properties"] |= {
     "body": {"type": "object"},
 }
 
+_SCALES = mapping(
+    closed(
+        scale=NUMBER,
+        uncertainty=nullable(NUMBER),
+        bounds=array(NUMBER, minItems=2, maxItems=2),
+    )
+)
 _KNOWLEDGE = {
     "choices": COUNT,
     "weights": mapping(NUMBER),
     "uncertainty": mapping(nullable(NUMBER)),
     "bounds": mapping(array(NUMBER, minItems=2, maxItems=2)),
+    "scales": _SCALES,
     "words": array(STRING),
 }
 
@@ -157,7 +165,7 @@ SCHEMAS: dict[str, Schema] = {
         timing=mapping({"type": "number", "minimum": 0}),
     ),
     "AppliedProfile": _with_optional(
-        {"id": STRING},
+        {"id": STRING, "scales": _SCALES},
         adapt=STRING,
         choices=COUNT,
         left_out=COUNT,
@@ -291,6 +299,7 @@ SCHEMAS: dict[str, Schema] = {
             )
         ),
         values=mapping(closed(description=STRING, warnings=array(STRING))),
+        profiles=closed(kept=BOOLEAN, traits=mapping(STRING)),
         traits=mapping(closed(description=STRING)),
         presets=mapping({"type": "object"}),
         preset_bodies=mapping({"type": "object"}),
