@@ -61,6 +61,10 @@ def methods(service: Service) -> dict[str, Any]:
         },
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: _value(value) for name, value in values.items()},
+        "profiles": {
+            "kept": service.profiles.keeps,
+            "traits": dict(service.personaliser.settings.traits),
+        },
         "traits": {name: {"description": text} for name, text in _traits(service).items()},
         "presets": dict(service.config.presets),
         "preset_bodies": dict(service.config.preset_bodies),

@@ -35,6 +35,11 @@ SCRIPT = Path(__file__).parent / "scripts/playground.py"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FAKE = '[engine]\nkind = "fake"\n'
 DEMO = Path(infer_align.__file__).parent / "demo/infer-align.toml"
+DEMO_PROFILES = """
+rewards = { quality = 1.0 }
+traits = { helpful = "preference.helpfulness" }
+spreads = { quality = 1.0, "preference.helpfulness" = 1.0 }
+"""
 ENDLESS = f"""
 [engine]
 kind = "fake"
@@ -113,6 +118,37 @@ def demo(serve: Serve) -> Live:
     """The demo, which `make demo-serve` serves."""
     pytest.importorskip("torch")
     return serve(DEMO.read_text(encoding="utf-8"))
+
+
+# Five different answers. The person will prefer the shortest one, which has the lowest number.
+KEEPS = """
+[server]
+default_rewards = {number = 1.0, brevity = 0.0}
+[profiles]
+PLACE
+spreads = {number = 3.0, brevity = 1.0}
+[engine]
+kind = "fake"
+replies = [
+    {text = "candidate 3"}, {text = "and one more candidate 9"}, {text = "1"},
+    {text = "the candidate 7"}, {text = "candidate 5"},
+]
+[rewards.number]
+kind = "callable"
+function = "tests.server.scorers:number"
+[rewards.brevity]
+kind = "rules"
+words_weight = -1.0
+"""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    """The setting of a new store of profiles."""
+    pytest.importorskip("aiosqlite")
+    pytest.importorskip("sqlalchemy")
+    pytest.importorskip("alembic")
+    return f'store = "sqlite+aiosqlite:///{tmp_path}/profiles.db"'
 
 
 def address(live: Live) -> str:
@@ -264,13 +300,83 @@ def test_a_preset_stands_alone(demo: Live, visit: Visit) -> None:
 
 
 def test_the_pictures_of_the_docs_can_be_taken_again(
-    demo: Live, visit: Visit, tmp_path: Path
+    serve: Serve, visit: Visit, store: str, tmp_path: Path
 ) -> None:
-    visit("pictures", address(demo), folder=str(tmp_path))
+    pytest.importorskip("torch")
+    live = serve(DEMO.read_text(encoding="utf-8") + f"[profiles]\n{store}\n{DEMO_PROFILES}")
+    visit("pictures", address(live), folder=str(tmp_path))
     taken = {path.name for path in tmp_path.glob("*.png")}
     assert taken == {path.name for path in (ROOT / "docs").glob("playground*.png")}
     page = (ROOT / "docs/playground.md").read_text(encoding="utf-8")
     assert all(f"({name})" in page for name in taken)
+
+
+# --- the profile ---
+
+
+def test_choices_move_the_profile_and_the_next_answer(
+    serve: Serve, visit: Visit, store: str
+) -> None:
+    live = serve(KEEPS.replace("PLACE", store))
+    seen = visit("profile", address(live), prefer="7. ", choices=["4 choices.", "8 choices."])
+    first, second = seen["weights"]
+    assert second["brevity"] > first["brevity"] > 50, "the point of brevity does not move right"
+    (body,) = seen["bodies"]
+    assert body["align"]["profile"].keys() == {"id"}
+    assert seen["aligned"] == "1"
+    assert any("brevity" in sentence and "more" in sentence for sentence in seen["words"])
+    assert all("give or take" in label and "between" in label for label in seen["labels"])
+    assert seen["ask"] is True
+    assert body["align"]["profile"]["id"] in seen["curl"]
+    assert seen["download"]["total"] == 8
+    assert seen["left"] == {}
+    assert live.get(f"/v1/align/profiles/{seen['download']['id']}").status_code == 404
+
+
+def test_without_a_store_the_choices_stay_in_the_browser(serve: Serve, visit: Visit) -> None:
+    live = serve(KEEPS.replace("PLACE", ""))
+    seen = visit("profile", address(live), prefer="7. ", choices=["4 choices.", "8 choices."])
+    first, second = seen["weights"]
+    assert second["brevity"] > first["brevity"] > 50
+    (body,) = seen["bodies"]
+    choices = body["align"]["profile"]["choices"]
+    assert [choice["chosen"] for choice in choices] == ["1"] * 8
+    assert seen["download"]["choices"] == choices
+    assert seen["aligned"] == "1"
+    assert seen["ask"] is False
+    assert "candidate" not in seen["storage"], "a deleted choice stays in the browser"
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_next_question_is_answered_by_the_keyboard(
+    serve: Serve, visit: Visit, store: str, width: int
+) -> None:
+    live = serve(KEEPS.replace("PLACE", store))
+    seen = visit("question", address(live), width=width)
+    assert len(set(seen["answers"])) == 2
+    assert seen["focused"] == "I prefer answer 1"
+    assert seen["focused_after"] == "Ask me"
+    assert (seen["open"], set(seen["weights"])) == (0, {"number", "brevity"})
+    scrolled, visible = seen["width"]
+    assert scrolled <= visible, "the page is wider than the screen"
+
+
+def test_choices_move_the_slider_of_a_trait_in_the_next_request(
+    serve: Serve, visit: Visit, store: str
+) -> None:
+    pytest.importorskip("torch")
+    live = serve(DEMO.read_text(encoding="utf-8") + f"[profiles]\n{store}\n{DEMO_PROFILES}")
+    seen = visit("profile", address(live), prefer="1. ", choices=["choices.", "choices."])
+    assert "trait helpful" in seen["weights"][1]
+    (body,) = seen["bodies"]
+    assert body["align"]["guidance"] == {"scale": {"helpful": 0}}
+
+
+def test_a_store_that_is_down_is_an_error_in_words(serve: Serve, visit: Visit, store: str) -> None:
+    live = serve(KEEPS.replace("PLACE", store.replace("profiles.db", "no folder/profiles.db")))
+    seen = visit("profile_problem", address(live), prefer="7. ")
+    assert "nothing was changed" in seen["alert"]
+    assert "Try again in 5 s." in seen["alert"]
 
 
 # --- cancel, errors and keys ---

@@ -48,6 +48,31 @@ export async function getJson(path) {
   return response.json();
 }
 
+/**
+ * Post a JSON document, and return the JSON answer.
+ * @param {string} path
+ * @param {object} body
+ * @returns {Promise<any>}
+ */
+export async function postJson(path, body) {
+  const response = await call(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  });
+  return response.json();
+}
+
+/**
+ * Delete what stands at a path.
+ * @param {string} path
+ * @returns {Promise<any>}
+ */
+export async function deleteJson(path) {
+  const response = await call(path, { method: "DELETE" });
+  return response.json();
+}
+
 // The server sends a comment after each half of this time, as it does for SDKs that would give up.
 const COMMENT_SECONDS = 2;
 

@@ -35,8 +35,10 @@ function compare(left, right) {
  * Show the candidates.
  * @param {HTMLElement} place
  * @param {object|null} report
+ * @param {(candidates: string[], chosen: number) => void} onPrefer Called with the texts of the
+ *   candidates and the index of the one that the person prefers.
  */
-export function showCandidates(place, report) {
+export function showCandidates(place, report, onPrefer) {
   if (!report) {
     place.replaceChildren(
       el("p", { class: "hint" }, "After an aligned answer, its candidates stand here."),
@@ -44,7 +46,13 @@ export function showCandidates(place, report) {
     return;
   }
   const ranges = axes(report.candidates);
-  const items = ranked(report).map((candidate, i) => candidateItem(candidate, i, report, ranges));
+  const texts = textsOf(report.candidates);
+  const items = ranked(report).map((candidate, i) => {
+    const item = candidateItem(candidate, i, report, ranges);
+    const text = textOf(candidate);
+    if (texts.length > 1 && text) item.append(preferButton(candidate, texts, onPrefer));
+    return item;
+  });
   place.replaceChildren(
     el("p", { class: "reason" }, sentence(report)),
     scaleLegend(ranges),
@@ -121,9 +129,31 @@ function scoreRow(reward, score, range) {
   );
 }
 
-function candidateText(candidate) {
+/** Return the button by which the person prefers a candidate to all others. */
+function preferButton(candidate, texts, onPrefer) {
+  const label = "Prefer this one";
+  const button = el("button", { type: "button", class: "prefer" }, label);
+  button.setAttribute("aria-label", `${label}: candidate ${candidate.index + 1}`);
+  button.addEventListener("click", () => {
+    for (const other of button.closest("ol").querySelectorAll(".prefer")) other.textContent = label;
+    button.textContent = "Preferred";
+    onPrefer(texts, texts.indexOf(textOf(candidate)));
+  });
+  return button;
+}
+
+/** Return the different texts of the candidates. */
+function textsOf(candidates) {
+  return [...new Set(candidates.map(textOf).filter(Boolean))];
+}
+
+function textOf(candidate) {
   const message = candidate.choice?.message;
-  const text = message?.content ?? message?.refusal ?? candidate.choice?.text;
+  return message?.content ?? message?.refusal ?? candidate.choice?.text;
+}
+
+function candidateText(candidate) {
+  const text = textOf(candidate);
   return text ? el("p", { class: "text" }, text) : null;
 }
 

@@ -12,6 +12,8 @@ import { baseUrl } from "./key.js";
 import { connectKeyForm } from "./keyform.js";
 import { methodsPanel } from "./methods.js";
 import { chosenPreset, showPreset, showPresets } from "./presets.js";
+import { profilePanel } from "./profile.js";
+import { messagesOf } from "./request.js";
 import { rewardsPanel } from "./rewards.js";
 import { createRunner } from "./run.js";
 import { isEqual } from "./schema.js";
@@ -75,10 +77,38 @@ function showCatalog(catalog) {
   showPresets(catalog);
   const methods = methodsPanel(catalog, onAlignChange);
   const rewards = rewardsPanel(catalog, onAlignChange);
-  panels = { methods, rewards };
+  const profile = profilePanel(catalog, {
+    onChange: onAlignChange,
+    // The answers that the person compares stay; the next one follows the profile.
+    onLearnt: () => store.update({ align: readAlign() }),
+    questionBody,
+    onError,
+  });
+  panels = { methods, rewards, profile };
   byId("methods").replaceChildren(methods.node, rewards.node);
+  byId("profile").replaceChildren(profile.node);
   methods.start();
   store.update({ align: readAlign() });
+  profile.load();
+}
+
+/** Return the body of “ask me”: two answers to the message are compared. Null without a message. */
+function questionBody() {
+  const state = store.get();
+  const question = byId("question").value.trim() || state.question;
+  if (!question) return null;
+  const { model, seed, temperature, max_tokens } = state.sampling;
+  const body = { model, messages: messagesOf({ ...state, question }) };
+  if (seed !== null) body.seed = seed;
+  if (temperature !== null) body.temperature = temperature;
+  if (max_tokens !== null) body.max_tokens = max_tokens;
+  return body;
+}
+
+/** Learn which candidate of the aligned answer the person prefers. */
+function prefer(candidates, chosen) {
+  const { messages } = store.get().answers.aligned.body;
+  panels.profile.prefer({ messages, candidates, chosen });
 }
 
 /** Return the `align` object that the controls describe. */
@@ -87,6 +117,13 @@ function readAlign() {
   const rewards = panels.rewards.read();
   if (rewards) align.rewards = rewards;
   if (chosenPreset()) align.preset = chosenPreset();
+  const profile = panels.profile.read();
+  if (profile) align.profile = profile;
+  const traits = panels.profile.traits();
+  if (Object.keys(traits).length) {
+    // A profile changes the scales of the traits that a request names.
+    align.guidance = { ...align.guidance, scale: { ...traits, ...align.guidance?.scale } };
+  }
   return align;
 }
 
@@ -160,7 +197,7 @@ function connect() {
   const all = ["answers", "problem", "catalog", "running", "question"];
   store.watch(["answers"], (state) => showAnswers(byId("answers"), state));
   store.watch(["answers"], (state) => {
-    showCandidates(byId("candidates"), state.answers.aligned?.report ?? null);
+    showCandidates(byId("candidates"), state.answers.aligned?.report ?? null, prefer);
   });
   store.watch(["answers"], (state) => showCost(byId("cost"), state));
   store.watch(["history", "question"], (state) => showConversation(byId("turns"), state));

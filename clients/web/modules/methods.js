@@ -14,6 +14,8 @@ const GROUPS = [
 ];
 // The sliders of these stages are always in view; other methods open when they are switched on.
 const IN_VIEW = ["condition", "steer"];
+// The profile has a section of its own; see profile.js.
+const ELSEWHERE = ["profile"];
 // A method with so few parameters shows them all.
 const FEW = 2;
 
@@ -28,7 +30,7 @@ const FEW = 2;
 export function methodsPanel(catalog, onChange) {
   const node = el("div", { class: "methods" });
   const panels = new Map();
-  const entries = Object.entries(catalog.methods);
+  const entries = Object.entries(catalog.methods).filter(([name]) => !ELSEWHERE.includes(name));
   for (const [title, stages] of GROUPS) {
     const place = ([, method]) => stages.indexOf(method.stage ?? null);
     const group = entries.filter((entry) => place(entry) >= 0);

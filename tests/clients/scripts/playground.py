@@ -220,6 +220,133 @@ def candidates(visit: Visit) -> dict[str, Any]:
     }
 
 
+PROFILE = "section:has(> #profile)"
+
+
+class ProfileSection:
+    """The part of the page that shows the person's profile."""
+
+    def __init__(self, visit: Visit) -> None:
+        self.visit = visit
+        self.page = visit.page
+        self.node = visit.page.locator(PROFILE)
+
+    def status(self, text: str) -> None:
+        status = self.node.get_by_role("status")
+        expect(status).to_contain_text(text, timeout=LIMIT_MILLISECONDS)
+
+    def weights(self) -> dict[str, float]:
+        """Return {name: place of its point on the axis}."""
+        points = {}
+        for row in self.node.locator(".weights .score").all():
+            name = row.locator(".reward").inner_text()
+            place = row.locator(".weight").get_attribute("cx") or ""
+            points[name] = float(place.rstrip("%"))
+        return points
+
+    def labels(self) -> list[str | None]:
+        pictures = self.node.locator(".weights svg").all()
+        return [picture.get_attribute("aria-label") for picture in pictures]
+
+    def words(self) -> list[str]:
+        return self.node.locator(".words li").all_inner_texts()
+
+    def prefer(self, text: str) -> None:
+        candidate = self.page.locator(".candidate", has_text=text).first
+        candidate.get_by_role("button", name="Prefer this one").click()
+
+    def use(self) -> None:
+        self.node.get_by_label("Use my profile in the aligned answer").check()
+
+    def download(self) -> Any:
+        with self.page.expect_download() as download:
+            self.node.get_by_role("button", name="Download everything").click()
+        return json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+
+    def delete(self) -> None:
+        self.page.once("dialog", lambda dialog: dialog.accept())
+        self.node.get_by_role("button", name="Delete the profile").click()
+        self.status("The profile is deleted")
+
+
+def profile(visit: Visit) -> dict[str, Any]:
+    """Prefer a candidate twice, use the profile, see all of it, and delete it."""
+    visit.ready()
+    section = ProfileSection(visit)
+    section.status("No choices yet")
+    visit.ask()
+    visit.answered()
+    section.prefer(visit.options["prefer"])
+    section.status(visit.options["choices"][0])
+    first = section.weights()
+    section.prefer(visit.options["prefer"])
+    section.status(visit.options["choices"][1])
+    count = len(visit.bodies())
+    with visit.page.expect_response("**/v1/chat/completions"):
+        section.use()
+    visit.answered()
+    seen = {
+        "weights": [first, section.weights()],
+        "labels": section.labels(),
+        "words": section.words(),
+        "bodies": visit.bodies()[count:],
+        "aligned": visit.text("aligned"),
+        "ask": section.node.get_by_role("button", name="Ask me").is_enabled(),
+        "curl": visit.page.locator("#curl").text_content(),
+        "faults": visit.faults(),
+    }
+    visit.page.reload()
+    visit.status("Ready")
+    section.status(visit.options["choices"][1])
+    seen["download"] = section.download()
+    section.delete()
+    seen["left"] = section.weights()
+    seen["storage"] = visit.page.evaluate("JSON.stringify({...localStorage})")
+    return seen
+
+
+def question(visit: Visit) -> dict[str, Any]:
+    """Let the server ask, and answer by the keyboard."""
+    visit.ready()
+    section = ProfileSection(visit)
+    section.status("No choices yet")
+    button = section.node.get_by_role("button", name="Ask me")
+    button.click()
+    section.status("Type a message first")
+    visit.page.get_by_label("Your message").fill(QUESTION)
+    button.click()
+    section.status("Which answer do you prefer?")
+    answers = section.node.locator(".question .text").all_inner_texts()
+    focused = visit.page.evaluate("document.activeElement.textContent")
+    width = visit.page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    faults = visit.faults()
+    visit.page.keyboard.press("Enter")
+    section.status("1 choices")
+    return {
+        "answers": answers,
+        "focused": focused,
+        "focused_after": visit.page.evaluate("document.activeElement.textContent"),
+        "open": section.node.locator(".question .answer").count(),
+        "weights": section.weights(),
+        "width": width,
+        "faults": faults,
+    }
+
+
+def profile_problem(visit: Visit) -> dict[str, Any]:
+    """Prefer a candidate while the store is down."""
+    visit.ready()
+    section = ProfileSection(visit)
+    visit.ask()
+    visit.answered()
+    section.prefer(visit.options["prefer"])
+    alert = section.node.get_by_role("alert")
+    expect(alert).to_be_visible()
+    return {"alert": alert.inner_text(), "faults": visit.faults()}
+
+
 def cancel(visit: Visit) -> dict[str, Any]:
     visit.ready()
     visit.ask()
@@ -421,6 +548,13 @@ def pictures(visit: Visit) -> dict[str, Any]:
     visit.answered()
     take("playground", "body", rows=620)
     take("playground-candidates", "#results section:first-child", rows=330)
+    section = ProfileSection(visit)
+    section.prefer("3. ")
+    section.status("choices.")
+    section.node.get_by_role("button", name="Ask me").click()
+    section.status("Which answer do you prefer?")
+    height = page.locator(PROFILE).bounding_box() or {}
+    take("playground-profile", PROFILE, rows=round(height["height"]))
     page.emulate_media(color_scheme="dark")
     page.set_viewport_size({"width": 390, "height": 780})
     page.evaluate("window.scrollTo(0, 0)")
@@ -446,6 +580,9 @@ SCENARIOS: dict[str, Callable[[Visit], dict[str, Any]]] = {
         reference,
         new_method,
         preset,
+        profile,
+        question,
+        profile_problem,
         pictures,
     )
 }
