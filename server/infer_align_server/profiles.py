@@ -249,7 +249,8 @@ def _scale_in_words(trait: str, learned: LearnedScale) -> str:
         return f"trait {trait}: no choice says anything about it."
     certainty = _certainty(learned.scale, learned.uncertainty)
     direction = "more" if learned.scale > 0 else "less"
-    return f"trait {trait}: {certainty} {direction} of it is liked; its scale {learned.scale:+.3g}."
+    liked = f"{certainty} {direction} of it is liked"
+    return f"trait {trait}: {liked}; its scale moves by {learned.scale:+.3g}."
 
 
 def _certainty(change: float, deviation: float) -> str:

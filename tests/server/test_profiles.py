@@ -110,6 +110,9 @@ default_rewards = {number = 1.0, brevity = 0.0}
 store = "sqlite+aiosqlite:///STORE"
 store_text = TEXT
 spreads = {number = 3.0, brevity = 1.0}
+traits = {terse = "brevity"}
+[traits.terse]
+prompt = "Answer in one word."
 [engine]
 kind = "fake"
 replies = [{text = "candidate 3"}, {text = "candidate 1"}, {text = "candidate 9 9 9"}]
@@ -175,6 +178,9 @@ def test_feedback_makes_a_profile_that_answers_follow(keeping: Any) -> None:
     shown = live.get("/v1/align/profiles/u17", headers=ANN).json()
     assert shown["weights"] == answer.json()["weights"]
     assert any("brevity" in sentence and "more" in sentence for sentence in shown["words"])
+    low, high = shown["scales"]["terse"]["bounds"]
+    assert low < 0 < shown["scales"]["terse"]["scale"] <= high
+    assert any(sentence.startswith("trait terse: ") for sentence in shown["words"])
     assert live.metric("infer_align_profile_choices_total") == 3
     document = live.get("/openapi.json", headers=ANN).json()
     validator(document, "Feedback").validate(answer.json())
