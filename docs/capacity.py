@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from figures import table
+from tables import table
 
 from infer_align_bench.cost import Setting, capacity, roofline, seconds
 from infer_align_bench.simulate import simulate

@@ -2,8 +2,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a key of TABLES.
 Tables of parameters come from the code. Tables of figures come from benchmarks/results, see
-`figures.py`. The tables of docs/scaling.md are computed by the cost model, see `capacity.py`. With
-`--check` nothing is written: the exit code is 1 if a table is out of date.
+`figures.py` and `effects.py`. The tables of docs/scaling.md are computed by the cost model, see
+`capacity.py`. With `--check` nothing is written: the exit code is 1 if a table is out of date.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import capacity
 import figures
-from figures import ROOT, table
+from tables import ROOT, table
 
 from infer_align import config
 from infer_align.config import registry
