@@ -10,20 +10,18 @@ engine has one thread, and CPU time counts: other programs on the machine do not
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from benchmarks.record import record
+from benchmarks.serving.cases import Case, measure_cases, started_engine, two_models
 from benchmarks.serving.rows import Row, print_rows, row
-from infer_align import config, quickstart
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.types import Candidate, Contrast, Draw, Guidance
 
@@ -40,15 +38,7 @@ TARGETS = {1: "at most 2.1", 3: "at most 4.2"}
 OUT = Console()
 
 
-class Case(NamedTuple):
-    """A model and the length of its answers."""
-
-    name: str
-    path: Path | None  # of its configuration; None is the demo's
-    tokens: int
-
-
-CASES = (Case("demo", None, 96), Case("SmolLM2-135M", quickstart.CONFIG, 24))
+CASES = two_models(96, 24)
 
 
 class Cost(NamedTuple):
@@ -109,9 +99,7 @@ async def _finish(engine: TransformersEngine, item: Draw, tokens: int) -> None:
 
 async def measure(case: Case, rounds: int) -> list[Row]:
     """Return the rows of one model."""
-    engine = config.load(case.path, ["engine.threads=1"]).load_engine()
-    assert isinstance(engine, TransformersEngine)
-    await engine.start()
+    engine = await started_engine(case)
     whole: dict[int, list[Cost]] = {traits: [] for traits in (0, *TARGETS)}
     decoding: dict[int, list[Cost]] = {traits: [] for traits in (0, *TARGETS)}
     clock = StepClock(engine.frozen.lm)
@@ -149,26 +137,15 @@ def _row(what: str, ours: list[Cost], baseline: list[Cost], tokens: int, target:
 
 def main() -> None:
     """Measure, print and record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=[case.name for case in CASES])
-    options = parser.parse_args()
-    rows: list[Row] = []
-    for case in CASES:
-        if options.only in (None, case.name):
-            rows += asyncio.run(measure(case, options.rounds))
-    print_rows(rows, OUT, ("cost", "ratio", "ms per token", "plain", "target"))
-    for item in rows:
+    measured = measure_cases(__doc__, 3, CASES, measure)
+    print_rows(measured.rows, OUT, ("cost", "ratio", "ms per token", "plain", "target"))
+    for item in measured.rows:
         OUT.print(f"{item['what']}: {item['wall_value']:.2f} by the clock")
-    if options.only:
+    if not measured.is_complete:
         return
     setup = {
-        "rounds": options.rounds,
+        **measured.setup,
         "batch": BATCH,
-        "tokens": {case.name: case.tokens for case in CASES},
-        "threads": 1,
         "unit": "milliseconds of CPU time per token; median of the steps or rounds",
         "note": "one thread, so CPU time is the time on an idle machine; wall_* is by the clock",
     }
@@ -176,7 +153,7 @@ def main() -> None:
         "guidance_cost",
         baseline="the same requests without guidance, in alternating rounds",
         seed=0,
-        rows=rows,
+        rows=measured.rows,
         setup=setup,
     )
     OUT.print(f"wrote {path}")

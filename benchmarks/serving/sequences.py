@@ -8,19 +8,16 @@ Both times include the prompt, which is read once for all candidates.
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from time import perf_counter, process_time
 from typing import NamedTuple
 
 from rich.console import Console
 
 from benchmarks.record import record
+from benchmarks.serving.cases import Case, measure_cases, started_engine, two_models
 from benchmarks.serving.rows import Row, print_rows, row
-from infer_align import config, quickstart
 from infer_align.decoding.sequences import SequenceQuery
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.types import Draw
@@ -31,15 +28,7 @@ TARGET = "at most 0.3"
 OUT = Console()
 
 
-class Case(NamedTuple):
-    """A model and the length of its answers."""
-
-    name: str
-    path: Path | None  # of its configuration; None is the demo's
-    tokens: int
-
-
-CASES = (Case("demo", None, 64), Case("SmolLM2-135M", quickstart.CONFIG, 64))
+CASES = two_models(64, 64)
 
 
 class Cost(NamedTuple):
@@ -72,9 +61,7 @@ async def read(engine: TransformersEngine, texts: Sequence[str]) -> Cost:
 
 async def measure(case: Case, rounds: int) -> list[Row]:
     """Return the rows of one model."""
-    engine = config.load(case.path, ["engine.threads=1"]).load_engine()
-    assert isinstance(engine, TransformersEngine)
-    await engine.start()
+    engine = await started_engine(case)
     generated: list[Cost] = []
     scored: list[Cost] = []
     # The first round warms up.
@@ -103,26 +90,15 @@ def _row(case: Case, scored: list[Cost], generated: list[Cost]) -> Row:
 
 def main() -> None:
     """Measure, print and record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=[case.name for case in CASES])
-    options = parser.parse_args()
-    rows: list[Row] = []
-    for case in CASES:
-        if options.only in (None, case.name):
-            rows += asyncio.run(measure(case, options.rounds))
-    print_rows(rows, OUT, ("cost", "ratio", "milliseconds", "generating", "target"))
-    for item in rows:
+    measured = measure_cases(__doc__, 7, CASES, measure)
+    print_rows(measured.rows, OUT, ("cost", "ratio", "milliseconds", "generating", "target"))
+    for item in measured.rows:
         OUT.print(f"{item['what']}: {item['cpu_value']:.2f} by CPU time")
-    if options.only:
+    if not measured.is_complete:
         return
     setup = {
-        "rounds": options.rounds,
+        **measured.setup,
         "candidates": CANDIDATES,
-        "tokens": {case.name: case.tokens for case in CASES},
-        "threads": 1,
         "unit": "milliseconds for all candidates; median of the rounds",
         "note": "the machine ran other programs; compare figures of one row only",
     }
@@ -130,7 +106,7 @@ def main() -> None:
         "sequences",
         baseline="generating the same candidates, in alternating rounds",
         seed=0,
-        rows=rows,
+        rows=measured.rows,
         setup=setup,
     )
     OUT.print(f"wrote {path}")
