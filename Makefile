@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One worker per core. Tests that share an expensive fixture form a group and stay together.
 PARALLEL := --numprocesses auto --dist loadgroup
 # The tests that need an installation of their own, vLLM or the clients, and those that work on a real
-# model for minutes.
+# model.
 EXTRA := vllm or clients or real
 export PYTHONPATH := .:kernels:server:clients/python
 export MYPYPATH := kernels:server:clients/python

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,8 @@ from infer_align.decoding.dense_steering import DENSE, candidate_count
 from infer_align.decoding.steering import SteeringBatch, steer
 from infer_align.methods.vas import reweight
 from infer_align.types import Steering
-from infer_align.values import FrozenModel
-from infer_align.values.head import HeadValue, write
+from infer_align.values.head import HeadValue
+from tests.decoding.heads import random_heads
 
 V = 50
 D = 6
@@ -28,20 +26,8 @@ ROWS = len(TOP_K)
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> list[HeadValue]:
-    folder: Path = tmp_path_factory.mktemp("heads")
-    frozen = FrozenModel("tiny", V, D, "tokens", str(device))
-    generator = torch.Generator().manual_seed(1)
-    heads: list[HeadValue] = []
     # Two heads of different ranks.
-    for i, rank in enumerate((3, 5)):
-        shapes = {"P": (rank, D), "E": (V, rank), "b": (V,)}
-        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        path = folder / f"{i}.safetensors"
-        write(path, tensors, frozen, {})
-        head = HeadValue(str(path))
-        head.start(frozen, {})
-        heads.append(head)
-    return heads
+    return random_heads(tmp_path_factory.mktemp("heads"), V, D, (3, 5), device)
 
 
 @pytest.fixture

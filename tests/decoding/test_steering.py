@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,8 @@ import torch
 from infer_align.decoding.device import upload
 from infer_align.decoding.steering import SteeringBatch, expected_values, steer
 from infer_align.methods.vas import reweight
-from infer_align.values import FrozenModel
-from infer_align.values.head import HeadValue, write
+from infer_align.values.head import HeadValue
+from tests.decoding.heads import random_heads
 
 V = 40
 D = 6
@@ -25,19 +23,7 @@ MASKED = np.array([False, False, True, False])
 
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> list[HeadValue]:
-    folder: Path = tmp_path_factory.mktemp("heads")
-    frozen = FrozenModel("tiny", V, D, "tokens", str(device))
-    generator = torch.Generator().manual_seed(1)
-    heads: list[HeadValue] = []
-    for i in range(2):
-        shapes = {"P": (3, D), "E": (V, 3), "b": (V,)}
-        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        path = folder / f"{i}.safetensors"
-        write(path, tensors, frozen, {})
-        head = HeadValue(str(path))
-        head.start(frozen, {})
-        heads.append(head)
-    return heads
+    return random_heads(tmp_path_factory.mktemp("heads"), V, D, (3, 3), device)
 
 
 @pytest.fixture

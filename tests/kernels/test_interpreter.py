@@ -18,9 +18,8 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_the_triton_code_passes_its_tests_in_the_interpreter(speed: str) -> None:
-    pytest_command = [sys.executable, "-m", "pytest", str(FOLDER), "-m", speed]
+def test_the_triton_code_passes_its_tests_in_the_interpreter() -> None:
+    pytest_command = [sys.executable, "-m", "pytest", str(FOLDER)]
     options = ["-p", "no:cacheprovider", "--timeout", "280", "--durations=5"]
     process = subprocess.run(
         [*pytest_command, *options],

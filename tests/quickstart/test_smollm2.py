@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -63,7 +64,16 @@ def test_every_trait_is_described_and_a_preset_steers_by_one():
     assert loaded.presets["very-cheerful"]["guidance"]["scale"].keys() <= set(traits)
 
 
-@pytest.mark.slow
+def test_the_page_names_every_reward_trait_and_preset():
+    page = (Path(__file__).parents[2] / "docs/quickstart.md").read_text(encoding="utf-8")
+    loaded = config.load(quickstart.CONFIG)
+    traits = loaded.methods.get(TraitSections).entries
+    presets = [f"{loaded.served_name}@{name}" for name in loaded.presets]
+    for name in (*loaded.rewards, *traits, *presets):
+        assert f"`{name}`" in page, name
+
+
+@pytest.mark.real
 @pytest.mark.timeout(600)
 def test_the_cheerful_trait_raises_the_sentiment():
     frozen, away, beyond = asyncio.run(_answers(["", "away", "beyond"]))
@@ -76,7 +86,7 @@ def test_the_cheerful_trait_raises_the_sentiment():
     assert sentiment(frozen) < sentiment(beyond)
 
 
-@pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.timeout(600)
 def test_best_of_n_works_at_once_and_each_preset_raises_its_reward():
     responses = asyncio.run(_answers(["", "cheerful", "brief"]))
