@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, nearest, quote
 
@@ -24,6 +26,10 @@ _adapters: dict[type[Any], TypeAdapter[Any]] = {}
 
 # pydantic adds the branch of a union to a location, such as "int" or "function-after[...]".
 _UNION_BRANCHES = {"int", "float", "str", "bool", "none", "constrained-int", "constrained-float"}
+
+# The types of pydantic's errors about values that have to be numbers, and texts that hold one.
+_NUMBER_ERRORS = {"int_type", "float_type"}
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 def join(path: str, name: str) -> str:
@@ -90,8 +96,21 @@ def _first_error(
         return error(message, param=where, code="unknown_field")
     # A field that allows several types has an error for each.
     messages = [problem["msg"] for problem in errors if _location(problem["loc"]) == location]
-    message = f"{where}: {quote(first['input'])} is not allowed; {_rules(messages)}."
+    hint = _hint(cls, first)
+    message = f"{where}: {quote(first['input'])} is not allowed; {_rules(messages)}{hint}."
     return error(message, param=where)
+
+
+def _hint(cls: type[Any], problem: ErrorDetails) -> str:
+    """Return a clause on how to mend a value of the wrong type; "" if there is nothing to say."""
+    value = problem["input"]
+    if problem["type"] in _NUMBER_ERRORS and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return f"; write {value.strip()} without quotes"
+    if problem["type"] == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if problem["type"] in {"dict_type", "dataclass_type"}:
+        return _description(cls, problem["loc"])
+    return ""
 
 
 def json_schema(cls: type[Any]) -> dict[str, Any]:
@@ -231,6 +250,7 @@ def _rule(message: str) -> str:
     subject, should, rule = message.partition(" should ")
     if not should:
         return f"must be {subject.removeprefix('Value error, ')}"
+    rule = rule.replace("a valid array", "a list")
     if rule.startswith("be '"):
         return f"allowed: {rule.removeprefix('be ')}"
     return f"must {rule}"

@@ -83,6 +83,26 @@ def test_what_is_wrong_is_named(value: Any, param: str, error: Any) -> None:
     assert caught.value.message.endswith((".", "?"))
 
 
+@pytest.mark.parametrize(
+    ("value", "fix"),
+    [
+        ({"n": "8"}, "must be a valid integer; write 8 without quotes."),
+        ({"n": "eight"}, "must be a valid integer."),
+        ({"n": 8.0}, "must be a valid integer; write 8."),
+        ({"n": 8.5}, "must be a valid integer."),
+        ({"weight": "-1.5e3"}, "must be a valid number; write -1.5e3 without quotes."),
+        ({"weights": {"a": "2"}}, "must be a valid number; write 2 without quotes."),
+        ({"weights": 2}, "must be an object: named."),
+        ({"weights": ["a"]}, "must be an object: named."),
+        ({"names": "x"}, "must be a list."),
+    ],
+)
+def test_a_value_of_the_wrong_type_has_its_fix(value: Any, fix: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(Knobs, value, "k")
+    assert caught.value.message.endswith(fix)
+
+
 def test_unknown_names_the_nearest() -> None:
     with pytest.raises(InvalidRequest, match="did you mean 'weight'") as caught:
         parse(Knobs, {"wieght": 1}, "k")
