@@ -38,16 +38,19 @@ from infer_align_client import (
     Gate,
     Guidance,
     Profile,
+    ProfileReport,
     Report,
     RewardShape,
     Score,
     Select,
+    SelectionReport,
     TraitPrompts,
     TrustJudge,
     extra_body,
     report,
 )
 from infer_align_server import feedback as served_feedback
+from infer_align_server.wire.response_schemas import SCHEMAS
 
 SAME = [
     (BestOfN, registry.methods.get("best_of_n")),
@@ -151,6 +154,30 @@ def test_it_depends_on_the_standard_library_only() -> None:
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
 
 
+def required_keys() -> set[str]:
+    """Return the keys that every report has; postponed annotations hide them from Python 3.11."""
+    hints = typing.get_type_hints(Report, include_extras=True)
+    return {
+        name for name, hint in hints.items() if typing.get_origin(hint) is not typing.NotRequired
+    }
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"), [(Report, "Report"), (Score, "Score"), (ProfileReport, "AppliedProfile")]
+)
+def test_a_typed_report_has_every_field_of_the_schema(typed: Any, name: str) -> None:
+    assert set(typed.__annotations__) == set(SCHEMAS[name]["properties"])
+
+
+def test_the_parts_of_a_typed_report_have_every_field_of_the_schema() -> None:
+    report_schema = SCHEMAS["Report"]
+    assert set(report_schema["required"]) == required_keys()
+    candidate = report_schema["properties"]["candidates"]["items"]
+    assert set(CandidateReport.__annotations__) == set(candidate["properties"])
+    selection = report_schema["properties"]["selection"]
+    assert set(SelectionReport.__annotations__) == set(selection["properties"])
+
+
 def test_a_report_is_what_the_server_writes(servers: Any) -> None:
     with openai.OpenAI(
         base_url=servers["numbers"].base_url, api_key="unused", max_retries=0
@@ -165,7 +192,7 @@ def test_a_report_is_what_the_server_writes(servers: Any) -> None:
         plain = ask(model="fake", messages=user)
     answered = report(answer)
     assert answered is not None
-    assert set(answered) == {*Report.__annotations__} - {"selection"}
+    assert set(answered) == required_keys()
     for candidate in answered["candidates"]:
         assert set(candidate) == set(CandidateReport.__annotations__)
         for score in candidate["scores"].values():

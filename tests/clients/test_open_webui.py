@@ -47,6 +47,30 @@ BODIES: dict[str, dict[str, Any]] = {
         "max_tokens": 20,
         "messages": [{"role": "user", "content": TASK.replace("title", "list of tags")}],
     },
+    "follow_ups": {
+        "stream": False,
+        "messages": [{"role": "user", "content": TASK.replace("title", "list of follow-ups")}],
+        "metadata": {
+            "task": "follow_up_generation",
+            "task_body": {"model": "m", "messages": TURNS, "chat_id": "c1", "message_id": "m1"},
+            "chat_id": "c1",
+            "files": None,
+        },
+    },
+    "emoji": {
+        "stream": False,
+        "max_tokens": 4,
+        "messages": [{"role": "user", "content": TASK.replace("title", "single emoji")}],
+        "chat_template_kwargs": {},
+        "metadata": {"task": "emoji_generation", "features": {"web_search": False}},
+    },
+    "query": {
+        "stream": False,
+        "messages": [{"role": "user", "content": TASK.replace("title", "search query")}],
+        "metadata": {"task": "query_generation", "type": "web_search"},
+        "response_format": None,
+        "tools": None,
+    },
     "user": {"stream": False, "user": "5b1f", "metadata": {"chat_id": "c1"}, "messages": TURNS},
 }
 
@@ -63,6 +87,8 @@ def test_a_request_is_answered(servers: dict[str, Any], name: str, shape: str) -
     if body["stream"]:
         assert answer.text.rstrip().endswith("data: [DONE]")
         assert '"finish_reason"' in answer.text
+        wants_usage = "stream_options" in body
+        assert ('"completion_tokens"' in answer.text) is wants_usage
     else:
         assert answer.json()["choices"][0]["message"]["role"] == "assistant"
 

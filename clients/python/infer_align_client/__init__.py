@@ -289,6 +289,18 @@ class SelectionReport(TypedDict, total=False):
     worst_case: float
 
 
+class ProfileReport(TypedDict, total=False):
+    """The changes that `profile` made: the weights, how certain they are, and their bounds."""
+
+    id: str
+    adapt: Literal["weights", "in_context"]
+    choices: int
+    left_out: int
+    weights: dict[str, float | None]
+    uncertainty: dict[str, float | None]
+    bounds: dict[str, list[float]]
+
+
 class Report(TypedDict):
     """The `align` object of an answer: the candidates, their scores, and the selection."""
 
@@ -300,12 +312,17 @@ class Report(TypedDict):
     candidates: list[CandidateReport]
     usage: dict[str, int]
     timing: dict[str, float]
+    direction: NotRequired[dict[str, float]]
+    profile: NotRequired[ProfileReport]
     selection: NotRequired[SelectionReport]
+    # What a reward reports beside its scores, by its name.
+    reports: NotRequired[dict[str, dict[str, object]]]
 
 
 def report(answer: object) -> Report | None:
     """Return the report of a completion or of the last chunk of a stream.
 
-    It is None if the request did not ask for alignment.
+    It is None if the request did not ask for alignment. A text completion of several prompts has
+    one report for each, in `answer.align["prompts"]`.
     """
     return cast("Report | None", getattr(answer, "align", None))
