@@ -30,6 +30,7 @@ from infer_align.errors import Unavailable
 from infer_align.upstream import KEY_REFUSED, Upstream, UpstreamFailed
 from infer_align.upstream.pool import Host, Pool
 from infer_align.upstream.response import parse_error, parse_retry_after, read_json
+from infer_align.upstream.trace import HEADER, trace
 
 T = TypeVar("T")
 
@@ -247,9 +248,7 @@ class Client:
         _kept_alive.set(False)
         started = monotonic()
         try:
-            return await self._session.request(
-                method, url, data=content, headers=headers, allow_redirects=False
-            )
+            return await self._traced_request(self._session, method, url, content, headers or {})
         except aiohttp.ClientConnectorError as error:
             raise _not_connected(host, f"no connection: {_reason(error)}", 502) from None
         except aiohttp.ConnectionTimeoutError:
@@ -269,6 +268,27 @@ class Client:
             if early and isinstance(error, aiohttp.ServerDisconnectedError | OSError):
                 raise RetriableFailure(lost, stale=True) from None
             raise lost from None
+
+    async def _traced_request(
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        url: str,
+        content: bytes | AsyncIterator[bytes] | None,
+        headers: Mapping[str, str],
+    ) -> aiohttp.ClientResponse:
+        """Send one request with an id, by which it is found in the logs of both servers."""
+        calls = trace.get()
+        sent = headers.get(HEADER, "")
+        if calls is not None and not sent:
+            sent = calls.next_id()
+            headers = {**headers, HEADER: sent}
+        response = await session.request(
+            method, url, data=content, headers=headers, allow_redirects=False
+        )
+        if calls is not None:
+            calls.note(sent, response.headers.get(HEADER))
+        return response
 
 
 class RetriableFailure(Exception):

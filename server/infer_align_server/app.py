@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer_align.config.config import Config
 from infer_align.errors import AlignError
+from infer_align.upstream.trace import CallTrace, trace
 from infer_align_server.engine_routes import ServesApplication
 from infer_align_server.forwarding import Forwards
 from infer_align_server.loading import Progress
@@ -123,6 +124,8 @@ class RequestLog:
         request_id = _request_id(scope)
         fields: dict[str, object] = {"request_id": request_id}
         access_fields.set(fields)
+        calls = CallTrace(request_id)
+        trace.set(calls)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -143,6 +146,8 @@ class RequestLog:
                 message = "The server failed. Its log has the details under this request's id."
                 await error_response(AlignError(message))(scope, receive, send_with_id)
         finally:
+            if calls.upstream_ids:
+                fields["upstream_request_ids"] = calls.upstream_ids
             self._record(scope, status or CLIENT_LEFT, fields, monotonic() - start)
 
     def _record(self, scope: Scope, status: int, fields: dict[str, object], seconds: float) -> None:

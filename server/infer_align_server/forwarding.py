@@ -33,6 +33,7 @@ from infer_align.flow.plan import worst_case
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.forward import ForwardedAnswer, ForwardedRequest, request_headers
 from infer_align.upstream.response import parse_error
+from infer_align.upstream.trace import HEADER, trace
 from infer_align_server.limits.client_timeout import client_timeout, shortly_before
 from infer_align_server.limits.token_budget import Charge, charged
 from infer_align_server.logs import describe
@@ -134,6 +135,10 @@ def route_request(
 def _passed_headers(http: HttpRequest) -> dict[str, str]:
     headers = request_headers(http.headers)
     headers.pop("content-length", None)
+    calls = trace.get()
+    if calls is not None:
+        # The whole request is one call, so it keeps its id.
+        headers[HEADER] = calls.request_id
     return headers
 
 

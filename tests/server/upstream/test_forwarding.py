@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -334,14 +336,50 @@ def test_another_name_of_the_model_is_written_into_the_answer(
     assert up.bodies[0]["model"] == "up"
 
 
-def test_an_upstreams_request_id_is_returned(up: FakeUpstream, serve_upstream: Serve) -> None:
+@contextmanager
+def access_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Yield the fields of each access line that is written in the block."""
+    lines: list[dict[str, Any]] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: lines.append(vars(record)))
+    logs.access.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logs.access.removeHandler(handler)
+
+
+def test_an_upstreams_request_id_is_returned_and_logged(
+    up: FakeUpstream, serve_upstream: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def identified(_: FakeUpstream, __: Any, send: Any) -> None:
         await reply(send, 200, {"a": 1}, (b"x-request-id", b"req-7"), (b"set-cookie", b"a=b"))
 
     up.behave = lambda _, __: identified
-    answer = serve_upstream().chat()
+    server = serve_upstream()
+    with access_lines(monkeypatch) as lines:
+        answer = server.chat()
+        assert server.until(lambda: lines)
     assert answer.headers.get_list("x-request-id") == ["req-7"]
     assert "set-cookie" not in answer.headers
+    assert lines[0]["upstream_request_ids"] == ["req-7"]
+    assert lines[0]["request_id"] != "req-7"
+
+
+def test_a_clients_request_id_reaches_the_upstream(up: FakeUpstream, serve_upstream: Serve) -> None:
+    server = serve_upstream()
+    named = {"x-request-id": "mine-1"}
+    body = {"model": "up", "messages": USER}
+    assert server.post(body, CHAT, headers=named).headers["x-request-id"] == "mine-1"
+    assert up.headers[-1]["x-request-id"] == "mine-1"
+    assert server.post({"model": "up"}, "/v1/embeddings", headers=named)
+    assert up.headers[-1]["x-request-id"] == "mine-1"
+    up.clear_log()
+    body["align"] = {"best_of_n": {"n": 3}}
+    assert server.post(body, CHAT, headers=named).status_code == 200
+    ids = [headers["x-request-id"] for headers in up.headers]
+    assert len(set(ids)) == len(ids) >= 1, "no two calls have the same id"
+    assert all(each.startswith("mine-1.") for each in ids)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -351,16 +389,10 @@ def test_the_access_line_has_the_model_and_the_tokens(
 ) -> None:
     server = serve_upstream()
     up.behave = lambda _, __: mirror
-    events: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", events.append)
-    logs.access.addHandler(handler)
-    try:
+    with access_lines(monkeypatch) as lines:
         body = {"messages": USER, "prompt": "x", "stream": stream}
         assert server.post(body, path).status_code == 200
-        assert server.until(lambda: events)
-    finally:
-        logs.access.removeHandler(handler)
-    (line,) = [vars(event) for event in events]
+        assert server.until(lambda: lines)
+    (line,) = lines
     names = ("model", "preset", "prompt_tokens", "completion_tokens")
     assert [line[name] for name in names] == [server.service.engine.model, None, 3, 7]
