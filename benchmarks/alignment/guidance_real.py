@@ -22,7 +22,7 @@ import lzma
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,13 @@ from infer_align.types import Array
 # Configured in the quickstart; a measure of each stands in MEASURES, or is the number of tokens.
 TRAITS = ("cheerful", "simple", "brief")
 SCALES = (-1.0, 0.0, 1.0, 2.0, 3.0)
-GRID = (0.0, 1.0, 2.0)
+# Scales of "cheerful" and "simple" together.
+GRID = tuple(itertools.product((0.0, 1.0, 2.0), repeat=2))
 # The scales before an upstream, where every token costs a call per context.
 UPSTREAM_TRAIT = "cheerful"
 UPSTREAM_SCALES = (-1.0, 0.0, 1.0, 2.0)
 MODEL = "SmolLM2-135M-Instruct"
-MAX_TOKENS = 64
+MAX_TOKENS = 48
 TEMPERATURE = 0.8
 SEED = 90_210
 # Instructions for a run without a file.
@@ -160,6 +161,12 @@ async def frozen_logprobs(
     return means
 
 
+def setting_key(scales: Mapping[str, float]) -> str:
+    """Return a text that is equal for settings that draw the same answers."""
+    active = [f"{trait} {scale:g}" for trait, scale in scales.items() if scale]
+    return ", ".join(active) or "frozen"
+
+
 def rows_of(cells: Sequence[Cell], frozen: Cell) -> list[dict[str, Any]]:
     """Return the recorded rows, with the differences to the frozen model paired by prompt."""
     rows: list[dict[str, Any]] = []
@@ -208,23 +215,28 @@ def plot(cells: Mapping[str, Sequence[Cell]]) -> None:
 async def run(seed: int, questions: Sequence[str], source: str) -> None:
     """Answer the prompts with every scale, print the tables, record and plot the results."""
     OUT.print(__doc__, highlight=False)
-    by_trait: dict[str, list[Cell]] = {}
+    settings = [{trait: scale} for trait in TRAITS for scale in SCALES]
+    pairs = [{"cheerful": first, "simple": second} for first, second in GRID]
+    cells: dict[str, Cell] = {}
     async with serving(CONFIG) as flow:
-        for trait in TRAITS:
-            by_trait[trait] = []
-            for scale in SCALES:
-                by_trait[trait].append(await answer(flow, questions, seed, {trait: scale}))
-                OUT.print(f"{trait} {scale:g}: measured", highlight=False)
-        grid: list[Cell] = []
-        for first, second in itertools.product(GRID, GRID):
-            scales = {"cheerful": first, "simple": second}
-            grid.append(await answer(flow, questions, seed, scales))
-            OUT.print(f"cheerful {first:g}, simple {second:g}: measured", highlight=False)
+        for scales in (*settings, *pairs):
+            key = setting_key(scales)
+            # A trait with scale 0 changes nothing, so that many settings are the same.
+            if key not in cells:
+                cells[key] = await answer(flow, questions, seed, scales)
+                OUT.print(f"{key}: measured", highlight=False)
+    by_trait: dict[str, list[Cell]] = {}
+    for trait in TRAITS:
+        row = [
+            replace(cells[setting_key({trait: scale})], setting={trait: scale}) for scale in SCALES
+        ]
+        by_trait[trait] = row
+    grid = [replace(cells[setting_key(scales)], setting=scales) for scales in pairs]
     frozen = by_trait["cheerful"][SCALES.index(0.0)]
     rows: list[dict[str, Any]] = []
-    for trait, cells in by_trait.items():
-        rows += rows_of(cells, frozen)
-        show(f"Guidance by {trait!r}, one draw", rows_of(cells, frozen))
+    for trait, row in by_trait.items():
+        rows += rows_of(row, frozen)
+        show(f"Guidance by {trait!r}, one draw", rows_of(row, frozen))
     composed = rows_of(grid, frozen)
     show("Two traits at once", composed)
     setup = {
