@@ -52,7 +52,7 @@ SUBSETS = 40  # per prompt and size, for rules without a closed form
 GAP = 0.05  # pairs whose gold differs by less have no label
 TRAINING_ANSWERS = 20  # per prompt
 TRAINING_PAIRS = 40  # per prompt
-VIEWS: tuple[View, ...] = ("answer", "interaction")
+VIEWS: tuple[View, ...] = ("answer",)
 # Tokens that the encoder reads of a prompt and an answer.
 MAX_TOKENS = 160
 CLAIM = "Coste et al. report win rates of 72.3 (single), 71.2 (mean) and 73.8 % (UWO) at 25 % noise"
@@ -237,46 +237,78 @@ def pair_accuracy(objective: Array, prompt: Prompt) -> tuple[float, float]:
 
 
 def measure(
-    training: Sequence[Prompt], testing: Sequence[Prompt], noise: float, seeds: Sequence[int]
+    training: Sequence[Prompt],
+    testing: Sequence[Prompt],
+    noise: float,
+    seeds: Sequence[int],
+    *,
+    length_free: bool,
 ) -> list[dict[str, Any]]:
-    """Return the rows of one rate of wrong labels: by ensemble size and selector."""
+    """Return the rows of one rate of wrong labels: by ensemble size and selector.
+
+    Args:
+        training: the instructions of the fits.
+        testing: other instructions.
+        noise: the rate of wrong labels.
+        seeds: of the labels and the fits.
+        length_free: True to regress the length out of the features, a guard against padding.
+    """
+    fits: list[FittedHeads] = []
+    for seed in seeds:
+        pairs = training_pairs(training, noise, seed)
+        settings = HeadSettings(members=MEMBERS[-1], seed=seed, length_free=length_free)
+        fits.append(fit_heads(pairs, settings))
+        OUT.print(f"noise {noise:g}, seed {seed}: fitted", highlight=False)
     rows: list[dict[str, Any]] = []
     for members in MEMBERS:
-        curves: dict[str, list[Array]] = {}
-        accuracies: list[Array] = []
-        nulls: list[float] = []
-        for seed in seeds:
-            pairs = training_pairs(training, noise, seed)
-            fitted = fit_heads(pairs, HeadSettings(members=members, seed=seed))
-            by_prompt: dict[str, list[Array]] = {}
-            right: list[tuple[float, float]] = []
-            for prompt in testing:
-                scores = scores_of(fitted, prompt.features, prompt.lengths)
-                for name, curve in gold_curve(scores, prompt).items():
-                    by_prompt.setdefault(name, []).append(curve)
-                objective = objectives.mean(scores)
-                right.append(pair_accuracy(objective, prompt))
-                if prompt.attack is not None:
-                    attack = objectives.mean(scores_of(fitted, *prompt.attack))
-                    nulls.append(beaten_share(float(attack[0]), objective))
-            for name, per_prompt in by_prompt.items():
-                curves.setdefault(name, []).append(np.array(per_prompt))
-            accuracies.append(np.array(right))
-            OUT.print(f"noise {noise:g}, members {members}, seed {seed}", highlight=False)
-        facts = {"noise": noise, "members": members}
-        rows += _rows(facts, curves, np.array(accuracies), np.array(nulls))
+        measured = [_measure_fit(fitted, members, testing) for fitted in fits]
+        facts = {"noise": noise, "members": members, "length_free": length_free}
+        rows += _rows(facts, measured)
     return rows
 
 
-def _rows(
-    facts: dict[str, Any], curves: dict[str, list[Array]], accuracies: Array, nulls: Array
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The figures of one fitted ensemble on P test prompts.
+
+    Attributes:
+        curves: selector -> [P, sizes].
+        accuracies: [P, 2], of all pairs and of those of about one length.
+        nulls: selector -> share of the answers that NullModel's answer beats, for each prompt
+            that has one.
+    """
+
+    curves: dict[str, Array]
+    accuracies: Array
+    nulls: dict[str, list[float]]
+
+
+def _measure_fit(fitted: FittedHeads, members: int, testing: Sequence[Prompt]) -> Measured:
+    """Measure the first members of an ensemble."""
+    by_prompt: dict[str, list[Array]] = {}
+    right: list[tuple[float, float]] = []
+    nulls: dict[str, list[float]] = {}
+    for prompt in testing:
+        scores = scores_of(fitted, prompt.features, prompt.lengths)[:members]
+        for name, curve in gold_curve(scores, prompt).items():
+            by_prompt.setdefault(name, []).append(curve)
+        objective = objectives.mean(scores)
+        right.append(pair_accuracy(objective, prompt))
+        if prompt.attack is not None:
+            attack = scores_of(fitted, *prompt.attack)[:members]
+            for name, every in objectives_of(np.concatenate([scores, attack], axis=1)).items():
+                nulls.setdefault(name, []).append(beaten_share(float(every[-1]), every[:-1]))
+    curves = {name: np.array(each) for name, each in by_prompt.items()}
+    return Measured(curves, np.array(right), nulls)
+
+
+def _rows(facts: dict[str, Any], measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Return one row per selector; standard errors are over prompts, of the mean over seeds."""
     rows: list[dict[str, Any]] = []
-    over_seeds = np.nanmean(accuracies, axis=0)
-    single = np.array(curves["single"])
-    for name, by_seed in curves.items():
-        gold = np.array(by_seed)  # [S, P, sizes]
+    over_seeds = np.nanmean([each.accuracies for each in measured], axis=0)
+    single = np.array([each.curves["single"] for each in measured])
+    for name in measured[0].curves:
+        gold = np.array([each.curves[name] for each in measured])  # [S, P, sizes]
         row: dict[str, Any] = {**facts, "selector": name}
         for position, n in enumerate(SIZES):
             row[f"gold_{n}"], row[f"gold_{n}_se"] = mean_se(gold[:, :, position].mean(axis=0))
@@ -287,7 +319,8 @@ def _rows(
         row["accuracy"], row["accuracy_se"] = mean_se(over_seeds[:, 0])
         matched = over_seeds[~np.isnan(over_seeds[:, 1]), 1]
         row["accuracy_matched"], row["accuracy_matched_se"] = mean_se(matched)
-        row["null_beats"] = float(nulls.mean()) if nulls.size else None
+        nulls = [share for each in measured for share in each.nulls.get(name, [])]
+        row["null_beats"] = float(np.mean(nulls)) if nulls else None
         rows.append(row)
     return rows
 
@@ -303,7 +336,12 @@ def baselines(testing: Sequence[Prompt]) -> list[dict[str, Any]]:
     for name, objective in named.items():
         curves = np.array([_closed_form(objective(prompt), prompt.gold) for prompt in testing])
         right = np.array([pair_accuracy(objective(prompt), prompt) for prompt in testing])
-        row: dict[str, Any] = {"noise": None, "members": 0, "selector": name}
+        row: dict[str, Any] = {
+            "noise": None,
+            "members": 0,
+            "length_free": False,
+            "selector": name,
+        }
         for position, n in enumerate(SIZES):
             row[f"gold_{n}"], row[f"gold_{n}_se"] = mean_se(curves[:, position])
         row["accuracy"], row["accuracy_se"] = mean_se(right[:, 0])
@@ -316,13 +354,23 @@ def baselines(testing: Sequence[Prompt]) -> list[dict[str, Any]]:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the gold of the best of n by selector."""
     title = "Gold of the best of n: probability that a judge prefers the answer"
-    columns = ["noise", "members", "selector", *(f"n = {n}" for n in SIZES), "pairs", "one length"]
+    columns = [
+        "noise",
+        "members",
+        "selector",
+        *(f"n = {n}" for n in SIZES),
+        "pairs",
+        "one length",
+        "null",
+    ]
     table = Table(*columns, title=title)
     for row in rows:
         noise = "" if row["noise"] is None else f"{row['noise']:.0%}"
+        noise += ", length-free" if row["length_free"] else ""
         figures = [row_figure(row, f"gold_{n}") for n in SIZES]
         accuracy = [f"{row['accuracy']:.3f}", row_figure(row, "accuracy_matched")]
-        table.add_row(noise, str(row["members"]), row["selector"], *figures, *accuracy)
+        null = "" if row.get("null_beats") is None else f"{row['null_beats']:.2f}"
+        table.add_row(noise, str(row["members"]), row["selector"], *figures, *accuracy, null)
     OUT.print(table)
 
 
@@ -337,7 +385,7 @@ def plot(rows: Sequence[dict[str, Any]]) -> None:
     for axis, noise in zip(axes, NOISE, strict=True):
         for row in rows:
             shown = row["selector"] in drawn and row["members"] in (0, MEMBERS[-1])
-            if not shown or row["noise"] not in (None, noise):
+            if not shown or row["length_free"] or row["noise"] not in (None, noise):
                 continue
             gold = [row[f"gold_{n}"] for n in SIZES]
             errors = [row[f"gold_{n}_se"] for n in SIZES]
@@ -377,7 +425,9 @@ def main() -> None:
     training_prompts = load_prompts(training, encoder, options.cache, TRAINING_ANSWERS)
     rows = baselines(test_prompts)
     for noise in NOISE:
-        rows += measure(training_prompts, test_prompts, noise, range(options.seeds))
+        for length_free in (False, True):
+            seeds = range(options.seeds)
+            rows += measure(training_prompts, test_prompts, noise, seeds, length_free=length_free)
     show(rows)
     setup = {
         "training_prompts": len(training),
@@ -385,7 +435,7 @@ def main() -> None:
         "training_pairs_per_prompt": TRAINING_PAIRS,
         "test_prompts": len(testing),
         "seeds": options.seeds,
-        "encoder": Path(options.encoder).name,
+        "encoder": options.encoder,
         "tokens": MAX_TOKENS,
         "features": [*VIEWS],
         "claim": CLAIM,
