@@ -35,6 +35,7 @@ __all__ = [  # noqa: RUF022
     "RPS",
     "Report",
     "RewardShape",
+    "ScaleReport",
     "Score",
     "Select",
     "SelectionReport",
@@ -289,6 +290,14 @@ class SelectionReport(TypedDict, total=False):
     worst_case: float
 
 
+class ScaleReport(TypedDict):
+    """The scale of a trait that choices have changed."""
+
+    scale: float
+    uncertainty: float | None
+    bounds: list[float]
+
+
 class ProfileReport(TypedDict, total=False):
     """The changes that `profile` made: the weights, how certain they are, and their bounds."""
 
@@ -299,6 +308,7 @@ class ProfileReport(TypedDict, total=False):
     weights: dict[str, float | None]
     uncertainty: dict[str, float | None]
     bounds: dict[str, list[float]]
+    scales: dict[str, ScaleReport]
 
 
 class Report(TypedDict):
