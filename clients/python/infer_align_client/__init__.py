@@ -140,6 +140,14 @@ class Feedback(TypedDict, total=False):
     weights: dict[str, float]
 
 
+class Principle(TypedDict, total=False):
+    """One quality that the judge reads by itself. `text` is required."""
+
+    text: str
+    weight: float
+    negate: bool
+
+
 class TrustJudge(TypedDict, total=False):
     """Let a judge score or compare the candidates."""
 
@@ -148,6 +156,10 @@ class TrustJudge(TypedDict, total=False):
     criteria: str
     weight: float
     readout: Literal["expected", "geval", "published"]
+    principles: list[Principle]
+    rubric: str
+    aspects: dict[str, str] | list[str]
+    votes: int
 
 
 class RewardParameters(TypedDict, total=False):
