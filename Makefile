@@ -70,6 +70,7 @@ measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside
 	$(BIN)/python benchmarks/serving/judge.py
 	$(BIN)/python benchmarks/serving/agreement.py
 	$(BIN)/python benchmarks/serving/cost_model.py
+	$(BIN)/python benchmarks/serving/feedback.py
 	$(BIN)/python benchmarks/alignment/quality.py
 
 soak: $(VENV)/dev  ## serve everything at once for half an hour, with faults

@@ -72,6 +72,11 @@ def limits() -> str:
     return _fields(config.Limits)
 
 
+def telemetry() -> str:
+    """Return the fields of the [telemetry] section."""
+    return _fields(config.Telemetry)
+
+
 def dpa() -> str:
     """Return the fields of the [dpa] section."""
     return _fields(Prompting)
@@ -115,6 +120,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "values": values,
     "server": server,
     "limits": limits,
+    "telemetry": telemetry,
     "dpa": dpa,
     "profiles": profiles,
     "guidance": guidance,

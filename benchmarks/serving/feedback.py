@@ -5,6 +5,9 @@ alternating rounds: feedback, and as the baseline a plain chat completion of one
 HTTP, JSON and the wait for the other requests. Feedback adds the scoring, the write, and the
 weights that it returns.
 
+Other programs on the machine lengthen the wait. So each row also has the CPU time that the server
+spends on one request, measured without the load: `cpu_ms`, and `baseline_cpu_ms` for plain ones.
+
     python benchmarks/serving/feedback.py [--rounds 5] [--no-record]
 """
 
@@ -40,6 +43,7 @@ LONG_PROFILE = 1000
 LOAD = 2
 PAUSE_SECONDS = 0.02
 REQUESTS = 100
+CPU_REQUESTS = 200
 WARMUP = 20
 TARGET = "at most 5 at the median"
 URL_VARIABLE = "FEEDBACK_BENCHMARK_STORE"
@@ -164,6 +168,28 @@ async def measure(port: int, case: Case, rounds: int) -> tuple[list[float], list
     return ours, plain
 
 
+async def measure_cpu(port: int, pid: int, case: Case) -> tuple[float, float]:
+    """Return the milliseconds of CPU time of one feedback and of one plain request."""
+    connection = Connection(port)
+    # Numbers that `measure` has not used.
+    bodies = [feedback_body(case, 1_000_000 + i) for i in range(CPU_REQUESTS)]
+    plain_body = json.dumps({"messages": MESSAGES, "max_tokens": 1}).encode()
+    milliseconds: list[float] = []
+    for path, sent in ((FEEDBACK, bodies), (CHAT, [plain_body] * CPU_REQUESTS)):
+        start = cpu_seconds(pid)
+        await timed(connection, path, sent)
+        milliseconds.append(1e3 * (cpu_seconds(pid) - start) / CPU_REQUESTS)
+    connection.close()
+    return milliseconds[0], milliseconds[1]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used."""
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    # Fields 14 and 15: in user mode and in the kernel.
+    return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def feedback_body(case: Case, number: int) -> bytes:
     """Return a choice between two answers that were never scored before."""
     body = {
@@ -182,13 +208,15 @@ def rows_of(case: Case, engine: str, url: str, rounds: int, folder: Path) -> lis
     path.write_text(CONFIG.replace("ENGINE", ENGINES[engine]))
     os.environ[URL_VARIABLE] = url
     arguments = (*DEMO[:3], str(path), *DEMO[3:])
-    with serving(*arguments) as (port, _):
+    with serving(*arguments) as (port, pid):
         ours, plain = asyncio.run(measure(port, case, rounds))
+        cpu, plain_cpu = asyncio.run(measure_cpu(port, pid, case))
     rows: list[Row] = []
     for name, share, target in (("p50", 50, TARGET if engine == "script" else ""), ("p95", 95, "")):
         value = float(np.percentile(ours, share))
         baseline = float(np.percentile(plain, share))
-        rows.append(row(f"{case.name}, {engine} engine, {name}", value, value, baseline, target))
+        figure = row(f"{case.name}, {engine} engine, {name}", value, value, baseline, target)
+        rows.append({**figure, "cpu_ms": cpu, "baseline_cpu_ms": plain_cpu})
     return rows
 
 
@@ -207,6 +235,8 @@ def main() -> None:
                 url = f"sqlite+aiosqlite:///{folder}/profiles.db"
                 rows += rows_of(case, engine, url, options.rounds, Path(folder))
     print_rows(rows, OUT, ("feedback", "ms", "ms", "plain request, ms", "target"))
+    for item in rows:
+        OUT.print(f"{item['what']}: {item['cpu_ms']:.2f} ms of CPU time")
     if options.no_record:
         return
     setup = {

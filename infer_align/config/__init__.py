@@ -5,7 +5,7 @@ engine = config.load_engine()
 """
 
 from infer_align.config.config import Config, load
-from infer_align.config.server import Limits, Server
+from infer_align.config.server import Limits, Server, Telemetry
 from infer_align.config.source import Choices, override
 
-__all__ = ["Choices", "Config", "Limits", "Server", "load", "override"]
+__all__ = ["Choices", "Config", "Limits", "Server", "Telemetry", "load", "override"]

@@ -19,7 +19,7 @@ from infer_align.config import registry
 from infer_align.config.model_path import check_model, file_name
 from infer_align.config.presets import check_align, split_presets
 from infer_align.config.schema import parse
-from infer_align.config.server import Limits, Server
+from infer_align.config.server import Limits, Server, Telemetry
 from infer_align.config.source import Choices, kind_of, read_tables
 from infer_align.engines import Engine
 from infer_align.errors import ConfigError, nearest
@@ -29,7 +29,7 @@ from infer_align.types import Body
 from infer_align.upstream import Upstream
 from infer_align.values import Value
 
-SECTIONS = ("server", "limits", "engine", "engines", "rewards", "values", "presets")
+SECTIONS = ("server", "limits", "telemetry", "engine", "engines", "rewards", "values", "presets")
 # The reward that `align.trust_judge` uses.
 JUDGE = "trust_judge"
 
@@ -63,6 +63,7 @@ class Config:
     engine_kind: str
     server: Server = field(default_factory=Server)
     limits: Limits = field(default_factory=Limits)
+    telemetry: Telemetry = field(default_factory=Telemetry)
     # Further engines, for judges.
     engines: Mapping[str, EngineSection] = field(default_factory=dict)
     rewards: Mapping[str, RewardSection] = field(default_factory=dict)
@@ -168,6 +169,8 @@ class Config:
                 if f.name.endswith("_env") and variable:
                     text = os.environ.get(variable, "")
                     secrets |= {text.strip(), *_split_keys(text)}
+                    if f.name == "headers_env":
+                        secrets |= {pair.partition("=")[2] for pair in _split_keys(text)}
         return secrets - {""}
 
     def settings(self) -> Iterator[tuple[str, object, str]]:
@@ -189,6 +192,7 @@ class Config:
     def _sections(self) -> dict[str, Any]:
         """Return every section by its dotted path."""
         sections: dict[str, Any] = {"server": self.server, "limits": self.limits}
+        sections["telemetry"] = self.telemetry
         for name, section in self.method_sections.items():
             if hasattr(section, "entries"):
                 sections |= {f"{name}.{key}": entry for key, entry in section.entries.items()}
@@ -246,6 +250,7 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
     config = Config(
         server=server,
         limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
+        telemetry=parse(Telemetry, table.get("telemetry", {}), "telemetry", ConfigError),
         engine=_parse_plugin(registry.engines, kind, engine, "engine"),
         engine_kind=kind,
         engines=_parse_plugins(registry.engines, table.get("engines", {})),

@@ -82,6 +82,45 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class Telemetry:
+    """`[telemetry]`: traces and evaluation events that are sent to an OpenTelemetry collector."""
+
+    endpoint: str | None = field(
+        default=None,
+        metadata={
+            "description": "URL of a collector that speaks OTLP over HTTP, such as "
+            '"http://localhost:4318". Without it nothing is traced.'
+        },
+    )
+    headers_env: str | None = field(
+        default=None,
+        metadata={
+            "description": "Environment variable that holds headers for the collector, as "
+            "`name=value` separated by commas, such as a key."
+        },
+    )
+    service_name: str = field(
+        default="infer-align", metadata={"description": "Name of this server in traces."}
+    )
+    sample_ratio: float = field(
+        default=1.0,
+        metadata={
+            "ge": 0,
+            "le": 1,
+            "description": "Share of the requests that are traced. A request that continues a "
+            "trace is traced if the caller traces it.",
+        },
+    )
+    capture_content: bool = field(
+        default=False,
+        metadata={
+            "description": "Also send the text of prompts and answers. Without it, no text of a "
+            "user leaves this server."
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """`[limits]`: bounds on one request, on one API key, and on all requests together."""
 

@@ -55,6 +55,7 @@ class ChoiceBuilder:
         piece = _without(chunk, {"index", "finish_reason"})
         if self.kind == "chat":
             delta = self._read_delta(piece)
+            self._begin_parts(delta)
             merge(self._message, self._collect_texts(delta))
             piece.pop("message", None)
             piece["delta"] = _without_empty(_without(delta, {"role"}))
@@ -66,6 +67,19 @@ class ChoiceBuilder:
         self._fields["finish_reason"] = reason or self._fields.get("finish_reason")
         self.finished = self.finished or bool(reason)
         return piece
+
+    def _begin_parts(self, delta: Mapping[str, Any]) -> None:
+        """Turn the text so far into a part, if the content goes on as a list of parts."""
+        if isinstance(delta.get("content"), list):
+            self._message["content"] = self._content_parts()
+
+    def _content_parts(self) -> list[Any]:
+        """Return the content so far as a list of parts, the latest text included."""
+        parts = list(self._message.get("content") or ())
+        text = "".join(self._texts.pop("content", []))
+        if text:
+            parts.append({"type": "text", "text": text})
+        return parts
 
     def _read_delta(self, piece: Mapping[str, Any]) -> dict[str, Any]:
         """Return the delta of a stream choice, with the pieces of tool calls numbered."""
@@ -96,6 +110,8 @@ class ChoiceBuilder:
             return self._complete
         reason = self._fields.get("finish_reason") or finish_reason
         fields = {**self._fields, "finish_reason": reason}
+        if isinstance(self._message.get("content"), list):
+            self._message["content"] = self._content_parts()
         texts = {name: "".join(chunks) for name, chunks in self._texts.items()}
         if self.kind == "completion":
             return {"text": "", "logprobs": None, **fields, **texts}

@@ -6,6 +6,8 @@ Servers number the pieces in many ways. These rules read all of them:
     no index and no new id             continues the last call
     a new id at an index in use        is a new call
     an id that was used before         continues that call, unless the index is new
+    a name after complete arguments,   is a new call, if the piece has arguments too
+    without an id
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ class ToolCallNumbers:
         self._ids: list[str | None] = []
         # The index of the server -> the number of its latest call.
         self._by_index: dict[int, int] = {}
+        # The arguments of each call so far, in pieces.
+        self._arguments: list[list[str]] = []
 
     def renumbered(self, pieces: list[Any]) -> list[Any]:
         """Return the pieces of one delta, each with the number of its call as its index."""
@@ -34,16 +38,30 @@ class ToolCallNumbers:
         fields = cleaned(piece)
         call_id = fields.get("id")
         index = _number(fields.pop("index", None))
+        function = fields.get("function")
+        if isinstance(function, Mapping):
+            fields["function"] = function = cleaned_function(function)
         number = self._number_of(call_id, index)
+        if call_id is None and _is_whole(function) and self._is_complete(number):
+            number = len(self._ids)
         if number == len(self._ids):
             self._ids.append(None)
+            self._arguments.append([])
         self._ids[number] = call_id or self._ids[number]
         if index is not None:
             self._by_index[index] = number
-        function = fields.get("function")
         if isinstance(function, Mapping):
-            fields["function"] = cleaned_function(function)
+            self._arguments[number].append(str(function.get("arguments", "")))
         return {"index": number, **fields}
+
+    def _is_complete(self, number: int) -> bool:
+        """Return True if the arguments of a call so far are a JSON object."""
+        if number >= len(self._arguments):
+            return False
+        try:
+            return isinstance(json.loads("".join(self._arguments[number])), dict)
+        except (ValueError, RecursionError):
+            return False
 
     def _number_of(self, call_id: str | None, index: int | None) -> int:
         following = len(self._ids)
@@ -80,6 +98,11 @@ def cleaned_function(function: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, dict | list):
         fields["arguments"] = json.dumps(arguments, ensure_ascii=False)
     return fields
+
+
+def _is_whole(function: object) -> bool:
+    """Return True for a piece that has both the name and arguments."""
+    return isinstance(function, Mapping) and all(function.get(n) for n in ("name", "arguments"))
 
 
 def _number(index: object) -> int | None:

@@ -15,6 +15,7 @@ from infer_align.flow.batches import CandidateBatch, Share
 from infer_align.flow.clock import Clock, loop_time
 from infer_align.flow.observe import Observation
 from infer_align.flow.plan import Plan
+from infer_align.stages import stage
 from infer_align.types import Candidate, Delta, Draw, Event
 
 OnDelta = Callable[[Delta], None]
@@ -68,7 +69,7 @@ async def propose(
         candidate_draws.append(
             CandidateDraw(share, clock.draw_deadline, observation, on_delta, on_finished)
         )
-    with clock.drawing():
+    with clock.drawing(), stage("draw"):
         drawn = await _run_batch(batch, candidate_draws, engine)
     candidates = [observation.mark(candidate) for candidate in drawn]
     if batch.first == 0:

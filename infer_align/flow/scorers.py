@@ -46,10 +46,15 @@ def reward_names(rewards: Mapping[str, Reward]) -> list[str]:
 
 
 def rewards_along(direction: Direction, rewards: Mapping[str, Reward]) -> dict[str, float]:
-    """Return weight 1 for each reward that scores every attribute of a direction."""
+    """Return weight 1 for each reward that scores every attribute of a direction.
+
+    Rewards that score only if a request names them are left out.
+    """
     along = {}
     for name, reward in rewards.items():
-        if reward.attributes and _unscored_attribute(direction, reward) is None:
+        if not reward.attributes or reward.named_only:
+            continue
+        if _unscored_attribute(direction, reward) is None:
             along[name] = 1.0
     return along
 
@@ -83,17 +88,19 @@ def resolve_scorers(
     is_named = weights is not None
     if weights is None:
         weights = _default_weights(draft, rewards, default_weights) if draft.selects else {}
-    added = {scorer.reward: scorer.weight for scorer in draft.scorers}
-    merged = {**weights, **added}
+    # The attributes of a reward may depend on the parameters of the request.
+    rewards = {**rewards, **_with_request(draft, rewards, parameters)}
+    merged = {**weights, **_added_weights(draft, weights, rewards)}
     for name in merged:
         _check_name(name, draft, rewards)
-    resolved: dict[str, Reward] = {}
+    checked: set[str] = set()
     scorers = []
     for name, weight in merged.items():
         reward_name, _, attribute = name.partition(".")
-        if reward_name not in resolved:
-            resolved[reward_name] = _resolve_reward(reward_name, draft, rewards, parameters)
-        scorers.append(Scorer(reward_name, resolved[reward_name], weight, attribute or None))
+        if reward_name not in checked:
+            _check_reward(reward_name, draft, rewards[reward_name])
+            checked.add(reward_name)
+        scorers.append(Scorer(reward_name, rewards[reward_name], weight, attribute or None))
     needs_scores = draft.rule is None or draft.rule.needs_scores or draft.stop_rule is not None
     if draft.selects and needs_scores and not any(merged.values()):
         if is_named or stand_in is None:
@@ -111,27 +118,53 @@ def _nothing_to_choose_by(draft: PlanDraft, rewards: Mapping[str, Reward]) -> In
     )
 
 
-def _resolve_reward(
-    name: str,
+def _with_request(
     draft: PlanDraft,
     rewards: Mapping[str, Reward],
     parameters: Mapping[str, Mapping[str, Any]],
-) -> Reward:
-    """Return the reward with the parameters of this request, checked."""
-    reward = rewards[name]
-    param = draft.param("rewards", name)
+) -> dict[str, Reward]:
+    """Return the configured rewards that this request sets parameters of, with them."""
+    changed: dict[str, Reward] = {}
     for scorer_name, chosen in parameters.items():
-        if scorer_name.partition(".")[0] == name:
-            reward = _with_parameters(name, reward, chosen, draft.param("rewards", scorer_name))
+        name = scorer_name.partition(".")[0]
+        if name in rewards:
+            reward = changed.get(name, rewards[name])
+            param = draft.param("rewards", scorer_name)
+            changed[name] = _with_parameters(name, reward, chosen, param)
     for scorer in draft.scorers:
-        if scorer.reward.partition(".")[0] != name:
+        name = scorer.reward.partition(".")[0]
+        if name in rewards and scorer.parameters:
+            changed[name] = changed.get(name, rewards[name]).with_parameters(scorer.parameters)
+    return changed
+
+
+def _added_weights(
+    draft: PlanDraft, weights: Mapping[str, float], rewards: Mapping[str, Reward]
+) -> dict[str, float]:
+    """Return the weights of the rewards that methods add.
+
+    The attributes of a reward that cannot be scored along the direction share its weight equally,
+    unless the request weighs them itself.
+    """
+    added: dict[str, float] = {}
+    for scorer in draft.scorers:
+        name = scorer.reward
+        reward = rewards.get(name)
+        if reward is None or not reward.attributes or _is_scored_along(draft.direction, reward):
+            added[name] = scorer.weight
             continue
-        param = draft.param(name)
-        if scorer.parameters:
-            reward = reward.with_parameters(scorer.parameters)
+        attributes = [f"{name}.{attribute}" for attribute in reward.attributes]
+        if not any(attribute in weights for attribute in attributes):
+            added |= dict.fromkeys(attributes, scorer.weight / len(attributes))
+    return added
+
+
+def _check_reward(name: str, draft: PlanDraft, reward: Reward) -> None:
+    """Refuse a reward that cannot score this request."""
+    added = {scorer.reward.partition(".")[0] for scorer in draft.scorers}
+    param = draft.param(name) if name in added else draft.param("rewards", name)
     reward.check(param)
     reward.check_conversation(param, draft.messages)
-    return reward
 
 
 def _with_parameters(name: str, reward: Reward, chosen: Mapping[str, Any], param: str) -> Reward:
@@ -168,7 +201,7 @@ def _check_name(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) -> N
     names = reward_names(rewards)
     if name in names:
         return
-    if any(scorer.reward == name for scorer in draft.scorers):
+    if name not in rewards and any(scorer.reward == name for scorer in draft.scorers):
         raise Unsupported(
             f"{draft.param(name)}: this server has no reward {name!r}; configure [rewards.{name}].",
             param=draft.param(name),
@@ -192,6 +225,11 @@ def _check_name(name: str, draft: PlanDraft, rewards: Mapping[str, Reward]) -> N
             f"{', '.join(reward.attributes)}.",
             param=param,
         )
+
+
+def _is_scored_along(direction: Direction | None, reward: Reward) -> bool:
+    """Return True if there is a direction, and the reward scores all its attributes."""
+    return direction is not None and _unscored_attribute(direction, reward) is None
 
 
 def _unscored_attribute(direction: Direction | None, reward: Reward) -> str | None:

@@ -16,6 +16,7 @@ from infer_align.flow.scorers import Scorer
 from infer_align.messages import text_of
 from infer_align.objectives import project
 from infer_align.rewards import Reward, RewardScores, time_budget
+from infer_align.stages import stage
 from infer_align.types import Array, Candidate, Direction, Messages, Scores, ScoringUsage
 
 log = logging.getLogger("infer_align")
@@ -102,7 +103,11 @@ class Scoring:
     async def _score(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
         answers = [_with_beginning(candidate, self._plan.begun_answer) for candidate in candidates]
         start = monotonic()
-        scores = await score_with(self._rewards[name], self._plan.messages, answers, self._deadline)
+        reward = self._rewards[name]
+        with stage("reward", name) as fail:
+            scores = await score_with(reward, self._plan.messages, answers, self._deadline)
+            if scores.failure is not None:
+                fail(type(scores.failure).__name__)
         self._seconds[name] = max(monotonic() - start, self._seconds.get(name, 0.0))
         return scores
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from infer_align.errors import RewardFailed
 from infer_align.flow.plan import Plan
 from infer_align.methods import Contest
+from infer_align.stages import stage
 from infer_align.types import Array, Candidate, Ranking, Scores, Selection
 
 IGNORED = "all directions gave the same answer; the model may ignore directions"
@@ -48,7 +49,8 @@ def select(
     Raises:
         NothingScored: there are several candidates and none could be scored.
     """
-    selection = rank_candidates(plan, candidates, scores)
+    with stage("select"):
+        selection = rank_candidates(plan, candidates, scores)
     if selection.ranking:
         return selection
     first = next(iter(selection.dropped.values()))

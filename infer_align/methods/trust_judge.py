@@ -3,16 +3,18 @@
 This file holds what a request may ask of the judge. The judge itself stands in
 `infer_align.rewards.trust_judge`.
 
-Source: "TrustJudge" (2509.21117).
+Sources: "TrustJudge" (2509.21117); principles: "SALMON" (2310.05910); rubrics: "OpenRubrics"
+(2510.07743); votes: "Think-RM" (2505.16265); aspects: "UltraFeedback" (2310.01377).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from annotated_types import Len
+from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, Field
 
 from infer_align.methods import PlanDraft, ScorerRequest, Stage
@@ -23,6 +25,11 @@ Scale: TypeAlias = Literal[5, 10, 100]
 Readout: TypeAlias = Literal["expected", "geval", "published"]
 
 CRITERIA = "helpful, correct and clear"
+# The value of `rubric` that lets the judge write its rubric itself.
+AUTO = "auto"
+MAX_PRINCIPLES = 16
+MAX_ASPECTS = 8
+MAX_VOTES = 64
 # The configured reward that this method adds to the plan.
 REWARD = "trust_judge"
 
@@ -39,6 +46,94 @@ Criteria = Annotated[
     AfterValidator(_check_words),
     Field(json_schema_extra={"pattern": r"\S"}),
 ]
+
+
+# The name of an aspect is the name of an attribute: "trust_judge.honesty".
+AspectName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Aspects: TypeAlias = dict[AspectName, Criteria] | tuple[AspectName, ...]
+Votes = Annotated[int, Ge(1), Le(MAX_VOTES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Principle:
+    """One quality that the judge reads by itself."""
+
+    text: Criteria = field(
+        metadata={"description": 'The quality in words, such as "polite" or "gives an example".'}
+    )
+    weight: float = field(
+        default=1.0,
+        metadata={
+            "ge": 0,
+            "le": 1e9,
+            "description": "Weight in the mean over the principles. 0 reports the reading only.",
+        },
+    )
+    negate: bool = field(
+        default=False,
+        metadata={"description": "Prefer the answers that have less of this quality."},
+    )
+
+
+Principles = Annotated[tuple[Principle, ...], Len(min_length=1, max_length=MAX_PRINCIPLES)]
+RUBRIC = {
+    "description": "Rules to judge by, one in each line. A line that ends with [Hard Rule] "
+    "multiplies the score, every other line is a principle of the mean. "
+    '"auto": the judge writes such a rubric for each conversation.'
+}
+PRINCIPLES = {
+    "description": "Qualities that the judge reads one by one. The score is the weighted mean of "
+    "the readings, which are in the report."
+}
+ASPECTS = {
+    "description": "Qualities that become attributes of the judge, for `dpa`, `compose` and "
+    '`rewards`: {name: words}, or a list of names such as "honesty".'
+}
+VOTES = {
+    "description": "Number of sampled verdicts per reading, each after its own critique. The "
+    "shares of the votes are the probabilities. 1: no votes."
+}
+
+
+def check_questions(
+    principles: Sequence[Principle], rubric: str | None, aspects: Collection[str]
+) -> None:
+    """Check that what a judge is to read fits together.
+
+    Raises:
+        ValueError: saying what is allowed instead.
+    """
+    if aspects and (principles or rubric is not None):
+        raise ValueError(
+            "aspects, or principles and a rubric, not both: each aspect is an attribute of its own"
+        )
+    if len(aspects) > MAX_ASPECTS or len({*aspects}) < len(aspects):
+        raise ValueError(f"at most {MAX_ASPECTS} aspects, each with its own name")
+    if principles and not any(principle.weight for principle in principles):
+        raise ValueError("principles of which at least one has a weight over 0")
+    rules = [] if rubric is None else [line for line in rubric.splitlines() if line.strip()]
+    if len(rules) + len(principles) > MAX_PRINCIPLES:
+        raise ValueError(f"at most {MAX_PRINCIPLES} principles and lines of a rubric together")
+
+
+def check_replaced(
+    criteria: str | None,
+    principles: Sequence[Principle],
+    rubric: str | None,
+    aspects: Collection[str],
+) -> None:
+    """Check that a request has criteria or what replaces them, and that the latter fits together.
+
+    Raises:
+        ValueError: saying what is allowed instead.
+    """
+    is_replaced = bool(principles or aspects or rubric not in {None, AUTO})
+    if criteria is not None and is_replaced:
+        raise ValueError(
+            "criteria, or what replaces them (principles, a rubric, aspects), not both; write the "
+            "criteria as a principle"
+        )
+    check_questions(principles, rubric, aspects)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +168,31 @@ class TrustJudge:
             'renormalising; "published": the paper\'s code, bugs included.'
         },
     )
+    principles: Principles | None = field(default=None, metadata=PRINCIPLES)
+    rubric: Criteria | None = field(default=None, metadata=RUBRIC)
+    aspects: Aspects | None = field(default=None, metadata=ASPECTS)
+    votes: Votes | None = field(default=None, metadata=VOTES)
 
     stage: ClassVar[Stage] = Stage.SCORE
     # The judge's engine needs capabilities, not the engine that answers.
     needs: ClassVar[frozenset[Capability]] = frozenset()
 
+    def __post_init__(self) -> None:
+        """Check that what is to be read fits together.
+
+        Raises:
+            ValueError: it does not; see `check_replaced`.
+        """
+        check_replaced(self.criteria, self.principles or (), self.rubric, self.aspects or ())
+
     def apply(self, draft: PlanDraft) -> PlanDraft:
         """Add the judge to the plan's scorers, with the parameters that this request sets."""
-        parameters = dataclasses.asdict(self)
-        weight = parameters.pop("weight")
-        overrides = {name: value for name, value in parameters.items() if value is not None}
-        judge = ScorerRequest(REWARD, weight, overrides)
+        overrides: dict[str, Any] = {}
+        for parameter in dataclasses.fields(self):
+            value = getattr(self, parameter.name)
+            if parameter.name != "weight" and value is not None:
+                overrides[parameter.name] = value
+        judge = ScorerRequest(REWARD, self.weight, overrides)
         return replace(draft, scorers=(*draft.scorers, judge))
 
 

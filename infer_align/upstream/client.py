@@ -27,6 +27,7 @@ import aiohttp
 from aiohttp.connector import Connection
 
 from infer_align.errors import Unavailable
+from infer_align.stages import trace_headers
 from infer_align.upstream import KEY_REFUSED, Upstream, UpstreamFailed
 from infer_align.upstream.pool import Host, Pool
 from infer_align.upstream.response import parse_error, parse_retry_after, read_json
@@ -247,6 +248,7 @@ class Client:
             raise Unavailable("the connections to the upstreams are closed")
         _kept_alive.set(False)
         started = monotonic()
+        headers = {**(headers or {}), **trace_headers()}
         try:
             return await self._traced_request(self._session, method, url, content, headers or {})
         except aiohttp.ClientConnectorError as error:

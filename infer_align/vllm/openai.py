@@ -29,6 +29,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, quote
 from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE
+from infer_align.stages import trace_headers
 from infer_align.types import Kind, Messages
 from infer_align.vllm import compat, readings
 from infer_align.vllm.interfaces import CandidateCall, error_from_json
@@ -68,6 +69,9 @@ def _apply_call(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
             if call.extra_args:
                 extra_args = sampling_params.extra_args or {}
                 sampling_params.extra_args = {**extra_args, **call.extra_args}
+        headers = trace_headers()
+        if headers:
+            options["trace_headers"] = headers
         return generate(prompt, sampling_params, request_id, **options)
 
     return wrapped

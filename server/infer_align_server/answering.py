@@ -10,7 +10,7 @@ from time import monotonic
 
 from infer_align.errors import AlignError, DeadlineExceeded, EngineFailed
 from infer_align.flow.plan import Plan
-from infer_align.flow.propose import OnDelta, OnFinished
+from infer_align.flow.propose import OnDelta, OnFinished, call_both
 from infer_align.flow.response import Response
 from infer_align.flow.run import align
 from infer_align.flow.selection import NothingScored
@@ -19,6 +19,7 @@ from infer_align_server.limits.client_timeout import shorten_deadline
 from infer_align_server.limits.token_budget import Charge, charged
 from infer_align_server.logs import describe_usage
 from infer_align_server.service import Service
+from infer_align_server.telemetry import PlanTrace, following
 
 
 async def answer_all(
@@ -93,15 +94,26 @@ class _Work:
     async def run(self, waited_seconds: float) -> Response:
         """Carry out the plan and charge its tokens."""
         plan = shorten_deadline(self._plan, waited_seconds)
+        with following(plan) as trace:
+            return await self._run(plan, trace)
+
+    async def _run(self, plan: Plan, trace: PlanTrace | None) -> Response:
+        on_candidate = self._on_candidate
+        if trace is not None:
+            on_candidate = call_both(trace.candidate_finished, on_candidate)
         try:
             on_delta = self._charge.start(self._on_delta)
-            response = await align(plan, self._service.engine, on_delta, self._on_candidate)
+            response = await align(plan, self._service.engine, on_delta, on_candidate)
         except NothingScored as error:
+            if trace is not None:
+                trace.fail(error.candidates, error.scores)
             self._charge.fail(error.candidates, error.scores)
             self._service.metrics.count_failure(error.candidates, error.scores)
             describe_usage(error.candidates)
             raise
         self._charge.complete(response)
+        if trace is not None:
+            trace.complete(response)
         return response
 
 

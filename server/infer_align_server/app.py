@@ -29,6 +29,7 @@ from infer_align_server.logs import access, access_fields
 from infer_align_server.playground import page_routes
 from infer_align_server.routes import ENGINE_ROUTE, ROUTES, UPSTREAM_ROUTE
 from infer_align_server.service import Service
+from infer_align_server.traced_app import TracedApp
 from infer_align_server.wire.disconnect import ClientLeft
 from infer_align_server.wire.errors import error_response
 
@@ -82,6 +83,9 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
     app.exception_handler(AlignError)(_on_align_error)
     app.exception_handler(HTTPException)(_on_http_error)
     app.router.redirect_slashes = False
+    if service.tracing is not None:
+        # Inside the log, which sets the fields that the trace reads.
+        app.add_middleware(TracedApp, tracing=service.tracing)
     app.add_middleware(RequestLog, service=service)
     _allow_origins(app, config.server.allowed_origins)
     return app

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 from infer_align.config.config import JUDGE
 from infer_align.config.schema import parse
 from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
 from infer_align.flow.discovery import when_discovered
 from infer_align.flow.request import check_prompt
-from infer_align.methods.trust_judge import Criteria, Mode, Readout, Scale
+from infer_align.methods.trust_judge import (
+    PRINCIPLES,
+    RUBRIC,
+    VOTES,
+    Aspects,
+    Criteria,
+    Mode,
+    Principles,
+    Readout,
+    Scale,
+    Votes,
+    check_replaced,
+)
 from infer_align.rewards.trust_judge import (
     TrustJudgeReward,
     conflict_ratio,
@@ -20,8 +35,19 @@ from infer_align.rewards.trust_judge import (
     rescale,
 )
 from infer_align.rewards.trust_judge.consistency import cycles
-from infer_align.rewards.trust_judge.judge import Judgement
+from infer_align.rewards.trust_judge.criteria import Objective
+from infer_align.rewards.trust_judge.panel import JudgePanel, position_bias
+from infer_align.rewards.trust_judge.ratings import Ratings
 from infer_align.rewards.trust_judge.readings import Rule
+from infer_align.rewards.trust_judge.report import (
+    comparison_details,
+    joined,
+    order_json,
+    rating_details,
+    rubric_report,
+    with_score_statistics,
+)
+from infer_align.rewards.trust_judge.reward import Questions
 from infer_align.rewards.trust_judge.tournament import Comparisons, Schedule
 from infer_align.types import Messages, ScoringUsage
 from infer_align_server.scoring import parse_candidates
@@ -31,8 +57,21 @@ from infer_align_server.wire.encoding import number
 # The sizes of the subsets whose transitivity is reported.
 SUBSET_SIZES = (3, 4, 5)
 COMMON_FIELDS = ("model", "messages", "candidates")
+# The fields that say what is read. A request that sets one replaces those of its preset.
+QUESTIONS = {"criteria", "principles", "rubric", "aspects"}
 # The fields of Judging that replace settings of the judge, if they are not None.
-JUDGE_SETTINGS = ("scale", "criteria", "readout", "rule", "tolerance", "schedule")
+JUDGE_SETTINGS = (
+    "scale",
+    "criteria",
+    "principles",
+    "rubric",
+    "aspects",
+    "votes",
+    "readout",
+    "rule",
+    "tolerance",
+    "schedule",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +89,16 @@ class Judging:
     criteria: Criteria | None = field(
         default=None, metadata={"description": "What to judge by, in words."}
     )
+    principles: Principles | None = field(default=None, metadata=PRINCIPLES)
+    rubric: Criteria | None = field(default=None, metadata=RUBRIC)
+    aspects: Aspects | None = field(
+        default=None,
+        metadata={
+            "description": "Qualities that are read one by one and count the same: {name: words}, "
+            'or a list of names such as "honesty".'
+        },
+    )
+    votes: Votes | None = field(default=None, metadata=VOTES)
     readout: Readout | None = field(
         default=None, metadata={"description": "Method to read a score from probabilities."}
     )
@@ -65,6 +114,14 @@ class Judging:
         default=None, metadata={"description": "Choice of the pairs to compare."}
     )
 
+    def __post_init__(self) -> None:
+        """Check that what is to be read fits together.
+
+        Raises:
+            ValueError: it does not.
+        """
+        check_replaced(self.criteria, self.principles or (), self.rubric, self.aspects or ())
+
 
 FIELDS = (*COMMON_FIELDS, *Judging.__dataclass_fields__)
 
@@ -76,13 +133,19 @@ class Judgements:
     Either is empty if the request did not include it.
     """
 
-    scores: Sequence[Judgement] = ()
+    questions: Questions
+    ratings: Ratings = field(default_factory=Ratings)
     comparisons: Comparisons = field(default_factory=Comparisons)
 
     @property
     def usage(self) -> ScoringUsage:
-        """The usage of all readings."""
-        return sum((judgement.spent for judgement in self.scores), self.comparisons.spent)
+        """The usage of all readings, and of a rubric."""
+        return self.questions.spent + self.ratings.spent + self.comparisons.spent
+
+    @property
+    def objective(self) -> Objective:
+        """The one objective of the scores and comparisons."""
+        return self.questions.together()
 
     def check(self) -> None:
         """Check that something could be judged.
@@ -90,9 +153,9 @@ class Judgements:
         Raises:
             RewardFailed: There are errors and not one reading.
         """
-        errors = [judgement.error for judgement in self.scores if judgement.error]
+        errors = [error for error in self.ratings.errors if error]
         errors += self.comparisons.errors.values()
-        has_score = any(judgement.reading is not None for judgement in self.scores)
+        has_score = any(not math.isnan(score) for score in self.ratings.scores)
         if errors and not has_score and not self.comparisons.relations:
             raise RewardFailed(f"nothing could be judged; first: {errors[0]}")
 
@@ -111,9 +174,11 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     preset = service.resolve_model(body.get("model")).preset
     check_prompt({"messages": body.get("messages")}, "chat")
     settings = _preset_settings(service, preset)
-    for key, value in body.items():
-        if key not in COMMON_FIELDS and value is not None:
-            settings[key] = value
+    fields = {key: body[key] for key in body if key not in COMMON_FIELDS}
+    requested = {key: value for key, value in fields.items() if value is not None}
+    if requested.keys() & QUESTIONS:
+        settings = {key: value for key, value in settings.items() if key not in QUESTIONS}
+    settings |= requested
     judging = parse(Judging, settings, "")
     reward = await when_discovered(lambda: _judge_reward(service, judging))
     modes: tuple[Mode, ...] = ("score", "pairwise") if judging.mode == "both" else (judging.mode,)
@@ -134,20 +199,24 @@ async def _judge(
     messages: Messages,
     texts: list[str],
 ) -> Judgements:
-    scores: Sequence[Judgement] = ()
+    ratings = Ratings()
     comparisons = Comparisons()
+    panel = reward.panel
     try:
         async with asyncio.timeout(reward.timeout_seconds):
+            questions = await reward.questions(messages)
+            objective = questions.together()
             if "score" in modes:
-                scores = await reward.judge.scores(messages, texts, reward.config.scale)
+                ratings = await panel.rate(messages, texts, objective)
             if "pairwise" in modes:
-                comparisons = await reward.compare(messages, texts)
+                schedule = reward.config.schedule
+                comparisons = await panel.compare(messages, texts, objective, schedule)
     except TimeoutError:
         raise DeadlineExceeded(
             f"The judge did not finish within its {reward.timeout_seconds:.3g} s; send fewer "
             "candidates."
         ) from None
-    return Judgements(scores, comparisons)
+    return Judgements(questions, ratings, comparisons)
 
 
 def _preset_settings(service: Service, preset: str | None) -> dict[str, Any]:
@@ -190,23 +259,57 @@ def _response(
 ) -> dict[str, Any]:
     comparisons = judgements.comparisons
     relations = comparisons.relations
-    scores = {i: reward.read(judgement) for i, judgement in enumerate(judgements.scores)}
+    scores = dict(enumerate(judgements.ratings.scores))
     usage = asdict(judgements.usage)
     del usage["reward_tokens"]
+    rubric = judgements.questions.rubric
     return {
         "object": "align.judge",
         "scale": reward.config.scale,
         "candidates": [
             _candidate_json(i, reward.config.scale, scores, judgements) for i in range(len(texts))
         ],
-        "pairs": [_pair_json(comparisons, pair) for pair in comparisons.orders],
+        "pairs": [_pair_json(comparisons, pair) for pair in comparisons.pairs],
         "conflict_ratio": number(conflict_ratio(scores, relations)),
         "tie_rate": _tie_rate(comparisons),
+        "position_bias": number(position_bias(comparisons.readings)),
         "nontransitivity": {str(k): number(nontransitivity(relations, k)) for k in SUBSET_SIZES},
         "cycles": [list(cycle) for cycle in cycles(relations)],
         "drop_rate": _drop_rates(judgements),
+        **_details(reward.panel, reward.config.scale, len(texts), judgements),
+        "rubric": None if rubric is None else rubric_report(rubric),
         "usage": usage,
     }
+
+
+def _details(panel: JudgePanel, scale: Scale, n: int, judgements: Judgements) -> dict[str, Any]:
+    """Return the readings by each principle, and those of each judge of a panel."""
+    objective = judgements.objective
+    indices = range(n)
+    rated: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
+    if judgements.ratings.scores:
+        rated = rating_details(panel, objective, judgements.ratings, indices, scale)
+        rows: list[list[float]] = []
+        for part in judgements.ratings.parts:
+            rows.append([rescale(score, scale) for score in part.scores])
+        rated = with_score_statistics(rated, np.array(rows))
+    if judgements.comparisons.pairs:
+        compared = comparison_details(panel, objective, judgements.comparisons, indices)
+    judges: dict[str, Any] = {}
+    for name in [] if panel.is_single else panel.readers:
+        score = rated.get("judges", {}).get(name, {})
+        pairwise = compared.get("judges", {}).get(name, {})
+        judges[name] = {
+            "lean": score.get("lean"),
+            "position_bias": pairwise.get("position_bias"),
+            "agreement": {
+                "score": score.get("agreement"),
+                "pairwise": pairwise.get("agreement"),
+            },
+            "principles": joined(score, pairwise).get("principles", []),
+        }
+    return {"principles": joined(rated, compared).get("principles", []), "judges": judges}
 
 
 def _candidate_json(
@@ -214,10 +317,10 @@ def _candidate_json(
 ) -> dict[str, Any]:
     score = None
     rescaled = None
-    if judgements.scores:
+    if scores:
         score = number(scores[index])
         rescaled = number(rescale(scores[index], scale))
-        error = judgements.scores[index].error
+        error = judgements.ratings.errors[index]
     else:
         error = _comparison_error(judgements.comparisons, index)
     return {
@@ -242,15 +345,15 @@ def _comparison_error(comparisons: Comparisons, index: int) -> str | None:
 def _pair_json(comparisons: Comparisons, pair: tuple[int, int]) -> dict[str, Any]:
     """Return one comparison.
 
-    In both orders the label A stands for the candidate that comes first in the judge's prompt.
+    In both orders the label A stands for the candidate that comes first in the judge's prompt. A
+    comparison by several principles or judges has its orders there.
     """
-    orders = []
-    for judgement in comparisons.orders[pair]:
-        orders.append(dict(judgement.reading.probs) if judgement.reading else None)
+    judged = comparisons.orders.get(pair, ())
     return {
         "pair": list(pair),
         "relation": comparisons.relations.get(pair),
-        "orders": orders,
+        "win_probability": comparisons.chances.get(pair),
+        "orders": [order_json(judgement.reading) for judgement in judged],
         "error": comparisons.errors.get(pair),
     }
 
@@ -263,11 +366,10 @@ def _tie_rate(comparisons: Comparisons) -> float | None:
 def _drop_rates(judgements: Judgements) -> dict[str, float | None]:
     """Return the share of scores and of pairs that could not be read."""
     score_rate = None
-    if judgements.scores:
-        dropped = sum(judgement.reading is None for judgement in judgements.scores)
-        score_rate = dropped / len(judgements.scores)
+    if judgements.ratings.scores:
+        score_rate = judgements.ratings.drop_rate
     pair_rate = None
     comparisons = judgements.comparisons
-    if comparisons.orders:
-        pair_rate = len(comparisons.errors) / len(comparisons.orders)
+    if comparisons.pairs:
+        pair_rate = len(comparisons.errors) / len(comparisons.pairs)
     return {"score": score_rate, "pairwise": pair_rate}

@@ -37,10 +37,7 @@ def request_schemas(service: Service) -> dict[str, Schema]:
         "messages": ref("Messages"),
         "candidates": array(STRING, minItems=1, maxItems=max_candidates),
     }
-    tokens = array({"type": "integer", "minimum": 0}, minItems=1)
-    texts = array(STRING, minItems=1, maxItems=max_candidates)
-    token_lists = array(tokens, minItems=1, maxItems=max_candidates)
-    prompt = {"anyOf": [STRING, tokens, texts, token_lists]}
+    prompt = _prompt(max_candidates)
     return {
         "Align": align,
         "Message": _message(),
@@ -67,6 +64,14 @@ def request_schemas(service: Service) -> dict[str, Schema]:
             "required": ["messages"],
         },
     }
+
+
+def _prompt(max_candidates: int) -> Schema:
+    """Return the schema of `prompt`: text or token ids, one or several."""
+    tokens = array({"type": "integer", "minimum": 0}, minItems=1)
+    texts = array(STRING, minItems=1, maxItems=max_candidates)
+    token_lists = array(tokens, minItems=1, maxItems=max_candidates)
+    return {"anyOf": [STRING, tokens, texts, token_lists]}
 
 
 def _rerank_request(service: Service, align_fields: Mapping[str, Schema]) -> Schema:

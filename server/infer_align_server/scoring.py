@@ -21,6 +21,7 @@ from infer_align.flow.scoring import score as score_candidates
 from infer_align.flow.selection import rank_candidates
 from infer_align.types import Candidate, Scores, Selection
 from infer_align_server.service import Service
+from infer_align_server.telemetry import send_evaluations
 from infer_align_server.wire.completion import extras_json, scores_json
 from infer_align_server.wire.encoding import number
 
@@ -157,6 +158,7 @@ async def score_texts(
         scores = await score_candidates(plan, candidates)
         count_usage(scores.usage)
         service.metrics.count_reward_calls(scores)
+    send_evaluations(scores)
     return ScoredTexts(plan, candidates, scores, rank_candidates(plan, candidates, scores))
 
 

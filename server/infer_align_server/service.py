@@ -28,7 +28,9 @@ from infer_align.flow.plan import Plan, check_prompt_count, check_together, make
 from infer_align.flow.request import Request, parse_request, split_prompts
 from infer_align.methods.profile import Profile
 from infer_align.rewards import Reward
+from infer_align.stages import stage
 from infer_align.types import Kind, ScoringUsage
+from infer_align_server.collector import Tracing
 from infer_align_server.defaults import (
     check_preset_names,
     check_presets,
@@ -68,6 +70,7 @@ class Service:
     Attributes:
         default_rewards: {reward name: weight} for requests that name no rewards.
         tokens: The token budget of each caller.
+        tracing: The connection to the collector of traces; None if nothing is traced.
         settled: Set when loading has ended, also if it failed.
         failure: The reason why loading failed.
         warnings: Sentences about the configuration for the person who starts the server.
@@ -91,6 +94,7 @@ class Service:
             limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
         )
         self.profiles = ProfileKeeper(config)
+        self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
         self._keys = ApiKeys(config.api_keys())
         self.settled = asyncio.Event()
         self.failure: str | None = None
@@ -147,6 +151,8 @@ class Service:
         for engine in self.engines.values():
             await engine.close()
         await self.profiles.close()
+        if self.tracing is not None:
+            await self.tracing.close()
 
     async def reload_values(self) -> None:
         """Read the configured values again, for later requests.
@@ -302,7 +308,8 @@ class Service:
         presets = self.config.presets
         parsed = [parse_request(each, kind, presets, model.preset) for each in bodies]
         requests = [await self.personalise(request, owner) for request in parsed]
-        plans = await when_discovered(lambda: [self._make_plan(each) for each in requests])
+        with stage("plan"):
+            plans = await when_discovered(lambda: [self._make_plan(each) for each in requests])
         check_together(plans, self.config.limits)
         describe(methods=list(plans[0].methods))
         return plans

@@ -20,6 +20,7 @@ from infer_align.engines.fake import Fake
 from infer_align.flow.plan import make_plan
 from infer_align.flow.request import parse_request
 from infer_align.methods import profile as served_profile
+from infer_align.methods import trust_judge as served_judge
 from infer_align.methods.compose import Gate as GateParameters
 from infer_align.methods.compose import RewardShape as RewardShapeParameters
 from infer_align.methods.guidance import TraitSections
@@ -37,6 +38,7 @@ from infer_align_client import (
     Feedback,
     Gate,
     Guidance,
+    Principle,
     Profile,
     ProfileReport,
     Report,
@@ -57,7 +59,6 @@ SAME = [
     (VAS, registry.methods.get("vas")),
     (DPA, registry.methods.get("dpa")),
     (RPS, registry.methods.get("rps")),
-    (TrustJudge, registry.methods.get("trust_judge")),
     (Select, registry.methods.get("select")),
     (RewardShape, RewardShapeParameters),
     (Gate, GateParameters),
@@ -80,6 +81,14 @@ def test_typed_guidance_is_the_servers() -> None:
     assert list(Guidance.__annotations__) == [f.name for f in dataclasses.fields(served)]
     prompts = [f.name for f in dataclasses.fields(TraitSections.entry)]
     assert set(TraitPrompts.__annotations__) == {*prompts} - {"description"}
+
+
+def test_a_typed_judge_is_the_servers() -> None:
+    served = registry.methods.get("trust_judge")
+    assert list(TrustJudge.__annotations__) == [f.name for f in dataclasses.fields(served)]
+    assert list(Principle.__annotations__) == [
+        f.name for f in dataclasses.fields(served_judge.Principle)
+    ]
 
 
 def test_a_typed_profile_is_the_servers() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from infer_align.decoding.stream import ChoiceBuilder
+from infer_align.messages import text_of
 
 Piece = dict[str, Any]
 
@@ -96,6 +97,20 @@ def test_pieces_of_two_calls_become_two_calls(pieces: tuple[Piece, ...]) -> None
     assert calls_of(*pieces) == TWO
 
 
+WHOLE = [(None, "f", '{"x": 1}'), (None, "f", '{"x": 2}')]
+
+
+@pytest.mark.parametrize("index", [{}, {"index": 0}], ids=["no index", "index 0"])
+def test_whole_calls_without_ids_are_calls_of_their_own(index: dict[str, int]) -> None:
+    first, second = piece('{"x": 1}', "f", **index), piece('{"x": 2}', "f", **index)
+    assert calls_of(first, second) == WHOLE
+    message = assembled({"tool_calls": [first, second]})
+    assert len(message["tool_calls"]) == 2
+    # A name that is repeated with the rest of the arguments begins nothing.
+    split = (piece('{"x"', "f", **index), piece(": 1}", "f", **index), piece("", "f", **index))
+    assert calls_of(*split) == WHOLE[:1]
+
+
 def test_the_deltas_for_the_client_are_numbered() -> None:
     builder = ChoiceBuilder("chat")
     numbers = []
@@ -128,6 +143,20 @@ def test_other_texts_of_a_message_are_put_together() -> None:
     )
     assert (message["content"], message["refusal"]) == ("ab", "no")
     assert message["reasoning_content"] == "rs"
+
+
+def test_text_and_parts_of_a_content_keep_their_order() -> None:
+    thought = {"type": "thinking", "thinking": "hm"}
+    part = {"type": "text", "text": "b"}
+    message = assembled({"content": "a"}, {"content": [thought, part]}, {"content": "c"})
+    assert message["content"] == [
+        {"type": "text", "text": "a"},
+        thought,
+        part,
+        {"type": "text", "text": "c"},
+    ]
+    assert text_of(message["content"]) == "abc"
+    assert assembled({"content": ""}, {"content": [part]})["content"] == [part]
 
 
 def test_a_chunk_may_hold_a_message_in_place_of_a_delta() -> None:

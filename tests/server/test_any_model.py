@@ -10,7 +10,9 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.server.conftest import Serve
+from infer_align_server import cli
+from infer_align_server.arguments import configuration
+from tests.server.conftest import Serve, end, start
 from tests.server.processes import LOCAL, Process
 
 pytestmark = pytest.mark.slow
@@ -26,18 +28,20 @@ def ask(url: str, **fields: Any) -> httpx2.Response:
 
 
 @pytest.mark.parametrize("form", ["{model}", "--model={model}", "--set=engine.model={model}"])
-def test_a_folder_is_served_under_its_name(
-    language_model: Callable[..., str], command: Callable[..., Process], form: str
-) -> None:
+def test_a_folder_is_served_under_its_name(language_model: Callable[..., str], form: str) -> None:
     model = language_model("Llama")
     name = Path(model).name
-    url = command(form.format(model=model)).url()
+    # The server of the command, in this process: it has loaded torch already.
+    options = cli.make_parser().parse_args(["serve", form.format(model=model)])
+    live = start(configuration(options))
+    url = live.root
     assert names(url) == [name]
     answer = ask(url, model=name)
     assert answer.status_code == 200, answer.text
     assert answer.json()["model"] == name
     rewards = httpx2.get(f"{url}/v1/align/methods", **LOCAL).json()["rewards"]
     assert list(rewards) == ["trust_judge"], "no reward of the demo"
+    end(live)
 
 
 def test_every_model_of_an_upstream_is_served(

@@ -33,8 +33,6 @@ URL = "TEST_PROFILE_STORE"
 CONFIG = f"""
 [server]
 default_rewards = {{ brief = 1.0 }}
-[limits]
-max_concurrent = 64
 [profiles]
 store_env = "{URL}"
 spreads = {{ brief = 2.0 }}

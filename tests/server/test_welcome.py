@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import signal
@@ -12,7 +13,10 @@ from typing import Any
 
 import httpx2
 import pytest
+from rich.console import Console
 
+from infer_align_server.welcome import print_welcome
+from tests.server.conftest import Live, Serve
 from tests.server.processes import ENVIRONMENT, LOCAL, Process, run
 
 pytestmark = pytest.mark.slow
@@ -27,6 +31,19 @@ def screen(server: Process) -> str:
     """Return what the server has printed when it is ready."""
     server.screen.find("docs +docs/api.md")
     return "".join(server.screen.lines)
+
+
+def welcome(live: Live) -> str:
+    """Return the start screen of a server in this process, which loads torch only once."""
+    console = Console(file=io.StringIO(), width=200)
+    with console.capture() as printed:
+        print_welcome(live.service, live.root, 1.0, console)
+    return printed.get()
+
+
+def embedded(folder: str | Path, *lines: str) -> str:
+    """Return the configuration that serves a model in the embedded engine."""
+    return "\n".join(["[engine]", 'kind = "transformers"', f'model = "{folder}"', *lines, ""])
 
 
 def methods(url: str) -> dict[str, Any]:
@@ -84,7 +101,7 @@ def test_sizes_of_what_loads_are_logged(
 
 
 def test_a_missing_chat_template_can_be_named(
-    command: Callable[..., Process], language_model: Callable[..., str], tmp_path: Path
+    serve: Serve, language_model: Callable[..., str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "bare"
     shutil.copytree(language_model("Llama"), folder)
@@ -93,20 +110,20 @@ def test_a_missing_chat_template_can_be_named(
     config = folder / "tokenizer_config.json"
     without = re.sub(r'"chat_template": ".*?[^\\]",?', "", config.read_text())
     config.write_text(without)
-    bare = screen(command(str(folder), *QUIET))
+    bare = welcome(serve(embedded(folder)))
     assert "The model has no chat template, so only /v1/completions answers" in bare
     file = tmp_path / "t.jinja"
     file.write_text(
         "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    server = command(str(folder), "--set", f"engine.chat_template={file}", *QUIET)
-    assert "shows it no system messages: it leaves them out" in screen(server)
+    live = serve(embedded(folder, f'chat_template = "{file}"'))
+    assert "shows it no system messages: it leaves them out" in welcome(live)
     body = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 2}
-    answer = httpx2.post(f"{server.url()}/v1/chat/completions", json=body, **LOCAL)
+    answer = live.post(body)
     assert answer.status_code == 200, answer.text
-    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    whole = screen(command(str(folder), "--set", f"engine.chat_template={file}", *QUIET))
-    assert "chat template" not in whole
+    other = tmp_path / "whole.jinja"
+    other.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert "chat template" not in welcome(serve(embedded(folder, f'chat_template = "{other}"')))
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
@@ -143,17 +160,31 @@ def name_unknown_architecture(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "zebra"}')
 
 
+@pytest.fixture
+def damaged(language_model: Callable[..., str], tmp_path: Path) -> Path:
+    """A copy of a model, to be damaged."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(language_model("Llama"), folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     "damage",
     [break_weights, remove_weights, break_config, list_config, name_unknown_architecture],
 )
 def test_a_damaged_model_is_named_on_one_line(
-    language_model: Callable[..., str], tmp_path: Path, damage: Callable[[Path], None]
+    serve: Serve, damaged: Path, damage: Callable[[Path], None]
 ) -> None:
-    folder = tmp_path / "damaged"
-    shutil.copytree(language_model("Llama"), folder)
-    damage(folder)
-    done = run("serve", str(folder), "--port", "0", *QUIET)
+    damage(damaged)
+    failure = serve(embedded(damaged)).service.failure
+    assert failure is not None
+    assert failure.startswith("[engine] ")
+    assert "\n" not in failure
+
+
+def test_a_damaged_model_ends_the_command_with_one_line(damaged: Path) -> None:
+    break_weights(damaged)
+    done = run("serve", str(damaged), "--port", "0", *QUIET)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
@@ -170,7 +201,7 @@ def test_a_missing_template_file_is_named() -> None:
 @pytest.mark.parametrize("is_written", [False, True])
 def test_a_reward_whose_template_lacks_special_tokens_is_noted(
     is_written: bool,
-    process: Callable[..., Process],
+    serve: Serve,
     framing_tokenizer: Callable[[str], Any],
     reward_model: Callable[..., str],
 ) -> None:
@@ -179,6 +210,6 @@ def test_a_reward_whose_template_lacks_special_tokens_is_noted(
     if is_written:
         lines.append("add_special_tokens = true")
     lines += ["[engine]", 'kind = "fake"', ""]
-    text = screen(process("\n".join(lines), *QUIET))
+    text = welcome(serve("\n".join(lines)))
     note = re.search(r"note +\[rewards.quality\] .*adds <pad> </s>.*add_special_tokens = t", text)
     assert bool(note) is not is_written

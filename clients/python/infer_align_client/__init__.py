@@ -35,6 +35,7 @@ __all__ = [  # noqa: RUF022
     "RPS",
     "Report",
     "RewardShape",
+    "ScaleReport",
     "Score",
     "Select",
     "SelectionReport",
@@ -139,6 +140,14 @@ class Feedback(TypedDict, total=False):
     weights: dict[str, float]
 
 
+class Principle(TypedDict, total=False):
+    """One quality that the judge reads by itself. `text` is required."""
+
+    text: str
+    weight: float
+    negate: bool
+
+
 class TrustJudge(TypedDict, total=False):
     """Let a judge score or compare the candidates."""
 
@@ -147,6 +156,10 @@ class TrustJudge(TypedDict, total=False):
     criteria: str
     weight: float
     readout: Literal["expected", "geval", "published"]
+    principles: list[Principle]
+    rubric: str
+    aspects: dict[str, str] | list[str]
+    votes: int
 
 
 class RewardParameters(TypedDict, total=False):
@@ -289,6 +302,14 @@ class SelectionReport(TypedDict, total=False):
     worst_case: float
 
 
+class ScaleReport(TypedDict):
+    """The scale of a trait that choices have changed."""
+
+    scale: float
+    uncertainty: float | None
+    bounds: list[float]
+
+
 class ProfileReport(TypedDict, total=False):
     """The changes that `profile` made: the weights, how certain they are, and their bounds."""
 
@@ -299,6 +320,7 @@ class ProfileReport(TypedDict, total=False):
     weights: dict[str, float | None]
     uncertainty: dict[str, float | None]
     bounds: dict[str, list[float]]
+    scales: dict[str, ScaleReport]
 
 
 class Report(TypedDict):

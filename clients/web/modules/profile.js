@@ -202,7 +202,9 @@ function field(label, input, hint) {
 }
 
 function nameField() {
-  const input = el("input", { type: "text", spellcheck: "false", autocomplete: "off" });
+  // "profile" is the name of this field in an error of the feedback.
+  const attributes = { spellcheck: "false", autocomplete: "off", "data-param": "profile" };
+  const input = el("input", { type: "text", ...attributes });
   input.value = storedName();
   return input;
 }

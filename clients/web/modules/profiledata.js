@@ -47,13 +47,23 @@ export function serverProfile(name) {
  */
 export function browserProfile(limit) {
   const place = `infer-align choices ${baseUrl()}`;
+  // Where the browser forbids storage, the choices last as long as the page.
+  let unstored = [];
 
   function read() {
     try {
-      return JSON.parse(localStorage.getItem(place) ?? "[]");
+      return JSON.parse(localStorage.getItem(place)) ?? unstored;
     } catch {
-      // The browser forbids storage, or something else has written there.
-      return [];
+      return unstored;
+    }
+  }
+
+  function write(choices) {
+    unstored = choices;
+    try {
+      localStorage.setItem(place, JSON.stringify(choices));
+    } catch {
+      // Forbidden, or full.
     }
   }
 
@@ -73,11 +83,11 @@ export function browserProfile(limit) {
       const better = candidates[chosen];
       const others = [...new Set(candidates)].filter((text) => text !== better);
       const added = others.map((rejected) => ({ messages, chosen: better, rejected }));
-      localStorage.setItem(place, JSON.stringify([...read(), ...added].slice(-limit)));
+      write([...read(), ...added].slice(-limit));
       return knowledge();
     },
     everything: async () => ({ choices: read() }),
-    remove: async () => localStorage.removeItem(place),
+    remove: async () => write([]),
     inRequest: () => ({ choices: read() }),
   };
 }

@@ -9,13 +9,20 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from infer_align.decoding.labels import LabelLogprobs, LabelQuery, merge_labels
+from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.engines import Engine
 from infer_align.errors import AlignError
 from infer_align.rewards import CALL_SHARE, time_budget
+from infer_align.rewards.trust_judge.judgement import (
+    Judgement,
+    label_probabilities,
+    refusal,
+    usage_of,
+    usage_of_labels,
+)
 from infer_align.rewards.trust_judge.prompts import (
     BETTER,
     SCORE,
@@ -25,17 +32,8 @@ from infer_align.rewards.trust_judge.prompts import (
     score_messages,
 )
 from infer_align.rewards.trust_judge.readings import Reading, mass
+from infer_align.rewards.trust_judge.votes import Ballot, vote
 from infer_align.types import Candidate, Draw, Messages, ScoringUsage
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """The result of one prompt to the judge."""
-
-    reading: Reading | None  # None if there is nothing to read; `error` then holds the reason
-    mass: float = 0.0  # probability on valid labels
-    error: str | None = None
-    spent: ScoringUsage = field(default_factory=ScoringUsage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +45,7 @@ class Judge:
     critique_tokens: int = 0  # maximum length of a critique before the label; 0 for no critique
     critique_logprobs: bool = False  # True if the log-probability of the critique is needed
     min_mass: float = 0.0  # less probability than this on valid labels is a refusal
+    votes: int = 1  # number of critiques with a verdict each; 1 reads probabilities instead
 
     async def scores(
         self, messages: Messages, answers: Sequence[str], scale: int
@@ -102,9 +101,16 @@ class Judge:
         seconds = CALL_SHARE * time_budget.get()
         try:
             async with asyncio.timeout(seconds if math.isfinite(seconds) else None):
+                if self.votes > 1:
+                    return await vote(self.engine, self._ballot(messages, prefix, valid))
                 return await self._read(messages, prefix, valid)
         except TimeoutError:
             return Judgement(None, error=f"the judge did not answer within {seconds:.3g} s")
+
+    def _ballot(
+        self, messages: list[dict[str, Any]], prefix: str, valid: tuple[str, ...]
+    ) -> Ballot:
+        return Ballot(messages, prefix, valid, self.votes, self.critique_tokens, self.min_mass)
 
     async def _read(
         self, messages: list[dict[str, Any]], prefix: str, valid: tuple[str, ...]
@@ -116,11 +122,7 @@ class Judge:
         try:
             if self.critique_tokens:
                 critique = await self._critique(messages, prefix)
-                spent = ScoringUsage(
-                    judge_calls=critique.calls,
-                    judge_prompt_tokens=critique.prompt_tokens,
-                    judge_completion_tokens=critique.completion_tokens,
-                )
+                spent = usage_of(critique)
                 if critique.error is not None:
                     return Judgement(None, error=critique.error, spent=spent)
                 written = critique.text.rstrip() + "\n"
@@ -130,8 +132,7 @@ class Judge:
             return Judgement(None, error=error.message, spent=spent)
         # The critique's tokens, and one for the label.
         tokens = spent.judge_completion_tokens + 1
-        # Each call for labels samples one token.
-        spent += ScoringUsage(0, answer.calls, answer.prompt_tokens, answer.calls)
+        spent += usage_of_labels(answer)
         return self._judgement(answer, valid, logprob, tokens, spent)
 
     def _judgement(
@@ -151,14 +152,10 @@ class Judge:
             tokens: tokens of that text, and one for the label.
             spent: the usage of all calls for this judgement.
         """
-        merged = merge_labels(answer.logprobs)
-        possible = {label: p for label, p in merged.items() if p > -math.inf}
-        likeliest_first = sorted(possible, key=lambda label: -math.exp(possible[label]))
-        probs = [(label, math.exp(possible[label])) for label in likeliest_first]
+        probs = label_probabilities(answer)
         share = mass(probs, valid)
         if not probs or share < self.min_mass:
-            error = f"the judge gave its labels {share:.2g} of the probability: a refusal"
-            return Judgement(None, share, error, spent)
+            return Judgement(None, share, refusal(share), spent)
         reading = Reading(probs, logprob + math.log(probs[0][1]), tokens)
         return Judgement(reading, share, None, spent)
 

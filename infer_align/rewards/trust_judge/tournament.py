@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from infer_align.rewards.trust_judge.judge import Judge, Judgement
+from infer_align.rewards.trust_judge.judge import Judge
+from infer_align.rewards.trust_judge.judgement import Judgement
 from infer_align.rewards.trust_judge.readings import (
     EQUAL,
     LARGER,
+    SMALLER,
+    Reading,
     Relation,
     Rule,
     merge,
@@ -24,23 +27,47 @@ from infer_align.types import Array, Messages, ScoringUsage
 Pair = tuple[int, int]
 Schedule = Literal["round_robin", "swiss"]
 
+_POINTS = {LARGER: 1.0, EQUAL: 0.5, SMALLER: 0.0}
+# Chances nearer to 0.5 than this are equal: their difference is the rounding of a sum.
+_ROUNDING = 1e-12
+
 
 @dataclass(frozen=True, slots=True)
 class Comparisons:
-    """Pairs (i, j), i < j, judged in both orders, and the relation of i to j.
+    """Pairs (i, j), i < j, the relation of i to j, and the chance of i to be the better one.
 
-    A pair that could not be judged has an error and no relation.
+    A pair that could not be judged has an error and no relation. The comparisons of one judge by
+    one criterion have their readings in `orders`. Those of several criteria or judges have `parts`.
     """
 
-    orders: Mapping[Pair, tuple[Judgement, Judgement]] = field(default_factory=dict)
-    relations: Mapping[Pair, Relation] = field(default_factory=dict)
-    errors: Mapping[Pair, str] = field(default_factory=dict)
+    orders: dict[Pair, tuple[Judgement, Judgement]] = field(default_factory=dict)
+    relations: dict[Pair, Relation] = field(default_factory=dict)
+    errors: dict[Pair, str] = field(default_factory=dict)
+    chances: dict[Pair, float] = field(default_factory=dict)
+    parts: tuple[Comparisons, ...] = ()
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The compared pairs, those that could not be judged included."""
+        return list(self.orders) or sorted({*self.relations, *self.errors})
 
     @property
     def spent(self) -> ScoringUsage:
         """The usage of both orders of all pairs."""
         judgements = itertools.chain.from_iterable(self.orders.values())
-        return sum((judgement.spent for judgement in judgements), ScoringUsage())
+        spent = sum((judgement.spent for judgement in judgements), ScoringUsage())
+        return sum((part.spent for part in self.parts), spent)
+
+    @property
+    def readings(self) -> list[tuple[Reading, Reading]]:
+        """The readings of both orders of each judged pair, of all parts."""
+        readings: list[tuple[Reading, Reading]] = []
+        for order1, order2 in self.orders.values():
+            if order1.reading is not None and order2.reading is not None:
+                readings.append((order1.reading, order2.reading))
+        for part in self.parts:
+            readings += part.readings
+        return readings
 
     def points(self, item: int) -> list[float]:
         """Return the item's points in each judged pair.
@@ -66,62 +93,63 @@ class Comparisons:
     def win_probabilities(self, n: int) -> Array:
         """Return the probability of each of n answers to beat each other one: [n, n].
 
-        It is read from the labels of both orders; a tie counts half for each. A pair that was not
-        judged is NaN.
+        A tie counts half for each. A pair that was not judged is NaN.
         """
         matrix = np.full((n, n), np.nan)
         np.fill_diagonal(matrix, 0.5)
-        for i, j in self.relations:
-            order1, order2 = self.orders[i, j]
-            if order1.reading is None or order2.reading is None:
-                continue
-            labels = merge(order1.reading, order2.reading)
-            total = sum(labels.values())
-            if total > 0:
-                matrix[i, j] = (labels["A"] + labels["C"] / 2) / total
-                matrix[j, i] = 1.0 - matrix[i, j]
+        for (i, j), chance in self.chances.items():
+            matrix[i, j] = chance
+            matrix[j, i] = 1.0 - chance
         return matrix
 
     def merged(self, other: Comparisons) -> Comparisons:
         """Return these comparisons and the other ones together."""
+        parts = self.parts or other.parts
+        if self.parts and other.parts:
+            parts = tuple(a.merged(b) for a, b in zip(self.parts, other.parts, strict=True))
         return Comparisons(
             {**self.orders, **other.orders},
             {**self.relations, **other.relations},
             {**self.errors, **other.errors},
+            {**self.chances, **other.chances},
+            parts,
         )
 
 
-async def round_robin(
-    judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float
-) -> Comparisons:
-    """Compare every pair of N answers at once, with N (N - 1) readings."""
-    pairs = list(itertools.combinations(range(len(answers)), 2))
-    return await _compare(judge, messages, answers, pairs, rule, tolerance)
+# Compares the given pairs of answers.
+Compare = Callable[[Sequence[Pair]], Awaitable[Comparisons]]
 
 
-async def swiss(
-    judge: Judge, messages: Messages, answers: list[str], rule: Rule, tolerance: float
-) -> Comparisons:
-    """Compare N answers in ceil(log2 N) + 1 rounds, with about N (log2 N + 1) readings.
+async def run_schedule(schedule: Schedule, n: int, compare: Compare) -> Comparisons:
+    """Compare n answers two at a time, by a schedule."""
+    return await (swiss if schedule == "swiss" else round_robin)(n, compare)
 
-    Each round compares neighbours in the standings that were not compared yet. If N is odd, the
+
+async def round_robin(n: int, compare: Compare) -> Comparisons:
+    """Compare every pair of n answers at once, with n (n - 1) readings."""
+    return await compare(list(itertools.combinations(range(n), 2)))
+
+
+async def swiss(n: int, compare: Compare) -> Comparisons:
+    """Compare n answers in ceil(log2 n) + 1 rounds, with about n (log2 n + 1) readings.
+
+    Each round compares neighbours in the standings that were not compared yet. If n is odd, the
     last one in the standings that had no bye yet gets a bye, which counts as a win. A judge without
     cycles and ties finds the best answer. The second place, and which pairs are compared, depend on
     the order of equal answers.
     """
     comparisons = Comparisons()
     byes: set[int] = set()
-    for _ in range(_rounds(len(answers))):
-        standings = _standings(comparisons, byes, len(answers))
-        if len(answers) % 2:
+    for _ in range(_rounds(n)):
+        standings = _standings(comparisons, byes, n)
+        if n % 2:
             bye = _next_bye(standings, byes)
             byes.add(bye)
             standings.remove(bye)
-        pairs = _pair_neighbours(standings, comparisons.orders)
+        pairs = _pair_neighbours(standings, {*comparisons.pairs})
         if not pairs:
             break
-        results = await _compare(judge, messages, answers, pairs, rule, tolerance)
-        comparisons = comparisons.merged(results)
+        comparisons = comparisons.merged(await compare(pairs))
     return comparisons
 
 
@@ -150,7 +178,7 @@ def _next_bye(standings: list[int], byes: set[int]) -> int:
     return standings[-1]
 
 
-def _pair_neighbours(standings: Iterable[int], compared: Mapping[Pair, object]) -> list[Pair]:
+def _pair_neighbours(standings: Iterable[int], compared: Container[Pair]) -> list[Pair]:
     """Pair each answer with the next one in the standings that it was not compared with."""
     waiting = list(standings)
     pairs: list[Pair] = []
@@ -165,25 +193,48 @@ def _pair_neighbours(standings: Iterable[int], compared: Mapping[Pair, object]) 
     return pairs
 
 
-async def _compare(
+async def compare_pairs(
     judge: Judge,
     messages: Messages,
-    answers: list[str],
-    pairs: list[Pair],
+    answers: Sequence[str],
+    pairs: Sequence[Pair],
     rule: Rule,
     tolerance: float,
 ) -> Comparisons:
-    """Judge pairs in both orders and derive their relations."""
+    """Judge pairs in both orders and derive their relations and chances."""
     judgements = await judge.comparisons(messages, answers, pairs)
-    orders = dict(zip(pairs, judgements, strict=True))
-    relations: dict[Pair, Relation] = {}
-    errors: dict[Pair, str] = {}
-    for pair, (order1, order2) in orders.items():
+    comparisons = Comparisons(dict(zip(pairs, judgements, strict=True)))
+    for pair, (order1, order2) in comparisons.orders.items():
         if order1.reading is None or order2.reading is None:
-            errors[pair] = order1.error or order2.error or "not judged"
+            comparisons.errors[pair] = order1.error or order2.error or "not judged"
             continue
         try:
-            relations[pair] = relation(order1.reading, order2.reading, rule, tolerance)
+            related = relation(order1.reading, order2.reading, rule, tolerance)
         except ValueError as error:
-            errors[pair] = str(error)
-    return Comparisons(orders, relations, errors)
+            comparisons.errors[pair] = str(error)
+            continue
+        comparisons.relations[pair] = related
+        labels = merge(order1.reading, order2.reading)
+        total = sum(labels.values())
+        if total > 0:
+            comparisons.chances[pair] = (labels["A"] + labels["C"] / 2) / total
+    return comparisons
+
+
+def win_chance(comparisons: Comparisons, pair: Pair, rule: Rule) -> float:
+    """Return the chance of the first answer of a judged pair to be the better one.
+
+    Under the rule "likelihood" it is read from the labels. The other rules decide for one answer
+    or for a tie, so it is 1, 0 or 0.5.
+    """
+    if rule == "likelihood":
+        return comparisons.chances.get(pair, 0.5)
+    return _POINTS[comparisons.relations[pair]]
+
+
+def related_by(chance: float, tolerance: float) -> Relation:
+    """Return the relation that a chance stands for. A distance from 0.5 within it is a tie."""
+    lead = chance - 0.5
+    if abs(lead) <= max(tolerance, _ROUNDING):
+        return EQUAL
+    return LARGER if lead > 0 else SMALLER

@@ -229,15 +229,20 @@ SCHEMAS: dict[str, Schema] = {
             closed(
                 pair=array(COUNT, minItems=2, maxItems=2),
                 relation=nullable({"enum": ["larger", "smaller", "equal"]}),
+                win_probability=nullable(NUMBER),
                 orders=array(nullable(mapping(NUMBER))),
                 error=nullable(STRING),
             )
         ),
         conflict_ratio=nullable(NUMBER),
         tie_rate=nullable(NUMBER),
+        position_bias=nullable(NUMBER),
         nontransitivity=mapping(nullable(NUMBER)),
         cycles=array(array(COUNT)),
         drop_rate=closed(score=nullable(NUMBER), pairwise=nullable(NUMBER)),
+        principles=array({"type": "object"}),
+        judges=mapping({"type": "object"}),
+        rubric=nullable({"type": "object"}),
         usage=mapping(COUNT),
     ),
     "Reranked": closed(
