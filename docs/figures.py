@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import effects
+import language
 from tables import RESULTS, Columns, Row, number, recorded, result_table, table, text
 
 
@@ -80,6 +81,7 @@ def cost_model_errors() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **effects.TABLES,
+    **language.TABLES,
     "results": results,
     "cost-model": cost_model,
     "cost-model-errors": cost_model_errors,
