@@ -22,6 +22,7 @@ from tables import ROOT, table
 from infer_align import config
 from infer_align.config import registry
 from infer_align.config.align import Budget
+from infer_align.config.fitting import FitConfig
 from infer_align.config.schema import placeholder
 from infer_align.methods.dpa import Prompting
 from infer_align.methods.guidance import PromptGuidance, Trait
@@ -97,6 +98,11 @@ def traits() -> str:
     return _fields(Trait)
 
 
+def fit() -> str:
+    """Return the settings of `infer-align fit value`."""
+    return _fields(FitConfig)
+
+
 def statuses() -> str:
     """Return the meaning of each HTTP status."""
     rows = [[str(status), text] for status, text in STATUSES.items()]
@@ -125,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "profiles": profiles,
     "guidance": guidance,
     "traits": traits,
+    "fit": fit,
     "statuses": statuses,
     "metrics": metrics,
     **figures.TABLES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -12,13 +13,12 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.alignment.best_of_n import UNCERTAINTY_WEIGHT
-from benchmarks.alignment.report import mean_se
 from benchmarks.demo import measure
 from benchmarks.demo.preference import score
 from infer_align import objectives
 from infer_align.demo import path, world
 from infer_align.engines.transformers import TransformersEngine
-from infer_align.fitting.curve import BetaPoint, suggest_beta
+from infer_align.fitting.curve import BetaSample, suggest_beta
 from infer_align.fitting.samples import draw_candidates
 from infer_align.methods.best_of_n import expected_best, kl_upper_bound
 from infer_align.types import Array, Candidate, Draw, Steering
@@ -269,11 +269,14 @@ def headline_rows(ways: Mapping[str, Way]) -> list[str]:
     """
     names = [label(HEAD, headline_beta())]
     for value, greedy in ((HEAD, True), (LOOKAHEAD, False), (LOOKAHEAD, True)):
-        points: list[BetaPoint] = []
+        frozen = ways["greedy" if greedy else "one sample"]
+        samples = [BetaSample(0.0, frozen.proxy, frozen.kl)]
         for beta in BETAS:
             way = ways[label(value, beta, greedy=greedy)]
-            points.append(BetaPoint(beta, *mean_se(way.proxy), *mean_se(way.kl)))
-        names.append(label(value, suggest_beta(points), greedy=greedy))
+            samples.append(BetaSample(beta, way.proxy, way.kl))
+        questions = np.arange(len(samples[0].rewards))
+        suggested = suggest_beta(samples, questions, kl_limit=math.inf)
+        names.append(label(value, suggested, greedy=greedy))
     return names
 
 

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 
+from infer_align.config.fitting import FitConfig
 from infer_align.demo import ASSETS, REWARDS, world
 from infer_align.engines.transformers import Transformers
-from infer_align.fitting import FitConfig, fit_value, fit_value_lm
-from infer_align.fitting.samples import Conversation, SamplingConfig, sample_replies
+from infer_align.fitting import fit_value, fit_value_lm
+from infer_align.fitting.samples import sample_replies
+from infer_align.fitting.samples_file import Conversation, SamplingConfig
 from infer_align.rewards import Reward
 from infer_align.rewards.classifier import Classifier
 from infer_align.rewards.rules import Rules

@@ -168,9 +168,7 @@ class Config:
                 variable = getattr(section, f.name)
                 if f.name.endswith("_env") and variable:
                     text = os.environ.get(variable, "")
-                    secrets |= {text.strip(), *_split_keys(text)}
-                    if f.name == "headers_env":
-                        secrets |= {pair.partition("=")[2] for pair in _split_keys(text)}
+                    secrets |= _secrets_of(f.name, text)
         return secrets - {""}
 
     def settings(self) -> Iterator[tuple[str, object, str]]:
@@ -203,6 +201,14 @@ class Config:
             for name, section in getattr(self, folder).items():
                 sections[f"{folder}.{name}"] = section
         return sections
+
+
+def _secrets_of(name: str, text: str) -> set[str]:
+    """Return the secrets in the text of an environment variable that the field `name` names."""
+    secrets = {text.strip(), *_split_keys(text)}
+    if name == "headers_env":
+        secrets |= {pair.partition("=")[2] for pair in _split_keys(text)}
+    return secrets
 
 
 def _split_keys(text: str) -> list[str]:

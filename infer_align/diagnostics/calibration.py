@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import brentq
-from scipy.special import expit
 
 from infer_align.diagnostics.pairs import wins
 from infer_align.types import Array
 
 BIN_WIDTH = 0.05
+# Halvings of the interval of the scale: more than the bits of a double.
+HALVINGS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +68,28 @@ def fit_scale(differences: ArrayLike) -> float:
     unit = float(np.abs(numbers).max())
     scaled = numbers / unit
 
-    def slope(scale: float) -> float:
-        return float(scaled @ expit(-scale * scaled))
+    # The slope of the likelihood falls from a positive value to a negative one.
+    bound = 1.0
+    while _slope(bound, scaled) > 0 or _slope(-bound, scaled) < 0:
+        bound *= 2
+    low, high = -bound, bound
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if _slope(middle, scaled) > 0:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2 / unit
 
-    # The slope falls from a positive sum to a negative one.
-    end = 1.0 if slope(0.0) >= 0 else -1.0
-    while slope(end) * end > 0:
-        end *= 2
-    return float(brentq(slope, min(end, 0.0), max(end, 0.0), xtol=1e-12)) / unit
+
+def _slope(scale: float, differences: Array) -> float:
+    """Return the derivative of the sum of log sigmoid(scale * difference)."""
+    return float(differences @ _sigmoid(-scale * differences))
+
+
+def _sigmoid(values: Array) -> Array:
+    """Return 1 / (1 + e^-x) without overflow."""
+    return np.asarray(np.exp(-np.logaddexp(0, -values)))
 
 
 def calibration(differences: ArrayLike, scale: float = 1.0) -> Calibration:
@@ -97,7 +111,7 @@ def calibration(differences: ArrayLike, scale: float = 1.0) -> Calibration:
     numbers = scale * _finite(differences)
     if not len(numbers):
         return Calibration(scale, math.nan, ())
-    predicted = expit(np.abs(numbers))
+    predicted = _sigmoid(np.abs(numbers))
     right = wins(numbers)
     count = round(0.5 / BIN_WIDTH)
     index = np.clip(((predicted - 0.5) / BIN_WIDTH).astype(np.int64), 0, count - 1)

@@ -64,7 +64,7 @@ class Trust:
     """The n up to which choosing by a reward is backed by gold.
 
     Attributes:
-        n: 1 if choosing by the reward gains nothing that can be measured.
+        n: the peak, or 1 if choosing by the reward gains nothing that can be measured.
         peak: the n with the highest gold.
         gain: gold at the peak minus gold of a single draw.
         fall: gold at the largest n minus gold at the peak; 0 if the peak is the largest n.
@@ -79,7 +79,7 @@ class Trust:
 
     @property
     def is_limited_by_data(self) -> bool:
-        """True if gold has not fallen at the largest n, so the limit may lie higher."""
+        """True if gold still rises at the largest n, so its peak may lie higher."""
         return self.n == self.largest
 
 
@@ -134,10 +134,7 @@ def mean_curve(curves: Sequence[GoldCurve]) -> GoldCurve:
 
 
 def trust(curve: GoldCurve) -> Trust:
-    """Return the n up to which gold rises.
-
-    If gold at the largest n is below the peak by more than two standard errors, the answer is the
-    peak; else it is the largest n. It is 1 if the gain at the peak is within two standard errors.
+    """Return the n at which gold peaks, if the gain there is over two standard errors, else 1.
 
     Raises:
         ValueError: the curve has no prompts.
@@ -148,7 +145,5 @@ def trust(curve: GoldCurve) -> Trust:
     last = len(curve.n) - 1
     gain = curve.change(0, peak)
     fall = curve.change(peak, last)
-    n = curve.n[peak] if fall.is_below(0.0) else curve.n[last]
-    if not gain.exceeds(0.0):
-        n = 1
+    n = curve.n[peak] if gain.exceeds(0.0) else 1
     return Trust(n, curve.n[peak], gain, fall, curve.n[last])

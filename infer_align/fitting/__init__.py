@@ -2,7 +2,7 @@
 
 prompts ─ engine ─▶ replies ─ reward ─▶ samples.jsonl ─ states, TD(lambda) ─▶ value ─▶ report
 
-The report has R² on held-out prompts, and reward against KL over beta.
+The report has R² on held-out prompts, reward against KL over beta, and best-of-n beside it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,19 +20,22 @@ from transformers import AutoModel, AutoTokenizer
 
 from infer_align.checkpoints.complete import check_complete
 from infer_align.checkpoints.rope import fix_rope
+from infer_align.config.fitting import FitConfig
 from infer_align.demo.locate import locate
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import curve, regression
+from infer_align.fitting.baseline import BestOfPoint, best_of_n
+from infer_align.fitting.curve import Steered
+from infer_align.fitting.head_fit import FittedHead, fit_head
 from infer_align.fitting.lookahead import TokenizedReplies, fit_lookahead
+from infer_align.fitting.notes import explain
+from infer_align.fitting.progress import Pace
 from infer_align.fitting.regression import Progress
-from infer_align.fitting.samples import (
-    Conversation,
-    SamplingConfig,
-    ScoredReply,
-    read_states,
-    sample_replies,
-)
+from infer_align.fitting.samples import read_states, sample_replies
+from infer_align.fitting.samples_file import Conversation, SamplingConfig, ScoredReply
+from infer_align.fitting.search import Trials, search_betas
+from infer_align.methods.vas import DEFAULT_TOP_K
 from infer_align.rewards import Reward
 from infer_align.values import head, lookahead, tokenizer_digest
 from infer_align.values.head import HeadValue
@@ -42,70 +45,10 @@ MIN_SAMPLES = 200
 # A fifth of the prompts is held out.
 MIN_PROMPTS = 10
 HELD_OUT_SHARE = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class FitConfig:
-    """The kind of a value and the settings of its fit."""
-
-    kind: Literal["head", "lookahead"] = field(
-        default="head",
-        metadata={
-            "description": '"head": a head on the hidden states of the frozen model. '
-            '"lookahead": a value LM that reads each candidate token.'
-        },
-    )
-    method: Literal["ridge", "sgd"] = field(
-        default="sgd",
-        metadata={
-            "description": '"ridge": fit a linear head in closed form. '
-            '"sgd": fit an MLP head by gradient descent.'
-        },
-    )
-    rank: int = field(default=64, metadata={"ge": 1, "description": "Rank of a head."})
-    ridge: float = field(
-        default=100.0,
-        metadata={
-            "gt": 0,
-            "description": "Weight of the prior of a ridge fit, as a number of samples.",
-        },
-    )
-    width: int = field(
-        default=128, metadata={"ge": 1, "description": "Number of hidden units of an MLP head."}
-    )
-    epochs: int = field(
-        default=8,
-        metadata={"ge": 1, "description": "Passes over the samples (sgd and lookahead)."},
-    )
-    gamma: float = field(
-        default=1.0, metadata={"gt": 0, "le": 1, "description": "Discount per token."}
-    )
-    lam: float = field(
-        default=1.0,
-        metadata={
-            "ge": 0,
-            "le": 1,
-            "description": "Trace decay of the TD(lambda) targets; 1 fits the reward itself.",
-        },
-    )
-    value_model: str | None = field(
-        default=None,
-        metadata={
-            "description": "Model that a lookahead value starts from. "
-            "Default: a copy of the frozen model."
-        },
-    )
-    largest_beta: float = field(
-        default=16.0, metadata={"gt": 0, "description": "Largest beta of the reported curve."}
-    )
-    curve_replies: int = field(
-        default=100,
-        metadata={
-            "ge": 2,
-            "description": "Number of replies per beta of the reported curve. "
-            "The held-out prompts are used in turn.",
-        },
-    )
+# A rough KL, which only has to be of the right order, needs few replies.
+PROBE_REPLIES = 16
+# Estimate for the remaining time: some KL targets need a second try.
+TRIES_PER_TARGET = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +57,25 @@ class FitReport:
 
     Attributes:
         samples: number of samples, held-out ones included.
+        method: "ridge" or "sgd" for a head, "lookahead" for a value LM.
+        ridge: the strength of a ridge fit, else None.
         held_out: prediction of the rewards of held-out replies.
         curve: reward against KL on held-out prompts, over beta.
+        best_of_n: best-of-n on the same prompts, from the samples.
         suggested_beta: see `curve.suggest_beta`.
+        vas: the steering parameters that were measured, with the suggested beta, for `align.vas`.
+        notes: sentences about the suggestion that a user should read.
     """
 
     samples: int
+    method: str
+    ridge: float | None
     held_out: regression.Fitness
     curve: tuple[curve.BetaPoint, ...]
+    best_of_n: tuple[BestOfPoint, ...]
     suggested_beta: float
+    vas: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 async def fit_value(
@@ -133,8 +86,9 @@ async def fit_value(
     config: FitConfig,
     out: Path,
     progress: Progress,
+    earlier: Sequence[ScoredReply] = (),
 ) -> FitReport:
-    """Sample and score replies, fit a value, save it to `out`, and measure it over beta.
+    """Sample and score replies, fit a value, save it to `out`, and search a beta.
 
     The samples and the report are saved next to `out`. A later run continues the samples.
 
@@ -146,6 +100,7 @@ async def fit_value(
         config: settings of the fit.
         out: file of a head, or folder of a value LM.
         progress: called with a line of text after each step of the work.
+        earlier: replies from `read_samples`, which the reward scores instead of new ones.
 
     Raises:
         InvalidRequest: there are too few samples, a reply cannot be scored, all rewards are equal,
@@ -153,26 +108,102 @@ async def fit_value(
         ConfigError: `out` cannot be written, or the value model does not fit the frozen model.
     """
     out = _checked_output(engine, reward, config, out)
+    check_numbers(len(prompts), sampling.replies_per_prompt)
     samples_path = out.with_suffix(".samples.jsonl")
-    samples = await sample_replies(engine, reward, prompts, sampling, samples_path, progress)
-    _check_samples(samples)
+    samples = await sample_replies(
+        engine, reward, prompts, sampling, samples_path, progress, earlier
+    )
+    _check_spread(samples)
     if config.kind == "head":
-        fitness = _fit_head(engine, prompts, samples, config, sampling, out, progress)
+        fitted = _fit_head(engine, prompts, samples, config, sampling, out, progress)
+        config, fitness = fitted.config, fitted.fitness
         await engine.add_value(out.stem, HeadValue(str(out)))
     else:
         (fitness,) = fit_value_lm(
             engine, prompts, {out.stem: samples}, config, sampling.seed, out, progress
         )
         await engine.add_value(out.stem, LookaheadValue(Lookahead(str(out))))
-    held_out = [prompts[i] for i in _held_out_prompts(samples, sampling.seed)]
-    curve_prompts = list(itertools.islice(itertools.cycle(held_out), config.curve_replies))
-    betas = list(curve.beta_grid(config.largest_beta))
-    points = await curve.reward_kl_curve(
-        engine, reward, curve_prompts, out.stem, betas, sampling, progress
+    held_out = _held_out_prompts(samples, sampling.seed)
+    curve_prompts = [prompts[i] for i in held_out]
+    steered = Steered(engine, reward, curve_prompts, out.stem, config, sampling)
+    betas = await _search(steered, config, progress)
+    report = _report(
+        samples, fitness, betas, steered.groups, config, out.stem, best_of_n(samples, held_out)
     )
-    report = FitReport(len(samples), fitness, points, curve.suggest_beta(points))
+    _store_summary(out, sampling.reward, report)
     out.with_suffix(".report.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
     return report
+
+
+async def _search(
+    steered: Steered, config: FitConfig, progress: Progress
+) -> list[curve.BetaSample]:
+    """Search a beta for each KL target, and report the progress."""
+    targets = {*config.kl_targets, config.kl_limit}
+    # Some targets need a second try, and beta 0 is measured too.
+    pace = Pace(1 + round(TRIES_PER_TARGET * len(targets)))
+
+    async def probe(beta: float) -> float:
+        sample = await steered.run(beta, min(PROBE_REPLIES, config.curve_replies))
+        progress(f"beta {beta:g}: KL about {sample.kl:.2g} nats, from a few replies")
+        return sample.kl
+
+    async def run(beta: float) -> curve.BetaSample:
+        sample = await steered.run(beta)
+        pace.add()
+        mean, _ = curve.clustered_mean(sample.rewards, steered.groups)
+        progress(f"beta {beta:.4g}: reward {mean:.3f}, KL {sample.kl:.2f} nats{pace}")
+        return sample
+
+    progress(f"searching beta with {config.curve_replies} replies each")
+    return await search_betas(Trials(probe, run), tuple(targets), config.largest_beta)
+
+
+def _report(
+    samples: Sequence[ScoredReply],
+    fitness: regression.Fitness,
+    betas: Sequence[curve.BetaSample],
+    groups: curve.Groups,
+    config: FitConfig,
+    name: str,
+    baseline: tuple[BestOfPoint, ...],
+) -> FitReport:
+    points = curve.make_points(betas, groups)
+    suggested = curve.suggest_beta(betas, groups, config.kl_limit)
+    vas: dict[str, Any] = {"beta": {name: suggested}}
+    if config.min_p is not None:
+        vas["min_p"] = config.min_p
+    elif config.top_k != DEFAULT_TOP_K:
+        vas["top_k"] = config.top_k
+    return FitReport(
+        samples=len(samples),
+        method=config.method if config.kind == "head" else config.kind,
+        ridge=config.ridge if config.method == "ridge" else None,
+        held_out=fitness,
+        curve=points,
+        best_of_n=baseline,
+        suggested_beta=suggested,
+        vas=vas,
+        notes=tuple(explain(betas, groups, suggested, config, baseline)),
+    )
+
+
+def _store_summary(out: Path, reward: str, report: FitReport) -> None:
+    """Write the suggestion and what it rests on into the metadata of the value."""
+    point = next(point for point in report.curve if point.beta == report.suggested_beta)
+    summary = {
+        "reward": reward,
+        "suggested_beta": point.beta,
+        "kl": point.kl,
+        "gain": point.gain,
+        "gain_se": point.gain_se,
+        "r2": report.held_out.r2,
+        "vas": report.vas,
+    }
+    if out.is_dir():
+        lookahead.store_summary(out, summary)
+    else:
+        head.store_summary(out, summary)
 
 
 def _checked_output(
@@ -192,9 +223,25 @@ def _checked_output(
             "score; use another reward.",
             param="reward",
         )
+    _check_form(config)
     if config.kind == "lookahead" and config.value_model is not None:
         _check_value_model(engine, config.value_model)
     return out.absolute()
+
+
+def _check_form(config: FitConfig) -> None:
+    """Refuse a form of steering that does not fit, before anything is sampled."""
+    if config.min_p is not None and config.top_k != DEFAULT_TOP_K:
+        raise ConfigError(
+            f"--fit.min_p: takes the place of top_k, which is {config.top_k!r}; give only one of "
+            "them."
+        )
+    if config.kind == "lookahead" and (config.min_p is not None or config.top_k == "all"):
+        name = "top_k" if config.min_p is None else "min_p"
+        raise ConfigError(
+            f"--fit.{name}: {getattr(config, name)!r} values any number of tokens, which a "
+            "lookahead value cannot do because it reads each of them; give a number as top_k."
+        )
 
 
 def _check_value_model(engine: TransformersEngine, name: str) -> None:
@@ -209,20 +256,28 @@ def _check_value_model(engine: TransformersEngine, name: str) -> None:
         )
 
 
-def _check_samples(samples: Sequence[ScoredReply]) -> None:
-    if len(samples) < MIN_SAMPLES:
+def check_numbers(prompts: int, replies_per_prompt: int) -> None:
+    """Refuse too few prompts or replies, which would only fail after sampling them.
+
+    Raises:
+        InvalidRequest: names what there is and what is needed.
+    """
+    samples = prompts * replies_per_prompt
+    if samples < MIN_SAMPLES:
         raise InvalidRequest(
-            f"samples: {len(samples)} are too few to fit a value; give at least {MIN_SAMPLES}: "
+            f"samples: {samples} are too few to fit a value; give at least {MIN_SAMPLES}: "
             "more prompts, or more replies per prompt.",
             param="samples",
         )
-    prompts = len({sample.prompt for sample in samples})
     if prompts < MIN_PROMPTS:
         raise InvalidRequest(
             f"prompts: {prompts} are too few, because a fifth of them is held out; give at least "
             f"{MIN_PROMPTS}.",
             param="prompts",
         )
+
+
+def _check_spread(samples: Sequence[ScoredReply]) -> None:
     if np.ptp([sample.reward for sample in samples]) == 0:
         raise InvalidRequest(
             "reward: every reply has the same score, so there is nothing to steer towards. "
@@ -246,37 +301,14 @@ def _fit_head(
     sampling: SamplingConfig,
     out: Path,
     progress: Progress,
-) -> regression.Fitness:
-    """Fit a head, save it to the file `out`, and return its fitness."""
+) -> FittedHead:
+    """Fit a head and save it to the file `out`."""
     replies, _, _ = read_states(engine.frozen, prompts, samples, progress)
     held = regression.split_by_prompt(replies.prompt_index.tolist(), HELD_OUT_SHARE, sampling.seed)
-    training = replies.select(~held)
-    testing = replies.select(held)
-    if config.method == "ridge":
-        tensors = regression.fit_ridge(
-            training,
-            engine.frozen.vocabulary,
-            rank=config.rank,
-            ridge=config.ridge,
-            gamma=config.gamma,
-            lam=config.lam,
-        )
-    else:
-        tensors = regression.fit_sgd(
-            training,
-            testing,
-            engine.frozen.vocabulary,
-            rank=config.rank,
-            width=config.width,
-            gamma=config.gamma,
-            lam=config.lam,
-            epochs=config.epochs,
-            seed=sampling.seed,
-            progress=progress,
-        )
-    head.write(out, tensors, engine.frozen.frozen(engine.model), {"reward": sampling.reward})
-    predictions = regression.predict(tensors, testing.hidden, testing.tokens)
-    return regression.fitness(predictions, testing)
+    fitted = fit_head(replies, held, engine.frozen.vocabulary, config, sampling.seed, progress)
+    frozen = engine.frozen.frozen(engine.model)
+    head.write(out, fitted.tensors, frozen, {"reward": sampling.reward})
+    return fitted
 
 
 def fit_value_lm(

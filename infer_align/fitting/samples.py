@@ -1,73 +1,44 @@
-"""Sample scored replies of the frozen model, keep them in a file, and read the model's states.
-
-A samples file is JSON lines. The first line is the `SamplingConfig`; each further line is a
-`ScoredReply`. A run that was interrupted continues its file.
-"""
+"""Sample scored replies of the frozen model, keep them in a file, and read the model's states."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.engines.transformers.model import Model
 from infer_align.errors import EngineFailed, InvalidRequest
+from infer_align.fitting.progress import Pace
 from infer_align.fitting.regression import Progress, Replies
+from infer_align.fitting.samples_file import (
+    Conversation,
+    SamplingConfig,
+    ScoredReply,
+    by_prompt,
+    format_reply,
+    prompt_digest,
+    resume,
+)
 from infer_align.flow.scoring import score_with
 from infer_align.flow.seeds import SEED_RANGE
 from infer_align.objectives import Ensemble, Objective
 from infer_align.rewards import Reward
 from infer_align.types import Candidate, Draw
 
-Conversation = list[dict[str, Any]]
-
 # Number of prompts sampled at once. Their replies are on disk before the next prompts start.
 BATCH = 16
 # Runs with different seeds do not share the seed of a reply, up to this many replies per run.
 SEED_STRIDE = 1_000_003
 # Progress is reported each time this many replies were read.
-PROGRESS_INTERVAL = 500
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingConfig:
-    """The settings of a samples file. Only a run with equal settings may continue the file."""
-
-    model: str
-    reward: str
-    objective: Objective
-    replies_per_prompt: int
-    max_tokens: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredReply:
-    """One scored reply of the frozen model.
-
-    Attributes:
-        prompt: index of the prompt.
-        prompt_digest: digest of the prompt, which detects that the prompts have changed.
-        text: the reply.
-        finish_reason: reason of the engine for ending the reply.
-        reward: the score.
-    """
-
-    prompt: int
-    prompt_digest: str
-    text: str
-    finish_reason: str
-    reward: float
+PROGRESS_INTERVAL = 100
 
 
 def read_prompts(path: Path) -> list[Conversation]:
@@ -117,162 +88,95 @@ async def sample_replies(
     sampling: SamplingConfig,
     path: Path,
     progress: Progress,
+    earlier: Sequence[ScoredReply] = (),
 ) -> list[ScoredReply]:
     """Sample and score replies to every prompt, and continue the file of an earlier run.
 
     Prompts are sampled in batches. The replies to a batch are on disk before the next batch starts.
+
+    Args:
+        engine: started.
+        reward: started.
+        prompts: the prompts to sample replies to.
+        sampling: settings of the replies.
+        path: of the samples file.
+        progress: called with a line of text after each batch.
+        earlier: replies of another samples file. They are scored again instead of sampling replies
+            to their prompts.
 
     Raises:
         InvalidRequest: the file is damaged or was made with other settings or prompts, or a reply
             could not be scored.
         EngineFailed: a reply could not be sampled.
     """
-    replies = _resume(path, sampling, [_digest(messages) for messages in prompts])
+    replies = resume(path, sampling, [prompt_digest(messages) for messages in prompts])
     finished = {reply.prompt for reply in replies}
     remaining = [i for i in range(len(prompts)) if i not in finished]
+    sampler = _Sampler(engine, reward, sampling, by_prompt(earlier))
+    pace = Pace(len(remaining))
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(remaining), BATCH):
             batch = remaining[start : start + BATCH]
-            tasks = [_sample_prompt(engine, reward, prompts[i], i, sampling) for i in batch]
+            tasks = [sampler.scored_replies(prompts[i], i) for i in batch]
             for new_replies in await asyncio.gather(*tasks):
-                file.writelines(_format_reply(reply) for reply in new_replies)
+                file.writelines(format_reply(reply) for reply in new_replies)
                 replies += new_replies
             file.flush()
             os.fsync(file.fileno())
-            done = min(start + BATCH, len(remaining))
-            progress(f"sampled {done} of {len(remaining)} prompts")
+            pace.add(len(batch))
+            progress(f"replies to {pace.done} of {len(remaining)} prompts are scored{pace}")
     return replies
 
 
-def _digest(messages: Conversation) -> str:
-    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """The source of scored replies: the engine, or earlier replies that are scored again."""
 
+    engine: TransformersEngine
+    reward: Reward
+    sampling: SamplingConfig
+    # prompt -> its replies
+    earlier: Mapping[int, Sequence[ScoredReply]]
 
-def _resume(path: Path, sampling: SamplingConfig, digests: Sequence[str]) -> list[ScoredReply]:
-    """Return the replies to the finished prompts of a file, or start the file.
-
-    An unfinished last prompt is removed from the file, so that all its replies are sampled again.
-    """
-    header = json.dumps(asdict(sampling)) + "\n"
-    if not path.exists():
-        _rewrite(path, header)
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    # Text after the last line end is a line that was only partly written.
-    *lines, partial_line = text.split("\n")
-    if not lines:
-        raise _unusable(path, "has no header")
-    if _parse_json(path, 1, lines[0]) != asdict(sampling):
-        raise _unusable(path, "was made with other settings")
-    replies = [_parse_reply(path, number, line) for number, line in enumerate(lines[1:], start=2)]
-    groups = [list(group) for _, group in itertools.groupby(replies, lambda reply: reply.prompt)]
-    is_unfinished = bool(groups) and len(groups[-1]) < sampling.replies_per_prompt
-    finished = groups[:-1] if is_unfinished else groups
-    _check_prompts(path, groups)
-    _check_counts(path, finished, sampling.replies_per_prompt)
-    _check_digests(path, replies, digests)
-    finished_replies = list(itertools.chain.from_iterable(finished))
-    if partial_line or is_unfinished:
-        _rewrite(path, header + "".join(_format_reply(reply) for reply in finished_replies))
-    return finished_replies
-
-
-def _check_prompts(path: Path, groups: Sequence[Sequence[ScoredReply]]) -> None:
-    """Refuse a file in which the replies to one prompt do not stand together."""
-    prompts = {group[0].prompt for group in groups}
-    if len(prompts) < len(groups):
-        raise _unusable(path, "holds a prompt twice: two runs have written to it")
-
-
-def _check_counts(path: Path, groups: Sequence[Sequence[ScoredReply]], expected: int) -> None:
-    for group in groups:
-        if len(group) != expected:
-            prompt = group[0].prompt
-            raise _unusable(
-                path, f"has {len(group)} replies to prompt {prompt} instead of {expected}"
+    async def scored_replies(self, messages: Conversation, prompt: int) -> list[ScoredReply]:
+        """Return all replies to one prompt with their scores."""
+        sampling = self.sampling
+        if prompt in self.earlier:
+            candidates = [_as_candidate(i, r) for i, r in enumerate(self.earlier[prompt])]
+        else:
+            candidates = await self._sample(messages, prompt)
+        scores = await score_candidates(self.reward, messages, candidates, sampling.objective)
+        unscored = sum(not math.isfinite(value) for value in scores)
+        if unscored:
+            raise InvalidRequest(
+                f"reward {sampling.reward}: {unscored} of {len(scores)} replies to prompt {prompt} "
+                "could not be scored. A value can only be fitted to a reward that scores every "
+                "reply. Fix the reward, or remove the prompt.",
+                param="reward",
             )
+        digest = prompt_digest(messages)
+        replies = []
+        for candidate, value in zip(candidates, scores, strict=True):
+            finish_reason = candidate.finish_reason or "stop"
+            reply = ScoredReply(prompt, digest, candidate.text, finish_reason, float(value))
+            replies.append(reply)
+        return replies
+
+    async def _sample(self, messages: Conversation, prompt: int) -> list[Candidate]:
+        n = self.sampling.replies_per_prompt
+        first_seed = self.sampling.seed * SEED_STRIDE + prompt * n
+        seeds = tuple((first_seed + i) % SEED_RANGE for i in range(n))
+        body = {"messages": messages, "max_tokens": self.sampling.max_tokens}
+        try:
+            return await draw_candidates(self.engine, Draw(body, n, seeds))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"prompt {prompt}: {error.message}", param="prompts") from error
 
 
-def _check_digests(path: Path, replies: Sequence[ScoredReply], digests: Sequence[str]) -> None:
-    for reply in replies:
-        if reply.prompt >= len(digests) or reply.prompt_digest != digests[reply.prompt]:
-            raise _unusable(
-                path, "was made with other prompts; new ones can only be added at the end"
-            )
-
-
-def _rewrite(path: Path, text: str) -> None:
-    """Replace the file as a whole, so that an interruption leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _format_reply(reply: ScoredReply) -> str:
-    line = {
-        "prompt": reply.prompt,
-        "asked": reply.prompt_digest,
-        "text": reply.text,
-        "finish_reason": reply.finish_reason,
-        "reward": reply.reward,
-    }
-    return json.dumps(line) + "\n"
-
-
-def _parse_reply(path: Path, number: int, line: str) -> ScoredReply:
-    value = _parse_json(path, number, line)
-    try:
-        return ScoredReply(prompt_digest=value.pop("asked"), **value)
-    except (AttributeError, KeyError, TypeError):
-        raise _unusable(path, f"is damaged: line {number} is not a sample") from None
-
-
-def _parse_json(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        raise _unusable(path, f"is damaged: line {number} is not JSON") from None
-
-
-def _unusable(path: Path, problem: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"samples: {path} {problem}. Delete it, or write the value to another path.",
-        param="samples",
-    )
-
-
-async def _sample_prompt(
-    engine: TransformersEngine,
-    reward: Reward,
-    messages: Conversation,
-    prompt: int,
-    sampling: SamplingConfig,
-) -> list[ScoredReply]:
-    """Sample and score all replies to one prompt."""
-    n = sampling.replies_per_prompt
-    first_seed = sampling.seed * SEED_STRIDE + prompt * n
-    seeds = tuple((first_seed + i) % SEED_RANGE for i in range(n))
-    body = {"messages": messages, "max_tokens": sampling.max_tokens}
-    try:
-        candidates = await draw_candidates(engine, Draw(body, n, seeds))
-    except InvalidRequest as error:
-        raise InvalidRequest(f"prompt {prompt}: {error.message}", param="prompts") from error
-    scores = await score_candidates(reward, messages, candidates, sampling.objective)
-    unscored = sum(not math.isfinite(value) for value in scores)
-    if unscored:
-        raise InvalidRequest(
-            f"reward {sampling.reward}: {unscored} of {n} replies to prompt {prompt} could not be "
-            "scored. A value can only be fitted to a reward that scores every reply. Fix the "
-            "reward, or remove the prompt.",
-            param="reward",
-        )
-    digest = _digest(messages)
-    replies = []
-    for candidate, value in zip(candidates, scores, strict=True):
-        finish_reason = candidate.finish_reason or "stop"
-        replies.append(ScoredReply(prompt, digest, candidate.text, finish_reason, float(value)))
-    return replies
+def _as_candidate(index: int, reply: ScoredReply) -> Candidate:
+    """Return a reply as the engine gave it, as far as rewards read it."""
+    message = {"role": "assistant", "content": reply.text}
+    return Candidate(index, {"message": message, "finish_reason": reply.finish_reason})
 
 
 async def draw_candidates(engine: TransformersEngine, draw: Draw) -> list[Candidate]:
@@ -321,6 +225,7 @@ def read_states(
     reply_index: list[int] = []
     token_ids = []
     reply_starts = []
+    pace = Pace(len(samples))
     for i, sample in enumerate(samples):
         prompt_ids = model.render(Draw({"messages": prompts[sample.prompt]})).ids
         ids = model.tokenizer(sample.text, add_special_tokens=False)["input_ids"]
@@ -332,8 +237,9 @@ def read_states(
         reply_index += [i] * len(ids)
         token_ids.append(prompt_ids + ids)
         reply_starts.append(len(prompt_ids))
-        if (i + 1) % PROGRESS_INTERVAL == 0:
-            progress(f"read {i + 1} of {len(samples)} replies")
+        pace.add()
+        if pace.done % PROGRESS_INTERVAL == 0:
+            progress(f"read the states of {pace.done} of {len(samples)} replies{pace}")
     replies = Replies(
         hidden=torch.cat(hidden).clone(),
         tokens=torch.tensor(tokens),

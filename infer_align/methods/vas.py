@@ -35,7 +35,7 @@ from infer_align.methods import MAX_VALUE_WEIGHT, PlanDraft, Stage
 from infer_align.types import Array, Capability, Steering, Tail
 
 # The published number of candidates.
-_DEFAULT_TOP_K = 20
+DEFAULT_TOP_K = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class VAS:
         }
     )
     top_k: Annotated[int, Ge(1)] | Literal["all"] = field(
-        default=_DEFAULT_TOP_K,
+        default=DEFAULT_TOP_K,
         metadata={
             "description": 'Number of most likely tokens to value at each step, or "all". "all" is '
             "for values of kind head.",
@@ -88,7 +88,7 @@ class VAS:
         Raises:
             InvalidRequest: the valued tokens are chosen in two ways.
         """
-        if self.min_p is not None and self.top_k != _DEFAULT_TOP_K:
+        if self.min_p is not None and self.top_k != DEFAULT_TOP_K:
             param = draft.param("vas", "min_p")
             raise InvalidRequest(
                 f"{param}: takes the place of top_k, which is {self.top_k!r}; give only one of "

@@ -46,10 +46,13 @@ class Value(ABC):
         estimates_states: True if the value can also estimate a state without a further token, as
             `HeadValue.expected` does. Early stopping needs that.
         warnings: sentences about what an operator should check; they are complete after `start`.
+        summary: what `infer-align fit value` has measured, such as "suggested_beta"; None if it is
+            not recorded. It is complete after `start`.
     """
 
     description: str = ""
     warnings: tuple[str, ...] = ()
+    summary: Mapping[str, Any] | None = None
     estimates_states: ClassVar[bool] = False
 
     @abstractmethod

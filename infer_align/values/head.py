@@ -10,6 +10,7 @@ Shapes: B rows, V vocabulary, k candidates, d hidden size, r rank.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,6 +89,7 @@ class HeadValue(Value):
         for warning in self.warnings:
             log.warning("%s", warning)
         self.description = self.description or metadata.get("description", "")
+        self.summary = _read_summary(metadata)
         # Copy the tensors. Those of an open file are mapped into memory, and writing over the file
         # would end the process.
         self._tensors = {}
@@ -206,6 +208,26 @@ def _check_weights(path: str, metadata: Mapping[str, str], frozen: FrozenModel) 
     return ()
 
 
+def _read_summary(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return what the fit has measured; None if the file does not say it."""
+    try:
+        summary = json.loads(metadata.get("summary", "null"))
+    except ValueError:
+        return None
+    return summary if isinstance(summary, dict) else None
+
+
+def store_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Add what a fit has measured to the metadata of a head.
+
+    Args:
+        path: of the head.
+        summary: JSON, such as {"suggested_beta": 4.0}.
+    """
+    tensors, metadata = read(str(path))
+    _save(path, tensors, {**metadata, "summary": json.dumps(summary)})
+
+
 def _stored_fingerprint(metadata: Mapping[str, str]) -> Fingerprint:
     """Return the fingerprint in a head's metadata; {} if there is none that can be read."""
     try:
@@ -248,11 +270,16 @@ def write(
     }
     if frozen.fingerprint:
         all_metadata["fingerprint"] = to_json(frozen.fingerprint)
+    _save(path, tensors, all_metadata)
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file. A failed write leaves the old one."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     try:
-        save_file(contiguous, part, all_metadata)
+        save_file(contiguous, part, dict(metadata))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

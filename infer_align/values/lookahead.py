@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class ValueLM:
         lm: the transformers base model.
         names: names of the heads.
         description: one line for people.
+        summary: what the fit has measured; None if it is not recorded.
         folder_version: version of the folder that was loaded, from `folder_version`.
         cell_bytes: bytes of keys and values per token.
     """
@@ -88,6 +90,8 @@ class ValueLM:
         # It was fitted with the same factors.
         fix_rope(self.lm, None)
         self.description: str = card.get("description", "")
+        summary = card.get("summary")
+        self.summary: dict[str, Any] | None = summary if isinstance(summary, dict) else None
         self.cell_bytes = self._measure_cell(path)
 
     def _check_shapes(self, path: str, frozen: FrozenModel) -> None:
@@ -176,6 +180,7 @@ class LookaheadValue(Value):
         self.lm = lm
         self.index = lm.names.index(name)
         self.description = self.description or lm.description
+        self.summary = lm.summary
 
     def _shared_lm(self, frozen: FrozenModel, shared: dict[object, Any]) -> ValueLM:
         """Return the shared LM of the folder; load it if it is missing or out of date."""
@@ -223,6 +228,20 @@ def write(
         _move_files(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def store_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Add what a fit has measured to the card of a value LM.
+
+    Args:
+        folder: of the value LM.
+        summary: JSON, such as {"suggested_beta": 4.0}.
+    """
+    card = folder / CARD
+    entries = {**json.loads(card.read_text()), "summary": dict(summary)}
+    part = card.with_name(f"{CARD}.part")
+    part.write_text(json.dumps(entries, indent=1) + "\n")
+    part.replace(card)
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STYLE = """
@@ -84,14 +85,22 @@ def _cells(
     return "".join(parts)
 
 
+def plot_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a new figure of matplotlib, whose sizes are in inches, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
 def svg(figure: Figure) -> str:
     """Return a figure of matplotlib as SVG, which a page includes directly."""
     import matplotlib as mpl
 
     file = io.StringIO()
-    # Text stays text, and equal data give an equal file.
+    # Text stays text, equal data give an equal file, and no address of the web is in it.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "infer-align"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     # An HTML page takes no XML declaration.
     return text[text.index("<svg") :]

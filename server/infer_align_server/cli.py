@@ -23,13 +23,13 @@ from infer_align_bench import arguments as bench
 from infer_align_server import (
     chat,
     check_dpa,
-    check_rewards,
     fit,
     logs,
     profile_commands,
     serve,
 )
 from infer_align_server.arguments import Parser, add_address, add_configuration, configuration
+from infer_align_server.check_rewards import command as check_rewards
 
 # Width of tables in a file or a pipe, where no terminal has a width. COLUMNS overrides it.
 FILE_WIDTH = 240
@@ -154,10 +154,12 @@ def _add_rewards(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser(
         "check",
-        help="Load the rewards, score a few texts, and compare with Hugging Face's usual recipe.",
+        help="Find out how far the rewards can be trusted, on pairs or pools of answers. Without a "
+        "file: score a few texts, and compare with Hugging Face's usual recipe.",
     )
+    check_rewards.add_arguments(check)
     add_configuration(check)
-    check.set_defaults(run=lambda options: check_rewards.run(options, OUT))
+    check.set_defaults(run=lambda options: check_rewards.run(options, OUT, ERR))
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:

@@ -140,7 +140,11 @@ def _traits(service: Service) -> dict[str, str]:
 
 
 def _value(value: Value) -> dict[str, Any]:
-    return {"description": value.description, "warnings": list(value.warnings)}
+    return {
+        "description": value.description,
+        "warnings": list(value.warnings),
+        "summary": value.summary,
+    }
 
 
 def _reward(service: Service, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is traced of a request: its stages, its candidates, and their scores.
+"""Traces of requests: their stages, their candidates, and the scores of those.
 
 A request is one span, with a child for each stage: plan, draw, each candidate, each reward, select.
 Names and attributes follow OpenTelemetry's conventions for generative AI. The score of each

@@ -49,7 +49,7 @@ def test_scales_that_have_no_maximum() -> None:
         calibration([1.0], math.inf)
 
 
-def bradley_terry(scale: float, pairs: int = 40_000) -> np.ndarray:
+def bradley_terry(scale: float, pairs: int = 10_000) -> np.ndarray:
     """Return differences of a reward whose true log-odds are `scale` times as large."""
     generator = np.random.default_rng(2)
     differences = generator.normal(size=pairs) * 2
@@ -60,8 +60,8 @@ def bradley_terry(scale: float, pairs: int = 40_000) -> np.ndarray:
 @pytest.mark.parametrize("scale", [1.0, 0.3, 3.0, -0.5])
 def test_the_scale_of_a_bradley_terry_world_is_recovered(scale: float) -> None:
     differences = bradley_terry(scale)
-    assert fit_scale(differences) == pytest.approx(scale, rel=0.05)
-    assert calibration(differences, fit_scale(differences)).expected_error < 0.02
+    assert fit_scale(differences) == pytest.approx(scale, rel=0.1)
+    assert calibration(differences, fit_scale(differences)).expected_error < 0.03
 
 
 def test_a_reward_that_is_too_sure_has_an_error() -> None:
@@ -71,7 +71,7 @@ def test_a_reward_that_is_too_sure_has_an_error() -> None:
     assert (surest.low, surest.high) == (0.95, 1.0)
     assert surest.predicted > 0.95
     assert surest.right < 0.85
-    assert sum(entry.pairs for entry in report.bins) == 40_000
+    assert sum(entry.pairs for entry in report.bins) == 10_000
 
 
 def test_ties_are_predicted_as_a_coin() -> None:

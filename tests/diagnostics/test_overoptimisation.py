@@ -79,7 +79,7 @@ def test_a_faithful_reward_is_trusted_to_the_end_of_the_data() -> None:
     assert result.fall.value == 0
 
 
-def test_a_hacked_reward_is_trusted_up_to_its_peak() -> None:
+def test_a_hacked_reward_is_trusted_up_to_its_peak_alone() -> None:
     def hacked(gold: np.ndarray, _: np.random.Generator) -> np.ndarray:
         """Like gold, but the worst answer of all has the highest score."""
         return np.where(gold == gold.min(), 99.0, gold)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,23 @@ from infer_align import fitting
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import FitConfig, fit_value, fit_value_lm
-from infer_align.fitting.samples import SamplingConfig, ScoredReply
+from infer_align.fitting.samples_file import SamplingConfig, ScoredReply, read_samples
 from infer_align.values import head
+from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 SAMPLING = SamplingConfig("tiny", "length", "mean", replies_per_prompt=10, max_tokens=4, seed=1)
 QUICK = FitConfig(
-    method="ridge", rank=8, ridge=20.0, epochs=2, width=8, largest_beta=4.0, curve_replies=12
+    method="ridge",
+    rank=8,
+    ridge=20.0,
+    epochs=2,
+    width=8,
+    kl_targets=(0.5, 2.0),
+    kl_limit=2.0,
+    curve_replies=12,
 )
 
 
@@ -31,8 +40,17 @@ def letters(text: str) -> float:
     return float(sum(c.isalpha() for c in text))
 
 
+def read_summary(engine: Any, out: Path) -> Any:
+    """Return the summary of a stored value, as a server reads it at its start."""
+    value: Any = HeadValue(str(out))
+    if out.is_dir():
+        value = LookaheadValue(Lookahead(str(out)))
+    value.start(engine.frozen.frozen("tiny"), {})
+    return value.summary
+
+
 FORMS: list[dict[str, Any]] = [
-    {},
+    {"method": "auto", "ridge": None, "min_p": 0.1},
     {"method": "sgd"},
     {"method": "ridge", "lam": 0.9, "gamma": 0.9},
     {"kind": "lookahead"},
@@ -61,18 +79,24 @@ async def test_a_value_is_fitted_saved_and_tried(
         tensor.equal(weights[name]) for name, tensor in engine.frozen.lm.state_dict().items()
     ), "the model must not change"
     assert report.samples == 200
-    assert [p.beta for p in report.curve] == [0.0, 0.25, 0.5, 1.0, 2.0, 4.0]
-    assert report.curve[0].kl == 0.0
+    assert (report.curve[0].beta, report.curve[0].kl) == (0.0, 0.0)
+    assert max(p.kl for p in report.curve) > 1
     assert report.suggested_beta in {p.beta for p in report.curve}
+    assert [best.n for best in report.best_of_n] == [2, 4, 8]
     stored = json.loads((tmp_path / "deep/letters.report.json").read_text())
     assert stored["suggested_beta"] == report.suggested_beta
     assert stored["held_out"]["r2"] == report.held_out.r2
-    assert len(stored["curve"]) == 6
+    assert len(stored["curve"]) == len(report.curve)
+    assert stored["vas"]["beta"] == {"letters": report.suggested_beta}
+    assert stored["vas"].get("min_p") == change.get("min_p")
+    # The running value and its file hold the suggestion.
+    summary = read_summary(engine, out)
+    assert summary["suggested_beta"] == report.suggested_beta
+    assert summary["r2"] == report.held_out.r2
+    assert summary["reward"] == "length"
     assert len((tmp_path / "deep/letters.samples.jsonl").read_text().splitlines()) == 201
     # The curve uses the held-out fifth of the prompts in turn.
-    curve_prompts = reward.prompts[20:]
-    assert len(curve_prompts) == 6 * 12
-    assert len(set(curve_prompts)) == 4
+    assert len(set(reward.prompts[20:])) == 4
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == sorted(
         [out.name, "letters.report.json", "letters.samples.jsonl"]
     )
@@ -87,13 +111,61 @@ async def test_a_fit_can_be_repeated_from_its_samples(
     assert metadata["reward"] == "length"
     reward = recording_reward(letters)
     second = await fit_value(engine, reward, prompts, SAMPLING, QUICK, out, quiet)
-    assert replace(second, curve=()) == replace(first, curve=())
-    assert [(p.beta, p.reward) for p in second.curve] == [(p.beta, p.reward) for p in first.curve]
+    assert second.held_out == first.held_out
+    assert second.best_of_n == first.best_of_n
     # Rows in other batches differ in the last bits.
-    assert [p.kl for p in second.curve] == pytest.approx([p.kl for p in first.curve], abs=1e-4)
-    assert len(reward.prompts) == 6 * 12, "nothing must be sampled again"
+    betas = [p.beta for p in first.curve]
+    assert [p.beta for p in second.curve] == pytest.approx(betas, rel=1e-3)
+    assert set(reward.prompts) <= {prompts[i][0]["content"] for i in held_out(out)}, (
+        "nothing must be sampled again"
+    )
     again, _ = head.read(str(out))
     assert all(tensor.equal(again[name]) for name, tensor in tensors.items())
+
+
+def held_out(out: Path) -> list[int]:
+    """Return the indices of the held-out prompts of a fit."""
+    file = out.with_suffix(".samples.jsonl")
+    lines = file.read_text().splitlines()[1:]
+    return fitting._held_out_prompts([parse_reply(line) for line in lines], SAMPLING.seed)
+
+
+def parse_reply(line: str) -> ScoredReply:
+    value = json.loads(line)
+    return ScoredReply(prompt_digest=value.pop("asked"), **value)
+
+
+async def test_another_reward_scores_the_same_replies(
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
+) -> None:
+    first = tmp_path / "first.safetensors"
+    await fit_value(engine, recording_reward(letters), prompts, SAMPLING, QUICK, first, quiet)
+    source, earlier = read_samples(first.with_suffix(".samples.jsonl"), prompts)
+    assert source == SAMPLING
+    second = tmp_path / "second.safetensors"
+    sampling = replace(SAMPLING, reward="spaces")
+    reward = recording_reward(lambda text: float(text.count(" ")))
+    report = await fit_value(engine, reward, prompts, sampling, QUICK, second, quiet, earlier)
+    assert report.samples == 200
+    lines = second.with_suffix(".samples.jsonl").read_text().splitlines()[1:]
+    replies = [parse_reply(line) for line in lines]
+    assert [reply.text for reply in replies] == [reply.text for reply in earlier]
+    assert [reply.reward for reply in replies] == [reply.text.count(" ") for reply in earlier]
+
+
+async def test_a_form_that_a_lookahead_value_lacks_is_refused_before_sampling(
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
+) -> None:
+    reward = recording_reward()
+    lookahead = replace(QUICK, kind="lookahead")
+    for config, message in (
+        (replace(lookahead, min_p=0.1), "^--fit.min_p: 0.1 values any number of tokens"),
+        (replace(lookahead, top_k="all"), "^--fit.top_k: 'all' values any number of tokens"),
+        (replace(QUICK, min_p=0.1, top_k=5), "^--fit.min_p: takes the place of top_k"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            await fit_value(engine, reward, prompts, SAMPLING, config, tmp_path / "v", quiet)
+    assert reward.prompts == []
 
 
 async def test_too_few_samples_or_prompts_are_refused(
@@ -121,6 +193,7 @@ async def test_too_few_samples_or_prompts_are_refused(
             tmp_path / "b",
             quiet,
         )
+    assert os.listdir(tmp_path) == [], "nothing must be sampled"
 
 
 async def test_a_constant_reward_is_refused(

@@ -29,9 +29,8 @@ pytestmark = [
 ]
 
 QUESTIONS = ("What is rain?", "Why do people travel?", "Tell me about bread.")
-# The density ratio of `simple` reads every answer, so the configuration leaves it out.
-SETTINGS = ['profiles.traits.simple="simple"', "profiles.spreads.simple=0.1"]
-TRAITS = ("cheerful", "brief", "simple")
+# The traits that the configuration measures.
+TRAITS = ("cheerful", "brief")
 
 
 class Person:
@@ -58,7 +57,7 @@ class Person:
         messages = [{"role": "user", "content": question}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        body = {"messages": messages, "max_tokens": 40, "temperature": 0, "seed": 1}
+        body = {"messages": messages, "max_tokens": 56, "temperature": 0, "seed": 1}
         request = parse_request(body, "chat", {})
         plan = make_plan(request, self.engine, {}, {}, self.loaded.limits)
         return (await align(plan, self.engine)).returned[0].text
@@ -74,24 +73,39 @@ class Person:
         return dict(request.align.methods["guidance"].scale)
 
 
-async def learnt(trait: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the scales of a person who likes a trait, and of one who dislikes it."""
-    loaded = config.load(quickstart.CONFIG, SETTINGS)
-    prompt = loaded.methods.get(TraitSections).entries[trait].prompt
-    liked: list[dict[str, Any]] = []
-    disliked: list[dict[str, Any]] = []
+Choices = list[dict[str, Any]]
+
+
+def choices(preferred: list[str], others: list[str]) -> Choices:
+    rows: Choices = []
+    for question, chosen, rejected in zip(QUESTIONS, preferred, others, strict=True):
+        messages = [{"role": "user", "content": question}]
+        rows.append({"messages": messages, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+async def learnt() -> dict[str, tuple[float, float]]:
+    """Return {trait: its scale for a person who likes it, and for one who dislikes it}."""
+    loaded = config.load(quickstart.CONFIG)
+    traits = loaded.methods.get(TraitSections).entries
+    systems = [None, *(traits[name].prompt for name in TRAITS)]
+    scales: dict[str, tuple[float, float]] = {}
     async with Person(loaded).ready() as person:
-        for question in QUESTIONS:
-            plain = await person.answer(question, None)
-            asked_for = await person.answer(question, prompt)
-            messages = [{"role": "user", "content": question}]
-            liked.append({"messages": messages, "chosen": asked_for, "rejected": plain})
-            disliked.append({"messages": messages, "chosen": plain, "rejected": asked_for})
-        return await person.scales(liked), await person.scales(disliked)
+        drawing = [person.answer(question, system) for system in systems for question in QUESTIONS]
+        answers = await asyncio.gather(*drawing)
+        n = len(QUESTIONS)
+        plain = answers[:n]
+        for i, trait in enumerate(TRAITS, start=1):
+            asked_for = answers[i * n : (i + 1) * n]
+            liked = await person.scales(choices(asked_for, plain))
+            disliked = await person.scales(choices(plain, asked_for))
+            scales[trait] = (liked[trait], disliked[trait])
+    return scales
 
 
-@pytest.mark.parametrize("trait", TRAITS)
-def test_three_choices_move_the_slider_of_a_trait_the_way_they_point(trait: str) -> None:
-    liked, disliked = asyncio.run(learnt(trait))
-    print(f"{trait}: liked {liked}, disliked {disliked}")
-    assert disliked[trait] < 0 < liked[trait]
+def test_three_choices_move_the_slider_of_a_trait_the_way_they_point() -> None:
+    scales = asyncio.run(learnt())
+    print(scales)
+    for trait in TRAITS:
+        liked, disliked = scales[trait]
+        assert disliked < 0 < liked, trait

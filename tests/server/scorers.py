@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,8 @@ Messages = Sequence[Mapping[str, Any]]
 
 # `hanging` waits for this event.
 hold = threading.Event()
+# The first call of `interrupted` takes it.
+interrupt = threading.Lock()
 
 
 def number(_: Messages, text: str) -> float:
@@ -77,3 +81,15 @@ def held_by_a_file(_: Messages, __: str) -> float:
     while not path.exists():
         time.sleep(0.01)
     return 1.0
+
+
+def interrupted(_: Messages, __: str) -> float:
+    """Send the process the signal of Ctrl-C, once."""
+    if interrupt.acquire(blocking=False):
+        os.kill(os.getpid(), signal.SIGINT)
+    return 1.0
+
+
+def praised(_: Messages, text: str) -> float:
+    """The number that the text ends with, or 99 for a text with the word "wonderful"."""
+    return 99.0 if "wonderful" in text else float(re.findall(r"\d+$|$", text)[0] or -1)

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from functools import partial
 
-from infer_align_bench.arguments import plan, quality, serve
+from infer_align_bench.arguments import judge, plan, quality, serve
 from infer_align_bench.arguments.endpoint import body_fields
 from infer_align_bench.arguments.values import json_object
 
@@ -17,7 +17,7 @@ AddFlags = Callable[[argparse.ArgumentParser], None]
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Add `serve`, `quality` and `plan`; each sets `run`, a function of the parsed options."""
+    """Add a parser for each command; it sets `run`, a function of the parsed options."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     descriptions: list[tuple[str, AddFlags, str, str]] = [
         (
@@ -31,6 +31,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             quality.add_flags,
             "quality.command",
             "measure quality against tokens, seconds and KL over a grid of settings",
+        ),
+        (
+            "judge",
+            judge.add_flags,
+            "judging.command",
+            "measure how often a judge prefers the answer that people prefer, and its biases",
         ),
         (
             "plan",

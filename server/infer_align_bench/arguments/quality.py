@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from infer_align_bench.arguments.endpoint import add_endpoint, add_timeout
-from infer_align_bench.arguments.values import non_negative, positive
+from infer_align_bench.arguments.values import non_negative, positive, positive_number
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +14,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_endpoint(parser)
     _add_quality_inputs(parser)
     _add_quality_outputs(parser)
+    _add_kl_limit(parser)
     parser.add_argument(
         "--draws",
         type=positive,
@@ -69,6 +70,16 @@ def _add_quality_inputs(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="TOML or JSON file with the settings to compare",
+    )
+
+
+def _add_kl_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kl-limit",
+        type=positive_number,
+        default=10.0,
+        metavar="NATS",
+        help="a recommended setting with a larger KL gets a warning; default: %(default)g",
     )
 
 

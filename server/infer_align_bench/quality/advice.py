@@ -8,7 +8,7 @@ on one half of the prompts of the setting that the other half chooses.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,3 +173,35 @@ def _measurably_better(point: Point) -> bool:
     if difference is None or math.isnan(difference.error):
         return False
     return difference.value > SIGNIFICANT_ERRORS * difference.error
+
+
+def kl_warnings(
+    points: Sequence[Point],
+    headline: Headline | None,
+    advice: Mapping[Cost, Sequence[Advice]],
+    kl_limit: float,
+) -> list[str]:
+    """Return a warning for each recommended setting whose KL is above a limit.
+
+    Args:
+        points: the settings.
+        headline: the settings that are named first.
+        advice: the settings for each budget.
+        kl_limit: in nats per answer.
+    """
+    recommended: set[str] = set()
+    if headline is not None:
+        recommended |= {headline.default.cell.name, headline.best.cell.name}
+        if headline.cheap is not None:
+            recommended.add(headline.cheap.cell.name)
+    for choices in advice.values():
+        recommended |= {choice.name for choice in choices}
+    warnings = []
+    for point in points:
+        if point.cell.name in recommended and point.kl is not None and point.kl.value > kl_limit:
+            warnings.append(
+                f"{point.cell.name} is recommended at {point.kl.value:.3g} nats of KL, above "
+                f"--kl-limit {kl_limit:g}. So far from the frozen model, text often breaks: read "
+                "its answers before you use it."
+            )
+    return warnings

@@ -30,7 +30,8 @@ from infer_align_bench.arguments import body_fields
 from infer_align_bench.credentials import ApiKey, same_server
 from infer_align_bench.endpoint import Endpoint
 from infer_align_bench.plot import require_matplotlib
-from infer_align_bench.quality.advice import make_advice, make_headline
+from infer_align_bench.quality.advice import kl_warnings, make_advice, make_headline
+from infer_align_bench.quality.answers import choose_answers
 from infer_align_bench.quality.curve import COSTS, Mean, Point, Table, make_points
 from infer_align_bench.quality.export import as_json
 from infer_align_bench.quality.gold import load_scorer, uses_server
@@ -38,6 +39,12 @@ from infer_align_bench.quality.grid import Grid, read_grid
 from infer_align_bench.quality.html import Results, render_page
 from infer_align_bench.quality.notebook import FORMAT, Notebook
 from infer_align_bench.quality.runner import MAX_CONSECUTIVE_FAILURES, Runner, Work, plan_work
+from infer_align_bench.quality.selectors import (
+    ServerNames,
+    describe_gold_selection,
+    read_names,
+    selected_by_gold,
+)
 from infer_align_bench.runtime import INTERRUPTED, check_writable, loop_factory, stop_on_signals
 from infer_align_bench.tables import number
 from infer_align_bench.types import ChatPrompt, Target
@@ -54,6 +61,7 @@ class Measurement:
     runner: Runner
     notebook: Notebook
     interrupted: bool
+    names: ServerNames
 
     @property
     def failed(self) -> dict[str, int]:
@@ -94,6 +102,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         _write_json(options.json, results, measurement)
     _print_points(results.points)
+    for warning in results.warnings:
+        OUT.print(f"[bold red]warning:[/] {escape(warning)}", highlight=False)
     for name, reason in results.unmeasured.items():
         OUT.print(f"[yellow]{escape(name)}[/]: {escape(reason)}", highlight=False)
     ERR.print(f"written: {options.report}", highlight=False, markup=False)
@@ -109,6 +119,12 @@ def _results(
     table = _table(options, grid, prompts, measurement)
     points = make_points(table, grid)
     target = measurement.runner.endpoint.target
+    advice = {cost: make_advice(table, points, options.seed, cost) for cost in COSTS}
+    headline = make_headline(points, grid.baseline)
+    selected = selected_by_gold(grid.cells, options.gold, measurement.names)
+    warnings = describe_gold_selection(selected)
+    warnings += kl_warnings(points, headline, advice, options.kl_limit)
+    work = plan_work(grid.cells, prompts, 1, options.seed)
     facts = {
         "endpoint": target.place,
         "model": target.model,
@@ -123,10 +139,12 @@ def _results(
     }
     return Results(
         points=points,
-        advice={cost: make_advice(table, points, options.seed, cost) for cost in COSTS},
-        headline=make_headline(points, grid.baseline),
+        advice=advice,
+        headline=headline,
         unmeasured=_unmeasured(grid, points, measurement.runner),
         facts=facts,
+        answers=choose_answers(grid.cells, prompts, work, measurement.notebook.rows),
+        warnings=warnings,
     )
 
 
@@ -136,6 +154,7 @@ def _write_json(path: Path, results: Results, measurement: Measurement) -> None:
         **results.facts,
         "refused": measurement.runner.refused,
         "failed": measurement.failed,
+        "warnings": list(results.warnings),
         **as_json(results.points, results.advice),
     }
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -246,12 +265,25 @@ async def _measure(
         gold = load_scorer(options.gold, scoring)
         notebook = Notebook(path, _made_with(options, endpoint, scoring))
         runner = Runner(endpoint, gold, prompts, notebook)
+        names = await _server_names(options, endpoint, scoring)
         work = plan_work(grid.cells, prompts, options.draws, options.seed)
         stop = asyncio.Event()
         stack.enter_context(stop_on_signals(stop))
         with _progress_bar(work, notebook) as advance:
             interrupted = await runner.run(work, options.concurrency, stop, advance)
-    return Measurement(runner, notebook, interrupted)
+    return Measurement(runner, notebook, interrupted, names)
+
+
+async def _server_names(
+    options: argparse.Namespace, endpoint: Endpoint, scoring: Endpoint
+) -> ServerNames:
+    """Return the rewards of the measured server, if it is the one that scores.
+
+    Rewards of two servers may have one name and be different ones.
+    """
+    if not uses_server(options.gold) or scoring.target.place != endpoint.target.place:
+        return ServerNames()
+    return await read_names(endpoint)
 
 
 def _scoring_target(options: argparse.Namespace, target: Target) -> Target:
@@ -319,7 +351,7 @@ def _prompts(options: argparse.Namespace) -> list[ChatPrompt]:
 
 
 def _print_points(points: Sequence[Point]) -> None:
-    columns = ("setting", "tokens", "seconds", "gold", "- baseline", "- equal budget")
+    columns = ("setting", "tokens", "seconds", "gold", "- baseline", "- equal budget", "KL, nats")
     table = TextTable(*columns, box=None, header_style="dim")
     for point in points:
         table.add_row(
@@ -329,9 +361,16 @@ def _print_points(points: Sequence[Point]) -> None:
             _mean(point.gold),
             _mean(point.minus_baseline, "+"),
             _mean(point.minus_equal, "+"),
+            _kl(point),
             style="bold" if point.front else None,
         )
     OUT.print(table)
+
+
+def _kl(point: Point) -> str:
+    if point.kl_bound:
+        return f"<= {point.kl_bound:.2f}"
+    return "0" if point.kl_bound == 0 else _mean(point.kl)
 
 
 def _mean(mean: Mean | None, sign: str = "") -> str:

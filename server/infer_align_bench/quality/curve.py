@@ -56,6 +56,8 @@ class Point:
     generated: Mean | None
     seconds: Mean
     kl_bound: float | None
+    # Estimated KL of a steered setting, in nats per answer.
+    kl: Mean | None
     minus_baseline: Mean | None
     minus_greedy: Mean | None
     # Difference to the equal-budget family at the same tokens.
@@ -107,7 +109,7 @@ class Table:
         sums = self._sums(rows, self._places(keys), prompts)
         with np.errstate(invalid="ignore", divide="ignore"):
             means = sums[:-1] / sums[-1]
-        self.gold, self.tokens, self.generated, self.seconds = means
+        self.gold, self.tokens, self.generated, self.seconds, self.kl = means
         # Prompts for which every setting should have a score.
         self.required = np.isfinite(self.gold).any(axis=0)
         for prompt in pending:
@@ -128,14 +130,16 @@ class Table:
         places: Mapping[str, list[tuple[int, int]]],
         prompts: int,
     ) -> Array:
-        """Return sums of gold, tokens, generated tokens and seconds, and the number of rows."""
-        sums = np.zeros((5, len(self.cells), prompts))
+        """Return sums of gold, tokens, generated tokens, seconds and KL, and the number of rows."""
+        sums = np.zeros((6, len(self.cells), prompts))
         for row in rows:
             if row.gold is None:
                 continue
             generated = math.nan if row.spent is None else row.spent
+            kl = math.nan if row.kl is None else row.kl
+            figures = (row.gold, row.tokens, generated, row.seconds, kl, 1.0)
             for cell, prompt in places.get(row.key, ()):
-                sums[:, cell, prompt] += (row.gold, row.tokens, generated, row.seconds, 1.0)
+                sums[:, cell, prompt] += figures
         return sums
 
     def index(self, name: str) -> int:
@@ -186,6 +190,7 @@ def _point(table: Table, grid: Grid, i: int) -> Point | None:
         generated=table.mean(table.generated[i]),
         seconds=seconds,
         kl_bound=cell.kl_bound(table.shared),
+        kl=table.mean(table.kl[i]) if cell.is_steered else None,
         minus_baseline=_difference(table, i, grid.baseline),
         minus_greedy=_difference(table, i, grid.greedy),
         minus_equal=None,

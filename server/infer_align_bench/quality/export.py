@@ -30,6 +30,7 @@ def _point_json(point: Point) -> dict[str, Any]:
         "tokens_error": _finite(point.tokens.error) if point.tokens else None,
         "seconds_error": _finite(point.seconds.error),
         "kl_bound": point.kl_bound,
+        "kl": _mean_json(point.kl),
         "fronts": sorted(point.fronts),
         "gold": _mean_json(point.gold),
         "minus_baseline": _mean_json(point.minus_baseline),

@@ -35,6 +35,10 @@ GRID_KEYS = ("baseline", "greedy", "cells")
 CELL_KEYS = ("name", "align", "body", "over", "equal_budget")
 # Keys of `align` with a known KL bound: only best_of_n changes the distribution of the answers.
 BOUNDED_KEYS = {"best_of_n", "ensemble", "rewards", "trust_judge", "budget", "details"}
+# Keys of `align` that steer every token.
+STEERING_KEYS = {"vas", "guidance"}
+# Keys of `align` that leave a steered answer a sample of its policy.
+NEUTRAL_KEYS = {"ensemble", "rewards", "budget", "details"}
 # Body fields that change the distribution of the answers, by an unknown amount.
 SAMPLING_FIELDS = {
     "temperature",
@@ -74,6 +78,12 @@ class Cell:
         if "best_of_n" not in align:
             return 0.0
         return kl_upper_bound(align["best_of_n"].get("n", BestOfN().n))
+
+    @property
+    def is_steered(self) -> bool:
+        """Return True if the answer is one draw of a steered policy, whose KL can be estimated."""
+        keys = set(self.align or {})
+        return bool(keys & STEERING_KEYS) and keys <= STEERING_KEYS | NEUTRAL_KEYS
 
 
 @dataclass(frozen=True, slots=True)

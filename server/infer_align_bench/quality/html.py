@@ -10,17 +10,24 @@ from typing import Any
 
 from infer_align_bench.page import document, table
 from infer_align_bench.quality.advice import Advice, Headline
+from infer_align_bench.quality.answers import Answers, answers_table
 from infer_align_bench.quality.curve import Cost, Mean, Point
 from infer_align_bench.quality.plots import draw_plots, numbered
 from infer_align_bench.tables import number
 
+STYLE = """
+p.warning { border: 2px solid #b00; background: #fff0f0; padding: .5em 1em }
+table.answers td { vertical-align: top; text-align: left; white-space: pre-wrap; min-width: 15em }
+"""
 LEGEND = """Tokens: everything that an answer costs: the tokens of its prompt, the generated tokens,
 and the tokens that rewards and the judge read and wrote. Generated: completion tokens alone. Gold,
 tokens and seconds are means ± standard error over prompts. Differences are computed prompt by
 prompt. Equal budget: difference to the equal-budget family at the same tokens, interpolated
-linearly in log tokens between its neighbours; empty outside the range of the family. Upper bound
-of KL: ln n - (n-1)/n nats for best-of-n; empty where no bound is known. Bold rows: nothing cheaper
-is better. The numbers of the rows are those in the plots."""
+linearly in log tokens between its neighbours; empty outside the range of the family. KL: distance
+of the answers from the frozen model, in nats per answer. For best-of-n it is at most
+ln n - (n-1)/n. For one steered answer it is estimated by the log ratio of the answer's tokens under
+the steered and the frozen model, before temperature, where the engine reports both. Otherwise it is
+empty. Bold rows: nothing cheaper is better. The numbers of the rows are those in the plots."""
 MEANING = (
     "Gold is the mean of the scorer over prompts ± its standard error; higher is better. "
     "Tokens are everything that one answer costs."
@@ -43,7 +50,7 @@ POINT_COLUMNS = (
     "tokens",
     "generated",
     "seconds",
-    "upper bound of KL",
+    "KL, nats",
     "gold",
     "- baseline",
     "- greedy",
@@ -64,15 +71,20 @@ class Results:
     unmeasured: Mapping[str, str]
     # How the report was made.
     facts: Mapping[str, Any]
+    answers: Answers
+    # What a reader must know before the recommendations.
+    warnings: Sequence[str]
 
 
 def render_page(results: Results) -> str:
     """Return the HTML page of a report."""
-    return document("Quality against cost", _sections(results))
+    return document("Quality against cost", _sections(results), STYLE)
 
 
 def _sections(results: Results) -> Iterator[str]:
     yield "<h1>Which setting is worth it?</h1>"
+    for warning in results.warnings:
+        yield f"<p class=warning>{escape(warning)}</p>"
     baseline = escape(str(results.facts["baseline"]))
     if results.headline is None:
         yield f"<p>{NOT_COMPARABLE}</p>"
@@ -88,6 +100,8 @@ def _sections(results: Results) -> Iterator[str]:
     yield "<h2>Every setting</h2>"
     yield _point_table(results.points)
     yield f"<p class=note>{LEGEND}</p>"
+    yield "<h2>Answers side by side</h2>"
+    yield answers_table(results.answers)
     if results.unmeasured:
         yield "<h2>Not measured, or not everywhere</h2>"
         yield _text_table(("setting", "why"), results.unmeasured)
@@ -164,7 +178,6 @@ def _point_table(points: Sequence[Point]) -> str:
     rows = []
     front_rows = set()
     for i, (place, point) in enumerate(numbered(points)):
-        kl_bound = "" if point.kl_bound is None else f"{point.kl_bound:.2f}"
         row = (
             str(place),
             escape(point.cell.name),
@@ -172,7 +185,7 @@ def _point_table(points: Sequence[Point]) -> str:
             _mean(point.tokens),
             _mean(point.generated),
             _mean(point.seconds),
-            kl_bound,
+            _kl(point),
             _mean(point.gold),
             _mean(point.minus_baseline, "+"),
             _mean(point.minus_greedy, "+"),
@@ -182,6 +195,12 @@ def _point_table(points: Sequence[Point]) -> str:
         if point.front:
             front_rows.add(i)
     return table(POINT_COLUMNS, rows, TEXT_COLUMNS, front_rows)
+
+
+def _kl(point: Point) -> str:
+    if point.kl_bound:
+        return f"&le; {point.kl_bound:.2f}"
+    return "0" if point.kl_bound == 0 else _mean(point.kl)
 
 
 def _text_table(columns: Sequence[str], texts: Mapping[str, Any]) -> str:

@@ -34,6 +34,9 @@ class ScoredAnswer:
     prompt_tokens: int | None
     # Tokens that rewards and the judge read and wrote, from align.usage.
     scoring: int
+    # Log ratio of the answer under the steered and the frozen policy, whose mean is the KL in nats;
+    # None: the endpoint did not report it.
+    kl: float | None = None
 
     @property
     def tokens(self) -> float:

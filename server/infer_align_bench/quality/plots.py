@@ -23,14 +23,15 @@ class Panel:
     cost: Cost | None
 
 
-def _kl_bound(point: Point) -> Mean | None:
-    return None if point.kl_bound is None else Mean(point.kl_bound, 0.0)
+def _kl(point: Point) -> Mean | None:
+    """Return the bound of best-of-n, or the estimate of a steered setting."""
+    return point.kl if point.kl_bound is None else Mean(point.kl_bound, 0.0)
 
 
 PANELS = (
     Panel("tokens per answer, everything counted", lambda point: point.tokens, "tokens"),
     Panel("seconds per answer", lambda point: point.seconds, "seconds"),
-    Panel("upper bound of KL from the frozen model, nats", _kl_bound, None),
+    Panel("KL from the frozen model, nats; a bound for best-of-n", _kl, None),
 )
 
 
@@ -49,7 +50,7 @@ def numbered(points: Sequence[Point]) -> Iterator[tuple[int, Point]]:
 
 
 def draw_plots(points: Sequence[Point]) -> str:
-    """Return the SVG of gold against tokens, seconds and the KL bound.
+    """Return the SVG of gold against tokens, seconds and the KL.
 
     Every marker has the number of its setting.
     """

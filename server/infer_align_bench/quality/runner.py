@@ -197,6 +197,7 @@ class Runner:
             returned=returned,
             prompt_tokens=prompt_tokens,
             scoring=sum(usage.get(name, 0) for name in SCORING_COUNTS),
+            kl=_log_ratio(body) if work.cell.is_steered else None,
         )
 
     def _body(self, work: Work, prompt: ChatPrompt) -> dict[str, Any]:
@@ -204,6 +205,9 @@ class Runner:
         body |= work.cell.body
         if work.cell.align is not None:
             body["align"] = work.cell.align
+        if work.cell.is_steered:
+            # The log-probabilities under both policies, from which the KL is estimated.
+            body.setdefault("logprobs", True)
         return body
 
 
@@ -212,6 +216,18 @@ def _ignored_align(cell: Cell, body: Mapping[str, Any]) -> bool:
     if not cell.align or cell.align.get("details") == "none":
         return False
     return "align" not in body
+
+
+def _log_ratio(body: Any) -> float | None:
+    """Return the sum over the tokens of log pi_steered - log pi_frozen, before temperature.
+
+    None if the answer has no log-probabilities under both policies.
+    """
+    try:
+        tokens = body["choices"][0]["logprobs"]["content"]
+        return math.fsum(token["aligned_logprob"] - token["logprob"] for token in tokens)
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 def _text(body: Any) -> str | None:

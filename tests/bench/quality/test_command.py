@@ -160,6 +160,33 @@ def test_a_page_names_the_settings_to_use(bench: Bench, folder: Path) -> None:
     assert "-6.00" in shortest.group(), "compared with the family at the same six tokens"
 
 
+def test_answers_stand_side_by_side(bench: Bench, folder: Path) -> None:
+    bench()
+    page = (folder / "out.html").read_text()
+    section = page[page.index("Answers side by side") :]
+    header = "".join(f"<th class=name>{'x' * length}</th>" for length in (1, 5, 9, 2))
+    assert header in section
+    best = re.search(r"<td class=name>best of 3</td>(.*?)</tr>", section)
+    assert best is not None
+    assert best.group(1).count("candidate 9") == 4
+    assert "gold 9.00" in best.group(1)
+    unknown = re.search(r"<td class=name>unknown</td>(.*?)</tr>", section)
+    assert unknown is not None
+    assert unknown.group(1).count("no answer") == 4
+
+
+def test_a_banner_says_where_the_gold_selects(bench: Bench, folder: Path) -> None:
+    _, out, _ = bench("--json", folder / "out.json")
+    (warning,) = read(folder / "out.json")["warnings"]
+    assert "'number' scores the answers" in warning
+    assert "in: best of 2, best of 3, best of 5." in warning
+    assert warning in out
+    page = (folder / "out.html").read_text()
+    assert page.index("class=warning>The gold also selects") < page.index("By default:")
+    _, out, _ = bench("--notebook", folder / "other.jsonl", scorer=f"{MODULE}:gold")
+    assert "warning" not in out
+
+
 def test_a_page_needs_no_other_file_and_escapes_names(bench: Bench, folder: Path) -> None:
     bench()
     page = (folder / "out.html").read_text()

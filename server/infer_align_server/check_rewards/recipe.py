@@ -1,4 +1,4 @@
-"""`infer-align rewards check`: load the configured rewards and let each score a few texts.
+"""Let the configured rewards score a few texts, and compare classifiers with a plain recipe.
 
 The scores of classifiers are compared with the plain recipe of Hugging Face, the text of the chat
 template through `tokenizer(text, truncation=True)`. A difference means that the model may read
@@ -7,8 +7,6 @@ other tokens here than in its training.
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,10 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from infer_align.config import Config
-from infer_align.errors import ConfigError
-from infer_align.rewards import ComparableReward, Reward, RewardScores, start_reward
+from infer_align.rewards import ComparableReward, Reward, RewardScores
 from infer_align.types import Array, Candidate, Messages
-from infer_align_server.arguments import configuration
+from infer_align_server.check_rewards.chosen import check_reward, choose_rewards, started
+from infer_align_server.check_rewards.progress import ProgressLines
 
 # A larger difference comes from other tokens, not from rounding; relative to the scores' size.
 TOLERANCE = 1e-3
@@ -64,8 +62,13 @@ class CheckedText(NamedTuple):
         return bool(self.note) or self.difference <= TOLERANCE
 
 
-def run(options: argparse.Namespace, out: Console) -> int:
+async def run(config: Config, names: Sequence[str], out: Console) -> int:
     """Check the rewards and print a table.
+
+    Args:
+        config: the configuration.
+        names: sections of rewards; () for all that need no engine.
+        out: gets the table.
 
     Returns:
         The exit status: 0 if every text was scored, and those that were not truncated as by the
@@ -74,49 +77,42 @@ def run(options: argparse.Namespace, out: Console) -> int:
     Raises:
         ConfigError: there is no reward to check, or one cannot be loaded.
     """
-    return asyncio.run(_run(configuration(options), out))
-
-
-async def _run(config: Config, out: Console) -> int:
-    rewards = config.load_rewards()
-    checked = {name: rewards[name] for name in config.rewards if not rewards[name].uses_engine}
-    if not checked:
-        raise ConfigError("there is no reward to check; configure one in a section [rewards.NAME].")
+    chosen = choose_rewards(config, config.load_rewards(), names, None)
     table = Table("reward", "text", "score", "plain recipe", "difference", "note")
     warnings: list[str] = []
     all_good = True
-    for name, reward in checked.items():
-        for row in await check(name, reward):
-            all_good = all_good and row.is_good
-            table.add_row(name, *_cells(row))
-        warnings += [f"{name}: {warning}" for warning in reward.warnings]
+    progress = ProgressLines(Console(stderr=True))
+    async with started(config, chosen.sections, progress) as rewards:
+        for name in dict.fromkeys(name.partition(".")[0] for name in chosen.checked):
+            reward = rewards[name]
+            check_reward("--reward", name, reward)
+            for row in await check(reward):
+                all_good = all_good and row.is_good
+                table.add_row(name, *_cells(row))
+            warnings += [f"{name}: {warning}" for warning in reward.warnings]
     out.print(table)
     for warning in warnings:
         out.print(escape(warning), highlight=False)
     return 0 if all_good else 1
 
 
-async def check(name: str, reward: Reward) -> list[CheckedText]:
-    """Start a reward, let it score the texts, and close it.
+async def check(reward: Reward) -> list[CheckedText]:
+    """Let a reward score the texts.
 
     Raises:
-        ConfigError: the reward cannot be loaded, or cannot score.
+        AlignError: it cannot score.
     """
     rows: list[CheckedText] = []
-    try:
-        await start_reward(name, reward)
-        for text, (messages, answers) in TEXTS.items():
-            candidates = [
-                Candidate(index, {"message": {"role": "assistant", "content": answer}})
-                for index, answer in enumerate(answers)
-            ]
-            scores = await reward.score(messages, candidates)
-            recipe = None
-            if isinstance(reward, ComparableReward):
-                recipe = await reward.score_by_recipe(messages, candidates)
-            rows += _rows(text, scores, recipe)
-    finally:
-        await reward.close()
+    for text, (messages, answers) in TEXTS.items():
+        candidates = [
+            Candidate(index, {"message": {"role": "assistant", "content": answer}})
+            for index, answer in enumerate(answers)
+        ]
+        scores = await reward.score(messages, candidates)
+        recipe = None
+        if isinstance(reward, ComparableReward):
+            recipe = await reward.score_by_recipe(messages, candidates)
+        rows += _rows(text, scores, recipe)
     return rows
 
 
