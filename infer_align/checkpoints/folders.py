@@ -73,9 +73,10 @@ def is_whole(entry: Path) -> bool:
 def _describe(folder: Path) -> dict[str, list[int | str]]:
     """Return the size and the digest of each file of a folder, without the list itself."""
     files: dict[str, list[int | str]] = {}
-    for file in sorted(folder.iterdir()):
-        if file.name != LIST:
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if name != LIST and file.is_file():
             with file.open("rb") as stream:
                 digest = hashlib.sha256(stream.read(DIGEST_BYTES)).hexdigest()
-            files[file.name] = [file.stat().st_size, digest]
+            files[name] = [file.stat().st_size, digest]
     return files

@@ -77,7 +77,8 @@ class Agreement(AgreementParameters):
         default=None,
         metadata={
             "description": "Path or Hugging Face id of a sentence encoder, such as "
-            'all-MiniLM-L6-v2. Needed for by = "embeddings".'
+            "all-MiniLM-L6-v2, or package:<name>/<file> with a zip file. Needed for by = "
+            '"embeddings".'
         },
     )
     device: str = field(
@@ -137,10 +138,14 @@ class AgreementReward(Reward):
         if self.config.model is None:
             return
         # torch is not needed for the other ways to compare.
-        from infer_align.rewards._sentences import SentenceEncoder  # noqa: PLC0415
+        from infer_align.rewards._sentences import (  # noqa: PLC0415
+            EncoderSettings,
+            SentenceEncoder,
+        )
 
+        settings = EncoderSettings(self.config.model)
         self._encoder = await asyncio.to_thread(
-            SentenceEncoder, self.config.model, self.config.device
+            SentenceEncoder, settings, self.config.device, "agreement"
         )
 
     async def close(self) -> None:

@@ -24,6 +24,7 @@ from infer_align_server import (
     chat,
     check_dpa,
     fit,
+    fit_reward,
     logs,
     profile_commands,
     serve,
@@ -91,7 +92,7 @@ def make_parser() -> Parser:
         "methods", help="List the methods, rewards, values and engines with their parameters."
     )
     methods.set_defaults(run=_methods)
-    _add_fit(commands.add_parser("fit", help="Fit a value for value-augmented sampling (VAS)."))
+    _add_fit(commands.add_parser("fit", help="Fit a value that steers, or a reward."))
     bench.add_commands(commands.add_parser("bench", help="Measure any OpenAI endpoint."))
     _add_rewards(commands.add_parser("rewards", help="Check the configured rewards."))
     _add_check(commands.add_parser("check", help="Check what the served model can do."))
@@ -148,6 +149,11 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     fit.add_arguments(value)
     add_configuration(value)
     value.set_defaults(run=fit.run)
+    reward = commands.add_parser(
+        "reward", help="Fit a reward to preference pairs, or to the choices of stored profiles."
+    )
+    fit_reward.add_arguments(reward)
+    reward.set_defaults(run=fit_reward.run)
 
 
 def _add_rewards(parser: argparse.ArgumentParser) -> None:

@@ -121,7 +121,7 @@ class EntailmentCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Finding:
     """The disposition of a request, with its evidence."""
 
     disposition: Disposition
@@ -208,7 +208,7 @@ async def check_entailment(
 
 def decide(
     scored: ScoredTexts, confidences: Mapping[int, float], thresholds: Thresholds
-) -> Verdict:
+) -> Finding:
     """Return the verdict on scored answers.
 
     Args:
@@ -217,21 +217,21 @@ def decide(
         thresholds: The limits between the dispositions.
     """
     if not confidences:
-        return Verdict("abstain", "not_scored")
+        return Finding("abstain", "not_scored")
     best = max(confidences, key=lambda i: (confidences[i], -i))
     confidence = confidences[best]
     if thresholds.max_std is not None and _disagreement(scored, best) > thresholds.max_std:
-        return Verdict("abstain", "members_disagree", confidence)
+        return Finding("abstain", "members_disagree", confidence)
     if confidence < thresholds.reject:
-        return Verdict("reject", "below_reject_threshold", confidence)
+        return Finding("reject", "below_reject_threshold", confidence)
     if confidence < thresholds.approve:
-        return Verdict("redo", "below_threshold", confidence)
+        return Finding("redo", "below_threshold", confidence)
     texts = [candidate.choice["message"]["content"] for candidate in scored.candidates]
     lowest = max(thresholds.approve, confidence - thresholds.tie)
     for i, other in confidences.items():
         if other >= lowest and texts[i] != texts[best]:
-            return Verdict("tie", "within_tie_margin", confidence)
-    return Verdict("approve", "above_threshold", confidence)
+            return Finding("tie", "within_tie_margin", confidence)
+    return Finding("approve", "above_threshold", confidence)
 
 
 def _has(body: Mapping[str, Any], name: str) -> bool:

@@ -35,8 +35,8 @@ async def reward(request, reward_model):
     engine = scripted_engine()
     if request.param == "callable":
         reward = CallableReward(lambda messages, text: len(text), "letters")
-    elif request.param in {"pooling", "trust_judge", "upstream"}:
-        pytest.skip("needs an engine or a server; its own tests cover the contract")
+    elif request.param in {"embedding", "pooling", "trust_judge", "upstream"}:
+        pytest.skip("needs a file, an engine or a server; its own tests cover the contract")
     elif request.param == "value":
         engine = demo_engine()
         reward = registry.rewards.get("value")("helpful").load()
