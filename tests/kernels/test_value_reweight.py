@@ -238,6 +238,13 @@ def test_unchecked_shifts_give_the_reweighted_logits_bit_for_bit(values: int) ->
     in_place = logits.clone()
     assert add_candidate_shifts(in_place, token_ids, scores, beta) is in_place
     assert torch.equal(in_place, expected)
+    # The same for some rows, in another order.
+    indices = torch.tensor([4, 0, 3])
+    in_place = logits.clone()
+    part = (token_ids[indices], scores[:, indices], beta[indices], indices)
+    add_candidate_shifts(in_place, *part)
+    assert torch.equal(in_place[indices], expected[indices])
+    assert torch.equal(in_place[[1, 2]], logits[[1, 2]])
 
 
 def test_float64_logits_stay_float64() -> None:

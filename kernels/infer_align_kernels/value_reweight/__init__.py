@@ -123,7 +123,11 @@ def reweight_logits(
 
 
 def add_candidate_shifts(
-    logits: torch.Tensor, token_ids: torch.Tensor, values: torch.Tensor, beta: torch.Tensor
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    values: torch.Tensor,
+    beta: torch.Tensor,
+    indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Add the shift of every candidate to its logit, in place and without any check.
 
@@ -139,14 +143,18 @@ def add_candidate_shifts(
 
     Args:
         logits: [B, V], overwritten.
-        token_ids: [B, k] int64, different in each row.
-        values: [M, B, k].
-        beta: [B, M].
+        token_ids: [S, k] int64, different in each row.
+        values: [M, S, k].
+        beta: [S, M].
+        indices: [S] int64, the steered rows of the logits, all different; None for all, in order.
 
     Returns:
         `logits`.
     """
-    return logits.scatter_add_(1, token_ids, reference.complete_shifts(values, beta))
+    shifts = reference.complete_shifts(values, beta)
+    if indices is None:
+        return logits.scatter_add_(1, token_ids, shifts)
+    return logits.index_put_((indices[:, None], token_ids), shifts, accumulate=True)
 
 
 def add_head_values(
