@@ -32,7 +32,13 @@ from infer_align.values._fingerprint import (
     from_json,
     to_json,
 )
-from infer_align_kernels import HeadTable, add_head_values, candidate_values, runs_triton
+from infer_align_kernels import (
+    HeadTable,
+    HeadValues,
+    add_head_values,
+    candidate_values,
+    runs_triton,
+)
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +135,11 @@ class HeadValue(Value):
     def evaluate_all(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute Q(h, a) of every token. [B, d] float32 -> [B, V]."""
         return torch.addmm(self.tensors["b"][None], self.features(hidden), self.tensors["E"].T)
+
+    def all_values(self, hidden: torch.Tensor) -> HeadValues:
+        """Return Q(h, a) of every token as the fused sampler reads it: [B, d] float32."""
+        weight, bias = self.tensors["E"], self.tensors["b"]
+        return HeadValues(self.features(hidden)[:, None], weight[None], bias[None])
 
     def add_all(
         self,

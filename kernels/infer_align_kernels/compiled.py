@@ -185,8 +185,9 @@ def _top_candidates_launch(kernel: Any, constants: Mapping[str, Any], num_warps:
 VALUE_REWEIGHT_TYPES = {
     **dict.fromkeys(("logits", "hidden", "weight", "bias"), "*bf16"),
     **dict.fromkeys(("beta", "temperature", "statistics", "out", "shifts", "values"), "*fp32"),
-    **dict.fromkeys(("seed", "token_out", "ids"), "*i64"),
-    **dict.fromkeys(("bitmask", "step"), "*i32"),
+    **dict.fromkeys(("token_out", "ids"), "*i64"),
+    "uniform": "*fp64",
+    "bitmask": "*i32",
     **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "mask_stride", "out_stride"), "i32"),
     "masked": "*u8",
     "indices": "*i64",
