@@ -21,7 +21,7 @@ from infer_align_kernels.top_candidates import MAX_CANDIDATES
 
 @dataclass(slots=True)
 class FusedSteerer:
-    """What fused steering keeps between the steps of one engine.
+    """The memory and the heads that fused steering keeps between the steps of an engine.
 
     Attributes:
         workspace: memory for the kernels.

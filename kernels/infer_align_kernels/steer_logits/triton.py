@@ -120,9 +120,9 @@ def steer_logits_kernel(
         target = logits + row * row_stride
         if tl.load(rows + record + MASKED) != 0:
             for start in range(0, V, FILL):
-                others = start + tl.arange(0, FILL)
+                masked = start + tl.arange(0, FILL)
                 nothing = tl.full((FILL,), float("-inf"), dtype=tl.float32)
-                tl.store(target + others, nothing, mask=others < V)
+                tl.store(target + masked, nothing, mask=masked < V)
             # The candidates are written after all threads have masked their tokens.
             tl.debug_barrier()
         tl.store(target + tokens, steered, mask=is_candidate)

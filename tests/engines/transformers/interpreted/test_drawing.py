@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @dataclass(eq=False)
 class DrawnRow:
-    """What a draw reads of a row of the engine."""
+    """The part of an engine's row that a draw reads."""
 
     params: SamplingParams
     job: Any
@@ -101,19 +101,15 @@ def draw(rows: Any, heads: list[HeadValue], logits: torch.Tensor, hidden: torch.
 
 def test_a_seed_gives_the_token_of_the_two_steps(heads: list[HeadValue]) -> None:
     generator = torch.Generator().manual_seed(2)
-    different = 0
-    for seed in range(0, 300, 10):
-        rows: Any = make_rows(heads, seed)
-        logits = torch.randn((len(rows), V), generator=generator) * 3
-        original = logits.clone()
-        hidden = torch.randn((len(rows), D), generator=generator)
-        drawn, expected, steered = draw(rows, heads, logits, hidden)
-        assert torch.equal(logits, original)
-        # The steered logits of the row that reports logprobs.
-        torch.testing.assert_close(drawn.steered[8], steered[8])
-        different += sum(a != b for a, b in zip(drawn.tokens, expected, strict=True))
-    # Rounding may move a draw over an edge of the cumulative sum.
-    assert different <= 1
+    rows: Any = [row for seed in (0, 100, 200) for row in make_rows(heads, seed)]
+    logits = torch.randn((len(rows), V), generator=generator) * 3
+    original = logits.clone()
+    hidden = torch.randn((len(rows), D), generator=generator)
+    drawn, expected, steered = draw(rows, heads, logits, hidden)
+    assert torch.equal(logits, original)
+    # The steered logits of the row that reports logprobs.
+    torch.testing.assert_close(drawn.steered[8], steered[8])
+    assert drawn.tokens == expected
 
 
 def test_the_token_of_a_row_does_not_depend_on_its_batch(heads: list[HeadValue]) -> None:
@@ -121,15 +117,15 @@ def test_the_token_of_a_row_does_not_depend_on_its_batch(heads: list[HeadValue])
     logits = torch.randn((len(rows), V), generator=torch.Generator().manual_seed(3)) * 3
     hidden = torch.randn((len(rows), D), generator=torch.Generator().manual_seed(4))
     together, _, _ = draw(rows, heads, logits, hidden)
-    for i, row in enumerate(rows):
-        alone, _, _ = draw([row], heads, logits[i : i + 1], hidden[i : i + 1])
+    for i in (0, 3, 5):
+        alone, _, _ = draw([rows[i]], heads, logits[i : i + 1], hidden[i : i + 1])
         assert alone.tokens == together.tokens[i : i + 1]
 
 
 @pytest.mark.parametrize("kind", [3, 5])
 @pytest.mark.slow
 def test_the_tokens_follow_the_distribution(heads: list[HeadValue], kind: int) -> None:
-    draws = 1500
+    draws = 800
     rows: Any = [make_rows(heads, seed)[kind] for seed in range(draws)]
     logits = torch.randn((1, V), generator=torch.Generator().manual_seed(5)).expand(draws, V)
     hidden = torch.randn((1, D), generator=torch.Generator().manual_seed(6)).expand(draws, D)
