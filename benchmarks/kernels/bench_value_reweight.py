@@ -89,8 +89,7 @@ class Problem:
         self.head = HeadValues(hidden, weight)
         self.beta = torch.ones(rows, 1, device=DEVICE)
         self.temperature = torch.full((rows,), TEMPERATURE, device=DEVICE)
-        self._seed = torch.arange(rows, device=DEVICE)
-        self._step = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+        self._uniform = torch.rand(rows, dtype=torch.float64, device=DEVICE)
         self._workspace = allocate_workspace(rows, vocabulary, DEVICE) if CUDA else None
 
     def sample(self, values: HeadValues | CandidateValues) -> Any:
@@ -100,8 +99,7 @@ class Problem:
             values,
             self.beta,
             temperature=self.temperature,
-            seed=self._seed,
-            step=self._step,
+            uniform=self._uniform,
             workspace=self._workspace,
         )
 

@@ -157,14 +157,15 @@ def _adjust_row(logits: torch.Tensor, row: SampledRow) -> None:
 
 def truncate(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Set what min_p, top_k and top_p exclude to -inf. [B, V] after temperature -> [B, V]."""
-    indices = [i for i, p in enumerate(params) if _is_truncated(p)]
+    indices = [i for i, p in enumerate(params) if is_truncated(p)]
     if not indices:
         return scaled
     truncated = _truncate_rows(scaled[indices], [params[i] for i in indices])
     return scaled.index_copy(0, torch.tensor(indices, device=scaled.device), truncated)
 
 
-def _is_truncated(p: SamplingParams) -> bool:
+def is_truncated(p: SamplingParams) -> bool:
+    """Return True if min_p, top_k or top_p excludes tokens."""
     return p.min_p > 0 or p.top_k > 0 or p.top_p < 1
 
 

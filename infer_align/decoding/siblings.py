@@ -65,18 +65,8 @@ class ValueCache:
 
         The candidates' columns stay in the cache until `choose`.
         """
-        columns = self.cache.length
-        device = token_ids.device
-        lengths = torch.tensor(self.lengths, device=device)
-        rows, k = token_ids.shape
-        # A candidate attends to the tokens of its row, which end in the last column, and to itself.
-        starts = columns - lengths
-        prefix = torch.arange(columns, device=device)[None] >= starts[:, None]
-        prefixes = prefix[:, None].expand(-1, k, -1)
-        itself = torch.eye(k, dtype=torch.bool, device=device)
-        mask = torch.cat([prefixes, itself.expand(rows, -1, -1)], dim=-1)
-        positions = lengths[:, None].expand(-1, k)
-        return self.lm.forward(token_ids, self.cache, positions, mask[:, None])
+        lengths = torch.tensor(self.lengths, device=token_ids.device)
+        return self.lm.siblings(token_ids, self.cache, lengths)
 
     def choose(self, token_ids: torch.Tensor, chosen: torch.Tensor) -> None:
         """Keep the column of each row's sampled token and drop its siblings.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from infer_align.decoding.dense_steering import DENSE, DenseSteering, add_dense
 from infer_align.decoding.device import upload
+from infer_align.decoding.fused_steering import FusedSteerer, FusedSteering, is_fused
 from infer_align.decoding.siblings import ValueCache
 from infer_align.methods.vas import reweight
 from infer_align.types import Array
@@ -32,6 +33,7 @@ from infer_align_kernels import (
     runs_triton,
     top_candidates,
 )
+from infer_align_kernels.top_candidates import MAX_CANDIDATES
 
 NO_CACHES: Mapping[ValueLM, ValueCache] = MappingProxyType({})
 
@@ -53,6 +55,7 @@ class SteeringBatch:
         uniform: True if every row has k candidates, is steered by every value and keeps its tail,
             and all values are heads. `steer` then skips checks when it writes in place.
         dense: the rows without a fixed number of candidates; None if there are none.
+        fused: the rows that one call steers; None if there are none. They have no candidates here.
     """
 
     rows: torch.Tensor | None
@@ -64,6 +67,7 @@ class SteeringBatch:
     k: int
     uniform: bool = False
     dense: DenseSteering | None = None
+    fused: FusedSteering | None = None
 
     @classmethod
     def build(
@@ -75,6 +79,7 @@ class SteeringBatch:
         device: torch.device,
         rows: NDArray[np.int64] | None = None,
         min_p: NDArray[np.float32] | None = None,
+        steerer: FusedSteerer | None = None,
     ) -> SteeringBatch:
         """Build the record from host arrays without waiting for the device.
 
@@ -87,11 +92,21 @@ class SteeringBatch:
             device: where the logits are.
             rows: [S] indices of the rows in the logits; None for all.
             min_p: [S] for the rows that are DENSE: see `DenseSteering.build`. None if none is.
+            steerer: what the fused call keeps between steps; None to steer without it. With it, all
+                values are heads, and logits are overwritten.
         """
         dense = None
         if min_p is not None and (top_k == DENSE).any():
             dense = DenseSteering.build(values, beta, min_p, top_k == DENSE, masked, device, rows)
             top_k = np.where(top_k == DENSE, 0, top_k)
+        fused = None
+        if steerer is not None:
+            heads = [value for value in values if isinstance(value, HeadValue)]
+            fused = FusedSteering.build(steerer, heads, beta, top_k, masked, device, rows)
+        if fused is not None:
+            top_k = np.where(is_fused(top_k), 0, top_k)
+        if not top_k.any() and (fused is not None or dense is not None):
+            return cls.without_candidates(dense, fused)
         k = int(top_k.max())
         same_k = bool(top_k.min() == k)
         slots = np.arange(k)[None]
@@ -106,6 +121,25 @@ class SteeringBatch:
             k=k,
             uniform=heads_only and same_k and bool(beta.all()) and not masked.any(),
             dense=dense,
+            fused=fused,
+        )
+
+    @classmethod
+    def without_candidates(
+        cls, dense: DenseSteering | None, fused: FusedSteering | None
+    ) -> SteeringBatch:
+        """Return a batch of rows that are all in `dense` or in `fused`."""
+        no_weights = torch.empty((0, 0))
+        return cls(
+            rows=None,
+            values=(),
+            users=(),
+            beta=no_weights,
+            unused_slots=None,
+            tail="keep",
+            k=0,
+            dense=dense,
+            fused=fused,
         )
 
     @classmethod
@@ -117,6 +151,7 @@ class SteeringBatch:
         masked: torch.Tensor | None,
         k: int,
         min_p: torch.Tensor | None = None,
+        steerer: FusedSteerer | None = None,
     ) -> SteeringBatch:
         """Build the record for all rows of the logits from tensors that the host has not read.
 
@@ -129,11 +164,19 @@ class SteeringBatch:
             masked: [B] True where the tail is masked; None if no row masks it.
             k: an upper bound of `top_k`; 0 if every steered row is DENSE.
             min_p: [B] for the rows that are DENSE; None if no row is.
+            steerer: as for `build`.
         """
         dense = None
         if min_p is not None:
             is_dense = top_k == DENSE
             dense = DenseSteering.build_on_device(values, beta, min_p, is_dense, masked)
+        fused = None
+        if steerer is not None and k and values:
+            heads = [value for value in values if isinstance(value, HeadValue)]
+            fused = FusedSteering.build_on_device(steerer, heads, beta, top_k, masked, k)
+            top_k = torch.where(top_k > MAX_CANDIDATES, top_k, 0)
+            if k <= MAX_CANDIDATES:
+                return cls.without_candidates(dense, fused)
         slots = torch.arange(k, device=top_k.device)[None]
         return cls(
             rows=None,
@@ -144,13 +187,32 @@ class SteeringBatch:
             tail="keep" if masked is None else masked,
             k=k,
             dense=dense,
+            fused=fused,
         )
+
+    def valid(self, candidates: torch.Tensor) -> torch.Tensor:
+        """Return the candidates with -1 in slots past a row's own top_k. [S, k] -> [S, k]."""
+        if self.unused_slots is None:
+            return candidates
+        return candidates.masked_fill(self.unused_slots, -1)
 
 
 def _users(column: NDArray[np.float32], device: torch.device) -> torch.Tensor | None:
     if column.all():
         return None
     return upload(np.flatnonzero(column), device)
+
+
+class ValuedCandidates(NamedTuple):
+    """The candidates of S rows and their values.
+
+    Attributes:
+        ids: [S, k] the k most likely tokens, also in slots past a row's own top_k.
+        values: [M, S, k], 0 where a value does not steer a row.
+    """
+
+    ids: torch.Tensor
+    values: torch.Tensor
 
 
 def steer(
@@ -174,41 +236,75 @@ def steer(
     Returns:
         [B, V] logits and [S, k] candidates. Rows that are not steered stay bit for bit the same.
     """
-    if batch.dense is not None:
-        logits = add_dense(logits if in_place else logits.clone(), hidden, batch.dense)
-        in_place = True
+    valued = value_candidates(logits, hidden, batch, caches)
+    return add_values(logits, hidden, batch, valued, in_place=in_place), valued.ids
+
+
+def value_candidates(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    batch: SteeringBatch,
+    caches: Mapping[ValueLM, ValueCache] = NO_CACHES,
+) -> ValuedCandidates:
+    """Select and value the candidates of the steered rows; see `steer` for the arguments."""
     rows = batch.rows
-    steered = logits if rows is None else logits.index_select(0, rows)
-    states = hidden if rows is None else hidden.index_select(0, rows)
     if not batch.k:
-        return logits, torch.empty((len(steered), 0), dtype=torch.int64, device=logits.device)
-    candidates = top_candidates(steered, batch.k)
+        count = len(logits) if rows is None else len(rows)
+        ids = torch.empty((count, 0), dtype=torch.int64, device=logits.device)
+        return ValuedCandidates(ids, torch.empty((0, count, 0), device=logits.device))
+    frozen = logits if rows is None else logits.index_select(0, rows)
+    ids = top_candidates(frozen, batch.k)
     # All weights are 0: there is nothing to add.
     if not batch.values:
-        return logits, candidates
-    values = _evaluate(candidates, states.float(), batch, caches)
-    valid_candidates = candidates
-    if batch.unused_slots is not None:
-        valid_candidates = candidates.masked_fill(batch.unused_slots, -1)
+        return ValuedCandidates(ids, torch.empty((0, *ids.shape), device=logits.device))
+    states = hidden if rows is None else hidden.index_select(0, rows)
+    return ValuedCandidates(ids, _evaluate(ids, states.float(), batch, caches))
+
+
+def add_values(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    batch: SteeringBatch,
+    valued: ValuedCandidates,
+    *,
+    in_place: bool,
+) -> torch.Tensor:
+    """Add the values to the logits; see `steer` for the arguments. -> [B, V]."""
+    if batch.dense is not None or batch.fused is not None:
+        logits = logits if in_place else logits.clone()
+        in_place = True
+    if batch.dense is not None:
+        add_dense(logits, hidden, batch.dense)
+    if batch.fused is not None:
+        batch.fused.add(logits, hidden)
+    if not batch.values or not batch.k:
+        return logits
+    return _add_to_candidates(logits, batch, valued, in_place=in_place)
+
+
+def _add_to_candidates(
+    logits: torch.Tensor, batch: SteeringBatch, valued: ValuedCandidates, *, in_place: bool
+) -> torch.Tensor:
+    rows = batch.rows
+    # The fast path has no masks and runs on the CPU only.
+    if batch.uniform and in_place and not runs_triton(logits.device):
+        return add_candidate_shifts(logits, valued.ids, valued.values, batch.beta, rows)
+    steered = logits if rows is None else logits.index_select(0, rows)
     # A selection of rows is a copy already, so it can always be written to.
     may_overwrite = in_place or rows is not None
-    # The fast path has no masks and runs on the CPU only.
-    if batch.uniform and may_overwrite and not runs_triton(logits.device):
-        add_candidate_shifts(steered, candidates, values, batch.beta)
-    else:
-        steered = reweight_logits(
-            steered,
-            valid_candidates,
-            values,
-            batch.beta,
-            batch.tail,
-            out=steered if may_overwrite else None,
-        )
+    steered = reweight_logits(
+        steered,
+        batch.valid(valued.ids),
+        valued.values,
+        batch.beta,
+        batch.tail,
+        out=steered if may_overwrite else None,
+    )
     if rows is None:
-        return steered, candidates
+        return steered
     if in_place:
-        return logits.index_copy_(0, rows, steered), candidates
-    return logits.index_copy(0, rows, steered), candidates
+        return logits.index_copy_(0, rows, steered)
+    return logits.index_copy(0, rows, steered)
 
 
 def _evaluate(

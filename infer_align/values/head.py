@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +32,13 @@ from infer_align.values._fingerprint import (
     from_json,
     to_json,
 )
-from infer_align_kernels import add_head_values, candidate_values, runs_triton
+from infer_align_kernels import (
+    HeadTable,
+    HeadValues,
+    add_head_values,
+    candidate_values,
+    runs_triton,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +63,18 @@ plugin = Head
 
 
 class HeadValue(Value):
-    """One head, resident on the frozen model's device."""
+    """One head, resident on the frozen model's device.
+
+    Attributes:
+        tensors: after `start`, those of the file in float32, and the means of E and b.
+    """
 
     estimates_states: ClassVar[bool] = True
 
     def __init__(self, path: str, description: str = "") -> None:
         self.path = path
         self.description = description
-        self._tensors: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
 
     def start(self, frozen: FrozenModel, shared: dict[object, Any]) -> None:
         """Read the file.
@@ -92,24 +102,29 @@ class HeadValue(Value):
         self.summary = _read_summary(metadata)
         # Copy the tensors. Those of an open file are mapped into memory, and writing over the file
         # would end the process.
-        self._tensors = {}
+        self.tensors = {}
         for name, tensor in tensors.items():
-            self._tensors[name] = tensor.to(frozen.device, torch.float32, copy=True)
+            self.tensors[name] = tensor.to(frozen.device, torch.float32, copy=True)
         # The mean over all tokens, which is the centre of their values.
-        self._tensors["mean E"] = self._tensors["E"].mean(dim=0)
-        self._tensors["mean b"] = self._tensors["b"].mean()
+        self.tensors["mean E"] = self.tensors["E"].mean(dim=0)
+        self.tensors["mean b"] = self.tensors["b"].mean()
+
+    @property
+    def is_linear(self) -> bool:
+        """True if the features are a linear function of the state; False for an MLP."""
+        return "P" in self.tensors
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute u(h). [B, d] float32 -> [B, r]."""
-        tensors = self._tensors
-        if "P" in tensors:
+        tensors = self.tensors
+        if self.is_linear:
             return linear(hidden, tensors["P"])
         return linear(gelu(linear(hidden, tensors["W1"], tensors["c1"])), tensors["W2"])
 
     def evaluate(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Compute Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
         features = self.features(hidden)
-        weight, bias = self._tensors["E"], self._tensors["b"]
+        weight, bias = self.tensors["E"], self.tensors["b"]
         if runs_triton(hidden.device):
             return candidate_values(token_ids, features[:, None], weight[None], bias[None])[0]
         candidate_biases = bias.take(token_ids)
@@ -119,7 +134,12 @@ class HeadValue(Value):
 
     def evaluate_all(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute Q(h, a) of every token. [B, d] float32 -> [B, V]."""
-        return torch.addmm(self._tensors["b"][None], self.features(hidden), self._tensors["E"].T)
+        return torch.addmm(self.tensors["b"][None], self.features(hidden), self.tensors["E"].T)
+
+    def all_values(self, hidden: torch.Tensor) -> HeadValues:
+        """Return Q(h, a) of every token as the fused sampler reads it: [B, d] float32."""
+        weight, bias = self.tensors["E"], self.tensors["b"]
+        return HeadValues(self.features(hidden)[:, None], weight[None], bias[None])
 
     def add_all(
         self,
@@ -137,8 +157,8 @@ class HeadValue(Value):
             rows: [S] indices of the steered rows; None for all.
         """
         features = self.features(hidden)
-        centre = features @ self._tensors["mean E"] + self._tensors["mean b"]
-        weight, bias = self._tensors["E"], self._tensors["b"]
+        centre = features @ self.tensors["mean E"] + self.tensors["mean b"]
+        weight, bias = self.tensors["E"], self.tensors["b"]
         add_head_values(logits, features, weight, bias, centre, beta, rows)
 
     def expected(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -152,8 +172,62 @@ class HeadValue(Value):
             [B] float32.
         """
         policy = torch.softmax(logits.float(), dim=-1)
-        mean_rows = policy @ self._tensors["E"]
-        return (mean_rows * self.features(hidden)).sum(-1) + policy @ self._tensors["b"]
+        mean_rows = policy @ self.tensors["E"]
+        return (mean_rows * self.features(hidden)).sum(-1) + policy @ self.tensors["b"]
+
+
+class HeadStack:
+    """Several started heads as one, for steering with few calls.
+
+    Attributes:
+        heads: the heads.
+        table: their weights and biases, by address.
+    """
+
+    def __init__(self, heads: Sequence[HeadValue]) -> None:
+        """Stack one or more heads that are on the same device."""
+        plain = [head for head in heads if head.is_linear]
+        deep = [head for head in heads if not head.is_linear]
+        # The features of linear heads come first.
+        self.heads = (*plain, *deep)
+        self.table = HeadTable(
+            [head.tensors["E"].contiguous() for head in self.heads],
+            [head.tensors["b"].contiguous() for head in self.heads],
+        )
+        self._linear = _stacked(plain, "P")
+        self._first_layer = _stacked(deep, "W1")
+        self._first_bias = _stacked(deep, "c1")
+        self._second_layer = _block_diagonal([head.tensors["W2"] for head in deep])
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute u(h) of all heads, in their order. [B, d] float32 -> [B, sum of ranks]."""
+        parts: list[torch.Tensor] = []
+        if self._linear is not None:
+            parts.append(linear(hidden, self._linear))
+        if self._first_layer is not None and self._second_layer is not None:
+            activated = gelu(linear(hidden, self._first_layer, self._first_bias))
+            parts.append(linear(activated, self._second_layer))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return one matrix in which each block reads its own inputs; None without blocks."""
+    if not blocks:
+        return None
+    size = (sum(block.shape[0] for block in blocks), sum(block.shape[1] for block in blocks))
+    matrix = torch.zeros(size, device=blocks[0].device)
+    row = 0
+    column = 0
+    for block in blocks:
+        matrix[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row += block.shape[0]
+        column += block.shape[1]
+    return matrix
+
+
+def _stacked(heads: Sequence[HeadValue], name: str) -> torch.Tensor | None:
+    """Return this tensor of all heads, one below the other; None without heads."""
+    return torch.cat([head.tensors[name] for head in heads]) if heads else None
 
 
 def read(path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -26,6 +26,8 @@ from infer_align.checkpoints.rope import fix_rope
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
 from infer_align.values import FrozenModel, Value, check_fit
+from infer_align.values._sibling_reading import NAME, reading_siblings, supports_siblings
+from infer_align_kernels import runs_triton
 
 HEADS = "value_heads.safetensors"
 CARD = "value.json"
@@ -65,6 +67,8 @@ class ValueLM:
         summary: what the fit has measured; None if it is not recorded.
         folder_version: version of the folder that was loaded, from `folder_version`.
         cell_bytes: bytes of keys and values per token.
+        has_sibling_kernel: True if siblings are read with the kernel `sibling_attention`, as on a
+            GPU. False on a CPU, and for models without transformers' interface of attentions.
     """
 
     def __init__(self, path: str, frozen: FrozenModel, dtype: str) -> None:
@@ -89,6 +93,9 @@ class ValueLM:
         self.lm = self.lm.to(frozen.device).eval().requires_grad_(requires_grad=False)
         # It was fitted with the same factors.
         fix_rope(self.lm, None)
+        self.has_sibling_kernel = runs_triton(self.lm.device) and supports_siblings(self.lm)
+        if self.has_sibling_kernel:
+            self.lm.set_attn_implementation(NAME)
         self.description: str = card.get("description", "")
         summary = card.get("summary")
         self.summary: dict[str, Any] | None = summary if isinstance(summary, dict) else None
@@ -147,6 +154,42 @@ class ValueLM:
         )
         values: torch.Tensor = output.last_hidden_state.float() @ self._weight.T + self._bias
         return values
+
+    def siblings(self, ids: torch.Tensor, cache: Any, lengths: torch.Tensor) -> torch.Tensor:
+        """Compute the values after each sibling and append all siblings to the cache.
+
+        Siblings are alternatives for one position: each attends to its row's tokens and to itself.
+
+        Args:
+            ids: [B, k] siblings.
+            cache: transformers cache of the earlier tokens, right-aligned.
+            lengths: [B] tokens of each row in the cache.
+
+        Returns:
+            [B, k, H] float32.
+        """
+        positions = lengths[:, None].expand(-1, ids.shape[1])
+        if not self.has_sibling_kernel:
+            mask = _sibling_mask(int(cache.length), lengths, ids.shape[1])
+            return self.forward(ids, cache, positions, mask)
+        # The kernel masks by the lengths. transformers passes a mask of four dimensions on as it
+        # is, and the kernel does not read it.
+        unread_mask = torch.ones((len(ids), 1, 1, 1), dtype=torch.bool, device=ids.device)
+        with reading_siblings(lengths):
+            return self.forward(ids, cache, positions, unread_mask)
+
+
+def _sibling_mask(columns: int, lengths: torch.Tensor, k: int) -> torch.Tensor:
+    """Return True where a sibling may attend: [B, 1, k, columns + k].
+
+    The tokens of a row end in the last of the columns. The siblings' own columns follow.
+    """
+    device = lengths.device
+    starts = columns - lengths
+    prefix = torch.arange(columns, device=device)[None] >= starts[:, None]
+    prefixes = prefix[:, None].expand(-1, k, -1)
+    itself = torch.eye(k, dtype=torch.bool, device=device)
+    return torch.cat([prefixes, itself.expand(len(lengths), -1, -1)], dim=-1)[:, None]
 
 
 class LookaheadValue(Value):

@@ -5,6 +5,7 @@ The package depends on torch and triton only.
 
 from infer_align_kernels.devices import runs_triton
 from infer_align_kernels.sibling_attention import sibling_attention
+from infer_align_kernels.steer_logits import HeadTable, SteeredRows, Workspace, steer_logits
 from infer_align_kernels.top_candidates import top_candidates
 from infer_align_kernels.value_reweight import (
     CandidateValues,
@@ -20,8 +21,11 @@ from infer_align_kernels.value_reweight import (
 
 __all__ = [
     "CandidateValues",
+    "HeadTable",
     "HeadValues",
     "Sampled",
+    "SteeredRows",
+    "Workspace",
     "add_candidate_shifts",
     "add_head_values",
     "allocate_workspace",
@@ -29,6 +33,7 @@ __all__ = [
     "reweight_logits",
     "runs_triton",
     "sibling_attention",
+    "steer_logits",
     "top_candidates",
     "value_reweight",
 ]

@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from infer_align_kernels.sibling_attention import triton as sibling_attention
+from infer_align_kernels.steer_logits import triton as steer_logits
+from infer_align_kernels.top_candidates import MAX_CANDIDATES
 from infer_align_kernels.top_candidates import triton as top_candidates
 from infer_align_kernels.value_reweight import candidates, head
 from infer_align_kernels.value_reweight import triton as value_reweight
@@ -140,25 +142,29 @@ def launches() -> list[Launch]:
 
 
 VOCABULARY = 128_256
-CANDIDATE_COUNTS = (20, 64, top_candidates.MAX_CANDIDATES)
+CANDIDATE_COUNTS = (20, 64, MAX_CANDIDATES)
 TOP_CANDIDATES_TYPES = {
     "logits": "*fp32",
-    **dict.fromkeys(("indices", "out"), "*i64"),
-    "peaks": "*i32",
-    **dict.fromkeys(("V", "N", "K", "row_stride"), "i32"),
+    **dict.fromkeys(("out", "addresses"), "*i64"),
+    **dict.fromkeys(("features", "weights"), "*fp32"),
+    **dict.fromkeys(("peaks", "records", "rows", "ranks"), "*i32"),
+    **dict.fromkeys(("V", "N", "M", "K", "D", "row_stride", "record_stride"), "i32"),
 }
 
 
 def _top_candidates_launches() -> list[Launch]:
     peaks = top_candidates.tile_peaks_kernel
     tile = top_candidates.plan(VOCABULARY, 1).tile
-    constants = {"TILE": tile, "TILES": top_candidates.BLOCK // tile, "HAS_INDICES": True}
+    constants = {"TILE": tile, "TILES": top_candidates.BLOCK // tile, "HAS_RECORDS": True}
     made = [_top_candidates_launch(peaks, constants, top_candidates.PEAK_WARPS)]
     for k in CANDIDATE_COUNTS:
         cut = top_candidates.plan(VOCABULARY, k)
         constants = {"SLOTS": cut.slots, "TILE": cut.tile, "TILES": cut.tile_slots}
         kernel = top_candidates.top_candidates_kernel
         made.append(_top_candidates_launch(kernel, constants, cut.num_warps))
+        steering = {**constants, "RANK": steer_logits.RANK, "FILL": steer_logits.FILL}
+        kernel = steer_logits.steer_logits_kernel
+        made.append(_top_candidates_launch(kernel, steering, cut.num_warps))
     return made
 
 
@@ -179,8 +185,9 @@ def _top_candidates_launch(kernel: Any, constants: Mapping[str, Any], num_warps:
 VALUE_REWEIGHT_TYPES = {
     **dict.fromkeys(("logits", "hidden", "weight", "bias"), "*bf16"),
     **dict.fromkeys(("beta", "temperature", "statistics", "out", "shifts", "values"), "*fp32"),
-    **dict.fromkeys(("seed", "token_out", "ids"), "*i64"),
-    **dict.fromkeys(("bitmask", "step"), "*i32"),
+    **dict.fromkeys(("token_out", "ids"), "*i64"),
+    "uniform": "*fp64",
+    "bitmask": "*i32",
     **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "mask_stride", "out_stride"), "i32"),
     "masked": "*u8",
     "indices": "*i64",

@@ -11,13 +11,14 @@ from transformers import LlamaConfig, LlamaModel
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.siblings import ValueCache, keep_sampled_siblings
+from infer_align.values.lookahead import ValueLM
 
 VOCABULARY = 30
 HEADS = 2
 
 
-class TinyValueLM:
-    """A random value LM with the `forward` of `infer_align.values.lookahead.ValueLM`."""
+class TinyValueLM(ValueLM):
+    """A random value LM without files."""
 
     def __init__(self, device: torch.device) -> None:
         torch.manual_seed(3)
@@ -31,17 +32,9 @@ class TinyValueLM:
         )
         self.lm = LlamaModel(config).eval().to(device)
         self.heads = torch.randn((16, HEADS), device=device)
-
-    def forward(self, ids: Any, cache: Any, positions: Any, mask: Any) -> torch.Tensor:
-        output = self.lm(
-            input_ids=ids,
-            past_key_values=cache,
-            position_ids=positions,
-            attention_mask=mask,
-            use_cache=True,
-        )
-        values: torch.Tensor = output.last_hidden_state @ self.heads
-        return values
+        self._weight = self.heads.T
+        self._bias = torch.zeros(HEADS, device=device)
+        self.has_sibling_kernel = False
 
     def value(self, ids: list[int]) -> torch.Tensor:
         """Return the values after a complete text. [H]."""

@@ -64,8 +64,7 @@ def sampling(rows: int, seed: int = 3) -> dict[str, torch.Tensor]:
     temperature[1:2] = 0
     return {
         "temperature": temperature,
-        "seed": torch.randint(-(2**62), 2**62, (rows,), generator=generator),
-        "step": torch.arange(rows, dtype=torch.int32) * 7,
+        "uniform": torch.rand(rows, generator=generator, dtype=torch.float64),
     }
 
 

@@ -14,16 +14,32 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-FOLDER = Path(__file__).parent / "interpreted"
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("tests/kernels/interpreted", "tests/engines/transformers/interpreted")
+# The steering of the engines, which takes the kernels where they run.
+STEERING = (
+    "tests/decoding/test_steering.py",
+    "tests/engines/transformers/test_steering.py",
+)
 
 
 @pytest.mark.timeout(300)
 def test_the_triton_code_passes_its_tests_in_the_interpreter() -> None:
-    pytest_command = [sys.executable, "-m", "pytest", str(FOLDER)]
+    run(*FOLDERS)
+
+
+@pytest.mark.timeout(300)
+def test_the_engines_steer_with_the_kernels() -> None:
+    run(*STEERING)
+
+
+def run(*arguments: str) -> None:
+    """Run these tests in the interpreter."""
+    pytest_command = [sys.executable, "-m", "pytest", *arguments]
     options = ["-p", "no:cacheprovider", "--timeout", "280", "--durations=5"]
     process = subprocess.run(
         [*pytest_command, *options],
-        cwd=FOLDER.parents[2],
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

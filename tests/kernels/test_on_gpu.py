@@ -42,7 +42,9 @@ def to_gpu(value: Any) -> Any:
 def assert_close(result: Sampled, expected: Sampled) -> None:
     """Check for equal tokens, up to draws that fall on an edge of the cumulative sum."""
     is_equal = result.token.cpu() == expected.token
-    assert float(is_equal.float().mean()) > 0.99
+    # A draw falls on an edge about once in a hundred rows, so in few rows one may.
+    different = int((~is_equal).sum())
+    assert different <= max(1, len(is_equal) // 100)
     torch.testing.assert_close(result.logsumexp.cpu(), expected.logsumexp, atol=1e-4, rtol=1e-5)
     for name in ("logprob", "frozen_logprob"):
         numbers = getattr(result, name).cpu()[is_equal]
@@ -96,7 +98,7 @@ def test_a_call_can_be_captured_in_a_graph() -> None:
         captured = value_reweight(logits, head, beta, **sampling, workspace=workspace)
     graph.replay()
     assert torch.equal(captured.token, expected.token)
-    sampling["step"] += 1
+    sampling["uniform"].copy_(torch.rand(8, dtype=torch.float64))
     graph.replay()
     expected = value_reweight(logits, head, beta, **sampling, workspace=workspace)
     assert torch.equal(captured.token, expected.token)

@@ -15,12 +15,13 @@ import torch
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.constraint import constrain
 from infer_align.decoding.guidance import guide_rows
-from infer_align.decoding.sampler import adjust, sample
+from infer_align.decoding.sampler import adjust
 from infer_align.decoding.siblings import keep_sampled_siblings
-from infer_align.decoding.steering import expected_values, steer
+from infer_align.decoding.steering import expected_values
 from infer_align.decoding.text import TextStream
 from infer_align.engines.transformers.batch import RowBatch
 from infer_align.engines.transformers.choices import Entry, logprob_entries
+from infer_align.engines.transformers.drawing import draw_tokens
 from infer_align.engines.transformers.model import Model, Step
 from infer_align.engines.transformers.outbox import Outbox
 from infer_align.engines.transformers.question_queue import AnyQuestion, QuestionQueue
@@ -270,14 +271,12 @@ class Scheduler(threading.Thread):
         # Kept until rows join or leave.
         if batch.steering is None:
             batch.steering = self._values.steering_batch(rows)
-        candidates = None
-        if batch.steering is not None:
-            logits, candidates = steer(logits, step.hidden, batch.steering, batch.value_caches)
-        self._report_estimates(rows, logits, step.hidden)
-        tokens = sample(logits, rows)
-        if candidates is not None:
-            keep_sampled_siblings(batch.value_caches.values(), candidates, tokens)
-        entries = self._entries(rows=rows, logits=step.logits, steered=logits, tokens=tokens)
+        drawn = draw_tokens(logits, step.hidden, rows, batch.steering, batch.value_caches)
+        self._report_estimates(rows, drawn.steered, step.hidden)
+        tokens = drawn.tokens
+        if drawn.candidates is not None:
+            keep_sampled_siblings(batch.value_caches.values(), drawn.candidates, tokens)
+        entries = self._entries(rows, step.logits, drawn.steered, tokens)
         running: list[int] = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             self._outbox.add(row.job, row.accept(token, entries.get(i)))

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from infer_align.decoding.dense_steering import DENSE
 from infer_align.decoding.device import upload
+from infer_align.decoding.fused_steering import FusedSteerer
 from infer_align.decoding.steering import SteeringBatch
 from infer_align.engines.vllm.extra_args import SteeringRequest
 from infer_align.values.head import HeadValue
+from infer_align_kernels import runs_triton
 
 Indices = NDArray[np.int64]
 
@@ -59,6 +61,8 @@ class SlotTable:
     def __init__(self, slots: int, vocabulary_size: int, device: torch.device) -> None:
         self._vocabulary_size = vocabulary_size
         self._device = device
+        # One call steers all rows on a GPU.
+        self._steerer = FusedSteerer() if runs_triton(device) else None
         # The value of each column; None for a free column.
         self._values: list[HeadValue | None] = []
         # The column of each name, for requests that join from now on.
@@ -182,6 +186,7 @@ class SlotTable:
             self._device,
             rows=None if len(rows) == len(slots) else rows,
             min_p=self._min_p[steered],
+            steerer=self._steerer,
         )
 
     def expanded_batch(self, slots: Indices, row_slots: torch.Tensor) -> SteeringBatch | None:
@@ -213,6 +218,7 @@ class SlotTable:
             mask_tail,
             k=max(0, int(self._top_k[steered].max())),
             min_p=min_p,
+            steerer=self._steerer,
         )
 
     def _table_on_device(self) -> _DeviceTable:

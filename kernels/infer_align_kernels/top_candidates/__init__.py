@@ -10,6 +10,9 @@ import torch
 from infer_align_kernels.devices import launching, runs_triton
 from infer_align_kernels.top_candidates import reference
 
+# The most candidates that the Triton kernel selects: it keeps their tiles in registers.
+MAX_CANDIDATES = 128
+
 
 def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Return the ids of the k largest logits of each row, largest first, equal ones by lower id.
@@ -33,10 +36,10 @@ def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
         )
     if not runs_triton(logits.device):
         return reference.top_candidates(logits, k)
+    if k > MAX_CANDIDATES:
+        return reference.top_candidates_by_key(logits, k)
     # Triton is not needed on a CPU.
     from infer_align_kernels.top_candidates import triton  # noqa: PLC0415
 
-    if k > triton.MAX_CANDIDATES:
-        return reference.top_candidates_by_key(logits, k)
     with launching(logits.device):
         return triton.top_candidates(logits, k)

@@ -20,8 +20,6 @@ import triton.language as tl
 NO_KEY = tl.constexpr(-2147483648)
 # Larger than every token id and tile index.
 NO_INDEX = tl.constexpr(2147483647)
-# The most candidates that the kernel selects: it keeps k tiles in registers.
-MAX_CANDIDATES = 128
 # The smallest tile, and the largest number of tiles, which are powers of two.
 MIN_TILE = 64
 MAX_TILES = 2048
@@ -75,23 +73,30 @@ def key_logits(keys):
 @triton.jit
 def tile_peaks_kernel(
     logits,
-    indices,
+    records,
     peaks,
     V,
     N,
     row_stride,
+    record_stride,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    HAS_INDICES: tl.constexpr,
+    HAS_RECORDS: tl.constexpr,
 ):
-    """Write the largest key of TILES tiles of one row. Grid: (blocks of tiles, rows)."""
+    """Write the largest key of TILES tiles of one row. Grid: (blocks of tiles, rows).
+
+    A record begins with the row of the logits and its number of candidates; a row without
+    candidates is not read.
+    """
     row = tl.program_id(1).to(tl.int64)
     tiles = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tokens = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
     source = row
-    if HAS_INDICES:
-        source = tl.load(indices + row)
-    x = tl.load(logits + source * row_stride + tokens, mask=tokens < V, other=float("-inf"))
+    end = V
+    if HAS_RECORDS:
+        source = tl.load(records + row * record_stride).to(tl.int64)
+        end = tl.where(tl.load(records + row * record_stride + 1) > 0, V, 0)
+    x = tl.load(logits + source * row_stride + tokens, mask=tokens < end, other=float("-inf"))
     peak = tl.max(logit_keys(x.to(tl.float32)), axis=1)
     tl.store(peaks + row * N + tiles, peak, mask=tiles < N)
 
@@ -206,13 +211,14 @@ def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def write_tile_peaks(
-    logits: torch.Tensor, indices: torch.Tensor | None, peaks: torch.Tensor, cut: Cut
+    logits: torch.Tensor, records: torch.Tensor | None, peaks: torch.Tensor, cut: Cut
 ) -> None:
     """Write the largest key of each tile.
 
     Args:
         logits: [B, V]; the tokens of a row are contiguous.
-        indices: [S] rows of the logits that are read, int64; None for all.
+        records: [S, 2 or more] int32: the row of the logits and its number of candidates; None for
+            all rows.
         peaks: [S, tiles] int32, overwritten.
         cut: how the vocabulary is cut.
     """
@@ -220,14 +226,15 @@ def write_tile_peaks(
     grid = (triton.cdiv(cut.tiles, tiles_at_once), len(peaks))
     tile_peaks_kernel[grid](
         logits,
-        # Any pointer will do without indices: the kernel does not read it.
-        logits if indices is None else indices,
+        # Any pointer will do without records: the kernel does not read it.
+        peaks if records is None else records,
         peaks,
         logits.shape[1],
         cut.tiles,
         logits.stride(0),
+        0 if records is None else records.stride(0),
         TILE=cut.tile,
         TILES=tiles_at_once,
-        HAS_INDICES=indices is not None,
+        HAS_RECORDS=records is not None,
         num_warps=PEAK_WARPS,
     )

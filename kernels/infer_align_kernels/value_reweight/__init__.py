@@ -30,16 +30,15 @@ def value_reweight(
     beta: torch.Tensor,
     *,
     temperature: torch.Tensor,
-    seed: torch.Tensor,
-    step: torch.Tensor,
+    uniform: torch.Tensor,
     bitmask: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> Sampled:
     """Sample one token per row from softmax((logits + sum of beta_m * value_m) / temperature).
 
-    The steered logits are never stored. The result of a row does not depend on the other rows, and
-    its draw depends on (seed, step) alone. top-p and min-p are not offered, because they sort the
-    whole vocabulary: use `reweight_logits` and a sampler for them.
+    The steered logits are never stored. The result of a row does not depend on the other rows.
+    top-p and min-p are not offered, because they sort the whole vocabulary: use `reweight_logits`
+    and a sampler for them.
 
     A logit of -inf stays -inf, NaN counts as -inf and +inf as the largest number. Of equal logits,
     the one with the lowest id is chosen. A value whose beta is 0 is ignored. Candidates are centred
@@ -51,8 +50,8 @@ def value_reweight(
         beta: [B, M], finite. 0 turns off one value of a row; a row of zeros is the frozen model.
         temperature: [B], applied after beta. At 0 or below, the largest logit is chosen, and the
             logprobs are those of temperature 1.
-        seed: [B] int64.
-        step: [B] int32, position of the token to be sampled.
+        uniform: [B] float64 in [0, 1): the number of each row at which the cumulative distribution
+            is inverted.
         bitmask: [B, ceil(V / 32)] int32. Bit i of word w allows token 32 w + i, as in xgrammar.
         workspace: from `allocate_workspace`; without it, memory is allocated. CUDA only.
 
@@ -60,7 +59,7 @@ def value_reweight(
         ValueError: a shape, dtype or device does not fit. Numbers are not checked, because that
             would wait for the device.
     """
-    _check_sampling(logits, beta, temperature=temperature, seed=seed, step=step, bitmask=bitmask)
+    _check_sampling(logits, beta, temperature=temperature, uniform=uniform, bitmask=bitmask)
     if isinstance(values, HeadValues):
         _check_head(logits, beta, values)
     else:
@@ -71,9 +70,9 @@ def value_reweight(
 
         with launching(logits.device):
             return triton.value_reweight(
-                logits, values, beta, temperature, seed, step, bitmask, workspace
+                logits, values, beta, temperature, uniform, bitmask, workspace
             )
-    return reference.value_reweight(logits, values, beta, temperature, seed, step, bitmask)
+    return reference.value_reweight(logits, values, beta, temperature, uniform, bitmask)
 
 
 def reweight_logits(
@@ -123,7 +122,11 @@ def reweight_logits(
 
 
 def add_candidate_shifts(
-    logits: torch.Tensor, token_ids: torch.Tensor, values: torch.Tensor, beta: torch.Tensor
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    values: torch.Tensor,
+    beta: torch.Tensor,
+    indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Add the shift of every candidate to its logit, in place and without any check.
 
@@ -139,14 +142,18 @@ def add_candidate_shifts(
 
     Args:
         logits: [B, V], overwritten.
-        token_ids: [B, k] int64, different in each row.
-        values: [M, B, k].
-        beta: [B, M].
+        token_ids: [S, k] int64, different in each row.
+        values: [M, S, k].
+        beta: [S, M].
+        indices: [S] int64, the steered rows of the logits, all different; None for all, in order.
 
     Returns:
         `logits`.
     """
-    return logits.scatter_add_(1, token_ids, reference.complete_shifts(values, beta))
+    shifts = reference.complete_shifts(values, beta)
+    if indices is None:
+        return logits.scatter_add_(1, token_ids, shifts)
+    return logits.index_put_((indices[:, None], token_ids), shifts, accumulate=True)
 
 
 def add_head_values(
@@ -280,16 +287,16 @@ def _check_sampling(
     beta: torch.Tensor,
     *,
     temperature: torch.Tensor,
-    seed: torch.Tensor,
-    step: torch.Tensor,
+    uniform: torch.Tensor,
     bitmask: torch.Tensor | None,
 ) -> None:
     _check_logits(logits)
     rows, vocabulary = logits.shape
     _check_shape("beta", beta, (rows, None), logits.device)
     _check_shape("temperature", temperature, (rows,), logits.device)
-    _check_shape("seed", seed, (rows,), logits.device)
-    _check_shape("step", step, (rows,), logits.device)
+    _check_shape("uniform", uniform, (rows,), logits.device)
+    if uniform.dtype != torch.float64:
+        raise ValueError(f"uniform: {uniform.dtype} is not allowed; must be torch.float64.")
     if bitmask is not None:
         words = -(-vocabulary // 32)
         _check_shape("bitmask", bitmask, (rows, words), logits.device)

@@ -18,7 +18,6 @@ from infer_align_kernels.value_reweight.sampling import (
     finite_peak,
     load_frozen_logits,
     log2_scale,
-    philox_uniform,
 )
 
 # Values of the compile-time argument TAIL. With PER_ROW, `masked` holds a flag per row.
@@ -204,8 +203,7 @@ def value_reweight_candidates_pick_kernel(
     beta,
     masked,
     temperature,
-    seed,
-    step,
+    uniform,
     statistics,
     token_out,
     out,
@@ -226,9 +224,8 @@ def value_reweight_candidates_pick_kernel(
     row_temperature = tl.load(temperature + row).to(tl.float32)
     scale = log2_scale(row_temperature)
     greedy = row_temperature <= 0
-    uniform = philox_uniform(tl.load(seed + row), tl.load(step + row))
     tile, target, largest, peak, total, frozen_peak, frozen_total = choose_tile(
-        statistics, row, B, T, scale, uniform, greedy, TILES
+        statistics, row, B, T, scale, tl.load(uniform + row), greedy, TILES
     )
     start = tile * TOKENS
     tokens = start + tl.arange(0, TOKENS)

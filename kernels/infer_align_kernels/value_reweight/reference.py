@@ -18,14 +18,6 @@ LARGEST = torch.finfo(torch.float32).max
 # Lower temperatures count as this one; its inverse is still a finite number.
 MIN_TEMPERATURE = 1e-30
 
-# Philox4x32-10 (Salmon et al., 2011): 32-bit words, two multipliers and two key increments.
-WORD = 0xFFFFFFFF
-PHILOX_ROUNDS = 10
-PHILOX_MULTIPLIER_0 = 0xD2511F53
-PHILOX_MULTIPLIER_1 = 0xCD9E8D57
-PHILOX_INCREMENT_0 = 0x9E3779B9
-PHILOX_INCREMENT_1 = 0xBB67AE85
-
 
 def reweight_logits(
     logits: torch.Tensor,
@@ -141,8 +133,7 @@ def value_reweight(
     values: HeadValues | CandidateValues,
     beta: torch.Tensor,
     temperature: torch.Tensor,
-    seed: torch.Tensor,
-    step: torch.Tensor,
+    uniform: torch.Tensor,
     bitmask: torch.Tensor | None,
 ) -> Sampled:
     """Steer the logits and sample a token; see `infer_align_kernels.value_reweight`."""
@@ -166,7 +157,7 @@ def value_reweight(
     tile_peaks = tiles.amax(dim=2)
     peak = tile_peaks.amax(dim=1)
     weights = _weights(scores, peak, scale, scratch).view(rows, tile_count, TILE)
-    token, total = _pick(tiles, weights, tile_peaks, uniforms(seed, step), greedy)
+    token, total = _pick(tiles, weights, tile_peaks, uniform, greedy)
     logprob = (_logit_of(scores, token) - peak) * scale - total.log()
     frozen_logprob = (_logit_of(logits, token) - frozen_peak) * scale - frozen_total.log()
     has_token = peak > -torch.inf
@@ -181,32 +172,6 @@ def value_reweight(
 def _logit_of(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """Return the logit of each row's token in float32, +inf as the largest number."""
     return logits.gather(1, token[:, None])[:, 0].float().clamp_(max=LARGEST)
-
-
-def uniforms(seed: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """Draw one number in [0, 1) per row, with 53 bits, from its seed and step alone.
-
-    [B], [B] -> [B] float64.
-    """
-    pairs = zip(seed.tolist(), step.tolist(), strict=True)
-    return torch.tensor([_philox_uniform(*pair) for pair in pairs], dtype=torch.float64)
-
-
-def _philox_uniform(seed: int, step: int) -> float:
-    """Run one Philox4x32-10 block with the seed as key and the step as counter."""
-    key0 = seed & WORD
-    key1 = (seed >> 32) & WORD
-    c0, c1, c2, c3 = step & WORD, 0, 0, 0
-    for _ in range(PHILOX_ROUNDS):
-        product0 = c0 * PHILOX_MULTIPLIER_0
-        product1 = c2 * PHILOX_MULTIPLIER_1
-        c0 = (product1 >> 32) ^ c1 ^ key0
-        c2 = (product0 >> 32) ^ c3 ^ key1
-        c1 = product1 & WORD
-        c3 = product0 & WORD
-        key0 = (key0 + PHILOX_INCREMENT_0) & WORD
-        key1 = (key1 + PHILOX_INCREMENT_1) & WORD
-    return c0 * 2.0**-32 + (c1 >> 11) * 2.0**-53
 
 
 def unpack_bitmask(bitmask: torch.Tensor, vocabulary: int) -> torch.Tensor:

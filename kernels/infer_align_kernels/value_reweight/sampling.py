@@ -57,16 +57,6 @@ def finite_peak(peak):
 
 
 @triton.jit
-def philox_uniform(seed, step):
-    """Draw a float64 in [0, 1) with 53 bits from one Philox4x32-10 block."""
-    zero = step * 0
-    high, low, _, _ = tl.philox(seed, step, zero, zero, zero)
-    high_part = high.to(tl.float64) * 2.3283064365386963e-10
-    low_part = (low >> 11).to(tl.float64) * 1.1102230246251565e-16
-    return high_part + low_part
-
-
-@triton.jit
 def first_above(cumulative, weights, target, indices):
     """Return the first index whose cumulative weight exceeds the target.
 

@@ -63,8 +63,7 @@ def value_reweight(
     values: HeadValues | CandidateValues,
     beta: torch.Tensor,
     temperature: torch.Tensor,
-    seed: torch.Tensor,
-    step: torch.Tensor,
+    uniform: torch.Tensor,
     bitmask: torch.Tensor | None,
     workspace: torch.Tensor | None,
 ) -> Sampled:
@@ -97,8 +96,7 @@ def value_reweight(
         "HAS_BITMASK": bitmask is not None,
     }
     draw: Arguments = {
-        "seed": seed.to(torch.int64).contiguous(),
-        "step": step.to(torch.int32).contiguous(),
+        "uniform": uniform.contiguous(),
         "token_out": token,
         "out": out,
     }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from infer_align_kernels import top_candidates
-from infer_align_kernels.top_candidates import reference, triton
+from infer_align_kernels.top_candidates import MAX_CANDIDATES, reference, triton
 from tests.kernels import cases
 from tests.kernels.cases import DTYPES
 
@@ -32,7 +32,7 @@ def by_sorting(logits: torch.Tensor, k: int) -> torch.Tensor:
         (1, 128256, 20),
         (1, 151936, 20),
         pytest.param(2, 32001, 64, marks=pytest.mark.slow),
-        pytest.param(2, 9000, triton.MAX_CANDIDATES, marks=pytest.mark.slow),
+        pytest.param(2, 9000, MAX_CANDIDATES, marks=pytest.mark.slow),
     ],
 )
 def test_the_candidates_are_those_of_a_stable_sort(

@@ -191,7 +191,8 @@ def test_the_sampler_follows_the_distribution() -> None:
     The test of the reference, which draws the same tokens, draws many.
     """
     draws, vocabulary = 400, 40
-    row = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(6))
+    generator = torch.Generator().manual_seed(6)
+    row = torch.randn(1, vocabulary, generator=generator)
     head = cases.head(1, vocabulary, 16, 1)
     beta, temperature = torch.ones(1, 1), torch.tensor([0.9])
     steered, _ = float64.distributions(row, head, beta, temperature)
@@ -201,8 +202,7 @@ def test_the_sampler_follows_the_distribution() -> None:
         HeadValues(head.hidden.expand(draws, -1, -1), head.weight, head.bias),
         beta.expand(draws, -1),
         temperature=temperature.expand(draws),
-        seed=torch.arange(draws),
-        step=torch.zeros(draws, dtype=torch.int32),
+        uniform=torch.rand(draws, dtype=torch.float64, generator=generator),
     )
     counts = np.bincount(sampled.token.numpy(), minlength=vocabulary)
     # Rare tokens share a bin.

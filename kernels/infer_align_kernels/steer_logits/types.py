@@ -1,0 +1,113 @@
+"""The weights of several heads, the steering of rows, and the memory that calls share.
+
+Shapes: M heads, V vocabulary, r rank of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from infer_align_kernels.top_candidates import MAX_CANDIDATES
+
+
+class HeadTable:
+    """The weights and biases of M heads by address, so that one kernel reads them all.
+
+    Attributes:
+        weights: M tensors [V, r] float32, contiguous. The ranks may differ.
+        biases: M tensors [V] float32, contiguous.
+        addresses: [2, M] int64: addresses of the weights, then of the biases.
+        ranks: [2, M] int32: the rank of each head, then the place of its first feature.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> None:
+        """Take the weights and biases of one or more heads.
+
+        Raises:
+            ValueError: a tensor is not float32, not contiguous or of another shape.
+        """
+        # The tensors have to live as long as their addresses.
+        self.weights = tuple(weights)
+        self.biases = tuple(biases)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            _check_head(weight, bias, self.weights[0])
+        device = self.weights[0].device
+        rows = [
+            [weight.data_ptr() for weight in self.weights],
+            [bias.data_ptr() for bias in self.biases],
+        ]
+        self.addresses = torch.tensor(rows, dtype=torch.int64).to(device)
+        ranks = [weight.shape[1] for weight in self.weights]
+        places = [sum(ranks[:m]) for m in range(len(ranks))]
+        self.ranks = torch.tensor([ranks, places], dtype=torch.int32).to(device)
+
+    def __len__(self) -> int:
+        """Return the number of heads."""
+        return len(self.weights)
+
+    @property
+    def features(self) -> int:
+        """The features of a row: the sum of all ranks."""
+        return sum(weight.shape[1] for weight in self.weights)
+
+
+def _check_head(weight: torch.Tensor, bias: torch.Tensor, first: torch.Tensor) -> None:
+    fits = weight.ndim == 2 and weight.shape[0] == first.shape[0] and bias.shape == first.shape[:1]
+    if not fits:
+        raise ValueError(
+            f"weights, biases: shapes {tuple(weight.shape)} and {tuple(bias.shape)} are not "
+            f"allowed; must be [{first.shape[0]}, r] and [{first.shape[0]}]."
+        )
+    for tensor in (weight, bias):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            raise ValueError(
+                "weights, biases: must be torch.float32 and contiguous, because the kernel reads "
+                "them by address."
+            )
+
+
+class SteeredRows:
+    """The steering of S rows in one tensor, so that one copy brings it to the device.
+
+    Attributes:
+        table: [S, 3 + M] int32: the row of the logits; its number of candidates, 0 for a row that
+            stays the same; 1 if its other tokens are masked; and the bits of its M weights as
+            float32.
+        k: the largest number of candidates.
+    """
+
+    # The columns before the weights.
+    COLUMNS = 3
+
+    def __init__(self, table: torch.Tensor, k: int) -> None:
+        """Take the tensor.
+
+        Raises:
+            ValueError: k is outside 1..MAX_CANDIDATES.
+        """
+        if not 1 <= k <= MAX_CANDIDATES:
+            raise ValueError(f"k: {k} is not allowed; must be in 1..{MAX_CANDIDATES}.")
+        self.table = table
+        self.k = k
+
+    @property
+    def beta(self) -> torch.Tensor:
+        """The weights. [S, M] float32."""
+        return self.table[:, self.COLUMNS :].view(torch.float32)
+
+
+class Workspace:
+    """Memory that the calls on one stream share. It grows to the largest call."""
+
+    def __init__(self) -> None:
+        """Take no memory before the first call."""
+        self._memory = torch.empty(0, dtype=torch.int32)
+
+    def take(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """Return [rows, columns] int32 of undefined content; the previous call's is overwritten."""
+        size = rows * columns
+        if self._memory.numel() < size or self._memory.device != device:
+            self._memory = torch.empty(size, dtype=torch.int32, device=device)
+        return self._memory[:size].view(rows, columns)
