@@ -35,7 +35,6 @@ __all__ = [  # noqa: RUF022
     "RPS",
     "Report",
     "RewardShape",
-    "ScaleReport",
     "Score",
     "Select",
     "SelectionReport",

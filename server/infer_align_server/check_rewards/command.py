@@ -40,7 +40,7 @@ from infer_align_server.check_rewards.page import (
 )
 from infer_align_server.check_rewards.progress import ProgressLines
 from infer_align_server.check_rewards.questions import (
-    Questions,
+    QuestionSet,
     RatedQuestion,
     read_questions,
     with_rated_pairs,
@@ -167,7 +167,7 @@ def _check_options(options: argparse.Namespace) -> None:
 
 
 async def _check(
-    config: Config, options: argparse.Namespace, questions: Questions, progress: ProgressLines
+    config: Config, options: argparse.Namespace, questions: QuestionSet, progress: ProgressLines
 ) -> CheckedRewards:
     chosen = choose_rewards(config, config.load_rewards(), options.reward, options.gold)
     answers = sum(len(question.answers) for question in questions.questions)
@@ -188,7 +188,7 @@ async def _check(
 
 
 def _checked(
-    chosen: ChosenRewards, scored: Mapping[str, ScoredReward], questions: Questions
+    chosen: ChosenRewards, scored: Mapping[str, ScoredReward], questions: QuestionSet
 ) -> CheckedRewards:
     """Compute the figures of every reward."""
     rated = questions.questions
@@ -225,7 +225,7 @@ def _judged(
     return tuple(judged) if source == "pairs" else with_rated_pairs(judged)
 
 
-def _facts(chosen: ChosenRewards, questions: Questions) -> dict[str, str]:
+def _facts(chosen: ChosenRewards, questions: QuestionSet) -> dict[str, str]:
     counts = [len(question.answers) for question in questions.questions]
     pairs = sum(len(question.pairs) for question in questions.questions)
     gold = f"the reward {chosen.gold}" if chosen.gold else "the ratings of the file"

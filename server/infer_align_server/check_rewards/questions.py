@@ -65,7 +65,7 @@ class RatedQuestion:
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
+class QuestionSet:
     """The content of a file."""
 
     questions: tuple[RatedQuestion, ...]
@@ -80,7 +80,7 @@ def read_questions(
     limit: int | None,
     answers: int | None,
     attack_models: Sequence[str] = (),
-) -> Questions:
+) -> QuestionSet:
     """Return the questions of a file of pairs or of pools.
 
     Args:
@@ -97,7 +97,7 @@ def read_questions(
         file = read_preferences(pairs)
         groups = _groups(file.pairs)
         chosen = [_question_of_pairs(group) for group in _evenly(groups, limit)]
-        return Questions(tuple(chosen), "pairs", len(groups), file.problems)
+        return QuestionSet(tuple(chosen), "pairs", len(groups), file.problems)
     if pools is None:
         raise ConfigError("--pairs or --pools: give a file of answers.")
     content, problems = read_pools(pools)
@@ -105,7 +105,7 @@ def read_questions(
     questions = []
     for pool in _evenly(content, limit):
         questions.append(_question_of_pool(pool, answers, attack_models))
-    return Questions(with_rated_pairs(questions), "pools", len(content), problems)
+    return QuestionSet(with_rated_pairs(questions), "pools", len(content), problems)
 
 
 def with_rated_pairs(questions: Sequence[RatedQuestion]) -> tuple[RatedQuestion, ...]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from infer_align_server.check_rewards.questions import Questions, read_questions
+from infer_align_server.check_rewards.questions import QuestionSet, read_questions
 
 
 def read(
     folder: Path, source: str, records: list[Any], limit: int | None = None, **options: Any
-) -> Questions:
+) -> QuestionSet:
     path = folder / "file.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in records))
     pairs, pools = (path, None) if source == "pairs" else (None, path)
