@@ -16,10 +16,14 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("tests/kernels/interpreted", "tests/engines/transformers/interpreted")
-# The steering of the engines, which takes the kernels where they run.
+# The steering of the engines, which takes the kernels where they run. Of the engine's tests only
+# those that draw few tokens: the interpreter needs about a second for each.
+ENGINE = "tests/engines/transformers/test_steering.py"
 STEERING = (
     "tests/decoding/test_steering.py",
-    "tests/engines/transformers/test_steering.py",
+    f"{ENGINE}::test_estimates_are_the_expected_value_of_the_next_token",
+    f"{ENGINE}::test_rows_that_are_not_steered_do_not_change",
+    f"{ENGINE}::test_weight_zero_is_the_frozen_model",
 )
 
 

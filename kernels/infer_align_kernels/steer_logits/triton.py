@@ -24,7 +24,7 @@ COUNT = tl.constexpr(1)
 MASKED = tl.constexpr(2)
 WEIGHTS = tl.constexpr(3)
 # Features per step of a value.
-RANK = 32
+RANK = 16
 # Tokens that are masked at once.
 FILL = 4096
 
