@@ -125,7 +125,7 @@ def test_the_token_of_a_row_does_not_depend_on_its_batch(heads: list[HeadValue])
 @pytest.mark.parametrize("kind", [3, 5])
 @pytest.mark.slow
 def test_the_tokens_follow_the_distribution(heads: list[HeadValue], kind: int) -> None:
-    draws = 800
+    draws = 160
     rows: Any = [make_rows(heads, seed)[kind] for seed in range(draws)]
     logits = torch.randn((1, V), generator=torch.Generator().manual_seed(5)).expand(draws, V)
     hidden = torch.randn((1, D), generator=torch.Generator().manual_seed(6)).expand(draws, D)
