@@ -104,6 +104,10 @@ class Verification:
     )
 
 
+# The threshold of /verify where a request names none.
+THRESHOLD = 0.5
+
+
 @dataclass(frozen=True, slots=True)
 class EntailmentCheck:
     """The body of /verify."""
@@ -112,8 +116,9 @@ class EntailmentCheck:
         metadata={"description": "The text that the answer answers."}
     )
     answer: str = field(metadata={"description": "The answer."})
-    threshold: Confidence = field(
-        default=0.5, metadata={"description": "Lowest confidence that needs no escalation."}
+    threshold: Confidence | None = field(
+        default=None,
+        metadata={"description": "Lowest confidence that needs no escalation. Default: 0.5."},
     )
     context: str | None = field(
         default=None, metadata={"description": "Sources that can be trusted."}
@@ -195,14 +200,15 @@ async def check_entailment(
     scored = await score_texts(service, plan, [check.answer], caller)
     scored.check()
     confidence = sigmoid(scored.selection.objective[0])
-    accepted = confidence >= check.threshold
+    threshold = THRESHOLD if check.threshold is None else check.threshold
+    accepted = confidence >= threshold
     service.metrics.verdicts.labels("approve" if accepted else "redo").inc()
     return {
         "confidence": confidence,
         "should_escalate": not accepted,
         "verified_count": int(accepted),
         "total_samples": 1,
-        "threshold": check.threshold,
+        "threshold": threshold,
     }
 
 

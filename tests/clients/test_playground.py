@@ -254,7 +254,9 @@ def test_the_code_of_the_request_gives_the_answer_of_the_page(
     demo: Live, visit: Visit, tmp_path: Path
 ) -> None:
     seen = visit("candidates", address(demo), slides=[["vas", "brief", "ArrowRight"]])
-    chosen = seen["items"][0]["text"].splitlines()[-1]
+    lines = seen["items"][0]["text"].splitlines()
+    # The button stands below the text.
+    chosen = lines[lines.index("Prefer this one") - 1]
     variables = {**os.environ, "NO_PROXY": "*"}
     shell = subprocess.run(
         ["bash", "-c", seen["curl"]], capture_output=True, text=True, env=variables, check=True
@@ -430,7 +432,7 @@ def test_a_key_is_typed_once_and_can_be_forgotten(
     seen = visit("key", address(live), key="a-secret-key")
     assert "API key" in seen["refused"]
     assert seen["visible"] is False, "the key stands in the page"
-    assert seen["stored_after"] == "{}"
+    assert "a-secret-key" not in seen["stored_after"]
     assert seen["cookies"] == 0
 
 
