@@ -254,7 +254,7 @@ def test_the_code_of_the_request_gives_the_answer_of_the_page(
     demo: Live, visit: Visit, tmp_path: Path
 ) -> None:
     seen = visit("candidates", address(demo), slides=[["vas", "brief", "ArrowRight"]])
-    lines = seen["items"][0]["text"].splitlines()
+    lines = [line for line in seen["items"][0]["text"].splitlines() if line]
     # The button stands below the text.
     chosen = lines[lines.index("Prefer this one") - 1]
     variables = {**os.environ, "NO_PROXY": "*"}
