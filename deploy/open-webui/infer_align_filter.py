@@ -83,7 +83,7 @@ class Filter:
     """Open WebUI calls `inlet` before a request, and `stream` for each chunk of the answer."""
 
     class Valves(_Form):
-        """What an administrator sets."""
+        """An administrator sets these for all users."""
 
         priority: int = Field(default=0, description="Filters of lower numbers come first.")
         models: str = Field(
