@@ -200,21 +200,31 @@ def show(trait: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Plot the measure of each trait against cost, and against the guard."""
+    """Plot effect, cost and guard of each method. The methods are listed once for each trait."""
     mpl.use("Agg")
     traits = [*dict.fromkeys(row["trait"] for row in rows)]
     plot_figure, axes = plt.subplots(
-        len(traits), 2, figsize=(12, 4.6 * len(traits)), layout="constrained", squeeze=False
+        len(traits),
+        3,
+        figsize=(12, 4.4 * len(traits)),
+        sharey="row",
+        layout="constrained",
+        squeeze=False,
     )
-    for (by_cost, by_guard), trait in zip(axes, traits, strict=True):
-        for row in rows:
-            if row["trait"] != trait:
-                continue
-            for axis, name in ((by_cost, "cost"), (by_guard, "logprob_per_token")):
-                axis.errorbar(row[name], row["gold"], row["gold_se"], marker="o")
-                axis.annotate(row["method"], (row[name], row["gold"]), fontsize=7)
-        by_cost.set(xlabel="tokens read or written for an answer", ylabel=trait, xscale="log")
-        by_guard.set(xlabel="log p per token under the frozen model", ylabel=trait)
+    for (effect, cost, guard), trait in zip(axes, traits, strict=True):
+        listed = [row for row in rows if row["trait"] == trait]
+        names = [row["method"] for row in listed]
+        errors = [2 * row["effect_se"] for row in listed]
+        effect.errorbar([row["effect"] for row in listed], names, xerr=errors, fmt="o")
+        effect.axvline(0, color="grey", linewidth=1)
+        effect.invert_yaxis()
+        effect.set(title=f"More {trait!r}", xlabel="gain over one sample, ± 2 standard errors")
+        cost.barh(names, [row["cost"] for row in listed], color="tab:gray")
+        cost.set(title="Cost", xlabel="tokens read or written for an answer")
+        guard.plot([row["logprob_per_token"] for row in listed], names, "s", color="tab:green")
+        guard.set(title="Guard", xlabel="log p per token under the frozen model")
+        for axis in (effect, cost, guard):
+            axis.grid(axis="y", alpha=0.3)
     plot_figure.savefig(RESULTS / "real.png", dpi=100)
     plt.close(plot_figure)
 
@@ -288,12 +298,17 @@ def _pairs(texts: Sequence[str]) -> list[tuple[str, str]]:
 def main() -> None:
     """Run from the command line."""
     parser = argument_parser(__doc__, prompts=48)
+    parser.add_argument("--plot", action="store_true", help="draw the recorded figures again")
     parser.add_argument("--pools", type=Path, help="answer pools of AlpacaEval, JSONL in xz")
     parser.add_argument("--exclude", type=Path, help="JSONL file of the prompts of the fits")
     parser.add_argument("--value", action="append", default=[], metavar="TRAIT=FILE")
     parser.add_argument("--beta", action="append", default=[], metavar="TRAIT=BETA,...")
     parser.add_argument("--reward", action="append", default=[], metavar="TRAIT=FILE")
-    asyncio.run(run(parser.parse_args()))
+    options = parser.parse_args()
+    if options.plot:
+        plot(json.loads((RESULTS / "real.json").read_text())["rows"])
+        return
+    asyncio.run(run(options))
 
 
 if __name__ == "__main__":
