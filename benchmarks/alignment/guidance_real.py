@@ -9,8 +9,8 @@ fall when the text breaks.
     python benchmarks/alignment/guidance_real.py --pools answer_pools.jsonl.xz    # its instructions
     python benchmarks/alignment/guidance_real.py --upstream --prompts 24    # before an upstream
 
-With --upstream, a second server has the model, and ours stands before it: it reads the most likely
-tokens of each context from the upstream. The guards are read from the model itself.
+With --upstream, `vllm serve` has the model, and our server stands before it: it reads the most
+likely tokens of each context from the upstream. The guards are read from the model itself.
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ GRID = tuple(itertools.product((0.0, 1.0, 2.0), repeat=2))
 UPSTREAM_TRAIT = "cheerful"
 UPSTREAM_SCALES = (-1.0, 0.0, 1.0, 2.0)
 MODEL = "SmolLM2-135M-Instruct"
+# `vllm serve` for a CPU. It keeps the prefixes of the contexts, so a call reads one token.
+UPSTREAM = (
+    *("-m", "vllm.entrypoints.launchers.api_server.entry", "--port", "{port}"),
+    *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--block-size", "32"),
+    *("--kv-cache-memory-bytes", str(1 << 30), "--max-logprobs", "64"),
+    "--disable-uvicorn-access-log",
+)
 MAX_TOKENS = 48
 TEMPERATURE = 0.8
 SEED = 90_210
@@ -254,26 +261,32 @@ async def run(seed: int, questions: Sequence[str], source: str) -> None:
     plot(by_trait)
 
 
-def before_upstream(frozen: Flow, port: int) -> AbstractAsyncContextManager[Flow]:
+def folder_of(flow: Flow) -> str:
+    """Return the folder of the model that the embedded engine has loaded."""
+    assert isinstance(flow.engine, TransformersEngine)
+    return str(flow.engine.frozen.lm.config.name_or_path)
+
+
+def before_upstream(model: str, port: int) -> AbstractAsyncContextManager[Flow]:
     """Start the same configuration before the server on this port, with the model's tokenizer."""
-    assert isinstance(frozen.engine, TransformersEngine)
-    tokenizer = frozen.engine.frozen.lm.config.name_or_path
     url = f"http://127.0.0.1:{port}/v1"
-    engine = f'engine={{urls="{url}", probe="start", model="{MODEL}", tokenizer="{tokenizer}"}}'
+    engine = f'engine={{urls="{url}", probe="start", model="{MODEL}", tokenizer="{model}"}}'
     return serving(CONFIG, [engine, "rewards={}", "server.default_rewards={}"])
 
 
 async def run_upstream(seed: int, questions: Sequence[str], source: str) -> None:
     """Answer the prompts with every scale of one trait before an upstream; print and record."""
     OUT.print(__doc__, highlight=False)
-    command = ("-m", "infer_align_server", "serve", str(CONFIG), "--port", "{port}")
     cells: list[Cell] = []
-    with serving_http(*command, seconds=300) as (port, _):
-        async with serving(CONFIG) as frozen, before_upstream(frozen, port) as flow:
-            for scale in UPSTREAM_SCALES:
-                scales = {UPSTREAM_TRAIT: scale}
-                cells.append(await answer(flow, questions, seed, scales, frozen))
-                OUT.print(f"{UPSTREAM_TRAIT} {scale:g}: measured", highlight=False)
+    async with serving(CONFIG) as frozen:
+        model = folder_of(frozen)
+        command = (*UPSTREAM, "--model", model, "--served-model-name", MODEL)
+        with serving_http(*command, ready="/health", seconds=600) as (port, _):
+            async with before_upstream(model, port) as flow:
+                for scale in UPSTREAM_SCALES:
+                    scales = {UPSTREAM_TRAIT: scale}
+                    cells.append(await answer(flow, questions, seed, scales, frozen))
+                    OUT.print(f"{UPSTREAM_TRAIT} {scale:g}: measured", highlight=False)
     rows = rows_of(cells, cells[UPSTREAM_SCALES.index(0.0)])
     show(f"Guidance by {UPSTREAM_TRAIT!r} before an upstream, one draw", rows)
     setup = {
@@ -282,7 +295,7 @@ async def run_upstream(seed: int, questions: Sequence[str], source: str) -> None
         "max_tokens": MAX_TOKENS,
         "temperature": TEMPERATURE,
         "traits": [UPSTREAM_TRAIT],
-        "upstream": "the same model behind our server on the same machine",
+        "upstream": "the same model behind vllm serve on the same machine, in float32",
     }
     baseline = "the frozen model (scale 0) and asking (scale 1), with the same seeds"
     name = "guidance_upstream"
