@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -90,13 +91,13 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
 
 
 def _parse_json(content: bytes) -> Any:
-    """Parse JSON from an upstream.
+    """Parse JSON from an upstream, with or without a byte order mark before it.
 
     Raises:
         UpstreamFailed: the content is not JSON.
     """
     try:
-        return _decode(content.decode())
+        return _decode(content.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError):
         start = content[:60].decode(errors="replace")
         raise UpstreamFailed(
@@ -123,7 +124,7 @@ def _as_upstream_failures() -> Iterator[None]:
 def parse_error(text: str) -> ErrorBody:
     """Parse the body of an error response, in the format of OpenAI or another."""
     try:
-        body = json.loads(text)
+        body = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         # Probably an HTML page: the status says enough.
         return ErrorBody()
