@@ -227,6 +227,7 @@ class Scores:
     seconds: Mapping[str, float] = field(default_factory=dict)  # reward -> time of its slowest call
     # pairwise judge -> [N, N] probabilities that a row beats a column; NaN: not compared
     matrices: Mapping[str, Array] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)  # reward -> a limitation to mention
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,7 +225,9 @@ def _join(parts: Sequence[RewardScores]) -> RewardScores:
     for part in parts:
         notes += part.notes or (None,) * part.values.shape[-1]
     failures = [part.failure for part in parts if part.failure is not None]
-    return RewardScores(values, usage, tuple(notes), failure=next(iter(failures), None))
+    failure = next(iter(failures), None)
+    remark = next((part.remark for part in parts if part.remark), "")
+    return RewardScores(values, usage, tuple(notes), failure=failure, remark=remark)
 
 
 def _combine(
@@ -260,7 +262,10 @@ def _combine(
             failures[name] = failed
         if result.failure is not None:
             errors[name] = type(result.failure).__name__
-    return Scores(members, usage, notes, reports, failures, errors, matrices=matrices)
+    remarks = {name: result.remark for name, result in results.items() if result.remark}
+    return Scores(
+        members, usage, notes, reports, failures, errors, matrices=matrices, remarks=remarks
+    )
 
 
 def _member_scores(scorer: Scorer, values: Array, direction: Direction | None) -> Array:

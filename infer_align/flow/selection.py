@@ -98,6 +98,7 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
         ranking = _least_shortfall(plan, compared, shortfalls, objective)
     missed = len(compared) - len(ranking.order)
     reason = _reason(plan, candidates, objective, ranking, missed)
+    reason = _joined(reason, *_remarks(scores))
     if not values:
         # The rule chose without scores.
         objective[:] = math.nan
@@ -244,6 +245,11 @@ def _reason(
         clauses.append(f"{missed} of them missed a gate")
     clauses += [plan.note, _ignored_directions(plan, candidates)]
     return _joined(*clauses)
+
+
+def _remarks(scores: Scores) -> list[str]:
+    """Return what each reward says about the limits of its scoring."""
+    return [f"{name}: {remark}" for name, remark in scores.remarks.items()]
 
 
 def _joined(*clauses: str) -> str:
