@@ -291,3 +291,4 @@ class AppliedProfile:
     uncertainty: Mapping[str, float | None]  # standard deviations of the weights
     bounds: Mapping[str, tuple[float, float]]
     scales: Mapping[str, LearnedScale] = field(default_factory=dict)  # of guidance, by trait
+    failed: Mapping[str, int] = field(default_factory=dict)  # reward -> choices without a score

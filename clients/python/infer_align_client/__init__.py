@@ -320,6 +320,8 @@ class ProfileReport(TypedDict, total=False):
     uncertainty: dict[str, float | None]
     bounds: dict[str, list[float]]
     scales: dict[str, ScaleReport]
+    # {reward: number of choices that it could not score}
+    failed: dict[str, int]
 
 
 class Report(TypedDict):
