@@ -53,6 +53,8 @@ class Steering:
     tail: Tail
     # Instead of `top_k`: the tokens at least this times as likely as the likeliest are valued.
     min_p: float | None = None
+    # The largest KL divergence of one step from the frozen model, in nats; None for no limit.
+    max_kl: float | None = None
 
     @property
     def candidates(self) -> int | None:

@@ -67,6 +67,7 @@ class VAS(TypedDict, total=False):
     top_k: int | Literal["all"]
     tail: Literal["keep", "mask"]
     min_p: float
+    max_kl: float
 
 
 class TraitPrompts(TypedDict, total=False):
