@@ -83,6 +83,14 @@ async def read_bytes(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             yield received
 
 
+def end_response(response: aiohttp.ClientResponse) -> None:
+    """Give the connection back if the whole body is read, and close it otherwise."""
+    if response.content.at_eof():
+        response.release()
+    else:
+        response.close()
+
+
 async def _drain(response: aiohttp.ClientResponse) -> None:
     """Read the end of the response, so that the connection can be used again."""
     with suppress(TimeoutError):
