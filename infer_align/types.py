@@ -53,6 +53,8 @@ class Steering:
     tail: Tail
     # Instead of `top_k`: the tokens at least this times as likely as the likeliest are valued.
     min_p: float | None = None
+    # The largest KL divergence of one step from the frozen model, in nats; None for no limit.
+    max_kl: float | None = None
 
     @property
     def candidates(self) -> int | None:
@@ -227,6 +229,7 @@ class Scores:
     seconds: Mapping[str, float] = field(default_factory=dict)  # reward -> time of its slowest call
     # pairwise judge -> [N, N] probabilities that a row beats a column; NaN: not compared
     matrices: Mapping[str, Array] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)  # reward -> a limitation to mention
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,3 +293,4 @@ class AppliedProfile:
     uncertainty: Mapping[str, float | None]  # standard deviations of the weights
     bounds: Mapping[str, tuple[float, float]]
     scales: Mapping[str, LearnedScale] = field(default_factory=dict)  # of guidance, by trait
+    failed: Mapping[str, int] = field(default_factory=dict)  # reward -> choices without a score

@@ -143,6 +143,6 @@ def postgres() -> Iterator[Postgres]:
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a new store, of each kind."""
     if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path}/profiles.db"
+        return f"sqlite:///{tmp_path}/profiles.db"
     server: Postgres = request.getfixturevalue("postgres")
     return server.new_database()

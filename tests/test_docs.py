@@ -15,6 +15,7 @@ from typing import IO, Any
 import pytest
 
 from infer_align.config import load
+from tests.server import processes
 
 pytestmark = pytest.mark.slow
 
@@ -142,9 +143,11 @@ def test_python_blocks_run_in_order(page: str, demo: str, tmp_path: Path) -> Non
         # Blank lines keep the numbers of a traceback those of the page.
         lines += [""] * (block.line - 1 - len(lines))
         lines += block.code.splitlines()
-    script = tmp_path / "page.py"
-    script.write_text("\n".join(lines).replace(DEFAULT_URL, demo), encoding="utf-8")
-    result = run([sys.executable, str(script)])
+    page_file = tmp_path / "page.py"
+    page_file.write_text("\n".join(lines).replace(DEFAULT_URL, demo), encoding="utf-8")
+    # A fork has loaded the packages that pages import.
+    variables = {"OPENAI_API_KEY": "unused", "PYTHONWARNINGS": "default"}
+    result = processes.run(str(page_file), program=processes.script, **variables)
     assert result.returncode == 0, result.stderr
     position = 0
     for output in blocks(page, "text"):

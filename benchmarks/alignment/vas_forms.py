@@ -58,11 +58,11 @@ def _row(
     worth = np.stack([gold(questions, draw) for draw in draws]).mean(0)
     row: dict[str, Any] = {"form": form, "beta": beta}
     row["gold"], row["gold_se"] = mean_se(worth)
-    row["kl"], row["kl_se"] = mean_se(_distances(responses))
+    row["kl"], row["kl_se"] = mean_se(distances(responses))
     return row
 
 
-def _distances(responses: Sequence[Response]) -> Array:
+def distances(responses: Sequence[Response]) -> Array:
     """Return the mean over draws of the sum of log pi - log pi_0 of each answer, in nats. [P]."""
     means: list[float] = []
     for response in responses:

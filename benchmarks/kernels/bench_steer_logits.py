@@ -5,6 +5,7 @@ python benchmarks/kernels/bench_steer_logits.py
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -13,12 +14,9 @@ from benchmarks.kernels.measure import (
     CUDA,
     DEVICE,
     SEED,
-    copy_bandwidth,
     measure_row,
-    require_passing_tests,
-    setup,
+    record_shapes,
 )
-from benchmarks.record import record
 from infer_align_kernels import (
     HeadTable,
     SteeredRows,
@@ -96,20 +94,12 @@ def measure_shape(rows: int, heads: int, bandwidth: float) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all shapes and write the results."""
-    require_passing_tests("steer_logits")
-    bandwidth = copy_bandwidth()
-    lines = []
-    for rows in CUDA_ROWS if CUDA else CPU_ROWS:
-        for heads in HEADS:
-            lines.append(measure_shape(rows, heads, bandwidth))
-    path = record(
-        f"kernels_steer_logits_{DEVICE.type}",
-        baseline="separate: top_candidates, candidate_values per head, reweight_logits in place",
-        seed=SEED,
-        rows=lines,
-        setup=setup(bandwidth),
+    record_shapes(
+        "steer_logits",
+        "separate: top_candidates, candidate_values per head, reweight_logits in place",
+        itertools.product(CUDA_ROWS if CUDA else CPU_ROWS, HEADS),
+        measure_shape,
     )
-    print(path)
 
 
 if __name__ == "__main__":

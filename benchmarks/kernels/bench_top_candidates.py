@@ -5,6 +5,7 @@ python benchmarks/kernels/bench_top_candidates.py
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -13,12 +14,9 @@ from benchmarks.kernels.measure import (
     CUDA,
     DEVICE,
     SEED,
-    copy_bandwidth,
     measure_row,
-    require_passing_tests,
-    setup,
+    record_shapes,
 )
-from benchmarks.record import record
 from infer_align_kernels import top_candidates
 
 VOCABULARY = 128_256
@@ -57,20 +55,12 @@ def measure_shape(rows: int, k: int, bandwidth: float) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all shapes and write the results."""
-    require_passing_tests("top_candidates")
-    bandwidth = copy_bandwidth()
-    lines = []
-    for rows in CUDA_ROWS if CUDA else CPU_ROWS:
-        for k in CANDIDATES:
-            lines.append(measure_shape(rows, k, bandwidth))
-    path = record(
-        f"kernels_top_candidates_{DEVICE.type}",
-        baseline="topk: torch.topk of the same logits",
-        seed=SEED,
-        rows=lines,
-        setup=setup(bandwidth),
+    record_shapes(
+        "top_candidates",
+        "topk: torch.topk of the same logits",
+        itertools.product(CUDA_ROWS if CUDA else CPU_ROWS, CANDIDATES),
+        measure_shape,
     )
-    print(path)
 
 
 if __name__ == "__main__":

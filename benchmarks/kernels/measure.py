@@ -8,12 +8,14 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from time import process_time
 from typing import Any
 
 import torch
+
+from benchmarks.record import record
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.cuda.is_available()
@@ -87,6 +89,36 @@ def measure_row(
             line[f"{name}_{key}"] = value
     print(line)
     return line
+
+
+def record_shapes(
+    op: str,
+    baseline: str,
+    shapes: Iterable[tuple[int, int]],
+    measure_shape: Callable[[int, int, float], dict[str, Any]],
+) -> None:
+    """Measure an op in several shapes and write the results, if its tests pass.
+
+    Args:
+        op: name of the op, of its tests and of the results.
+        baseline: what it is compared with, for the results.
+        shapes: the number of rows, and one more number of the op.
+        measure_shape: measures one shape and returns its row; it gets the two numbers and the
+            bytes per second of a copy.
+    """
+    require_passing_tests(op)
+    bandwidth = copy_bandwidth()
+    lines = []
+    for rows, size in shapes:
+        lines.append(measure_shape(rows, size, bandwidth))
+    path = record(
+        f"kernels_{op}_{DEVICE.type}",
+        baseline=baseline,
+        seed=SEED,
+        rows=lines,
+        setup=setup(bandwidth),
+    )
+    print(path)
 
 
 def setup(bandwidth: float) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def main() -> None:
     for engine in ENGINES:
         for case in CASES:
             with tempfile.TemporaryDirectory() as folder:
-                url = f"sqlite+aiosqlite:///{folder}/profiles.db"
+                url = f"sqlite:///{folder}/profiles.db"
                 rows += rows_of(case, engine, url, options.rounds, Path(folder))
     print_rows(rows, OUT, ("feedback", "ms", "ms", "plain request, ms", "target"))
     for item in rows:

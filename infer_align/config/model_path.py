@@ -63,19 +63,24 @@ def _check_folder(model: str, folder: Path) -> None:
     if ggufs or any(name in files for name in MODEL_FILES):
         return
     advice = "name the folder that holds config.json, the weights and the tokenizer."
-    inner = [
-        entry
-        for entry in sorted(folder.iterdir())
-        if any((entry / f).exists() for f in MODEL_FILES)
-    ]
+    inner = _model_folders(folder)
+    tomls = [name for name in files if name.endswith(".toml")]
     if "adapter_config.json" in files:
         advice = "it holds a LoRA adapter; merge it into its base model, and name the result."
     elif inner:
         advice = f"did you mean {str(inner[0])!r}?"
-    elif any(name.endswith(".toml") for name in files):
-        toml = next(name for name in files if name.endswith(".toml"))
-        advice = f"to use the configuration in it, name the file: {str(folder / toml)!r}."
+    elif tomls:
+        advice = f"to use the configuration in it, name the file: {str(folder / tomls[0])!r}."
     raise ConfigError(f"[engine] model: {model!r} has no config.json, so it is no model; {advice}")
+
+
+def _model_folders(folder: Path) -> list[Path]:
+    """Return the folders inside a folder that hold a model."""
+    models = []
+    for entry in sorted(folder.iterdir()):
+        if any((entry / name).exists() for name in MODEL_FILES):
+            models.append(entry)
+    return models
 
 
 def _similar(path: Path) -> str:
@@ -95,5 +100,8 @@ def disk_bytes(model: str) -> int:
     if not path.is_dir():
         return 0
     suffixes = (*WEIGHT_SUFFIXES, ".gguf")
-    weights = [entry for entry in path.iterdir() if entry.name.lower().endswith(suffixes)]
-    return sum(entry.stat().st_size for entry in weights if entry.is_file())
+    total = 0
+    for entry in path.iterdir():
+        if entry.name.lower().endswith(suffixes) and entry.is_file():
+            total += entry.stat().st_size
+    return total

@@ -68,7 +68,10 @@ def merge_labels(logprobs: Mapping[str, float]) -> dict[str, float]:
     spellings: dict[str, list[float]] = {}
     for label, logprob in logprobs.items():
         spellings.setdefault(bare_label(label), []).append(logprob)
-    return {label: _log_sum(each) for label, each in spellings.items()}
+    merged = {}
+    for label, parts in spellings.items():
+        merged[label] = _log_sum(parts)
+    return merged
 
 
 def _log_sum(logprobs: Sequence[float]) -> float:
@@ -76,7 +79,12 @@ def _log_sum(logprobs: Sequence[float]) -> float:
     if len(logprobs) == 1:
         return logprobs[0]
     total = math.fsum(math.exp(logprob) for logprob in logprobs)
-    return math.log(total) if total > 0.0 else -math.inf
+    return _log(total)
+
+
+def _log(probability: float) -> float:
+    """Return the logarithm of a probability; -inf for 0."""
+    return math.log(probability) if probability > 0.0 else -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,10 @@ class LabelTree:
                     self._tokens[part] = vocabulary[part]
 
     def _add_spaced(self, vocabulary: Mapping[str, int]) -> None:
-        endings = {label[start:] for label in self.labels for start in range(len(label))}
+        endings: set[str] = set()
+        for label in self.labels:
+            for start in range(len(label)):
+                endings.add(label[start:])
         for space in _SPACES:
             for text in sorted(self._prefixes):
                 if space + text in vocabulary:
@@ -139,16 +150,24 @@ class LabelTree:
     def _can_spell(self, text: str) -> bool:
         if not text:
             return True
-        tokens = [token for token in self._tokens if text.startswith(token)]
-        return any(self._can_spell(text[len(token) :]) for token in tokens)
+        for token in self._tokens:
+            if text.startswith(token) and self._can_spell(text[len(token) :]):
+                return True
+        return False
 
     @cached_property
     def readings(self) -> dict[Path, tuple[int, ...]]:
         """Map each path to the tokens whose logprobs are needed after it; () is the prompt."""
-        if all(label in self._tokens for label in self.labels):
-            spellings = self._single_tokens.values()
-            return {(): tuple(token for tokens in spellings for token in tokens)}
-        return {path: tuple(steps) for path, steps in self._steps.items() if steps}
+        if self._tokens.keys() >= set(self.labels):
+            tokens: list[int] = []
+            for spellings in self._single_tokens.values():
+                tokens += spellings
+            return {(): tuple(tokens)}
+        readings = {}
+        for path, steps in self._steps.items():
+            if steps:
+                readings[path] = tuple(steps)
+        return readings
 
     @cached_property
     def _single_tokens(self) -> dict[str, list[int]]:
@@ -211,7 +230,7 @@ class LabelTree:
             # The label is complete only if no token follows that continues it to another label.
             if text in total:
                 total[text] += probability * max(0.0, 1.0 - continued)
-        return {label: math.log(p) if p > 0.0 else -math.inf for label, p in total.items()}
+        return {label: _log(probability) for label, probability in total.items()}
 
     def _single_logprobs(self, first: Mapping[int, float]) -> dict[str, float]:
         logprobs: dict[str, float] = {}
@@ -225,6 +244,9 @@ def control_tokens(tokenizer: Any) -> frozenset[str]:
 
     The tokenizer reads each of them as one token wherever it stands.
     """
-    added = (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens)
     brackets = set("<>[]|｜")
-    return frozenset(token for token in added if len(token) > 1 and brackets & set(token))
+    control = set()
+    for token in (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens):
+        if len(token) > 1 and brackets & set(token):
+            control.add(token)
+    return frozenset(control)

@@ -35,11 +35,16 @@ class ValueCache:
     def take(self, positions: Sequence[int]) -> ValueCache:
         """Return the rows at these positions of the batch, renumbered in the given order."""
         renumbered = {position: new for new, position in enumerate(positions)}
-        rows = [row for row, member in enumerate(self.members) if member in renumbered]
+        rows: list[int] = []
+        members: list[int] = []
+        lengths: list[int] = []
+        for row, member in enumerate(self.members):
+            if member in renumbered:
+                rows.append(row)
+                members.append(renumbered[member])
+                lengths.append(self.lengths[row])
         if not rows:
             return ValueCache(self.lm, [], [], RowCache())
-        lengths = [self.lengths[row] for row in rows]
-        members = [renumbered[self.members[row]] for row in rows]
         return ValueCache(self.lm, members, lengths, self.cache.take(rows, max(lengths)))
 
     def shifted(self, offset: int) -> ValueCache:
@@ -106,7 +111,6 @@ def keep_sampled_siblings(
         tokens: [B] the sampled tokens.
     """
     for cache in caches:
-        chosen = torch.tensor(
-            [tokens[member] for member in cache.members], device=candidates.device
-        )
+        sampled = [tokens[member] for member in cache.members]
+        chosen = torch.tensor(sampled, device=candidates.device)
         cache.choose(candidates[cache.members], chosen)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from infer_align.decoding.dense_steering import DENSE, DenseSteering, add_dense
 from infer_align.decoding.device import upload
 from infer_align.decoding.fused_steering import FusedSteerer, FusedSteering, is_fused
+from infer_align.decoding.kl_limit import KLLimit
 from infer_align.decoding.siblings import ValueCache
 from infer_align.methods.vas import reweight
 from infer_align.types import Array
@@ -56,6 +57,7 @@ class SteeringBatch:
             and all values are heads. `steer` then skips checks when it writes in place.
         dense: the rows without a fixed number of candidates; None if there are none.
         fused: the rows that one call steers; None if there are none. They have no candidates here.
+        kl_limit: the rows whose divergence from the frozen model is limited; None if none is.
     """
 
     rows: torch.Tensor | None
@@ -68,6 +70,7 @@ class SteeringBatch:
     uniform: bool = False
     dense: DenseSteering | None = None
     fused: FusedSteering | None = None
+    kl_limit: KLLimit | None = None
 
     @classmethod
     def build(
@@ -80,6 +83,7 @@ class SteeringBatch:
         rows: NDArray[np.int64] | None = None,
         min_p: NDArray[np.float32] | None = None,
         steerer: FusedSteerer | None = None,
+        max_kl: NDArray[np.float32] | None = None,
     ) -> SteeringBatch:
         """Build the record from host arrays without waiting for the device.
 
@@ -94,7 +98,9 @@ class SteeringBatch:
             min_p: [S] for the rows that are DENSE: see `DenseSteering.build`. None if none is.
             steerer: what the fused call keeps between steps; None to steer without it. With it, all
                 values are heads, and logits are overwritten.
+            max_kl: [S] limits of each step's divergence in nats, inf for none; None for no limits.
         """
+        kl_limit = KLLimit.build(max_kl, device, rows)
         dense = None
         if min_p is not None and (top_k == DENSE).any():
             dense = DenseSteering.build(values, beta, min_p, top_k == DENSE, masked, device, rows)
@@ -106,7 +112,7 @@ class SteeringBatch:
         if fused is not None:
             top_k = np.where(is_fused(top_k), 0, top_k)
         if not top_k.any() and (fused is not None or dense is not None):
-            return cls.without_candidates(dense, fused)
+            return cls.without_candidates(dense, fused, kl_limit)
         k = int(top_k.max())
         same_k = bool(top_k.min() == k)
         slots = np.arange(k)[None]
@@ -122,11 +128,15 @@ class SteeringBatch:
             uniform=heads_only and same_k and bool(beta.all()) and not masked.any(),
             dense=dense,
             fused=fused,
+            kl_limit=kl_limit,
         )
 
     @classmethod
     def without_candidates(
-        cls, dense: DenseSteering | None, fused: FusedSteering | None
+        cls,
+        dense: DenseSteering | None,
+        fused: FusedSteering | None,
+        kl_limit: KLLimit | None = None,
     ) -> SteeringBatch:
         """Return a batch of rows that are all in `dense` or in `fused`."""
         no_weights = torch.empty((0, 0))
@@ -140,6 +150,7 @@ class SteeringBatch:
             k=0,
             dense=dense,
             fused=fused,
+            kl_limit=kl_limit,
         )
 
     @classmethod
@@ -152,6 +163,7 @@ class SteeringBatch:
         k: int,
         min_p: torch.Tensor | None = None,
         steerer: FusedSteerer | None = None,
+        max_kl: torch.Tensor | None = None,
     ) -> SteeringBatch:
         """Build the record for all rows of the logits from tensors that the host has not read.
 
@@ -165,7 +177,9 @@ class SteeringBatch:
             k: an upper bound of `top_k`; 0 if every steered row is DENSE.
             min_p: [B] for the rows that are DENSE; None if no row is.
             steerer: as for `build`.
+            max_kl: [B] limits, inf for none; None if no row has one.
         """
+        kl_limit = None if max_kl is None else KLLimit(None, max_kl)
         dense = None
         if min_p is not None:
             is_dense = top_k == DENSE
@@ -176,7 +190,7 @@ class SteeringBatch:
             fused = FusedSteering.build_on_device(steerer, heads, beta, top_k, masked, k)
             top_k = torch.where(top_k > MAX_CANDIDATES, top_k, 0)
             if k <= MAX_CANDIDATES:
-                return cls.without_candidates(dense, fused)
+                return cls.without_candidates(dense, fused, kl_limit)
         slots = torch.arange(k, device=top_k.device)[None]
         return cls(
             rows=None,
@@ -188,6 +202,7 @@ class SteeringBatch:
             k=k,
             dense=dense,
             fused=fused,
+            kl_limit=kl_limit,
         )
 
     def valid(self, candidates: torch.Tensor) -> torch.Tensor:
@@ -270,6 +285,23 @@ def add_values(
     in_place: bool,
 ) -> torch.Tensor:
     """Add the values to the logits; see `steer` for the arguments. -> [B, V]."""
+    limit = batch.kl_limit
+    if limit is None:
+        return _add_all_values(logits, hidden, batch, valued, in_place=in_place)
+    frozen = limit.frozen(logits)
+    steered = _add_all_values(logits, hidden, batch, valued, in_place=in_place)
+    return limit.apply(frozen, steered)
+
+
+def _add_all_values(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    batch: SteeringBatch,
+    valued: ValuedCandidates,
+    *,
+    in_place: bool,
+) -> torch.Tensor:
+    """Add the values of candidates, of dense rows and of fused rows. -> [B, V]."""
     if batch.dense is not None or batch.fused is not None:
         logits = logits if in_place else logits.clone()
         in_place = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +14,10 @@ import numpy as np
 
 from infer_align.flow.scoring import score_with
 from infer_align.objectives import Ensemble
-from infer_align.rewards import Reward
+from infer_align.rewards import Reward, RewardScores
 from infer_align.types import Array, Candidate, Messages, ScoringUsage
+
+log = logging.getLogger("infer_align")
 
 # Texts whose scores are kept, over all rewards.
 MAX_TEXTS = 20_000
@@ -94,6 +97,7 @@ class ChoiceScores:
             candidates = [_candidate(i, text) for i, text in enumerate(missing.values())]
             result = await score_with(self._rewards[name], messages, candidates, deadline)
             self._count(result.usage)
+            _log_failure(name, result)
             for i, key in enumerate(missing):
                 scores[key] = result.values[:, :, i]
                 self._keep(key, scores[key])
@@ -106,6 +110,16 @@ class ChoiceScores:
         self._kept[key] = scores
         while len(self._kept) > MAX_TEXTS:
             self._kept.popitem(last=False)
+
+
+def _log_failure(name: str, scores: RewardScores) -> None:
+    """Log a reward that could not score all answers of a choice."""
+    failed = int(np.isnan(scores.values).all(axis=(0, 1)).sum())
+    if not failed:
+        return
+    note = next((note for note in scores.notes if note), "its scores are not numbers")
+    fields = {"reward": name, "answers": failed, "reason": note}
+    log.error("reward failed on a choice", extra=fields, exc_info=scores.failure)
 
 
 def _candidate(index: int, text: str) -> Candidate:

@@ -94,11 +94,13 @@ class Personaliser:
         if profile.adapt == "in_context":
             return self._in_context(request, profile, terms)
         brought = await self._differences(request, profile.choices, terms.learnt, path)
+        failed = _failures(brought, terms.learnt)
+        brought = _without_failed_rewards(brought)
         earlier = self.stored_rows(stored.choices if stored else (), terms.learnt)
         learned = self.learn(np.concatenate([earlier, brought]), terms.learnt)
         total = len(earlier) + len(brought)
         scales = self.scales(terms, learned)
-        return personalised(request, profile, terms, learned, scales, total, self.settings)
+        return personalised(request, profile, terms, learned, scales, total, self.settings, failed)
 
     def terms(
         self,
@@ -233,7 +235,7 @@ class Personaliser:
     async def _differences(
         self, request: Request, choices: Sequence[Choice], terms: Sequence[Term], path: str
     ) -> Array:
-        """Return chosen minus rejected of each choice: [C, T]."""
+        """Return chosen minus rejected of each choice: [C, T]; NaN where a reward failed."""
         rows = np.full((len(choices), len(terms)), np.nan)
         if not terms or not choices:
             return rows
@@ -252,7 +254,7 @@ class Personaliser:
             pending.append(work)
         for i, scores in enumerate(await asyncio.gather(*pending)):
             rows[i] = scores[0] - scores[1]
-        return _without_failed_rewards(rows)
+        return rows
 
     def check_conversation(self, features: Sequence[str], messages: Messages, param: str) -> None:
         """Refuse a conversation that a reward cannot read.
@@ -324,6 +326,12 @@ def _refuse_tokens(_: Sequence[int]) -> str:
         "each choice its own messages.",
         param="prompt",
     )
+
+
+def _failures(rows: Array, terms: Sequence[Term]) -> dict[str, int]:
+    """Return {feature: number of choices that it could not score}, without those of 0."""
+    counts = np.isnan(rows).sum(axis=0).tolist()
+    return {term.feature: count for term, count in zip(terms, counts, strict=True) if count}
 
 
 def _without_failed_rewards(rows: Array) -> Array:

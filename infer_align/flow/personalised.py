@@ -43,6 +43,7 @@ def personalised(
     scales: Mapping[str, LearnedScale],
     total: int,
     settings: ProfileSettings,
+    failed: Mapping[str, int],
 ) -> Request:
     """Return the request with the weights and scales that were learnt.
 
@@ -54,6 +55,7 @@ def personalised(
         scales: of the traits of guidance.
         total: choices, those that taught nothing included.
         settings: bound the turn of the direction.
+        failed: {reward: number of choices that it could not score}.
     """
     weights = dict(terms.weights)
     goal = dict(terms.direction or {})
@@ -83,6 +85,7 @@ def personalised(
         uncertainty=uncertainty,
         bounds=bounds,
         scales=scales,
+        failed=failed,
     )
     return changed_request(request, profile, weights, direction, applied)
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import monotonic
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,8 @@ class Scoring:
         tasks = self._running.get(name)
         if tasks is None:
             return await self._score(name, candidates)
-        return _join(await asyncio.gather(*(tasks[c.index] for c in candidates)))
+        running = [tasks[candidate.index] for candidate in candidates]
+        return _join(await asyncio.gather(*running))
 
     async def _score(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
         answers = [_with_beginning(candidate, self._plan.begun_answer) for candidate in candidates]
@@ -118,8 +120,9 @@ class Scoring:
             return
         self._logged[name] = failed
         scores = self._results[name]
-        note = next((note for note in scores.notes if note), "its scores are not numbers")
-        fields = {"reward": name, "candidates": new, "reason": note}
+        notes = [note for note in scores.notes if note]
+        reason = notes[0] if notes else "its scores are not numbers"
+        fields = {"reward": name, "candidates": new, "reason": reason}
         log.error("reward failed", extra=fields, exc_info=scores.failure)
 
 
@@ -219,13 +222,18 @@ def _replaced(earlier: RewardScores, again: RewardScores) -> RewardScores:
 
 def _join(parts: Sequence[RewardScores]) -> RewardScores:
     """Join the scores of several calls into one."""
-    values = np.concatenate([part.values for part in parts], axis=-1)
-    usage = sum((part.usage for part in parts), ScoringUsage())
+    usage = ScoringUsage()
     notes: list[str | None] = []
+    failure: BaseException | None = None
+    remark = ""
     for part in parts:
+        usage += part.usage
         notes += part.notes or (None,) * part.values.shape[-1]
-    failures = [part.failure for part in parts if part.failure is not None]
-    return RewardScores(values, usage, tuple(notes), failure=next(iter(failures), None))
+        if failure is None:
+            failure = part.failure
+        remark = remark or part.remark
+    values = np.concatenate([part.values for part in parts], axis=-1)
+    return RewardScores(values, usage, tuple(notes), failure=failure, remark=remark)
 
 
 def _combine(
@@ -244,23 +252,45 @@ def _combine(
         values = np.full((len(scorer.reward.members), candidates), np.nan)
         values[:, indices] = _member_scores(scorer, result.values, plan.direction)
         members[scorer.name] = values
-        note_by_index = dict(zip(indices, result.notes, strict=False))
-        notes[scorer.name] = tuple(note_by_index.get(i) for i in range(candidates))
+        notes[scorer.name] = _notes_by_index(result, indices, candidates)
         if result.matrix is not None:
             matrix = np.full((candidates, candidates), np.nan)
             matrix[np.ix_(indices, indices)] = result.matrix
             matrices[scorer.name] = matrix
-    usage = sum((result.usage for result in results.values()), ScoringUsage())
-    reports = {name: result.report for name, result in results.items() if result.report}
+    return _with_records(Scores(members, notes=notes, matrices=matrices), results)
+
+
+def _notes_by_index(
+    result: RewardScores, indices: Sequence[int], candidates: int
+) -> tuple[str | None, ...]:
+    """Return the note of each candidate; None for one without a note, or that was not scored."""
+    notes: list[str | None] = [None] * candidates
+    for index, note in zip(indices, result.notes, strict=False):
+        notes[index] = note
+    return tuple(notes)
+
+
+def _with_records(scores: Scores, results: Mapping[str, RewardScores]) -> Scores:
+    """Return the scores with the usage, report, failures and remark of each reward."""
+    usage = ScoringUsage()
+    reports: dict[str, Any] = {}
     failures: dict[str, int] = {}
     errors: dict[str, str] = {}
+    remarks: dict[str, str] = {}
     for name, result in results.items():
+        usage += result.usage
+        if result.report:
+            reports[name] = result.report
         failed = int(np.isnan(result.values).any(axis=(0, 1)).sum())
         if failed:
             failures[name] = failed
         if result.failure is not None:
             errors[name] = type(result.failure).__name__
-    return Scores(members, usage, notes, reports, failures, errors, matrices=matrices)
+        if result.remark:
+            remarks[name] = result.remark
+    return replace(
+        scores, usage=usage, reports=reports, failures=failures, errors=errors, remarks=remarks
+    )
 
 
 def _member_scores(scorer: Scorer, values: Array, direction: Direction | None) -> Array:

@@ -71,21 +71,18 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
     it ran, or that a scorer with weight could not score, is dropped: a missing score is never a 0.
     So is one that misses a gate, unless all do: then the one that misses by the least wins.
     """
-    eligible = [candidate.index for candidate in candidates if candidate.eligible]
-    dropped = {c.index: c.rejected or f"failed: {c.error}" for c in candidates if not c.eligible}
-    values = {name: plan.ensemble.reduce(members) for name, members in scores.members.items()}
+    dropped = _ineligible(candidates)
+    values = _reduced(plan, scores)
     if not values and (plan.rule.needs_scores or not plan.selects):
-        not_compared = (math.nan,) * len(candidates)
-        reason = _joined(_plain_reason(plan), _ignored_directions(plan, candidates))
-        return Selection(tuple(eligible), not_compared, values, dropped, reason)
+        return _in_order_of_drawing(plan, candidates, dropped)
     composed = values if plan.composition is None else plan.composition.compose(values)
     shortfalls = _shortfalls(plan, values, len(candidates))
     objective = _weighted_sum(plan, composed, len(candidates))
     # Not even weights of 0 make a failed candidate comparable, nor one that a gate did not score.
     objective[list(dropped)] = math.nan
     objective[np.isnan(shortfalls)] = math.nan
-    for index in eligible:
-        if math.isnan(objective[index]):
+    for index in np.flatnonzero(np.isnan(objective)).tolist():
+        if index not in dropped:
             dropped[index] = f"not scored: {_missing_score(plan, scores, values, index)}"
     compared = np.flatnonzero(~np.isnan(objective))
     passing = compared[shortfalls[compared] == 0]
@@ -98,11 +95,42 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
         ranking = _least_shortfall(plan, compared, shortfalls, objective)
     missed = len(compared) - len(ranking.order)
     reason = _reason(plan, candidates, objective, ranking, missed)
+    reason = _joined(reason, *_remarks(scores))
     if not values:
         # The rule chose without scores.
         objective[:] = math.nan
     selection = Selection(ranking.order, tuple(objective.tolist()), values, dropped, reason)
     return _with_ranking(selection, plan, ranking, composed)
+
+
+def _ineligible(candidates: Sequence[Candidate]) -> dict[int, str]:
+    """Return {index: reason} of the candidates that failed or were rejected while they ran."""
+    reasons = {}
+    for candidate in candidates:
+        if not candidate.eligible:
+            reasons[candidate.index] = candidate.rejected or f"failed: {candidate.error}"
+    return reasons
+
+
+def _reduced(plan: Plan, scores: Scores) -> dict[str, Array]:
+    """Return one value per reward and candidate: the objective of the reward's members."""
+    values = {}
+    for name, members in scores.members.items():
+        values[name] = plan.ensemble.reduce(members)
+    return values
+
+
+def _in_order_of_drawing(
+    plan: Plan, candidates: Sequence[Candidate], dropped: Mapping[int, str]
+) -> Selection:
+    """Return the selection of a plan that compares nothing."""
+    order = []
+    for candidate in candidates:
+        if candidate.eligible:
+            order.append(candidate.index)
+    not_compared = (math.nan,) * len(candidates)
+    reason = _joined(_plain_reason(plan), _ignored_directions(plan, candidates))
+    return Selection(tuple(order), not_compared, {}, dropped, reason)
 
 
 def _with_ranking(
@@ -137,15 +165,24 @@ def _apply_rule(
     objective: Array,
 ) -> Ranking:
     """Rank the candidates that can be compared by the rule of the plan."""
-    counted = [scorer for scorer in plan.scorers if scorer.weight]
-    rows = [composed[scorer.name][compared] for scorer in counted]
-    matrices = {name: p[np.ix_(compared, compared)] for name, p in scores.matrices.items()}
+    names: list[str] = []
+    weights: list[float] = []
+    rows: list[Array] = []
+    for scorer in plan.scorers:
+        # Weight 0 shows a score without counting it.
+        if scorer.weight:
+            names.append(scorer.name)
+            weights.append(scorer.weight)
+            rows.append(composed[scorer.name][compared])
+    matrices = {}
+    for name, probabilities in scores.matrices.items():
+        matrices[name] = probabilities[np.ix_(compared, compared)]
     composition = plan.composition
     contest = Contest(
         objective=objective[compared],
-        names=tuple(scorer.name for scorer in counted),
+        names=tuple(names),
         values=np.reshape(rows, (len(rows), len(compared))),
-        weights=np.array([scorer.weight for scorer in counted]),
+        weights=np.array(weights),
         shaped=frozenset() if composition is None else frozenset(composition.shaped),
         matrices=matrices,
         texts=tuple(candidates[i].text for i in compared),
@@ -244,6 +281,11 @@ def _reason(
         clauses.append(f"{missed} of them missed a gate")
     clauses += [plan.note, _ignored_directions(plan, candidates)]
     return _joined(*clauses)
+
+
+def _remarks(scores: Scores) -> list[str]:
+    """Return what each reward says about the limits of its scoring."""
+    return [f"{name}: {remark}" for name, remark in scores.remarks.items()]
 
 
 def _joined(*clauses: str) -> str:

@@ -56,7 +56,7 @@ class ProfileSettings:
         default=None,
         metadata={
             "description": "URL of the database that keeps profiles, such as "
-            '"sqlite+aiosqlite:///profiles.db". Default: profiles are not kept, and requests bring '
+            '"sqlite:///profiles.db". Default: profiles are not kept, and requests bring '
             "their choices themselves."
         },
     )
@@ -150,7 +150,7 @@ class ProfileSettings:
         if self.store is not None and self.store_env is not None:
             raise ValueError("one of store and store_env, not both")
         if self.store is not None and "://" not in self.store:
-            raise ValueError('a URL in store, such as "sqlite+aiosqlite:///profiles.db"')
+            raise ValueError('a URL in store, such as "sqlite:///profiles.db"')
         if self.store is not None and "@" in self.store:
             raise ValueError(
                 "a URL without a user and a password in store; put the URL into an environment "

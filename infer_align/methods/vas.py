@@ -6,7 +6,8 @@ With T the top-k tokens of the logits and V_m(s, a) the m-th value of the prefix
     logit'_a = logit_a  (tail "keep")  or  -inf  (tail "mask")                  for every other a
 
 T can also be all tokens (`top_k` "all"), or the tokens that are at least `min_p` times as likely as
-the likeliest one.
+the likeliest one. With `max_kl`, beta is smaller at the steps where the divergence of the steered
+from the frozen distribution would exceed it, by just enough.
 
 A constant added to a value changes nothing, because values are centred over T. The other tokens
 weigh as much as a token of average value. All values share one top-k, so several values cost one
@@ -36,6 +37,8 @@ from infer_align.types import Array, Capability, Steering, Tail
 
 # The published number of candidates.
 DEFAULT_TOP_K = 20
+# The largest limit of a step's divergence, in nats. A larger one limits nothing.
+MAX_KL = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,16 @@ class VAS:
             "likely as the likeliest one. It is for values of kind head.",
         },
     )
+    max_kl: float | None = field(
+        default=None,
+        metadata={
+            "gt": 0,
+            "le": MAX_KL,
+            "description": "Largest KL divergence of one step from the frozen model, in nats at "
+            "temperature 1. Where steering would exceed it, beta is smaller at this step. It needs "
+            'tail "keep".',
+        },
+    )
 
     stage: ClassVar[Stage] = Stage.STEER
     needs: ClassVar[frozenset[Capability]] = frozenset({Capability.STEER})
@@ -86,8 +99,15 @@ class VAS:
         """Steer every draw.
 
         Raises:
-            InvalidRequest: the valued tokens are chosen in two ways.
+            InvalidRequest: the valued tokens are chosen in two ways, or a limit cannot hold.
         """
+        if self.max_kl is not None and self.tail == "mask":
+            param = draft.param("vas", "max_kl")
+            raise InvalidRequest(
+                f'{param}: needs tail "keep", because masked tokens diverge whatever beta is; '
+                "leave out tail, or max_kl.",
+                param=param,
+            )
         if self.min_p is not None and self.top_k != DEFAULT_TOP_K:
             param = draft.param("vas", "min_p")
             raise InvalidRequest(
@@ -95,7 +115,7 @@ class VAS:
                 "them.",
                 param=param,
             )
-        steering = Steering(self.beta, self.top_k, self.tail, self.min_p)
+        steering = Steering(self.beta, self.top_k, self.tail, self.min_p, self.max_kl)
         draws = tuple(replace(draw, steering=steering) for draw in draft.draws)
         return replace(draft, draws=draws)
 

@@ -56,6 +56,8 @@ class RewardScores:
     # [N, N]: the probability that the candidate of the row beats the one of the column, and NaN for
     # pairs that were not compared. None: the reward does not compare pairs.
     matrix: Array | None = None
+    # A limitation of this scoring that the response's reason mentions; "" if there is none.
+    remark: str = ""
 
 
 class Reward(ABC):

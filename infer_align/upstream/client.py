@@ -30,7 +30,7 @@ from infer_align.errors import Unavailable
 from infer_align.stages import trace_headers
 from infer_align.upstream import KEY_REFUSED, Upstream, UpstreamFailed
 from infer_align.upstream.pool import Host, Pool
-from infer_align.upstream.response import parse_error, parse_retry_after, read_json
+from infer_align.upstream.response import end_response, parse_error, parse_retry_after, read_json
 from infer_align.upstream.trace import HEADER, trace
 
 T = TypeVar("T")
@@ -230,10 +230,7 @@ class Client:
             host.record_success()
             yield response
         finally:
-            if response.content.at_eof():
-                response.release()
-            else:
-                response.close()
+            end_response(response)
 
     async def send(
         self,

@@ -19,7 +19,7 @@ from infer_align.upstream.client import (
 )
 from infer_align.upstream.forward import ForwardedAnswer, ForwardedRequest, response_headers
 from infer_align.upstream.pool import Host
-from infer_align.upstream.response import parse_retry_after, read_bytes
+from infer_align.upstream.response import end_response, parse_retry_after, read_bytes
 
 
 class Forwarder(Client):
@@ -85,10 +85,7 @@ class Forwarder(Client):
                 host.record_success()
             yield response
         finally:
-            if response.content.at_eof():
-                response.release()
-            else:
-                response.close()
+            end_response(response)
 
     def _wait_before_next(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -82,6 +83,14 @@ async def read_bytes(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
             yield received
 
 
+def end_response(response: aiohttp.ClientResponse) -> None:
+    """Give the connection back if the whole body is read, and close it otherwise."""
+    if response.content.at_eof():
+        response.release()
+    else:
+        response.close()
+
+
 async def _drain(response: aiohttp.ClientResponse) -> None:
     """Read the end of the response, so that the connection can be used again."""
     with suppress(TimeoutError):
@@ -90,13 +99,13 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
 
 
 def _parse_json(content: bytes) -> Any:
-    """Parse JSON from an upstream.
+    """Parse JSON from an upstream, with or without a byte order mark before it.
 
     Raises:
         UpstreamFailed: the content is not JSON.
     """
     try:
-        return _decode(content.decode())
+        return _decode(content.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError):
         start = content[:60].decode(errors="replace")
         raise UpstreamFailed(
@@ -123,7 +132,7 @@ def _as_upstream_failures() -> Iterator[None]:
 def parse_error(text: str) -> ErrorBody:
     """Parse the body of an error response, in the format of OpenAI or another."""
     try:
-        body = json.loads(text)
+        body = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         # Probably an HTML page: the status says enough.
         return ErrorBody()

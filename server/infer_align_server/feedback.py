@@ -179,6 +179,16 @@ async def score_pairs(
     return choices
 
 
+def failed_rewards(features: Sequence[str], choices: Sequence[StoredChoice]) -> dict[str, int]:
+    """Return {reward: number of choices that it could not score}, without those of 0."""
+    failed: dict[str, int] = {}
+    for feature in features:
+        count = sum(feature not in choice.differences for choice in choices)
+        if count:
+            failed[feature] = count
+    return failed
+
+
 def _stored(
     sent: Feedback, pair: Pair, features: Sequence[str], difference: Array, *, keeps_text: bool
 ) -> StoredChoice:

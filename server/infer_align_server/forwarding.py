@@ -374,9 +374,12 @@ class _Names:
         """Yield the lines of a stream with the other name."""
         rest = b""
         async for chunk in chunks:
-            lines, newline, rest = (rest + chunk).rpartition(b"\n")
-            if newline:
-                yield self.replaced(lines + newline)
+            content = rest + chunk
+            # A line ends with LF, CR LF or CR alone.
+            end = 1 + max(content.rfind(b"\n"), content.rfind(b"\r"))
+            rest = content[end:]
+            if end:
+                yield self.replaced(content[:end])
         if rest:
             yield self.replaced(rest)
 

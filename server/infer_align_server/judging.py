@@ -37,6 +37,7 @@ from infer_align.rewards.trust_judge import (
 from infer_align.rewards.trust_judge.consistency import cycles
 from infer_align.rewards.trust_judge.criteria import Objective
 from infer_align.rewards.trust_judge.panel import JudgePanel, position_bias
+from infer_align.rewards.trust_judge.questions import Questions
 from infer_align.rewards.trust_judge.ratings import Ratings
 from infer_align.rewards.trust_judge.readings import Rule
 from infer_align.rewards.trust_judge.report import (
@@ -47,7 +48,6 @@ from infer_align.rewards.trust_judge.report import (
     rubric_report,
     with_score_statistics,
 )
-from infer_align.rewards.trust_judge.reward import Questions
 from infer_align.rewards.trust_judge.tournament import Comparisons, Schedule
 from infer_align.types import Messages, ScoringUsage
 from infer_align_server.scoring import parse_candidates

@@ -83,6 +83,11 @@ class Metrics:
         self.reward_failures = self._counter(
             "reward_failures", "Candidates that a reward could not score", ["reward"]
         )
+        self.reward_remarks = self._counter(
+            "reward_remarks",
+            "Requests that a reward scored with a limit, such as a generated rubric not used",
+            ["reward"],
+        )
         self.reward_seconds = self._histogram(
             "reward_seconds", "Time of one reward for one request", SECONDS, ["reward"]
         )
@@ -153,6 +158,8 @@ class Metrics:
         """Count the failures and the time of the rewards of one request."""
         for name, failed in scores.failures.items():
             self.reward_failures.labels(name).inc(failed)
+        for name in scores.remarks:
+            self.reward_remarks.labels(name).inc()
         for name, seconds in scores.seconds.items():
             self.reward_seconds.labels(name).observe(seconds)
 

@@ -26,7 +26,13 @@ from infer_align.profiles.records import StoredProfile
 from infer_align.profiles.weights import Learned
 from infer_align.types import LearnedScale
 from infer_align_server.answering import answer_all
-from infer_align_server.feedback import Feedback, check_weights, pairs_of, score_pairs
+from infer_align_server.feedback import (
+    Feedback,
+    check_weights,
+    failed_rewards,
+    pairs_of,
+    score_pairs,
+)
 from infer_align_server.service import Service
 from infer_align_server.wire.completion import scales_json
 from infer_align_server.wire.encoding import number
@@ -63,6 +69,7 @@ async def feedback(
         "object": "align.feedback",
         "profile": sent.profile,
         "added": len(choices),
+        "failed": failed_rewards(service.personaliser.feedback_features(), choices),
         **knowledge(service.personaliser, stored),
     }
 

@@ -8,6 +8,8 @@ from starlette.types import Message, Send
 
 _GENERATED = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,12})')
 _PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,12})')
+# The first line of an event. The parts of an answer usually begin with one.
+_EVENT = re.compile(rb"(?:\A|[\r\n])data:")
 # The end of a body contains its usage.
 TAIL_BYTES = 2**16
 
@@ -40,7 +42,7 @@ class TokenMeter:
             self._tail += chunk[-TAIL_BYTES:]
             del self._tail[:-TAIL_BYTES]
             if self._is_stream:
-                self._events += chunk.count(b"data: ")
+                self._events += len(_EVENT.findall(chunk))
         await self._send(message)
 
     def _read_head(self, message: Message) -> None:

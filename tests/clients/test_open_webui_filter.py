@@ -1,7 +1,8 @@
 """The filter function for Open WebUI, called as Open WebUI calls filters.
 
-`Host` does what Open WebUI's loader and its `process_filter_functions` do with the source text of a
-function, the valves of its database, and the parameters that a handler names.
+One test runs Open WebUI's own code, in an environment of its own. In the other tests `Host` does
+what Open WebUI's loader and its `process_filter_functions` do with the source text of a function,
+the valves of its database, and the parameters that a handler names.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tests import environments
 from tests.server.conftest import Live, Serve
 
 pytestmark = pytest.mark.slow
@@ -104,7 +107,6 @@ class Host:
 
 @pytest.fixture
 def live(serve: Serve, tmp_path: Path) -> Live:
-    pytest.importorskip("aiosqlite")
     pytest.importorskip("sqlalchemy")
     pytest.importorskip("alembic")
     return serve(KEPT.replace("STORE", str(tmp_path / "profiles.db")))
@@ -207,3 +209,22 @@ def test_a_server_that_is_out_of_reach_leaves_the_profile_out() -> None:
     host.user_valves[ANN] = {"best_of_n": 3, "profile": True}
     body = host.process("inlet", {"model": "fake", "messages": []})
     assert body["align"] == {"best_of_n": {"n": 3}}
+
+
+@pytest.mark.clients
+def test_the_code_of_open_webui_loads_and_calls_the_filter(live: Live, tmp_path: Path) -> None:
+    python = environments.program("open-webui")
+    script = Path(__file__).parent / "scripts/webui_filter.py"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    settings = {"DATA_DIR": str(folder), "WEBUI_SECRET_KEY": "test", "OFFLINE_MODE": "true"}
+    done = subprocess.run(
+        [python, str(script), json.dumps({"kept": live.base_url})],
+        env={**environments.variables(), **settings},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.splitlines()[-1].startswith("ok")

@@ -145,7 +145,6 @@ words_weight = -1.0
 @pytest.fixture
 def store(tmp_path: Path) -> str:
     """The setting of a new store of profiles."""
-    pytest.importorskip("aiosqlite")
     pytest.importorskip("sqlalchemy")
     pytest.importorskip("alembic")
     return f'store = "sqlite+aiosqlite:///{tmp_path}/profiles.db"'

@@ -24,7 +24,7 @@ CASES = {
 
 
 def test_every_environment_is_tried() -> None:
-    assert environments.names() == sorted([*CASES, "playwright", "schemathesis"])
+    assert environments.names() == sorted([*CASES, "open-webui", "playwright", "schemathesis"])
     for name in environments.names():
         for line in (environments.REQUIREMENTS / f"{name}.txt").read_text().splitlines():
             assert line.count("==") == 1, f"{name}: {line} is no exact pin"

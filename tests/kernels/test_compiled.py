@@ -5,6 +5,7 @@ No kernel may spill registers, and kernels with products must use tensor cores.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -17,33 +18,26 @@ pytestmark = pytest.mark.slow
 # Bytes of shared memory that one program may use, by compute capability.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MAX_REGISTERS = 255
-# The first launch of each of these kernels is tested on sm_90 in the quick set. They do the work.
-QUICK_KERNELS = {
-    "value_reweight_head_tile",
-    "value_reweight_candidates_tile",
-    "sibling_attention",
-}
-QUICK_CAPABILITY = 90
 
 
 @pytest.fixture(scope="module", autouse=True)
-def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+def binaries(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Keep the compiled code: what has not changed since an earlier run is not compiled again."""
+    # The cache of pytest can be switched off.
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)
+    folder = tmp_path_factory.mktemp("triton") if cache is None else cache.mkdir("triton")
+    triton.knobs.cache.dir = str(folder)
     yield
     triton.knobs.cache.reset()
 
 
 def compilations() -> Iterator[object]:
-    """Yield each launch with each architecture; most of them are slow."""
-    remaining = set(QUICK_KERNELS)
-    pairs = [(launch, capability) for capability in SHARED_BYTES for launch in launches()]
-    for i, (launch, capability) in enumerate(pairs):
-        is_quick = capability == QUICK_CAPABILITY and launch.name in remaining
-        if is_quick:
-            remaining.remove(launch.name)
-        marks = [] if is_quick else [pytest.mark.slow]
-        name = f"{launch.name}-sm_{capability}-{i}"
-        yield pytest.param(launch, capability, id=name, marks=marks)
+    """Yield each launch with each architecture."""
+    pairs = itertools.product(SHARED_BYTES, launches())
+    for i, (capability, launch) in enumerate(pairs):
+        yield pytest.param(launch, capability, id=f"{launch.name}-sm_{capability}-{i}")
 
 
 @pytest.mark.parametrize(("launch", "capability"), list(compilations()))

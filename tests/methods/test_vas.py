@@ -131,6 +131,9 @@ def test_shapes_are_checked() -> None:
         ({"beta": {"helpful": 1e9}}, "align.vas.beta.helpful"),
         ({"beta": {"helpful": 1}, "top_k": 0}, "align.vas.top_k"),
         ({"beta": {"helpful": 1}, "tail": "cut"}, "align.vas.tail"),
+        ({"beta": {"helpful": 1}, "max_kl": 0}, "align.vas.max_kl"),
+        ({"beta": {"helpful": 1}, "max_kl": "1"}, "align.vas.max_kl"),
+        ({"beta": {"helpful": 1}, "max_kl": float("nan")}, "align.vas.max_kl"),
         ({}, "align.vas.beta"),
     ],
 )
@@ -145,6 +148,16 @@ def test_plan_steers_every_draw() -> None:
     steered = VAS({"helpful": 2.0}, top_k=5, tail="mask").apply(plan)
     assert all(draw.steering == Steering({"helpful": 2.0}, 5, "mask") for draw in steered.draws)
     assert [draw.n for draw in steered.draws] == [1, 3]
+
+
+def test_a_limit_of_the_divergence_needs_an_unmasked_tail() -> None:
+    draft = PlanDraft(draws=(Draw({}),))
+    (draw,) = VAS({"a": 1.0}, max_kl=0.5).apply(draft).draws
+    assert draw.steering is not None
+    assert draw.steering.max_kl == 0.5
+    with pytest.raises(InvalidRequest, match='needs tail "keep"') as refused:
+        VAS({"a": 1.0}, tail="mask", max_kl=0.5).apply(draft)
+    assert refused.value.param == "align.vas.max_kl"
 
 
 def test_min_p_takes_the_place_of_top_k() -> None:

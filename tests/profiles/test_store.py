@@ -17,7 +17,6 @@ from infer_align.methods.profile import Choice
 from infer_align.profiles.records import StoredChoice
 
 pytest.importorskip("sqlalchemy")
-pytest.importorskip("aiosqlite")
 pytest.importorskip("alembic")
 
 from alembic import command
@@ -287,7 +286,7 @@ def test_a_full_store_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
     assert (numbers(kept), numbers(later)) == ([1.0], [1.0, 3.0])
 
 
-@pytest.mark.parametrize("text", ["mysql://host/db", "nothing", "sqlite:///p.db"])
+@pytest.mark.parametrize("text", ["mysql://host/db", "nothing", "sqlite+pysqlcipher:///p.db"])
 def test_another_database_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"\[profiles\] store"):
         ProfileStore(text)

@@ -30,7 +30,7 @@ pytestmark = [
 
 QUESTIONS = ("What is rain?", "Why do people travel?", "Tell me about bread.")
 # The traits that the configuration measures.
-TRAITS = ("cheerful", "brief")
+TRAITS = ("cheerful", "brief", "simple")
 
 
 class Person:

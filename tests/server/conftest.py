@@ -217,8 +217,8 @@ def command() -> Iterator[Callable[..., Process]]:
     """`command("MODEL", "--name", "x")`: a running `infer-align serve` on a free port."""
     processes: list[Process] = []
 
-    def spawn(*arguments: str, **environment: str) -> Process:
-        process = Process("--port", "0", *arguments, **environment)
+    def spawn(*arguments: str, fresh: bool = False, **environment: str) -> Process:
+        process = Process("--port", "0", *arguments, fresh=fresh, **environment)
         processes.append(process)
         return process
 

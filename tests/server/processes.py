@@ -1,15 +1,29 @@
-"""The command `infer-align` as a process."""
+"""The command `infer-align` as a process.
+
+Loading torch and transformers takes seconds of CPU time, and each command would pay for it again.
+Commands therefore run in forks of one process that has loaded them: see `tests.server.preload`.
+A fork has its own arguments, environment, outputs, signals and exit status. It skips the end of the
+interpreter, and what Python reads when it starts; a test of these starts a new process.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
+import warnings
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -17,7 +31,8 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(
         str(ROOT / part) for part in (".", "kernels", "server", "clients/python")
     ),
-    "COLUMNS": "200",
+    # `tests.server.preload` sets these two as well: the command reads them when it is imported.
+    "COLUMNS": "400",
     "NO_COLOR": "1",
     "PYTHONWARNINGS": "error",
 }
@@ -27,23 +42,115 @@ LIMIT_SECONDS = 100
 LOCAL: Any = {"timeout": LIMIT_SECONDS, "trust_env": False}
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        env={**ENVIRONMENT, **environment},
-        cwd=ROOT,
-        check=False,
-    )
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.server.preload"])
+# What a fork runs, with its arguments.
+Program = Callable[[list[str]], None]
+
+
+class Forked:
+    """A program in a fork. It has the methods of `subprocess.Popen` that tests need."""
+
+    def __init__(
+        self,
+        program: Program,
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        output: int,
+        errors: int,
+    ) -> None:
+        # A connection is what multiprocessing can hand over: it stands for its file descriptor.
+        outputs = [Connection(os.dup(output)), Connection(os.dup(errors))]
+        self._process = FORKS.Process(
+            target=run_in_fork,
+            args=(program, [*arguments], environment, *outputs),
+            daemon=True,
+        )
+        self._process.start()
+        for connection in outputs:
+            connection.close()
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while the program runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Return the exit status when the program has ended."""
+        self._process.join(timeout)
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired("infer-align", timeout)
+        return status
+
+    def send_signal(self, sign: int) -> None:
+        """Send a signal to a program that runs."""
+        assert self._process.pid is not None
+        if self.poll() is None:
+            os.kill(self._process.pid, sign)
+
+    def terminate(self) -> None:
+        """Ask a program that runs to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill a program that runs."""
+        self.send_signal(signal.SIGKILL)
+
+
+def run_in_fork(
+    program: Program,
+    arguments: list[str],
+    environment: dict[str, str],
+    output: Connection,
+    errors: Connection,
+) -> None:
+    """Run a program in this process, as if the process were new."""
+    for number, connection in ((1, output), (2, errors)):
+        os.dup2(connection.fileno(), number)
+        connection.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    warnings.simplefilter(environment["PYTHONWARNINGS"])  # type: ignore[arg-type]
+    program(arguments)
+
+
+def command(arguments: list[str]) -> None:
+    """Run `infer-align` and end the process with its exit status."""
+    sys.exit(importlib.import_module("infer_align_server.cli").main(arguments))
+
+
+def script(arguments: list[str]) -> None:
+    """Run a file of Python code."""
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+class Finished(NamedTuple):
+    """A program that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str, program: Program = command, **environment: str) -> Finished:
+    """Run one command, or another program, to its end."""
+    texts = []
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        variables = {**ENVIRONMENT, **environment}
+        process = Forked(program, arguments, variables, output.fileno(), errors.fileno())
+        status = process.wait(LIMIT_SECONDS)
+        for file in (output, errors):
+            file.seek(0)
+            texts.append(file.read())
+    return Finished(status, *texts)
 
 
 class Lines:
     """The lines of one output of a process, read while it runs."""
 
-    def __init__(self, popen: subprocess.Popen[str], output: IO[str]) -> None:
+    def __init__(self, popen: subprocess.Popen[str] | Forked, output: IO[str]) -> None:
         self.lines: list[str] = []
         self._popen = popen
         self._output = output
@@ -80,21 +187,32 @@ class Lines:
 
 
 class Process:
-    """A running `infer-align serve`, whose log and start screen are read."""
+    """A running `infer-align serve`, whose log and start screen are read.
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.popen = subprocess.Popen(
-            [*COMMAND, "serve", *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**ENVIRONMENT, **environment},
-            cwd=ROOT,
-        )
-        assert self.popen.stderr is not None
-        assert self.popen.stdout is not None
-        self.log = Lines(self.popen, self.popen.stderr)
-        self.screen = Lines(self.popen, self.popen.stdout)
+    It is a fork, or with `fresh` a new process: its interpreter starts and ends as a user's does.
+    """
+
+    def __init__(self, *arguments: str, fresh: bool = False, **environment: str) -> None:
+        screen, screen_end = os.pipe()
+        log, log_end = os.pipe()
+        serve = ["serve", *arguments]
+        variables = {**ENVIRONMENT, **environment}
+        self.popen: subprocess.Popen[str] | Forked
+        if fresh:
+            self.popen = subprocess.Popen(
+                [*COMMAND, *serve],
+                stdout=screen_end,
+                stderr=log_end,
+                text=True,
+                env=variables,
+                cwd=ROOT,
+            )
+        else:
+            self.popen = Forked(command, serve, variables, screen_end, log_end)
+        os.close(screen_end)
+        os.close(log_end)
+        self.log = Lines(self.popen, os.fdopen(log))
+        self.screen = Lines(self.popen, os.fdopen(screen))
 
     def events(self) -> list[dict[str, Any]]:
         """Return the log so far: every line of standard error is a JSON object."""

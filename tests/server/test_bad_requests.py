@@ -61,6 +61,13 @@ def test_not_json(numbers: Any, body: bytes) -> None:
     assert refused(numbers.post(body))["code"] == "invalid_json"
 
 
+def test_a_byte_order_mark_before_a_body_is_no_mistake(numbers: Any) -> None:
+    answer = numbers.post(b'\xef\xbb\xbf{"messages": [{"role": "user", "content": 5}]}')
+    assert refused(answer)["param"] == "messages[0].content", "the mark is not what is wrong"
+    for body in (b"\xef\xbb\xbf", b"\xef\xbb\xbf\xef\xbb\xbf{}", b" \xef\xbb\xbf{}"):
+        assert refused(numbers.post(body))["code"] == "invalid_json"
+
+
 @pytest.mark.parametrize("place", ["message", "model", "align", "key"])
 def test_lone_surrogates(numbers: Any, place: str) -> None:
     bad = "\\ud800"

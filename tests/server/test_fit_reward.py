@@ -172,7 +172,6 @@ def test_mistakes_are_named(
 def test_the_choices_of_stored_profiles_are_pairs(
     folder: Path, encoder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("aiosqlite")
     pytest.importorskip("alembic")
     from infer_align.methods.profile import Choice
     from infer_align.profiles.records import StoredChoice

@@ -31,7 +31,9 @@ def test_every_line_from_start_to_end_is_json(
     command: Callable[..., Process], language_model: Callable[..., str], sign: int
 ) -> None:
     # Warnings are events of the log, so they must not end the process here.
-    server = command(language_model("Llama"), PYTHONWARNINGS="default")
+    server = command(
+        language_model("Llama"), fresh=sign == signal.SIGTERM, PYTHONWARNINGS="default"
+    )
     url = server.url()
     answer = httpx2.post(f"{url}/v1/chat/completions", json=CHAT, **LOCAL)
     assert answer.status_code == 200, answer.text

@@ -176,14 +176,19 @@ def test_votes_cost_what_is_admitted(live: Any) -> None:
     assert f"{2 * 64 * (256 + 1)} of judging" in over.json()["error"]["message"]
 
 
-def test_a_rubric_of_the_judge_is_counted_once(live: Any) -> None:
+def test_an_answer_in_place_of_a_rubric_is_refused_once_and_the_reason_says_so(live: Any) -> None:
     judge = {"rubric": "auto", "scale": 5}
     calls = []
     for _ in range(2):
         _, align = chat(live, {**BEST, "trust_judge": judge})
         calls.append(align["usage"]["judge_calls"])
-        assert align["reports"]["trust_judge"]["rubric"]["rules"][0]["text"] == "Mice"
+        rubric = align["reports"]["trust_judge"]["rubric"]
+        assert not rubric["accepted"]
+        assert "0 of 1 lines are rules" in rubric["reason"]
+        assert "the generated rubric is not used" in align["reason"]
+        assert "the criteria decide" in align["reason"]
     assert calls == [1 + 2, 2]
+    assert live.metric("infer_align_reward_remarks_total", reward="trust_judge") == 2
 
 
 # --- /v1/align/judge ---

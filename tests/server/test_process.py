@@ -231,7 +231,7 @@ def test_config_show_gives_the_origin_of_each_value(config_file: Callable[[str],
         '[rewards.r]\nkind = "rules"\nregex = "[a-z]+[/x]"\n'
         "[presets.p]\nbest_of_n = {n = 2}\n"
     )
-    done = run("config", "show", str(path), "--set", "limits.max_queue=7", COLUMNS="400")
+    done = run("config", "show", str(path), "--set", "limits.max_queue=7")
     assert done.returncode == 0, done.stderr
     rows = {}
     for line in done.stdout.splitlines():

@@ -11,7 +11,6 @@ import pytest
 from infer_align.profiles.records import StoredChoice
 from infer_align_server.cli import main
 
-pytest.importorskip("aiosqlite")
 pytest.importorskip("alembic")
 stores = pytest.importorskip("infer_align.profiles.store")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import resource
 import tempfile
 import threading
 from collections import defaultdict
@@ -17,7 +18,6 @@ from tests.postgres import Postgres, postgres, store_url
 from tests.server.processes import LOCAL, Process
 
 pytest.importorskip("sqlalchemy")
-pytest.importorskip("aiosqlite")
 pytest.importorskip("alembic")
 
 __all__ = ["postgres", "store_url"]
@@ -151,10 +151,10 @@ def test_a_read_only_file_is_read_and_not_written(
     command: Command, file: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "profiles.db"
-    url = command(str(file), **{URL: f"sqlite+aiosqlite:///{path}"}).url()
+    url = command(str(file), **{URL: f"sqlite:///{path}"}).url()
     with client(url) as http:
         assert http.post("/v1/align/feedback", json={"profile": "u", **CHOICE}).is_success
-    read_only = f"sqlite+aiosqlite:///file:{path}?mode=ro&uri=true"
+    read_only = f"sqlite:///file:{path}?mode=ro&uri=true"
     url = command(str(file), **{URL: read_only}).url()
     with client(url) as http:
         refused = http.post("/v1/align/feedback", json={"profile": "u", **CHOICE})
@@ -163,6 +163,27 @@ def test_a_read_only_file_is_read_and_not_written(
             "/v1/chat/completions", json={"messages": HI, "align": {"profile": {"id": "u"}}}
         )
         assert answer.json()["align"]["profile"]["choices"] == 1
+
+
+def test_a_full_disk_stops_feedback_alone(command: Command, file: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/profiles.db"
+    process = command(str(file), **{URL: store})
+    named = {"messages": HI, "align": {"profile": {"id": "u"}}}
+    with client(process.url()) as http:
+        assert http.post("/v1/align/feedback", json={"profile": "u", **CHOICE}).is_success
+        # No file of the process can grow: for the database, the disk is full.
+        limits = resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
+        for _ in range(2):
+            refused = http.post("/v1/align/feedback", json={"profile": "u", **CHOICE})
+            assert refused.status_code == 503, refused.text
+            assert refused.json()["error"]["code"] == "store_unavailable"
+            answer = http.post("/v1/chat/completions", json=named).json()
+            assert answer["align"]["profile"]["choices"] == 1
+            assert http.post("/v1/chat/completions", json={"messages": HI}).is_success
+        resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, limits)
+        later = http.post("/v1/align/feedback", json={"profile": "u", **CHOICE})
+        assert later.json()["choices"] == 2
 
 
 @pytest.mark.parametrize(
@@ -220,9 +241,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("odd")
     path = folder / "infer-align.toml"
     path.write_text(CONFIG, encoding="utf-8")
-    process = Process(
-        "--port", "0", str(path), **{URL: f"sqlite+aiosqlite:///{folder}/profiles.db"}
-    )
+    process = Process("--port", "0", str(path), **{URL: f"sqlite:///{folder}/profiles.db"})
     yield process.url()
     process.popen.terminate()
     process.wait()

@@ -89,6 +89,7 @@ def test_a_broken_reward_teaches_nothing(numbers: Any) -> None:
     report = ask(numbers, {"weights": weights, "choices": [LONG]})["align"]["profile"]
     assert report["choices"] == 1
     assert report["weights"]["broken"] == 0
+    assert report["failed"] == {"broken": 1}
 
 
 def test_the_text_of_a_message_changes_no_weight(numbers: Any) -> None:
@@ -132,7 +133,6 @@ BOB = {"authorization": "Bearer bob"}
 @pytest.fixture
 def keeping(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """`keeping(store_text=False)`: a server that keeps profiles in a new file."""
-    pytest.importorskip("aiosqlite")
     pytest.importorskip("sqlalchemy")
     pytest.importorskip("alembic")
     monkeypatch.setenv("PROFILE_TEST_KEYS", "ann,bob")
@@ -299,6 +299,16 @@ def test_a_replica_reads_what_another_wrote(keeping: Any) -> None:
     send(second, {"profile": "u17", **CHOICE})
     for live in (first, second):
         assert live.get("/v1/align/profiles/u17", headers=ANN).json()["choices"] == 2
+
+
+def test_feedback_says_which_rewards_could_not_score_it(keeping: Any, tmp_path: Any) -> None:
+    live = keeping()
+    assert send(live, {"profile": "u17", **CHOICE}).json()["failed"] == {}
+    # `number` reads the last word of an answer.
+    wordless = {**CHOICE, "candidates": ["no number", "none either"]}
+    answer = send(live, {"profile": "u17", **wordless})
+    assert answer.json()["failed"] == {"number": 1}
+    assert (answer.json()["added"], answer.json()["choices"]) == (1, 2)
 
 
 def test_many_clients_at_once_lose_nothing(keeping: Any) -> None:

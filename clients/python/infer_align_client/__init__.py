@@ -67,6 +67,7 @@ class VAS(TypedDict, total=False):
     top_k: int | Literal["all"]
     tail: Literal["keep", "mask"]
     min_p: float
+    max_kl: float
 
 
 class TraitPrompts(TypedDict, total=False):
@@ -320,6 +321,8 @@ class ProfileReport(TypedDict, total=False):
     uncertainty: dict[str, float | None]
     bounds: dict[str, list[float]]
     scales: dict[str, ScaleReport]
+    # {reward: number of choices that it could not score}
+    failed: dict[str, int]
 
 
 class Report(TypedDict):

@@ -129,6 +129,12 @@ class Steerer:
         self, draw: Draw, steering: Steering, model: str, *, lacks_bias: bool
     ) -> None:
         check_values(draw, self._values)
+        if steering.max_kl is not None:
+            raise Unsupported(
+                "align.vas.max_kl: the divergence cannot be computed, because an upstream shows "
+                f"only its {TOP_LOGPROBS} most likely tokens; leave it out and use a smaller beta.",
+                param="align.vas.max_kl",
+            )
         if steering.candidates is None:
             parameter = "top_k" if steering.min_p is None else "min_p"
             raise Unsupported(

@@ -125,8 +125,8 @@ def _sort_rows(rows: Sequence[Row]) -> _Ways:
             ways.two_step.append(i)
         elif steering is None or not weights:
             ways.fused.append(i)
-        elif row.is_due or row.params.logprobs is not None:
-            # The steered logits are reported.
+        elif row.is_due or row.params.logprobs is not None or steering.max_kl is not None:
+            # The steered logits are reported, or compared with the frozen ones.
             ways.two_step.append(i)
         elif steering.candidates is not None:
             ways.fused.append(i)

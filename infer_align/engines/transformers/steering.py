@@ -121,6 +121,7 @@ class LoadedValues:
         beta = np.zeros((len(rows), len(values)), np.float32)
         top_k = np.zeros(len(rows), np.int64)
         min_p = np.zeros(len(rows), np.float32)
+        max_kl = np.full(len(rows), np.inf, np.float32)
         masked = np.zeros(len(rows), np.bool_)
         for i, steering in enumerate(steerings):
             if steering is None:
@@ -130,4 +131,8 @@ class LoadedValues:
             top_k[i] = candidate_count(steering, self._frozen.vocabulary)
             min_p[i] = steering.min_p or 0.0
             masked[i] = steering.tail == "mask"
-        return SteeringBatch.build(values, beta, top_k, masked, self._device, min_p=min_p)
+            if steering.max_kl is not None:
+                max_kl[i] = steering.max_kl
+        return SteeringBatch.build(
+            values, beta, top_k, masked, self._device, min_p=min_p, max_kl=max_kl
+        )

@@ -6,12 +6,14 @@ where an invalid one would end the engine.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from infer_align.errors import nearest, quote
 from infer_align.methods import MAX_VALUE_WEIGHT
+from infer_align.methods.vas import MAX_KL
 from infer_align.types import EstimateSchedule, Steering
 
 # Keys in extra_args. The values of an engine are under STEERING_KEY of its additional_config.
@@ -31,12 +33,14 @@ class SteeringRequest(NamedTuple):
         mask_tail: True if all other tokens are masked.
         min_p: without a fixed number, the smallest share of the likeliest token's probability that
             is valued; 0 for all tokens.
+        max_kl: largest divergence of one step in nats; inf for no limit.
     """
 
     beta: Mapping[str, float]
     top_k: int | None
     mask_tail: bool
     min_p: float = 0.0
+    max_kl: float = math.inf
 
     @staticmethod
     def write(steering: Steering, vocabulary_size: int | None = None) -> dict[str, Any]:
@@ -51,6 +55,8 @@ class SteeringRequest(NamedTuple):
         }
         if steering.min_p is not None:
             fields["min_p"] = steering.min_p
+        if steering.max_kl is not None:
+            fields["max_kl"] = steering.max_kl
         return {STEERING_KEY: fields}
 
     @classmethod
@@ -71,19 +77,21 @@ class SteeringRequest(NamedTuple):
             return None
         match fields:
             case {"beta": dict(beta), "top_k": top_k, "tail": tail, **rest} if rest.keys() <= {
-                "min_p"
+                "min_p",
+                "max_kl",
             }:
                 weights = _weights("align.vas.beta", beta, names)
             case _:
                 raise ValueError(
                     f"extra_args.{STEERING_KEY}: {quote(fields)} is not of the form "
-                    "{beta, top_k, tail, min_p}; use align.vas instead."
+                    "{beta, top_k, tail, min_p, max_kl}; use align.vas instead."
                 )
         if tail not in {"keep", "mask"}:
             raise ValueError(f'align.vas.tail: {tail!r} is not allowed; must be "keep" or "mask".')
         candidates, min_p = _candidates(top_k, rest.get("min_p"))
+        max_kl = _limit(rest.get("max_kl"), tail)
         beta = {name: weight for name, weight in weights.items() if weight}
-        return cls(beta, candidates, tail == "mask", min_p) if beta else None
+        return cls(beta, candidates, tail == "mask", min_p, max_kl) if beta else None
 
 
 def _candidates(top_k: object, min_p: object) -> tuple[int | None, float]:
@@ -105,6 +113,23 @@ def _candidates(top_k: object, min_p: object) -> tuple[int | None, float]:
             f'align.vas.top_k: {top_k!r} is not allowed; must be an integer >= 1, or "all".'
         )
     return top_k, 0.0
+
+
+def _limit(max_kl: object, tail: str) -> float:
+    """Check the limit of a step's divergence; inf without one.
+
+    Raises:
+        ValueError: it is no positive number, or tokens are masked, whose divergence has no limit.
+    """
+    if max_kl is None:
+        return math.inf
+    if isinstance(max_kl, bool) or not isinstance(max_kl, int | float) or not 0 < max_kl <= MAX_KL:
+        raise ValueError(
+            f"align.vas.max_kl: {max_kl!r} is not allowed; must be over 0 and at most {MAX_KL:g}."
+        )
+    if tail == "mask":
+        raise ValueError('align.vas.max_kl: needs tail "keep", but it is "mask".')
+    return float(max_kl)
 
 
 class EstimateRequest(NamedTuple):

@@ -35,12 +35,14 @@ class SlotSteering(NamedTuple):
         mask_tail: True if all other tokens are masked.
         min_p: for a slot that is DENSE, the smallest share of the likeliest token's probability
             that is valued; 0 for all tokens.
+        max_kl: largest divergence of one step in nats; inf for no limit.
     """
 
     weights: Mapping[int, float]
     top_k: int
     mask_tail: bool
     min_p: float = 0.0
+    max_kl: float = np.inf
 
 
 class _DeviceTable(NamedTuple):
@@ -50,6 +52,7 @@ class _DeviceTable(NamedTuple):
     top_k: torch.Tensor
     mask_tail: torch.Tensor
     min_p: torch.Tensor
+    max_kl: torch.Tensor
 
 
 class SlotTable:
@@ -72,6 +75,7 @@ class SlotTable:
         self._top_k = np.zeros(slots, np.int64)
         self._mask_tail = np.zeros(slots, np.bool_)
         self._min_p = np.zeros(slots, np.float32)
+        self._max_kl = np.full(slots, np.inf, np.float32)
         # The latest batch, and the bytes of the slots for which it was made; None after a change.
         self._batch: SteeringBatch | None = None
         self._batch_key: bytes | None = None
@@ -133,9 +137,11 @@ class SlotTable:
             )
         weights = {self._columns[name]: weight for name, weight in request.beta.items()}
         if request.top_k is None:
-            return SlotSteering(weights, DENSE, request.mask_tail, request.min_p)
+            return SlotSteering(
+                weights, DENSE, request.mask_tail, request.min_p, max_kl=request.max_kl
+            )
         top_k = min(request.top_k, self._vocabulary_size)
-        return SlotSteering(weights, top_k, request.mask_tail)
+        return SlotSteering(weights, top_k, request.mask_tail, max_kl=request.max_kl)
 
     def assign(self, slot: int, steering: SlotSteering | None) -> None:
         """Give a slot to a request, in place of the previous one."""
@@ -146,6 +152,7 @@ class SlotTable:
         self._top_k[slot] = 0
         self._mask_tail[slot] = False
         self._min_p[slot] = 0.0
+        self._max_kl[slot] = np.inf
         if steering is None:
             return
         for column, weight in steering.weights.items():
@@ -153,6 +160,7 @@ class SlotTable:
         self._top_k[slot] = steering.top_k
         self._mask_tail[slot] = steering.mask_tail
         self._min_p[slot] = steering.min_p
+        self._max_kl[slot] = steering.max_kl
 
     def assign_all(self, steerings: Mapping[int, SlotSteering]) -> None:
         """Assign every slot; those without an entry are not steered."""
@@ -187,6 +195,7 @@ class SlotTable:
             rows=None if len(rows) == len(slots) else rows,
             min_p=self._min_p[steered],
             steerer=self._steerer,
+            max_kl=self._max_kl[steered],
         )
 
     def expanded_batch(self, slots: Indices, row_slots: torch.Tensor) -> SteeringBatch | None:
@@ -211,6 +220,9 @@ class SlotTable:
         min_p = None
         if (self._top_k[steered] == DENSE).any():
             min_p = table.min_p.index_select(0, row_slots)
+        max_kl = None
+        if np.isfinite(self._max_kl[steered]).any():
+            max_kl = table.max_kl.index_select(0, row_slots)
         return SteeringBatch.build_on_device(
             self._values_of(columns),
             beta.index_select(1, upload(columns, self._device)),
@@ -219,6 +231,7 @@ class SlotTable:
             k=max(0, int(self._top_k[steered].max())),
             min_p=min_p,
             steerer=self._steerer,
+            max_kl=max_kl,
         )
 
     def _table_on_device(self) -> _DeviceTable:
@@ -228,6 +241,7 @@ class SlotTable:
                 upload(self._top_k, self._device),
                 upload(self._mask_tail, self._device),
                 upload(self._min_p, self._device),
+                upload(self._max_kl, self._device),
             )
         return self._device_table
 

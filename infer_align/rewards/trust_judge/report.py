@@ -17,6 +17,7 @@ from infer_align.rewards.trust_judge.panel import (
     position_bias,
     score_statistics,
 )
+from infer_align.rewards.trust_judge.probes import NULL_ANSWERS
 from infer_align.rewards.trust_judge.ratings import Ratings
 from infer_align.rewards.trust_judge.readings import Reading, rescale
 from infer_align.rewards.trust_judge.rubric import Rubric
@@ -81,12 +82,17 @@ def comparison_report(comparisons: Comparisons, indices: Sequence[int]) -> Json:
 def rubric_report(rubric: Rubric) -> Json:
     """Return what the judge wrote, and if answers are judged by it."""
     rules = [{"text": rule.text, "hard": rule.hard} for rule in rubric.rules]
+    probes: Json | None = None
+    if rubric.probes is not None and rubric.probes.error is None:
+        nulls = dict(zip(NULL_ANSWERS, rubric.probes.nulls, strict=True))
+        probes = {"answer": rubric.probes.answer, "null_answers": nulls}
     return {
         "rules": rules,
         "accepted": rubric.accepted,
         "reason": rubric.reason,
         "labels": rubric.labels,
         "reproduced": rubric.reproduced,
+        "probes": probes,
     }
 
 

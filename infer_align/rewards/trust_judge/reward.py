@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,9 @@ from infer_align.rewards.trust_judge.criteria import (
 from infer_align.rewards.trust_judge.judge import Judge
 from infer_align.rewards.trust_judge.panel import JudgePanel
 from infer_align.rewards.trust_judge.principles import Reader
+from infer_align.rewards.trust_judge.probes import PROBE_TOKENS
 from infer_align.rewards.trust_judge.prompts import SIDES, labels
+from infer_align.rewards.trust_judge.questions import Questions
 from infer_align.rewards.trust_judge.ratings import Ratings, first_error
 from infer_align.rewards.trust_judge.readings import rescale
 from infer_align.rewards.trust_judge.report import (
@@ -52,24 +54,6 @@ if TYPE_CHECKING:
 VOTE_TOKENS = 256
 # The parameters that say what is read. A request that sets one of them replaces them all.
 QUESTIONS: dict[str, Any] = {"principles": (), "rubric": None, "aspects": {}}
-
-
-@dataclass(frozen=True, slots=True)
-class Questions:
-    """The objectives by which the answers to one conversation are read."""
-
-    objectives: tuple[Objective, ...]  # one per attribute
-    rubric: Rubric | None = None  # what the judge wrote for the conversation
-    spent: ScoringUsage = field(default_factory=ScoringUsage)
-
-    def together(self) -> Objective:
-        """Return one objective, in which all aspects count the same."""
-        if len(self.objectives) == 1:
-            return self.objectives[0]
-        criteria: list[Criterion] = []
-        for objective in self.objectives:
-            criteria += objective.criteria
-        return Objective(tuple(criteria))
 
 
 class TrustJudgeReward(Reward):
@@ -187,7 +171,7 @@ class TrustJudgeReward(Reward):
     def worst_case_tokens(self, n: int) -> int:
         """Return the maximum number of sampled tokens for n candidates.
 
-        They are labels, critiques, and a rubric with the readings that check it.
+        They are labels, critiques, and a rubric with the answer and the readings that check it.
         """
         config = self.config
         readings = n if config.mode == "score" else max_readings(n, config.schedule)
@@ -198,8 +182,8 @@ class TrustJudgeReward(Reward):
             tokens += criteria * readings * self._reading_tokens(engine, valid)
         if config.rubric == AUTO:
             [writer, *_] = self._engines.values()
-            checks = 2 * self._rubrics.most_labels * MAX_RULES
-            tokens += RUBRIC_TOKENS
+            checks = self._rubrics.max_checked_answers * MAX_RULES
+            tokens += RUBRIC_TOKENS + PROBE_TOKENS
             tokens += checks * self._reading_tokens(writer, labels(config.scale))
         return tokens
 
@@ -275,7 +259,7 @@ class TrustJudgeReward(Reward):
             criteria += parse_rubric(config.rubric)
         if not criteria:
             criteria = (Criterion(config.criteria),)
-        return Questions((Objective(criteria),), rubric, spent)
+        return Questions((Objective(criteria),), rubric, spent, bool(config.principles))
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """Return [A, K, N] scores from 1 to 5. A candidate without a valid reading is NaN.
@@ -292,7 +276,8 @@ class TrustJudgeReward(Reward):
         report = dict(scores.report)
         if questions.rubric is not None:
             report["rubric"] = rubric_report(questions.rubric)
-        return replace(scores, usage=scores.usage + questions.spent, report=report)
+        usage = scores.usage + questions.spent
+        return replace(scores, usage=usage, report=report, remark=questions.remark)
 
     def join_reports(self, parts: Sequence[RewardScores]) -> Body:
         """Return the report of mode "score" on the candidates of several calls."""

@@ -6,10 +6,11 @@
 
 Each line is read as a criterion of its own. Hard rules multiply, all other lines average.
 
-With `rubric = "auto"` the judge writes one rubric for each conversation; it is cached. If labelled
-pairs of that conversation are configured, the rubric is written from their contrast, and it is used
-only if judging by it reproduces their labels. Without a rubric that can be used, the judge's
-criteria decide, and the report says why.
+With `rubric = "auto"` the judge writes one rubric for each conversation; it is cached. A text that
+is no list of rules is refused. If labelled pairs of that conversation are configured, the rubric is
+written from their contrast, and it is used only if judging by it reproduces their labels. Without
+labels it is used only if it prefers a real answer to null answers (`probes.py`). Without a rubric
+that can be used, the judge's principles or criteria decide, and `align.reason` says why.
 
 Source: "OpenRubrics" (2510.07743). The paper trains the writer and the judge; here both are frozen.
 """
@@ -29,6 +30,7 @@ from infer_align.preferences import conversation_key, read_preferences
 from infer_align.rewards.trust_judge.criteria import Criterion, Objective
 from infer_align.rewards.trust_judge.judgement import usage_of
 from infer_align.rewards.trust_judge.principles import Reader
+from infer_align.rewards.trust_judge.probes import PROBES, ProbeScores, probe
 from infer_align.rewards.trust_judge.prompts import rubric_messages, without_controls
 from infer_align.types import Candidate, Draw, Messages, ScoringUsage
 
@@ -42,6 +44,8 @@ _CACHED = 1024
 _HARD = re.compile(r"[\[(]\s*hard(?:\s+rule)?\s*[\])]\s*[.:]?\s*", re.IGNORECASE)
 _SOFT = re.compile(r"[\[(]\s*principle\s*[\])]\s*[.:]?\s*", re.IGNORECASE)
 _BULLET = re.compile(r"\A\s*(?:[-*•]|\d{1,2}[.)])\s*")
+# Marks of emphasis around a rule or its first words.
+_EMPHASIS = re.compile(r"\*\*|__")
 
 # Better and worse answers by conversation, see `conversation_key`.
 LabelledPairs = Mapping[str, Sequence[tuple[str, str]]]
@@ -55,6 +59,7 @@ class Rubric:
     reason: str | None = None  # why it is not used; None if it is
     labels: int = 0  # labelled pairs of the conversation
     reproduced: int = 0  # those that judging by the rubric reproduces
+    probes: ProbeScores | None = None  # scores of a real and of null answers, without labels
     is_final: bool = True  # False if a call failed, so that the next request tries again
 
     @property
@@ -99,9 +104,11 @@ class RubricWriter:
         return entry
 
     @property
-    def most_labels(self) -> int:
-        """The largest number of labelled pairs that one conversation has."""
-        return max((len(pairs) for pairs in self._labelled.values()), default=0)
+    def max_checked_answers(self) -> int:
+        """The largest number of answers that one rubric is checked on."""
+        checked = [PROBES]
+        checked += [2 * len(pairs) for pairs in self._labelled.values()]
+        return max(checked)
 
 
 def read_labelled(path: Path) -> tuple[LabelledPairs, tuple[str, ...]]:
@@ -130,10 +137,25 @@ def parse_rubric(text: str) -> tuple[Criterion, ...]:
     return tuple(rules)
 
 
+def parse_generated(text: str) -> tuple[Criterion, ...]:
+    """Return the rules of a text that a model wrote as a rubric.
+
+    A rule is an item of a list, or it has a tag such as [Hard Rule]. Other lines are no rules: a
+    model may introduce its list, or answer the question instead.
+    """
+    rules: list[Criterion] = []
+    for line in text.splitlines():
+        is_item = _BULLET.match(line) is not None
+        is_tagged = _HARD.search(line) is not None or _SOFT.search(line) is not None
+        if is_item or is_tagged:
+            rules += parse_rubric(_EMPHASIS.sub("", line))
+    return tuple(rule for rule in rules if len(rule.text) <= _MAX_LINE)
+
+
 async def _write(
     reader: Reader, messages: Messages, pairs: Sequence[tuple[str, str]]
 ) -> tuple[Rubric, ScoringUsage]:
-    """Let the judge write a rubric, and check it on the labelled pairs."""
+    """Let the judge write a rubric, and check it on the labelled pairs, or else on probes."""
     engine = reader.judge.engine
     try:
         candidate = await _generate(engine, messages, pairs[0] if pairs else None)
@@ -142,18 +164,39 @@ async def _write(
     spent = usage_of(candidate)
     if candidate.error is not None:
         return _failed(candidate.error), spent
+    lines = _complete_lines(candidate)
     rules: list[Criterion] = []
-    for rule in parse_rubric(candidate.text):
-        if len(rule.text) <= _MAX_LINE:
-            rules.append(replace(rule, text=without_controls(rule.text, engine.control_tokens)))
-    if not rules:
-        return Rubric(reason="the judge wrote no rules"), spent
+    for rule in parse_generated("\n".join(lines)):
+        rules.append(replace(rule, text=without_controls(rule.text, engine.control_tokens)))
+    if 2 * len(rules) < len(lines) or not rules:
+        reason = f"the judge wrote no list of rules: {len(rules)} of {len(lines)} lines are rules"
+        return Rubric(tuple(rules[:MAX_RULES]), reason, labels=len(pairs)), spent
     rubric = Rubric(tuple(rules[:MAX_RULES]), labels=len(pairs))
-    checked, spent_on_labels = await _check(rubric, reader, messages, pairs)
-    return checked, spent + spent_on_labels
+    if pairs:
+        checked, spent_on_check = await _check_labels(rubric, reader, messages, pairs)
+    else:
+        checked, spent_on_check = await _check_probes(rubric, reader, messages)
+    return checked, spent + spent_on_check
 
 
-async def _check(
+def _complete_lines(candidate: Candidate) -> list[str]:
+    """Return the lines of a text that hold words, without a last one that the limit cut off."""
+    lines = candidate.text.splitlines()
+    if candidate.choice.get("finish_reason") == "length" and len(lines) > 1:
+        lines.pop()
+    return [line for line in lines if any(character.isalnum() for character in line)]
+
+
+async def _check_probes(
+    rubric: Rubric, reader: Reader, messages: Messages
+) -> tuple[Rubric, ScoringUsage]:
+    """Judge a real answer and null answers by a rubric; accept it if the real one is better."""
+    scores = await probe(reader, messages, Objective(rubric.rules))
+    checked = replace(rubric, reason=scores.problem, is_final=scores.error is None, probes=scores)
+    return checked, scores.spent
+
+
+async def _check_labels(
     rubric: Rubric, reader: Reader, messages: Messages, pairs: Sequence[tuple[str, str]]
 ) -> tuple[Rubric, ScoringUsage]:
     """Judge the labelled pairs by a rubric; accept it if every label is reproduced."""

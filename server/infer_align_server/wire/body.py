@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -55,12 +56,13 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 
 
 def parse_body(received: bytes) -> dict[str, Any]:
-    """Return a body as a JSON object.
+    """Return a body as a JSON object. A byte order mark before it is skipped.
 
     Raises:
         InvalidRequest: The body is not JSON, not an object, nested too deeply, or contains a
             number or text that JSON cannot represent.
     """
+    received = received.removeprefix(BOM_UTF8)
     try:
         body = json.loads(received.decode(), parse_constant=_no_constant, parse_float=_finite)
         _check_unicode(received, body)

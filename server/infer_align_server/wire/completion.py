@@ -183,6 +183,8 @@ def profile_json(profile: AppliedProfile) -> dict[str, Any]:
     }
     if profile.scales:
         fields["scales"] = scales_json(profile.scales)
+    if profile.failed:
+        fields["failed"] = dict(profile.failed)
     return fields if profile.id is None else {"id": profile.id, **fields}
 
 

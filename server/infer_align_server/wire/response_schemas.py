@@ -165,7 +165,7 @@ SCHEMAS: dict[str, Schema] = {
         timing=mapping({"type": "number", "minimum": 0}),
     ),
     "AppliedProfile": _with_optional(
-        {"id": STRING, "scales": _SCALES},
+        {"id": STRING, "scales": _SCALES, "failed": mapping(COUNT)},
         adapt=STRING,
         choices=COUNT,
         left_out=COUNT,
@@ -174,7 +174,11 @@ SCHEMAS: dict[str, Schema] = {
         bounds=mapping(array(NUMBER, minItems=2, maxItems=2)),
     ),
     "Feedback": closed(
-        object={"const": "align.feedback"}, profile=STRING, added=COUNT, **_KNOWLEDGE
+        object={"const": "align.feedback"},
+        profile=STRING,
+        added=COUNT,
+        failed=mapping(COUNT),
+        **_KNOWLEDGE,
     ),
     "Profile": {
         "anyOf": [

@@ -211,6 +211,13 @@ async def test_unknown_values_and_a_large_top_k_are_refused(engine: OpenAIEngine
         engine.check(Draw({"messages": QUESTION}, steering=likely))
 
 
+async def test_a_limit_of_the_divergence_is_refused(engine: OpenAIEngine) -> None:
+    limited = Steering({VALUE: 1.0}, 20, "keep", max_kl=0.5)
+    with pytest.raises(Unsupported, match=r"align\.vas\.max_kl: the divergence cannot") as refused:
+        engine.check(Draw({"messages": QUESTION}, steering=limited))
+    assert refused.value.param == "align.vas.max_kl"
+
+
 def two_tokens(_: str, __: dict[str, Any]) -> dict[str, Any]:
     """Answer with top logprobs of two tokens of the demo's vocabulary; the first is sampled."""
     choice = {

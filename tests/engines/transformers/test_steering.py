@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaModel
 
+from infer_align.decoding.kl_limit import limit_kl
 from infer_align.decoding.text import token_bytes
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.types import Candidate, Draw, Estimate, EstimateSchedule, Steering
@@ -133,6 +135,9 @@ class Reference:
             if steering.tail == "mask":
                 logits[:] = -math.inf
             logits[top] = steered
+            if steering.max_kl is not None:
+                limit = torch.tensor([steering.max_kl])
+                logits = limit_kl(out.logits[0, -1:], logits[None], limit)[0]
             token = int(logits.argmax())
             tokens.append(token)
             aligned.append(float(torch.log_softmax(logits, -1)[token]))
@@ -203,6 +208,34 @@ async def test_32_rows_with_different_steering_equal_the_reference(
             entries = candidate.choice["logprobs"]["content"]
             assert len(entries) == len(tokens)
             assert [e["aligned_logprob"] for e in entries] == pytest.approx(aligned, abs=1e-4)
+            assert [e["logprob"] for e in entries] == pytest.approx(frozen, abs=1e-4)
+
+
+async def test_the_divergence_of_each_step_is_limited(
+    serving: Any, values: Any, finish: Any
+) -> None:
+    limited = (
+        Steering({"linear": -8.0}, "all", "keep", max_kl=0.05),
+        Steering({"helpful": 6.0}, 4, "keep", max_kl=0.3),
+    )
+    body = {
+        "messages": [{"role": "user", "content": "on"}],
+        "temperature": 0,
+        "logprobs": True,
+        "max_tokens": 4,
+    }
+    async with serving(values=resident(values)) as engine:
+        reference = Reference(engine, values)
+        draws = [Draw(body, 1, (i,), steering=steering) for i, steering in enumerate(limited)]
+        finished = await asyncio.gather(*(finish(engine, draw) for draw in draws))
+        for draw, ((candidate,), _) in zip(draws, finished, strict=True):
+            prompt = engine.frozen.render(draw).ids
+            assert draw.steering is not None
+            _, aligned, frozen = reference.greedy(prompt, draw.steering, 4)
+            free = reference.greedy(prompt, replace(draw.steering, max_kl=None), 4)
+            assert free[1] != pytest.approx(aligned, abs=1e-2)
+            entries = candidate.choice["logprobs"]["content"]
+            assert [e["aligned_logprob"] for e in entries] == pytest.approx(aligned, abs=1e-3)
             assert [e["logprob"] for e in entries] == pytest.approx(frozen, abs=1e-4)
 
 

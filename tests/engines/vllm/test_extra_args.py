@@ -57,6 +57,10 @@ def test_top_k_is_at_most_the_vocabulary() -> None:
         ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "min_p": 0}, "min_p"),
         ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "min_p": 1.5}, "min_p"),
         ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "min_p": "0.1"}, "min_p"),
+        ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "max_kl": 0}, "max_kl"),
+        ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "max_kl": float("nan")}, "max_kl"),
+        ({"beta": {"a": 1.0}, "top_k": 20, "tail": "keep", "max_kl": True}, "max_kl"),
+        ({"beta": {"a": 1.0}, "top_k": 20, "tail": "mask", "max_kl": 1.0}, "max_kl"),
         ({"beta": {"b": 1.0}, "top_k": 3, "tail": "keep"}, r"beta\.b: no such value; known: a"),
     ],
 )

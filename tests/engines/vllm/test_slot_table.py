@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infer_align.decoding.kl_limit import limit_kl
 from infer_align.decoding.steering import steer
 from infer_align.engines.vllm.extra_args import SteeringRequest
 from infer_align.engines.vllm.slot_table import SlotTable
@@ -42,12 +43,33 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Heads:
 
 BETAS = st.floats(-4, 4, width=32).filter(bool)
 WEIGHTS = st.dictionaries(st.sampled_from(NAMES), BETAS, min_size=1)
-FIXED = st.builds(SteeringRequest, WEIGHTS, st.sampled_from([1, 2, 7, V, 10**6]), st.booleans())
+NO_LIMIT = st.just(np.inf)
+FIXED = st.builds(
+    SteeringRequest,
+    WEIGHTS,
+    st.sampled_from([1, 2, 7, V, 10**6]),
+    st.booleans(),
+    st.just(0.0),
+    NO_LIMIT,
+)
 # Without a fixed number of candidates: all tokens, or the likely ones.
 DENSE = st.builds(
-    SteeringRequest, WEIGHTS, st.none(), st.booleans(), st.sampled_from([0.0, 0.05, 0.5])
+    SteeringRequest,
+    WEIGHTS,
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0.0, 0.05, 0.5]),
+    NO_LIMIT,
 )
-REQUESTS = st.none() | FIXED | DENSE
+LIMITED = st.builds(
+    SteeringRequest,
+    WEIGHTS,
+    st.sampled_from([None, 2, V]),
+    st.just(value=False),
+    st.just(0.0),
+    st.sampled_from([0.01, 0.2, 1.0]),
+)
+REQUESTS = st.none() | FIXED | DENSE | LIMITED
 ASSIGNMENTS = st.lists(st.tuples(st.integers(0, SLOTS - 1), REQUESTS), max_size=12)
 
 
@@ -92,7 +114,12 @@ def definition(
             [heads[name].evaluate(state, every_token).numpy()[:, ids[0]] for name in request.beta]
         )
         tail = "mask" if request.mask_tail else "keep"
-        out[row] = reweight(out[row][None], ids, values, [*request.beta.values()], tail)[0]
+        steered = reweight(out[row][None], ids, values, [*request.beta.values()], tail)
+        if np.isfinite(request.max_kl):
+            limit = torch.tensor([request.max_kl], dtype=torch.float64)
+            limited = limit_kl(logits[row][None].double(), torch.from_numpy(steered), limit)
+            steered = limited.numpy()
+        out[row] = steered[0]
     return out
 
 
@@ -105,7 +132,12 @@ def assert_steered(batch: Any, requests: list[SteeringRequest | None], heads: He
     target = logits.clone()
     result, _ = steer(target, hidden, batch, in_place=True)
     expected = definition(logits, hidden, requests, heads)
-    np.testing.assert_allclose(result.numpy(), expected, atol=1e-4)
+    limited = [row for row, each in enumerate(requests) if each and np.isfinite(each.max_kl)]
+    exact = np.delete(np.arange(len(requests)), limited)
+    np.testing.assert_allclose(result.numpy()[exact], expected[exact], atol=1e-4)
+    # A limit may be reached by weights that differ where the distribution hardly does.
+    probabilities = torch.from_numpy(expected[limited]).softmax(-1).numpy()
+    np.testing.assert_allclose(result[limited].softmax(-1).numpy(), probabilities, atol=1e-3)
     for row, request in enumerate(requests):
         if request is None:
             assert torch.equal(result[row], logits[row])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from typing import Any
 
 import pytest
 
-from tests.engines.openai.upstream import FakeUpstream
+from tests.engines.openai.upstream import JSON, SSE, FakeUpstream, body_part, start
 from tests.server.conftest import USER
-from tests.server.upstream.conftest import Serve, events_of
+from tests.server.upstream.conftest import Serve, content_of, events_of
 from tests.server.upstream.test_request import FIELDS, TURNS
 
 BEST_OF_3 = {"best_of_n": {"n": 3}}
@@ -132,3 +134,80 @@ def test_a_model_is_served_under_another_name(up: FakeUpstream, serve_upstream: 
     assert server.post({"model": "mine", "messages": USER}).json()["model"] == "mine"
     assert up.bodies[-1]["model"] == "up"
     assert server.post({"model": "up", "messages": USER}).status_code == 404
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+async def marked(_: FakeUpstream, body: dict[str, Any], send: Any) -> None:
+    """Answer with a byte order mark before the JSON, or refuse a temperature in the same way."""
+    answer: dict[str, Any] = {"error": {"message": "too hot", "param": "temperature"}}
+    if "temperature" not in body:
+        message = {"role": "assistant", "content": "candidate 3"}
+        answer = {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    await start(send, 400 if "temperature" in body else 200, JSON)
+    await body_part(send, BOM + json.dumps(answer).encode(), last=True)
+
+
+@pytest.mark.parametrize("align", [None, {}, {"best_of_n": {"n": 2}}])
+def test_a_byte_order_mark_before_json_is_skipped(
+    up: FakeUpstream, serve_upstream: Serve, align: Any
+) -> None:
+    server = serve_upstream()
+    up.behave = lambda _, __: marked
+    assert content_of(server.chat(align)) == "candidate 3"
+    refused = server.chat(align, temperature=9)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "too hot"
+
+
+@pytest.mark.parametrize("align", [None, {}])
+def test_a_byte_order_mark_before_the_body_of_a_request_is_skipped(
+    up: FakeUpstream, serve_upstream: Serve, align: Any
+) -> None:
+    body = json.dumps({"model": "up", "messages": USER, "align": align}).encode()
+    assert content_of(serve_upstream().post(BOM + body)) == "candidate 3"
+    assert up.bodies[0]["messages"] == USER
+
+
+class Lines:
+    """A stream whose lines have another end; its last part waits for the reader."""
+
+    def __init__(self, line_end: str, begin: bytes = b"") -> None:
+        self.line_end = line_end
+        self.begin = begin
+
+    async def __call__(self, app: FakeUpstream, _: dict[str, Any], send: Any) -> None:
+        first = {"model": "up", "choices": [{"index": 0, "delta": {"content": "candidate"}}]}
+        ending = {"index": 0, "delta": {"content": " 3"}, "finish_reason": "stop"}
+        last = {"model": "up", "choices": [ending]}
+        await start(send, 200, SSE)
+        await body_part(send, self.begin + self._event(json.dumps(first)))
+        await app.pause()
+        await body_part(send, self._event(json.dumps(last)) + self._event("[DONE]"), last=True)
+
+    def _event(self, data: str) -> bytes:
+        return f"data: {data}{self.line_end}{self.line_end}".encode()
+
+
+@pytest.mark.parametrize(
+    "behaviour", [Lines("\r"), Lines("\r\n"), Lines("\r", BOM)], ids=["cr", "cr lf", "bom"]
+)
+@pytest.mark.parametrize(("name", "align"), [("up", {}), ("mine", {}), ("mine", None)])
+def test_every_end_of_a_line_is_read_as_it_arrives(
+    up: FakeUpstream, serve_upstream: Serve, behaviour: Lines, name: str, align: Any
+) -> None:
+    server = serve_upstream('model = "up"', f'[server]\nserved_name = "{name}"\n')
+    up.behave = lambda _, __: behaviour
+    up.reader_is_ready = threading.Event()
+    body = {"model": name, "messages": USER, "stream": True, "align": align}
+    text = ""
+    with server.http() as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        for piece in answer.iter_text():
+            text += piece
+            # The first event must have passed before the upstream sends the second.
+            if "candidate" in text:
+                up.reader_is_ready.set()
+    assert text.count(f'"{name}"') >= 2
+    assert '" 3"' in text
+    assert "[DONE]" in text

@@ -1,0 +1,292 @@
+"""Which form of VAS keeps real text whole? The forms at equal KL on SmolLM2-135M-Instruct.
+
+A fitted head steers the model in several forms: the published top 20, all tokens, the likely ones
+(min_p), and top 20 with a limit on the divergence of each step (max_kl). For each form and target
+KL per answer, beta is searched on the first prompts; the answers to the other prompts are measured.
+So forms are compared at about the same distance from the frozen model, on prompts that no search
+has seen. Best-of-n by the same measure stands beside them: it knows the measure exactly.
+
+    python benchmarks/alignment/vas_real.py --value cheerful=cheerful.safetensors \
+        --pools answer_pools.jsonl.xz
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import pyplot as plt
+from rich.table import Table
+
+from benchmarks.alignment.flow import Flow, serving, texts
+from benchmarks.alignment.guidance_real import distinct_pairs, frozen_logprobs
+from benchmarks.alignment.real import MEASURES, test_prompts
+from benchmarks.alignment.report import OUT, argument_parser, difference, mean_se, row_figure
+from benchmarks.alignment.vas_forms import distances
+from benchmarks.record import RESULTS, record
+from infer_align.flow.response import Response
+from infer_align.methods.best_of_n import expected_best, kl_upper_bound
+from infer_align.quickstart import CONFIG
+from infer_align.types import Array
+
+FORMS: dict[str, dict[str, Any]] = {
+    "top_k 20": {"top_k": 20},
+    "all": {"top_k": "all"},
+    "min_p 0.05": {"min_p": 0.05},
+    "top_k 20, max_kl 0.1": {"top_k": 20, "max_kl": 0.1},
+    "top_k 20, max_kl 0.3": {"top_k": 20, "max_kl": 0.3},
+}
+# Target divergences, in nats per answer.
+LEVELS = (1.0, 3.0, 10.0)
+# The search of beta: its first step, its factor, and its largest number of steps per target.
+FIRST_BETA = 4.0
+FACTOR = 2.0
+LARGEST_BETA = 1000.0
+BISECTIONS = 3
+BEST_OF = (2, 4, 8)
+GUARDS = ("kl", "tokens", "logprob_per_token", "distinct_pairs")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One setting of the comparison."""
+
+    form: str
+    target: float
+    beta: float
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all cells share.
+
+    Attributes:
+        trait: the measure, and the name of the value.
+        seed: of all draws.
+        max_tokens: of an answer.
+        draws: per prompt.
+    """
+
+    trait: str
+    seed: int
+    max_tokens: int
+    draws: int
+
+
+class Search:
+    """Searches the beta of one form for a divergence, on prompts of its own."""
+
+    def __init__(self, flow: Flow, setup: Setup, prompts: Sequence[str], form: str) -> None:
+        self._flow = flow
+        self._setup = setup
+        self._prompts = prompts
+        self._form = form
+        self._known: dict[float, float] = {0.0: 0.0}
+
+    async def beta(self, target: float) -> float:
+        """Return the beta whose divergence is nearest to the target, on a log scale."""
+        high = FIRST_BETA
+        while await self._kl(high) < target and high < LARGEST_BETA:
+            high = min(LARGEST_BETA, high * FACTOR)
+        low = high / FACTOR
+        for _ in range(BISECTIONS):
+            middle = math.sqrt(low * high)
+            if await self._kl(middle) < target:
+                low = middle
+            else:
+                high = middle
+        tried = [beta for beta in self._known if beta]
+        return min(tried, key=lambda beta: abs(math.log(max(self._known[beta], 1e-3) / target)))
+
+    async def _kl(self, beta: float) -> float:
+        if beta not in self._known:
+            responses = await steered(self._flow, self._setup, self._prompts, self._form, beta)
+            self._known[beta] = float(distances(responses).mean())
+            OUT.print(f"  {self._form}, beta {beta:.3g}: {self._known[beta]:.2f} nats")
+        return self._known[beta]
+
+
+async def steered(
+    flow: Flow, setup: Setup, prompts: Sequence[str], form: str, beta: float
+) -> list[Response]:
+    """Answer all prompts with one form of steering."""
+    align = {"rewards": {}, "vas": {"beta": {setup.trait: beta}, **FORMS[form]}}
+    return await draw(flow, setup, prompts, align)
+
+
+async def draw(
+    flow: Flow, setup: Setup, prompts: Sequence[str], align: Mapping[str, Any], **body: Any
+) -> list[Response]:
+    """Answer all prompts, with the log-probability of each token."""
+    fields = {"max_tokens": setup.max_tokens, "logprobs": True, "n": setup.draws, **body}
+    return await flow.ask_all(prompts, setup.seed, align, **fields)
+
+
+async def measures_of(
+    flow: Flow, setup: Setup, prompts: Sequence[str], responses: Sequence[Response]
+) -> dict[str, Array]:
+    """Return the measure and the guards of each prompt, as means over its draws: [P] each."""
+    answers = texts(responses)
+    gold: list[float] = []
+    tokens: list[float] = []
+    logprobs: list[float] = []
+    distinct: list[float] = []
+    for prompt, response, drawn in zip(prompts, responses, answers, strict=True):
+        gold.append(float(np.mean([MEASURES[setup.trait](text) for text in drawn])))
+        tokens.append(float(np.mean([each.completion_tokens for each in response.candidates])))
+        read = await frozen_logprobs(flow, [prompt] * len(drawn), drawn)
+        logprobs.append(float(np.nanmean(read)))
+        distinct.append(float(np.nanmean([distinct_pairs(text) for text in drawn])))
+    return {
+        "gold": np.array(gold),
+        "kl": distances(responses),
+        "tokens": np.array(tokens),
+        "logprob_per_token": np.array(logprobs),
+        "distinct_pairs": np.array(distinct),
+    }
+
+
+def row_of(
+    trial: Trial, measures: Mapping[str, Array], plain: Mapping[str, Array], text: str
+) -> dict[str, Any]:
+    """Return the recorded row of a setting, with its paired difference to plain draws."""
+    row: dict[str, Any] = {"form": trial.form, "target": trial.target, "beta": trial.beta}
+    for name, values in measures.items():
+        row[name], row[f"{name}_se"] = mean_se(values)
+    row["effect"], row["effect_se"] = mean_se(measures["gold"] - plain["gold"])
+    row["text"] = text
+    return row
+
+
+def best_of_rows(setup: Setup, responses: Sequence[Response]) -> list[dict[str, Any]]:
+    """Return the rows of best-of-n by the measure itself, from plain draws."""
+    scores = [[MEASURES[setup.trait](text) for text in drawn] for drawn in texts(responses)]
+    plain = np.array([np.mean(each) for each in scores])
+    rows: list[dict[str, Any]] = []
+    for n in BEST_OF:
+        if n > len(scores[0]):
+            continue
+        best = np.array([expected_best(each, each, n) for each in scores])
+        row: dict[str, Any] = {"form": f"best of {n} by the measure", "kl": kl_upper_bound(n)}
+        row["gold"], row["gold_se"] = mean_se(best)
+        row["effect"], row["effect_se"] = mean_se(best - plain)
+        rows.append(row)
+    return rows
+
+
+async def compare(
+    flow: Flow, setup: Setup, searched: Sequence[str], prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the rows of the frozen model, best-of-n and each form at each target."""
+    many = await draw(flow, setup, prompts, {"rewards": {}}, n=max(setup.draws, *BEST_OF))
+    plain = await measures_of(flow, setup, prompts, many)
+    greedy = await draw(flow, setup, prompts, {"rewards": {}}, n=1, temperature=0)
+    rows = [row_of(Trial("frozen", 0.0, 0.0), plain, plain, texts(many)[0][0])]
+    of_greedy = await measures_of(flow, setup, prompts, greedy)
+    rows.append(row_of(Trial("greedy", 0.0, 0.0), of_greedy, plain, texts(greedy)[0][0]))
+    rows += best_of_rows(setup, many)
+    for form, parameters in FORMS.items():
+        search = Search(flow, setup, searched, form)
+        reachable = parameters.get("max_kl", math.inf) * setup.max_tokens
+        for target in LEVELS:
+            if target > reachable:
+                continue
+            beta = await search.beta(target)
+            responses = await steered(flow, setup, prompts, form, beta)
+            measures = await measures_of(flow, setup, prompts, responses)
+            rows.append(row_of(Trial(form, target, beta), measures, plain, texts(responses)[0][0]))
+            OUT.print(f"{form}, {target:g} nats: measured", highlight=False)
+            # A long run that is stopped keeps what it has measured.
+            save(setup, rows, len(searched), len(prompts))
+    return rows
+
+
+def show(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a table. An effect in bold is more than two standard errors from zero."""
+    title = f"More {setup.trait!r}, ± s.e. over prompts"
+    table = Table("form", "target", "beta", setup.trait, "effect", *GUARDS, title=title)
+    for row in rows:
+        numbers = [f"{row[name]:.3g}" if row.get(name) else "" for name in ("target", "beta")]
+        guards = [f"{row[name]:.2f}" if name in row else "" for name in GUARDS]
+        effect = difference(row["effect"], row["effect_se"])
+        table.add_row(row["form"], *numbers, row_figure(row, "gold"), effect, *guards)
+    OUT.print(table)
+
+
+def save(setup: Setup, rows: list[dict[str, Any]], searched: int, count: int) -> None:
+    """Record and plot the rows so far."""
+    facts = {
+        "trait": setup.trait,
+        "prompts": count,
+        "prompts_of_the_search": searched,
+        "draws": setup.draws,
+        "max_tokens": setup.max_tokens,
+        "temperature": 1.0,
+    }
+    baseline = "plain draws on the same prompts; best-of-n by the measure itself"
+    record(f"vas_real_{setup.trait}", baseline=baseline, seed=setup.seed, rows=rows, setup=facts)
+    plot(setup, rows)
+
+
+def plot(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Plot the measure against KL, and against the log-probability under the frozen model."""
+    mpl.use("Agg")
+    figure, (by_kl, by_guard) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    for form in dict.fromkeys(row["form"] for row in rows):
+        curve = [row for row in rows if row["form"] == form]
+        for axis, name in ((by_kl, "kl"), (by_guard, "logprob_per_token")):
+            points = [row for row in curve if name in row]
+            xs = [row[name] for row in points]
+            errors = [row["gold_se"] for row in points]
+            axis.errorbar(xs, [row["gold"] for row in points], errors, marker="o", label=form)
+    by_kl.set(xlabel="KL from the frozen model, nats per answer", ylabel=setup.trait)
+    by_guard.set(xlabel="log p per token under the frozen model", ylabel=setup.trait)
+    by_kl.legend(fontsize=7)
+    figure.savefig(RESULTS / f"vas_real_{setup.trait}.png", dpi=100)
+    plt.close(figure)
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Measure, print, record and plot."""
+    OUT.print(__doc__, highlight=False)
+    trait, _, path = options.value.partition("=")
+    if trait not in MEASURES or not path:
+        raise SystemExit(f"--value: {options.value!r}; must be one of {[*MEASURES]}, '=' and FILE")
+    count = options.search + options.prompts
+    questions = test_prompts(options.pools, options.exclude, count)
+    setup = Setup(trait, options.seed, options.max_tokens, options.draws)
+    settings = [
+        "engine.threads=1",
+        "server.default_rewards={}",
+        f'values.{trait}={{kind="head",path="{path}"}}',
+    ]
+    started = monotonic()
+    async with serving(CONFIG, settings) as flow:
+        searched, measured = questions[: options.search], questions[options.search :]
+        rows = await compare(flow, setup, searched, measured)
+    show(setup, rows)
+    OUT.print(f"{monotonic() - started:.0f} s")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argument_parser(__doc__, prompts=48)
+    parser.add_argument("--value", required=True, metavar="TRAIT=FILE", help="a fitted head")
+    parser.add_argument("--pools", type=Path, help="answer pools of AlpacaEval, JSONL in xz")
+    parser.add_argument("--exclude", type=Path, help="JSONL file of the prompts of the fit")
+    parser.add_argument("--search", type=int, default=16, help="prompts of the search of beta")
+    parser.add_argument("--draws", type=int, default=2, help="draws per prompt")
+    parser.add_argument("--max-tokens", type=int, default=40)
+    asyncio.run(run(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()
