@@ -54,26 +54,30 @@ def personalised(
         learned: the weights of the terms that can be learnt.
         scales: of the traits of guidance.
         total: choices, those that taught nothing included.
-        settings: bound the turn of the direction.
+        settings: their `max_angle` is the largest angle between the direction of the request and
+            the one that was learnt.
         failed: {reward: number of choices that it could not score}.
     """
     weights = dict(terms.weights)
-    goal = dict(terms.direction or {})
+    learnt_direction = dict(terms.direction or {})
     uncertainty: dict[str, float | None] = {}
     bounds: dict[str, tuple[float, float]] = {}
     report: dict[str, float] = {}
-    for t, term in enumerate(terms.learnt):
+    for i, term in enumerate(terms.learnt):
+        # What was learnt of a measure is in `scales`.
         if term.is_measure:
             continue
-        value = float(learned.weights[t])
-        uncertainty[term.name] = _known(learned.deviations[t])
+        value = float(learned.weights[i])
+        uncertainty[term.name] = _number_or_none(learned.deviations[i])
         if term.is_attribute:
-            goal[term.name] = value
+            learnt_direction[term.name] = value
             continue
-        weights[term.name] = report[term.name] = value
-        if not math.isnan(learned.low[t]):
-            bounds[term.name] = (float(learned.low[t]), float(learned.high[t]))
-    direction = turned(unit_or_same(terms.direction or {}), goal, settings.max_angle)
+        weights[term.name] = value
+        report[term.name] = value
+        if not math.isnan(learned.low[i]):
+            bounds[term.name] = (float(learned.low[i]), float(learned.high[i]))
+    start = unit_or_same(terms.direction or {})
+    direction = turned(start, learnt_direction, settings.max_angle)
     report |= direction
     used = learned.choices if terms.learnt else 0
     applied = AppliedProfile(
@@ -119,5 +123,6 @@ def unit_or_same(direction: Mapping[str, float]) -> Mapping[str, float]:
         return direction
 
 
-def _known(value: float) -> float | None:
+def _number_or_none(value: float) -> float | None:
+    """Return a number; None in place of NaN."""
     return None if math.isnan(value) else float(value)

@@ -119,24 +119,20 @@ def make_plan(
             is over a limit.
     """
     n_returned = _parse_integer(request.body, "n", 1, limits.max_candidates) or 1
-    requested_seed = _parse_integer(request.body, "seed", -SEED_RANGE, SEED_RANGE - 1)
-    if requested_seed is None:
-        seed = secrets.randbelow(SEED_RANGE)
-    else:
-        seed = requested_seed % SEED_RANGE
+    seed, is_requested = _seed(request.body)
     draft = _start_draft(request, seed, rewards, engine, sections)
     draft = _apply_methods(draft, request.align.methods, engine)
     if n_returned > 1 and not draft.selects:
         draws = tuple(replace(draw, n=n_returned) for draw in draft.draws)
         draft = replace(draft, draws=draws)
-    # Checked before anything is made per candidate.
+    # The numbers of candidates are checked before a large one makes as many seeds.
     rule = draft.stop_rule
     check_first_batch(draft.candidates, rule, request.align)
     candidates = draft.candidates if rule is None else rule.max_candidates
     check_candidates(candidates, n_returned, request.align, limits)
     for draw in draft.draws:
         engine.check(draw)
-    draws, sizes = _seeded(draft, n_returned, seed, requested=requested_seed is not None)
+    draws, sizes = _seeded(draft, n_returned, seed, requested=is_requested)
     plan = _complete(replace(draft, draws=draws), request, rewards, default_rewards, engine)
     plan = _count_cost(replace(plan, n_returned=n_returned, batch_sizes=sizes), engine)
     check_tokens(
@@ -372,6 +368,14 @@ def _count_prompts(prompt: object) -> int:
     if isinstance(prompt, list) and any(isinstance(item, str | list) for item in prompt):
         return len(prompt)
     return 1
+
+
+def _seed(body: Body) -> tuple[int, bool]:
+    """Return the seed of a request, and True if the client chose it."""
+    requested = _parse_integer(body, "seed", -SEED_RANGE, SEED_RANGE - 1)
+    if requested is None:
+        return secrets.randbelow(SEED_RANGE), False
+    return requested % SEED_RANGE, True
 
 
 def _parse_integer(body: Body, name: str, low: int, high: int) -> int | None:
