@@ -4,10 +4,11 @@ A fitted head steers the model in several forms: the published top 20, all token
 (min_p), and top 20 with a limit on the divergence of each step (max_kl). For each form and target
 KL per answer, beta is searched on the first prompts; the answers to the other prompts are measured.
 So forms are compared at about the same distance from the frozen model, on prompts that no search
-has seen. Best-of-n by the same measure stands beside them: it knows the measure exactly.
+has seen. With --beta there is no search: each form has these betas, and the plot shows its curve of
+effect over KL. Best-of-n by the same measure stands beside them: it knows the measure exactly.
 
     python benchmarks/alignment/vas_real.py --value cheerful=cheerful.safetensors \
-        --pools answer_pools.jsonl.xz
+        --pools answer_pools.jsonl.xz [--beta 128,256,512]
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ FIRST_BETA = 4.0
 FACTOR = 2.0
 LARGEST_BETA = 1000.0
 BISECTIONS = 3
-BEST_OF = (2, 4, 8)
+BEST_OF = (2, 4)
 GUARDS = ("kl", "tokens", "logprob_per_token", "distinct_pairs")
 
 
@@ -73,12 +74,14 @@ class Setup:
         seed: of all draws.
         max_tokens: of an answer.
         draws: per prompt.
+        betas: of every form; empty to search a beta for each target.
     """
 
     trait: str
     seed: int
     max_tokens: int
     draws: int
+    betas: tuple[float, ...]
 
 
 class Search:
@@ -193,20 +196,28 @@ async def compare(
     of_greedy = await measures_of(flow, setup, prompts, greedy)
     rows.append(row_of(Trial("greedy", 0.0, 0.0), of_greedy, plain, texts(greedy)[0][0]))
     rows += best_of_rows(setup, many)
-    for form, parameters in FORMS.items():
-        search = Search(flow, setup, searched, form)
-        reachable = parameters.get("max_kl", math.inf) * setup.max_tokens
-        for target in LEVELS:
-            if target > reachable:
-                continue
-            beta = await search.beta(target)
-            responses = await steered(flow, setup, prompts, form, beta)
+    for form in FORMS:
+        for trial in await trials_of(flow, setup, searched, form):
+            responses = await steered(flow, setup, prompts, form, trial.beta)
             measures = await measures_of(flow, setup, prompts, responses)
-            rows.append(row_of(Trial(form, target, beta), measures, plain, texts(responses)[0][0]))
-            OUT.print(f"{form}, {target:g} nats: measured", highlight=False)
+            rows.append(row_of(trial, measures, plain, texts(responses)[0][0]))
+            OUT.print(f"{form}, beta {trial.beta:.3g}: measured", highlight=False)
             # A long run that is stopped keeps what it has measured.
             save(setup, rows, len(searched), len(prompts))
     return rows
+
+
+async def trials_of(flow: Flow, setup: Setup, searched: Sequence[str], form: str) -> list[Trial]:
+    """Return the settings of one form: the betas of the setup, or one per reachable target."""
+    if setup.betas:
+        return [Trial(form, 0.0, beta) for beta in setup.betas]
+    search = Search(flow, setup, searched, form)
+    reachable = FORMS[form].get("max_kl", math.inf) * setup.max_tokens
+    trials: list[Trial] = []
+    for target in LEVELS:
+        if target <= reachable:
+            trials.append(Trial(form, target, await search.beta(target)))
+    return trials
 
 
 def show(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -260,9 +271,12 @@ async def run(options: argparse.Namespace) -> None:
     trait, _, path = options.value.partition("=")
     if trait not in MEASURES or not path:
         raise SystemExit(f"--value: {options.value!r}; must be one of {[*MEASURES]}, '=' and FILE")
-    count = options.search + options.prompts
+    betas = tuple(float(beta) for beta in options.beta.split(",") if beta)
+    # Without a search, no prompts are kept for it.
+    search = 0 if betas else options.search
+    count = search + options.prompts
     questions = test_prompts(options.pools, options.exclude, count)
-    setup = Setup(trait, options.seed, options.max_tokens, options.draws)
+    setup = Setup(trait, options.seed, options.max_tokens, options.draws, betas)
     settings = [
         "engine.threads=1",
         "server.default_rewards={}",
@@ -270,7 +284,7 @@ async def run(options: argparse.Namespace) -> None:
     ]
     started = monotonic()
     async with serving(CONFIG, settings) as flow:
-        searched, measured = questions[: options.search], questions[options.search :]
+        searched, measured = questions[:search], questions[search:]
         rows = await compare(flow, setup, searched, measured)
     show(setup, rows)
     OUT.print(f"{monotonic() - started:.0f} s")
@@ -283,6 +297,7 @@ def main() -> None:
     parser.add_argument("--pools", type=Path, help="answer pools of AlpacaEval, JSONL in xz")
     parser.add_argument("--exclude", type=Path, help="JSONL file of the prompts of the fit")
     parser.add_argument("--search", type=int, default=16, help="prompts of the search of beta")
+    parser.add_argument("--beta", default="", metavar="BETA,...", help="betas in place of a search")
     parser.add_argument("--draws", type=int, default=2, help="draws per prompt")
     parser.add_argument("--max-tokens", type=int, default=40)
     asyncio.run(run(parser.parse_args()))
