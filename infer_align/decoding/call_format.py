@@ -105,6 +105,21 @@ class ToolUse:
         """The grammar of an answer that must be a call, after its prefix."""
         return forced_grammar(self.request, self.form) if self.request.is_required else None
 
+    def begun_grammar(self, tools: Sequence[Tool]) -> Grammar:
+        """Return the grammar of the calls that the model begins by itself, after the marker.
+
+        Models write some white space between the marker and the first call, or none.
+
+        Args:
+            tools: those of the request, with parameters that can be followed.
+        """
+        opening = self.form.begin.removeprefix(self.form.marker).strip()
+        before = f"space? {json.dumps(opening)}" if opening else "space?"
+        rules = _call_rules(tools, self.form)
+        calls = _calls(self.request, self.form)
+        lines = [f"start: {before} {calls}", r"space: /[ \n]/", *rules]
+        return Grammar(LLMatcher.grammar_from_lark("\n".join(lines)), "tools")
+
 
 def call_format(template: str) -> CallFormat:
     """Return the form of tool calls that a chat template writes."""
@@ -127,11 +142,8 @@ def forced_grammar(request: ToolRequest, form: CallFormat) -> Grammar:
     if request.is_named:
         return argument_grammar(request.tools[0])
     rules = _call_rules(request.tools, form)
-    several = request.parallel and form.between
-    more = f" ({json.dumps(form.between)} call)*" if several else ""
-    end = f" {json.dumps(form.end)}" if several else ""
-    text = LLMatcher.grammar_from_lark("\n".join([f"start: call{more}{end}", *rules]))
-    return Grammar(text, "tools")
+    lines = [f"start: {_calls(request, form)}", *rules]
+    return Grammar(LLMatcher.grammar_from_lark("\n".join(lines)), "tools")
 
 
 def argument_grammar(tool: Tool) -> Grammar:
@@ -141,6 +153,13 @@ def argument_grammar(tool: Tool) -> Grammar:
         InvalidRequest: the parameters cannot be read.
     """
     return json_grammar(_object_schema(tool), tool.param)
+
+
+def _calls(request: ToolRequest, form: CallFormat) -> str:
+    """Return one call, or several and the text after them, in the language of Lark."""
+    if not (request.parallel and form.between):
+        return "call"
+    return f"call ({json.dumps(form.between)} call)* {json.dumps(form.end)}"
 
 
 def _call_rules(tools: Sequence[Tool], form: CallFormat) -> list[str]:

@@ -65,6 +65,21 @@ class CallStream:
         """True if the text holds a call."""
         return bool(self._calls)
 
+    def begun_call(self) -> str | None:
+        """Return the first call as far as it is written, from behind the marker on; None without.
+
+        Without a marker, a call is certain once its name is followed by the key of its arguments.
+        """
+        if self._request.is_required or len(self._calls) > 1:
+            return None
+        if not self._calls:
+            is_announced = self._state is _State.HEAD and bool(self._form.marker)
+            return self._buffer if is_announced else None
+        if self._form.marker or self._state is not _State.ARGUMENTS:
+            return None
+        function = self._calls[0]["function"]
+        return self._form.head(function["name"]) + str(function["arguments"])
+
     def push(self, text: str) -> Body:
         """Take new text; return the fields of the delta that is certain now, often none."""
         self._delta = {}

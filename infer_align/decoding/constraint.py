@@ -45,12 +45,21 @@ class Grammar:
 class Constraint:
     """A compiled grammar, shared by all candidates of all requests that name it."""
 
-    def __init__(self, compiled: LLMatcher) -> None:
+    def __init__(self, compiled: LLMatcher, tokenizer: LLTokenizer) -> None:
         self._compiled = compiled
+        self._tokenizer = tokenizer
 
     def matcher(self) -> Matcher:
         """Return a matcher at the beginning of the answer."""
         return Matcher(self._compiled.deep_copy())
+
+    def matcher_after(self, text: str) -> Matcher | None:
+        """Return a matcher behind this text; None if the grammar does not begin with it."""
+        matcher = self._compiled.deep_copy()
+        tokens = self._tokenizer.tokenize_str(text)
+        if tokens and not matcher.consume_tokens(tokens):
+            return None
+        return Matcher(matcher)
 
 
 class Matcher:
@@ -119,7 +128,7 @@ class ConstraintCompiler:
     def _compile(self, text: str) -> tuple[Constraint, str | None]:
         matcher = LLMatcher(self._tokenizer, text, log_level=0)
         error = _reason(matcher.get_error()) if matcher.is_error() else None
-        return Constraint(matcher), error
+        return Constraint(matcher, self._tokenizer), error
 
 
 class _TokenTable:

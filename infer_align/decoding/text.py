@@ -61,6 +61,11 @@ class TextStream:
         # The tokens since then, which do not yet end in a complete character.
         self._pending: list[int] = []
 
+    @property
+    def held_back(self) -> str | None:
+        """The text behind `text`, which may begin a stop string; None within a character."""
+        return None if self._pending else self._held
+
     def push(self, token: int) -> str:
         """Add a token; return the text that is certain now."""
         self._pending.append(token)

@@ -25,12 +25,14 @@ class Tool:
         parameters: the JSON schema of its arguments.
         described: the tool as the client sent it.
         param: where its schema stands in the request.
+        is_strict: True if a schema that cannot be followed is an error in any case.
     """
 
     name: str
     parameters: Mapping[str, Any]
     described: Mapping[str, Any]
     param: str
+    is_strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,8 @@ def _read_tool(entry: Any, path: str) -> Tool:
     parameters = function.get("parameters")
     if not isinstance(parameters, Mapping | None):
         raise _wrong(f"{path}.parameters", parameters, "a JSON schema")
-    return Tool(name, parameters or NO_PARAMETERS, entry, f"{path}.parameters")
+    is_strict = function.get("strict") is True
+    return Tool(name, parameters or NO_PARAMETERS, entry, f"{path}.parameters", is_strict)
 
 
 def _named_tool(choice: Mapping[str, Any], tools: Mapping[str, Tool]) -> Tool:

@@ -30,7 +30,12 @@ SERVERS = {
 
 
 # Gateways before the servers above, by their names.
-GATEWAYS = {"upstream_numbers": "numbers", "upstream_tools": "tools", "upstream_json": "json"}
+GATEWAYS = {
+    "upstream_numbers": "numbers",
+    "upstream_tools": "tools",
+    "upstream_json": "json",
+    "upstream_embedded": "embedded",
+}
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from infer_align.engines.fake import FakeEngine
 from tests import environments
+from tests.clients.engine import CLIENTS, describe, run_client
 
-SCRIPTS = Path(__file__).parent / "scripts"
 CASES = {
     "openai-1": "openai_sdk",
     "openai-2": "openai_sdk",
@@ -24,6 +22,7 @@ CASES = {
 
 
 def test_every_environment_is_tried() -> None:
+    assert CASES.keys() == CLIENTS.keys()
     assert environments.names() == sorted([*CASES, "open-webui", "playwright", "schemathesis"])
     for name in environments.names():
         for line in (environments.REQUIREMENTS / f"{name}.txt").read_text().splitlines():
@@ -33,19 +32,20 @@ def test_every_environment_is_tried() -> None:
 @pytest.mark.clients
 @pytest.mark.parametrize("name", CASES)
 def test_client(servers: dict[str, Any], name: str) -> None:
-    python = environments.program(name)
     urls = json.dumps({name: live.base_url for name, live in servers.items()})
-    done = subprocess.run(
-        [python, str(SCRIPTS / f"{CASES[name]}.py"), urls],
-        env=environments.variables(),
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1].startswith("ok")
+    run_client(name, CASES[name], urls, seconds=110)
     for kind, live in servers.items():
         if isinstance(live.service.engine, FakeEngine):
             assert live.idle(), f"{name} left something running on the server {kind!r}"
         assert live.metric("infer_align_requests_total", status="500") == 0
+
+
+@pytest.mark.clients
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("server", ["embedded", "upstream_embedded"])
+@pytest.mark.parametrize("name", CLIENTS)
+def test_client_on_a_real_model(servers: dict[str, Any], name: str, server: str) -> None:
+    live = servers[server]
+    run_client(name, CLIENTS[name], describe(live.base_url, "demo", "unused"), seconds=280)
+    assert live.metric("infer_align_requests_total", status="500") == 0
+    assert live.until(lambda: live.service.admission.running == 0)

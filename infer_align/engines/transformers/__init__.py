@@ -290,6 +290,7 @@ class TransformersEngine(Engine):
             steering=values.steering_values(draw),
             estimates=values.estimate_values(draw),
             constraint=read.form.constraint(grammars, read.tools),
+            call_constraint=read.form.call_constraint(grammars, read.tools),
             tools=read.tools,
             stop_ids=read.stop_ids,
         )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infer_align.decoding import structured_outputs, tools
 from infer_align.decoding.call_format import ToolUse, argument_grammar
 from infer_align.decoding.constraint import Constraint, ConstraintCompiler, Grammar
-from infer_align.decoding.tools import ToolRequest
+from infer_align.decoding.tools import Tool, ToolRequest
 from infer_align.errors import InvalidRequest
 from infer_align.types import Draw, Kind
 
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 # Fields that the engine reads beside the sampling parameters.
 FIELDS: Mapping[Kind, frozenset[str]] = {
     "chat": structured_outputs.FIELDS | tools.FIELDS,
@@ -64,8 +65,8 @@ class AnswerForm:
         """
         if self.grammar is not None:
             grammars.compile(self.grammar)
-        if self.request is not None and self.request.is_required:
-            for tool in self.request.tools:
+        for tool in self.request.tools if self.request is not None else ():
+            if tool.is_strict or (self.request is not None and self.request.is_required):
                 grammars.compile(argument_grammar(tool))
 
     def tool_use(self, tokenizer: Any) -> ToolUse | None:
@@ -80,3 +81,27 @@ class AnswerForm:
         call_grammar = use.grammar if use else None
         grammar = self.grammar if call_grammar is None else call_grammar
         return None if grammar is None else grammars.compile(grammar)
+
+    def call_constraint(
+        self, grammars: ConstraintCompiler, use: ToolUse | None
+    ) -> Constraint | None:
+        """Return the compiled grammar of calls that the model may begin by itself.
+
+        None if there are no such calls, or if the answers follow another grammar.
+        """
+        if use is None or use.request.is_required or self.grammar is not None:
+            return None
+        try:
+            return grammars.compile(use.begun_grammar(use.request.tools))
+        except InvalidRequest:
+            tools = [_with_readable_schema(tool, grammars) for tool in use.request.tools]
+            return grammars.compile(use.begun_grammar(tools))
+
+
+def _with_readable_schema(tool: Tool, grammars: ConstraintCompiler) -> Tool:
+    """Return the tool, with any object as its arguments if its schema cannot be followed."""
+    try:
+        grammars.compile(argument_grammar(tool))
+    except InvalidRequest:
+        return replace(tool, parameters=ANY_OBJECT)
+    return tool

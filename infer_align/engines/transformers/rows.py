@@ -77,6 +77,8 @@ class Job:
             later; the job keeps the one that it was bound to.
         estimates: the loaded heads whose estimates it reports, with their weights.
         constraint: the grammar that every candidate follows; None if the text is free.
+        call_constraint: the grammar that a candidate follows once it has begun a tool call by
+            itself; None if it follows another one or none.
         tools: the tools that candidates may call; None without tools.
         stop_ids: tokens at which the request ends, beside the model's end tokens.
         entries: the logprob entries of the prompt, if the request echoes it with logprobs; set
@@ -101,6 +103,7 @@ class Job:
     steering: Mapping[Value, float] = field(default_factory=dict)
     estimates: Mapping[HeadValue, float] = field(default_factory=dict)
     constraint: Constraint | None = None
+    call_constraint: Constraint | None = None
     tools: ToolUse | None = None
     stop_ids: frozenset[int] = frozenset()
     entries: list[Entry] = field(default_factory=list)
@@ -170,7 +173,10 @@ class Row:
         text: the text of its tokens.
         eos: the model's end-of-sequence tokens.
         tokens: the tokens sampled so far.
-        matcher: follows it through the grammar of its job; None if the text is free.
+        matcher: follows it through the grammar of its job, or of the call that it has begun; None
+            while the text is free.
+        call_constraint: the grammar that it follows once it has begun a call by itself; None
+            afterwards.
         calls: finds the tool calls in its text; None without tools.
         entries: the logprob entry of each token, those of an echoed prompt first, if the request
             reports logprobs.
@@ -186,6 +192,7 @@ class Row:
     eos: frozenset[int]
     tokens: list[int] = field(default_factory=list)
     matcher: Matcher | None = field(init=False)
+    call_constraint: Constraint | None = field(init=False)
     calls: CallStream | None = None
     entries: list[Entry] = field(init=False)
     streamed_entries: int = 0
@@ -197,6 +204,7 @@ class Row:
         self.entries = [*self.job.entries]
         constraint = self.job.constraint
         self.matcher = constraint.matcher() if constraint else None
+        self.call_constraint = self.job.call_constraint
         if self.job.tools is not None:
             tools = self.job.tools
             self.calls = CallStream(tools.request, tools.form, self._call_id)
@@ -258,6 +266,7 @@ class Row:
         elif len(self.tokens) >= self.job.max_tokens:
             self.finish_reason = "length"
         events = self._deltas(piece) if piece else []
+        self._follow_begun_call()
         return events if self.finish_reason is None else events + self.finish()
 
     def _ends_with(self, token: int) -> bool:
@@ -271,6 +280,18 @@ class Row:
             return False
         self.matcher.consume(token)
         return self.matcher.finished
+
+    def _follow_begun_call(self) -> None:
+        """Constrain the next tokens if the model has begun a call by itself."""
+        constraint = self.call_constraint
+        if constraint is None or self.calls is None:
+            return
+        begun = self.calls.begun_call()
+        held_back = self.text.held_back
+        if begun is not None and held_back is not None:
+            # Without a matcher, the text that is there already does not fit, and stays free.
+            self.matcher = constraint.matcher_after(begun + held_back)
+            self.call_constraint = None
 
     def finish(self) -> list[Event]:
         """Return the last delta and the candidate.

@@ -8,7 +8,7 @@ import sys
 
 import instructor
 import openai
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from infer_align_client import extra_body
 
@@ -23,13 +23,6 @@ class Weather(BaseModel):
 
     city: str
     degrees: int
-
-
-class UserInfo(BaseModel):
-    """The example of instructor's first page."""
-
-    name: str = Field(max_length=20)
-    age: int = Field(ge=0, le=150)
 
 
 WANTED = Weather(city="Oslo", degrees=4)
@@ -51,24 +44,6 @@ for url, mode in (
             extra_body=body,
         )
         assert answer.model_dump() == WANTED.model_dump(), (mode, body, answer)
-
-# The embedded engine samples under the schema, so that every answer is valid at the first attempt.
-EXTRACT = [{"role": "user", "content": "John Doe is 30 years old."}]
-for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA):
-    client = instructor.from_openai(openai.OpenAI(base_url=URLS["embedded"], **OPTIONS), mode=mode)
-    for body in ({}, BEST):
-        user = client.chat.completions.create(
-            model="demo",
-            messages=list(EXTRACT),
-            response_model=UserInfo,
-            max_retries=0,
-            extra_body=body,
-        )
-        assert isinstance(user, UserInfo), (mode, body, user)
-    partial = client.chat.completions.create_partial(
-        model="demo", messages=list(EXTRACT), response_model=UserInfo, max_retries=0
-    )
-    UserInfo.model_validate(list(partial)[-1].model_dump())
 
 
 async def asynchronous() -> None:

@@ -89,7 +89,7 @@ def complete(url: str, model: str, **options: object) -> list[list[str]]:
     return [[generation.text for generation in each] for each in result.generations]
 
 
-for name, model in (("numbers", "fake"), ("upstream_numbers", "fake"), ("embedded", "demo")):
+for name, model in (("numbers", "fake"), ("upstream_numbers", "fake")):
     url = URLS[name]
     greedy = complete(url, model, temperature=0, seed=3)
     assert [len(texts) for texts in greedy] == [1, 1], (name, greedy)
@@ -103,10 +103,10 @@ for name, model in (("numbers", "fake"), ("upstream_numbers", "fake"), ("embedde
     assert "".join(alone.stream("an owl eats")) == greedy[0][0], name
 
 
-def loop(call: ChatOpenAI, answer: ChatOpenAI, tool_choice: str | None) -> None:
+def loop(call: ChatOpenAI, answer: ChatOpenAI) -> None:
     """Let the model call a tool, run the tool, and let the model answer."""
     turns: list[object] = [HumanMessage("how warm is it?")]
-    message = call.bind_tools([Weather], tool_choice=tool_choice).invoke(turns)
+    message = call.bind_tools([Weather]).invoke(turns)
     assert message.tool_calls, message
     turns.append(message)
     turns += [Weather.invoke(each) for each in message.tool_calls]
@@ -117,11 +117,8 @@ def loop(call: ChatOpenAI, answer: ChatOpenAI, tool_choice: str | None) -> None:
 
 
 for body in ({}, extra_body(best_of_n={"n": 2}, rewards={"brevity": 1.0})):
-    embedded = chat(URLS["embedded"], "demo", extra_body=body, seed=1, max_tokens=60)
-    for choice in ("Weather", "required"):
-        loop(embedded, embedded, choice)
     for caller, answerer in (("tools", "json"), ("upstream_tools", "upstream_json")):
-        loop(chat(URLS[caller], extra_body=body), chat(URLS[answerer], extra_body=body), None)
+        loop(chat(URLS[caller], extra_body=body), chat(URLS[answerer], extra_body=body))
 
 
 async def asynchronous() -> None:

@@ -50,39 +50,6 @@ called = litellm.completion(
 assert json.loads(called.choices[0].message.tool_calls[0].function.arguments)["city"] == "Oslo"
 assert called.choices[0].finish_reason == "tool_calls"
 
-for name, model in (("upstream_numbers", "openai/fake"), ("embedded", "openai/demo")):
-    fields = {**COMMON, "model": model, "api_base": URLS[name], "max_tokens": 6, "seed": 1}
-    whole = litellm.completion(**fields, temperature=0).choices[0].message.content
-    pieces = litellm.completion(**fields, temperature=0, stream=True)
-    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
-    assert whole == text, (name, whole, text)
-
-# The embedded engine forms every call and every answer by its schema.
-EMBEDDED = {**COMMON, "model": "openai/demo", "api_base": URLS["embedded"], "max_tokens": 80}
-CITY = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
-FORCED = {
-    "tools": [{"type": "function", "function": {"name": "Weather", "parameters": CITY}}],
-    "tool_choice": {"type": "function", "function": {"name": "Weather"}},
-}
-FORM = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
-for body in ({}, extra_body(best_of_n={"n": 2})):
-    forced = litellm.completion(**EMBEDDED, **FORCED, extra_body=body)
-    call = forced.choices[0].message.tool_calls[0].function
-    assert call.name == "Weather", call
-    assert json.loads(call.arguments)["city"] in {"Oslo", "Rome"}, call
-    formed = litellm.completion(**EMBEDDED, response_format=FORM, extra_body=body)
-    assert json.loads(formed.choices[0].message.content)["city"] in {"Oslo", "Rome"}
-    pieces = list(
-        litellm.completion(**EMBEDDED, response_format=FORM, stream=True, extra_body=body)
-    )
-    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
-    assert json.loads(text)["city"] in {"Oslo", "Rome"}, text
-
 for kind, fields in (
     (litellm.NotFoundError, {"model": "openai/nobody"}),
     (litellm.BadRequestError, {"temperature": 9}),

@@ -92,22 +92,6 @@ def tools_and_structure() -> None:
             assert answer.choices[0].message.parsed == Weather(city="Oslo", degrees=4)
 
 
-def other_engines() -> None:
-    """The embedded engine and a gateway answer as the fake engine does, in every form."""
-    for name, model in (("upstream_numbers", "fake"), ("embedded", "demo")):
-        fields = {"model": model, "max_tokens": 6, "seed": 1, "temperature": 0}
-        with client(URLS[name]) as sdk:
-            whole = sdk.chat.completions.create(messages=USER, **fields)
-            chunks = sdk.chat.completions.create(messages=USER, stream=True, **fields)
-            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-            assert text == whole.choices[0].message.content, name
-            for body in ({}, extra_body(best_of_n={"n": 2}, rewards={"brevity": 1.0})):
-                texts = sdk.completions.create(prompt=["owl", "crow"], extra_body=body, **fields)
-                assert [choice.index for choice in texts.choices] == [0, 1], (name, texts)
-                alone = sdk.completions.create(prompt="crow", extra_body=body, **fields)
-                assert alone.choices[0].text == texts.choices[1].text, name
-
-
 def errors(sdk: openai.OpenAI) -> None:
     for kind, fields in (
         (openai.NotFoundError, {"model": "nobody"}),
@@ -177,7 +161,6 @@ with client(URLS["numbers"]) as common:
     stream(common)
     errors(common)
 tools_and_structure()
-other_engines()
 asyncio.run(asynchronous())
 if hasattr(openai, "__version__") and tuple(map(int, openai.__version__.split(".")[:2])) >= (1, 66):
     impatient()

@@ -1,0 +1,82 @@
+"""Use instructor on one engine with a real model; see `tests.clients.engine.describe`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Literal
+
+import instructor
+import openai
+from pydantic import BaseModel, Field
+
+from infer_align_client import extra_body
+
+ENGINE = json.loads(sys.argv[1])
+MODEL = ENGINE["model"]
+OPTIONS = {
+    "base_url": ENGINE["url"],
+    "api_key": ENGINE["key"],
+    "max_retries": 0,
+    "timeout": 100,
+}
+BODIES = ({}, extra_body(best_of_n={"n": 2}, rewards={"brevity": 1.0}))
+EXTRACT = [{"role": "user", "content": "John Doe is 30 years old."}]
+MODES = (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA)
+
+
+class UserInfo(BaseModel):
+    """The example of instructor's first page."""
+
+    name: str = Field(max_length=20)
+    age: int = Field(ge=0, le=150)
+
+
+class Pet(BaseModel):
+    """A choice and a list."""
+
+    kind: Literal["owl", "crow"]
+    ages: list[int] = Field(min_length=2, max_length=2)
+
+
+# The engine samples under the schema, so that every answer is valid at the first attempt.
+for mode in MODES:
+    client = instructor.from_openai(openai.OpenAI(**OPTIONS), mode=mode)
+    for body in BODIES:
+        for model in (UserInfo, Pet):
+            user = client.chat.completions.create(
+                model=MODEL,
+                messages=list(EXTRACT),
+                response_model=model,
+                max_retries=0,
+                max_tokens=100,
+                extra_body=body,
+            )
+            assert isinstance(user, model), (mode, body, user)
+    partial = client.chat.completions.create_partial(
+        model=MODEL,
+        messages=list(EXTRACT),
+        response_model=UserInfo,
+        max_retries=0,
+        max_tokens=100,
+    )
+    UserInfo.model_validate(list(partial)[-1].model_dump())
+
+
+async def asynchronous() -> None:
+    async with openai.AsyncOpenAI(**OPTIONS) as sdk:
+        client = instructor.from_openai(sdk, mode=instructor.Mode.TOOLS)
+        answer = await client.chat.completions.create(
+            model=MODEL,
+            messages=list(EXTRACT),
+            response_model=UserInfo,
+            max_retries=0,
+            max_tokens=100,
+            extra_body=BODIES[1],
+        )
+        assert isinstance(answer, UserInfo)
+
+
+asyncio.run(asynchronous())
+print("ok")
