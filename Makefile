@@ -11,6 +11,8 @@ export PYTHONPATH := .:kernels:server:clients/python
 export MYPYPATH := kernels:server:clients/python
 # The pins decide the version of each package; pip's notice about its own version is no help here.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Compiled modules are kept, those of the tests too. Compiling them again costs each worker seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve demo-serve test test-all test-quick test-failed check docs demo bench measure soak rebuild-demo
 .PHONY: clients audit

@@ -13,6 +13,7 @@ from infer_align import config
 from infer_align.engines.vllm import Vllm
 from infer_align.errors import ConfigError
 from infer_align.vllm import package as vllm_package
+from tests.server import processes
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +26,7 @@ ENTRANCES = """
 import importlib
 from infer_align.engines.vllm import Vllm
 from infer_align.errors import ConfigError
+from tests.server import processes
 
 for enter in (
     lambda: Vllm().load(),
@@ -138,7 +140,9 @@ def test_another_version_is_refused_at_once_with_both_numbers(
         folder.mkdir()
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         (folder / "METADATA").write_text(metadata)
-    done = run_python(ENTRANCES, tmp_path)
+    page = tmp_path / "entrances.py"
+    page.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{ENTRANCES}")
+    done = processes.run(str(page), program=processes.script, PYTHONWARNINGS="default")
     assert done.returncode == 0, done.stderr
     errors = done.stdout.splitlines()
     assert len(errors) == 3
