@@ -58,6 +58,8 @@ class SteeringBatch:
         dense: the rows without a fixed number of candidates; None if there are none.
         fused: the rows that one call steers; None if there are none. They have no candidates here.
         kl_limit: the rows whose divergence from the frozen model is limited; None if none is.
+        sibling_count: how many of the k candidates value LMs read: the largest top_k of the rows
+            that a lookahead value steers; 0 if there are none.
     """
 
     rows: torch.Tensor | None
@@ -71,6 +73,7 @@ class SteeringBatch:
     dense: DenseSteering | None = None
     fused: FusedSteering | None = None
     kl_limit: KLLimit | None = None
+    sibling_count: int = 0
 
     @classmethod
     def build(
@@ -129,6 +132,7 @@ class SteeringBatch:
             dense=dense,
             fused=fused,
             kl_limit=kl_limit,
+            sibling_count=_sibling_count(values, beta, top_k),
         )
 
     @classmethod
@@ -210,6 +214,14 @@ class SteeringBatch:
         if self.unused_slots is None:
             return candidates
         return candidates.masked_fill(self.unused_slots, -1)
+
+
+def _sibling_count(
+    values: Sequence[Value], beta: NDArray[np.float32], top_k: NDArray[np.int64]
+) -> int:
+    lookaheads = [isinstance(value, LookaheadValue) for value in values]
+    rows = beta[:, lookaheads].any(axis=1)
+    return int(top_k[rows].max(initial=0))
 
 
 def _users(column: NDArray[np.float32], device: torch.device) -> torch.Tensor | None:
@@ -352,11 +364,15 @@ def _evaluate(
     first = batch.values[0]
     if len(batch.values) == 1 and batch.users[0] is None and isinstance(first, HeadValue):
         return first.evaluate(hidden, candidates)[None]
-    siblings = {lm: cache.siblings(candidates[cache.members]) for lm, cache in caches.items()}
+    count = batch.sibling_count
+    siblings = {
+        lm: cache.siblings(candidates[cache.members, :count]) for lm, cache in caches.items()
+    }
     values = torch.zeros((len(batch.values), *candidates.shape), device=candidates.device)
     for m, (value, users) in enumerate(zip(batch.values, batch.users, strict=True)):
-        if isinstance(value, LookaheadValue) and value.lm:
-            values[m, caches[value.lm].members] = siblings[value.lm][..., value.index]
+        lm = value.lm if isinstance(value, LookaheadValue) else None
+        if isinstance(value, LookaheadValue) and lm is not None and lm in caches:
+            values[m, caches[lm].members, :count] = siblings[lm][..., value.index]
         elif isinstance(value, HeadValue):
             values[m] = _evaluate_head(value, candidates, hidden, users)
     return values

@@ -1,9 +1,6 @@
 """Engines of vLLM: how to start, call and end them, and their errors.
 
-Only the version in `package.SUPPORTED` is accepted, because no other is tested. vLLM 0.24 would
-need these changes here, in worker.py and in openai.py: it has no logits processors for the V2
-runner (with a custom processor it takes V1), it builds its application in
-`entrypoints.openai.api_server`, and `ErrorResponse` is in `entrypoints.openai.engine.protocol`.
+The versions in `package.SUPPORTED` are accepted. What differs between them is in versions.py.
 """
 
 # ruff: noqa: E402 - the version is checked before anything of vLLM is imported
@@ -30,9 +27,7 @@ vllm_package.require()
 
 from vllm.config.model import try_match_architecture_defaults
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.pooling_params import PoolingParams
 from vllm.reasoning import ReasoningParserManager
@@ -43,6 +38,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from infer_align.vllm.versions import cli_env_setup, make_arg_parser
 
 # The usage statistics of vLLM name the entry point; this server takes the place of vLLM's own.
 ENTRY_POINT = UsageContext.OPENAI_API_SERVER

@@ -21,6 +21,7 @@ class ModelConfig(Protocol):
     max_model_len: int
     logprobs_mode: str
     is_diffusion: bool
+    enable_prompt_embeds: bool
     hf_config: Any  # the configuration of transformers
     quantization: str | None
     revision: str | None
@@ -52,6 +53,12 @@ class SchedulerConfig(Protocol):
     max_num_seqs: int
 
 
+class DeviceConfig(Protocol):
+    """`vllm.config.DeviceConfig`."""
+
+    device_type: str
+
+
 class SpeculativeConfig(Protocol):
     """`vllm.config.SpeculativeConfig`."""
 
@@ -65,6 +72,7 @@ class VllmConfig(Protocol):
     load_config: LoadConfig
     parallel_config: ParallelConfig
     scheduler_config: SchedulerConfig
+    device_config: DeviceConfig
     speculative_config: SpeculativeConfig | None
     use_v2_model_runner: bool
     additional_config: dict[str, Any]

