@@ -388,24 +388,6 @@ def _evaluate_head(
     return torch.zeros_like(candidates, dtype=of_users.dtype).index_copy_(0, users, of_users)
 
 
-def expected_values(
-    logits: torch.Tensor, hidden: torch.Tensor, weights: Sequence[Mapping[HeadValue, float]]
-) -> torch.Tensor:
-    """Estimate the value of each row's answer, the weighted sum of its heads' expectations. -> [D].
-
-    Args:
-        logits: [D, V] that the next token is sampled from, before temperature.
-        hidden: [D, d] states that the output layer read.
-        weights: for each of the D rows, its heads and their weights.
-    """
-    total = torch.zeros(len(weights), device=logits.device)
-    states = hidden.float()
-    for head in dict.fromkeys(head for row in weights for head in row):
-        column = np.array([row.get(head, 0.0) for row in weights], np.float32)
-        total += upload(column, logits.device) * head.expected(states, logits)
-    return total
-
-
 def steer_candidates(logits: Array, values: Array, beta: Sequence[float]) -> Array:
     """Reweight the logits of one row's k candidates in float64: [k], [M, k], [M] -> [k].
 
