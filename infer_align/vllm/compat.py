@@ -22,6 +22,7 @@ from infer_align.checkpoints.complete import check_complete
 from infer_align.errors import AlignError, ConfigError, EngineFailed, Unavailable
 from infer_align.vllm import package as vllm_package
 from infer_align.vllm.interfaces import AsyncEngine, ModelConfig, VllmConfig, error_from_json
+from infer_align.vllm.start_errors import explained
 
 vllm_package.require()
 
@@ -115,7 +116,7 @@ def launch(args: Namespace, configure: Callable[[VllmConfig], None]) -> AsyncEng
         configure: called with the engine's configuration before the engine is built.
 
     Raises:
-        ConfigError: vLLM refuses the options or their combination.
+        ConfigError: vLLM refuses the options or their combination, or one of its processes fails.
     """
     # vLLM would otherwise report usage statistics over the network.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -131,13 +132,15 @@ def launch(args: Namespace, configure: Callable[[VllmConfig], None]) -> AsyncEng
     with _option_errors("[engine]"):
         config = engine_args.create_engine_config(ENTRY_POINT)
     configure(config)
-    engine: AsyncEngine = AsyncLLM.from_vllm_config(
-        config,
-        usage_context=ENTRY_POINT,
-        enable_log_requests=engine_args.enable_log_requests,
-        aggregate_engine_logging=engine_args.aggregate_engine_logging,
-        disable_log_stats=engine_args.disable_log_stats,
-    )
+    engine: AsyncEngine
+    with explained(config, "[engine]"):
+        engine = AsyncLLM.from_vllm_config(
+            config,
+            usage_context=ENTRY_POINT,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
     return engine
 
 
@@ -227,8 +230,9 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
     """Start an engine that classifies sequences. Blocks for seconds to minutes.
 
     Raises:
-        ConfigError: vLLM refuses the options, the model lacks weights, or it generates text. vLLM
-            would add a classification head with random weights to such a model.
+        ConfigError: vLLM refuses the options, one of its processes fails, the model lacks weights,
+            or it generates text. vLLM would add a classification head with random weights to such
+            a model.
     """
     fixed = {
         "model": model,
@@ -241,9 +245,11 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
         config = AsyncEngineArgs(**{**options, **fixed}).create_engine_config(ENTRY_POINT)
     _check_classifier(model, config.model_config.hf_config)
     _check_weights(model, config)
-    engine: AsyncEngine = AsyncLLM.from_vllm_config(
-        config, usage_context=ENTRY_POINT, disable_log_stats=True
-    )
+    engine: AsyncEngine
+    with explained(config, f"pooling: {model!r}:"):
+        engine = AsyncLLM.from_vllm_config(
+            config, usage_context=ENTRY_POINT, disable_log_stats=True
+        )
     return engine
 
 

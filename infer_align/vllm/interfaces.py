@@ -45,6 +45,9 @@ class ParallelConfig(Protocol):
     enable_batch_sharded_sampling: bool
     distributed_executor_backend: str | None
     pipeline_parallel_size: int
+    nnodes: int
+    data_parallel_size: int
+    data_parallel_size_local: int
 
 
 class SchedulerConfig(Protocol):
@@ -76,6 +79,7 @@ class VllmConfig(Protocol):
     speculative_config: SpeculativeConfig | None
     use_v2_model_runner: bool
     additional_config: dict[str, Any]
+    logging_config: Any  # `vllm.config.logging.LoggingConfig`
 
 
 class AsyncEngine(Protocol):
