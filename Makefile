@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Compiled modules are kept, those of the tests too. Compiling them again costs each worker seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve demo-serve test test-all test-quick test-failed check docs demo bench measure soak rebuild-demo
+.PHONY: serve demo-serve test test-all test-quick test-failed check docs demo bench measure measure-gpu soak rebuild-demo
 .PHONY: clients audit
 
 serve: $(VENV)/local $(VENV)/quickstart  ## serve a small model at http://127.0.0.1:8000/v1; CONFIG=file.toml serves another
@@ -74,6 +74,9 @@ measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside
 	$(BIN)/python benchmarks/serving/cost_model.py
 	$(BIN)/python benchmarks/serving/feedback.py
 	$(BIN)/python benchmarks/alignment/quality.py
+
+measure-gpu: $(VENV)/dev  ## measure the kernels on a GPU, in parts with a time limit; SECONDS_LIMIT=60 runs the next parts that fit
+	$(BIN)/python -m benchmarks.gpu.run $(if $(SECONDS_LIMIT),--seconds $(SECONDS_LIMIT))
 
 soak: $(VENV)/dev  ## serve everything at once for half an hour, with faults
 	$(BIN)/python -m benchmarks.serving.soak
