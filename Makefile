@@ -11,9 +11,11 @@ export PYTHONPATH := .:kernels:server:clients/python
 export MYPYPATH := kernels:server:clients/python
 # The pins decide the version of each package; pip's notice about its own version is no help here.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Compiled modules are kept, those of the tests too. Compiling them again costs each worker seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: serve demo-serve test test-all test-quick test-failed check docs demo bench measure soak rebuild-demo
-.PHONY: clients audit
+.PHONY: serve demo-serve test test-all test-quick test-failed check docs demo bench measure measure-gpu soak rebuild-demo
+.PHONY: clients audit scenarios
 
 serve: $(VENV)/local $(VENV)/quickstart  ## serve a small model at http://127.0.0.1:8000/v1; CONFIG=file.toml serves another
 	$(BIN)/python -m infer_align_server serve \
@@ -73,14 +75,22 @@ measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside
 	$(BIN)/python benchmarks/serving/feedback.py
 	$(BIN)/python benchmarks/alignment/quality.py
 
+measure-gpu: $(VENV)/dev  ## measure the kernels on a GPU, in parts with a time limit; SECONDS_LIMIT=60 runs the next parts that fit
+	$(BIN)/python -m benchmarks.gpu.run $(if $(SECONDS_LIMIT),--seconds $(SECONDS_LIMIT))
+
 soak: $(VENV)/dev  ## serve everything at once for half an hour, with faults
 	$(BIN)/python -m benchmarks.serving.soak
 	$(BIN)/python -m benchmarks.serving.soak --target fake
 
-audit: $(VENV)/dev  ## list known vulnerabilities of the pinned packages; needs a network, informs only
+scenarios: $(VENV)/dev  ## try floods, slow clients, a killed upstream and full tables, a few minutes
+	$(BIN)/python -m benchmarks.serving.scenarios
+
+audit: $(VENV)/dev  ## list known vulnerabilities and the parts (sbom.json); needs a network, informs only
 	-$(BIN)/pip check
 	-$(PYTHON) -m venv $(CLIENTS)/audit
-	-$(CLIENTS)/audit/bin/pip install --quiet pip-audit
+	-$(CLIENTS)/audit/bin/pip install --quiet pip-audit cyclonedx-bom
+	-$(CLIENTS)/audit/bin/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml \
+		--output-reproducible --output-file sbom.json
 	-$(CLIENTS)/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 rebuild-demo: $(VENV)/dev  ## train the embedded models again

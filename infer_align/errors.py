@@ -80,6 +80,14 @@ class Unauthorized(AlignError):
     code = "invalid_api_key"
 
 
+class Forbidden(AlignError):
+    """403: the API key lacks the scope that the route needs."""
+
+    status = 403
+    type = "permission_error"
+    code = "missing_scope"
+
+
 class UnknownModel(AlignError):
     """404: the model, or the preset in `<model>@<preset>`, does not exist."""
 

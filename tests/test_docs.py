@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
@@ -102,37 +100,14 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def read_url(screen: IO[str]) -> str:
-    """Return the address that the server prints once it is ready."""
-    lines = []
-    for line in screen:
-        lines.append(line)
-        match = re.search(r"http://127\.0\.0\.1:\d+", line)
-        if match:
-            return match[0]
-    pytest.fail("the server ended before it was ready:\n" + "".join(lines))
-
-
 @pytest.fixture(scope="session")
 def demo() -> Iterator[str]:
     """Start `infer-align serve` without a configuration, as README.md does, and return its URL."""
     pytest.importorskip("torch")
-    settings = ["--set", "server.port=0", "--set", "server.log_level=error"]
-    command = [sys.executable, "-m", "infer_align_server", "serve", *settings]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=ROOT
-    ) as server:
-        assert server.stdout is not None
-        try:
-            url = read_url(server.stdout)
-            # A full pipe would stop the server, so the rest of its output is read too.
-            reader = threading.Thread(target=server.stdout.read)
-            reader.start()
-            yield url
-        finally:
-            server.terminate()
-        reader.join()
-        assert server.wait() == 0
+    server = processes.Process("--port", "0", "--set", "server.log_level=error")
+    yield server.url()
+    server.popen.terminate()
+    assert server.wait() == 0
 
 
 @one_worker

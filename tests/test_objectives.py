@@ -80,6 +80,7 @@ def test_nan_members_are_ignored_and_nothing_else(scores: np.ndarray) -> None:
                 assert np.isnan(value)
 
 
+@pytest.mark.slow
 @given(SCORES, st.randoms(use_true_random=False))
 def test_objectives_do_not_depend_on_the_order_of_members_or_candidates(
     scores: np.ndarray, random

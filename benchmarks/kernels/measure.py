@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from time import process_time
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -23,12 +23,18 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 SEED = 0
 CPU_ROUNDS = 15
+HOST_ROUNDS = 50
 # Larger than the caches of the device.
 COPY_BYTES = 2**30 if CUDA else 2**26
 
 
 def require_passing_tests(op: str) -> None:
-    """Run the tests of an op, the interpreted ones too, and exit if one fails."""
+    """Run the tests of an op, the interpreted ones too, and exit if one fails.
+
+    With `--tested` on the command line they have run before, as in `benchmarks.gpu.run`.
+    """
+    if "--tested" in sys.argv:
+        return
     tests = [f"tests/kernels/test_{op}.py", "tests/kernels/test_interpreter.py"]
     command = [sys.executable, "-m", "pytest", *tests, "-m", "not slow"]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
@@ -42,12 +48,20 @@ def require_passing_tests(op: str) -> None:
 
 
 def microseconds(step: Callable[[], Any]) -> dict[str, float]:
-    """Return p50 and p90 of one call: device time with a cold L2 on CUDA, process time on CPU."""
+    """Return p50 and p90 of one call: device time with a cold L2 on CUDA, process time on CPU.
+
+    On CUDA, "graph_us" is the device time of a graph's replay, without launches, and "cpu_us" the
+    time that the host spends on a call.
+    """
     if CUDA:
         from triton.testing import do_bench  # noqa: PLC0415 - needs a driver
 
         p50, p90 = do_bench(step, warmup=25, rep=200, quantiles=[0.5, 0.9])
-        return {"p50_us": round(p50 * 1e3, 2), "p90_us": round(p90 * 1e3, 2)}
+        times_us = {"p50_us": p50 * 1e3, "p90_us": p90 * 1e3, "cpu_us": host_microseconds(step)}
+        graph_us = graph_microseconds(step)
+        if graph_us is not None:
+            times_us["graph_us"] = graph_us
+        return {name: round(value, 2) for name, value in times_us.items()}
     step()
     times = []
     for _ in range(CPU_ROUNDS):
@@ -56,6 +70,30 @@ def microseconds(step: Callable[[], Any]) -> dict[str, float]:
         times.append((process_time() - start) * 1e6)
     p90 = statistics.quantiles(times, n=10)[-1]
     return {"p50_us": round(statistics.median(times), 1), "p90_us": round(p90, 1)}
+
+
+def host_microseconds(step: Callable[[], Any]) -> float:
+    """Return the median time that the host spends on a call, without waiting for the device."""
+    times = []
+    for _ in range(HOST_ROUNDS):
+        torch.cuda.synchronize()
+        start = perf_counter()
+        step()
+        times.append((perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def graph_microseconds(step: Callable[[], Any]) -> float | None:
+    """Return the device time of a call replayed as a graph; None if it cannot be captured."""
+    from triton.testing import do_bench_cudagraph  # noqa: PLC0415 - needs a driver
+
+    try:
+        milliseconds: float = do_bench_cudagraph(step, rep=100, return_mode="median")
+    except RuntimeError:
+        # A call that waits for the device has no graph.
+        return None
+    return milliseconds * 1e3
 
 
 def copy_bandwidth() -> float:

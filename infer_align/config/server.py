@@ -22,6 +22,14 @@ class Server:
             "commas; without it, no key is required."
         },
     )
+    api_keys_file: str | None = field(
+        default=None,
+        metadata={
+            "description": "TOML file of named API keys, as hashes, with their scopes. It is read "
+            "again when it changes and on SIGHUP, so keys rotate without a restart. "
+            "`infer-align keys new` prints an entry."
+        },
+    )
     allowed_origins: tuple[str, ...] = field(
         default=(),
         metadata={

@@ -8,12 +8,26 @@ in the cache and the others are dropped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.values.lookahead import ValueLM
+
+# A value LM reads a prompt in parts of this many tokens.
+PREFILL_TOKENS = 1024
+
+
+def read_tokens(lm: ValueLM, ids: Sequence[int]) -> RowCache:
+    """Read a prompt with a value LM. The cache holds one row."""
+    cache = RowCache()
+    device = lm.lm.device
+    for start in range(0, len(ids), PREFILL_TOKENS):
+        part = torch.tensor([ids[start : start + PREFILL_TOKENS]], device=device)
+        positions = torch.arange(start, start + part.shape[1], device=device)
+        lm.forward(part, cache, positions[None], None)
+    return cache
 
 
 @dataclass(slots=True)
@@ -22,15 +36,18 @@ class ValueCache:
 
     Attributes:
         lm: the value LM.
-        members: the position in the batch of each row of the cache, ascending.
+        members: the position in the batch of each row of the cache.
         lengths: tokens of each row, all of them in the cache. `choose` adds the sampled token.
         cache: keys and values, right-aligned.
+        candidates: [R, k] the candidates whose columns are in the cache, between `siblings` and
+            `choose`.
     """
 
     lm: ValueLM
     members: list[int]
     lengths: list[int]
     cache: RowCache
+    candidates: torch.Tensor = field(default_factory=lambda: torch.empty((0, 0)))
 
     def take(self, positions: Sequence[int]) -> ValueCache:
         """Return the rows at these positions of the batch, renumbered in the given order."""
@@ -70,18 +87,18 @@ class ValueCache:
 
         The candidates' columns stay in the cache until `choose`.
         """
+        self.candidates = token_ids
         lengths = torch.tensor(self.lengths, device=token_ids.device)
         return self.lm.siblings(token_ids, self.cache, lengths)
 
-    def choose(self, token_ids: torch.Tensor, chosen: torch.Tensor) -> None:
+    def choose(self, chosen: torch.Tensor) -> None:
         """Keep the column of each row's sampled token and drop its siblings.
 
         Args:
-            token_ids: [R, k] candidates of the latest `siblings` call.
             chosen: [R] sampled tokens. A token outside the candidates is read now.
         """
-        columns = self.cache.length - token_ids.shape[1]
-        match = token_ids == chosen[:, None]
+        columns = self.cache.length - self.candidates.shape[1]
+        match = self.candidates == chosen[:, None]
         self.cache.keep_one(columns, match.int().argmax(dim=-1))
         unread = torch.nonzero(~match.any(dim=-1)).ravel().tolist()
         if unread:
@@ -100,17 +117,13 @@ class ValueCache:
         self.cache.overwrite_last(rows, patch)
 
 
-def keep_sampled_siblings(
-    caches: Iterable[ValueCache], candidates: torch.Tensor, tokens: Sequence[int]
-) -> None:
+def keep_sampled_siblings(caches: Iterable[ValueCache], tokens: Sequence[int]) -> None:
     """Record the sampled tokens in every value cache of a batch.
 
     Args:
         caches: the value caches of the batch.
-        candidates: [B, k] the candidates that were valued.
         tokens: [B] the sampled tokens.
     """
     for cache in caches:
         sampled = [tokens[member] for member in cache.members]
-        chosen = torch.tensor(sampled, device=candidates.device)
-        cache.choose(candidates[cache.members], chosen)
+        cache.choose(torch.tensor(sampled, device=cache.candidates.device))

@@ -58,6 +58,8 @@ class SteeringBatch:
         dense: the rows without a fixed number of candidates; None if there are none.
         fused: the rows that one call steers; None if there are none. They have no candidates here.
         kl_limit: the rows whose divergence from the frozen model is limited; None if none is.
+        sibling_count: how many of the k candidates value LMs read: the largest top_k of the rows
+            that a lookahead value steers; 0 if there are none.
     """
 
     rows: torch.Tensor | None
@@ -71,6 +73,7 @@ class SteeringBatch:
     dense: DenseSteering | None = None
     fused: FusedSteering | None = None
     kl_limit: KLLimit | None = None
+    sibling_count: int = 0
 
     @classmethod
     def build(
@@ -129,6 +132,7 @@ class SteeringBatch:
             dense=dense,
             fused=fused,
             kl_limit=kl_limit,
+            sibling_count=_sibling_count(values, beta, top_k),
         )
 
     @classmethod
@@ -210,6 +214,14 @@ class SteeringBatch:
         if self.unused_slots is None:
             return candidates
         return candidates.masked_fill(self.unused_slots, -1)
+
+
+def _sibling_count(
+    values: Sequence[Value], beta: NDArray[np.float32], top_k: NDArray[np.int64]
+) -> int:
+    lookaheads = [isinstance(value, LookaheadValue) for value in values]
+    rows = beta[:, lookaheads].any(axis=1)
+    return int(top_k[rows].max(initial=0))
 
 
 def _users(column: NDArray[np.float32], device: torch.device) -> torch.Tensor | None:
@@ -352,11 +364,15 @@ def _evaluate(
     first = batch.values[0]
     if len(batch.values) == 1 and batch.users[0] is None and isinstance(first, HeadValue):
         return first.evaluate(hidden, candidates)[None]
-    siblings = {lm: cache.siblings(candidates[cache.members]) for lm, cache in caches.items()}
+    count = batch.sibling_count
+    siblings = {
+        lm: cache.siblings(candidates[cache.members, :count]) for lm, cache in caches.items()
+    }
     values = torch.zeros((len(batch.values), *candidates.shape), device=candidates.device)
     for m, (value, users) in enumerate(zip(batch.values, batch.users, strict=True)):
-        if isinstance(value, LookaheadValue) and value.lm:
-            values[m, caches[value.lm].members] = siblings[value.lm][..., value.index]
+        lm = value.lm if isinstance(value, LookaheadValue) else None
+        if isinstance(value, LookaheadValue) and lm is not None and lm in caches:
+            values[m, caches[lm].members, :count] = siblings[lm][..., value.index]
         elif isinstance(value, HeadValue):
             values[m] = _evaluate_head(value, candidates, hidden, users)
     return values
@@ -370,24 +386,6 @@ def _evaluate_head(
         return head.evaluate(hidden, candidates)
     of_users = head.evaluate(hidden.index_select(0, users), candidates.index_select(0, users))
     return torch.zeros_like(candidates, dtype=of_users.dtype).index_copy_(0, users, of_users)
-
-
-def expected_values(
-    logits: torch.Tensor, hidden: torch.Tensor, weights: Sequence[Mapping[HeadValue, float]]
-) -> torch.Tensor:
-    """Estimate the value of each row's answer, the weighted sum of its heads' expectations. -> [D].
-
-    Args:
-        logits: [D, V] that the next token is sampled from, before temperature.
-        hidden: [D, d] states that the output layer read.
-        weights: for each of the D rows, its heads and their weights.
-    """
-    total = torch.zeros(len(weights), device=logits.device)
-    states = hidden.float()
-    for head in dict.fromkeys(head for row in weights for head in row):
-        column = np.array([row.get(head, 0.0) for row in weights], np.float32)
-        total += upload(column, logits.device) * head.expected(states, logits)
-    return total
 
 
 def steer_candidates(logits: Array, values: Array, beta: Sequence[float]) -> Array:

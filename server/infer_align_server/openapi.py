@@ -31,6 +31,7 @@ STATUSES = {
     400: "A field is wrong or unknown, a limit is exceeded, or the engine does not support the "
     "request. `param` names the field.",
     401: "The API key is missing or unknown.",
+    403: "The API key lacks the scope that the route needs.",
     404: "There is no such model, preset, profile or route.",
     405: "The route does not have this method.",
     413: "The body is too large.",
@@ -44,7 +45,7 @@ STATUSES = {
     503: "The server is loading or shutting down, or its engine has failed.",
     504: "The deadline passed before there was anything to return.",
 }
-_ALL_ROUTES = (401, 429, 431, 500)
+_ALL_ROUTES = (401, 403, 429, 431, 500)
 _OPEN_ROUTES = (431, 500)
 _WORK = (*_ALL_ROUTES, 400, 404, 413, 424, 502, 503, 504)
 
@@ -179,7 +180,7 @@ def _operation(route: Route, service: Service) -> dict[str, Any]:
         ]
     if "{id" in route.path:
         fields["parameters"] = [_path_parameter("id", STRING)]
-    if service.config.server.api_keys_env and operation.needs_key:
+    if service.needs_key and operation.needs_key:
         fields["security"] = [{"key": []}]
     return fields
 

@@ -23,7 +23,7 @@ from infer_align.flow.request import check_placement
 from infer_align.types import Kind
 from infer_align_server import discovery, profile_routes, reranking, scoring_routes
 from infer_align_server.answering import answer_all
-from infer_align_server.authorization import authorize, owner_of, service_of
+from infer_align_server.authorization import authorize, owner_of, scope_of, service_of
 from infer_align_server.engine_routes import (
     ForwardedResponse,
     engine_app,
@@ -184,7 +184,7 @@ async def stored_response(http: HttpRequest) -> HttpResponse:
 
 async def upstream_route(http: HttpRequest) -> HttpResponse:
     """Pass on a request to another route of the upstreams, such as /v1/embeddings."""
-    service, caller = authorize(http)
+    service, caller = authorize(http, scope_of(http.url.path))
     service.require_ready()
     engine = _forwarding_engine(service)
     limits = service.config.limits
@@ -238,7 +238,7 @@ def _routed_model(service: Service, body: Mapping[str, Any]) -> ModelChoice | No
 
 async def rerank(http: HttpRequest) -> HttpResponse:
     """Order documents by how well they answer a query, as the rewards see it."""
-    service, caller = authorize(http)
+    service, caller = authorize(http, "score")
     content = await read_bytes(http, service.config.limits.max_body_bytes)
     service.require_ready()
     app = engine_app(service)
@@ -253,14 +253,14 @@ async def rerank(http: HttpRequest) -> HttpResponse:
 
 async def models(http: HttpRequest) -> HttpResponse:
     """List the served models, with one further entry per preset."""
-    service, _ = authorize(http, limited=False)
+    service, _ = authorize(http, None, limited=False)
     entries = [discovery.model(service, name) for name in service.models()]
     return json_response({"object": "list", "data": entries})
 
 
 async def model(http: HttpRequest) -> HttpResponse:
     """Retrieve one model."""
-    service, _ = authorize(http, limited=False)
+    service, _ = authorize(http, None, limited=False)
     name = http.path_params["name"]
     names = service.models()
     if name not in names:
@@ -270,13 +270,13 @@ async def model(http: HttpRequest) -> HttpResponse:
 
 async def methods(http: HttpRequest) -> HttpResponse:
     """List the methods, rewards, values, traits and presets of this server, with JSON schemas."""
-    service, _ = authorize(http, limited=False)
+    service, _ = authorize(http, None, limited=False)
     return json_response(discovery.methods(service))
 
 
 async def openapi(http: HttpRequest) -> HttpResponse:
     """Describe this server as an OpenAPI 3.1 document."""
-    service, _ = authorize(http, limited=False)
+    service, _ = authorize(http, None, limited=False)
     state = http.app.state
     facts = changing_facts(service)
     if service.document is None or getattr(state, "document_facts", None) != facts:
@@ -310,7 +310,7 @@ async def metrics(http: HttpRequest) -> HttpResponse:
 
 async def engine_route(http: HttpRequest) -> HttpResponse:
     """Forward a request to another route of the engine's own application."""
-    service, caller = authorize(http)
+    service, caller = authorize(http, scope_of(http.url.path))
     service.require_ready()
     app = engine_app(service)
     if app is None:

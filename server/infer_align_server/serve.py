@@ -134,11 +134,11 @@ def _log_progress(description: str) -> None:
 
 
 def _reload_on_hangup(service: Service) -> None:
-    """Read the configured values again on SIGHUP."""
+    """Read the API keys and the configured values again on SIGHUP."""
     running: set[asyncio.Task[None]] = set()
 
     def reload() -> None:
-        task = asyncio.create_task(service.reload_values())
+        task = asyncio.create_task(service.reload())
         running.add(task)
         task.add_done_callback(running.discard)
 

@@ -38,7 +38,8 @@ from infer_align_server.defaults import (
     default_rewards,
 )
 from infer_align_server.limits.admission import Admission
-from infer_align_server.limits.api_keys import ApiKeys
+from infer_align_server.limits.api_keys import ApiKeys, Caller
+from infer_align_server.limits.key_file import KeyFile, Scope
 from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
@@ -95,7 +96,8 @@ class Service:
         )
         self.profiles = ProfileKeeper(config)
         self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
-        self._keys = ApiKeys(config.api_keys())
+        key_file = config.server.api_keys_file
+        self._keys = ApiKeys(config.api_keys(), KeyFile(key_file) if key_file else None)
         self.settled = asyncio.Event()
         self.failure: str | None = None
         self.document: bytes | None = None
@@ -154,11 +156,18 @@ class Service:
         if self.tracing is not None:
             await self.tracing.close()
 
-    async def reload_values(self) -> None:
-        """Read the configured values again, for later requests.
+    @property
+    def needs_key(self) -> bool:
+        """True if API keys are configured."""
+        settings = self.config.server
+        return bool(settings.api_keys_env or settings.api_keys_file)
 
-        A value that cannot be read stays as it is.
+    async def reload(self) -> None:
+        """Read the API keys and the configured values again, for later requests.
+
+        What cannot be read stays as it is.
         """
+        self._keys.reload()
         for name, section in self.config.values.items():
             try:
                 await self.engine.add_value(name, section.load())
@@ -204,31 +213,36 @@ class Service:
         if reason:
             raise Unavailable(f"{reason}; try again later.", retry_after=5)
 
-    def authorize(self, authorization: str, address: str, *, limited: bool = True) -> str:
+    def authorize(
+        self,
+        authorization: str,
+        address: str,
+        scope: Scope | None = "generate",
+        *,
+        limited: bool = True,
+    ) -> Caller:
         """Check the API key of a request and count the request against the rate limit.
 
         Args:
             authorization: The request's Authorization header.
             address: The client's address.
+            scope: What the request needs; None for what every key may do.
             limited: False for a request that costs nothing, such as listing the models. It does
                 not count against the rate limit.
 
         Returns:
-            The name of the caller in limits and in the queue.
+            The caller; limits and the queue know it by its name.
 
         Raises:
             Unauthorized: API keys are configured, and the request has none of them.
+            Forbidden: The key lacks the scope.
             Overloaded: The caller is over its rate limit.
         """
-        caller = self._keys.caller(authorization, address)
-        describe(caller=caller)
+        caller = self._keys.caller(authorization, address, scope)
+        describe(caller=caller.name)
         if limited:
-            self._requests.take(caller)
+            self._requests.take(caller.name)
         return caller
-
-    def owner(self, authorization: str) -> str:
-        """Return the owner of the profiles that a request may use; see `ApiKeys.owner`."""
-        return self._keys.owner(authorization)
 
     @property
     def model(self) -> str:

@@ -3,7 +3,7 @@
 # ruff: noqa: PLC0415 - torch is loaded by the tests that want it
 from __future__ import annotations
 
-import multiprocessing
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -15,6 +15,7 @@ pytest.importorskip("gguf")
 from infer_align.checkpoints.folders import LIST, cache_folder, is_whole
 from infer_align.checkpoints.gguf import convert_gguf, find_gguf
 from infer_align.errors import ConfigError
+from tests.server.processes import FORKS
 
 FIELD = "[engine] model"
 
@@ -109,7 +110,8 @@ def test_a_process_that_died_while_it_made_an_entry_leaves_nothing_in_the_way(gg
     assert is_whole(folder)
 
 
-def _convert_at(barrier, file, queue):
+def _convert_at(barrier, file, queue, cache_home):
+    os.environ["XDG_CACHE_HOME"] = cache_home
     barrier.wait()
     queue.put(convert(file))
 
@@ -117,9 +119,9 @@ def _convert_at(barrier, file, queue):
 @pytest.mark.slow
 def test_two_processes_at_once_make_one_entry(gguf_model):
     file = gguf_model()
-    context = multiprocessing.get_context("spawn")
-    barrier, queue = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_convert_at, args=(barrier, file, queue)) for _ in range(2)]
+    barrier, queue = FORKS.Barrier(2), FORKS.Queue()
+    arguments = (barrier, file, queue, os.environ["XDG_CACHE_HOME"])
+    processes = [FORKS.Process(target=_convert_at, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
     (first, one), (second, other) = queue.get(timeout=100), queue.get(timeout=100)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from tests import environments
 
 SCRIPTS = Path(__file__).parent / "scripts"
+FORMS = ("TOOLS", "TOOLS_STRICT", "JSON_SCHEMA")
 # The environment of each client, and its script.
 CLIENTS = {
     "openai-1": "engine_openai",
@@ -20,12 +24,27 @@ CLIENTS = {
 }
 
 
-def describe(url: str, model: str, key: str) -> str:
+def describe(
+    url: str,
+    model: str,
+    key: str,
+    *,
+    forms: Sequence[str] = FORMS,
+    fields: Any = MappingProxyType({}),
+) -> str:
     """Return the argument of a script.
 
     The server needs a reward "brevity". Its model may be tiny: schemas have few answers.
+
+    Args:
+        url: the base URL of the server.
+        model: the name of the model.
+        key: the API key.
+        forms: the modes of instructor whose answers the engine forms by their schema.
+        fields: fields that are added to requests with tools.
     """
-    return json.dumps({"url": url, "model": model, "key": key})
+    described = {"url": url, "model": model, "key": key, "forms": [*forms], "fields": {**fields}}
+    return json.dumps(described)
 
 
 def run_client(environment: str, script: str, argument: str, seconds: float) -> None:

@@ -7,40 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaModel
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.siblings import ValueCache, keep_sampled_siblings
-from infer_align.values.lookahead import ValueLM
-
-VOCABULARY = 30
-HEADS = 2
-
-
-class TinyValueLM(ValueLM):
-    """A random value LM without files."""
-
-    def __init__(self, device: torch.device) -> None:
-        torch.manual_seed(3)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-        self.lm = LlamaModel(config).eval().to(device)
-        self.heads = torch.randn((16, HEADS), device=device)
-        self._weight = self.heads.T
-        self._bias = torch.zeros(HEADS, device=device)
-        self.has_sibling_kernel = False
-
-    def value(self, ids: list[int]) -> torch.Tensor:
-        """Return the values after a complete text. [H]."""
-        states = self.lm(input_ids=torch.tensor([ids], device=self.lm.device)).last_hidden_state
-        values: torch.Tensor = states[0, -1] @ self.heads
-        return values
+from tests.decoding.value_lms import HEADS, TinyValueLM
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +55,7 @@ def test_siblings_are_valued_and_the_chosen_one_stays(lm: Any, device: torch.dev
         expect_siblings(lm, cache, texts, ids)
         # The second row samples a token outside its candidates.
         chosen = torch.tensor([int(ids[0, 1]), 29 - step, int(ids[2, 0])], device=device)
-        cache.choose(ids, chosen)
+        cache.choose(chosen)
         for text, token in zip(texts, chosen.tolist(), strict=True):
             text.append(token)
         assert cache.lengths == [len(text) for text in texts]
@@ -115,6 +85,6 @@ def test_sampled_tokens_reach_the_rows_of_each_cache(lm: Any, device: torch.devi
     cache = ValueCache(lm, [0, 2], [3, 2], batch_of(lm, texts).cache)
     candidates = torch.tensor([[11, 12], [13, 14], [15, 16]], device=device)
     cache.siblings(candidates[cache.members])
-    keep_sampled_siblings([cache], candidates, [12, 13, 15])
+    keep_sampled_siblings([cache], [12, 13, 15])
     ids = torch.tensor([[21, 22], [23, 24]], device=device)
     expect_siblings(lm, cache, [[1, 2, 3, 12], [4, 5, 15]], ids)

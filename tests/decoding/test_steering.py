@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from infer_align.decoding.device import upload
-from infer_align.decoding.steering import SteeringBatch, expected_values, steer
+from infer_align.decoding.estimates import expected_values
+from infer_align.decoding.steering import SteeringBatch, steer
 from infer_align.methods.vas import reweight
 from infer_align.values.head import HeadValue
 from tests.decoding.heads import random_heads

@@ -30,6 +30,7 @@ def test_no_other_scale_is_likelier(differences: list[float]) -> None:
         assert likelihood(other, differences) <= best + 1e-9
 
 
+@pytest.mark.slow
 @given(DIFFERENCES, st.sampled_from([1e-6, 0.5, 20.0, 1e6]))
 def test_the_scale_is_inverse_to_the_unit_of_the_scores(
     differences: list[float], unit: float

@@ -20,6 +20,8 @@ from infer_align.fitting.preference_heads import (
     vote,
 )
 
+pytestmark = pytest.mark.slow
+
 SIZE = 12
 
 

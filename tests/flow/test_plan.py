@@ -79,6 +79,7 @@ JSON: Any = st.recursive(
 KEYS = ["preset", "best_of_n", "rewards", "ensemble", "budget", "details", "dpa", "vas", "x"]
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4) | JSON,
     st.dictionaries(st.sampled_from(["n", "seed", "messages", "max_tokens"]), JSON),

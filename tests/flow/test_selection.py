@@ -75,6 +75,7 @@ def chosen(
     return rank_candidates(plan, candidates, Scores(members, notes=notes))
 
 
+@pytest.mark.slow
 @given(MEMBERS, st.sampled_from(OBJECTIVES), st.randoms(use_true_random=False))
 def test_permuting_the_candidates_permutes_the_answer(
     rows: Any, objective: Any, random: Any
@@ -94,6 +95,7 @@ def test_permuting_the_candidates_permutes_the_answer(
         )
 
 
+@pytest.mark.slow
 @given(MEMBERS, st.sampled_from(OBJECTIVES))
 def test_everything_is_either_ranked_or_dropped_with_a_reason(rows: Any, objective: Any) -> None:
     made = chosen({"r": rows}, objective=objective)

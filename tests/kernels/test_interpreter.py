@@ -27,20 +27,10 @@ STEERING = (
 )
 
 
-@pytest.mark.timeout(300)
-def test_the_triton_code_passes_its_tests_in_the_interpreter() -> None:
-    run(*FOLDERS)
-
-
-@pytest.mark.timeout(300)
-def test_the_engines_steer_with_the_kernels() -> None:
-    run(*STEERING)
-
-
-def run(*arguments: str) -> None:
-    """Run these tests in the interpreter."""
-    pytest_command = [sys.executable, "-m", "pytest", *arguments]
-    options = ["-p", "no:cacheprovider", "--timeout", "280", "--durations=5"]
+@pytest.mark.timeout(900)
+def test_the_kernels_and_the_steering_pass_their_tests_in_the_interpreter() -> None:
+    pytest_command = [sys.executable, "-m", "pytest", *FOLDERS, *STEERING]
+    options = ["-p", "no:cacheprovider", "--timeout", "600", "--durations=5"]
     process = subprocess.run(
         [*pytest_command, *options],
         cwd=ROOT,

@@ -53,6 +53,7 @@ def test_few_scores_promise_more_than_a_normal_that_is_fitted_to_them() -> None:
     assert expected_gain(few, 4) > 1.3 * expected_gain(many, 4)
 
 
+@pytest.mark.slow
 @given(SCORES, BATCHES, st.integers(-50, 50), st.integers(-3, 3))
 def test_shift_and_scale_do_not_matter(
     scores: list[float], batch: int, shift: int, exponent: int
@@ -61,6 +62,7 @@ def test_shift_and_scale_do_not_matter(
     assert expected_gain(moved, batch) == pytest.approx(expected_gain(scores, batch), abs=1e-9)
 
 
+@pytest.mark.slow
 @given(SCORES, BATCHES)
 def test_order_does_not_matter_and_missing_scores_are_left_out(
     scores: list[float], batch: int
@@ -69,6 +71,7 @@ def test_order_does_not_matter_and_missing_scores_are_left_out(
     assert expected_gain(shuffled, batch) == pytest.approx(expected_gain(scores, batch), abs=1e-12)
 
 
+@pytest.mark.slow
 @given(SCORES, BATCHES, st.integers(1, 400))
 def test_the_gain_falls_with_the_margin_of_the_best(
     scores: list[float], batch: int, eighths: int
@@ -80,6 +83,7 @@ def test_the_gain_falls_with_the_margin_of_the_best(
         assert expected_gain(better, batch) <= expected_gain(scores, batch) + 1e-9
 
 
+@pytest.mark.slow
 @given(SCORES, BATCHES)
 def test_a_larger_batch_gains_more(scores: list[float], batch: int) -> None:
     gain = expected_gain(scores, batch)

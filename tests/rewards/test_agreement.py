@@ -78,6 +78,7 @@ async def test_a_pattern_finds_what_is_compared() -> None:
     np.testing.assert_allclose(scores.values[0, 0], [2 / 3, 2 / 3, 1 / 3])
 
 
+@pytest.mark.slow
 async def test_a_pattern_that_would_take_years_is_stopped() -> None:
     reward = Agreement(extract=r"(?:x+x+)+y").load()
     with pytest.raises(InvalidRequest, match="takes longer than"):

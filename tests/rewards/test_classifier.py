@@ -20,7 +20,7 @@ from infer_align.rewards._scaling import Scaling, scale_scores
 from infer_align.rewards.classifier import Classifier
 from infer_align.types import Candidate
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 ASK = [{"role": "user", "content": "the cat"}]
 TEXTS = [
     "sat",
@@ -73,7 +73,6 @@ def same(values: np.ndarray, expected: np.ndarray) -> bool:
     return values.shape == expected.shape and np.allclose(values, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Mistral", "GPT2", "Bert", "Gemma2"])
 @pytest.mark.parametrize("labels", [1, 3])
 async def test_scores_equal_a_direct_forward(architecture, labels, reward_model):

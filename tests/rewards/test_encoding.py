@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.anyio,
     # transformers' DeBERTa is compiled by TorchScript.
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+    pytest.mark.slow,
 ]
 
 POSITIONS = 64
@@ -152,7 +153,6 @@ def reference(
     return np.array(scores)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_long_texts_are_truncated_as_transformers_does(
     family: str, save: Callable[..., str]

@@ -65,6 +65,7 @@ criteria = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(criteria, st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0])), min_size=1))
 def test_the_chances_of_both_answers_sum_to_one(readings: list[tuple[Criterion, float]]) -> None:
     objective = Objective(tuple(criterion for criterion, _ in readings))

@@ -286,6 +286,7 @@ def test_what_was_not_judged_is_left_out() -> None:
         relation(Reading([("I", 0.9)]), Reading([("A", 0.9)]), "likelihood")
 
 
+@pytest.mark.slow
 @given(st.integers(2, 8), st.integers(3, 6), st.data())
 def test_nontransitivity_counts_as_the_definition_does(n: int, k: int, data: st.DataObject) -> None:
     items = data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n, unique=True).map(sorted))

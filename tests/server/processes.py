@@ -67,6 +67,8 @@ class Forked:
             daemon=True,
         )
         self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
         for connection in outputs:
             connection.close()
 
@@ -84,9 +86,8 @@ class Forked:
 
     def send_signal(self, sign: int) -> None:
         """Send a signal to a program that runs."""
-        assert self._process.pid is not None
         if self.poll() is None:
-            os.kill(self._process.pid, sign)
+            os.kill(self.pid, sign)
 
     def terminate(self) -> None:
         """Ask a program that runs to end."""

@@ -53,6 +53,11 @@ def configuration(reward: str, replies: list[dict[str, Any]]) -> str:
 [engine]
 kind = "fake"
 replies = [{lines}]
+{rewards(reward)}"""
+
+
+def rewards(reward: str) -> str:
+    return f"""
 [rewards.model]
 kind = "classifier"
 model = {json.dumps(reward)}
@@ -84,13 +89,36 @@ def live(serve: Callable[[str], Live], reward_model: Callable[..., str]) -> Live
     return serve(configuration(reward_model(), replies))
 
 
+@pytest.fixture
+def engines(
+    live: Live,
+    serve: Callable[[str], Live],
+    reward_model: Callable[..., str],
+    language_model: Callable[..., str],
+) -> list[Live]:
+    """The scripted engine, a server before it, and a tiny model in the embedded engine."""
+    scored = rewards(reward_model())
+    upstream = f'[engine]\nkind = "openai"\nurls = ["{live.base_url}"]\n{scored}'
+    model = language_model(max_position_embeddings=1024)
+    embedded = f'[engine]\nkind = "transformers"\nmodel = {json.dumps(model)}\n{scored}'
+    return [live, serve(upstream), serve(embedded)]
+
+
 @pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
-def test_every_form_of_a_history_is_scored(live: Live, history: list[dict[str, Any]]) -> None:
+def test_every_form_of_a_history_is_scored_on_every_engine(
+    engines: list[Live], history: list[dict[str, Any]]
+) -> None:
+    for live in engines:
+        check_scored(live, history)
+
+
+def check_scored(live: Live, history: list[dict[str, Any]]) -> None:
     body = {"messages": history, "candidates": ["yes", "no"]}
     answer = live.post(body, "/v1/align/score")
     assert answer.status_code == 200, answer.text
     assert [each["error"] for each in answer.json()["candidates"]] == [None, None]
-    drawn = live.chat({"best_of_n": {"n": 2}}, messages=history)
+    align = {"best_of_n": {"n": 2}, "rewards": {"model": 1.0}}
+    drawn = live.chat(align, messages=history, max_tokens=4)
     assert drawn.status_code == 200, drawn.text
 
 

@@ -20,6 +20,8 @@ from infer_align.config import load
 from infer_align.types import Candidate
 from infer_align_server.cli import main
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("owl", "mouse", "hay", "tree", "moon")
 
 

@@ -213,6 +213,7 @@ def test_the_schema_of_the_api_knows_the_parameters(live: Any) -> None:
     assert "anyOf" in rewards["kind"]
 
 
+@pytest.mark.slow
 def test_a_pattern_that_would_take_years_ends_with_a_4xx(serve: Serve) -> None:
     slow = serve(
         f'[engine]\nkind = "fake"\nreplies = [{{text = "{"x" * 3000}"}}]\n'

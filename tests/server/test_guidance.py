@@ -14,6 +14,8 @@ import pytest
 import infer_align
 from infer_align.demo import world
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = world.prompts(6, seed=12)
 
 
@@ -53,7 +55,6 @@ def gold(client: openai.OpenAI, scale: float) -> float:
     return statistics.mean(scores)
 
 
-@pytest.mark.slow
 def test_the_scale_steers_away_asks_and_goes_beyond_asking(client: openai.OpenAI) -> None:
     away, frozen, asked, beyond = (gold(client, scale) for scale in (-1.0, 0.0, 1.0, 2.5))
     assert away < frozen < asked < beyond

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PROMISES = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/rerank", "/v1/align/verify"])
 def test_a_compressed_body_is_not_unpacked(numbers: Live, path: str) -> None:
     bomb = gzip.compress(b'{"messages": "' + b" " * 50_000_000 + b'"}')

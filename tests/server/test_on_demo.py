@@ -13,6 +13,8 @@ import pytest
 import infer_align
 from infer_align.demo import world
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = world.prompts(4, seed=11)
 HELPFUL: Any = {"helpfulness": 1.0, "verbosity": 0.0}
 
@@ -40,7 +42,6 @@ def report(answer: Any) -> Any:
     return answer.model_extra["align"]
 
 
-@pytest.mark.slow
 def test_a_slider_from_brief_to_thorough(client: openai.OpenAI) -> None:
     words = []
     for verbosity in (-0.5, 0.0, 0.5):
@@ -50,7 +51,6 @@ def test_a_slider_from_brief_to_thorough(client: openai.OpenAI) -> None:
     assert words[0] < words[1] < words[2], words
 
 
-@pytest.mark.slow
 def test_rps(client: openai.OpenAI) -> None:
     answer = ask(client, {"dpa": {"direction": HELPFUL}, "rps": {"k": 5}})
     align = report(answer)

@@ -311,6 +311,7 @@ def test_feedback_says_which_rewards_could_not_score_it(keeping: Any, tmp_path: 
     assert (answer.json()["added"], answer.json()["choices"]) == (1, 2)
 
 
+@pytest.mark.slow
 def test_many_clients_at_once_lose_nothing(keeping: Any) -> None:
     live = keeping()
     with ThreadPoolExecutor(8) as pool:

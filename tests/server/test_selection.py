@@ -37,6 +37,7 @@ def ask(live: Any, align: Any, **fields: Any) -> Any:
     return answer.json()
 
 
+@pytest.mark.slow
 def test_a_lottery_is_reported_and_repeats_with_its_seed(live: Any) -> None:
     align = {"select": {"rule": "tilted", "beta": 2.0}}
     first = ask(live, align)

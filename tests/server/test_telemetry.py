@@ -193,6 +193,7 @@ def test_answers_of_the_client_have_scores_in_the_span_of_their_request(
     assert values == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_gone_changes_no_answer(config_file: ConfigFile) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     text = NUMBERS + '\n[telemetry]\nendpoint = "http://127.0.0.1:9"\n'

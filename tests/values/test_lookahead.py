@@ -121,6 +121,7 @@ def test_values_of_one_folder_share_one_lm(write: Any) -> None:
     assert start(write("one", folder="other"), None, shared).lm is not one.lm
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_rewritten_is_loaded_again(write: Any) -> None:
     shared: dict[object, Any] = {}
     old = start(write("one"), "one", shared)

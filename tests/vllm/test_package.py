@@ -30,12 +30,19 @@ INSTALLED = importlib.util.find_spec("vllm") is not None
 
 @pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed")
 def test_an_installed_version_is_the_supported_one() -> None:
-    assert vllm_package.require().startswith(f"{vllm_package.SUPPORTED}.")
+    assert vllm_package.release(vllm_package.require()) in vllm_package.SUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("version", "release"), [("0.32.0", "0.32"), ("0.33.1+cu130", "0.33"), ("0.34rc1", "0.34rc1")]
+)
+def test_a_release_is_the_first_two_numbers(version: str, release: str) -> None:
+    assert vllm_package.release(version) == release
 
 
 @pytest.mark.skipif(INSTALLED, reason="vLLM is installed")
 def test_a_missing_installation_names_the_command() -> None:
-    with pytest.raises(ConfigError, match=f"pip install 'vllm>={vllm_package.SUPPORTED}"):
+    with pytest.raises(ConfigError, match=f"pip install 'vllm>={vllm_package.SUPPORTED[0]}"):
         vllm_package.require()
 
 

@@ -65,7 +65,7 @@ class AnswerValues:
     def choose(self, token: int) -> None:
         """Keep the sampled token in the caches, and drop the other candidates."""
         for cache in self._caches.values():
-            cache.choose(torch.tensor([self._valued]), torch.tensor([token]))
+            cache.choose(torch.tensor([token]))
 
 
 def most_likely(logits: Mapping[int, float], k: int, excluded: Collection[int] = ()) -> list[int]:

@@ -14,10 +14,10 @@ import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.constraint import constrain
+from infer_align.decoding.estimates import expected_values
 from infer_align.decoding.guidance import guide_rows
 from infer_align.decoding.sampler import adjust
 from infer_align.decoding.siblings import keep_sampled_siblings
-from infer_align.decoding.steering import expected_values
 from infer_align.decoding.text import TextStream
 from infer_align.engines.transformers.batch import RowBatch
 from infer_align.engines.transformers.choices import Entry, logprob_entries
@@ -275,7 +275,7 @@ class Scheduler(threading.Thread):
         self._report_estimates(rows, drawn.steered, step.hidden)
         tokens = drawn.tokens
         if drawn.candidates is not None:
-            keep_sampled_siblings(batch.value_caches.values(), drawn.candidates, tokens)
+            keep_sampled_siblings(batch.value_caches.values(), tokens)
         entries = self._entries(rows, step.logits, drawn.steered, tokens)
         running: list[int] = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):

@@ -10,15 +10,13 @@ import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.dense_steering import candidate_count
+from infer_align.decoding.siblings import read_tokens
 from infer_align.decoding.steering import SteeringBatch
 from infer_align.engines.transformers.rows import Row
 from infer_align.types import Draw
 from infer_align.values import FrozenModel, Value, check_estimating, check_values
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
-
-# A value LM reads a prompt in parts of this many tokens.
-PREFILL_TOKENS = 1024
 
 
 class LoadedValues:
@@ -101,16 +99,8 @@ class LoadedValues:
         caches: dict[ValueLM, RowCache] = {}
         for value in values:
             if isinstance(value, LookaheadValue) and value.lm and value.lm not in caches:
-                caches[value.lm] = self._read(value.lm, ids)
+                caches[value.lm] = read_tokens(value.lm, ids)
         return caches
-
-    def _read(self, lm: ValueLM, ids: list[int]) -> RowCache:
-        cache = RowCache()
-        for start in range(0, len(ids), PREFILL_TOKENS):
-            part = torch.tensor([ids[start : start + PREFILL_TOKENS]], device=self._device)
-            positions = torch.arange(start, start + part.shape[1], device=self._device)
-            lm.forward(part, cache, positions[None], None)
-        return cache
 
     def steering_batch(self, rows: Sequence[Row]) -> SteeringBatch | None:
         """Build the steering of these rows; None if none of them is steered."""

@@ -81,6 +81,7 @@ class Vllm:
 plugin = Vllm
 
 
+_ADD_VALUE = "configure a value in [values.*]"
 _ADD_HEAD = 'configure a value of kind "head" in [values.*]'
 # The contexts of a request would have to stay at the same step, which vLLM's scheduler does not do.
 _GUIDE_FROM_OUTSIDE = (
@@ -111,7 +112,7 @@ class VllmEngine(Engine):
 
     capability_hints: Mapping[Capability, str] = MappingProxyType(
         {
-            Capability.STEER: _ADD_HEAD,
+            Capability.STEER: _ADD_VALUE,
             Capability.ESTIMATES: _ADD_HEAD,
             Capability.GUIDE: _GUIDE_FROM_OUTSIDE,
         }

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from infer_align.decoding.device import upload
-from infer_align.decoding.steering import expected_values
+from infer_align.decoding.estimates import expected_values
 from infer_align.engines.vllm.extra_args import Estimated
 from infer_align.types import EstimateSchedule
 from infer_align.values.head import HeadValue

@@ -19,7 +19,9 @@ from infer_align.decoding.device import upload
 from infer_align.decoding.fused_steering import FusedSteerer
 from infer_align.decoding.steering import SteeringBatch
 from infer_align.engines.vllm.extra_args import SteeringRequest
+from infer_align.values import Value
 from infer_align.values.head import HeadValue
+from infer_align.values.lookahead import LookaheadValue, ValueLM
 from infer_align_kernels import runs_triton
 
 Indices = NDArray[np.int64]
@@ -45,6 +47,22 @@ class SlotSteering(NamedTuple):
     max_kl: float = np.inf
 
 
+class LookaheadSlot(NamedTuple):
+    """A slot of the latest batch that lookahead values steer.
+
+    Attributes:
+        slot: the slot.
+        row: its row of the logits.
+        position: its index among the steered rows.
+        lms: the value LMs that read it.
+    """
+
+    slot: int
+    row: int
+    position: int
+    lms: frozenset[ValueLM]
+
+
 class _DeviceTable(NamedTuple):
     """The whole table on the device; the first dimension is the slots."""
 
@@ -67,7 +85,7 @@ class SlotTable:
         # One call steers all rows on a GPU.
         self._steerer = FusedSteerer() if runs_triton(device) else None
         # The value of each column; None for a free column.
-        self._values: list[HeadValue | None] = []
+        self._values: list[Value | None] = []
         # The column of each name, for requests that join from now on.
         self._columns: dict[str, int] = {}
         self._beta = np.zeros((slots, 0), np.float32)
@@ -80,13 +98,20 @@ class SlotTable:
         self._batch: SteeringBatch | None = None
         self._batch_key: bytes | None = None
         self._device_table: _DeviceTable | None = None
+        # The slots of the latest batch that lookahead values steer.
+        self.lookahead_slots: tuple[LookaheadSlot, ...] = ()
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """The values that new requests or current slots can use."""
+        return tuple(value for value in self._values if value is not None)
 
     @property
     def any_steered(self) -> bool:
         """True if a slot is steered, or was and has not been assigned again."""
         return bool(self._top_k.any())
 
-    def set_value(self, name: str, value: HeadValue) -> None:
+    def set_value(self, name: str, value: Value) -> None:
         """Use a value under this name for requests that join from now on."""
         column = self._free_column(name)
         self._columns[name] = column
@@ -110,16 +135,16 @@ class SlotTable:
             self._beta = np.concatenate([self._beta, new_column], axis=1)
         return self._values.index(None)
 
-    def value(self, name: str) -> HeadValue:
-        """Return the current value of that name.
+    def head(self, name: str) -> HeadValue:
+        """Return the current head of that name.
 
         Raises:
-            RuntimeError: this worker has no such value. An estimate without it would be wrong.
+            RuntimeError: this worker has no such head. An estimate without it would be wrong.
         """
         column = self._columns.get(name)
         value = None if column is None else self._values[column]
-        if value is None:
-            raise RuntimeError(f"a request needs the value {name!r}, which this worker lacks.")
+        if not isinstance(value, HeadValue):
+            raise RuntimeError(f"a request needs the head {name!r}, which this worker lacks.")
         return value
 
     def resolve(self, request: SteeringRequest | None) -> SlotSteering | None:
@@ -142,6 +167,11 @@ class SlotTable:
             )
         top_k = min(request.top_k, self._vocabulary_size)
         return SlotSteering(weights, top_k, request.mask_tail, max_kl=request.max_kl)
+
+    def has_lookahead(self, steering: SlotSteering | None) -> bool:
+        """Return True if a lookahead value is among those of a steering."""
+        columns = steering.weights if steering else ()
+        return any(isinstance(self._values[column], LookaheadValue) for column in columns)
 
     def assign(self, slot: int, steering: SlotSteering | None) -> None:
         """Give a slot to a request, in place of the previous one."""
@@ -177,6 +207,7 @@ class SlotTable:
         key = indices.tobytes()
         if self._batch_key != key:
             self._batch = self._build_batch(indices)
+            self.lookahead_slots = self._find_lookahead(indices)
             self._batch_key = key
         return self._batch
 
@@ -186,17 +217,35 @@ class SlotTable:
             return None
         steered = slots[rows]
         columns = np.flatnonzero(self._beta[steered].any(axis=0))
+        values = self._values_of(columns)
+        heads_only = all(isinstance(value, HeadValue) for value in values)
         return SteeringBatch.build(
-            self._values_of(columns),
+            values,
             self._beta[np.ix_(steered, columns)],
             self._top_k[steered],
             self._mask_tail[steered],
             self._device,
             rows=None if len(rows) == len(slots) else rows,
             min_p=self._min_p[steered],
-            steerer=self._steerer,
+            steerer=self._steerer if heads_only else None,
             max_kl=self._max_kl[steered],
         )
+
+    def _find_lookahead(self, slots: Indices) -> tuple[LookaheadSlot, ...]:
+        lms = {
+            column: value.lm
+            for column, value in enumerate(self._values)
+            if isinstance(value, LookaheadValue) and value.lm
+        }
+        if not lms:
+            return ()
+        users: list[LookaheadSlot] = []
+        for position, row in enumerate(np.flatnonzero(self._top_k[slots]).tolist()):
+            slot = int(slots[row])
+            readers = frozenset(lm for column, lm in lms.items() if self._beta[slot, column])
+            if readers:
+                users.append(LookaheadSlot(slot, row, position, readers))
+        return tuple(users)
 
     def expanded_batch(self, slots: Indices, row_slots: torch.Tensor) -> SteeringBatch | None:
         """Return the steering of a step in which a slot has several rows; None if none is steered.
@@ -245,8 +294,8 @@ class SlotTable:
             )
         return self._device_table
 
-    def _values_of(self, columns: Iterable[int]) -> tuple[HeadValue, ...]:
-        values: list[HeadValue] = []
+    def _values_of(self, columns: Iterable[int]) -> tuple[Value, ...]:
+        values: list[Value] = []
         for column in columns:
             value = self._values[column]
             if value is not None:

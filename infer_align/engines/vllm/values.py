@@ -16,10 +16,12 @@ from infer_align.engines.vllm.extra_args import (
     publish_value_names,
     withdraw_value_names,
 )
+from infer_align.engines.vllm.value_source import load_source, write_source
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.types import Draw, Steering
 from infer_align.values import FrozenModel, Value, check_values, tokenizer_digest
 from infer_align.values.head import HeadValue
+from infer_align.values.lookahead import LookaheadValue, ValueLM
 from infer_align.vllm.interfaces import ModelConfig, VllmConfig
 
 # vLLM finds the processor by its full class name. An entry point would load it into every vLLM of
@@ -40,14 +42,16 @@ class EngineValues:
         Raises:
             ConfigError: a value is of a kind that vLLM's workers cannot hold.
         """
-        self._heads = {name: _head(name, value) for name, value in values.items()}
+        self._sources = {name: write_source(name, value) for name, value in values.items()}
+        self._values = dict(values)
         self._frozen: FrozenModel | None = None
+        self._config: VllmConfig | None = None
         self._adding = asyncio.Lock()
 
     @property
     def enabled(self) -> bool:
         """True if the engine has values. Without values it runs no code of this project."""
-        return bool(self._heads)
+        return bool(self._values)
 
     def value(self, name: str) -> Value:
         """Return the value of that name.
@@ -55,7 +59,7 @@ class EngineValues:
         Raises:
             KeyError: there is no such value.
         """
-        return self._heads[name]
+        return self._values[name]
 
     def engine_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configured options with those that steering adds.
@@ -98,13 +102,14 @@ class EngineValues:
             "cpu",
         )
         self._frozen = frozen
-        for head in self._heads.values():
-            _check_fit(head, frozen)
-        publish_value_names(self, self._heads)
-        paths = {name: head.path for name, head in self._heads.items()}
+        self._config = config
+        shared: dict[object, Any] = {}
+        for name, value in self._values.items():
+            _check_fit(name, value, frozen, config, shared)
+        publish_value_names(self, self._values)
         config.additional_config = {
             **config.additional_config,
-            STEERING_KEY: {"tokenizer": frozen.tokenizer, "values": paths},
+            STEERING_KEY: {"tokenizer": frozen.tokenizer, "values": self._sources},
         }
 
     async def check_weights(self, call_workers: CallWorkers) -> None:
@@ -113,14 +118,17 @@ class EngineValues:
         Raises:
             ConfigError: naming the head and both models.
         """
-        if self._frozen is None:
+        frozen, config = self._frozen, self._config
+        if frozen is None or config is None:
             return
         parts: dict[str, list[float]] = {}
         for fingerprint in await call_workers("infer_align_fingerprint"):
             parts.update(fingerprint)
-        self._frozen = replace(self._frozen, fingerprint=parts)
-        for head in self._heads.values():
-            await asyncio.to_thread(_check_fit, head, self._frozen)
+        self._frozen = replace(frozen, fingerprint=parts)
+        for name, value in self._values.items():
+            # A value LM reads tokens alone, so no weights of the model matter to it.
+            if isinstance(value, HeadValue):
+                await asyncio.to_thread(_check_fit, name, value, self._frozen, config, {})
 
     async def add(self, name: str, value: Value, call_workers: CallWorkers) -> None:
         """Add a value, or replace the one of the same name, without a restart.
@@ -130,22 +138,22 @@ class EngineValues:
         Raises:
             ConfigError: the value does not fit the model, or the engine was started without values.
         """
-        head = _head(name, value)
-        frozen = self._frozen
-        if frozen is None:
+        source = write_source(name, value)
+        frozen, config = self._frozen, self._config
+        if frozen is None or config is None:
             raise ConfigError(
                 f"[values.{name}] the engine was started without values, so it cannot steer; "
                 "configure a value and restart the server."
             )
         async with self._adding:
-            await asyncio.to_thread(_check_fit, head, frozen)
+            await asyncio.to_thread(_check_fit, name, value, frozen, config, {})
             # Either every worker can load the value, or none uses it.
-            await call_workers("infer_align_load_value", args=(head.path,))
+            await call_workers("infer_align_load_value", args=(source,))
             users = sum(await call_workers("infer_align_use_value", args=(name,)))
             if not users:
                 raise ConfigError(f"[values.{name}] no worker of this engine can use the value.")
-            self._heads = {**self._heads, name: head}
-            publish_value_names(self, self._heads)
+            self._values = {**self._values, name: value}
+            publish_value_names(self, self._values)
 
     def close(self) -> None:
         """Stop accepting requests that are steered by these values."""
@@ -157,7 +165,7 @@ class EngineValues:
         Raises:
             InvalidRequest: names the field.
         """
-        check_values(draw, self._heads)
+        check_values(draw, self._values)
         if draw.steering and draw.body.get("use_beam_search"):
             raise InvalidRequest(
                 "use_beam_search: true is not allowed with align.vas, which steers sampled tokens "
@@ -171,21 +179,68 @@ class EngineValues:
         return SteeringRequest.write(steering, vocabulary_size)
 
 
-def _check_fit(head: HeadValue, frozen: FrozenModel) -> None:
-    """Load a head in this process first, because a worker that cannot load it would die."""
-    trial = HeadValue(head.path, head.description)
-    trial.start(frozen, {})
-    head.description = trial.description
-    head.warnings = trial.warnings
+def _check_fit(
+    name: str,
+    value: Value,
+    frozen: FrozenModel,
+    config: VllmConfig,
+    shared: dict[object, Any],
+) -> None:
+    """Load a value in this process first, because a worker that cannot load it would die.
+
+    Args:
+        name: of the value.
+        value: its description, warnings and summary are completed.
+        frozen: the model to be steered.
+        config: of the engine.
+        shared: see `Value.start`.
+
+    Raises:
+        ConfigError: the value does not fit the model, or cannot steer this engine.
+    """
+    trial = load_source(write_source(name, value))
+    trial.start(frozen, shared)
+    value.description = trial.description
+    value.warnings = trial.warnings
+    value.summary = trial.summary
+    if isinstance(trial, LookaheadValue) and trial.lm:
+        for reason in _lookahead_conflicts(config, trial.lm):
+            raise ConfigError(f"[values.{name}] a lookahead value cannot steer here: {reason}")
+        value.warnings += tuple(_memory_warnings(config, trial.lm))
 
 
-def _head(name: str, value: Value) -> HeadValue:
-    if isinstance(value, HeadValue):
-        return value
-    kind = type(value).__module__.rpartition(".")[2]
-    raise ConfigError(
-        f"[values.{name}] kind {kind!r} cannot run inside vLLM, whose workers hold one model and "
-        'one cache; use kind = "head", or the transformers engine.'
+def _lookahead_conflicts(config: VllmConfig, lm: ValueLM) -> Iterator[str]:
+    """Yield the settings under which a value LM would read wrong tokens, or none."""
+    if config.speculative_config is not None:
+        yield (
+            "speculative_config samples several tokens per step, and the value LM would have to "
+            "read drafts that are dropped; remove it, or use a value of kind head."
+        )
+    model = config.model_config
+    if model.enable_prompt_embeds:
+        yield (
+            "enable_prompt_embeds allows prompts without token ids, which the value LM cannot "
+            "read; set it to false, or use a value of kind head."
+        )
+    limit = getattr(lm.lm.config, "max_position_embeddings", None)
+    if limit is not None and limit < model.max_model_len:
+        yield (
+            f"its value LM reads up to {limit} tokens, but max_model_len is "
+            f"{model.max_model_len}; set max_model_len to {limit} or less."
+        )
+
+
+def _memory_warnings(config: VllmConfig, lm: ValueLM) -> Iterator[str]:
+    """Yield what an operator of a GPU has to leave free: vLLM does not count it."""
+    if config.device_config.device_type == "cpu":
+        return
+    requests = config.scheduler_config.max_num_seqs
+    length = config.model_config.max_model_len
+    gibibytes = requests * length * lm.cell_bytes / 2**30
+    yield (
+        f"its value LM keeps up to {gibibytes:.1f} GiB of keys and values, for {requests} requests "
+        f"of {length} tokens, outside of gpu_memory_utilization; leave them free, or lower "
+        "max_num_seqs or max_model_len."
     )
 
 

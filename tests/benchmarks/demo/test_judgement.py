@@ -41,6 +41,7 @@ def test_comparisons_prefer_the_first_answer() -> None:
     assert chosen.count("A") > 1.1 * chosen.count("B")
 
 
+@pytest.mark.slow
 def test_every_kind_of_document_has_its_share() -> None:
     rng = random.Random(0)
     first_turns = [documents.document(rng)[0] for _ in range(2000)]

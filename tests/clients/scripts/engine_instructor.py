@@ -23,7 +23,7 @@ OPTIONS = {
 }
 BODIES = ({}, extra_body(best_of_n={"n": 2}, rewards={"brevity": 1.0}))
 EXTRACT = [{"role": "user", "content": "John Doe is 30 years old."}]
-MODES = (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA)
+MODES = [instructor.Mode[name] for name in ENGINE["forms"]]
 
 
 class UserInfo(BaseModel):
@@ -52,6 +52,7 @@ for mode in MODES:
                 max_retries=0,
                 max_tokens=100,
                 extra_body=body,
+                **ENGINE["fields"],
             )
             assert isinstance(user, model), (mode, body, user)
     partial = client.chat.completions.create_partial(
@@ -60,13 +61,14 @@ for mode in MODES:
         response_model=UserInfo,
         max_retries=0,
         max_tokens=100,
+        **ENGINE["fields"],
     )
     UserInfo.model_validate(list(partial)[-1].model_dump())
 
 
 async def asynchronous() -> None:
     async with openai.AsyncOpenAI(**OPTIONS) as sdk:
-        client = instructor.from_openai(sdk, mode=instructor.Mode.TOOLS)
+        client = instructor.from_openai(sdk, mode=MODES[0])
         answer = await client.chat.completions.create(
             model=MODEL,
             messages=list(EXTRACT),
@@ -74,6 +76,7 @@ async def asynchronous() -> None:
             max_retries=0,
             max_tokens=100,
             extra_body=BODIES[1],
+            **ENGINE["fields"],
         )
         assert isinstance(answer, UserInfo)
 

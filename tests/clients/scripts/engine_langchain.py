@@ -51,13 +51,13 @@ def complete(**options: Any) -> list[list[str]]:
 def loop(chat: ChatOpenAI, tool_choice: str) -> None:
     """Let the model call a tool, run the tool, and let the model answer."""
     turns: list[object] = [SystemMessage("be brief"), HumanMessage("how warm is it?")]
-    message = chat.bind_tools([Weather], tool_choice=tool_choice).invoke(turns)
+    message = chat.bind_tools([Weather], strict=True, tool_choice=tool_choice).invoke(turns)
     assert isinstance(message, AIMessage)
     assert message.tool_calls, message
     turns.append(message)
     turns += [Weather.invoke(each) for each in message.tool_calls]
     assert isinstance(turns[-1], ToolMessage)
-    final = chat.bind_tools([Weather], tool_choice="none").invoke(turns)
+    final = chat.bind_tools([Weather], strict=True, tool_choice="none").invoke(turns)
     assert final.content, final
     assert not final.tool_calls, final
 
@@ -67,11 +67,13 @@ for body in BODIES:
     whole = short.invoke([SystemMessage("be brief"), HumanMessage("what is an owl?")])
     pieces = short.stream([SystemMessage("be brief"), HumanMessage("what is an owl?")])
     assert "".join(str(piece.content) for piece in pieces) == whole.content
-    long = ChatOpenAI(**OPTIONS, extra_body=body, max_tokens=100)
+    long = ChatOpenAI(**OPTIONS, **ENGINE["fields"], extra_body=body, max_tokens=100)
     for choice in ("Weather", "required"):
         loop(long, choice)
     for method in ("json_schema", "function_calling"):
-        structured = long.with_structured_output(Report, method=method).invoke("how is it?")
+        structured = long.with_structured_output(Report, method=method, strict=True).invoke(
+            "how is it?"
+        )
         assert isinstance(structured, Report), (method, structured)
 
     greedy = complete(temperature=0, extra_body=body)

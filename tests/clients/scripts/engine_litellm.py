@@ -29,7 +29,7 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
-TOOLS = [{"type": "function", "function": {"name": "Weather", "parameters": CITY}}]
+TOOLS = [{"type": "function", "function": {"name": "Weather", "strict": True, "parameters": CITY}}]
 NAMED = {"type": "function", "function": {"name": "Weather"}}
 FORM = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
 
@@ -44,7 +44,7 @@ for body in BODIES:
     assert whole.usage.completion_tokens > 0
     assert text_of(litellm.completion(**short, stream=True)) == whole.choices[0].message.content
 
-    long = {**COMMON, "max_tokens": 100, "extra_body": body}
+    long = {**COMMON, "max_tokens": 100, "extra_body": body, **ENGINE["fields"]}
     for choice in (NAMED, "required"):
         called = litellm.completion(**long, tools=TOOLS, tool_choice=choice).choices[0].message
         call = called.tool_calls[0]

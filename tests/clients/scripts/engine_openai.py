@@ -32,7 +32,7 @@ class Weather(BaseModel):
 
 
 SCHEMA = {**Weather.model_json_schema(), "additionalProperties": False}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+TOOL = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": SCHEMA}}
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
@@ -86,6 +86,7 @@ def structure(sdk: openai.OpenAI, body: dict[str, Any]) -> None:
 
 def tools(sdk: openai.OpenAI, body: dict[str, Any]) -> None:
     fields = {"model": MODEL, "tools": [TOOL], "max_tokens": 100, "seed": 1, "extra_body": body}
+    fields |= ENGINE["fields"]
     for choice in (NAMED, "required"):
         turns: list[Any] = list(USER)
         answer = sdk.chat.completions.create(messages=turns, tool_choice=choice, **fields)
@@ -99,6 +100,8 @@ def tools(sdk: openai.OpenAI, body: dict[str, Any]) -> None:
         final = sdk.chat.completions.create(messages=turns, tool_choice="none", **fields)
         assert final.choices[0].message.content, final
         assert not final.choices[0].message.tool_calls, final
+        if "TOOLS" not in ENGINE["forms"]:
+            continue
         chunks = sdk.chat.completions.create(
             messages=USER, tool_choice=choice, stream=True, **fields
         )

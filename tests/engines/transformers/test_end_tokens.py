@@ -12,7 +12,7 @@ import pytest
 
 from infer_align.errors import InvalidRequest
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 # Tokens of the greedy answer "sun" of the tiny model, found by `greedy` below.
 TOKENS = 12

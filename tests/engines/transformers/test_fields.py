@@ -12,7 +12,7 @@ from infer_align.decoding.text import token_bytes
 from infer_align.errors import InvalidRequest, Unsupported
 from infer_align.types import Draw
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 async def one(engine, finish, request):

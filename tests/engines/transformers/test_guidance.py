@@ -22,7 +22,7 @@ from infer_align.methods.guidance import guide
 from infer_align.types import Candidate, Contrast, Draw, Guidance
 from tests.engines.transformers.test_scheduler import Forwards, idle
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 def with_system(draw: Draw, text: str) -> Any:
@@ -117,7 +117,6 @@ def entries(candidate: Candidate) -> tuple[list[float], list[float]]:
     return [e["logprob"] for e in content], [e["aligned_logprob"] for e in content]
 
 
-@pytest.mark.slow
 async def test_candidates_with_different_guidance_equal_the_reference(
     serving: Any, draw: Any, finish: Any
 ) -> None:

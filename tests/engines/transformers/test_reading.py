@@ -15,7 +15,7 @@ from infer_align.engines.transformers.reading import take_group
 from infer_align.errors import AlignError, EngineFailed, Unavailable, Unsupported
 from infer_align.types import Capability
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 HUNDRED = tuple(str(i) for i in range(1, 101))
 
 
@@ -53,7 +53,6 @@ def same(reading, expected: dict[str, float]) -> None:
     assert max(math.exp(p) for p in expected.values()) > 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Llama", "GPT2", "Mistral", "Gemma2", "Gemma3Text"])
 @pytest.mark.parametrize(
     "labels", [HUNDRED, HUNDRED[:10], ("A", "B", "C")], ids=["hundred", "ten", "letters"]
@@ -69,7 +68,6 @@ async def test_the_distribution_is_that_of_the_model(serving, architecture, labe
 
 
 # The attention of this Mistral reaches eight columns back.
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral"])
 @pytest.mark.parametrize("prefill_tokens", [16, 1024])
 async def test_questions_at_once_give_the_same_as_alone(serving, architecture, prefill_tokens):

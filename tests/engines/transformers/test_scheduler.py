@@ -13,7 +13,7 @@ from infer_align.engines.transformers.scheduler import Scheduler
 from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
 from infer_align.types import Candidate
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 LONG = "a big red ball is in the box with the small blue hat and the dog ran to the sun"
 
 
@@ -62,7 +62,6 @@ async def test_prompts_are_read_in_parts_and_short_ones_together(serving, draw, 
         assert all(rows * q <= 16 for rows, q in forwards)
 
 
-@pytest.mark.slow
 async def test_same_seed_same_text_alone_and_among_32(serving, draw, finish, until):
     async with serving(prefill_tokens=32) as engine:
 
@@ -170,7 +169,6 @@ def gib(engine_cells: int) -> float:
     return engine_cells * (2 * 2 * 8 * 2 * 4) / 2**30
 
 
-@pytest.mark.slow
 async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, finish):
     async with serving(kv_cache_gib=gib(100) * 1.001) as engine:
         assert engine._started.scheduler.capacity == 100
@@ -197,7 +195,6 @@ async def test_a_small_cache_queues_and_is_never_over_capacity(serving, draw, fi
         assert candidate.prompt_tokens + candidate.completion_tokens == 100
 
 
-@pytest.mark.slow
 async def test_prompts_that_wait_for_room_are_not_all_read_ahead(serving, draw, finish):
     async with serving(kv_cache_gib=gib(200) * 1.001) as engine:
         forwards = Forwards(engine)
@@ -214,7 +211,6 @@ async def test_prompts_that_wait_for_room_are_not_all_read_ahead(serving, draw, 
     assert max(prefilled) <= 200
 
 
-@pytest.mark.slow
 async def test_a_large_request_does_not_hold_up_a_small_one(serving, draw, finish, until, running):
     async with serving(max_batch=4) as engine:
         big = asyncio.create_task(
@@ -226,7 +222,6 @@ async def test_a_large_request_does_not_hold_up_a_small_one(serving, draw, finis
         assert len((await big)[0]) == 64
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("parts", [16, 1024])
 async def test_a_failing_prefill_fails_only_its_request(
     serving, draw, finish, parts, caplog, until

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections import deque
 
 import numpy as np
@@ -18,7 +19,7 @@ from infer_align.values.head import HeadValue, write
 from tests.engines.transformers.test_model import ARCHITECTURES
 from tests.engines.transformers.test_rope import CASES
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 TEXTS = ("sat on the mat", "", "a big red ball is in the box with the small blue hat", "x", "sat")
 
 
@@ -56,7 +57,6 @@ def same(engine, answer, prompt: list[int], texts) -> None:
     assert answer.text_tokens == sum(len(each) for each in expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("prefill_tokens", [16, 1024])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 async def test_log_probabilities_are_those_of_teacher_forcing(
@@ -70,7 +70,6 @@ async def test_log_probabilities_are_those_of_teacher_forcing(
         same(engine, answer, chat_prompt(engine, asked.body["messages"]), TEXTS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 async def test_rotary_positions_of_texts_are_those_of_the_engine(case, serving, language_model):
     architecture, options, context_length = CASES[case]
@@ -81,7 +80,6 @@ async def test_rotary_positions_of_texts_are_those_of_the_engine(case, serving, 
         same(engine, await engine.sequence_logprobs(asked), prompt, TEXTS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("prefill_tokens", [16, 1024])
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral"])
 async def test_queries_at_once_give_the_same_as_alone(architecture, prefill_tokens, serving):
@@ -137,22 +135,32 @@ async def test_a_small_cache_reads_many_texts_in_groups(serving, monkeypatch):
         same(engine, answer, chat_prompt(engine, asked.body["messages"]), texts)
 
 
-async def test_a_prompt_is_read_once_for_all_queries_of_it(serving, monkeypatch):
+async def test_a_prompt_is_read_once_for_all_queries_of_it(serving, monkeypatch, until):
     async with serving() as engine:
         read = []
+        hold = threading.Event()
         forward = engine.frozen.lm.forward
 
         def counting(*args, **fields):
             read.append(tuple(fields["input_ids"].shape))
+            hold.wait()
             return forward(*args, **fields)
 
         monkeypatch.setattr(engine.frozen.lm, "forward", counting)
+        # The engine reads another prompt until both queries wait.
+        another = asyncio.create_task(engine.sequence_logprobs(query("a dog", "ran")))
+        await until(lambda: read)
         prompt = "the cat sat on the mat " * 4
-        asked = [query(prompt, "a cat", "the dog"), query(prompt, "the sun")]
-        answers = await asyncio.gather(*(engine.sequence_logprobs(each) for each in asked))
+        queries = [query(prompt, "a cat", "the dog"), query(prompt, "the sun")]
+        pending = [asyncio.create_task(engine.sequence_logprobs(each)) for each in queries]
+        await until(lambda: engine._started.scheduler._inbox.qsize() == len(queries))
+        hold.set()
+        await another
+        answers = await asyncio.gather(*pending)
         length = answers[0].prompt_tokens
         longest = max(len(each) for answer in answers for each in answer.logprobs)
-        assert read == [(1, length), (3, longest)]
+        assert read[-2:] == [(1, length), (3, longest)]
+        assert read.count((1, length)) == 1
 
 
 async def test_readings_do_not_change_what_is_decoded(serving, draw, finish):

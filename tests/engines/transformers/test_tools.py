@@ -14,7 +14,7 @@ from infer_align.decoding.stream import ChoiceBuilder
 from infer_align.errors import InvalidRequest
 from infer_align.types import Capability, Draw
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "add": {
@@ -74,7 +74,6 @@ def check_calls(message: dict[str, Any], at_most: int = 100) -> None:
         jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("template", [None, HERMES, MISTRAL, LLAMA])
 @pytest.mark.parametrize("parallel", [True, False])
 async def test_a_required_call_fits_its_schema(

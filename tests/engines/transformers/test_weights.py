@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from infer_align.errors import ConfigError
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -91,7 +91,6 @@ async def test_a_classifier_is_refused(serving, reward_model, architecture, opti
     assert f"{architecture}ForSequenceClassification, not a causal language model" in message
 
 
-@pytest.mark.slow
 async def test_an_encoder_is_refused(serving, tmp_path, byte_level):
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
@@ -109,7 +108,6 @@ async def test_an_encoder_is_refused(serving, tmp_path, byte_level):
     assert "whose tokens read the tokens after them" in await refusal(serving, masked)
 
 
-@pytest.mark.slow
 async def test_a_model_of_another_task_is_refused_in_one_line(serving, tmp_path, byte_level):
     from transformers import T5Config, T5ForConditionalGeneration
 

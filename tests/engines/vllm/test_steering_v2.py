@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 
 from tests.engines.vllm.stepping import (
+    LOOKAHEAD_STEERINGS,
     MODEL,
     Reference,
     assert_estimates,
+    make_lookahead_values,
     make_values,
     mixed_requests,
 )
@@ -42,11 +44,13 @@ SPECULATIVE = {
 }
 
 
-def run_in_process(folder: Path, options: dict[str, Any], n: int) -> list[dict[str, Any]]:
+def run_in_process(
+    folder: Path, options: dict[str, Any], n: int, kind: str = "head"
+) -> list[dict[str, Any]]:
     """Answer n mixed requests with v2/answer.py; return the fields of each."""
     script = str(HERE / "v2" / "answer.py")
     done = subprocess.run(
-        [sys.executable, script, str(folder), json.dumps(options), str(n)],
+        [sys.executable, script, str(folder), json.dumps(options), str(n), kind],
         env={**os.environ, **VARIABLES},
         capture_output=True,
         text=True,
@@ -88,3 +92,19 @@ def test_the_v2_runner_equals_the_reference(options: dict[str, Any], tmp_path: P
     print(f"{count} tokens, largest logprob difference {largest:.2g}")
     assert count > 60
     assert largest < 1e-4
+
+
+def test_lookahead_values_on_the_v2_runner_equal_the_reference(tmp_path: Path) -> None:
+    n = 7
+    results = run_in_process(tmp_path, {}, n, "lookahead")
+    reference = Reference(make_lookahead_values())
+    answered = 0
+    for request, result in zip(mixed_requests(n, LOOKAHEAD_STEERINGS), results, strict=True):
+        if result["finish_reason"] is None:
+            # It was aborted.
+            continue
+        tokens, logprobs = reference.greedy(request.prompt, request.steering, len(result["tokens"]))
+        assert result["tokens"] == tokens
+        assert result["logprobs"] == pytest.approx(logprobs, abs=1e-4)
+        answered += 1
+    assert answered >= 5

@@ -12,12 +12,19 @@ import pytest
 
 from infer_align import demo
 from infer_align.engines.vllm.extra_args import STEERING_KEY, published_value_names
-from infer_align.engines.vllm.values import PROCESSOR, WORKER_EXTENSION, EngineValues
+from infer_align.engines.vllm.values import (
+    PROCESSOR,
+    WORKER_EXTENSION,
+    EngineValues,
+    _lookahead_conflicts,
+    _memory_warnings,
+)
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.types import Draw, EstimateSchedule, Steering
+from infer_align.values import FrozenModel, Value
 from infer_align.values.head import HeadValue
-from infer_align.values.lookahead import Lookahead, LookaheadValue
-from tests.engines.vllm.stepping import WARNINGS
+from infer_align.values.lookahead import Lookahead, LookaheadValue, ValueLM
+from tests.engines.vllm.stepping import WARNINGS, demo_model
 
 pytestmark = WARNINGS
 HELPFUL = "demo/value-helpful.safetensors"
@@ -56,10 +63,48 @@ def test_the_options_of_steering_are_added_to_the_users_own() -> None:
         make_values().engine_options({"worker_extension_cls": "user.Extension"})
 
 
-def test_a_lookahead_value_is_refused_by_name() -> None:
-    message = r"\[values.slow\] kind 'lookahead' cannot run inside vLLM"
+class OtherValue(Value):
+    """A kind of value that vLLM's workers do not know."""
+
+    def start(self, frozen: FrozenModel, shared: dict[object, Any]) -> None:
+        raise AssertionError("it is not started")
+
+
+def test_an_unknown_kind_of_value_is_refused_by_name() -> None:
+    message = r"\[values.odd\] kind 'test_values' cannot run inside vLLM; use kind = \"head\""
     with pytest.raises(ConfigError, match=message):
-        EngineValues({"slow": LookaheadValue(Lookahead("demo/value-lm"))})
+        EngineValues({"odd": OtherValue()})
+
+
+@pytest.fixture(scope="module")
+def value_lm() -> ValueLM:
+    value = LookaheadValue(Lookahead("demo/value-lm", "helpful"))
+    value.start(demo_model(), {})
+    assert value.lm is not None
+    return value.lm
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speculative_config": SimpleNamespace(num_speculative_tokens=2)}, "speculative_config"),
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"max_model_len": 2048}, "reads up to 1024 tokens, but max_model_len is 2048; set"),
+    ],
+)
+def test_a_configuration_in_which_a_value_lm_cannot_read_is_refused(
+    value_lm: ValueLM, changes: dict[str, Any], message: str
+) -> None:
+    [reason] = _lookahead_conflicts(engine_config(**changes), value_lm)
+    assert message in reason
+    assert not [*_lookahead_conflicts(engine_config(), value_lm)]
+
+
+def test_the_memory_of_a_value_lm_on_a_gpu_is_a_warning(value_lm: ValueLM) -> None:
+    assert not [*_memory_warnings(engine_config(), value_lm)]
+    # 2 layers of 2 heads of 32 numbers of 4 bytes, keys and values.
+    [warning] = _memory_warnings(engine_config(device_type="cuda", max_num_seqs=1024), value_lm)
+    assert "up to 0.5 GiB of keys and values, for 1024 requests of 512 tokens" in warning
 
 
 def make_draw(
@@ -87,6 +132,8 @@ def engine_config(**changes: Any) -> Any:
     model = SimpleNamespace(
         model=str(demo.path(demo.LM)),
         is_diffusion=False,
+        enable_prompt_embeds=False,
+        max_model_len=512,
         get_vocab_size=lambda: 1992,
         get_hidden_size=lambda: 64,
     )
@@ -96,16 +143,18 @@ def engine_config(**changes: Any) -> Any:
         pipeline_parallel_size=1,
     )
     scheduler = SimpleNamespace(max_num_seqs=256)
+    device = SimpleNamespace(device_type="cpu")
     config = SimpleNamespace(
         model_config=model,
         parallel_config=parallel,
         speculative_config=None,
         scheduler_config=scheduler,
+        device_config=device,
         use_v2_model_runner=True,
         additional_config={"user": 1},
     )
     for name, value in changes.items():
-        for section in (model, parallel, scheduler, config):
+        for section in (model, parallel, scheduler, device, config):
             if hasattr(section, name):
                 setattr(section, name, value)
                 break
@@ -169,7 +218,11 @@ def test_vllms_own_configurations_are_checked_in_the_same_way(tmp_path: Path) ->
 
     config = EngineArgs(**values.engine_options(options)).create_engine_config()
     values.configure(config)
-    assert config.additional_config[STEERING_KEY]["values"] == {"helpful": HELPFUL, "brief": BRIEF}
+    sources = config.additional_config[STEERING_KEY]["values"]
+    assert {name: source["path"] for name, source in sources.items()} == {
+        "helpful": HELPFUL,
+        "brief": BRIEF,
+    }
     assert {"helpful", "brief"} <= published_value_names()
     values.close()
 

@@ -50,6 +50,7 @@ def moved(p, random):
     return p[np.ix_(order, order)], order
 
 
+@pytest.mark.slow
 @given(HOLES, st.randoms(use_true_random=False))
 def test_win_rates_move_with_their_candidates(p, random):
     other, order = moved(p, random)
@@ -96,6 +97,7 @@ def test_a_condorcet_winner_takes_the_whole_lottery(p):
         np.testing.assert_array_equal(minimax_lottery(p), np.eye(len(p))[winner])
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(ANY | COARSE)
 def test_the_lottery_has_the_best_worst_case(p):

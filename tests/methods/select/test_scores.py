@@ -109,6 +109,7 @@ def test_maxmin_and_regret_differ_and_ties_go_to_the_second_worst_group():
         maxmin([1.0])
 
 
+@pytest.mark.slow
 @given(TABLES, st.sampled_from([0.0, 0.25, 1.0, np.inf]), st.randoms(use_true_random=False))
 def test_lexicographic_wins_move_with_their_candidates(scores, margin, random):
     margins = [margin] * len(scores)

@@ -14,6 +14,8 @@ import pytest
 from infer_align_server import cli
 from infer_align_server.check_rewards.report import NO_RATINGS
 
+pytestmark = pytest.mark.slow
+
 Check = Callable[..., int]
 ANSWERS_OF_THE_DEMO = (
     ("", "worms"),
@@ -179,7 +181,6 @@ def test_scores_that_fail_are_counted_and_reported(
     )
 
 
-@pytest.mark.slow
 def test_members_and_attributes_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

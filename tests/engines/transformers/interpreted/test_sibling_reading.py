@@ -52,7 +52,7 @@ def steps(lm: ValueLM) -> list[torch.Tensor]:
         candidates = torch.randint(5, 60, (2, 4), generator=generator)
         values.append(cache.siblings(candidates))
         # The third candidate of one row, and a token outside the candidates of the other.
-        cache.choose(candidates, torch.stack([candidates[0, 2], torch.tensor(61)]))
+        cache.choose(torch.stack([candidates[0, 2], torch.tensor(61)]))
     return values
 
 

@@ -11,19 +11,24 @@ from pathlib import Path
 
 from infer_align.engines.vllm.values import EngineValues
 from tests.engines.vllm.stepping import (
+    LOOKAHEAD_STEERINGS,
+    STEERINGS,
     environment,
     make_engine,
+    make_lookahead_values,
     make_values,
     mixed_requests,
     run,
 )
 
 
-def main(folder: str, options: str, n: str) -> None:
+def main(folder: str, options: str, n: str, kind: str) -> None:
+    steerings = LOOKAHEAD_STEERINGS if kind == "lookahead" else STEERINGS
     with environment():
-        values = EngineValues(make_values(Path(folder)))
+        by_name = make_lookahead_values() if kind == "lookahead" else make_values(Path(folder))
+        values = EngineValues(by_name)
         engine = make_engine(values, **json.loads(options))
-        requests = mixed_requests(int(n))
+        requests = mixed_requests(int(n), steerings)
         for i, request in enumerate(requests):
             if i % 5 == 3:
                 request.aborted_at = request.arrives + 3

@@ -1,0 +1,97 @@
+"""The parts of the measurement on a GPU: commands, each with a time limit of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PASSED = "passed"
+FAILED = "failed"
+OUT_OF_TIME = "out of time"
+BLOCKED = "blocked"
+TESTS = "tests of the kernels"
+KERNELS = ("top_candidates", "steer_logits", "value_reweight", "sibling_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One command of the measurement.
+
+    Attributes:
+        name: of the part.
+        arguments: of the Python interpreter.
+        seconds: its time limit.
+        needs: name of the part that has to pass first; "" if there is none.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    seconds: float
+    needs: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The result of one part: how it ended, and its duration in seconds."""
+
+    name: str
+    status: str
+    seconds: float
+
+
+def all_parts() -> tuple[Part, ...]:
+    """Return the parts in the order in which they run. Each fits in 60 seconds."""
+    files = ("test_on_gpu", "test_top_candidates", "test_steer_logits")
+    tests = tuple(f"tests/kernels/{file}.py" for file in files)
+    parts = [Part(TESTS, ("-m", "pytest", "-q", "-n", "0", *tests), 60.0)]
+    for kernel in KERNELS:
+        script = f"benchmarks.kernels.bench_{kernel}"
+        parts.append(Part(f"measure {kernel}", ("-m", script, "--tested"), 60.0, TESTS))
+    return tuple(parts)
+
+
+def plan(
+    parts: Sequence[Part], done: Mapping[str, Outcome], seconds: float | None
+) -> tuple[Part, ...]:
+    """Return the parts that run now.
+
+    Args:
+        parts: all parts, in order.
+        done: the outcomes of earlier pieces; a part that passed or failed does not run again.
+        seconds: the length of this piece; None for no limit. The limits of the parts add up to at
+            most this, but the first part runs in any case.
+    """
+    chosen: list[Part] = []
+    total = 0.0
+    for part in parts:
+        outcome = done.get(part.name)
+        if outcome is not None and outcome.status in {PASSED, FAILED}:
+            continue
+        total += part.seconds
+        if chosen and seconds is not None and total > seconds:
+            break
+        chosen.append(part)
+    return tuple(chosen)
+
+
+def run_part(part: Part, done: Mapping[str, Outcome]) -> Outcome:
+    """Run a part in a process of its own, and end it at its limit.
+
+    A part whose needed part has not passed does not run: no speed is reported on a red test.
+    """
+    if part.needs and (part.needs not in done or done[part.needs].status != PASSED):
+        return Outcome(part.name, BLOCKED, 0.0)
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, *part.arguments], cwd=ROOT, check=False, timeout=part.seconds
+        )
+        status = FAILED if done.returncode else PASSED
+    except subprocess.TimeoutExpired:
+        status = OUT_OF_TIME
+    return Outcome(part.name, status, round(time.monotonic() - start, 1))

@@ -1,0 +1,1 @@
+"""Scenarios that gateways are tried in: floods, slow clients, dead upstreams, full tables."""

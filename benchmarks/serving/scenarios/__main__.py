@@ -1,0 +1,242 @@
+"""Run the scenarios, each in less than a minute, and print a table.
+
+    python -m benchmarks.serving.scenarios [--only NAME] [--scale 1.0] [--record]
+
+The exit code is 1 if a scenario failed: a request was lost, a limit did not hold, or something was
+left over. Latencies are reported beside those without the disturbance, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.record import record
+from benchmarks.serving.client import request_head, serving
+from benchmarks.serving.rows import row
+from benchmarks.serving.scenarios.server import CHAT, MESSAGES, Server, load, served
+
+OUT = Console()
+INSTANT = str(Path(__file__).parents[1] / "instant.py")
+KEYS = "SCENARIO_KEYS"
+BODY = {"messages": MESSAGES}
+LONG_BEST_OF_64 = {**BODY, "max_tokens": 20, "align": {"best_of_n": {"n": 64}}}
+FAKE = """
+[engine]
+kind = "fake"
+replies = [{text = "one two three four five six", seconds_per_token = 0.01}]
+[rewards.brief]
+kind = "rules"
+words_weight = -1.0
+[server]
+log_level = "error"
+"""
+# A stream that does not end by itself while a scenario runs.
+ENDLESS = FAKE.replace("0.01", "5.0")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One scenario: its figure beside the undisturbed one, and whether it holds."""
+
+    what: str
+    ours: float
+    baseline: float
+    unit: str
+    holds: bool
+    detail: str
+
+
+async def key_flood(scale: float) -> Outcome:
+    """One key sends far more than fits; another key sends one request after another."""
+    config = FAKE.replace("[server]", f'[server]\napi_keys_env = "{KEYS}"')
+    config += "[limits]\nmax_running = 4\nmax_queue = 64\n"
+    with served(config) as server:
+        count = round(40 * scale)
+        alone = await load(server, BODY, count, 1, "ann")
+        flood = asyncio.create_task(load(server, BODY, count * 40, 48, "flood"))
+        await asyncio.sleep(0.5)
+        beside = await load(server, BODY, count, 1, "ann")
+        flooded = await flood
+    detail = f"{len(flooded.statuses)} requests of the other key, {flooded.failed} refused"
+    ours, baseline = beside.percentile(0.99), alone.percentile(0.99)
+    # A request waits for one place at most, not for the queue of the other key.
+    holds = not beside.failed and ours < 10 * baseline
+    return Outcome("key flood: p99 of the other key", ours, baseline, "ms", holds, detail)
+
+
+async def head_of_line(scale: float) -> Outcome:
+    """Long best-of-64 requests run beside short ones of another key."""
+    config = FAKE.replace("[server]", f'[server]\napi_keys_env = "{KEYS}"')
+    with served(config) as server:
+        count = round(40 * scale)
+        alone = await load(server, BODY, count, 1, "ann")
+        long = asyncio.create_task(load(server, LONG_BEST_OF_64, round(400 * scale), 16, "flood"))
+        await asyncio.sleep(0.3)
+        beside = await load(server, BODY, count, 1, "ann")
+        longs = await long
+    detail = f"{len(longs.statuses)} best-of-64, {longs.failed} failed"
+    ours, baseline = beside.percentile(0.99), alone.percentile(0.99)
+    holds = not beside.failed and not longs.failed
+    return Outcome("head of line: p99 of short requests", ours, baseline, "ms", holds, detail)
+
+
+async def memory_drift(scale: float) -> Outcome:
+    """Many requests leave the memory as it is."""
+    config = FAKE.replace("seconds_per_token = 0.01", "seconds_per_token = 0")
+    with served(config) as server:
+        await load(server, BODY, round(4000 * scale), 16)
+        start = server.memory
+        answers = await load(server, BODY, round(12_000 * scale), 16)
+        end = server.memory
+    holds = not answers.failed and end - start < 16
+    detail = f"{len(answers.statuses)} requests, {answers.failed} failed"
+    return Outcome("memory after many requests", end, start, "MiB", holds, detail)
+
+
+async def failover(scale: float) -> Outcome:
+    """One of two upstreams is killed under load, and comes back."""
+    count = round(800 * scale)
+    with ExitStack() as stack:
+        first, _ = stack.enter_context(serving(INSTANT, "{port}", ready="/v1/models"))
+        with ExitStack() as dying:
+            second, process_id = dying.enter_context(serving(INSTANT, "{port}", ready="/v1/models"))
+            urls = json.dumps([f"http://127.0.0.1:{port}/v1" for port in (first, second)])
+            config = f'[engine]\nkind = "openai"\nurls = {urls}\nmodel = "instant"\n'
+            server = stack.enter_context(served(f'{config}[server]\nlog_level = "error"\n'))
+            before = await load(server, BODY, count, 8)
+            running = asyncio.create_task(load(server, BODY, count * 2, 8))
+            await asyncio.sleep(0.1)
+            os.kill(process_id, 9)
+            during = await running
+        again = await asyncio.create_subprocess_exec(sys.executable, INSTANT, str(second))
+        stack.callback(again.kill)
+        after = await load(server, BODY, count, 8)
+    lost = before.failed + during.failed + after.failed
+    detail = f"{len(during.statuses)} requests over the death, {lost} lost"
+    ours, baseline = during.percentile(0.99), before.percentile(0.99)
+    return Outcome("upstream killed: p99", ours, baseline, "ms", lost == 0, detail)
+
+
+async def slow_readers(scale: float) -> Outcome:
+    """Clients start streams and read nothing; others are answered meanwhile."""
+    with served(FAKE) as server:
+        count = round(60 * scale)
+        alone = await load(server, BODY, count, 1)
+        descriptors = server.descriptors
+        body = json.dumps({**BODY, "stream": True, "n": 8}).encode()
+        writers = [await _send(server, body) for _ in range(round(200 * scale))]
+        beside = await load(server, BODY, count, 1)
+        for writer in writers:
+            writer.transport.abort()
+        settled = await server.settled(descriptors)
+    detail = f"{len(writers)} clients that do not read; all closed after: {settled}"
+    ours, baseline = beside.percentile(0.99), alone.percentile(0.99)
+    holds = not beside.failed and settled
+    return Outcome("slow readers: p99 of the others", ours, baseline, "ms", holds, detail)
+
+
+async def disconnects(scale: float) -> Outcome:
+    """Many clients leave at once in the middle of their streams."""
+    clients = round(1000 * scale)
+    with served(f"{ENDLESS}[limits]\nmax_running = {clients}\nmax_queue = {clients}\n") as server:
+        await load(server, {**BODY, "messages": []}, 4, 1)
+        descriptors = server.descriptors
+        body = json.dumps({**BODY, "stream": True}).encode()
+        writers = [await _send(server, body) for _ in range(clients)]
+        for writer in writers:
+            writer.transport.abort()
+        settled = await server.settled(descriptors)
+        left = server.metric("infer_align_running_requests")
+        ours = server.descriptors
+    detail = f"{clients} clients left; {left:g} requests still run"
+    return Outcome(
+        "burst of disconnects: descriptors", ours, descriptors, "", settled and not left, detail
+    )
+
+
+async def full_table(scale: float) -> Outcome:
+    """More connections than the process may open; it answers again once they are closed."""
+    with served(FAKE) as server:
+        before = await load(server, BODY, round(20 * scale), 1)
+        limits = resource.prlimit(server.process_id, resource.RLIMIT_NOFILE)
+        limit = server.descriptors + 50
+        resource.prlimit(server.process_id, resource.RLIMIT_NOFILE, (limit, limits[1]))
+        writers = [await _open(server) for _ in range(200)]
+        await asyncio.sleep(1.0)
+        for writer in writers:
+            writer.transport.abort()
+        after = await load(server, BODY, round(20 * scale), 1)
+    detail = f"200 connections, {limit} descriptors; {after.failed} requests failed after"
+    ours, baseline = after.percentile(0.5), before.percentile(0.5)
+    return Outcome("no descriptor left: p50 after", ours, baseline, "ms", not after.failed, detail)
+
+
+async def _open(server: Server) -> asyncio.StreamWriter:
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    return writer
+
+
+async def _send(server: Server, body: bytes) -> asyncio.StreamWriter:
+    """Send a request, and leave its answer unread."""
+    writer = await _open(server)
+    writer.write(request_head(CHAT, len(body)) + body)
+    await writer.drain()
+    return writer
+
+
+Scenario = Callable[[float], Awaitable[Outcome]]
+SCENARIOS: dict[str, Scenario] = {
+    "key-flood": key_flood,
+    "head-of-line": head_of_line,
+    "memory": memory_drift,
+    "failover": failover,
+    "slow-readers": slow_readers,
+    "disconnects": disconnects,
+    "descriptors": full_table,
+}
+
+
+def main() -> int:
+    """Run the scenarios; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=SCENARIOS, help="one scenario")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the load")
+    parser.add_argument("--record", action="store_true", help="write results/scenarios.json")
+    options = parser.parse_args()
+    os.environ[KEYS] = "ann,flood"
+    names = [options.only] if options.only else list(SCENARIOS)
+    outcomes = [asyncio.run(SCENARIOS[name](options.scale)) for name in names]
+    table = Table("scenario", "figure", "undisturbed", "unit", "holds", "detail")
+    for each in outcomes:
+        holds = "yes" if each.holds else "NO"
+        figures = (f"{each.ours:.4g}", f"{each.baseline:.4g}")
+        table.add_row(each.what, *figures, each.unit, holds, each.detail)
+    OUT.print(table)
+    if options.record:
+        rows = [
+            row(each.what, each.ours, each.ours, each.baseline, each.detail) for each in outcomes
+        ]
+        record(
+            "scenarios",
+            baseline="the same server without the disturbance, in the same run",
+            seed=None,
+            rows=rows,
+            setup={"no_seed": "nothing is random", "scale": options.scale},
+        )
+    return 0 if all(each.holds for each in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

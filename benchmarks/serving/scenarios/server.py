@@ -1,0 +1,123 @@
+"""A server process for one scenario, and what can be seen of it from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any
+
+import aiohttp
+import psutil
+
+from benchmarks.serving.client import serving
+
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "What is the diet of the owl?"}]
+# Longest wait for the end of what was cancelled.
+SETTLE_SECONDS = 20.0
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server."""
+
+    port: int
+    process_id: int
+
+    @property
+    def url(self) -> str:
+        """The address of the server, without a path."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def memory(self) -> float:
+        """Resident memory in MiB."""
+        return psutil.Process(self.process_id).memory_info().rss / MEBIBYTE
+
+    @property
+    def descriptors(self) -> int:
+        """Open file descriptors."""
+        return psutil.Process(self.process_id).num_fds()
+
+    def metric(self, name: str) -> float:
+        """Return the sum of a metric over its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        total = 0.0
+        for line in lines:
+            label, _, value = line.rpartition(" ")
+            if label.partition("{")[0] == name:
+                total += float(value)
+        return total
+
+    async def settled(self, descriptors: int) -> bool:
+        """Return True once nothing runs and no more descriptors are open than before."""
+        end = monotonic() + SETTLE_SECONDS
+        while monotonic() < end:
+            running = await asyncio.to_thread(self.metric, "infer_align_running_requests")
+            if not running and self.descriptors <= descriptors:
+                return True
+            await asyncio.sleep(0.1)
+        return False
+
+
+@contextmanager
+def served(config: str) -> Iterator[Server]:
+    """Run a server with this configuration."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "infer-align.toml"
+        path.write_text(config, encoding="utf-8")
+        command = ("-m", "infer_align_server", "serve", str(path), "--set", "server.port={port}")
+        with serving(*command) as (port, process_id):
+            yield Server(port, process_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The outcome of some requests."""
+
+    seconds: list[float]
+    statuses: list[int]
+
+    def percentile(self, share: float) -> float:
+        """Return a percentile of the latency in milliseconds."""
+        ordered = sorted(self.seconds)
+        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    @property
+    def failed(self) -> int:
+        """Requests that were not answered with 200."""
+        return sum(status != 200 for status in self.statuses)
+
+
+async def load(
+    server: Server, body: dict[str, Any], requests: int, concurrency: int, key: str = ""
+) -> Load:
+    """Send requests, so many at a time; status 0 stands for a broken connection."""
+    remaining = iter(range(requests))
+    seconds: list[float] = []
+    statuses: list[int] = []
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
+
+        async def worker() -> None:
+            for _ in remaining:
+                start = perf_counter()
+                try:
+                    async with session.post(server.url + CHAT, json=body) as answer:
+                        await answer.read()
+                        statuses.append(answer.status)
+                except aiohttp.ClientError:
+                    statuses.append(0)
+                seconds.append(perf_counter() - start)
+
+        await asyncio.gather(*(worker() for _ in range(concurrency)))
+    return Load(seconds, statuses)

@@ -1,0 +1,221 @@
+"""The keys and values of value LMs in one worker of vLLM, for requests that lookahead values steer.
+
+vLLM's own cache holds the frozen model's keys and values. A value LM has its own cache here, one
+row per request. A row is made from the token ids of its request when the request joins the batch:
+vLLM's prefix cache, its chunks of prompts and its preemption need no other treatment. After that,
+each step appends the sampled token, whose key and value the step before has computed.
+
+A request that is not in a step loses its row. So the caches never hold more than the requests of
+the latest step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from infer_align.decoding.cache import RowCache
+from infer_align.decoding.siblings import ValueCache, read_tokens
+from infer_align.values.lookahead import ValueLM
+
+
+class TokenHistory(ABC):
+    """The tokens of one request since it joined the batch: its prompt and what it has generated.
+
+    A request that joins again, after a preemption, has another history.
+    """
+
+    @abstractmethod
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Return the tokens from position `first` up to `last`, without it. [last - first]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostHistory(TokenHistory):
+    """Token ids on the host, as in vLLM's V1 runner.
+
+    Attributes:
+        prompt: the prompt.
+        output: the generated tokens, a list that vLLM appends to.
+        device: where the value LMs are.
+    """
+
+    prompt: Sequence[int]
+    output: Sequence[int]
+    device: torch.device
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return len(self.prompt) + len(self.output)
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Return the tokens from position `first` up to `last`, without it. [last - first]."""
+        start = len(self.prompt)
+        tokens = [*self.prompt[first:last], *self.output[max(0, first - start) : last - start]]
+        return torch.tensor(tokens[: last - first], device=self.device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceHistory(TokenHistory):
+    """Token ids in a table that only the device can read in time, as in vLLM's V2 runner.
+
+    Attributes:
+        table: [slots, length] the tokens of all requests.
+        slot: the row of this request.
+    """
+
+    table: torch.Tensor
+    slot: int
+
+    def read(self, first: int, last: int) -> torch.Tensor:
+        """Return the tokens from position `first` up to `last`, without it. [last - first]."""
+        return self.table[self.slot, first:last].long()
+
+
+class LookaheadRow(NamedTuple):
+    """A row of a step that lookahead values steer.
+
+    Attributes:
+        position: its index among the steered rows.
+        history: its tokens.
+        length: the number of its tokens.
+        lms: the value LMs that read it.
+    """
+
+    position: int
+    history: TokenHistory
+    length: int
+    lms: frozenset[ValueLM]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The cache of one value LM, and the request of each of its rows."""
+
+    cache: ValueCache
+    histories: tuple[TokenHistory, ...]
+
+
+class LookaheadCaches:
+    """The caches of all value LMs of one worker."""
+
+    def __init__(self) -> None:
+        self._readings: dict[ValueLM, _Reading] = {}
+
+    @property
+    def rows(self) -> int:
+        """The number of rows in all caches together."""
+        return sum(len(reading.histories) for reading in self._readings.values())
+
+    def clear(self) -> None:
+        """Free all rows. Requests that continue are read again."""
+        self._readings.clear()
+
+    def prepare(self, rows: Sequence[LookaheadRow]) -> Mapping[ValueLM, ValueCache]:
+        """Return caches with all tokens of these rows; free those of all other requests.
+
+        Args:
+            rows: the rows of the step that lookahead values steer.
+        """
+        readings: dict[ValueLM, _Reading] = {}
+        for lm in dict.fromkeys(lm for row in rows for lm in row.lms):
+            users = [row for row in rows if lm in row.lms]
+            readings[lm] = _advance(lm, self._readings.pop(lm, None), users)
+        self._readings = readings
+        return {lm: reading.cache for lm, reading in readings.items()}
+
+
+def _advance(lm: ValueLM, previous: _Reading | None, rows: Sequence[LookaheadRow]) -> _Reading:
+    """Return the cache of a value LM for the rows of this step."""
+    parts: list[_Reading] = []
+    if previous is not None:
+        parts = _continued(previous, rows)
+    continued = {history for part in parts for history in part.histories}
+    parts += _read(lm, [row for row in rows if row.history not in continued])
+    return _joined(parts)
+
+
+def _continued(previous: _Reading, rows: Sequence[LookaheadRow]) -> list[_Reading]:
+    """Return the rows whose requests have one more token than before, or the same tokens.
+
+    A request without a new token is one whose prompt vLLM still reads: its sample was dropped.
+    """
+    present = {row.history: row for row in rows}
+    cache = previous.cache
+    # Any candidate will do for the rows that have no new token.
+    chosen = cache.candidates[:, 0].clone()
+    grown: list[int] = []
+    waiting: list[int] = []
+    newest: list[torch.Tensor] = []
+    for index, history in enumerate(previous.histories):
+        row = present.get(history)
+        growth = row.length - cache.lengths[index] if row else -1
+        if row and growth == 1:
+            newest.append(history.read(row.length - 1, row.length))
+            grown.append(index)
+        elif growth == 0:
+            waiting.append(index)
+    if not grown and not waiting:
+        return []
+    lengths = [*cache.lengths]
+    if grown:
+        chosen[grown] = torch.cat(newest)
+    cache.choose(chosen)
+    parts = []
+    if grown:
+        parts.append(_kept(previous, grown, present))
+    if waiting:
+        patch = cache.cache.take(waiting, 1 + max(lengths[index] for index in waiting))
+        patch.drop_last()
+        histories = tuple(previous.histories[index] for index in waiting)
+        members = [present[history].position for history in histories]
+        kept_lengths = [lengths[index] for index in waiting]
+        parts.append(_Reading(ValueCache(cache.lm, members, kept_lengths, patch), histories))
+    return parts
+
+
+def _kept(
+    previous: _Reading, indices: list[int], present: Mapping[TokenHistory, LookaheadRow]
+) -> _Reading:
+    """Return some rows of a cache, which is copied only if others leave it."""
+    cache = previous.cache
+    histories = tuple(previous.histories[index] for index in indices)
+    members = [present[history].position for history in histories]
+    lengths = [cache.lengths[index] for index in indices]
+    columns = cache.cache
+    if len(indices) < len(previous.histories):
+        columns = columns.take(indices, max(lengths))
+    return _Reading(ValueCache(cache.lm, members, lengths, columns), histories)
+
+
+def _read(lm: ValueLM, rows: Sequence[LookaheadRow]) -> list[_Reading]:
+    """Read the tokens of requests that have joined. Equal texts are read once."""
+    texts: dict[tuple[int, ...], list[LookaheadRow]] = {}
+    for row in rows:
+        text = tuple(row.history.read(0, row.length).tolist())
+        texts.setdefault(text, []).append(row)
+    parts = []
+    for text, users in texts.items():
+        columns: RowCache = read_tokens(lm, text)
+        if len(users) > 1:
+            columns = columns.take([0] * len(users), len(text))
+        members = [row.position for row in users]
+        cache = ValueCache(lm, members, [len(text)] * len(users), columns)
+        parts.append(_Reading(cache, tuple(row.history for row in users)))
+    return parts
+
+
+def _joined(parts: list[_Reading]) -> _Reading:
+    """Return the rows of all parts in one cache. Joining pairs copies each row few times."""
+    while len(parts) > 1:
+        pairs = [
+            _Reading(first.cache.join(second.cache), first.histories + second.histories)
+            for first, second in zip(parts[::2], parts[1::2], strict=False)
+        ]
+        parts = pairs + parts[2 * len(pairs) :]
+    return parts[0]

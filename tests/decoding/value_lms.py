@@ -1,0 +1,37 @@
+"""A small random value LM for tests."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+from infer_align.values.lookahead import ValueLM
+
+VOCABULARY = 30
+HEADS = 2
+
+
+class TinyValueLM(ValueLM):
+    """A random value LM without files."""
+
+    def __init__(self, device: torch.device) -> None:
+        torch.manual_seed(3)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+        self.lm = LlamaModel(config).eval().to(device)
+        self.heads = torch.randn((16, HEADS), device=device)
+        self._weight = self.heads.T
+        self._bias = torch.zeros(HEADS, device=device)
+        self.has_sibling_kernel = False
+
+    def value(self, ids: list[int]) -> torch.Tensor:
+        """Return the values after a complete text. [H]."""
+        states = self.lm(input_ids=torch.tensor([ids], device=self.lm.device)).last_hidden_state
+        values: torch.Tensor = states[0, -1] @ self.heads
+        return values
