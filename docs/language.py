@@ -60,6 +60,28 @@ def real(trait: str) -> Callable[[], str]:
     return lambda: result_table("real", columns, lambda row: row["trait"] == trait)
 
 
+def vas_real() -> str:
+    """Return reward, KL and guards of the forms of VAS on a small model."""
+
+    def optional(name: str) -> Callable[[Row], str]:
+        cell = number(name)
+        return lambda row: cell(row) if name in row else ""
+
+    def beta(row: Row) -> str:
+        return f"{row['beta']:g}" if row.get("beta") else ""
+
+    columns: Columns = [
+        ("form", text("form")),
+        ("beta", beta),
+        ("reading ease", with_error("gold")),
+        ("- plain draws", with_error("effect", sign="+")),
+        ("KL, nats", number("kl")),
+        ("log p per token", optional("logprob_per_token")),
+        ("distinct word pairs", optional("distinct_pairs")),
+    ]
+    return result_table("vas_real_simple", columns)
+
+
 def pools() -> str:
     """Return the gold of the best of n real answers, by the rate of wrong labels."""
 
@@ -105,5 +127,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "guidance-upstream": guidance_upstream,
     "real-cheerful": real("cheerful"),
     "real-simple": real("simple"),
+    "vas-real": vas_real,
     "pools": pools,
 }
