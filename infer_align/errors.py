@@ -4,6 +4,7 @@
     ├── InvalidRequest      400  a field of the request is wrong
     │   └── Unsupported     400  well-formed, but this engine or server cannot honour it
     ├── Unauthorized        401  the API key is missing or not accepted
+    ├── Forbidden           403  the API key lacks the scope of the route
     ├── UnknownModel        404  there is no such model or preset
     ├── DeadlineExceeded    504  the deadline passed with nothing to return
     ├── BodyTooLarge        413  the body is over `[limits] max_body_bytes`

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from infer_align.config import load
+from infer_align_server.limits.key_file import KeyFile
 from tests.server import processes
 
 pytestmark = pytest.mark.slow
@@ -77,8 +78,12 @@ CURL_BLOCKS = [
     for block in all_blocks("bash")
     if block.code.startswith("curl") and block.page != FOLLOWED_PAGE
 ]
-# A grid of `bench quality` is not a server's configuration.
-CONFIGURATIONS = [block for block in all_blocks("toml") if "[[cells]]" not in block.code]
+# A grid of `bench quality` and a file of API keys are not a server's configuration.
+OTHER_TABLES = ("[[cells]]", "[[keys]]")
+CONFIGURATIONS = [
+    block for block in all_blocks("toml") if not any(table in block.code for table in OTHER_TABLES)
+]
+KEY_FILES = [block for block in all_blocks("toml") if "[[keys]]" in block.code]
 
 # One worker runs all tests that need the demo, so only one demo is started.
 one_worker = pytest.mark.xdist_group("docs")
@@ -161,6 +166,13 @@ def test_toml_blocks_are_accepted(
         (tmp_path / "my-model" / name).touch()
     monkeypatch.chdir(tmp_path)
     load(path)
+
+
+@pytest.mark.parametrize("block", KEY_FILES, ids=str)
+def test_files_of_keys_are_accepted(block: Block, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(block.code, encoding="utf-8")
+    assert KeyFile(str(path)).entries()
 
 
 @pytest.mark.parametrize("page", PAGES)

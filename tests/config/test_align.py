@@ -70,7 +70,10 @@ def test_a_wrong_field_is_named_by_its_path(align: Any, param: str, path: str) -
             "align.dpa.direction: is required: {attribute: weight}; only the proportions matter; "
             "a negative weight asks for less of the attribute.",
         ),
-        ({"vas": 1}, 'allowed: {"beta": ..., "top_k": 20, "tail": "keep", "min_p": null}.'),
+        (
+            {"vas": 1},
+            'allowed: {"beta": ..., "top_k": 20, "tail": "keep", "min_p": null, "max_kl": null}.',
+        ),
     ],
 )
 def test_a_wrong_shape_is_answered_with_a_whole_sentence(align: Any, message: str) -> None:

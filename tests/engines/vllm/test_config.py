@@ -169,6 +169,7 @@ def test_only_the_adapters_import_vllm() -> None:
         "infer_align/vllm/compat.py",
         "infer_align/vllm/openai.py",
         "infer_align/vllm/readings.py",
+        "infer_align/vllm/start_errors.py",
         "infer_align/vllm/worker.py",
     }
 
