@@ -121,6 +121,27 @@ def pools() -> str:
     return result_table("pools", columns, include)
 
 
+def preference_pairs() -> str:
+    """Return the share of real pairs that fitted rewards order right."""
+
+    def interval(name: str) -> Callable[[Row], str]:
+        def cell(row: Row) -> str:
+            low, high = row[name]["low"], row[name]["high"]
+            return f"{row[name]['value']:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+        return cell
+
+    columns: Columns = [
+        ("labels", lambda row: f"{row['flipped']:.0%} wrong"),
+        ("members", number("members", 0)),
+        ("`--length-free`", lambda row: "yes" if row["length_free"] else "no"),
+        ("`--noise`", text("noise")),
+        ("pairs right", interval("accuracy")),
+        ("of one length", interval("length_matched")),
+    ]
+    return result_table("preference_pairs", columns)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "guidance-real": guidance_real,
     "guidance-grid": guidance_grid,
@@ -129,4 +150,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "real-simple": real("simple"),
     "vas-real": vas_real,
     "pools": pools,
+    "preference-pairs": preference_pairs,
 }
