@@ -204,6 +204,8 @@ class ScoringUsage:
     judge_calls: int = 0
     judge_prompt_tokens: int = 0
     judge_completion_tokens: int = 0
+    # The part of `reward_tokens` that engines read; it counts in token budgets.
+    engine_tokens: int = 0
 
     def __add__(self, other: ScoringUsage) -> ScoringUsage:
         return ScoringUsage(
@@ -211,6 +213,7 @@ class ScoringUsage:
             self.judge_calls + other.judge_calls,
             self.judge_prompt_tokens + other.judge_prompt_tokens,
             self.judge_completion_tokens + other.judge_completion_tokens,
+            self.engine_tokens + other.engine_tokens,
         )
 
 

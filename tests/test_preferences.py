@@ -15,6 +15,8 @@ from infer_align.preferences import (
     MAX_POOL_PAIRS,
     PreferencePair,
     count_prompts,
+    pair_remarks,
+    pool_remarks,
     read_pools,
     read_preferences,
 )
@@ -179,6 +181,10 @@ def test_an_exported_profile_is_read(file: Path, indent: int | None) -> None:
         ({"prompt": "q", "answer": "a", "rating": "5"}, "rating is '5'; must be a finite number"),
         ({"prompt": "q", "answer": "a", "rating": True}, "rating is True; must be"),
         ('{"prompt": "q", "answer": "a", "rating": NaN}', "rating is nan; must be"),
+        ('{"prompt": "q", "answer": "a", "rating": 1%s}' % ("0" * 400), "must be a finite number"),
+        ({"prompt": "q", "answer": "a", "rating": -1e308}, "rating is -1e+308; must be"),
+        ({"prompt": "q", "answer": "a", "rating": 1, "model": 5}, "model is 5; must be a text"),
+        ({"prompt": "q", "a": "x", "b": "y", "label": "C"}, "it has 'prompt', 'a', 'b', 'label'"),
         ({"prompt": "q", "chosen": "a"}, "has no field 'rejected'"),
         ({"prompt": "q", "rejected": "a", "chosen": None}, "has no field 'chosen'"),
         ({"chosen": "a", "rejected": "b"}, "has neither 'prompt' nor 'messages', and chosen is no"),
@@ -193,6 +199,13 @@ def test_an_exported_profile_is_read(file: Path, indent: int | None) -> None:
             "chosen ends with a message of 'user'",
         ),
         ({**GOOD, "chosen": "\ud800"}, "chosen is no Unicode"),
+        ({**GOOD, "chosen": {"text": "Mice."}}, "chosen has no content"),
+        ({**GOOD, "chosen": {"content": 5}}, "chosen has the content 5"),
+        ({**GOOD, "chosen": {"content": ["x"]}}, "chosen has the part 'x'"),
+        ({**GOOD, "prompt": [{"role": "user"}]}, "prompt[0] has no content"),
+        ({**GOOD, "prompt": [{"role": "user", "content": {}}]}, "prompt[0] has the content {}"),
+        ({**GOOD, "prompt": [{"role": "\ud800", "content": "x"}]}, "prompt[0] is no Unicode"),
+        ({"prompt": "q", "answers": [{"txt": "a", "gold": 1}]}, "answers[0] has no field 'text'"),
         ({"prompt": "q", "answers": []}, "answers is []; must be a list of answers"),
         ({"prompt": "q", "answers": ["a", "b"]}, "its answers have no rating"),
         (
@@ -215,6 +228,44 @@ def test_bytes_that_are_no_text_have_a_reason(file: Path) -> None:
     read = read_preferences(file)
     assert len(read.pairs) == 1
     assert read.problems == ("line 2: is not UTF-8",)
+
+
+# --- pairs and pools that a reader should know about ---
+
+
+def test_repeated_and_contradicting_pairs_are_counted(file: Path) -> None:
+    swapped = {**GOOD, "chosen": "Hay.", "rejected": "Mice."}
+    read = read_preferences(write(file, GOOD, {**GOOD, "prompt": "Why?"}, GOOD, swapped, GOOD))
+    assert pair_remarks(read.pairs) == (
+        "2 pairs occur more than once; each occurrence counts",
+        "1 pairs occur in both orders: their labels contradict each other",
+    )
+    assert pair_remarks(read.pairs[:2]) == ()
+
+
+def test_equal_texts_with_different_ratings_are_counted(file: Path) -> None:
+    answers = [{"text": "a", "gold": 1}, {"text": "a", "gold": 2}, {"text": "b", "gold": 2}]
+    read = read_preferences(write(file, {"prompt": "q", "answers": answers}))
+    assert [(pair.chosen, pair.rejected) for pair in read.pairs] == [("b", "a")]
+    (problem,) = read.problems
+    assert problem.startswith("1 pairs of rated answers have the same text and different ratings")
+
+
+def test_pools_that_compare_nothing_are_counted(file: Path) -> None:
+    rows = [
+        {"prompt": "one", "answers": ["a"]},
+        {"prompt": "same", "answers": ["a", "a"]},
+        {"prompt": "repeated", "answers": ["a", "b", "a"]},
+        {"prompt": "equal", "answers": [{"text": "a", "gold": 1}, {"text": "b", "gold": 1}]},
+        {"prompt": "equal", "answers": [{"text": "a", "gold": 1}, {"text": "b", "gold": 2}]},
+    ]
+    pools, _ = read_pools(write(file, *rows))
+    counts = [remark.partition(" of 5 pools have ") for remark in pool_remarks(pools)]
+    assert [int(count) for count, _, _ in counts] == [2, 1, 1, 1]
+    starts = ("no two different", "an answer more than once", "the same rating", "the conversation")
+    for (_, _, text), start in zip(counts, starts, strict=True):
+        assert text.startswith(start)
+    assert pool_remarks(pools[4:]) == ()
 
 
 # --- files ---

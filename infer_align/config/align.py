@@ -28,7 +28,8 @@ class Budget:
         default=None,
         metadata={
             "ge": 1,
-            "description": "Refuse a plan whose worst case exceeds this many generated tokens.",
+            "description": "Refuse a plan whose worst case exceeds this many tokens: sampled for "
+            "candidates and by judges, and read in the contexts of guidance.",
         },
     )
     deadline_seconds: float | None = field(

@@ -148,7 +148,7 @@ class Limits:
         metadata={
             "ge": 1,
             "description": "Maximum worst case of one request in tokens: candidates x maximum "
-            "tokens of each.",
+            "tokens of each, what judges sample, and what the contexts of guidance read.",
         },
     )
     max_running: int = field(
@@ -189,7 +189,8 @@ class Limits:
         default=0,
         metadata={
             "ge": 0,
-            "description": "Generated tokens per minute and API key, or per address without keys; "
-            "a request reserves its worst case and gets back what it did not use; 0 for no limit.",
+            "description": "Tokens per minute and API key, or per address without keys: sampled, "
+            "read in the contexts of guidance, and read by engines for rewards. A request reserves "
+            "its worst case and gets back what it did not use; 0 for no limit.",
         },
     )

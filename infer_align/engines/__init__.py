@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
@@ -17,9 +18,12 @@ from infer_align.decoding.labels import LabelLogprobs, LabelQuery
 from infer_align.decoding.params import COMPLETION_TOKENS
 from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.errors import AlignError, Unavailable, Unsupported
+from infer_align.messages import message_text
 from infer_align.types import Body, Candidate, Capability, Draw, Event, Kind
 from infer_align.values import Value
 
+# Tokens that a chat template writes around one message, such as its role, at most.
+TEMPLATE_TOKENS = 32
 # An ASGI application: scope, receive, send.
 App: TypeAlias = Callable[[Any, Any, Any], Any]
 
@@ -233,6 +237,40 @@ class Engine(ABC):
             "`align` needs; send the prompt as text.",
             param="prompt",
         )
+
+    def prompt_tokens(self, draw: Draw) -> int:
+        """Return the number of tokens of a draw's prompt, or an upper bound.
+
+        Without a tokenizer in this process it is the number of bytes: no tokenizer writes more
+        tokens.
+
+        Raises:
+            InvalidRequest: the prompt cannot be rendered.
+        """
+        prompt = draw.body.get("prompt")
+        if draw.kind == "completion" and not isinstance(prompt, str):
+            return len(prompt) if isinstance(prompt, list) else 0
+        if draw.kind == "completion":
+            return len(str(prompt).encode("utf-8", "surrogatepass"))
+        messages = draw.body.get("messages", ())
+        texts = [message_text(message) for message in messages]
+        written = "".join(texts).encode("utf-8", "surrogatepass")
+        return len(written) + TEMPLATE_TOKENS * (len(texts) + 1)
+
+    def context_prompts(self, draw: Draw) -> tuple[int, ...]:
+        """Return the number of tokens of each prompt that guidance reads beside the request's own.
+
+        Equal prompts are read once.
+
+        Raises:
+            InvalidRequest: a prompt cannot be rendered.
+        """
+        bodies = [draw.body]
+        for contrast in draw.guidance.contrasts if draw.guidance else ():
+            for body in (contrast.body, contrast.negative_body):
+                if body is not None and body not in bodies:
+                    bodies.append(body)
+        return tuple(self.prompt_tokens(replace(draw, body=body)) for body in bodies[1:])
 
     def worst_case_tokens(self, body: Body) -> int:
         """Return the most tokens that one candidate of this body can generate."""

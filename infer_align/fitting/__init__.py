@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -223,10 +224,23 @@ def _checked_output(
             "score; use another reward.",
             param="reward",
         )
+    _check_folder(out.absolute().parent)
     _check_form(config)
     if config.kind == "lookahead" and config.value_model is not None:
         _check_value_model(engine, config.value_model)
     return out.absolute()
+
+
+def _check_folder(folder: Path) -> None:
+    """Make the folder of the output, or refuse it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: the folder {str(folder)!r} cannot be made: {error.strerror}; use another path."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out: the folder {str(folder)!r} is not writable; use another path.")
 
 
 def _check_form(config: FitConfig) -> None:

@@ -6,7 +6,8 @@ family whose weights are random and whose tokens are learnt from the texts of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from transformers import (
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
+from infer_align.checkpoints.complete import check_complete
 from infer_align.checkpoints.errors import LOAD_ERRORS
 from infer_align.checkpoints.model_folder import model_folder
 from infer_align.errors import ConfigError
@@ -106,18 +109,55 @@ def _pretrained(path: str) -> tuple[Any, Callable[[], Any]]:
 
     def new_model() -> Any:
         try:
-            made = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
+            with _quiet_transformers():
+                made, loading = AutoModelForSequenceClassification.from_pretrained(
+                    path,
+                    num_labels=1,
+                    dtype=torch.float32,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
         except LOAD_ERRORS as error:
             raise ConfigError(
                 f"--base: {path!r} cannot be loaded as a sequence classifier: {error}"
             ) from error
+        _check_body(path, made, loading)
         made.config.pad_token_id = tokenizer.pad_token_id
         made.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         return made
 
     return tokenizer, new_model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence the bars of transformers, and its report that the head of a model is new."""
+    verbosity = transformers_logging.get_verbosity()
+    has_bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_body(path: str, model: Any, loading: Mapping[str, Any]) -> None:
+    """Refuse a model that lacks weights outside its head. A pooler belongs to the head.
+
+    Raises:
+        ConfigError: naming the missing weights.
+    """
+    body = f"{model.base_model_prefix}."
+    missing: list[str] = []
+    for name in loading["missing_keys"]:
+        if name.startswith(body) and ".pooler." not in name:
+            missing.append(name)
+    mismatched = [each for each in loading["mismatched_keys"] if each[0].startswith(body)]
+    incomplete = {"missing_keys": missing, "mismatched_keys": mismatched}
+    check_complete("--base", path, "model", incomplete)
 
 
 def _new_tokenizer(pairs: Sequence[PreferencePair]) -> PreTrainedTokenizerFast:
@@ -169,7 +209,8 @@ def save_member(base: ClassifierBase, model: Any, folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder)
+        with _quiet_transformers():
+            model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
     except OSError as error:
         raise ConfigError(f"--out: {str(folder)!r} cannot be written: {error}") from error

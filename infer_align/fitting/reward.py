@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from infer_align.fitting.preference_heads import (
 )
 from infer_align.fitting.preference_report import HeldOutReport, held_out_report
 from infer_align.fitting.regression import Progress
-from infer_align.preferences import PreferencePair, conversation_key
+from infer_align.preferences import PreferencePair, conversation_key, pair_remarks
 from infer_align.rewards import _heads as heads
 from infer_align.rewards._sentences import EncoderSettings, SentenceEncoder
 from infer_align.types import Array
@@ -219,14 +218,7 @@ def prompt_numbers(pairs: Sequence[PreferencePair]) -> Index:
 
 def remarks(pairs: Sequence[PreferencePair], truncated: int, max_length: int) -> tuple[str, ...]:
     """Return sentences about pairs that are fitted, but that a reader should know about."""
-    sentences: list[str] = []
-    texts = Counter((conversation_key(each.messages), each.chosen, each.rejected) for each in pairs)
-    repeated = len(pairs) - len(texts)
-    if repeated:
-        sentences.append(f"{repeated} pairs occur more than once; each occurrence counts")
-    both = sum((key, rejected, chosen) in texts for key, chosen, rejected in texts) // 2
-    if both:
-        sentences.append(f"{both} pairs occur in both orders: their labels contradict each other")
+    sentences = list(pair_remarks(pairs))
     if truncated:
         sentences.append(
             f"{truncated} of {2 * len(pairs)} answers with their conversation are longer than "

@@ -9,7 +9,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
 
 import torch
 
@@ -30,6 +29,8 @@ from infer_align.fitting.samples_file import (
 from infer_align.flow.scoring import score_with
 from infer_align.flow.seeds import SEED_RANGE
 from infer_align.objectives import Ensemble, Objective
+from infer_align.preferences.fields import checked_messages
+from infer_align.preferences.lines import BadLineError
 from infer_align.rewards import Reward
 from infer_align.types import Candidate, Draw
 
@@ -44,11 +45,13 @@ PROGRESS_INTERVAL = 100
 def read_prompts(path: Path) -> list[Conversation]:
     """Read one prompt per line: {"messages": [...]}, or a JSON string with a user message.
 
+    Blank lines are skipped.
+
     Raises:
-        InvalidRequest: the file cannot be read, or a line is in neither form.
+        InvalidRequest: the file cannot be read or has no prompt, or a line is in neither form.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InvalidRequest(
             f"prompts: {path} cannot be read: {error.strerror}.", param="prompts"
@@ -56,29 +59,34 @@ def read_prompts(path: Path) -> list[Conversation]:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"prompts: {path} is not UTF-8: {error}.", param="prompts") from None
     # str.splitlines also splits at characters that JSON strings may contain.
-    lines = text.removesuffix("\n").split("\n")
-    return [_parse_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    prompts: list[Conversation] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            prompts.append(_parse_prompt(line, f"{path}:{number}"))
+    if not prompts:
+        raise InvalidRequest(
+            f'prompts: {path} is empty; each line must be {{"messages": [...]}} or a JSON string.',
+            param="prompts",
+        )
+    return prompts
 
 
 def _parse_prompt(line: str, place: str) -> Conversation:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        value = {"messages": [{"role": "user", "content": value}]}
     messages = value.get("messages") if isinstance(value, dict) else None
-    if not _is_conversation(messages):
+    if not messages:
         raise InvalidRequest(
             f'prompts: {place} is neither {{"messages": [...]}} nor a JSON string.', param="prompts"
         )
-    return messages
-
-
-def _is_conversation(messages: object) -> TypeGuard[Conversation]:
-    if not isinstance(messages, list) or not messages:
-        return False
-    return all(isinstance(message, dict) for message in messages)
+    try:
+        return [dict(message) for message in checked_messages("messages", messages)]
+    except BadLineError as error:
+        raise InvalidRequest(f"prompts: {place} is no prompt: {error}.", param="prompts") from None
 
 
 async def sample_replies(

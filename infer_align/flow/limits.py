@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from infer_align.config import Limits
 from infer_align.config.align import Align
 from infer_align.config.schema import join
@@ -47,14 +49,47 @@ def check_first_batch(candidates: int, rule: StopRule | None, align: Align) -> N
     )
 
 
-def check_tokens(
-    worst_case: int, scoring_tokens: int, candidates: int, align: Align, limits: Limits
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The most tokens that it takes to generate answers and to judge them.
+
+    Attributes:
+        drawing: sampled for candidates.
+        contexts: read in the contexts of guidance.
+        judging: sampled by judges.
+    """
+
+    drawing: int = 0
+    contexts: int = 0
+    judging: int = 0
+
+    def __add__(self, other: Generation) -> Generation:
+        return Generation(
+            self.drawing + other.drawing,
+            self.contexts + other.contexts,
+            self.judging + other.judging,
+        )
+
+    @property
+    def total(self) -> int:
+        """Return the sum."""
+        return self.drawing + self.contexts + self.judging
+
+    def terms(self, candidates: int) -> str:
+        """Return how messages explain the sum."""
+        text = f"{candidates} candidates x {self.drawing // candidates} tokens"
+        if self.contexts:
+            text += f" + {self.contexts} read in the contexts of guidance"
+        if self.judging:
+            text += f" + {self.judging} of judging"
+        return text
+
+
+def check_tokens(worst_case: Generation, candidates: int, align: Align, limits: Limits) -> None:
     """Check the worst case in tokens.
 
     Args:
-        worst_case: sampled tokens at most, for candidates and by judges.
-        scoring_tokens: the part of them that judges may sample.
+        worst_case: tokens at most, by what they are spent on.
         candidates: number of candidates.
         align: the request's `align`, with its budget.
         limits: the server's limits.
@@ -62,25 +97,25 @@ def check_tokens(
     Raises:
         InvalidRequest: the worst case is over the request's budget or the server's limit.
     """
-    per_candidate = (worst_case - scoring_tokens) // candidates
-    terms = f"{candidates} candidates x {per_candidate} tokens"
-    if scoring_tokens:
-        terms += f" + {scoring_tokens} of judging"
+    tokens = worst_case.total
+    terms = worst_case.terms(candidates)
+    remedy = "lower max_completion_tokens or the number of candidates"
+    if worst_case.contexts:
+        scale = join(align.path, "guidance.scale")
+        remedy = f"lower max_completion_tokens, the number of candidates or of traits in {scale}"
     budget = align.budget.completion_tokens
-    if budget is not None and worst_case > budget:
+    if budget is not None and tokens > budget:
         param = join(align.path, "budget.completion_tokens")
         raise InvalidRequest(
-            f"{param}: the worst case is {worst_case} tokens ({terms}), over the budget of "
-            f"{budget}; lower max_completion_tokens or the number of candidates, or raise the "
-            "budget.",
+            f"{param}: the worst case is {tokens} tokens ({terms}), over the budget of "
+            f"{budget}; {remedy}, or raise the budget.",
             param=param,
             code="over_budget",
         )
-    if worst_case > limits.max_completion_tokens:
+    if tokens > limits.max_completion_tokens:
         raise InvalidRequest(
-            f"max_completion_tokens: the worst case is {worst_case} tokens ({terms}), over this "
-            f"server's limit of {limits.max_completion_tokens}; lower max_completion_tokens or the "
-            "number of candidates.",
+            f"max_completion_tokens: the worst case is {tokens} tokens ({terms}), over this "
+            f"server's limit of {limits.max_completion_tokens}; {remedy}.",
             param="max_completion_tokens",
             code="over_limit",
         )

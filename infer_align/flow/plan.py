@@ -12,7 +12,8 @@ from infer_align.config.align import Align
 from infer_align.engines import Engine
 from infer_align.errors import InvalidRequest, Unsupported, quote
 from infer_align.flow.batches import BatchSizes, CandidateBatch, enlarge, plan_sizes, split
-from infer_align.flow.limits import check_candidates, check_first_batch, check_tokens
+from infer_align.flow.cost import ContextCost, context_cost, read_by_rewards, sampled_by_judges
+from infer_align.flow.limits import Generation, check_candidates, check_first_batch, check_tokens
 from infer_align.flow.request import Request, conversation, whole_number
 from infer_align.flow.rules import Highest, check_selection
 from infer_align.flow.scorers import Scorer, resolve_scorers
@@ -82,13 +83,22 @@ class Plan:
 
     # Counted by the planner.
     batch_sizes: BatchSizes = ()  # per batch and draw; (): one batch of everything
-    worst_case_tokens: int = 0  # sampled for candidates and by judges
+    worst_case_tokens: int = 0  # all that is counted: sampled, and read in contexts and by rewards
     scoring_tokens: int = 0  # the part of the worst case that judges may sample
+    reading_tokens: int = 0  # the part that rewards may have engines read
+    # The part that the contexts of guidance may read.
+    context_cost: ContextCost = field(default_factory=ContextCost)
 
     @property
     def candidates(self) -> int:
         """Return the number of candidates that the plan samples at most."""
         return sum(draw.n for draw in self.draws)
+
+    @property
+    def drawing_tokens(self) -> int:
+        """Return the part of the worst case that is sampled for candidates."""
+        further = self.scoring_tokens + self.reading_tokens + self.context_cost.worst_case
+        return self.worst_case_tokens - further
 
     @property
     def batches(self) -> tuple[CandidateBatch, ...]:
@@ -135,9 +145,7 @@ def make_plan(
     draws, sizes = _seeded(draft, n_returned, seed, requested=is_requested)
     plan = _complete(replace(draft, draws=draws), request, rewards, default_rewards, engine)
     plan = _count_cost(replace(plan, n_returned=n_returned, batch_sizes=sizes), engine)
-    check_tokens(
-        plan.worst_case_tokens, plan.scoring_tokens, plan.candidates, request.align, limits
-    )
+    check_tokens(_generation(plan), plan.candidates, request.align, limits)
     return plan
 
 
@@ -153,7 +161,8 @@ def make_scoring_plan(
     """Plan the scoring of n existing answers to a conversation.
 
     Only the methods that condition, score or select take part. Nothing will be sampled for
-    candidates, so `scoring_tokens` is the whole cost.
+    candidates, so the cost is `scoring_tokens`, and what rewards read in the answers
+    (`infer_align.flow.cost.read_in_texts`).
 
     Raises:
         InvalidRequest: as `make_plan`.
@@ -196,10 +205,9 @@ def check_together(plans: Sequence[Plan], limits: Limits) -> None:
     """
     align = plans[0].request.align
     candidates = sum(plan.candidates for plan in plans)
-    tokens = sum(plan.worst_case_tokens for plan in plans)
-    scoring_tokens = sum(plan.scoring_tokens for plan in plans)
     check_candidates(candidates, 1, align, limits)
-    check_tokens(tokens, scoring_tokens, candidates, align, limits)
+    terms = sum((_generation(plan) for plan in plans), Generation())
+    check_tokens(terms, candidates, align, limits)
 
 
 def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
@@ -215,7 +223,7 @@ def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
     tokens = candidates * engine.worst_case_tokens(body)
     align = Align()
     check_candidates(candidates, 1, align, limits)
-    check_tokens(tokens, 0, candidates, align, limits)
+    check_tokens(Generation(tokens), candidates, align, limits)
     return tokens
 
 
@@ -335,22 +343,23 @@ def _complete(
 
 
 def _count_cost(plan: Plan, engine: Engine) -> Plan:
-    """Return the plan with the most tokens that it can sample."""
-    rewards = {scorer.reward_name: scorer.reward for scorer in plan.scorers}
-    scoring = sum(_scoring_tokens(plan, reward) for reward in rewards.values())
+    """Return the plan with the most tokens that it can cost."""
     drawing = sum(draw.n * engine.worst_case_tokens(draw.body) for draw in plan.draws)
-    return replace(plan, worst_case_tokens=drawing + scoring, scoring_tokens=scoring)
+    contexts = context_cost(plan.draws, engine)
+    scoring = sampled_by_judges(plan)
+    reading = read_by_rewards(plan, engine)
+    return replace(
+        plan,
+        worst_case_tokens=drawing + contexts.worst_case + scoring + reading,
+        scoring_tokens=scoring,
+        reading_tokens=reading,
+        context_cost=contexts,
+    )
 
 
-def _scoring_tokens(plan: Plan, reward: Reward) -> int:
-    """Return the most tokens that a reward can sample for all candidates of a plan."""
-    if not reward.relative:
-        return reward.worst_case_tokens(plan.candidates)
-    # After each batch it scores everything again.
-    tokens = 0
-    for batch in plan.batches:
-        tokens += reward.worst_case_tokens(batch.first + batch.candidates)
-    return tokens
+def _generation(plan: Plan) -> Generation:
+    """Return the part of the worst case that bounds on generated tokens count."""
+    return Generation(plan.drawing_tokens, plan.context_cost.worst_case, plan.scoring_tokens)
 
 
 def _split_begun_answer(body: Body, messages: Messages) -> tuple[Messages, str]:

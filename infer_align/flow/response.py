@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infer_align.flow.plan import Plan
@@ -65,16 +66,8 @@ class Response:
 
     @property
     def context_tokens(self) -> int:
-        """Return the tokens that the model read in the contexts of guidance.
-
-        The contexts' prompts count once per draw, and an answer once per context.
-        """
-        prompts: dict[int, int] = {}
-        for candidate in self.candidates:
-            tokens = prompts.get(candidate.draw, 0)
-            prompts[candidate.draw] = max(tokens, candidate.context_prompt_tokens)
-        answers = sum(candidate.context_completion_tokens for candidate in self.candidates)
-        return sum(prompts.values()) + answers
+        """Return the tokens that the model read in the contexts of guidance."""
+        return context_tokens(self.candidates)
 
     @property
     def saved_tokens(self) -> int:
@@ -91,9 +84,21 @@ class Response:
         if lengths:
             expected = round(sum(lengths) / len(lengths))
         else:
-            drawing = self.plan.worst_case_tokens - self.plan.scoring_tokens
-            expected = drawing // self.plan.candidates
+            expected = self.plan.drawing_tokens // self.plan.candidates
         stopped = [candidate for candidate in self.candidates if candidate.interrupted]
         saved = sum(max(0, expected - candidate.completion_tokens) for candidate in stopped)
         undrawn = self.plan.candidates - len(self.candidates)
         return saved + undrawn * expected
+
+
+def context_tokens(candidates: Sequence[Candidate]) -> int:
+    """Return the tokens that the model read in the contexts of guidance.
+
+    The contexts' prompts count once per draw, and an answer once per context.
+    """
+    prompts: dict[int, int] = {}
+    for candidate in candidates:
+        tokens = prompts.get(candidate.draw, 0)
+        prompts[candidate.draw] = max(tokens, candidate.context_prompt_tokens)
+    answers = sum(candidate.context_completion_tokens for candidate in candidates)
+    return sum(prompts.values()) + answers

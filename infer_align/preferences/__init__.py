@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,6 +198,11 @@ class _Ratings:
 
     def add(self, record: Mapping[str, Any], line: int) -> None:
         messages = read_prompt(record)
+        if not any(name in record for name in ANSWERS):
+            raise BadLineError(
+                "has no field 'answer' or 'response', no 'answers', and no 'chosen' and "
+                f"'rejected'; it has {', '.join(quote(name) for name in record)}"
+            )
         text = read_answer("answer", required(record, *ANSWERS), messages)
         rating = read_rating(record)
         if rating is None:
@@ -225,6 +231,8 @@ def _pool(record: Mapping[str, Any], line: int) -> AnswerPool:
     for index, answer in enumerate(answers):
         name = f"answers[{index}]"
         fields = answer if isinstance(answer, dict) else {}
+        if isinstance(answer, dict) and "text" not in answer and "content" not in answer:
+            raise BadLineError(f"{name} has no field 'text'")
         texts.append(read_answer(name, fields.get("text", answer), messages))
         rating = read_rating(fields)
         if rating is not None:
@@ -243,8 +251,12 @@ def _pool_pairs(pool: AnswerPool, problems: Problems) -> list[PreferencePair]:
     ratings, texts = pool.gold, pool.answers
     ordered: list[tuple[int, int]] = []
     for i, j in itertools.combinations(range(len(texts)), 2):
-        if ratings[i] != ratings[j] and texts[i] != texts[j]:
-            ordered.append((i, j) if ratings[i] > ratings[j] else (j, i))
+        if ratings[i] == ratings[j]:
+            continue
+        if texts[i] == texts[j]:
+            problems.same_texts += 1
+            continue
+        ordered.append((i, j) if ratings[i] > ratings[j] else (j, i))
     if not ordered:
         raise BadLineError("has no two different answers with different ratings")
     if len(ordered) > MAX_POOL_PAIRS:
@@ -262,7 +274,43 @@ def _sentences(problems: Problems) -> tuple[str, ...]:
             f"{problems.sampled} prompts have more than {MAX_POOL_PAIRS} pairs of answers: "
             f"{MAX_POOL_PAIRS} of each are read"
         )
+    if problems.same_texts:
+        sentences.append(
+            f"{problems.same_texts} pairs of rated answers have the same text and different "
+            "ratings: they are left out"
+        )
     return tuple(sentences)
+
+
+def pair_remarks(pairs: Iterable[PreferencePair]) -> tuple[str, ...]:
+    """Return sentences about pairs that occur more than once, or in both orders."""
+    texts = Counter((conversation_key(each.messages), each.chosen, each.rejected) for each in pairs)
+    sentences: list[str] = []
+    repeated = texts.total() - len(texts)
+    if repeated:
+        sentences.append(f"{repeated} pairs occur more than once; each occurrence counts")
+    both = sum((key, rejected, chosen) in texts for key, chosen, rejected in texts) // 2
+    if both:
+        sentences.append(f"{both} pairs occur in both orders: their labels contradict each other")
+    return tuple(sentences)
+
+
+def pool_remarks(pools: Sequence[AnswerPool]) -> tuple[str, ...]:
+    """Return sentences about pools whose answers cannot be compared, or occur more than once."""
+    single = repeated = equal = 0
+    for pool in pools:
+        different = len(set(pool.answers))
+        single += different == 1
+        repeated += 1 < different < len(pool.answers)
+        equal += different > 1 and pool.gold is not None and len(set(pool.gold)) == 1
+    conversations = len({conversation_key(pool.messages) for pool in pools})
+    counts = {
+        "have no two different answers, so that nothing in them can be compared": single,
+        "have an answer more than once; each occurrence counts": repeated,
+        "have the same rating for all answers, so that none is better": equal,
+        "have the conversation of an earlier one; each of them counts": len(pools) - conversations,
+    }
+    return tuple(f"{n} of {len(pools)} pools {text}" for text, n in counts.items() if n)
 
 
 def count_prompts(pairs: Iterable[PreferencePair]) -> int:

@@ -7,7 +7,7 @@ A conversation is a list of messages, one text of a user, or the text of HH-RLHF
 
 from __future__ import annotations
 
-import math
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +21,8 @@ from infer_align.types import Messages
 PROMPTS = ("messages", "prompt")
 ANSWERS = ("answer", "response")
 RATINGS = ("rating", "gold", "score")
+# Larger ratings are refused, because their differences and squares would not be finite.
+LARGEST_RATING = 1e100
 # The turns of a dialogue in the text of HH-RLHF.
 DIALOGUE_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -62,8 +64,29 @@ def checked_messages(name: str, value: object) -> list[Mapping[str, Any]]:
     for index, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadLineError(f"{name}[{index}] is {quote(message)}; must be a message")
-        unicode_text(f"{name}[{index}]", message_text(message))
+        place = f"{name}[{index}]"
+        content = message.get("content")
+        if content is None and not message.get("tool_calls"):
+            raise BadLineError(f"{place} has no content")
+        _check_content(place, content)
+        # Every field is checked, because a role or a name can be printed too.
+        unicode_text(place, json.dumps(message, ensure_ascii=False))
     return value
+
+
+def _check_content(name: str, content: object) -> None:
+    """Refuse content that is neither null, a text nor a list of parts.
+
+    Raises:
+        BadLineError: naming the content.
+    """
+    if content is None or isinstance(content, str):
+        return
+    if not isinstance(content, list):
+        raise BadLineError(f"{name} has the content {quote(content)}; must be a text or parts")
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise BadLineError(f"{name} has the part {quote(part)}; must be an object with a type")
 
 
 def read_answer(name: str, value: object, messages: Messages) -> str:
@@ -97,12 +120,15 @@ def text_of_answer(name: str, message: Mapping[str, Any]) -> str:
     """Return the text of a message of the assistant.
 
     Raises:
-        BadLineError: it is of another role.
+        BadLineError: it is of another role, or has no content.
     """
     if message.get("role") != "assistant":
         raise BadLineError(
             f"{name} ends with a message of {quote(message.get('role'))}; must be of 'assistant'"
         )
+    if message.get("content") is None:
+        raise BadLineError(f"{name} has no content; must be a text or a message with content")
+    _check_content(name, message["content"])
     return unicode_text(name, message_text(message))
 
 
@@ -129,20 +155,31 @@ def read_rating(record: Mapping[str, Any]) -> float | None:
     """Return the rating of an answer; None if it has none.
 
     Raises:
-        BadLineError: it is no finite number.
+        BadLineError: it is no number, not finite, or too large.
     """
     for name in RATINGS:
         value = record.get(name)
         if value is None:
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
-            raise BadLineError(f"{name} is {quote(value)}; must be a finite number")
+        # Integers are compared first: the largest ones of JSON are over every float.
+        if not is_number or not -LARGEST_RATING <= value <= LARGEST_RATING:
+            raise BadLineError(
+                f"{name} is {quote(value)}; must be a finite number of at most {LARGEST_RATING:g}"
+            )
         return float(value)
     return None
 
 
 def read_model(record: Mapping[str, Any]) -> str:
-    """Return the name of the model that wrote an answer, or ""."""
+    """Return the name of the model that wrote an answer, or "".
+
+    Raises:
+        BadLineError: it is no text.
+    """
     model = record.get("model")
-    return model if isinstance(model, str) else ""
+    if model is None:
+        return ""
+    if not isinstance(model, str):
+        raise BadLineError(f"model is {quote(model)}; must be a text")
+    return unicode_text("model", model)

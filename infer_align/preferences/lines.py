@@ -27,6 +27,7 @@ class Problems:
 
     lines: list[tuple[int, str]] = field(default_factory=list)
     sampled: int = 0  # pools of which not every pair is read
+    same_texts: int = 0  # pairs of a pool with one text and two ratings
     line: int = 0
 
     def at(self, line: int) -> Problems:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from infer_align.engines import Engine
 from infer_align.errors import ConfigError, Unsupported
-from infer_align.types import Array, Body, Candidate, Messages, ScoringUsage
+from infer_align.types import Array, Body, Candidate, Kind, Messages, ScoringUsage
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,18 @@ class Reward(ABC):
         """Return the maximum number of tokens sampled to score n candidates.
 
         A reward that only reads samples none.
+        """
+        return 0
+
+    def worst_case_reading(self, _messages: Messages, _kind: Kind, _answers: Sequence[int]) -> int:
+        """Return the maximum number of tokens that engines read in one call of `score`.
+
+        A reward with a model of its own has no engine read.
+
+        Args:
+            _messages: the conversation that the candidates answer to.
+            _kind: of the request.
+            _answers: for each candidate, the most tokens that it has.
         """
         return 0
 

@@ -18,7 +18,16 @@ from infer_align.engines import Engine
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, Unsupported, nearest
 from infer_align.messages import message_text, with_instruction
 from infer_align.rewards import Reward, RewardScores
-from infer_align.types import Array, Body, Candidate, Capability, Kind, Messages, ScoringUsage
+from infer_align.types import (
+    Array,
+    Body,
+    Candidate,
+    Capability,
+    Draw,
+    Kind,
+    Messages,
+    ScoringUsage,
+)
 
 # Metadata of the field `engine` of a reward's section.
 ENGINE = {"description": 'Engine that reads: "served", or a name of `[engines.*]`.'}
@@ -132,10 +141,29 @@ async def read(engine: Engine, query: SequenceQuery) -> TextReadings:
     except AlignError as error:
         return _failed(query, error)
     else:
-        usage = ScoringUsage(answer.prompt_tokens + answer.text_tokens)
+        tokens = answer.prompt_tokens + answer.text_tokens
+        usage = ScoringUsage(tokens, engine_tokens=tokens)
         unique = [TextReading(np.asarray(each, dtype=np.float64)) for each in answer.logprobs]
     by_text = dict(zip(texts, unique, strict=True))
     return TextReadings(tuple(by_text[text] for text in query.texts), usage)
+
+
+def prompt_tokens(engine: Engine, body: Body, kind: Kind) -> int:
+    """Return the number of tokens of a prompt that an engine will read, or an upper bound.
+
+    A prompt that cannot be rendered costs nothing: no candidate is scored.
+    """
+    try:
+        return engine.prompt_tokens(Draw(body, kind=kind))
+    except AlignError:
+        return 0
+
+
+def empty_answer(kind: Kind) -> Candidate:
+    """Return an answer without text, to count the tokens around it."""
+    if kind == "completion":
+        return Candidate(0, {"text": ""})
+    return Candidate(0, {"message": {"role": "assistant", "content": ""}})
 
 
 def answer_body(

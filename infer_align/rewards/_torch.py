@@ -6,12 +6,26 @@ from typing import Any
 
 import torch
 
+from infer_align.errors import ConfigError
+
 
 def pick_device(name: str) -> str:
-    """Return a torch device; "auto" is a GPU if there is one, else the CPU."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return a torch device; "auto" is a GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: torch has no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    # A torch that was built without a device asserts that it has it.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f'device: {name!r} cannot be used: {reason}. Use "auto", or "cpu".'
+        ) from error
+    return name
 
 
 def position_count(model: Any) -> int | None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from infer_align.decoding.sequences import SequenceQuery
+from infer_align.engines import Engine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.methods.guidance import Words
 from infer_align.rewards import DESCRIPTION, TIMEOUT, RewardScores
@@ -30,11 +31,13 @@ from infer_align.rewards._sequences import (
     SequenceReward,
     TextReadings,
     answer_body,
+    empty_answer,
     kind_of,
+    prompt_tokens,
     read,
     scores,
 )
-from infer_align.types import Candidate, Messages
+from infer_align.types import Body, Candidate, Kind, Messages
 
 SAME_CONTEXTS = (
     "compares a context with itself, so every score would be 0; set a prompt that differs from "
@@ -132,6 +135,20 @@ class DensityRatioReward(SequenceReward):
             raise InvalidRequest(f"{where}: {SAME_CONTEXTS}.", param=where)
         super().check(where)
 
+    def worst_case_reading(self, messages: Messages, kind: Kind, answers: Sequence[int]) -> int:
+        """Return the tokens of both contexts, and of each answer in both."""
+        config = self.config
+        contexts = (
+            (config.engine, config.prompt),
+            (config.negative_engine or config.engine, config.negative_prompt),
+        )
+        tokens = 0
+        for name, prompt in contexts:
+            engine = self.engine(name)
+            body = self._body(engine, messages, empty_answer(kind), prompt)
+            tokens += prompt_tokens(engine, body, kind) + sum(answers)
+        return tokens
+
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """Return [1, 1, N] log-ratios. An empty answer scores 0."""
         config = self.config
@@ -162,10 +179,15 @@ class DensityRatioReward(SequenceReward):
         texts = tuple(candidate.text for candidate in candidates)
         if not texts:
             return await read(engine, SequenceQuery({}, ()))
-        body = answer_body(engine, messages, candidates[0], prompt)
-        if self.model is not None:
-            body = {**body, "model": self.model}
+        body = self._body(engine, messages, candidates[0], prompt)
         return await read(engine, SequenceQuery(body, texts, kind_of(candidates[0])))
+
+    def _body(
+        self, engine: Engine, messages: Messages, candidate: Candidate, prompt: str | None
+    ) -> Body:
+        """Return the body of one context, for the model that reads."""
+        body = answer_body(engine, messages, candidate, prompt)
+        return body if self.model is None else {**body, "model": self.model}
 
 
 def _description(config: DensityRatio) -> str:

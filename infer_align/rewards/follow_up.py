@@ -24,8 +24,16 @@ from infer_align.decoding.sequences import SequenceQuery
 from infer_align.methods.guidance import Words
 from infer_align.rewards import DESCRIPTION, TIMEOUT, RewardScores
 from infer_align.rewards._conversation import json_turns
-from infer_align.rewards._sequences import ENGINE, SequenceReward, TextReadings, read, scores
-from infer_align.types import Candidate, Messages, ScoringUsage
+from infer_align.rewards._sequences import (
+    ENGINE,
+    SequenceReward,
+    TextReadings,
+    empty_answer,
+    prompt_tokens,
+    read,
+    scores,
+)
+from infer_align.types import Candidate, Kind, Messages, ScoringUsage
 
 # Understanding, relevance, correctness, interest, information, and following the request.
 SATISFIED = (
@@ -87,6 +95,15 @@ class FollowUpReward(SequenceReward):
         )
         turns = len(config.satisfied) + len(config.dissatisfied)
         self.cost = f"reads the conversation, the answer and {turns} short texts once per answer"
+
+    def worst_case_reading(self, messages: Messages, _kind: Kind, answers: Sequence[int]) -> int:
+        """Return the tokens of the conversation, the answer and all texts, for each answer."""
+        engine = self.engine(self.config.engine)
+        body = {"messages": json_turns(messages, empty_answer("chat"))}
+        per_answer = prompt_tokens(engine, body, "chat")
+        for text in {*self.config.satisfied, *self.config.dissatisfied}:
+            per_answer += prompt_tokens(engine, {"prompt": text}, "completion")
+        return len(answers) * per_answer + sum(answers)
 
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """Return [1, 1, N] differences. A text completion is read as a chat's answer."""

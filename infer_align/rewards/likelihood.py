@@ -23,8 +23,16 @@ from infer_align.errors import InvalidRequest
 from infer_align.messages import message_text
 from infer_align.methods.guidance import Words
 from infer_align.rewards import DESCRIPTION, TIMEOUT, RewardScores
-from infer_align.rewards._sequences import ENGINE, SequenceReward, kind_of, read, scores
-from infer_align.types import Body, Candidate, Messages, ScoringUsage
+from infer_align.rewards._sequences import (
+    ENGINE,
+    SequenceReward,
+    empty_answer,
+    kind_of,
+    prompt_tokens,
+    read,
+    scores,
+)
+from infer_align.types import Body, Candidate, Kind, Messages, ScoringUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +99,17 @@ class LikelihoodReward(SequenceReward):
             )
         super().check(where)
 
+    def worst_case_reading(self, messages: Messages, kind: Kind, answers: Sequence[int]) -> int:
+        """Return the tokens of the conversation, the answer and the reference, for each answer."""
+        engine = self.engine(self.config.engine)
+        per_answer = prompt_tokens(engine, self._body(messages, empty_answer(kind)), kind)
+        per_answer += prompt_tokens(engine, {"prompt": self._text}, "completion")
+        return len(answers) * per_answer + sum(answers)
+
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """Return [1, 1, N] log-probabilities of the reference."""
         engine = self.engine(self.config.engine)
-        # The space belongs to the first word: tokenizers write " 42" as one token.
-        text = f" {(self.reference or '').strip()}"
+        text = self._text
         queries: list[SequenceQuery] = []
         for candidate in candidates:
             body = self._body(messages, candidate)
@@ -104,6 +118,12 @@ class LikelihoodReward(SequenceReward):
         usage = sum((answer.usage for answer in answers), ScoringUsage())
         values = [answer.texts[0].total for answer in answers]
         return scores(values, usage, [answer.error for answer in answers])
+
+    @property
+    def _text(self) -> str:
+        """The reference as it is read."""
+        # The space belongs to the first word: tokenizers write " 42" as one token.
+        return f" {(self.reference or '').strip()}"
 
     def _body(self, messages: Messages, candidate: Candidate) -> Body:
         """Return the body whose last words are the answer and the lead to the reference."""

@@ -12,7 +12,8 @@ from infer_align.engines import Engine
 from infer_align.errors import ConfigError, Unsupported, nearest
 from infer_align.messages import text_of
 from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
-from infer_align.types import Array, Candidate, Messages, ScoringUsage
+from infer_align.rewards._sequences import empty_answer, prompt_tokens
+from infer_align.types import Array, Candidate, Kind, Messages, ScoringUsage
 
 SERVED = "served"
 
@@ -91,6 +92,13 @@ class ValueReward(Reward):
                 param=where,
             )
 
+    def worst_case_reading(self, messages: Messages, kind: Kind, answers: Sequence[int]) -> int:
+        """Return the tokens of the conversation, read once, and of each answer."""
+        tokens = sum(answers)
+        for query, _ in _queries(messages, [empty_answer(kind)], self._name):
+            tokens += prompt_tokens(self._engine, query.body, query.kind)
+        return tokens
+
     async def score(self, messages: Messages, candidates: Sequence[Candidate]) -> RewardScores:
         """Return [1, 1, N] scores. A candidate that the value cannot estimate is NaN."""
         values = np.full(len(candidates), np.nan)
@@ -100,7 +108,7 @@ class ValueReward(Reward):
             values[indices] = answer.estimates[self._name]
             read += answer.prompt_tokens + answer.text_tokens
         return RewardScores(
-            values[None, None], ScoringUsage(reward_tokens=read), self._notes(values)
+            values[None, None], ScoringUsage(read, engine_tokens=read), self._notes(values)
         )
 
     def _notes(self, values: Array) -> tuple[str | None, ...]:

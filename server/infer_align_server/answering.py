@@ -55,7 +55,9 @@ async def answer_all(
     with ExitStack() as charges:
         work: list[_Work] = []
         for i, plan in enumerate(plans):
-            charge = charges.enter_context(charged(service.tokens, caller, plan.worst_case_tokens))
+            charge = charges.enter_context(
+                charged(service.tokens, caller, plan.worst_case_tokens, plan.context_cost)
+            )
             first_choice = i * plan.n_returned
             work.append(
                 _Work(service, plan, charge, _shifted(on_delta, first_choice), on_candidate)

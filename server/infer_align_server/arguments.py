@@ -12,6 +12,8 @@ from infer_align.config.config import owners_of
 from infer_align.config.model_path import WEIGHT_SUFFIXES, is_gguf
 from infer_align.errors import ConfigError
 
+# Seeds are below this number, so that every random generator takes them.
+SEED_RANGE = 2**32
 # Options of other servers, each with what it is called here.
 OTHER_NAMES = {
     "--served-model-name": "--name NAME",
@@ -87,6 +89,19 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
         metavar="a.b=c",
         help="Override one value of the configuration, by its name in the file.",
     )
+
+
+def seed(text: str) -> int:
+    """Return the random seed of an argument.
+
+    Raises:
+        ArgumentTypeError: it is no seed.
+    """
+    if not text.isdecimal() or int(text) >= SEED_RANGE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not allowed; must be an integer from 0 to {SEED_RANGE - 1}"
+        )
+    return int(text)
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,8 @@ from infer_align.config.schema import parse
 from infer_align.errors import ConfigError, nearest
 from infer_align.objectives import Ensemble, Objective
 from infer_align.rewards import start_reward
-from infer_align_server.arguments import configuration
+from infer_align_server import logs
+from infer_align_server.arguments import configuration, seed
 
 if TYPE_CHECKING:
     from infer_align.engines.transformers import TransformersEngine
@@ -84,7 +85,7 @@ def _add_replies(parser: argparse.ArgumentParser) -> None:
         type=_positive_integer,
         help=f"Maximum number of tokens of a reply. Default: {DEFAULT_MAX_TOKENS}.",
     )
-    parser.add_argument("--seed", type=int, help=f"Random seed. Default: {DEFAULT_SEED}.")
+    parser.add_argument("--seed", type=seed, help=f"Random seed. Default: {DEFAULT_SEED}.")
     parser.add_argument(
         "--rescore",
         type=Path,
@@ -121,6 +122,7 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: An argument, a prompt or the configuration is wrong.
         InvalidRequest: The engine or the reward refuses a prompt.
     """
+    logs.switch_off_progress_bars()
     with _progress() as progress:
         report = asyncio.run(_fit(options, progress))
     _print_report(report, options.out)
@@ -154,6 +156,7 @@ async def _fit(options: argparse.Namespace, progress: Callable[[str], None]) -> 
 
     config = configuration(options)
     prompts = read_prompts(options.prompts)
+    _print_repeated(options.prompts, prompts)
     fit_config = parse(FitConfig, _settings(options.fit), "--fit", ConfigError)
     if options.reward not in config.rewards:
         hint = nearest(options.reward, config.rewards)
@@ -171,6 +174,14 @@ async def _fit(options: argparse.Namespace, progress: Callable[[str], None]) -> 
     finally:
         await reward.close()
         await engine.close()
+
+
+def _print_repeated(path: Path, prompts: Sequence[Conversation]) -> None:
+    """Print how many prompts occur more than once."""
+    repeated = len(prompts) - len({json.dumps(messages) for messages in prompts})
+    if repeated:
+        text = f"{path}: {repeated} prompts occur more than once; each occurrence counts"
+        ERR.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _engine(config: Config) -> TransformersEngine:

@@ -21,7 +21,7 @@ from infer_align.errors import ConfigError, quote
 from infer_align.preferences import PreferencePair, read_preferences
 from infer_align.profiles.records import StoredProfile
 from infer_align_server import fit_classifier, logs
-from infer_align_server.arguments import configuration
+from infer_align_server.arguments import configuration, seed
 from infer_align_server.profile_keeper import ProfileKeeper
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         default=0.1,
         help="Largest share of labels that count as wrong. Default: %(default)s.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="Random seed. Default: %(default)s.")
+    parser.add_argument("--seed", type=seed, default=0, help="Random seed. Default: %(default)s.")
 
 
 def _positive_integer(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -52,6 +52,7 @@ from infer_align.rewards.trust_judge.tournament import Comparisons, Schedule
 from infer_align.types import Messages, ScoringUsage
 from infer_align_server.scoring import parse_candidates
 from infer_align_server.service import Service
+from infer_align_server.wire.completion import scoring_usage_json
 from infer_align_server.wire.encoding import number
 
 # The sizes of the subsets whose transitivity is reported.
@@ -260,7 +261,7 @@ def _response(
     comparisons = judgements.comparisons
     relations = comparisons.relations
     scores = dict(enumerate(judgements.ratings.scores))
-    usage = asdict(judgements.usage)
+    usage = scoring_usage_json(judgements.usage)
     del usage["reward_tokens"]
     rubric = judgements.questions.rubric
     return {

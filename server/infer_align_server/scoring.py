@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeGuard
 
 from infer_align.config import registry
 from infer_align.config.align import parse_align
 from infer_align.errors import InvalidRequest, RewardFailed, nearest, quote
+from infer_align.flow.cost import read_in_texts
 from infer_align.flow.discovery import when_discovered
 from infer_align.flow.plan import SCORING_STAGES, Plan, make_scoring_plan
 from infer_align.flow.request import Request, check_prompt
@@ -22,7 +23,7 @@ from infer_align.flow.selection import rank_candidates
 from infer_align.types import Candidate, Scores, Selection
 from infer_align_server.service import Service
 from infer_align_server.telemetry import send_evaluations
-from infer_align_server.wire.completion import extras_json, scores_json
+from infer_align_server.wire.completion import extras_json, scores_json, scoring_usage_json
 from infer_align_server.wire.encoding import number
 
 # Settings of `align` that are about scores, beside the methods.
@@ -96,7 +97,7 @@ async def score(
         "ranking": list(scored.selection.ranking),
         "reason": scored.selection.reason,
         "candidates": [_candidate_json(response, i) for i in range(len(texts))],
-        "usage": asdict(scored.scores.usage),
+        "usage": scoring_usage_json(scored.scores.usage),
         **extras_json(response),
     }
 
@@ -154,7 +155,8 @@ async def score_texts(
         Overloaded: The queue is full, or the caller's token budget is used up.
     """
     candidates = tuple(_candidate(i, text) for i, text in enumerate(texts))
-    async with service.scoring(plan.scoring_tokens, caller) as count_usage:
+    reading_tokens = read_in_texts(plan, candidates)
+    async with service.scoring(plan.scoring_tokens, caller, reading_tokens) as count_usage:
         scores = await score_candidates(plan, candidates)
         count_usage(scores.usage)
         service.metrics.count_reward_calls(scores)

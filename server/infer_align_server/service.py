@@ -362,13 +362,14 @@ class Service:
 
     @asynccontextmanager
     async def scoring(
-        self, worst_case: int, caller: str
+        self, worst_case: int, caller: str, reading_tokens: int = 0
     ) -> AsyncIterator[Callable[[ScoringUsage], None]]:
         """Admit a request that scores existing candidates, inside the block.
 
         Args:
             worst_case: The largest number of tokens that judges can generate for it.
             caller: The name of the caller, which pays for the tokens.
+            reading_tokens: The largest number of tokens that rewards have engines read for it.
 
         Yields:
             A function to call with the usage of the scoring.
@@ -385,12 +386,13 @@ class Service:
                 param="candidates",
                 code="over_limit",
             )
-        with charged(self.tokens, caller, worst_case) as charge:
-            async with self.admission.admit(worst_case, caller=caller):
+        tokens = worst_case + reading_tokens
+        with charged(self.tokens, caller, tokens) as charge:
+            async with self.admission.admit(tokens, caller=caller):
                 charge.start(None)
 
                 def count(usage: ScoringUsage) -> None:
-                    charge.spent = usage.judge_completion_tokens
+                    charge.spent = usage.judge_completion_tokens + usage.engine_tokens
                     self.metrics.count_scoring(usage)
 
                 yield count

@@ -21,6 +21,7 @@ kind = "fake"
 labels = [
   {pattern = 'Answer <\d+>\ngood', probabilities = {"90" = 1.0}},
   {pattern = 'Answer <\d+>\nbad', probabilities = {"10" = 1.0}},
+  {pattern = 'Answer <\d+>\nodd', probabilities = {"50" = 0.05}},
   {pattern = 'Answer A', probabilities = {B = 0.8, A = 0.1, C = 0.1}},
 ]
 """
@@ -75,6 +76,32 @@ def test_lines_without_a_pair_are_reported(live: Any, tmp_path: Path) -> None:
 def test_pairs_that_cannot_be_judged_are_counted(live: Any, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no pair could be judged; first: status 400"):
         measured(live, tmp_path, [pair("one")], "--body", '{"scale": 7}')
+
+
+def test_pairs_that_are_judged_in_part_are_counted(live: Any, tmp_path: Path, capsys: Any) -> None:
+    records = [pair("one"), pair("two", "odd"), pair("three", "good", "odd")]
+    code, report = measured(live, tmp_path, records)
+    assert code == 0
+    assert report["accuracy"]["scores"]["pairs"] == 1
+    assert report["accuracy"]["comparisons"]["pairs"] == 3
+    (reason,) = report["incomplete"]
+    assert report["incomplete"][reason] == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "2 pairs lack a score or a comparison: " in printed
+
+
+def test_pairs_that_occur_twice_or_in_both_orders_are_counted(live: Any, tmp_path: Path) -> None:
+    records = [pair("one"), pair("one"), pair("one", "bad", "good")]
+    _, report = measured(live, tmp_path, records)
+    repeated, both = report["problems"]
+    assert repeated.startswith("1 pairs occur more than once")
+    assert both.startswith("1 pairs occur in both orders")
+
+
+@pytest.mark.parametrize("name", ["messages", "candidates"])
+def test_a_body_cannot_replace_the_pairs(live: Any, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--body: {name} are those of the pairs"):
+        measured(live, tmp_path, [pair("one")], "--body", json.dumps({name: []}))
 
 
 def test_an_empty_file_is_refused(live: Any, tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def test_a_missing_capability_is_refused_by_name(name: str) -> None:
 def test_what_it_costs_is_known_before_it_is_spent(name: str) -> None:
     engine = AbleEngine(Fake(replies=(Reply("a", estimates={"helpful": 0.5}),)))
     plan = make_plan(parsed(name), engine, REWARDS, {"short": 1.0}, LIMITS)
-    assert plan.worst_case_tokens == plan.candidates * 8 + plan.scoring_tokens
+    assert plan.drawing_tokens == plan.candidates * 8
+    assert (plan.context_cost.worst_case > 0) == any(draw.guidance for draw in plan.draws)
     assert all(len(draw.seeds) == draw.n for draw in plan.draws)
     assert engine.sampled == 0
 

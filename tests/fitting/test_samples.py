@@ -51,7 +51,13 @@ def test_prompts_are_strings_or_conversations(tmp_path: Path) -> None:
         '{"messages": "hi"}',
         '{"messages": []}',
         '{"messages": ["hi"]}',
-        "",
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": [{"role": "user", "content": 5}]}',
+        '{"messages": [{"role": "user", "content": ["hi"]}]}',
+        '{"messages": [{"content": "hi"}]}',
+        '"a \\ud800"',
+        "[" * 100_000,
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
@@ -67,6 +73,20 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / "latin"):
         with pytest.raises(InvalidRequest, match=str(path)):
             read_prompts(path)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf"one"\r\n\r\n"two"\n \n\n')
+    assert [p[0]["content"] for p in read_prompts(file)] == ["one", "two"]
+
+
+@pytest.mark.parametrize("text", ["", "\n \n\t\n", "\ufeff"])
+def test_a_file_without_a_prompt_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidRequest, match="is empty"):
+        read_prompts(file)
 
 
 # --- sampling ---

@@ -8,7 +8,7 @@ import pytest
 
 from infer_align.config.align import Align, Budget
 from infer_align.errors import InvalidRequest
-from infer_align.flow.limits import check_candidates, check_tokens
+from infer_align.flow.limits import Generation, check_candidates, check_tokens
 from infer_align.methods.best_of_n import BestOfN
 from infer_align.methods.rps import RPS
 from tests.flow.builders import LIMITS, plan_request
@@ -76,10 +76,10 @@ def test_no_more_answers_than_candidates_are_returned() -> None:
 )
 def test_a_worst_case_over_the_budget_names_the_budget(path: str, param: str) -> None:
     align = Align(budget=Budget(completion_tokens=25), path=path)
-    check_tokens(25, 5, 2, align, LIMITS)
+    check_tokens(Generation(20, judging=5), 2, align, LIMITS)
     terms = r"\(2 candidates x 10 tokens \+ 6 of judging\)"
     with pytest.raises(InvalidRequest, match=terms) as caught:
-        check_tokens(26, 6, 2, align, LIMITS)
+        check_tokens(Generation(20, judging=6), 2, align, LIMITS)
     assert (caught.value.param, caught.value.code) == (param, "over_budget")
     assert caught.value.message.startswith(f"{param}: ")
 
@@ -87,7 +87,7 @@ def test_a_worst_case_over_the_budget_names_the_budget(path: str, param: str) ->
 @pytest.mark.parametrize("path", ["", "align"])
 def test_a_worst_case_over_the_servers_limit_names_the_field_of_openai(path: str) -> None:
     align = Align(path=path)
-    check_tokens(1000, 0, 2, align, LIMITS)
+    check_tokens(Generation(1000), 2, align, LIMITS)
     with pytest.raises(InvalidRequest, match=r"\(2 candidates x 501 tokens\)") as caught:
-        check_tokens(1002, 0, 2, align, LIMITS)
+        check_tokens(Generation(1002), 2, align, LIMITS)
     assert (caught.value.param, caught.value.code) == ("max_completion_tokens", "over_limit")

@@ -149,7 +149,9 @@ def test_wrong_settings_are_named(place: Path, capsys: Any, more: list[str], mes
         (["--max-tokens", "0"], "--max-tokens: '0' is not allowed"),
         (["--max-tokens", "many"], "--max-tokens: 'many' is not allowed"),
         (["--objective", "best"], "--objective: invalid choice: 'best'"),
-        (["--seed", "x"], "--seed"),
+        (["--seed", "x"], "--seed: 'x' is not allowed; must be an integer from 0"),
+        (["--seed=-1"], "--seed: '-1' is not allowed"),
+        (["--seed", str(2**32)], "--seed: '4294967296' is not allowed"),
     ],
 )
 def test_wrong_flags_are_named(place: Path, capsys: Any, more: list[str], message: str) -> None:
@@ -173,6 +175,21 @@ def test_prompts_that_cannot_be_read_are_named(place: Path, capsys: Any) -> None
     (place / "prompts.jsonl").unlink()
     assert fit(place) == 1
     assert "cannotberead" in "".join(capsys.readouterr().err.split())
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_sampling(
+    place: Path, capsys: Any
+) -> None:
+    for out, reason in (("c.toml/v.safetensors", "cannot be made"), (".", "is a folder")):
+        assert fit(place, "--max-tokens", "4", out=out) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())
+    assert sorted(path.name for path in place.iterdir()) == ["c.toml", "prompts.jsonl"]
+
+
+def test_prompts_that_occur_twice_are_counted(place: Path, capsys: Any) -> None:
+    (place / "prompts.jsonl").write_text('"hello"\n"there"\n"hello"\n"hello"\n')
+    assert fit(place) == 1
+    assert "2 prompts occur more than once" in " ".join(capsys.readouterr().err.split())
 
 
 def test_too_few_prompts_are_refused(place: Path, capsys: Any) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,43 @@ def test_a_model_is_fine_tuned(
     values = served_scores(folder, capsys.readouterr().out, "thank you owl", "!!! ZZZ owl !")
     assert values.shape == (2, 2)
     assert (values[:, 0] > values[:, 1]).all()
+
+
+def test_a_new_head_is_no_warning(folder: Path, reward_model: Callable[..., str]) -> None:
+    from transformers.utils import logging as transformers_logging
+
+    from infer_align.fitting.classifier_base import load_base
+
+    class Records(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    messages: list[str] = []
+    handler = Records()
+    transformers_logging.add_handler(handler)
+    try:
+        load_base(reward_model(labels=2), (), 64)
+    finally:
+        transformers_logging.remove_handler(handler)
+    assert messages == []
+    assert transformers_logging.is_progress_bar_enabled()
+
+
+def test_a_base_that_lacks_weights_is_refused(
+    folder: Path, reward_model: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(reward_model("Bert"), folder / "base")
+    weights = load_file(base / "model.safetensors")
+    name = next(name for name in weights if name.endswith("attention.self.key.weight"))
+    del weights[name]
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    pairs = write_pairs(folder / "pairs.jsonl", 64)
+    assert fit(str(pairs), "--base", str(base), "--out", "tuned") == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "--base" in printed
+    assert f"has no weights for {name}" in printed
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_bad_lines_are_counted_and_reported(
     pairs.write_text("\n".join(lines), encoding="utf-8")
     assert fit(str(pairs), "--encoder", encoder, "--members", "2") == 0
     printed = capsys.readouterr().err
-    assert "line 1: has no field 'answer' or 'response'" in printed
+    assert "line 1: has no field 'answer' or 'response', no 'answers'" in printed
     assert "line 2: chosen and rejected are the same text" in printed
     assert "line 3: is not JSON" in printed
     assert "and 2 more problems; 12 in all" in printed
@@ -152,6 +152,8 @@ def test_bad_lines_are_counted_and_reported(
         (["pairs.jsonl", "--encoder", "package:nothing/m.zip"], "'nothing' is not installed"),
         (["pairs.jsonl", "--layer", "9"], "has the layers 1 to 2"),
         (["pairs.jsonl", "--out", "."], "--out: '.' is a folder"),
+        (["pairs.jsonl", "--out", "pairs.jsonl/r.safetensors"], "cannot be written"),
+        (["pairs.jsonl", "--device", "tpu"], "device: 'tpu' cannot be used"),
         (["pairs.jsonl", "--noise", "exchange", "--members", "1"], "needs at least 2 members"),
     ],
 )
@@ -169,6 +171,15 @@ def test_mistakes_are_named(
     model = [] if "--encoder" in arguments else ["--encoder", encoder]
     assert fit(*arguments, *model) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**32)])
+def test_a_number_that_is_no_seed_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], seed: str
+) -> None:
+    with pytest.raises(SystemExit):
+        fit("pairs.jsonl", f"--seed={seed}")
+    assert f"{seed!r} is not allowed; must be an integer from 0" in capsys.readouterr().err
 
 
 def test_the_choices_of_stored_profiles_are_pairs(

@@ -158,6 +158,10 @@ class FakeEngine(Engine):
         """Return each token id as a word."""
         return _prompt_text(list(tokens))
 
+    def prompt_tokens(self, draw: Draw) -> int:
+        """Return the number of words of the conversation."""
+        return len(_conversation(draw.body, draw.kind).split())
+
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return 1: a judgement is scripted as a whole."""
         return min(1, len(labels))

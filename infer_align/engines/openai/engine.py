@@ -255,6 +255,17 @@ class OpenAIEngine(Engine):
                 f"{name}: the upstream of {model!r} does not honour it; leave it out.", param=name
             )
 
+    def prompt_tokens(self, draw: Draw) -> int:
+        """Return the number of tokens of a prompt; an upper bound without a tokenizer.
+
+        Raises:
+            InvalidRequest: the tokenizer's chat template refuses the messages.
+        """
+        has_tokens = isinstance(draw.body.get("prompt"), list)
+        if self._steerer is None or has_tokens:
+            return super().prompt_tokens(draw)
+        return len(self._steerer.prompt(draw.kind, draw.body).ids)
+
     def worst_case_tokens(self, body: Body) -> int:
         """Return the maximum number of tokens of one candidate, for the model in the body."""
         if "messages" not in body:

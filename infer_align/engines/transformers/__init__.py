@@ -29,7 +29,7 @@ from infer_align.decoding.params import (
 from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers import form as answer_form
-from infer_align.engines.transformers.draw import ALSO_READ, ReadDraw, read_draw
+from infer_align.engines.transformers.draw import ALSO_READ, ReadDraw, count_prompt, read_draw
 from infer_align.engines.transformers.echo import lists_prompt, submit_with_prompt
 from infer_align.engines.transformers.form import AnswerForm
 from infer_align.engines.transformers.model import Model
@@ -303,7 +303,7 @@ class TransformersEngine(Engine):
             return job.stream
         # Submit in the next round of the event loop: draws that begin together, such as those of
         # several directions, are then prefilled together.
-        job.loop.call_soon(_submit, scheduler, job)
+        job.loop.call_soon(scheduler.submit_later, job)
         return job.stream
 
     def _read(self, draw: Draw) -> ReadDraw:
@@ -329,6 +329,12 @@ class TransformersEngine(Engine):
             Unavailable: the engine has not started.
         """
         return self._parts().model.completion_prompt(list(tokens)).text
+
+    def prompt_tokens(self, draw: Draw) -> int:
+        """Return the number of tokens of a draw's prompt; an upper bound before the start."""
+        if self._started is None:
+            return super().prompt_tokens(draw)
+        return count_prompt(draw, self._started.model)
 
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return the number of one-token calls that reading these labels takes.
@@ -389,10 +395,3 @@ class TransformersEngine(Engine):
         await asyncio.sleep(0)
         scheduler.submit(question)
         return await question.answer
-
-
-def _submit(scheduler: Scheduler, job: Job) -> None:
-    try:
-        scheduler.submit(job)
-    except Unavailable as error:
-        job.stream.put(error)

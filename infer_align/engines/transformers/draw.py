@@ -81,3 +81,14 @@ def read_draw(draw: Draw, model: Model, room: Room, default: int | None) -> Read
         contexts = guiding.candidate.contexts
         max_tokens = guided_tokens(trait_tokens, contexts, requested, max_tokens, room)
     return ReadDraw(params, form, use, stop_ids, prompt, guiding, max_tokens)
+
+
+def count_prompt(draw: Draw, model: Model) -> int:
+    """Return the number of tokens of a draw's prompt.
+
+    Raises:
+        InvalidRequest: the prompt cannot be rendered.
+    """
+    form = AnswerForm.read(draw)
+    use = form.tool_use(model.tokenizer)
+    return len(model.render(draw, use.prefix if use else "", form.request).ids)

@@ -88,6 +88,13 @@ class Scheduler(threading.Thread):
         if self._ended:
             raise Unavailable("the engine was shut down")
 
+    def submit_later(self, job: Job) -> None:
+        """Queue a job whose caller has gone on; a thread that has ended fails its stream."""
+        try:
+            self.submit(job)
+        except Unavailable as error:
+            job.stream.put(error)
+
     def stop(self) -> None:
         """End the thread after the current step, and every job with an error."""
         self._stopping = True

@@ -14,8 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from infer_align.errors import AlignError
-from infer_align.preferences import PreferencePair, conversation_key, read_preferences
+from infer_align.errors import AlignError, ConfigError
+from infer_align.preferences import (
+    PreferencePair,
+    conversation_key,
+    pair_remarks,
+    read_preferences,
+)
 from infer_align_bench.credentials import ApiKey
 from infer_align_bench.endpoint import Endpoint, error_of
 from infer_align_bench.judging.figures import Accuracy, JudgedPair, accuracies, biases
@@ -37,10 +42,14 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: the file or an option is wrong.
         AlignError: the endpoint cannot be reached, or no pair could be judged.
     """
+    for name in ("messages", "candidates"):
+        if name in options.body:
+            raise ConfigError(f"--body: {name} are those of the pairs; leave them out.")
     preferences = read_preferences(Path(options.pairs))
-    for problem in preferences.problems:
-        ERR.print(f"{options.pairs}: {problem}", style="yellow", markup=False, highlight=False)
     pairs = preferences.pairs[: options.limit]
+    problems = [*pair_remarks(pairs), *preferences.problems]
+    for problem in problems:
+        _print_problem(f"{options.pairs}: {problem}", "yellow")
     if options.json:
         check_writable(options.json)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -48,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     if not judged:
         reason = next(iter(failures), "there is none")
         raise AlignError(f"no pair could be judged; first: {reason}")
-    report = _report(options, judged, failures, preferences.problems)
+    report = _report(options, judged, failures, problems)
     _print_report(accuracies(judged), report)
     if options.json:
         text = json.dumps(report, indent=1, default=str) + "\n"
@@ -105,8 +114,11 @@ def _report(
     for name, each in accuracies(judged).items():
         figures[name] = None if each is None else {**asdict(each), "verdict": each.verdict}
     usage: Counter[str] = Counter()
+    incomplete: Counter[str] = Counter()
     for pair in judged:
         usage.update(pair.answer["usage"])
+        if pair.error is not None:
+            incomplete[pair.error] += 1
     return {
         "schema": SCHEMA,
         "pairs_file": options.pairs,
@@ -116,6 +128,7 @@ def _report(
         "accuracy": figures,
         "bias": biases(judged),
         "failures": dict(failures),
+        "incomplete": dict(incomplete),
         "problems": list(problems),
         "usage": dict(usage),
     }
@@ -134,5 +147,10 @@ def _print_report(shares: dict[str, Accuracy | None], report: dict[str, Any]) ->
             OUT.print(f"{name}: {value:.3f}", highlight=False)
     OUT.print(f"calls: {report['usage'].get('judge_calls', 0)}", highlight=False)
     for reason, count in report["failures"].items():
-        text = f"{count} pairs could not be judged: {reason}"
-        ERR.print(text, style="red", markup=False, highlight=False)
+        _print_problem(f"{count} pairs could not be judged: {reason}", "red")
+    for reason, count in report["incomplete"].items():
+        _print_problem(f"{count} pairs lack a score or a comparison: {reason}", "red")
+
+
+def _print_problem(text: str, style: str) -> None:
+    ERR.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -39,6 +39,14 @@ class JudgedPair:
         return points.get(related[0]) if related else None
 
     @property
+    def error(self) -> str | None:
+        """The reason why a score or the comparison is missing; None if neither is."""
+        for part in (*self.answer["candidates"], *self.answer["pairs"]):
+            if part["error"]:
+                return str(part["error"])
+        return None
+
+    @property
     def orders(self) -> Sequence[Mapping[str, float]]:
         """The label probabilities of both orders; () if there are none."""
         orders = [order for pair in self.answer["pairs"] for order in pair["orders"]]

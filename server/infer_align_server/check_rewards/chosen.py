@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 from infer_align.config import Config
 from infer_align.errors import ConfigError, InvalidRequest, nearest
@@ -56,7 +56,10 @@ def choose_rewards(
     for name in config.rewards:
         if name == _section(gold or ""):
             continue
-        if rewards[name].uses_engine:
+        parameters = _required_parameters(rewards[name])
+        if parameters:
+            omitted[name] = f"each request must set its {' and '.join(parameters)}"
+        elif rewards[name].uses_engine:
             omitted[name] = f"it uses an engine; check it with --reward {name}"
         else:
             free.append(name)
@@ -77,6 +80,23 @@ def _section(name: str) -> str:
 def _check_name(option: str, name: str, rewards: Mapping[str, Reward]) -> None:
     if _section(name) not in rewards:
         raise ConfigError(f"{option}: {name!r} is not configured; {nearest(name, rewards)}")
+    parameters = _required_parameters(rewards[_section(name)])
+    if parameters:
+        raise ConfigError(
+            f"{option}: {name!r} cannot be used here, because each request must set its "
+            f"{' and '.join(parameters)}, and the file has none; name another reward."
+        )
+
+
+def _required_parameters(reward: Reward) -> list[str]:
+    """Return the names of the parameters without a default, which a request must set."""
+    if reward.parameters is None:
+        return []
+    required: list[str] = []
+    for each in fields(reward.parameters):
+        if each.default is MISSING and each.default_factory is MISSING:
+            required.append(each.name)
+    return required
 
 
 def _nothing_to_check(omitted: Mapping[str, str]) -> ConfigError:

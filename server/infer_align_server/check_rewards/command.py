@@ -268,9 +268,16 @@ def _print(checked: CheckedRewards, out: Console) -> None:
         for reason, count in report.reasons.items():
             text = f"{report.name}: {count} of {report.answers} answers were not scored: {reason}"
             out.print(escape(text), highlight=False, soft_wrap=True)
+        for remark, count in report.remarks.items():
+            text = (
+                f"{report.name}: {count} of {report.answers} answers have a note such as: {remark}"
+            )
+            out.print(escape(text), highlight=False, soft_wrap=True)
     for name, reason in checked.omitted.items():
         out.print(escape(f"{name} was not checked: {reason}"), highlight=False, soft_wrap=True)
     for problem in checked.problems[:MAX_PROBLEMS]:
         out.print(escape(problem), highlight=False, soft_wrap=True)
     if len(checked.problems) > MAX_PROBLEMS:
-        out.print(f"and {len(checked.problems) - MAX_PROBLEMS} more lines", highlight=False)
+        rest = len(checked.problems) - MAX_PROBLEMS
+        text = f"and {rest} more problems; {len(checked.problems)} in all"
+        out.print(text, highlight=False)

@@ -309,6 +309,8 @@ def _omissions(checked: CheckedRewards) -> str:
     for report in checked.reports:
         for reason, count in report.reasons.items():
             rows.append((f"{report.name}: {count} answers not scored", reason))
+        for remark, count in report.remarks.items():
+            rows.append((f"{report.name}: a note on {count} scored answers", remark))
         for name, reason in report.unmeasured.items():
             rows.append((f"{report.name}: {TITLES[name]}", reason))
     rows += checked.omitted.items()

@@ -17,6 +17,8 @@ from infer_align.preferences import (
     AnswerPool,
     PreferencePair,
     conversation_key,
+    pair_remarks,
+    pool_remarks,
     read_pools,
     read_preferences,
 )
@@ -71,7 +73,7 @@ class QuestionSet:
     questions: tuple[RatedQuestion, ...]
     source: str  # "pairs" or "pools"
     total: int  # prompts in the file
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # sentences about the whole file, and then about single lines
 
 
 def read_questions(
@@ -97,7 +99,8 @@ def read_questions(
         file = read_preferences(pairs)
         groups = _groups(file.pairs)
         chosen = [_question_of_pairs(group) for group in _evenly(groups, limit)]
-        return QuestionSet(tuple(chosen), "pairs", len(groups), file.problems)
+        notes = (*pair_remarks(file.pairs), *file.problems)
+        return QuestionSet(tuple(chosen), "pairs", len(groups), notes)
     if pools is None:
         raise ConfigError("--pairs or --pools: give a file of answers.")
     content, problems = read_pools(pools)
@@ -105,7 +108,8 @@ def read_questions(
     questions = []
     for pool in _evenly(content, limit):
         questions.append(_question_of_pool(pool, answers, attack_models))
-    return QuestionSet(with_rated_pairs(questions), "pools", len(content), problems)
+    notes = (*pool_remarks(content), *problems)
+    return QuestionSet(with_rated_pairs(questions), "pools", len(content), notes)
 
 
 def with_rated_pairs(questions: Sequence[RatedQuestion]) -> tuple[RatedQuestion, ...]:

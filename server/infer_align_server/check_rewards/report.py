@@ -143,7 +143,8 @@ class RewardReport:
     description: str
     answers: int
     unscored: int
-    reasons: Mapping[str, int]
+    reasons: Mapping[str, int]  # why answers have no score
+    remarks: Mapping[str, int]  # notes on answers that have one
     pairs: PairFigures | None
     many: ManyFigures | None
     calibration: CalibrationFigures | None
@@ -185,6 +186,7 @@ def make_report(
         answers=scored.answers,
         unscored=scored.unscored,
         reasons=dict(scored.reasons.most_common()),
+        remarks=dict(scored.remarks.most_common()),
         pairs=pairs,
         many=many,
         calibration=_calibration_figures(scores, questions) if pairs else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,6 +45,8 @@ class ScoredReward:
         scores: per question, [K, N]; NaN means not scored.
         attacks: per question, the scores of the attacks; () if they were not scored.
         reasons: why an answer was not scored, with the number of answers.
+        remarks: the notes on answers that were scored, such as on truncated ones, with the number
+            of answers; notes that differ only after a colon are counted under the first one.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ScoredReward:
     scores: list[Array]
     attacks: list[tuple[ScoredAttack, ...]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
 
     @property
     def objective(self) -> list[Array]:
@@ -79,6 +82,7 @@ class _Answered(NamedTuple):
     # The answers that the attacks are compared with: of a relative reward, scored with the attacks.
     rivals: Array
     notes: tuple[str, ...]  # of the answers without a score
+    remarks: tuple[str, ...]  # of the answers with one
 
 
 async def score_questions(
@@ -146,12 +150,18 @@ async def _score_question(
         shape = (max(1, len(reward.attributes)), len(reward.members))
         nothing = np.full((*shape, count), np.nan)
         unread = np.full((*shape, len(attacks)), np.nan)
-        return _Answered(nothing, unread, nothing, (error.message,) * count)
+        return _Answered(nothing, unread, nothing, (error.message,) * count, ())
     texts = [*question.answers, *attacks]
     if not reward.relative:
         values, notes = await _score_texts(reward, question.messages, texts, CHUNK)
         answers = values[..., :count]
-        return _Answered(answers, values[..., count:], answers, _notes(answers, notes))
+        return _Answered(
+            answers,
+            values[..., count:],
+            answers,
+            _notes(answers, notes),
+            _remarks(answers, notes),
+        )
     answers, notes = await _score_texts(reward, question.messages, question.answers, count)
     rivals = answers
     values = np.full((*answers.shape[:2], 0), np.nan)
@@ -159,7 +169,7 @@ async def _score_question(
         together, _ = await _score_texts(reward, question.messages, texts, len(texts))
         rivals = together[..., :count]
         values = together[..., count:]
-    return _Answered(answers, values, rivals, _notes(answers, notes))
+    return _Answered(answers, values, rivals, _notes(answers, notes), _remarks(answers, notes))
 
 
 async def _score_texts(
@@ -192,6 +202,26 @@ def _notes(values: Array, notes: Sequence[str | None]) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def _remarks(values: Array, notes: Sequence[str | None]) -> tuple[str, ...]:
+    """Return the notes on the answers that have a score."""
+    remarks: list[str] = []
+    scored = ~np.isnan(values).all(axis=(0, 1))
+    for index in np.flatnonzero(scored):
+        note = notes[int(index)]
+        if note:
+            remarks.append(note)
+    return tuple(remarks)
+
+
+def _by_kind(remarks: Iterable[str]) -> Counter[str]:
+    """Count remarks by their text before a colon; the first of each kind is the key."""
+    examples: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for remark in remarks:
+        counts[examples.setdefault(remark.partition(":")[0], remark)] += 1
+    return counts
+
+
 def _scored_reward(
     name: str,
     reward: Reward,
@@ -210,4 +240,6 @@ def _scored_reward(
             rows.append(ScoredAttack(text, float(value), rivals))
         scored.attacks.append(tuple(rows))
         scored.reasons.update(answered.notes)
+    remarks = (remark for answered in results for remark in answered.remarks)
+    scored.remarks.update(_by_kind(remarks))
     return scored

@@ -1,7 +1,8 @@
 """The charge of one request to its caller's token budget.
 
 The worst case is charged when the request starts. When the request ends, the difference to the
-tokens that were generated is returned.
+tokens that were spent is returned: generated, sampled by judges, read in the contexts of guidance,
+and read by engines for rewards.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from infer_align.errors import DeadlineExceeded
+from infer_align.flow.cost import ContextCost
 from infer_align.flow.propose import OnDelta
-from infer_align.flow.response import Response
+from infer_align.flow.response import Response, context_tokens
 from infer_align.types import Candidate, Delta, Scores
 from infer_align_server.limits.rate_limit import RateLimit
+
+NO_CONTEXTS = ContextCost()
 
 
 class Charge:
@@ -23,8 +27,11 @@ class Charge:
         spent: The tokens to charge, as far as they are known.
     """
 
-    def __init__(self, worst_case: int, *, limited: bool) -> None:
+    def __init__(
+        self, worst_case: int, *, limited: bool, context_cost: ContextCost = NO_CONTEXTS
+    ) -> None:
         self._worst_case = worst_case
+        self._context_cost = context_cost
         self._limited = limited
         self._streamed = 0
         self._is_final = False
@@ -59,15 +66,17 @@ class Charge:
 
     def _count(self, candidates: Sequence[Candidate], scores: Scores) -> None:
         generated = sum(candidate.completion_tokens for candidate in candidates)
-        self.spent = generated + scores.usage.judge_completion_tokens
+        usage = scores.usage
+        read = context_tokens(candidates) + usage.engine_tokens
+        self.spent = generated + usage.judge_completion_tokens + read
         self._is_final = True
 
     def abort(self, *, by_client: bool) -> None:
         """Charge a request that ended early.
 
-        Charge the deltas that were streamed. If there were none and the client ended the request,
-        charge the worst case. Otherwise a client could read a stream except for its last token,
-        close the connection and pay nothing.
+        Charge the deltas that were streamed, also in each context of guidance. If there were none
+        and the client ended the request, charge the worst case. Otherwise a client could read a
+        stream except for its last token, close the connection and pay nothing.
 
         Args:
             by_client: The client left, or the deadline in its request passed.
@@ -75,18 +84,27 @@ class Charge:
         if self._is_final:
             return
         if self._streamed or not by_client:
-            self.spent = min(self.spent, self._streamed)
+            read = self._context_cost.streamed(self._streamed)
+            self.spent = min(self.spent, self._streamed + read)
 
 
 @contextmanager
-def charged(budget: RateLimit, caller: str, worst_case: int) -> Iterator[Charge]:
+def charged(
+    budget: RateLimit, caller: str, worst_case: int, context_cost: ContextCost = NO_CONTEXTS
+) -> Iterator[Charge]:
     """Charge the worst case before the block, and correct the charge after it.
+
+    Args:
+        budget: The token budgets of all callers.
+        caller: The name of the caller, which pays.
+        worst_case: The largest number of tokens that the request can spend.
+        context_cost: The part of it that contexts of guidance read.
 
     Raises:
         Overloaded: The caller's budget does not hold the worst case.
     """
     budget.take(caller, worst_case)
-    charge = Charge(worst_case, limited=budget.limited)
+    charge = Charge(worst_case, limited=budget.limited, context_cost=context_cost)
     try:
         yield charge
     except BaseException as error:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from infer_align.flow.request import Request
 from infer_align.flow.response import Response
 from infer_align.objectives import std
-from infer_align.types import AppliedProfile, Candidate, Kind, LearnedScale
+from infer_align.types import AppliedProfile, Candidate, Kind, LearnedScale, ScoringUsage
 from infer_align_server.wire.encoding import number
 
 
@@ -148,11 +148,19 @@ def align_usage_json(response: Response) -> dict[str, int]:
         "engine_calls": sum(candidate.calls for candidate in response.candidates),
         "candidate_tokens": sum(c.completion_tokens for c in response.candidates),
         "saved_tokens": response.saved_tokens,
-        **asdict(response.scores.usage),
+        **scoring_usage_json(response.scores.usage),
     }
     if any(draw.guidance for draw in response.plan.draws):
         usage["context_tokens"] = response.context_tokens
     return usage
+
+
+def scoring_usage_json(usage: ScoringUsage) -> dict[str, int]:
+    """Return the cost of scoring; `engine_tokens` only if a reward had an engine read."""
+    fields: dict[str, int] = asdict(usage)
+    if not usage.engine_tokens:
+        del fields["engine_tokens"]
+    return fields
 
 
 def extras_json(response: Response) -> dict[str, Any]:

@@ -241,7 +241,11 @@ def test_rewards_that_use_the_engine_are_named_but_not_checked_by_default(
         (["--limit", "3"], "--limit: needs answers"),
         (["--gold", "quality"], "--gold: needs answers"),
         (["--pairs", "pairs.jsonl", "--json", "no/such/folder.json"], "--json: 'no/such"),
-        (["--pairs", "pairs.jsonl", "--reward", "known"], "reference"),
+        (
+            ["--pairs", "pairs.jsonl", "--reward", "known"],
+            "--reward: 'known' cannot be used here, because each request must set its reference",
+        ),
+        (["--pairs", "pairs.jsonl", "--gold", "known"], "--gold: 'known' cannot be used here"),
     ],
 )
 def test_a_wrong_argument_is_named(
@@ -278,6 +282,44 @@ def test_lines_that_give_no_pair_are_reported_by_number(
         assert line in printed
     problems = json.loads(Path("out.json").read_text())["problems"]
     assert [problem.partition(":")[0] for problem in problems] == ["line 2", "line 3", "line 4"]
+
+
+def test_pairs_and_pools_that_compare_nothing_are_counted(
+    check: Check, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"prompt": "Why?", "chosen": "It is 2", "rejected": "It is 1"}
+    swapped = {"prompt": "Why?", "chosen": "It is 1", "rejected": "It is 2"}
+    bad = ["{"] * 9
+    name = write_lines(tmp_path / "twice.jsonl", [*bad, good, good, swapped])
+    assert check(RULES, "--pairs", name) == 0
+    printed = capsys.readouterr().out
+    assert "1 pairs occur more than once" in printed
+    assert "1 pairs occur in both orders" in printed
+    assert "and 6 more problems; 11 in all" in printed
+    pools = [{"prompt": "Why?", "answers": ["It is 1"]}, {"prompt": "How?", "answers": ["1", "1"]}]
+    name = write_lines(tmp_path / "single.jsonl", pools)
+    assert check(RULES, "--pools", name) == 0
+    assert "2 of 2 pools have no two different answers" in capsys.readouterr().out
+
+
+def test_truncated_answers_are_counted(
+    check: Check,
+    tmp_path: Path,
+    reward_model: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torch")
+    section = f'[rewards.small]\nkind = "classifier"\nmodel = {json.dumps(reward_model())}\n'
+    records = []
+    for number in range(3):
+        long = {"prompt": f"Why {number}?", "chosen": "long " * 999, "rejected": f"It is {number}"}
+        records.append(long)
+    name = write_lines(tmp_path / "long.jsonl", records)
+    assert check(section, "--pairs", name, "--json", "out.json") == 0
+    (remark,) = figures()["small"]["remarks"]
+    assert remark.startswith("truncated: ")
+    assert figures()["small"]["remarks"][remark] == 3
+    assert "small: 3 of 6 answers have a note such as: truncated: " in capsys.readouterr().out
 
 
 def test_an_interrupted_check_writes_nothing(check: Check, pairs: str) -> None:
