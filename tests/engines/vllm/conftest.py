@@ -51,6 +51,17 @@ best_of_n = { n = 3 }
 LIMIT_SECONDS = 180.0
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of the server last: an engine that starts later takes vLLM's metrics over."""
+    items.sort(key=reads_server)
+
+
+def reads_server(item: pytest.Item) -> bool:
+    """Return True if the test uses the server of this folder."""
+    in_folder = Path(__file__).parent in item.path.parents
+    return in_folder and "live" in getattr(item, "fixturenames", ())
+
+
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """Run the server in a thread of this process; vLLM's workers are another process."""

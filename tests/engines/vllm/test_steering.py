@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from infer_align.engines.vllm.value_source import write_source
 from infer_align.engines.vllm.values import EngineValues
 from infer_align.errors import ConfigError
 from infer_align.types import EstimateSchedule, Steering
@@ -232,7 +233,8 @@ def test_a_replaced_value_steers_requests_that_join_later(
 
 
 def replace_helpful(engine: Any, value: HeadValue) -> None:
-    engine.collective_rpc("infer_align_load_value", args=(value.path,))
+    source = write_source("helpful", value)
+    engine.collective_rpc("infer_align_load_value", args=(source,))
     assert engine.collective_rpc("infer_align_use_value", args=("helpful",)) == [1]
 
 
