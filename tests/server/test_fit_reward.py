@@ -153,7 +153,6 @@ def test_bad_lines_are_counted_and_reported(
         (["pairs.jsonl", "--layer", "9"], "has the layers 1 to 2"),
         (["pairs.jsonl", "--out", "."], "--out: '.' is a folder"),
         (["pairs.jsonl", "--out", "pairs.jsonl/r.safetensors"], "cannot be written"),
-        (["pairs.jsonl", "--device", "tpu"], "device: 'tpu' cannot be used"),
         (["pairs.jsonl", "--noise", "exchange", "--members", "1"], "needs at least 2 members"),
     ],
 )
@@ -171,6 +170,16 @@ def test_mistakes_are_named(
     model = [] if "--encoder" in arguments else ["--encoder", encoder]
     assert fit(*arguments, *model) == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:x"])
+def test_a_device_that_torch_lacks_is_refused(
+    folder: Path, encoder: str, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    pairs = write_pairs(folder / "pairs.jsonl")
+    arguments = ["fit", "reward", str(pairs), "--encoder", encoder, "--device", device]
+    assert main(arguments) == 2
+    assert f"device: {device!r} cannot be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**32)])
