@@ -66,6 +66,25 @@ def test_the_likeliest_token_of_the_request_is_never_masked(logits, min_p, scale
     assert np.isfinite(guided[int(np.argmax(logits))])
 
 
+@given(
+    st.lists(st.lists(st.floats(-20, 0), min_size=5, max_size=5), min_size=5, max_size=5),
+    st.lists(st.floats(-20, 20), min_size=2, max_size=2),
+    st.floats(0, 1),
+    st.randoms(use_true_random=False),
+)
+def test_tokens_and_traits_may_stand_in_any_order(rows, scales, min_p, random):
+    base, *contexts = np.array(rows)
+    pairs = np.reshape(contexts, (2, 2, 5))
+    guided = guide(base, pairs, scales, min_p)
+    np.testing.assert_allclose(guide(base, pairs[::-1], scales[::-1], min_p), guided, atol=1e-9)
+    order = random.sample(range(5), 5)
+    moved = guide(base[order], pairs[:, :, order], scales, min_p)
+    np.testing.assert_allclose(moved, guided[order], atol=1e-9)
+    shown = np.isfinite(guided)
+    sums = base + scales[0] * (pairs[0, 0] - pairs[0, 1]) + scales[1] * (pairs[1, 0] - pairs[1, 1])
+    np.testing.assert_allclose(guided[shown], sums[shown], atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("contexts", "scales", "min_p"),
     [([[BASE]], [1.0], 0.1), ([[BASE, BASE]], [1.0, 2.0], 0.1), ([[BASE, BASE]], [1.0], 1.1)],

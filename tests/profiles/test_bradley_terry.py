@@ -153,6 +153,17 @@ def test_the_question_is_the_pair_with_the_most_information(seed: int) -> None:
     assert next_question(candidates, mean, covariance) == best[1]
 
 
+@given(st.integers(0, 2**32 - 1), st.integers(2, 8), st.randoms(use_true_random=False))
+def test_the_question_follows_its_candidates(seed: int, n: int, random) -> None:
+    generator = np.random.default_rng(seed)
+    candidates = generator.normal(size=(n, 3))
+    mean = generator.normal(size=3)
+    order = random.sample(range(n), n)
+    first, second = next_question(candidates, mean, np.eye(3))
+    moved = next_question(candidates[order], mean, np.eye(3))
+    assert {order[i] for i in moved} == {first, second}
+
+
 def test_a_candidate_without_a_score_is_not_asked_about() -> None:
     candidates = [[np.nan, 0.0], [0.0, 0.0], [9.0, np.inf], [0.1, 0.0]]
     assert next_question(candidates, [0.0, 0.0], np.eye(2)) == (1, 3)

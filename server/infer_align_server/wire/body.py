@@ -68,11 +68,19 @@ def parse_body(received: bytes) -> dict[str, Any]:
         _check_unicode(received, body)
         _check_nesting(body)
     except _NumberTooLargeError:
-        path = _path_of_large_number(received)
+        path = _path_of_number(received)
         raise InvalidRequest(
             f"{path or 'the body'}: contains a number that is too large for a float; "
             "use one below 1.8e308.",
             param=path,
+        ) from None
+    except _NotJsonError as error:
+        path = _path_of_number(received)
+        place = f"{path}: " if path else ""
+        raise InvalidRequest(
+            f"{place}The body is not JSON: {error} is not a JSON number; write a finite number.",
+            param=path or None,
+            code="invalid_json",
         ) from None
     except UnicodeEncodeError as error:
         raise InvalidRequest(
@@ -109,7 +117,11 @@ def _check_nesting(body: object) -> None:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    raise _NotJsonError(name)
+
+
+class _NotJsonError(Exception):
+    """The name of a number that JSON does not have: NaN, Infinity or -Infinity."""
 
 
 class _NumberTooLargeError(Exception):
@@ -126,27 +138,28 @@ def _finite(text: str) -> float:
     return number
 
 
-def _path_of_large_number(received: bytes) -> str | None:
+def _path_of_number(received: bytes) -> str | None:
     try:
         body = json.loads(received)
         _check_nesting(body)
-    except RecursionError:
+    # The rest of the body may be no JSON.
+    except (RecursionError, ValueError):
         return None
-    return _path_of_infinity(body)
+    return _path_of_not_finite(body)
 
 
-def _path_of_infinity(value: object, path: str = "") -> str | None:
-    """Return the dotted path of the first infinite number in a body; None if there is none."""
+def _path_of_not_finite(value: object, path: str = "") -> str | None:
+    """Return the dotted path of the first number that is not finite; None if there is none."""
     children: dict[str, object] = {}
     if isinstance(value, dict):
         prefix = f"{path}." if path else ""
         children = {f"{prefix}{key}": child for key, child in value.items()}
     elif isinstance(value, list):
         children = {f"{path}[{i}]": child for i, child in enumerate(value)}
-    elif isinstance(value, float) and math.isinf(value):
+    elif isinstance(value, float) and not math.isfinite(value):
         return path
     for child_path, child in children.items():
-        match = _path_of_infinity(child, child_path)
+        match = _path_of_not_finite(child, child_path)
         if match is not None:
             return match
     return None

@@ -9,7 +9,7 @@ from infer_align.engines import Engine, Undiscovered
 from infer_align.engines.openai import OpenAI
 from infer_align.engines.transformers import Transformers
 from infer_align.engines.vllm import Vllm, VllmEngine
-from infer_align.errors import Unsupported
+from infer_align.errors import InvalidRequest, Unsupported
 from infer_align.flow.plan import Plan, make_plan
 from infer_align.flow.request import parse_request
 from infer_align.types import Capability
@@ -41,6 +41,27 @@ def test_guidance_is_refused_by_name_and_a_server_before_it_is_named() -> None:
     assert "needs guide, which the engine of 'demo' lacks" in raised.value.message
     assert "infer-align serve --upstream" in raised.value.message
     assert "--set engine.tokenizer=" in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("guidance", "param"),
+    [
+        ({"scale": {"polite": 1.0}}, "align.guidance.scale.polite"),
+        ({"scale": {"polite": "NaN"}}, "align.guidance.scale.polite"),
+        (
+            {"scale": {"polite": 1.0}, "traits": {"polite": {"prompt": " "}}},
+            "align.guidance.traits.polite.prompt",
+        ),
+    ],
+)
+def test_a_wrong_field_of_guidance_is_named_before_the_engine_is(
+    guidance: object, param: str
+) -> None:
+    body = {"messages": QUESTION, "align": {"guidance": guidance}}
+    engine = VllmEngine(Vllm("demo"))
+    with pytest.raises(InvalidRequest) as raised:
+        make_plan(parse_request(body, "chat", {}), engine, {}, {}, Limits())
+    assert raised.value.param == param
 
 
 async def discovered(engine: Engine, body: dict[str, object]) -> Plan:
