@@ -90,6 +90,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-results": ratios("serving"),
     "vllm-results": ratios("vllm"),
     "upstream-results": ratios("upstream"),
+    "small-model": ratios("small_model"),
     "judge-results": ratios("judge_speed"),
     "bench-agreement": ratios("bench_agreement"),
     "bench-agreement-vllm": ratios("bench_agreement_vllm"),

@@ -128,3 +128,19 @@ def test_the_verdict_is_said_plainly(right: int, verdict: str) -> None:
     share = accuracy(points, [str(i) for i in range(100)])
     assert share is not None
     assert share.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "verdict"),
+    [
+        (2, 0, "no better than chance"),
+        (0, 3, "no better than chance"),
+        (6, 0, "better than chance"),
+        (0, 6, "worse than chance"),
+    ],
+)
+def test_a_few_pairs_that_are_all_right_are_no_proof(right: int, wrong: int, verdict: str) -> None:
+    share = accuracy([1.0] * right + [0.0] * wrong, [str(i) for i in range(right + wrong)])
+    assert share is not None
+    assert share.error == 0
+    assert share.verdict == verdict

@@ -72,9 +72,11 @@ class Accuracy:
     def verdict(self) -> str:
         """The sentence that a reader needs."""
         lead = self.value - 0.5
-        if lead > ERRORS * self.error:
+        # Few pairs that are all right or all wrong have no spread. Guessing has this one.
+        error = max(self.error, 0.5 / math.sqrt(self.pairs))
+        if lead > ERRORS * error:
             return "better than chance"
-        if lead < -ERRORS * self.error:
+        if lead < -ERRORS * error:
             return "worse than chance"
         return "no better than chance"
 
