@@ -107,6 +107,7 @@ def limit_kl(frozen: torch.Tensor, steered: torch.Tensor, max_kl: torch.Tensor) 
 def _divergence(log_p: torch.Tensor, shift: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Return KL(q_t || p) of each row in nats: [L, V], [L, V], [L] -> [L]."""
     weighted = t[:, None] * shift
-    log_q = (log_p + weighted).log_softmax(dim=-1)
-    log_partition = (log_p + weighted).logsumexp(dim=-1)
-    return (log_q.exp() * weighted).sum(dim=-1) - log_partition
+    steered = log_p + weighted
+    log_partition = steered.logsumexp(dim=-1)
+    q = (steered - log_partition[:, None]).exp()
+    return (q * weighted).sum(dim=-1) - log_partition
