@@ -37,7 +37,8 @@ from infer_align.upstream.trace import HEADER, trace
 from infer_align_server.limits.client_timeout import client_timeout, shortly_before
 from infer_align_server.limits.token_budget import Charge, charged
 from infer_align_server.logs import describe
-from infer_align_server.service import ModelChoice, Service
+from infer_align_server.model_choice import ModelChoice
+from infer_align_server.service import Service
 from infer_align_server.token_meter import TokenMeter
 from infer_align_server.wire.body import content_length
 from infer_align_server.wire.disconnect import until_client_leaves

@@ -17,7 +17,7 @@ from starlette.responses import Response as HttpResponse
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
-from infer_align.errors import UnknownModel, Unsupported, nearest
+from infer_align.errors import UnknownModel, nearest
 from infer_align.flow.plan import worst_case
 from infer_align.flow.request import check_placement
 from infer_align.types import Kind
@@ -41,8 +41,9 @@ from infer_align_server.forwarding import (
     waiting_time,
 )
 from infer_align_server.limits.client_timeout import with_client_deadline
+from infer_align_server.model_choice import ModelChoice, refuse_preset
 from infer_align_server.openapi import changing_facts, document
-from infer_align_server.service import ModelChoice, Service
+from infer_align_server.service import Service
 from infer_align_server.wire.body import parse_body, read_bytes
 from infer_align_server.wire.completion import OBJECTS, completion_json
 from infer_align_server.wire.disconnect import until_client_leaves
@@ -153,18 +154,9 @@ async def responses(http: HttpRequest) -> HttpResponse:
         return ForwardedResponse(service, app, content, caller, tokens, json=True)
     engine = _forwarding_engine(service)
     model = service.resolve_model(body.get("model"))
-    _refuse_preset(model)
+    refuse_preset(model)
     request = completion_request(http, "/responses", content, body, model)
     return UpstreamResponse(service, engine, request, Cost(caller, tokens))
-
-
-def _refuse_preset(model: ModelChoice) -> None:
-    if model.preset is not None:
-        raise Unsupported(
-            f"model: the preset {model.preset!r} is only allowed on /v1/chat/completions and "
-            "/v1/completions; leave out the part from '@' here.",
-            param="model",
-        )
 
 
 async def stored_response(http: HttpRequest) -> HttpResponse:
@@ -232,7 +224,7 @@ def _routed_model(service: Service, body: Mapping[str, Any]) -> ModelChoice | No
         model = service.resolve_model(name)
     except UnknownModel:
         return None
-    _refuse_preset(model)
+    refuse_preset(model)
     return model
 
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -45,24 +44,10 @@ from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
 from infer_align_server.logs import describe
 from infer_align_server.metrics import Metrics, count_tasks
+from infer_align_server.model_choice import ModelChoice
 from infer_align_server.profile_keeper import ProfileKeeper
 
 log = logging.getLogger("infer_align")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelChoice:
-    """The model and preset of one request.
-
-    Attributes:
-        name: The name in the request, or of the first model; the response repeats it.
-        engine_model: The engine's name of the model.
-        preset: The preset after "@" in the name, if there is one.
-    """
-
-    name: str
-    engine_model: str
-    preset: str | None = None
 
 
 class Service:
@@ -274,7 +259,7 @@ class Service:
             UnknownModel: There is no such model, or no such preset.
         """
         model = self._find_model(name)
-        describe(model=model.engine_model, preset=model.preset)
+        describe(model=model.api_name, preset=model.preset)
         return model
 
     def _find_model(self, name: object) -> ModelChoice:
@@ -316,7 +301,7 @@ class Service:
             Unavailable: It could not be found out if the engine can honour the request.
         """
         resolved = {**self.complete_body(body, model), "model": model.engine_model}
-        describe(model=model.engine_model, preset=model.preset)
+        describe(model=model.api_name, preset=model.preset)
         bodies = split_prompts(resolved, kind)
         check_prompt_count(len(bodies), self.config.limits)
         presets = self.config.presets
