@@ -16,7 +16,6 @@ from benchmarks.record import RESULTS, in_history, problems, record
 FILES = sorted(RESULTS.glob("*.json"))
 # Results of commits that the history no longer has. A new measurement removes a name.
 OUTDATED = {
-    "bench_agreement",
     "bench_agreement_vllm",
     "best_of_n",
     "best_of_n_retrained",

@@ -42,6 +42,22 @@ def test_hooks_still_see_the_states():
     assert inputs[0] is states
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [8, LARGE_VOCABULARY])
+def test_the_last_states_of_a_prompt_are_read_in_one_multiplication(dtype, outputs):
+    one = layer(outputs, dtype=dtype)
+    quicken_output_layer(model(one))
+    inputs = []
+    one.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    states = torch.randn(4, 9, 24, dtype=dtype)
+    last = states[:, -1:]
+    assert not last.is_contiguous()
+    logits = one(last)
+    assert inputs[0].is_contiguous()
+    assert inputs[0].equal(last)
+    torch.testing.assert_close(logits, one(last.contiguous()), rtol=0, atol=0)
+
+
 class Quantized(torch.nn.Linear):
     pass
 
@@ -55,6 +71,6 @@ class Quantized(torch.nn.Linear):
         Quantized(24, LARGE_VOCABULARY),
     ],
 )
-def test_every_other_layer_stays_as_it_is(other):
+def test_every_other_layer_multiplies_in_its_own_way(other):
     quicken_output_layer(model(other))
     assert "forward" not in vars(other or object)
