@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from infer_align.decoding.device import upload
 
 # Halvings of the interval of t. The smaller end is used, so that the limit always holds.
-STEPS = 20
+HALVINGS = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,21 +82,25 @@ class KLLimit:
 def limit_kl(frozen: torch.Tensor, steered: torch.Tensor, max_kl: torch.Tensor) -> torch.Tensor:
     """Return steered logits whose divergence from the frozen ones is within the limit.
 
+    A token whose steered logit is -inf is removed: it keeps -inf, and the divergence is that of the
+    other tokens. A value that is not finite removes its token in this way.
+
     Args:
         frozen: [L, V] logits; -inf stays -inf.
         steered: [L, V] logits after steering.
-        max_kl: [L] limits in nats.
+        max_kl: [L] limits in nats; inf keeps a row as it is.
 
     Returns:
         [L, V]. Rows that are within their limit stay bit for bit the same.
     """
+    frozen = frozen.masked_fill(steered == -torch.inf, -torch.inf)
     shift = torch.where(frozen == -torch.inf, 0.0, steered - frozen)
     log_p = frozen.log_softmax(dim=-1)
     low = torch.zeros_like(max_kl)
     high = torch.ones_like(max_kl)
-    # Rows without a limit may mask tokens, whose divergence is no number.
-    is_within = (max_kl == torch.inf) | (_divergence(log_p, shift, high) <= max_kl)
-    for _ in range(STEPS):
+    has_no_limit = max_kl == torch.inf
+    is_within = has_no_limit | (_divergence(log_p, shift, high) <= max_kl)
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         fits = _divergence(log_p, shift, middle) <= max_kl
         low = torch.where(fits, middle, low)

@@ -136,3 +136,19 @@ def test_the_limit_always_holds_and_no_token_is_moved_the_other_way(
     # The limited step is a smaller beta.
     shift = (limited - frozen)[0]
     assert torch.all(shift * (beta * values)[0] >= -1e-4)
+
+
+def test_a_token_that_steering_removes_stays_removed(device: torch.device) -> None:
+    frozen = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [-torch.inf, 0.0, 0.0]])
+    steered = torch.tensor([[0.5, -torch.inf, 9.0], [0.1, -torch.inf, 2.0], [-torch.inf] * 3])
+    limits = torch.tensor([0.05, 0.1, 0.1])
+    limited = limit_kl(frozen.to(device), steered.to(device), limits.to(device)).cpu()
+    assert not limited.isnan().any()
+    assert limited[0, 1] == -torch.inf
+    # The divergence of the other tokens is at its limit.
+    remaining = divergence(limited[0, [0, 2]], frozen[0, [0, 2]])
+    assert remaining == pytest.approx(0.05, abs=1e-4)
+    # This row is within its limit, and stays as it is.
+    assert limited[1].equal(steered[1])
+    # No token is left in the last row.
+    assert (limited[2] == -torch.inf).all()
