@@ -2,8 +2,7 @@
 
 Everything here is frozen: a stage makes the next noun, it never edits the last one. Arrays are
 numpy. In shapes, K counts the members of a reward, N the candidates, A the attributes of a reward.
-Nouns of one part stand with it: Method and PlanDraft in `infer_align.methods`; Request, Plan and
-Response in `infer_align.flow`.
+The ways to steer a draw are in `infer_align.steering`, other nouns in the package that owns them.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer_align.messages import message_text
+from infer_align.steering import EstimateSchedule, Guidance, Steering
 
 Array: TypeAlias = NDArray[np.float64]
 Kind = Literal["chat", "completion"]
-# The treatment of the tokens that are not valued: unchanged, or banned.
-Tail = Literal["keep", "mask"]
 Body = Mapping[str, Any]
 Messages = Sequence[Mapping[str, Any]]
 Direction = Mapping[str, float]  # attribute -> weight
@@ -41,63 +39,6 @@ class Capability(StrEnum):
     ESTIMATES = "estimates"
     GUIDE = "guide"
     SEQUENCE_LOGPROBS = "sequence_logprobs"
-
-
-@dataclass(frozen=True, slots=True)
-class Steering:
-    """The value estimates that reweight a draw's logits."""
-
-    beta: Mapping[str, float]  # value name -> weight
-    # The number of most likely tokens that are valued, or all of them.
-    top_k: int | Literal["all"]
-    tail: Tail
-    # Instead of `top_k`: the tokens at least this times as likely as the likeliest are valued.
-    min_p: float | None = None
-    # The largest KL divergence of one step from the frozen model, in nats; None for no limit.
-    max_kl: float | None = None
-
-    @property
-    def candidates(self) -> int | None:
-        """Return the number of valued tokens; None if it is not fixed."""
-        if self.min_p is not None or self.top_k == "all":
-            return None
-        return self.top_k
-
-
-@dataclass(frozen=True, slots=True)
-class Contrast:
-    """One trait that guides a draw: the request with the trait's prompt against the one without.
-
-    It adds scale x (logprobs after `body` - logprobs after `negative_body`) to the logits.
-    """
-
-    trait: str
-    scale: float  # never 0
-    body: Body  # the draw's body with the trait's prompt in it
-    # The draw's body with the negative prompt in it; None: the draw's own body.
-    negative_body: Body | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """The contrasts between prompts that change a draw's logits."""
-
-    contrasts: tuple[Contrast, ...]
-    # A token is masked if it is below min_p times the likeliest token in every context. 0: no mask.
-    min_p: float
-
-
-@dataclass(frozen=True, slots=True)
-class EstimateSchedule:
-    """The moments at which an engine reports what values expect of a draw's candidates."""
-
-    values: Mapping[str, float]  # value name -> weight
-    after: int  # first checkpoint in tokens; later ones double
-
-    def is_due(self, tokens: int) -> bool:
-        """Return True if a candidate of this many tokens is estimated."""
-        checkpoint, remainder = divmod(tokens, self.after)
-        return tokens > 0 and remainder == 0 and checkpoint.bit_count() == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +97,7 @@ class Candidate:
     draw: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    # Tokens that the model read in the contexts of guidance, beside the prompt and the answer: the
+    # Tokens that the model read in the contexts of guidance, without the prompt and the answer: the
     # contexts' prompts, which are the same for all candidates of a draw, and the answer in each.
     context_prompt_tokens: int = 0
     context_completion_tokens: int = 0
@@ -236,22 +177,6 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranking:
-    """The result of a selection rule. Candidates are named by their index."""
-
-    order: tuple[int, ...]  # best first
-    clause: str  # why the first one won, for the response's reason
-    # The probability of each candidate to be first; None: the rule is no lottery.
-    distribution: tuple[float, ...] | None = None
-    # True if the rule compares pairs; then the next two fields say what it saw.
-    pairwise: bool = False
-    condorcet: int | None = None  # the candidate that beats every other one
-    cycles: int = 0  # triples in which each beats the next one
-    # The worst case that the rule maximises: a probability to win, or a group's score.
-    worst_case: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Selection:
     """The ranking of the candidates, best first, and the reason for it."""
 
@@ -273,27 +198,3 @@ class Selection:
     worst_case: float | None = None
     # True if the deadline passed before anything was scored. Written by the flow.
     late: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LearnedScale:
-    """The scale of a trait that choices speak for."""
-
-    scale: float
-    uncertainty: float | None  # standard deviation of the scale; None: no choice says anything
-    bounds: tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class AppliedProfile:
-    """The changes that a profile made to one request."""
-
-    id: str | None
-    adapt: str
-    choices: int  # that the weights were learnt from, or that stand in the prompt
-    left_out: int  # choices that could not be used
-    weights: Mapping[str, float]  # by reward or attribute
-    uncertainty: Mapping[str, float | None]  # standard deviations of the weights
-    bounds: Mapping[str, tuple[float, float]]
-    scales: Mapping[str, LearnedScale] = field(default_factory=dict)  # of guidance, by trait
-    failed: Mapping[str, int] = field(default_factory=dict)  # reward -> choices without a score

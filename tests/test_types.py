@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from infer_align import types
-from infer_align.types import Candidate, EstimateSchedule, ScoringUsage
+from infer_align.steering import EstimateSchedule
+from infer_align.types import Candidate, ScoringUsage
 
 NOUNS = [cls for cls in vars(types).values() if dataclasses.is_dataclass(cls)]
 

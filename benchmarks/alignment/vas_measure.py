@@ -21,7 +21,8 @@ from infer_align.engines.transformers import TransformersEngine
 from infer_align.fitting.curve import BetaSample, suggest_beta
 from infer_align.fitting.samples import draw_candidates
 from infer_align.methods.best_of_n import expected_best, kl_upper_bound
-from infer_align.types import Array, Candidate, Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Array, Candidate, Draw
 
 Tail = Literal["keep", "mask"]
 

@@ -23,7 +23,8 @@ from benchmarks.record import record
 from benchmarks.serving.cases import Case, measure_cases, started_engine, two_models
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.engines.transformers import TransformersEngine
-from infer_align.types import Candidate, Contrast, Draw, Guidance
+from infer_align.steering import Contrast, Guidance
+from infer_align.types import Candidate, Draw
 
 BATCH = 16
 SCALE = 1.5

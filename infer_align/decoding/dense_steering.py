@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from infer_align.decoding.device import upload
-from infer_align.types import Steering
+from infer_align.steering import Steering
 from infer_align.values import Value
 from infer_align.values.head import HeadValue
 

@@ -19,7 +19,8 @@ from infer_align.engines.transformers import TransformersEngine
 from infer_align.fitting.samples import draw_candidates, score_candidates
 from infer_align.fitting.samples_file import Conversation, SamplingConfig
 from infer_align.rewards import Reward
-from infer_align.types import Array, Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Array, Draw
 
 # [N] prompt of each reply.
 Groups = NDArray[np.intp]

@@ -17,6 +17,7 @@ import numpy as np
 from infer_align.config.align import Align
 from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest, nearest
+from infer_align.flow.applied_profile import AppliedProfile, LearnedScale
 from infer_align.flow.choice_scores import ChoiceScores
 from infer_align.flow.personalised import (
     Term,
@@ -40,7 +41,7 @@ from infer_align.methods.profile import (
 from infer_align.profiles.records import StoredChoice, StoredProfile
 from infer_align.profiles.weights import Learned, learn, spreads_of
 from infer_align.rewards import Reward
-from infer_align.types import AppliedProfile, Array, LearnedScale, Messages
+from infer_align.types import Array, Messages
 
 
 class Personaliser:

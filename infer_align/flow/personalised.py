@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from infer_align.flow.applied_profile import AppliedProfile, LearnedScale
 from infer_align.flow.request import Request
 from infer_align.methods.dpa import DPA, unit
 from infer_align.methods.guidance import PromptGuidance
 from infer_align.methods.profile import Profile, ProfileSettings, turned
 from infer_align.profiles.weights import Learned
-from infer_align.types import AppliedProfile, LearnedScale
 
 
 class Term(NamedTuple):

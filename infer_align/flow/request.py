@@ -9,7 +9,8 @@ from typing import Any
 from infer_align.config import registry
 from infer_align.config.align import Align, parse_align
 from infer_align.errors import InvalidRequest, quote
-from infer_align.types import AppliedProfile, Body, Kind, Messages
+from infer_align.flow.applied_profile import AppliedProfile
+from infer_align.types import Body, Kind, Messages
 
 # Fields of a body that are whole numbers.
 WHOLE_NUMBERS = frozenset(

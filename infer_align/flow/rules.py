@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from infer_align.errors import InvalidRequest, nearest
 from infer_align.flow.scorers import Scorer, reward_names
-from infer_align.methods import Contest, PlanDraft, SelectionRule
+from infer_align.methods import Contest, PlanDraft, Ranking, SelectionRule
 from infer_align.objectives import rank
 from infer_align.rewards import Reward
-from infer_align.types import Ranking
 
 
 class Highest(SelectionRule):

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from infer_align.errors import RewardFailed
 from infer_align.flow.plan import Plan
-from infer_align.methods import Contest
+from infer_align.methods import Contest, Ranking
 from infer_align.stages import stage
-from infer_align.types import Array, Candidate, Ranking, Scores, Selection
+from infer_align.types import Array, Candidate, Scores, Selection
 
 IGNORED = "all directions gave the same answer; the model may ignore directions"
 

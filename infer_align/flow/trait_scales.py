@@ -18,13 +18,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from infer_align.errors import ConfigError, nearest
+from infer_align.flow.applied_profile import LearnedScale
 from infer_align.flow.scorers import reward_names
 from infer_align.methods import Sections
 from infer_align.methods.guidance import MAX_SCALE, PromptGuidance, TraitSections
 from infer_align.methods.profile import ProfileSettings
 from infer_align.profiles.weights import Learned
 from infer_align.rewards import Reward
-from infer_align.types import LearnedScale
 
 
 def check_traits(sections: Sections, rewards: Mapping[str, Reward]) -> None:

@@ -26,16 +26,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from infer_align.types import (
-    Array,
-    Body,
-    Capability,
-    Direction,
-    Draw,
-    Event,
-    Messages,
-    Ranking,
-)
+from infer_align.types import Array, Body, Capability, Direction, Draw, Event, Messages
 
 SectionT = TypeVar("SectionT")
 # With a larger weight of a value, a float32 softmax is an argmax over the values.
@@ -190,6 +181,22 @@ class Contest:
     drawn: int = 0  # candidates of the request, including those that cannot be compared
     seed: int = 0
     n_returned: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The result of a selection rule. Candidates are named by their index."""
+
+    order: tuple[int, ...]  # best first
+    clause: str  # why the first one won, for the response's reason
+    # The probability of each candidate to be first; None: the rule is no lottery.
+    distribution: tuple[float, ...] | None = None
+    # True if the rule compares pairs; then the next two fields say what it saw.
+    pairwise: bool = False
+    condorcet: int | None = None  # the candidate that beats every other one
+    cycles: int = 0  # triples in which each beats the next one
+    # The worst case that the rule maximises: a probability to win, or a group's score.
+    worst_case: float | None = None
 
 
 class SelectionRule(ABC):

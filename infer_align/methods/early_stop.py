@@ -18,7 +18,8 @@ from annotated_types import Ge, Le
 
 from infer_align.errors import InvalidRequest
 from infer_align.methods import MAX_VALUE_WEIGHT, Observer, PlanDraft, Stage
-from infer_align.types import Candidate, Capability, Estimate, EstimateSchedule, Event
+from infer_align.steering import EstimateSchedule
+from infer_align.types import Candidate, Capability, Estimate, Event
 
 
 @dataclass(frozen=True, slots=True)

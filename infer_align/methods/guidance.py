@@ -34,7 +34,8 @@ from pydantic import AfterValidator, Field
 from infer_align.errors import InvalidRequest, nearest
 from infer_align.messages import with_instruction
 from infer_align.methods import PlanDraft, Stage
-from infer_align.types import Array, Body, Capability, Contrast, Draw, Guidance
+from infer_align.steering import Contrast, Guidance
+from infer_align.types import Array, Body, Capability, Draw
 
 MAX_SCALE = 20.0
 MAX_TRAITS = 8

@@ -33,7 +33,8 @@ from numpy.typing import ArrayLike
 
 from infer_align.errors import InvalidRequest
 from infer_align.methods import MAX_VALUE_WEIGHT, PlanDraft, Stage
-from infer_align.types import Array, Capability, Steering, Tail
+from infer_align.steering import Steering, Tail
+from infer_align.types import Array, Capability
 
 # The published number of candidates.
 DEFAULT_TOP_K = 20

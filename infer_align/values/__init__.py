@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from infer_align.errors import ConfigError, InvalidRequest, nearest, quote
-from infer_align.types import Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Draw
 
 
 @dataclass(frozen=True, slots=True)

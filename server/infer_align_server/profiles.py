@@ -17,6 +17,7 @@ from infer_align.errors import (
     nearest,
     quote,
 )
+from infer_align.flow.applied_profile import LearnedScale
 from infer_align.flow.personal import Personaliser
 from infer_align.flow.personalised import Term, Terms
 from infer_align.flow.request import check_prompt
@@ -24,7 +25,6 @@ from infer_align.objectives import Ensemble
 from infer_align.profiles import next_question
 from infer_align.profiles.records import StoredProfile
 from infer_align.profiles.weights import Learned
-from infer_align.types import LearnedScale
 from infer_align_server.answering import answer_all
 from infer_align_server.feedback import (
     Feedback,

@@ -9,7 +9,7 @@ import torch
 from infer_align.decoding.dense_steering import DENSE, candidate_count
 from infer_align.decoding.steering import SteeringBatch, steer
 from infer_align.methods.vas import reweight
-from infer_align.types import Steering
+from infer_align.steering import Steering
 from infer_align.values.head import HeadValue
 from tests.decoding.heads import random_heads
 

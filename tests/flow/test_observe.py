@@ -13,7 +13,8 @@ from infer_align.errors import EngineFailed
 from infer_align.flow.plan import Plan
 from infer_align.methods import Observer
 from infer_align.methods.early_stop import EarlyStop
-from infer_align.types import Candidate, Delta, Estimate, EstimateSchedule, Event
+from infer_align.steering import EstimateSchedule
+from infer_align.types import Candidate, Delta, Estimate, Event
 from tests.flow.builders import Pipelined, Scripted, engine, ones, run, scored
 
 

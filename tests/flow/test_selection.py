@@ -16,11 +16,12 @@ from infer_align.flow.plan import Plan
 from infer_align.flow.rules import Highest
 from infer_align.flow.scorers import Scorer
 from infer_align.flow.selection import rank_candidates, select
-from infer_align.methods import Contest, PlanDraft, SelectionRule
+from infer_align.methods import Contest, PlanDraft, Ranking, SelectionRule
 from infer_align.methods.select import RuleName, Select
 from infer_align.objectives import Ensemble, rank
 from infer_align.rewards import Reward, RewardScores
-from infer_align.types import Candidate, Draw, Ranking, Scores, Selection, Steering
+from infer_align.steering import Steering
+from infer_align.types import Candidate, Draw, Scores, Selection
 
 NAN = math.nan
 MEMBERS: Any = st.integers(1, 4).flatmap(

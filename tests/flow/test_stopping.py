@@ -19,7 +19,8 @@ from infer_align.flow.selection import NothingScored
 from infer_align.methods import StopRule
 from infer_align.methods.early_stop import EarlyStop
 from infer_align.rewards import RewardScores
-from infer_align.types import Array, Draw, EstimateSchedule, ScoringUsage
+from infer_align.steering import EstimateSchedule
+from infer_align.types import Array, Draw, ScoringUsage
 from tests.flow.builders import (
     Pipelined,
     Scripted,

@@ -17,7 +17,8 @@ from infer_align.methods import PlanDraft
 from infer_align.methods.best_of_n import BestOfN
 from infer_align.methods.early_stop import EarlyStop, Halving
 from infer_align.methods.rps import RPS
-from infer_align.types import Candidate, Delta, Draw, Estimate, EstimateSchedule
+from infer_align.steering import EstimateSchedule
+from infer_align.types import Candidate, Delta, Draw, Estimate
 
 
 class Race:

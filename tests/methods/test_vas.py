@@ -14,7 +14,8 @@ from infer_align.config.schema import parse
 from infer_align.errors import InvalidRequest
 from infer_align.methods import PlanDraft
 from infer_align.methods.vas import VAS, lambda_returns, reweight
-from infer_align.types import Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Draw
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vas_public.json").read_text())
 

@@ -14,7 +14,8 @@ pytest.importorskip("torch")
 
 from infer_align import config as configuration
 from infer_align.demo import world
-from infer_align.types import Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Draw
 from infer_align_server import cli
 
 pytestmark = pytest.mark.slow

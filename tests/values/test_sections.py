@@ -16,7 +16,8 @@ from infer_align import config
 from infer_align.config import registry
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError
-from infer_align.types import Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Draw
 from infer_align.values import head, lookahead
 from infer_align.values.head import Head, HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue

@@ -10,7 +10,8 @@ import torch
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.siblings import ValueCache
 from infer_align.decoding.steering import steer_candidates
-from infer_align.types import Array, Steering
+from infer_align.steering import Steering
+from infer_align.types import Array
 from infer_align.values.lookahead import LookaheadValue, ValueLM
 
 

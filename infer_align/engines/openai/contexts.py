@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from infer_align.methods.guidance import guide
-from infer_align.types import Body, Contrast, Guidance
+from infer_align.steering import Contrast, Guidance
+from infer_align.types import Body
 
 # Logprobs are float32, so their probabilities may sum to a little more than 1.
 _SMALLEST_REST = 1e-6

@@ -35,7 +35,8 @@ from infer_align.engines.openai.probe import TOP_LOGPROBS
 from infer_align.engines.openai.ways import UpstreamWays
 from infer_align.errors import ConfigError, InvalidRequest, Unsupported
 from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE, Conversation, normalize, render
-from infer_align.types import Body, Draw, Guidance, Kind, Steering
+from infer_align.steering import Guidance, Steering
+from infer_align.types import Body, Draw, Kind
 from infer_align.values import FrozenModel, Value, check_values, tokenizer_digest
 from infer_align.values.lookahead import LookaheadValue
 

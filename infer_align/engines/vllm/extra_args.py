@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from infer_align.errors import nearest, quote
 from infer_align.methods import MAX_VALUE_WEIGHT
 from infer_align.methods.vas import MAX_KL
-from infer_align.types import EstimateSchedule, Steering
+from infer_align.steering import EstimateSchedule, Steering
 
 # Keys in extra_args. The values of an engine are under STEERING_KEY of its additional_config.
 STEERING_KEY = "infer_align"

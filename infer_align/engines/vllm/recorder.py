@@ -13,7 +13,7 @@ import torch
 from infer_align.decoding.device import upload
 from infer_align.decoding.estimates import expected_values
 from infer_align.engines.vllm.extra_args import Estimated
-from infer_align.types import EstimateSchedule
+from infer_align.steering import EstimateSchedule
 from infer_align.values.head import HeadValue
 
 # Estimates that are never fetched are dropped after this many steps.

@@ -18,7 +18,8 @@ from infer_align.engines.vllm.extra_args import (
 )
 from infer_align.engines.vllm.value_source import load_source, write_source
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.types import Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Draw
 from infer_align.values import FrozenModel, Value, check_values, tokenizer_digest
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer_align.errors import InvalidRequest, nearest
-from infer_align.methods import Contest, SelectionRule
+from infer_align.methods import Contest, Ranking, SelectionRule
 from infer_align.methods.select import pairwise, scores
 from infer_align.objectives import rank, spread, standard_scores
-from infer_align.types import Array, Ranking
+from infer_align.types import Array
 
 Indices: TypeAlias = NDArray[np.intp]
 # A stream of random numbers of its own beside the seeds of the candidates.

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from infer_align.flow.applied_profile import AppliedProfile, LearnedScale
 from infer_align.flow.request import Request
 from infer_align.flow.response import Response
 from infer_align.objectives import std
-from infer_align.types import AppliedProfile, Candidate, Kind, LearnedScale, ScoringUsage
+from infer_align.types import Candidate, Kind, ScoringUsage
 from infer_align_server.wire.encoding import number
 
 

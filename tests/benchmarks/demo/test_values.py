@@ -16,7 +16,8 @@ from infer_align import config as configuration
 from infer_align import demo
 from infer_align.demo import world
 from infer_align.fitting.samples import score_candidates
-from infer_align.types import Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Draw
 
 pytestmark = pytest.mark.slow
 

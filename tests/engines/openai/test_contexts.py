@@ -10,7 +10,7 @@ import pytest
 
 from infer_align.engines.openai.contexts import GuidanceContexts
 from infer_align.methods.guidance import guide
-from infer_align.types import Contrast, Guidance
+from infer_align.steering import Contrast, Guidance
 
 BODY = {"messages": [{"role": "user", "content": "q"}]}
 

@@ -22,7 +22,8 @@ from infer_align.errors import ConfigError, InvalidRequest, Unavailable, Unsuppo
 from infer_align.flow.plan import Plan, make_plan
 from infer_align.flow.request import parse_request
 from infer_align.flow.run import align
-from infer_align.types import Candidate, Capability, Delta, Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Candidate, Capability, Delta, Draw
 from infer_align.values import Value
 from infer_align.values.head import Head
 from infer_align.values.lookahead import Lookahead

@@ -9,7 +9,7 @@ import pytest
 
 from infer_align.engines.transformers.draw import read_draw
 from infer_align.engines.transformers.room import Room
-from infer_align.types import Contrast, Guidance
+from infer_align.steering import Contrast, Guidance
 
 pytestmark = pytest.mark.anyio
 ROOM = Room(context_length=200, capacity=10_000, max_batch=8)

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from infer_align.decoding.text import token_bytes
 from infer_align.errors import InvalidRequest
 from infer_align.methods.guidance import guide
-from infer_align.types import Candidate, Contrast, Draw, Guidance
+from infer_align.steering import Contrast, Guidance
+from infer_align.types import Candidate, Draw
 from tests.engines.transformers.test_scheduler import Forwards, idle
 
 pytestmark = [pytest.mark.anyio, pytest.mark.slow]

@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaMode
 from infer_align.decoding.kl_limit import limit_kl
 from infer_align.decoding.text import token_bytes
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.types import Candidate, Draw, Estimate, EstimateSchedule, Steering
+from infer_align.steering import EstimateSchedule, Steering
+from infer_align.types import Candidate, Draw, Estimate
 from infer_align.values import head, lookahead
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from infer_align.errors import InvalidRequest
-from infer_align.types import Capability, Draw, EstimateSchedule, Steering
+from infer_align.steering import EstimateSchedule, Steering
+from infer_align.types import Capability, Draw
 from infer_align.values import head
 from infer_align.values.head import HeadValue
 

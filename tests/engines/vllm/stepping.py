@@ -22,7 +22,7 @@ import torch
 from infer_align import demo
 from infer_align.engines.vllm.extra_args import EstimateRequest
 from infer_align.engines.vllm.values import EngineValues
-from infer_align.types import EstimateSchedule, Steering
+from infer_align.steering import EstimateSchedule, Steering
 from infer_align.values import FrozenModel, Value, head, tokenizer_digest
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue

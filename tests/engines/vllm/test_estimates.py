@@ -10,7 +10,7 @@ import pytest
 
 from infer_align.engines.vllm.estimates import EstimateFetcher
 from infer_align.engines.vllm.extra_args import Estimated, EstimateRequest
-from infer_align.types import EstimateSchedule
+from infer_align.steering import EstimateSchedule
 
 pytestmark = pytest.mark.anyio
 # An upper bound for a slow machine; the tests wait for events, not for this time.

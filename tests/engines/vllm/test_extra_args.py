@@ -17,7 +17,7 @@ from infer_align.engines.vllm.extra_args import (
     published_value_names,
     withdraw_value_names,
 )
-from infer_align.types import EstimateSchedule, Steering
+from infer_align.steering import EstimateSchedule, Steering
 
 
 @given(

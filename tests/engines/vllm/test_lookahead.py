@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from infer_align.engines.vllm.values import EngineValues
-from infer_align.types import Steering
+from infer_align.steering import Steering
 from infer_align.values import Value
 from tests.engines.vllm.stepping import (
     LOOKAHEAD_STEERINGS,

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from infer_align import demo
 from infer_align.decoding.labels import LabelQuery, LabelTree
 from infer_align.engines.transformers import Transformers
-from infer_align.types import Candidate, Draw, Estimate, EstimateSchedule
+from infer_align.steering import EstimateSchedule
+from infer_align.types import Candidate, Draw, Estimate
 from tests.clients.test_open_webui import BODIES
 from tests.engines.vllm.conftest import LIMIT_SECONDS
 from tests.server.conftest import Live

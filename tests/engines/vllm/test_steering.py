@@ -14,7 +14,7 @@ import torch
 from infer_align.engines.vllm.value_source import write_source
 from infer_align.engines.vllm.values import EngineValues
 from infer_align.errors import ConfigError
-from infer_align.types import EstimateSchedule, Steering
+from infer_align.steering import EstimateSchedule, Steering
 from infer_align.values.head import HeadValue
 from tests.engines.vllm.stepping import (
     STEERINGS,

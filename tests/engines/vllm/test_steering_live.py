@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from infer_align.engines.vllm import Vllm, VllmEngine
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.types import Candidate, Draw, Steering
+from infer_align.steering import Steering
+from infer_align.types import Candidate, Draw
 from infer_align.values import head
 from infer_align.values.head import HeadValue
 from tests.engines.vllm.stepping import (

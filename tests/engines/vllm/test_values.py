@@ -20,7 +20,8 @@ from infer_align.engines.vllm.values import (
     _memory_warnings,
 )
 from infer_align.errors import ConfigError, InvalidRequest
-from infer_align.types import Draw, EstimateSchedule, Steering
+from infer_align.steering import EstimateSchedule, Steering
+from infer_align.types import Draw
 from infer_align.values import FrozenModel, Value
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue, ValueLM

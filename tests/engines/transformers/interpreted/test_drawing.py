@@ -15,7 +15,7 @@ from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.sampler import sample
 from infer_align.decoding.steering import SteeringBatch, steer
 from infer_align.engines.transformers.drawing import draw_tokens
-from infer_align.types import Steering
+from infer_align.steering import Steering
 from infer_align.values import FrozenModel
 from infer_align.values.head import HeadValue, write
 
