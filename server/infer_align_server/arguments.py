@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from infer_align.config import Choices, Config, load
-from infer_align.config.config import owners_of
-from infer_align.config.model_path import WEIGHT_SUFFIXES, is_gguf
 from infer_align.errors import ConfigError
+
+if TYPE_CHECKING:
+    from infer_align.config import Config
 
 # Seeds are below this number, so that every random generator takes them.
 SEED_RANGE = 2**32
@@ -32,10 +33,28 @@ OTHER_NAMES = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors show the usage of the command itself and name the nearest option."""
+    """A parser whose errors show the usage of the command itself and name the nearest option.
+
+    Args:
+        add_arguments: adds the arguments when the parser is first used. A command that is not
+            called then loads no code.
+        options: the options of `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        add_arguments: Callable[[Parser], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self._add_arguments = add_arguments
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """Parse arguments; a command refuses what it does not know, before its parents do."""
+        if self._add_arguments is not None:
+            self._add_arguments(self)
+            self._add_arguments = None
         options, unknown = super().parse_known_args(args, namespace)
         is_command = self.get_default("run") is not None
         if unknown and is_command:
@@ -57,10 +76,17 @@ class Parser(argparse.ArgumentParser):
         if similar:
             return f"did you mean {similar[0]}?"
         setting = option.lstrip("-").replace("-", "_")
-        owners = owners_of(setting) if "--set" in names else []
+        owners = _owners_of(setting) if "--set" in names else []
         if owners:
             return f"write it as --set {owners[0]}.{setting}=VALUE"
         return f"known: {', '.join(sorted(names))}"
+
+
+def _owners_of(setting: str) -> list[str]:
+    """Return the sections of the configuration that have a setting."""
+    from infer_align.config.config import owners_of
+
+    return owners_of(setting)
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +144,8 @@ def configuration(options: argparse.Namespace) -> Config:
     Raises:
         ConfigError: an argument contradicts another one, or the configuration is wrong.
     """
+    from infer_align.config import Choices, load
+
     path = options.config
     model = options.model
     target = options.target
@@ -142,6 +170,8 @@ def configuration(options: argparse.Namespace) -> Config:
 
 def _is_configuration(target: str) -> bool:
     """Return True for the path of a configuration, False for a model."""
+    from infer_align.config.model_path import WEIGHT_SUFFIXES, is_gguf
+
     path = Path(target)
     if target.endswith(".toml"):
         return True

@@ -1,37 +1,23 @@
-"""The command `infer-align`."""
+"""The command `infer-align`. A command imports its code when it is called."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from infer_align.config import registry
-from infer_align.config.align import Budget
-from infer_align.config.schema import signature
 from infer_align.errors import AlignError, ConfigError
-from infer_align.objectives import Ensemble
-from infer_align_bench import arguments as bench
-from infer_align_server import (
-    chat,
-    check_dpa,
-    fit,
-    fit_reward,
-    key_commands,
-    logs,
-    profile_commands,
-    serve,
-)
 from infer_align_server.arguments import Parser, add_address, add_configuration, configuration
-from infer_align_server.check_rewards import command as check_rewards
+
+if TYPE_CHECKING:
+    from infer_align.config.registry import Registry
 
 # Width of tables in a file or a pipe, where no terminal has a width. COLUMNS overrides it.
 FILE_WIDTH = 240
@@ -87,31 +73,35 @@ def make_parser() -> Parser:
         "--version", action="version", version=f"infer-align {version('infer-align')}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser("serve", help="Serve a model over the OpenAI API."))
-    _add_chat(commands.add_parser("chat", help="Chat with a running server; show the scores."))
-    methods = commands.add_parser(
-        "methods", help="List the methods, rewards, values and engines with their parameters."
-    )
-    methods.set_defaults(run=_methods)
-    _add_fit(commands.add_parser("fit", help="Fit a value that steers, or a reward."))
-    bench.add_commands(commands.add_parser("bench", help="Measure any OpenAI endpoint."))
-    _add_rewards(commands.add_parser("rewards", help="Check the configured rewards."))
-    _add_check(commands.add_parser("check", help="Check what the served model can do."))
-    profile_commands.add_commands(
-        commands.add_parser("profiles", help="List, show, export or delete stored profiles."), OUT
-    )
-    key_commands.add_commands(commands.add_parser("keys", help="Make an API key."), OUT)
-    _add_config(commands.add_parser("config", help="Inspect the configuration."))
+    for name, add_arguments, text in (
+        ("serve", _add_serve, "Serve a model over the OpenAI API."),
+        ("chat", _add_chat, "Chat with a running server; show the scores."),
+        (
+            "methods",
+            _add_methods,
+            "List the methods, rewards, values and engines with their parameters.",
+        ),
+        ("fit", _add_fit, "Fit a value that steers, or a reward."),
+        ("bench", _add_bench, "Measure any OpenAI endpoint."),
+        ("rewards", _add_rewards, "Check the configured rewards."),
+        ("check", _add_check, "Check what the served model can do."),
+        ("profiles", _add_profiles, "List, show, export or delete stored profiles."),
+        ("keys", _add_keys, "Make an API key."),
+        ("config", _add_config, "Inspect the configuration."),
+    ):
+        commands.add_parser(name, help=text, add_arguments=add_arguments)
     return parser
 
 
-def _add_serve(parser: argparse.ArgumentParser) -> None:
+def _add_serve(parser: Parser) -> None:
     add_configuration(parser)
     add_address(parser)
     parser.set_defaults(run=_serve)
 
 
-def _add_chat(parser: argparse.ArgumentParser) -> None:
+def _add_chat(parser: Parser) -> None:
+    from infer_align_bench.arguments import json_object
+
     parser.add_argument(
         "message", nargs="?", help="Message to send. Default: start a conversation."
     )
@@ -125,7 +115,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--align",
-        type=bench.json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help='The align object of each request, such as \'{"best_of_n": {"n": 8}}\'.',
@@ -142,7 +132,13 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_chat)
 
 
-def _add_fit(parser: argparse.ArgumentParser) -> None:
+def _add_methods(parser: Parser) -> None:
+    parser.set_defaults(run=_methods)
+
+
+def _add_fit(parser: Parser) -> None:
+    from infer_align_server import fit, fit_reward
+
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     value = commands.add_parser(
         "value",
@@ -158,19 +154,29 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     reward.set_defaults(run=fit_reward.run)
 
 
-def _add_rewards(parser: argparse.ArgumentParser) -> None:
+def _add_bench(parser: Parser) -> None:
+    from infer_align_bench import arguments
+
+    arguments.add_commands(parser)
+
+
+def _add_rewards(parser: Parser) -> None:
+    from infer_align_server.check_rewards import command
+
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     check = commands.add_parser(
         "check",
         help="Find out how far the rewards can be trusted, on pairs or pools of answers. Without a "
         "file: score a few texts, and compare with Hugging Face's usual recipe.",
     )
-    check_rewards.add_arguments(check)
+    command.add_arguments(check)
     add_configuration(check)
-    check.set_defaults(run=lambda options: check_rewards.run(options, OUT, ERR))
+    check.set_defaults(run=lambda options: command.run(options, OUT, ERR))
 
 
-def _add_check(parser: argparse.ArgumentParser) -> None:
+def _add_check(parser: Parser) -> None:
+    from infer_align_server import check_dpa
+
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     dpa = commands.add_parser(
         "dpa", help="Find out if the model follows preference directions, from greedy answers."
@@ -180,7 +186,19 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     dpa.set_defaults(run=lambda options: check_dpa.run(options, OUT))
 
 
-def _add_config(parser: argparse.ArgumentParser) -> None:
+def _add_profiles(parser: Parser) -> None:
+    from infer_align_server import profile_commands
+
+    profile_commands.add_commands(parser, OUT)
+
+
+def _add_keys(parser: Parser) -> None:
+    from infer_align_server import key_commands
+
+    key_commands.add_commands(parser, OUT)
+
+
+def _add_config(parser: Parser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="Show each value and its origin.")
     add_configuration(show)
@@ -189,6 +207,10 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from infer_align_server import logs, serve
+
     logs.switch_off_progress_bars()
     config = configuration(options)
     with asyncio.Runner(loop_factory=serve.loop_factory()) as runner:
@@ -196,6 +218,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
+    from infer_align_server import chat
+
     fields = {
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -212,6 +236,10 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _methods(_: argparse.Namespace) -> int:
+    from infer_align.config import registry
+    from infer_align.config.align import Budget
+    from infer_align.objectives import Ensemble
+
     methods: dict[str, type[Any]] = {
         name: registry.methods.get(name) for name in registry.methods.names()
     }
@@ -222,9 +250,9 @@ def _methods(_: argparse.Namespace) -> int:
     return 0
 
 
-def _installed(plugins: registry.Registry) -> dict[str, type[Any]]:
+def _installed(plugins: Registry) -> dict[str, type[Any]]:
     """Return the plugins that can be imported; print the packages that the others need."""
-    installed = {}
+    installed: dict[str, type[Any]] = {}
     for name in plugins.names():
         try:
             installed[name] = plugins.get(name)
@@ -234,6 +262,8 @@ def _installed(plugins: registry.Registry) -> dict[str, type[Any]]:
 
 
 def _print_plugins(title: str, plugins: dict[str, type[Any]]) -> None:
+    from infer_align.config.schema import signature
+
     table = Table(escape(title), "parameters", "description", title_justify="left")
     for name, cls in plugins.items():
         summary = (cls.__doc__ or "").partition("\n")[0]
