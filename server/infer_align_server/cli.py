@@ -209,10 +209,12 @@ def _add_config(parser: Parser) -> None:
 def _serve(options: argparse.Namespace) -> int:
     import asyncio
 
-    from infer_align_server import logs, serve
+    from infer_align_server import logs, serve, supervisor
 
     logs.switch_off_progress_bars()
     config = configuration(options)
+    if config.server.workers > 1:
+        return supervisor.Supervisor(config, lambda: configuration(options), OUT.width).run()
     with asyncio.Runner(loop_factory=serve.loop_factory()) as runner:
         return runner.run(serve.serve(config, OUT, ERR))
 
