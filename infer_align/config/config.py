@@ -257,6 +257,9 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
     presets, preset_bodies = split_presets(table.get("presets", {}))
     server = parse(Server, table.get("server", {}), "server", ConfigError)
     check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
+    parsed_sections: dict[str, Any] = {}
+    for name, section in method_sections.items():
+        parsed_sections[name] = _parse_method_section(section, table.get(name, {}), name)
     config = Config(
         server=server,
         limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
@@ -268,10 +271,7 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         values=_parse_plugins(registry.values, table.get("values", {})),
         presets=presets,
         preset_bodies=preset_bodies,
-        method_sections={
-            name: _parse_method_section(section, table.get(name, {}), name)
-            for name, section in method_sections.items()
-        },
+        method_sections=parsed_sections,
         origins=origins,
     )
     model = getattr(config.engine, "model", None)

@@ -55,9 +55,8 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]
         super().handle_exit(sig, frame)
         # uvicorn raises the captured signals again after the drain. Remove SIGTERM, so that the
         # exit status is 0.
-        self._captured_signals: list[int] = [
-            captured for captured in self._captured_signals if captured != signal.SIGTERM
-        ]
+        while signal.SIGTERM in self._captured_signals:
+            self._captured_signals.remove(signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
