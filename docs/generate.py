@@ -21,13 +21,12 @@ from tables import ROOT, table
 
 from infer_align import config
 from infer_align.config import registry
-from infer_align.config.align import Budget
+from infer_align.config.align import parameter_classes
 from infer_align.config.fitting import FitConfig
 from infer_align.config.schema import placeholder
 from infer_align.methods.dpa import Prompting
 from infer_align.methods.guidance import PromptGuidance, Trait
 from infer_align.methods.profile import ProfileSettings
-from infer_align.objectives import Ensemble
 from infer_align_server.metrics import Metrics
 from infer_align_server.openapi import STATUSES
 
@@ -42,10 +41,7 @@ def example() -> str:
 
 def methods() -> str:
     """Return each key of `align` with its parameters."""
-    classes = _plugins(registry.methods)
-    classes["ensemble"] = Ensemble
-    classes["budget"] = Budget
-    return _parameters(classes, "key")
+    return _parameters(parameter_classes(), "key")
 
 
 def rewards() -> str:

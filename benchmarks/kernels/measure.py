@@ -36,7 +36,7 @@ def require_passing_tests(op: str) -> None:
     if "--tested" in sys.argv:
         return
     tests = [f"tests/kernels/test_{op}.py", "tests/kernels/test_interpreter.py"]
-    command = [sys.executable, "-m", "pytest", *tests, "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", *tests]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         raise SystemExit(f"{op}: its tests fail, so nothing is measured. Fix them first.")
     if not CUDA:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import record
+from benchmarks.serving.answers import WrongAnswerError, check_target
 from benchmarks.serving.client import serving
 from benchmarks.serving.rows import Row, ratio_row
 from infer_align import demo
@@ -75,6 +76,7 @@ def measure_with_ours(url: str, model: str, requests: int, out: Path) -> Figures
     }
     _run_python(["-m", "infer_align_server", "bench", "serve", *_flags(arguments)])
     target = json.loads(out.read_text())["targets"]["A"]
+    check_target(target, TOKENS)
     figures = {}
     for metric in METRICS:
         for figure in FIGURES:
@@ -105,6 +107,11 @@ def measure_with_vllm(url: str, model: str, tokenizer: str, requests: int, out: 
     }
     _run_python(["-c", VLLM_BENCH, *_flags(arguments), "--ignore-eos", "--save-result"])
     result = json.loads(out.read_text())
+    if result["completed"] != requests or result["total_output_tokens"] != requests * TOKENS:
+        raise WrongAnswerError(
+            f"{result['completed']} of {requests} requests were answered, with "
+            f"{result['total_output_tokens']} tokens; must be {requests * TOKENS}"
+        )
     figures = {}
     for metric, vllm_metric in METRICS.items():
         for figure in FIGURES:

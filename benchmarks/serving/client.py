@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from time import perf_counter, sleep
 from typing import Any
 
+from benchmarks.serving.answers import check_completions
+
 # Arguments of Python that run our server with the embedded demo; see `serving`.
 DEMO = ("-m", "infer_align_server", "serve", "--set", "server.port={port}")
 POLL_SECONDS = 0.1
@@ -82,22 +84,29 @@ async def closed_loop(
 
     Returns:
         The seconds of each request, and of all requests together.
+
+    Raises:
+        RuntimeError: a status is not 200, or an answer is wrong.
     """
     encoded = json.dumps(body).encode()
     remaining = iter(range(requests))
     latencies = []
+    answers = []
 
     async def worker() -> None:
         connection = Connection(port)
         for _ in remaining:
             started = perf_counter()
-            await connection.post("/v1/chat/completions", encoded)
+            answer = await connection.post("/v1/chat/completions", encoded)
             latencies.append(perf_counter() - started)
+            answers.append(answer)
         connection.close()
 
     started = perf_counter()
     await asyncio.gather(*(worker() for _ in range(concurrency)))
-    return latencies, perf_counter() - started
+    seconds = perf_counter() - started
+    check_completions(body, answers)
+    return latencies, seconds
 
 
 @contextmanager

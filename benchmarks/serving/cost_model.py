@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import record
+from benchmarks.serving.answers import check_target
 from benchmarks.serving.client import DEMO, serving
 from infer_align_bench.cost import (
     Prices,
@@ -117,7 +118,10 @@ def measure(url: str, case: Case, folder: Path) -> Measured:
         code = cli.main(["bench", "serve", *flags])
     if code:
         raise SystemExit(f"{case} could not be measured:\n{output.getvalue()}")
-    return from_report(json.loads(path.read_text()), path.name)
+    report = json.loads(path.read_text())
+    for target in report["targets"].values():
+        check_target(target, case.output_tokens)
+    return from_report(report, path.name)
 
 
 def _align(case: Case) -> dict[str, Any]:

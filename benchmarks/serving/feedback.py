@@ -29,6 +29,7 @@ from rich.console import Console
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from benchmarks.record import record
+from benchmarks.serving.answers import WrongAnswerError, check_completions
 from benchmarks.serving.client import DEMO, Connection, serving
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.profiles.schema import CHOICES, PROFILES
@@ -138,10 +139,17 @@ async def answer_all_the_time(port: int, stop: asyncio.Event) -> None:
 async def timed(connection: Connection, path: str, bodies: Sequence[bytes]) -> list[float]:
     """Send requests one after the other; return the milliseconds of each."""
     milliseconds: list[float] = []
+    answers: list[dict[str, Any]] = []
     for body in bodies:
         start = perf_counter()
-        await connection.post(path, body)
+        answer = await connection.post(path, body)
         milliseconds.append(1e3 * (perf_counter() - start))
+        answers.append(answer)
+    for body, answer in zip(bodies, answers, strict=True):
+        if path == CHAT:
+            check_completions(json.loads(body), [answer])
+        elif answer["added"] != 1 or answer["failed"]:
+            raise WrongAnswerError(f"a choice was not stored with all its scores: {answer}")
     return milliseconds
 
 

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from benchmarks.record import record
+from benchmarks.serving.answers import draw_candidates
 from benchmarks.serving.cases import Case, measure_cases, started_engine, two_models
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.steering import Contrast, Guidance
-from infer_align.types import Candidate, Draw
+from infer_align.types import Draw
 
 BATCH = 16
 SCALE = 1.5
@@ -87,15 +88,8 @@ async def run(engine: TransformersEngine, tokens: int, traits: int) -> Cost:
     """Answer a batch of requests once and return the cost."""
     start, cpu = perf_counter(), process_time()
     draws = [draw(i, tokens, traits) for i in range(BATCH)]
-    await asyncio.gather(*(_finish(engine, item, tokens) for item in draws))
+    await asyncio.gather(*(draw_candidates(engine, item, tokens) for item in draws))
     return Cost(perf_counter() - start, process_time() - cpu)
-
-
-async def _finish(engine: TransformersEngine, item: Draw, tokens: int) -> None:
-    async with engine.sample(item) as stream:
-        async for event in stream:
-            if isinstance(event, Candidate) and event.completion_tokens != tokens:
-                raise RuntimeError(f"{event.completion_tokens} tokens in place of {tokens}")
 
 
 async def measure(case: Case, rounds: int) -> list[Row]:

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.record import record
+from benchmarks.serving.answers import WrongAnswerError, check_completions
 from benchmarks.serving.client import DEMO, Connection, serving
 from benchmarks.serving.rows import Row, print_rows, ratio_row
 from infer_align.demo import world
@@ -63,9 +64,22 @@ async def measure(port: int, rounds: int) -> Reports:
             started = perf_counter()
             answer = await connection.post("/v1/chat/completions", json.dumps(body).encode())
             seconds = perf_counter() - started
+            check_completions(body, [answer])
+            _check_scores(answer["align"])
             reports[name].append({**answer["align"], "seconds": seconds})
     connection.close()
     return {name: items[WARMUP_ROUNDS:] for name, items in reports.items()}
+
+
+def _check_scores(report: dict[str, Any]) -> None:
+    """Check that every candidate was scored.
+
+    Raises:
+        WrongAnswerError: one was not.
+    """
+    for candidate in report["candidates"]:
+        if candidate["objective"] is None:
+            raise WrongAnswerError(f"a candidate was not scored: {candidate}")
 
 
 def summarize(reports: Reports) -> list[Row]:

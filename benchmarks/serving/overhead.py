@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from benchmarks.serving.answers import check_equal
+from benchmarks.serving.client import Connection
 from benchmarks.serving.rows import Row, row
 
 CONCURRENCY = 16
@@ -29,6 +32,8 @@ def compare_overhead(
 ) -> list[Row]:
     """Compare the median latency at concurrency 1 and the rate at concurrency 16.
 
+    The answers of both servers are scripted and must be equal.
+
     Args:
         ports: of both servers, which get their load in alternating rounds.
         loop: the load generator.
@@ -39,6 +44,7 @@ def compare_overhead(
         rate_target: target of the ratio of rates.
         label: end of the names of the rows.
     """
+    check_equal(*(asyncio.run(_answer(port, body)) for port in ports.values()))
     latencies_ms: dict[str, list[float]] = {name: [] for name in ports}
     rates: dict[str, list[float]] = {name: [] for name in ports}
     for port in ports.values():
@@ -67,3 +73,10 @@ def compare_overhead(
             rate_target,
         ),
     ]
+
+
+async def _answer(port: int, body: dict[str, Any]) -> dict[str, Any]:
+    connection = Connection(port)
+    answer = await connection.post("/v1/chat/completions", json.dumps(body).encode())
+    connection.close()
+    return answer

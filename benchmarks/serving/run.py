@@ -22,12 +22,13 @@ import torch
 from rich.console import Console
 
 from benchmarks.record import record
+from benchmarks.serving.answers import WrongAnswerError, check_completions, draw_candidates
 from benchmarks.serving.client import DEMO, Connection, closed_loop, serving
 from benchmarks.serving.overhead import CONCURRENCY, compare_overhead
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.demo import world
 from infer_align.engines.transformers import Transformers, TransformersEngine
-from infer_align.types import Candidate, Draw
+from infer_align.types import Draw
 
 FAKE = (*DEMO, "--set", "engine.kind=fake", "--set", "engine.model=demo")
 ROUNDS = 7
@@ -114,7 +115,7 @@ async def _measure_throughput(rounds: int) -> tuple[list[float], list[float]]:
         tokens = await _decode(engine, text)
         our_rates.append(tokens / (perf_counter() - started))
         started = perf_counter()
-        model.lm.generate(
+        output = model.lm.generate(
             batch,
             attention_mask=torch.ones_like(batch),
             do_sample=True,
@@ -122,6 +123,8 @@ async def _measure_throughput(rounds: int) -> tuple[list[float], list[float]]:
             min_new_tokens=TOKENS,
         )
         generate_rates.append(CONCURRENCY * TOKENS / (perf_counter() - started))
+        if output.shape != (CONCURRENCY, len(ids) + TOKENS):
+            raise WrongAnswerError(f"the output of generate has the shape {tuple(output.shape)}")
     await engine.close()
     return our_rates, generate_rates
 
@@ -130,16 +133,8 @@ async def _decode(engine: TransformersEngine, prompt: str) -> int:
     """Decode concurrent requests, and return the number of tokens."""
     body = {"prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True}
     draws = [Draw(body, 1, (seed,), "completion") for seed in range(CONCURRENCY)]
-    return sum(await asyncio.gather(*(_completion_tokens(engine, draw) for draw in draws)))
-
-
-async def _completion_tokens(engine: TransformersEngine, draw: Draw) -> int:
-    tokens = 0
-    async with engine.sample(draw) as stream:
-        async for event in stream:
-            if isinstance(event, Candidate):
-                tokens += event.completion_tokens
-    return tokens
+    await asyncio.gather(*(draw_candidates(engine, draw, TOKENS) for draw in draws))
+    return CONCURRENCY * TOKENS
 
 
 def memory() -> list[Row]:
@@ -177,7 +172,8 @@ async def _request(port: int, body: dict[str, Any], *, abandon: bool) -> None:
     connection = Connection(port)
     request = connection.post("/v1/chat/completions", json.dumps(body).encode())
     try:
-        await asyncio.wait_for(request, ABANDON_SECONDS if abandon else 60)
+        answer = await asyncio.wait_for(request, ABANDON_SECONDS if abandon else 60)
+        check_completions(body, [answer])
     except TimeoutError:
         assert abandon, "a request that was not abandoned took over a minute"
     connection.close()

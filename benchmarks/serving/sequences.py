@@ -8,6 +8,7 @@ Both times include the prompt, which is read once for all candidates.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from time import perf_counter, process_time
@@ -16,6 +17,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from benchmarks.record import record
+from benchmarks.serving.answers import WrongAnswerError, draw_candidates
 from benchmarks.serving.cases import Case, measure_cases, started_engine, two_models
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.decoding.sequences import SequenceQuery
@@ -44,11 +46,9 @@ async def generate(engine: TransformersEngine, seed: int, tokens: int) -> tuple[
     body = {"messages": [QUESTION], "max_tokens": tokens, "temperature": 0.7}
     seeds = tuple(seed * CANDIDATES + i for i in range(CANDIDATES))
     start, cpu = perf_counter(), process_time()
-    candidates = await engine.generate(Draw(body, CANDIDATES, seeds))
+    candidates = await draw_candidates(engine, Draw(body, CANDIDATES, seeds), None)
     seconds, cpu_seconds = perf_counter() - start, process_time() - cpu
     generated = sum(candidate.completion_tokens for candidate in candidates)
-    if any(candidate.error for candidate in candidates):
-        raise RuntimeError("a candidate failed")
     return Cost(seconds, cpu_seconds, generated), [candidate.text for candidate in candidates]
 
 
@@ -56,7 +56,10 @@ async def read(engine: TransformersEngine, texts: Sequence[str]) -> Cost:
     """Read the texts; return the cost."""
     start, cpu = perf_counter(), process_time()
     answer = await engine.sequence_logprobs(SequenceQuery({"messages": [QUESTION]}, tuple(texts)))
-    return Cost(perf_counter() - start, process_time() - cpu, answer.text_tokens)
+    cost = Cost(perf_counter() - start, process_time() - cpu, answer.text_tokens)
+    if len(answer.sums) != len(texts) or not all(map(math.isfinite, answer.sums)):
+        raise WrongAnswerError(f"the log-probabilities of {len(texts)} texts: {answer.sums}")
+    return cost
 
 
 async def measure(case: Case, rounds: int) -> list[Row]:

@@ -21,10 +21,11 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.record import record
+from benchmarks.serving.answers import WrongAnswerError, draw_candidates
 from benchmarks.serving.rows import Row, print_rows, ratio_row
 from infer_align import config, quickstart
 from infer_align.engines.transformers import TransformersEngine
-from infer_align.types import Candidate, Draw
+from infer_align.types import Draw
 
 DTYPES = ("float32", "bfloat16")
 BATCHES = (1, 8, 32)
@@ -67,15 +68,9 @@ async def decode(engine: TransformersEngine, batch: int, candidates: int, tokens
             "ignore_eos": True,
         }
         seeds = tuple(range(i, i + candidates))
-        requests.append(_finish(engine, Draw(body, n=candidates, seeds=seeds), tokens))
+        draw = Draw(body, n=candidates, seeds=seeds)
+        requests.append(draw_candidates(engine, draw, tokens))
     await asyncio.gather(*requests)
-
-
-async def _finish(engine: TransformersEngine, draw: Draw, tokens: int) -> None:
-    async with engine.sample(draw) as stream:
-        async for event in stream:
-            if isinstance(event, Candidate) and event.completion_tokens != tokens:
-                raise RuntimeError(f"{event.completion_tokens} tokens in place of {tokens}")
 
 
 async def generate(lm: Any, tokenizer: Any, batch: int, candidates: int, tokens: int) -> None:
@@ -97,7 +92,7 @@ async def generate(lm: Any, tokenizer: Any, batch: int, candidates: int, tokens:
         max_new_tokens=tokens,
     )
     if output.shape != (batch * candidates, inputs["input_ids"].shape[1] + tokens):
-        raise RuntimeError(f"the output has the shape {tuple(output.shape)}")
+        raise WrongAnswerError(f"the output of generate has the shape {tuple(output.shape)}")
 
 
 async def measure(dtype: str, rounds: int, tokens: int) -> list[Row]:

@@ -22,6 +22,7 @@ from openai import AsyncOpenAI
 from rich.console import Console
 
 from benchmarks.record import record
+from benchmarks.serving.answers import check_completions
 from benchmarks.serving.client import closed_loop, serving
 from benchmarks.serving.overhead import CONCURRENCY, Ports, compare_overhead
 from benchmarks.serving.rows import Row, print_rows, row
@@ -54,18 +55,22 @@ async def sdk_closed_loop(
     extra = {"align": body["align"]} if "align" in body else None
     remaining = iter(range(requests))
     latencies = []
+    completions = []
     url = f"http://127.0.0.1:{port}/v1"
     async with AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
 
         async def worker() -> None:
             for _ in remaining:
                 started = perf_counter()
-                await client.chat.completions.create(**fields, extra_body=extra)
+                completion = await client.chat.completions.create(**fields, extra_body=extra)
                 latencies.append(perf_counter() - started)
+                completions.append(completion)
 
         started = perf_counter()
         await asyncio.gather(*(worker() for _ in range(concurrency)))
-        return latencies, perf_counter() - started
+        seconds = perf_counter() - started
+    check_completions(body, [completion.model_dump() for completion in completions])
+    return latencies, seconds
 
 
 def best_of_8(ports: Ports, requests: int) -> list[Row]:

@@ -25,12 +25,13 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 
 from benchmarks.record import RESULTS, record
+from benchmarks.serving.answers import draw_candidates
 from benchmarks.serving.rows import Row, print_rows, ratio_row
 from infer_align import config
 from infer_align.demo import world
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.steering import Steering
-from infer_align.types import Candidate, Draw
+from infer_align.types import Draw
 
 ROUNDS = 7
 TOKENS = 96
@@ -69,19 +70,12 @@ async def rate(engine: TransformersEngine, name: str, batch: int, k: int) -> flo
     body = {"messages": _messages(), "max_tokens": TOKENS, "ignore_eos": True}
     draws = [Draw(body, 1, (seed,), steering=steering(name, k)) for seed in range(batch)]
     started = perf_counter()
-    await asyncio.gather(*(_finish(engine, draw) for draw in draws))
+    await asyncio.gather(*(draw_candidates(engine, draw, TOKENS) for draw in draws))
     return batch * TOKENS / (perf_counter() - started)
 
 
 def _messages() -> list[dict[str, str]]:
     return [{"role": "user", "content": world.prompts(1, seed=3)[0]}]
-
-
-async def _finish(engine: TransformersEngine, draw: Draw) -> None:
-    async with engine.sample(draw) as stream:
-        async for event in stream:
-            if isinstance(event, Candidate) and event.error:
-                raise RuntimeError(event.error)
 
 
 @torch.inference_mode()

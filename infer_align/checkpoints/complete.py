@@ -40,10 +40,9 @@ def check_complete(field: str, model: str, kind: str, loading: Mapping[str, Any]
         )
     mismatched = sorted(loading["mismatched_keys"])
     if mismatched:
-        sizes = [
-            f"{name} (saved {list(saved)}, needed {list(needed)})"
-            for name, saved, needed in mismatched
-        ]
+        sizes: list[str] = []
+        for name, saved, needed in mismatched:
+            sizes.append(f"{name} (saved {list(saved)}, needed {list(needed)})")
         raise ConfigError(
             f"{field}: {model!r} has weights whose size does not fit its config.json: "
             f"{_names(sizes)}. Use the config.json that was saved with the weights."

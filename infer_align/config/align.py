@@ -41,6 +41,16 @@ class Budget:
     )
 
 
+def parameter_classes() -> dict[str, type[Any]]:
+    """Return the keys of `align` that have parameters, each with the dataclass of them."""
+    classes: dict[str, type[Any]] = {}
+    for name in registry.methods.names():
+        classes[name] = registry.methods.get(name)
+    classes["ensemble"] = Ensemble
+    classes["budget"] = Budget
+    return classes
+
+
 @dataclass(frozen=True, slots=True)
 class Align:
     """A parsed `align` object."""

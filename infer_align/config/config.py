@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from infer_align.config import registry
+from infer_align.config.checks import check_gpu_memory, check_workers
 from infer_align.config.model_path import check_model, file_name
 from infer_align.config.presets import check_align, split_presets
 from infer_align.config.schema import parse
@@ -35,7 +36,10 @@ JUDGE = "trust_judge"
 
 
 class EngineSection(Protocol):
-    """`[engine]` or `[engines.<name>]`: the dataclass of the engine's kind."""
+    """`[engine]` or `[engines.<name>]`: the dataclass of the engine's kind.
+
+    A class attribute `holds_model = False` says that the engine loads no model into the process.
+    """
 
     def load(self) -> Engine:
         """Return the engine, not yet started."""
@@ -253,6 +257,9 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
     presets, preset_bodies = split_presets(table.get("presets", {}))
     server = parse(Server, table.get("server", {}), "server", ConfigError)
     check_align({"rewards": server.default_rewards}, "[server] default_rewards:")
+    parsed_sections: dict[str, Any] = {}
+    for name, section in method_sections.items():
+        parsed_sections[name] = _parse_method_section(section, table.get(name, {}), name)
     config = Config(
         server=server,
         limits=parse(Limits, table.get("limits", {}), "limits", ConfigError),
@@ -264,16 +271,14 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         values=_parse_plugins(registry.values, table.get("values", {})),
         presets=presets,
         preset_bodies=preset_bodies,
-        method_sections={
-            name: _parse_method_section(section, table.get(name, {}), name)
-            for name, section in method_sections.items()
-        },
+        method_sections=parsed_sections,
         origins=origins,
     )
     model = getattr(config.engine, "model", None)
     if isinstance(model, str) and not isinstance(config.engine, Upstream):
         check_model(model)
-    _check_gpu_memory(config)
+    check_gpu_memory(config)
+    check_workers(config)
     return config
 
 
@@ -321,29 +326,6 @@ def owners_of(setting: str) -> list[str]:
 
 def _has_field(cls: type[Any], name: str) -> bool:
     return any(f.name == name for f in dataclasses.fields(cls))
-
-
-def _check_gpu_memory(config: Config) -> None:
-    """Check that the engines on the same GPUs leave room for each other.
-
-    Otherwise the last one to load would fail.
-    """
-    sections: dict[str, object] = {"engine": config.engine}
-    sections |= {f"engines.{name}": section for name, section in config.engines.items()}
-    sections |= {f"rewards.{name}": section for name, section in config.rewards.items()}
-    shares: dict[str, float] = {}
-    for name, section in sections.items():
-        share = getattr(section, "memory_share", None)
-        if share is not None:
-            shares[name] = share
-    total = sum(shares.values())
-    if total > 1 + 1e-9:
-        terms = " + ".join(f"[{name}] {share:.3g}" for name, share in shares.items())
-        raise ConfigError(
-            f"gpu_memory_utilization: the shares sum to {terms} = {total:.3g}, but the sum "
-            "must be at most 1 (a section with several models takes its share once per model); "
-            "lower the shares, or set kv_cache_memory_bytes instead."
-        )
 
 
 def _parse_plugins(plugins: registry.Registry, table: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,11 +36,12 @@ class Registry:
     def _names(self) -> tuple[str, ...]:
         spec = importlib.util.find_spec(f"infer_align.{self.folder}")
         paths = spec.submodule_search_locations if spec else None
-        # Modules that start with an underscore support plugins and are none themselves.
-        internal = {
-            module.name for module in pkgutil.iter_modules(paths) if not module.name.startswith("_")
-        }
-        return tuple(sorted(internal | self._external.keys()))
+        names = set(self._external)
+        for module in pkgutil.iter_modules(paths):
+            # Modules that start with an underscore support plugins and are none themselves.
+            if not module.name.startswith("_"):
+                names.add(module.name)
+        return tuple(sorted(names))
 
     def names(self) -> list[str]:
         """Return the sorted ids of the plugins."""

@@ -15,6 +15,16 @@ class Server:
         default=8000,
         metadata={"ge": 0, "le": 65535, "description": "Port to listen on; 0 takes a free port."},
     )
+    workers: int = field(
+        default=1,
+        metadata={
+            "ge": 1,
+            "le": 256,
+            "description": "Processes that serve, for engines that hold no model: `openai` and "
+            "`fake`. Rates and token budgets are counted together; each process admits its share "
+            "of max_running, max_running_tokens and max_queue.",
+        },
+    )
     api_keys_env: str | None = field(
         default=None,
         metadata={

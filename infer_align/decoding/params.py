@@ -188,9 +188,10 @@ class SamplingParams:
         return cls(**values)
 
 
-_RANGES: dict[str, Range] = {
-    f.name: f.metadata["range"] for f in fields(SamplingParams) if "range" in f.metadata
-}
+_RANGES: dict[str, Range] = {}
+for _field in fields(SamplingParams):
+    if "range" in _field.metadata:
+        _RANGES[_field.name] = _field.metadata["range"]
 _READ = {f.name for f in fields(SamplingParams)} - {"echo"}
 _READ |= {"max_completion_tokens", "model"} | _NEUTRAL
 

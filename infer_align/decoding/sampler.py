@@ -130,8 +130,9 @@ def adjust(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
 
 def _is_adjusted(row: SampledRow) -> bool:
     p = row.params
-    penalized = p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0
-    return bool(p.logit_bias or penalized or row.banned)
+    if p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0:
+        return True
+    return bool(p.logit_bias or row.banned)
 
 
 def _adjust_row(logits: torch.Tensor, row: SampledRow) -> None:
@@ -146,7 +147,8 @@ def _adjust_row(logits: torch.Tensor, row: SampledRow) -> None:
     if row.tokens and (p.frequency_penalty or p.presence_penalty):
         tokens = torch.tensor(row.tokens, device=device)
         counts = torch.bincount(tokens, minlength=len(logits))
-        logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+        is_used = counts > 0
+        logits -= p.frequency_penalty * counts + p.presence_penalty * is_used
     if p.logit_bias:
         ids = torch.tensor(list(p.logit_bias), device=device)
         amounts = torch.tensor(list(p.logit_bias.values()), device=device)
@@ -160,8 +162,9 @@ def truncate(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Te
     indices = [i for i, p in enumerate(params) if is_truncated(p)]
     if not indices:
         return scaled
+    places = torch.tensor(indices, device=scaled.device)
     truncated = _truncate_rows(scaled[indices], [params[i] for i in indices])
-    return scaled.index_copy(0, torch.tensor(indices, device=scaled.device), truncated)
+    return scaled.index_copy(0, places, truncated)
 
 
 def is_truncated(p: SamplingParams) -> bool:
@@ -176,16 +179,22 @@ def _truncate_rows(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> to
         return torch.tensor(numbers, dtype=scaled.dtype, device=scaled.device)[:, None]
 
     values, order = scaled.sort(dim=-1, descending=True, stable=True)
-    limits = [p.top_k if 0 < p.top_k < vocabulary else vocabulary for p in params]
-    top_k = torch.tensor(limits, device=scaled.device)[:, None]
+    counts: list[int] = []
+    min_ps: list[float] = []
+    top_ps: list[float] = []
+    for p in params:
+        counts.append(p.top_k if 0 < p.top_k < vocabulary else vocabulary)
+        min_ps.append(p.min_p)
+        top_ps.append(p.top_p)
+    top_k = torch.tensor(counts, device=scaled.device)[:, None]
     ranks = torch.arange(vocabulary, device=scaled.device)[None]
-    min_p = column([p.min_p for p in params]).log()
-    lowest = values[:, :1] + min_p
+    lowest = values[:, :1] + column(min_ps).log()
     excluded = (ranks >= top_k) | (values < lowest)
-    probabilities = torch.softmax(values.masked_fill(excluded, -torch.inf), dim=-1)
-    top_p = column([p.top_p for p in params])
+    remaining = values.masked_fill(excluded, -torch.inf)
+    probabilities = torch.softmax(remaining, dim=-1)
     # A token stays if the tokens before it have not reached top_p. The one that crosses top_p is
     # the last to stay.
+    top_p = column(top_ps)
     preceding = probabilities.cumsum(dim=-1) - probabilities
     excluded |= (preceding >= top_p) & (top_p < 1)
     truncated = values.masked_fill(excluded, -torch.inf)

@@ -137,9 +137,10 @@ def message_delta(message: Mapping[str, Any]) -> dict[str, Any]:
 
     The delta has no role and no null fields, and its tool calls are numbered.
     """
-    delta = {
-        name: value for name, value in _without(message, {"role"}).items() if value is not None
-    }
+    delta: dict[str, Any] = {}
+    for name, value in message.items():
+        if name != "role" and value is not None:
+            delta[name] = value
     calls = delta.get("tool_calls")
     if isinstance(calls, list):
         numbered = enumerate(calls)

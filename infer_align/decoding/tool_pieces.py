@@ -84,11 +84,12 @@ class ToolCallNumbers:
 
 def cleaned(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields without those that are sent empty and say nothing."""
-    return {
-        name: value
-        for name, value in fields.items()
-        if value is not None and not (value == "" and name in _EMPTY_IS_ABSENT)
-    }
+    present: dict[str, Any] = {}
+    for name, value in fields.items():
+        is_absent = value is None or (value == "" and name in _EMPTY_IS_ABSENT)
+        if not is_absent:
+            present[name] = value
+    return present
 
 
 def cleaned_function(function: Mapping[str, Any]) -> dict[str, Any]:

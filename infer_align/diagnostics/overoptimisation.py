@@ -100,7 +100,10 @@ def sizes(answers: Sequence[int], reach: float = REACH) -> tuple[int, ...]:
     grid = {largest}
     power = 1
     while power <= largest:
-        grid |= {n for n in (round(power * step) for step in STEPS) if n <= largest}
+        for step in STEPS:
+            n = round(power * step)
+            if n <= largest:
+                grid.add(n)
         power *= 2
     return tuple(sorted(grid - {0}))
 

@@ -189,7 +189,9 @@ class Engine(ABC):
         Raises:
             Unsupported: the model's tokenizer cannot spell a label.
         """
-        prefixes = {label[:end] for label in labels for end in range(1, len(label))}
+        prefixes: set[str] = set()
+        for label in labels:
+            prefixes |= {label[:end] for end in range(1, len(label))}
         return 1 + len(prefixes)
 
     async def read_labels(self, query: LabelQuery) -> LabelLogprobs:

@@ -262,11 +262,16 @@ def _report(
     lengths: list[tuple[int, int]] = []
     for row in testing.tolist():
         lengths.append((len(read.pairs[row].chosen), len(read.pairs[row].rejected)))
+    best_epochs: list[int] = []
+    losses: list[list[float]] = []
+    for history in histories:
+        best_epochs.append(history.best)
+        losses.append(history.losses)
     facts = {
         "on": "classifier",
         **asdict(settings),
-        "best_epochs": [history.best for history in histories],
-        "validation_losses": [history.losses for history in histories],
+        "best_epochs": best_epochs,
+        "validation_losses": losses,
         "validation_pairs": len(split.validation),
     }
     return FittedRewardReport(

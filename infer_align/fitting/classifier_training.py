@@ -210,7 +210,9 @@ def margins_of(model: Any, pairs: Sequence[EncodedPair], batch_size: int) -> Arr
 
 
 def _margins(model: Any, pairs: Sequence[EncodedPair]) -> torch.Tensor:
-    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    chosen = [pair.chosen for pair in pairs]
+    rejected = [pair.rejected for pair in pairs]
+    rows = chosen + rejected
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), int(model.config.get_text_config().pad_token_id))
     mask = torch.zeros_like(ids)

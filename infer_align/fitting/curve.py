@@ -200,11 +200,10 @@ def suggest_beta(samples: Sequence[BetaSample], groups: Groups, kl_limit: float)
         kl_limit: largest KL in nats per reply.
     """
     points = make_points(samples, groups)
-    usable = [
-        (point, sample)
-        for point, sample in zip(points, samples, strict=True)
-        if point.kl <= KL_TOLERANCE * kl_limit and math.isfinite(point.gain)
-    ]
+    usable: list[tuple[BetaPoint, BetaSample]] = []
+    for point, sample in zip(points, samples, strict=True):
+        if point.kl <= KL_TOLERANCE * kl_limit and math.isfinite(point.gain):
+            usable.append((point, sample))
     if not usable:
         return 0.0
     best, best_sample = max(usable, key=lambda pair: pair[0].gain)

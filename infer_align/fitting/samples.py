@@ -231,6 +231,8 @@ def read_states(
     hidden = []
     tokens: list[int] = []
     reply_index: list[int] = []
+    rewards: list[float] = []
+    prompt_index: list[int] = []
     token_ids = []
     reply_starts = []
     pace = Pace(len(samples))
@@ -243,6 +245,8 @@ def read_states(
         hidden.append(states[: len(ids)].cpu())
         tokens += ids
         reply_index += [i] * len(ids)
+        rewards.append(sample.reward)
+        prompt_index.append(sample.prompt)
         token_ids.append(prompt_ids + ids)
         reply_starts.append(len(prompt_ids))
         pace.add()
@@ -252,8 +256,8 @@ def read_states(
         hidden=torch.cat(hidden).clone(),
         tokens=torch.tensor(tokens),
         reply_index=torch.tensor(reply_index),
-        rewards=torch.tensor([sample.reward for sample in samples]),
-        prompt_index=torch.tensor([sample.prompt for sample in samples]),
+        rewards=torch.tensor(rewards),
+        prompt_index=torch.tensor(prompt_index),
     )
     return replies, token_ids, reply_starts
 

@@ -170,9 +170,10 @@ def make_scoring_plan(
     # The engine checks the conversation as for a request that it would answer with one token.
     request = Request({"messages": messages, "max_tokens": 1}, align=align, aligned=True)
     draft = _start_draft(request, 0, rewards, engine, sections)
-    scoring = {
-        name: method for name, method in align.methods.items() if method.stage in SCORING_STAGES
-    }
+    scoring: dict[str, Method] = {}
+    for name, method in align.methods.items():
+        if method.stage in SCORING_STAGES:
+            scoring[name] = method
     draft = _apply_methods(draft, scoring, engine)
     draws = tuple(replace(draw, n=n) for draw in draft.draws)
     for draw in draws:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ async def _run_batch(
         if batch.first == 0:
             raise
         by_draw = [draw.failed(error) for draw in draws]
-    return [candidate for candidates in by_draw for candidate in candidates]
+    return list(itertools.chain.from_iterable(by_draw))
 
 
 async def _run_together(draws: Sequence[CandidateDraw], engine: Engine) -> list[list[Candidate]]:

@@ -66,11 +66,11 @@ def parse_request(
     check_prompt(body, kind)
     check_placement(body)
     align = body.get("align")
-    forwarded = {
-        key: whole_number(value) if key in WHOLE_NUMBERS else value
-        for key, value in body.items()
-        if key != "align" and value is not None
-    }
+    forwarded: dict[str, Any] = {}
+    for key, value in body.items():
+        if key == "align" or value is None:
+            continue
+        forwarded[key] = whole_number(value) if key in WHOLE_NUMBERS else value
     if align is None and preset is None:
         return Request(forwarded, kind)
     parsed = parse_align({} if align is None else align, presets, preset)

@@ -48,9 +48,11 @@ class Response:
         """Return True if a deadline cut the drawing or the scoring short."""
         if self.stop is not None and self.stop.is_late:
             return True
-        return self.selection.late or any(
-            candidate.interrupted and candidate.rejected is None for candidate in self.candidates
-        )
+        if self.selection.late:
+            return True
+        # An observer rejects the candidates that it stops. The deadline does not.
+        stopped = [candidate for candidate in self.candidates if candidate.interrupted]
+        return any(candidate.rejected is None for candidate in stopped)
 
     @property
     def prompt_tokens(self) -> int:
@@ -76,17 +78,18 @@ class Response:
         A stopped candidate would have become as long as the mean of those that ended by themselves,
         or as long as the plan's worst case if none did. So would one that was not drawn.
         """
-        lengths = [
-            candidate.completion_tokens
-            for candidate in self.candidates
-            if candidate.error is None and not candidate.interrupted
-        ]
-        if lengths:
-            expected = round(sum(lengths) / len(lengths))
+        finished_lengths: list[int] = []
+        stopped_lengths: list[int] = []
+        for candidate in self.candidates:
+            if candidate.interrupted:
+                stopped_lengths.append(candidate.completion_tokens)
+            elif candidate.error is None:
+                finished_lengths.append(candidate.completion_tokens)
+        if finished_lengths:
+            expected = round(sum(finished_lengths) / len(finished_lengths))
         else:
             expected = self.plan.drawing_tokens // self.plan.candidates
-        stopped = [candidate for candidate in self.candidates if candidate.interrupted]
-        saved = sum(max(0, expected - candidate.completion_tokens) for candidate in stopped)
+        saved = sum(max(0, expected - length) for length in stopped_lengths)
         undrawn = self.plan.candidates - len(self.candidates)
         return saved + undrawn * expected
 

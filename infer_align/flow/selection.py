@@ -178,6 +178,7 @@ def _apply_rule(
     for name, probabilities in scores.matrices.items():
         matrices[name] = probabilities[np.ix_(compared, compared)]
     composition = plan.composition
+    competitors = [candidates[i] for i in compared]
     contest = Contest(
         objective=objective[compared],
         names=tuple(names),
@@ -185,8 +186,8 @@ def _apply_rule(
         weights=np.array(weights),
         shaped=frozenset() if composition is None else frozenset(composition.shaped),
         matrices=matrices,
-        texts=tuple(candidates[i].text for i in compared),
-        tokens=tuple(candidates[i].completion_tokens for i in compared),
+        texts=tuple(candidate.text for candidate in competitors),
+        tokens=tuple(candidate.completion_tokens for candidate in competitors),
         measure=_measure(plan),
         drawn=len(candidates),
         seed=plan.seed,

@@ -19,7 +19,7 @@ import numpy as np
 from infer_align.errors import InvalidRequest, nearest, quote
 from infer_align.messages import prepend_text
 from infer_align.methods import PlanDraft, Stage
-from infer_align.types import Body, Capability, Direction, Messages
+from infer_align.types import Body, Capability, Direction, Draw, Messages
 
 PUBLISHED = (
     "You are a helpful, respectful, and honest assistant who always responds to the user in a "
@@ -195,14 +195,14 @@ class DPA:
             v = prompting.complete(unit(self.direction))
         except ValueError as error:
             raise InvalidRequest(f"{param}.{error}", param=f"{param}.direction") from None
-        draws = tuple(
-            replace(draw, body=prompting.condition(draw.body, v), direction=v)
-            for draw in draft.draws
-        )
+        draws: list[Draw] = []
+        for draw in draft.draws:
+            body = prompting.condition(draw.body, v)
+            draws.append(replace(draw, body=body, direction=v))
         setting = '[dpa] placement = "user"' if prompting.placement == "system" else None
         return replace(
             draft,
-            draws=draws,
+            draws=tuple(draws),
             direction=v,
             condition=prompting.condition,
             system_setting=setting,

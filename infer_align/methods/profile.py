@@ -304,7 +304,7 @@ def turned(
     if across < 1e-12:
         # The goal is the opposite: no way of turning is nearer than another.
         return dict(direction)
-    turned_values = [
-        math.cos(limit) * a + math.sin(limit) * b / across for a, b in zip(start, side, strict=True)
-    ]
-    return dict(zip(names, turned_values, strict=True))
+    turned_direction: dict[str, float] = {}
+    for name, a, b in zip(names, start, side, strict=True):
+        turned_direction[name] = math.cos(limit) * a + math.sin(limit) * b / across
+    return turned_direction

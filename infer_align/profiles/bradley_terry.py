@@ -8,8 +8,8 @@ from scipy.special import expit
 
 from infer_align.types import Array
 
-# A difference counts as at most this many prior standard deviations. The choice is certain long
-# before, and its square cannot overflow.
+# The scores of two answers count as at most this far apart: in prior standard deviations and in the
+# mean of the margin together. The choice is certain long before, and its square cannot overflow.
 MAX_LENGTH = 1e4
 # The Newton iteration ends when the posterior can gain no more than this many nats.
 TOLERANCE = 1e-18
@@ -48,19 +48,24 @@ def fit(
     rows = _rows(differences, len(mean))
     # In the coordinates z of weights = mean + root z, the prior is Normal(0, I).
     with np.errstate(over="ignore", invalid="ignore"):
-        length = np.hypot(_norms(rows @ root), np.abs(rows @ mean))
+        deviations = _norms(rows @ root)
+        margins = np.abs(rows @ mean)
+        length = np.hypot(deviations, margins)
     rows = rows * _shrinkage(rows, length)[:, None]
-    offset, design = rows @ mean, rows @ root
-    z = _maximise(offset, design)
-    spread = root @ np.linalg.inv(_curvature(z, offset, design)) @ root.T
-    return mean + root @ z, (spread + spread.T) / 2
+    offset = rows @ mean
+    design = rows @ root
+    z = _minimise_loss(offset, design)
+    inverse = np.linalg.inv(_curvature(z, offset, design))
+    covariance = root @ inverse @ root.T
+    # Rounding can leave it a little asymmetric.
+    return mean + root @ z, (covariance + covariance.T) / 2
 
 
 def next_question(candidates: ArrayLike, mean: ArrayLike, covariance: ArrayLike) -> tuple[int, int]:
     """Return the pair of candidates whose comparison says most about the weights.
 
     With d the difference of their scores, S the covariance and p = sigmoid(mean . d), it is the
-    pair with the largest p (1 - p) d' S d: its outcome is open, and the weights decide it.
+    pair with the largest p (1 - p) (d . S d): its outcome is open, and the weights decide it.
 
     Args:
         candidates: [N, R] scores. A candidate with a NaN or an infinite score is never asked about.
@@ -94,12 +99,13 @@ def next_question(candidates: ArrayLike, mean: ArrayLike, covariance: ArrayLike)
 
 
 def _information(rows: Array, mean: Array, root: Array) -> Array:
-    """Return p (1 - p) d' S d of each row d: [N, R] -> [N]."""
+    """Return p (1 - p) (d . S d) of each row d: [N, R] -> [N]."""
     with np.errstate(over="ignore", invalid="ignore"):
         margin = rows @ mean
+        outcome_deviation = np.sqrt(expit(margin) * expit(-margin))
         # Multiplied in this order, a certain outcome of a huge difference is 0 and not 0 times
         # infinity.
-        deviation = np.sqrt(expit(margin) * expit(-margin))[:, None] * (rows @ root)
+        deviation = outcome_deviation[:, None] * (rows @ root)
         gains = (deviation**2).sum(axis=1)
     return np.asarray(np.nan_to_num(gains, nan=0.0))
 
@@ -149,8 +155,11 @@ def _rows(differences: ArrayLike, columns: int) -> Array:
 def _norms(rows: Array) -> Array:
     """Return the length of each row, without overflow in its square."""
     largest = np.abs(rows).max(axis=1, initial=0.0)
-    scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
-    return np.asarray(scale * np.sqrt(((rows / scale[:, None]) ** 2).sum(axis=1)))
+    is_usable = (largest > 0) & np.isfinite(largest)
+    scale = np.where(is_usable, largest, 1.0)
+    scaled = rows / scale[:, None]
+    squares = (scaled**2).sum(axis=1)
+    return np.asarray(scale * np.sqrt(squares))
 
 
 def _shrinkage(rows: Array, length: Array) -> Array:
@@ -164,12 +173,13 @@ def _shrinkage(rows: Array, length: Array) -> Array:
     return factor
 
 
-def _maximise(offset: Array, design: Array) -> Array:
+def _minimise_loss(offset: Array, design: Array) -> Array:
     """Return the z that minimises `_loss`, by Newton's method with step halving."""
     z = np.zeros(design.shape[1])
     loss = _loss(z, offset, design)
     for _ in range(MAX_STEPS):
-        gradient = z - design.T @ expit(-(offset + design @ z))
+        margin = offset + design @ z
+        gradient = z - design.T @ expit(-margin)
         step = -np.linalg.solve(_curvature(z, offset, design), gradient)
         slope = float(gradient @ step)
         if -slope <= TOLERANCE:
@@ -177,24 +187,29 @@ def _maximise(offset: Array, design: Array) -> Array:
         size = 1.0
         for _ in range(MAX_HALVINGS):
             new_loss = _loss(z + size * step, offset, design)
-            if new_loss <= loss + SUFFICIENT_GAIN * size * slope:
+            promised = size * slope
+            if new_loss <= loss + SUFFICIENT_GAIN * promised:
                 break
             size /= 2
         else:
             # Rounding hides what is left to gain.
             break
-        z, loss = z + size * step, new_loss
+        z = z + size * step
+        loss = new_loss
     return z
 
 
 def _loss(z: Array, offset: Array, design: Array) -> float:
     """Return minus the logarithm of the posterior, up to a constant."""
-    return float(z @ z / 2 + np.logaddexp(0.0, -(offset + design @ z)).sum())
+    margin = offset + design @ z
+    minus_log_prior = z @ z / 2
+    minus_log_likelihoods = np.logaddexp(0.0, -margin)
+    return float(minus_log_prior + minus_log_likelihoods.sum())
 
 
 def _curvature(z: Array, offset: Array, design: Array) -> Array:
     """Return the second derivative of `_loss`: [R, R], with eigenvalues of at least 1."""
     margin = offset + design @ z
     weights = expit(margin) * expit(-margin)
-    curvature: Array = np.eye(len(z)) + (design * weights[:, None]).T @ design
-    return curvature
+    weighted = design * weights[:, None]
+    return np.asarray(np.eye(len(z)) + weighted.T @ design)

@@ -258,9 +258,10 @@ class RewardModelEnsemble(Reward, Generic[Model]):
     def _combine(self, rows: Sequence[Sequence[TextScore]]) -> RewardScores:
         """Combine the scores of N texts by every model into scaled scores [A, K, N]."""
         values = np.empty((max(1, len(self.attributes)), len(self.members), len(rows)))
+        tokens = 0
         for index, row in enumerate(rows):
             values[:, :, index] = self._arrange([score.logits for score in row])
-        tokens = sum(score.tokens for row in rows for score in row)
+            tokens += sum(score.tokens for score in row)
         notes = tuple(_first_note(row) for row in rows)
         scaled = scale_scores(values, self.config.scaling, self.attributes)
         return RewardScores(scaled, ScoringUsage(tokens), notes)

@@ -97,11 +97,10 @@ class SequenceReward(Reward):
             engine = self.engine(name)
             if not engine.missing(_NEEDS):
                 continue
-            able = [
-                f"engine = {other!r}"
-                for other, candidate in self.engines.items()
-                if candidate.capabilities >= _NEEDS
-            ]
+            able: list[str] = []
+            for other, candidate in self.engines.items():
+                if candidate.capabilities >= _NEEDS:
+                    able.append(f"engine = {other!r}")
             advice = " or ".join(able) or "an engine of [engines.*] that has it"
             raise Unsupported(
                 f"{where}: needs {', '.join(_NEEDS)}, which {engine.describe()} lacks; set in its "

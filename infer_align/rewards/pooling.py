@@ -108,7 +108,10 @@ class PoolingReward(RewardModelEnsemble["_PoolingModel"]):
         except ExceptionGroup as errors:
             # One dead engine fails many tasks with the same error.
             raise errors.exceptions[0] from None
-        return self._combine([[task.result() for task in row] for row in rows])
+        scores: list[list[TextScore]] = []
+        for tasks in rows:
+            scores.append([task.result() for task in tasks])
+        return self._combine(scores)
 
 
 class _PoolingModel:

@@ -181,7 +181,10 @@ class UpstreamReward(Reward):
         names = [model.name for model in self._models]
         if self.attributes or self._labels == 1:
             return tuple(names)
-        return tuple(f"{name} {label}" for name in names for label in range(self._labels))
+        members: list[str] = []
+        for name in names:
+            members += [f"{name} {label}" for label in range(self._labels)]
+        return tuple(members)
 
     async def start(self) -> None:
         """Open the connection pools. A server that is down is noticed at the first call."""
@@ -241,10 +244,11 @@ class UpstreamReward(Reward):
             return []
         activation = {"use_activation": self.config.activation}
         if self.config.api in {"classify", "pooling"} and self.config.input == "messages":
-            return [
-                _Call([index], {"messages": json_turns(messages, candidate), **activation})
-                for index, candidate in enumerate(candidates)
-            ]
+            calls: list[_Call] = []
+            for index, candidate in enumerate(candidates):
+                conversation = json_turns(messages, candidate)
+                calls.append(_Call([index], {"messages": conversation, **activation}))
+            return calls
         body: dict[str, Any]
         if self.config.api == "score":
             body = {"text_1": transcript(messages), "text_2": texts}

@@ -106,11 +106,12 @@ class Pool:
 
         The reasons do not name the URLs: those are for the log, not for clients.
         """
-        if any(host.down_reason is None for host in self.hosts):
-            return None
-        return "; ".join(
-            f"upstream {number}: {host.down_reason}" for number, host in enumerate(self.hosts, 1)
-        )
+        reasons: list[str] = []
+        for number, host in enumerate(self.hosts, 1):
+            if host.down_reason is None:
+                return None
+            reasons.append(f"upstream {number}: {host.down_reason}")
+        return "; ".join(reasons)
 
     def serving(self, model: str | None) -> list[Host]:
         """Return the hosts that serve a model and may get a call.

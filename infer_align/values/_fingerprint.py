@@ -86,7 +86,10 @@ def from_json(text: str) -> Fingerprint:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError("not a fingerprint")
-    return {str(name): [float(number) for number in numbers] for name, numbers in value.items()}
+    fingerprint: dict[str, list[float]] = {}
+    for name, numbers in value.items():
+        fingerprint[str(name)] = [float(number) for number in numbers]
+    return fingerprint
 
 
 def digest(value: Fingerprint) -> str:

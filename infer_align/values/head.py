@@ -190,10 +190,12 @@ class HeadStack:
         deep = [head for head in heads if not head.is_linear]
         # The features of linear heads come first.
         self.heads = (*plain, *deep)
-        self.table = HeadTable(
-            [head.tensors["E"].contiguous() for head in self.heads],
-            [head.tensors["b"].contiguous() for head in self.heads],
-        )
+        weights: list[torch.Tensor] = []
+        biases: list[torch.Tensor] = []
+        for head in self.heads:
+            weights.append(head.tensors["E"].contiguous())
+            biases.append(head.tensors["b"].contiguous())
+        self.table = HeadTable(weights, biases)
         self._linear = _stacked(plain, "P")
         self._first_layer = _stacked(deep, "W1")
         self._first_bias = _stacked(deep, "c1")
@@ -214,14 +216,16 @@ def _block_diagonal(blocks: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Return one matrix in which each block reads its own inputs; None without blocks."""
     if not blocks:
         return None
-    size = (sum(block.shape[0] for block in blocks), sum(block.shape[1] for block in blocks))
-    matrix = torch.zeros(size, device=blocks[0].device)
+    rows = sum(block.shape[0] for block in blocks)
+    columns = sum(block.shape[1] for block in blocks)
+    matrix = torch.zeros((rows, columns), device=blocks[0].device)
     row = 0
     column = 0
     for block in blocks:
-        matrix[row : row + block.shape[0], column : column + block.shape[1]] = block
-        row += block.shape[0]
-        column += block.shape[1]
+        height, width = block.shape
+        matrix[row : row + height, column : column + width] = block
+        row += height
+        column += width
     return matrix
 
 

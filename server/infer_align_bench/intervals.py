@@ -175,7 +175,8 @@ def block_length(series: ArrayLike) -> int:
     # Neighbours with opposite deviations: single draws overestimate the spread, which is safe.
     if density <= 0:
         return 1
-    length = round((1.5 * count * (slope / density) ** 2) ** (1 / 3))
+    cubed_length = 1.5 * count * (slope / density) ** 2
+    length = round(cubed_length ** (1 / 3))
     return int(np.clip(length, 1, longest))
 
 
@@ -202,16 +203,24 @@ class _Pool:
     """All values in ascending order, and the group of each value."""
 
     def __init__(self, groups: Sequence[ArrayLike]) -> None:
-        arrays = [np.atleast_1d(np.asarray(group, dtype=float)) for group in groups]
-        values = np.concatenate([*arrays, np.empty(0)])
-        owners = np.repeat(np.arange(len(arrays)), [len(array) for array in arrays])
-        order = np.argsort(values, kind="stable")
-        self.values = values[order]
+        values = [np.empty(0)]
+        sizes: list[int] = []
+        # Means of the groups that have values, in the order of time.
+        means: list[float] = []
+        for group in groups:
+            array = np.atleast_1d(np.asarray(group, dtype=float))
+            values.append(array)
+            sizes.append(len(array))
+            if len(array):
+                means.append(array.mean())
+        joined = np.concatenate(values)
+        owners = np.repeat(np.arange(len(sizes)), sizes)
+        order = np.argsort(joined, kind="stable")
+        self.values = joined[order]
+        self.means = np.array(means)
         self._owners = owners[order]
         # Each group once: the sample itself.
-        self.once = np.ones(len(arrays), dtype=np.int64)
-        # Means of the groups that have values, in the order of time.
-        self.means = np.array([array.mean() for array in arrays if array.size])
+        self.once = np.ones(len(sizes), dtype=np.int64)
 
     def figures(self, counts: Counts) -> Array:
         """Return mean and percentiles of the resample that has group i `counts[i]` times."""
@@ -226,7 +235,8 @@ class _Pool:
         above = np.minimum(below + 1, total - 1)
         low = self.values[np.searchsorted(cumulative, below, side="right")]
         high = self.values[np.searchsorted(cumulative, above, side="right")]
-        return np.concatenate([[mean], low + (high - low) * (position - below)])
+        percentiles = low + (high - low) * (position - below)
+        return np.concatenate([[mean], percentiles])
 
 
 def _replicates(figures: Callable[[Counts], Array], groups: int, length: int, seed: int) -> Array:
@@ -239,9 +249,11 @@ def _resamples(groups: int, length: int, seed: int) -> Iterator[Counts]:
     generator = np.random.default_rng(seed)
     blocks = math.ceil(groups / length)
     affordable = MAX_DRAWS // max(1, groups)
-    for _ in range(int(np.clip(affordable, MIN_REPLICATES, REPLICATES))):
+    replicates = int(np.clip(affordable, MIN_REPLICATES, REPLICATES))
+    for _ in range(replicates):
         starts = generator.integers(0, groups, blocks)
-        indices = (starts[:, None] + np.arange(length)).ravel()[:groups] % groups
+        drawn = starts[:, None] + np.arange(length)
+        indices = drawn.ravel()[:groups] % groups
         yield np.bincount(indices, minlength=groups)
 
 

@@ -61,7 +61,9 @@ def summarize(
     delays = {}
     if load.open:
         delays = _milliseconds([(s.started - s.intended,) for s in ordered], load.seed)
-    target_rates = rates(samples, spans, load.seed)
+    target_rates: dict[str, Any] = {}
+    for name, value in rates(samples, spans, load.seed).items():
+        target_rates[name] = as_json(value.estimate)
     return {
         "seconds": sum(span.ended - span.began for span in spans),
         "requests": {
@@ -71,7 +73,7 @@ def summarize(
         },
         "errors": _errors(samples),
         "latency_ms": latencies,
-        "rates": {name: as_json(value.estimate) for name, value in target_rates.items()},
+        "rates": target_rates,
         "goodput": _goodput(samples, spans, load, goals) if goals else None,
         "tokens": _tokens(answered),
         "send_delay_ms": delays,
@@ -186,19 +188,22 @@ def _tokens(answered: Sequence[Sample]) -> dict[str, Any]:
     `counted_by` is "usage" if the endpoint counted the returned tokens, "chunks" if each chunk
     counts as one token, and "mixed" if only some answers have a usage.
     """
-    with_usage = sum(sample.returned is not None for sample in answered)
+    with_usage = prompt = returned = generated = chunks = streamed = 0
+    align: Counter[str] = Counter()
+    for sample in answered:
+        with_usage += sample.returned is not None
+        prompt += sample.prompt_tokens or 0
+        returned += sample.tokens
+        generated += sample.generated_tokens
+        chunks += sample.chunks
+        if sample.chunks:
+            streamed += sample.tokens
+        align.update(sample.align)
     counted_by = "mixed" if with_usage else "chunks"
     if with_usage == len(answered):
         counted_by = "usage"
-    returned = sum(sample.tokens for sample in answered)
-    generated = sum(sample.generated_tokens for sample in answered)
-    chunks = sum(sample.chunks for sample in answered)
-    streamed = sum(sample.tokens for sample in answered if sample.chunks)
-    align: Counter[str] = Counter()
-    for sample in answered:
-        align.update(sample.align)
     return {
-        "prompt": sum(sample.prompt_tokens or 0 for sample in answered),
+        "prompt": prompt,
         "spent": generated,
         "returned": returned,
         "spent_per_returned": generated / returned if returned else None,

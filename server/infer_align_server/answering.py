@@ -67,12 +67,13 @@ async def answer_all(
             responses = await _run_all(work, waited_seconds)
     for response in responses:
         _check_returned(service, response)
+    candidates: list[Candidate] = []
+    prompt_tokens = 0
     for response in responses:
         service.metrics.count_response(response)
-    describe_usage(
-        [candidate for response in responses for candidate in response.candidates],
-        sum(response.prompt_tokens for response in responses),
-    )
+        candidates += response.candidates
+        prompt_tokens += response.prompt_tokens
+    describe_usage(candidates, prompt_tokens)
     return responses
 
 

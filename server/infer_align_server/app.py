@@ -29,6 +29,7 @@ from infer_align_server.logs import access, access_fields
 from infer_align_server.playground import page_routes
 from infer_align_server.routes import ENGINE_ROUTE, ROUTES, UPSTREAM_ROUTE
 from infer_align_server.service import Service
+from infer_align_server.sharing import Sharing
 from infer_align_server.traced_app import TracedApp
 from infer_align_server.wire.disconnect import ClientLeft
 from infer_align_server.wire.errors import error_response
@@ -43,7 +44,13 @@ EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms", "opena
 Header: TypeAlias = tuple[bytes, bytes]
 
 
-def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
+def create_app(
+    config: Config,
+    progress: Progress = lambda _: None,
+    sharing: Sharing | None = None,
+    *,
+    load_first: bool = False,
+) -> FastAPI:
     """Return the server as an ASGI application.
 
     The application answers /health and /ready while it still loads its models. If loading fails,
@@ -52,16 +59,20 @@ def create_app(config: Config, progress: Progress = lambda _: None) -> FastAPI:
     Args:
         config: The configuration of the process.
         progress: Called with a short description of each thing that is being loaded.
+        sharing: What this process shares with the other workers; None if there are none.
+        load_first: Accept no connection before loading has ended.
 
     Raises:
         ConfigError: The configuration cannot be served.
     """
-    service = Service(config)
+    service = Service(config, sharing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.loading = asyncio.create_task(service.start(progress))
         try:
+            if load_first:
+                await service.settled.wait()
             yield
         finally:
             app.state.loading.cancel()

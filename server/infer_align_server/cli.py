@@ -209,10 +209,12 @@ def _add_config(parser: Parser) -> None:
 def _serve(options: argparse.Namespace) -> int:
     import asyncio
 
-    from infer_align_server import logs, serve
+    from infer_align_server import logs, serve, supervisor
 
     logs.switch_off_progress_bars()
     config = configuration(options)
+    if config.server.workers > 1:
+        return supervisor.Supervisor(config, lambda: configuration(options), OUT.width).run()
     with asyncio.Runner(loop_factory=serve.loop_factory()) as runner:
         return runner.run(serve.serve(config, OUT, ERR))
 
@@ -237,13 +239,9 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _methods(_: argparse.Namespace) -> int:
     from infer_align.config import registry
-    from infer_align.config.align import Budget
-    from infer_align.objectives import Ensemble
+    from infer_align.config.align import parameter_classes
 
-    methods: dict[str, type[Any]] = {
-        name: registry.methods.get(name) for name in registry.methods.names()
-    }
-    _print_plugins("align", {**methods, "ensemble": Ensemble, "budget": Budget})
+    _print_plugins("align", parameter_classes())
     _print_plugins("[rewards.<name>] kind", _installed(registry.rewards))
     _print_plugins("[values.<name>] kind", _installed(registry.values))
     _print_plugins("[engine] kind", _installed(registry.engines))

@@ -6,13 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from infer_align.config import registry
-from infer_align.config.align import Budget
+from infer_align.config.align import parameter_classes
 from infer_align.config.schema import json_schema
 from infer_align.flow.scorers import reward_names
 from infer_align.methods.dpa import Prompting
 from infer_align.methods.guidance import TraitSections
-from infer_align.objectives import Ensemble
 from infer_align.values import Value
 from infer_align_server.availability import Availability, availability
 from infer_align_server.service import Service
@@ -42,23 +40,19 @@ def model(service: Service, name: str) -> dict[str, Any]:
 
 def methods(service: Service) -> dict[str, Any]:
     """Return the response of /v1/align/methods."""
-    parameters: dict[str, type[Any]] = {
-        name: registry.methods.get(name) for name in registry.methods.names()
-    }
-    parameters["ensemble"] = Ensemble
-    parameters["budget"] = Budget
     usable = availability(service)
     values = service.engine.values
     names = _names(service)
     ranges = service.config.methods.get(Prompting).trained_range
+    described: dict[str, Any] = {}
+    for name, cls in parameter_classes().items():
+        described[name] = _method(cls, usable.get(name), names, ranges)
     return {
         "model": service.model,
         "capabilities": sorted(service.engine.capabilities),
         # An upstream is asked for these only when a request needs one.
         "unknown_capabilities": sorted(service.engine.unknown_capabilities),
-        "methods": {
-            name: _method(cls, usable.get(name), names, ranges) for name, cls in parameters.items()
-        },
+        "methods": described,
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: _value(value) for name, value in values.items()},
         "profiles": {

@@ -163,13 +163,18 @@ async def score_pairs(
     personaliser = service.personaliser
     features = personaliser.feedback_features()
     personaliser.check_conversation(features, messages, "messages")
-    texts = list(dict.fromkeys(text for pair in pairs for text in (pair.chosen, pair.rejected)))
+    numbers: dict[str, int] = {}
+    for pair in pairs:
+        numbers.setdefault(pair.chosen, len(numbers))
+        numbers.setdefault(pair.rejected, len(numbers))
+    texts = list(numbers)
     scores = await service.choice_scores.score(features, messages, texts, Ensemble())
-    row_of = {text: scores[i] for i, text in enumerate(texts)}
     keeps_text = personaliser.settings.store_text
     choices: list[StoredChoice] = []
     for pair in pairs:
-        difference = pair.strength * (row_of[pair.chosen] - row_of[pair.rejected])
+        chosen = scores[numbers[pair.chosen]]
+        rejected = scores[numbers[pair.rejected]]
+        difference = pair.strength * (chosen - rejected)
         choices.append(_stored(sent, pair, features, difference, keeps_text=keeps_text))
     if not keeps_text and not any(choice.differences for choice in choices):
         raise RewardFailed(

@@ -183,10 +183,10 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     judging = parse(Judging, settings, "")
     reward = await when_discovered(lambda: _judge_reward(service, judging))
     modes: tuple[Mode, ...] = ("score", "pairwise") if judging.mode == "both" else (judging.mode,)
-    worst_cases = [
-        reward.with_parameters({"mode": mode}).worst_case_tokens(len(texts)) for mode in modes
-    ]
-    async with service.scoring(sum(worst_cases), caller) as count_usage:
+    worst_case = 0
+    for mode in modes:
+        worst_case += reward.with_parameters({"mode": mode}).worst_case_tokens(len(texts))
+    async with service.scoring(worst_case, caller) as count_usage:
         judgements = await _judge(reward, modes, body["messages"], texts)
         count_usage(judgements.usage)
     judgements.check()
@@ -264,20 +264,22 @@ def _response(
     usage = scoring_usage_json(judgements.usage)
     del usage["reward_tokens"]
     rubric = judgements.questions.rubric
+    scale = reward.config.scale
+    inconsistent: dict[str, float | None] = {}
+    for k in SUBSET_SIZES:
+        inconsistent[str(k)] = number(nontransitivity(relations, k))
     return {
         "object": "align.judge",
-        "scale": reward.config.scale,
-        "candidates": [
-            _candidate_json(i, reward.config.scale, scores, judgements) for i in range(len(texts))
-        ],
+        "scale": scale,
+        "candidates": [_candidate_json(i, scale, scores, judgements) for i in range(len(texts))],
         "pairs": [_pair_json(comparisons, pair) for pair in comparisons.pairs],
         "conflict_ratio": number(conflict_ratio(scores, relations)),
         "tie_rate": _tie_rate(comparisons),
         "position_bias": number(position_bias(comparisons.readings)),
-        "nontransitivity": {str(k): number(nontransitivity(relations, k)) for k in SUBSET_SIZES},
+        "nontransitivity": inconsistent,
         "cycles": [list(cycle) for cycle in cycles(relations)],
         "drop_rate": _drop_rates(judgements),
-        **_details(reward.panel, reward.config.scale, len(texts), judgements),
+        **_details(reward.panel, scale, len(texts), judgements),
         "rubric": None if rubric is None else rubric_report(rubric),
         "usage": usage,
     }
@@ -293,7 +295,7 @@ def _details(panel: JudgePanel, scale: Scale, n: int, judgements: Judgements) ->
         rated = rating_details(panel, objective, judgements.ratings, indices, scale)
         rows: list[list[float]] = []
         for part in judgements.ratings.parts:
-            rows.append([rescale(score, scale) for score in part.scores])
+            rows.append(part.rescaled_scores(scale))
         rated = with_score_statistics(rated, np.array(rows))
     if judgements.comparisons.pairs:
         compared = comparison_details(panel, objective, judgements.comparisons, indices)

@@ -34,10 +34,12 @@ class JsonFormatter(logging.Formatter):
 
     Args:
         secrets: Strings that are replaced wherever they occur, such as API keys.
+        worker: The process id of a worker, for each of its lines; None if there is one process.
     """
 
-    def __init__(self, secrets: Iterable[str] = ()) -> None:
+    def __init__(self, secrets: Iterable[str] = (), worker: int | None = None) -> None:
         super().__init__()
+        self._fields = {} if worker is None else {"worker": worker}
         escaped = {json.dumps(secret)[1:-1] for secret in secrets if secret}
         # The longest first: one secret may be the beginning of another.
         self._secrets = sorted(escaped, key=len, reverse=True)
@@ -49,6 +51,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
+            **self._fields,
         }
         for key, value in vars(record).items():
             if key not in _STANDARD_ATTRIBUTES:
@@ -110,15 +113,16 @@ class AccessLogger(logging.Logger):
 access = AccessLogger("infer_align.access")
 
 
-def configure(level: str, secrets: Iterable[str] = ()) -> None:
+def configure(level: str, secrets: Iterable[str] = (), worker: int | None = None) -> None:
     """Send the logs of every package and Python's warnings to standard error.
 
     Args:
         level: The level of our logs, such as "info".
         secrets: See `JsonFormatter`.
+        worker: See `JsonFormatter`.
     """
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter(secrets))
+    handler.setFormatter(JsonFormatter(secrets, worker))
     handler.addFilter(RequestIdFilter())
     # Libraries log to the root. Their own handlers would write plain lines.
     logging.getLogger().handlers = [handler]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from infer_align.flow.response import Response
 from infer_align.types import Candidate, Scores, ScoringUsage
@@ -29,10 +31,17 @@ class Metrics:
     """The metrics of one application, in a registry of their own.
 
     Several applications can therefore run in one process.
+
+    Args:
+        folder: The folder in which the workers of one server keep their metrics; None for one
+            process. The environment variable PROMETHEUS_MULTIPROC_DIR must name it before
+            prometheus_client is imported. `text` then covers all workers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.registry = CollectorRegistry()
+        self._folder = folder
+        self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self.families: list[Family] = []
         self.requests = self._counter(
             "requests", "Requests by route and status", ["route", "status"]
@@ -57,7 +66,8 @@ class Metrics:
         self.running = self._gauge("running_requests", "Requests that are running")
         self.queued = self._gauge("queued_requests", "Requests that wait in the queue")
         self.tasks = self._gauge("tasks", "Tasks of the event loop; constant while idle")
-        self.ready = self._gauge("ready", "1 while requests are served, else 0")
+        self.ready = self._gauge("ready", "1 while requests are served, else 0", "livemax")
+        self.workers = self._gauge("workers", "Processes that serve requests")
         self._time_requests()
         self._watch_rewards()
 
@@ -97,10 +107,12 @@ class Metrics:
         self.families.append(Family(f"{name}_total", "counter", tuple(labels or ()), text))
         return Counter(name, text, labels or [], registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
+    def _gauge(
+        self, name: str, text: str, over_workers: Literal["livesum", "livemax"] = "livesum"
+    ) -> Gauge:
         name = f"infer_align_{name}"
         self.families.append(Family(name, "gauge", (), text))
-        return Gauge(name, text, registry=self.registry)
+        return Gauge(name, text, registry=self.registry, multiprocess_mode=over_workers)
 
     def _histogram(
         self, name: str, text: str, buckets: tuple[float, ...], labels: Sequence[str] = ()
@@ -171,9 +183,26 @@ class Metrics:
         if judge_tokens:
             self.judge_tokens.inc(judge_tokens)
 
+    def watch(self, gauge: Gauge, function: Callable[[], float]) -> None:
+        """Make a gauge have the value that a function returns."""
+        if self._folder is None:
+            gauge.set_function(function)
+        else:
+            self._watched.append((gauge, function))
+
+    def refresh(self) -> None:
+        """Write the watched gauges to the folder, where the other workers read them."""
+        for gauge, function in self._watched:
+            gauge.set(function())
+
     def text(self) -> bytes:
         """Return all metrics in Prometheus's text format."""
-        return generate_latest(self.registry)
+        if self._folder is None:
+            return generate_latest(self.registry)
+        self.refresh()
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, str(self._folder))
+        return generate_latest(registry)
 
 
 def count_tasks() -> float:

@@ -26,9 +26,10 @@ from infer_align_server.wire.stream_options import StreamOptions
 def request_schemas(service: Service) -> dict[str, Schema]:
     """Return the schema of the body of each route, by the names that the document gives them."""
     align = _align(service)
-    align_fields = {
-        key: align["properties"][key] for key in align_keys() if key in align["properties"]
-    }
+    align_fields: dict[str, Schema] = {}
+    for key in align_keys():
+        if key in align["properties"]:
+            align_fields[key] = align["properties"][key]
     judge_fields = json_schema(Judging)["properties"]
     model = {"enum": [*service.models(), None]}
     max_candidates = service.config.limits.max_candidates

@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
 from typing import Any
@@ -54,9 +55,65 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]
         super().handle_exit(sig, frame)
         # uvicorn raises the captured signals again after the drain. Remove SIGTERM, so that the
         # exit status is 0.
-        self._captured_signals: list[int] = [
-            captured for captured in self._captured_signals if captured != signal.SIGTERM
-        ]
+        while signal.SIGTERM in self._captured_signals:
+            self._captured_signals.remove(signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that listens, with its loaded service.
+
+    Attributes:
+        service: The service.
+        ready: False if a signal arrived before the models were loaded.
+    """
+
+    service: Service
+    ready: bool
+    _server: DrainingServer
+    _serving: asyncio.Task[None]
+
+    @classmethod
+    async def start(cls, app: FastAPI, listener: socket.socket) -> RunningServer:
+        """Serve an application on a socket, and wait until its service has loaded its models.
+
+        Raises:
+            ConfigError: The models could not be loaded.
+        """
+        service: Service = app.state.service
+        server = DrainingServer(_uvicorn_config(service.config, app), service)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        settled = asyncio.create_task(service.settled.wait())
+        await asyncio.wait({serving, settled}, return_when=asyncio.FIRST_COMPLETED)
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        is_settled = settled.done()
+        settled.cancel()
+        if service.failure:
+            server.should_exit = True
+            await serving
+            raise ConfigError(service.failure)
+        ready = server.started and is_settled
+        if ready:
+            # Loaded models stay in memory. Exclude them from garbage collection: a walk over the
+            # million objects of torch would interrupt a response.
+            gc.collect()
+            gc.freeze()
+        return cls(service, ready, server, serving)
+
+    def stop(self) -> None:
+        """Refuse new requests, finish those that run, then end."""
+        self._server.handle_exit(signal.SIGTERM, None)
+
+    async def wait(self) -> int:
+        """Wait for the end; return the exit status: 0 after a signal, 1 without a start."""
+        try:
+            await self._serving
+        finally:
+            # The interpreter frees what is left at its end. Some extensions report objects that
+            # are still frozen then as leaks.
+            gc.unfreeze()
+        return 0 if self._server.started else 1
 
 
 async def serve(config: Config, out: Console, err: Console) -> int:
@@ -75,40 +132,18 @@ async def serve(config: Config, out: Console, err: Console) -> int:
     """
     logs.configure(config.server.log_level, config.secrets())
     start = monotonic()
-    with _progress(err) as progress:
-        app = create_app(config, progress)
-        service: Service = app.state.service
-        server = DrainingServer(_uvicorn_config(config, app), service)
-        listener = _listen(config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        settled = asyncio.create_task(service.settled.wait())
-        await asyncio.wait({serving, settled}, return_when=asyncio.FIRST_COMPLETED)
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
-    if service.failure:
-        server.should_exit = True
-        await serving
-        raise ConfigError(service.failure)
-    if server.started and settled.done():
-        # Loaded models stay in memory. Exclude them from garbage collection: a walk over the
-        # million objects of torch would interrupt a response.
-        gc.collect()
-        gc.freeze()
-        _reload_on_hangup(service)
+    with show_progress(err) as progress:
+        listener = listen(config)
+        running = await RunningServer.start(create_app(config, progress), listener)
+    if running.ready:
+        _reload_on_hangup(running.service)
         screen = err if err.is_terminal else out
-        print_welcome(service, _url(listener), monotonic() - start, screen)
-    try:
-        await serving
-    finally:
-        # The interpreter frees what is left at its end. Some extensions report objects that are
-        # still frozen then as leaks.
-        gc.unfreeze()
-        settled.cancel()
-    return 0 if server.started else 1
+        print_welcome(running.service, server_url(listener), monotonic() - start, screen)
+    return await running.wait()
 
 
 @contextmanager
-def _progress(err: Console) -> Iterator[Callable[[str], None]]:
+def show_progress(err: Console) -> Iterator[Callable[[str], None]]:
     """Provide a callback that shows or logs what is being loaded."""
     if not err.is_terminal:
         yield _log_progress
@@ -153,7 +188,17 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return factory or asyncio.new_event_loop
 
 
-def _listen(config: Config) -> socket.socket:
+def listen(config: Config, *, shared: bool = False) -> socket.socket:
+    """Return a socket that listens on the configured address.
+
+    Args:
+        config: The configuration.
+        shared: Let further sockets of this user listen on the same address. Linux then spreads the
+            connections over them.
+
+    Raises:
+        ConfigError: The address cannot be used.
+    """
     host = config.server.host
     port = config.server.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -162,6 +207,8 @@ def _listen(config: Config) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG)
     except OSError as error:
@@ -182,7 +229,7 @@ def _uvicorn_config(config: Config, app: FastAPI) -> uvicorn.Config:
     return uvicorn.Config(app, http=BoundedProtocol, log_config=None, access_log=False, **options)
 
 
-def _url(listener: socket.socket) -> str:
+def server_url(listener: socket.socket) -> str:
     """Return the URL of the server, without a path."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

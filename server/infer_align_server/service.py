@@ -46,12 +46,17 @@ from infer_align_server.logs import describe
 from infer_align_server.metrics import Metrics, count_tasks
 from infer_align_server.model_choice import ModelChoice
 from infer_align_server.profile_keeper import ProfileKeeper
+from infer_align_server.sharing import Sharing
 
 log = logging.getLogger("infer_align")
 
 
 class Service:
     """The flow with an engine and rewards, behind API keys and limits.
+
+    Args:
+        config: The configuration.
+        sharing: What this process shares with the other workers; None if there are none.
 
     Attributes:
         default_rewards: {reward name: weight} for requests that name no rewards.
@@ -66,18 +71,21 @@ class Service:
         ConfigError: The configuration cannot be served.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, sharing: Sharing | None = None) -> None:
         self.config = config
+        self.sharing = sharing
         self.engine: Engine = config.load_engine()
         self.engines: Mapping[str, Engine] = {**config.load_engines(), "served": self.engine}
         self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
         self.default_rewards = default_rewards(config, self.rewards)
         check_preset_names(config, self.rewards, self.engine)
         limits = config.limits
-        self.admission = Admission(limits)
-        self._requests = RateLimit(limits.requests_per_minute, "requests", "rate_limit_exceeded")
-        self.tokens = RateLimit(
-            limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
+        self.admission = Admission(sharing.limits(limits) if sharing else limits)
+        self._requests = _rate_limit(
+            limits.requests_per_minute, "requests", "rate_limit_exceeded", sharing
+        )
+        self.tokens = _rate_limit(
+            limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded", sharing
         )
         self.profiles = ProfileKeeper(config)
         self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
@@ -89,15 +97,16 @@ class Service:
         self.warnings: list[str] = []
         self._loading = ""
         self._draining = False
-        self.metrics = Metrics()
+        self.metrics = Metrics(sharing.folder if sharing else None)
         self.choice_scores = ChoiceScores(self.rewards, self.metrics.count_scoring)
         self.personaliser = Personaliser(
             self.rewards, self.default_rewards, config.methods, self.choice_scores
         )
-        self.metrics.running.set_function(lambda: self.admission.running)
-        self.metrics.queued.set_function(lambda: self.admission.queued)
-        self.metrics.tasks.set_function(count_tasks)
-        self.metrics.ready.set_function(lambda: float(self.unready() is None))
+        self.metrics.watch(self.metrics.running, lambda: self.admission.running)
+        self.metrics.watch(self.metrics.queued, lambda: self.admission.queued)
+        self.metrics.watch(self.metrics.tasks, count_tasks)
+        self.metrics.watch(self.metrics.ready, lambda: float(self.unready() is None))
+        self.metrics.watch(self.metrics.workers, lambda: float(self.unready() is None))
 
     # --- Loading and shutdown ---
 
@@ -381,3 +390,9 @@ class Service:
                     self.metrics.count_scoring(usage)
 
                 yield count
+
+
+def _rate_limit(per_minute: int, unit: str, code: str, sharing: Sharing | None) -> RateLimit:
+    if sharing is None or per_minute == 0:
+        return RateLimit(per_minute, unit, code)
+    return RateLimit(per_minute, unit, code, buckets=sharing.buckets(unit))

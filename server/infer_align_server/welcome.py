@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.markup import escape
 
+from infer_align.config import Limits
 from infer_align.methods.dpa import Prompting
 from infer_align_server.availability import Availability, availability
 from infer_align_server.service import Service
+from infer_align_server.sharing import Sharing
 
 # Names of further models that one screen has room for.
 MAX_NAMES = 8
@@ -43,11 +45,7 @@ def print_welcome(service: Service, url: str, seconds: float, console: Console) 
 def _rows(service: Service, url: str) -> Iterator[tuple[str, str]]:
     """Yield the title and the text of each part of the screen."""
     engine = service.engine
-    length = f", context of {engine.context_length:,} tokens" if engine.context_length else ""
-    yield "engine", f"{service.config.engine_kind}{length}"
-    models = service.models()
-    if len(models) > 1:
-        yield "models", _list_names(models)
+    yield from _facts(service)
     yield from _methods(service)
     if not service.config.methods.get(Prompting).trained:
         yield "note", DIRECTIONS
@@ -64,6 +62,26 @@ def _rows(service: Service, url: str) -> Iterator[tuple[str, str]]:
         yield "open", f"{url}/ in a browser: the playground"
     reference = f"{url}/docs" if server.api_docs else f"{url}/openapi.json"
     yield "docs", f"docs/api.md, docs/configuration.md; {reference}"
+
+
+def _facts(service: Service) -> Iterator[tuple[str, str]]:
+    """Yield what answers: the engine, its models and the workers."""
+    engine = service.engine
+    length = f", context of {engine.context_length:,} tokens" if engine.context_length else ""
+    yield "engine", f"{service.config.engine_kind}{length}"
+    models = service.models()
+    if len(models) > 1:
+        yield "models", _list_names(models)
+    if service.sharing is not None:
+        yield "workers", _workers(service.sharing, service.config.limits)
+
+
+def _workers(sharing: Sharing, limits: Limits) -> str:
+    share = sharing.limits(limits)
+    return (
+        f"{sharing.workers} processes; each runs {share.max_running} requests and queues "
+        f"{share.max_queue}, its share of [limits]; rates and budgets are counted together"
+    )
 
 
 def _list_names(names: list[str]) -> str:

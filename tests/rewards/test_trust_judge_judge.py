@@ -446,4 +446,5 @@ async def test_a_judge_without_a_system_role_reads_the_instruction(
         finally:
             await engine.close()
         values.append(scores.values.tolist())
-    assert values[0] == values[1]
+    # Labels are read in batches of another size from run to run, which rounds differently.
+    assert np.allclose(values[0], values[1], rtol=1e-5)

@@ -9,6 +9,7 @@ random.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from infer_align.engines.fake.engine import FakeEngine, delay_factor
 from infer_align.engines.fake.script import Reply, ScriptedLabels, ScriptedWords
@@ -28,6 +29,7 @@ __all__ = [
 class Fake:
     """Scripted replies, delays and faults."""
 
+    holds_model: ClassVar[bool] = False
     model: str = field(default="fake", metadata={"description": "Name of the model."})
     replies: tuple[Reply, ...] = field(
         default=(Reply(),),

@@ -17,7 +17,7 @@ the model decides which hosts may serve it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from infer_align.engines.openai.engine import OpenAIEngine
 from infer_align.engines.openai.models import CONTEXT_LENGTH
@@ -32,6 +32,7 @@ __all__ = ["OpenAI", "OpenAIEngine", "plugin"]
 class OpenAI(Upstream):
     """Options of the engine for OpenAI-compatible servers."""
 
+    holds_model: ClassVar[bool] = False
     model: str | None = field(
         default=None,
         metadata={

@@ -7,8 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 
-from infer_align.decoding.cache import RowCache
-from infer_align.decoding.siblings import ValueCache
+from infer_align.decoding.siblings import ValueCache, read_tokens
 from infer_align.decoding.steering import steer_candidates
 from infer_align.steering import Steering
 from infer_align.types import Array
@@ -16,7 +15,9 @@ from infer_align.values.lookahead import LookaheadValue, ValueLM
 
 
 class AnswerValues:
-    """The values of the next tokens of one answer. Its methods run in threads.
+    """The values of the next tokens of one answer.
+
+    Its methods block, so they are called in a worker thread, one at a time.
 
     Args:
         values: the values, in the order of the steering.
@@ -35,22 +36,28 @@ class AnswerValues:
         """Read the prompt with each value LM."""
         for value in self._values:
             if value.lm and value.lm not in self._caches:
-                cache = RowCache()
-                positions = torch.arange(len(ids))[None]
-                value.lm.forward(torch.tensor([list(ids)]), cache, positions, None)
+                cache = read_tokens(value.lm, ids)
                 self._caches[value.lm] = ValueCache(value.lm, [0], [len(ids)], cache)
 
     def steer(self, tokens: Sequence[int], logits: Array) -> Array:
-        """Add the weighted values to the logits of the k most likely tokens: [V] -> [V].
+        """Add the weighted values to the logits of the k most likely tokens.
 
-        `choose` must follow.
+        `choose` must follow, unless the answer ends.
+
+        Args:
+            tokens: the n tokens that the upstream lists.
+            logits: [n] of these tokens.
+
+        Returns:
+            [n] steered logits.
         """
         by_token = dict(zip(tokens, logits.tolist(), strict=True))
         self._valued = most_likely(by_token, self._steering.candidates or len(tokens))
         positions = [tokens.index(token) for token in self._valued]
         weights = list(self._steering.beta.values())
-        is_masked = self._steering.tail == "mask"
-        steered = np.full_like(logits, -np.inf) if is_masked else logits.copy()
+        steered = logits.copy()
+        if self._steering.tail == "mask":
+            steered.fill(-np.inf)
         steered[positions] = steer_candidates(logits[positions], self._evaluate(), weights)
         return steered
 
@@ -58,9 +65,14 @@ class AnswerValues:
     def _evaluate(self) -> Array:
         """Value the answer after each of k candidates: -> [M, k]."""
         ids = torch.tensor([self._valued])
-        by_lm = {lm: cache.siblings(ids)[0] for lm, cache in self._caches.items()}
-        values = [by_lm[value.lm][:, value.index].numpy() for value in self._values if value.lm]
-        return np.asarray(values, dtype=np.float64)
+        by_lm: dict[ValueLM, torch.Tensor] = {}
+        for lm, cache in self._caches.items():
+            (by_lm[lm],) = cache.siblings(ids)
+        rows: list[torch.Tensor] = []
+        for value in self._values:
+            if value.lm:
+                rows.append(by_lm[value.lm][:, value.index])
+        return torch.stack(rows).double().numpy()
 
     @torch.inference_mode()
     def choose(self, token: int) -> None:

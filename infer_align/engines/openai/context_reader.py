@@ -65,13 +65,14 @@ class ContextReader:
         Raises:
             UpstreamFailed: a call failed; a refusal names its context.
         """
-        tops = await _together(
-            self._read_context(i, body, counter) for i, body in enumerate(bodies)
-        )
+        readings = [self._read_context(i, body, counter) for i, body in enumerate(bodies)]
+        tops = await _together(readings)
         if self._contexts is None:
             return tops
-        # Some servers add the token that they sampled, which is chance.
-        likely = [{token: top[token] for token in most_likely(top, self._width)} for top in tops]
+        likely: list[dict[int, float]] = []
+        for top in tops:
+            # Some servers add the token that they sampled, which is chance.
+            likely.append({token: top[token] for token in most_likely(top, self._width)})
         await self._read_hidden(self._contexts, bodies, likely, counter)
         return likely
 

@@ -44,10 +44,9 @@ async def sequence_logprobs(client: Client, model: str, query: SequenceQuery) ->
         UpstreamFailed: the upstream did not answer, or lists no logprobs of the prompt.
     """
     _refuse_unsupported(query)
-    calls = [
-        asyncio.ensure_future(_read(client, model, query, index))
-        for index in range(len(query.texts))
-    ]
+    calls: list[asyncio.Future[tuple[Array, int]]] = []
+    for index in range(len(query.texts)):
+        calls.append(asyncio.ensure_future(_read(client, model, query, index)))
     try:
         results = await asyncio.gather(*calls)
     finally:

@@ -308,9 +308,10 @@ class SteeredDrawing:
         self, answer: _Answer, body: Mapping[str, Any], bias: Mapping[int, float]
     ) -> int | None:
         """Let the upstream sample the token with a bias; None for the end of the answer."""
-        client_fields = {
-            name: self._draw.body[name] for name in UPSTREAM_SAMPLING if name in self._draw.body
-        }
+        client_fields: dict[str, Any] = {}
+        for name in UPSTREAM_SAMPLING:
+            if name in self._draw.body:
+                client_fields[name] = self._draw.body[name]
         fields = {
             **body,
             **self._continuation.logprob_fields(1),

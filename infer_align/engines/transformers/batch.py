@@ -46,7 +46,10 @@ class RowBatch:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each lane, the newest one included."""
-        return [length for row in self.rows for length in row.lengths]
+        lengths: list[int] = []
+        for row in self.rows:
+            lengths += row.lengths
+        return lengths
 
     @property
     def newest(self) -> list[list[int]]:

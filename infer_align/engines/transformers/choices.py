@@ -55,17 +55,21 @@ def completion_logprobs(entries: Sequence[Entry], start: int, *, alternatives: b
         start: number of characters before the first token.
         alternatives: False if the request wants the sampled tokens only.
     """
+    tokens: list[str] = []
+    logprobs: list[float] = []
     offsets: list[int] = []
     top_logprobs: list[dict[str, float]] = []
     offset = start
     for entry in entries:
+        tokens.append(_token_name(entry))
+        logprobs.append(entry["logprob"])
         offsets.append(offset)
         offset += len(entry["token"])
         top = entry["top_logprobs"]
         top_logprobs.append({_token_name(other): other["logprob"] for other in top})
     return {
-        "tokens": [_token_name(entry) for entry in entries],
-        "token_logprobs": [entry["logprob"] for entry in entries],
+        "tokens": tokens,
+        "token_logprobs": logprobs,
         "top_logprobs": top_logprobs if alternatives else None,
         "text_offset": offsets,
     }

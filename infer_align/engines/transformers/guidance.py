@@ -39,6 +39,8 @@ def read_contexts(
         pairs.append(ContextPair(contrast.scale, positive, negative))
         used[contrast.trait] = (0, positive, negative)
     prompts = [list(ids) for ids in numbers]
-    longest = {name: max(len(prompts[i]) for i in contexts) for name, contexts in used.items()}
+    longest: dict[str, int] = {}
+    for name, contexts in used.items():
+        longest[name] = max(len(prompts[i]) for i in contexts)
     candidate = CandidateGuidance(tuple(pairs), len(prompts), draw.guidance.min_p)
     return Guiding(tuple(prompts[1:]), candidate), longest

@@ -87,13 +87,13 @@ def check_causal(name: str, lm: Any) -> None:
     Raises:
         ConfigError: naming the model.
     """
-    logits = [
-        lm(input_ids=torch.tensor([[0, later]], device=lm.device), use_cache=False).logits[0, 0]
-        for later in (0, 1)
-    ]
-    change = (logits[1].float() - logits[0].float()).abs().max()
-    rounding = max(ROUNDING, 2 * torch.finfo(logits[0].dtype).eps)
-    if change > rounding * logits[0].float().abs().max():
+    # Two texts that differ in their second token only.
+    texts = torch.tensor([[0, 0], [0, 1]], device=lm.device)
+    first = lm(input_ids=texts[:1], use_cache=False).logits[0, 0]
+    second = lm(input_ids=texts[1:], use_cache=False).logits[0, 0]
+    change = (second.float() - first.float()).abs().max()
+    rounding = max(ROUNDING, 2 * torch.finfo(first.dtype).eps)
+    if change > rounding * first.float().abs().max():
         raise ConfigError(
             f"{FIELD}: {name!r} is a {type(lm).__name__} whose tokens read the tokens after them. "
             "It is an encoder, not a causal language model. Configure a model that generates text."

@@ -232,11 +232,10 @@ class SlotTable:
         )
 
     def _find_lookahead(self, slots: Indices) -> tuple[LookaheadSlot, ...]:
-        lms = {
-            column: value.lm
-            for column, value in enumerate(self._values)
-            if isinstance(value, LookaheadValue) and value.lm
-        }
+        lms: dict[int, ValueLM] = {}
+        for column, value in enumerate(self._values):
+            if isinstance(value, LookaheadValue) and value.lm:
+                lms[column] = value.lm
         if not lms:
             return ()
         users: list[LookaheadSlot] = []

@@ -21,10 +21,10 @@ _WORD = re.compile(r"\w+")
 def maxmin(utilities: ArrayLike, regret: bool = False) -> int | None:  # noqa: FBT001, FBT002
     """Return the candidate that is best for the group that it serves worst: [U, N] -> index.
 
-    With `regret`, the groups compare each candidate with their own best one: the candidate with the
-    smallest largest max_j u[j] - u[i] wins. Candidates with equal worst groups are compared by the
-    second worst, and so on; then the lowest index wins. A candidate with a NaN is not chosen; None
-    if there is no other.
+    With `regret`, a group's regret is its best score minus its score of the candidate, and the
+    candidate whose largest regret is smallest wins. Candidates with equal worst groups are compared
+    by the second worst, and so on; then the lowest index wins. A candidate with a NaN is not
+    chosen; None if there is no other.
 
     Source: Chakraborty et al. (2402.08925).
 
@@ -40,13 +40,15 @@ def maxmin_order(utilities: ArrayLike, *, regret: bool) -> tuple[int, ...]:
     groups = np.asarray(utilities, dtype=np.float64)
     if groups.ndim != 2:
         raise ValueError(f"utilities: shape {groups.shape} is not allowed; must be [U, N].")
-    compared = np.flatnonzero(~np.isnan(groups).any(axis=0))
+    has_nan = np.isnan(groups).any(axis=0)
+    compared = np.flatnonzero(~has_nan)
     rows = groups[:, compared]
     if regret and rows.size:
-        # A quarter of two finite numbers cannot differ by an infinite amount.
+        # The difference of two finite numbers can overflow. That of their quarters cannot.
         rows = -_below_best(rows / 4)
-    ascending = np.sort(rows, axis=0)
-    order = sorted(range(len(compared)), key=lambda i: tuple(-ascending[:, i]))
+    # Compare the worst groups first, then the second worst, and so on.
+    worst_first = np.sort(rows, axis=0)
+    order = sorted(range(len(compared)), key=lambda i: tuple(-worst_first[:, i]))
     return tuple(int(compared[i]) for i in order)
 
 
@@ -65,25 +67,28 @@ def lexicographic(scores: ArrayLike, margins: ArrayLike) -> Array:
     """
     rewards = np.asarray(scores, dtype=np.float64)
     widths = np.asarray(margins, dtype=np.float64)
-    if rewards.ndim != 2 or widths.shape != rewards.shape[:1] or not (widths >= 0).all():
+    has_shape = rewards.ndim == 2 and widths.shape == rewards.shape[:1]
+    if not has_shape or not (widths >= 0).all():
         raise ValueError(
             f"scores {rewards.shape} and margins {widths.shape}: must be [R, N] and [R], margins "
             "at least 0."
         )
     missing = np.isnan(rewards).any(axis=0)
-    # A quarter of two finite numbers cannot differ by an infinite amount.
+    # The difference of two finite numbers can overflow. That of their quarters cannot.
     rows = np.where(missing, np.nan, rewards) / 4
     n = rows.shape[1]
+    # 1 where the row's candidate beats the column's, -1 where it loses, 0 where nothing decided.
     outcome = np.zeros((n, n))
     for row, width in zip(rows, widths, strict=True):
         # Equal infinities do not differ. An infinite margin never decides.
         with np.errstate(invalid="ignore"):
-            difference = np.nan_to_num(row[:, None] - row[None, :], nan=0.0, posinf=np.inf)
-            decided = np.abs(difference) > width * spread(row)
-        outcome = np.where((outcome == 0) & decided, np.sign(difference), outcome)
-    wins = (outcome > 0).sum(axis=1).astype(np.float64)
-    wins[missing] = np.nan
-    return np.asarray(wins)
+            difference = row[:, None] - row[None, :]
+            difference = np.nan_to_num(difference, nan=0.0, posinf=np.inf)
+            is_over_margin = np.abs(difference) > width * spread(row)
+        is_open = outcome == 0
+        outcome = np.where(is_open & is_over_margin, np.sign(difference), outcome)
+    wins = (outcome > 0).sum(axis=1)
+    return np.asarray(np.where(missing, np.nan, wins))
 
 
 def pessimistic(scores: ArrayLike, beta: float) -> Array:
@@ -98,18 +103,20 @@ def pessimistic(scores: ArrayLike, beta: float) -> Array:
     Raises:
         ValueError: scores are not [N], or beta is not over 0.
     """
-    distance = _distances(scores, beta)
-    scored = np.flatnonzero(~np.isnan(distance))
-    lottery = np.zeros(len(distance))
+    gaps = _gaps(scores, beta)
+    scored = np.flatnonzero(~np.isnan(gaps))
+    lottery = np.zeros(len(gaps))
     if not len(scored):
         return lottery
     n = len(scored)
-    descending = np.sort(distance[scored])[::-1]
+    descending = np.sort(gaps[scored])[::-1]
     # A candidate more than N betas below the best never gets a share.
     sums = np.cumsum(np.maximum(descending, -n - 1.0))
+    # The level at which the shares of the best 1, 2, ... N candidates sum to 1.
     levels = (sums - n) / np.arange(1, n + 1)
-    count = int((descending > levels).sum())
-    share = np.maximum(distance[scored] - levels[count - 1], 0.0)
+    winners = int((descending > levels).sum())
+    level = levels[winners - 1]
+    share = np.maximum(gaps[scored] - level, 0.0)
     lottery[scored] = share / share.sum()
     return lottery
 
@@ -125,10 +132,13 @@ def tilted(scores: ArrayLike, beta: float) -> Array:
     Raises:
         ValueError: scores are not [N], or beta is not over 0.
     """
-    distance = _distances(scores, beta)
-    weights = np.exp(np.where(np.isnan(distance), -np.inf, distance))
+    gaps = _gaps(scores, beta)
+    exponents = np.where(np.isnan(gaps), -np.inf, gaps)
+    weights = np.exp(exponents)
     total = weights.sum()
-    return np.asarray(weights / total if total > 0 else weights)
+    if total == 0:
+        return np.asarray(weights)
+    return np.asarray(weights / total)
 
 
 def shortest(scores: ArrayLike, lengths: ArrayLike, within: float) -> int | None:
@@ -147,10 +157,11 @@ def shortest(scores: ArrayLike, lengths: ArrayLike, within: float) -> int | None
             f"scores {values.shape}, lengths {sizes.shape}, within {within}: must be [N], [N] and "
             "at least 0."
         )
-    compared = np.flatnonzero(~np.isnan(values) & ~np.isnan(sizes))
-    if not len(compared):
+    is_compared = ~np.isnan(values) & ~np.isnan(sizes)
+    if not is_compared.any():
         return None
-    near = compared[values[compared] >= values[compared].max() - within]
+    lowest = values[is_compared].max() - within
+    near = np.flatnonzero(is_compared & (values >= lowest))
     return int(min(near.tolist(), key=lambda i: (sizes[i], -values[i], i)))
 
 
@@ -190,11 +201,13 @@ def overlap(texts: Sequence[str]) -> Array:
         for j in range(i):
             total = sizes[i] + sizes[j]
             common = (first & words[j]).total()
-            matrix[i, j] = matrix[j, i] = 2 * common / total if total else 1.0
+            similarity = 2 * common / total if total else 1.0
+            matrix[i, j] = similarity
+            matrix[j, i] = similarity
     return matrix
 
 
-def _distances(scores: ArrayLike, beta: float) -> Array:
+def _gaps(scores: ArrayLike, beta: float) -> Array:
     """Return (score - best) / beta, at most 0; NaN stays NaN."""
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not beta > 0:
@@ -202,11 +215,12 @@ def _distances(scores: ArrayLike, beta: float) -> Array:
     if np.isnan(values).all():
         return values.copy()
     with np.errstate(over="ignore"):
-        return np.asarray(-_below_best(values[None])[0] / beta)
+        (below,) = _below_best(values[None])
+        return np.asarray(-below / beta)
 
 
 def _below_best(rows: Array) -> Array:
-    """Return how far each score is below the best of its row; infinite equals are 0 apart."""
+    """Return how far each score is below the best of its row; two equal infinities are 0 apart."""
     best = np.nanmax(rows, axis=1, keepdims=True)
     with np.errstate(invalid="ignore", over="ignore"):
         below = best - rows

@@ -5,6 +5,7 @@ TrustJudge (2509.21117), section 2.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -36,11 +37,14 @@ def conflict_ratio(
     usable = 0
     conflicts = 0
     for (i, j), compared in relations.items():
-        difference = scores.get(i, math.nan) - scores.get(j, math.nan)
+        first = scores.get(i, math.nan)
+        second = scores.get(j, math.nan)
+        difference = first - second
         if math.isnan(difference):
             continue
         usable += 1
-        conflicts += _sign(difference, tolerance) != _SIGN[compared]
+        if _sign(difference, tolerance) != _SIGN[compared]:
+            conflicts += 1
     return conflicts / usable if usable else math.nan
 
 
@@ -82,7 +86,10 @@ def cycles(relations: Relations) -> list[tuple[int, int, int]]:
     """
     items, sign, _ = _matrices(relations)
     better = (sign - sign.T) > 0
-    is_cycle = better[:, :, None] & better[None, :, :] & better.T[:, None, :]
+    first_beats_second = better[:, :, None]
+    second_beats_third = better[None, :, :]
+    third_beats_first = better.T[:, None, :]
+    is_cycle = first_beats_second & second_beats_third & third_beats_first
     triples: list[tuple[int, int, int]] = []
     for i, j, k in np.argwhere(is_cycle).tolist():
         if i < min(j, k):
@@ -95,13 +102,14 @@ def _matrices(relations: Relations) -> tuple[list[int], Signs, Mask]:
 
     Both matrices are filled above the diagonal.
     """
-    items = sorted({item for pair in relations for item in pair})
+    items = sorted(set(itertools.chain.from_iterable(relations)))
     index = {item: i for i, item in enumerate(items)}
     sign = np.zeros((len(items), len(items)), np.int8)
     compared = np.zeros(sign.shape, np.bool_)
-    for (i, j), relation in relations.items():
-        sign[index[i], index[j]] = _SIGN[relation]
-        compared[index[i], index[j]] = True
+    for (first, second), relation in relations.items():
+        place = (index[first], index[second])
+        sign[place] = _SIGN[relation]
+        compared[place] = True
     return items, sign, compared
 
 

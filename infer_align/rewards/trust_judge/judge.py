@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,10 @@ class Judge:
         self, messages: Messages, answers: Sequence[str], scale: int
     ) -> list[Judgement]:
         """Return one judgement per answer, with the labels 1..scale."""
-        prompts = [
-            score_messages(
+        valid = labels(scale)
+        tasks: list[Coroutine[Any, Any, Judgement]] = []
+        for answer in answers:
+            prompt = score_messages(
                 messages,
                 answer,
                 scale,
@@ -61,10 +63,8 @@ class Judge:
                 controls=self.engine.control_tokens,
                 system_role=self.engine.has_system_role,
             )
-            for answer in answers
-        ]
-        valid = labels(scale)
-        return await asyncio.gather(*(self._judge(prompt, SCORE, valid) for prompt in prompts))
+            tasks.append(self._judge(prompt, SCORE, valid))
+        return await asyncio.gather(*tasks)
 
     async def comparisons(
         self, messages: Messages, answers: Sequence[str], pairs: Sequence[tuple[int, int]]
@@ -77,8 +77,9 @@ class Judge:
         orders: list[tuple[int, int]] = []
         for i, j in pairs:
             orders += [(i, j), (j, i)]
-        prompts = [
-            pair_messages(
+        tasks: list[Coroutine[Any, Any, Judgement]] = []
+        for first, second in orders:
+            prompt = pair_messages(
                 messages,
                 answers[first],
                 answers[second],
@@ -87,11 +88,8 @@ class Judge:
                 controls=self.engine.control_tokens,
                 system_role=self.engine.has_system_role,
             )
-            for first, second in orders
-        ]
-        judgements = await asyncio.gather(
-            *(self._judge(prompt, BETTER, SIDES) for prompt in prompts)
-        )
+            tasks.append(self._judge(prompt, BETTER, SIDES))
+        judgements = await asyncio.gather(*tasks)
         return list(zip(judgements[::2], judgements[1::2], strict=True))
 
     async def _judge(

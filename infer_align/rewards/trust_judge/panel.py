@@ -56,9 +56,11 @@ class JudgePanel:
         parts = tuple(await asyncio.gather(*tasks))
         if self.is_single:
             return parts[0]
-        scores = [_mean(column) for column in zip(*(part.scores for part in parts), strict=True)]
+        scores: list[float] = []
         errors: list[str | None] = []
-        for i, score in enumerate(scores):
+        for i in range(len(answers)):
+            score = _mean([part.scores[i] for part in parts])
+            scores.append(score)
             errors.append(first_error(parts, i) if math.isnan(score) else None)
         return Ratings(tuple(scores), tuple(errors), parts=parts)
 
@@ -68,10 +70,8 @@ class JudgePanel:
         """Compare the answers two at a time; all judges compare the same pairs."""
 
         async def compare(pairs: Sequence[Pair]) -> Comparisons:
-            tasks = [
-                reader.compare(messages, answers, pairs, objective)
-                for reader in self.readers.values()
-            ]
+            readers = self.readers.values()
+            tasks = [each.compare(messages, answers, pairs, objective) for each in readers]
             parts = tuple(await asyncio.gather(*tasks))
             return parts[0] if self.is_single else self._combined(parts, pairs)
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from infer_align.methods.trust_judge import Readout
 from infer_align.rewards.trust_judge.criteria import Criterion, Objective
@@ -63,12 +64,10 @@ class Reader:
         objective: Objective,
     ) -> Comparisons:
         """Compare pairs of answers by all criteria of an objective, in both orders."""
-        tasks = [
-            compare_pairs(
-                self._judge_by(criterion), messages, answers, pairs, self.rule, self.tolerance
-            )
-            for criterion in objective.criteria
-        ]
+        tasks: list[Coroutine[Any, Any, Comparisons]] = []
+        for criterion in objective.criteria:
+            judge = self._judge_by(criterion)
+            tasks.append(compare_pairs(judge, messages, answers, pairs, self.rule, self.tolerance))
         parts = tuple(await asyncio.gather(*tasks))
         if objective.is_plain:
             return parts[0]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infer_align.rewards.trust_judge.judgement import Judgement
+from infer_align.rewards.trust_judge.readings import rescale
 from infer_align.types import ScoringUsage
 
 
@@ -32,6 +33,10 @@ class Ratings:
     def drop_rate(self) -> float:
         """The share of answers without a score."""
         return sum(math.isnan(score) for score in self.scores) / max(1, len(self.scores))
+
+    def rescaled_scores(self, scale: int) -> list[float]:
+        """Return the scores on 1..5, whatever scale they were read on."""
+        return [rescale(score, scale) for score in self.scores]
 
 
 def first_error(ratings: Sequence[Ratings], answer: int) -> str | None:

@@ -27,7 +27,6 @@ from infer_align.rewards.trust_judge.probes import PROBE_TOKENS
 from infer_align.rewards.trust_judge.prompts import SIDES, labels
 from infer_align.rewards.trust_judge.questions import Questions
 from infer_align.rewards.trust_judge.ratings import Ratings, first_error
-from infer_align.rewards.trust_judge.readings import rescale
 from infer_align.rewards.trust_judge.report import (
     comparison_details,
     comparison_report,
@@ -308,7 +307,7 @@ class TrustJudgeReward(Reward):
         for objective, ratings in zip(questions.objectives, rated, strict=True):
             judges = (ratings,) if panel.is_single else ratings.parts
             parts += judges
-            rows.append([[rescale(score, scale) for score in each.scores] for each in judges])
+            rows.append([each.rescaled_scores(scale) for each in judges])
             name = objective.name or ""
             details[name] = rating_details(panel, objective, ratings, indices, scale)
         values = np.array(rows, dtype=np.float64)
@@ -332,16 +331,15 @@ class TrustJudgeReward(Reward):
         """Compare the answers two at a time."""
         panel = self.panel
         n = len(answers)
-        tasks = [
-            panel.compare(messages, answers, objective, self.config.schedule)
-            for objective in questions.objectives
-        ]
+        schedule = self.config.schedule
+        objectives = questions.objectives
+        tasks = [panel.compare(messages, answers, each, schedule) for each in objectives]
         compared: list[Comparisons] = await asyncio.gather(*tasks)
         rows: list[list[list[float]]] = []
         reports: dict[str, dict[str, Any]] = {}
-        for objective, comparisons in zip(questions.objectives, compared, strict=True):
+        for objective, comparisons in zip(objectives, compared, strict=True):
             judges = (comparisons,) if panel.is_single else comparisons.parts
-            rows.append([[each.win_rate(item) for item in range(n)] for each in judges])
+            rows.append([each.win_rates(n) for each in judges])
             reports[objective.name or ""] = {
                 **comparison_report(comparisons, indices),
                 **comparison_details(panel, objective, comparisons, indices),

@@ -90,6 +90,10 @@ class Comparisons:
         points = self.points(item)
         return sum(points) / len(points) if points else math.nan
 
+    def win_rates(self, n: int) -> list[float]:
+        """Return the win rate of each of n answers."""
+        return [self.win_rate(item) for item in range(n)]
+
     def win_probabilities(self, n: int) -> Array:
         """Return the probability of each of n answers to beat each other one: [n, n].
 

@@ -49,7 +49,9 @@ class JudgedPair:
     @property
     def orders(self) -> Sequence[Mapping[str, float]]:
         """The label probabilities of both orders; () if there are none."""
-        orders = [order for pair in self.answer["pairs"] for order in pair["orders"]]
+        orders: list[Mapping[str, float]] = []
+        for pair in self.answer["pairs"]:
+            orders += pair["orders"]
         return orders if len(orders) == 2 and all(orders) else ()
 
     @property
@@ -141,18 +143,23 @@ def biases(pairs: Sequence[JudgedPair]) -> dict[str, float | None]:
     answer has the label A, so a preference for a label and one for a position look the same.
     "conflict": share of pairs whose scores and comparison disagree.
     """
-    orders = [pair.orders for pair in pairs if pair.orders]
-    readings = [order for both in orders for order in both]
-    figures: dict[str, float | None] = {
-        "position": _mean([_lead(order) for order in readings]),
-        "order": _mean([float(_lead(a) * _lead(b) > 0) for a, b in orders]),
-    }
-    for label in LABELS:
-        figures[f"label {label}"] = _mean([order.get(label, 0.0) for order in readings])
+    readings: list[Mapping[str, float]] = []
+    leads: list[float] = []
+    order_changes: list[float] = []
     conflicts: list[float] = []
     for pair in pairs:
+        if pair.orders:
+            first, second = pair.orders
+            readings += (first, second)
+            leads += (_lead(first), _lead(second))
+            # The lead of the answer that is shown first has one sign in both orders if the judge
+            # follows the place.
+            order_changes.append(float(_lead(first) * _lead(second) > 0))
         if pair.by_scores is not None and pair.by_comparison is not None:
             conflicts.append(float(pair.by_scores != pair.by_comparison))
+    figures: dict[str, float | None] = {"position": _mean(leads), "order": _mean(order_changes)}
+    for label in LABELS:
+        figures[f"label {label}"] = _mean([order.get(label, 0.0) for order in readings])
     return {**figures, "conflict": _mean(conflicts)}
 
 

@@ -66,11 +66,11 @@ class Measurement:
     @property
     def failed(self) -> dict[str, int]:
         """Number of failed answers by setting, without the refused settings."""
-        return {
-            name: len(failures)
-            for name, failures in self.runner.failures.items()
-            if name not in self.runner.refused
-        }
+        counts: dict[str, int] = {}
+        for name, failures in self.runner.failures.items():
+            if name not in self.runner.refused:
+                counts[name] = len(failures)
+        return counts
 
     @property
     def complete(self) -> bool:

@@ -294,9 +294,10 @@ def _distance_table(reports: Sequence[RewardReport]) -> str:
         names |= dict.fromkeys(report.distances)
     rows = []
     for report in reports:
-        cells = [
-            figure(report.distances[name]) if name in report.distances else "" for name in names
-        ]
+        cells: list[str] = []
+        for name in names:
+            distance = report.distances.get(name)
+            cells.append("" if distance is None else figure(distance))
         rows.append((escape(report.name), *cells))
     return table(("reward", *(escape(name) for name in names)), rows, TEXT_COLUMNS)
 

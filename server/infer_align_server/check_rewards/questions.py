@@ -172,11 +172,13 @@ def _question_of_pool(
     if answers is not None and answers < len(indices):
         sample = np.random.default_rng((0, pool.line))
         indices = sorted(int(i) for i in sample.choice(indices, answers, replace=False))
-    ratings = pool.gold or (np.nan,) * len(pool.answers)
+    ratings = np.full(len(pool.answers), np.nan)
+    if pool.gold:
+        ratings[:] = pool.gold
     return RatedQuestion(
         pool.messages,
         tuple(pool.answers[i] for i in indices),
-        np.array([ratings[i] for i in indices], dtype=np.float64),
+        ratings[indices],
         np.empty((0, 2), dtype=np.int64),
         intruders,
     )

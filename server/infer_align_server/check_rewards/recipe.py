@@ -104,10 +104,10 @@ async def check(reward: Reward) -> list[CheckedText]:
     """
     rows: list[CheckedText] = []
     for text, (messages, answers) in TEXTS.items():
-        candidates = [
-            Candidate(index, {"message": {"role": "assistant", "content": answer}})
-            for index, answer in enumerate(answers)
-        ]
+        candidates: list[Candidate] = []
+        for index, answer in enumerate(answers):
+            choice = {"message": {"role": "assistant", "content": answer}}
+            candidates.append(Candidate(index, choice))
         scores = await reward.score(messages, candidates)
         recipe = None
         if isinstance(reward, ComparableReward):

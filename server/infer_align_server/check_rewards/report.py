@@ -221,9 +221,13 @@ def _pair_figures(
     if not scored.any():
         return None
     prompts = _prompts(questions)
-    lengths = [question.lengths for question in questions]
-    better = np.concatenate([row[q.pairs[:, 0]] for row, q in zip(lengths, questions, strict=True)])
-    worse = np.concatenate([row[q.pairs[:, 1]] for row, q in zip(lengths, questions, strict=True)])
+    better_lengths: list[Array] = []
+    worse_lengths: list[Array] = []
+    for question in questions:
+        better_lengths.append(question.lengths[question.pairs[:, 0]])
+        worse_lengths.append(question.lengths[question.pairs[:, 1]])
+    better = np.concatenate(better_lengths)
+    worse = np.concatenate(worse_lengths)
     right = wins(differences)
     longer = np.where(scored, wins(better - worse), np.nan)
     baseline = longer if np.nanmean(longer) >= 0.5 else 1 - longer
@@ -240,20 +244,29 @@ def _pair_figures(
 def _many_figures(
     scores: Sequence[Array], questions: Sequence[RatedQuestion]
 ) -> ManyFigures | None:
-    results = []
+    all_over_all: list[float] = []
+    one_over_many: list[float] = []
+    chances: list[float] = []
+    reciprocal_ranks: list[float] = []
+    wrong: list[float] = []
     for row, question in zip(scores, questions, strict=True):
         result = one_to_many(row, question.ratings)
-        if result is not None:
-            results.append(result)
+        if result is None:
+            continue
+        all_over_all.append(result.all_over_all)
+        one_over_many.append(result.one_over_many)
+        chances.append(result.chance)
+        reciprocal_ranks.append(result.reciprocal_rank)
+        wrong.append(result.wrong)
     # Against a single wrong answer it is the pair accuracy again.
-    if not results or max(result.wrong for result in results) < 2:
+    if max(wrong, default=0) < 2:
         return None
     return ManyFigures(
-        all_over_all=mean_over_prompts([result.all_over_all for result in results]),
-        one_over_many=mean_over_prompts([result.one_over_many for result in results]),
-        chance=float(np.mean([result.chance for result in results])),
-        reciprocal_rank=mean_over_prompts([result.reciprocal_rank for result in results]),
-        wrong=float(np.mean([result.wrong for result in results])),
+        all_over_all=mean_over_prompts(all_over_all),
+        one_over_many=mean_over_prompts(one_over_many),
+        chance=float(np.mean(chances)),
+        reciprocal_rank=mean_over_prompts(reciprocal_ranks),
+        wrong=float(np.mean(wrong)),
     )
 
 
@@ -301,17 +314,18 @@ def _reliability_figures(
 def _curve_figures(scored: ScoredReward, questions: Sequence[RatedQuestion]) -> CurveFigures | None:
     gold = [question.ratings for question in questions]
     objective = scored.objective
-    usable = [
-        int((~np.isnan(row) & ~np.isnan(judged)).sum())
-        for row, judged in zip(objective, gold, strict=True)
-    ]
-    grid = sizes([count for count in usable if count >= MIN_POOL])
+    # All selectors are compared on the answers that all of them know.
+    masked: list[Array] = []
+    pool_sizes: list[int] = []
+    for row, judged in zip(objective, gold, strict=True):
+        comparable = np.where(np.isnan(row), np.nan, judged)
+        masked.append(comparable)
+        size = int((~np.isnan(comparable)).sum())
+        if size >= MIN_POOL:
+            pool_sizes.append(size)
+    grid = sizes(pool_sizes)
     if not grid:
         return None
-    # All selectors are compared on the answers that all of them know.
-    masked = [
-        np.where(np.isnan(row), np.nan, judged) for row, judged in zip(objective, gold, strict=True)
-    ]
     curves = _selector_curves(scored, masked, grid)
     default = Ensemble().objective
     selector = default if default in curves else SCORE
@@ -342,19 +356,26 @@ def _selector_curves(
 
 def _attack_figures(attacks: Sequence[Sequence[ScoredAttack]]) -> tuple[AttackFigures, ...]:
     by_name: dict[str, list[ScoredAttack]] = {}
-    for row in attacks:
-        for scored in row:
+    for of_question in attacks:
+        for scored in of_question:
             by_name.setdefault(scored.attack.name, []).append(scored)
     figures: list[AttackFigures] = []
     for name, rows in by_name.items():
-        originals = [row for row in rows if row.attack.original is not None]
-        over = [wins(row.score - row.answers[row.attack.original or 0]) for row in originals]
+        beaten: list[float] = []
+        chosen: list[float] = []
+        over: list[Array] = []
+        for row in rows:
+            beaten.append(beaten_share(row.score, row.answers))
+            chosen.append(is_chosen(row.score, row.answers))
+            original = row.attack.original
+            if original is not None:
+                over.append(wins(row.score - row.answers[original]))
         figures.append(
             AttackFigures(
                 name,
-                mean_over_prompts([beaten_share(row.score, row.answers) for row in rows]),
-                mean_over_prompts([is_chosen(row.score, row.answers) for row in rows]),
-                mean_over_prompts(over),
+                beaten=mean_over_prompts(beaten),
+                chosen=mean_over_prompts(chosen),
+                over_original=mean_over_prompts(over),
             )
         )
     return tuple(figures)

@@ -179,10 +179,8 @@ async def _score_texts(
     values: list[Array] = []
     notes: list[str | None] = []
     for start in range(0, len(texts), chunk):
-        candidates = [
-            Candidate(index, _choice(text))
-            for index, text in enumerate(texts[start : start + chunk])
-        ]
+        part = texts[start : start + chunk]
+        candidates = [Candidate(index, _choice(text)) for index, text in enumerate(part)]
         scores = await score_with(reward, messages, candidates)
         values.append(scores.values)
         notes += scores.notes or (None,) * len(candidates)
@@ -231,6 +229,7 @@ def _scored_reward(
 ) -> ScoredReward:
     scored = ScoredReward(name, reward.description, tuple(reward.members), [])
     ensemble = Ensemble()
+    remarks: list[str] = []
     for answered, texts in zip(results, attacks, strict=True):
         scored.scores.append(answered.answers[attribute])
         rivals = ensemble.reduce(answered.rivals[attribute])
@@ -240,6 +239,6 @@ def _scored_reward(
             rows.append(ScoredAttack(text, float(value), rivals))
         scored.attacks.append(tuple(rows))
         scored.reasons.update(answered.notes)
-    remarks = (remark for answered in results for remark in answered.remarks)
+        remarks += answered.remarks
     scored.remarks.update(_by_kind(remarks))
     return scored

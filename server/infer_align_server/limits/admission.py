@@ -174,11 +174,9 @@ class Admission:
 
     def _delete_past_times(self) -> None:
         """Delete virtual times in the past: their callers start again at the present one."""
-        self._virtual_times = {
-            caller: time
-            for caller, time in self._virtual_times.items()
-            if time > self._now or caller in self._queues
-        }
+        for caller, time in list(self._virtual_times.items()):
+            if time <= self._now and caller not in self._queues:
+                del self._virtual_times[caller]
 
     def _virtual_time(self, caller: str) -> float:
         return max(self._now, self._virtual_times.get(caller, 0.0))

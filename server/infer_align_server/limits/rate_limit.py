@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import monotonic
 
-from infer_align.errors import Overloaded
+from infer_align.errors import Overloaded, Unavailable
+from infer_align_server.limits.buckets import Bucket, Buckets, MemoryBuckets
 
-# Above this number of buckets, full ones are deleted.
-MAX_CALLERS = 10_000
+log = logging.getLogger("infer_align")
+
 # Relative tolerance for rounding errors, so that waiting exactly `retry_after` is enough.
 ROUNDING = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class _Bucket:
-    """The content of a token bucket at a time in seconds of the clock."""
-
-    amount: float
-    time: float
 
 
 class RateLimit:
@@ -34,19 +27,23 @@ class RateLimit:
         unit: The name of the unit in error messages.
         code: The `code` of the error.
         clock: A function that returns seconds.
+        buckets: The buckets of all callers; None for buckets of this process alone.
     """
 
     def __init__(
-        self, per_minute: int, unit: str, code: str, clock: Callable[[], float] = monotonic
+        self,
+        per_minute: int,
+        unit: str,
+        code: str,
+        clock: Callable[[], float] = monotonic,
+        buckets: Buckets | None = None,
     ) -> None:
         self._size = float(per_minute)
         self._per_second = per_minute / 60
         self._unit = unit
         self._code = code
         self._clock = clock
-        # A caller without a bucket has a full one.
-        self._buckets: dict[str, _Bucket] = {}
-        self._sweep_size = MAX_CALLERS
+        self._buckets = MemoryBuckets() if buckets is None else buckets
 
     @property
     def limited(self) -> bool:
@@ -76,16 +73,23 @@ class RateLimit:
         """
         if not self.limited:
             return
-        available = self.available(caller)
         required = min(float(amount), self._size)
-        if available < required - ROUNDING * self._size:
-            raise self._over_limit(amount, available, required)
-        self._set(caller, available - amount)
+        with self._buckets.exclusive():
+            available = self.available(caller)
+            if available < required - ROUNDING * self._size:
+                raise self._over_limit(amount, available, required)
+            self._set(caller, available - amount)
 
     def give_back(self, caller: str, amount: int) -> None:
         """Return units that were taken and not used; take more if `amount` is negative."""
-        if self.limited and amount:
-            self._set(caller, min(self._size, self.available(caller) + amount))
+        if not self.limited or not amount:
+            return
+        try:
+            with self._buckets.exclusive():
+                self._set(caller, min(self._size, self.available(caller) + amount))
+        except Unavailable as error:
+            # The request is answered already. The bucket fills again within a minute.
+            log.error("%s: %d %s are not given back", error.message, amount, self._unit)
 
     def _over_limit(self, amount: int, available: float, required: float) -> Overloaded:
         message = f"The limit is {self._size:.0f} {self._unit} per minute."
@@ -100,14 +104,6 @@ class RateLimit:
         )
 
     def _set(self, caller: str, amount: float) -> None:
-        self._buckets[caller] = _Bucket(amount, self._clock())
-        if len(self._buckets) > self._sweep_size:
-            self._delete_full_buckets()
-
-    def _delete_full_buckets(self) -> None:
-        self._buckets = {
-            caller: bucket
-            for caller, bucket in self._buckets.items()
-            if self.available(caller) < self._size
-        }
-        self._sweep_size = max(MAX_CALLERS, 2 * len(self._buckets))
+        now = self._clock()
+        self._buckets.set(caller, Bucket(amount, now))
+        self._buckets.sweep(self._size, self._per_second, now)

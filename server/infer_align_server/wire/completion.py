@@ -52,7 +52,10 @@ def completion_json(responses: Sequence[Response], head: Mapping[str, Any]) -> d
 
 def returned_candidates(responses: Sequence[Response]) -> list[Candidate]:
     """Return the selected candidates of each prompt, in the order of the prompts."""
-    return [candidate for response in responses for candidate in response.returned]
+    candidates: list[Candidate] = []
+    for response in responses:
+        candidates += response.returned
+    return candidates
 
 
 def report_json(responses: Sequence[Response]) -> dict[str, Any]:
@@ -145,9 +148,14 @@ def align_json(response: Response) -> dict[str, Any]:
 
 def align_usage_json(response: Response) -> dict[str, int]:
     """Return the cost of the methods; guided requests also report the tokens of their contexts."""
+    calls = 0
+    tokens = 0
+    for candidate in response.candidates:
+        calls += candidate.calls
+        tokens += candidate.completion_tokens
     usage = {
-        "engine_calls": sum(candidate.calls for candidate in response.candidates),
-        "candidate_tokens": sum(c.completion_tokens for c in response.candidates),
+        "engine_calls": calls,
+        "candidate_tokens": tokens,
         "saved_tokens": response.saved_tokens,
         **scoring_usage_json(response.scores.usage),
     }
@@ -199,14 +207,14 @@ def profile_json(profile: AppliedProfile) -> dict[str, Any]:
 
 def scales_json(scales: Mapping[str, LearnedScale]) -> dict[str, Any]:
     """Return the scales of traits that were learnt."""
-    return {
-        trait: {
+    by_trait: dict[str, Any] = {}
+    for trait, learned in scales.items():
+        by_trait[trait] = {
             "scale": learned.scale,
             "uncertainty": learned.uncertainty,
             "bounds": list(learned.bounds),
         }
-        for trait, learned in scales.items()
-    }
+    return by_trait
 
 
 def _candidate_json(candidate: Candidate, response: Response) -> dict[str, Any]:

@@ -164,7 +164,9 @@ class EventStream(HttpResponse):
         end_time = monotonic()
         metrics = self._service.metrics
         metrics.ttft.observe(self._first_token_time - self._arrival_time)
-        candidates = [candidate for response in responses for candidate in response.candidates]
+        candidates: list[Candidate] = []
+        for response in responses:
+            candidates += response.candidates
         if len(candidates) == 1:
             further_tokens = candidates[0].completion_tokens - 1
             if further_tokens > 0:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer_align.errors import DeadlineExceeded, EngineFailed, Overloaded
-from infer_align_server.limits.rate_limit import MAX_CALLERS, RateLimit
+from infer_align.errors import DeadlineExceeded, EngineFailed, Overloaded, Unavailable
+from infer_align_server.limits.buckets import MAX_CALLERS, SharedBuckets
+from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
 from tests.server.conftest import FOREVER
 
@@ -260,3 +263,59 @@ def test_a_disconnect_in_the_queue_pays_nothing(budgeted: Any) -> None:
         assert live.until(lambda: live.service.admission.queued == 0)
         assert live.until(lambda: available(live) == 100_000)
     assert live.idle()
+
+
+def test_processes_share_the_buckets_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "limits.sqlite"
+    SharedBuckets.make_file(path)
+    clock = Clock()
+    first, second, other = (
+        RateLimit(60, unit, "too_many", clock, SharedBuckets(path, unit))
+        for unit in ("things", "things", "other things")
+    )
+    first.take("a", 50)
+    assert second.available("a") == 10
+    assert refusal(second, "a", 20) == pytest.approx(10.0)
+    assert other.available("a") == 60
+    second.give_back("a", 15)
+    assert first.available("a") == 25
+    clock.now += 5
+    assert first.available("a") == 30
+
+
+def test_a_refusal_changes_no_shared_bucket(tmp_path: Path) -> None:
+    path = tmp_path / "limits.sqlite"
+    SharedBuckets.make_file(path)
+    rate = RateLimit(10, "things", "too_many", Clock(), SharedBuckets(path, "things"))
+    rate.take("a", 10)
+    assert refusal(rate, "a", 1) is not None
+    assert rate.available("a") == 0
+
+
+def test_full_shared_buckets_are_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "limits.sqlite"
+    SharedBuckets.make_file(path)
+    clock = Clock()
+    rate = RateLimit(60, "things", "too_many", clock, SharedBuckets(path, "things"))
+    for i in range(MAX_CALLERS - 1):
+        rate.take(str(i))
+    clock.now += 60
+    rate.take("last", 30)
+    with sqlite3.connect(path) as connection:
+        callers = connection.execute("SELECT caller FROM buckets").fetchall()
+    connection.close()
+    assert callers == [("last",)]
+
+
+def test_shared_limits_that_cannot_be_counted_refuse_the_request(tmp_path: Path) -> None:
+    path = tmp_path / "limits.sqlite"
+    SharedBuckets.make_file(path)
+    rate = RateLimit(60, "things", "too_many", Clock(), SharedBuckets(path, "things"))
+    rate.take("a", 10)
+    with sqlite3.connect(path) as connection:
+        connection.execute("DROP TABLE buckets")
+    connection.close()
+    with pytest.raises(Unavailable, match="cannot be counted: no such table"):
+        rate.take("a", 10)
+    # The answer of a request that has ended is not lost.
+    rate.give_back("a", 5)
