@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
@@ -212,6 +213,13 @@ def test_an_exported_profile_is_read(file: Path, indent: int | None) -> None:
             {"prompt": "q", "answers": ["a", {"text": "b", "gold": 1}]},
             "1 of 2 answers have no rating",
         ),
+        ({"data": [GOOD]}, "has no field 'messages' or 'prompt'; it has 'data'"),
+        ({**GOOD, "chosen": None}, "has no field 'chosen': it is null"),
+        (
+            {"chosen": DIALOGUE + "x\n\nHuman: Thanks.", "rejected": DIALOGUE + "y"},
+            "chosen ends with a message of 'user'",
+        ),
+        ({"chosen": [], "rejected": []}, "chosen is an empty list of messages"),
         ({"chosen": DIALOGUE + "x", "rejected": "\n\nHuman: no\n\nAssistant: y"}, "differ before"),
         ({"chosen": "\n\nAssistant: x", "rejected": "\n\nAssistant: y"}, "no turn of a user"),
         ({"object": "align.profile.export", "choices": 3}, "choices is 3; must be a list"),
@@ -231,6 +239,22 @@ def test_bytes_that_are_no_text_have_a_reason(file: Path) -> None:
 
 
 # --- pairs and pools that a reader should know about ---
+
+
+def test_pairs_without_a_difference_in_words_are_counted(file: Path) -> None:
+    pairs = [
+        {**GOOD, "chosen": "two  words", "rejected": "two words\r\n"},
+        {**GOOD, "chosen": "caf\u00e9", "rejected": "cafe\u0301"},
+        {**GOOD, "chosen": "ze\u200bro", "rejected": "zero"},
+        {**GOOD, "chosen": "Case", "rejected": "case"},
+    ]
+    (remark,) = pair_remarks(read_preferences(write(file, *pairs)).pairs)
+    assert remark.startswith("3 pairs differ in spaces, invisible characters or the encoding")
+
+
+def test_prompts_that_differ_in_spaces_alone_are_one(file: Path) -> None:
+    spaced = {**GOOD, "prompt": f"  {GOOD['prompt']}\r\n"}
+    assert count_prompts(read_preferences(write(file, GOOD, spaced)).pairs) == 1
 
 
 def test_repeated_and_contradicting_pairs_are_counted(file: Path) -> None:
@@ -271,12 +295,16 @@ def test_pools_that_compare_nothing_are_counted(file: Path) -> None:
 # --- files ---
 
 
-def test_compressed_files_are_read(tmp_path: Path) -> None:
-    content = (json.dumps(GOOD) + "\n").encode()
+def test_compressed_files_are_read_whatever_their_name(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n"
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(content))
-    for name in ("a.jsonl.gz", "a.jsonl.xz"):
-        assert len(read_preferences(tmp_path / name).pairs) == 1
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(content))
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(content))
+    for name in ("a.jsonl.gz", "a.jsonl.xz", "a.jsonl.bz2", "a.jsonl"):
+        read = read_preferences(tmp_path / name)
+        assert len(read.pairs) == 1
+        assert read.problems == ()
 
 
 @pytest.mark.parametrize(
@@ -288,6 +316,8 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
         ("a.jsonl.gz", b"{}", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:20], "cannot be read"),
         ("a.jsonl.xz", b"{}", "cannot be read"),
+        ("a.jsonl", "{}".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd{}", "is compressed by zstd"),
     ],
 )
 def test_a_file_without_a_pair_is_refused(

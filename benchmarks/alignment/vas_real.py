@@ -7,8 +7,13 @@ So forms are compared at about the same distance from the frozen model, on promp
 has seen. With --beta there is no search: each form has these betas, and the plot shows its curve of
 effect over KL. Best-of-n by the same measure stands beside them: it knows the measure exactly.
 
+Several values can be compared, each a head (a file) or a lookahead value (a folder, of which
+another forward pass reads each candidate token). Each row has the tokens per second of its draws.
+
     python benchmarks/alignment/vas_real.py --value cheerful=cheerful.safetensors \
         --pools answer_pools.jsonl.xz [--beta 128,256,512]
+    python benchmarks/alignment/vas_real.py --trait cheerful --value head=cheerful.safetensors \
+        --value lookahead=cheerful-lm --forms "top_k 20; top_k 5" --pools answer_pools.jsonl.xz
 """
 
 from __future__ import annotations
@@ -40,29 +45,55 @@ from infer_align.types import Array
 
 FORMS: dict[str, dict[str, Any]] = {
     "top_k 20": {"top_k": 20},
+    "top_k 5": {"top_k": 5},
     "all": {"top_k": "all"},
     "min_p 0.05": {"min_p": 0.05},
     "top_k 20, max_kl 0.1": {"top_k": 20, "max_kl": 0.1},
     "top_k 20, max_kl 0.3": {"top_k": 20, "max_kl": 0.3},
 }
-# Target divergences, in nats per answer.
-LEVELS = (1.0, 3.0, 10.0)
+# A lookahead value reads each candidate, so it is tried with few of them too.
+DEFAULT_FORMS = [form for form in FORMS if form != "top_k 5"]
 # The search of beta: its first step, its factor, and its largest number of steps per target.
 FIRST_BETA = 4.0
 FACTOR = 2.0
 LARGEST_BETA = 1000.0
 BISECTIONS = 3
 BEST_OF = (2, 4)
-GUARDS = ("kl", "tokens", "logprob_per_token", "distinct_pairs")
+GUARDS = ("kl", "tokens", "logprob_per_token", "distinct_pairs", "tokens_per_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A value and a form of steering by it."""
+
+    value: str
+    form: str
+    name: str  # of its rows
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One setting of the comparison."""
 
-    form: str
+    name: str
     target: float
     beta: float
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The answers to all prompts, and the seconds they took."""
+
+    responses: list[Response]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the generated tokens per second of all prompts together."""
+        tokens = 0
+        for response in self.responses:
+            tokens += sum(each.completion_tokens for each in response.candidates)
+        return tokens / self.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +101,34 @@ class Setup:
     """What all cells share.
 
     Attributes:
-        trait: the measure, and the name of the value.
+        trait: the measure.
+        ways: the values and forms to compare.
         seed: of all draws.
         max_tokens: of an answer.
         draws: per prompt.
         betas: of every form; empty to search a beta for each target.
+        levels: target divergences of the search, in nats per answer.
+        record: name of the record and its plot.
     """
 
     trait: str
+    ways: tuple[Way, ...]
     seed: int
     max_tokens: int
     draws: int
     betas: tuple[float, ...]
+    levels: tuple[float, ...]
+    record: str
 
 
 class Search:
     """Searches the beta of one form for a divergence, on prompts of its own."""
 
-    def __init__(self, flow: Flow, setup: Setup, prompts: Sequence[str], form: str) -> None:
+    def __init__(self, flow: Flow, setup: Setup, prompts: Sequence[str], way: Way) -> None:
         self._flow = flow
         self._setup = setup
         self._prompts = prompts
-        self._form = form
+        self._way = way
         self._known: dict[float, float] = {0.0: 0.0}
 
     async def beta(self, target: float) -> float:
@@ -111,32 +148,33 @@ class Search:
 
     async def _kl(self, beta: float) -> float:
         if beta not in self._known:
-            responses = await steered(self._flow, self._setup, self._prompts, self._form, beta)
-            self._known[beta] = float(distances(responses).mean())
-            OUT.print(f"  {self._form}, beta {beta:.3g}: {self._known[beta]:.2f} nats")
+            draws = await steered(self._flow, self._setup, self._prompts, self._way, beta)
+            self._known[beta] = float(distances(draws.responses).mean())
+            OUT.print(f"  {self._way.name}, beta {beta:.3g}: {self._known[beta]:.2f} nats")
         return self._known[beta]
 
 
-async def steered(
-    flow: Flow, setup: Setup, prompts: Sequence[str], form: str, beta: float
-) -> list[Response]:
+async def steered(flow: Flow, setup: Setup, prompts: Sequence[str], way: Way, beta: float) -> Draws:
     """Answer all prompts with one form of steering."""
-    align = {"rewards": {}, "vas": {"beta": {setup.trait: beta}, **FORMS[form]}}
+    align = {"rewards": {}, "vas": {"beta": {way.value: beta}, **FORMS[way.form]}}
     return await draw(flow, setup, prompts, align)
 
 
 async def draw(
     flow: Flow, setup: Setup, prompts: Sequence[str], align: Mapping[str, Any], **body: Any
-) -> list[Response]:
+) -> Draws:
     """Answer all prompts, with the log-probability of each token."""
     fields = {"max_tokens": setup.max_tokens, "logprobs": True, "n": setup.draws, **body}
-    return await flow.ask_all(prompts, setup.seed, align, **fields)
+    started = monotonic()
+    responses = await flow.ask_all(prompts, setup.seed, align, **fields)
+    return Draws(responses, monotonic() - started)
 
 
 async def measures_of(
-    flow: Flow, setup: Setup, prompts: Sequence[str], responses: Sequence[Response]
+    flow: Flow, setup: Setup, prompts: Sequence[str], draws: Draws
 ) -> dict[str, Array]:
     """Return the measure and the guards of each prompt, as means over its draws: [P] each."""
+    responses = draws.responses
     answers = texts(responses)
     gold: list[float] = []
     tokens: list[float] = []
@@ -158,20 +196,22 @@ async def measures_of(
 
 
 def row_of(
-    trial: Trial, measures: Mapping[str, Array], plain: Mapping[str, Array], text: str
+    trial: Trial, measures: Mapping[str, Array], plain: Mapping[str, Array], draws: Draws
 ) -> dict[str, Any]:
     """Return the recorded row of a setting, with its paired difference to plain draws."""
-    row: dict[str, Any] = {"form": trial.form, "target": trial.target, "beta": trial.beta}
+    row: dict[str, Any] = {"form": trial.name, "target": trial.target, "beta": trial.beta}
     for name, values in measures.items():
         row[name], row[f"{name}_se"] = mean_se(values)
     row["effect"], row["effect_se"] = mean_se(measures["gold"] - plain["gold"])
-    row["text"] = text
+    row["tokens_per_s"] = draws.tokens_per_second
+    row["text"] = texts(draws.responses)[0][0]
     return row
 
 
-def best_of_rows(setup: Setup, responses: Sequence[Response]) -> list[dict[str, Any]]:
+def best_of_rows(setup: Setup, draws: Draws) -> list[dict[str, Any]]:
     """Return the rows of best-of-n by the measure itself, from plain draws."""
-    scores = [[MEASURES[setup.trait](text) for text in drawn] for drawn in texts(responses)]
+    answers = texts(draws.responses)
+    scores = [[MEASURES[setup.trait](text) for text in drawn] for drawn in answers]
     plain = np.array([np.mean(each) for each in scores])
     rows: list[dict[str, Any]] = []
     for n in BEST_OF:
@@ -192,31 +232,31 @@ async def compare(
     many = await draw(flow, setup, prompts, {"rewards": {}}, n=max(setup.draws, *BEST_OF))
     plain = await measures_of(flow, setup, prompts, many)
     greedy = await draw(flow, setup, prompts, {"rewards": {}}, n=1, temperature=0)
-    rows = [row_of(Trial("frozen", 0.0, 0.0), plain, plain, texts(many)[0][0])]
+    rows = [row_of(Trial("frozen", 0.0, 0.0), plain, plain, many)]
     of_greedy = await measures_of(flow, setup, prompts, greedy)
-    rows.append(row_of(Trial("greedy", 0.0, 0.0), of_greedy, plain, texts(greedy)[0][0]))
+    rows.append(row_of(Trial("greedy", 0.0, 0.0), of_greedy, plain, greedy))
     rows += best_of_rows(setup, many)
-    for form in FORMS:
-        for trial in await trials_of(flow, setup, searched, form):
-            responses = await steered(flow, setup, prompts, form, trial.beta)
-            measures = await measures_of(flow, setup, prompts, responses)
-            rows.append(row_of(trial, measures, plain, texts(responses)[0][0]))
-            OUT.print(f"{form}, beta {trial.beta:.3g}: measured", highlight=False)
+    for way in setup.ways:
+        for trial in await trials_of(flow, setup, searched, way):
+            draws = await steered(flow, setup, prompts, way, trial.beta)
+            measures = await measures_of(flow, setup, prompts, draws)
+            rows.append(row_of(trial, measures, plain, draws))
+            OUT.print(f"{way.name}, beta {trial.beta:.3g}: measured", highlight=False)
             # A long run that is stopped keeps what it has measured.
             save(setup, rows, len(searched), len(prompts))
     return rows
 
 
-async def trials_of(flow: Flow, setup: Setup, searched: Sequence[str], form: str) -> list[Trial]:
+async def trials_of(flow: Flow, setup: Setup, searched: Sequence[str], way: Way) -> list[Trial]:
     """Return the settings of one form: the betas of the setup, or one per reachable target."""
     if setup.betas:
-        return [Trial(form, 0.0, beta) for beta in setup.betas]
-    search = Search(flow, setup, searched, form)
-    reachable = FORMS[form].get("max_kl", math.inf) * setup.max_tokens
+        return [Trial(way.name, 0.0, beta) for beta in setup.betas]
+    search = Search(flow, setup, searched, way)
+    reachable = FORMS[way.form].get("max_kl", math.inf) * setup.max_tokens
     trials: list[Trial] = []
-    for target in LEVELS:
+    for target in setup.levels:
         if target <= reachable:
-            trials.append(Trial(form, target, await search.beta(target)))
+            trials.append(Trial(way.name, target, await search.beta(target)))
     return trials
 
 
@@ -243,7 +283,7 @@ def save(setup: Setup, rows: list[dict[str, Any]], searched: int, count: int) ->
         "temperature": 1.0,
     }
     baseline = "plain draws on the same prompts; best-of-n by the measure itself"
-    record(f"vas_real_{setup.trait}", baseline=baseline, seed=setup.seed, rows=rows, setup=facts)
+    record(setup.record, baseline=baseline, seed=setup.seed, rows=rows, setup=facts)
     plot(setup, rows)
 
 
@@ -261,27 +301,61 @@ def plot(setup: Setup, rows: Sequence[Mapping[str, Any]]) -> None:
     by_kl.set(xlabel="KL from the frozen model, nats per answer", ylabel=setup.trait)
     by_guard.set(xlabel="log p per token under the frozen model", ylabel=setup.trait)
     by_kl.legend(fontsize=7)
-    figure.savefig(RESULTS / f"vas_real_{setup.trait}.png", dpi=100)
+    figure.savefig(RESULTS / f"{setup.record}.png", dpi=100)
     plt.close(figure)
+
+
+def ways_of(values: Mapping[str, str], forms: Sequence[str]) -> tuple[Way, ...]:
+    """Return each value with each form that its kind allows."""
+    ways: list[Way] = []
+    for value, path in values.items():
+        for form in forms:
+            reads_all = FORMS[form].get("top_k") == "all" or "min_p" in FORMS[form]
+            # A lookahead value reads each candidate, so it needs a number of them.
+            if not (reads_all and is_lookahead(path)):
+                name = form if len(values) == 1 else f"{value}, {form}"
+                ways.append(Way(value, form, name))
+    return tuple(ways)
+
+
+def is_lookahead(path: str) -> bool:
+    """Return True for the folder of a lookahead value, False for the file of a head."""
+    return Path(path).is_dir()
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(float(each) for each in text.split(",") if each)
 
 
 async def run(options: argparse.Namespace) -> None:
     """Measure, print, record and plot."""
     OUT.print(__doc__, highlight=False)
-    trait, _, path = options.value.partition("=")
-    if trait not in MEASURES or not path:
-        raise SystemExit(f"--value: {options.value!r}; must be one of {[*MEASURES]}, '=' and FILE")
-    betas = tuple(float(beta) for beta in options.beta.split(",") if beta)
+    values: dict[str, str] = {}
+    for text in options.value:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise SystemExit(f"--value: {text!r} is not allowed; must be NAME=FILE or NAME=FOLDER")
+        values[name] = path
+    trait = options.trait or next(iter(values))
+    if trait not in MEASURES:
+        raise SystemExit(f"--trait: {trait!r} is not allowed; must be one of {[*MEASURES]}")
+    name_of_record = options.record or f"vas_real_{trait}"
+    forms = [form.strip() for form in options.forms.split(";")]
+    for form in forms:
+        if form not in FORMS:
+            raise SystemExit(f"--forms: {form!r} is not allowed; must be one of {[*FORMS]}")
+    betas = _numbers(options.beta)
     # Without a search, no prompts are kept for it.
     search = 0 if betas else options.search
     count = search + options.prompts
     questions = test_prompts(options.pools, options.exclude, count)
-    setup = Setup(trait, options.seed, options.max_tokens, options.draws, betas)
-    settings = [
-        "engine.threads=1",
-        "server.default_rewards={}",
-        f'values.{trait}={{kind="head",path="{path}"}}',
-    ]
+    ways = ways_of(values, forms)
+    numbers = (options.seed, options.max_tokens, options.draws)
+    setup = Setup(trait, ways, *numbers, betas, _numbers(options.levels), name_of_record)
+    settings = ["engine.threads=1", "server.default_rewards={}"]
+    for name, path in values.items():
+        kind = "lookahead" if is_lookahead(path) else "head"
+        settings.append(f'values.{name}={{kind="{kind}",path="{path}"}}')
     started = monotonic()
     async with serving(CONFIG, settings) as flow:
         searched, measured = questions[:search], questions[search:]
@@ -293,7 +367,17 @@ async def run(options: argparse.Namespace) -> None:
 def main() -> None:
     """Run from the command line."""
     parser = argument_parser(__doc__, prompts=48)
-    parser.add_argument("--value", required=True, metavar="TRAIT=FILE", help="a fitted head")
+    parser.add_argument("--trait", help="the measure; default: the name of the first value")
+    parser.add_argument(
+        "--value",
+        action="append",
+        required=True,
+        metavar="NAME=PATH",
+        help="a fitted head, or the folder of a lookahead value; may be repeated",
+    )
+    parser.add_argument("--forms", default=";".join(DEFAULT_FORMS), help="of steering, by ;")
+    parser.add_argument("--levels", default="1,3,10", help="KL of the search, in nats per answer")
+    parser.add_argument("--record", help="name of the record; default: vas_real_TRAIT")
     parser.add_argument("--pools", type=Path, help="answer pools of AlpacaEval, JSONL in xz")
     parser.add_argument("--exclude", type=Path, help="JSONL file of the prompts of the fit")
     parser.add_argument("--search", type=int, default=16, help="prompts of the search of beta")

@@ -82,9 +82,9 @@ async def build(out: Path) -> None:
             (out / file.name).write_bytes(file.read_bytes())
             await reward.close()
     value_lm = out / "value-lm"
-    fits = fit_value_lm(engine, prompts, samples, LOOKAHEAD, SAMPLING.seed, value_lm, _print)
+    fitted = fit_value_lm(engine, prompts, samples, LOOKAHEAD, SAMPLING.seed, value_lm, _print)
     await engine.close()
-    lookahead = {name: asdict(fit) for name, fit in zip(samples, fits, strict=True)}
+    lookahead = {name: asdict(fit) for name, fit in zip(samples, fitted.fits, strict=True)}
     report = {"sampling": asdict(SAMPLING), "head": heads, "lookahead": lookahead}
     (out / "values.json").write_text(json.dumps(report, indent=1) + "\n")
     # safetensors makes files that only their owner can read.

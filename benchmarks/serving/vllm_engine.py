@@ -24,7 +24,7 @@ from rich.console import Console
 from benchmarks.record import record
 from benchmarks.serving.client import closed_loop, serving
 from benchmarks.serving.rows import Row, print_rows, ratio_row
-from infer_align.config.config import override
+from infer_align.config import override
 from infer_align.demo import world
 from infer_align.demo.locate import locate
 

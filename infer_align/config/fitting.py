@@ -30,7 +30,8 @@ class FitConfig:
         metadata={
             "description": '"ridge": fit a linear head in closed form. "sgd": fit an MLP head by '
             'gradient descent. "auto": ridge for fewer than 5000 samples; otherwise the better one '
-            "by R² on a part of the training prompts."
+            'by R² on a part of the training prompts. For a lookahead value, "ridge" keeps the '
+            'value LM as it is and fits its head; "sgd" and "auto" train both.'
         },
     )
     rank: int = field(default=64, metadata={"ge": 1, "description": "Rank of a head."})

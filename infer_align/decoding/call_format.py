@@ -121,9 +121,14 @@ class ToolUse:
         return Grammar(LLMatcher.grammar_from_lark("\n".join(lines)), "tools")
 
 
+def shows_tools(template: str) -> bool:
+    """Return True if a chat template shows the model the tools of a request."""
+    return "tools" in template
+
+
 def call_format(template: str) -> CallFormat:
     """Return the form of tool calls that a chat template writes."""
-    if "tools" not in template:
+    if not shows_tools(template):
         return INSTRUCTED
     if MISTRAL.marker in template:
         return MISTRAL

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from infer_align.fitting import curve, regression
 from infer_align.fitting.baseline import BestOfPoint, best_of_n
 from infer_align.fitting.curve import Steered
 from infer_align.fitting.head_fit import FittedHead, fit_head
-from infer_align.fitting.lookahead import TokenizedReplies, fit_lookahead
+from infer_align.fitting.lookahead import FittedValueHeads, TokenizedReplies, fit_heads
 from infer_align.fitting.notes import explain
 from infer_align.fitting.progress import Pace
 from infer_align.fitting.regression import Progress
-from infer_align.fitting.samples import read_states, sample_replies
+from infer_align.fitting.samples import group_prompts, read_states, sample_replies
 from infer_align.fitting.samples_file import Conversation, SamplingConfig, ScoredReply
 from infer_align.fitting.search import Trials, search_betas
 from infer_align.methods.vas import DEFAULT_TOP_K
@@ -58,7 +58,8 @@ class FitReport:
 
     Attributes:
         samples: number of samples, held-out ones included.
-        method: "ridge" or "sgd" for a head, "lookahead" for a value LM.
+        method: "ridge" or "sgd" for a head; "lookahead" for a value LM, and "lookahead, ridge" for
+            one that was not trained itself.
         ridge: the strength of a ridge fit, else None.
         held_out: prediction of the rewards of held-out replies.
         curve: reward against KL on held-out prompts, over beta.
@@ -109,7 +110,7 @@ async def fit_value(
         ConfigError: `out` cannot be written, or the value model does not fit the frozen model.
     """
     out = _checked_output(engine, reward, config, out)
-    check_numbers(len(prompts), sampling.replies_per_prompt)
+    check_numbers(prompts, sampling.replies_per_prompt)
     samples_path = out.with_suffix(".samples.jsonl")
     samples = await sample_replies(
         engine, reward, prompts, sampling, samples_path, progress, earlier
@@ -120,11 +121,13 @@ async def fit_value(
         config, fitness = fitted.config, fitted.fitness
         await engine.add_value(out.stem, HeadValue(str(out)))
     else:
-        (fitness,) = fit_value_lm(
+        heads = fit_value_lm(
             engine, prompts, {out.stem: samples}, config, sampling.seed, out, progress
         )
+        (fitness,) = heads.fits
+        config = replace(config, ridge=heads.ridges[0])
         await engine.add_value(out.stem, LookaheadValue(Lookahead(str(out))))
-    held_out = _held_out_prompts(samples, sampling.seed)
+    held_out = _held_out_prompts(prompts, samples, sampling.seed)
     curve_prompts = [prompts[i] for i in held_out]
     steered = Steered(engine, reward, curve_prompts, out.stem, config, sampling)
     betas = await _search(steered, config, progress)
@@ -178,7 +181,7 @@ def _report(
         vas["top_k"] = config.top_k
     return FitReport(
         samples=len(samples),
-        method=config.method if config.kind == "head" else config.kind,
+        method=config.method if config.kind == "head" else _lookahead_method(config),
         ridge=config.ridge if config.method == "ridge" else None,
         held_out=fitness,
         curve=points,
@@ -187,6 +190,10 @@ def _report(
         vas=vas,
         notes=tuple(explain(betas, groups, suggested, config, baseline)),
     )
+
+
+def _lookahead_method(config: FitConfig) -> str:
+    return "lookahead, ridge" if config.method == "ridge" else "lookahead"
 
 
 def _store_summary(out: Path, reward: str, report: FitReport) -> None:
@@ -270,23 +277,26 @@ def _check_value_model(engine: TransformersEngine, name: str) -> None:
         )
 
 
-def check_numbers(prompts: int, replies_per_prompt: int) -> None:
+def check_numbers(prompts: Sequence[Conversation], replies_per_prompt: int) -> None:
     """Refuse too few prompts or replies, which would only fail after sampling them.
+
+    Prompts that are equal count once, because they are held out together.
 
     Raises:
         InvalidRequest: names what there is and what is needed.
     """
-    samples = prompts * replies_per_prompt
+    samples = len(prompts) * replies_per_prompt
     if samples < MIN_SAMPLES:
         raise InvalidRequest(
             f"samples: {samples} are too few to fit a value; give at least {MIN_SAMPLES}: "
             "more prompts, or more replies per prompt.",
             param="samples",
         )
-    if prompts < MIN_PROMPTS:
+    different = len(set(group_prompts(prompts)))
+    if different < MIN_PROMPTS:
         raise InvalidRequest(
-            f"prompts: {prompts} are too few, because a fifth of them is held out; give at least "
-            f"{MIN_PROMPTS}.",
+            f"prompts: {different} different ones are too few, because a fifth of them is held "
+            f"out; give at least {MIN_PROMPTS}.",
             param="prompts",
         )
 
@@ -300,11 +310,14 @@ def _check_spread(samples: Sequence[ScoredReply]) -> None:
         )
 
 
-def _held_out_prompts(samples: Sequence[ScoredReply], seed: int) -> list[int]:
-    """Return the prompts that the value is not fitted to."""
-    prompts = [sample.prompt for sample in samples]
-    held = regression.split_by_prompt(prompts, HELD_OUT_SHARE, seed).tolist()
-    return sorted(set(itertools.compress(prompts, held)))
+def _held_out_prompts(
+    prompts: Sequence[Conversation], samples: Sequence[ScoredReply], seed: int
+) -> list[int]:
+    """Return the prompts that the value is not fitted to; of equal ones, the first."""
+    groups = group_prompts(prompts)
+    numbers = [groups[sample.prompt] for sample in samples]
+    held = regression.split_by_prompt(numbers, HELD_OUT_SHARE, seed).tolist()
+    return sorted(set(itertools.compress(numbers, held)))
 
 
 def _fit_head(
@@ -333,7 +346,7 @@ def fit_value_lm(
     seed: int,
     out: Path,
     progress: Progress,
-) -> list[regression.Fitness]:
+) -> FittedValueHeads:
     """Fit one value LM with a head per reward and save it to the folder `out`.
 
     Args:
@@ -346,7 +359,7 @@ def fit_value_lm(
         progress: called with a line of text after each step of the work.
 
     Returns:
-        The held-out fitness of each head, in the order of `samples`.
+        The heads, in the order of `samples`.
 
     Raises:
         ValueError: the rewards have scored different replies.
@@ -367,16 +380,8 @@ def fit_value_lm(
     )
     check_complete("value_model", name, "value LM to start from", loading)
     fix_rope(lm, None)
-    heads, fits = fit_lookahead(
-        lm,
-        TokenizedReplies(token_ids, reply_starts, tuple(replies)),
-        gamma=config.gamma,
-        lam=config.lam,
-        epochs=config.epochs,
-        held_out=HELD_OUT_SHARE,
-        seed=seed,
-        progress=progress,
-    )
-    named_heads = dict(zip(samples, heads, strict=True))
+    data = TokenizedReplies(token_ids, reply_starts, tuple(replies))
+    fitted = fit_heads(lm, data, config, HELD_OUT_SHARE, seed, progress)
+    named_heads = dict(zip(samples, fitted.heads, strict=True))
     lookahead.write(out, lm, named_heads, engine.frozen.frozen(engine.model), {})
-    return fits
+    return fitted

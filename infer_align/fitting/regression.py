@@ -134,7 +134,7 @@ def fit_ridge(
     Returns:
         P [r, d], E [V, r] and b [V].
     """
-    mean, scale = _mean_and_scale(replies.hidden)
+    mean, scale = mean_and_scale(replies.hidden)
     states = (replies.hidden - mean) / scale
     projection = _principal_components(states, rank)
     reward_mean = float(replies.rewards.mean())
@@ -159,7 +159,8 @@ def fit_ridge(
     }
 
 
-def _mean_and_scale(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_and_scale(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean and the standard deviation of each dimension. [N, d] -> [d], [d]."""
     return hidden.mean(0), hidden.std(0).clamp(min=TINY_DEVIATION)
 
 
@@ -298,7 +299,7 @@ def _initial_mlp(
         "E": torch.zeros(vocabulary, rank),
         "b": torch.zeros(vocabulary),
     }
-    mean, scale = _mean_and_scale(hidden)
+    mean, scale = mean_and_scale(hidden)
     head["W1"] /= scale
     head["c1"] -= head["W1"] @ mean
     return head

@@ -14,7 +14,7 @@ import torch
 
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.engines.transformers.model import Model
-from infer_align.errors import EngineFailed, InvalidRequest
+from infer_align.errors import ConfigError, EngineFailed, InvalidRequest
 from infer_align.fitting.progress import Pace
 from infer_align.fitting.regression import Progress, Replies
 from infer_align.fitting.samples_file import (
@@ -29,10 +29,11 @@ from infer_align.fitting.samples_file import (
 from infer_align.flow.scoring import score_with
 from infer_align.flow.seeds import SEED_RANGE
 from infer_align.objectives import Ensemble, Objective
-from infer_align.preferences.fields import checked_messages
-from infer_align.preferences.lines import BadLineError
+from infer_align.preferences import conversation_key
+from infer_align.preferences.fields import checked_messages, read_prompt
+from infer_align.preferences.lines import BadLineError, read_content
 from infer_align.rewards import Reward
-from infer_align.types import Candidate, Draw
+from infer_align.types import Candidate, Draw, Messages
 
 # Number of prompts sampled at once. Their replies are on disk before the next prompts start.
 BATCH = 16
@@ -43,24 +44,19 @@ PROGRESS_INTERVAL = 100
 
 
 def read_prompts(path: Path) -> list[Conversation]:
-    """Read one prompt per line: {"messages": [...]}, or a JSON string with a user message.
+    """Read one prompt per line: {"messages": [...]}, {"prompt": ...}, or a JSON string.
 
-    Blank lines are skipped.
+    A text is a user's message. Blank lines are skipped, and the file may be compressed.
 
     Raises:
-        InvalidRequest: the file cannot be read or has no prompt, or a line is in neither form.
+        InvalidRequest: the file cannot be read or has no prompt, or a line is in no such form.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InvalidRequest(
-            f"prompts: {path} cannot be read: {error.strerror}.", param="prompts"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"prompts: {path} is not UTF-8: {error}.", param="prompts") from None
-    # str.splitlines also splits at characters that JSON strings may contain.
+        content = read_content(path)
+    except ConfigError as error:
+        raise InvalidRequest(f"prompts: {error.message}", param="prompts") from None
     prompts: list[Conversation] = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             prompts.append(_parse_prompt(line, f"{path}:{number}"))
     if not prompts:
@@ -71,22 +67,41 @@ def read_prompts(path: Path) -> list[Conversation]:
     return prompts
 
 
-def _parse_prompt(line: str, place: str) -> Conversation:
+def _parse_prompt(line: bytes, place: str) -> Conversation:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"prompts: {place} is not UTF-8: {error}.", param="prompts") from None
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, str):
         value = {"messages": [{"role": "user", "content": value}]}
-    messages = value.get("messages") if isinstance(value, dict) else None
-    if not messages:
-        raise InvalidRequest(
-            f'prompts: {place} is neither {{"messages": [...]}} nor a JSON string.', param="prompts"
-        )
+    fields = value if isinstance(value, dict) else {}
     try:
-        return [dict(message) for message in checked_messages("messages", messages)]
+        if fields.get("messages"):
+            messages: Messages = checked_messages("messages", fields["messages"])
+        elif fields.get("prompt"):
+            messages = read_prompt(fields)
+        else:
+            raise InvalidRequest(
+                f'prompts: {place} is neither {{"messages": [...]}} nor {{"prompt": ...}} nor a '
+                "JSON string.",
+                param="prompts",
+            )
     except BadLineError as error:
         raise InvalidRequest(f"prompts: {place} is no prompt: {error}.", param="prompts") from None
+    return [dict(message) for message in messages]
+
+
+def group_prompts(prompts: Sequence[Conversation]) -> list[int]:
+    """Return a number for each prompt, which is the index of the first equal one.
+
+    Replies to equal prompts are not independent, so they belong to the same part of a split.
+    """
+    first: dict[str, int] = {}
+    for index, messages in enumerate(prompts):
+        first.setdefault(conversation_key(messages), index)
+    return [first[conversation_key(messages)] for messages in prompts]
 
 
 async def sample_replies(
@@ -235,6 +250,7 @@ def read_states(
     prompt_index: list[int] = []
     token_ids = []
     reply_starts = []
+    groups = group_prompts(prompts)
     pace = Pace(len(samples))
     for i, sample in enumerate(samples):
         prompt_ids = model.render(Draw({"messages": prompts[sample.prompt]})).ids
@@ -246,7 +262,7 @@ def read_states(
         tokens += ids
         reply_index += [i] * len(ids)
         rewards.append(sample.reward)
-        prompt_index.append(sample.prompt)
+        prompt_index.append(groups[sample.prompt])
         token_ids.append(prompt_ids + ids)
         reply_starts.append(len(prompt_ids))
         pace.add()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class AnswerPool:
 
 
 def read_preferences(path: Path) -> PreferenceFile:
-    """Return the pairs of a file of JSON lines, which may be compressed (.gz, .xz).
+    """Return the pairs of a file of JSON lines, which may be compressed (.gz, .xz, .bz2).
 
     Ratings become pairs: each two answers of one prompt with different ratings.
 
@@ -105,7 +106,7 @@ def read_preferences(path: Path) -> PreferenceFile:
 
 
 def read_pools(path: Path) -> tuple[tuple[AnswerPool, ...], tuple[str, ...]]:
-    """Return the pools of a file of JSON lines (.gz, .xz), and a problem for each other line.
+    """Return the pools of a file of JSON lines (.gz, .xz, .bz2), and a problem for each other line.
 
     Raises:
         ConfigError: the file cannot be read, is empty, or has no pool.
@@ -149,14 +150,16 @@ def _checked(pair: PreferencePair) -> PreferencePair:
 def _pair_of_dialogues(
     chosen: Sequence[Mapping[str, Any]], rejected: Sequence[Mapping[str, Any]], line: int
 ) -> PreferencePair:
+    texts: list[str] = []
+    for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
+        if not dialogue:
+            raise BadLineError(f"{name} is an empty list of messages")
+        texts.append(text_of_answer(name, dialogue[-1]))
     earlier = list(chosen[:-1])
     if earlier != list(rejected[:-1]):
         raise BadLineError("chosen and rejected differ before their last answer")
     if not earlier:
         raise BadLineError("chosen and rejected have no turn of a user before their answer")
-    texts: list[str] = []
-    for name, dialogue in (("chosen", chosen), ("rejected", rejected)):
-        texts.append(text_of_answer(name, dialogue[-1]))
     return _checked(PreferencePair(earlier, texts[0], texts[1], line))
 
 
@@ -283,7 +286,8 @@ def _sentences(problems: Problems) -> tuple[str, ...]:
 
 
 def pair_remarks(pairs: Iterable[PreferencePair]) -> tuple[str, ...]:
-    """Return sentences about pairs that occur more than once, or in both orders."""
+    """Return sentences about pairs that occur more than once, in both orders, or are no choice."""
+    pairs = tuple(pairs)
     texts = Counter((conversation_key(each.messages), each.chosen, each.rejected) for each in pairs)
     sentences: list[str] = []
     repeated = texts.total() - len(texts)
@@ -292,7 +296,19 @@ def pair_remarks(pairs: Iterable[PreferencePair]) -> tuple[str, ...]:
     both = sum((key, rejected, chosen) in texts for key, chosen, rejected in texts) // 2
     if both:
         sentences.append(f"{both} pairs occur in both orders: their labels contradict each other")
+    equal = sum(_in_words(each.chosen) == _in_words(each.rejected) for each in pairs)
+    if equal:
+        sentences.append(
+            f"{equal} pairs differ in spaces, invisible characters or the encoding of letters "
+            "alone: their labels say nothing about words"
+        )
     return tuple(sentences)
+
+
+def _in_words(text: str) -> str:
+    """Return a text in one encoding of its letters, with single spaces."""
+    visible = [letter for letter in text if unicodedata.category(letter) != "Cf"]
+    return " ".join(unicodedata.normalize("NFC", "".join(visible)).split())
 
 
 def pool_remarks(pools: Sequence[AnswerPool]) -> tuple[str, ...]:
@@ -319,5 +335,12 @@ def count_prompts(pairs: Iterable[PreferencePair]) -> int:
 
 
 def conversation_key(messages: Messages) -> str:
-    """Return a text that is equal for equal conversations. Pairs of one key are not independent."""
-    return json.dumps([list(plain(message)) for message in messages])
+    """Return a text that is equal for equal conversations. Pairs of one key are not independent.
+
+    Conversations that differ in spaces and line ends alone are equal.
+    """
+    turns: list[list[object]] = []
+    for message in messages:
+        role, text = plain(message)
+        turns.append([role, " ".join(text.split())])
+    return json.dumps(turns)

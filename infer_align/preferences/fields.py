@@ -37,7 +37,12 @@ def required(record: Mapping[str, Any], *names: str) -> Any:
     for name in names:
         if record.get(name) is not None:
             return record[name]
-    raise BadLineError(f"has no field {' or '.join(repr(name) for name in names)}")
+    for name in names:
+        if name in record:
+            raise BadLineError(f"has no field {name!r}: it is null")
+    sought = " or ".join(repr(name) for name in names)
+    present = ", ".join(quote(name) for name in record)
+    raise BadLineError(f"has no field {sought}" + (f"; it has {present}" if present else ""))
 
 
 def read_prompt(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

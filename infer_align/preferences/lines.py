@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,21 @@ from typing import Any
 from infer_align.errors import ConfigError, quote
 
 _UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# How a compressed file begins, its suffix, and the function that reads it.
+_COMPRESSIONS: tuple[tuple[bytes, str, Callable[[bytes], bytes]], ...] = (
+    (b"\x1f\x8b", ".gz", gzip.decompress),
+    (b"\xfd7zXZ\x00", ".xz", lzma.decompress),
+    (b"BZh", ".bz2", bz2.decompress),
+)
+# How a file of another kind begins, and what to do about it.
+_OTHER_FILES = (
+    (b"\xff\xfe", "is UTF-16; save it as UTF-8"),
+    (b"\xfe\xff", "is UTF-16; save it as UTF-8"),
+    (b"\x28\xb5\x2f\xfd", "is compressed by zstd; decompress it, or compress it by gzip"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"PAR1", "is a Parquet file; write its rows as JSON lines"),
+)
 
 
 class BadLineError(ValueError):
@@ -59,7 +75,7 @@ def json_objects(path: Path, problems: Problems) -> Iterator[tuple[int, Mapping[
     Raises:
         ConfigError: the file cannot be read.
     """
-    content = _content(path)
+    content = read_content(path)
     single = _single(content)
     if single is not None:
         yield from enumerate(single, 1)
@@ -71,20 +87,28 @@ def json_objects(path: Path, problems: Problems) -> Iterator[tuple[int, Mapping[
             yield line, _record(text)
 
 
-def _content(path: Path) -> bytes:
+def read_content(path: Path) -> bytes:
+    """Return the bytes of a file without a byte order mark; it may be compressed (.gz, .xz, .bz2).
+
+    Raises:
+        ConfigError: the file cannot be read, or is of a kind that has no lines of JSON.
+    """
     try:
         content = _decompressed(path.suffix, path.read_bytes())
     except _UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{str(path)!r}: cannot be read: {reason}.") from error
-    return content.removeprefix(b"\xef\xbb\xbf")
+        raise ConfigError(f"{path} cannot be read: {reason}.") from error
+    for beginning, problem in _OTHER_FILES:
+        if content.startswith(beginning):
+            raise ConfigError(f"{path} {problem}.")
+    return content.removeprefix(_BYTE_ORDER_MARK)
 
 
 def _decompressed(suffix: str, content: bytes) -> bytes:
-    if suffix == ".gz":
-        return gzip.decompress(content)
-    if suffix == ".xz":
-        return lzma.decompress(content)
+    """Decompress a file that begins like a compressed one, or is called like one."""
+    for beginning, name, decompress in _COMPRESSIONS:
+        if content.startswith(beginning) or suffix == name:
+            return decompress(content)
     return content
 
 

@@ -32,6 +32,7 @@ from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE
 from infer_align.stages import trace_headers
 from infer_align.types import Kind, Messages
 from infer_align.vllm import compat, readings
+from infer_align.vllm.forced_calls import parse_forced_calls
 from infer_align.vllm.interfaces import CandidateCall, error_from_json
 
 REQUEST_CLASSES = {"chat": ChatCompletionRequest, "completion": CompletionRequest}
@@ -130,6 +131,7 @@ class Frontend:
         }
         chat.render_chat_request = functools.partial(self._render_once, "chat")
         completion.render_completion_request = functools.partial(self._render_once, "completion")
+        parse_forced_calls(chat)
         await self._lifespan.enter_async_context(self.app.router.lifespan_context(self.app))
         self.has_system_role = await self._shows_system()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from infer_align.demo.world import prompts as demo_questions
 from infer_align.errors import ConfigError, nearest, quote
+from infer_align.preferences.lines import read_content
 from infer_align_bench.types import ChatPrompt
 
 # Common tokenizers encode each of these words with about one token, so that a number of words is
@@ -67,11 +68,11 @@ def from_file(path: Path) -> list[ChatPrompt]:
         ConfigError: the file cannot be read or is empty, or a line has another form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
+        lines = read_content(path).decode().split("\n")
+    except ConfigError as error:
         guess = nearest(str(path), NAMES)
         hint = f"; {guess}" if guess.startswith("did you mean") else "."
-        raise ConfigError(f"prompts: {path} cannot be read: {error.strerror}{hint}") from None
+        raise ConfigError(f"prompts: {error.message.removesuffix('.')}{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"prompts: {path} is not UTF-8: {error}.") from None
     prompts = []
@@ -100,7 +101,7 @@ def with_prefix(prompt: ChatPrompt, prefix: str) -> ChatPrompt:
 def _parse_line(line: str, place: str) -> ChatPrompt:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if isinstance(value, str):
         return _user(value)

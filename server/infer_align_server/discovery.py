@@ -52,6 +52,8 @@ def methods(service: Service) -> dict[str, Any]:
         "capabilities": sorted(service.engine.capabilities),
         # An upstream is asked for these only when a request needs one.
         "unknown_capabilities": sorted(service.engine.unknown_capabilities),
+        # What the model lacks, such as a chat template that shows tools.
+        "notes": list(service.engine.notes),
         "methods": described,
         "rewards": {name: _reward(service, name) for name in service.rewards},
         "values": {name: _value(value) for name, value in values.items()},

@@ -163,7 +163,7 @@ async def _fit(options: argparse.Namespace, progress: Callable[[str], None]) -> 
         raise ConfigError(f"--reward: {options.reward!r} is not configured; {hint}")
     engine = _engine(config)
     sampling, earlier = _sampling(options, engine.model, prompts)
-    check_numbers(len(prompts), sampling.replies_per_prompt)
+    check_numbers(prompts, sampling.replies_per_prompt)
     reward = config.load_rewards()[options.reward]
     await engine.start()
     try:
@@ -178,9 +178,14 @@ async def _fit(options: argparse.Namespace, progress: Callable[[str], None]) -> 
 
 def _print_repeated(path: Path, prompts: Sequence[Conversation]) -> None:
     """Print how many prompts occur more than once."""
-    repeated = len(prompts) - len({json.dumps(messages) for messages in prompts})
+    from infer_align.fitting.samples import group_prompts
+
+    repeated = len(prompts) - len(set(group_prompts(prompts)))
     if repeated:
-        text = f"{path}: {repeated} prompts occur more than once; each occurrence counts"
+        text = (
+            f"{path}: {repeated} prompts occur more than once; each occurrence is sampled, and "
+            "equal prompts are held out together"
+        )
         ERR.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from tests import environments
 
 SCRIPTS = Path(__file__).parent / "scripts"
-FORMS = ("TOOLS", "TOOLS_STRICT", "JSON_SCHEMA")
 # The environment of each client, and its script.
 CLIENTS = {
     "openai-1": "engine_openai",
@@ -29,7 +27,6 @@ def describe(
     model: str,
     key: str,
     *,
-    forms: Sequence[str] = FORMS,
     fields: Any = MappingProxyType({}),
 ) -> str:
     """Return the argument of a script.
@@ -40,10 +37,9 @@ def describe(
         url: the base URL of the server.
         model: the name of the model.
         key: the API key.
-        forms: the modes of instructor whose answers the engine forms by their schema.
         fields: fields that are added to requests with tools.
     """
-    described = {"url": url, "model": model, "key": key, "forms": [*forms], "fields": {**fields}}
+    described = {"url": url, "model": model, "key": key, "fields": {**fields}}
     return json.dumps(described)
 
 

@@ -16,6 +16,7 @@ from infer_align import fitting
 from infer_align.engines.transformers import Transformers
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import FitConfig, fit_value, fit_value_lm
+from infer_align.fitting.samples import read_states, sample_replies
 from infer_align.fitting.samples_file import SamplingConfig, ScoredReply, read_samples
 from infer_align.values import head
 from infer_align.values.head import HeadValue
@@ -53,8 +54,9 @@ FORMS: list[dict[str, Any]] = [
     {"method": "auto", "ridge": None, "min_p": 0.1},
     {"method": "sgd"},
     {"method": "ridge", "lam": 0.9, "gamma": 0.9},
-    {"kind": "lookahead"},
-    {"kind": "lookahead", "lam": 0.9},
+    {"kind": "lookahead", "method": "sgd"},
+    {"kind": "lookahead", "method": "auto", "lam": 0.9},
+    {"kind": "lookahead", "method": "ridge", "ridge": None},
 ]
 
 
@@ -79,6 +81,7 @@ async def test_a_value_is_fitted_saved_and_tried(
         tensor.equal(weights[name]) for name, tensor in engine.frozen.lm.state_dict().items()
     ), "the model must not change"
     assert report.samples == 200
+    assert (report.ridge is not None) == (report.method in {"ridge", "lookahead, ridge"})
     assert (report.curve[0].beta, report.curve[0].kl) == (0.0, 0.0)
     assert max(p.kl for p in report.curve) > 1
     assert report.suggested_beta in {p.beta for p in report.curve}
@@ -116,18 +119,19 @@ async def test_a_fit_can_be_repeated_from_its_samples(
     # Rows in other batches differ in the last bits.
     betas = [p.beta for p in first.curve]
     assert [p.beta for p in second.curve] == pytest.approx(betas, rel=1e-3)
-    assert set(reward.prompts) <= {prompts[i][0]["content"] for i in held_out(out)}, (
+    assert set(reward.prompts) <= {prompts[i][0]["content"] for i in held_out(prompts, out)}, (
         "nothing must be sampled again"
     )
     again, _ = head.read(str(out))
     assert all(tensor.equal(again[name]) for name, tensor in tensors.items())
 
 
-def held_out(out: Path) -> list[int]:
+def held_out(prompts: Any, out: Path) -> list[int]:
     """Return the indices of the held-out prompts of a fit."""
     file = out.with_suffix(".samples.jsonl")
     lines = file.read_text().splitlines()[1:]
-    return fitting._held_out_prompts([parse_reply(line) for line in lines], SAMPLING.seed)
+    samples = [parse_reply(line) for line in lines]
+    return fitting._held_out_prompts(prompts, samples, SAMPLING.seed)
 
 
 def parse_reply(line: str) -> ScoredReply:
@@ -183,7 +187,7 @@ async def test_too_few_samples_or_prompts_are_refused(
             tmp_path / "a",
             quiet,
         )
-    with pytest.raises(InvalidRequest, match=r"prompts: 2 are too few.*at least 10"):
+    with pytest.raises(InvalidRequest, match=r"prompts: 2 different ones are too few.*at least 10"):
         await fit_value(
             engine,
             recording_reward(),
@@ -194,6 +198,26 @@ async def test_too_few_samples_or_prompts_are_refused(
             quiet,
         )
     assert os.listdir(tmp_path) == [], "nothing must be sampled"
+
+
+async def test_equal_prompts_are_held_out_together(
+    engine: Any, prompts: Any, recording_reward: Any, quiet: Any, tmp_path: Path
+) -> None:
+    spaced = [
+        [{**messages[0], "content": f" {messages[0]['content']}\r\n"}] for messages in prompts
+    ]
+    twice = [*prompts, *spaced]
+    sampling = replace(SAMPLING, replies_per_prompt=5)
+    path = tmp_path / "v.samples.jsonl"
+    samples = await sample_replies(engine, recording_reward(), twice, sampling, path, quiet)
+    replies, _, _ = read_states(engine.frozen, twice, samples, quiet)
+    assert replies.prompt_index.tolist() == [sample.prompt % len(prompts) for sample in samples]
+    chosen = fitting._held_out_prompts(twice, samples, SAMPLING.seed)
+    assert len(chosen) == round(fitting.HELD_OUT_SHARE * len(prompts))
+    assert all(index < len(prompts) for index in chosen)
+    same = [prompts[0]] * len(prompts)
+    with pytest.raises(InvalidRequest, match=r"prompts: 1 different ones are too few"):
+        fitting.check_numbers(same, 10)
 
 
 async def test_a_constant_reward_is_refused(
@@ -294,16 +318,16 @@ async def test_one_value_lm_for_several_rewards(
         "cats": [ScoredReply(p, "", text, "stop", float(text.count("cat"))) for p, text in texts],
         "fewer": [ScoredReply(p, "", text, "stop", -2.0 * text.count("cat")) for p, text in texts],
     }
-    fits = fit_value_lm(
+    fitted = fit_value_lm(
         engine,
         prompts,
         samples,
-        replace(QUICK, kind="lookahead", epochs=8),
+        replace(QUICK, kind="lookahead", method="sgd", epochs=8),
         0,
         tmp_path / "lm",
         quiet,
     )
-    assert len(fits) == 2
+    assert len(fitted.fits) == 2
     shared: dict[object, Any] = {}
     values = [LookaheadValue(Lookahead(str(tmp_path / "lm"), name)) for name in samples]
     for value in values:

@@ -9,7 +9,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from infer_align.fitting.lookahead import TokenizedReplies, _values, fit_lookahead
+from infer_align.fitting.lookahead import (
+    TokenizedReplies,
+    _values,
+    fit_frozen_lookahead,
+    fit_lookahead,
+)
 from infer_align.fitting.regression import Replies
 
 pytestmark = pytest.mark.slow
@@ -55,7 +60,8 @@ def fit(lm: LlamaModel, data: TokenizedReplies, **options: Any) -> Any:
         "seed": 0,
         "progress": lambda _: None,
     }
-    return fit_lookahead(lm, data, **{**defaults, **options})
+    fitted = fit_lookahead(lm, data, **{**defaults, **options})
+    return fitted.heads, fitted.fits
 
 
 @torch.no_grad()
@@ -110,3 +116,24 @@ def test_the_fit_is_deterministic() -> None:
         torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first[0], again[0], strict=True)
     )
     assert first[1] == again[1]
+
+
+def test_the_heads_of_a_frozen_lm_learn_without_it() -> None:
+    lm = tiny().eval()
+    weights = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    lines: list[str] = []
+    how = {"gamma": 1.0, "lam": 1.0, "held_out": 0.2, "seed": 0, "progress": lines.append}
+    chosen = fit_frozen_lookahead(lm, samples(), ridge=None, **how)
+    assert all(tensor.equal(weights[name]) for name, tensor in lm.state_dict().items())
+    assert min(fit.r2_last for fit in chosen.fits) > 0.3
+    three, other = value(lm, chosen.heads, [0, 1, 4, 3]), value(lm, chosen.heads, [0, 1, 4, 5])
+    assert three[0] > other[0] + 0.3
+    # The biases of the heads include the mean reward, so values are rewards.
+    assert three[0] == pytest.approx(1.4, abs=0.7)
+    assert len(lines) == 3
+    again = fit_frozen_lookahead(lm, samples(), ridge=chosen.ridges[0], **how)
+    assert again.heads[0][0].equal(chosen.heads[0][0])
+    bootstrapped = fit_frozen_lookahead(lm, samples(), ridge=10.0, **{**how, "lam": 0.8})
+    assert min(fit.r2_last for fit in bootstrapped.fits) > 0.3
+    strong = fit_frozen_lookahead(lm, samples(), ridge=1e9, **how)
+    assert strong.heads[0][0].abs().max() < 1e-3

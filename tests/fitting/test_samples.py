@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from dataclasses import replace
@@ -73,6 +74,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none", tmp_path / "latin"):
         with pytest.raises(InvalidRequest, match=str(path)):
             read_prompts(path)
+
+
+def test_a_compressed_file_may_have_the_prompts_of_pairs(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    dialogue = "\n\nHuman: two\n\nAssistant: no\n\nHuman: three"
+    lines = [{"prompt": "one", "chosen": "a"}, {"prompt": dialogue}]
+    file.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    texts = [[message["content"] for message in prompt] for prompt in read_prompts(file)]
+    assert texts == [["one"], ["two", "no", "three"]]
 
 
 def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path: Path) -> None:

@@ -123,7 +123,16 @@ def test_a_missing_chat_template_can_be_named(
     assert answer.status_code == 200, answer.text
     other = tmp_path / "whole.jinja"
     other.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert "chat template" not in welcome(serve(embedded(folder, f'chat_template = "{other}"')))
+    described = serve(embedded(folder, f'chat_template = "{other}"'))
+    assert "chat template" not in welcome(described)
+    [note] = described.get("/v1/align/methods").json()["notes"]
+    assert 'With "auto" such a model may never call' in note
+    assert note in welcome(described)
+    calling = tmp_path / "calling.jinja"
+    calling.write_text("{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    whole = serve(embedded(folder, f'chat_template = "{calling}"'))
+    assert whole.get("/v1/align/methods").json()["notes"] == []
+    assert "Tools:" not in welcome(whole)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from infer_align.decoding.call_format import with_instruction
+from infer_align.decoding.call_format import shows_tools, with_instruction
 from infer_align.decoding.tools import ToolRequest
 from infer_align.errors import InvalidRequest, quote
 from infer_align.messages import Conversation, calls_as_text, normalize, part_text
@@ -91,7 +91,7 @@ def render(tokenizer: Any, body: Body, tools: ToolRequest | None = None) -> str:
     options = {**_template_variables(body.get("chat_template_kwargs") or {}), **_ending(body)}
     if "tool_calls" not in template:
         messages = calls_as_text(messages)
-    if tools is not None and "tools" in template:
+    if tools is not None and shows_tools(template):
         options["tools"] = list(tools.described)
     elif tools is not None:
         messages = with_instruction(messages, tools.described)

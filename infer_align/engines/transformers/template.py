@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from infer_align.decoding.call_format import shows_tools
 from infer_align.engines.transformers.prompt import render
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE
@@ -16,6 +17,12 @@ NO_TEMPLATE = (
 NO_SYSTEM_ROLE = (
     "The model's chat template shows it no system messages: {problem}. Name another template: "
     '[engine] chat_template = "template.jinja".'
+)
+
+NO_TOOLS = (
+    "Tools: the model's template does not show them, so a system instruction describes them. A "
+    'call that tool_choice requires or names fits its schema. With "auto" such a model may never '
+    "call."
 )
 
 
@@ -41,11 +48,17 @@ def template_notes(tokenizer: Any) -> tuple[str, ...]:
     """Return sentences on what the chat template of a tokenizer lacks, and what to do."""
     if not tokenizer.chat_template:
         return (NO_TEMPLATE,)
+    notes: list[str] = []
     try:
         text = render(tokenizer, {"messages": SYSTEM_PROBE})
     except InvalidRequest as error:
-        return (NO_SYSTEM_ROLE.format(problem=error.message.rstrip(".")),)
-    return () if SYSTEM_MARK in text else (NO_SYSTEM_ROLE.format(problem="it leaves them out"),)
+        notes.append(NO_SYSTEM_ROLE.format(problem=error.message.rstrip(".")))
+    else:
+        if SYSTEM_MARK not in text:
+            notes.append(NO_SYSTEM_ROLE.format(problem="it leaves them out"))
+    if not shows_tools(str(tokenizer.chat_template)):
+        notes.append(NO_TOOLS)
+    return tuple(notes)
 
 
 def has_system_role(tokenizer: Any) -> bool:

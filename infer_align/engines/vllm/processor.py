@@ -96,6 +96,7 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
             device = torch.device(device_or_requests)
             slots = vllm_config.scheduler_config.max_num_seqs
             self._prompt_lengths = np.zeros(0)
+        self._all_slots = np.arange(slots)
         settings = _settings(vllm_config)
         self._frozen = _frozen_model(vllm_config, settings.get("tokenizer", ""), device)
         self._table = SlotTable(slots, self._frozen.vocabulary, device)
@@ -213,7 +214,7 @@ class ValueProcessor(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc
         """
         self._sampled = True
         if ctx is None:
-            batch = self._table.batch(range(len(logits)))
+            batch = self._table.batch(self._all_slots[: len(logits)])
         elif len(logits) == len(ctx.idx_mapping_np):
             batch = self._table.batch(ctx.idx_mapping_np)
         else:

@@ -88,9 +88,9 @@ def complete_shifts(values: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
 
     [M, B, k], [B, M] -> [B, k].
     """
-    centred = values - values.sum(dim=2, keepdim=True) / values.shape[2]
+    centred = values - values.mean(dim=2, keepdim=True)
     if len(values) == 1:
-        return beta * centred[0]
+        return centred[0].mul_(beta)
     return (beta.T[:, :, None] * centred).sum(dim=0)
 
 

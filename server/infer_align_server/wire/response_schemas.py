@@ -285,6 +285,7 @@ SCHEMAS: dict[str, Schema] = {
         model=STRING,
         capabilities=array(STRING),
         unknown_capabilities=array(STRING),
+        notes=array(STRING),
         methods=mapping(
             closed(
                 description=STRING,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import instructor
 import openai
@@ -23,7 +24,8 @@ OPTIONS = {
 }
 BODIES = ({}, extra_body(best_of_n={"n": 2}, rewards={"brevity": 1.0}))
 EXTRACT = [{"role": "user", "content": "John Doe is 30 years old."}]
-MODES = [instructor.Mode[name] for name in ENGINE["forms"]]
+# Modes whose requests hold the schema, by which every engine forms the answer.
+MODES = [instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT, instructor.Mode.JSON_SCHEMA]
 
 
 class UserInfo(BaseModel):
@@ -38,6 +40,18 @@ class Pet(BaseModel):
 
     kind: Literal["owl", "crow"]
     ages: list[int] = Field(min_length=2, max_length=2)
+
+
+class Yes(BaseModel):
+    """Agree."""
+
+    sure: bool
+
+
+class No(BaseModel):
+    """Disagree."""
+
+    because: Literal["late", "dark"]
 
 
 # The engine samples under the schema, so that every answer is valid at the first attempt.
@@ -55,15 +69,53 @@ for mode in MODES:
                 **ENGINE["fields"],
             )
             assert isinstance(user, model), (mode, body, user)
-    partial = client.chat.completions.create_partial(
+        partial = client.chat.completions.create_partial(
+            model=MODEL,
+            messages=list(EXTRACT),
+            response_model=UserInfo,
+            max_retries=0,
+            max_tokens=100,
+            extra_body=body,
+            **ENGINE["fields"],
+        )
+        UserInfo.model_validate(list(partial)[-1].model_dump())
+
+
+def extract(mode: instructor.Mode, model: Any, body: dict[str, Any]) -> Any:
+    client = instructor.from_openai(openai.OpenAI(**OPTIONS), mode=mode)
+    return client.chat.completions.create(
         model=MODEL,
         messages=list(EXTRACT),
-        response_model=UserInfo,
+        response_model=model,
         max_retries=0,
-        max_tokens=100,
+        max_tokens=150,
+        extra_body=body,
         **ENGINE["fields"],
     )
-    UserInfo.model_validate(list(partial)[-1].model_dump())
+
+
+# These modes only tell the model about the schema. The request forms the answer by fields that
+# instructor does not set.
+SCHEMA = {"name": "pet", "schema": {**Pet.model_json_schema(), "additionalProperties": False}}
+JSON_SCHEMA = {"response_format": {"type": "json_schema", "json_schema": SCHEMA}}
+REGEX = r'```json\n\{"kind": "(owl|crow)", "ages": \[[1-9], [1-9]\]\}\n```'
+for each in BODIES:
+    for mode_name, fields in (
+        ("JSON", JSON_SCHEMA),
+        ("MD_JSON", {"structured_outputs": {"regex": REGEX}}),
+    ):
+        pet = extract(instructor.Mode[mode_name], Pet, {**each, **fields})
+        assert isinstance(pet, Pet), (mode_name, each, pet)
+    # This mode leaves the choice of the tools to the model.
+    answers = list(
+        extract(
+            instructor.Mode.PARALLEL_TOOLS,
+            Iterable[Yes | No],
+            {**each, "tool_choice": "required"},
+        )
+    )
+    assert answers
+    assert all(isinstance(answer, Yes | No) for answer in answers), answers
 
 
 async def asynchronous() -> None:

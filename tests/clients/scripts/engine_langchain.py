@@ -48,12 +48,17 @@ def complete(**options: Any) -> list[list[str]]:
     return [[generation.text for generation in each] for each in result.generations]
 
 
-def loop(chat: ChatOpenAI, tool_choice: str) -> None:
+def loop(chat: ChatOpenAI, tool_choice: str, *, streams: bool) -> None:
     """Let the model call a tool, run the tool, and let the model answer."""
     turns: list[object] = [SystemMessage("be brief"), HumanMessage("how warm is it?")]
-    message = chat.bind_tools([Weather], strict=True, tool_choice=tool_choice).invoke(turns)
+    bound = chat.bind_tools([Weather], strict=True, tool_choice=tool_choice)
+    message: Any = bound.invoke(turns)
+    if streams:
+        first, *others = bound.stream(turns)
+        message = sum(others, first)
     assert isinstance(message, AIMessage)
     assert message.tool_calls, message
+    assert message.tool_calls[0]["args"]["city"] in {"Oslo", "Rome"}, message
     turns.append(message)
     turns += [Weather.invoke(each) for each in message.tool_calls]
     assert isinstance(turns[-1], ToolMessage)
@@ -69,7 +74,8 @@ for body in BODIES:
     assert "".join(str(piece.content) for piece in pieces) == whole.content
     long = ChatOpenAI(**OPTIONS, **ENGINE["fields"], extra_body=body, max_tokens=100)
     for choice in ("Weather", "required"):
-        loop(long, choice)
+        for streams in (False, True):
+            loop(long, choice, streams=streams)
     for method in ("json_schema", "function_calling"):
         structured = long.with_structured_output(Report, method=method, strict=True).invoke(
             "how is it?"

@@ -56,6 +56,10 @@ for body in BODIES:
         turns = [*USER, called.model_dump(), *results]
         final = litellm.completion(**{**long, "messages": turns}, tools=TOOLS, tool_choice="none")
         assert final.choices[0].message.content, final
+        pieces = list(litellm.completion(**long, tools=TOOLS, tool_choice=choice, stream=True))
+        (call, *_) = litellm.stream_chunk_builder(pieces).choices[0].message.tool_calls
+        assert call.function.name == "Weather", call
+        assert json.loads(call.function.arguments)["city"] in {"Oslo", "Rome"}, call
     formed = litellm.completion(**long, response_format=FORM)
     assert json.loads(formed.choices[0].message.content)["city"] in {"Oslo", "Rome"}
     streamed = text_of(litellm.completion(**long, response_format=FORM, stream=True))

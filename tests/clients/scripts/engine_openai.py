@@ -100,17 +100,40 @@ def tools(sdk: openai.OpenAI, body: dict[str, Any]) -> None:
         final = sdk.chat.completions.create(messages=turns, tool_choice="none", **fields)
         assert final.choices[0].message.content, final
         assert not final.choices[0].message.tool_calls, final
-        if "TOOLS" not in ENGINE["forms"]:
-            continue
         chunks = sdk.chat.completions.create(
             messages=USER, tool_choice=choice, stream=True, **fields
         )
-        deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
-        pieces = [piece for delta in deltas for piece in delta.tool_calls or ()]
-        firsts = [piece for piece in pieces if piece.index == pieces[0].index]
-        Weather.model_validate_json("".join(each.function.arguments or "" for each in firsts))
-        assert firsts[0].id
-        assert firsts[0].function.name == "weather"
+        arguments, reason = streamed_call(chunks)
+        Weather.model_validate_json(arguments)
+        assert reason == answer.choices[0].finish_reason, reason
+        open_stream = (
+            getattr(sdk.chat.completions, "stream", None) or sdk.beta.chat.completions.stream
+        )
+        with open_stream(messages=USER, tool_choice=choice, **fields) as stream:
+            for _ in stream:
+                pass
+            (call, *_) = stream.get_final_completion().choices[0].message.tool_calls
+        Weather.model_validate_json(call.function.arguments)
+    for parallel in (True, False):
+        answer = sdk.chat.completions.create(
+            messages=USER, tool_choice="required", parallel_tool_calls=parallel, **fields
+        )
+        calls = answer.choices[0].message.tool_calls
+        assert parallel or len(calls) == 1, calls
+        for call in calls:
+            Weather.model_validate_json(call.function.arguments)
+
+
+def streamed_call(chunks: Any) -> tuple[str, str]:
+    """Return the arguments of the first call in a stream, and the reason why the stream ended."""
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    pieces = [piece for choice in choices for piece in choice.delta.tool_calls or ()]
+    firsts = [piece for piece in pieces if piece.index == pieces[0].index]
+    assert firsts[0].id
+    assert firsts[0].function.name == "weather"
+    assert not "".join(choice.delta.content or "" for choice in choices)
+    (reason,) = [choice.finish_reason for choice in choices if choice.finish_reason]
+    return "".join(each.function.arguments or "" for each in firsts), reason
 
 
 def errors(sdk: openai.OpenAI) -> None:

@@ -26,6 +26,7 @@ from infer_align.steering import EstimateSchedule, Steering
 from infer_align.values import FrozenModel, Value, head, tokenizer_digest
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import Lookahead, LookaheadValue
+from tests.engines.vllm.divergence import limited
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -54,6 +55,8 @@ STEERINGS: list[Steering | None] = [
     Steering({"helpful": 5.0, "mlp": -1.0}, "all", "keep"),
     Steering({"helpful": 5.0}, 20, "mask", 0.05),
     Steering({"brief": -3.0}, 20, "keep", 0.2),
+    Steering({"helpful": 9.0}, 20, "keep", max_kl=0.05),
+    Steering({"helpful": 9.0, "mlp": 2.0}, "all", "keep", max_kl=0.3),
 ]
 # The same for values of `make_lookahead_values`: a value LM with its two heads, and a head.
 LOOKAHEAD_STEERINGS: list[Steering | None] = [
@@ -64,6 +67,8 @@ LOOKAHEAD_STEERINGS: list[Steering | None] = [
     Steering({"state": 4.0}, 300, "keep"),
     Steering({"state": -2.5, "helpful": 3.0}, 30, "mask"),
     Steering({"state": 5.0}, "all", "keep"),
+    Steering({"helpful": 9.0}, 20, "keep", max_kl=0.05),
+    Steering({"brief": 9.0, "state": -4.0}, 40, "keep", max_kl=0.3),
 ]
 SCHEDULES = [
     EstimateSchedule({"helpful": 1.0}, 2),
@@ -283,11 +288,14 @@ class Reference:
         frozen = torch.log_softmax(logits, -1)
         betas = {name: beta for name, beta in (steering.beta if steering else {}).items() if beta}
         if steering and betas:
+            unsteered = logits.clone()
             top = valued_tokens(steering, logits)
             steered = logits[top] + self._shift(betas, ids, hidden, top)
             if steering.tail == "mask":
                 logits[:] = -math.inf
             logits[top] = steered
+            if steering.max_kl is not None:
+                logits = limited(unsteered, logits, steering.max_kl)
         return logits, frozen
 
     def _shift(

@@ -13,16 +13,13 @@ from tests.engines.vllm.test_serving import no_white_space
 from tests.server.conftest import Live
 
 pytestmark = [pytest.mark.vllm, pytest.mark.clients, pytest.mark.timeout(300), *WARNINGS]
-# vLLM does not form the arguments of tools that are not strict, and instructor's are not. Its own
-# stream of the demo's calls holds no arguments; test_serving.py compares ours with it.
-FORMS = ("JSON_SCHEMA",)
 
 
 @pytest.mark.parametrize("name", CLIENTS)
 def test_client_on_vllm(live: Live, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo.path(demo.LM))
     fields = {"logit_bias": no_white_space(tokenizer)}
-    argument = describe(live.base_url, "owl", "sesame", forms=FORMS, fields=fields)
+    argument = describe(live.base_url, "owl", "sesame", fields=fields)
     run_client(name, CLIENTS[name], argument, seconds=LIMIT_SECONDS)
     assert live.metric("infer_align_requests_total", status="500") == 0
     assert live.until(lambda: live.service.admission.running == 0)

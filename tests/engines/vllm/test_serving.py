@@ -55,6 +55,8 @@ TOOL = {
     },
 }
 
+NAMED = {"type": "function", "function": {"name": "look_up"}}
+
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
@@ -215,11 +217,7 @@ def test_a_json_schema_is_honoured(client: openai.OpenAI, extra: dict[str, Any])
 
 
 @ALIGNED
-@pytest.mark.parametrize(
-    "choice",
-    ["required", {"type": "function", "function": {"name": "look_up"}}],
-    ids=["required", "named"],
-)
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
 def test_a_tool_is_called(
     client: openai.OpenAI, tokenizer: Any, extra: dict[str, Any], choice: Any
 ) -> None:
@@ -235,6 +233,44 @@ def test_a_tool_is_called(
     assert call.function.name == "look_up"
     assert json.loads(call.function.arguments)["animal"] in {"owl", "crow"}
     assert call.id
+
+
+@ALIGNED
+@pytest.mark.parametrize("strict", [True, None])
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_a_forced_call_is_streamed_as_a_call(
+    client: openai.OpenAI, tokenizer: Any, extra: dict[str, Any], choice: Any, strict: bool | None
+) -> None:
+    # The server has a parser for reasoning, and the grammar leaves no room for any.
+    function = {**TOOL["function"], "strict": strict}
+    fields = {
+        "tools": [{**TOOL, "function": function}],
+        "tool_choice": choice,
+        "max_tokens": 150,
+        "seed": 3,
+        "logit_bias": no_white_space(tokenizer),
+    }
+    whole = chat(client, extra, **fields).choices[0]
+    choices = [c.choices[0] for c in chat(client, extra, stream=True, **fields) if c.choices]
+    pieces = [piece for choice in choices for piece in choice.delta.tool_calls or ()]
+    assert not "".join(choice.delta.content or "" for choice in choices)
+    assert pieces[0].id
+    assert pieces[0].function.name == "look_up"
+    streamed = "".join(p.function.arguments or "" for p in pieces if p.index == pieces[0].index)
+    arguments = json.loads(whole.message.tool_calls[0].function.arguments)
+    assert json.loads(streamed) == arguments
+    assert arguments["animal"] in {"owl", "crow"}
+    reasons = [choice.finish_reason for choice in choices if choice.finish_reason]
+    assert reasons == [whole.finish_reason]
+
+
+def test_a_call_that_is_cut_is_no_text(client: openai.OpenAI) -> None:
+    fields = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 3, "seed": 3}
+    whole = chat(client, **fields).choices[0]
+    choices = [c.choices[0] for c in chat(client, stream=True, **fields) if c.choices]
+    text = "".join(choice.delta.content or "" for choice in choices)
+    assert text == (whole.message.content or "")
+    assert choices[-1].finish_reason == whole.finish_reason == "length"
 
 
 @pytest.mark.parametrize("choice", ["required", "auto"])

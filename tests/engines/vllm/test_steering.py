@@ -33,6 +33,7 @@ from tests.engines.vllm.stepping import (
 pytest.importorskip("vllm")
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.timeout(600),
     *WARNINGS,
 ]
 

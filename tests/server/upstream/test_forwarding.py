@@ -63,6 +63,61 @@ TEXT_FIELDS: list[dict[str, Any]] = [
     {"prompt": "x", "best_of": 4, "n": 2},
     {"prompt": None},
 ]
+TURN = b'"messages":[{"role":"user","content":"hi"}]'
+IMAGE = (
+    b'{"type":"image_url","image_url":{"url":"data:image/png;base64,iVBORw0KGgo=","detail":"low"}}'
+)
+AUDIO = b'{"type":"input_audio","input_audio":{"data":"UklGRg==","format":"wav"}}'
+CALL = b'{"id":"c1","type":"function","function":{"name":"f","arguments":"{\\"a\\": 1.0}"}}'
+# Bodies whose bytes no encoder would write again.
+RAW: dict[str, bytes] = {
+    "a key twice": b'{"model":"up",' + TURN + b',"temperature":0,"temperature":1.5}',
+    "the model twice": b'{"model":"other",' + TURN + b',"model":"up"}',
+    "messages twice": b'{"model":"up","messages":[],' + TURN + b"}",
+    "large integers": b'{"model":"up",'
+    + TURN
+    + b',"seed":123456789012345678901234567890,"x":-9007199254740993}',
+    "floats": b'{"model":"up",'
+    + TURN
+    + b',"temperature":1.0,"top_p":1,"presence_penalty":-0.0,"frequency_penalty":1E-7,"n":1.0}',
+    "long decimals": b'{"model":"up",'
+    + TURN
+    + b',"temperature":0.1000000000000000055511151231257827}',
+    "escapes": b'{"model":"\\u0075p","messages":[{"role":"user",'
+    b'"content":"\\u00fc\\ud83e\\udd89\\/\\u0000"}]}',
+    "text as it is": '{"model":"up","messages":[{"role":"user","content":"ü🦉\u2028"}]}'.encode(),
+    "white space": b'\r\n\t{ "model" :\n"up" ,\t' + TURN + b" }\n\n ",
+    "another order": b'{"stream":false,' + TURN + b',"user":"","model":"up"}',
+    "n streamed": b'{"model":"up",'
+    + TURN
+    + b',"n":3,"stream":true,"stream_options":{"include_usage":true},"logprobs":true}',
+    "tool results": b'{"model":"up","messages":[{"role":"user","content":""},'
+    b'{"role":"assistant","content":null,"tool_calls":[' + CALL + b"," + CALL + b"]},"
+    b'{"role":"tool","tool_call_id":"c1","content":[{"type":"text","text":"4"}]},'
+    b'{"role":"tool","tool_call_id":"c1","content":""}]}',
+    "parts": b'{"model":"up","messages":[{"role":"user","content":['
+    + IMAGE
+    + b","
+    + AUDIO
+    + b',{"type":"file","file":{"file_id":"file-1"}},{"type":"refusal","refusal":"no"}]}]}',
+    "an audio answer": b'{"model":"up",'
+    + TURN
+    + b',"modalities":["text","audio"],"audio":{"voice":{"id":"v"},"format":"pcm16"},'
+    b'"stream":true}',
+    "a prediction of parts": b'{"model":"up",'
+    + TURN
+    + b',"prediction":{"type":"content","content":[{"type":"text","text":"x"}]}}',
+    "null everywhere": b'{"model":"up",'
+    + TURN
+    + b',"n":null,"stream":null,"stop":null,"tools":null,"logit_bias":null}',
+    "custom tools": b'{"model":"up",'
+    + TURN
+    + b',"tools":[{"type":"custom","custom":{"name":"sql","format":{"type":"text"}}}],'
+    b'"tool_choice":{"type":"allowed_tools","allowed_tools":{"mode":"auto","tools":[]}}}',
+    "a byte order mark": b'\xef\xbb\xbf{"model":"up",' + TURN + b"}",
+    "nested deeply": b'{"model":"up",' + TURN + b',"x":' + b"[" * 90 + b"]" * 90 + b"}",
+    "empty names": b'{"":"","model":"up",' + TURN + b',"metadata":{"":""}}',
+}
 OTHER: list[tuple[str, str, bytes, str]] = [
     ("POST", "/v1/embeddings", b'{"model": "emb", "input": ["a", "b"]}', "application/json"),
     ("POST", "/v1/embeddings", b'{"input" : "a" , "model":"up"}', "application/json"),
@@ -147,6 +202,13 @@ def test_a_chat_request_goes_through_whole(
     body = {"messages": USER, **fields, "model": "up"}
     content = json.dumps(body, ensure_ascii=False, indent=1).encode()
     assert_equal(up, mirrored, "POST", path, content, "application/json")
+
+
+@pytest.mark.parametrize("content", RAW.values(), ids=RAW)
+def test_the_bytes_of_a_body_go_through_whole(
+    up: FakeUpstream, mirrored: Live, content: bytes
+) -> None:
+    assert_equal(up, mirrored, "POST", CHAT, content, "application/json")
 
 
 @pytest.mark.parametrize("fields", TEXT_FIELDS, ids=str)
