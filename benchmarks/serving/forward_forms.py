@@ -33,8 +33,8 @@ from benchmarks.serving.rows import Row
 from infer_align import config, quickstart
 from infer_align.decoding.cache import RowCache
 from infer_align.demo.locate import locate
-from infer_align.engines.transformers import Transformers
-from infer_align.engines.transformers.output_layer import quicken_output_layer
+from infer_align.engines.transformers import Transformers, TransformersEngine
+from infer_align.engines.transformers.linear_layers import quicken_linear_layers
 
 OUT = Console(width=110)
 BATCHES = (1, 8, 32)
@@ -82,7 +82,7 @@ def load(folder: str, dtype: str) -> Any:
     """Return the model with weights of this type."""
     lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     lm = lm.eval().requires_grad_(requires_grad=False)
-    quicken_output_layer(lm)
+    quicken_linear_layers(lm)
     return lm
 
 
@@ -99,7 +99,8 @@ def with_int8_arithmetic(lm: Any) -> Any:
     """Let every linear layer multiply in int8, with one scale for all states of a batch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.ao.quantization.quantize_dynamic(lm, {torch.nn.Linear}, dtype=torch.qint8)
+        quantize: Any = torch.ao.quantization.quantize_dynamic
+        return quantize(lm, {torch.nn.Linear}, dtype=torch.qint8)
 
 
 @torch.inference_mode()
@@ -222,6 +223,8 @@ def quickstart_model() -> tuple[Path, str]:
     if not isinstance(settings.engine, Transformers):
         raise TypeError(f"make serve has the engine {settings.engine}")
     engine = settings.load_engine()
+    if not isinstance(engine, TransformersEngine):
+        raise TypeError(f"make serve loads a {type(engine).__name__}")
     asyncio.run(engine.start())
     folder = str(engine.frozen.lm.config.name_or_path)
     asyncio.run(engine.close())

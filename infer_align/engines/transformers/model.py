@@ -13,7 +13,7 @@ from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import check_token_ids
 from infer_align.decoding.sequences import check_token_prompt
 from infer_align.decoding.tools import ToolRequest
-from infer_align.engines.transformers.output_layer import quicken_output_layer
+from infer_align.engines.transformers.linear_layers import quicken_linear_layers
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
 from infer_align.engines.transformers.weights import check_causal, load_weights
 from infer_align.errors import ConfigError
@@ -106,7 +106,7 @@ class Model:
             name, dtype, trust_remote_code=trust_remote_code, progress=progress
         )
         lm = lm.to(on_device).eval().requires_grad_(requires_grad=False)
-        quicken_output_layer(lm)
+        quicken_linear_layers(lm)
         text_config = lm.config.get_text_config(decoder=True)
         maximum = longest_context(text_config)
         if maximum and (context_length or 0) > maximum:
