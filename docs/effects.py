@@ -138,7 +138,7 @@ def selection_scale() -> str:
         ("answer", text("answer")),
         ("n", text("n")),
         ("gold", with_error("gold")),
-        ("- greedy", with_error("minus_greedy", sign="+")),
+        ("difference to greedy", with_error("minus_greedy", sign="+")),
     ]
 
     def include(row: Row) -> bool:
@@ -164,7 +164,11 @@ def selection_proxy() -> str:
         end = ends.get(name)
         fall = "" if end is None else f"{end[0]:.2f} ± {end[1]:.2f}"
         rows.append([name, *(golds[n] for n in sizes), fall])
-    heads = ["answer", *(f"n = {n}" for n in sizes), f"best n - n = {sizes[-1]}"]
+    heads = [
+        "answer",
+        *(f"n = {n}" for n in sizes),
+        f"gold at the best n, minus gold at n = {sizes[-1]}",
+    ]
     return table(heads, rows)
 
 
@@ -335,9 +339,9 @@ def quality() -> str:
         ("seconds", lambda row: f"{row['seconds']:.2g} ± {row['seconds_error']:.1g}"),
         ("upper bound of KL", number("kl_bound")),
         ("gold", estimate("gold")),
-        ("- baseline", estimate("minus_baseline")),
-        ("- greedy", estimate("minus_greedy")),
-        ("- equal budget", estimate("minus_equal")),
+        ("difference to baseline", estimate("minus_baseline")),
+        ("difference to greedy", estimate("minus_greedy")),
+        ("difference to equal budget", estimate("minus_equal")),
     ]
     return result_table("quality", columns)
 

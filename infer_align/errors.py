@@ -1,4 +1,4 @@
-"""Every error that a person can meet, and its form on the wire.
+"""The base of all errors, the errors that several parts raise, and their form on the wire.
 
     AlignError
     ├── InvalidRequest      400  a field of the request is wrong
@@ -6,13 +6,17 @@
     ├── Unauthorized        401  the API key is missing or not accepted
     ├── Forbidden           403  the API key lacks the scope of the route
     ├── UnknownModel        404  there is no such model or preset
-    ├── DeadlineExceeded    504  the deadline passed with nothing to return
     ├── BodyTooLarge        413  the body is over `[limits] max_body_bytes`
+    ├── RewardFailed        424  no candidate could be scored; a retry would draw all of them again
     ├── Overloaded          429  over a queue or rate limit; carries `retry_after` seconds
     ├── EngineFailed        502  the engine (or its upstream) failed every candidate
-    ├── RewardFailed        424  no candidate could be scored; a retry would draw all of them again
     ├── Unavailable         503  loading, shutting down, or the engine died
+    ├── DeadlineExceeded    504  the deadline passed with nothing to return
     └── ConfigError          -   the configuration is wrong; the process does not start
+
+An error of one part stands with that part, such as `UpstreamFailed` in `infer_align.upstream`. The
+class sets the status and the code. A single error may replace them: `EngineFailed`, for example,
+has the status of its upstream.
 
 A message names the field, its value, what is allowed and how to fix it. `param` is a dotted path
 into the request body.

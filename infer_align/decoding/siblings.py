@@ -32,11 +32,12 @@ def read_tokens(lm: ValueLM, ids: Sequence[int]) -> RowCache:
 
 @dataclass(slots=True)
 class ValueCache:
-    """Keys and values of one value LM for the rows of a batch that it steers.
+    """Attention keys and values of one value LM, for the R rows that it steers.
 
     Attributes:
         lm: the value LM.
-        members: the position in the batch of each row of the cache.
+        members: for each row of the cache, its index among the steered rows. The embedded engine
+            steers all rows, so there it is the index in the batch.
         lengths: tokens of each row, all of them in the cache. `choose` adds the sampled token.
         cache: keys and values, right-aligned.
         candidates: [R, k] the candidates whose columns are in the cache, between `siblings` and
@@ -83,7 +84,7 @@ class ValueCache:
         )
 
     def siblings(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Value each candidate of each row: [R, k] ids -> [R, k, H].
+        """Value each candidate of each row by the H values of the LM: [R, k] ids -> [R, k, H].
 
         The candidates' columns stay in the cache until `choose`.
         """

@@ -58,10 +58,10 @@ class ChoiceScores:
         ensemble: Ensemble,
         deadline: float | None = None,
     ) -> Array:
-        """Return the score of each text by each feature: [N, T]; NaN where a reward failed.
+        """Return the score of each text by each feature: [N, F]; NaN where a reward failed.
 
         Args:
-            features: names of rewards, or "reward.attribute".
+            features: the F names of rewards, or "reward.attribute".
             messages: the conversation that the texts answer to.
             texts: the N answers.
             ensemble: reduces the members of a reward.

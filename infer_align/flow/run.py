@@ -1,4 +1,4 @@
-"""Run the flow of one request. Only this file uses an engine and rewards together.
+"""Run the flow of one request. Only this file draws candidates and scores them.
 
 Request ─ plan ─▶ Plan ─ engine ─▶ Candidates ─ rewards ─▶ Scores ─ select ─▶ Selection ─▶ Response
 """
@@ -31,7 +31,8 @@ async def align(
         on_candidate: called there with each candidate that is finished.
 
     Raises:
-        EngineFailed: every candidate failed.
+        EngineFailed: every candidate of the first batch failed.
+        AlignError: the engine refused the first batch, with a status of its own.
         RewardFailed: there were several candidates to compare and none could be scored.
         DeadlineExceeded: the deadline passed before any token.
     """

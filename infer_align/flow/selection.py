@@ -73,7 +73,8 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
     """
     dropped = _ineligible(candidates)
     values = _reduced(plan, scores)
-    if not values and (plan.rule.needs_scores or not plan.selects):
+    rule_compares = bool(values) or (plan.selects and not plan.rule.needs_scores)
+    if not rule_compares:
         return _in_order_of_drawing(plan, candidates, dropped)
     composed = values if plan.composition is None else plan.composition.compose(values)
     shortfalls = _shortfalls(plan, values, len(candidates))

@@ -33,7 +33,7 @@ def stop_after(
 
     Args:
         batch: the last batch.
-        plan: the plan; without a stop rule its only batch ends silently.
+        plan: the plan; without a stop rule it has one batch, whose end needs no report.
         candidates: of all batches so far, numbered from 0.
         scores: of these candidates.
         late: True if the deadline of drawing has passed.

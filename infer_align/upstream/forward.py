@@ -1,7 +1,8 @@
 """Requests that are passed on to an upstream as they are, and its answers.
 
-A body goes through as bytes. Of the headers, only those of the two lists here pass: a client's own
-key, organization or address never reaches an upstream, and no header of the connection is copied.
+A body goes through as bytes. Of a request's headers, only REQUEST_HEADERS pass, so a client's own
+key, organization or address never reaches an upstream. Of an answer's headers, all pass except
+DROPPED_RESPONSE_HEADERS and those of CORS, which are about this server.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ REQUEST_HEADERS = (
     "tracestate",
 )
 # Headers of an answer that are about the connection, or that this server writes itself.
-OWN_RESPONSE_HEADERS = frozenset(
+DROPPED_RESPONSE_HEADERS = frozenset(
     {
         "connection",
         "keep-alive",
@@ -114,6 +115,6 @@ def response_headers(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, by
     passed = []
     for name, value in headers:
         lower = name.lower()
-        if lower not in OWN_RESPONSE_HEADERS and not lower.startswith("access-control-"):
+        if lower not in DROPPED_RESPONSE_HEADERS and not lower.startswith("access-control-"):
             passed.append((lower.encode("latin-1"), value.encode("latin-1", "replace")))
     return passed

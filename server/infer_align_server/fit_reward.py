@@ -95,7 +95,8 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layer",
         type=_positive_integer,
-        help="Layer whose states are read, from 1. Default: the last one.",
+        help="Layer whose states are read, from 1. Default: the last one; 4 with the default "
+        "encoder.",
     )
     parser.add_argument(
         "--max-length",
@@ -134,7 +135,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         choices=("none", "vote", "exchange"),
         default="none",
         help='How wrong labels are found: "vote" flips pairs that members which did not see them '
-        'vote against, "exchange" fits the pairs on which the other members\' loss is small. '
+        'vote against, "exchange" fits each member to the pairs that the other members find easy. '
         "Default: %(default)s.",
     )
     parser.add_argument(

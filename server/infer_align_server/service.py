@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -36,10 +37,9 @@ from infer_align_server.defaults import (
     complete_body,
     default_rewards,
 )
-from infer_align_server.limits.admission import Admission
 from infer_align_server.limits.api_keys import ApiKeys, Caller
+from infer_align_server.limits.caller_limits import make_caller_limits
 from infer_align_server.limits.key_file import KeyFile, Scope
-from infer_align_server.limits.rate_limit import RateLimit
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
 from infer_align_server.logs import describe
@@ -74,39 +74,50 @@ class Service:
     def __init__(self, config: Config, sharing: Sharing | None = None) -> None:
         self.config = config
         self.sharing = sharing
+
+        # `start` loads the models of the engines and rewards.
         self.engine: Engine = config.load_engine()
         self.engines: Mapping[str, Engine] = {**config.load_engines(), "served": self.engine}
         self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
         self.default_rewards = default_rewards(config, self.rewards)
         check_preset_names(config, self.rewards, self.engine)
-        limits = config.limits
-        self.admission = Admission(sharing.limits(limits) if sharing else limits)
-        self._requests = _rate_limit(
-            limits.requests_per_minute, "requests", "rate_limit_exceeded", sharing
-        )
-        self.tokens = _rate_limit(
-            limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded", sharing
-        )
-        self.profiles = ProfileKeeper(config)
-        self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
+
+        # The callers: their keys, and what they may use.
         key_file = config.server.api_keys_file
         self._keys = ApiKeys(config.api_keys(), KeyFile(key_file) if key_file else None)
-        self.settled = asyncio.Event()
-        self.failure: str | None = None
-        self.document: bytes | None = None
-        self.warnings: list[str] = []
-        self._loading = ""
-        self._draining = False
+        limits = make_caller_limits(config.limits, sharing)
+        self._requests = limits.requests
+        self.tokens = limits.tokens
+        self.admission = limits.admission
+
+        # What is measured.
         self.metrics = Metrics(sharing.folder if sharing else None)
+        self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
+
+        # Profiles, and the scores of the answers that users chose between.
+        self.profiles = ProfileKeeper(config)
         self.choice_scores = ChoiceScores(self.rewards, self.metrics.count_scoring)
         self.personaliser = Personaliser(
             self.rewards, self.default_rewards, config.methods, self.choice_scores
         )
-        self.metrics.watch(self.metrics.running, lambda: self.admission.running)
-        self.metrics.watch(self.metrics.queued, lambda: self.admission.queued)
-        self.metrics.watch(self.metrics.tasks, count_tasks)
-        self.metrics.watch(self.metrics.ready, lambda: float(self.unready() is None))
-        self.metrics.watch(self.metrics.workers, lambda: float(self.unready() is None))
+
+        # The state of loading and of shutdown.
+        self.settled = asyncio.Event()
+        self.failure: str | None = None
+        self.warnings: list[str] = []
+        self.document: bytes | None = None
+        self._loading = ""
+        self._draining = False
+        self._watch_state()
+
+    def _watch_state(self) -> None:
+        """Let gauges read the state of this service whenever the metrics are read."""
+        watch = self.metrics.watch
+        watch(self.metrics.running, lambda: self.admission.running)
+        watch(self.metrics.queued, lambda: self.admission.queued)
+        watch(self.metrics.tasks, count_tasks)
+        watch(self.metrics.ready, lambda: float(self.unready() is None))
+        watch(self.metrics.workers, lambda: float(self.unready() is None))
 
     # --- Loading and shutdown ---
 
@@ -157,7 +168,7 @@ class Service:
         return bool(settings.api_keys_env or settings.api_keys_file)
 
     async def reload(self) -> None:
-        """Read the API keys and the configured values again, for later requests.
+        """Read the API keys and the value estimators of [values.*] again, for later requests.
 
         What cannot be read stays as it is.
         """
@@ -255,8 +266,8 @@ class Service:
     def models(self) -> list[str]:
         """Return the name of each model, then of each model with each preset."""
         names = list(self.names)
-        presets = self.config.presets
-        return names + [f"{name}@{preset}" for name in names for preset in presets]
+        pairs = itertools.product(names, self.config.presets)
+        return names + [f"{name}@{preset}" for name, preset in pairs]
 
     def resolve_model(self, name: object) -> ModelChoice:
         """Return the model and the preset that the `model` field of a request names.
@@ -341,13 +352,9 @@ class Service:
         return await self.personaliser.apply(request, stored)
 
     def _make_plan(self, request: Request) -> Plan:
+        config = self.config
         return make_plan(
-            request,
-            self.engine,
-            self.rewards,
-            self.default_rewards,
-            self.config.limits,
-            self.config.methods,
+            request, self.engine, self.rewards, self.default_rewards, config.limits, config.methods
         )
 
     def _plan_preset(self, body: Mapping[str, Any], preset: str) -> Plan:
@@ -390,9 +397,3 @@ class Service:
                     self.metrics.count_scoring(usage)
 
                 yield count
-
-
-def _rate_limit(per_minute: int, unit: str, code: str, sharing: Sharing | None) -> RateLimit:
-    if sharing is None or per_minute == 0:
-        return RateLimit(per_minute, unit, code)
-    return RateLimit(per_minute, unit, code, buckets=sharing.buckets(unit))

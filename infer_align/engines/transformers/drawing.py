@@ -40,8 +40,8 @@ class Drawn(NamedTuple):
 
     Attributes:
         tokens: the token of each row.
-        steered: [B, V] the logits that they were sampled from. A steered row of the fused sampler
-            may hold its logits before steering.
+        steered: [B, V] the logits after steering. Only a steered row of the fused sampler may hold
+            those before it, since it computes the others without writing them.
         candidates: [B, k] the candidates that were valued; None if no row is steered.
     """
 

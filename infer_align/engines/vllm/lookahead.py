@@ -26,7 +26,8 @@ from infer_align.values.lookahead import ValueLM
 class TokenHistory(ABC):
     """The tokens of one request since it joined the batch: its prompt and what it has generated.
 
-    A request that joins again, after a preemption, has another history.
+    Histories are compared by identity: a request that joins again, after a preemption, has another
+    one.
     """
 
     @abstractmethod
@@ -119,13 +120,19 @@ class LookaheadCaches:
     def prepare(self, rows: Sequence[LookaheadRow]) -> Mapping[ValueLM, ValueCache]:
         """Return caches with all tokens of these rows; free those of all other requests.
 
+        Every cache of the latest step must have valued its candidates: their columns hold the
+        tokens that were sampled since.
+
         Args:
             rows: the rows of the step that lookahead values steer.
         """
+        users: dict[ValueLM, list[LookaheadRow]] = {}
+        for row in rows:
+            for lm in row.lms:
+                users.setdefault(lm, []).append(row)
         readings: dict[ValueLM, _Reading] = {}
-        for lm in dict.fromkeys(lm for row in rows for lm in row.lms):
-            users = [row for row in rows if lm in row.lms]
-            readings[lm] = _advance(lm, self._readings.pop(lm, None), users)
+        for lm, lm_rows in users.items():
+            readings[lm] = _advance(lm, self._readings.pop(lm, None), lm_rows)
         self._readings = readings
         return {lm: reading.cache for lm, reading in readings.items()}
 
@@ -135,9 +142,11 @@ def _advance(lm: ValueLM, previous: _Reading | None, rows: Sequence[LookaheadRow
     parts: list[_Reading] = []
     if previous is not None:
         parts = _continued(previous, rows)
-    continued = {history for part in parts for history in part.histories}
-    parts += _read(lm, [row for row in rows if row.history not in continued])
-    return _joined(parts)
+    continued: set[TokenHistory] = set()
+    for part in parts:
+        continued.update(part.histories)
+    joining = [row for row in rows if row.history not in continued]
+    return _joined(parts + _read(lm, joining))
 
 
 def _continued(previous: _Reading, rows: Sequence[LookaheadRow]) -> list[_Reading]:
@@ -170,12 +179,13 @@ def _continued(previous: _Reading, rows: Sequence[LookaheadRow]) -> list[_Readin
     if grown:
         parts.append(_kept(previous, grown, present))
     if waiting:
-        patch = cache.cache.take(waiting, 1 + max(lengths[index] for index in waiting))
+        waiting_lengths = [lengths[index] for index in waiting]
+        # Drop the column that `choose` has added.
+        patch = cache.cache.take(waiting, 1 + max(waiting_lengths))
         patch.drop_last()
         histories = tuple(previous.histories[index] for index in waiting)
         members = [present[history].position for history in histories]
-        kept_lengths = [lengths[index] for index in waiting]
-        parts.append(_Reading(ValueCache(cache.lm, members, kept_lengths, patch), histories))
+        parts.append(_Reading(ValueCache(cache.lm, members, waiting_lengths, patch), histories))
     return parts
 
 
@@ -211,11 +221,15 @@ def _read(lm: ValueLM, rows: Sequence[LookaheadRow]) -> list[_Reading]:
 
 
 def _joined(parts: list[_Reading]) -> _Reading:
-    """Return the rows of all parts in one cache. Joining pairs copies each row few times."""
+    """Return the rows of all parts in one cache.
+
+    Parts are joined in pairs, so that P parts copy each row about log2(P) times.
+    """
     while len(parts) > 1:
-        pairs = [
-            _Reading(first.cache.join(second.cache), first.histories + second.histories)
-            for first, second in zip(parts[::2], parts[1::2], strict=False)
-        ]
+        pairs: list[_Reading] = []
+        for first, second in zip(parts[::2], parts[1::2], strict=False):
+            cache = first.cache.join(second.cache)
+            pairs.append(_Reading(cache, first.histories + second.histories))
+        # An odd number of parts has one without a partner.
         parts = pairs + parts[2 * len(pairs) :]
     return parts[0]
