@@ -244,29 +244,20 @@ def _pair_figures(
 def _many_figures(
     scores: Sequence[Array], questions: Sequence[RatedQuestion]
 ) -> ManyFigures | None:
-    all_over_all: list[float] = []
-    one_over_many: list[float] = []
-    chances: list[float] = []
-    reciprocal_ranks: list[float] = []
-    wrong: list[float] = []
+    results = []
     for row, question in zip(scores, questions, strict=True):
         result = one_to_many(row, question.ratings)
-        if result is None:
-            continue
-        all_over_all.append(result.all_over_all)
-        one_over_many.append(result.one_over_many)
-        chances.append(result.chance)
-        reciprocal_ranks.append(result.reciprocal_rank)
-        wrong.append(result.wrong)
+        if result is not None:
+            results.append(result)
     # Against a single wrong answer it is the pair accuracy again.
-    if max(wrong, default=0) < 2:
+    if not results or max(result.wrong for result in results) < 2:
         return None
     return ManyFigures(
-        all_over_all=mean_over_prompts(all_over_all),
-        one_over_many=mean_over_prompts(one_over_many),
-        chance=float(np.mean(chances)),
-        reciprocal_rank=mean_over_prompts(reciprocal_ranks),
-        wrong=float(np.mean(wrong)),
+        all_over_all=mean_over_prompts([result.all_over_all for result in results]),
+        one_over_many=mean_over_prompts([result.one_over_many for result in results]),
+        chance=float(np.mean([result.chance for result in results])),
+        reciprocal_rank=mean_over_prompts([result.reciprocal_rank for result in results]),
+        wrong=float(np.mean([result.wrong for result in results])),
     )
 
 
