@@ -31,8 +31,7 @@ async def align(
         on_candidate: called there with each candidate that is finished.
 
     Raises:
-        EngineFailed: every candidate of the first batch failed.
-        AlignError: the engine refused the first batch, with a status of its own.
+        AlignError: the engine refused the first batch, or failed every candidate of it.
         RewardFailed: there were several candidates to compare and none could be scored.
         DeadlineExceeded: the deadline passed before any token.
     """
