@@ -23,6 +23,8 @@ _TEXT_PARTS = {
 }
 # Types of the parts that hold what a model thought. Nobody answers to them, so they are left out.
 _THINKING_PARTS = {"thinking", "redacted_thinking", "reasoning"}
+# The name of a custom tool's input, where the tool is shown as a function. It is vLLM's name.
+CUSTOM_INPUT = "input"
 # A system message with a word that no template holds, and the turn that follows it.
 SYSTEM_MARK = "infer-align-system"
 SYSTEM_PROBE: tuple[Message, ...] = (
@@ -151,6 +153,7 @@ def normalize(messages: Sequence[Message], *, developer: bool = False) -> Conver
       type, such as images, the parts stay a list.
     * The arguments of a tool call are an object. Text that is no JSON object becomes {}.
     * `function_call` and the role `function` become a tool call and the role `tool`.
+    * The call of a custom tool becomes the call of a function with the argument `input`.
     * The role `developer` becomes `system`, and system turns that follow each other become one.
 
     Args:
@@ -257,11 +260,25 @@ def _calls(message: Message) -> list[Mapping[str, Any]]:
     calls = message.get("tool_calls")
     if not isinstance(calls, list | tuple):
         return []
-    return [call for call in calls if isinstance(_function(call), Mapping)]
+    read: list[Mapping[str, Any]] = []
+    for call in calls:
+        custom = _field(call, "custom")
+        if isinstance(_field(call, "function"), Mapping):
+            read.append(call)
+        elif isinstance(custom, Mapping):
+            read.append(_function_call(call, custom))
+    return read
 
 
-def _function(call: object) -> object:
-    return call.get("function") if isinstance(call, Mapping) else None
+def _field(call: object, name: str) -> object:
+    return call.get(name) if isinstance(call, Mapping) else None
+
+
+def _function_call(call: Mapping[str, Any], custom: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the call of a custom tool, whose input is free text, as the call of a function."""
+    fields = {name: value for name, value in call.items() if name != "custom"}
+    function = {"name": custom.get("name"), "arguments": {CUSTOM_INPUT: custom.get("input")}}
+    return {**fields, "type": "function", "function": function}
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,10 @@ def call(name: str = "weather", arguments: object = '{"city": "Paris"}', **field
     return {"id": "1", "type": "function", "function": function, **fields}
 
 
+def custom(text: str | None) -> dict:
+    return {"id": "2", "type": "custom", "custom": {"name": "sql", "input": text}}
+
+
 def calling(*calls: dict, content: object = None) -> dict:
     return {"role": "assistant", "content": content, "tool_calls": list(calls)}
 
@@ -82,6 +86,9 @@ def test_a_placeholder_stands_for_a_part_that_is_not_text(content: object, text:
         ),
         ({"function_call": {"name": "old", "arguments": "{}"}}, "old({})"),
         (calling({"id": "broken"}), ""),
+        (calling(custom("select 1")), 'sql({"input": "select 1"})'),
+        (calling(custom(None), call()), 'sql({"input": null})\nweather({"city": "Paris"})'),
+        (calling({"type": "custom", "custom": "sql"}), ""),
     ],
 )
 def test_a_message_is_its_content_and_its_calls(message: dict, text: str) -> None:
@@ -150,6 +157,12 @@ def test_the_older_form_of_calls_becomes_the_newer_one() -> None:
     ]
     assert "function_call" not in turns[0]
     assert turns[1] == {"role": "tool", "name": "f", "content": "21"}
+
+
+def test_the_call_of_a_custom_tool_becomes_the_call_of_a_function() -> None:
+    [turn] = normalize([{"role": "assistant", "content": None, **calling(custom("select 1"))}])
+    function = {"name": "sql", "arguments": {"input": "select 1"}}
+    assert turn["tool_calls"] == [{"id": "2", "type": "function", "function": function}]
 
 
 def test_system_turns_that_follow_each_other_are_one() -> None:

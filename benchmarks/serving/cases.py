@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.record import record
 from benchmarks.serving.rows import Row
 from infer_align import config, quickstart
 from infer_align.engines.transformers import TransformersEngine
@@ -33,6 +34,27 @@ class Measured(NamedTuple):
     rows: list[Row]
     setup: dict[str, Any]
     is_complete: bool
+
+
+def record_cases(name: str, measured: Measured, baseline: str, setup: Mapping[str, Any]) -> None:
+    """Write the result of a complete run; a run of one case is printed only.
+
+    Args:
+        name: of the result.
+        measured: from `measure_cases`.
+        baseline: description of the baseline.
+        setup: what else describes the run.
+    """
+    if not measured.is_complete:
+        return
+    path = record(
+        name,
+        baseline=baseline,
+        seed=0,
+        rows=measured.rows,
+        setup={**measured.setup, **setup},
+    )
+    print(f"wrote {path}")
 
 
 def two_models(demo_tokens: int, small_tokens: int) -> tuple[Case, Case]:

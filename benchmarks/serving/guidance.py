@@ -19,9 +19,14 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from benchmarks.record import record
 from benchmarks.serving.answers import draw_candidates
-from benchmarks.serving.cases import Case, measure_cases, started_engine, two_models
+from benchmarks.serving.cases import (
+    Case,
+    measure_cases,
+    record_cases,
+    started_engine,
+    two_models,
+)
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.steering import Contrast, Guidance
@@ -136,22 +141,13 @@ def main() -> None:
     print_rows(measured.rows, OUT, ("cost", "ratio", "ms per token", "plain", "target"))
     for item in measured.rows:
         OUT.print(f"{item['what']}: {item['wall_value']:.2f} by the clock")
-    if not measured.is_complete:
-        return
     setup = {
-        **measured.setup,
         "batch": BATCH,
         "unit": "milliseconds of CPU time per token; median of the steps or rounds",
         "note": "one thread, so CPU time is the time on an idle machine; wall_* is by the clock",
     }
-    path = record(
-        "guidance_cost",
-        baseline="the same requests without guidance, in alternating rounds",
-        seed=0,
-        rows=measured.rows,
-        setup=setup,
-    )
-    OUT.print(f"wrote {path}")
+    baseline = "the same requests without guidance, in alternating rounds"
+    record_cases("guidance_cost", measured, baseline, setup)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,14 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from benchmarks.record import record
 from benchmarks.serving.answers import WrongAnswerError, draw_candidates
-from benchmarks.serving.cases import Case, measure_cases, started_engine, two_models
+from benchmarks.serving.cases import (
+    Case,
+    measure_cases,
+    record_cases,
+    started_engine,
+    two_models,
+)
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.decoding.sequences import SequenceQuery
 from infer_align.engines.transformers import TransformersEngine
@@ -97,22 +102,13 @@ def main() -> None:
     print_rows(measured.rows, OUT, ("cost", "ratio", "milliseconds", "generating", "target"))
     for item in measured.rows:
         OUT.print(f"{item['what']}: {item['cpu_value']:.2f} by CPU time")
-    if not measured.is_complete:
-        return
     setup = {
-        **measured.setup,
         "candidates": CANDIDATES,
         "unit": "milliseconds for all candidates; median of the rounds",
         "note": "the machine ran other programs; compare figures of one row only",
     }
-    path = record(
-        "sequences",
-        baseline="generating the same candidates, in alternating rounds",
-        seed=0,
-        rows=measured.rows,
-        setup=setup,
-    )
-    OUT.print(f"wrote {path}")
+    baseline = "generating the same candidates, in alternating rounds"
+    record_cases("sequences", measured, baseline, setup)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ their answers (`response_template`). Text that announces a call and holds none i
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -108,9 +109,8 @@ class CallStream:
             "refusal": None,
         }
         if self._calls:
-            message["tool_calls"] = [
-                {**call, "function": {**call["function"]}} for call in self._calls
-            ]
+            # Copies, because later pieces are added to the calls.
+            message["tool_calls"] = copy.deepcopy(self._calls)
         return message
 
     def finish_reason(self, reason: str) -> str:

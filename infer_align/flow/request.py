@@ -28,6 +28,8 @@ WHOLE_NUMBERS = frozenset(
 
 
 # The forms of the prompt of a text completion, for messages.
+# An assistant's message may consist of tool calls alone, and a tool may return nothing.
+_ROLES_WITHOUT_CONTENT = frozenset({"assistant", "function", "tool"})
 _PROMPTS = "a string, a list of token ids, or a list of strings or of lists of token ids"
 
 
@@ -209,9 +211,7 @@ def _check_message(message: object, param: str) -> None:
         )
     _check_tool_calls(message.get("tool_calls"), f"{param}.tool_calls")
     content = message.get("content")
-    # An assistant's message may consist of tool calls alone.
-    optional = message["role"] == "assistant"
-    if content is None and optional:
+    if content is None and message["role"] in _ROLES_WITHOUT_CONTENT:
         return
     if not isinstance(content, str | list):
         raise InvalidRequest(
@@ -231,13 +231,19 @@ def _check_tool_calls(calls: object, param: str) -> None:
             f"{param}: {quote(calls)} is not allowed; must be a list of tool calls.", param=param
         )
     for call in calls:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        if not _names_a_tool(call):
             raise InvalidRequest(
                 f"{param}: {quote(call)} is not allowed; must be an object with a function, which "
-                "has a name and arguments.",
+                "has a name and arguments, or with a custom tool.",
                 param=param,
             )
+
+
+def _names_a_tool(call: object) -> bool:
+    if not isinstance(call, Mapping):
+        return False
+    tools = (call.get("function"), call.get("custom"))
+    return any(isinstance(tool, Mapping) and isinstance(tool.get("name"), str) for tool in tools)
 
 
 def _check_part(part: object, param: str) -> None:

@@ -31,7 +31,7 @@ async def align(
         on_candidate: called there with each candidate that is finished.
 
     Raises:
-        AlignError: the engine refused the first batch, or all of its candidates failed.
+        AlignError: the engine refused the first batch, or failed every candidate of it.
         RewardFailed: there were several candidates to compare and none could be scored.
         DeadlineExceeded: the deadline passed before any token.
     """

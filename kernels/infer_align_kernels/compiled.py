@@ -285,47 +285,75 @@ def _candidate_launches() -> list[Launch]:
     ]
 
 
-# Stacked queries per key head, numbers per head, and dtype of each launch.
+# Stacked queries per key head, numbers per head, dtype, and True for a prefix in parts.
 ATTENTION_SHAPES = (
-    (16, 64, torch.bfloat16),
-    (32, 128, torch.bfloat16),
-    (80, 128, torch.bfloat16),
-    (80, 256, torch.bfloat16),
-    (80, 128, torch.float32),
+    (16, 64, torch.bfloat16, True),
+    (32, 128, torch.bfloat16, True),
+    (60, 128, torch.bfloat16, False),
+    (80, 128, torch.bfloat16, False),
+    (80, 128, torch.bfloat16, True),
+    (512, 64, torch.bfloat16, False),
+    (80, 256, torch.bfloat16, False),
+    (80, 128, torch.float32, True),
 )
 ATTENTION_TENSORS = ("query", "prefix_keys", "prefix_values", "own_keys", "own_values", "out")
+UNFINISHED = ("peaks", "totals", "parts")
 ATTENTION_STRIDE_SUFFIXES = ("_row", "_head", "_sibling", "_column")
 
 
 def _attention_launches() -> list[Launch]:
-    kernel = sibling_attention.sibling_attention_kernel
-    strides = [name for name in kernel.arg_names if name.endswith(ATTENTION_STRIDE_SUFFIXES)]
     made = []
-    for queries, dim, dtype in ATTENTION_SHAPES:
-        is_half = dtype == torch.bfloat16
+    for queries, dim, dtype, is_split in ATTENTION_SHAPES:
         tiles = sibling_attention.tiles(queries, dim, dtype)
-        types = {
-            **dict.fromkeys(kernel.arg_names, "i32"),
-            **dict.fromkeys(ATTENTION_TENSORS, "*bf16" if is_half else "*fp32"),
-            "lengths": "*i64",
-            "scale": "fp32",
-        }
-        constants = {
+        made.append(_attention_launch(tiles, dim, dtype, is_split=is_split))
+    merge = sibling_attention.sibling_attention_merge_kernel
+    types = _attention_types(merge, torch.bfloat16)
+    constants = {"QUERIES": sibling_attention.MERGED, "PART": 1024, "D": 128, "DIM": 128}
+    made.append(
+        Launch(
+            name="sibling_attention_merge",
+            kernel=merge,
+            types=types,
+            constants=constants,
+            num_warps=4,
+            num_stages=3,
+            tensor_cores=False,
+        )
+    )
+    return made
+
+
+def _attention_types(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
+    names = kernel.arg_names
+    float_type = "*bf16" if dtype == torch.bfloat16 else "*fp32"
+    return {
+        **dict.fromkeys(names, "i32"),
+        **dict.fromkeys(ATTENTION_TENSORS, float_type),
+        **dict.fromkeys(UNFINISHED, "*fp32"),
+        "lengths": "*i64",
+        "scale": "fp32",
+    }
+
+
+def _attention_launch(
+    tiles: sibling_attention.AttentionTiles, dim: int, dtype: torch.dtype, *, is_split: bool
+) -> Launch:
+    kernel = sibling_attention.sibling_attention_kernel
+    return Launch(
+        name="sibling_attention",
+        kernel=kernel,
+        types=_attention_types(kernel, dtype),
+        constants={
             "QUERIES": tiles.queries,
             "COLUMNS": tiles.columns,
             "D": dim,
             "DIM": dim,
+            "PART": tiles.part,
+            "IS_SPLIT": is_split,
             "UPCAST": False,
-        }
-        launch = Launch(
-            name="sibling_attention",
-            kernel=kernel,
-            types=types,
-            constants=constants,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-            tensor_cores=is_half,
-            aligned=strides,
-        )
-        made.append(launch)
-    return made
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        tensor_cores=dtype == torch.bfloat16,
+        aligned=[name for name in kernel.arg_names if name.endswith(ATTENTION_STRIDE_SUFFIXES)],
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 import re
 import uuid
@@ -41,6 +42,9 @@ log = logging.getLogger("infer_align")
 CLIENT_LEFT = 499
 # Headers of responses that scripts of web pages may read.
 EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms", "openai-version")
+# Characters of a path that are compared with the routes, and how alike the two must be.
+MAX_COMPARED = 80
+SIMILARITY = 0.85
 Header: TypeAlias = tuple[bytes, bytes]
 
 
@@ -200,6 +204,18 @@ async def _on_align_error(_: HttpRequest, error: AlignError) -> HttpResponse:
     return error_response(error)
 
 
+def _meant_route(http: HttpRequest) -> str:
+    """Return a clause with the route that a wrong path most likely means, or nothing."""
+    path = http.url.path[:MAX_COMPARED]
+    paths = {getattr(route, "path", "") for route in http.app.routes}
+    if f"/v1{path}" in paths:
+        return f"; use /v1{path}: the base URL of a client ends in /v1"
+    if path.startswith("/v1/v1/"):
+        return f"; use {path.removeprefix('/v1')}: the base URL of a client has /v1 once"
+    similar = difflib.get_close_matches(path, paths, n=1, cutoff=SIMILARITY)
+    return f"; the nearest one is {similar[0]}" if similar else ""
+
+
 async def _on_http_error(http: HttpRequest, error: HTTPException) -> HttpResponse:
     reason = str(error.detail)
     if error.status_code == 405:
@@ -207,7 +223,7 @@ async def _on_http_error(http: HttpRequest, error: HTTPException) -> HttpRespons
     elif error.status_code == 404 and re.match(r"/v1/responses(/|$)", http.url.path):
         reason = "this engine does not serve the Responses API; use /v1/chat/completions"
     elif error.status_code == 404:
-        reason = "there is no such route"
+        reason = f"there is no such route{_meant_route(http)}"
     align_error = AlignError(
         f"{http.method} {http.url.path}: {reason}.",
         status=error.status_code,

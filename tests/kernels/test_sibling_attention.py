@@ -93,3 +93,9 @@ def test_an_argument_that_does_not_fit_is_named(
     inputs[index] = wrong
     with pytest.raises(ValueError, match=message):
         sibling_attention(*inputs)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_that_is_not_positive_is_named(scale: float) -> None:
+    with pytest.raises(ValueError, match=f"scale: {scale}"):
+        sibling_attention(*case(1, 1, 1, 1, 1, 1, torch.float32), scale=scale)

@@ -101,3 +101,30 @@ def test_whole_numbers_may_be_written_as_floats(numbers: Live) -> None:
 def test_temperature_0_with_several_candidates_is_mentioned(numbers: Live) -> None:
     answer = numbers.chat({"best_of_n": {"n": 2}}, temperature=0)
     assert "temperature 0 draws equal candidates" in answer.json()["align"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("path", "clause"),
+    [
+        ("/chat/completions", "use /v1/chat/completions: the base URL of a client ends in /v1"),
+        ("/models", "use /v1/models"),
+        ("/align/score", "use /v1/align/score"),
+        ("/v1/v1/chat/completions", "use /v1/chat/completions: the base URL of a client has /v1"),
+        ("/v1/chat/completion", "the nearest one is /v1/chat/completions"),
+        ("/v1/modles", "the nearest one is /v1/models"),
+    ],
+)
+def test_a_wrong_path_is_answered_with_the_route_that_was_meant(
+    numbers: Live, path: str, clause: str
+) -> None:
+    with numbers.http() as client:
+        answer = client.post(path, json={})
+    assert answer.status_code == 404
+    assert f"POST {path}: there is no such route; {clause}" in answer.json()["error"]["message"]
+
+
+def test_a_path_like_no_other_is_a_plain_404(numbers: Live) -> None:
+    with numbers.http() as client:
+        for path in ("/nothing", "/api/tags", "/" + "x" * 4000):
+            message = client.get(path).json()["error"]["message"]
+            assert message.endswith("there is no such route.")

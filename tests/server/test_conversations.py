@@ -27,6 +27,23 @@ HISTORIES: dict[str, list[dict[str, Any]]] = {
         {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": ""}},
         {"role": "function", "name": "f", "content": "21"},
     ],
+    "a custom tool": [
+        *USER,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "1", "type": "custom", "custom": {"name": "sql", "input": "select 1"}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "1"},
+    ],
+    "a tool without a result": [*USER, CALLED, {**RESULT, "content": None}],
+    "a function without a result": [
+        *USER,
+        {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": None},
+    ],
     "two system turns": [
         {"role": "system", "content": "Be brief."},
         {"role": "developer", "content": "Be kind."},

@@ -42,12 +42,16 @@ class LoadedValues:
         value.start(self._frozen, self._shared)
         # Replace the mapping instead of changing it: the scheduler's thread may be reading it.
         self._values = {**self._values, name: value}
-        lookaheads = [v for v in self._values.values() if isinstance(v, LookaheadValue)]
-        in_use = {id(lookahead.lm) for lookahead in lookaheads}
+        in_use: set[int] = set()
+        for other in self._values.values():
+            if isinstance(other, LookaheadValue):
+                in_use.add(id(other.lm))
         # Drop the value LMs that only a replaced value used.
         self._shared = {key: item for key, item in self._shared.items() if id(item) in in_use}
-        lms = [item for item in self._shared.values() if isinstance(item, ValueLM)]
-        self.cell_bytes = sum(lm.cell_bytes for lm in lms)
+        self.cell_bytes = 0
+        for item in self._shared.values():
+            if isinstance(item, ValueLM):
+                self.cell_bytes += item.cell_bytes
 
     def value(self, name: str) -> Value:
         """Return the value of that name.

@@ -34,16 +34,18 @@ def sibling_attention(
         own_keys: [B, Hkv, k, D], the key of each sibling.
         own_values: [B, Hkv, k, D], the value of each sibling.
         lengths: [B] integers in 0..T. A row of length 0 attends to itself only.
-        scale: factor of the scores; None means 1 / sqrt(D).
+        scale: positive factor of the scores; None means 1 / sqrt(D).
 
     Returns:
         [B, H, k, D], in the query's dtype.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or the scale is not positive.
     """
     _check_shapes(query, prefix_keys, prefix_values, own_keys, own_values, lengths)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale: {scale} is not allowed; must be over 0.")
     if runs_triton(query.device):
         # Triton is not needed on a CPU.
         from infer_align_kernels.sibling_attention import triton  # noqa: PLC0415

@@ -19,6 +19,11 @@ from infer_align_kernels.devices import INTERPRETED
 LOG2_E = 1.4426950408889634
 
 
+# Columns of the shortest part of a prefix, and queries that a program merges.
+MIN_PART = 256
+MERGED = 16
+
+
 class AttentionTiles(NamedTuple):
     """The tile sizes of the kernel and its compiler options.
 
@@ -27,12 +32,58 @@ class AttentionTiles(NamedTuple):
         columns: prefix columns per step.
         num_warps: warps per program.
         num_stages: stages of the software pipeline.
+        part: prefix columns per program.
     """
 
     queries: int
     columns: int
     num_warps: int
     num_stages: int
+    part: int
+
+
+@triton.jit
+def attend(
+    q,
+    keys,
+    values,
+    start,
+    end,
+    keys_column,
+    values_column,
+    peak,
+    total,
+    attended,
+    scale,
+    COLUMNS: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Add the columns from `start` to `end`, at most COLUMNS, to the running softmax."""
+    dims = tl.arange(0, DIM)[None, :]
+    columns = start + tl.arange(0, COLUMNS)
+    # Columns after the end are read from the last one, which needs no mask, and get no weight.
+    places = tl.minimum(columns, end - 1).to(tl.int64)[:, None]
+    if D == DIM:
+        k = tl.load(keys + places * keys_column + dims)
+        v = tl.load(values + places * values_column + dims)
+    else:
+        k = tl.load(keys + places * keys_column + dims, mask=dims < D, other=0.0)
+        v = tl.load(values + places * values_column + dims, mask=dims < D, other=0.0)
+    if UPCAST:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(columns[None, :] < end, scores, float("-inf"))
+    # The scale is positive. So it is applied to the peak, and to the exponents in one instruction
+    # with the difference.
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1) * scale)
+    rescale = tl.exp2(peak - new_peak)
+    weights = tl.exp2(scores * scale - new_peak[:, None])
+    total = total * rescale + tl.sum(weights, axis=1)
+    attended *= rescale[:, None]
+    attended = tl.dot(weights.to(v.dtype), v, attended, input_precision="ieee")
+    return new_peak, total, attended
 
 
 @triton.jit
@@ -44,6 +95,10 @@ def sibling_attention_kernel(
     own_values,
     lengths,
     out,
+    peaks,
+    totals,
+    parts,
+    PLACES,
     GROUP,
     SIBLINGS,
     KV_HEADS,
@@ -68,11 +123,14 @@ def sibling_attention_kernel(
     COLUMNS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
+    PART: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Compute QUERIES stacked queries of one row and key head. Grid: (rows * key heads, blocks).
+    """Compute QUERIES stacked queries of one row, key head and part of the prefix.
 
-    A stacked query is a pair of a query head in the group of the key head, and a sibling.
+    Grid: (rows * key heads, blocks, parts). A stacked query is a pair of a query head in the group
+    of the key head, and a sibling. With IS_SPLIT, the unfinished sums of each part are stored.
     """
     row = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     kv_head = (tl.program_id(0) % KV_HEADS).to(tl.int64)
@@ -106,43 +164,85 @@ def sibling_attention_kernel(
         other=0.0,
     )
     # The running softmax starts with the sibling itself, so it is defined for an empty prefix too.
-    peak = tl.sum(q.to(tl.float32) * own_key.to(tl.float32), axis=1) * scale
-    total = tl.full((QUERIES,), 1.0, dtype=tl.float32)
-    attended = own_value.to(tl.float32)
+    # Where the prefix is split, the sibling belongs to the first part.
+    is_first = tl.program_id(2) == 0
+    own_score = tl.sum(q.to(tl.float32) * own_key.to(tl.float32), axis=1) * scale
+    peak = tl.where(is_first, own_score, float("-inf"))
+    total = tl.where(is_first, tl.full((QUERIES,), 1.0, dtype=tl.float32), 0.0)
+    attended = tl.where(is_first, own_value.to(tl.float32), 0.0)
     if UPCAST:
         q = q.to(tl.float32)
-    for start in range(T - tl.load(lengths + row).to(tl.int32), T, COLUMNS):
-        columns = (start + tl.arange(0, COLUMNS)).to(tl.int64)[:, None]
-        in_prefix = (columns < T) & in_head
-        k = tl.load(
-            prefix_keys + row * keys_row + kv_head * keys_head + columns * keys_column + dims,
-            mask=in_prefix,
-            other=0.0,
+    keys = prefix_keys + row * keys_row + kv_head * keys_head
+    values = prefix_values + row * values_row + kv_head * values_head
+    first = T - tl.load(lengths + row).to(tl.int32) + tl.program_id(2) * PART
+    # A part after the end of the row is empty.
+    end = tl.minimum(first + PART, T)
+    for start in range(first, end, COLUMNS):
+        peak, total, attended = attend(
+            q,
+            keys,
+            values,
+            start,
+            end,
+            keys_column,
+            values_column,
+            peak,
+            total,
+            attended,
+            scale,
+            COLUMNS,
+            D,
+            DIM,
+            UPCAST,
         )
-        v = tl.load(
-            prefix_values
-            + row * values_row
-            + kv_head * values_head
-            + columns * values_column
-            + dims,
-            mask=in_prefix,
-            other=0.0,
-        )
-        if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(start + tl.arange(0, COLUMNS)[None, :] < T, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-        rescale = tl.exp2(peak - new_peak)
-        weights = tl.exp2(scores - new_peak[:, None])
-        total = total * rescale + tl.sum(weights, axis=1)
-        attended *= rescale[:, None]
-        attended = tl.dot(weights.to(v.dtype), v, attended, input_precision="ieee")
-        peak = new_peak
     first_query = (row * KV_HEADS + kv_head) * GROUP * SIBLINGS
-    pointers = out + (first_query + stacked)[:, None] * D + dims
+    place = first_query + stacked
+    if IS_SPLIT:
+        place += tl.program_id(2).to(tl.int64) * PLACES
+        in_block = stacked < GROUP * SIBLINGS
+        tl.store(peaks + place, peak, mask=in_block)
+        tl.store(totals + place, total, mask=in_block)
+        tl.store(parts + place[:, None] * D + dims, attended, mask=in_group & in_head)
+    else:
+        result = (attended / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] * D + dims, result, mask=in_group & in_head)
+
+
+@triton.jit
+def sibling_attention_merge_kernel(
+    peaks,
+    totals,
+    parts,
+    lengths,
+    out,
+    ROW_PLACES,
+    PLACES,
+    QUERIES: tl.constexpr,
+    PART: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Merge the parts of QUERIES queries of one row, in their order. Grid: (rows, blocks)."""
+    row = tl.program_id(0).to(tl.int64)
+    in_row = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
+    is_query = in_row < ROW_PLACES
+    place = row * ROW_PLACES + in_row
+    dims = tl.arange(0, DIM)[None, :]
+    is_number = is_query[:, None] & (dims < D)
+    count = tl.maximum(tl.cdiv(tl.load(lengths + row).to(tl.int32), PART), 1)
+    peak = tl.load(peaks + place, mask=is_query, other=0.0)
+    for part in range(1, count):
+        peak = tl.maximum(peak, tl.load(peaks + part * PLACES + place, mask=is_query, other=0.0))
+    total = tl.zeros((QUERIES,), dtype=tl.float32)
+    attended = tl.zeros((QUERIES, DIM), dtype=tl.float32)
+    for part in range(count):
+        part_place = part * PLACES + place
+        rescale = tl.exp2(tl.load(peaks + part_place, mask=is_query, other=0.0) - peak)
+        total += tl.load(totals + part_place, mask=is_query, other=1.0) * rescale
+        numbers = tl.load(parts + part_place[:, None] * D + dims, mask=is_number, other=0.0)
+        attended += numbers * rescale[:, None]
     result = (attended / total[:, None]).to(out.dtype.element_ty)
-    tl.store(pointers, result, mask=in_group & in_head)
+    tl.store(out + place[:, None] * D + dims, result, mask=is_number)
 
 
 def sibling_attention(
@@ -154,7 +254,7 @@ def sibling_attention(
     lengths: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Launch the kernel; see `infer_align_kernels.sibling_attention`."""
+    """Launch the kernels; see `infer_align_kernels.sibling_attention`."""
     rows, heads, siblings, dim = query.shape
     kv_heads, columns = prefix_keys.shape[1:3]
     tensors = (query, prefix_keys, prefix_values, own_keys, own_values)
@@ -169,11 +269,18 @@ def sibling_attention(
     group = heads // kv_heads
     shape = tiles(group * siblings, dim, query.dtype)
     blocks = triton.cdiv(group * siblings, shape.queries)
+    parts = max(1, triton.cdiv(columns, shape.part))
+    unfinished = _allocate_unfinished(parts, out)
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    sibling_attention_kernel[rows * kv_heads, blocks](
+    places = rows * heads * siblings
+    lengths = lengths.contiguous()
+    padded_dim = max(16, triton.next_power_of_2(dim))
+    sibling_attention_kernel[rows * kv_heads, blocks, parts](
         *tensors,
-        lengths.contiguous(),
+        lengths,
         out,
+        *unfinished,
+        places,
         group,
         siblings,
         kv_heads,
@@ -183,13 +290,38 @@ def sibling_attention(
         QUERIES=shape.queries,
         COLUMNS=shape.columns,
         D=dim,
-        DIM=max(16, triton.next_power_of_2(dim)),
+        DIM=padded_dim,
+        PART=shape.part,
+        IS_SPLIT=parts > 1,
         # The interpreter multiplies the bits of bfloat16, so numbers are widened there.
         UPCAST=INTERPRETED,
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )
+    if parts > 1:
+        sibling_attention_merge_kernel[rows, triton.cdiv(heads * siblings, MERGED)](
+            *unfinished,
+            lengths,
+            out,
+            heads * siblings,
+            places,
+            QUERIES=MERGED,
+            PART=shape.part,
+            D=dim,
+            DIM=padded_dim,
+            num_warps=4,
+        )
     return out
+
+
+def _allocate_unfinished(parts: int, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return memory for the peaks, totals and weighted sums of each part, if there are several."""
+    if parts == 1:
+        return (out, out, out)
+    scalars = (parts, *out.shape[:-1])
+    peaks, totals = torch.empty((2, *scalars), dtype=torch.float32, device=out.device)
+    sums = torch.empty((parts, *out.shape), dtype=torch.float32, device=out.device)
+    return (peaks, totals, sums)
 
 
 def tiles(stacked: int, dim: int, dtype: torch.dtype) -> AttentionTiles:
@@ -197,11 +329,13 @@ def tiles(stacked: int, dim: int, dtype: torch.dtype) -> AttentionTiles:
 
     They do not depend on the number of rows, so a row's result is the same in every batch.
     """
+    # The sums of a part are written and read once. They cost a sixth of the part's keys and values.
+    part = max(MIN_PART, triton.next_power_of_2(12 * stacked))
     if dtype == torch.float32:
-        return AttentionTiles(queries=16, columns=16, num_warps=4, num_stages=2)
+        return AttentionTiles(queries=16, columns=16, num_warps=4, num_stages=2, part=part)
     if dim > 128:
-        return AttentionTiles(queries=64, columns=32, num_warps=8, num_stages=2)
-    if stacked > 32:
-        return AttentionTiles(queries=64, columns=32, num_warps=4, num_stages=3)
-    queries = 16 if stacked <= 16 else 32
-    return AttentionTiles(queries=queries, columns=64, num_warps=4, num_stages=3)
+        return AttentionTiles(queries=64, columns=32, num_warps=8, num_stages=2, part=part)
+    if stacked > 64:
+        return AttentionTiles(queries=128, columns=64, num_warps=8, num_stages=3, part=part)
+    queries = max(16, triton.next_power_of_2(stacked))
+    return AttentionTiles(queries=queries, columns=64, num_warps=4, num_stages=3, part=part)

@@ -358,17 +358,10 @@ def _attack_figures(attacks: Sequence[Sequence[ScoredAttack]]) -> tuple[AttackFi
         for row in rows:
             beaten.append(beaten_share(row.score, row.answers))
             chosen.append(is_chosen(row.score, row.answers))
-            original = row.attack.original
-            if original is not None:
-                over.append(wins(row.score - row.answers[original]))
-        figures.append(
-            AttackFigures(
-                name,
-                beaten=mean_over_prompts(beaten),
-                chosen=mean_over_prompts(chosen),
-                over_original=mean_over_prompts(over),
-            )
-        )
+            if row.attack.original is not None:
+                over.append(wins(row.score - row.answers[row.attack.original]))
+        means = mean_over_prompts(beaten), mean_over_prompts(chosen), mean_over_prompts(over)
+        figures.append(AttackFigures(name, *means))
     return tuple(figures)
 
 

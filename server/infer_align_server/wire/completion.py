@@ -190,13 +190,19 @@ def extras_json(response: Response) -> dict[str, Any]:
 
 def profile_json(profile: AppliedProfile) -> dict[str, Any]:
     """Return what a profile changed: the weights, how certain they are, and their bounds."""
+    weights: dict[str, float | None] = {}
+    for name, weight in profile.weights.items():
+        weights[name] = number(weight)
+    bounds: dict[str, list[float]] = {}
+    for name, ends in profile.bounds.items():
+        bounds[name] = list(ends)
     fields: dict[str, Any] = {
         "adapt": profile.adapt,
         "choices": profile.choices,
         "left_out": profile.left_out,
-        "weights": {name: number(weight) for name, weight in profile.weights.items()},
+        "weights": weights,
         "uncertainty": dict(profile.uncertainty),
-        "bounds": {name: list(bounds) for name, bounds in profile.bounds.items()},
+        "bounds": bounds,
     }
     if profile.scales:
         fields["scales"] = scales_json(profile.scales)

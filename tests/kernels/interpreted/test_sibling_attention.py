@@ -19,6 +19,8 @@ from tests.kernels.test_sibling_attention import TOLERANCE, case
         (2, 4, 4, 20, 33, 16),
         (2, 6, 1, 13, 3, 5),
         (2, 2, 2, 3, 0, 4),
+        # Prefixes in three parts; the rows use one, two or all of them.
+        (4, 4, 2, 3, 530, 20),
     ],
     ids=str,
 )
@@ -42,6 +44,21 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     for b in (0, 2, 4):
         alone = triton.sibling_attention(*(tensor[b : b + 1] for tensor in inputs), scale=0.25)
         assert torch.equal(alone, together[b : b + 1])
+
+
+def test_a_row_does_not_depend_on_the_number_of_parts_of_its_batch() -> None:
+    inputs = case(4, 4, 2, 3, 530, 16, torch.float32)
+    inputs[5][:] = torch.tensor([0, 100, 256, 530])
+    together = triton.sibling_attention(*inputs, scale=0.25)
+    query, keys, values, own_keys, own_values, lengths = inputs
+    assert triton.tiles(6, 16, torch.float32).part == 256
+    for b, length in enumerate(lengths.tolist()):
+        # Alone, a row has no columns before its prefix, and perhaps one part.
+        row = slice(b, b + 1)
+        prefix = (keys[row, :, 530 - length :], values[row, :, 530 - length :])
+        own = (own_keys[row], own_values[row], lengths[row])
+        alone = triton.sibling_attention(query[row], *prefix, *own, scale=0.25)
+        assert torch.equal(alone, together[row])
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 2, 3, 4, 4), (2, 2, 1, 0, 4, 4)], ids=str)
