@@ -22,6 +22,19 @@ def ratios(name: str) -> Callable[[], str]:
     return lambda: result_table(name, columns)
 
 
+def forward_forms() -> str:
+    """Return the speed of each form of the small model's forward pass, and whether it may serve."""
+
+    columns: Columns = [
+        ("form", text("what")),
+        ("tokens per second", number("ours", 1)),
+        ("times float32", number("value", 2)),
+        ("likeliest token as in float32", number("agrees", 3)),
+        ("a row's logits move by", number("row_moves_by", 1)),
+    ]
+    return result_table("forward_forms", columns)
+
+
 def results() -> str:
     """Return every recorded result with its baseline, commit, seed and machine."""
     rows = []
@@ -91,6 +104,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm-results": ratios("vllm"),
     "upstream-results": ratios("upstream"),
     "small-model": ratios("small_model"),
+    "forward-forms": forward_forms,
     "judge-results": ratios("judge_speed"),
     "bench-agreement": ratios("bench_agreement"),
     "bench-agreement-vllm": ratios("bench_agreement_vllm"),
