@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import os
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
@@ -18,8 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine may be slow at any moment.
-settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("untimed")
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("full", UNTIMED)
+# A run without the slow tests tries fewer examples of each property; `make test` tries all.
+settings.register_profile("quick", UNTIMED, max_examples=25)
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -257,6 +260,12 @@ def finish() -> Callable[..., Any]:
     return collect
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the number of examples before the test modules are imported, which read it."""
+    is_quick = "not (slow" in config.getoption("markexpr")
+    settings.load_profile("quick" if is_quick else "full")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Collect without looking for garbage: what tests import stays. This saves seconds."""
@@ -268,16 +277,26 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-# The interpreter frees at its end what was frozen. Libraries report it as leaked otherwise.
-atexit.register(gc.unfreeze)
+# The interpreter frees at its end what was frozen. Libraries report it as leaked otherwise. Freeing
+# it takes seconds, so a worker of a parallel run, which has sent its results, ends without that.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)
+else:
+    atexit.register(gc.unfreeze)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all tests on vLLM: they share an engine, and two would share the cores."""
+    """One worker runs all tests on vLLM: they share an engine, and two would share the cores.
+
+    They are skipped if vLLM is not installed. Importing it to find out takes a second.
+    """
+    is_installed = importlib.util.find_spec("vllm") is not None
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group("vllm"))
+            if not is_installed:
+                item.add_marker(pytest.mark.skip("vLLM is not installed"))
 
 
 @pytest.fixture(scope="session")

@@ -185,6 +185,11 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
             assert anchor in slugs(target), f"{path}#{anchor}"
 
 
+def test_every_page_is_listed_in_the_readme() -> None:
+    readme = read("README.md")
+    assert [page for page in PAGES[1:] if f"({page})" not in readme] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page: str) -> None:
     for path in REPOSITORY_PATH.findall(read(page)):

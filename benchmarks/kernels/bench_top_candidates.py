@@ -1,4 +1,6 @@
-"""Measure the exact top-k against torch.topk, which leaves the order of equal logits open.
+"""Measure the exact top-k against torch.topk and, where it is installed, FlashInfer's top-k.
+
+Both leave the order of equal logits open.
 
 python benchmarks/kernels/bench_top_candidates.py
 """
@@ -6,6 +8,9 @@ python benchmarks/kernels/bench_top_candidates.py
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -38,6 +43,14 @@ def check_agreement(logits: torch.Tensor, k: int) -> None:
         raise SystemExit("top_candidates: differs from a stable sort. Nothing is measured.")
 
 
+def flashinfer_top_k() -> Callable[..., Any] | None:
+    """Return FlashInfer's top-k; None without a GPU, or where it is not installed."""
+    if not CUDA or find_spec("flashinfer") is None:
+        return None
+    function: Callable[..., Any] | None = getattr(import_module("flashinfer"), "top_k", None)
+    return function
+
+
 def measure_shape(rows: int, k: int, bandwidth: float) -> dict[str, Any]:
     """Measure one batch size and return its row."""
     logits = random_logits(rows)
@@ -49,6 +62,10 @@ def measure_shape(rows: int, k: int, bandwidth: float) -> dict[str, Any]:
         "ours_bf16": lambda: top_candidates(half, k),
         "topk_bf16": lambda: half.topk(k),
     }
+    flashinfer = flashinfer_top_k()
+    if flashinfer is not None:
+        variants["flashinfer"] = lambda: flashinfer(logits, k, sorted=True)
+        variants["flashinfer_bf16"] = lambda: flashinfer(half, k, sorted=True)
     shape = {"B": rows, "V": VOCABULARY, "k": k}
     return measure_row(shape, variants, logits.nbytes, bandwidth)
 
@@ -57,7 +74,7 @@ def main() -> None:
     """Measure all shapes and write the results."""
     record_shapes(
         "top_candidates",
-        "topk: torch.topk of the same logits",
+        "topk: torch.topk of the same logits; flashinfer: its top_k, sorted, where installed",
         itertools.product(CUDA_ROWS if CUDA else CPU_ROWS, CANDIDATES),
         measure_shape,
     )

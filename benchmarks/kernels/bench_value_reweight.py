@@ -24,7 +24,6 @@ from benchmarks.record import record
 from infer_align_kernels import (
     CandidateValues,
     HeadValues,
-    allocate_workspace,
     candidate_values,
     reweight_logits,
     top_candidates,
@@ -90,7 +89,6 @@ class Problem:
         self.beta = torch.ones(rows, 1, device=DEVICE)
         self.temperature = torch.full((rows,), TEMPERATURE, device=DEVICE)
         self._uniform = torch.rand(rows, dtype=torch.float64, device=DEVICE)
-        self._workspace = allocate_workspace(rows, vocabulary, DEVICE) if CUDA else None
 
     def sample(self, values: HeadValues | CandidateValues) -> Any:
         """Call the measured op."""
@@ -100,7 +98,6 @@ class Problem:
             self.beta,
             temperature=self.temperature,
             uniform=self._uniform,
-            workspace=self._workspace,
         )
 
     def check_agreement(self, values: HeadValues | CandidateValues, expected: torch.Tensor) -> None:

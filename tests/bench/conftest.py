@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +19,10 @@ from starlette.routing import Route
 
 from infer_align_server import cli
 from tests.server.conftest import config_file, serve
+from tests.server.processes import Running
 
 __all__ = ["config_file", "serve"]
 
-ROOT = Path(__file__).parents[2]
 # The delays of a reply that repeats its prompt, one token per word. The seed of a candidate
 # multiplies its delays by a known factor.
 FIRST = 0.06
@@ -162,23 +158,6 @@ def bench(capsys: pytest.CaptureFixture[str]) -> Callable[..., CommandResult]:
     return run
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Return the environment of a process that imports this repository's packages."""
-    folders = (".", "kernels", "server", "clients/python")
-    paths = os.pathsep.join(str(ROOT / folder) for folder in folders)
-    return {**os.environ, "PYTHONPATH": paths, **variables}
-
-
-@contextmanager
-def bench_process(*arguments: object, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def bench_process(*arguments: object, **variables: str) -> Running:
     """Run `infer-align bench` in a process of its own."""
-    command = [sys.executable, "-m", "infer_align_server", "bench", *map(str, arguments)]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**variables),
-        cwd=ROOT,
-    ) as process:
-        yield process
+    return Running("bench", *map(str, arguments), **variables)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,15 +19,15 @@ from tests.bench.conftest import (
     FIRST,
     PATIENT_SECONDS,
     QUICK,
-    ROOT,
     USAGE,
     bench_process,
-    environment,
     events,
     piece,
     read,
     words,
 )
+from tests.bench.programs import without_matplotlib, without_uvloop
+from tests.server.processes import run
 
 pytestmark = pytest.mark.slow
 
@@ -300,9 +298,9 @@ def test_an_interrupted_run_writes_its_answers(
     load = ["--requests", 100_000, "--warmup", 0, *loop]
     with bench_process(*target, *load, PYTHONWARNINGS="error") as process:
         assert live.until(lambda: live.engine.sampled > earlier + 10, PATIENT_SECONDS)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=PATIENT_SECONDS)
-    assert process.returncode == 130, err
+        process.popen.send_signal(number)
+        status, out, err = process.finish()
+    assert status == 130, err
     assert "interrupted:" in err
     assert "Traceback" not in err
     report = read(out_path)
@@ -318,9 +316,9 @@ def test_an_interrupted_warm_up_keeps_an_older_result(serve: Any, out_path: Path
     live = serve(ECHO.replace(str(FIRST), str(ENDLESS)))
     with bench_process("serve", "--base-url", live.base_url, "--json", out_path) as process:
         assert live.until(lambda: live.engine.running > 0, PATIENT_SECONDS)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=PATIENT_SECONDS)
-    assert process.returncode == 130, err
+        process.popen.send_signal(signal.SIGINT)
+        status, _, err = process.finish()
+    assert status == 130, err
     assert "nothing was measured, nothing is written" in words(err)
     assert out_path.read_text() == "of yesterday"
 
@@ -339,16 +337,7 @@ QUALITY += ["--grid", "benchmarks/alignment/demo_grid.toml"]
 
 @pytest.mark.parametrize("arguments", [["serve", "--plot", "x.png"], QUALITY])
 def test_a_missing_package_is_named_before_the_load(arguments: list[str]) -> None:
-    call = f"from infer_align_server import cli; sys.exit(cli.main({['bench', *arguments]}))"
-    code = f"import sys; sys.modules['matplotlib'] = None; {call}"
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment(COLUMNS="200"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    process = run("bench", *arguments, program=without_matplotlib)
     assert process.returncode == 2, process.stderr
     advice = "matplotlib is not installed; install it with: pip install 'infer-align[bench]'"
     assert advice in process.stderr
@@ -356,15 +345,6 @@ def test_a_missing_package_is_named_before_the_load(arguments: list[str]) -> Non
 
 def test_without_uvloop_asyncios_own_loop_runs(serve: Any) -> None:
     arguments = ["bench", "serve", "--base-url", serve(QUICK).base_url, "--requests", "2"]
-    call = f"from infer_align_server import cli; sys.exit(cli.main({arguments}))"
-    code = f"import sys; sys.modules['uvloop'] = None; {call}"
-    process = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    process = run(*arguments, program=without_uvloop)
     assert process.returncode == 0, process.stderr
     assert "2 of 2 requests answered" in words(process.stdout)

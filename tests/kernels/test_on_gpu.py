@@ -12,7 +12,6 @@ from infer_align_kernels import (
     CandidateValues,
     HeadValues,
     Sampled,
-    allocate_workspace,
     reweight_logits,
     sibling_attention,
     value_reweight,
@@ -91,16 +90,15 @@ def test_a_call_can_be_captured_in_a_graph() -> None:
     logits = cases.logits(8, 32000, torch.bfloat16).cuda()
     head = to_gpu(cases.head(8, 32000, 128, 1, torch.bfloat16))
     beta, sampling = cases.strengths(8, 1).cuda(), to_gpu(cases.sampling(8))
-    workspace = allocate_workspace(8, 32000, "cuda")
-    expected = value_reweight(logits, head, beta, **sampling, workspace=workspace)
+    expected = value_reweight(logits, head, beta, **sampling)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = value_reweight(logits, head, beta, **sampling, workspace=workspace)
+        captured = value_reweight(logits, head, beta, **sampling)
     graph.replay()
     assert torch.equal(captured.token, expected.token)
     sampling["uniform"].copy_(torch.rand(8, dtype=torch.float64))
     graph.replay()
-    expected = value_reweight(logits, head, beta, **sampling, workspace=workspace)
+    expected = value_reweight(logits, head, beta, **sampling)
     assert torch.equal(captured.token, expected.token)
 
 

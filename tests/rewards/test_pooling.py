@@ -22,7 +22,6 @@ from infer_align.rewards.pooling import Pooling, PoolingReward
 from infer_align.types import Candidate
 from tests.engines.vllm.stepping import WARNINGS, environment
 
-pytest.importorskip("vllm")
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.anyio,

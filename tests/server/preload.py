@@ -13,6 +13,9 @@ os.environ |= {
 for name in (
     "infer_align_server.cli",
     "infer_align_server.serve",
+    "infer_align_server.check_rewards.command",
+    "infer_align_bench.serve",
+    "infer_align_bench.quality.command",
     "openai",
     "infer_align.engines.fake",
     "infer_align.engines.openai",

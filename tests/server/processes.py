@@ -21,6 +21,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -135,17 +136,41 @@ class Finished(NamedTuple):
     stderr: str
 
 
-def run(*arguments: str, program: Program = command, **environment: str) -> Finished:
-    """Run one command, or another program, to its end."""
-    texts = []
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+class Running:
+    """A program whose outputs go to files, so that no pipe fills up. Use it in a `with` block."""
+
+    def __init__(self, *arguments: str, program: Program = command, **environment: str) -> None:
+        self._open = ExitStack()
+        self._files: list[IO[str]] = []
+        for _ in range(2):
+            file = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the stack closes it
+            self._files.append(self._open.enter_context(file))
+        output, errors = (file.fileno() for file in self._files)
         variables = {**ENVIRONMENT, **environment}
-        process = Forked(program, arguments, variables, output.fileno(), errors.fileno())
-        status = process.wait(LIMIT_SECONDS)
-        for file in (output, errors):
+        self.popen = Forked(program, arguments, variables, output, errors)
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.popen.kill()
+        self.popen.wait(LIMIT_SECONDS)
+        self._open.close()
+
+    def finish(self) -> Finished:
+        """Wait for the end of the program and return what it printed."""
+        status = self.popen.wait(LIMIT_SECONDS)
+        texts = []
+        for file in self._files:
             file.seek(0)
             texts.append(file.read())
-    return Finished(status, *texts)
+        return Finished(status, *texts)
+
+
+def run(*arguments: str, program: Program = command, **environment: str) -> Finished:
+    """Run one command, or another program, to its end."""
+    with Running(*arguments, program=program, **environment) as running:
+        return running.finish()
 
 
 class Lines:

@@ -17,7 +17,6 @@ __all__ = [
     "Sampled",
     "add_candidate_shifts",
     "add_head_values",
-    "allocate_workspace",
     "candidate_values",
     "reweight_logits",
     "value_reweight",
@@ -32,7 +31,6 @@ def value_reweight(
     temperature: torch.Tensor,
     uniform: torch.Tensor,
     bitmask: torch.Tensor | None = None,
-    workspace: torch.Tensor | None = None,
 ) -> Sampled:
     """Sample one token per row from softmax((logits + sum of beta_m * value_m) / temperature).
 
@@ -53,7 +51,6 @@ def value_reweight(
         uniform: [B] float64 in [0, 1): the number of each row at which the cumulative distribution
             is inverted.
         bitmask: [B, ceil(V / 32)] int32. Bit i of word w allows token 32 w + i, as in xgrammar.
-        workspace: from `allocate_workspace`; without it, memory is allocated. CUDA only.
 
     Raises:
         ValueError: a shape, dtype or device does not fit. Numbers are not checked, because that
@@ -69,9 +66,7 @@ def value_reweight(
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
         with launching(logits.device):
-            return triton.value_reweight(
-                logits, values, beta, temperature, uniform, bitmask, workspace
-            )
+            return triton.value_reweight(logits, values, beta, temperature, uniform, bitmask)
     return reference.value_reweight(logits, values, beta, temperature, uniform, bitmask)
 
 
@@ -236,17 +231,6 @@ def candidate_values(
         with launching(hidden.device):
             return triton.candidate_values(token_ids, hidden, weight, bias)
     return reference.candidate_values(token_ids, hidden, weight, bias)
-
-
-def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -> torch.Tensor:
-    """Allocate the workspace of `value_reweight` for up to `rows` rows.
-
-    Calls on different CUDA streams need a workspace each.
-    """
-    # Triton is not needed on a CPU.
-    from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
-
-    return triton.allocate_workspace(rows, vocabulary, device)
 
 
 def _check_shape(

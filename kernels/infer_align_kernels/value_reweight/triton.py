@@ -65,7 +65,6 @@ def value_reweight(
     temperature: torch.Tensor,
     uniform: torch.Tensor,
     bitmask: torch.Tensor | None,
-    workspace: torch.Tensor | None,
 ) -> Sampled:
     """Steer the logits and sample a token; see `infer_align_kernels.value_reweight`."""
     rows, vocabulary = logits.shape
@@ -74,21 +73,13 @@ def value_reweight(
     if rows == 0:
         return Sampled(token, *out)
     _check_strides(logits, bitmask)
-    if workspace is None:
-        workspace = allocate_workspace(rows, vocabulary, logits.device)
-    elif workspace.numel() < workspace_size(rows, vocabulary):
-        size = workspace_size(rows, vocabulary)
-        raise ValueError(
-            f"workspace: {workspace.numel()} numbers are too few for {rows} rows of {vocabulary} "
-            f"tokens; must be {size}. Use allocate_workspace."
-        )
     common: Arguments = {
         "logits": logits,
         # Any pointer will do without a bitmask: the kernels do not read it.
         "bitmask": logits if bitmask is None else bitmask,
         "beta": beta.contiguous(),
         "temperature": temperature.contiguous(),
-        "statistics": workspace,
+        "statistics": _allocate_statistics(rows, vocabulary, logits.device),
         "B": rows,
         "V": vocabulary,
         "row_stride": logits.stride(0),
@@ -288,15 +279,11 @@ def add_head_values(
     return logits
 
 
-def allocate_workspace(rows: int, vocabulary: int, device: torch.device | str) -> torch.Tensor:
-    """Allocate a workspace; see `infer_align_kernels.allocate_workspace`."""
-    return torch.empty(workspace_size(rows, vocabulary), dtype=torch.float32, device=device)
-
-
-def workspace_size(rows: int, vocabulary: int) -> int:
-    """Return the number of float32 numbers that the statistics of the smallest tiles need."""
+def _allocate_statistics(rows: int, vocabulary: int, device: torch.device) -> torch.Tensor:
+    """Return memory for the statistics of the smallest tiles, float32."""
     tokens = min(HEAD.tokens, HEAD_FLOAT32.tokens, CANDIDATES.tokens)
-    return int(triton.cdiv(vocabulary, tokens) * STATISTICS.value * rows)
+    size = int(triton.cdiv(vocabulary, tokens) * STATISTICS.value * rows)
+    return torch.empty(size, dtype=torch.float32, device=device)
 
 
 def head_tiles(dtype: torch.dtype) -> Tiles:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import signal
@@ -64,13 +66,17 @@ def no_score(_: Any, __: str) -> float:
     return float("nan")
 
 
+def write_inputs(folder: Path) -> Path:
+    """Write a grid and four prompts of different length into a folder, and return the folder."""
+    (folder / "grid.toml").write_text(GRID)
+    lines = [json.dumps("x" * length) for length in (1, 5, 9, 2)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with a grid and four prompts of different length."""
-    (tmp_path / "grid.toml").write_text(GRID)
-    lines = [json.dumps("x" * length) for length in (1, 5, 9, 2)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")
-    return tmp_path
+    return write_inputs(tmp_path)
 
 
 def files(folder: Path) -> list[object]:
@@ -100,6 +106,18 @@ def bench(serve: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> Bench
     return run
 
 
+@pytest.fixture(scope="module")
+def measured(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of one run, for the tests that only read them."""
+    folder = write_inputs(tmp_path_factory.mktemp("measured"))
+    target = ["--base-url", serve(NUMBERS).base_url, "--gold", "number"]
+    command = ["bench", "quality", *target, *files(folder), "--json", folder / "out.json"]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert cli.main([str(argument) for argument in command]) == 0
+    (folder / "out.txt").write_text(words(output.getvalue()))
+    return folder
+
+
 def row_lines(path: Path) -> list[str]:
     """Return the complete rows of a notebook, without its header."""
     return [line for line in path.read_text().splitlines()[1:] if line.endswith("}")]
@@ -116,9 +134,9 @@ def gold_by_setting(folder: Path) -> dict[str, set[float]]:
     return scores
 
 
-def test_a_report_has_the_figures_of_every_setting(bench: Bench, folder: Path) -> None:
-    _, out, _ = bench("--json", folder / "out.json")
-    report = read(folder / "out.json")
+def test_a_report_has_the_figures_of_every_setting(measured: Path) -> None:
+    report = read(measured / "out.json")
+    out = (measured / "out.txt").read_text()
     settings = {setting["name"]: setting for setting in report["settings"]}
     best_of_3 = settings["best of 3"]
     best_of_5 = settings["best of 5"]
@@ -133,9 +151,8 @@ def test_a_report_has_the_figures_of_every_setting(bench: Bench, folder: Path) -
     assert "unknown: refused: status 400 unknown_field: align.no_such_method: no such key" in out
 
 
-def test_a_notebook_has_every_answer(bench: Bench, folder: Path) -> None:
-    bench()
-    assert gold_by_setting(folder) == {
+def test_a_notebook_has_every_answer(measured: Path) -> None:
+    assert gold_by_setting(measured) == {
         "base": {3.0},
         "greedy & <b>": {3.0},
         "best of 2": {3.0},
@@ -143,13 +160,12 @@ def test_a_notebook_has_every_answer(bench: Bench, folder: Path) -> None:
         "best of 5": {9.0},
         "shortest of 3": {3.0},
     }
-    assert {row["spent"] for row in rows(folder) if row["cell"] == "best of 5"} == {10}
-    assert {row["returned"] for row in rows(folder)} == {2}
+    assert {row["spent"] for row in rows(measured) if row["cell"] == "best of 5"} == {10}
+    assert {row["returned"] for row in rows(measured)} == {2}
 
 
-def test_a_page_names_the_settings_to_use(bench: Bench, folder: Path) -> None:
-    bench()
-    page = (folder / "out.html").read_text()
+def test_a_page_names_the_settings_to_use(measured: Path) -> None:
+    page = (measured / "out.html").read_text()
     assert "align.no_such_method: no such key" in page
     assert "By default: <b>best of 3</b> reaches 9.00" in page
     assert "Cheap: <b>best of 3</b>" in page
@@ -160,9 +176,8 @@ def test_a_page_names_the_settings_to_use(bench: Bench, folder: Path) -> None:
     assert "-6.00" in shortest.group(), "compared with the family at the same six tokens"
 
 
-def test_answers_stand_side_by_side(bench: Bench, folder: Path) -> None:
-    bench()
-    page = (folder / "out.html").read_text()
+def test_answers_stand_side_by_side(measured: Path) -> None:
+    page = (measured / "out.html").read_text()
     section = page[page.index("Answers side by side") :]
     header = "".join(f"<th class=name>{'x' * length}</th>" for length in (1, 5, 9, 2))
     assert header in section
@@ -175,21 +190,20 @@ def test_answers_stand_side_by_side(bench: Bench, folder: Path) -> None:
     assert unknown.group(1).count("no answer") == 4
 
 
-def test_a_banner_says_where_the_gold_selects(bench: Bench, folder: Path) -> None:
-    _, out, _ = bench("--json", folder / "out.json")
-    (warning,) = read(folder / "out.json")["warnings"]
+def test_a_banner_says_where_the_gold_selects(bench: Bench, folder: Path, measured: Path) -> None:
+    out = (measured / "out.txt").read_text()
+    (warning,) = read(measured / "out.json")["warnings"]
     assert "'number' scores the answers" in warning
     assert "in: best of 2, best of 3, best of 5." in warning
     assert warning in out
-    page = (folder / "out.html").read_text()
+    page = (measured / "out.html").read_text()
     assert page.index("class=warning>The gold also selects") < page.index("By default:")
     _, out, _ = bench("--notebook", folder / "other.jsonl", scorer=f"{MODULE}:gold")
     assert "warning" not in out
 
 
-def test_a_page_needs_no_other_file_and_escapes_names(bench: Bench, folder: Path) -> None:
-    bench()
-    page = (folder / "out.html").read_text()
+def test_a_page_needs_no_other_file_and_escapes_names(measured: Path) -> None:
+    page = (measured / "out.html").read_text()
     assert "<svg" in page
     assert "greedy &amp; &lt;b&gt;" in page
     assert "greedy & <b>" not in page
@@ -323,9 +337,9 @@ def test_an_interrupted_run_writes_a_report(serve: Any, folder: Path) -> None:
         assert slow.until(
             lambda: notebook.exists() and len(row_lines(notebook)) >= 12, PATIENT_SECONDS
         )
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=PATIENT_SECONDS)
-    assert process.returncode == 130, err
+        process.popen.send_signal(signal.SIGINT)
+        status, out, err = process.finish()
+    assert status == 130, err
     assert "run the same command again to continue from there" in words(err)
     assert "Traceback" not in err
     assert "base" in out

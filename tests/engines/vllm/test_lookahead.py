@@ -27,7 +27,6 @@ from tests.engines.vllm.stepping import (
     run,
 )
 
-pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), *WARNINGS]
 
 

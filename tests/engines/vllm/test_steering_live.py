@@ -26,7 +26,6 @@ from tests.engines.vllm.stepping import (
     prompts,
 )
 
-pytest.importorskip("vllm")
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.anyio,

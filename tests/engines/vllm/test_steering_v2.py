@@ -24,7 +24,6 @@ from tests.engines.vllm.stepping import (
     mixed_requests,
 )
 
-pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]

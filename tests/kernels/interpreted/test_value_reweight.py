@@ -28,7 +28,7 @@ def run(
     bitmask: torch.Tensor | None = None,
     **sampling: torch.Tensor,
 ) -> Sampled:
-    return triton.value_reweight(logits, values, beta, **sampling, bitmask=bitmask, workspace=None)
+    return triton.value_reweight(logits, values, beta, **sampling, bitmask=bitmask)
 
 
 def assert_correct(
@@ -163,19 +163,6 @@ def test_nan_and_infinite_logits_follow_the_rules() -> None:
         assert tokens[1] in {1, 3}
         assert tokens[2:] == [-1, 1]
         assert sampled.logprob[2] == -inf
-
-
-def test_a_workspace_is_used_and_a_small_one_is_refused() -> None:
-    logits, head = cases.logits(3, 700), cases.head(3, 700, 16, 1)
-    sampling, beta = cases.sampling(3), cases.strengths(3, 1)
-    workspace = triton.allocate_workspace(4, 700, "cpu")
-    sampled = triton.value_reweight(
-        logits, head, beta, **sampling, bitmask=None, workspace=workspace
-    )
-    assert torch.equal(sampled.logprob, run(logits, head, beta, **sampling).logprob)
-    small = workspace[:20]
-    with pytest.raises(ValueError, match="workspace: 20 numbers are too few"):
-        triton.value_reweight(logits, head, beta, **sampling, bitmask=None, workspace=small)
 
 
 def test_an_empty_batch_gives_an_empty_result() -> None:
