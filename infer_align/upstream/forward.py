@@ -57,7 +57,8 @@ class ForwardedRequest:
         content: the body: bytes, or pieces as they arrive, which can be sent only once.
         headers: the headers to send; see `request_headers`.
         model: only upstreams that serve it get the request; None for any upstream.
-        is_search: True if the request is about an object that only one of the upstreams has.
+        try_every_host: True if only one of the upstreams has the object that the request is about:
+            after a 404 or 405 the next one is tried.
         below_root: True if the path stands beside the "/v1" of the base URL, not below it.
     """
 
@@ -66,7 +67,7 @@ class ForwardedRequest:
     content: bytes | AsyncIterator[bytes] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
-    is_search: bool = False
+    try_every_host: bool = False
     below_root: bool = False
 
     def url(self, base: str) -> str:

@@ -128,7 +128,7 @@ def route_request(
         headers,
         model,
         # What was stored may be on any of the upstreams.
-        is_search=model is None and len(parts) > 1,
+        try_every_host=model is None and len(parts) > 1,
         below_root=below_root,
     )
 
