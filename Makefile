@@ -75,7 +75,7 @@ measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside
 	$(BIN)/python benchmarks/serving/feedback.py
 	$(BIN)/python benchmarks/alignment/quality.py
 
-measure-gpu: $(VENV)/dev  ## measure the kernels on a GPU, in parts with a time limit; SECONDS_LIMIT=60 runs the next parts that fit
+measure-gpu: $(VENV)/dev  ## measure kernels and engines on a GPU, in parts with a time limit; SECONDS_LIMIT=60 runs the next parts that fit
 	$(BIN)/python -m benchmarks.gpu.run $(if $(SECONDS_LIMIT),--seconds $(SECONDS_LIMIT))
 
 soak: $(VENV)/dev  ## serve everything at once for half an hour, with faults
