@@ -11,16 +11,18 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 # Headers of a client's request that describe its body or the API that it speaks.
-REQUEST_HEADERS = (
-    "content-type",
-    "accept",
-    "content-length",
-    "idempotency-key",
-    "openai-beta",
-    "anthropic-version",
-    "anthropic-beta",
-    "traceparent",
-    "tracestate",
+REQUEST_HEADERS = frozenset(
+    {
+        "content-type",
+        "accept",
+        "content-length",
+        "idempotency-key",
+        "openai-beta",
+        "anthropic-version",
+        "anthropic-beta",
+        "traceparent",
+        "tracestate",
+    }
 )
 # Headers of an answer that are about the connection, or that this server writes itself.
 DROPPED_RESPONSE_HEADERS = frozenset(
@@ -108,7 +110,12 @@ class ForwardedAnswer:
 
 def request_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Return the headers of a client that pass to an upstream."""
-    return {name: headers[name] for name in REQUEST_HEADERS if name in headers}
+    passed: dict[str, str] = {}
+    # One pass: each look-up would read the whole list.
+    for name, value in headers.items():
+        if name in REQUEST_HEADERS:
+            passed.setdefault(name, value)
+    return passed
 
 
 def response_headers(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
