@@ -30,7 +30,7 @@ test: $(VENV)/dev $(VENV)/quickstart  ## run every test that needs neither vLLM 
 test-all: test $(VENV)/vllm clients  ## run the tests on vLLM's CPU build and with the clients too
 	$(BIN)/python -m pytest $(PARALLEL) -m "$(EXTRA)"
 
-test-quick: $(VENV)/dev  ## run the fast tests, in about a minute
+test-quick: $(VENV)/dev  ## run the fast tests with fewer random examples, in a minute
 	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or $(EXTRA))"
 
 test-failed: $(VENV)/dev  ## run the tests that failed last time once more, one after the other
