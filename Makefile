@@ -30,7 +30,7 @@ test: $(VENV)/dev $(VENV)/quickstart  ## run every test that needs neither vLLM 
 test-all: test $(VENV)/vllm clients  ## run the tests on vLLM's CPU build and with the clients too
 	$(BIN)/python -m pytest $(PARALLEL) -m "$(EXTRA)"
 
-test-quick: $(VENV)/dev  ## run the fast tests, in about a minute
+test-quick: $(VENV)/dev  ## run the fast tests with fewer random examples, in a minute
 	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or $(EXTRA))"
 
 test-failed: $(VENV)/dev  ## run the tests that failed last time once more, one after the other
@@ -75,7 +75,7 @@ measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside
 	$(BIN)/python benchmarks/serving/feedback.py
 	$(BIN)/python benchmarks/alignment/quality.py
 
-measure-gpu: $(VENV)/dev  ## measure the kernels on a GPU, in parts with a time limit; SECONDS_LIMIT=60 runs the next parts that fit
+measure-gpu: $(VENV)/dev  ## measure kernels and engines on a GPU, in parts with a time limit; SECONDS_LIMIT=60 runs the next parts that fit
 	$(BIN)/python -m benchmarks.gpu.run $(if $(SECONDS_LIMIT),--seconds $(SECONDS_LIMIT))
 
 soak: $(VENV)/dev  ## serve everything at once for half an hour, with faults

@@ -24,7 +24,6 @@ def ratios(name: str) -> Callable[[], str]:
 
 def forward_forms() -> str:
     """Return the speed of each form of the small model's forward pass, and whether it may serve."""
-
     columns: Columns = [
         ("form", text("what")),
         ("tokens per second", number("ours", 1)),

@@ -15,7 +15,10 @@ FAILED = "failed"
 OUT_OF_TIME = "out of time"
 BLOCKED = "blocked"
 TESTS = "tests of the kernels"
+BEGIN = "write an 8B model and begin to start vLLM"
+START = "wait for vLLM"
 KERNELS = ("top_candidates", "steer_logits", "value_reweight", "sibling_attention")
+CONCURRENCIES = (1, 32, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +48,40 @@ class Outcome:
 
 
 def all_parts() -> tuple[Part, ...]:
-    """Return the parts in the order in which they run. Each fits in 60 seconds."""
+    """Return the parts in the order in which they run. Each fits in 60 seconds.
+
+    The server of vLLM takes longer to start. It goes on starting when its part runs out of time,
+    and the next piece waits for it (held_server.py).
+    """
     files = ("test_on_gpu", "test_top_candidates", "test_steer_logits")
     tests = tuple(f"tests/kernels/{file}.py" for file in files)
     parts = [Part(TESTS, ("-m", "pytest", "-q", "-n", "0", *tests), 60.0)]
     for kernel in KERNELS:
         script = f"benchmarks.kernels.bench_{kernel}"
         parts.append(Part(f"measure {kernel}", ("-m", script, "--tested"), 60.0, TESTS))
-    return tuple(parts)
+    parts.append(
+        Part("measure the embedded engine", ("-m", "benchmarks.gpu.embedded"), 60.0, TESTS)
+    )
+    return (*parts, *_vllm_parts())
+
+
+def _vllm_parts() -> list[Part]:
+    server = "benchmarks.gpu.held_server"
+    parts = [
+        Part(BEGIN, ("-m", server, "begin"), 60.0, TESTS),
+        Part(START, ("-m", server, "start"), 60.0, BEGIN),
+    ]
+    measurements: list[tuple[str, ...]] = []
+    for concurrency in CONCURRENCIES:
+        measurements.append(("--concurrency", str(concurrency)))
+    measurements.append(("--best-of", "8"))
+    measurements.append(("--lookahead", "--concurrency", "32"))
+    for options in measurements:
+        arguments = ("-m", "benchmarks.gpu.steering", *options)
+        parts.append(Part(f"measure vLLM {' '.join(options)}", arguments, 60.0, START))
+    # A server that is still starting is not stopped.
+    parts.append(Part("stop vLLM", ("-m", server, "stop"), 30.0, START))
+    return parts
 
 
 def plan(

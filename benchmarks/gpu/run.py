@@ -1,4 +1,4 @@
-"""Measure on a GPU, whole or in pieces: tests and speed of the kernels.
+"""Measure on a GPU, whole or in pieces: the kernels, the embedded engine, vLLM with 8B.
 
     python -m benchmarks.gpu.run                 # everything that has not run at this commit
     python -m benchmarks.gpu.run --seconds 60    # the next parts that fit in 60 seconds

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter, sleep
 from typing import Any
@@ -110,19 +110,27 @@ async def closed_loop(
 
 
 @contextmanager
-def serving(*command: str, ready: str = "/ready", seconds: int = 60) -> Iterator[tuple[int, int]]:
+def serving(
+    *command: str,
+    ready: str = "/ready",
+    seconds: int = 60,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[tuple[int, int]]:
     """Run a server process, and yield its port and process id once it is ready.
 
     Args:
         command: arguments of Python; `{port}` stands for a free port.
         ready: path that answers when the server is ready.
         seconds: to wait for it.
+        environment: further variables of the process.
     """
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     arguments = [part.format(port=port) for part in command]
     process = subprocess.Popen(
-        [sys.executable, *arguments], env=os.environ, stderr=subprocess.DEVNULL
+        [sys.executable, *arguments],
+        env={**os.environ, **(environment or {})},
+        stderr=subprocess.DEVNULL,
     )
     try:
         _wait_until_ready(f"http://127.0.0.1:{port}{ready}", process, seconds)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError
+from jinja2.meta import find_undeclared_variables
 from llguidance import LLMatcher
 
 from infer_align.decoding.constraint import Grammar
@@ -121,9 +124,20 @@ class ToolUse:
         return Grammar(LLMatcher.grammar_from_lark("\n".join(lines)), "tools")
 
 
+@lru_cache(maxsize=16)
 def shows_tools(template: str) -> bool:
-    """Return True if a chat template shows the model the tools of a request."""
-    return "tools" in template
+    """Return True if a chat template shows the model the tools of a request.
+
+    A template that only mentions the word, in a text or a comment, does not.
+    """
+    try:
+        parsed = Environment(autoescape=True, extensions=["jinja2.ext.loopcontrols"]).parse(
+            template
+        )
+    except TemplateSyntaxError:
+        # Several named templates, or a tag of transformers' own.
+        return "tools" in template
+    return "tools" in find_undeclared_variables(parsed)
 
 
 def call_format(template: str) -> CallFormat:

@@ -98,22 +98,24 @@ class ValueCache:
         Args:
             chosen: [R] sampled tokens. A token outside the candidates is read now.
         """
-        columns = self.cache.length - self.candidates.shape[1]
+        earlier_columns = self.cache.length - self.candidates.shape[1]
         match = self.candidates == chosen[:, None]
-        self.cache.keep_one(columns, match.int().argmax(dim=-1))
+        self.cache.keep_one(earlier_columns, match.int().argmax(dim=-1))
         unread = torch.nonzero(~match.any(dim=-1)).ravel().tolist()
         if unread:
-            self._read(unread, columns, chosen)
+            self._read(unread, earlier_columns, chosen)
         self.lengths = [length + 1 for length in self.lengths]
 
-    def _read(self, rows: list[int], columns: int, chosen: torch.Tensor) -> None:
+    def _read(self, rows: list[int], earlier_columns: int, chosen: torch.Tensor) -> None:
         """Replace the newest column of these rows by their sampled tokens."""
         device = chosen.device
-        patch = self.cache.take(rows, columns + 1)
+        patch = self.cache.take(rows, earlier_columns + 1)
         patch.drop_last()
         positions = torch.tensor([[self.lengths[row]] for row in rows], device=device)
-        first = columns - positions
-        mask = (torch.arange(columns + 1, device=device)[None] >= first).long()
+        # Rows are right-aligned: a shorter one begins with padding.
+        padding = earlier_columns - positions
+        columns = torch.arange(earlier_columns + 1, device=device)
+        mask = (columns[None] >= padding).long()
         self.lm.forward(chosen[rows, None], patch, positions, mask)
         self.cache.overwrite_last(rows, patch)
 

@@ -114,6 +114,7 @@ def _check_any_usable(candidates: Sequence[Candidate], plan: Plan) -> None:
                 status=candidate.status,
                 retry_after=candidate.retry_after,
             )
+    # Observers never reject every candidate. So only a deadline can leave none without an error.
     raise DeadlineExceeded(
         f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time."
     )

@@ -11,16 +11,18 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 
 # Headers of a client's request that describe its body or the API that it speaks.
-REQUEST_HEADERS = (
-    "content-type",
-    "accept",
-    "content-length",
-    "idempotency-key",
-    "openai-beta",
-    "anthropic-version",
-    "anthropic-beta",
-    "traceparent",
-    "tracestate",
+REQUEST_HEADERS = frozenset(
+    {
+        "content-type",
+        "accept",
+        "content-length",
+        "idempotency-key",
+        "openai-beta",
+        "anthropic-version",
+        "anthropic-beta",
+        "traceparent",
+        "tracestate",
+    }
 )
 # Headers of an answer that are about the connection, or that this server writes itself.
 DROPPED_RESPONSE_HEADERS = frozenset(
@@ -57,7 +59,8 @@ class ForwardedRequest:
         content: the body: bytes, or pieces as they arrive, which can be sent only once.
         headers: the headers to send; see `request_headers`.
         model: only upstreams that serve it get the request; None for any upstream.
-        is_search: True if the request is about an object that only one of the upstreams has.
+        try_every_host: True if only one of the upstreams has the object that the request is about:
+            after a 404 or 405 the next one is tried.
         below_root: True if the path stands beside the "/v1" of the base URL, not below it.
     """
 
@@ -66,7 +69,7 @@ class ForwardedRequest:
     content: bytes | AsyncIterator[bytes] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     model: str | None = None
-    is_search: bool = False
+    try_every_host: bool = False
     below_root: bool = False
 
     def url(self, base: str) -> str:
@@ -107,7 +110,12 @@ class ForwardedAnswer:
 
 def request_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Return the headers of a client that pass to an upstream."""
-    return {name: headers[name] for name in REQUEST_HEADERS if name in headers}
+    passed: dict[str, str] = {}
+    # One pass: each look-up would read the whole list.
+    for name, value in headers.items():
+        if name in REQUEST_HEADERS:
+            passed.setdefault(name, value)
+    return passed
 
 
 def response_headers(headers: Iterable[tuple[str, str]]) -> list[tuple[bytes, bytes]]:

@@ -98,7 +98,7 @@ class Forwarder(Client):
         """Return the seconds until the next try; None to pass on this response."""
         if not request.repeatable:
             return None
-        if request.is_search and response.status in {404, 405}:
+        if request.try_every_host and response.status in {404, 405}:
             failed_hosts.add(host)
             untried = set(self.pool.serving(request.model)) - failed_hosts
             return 0.0 if untried else None

@@ -36,6 +36,8 @@ from infer_align.vllm.forced_calls import parse_forced_calls
 from infer_align.vllm.interfaces import CandidateCall, error_from_json
 
 REQUEST_CLASSES = {"chat": ChatCompletionRequest, "completion": CompletionRequest}
+# The name of a tool that no template holds.
+_TOOL_MARK = "infer_align_tool"
 
 Outputs = TypeVar("Outputs")
 
@@ -95,6 +97,7 @@ class Frontend:
         app: vLLM's ASGI application, available after `start`.
         has_system_role: False if the chat template refuses system messages or leaves them out.
             Final after `start`.
+        shows_tools: False if the chat template leaves tools out. Final after `start`.
     """
 
     def __init__(self, engine: AsyncLLM, args: Namespace) -> None:
@@ -104,6 +107,7 @@ class Frontend:
         self.model: str = args.served_model_name[0]
         self.lora_names: tuple[str, ...] = tuple(module.name for module in args.lora_modules or ())
         self.has_system_role = True
+        self.shows_tools = True
         self.vocabulary: dict[str, int] = compat.vocabulary_of(engine.model_config)
 
     async def start(self) -> None:
@@ -134,6 +138,7 @@ class Frontend:
         parse_forced_calls(chat)
         await self._lifespan.enter_async_context(self.app.router.lifespan_context(self.app))
         self.has_system_role = await self._shows_system()
+        self.shows_tools = await self._shows_tool()
 
     async def _shows_system(self) -> bool:
         """Render a system message, and look for it in the prompt. Nothing is generated."""
@@ -142,6 +147,19 @@ class Frontend:
         except InvalidRequest:
             return False
         return SYSTEM_MARK in self.tokenizer.decode(prompt)
+
+    async def _shows_tool(self) -> bool:
+        """Render a tool, and look for its name in the prompt. Nothing is generated."""
+        tool = {"type": "function", "function": {"name": _TOOL_MARK}}
+        messages = [{"role": "user", "content": "x"}]
+        try:
+            prompt = await self.chat_ids(
+                {"messages": messages, "tools": [tool], "tool_choice": "required"}
+            )
+        except AlignError:
+            # Without a parser for calls, vLLM refuses the choice.
+            return True
+        return _TOOL_MARK in self.tokenizer.decode(prompt)
 
     async def close(self) -> None:
         """End the background tasks of the application."""

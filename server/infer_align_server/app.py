@@ -23,8 +23,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infer_align.config.config import Config
 from infer_align.errors import AlignError
 from infer_align.upstream.trace import CallTrace, trace
-from infer_align_server.engine_routes import ServesApplication
-from infer_align_server.forwarding import Forwards
 from infer_align_server.loading import Progress
 from infer_align_server.logs import access, access_fields
 from infer_align_server.playground import page_routes
@@ -91,9 +89,9 @@ def create_app(
     )
     app.state.service = service
     app.router.routes.extend([*ROUTES, *page_routes(config.server)])
-    if isinstance(service.engine, ServesApplication):
+    if service.app_engine is not None:
         app.router.routes.append(ENGINE_ROUTE)
-    if isinstance(service.engine, Forwards):
+    if service.forwarder is not None:
         app.router.routes.append(UPSTREAM_ROUTE)
     app.exception_handler(AlignError)(_on_align_error)
     app.exception_handler(HTTPException)(_on_http_error)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from starlette.responses import Response as HttpResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from infer_align.engines import App
 from infer_align.errors import InvalidRequest, Unsupported
-from infer_align_server.forwarding import Forwards
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.logs import describe
 from infer_align_server.service import Service
@@ -29,23 +28,14 @@ GENERATING = re.compile(r"/v1/(responses|messages)/?")
 LIMIT_FIELDS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 
 
-@runtime_checkable
-class ServesApplication(Protocol):
-    """An engine with an ASGI application of its own, such as vLLM's."""
-
-    def app(self) -> App | None:
-        """Return the application, or None until the engine has started."""
-
-
 def engine_app(service: Service) -> App | None:
     """Return the engine's own application if it has one and has started."""
-    engine = service.engine
-    return engine.app() if isinstance(engine, ServesApplication) else None
+    return None if service.app_engine is None else service.app_engine.app()
 
 
 def serves_responses(service: Service) -> bool:
     """Return True if the engine may serve the Responses API."""
-    return engine_app(service) is not None or isinstance(service.engine, Forwards)
+    return engine_app(service) is not None or service.forwarder is not None
 
 
 def route_worst_case(service: Service, path: str, body: Mapping[str, Any]) -> int:

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         required=True,
         type=Path,
-        help='JSON lines file. Each line is a string or {"messages": [...]}.',
+        help='JSON lines file. Each line is a string, {"prompt": ...} or {"messages": [...]}.',
     )
     parser.add_argument(
         "--out",

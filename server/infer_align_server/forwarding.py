@@ -13,10 +13,9 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
@@ -34,6 +33,7 @@ from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.forward import ForwardedAnswer, ForwardedRequest, request_headers
 from infer_align.upstream.response import parse_error
 from infer_align.upstream.trace import HEADER, trace
+from infer_align_server.engine_roles import Forwards
 from infer_align_server.limits.client_timeout import client_timeout, shortly_before
 from infer_align_server.limits.token_budget import Charge, charged
 from infer_align_server.logs import describe
@@ -57,17 +57,6 @@ _PATH_PART = re.compile(r"(?!\.+$)[\w.:@~+=,-]{1,300}", re.ASCII)
 # Limits on the tokens of a completion, and the numbers of its answers.
 _LIMITS = ("max_completion_tokens", "max_tokens")
 _COUNTS = ("n", "best_of")
-
-
-@runtime_checkable
-class Forwards(Protocol):
-    """An engine that passes requests on to servers behind it."""
-
-    def passes(self, path: str) -> bool:
-        """Return True if a route of the engine's servers is passed on."""
-
-    def forward(self, request: ForwardedRequest) -> AbstractAsyncContextManager[ForwardedAnswer]:
-        """Open a request at one of the engine's servers."""
 
 
 def completion_worst_case(service: Service, body: Mapping[str, Any]) -> int:
@@ -128,7 +117,7 @@ def route_request(
         headers,
         model,
         # What was stored may be on any of the upstreams.
-        is_search=model is None and len(parts) > 1,
+        try_every_host=model is None and len(parts) > 1,
         below_root=below_root,
     )
 

@@ -13,6 +13,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from infer_align.flow.response import Response
 from infer_align.types import Candidate, Scores, ScoringUsage
+from infer_align_server.limits.admission import Admission
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 TPOT_SECONDS = (0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -183,7 +184,18 @@ class Metrics:
         if judge_tokens:
             self.judge_tokens.inc(judge_tokens)
 
-    def watch(self, gauge: Gauge, function: Callable[[], float]) -> None:
+    def watch_admission(self, admission: Admission) -> None:
+        """Report what runs and what waits, and the tasks of the event loop."""
+        self._watch(self.running, lambda: admission.running)
+        self._watch(self.queued, lambda: admission.queued)
+        self._watch(self.tasks, count_tasks)
+
+    def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
+        """Report if requests are served."""
+        self._watch(self.ready, lambda: float(is_ready()))
+        self._watch(self.workers, lambda: float(is_ready()))
+
+    def _watch(self, gauge: Gauge, function: Callable[[], float]) -> None:
         """Make a gauge have the value that a function returns."""
         if self._folder is None:
             gauge.set_function(function)

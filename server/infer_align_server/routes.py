@@ -24,6 +24,7 @@ from infer_align.types import Kind
 from infer_align_server import discovery, profile_routes, reranking, scoring_routes
 from infer_align_server.answering import answer_all
 from infer_align_server.authorization import authorize, owner_of, scope_of, service_of
+from infer_align_server.engine_roles import Forwards
 from infer_align_server.engine_routes import (
     ForwardedResponse,
     engine_app,
@@ -32,7 +33,6 @@ from infer_align_server.engine_routes import (
 )
 from infer_align_server.forwarding import (
     Cost,
-    Forwards,
     Upload,
     UpstreamResponse,
     completion_request,
@@ -77,7 +77,7 @@ async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
             content = dumps(completed)
         tokens = worst_case(_with_best_of(completed), service.engine, limits)
         return ForwardedResponse(service, app, content, caller, tokens, json=True)
-    if _is_plain(body, model) and isinstance(service.engine, Forwards):
+    if _is_plain(body, model) and service.forwarder is not None:
         return _forwarded_completion(http, kind, content, body, model, caller)
     streaming = stream_options(body)
     plans = await service.plan(body, kind, model, owner_of(http))
@@ -125,9 +125,9 @@ def _forwarding_engine(service: Service) -> Forwards:
     Raises:
         HTTPException: It does not: there is no such route.
     """
-    if not isinstance(service.engine, Forwards):
+    if service.forwarder is None:
         raise HTTPException(404)
-    return service.engine
+    return service.forwarder
 
 
 def _with_best_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -237,7 +237,7 @@ async def rerank(http: HttpRequest) -> HttpResponse:
     if reranking.is_for_engine(service, json_fields(content)):
         if app:
             return ForwardedResponse(service, app, content, caller, 0)
-        if isinstance(service.engine, Forwards) and service.engine.passes(http.url.path):
+        if service.forwarder is not None and service.forwarder.passes(http.url.path):
             return _forwarded_json(http, content, caller)
     work = reranking.rerank(service, parse_body(content), caller, owner_of(http))
     return json_response(await until_client_leaves(http.receive, work))
@@ -380,8 +380,8 @@ class UpstreamRoute(RecordedRoute):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Return a full match for a path that is passed on."""
-        engine = scope["app"].state.service.engine if "app" in scope else None
-        if isinstance(engine, Forwards) and engine.passes(scope.get("path", "")):
+        forwarder = scope["app"].state.service.forwarder if "app" in scope else None
+        if forwarder is not None and forwarder.passes(scope.get("path", "")):
             return super().matches(scope)
         return Match.NONE, {}
 

@@ -37,13 +37,14 @@ from infer_align_server.defaults import (
     complete_body,
     default_rewards,
 )
+from infer_align_server.engine_roles import Forwards, ServesApplication
 from infer_align_server.limits.api_keys import ApiKeys, Caller
 from infer_align_server.limits.caller_limits import make_caller_limits
 from infer_align_server.limits.key_file import KeyFile, Scope
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
 from infer_align_server.logs import describe
-from infer_align_server.metrics import Metrics, count_tasks
+from infer_align_server.metrics import Metrics
 from infer_align_server.model_choice import ModelChoice
 from infer_align_server.profile_keeper import ProfileKeeper
 from infer_align_server.sharing import Sharing
@@ -59,6 +60,8 @@ class Service:
         sharing: What this process shares with the other workers; None if there are none.
 
     Attributes:
+        forwarder: The engine if it passes requests on to servers behind it, else None.
+        app_engine: The engine if it has an application of its own, else None.
         default_rewards: {reward name: weight} for requests that name no rewards.
         tokens: The token budget of each caller.
         tracing: The connection to the collector of traces; None if nothing is traced.
@@ -77,6 +80,8 @@ class Service:
 
         # `start` loads the models of the engines and rewards.
         self.engine: Engine = config.load_engine()
+        self.forwarder = self.engine if isinstance(self.engine, Forwards) else None
+        self.app_engine = self.engine if isinstance(self.engine, ServesApplication) else None
         self.engines: Mapping[str, Engine] = {**config.load_engines(), "served": self.engine}
         self.rewards: Mapping[str, Reward] = config.load_rewards(self.engines)
         self.default_rewards = default_rewards(config, self.rewards)
@@ -108,16 +113,8 @@ class Service:
         self.document: bytes | None = None
         self._loading = ""
         self._draining = False
-        self._watch_state()
-
-    def _watch_state(self) -> None:
-        """Let gauges read the state of this service whenever the metrics are read."""
-        watch = self.metrics.watch
-        watch(self.metrics.running, lambda: self.admission.running)
-        watch(self.metrics.queued, lambda: self.admission.queued)
-        watch(self.metrics.tasks, count_tasks)
-        watch(self.metrics.ready, lambda: float(self.unready() is None))
-        watch(self.metrics.workers, lambda: float(self.unready() is None))
+        self.metrics.watch_admission(self.admission)
+        self.metrics.watch_readiness(lambda: self.unready() is None)
 
     # --- Loading and shutdown ---
 

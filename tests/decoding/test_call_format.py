@@ -16,6 +16,7 @@ from infer_align.decoding.call_format import (
     CallFormat,
     call_format,
     forced_grammar,
+    shows_tools,
     with_instruction,
 )
 from infer_align.decoding.tools import read_tools
@@ -97,3 +98,24 @@ def test_the_instruction_joins_the_first_system_turn(role: str) -> None:
     assert second == turns[1]
     alone = with_instruction(turns[1:], TOOLS)
     assert [turn["role"] for turn in alone] == ["system", "user"]
+
+
+LOOP = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "shown"),
+    [
+        (LOOP, False),
+        ("{# no tools here #}" + LOOP, False),
+        ("You have no tools." + LOOP, False),
+        ("{% set note = 'tools' %}{{ note }}" + LOOP, False),
+        ("{% if tools %}{{ tools | tojson }}{% endif %}" + LOOP, True),
+        ("{%- for tool in tools or [] -%}{{ tool }}{%- break -%}{%- endfor -%}" + LOOP, True),
+        ("{% generation %}{{ tools }}{% endgeneration %}" + LOOP, True),
+        (str({"default": LOOP, "tool_use": "{{ tools['x'] }}" + LOOP}), True),
+        (str({"default": LOOP}), False),
+    ],
+)
+def test_a_template_that_only_mentions_tools_does_not_show_them(template: str, shown: bool) -> None:
+    assert shows_tools(template) is shown

@@ -81,8 +81,10 @@ def test_vectors_do_not_depend_on_the_other_texts(encoder: str) -> None:
     loaded = SentenceEncoder(EncoderSettings(encoder), "cpu", "test")
     dialogues = [(ASK, "Mice. " * n) for n in range(40)]
     together = loaded.encode(dialogues)
-    for dialogue, each in zip(dialogues, together, strict=True):
-        np.testing.assert_allclose(loaded.encode([dialogue])[0].answer, each.answer, atol=1e-5)
+    # The empty answer, the longest one, and some between them.
+    for i in (0, 1, 2, 10, 25, 39):
+        (alone,) = loaded.encode([dialogues[i]])
+        np.testing.assert_allclose(alone.answer, together[i].answer, atol=1e-5)
     assert not together[0].answer.any()
 
 

@@ -56,6 +56,7 @@ def served_scores(folder: Path, printed: str, *texts: str) -> Any:
     return asyncio.run(score())[0]
 
 
+@pytest.mark.slow
 def test_classifiers_from_scratch_are_fitted_and_load_as_they_stand(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,6 +79,7 @@ def test_classifiers_from_scratch_are_fitted_and_load_as_they_stand(
     assert not (folder / "polite.training").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["Bert", "Llama"])
 def test_a_model_is_fine_tuned(
     folder: Path,
@@ -173,6 +175,7 @@ def test_training_stops_where_the_validation_gains_nothing() -> None:
     assert History([0.1] * 9, 9).is_complete(settings)
 
 
+@pytest.mark.slow
 def test_long_and_repeated_texts_are_counted(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

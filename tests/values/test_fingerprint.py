@@ -137,6 +137,7 @@ def write_head(path: Path, frozen: FrozenModel) -> None:
     head.write(path, tensors, frozen, {"reward": "helpful"})
 
 
+@pytest.mark.slow
 def test_a_head_fitted_on_another_model_is_refused(
     tmp_path: Path, frozen: FrozenModel, language_model: Callable[..., str]
 ) -> None:
@@ -159,6 +160,7 @@ def test_a_head_fitted_on_another_model_is_refused(
     assert "Fit the value on this model" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [None, "", "[1]", "{", '{"norm": 3}'])
 def test_a_head_without_a_fingerprint_loads_with_a_warning(
     tmp_path: Path, frozen: FrozenModel, stored: str | None, caplog: pytest.LogCaptureFixture

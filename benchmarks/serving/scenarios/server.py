@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,12 @@ class Server:
     def url(self) -> str:
         """The address of the server, without a path."""
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def workers(self) -> list[psutil.Process]:
+        """The worker processes."""
+        children = psutil.Process(self.process_id).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
 
     @property
     def memory(self) -> float:
@@ -69,13 +75,13 @@ class Server:
 
 
 @contextmanager
-def served(config: str) -> Iterator[Server]:
-    """Run a server with this configuration."""
+def served(config: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Run a server with this configuration and further environment variables."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "infer-align.toml"
         path.write_text(config, encoding="utf-8")
         command = ("-m", "infer_align_server", "serve", str(path), "--set", "server.port={port}")
-        with serving(*command) as (port, process_id):
+        with serving(*command, environment=environment) as (port, process_id):
             yield Server(port, process_id)
 
 

@@ -89,6 +89,16 @@ _GUIDE_FROM_OUTSIDE = (
     "http://HOST:PORT/v1 --set engine.tokenizer=MODEL"
 )
 
+_NO_SYSTEM_ROLE = (
+    "The model's chat template shows it no system messages. Name another template: "
+    '[engine] chat_template = "template.jinja".'
+)
+_NO_TOOLS = (
+    "Tools: the model's template does not show them. A call that tool_choice requires or names is "
+    'a call still. With "auto" such a model may never call. Name another template: [engine] '
+    'chat_template = "template.jinja".'
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Started:
@@ -307,6 +317,19 @@ class VllmEngine(Engine):
         if self._started is None:
             return frozenset()
         return control_tokens(self._started.frontend.tokenizer)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on what the model's chat template lacks; none before the engine has started."""
+        if self._started is None:
+            return ()
+        frontend = self._started.frontend
+        notes: list[str] = []
+        if not frontend.has_system_role:
+            notes.append(_NO_SYSTEM_ROLE)
+        if not frontend.shows_tools:
+            notes.append(_NO_TOOLS)
+        return tuple(notes)
 
     @property
     def has_system_role(self) -> bool:

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pairs",
         type=Path,
         metavar="FILE",
-        help="JSON lines with a better and a worse answer to each prompt; may be .gz or .xz.",
+        help="JSON lines with a better and a worse answer to each prompt; may be .gz, .xz or .bz2.",
     )
     files.add_argument(
         "--pools",

@@ -17,7 +17,7 @@ import pytest
 from infer_align.decoding.stream import ChoiceBuilder
 from infer_align.errors import InvalidRequest
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 
 MARKER = "<tool_call>"
 # The prompt does not show the schemas, so that answers to requests with others can be compared.

@@ -23,9 +23,14 @@ def post(live: Live, path: str, body: dict[str, Any]) -> Any:
         return client.post(path, json={"model": "owl", **body}, timeout=LIMIT_SECONDS)
 
 
-# vLLM's own server does not know the role "function".
-UNKNOWN = "the older form"
-READ = {name: history for name, history in HISTORIES.items() if name != UNKNOWN}
+# What vLLM's own server refuses: the role "function", calls of custom tools, and null results.
+REFUSED = {
+    "the older form": "unknown role: function",
+    "a function without a result": "unknown role: function",
+    "a custom tool": "type 'function'",
+    "a tool without a result": "should be a valid string",
+}
+READ = {name: history for name, history in HISTORIES.items() if name not in REFUSED}
 
 
 @pytest.mark.parametrize("history", READ.values(), ids=READ)
@@ -52,7 +57,8 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
 
 
 @pytest.mark.parametrize(
-    ("messages", "words"), [(IMAGE, "image"), (HISTORIES[UNKNOWN], "unknown role: function")]
+    ("messages", "words"),
+    [(IMAGE, "image"), *((HISTORIES[name], words) for name, words in REFUSED.items())],
 )
 def test_what_cannot_be_read_is_refused_before_anything_is_drawn(
     live: Live, messages: list[dict[str, Any]], words: str

@@ -39,6 +39,7 @@ def classifier(path: str, *fields: str) -> str:
     return "\n".join([*lines, *fields])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "fields", "status"),
     [
