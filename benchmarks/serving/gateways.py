@@ -40,7 +40,7 @@ from benchmarks.record import record
 from benchmarks.serving.client import request_head
 from benchmarks.serving.rows import Row, row
 
-OUT = Console()
+OUT = Console(width=120)
 DIRECT = "direct"
 CONCURRENCIES = (1, 4, 16, 64)
 DELAY_SECONDS = 0.02
@@ -240,7 +240,9 @@ def gateways(
             path = folder / "litellm.yaml"
             path.write_text(LITELLM.format(port=port))
             command = [str(litellm / "bin/litellm"), "--config", str(path), "--port", "{port}"]
-            start("LiteLLM proxy", command, "/health/liveliness", LITELLM_LOG="ERROR")
+            # It accepts requests without a key only if it is allowed to.
+            permit = {"LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+            start("LiteLLM proxy", command, "/health/liveliness", **permit)
         if optillm:
             command = [str(optillm / "bin/optillm"), "--port", "{port}", "--approach", "none"]
             command += ["--base-url", f"http://127.0.0.1:{port}/v1", "--model", "delayed"]
