@@ -60,6 +60,17 @@ def real(trait: str) -> Callable[[], str]:
     return lambda: result_table("real", columns, lambda row: row["trait"] == trait)
 
 
+def vas_fits() -> str:
+    """Return how far a value steers per nat, by the target of its fit and its replies."""
+    columns: Columns = [
+        ("target of each token", text("target")),
+        ("replies per prompt", number("replies", 0)),
+        ("gain at 1 nat", with_error("gain_at_1_nat", 3)),
+        ("- first row", with_error("difference", 3, sign="+")),
+    ]
+    return result_table("vas_fits_simple", columns)
+
+
 def vas_real() -> str:
     """Return reward, KL and guards of the forms of VAS on a small model."""
 
@@ -149,6 +160,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "real-cheerful": real("cheerful"),
     "real-simple": real("simple"),
     "vas-real": vas_real,
+    "vas-fits": vas_fits,
     "pools": pools,
     "preference-pairs": preference_pairs,
 }
