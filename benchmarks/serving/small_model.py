@@ -27,7 +27,8 @@ from infer_align import config, quickstart
 from infer_align.engines.transformers import TransformersEngine
 from infer_align.types import Draw
 
-DTYPES = ("float32", "bfloat16")
+# By type of the engine: that of the baseline. `generate` has no int8 weights.
+BASELINES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
 BATCHES = (1, 8, 32)
 CANDIDATES = 8
 TEMPERATURE = 0.8
@@ -101,7 +102,7 @@ async def measure(dtype: str, rounds: int, tokens: int) -> list[Row]:
     await engine.start()
     assert isinstance(engine, TransformersEngine)
     folder = engine.frozen.lm.config.name_or_path
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=BASELINES[dtype]).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     cases = [(f"plain, batch {batch}", batch, 1) for batch in BATCHES]
     cases.append((f"best of {CANDIDATES}, one request", 1, CANDIDATES))
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     options = parser.parse_args()
     rows = []
-    for dtype in DTYPES:
+    for dtype in BASELINES:
         rows += asyncio.run(measure(dtype, options.rounds, options.tokens))
     print_rows(rows, OUT)
     setup = {

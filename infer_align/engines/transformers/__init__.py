@@ -65,8 +65,9 @@ class Transformers:
     dtype: str = field(
         default="auto",
         metadata={
-            "description": "torch dtype of the weights; "
-            '"auto" is float32 on a CPU, else the model\'s own.'
+            "description": 'torch dtype of the weights, or "int8" on a CPU: linear layers in '
+            'int8 with one scale per output, all else in bfloat16. "auto" is float32 on a CPU, '
+            "else the model's own."
         },
     )
     context_length: int | None = field(

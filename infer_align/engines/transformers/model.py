@@ -13,13 +13,18 @@ from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import check_token_ids
 from infer_align.decoding.sequences import check_token_prompt
 from infer_align.decoding.tools import ToolRequest
+from infer_align.engines.transformers.int8_layers import (
+    INT8,
+    check_int8,
+    quantize_linear_layers,
+)
 from infer_align.engines.transformers.linear_layers import quicken_linear_layers
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
 from infer_align.engines.transformers.weights import check_causal, load_weights
 from infer_align.errors import ConfigError
 from infer_align.types import Draw
 from infer_align.values import FrozenModel, tokenizer_digest
-from infer_align.values._fingerprint import fingerprint
+from infer_align.values._fingerprint import Fingerprint, fingerprint
 
 # Sampling parameters that a model's generation_config may set, by the names of SamplingParams.
 SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -65,6 +70,7 @@ class Model:
         vocabulary: number of token ids.
         sampling_defaults: the sampling parameters of the model's generation_config.
         tap: inputs of the output layer in the latest forward pass; a hook fills it.
+        weights: fingerprint of the weights before they are quantized.
         cell_bytes: bytes of keys and values of one token.
         hidden_size: size of the output layer's input.
     """
@@ -77,6 +83,7 @@ class Model:
     vocabulary: int
     sampling_defaults: Mapping[str, float]
     tap: list[torch.Tensor]
+    weights: Fingerprint
     cell_bytes: int = 0
     hidden_size: int = 0
 
@@ -95,17 +102,23 @@ class Model:
 
         Raises:
             ConfigError: the model cannot be loaded, lacks weights or a fast tokenizer, or has
-                layers without keys and values, such as state space models.
+                layers without keys and values, such as state space models; or its linear layers
+                cannot have int8 weights.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         on_device = torch.device(device)
-        if dtype == "auto" and on_device.type == "cpu":
-            dtype = "float32"
         lm, tokenizer = load_weights(
-            name, dtype, trust_remote_code=trust_remote_code, progress=progress
+            name,
+            _weights_type(dtype, on_device),
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
         lm = lm.to(on_device).eval().requires_grad_(requires_grad=False)
+        weights = fingerprint(lm.named_parameters())
+        if dtype == INT8:
+            replaced, layers = quantize_linear_layers(lm)
+            progress(f"{replaced} of {layers} linear layers with int8 weights")
         quicken_linear_layers(lm)
         text_config = lm.config.get_text_config(decoder=True)
         maximum = longest_context(text_config)
@@ -126,6 +139,7 @@ class Model:
             vocabulary=int(text_config.vocab_size),
             sampling_defaults=_sampling_defaults(lm),
             tap=_tap_output_layer(lm),
+            weights=weights,
         )
         cell_bytes, hidden_size = model.check_cache(name)
         check_causal(name, lm)
@@ -227,9 +241,8 @@ class Model:
     def frozen(self, name: str) -> FrozenModel:
         """Describe the model for the values that have to fit it."""
         digest = tokenizer_digest(self.tokenizer.get_vocab())
-        weights = fingerprint(self.lm.named_parameters())
         device = str(self.device)
-        return FrozenModel(name, self.vocabulary, self.hidden_size, digest, device, weights)
+        return FrozenModel(name, self.vocabulary, self.hidden_size, digest, device, self.weights)
 
     def render(self, draw: Draw, prefix: str = "", tools: ToolRequest | None = None) -> Prompt:
         """Return the prompt of a draw as text and tokens.
@@ -260,6 +273,26 @@ class Model:
         check_token_ids("prompt", ids, self.vocabulary)
         text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return Prompt(text, ids, is_continued=True)
+
+
+def _weights_type(dtype: str, device: torch.device) -> str:
+    """Return the type in which the weights are loaded.
+
+    Raises:
+        ConfigError: there is no such type, or the device cannot multiply by int8 weights.
+    """
+    if dtype == INT8:
+        check_int8(device)
+        return "bfloat16"
+    if dtype == "auto":
+        return "float32" if device.type == "cpu" else dtype
+    named = getattr(torch, dtype, None)
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ConfigError(
+            f'[engine] dtype: {dtype!r} is no type of weights. Use "auto", "float32", '
+            '"bfloat16", "float16" or, on a CPU, "int8".'
+        )
+    return dtype
 
 
 def end_tokens(lm: Any, tokenizer: Any) -> frozenset[int]:
