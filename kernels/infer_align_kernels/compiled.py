@@ -187,8 +187,7 @@ VALUE_REWEIGHT_TYPES = {
     **dict.fromkeys(("beta", "temperature", "statistics", "out", "shifts", "values"), "*fp32"),
     **dict.fromkeys(("token_out", "ids"), "*i64"),
     "uniform": "*fp64",
-    "bitmask": "*i32",
-    **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "mask_stride", "out_stride"), "i32"),
+    **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "out_stride"), "i32"),
     "masked": "*u8",
     "indices": "*i64",
     "centre": "*fp32",
@@ -227,7 +226,6 @@ def _head_launches() -> list[Launch]:
             "RANK": tiles.rank,
             "R": 128,
             "HAS_BIAS": True,
-            "HAS_BITMASK": True,
         }
         tile = _value_reweight_launch(
             head.value_reweight_head_tile_kernel,
@@ -271,14 +269,13 @@ def _candidate_launches() -> list[Launch]:
     launch = _value_reweight_launch
     tiles = value_reweight.CANDIDATES
     shift = candidates.value_reweight_shift_kernel
-    apply_constants = {"TOKENS": tiles.tokens, "TAIL": candidates.PER_ROW.value}
-    constants = {**apply_constants, "HAS_BITMASK": True}
+    constants = {"TOKENS": tiles.tokens, "TAIL": candidates.PER_ROW.value}
     gather = value_reweight.GATHER
     gather_constants = {"SLOTS": gather.rows, "RANK": 128, "R": 128, "HAS_BIAS": True}
     return [
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": False}),
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": True}),
-        launch(candidates.value_reweight_apply_kernel, tiles, apply_constants),
+        launch(candidates.value_reweight_apply_kernel, tiles, constants),
         launch(candidates.value_reweight_candidates_tile_kernel, tiles, constants),
         launch(candidates.value_reweight_candidates_pick_kernel, tiles, {**constants, "TILES": 64}),
         launch(candidates.value_reweight_candidate_values_kernel, gather, gather_constants),

@@ -80,7 +80,8 @@ def strengths(rows: int, values: int, seed: int = 4) -> torch.Tensor:
     return beta
 
 
-def bitmask(rows: int, vocabulary: int, seed: int = 5) -> torch.Tensor:
+def forbid(logits: torch.Tensor, seed: int = 5) -> None:
+    """Set half of the logits to -inf, as a grammar does, and all those of the fourth row."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (rows, -(-vocabulary // 32))
-    return torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+    logits[torch.rand(logits.shape, generator=generator) < 0.5] = -torch.inf
+    logits[3:4] = -torch.inf

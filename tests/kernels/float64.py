@@ -20,14 +20,6 @@ def clean(row: np.ndarray) -> np.ndarray:
     return np.minimum(row, LARGEST)
 
 
-def allowed(bitmask: torch.Tensor | None, b: int, vocabulary: int) -> np.ndarray:
-    """Return True for the tokens that a row's bitmask allows."""
-    if bitmask is None:
-        return np.ones(vocabulary, dtype=bool)
-    words = bitmask[b].tolist()
-    return np.array([bool(words[t // 32] >> (t % 32) & 1) for t in range(vocabulary)])
-
-
 def add_candidates(
     row: np.ndarray, b: int, candidates: CandidateValues, beta: np.ndarray
 ) -> np.ndarray:
@@ -68,14 +60,12 @@ def distributions(
     values: HeadValues | CandidateValues,
     beta: torch.Tensor,
     temperature: torch.Tensor,
-    bitmask: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the steered and the frozen logits over temperature. -> [B, V], [B, V]."""
     steered = []
     frozen = []
     for b in range(len(logits)):
-        is_allowed = allowed(bitmask, b, logits.shape[1])
-        row = clean(np.where(is_allowed, logits[b].double().numpy(), -np.inf))
+        row = clean(logits[b].double().numpy())
         strength = beta[b].double().numpy()
         with np.errstate(invalid="ignore", over="ignore"):
             if isinstance(values, HeadValues):

@@ -60,7 +60,8 @@ def test_value_reweighting_matches_the_cpu(rows: int, vocabulary: int, dtype: to
     head = cases.head(rows, vocabulary, 128, 2, dtype)
     candidates = cases.candidates(logits, 20, 2)
     beta = cases.strengths(rows, 2)
-    options = {**cases.sampling(rows), "bitmask": cases.bitmask(rows, vocabulary)}
+    cases.forbid(logits)
+    options = cases.sampling(rows)
     for values in (head, candidates):
         expected = value_reweight(logits, values, beta, **options)
         result = value_reweight(logits.cuda(), to_gpu(values), beta.cuda(), **to_gpu(options))

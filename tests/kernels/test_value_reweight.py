@@ -78,15 +78,14 @@ def test_sampling_by_candidates_matches_the_definition(
     np.testing.assert_allclose(float64.clean(reweighted.double().numpy()), expected, atol=2e-5)
 
 
-def test_a_bitmask_forbids_tokens() -> None:
+def test_a_logit_of_minus_infinity_forbids_its_token() -> None:
     rows, vocabulary = 7, 1003
     logits, head = cases.logits(rows, vocabulary), cases.head(rows, vocabulary, 16, 1)
-    mask = cases.bitmask(rows, vocabulary)
-    mask[3] = 0
+    cases.forbid(logits)
     beta, sampling = cases.strengths(rows, 1), cases.sampling(rows)
     temperature = sampling["temperature"]
-    sampled = value_reweight(logits, head, beta, **sampling, bitmask=mask)
-    steered, frozen = float64.distributions(logits, head, beta, temperature, mask)
+    sampled = value_reweight(logits, head, beta, **sampling)
+    steered, frozen = float64.distributions(logits, head, beta, temperature)
     float64.assert_sampled(sampled, steered, frozen, temperature)
     assert sampled.token[3] == -1
     assert sampled.logprob[3] == -INF
@@ -332,7 +331,6 @@ def test_an_argument_that_does_not_fit_is_named(change: dict[str, Any], message:
     [
         ({"temperature": torch.ones(3)}, "temperature: shape"),
         ({"uniform": torch.zeros(2)}, r"uniform: torch\.float32"),
-        ({"bitmask": torch.zeros(2, 2, dtype=torch.int64)}, r"bitmask: torch.int64"),
         ({"values": cases.head(2, 41, 16, 1)}, r"values.weight: shape"),
     ],
 )

@@ -30,7 +30,6 @@ def value_reweight(
     *,
     temperature: torch.Tensor,
     uniform: torch.Tensor,
-    bitmask: torch.Tensor | None = None,
 ) -> Sampled:
     """Sample one token per row from softmax((logits + sum of beta_m * value_m) / temperature).
 
@@ -50,13 +49,12 @@ def value_reweight(
             logprobs are those of temperature 1.
         uniform: [B] float64 in [0, 1): the number of each row at which the cumulative distribution
             is inverted.
-        bitmask: [B, ceil(V / 32)] int32. Bit i of word w allows token 32 w + i, as in xgrammar.
 
     Raises:
         ValueError: a shape, dtype or device does not fit. Numbers are not checked, because that
             would wait for the device.
     """
-    _check_sampling(logits, beta, temperature=temperature, uniform=uniform, bitmask=bitmask)
+    _check_sampling(logits, beta, temperature=temperature, uniform=uniform)
     if isinstance(values, HeadValues):
         _check_head(logits, beta, values)
     else:
@@ -66,8 +64,8 @@ def value_reweight(
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
         with launching(logits.device):
-            return triton.value_reweight(logits, values, beta, temperature, uniform, bitmask)
-    return reference.value_reweight(logits, values, beta, temperature, uniform, bitmask)
+            return triton.value_reweight(logits, values, beta, temperature, uniform)
+    return reference.value_reweight(logits, values, beta, temperature, uniform)
 
 
 def reweight_logits(
@@ -272,22 +270,14 @@ def _check_sampling(
     *,
     temperature: torch.Tensor,
     uniform: torch.Tensor,
-    bitmask: torch.Tensor | None,
 ) -> None:
     _check_logits(logits)
-    rows, vocabulary = logits.shape
+    rows = len(logits)
     _check_shape("beta", beta, (rows, None), logits.device)
     _check_shape("temperature", temperature, (rows,), logits.device)
     _check_shape("uniform", uniform, (rows,), logits.device)
     if uniform.dtype != torch.float64:
         raise ValueError(f"uniform: {uniform.dtype} is not allowed; must be torch.float64.")
-    if bitmask is not None:
-        words = -(-vocabulary // 32)
-        _check_shape("bitmask", bitmask, (rows, words), logits.device)
-        if bitmask.dtype != torch.int32:
-            raise ValueError(
-                f"bitmask: {bitmask.dtype} is not allowed; must be torch.int32, 32 tokens per word."
-            )
 
 
 def _check_head(logits: torch.Tensor, beta: torch.Tensor, head: HeadValues) -> None:

@@ -148,7 +148,6 @@ def value_reweight_apply_kernel(
 @triton.jit
 def value_reweight_candidates_tile_kernel(
     logits,
-    bitmask,
     ids,
     shifts,
     beta,
@@ -160,9 +159,7 @@ def value_reweight_candidates_tile_kernel(
     M,
     K,
     row_stride,
-    mask_stride,
     TOKENS: tl.constexpr,
-    HAS_BITMASK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Write the statistics of one tile of tokens of one row. Grid: (tiles, rows)."""
@@ -170,9 +167,7 @@ def value_reweight_candidates_tile_kernel(
     row = tl.program_id(1).to(tl.int64)
     start = tile * TOKENS
     tokens = start + tl.arange(0, TOKENS)
-    frozen = load_frozen_logits(
-        logits, bitmask, row, row_stride, mask_stride, tokens, tokens < V, HAS_BITMASK
-    )
+    frozen = load_frozen_logits(logits, row, row_stride, tokens, tokens < V)
     scale = log2_scale(tl.load(temperature + row).to(tl.float32))
     frozen_peak = tl.max(frozen, axis=0)
     frozen_total = tl.sum(tl.exp2((frozen - finite_peak(frozen_peak)) * scale), axis=0)
@@ -197,7 +192,6 @@ def value_reweight_candidates_tile_kernel(
 @triton.jit
 def value_reweight_candidates_pick_kernel(
     logits,
-    bitmask,
     ids,
     shifts,
     beta,
@@ -213,10 +207,8 @@ def value_reweight_candidates_pick_kernel(
     K,
     T,
     row_stride,
-    mask_stride,
     TILES: tl.constexpr,
     TOKENS: tl.constexpr,
-    HAS_BITMASK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
     """Choose a tile of one row and draw the token in it. Grid: (rows,)."""
@@ -229,9 +221,7 @@ def value_reweight_candidates_pick_kernel(
     )
     start = tile * TOKENS
     tokens = start + tl.arange(0, TOKENS)
-    frozen = load_frozen_logits(
-        logits, bitmask, row, row_stride, mask_stride, tokens, tokens < V, HAS_BITMASK
-    )
+    frozen = load_frozen_logits(logits, row, row_stride, tokens, tokens < V)
     x, _ = steer_tile(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
     x = clean_logits(x)
     chosen = draw_token(

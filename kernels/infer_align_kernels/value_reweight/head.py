@@ -24,7 +24,6 @@ from infer_align_kernels.value_reweight.sampling import (
 @triton.jit
 def value_reweight_head_tile_kernel(  # noqa: PLR0915
     logits,
-    bitmask,
     hidden,
     weight,
     bias,
@@ -35,13 +34,11 @@ def value_reweight_head_tile_kernel(  # noqa: PLR0915
     V,
     M,
     row_stride,
-    mask_stride,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     R: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_BITMASK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Write the statistics of one tile of tokens for ROWS rows. Grid: (row blocks, tiles)."""
@@ -56,13 +53,6 @@ def value_reweight_head_tile_kernel(  # noqa: PLR0915
     in_logits = in_batch[:, None] & in_vocabulary[None, :]
     frozen = tl.load(frozen_pointers, mask=in_logits, other=float("-inf")).to(tl.float32)
     frozen = clean_logits(frozen)
-    if HAS_BITMASK:
-        words = tile * (TOKENS // 32) + tl.arange(0, TOKENS // 32)
-        in_bitmask = in_batch[:, None] & (words < tl.cdiv(V, 32))[None, :]
-        word_pointers = bitmask + row[:, None] * mask_stride + words[None, :]
-        word = tl.load(word_pointers, mask=in_bitmask, other=0)
-        bits = (word[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-        frozen = tl.where(tl.reshape(bits, (ROWS, TOKENS)) != 0, frozen, float("-inf"))
     row_temperature = tl.load(temperature + row, mask=in_batch, other=1.0).to(tl.float32)
     scale = log2_scale(row_temperature)[:, None]
     frozen_peak = tl.max(frozen, axis=1)
@@ -107,7 +97,6 @@ def value_reweight_head_tile_kernel(  # noqa: PLR0915
 @triton.jit
 def value_reweight_head_pick_kernel(
     logits,
-    bitmask,
     hidden,
     weight,
     bias,
@@ -122,13 +111,11 @@ def value_reweight_head_pick_kernel(
     M,
     T,
     row_stride,
-    mask_stride,
     TILES: tl.constexpr,
     TOKENS: tl.constexpr,
     R: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_BITMASK: tl.constexpr,
 ):
     """Choose a tile of one row, compute its values again, and draw the token. Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -141,9 +128,7 @@ def value_reweight_head_pick_kernel(
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     token = tokens.to(tl.int64)
     in_vocabulary = tokens < V
-    frozen = load_frozen_logits(
-        logits, bitmask, row, row_stride, mask_stride, tokens, in_vocabulary, HAS_BITMASK
-    )
+    frozen = load_frozen_logits(logits, row, row_stride, tokens, in_vocabulary)
     x = frozen
     for m in range(M):
         q = tl.zeros((TOKENS,), dtype=tl.float32)

@@ -134,7 +134,6 @@ def value_reweight(
     beta: torch.Tensor,
     temperature: torch.Tensor,
     uniform: torch.Tensor,
-    bitmask: torch.Tensor | None,
 ) -> Sampled:
     """Steer the logits and sample a token; see `infer_align_kernels.value_reweight`."""
     rows, vocabulary = logits.shape
@@ -144,8 +143,6 @@ def value_reweight(
     # The last tile is filled up with -inf.
     scores = logits.new_full((rows, tile_count * TILE), -torch.inf, dtype=torch.float32)
     steered = scores[:, :vocabulary].copy_(logits)
-    if bitmask is not None:
-        steered.masked_fill_(~unpack_bitmask(bitmask, vocabulary), -torch.inf)
     scratch = torch.empty_like(scores)
     frozen_peak = _clean_in_place(scores).amax(dim=1)
     frozen_total = _weights(scores, frozen_peak, scale, scratch).sum(dim=1)
@@ -172,13 +169,6 @@ def value_reweight(
 def _logit_of(logits: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """Return the logit of each row's token in float32, +inf as the largest number."""
     return logits.gather(1, token[:, None])[:, 0].float().clamp_(max=LARGEST)
-
-
-def unpack_bitmask(bitmask: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Return True where bit i of word w allows token 32 w + i. [B, words] int32 -> [B, V] bool."""
-    bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
-    allowed = (bitmask[:, :, None] >> bits & 1).bool()
-    return allowed.flatten(1)[:, :vocabulary]
 
 
 def _clean_in_place(scores: torch.Tensor) -> torch.Tensor:

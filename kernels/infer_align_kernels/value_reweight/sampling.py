@@ -31,17 +31,10 @@ def clean_logits(x):
 
 
 @triton.jit
-def load_frozen_logits(
-    logits, bitmask, row, row_stride, mask_stride, tokens, in_row, HAS_BITMASK: tl.constexpr
-):
-    """Load the logits of some tokens of a row; tokens that the bitmask forbids get -inf."""
+def load_frozen_logits(logits, row, row_stride, tokens, in_row):
+    """Load the logits of some tokens of a row; tokens outside the row get -inf."""
     x = tl.load(logits + row * row_stride + tokens, mask=in_row, other=float("-inf"))
-    x = x.to(tl.float32)
-    if HAS_BITMASK:
-        word = tl.load(bitmask + row * mask_stride + tokens // 32, mask=in_row, other=0)
-        is_allowed = ((word >> (tokens % 32)) & 1) != 0
-        x = tl.where(is_allowed, x, float("-inf"))
-    return clean_logits(x)
+    return clean_logits(x.to(tl.float32))
 
 
 @triton.jit

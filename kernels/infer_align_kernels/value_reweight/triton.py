@@ -64,7 +64,6 @@ def value_reweight(
     beta: torch.Tensor,
     temperature: torch.Tensor,
     uniform: torch.Tensor,
-    bitmask: torch.Tensor | None,
 ) -> Sampled:
     """Steer the logits and sample a token; see `infer_align_kernels.value_reweight`."""
     rows, vocabulary = logits.shape
@@ -72,19 +71,15 @@ def value_reweight(
     out = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
     if rows == 0:
         return Sampled(token, *out)
-    _check_strides(logits, bitmask)
+    _check_strides(logits)
     common: Arguments = {
         "logits": logits,
-        # Any pointer will do without a bitmask: the kernels do not read it.
-        "bitmask": logits if bitmask is None else bitmask,
         "beta": beta.contiguous(),
         "temperature": temperature.contiguous(),
         "statistics": _allocate_statistics(rows, vocabulary, logits.device),
         "B": rows,
         "V": vocabulary,
         "row_stride": logits.stride(0),
-        "mask_stride": 0 if bitmask is None else bitmask.stride(0),
-        "HAS_BITMASK": bitmask is not None,
     }
     draw: Arguments = {
         "uniform": uniform.contiguous(),
@@ -172,10 +167,10 @@ def reweight_logits(
     In place with the tail kept, k numbers per row are written; otherwise [B, V] is written once.
     """
     rows, vocabulary = logits.shape
-    _check_strides(logits, None)
+    _check_strides(logits)
     if out is None:
         out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    _check_strides(out, None)
+    _check_strides(out)
     if rows == 0:
         return out
     ids = token_ids.contiguous()
@@ -247,7 +242,7 @@ def add_head_values(
     """Add a head's centred values in place; see `infer_align_kernels.add_head_values`."""
     rows, rank = hidden.shape
     vocabulary = logits.shape[1]
-    _check_strides(logits, None)
+    _check_strides(logits)
     if rows == 0:
         return logits
     tiles = head_tiles(weight.dtype)
@@ -336,9 +331,9 @@ def _tail_arguments(tail: Tail | torch.Tensor, logits: torch.Tensor) -> Argument
     return {"TAIL": constant.value, "masked": logits}
 
 
-def _check_strides(tensor: torch.Tensor, bitmask: torch.Tensor | None) -> None:
-    if tensor.stride(1) != 1 or (bitmask is not None and bitmask.stride(1) != 1):
+def _check_strides(tensor: torch.Tensor) -> None:
+    if tensor.stride(1) != 1:
         raise ValueError(
-            "logits, out, bitmask: the tokens of a row are not contiguous in memory; call "
+            "logits, out: the tokens of a row are not contiguous in memory; call "
             ".contiguous() on the tensor."
         )

@@ -25,10 +25,9 @@ def run(
     logits: torch.Tensor,
     values: HeadValues | CandidateValues,
     beta: torch.Tensor,
-    bitmask: torch.Tensor | None = None,
     **sampling: torch.Tensor,
 ) -> Sampled:
-    return triton.value_reweight(logits, values, beta, **sampling, bitmask=bitmask)
+    return triton.value_reweight(logits, values, beta, **sampling)
 
 
 def assert_correct(
@@ -37,12 +36,11 @@ def assert_correct(
     values: HeadValues | CandidateValues,
     beta: torch.Tensor,
     sampling: dict[str, torch.Tensor],
-    bitmask: torch.Tensor | None = None,
 ) -> None:
     temperature = sampling["temperature"]
-    steered, frozen = float64.distributions(logits, values, beta, temperature, bitmask)
+    steered, frozen = float64.distributions(logits, values, beta, temperature)
     float64.assert_sampled(sampled, steered, frozen, temperature)
-    expected = reference.value_reweight(logits, values, beta, **sampling, bitmask=bitmask)
+    expected = reference.value_reweight(logits, values, beta, **sampling)
     assert sampled.token.tolist() == expected.token.tolist()
 
 
@@ -65,10 +63,9 @@ def test_sampling_by_a_head_matches_the_definition(
     head = cases.head(rows, vocabulary, rank, values, dtype)
     beta, sampling = cases.strengths(rows, values), cases.sampling(rows)
     assert_correct(run(logits, head, beta, **sampling), logits, head, beta, sampling)
-    mask = cases.bitmask(rows, vocabulary)
+    cases.forbid(logits)
     no_bias = HeadValues(head.hidden, head.weight)
-    masked = run(logits, no_bias, beta, mask, **sampling)
-    assert_correct(masked, logits, no_bias, beta, sampling, mask)
+    assert_correct(run(logits, no_bias, beta, **sampling), logits, no_bias, beta, sampling)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +78,8 @@ def test_sampling_by_candidates_matches_the_definition(tail: str, dtype: torch.d
     candidates = cases.candidates(logits, 9, 2, TAILS[tail])
     beta, sampling = cases.strengths(4, 2), cases.sampling(4)
     assert_correct(run(logits, candidates, beta, **sampling), logits, candidates, beta, sampling)
-    mask = cases.bitmask(4, 2500)
-    mask[3] = 0
-    masked = run(logits, candidates, beta, mask, **sampling)
-    assert_correct(masked, logits, candidates, beta, sampling, mask)
+    cases.forbid(logits)
+    assert_correct(run(logits, candidates, beta, **sampling), logits, candidates, beta, sampling)
 
 
 @pytest.mark.parametrize("tail", TAILS)
