@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import effects
 import language
 from tables import RESULTS, Columns, Row, number, recorded, result_table, table, text
+
+BOUND = re.compile(r"at (?P<kind>least|most) (?P<limit>[\d.]+)\b")
+
+
+def aim(row: Row) -> str:
+    """Return the aim of a row, with a mark in bold if the recorded value misses it."""
+    target = str(row["target"])
+    bound = BOUND.match(target)
+    if bound is None:
+        return target
+    limit = float(bound["limit"])
+    missed = row["value"] < limit
+    if bound["kind"] == "most":
+        missed = row["value"] > limit
+    return f"{target}: **missed**" if missed else target
 
 
 def ratios(name: str) -> Callable[[], str]:
@@ -17,7 +33,7 @@ def ratios(name: str) -> Callable[[], str]:
         ("value", lambda row: f"{row['value']:.3g}"),
         ("ours", lambda row: f"{row['ours']:.4g}"),
         ("baseline", lambda row: f"{row['baseline']:.4g}"),
-        ("aim", text("target")),
+        ("aim", aim),
     ]
     return lambda: result_table(name, columns)
 

@@ -31,6 +31,9 @@ _UNION_BRANCHES = {"int", "float", "str", "bool", "none", "constrained-int", "co
 _NUMBER_ERRORS = {"int_type", "float_type"}
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
+# How pydantic ends its rule about the number of items. The value stands in the message anyway.
+_ITEM_COUNT = re.compile(r" after validation, not (more|\d+)$")
+
 
 def join(path: str, name: str) -> str:
     """Return the dotted path of `name` in `path`; `path` may be empty."""
@@ -110,6 +113,8 @@ def _hint(cls: type[Any], problem: ErrorDetails) -> str:
         return f"; write {int(value)}"
     if problem["type"] in {"dict_type", "dataclass_type"}:
         return _description(cls, problem["loc"])
+    if problem["type"] == "too_short":
+        return _description(cls, problem["loc"]) + _field_example(cls, problem["loc"])
     return ""
 
 
@@ -153,6 +158,15 @@ def _description(cls: type[Any], location: tuple[int | str, ...]) -> str:
     for f in dataclasses.fields(_owner(cls, location)):
         if location[-1] == f.name and "description" in f.metadata:
             return f": {f.metadata['description'].rstrip('.')}"
+    return ""
+
+
+def _field_example(cls: type[Any], location: tuple[int | str, ...]) -> str:
+    """Return a clause with the example in the JSON schema of a parameter; "" if it has none."""
+    for f in dataclasses.fields(_owner(cls, location)):
+        examples = f.metadata.get("json_schema_extra", {}).get("examples")
+        if location[-1] == f.name and examples:
+            return f"; for example {json.dumps(examples[0])}"
     return ""
 
 
@@ -251,6 +265,7 @@ def _rule(message: str) -> str:
     if not should:
         return f"must be {subject.removeprefix('Value error, ')}"
     rule = rule.replace("a valid array", "a list")
+    rule = _ITEM_COUNT.sub("", rule)
     if rule.startswith("be '"):
         return f"allowed: {rule.removeprefix('be ')}"
     return f"must {rule}"

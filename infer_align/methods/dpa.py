@@ -165,6 +165,7 @@ class DPA:
         metadata={
             "json_schema_extra": {
                 "x-names": "attributes",
+                "examples": [{"helpfulness": 1.0}],
                 "x-slider": {"minimum": -1, "maximum": 1, "step": 0.01},
             },
             "min_length": 1,

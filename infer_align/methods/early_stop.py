@@ -31,6 +31,7 @@ class EarlyStop:
             "min_length": 1,
             "json_schema_extra": {
                 "x-names": "estimates",
+                "examples": [{"helpful": 1.0}],
                 "x-slider": {"minimum": -2, "maximum": 2, "step": 0.1},
             },
             "description": "{value name: weight}: the values, of kind head, whose weighted "

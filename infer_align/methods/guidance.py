@@ -100,6 +100,7 @@ class PromptGuidance:
         metadata={
             "json_schema_extra": {
                 "x-names": "traits",
+                "examples": [{"cheerful": 1.0}],
                 "x-slider": {"minimum": -2, "maximum": 4, "step": 0.1},
             },
             "min_length": 1,

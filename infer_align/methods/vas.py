@@ -51,6 +51,7 @@ class VAS:
             "min_length": 1,
             "json_schema_extra": {
                 "x-names": "values",
+                "examples": [{"helpful": 4.0}],
                 "x-slider": {"minimum": -10, "maximum": 10, "step": 0.5},
             },
             "description": "{value name: weight}; a negative weight steers away from the value.",

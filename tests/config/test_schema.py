@@ -103,6 +103,44 @@ def test_a_value_of_the_wrong_type_has_its_fix(value: Any, fix: str) -> None:
     assert caught.value.message.endswith(fix)
 
 
+@dataclass(frozen=True, slots=True)
+class Filled:
+    weights: dict[str, float] = field(
+        default_factory=lambda: {"a": 1.0},
+        metadata={
+            "min_length": 1,
+            "max_length": 2,
+            "description": "{name: weight}.",
+            "json_schema_extra": {"examples": [{"brief": 1.0}]},
+        },
+    )
+    words: tuple[str, ...] = field(
+        default=("a",), metadata={"min_length": 1, "description": "Words to find."}
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"weights": {}},
+            "k.weights: {} is not allowed; must have at least 1 item: {name: weight}; for example "
+            '{"brief": 1.0}.',
+        ),
+        ({"words": []}, "k.words: [] is not allowed; must have at least 1 item: Words to find."),
+    ],
+)
+def test_an_empty_value_has_its_meaning_and_an_example(value: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(Filled, value, "k")
+    assert caught.value.message == message
+
+
+def test_too_many_items_have_their_limit() -> None:
+    with pytest.raises(InvalidRequest, match=r"must have at most 2 items\.$"):
+        parse(Filled, {"weights": {"a": 1, "b": 2, "c": 3}}, "k")
+
+
 def test_unknown_names_the_nearest() -> None:
     with pytest.raises(InvalidRequest, match="did you mean 'weight'") as caught:
         parse(Knobs, {"wieght": 1}, "k")
