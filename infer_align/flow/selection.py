@@ -260,6 +260,9 @@ def _plain_reason(plan: Plan) -> str:
     """Return the reason of a plan without scorers."""
     draw = plan.draws[0] if plan.draws else None
     clauses = ["one draw"]
+    if draw is not None and draw.direction is not None:
+        weights = ", ".join(f"{name} {weight:.3g}" for name, weight in draw.direction.items())
+        clauses.append(f"in the direction {weights}")
     if draw is not None and draw.guidance is not None:
         contrasts = draw.guidance.contrasts
         scales = ", ".join(f"{contrast.trait} {contrast.scale:g}" for contrast in contrasts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -215,6 +216,16 @@ def test_the_reason_of_a_steered_draw_names_its_weights() -> None:
     plan = Plan((Draw({}, 1, steering=steering),))
     selection = rank_candidates(plan, [Candidate(0, {})], Scores())
     assert selection.reason == "one draw, steered by vas with beta helpful 4, brief -0.5"
+
+
+def test_the_reason_of_a_draw_with_a_direction_names_it() -> None:
+    draw = Draw({}, 1, direction={"helpful": 0.8, "brief": -0.6})
+    selection = rank_candidates(Plan((draw,)), [Candidate(0, {})], Scores())
+    reason = "one draw, in the direction helpful 0.8, brief -0.6"
+    assert selection.reason == reason
+    steered = replace(draw, steering=Steering({"helpful": 4.0}, 20, "keep"))
+    selection = rank_candidates(Plan((steered,)), [Candidate(0, {})], Scores())
+    assert selection.reason == f"{reason}, steered by vas with beta helpful 4"
 
 
 def greedy(direction: float | None, temperature: float = 0, n: int = 1) -> Draw:
