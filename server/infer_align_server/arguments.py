@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -60,6 +61,31 @@ class Parser(argparse.ArgumentParser):
         if unknown and is_command:
             self.refuse(unknown[0])
         return options, unknown
+
+    def check_command(self, words: Sequence[str], commands: Collection[str]) -> None:
+        """End the program with an error if the first word is no command.
+
+        Args:
+            words: the arguments of the program.
+            commands: the names of its commands.
+        """
+        first = words[0] if words else ""
+        if not first or first in commands or first in self._option_string_actions:
+            return
+        if first.startswith("-"):
+            option = first.partition("=")[0]
+            similar = difflib.get_close_matches(option, self._option_string_actions, 1, 0.75)
+            if similar:
+                self.error(f"there is no option {option}; did you mean {similar[0]}?")
+            self.error(f"{option} stands after a command: infer-align serve {shlex.join(words)}")
+        similar = difflib.get_close_matches(first, commands, n=1)
+        if similar:
+            self.error(f"there is no command {first!r}; did you mean {similar[0]}?")
+        names = ", ".join(commands)
+        self.error(
+            f"there is no command {first!r}; known: {names}. To serve a model, write: infer-align "
+            f"serve {shlex.join(words)}"
+        )
 
     def refuse(self, argument: str) -> NoReturn:
         """End the program with an error about an unknown argument."""

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 for success, 1 for a failure, 2 for a wrong configuration, 130 for
         Ctrl-C.
     """
-    options = make_parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = make_parser(words).parse_args(words)
     try:
         status: int = options.run(options)
     except ConfigError as error:
@@ -64,8 +65,12 @@ def _print_error(kind: str, error: AlignError) -> None:
     ERR.print(text, highlight=False, soft_wrap=True)
 
 
-def make_parser() -> Parser:
-    """Return the parser of the whole command line."""
+def make_parser(words: Sequence[str] = ()) -> Parser:
+    """Return the parser of the whole command line.
+
+    Args:
+        words: the arguments, whose first word is checked now.
+    """
     parser = Parser(
         "infer-align", description="Serve a frozen language model, aligned while it decodes."
     )
@@ -90,6 +95,7 @@ def make_parser() -> Parser:
         ("config", _add_config, "Inspect the configuration."),
     ):
         commands.add_parser(name, help=text, add_arguments=add_arguments)
+    parser.check_command(words, commands.choices)
     return parser
 
 

@@ -140,3 +140,23 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
     assert capsys.readouterr().out.startswith("infer-align ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "/x"], "--model stands after a command: infer-align serve --model /x"),
+        (["--port=1"], "--port stands after a command: infer-align serve --port=1"),
+        (["--versoin"], "there is no option --versoin; did you mean --version?"),
+        (["serv", "/x"], "there is no command 'serv'; did you mean serve?"),
+        (["./my model"], "write: infer-align serve './my model'"),
+        ([], "the following arguments are required: COMMAND"),
+    ],
+)
+def test_a_first_word_that_is_no_command_is_named(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
