@@ -50,6 +50,9 @@ words_weight = -1.0
 [server]
 log_level = "error"
 """
+# The same, with two API keys.
+KEYED = FAKE.replace("[server]", f'[server]\napi_keys_env = "{KEYS}"')
+TWO_KEYS = {KEYS: "ann,flood"}
 # A stream that does not end by itself while a scenario runs.
 ENDLESS = FAKE.replace("0.01", "5.0")
 
@@ -68,9 +71,8 @@ class Outcome:
 
 async def key_flood(scale: float) -> Outcome:
     """One key sends far more than fits; another key sends one request after another."""
-    config = FAKE.replace("[server]", f'[server]\napi_keys_env = "{KEYS}"')
-    config += "[limits]\nmax_running = 4\nmax_queue = 64\n"
-    with served(config) as server:
+    config = f"{KEYED}[limits]\nmax_running = 4\nmax_queue = 64\n"
+    with served(config, TWO_KEYS) as server:
         count = round(40 * scale)
         alone = await load(server, BODY, count, 1, "ann")
         flood = asyncio.create_task(load(server, BODY, count * 40, 48, "flood"))
@@ -86,8 +88,7 @@ async def key_flood(scale: float) -> Outcome:
 
 async def head_of_line(scale: float) -> Outcome:
     """Long best-of-64 requests run beside short ones of another key."""
-    config = FAKE.replace("[server]", f'[server]\napi_keys_env = "{KEYS}"')
-    with served(config) as server:
+    with served(KEYED, TWO_KEYS) as server:
         count = round(40 * scale)
         alone = await load(server, BODY, count, 1, "ann")
         long = asyncio.create_task(load(server, LONG_BEST_OF_64, round(400 * scale), 16, "flood"))
@@ -140,8 +141,7 @@ async def failover(scale: float) -> Outcome:
 
 async def slow_readers(scale: float) -> Outcome:
     """Clients of one key start streams and read nothing; another key is answered meanwhile."""
-    config = FAKE.replace("[server]", f'[server]\napi_keys_env = "{KEYS}"')
-    with served(config) as server:
+    with served(KEYED, TWO_KEYS) as server:
         count = round(60 * scale)
         alone = await load(server, BODY, count, 1, "ann")
         descriptors = server.descriptors
@@ -183,16 +183,20 @@ async def full_table(scale: float) -> Outcome:
     with served(FAKE) as server:
         before = await load(server, BODY, round(20 * scale), 1)
         limits = resource.prlimit(server.process_id, resource.RLIMIT_NOFILE)
-        limit = server.descriptors + 50
+        descriptors = server.descriptors
+        limit = descriptors + 50
         resource.prlimit(server.process_id, resource.RLIMIT_NOFILE, (limit, limits[1]))
         writers = [await _open(server) for _ in range(200)]
         await asyncio.sleep(1.0)
         for writer in writers:
             writer.transport.abort()
+        # Until the server has closed them, its event loop drops the connections that wait.
+        settled = await server.settled(descriptors)
         after = await load(server, BODY, round(20 * scale), 1)
     detail = f"200 connections, {limit} descriptors; {after.failed} requests failed after"
+    holds = settled and not after.failed
     ours, baseline = after.percentile(0.5), before.percentile(0.5)
-    return Outcome("no descriptor left: p50 after", ours, baseline, "ms", not after.failed, detail)
+    return Outcome("no descriptor left: p50 after", ours, baseline, "ms", holds, detail)
 
 
 async def killed_worker(scale: float) -> Outcome:
@@ -288,7 +292,6 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="of the load")
     parser.add_argument("--record", action="store_true", help="write results/scenarios.json")
     options = parser.parse_args()
-    os.environ[KEYS] = "ann,flood"
     names = [options.only] if options.only else list(SCENARIOS)
     outcomes = [asyncio.run(SCENARIOS[name](options.scale)) for name in names]
     table = Table("scenario", "figure", "undisturbed", "unit", "holds", "detail")

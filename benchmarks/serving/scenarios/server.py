@@ -67,9 +67,11 @@ class Server:
         """Return True once nothing runs and no more descriptors are open than before."""
         end = monotonic() + SETTLE_SECONDS
         while monotonic() < end:
-            running = await asyncio.to_thread(self.metric, "infer_align_running_requests")
-            if not running and self.descriptors <= descriptors:
-                return True
+            # Without a free descriptor, the server cannot answer.
+            if self.descriptors <= descriptors:
+                running = await asyncio.to_thread(self.metric, "infer_align_running_requests")
+                if not running:
+                    return True
             await asyncio.sleep(0.1)
         return False
 

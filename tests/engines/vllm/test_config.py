@@ -167,6 +167,7 @@ def test_only_the_adapters_import_vllm() -> None:
                 importing.add(path.relative_to(ROOT).as_posix())
     assert importing == {
         "infer_align/vllm/compat.py",
+        "infer_align/vllm/forced_calls.py",
         "infer_align/vllm/openai.py",
         "infer_align/vllm/readings.py",
         "infer_align/vllm/start_errors.py",
