@@ -50,6 +50,17 @@ def forward_forms() -> str:
     return result_table("forward_forms", columns)
 
 
+def scenarios() -> str:
+    """Return the figure of each scenario beside the undisturbed one."""
+    columns: Columns = [
+        ("scenario", text("what")),
+        ("figure", number("ours", 0)),
+        ("undisturbed", number("baseline", 0)),
+        ("", text("target")),
+    ]
+    return result_table("scenarios", columns)
+
+
 def results() -> str:
     """Return every recorded result with its baseline, commit, seed and machine."""
     rows = []
@@ -120,6 +131,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "upstream-results": ratios("upstream"),
     "small-model": ratios("small_model"),
     "forward-forms": forward_forms,
+    "scenarios": scenarios,
     "judge-results": ratios("judge_speed"),
     "bench-agreement": ratios("bench_agreement"),
     "bench-agreement-vllm": ratios("bench_agreement_vllm"),
