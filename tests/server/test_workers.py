@@ -123,10 +123,12 @@ def test_a_killed_worker_loses_its_own_requests_alone(workers: Any, tmp_path: Pa
     killed, other = map(psutil.Process, process_ids(server))
     senders = Senders(url)
     # Every held request is a connection of one of the two.
+    sent = 0
     while not (connections(killed) and connections(other)):
         senders.start()
-        time.sleep(0.02)
-    sent = len(senders._threads)
+        sent += 1
+        # One at a time, so that no more wait than the workers run.
+        until(lambda count=sent: len(connections(killed)) + len(connections(other)) == count)
     until(lambda: metric(url, "infer_align_running_requests ") == sent)
     lost = len(connections(killed))
     killed.send_signal(signal.SIGKILL)
@@ -136,7 +138,7 @@ def test_a_killed_worker_loses_its_own_requests_alone(workers: Any, tmp_path: Pa
     hold_file.touch()
     senders.join()
     assert sorted(senders.answers) == [0] * lost + [200] * (sent - lost)
-    assert len(process_ids(server)) == 3
+    until(lambda: len(process_ids(server)) == 3)
     server.popen.send_signal(signal.SIGTERM)
     assert server.wait() == 0
 
@@ -189,7 +191,7 @@ def test_sighup_reads_the_configuration_without_a_lost_request(
     assert post(url).status_code == 200
     path.write_text(f"{WORKERS.replace('2', '3')}served_name = 'new'\n", encoding="utf-8")
     server.popen.send_signal(signal.SIGHUP)
-    statuses = []
+    statuses = [post(url).status_code]
     while not any("read again" in line for line in server.log.lines):
         statuses.append(post(url).status_code)
     assert set(statuses) == {200}
