@@ -102,7 +102,7 @@ class RunningServer:
         return cls(service, ready, server, serving)
 
     def stop(self) -> None:
-        """Refuse new requests, finish those that run, then end."""
+        """Refuse new connections, finish the requests that have arrived, then end."""
         self._server.handle_exit(signal.SIGTERM, None)
 
     async def wait(self) -> int:

@@ -178,7 +178,7 @@ class Service:
                 log.error("value %s stays as it was: %s", name, error.message)
 
     def drain(self) -> None:
-        """Refuse new requests from now on; running requests continue."""
+        """Let /ready fail from now on; requests that have arrived are finished."""
         if not self._draining:
             log.info("drain started", extra={"running_requests": self.admission.running})
         self._draining = True
@@ -189,6 +189,10 @@ class Service:
         """Return the reason why requests are not served now; None if they are."""
         if self._draining:
             return "the server is shutting down"
+        return self._fault()
+
+    def _fault(self) -> str | None:
+        """Return the reason why requests cannot be served; None if they can."""
         if not self.settled.is_set():
             detail = f" ({self._loading})" if self._loading else ""
             return f"the models are still loading{detail}"
@@ -206,12 +210,15 @@ class Service:
         return None
 
     def require_ready(self) -> None:
-        """Check that requests are served now.
+        """Check that requests can be served.
+
+        A request may still arrive while the server drains, on a connection that it has accepted.
+        It is served like those that run, so that a reload loses none.
 
         Raises:
-            Unavailable: They are not.
+            Unavailable: They cannot.
         """
-        reason = self.unready()
+        reason = self._fault()
         if reason:
             raise Unavailable(f"{reason}; try again later.", retry_after=5)
 
