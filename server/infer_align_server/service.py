@@ -210,13 +210,9 @@ class Service:
         return None
 
     def require_ready(self) -> None:
-        """Check that requests can be served.
+        """Raise Unavailable if requests cannot be served.
 
-        A request may still arrive while the server drains, on a connection that it has accepted.
-        It is served like those that run, so that a reload loses none.
-
-        Raises:
-            Unavailable: They cannot.
+        A draining server still serves those that arrive on connections it has accepted.
         """
         reason = self._fault()
         if reason:

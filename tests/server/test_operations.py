@@ -214,9 +214,8 @@ def test_ready_reports_loading_serving_and_draining() -> None:
         drained = live.get("/ready")
         assert drained.status_code == 503
         assert drained.json()["reason"] == "the server is shutting down"
-        assert live.chat().status_code == 503
-        scored = live.post({"messages": [], "candidates": ["1"]}, "/v1/align/score")
-        assert scored.status_code == 503
+        # What arrives on an accepted connection is finished.
+        assert live.chat().status_code == 200
         assert live.get("/health").status_code == 200
     finally:
         engine.may_load.set()
