@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 # Tokens per tile, and the smallest vocabulary for which tiles take less time than one `topk`.
 TILE = 16
@@ -18,10 +20,7 @@ LARGEST_ID = 0xFFFFFFFF
 def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Select the k largest logits of each row; see `infer_align_kernels.top_candidates`."""
     values, ids = _largest(logits, min(k + MORE, logits.shape[1]))
-    # The comparison is False for equal logits and for NaN.
-    top = values[:, : k + 1].float().cpu().numpy()
-    is_decreasing = bool((top[:, 1:] < top[:, :-1]).all())
-    if is_decreasing and values.shape[1] > 1:
+    if values.shape[1] > 1 and _is_decreasing(_on_host(values)[:, : k + 1]):
         return ids[:, :k]
     if bool(values[:, 0].isnan().any()):
         return top_candidates(logits.masked_fill(logits.isnan(), -torch.inf), k)
@@ -29,6 +28,21 @@ def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     if values.shape[1] < logits.shape[1]:
         _select_equal(logits, values, ids, k)
     return _order_equal(values, ids)[:, :k]
+
+
+def _on_host(values: torch.Tensor) -> NDArray[np.float32]:
+    """Return the values as an array; those in float32 on a CPU are not copied."""
+    # Each call of torch costs as much as the whole comparison of a few rows, even a call that
+    # changes nothing.
+    if values.dtype != torch.float32:
+        values = values.float()
+    return values.numpy() if values.is_cpu else values.cpu().numpy()
+
+
+def _is_decreasing(values: NDArray[np.float32]) -> bool:
+    """Return True if the values of each row fall. Equal values and NaN do not."""
+    is_smaller = values[:, 1:] < values[:, :-1]
+    return bool(np.count_nonzero(is_smaller) == is_smaller.size)
 
 
 def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
