@@ -4,8 +4,8 @@ Both run the same model with the same options on the same machine, in alternatin
 On a GPU, name a model, and its rewards and values with --config. Without a model, the benchmark
 runs the embedded demo on vLLM's CPU build.
 
-    python benchmarks/serving/vllm_engine.py [MODEL] [--rounds 5] [--scale 1.0]
-        [--set max_model_len=4096 ...]
+    python benchmarks/serving/vllm_engine.py [MODEL] [--rounds 5] [--scale 1.0] [--only steered]
+        [--record NAME] [--set max_model_len=4096 ...]
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -63,6 +64,7 @@ CPU_ENVIRONMENT = {
 }
 LOADING_SECONDS = 900
 ROUNDS = 11
+RECORD = "vllm"
 BEST_OF_8 = {"align": {"best_of_n": {"n": 8}, "rewards": {"quality": 1}}}
 STEERED = {"align": {"vas": {"beta": {"helpful": 4.0}}}}
 OUT = Console()
@@ -191,17 +193,19 @@ def main() -> None:
     rows = []
     with servers(arguments.model, options, arguments.config) as ports:
         for comparison in comparisons():
-            rows.append(measure(ports, comparison, arguments.rounds, arguments.scale))
+            if arguments.only in comparison.what:
+                rows.append(measure(ports, comparison, arguments.rounds, arguments.scale))
     print_rows(rows, OUT, ("what", "value", "ours", "vllm serve", "target"))
-    if arguments.scale >= 1:
+    name = arguments.record or (RECORD if arguments.scale >= 1 and not arguments.only else None)
+    if name:
         setup = {
-            "model": arguments.model,
+            "model": Path(arguments.model).name,
             "rounds": arguments.rounds,
             "options": options,
             "no_seed": "requests name no seed, as most do: vLLM draws its own, on both sides",
         }
         path = record(
-            "vllm", baseline="vllm serve in the same run", seed=None, rows=rows, setup=setup
+            name, baseline="vllm serve in the same run", seed=None, rows=rows, setup=setup
         )
         OUT.print("written:", path, highlight=False)
 
@@ -221,7 +225,13 @@ def _arguments() -> argparse.Namespace:
         "--scale",
         type=float,
         default=1.0,
-        help="factor of the numbers of requests; below 1 no result is written",
+        help="factor of the numbers of requests; below 1 no result is written without --record",
+    )
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="measure the comparisons with this in their name"
+    )
+    parser.add_argument(
+        "--record", metavar="NAME", help="write the result under this name; default: vllm"
     )
     parser.add_argument(
         "--set",
