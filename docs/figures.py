@@ -128,6 +128,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guidance-cost": ratios("guidance_cost"),
     "serving-results": ratios("serving"),
     "vllm-results": ratios("vllm"),
+    "vllm-small-model": ratios("vllm_small_model"),
     "upstream-results": ratios("upstream"),
     "small-model": ratios("small_model"),
     "forward-forms": forward_forms,
