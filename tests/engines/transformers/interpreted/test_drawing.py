@@ -127,9 +127,11 @@ def test_the_token_of_a_row_does_not_depend_on_its_batch(heads: list[HeadValue])
 def test_the_tokens_follow_the_distribution(heads: list[HeadValue], kind: int) -> None:
     draws = 160
     rows: Any = [make_rows(heads, seed)[kind] for seed in range(draws)]
-    logits = torch.randn((1, V), generator=torch.Generator().manual_seed(5)).expand(draws, V)
-    hidden = torch.randn((1, D), generator=torch.Generator().manual_seed(6)).expand(draws, D)
-    drawn, _, steered = draw(rows, heads, logits.contiguous(), hidden.contiguous())
+    logits = torch.randn((1, V), generator=torch.Generator().manual_seed(5))
+    hidden = torch.randn((1, D), generator=torch.Generator().manual_seed(6))
+    many = (logits.repeat(draws, 1), hidden.repeat(draws, 1))
+    drawn = draw_tokens(*many, rows, make_steering(rows, heads), {})
+    steered, _ = steer(logits, hidden, make_steering(rows[:1], heads))
     expected = torch.softmax(steered[0].double() / 0.9, dim=0).numpy() * draws
     counts = np.bincount(drawn.tokens, minlength=V).astype(float)
     # Rare tokens share a bin.
