@@ -2,8 +2,9 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# One worker per core. Tests that share an expensive fixture form a group and stay together.
-PARALLEL := --numprocesses auto --dist loadgroup
+# One worker per core. The tests of a file stay together, and long files begin first: see
+# tests/conftest.py.
+PARALLEL := --numprocesses auto --dist loadgroup --no-loadscope-reorder
 # The tests that need an installation of their own, vLLM or the clients, and those that work on a real
 # model.
 EXTRA := vllm or clients or real

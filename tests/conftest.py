@@ -285,18 +285,41 @@ else:
     atexit.register(gc.unfreeze)
 
 
+# A file whose tests take long begins early: at the end of a run, no worker waits for another's.
+LONG_FILES = (
+    "tests/kernels/test_interpreter.py",
+    "tests/server/test_workers.py",
+    "tests/kernels/test_compiled.py",
+    "tests/server/test_profile_store.py",
+    "tests/bench/quality/test_command.py",
+    "tests/bench/test_serve_faults.py",
+    "tests/benchmarks/test_scenarios.py",
+    "tests/benchmarks/test_soak.py",
+    "tests/test_repo.py",
+    "tests/fitting/test_fit_value.py",
+)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all tests on vLLM: they share an engine, and two would share the cores.
+    """Choose which tests one worker of a parallel run takes together, and in which order.
 
-    They are skipped if vLLM is not installed. Importing it to find out takes a second.
+    A worker takes the tests of a file, so that no other builds the file's fixtures again. One
+    worker runs all tests on vLLM: they share an engine, and two would share the cores.
+
+    Tests on vLLM are skipped if it is not installed. Importing it to find out takes a second.
     """
     is_installed = importlib.util.find_spec("vllm") is not None
+    orders = {name: i for i, name in enumerate(LONG_FILES)}
+    files = {item: item.nodeid.partition("::")[0] for item in items}
+    items.sort(key=lambda item: orders.get(files[item], len(orders)))
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group("vllm"))
             if not is_installed:
                 item.add_marker(pytest.mark.skip("vLLM is not installed"))
+        elif not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(files[item]))
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ from tests.engines.vllm.stepping import (
     run,
 )
 
-pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), *WARNINGS]
 
 # By lookahead values, by a head, by both, by all tokens' values, and without a limit.

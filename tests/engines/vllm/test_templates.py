@@ -13,7 +13,6 @@ from tests.engines.vllm.conftest import LIMIT_SECONDS
 from tests.engines.vllm.stepping import WARNINGS, environment
 from tests.server.conftest import Live, end, start
 
-pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), *WARNINGS]
 
 TEMPLATE = (
