@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import shlex
+import textwrap
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 # Seeds are below this number, so that every random generator takes them.
 SEED_RANGE = 2**32
+# Columns of the text that says what a command is for.
+PURPOSE_WIDTH = 78
 # Options of other servers, each with what it is called here.
 OTHER_NAMES = {
     "--served-model-name": "--name NAME",
@@ -37,6 +40,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors show the usage of the command itself and name the nearest option.
 
     Args:
+        purpose: what the command is for, in one or two sentences. The help begins with it.
+        example: a command line without the program's name. The help ends with it.
         add_arguments: adds the arguments when the parser is first used. A command that is not
             called then loads no code.
         options: the options of `argparse.ArgumentParser`.
@@ -45,10 +50,18 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self,
         *arguments: Any,
+        purpose: str = "",
+        example: str = "",
         add_arguments: Callable[[Parser], None] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
+        # argparse's own formatter would join the lines.
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+        if purpose:
+            self.description = textwrap.fill(purpose, PURPOSE_WIDTH)
+        if example:
+            self.epilog = f"example:\n  infer-align {example}"
         self._add_arguments = add_arguments
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -184,9 +197,10 @@ def configuration(options: argparse.Namespace) -> Config:
             f"{model!r} is a URL, not a model; to serve the models of that server: "
             f"infer-align serve --upstream {model}"
         )
+    upstream = None if options.upstream is None else complete_url(options.upstream)
     choices = Choices(
         model=model,
-        upstream=_url(options.upstream),
+        upstream=upstream,
         name=options.name,
         host=getattr(options, "host", None),
         port=getattr(options, "port", None),
@@ -213,8 +227,6 @@ def _one_of(option: str, value: Any, target: str) -> str:
     return target
 
 
-def _url(upstream: str | None) -> str | None:
-    """Return an upstream's URL; "host:port" alone is completed to one."""
-    if upstream is None or "://" in upstream:
-        return upstream
-    return f"http://{upstream}"
+def complete_url(address: str) -> str:
+    """Return an address as a URL: "host:port" alone gets "http://"."""
+    return address if "://" in address else f"http://{address}"

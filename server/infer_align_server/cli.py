@@ -14,7 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from infer_align.errors import AlignError, ConfigError
-from infer_align_server.arguments import Parser, add_address, add_configuration, configuration
+from infer_align_server.arguments import (
+    Parser,
+    add_address,
+    add_configuration,
+    complete_url,
+    configuration,
+)
 
 if TYPE_CHECKING:
     from infer_align.config.registry import Registry
@@ -72,29 +78,64 @@ def make_parser(words: Sequence[str] = ()) -> Parser:
         words: the arguments, whose first word is checked now.
     """
     parser = Parser(
-        "infer-align", description="Serve a frozen language model, aligned while it decodes."
+        "infer-align",
+        purpose="Serve a frozen language model, and align its answers while they are generated.",
+        example="serve ./my-llama",
     )
     parser.add_argument(
         "--version", action="version", version=f"infer-align {version('infer-align')}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, add_arguments, text in (
-        ("serve", _add_serve, "Serve a model over the OpenAI API."),
-        ("chat", _add_chat, "Chat with a running server; show the scores."),
+    for name, add_arguments, text, example in (
+        ("serve", _add_serve, "Serve a model over the OpenAI API.", "serve ./my-llama --port 8000"),
+        (
+            "chat",
+            _add_chat,
+            "Chat with a running server; show the scores.",
+            """chat "Name a colour." --align '{"best_of_n": {"n": 4}}'""",
+        ),
         (
             "methods",
             _add_methods,
             "List the methods, rewards, values and engines with their parameters.",
+            "methods",
         ),
-        ("fit", _add_fit, "Fit a value that steers, or a reward."),
-        ("bench", _add_bench, "Measure any OpenAI endpoint."),
-        ("rewards", _add_rewards, "Check the configured rewards."),
-        ("check", _add_check, "Check what the served model can do."),
-        ("profiles", _add_profiles, "List, show, export or delete stored profiles."),
-        ("keys", _add_keys, "Make an API key."),
-        ("config", _add_config, "Inspect the configuration."),
+        (
+            "fit",
+            _add_fit,
+            "Fit a value, which steers tokens, or a reward, which scores answers.",
+            "fit reward pairs.jsonl",
+        ),
+        (
+            "bench",
+            _add_bench,
+            "Measure any OpenAI endpoint.",
+            "bench serve --base-url http://127.0.0.1:8000/v1",
+        ),
+        (
+            "rewards",
+            _add_rewards,
+            "Check the configured rewards.",
+            "rewards check infer-align.toml",
+        ),
+        ("check", _add_check, "Check what the served model can do.", "check dpa ./my-llama"),
+        (
+            "profiles",
+            _add_profiles,
+            "List, show, export or delete stored profiles.",
+            "profiles list infer-align.toml",
+        ),
+        ("keys", _add_keys, "Make an API key.", "keys new search-team"),
+        (
+            "config",
+            _add_config,
+            "Inspect the configuration.",
+            "config show infer-align.toml",
+        ),
     ):
-        commands.add_parser(name, help=text, add_arguments=add_arguments)
+        commands.add_parser(
+            name, help=text, purpose=text, example=example, add_arguments=add_arguments
+        )
     parser.check_command(words, commands.choices)
     return parser
 
@@ -146,16 +187,17 @@ def _add_fit(parser: Parser) -> None:
     from infer_align_server import fit, fit_reward
 
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    value = commands.add_parser(
-        "value",
-        help="Fit a value from prompts and a configured reward. The model does not change.",
+    text = "Fit a value from prompts and a configured reward. The model does not change."
+    example = (
+        "fit value infer-align.toml --reward short --prompts prompts.jsonl --out short.safetensors"
     )
+    value = commands.add_parser("value", help=text, purpose=text, example=example)
     fit.add_arguments(value)
     add_configuration(value)
     value.set_defaults(run=fit.run)
-    reward = commands.add_parser(
-        "reward", help="Fit a reward to preference pairs, or to the choices of stored profiles."
-    )
+    text = "Fit a reward to preference pairs, or to the choices of stored profiles."
+    example = "fit reward pairs.jsonl --out reward.safetensors"
+    reward = commands.add_parser("reward", help=text, purpose=text, example=example)
     fit_reward.add_arguments(reward)
     reward.set_defaults(run=fit_reward.run)
 
@@ -170,11 +212,12 @@ def _add_rewards(parser: Parser) -> None:
     from infer_align_server.check_rewards import command
 
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    check = commands.add_parser(
-        "check",
-        help="Find out how far the rewards can be trusted, on pairs or pools of answers. Without a "
-        "file: score a few texts, and compare with Hugging Face's usual recipe.",
+    text = (
+        "Find out how far the rewards can be trusted, on pairs or pools of answers. Without a "
+        "file: score a few texts, and compare with Hugging Face's usual recipe."
     )
+    example = "rewards check infer-align.toml --pairs pairs.jsonl"
+    check = commands.add_parser("check", help=text, purpose=text, example=example)
     command.add_arguments(check)
     add_configuration(check)
     check.set_defaults(run=lambda options: command.run(options, OUT, ERR))
@@ -184,9 +227,11 @@ def _add_check(parser: Parser) -> None:
     from infer_align_server import check_dpa
 
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    dpa = commands.add_parser(
-        "dpa", help="Find out if the model follows preference directions, from greedy answers."
+    text = (
+        "Find out if the model follows preference directions: compare its greedy answers to four "
+        "prompts, each at five directions."
     )
+    dpa = commands.add_parser("dpa", help=text, purpose=text, example="check dpa ./my-llama")
     check_dpa.add_arguments(dpa)
     add_configuration(dpa)
     dpa.set_defaults(run=lambda options: check_dpa.run(options, OUT))
@@ -206,7 +251,9 @@ def _add_keys(parser: Parser) -> None:
 
 def _add_config(parser: Parser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    show = commands.add_parser("show", help="Show each value and its origin.")
+    text = "Show each setting with its value, and where the value comes from."
+    example = "config show infer-align.toml --set server.port=9000"
+    show = commands.add_parser("show", help=text, purpose=text, example=example)
     add_configuration(show)
     add_address(show)
     show.set_defaults(run=_config_show)
@@ -236,7 +283,11 @@ def _chat(options: argparse.Namespace) -> int:
     if options.align:
         fields["align"] = options.align
     with chat.Chat(
-        options.base_url, options.model, fields, options.system, options.api_key_env
+        complete_url(options.base_url),
+        options.model,
+        fields,
+        options.system,
+        options.api_key_env,
     ) as conversation:
         if options.message:
             return conversation.send_once(options.message)

@@ -42,17 +42,21 @@ HELP_WIDTH = 96
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `fit value`; `--fit` sets the fields of `FitConfig`."""
-    parser.add_argument("--reward", required=True, help="Name of a configured reward.")
+    parser.add_argument(
+        "--reward", required=True, metavar="NAME", help="Name of a configured reward."
+    )
     parser.add_argument(
         "--prompts",
         required=True,
         type=Path,
+        metavar="FILE",
         help='JSON lines file. Each line is a string, {"prompt": ...} or {"messages": [...]}.',
     )
     parser.add_argument(
         "--out",
         required=True,
         type=Path,
+        metavar="PATH",
         help="Output file; for a lookahead value, output folder.",
     )
     _add_replies(parser)
@@ -63,8 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="Setting of the fit; may be repeated. The names are listed below.",
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _describe_settings()
+    sections = [_describe_settings()]
+    if parser.epilog:
+        sections.insert(0, parser.epilog)
+    parser.epilog = "\n\n".join(sections)
 
 
 def _add_replies(parser: argparse.ArgumentParser) -> None:
@@ -78,11 +84,13 @@ def _add_replies(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replies",
         type=_positive_integer,
+        metavar="N",
         help=f"Number of replies per prompt. Default: {DEFAULT_REPLIES}.",
     )
     parser.add_argument(
         "--max-tokens",
         type=_positive_integer,
+        metavar="N",
         help=f"Maximum number of tokens of a reply. Default: {DEFAULT_MAX_TOKENS}.",
     )
     parser.add_argument("--seed", type=seed, help=f"Random seed. Default: {DEFAULT_SEED}.")

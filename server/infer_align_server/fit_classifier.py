@@ -65,12 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser, positive_integer: Callable[[s
     parser.add_argument(
         "--learning-rate",
         type=_learning_rate,
-        help="With --on classifier: of AdamW. Default: 2e-5 with --base, 5e-4 from scratch.",
+        help="With --on classifier: learning rate of AdamW. Default: 2e-5 with --base, 5e-4 from "
+        "scratch.",
     )
     parser.add_argument(
         "--patience",
         type=positive_integer,
-        help="With --on classifier: stop after so many epochs without a gain on pairs that a "
+        help="With --on classifier: stop after this many epochs without a gain on pairs that a "
         "member does not train on. Default: 2.",
     )
 

@@ -128,21 +128,24 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length-free",
         action="store_true",
-        help="Regress the length of the answers out of the features.",
+        help="Remove from the features what the length of the answer explains, so that the "
+        "reward does not prefer an answer for its length.",
     )
     parser.add_argument(
         "--noise",
         choices=("none", "vote", "exchange"),
         default="none",
-        help='How wrong labels are found: "vote" flips pairs that members which did not see them '
-        'vote against, "exchange" fits each member to the pairs that the other members find easy. '
+        help='Treatment of wrong labels. "none": keep them. "vote": swap the answers of a pair if '
+        "members that were not fitted to it vote against its label. "
+        '"exchange": fit each member to the pairs that the other members find easy. '
         "Default: %(default)s.",
     )
     parser.add_argument(
         "--noise-rate",
         type=_rate,
         default=0.1,
-        help="Largest share of labels that count as wrong. Default: %(default)s.",
+        help="Largest share of the pairs whose label --noise may treat as wrong. "
+        "Default: %(default)s.",
     )
     parser.add_argument("--seed", type=seed, default=0, help="Random seed. Default: %(default)s.")
 

@@ -14,14 +14,16 @@ from infer_align_server.limits.key_file import SCOPES, KeyEntry, new_key
 def add_commands(parser: argparse.ArgumentParser, out: Console) -> None:
     """Add the commands to the parser of `infer-align keys`."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    new = commands.add_parser("new", help="Make an API key, and print its entry for the file.")
+    text = "Make an API key, and print its entry for the file."
+    example = "keys new search-team --scopes generate,score"
+    new = commands.add_parser("new", help=text, purpose=text, example=example)
     new.add_argument(
         "name", metavar="NAME", help="Name of the caller, such as a team or a program."
     )
     new.add_argument(
         "--scopes",
         default=",".join(SCOPES),
-        help="What the key may do, separated by commas. Default: %(default)s.",
+        help="Groups of routes that the key may use, separated by commas. Default: %(default)s.",
     )
     new.set_defaults(run=lambda options: _new(options, out))
 

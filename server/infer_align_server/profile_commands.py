@@ -30,14 +30,18 @@ Work: TypeAlias = Callable[[ProfileKeeper, Config, argparse.Namespace, Console],
 def add_commands(parser: argparse.ArgumentParser, out: Console) -> None:
     """Add the commands to the parser of `infer-align profiles`."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    every = commands.add_parser("list", help="List the stored profiles.")
+    text = "List the stored profiles."
+    every = commands.add_parser(
+        "list", help=text, purpose=text, example="profiles list infer-align.toml"
+    )
     _complete(every, _list, out)
     for name, work, text in (
-        ("show", _show, "Show what a profile knows."),
-        ("export", _export, "Print everything that is stored of a profile, as JSON."),
-        ("delete", _delete, "Delete a profile with everything that it knows."),
+        ("show", _show, "Show the weights and the scales that a profile has learnt."),
+        ("export", _export, "Print everything that is stored about a profile, as JSON."),
+        ("delete", _delete, "Delete a profile with all its choices."),
     ):
-        command = commands.add_parser(name, help=text)
+        example = f"profiles {name} u17 infer-align.toml"
+        command = commands.add_parser(name, help=text, purpose=text, example=example)
         command.add_argument("id", metavar="ID", help="Name of the profile.")
         command.add_argument(
             "--owner",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,60 @@ def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = tmp_path / ("a-long-name-" * 12)
     assert cli.main(["config", "show", f"{path}.toml"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+COMMANDS = [
+    "serve",
+    "chat",
+    "methods",
+    "fit value",
+    "fit reward",
+    "bench serve",
+    "bench quality",
+    "bench judge",
+    "bench plan",
+    "rewards check",
+    "check dpa",
+    "profiles list",
+    "profiles show",
+    "profiles export",
+    "profiles delete",
+    "keys new",
+    "config show",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_the_purpose_and_ends_with_an_example_that_works(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    usage, _, rest = text.partition("\n\n")
+    assert usage.startswith(f"usage: infer-align {command} ")
+    purpose = rest.partition("\n\n")[0]
+    assert purpose[0].isupper()
+    assert purpose.endswith(".")
+    example = rest.partition("example:\n  infer-align ")[2].splitlines()[0]
+    assert example.startswith(command)
+    options = cli.make_parser().parse_args(shlex.split(example))
+    assert callable(options.run)
+
+
+def test_every_command_has_a_help_text_that_is_tested() -> None:
+    names = {command.split()[0] for command in COMMANDS}
+    text = cli.make_parser().format_help()
+    listed = re.findall(r"^    (\w+) ", text, re.MULTILINE)
+    assert set(listed) == names
+
+
+def test_a_chat_completes_an_address_without_a_scheme(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["chat", "hello", "--base-url", "127.0.0.1:1/v1"]) == 1
+    error = capsys.readouterr().err
+    assert "http://127.0.0.1:1/v1/" in error
+    assert "is the server running?" in error
 
 
 def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
