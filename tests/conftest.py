@@ -312,7 +312,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     is_installed = importlib.util.find_spec("vllm") is not None
     orders = {name: i for i, name in enumerate(LONG_FILES)}
     files = {item: item.nodeid.partition("::")[0] for item in items}
-    items.sort(key=lambda item: orders.get(files[item], len(orders)))
+
+    def start_position(item: pytest.Item) -> int:
+        if item.get_closest_marker("vllm"):
+            return -1
+        return orders.get(files[item], len(orders))
+
+    items.sort(key=start_position)
     for item in items:
         if item.get_closest_marker("vllm"):
             item.add_marker(pytest.mark.xdist_group("vllm"))
