@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -20,6 +17,7 @@ from starlette.routing import Route
 from infer_align_server import cli
 from tests.server.conftest import config_file, serve
 from tests.server.processes import Running
+from tests.threaded_server import ThreadedServer
 
 __all__ = ["config_file", "serve"]
 
@@ -81,18 +79,11 @@ class Peer:
         if scores:
             routes.append(Route("/v1/align/score", scores, methods=["POST"]))
         app = Starlette(routes=routes)
-        config = uvicorn.Config(app, port=0, log_config=None, access_log=False)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/v1"
+        self._server = ThreadedServer(app, timeout_graceful_shutdown=5)
+        self.url = f"http://127.0.0.1:{self._server.port}/v1"
 
     def end(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
+        self._server.end()
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import gzip
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import uvicorn
+
+from tests.threaded_server import ThreadedServer
 
 LIMIT_SECONDS = 60
 
@@ -118,14 +117,7 @@ def collector() -> Iterator[Collector]:
     """Serve a collector on a free port."""
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     app = Collector()
-    options: Any = {"log_config": None, "access_log": False, "lifespan": "off"}
-    server = uvicorn.Server(uvicorn.Config(app, port=0, **options))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    end_time = time.monotonic() + LIMIT_SECONDS
-    while not server.started and time.monotonic() < end_time:
-        time.sleep(0.005)
-    app.port = server.servers[0].sockets[0].getsockname()[1]
+    server = ThreadedServer(app, lifespan="off")
+    app.port = server.port
     yield app
-    server.should_exit = True
-    thread.join(LIMIT_SECONDS)
+    server.end()

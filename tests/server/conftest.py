@@ -19,7 +19,6 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 
 from infer_align import config as configuration
@@ -29,6 +28,7 @@ from infer_align_server.service import Service
 from infer_align_server.wire.protocol import BoundedProtocol
 from tests.server import scorers
 from tests.server.processes import Process
+from tests.threaded_server import ThreadedServer
 
 # The longest time to wait for anything, shorter than the timeout of one test.
 LIMIT_SECONDS = 100
@@ -86,8 +86,7 @@ class Live:
 
     base_url: str
     service: Service
-    server: uvicorn.Server
-    thread: threading.Thread
+    server: ThreadedServer
 
     @property
     def engine(self) -> FakeEngine:
@@ -162,15 +161,8 @@ Serve = Callable[[str], Live]
 def start(config: configuration.Config, *, wait: bool = True) -> Live:
     """Serve in a thread; with `wait`, return when loading has ended, well or not."""
     app = create_app(config)
-    options: Any = {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 5}
-    server = uvicorn.Server(uvicorn.Config(app, http=BoundedProtocol, port=0, **options))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.005)
-    assert server.started, "the server did not start"
-    port = server.servers[0].sockets[0].getsockname()[1]
-    live = Live(f"http://127.0.0.1:{port}/v1", app.state.service, server, thread)
+    server = ThreadedServer(app, http=BoundedProtocol, timeout_graceful_shutdown=5)
+    live = Live(f"http://127.0.0.1:{server.port}/v1", app.state.service, server)
     if wait:
         assert live.until(live.service.settled.is_set)
     return live
@@ -178,9 +170,7 @@ def start(config: configuration.Config, *, wait: bool = True) -> Live:
 
 def end(live: Live) -> None:
     """Stop a server and wait for its end."""
-    live.server.should_exit = True
-    live.thread.join(LIMIT_SECONDS)
-    assert not live.thread.is_alive(), "the server did not end"
+    live.server.end()
 
 
 @pytest.fixture(scope="session")
@@ -207,7 +197,7 @@ def serve(config_file: Callable[[str], Path]) -> Iterator[Serve]:
 
     yield serve
     for live in running.values():
-        live.server.should_exit = True
+        live.server.begin_end()
     for live in running.values():
         end(live)
 

@@ -112,7 +112,7 @@ def test_nesting_that_is_still_read_is_quoted_without_harm(numbers: Any, depth: 
 
 def test_huge_body_that_announces_itself(serve: Any) -> None:
     live = serve('[limits]\nmax_body_bytes = 100000\n[engine]\nkind = "fake"\n')
-    with socket.create_connection(("127.0.0.1", live.port), timeout=5) as raw:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=60) as raw:
         raw.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n{"
         )

@@ -73,7 +73,7 @@ def server(tmp_path: Path) -> Iterator[Live]:
     path.write_text(QUICK_AND_LONG, encoding="utf-8")
     live = start(configuration.load(path))
     yield live
-    assert live.idle(10.0), "every call was closed"
+    assert live.idle(), "every call was closed"
     end(live)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-import uvicorn
+from tests.threaded_server import ThreadedServer
 
 Body = dict[str, Any]
 Behaviour: TypeAlias = "Callable[[FakeUpstream, Body, Any], Awaitable[None]]"
@@ -79,7 +79,7 @@ class FakeUpstream:
     def calls(self) -> int:
         return len(self.bodies)
 
-    def until(self, condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> bool:
         """Return True as soon as the condition holds, False after a time that is never needed."""
         end = time.monotonic() + seconds
         while not condition():
@@ -488,16 +488,9 @@ async def done(send: Any) -> None:
 def fake_upstream() -> Iterator[FakeUpstream]:
     """Run a fake upstream on a free port."""
     app = FakeUpstream()
-    options: Any = {"log_config": None, "access_log": False, "lifespan": "off"}
-    config = uvicorn.Config(app, port=0, timeout_graceful_shutdown=1, **options)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    app.port = server.servers[0].sockets[0].getsockname()[1]
+    server = ThreadedServer(app, lifespan="off", timeout_graceful_shutdown=1)
+    app.port = server.port
     try:
         yield app
     finally:
-        server.should_exit = True
-        thread.join(10)
+        server.end()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.engines.openai.upstream import FakeUpstream
-from tests.server.conftest import USER, Live
+from tests.server.conftest import LIMIT_SECONDS, USER, Live
 from tests.server.upstream.conftest import Serve, engine_of
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def send(server: Live, body: dict[str, Any]) -> socket.socket:
     """Send a request and return its connection, without reading the answer."""
     content = json.dumps({"model": "up", "messages": USER, **body}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=LIMIT_SECONDS)
     connection.sendall(head.encode() + b"\r\n" + content)
     return connection
 
