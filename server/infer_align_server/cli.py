@@ -25,6 +25,19 @@ from infer_align_server.arguments import (
 if TYPE_CHECKING:
     from infer_align.config.registry import Registry
 
+# A command line for each command, at the end of its help.
+EXAMPLES = {
+    "serve": "serve ./my-llama --port 8000",
+    "chat": """chat "Name a colour." --align '{"best_of_n": {"n": 4}}'""",
+    "methods": "methods",
+    "fit": "fit reward pairs.jsonl",
+    "bench": "bench serve --base-url http://127.0.0.1:8000/v1",
+    "rewards": "rewards check infer-align.toml",
+    "check": "check dpa ./my-llama",
+    "profiles": "profiles list infer-align.toml",
+    "keys": "keys new search-team",
+    "config": "config show infer-align.toml",
+}
 # Width of tables in a file or a pipe, where no terminal has a width. COLUMNS overrides it.
 FILE_WIDTH = 240
 
@@ -86,55 +99,24 @@ def make_parser(words: Sequence[str] = ()) -> Parser:
         "--version", action="version", version=f"infer-align {version('infer-align')}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, add_arguments, text, example in (
-        ("serve", _add_serve, "Serve a model over the OpenAI API.", "serve ./my-llama --port 8000"),
-        (
-            "chat",
-            _add_chat,
-            "Chat with a running server; show the scores.",
-            """chat "Name a colour." --align '{"best_of_n": {"n": 4}}'""",
-        ),
+    for name, add_arguments, text in (
+        ("serve", _add_serve, "Serve a model over the OpenAI API."),
+        ("chat", _add_chat, "Chat with a running server; show the scores."),
         (
             "methods",
             _add_methods,
             "List the methods, rewards, values and engines with their parameters.",
-            "methods",
         ),
-        (
-            "fit",
-            _add_fit,
-            "Fit a value, which steers tokens, or a reward, which scores answers.",
-            "fit reward pairs.jsonl",
-        ),
-        (
-            "bench",
-            _add_bench,
-            "Measure any OpenAI endpoint.",
-            "bench serve --base-url http://127.0.0.1:8000/v1",
-        ),
-        (
-            "rewards",
-            _add_rewards,
-            "Check the configured rewards.",
-            "rewards check infer-align.toml",
-        ),
-        ("check", _add_check, "Check what the served model can do.", "check dpa ./my-llama"),
-        (
-            "profiles",
-            _add_profiles,
-            "List, show, export or delete stored profiles.",
-            "profiles list infer-align.toml",
-        ),
-        ("keys", _add_keys, "Make an API key.", "keys new search-team"),
-        (
-            "config",
-            _add_config,
-            "Inspect the configuration.",
-            "config show infer-align.toml",
-        ),
+        ("fit", _add_fit, "Fit a value, which steers tokens, or a reward, which scores answers."),
+        ("bench", _add_bench, "Measure any OpenAI endpoint."),
+        ("rewards", _add_rewards, "Check the configured rewards."),
+        ("check", _add_check, "Check what the served model can do."),
+        ("profiles", _add_profiles, "List, show, export or delete stored profiles."),
+        ("keys", _add_keys, "Make an API key."),
+        ("config", _add_config, "Inspect the configuration."),
     ):
         commands.add_parser(
-            name, help=text, purpose=text, example=example, add_arguments=add_arguments
+            name, help=text, purpose=text, example=EXAMPLES[name], add_arguments=add_arguments
         )
     parser.check_command(words, commands.choices)
     return parser

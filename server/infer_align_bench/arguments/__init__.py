@@ -19,41 +19,43 @@ DESCRIPTION_WIDTH = 78
 
 AddFlags = Callable[[argparse.ArgumentParser], None]
 
+# The name of each command, its flags, the module that runs it, its purpose and an example.
+COMMANDS: list[tuple[str, AddFlags, str, str, str]] = [
+    (
+        "serve",
+        serve.add_flags,
+        "serve",
+        "Measure latency and throughput of an endpoint, alone or compared with another.",
+        "serve --base-url http://127.0.0.1:8000/v1 --concurrency 16",
+    ),
+    (
+        "quality",
+        quality.add_flags,
+        "quality.command",
+        "Measure quality against tokens, seconds and KL over a grid of settings.",
+        "quality --prompts demo --gold gold --grid grid.toml",
+    ),
+    (
+        "judge",
+        judge.add_flags,
+        "judging.command",
+        "Measure how often a judge prefers the answer that people prefer, and its biases.",
+        "judge --pairs pairs.jsonl",
+    ),
+    (
+        "plan",
+        plan.add_flags,
+        "plan",
+        "Estimate the cost of a request and the replicas for a rate, from results of `serve`.",
+        "plan result.json --rate 100 --n 8",
+    ),
+]
+
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add a parser for each command; it sets `run`, a function of the parsed options."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    descriptions: list[tuple[str, AddFlags, str, str, str]] = [
-        (
-            "serve",
-            serve.add_flags,
-            "serve",
-            "Measure latency and throughput of an endpoint, alone or compared with another.",
-            "serve --base-url http://127.0.0.1:8000/v1 --concurrency 16",
-        ),
-        (
-            "quality",
-            quality.add_flags,
-            "quality.command",
-            "Measure quality against tokens, seconds and KL over a grid of settings.",
-            "quality --prompts demo --gold gold --grid grid.toml",
-        ),
-        (
-            "judge",
-            judge.add_flags,
-            "judging.command",
-            "Measure how often a judge prefers the answer that people prefer, and its biases.",
-            "judge --pairs pairs.jsonl",
-        ),
-        (
-            "plan",
-            plan.add_flags,
-            "plan",
-            "Estimate the cost of a request and the replicas for a rate, from results of `serve`.",
-            "plan result.json --rate 100 --n 8",
-        ),
-    ]
-    for name, add_flags, module, text, example in descriptions:
+    for name, add_flags, module, text, example in COMMANDS:
         command = commands.add_parser(
             name,
             help=text,
