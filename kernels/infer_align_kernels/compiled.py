@@ -28,6 +28,10 @@ from infer_align_kernels.value_reweight import candidates, head
 from infer_align_kernels.value_reweight import triton as value_reweight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+# Local memory of a thread, where spilled registers go.
+LOCAL_BYTES = re.compile(r"\b(?:STACK|LOCAL):(\d+)")
+# The instructions of PTX that become those of tensor cores.
+MATRIX_PRODUCT = re.compile(r"\b(?:mma|wgmma|tcgen05)\b")
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 TENSOR_CORE_INSTRUCTION = re.compile(r"\b(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA|OMMA)\b")
 THREADS_PER_WARP = 32
@@ -94,7 +98,10 @@ def resources(launch: Launch, capability: int) -> Resources:
         file.write(binary.asm["cubin"])
         file.flush()
         usage = _disassemble("-res-usage", file.name)
-        code = _disassemble("-sass", file.name)
+        # To disassemble takes longer than to compile: only for code that has what is counted.
+        has_spills = any(map(int, LOCAL_BYTES.findall(usage)))
+        has_products = MATRIX_PRODUCT.search(binary.asm["ptx"]) is not None
+        code = _disassemble("-sass", file.name) if has_spills or has_products else ""
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump: no register count for {launch.name}: {usage[:200]}")

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,23 @@ def workers(command: Command, config_file: ConfigFile) -> Callable[..., Process]
         return command(str(config_file(text)), fresh=True, **environment)
 
     return spawn
+
+
+@pytest.fixture(scope="module")
+def hold_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file for which the requests of the server `held` wait."""
+    return tmp_path_factory.mktemp("hold") / "go"
+
+
+@pytest.fixture(scope="module")
+def held(config_file: ConfigFile, hold_file: Path) -> Iterator[Process]:
+    """A server with two workers; the last test that uses it ends it."""
+    path = config_file(HELD)
+    server = Process("--port", "0", str(path), fresh=True, TEST_HOLD_FILE=str(hold_file))
+    yield server
+    if server.popen.poll() is None:
+        server.popen.kill()
+    server.wait()
 
 
 def post(url: str, body: object = BODY) -> httpx2.Response:
@@ -94,8 +111,8 @@ class Senders:
             thread.join(LIMIT_SECONDS)
 
 
-def test_requests_are_spread_and_one_scrape_covers_all_workers(workers: Any) -> None:
-    server = workers(WORKERS)
+def test_requests_are_spread_and_one_scrape_covers_all_workers(held: Process) -> None:
+    server = held
     url = server.url()
     until(lambda: metric(url, "infer_align_workers ") == 2)
     sent = 0
@@ -115,9 +132,8 @@ def test_requests_are_spread_and_one_scrape_covers_all_workers(workers: Any) -> 
     assert "2 processes; each runs 32 requests and queues 128" in screen
 
 
-def test_a_killed_worker_loses_its_own_requests_alone(workers: Any, tmp_path: Path) -> None:
-    hold_file = tmp_path / "go"
-    server = workers(HELD, TEST_HOLD_FILE=str(hold_file))
+def test_a_killed_worker_loses_its_own_requests_alone(held: Process, hold_file: Path) -> None:
+    server = held
     url = server.url()
     until(lambda: metric(url, "infer_align_workers ") == 2)
     killed, other = map(psutil.Process, process_ids(server))
@@ -139,18 +155,18 @@ def test_a_killed_worker_loses_its_own_requests_alone(workers: Any, tmp_path: Pa
     senders.join()
     assert sorted(senders.answers) == [0] * lost + [200] * (sent - lost)
     until(lambda: len(process_ids(server)) == 3)
-    server.popen.send_signal(signal.SIGTERM)
-    assert server.wait() == 0
+    until(lambda: metric(url, "infer_align_workers ") == 2)
 
 
 def connections(process: psutil.Process) -> list[Any]:
     return [each for each in process.net_connections() if each.status == "ESTABLISHED"]
 
 
-def test_sigterm_finishes_running_requests_of_every_worker(workers: Any, tmp_path: Path) -> None:
-    hold_file = tmp_path / "go"
-    server = workers(HELD, TEST_HOLD_FILE=str(hold_file))
+def test_sigterm_finishes_running_requests_of_every_worker(held: Process, hold_file: Path) -> None:
+    server = held
     url = server.url()
+    hold_file.unlink(missing_ok=True)
+    earlier = len(server.events())
     senders = Senders(url)
     for _ in range(8):
         senders.start()
@@ -162,7 +178,7 @@ def test_sigterm_finishes_running_requests_of_every_worker(workers: Any, tmp_pat
     senders.join()
     assert senders.answers == [200] * 8
     assert server.wait() == 0
-    assert {event["level"] for event in server.events()} == {"info"}
+    assert {event["level"] for event in server.events()[earlier:]} == {"info"}
 
 
 def is_refused(url: str) -> bool:
