@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,8 +24,8 @@ T = TypeVar("T")
 # Adapters are slow to make. They are kept by class; `functools.cache` is not typed for classes.
 _adapters: dict[type[Any], TypeAdapter[Any]] = {}
 
-# pydantic adds the branch of a union to a location, such as "int" or "function-after[...]".
-_UNION_BRANCHES = {"int", "float", "str", "bool", "none", "constrained-int", "constrained-float"}
+# The last part of pydantic's location of a key that is not allowed.
+_KEY = "[key]"
 
 # The types of pydantic's errors about values that have to be numbers, and texts that hold one.
 _NUMBER_ERRORS = {"int_type", "float_type"}
@@ -74,17 +74,21 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
         # become tuples.
         parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
     except ValidationError as invalid:
-        raise _first_error(cls, invalid, path, error) from None
+        raise _first_error(cls, fields, invalid, path, error) from None
     return parsed
 
 
 def _first_error(
-    cls: type[Any], invalid: ValidationError, path: str, error: type[AlignError]
+    cls: type[Any],
+    fields: Mapping[str, Any],
+    invalid: ValidationError,
+    path: str,
+    error: type[AlignError],
 ) -> AlignError:
     """Return the error for the first field that pydantic refused."""
     errors = invalid.errors(include_url=False)
-    first = errors[0]
-    location = _location(first["loc"])
+    first = _deepest(errors, fields)
+    location = _location(first, fields)
     passthrough = _passthrough_field(cls)
     keys = location
     if passthrough is not None and location[:1] == [passthrough.name]:
@@ -92,19 +96,20 @@ def _first_error(
         keys = location[1:]
     where = functools.reduce(join, keys, path)
     if first["type"] == "missing":
-        return error(f"{where}: is required{_description(cls, first['loc'])}.", param=where)
+        return error(f"{where}: is required{_description(cls, location)}.", param=where)
     if first["type"] == "unexpected_keyword_argument":
-        names = [f.name for f in dataclasses.fields(_owner(cls, first["loc"]))]
+        names = [f.name for f in dataclasses.fields(_owner(cls, location))]
         message = f"{where}: no such parameter; {nearest(location[-1], names)}"
         return error(message, param=where, code="unknown_field")
     # A field that allows several types has an error for each.
-    messages = [problem["msg"] for problem in errors if _location(problem["loc"]) == location]
-    hint = _hint(cls, first)
-    message = f"{where}: {quote(first['input'])} is not allowed; {_rules(messages)}{hint}."
+    messages = [problem["msg"] for problem in errors if _location(problem, fields) == location]
+    hint = _hint(cls, first, location)
+    subject = "the name " if first["loc"][-1] == _KEY else ""
+    message = f"{where}: {subject}{quote(first['input'])} is not allowed; {_rules(messages)}{hint}."
     return error(message, param=where)
 
 
-def _hint(cls: type[Any], problem: ErrorDetails) -> str:
+def _hint(cls: type[Any], problem: ErrorDetails, location: Sequence[str]) -> str:
     """Return a clause on how to mend a value of the wrong type; "" if there is nothing to say."""
     value = problem["input"]
     if problem["type"] in _NUMBER_ERRORS and isinstance(value, str) and _NUMBER.fullmatch(value):
@@ -112,9 +117,9 @@ def _hint(cls: type[Any], problem: ErrorDetails) -> str:
     if problem["type"] == "int_type" and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     if problem["type"] in {"dict_type", "dataclass_type"}:
-        return _description(cls, problem["loc"])
+        return _description(cls, location)
     if problem["type"] == "too_short":
-        return _description(cls, problem["loc"]) + _field_example(cls, problem["loc"])
+        return _description(cls, location) + _field_example(cls, location)
     return ""
 
 
@@ -153,7 +158,7 @@ def _example(cls: type[Any]) -> str:
     return f"{{{', '.join(parts)}}}"
 
 
-def _description(cls: type[Any], location: tuple[int | str, ...]) -> str:
+def _description(cls: type[Any], location: Sequence[str]) -> str:
     """Return a clause with the description of a parameter; "" if it has none."""
     for f in dataclasses.fields(_owner(cls, location)):
         if location[-1] == f.name and "description" in f.metadata:
@@ -161,7 +166,7 @@ def _description(cls: type[Any], location: tuple[int | str, ...]) -> str:
     return ""
 
 
-def _field_example(cls: type[Any], location: tuple[int | str, ...]) -> str:
+def _field_example(cls: type[Any], location: Sequence[str]) -> str:
     """Return a clause with the example in the JSON schema of a parameter; "" if it has none."""
     for f in dataclasses.fields(_owner(cls, location)):
         examples = f.metadata.get("json_schema_extra", {}).get("examples")
@@ -170,20 +175,19 @@ def _field_example(cls: type[Any], location: tuple[int | str, ...]) -> str:
     return ""
 
 
-def _owner(cls: type[Any], location: tuple[int | str, ...]) -> type[Any]:
+def _owner(cls: type[Any], location: Sequence[str]) -> type[Any]:
     """Return the dataclass in which the last part of a location is a field: `cls` or one in it."""
     owner = cls
     hint: Any = cls
     for part in location[:-1]:
         if dataclasses.is_dataclass(hint):
-            hint = get_type_hints(hint).get(str(part))
+            hint = get_type_hints(hint).get(part)
         else:
             # The values of a dictionary, or the items of a list.
             hint = next(iter(get_args(hint)[-1:]), None)
-        for choice in get_args(hint) if get_origin(hint) in {Union, UnionType} else ():
-            if choice is not NoneType:
-                hint = choice
-                break
+        if get_origin(hint) in {Union, UnionType}:
+            choices = [choice for choice in get_args(hint) if choice is not NoneType]
+            hint = next(filter(dataclasses.is_dataclass, choices), choices[0])
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             owner = hint
     return owner
@@ -243,13 +247,40 @@ def _collect_options(
     return collected
 
 
-def _location(parts: Iterable[int | str]) -> list[str]:
-    """Return the parts of a pydantic location that are keys or indices of the body."""
-    return [str(part) for part in parts if isinstance(part, int) or _is_key(part)]
+def _deepest(errors: Sequence[ErrorDetails], value: object) -> ErrorDetails:
+    """Return the error of the first wrong field, from the type that its value fits best.
+
+    A field that allows several types has errors for each. The one deepest in the value belongs to
+    the type that was meant: a list with a wrong item is no failed object.
+    """
+    first = errors[0]
+    start = _location(first, value)
+    best = first
+    for problem in errors:
+        location = _location(problem, value)
+        is_inside = location[: len(start)] == start
+        if is_inside and len(location) > len(_location(best, value)):
+            best = problem
+    return best
 
 
-def _is_key(part: str) -> bool:
-    return part not in _UNION_BRANCHES and not part.startswith("literal[")
+def _location(problem: ErrorDetails, value: object) -> list[str]:
+    """Return the parts of pydantic's location that are keys or indices of the value.
+
+    The others are branches of a union, such as "int" or "function-after[...]".
+    """
+    parts = problem["loc"]
+    location: list[str] = []
+    here: Any = value
+    for part in parts:
+        is_key = isinstance(here, Mapping) and part in here
+        is_index = isinstance(here, list | tuple) and isinstance(part, int)
+        if is_key or is_index:
+            location.append(str(part))
+            here = here[part]
+    if problem["type"] == "missing":
+        location.append(str(parts[-1]))
+    return location
 
 
 def _rules(messages: Iterable[str]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
 from infer_align.config.schema import json_schema, parse, signature
 from infer_align.errors import ConfigError, InvalidRequest
@@ -188,3 +189,35 @@ def test_options_of_any_name_stand_beside_the_fields() -> None:
         InvalidRequest, match=r"^k\.a\.wrod: no such parameter; did you mean 'word'"
     ):
         parse(Options, {"a": {"wrod": "x"}}, "k")
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    names: dict[str, float] | tuple[str, ...] | None = field(
+        default=None, metadata={"description": "{name: weight}, or names."}
+    )
+    weights: dict[Annotated[str, Field(pattern="^[a-z]+$")], float | Inner] = field(
+        default_factory=dict, metadata={"description": "named"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "param", "rule"),
+    [
+        ({"names": 5}, "k.names", "must be an object, or be a list: {name: weight}, or names."),
+        ({"names": ["a", 1]}, "k.names.1", "1 is not allowed; must be a valid string."),
+        ({"names": {"a": "x"}}, "k.names.a", "'x' is not allowed; must be a valid number."),
+        # Keys that are called like a branch of a union.
+        ({"names": {"int": "x"}}, "k.names.int", "'x' is not allowed; must be a valid number."),
+        ({"weights": {"none": []}}, "k.weights.none", "must be a valid number, or be an object."),
+        ({"weights": {"a": {"word": 5}}}, "k.weights.a.word", "must be a valid string."),
+        ({"weights": {"a": {"wrod": ""}}}, "k.weights.a.wrod", "did you mean 'word'?"),
+        ({"weights": {"A": 1}}, "k.weights.A", "the name 'A' is not allowed; must match pattern"),
+    ],
+)
+def test_a_field_of_several_types_is_named_without_them(value: Any, param: str, rule: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(Branches, value, "k")
+    assert caught.value.param == param
+    assert caught.value.message.startswith(f"{param}: ")
+    assert rule in caught.value.message
