@@ -63,6 +63,13 @@ def assistant(text: str) -> dict[str, Any]:
         {"messages": ASK, "chosen": [assistant("Mice.")], "rejected": [assistant("Hay.")]},
         {**GOOD, "chosen": [*ASK, assistant("Mice.")], "rejected": [*ASK, assistant("Hay.")]},
         {"chosen": [*ASK, assistant("Mice.")], "rejected": [*ASK, assistant("Hay.")]},
+        # UltraFeedback's form.
+        {
+            **GOOD,
+            "messages": [*ASK, assistant("Mice.")],
+            "chosen": [*ASK, assistant("Mice.")],
+            "rejected": [*ASK, assistant("Hay.")],
+        },
         {
             "prompt": "\n\nHuman: What do owls eat?\n\nAssistant:",
             "chosen": "Mice.",

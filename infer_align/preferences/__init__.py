@@ -133,6 +133,9 @@ def read_pools(path: Path) -> tuple[tuple[AnswerPool, ...], tuple[str, ...]]:
 
 def _pair(record: Mapping[str, Any], line: int) -> PreferencePair:
     values = {name: required(record, name) for name in ("chosen", "rejected")}
+    if isinstance(values["chosen"], list) and values["chosen"] == record.get("messages"):
+        # UltraFeedback repeats the chosen dialogue under this name.
+        record = {name: value for name, value in record.items() if name != "messages"}
     if not any(name in record for name in PROMPTS):
         dialogues = {name: _dialogue(name, value) for name, value in values.items()}
         return _pair_of_dialogues(dialogues["chosen"], dialogues["rejected"], line)
