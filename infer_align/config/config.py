@@ -337,6 +337,8 @@ def _parse_named(plugins: registry.Registry, name: str, section: object) -> Any:
     path = f"{plugins.folder}.{name}"
     if not isinstance(section, dict) or "kind" not in section:
         raise ConfigError(f"[{path}] needs a kind; {nearest('', plugins.names())}")
+    if not name.strip():
+        raise ConfigError(f"[{path}] the name {name!r} is empty; requests could not give it.")
     if "." in name or "@" in name:
         raise ConfigError(f"[{path}] the name cannot contain '.' or '@'; rename it.")
     if path == f"rewards.{JUDGE}" and section["kind"] != JUDGE:

@@ -27,6 +27,8 @@ def split_presets(table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, B
     bodies: dict[str, Body] = {}
     for name, preset in table.items():
         section = f"[presets.{name}]"
+        if not name.strip():
+            raise ConfigError(f"{section} the name {name!r} is empty; requests could not give it.")
         if "@" in name:
             raise ConfigError(
                 f"{section} the name of a preset cannot contain '@': the model name "

@@ -104,7 +104,7 @@ def _first_error(
     # A field that allows several types has an error for each.
     messages = [problem["msg"] for problem in errors if _location(problem, fields) == location]
     hint = _hint(cls, first, location)
-    subject = "the name " if first["loc"][-1] == _KEY else ""
+    subject = "the name " if first["loc"][-1:] == (_KEY,) else ""
     message = f"{where}: {subject}{quote(first['input'])} is not allowed; {_rules(messages)}{hint}."
     return error(message, param=where)
 

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+# What a browser sends: no path and no slash at the end. Extensions have schemes of their own.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
+
+
+def _check_origin(origin: str) -> str:
+    if not _ORIGIN.fullmatch(origin):
+        raise ValueError(
+            'an origin with its scheme and without a path, such as "https://app.example.com", or '
+            '"*" for all; another text never equals what a browser sends'
+        )
+    return origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +55,7 @@ class Server:
             "`infer-align keys new` prints an entry."
         },
     )
-    allowed_origins: tuple[str, ...] = field(
+    allowed_origins: tuple[Annotated[str, AfterValidator(_check_origin)], ...] = field(
         default=(),
         metadata={
             "description": "Origins of the web pages whose scripts may call this server, such as "

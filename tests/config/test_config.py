@@ -122,6 +122,13 @@ WRONG = [
     ("[rewards]\na = 5\n", "[rewards.a] needs a kind"),
     ("[rewards.a]\nkind = 'rulse'\n", "did you mean 'rules'?"),
     ("[rewards.'a.b']\nkind = 'rules'\n", "cannot contain '.' or '@'"),
+    ("[rewards.'']\nkind = 'rules'\n", "[rewards.] the name '' is empty"),
+    ("[presets.' ']\nbest_of_n = {}\n", "[presets. ] the name ' ' is empty"),
+    (
+        "[server]\nallowed_origins = ['https://a.example', 'app.example.com']\n",
+        "server.allowed_origins.1: 'app.example.com' is not allowed; must be an origin with",
+    ),
+    ("[server]\nallowed_origins = ['https://a.example/']\n", "without a path"),
     ("[presets.a]\nbest_of = {n = 2}\n", "[presets.a] align.best_of: no such key"),
     ("[presets.a]\nbest_of_n = {n = 0}\n", "[presets.a] align.best_of_n.n"),
     ("[presets]\na = 5\n", "[presets.a] align: 5 is not an object"),
@@ -142,6 +149,18 @@ def test_what_is_wrong_is_named(load: Any, text: str, message: str) -> None:
             else FAKE + text
         )
     assert message in caught.value.message
+
+
+def test_origins_are_what_browsers_send(load: Any) -> None:
+    origins = ("*", "null", "http://[::1]:3000", "chrome-extension://abc", "https://a.example")
+    server = load(f"{FAKE}[server]\nallowed_origins = {list(origins)}\n").server
+    assert server.allowed_origins == origins
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "infer-align.toml"
+    path.write_text(FAKE, encoding="utf-8-sig")
+    assert config.load(path).engine.model == "fake"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

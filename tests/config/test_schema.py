@@ -221,3 +221,20 @@ def test_a_field_of_several_types_is_named_without_them(value: Any, param: str, 
     assert caught.value.param == param
     assert caught.value.message.startswith(f"{param}: ")
     assert rule in caught.value.message
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    low: int = 0
+    high: int = 1
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError("low at most high")
+
+
+def test_fields_that_do_not_fit_together_are_named_by_their_object() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(Checked, {"low": 2}, "k")
+    assert caught.value.param == "k"
+    assert caught.value.message == "k: {'low': 2} is not allowed; must be low at most high."
