@@ -104,9 +104,12 @@ def _first_error(
     # A field that allows several types has an error for each.
     messages = [problem["msg"] for problem in errors if _location(problem, fields) == location]
     hint = _hint(cls, first, location)
+    rules = f"is not allowed; {_rules(messages)}{hint}."
+    if not where:
+        # The fields of the body do not fit together.
+        return error(f"The body {rules}")
     subject = "the name " if first["loc"][-1:] == (_KEY,) else ""
-    message = f"{where}: {subject}{quote(first['input'])} is not allowed; {_rules(messages)}{hint}."
-    return error(message, param=where)
+    return error(f"{where}: {subject}{quote(first['input'])} {rules}", param=where)
 
 
 def _hint(cls: type[Any], problem: ErrorDetails, location: Sequence[str]) -> str:

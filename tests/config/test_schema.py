@@ -238,3 +238,7 @@ def test_fields_that_do_not_fit_together_are_named_by_their_object() -> None:
         parse(Checked, {"low": 2}, "k")
     assert caught.value.param == "k"
     assert caught.value.message == "k: {'low': 2} is not allowed; must be low at most high."
+    with pytest.raises(InvalidRequest) as caught:
+        parse(Checked, {"low": 2}, "")
+    assert caught.value.param is None
+    assert caught.value.message == "The body is not allowed; must be low at most high."
