@@ -100,6 +100,19 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(parse(path)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_the_trees() -> Iterator[None]:
+    """Free a million nodes, which every later collection of garbage would look at."""
+    yield
+    nodes.cache_clear()
+    parse.cache_clear()
+
+
 def place(path: Path, node: Any) -> str:
     return f"{path.relative_to(ROOT)}:{node.lineno}"
 
@@ -131,7 +144,7 @@ def test_functions_are_short() -> None:
     for path in MODULES:
         if path.parts[-3] == "infer_align_kernels":
             continue  # a kernel is one function by nature
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 documented = ast.get_docstring(node) is not None
                 first = node.body[1] if documented and len(node.body) > 1 else node.body[0]
@@ -182,7 +195,7 @@ def test_functions_nest_at_most_three_levels() -> None:
     for path in MODULES:
         if path.parts[-3] == "infer_align_kernels":
             continue  # a kernel is one function by nature
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and depth(node) > 3:
                 deep.append(f"{place(path, node)} {node.name}")
     assert deep == []
@@ -191,7 +204,7 @@ def test_functions_nest_at_most_three_levels() -> None:
 def test_product_code_raises_errors_and_never_asserts() -> None:
     asserts = []
     for path in MODULES:
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Assert):
                 asserts.append(place(path, node))
     assert asserts == []
@@ -200,9 +213,9 @@ def test_product_code_raises_errors_and_never_asserts() -> None:
 # --- language ---
 
 
-def stored_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def stored_names(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, name) of every variable, argument, attribute and function that is defined."""
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.id
         elif isinstance(node, ast.arg):
@@ -216,7 +229,7 @@ def stored_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_names_are_nouns_and_verbs_of_the_field() -> None:
     vague = []
     for path in MODULES:
-        for line, name in stored_names(parse(path)):
+        for line, name in stored_names(path):
             if name in VAGUE_NAMES:
                 vague.append(f"{path.relative_to(ROOT)}:{line} {name}")
     assert vague == []
@@ -226,7 +239,7 @@ def test_docstrings_begin_with_a_verb_or_a_subject() -> None:
     verbless = []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in MODULES:
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             text = ast.get_docstring(node) if isinstance(node, kinds) else None
             if text is not None and VERBLESS.match(text):
                 verbless.append(f"{path.relative_to(ROOT)}: {text.splitlines()[0]}")
@@ -453,7 +466,7 @@ def read_attributes() -> set[str]:
     """Return the names of all attributes that product code reads, `value.name`."""
     names = set()
     for path in MODULES:
-        for node in ast.walk(parse(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 names.add(node.attr)
     return names
