@@ -1,6 +1,7 @@
 """Compare gateways in front of an upstream of 20 ms: ours, LiteLLM's proxy and optillm.
 
     python -m benchmarks.serving.gateways [--requests 1000] [--rounds 5] [--record]
+        [--concurrency 1 64]
         [--litellm .venv-clients/litellm-proxy] [--optillm .venv-clients/optillm]
 
 The baseline is the upstream itself. All get their load in the same run, in alternating rounds. The
@@ -227,7 +228,7 @@ def gateways(
             result[name] = stack.enter_context(running_gateway)
 
         result: dict[str, Gateway] = {}
-        upstream = [sys.executable, "benchmarks/serving/delayed.py", "{port}"]
+        upstream = [sys.executable, str(Path(__file__).with_name("delayed.py")), "{port}"]
         start(DIRECT, [*upstream, "--seconds", str(DELAY_SECONDS)], "/v1/models")
         port = result[DIRECT].port
         for workers in (1, 2):
@@ -251,12 +252,15 @@ def gateways(
 
 
 def compare(
-    running_gateways: dict[str, Gateway], rounds: int, requests: int
+    running_gateways: dict[str, Gateway],
+    rounds: int,
+    requests: int,
+    concurrencies: Sequence[int] = CONCURRENCIES,
 ) -> dict[tuple[str, int], Measurements]:
     """Measure every gateway at every concurrency, in alternating rounds."""
     measured: dict[tuple[str, int], Measurements] = {}
     for number in range(rounds + 1):
-        for concurrency in CONCURRENCIES:
+        for concurrency in concurrencies:
             count = min(requests, REQUESTS_PER_CONNECTION * concurrency)
             for name, gateway in running_gateways.items():
                 before = gateway.cpu_seconds()
@@ -321,13 +325,16 @@ def main() -> None:
     )
     parser.add_argument("--requests", type=int, default=3000, help="of a round, at most")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=CONCURRENCIES, help="connections at once"
+    )
     parser.add_argument("--litellm", type=Path, help="virtual environment with litellm[proxy]")
     parser.add_argument("--optillm", type=Path, help="virtual environment with optillm")
     parser.add_argument("--log-level", default="info", help="of infer-align")
     parser.add_argument("--record", action="store_true", help="write results/gateways.json")
     options = parser.parse_args()
     with gateways(options.litellm, options.optillm, options.log_level) as running_gateways:
-        measured = compare(running_gateways, options.rounds, options.requests)
+        measured = compare(running_gateways, options.rounds, options.requests, options.concurrency)
     print_table(measured)
     if options.record:
         setup = {

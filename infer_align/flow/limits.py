@@ -98,12 +98,14 @@ def check_tokens(worst_case: Generation, candidates: int, align: Align, limits: 
         InvalidRequest: the worst case is over the request's budget or the server's limit.
     """
     tokens = worst_case.total
+    budget = align.budget.completion_tokens
+    if tokens <= limits.max_completion_tokens and (budget is None or tokens <= budget):
+        return
     terms = worst_case.terms(candidates)
     remedy = "lower max_completion_tokens or the number of candidates"
     if worst_case.contexts:
         scale = join(align.path, "guidance.scale")
         remedy = f"lower max_completion_tokens, the number of candidates or of traits in {scale}"
-    budget = align.budget.completion_tokens
     if budget is not None and tokens > budget:
         param = join(align.path, "budget.completion_tokens")
         raise InvalidRequest(
@@ -112,13 +114,12 @@ def check_tokens(worst_case: Generation, candidates: int, align: Align, limits: 
             param=param,
             code="over_budget",
         )
-    if tokens > limits.max_completion_tokens:
-        raise InvalidRequest(
-            f"max_completion_tokens: the worst case is {tokens} tokens ({terms}), over this "
-            f"server's limit of {limits.max_completion_tokens}; {remedy}.",
-            param="max_completion_tokens",
-            code="over_limit",
-        )
+    raise InvalidRequest(
+        f"max_completion_tokens: the worst case is {tokens} tokens ({terms}), over this "
+        f"server's limit of {limits.max_completion_tokens}; {remedy}.",
+        param="max_completion_tokens",
+        code="over_limit",
+    )
 
 
 def _fan_out(align: Align) -> str:

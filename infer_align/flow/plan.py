@@ -37,6 +37,7 @@ from infer_align.types import Body, Direction, Draw, Messages
 # Fields of the body that the planner reads. The engine gets them as fields of the draw.
 _PLANNED_FIELDS = {"n", "seed", "stream", "stream_options"}
 # Stages that make sense for candidates that already exist.
+_NO_ALIGN = Align()
 SCORING_STAGES = (Stage.CONDITION, Stage.SCORE, Stage.SELECT)
 
 
@@ -222,9 +223,8 @@ def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
     n = _parse_integer(body, "n", 1, limits.max_candidates) or 1
     candidates = n * _count_prompts(body.get("prompt"))
     tokens = candidates * engine.worst_case_tokens(body)
-    align = Align()
-    check_candidates(candidates, 1, align, limits)
-    check_tokens(Generation(tokens), candidates, align, limits)
+    check_candidates(candidates, 1, _NO_ALIGN, limits)
+    check_tokens(Generation(tokens), candidates, _NO_ALIGN, limits)
     return tokens
 
 

@@ -7,7 +7,7 @@ DROPPED_RESPONSE_HEADERS and those of CORS, which are about this server.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 # Headers of a client's request that describe its body or the API that it speaks.
@@ -92,12 +92,14 @@ class ForwardedAnswer:
         headers: the headers that pass; see `response_headers`.
         content_length: the length of the body in bytes, if it is known.
         chunks: the body as it arrives.
+        read: returns the whole body, in place of `chunks`.
     """
 
     status: int
     headers: list[tuple[bytes, bytes]]
     content_length: int | None
     chunks: AsyncIterator[bytes]
+    read: Callable[[], Awaitable[bytes]]
 
     @property
     def content_type(self) -> str:

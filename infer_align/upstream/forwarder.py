@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from types import TracebackType
 
 import aiohttp
 
@@ -19,14 +21,18 @@ from infer_align.upstream.client import (
 )
 from infer_align.upstream.forward import ForwardedAnswer, ForwardedRequest, response_headers
 from infer_align.upstream.pool import Host
-from infer_align.upstream.response import end_response, parse_retry_after, read_bytes
+from infer_align.upstream.response import (
+    end_response,
+    parse_retry_after,
+    read_bytes,
+    read_content,
+)
 
 
 class Forwarder(Client):
     """Calls to the upstreams of one section, and requests that are passed on to them."""
 
-    @asynccontextmanager
-    async def forward(self, request: ForwardedRequest) -> AsyncIterator[ForwardedAnswer]:
+    def forward(self, request: ForwardedRequest) -> AbstractAsyncContextManager[ForwardedAnswer]:
         """Yield an upstream's own answer, whatever its status, except for three kinds.
 
         A redirect, or a refusal of this server's own key, is an error of this server. A busy
@@ -36,58 +42,31 @@ class Forwarder(Client):
             UpstreamFailed: there is no answer that can be passed on, or its body breaks off.
             Unavailable: see `call`.
         """
-        failed_hosts: set[Host] = set()
-        for attempt in itertools.count():
-            async with self._attempt(request, attempt, failed_hosts) as (answer, wait):
-                if answer is not None:
-                    yield answer
-                    return
-            await asyncio.sleep(wait)
+        return _Forwarding(self, request)
 
-    @asynccontextmanager
-    async def _attempt(
-        self, request: ForwardedRequest, attempt: int, failed_hosts: set[Host]
-    ) -> AsyncIterator[tuple[ForwardedAnswer | None, float]]:
-        """Send the request once; yield the answer, or None and the seconds until the next try."""
-        host = await self.pool.acquire(request.model, failed_hosts)
-        try:
-            async with self._response(host, request) as response:
-                wait = self._wait_before_next(request, response, host, attempt, failed_hosts)
-                yield (self._forwarded(response) if wait is None else None), wait or 0.0
-        except RetriableFailure as failure:
-            failed_hosts.add(host)
-            wait = None
-            if request.repeatable:
-                wait = self.retry_wait(failure, attempt, failed_hosts, request.model)
-            if wait is None:
-                raise self.redacted(failure.error) from None
-            yield None, wait
-        except UpstreamFailed as error:
-            raise self.redacted(error) from None
-        finally:
-            self.pool.release(host)
+    async def respond(self, host: Host, request: ForwardedRequest) -> aiohttp.ClientResponse:
+        """Send a request that is passed on, and return the response, to be ended by the caller.
 
-    @asynccontextmanager
-    async def _response(
-        self, host: Host, request: ForwardedRequest
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send a request that is passed on, and yield the response."""
+        Raises:
+            RetriableFailure: the request failed and cost no tokens.
+            UpstreamFailed: the request failed otherwise, or its response cannot be passed on.
+        """
         headers = {**request.headers, "Accept-Encoding": "identity"}
         response = await self.send(
             host, request.method, request.url(host.url), request.content, headers
         )
-        try:
-            if response.status in {401, 403} or 300 <= response.status < 400:
+        if response.status in {401, 403} or 300 <= response.status < 400:
+            try:
                 raise await failure_of(host, response)
-            if response.status >= 500:
-                host.record_failure()
-            else:
-                host.record_success()
-            yield response
-        finally:
-            end_response(response)
+            finally:
+                end_response(response)
+        if response.status >= 500:
+            host.record_failure()
+        else:
+            host.record_success()
+        return response
 
-    def _wait_before_next(
+    def wait_before_next(
         self,
         request: ForwardedRequest,
         response: aiohttp.ClientResponse,
@@ -109,7 +88,8 @@ class Forwarder(Client):
         failure = RetriableFailure(UpstreamFailed("busy", retry_after=retry_after))
         return self.retry_wait(failure, attempt, failed_hosts, request.model)
 
-    def _forwarded(self, response: aiohttp.ClientResponse) -> ForwardedAnswer:
+    def forwarded(self, response: aiohttp.ClientResponse) -> ForwardedAnswer:
+        """Return a response in the form in which it is passed on."""
         length = response.content_length
         if "Content-Encoding" in response.headers:
             # aiohttp has unpacked the body.
@@ -119,14 +99,89 @@ class Forwarder(Client):
             response_headers(response.headers.items()),
             length,
             self._readable(response),
+            partial(self._read_all, response),
         )
 
     async def _readable(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         """Yield the body of a response without this server's key; audio and files as they are."""
-        is_text = response.content_type.startswith("text/") or "json" in response.content_type
-        prefix = (self.key or "")[:MIN_KEY_PREFIX].encode()
         async for chunk in read_bytes(response):
-            if is_text and prefix and prefix in chunk:
-                yield self.redact(chunk.decode("latin-1"), len(chunk)).encode("latin-1")
-            else:
-                yield chunk
+            yield self._without_key(response, chunk)
+
+    async def _read_all(self, response: aiohttp.ClientResponse) -> bytes:
+        """Return the body of a response, like `_readable`."""
+        return self._without_key(response, await read_content(response))
+
+    def _without_key(self, response: aiohttp.ClientResponse, content: bytes) -> bytes:
+        prefix = (self.key or "")[:MIN_KEY_PREFIX].encode()
+        if not prefix or prefix not in content:
+            return content
+        if response.content_type.startswith("text/") or "json" in response.content_type:
+            return self.redact(content.decode("latin-1"), len(content)).encode("latin-1")
+        return content
+
+
+class _Forwarding(AbstractAsyncContextManager[ForwardedAnswer]):
+    """One request that is passed on: the answer inside the block, and its end after the block.
+
+    A class, because a generator for each of its parts takes longer than all that they do.
+    """
+
+    def __init__(self, client: Forwarder, request: ForwardedRequest) -> None:
+        self._client = client
+        self._request = request
+        self._failed_hosts: set[Host] = set()
+        self._host: Host | None = None
+        self._response: aiohttp.ClientResponse | None = None
+
+    async def __aenter__(self) -> ForwardedAnswer:
+        client = self._client
+        for attempt in itertools.count():
+            self._host = host = await client.pool.acquire(self._request.model, self._failed_hosts)
+            try:
+                wait = await self._attempt(host, attempt)
+            except BaseException:
+                self._end()
+                raise
+            if wait is None and self._response is not None:
+                return client.forwarded(self._response)
+            self._end()
+            await asyncio.sleep(wait or 0.0)
+        raise UpstreamFailed("the upstreams were not tried.")
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
+    ) -> None:
+        self._end()
+        if isinstance(error, UpstreamFailed):
+            self._client.redacted(error)
+
+    async def _attempt(self, host: Host, attempt: int) -> float | None:
+        """Send the request once; return the seconds until the next try, None if there is none."""
+        client, request = self._client, self._request
+        try:
+            self._response = await client.respond(host, request)
+            return client.wait_before_next(
+                request, self._response, host, attempt, self._failed_hosts
+            )
+        except RetriableFailure as failure:
+            self._failed_hosts.add(host)
+            wait = None
+            if request.repeatable:
+                wait = client.retry_wait(failure, attempt, self._failed_hosts, request.model)
+            if wait is None:
+                raise client.redacted(failure.error) from None
+            return wait
+        except UpstreamFailed as error:
+            raise client.redacted(error) from None
+
+    def _end(self) -> None:
+        """End the response, and give back the place at the host."""
+        response, self._response = self._response, None
+        host, self._host = self._host, None
+        if response is not None:
+            end_response(response)
+        if host is not None:
+            self._client.pool.release(host)

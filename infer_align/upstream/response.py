@@ -39,9 +39,17 @@ async def read_json(response: aiohttp.ClientResponse) -> Any:
     Raises:
         UpstreamFailed: the response breaks off, or is not JSON.
     """
+    return _parse_json(await read_content(response))
+
+
+async def read_content(response: aiohttp.ClientResponse) -> bytes:
+    """Return the bytes of a whole response.
+
+    Raises:
+        UpstreamFailed: the response breaks off.
+    """
     with _as_upstream_failures():
-        content = await response.read()
-    return _parse_json(content)
+        return await response.read()
 
 
 async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[Any]:

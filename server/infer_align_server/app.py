@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import random
 import re
-import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from infer_align.config.config import Config
 from infer_align.errors import AlignError
 from infer_align.upstream.trace import CallTrace, trace
+from infer_align_server.direct_routes import DirectRoutes
 from infer_align_server.loading import Progress
 from infer_align_server.logs import access, access_fields
 from infer_align_server.playground import page_routes
@@ -30,7 +31,7 @@ from infer_align_server.routes import ENGINE_ROUTE, ROUTES, UPSTREAM_ROUTE
 from infer_align_server.service import Service
 from infer_align_server.sharing import Sharing
 from infer_align_server.traced_app import TracedApp
-from infer_align_server.wire.disconnect import ClientLeft
+from infer_align_server.wire.disconnect import ClientLeft, connection_of, watched
 from infer_align_server.wire.errors import error_response
 
 log = logging.getLogger("infer_align")
@@ -43,6 +44,7 @@ EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms", "opena
 # Characters of a path that are compared with the routes, and how alike the two must be.
 MAX_COMPARED = 80
 SIMILARITY = 0.85
+_SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 Header: TypeAlias = tuple[bytes, bytes]
 
 
@@ -96,6 +98,7 @@ def create_app(
     app.exception_handler(AlignError)(_on_align_error)
     app.exception_handler(HTTPException)(_on_http_error)
     app.router.redirect_slashes = False
+    app.add_middleware(DirectRoutes, routes=ROUTES, on_error=_on_error)
     if service.tracing is not None:
         # Inside the log, which sets the fields that the trace reads.
         app.add_middleware(TracedApp, tracing=service.tracing)
@@ -143,6 +146,7 @@ class RequestLog:
         access_fields.set(fields)
         calls = CallTrace(request_id)
         trace.set(calls)
+        watched.set(connection_of(scope))
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -171,31 +175,40 @@ class RequestLog:
         route = getattr(scope.get("route"), "path", "unknown")
         if status == CLIENT_LEFT:
             self._service.metrics.disconnects.inc()
-        self._service.metrics.requests.labels(route, str(status)).inc()
-        event = {
-            **fields,
-            "method": scope["method"],
-            "route": route,
-            "status": status,
-            "seconds": round(seconds, 4),
-        }
-        access.info("request", extra=event)
+        self._service.metrics.count_request(route, status)
+        fields["method"] = scope["method"]
+        fields["route"] = route
+        fields["status"] = status
+        fields["seconds"] = round(seconds, 4)
+        access.write(fields)
 
 
 def _with_request_id(headers: Iterable[Header], request_id: str) -> list[Header]:
     """Return the headers with a request id; an upstream's own id stays."""
-    if any(name == b"x-request-id" for name, _ in headers):
-        return list(headers)
-    return [*headers, (b"x-request-id", request_id.encode())]
+    result = list(headers)
+    for name, _ in result:
+        if name == b"x-request-id":
+            return result
+    result.append((b"x-request-id", request_id.encode()))
+    return result
 
 
 def _request_id(scope: Scope) -> str:
     """Return the client's request id if it is safe to log, else a new one."""
-    headers: dict[bytes, bytes] = dict(scope["headers"])
-    header = headers.get(b"x-request-id", b"").decode("latin-1")
-    if re.fullmatch(r"[\w.:-]{1,128}", header, re.ASCII):
-        return header
-    return uuid.uuid4().hex
+    for name, value in reversed(scope["headers"]):
+        if name == b"x-request-id":
+            text: str = value.decode("latin-1")
+            if _SAFE_ID.fullmatch(text):
+                return text
+            break
+    # Unique is enough; the system's generator takes longer than all the rest of this function.
+    return f"{random.getrandbits(128):032x}"
+
+
+async def _on_error(http: HttpRequest, error: AlignError | HTTPException) -> HttpResponse:
+    if isinstance(error, AlignError):
+        return error_response(error)
+    return await _on_http_error(http, error)
 
 
 async def _on_align_error(_: HttpRequest, error: AlignError) -> HttpResponse:

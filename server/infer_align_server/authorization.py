@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from infer_align_server.limits.api_keys import Caller
 from infer_align_server.limits.key_file import Scope
 from infer_align_server.service import Service
+from infer_align_server.wire.headers import headers_of
 
 # Routes of an engine or of an upstream that only answer. All others may change what is served, such
 # as those that load adapters or put the engine to sleep.
@@ -37,7 +38,7 @@ def authorize(
     """
     service = service_of(http)
     address = http.client.host if http.client else "unknown"
-    authorization = http.headers.get("authorization", "")
+    authorization = headers_of(http).get("authorization", "")
     caller = service.authorize(authorization, address, scope, limited=limited)
     http.state.caller = caller
     return service, caller.name

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -44,6 +44,7 @@ from infer_align_server.wire.body import content_length
 from infer_align_server.wire.disconnect import until_client_leaves
 from infer_align_server.wire.encoding import dumps
 from infer_align_server.wire.errors import error_json
+from infer_align_server.wire.headers import headers_of
 
 JSON = {"content-type": "application/json"}
 EVENT_STREAM = "text/event-stream"
@@ -57,6 +58,7 @@ _PATH_PART = re.compile(r"(?!\.+$)[\w.:@~+=,-]{1,300}", re.ASCII)
 # Limits on the tokens of a completion, and the numbers of its answers.
 _LIMITS = ("max_completion_tokens", "max_tokens")
 _COUNTS = ("n", "best_of")
+_COUNTED = frozenset({*_LIMITS, *_COUNTS})
 
 
 def completion_worst_case(service: Service, body: Mapping[str, Any]) -> int:
@@ -67,7 +69,7 @@ def completion_worst_case(service: Service, body: Mapping[str, Any]) -> int:
     Raises:
         InvalidRequest: The request is over a limit of this server.
     """
-    counted = {key: value for key, value in body.items() if key not in (*_LIMITS, *_COUNTS)}
+    counted = {key: value for key, value in body.items() if key not in _COUNTED}
     for name in _LIMITS:
         if _is_whole(body.get(name)):
             counted[name] = int(body[name])
@@ -108,8 +110,8 @@ def route_request(
     if http.url.query:
         target += f"?{http.url.query}"
     headers = _passed_headers(http)
-    if not isinstance(content, bytes) and "content-length" in http.headers:
-        headers["content-length"] = http.headers["content-length"]
+    if not isinstance(content, bytes) and "content-length" in headers_of(http):
+        headers["content-length"] = headers_of(http)["content-length"]
     return ForwardedRequest(
         http.method,
         target,
@@ -123,7 +125,7 @@ def route_request(
 
 
 def _passed_headers(http: HttpRequest) -> dict[str, str]:
-    headers = request_headers(http.headers)
+    headers = request_headers(headers_of(http))
     headers.pop("content-length", None)
     calls = trace.get()
     if calls is not None:
@@ -147,7 +149,7 @@ class Upload:
     """
 
     def __init__(self, http: HttpRequest, max_bytes: int) -> None:
-        self.exceeded = content_length(http.headers) > max_bytes
+        self.exceeded = content_length(headers_of(http)) > max_bytes
         self._http = http
         self._max_bytes = max_bytes
         self._ended = asyncio.Event()
@@ -217,7 +219,7 @@ class UpstreamResponse(HttpResponse):
         timeout: float | None = None,
         renamed: tuple[str, str] | None = None,
     ) -> None:
-        super().__init__()
+        # Nothing of the base class is used: its constructor would make a head that is not sent.
         self._service = service
         self._engine = engine
         self._request = request
@@ -265,29 +267,34 @@ class UpstreamResponse(HttpResponse):
                 charge.spent = meter.tokens(worst_case) if self._cost.generates else 0
 
     async def _answer(self, send: Send) -> None:
-        timeout = None if self._timeout is None else shortly_before(self._timeout)
+        if self._timeout is None:
+            await self._answer_unhurried(send, lambda: None)
+            return
         try:
-            async with (
-                asyncio.timeout(timeout) as clock,
-                self._engine.forward(self._request) as answer,
-            ):
-                if "json" in answer.content_type:
-                    await self._send_whole(send, answer)
-                    return
-                # Each piece of an answer starts the client's clock again.
-                clock.reschedule(None)
-                is_stream = answer.content_type == EVENT_STREAM
-                send_answer = self._send_stream if is_stream else _send_pieces
-                await send_answer(send, answer)
+            async with asyncio.timeout(shortly_before(self._timeout)) as clock:
+                await self._answer_unhurried(send, lambda: clock.reschedule(None))
         except TimeoutError:
             raise DeadlineExceeded(
                 f"The upstream did not answer within the {self._timeout:.3g} s that the client "
                 "waits; allow more time."
             ) from None
 
+    async def _answer_unhurried(self, send: Send, on_pieces: Callable[[], None]) -> None:
+        """Answer without a deadline; `on_pieces` is called if the answer comes in pieces."""
+        async with self._engine.forward(self._request) as answer:
+            content_type = answer.content_type
+            if "json" in content_type:
+                await self._send_whole(send, answer)
+                return
+            # Each piece of an answer starts the client's clock again.
+            on_pieces()
+            is_stream = content_type == EVENT_STREAM
+            send_answer = self._send_stream if is_stream else _send_pieces
+            await send_answer(send, answer)
+
     async def _send_whole(self, send: Send, answer: ForwardedAnswer) -> None:
         """Read the answer to its end, so that a failure on the way has its own status."""
-        content = b"".join([chunk async for chunk in answer.chunks])
+        content = await answer.read()
         if self._request.path.startswith(RESPONSES) and answer.status in NO_ROUTE_STATUSES:
             self._check_route(content)
         if self._names:
@@ -378,4 +385,4 @@ def waiting_time(service: Service, http: HttpRequest) -> float | None:
     """Return the seconds that the client waits for an answer, if that counts as a deadline."""
     if not service.config.server.honour_client_timeout:
         return None
-    return client_timeout(http.headers)
+    return client_timeout(headers_of(http))

@@ -47,6 +47,8 @@ class Metrics:
         self.requests = self._counter(
             "requests", "Requests by route and status", ["route", "status"]
         )
+        # The counters of each route and status: to look one up takes longer than to count.
+        self._requests: dict[tuple[str, int], Counter] = {}
         self.disconnects = self._counter(
             "disconnects", "Clients that disconnected before the end of their response"
         )
@@ -121,6 +123,14 @@ class Metrics:
         name = f"infer_align_{name}"
         self.families.append(Family(name, "histogram", tuple(labels), text))
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+    def count_request(self, route: str, status: int) -> None:
+        """Count a request that has ended."""
+        counter = self._requests.get((route, status))
+        if counter is None:
+            counter = self.requests.labels(route, str(status))
+            self._requests[route, status] = counter
+        counter.inc()
 
     def count_response(self, response: Response) -> None:
         """Count a complete response."""

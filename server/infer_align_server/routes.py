@@ -48,6 +48,7 @@ from infer_align_server.wire.body import parse_body, read_bytes
 from infer_align_server.wire.completion import OBJECTS, completion_json
 from infer_align_server.wire.disconnect import until_client_leaves
 from infer_align_server.wire.encoding import dumps, json_response
+from infer_align_server.wire.headers import headers_of
 from infer_align_server.wire.stream import EventStream
 from infer_align_server.wire.stream_options import stream_options
 
@@ -208,7 +209,7 @@ def _forwarded_json(http: HttpRequest, content: bytes, caller: str) -> UpstreamR
 
 def _is_upload(http: HttpRequest) -> bool:
     """Return True for a body that is not JSON: it may be large, and is passed on in pieces."""
-    content_type = http.headers.get("content-type", "")
+    content_type = headers_of(http).get("content-type", "")
     return bool(content_type) and "json" not in content_type
 
 

@@ -8,6 +8,7 @@ from starlette.types import Message, Send
 
 _GENERATED = re.compile(rb'"(?:completion_tokens|output_tokens)"\s*:\s*(\d{1,12})')
 _PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)"\s*:\s*(\d{1,12})')
+_FIELDS = {"prompt_tokens": _PROMPT, "completion_tokens": _GENERATED}
 # The first line of an event. The parts of an answer usually begin with one.
 _EVENT = re.compile(rb"(?:\A|[\r\n])data:")
 # The end of a body contains its usage.
@@ -31,6 +32,7 @@ class TokenMeter:
         self._is_stream = False
         self._is_error = False
         self._is_text = False
+        self._usage: dict[str, int] | None = None
 
     async def send(self, message: Message) -> None:
         """Send a message of the answer."""
@@ -39,6 +41,7 @@ class TokenMeter:
             self._read_head(message)
         elif self._is_text:
             chunk = message.get("body", b"")
+            self._usage = None
             self._tail += chunk[-TAIL_BYTES:]
             del self._tail[:-TAIL_BYTES]
             if self._is_stream:
@@ -54,11 +57,15 @@ class TokenMeter:
 
     def usage(self) -> dict[str, int]:
         """Return the counts that the answer reports, under their names in the access line."""
-        fields = {"prompt_tokens": _PROMPT, "completion_tokens": _GENERATED}
+        if self._usage is None:
+            self._usage = {} if self._is_error else self._read_usage()
+        return self._usage
+
+    def _read_usage(self) -> dict[str, int]:
         usage: dict[str, int] = {}
-        for name, pattern in fields.items():
+        for name, pattern in _FIELDS.items():
             counts = pattern.findall(self._tail)
-            if counts and not self._is_error:
+            if counts:
                 usage[name] = int(counts[-1])
         return usage
 
@@ -70,9 +77,9 @@ class TokenMeter:
         """
         if self._is_error:
             return 0
-        counts = _GENERATED.findall(self._tail)
-        if counts:
-            return int(counts[-1])
+        generated = self.usage().get("completion_tokens")
+        if generated is not None:
+            return generated
         return self._events if self._is_stream else worst_case
 
     def prompt_tokens(self) -> int:

@@ -24,7 +24,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Return a function that reads the events that were logged since the last call."""
     text = io.StringIO()
     monkeypatch.setattr("sys.stderr", text)
-    loggers = [logging.getLogger(), logging.getLogger("infer_align"), logs.access]
+    loggers = [logging.getLogger(), logging.getLogger("infer_align")]
     loggers.append(logging.getLogger("uvicorn.error"))
     before = [(each, each.handlers, each.propagate, each.level) for each in loggers]
     logs.configure("info")
@@ -34,6 +34,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield read
     logging.captureWarnings(capture=False)
+    logs.access.close()
     for logger, handlers, propagate, level in before:
         logger.handlers = handlers
         logger.propagate = propagate
@@ -125,6 +126,7 @@ def test_an_access_line_says_who_asked_for_what(
     headers = {"authorization": f"Bearer {KEY}", "x-request-id": "mine"}
     body = {"model": "fake@best", "messages": USER}
     assert live.post(body, headers=headers).status_code == 200
+    assert live.until(lambda: any(event["event"] == "request" for event in events()))
     (line,) = [event for event in events() if event["event"] == "request"]
     seconds = line.pop("seconds")
     assert seconds >= 0

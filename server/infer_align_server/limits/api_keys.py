@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from infer_align.errors import Forbidden, Unauthorized
 from infer_align_server.limits.key_file import SCOPES, KeyFile, Scope, hash_of
 
+# The owner of the profiles of a server without keys.
+_NO_KEY = hash_of("")
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -54,7 +57,7 @@ class ApiKeys:
             Forbidden: Its key lacks the scope.
         """
         if not self._keys and self._file is None:
-            return Caller(address, hash_of(""))
+            return Caller(address, _NO_KEY)
         scheme, _, text = authorization.partition(" ")
         caller = self._find(text.strip())
         if scheme.lower() != "bearer" or caller is None:

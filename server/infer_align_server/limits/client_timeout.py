@@ -25,8 +25,11 @@ def client_timeout(headers: Mapping[str, str]) -> float | None:
     """Return the seconds that the client waits; None if no header has a positive number."""
     timeouts = []
     for name in HEADERS:
+        text = headers.get(name)
+        if text is None:
+            continue
         try:
-            seconds = float(headers.get(name, ""))
+            seconds = float(text)
         except ValueError:
             continue
         if 0 < seconds < math.inf:

@@ -8,9 +8,11 @@ from codecs import BOM_UTF8
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 
 from infer_align.errors import BodyTooLarge, InvalidRequest, quote
+from infer_align_server.wire.headers import headers_of
 
 # Maximum nesting of a body. Usual bodies have about a dozen levels.
 MAX_NESTING = 128
@@ -32,14 +34,20 @@ async def read_bytes(http: HttpRequest, max_bytes: int) -> bytes:
     Raises:
         BodyTooLarge: The body is larger than `max_bytes`. A body whose Content-Length says so is
             not read.
+        ClientDisconnect: The client left before the end of the body.
     """
-    if content_length(http.headers) > max_bytes:
+    if content_length(headers_of(http)) > max_bytes:
         raise _too_large(max_bytes)
     received = bytearray()
-    async for chunk in http.stream():
-        received += chunk
+    is_complete = False
+    while not is_complete:
+        message = await http.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        received += message.get("body", b"")
         if len(received) > max_bytes:
             raise _too_large(max_bytes)
+        is_complete = not message.get("more_body", False)
     return bytes(received)
 
 
@@ -64,7 +72,7 @@ def parse_body(received: bytes) -> dict[str, Any]:
     """
     received = received.removeprefix(BOM_UTF8)
     try:
-        body = json.loads(received.decode(), parse_constant=_no_constant, parse_float=_finite)
+        body = _decode(received.decode())
         _check_unicode(received, body)
         _check_nesting(body)
     except _NumberTooLargeError:
@@ -136,6 +144,10 @@ def _finite(text: str) -> float:
     if math.isinf(number):
         raise _NumberTooLargeError
     return number
+
+
+# json.loads would make a decoder for each body.
+_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite).decode
 
 
 def _path_of_number(received: bytes) -> str | None:

@@ -7,10 +7,14 @@ hold connections open by never finishing a head.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from infer_align.errors import AlignError, InvalidRequest
+from infer_align_server.wire.disconnect import EXTENSION
 from infer_align_server.wire.encoding import dumps
 from infer_align_server.wire.errors import error_json
 
@@ -22,27 +26,90 @@ class _HeadTooLargeError(Exception):
     """Raised inside the parser to end the request."""
 
 
+class _JoiningTransport:
+    """A transport that writes the head of an answer together with the first part of its body.
+
+    uvicorn writes them one after the other, and the event loop hands each to the system at once:
+    two calls, and two packets for the client. A head without a body is written in the next round
+    of the event loop.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head = b""
+        self._flushing: asyncio.Handle | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is not about writing from the transport itself."""
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Write a part of an answer, or keep it if it is a head."""
+        if self._head:
+            data = self._take_head() + data
+        elif data.startswith(b"HTTP/"):
+            self._head = data
+            self._flushing = self._loop.call_soon(self._flush)
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Write what is kept, and close the connection."""
+        self._flush()
+        self._transport.close()
+
+    def _take_head(self) -> bytes:
+        head, self._head = self._head, b""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        return head
+
+    def _flush(self) -> None:
+        if self._head:
+            self._transport.write(self._take_head())
+
+
 class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     """An HTTP protocol that refuses large and slow heads.
 
     A head that is too large gets status 431. The connection of a head that takes too long is
     closed. Bytes that are not HTTP get status 400. Errors have OpenAI's format.
+
+    It is a `Connection` of its requests: they see at once that their client left, without a task
+    that waits for it.
     """
 
     head_seconds = 30.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the clock for the first head of a new connection."""
-        super().connection_made(transport)
+        super().connection_made(_JoiningTransport(transport, self.loop))
         self._in_head = False
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._is_lost = False
+        self._watches: list[Callable[[], None]] = []
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock of a closed connection."""
         self._stop_timer()
         super().connection_lost(exc)
+        self._is_lost = True
+        for leave in tuple(self._watches):
+            leave()
+
+    def watch(self, leave: Callable[[], None]) -> Callable[[], object]:
+        """Call a function when the client leaves; return one that ends the watch."""
+        if self._is_lost:
+            handle: asyncio.Handle = self.loop.call_soon(leave)
+            return handle.cancel
+        # uvicorn stops to read at a large body. The end of a connection is only seen by reading.
+        self.flow.resume_reading()
+        self._watches.append(leave)
+        return partial(self._watches.remove, leave)
 
     def data_received(self, data: bytes) -> None:
         """Parse received bytes; count them if they leave a head incomplete."""
@@ -58,6 +125,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     def on_message_begin(self) -> None:
         """Start to count the bytes of a head."""
         super().on_message_begin()
+        self.scope["extensions"] = {EXTENSION: self}
         self._in_head = True
         self._head_bytes = 0
 

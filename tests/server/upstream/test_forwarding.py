@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -399,33 +399,32 @@ def test_another_name_of_the_model_is_written_into_the_answer(
 
 
 @contextmanager
-def access_lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """Yield the fields of each access line that is written in the block."""
-    lines: list[dict[str, Any]] = []
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", lambda record: lines.append(vars(record)))
-    logs.access.addHandler(handler)
+def access_lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Yield a function that returns the access lines that were written in the block."""
+    text = io.StringIO()
+    logs.access.open(text, logs.JsonFormatter())
     try:
-        yield lines
+        yield lambda: [json.loads(line) for line in text.getvalue().splitlines()]
     finally:
-        logs.access.removeHandler(handler)
+        logs.access.close()
 
 
 def test_an_upstreams_request_id_is_returned_and_logged(
-    up: FakeUpstream, serve_upstream: Serve, monkeypatch: pytest.MonkeyPatch
+    up: FakeUpstream, serve_upstream: Serve
 ) -> None:
     async def identified(_: FakeUpstream, __: Any, send: Any) -> None:
         await reply(send, 200, {"a": 1}, (b"x-request-id", b"req-7"), (b"set-cookie", b"a=b"))
 
     up.behave = lambda _, __: identified
     server = serve_upstream()
-    with access_lines(monkeypatch) as lines:
+    with access_lines() as lines:
         answer = server.chat()
-        assert server.until(lambda: lines)
+        assert server.until(lines)
+        (line,) = lines()
     assert answer.headers.get_list("x-request-id") == ["req-7"]
     assert "set-cookie" not in answer.headers
-    assert lines[0]["upstream_request_ids"] == ["req-7"]
-    assert lines[0]["request_id"] != "req-7"
+    assert line["upstream_request_ids"] == ["req-7"]
+    assert line["request_id"] != "req-7"
 
 
 def test_a_clients_request_id_reaches_the_upstream(up: FakeUpstream, serve_upstream: Serve) -> None:
@@ -447,14 +446,14 @@ def test_a_clients_request_id_reaches_the_upstream(up: FakeUpstream, serve_upstr
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_the_access_line_has_the_model_and_the_tokens(
-    up: FakeUpstream, serve_upstream: Serve, monkeypatch: Any, path: str, stream: bool
+    up: FakeUpstream, serve_upstream: Serve, path: str, stream: bool
 ) -> None:
     server = serve_upstream()
     up.behave = lambda _, __: mirror
-    with access_lines(monkeypatch) as lines:
+    with access_lines() as lines:
         body = {"messages": USER, "prompt": "x", "stream": stream}
         assert server.post(body, path).status_code == 200
-        assert server.until(lambda: lines)
-    (line,) = lines
+        assert server.until(lines)
+        (line,) = lines()
     names = ("model", "preset", "prompt_tokens", "completion_tokens")
     assert [line[name] for name in names] == [server.service.engine.model, None, 3, 7]

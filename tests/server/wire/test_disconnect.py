@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from infer_align_server.wire.disconnect import ClientLeft, until_client_leaves
+from infer_align_server.wire.disconnect import ClientLeft, until_client_leaves, watched
 
 pytestmark = pytest.mark.anyio
 
@@ -85,3 +86,36 @@ async def test_messages_before_the_disconnect_are_ignored() -> None:
         return "done"
 
     assert await until_client_leaves(receive, work()) == "done"
+
+
+class Watched:
+    """A connection that reports its end itself."""
+
+    def __init__(self) -> None:
+        self.watches: list[Callable[[], None]] = []
+
+    def watch(self, leave: Callable[[], None]) -> Callable[[], object]:
+        self.watches.append(leave)
+        return lambda: self.watches.remove(leave)
+
+
+async def test_a_connection_that_reports_its_end_needs_no_task() -> None:
+    connection = Watched()
+    watched.set(connection)
+
+    async def unread() -> Any:
+        raise AssertionError
+
+    async def work() -> str:
+        return "done"
+
+    assert await until_client_leaves(unread, work()) == "done"
+    assert not connection.watches, "the watch has ended"
+
+    async def endless() -> None:
+        connection.watches[0]()
+        await asyncio.Event().wait()
+
+    with pytest.raises(ClientLeft):
+        await until_client_leaves(unread, endless())
+    assert not connection.watches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -9,6 +10,7 @@ import time
 from typing import Any
 
 import pytest
+import uvicorn
 
 from infer_align_server.wire.protocol import MAX_HEAD_BYTES, BoundedProtocol
 
@@ -173,3 +175,29 @@ def test_a_head_in_pieces_is_read(numbers: Any) -> None:
     pieces = [SMUGGLED[i : i + 20] for i in range(0, len(SMUGGLED), 20)]
     assert statuses(talk(numbers, *pieces, pause=0.002, answers=1)) == [200]
     assert numbers.idle()
+
+
+async def _answer_slowly(scope: Any, receive: Any, send: Any) -> None:
+    """Send the head, then the body once the client has sent its own."""
+    del scope
+    head = [(b"content-length", b"4")]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    while (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.body", "body": b"body"})
+
+
+@pytest.mark.anyio
+async def test_a_head_is_sent_before_its_body_exists() -> None:
+    options: dict[str, Any] = {"log_config": None, "lifespan": "off", "port": 0}
+    server = uvicorn.Server(uvicorn.Config(_answer_slowly, http=BoundedProtocol, **options))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(HEAD + b"Content-Length: 1\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+        writer.write(b"x")
+        assert await reader.readexactly(4) == b"body"
+        writer.close()
+        server.should_exit = True
+        await serving
