@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
-# What a browser sends: no path and no slash at the end. Extensions have schemes of their own.
-_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
+# What a browser sends: no path. A slash at the end is read over. Extensions have schemes of their
+# own.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+/?")
 
 
 def _check_origin(origin: str) -> str:

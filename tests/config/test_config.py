@@ -128,7 +128,7 @@ WRONG = [
         "[server]\nallowed_origins = ['https://a.example', 'app.example.com']\n",
         "server.allowed_origins.1: 'app.example.com' is not allowed; must be an origin with",
     ),
-    ("[server]\nallowed_origins = ['https://a.example/']\n", "without a path"),
+    ("[server]\nallowed_origins = ['https://a.example/app']\n", "without a path"),
     ("[presets.a]\nbest_of = {n = 2}\n", "[presets.a] align.best_of: no such key"),
     ("[presets.a]\nbest_of_n = {n = 0}\n", "[presets.a] align.best_of_n.n"),
     ("[presets]\na = 5\n", "[presets.a] align: 5 is not an object"),
