@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -106,7 +106,7 @@ class Setup:
         seed: of all draws.
         max_tokens: of an answer.
         draws: per prompt.
-        betas: of every form; empty to search a beta for each target.
+        betas: of each value; empty to search a beta for each target.
         levels: target divergences of the search, in nats per answer.
         record: name of the record and its plot.
     """
@@ -116,7 +116,7 @@ class Setup:
     seed: int
     max_tokens: int
     draws: int
-    betas: tuple[float, ...]
+    betas: Mapping[str, tuple[float, ...]]
     levels: tuple[float, ...]
     record: str
 
@@ -250,7 +250,7 @@ async def compare(
 async def trials_of(flow: Flow, setup: Setup, searched: Sequence[str], way: Way) -> list[Trial]:
     """Return the settings of one form: the betas of the setup, or one per reachable target."""
     if setup.betas:
-        return [Trial(way.name, 0.0, beta) for beta in setup.betas]
+        return [Trial(way.name, 0.0, beta) for beta in setup.betas[way.value]]
     search = Search(flow, setup, searched, way)
     reachable = FORMS[way.form].get("max_kl", math.inf) * setup.max_tokens
     trials: list[Trial] = []
@@ -323,6 +323,21 @@ def is_lookahead(path: str) -> bool:
     return Path(path).is_dir()
 
 
+def betas_of(texts: Sequence[str], values: Collection[str]) -> dict[str, tuple[float, ...]]:
+    """Read the betas of each value: "BETA,..." for all of them, or "NAME=BETA,..." for one."""
+    betas: dict[str, tuple[float, ...]] = {}
+    for text in texts:
+        name, _, numbers = text.rpartition("=")
+        if name and name not in values:
+            raise SystemExit(f"--beta: {name!r} is not allowed; must be one of {[*values]}")
+        for value in [name] if name else values:
+            betas[value] = _numbers(numbers)
+    missing = set(values) - betas.keys() if betas else set()
+    if missing:
+        raise SystemExit(f"--beta: there is none for {', '.join(sorted(missing))}")
+    return betas
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(float(each) for each in text.split(",") if each)
 
@@ -344,7 +359,7 @@ async def run(options: argparse.Namespace) -> None:
     for form in forms:
         if form not in FORMS:
             raise SystemExit(f"--forms: {form!r} is not allowed; must be one of {[*FORMS]}")
-    betas = _numbers(options.beta)
+    betas = betas_of(options.beta, values)
     # Without a search, no prompts are kept for it.
     search = 0 if betas else options.search
     count = search + options.prompts
@@ -381,7 +396,13 @@ def main() -> None:
     parser.add_argument("--pools", type=Path, help="answer pools of AlpacaEval, JSONL in xz")
     parser.add_argument("--exclude", type=Path, help="JSONL file of the prompts of the fit")
     parser.add_argument("--search", type=int, default=16, help="prompts of the search of beta")
-    parser.add_argument("--beta", default="", metavar="BETA,...", help="betas in place of a search")
+    parser.add_argument(
+        "--beta",
+        action="append",
+        default=[],
+        metavar="[NAME=]BETA,...",
+        help="betas in place of a search, of all values or of one; may be repeated",
+    )
     parser.add_argument("--draws", type=int, default=2, help="draws per prompt")
     parser.add_argument("--max-tokens", type=int, default=40)
     asyncio.run(run(parser.parse_args()))
