@@ -10,6 +10,7 @@ Sources: "TrustJudge" (2509.21117); principles: "SALMON" (2310.05910); rubrics: 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -30,6 +31,11 @@ AUTO = "auto"
 MAX_PRINCIPLES = 16
 MAX_ASPECTS = 8
 MAX_VOTES = 64
+# The tags of the lines of a rubric.
+HARD_TAG = re.compile(r"[\[(]\s*hard(?:\s+rule)?\s*[\])]\s*[.:]?\s*", re.IGNORECASE)
+PRINCIPLE_TAG = re.compile(r"[\[(]\s*principle\s*[\])]\s*[.:]?\s*", re.IGNORECASE)
+# The mark before an item of a list.
+BULLET = re.compile(r"\A\s*(?:[-*•]|\d{1,2}[.)])\s*")
 # The configured reward that this method adds to the plan.
 REWARD = "trust_judge"
 
@@ -111,9 +117,20 @@ def check_questions(
         raise ValueError(f"at most {MAX_ASPECTS} aspects, each with its own name")
     if principles and not any(principle.weight for principle in principles):
         raise ValueError("principles of which at least one has a weight over 0")
-    rules = [] if rubric is None else [line for line in rubric.splitlines() if line.strip()]
+    rules = [line for line in (rubric or "").splitlines() if rule_words(line)]
+    if rubric is not None and not rules:
+        raise ValueError(
+            'a rubric with a rule, such as "Is polite. [Hard Rule]"; a tag or marks alone are none'
+        )
     if len(rules) + len(principles) > MAX_PRINCIPLES:
         raise ValueError(f"at most {MAX_PRINCIPLES} principles and lines of a rubric together")
+
+
+def rule_words(line: str) -> str:
+    """Return a line of a rubric without its mark and tags; "" if it holds no words."""
+    words = HARD_TAG.sub("", BULLET.sub("", line))
+    words = PRINCIPLE_TAG.sub("", words).strip()
+    return words if any(character.isalnum() for character in words) else ""
 
 
 def check_replaced(
