@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, Field
 
+from infer_align.errors import WrongField
 from infer_align.methods import PlanDraft, ScorerRequest, Stage
 from infer_align.types import Capability
 
@@ -107,23 +108,28 @@ def check_questions(
     """Check that what a judge is to read fits together.
 
     Raises:
-        ValueError: saying what is allowed instead.
+        WrongField: saying what is allowed instead.
     """
     if aspects and (principles or rubric is not None):
-        raise ValueError(
-            "aspects, or principles and a rubric, not both: each aspect is an attribute of its own"
+        raise WrongField(
+            "aspects",
+            "aspects, or principles and a rubric, not both: each aspect is an attribute of its own",
         )
     if len(aspects) > MAX_ASPECTS or len({*aspects}) < len(aspects):
-        raise ValueError(f"at most {MAX_ASPECTS} aspects, each with its own name")
+        raise WrongField("aspects", f"at most {MAX_ASPECTS} aspects, each with its own name")
     if principles and not any(principle.weight for principle in principles):
-        raise ValueError("principles of which at least one has a weight over 0")
+        raise WrongField("principles", "principles of which at least one has a weight over 0")
     rules = [line for line in (rubric or "").splitlines() if rule_words(line)]
     if rubric is not None and not rules:
-        raise ValueError(
-            'a rubric with a rule, such as "Is polite. [Hard Rule]"; a tag or marks alone are none'
+        raise WrongField(
+            "rubric",
+            'a rubric with a rule, such as "Is polite. [Hard Rule]"; a tag or marks alone are none',
         )
     if len(rules) + len(principles) > MAX_PRINCIPLES:
-        raise ValueError(f"at most {MAX_PRINCIPLES} principles and lines of a rubric together")
+        raise WrongField(
+            "principles" if principles else "rubric",
+            f"at most {MAX_PRINCIPLES} principles and lines of a rubric together",
+        )
 
 
 def rule_words(line: str) -> str:
@@ -142,13 +148,14 @@ def check_replaced(
     """Check that a request has criteria or what replaces them, and that the latter fits together.
 
     Raises:
-        ValueError: saying what is allowed instead.
+        WrongField: saying what is allowed instead.
     """
     is_replaced = bool(principles or aspects or rubric not in {None, AUTO})
     if criteria is not None and is_replaced:
-        raise ValueError(
+        raise WrongField(
+            "criteria",
             "criteria, or what replaces them (principles, a rubric, aspects), not both; write the "
-            "criteria as a principle"
+            "criteria as a principle",
         )
     check_questions(principles, rubric, aspects)
 
@@ -198,7 +205,7 @@ class TrustJudge:
         """Check that what is to be read fits together.
 
         Raises:
-            ValueError: it does not; see `check_replaced`.
+            WrongField: it does not; see `check_replaced`.
         """
         check_replaced(self.criteria, self.principles or (), self.rubric, self.aspects or ())
 
