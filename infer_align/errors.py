@@ -63,6 +63,21 @@ class AlignError(Exception):
         self.retry_after = retry_after
 
 
+class WrongField(ValueError):
+    """A field of a parameter dataclass does not fit the others.
+
+    Parsers name it where the parameters are the body itself.
+
+    Attributes:
+        field: its name.
+    """
+
+    def __init__(self, field: str, allowed: str) -> None:
+        """Keep the name of the field, and what is allowed as a noun phrase."""
+        super().__init__(allowed)
+        self.field = field
+
+
 class InvalidRequest(AlignError):
     """400: a field of the request is wrong; `param` names it."""
 

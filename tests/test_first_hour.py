@@ -145,7 +145,7 @@ class Follower:
 
     def _is_ready(self, page_port: str) -> bool:
         try:
-            with httpx2.Client(trust_env=False, timeout=30) as client:
+            with httpx2.Client(trust_env=False, timeout=60) as client:
                 url = f"http://127.0.0.1:{self._ports[page_port]}/ready"
                 return client.get(url).status_code == 200
         except httpx2.TransportError:

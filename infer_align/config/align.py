@@ -87,15 +87,11 @@ def parse_align(
             f"{path}: {quote(value)} is not an object; allowed keys: {', '.join(_keys())}.",
             param=path,
         )
+    _check_keys(value, path)
     settings = _merge_preset(dict(value), presets, preset, path)
+    _check_keys(settings, path)
     methods: dict[str, Method] = {}
     for key, parameters in settings.items():
-        if key not in _keys():
-            raise InvalidRequest(
-                f"{join(path, key)}: no such key; {nearest(key, _keys())}",
-                param=join(path, key),
-                code="unknown_field",
-            )
         if key not in SETTINGS:
             methods[key] = parse(registry.methods.get(key), parameters, join(path, key))
     rewards = None
@@ -111,6 +107,17 @@ def parse_align(
         details=_parse_details(settings.get("details", "scores"), join(path, "details")),
         path=path,
     )
+
+
+def _check_keys(settings: Mapping[str, Any], path: str) -> None:
+    """Refuse a key that is no method and no setting, whatever its value."""
+    for key in settings:
+        if key not in _keys():
+            raise InvalidRequest(
+                f"{join(path, key)}: no such key; {nearest(key, _keys())}",
+                param=join(path, key),
+                code="unknown_field",
+            )
 
 
 def _keys() -> list[str]:

@@ -17,7 +17,14 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from infer_align.errors import AlignError, ConfigError, InvalidRequest, nearest, quote
+from infer_align.errors import (
+    AlignError,
+    ConfigError,
+    InvalidRequest,
+    WrongField,
+    nearest,
+    quote,
+)
 
 T = TypeVar("T")
 
@@ -36,7 +43,8 @@ _ITEM_COUNT = re.compile(r" after validation, not (more|\d+)$")
 
 
 def join(path: str, name: str) -> str:
-    """Return the dotted path of `name` in `path`; `path` may be empty."""
+    """Return the dotted path of `name` in `path`; `path` may be empty. An empty name is quoted."""
+    name = name or '""'
     return f"{path}.{name}" if path else name
 
 
@@ -105,6 +113,10 @@ def _first_error(
     messages = [problem["msg"] for problem in errors if _location(problem, fields) == location]
     hint = _hint(cls, first, location)
     rules = f"is not allowed; {_rules(messages)}{hint}."
+    cause = first.get("ctx", {}).get("error")
+    if not where and isinstance(cause, WrongField):
+        quoted = quote(fields.get(cause.field))
+        return error(f"{cause.field}: {quoted} {rules}", param=cause.field)
     if not where:
         # The fields of the body do not fit together.
         return error(f"The body {rules}")
@@ -129,11 +141,24 @@ def _hint(cls: type[Any], problem: ErrorDetails, location: Sequence[str]) -> str
 def json_schema(cls: type[Any]) -> dict[str, Any]:
     """Return the JSON schema of a parameter dataclass."""
     schema = _adapter(cls).json_schema()
+    _close_patterns(schema)
     passthrough = _passthrough_field(cls)
     if passthrough is not None and passthrough.metadata["rest"] is None:
         options = schema["properties"].pop(passthrough.name)
         schema["additionalProperties"] = options["additionalProperties"]
     return schema
+
+
+def _close_patterns(schema: object) -> None:
+    """Refuse the keys that match no pattern; pydantic refuses them, and its schema does not."""
+    if isinstance(schema, dict):
+        if "patternProperties" in schema:
+            schema.setdefault("additionalProperties", False)
+        for child in schema.values():
+            _close_patterns(child)
+    elif isinstance(schema, list):
+        for child in schema:
+            _close_patterns(child)
 
 
 def signature(cls: type[Any]) -> str:

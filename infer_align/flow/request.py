@@ -92,6 +92,8 @@ def split_prompts(body: Body, kind: Kind) -> list[Body]:
         return [body]
     if not prompts:
         raise InvalidRequest(f"prompt: [] is not allowed; must be {_PROMPTS}.", param="prompt")
+    prompts = _whole_tokens(prompts)
+    body = {**body, "prompt": prompts}
     is_item = _item_check(prompts[0])
     for i, item in enumerate(prompts):
         if not is_item(item):
@@ -102,6 +104,15 @@ def split_prompts(body: Body, kind: Kind) -> list[Body]:
     if is_item is _is_token:
         return [body]
     return [{**body, "prompt": prompt} for prompt in prompts]
+
+
+def _whole_tokens(prompts: list[Any]) -> list[Any]:
+    """Return the token ids of a `prompt` as integers, where a client wrote 4 as 4.0."""
+    tokens: list[Any] = []
+    for item in prompts:
+        is_list = isinstance(item, list)
+        tokens.append([whole_number(each) for each in item] if is_list else whole_number(item))
+    return tokens
 
 
 def _item_check(first: object) -> Callable[[object], bool]:

@@ -48,8 +48,8 @@ class Adaptive:
         default=64,
         metadata={
             "ge": 1,
-            "description": "Candidates per prompt at most, over all directions. Limits and budgets "
-            "count them all; what was not drawn is given back.",
+            "description": "Maximum number of candidates per prompt, over all directions. "
+            "Limits and budgets count all of them; what was not drawn is given back.",
         },
     )
     batch: int = field(

@@ -94,7 +94,7 @@ class TraitSections:
 
 @dataclass(frozen=True, slots=True)
 class PromptGuidance:
-    """Steer every token by the difference that the prompts of traits make."""
+    """Steer every token towards traits, by the difference that a prompt for each trait makes."""
 
     scale: Annotated[dict[str, Scale], Len(max_length=MAX_TRAITS)] = field(
         metadata={

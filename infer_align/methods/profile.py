@@ -78,8 +78,8 @@ class ProfileSettings:
         default_factory=dict,
         metadata={
             "description": "{reward: weight}: what profiles weigh if a request names no rewards, "
-            "and what feedback is scored by. A weight of 0 is a start, too. Default: `[server] "
-            "default_rewards`."
+            "and what feedback is scored by. A weight of 0 is allowed: choices then move it. "
+            "Default: `[server] default_rewards`."
         },
     )
     spreads: dict[str, Spread] = field(
@@ -111,7 +111,8 @@ class ProfileSettings:
             "gt": 0,
             "le": 100,
             "description": "How far users differ from the weights that a profile starts from, in "
-            "units of those weights. More learns faster and trusts single choices more.",
+            "units of those weights. A larger number learns faster, and gives a single "
+            "choice more influence.",
         },
     )
     bound: float = field(
@@ -160,7 +161,7 @@ class ProfileSettings:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Answer as one user prefers, by what earlier choices say."""
+    """Answer as one user prefers, learnt from earlier choices of this user."""
 
     id: ProfileId | None = field(
         default=None,
@@ -173,8 +174,8 @@ class Profile:
     weights: dict[str, Weight] = field(
         default_factory=dict,
         metadata={
-            "description": "{reward or attribute: weight}: where the weights start; without "
-            "choices, the weights themselves."
+            "description": "{reward or attribute: weight}: the weights that learning starts from; "
+            "without choices, they are used as they are."
         },
     )
     description: Description = field(

@@ -10,6 +10,7 @@ Sources: "TrustJudge" (2509.21117); principles: "SALMON" (2310.05910); rubrics: 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -17,6 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, Field
 
+from infer_align.errors import WrongField
 from infer_align.methods import PlanDraft, ScorerRequest, Stage
 from infer_align.types import Capability
 
@@ -30,6 +32,11 @@ AUTO = "auto"
 MAX_PRINCIPLES = 16
 MAX_ASPECTS = 8
 MAX_VOTES = 64
+# The tags of the lines of a rubric.
+HARD_TAG = re.compile(r"[\[(]\s*hard(?:\s+rule)?\s*[\])]\s*[.:]?\s*", re.IGNORECASE)
+PRINCIPLE_TAG = re.compile(r"[\[(]\s*principle\s*[\])]\s*[.:]?\s*", re.IGNORECASE)
+# The mark before an item of a list.
+BULLET = re.compile(r"\A\s*(?:[-*•]|\d{1,2}[.)])\s*")
 # The configured reward that this method adds to the plan.
 REWARD = "trust_judge"
 
@@ -101,19 +108,35 @@ def check_questions(
     """Check that what a judge is to read fits together.
 
     Raises:
-        ValueError: saying what is allowed instead.
+        WrongField: saying what is allowed instead.
     """
     if aspects and (principles or rubric is not None):
-        raise ValueError(
-            "aspects, or principles and a rubric, not both: each aspect is an attribute of its own"
+        raise WrongField(
+            "aspects",
+            "aspects, or principles and a rubric, not both: each aspect is an attribute of its own",
         )
     if len(aspects) > MAX_ASPECTS or len({*aspects}) < len(aspects):
-        raise ValueError(f"at most {MAX_ASPECTS} aspects, each with its own name")
+        raise WrongField("aspects", f"at most {MAX_ASPECTS} aspects, each with its own name")
     if principles and not any(principle.weight for principle in principles):
-        raise ValueError("principles of which at least one has a weight over 0")
-    rules = [] if rubric is None else [line for line in rubric.splitlines() if line.strip()]
+        raise WrongField("principles", "principles of which at least one has a weight over 0")
+    rules = [line for line in (rubric or "").splitlines() if rule_words(line)]
+    if rubric is not None and not rules:
+        raise WrongField(
+            "rubric",
+            'a rubric with a rule, such as "Is polite. [Hard Rule]"; a tag or marks alone are none',
+        )
     if len(rules) + len(principles) > MAX_PRINCIPLES:
-        raise ValueError(f"at most {MAX_PRINCIPLES} principles and lines of a rubric together")
+        raise WrongField(
+            "principles" if principles else "rubric",
+            f"at most {MAX_PRINCIPLES} principles and lines of a rubric together",
+        )
+
+
+def rule_words(line: str) -> str:
+    """Return a line of a rubric without its mark and tags; "" if it holds no words."""
+    words = HARD_TAG.sub("", BULLET.sub("", line))
+    words = PRINCIPLE_TAG.sub("", words).strip()
+    return words if any(character.isalnum() for character in words) else ""
 
 
 def check_replaced(
@@ -125,13 +148,14 @@ def check_replaced(
     """Check that a request has criteria or what replaces them, and that the latter fits together.
 
     Raises:
-        ValueError: saying what is allowed instead.
+        WrongField: saying what is allowed instead.
     """
     is_replaced = bool(principles or aspects or rubric not in {None, AUTO})
     if criteria is not None and is_replaced:
-        raise ValueError(
+        raise WrongField(
+            "criteria",
             "criteria, or what replaces them (principles, a rubric, aspects), not both; write the "
-            "criteria as a principle"
+            "criteria as a principle",
         )
     check_questions(principles, rubric, aspects)
 
@@ -181,7 +205,7 @@ class TrustJudge:
         """Check that what is to be read fits together.
 
         Raises:
-            ValueError: it does not; see `check_replaced`.
+            WrongField: it does not; see `check_replaced`.
         """
         check_replaced(self.criteria, self.principles or (), self.rubric, self.aspects or ())
 

@@ -25,7 +25,7 @@ Source: Han et al., "Value Augmented Sampling for Language Model Alignment and P
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 import numpy as np
 from annotated_types import Ge, Le
@@ -149,7 +149,7 @@ def reweight(
         [B, V] float64.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or the tail is unknown.
     """
     out = np.array(logits, dtype=np.float64)
     ids = np.asarray(token_ids)
@@ -160,6 +160,8 @@ def reweight(
             f"logits {out.shape}, token_ids {ids.shape}, values {v.shape}: must be [B, V], [B, k] "
             "and [M, B, k]."
         )
+    if tail not in get_args(Tail):
+        raise ValueError(f"tail: {tail!r} is not allowed; must be 'keep' or 'mask'.")
     weights = np.broadcast_to(np.asarray(beta, dtype=np.float64), (len(out), len(v)))  # [B, M]
     for row in np.flatnonzero(weights.any(axis=1)):
         used = np.flatnonzero(weights[row])

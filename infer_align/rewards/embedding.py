@@ -34,7 +34,7 @@ class Embedding:
     encoder: str | None = field(
         default=None,
         metadata={
-            "description": "Where the encoder lies here: a path, a Hugging Face id, or "
+            "description": "Encoder on this machine: a path, a Hugging Face id, or "
             "package:<name>/<file>. Default: where it was when the heads were fitted."
         },
     )

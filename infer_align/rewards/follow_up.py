@@ -66,7 +66,7 @@ class FollowUp:
     )
     dissatisfied: Texts = field(
         default=DISSATISFIED,
-        metadata={"description": "Next turns of a user who is not."},
+        metadata={"description": "Next turns of a user who is dissatisfied with the answer."},
     )
     engine: str = field(default="served", metadata=ENGINE)
     description: str = field(default="", metadata=DESCRIPTION)

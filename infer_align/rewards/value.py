@@ -20,7 +20,7 @@ SERVED = "served"
 
 @dataclass(frozen=True, slots=True)
 class ValueRewardSection:
-    """The score is what a fitted head expects at the last token of an answer.
+    """The reward that a fitted value head expects at the last token of an answer.
 
     It costs one reading of the prompt and of each answer. It fails where the value does: a head is
     fitted to the answers of the frozen model, so it is a guess about answers of another model, and

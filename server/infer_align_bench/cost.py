@@ -13,18 +13,19 @@ and c are judged, since in a closed loop requests begin and end at the same rate
                + L b (sequence + attention (P + L / 2) + steer k)
                + c (prefill P + reward R + judge J)
 
-with P prompt tokens, R tokens read by rewards and J tokens of the judge per request. The model is
-linear in its prices. The throughput is c / seconds(c) (Little's law), times the replicas.
+with P prompt tokens (without those of a cached prefix), R tokens read by rewards and J tokens of
+the judge per request. The model is linear in its prices. The throughput is c / seconds(c) (Little's
+law), times the replicas.
 
-The model ignores prefix caches, preemption, and bursts of arrivals, which need spare capacity. It
-also uses the mean length of n candidates, where the longest of them decides.
+The model ignores preemption, and bursts of arrivals, which need spare capacity. It also uses the
+mean length of n candidates, where the longest of them decides.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,8 @@ class Setting:
     reward_tokens: float = 0.0
     judge_tokens: float = 0.0
     replicas: int = 1
+    # Tokens of the prompt that a prefix cache holds: they are attended to, and not read again.
+    cached_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,10 @@ class Prices:
     # A token of the judge.
     judge: float = 0.0
 
+    def tabulated_seconds(self, _: Setting) -> float:
+        """Return what a table of steps adds to the latency of a request: nothing here."""
+        return 0.0
+
 
 def amounts(setting: Setting) -> Prices:
     """Return the number of units that a request of this setting takes of each price."""
@@ -95,7 +102,7 @@ def amounts(setting: Setting) -> Prices:
         step=length,
         sequence=sequence_steps,
         attention=sequence_steps * (setting.prompt_tokens + length / 2),
-        prefill=concurrency * setting.prompt_tokens,
+        prefill=concurrency * (setting.prompt_tokens - setting.cached_tokens),
         steered_step=length if setting.k else 0.0,
         steer=sequence_steps * setting.k,
         reward=concurrency * setting.reward_tokens,
@@ -105,7 +112,9 @@ def amounts(setting: Setting) -> Prices:
 
 def seconds(prices: Prices, setting: Setting) -> float:
     """Predict the mean latency of a request."""
-    return float(np.dot(astuple(prices), astuple(amounts(setting))))
+    units = asdict(amounts(setting))
+    linear = sum(getattr(prices, name) * unit for name, unit in units.items())
+    return float(linear + prices.tabulated_seconds(setting))
 
 
 def throughput(prices: Prices, setting: Setting) -> float:

@@ -1,11 +1,11 @@
 """Simulate the queue of several replicas, event by event.
 
 The simulation predicts latencies for arrivals in bursts and answers of unequal length. Requests
-arrive as a Poisson process. Each goes to the replica with the fewest requests; there it starts, or
+arrive as a Poisson process. Each goes to the replica that the routing chooses; there it starts, or
 waits in order while all `slots` are taken. With m requests in flight on a replica, each of them
 completes 1 / seconds(m) of its work per second, as in the cost model. The work of a request is 1
-on average, drawn from a gamma distribution with the coefficient of variation `spread` (0: all
-equal, 1: exponential).
+on average. Its length is drawn from a gamma distribution with the coefficient of variation `spread`
+(0: all equal, 1: exponential). A pool of judges is a second queue behind the first.
 
 simpy does not fit: a replica is one shared server whose speed changes with every arrival and every
 end, which simpy's resources do not model.
@@ -18,10 +18,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from infer_align.errors import ConfigError
+from infer_align.types import Array
+from infer_align_bench.traffic import LOAD_BOUND, Traffic, homes
 
 # A run simulates at least this many arrivals ...
 MIN_ARRIVALS = 20_000
@@ -50,6 +53,21 @@ class Simulated:
     waited: float
     # True if latencies grow with time: then there is no steady state.
     growing: bool
+    # Share of requests that were sent to another replica than that of their prefix.
+    diverted: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class JudgePool:
+    """Replicas that judge answers and generate none.
+
+    Attributes:
+        seconds: of one request that is judged alone; requests share a replica equally.
+        replicas: number of them.
+    """
+
+    seconds: float
+    replicas: int
 
 
 def simulate(
@@ -57,8 +75,9 @@ def simulate(
     rate: float,
     replicas: int,
     slots: int,
-    spread: float = 0.5,
+    traffic: Traffic | None = None,
     *,
+    judges: JudgePool | None = None,
     arrivals: int | None = None,
     seed: int = 0,
 ) -> Simulated:
@@ -69,27 +88,39 @@ def simulate(
         rate: requests per second over all replicas.
         replicas: number of replicas.
         slots: maximum number of requests in flight on a replica.
-        spread: coefficient of variation of the work of a request.
+        traffic: how the work of requests differs, and where they are sent; by default the spread
+            is 0.5, and the replica with the fewest requests is chosen.
+        judges: that read every answer before it is returned; None: the replicas do it themselves.
         arrivals: number of simulated requests; None: enough for stable percentiles.
         seed: of arrivals and work.
     """
-    rate *= min(1.0, MAX_SIMULATED_REPLICAS / replicas)
+    traffic = traffic or Traffic()
+    share = min(1.0, MAX_SIMULATED_REPLICAS / replicas)
+    rate *= share
     replicas = min(replicas, MAX_SIMULATED_REPLICAS)
     if not arrivals:
         arrivals = max(MIN_ARRIVALS, math.ceil(MIN_LATENCIES * rate * seconds(slots)))
     generator = np.random.default_rng(seed)
     due = np.cumsum(generator.exponential(1 / rate, arrivals))
-    work = np.ones(arrivals)
-    if spread:
-        work = generator.gamma(1 / spread**2, spread**2, arrivals)
+    lengths = traffic.lengths(generator, arrivals)
+    preferred, elsewhere = traffic.works(generator, lengths)
     latencies = [math.inf, *(seconds(m) for m in range(1, slots + 1))]
-    queue = _Queue(latencies, replicas, slots, work.tolist())
+    queue = _Queue(latencies, replicas, slots, preferred, elsewhere)
+    chosen = homes(traffic.routing, generator, replicas, arrivals)
     for request, arrival in enumerate(due.tolist()):
         queue.run_until(arrival)
-        queue.arrive(request, arrival)
+        home = queue.route(chosen[request], bounded=traffic.routing == "affine") if chosen else None
+        queue.arrive(request, arrival, home)
     queue.run_until(math.inf)
+    ended = np.array(queue.ended)
+    if judges is not None:
+        ended = _judged(judges, share, ended, lengths)
     first_counted = int(arrivals * WARMUP_SHARE)
-    times = np.array(queue.ended)[first_counted:] - due[first_counted:]
+    return _summary(ended - due, queue, first_counted)
+
+
+def _summary(times: Array, queue: _Queue, first_counted: int) -> Simulated:
+    times = times[first_counted:]
     half = len(times) // 2
     return Simulated(
         mean=float(times.mean()),
@@ -97,7 +128,43 @@ def simulate(
         p99=float(np.quantile(times, 0.99)),
         waited=float(np.mean(np.array(queue.waited)[first_counted:])),
         growing=bool(times[half:].mean() > GROWTH * times[:half].mean()),
+        diverted=queue.diverted / len(queue.ended),
     )
+
+
+def _judged(judges: JudgePool, share: float, due: Array, lengths: Array) -> Array:
+    """Return when each request is judged that is generated at `due`: [requests] -> [requests].
+
+    Of a large pool the same share is simulated as of the replicas. A share that is no whole number
+    is rounded up, and each replica is slower by as much.
+    """
+    exact = judges.replicas * share
+    replicas = max(1, math.ceil(exact - 1e-9))
+    alone = judges.seconds * replicas / exact
+    slots = len(due)
+    order = np.argsort(due, kind="stable")
+    works = lengths[order]
+    queue = _Queue(_Shared(alone), replicas, slots, works, works)
+    for request, arrival in enumerate(due[order].tolist()):
+        queue.run_until(arrival)
+        queue.arrive(request, arrival)
+    queue.run_until(math.inf)
+    ended = np.empty_like(due)
+    ended[order] = queue.ended
+    return ended
+
+
+class _Shared(Sequence[float]):
+    """The latencies of a replica that its requests share: m of them take m times as long."""
+
+    def __init__(self, alone: float) -> None:
+        self._alone = alone
+
+    def __len__(self) -> int:
+        return MAX_REPLICAS
+
+    def __getitem__(self, requests: Any) -> Any:
+        return requests * self._alone
 
 
 class _Replica:
@@ -141,13 +208,22 @@ class _Queue:
     """State of the simulation."""
 
     def __init__(
-        self, latencies: Sequence[float], replicas: int, slots: int, work: Sequence[float]
+        self,
+        latencies: Sequence[float],
+        replicas: int,
+        slots: int,
+        preferred: Array,
+        elsewhere: Array,
     ) -> None:
-        self.ended = [0.0] * len(work)
-        self.waited = [False] * len(work)
+        """Start empty; the works of a request are those on its own replica and on another."""
+        self.ended = [0.0] * len(preferred)
+        self.waited = [False] * len(preferred)
+        self.diverted = 0
         self._latencies = latencies
         self._slots = slots
-        self._work = work
+        self._work: list[float] = preferred.tolist()
+        self._elsewhere: list[float] = elsewhere.tolist()
+        self._present = 0
         self._replicas = [_Replica() for _ in range(replicas)]
         # Heap of (time, replica, its version); outdated where the version differs.
         self._ends: list[tuple[float, int, int]] = []
@@ -164,16 +240,32 @@ class _Queue:
             replica.advance(time, self._latencies)
             _, request = heapq.heappop(replica.running)
             self.ended[request] = time
+            self._present -= 1
             if replica.waiting:
                 waiting_request = replica.waiting.popleft()
                 replica.start(waiting_request, self._work[waiting_request])
             self._update(index)
 
-    def arrive(self, request: int, now: float) -> None:
-        """Send a request to the replica with the fewest requests."""
-        load, index = heapq.heappop(self._loads)
-        while load != self._replicas[index].load():
-            load, index = heapq.heappop(self._loads)
+    def route(self, home: int, *, bounded: bool) -> int | None:
+        """Return the replica of a request that prefers `home`; None for the one with the fewest.
+
+        With `bounded`, a replica that has more than its share of requests is avoided.
+        """
+        if not bounded:
+            return home
+        mean = (self._present + 1) / len(self._replicas)
+        if self._replicas[home].load() < math.ceil(LOAD_BOUND * mean):
+            return home
+        self.diverted += 1
+        return None
+
+    def arrive(self, request: int, now: float, home: int | None = None) -> None:
+        """Send a request to a replica, or to that with the fewest requests."""
+        index = home
+        if index is None:
+            index = self._least_loaded()
+            self._work[request] = self._elsewhere[request]
+        self._present += 1
         replica = self._replicas[index]
         replica.advance(now, self._latencies)
         if len(replica.running) < self._slots:
@@ -182,6 +274,12 @@ class _Queue:
             replica.waiting.append(request)
             self.waited[request] = True
         self._update(index)
+
+    def _least_loaded(self) -> int:
+        load, index = heapq.heappop(self._loads)
+        while load != self._replicas[index].load():
+            load, index = heapq.heappop(self._loads)
+        return index
 
     def _update(self, index: int) -> None:
         """Put the new load and the next end of a replica into the heaps."""
@@ -198,8 +296,9 @@ def replicas_for(
     rate: float,
     slots: int,
     p99: float,
-    spread: float = 0.5,
+    traffic: Traffic | None = None,
     *,
+    judges: JudgePool | None = None,
     seed: int = 0,
 ) -> tuple[int, Simulated]:
     """Find the smallest number of replicas that ends 99% of the requests within `p99` seconds.
@@ -217,7 +316,7 @@ def replicas_for(
     maximum = min(MAX_REPLICAS, 64 * fewest + 64)
     low = fewest - 1
     high = fewest
-    best = simulate(seconds, rate, high, slots, spread, seed=seed)
+    best = simulate(seconds, rate, high, slots, traffic, judges=judges, seed=seed)
     # Double the surplus over the fewest replicas until the limit is met.
     while not _meets(best, p99):
         if high >= maximum:
@@ -227,10 +326,10 @@ def replicas_for(
             )
         low = high
         high += max(1, high - fewest + 1, high // 20)
-        best = simulate(seconds, rate, high, slots, spread, seed=seed)
+        best = simulate(seconds, rate, high, slots, traffic, judges=judges, seed=seed)
     while high - low > 1:
         middle = (low + high) // 2
-        simulated = simulate(seconds, rate, middle, slots, spread, seed=seed)
+        simulated = simulate(seconds, rate, middle, slots, traffic, judges=judges, seed=seed)
         if _meets(simulated, p99):
             high = middle
             best = simulated

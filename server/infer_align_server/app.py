@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer_align.config.config import Config
@@ -242,6 +243,17 @@ async def _on_http_error(http: HttpRequest, error: HTTPException) -> HttpRespons
     )
     align_error.type = "invalid_request_error"
     response = error_response(align_error)
-    # The headers of a 405 list the methods that are allowed.
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        # The router names the methods of the first route with this path, not of all.
+        response.headers["Allow"] = ", ".join(_allowed_methods(http))
     return response
+
+
+def _allowed_methods(http: HttpRequest) -> list[str]:
+    """Return the methods of all routes that have the path of a request."""
+    methods: set[str] = set()
+    for route in http.app.routes:
+        if isinstance(route, Route) and route.matches(http.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return sorted(methods)

@@ -28,6 +28,7 @@ from infer_align.methods.trust_judge import (
     Votes,
     check_replaced,
 )
+from infer_align.rewards import Reward
 from infer_align.rewards.trust_judge import (
     TrustJudgeReward,
     conflict_ratio,
@@ -119,7 +120,7 @@ class Judging:
         """Check that what is to be read fits together.
 
         Raises:
-            ValueError: it does not.
+            WrongField: it does not.
         """
         check_replaced(self.criteria, self.principles or (), self.rubric, self.aspects or ())
 
@@ -232,12 +233,22 @@ def _preset_settings(service: Service, preset: str | None) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key in names}
 
 
-def _judge_reward(service: Service, judging: Judging) -> TrustJudgeReward:
-    """Return the judge with the settings of a request."""
+def judge_names(rewards: Mapping[str, Reward]) -> list[str]:
+    """Return the names of the rewards that are judges."""
+    return [*_judges(rewards)]
+
+
+def _judges(rewards: Mapping[str, Reward]) -> dict[str, TrustJudgeReward]:
     judges = {}
-    for name, reward in service.rewards.items():
+    for name, reward in rewards.items():
         if isinstance(reward, TrustJudgeReward):
             judges[name] = reward
+    return judges
+
+
+def _judge_reward(service: Service, judging: Judging) -> TrustJudgeReward:
+    """Return the judge with the settings of a request."""
+    judges = _judges(service.rewards)
     if judging.judge not in judges:
         raise InvalidRequest(
             f"judge: {judging.judge!r} is not a configured judge; {nearest(judging.judge, judges)}",

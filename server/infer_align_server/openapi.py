@@ -51,6 +51,21 @@ _WORK = (*_ALL_ROUTES, 400, 404, 413, 424, 502, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """A value of one operation that is the parameter of another.
+
+    Attributes:
+        operation: The operationId of the other one.
+        parameter: Its parameter.
+        value: OpenAPI's runtime expression for the value.
+    """
+
+    operation: str
+    parameter: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """The schemas and statuses of one route.
 
@@ -60,6 +75,7 @@ class Operation:
         statuses: The statuses of errors.
         streamed: True if the response may be a stream of events.
         needs_key: True if the route needs an API key.
+        links: The operations that a successful response leads to.
     """
 
     request: str | None
@@ -67,7 +83,14 @@ class Operation:
     statuses: tuple[int, ...]
     streamed: bool = False
     needs_key: bool = True
+    links: tuple[Link, ...] = ()
 
+
+_PROFILE = "$request.body#/profile"
+_OF_PROFILE = tuple(
+    Link(operation, "id", _PROFILE)
+    for operation in ("retrieve_profile", "question", "export_profile", "delete_profile")
+)
 
 OPERATIONS: dict[str, Operation] = {
     "/v1/chat/completions": Operation("ChatRequest", "ChatCompletion", _WORK, streamed=True),
@@ -81,11 +104,13 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/align/verify": Operation("VerifyRequest", "Verdict", _WORK),
     "/verify": Operation("EntailmentRequest", "Entailment", _WORK),
     "/v1/rerank": Operation("RerankRequest", "Reranked", _WORK),
-    "/v1/align/feedback": Operation("FeedbackRequest", "Feedback", _WORK),
+    "/v1/align/feedback": Operation("FeedbackRequest", "Feedback", _WORK, links=_OF_PROFILE),
     "/v1/align/profiles/{id}": Operation(None, "Profile", _WORK),
     "/v1/align/profiles/{id}/export": Operation(None, "ProfileExport", _WORK),
     "/v1/align/profiles/{id}/question": Operation("QuestionRequest", "Question", _WORK),
-    "/v1/models": Operation(None, "Models", _ALL_ROUTES),
+    "/v1/models": Operation(
+        None, "Models", _ALL_ROUTES, links=(Link("model", "name", "$response.body#/data/0/id"),)
+    ),
     "/v1/models/{name:path}": Operation(None, "Model", (*_ALL_ROUTES, 404)),
     "/v1/align/methods": Operation(None, "Methods", _ALL_ROUTES),
     "/openapi.json": Operation(None, "Document", _ALL_ROUTES),
@@ -196,7 +221,14 @@ def _success(operation: Operation) -> dict[str, Any]:
     content = _json(ref(operation.response))["content"]
     if operation.streamed:
         content["text/event-stream"] = {"schema": ref("Event")}
-    return {"200": {"description": "OK", "content": content}}
+    success: dict[str, Any] = {"description": "OK", "content": content}
+    if operation.links:
+        success["links"] = {link.operation: _link(link) for link in operation.links}
+    return {"200": success}
+
+
+def _link(link: Link) -> dict[str, Any]:
+    return {"operationId": link.operation, "parameters": {link.parameter: link.value}}
 
 
 def _failure(status: int) -> dict[str, Any]:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import get_args
 
-from infer_align.config import registry
-from infer_align.config.align import MAX_WEIGHT, Budget, Details
 from infer_align.config.schema import json_schema
 from infer_align.flow.scorers import reward_names
 from infer_align.flow.seeds import SEED_RANGE
-from infer_align.objectives import Ensemble
-from infer_align.rewards import Reward
 from infer_align.types import Kind
+from infer_align_server.align_schema import align_schema, having, judge_settings
 from infer_align_server.feedback import Feedback
-from infer_align_server.judging import Judging
+from infer_align_server.judging import Judging, judge_names
 from infer_align_server.reranking import Reranking, ranking_keys
 from infer_align_server.scoring import align_keys
 from infer_align_server.service import Service
@@ -25,12 +21,11 @@ from infer_align_server.wire.stream_options import StreamOptions
 
 def request_schemas(service: Service) -> dict[str, Schema]:
     """Return the schema of the body of each route, by the names that the document gives them."""
-    align = _align(service)
+    align = align_schema(service, "chat")
     align_fields: dict[str, Schema] = {}
     for key in align_keys():
         if key in align["properties"]:
             align_fields[key] = align["properties"][key]
-    judge_fields = json_schema(Judging)["properties"]
     model = {"enum": [*service.models(), None]}
     max_candidates = service.config.limits.max_candidates
     common = {
@@ -41,6 +36,7 @@ def request_schemas(service: Service) -> dict[str, Schema]:
     prompt = _prompt(max_candidates)
     return {
         "Align": align,
+        "TextAlign": align_schema(service, "completion"),
         "Message": _message(),
         "Messages": array(ref("Message"), minItems=1),
         "ChatRequest": _completion_request(service, "chat", model, messages=ref("Messages")),
@@ -50,11 +46,11 @@ def request_schemas(service: Service) -> dict[str, Schema]:
             "properties": {"model": model, "align": {"type": "null"}},
         },
         "ScoreRequest": _candidates_request({**common, **align_fields}),
-        "JudgeRequest": _candidates_request({**common, **judge_fields}),
+        "JudgeRequest": _judge_request(service, common),
         "RerankRequest": _rerank_request(service, align_fields),
         "VerifyRequest": _verify_request(service, align_fields),
         "EntailmentRequest": json_schema(EntailmentCheck),
-        "FeedbackRequest": json_schema(Feedback),
+        "FeedbackRequest": _feedback_request(service),
         "QuestionRequest": {
             "type": "object",
             "properties": {
@@ -65,6 +61,14 @@ def request_schemas(service: Service) -> dict[str, Schema]:
             "required": ["messages"],
         },
     }
+
+
+def _judge_request(service: Service, common: Mapping[str, Schema]) -> Schema:
+    """Return the schema of /v1/align/judge."""
+    judging = judge_settings(json_schema(Judging))
+    judge = {"enum": judge_names(service.rewards)}
+    schema = _candidates_request({**common, **judging["properties"], "judge": judge})
+    return {**schema, "allOf": judging["allOf"]}
 
 
 def _prompt(max_candidates: int) -> Schema:
@@ -86,10 +90,52 @@ def _rerank_request(service: Service, align_fields: Mapping[str, Schema]) -> Sch
         **{key: align_fields[key] for key in ranking_keys() if key in align_fields},
     }
     properties = {name: nullable(schema) for name, schema in fields.items()}
+    # A reward as the model takes the place of the rewards.
+    reward_as_model = {
+        "required": ["model"],
+        "properties": {"model": {"enum": reward_names(service.rewards)}},
+    }
     return {
         **settings,
-        "properties": {**settings["properties"], "documents": documents, **properties},
+        "properties": {
+            **settings["properties"],
+            **_optional_settings(settings),
+            "documents": documents,
+            **properties,
+        },
         "required": [*settings["required"], "documents"],
+        "if": reward_as_model,
+        "then": {"properties": {"rewards": {"type": "null"}}},
+    }
+
+
+def _optional_settings(schema: Schema) -> dict[str, Schema]:
+    """Return the fields that have a default; null stands for it."""
+    optional = {}
+    for name, field in schema["properties"].items():
+        if name not in schema["required"]:
+            optional[name] = nullable(field)
+    return optional
+
+
+def _feedback_request(service: Service) -> Schema:
+    """Return the schema of /v1/align/feedback: a choice, or something to keep about the user."""
+    schema = json_schema(Feedback)
+    properties = dict(schema["properties"])
+    limit = service.config.limits.max_candidates
+    rewards = {"propertyNames": {"enum": reward_names(service.rewards)}}
+    properties["messages"] = nullable(ref("Messages"))
+    properties["candidates"] = {**properties["candidates"], "maxItems": limit}
+    properties["weights"] = {**properties["weights"], **rewards}
+    properties["rating"] = {**properties["rating"], "not": {"const": 0}}
+    something = [having(name) for name in ("chosen", "description", "weights")]
+    return {
+        **schema,
+        "properties": properties,
+        "anyOf": something,
+        "not": {"allOf": [having("rating"), having("rejected")]},
+        "if": having("chosen"),
+        "then": having("messages"),
     }
 
 
@@ -104,6 +150,7 @@ def _verify_request(service: Service, align_fields: Mapping[str, Schema]) -> Sch
         **{key: align_fields[key] for key in ranking_keys() if key in align_fields},
     }
     optional = {name: nullable(each) for name, each in fields.items()}
+    optional |= _optional_settings(schema)
     candidates = array(candidate, minItems=1, maxItems=limit)
     return {**schema, "properties": {**properties, "candidates": candidates, **optional}}
 
@@ -135,7 +182,7 @@ def _completion_request(service: Service, kind: Kind, model: Schema, **prompt: S
         "seed": {"type": ["integer", "null"], "minimum": -SEED_RANGE, "maximum": SEED_RANGE - 1},
         "stream": {"type": ["boolean", "null"]},
         "stream_options": nullable(json_schema(StreamOptions)),
-        "align": nullable(ref("Align")),
+        "align": nullable(ref("Align" if kind == "chat" else "TextAlign")),
     }
     has_options = {
         "required": ["stream_options"],
@@ -167,54 +214,3 @@ def _message() -> Schema:
         "if": {"properties": {"role": {"const": "assistant"}}},
         "else": {"required": ["content"], "properties": {"content": content}},
     }
-
-
-def _align(service: Service) -> Schema:
-    """Return the schema of `align`: the methods that the engine supports, and the settings."""
-    schemas: dict[str, Schema] = {}
-    possible = service.engine.capabilities | service.engine.unknown_capabilities
-    for name in registry.methods.names():
-        method = registry.methods.get(name)
-        if method.needs <= possible:
-            schemas[name] = json_schema(method)
-    schemas["preset"] = {"enum": list(service.config.presets)}
-    names = reward_names(service.rewards)
-    schemas["rewards"] = {
-        "type": "object",
-        "propertyNames": {"enum": names},
-        "properties": {name: _reward(service.rewards[name.partition(".")[0]]) for name in names},
-    }
-    schemas["compose"] = _with_rewards(schemas["compose"], service)
-    schemas["ensemble"] = json_schema(Ensemble)
-    schemas["budget"] = json_schema(Budget)
-    schemas["details"] = {"enum": list(get_args(Details))}
-    properties = {name: nullable(schema) for name, schema in schemas.items()}
-    if not service.config.presets:
-        properties["preset"] = {"type": "null"}
-    return {"type": "object", "properties": properties, "additionalProperties": False}
-
-
-def _with_rewards(schema: Schema, service: Service) -> Schema:
-    """Return the schema of `compose`, which names the configured rewards."""
-    names = reward_names(service.rewards)
-    gates = {**schema["properties"]["gates"], "propertyNames": {"enum": names}}
-    properties = {**schema["properties"], "gates": gates}
-    return {**schema, "properties": properties, "propertyNames": {"enum": [*names, "gates"]}}
-
-
-def _reward(reward: Reward) -> Schema:
-    """Return the schema of one reward in `align.rewards`: its weight, or an object.
-
-    A reward that requires a parameter has no plain weight.
-    """
-    weight: Schema = {"type": "number", "minimum": 0, "maximum": MAX_WEIGHT}
-    parameters: Schema = {} if reward.parameters is None else json_schema(reward.parameters)
-    fields = {**parameters.get("properties", {}), "weight": weight}
-    required = parameters.get("required", [])
-    with_parameters: Schema = {
-        "type": "object",
-        "properties": fields,
-        "required": required,
-        "additionalProperties": False,
-    }
-    return with_parameters if required else {"anyOf": [weight, with_parameters]}

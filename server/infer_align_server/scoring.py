@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 
 from infer_align.config import registry
 from infer_align.config.align import parse_align
+from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest, RewardFailed, nearest, quote
 from infer_align.flow.cost import read_in_texts
 from infer_align.flow.discovery import when_discovered
@@ -183,8 +184,9 @@ def check_fields(body: Mapping[str, Any], names: Sequence[str]) -> None:
     """
     for name in body:
         if name not in names:
+            param = join("", name)
             raise InvalidRequest(
-                f"{name}: no such field; {nearest(name, names)}", param=name, code="unknown_field"
+                f"{param}: no such field; {nearest(name, names)}", param=param, code="unknown_field"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,12 @@ def test_rows_have_weights_of_their_own() -> None:
         [2.0, -2.0, 0.0],
         [-1.0, 1.0, 0.0],
     ]
+
+
+def test_an_unknown_tail_is_refused() -> None:
+    tail: Any = "drop"
+    with pytest.raises(ValueError, match="tail: 'drop' is not allowed; must be 'keep' or 'mask'"):
+        reweight([[1.0, 2.0]], [[0]], [[[1.0]]], [1.0], tail)
 
 
 def test_shapes_are_checked() -> None:

@@ -203,6 +203,8 @@ def test_a_request_replaces_all_that_is_configured_about_the_questions() -> None
         ({"principles": (Principle("x", weight=0.0),)}, "at least one has a weight"),
         ({"aspects": ("x", "x")}, "each with its own name"),
         ({"panel": ("served", "served")}, "each engine appears once"),
+        ({"rubric": "[Hard Rule]"}, "a rubric with a rule"),
+        ({"rubric": "---\n1. (principle)\n"}, "a rubric with a rule"),
         ({"rubric": "\n".join("x" * 17)}, "at most 16"),
     ],
 )

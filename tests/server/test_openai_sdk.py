@@ -145,7 +145,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 async def _gather(base_url: str, count: int) -> list[str | None]:
     async with openai.AsyncOpenAI(
-        base_url=base_url, api_key="unused", max_retries=0, timeout=30
+        base_url=base_url, api_key="unused", max_retries=0, timeout=60
     ) as client:
 
         async def one(i: int) -> str | None:

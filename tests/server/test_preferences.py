@@ -46,7 +46,7 @@ def live(serve: Callable[[str], Any], reward_model: Callable[..., str]) -> Any:
 
 @pytest.fixture
 def client(live: Any) -> Any:
-    with openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0, timeout=20) as sdk:
+    with openai.OpenAI(base_url=live.base_url, api_key="unused", max_retries=0, timeout=60) as sdk:
         yield sdk
 
 

@@ -78,7 +78,7 @@ class TraitPrompts(TypedDict, total=False):
 
 
 class Guidance(TypedDict, total=False):
-    """Steer every token by the difference that the prompts of traits make."""
+    """Steer every token towards traits, by the difference that a prompt for each trait makes."""
 
     scale: dict[str, float]
     traits: dict[str, TraitPrompts]
@@ -117,7 +117,7 @@ class Choice(TypedDict, total=False):
 
 
 class Profile(TypedDict, total=False):
-    """Answer as one user prefers, by what earlier choices say."""
+    """Answer as one user prefers, learnt from earlier choices of this user."""
 
     id: str
     choices: list[Choice]

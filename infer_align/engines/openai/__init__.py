@@ -30,7 +30,7 @@ __all__ = ["OpenAI", "OpenAIEngine", "plugin"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAI(Upstream):
-    """Options of the engine for OpenAI-compatible servers."""
+    """Any OpenAI-compatible server, or several, that run the model."""
 
     holds_model: ClassVar[bool] = False
     model: str | None = field(

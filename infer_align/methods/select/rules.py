@@ -121,14 +121,19 @@ class MaxMin(SelectionRule):
         ranked = rank(contest.objective)
         places = scores.maxmin_order(groups[:, ranked], regret=self.regret)
         order = tuple(ranked[place] for place in places)
-        with np.errstate(over="ignore"):
-            losses = groups.max(axis=1, keepdims=True) - groups
-        worst = losses.max(axis=0) if self.regret else groups.min(axis=0)
         best = order[0]
-        group = int(losses[:, best].argmax() if self.regret else groups[:, best].argmin())
-        measure = "smallest largest regret" if self.regret else "highest worst reward"
+        if self.regret:
+            measure = "smallest largest regret"
+            with np.errstate(over="ignore"):
+                regrets = groups.max(axis=1, keepdims=True) - groups
+            worst = regrets.max(axis=0)
+            group = regrets[:, best].argmax()
+        else:
+            measure = "highest worst reward"
+            worst = groups.min(axis=0)
+            group = groups[:, best].argmin()
         clause = f"{measure} of {contest.drawn} candidates"
-        clause += f" ({worst[best]:.3g} by {contest.names[rows[group]]}"
+        clause += f" ({worst[best]:.3g} by {contest.names[rows[int(group)]]}"
         if len(order) > 1:
             clause += f"; runner-up {worst[order[1]]:.3g}"
         return Ranking(order, clause + ")", worst_case=float(worst[best]))
@@ -222,8 +227,13 @@ class Shortest(SelectionRule):
 
         The length is in tokens, or in characters if the candidates were not drawn here.
         """
-        unit = "token" if any(contest.tokens) else "character"
-        lengths = contest.tokens if any(contest.tokens) else [len(text) for text in contest.texts]
+        lengths: Sequence[int]
+        if any(contest.tokens):
+            unit = "token"
+            lengths = contest.tokens
+        else:
+            unit = "character"
+            lengths = [len(text) for text in contest.texts]
         limit = self.within * spread(contest.objective)
         ranked = rank(contest.objective)
         best = contest.objective[ranked[0]]
@@ -232,7 +242,8 @@ class Shortest(SelectionRule):
         near.sort(key=lambda i: (i != first, lengths[i]))
         rest = [i for i in ranked if i not in near]
         length = lengths[near[0]]
-        unit += "" if length == 1 else "s"
+        if length != 1:
+            unit += "s"
         clause = f"shortest ({length} {unit}) of the {len(near)} within {self.within:g} standard "
         clause += f"deviations of the highest {contest.measure} of {contest.drawn} candidates"
         return Ranking((*near, *rest), clause)
@@ -312,15 +323,18 @@ def _win_probabilities(contest: Contest, order: tuple[str, ...], distinct: Indic
 
 def _merged(p: Array, texts: Sequence[str], distinct: Indices) -> Array:
     """Return the mean probabilities over copies of answers: [N, N] -> [D, D]."""
-    number = {texts[i]: k for k, i in enumerate(distinct.tolist())}
-    member = np.zeros((len(distinct), len(texts)))
+    row_of_text = {texts[i]: row for row, i in enumerate(distinct.tolist())}
+    # [D, N]: 1 where candidate n is a copy of answer d.
+    is_copy = np.zeros((len(distinct), len(texts)))
     for i, text in enumerate(texts):
-        member[number[text], i] = 1.0
-    present = ~np.isnan(p)
-    totals = member @ np.where(present, p, 0.0) @ member.T
-    counts = member @ present.astype(np.float64) @ member.T
-    mean = np.divide(totals, counts, out=np.full(totals.shape, np.nan), where=counts > 0)
-    return np.asarray(mean)
+        is_copy[row_of_text[text], i] = 1.0
+    is_compared = ~np.isnan(p)
+    probabilities = np.where(is_compared, p, 0.0)
+    totals = is_copy @ probabilities @ is_copy.T
+    counts = is_copy @ is_compared.astype(np.float64) @ is_copy.T
+    mean = np.full(totals.shape, np.nan)
+    np.divide(totals, counts, out=mean, where=counts > 0)
+    return mean
 
 
 def _condorcet_clause(winner: int | None, best: int) -> str:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from infer_align.engines import Engine
 from infer_align.errors import AlignError
+from infer_align.methods.trust_judge import BULLET, HARD_TAG, PRINCIPLE_TAG, rule_words
 from infer_align.preferences import conversation_key, read_preferences
 from infer_align.rewards.trust_judge.criteria import Criterion, Objective
 from infer_align.rewards.trust_judge.judgement import usage_of
@@ -41,9 +42,6 @@ RUBRIC_TOKENS = 256
 # A generated line of more characters is no rule.
 _MAX_LINE = 300
 _CACHED = 1024
-_HARD = re.compile(r"[\[(]\s*hard(?:\s+rule)?\s*[\])]\s*[.:]?\s*", re.IGNORECASE)
-_SOFT = re.compile(r"[\[(]\s*principle\s*[\])]\s*[.:]?\s*", re.IGNORECASE)
-_BULLET = re.compile(r"\A\s*(?:[-*•]|\d{1,2}[.)])\s*")
 # Marks of emphasis around a rule or its first words.
 _EMPHASIS = re.compile(r"\*\*|__")
 
@@ -129,10 +127,9 @@ def parse_rubric(text: str) -> tuple[Criterion, ...]:
     """Return the rules of a rubric, one for each line that holds words."""
     rules: list[Criterion] = []
     for line in text.splitlines():
-        words = _BULLET.sub("", line)
-        hard = _HARD.search(words) is not None
-        words = _SOFT.sub("", _HARD.sub("", words)).strip()
-        if any(character.isalnum() for character in words):
+        words = rule_words(line)
+        if words:
+            hard = HARD_TAG.search(line) is not None
             rules.append(Criterion(words.rstrip("."), hard=hard))
     return tuple(rules)
 
@@ -145,8 +142,8 @@ def parse_generated(text: str) -> tuple[Criterion, ...]:
     """
     rules: list[Criterion] = []
     for line in text.splitlines():
-        is_item = _BULLET.match(line) is not None
-        is_tagged = _HARD.search(line) is not None or _SOFT.search(line) is not None
+        is_item = BULLET.match(line) is not None
+        is_tagged = HARD_TAG.search(line) is not None or PRINCIPLE_TAG.search(line) is not None
         if is_item or is_tagged:
             rules += parse_rubric(_EMPHASIS.sub("", line))
     return tuple(rule for rule in rules if len(rule.text) <= _MAX_LINE)

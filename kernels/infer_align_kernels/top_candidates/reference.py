@@ -56,12 +56,14 @@ def _largest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tens
     tiles = vocabulary // TILE
     if vocabulary < SMALLEST_TILED or count > tiles // TILE:
         return logits.topk(count, dim=1)
-    # Tile i is every token i + n * tiles, so that the peaks are reduced over a strided dimension.
+    # The tokens of a tile are `tiles` ids apart, so the peaks are reduced over a strided dimension.
     tiled = tiles * TILE
     peaks = logits[:, :tiled].reshape(-1, TILE, tiles).amax(dim=1)
-    chosen = _largest(peaks, count)[1]
-    offsets = torch.arange(0, tiled, tiles, device=logits.device)
-    ids = (chosen[:, None, :] + offsets[None, :, None]).flatten(1)
+    _, chosen = _largest(peaks, count)
+    # Token n of tile i has the id i + n * tiles. [B, TILE, count]
+    offsets = torch.arange(0, tiled, tiles, device=logits.device)[None, :, None]
+    tile_ids = chosen[:, None, :] + offsets
+    ids = tile_ids.flatten(1)
     if tiled < vocabulary:
         rest = torch.arange(tiled, vocabulary, device=logits.device)
         ids = torch.cat([ids, rest.expand(len(ids), -1)], dim=1)
@@ -92,7 +94,8 @@ def _select_equal(logits: torch.Tensor, values: torch.Tensor, ids: torch.Tensor,
     numbers = torch.arange(len(pair_rows), device=logits.device)
     slots = numbers - first_pair[pair_rows] + larger[pair_rows]
     selected = slots < count
-    ids[rows[pair_rows[selected]], slots[selected]] = pair_ids[selected]
+    selected_rows = rows[pair_rows[selected]]
+    ids[selected_rows, slots[selected]] = pair_ids[selected]
 
 
 def _order_equal(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

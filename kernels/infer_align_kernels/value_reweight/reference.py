@@ -68,11 +68,13 @@ def add_head_values(
     indices: torch.Tensor | None,
 ) -> torch.Tensor:
     """Add a head's centred values in place; see `infer_align_kernels.add_head_values`."""
-    offset = -centre[:, None] if bias is None else bias.float()[None] - centre[:, None]
-    shift = torch.addmm(offset, hidden.float(), weight.float().T).mul_(beta[:, None])
-    steered = logits if indices is None else logits.index_select(0, indices)
+    row_beta = beta[:, None]
+    row_centre = centre[:, None]
+    offset = -row_centre if bias is None else bias.float()[None] - row_centre
+    shift = torch.addmm(offset, hidden.float(), weight.float().T).mul_(row_beta)
+    frozen = logits if indices is None else logits.index_select(0, indices)
     # Adding 0 would turn a logit of -0.0 into 0.0.
-    steered = torch.where(beta[:, None] != 0, steered + shift, steered)
+    steered = torch.where(row_beta != 0, frozen + shift, frozen)
     if indices is None:
         return logits.copy_(steered)
     return logits.index_copy_(0, indices, steered)
@@ -102,12 +104,16 @@ def shifts(values: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor) -> tor
 
     [M, B, k] values, [B, M] beta, [B, k] True for used slots -> [B, k].
     """
-    active = (beta != 0).T[:, :, None]
-    usable = slots & (values.isfinite() | ~active).all(dim=0)
+    # [M, B, 1]
+    value_beta = beta.T[:, :, None]
+    active = value_beta != 0
+    is_valid = values.isfinite() | ~active
+    usable = slots & is_valid.all(dim=0)
     finite = torch.where(usable & active, values, 0.0)
     count = usable.sum(dim=1, keepdim=True).clamp_(min=1)
     mean = finite.sum(dim=2, keepdim=True) / count
-    shift = (beta.T[:, :, None] * (finite - mean)).sum(dim=0)
+    centred = finite - mean
+    shift = (value_beta * centred).sum(dim=0)
     return shift.masked_fill_(~usable, -torch.inf)
 
 

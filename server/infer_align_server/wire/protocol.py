@@ -82,11 +82,14 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     """
 
     head_seconds = 30.0
+    # The time that the end of the server waits for the first request of a new connection.
+    arrival_seconds = 1.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the clock for the first head of a new connection."""
         super().connection_made(_JoiningTransport(transport, self.loop))
         self._in_head = False
+        self._is_ending = False
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._is_lost = False
@@ -100,6 +103,21 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._is_lost = True
         for leave in tuple(self._watches):
             leave()
+
+    def shutdown(self) -> None:
+        """Close the connection as soon as it has no request, at the end of the server.
+
+        The first request of a new connection may be on its way. It would be lost.
+        """
+        if self.cycle is None:
+            self._is_ending = True
+            self.loop.call_later(self.arrival_seconds, self._close_unused)
+        else:
+            super().shutdown()
+
+    def _close_unused(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
     def watch(self, leave: Callable[[], None]) -> Callable[[], object]:
         """Call a function when the client leaves; return one that ends the watch."""
@@ -143,6 +161,8 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         if self._head_bytes > MAX_HEAD_BYTES:
             raise _HeadTooLargeError
         super().on_headers_complete()
+        if self._is_ending and self.cycle is not None:
+            self.cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
         """Send an error and close the connection; `msg` is uvicorn's description."""

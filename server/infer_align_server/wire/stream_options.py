@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from infer_align.config.schema import parse
-from infer_align.errors import InvalidRequest, quote
+from infer_align.errors import InvalidRequest, WrongField, quote
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +18,22 @@ class StreamOptions:
         default=False,
         metadata={"description": "Send a last chunk with the usage of the whole response."},
     )
-    include_obfuscation: Literal[False] = field(
+    include_obfuscation: bool = field(
         default=False,
-        metadata={"description": "Padding of chunks; this server never adds any."},
+        metadata={
+            "json_schema_extra": {"enum": [False]},
+            "description": "Padding of chunks; this server never adds any.",
+        },
     )
+
+    def __post_init__(self) -> None:
+        """Refuse padding.
+
+        Raises:
+            WrongField: it is requested.
+        """
+        if self.include_obfuscation:
+            raise WrongField("include_obfuscation", "false; this server never pads its chunks")
 
 
 def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:

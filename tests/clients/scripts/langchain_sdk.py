@@ -21,7 +21,7 @@ BEST = extra_body(best_of_n={"n": 5}, rewards={"number": 1.0}, ensemble={"object
 
 def chat(url: str, model: str = "fake", **options: object) -> ChatOpenAI:
     return ChatOpenAI(
-        model=model, base_url=url, api_key="unused", max_retries=0, timeout=20, **options
+        model=model, base_url=url, api_key="unused", max_retries=0, timeout=60, **options
     )
 
 

@@ -107,7 +107,7 @@ async def test_leaving_mid_prefill_ends_the_prefill(serving, draw, finish, until
         def pause(step: int) -> None:
             if step == 2:
                 loop.call_soon_threadsafe(reading.set)
-                go.wait(20)
+                go.wait(60)
 
         forwards.before = pause
         async with engine.sample(draw(LONG * 2, max_tokens=5)):

@@ -201,3 +201,37 @@ async def test_a_head_is_sent_before_its_body_exists() -> None:
         writer.close()
         server.should_exit = True
         await serving
+
+
+async def _answer(scope: Any, receive: Any, send: Any) -> None:
+    del scope, receive
+    head = [(b"content-length", b"4")]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": b"body"})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_sent", [True, False])
+async def test_the_end_of_the_server_waits_for_the_first_request_of_a_connection(
+    monkeypatch: pytest.MonkeyPatch, is_sent: bool
+) -> None:
+    monkeypatch.setattr(BoundedProtocol, "arrival_seconds", 3600.0 if is_sent else 0.01)
+    options: dict[str, Any] = {"log_config": None, "lifespan": "off", "port": 0}
+    server = uvicorn.Server(uvicorn.Config(_answer, http=BoundedProtocol, **options))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*address)
+        while not server.server_state.connections:
+            await asyncio.sleep(0)
+        server.should_exit = True
+        # The listener is closed in the same step in which its connections are ended.
+        while listener.fileno() != -1:
+            await asyncio.sleep(0.001)
+        if is_sent:
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = await reader.read()
+        await serving
+    assert answer.startswith(b"HTTP/1.1 200") == is_sent
+    assert answer.endswith(b"body") == is_sent
+    writer.close()
