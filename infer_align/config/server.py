@@ -220,3 +220,22 @@ class Limits:
             "its worst case and gets back what it did not use; 0 for no limit.",
         },
     )
+    storage_env: str | None = field(
+        default=None,
+        metadata={
+            "description": "Environment variable that holds the URL of a PostgreSQL database, such "
+            "as postgresql+asyncpg://user:password@host/database. All servers with the same "
+            "database count the limits per minute together. Without it each server counts alone."
+        },
+    )
+    storage_timeout_seconds: float = field(
+        default=0.5,
+        metadata={"gt": 0, "description": "Longest time to wait for that database."},
+    )
+    storage_failure: Literal["count_alone", "refuse"] = field(
+        default="count_alone",
+        metadata={
+            "description": "What happens while that database does not answer: `count_alone` lets "
+            "each server count by itself, `refuse` answers 503."
+        },
+    )

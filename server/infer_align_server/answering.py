@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from time import monotonic
 
@@ -52,10 +52,10 @@ async def answer_all(
     arrival_time = monotonic()
     worst_case = sum(plan.worst_case_tokens for plan in plans)
     deadline_seconds = plans[0].deadline_seconds
-    with ExitStack() as charges:
+    async with AsyncExitStack() as charges:
         work: list[_Work] = []
         for i, plan in enumerate(plans):
-            charge = charges.enter_context(
+            charge = await charges.enter_async_context(
                 charged(service.tokens, caller, plan.worst_case_tokens, plan.context_cost)
             )
             first_choice = i * plan.n_returned

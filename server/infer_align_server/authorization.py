@@ -26,7 +26,7 @@ def service_of(http: HttpRequest) -> Service:
     return service
 
 
-def authorize(
+async def authorize(
     http: HttpRequest, scope: Scope | None = "generate", *, limited: bool = True
 ) -> tuple[Service, str]:
     """Return the service and the caller's name; see `Service.authorize`.
@@ -35,11 +35,12 @@ def authorize(
         Unauthorized: The API key is missing or wrong.
         Forbidden: The API key lacks the scope.
         Overloaded: The caller is over its rate limit.
+        StorageFailed: The rate cannot be counted.
     """
     service = service_of(http)
     address = http.client.host if http.client else "unknown"
     authorization = headers_of(http).get("authorization", "")
-    caller = service.authorize(authorization, address, scope, limited=limited)
+    caller = await service.authorize(authorization, address, scope, limited=limited)
     http.state.caller = caller
     return service, caller.name
 

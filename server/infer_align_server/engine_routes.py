@@ -132,7 +132,7 @@ class ForwardedResponse(HttpResponse):
             headers = [(name, value) for name, value in headers if name != b"content-type"]
             headers.append((b"content-type", b"application/json"))
         forwarded = {**scope, "headers": headers}
-        with charged(self._service.tokens, self._caller, self._worst_case) as charge:
+        async with charged(self._service.tokens, self._caller, self._worst_case) as charge:
             meter = TokenMeter(send)
             async with self._service.admission.admit(self._worst_case, caller=self._caller):
                 charge.start(None)

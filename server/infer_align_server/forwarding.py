@@ -249,10 +249,12 @@ class UpstreamResponse(HttpResponse):
         cost = self._cost
         start = monotonic()
         meter = TokenMeter(send)
-        with charged(self._service.tokens, cost.caller, cost.worst_case) as charge:
-            async with self._service.admission.admit(cost.worst_case, caller=cost.caller):
-                charge.start(None)
-                await self._answer_charged(meter, charge)
+        async with (
+            charged(self._service.tokens, cost.caller, cost.worst_case) as charge,
+            self._service.admission.admit(cost.worst_case, caller=cost.caller),
+        ):
+            charge.start(None)
+            await self._answer_charged(meter, charge)
         self._service.metrics.count_forwarded(
             meter.prompt_tokens(), charge.spent, monotonic() - start
         )

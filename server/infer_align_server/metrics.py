@@ -71,6 +71,10 @@ class Metrics:
         self.tasks = self._gauge("tasks", "Tasks of the event loop; constant while idle")
         self.ready = self._gauge("ready", "1 while requests are served, else 0", "livemax")
         self.workers = self._gauge("workers", "Processes that serve requests")
+        self.storage_failures = self._counter(
+            "limit_storage_failures",
+            "Counts of rates and token budgets that the shared storage did not take",
+        )
         self._time_requests()
         self._watch_rewards()
 

@@ -14,7 +14,7 @@ from infer_align_server.wire.encoding import json_response
 
 async def feedback(http: HttpRequest) -> HttpResponse:
     """Add a user's choice between answers to a profile."""
-    service, caller = authorize(http, "feedback")
+    service, caller = await authorize(http, "feedback")
     body = await read_body(http, service.config.limits.max_body_bytes)
     # A client that leaves does not undo its feedback.
     return json_response(await profiles.feedback(service, body, caller, owner_of(http)))
@@ -22,29 +22,29 @@ async def feedback(http: HttpRequest) -> HttpResponse:
 
 async def profile(http: HttpRequest) -> HttpResponse:
     """Return what a profile knows about its user, in words and numbers."""
-    service, _ = authorize(http, "feedback")
+    service, _ = await authorize(http, "feedback")
     return json_response(await profiles.show(service, owner_of(http), http.path_params["id"]))
 
 
 async def delete_profile(http: HttpRequest) -> HttpResponse:
     """Delete a profile with everything that it knows."""
-    service, _ = authorize(http, "feedback")
+    service, _ = await authorize(http, "feedback")
     return json_response(await profiles.remove(service, owner_of(http), http.path_params["id"]))
 
 
 async def export_profile(http: HttpRequest) -> HttpResponse:
     """Return everything that is stored of a profile."""
-    service, _ = authorize(http, "feedback")
+    service, _ = await authorize(http, "feedback")
     return json_response(await profiles.export(service, owner_of(http), http.path_params["id"]))
 
 
 async def question(http: HttpRequest) -> HttpResponse:
     """Find the pair of answers whose comparison says most about the user of a profile."""
-    service, caller = authorize(http, "feedback")
+    service, caller = await authorize(http, "feedback")
     body = await read_body(http, service.config.limits.max_body_bytes)
     if body.get("candidates") is None:
         # The candidates are drawn.
-        authorize(http, "generate", limited=False)
+        await authorize(http, "generate", limited=False)
     profile_id = http.path_params["id"]
     work = profiles.question(service, body, caller, owner_of(http), profile_id)
     return json_response(await until_client_leaves(http.receive, work))

@@ -64,7 +64,7 @@ async def completions(http: HttpRequest) -> HttpResponse:
 
 
 async def _complete(http: HttpRequest, kind: Kind) -> HttpResponse:
-    service, caller = authorize(http)
+    service, caller = await authorize(http)
     content = await read_bytes(http, service.config.limits.max_body_bytes)
     body = parse_body(content)
     service.require_ready()
@@ -145,7 +145,7 @@ def _with_best_of(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 async def responses(http: HttpRequest) -> HttpResponse:
     """Create a response with the Responses API of the engine or its upstream, without `align`."""
-    service, caller = authorize(http)
+    service, caller = await authorize(http)
     content = await read_bytes(http, service.config.limits.max_body_bytes)
     body = parse_body(content)
     service.require_ready()
@@ -162,7 +162,7 @@ async def responses(http: HttpRequest) -> HttpResponse:
 
 async def stored_response(http: HttpRequest) -> HttpResponse:
     """Retrieve, list the input items of, cancel or delete a response stored by the upstream."""
-    service, caller = authorize(http)
+    service, caller = await authorize(http)
     service.require_ready()
     content = await read_bytes(http, service.config.limits.max_body_bytes)
     app = engine_app(service)
@@ -177,7 +177,7 @@ async def stored_response(http: HttpRequest) -> HttpResponse:
 
 async def upstream_route(http: HttpRequest) -> HttpResponse:
     """Pass on a request to another route of the upstreams, such as /v1/embeddings."""
-    service, caller = authorize(http, scope_of(http.url.path))
+    service, caller = await authorize(http, scope_of(http.url.path))
     service.require_ready()
     engine = _forwarding_engine(service)
     limits = service.config.limits
@@ -231,7 +231,7 @@ def _routed_model(service: Service, body: Mapping[str, Any]) -> ModelChoice | No
 
 async def rerank(http: HttpRequest) -> HttpResponse:
     """Order documents by how well they answer a query, as the rewards see it."""
-    service, caller = authorize(http, "score")
+    service, caller = await authorize(http, "score")
     content = await read_bytes(http, service.config.limits.max_body_bytes)
     service.require_ready()
     app = engine_app(service)
@@ -246,14 +246,14 @@ async def rerank(http: HttpRequest) -> HttpResponse:
 
 async def models(http: HttpRequest) -> HttpResponse:
     """List the served models, with one further entry per preset."""
-    service, _ = authorize(http, None, limited=False)
+    service, _ = await authorize(http, None, limited=False)
     entries = [discovery.model(service, name) for name in service.models()]
     return json_response({"object": "list", "data": entries})
 
 
 async def model(http: HttpRequest) -> HttpResponse:
     """Retrieve one model."""
-    service, _ = authorize(http, None, limited=False)
+    service, _ = await authorize(http, None, limited=False)
     name = http.path_params["name"]
     names = service.models()
     if name not in names:
@@ -263,13 +263,13 @@ async def model(http: HttpRequest) -> HttpResponse:
 
 async def methods(http: HttpRequest) -> HttpResponse:
     """List the methods, rewards, values, traits and presets of this server, with JSON schemas."""
-    service, _ = authorize(http, None, limited=False)
+    service, _ = await authorize(http, None, limited=False)
     return json_response(discovery.methods(service))
 
 
 async def openapi(http: HttpRequest) -> HttpResponse:
     """Describe this server as an OpenAPI 3.1 document."""
-    service, _ = authorize(http, None, limited=False)
+    service, _ = await authorize(http, None, limited=False)
     state = http.app.state
     facts = changing_facts(service)
     if service.document is None or getattr(state, "document_facts", None) != facts:
@@ -303,7 +303,7 @@ async def metrics(http: HttpRequest) -> HttpResponse:
 
 async def engine_route(http: HttpRequest) -> HttpResponse:
     """Forward a request to another route of the engine's own application."""
-    service, caller = authorize(http, scope_of(http.url.path))
+    service, caller = await authorize(http, scope_of(http.url.path))
     service.require_ready()
     app = engine_app(service)
     if app is None:

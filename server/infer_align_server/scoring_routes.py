@@ -22,27 +22,27 @@ Work = Callable[[Json], Coroutine[Any, Any, Json]]
 
 async def score(http: HttpRequest) -> HttpResponse:
     """Score candidates from the request without generating anything."""
-    service, caller = authorize(http, "score")
+    service, caller = await authorize(http, "score")
     work = partial(scoring.score, service, caller=caller, owner=owner_of(http))
     return await _answer(http, work)
 
 
 async def judge(http: HttpRequest) -> HttpResponse:
     """Judge candidates from the request, one by one and in pairs."""
-    service, caller = authorize(http, "score")
+    service, caller = await authorize(http, "score")
     return await _answer(http, partial(judging.judge, service, caller=caller))
 
 
 async def verify(http: HttpRequest) -> HttpResponse:
     """Return a verdict on candidates from the request: approve, redo, reject, tie or abstain."""
-    service, caller = authorize(http, "score")
+    service, caller = await authorize(http, "score")
     work = partial(verifying.verify, service, caller=caller, owner=owner_of(http))
     return await _answer(http, work)
 
 
 async def verify_entailment(http: HttpRequest) -> HttpResponse:
     """Verify one answer in the form that the AutoMix client of vLLM's semantic router calls."""
-    service, caller = authorize(http, "score")
+    service, caller = await authorize(http, "score")
     return await _answer(http, partial(verifying.check_entailment, service, caller=caller))
 
 

@@ -90,13 +90,13 @@ class Service:
         # The callers: their keys, and what they may use.
         key_file = config.server.api_keys_file
         self._keys = ApiKeys(config.api_keys(), KeyFile(key_file) if key_file else None)
-        limits = make_caller_limits(config.limits, sharing)
+        self.metrics = Metrics(sharing.folder if sharing else None)
+        on_failure = self.metrics.storage_failures.inc
+        limits = make_caller_limits(config.limits, sharing, on_failure)
         self._requests = limits.requests
+        self._limit_storage = limits.storage
         self.tokens = limits.tokens
         self.admission = limits.admission
-
-        # What is measured.
-        self.metrics = Metrics(sharing.folder if sharing else None)
         self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
 
         # Profiles, and the scores of the answers that users chose between.
@@ -155,6 +155,8 @@ class Service:
         for engine in self.engines.values():
             await engine.close()
         await self.profiles.close()
+        if self._limit_storage is not None:
+            await self._limit_storage.close()
         if self.tracing is not None:
             await self.tracing.close()
 
@@ -218,7 +220,7 @@ class Service:
         if reason:
             raise Unavailable(f"{reason}; try again later.", retry_after=5)
 
-    def authorize(
+    async def authorize(
         self,
         authorization: str,
         address: str,
@@ -242,11 +244,12 @@ class Service:
             Unauthorized: API keys are configured, and the request has none of them.
             Forbidden: The key lacks the scope.
             Overloaded: The caller is over its rate limit.
+            StorageFailed: The rate cannot be counted.
         """
         caller = self._keys.caller(authorization, address, scope)
         describe(caller=caller.name)
         if limited:
-            self._requests.take(caller.name)
+            await self._requests.reserve(caller.name)
         return caller
 
     @property
@@ -388,12 +391,14 @@ class Service:
                 code="over_limit",
             )
         tokens = worst_case + reading_tokens
-        with charged(self.tokens, caller, tokens) as charge:
-            async with self.admission.admit(tokens, caller=caller):
-                charge.start(None)
+        async with (
+            charged(self.tokens, caller, tokens) as charge,
+            self.admission.admit(tokens, caller=caller),
+        ):
+            charge.start(None)
 
-                def count(usage: ScoringUsage) -> None:
-                    charge.spent = usage.judge_completion_tokens + usage.engine_tokens
-                    self.metrics.count_scoring(usage)
+            def count(usage: ScoringUsage) -> None:
+                charge.spent = usage.judge_completion_tokens + usage.engine_tokens
+                self.metrics.count_scoring(usage)
 
-                yield count
+            yield count

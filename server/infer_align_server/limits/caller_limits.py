@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from infer_align.config import Limits
 from infer_align_server.limits.admission import Admission
-from infer_align_server.limits.rate_limit import RateLimit
+from infer_align_server.limits.rate_limit import RateLimit, StoredRateLimit
+from infer_align_server.limits.storage import LimitStorage, open_storage
 from infer_align_server.sharing import Sharing
 
 
@@ -18,20 +20,40 @@ class CallerLimits:
         requests: The requests per minute of each caller.
         tokens: The candidate tokens per minute of each caller.
         admission: What may run at once, and the queue in front of it.
+        storage: The database in which all servers count; None if each counts alone.
     """
 
     requests: RateLimit
     tokens: RateLimit
     admission: Admission
+    storage: LimitStorage | None
 
 
-def make_caller_limits(limits: Limits, sharing: Sharing | None) -> CallerLimits:
-    """Return the limits of the configuration; workers share those of each caller."""
+def make_caller_limits(
+    limits: Limits, sharing: Sharing | None, on_failure: Callable[[], None]
+) -> CallerLimits:
+    """Return the limits of the configuration; workers share those of each caller.
+
+    Args:
+        limits: The configuration.
+        sharing: What this process shares with the other workers; None if there are none.
+        on_failure: Called for each count that the storage of all servers did not take.
+
+    Raises:
+        ConfigError: The storage cannot be used.
+    """
+    storage = open_storage(limits, on_failure)
+    counts_alone = limits.storage_failure == "count_alone"
 
     def rate_limit(per_minute: int, unit: str, code: str) -> RateLimit:
-        if sharing is None or per_minute == 0:
+        if per_minute == 0:
             return RateLimit(per_minute, unit, code)
-        return RateLimit(per_minute, unit, code, buckets=sharing.buckets(unit))
+        buckets = None if sharing is None else sharing.buckets(unit)
+        if storage is None:
+            return RateLimit(per_minute, unit, code, buckets=buckets)
+        return StoredRateLimit(
+            per_minute, unit, code, storage, counts_alone=counts_alone, buckets=buckets
+        )
 
     return CallerLimits(
         requests=rate_limit(limits.requests_per_minute, "requests", "rate_limit_exceeded"),
@@ -39,4 +61,5 @@ def make_caller_limits(limits: Limits, sharing: Sharing | None) -> CallerLimits:
             limits.candidate_tokens_per_minute, "candidate tokens", "token_budget_exceeded"
         ),
         admission=Admission(sharing.limits(limits) if sharing else limits),
+        storage=storage,
     )

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
+from typing import TypeAlias
 
 from infer_align.errors import Overloaded, Unavailable
 from infer_align_server.limits.buckets import Bucket, Buckets, MemoryBuckets
+from infer_align_server.limits.storage import Key, LimitStorage, Rate, StorageFailed
 
 log = logging.getLogger("infer_align")
 
 # Relative tolerance for rounding errors, so that waiting exactly `retry_after` is enough.
 ROUNDING = 1e-9
+
+
+# Gives back units that were reserved and not used; takes more if the number is negative.
+GiveBack: TypeAlias = Callable[[int], None]
 
 
 class RateLimit:
@@ -80,6 +87,15 @@ class RateLimit:
                 raise self._over_limit(amount, available, required)
             self._set(caller, available - amount)
 
+    async def reserve(self, caller: str, amount: int = 1) -> GiveBack:
+        """Take units from a caller's bucket; return the function that gives back unused ones.
+
+        Raises:
+            Overloaded: See `take`.
+        """
+        self.take(caller, amount)
+        return partial(self.give_back, caller)
+
     def give_back(self, caller: str, amount: int) -> None:
         """Return units that were taken and not used; take more if `amount` is negative."""
         if not self.limited or not amount:
@@ -107,3 +123,56 @@ class RateLimit:
         now = self._clock()
         self._buckets.set(caller, Bucket(amount, now))
         self._buckets.sweep(self._size, self._per_second, now)
+
+
+class StoredRateLimit(RateLimit):
+    """A rate limit that servers on several machines count together.
+
+    Args:
+        per_minute: See `RateLimit`.
+        unit: See `RateLimit`.
+        code: See `RateLimit`.
+        storage: The buckets of all servers.
+        counts_alone: While the storage does not answer, count in this process; else refuse.
+        buckets: The buckets of this process, or of the workers of one server.
+    """
+
+    def __init__(
+        self,
+        per_minute: int,
+        unit: str,
+        code: str,
+        storage: LimitStorage,
+        *,
+        counts_alone: bool,
+        buckets: Buckets | None = None,
+    ) -> None:
+        super().__init__(per_minute, unit, code, buckets=buckets)
+        self._storage = storage
+        self._counts_alone = counts_alone
+        self._rate = Rate(self._size, self._per_second)
+
+    async def reserve(self, caller: str, amount: int = 1) -> GiveBack:
+        """Take units from a caller's bucket; return the function that gives back unused ones.
+
+        Raises:
+            Overloaded: See `take`.
+            StorageFailed: The storage does not answer, and this process must not count alone.
+        """
+        required = min(float(amount), self._size)
+        tolerated = required - ROUNDING * self._size
+        key = Key(self._unit, caller)
+        try:
+            available = await self._storage.take(key, self._rate, amount, tolerated)
+        except StorageFailed:
+            if not self._counts_alone:
+                raise
+            return await super().reserve(caller, amount)
+        if available is not None:
+            raise self._over_limit(amount, available, required)
+
+        def give_back(unused: int) -> None:
+            if unused:
+                self._storage.give_back(key, self._rate, unused)
+
+        return give_back

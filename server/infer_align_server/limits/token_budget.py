@@ -7,8 +7,8 @@ and read by engines for rewards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from infer_align.errors import DeadlineExceeded
 from infer_align.flow.cost import ContextCost
@@ -88,10 +88,10 @@ class Charge:
             self.spent = min(self.spent, self._streamed + read)
 
 
-@contextmanager
-def charged(
+@asynccontextmanager
+async def charged(
     budget: RateLimit, caller: str, worst_case: int, context_cost: ContextCost = NO_CONTEXTS
-) -> Iterator[Charge]:
+) -> AsyncIterator[Charge]:
     """Charge the worst case before the block, and correct the charge after it.
 
     Args:
@@ -102,8 +102,9 @@ def charged(
 
     Raises:
         Overloaded: The caller's budget does not hold the worst case.
+        StorageFailed: The budget cannot be counted.
     """
-    budget.take(caller, worst_case)
+    give_back = await budget.reserve(caller, worst_case)
     charge = Charge(worst_case, limited=budget.limited, context_cost=context_cost)
     try:
         yield charge
@@ -113,4 +114,4 @@ def charged(
         charge.abort(by_client=by_client)
         raise
     finally:
-        budget.give_back(caller, worst_case - charge.spent)
+        give_back(worst_case - charge.spent)

@@ -109,23 +109,26 @@ def test_callers_have_separate_buckets_and_zero_is_no_limit() -> None:
     assert not unlimited.limited
 
 
-def test_tokens_beyond_the_worst_case_are_charged_too() -> None:
+@pytest.mark.anyio
+async def test_tokens_beyond_the_worst_case_are_charged_too() -> None:
     bucket, _ = allowance(100)
-    with charged(bucket, "a", 10) as charge:
+    async with charged(bucket, "a", 10) as charge:
         charge.spent = 70
     assert bucket.available("a") == 30
-    with charged(bucket, "a", 10) as charge:
+    async with charged(bucket, "a", 10) as charge:
         charge.spent = 3
     assert bucket.available("a") == 27
 
 
-def test_a_deadline_is_charged_and_a_failure_is_not() -> None:
+@pytest.mark.anyio
+async def test_a_deadline_is_charged_and_a_failure_is_not() -> None:
     bucket, _ = allowance(100)
     for error, paid in ((DeadlineExceeded("late"), 10), (EngineFailed("broken"), 0)):
         before = bucket.available("a")
-        with contextlib.suppress(type(error)), charged(bucket, "a", 10) as charge:
-            assert charge.start(None) is None, "a budget does not turn streaming on"
-            raise error
+        with contextlib.suppress(type(error)):
+            async with charged(bucket, "a", 10) as charge:
+                assert charge.start(None) is None, "a budget does not turn streaming on"
+                raise error
         assert before - bucket.available("a") == paid
 
 
