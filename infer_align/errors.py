@@ -25,6 +25,7 @@ into the request body.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 
 
@@ -204,6 +205,9 @@ def nearest(word: str, names: Iterable[str]) -> str:
 
 
 def quote(value: object) -> str:
-    """Return `value` as a message quotes it: recognisable, but never a whole body."""
-    text = repr(value)
+    """Return `value` as a message quotes it: recognisable, but never a whole body.
+
+    None and the booleans have their names in JSON.
+    """
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

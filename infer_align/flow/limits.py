@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infer_align.config import Limits
@@ -77,7 +78,8 @@ class Generation:
 
     def terms(self, candidates: int) -> str:
         """Return how messages explain the sum."""
-        text = f"{candidates} candidates x {self.drawing // candidates} tokens"
+        noun = "candidate" if candidates == 1 else "candidates"
+        text = f"{candidates} {noun} x {self.drawing // candidates} tokens"
         if self.contexts:
             text += f" + {self.contexts} read in the contexts of guidance"
         if self.judging:
@@ -102,24 +104,29 @@ def check_tokens(worst_case: Generation, candidates: int, align: Align, limits: 
     if tokens <= limits.max_completion_tokens and (budget is None or tokens <= budget):
         return
     terms = worst_case.terms(candidates)
-    remedy = "lower max_completion_tokens or the number of candidates"
+    remedies = ["set a lower max_completion_tokens", "draw fewer candidates"]
     if worst_case.contexts:
         scale = join(align.path, "guidance.scale")
-        remedy = f"lower max_completion_tokens, the number of candidates or of traits in {scale}"
+        remedies.append(f"name fewer traits in {scale}")
     if budget is not None and tokens > budget:
         param = join(align.path, "budget.completion_tokens")
         raise InvalidRequest(
             f"{param}: the worst case is {tokens} tokens ({terms}), over the budget of "
-            f"{budget}; {remedy}, or raise the budget.",
+            f"{budget}; {_one_of([*remedies, 'raise the budget'])}.",
             param=param,
             code="over_budget",
         )
     raise InvalidRequest(
         f"max_completion_tokens: the worst case is {tokens} tokens ({terms}), over this "
-        f"server's limit of {limits.max_completion_tokens}; {remedy}.",
+        f"server's limit of {limits.max_completion_tokens}; {_one_of(remedies)}.",
         param="max_completion_tokens",
         code="over_limit",
     )
+
+
+def _one_of(remedies: Sequence[str]) -> str:
+    """Return two or more remedies as one clause."""
+    return f"{', '.join(remedies[:-1])} or {remedies[-1]}"
 
 
 def _fan_out(align: Align) -> str:

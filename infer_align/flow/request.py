@@ -194,10 +194,14 @@ def check_prompt(body: Body, kind: Kind) -> None:
     Raises:
         InvalidRequest: the prompt or a message has the wrong shape.
     """
+    name = "messages" if kind == "chat" else "prompt"
+    if name not in body:
+        expected = "a list of at least one message" if kind == "chat" else _PROMPTS
+        raise InvalidRequest(f"{name}: is required: {expected}.", param=name)
     if kind == "chat":
-        _check_messages(body.get("messages"))
+        _check_messages(body["messages"])
         return
-    prompt = body.get("prompt")
+    prompt = body["prompt"]
     if not isinstance(prompt, str) and not _is_token_list(prompt):
         raise InvalidRequest(
             f"prompt: {quote(prompt)} is not allowed; must be {_PROMPTS}.", param="prompt"

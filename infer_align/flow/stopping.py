@@ -42,7 +42,8 @@ def stop_after(
         return None
     drew = f"drew {len(candidates)} of at most {plan.candidates}"
     if len(candidates) == plan.candidates:
-        return Stop(f"drew all {len(candidates)} candidates")
+        count = len(candidates)
+        return Stop("drew the only candidate" if count == 1 else f"drew all {count} candidates")
     if late:
         return Stop(f"{drew}: the deadline passed", is_late=True)
     failed = [candidate.error for candidate in candidates[batch.first :] if candidate.error]

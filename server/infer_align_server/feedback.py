@@ -128,7 +128,11 @@ def _rejected(sent: Feedback, chosen: str) -> list[str]:
         raise InvalidRequest(
             "rating: is not allowed beside rejected; give one of them.", param="rating"
         )
-    if not rejected or rejected == [chosen]:
+    if rejected == [chosen]:
+        raise InvalidRequest(
+            "rejected: is the same text as chosen; give another answer.", param="rejected"
+        )
+    if not rejected:
         raise InvalidRequest(
             "rejected: is required: another answer than the chosen one, by its index in "
             "candidates or as text. A single answer cannot be compared.",

@@ -174,7 +174,7 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     """
     texts = parse_candidates(service, body, FIELDS)
     preset = service.resolve_model(body.get("model")).preset
-    check_prompt({"messages": body.get("messages")}, "chat")
+    check_prompt(body, "chat")
     settings = _preset_settings(service, preset)
     fields = {key: body[key] for key in body if key not in COMMON_FIELDS}
     requested = {key: value for key, value in fields.items() if value is not None}

@@ -31,6 +31,8 @@ from infer_align_server.scoring import (
 )
 from infer_align_server.service import Service
 
+_DOCUMENTS = 'a list of at least one string or {"text": string}'
+
 
 @dataclass(frozen=True, slots=True)
 class Reranking:
@@ -108,7 +110,9 @@ async def rerank(
         if body.get(name) is not None:
             settings[name] = whole_number(body[name])
     reranking = parse(Reranking, settings, "")
-    texts = _texts(body.get("documents"))
+    if "documents" not in body:
+        raise InvalidRequest(f"documents: is required: {_DOCUMENTS}.", param="documents")
+    texts = _texts(body["documents"])
     check_count("documents", len(texts), service.config.limits.max_documents)
     keys = align_settings(service, *_named_rewards(service, body))
     messages = [{"role": "user", "content": reranking.query}]
@@ -161,8 +165,7 @@ def _texts(documents: object) -> list[str]:
     """
     if not isinstance(documents, list) or not documents:
         raise InvalidRequest(
-            f"documents: {quote(documents)} is not allowed; must be a list of at least one string "
-            'or {"text": string}.',
+            f"documents: {quote(documents)} is not allowed; must be {_DOCUMENTS}.",
             param="documents",
         )
     return [_text(document, f"documents[{i}]") for i, document in enumerate(documents)]
@@ -176,7 +179,9 @@ def _text(document: object, param: str) -> str:
             f'{param}: {quote(document)} is not allowed; must be a string or {{"text": string}}.',
             param=param,
         )
-    text = document.get("text")
+    if "text" not in document:
+        raise InvalidRequest(f"{param}.text: is required: a string.", param=f"{param}.text")
+    text = document["text"]
     if not isinstance(text, str):
         raise InvalidRequest(
             f"{param}.text: {quote(text)} is not allowed; must be a string.", param=f"{param}.text"

@@ -85,8 +85,8 @@ async def score(
         RewardFailed: No candidate could be scored.
     """
     texts = parse_candidates(service, body, ("model", "messages", "candidates", *align_keys()))
-    messages = body.get("messages")
-    check_prompt({"messages": messages}, "chat")
+    check_prompt(body, "chat")
+    messages = body["messages"]
     keys = align_settings(service, body, align_keys())
     plan = await scoring_plan(service, messages, keys, len(texts), owner)
     scored = await score_texts(service, plan, texts, caller)
@@ -236,11 +236,13 @@ def parse_candidates(
     """
     service.require_ready()
     check_fields(body, fields)
-    candidates = body.get("candidates")
+    expected = "a list of at least one string"
+    if "candidates" not in body:
+        raise InvalidRequest(f"candidates: is required: {expected}.", param="candidates")
+    candidates = body["candidates"]
     if not _is_list_of_text(candidates):
         raise InvalidRequest(
-            f"candidates: {quote(candidates)} is not allowed; must be a list of at least one "
-            "string.",
+            f"candidates: {quote(candidates)} is not allowed; must be {expected}.",
             param="candidates",
         )
     check_count("candidates", len(candidates), service.config.limits.max_candidates)

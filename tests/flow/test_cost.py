@@ -121,7 +121,8 @@ def test_the_budget_holds_the_contexts_to_the_token(n: int, missing: int) -> Non
         "align.budget.completion_tokens",
         "over_budget",
     )
-    terms = f"({n} candidates x 10 tokens + {4 + n * 10} read in the contexts of guidance)"
+    noun = "candidate" if n == 1 else "candidates"
+    terms = f"({n} {noun} x 10 tokens + {4 + n * 10} read in the contexts of guidance)"
     assert terms in caught.value.message
     assert "traits in align.guidance.scale" in caught.value.message
 
@@ -132,7 +133,7 @@ def test_the_limit_of_the_server_counts_contexts_and_names_the_traits() -> None:
     with pytest.raises(InvalidRequest) as caught:
         make_plan(request, engine(), {}, {}, LIMITS)
     assert (caught.value.param, caught.value.code) == ("max_completion_tokens", "over_limit")
-    assert "1 candidates x 500 tokens + 504 read in the contexts" in caught.value.message
+    assert "1 candidate x 500 tokens + 504 read in the contexts" in caught.value.message
     assert "traits in align.guidance.scale" in caught.value.message
 
 

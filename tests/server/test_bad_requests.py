@@ -237,6 +237,34 @@ def test_wrong_prompt(numbers: Any, prompt: object) -> None:
     assert refused(numbers.post({"prompt": prompt}, "/v1/completions"))["param"] == "prompt"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/chat/completions", {}, "messages"),
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/align/score", {"candidates": ["1"]}, "messages"),
+        ("/v1/align/score", {"messages": USER}, "candidates"),
+        ("/v1/align/judge", {"candidates": ["1"]}, "messages"),
+        ("/v1/align/judge", {"messages": USER}, "candidates"),
+        ("/v1/rerank", {"documents": ["1"]}, "query"),
+        ("/v1/rerank", {"query": "1"}, "documents"),
+        ("/v1/rerank", {"query": "1", "documents": [{"txt": "1"}]}, "documents[0].text"),
+    ],
+)
+def test_a_missing_field_is_required(
+    numbers: Any, path: str, body: dict[str, Any], field: str
+) -> None:
+    error = refused(numbers.post(body, path))
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field}: is required")
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "null"), (True, "true"), (False, "false")])
+def test_values_have_their_names_in_json(numbers: Any, value: object, text: str) -> None:
+    error = refused(numbers.post({"messages": value}, "/v1/chat/completions"))
+    assert error["message"].startswith(f"messages: {text} is not allowed")
+
+
 ALIGN: list[tuple[Any, str, str]] = [
     ({"best_of_m": {}}, "align.best_of_m", "did you mean 'best_of_n'?"),
     ({"xyzzy": 1}, "align.xyzzy", "known: "),
