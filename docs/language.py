@@ -71,12 +71,12 @@ def vas_fits() -> str:
     return result_table("vas_fits_simple", columns)
 
 
-def vas_real() -> str:
-    """Return reward, KL and guards of the forms of VAS on a small model."""
+def vas_real(name: str) -> Callable[[], str]:
+    """Return a table of reward, KL and guards of the forms of VAS on a small model."""
 
-    def optional(name: str) -> Callable[[Row], str]:
-        cell = number(name)
-        return lambda row: cell(row) if name in row else ""
+    def optional(column: str) -> Callable[[Row], str]:
+        cell = number(column)
+        return lambda row: cell(row) if column in row else ""
 
     def beta(row: Row) -> str:
         return f"{row['beta']:g}" if row.get("beta") else ""
@@ -90,7 +90,7 @@ def vas_real() -> str:
         ("log p per token", optional("logprob_per_token")),
         ("distinct word pairs", optional("distinct_pairs")),
     ]
-    return result_table("vas_real_simple", columns)
+    return lambda: result_table(name, columns)
 
 
 def pools() -> str:
@@ -159,7 +159,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "guidance-upstream": guidance_upstream,
     "real-cheerful": real("cheerful"),
     "real-simple": real("simple"),
-    "vas-real": vas_real,
+    "vas-real": vas_real("vas_real_simple"),
+    "vas-lookahead": vas_real("vas_real_lookahead"),
     "vas-fits": vas_fits,
     "pools": pools,
     "preference-pairs": preference_pairs,
