@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-# With more rows, the order of the factors makes no difference, except in a large output layer.
-FEW_ROWS = 15
+# With more rows, the usual order is as quick or quicker, except in a large output layer.
+FEW_ROWS = 8
+# The weights of a smaller layer stay in the processor's cache. For them the usual order is quicker.
+SMALLEST_LAYER = 131_072
 LARGE_VOCABULARY = 16_384
 
 
@@ -42,11 +44,11 @@ def quicken_linear_layers(lm: Any) -> None:
 
 
 def _is_plain(layer: torch.nn.Module) -> bool:
-    """Return True for a linear layer in float32 on a CPU.
+    """Return True for a linear layer of some size in float32 on a CPU.
 
     Subclasses, such as quantized layers, multiply in their own way.
     """
-    if type(layer) is not torch.nn.Linear:
+    if type(layer) is not torch.nn.Linear or layer.weight.numel() < SMALLEST_LAYER:
         return False
     return layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
 

@@ -10,10 +10,13 @@ import torch
 from infer_align.engines.transformers.linear_layers import (
     FEW_ROWS,
     LARGE_VOCABULARY,
+    SMALLEST_LAYER,
     quicken_linear_layers,
 )
 
-D = 24
+D = 64
+# Outputs of the smallest layer that is quickened.
+MANY = SMALLEST_LAYER // D
 
 
 class Model(torch.nn.Module):
@@ -55,7 +58,7 @@ SHAPES = [
 def test_the_results_are_those_of_the_linear_layers(
     shape: tuple[int, ...], bias: bool, outputs: int
 ) -> None:
-    layers = (linear(40, bias=bias), linear(outputs, bias=bias))
+    layers = (linear(MANY, bias=bias), linear(outputs, bias=bias))
     states = torch.randn(shape)
     expected = [layer(states) for layer in layers]
     quicken_linear_layers(Model(*layers))
@@ -75,7 +78,7 @@ def inputs_of(layer: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def test_hooks_still_see_the_states() -> None:
-    layers = (linear(40), linear(LARGE_VOCABULARY))
+    layers = (linear(MANY), linear(LARGE_VOCABULARY))
     quicken_linear_layers(Model(*layers))
     for layer in layers:
         inputs = inputs_of(layer)
@@ -105,7 +108,13 @@ class Quantized(torch.nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "other", [linear(40, dtype=torch.bfloat16), Quantized(D, 40), torch.nn.Embedding(9, D)]
+    "other",
+    [
+        linear(MANY, dtype=torch.bfloat16),
+        linear(MANY - 1),
+        Quantized(D, MANY),
+        torch.nn.Embedding(MANY, D),
+    ],
 )
 def test_every_other_layer_multiplies_in_its_own_way(other: Any) -> None:
     quicken_linear_layers(Model(other, other))
@@ -113,6 +122,6 @@ def test_every_other_layer_multiplies_in_its_own_way(other: Any) -> None:
 
 
 def test_a_model_without_an_output_layer_is_quickened() -> None:
-    model = Model(linear(40))
+    model = Model(linear(MANY))
     quicken_linear_layers(model)
     assert "forward" in vars(model.inner)
