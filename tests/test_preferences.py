@@ -187,7 +187,7 @@ def test_an_exported_profile_is_read(file: Path, indent: int | None) -> None:
         ({"prompt": "q"}, "has no field 'answer' or 'response'"),
         ({"prompt": "q", "answer": "a"}, "has no field 'rating'"),
         ({"prompt": "q", "answer": "a", "rating": "5"}, "rating is '5'; must be a finite number"),
-        ({"prompt": "q", "answer": "a", "rating": True}, "rating is True; must be"),
+        ({"prompt": "q", "answer": "a", "rating": True}, "rating is true; must be"),
         ('{"prompt": "q", "answer": "a", "rating": NaN}', "rating is nan; must be"),
         ('{"prompt": "q", "answer": "a", "rating": 1%s}' % ("0" * 400), "must be a finite number"),
         ({"prompt": "q", "answer": "a", "rating": -1e308}, "rating is -1e+308; must be"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -239,3 +240,11 @@ class Limits:
             "each server count by itself, `refuse` answers 503."
         },
     )
+
+    def numbers(self) -> dict[str, int]:
+        """Return the limits by name, without the place where they are counted."""
+        limits: dict[str, int] = {}
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, int):
+                limits[name] = value
+        return limits

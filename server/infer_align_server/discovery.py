@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +63,7 @@ def methods(service: Service) -> dict[str, Any]:
         "traits": {name: {"description": text} for name, text in _traits(service).items()},
         "presets": dict(service.config.presets),
         "preset_bodies": dict(service.config.preset_bodies),
-        "limits": dataclasses.asdict(service.config.limits),
+        "limits": service.config.limits.numbers(),
     }
 
 

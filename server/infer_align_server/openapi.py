@@ -7,7 +7,6 @@ being parsed into models.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -155,7 +154,7 @@ def document(service: Service, routes: Iterable[Route]) -> dict[str, Any]:
             **json.loads(text),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        "x-limits": dataclasses.asdict(service.config.limits),
+        "x-limits": service.config.limits.numbers(),
     }
 
 

@@ -91,12 +91,9 @@ class Service:
         key_file = config.server.api_keys_file
         self._keys = ApiKeys(config.api_keys(), KeyFile(key_file) if key_file else None)
         self.metrics = Metrics(sharing.folder if sharing else None)
-        on_failure = self.metrics.storage_failures.inc
-        limits = make_caller_limits(config.limits, sharing, on_failure)
-        self._requests = limits.requests
-        self._limit_storage = limits.storage
-        self.tokens = limits.tokens
-        self.admission = limits.admission
+        self._limits = make_caller_limits(config.limits, sharing, self.metrics.storage_failures.inc)
+        self.tokens = self._limits.tokens
+        self.admission = self._limits.admission
         self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
 
         # Profiles, and the scores of the answers that users chose between.
@@ -155,8 +152,7 @@ class Service:
         for engine in self.engines.values():
             await engine.close()
         await self.profiles.close()
-        if self._limit_storage is not None:
-            await self._limit_storage.close()
+        await self._limits.close()
         if self.tracing is not None:
             await self.tracing.close()
 
@@ -249,7 +245,7 @@ class Service:
         caller = self._keys.caller(authorization, address, scope)
         describe(caller=caller.name)
         if limited:
-            await self._requests.reserve(caller.name)
+            await self._limits.requests.reserve(caller.name)
         return caller
 
     @property

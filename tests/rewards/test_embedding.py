@@ -210,7 +210,7 @@ async def test_a_file_of_another_kind_is_refused(encoder: str, tmp_path: Path) -
     heads.write(tmp_path / "views", replace(fitted, views=("unknown",)))
     heads.write(tmp_path / "members", replace(fitted, bias=np.zeros(3)))
     for name, reason in (
-        ("other", "has the format None"),
+        ("other", "has the format null"),
         ("text", "cannot be read"),
         ("none", "cannot be read"),
         ("nan", "not finite"),

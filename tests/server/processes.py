@@ -114,6 +114,8 @@ def run_in_fork(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
+    # A shell starts programs in the background with this signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     warnings.simplefilter(environment["PYTHONWARNINGS"])  # type: ignore[arg-type]
     program(arguments)
 

@@ -28,6 +28,11 @@ class CallerLimits:
     admission: Admission
     storage: LimitStorage | None
 
+    async def close(self) -> None:
+        """Close the connections to the storage."""
+        if self.storage is not None:
+            await self.storage.close()
+
 
 def make_caller_limits(
     limits: Limits, sharing: Sharing | None, on_failure: Callable[[], None]

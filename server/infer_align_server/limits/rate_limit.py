@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from infer_align.errors import Overloaded, Unavailable
 from infer_align_server.limits.buckets import Bucket, Buckets, MemoryBuckets
-from infer_align_server.limits.storage import Key, LimitStorage, Rate, StorageFailed
+from infer_align_server.limits.storage import Key, LimitStorage, Refill, StorageFailed
 
 log = logging.getLogger("infer_align")
 
@@ -150,7 +150,7 @@ class StoredRateLimit(RateLimit):
         super().__init__(per_minute, unit, code, buckets=buckets)
         self._storage = storage
         self._counts_alone = counts_alone
-        self._rate = Rate(self._size, self._per_second)
+        self._rate = Refill(self._size, self._per_second)
 
     async def reserve(self, caller: str, amount: int = 1) -> GiveBack:
         """Take units from a caller's bucket; return the function that gives back unused ones.

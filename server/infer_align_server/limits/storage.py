@@ -71,7 +71,7 @@ class Key(NamedTuple):
     caller: str
 
 
-class Rate(NamedTuple):
+class Refill(NamedTuple):
     """The size of a full bucket, and the units per second that it gains."""
 
     size: float
@@ -120,7 +120,7 @@ class LimitStorage:
         # Event loops keep weak references to tasks only.
         self._running: set[asyncio.Task[None]] = set()
 
-    async def take(self, key: Key, rate: Rate, amount: float, required: float) -> float | None:
+    async def take(self, key: Key, rate: Refill, amount: float, required: float) -> float | None:
         """Take from a bucket if it holds enough.
 
         Args:
@@ -145,7 +145,7 @@ class LimitStorage:
         content = await self._run(lambda pool: pool.fetchval(_CONTENT, *key, *rate))
         return float(content or 0.0)
 
-    def give_back(self, key: Key, rate: Rate, amount: float) -> None:
+    def give_back(self, key: Key, rate: Refill, amount: float) -> None:
         """Return units to a bucket, in the background; take more if `amount` is negative.
 
         What the database does not take is lost: the bucket fills again within a minute.
@@ -191,18 +191,21 @@ class LimitStorage:
         """Return the connections; make the table at the first use."""
         async with self._opening:
             if self._pool is None:
-                import asyncpg  # noqa: PLC0415
-
-                pool = await asyncpg.create_pool(self._url, min_size=0, max_size=CONNECTIONS)
-                try:
-                    async with pool.acquire() as connection, connection.transaction():
-                        await connection.execute(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
-                        await connection.execute(_TABLE)
-                except BaseException:
-                    pool.terminate()
-                    raise
-                self._pool = pool
+                self._pool = await self._open()
             return self._pool
+
+    async def _open(self) -> asyncpg.Pool[Any]:
+        import asyncpg  # noqa: PLC0415
+
+        pool = await asyncpg.create_pool(self._url, min_size=0, max_size=CONNECTIONS)
+        try:
+            async with pool.acquire() as connection, connection.transaction():
+                await connection.execute(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})")
+                await connection.execute(_TABLE)
+        except BaseException:
+            pool.terminate()
+            raise
+        return pool
 
     def _note_failure(self, error: BaseException) -> None:
         self._on_failure()

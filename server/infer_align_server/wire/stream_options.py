@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from infer_align.config.schema import parse
-from infer_align.errors import InvalidRequest, WrongField, quote
+from infer_align.errors import InvalidRequest, quote
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +26,6 @@ class StreamOptions:
         },
     )
 
-    def __post_init__(self) -> None:
-        """Refuse padding.
-
-        Raises:
-            WrongField: it is requested.
-        """
-        if self.include_obfuscation:
-            raise WrongField("include_obfuscation", "false; this server never pads its chunks")
-
 
 def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:
     """Return the options of a streamed response; None if it is not streamed.
@@ -49,7 +40,14 @@ def stream_options(body: Mapping[str, Any]) -> StreamOptions | None:
             f"stream: {quote(stream)} is not allowed; must be true or false.", param="stream"
         )
     if stream:
-        return parse(StreamOptions, {} if options is None else options, "stream_options")
+        parsed = parse(StreamOptions, {} if options is None else options, "stream_options")
+        if parsed.include_obfuscation:
+            raise InvalidRequest(
+                "stream_options.include_obfuscation: true is not allowed; must be false: this "
+                "server never pads its chunks.",
+                param="stream_options.include_obfuscation",
+            )
+        return parsed
     if options is not None:
         raise InvalidRequest(
             "stream_options: only allowed if stream is true; set stream to true or leave "
