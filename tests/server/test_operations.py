@@ -99,7 +99,7 @@ def test_the_rate_limit_is_per_key(serve: Any, monkeypatch: pytest.MonkeyPatch) 
         f'[server]\napi_keys_env = "TEST_RATE_KEYS"\n[limits]\nrequests_per_minute = 3\n{FAKE}'
     )
     # The test moves the clock by hand, so that the bucket does not fill meanwhile.
-    live.service._requests._clock = lambda: 0.0
+    live.service._limits.requests._clock = lambda: 0.0
     body = {"messages": [{"role": "user", "content": "hello"}]}
     answers = [live.post(body, headers={"authorization": "Bearer a"}) for _ in range(4)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]

@@ -212,7 +212,8 @@ def test_sighup_reads_the_configuration_without_a_lost_request(
         statuses.append(post(url).status_code)
     assert set(statuses) == {200}
     until(lambda: metric(url, "infer_align_workers ") == 3)
-    assert post(url).json()["model"] == "new"
+    # On a busy machine, an old worker may accept a last connection before it sees that it ends.
+    until(lambda: post(url).json()["model"] == "new")
     server.popen.send_signal(signal.SIGTERM)
     assert server.wait() == 0
 
