@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
-import random
+import os
 import re
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -202,8 +202,8 @@ def _request_id(scope: Scope) -> str:
             if _SAFE_ID.fullmatch(text):
                 return text
             break
-    # Unique is enough; the system's generator takes longer than all the rest of this function.
-    return f"{random.getrandbits(128):032x}"
+    # Not from `random`: a model or a reward may seed it, and ids would repeat.
+    return os.urandom(16).hex()
 
 
 async def _on_error(http: HttpRequest, error: AlignError | HTTPException) -> HttpResponse:

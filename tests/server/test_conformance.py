@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,12 @@ def test_every_answer_has_a_request_id(numbers: Any) -> None:
     bad = numbers.get("/health", headers={"x-request-id": "no spaces"}).headers["x-request-id"]
     assert bad != "no spaces"
     assert len(bad) == 32
+
+
+def test_request_ids_differ_after_a_seed(numbers: Any) -> None:
+    # A model or a reward may seed the generator that all of a process shares.
+    ids = set()
+    for _ in range(3):
+        random.seed(1)
+        ids.add(numbers.get("/health").headers["x-request-id"])
+    assert len(ids) == 3
