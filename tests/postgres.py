@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -57,7 +58,7 @@ class Postgres:
         if rights:
             shutil.chown(folder, rights["user"], rights["group"])
         data = folder / "data"
-        options: dict[str, object] = {**rights, "cwd": folder, "env": {"PATH": os.environ["PATH"]}}
+        options: dict[str, Any] = {**rights, "cwd": folder, "env": {"PATH": os.environ["PATH"]}}
         subprocess.run(
             [initdb, "-D", data, "-U", USER, "-A", "trust", "-E", "UTF8", "--no-sync"],
             check=True,
@@ -66,12 +67,14 @@ class Postgres:
         )
         # What is acknowledged is on the disk, as in production.
         self._log = (folder / "log").open("wb")
-        self._process = subprocess.Popen(
-            [postgres, "-D", data, "-k", folder, "-c", "listen_addresses="],
-            stderr=self._log,
-            stdout=self._log,
-            **options,
-        )
+        self._options = {**options, "stderr": self._log, "stdout": self._log}
+        self._command = [postgres, "-D", data, "-k", folder, "-c", "listen_addresses="]
+        self._process = subprocess.Popen(self._command, **self._options)
+        self._wait()
+
+    def restart(self) -> None:
+        """Start the server again after `kill`, with its data."""
+        self._process = subprocess.Popen(self._command, **self._options)
         self._wait()
 
     def _wait(self) -> None:

@@ -18,7 +18,7 @@ from infer_align.errors import ConfigError, Overloaded
 from infer_align_server.limits.rate_limit import StoredRateLimit
 from infer_align_server.limits.storage import LimitStorage, StorageFailed, open_storage
 from tests.postgres import Postgres, postgres
-from tests.server.processes import LOCAL, Process
+from tests.server.processes import LIMIT_SECONDS, LOCAL, Process
 
 __all__ = ["postgres"]
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("store")]
@@ -101,6 +101,28 @@ def test_a_killed_database_has_the_documented_effect(
     assert failures(url) >= 3
     lines = [e for e in process.events() if "storage of the limits" in e["event"]]
     assert len(lines) == 1, "an outage is logged once"
+
+
+def test_a_database_that_returns_is_counted_in_again(
+    command: Command, config_file: ConfigFile
+) -> None:
+    limits = 'requests_per_minute = 1000\nstorage_failure = "refuse"\n'
+    with tempfile.TemporaryDirectory(prefix="infer-align-postgres-") as folder:
+        server = Postgres(Path(folder))
+        file = str(config_file(CONFIG + limits))
+        process = command(file, fresh=True, **{URL: server.new_database()})
+        url = process.url()
+        assert post(url).status_code == 200
+        server.kill()
+        assert post(url).status_code == 503
+        server.restart()
+        end_time = time.monotonic() + LIMIT_SECONDS
+        while post(url).status_code != 200:
+            assert time.monotonic() < end_time
+            time.sleep(0.1)
+        assert post(url).status_code == 200
+        server.close()
+    process.log.find("the storage of the limits answers again")
 
 
 @pytest.mark.anyio
