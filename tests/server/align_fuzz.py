@@ -80,7 +80,10 @@ class Oracle:
         return "" if error is None else f"{error.json_path}: {error.message[:200]}"
 
     def _refusal(self, sent: Generated, text: str) -> Iterator[str]:
-        error = json.loads(text)["error"]
+        error = json.loads(text).get("error")
+        if error is None:
+            yield "a refusal in another form than OpenAI's"
+            return
         param = error["param"]
         if error["code"] == "reward_failed":
             # No field is wrong: the rewards could not score these answers.
