@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from infer_align.errors import AlignError, quote
+from infer_align.errors import AlignError, field_path, quote
 
 KEY = "x-read-if"
 Field = dataclasses.Field[Any]
@@ -124,4 +124,4 @@ def _condition(f: Field) -> Mapping[str, Sequence[Any]]:
 
 
 def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+    return field_path(path, name) if path else field_path(name)

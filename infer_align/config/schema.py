@@ -23,6 +23,7 @@ from infer_align.errors import (
     ConfigError,
     InvalidRequest,
     WrongField,
+    field_path,
     nearest,
     quote,
 )
@@ -45,8 +46,7 @@ _ITEM_COUNT = re.compile(r" after validation, not (more|\d+)$")
 
 def join(path: str, name: str) -> str:
     """Return the dotted path of `name` in `path`; `path` may be empty. An empty name is quoted."""
-    name = name or '""'
-    return f"{path}.{name}" if path else name
+    return field_path(path, name) if path else field_path(name)
 
 
 def parse(cls: type[T], value: object, path: str, error: type[AlignError] = InvalidRequest) -> T:

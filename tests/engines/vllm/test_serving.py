@@ -487,8 +487,14 @@ def test_vllms_other_routes_need_the_servers_key(live: Live) -> None:
     words = post(live, "/detokenize", {"model": "owl", "tokens": tokens["tokens"]}).json()
     assert words["prompt"] == "The owl eats mice"
     assert live.get("/version", headers=KEY).json()["version"].startswith("0.32")
-    assert live.get("/v1/nothing", headers=KEY).status_code == 404
-    assert live.get("/v1/chat/completions", headers=KEY).status_code == 405
+    # Errors have OpenAI's form, also for what vLLM's application does not serve.
+    for answer, status in (
+        (live.get("/v1/nothing", headers=KEY), 404),
+        (live.get("/tokenize", headers=KEY), 405),
+        (live.get("/v1/chat/completions", headers=KEY), 405),
+        (post(live, "/v1/rerank", {"model": "no", "query": "a", "documents": ["b"]}), 404),
+    ):
+        assert (answer.status_code, set(answer.json())) == (status, {"error"})
 
 
 def test_vllms_responses_api_answers(client: openai.OpenAI) -> None:
