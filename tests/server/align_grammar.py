@@ -74,6 +74,13 @@ class Generated:
     body: dict[str, Json]
     changes: int
 
+    @property
+    def is_plain(self) -> bool:
+        """True for a completion without `align` and without a preset."""
+        is_completion = self.path in {"/v1/chat/completions", "/v1/completions"}
+        has_preset = "@" in str(self.body.get("model"))
+        return is_completion and self.body.get("align") is None and not has_preset
+
 
 class Grammar:
     """Generates requests from an OpenAPI document."""

@@ -470,6 +470,16 @@ def test_a_prompt_over_the_context_is_a_400(live: Live) -> None:
         assert post(live, "/v1/chat/completions", body).status_code == 400
 
 
+@pytest.mark.parametrize(
+    "messages", [[{"role": "", "content": "0"}], [{"role": "user", "content": [{"type": "ü"}]}]]
+)
+def test_a_prompt_that_vllm_refuses_is_named(live: Live, messages: Any) -> None:
+    answer = post(live, "/v1/chat/completions", {"messages": messages, **BEST})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "messages")
+    assert error["message"].startswith("messages: ")
+
+
 def test_an_unknown_model_is_a_404_and_an_unknown_key_a_401(live: Live) -> None:
     assert (
         post(live, "/v1/chat/completions", {"model": "no", "messages": QUESTION}).status_code == 404
