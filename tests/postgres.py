@@ -105,6 +105,16 @@ class Postgres:
         finally:
             await connection.close()
 
+    async def fill(self, url: str, script: str) -> None:
+        """Run the statements of a dump in a database of `new_database`."""
+        asyncpg = pytest.importorskip("asyncpg")
+        name = url.partition("///")[2].partition("?")[0]
+        connection = await asyncpg.connect(host=str(self.folder), user=USER, database=name)
+        try:
+            await connection.execute(script)
+        finally:
+            await connection.close()
+
     def new_database(self) -> str:
         """Return the URL of a new, empty database."""
         name = f"test{next(self._numbers)}"

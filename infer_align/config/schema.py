@@ -6,6 +6,7 @@ the description of a field are written once, on the dataclass; JSON schemas and 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -79,13 +80,44 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
     if passthrough is not None:
         fields = _collect_options(fields, passthrough, _field_names(cls, passthrough))
     try:
-        # Strict mode over JSON converts no types, and yet objects become dataclasses and arrays
-        # become tuples.
-        parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
+        parsed = _validate(cls, fields)
     except ValidationError as invalid:
-        raise _first_error(cls, fields, invalid, path, error) from None
+        if issubclass(error, InvalidRequest):
+            # For JSON, 7.0 is an integer. TOML tells them apart.
+            fields = _with_whole_numbers(fields, invalid)
+        try:
+            parsed = _validate(cls, fields)
+        except ValidationError as refused:
+            raise _first_error(cls, fields, refused, path, error) from None
     refuse_unread(value, parsed, path, error)
     return parsed
+
+
+def _validate(cls: type[T], fields: Mapping[str, Any]) -> T:
+    """Return the dataclass of the fields.
+
+    Strict mode over JSON converts no types, and yet objects become dataclasses and arrays become
+    tuples.
+    """
+    parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
+    return parsed
+
+
+def _with_whole_numbers(fields: Mapping[str, Any], invalid: ValidationError) -> dict[str, Any]:
+    """Return the fields with 7 in place of 7.0 wherever an integer is needed."""
+    changed: dict[str, Any] = copy.deepcopy(dict(fields))
+    for problem in invalid.errors(include_url=False):
+        value = problem["input"]
+        location = _location(problem, changed)
+        if problem["type"] != "int_type" or not isinstance(value, float) or not location:
+            continue
+        if value.is_integer():
+            parent: Any = changed
+            for part in location[:-1]:
+                parent = parent[int(part) if isinstance(parent, list) else part]
+            last = location[-1]
+            parent[int(last) if isinstance(parent, list) else last] = int(value)
+    return changed
 
 
 def _first_error(

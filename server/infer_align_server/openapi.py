@@ -8,8 +8,8 @@ being parsed into models.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -51,17 +51,19 @@ _WORK = (*_ALL_ROUTES, 400, 404, 413, 424, 502, 503, 504)
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A value of one operation that is the parameter of another.
+    """An operation that goes on from the response of another one.
+
+    Values are OpenAPI's runtime expressions, such as "$response.body#/id".
 
     Attributes:
-        operation: The operationId of the other one.
-        parameter: Its parameter.
-        value: OpenAPI's runtime expression for the value.
+        operation: The operationId of the next one.
+        parameters: {parameter: value} of its path.
+        body: {field: value} of its request.
     """
 
     operation: str
-    parameter: str
-    value: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    body: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,16 +87,43 @@ class Operation:
     links: tuple[Link, ...] = ()
 
 
+_ID = "$response.body#/id"
 _PROFILE = "$request.body#/profile"
-_OF_PROFILE = tuple(
-    Link(operation, "id", _PROFILE)
-    for operation in ("retrieve_profile", "question", "export_profile", "delete_profile")
+_OF_PROFILE = (
+    *(
+        Link(operation, {"id": _PROFILE})
+        for operation in ("retrieve_profile", "question", "export_profile", "delete_profile")
+    ),
+    Link("chat_completions", body={"align": {"profile": {"id": _PROFILE}}}),
+)
+_OF_RESPONSE = tuple(
+    Link(operation, {"id": _ID})
+    for operation in (
+        "retrieve_response",
+        "response_input_items",
+        "cancel_response",
+        "delete_response",
+    )
+)
+_FIRST_MODEL = "$response.body#/data/0/id"
+_OF_MODELS = (
+    Link("model", {"name": _FIRST_MODEL}),
+    Link("chat_completions", body={"model": _FIRST_MODEL}),
+    Link("completions", body={"model": _FIRST_MODEL}),
+)
+_TO_FEEDBACK = (Link("feedback", body={"request_id": "$response.header.X-Request-Id"}),)
+_OF_QUESTION = (
+    Link("feedback", body={"profile": "$request.path.id", "candidates": "$response.body#/answers"}),
 )
 
 OPERATIONS: dict[str, Operation] = {
-    "/v1/chat/completions": Operation("ChatRequest", "ChatCompletion", _WORK, streamed=True),
+    "/v1/chat/completions": Operation(
+        "ChatRequest", "ChatCompletion", _WORK, streamed=True, links=_TO_FEEDBACK
+    ),
     "/v1/completions": Operation("CompletionRequest", "Completion", _WORK, streamed=True),
-    "/v1/responses": Operation("ResponsesRequest", "Passed", _WORK, streamed=True),
+    "/v1/responses": Operation(
+        "ResponsesRequest", "Passed", _WORK, streamed=True, links=_OF_RESPONSE
+    ),
     "/v1/responses/{id}": Operation(None, "Passed", _WORK, streamed=True),
     "/v1/responses/{id}/input_items": Operation(None, "Passed", _WORK),
     "/v1/responses/{id}/cancel": Operation(None, "Passed", _WORK),
@@ -106,10 +135,10 @@ OPERATIONS: dict[str, Operation] = {
     "/v1/align/feedback": Operation("FeedbackRequest", "Feedback", _WORK, links=_OF_PROFILE),
     "/v1/align/profiles/{id}": Operation(None, "Profile", _WORK),
     "/v1/align/profiles/{id}/export": Operation(None, "ProfileExport", _WORK),
-    "/v1/align/profiles/{id}/question": Operation("QuestionRequest", "Question", _WORK),
-    "/v1/models": Operation(
-        None, "Models", _ALL_ROUTES, links=(Link("model", "name", "$response.body#/data/0/id"),)
+    "/v1/align/profiles/{id}/question": Operation(
+        "QuestionRequest", "Question", _WORK, links=_OF_QUESTION
     ),
+    "/v1/models": Operation(None, "Models", _ALL_ROUTES, links=_OF_MODELS),
     "/v1/models/{name:path}": Operation(None, "Model", (*_ALL_ROUTES, 404)),
     "/v1/align/methods": Operation(None, "Methods", _ALL_ROUTES),
     "/openapi.json": Operation(None, "Document", _ALL_ROUTES),
@@ -167,22 +196,27 @@ def _version() -> str:
 
 
 def _paths(routes: Iterable[Route], service: Service) -> dict[str, Any]:
+    described = [route for route in routes if _is_served(route, service)]
+    names = {route.name for route in described}
     paths: dict[str, Any] = {}
-    for route in routes:
-        if route.path.startswith(_RESPONSES_API) and not serves_responses(service):
-            continue
-        if route.path.startswith(_PROFILE_ROUTES) and not service.profiles.keeps:
-            continue
+    for route in described:
         path = route.path.replace(":path}", "}")
         # GET before HEAD.
         method = min(route.methods or {"GET"})
-        paths.setdefault(path, {})[method.lower()] = _operation(route, service)
+        paths.setdefault(path, {})[method.lower()] = _operation(route, service, names)
     return paths
 
 
-def _operation(route: Route, service: Service) -> dict[str, Any]:
+def _is_served(route: Route, service: Service) -> bool:
+    """Return True if this server may serve a route, as it is configured."""
+    if route.path.startswith(_RESPONSES_API):
+        return serves_responses(service)
+    return service.profiles.keeps or not route.path.startswith(_PROFILE_ROUTES)
+
+
+def _operation(route: Route, service: Service, names: Collection[str]) -> dict[str, Any]:
     operation = OPERATIONS[route.path]
-    responses = _success(operation)
+    responses = _success(operation, names)
     for status in sorted(operation.statuses):
         responses[str(status)] = _failure(status)
     if route.path == "/ready":
@@ -213,7 +247,7 @@ def _path_parameter(name: str, schema: Schema) -> dict[str, Any]:
     return {"name": name, "in": "path", "required": True, "schema": schema}
 
 
-def _success(operation: Operation) -> dict[str, Any]:
+def _success(operation: Operation, names: Collection[str]) -> dict[str, Any]:
     if operation.response is None:
         content: dict[str, Any] = {"text/plain": {"schema": STRING}}
         return {"200": {"description": "Metrics in Prometheus's text format.", "content": content}}
@@ -222,12 +256,19 @@ def _success(operation: Operation) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": ref("Event")}
     success: dict[str, Any] = {"description": "OK", "content": content}
     if operation.links:
-        success["links"] = {link.operation: _link(link) for link in operation.links}
+        # A link may lead only to an operation that this server has.
+        links = {link.operation: _link(link) for link in operation.links if link.operation in names}
+        success |= {"links": links} if links else {}
     return {"200": success}
 
 
 def _link(link: Link) -> dict[str, Any]:
-    return {"operationId": link.operation, "parameters": {link.parameter: link.value}}
+    described: dict[str, Any] = {"operationId": link.operation}
+    if link.parameters:
+        described["parameters"] = dict(link.parameters)
+    if link.body:
+        described["requestBody"] = dict(link.body)
+    return described
 
 
 def _failure(status: int) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def request_schemas(service: Service) -> dict[str, Schema]:
         "CompletionRequest": _completion_request(service, "completion", model, prompt=prompt),
         "ResponsesRequest": {
             "type": "object",
-            "properties": {"model": model, "align": {"type": "null"}},
+            "properties": {"model": {"enum": [*service.names, None]}, "align": {"type": "null"}},
         },
         "ScoreRequest": _candidates_request({**common, **align_fields}),
         "JudgeRequest": _judge_request(service, common),
@@ -51,15 +51,20 @@ def request_schemas(service: Service) -> dict[str, Schema]:
         "VerifyRequest": _verify_request(service, align_fields),
         "EntailmentRequest": json_schema(EntailmentCheck),
         "FeedbackRequest": _feedback_request(service),
-        "QuestionRequest": {
-            "type": "object",
-            "properties": {
-                **common,
-                "candidates": nullable(array(STRING, minItems=2, maxItems=max_candidates)),
-                "align": {"type": "null"},
-            },
-            "required": ["messages"],
-        },
+        "QuestionRequest": _question_request(common),
+    }
+
+
+def _question_request(common: Mapping[str, Schema]) -> Schema:
+    """Return the schema of the next question of a profile, whose candidates may be drawn."""
+    candidates = {**common["candidates"], "minItems": 2}
+    return {
+        "type": "object",
+        "properties": {**common, "candidates": nullable(candidates), "align": {"type": "null"}},
+        "required": ["messages"],
+        # Candidates that are sent are not drawn, so no field of a completion is read.
+        "if": having("candidates"),
+        "then": {"propertyNames": {"enum": [*common]}},
     }
 
 
@@ -135,7 +140,10 @@ def _feedback_request(service: Service) -> Schema:
         "anyOf": something,
         "not": {"allOf": [having("rating"), having("rejected")]},
         "if": having("chosen"),
-        "then": having("messages"),
+        "then": {
+            **having("messages"),
+            "anyOf": [having("rejected"), having("candidates", {"minItems": 2})],
+        },
     }
 
 

@@ -127,7 +127,13 @@ _KNOWLEDGE = {
 
 SCHEMAS: dict[str, Schema] = {
     "Error": closed(
-        error=closed(message=STRING, type=STRING, param=nullable(STRING), code=nullable(STRING))
+        error=closed(
+            message=STRING,
+            type=STRING,
+            param=nullable(STRING),
+            # The status where vLLM answers by itself.
+            code={"type": ["string", "integer", "null"]},
+        )
     ),
     "ChatCompletion": _completion("chat.completion", _choice(message=_MESSAGE), ref("Report")),
     "Completion": _completion(

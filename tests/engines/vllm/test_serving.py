@@ -474,7 +474,11 @@ def test_a_prompt_over_the_context_is_a_400(live: Live) -> None:
     "messages", [[{"role": "", "content": "0"}], [{"role": "user", "content": [{"type": "ü"}]}]]
 )
 def test_a_prompt_that_vllm_refuses_is_named(live: Live, messages: Any) -> None:
-    answer = post(live, "/v1/chat/completions", {"messages": messages, **BEST})
+    answer = post(
+        live,
+        "/v1/chat/completions",
+        {"messages": messages, "align": {"best_of_n": {"n": 2}, "rewards": {"brevity": 1}}},
+    )
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "messages")
     assert error["message"].startswith("messages: ")
