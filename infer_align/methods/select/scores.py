@@ -208,13 +208,13 @@ def mean_of_others(matrix: Array) -> Array:
 
     A row without any other number gives NaN.
     """
-    others = matrix.copy()
-    np.fill_diagonal(others, np.nan)
-    present = ~np.isnan(others)
+    rivals = matrix.copy()
+    np.fill_diagonal(rivals, np.nan)
+    present = ~np.isnan(rivals)
     counts = present.sum(axis=1).astype(np.float64)
     counts[counts == 0] = np.nan
     # Sorted, so that the rounding of sums does not depend on the order of the candidates.
-    totals = np.sort(np.where(present, others, 0.0), axis=1).sum(axis=1)
+    totals = np.sort(np.where(present, rivals, 0.0), axis=1).sum(axis=1)
     return np.asarray(totals / counts)
 
 
