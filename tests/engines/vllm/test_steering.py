@@ -274,7 +274,7 @@ def test_a_configuration_without_the_tokenizer_is_refused() -> None:
     from infer_align.vllm.compat import vocabulary_of
 
     model_config: Any = SimpleNamespace(skip_tokenizer_init=True)
-    with pytest.raises(ConfigError, match="engine.skip_tokenizer_init"):
+    with pytest.raises(ConfigError, match=r"engine\.skip_tokenizer_init"):
         vocabulary_of(model_config)
 
 
