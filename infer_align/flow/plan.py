@@ -32,7 +32,7 @@ from infer_align.methods import (
 )
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward
-from infer_align.types import Body, Direction, Draw, Messages
+from infer_align.types import Body, Direction, Draw, Kind, Messages
 
 # Fields of the body that the planner reads. The engine gets them as fields of the draw.
 _PLANNED_FIELDS = {"n", "seed", "stream", "stream_options"}
@@ -146,7 +146,7 @@ def make_plan(
     draws, sizes = _seeded(draft, n_returned, seed, requested=is_requested)
     plan = _complete(replace(draft, draws=draws), request, rewards, default_rewards, engine)
     plan = _count_cost(replace(plan, n_returned=n_returned, batch_sizes=sizes), engine)
-    check_tokens(_generation(plan), plan.candidates, request.align, limits)
+    check_tokens(_generation(plan), plan.candidates, request.align, limits, request.kind)
     return plan
 
 
@@ -209,13 +209,11 @@ def check_together(plans: Sequence[Plan], limits: Limits) -> None:
     candidates = sum(plan.candidates for plan in plans)
     check_candidates(candidates, 1, align, limits)
     terms = sum((_generation(plan) for plan in plans), Generation())
-    check_tokens(terms, candidates, align, limits)
+    check_tokens(terms, candidates, align, limits, plans[0].request.kind)
 
 
 def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
-    """Return the most tokens that a request without `align` can generate.
-
-    This is for requests that the engine answers by itself.
+    """Return the most tokens that a request can generate which the engine answers by itself.
 
     Raises:
         InvalidRequest: the request is over a limit.
@@ -224,7 +222,8 @@ def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
     candidates = n * _count_prompts(body.get("prompt"))
     tokens = candidates * engine.worst_case_tokens(body)
     check_candidates(candidates, 1, _NO_ALIGN, limits)
-    check_tokens(Generation(tokens), candidates, _NO_ALIGN, limits)
+    kind: Kind = "chat" if body.get("prompt") is None else "completion"
+    check_tokens(Generation(tokens), candidates, _NO_ALIGN, limits, kind)
     return tokens
 
 

@@ -226,10 +226,10 @@ class Frontend:
         """
         try:
             return _without_error(await self._render_functions[kind](request))
-        except AlignError:
-            raise
+        except AlignError as error:
+            raise _about_prompt(error, kind) from None
         except Exception as error:
-            raise compat.convert_error(error) from error
+            raise _about_prompt(compat.convert_error(error), kind) from error
 
     async def prompt_ids(self, messages: Messages, prefix: str) -> list[int]:
         """Return the token ids of a conversation and of the beginning of the assistant's answer.
@@ -343,6 +343,14 @@ def _without_error(response: Any) -> Any:
     if isinstance(response, ErrorResponse):
         raise error_from_json(response.error.model_dump())
     return response
+
+
+def _about_prompt(error: AlignError, kind: Kind) -> AlignError:
+    """Return a refusal of the prompt that names the prompt, if vLLM named no field of the body."""
+    if not isinstance(error, InvalidRequest) or error.param in REQUEST_CLASSES[kind].model_fields:
+        return error
+    field_name = "messages" if kind == "chat" else "prompt"
+    return InvalidRequest(f"{field_name}: {error.message}", param=field_name, status=error.status)
 
 
 def _invalid_request(error: ValidationError) -> InvalidRequest:

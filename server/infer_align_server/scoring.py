@@ -147,9 +147,16 @@ async def scoring_plan(
 
 
 async def score_texts(
-    service: Service, plan: Plan, texts: Sequence[str], caller: str
+    service: Service, plan: Plan, texts: Sequence[str], caller: str, field: str = "candidates"
 ) -> ScoredTexts:
     """Score the texts with a plan, admitted, charged and counted as one request.
+
+    Args:
+        service: The service.
+        plan: Who scores, and how.
+        texts: The candidates.
+        caller: The name of the caller, which pays for the tokens.
+        field: The field of the request that holds the texts, for messages.
 
     Raises:
         InvalidRequest: The worst case of the judges is over the limit of one request.
@@ -157,7 +164,7 @@ async def score_texts(
     """
     candidates = tuple(_candidate(i, text) for i, text in enumerate(texts))
     reading_tokens = read_in_texts(plan, candidates)
-    async with service.scoring(plan.scoring_tokens, caller, reading_tokens) as count_usage:
+    async with service.scoring(plan.scoring_tokens, caller, reading_tokens, field) as count_usage:
         scores = await score_candidates(plan, candidates)
         count_usage(scores.usage)
         service.metrics.count_reward_calls(scores)
