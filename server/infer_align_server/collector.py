@@ -19,14 +19,16 @@ from infer_align.stages import Fail
 from infer_align.types import Candidate
 
 if TYPE_CHECKING:
+    from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk._logs import LoggerProvider
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
 SCOPE = "infer_align"
 EVALUATION = "gen_ai.evaluation.result"
-# At the end of the process, the time that sending the rest may take.
-FLUSH_MILLISECONDS = 3000
+# At the end of the process, the time that sending the rest may take, in seconds.
+CLOSE_SECONDS = 3.0
 
 
 class Tracing:
@@ -43,7 +45,10 @@ class Tracing:
         try:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-            self._spans, self._events = _providers(settings)
+            self._span_exporter, self._event_exporter = _exporters(settings)
+            self._spans, self._events = _providers(
+                settings, self._span_exporter, self._event_exporter
+            )
         except ImportError as error:
             raise ConfigError(
                 f"[telemetry] endpoint: needs a package that is not installed ({error.name}); "
@@ -139,15 +144,21 @@ class Tracing:
         )
 
     def flush(self) -> None:
-        """Send what waits to be sent; blocks for a bounded time."""
-        self._spans.force_flush(FLUSH_MILLISECONDS)
-        self._events.force_flush(FLUSH_MILLISECONDS)
+        """Send what waits to be sent; blocks until it is sent or has failed."""
+        self._spans.force_flush()
+        self._events.force_flush()
 
     async def close(self) -> None:
         """Send what waits to be sent, for a bounded time, and end the threads that send."""
-        await asyncio.to_thread(self.flush)
-        await asyncio.to_thread(self._spans.shutdown)
-        await asyncio.to_thread(self._events.shutdown)
+        sending: dict[asyncio.Task[None], OTLPSpanExporter | OTLPLogExporter] = {
+            asyncio.create_task(asyncio.to_thread(self._spans.shutdown)): self._span_exporter,
+            asyncio.create_task(asyncio.to_thread(self._events.shutdown)): self._event_exporter,
+        }
+        _, late = await asyncio.wait(sending, timeout=CLOSE_SECONDS)
+        for task in late:
+            # The SDK takes no time limit. Its exporter waits between tries, and ends that here.
+            sending[task].shutdown()  # type: ignore[no-untyped-call]
+        await asyncio.gather(*sending)
 
 
 def mark_failed(span: Span, error_type: str) -> None:
@@ -158,9 +169,21 @@ def mark_failed(span: Span, error_type: str) -> None:
     span.set_status(StatusCode.ERROR)
 
 
-def _providers(settings: Telemetry) -> tuple[TracerProvider, LoggerProvider]:
+def _exporters(settings: Telemetry) -> tuple[OTLPSpanExporter, OTLPLogExporter]:
     from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    endpoint = _endpoint(settings)
+    headers = _collector_headers(settings)
+    return (
+        OTLPSpanExporter(f"{endpoint}/v1/traces", headers=headers),
+        OTLPLogExporter(f"{endpoint}/v1/logs", headers=headers),
+    )
+
+
+def _providers(
+    settings: Telemetry, span_exporter: OTLPSpanExporter, event_exporter: OTLPLogExporter
+) -> tuple[TracerProvider, LoggerProvider]:
     from opentelemetry.sdk._logs import LoggerProvider
     from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
     from opentelemetry.sdk.resources import Resource
@@ -168,16 +191,12 @@ def _providers(settings: Telemetry) -> tuple[TracerProvider, LoggerProvider]:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
-    endpoint = _endpoint(settings)
-    headers = _collector_headers(settings)
     resource = Resource.create({"service.name": settings.service_name})
     sampler = ParentBased(TraceIdRatioBased(settings.sample_ratio))
     spans = TracerProvider(sampler, resource, shutdown_on_exit=False)
-    exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", headers=headers)
-    spans.add_span_processor(BatchSpanProcessor(exporter))
+    spans.add_span_processor(BatchSpanProcessor(span_exporter))
     events = LoggerProvider(resource, shutdown_on_exit=False)
-    log_exporter = OTLPLogExporter(f"{endpoint}/v1/logs", headers=headers)
-    events.add_log_record_processor(BatchLogRecordProcessor(log_exporter))
+    events.add_log_record_processor(BatchLogRecordProcessor(event_exporter))
     return spans, events
 
 

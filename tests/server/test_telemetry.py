@@ -193,15 +193,21 @@ def test_answers_of_the_client_have_scores_in_the_span_of_their_request(
     assert values == [1.0, 2.0]
 
 
-@pytest.mark.slow
-def test_a_collector_that_is_gone_changes_no_answer(config_file: ConfigFile) -> None:
+def test_a_collector_that_is_gone_changes_no_answer(
+    config_file: ConfigFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    monkeypatch.setattr("infer_align_server.collector.CLOSE_SECONDS", 0.05)
     text = NUMBERS + '\n[telemetry]\nendpoint = "http://127.0.0.1:9"\n'
     live = start(configuration.load(config_file(text)))
     try:
         assert live.chat({"best_of_n": {"n": 2}}).status_code == 200
     finally:
         end(live)
+    # The exporters are ended while they wait for their next try, or before their first.
+    for exporter in ("trace_exporter", "_log_exporter"):
+        lines = [r.getMessage() for r in caplog.records if r.name.endswith(exporter)]
+        assert any("aborting retry" in line or "ignoring batch" in line for line in lines), lines
 
 
 def test_the_key_of_the_collector_comes_from_the_environment(
