@@ -204,6 +204,11 @@ def nearest(word: str, names: Iterable[str]) -> str:
     return "known: " + (", ".join(allowed) or "none") + "."
 
 
+def field_path(*names: str) -> str:
+    """Return the dotted path of a field, as a message begins with it. An empty name is quoted."""
+    return ".".join(name or '""' for name in names)
+
+
 def quote(value: object) -> str:
     """Return `value` as a message quotes it: recognisable, but never a whole body.
 

@@ -73,7 +73,9 @@ async def answer(
 
 
 def _align(degrees: float, neighborhood: str) -> Mapping[str, Any]:
-    rps = {"k": K, "max_angle": MAX_ANGLE, "neighborhood": neighborhood}
+    rps: dict[str, Any] = {"k": K, "neighborhood": neighborhood}
+    if neighborhood != "none":
+        rps["max_angle"] = MAX_ANGLE
     return {"dpa": {"direction": direction_at(degrees)}, "rps": rps, "rewards": {"preference": 1.0}}
 
 

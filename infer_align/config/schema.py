@@ -17,11 +17,13 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from infer_align.config.read_if import add_conditions, refuse_unread
 from infer_align.errors import (
     AlignError,
     ConfigError,
     InvalidRequest,
     WrongField,
+    field_path,
     nearest,
     quote,
 )
@@ -44,8 +46,7 @@ _ITEM_COUNT = re.compile(r" after validation, not (more|\d+)$")
 
 def join(path: str, name: str) -> str:
     """Return the dotted path of `name` in `path`; `path` may be empty. An empty name is quoted."""
-    name = name or '""'
-    return f"{path}.{name}" if path else name
+    return field_path(path, name) if path else field_path(name)
 
 
 def parse(cls: type[T], value: object, path: str, error: type[AlignError] = InvalidRequest) -> T:
@@ -83,6 +84,7 @@ def parse(cls: type[T], value: object, path: str, error: type[AlignError] = Inva
         parsed: T = _adapter(cls).validate_json(json.dumps(fields, default=str), strict=True)
     except ValidationError as invalid:
         raise _first_error(cls, fields, invalid, path, error) from None
+    refuse_unread(value, parsed, path, error)
     return parsed
 
 
@@ -142,6 +144,7 @@ def json_schema(cls: type[Any]) -> dict[str, Any]:
     """Return the JSON schema of a parameter dataclass."""
     schema = _adapter(cls).json_schema()
     _close_patterns(schema)
+    add_conditions(schema)
     passthrough = _passthrough_field(cls)
     if passthrough is not None and passthrough.metadata["rest"] is None:
         options = schema["properties"].pop(passthrough.name)

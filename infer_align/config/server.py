@@ -42,6 +42,14 @@ class Server:
             "of max_running, max_running_tokens and max_queue.",
         },
     )
+    worker_timeout_seconds: float = field(
+        default=60.0,
+        metadata={
+            "gt": 0,
+            "description": "With several workers: one that serves, and whose event loop does not "
+            "answer for so many seconds, is killed and replaced.",
+        },
+    )
     api_keys_env: str | None = field(
         default=None,
         metadata={

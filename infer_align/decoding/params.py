@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from infer_align.errors import InvalidRequest, Unsupported, nearest, quote
+from infer_align.errors import InvalidRequest, Unsupported, field_path, nearest, quote
 from infer_align.types import Body, Kind
 
 # OpenAI's maximum for a text completion that sets none.
@@ -272,9 +272,10 @@ def _refuse_unread(body: Body, readable: set[str]) -> None:
         if name in readable or value is None:
             continue
         if name not in _HARMLESS:
+            field = field_path(name)
             raise Unsupported(
-                f"{name}: this engine does not support the field; {nearest(name, readable)}",
-                param=name,
+                f"{field}: this engine does not support the field; {nearest(name, readable)}",
+                param=field,
                 code="unknown_field",
             )
         if name == "tool_choice" and not body.get("tools"):

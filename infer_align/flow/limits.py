@@ -10,6 +10,7 @@ from infer_align.config.align import Align
 from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest
 from infer_align.methods import StopRule
+from infer_align.types import Kind
 
 
 def check_candidates(candidates: int, n_returned: int, align: Align, limits: Limits) -> None:
@@ -87,7 +88,13 @@ class Generation:
         return text
 
 
-def check_tokens(worst_case: Generation, candidates: int, align: Align, limits: Limits) -> None:
+def check_tokens(
+    worst_case: Generation,
+    candidates: int,
+    align: Align,
+    limits: Limits,
+    kind: Kind = "chat",
+) -> None:
     """Check the worst case in tokens.
 
     Args:
@@ -95,6 +102,7 @@ def check_tokens(worst_case: Generation, candidates: int, align: Align, limits: 
         candidates: number of candidates.
         align: the request's `align`, with its budget.
         limits: the server's limits.
+        kind: of the request, which decides the name of its limit on tokens.
 
     Raises:
         InvalidRequest: the worst case is over the request's budget or the server's limit.
@@ -104,7 +112,8 @@ def check_tokens(worst_case: Generation, candidates: int, align: Align, limits: 
     if tokens <= limits.max_completion_tokens and (budget is None or tokens <= budget):
         return
     terms = worst_case.terms(candidates)
-    remedies = ["set a lower max_completion_tokens", "draw fewer candidates"]
+    field_name = "max_completion_tokens" if kind == "chat" else "max_tokens"
+    remedies = [f"set a lower {field_name}", "draw fewer candidates"]
     if worst_case.contexts:
         scale = join(align.path, "guidance.scale")
         remedies.append(f"name fewer traits in {scale}")
@@ -117,9 +126,9 @@ def check_tokens(worst_case: Generation, candidates: int, align: Align, limits: 
             code="over_budget",
         )
     raise InvalidRequest(
-        f"max_completion_tokens: the worst case is {tokens} tokens ({terms}), over this "
+        f"{field_name}: the worst case is {tokens} tokens ({terms}), over this "
         f"server's limit of {limits.max_completion_tokens}; {_one_of(remedies)}.",
-        param="max_completion_tokens",
+        param=field_name,
         code="over_limit",
     )
 

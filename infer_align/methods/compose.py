@@ -47,6 +47,7 @@ class RewardShape:
     references: int = field(
         default=0,
         metadata={
+            "json_schema_extra": {"x-read-if": {"shape": ["par"]}},
             "ge": 0,
             "description": "par: number of other candidates that serve as references, spread "
             "evenly over their scores; 0: all of them.",
@@ -54,7 +55,12 @@ class RewardShape:
     )
     at: float = field(
         default=0.9,
-        metadata={"ge": 0, "le": 1, "description": "cap: the quantile that no score exceeds."},
+        metadata={
+            "json_schema_extra": {"x-read-if": {"shape": ["cap"]}},
+            "ge": 0,
+            "le": 1,
+            "description": "cap: the quantile that no score exceeds.",
+        },
     )
 
     def apply(self, scores: Array) -> Array:

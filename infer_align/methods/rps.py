@@ -42,7 +42,12 @@ class RPS:
     )
     max_angle: float = field(
         default=30.0,
-        metadata={"ge": 0, "le": 180, "description": "Largest angle to the target, in degrees."},
+        metadata={
+            "json_schema_extra": {"x-read-if": {"neighborhood": ["uniform", "published"]}},
+            "ge": 0,
+            "le": 180,
+            "description": "Largest angle to the target, in degrees.",
+        },
     )
     neighborhood: Literal["uniform", "published", "none"] = field(
         default="uniform",

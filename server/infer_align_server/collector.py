@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from time import time_ns
+from importlib.metadata import version
+from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers
 
 from infer_align.config.server import Telemetry
 from infer_align.errors import ConfigError
 from infer_align.stages import Fail
-from infer_align.types import Candidate
 
 if TYPE_CHECKING:
-    from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk._logs import LoggerProvider
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
 
 SCOPE = "infer_align"
 EVALUATION = "gen_ai.evaluation.result"
-# At the end of the process, the time that sending the rest may take, in seconds.
+# At the end of the process, the time that sending the rest may take.
 CLOSE_SECONDS = 3.0
+# The methods that the conventions for HTTP know. Others could hold any text of a client.
+METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
+)
+OTHER_METHOD = "_OTHER"
 
 
 class Tracing:
@@ -45,10 +52,7 @@ class Tracing:
         try:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-            self._span_exporter, self._event_exporter = _exporters(settings)
-            self._spans, self._events = _providers(
-                settings, self._span_exporter, self._event_exporter
-            )
+            self._spans, self._events = _providers(settings)
         except ImportError as error:
             raise ConfigError(
                 f"[telemetry] endpoint: needs a package that is not installed ({error.name}); "
@@ -59,7 +63,7 @@ class Tracing:
         self._logger = self._events.get_logger(SCOPE)
         self._propagator = TraceContextTextMapPropagator()
 
-    def server_span(self, headers: Mapping[str, str], method: str) -> AbstractContextManager[Span]:
+    def server_span(self, headers: Headers, method: str) -> AbstractContextManager[Span]:
         """Return the block around a request; its span is current inside.
 
         Args:
@@ -68,11 +72,12 @@ class Tracing:
         """
         from opentelemetry.trace import SpanKind
 
+        method_name = method if method in METHODS else OTHER_METHOD
         return self._tracer.start_as_current_span(
-            method,
-            self._propagator.extract(headers),
+            span_name(method),
+            self._propagator.extract(_trace_context(headers)),
             SpanKind.SERVER,
-            {"http.request.method": method},
+            {"http.request.method": method_name},
             record_exception=False,
             set_status_on_exception=False,
         )
@@ -102,19 +107,15 @@ class Tracing:
         return carrier
 
     def candidate(
-        self,
-        candidate: Candidate,
-        attributes: Mapping[str, Any],
-        parent: Span,
-        times: tuple[int, int],
+        self, attributes: Mapping[str, Any], parent: Span, times: tuple[int, int], error_type: str
     ) -> Span:
         """Record a candidate that has been drawn as a child of its draw.
 
         Args:
-            candidate: The candidate.
             attributes: The attributes of its span.
             parent: The span of its draw.
             times: When drawing began and when the candidate ended, in ns of the system's clock.
+            error_type: Why there is no whole answer; "" if there is one.
         """
         from opentelemetry.trace import SpanKind, set_span_in_context
 
@@ -127,8 +128,9 @@ class Tracing:
             attributes,
             start_time=times[0],
         )
-        if candidate.error is not None:
-            mark_failed(span, "interrupted" if candidate.interrupted else "failed")
+        if error_type:
+            mark_failed(span, error_type)
+        # The clock of the system may have stepped back.
         span.end(max(times))
         return span
 
@@ -144,21 +146,40 @@ class Tracing:
         )
 
     def flush(self) -> None:
-        """Send what waits to be sent; blocks until it is sent or has failed."""
+        """Send what waits to be sent, however long the collector takes."""
         self._spans.force_flush()
         self._events.force_flush()
 
     async def close(self) -> None:
-        """Send what waits to be sent, for a bounded time, and end the threads that send."""
-        sending: dict[asyncio.Task[None], OTLPSpanExporter | OTLPLogExporter] = {
-            asyncio.create_task(asyncio.to_thread(self._spans.shutdown)): self._span_exporter,
-            asyncio.create_task(asyncio.to_thread(self._events.shutdown)): self._event_exporter,
-        }
-        _, late = await asyncio.wait(sending, timeout=CLOSE_SECONDS)
-        for task in late:
-            # The SDK takes no time limit. Its exporter waits between tries, and ends that here.
-            sending[task].shutdown()  # type: ignore[no-untyped-call]
-        await asyncio.gather(*sending)
+        """Send what waits to be sent, for a bounded time, and end the threads that send.
+
+        A collector that does not answer holds its thread for longer. The thread ends with the
+        process.
+        """
+        threads = []
+        for provider in (self._spans, self._events):
+            thread = threading.Thread(target=provider.shutdown, daemon=True)
+            thread.start()
+            threads.append(thread)
+        await asyncio.to_thread(_join_all, threads, monotonic() + CLOSE_SECONDS)
+
+
+def _join_all(threads: Sequence[threading.Thread], deadline: float) -> None:
+    for thread in threads:
+        thread.join(max(0.0, deadline - monotonic()))
+
+
+def span_name(method: str, route: str = "") -> str:
+    """Return the name of a request's span by the conventions for HTTP."""
+    return f"{method if method in METHODS else 'HTTP'} {route}".rstrip()
+
+
+def _trace_context(headers: Headers) -> Mapping[str, list[str]]:
+    """Return the headers of W3C's Trace Context. Two parents are as good as none."""
+    parents = headers.getlist("traceparent")
+    if len(parents) != 1:
+        return {}
+    return {"traceparent": parents, "tracestate": headers.getlist("tracestate")}
 
 
 def mark_failed(span: Span, error_type: str) -> None:
@@ -169,21 +190,9 @@ def mark_failed(span: Span, error_type: str) -> None:
     span.set_status(StatusCode.ERROR)
 
 
-def _exporters(settings: Telemetry) -> tuple[OTLPSpanExporter, OTLPLogExporter]:
+def _providers(settings: Telemetry) -> tuple[TracerProvider, LoggerProvider]:
     from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-    endpoint = _endpoint(settings)
-    headers = _collector_headers(settings)
-    return (
-        OTLPSpanExporter(f"{endpoint}/v1/traces", headers=headers),
-        OTLPLogExporter(f"{endpoint}/v1/logs", headers=headers),
-    )
-
-
-def _providers(
-    settings: Telemetry, span_exporter: OTLPSpanExporter, event_exporter: OTLPLogExporter
-) -> tuple[TracerProvider, LoggerProvider]:
     from opentelemetry.sdk._logs import LoggerProvider
     from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
     from opentelemetry.sdk.resources import Resource
@@ -191,12 +200,23 @@ def _providers(
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 
-    resource = Resource.create({"service.name": settings.service_name})
+    endpoint = _endpoint(settings)
+    headers = _collector_headers(settings)
+    resource = Resource.create(
+        {
+            "service.name": settings.service_name,
+            "service.version": version("infer-align"),
+            # Tells workers and replicas apart.
+            "service.instance.id": str(uuid.uuid4()),
+        }
+    )
     sampler = ParentBased(TraceIdRatioBased(settings.sample_ratio))
     spans = TracerProvider(sampler, resource, shutdown_on_exit=False)
-    spans.add_span_processor(BatchSpanProcessor(span_exporter))
+    exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", headers=headers)
+    spans.add_span_processor(BatchSpanProcessor(exporter))
     events = LoggerProvider(resource, shutdown_on_exit=False)
-    events.add_log_record_processor(BatchLogRecordProcessor(event_exporter))
+    log_exporter = OTLPLogExporter(f"{endpoint}/v1/logs", headers=headers)
+    events.add_log_record_processor(BatchLogRecordProcessor(log_exporter))
     return spans, events
 
 

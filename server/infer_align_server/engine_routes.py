@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response as HttpResponse
+from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 from infer_align.engines import App
@@ -31,6 +32,22 @@ LIMIT_FIELDS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 def engine_app(service: Service) -> App | None:
     """Return the engine's own application if it has one and has started."""
     return None if service.app_engine is None else service.app_engine.app()
+
+
+def engine_match(service: Service, scope: Scope) -> tuple[App | None, Match]:
+    """Return the engine's own application, and if one of its routes matches a request.
+
+    A path that it does not have is left to this server, whose errors have OpenAI's form. An
+    application that is no Starlette application decides for itself.
+    """
+    app = engine_app(service)
+    if app is None:
+        return None, Match.NONE
+    routes = getattr(app, "routes", None)
+    if routes is None:
+        return app, Match.FULL
+    matches = [route.matches(scope)[0] for route in routes]
+    return app, max(matches, key=lambda match: match.value, default=Match.NONE)
 
 
 def serves_responses(service: Service) -> bool:

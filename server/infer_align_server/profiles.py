@@ -14,6 +14,7 @@ from infer_align.config.schema import parse
 from infer_align.errors import (
     InvalidRequest,
     RewardFailed,
+    field_path,
     nearest,
     quote,
 )
@@ -179,9 +180,10 @@ async def _question_texts(service: Service, body: Mapping[str, Any], caller: str
     allowed = ("model", "messages", "candidates")
     for name in body:
         if name not in allowed:
+            field = field_path(name)
             raise InvalidRequest(
-                f"{name}: no such field beside candidates; {nearest(name, allowed)}",
-                param=name,
+                f"{field}: no such field beside candidates; {nearest(name, allowed)}",
+                param=field,
                 code="unknown_field",
             )
     candidates = body["candidates"]

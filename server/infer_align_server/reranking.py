@@ -124,7 +124,7 @@ async def rerank(
             param="rewards",
         )
     describe(documents=len(texts))
-    scored = await score_texts(service, plan, texts, caller)
+    scored = await score_texts(service, plan, texts, caller, "documents")
     service.metrics.documents.inc(len(texts))
     scored.check()
     return {

@@ -28,6 +28,7 @@ from infer_align_server.engine_roles import Forwards
 from infer_align_server.engine_routes import (
     ForwardedResponse,
     engine_app,
+    engine_match,
     json_fields,
     route_worst_case,
 )
@@ -234,9 +235,9 @@ async def rerank(http: HttpRequest) -> HttpResponse:
     service, caller = await authorize(http, "score")
     content = await read_bytes(http, service.config.limits.max_body_bytes)
     service.require_ready()
-    app = engine_app(service)
     if reranking.is_for_engine(service, json_fields(content)):
-        if app:
+        app, match = engine_match(service, http.scope)
+        if app and match is Match.FULL:
             return ForwardedResponse(service, app, content, caller, 0)
         if service.forwarder is not None and service.forwarder.passes(http.url.path):
             return _forwarded_json(http, content, caller)
@@ -305,9 +306,9 @@ async def engine_route(http: HttpRequest) -> HttpResponse:
     """Forward a request to another route of the engine's own application."""
     service, caller = await authorize(http, scope_of(http.url.path))
     service.require_ready()
-    app = engine_app(service)
-    if app is None:
-        raise HTTPException(404)
+    app, match = engine_match(service, http.scope)
+    if app is None or match is not Match.FULL:
+        raise HTTPException(405 if match is Match.PARTIAL else 404)
     content = await read_bytes(http, service.config.limits.max_body_bytes)
     tokens = None
     if http.method == "POST":

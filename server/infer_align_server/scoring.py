@@ -93,11 +93,14 @@ async def score(
     scored.check()
     no_timing = Timing(0.0, 0.0, 0.0)
     response = Response(plan, scored.candidates, scored.scores, scored.selection, no_timing)
+    candidates = []
+    for index, scores in enumerate(scores_json(response)):
+        candidates.append(_candidate_json(scored.selection, index, scores))
     return {
         "object": "align.score",
         "ranking": list(scored.selection.ranking),
         "reason": scored.selection.reason,
-        "candidates": [_candidate_json(response, i) for i in range(len(texts))],
+        "candidates": candidates,
         "usage": scoring_usage_json(scored.scores.usage),
         **extras_json(response),
     }
@@ -147,9 +150,16 @@ async def scoring_plan(
 
 
 async def score_texts(
-    service: Service, plan: Plan, texts: Sequence[str], caller: str
+    service: Service, plan: Plan, texts: Sequence[str], caller: str, field: str = "candidates"
 ) -> ScoredTexts:
     """Score the texts with a plan, admitted, charged and counted as one request.
+
+    Args:
+        service: The service.
+        plan: Who scores, and how.
+        texts: The candidates.
+        caller: The name of the caller, which pays for the tokens.
+        field: The field of the request that holds the texts, for messages.
 
     Raises:
         InvalidRequest: The worst case of the judges is over the limit of one request.
@@ -157,7 +167,7 @@ async def score_texts(
     """
     candidates = tuple(_candidate(i, text) for i, text in enumerate(texts))
     reading_tokens = read_in_texts(plan, candidates)
-    async with service.scoring(plan.scoring_tokens, caller, reading_tokens) as count_usage:
+    async with service.scoring(plan.scoring_tokens, caller, reading_tokens, field) as count_usage:
         scores = await score_candidates(plan, candidates)
         count_usage(scores.usage)
         service.metrics.count_reward_calls(scores)
@@ -194,12 +204,12 @@ def _candidate(index: int, text: str) -> Candidate:
     return Candidate(index, {"message": {"role": "assistant", "content": text}})
 
 
-def _candidate_json(response: Response, index: int) -> dict[str, Any]:
+def _candidate_json(selection: Selection, index: int, scores: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "index": index,
-        "objective": number(response.selection.objective[index]),
-        "scores": scores_json(response, index),
-        "error": response.selection.dropped.get(index),
+        "objective": number(selection.objective[index]),
+        "scores": scores,
+        "error": selection.dropped.get(index),
     }
 
 

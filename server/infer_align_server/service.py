@@ -159,8 +159,7 @@ class Service:
     @property
     def needs_key(self) -> bool:
         """True if API keys are configured."""
-        settings = self.config.server
-        return bool(settings.api_keys_env or settings.api_keys_file)
+        return bool(self.config.server.api_keys_env or self.config.server.api_keys_file)
 
     async def reload(self) -> None:
         """Read the API keys and the value estimators of [values.*] again, for later requests.
@@ -251,7 +250,7 @@ class Service:
     @property
     def model(self) -> str:
         """The name of the first model, which answers requests that name no model."""
-        return self.config.served_name or self.engine.model
+        return self.engine.served_name or self.engine.model
 
     @property
     def names(self) -> dict[str, str]:
@@ -362,7 +361,7 @@ class Service:
 
     @asynccontextmanager
     async def scoring(
-        self, worst_case: int, caller: str, reading_tokens: int = 0
+        self, worst_case: int, caller: str, reading_tokens: int = 0, field: str = "candidates"
     ) -> AsyncIterator[Callable[[ScoringUsage], None]]:
         """Admit a request that scores existing candidates, inside the block.
 
@@ -370,6 +369,7 @@ class Service:
             worst_case: The largest number of tokens that judges can generate for it.
             caller: The name of the caller, which pays for the tokens.
             reading_tokens: The largest number of tokens that rewards have engines read for it.
+            field: The field of the request that holds the candidates.
 
         Yields:
             A function to call with the usage of the scoring.
@@ -381,9 +381,9 @@ class Service:
         limit = self.config.limits.max_completion_tokens
         if worst_case > limit:
             raise InvalidRequest(
-                f"candidates: the worst case of judging them is {worst_case} tokens, over this "
-                f"server's limit of {limit}; send fewer candidates or choose a smaller scale.",
-                param="candidates",
+                f"{field}: the worst case of judging is {worst_case} tokens, over this server's "
+                f"limit of {limit}; send fewer of them, or choose a smaller scale or fewer votes.",
+                param=field,
                 code="over_limit",
             )
         tokens = worst_case + reading_tokens

@@ -39,9 +39,9 @@ log = logging.getLogger("infer_align")
 # Windows has no SIGHUP.
 HANGUP = getattr(signal, "SIGHUP", None)
 SIGNALS = [number for number in (signal.SIGTERM, signal.SIGINT, HANGUP) if number is not None]
-# Interval of pings, and the time after which a worker that does not answer is killed, in seconds.
+# Longest interval of pings in seconds, and their least number within the time of a hung worker.
 PING_SECONDS = 5.0
-ANSWER_SECONDS = 60.0
+PINGS = 4
 # Time that a worker may take to end, beyond the drain, in seconds.
 END_SECONDS = 10.0
 # Waits before a worker that failed to start is started again, in seconds.
@@ -61,7 +61,9 @@ class Worker:
         pipe: The supervisor's end of the pipe.
         ready: True once it serves.
         failure: The message with which it failed.
-        pinged_at: The time of the ping that is not answered yet.
+        is_pinged: True while a ping is not answered.
+        missed: The number of intervals in which it did not answer. A pause of the whole machine
+            counts as one.
         next_ping: The time of the next ping.
         kill_at: The time at which it is killed; None while it need not end.
     """
@@ -71,7 +73,8 @@ class Worker:
     pipe: Connection[Any, Any]
     ready: bool = False
     failure: str = ""
-    pinged_at: float | None = None
+    is_pinged: bool = False
+    missed: int = 0
     next_ping: float = field(default_factory=lambda: monotonic() + PING_SECONDS)
     kill_at: float | None = None
 
@@ -200,18 +203,27 @@ class Supervisor:
                 self._ping(worker, now)
 
     def _ping(self, worker: Worker, now: float) -> None:
-        worker.next_ping = now + PING_SECONDS
+        """Ping a worker, or kill it if its event loop has not answered for too long.
+
+        A worker that still loads is not pinged: nothing bounds the time of loading.
+        """
+        timeout = self._config.server.worker_timeout_seconds
+        interval = min(PING_SECONDS, timeout / PINGS)
+        worker.next_ping = now + interval
         if not worker.ready or worker.kill_at is not None or worker.pipe.closed:
             return
-        if worker.pinged_at is None:
-            worker.pinged_at = now
+        if not worker.is_pinged:
+            worker.is_pinged = True
             try:
                 worker.pipe.send("ping")
             except OSError:
                 # It has just ended.
                 worker.pipe.close()
-        elif now - worker.pinged_at > ANSWER_SECONDS:
-            log.error("worker killed: it does not answer", extra={"worker": worker.pid})
+            return
+        worker.missed += 1
+        if worker.missed * interval >= timeout:
+            details = {"worker": worker.pid, "seconds": timeout}
+            log.error("worker killed: it does not answer", extra=details)
             worker.process.kill()
 
     # --- the workers ---
@@ -244,7 +256,8 @@ class Supervisor:
         if report.kind == "failed":
             worker.failure = report.message
             return
-        worker.pinged_at = None
+        worker.is_pinged = False
+        worker.missed = 0
         if report.kind == "ready":
             worker.ready = True
             self._has_served = True

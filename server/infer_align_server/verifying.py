@@ -197,7 +197,7 @@ async def check_entailment(
     check = parse(EntailmentCheck, {name: body[name] for name in names if _has(body, name)}, "")
     messages = _messages(check.question, check.context)
     plan = await scoring_plan(service, messages, {}, 1, "")
-    scored = await score_texts(service, plan, [check.answer], caller)
+    scored = await score_texts(service, plan, [check.answer], caller, "answer")
     scored.check()
     confidence = sigmoid(scored.selection.objective[0])
     threshold = THRESHOLD if check.threshold is None else check.threshold

@@ -74,6 +74,13 @@ class Generated:
     body: dict[str, Json]
     changes: int
 
+    @property
+    def is_plain(self) -> bool:
+        """True for a completion without `align` and without a preset."""
+        is_completion = self.path in {"/v1/chat/completions", "/v1/completions"}
+        has_preset = "@" in str(self.body.get("model"))
+        return is_completion and self.body.get("align") is None and not has_preset
+
 
 class Grammar:
     """Generates requests from an OpenAPI document."""
@@ -163,6 +170,7 @@ class Grammar:
                     result[name] = self.value(further, depth + 1)
         for each in schema.get("patternProperties", {}).values():
             result["honest"] = self.value(each, depth + 1)
+        _drop_unread(result, properties)
         return result
 
     def _names(self, names: Sequence[str], fewest: int) -> list[str]:
@@ -234,6 +242,14 @@ class Grammar:
         else:
             name = self._random.choice(("", "stranger", "weight", "n", "__proto__", "é", "a.b"))
             parent[name] = copy.deepcopy(self._random.choice(STRANGERS))
+
+
+def _drop_unread(result: dict[str, Json], properties: dict[str, Schema]) -> None:
+    """Remove the parameters that their mode does not read, most of which would be refused."""
+    for name, schema in properties.items():
+        for mode, values in schema.get("x-read-if", {}).items():
+            if result.get(mode, properties[mode].get("default")) not in values:
+                result.pop(name, None)
 
 
 def _relate(body: dict[str, Json]) -> None:

@@ -35,6 +35,7 @@ replies = [
     {text = "candidate 9", estimates = {helpful = 2.0}},
 ]
 """
+USER = {"messages": [{"role": "user", "content": "hello"}]}
 EMBEDDED = """
 [engine]
 kind = "transformers"
@@ -126,6 +127,31 @@ def test_a_wrong_method_lists_the_methods_of_all_routes_of_the_path(
         answer = client.options("/v1/align/profiles/ada")
     assert answer.status_code == 405
     assert answer.headers["allow"] == "DELETE, GET, HEAD"
+
+
+@pytest.mark.slow
+def test_a_field_without_a_name_is_quoted(serve: Any) -> None:
+    live = serve(EMBEDDED + SECTIONS)
+    for path, body in (
+        ("/v1/chat/completions", {**USER, "": 1}),
+        ("/v1/completions", {"prompt": "hello", "": 1}),
+        ("/v1/align/score", {**USER, "candidates": ["a"], "": 1}),
+    ):
+        error = live.post(body, path).json()["error"]
+        assert (error["param"], error["code"]) == ('""', "unknown_field")
+        assert error["message"].startswith('"": ')
+
+
+def test_a_worst_case_of_judging_names_the_field_of_the_texts(serve: Any) -> None:
+    small = SECTIONS.replace("[limits]", "[limits]\nmax_completion_tokens = 8")
+    live = serve(f'{FAKE}{small}[rewards.trust_judge]\nkind = "trust_judge"\n')
+    for path, body, field in (
+        ("/v1/rerank", {"query": "a", "documents": ["b", "c"]}, "documents"),
+        ("/v1/align/score", {**USER, "candidates": ["b", "c"]}, "candidates"),
+    ):
+        judge = {"trust_judge": {"votes": 64}, "rewards": {}}
+        error = live.post({**body, **judge}, path).json()["error"]
+        assert (error["param"], error["code"]) == (field, "over_limit"), error
 
 
 def test_token_ids_may_be_written_as_floats(serve: Any) -> None:

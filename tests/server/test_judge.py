@@ -270,6 +270,8 @@ def test_judging_in_one_mode(live: Any) -> None:
         ({"readout": "first"}, "readout", "'geval'"),
         ({"rule": "coin"}, "rule", "'likelihood'"),
         ({"tolerance": -1}, "tolerance", "greater than or equal to 0"),
+        ({"mode": "score", "tolerance": 0.1}, "tolerance", "set mode to 'pairwise' or 'both'"),
+        ({"mode": "pairwise", "scale": 5}, "scale", 'set mode to "score"'),
         ({"judge": "number"}, "judge", "is not a configured judge"),
         ({"candidates": []}, "candidates", "at least one"),
         ({"messages": []}, "messages", "at least one"),
@@ -303,6 +305,8 @@ def test_judging_without_any_reading_fails(live: Any) -> None:
         ({"readout": "best"}, "readout", "'expected'"),
         ({"weight": -1}, "weight", "greater than or equal to 0"),
         ({"rule": "likelihood"}, "rule", "no such parameter"),
+        ({"mode": "pairwise", "scale": 5}, "scale", "align.trust_judge.mode to"),
+        ({"mode": "pairwise", "readout": "geval"}, "readout", "is not read"),
     ],
 )
 def test_wrong_parameters(live: Any, parameters: Any, param: str, hint: str) -> None:
@@ -387,6 +391,21 @@ def test_omitted_settings_are_those_of_the_judge(configured: Any) -> None:
     assert [c["scores"]["trust_judge"]["value"] for c in scored] == [on_five(3.5, 10)] * 2, (
         "geval does not divide by the mass"
     )
+
+
+def test_the_scale_of_a_judge_that_compares_is_refused(configured: Any) -> None:
+    for align, param in (
+        ({"trust_judge": {"scale": 5}}, "align.trust_judge.scale"),
+        ({"rewards": {"trust_judge": {"scale": 5}}}, "align.rewards.trust_judge.scale"),
+    ):
+        error = configured.chat({"best_of_n": {"n": 2}, **align}, max_tokens=20).json()["error"]
+        assert (error["param"], error["code"]) == (param, "unsupported")
+    # What the preset wrote for scores is no fault of a request that compares.
+    assert judged(configured, ["a", "b"], model="fake@brief", mode="pairwise")["pairs"]
+    # A rubric that the judge writes itself is checked by scores.
+    align = {"trust_judge": {"scale": 5, "rubric": "auto"}}
+    answer = configured.chat({"best_of_n": {"n": 2}, **align}, max_tokens=20)
+    assert "is not read" not in answer.text
 
 
 def test_the_judges_route_knows_the_preset_of_the_models_name(configured: Any) -> None:

@@ -184,6 +184,7 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [
             },
         },
     ),
+    ("ChatRequest", CHAT, {"messages": USER, "align": {"ensemble": {"uncertainty_weight": 0.1}}}),
     ("CompletionRequest", TEXT, {"prompt": "", "max_tokens": 3}),
     ("CompletionRequest", TEXT, {"prompt": ["a", "b"], "align": {"best_of_n": {"n": 2}}}),
     (
@@ -223,6 +224,16 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("ChatRequest", CHAT, {"messages": USER, "align": {"rewards": {"number": -1}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"preset": "worst"}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"select": {"rule": "best"}}}),
+    ("ChatRequest", CHAT, {"messages": USER, "align": {"select": {"margin": 0.25}}}),
+    ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"number": {"at": 0.5}}}}),
+    (
+        "ChatRequest",
+        CHAT,
+        {
+            "messages": USER,
+            "align": {"ensemble": {"objective": "mean", "uncertainty_weight": 0.1}},
+        },
+    ),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"nope": {}}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"number": {"at": 2}}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"gates": {"nope": {}}}}}),

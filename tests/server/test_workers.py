@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 FAKE = '[engine]\nkind = "fake"\nreplies = [{text = "one two three"}]\n'
 WORKERS = f"{FAKE}[server]\nworkers = 2\n"
 HELD = (
-    f"{WORKERS}[rewards.held]\n"
+    f"{WORKERS}worker_timeout_seconds = 10\n[rewards.held]\n"
     'kind = "callable"\nfunction = "tests.server.scorers:held_by_a_file"\n'
 )
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
@@ -164,6 +164,35 @@ def test_a_killed_worker_loses_its_own_requests_alone(held: Process, hold_file: 
     assert sorted(senders.answers) == [0] * lost + [200] * (sent - lost)
     until(lambda: len(process_ids(server)) == 3)
     until(lambda: metric(url, "infer_align_workers ") == 2)
+
+
+def test_a_hung_worker_is_replaced_and_the_others_go_on(held: Process, hold_file: Path) -> None:
+    server = held
+    url = server.url()
+    hold_file.unlink(missing_ok=True)
+    started = process_ids(server)
+    hung, other = [psutil.Process(number) for number in started if psutil.pid_exists(number)]
+    senders = Senders(url)
+    sent = 0
+    while not (connections(hung) and connections(other)):
+        senders.start()
+        sent += 1
+        until(lambda count=sent: len(connections(hung)) + len(connections(other)) == count)
+    lost = len(connections(hung))
+    hung.send_signal(signal.SIGSTOP)
+    server.log.find("worker killed: it does not answer")
+    # The connections of the stopped process are closed, those of the other are not.
+    until(lambda: len(senders.answers) == lost)
+    assert senders.answers == [0] * lost
+    assert [post(url).status_code for _ in range(20)] == [200] * 20
+    hold_file.touch()
+    senders.join()
+    assert sorted(senders.answers) == [0] * lost + [200] * (sent - lost)
+    until(lambda: metric(url, "infer_align_workers ") == 2)
+    assert other.is_running()
+    assert len(process_ids(server)) == len(started) + 1
+    (killed,) = [event for event in server.events() if "does not answer" in event["event"]]
+    assert (killed["worker"], killed["seconds"]) == (hung.pid, 10)
 
 
 def connections(process: psutil.Process) -> list[Any]:

@@ -8,7 +8,7 @@
 import { el, freshId, words } from "./dom.js";
 import { listEditor } from "./lists.js";
 import { mapEditor } from "./maps.js";
-import { isEqual, isMap, isNumber, plainSchema, sliderRange } from "./schema.js";
+import { isEqual, isMap, isNumber, onlyRead, plainSchema, sliderRange } from "./schema.js";
 
 // A text that may be longer than this is typed into several lines.
 const LINE_LENGTH = 300;
@@ -77,7 +77,8 @@ export function objectEditor(label, schema, context) {
         const part = editor.read();
         if (part !== undefined) value[key] = part;
       }
-      return Object.keys(value).length ? value : undefined;
+      const read = onlyRead(value, schema);
+      return Object.keys(read).length ? read : undefined;
     },
   };
 }

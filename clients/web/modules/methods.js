@@ -3,7 +3,7 @@
 import { el, words } from "./dom.js";
 import { fieldEditor } from "./fields.js";
 import { mapEditor } from "./maps.js";
-import { isMap, plainSchema } from "./schema.js";
+import { isMap, onlyRead, plainSchema } from "./schema.js";
 import { traitEditor, traitFields } from "./traits.js";
 
 // The stages of the flow, in groups that a person understands.
@@ -95,7 +95,8 @@ function methodPanel(name, method, catalog, onChange) {
     if (!required.every((key) => key in value)) return undefined;
     // A method without any parameter would not say what it does: add what is always in view.
     const first = editors.filter((editor) => editor.isFirst);
-    return Object.keys(value).length ? value : Object.assign({}, ...first.map(readWithDefault));
+    const chosen = Object.keys(value).length ? value : Object.assign({}, ...first.map(readWithDefault));
+    return onlyRead(chosen, method.parameters);
   }
 
   function show(isOn) {

@@ -37,6 +37,20 @@ export function isMap(schema) {
   return schema.type === "object" && typeof schema.additionalProperties === "object";
 }
 
+/**
+ * Return an object without the parameters that its mode does not read; a server refuses them.
+ * @param {object} value
+ * @param {object} schema The schema of the object, with "x-read-if" in its properties.
+ */
+export function onlyRead(value, schema) {
+  const properties = schema.properties ?? {};
+  const isRead = ([key]) =>
+    Object.entries(properties[key]?.["x-read-if"] ?? {}).every(([mode, values]) =>
+      values.includes(value[mode] ?? properties[mode].default ?? null),
+    );
+  return Object.fromEntries(Object.entries(value).filter(isRead));
+}
+
 /** Return true for a number. */
 export function isNumber(schema) {
   return schema.type === "number" || schema.type === "integer";

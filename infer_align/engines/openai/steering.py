@@ -33,7 +33,7 @@ from infer_align.engines.openai.contexts import GuidanceContexts
 from infer_align.engines.openai.continuation import ContinuationPrompt
 from infer_align.engines.openai.probe import TOP_LOGPROBS
 from infer_align.engines.openai.ways import UpstreamWays
-from infer_align.errors import ConfigError, InvalidRequest, Unsupported
+from infer_align.errors import ConfigError, InvalidRequest, Unsupported, field_path
 from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE, Conversation, normalize, render
 from infer_align.steering import Guidance, Steering
 from infer_align.types import Body, Draw, Kind
@@ -117,10 +117,11 @@ class Steerer:
         method = "guidance" if draw.guidance else "vas"
         for name, value in draw.body.items():
             if name not in FIELDS and value not in (None, False, [], {}, 0):
+                field = field_path(name)
                 raise Unsupported(
-                    f"{name}: is not available when {method} steers an upstream token by token; "
+                    f"{field}: is not available when {method} steers an upstream token by token; "
                     "leave it out.",
-                    param=name,
+                    param=field,
                 )
         sampling_params(draw)
         if draw.guidance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from infer_align.errors import Unsupported, nearest
+from infer_align.errors import Unsupported, field_path, nearest
 from infer_align.types import Draw
 
 if TYPE_CHECKING:
@@ -50,9 +50,10 @@ def parse_body(frontend: Frontend, draw: Draw) -> BaseModel:
                 param=name,
             )
         if name not in field_names:
+            field = field_path(name)
             raise Unsupported(
-                f"{name}: vLLM has no such field; {nearest(name, field_names)}",
-                param=name,
+                f"{field}: vLLM has no such field; {nearest(name, field_names)}",
+                param=field,
                 code="unknown_field",
             )
         body[name] = value

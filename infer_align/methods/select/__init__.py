@@ -105,6 +105,7 @@ class Select:
     margin: float = field(
         default=0.25,
         metadata={
+            "json_schema_extra": {"x-read-if": {"rule": ["lexicographic"]}},
             "ge": 0,
             "description": "lexicographic: a reward decides between two candidates if they differ "
             "by more than this many of its standard deviations.",
@@ -113,6 +114,7 @@ class Select:
     beta: float | None = field(
         default=None,
         metadata={
+            "json_schema_extra": {"x-read-if": {"rule": ["pessimistic", "tilted"]}},
             "gt": 0,
             "description": "pessimistic (0.1) and tilted (0.5): the width of the lottery in "
             "standard deviations of the objective. Near 0 it is argmax.",
@@ -121,6 +123,7 @@ class Select:
     within: float = field(
         default=0.25,
         metadata={
+            "json_schema_extra": {"x-read-if": {"rule": ["shortest"]}},
             "ge": 0,
             "description": "shortest: candidates count as good as the best if they are at most "
             "this many standard deviations of the objective below it.",
@@ -129,15 +132,19 @@ class Select:
     order: Annotated[list[str], Len(max_length=64)] = field(
         default_factory=list,
         metadata={
+            "json_schema_extra": {
+                "x-read-if": {"rule": ["lexicographic", "maxmin", "win_rate", "minimax"]}
+            },
             "description": "lexicographic: rewards, most important first; default: by weight. "
-            "maxmin, win_rate, minimax: the rewards that count; default: all that have a weight."
+            "maxmin, win_rate, minimax: the rewards that count; default: all that have a weight.",
         },
     )
     regret: bool = field(
         default=False,
         metadata={
+            "json_schema_extra": {"x-read-if": {"rule": ["maxmin"]}},
             "description": "maxmin: return the candidate with the smallest largest regret, which "
-            "is the distance of a reward from its own best candidate."
+            "is the distance of a reward from its own best candidate.",
         },
     )
 

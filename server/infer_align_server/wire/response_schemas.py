@@ -149,8 +149,9 @@ SCHEMAS: dict[str, Schema] = {
         prompt_tokens=COUNT,
         completion_tokens=COUNT,
         total_tokens=COUNT,
-        completion_tokens_details=opened(
-            accepted_prediction_tokens=COUNT, rejected_prediction_tokens=COUNT
+        # Null where vLLM answers by itself.
+        completion_tokens_details=nullable(
+            opened(accepted_prediction_tokens=COUNT, rejected_prediction_tokens=COUNT)
         ),
     ),
     "Report": _with_optional(

@@ -470,6 +470,16 @@ def test_a_prompt_over_the_context_is_a_400(live: Live) -> None:
         assert post(live, "/v1/chat/completions", body).status_code == 400
 
 
+@pytest.mark.parametrize(
+    "messages", [[{"role": "", "content": "0"}], [{"role": "user", "content": [{"type": "ü"}]}]]
+)
+def test_a_prompt_that_vllm_refuses_is_named(live: Live, messages: Any) -> None:
+    answer = post(live, "/v1/chat/completions", {"messages": messages, **BEST})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "messages")
+    assert error["message"].startswith("messages: ")
+
+
 def test_an_unknown_model_is_a_404_and_an_unknown_key_a_401(live: Live) -> None:
     assert (
         post(live, "/v1/chat/completions", {"model": "no", "messages": QUESTION}).status_code == 404
@@ -487,8 +497,14 @@ def test_vllms_other_routes_need_the_servers_key(live: Live) -> None:
     words = post(live, "/detokenize", {"model": "owl", "tokens": tokens["tokens"]}).json()
     assert words["prompt"] == "The owl eats mice"
     assert live.get("/version", headers=KEY).json()["version"].startswith("0.32")
-    assert live.get("/v1/nothing", headers=KEY).status_code == 404
-    assert live.get("/v1/chat/completions", headers=KEY).status_code == 405
+    # Errors have OpenAI's form, also for what vLLM's application does not serve.
+    for answer, status in (
+        (live.get("/v1/nothing", headers=KEY), 404),
+        (live.get("/tokenize", headers=KEY), 405),
+        (live.get("/v1/chat/completions", headers=KEY), 405),
+        (post(live, "/v1/rerank", {"model": "no", "query": "a", "documents": ["b"]}), 404),
+    ):
+        assert (answer.status_code, set(answer.json())) == (status, {"error"})
 
 
 def test_vllms_responses_api_answers(client: openai.OpenAI) -> None:
