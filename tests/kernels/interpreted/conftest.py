@@ -5,7 +5,6 @@ test_interpreter.py in the parent folder runs them that way.
 
 from __future__ import annotations
 
-import functools
 import os
 from typing import Any
 
@@ -40,15 +39,7 @@ def patch_language_once_per_launch() -> None:
     interpreter._patch_lang = patch_once
 
 
-def keep_numpy_types() -> None:
-    """Look up the NumPy type of a Triton type once: the interpreter makes a table at each look."""
-    from triton.runtime import interpreter  # noqa: PLC0415 - only if it interprets
-
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
-
-
 if os.environ.get("TRITON_INTERPRET") == "1":
     patch_language_once_per_launch()
-    keep_numpy_types()
 else:
     collect_ignore_glob = ["*"]
