@@ -367,8 +367,8 @@ def _evaluate(
     # Each value LM reads its candidates once, for all values that it computes.
     count = batch.sibling_count
     siblings: dict[ValueLM, torch.Tensor] = {}
-    for lm, cache in caches.items():
-        siblings[lm] = cache.siblings(candidates[cache.members, :count])
+    for value_lm, cache in caches.items():
+        siblings[value_lm] = cache.siblings(candidates[cache.members, :count])
     values = torch.zeros((len(batch.values), *candidates.shape), device=candidates.device)
     for m, (value, users) in enumerate(zip(batch.values, batch.users, strict=True)):
         lm = value.lm if isinstance(value, LookaheadValue) else None
