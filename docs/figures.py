@@ -61,6 +61,26 @@ def scenarios() -> str:
     return result_table("scenarios", columns)
 
 
+def trace() -> str:
+    """Return the recorded trace of a best-of-8 as a block of text."""
+    result = recorded("telemetry")
+    if result is None:
+        return "Not recorded yet: benchmarks/results/telemetry.json.\n"
+    return "```text\n" + "\n".join(result["setup"]["trace"]) + "\n```\n"
+
+
+def telemetry_cost() -> str:
+    """Return the times of requests with traces beside those without."""
+    columns: Columns = [
+        ("what", text("what")),
+        ("ratio", number("value", 3)),
+        ("with it", number("ours", 3)),
+        ("taken out", number("baseline", 3)),
+        ("aim", aim),
+    ]
+    return result_table("telemetry", columns)
+
+
 def results() -> str:
     """Return every recorded result with its baseline, commit, seed and machine."""
     rows = []
@@ -133,6 +153,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "small-model": ratios("small_model"),
     "forward-forms": forward_forms,
     "scenarios": scenarios,
+    "telemetry-cost": telemetry_cost,
+    "trace": trace,
     "judge-results": ratios("judge_speed"),
     "bench-agreement": ratios("bench_agreement"),
     "bench-agreement-vllm": ratios("bench_agreement_vllm"),

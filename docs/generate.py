@@ -24,9 +24,13 @@ from infer_align.config import registry
 from infer_align.config.align import parameter_classes
 from infer_align.config.fitting import FitConfig
 from infer_align.config.schema import placeholder
+from infer_align.methods.adaptive import Adaptive
+from infer_align.methods.compose import RewardShape
 from infer_align.methods.dpa import Prompting
 from infer_align.methods.guidance import PromptGuidance, Trait
 from infer_align.methods.profile import ProfileSettings
+from infer_align.methods.rps import RPS
+from infer_align.methods.select import Select
 from infer_align_server.metrics import Metrics
 from infer_align_server.openapi import STATUSES
 
@@ -79,6 +83,26 @@ def dpa() -> str:
     return _fields(Prompting)
 
 
+def rps_parameters() -> str:
+    """Return the parameters of `align.rps`."""
+    return _fields(RPS)
+
+
+def adaptive_parameters() -> str:
+    """Return the parameters of `align.adaptive`."""
+    return _fields(Adaptive)
+
+
+def shape_parameters() -> str:
+    """Return the parameters of the shape of one reward in `align.compose`."""
+    return _fields(RewardShape)
+
+
+def select_parameters() -> str:
+    """Return the parameters of `align.select`."""
+    return _fields(Select)
+
+
 def profiles() -> str:
     """Return the fields of the [profiles] section."""
     return _fields(ProfileSettings)
@@ -124,6 +148,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "limits": limits,
     "telemetry": telemetry,
     "dpa": dpa,
+    "rps-parameters": rps_parameters,
+    "adaptive-parameters": adaptive_parameters,
+    "shape-parameters": shape_parameters,
+    "select-parameters": select_parameters,
     "profiles": profiles,
     "guidance": guidance,
     "traits": traits,

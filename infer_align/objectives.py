@@ -144,7 +144,6 @@ class Ensemble:
     uncertainty_weight: float = field(
         default=0.5,
         metadata={
-            "json_schema_extra": {"x-read-if": {"objective": ["uwo"]}},
             "ge": 0,
             "description": "Weight of the population variance of the members in uwo.",
         },

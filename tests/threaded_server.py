@@ -31,6 +31,10 @@ class ThreadedServer(uvicorn.Server):
         assert self.started, "the server did not start"
         self.port: int = self.servers[0].sockets[0].getsockname()[1]
 
+    def tasks(self) -> set[asyncio.Task[Any]]:
+        """Return the tasks that have not ended."""
+        return asyncio.all_tasks(self._loop)
+
     def begin_end(self) -> None:
         """Make the server end soon."""
         self.should_exit = True

@@ -73,9 +73,7 @@ async def answer(
 
 
 def _align(degrees: float, neighborhood: str) -> Mapping[str, Any]:
-    rps: dict[str, Any] = {"k": K, "neighborhood": neighborhood}
-    if neighborhood != "none":
-        rps["max_angle"] = MAX_ANGLE
+    rps = {"k": K, "max_angle": MAX_ANGLE, "neighborhood": neighborhood}
     return {"dpa": {"direction": direction_at(degrees)}, "rps": rps, "rewards": {"preference": 1.0}}
 
 

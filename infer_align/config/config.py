@@ -196,10 +196,13 @@ class Config:
         sections: dict[str, Any] = {"server": self.server, "limits": self.limits}
         sections["telemetry"] = self.telemetry
         for name, section in self.method_sections.items():
-            if hasattr(section, "entries"):
-                sections |= {f"{name}.{key}": entry for key, entry in section.entries.items()}
-            else:
+            # A method with several sections of one form, such as `[traits.<name>]`, holds entries.
+            entries = getattr(section, "entries", None)
+            if entries is None:
                 sections[name] = section
+                continue
+            for key, entry in entries.items():
+                sections[f"{name}.{key}"] = entry
         sections["engine"] = self.engine
         for folder in ("engines", "rewards", "values"):
             for name, section in getattr(self, folder).items():

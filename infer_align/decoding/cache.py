@@ -2,6 +2,12 @@
 
 Rows are right-aligned: the newest token of every row is in the last column. So one step appends one
 column to all rows, and any model that accepts left-padded batches accepts these.
+
+        column   0    1    2    3
+    row 0        a    b    c    d
+    row 1      pad  pad    x    y      the next step writes column 4 of both rows
+
+A column is the place of one token. Padding holds finite numbers that attention masks out.
 """
 
 from __future__ import annotations
@@ -17,28 +23,36 @@ GROWTH = 64
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer, in buffers with room for more. [B, heads, columns, dim]."""
+    """Keys and values of one layer, in buffers with room for more. [B, heads, columns, dim].
+
+    Attributes:
+        columns: the number of columns in use.
+        keys: a view of the used columns of the buffer; so is `values`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.columns = 0
         # Empty until the first columns arrive, which set the shape, the type and the device.
-        self._keys = torch.empty((0, 0, 0, 0))
-        self._values = torch.empty((0, 0, 0, 0))
+        self._key_buffer = torch.empty((0, 0, 0, 0))
+        self._value_buffer = torch.empty((0, 0, 0, 0))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append columns; return the keys and values of all columns."""
+        """Append columns; return the keys and values of all columns. A model calls it."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.columns + key_states.shape[-2]
-        if end > self._keys.shape[-2]:
-            self._keys = _enlarged(self._keys, key_states, self.columns, end)
-            self._values = _enlarged(self._values, value_states, self.columns, end)
-        self._keys[:, :, self.columns : end] = key_states
-        self._values[:, :, self.columns : end] = value_states
-        self._show(end)
+        if end > self._key_buffer.shape[-2]:
+            self._key_buffer = _enlarged(self._key_buffer, key_states, self.columns, end)
+            self._value_buffer = _enlarged(self._value_buffer, value_states, self.columns, end)
+        self._key_buffer[:, :, self.columns : end] = key_states
+        self._value_buffer[:, :, self.columns : end] = value_states
+        self._use(end)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -49,30 +63,32 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         """Replace the columns by these."""
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-        self._keys = keys
-        self._values = values
-        self._show(keys.shape[-2])
+        self._key_buffer = keys
+        self._value_buffer = values
+        self._use(keys.shape[-2])
 
     def keep_one(self, columns: int, chosen: torch.Tensor) -> None:
         """Keep `columns` columns and, of those after them, the one at offset chosen[row]."""
         rows = torch.arange(len(chosen), device=chosen.device)
-        for buffer in (self._keys, self._values):
+        for buffer in (self._key_buffer, self._value_buffer):
             buffer[:, :, columns] = buffer[rows, :, columns + chosen]
-        self._show(columns + 1)
+        self._use(columns + 1)
 
     def drop_last(self) -> None:
         """Drop the newest column."""
-        self._show(self.columns - 1)
+        self._use(self.columns - 1)
 
-    def _show(self, columns: int) -> None:
-        """Make the first columns of the buffers visible as `keys` and `values`."""
+    def _use(self, columns: int) -> None:
+        """Set the number of columns in use. What the buffers hold after them is ignored."""
         self.columns = columns
-        self.keys = self._keys[:, :, :columns]
-        self.values = self._values[:, :, :columns]
+        self.keys = self._key_buffer[:, :, :columns]
+        self.values = self._value_buffer[:, :, :columns]
 
 
 class RowCache(Cache):  # type: ignore[misc]
-    """Keys and values of the rows of one batch, in all layers."""
+    """Keys and values of the rows of one batch, in all layers. A new one is empty."""
+
+    layers: list[GrowingLayer]
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=GrowingLayer)
@@ -88,6 +104,7 @@ class RowCache(Cache):  # type: ignore[misc]
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in self.layers)
 
     def _append_layer(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Add the next layer with these columns."""
         layer = GrowingLayer()
         layer.assign(keys, values)
         self.layers.append(layer)
@@ -114,9 +131,12 @@ class RowCache(Cache):  # type: ignore[misc]
             return selection
         for layer in self.layers:
             device = layer.keys.device
-            shift = torch.tensor([width - length for length in lengths], device=device)
-            # Padding repeats the first column: it is masked, but has to be finite.
-            index = (torch.arange(width, device=device)[None] - shift[:, None]).clamp(min=0)
+            padding = torch.tensor([width - length for length in lengths], device=device)
+            # index[i, c] is the column of the source for column c of row i. Padding repeats the
+            # first column: it is masked, but has to be finite.
+            columns = torch.arange(width, device=device)
+            index = (columns[None] - padding[:, None]).clamp(min=0)
+            # [heads, rows, width, dim] -> [rows, heads, width, dim]
             keys = layer.keys[0][:, index].transpose(0, 1)
             values = layer.values[0][:, index].transpose(0, 1)
             selection._append_layer(keys, values)
@@ -153,8 +173,8 @@ class RowCache(Cache):  # type: ignore[misc]
         joined = RowCache()
         width = max(self.length, other.length)
         for upper, lower in zip(self.layers, other.layers, strict=True):
-            keys = _stack(upper.keys, lower.keys, width)
-            values = _stack(upper.values, lower.values, width)
+            keys = _right_aligned(upper.keys, lower.keys, width)
+            values = _right_aligned(upper.values, lower.values, width)
             joined._append_layer(keys, values)
         return joined
 
@@ -168,10 +188,15 @@ def _enlarged(buffer: torch.Tensor, like: torch.Tensor, used: int, needed: int) 
     return larger
 
 
-def _stack(upper: torch.Tensor, lower: torch.Tensor, width: int) -> torch.Tensor:
-    rows = upper.shape[0]
+def _right_aligned(upper: torch.Tensor, lower: torch.Tensor, width: int) -> torch.Tensor:
+    """Stack the rows of two tensors, each padded on the left to `width` columns.
+
+    [U, heads, columns, dim], [L, heads, other columns, dim] -> [U + L, heads, width, dim].
+    """
+    rows, heads, upper_columns, dim = upper.shape
+    other_rows, _, lower_columns, _ = lower.shape
     # Zeros instead of empty memory: a masked NaN would still spoil the attention's sum.
-    stacked = upper.new_zeros((rows + lower.shape[0], upper.shape[1], width, upper.shape[3]))
-    stacked[:rows, :, width - upper.shape[2] :] = upper
-    stacked[rows:, :, width - lower.shape[2] :] = lower
+    stacked = upper.new_zeros((rows + other_rows, heads, width, dim))
+    stacked[:rows, :, width - upper_columns :] = upper
+    stacked[rows:, :, width - lower_columns :] = lower
     return stacked

@@ -71,11 +71,9 @@ class KLLimit:
             `steered`.
         """
         rows = self.rows
-        limited = limit_kl(
-            frozen, steered if rows is None else steered.index_select(0, rows), self.max_kl
-        )
         if rows is None:
-            return steered.copy_(limited)
+            return steered.copy_(limit_kl(frozen, steered, self.max_kl))
+        limited = limit_kl(frozen, steered.index_select(0, rows), self.max_kl)
         return steered.index_copy_(0, rows, limited)
 
 
@@ -96,6 +94,8 @@ def limit_kl(frozen: torch.Tensor, steered: torch.Tensor, max_kl: torch.Tensor) 
     frozen = frozen.masked_fill(steered == -torch.inf, -torch.inf)
     shift = torch.where(frozen == -torch.inf, 0.0, steered - frozen)
     log_p = frozen.log_softmax(dim=-1)
+    # t is between `low`, which keeps the limit, and `high`, which exceeds it: t = 0 is the frozen
+    # model, whose divergence is 0. Rows that are within the limit at t = 1 ignore the result.
     low = torch.zeros_like(max_kl)
     high = torch.ones_like(max_kl)
     has_no_limit = max_kl == torch.inf
@@ -109,7 +109,10 @@ def limit_kl(frozen: torch.Tensor, steered: torch.Tensor, max_kl: torch.Tensor) 
 
 
 def _divergence(log_p: torch.Tensor, shift: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Return KL(q_t || p) of each row in nats: [L, V], [L, V], [L] -> [L]."""
+    """Return KL(q_t || p) of each row in nats: [L, V], [L, V], [L] -> [L].
+
+    The formula is that of the module, with log E_p[exp(t s)] as the logsumexp of log p + t s.
+    """
     weighted = t[:, None] * shift
     steered = log_p + weighted
     log_partition = steered.logsumexp(dim=-1)

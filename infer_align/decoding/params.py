@@ -236,14 +236,17 @@ def stop_token_ids(body: Body) -> frozenset[int]:
     value = body.get(STOP_TOKEN_IDS)
     if value is None:
         return frozenset()
-    tokens = value if isinstance(value, list) else [None]
-    for token in tokens:
-        if type(token) is not int or not 0 <= token < MAX_COUNT:
-            raise InvalidRequest(
-                f"{STOP_TOKEN_IDS}: {quote(value)} is not allowed; must be a list of token ids.",
-                param=STOP_TOKEN_IDS,
-            )
-    return frozenset(tokens)
+    if not isinstance(value, list) or not all(_is_token_id(token) for token in value):
+        raise InvalidRequest(
+            f"{STOP_TOKEN_IDS}: {quote(value)} is not allowed; must be a list of token ids.",
+            param=STOP_TOKEN_IDS,
+        )
+    return frozenset(value)
+
+
+def _is_token_id(token: object) -> bool:
+    # `isinstance` would allow True and False.
+    return type(token) is int and 0 <= token < MAX_COUNT
 
 
 def stop_token_ids_schema() -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     adjust (penalties, biases, bans) -> steering -> temperature -> min_p, top_k, top_p -> CDF
 
-A row's token depends on nothing else in the batch.
+A row's token depends on nothing else in the batch. In shapes, B is the number of rows and V the
+size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from infer_align.decoding.params import SamplingParams
 
-# Constants of splitmix64.
+# Constants of splitmix64, the random generator of Steele, Lea and Flood ("Fast splittable
+# pseudorandom number generators", 2014).
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FACTOR_1 = np.uint64(0xBF58476D1CE4E5B9)
 _FACTOR_2 = np.uint64(0x94D049BB133111EB)
@@ -73,22 +75,28 @@ def sample_at(
     """Sample one token per row by inverse CDF at the given numbers.
 
     Temperature comes first, then min_p, top_k and top_p. Temperature 0 takes the largest logit,
-    and the lowest id of equal ones.
+    and the lowest id of equal ones. Any other takes the first token whose cumulative probability
+    exceeds the row's number.
 
     Args:
         logits: [B, V] float32 or float64.
         params: of each row.
         numbers: [B] in [0, 1).
+
+    Returns:
+        B token ids.
     """
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], dtype=logits.dtype, device=device)
     greedy = logits.argmax(dim=-1)
     if not bool((temperature > 0).any()):
         return greedy.tolist()
+    # Greedy rows are divided too, by a number over 0. Their result is not used.
     divisor = temperature.clamp(min=1e-6)[:, None]
     scaled = truncate(logits / divisor, params)
     probabilities = torch.softmax(scaled, dim=-1, dtype=torch.float64)
     cdf = probabilities.cumsum(dim=-1)
+    # Rounding leaves the sum near 1, so the number is a share of the sum.
     total = cdf[:, -1:]
     point = torch.from_numpy(numbers).to(device)[:, None] * total
     sampled = torch.searchsorted(cdf, point, right=True)[:, 0]
@@ -98,7 +106,15 @@ def sample_at(
 
 
 def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> NDArray[np.float64]:
-    """Return a number in [0, 1) for each (seed, step): splitmix64 twice. [B], [B] -> [B]."""
+    """Return a number in [0, 1) for each row: [B], [B] -> [B].
+
+    Two rounds of splitmix64, one for the seed and one for the step. A row gets the same numbers in
+    any batch.
+
+    Args:
+        seeds: the seed of each row, from 0 to 2^64 - 1.
+        steps: the tokens that each row has sampled.
+    """
     seed = np.array(seeds, dtype=np.uint64)
     step = np.array(steps, dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -109,6 +125,7 @@ def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> NDArray[np.float64]:
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Spread each bit over all 64: the output function of splitmix64."""
     z = (z ^ (z >> _SHIFT_1)) * _FACTOR_1
     z = (z ^ (z >> _SHIFT_2)) * _FACTOR_2
     return z ^ (z >> _SHIFT_3)
@@ -129,6 +146,7 @@ def adjust(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:
 
 
 def _is_adjusted(row: SampledRow) -> bool:
+    """Return True if `_adjust_row` would change the logits of the row."""
     p = row.params
     if p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0:
         return True
@@ -136,7 +154,13 @@ def _is_adjusted(row: SampledRow) -> bool:
 
 
 def _adjust_row(logits: torch.Tensor, row: SampledRow) -> None:
-    """Adjust one row in place. [V]."""
+    """Adjust one row in place. [V].
+
+    Penalties follow the APIs that define them. `repetition_penalty` divides positive logits of used
+    tokens and multiplies negative ones (Keskar et al., "CTRL", 1909.05858); tokens of the prompt
+    count as used. `frequency_penalty` and `presence_penalty` are OpenAI's and see only sampled
+    tokens.
+    """
     p = row.params
     device = logits.device
     if p.repetition_penalty != 1.0:
@@ -173,6 +197,10 @@ def is_truncated(p: SamplingParams) -> bool:
 
 
 def _truncate_rows(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """Truncate rows that all have a min_p, top_k or top_p: [R, V] -> [R, V].
+
+    The tokens are sorted by their logits, so that each parameter keeps a beginning of a row.
+    """
     vocabulary = scaled.shape[-1]
 
     def column(numbers: list[float]) -> torch.Tensor:
@@ -188,8 +216,10 @@ def _truncate_rows(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> to
         top_ps.append(p.top_p)
     top_k = torch.tensor(counts, device=scaled.device)[:, None]
     ranks = torch.arange(vocabulary, device=scaled.device)[None]
+    # p >= min_p * p_max, in logits.
     lowest = values[:, :1] + column(min_ps).log()
     excluded = (ranks >= top_k) | (values < lowest)
+    # top_p counts the probability of the tokens that the other two parameters leave.
     remaining = values.masked_fill(excluded, -torch.inf)
     probabilities = torch.softmax(remaining, dim=-1)
     # A token stays if the tokens before it have not reached top_p. The one that crosses top_p is
@@ -198,4 +228,5 @@ def _truncate_rows(scaled: torch.Tensor, params: Sequence[SamplingParams]) -> to
     preceding = probabilities.cumsum(dim=-1) - probabilities
     excluded |= (preceding >= top_p) & (top_p < 1)
     truncated = values.masked_fill(excluded, -torch.inf)
+    # Back to the order of the vocabulary.
     return torch.empty_like(values).scatter_(-1, order, truncated)

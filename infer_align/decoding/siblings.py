@@ -99,15 +99,22 @@ class ValueCache:
             chosen: [R] sampled tokens. A token outside the candidates is read now.
         """
         earlier_columns = self.cache.length - self.candidates.shape[1]
-        match = self.candidates == chosen[:, None]
-        self.cache.keep_one(earlier_columns, match.int().argmax(dim=-1))
-        unread = torch.nonzero(~match.any(dim=-1)).ravel().tolist()
+        is_chosen = self.candidates == chosen[:, None]
+        # The offset of the chosen candidate among its siblings; 0 where none of them was chosen.
+        self.cache.keep_one(earlier_columns, is_chosen.int().argmax(dim=-1))
+        unread = torch.nonzero(~is_chosen.any(dim=-1)).ravel().tolist()
         if unread:
             self._read(unread, earlier_columns, chosen)
         self.lengths = [length + 1 for length in self.lengths]
 
     def _read(self, rows: list[int], earlier_columns: int, chosen: torch.Tensor) -> None:
-        """Replace the newest column of these rows by their sampled tokens."""
+        """Replace the newest column of these rows by that of their sampled tokens.
+
+        Args:
+            rows: the rows of the cache.
+            earlier_columns: columns before the newest one.
+            chosen: [R] sampled tokens of all rows.
+        """
         device = chosen.device
         patch = self.cache.take(rows, earlier_columns + 1)
         patch.drop_last()

@@ -75,7 +75,7 @@ class ChoiceBuilder:
 
     def _content_parts(self) -> list[Any]:
         """Return the content so far as a list of parts, the latest text included."""
-        parts = list(self._message.get("content") or ())
+        parts: list[Any] = [*(self._message.get("content") or ())]
         text = "".join(self._texts.pop("content", []))
         if text:
             parts.append({"type": "text", "text": text})

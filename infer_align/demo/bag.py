@@ -8,6 +8,8 @@ ensemble gains nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -32,7 +34,7 @@ class BagConfig(PretrainedConfig):  # type: ignore[misc]
         hidden_size: int = 64,
         user_token_id: int = 0,
         assistant_token_id: int = 0,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
         self.embedding_size = embedding_size

@@ -98,4 +98,6 @@ def split(draws: Sequence[Draw], sizes: BatchSizes) -> tuple[CandidateBatch, ...
 
 def _cut(draw: Draw, first: int, n: int) -> Draw:
     """Return a draw of n of the candidates, from `first` on."""
+    if (n, first) == (draw.n, draw.first):
+        return draw
     return replace(draw, n=n, seeds=draw.seeds[first : first + n], first=first)

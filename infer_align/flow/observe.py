@@ -30,6 +30,8 @@ class Observation:
         """Pass an event to the observers, and stop the candidates that they reject."""
         if isinstance(event, Candidate):
             self._stops.pop(event.index, None)
+        if not self._observers:
+            return
         in_batch = replace(event, index=event.index - self._first)
         for observer in self._observers:
             for index, reason in observer.observe(in_batch).items():
@@ -50,4 +52,5 @@ class Observation:
 
     def mark(self, candidate: Candidate) -> Candidate:
         """Return the candidate with the reason for its rejection, if it was rejected."""
-        return replace(candidate, rejected=self._rejections.get(candidate.index))
+        reason = self._rejections.get(candidate.index)
+        return candidate if reason is None else replace(candidate, rejected=reason)

@@ -14,12 +14,16 @@ from infer_align.errors import InvalidRequest, Unsupported, quote
 from infer_align.flow.batches import BatchSizes, CandidateBatch, enlarge, plan_sizes, split
 from infer_align.flow.cost import ContextCost, context_cost, read_by_rewards, sampled_by_judges
 from infer_align.flow.limits import Generation, check_candidates, check_first_batch, check_tokens
-from infer_align.flow.request import Request, conversation, whole_number
+from infer_align.flow.request import (
+    Request,
+    conversation,
+    split_begun_answer,
+    whole_number,
+)
 from infer_align.flow.rules import Highest, check_selection
 from infer_align.flow.scorers import Scorer, resolve_scorers
 from infer_align.flow.seeds import SEED_RANGE, seed_draws
 from infer_align.flow.stand_in import stand_in, stand_in_note
-from infer_align.messages import message_text
 from infer_align.methods import (
     Composition,
     Method,
@@ -144,8 +148,8 @@ def make_plan(
     for draw in draft.draws:
         engine.check(draw)
     draws, sizes = _seeded(draft, n_returned, seed, requested=is_requested)
-    plan = _complete(replace(draft, draws=draws), request, rewards, default_rewards, engine)
-    plan = _count_cost(replace(plan, n_returned=n_returned, batch_sizes=sizes), engine)
+    draft = replace(draft, draws=draws)
+    plan = _complete(draft, request, rewards, default_rewards, engine, n_returned, sizes)
     check_tokens(_generation(plan), plan.candidates, request.align, limits, request.kind)
     return plan
 
@@ -180,8 +184,7 @@ def make_scoring_plan(
     for draw in draws:
         engine.check(draw)
     draft = replace(draft, draws=draws, selects=True)
-    plan = _complete(draft, request, rewards, default_rewards, engine)
-    return _count_cost(plan, engine)
+    return _complete(draft, request, rewards, default_rewards, engine)
 
 
 def check_prompt_count(prompts: int, limits: Limits) -> None:
@@ -302,17 +305,18 @@ def _complete(
     rewards: Mapping[str, Reward],
     default_rewards: Mapping[str, float],
     engine: Engine,
+    n_returned: int = 1,
+    batch_sizes: BatchSizes = (),
 ) -> Plan:
-    """Resolve the scorers and return the plan, without its cost."""
-    messages, begun_answer = _split_begun_answer(request.body, draft.messages)
+    """Resolve the scorers and return the plan with its cost."""
+    messages, begun_answer = split_begun_answer(request.body, draft.messages)
+    scored = draft
+    if messages is not draft.messages:
+        scored = replace(draft, messages=messages)
     align = request.align
-    weights = align.rewards
-    if weights is None and draft.selects:
-        weights = request.weights
-    scored = replace(draft, messages=messages)
     scorers = resolve_scorers(
         scored,
-        weights,
+        request.reward_weights(selects=draft.selects),
         rewards,
         default_rewards,
         align.reward_parameters,
@@ -321,7 +325,7 @@ def _complete(
     rule = draft.rule or Highest()
     check_selection(draft, rule, scorers, rewards)
     methods = align.methods
-    return Plan(
+    plan = Plan(
         draws=draft.draws,
         request=request,
         messages=messages,
@@ -334,12 +338,15 @@ def _complete(
         rule=rule,
         seed=draft.seed,
         methods=tuple(sorted(methods, key=lambda name: methods[name].stage)),
+        n_returned=n_returned,
+        batch_sizes=batch_sizes,
         # Several candidates with scorers are ranked even if no method asks for a selection.
         selects=draft.selects or (bool(scorers) and draft.candidates > 1),
         note="; ".join(note for note in (draft.note, stand_in_note(scorers)) if note),
         stop_rule=draft.stop_rule,
         deadline_seconds=align.budget.deadline_seconds,
     )
+    return _count_cost(plan, engine)
 
 
 def _count_cost(plan: Plan, engine: Engine) -> Plan:
@@ -360,16 +367,6 @@ def _count_cost(plan: Plan, engine: Engine) -> Plan:
 def _generation(plan: Plan) -> Generation:
     """Return the part of the worst case that bounds on generated tokens count."""
     return Generation(plan.drawing_tokens, plan.context_cost.worst_case, plan.scoring_tokens)
-
-
-def _split_begun_answer(body: Body, messages: Messages) -> tuple[Messages, str]:
-    """Return the conversation before the answer, and the beginning of the answer.
-
-    With `continue_final_message` the last message is the beginning of the answer.
-    """
-    if not body.get("continue_final_message") or not messages:
-        return messages, ""
-    return messages[:-1], message_text(messages[-1])
 
 
 def _count_prompts(prompt: object) -> int:

@@ -157,8 +157,11 @@ class CandidateDraw:
         has_deadline = (
             self.deadline is not None and self.deadline - monotonic() < STREAMING_DEADLINE_SECONDS
         )
-        deltas = self.share.draw.deltas or self.on_delta is not None
-        return replace(self.share.draw, deltas=deltas, has_deadline=has_deadline)
+        draw = self.share.draw
+        deltas = draw.deltas or self.on_delta is not None
+        if (deltas, has_deadline) == (draw.deltas, draw.has_deadline):
+            return draw
+        return replace(draw, deltas=deltas, has_deadline=has_deadline)
 
     @asynccontextmanager
     async def _stopped_at_deadline(self, stream: Stream) -> AsyncIterator[None]:
@@ -177,18 +180,25 @@ class CandidateDraw:
             alarm.cancel()
 
     def _handle(self, event: Event, finished: dict[int, Candidate]) -> None:
-        index = self.share.first + event.index
         if isinstance(event, Candidate):
-            candidate = replace(event, draw=self.share.index, index=index)
+            candidate = self._numbered(event)
             finished[event.index] = candidate
             self.observation.notify(candidate)
-            if not self.observation.is_rejected(index):
+            if not self.observation.is_rejected(candidate.index):
                 self.on_finished(candidate)
             return
         if self.observation.is_active:
-            self.observation.notify(replace(event, index=index))
+            self.observation.notify(replace(event, index=self.share.first + event.index))
         if isinstance(event, Delta) and self.on_delta is not None:
             self.on_delta(event)
+
+    def _numbered(self, candidate: Candidate) -> Candidate:
+        """Return a candidate of this draw with the numbers that it has in the plan."""
+        share = self.share
+        if (share.index, share.first) == (candidate.draw, 0):
+            # One draw in one batch, the usual case: the engine's number is the plan's.
+            return candidate
+        return replace(candidate, draw=share.index, index=share.first + candidate.index)
 
     def _unfinished(self, i: int) -> Candidate:
         return Candidate(

@@ -10,6 +10,7 @@ from infer_align.config import registry
 from infer_align.config.align import Align, parse_align
 from infer_align.errors import InvalidRequest, quote
 from infer_align.flow.applied_profile import AppliedProfile
+from infer_align.messages import message_text
 from infer_align.types import Body, Kind, Messages
 
 # Fields of a body that are whole numbers.
@@ -46,6 +47,16 @@ class Request:
     # changed. Written by `infer_align.flow.personal`.
     weights: Mapping[str, float] | None = None
     profile: AppliedProfile | None = None
+
+    def reward_weights(self, *, selects: bool) -> Mapping[str, float] | None:
+        """Return {reward: weight} as the client, or else its profile, chose them.
+
+        Args:
+            selects: True if candidates are compared. A profile weighs nothing otherwise.
+        """
+        if self.align.rewards is None and selects:
+            return self.weights
+        return self.align.rewards
 
 
 def parse_request(
@@ -272,3 +283,13 @@ def _check_part(part: object, param: str) -> None:
             f"{param}.text: {quote(text)} is not allowed; must be a string.",
             param=f"{param}.text",
         )
+
+
+def split_begun_answer(body: Body, messages: Messages) -> tuple[Messages, str]:
+    """Return the conversation before the answer, and the beginning of the answer.
+
+    With `continue_final_message` the last message is the beginning of the answer.
+    """
+    if not body.get("continue_final_message") or not messages:
+        return messages, ""
+    return messages[:-1], message_text(messages[-1])

@@ -135,7 +135,6 @@ def _with_request(
         name = scorer.reward.partition(".")[0]
         if name in rewards and scorer.parameters:
             changed[name] = changed.get(name, rewards[name]).with_parameters(scorer.parameters)
-            changed[name].check_parameters(scorer.parameters, draft.param(name))
     return changed
 
 
@@ -184,12 +183,10 @@ def _with_parameters(name: str, reward: Reward, chosen: Mapping[str, Any], param
         )
     parsed: Any = parse(reward.parameters, chosen, param)
     try:
-        changed = reward.with_parameters({key: getattr(parsed, key) for key in chosen})
+        return reward.with_parameters({key: getattr(parsed, key) for key in chosen})
     except InvalidRequest as error:
         where = join(param, error.param) if error.param else param
         raise InvalidRequest(f"{param}.{error.message}", param=where) from None
-    changed.check_parameters([key for key in chosen if chosen[key] is not None], param)
-    return changed
 
 
 def _default_weights(

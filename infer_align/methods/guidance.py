@@ -118,7 +118,6 @@ class PromptGuidance:
     min_p: float = field(
         default=0.05,
         metadata={
-            "json_schema_extra": {"x-read-if": {"keep": ["body"]}},
             "ge": 0,
             "le": 1,
             "description": "Mask tokens that are less likely than this times the likeliest token, "

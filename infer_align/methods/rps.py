@@ -42,12 +42,7 @@ class RPS:
     )
     max_angle: float = field(
         default=30.0,
-        metadata={
-            "json_schema_extra": {"x-read-if": {"neighborhood": ["uniform", "published"]}},
-            "ge": 0,
-            "le": 180,
-            "description": "Largest angle to the target, in degrees.",
-        },
+        metadata={"ge": 0, "le": 180, "description": "Largest angle to the target, in degrees."},
     )
     neighborhood: Literal["uniform", "published", "none"] = field(
         default="uniform",

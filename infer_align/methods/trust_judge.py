@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from annotated_types import Ge, Le, Len
 from pydantic import AfterValidator, Field
 
-from infer_align.errors import Unsupported, WrongField
+from infer_align.errors import WrongField
 from infer_align.methods import PlanDraft, ScorerRequest, Stage
 from infer_align.types import Capability
 
@@ -158,31 +158,6 @@ def check_replaced(
             "criteria as a principle",
         )
     check_questions(principles, rubric, aspects)
-
-
-def check_scored(mode: Mode, rubric: str | None, written: Collection[str], where: str) -> None:
-    """Check that a request sets nothing about scores for a judge that gives none.
-
-    Args:
-        mode: of the judge, by the request or the configuration.
-        rubric: of the judge. Answers are scored to check a rubric that the judge writes itself.
-        written: the names of the parameters that the request sets.
-        where: the field of the request that holds them; "" if they are the body's own.
-
-    Raises:
-        Unsupported: naming the first such parameter.
-    """
-    if mode == "score" or rubric == AUTO:
-        return
-    prefix = f"{where}." if where else ""
-    for name in ("scale", "readout"):
-        if name in written:
-            raise Unsupported(
-                f'{prefix}{name}: is not read, because the mode of this judge is "pairwise", which '
-                f"compares answers and scores none. Leave {name} out, or set {prefix}mode to "
-                '"score".',
-                param=f"{prefix}{name}",
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,6 @@ class VAS:
     top_k: Annotated[int, Ge(1)] | Literal["all"] = field(
         default=DEFAULT_TOP_K,
         metadata={
-            "json_schema_extra": {"x-read-if": {"min_p": [None]}},
             "description": 'Number of most likely tokens to value at each step, or "all". "all" is '
             "for values of kind head.",
         },
@@ -102,13 +101,20 @@ class VAS:
         """Steer every draw.
 
         Raises:
-            InvalidRequest: a limit cannot hold.
+            InvalidRequest: the valued tokens are chosen in two ways, or a limit cannot hold.
         """
         if self.max_kl is not None and self.tail == "mask":
             param = draft.param("vas", "max_kl")
             raise InvalidRequest(
                 f'{param}: needs tail "keep", because masked tokens diverge whatever beta is; '
                 "leave out tail, or max_kl.",
+                param=param,
+            )
+        if self.min_p is not None and self.top_k != DEFAULT_TOP_K:
+            param = draft.param("vas", "min_p")
+            raise InvalidRequest(
+                f"{param}: takes the place of top_k, which is {self.top_k!r}; give only one of "
+                "them.",
                 param=param,
             )
         steering = Steering(self.beta, self.top_k, self.tail, self.min_p, self.max_kl)

@@ -1,4 +1,8 @@
-"""The Bradley-Terry model with a Gaussian prior: its posterior, and the next pair to compare."""
+"""The Bradley-Terry model with a Gaussian prior: its posterior, and the next pair to compare.
+
+A person who chooses between two answers prefers the first with probability sigmoid(w . d). Here d
+is the difference of the answers' scores by R rewards, and w are the person's weights of them.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +50,14 @@ def fit(
     """
     mean, root = _prior(prior_mean, prior_covariance)
     rows = _rows(differences, len(mean))
-    # In the coordinates z of weights = mean + root z, the prior is Normal(0, I).
+    # The length of a row, in the unit of MAX_LENGTH.
     with np.errstate(over="ignore", invalid="ignore"):
         deviations = _norms(rows @ root)
         margins = np.abs(rows @ mean)
         length = np.hypot(deviations, margins)
     rows = rows * _shrinkage(rows, length)[:, None]
+    # In the coordinates z of weights = mean + root z, the prior is Normal(0, I), and the margin
+    # w . d of a row is offset + design z.
     offset = rows @ mean
     design = rows @ root
     z = _minimise_loss(offset, design)
@@ -88,6 +94,7 @@ def next_question(candidates: ArrayLike, mean: ArrayLike, covariance: ArrayLike)
         )
     best_pair = (int(usable[0]), int(usable[1]))
     best_gain = -1.0
+    # One candidate with all later ones at a time, so that N candidates take no N^2 rows of memory.
     for position, i in enumerate(usable[:-1].tolist()):
         later = usable[position + 1 :]
         gains = _information(scores[i] - scores[later], weights, root)
@@ -138,6 +145,11 @@ def _prior(mean: ArrayLike, covariance: ArrayLike) -> tuple[Array, Array]:
 
 
 def _matrix(rows: ArrayLike, columns: int, name: str, first: str) -> Array:
+    """Return the argument `name` as a matrix: [first, columns]. An empty list has no rows.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     matrix = np.asarray(rows, dtype=np.float64)
     if matrix.size == 0 and matrix.ndim == 1:
         return np.zeros((0, columns))
@@ -174,7 +186,15 @@ def _shrinkage(rows: Array, length: Array) -> Array:
 
 
 def _minimise_loss(offset: Array, design: Array) -> Array:
-    """Return the z that minimises `_loss`, by Newton's method with step halving."""
+    """Return the z that minimises `_loss`, by Newton's method with step halving.
+
+    Args:
+        offset: [C] margins at z = 0.
+        design: [C, R] change of the margins per unit of z.
+
+    Returns:
+        [R].
+    """
     z = np.zeros(design.shape[1])
     loss = _loss(z, offset, design)
     for _ in range(MAX_STEPS):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -118,17 +118,6 @@ class Reward(ABC):
             f"{names}: a reward of the kind {type(self).__name__} takes no parameters of a "
             "request; set them in its section [rewards.*]."
         )
-
-    def check_parameters(self, written: Collection[str], where: str) -> None:
-        """Refuse parameters of a request that this reward, with all its settings, does not read.
-
-        Args:
-            written: the names of the parameters that the request sets.
-            where: the field of the request that holds them; "" if they are the body's own.
-
-        Raises:
-            Unsupported: naming the parameter, and what would read it.
-        """
 
     def check(self, where: str) -> None:
         """Refuse a reward that cannot score here, before anything is generated.

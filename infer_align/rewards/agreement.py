@@ -111,7 +111,7 @@ plugin = Agreement
 class AgreementReward(Reward):
     """The agreement of each candidate with the others, from 0 to 1 (embeddings: from -1)."""
 
-    parameters: ClassVar[type] = AgreementParameters
+    parameters: ClassVar[type | None] = AgreementParameters
     relative = True
 
     def __init__(self, config: Agreement, encoder: SentenceEncoder | None = None) -> None:

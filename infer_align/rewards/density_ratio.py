@@ -108,7 +108,7 @@ class DensityRatioReward(SequenceReward):
     """The log-ratio of two contexts, in nats."""
 
     kind = "density_ratio"
-    parameters: ClassVar[type] = RatioParameters
+    parameters: ClassVar[type | None] = RatioParameters
 
     def __init__(self, config: DensityRatio, model: str | None = None) -> None:
         """Score by a section; `model` names one of several models of the engines."""

@@ -78,8 +78,9 @@ class EmbeddingReward(Reward):
             ConfigError: a file cannot be read, or the encoder is another one than the heads' own.
         """
         loop = asyncio.get_running_loop()
-        self._loaded = await loop.run_in_executor(self._thread, _load, self.config)
-        fitted = self._loaded.heads
+        loaded = await loop.run_in_executor(self._thread, _load, self.config)
+        self._loaded = loaded
+        fitted = loaded.heads
         self.members = tuple(f"head{index}" for index in range(len(fitted.weights)))
         warning = fitted.facts.get("warning")
         if warning:

@@ -68,7 +68,7 @@ class LikelihoodReward(SequenceReward):
     """The log-probability of a reference after each answer, in nats."""
 
     kind = "likelihood"
-    parameters: ClassVar[type] = ReferenceParameters
+    parameters: ClassVar[type | None] = ReferenceParameters
     named_only = True
 
     def __init__(self, config: Likelihood, reference: str | None = None) -> None:

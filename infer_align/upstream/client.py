@@ -245,9 +245,9 @@ class Client:
             raise Unavailable("the connections to the upstreams are closed")
         _kept_alive.set(False)
         started = monotonic()
-        headers = {**(headers or {}), **trace_headers()}
+        headers = _continued(headers or {}, trace_headers())
         try:
-            return await self._traced_request(self._session, method, url, content, headers or {})
+            return await self._traced_request(self._session, method, url, content, headers)
         except aiohttp.ClientConnectorError as error:
             raise _not_connected(host, f"no connection: {_reason(error)}", 502) from None
         except aiohttp.ConnectionTimeoutError:
@@ -297,6 +297,15 @@ class RetriableFailure(Exception):
         super().__init__(error.message)
         self.error = error
         self.stale = stale
+
+
+def _continued(headers: Mapping[str, str], context: Mapping[str, str]) -> Mapping[str, str]:
+    """Return headers with the context of a trace; without one, those of the client stay."""
+    if not context:
+        return headers
+    # A state belongs to its parent, and the client's parent is replaced.
+    without_state = {name: value for name, value in headers.items() if name != "tracestate"}
+    return {**without_state, **context}
 
 
 def _not_connected(host: Host, reason: str, status: int) -> RetriableFailure:

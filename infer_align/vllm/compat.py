@@ -202,8 +202,18 @@ def convert_error(error: Exception) -> AlignError:
 
 
 def vocabulary_of(model_config: ModelConfig) -> dict[str, int]:
-    """Return the token ids of a model's tokenizer by token."""
-    vocabulary: dict[str, int] = cached_tokenizer_from_config(model_config).get_vocab()
+    """Return the token ids of a model's tokenizer by token.
+
+    Raises:
+        ConfigError: the configuration leaves the tokenizer out.
+    """
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:
+        raise ConfigError(
+            "engine.skip_tokenizer_init: true is not allowed; values and judges need the model's "
+            "tokenizer. Remove the option."
+        )
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary
 
 

@@ -11,11 +11,11 @@ import functools
 import math
 import uuid
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -39,8 +39,6 @@ REQUEST_CLASSES = {"chat": ChatCompletionRequest, "completion": CompletionReques
 # The name of a tool that no template holds.
 _TOOL_MARK = "infer_align_tool"
 
-Outputs = TypeVar("Outputs")
-
 # The call that the current task makes. Requests that vLLM's own application serves have none.
 _call: ContextVar[CandidateCall | None] = ContextVar("_call", default=None)
 
@@ -54,26 +52,30 @@ class EngineProxy:
 
     def __init__(self, engine: AsyncLLM) -> None:
         self._engine = engine
-        self.generate = _apply_call(engine.generate)
+        self.generate = _apply_call(engine)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
 
-def _apply_call(generate: Callable[..., Outputs]) -> Callable[..., Outputs]:
+def _apply_call(engine: AsyncLLM) -> Callable[..., AsyncGenerator[Any, None]]:
     """Return AsyncLLM.generate with the same parameters, which also applies the current call."""
+    generate: Callable[..., AsyncGenerator[Any, None]] = engine.generate
+    # Without an endpoint vLLM drops the headers, with a warning.
+    is_traced = engine.vllm_config.observability_config.otlp_traces_endpoint is not None
 
     def wrapped(
         prompt: object, sampling_params: SamplingParams, request_id: str, **options: object
-    ) -> Outputs:
+    ) -> AsyncGenerator[Any, None]:
         call = _call.get()
         if call is not None:
             call.request_id = request_id
             if call.extra_args:
                 extra_args = sampling_params.extra_args or {}
                 sampling_params.extra_args = {**extra_args, **call.extra_args}
-        headers = trace_headers()
+        headers = trace_headers() if is_traced else {}
         if headers:
+            # vLLM's span is a child of the stage that asks, not of the client's span.
             options["trace_headers"] = headers
         return generate(prompt, sampling_params, request_id, **options)
 

@@ -19,7 +19,7 @@ from infer_align_server.limits.client_timeout import shorten_deadline
 from infer_align_server.limits.token_budget import Charge, charged
 from infer_align_server.logs import describe_usage
 from infer_align_server.service import Service
-from infer_align_server.telemetry import PlanTrace, following
+from infer_align_server.telemetry import following
 
 
 async def answer_all(
@@ -98,25 +98,27 @@ class _Work:
         """Carry out the plan and charge its tokens."""
         plan = shorten_deadline(self._plan, waited_seconds)
         with following(plan) as trace:
-            return await self._run(plan, trace)
+            if trace is None:
+                return await self._run(plan, self._on_candidate)
+            on_candidate = call_both(trace.candidate_finished, self._on_candidate)
+            try:
+                response = await self._run(plan, on_candidate)
+            except BaseException as error:
+                trace.fail(error)
+                raise
+            trace.complete(response)
+            return response
 
-    async def _run(self, plan: Plan, trace: PlanTrace | None) -> Response:
-        on_candidate = self._on_candidate
-        if trace is not None:
-            on_candidate = call_both(trace.candidate_finished, on_candidate)
+    async def _run(self, plan: Plan, on_candidate: OnFinished | None) -> Response:
         try:
             on_delta = self._charge.start(self._on_delta)
             response = await align(plan, self._service.engine, on_delta, on_candidate)
         except NothingScored as error:
-            if trace is not None:
-                trace.fail(error.candidates, error.scores)
             self._charge.fail(error.candidates, error.scores)
             self._service.metrics.count_failure(error.candidates, error.scores)
             describe_usage(error.candidates)
             raise
         self._charge.complete(response)
-        if trace is not None:
-            trace.complete(response)
         return response
 
 

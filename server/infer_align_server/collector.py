@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Mapping
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from time import time_ns
+from importlib.metadata import version
+from time import monotonic, time_ns
 from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers
 
 from infer_align.config.server import Telemetry
 from infer_align.errors import ConfigError
 from infer_align.stages import Fail
-from infer_align.types import Candidate
 
 if TYPE_CHECKING:
     from opentelemetry.sdk._logs import LoggerProvider
@@ -26,7 +30,12 @@ if TYPE_CHECKING:
 SCOPE = "infer_align"
 EVALUATION = "gen_ai.evaluation.result"
 # At the end of the process, the time that sending the rest may take.
-FLUSH_MILLISECONDS = 3000
+CLOSE_SECONDS = 3.0
+# The methods that the conventions for HTTP know. Others could hold any text of a client.
+METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
+)
+OTHER_METHOD = "_OTHER"
 
 
 class Tracing:
@@ -54,7 +63,7 @@ class Tracing:
         self._logger = self._events.get_logger(SCOPE)
         self._propagator = TraceContextTextMapPropagator()
 
-    def server_span(self, headers: Mapping[str, str], method: str) -> AbstractContextManager[Span]:
+    def server_span(self, headers: Headers, method: str) -> AbstractContextManager[Span]:
         """Return the block around a request; its span is current inside.
 
         Args:
@@ -63,11 +72,12 @@ class Tracing:
         """
         from opentelemetry.trace import SpanKind
 
+        method_name = method if method in METHODS else OTHER_METHOD
         return self._tracer.start_as_current_span(
-            method,
-            self._propagator.extract(headers),
+            span_name(method),
+            self._propagator.extract(_trace_context(headers)),
             SpanKind.SERVER,
-            {"http.request.method": method},
+            {"http.request.method": method_name},
             record_exception=False,
             set_status_on_exception=False,
         )
@@ -97,19 +107,15 @@ class Tracing:
         return carrier
 
     def candidate(
-        self,
-        candidate: Candidate,
-        attributes: Mapping[str, Any],
-        parent: Span,
-        times: tuple[int, int],
+        self, attributes: Mapping[str, Any], parent: Span, times: tuple[int, int], error_type: str
     ) -> Span:
         """Record a candidate that has been drawn as a child of its draw.
 
         Args:
-            candidate: The candidate.
             attributes: The attributes of its span.
             parent: The span of its draw.
             times: When drawing began and when the candidate ended, in ns of the system's clock.
+            error_type: Why there is no whole answer; "" if there is one.
         """
         from opentelemetry.trace import SpanKind, set_span_in_context
 
@@ -122,8 +128,9 @@ class Tracing:
             attributes,
             start_time=times[0],
         )
-        if candidate.error is not None:
-            mark_failed(span, "interrupted" if candidate.interrupted else "failed")
+        if error_type:
+            mark_failed(span, error_type)
+        # The clock of the system may have stepped back.
         span.end(max(times))
         return span
 
@@ -139,15 +146,40 @@ class Tracing:
         )
 
     def flush(self) -> None:
-        """Send what waits to be sent; blocks for a bounded time."""
-        self._spans.force_flush(FLUSH_MILLISECONDS)
-        self._events.force_flush(FLUSH_MILLISECONDS)
+        """Send what waits to be sent, however long the collector takes."""
+        self._spans.force_flush()
+        self._events.force_flush()
 
     async def close(self) -> None:
-        """Send what waits to be sent, for a bounded time, and end the threads that send."""
-        await asyncio.to_thread(self.flush)
-        await asyncio.to_thread(self._spans.shutdown)
-        await asyncio.to_thread(self._events.shutdown)
+        """Send what waits to be sent, for a bounded time, and end the threads that send.
+
+        A collector that does not answer holds its thread for longer. The thread ends with the
+        process.
+        """
+        threads = []
+        for provider in (self._spans, self._events):
+            thread = threading.Thread(target=provider.shutdown, daemon=True)
+            thread.start()
+            threads.append(thread)
+        await asyncio.to_thread(_join_all, threads, monotonic() + CLOSE_SECONDS)
+
+
+def _join_all(threads: Sequence[threading.Thread], deadline: float) -> None:
+    for thread in threads:
+        thread.join(max(0.0, deadline - monotonic()))
+
+
+def span_name(method: str, route: str = "") -> str:
+    """Return the name of a request's span by the conventions for HTTP."""
+    return f"{method if method in METHODS else 'HTTP'} {route}".rstrip()
+
+
+def _trace_context(headers: Headers) -> Mapping[str, list[str]]:
+    """Return the headers of W3C's Trace Context. Two parents are as good as none."""
+    parents = headers.getlist("traceparent")
+    if len(parents) != 1:
+        return {}
+    return {"traceparent": parents, "tracestate": headers.getlist("tracestate")}
 
 
 def mark_failed(span: Span, error_type: str) -> None:
@@ -170,7 +202,14 @@ def _providers(settings: Telemetry) -> tuple[TracerProvider, LoggerProvider]:
 
     endpoint = _endpoint(settings)
     headers = _collector_headers(settings)
-    resource = Resource.create({"service.name": settings.service_name})
+    resource = Resource.create(
+        {
+            "service.name": settings.service_name,
+            "service.version": version("infer-align"),
+            # Tells workers and replicas apart.
+            "service.instance.id": str(uuid.uuid4()),
+        }
+    )
     sampler = ParentBased(TraceIdRatioBased(settings.sample_ratio))
     spans = TracerProvider(sampler, resource, shutdown_on_exit=False)
     exporter = OTLPSpanExporter(f"{endpoint}/v1/traces", headers=headers)

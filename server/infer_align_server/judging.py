@@ -74,8 +74,6 @@ JUDGE_SETTINGS = (
     "tolerance",
     "schedule",
 )
-# The metadata of the fields that only comparisons read.
-COMPARED = {"json_schema_extra": {"x-read-if": {"mode": ["pairwise", "both"]}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +106,14 @@ class Judging:
     )
     rule: Rule | None = field(
         default=None,
-        metadata={
-            **COMPARED,
-            "description": "Rule that makes one relation of a comparison in two orders.",
-        },
+        metadata={"description": "Rule that makes one relation of a comparison in two orders."},
     )
     tolerance: float | None = field(
         default=None,
-        metadata={
-            **COMPARED,
-            "ge": 0,
-            "description": "Largest difference that still counts as a tie.",
-        },
+        metadata={"ge": 0, "description": "Largest difference that still counts as a tie."},
     )
     schedule: Schedule | None = field(
-        default=None, metadata={**COMPARED, "description": "Choice of the pairs to compare."}
+        default=None, metadata={"description": "Choice of the pairs to compare."}
     )
 
     def __post_init__(self) -> None:
@@ -192,8 +183,6 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     settings |= requested
     judging = parse(Judging, settings, "")
     reward = await when_discovered(lambda: _judge_reward(service, judging))
-    if judging.mode == "pairwise":
-        reward.check_parameters(requested, "")
     modes: tuple[Mode, ...] = ("score", "pairwise") if judging.mode == "both" else (judging.mode,)
     worst_case = 0
     for mode in modes:

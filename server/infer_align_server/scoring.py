@@ -93,11 +93,14 @@ async def score(
     scored.check()
     no_timing = Timing(0.0, 0.0, 0.0)
     response = Response(plan, scored.candidates, scored.scores, scored.selection, no_timing)
+    candidates = []
+    for index, scores in enumerate(scores_json(response)):
+        candidates.append(_candidate_json(scored.selection, index, scores))
     return {
         "object": "align.score",
         "ranking": list(scored.selection.ranking),
         "reason": scored.selection.reason,
-        "candidates": [_candidate_json(response, i) for i in range(len(texts))],
+        "candidates": candidates,
         "usage": scoring_usage_json(scored.scores.usage),
         **extras_json(response),
     }
@@ -201,12 +204,12 @@ def _candidate(index: int, text: str) -> Candidate:
     return Candidate(index, {"message": {"role": "assistant", "content": text}})
 
 
-def _candidate_json(response: Response, index: int) -> dict[str, Any]:
+def _candidate_json(selection: Selection, index: int, scores: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "index": index,
-        "objective": number(response.selection.objective[index]),
-        "scores": scores_json(response, index),
-        "error": response.selection.dropped.get(index),
+        "objective": number(selection.objective[index]),
+        "scores": scores,
+        "error": selection.dropped.get(index),
     }
 
 

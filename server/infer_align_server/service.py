@@ -250,7 +250,7 @@ class Service:
     @property
     def model(self) -> str:
         """The name of the first model, which answers requests that name no model."""
-        return self.config.served_name or self.engine.model
+        return self.engine.served_name or self.engine.model
 
     @property
     def names(self) -> dict[str, str]:

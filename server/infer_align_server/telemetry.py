@@ -11,19 +11,25 @@ The flow knows nothing of this: it announces its stages, see `infer_align.stages
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from time import time_ns
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from starlette.datastructures import Headers
 
+from infer_align.errors import AlignError
+from infer_align.flow.batches import CandidateBatch
 from infer_align.flow.plan import Plan
 from infer_align.flow.response import Response
+from infer_align.flow.selection import NothingScored
 from infer_align.messages import text_of
 from infer_align.stages import Fail, watcher
-from infer_align.types import Candidate, Messages, Scores
-from infer_align_server.collector import SCOPE, Tracing, mark_failed
+from infer_align.types import Array, Candidate, Draw, Messages, Scores
+from infer_align_server.collector import SCOPE, Tracing, mark_failed, span_name
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
@@ -42,19 +48,24 @@ _FACTS = {
     "prompt_tokens": "gen_ai.usage.input_tokens",
     "completion_tokens": "gen_ai.usage.output_tokens",
 }
-# A field of a body, and its attribute.
-_REQUEST_FIELDS = {
-    "model": "gen_ai.request.model",
-    "max_tokens": "gen_ai.request.max_tokens",
-    "temperature": "gen_ai.request.temperature",
-    "top_p": "gen_ai.request.top_p",
+# A field of a body, its attribute, and its types. Other types could hold any text of a client.
+_NUMBER = (int, float)
+_REQUEST_FIELDS: Mapping[str, tuple[str, type | tuple[type, ...]]] = {
+    "model": ("gen_ai.request.model", str),
+    "max_tokens": ("gen_ai.request.max_tokens", int),
+    "max_completion_tokens": ("gen_ai.request.max_tokens", int),
+    "temperature": ("gen_ai.request.temperature", _NUMBER),
+    "top_p": ("gen_ai.request.top_p", _NUMBER),
+    "top_k": ("gen_ai.request.top_k", int),
+    "frequency_penalty": ("gen_ai.request.frequency_penalty", _NUMBER),
+    "presence_penalty": ("gen_ai.request.presence_penalty", _NUMBER),
 }
+# `response_format.type`, and the conventions' name of the kind of output.
+_OUTPUT_TYPES = {"text": "text", "json_object": "json", "json_schema": "json"}
 
 
 @contextmanager
-def traced_request(
-    tracing: Tracing, headers: Mapping[str, str], method: str
-) -> Iterator[RequestTrace]:
+def traced_request(tracing: Tracing, headers: Headers, method: str) -> Iterator[RequestTrace]:
     """Trace the request inside the block, and watch its stages.
 
     Args:
@@ -83,6 +94,8 @@ class RequestTrace:
     def __init__(self, tracing: Tracing, span: Span, method: str) -> None:
         self._tracing = tracing
         self._method = method
+        # What is recorded once the answer is sent, so that it does not wait.
+        self._pending: list[Callable[[], None]] = []
         self.span = span
         self.is_recording = span.is_recording()
 
@@ -104,50 +117,84 @@ class RequestTrace:
 
     def follow(self, plan: Plan) -> PlanTrace:
         """Return the watcher of one plan of the request."""
-        return PlanTrace(self._tracing, self.span, self._method, plan)
+        return PlanTrace(self._tracing, self.span, self._method, plan, self._pending)
 
-    def finish(self, route: str, status: int, facts: Mapping[str, object]) -> None:
-        """Write what is known at the end of the request into its span.
+    def finish(
+        self, route: str, status: int, facts: Mapping[str, object], error_type: str = ""
+    ) -> None:
+        """Record what is known at the end of the request, after its answer is sent.
 
         Args:
-            route: The path of the route.
-            status: The HTTP status.
+            route: The path of the route; "" if there is none.
+            status: The HTTP status; 0 if nothing was answered.
             facts: The fields of the access line.
+            error_type: Why the answer broke off; "" if it did not.
         """
-        attributes: dict[str, Any] = {"http.route": route}
+        if not self.is_recording:
+            return
+        for record in self._pending:
+            record()
+        attributes = _fact_attributes(facts)
+        if route:
+            attributes["http.route"] = route
         if status:
             attributes["http.response.status_code"] = status
-        for fact, attribute in _FACTS.items():
-            value = facts.get(fact)
-            if value is not None:
-                attributes[attribute] = value
-        operation = OPERATIONS.get(route)
-        if operation is not None:
-            attributes["gen_ai.operation.name"] = operation
-        self.span.update_name(f"{self._method} {route}")
+        if route in OPERATIONS:
+            attributes["gen_ai.operation.name"] = OPERATIONS[route]
+            attributes["gen_ai.provider.name"] = SCOPE
+        self.span.update_name(span_name(self._method, route))
         self.span.set_attributes(attributes)
-        if not status:
-            mark_failed(self.span, "disconnected")
+        if error_type:
+            mark_failed(self.span, error_type)
         elif status >= SERVER_ERROR:
             mark_failed(self.span, str(status))
 
     def evaluations(self, scores: Scores) -> None:
         """Send the scores of answers that the client sent."""
         if self.is_recording:
-            _send_evaluations(self._tracing, scores, {}, self.span)
+            count = max((each.shape[-1] for each in scores.members.values()), default=0)
+            spans = dict.fromkeys(range(count), self.span)
+            self._pending.append(partial(_send_evaluations, self._tracing, scores, spans))
+
+    def streams(self) -> None:
+        """Note that the answer is a stream."""
+        self.span.set_attribute("gen_ai.request.stream", True)  # noqa: FBT003
+
+
+@dataclass(slots=True)
+class _Drawing:
+    """One draw: its span, its candidates, and its times in ns of the system's clock."""
+
+    span: Span
+    batch: CandidateBatch
+    began: int
+    ended: int = 0
+    error_type: str = ""
+    # The candidates that ended, and when.
+    finished: dict[int, tuple[Candidate, int]] = field(default_factory=dict)
+
+    def indices(self) -> Iterator[tuple[int, int]]:
+        """Yield the index of each candidate, and that of its share of the plan."""
+        for share in self.batch.shares:
+            for index in range(share.first, share.first + share.draw.n):
+                yield index, share.index
 
 
 class PlanTrace(RequestTrace):
     """The trace of one plan: the same request, with the times of its candidates."""
 
-    def __init__(self, tracing: Tracing, span: Span, method: str, plan: Plan) -> None:
+    def __init__(
+        self,
+        tracing: Tracing,
+        span: Span,
+        method: str,
+        plan: Plan,
+        pending: list[Callable[[], None]],
+    ) -> None:
         super().__init__(tracing, span, method)
+        self._pending = pending
         self._plan = plan
-        # The span of the draw that runs or ran last, and when it began.
-        self._draw: Span = span
-        self._draw_began = time_ns()
-        # Candidate -> its draw, and when the draw began and the candidate ended.
-        self._drawn: dict[int, tuple[Span, int, int]] = {}
+        self._drawings: list[_Drawing] = []
 
     def stage(self, name: str, subject: str) -> AbstractContextManager[Fail]:
         """Return the block around a stage; that of a draw is the parent of its candidates."""
@@ -158,64 +205,123 @@ class PlanTrace(RequestTrace):
     @contextmanager
     def _drawing(self) -> Iterator[Fail]:
         with super().stage("draw", "") as fail:
-            self._draw = self._tracing.current_span()
-            self._draw_began = time_ns()
-            yield fail
+            batch = self._plan.batches[len(self._drawings)]
+            drawing = _Drawing(self._tracing.current_span(), batch, time_ns())
+            self._drawings.append(drawing)
+            try:
+                yield fail
+            except BaseException as error:
+                drawing.error_type = type(error).__name__
+                raise
+            finally:
+                drawing.ended = time_ns()
 
     def candidate_finished(self, candidate: Candidate) -> None:
         """Note the end of a candidate."""
         if self.is_recording:
-            self._drawn[candidate.index] = (self._draw, self._draw_began, time_ns())
+            self._drawings[-1].finished[candidate.index] = (candidate, time_ns())
 
     def complete(self, response: Response) -> None:
         """Record the candidates, their scores and the selection."""
-        self._record(response.candidates, response.scores)
         if self.is_recording:
+            self._pending.append(partial(self._record, response.candidates, response.scores))
             self.span.set_attribute("infer_align.reason", response.reason)
             self.span.set_attribute("infer_align.partial", response.partial)
             returned = [candidate.index for candidate in response.returned]
             self.span.set_attribute("infer_align.selected", returned)
+            if len(returned) != 1:
+                self.span.set_attribute("gen_ai.request.choice.count", self._plan.n_returned)
 
-    def fail(self, candidates: Sequence[Candidate], scores: Scores) -> None:
-        """Record the candidates and the scores of a plan that returns nothing."""
-        self._record(candidates, scores)
-
-    def _record(self, candidates: Sequence[Candidate], scores: Scores) -> None:
+    def fail(self, error: BaseException) -> None:
+        """Record the candidates of a plan that returns nothing, and those that never ended."""
         if not self.is_recording:
             return
-        spans: dict[int, Span] = {}
-        for candidate in candidates:
-            undrawn = (self._draw, self._draw_began, time_ns())
-            draw, began, ended = self._drawn.get(candidate.index, undrawn)
-            attributes = self._attributes(candidate)
-            spans[candidate.index] = self._tracing.candidate(
-                candidate, attributes, draw, (began, ended)
-            )
-        _send_evaluations(self._tracing, scores, spans, self.span)
+        candidates: Sequence[Candidate] = ()
+        scores = Scores()
+        if isinstance(error, NothingScored):
+            candidates, scores = error.candidates, error.scores
+        self._pending.append(partial(self._record, candidates, scores))
+        if not isinstance(error, AlignError) or error.status >= SERVER_ERROR:
+            # The answer may be a stream, whose status was sent before.
+            mark_failed(self.span, type(error).__name__)
 
-    def _attributes(self, candidate: Candidate) -> dict[str, Any]:
-        body = self._plan.draws[candidate.draw].body
-        kind = self._plan.draws[candidate.draw].kind
-        attributes: dict[str, Any] = {
-            "gen_ai.operation.name": "chat" if kind == "chat" else "text_completion",
-            "gen_ai.provider.name": SCOPE,
-            "gen_ai.usage.input_tokens": candidate.prompt_tokens,
-            "gen_ai.usage.output_tokens": candidate.completion_tokens,
-            "infer_align.candidate.index": candidate.index,
-            "infer_align.candidate.draw": candidate.draw,
-        }
-        for name, attribute in _REQUEST_FIELDS.items():
-            if isinstance(body.get(name), str | int | float):
-                attributes[attribute] = body[name]
+    def _record(self, candidates: Sequence[Candidate], scores: Scores) -> None:
+        """Record the candidates and their scores."""
+        by_index = {candidate.index: candidate for candidate in candidates}
+        scored: dict[int, Span] = {}
+        for drawing in self._drawings:
+            for index, share in drawing.indices():
+                candidate, ended = drawing.finished.get(index, (None, drawing.ended))
+                candidate = by_index.get(index, candidate)
+                span = self._tracing.candidate(
+                    self._attributes(index, share, candidate),
+                    drawing.span,
+                    (drawing.began, ended),
+                    _error_type(candidate, drawing),
+                )
+                if candidate is not None and candidate.eligible:
+                    scored[index] = span
+        _send_evaluations(self._tracing, scores, scored)
+
+    def _attributes(self, index: int, share: int, candidate: Candidate | None) -> dict[str, Any]:
+        """Return the attributes of a candidate; it is None if it did not end."""
+        attributes = _request_attributes(self._plan, self._plan.draws[share])
+        attributes["infer_align.candidate.index"] = index
+        attributes["infer_align.candidate.draw"] = share
+        content = self._tracing.captures_content
+        if content:
+            attributes["gen_ai.input.messages"] = _messages_json(self._plan.messages)
+        if candidate is None:
+            return attributes
+        attributes["gen_ai.usage.input_tokens"] = candidate.prompt_tokens
+        attributes["gen_ai.usage.output_tokens"] = candidate.completion_tokens
         if candidate.finish_reason is not None:
             attributes["gen_ai.response.finish_reasons"] = [candidate.finish_reason]
         if candidate.rejected is not None:
             attributes["infer_align.candidate.rejected"] = True
-        if self._tracing.captures_content:
-            attributes["gen_ai.input.messages"] = _messages_json(self._plan.messages)
+        if content:
             answer = {"role": "assistant", "content": candidate.text}
-            attributes["gen_ai.output.messages"] = _messages_json([answer])
+            attributes["gen_ai.output.messages"] = _messages_json(
+                [answer], finish_reason=candidate.finish_reason or "error"
+            )
         return attributes
+
+
+def _fact_attributes(facts: Mapping[str, object]) -> dict[str, Any]:
+    """Return the attributes of what the access line says of a request."""
+    attributes: dict[str, Any] = {}
+    for fact, attribute in _FACTS.items():
+        value = facts.get(fact)
+        if value is not None:
+            attributes[attribute] = value
+    return attributes
+
+
+def _error_type(candidate: Candidate | None, drawing: _Drawing) -> str:
+    """Return why there is no whole answer; "" if there is one."""
+    if candidate is None:
+        return drawing.error_type or "interrupted"
+    if candidate.error is None:
+        return ""
+    return "interrupted" if candidate.interrupted else "failed"
+
+
+def _request_attributes(plan: Plan, draw: Draw) -> dict[str, Any]:
+    """Return what the conventions want to know of the request for one candidate."""
+    attributes: dict[str, Any] = {
+        "gen_ai.operation.name": "chat" if draw.kind == "chat" else "text_completion",
+        "gen_ai.provider.name": SCOPE,
+    }
+    for name, (attribute, types) in _REQUEST_FIELDS.items():
+        value = draw.body.get(name)
+        if isinstance(value, types) and not isinstance(value, bool):
+            attributes[attribute] = value
+    if draw.seed_requested:
+        attributes["gen_ai.request.seed"] = plan.seed
+    output_format = draw.body.get("response_format")
+    if isinstance(output_format, Mapping) and output_format.get("type") in _OUTPUT_TYPES:
+        attributes["gen_ai.output.type"] = _OUTPUT_TYPES[output_format["type"]]
+    return attributes
 
 
 @contextmanager
@@ -240,31 +346,48 @@ def send_evaluations(scores: Scores) -> None:
         watching.evaluations(scores)
 
 
-def _send_evaluations(
-    tracing: Tracing, scores: Scores, spans: Mapping[int, Span], request: Span
-) -> None:
-    """Send one event for each score that is a number: the mean of the members of a reward."""
+def _send_evaluations(tracing: Tracing, scores: Scores, spans: Mapping[int, Span]) -> None:
+    """Send one event for each score: the mean of the members of a reward.
+
+    Args:
+        tracing: The connection to the collector.
+        scores: The scores.
+        spans: The span of each answer that was to be scored. A score that is missing has the type
+            of its error.
+    """
     for name, members in scores.members.items():
-        scored = ~np.isnan(members).any(axis=0)
-        for i in np.flatnonzero(scored).tolist():
-            attributes = {
-                "gen_ai.evaluation.name": name,
-                "gen_ai.evaluation.score.value": float(members[:, i].mean()),
-                "infer_align.candidate.index": i,
-            }
-            if len(members) > 1:
-                attributes["infer_align.evaluation.members"] = members[:, i].tolist()
-            tracing.evaluation(attributes, spans.get(i, request))
+        notes = scores.notes.get(name) or (None,) * members.shape[-1]
+        error_type = scores.errors.get(name.partition(".")[0], "not_scored")
+        for i, span in spans.items():
+            attributes = _evaluation(name, members[:, i], error_type)
+            attributes["infer_align.candidate.index"] = i
+            note = notes[i]
+            if note is not None and tracing.captures_content:
+                # A note may repeat an answer.
+                attributes["gen_ai.evaluation.explanation"] = note
+            tracing.evaluation(attributes, span)
+
+
+def _evaluation(name: str, members: Array, error_type: str) -> dict[str, Any]:
+    """Return the attributes of the score of one answer by the members of a reward."""
+    attributes: dict[str, Any] = {"gen_ai.evaluation.name": name}
+    if np.isnan(members).any():
+        attributes["error.type"] = error_type
+        return attributes
+    attributes["gen_ai.evaluation.score.value"] = float(members.mean())
+    if len(members) > 1:
+        attributes["infer_align.evaluation.members"] = members.tolist()
+    return attributes
 
 
 def _ignore(_: str) -> None:
     """Do nothing: the request is not sampled."""
 
 
-def _messages_json(messages: Messages) -> str:
-    """Return messages in the form of the conventions for generative AI."""
+def _messages_json(messages: Messages, **fields: str) -> str:
+    """Return messages in the form of the conventions for generative AI, with further fields."""
     converted = []
     for message in messages:
         part = {"type": "text", "content": text_of(message.get("content"))}
-        converted.append({"role": message.get("role", ""), "parts": [part]})
+        converted.append({"role": message.get("role", ""), "parts": [part], **fields})
     return json.dumps(converted, ensure_ascii=False)

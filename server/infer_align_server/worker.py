@@ -88,6 +88,8 @@ def run_worker(task: WorkerTask, listener: socket.socket, pipe: Connection[Any, 
         # uvicorn raises SIGINT again after the drain.
         status = 0
     finally:
+        # A worker that could not start has not begun to serve on it.
+        listener.close()
         close_all_multiprocess_files()
     sys.exit(status)
 

@@ -15,10 +15,9 @@ from infer_align.config.read_if import KEY, unread
 from infer_align.config.schema import json_schema, parse
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.methods.compose import RewardShape
-from infer_align.methods.vas import VAS
-from infer_align_server.judging import Judging
+from infer_align.methods.select import Select
 
-# A value of each conditional parameter, and what else its object needs.
+# A value of each conditional parameter.
 VALUES: dict[str, Any] = {
     "margin": 0.5,
     "beta": 0.5,
@@ -27,24 +26,16 @@ VALUES: dict[str, Any] = {
     "regret": True,
     "references": 2,
     "at": 0.5,
-    "max_angle": 20.0,
-    "top_k": 5,
-    "min_p": 0.1,
-    "uncertainty_weight": 0.1,
-    "rule": "likelihood",
-    "tolerance": 0.1,
-    "schedule": "swiss",
 }
-REQUIRED = {"vas": {"beta": {"a": 1.0}}, "guidance": {"scale": {"a": 1.0}}}
 
 
-def conditions() -> Iterator[tuple[str, type, str, str, list[Any]]]:
-    """Yield each key, its dataclass, a parameter, the field of its mode, and the modes."""
-    classes = {**parameter_classes(), "shape": RewardShape, "judge": Judging}
-    for key, cls in classes.items():
+def conditions() -> Iterator[tuple[type, str, str, list[Any]]]:
+    """Yield each dataclass, a parameter, the field of its mode, and the modes."""
+    classes = {**parameter_classes(), "shape": RewardShape}
+    for cls in classes.values():
         for f in dataclasses.fields(cls):
             for mode, values in f.metadata.get("json_schema_extra", {}).get(KEY, {}).items():
-                yield key, cls, f.name, mode, values
+                yield cls, f.name, mode, values
 
 
 CONDITIONS = list(conditions())
@@ -52,18 +43,17 @@ CONDITIONS = list(conditions())
 
 def modes_of(cls: type, mode: str) -> list[Any]:
     """Return the values of the field of a mode."""
-    values = list(get_args(get_type_hints(cls)[mode]))
-    return [0.5, None] if values == [float, type(None)] else values
+    return list(get_args(get_type_hints(cls)[mode]))
 
 
-@pytest.mark.parametrize(("key", "cls", "name", "mode", "values"), CONDITIONS)
+@pytest.mark.parametrize(("cls", "name", "mode", "values"), CONDITIONS)
 def test_the_parser_and_the_schema_agree_on_every_mode(
-    key: str, cls: type, name: str, mode: str, values: list[Any]
+    cls: type, name: str, mode: str, values: list[Any]
 ) -> None:
     modes = modes_of(cls, mode)
     assert {*values} <= {*modes}, "the condition names modes that exist"
     validator = jsonschema.Draft202012Validator(json_schema(cls))
-    written = {**REQUIRED.get(key, {}), name: VALUES[name]}
+    written = {name: VALUES[name]}
     default = next(f.default for f in dataclasses.fields(cls) if f.name == mode)
     for body, current in [(written, default), *(({**written, mode: m}, m) for m in modes)]:
         is_read = current in values
@@ -77,9 +67,9 @@ def test_the_parser_and_the_schema_agree_on_every_mode(
 
 
 def test_what_is_not_written_is_not_refused() -> None:
-    assert parse(VAS, {"beta": {"a": 1.0}, "min_p": 0.1}, "align.vas").top_k == 20
+    assert parse(Select, {"rule": "maxmin"}, "align.select").margin == 0.25
     assert parse_align({"select": {"rule": "argmax", "beta": None}}).methods
-    assert list(unread(VAS, {"top_k": 20, "min_p": 0.1})) == ["top_k"]
+    assert list(unread(Select, {"rule": "tilted", "margin": 0.25})) == ["margin"]
 
 
 @pytest.mark.parametrize(
@@ -98,14 +88,6 @@ def test_what_is_not_written_is_not_refused() -> None:
             {"compose": {"brief": {"shape": "par", "at": 0.5}}},
             r"align\.compose\.brief\.at: 0\.5 is not read if shape is 'par'; allowed beside it: "
             r"references\..* align\.compose\.brief\.shape to 'cap'",
-        ),
-        (
-            {"ensemble": {"objective": "wco", "uncertainty_weight": 0.5}},
-            r"align\.ensemble\.uncertainty_weight: .* to 'uwo'",
-        ),
-        (
-            {"vas": {"beta": {"a": 1.0}, "top_k": "all", "min_p": 0.1}},
-            r"top_k: 'all' is not read if min_p is 0\.1; .* or set align\.vas\.min_p to null",
         ),
     ],
 )

@@ -173,6 +173,7 @@ def test_min_p_takes_the_place_of_top_k() -> None:
     (draw,) = VAS({"a": 1.0}, min_p=0.1).apply(draft).draws
     assert draw.steering == Steering({"a": 1.0}, 20, "keep", 0.1)
     assert draw.steering.candidates is None
-    with pytest.raises(InvalidRequest, match=r"top_k: 5 is not read if min_p is 0\.1") as refused:
-        parse(VAS, {"beta": {"a": 1.0}, "top_k": 5, "min_p": 0.1}, "align.vas")
-    assert refused.value.param == "align.vas.top_k"
+    with pytest.raises(InvalidRequest) as refused:
+        VAS({"a": 1.0}, top_k=5, min_p=0.1).apply(draft)
+    assert refused.value.param == "align.vas.min_p"
+    assert "top_k, which is 5" in refused.value.message

@@ -3,7 +3,9 @@
 # ruff: noqa: PLC0415 - the packages of the extra `otel` may be absent
 from __future__ import annotations
 
+import asyncio
 import gzip
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +21,15 @@ class Collector:
     """An ASGI application that keeps spans and log records.
 
     Attributes:
-        spans: {"name", "attributes", "span_id", "parent_id", "trace_id", "kind", "failed"} of each.
+        spans: {"name", "attributes", "span_id", "parent_id", "trace_id", "kind", "failed",
+            "begin", "seconds", "text"} of each.
         events: {"name", "attributes", "span_id", "trace_id"} of each log record.
         headers: the headers of each request.
         resources: the attributes of each resource.
-        status: the HTTP status of its answers.
+        status: the HTTP status of its answers; with another than 200 it keeps nothing, and asks to
+            be tried again at once.
+        is_awake: answers wait while it is not set.
+        was_asked: set when a request arrives.
     """
 
     def __init__(self) -> None:
@@ -32,6 +38,10 @@ class Collector:
         self.headers: list[dict[str, str]] = []
         self.resources: list[dict[str, Any]] = []
         self.port = 0
+        self.status = 200
+        self.is_awake = threading.Event()
+        self.is_awake.set()
+        self.was_asked = threading.Event()
 
     @property
     def url(self) -> str:
@@ -51,15 +61,23 @@ class Collector:
             more = message.get("more_body", False)
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         self.headers.append(headers)
+        self.was_asked.set()
+        await asyncio.to_thread(self.is_awake.wait, LIMIT_SECONDS)
         if headers.get("content-encoding") == "gzip":
             content = gzip.decompress(content)
-        if scope["path"] == "/v1/traces":
-            self._read_spans(content)
-        elif scope["path"] == "/v1/logs":
-            self._read_events(content)
-        start = {"type": "http.response.start", "status": 200}
-        await send({**start, "headers": [(b"content-type", b"application/x-protobuf")]})
+        # The status may change while this answers.
+        status = self.status
+        if status == 200:
+            self._read(scope["path"], content)
+        fields = [(b"content-type", b"application/x-protobuf"), (b"retry-after", b"0")]
+        await send({"type": "http.response.start", "status": status, "headers": fields})
         await send({"type": "http.response.body", "body": b""})
+
+    def _read(self, path: str, content: bytes) -> None:
+        if path == "/v1/traces":
+            self._read_spans(content)
+        elif path == "/v1/logs":
+            self._read_events(content)
 
     def _read_spans(self, content: bytes) -> None:
         from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
@@ -96,6 +114,7 @@ def _span(span: Any) -> dict[str, Any]:
         "trace_id": span.trace_id.hex(),
         "kind": span.kind,
         "failed": span.status.code == 2,
+        "begin": span.start_time_unix_nano,
         "seconds": (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9,
         "text": str(span),
     }
@@ -120,4 +139,5 @@ def collector() -> Iterator[Collector]:
     server = ThreadedServer(app, lifespan="off")
     app.port = server.port
     yield app
+    app.is_awake.set()
     server.end()

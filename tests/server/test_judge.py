@@ -270,8 +270,6 @@ def test_judging_in_one_mode(live: Any) -> None:
         ({"readout": "first"}, "readout", "'geval'"),
         ({"rule": "coin"}, "rule", "'likelihood'"),
         ({"tolerance": -1}, "tolerance", "greater than or equal to 0"),
-        ({"mode": "score", "tolerance": 0.1}, "tolerance", "set mode to 'pairwise' or 'both'"),
-        ({"mode": "pairwise", "scale": 5}, "scale", 'set mode to "score"'),
         ({"judge": "number"}, "judge", "is not a configured judge"),
         ({"candidates": []}, "candidates", "at least one"),
         ({"messages": []}, "messages", "at least one"),
@@ -305,8 +303,6 @@ def test_judging_without_any_reading_fails(live: Any) -> None:
         ({"readout": "best"}, "readout", "'expected'"),
         ({"weight": -1}, "weight", "greater than or equal to 0"),
         ({"rule": "likelihood"}, "rule", "no such parameter"),
-        ({"mode": "pairwise", "scale": 5}, "scale", "align.trust_judge.mode to"),
-        ({"mode": "pairwise", "readout": "geval"}, "readout", "is not read"),
     ],
 )
 def test_wrong_parameters(live: Any, parameters: Any, param: str, hint: str) -> None:
@@ -393,21 +389,6 @@ def test_omitted_settings_are_those_of_the_judge(configured: Any) -> None:
     )
 
 
-def test_the_scale_of_a_judge_that_compares_is_refused(configured: Any) -> None:
-    for align, param in (
-        ({"trust_judge": {"scale": 5}}, "align.trust_judge.scale"),
-        ({"rewards": {"trust_judge": {"scale": 5}}}, "align.rewards.trust_judge.scale"),
-    ):
-        error = configured.chat({"best_of_n": {"n": 2}, **align}, max_tokens=20).json()["error"]
-        assert (error["param"], error["code"]) == (param, "unsupported")
-    # What the preset wrote for scores is no fault of a request that compares.
-    assert judged(configured, ["a", "b"], model="fake@brief", mode="pairwise")["pairs"]
-    # A rubric that the judge writes itself is checked by scores.
-    align = {"trust_judge": {"scale": 5, "rubric": "auto"}}
-    answer = configured.chat({"best_of_n": {"n": 2}, **align}, max_tokens=20)
-    assert "is not read" not in answer.text
-
-
 def test_the_judges_route_knows_the_preset_of_the_models_name(configured: Any) -> None:
     response = judged(configured, ["a", "b"], model="fake@brief", mode="score")
     assert response["scale"] == 5
@@ -433,7 +414,7 @@ def test_judging_and_scoring_are_limited_counted_and_charged(
         )
         assert answer.status_code == 400, answer.text
         assert (
-            "over this server's limit of 400; send fewer candidates"
+            "over this server's limit of 400; send fewer of them"
             in answer.json()["error"]["message"]
         )
         assert answer.json()["error"]["param"] == "candidates"

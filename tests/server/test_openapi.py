@@ -184,7 +184,14 @@ TAKEN: list[tuple[str, str, dict[str, Any]]] = [
             },
         },
     ),
-    ("ChatRequest", CHAT, {"messages": USER, "align": {"ensemble": {"uncertainty_weight": 0.1}}}),
+    (
+        "ChatRequest",
+        CHAT,
+        {
+            "messages": USER,
+            "align": {"ensemble": {"objective": "mean", "uncertainty_weight": 0.1}},
+        },
+    ),
     ("CompletionRequest", TEXT, {"prompt": "", "max_tokens": 3}),
     ("CompletionRequest", TEXT, {"prompt": ["a", "b"], "align": {"best_of_n": {"n": 2}}}),
     (
@@ -226,14 +233,6 @@ REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("ChatRequest", CHAT, {"messages": USER, "align": {"select": {"rule": "best"}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"select": {"margin": 0.25}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"number": {"at": 0.5}}}}),
-    (
-        "ChatRequest",
-        CHAT,
-        {
-            "messages": USER,
-            "align": {"ensemble": {"objective": "mean", "uncertainty_weight": 0.1}},
-        },
-    ),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"nope": {}}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"number": {"at": 2}}}}),
     ("ChatRequest", CHAT, {"messages": USER, "align": {"compose": {"gates": {"nope": {}}}}}),

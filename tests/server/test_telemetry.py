@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from infer_align import config as configuration
 from infer_align.errors import ConfigError
+from infer_align_server.collector import span_name
 from infer_align_server.service import Service
-from tests.engines.openai.upstream import fake_upstream
-from tests.server.collector import Collector, collector
-from tests.server.conftest import NUMBERS, Live, end, start
-
-ConfigFile = Callable[[str], Path]
-ROUTE = "POST /v1/chat/completions"
-CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-TRACE, PARENT = CALLER.split("-")[1:3]
-
-
-@contextmanager
-def traced(
-    config_file: ConfigFile, text: str = NUMBERS, settings: str = ""
-) -> Iterator[tuple[Live, Collector]]:
-    """Serve with a collector of its own."""
-    with collector() as receiver:
-        section = f'\n[telemetry]\nendpoint = "{receiver.url}"\n{settings}\n'
-        live = start(configuration.load(config_file(text + section)))
-        try:
-            yield live, receiver
-        finally:
-            end(live)
-
-
-def flush(live: Live) -> None:
-    assert live.service.tracing is not None
-    live.service.tracing.flush()
+from tests.server.tracing import ROUTE, ConfigFile, flush, traced
 
 
 def test_a_best_of_five_is_one_trace_with_each_stage_candidate_and_score(
@@ -105,45 +77,6 @@ def test_no_text_of_a_user_leaves_the_server_unless_the_operator_says_so(
     assert "candidate" in attributes["gen_ai.output.messages"]
 
 
-def test_a_trace_is_continued_from_the_caller_to_the_upstream(config_file: ConfigFile) -> None:
-    with fake_upstream() as up:
-        text = (
-            f'[engine]\nkind = "openai"\nurls = ["{up.url}"]\nprobe = false\n[rewards.number]\n'
-            'kind = "callable"\nfunction = "tests.server.scorers:number"\n'
-        )
-        with traced(config_file, text) as (live, receiver):
-            up.clear_log()
-            body = {"model": "up", "messages": [{"role": "user", "content": "x"}]}
-            headers = {"traceparent": CALLER, "tracestate": "vendor=1"}
-            live.post({**body, "align": {"best_of_n": {"n": 2}}}, headers=headers)
-            aligned = up.headers[-1]
-            live.post(body, headers=headers)
-            plain = up.headers[-1]
-            flush(live)
-        requests = receiver.named(ROUTE)
-        assert [span["parent_id"] for span in requests] == [PARENT, PARENT]
-        assert {span["trace_id"] for span in receiver.spans} == {TRACE}
-        (draw,) = receiver.named("draw")
-        assert aligned["traceparent"] == f"00-{TRACE}-{draw['span_id']}-01"
-        assert plain["traceparent"] == f"00-{TRACE}-{requests[1]['span_id']}-01"
-        assert aligned["tracestate"] == plain["tracestate"] == "vendor=1"
-
-
-def test_the_share_of_traced_requests_is_the_callers_or_the_configured_one(
-    config_file: ConfigFile,
-) -> None:
-    with traced(config_file, settings="sample_ratio = 0.0") as (live, receiver):
-        align = {"best_of_n": {"n": 2}}
-        assert live.chat(align).status_code == 200
-        flush(live)
-        assert receiver.spans == receiver.events == []
-        body = {"messages": [{"role": "user", "content": "x"}], "align": align}
-        assert live.post(body, headers={"traceparent": CALLER}).status_code == 200
-        flush(live)
-        assert {span["trace_id"] for span in receiver.spans} == {TRACE}
-        assert len(receiver.events) == 2
-
-
 def test_what_fails_is_marked_with_its_type(config_file: ConfigFile) -> None:
     with traced(config_file) as (live, receiver):
         live.chat({"best_of_n": {"n": 2}, "rewards": {"broken": 1}})
@@ -193,17 +126,6 @@ def test_answers_of_the_client_have_scores_in_the_span_of_their_request(
     assert values == [1.0, 2.0]
 
 
-@pytest.mark.slow
-def test_a_collector_that_is_gone_changes_no_answer(config_file: ConfigFile) -> None:
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-    text = NUMBERS + '\n[telemetry]\nendpoint = "http://127.0.0.1:9"\n'
-    live = start(configuration.load(config_file(text)))
-    try:
-        assert live.chat({"best_of_n": {"n": 2}}).status_code == 200
-    finally:
-        end(live)
-
-
 def test_the_key_of_the_collector_comes_from_the_environment(
     config_file: ConfigFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,3 +158,72 @@ def test_a_wrong_setting_is_named(
     text = f'[engine]\nkind = "fake"\n[telemetry]\n{settings}\n'
     with pytest.raises(ConfigError, match=re.escape(message)):
         Service(configuration.load(config_file(text)))
+
+
+def test_attributes_follow_the_conventions(config_file: ConfigFile) -> None:
+    fields = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_completion_tokens": 7,
+        "frequency_penalty": 0.25,
+        "presence_penalty": 1,
+        "seed": 11,
+        "n": 2,
+        "stop": ["a word of the user"],
+    }
+    with traced(config_file) as (live, receiver):
+        assert live.chat({"best_of_n": {"n": 3}}, **fields).status_code == 200
+        assert live.chat({"best_of_n": {"n": 2}}, stream=True).status_code == 200
+        live.get("/nothing/here")
+        flush(live)
+    several, streamed = (span["attributes"] for span in receiver.named(ROUTE))
+    assert several["gen_ai.provider.name"] == "infer_align"
+    assert several["gen_ai.request.choice.count"] == 2
+    assert "gen_ai.request.stream" not in several
+    assert streamed["gen_ai.request.stream"] is True
+    assert "gen_ai.request.choice.count" not in streamed
+    candidate = receiver.named("chat fake")[0]["attributes"]
+    assert candidate["gen_ai.operation.name"] == "chat"
+    assert candidate["gen_ai.provider.name"] == "infer_align"
+    assert candidate["gen_ai.response.finish_reasons"] == ["stop"]
+    requested = {name: value for name, value in candidate.items() if "gen_ai.request" in name}
+    assert requested == {
+        "gen_ai.request.model": "fake",
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 0.9,
+        "gen_ai.request.max_tokens": 7,
+        "gen_ai.request.frequency_penalty": 0.25,
+        "gen_ai.request.presence_penalty": 1,
+        "gen_ai.request.seed": 11,
+    }
+    # A path that is no route is a text of the client.
+    (lost,) = receiver.named("GET")
+    assert "http.route" not in lost["attributes"]
+    assert lost["attributes"]["http.response.status_code"] == 404
+    assert receiver.resources[0]["service.instance.id"]
+
+
+def test_a_method_that_nobody_knows_is_no_name() -> None:
+    assert span_name("POST", "/v1/rerank") == "POST /v1/rerank"
+    assert span_name("MY-SECRET") == "HTTP"
+
+
+def test_a_score_that_is_missing_has_the_type_of_its_error(config_file: ConfigFile) -> None:
+    rewards = {"picky": 1, "silent": 0}
+    for capture in ("false", "true"):
+        with traced(config_file, settings=f"capture_content = {capture}") as (live, receiver):
+            assert live.chat({"best_of_n": {"n": 2}, "rewards": rewards}).status_code == 200
+            flush(live)
+        events = {}
+        for event in receiver.events:
+            facts = event["attributes"]
+            key = (facts["gen_ai.evaluation.name"], facts["infer_align.candidate.index"])
+            events[key] = facts
+        # The candidates are "candidate 3" and "candidate 1"; the reward cannot read the first.
+        assert events["picky", 0]["error.type"] == "RuntimeError"
+        assert "gen_ai.evaluation.score.value" not in events["picky", 0]
+        assert events["picky", 1]["gen_ai.evaluation.score.value"] == 1.0
+        assert "error.type" not in events["picky", 1]
+        assert events["silent", 1]["error.type"] == "not_scored"
+        explanation = events["picky", 0].get("gen_ai.evaluation.explanation")
+        assert explanation == ("RuntimeError: three is too much" if capture == "true" else None)

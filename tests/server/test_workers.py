@@ -29,18 +29,7 @@ HELD = (
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
 BEST_OF_2 = {**BODY, "align": {"best_of_n": {"n": 2}}}
 
-Command = Callable[..., Process]
 ConfigFile = Callable[[str], Path]
-
-
-@pytest.fixture
-def workers(command: Command, config_file: ConfigFile) -> Callable[..., Process]:
-    """`workers(toml)`: a running server; workers are no children of a fork, so it is fresh."""
-
-    def spawn(text: str, **environment: str) -> Process:
-        return command(str(config_file(text)), fresh=True, **environment)
-
-    return spawn
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +39,29 @@ def hold_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def held(config_file: ConfigFile, hold_file: Path) -> Iterator[Process]:
+def held_config(config_file: ConfigFile) -> Path:
+    """The configuration of the server `held`."""
+    return config_file(HELD)
+
+
+@pytest.fixture(scope="module")
+def held(held_config: Path, hold_file: Path) -> Iterator[Process]:
     """A server with two workers; the last test that uses it ends it."""
-    path = config_file(HELD)
-    server = Process("--port", "0", str(path), fresh=True, TEST_HOLD_FILE=str(hold_file))
+    yield from serve_until_ended(held_config, TEST_HOLD_FILE=str(hold_file))
+
+
+@pytest.fixture(scope="module")
+def limited(config_file: ConfigFile) -> Iterator[Process]:
+    """A server with two workers and a limit of the rate; the last test that uses it ends it."""
+    yield from serve_until_ended(config_file(f"{WORKERS}[limits]\nrequests_per_minute = 10\n"))
+
+
+def serve_until_ended(path: Path, **environment: str) -> Iterator[Process]:
+    """Start a server, and kill it after the tests unless it has ended.
+
+    A fork cannot have workers, so the server is a fresh process.
+    """
+    server = Process("--port", "0", str(path), fresh=True, **environment)
     yield server
     if server.popen.poll() is None:
         server.popen.kill()
@@ -191,6 +199,34 @@ def connections(process: psutil.Process) -> list[Any]:
     return [each for each in process.net_connections() if each.status == "ESTABLISHED"]
 
 
+def test_sighup_reads_the_configuration_without_a_lost_request(
+    held: Process, held_config: Path
+) -> None:
+    server, path = held, held_config
+    url = server.url()
+    until(lambda: metric(url, "infer_align_workers ") == 2)
+    path.write_text(f"{HELD}[limit]\n", encoding="utf-8")
+    server.popen.send_signal(signal.SIGHUP)
+    server.log.find("the configuration stays as it was: .limit.: no such section")
+    path.write_text(
+        f'{HELD}[rewards.none]\nkind = "callable"\nfunction = "no_such_module:f"\n',
+        encoding="utf-8",
+    )
+    server.popen.send_signal(signal.SIGHUP)
+    server.log.find("the configuration stays as it was: .*no_such_module")
+    assert post(url).status_code == 200
+    more_workers = HELD.replace("workers = 2", "workers = 3\nserved_name = 'new'")
+    path.write_text(more_workers, encoding="utf-8")
+    server.popen.send_signal(signal.SIGHUP)
+    statuses = [post(url).status_code]
+    while not any("read again" in line for line in server.log.lines):
+        statuses.append(post(url).status_code)
+    assert set(statuses) == {200}
+    until(lambda: metric(url, "infer_align_workers ") == 3)
+    # On a busy machine, an old worker may accept a last connection before it sees that it ends.
+    until(lambda: post(url).json()["model"] == "new")
+
+
 def test_sigterm_finishes_running_requests_of_every_worker(held: Process, hold_file: Path) -> None:
     server = held
     url = server.url()
@@ -218,38 +254,8 @@ def is_refused(url: str) -> bool:
     return False
 
 
-def test_sighup_reads_the_configuration_without_a_lost_request(
-    command: Command, config_file: ConfigFile
-) -> None:
-    path = config_file(WORKERS)
-    server = command(str(path), fresh=True)
-    url = server.url()
-    path.write_text(f"{WORKERS}[limit]\n", encoding="utf-8")
-    server.popen.send_signal(signal.SIGHUP)
-    server.log.find("the configuration stays as it was: .limit.: no such section")
-    path.write_text(
-        f'{WORKERS}[rewards.none]\nkind = "callable"\nfunction = "no_such_module:f"\n',
-        encoding="utf-8",
-    )
-    server.popen.send_signal(signal.SIGHUP)
-    server.log.find("the configuration stays as it was: .*no_such_module")
-    assert post(url).status_code == 200
-    path.write_text(f"{WORKERS.replace('2', '3')}served_name = 'new'\n", encoding="utf-8")
-    server.popen.send_signal(signal.SIGHUP)
-    statuses = [post(url).status_code]
-    while not any("read again" in line for line in server.log.lines):
-        statuses.append(post(url).status_code)
-    assert set(statuses) == {200}
-    until(lambda: metric(url, "infer_align_workers ") == 3)
-    # On a busy machine, an old worker may accept a last connection before it sees that it ends.
-    until(lambda: post(url).json()["model"] == "new")
-    server.popen.send_signal(signal.SIGTERM)
-    assert server.wait() == 0
-
-
-def test_a_rate_is_counted_over_all_workers(workers: Any) -> None:
-    server = workers(f"{WORKERS}[limits]\nrequests_per_minute = 10\n")
-    url = server.url()
+def test_a_rate_is_counted_over_all_workers(limited: Process) -> None:
+    url = limited.url()
     start = time.monotonic()
     statuses = [post(url).status_code for _ in range(60)]
     refilled = (time.monotonic() - start) * 10 / 60
@@ -258,9 +264,9 @@ def test_a_rate_is_counted_over_all_workers(workers: Any) -> None:
 
 
 def test_an_address_is_in_use_until_the_workers_of_a_killed_supervisor_end(
-    workers: Any, config_file: ConfigFile
+    limited: Process, config_file: ConfigFile
 ) -> None:
-    server = workers(WORKERS)
+    server = limited
     url = server.url()
     port = url.rpartition(":")[2]
     done = run("serve", str(config_file(WORKERS)), "--set", f"server.port={port}")

@@ -1,4 +1,8 @@
-"""VAS on one answer: the value LMs read it, and reweight the logits of its next token."""
+"""VAS on one answer of an upstream: value LMs in this process read it and steer its next token.
+
+The order of a step is `steer`, then the sampler, then `choose`. In shapes, n is the number of
+tokens that the upstream lists with their logits, k of candidates that are valued, and M of values.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,11 @@ class AnswerValues:
 
     @torch.inference_mode()
     def read_prompt(self, ids: Sequence[int]) -> None:
-        """Read the prompt with each value LM."""
+        """Read the prompt with each value LM, before the first step.
+
+        Args:
+            ids: the tokens of the prompt.
+        """
         for value in self._values:
             if value.lm and value.lm not in self._caches:
                 cache = read_tokens(value.lm, ids)
@@ -52,7 +60,9 @@ class AnswerValues:
             [n] steered logits.
         """
         by_token = dict(zip(tokens, logits.tolist(), strict=True))
-        self._valued = most_likely(by_token, self._steering.candidates or len(tokens))
+        # Without a number of candidates, all tokens of the list are valued.
+        k = self._steering.candidates or len(tokens)
+        self._valued = most_likely(by_token, k)
         positions = [tokens.index(token) for token in self._valued]
         weights = list(self._steering.beta.values())
         steered = logits.copy()
@@ -63,11 +73,12 @@ class AnswerValues:
 
     @torch.inference_mode()
     def _evaluate(self) -> Array:
-        """Value the answer after each of k candidates: -> [M, k]."""
+        """Value the answer after each of the k candidates: -> [M, k]."""
         ids = torch.tensor([self._valued])
+        # [k, H] of each LM with H values. Values that share an LM share its forward pass.
         by_lm: dict[ValueLM, torch.Tensor] = {}
         for lm, cache in self._caches.items():
-            (by_lm[lm],) = cache.siblings(ids)
+            by_lm[lm] = cache.siblings(ids)[0]
         rows: list[torch.Tensor] = []
         for value in self._values:
             if value.lm:
@@ -82,7 +93,13 @@ class AnswerValues:
 
 
 def most_likely(logits: Mapping[int, float], k: int, excluded: Collection[int] = ()) -> list[int]:
-    """Return the k most likely tokens, the lower id first among equals."""
+    """Return the k most likely tokens, the lower id first among equals.
+
+    Args:
+        logits: token -> logit.
+        k: the number of tokens; fewer if there are not that many.
+        excluded: tokens that are left out.
+    """
     tokens = [token for token in logits if token not in excluded]
     tokens.sort(key=lambda token: (-logits[token], token))
     return tokens[:k]

@@ -93,7 +93,7 @@ class _Reader:
         self._model = model
         self._query = query
         self._continues = continues
-        self._limit_name = limit_name
+        self._limit_name: LimitName = limit_name
         # True if the model replies with a label of several characters as one token. A shorter
         # label is then complete, and not the beginning of a longer one.
         self._labels_are_tokens = False
@@ -155,7 +155,7 @@ class _Reader:
         return any(len(token) > 1 and token in self.probabilities for token in stripped)
 
     async def _top_logprobs(self, beginning: str) -> Mapping[str, float]:
-        body = {
+        body: dict[str, Any] = {
             "model": self._model,
             **self._prompt(beginning),
             self._limit_name: MIN_TOKENS[self._limit_name],

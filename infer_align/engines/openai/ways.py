@@ -78,10 +78,13 @@ class UpstreamWays:
 
     def way(self, model: str) -> Way | None:
         """Return how every upstream of the model can continue a prefix, or None if one cannot."""
-        ways = {way for (_, name), way in self._ways.items() if name == model}
-        if not ways or None in ways:
+        ways = [way for (_, name), way in self._ways.items() if name == model]
+        usable = [way for way in ways if way is not None]
+        if not usable or len(usable) < len(ways):
             return None
-        return max((way for way in ways if way), key=WAYS.index)
+        # The least exact one, which the more capable upstreams have too.
+        common: Way = max(usable, key=WAYS.index)
+        return common
 
     def refuses(self, model: str) -> bool:
         """Return True if an upstream was asked for a way, and the model has none."""

@@ -1,13 +1,16 @@
 """Label probabilities: prompts that are read once, between two decoding steps, and sample nothing.
 
+A judge answers with one of a few labels, such as "4". A label is one token or several. The tokens
+of its beginning are a *path*. For each path, the log-probabilities of the tokens that may follow
+are measured here, and `LabelTree` makes probabilities of labels from them.
+
 Questions with a common beginning, such as those of a judge, are one group. The beginning is read
-once and the rest as one batch. Labels of several tokens need one more forward pass per token, over
-the same keys and values, for all paths of all questions of the group.
+once and the rest as one batch. Paths are read after that, over the same keys and values: all paths
+of one length, of all questions of the group, in one forward pass.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.questions import Pending
 from infer_align.errors import EngineFailed
 
-# Path -> {token: logprob}.
+# For each path, the log-probability in nats of each token that may follow it.
 Measured = dict[Path, dict[int, float]]
 
 
@@ -47,17 +50,22 @@ def take_group(waiting: deque[Question], tokens: int, cells: int) -> list[Questi
         waiting: the questions; those of the group are removed.
         tokens: tokens that the group may have after its common beginning.
         cells: rows x columns of the cache that the group may take.
+
+    Returns:
+        The group, in the order of the questions.
     """
     first = waiting.popleft()
     group = [first]
+    # The last token is always read anew: the labels' logits are those after it.
     shared = len(first.ids) - 1
     longest = len(first.ids)
     for question in list(waiting):
         common = min(shared, common_length(first.ids, question.ids))
-        width = max(longest, len(question.ids))
         if 2 * common < len(first.ids) - 1:
             continue
+        width = max(longest, len(question.ids))
         rows = len(group) + 1
+        # The questions are served in their order, so the first that does not fit ends the group.
         if rows * (width - common) > tokens or rows * width > cells:
             break
         waiting.remove(question)
@@ -98,7 +106,10 @@ def read_group(model: Model, group: Sequence[Question], part: int, cells: int) -
 
 
 def _shared_length(group: Sequence[Question], part: int) -> int:
-    """Return the length of the common beginning that is read first."""
+    """Return the length of the common beginning that is read first, in tokens.
+
+    It is 0 for a single question that one forward pass can read.
+    """
     lengths = [len(question.ids) for question in group]
     if len(group) == 1 and lengths[0] <= part:
         return 0
@@ -109,28 +120,57 @@ def _shared_length(group: Sequence[Question], part: int) -> int:
 def _read_paths(
     model: Model, group: Sequence[Question], cache: RowCache, cells: int, measured: list[Measured]
 ) -> None:
-    """Read the paths of all questions and add their logprobs to `measured`."""
-    paths: list[tuple[int, Path]] = []
-    for i, question in enumerate(group):
-        paths += [(i, path) for path in question.tree.readings if path]
-    paths.sort(key=lambda item: len(item[1]))
-    for steps, of_length in itertools.groupby(paths, key=lambda item: len(item[1])):
-        same_length = list(of_length)
-        rows = max(1, cells // (cache.length + steps))
-        for start in range(0, len(same_length), rows):
-            batch = same_length[start : start + rows]
+    """Read the paths of all questions and add their logprobs to `measured`.
+
+    Args:
+        model: the frozen model.
+        group: the questions.
+        cache: keys and values of the questions, one row each.
+        cells: rows x columns of the cache that the paths may take at once.
+        measured: the logprobs of each question, extended here.
+    """
+    for length, paths in _paths_by_length(group).items():
+        rows = max(1, cells // (cache.length + length))
+        for start in range(0, len(paths), rows):
+            batch = paths[start : start + rows]
             questions = [i for i, _ in batch]
-            lengths = [len(group[i].ids) + steps for i in questions]
+            tokens = [list(path) for _, path in batch]
+            lengths = [len(group[i].ids) + length for i in questions]
+            # Each path continues its question, so its row begins with a copy of the question's.
             copies = cache.take(questions, cache.length)
-            logprobs = _read(model, copies, [list(path) for _, path in batch], lengths)
+            logprobs = _read(model, copies, tokens, lengths)
             for (i, path), row in zip(batch, logprobs, strict=True):
                 measured[i][path] = _select(row, group[i].tree.readings[path])
+
+
+def _paths_by_length(group: Sequence[Question]) -> dict[int, list[tuple[int, Path]]]:
+    """Return the paths of all questions by their number of tokens, the shortest first.
+
+    Each path stands with the index of its question. The empty path is left out: it is the question
+    itself.
+    """
+    paths: dict[int, list[tuple[int, Path]]] = {}
+    for i, question in enumerate(group):
+        for path in question.tree.readings:
+            if path:
+                paths.setdefault(len(path), []).append((i, path))
+    return dict(sorted(paths.items()))
 
 
 def _read(
     model: Model, cache: RowCache, tokens: Sequence[list[int]], lengths: list[int]
 ) -> torch.Tensor:
-    """Append tokens to each row; return the logprobs after the last one. [B, V]."""
+    """Append tokens to each row; return the logprobs after the last one: [B, V], in nats.
+
+    Args:
+        model: the frozen model.
+        cache: the B rows; their new keys and values are appended.
+        tokens: the new tokens of each row, equally many.
+        lengths: the tokens of each row, with the new ones.
+
+    Raises:
+        EngineFailed: the model's logits are not finite.
+    """
     logprobs = torch.log_softmax(model.read(tokens, cache, lengths).logits, dim=-1)
     if not logprobs.amax(dim=-1).isfinite().all():
         raise EngineFailed(
@@ -140,11 +180,12 @@ def _read(
 
 
 def _select(logprobs: torch.Tensor, tokens: Sequence[int]) -> dict[int, float]:
+    """Return the logprobs of some tokens: [V] -> {token: logprob}."""
     return dict(zip(tokens, logprobs[list(tokens)].tolist(), strict=True))
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the number of tokens with which both begin."""
+    """Return the length of the beginning that two prompts share, in tokens."""
     for i, (token, other_token) in enumerate(zip(one, other, strict=False)):
         if token != other_token:
             return i

@@ -2,7 +2,8 @@
 
 All functions take P, [N, N]: P_ij is the probability that candidate i is better than candidate j,
 and P_ij + P_ji = 1. The diagonal is not read. NaN marks a pair that was not compared; a candidate
-without any comparison is no rival and is never chosen.
+without any comparison is no rival and is never chosen. In shapes, N is the number of candidates
+and R of rewards.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.linalg import null_space
 from scipy.optimize import linprog, nnls
 
+from infer_align.methods.select.scores import mean_of_others
 from infer_align.types import Array
 
 # A probability nearer to 1/2 than this is a tie for the linear program.
@@ -29,14 +31,7 @@ def win_rates(p: ArrayLike) -> Array:
     Raises:
         ValueError: P is not a matrix of win probabilities.
     """
-    matrix = _probabilities(p)
-    np.fill_diagonal(matrix, np.nan)
-    compared = ~np.isnan(matrix)
-    # Sorted, so that the rounding of sums does not depend on the order of the candidates.
-    totals = np.sort(np.where(compared, matrix, 0.0), axis=1).sum(axis=1)
-    counts = compared.sum(axis=1).astype(np.float64)
-    counts[counts == 0] = np.nan
-    return np.asarray(totals / counts)
+    return mean_of_others(_probabilities(p))
 
 
 def condorcet(p: ArrayLike) -> int | None:
@@ -51,12 +46,13 @@ def condorcet(p: ArrayLike) -> int | None:
     matrix = _probabilities(p)
     if len(matrix) == 1:
         return 0
-    rivals = _compared(matrix)
+    rivals = np.flatnonzero(_compared(matrix))
     # NaN > 0.5 is False: a pair that was not compared is no win.
-    wins = (matrix > 0.5)[:, rivals].sum(axis=1)
-    for i in np.flatnonzero(rivals).tolist():
-        if wins[i] == rivals.sum() - 1:
-            return int(i)
+    beats = matrix > 0.5
+    wins = beats[:, rivals].sum(axis=1)
+    for candidate in rivals.tolist():
+        if wins[candidate] == len(rivals) - 1:
+            return int(candidate)
     return None
 
 
@@ -68,7 +64,8 @@ def cycles(p: ArrayLike) -> int:
     """
     beats = (_probabilities(p) > 0.5).astype(np.int64)
     np.fill_diagonal(beats, 0)
-    # Each cycle is counted from each of its three candidates.
+    # Entry (i, i) of the third power is the number of ways i -> j -> k -> i. So each cycle is
+    # counted from each of its three candidates.
     return int(np.trace(beats @ beats @ beats)) // 3
 
 
@@ -117,8 +114,11 @@ def preferences(values: ArrayLike, weights: ArrayLike) -> Array:
         )
     first = scores[:, :, None]
     second = scores[:, None, :]
-    votes = np.where(first > second, 1.0, np.where(first < second, 0.0, 0.5))
-    votes = np.where(np.isnan(first) | np.isnan(second), np.nan, votes)
+    # [R, N, N]: 1 where the reward prefers i to j, 0 where it prefers j, 1/2 where both are equal.
+    votes = np.full(np.broadcast_shapes(first.shape, second.shape), 0.5)
+    votes[first > second] = 1.0
+    votes[first < second] = 0.0
+    votes[np.isnan(first) | np.isnan(second)] = np.nan
     return weighted_mean(votes, shares)
 
 
@@ -128,16 +128,22 @@ def weighted_mean(matrices: Array, weights: Array) -> Array:
     NaN is ignored; a pair that no matrix has is NaN. The diagonal is 1/2.
     """
     present = ~np.isnan(matrices)
+    # The weights of the matrices that have a pair.
     shares = np.where(present, weights[:, None, None], 0.0)
     total = shares.sum(axis=0)
-    mixed = (np.where(present, matrices, 0.0) * shares).sum(axis=0)
-    mean = np.divide(mixed, total, out=np.full(total.shape, np.nan), where=total > 0)
+    weighted = np.where(present, matrices, 0.0) * shares
+    mean = np.full(total.shape, np.nan)
+    np.divide(weighted.sum(axis=0), total, out=mean, where=total > 0)
     np.fill_diagonal(mean, 0.5)
     return np.asarray(mean)
 
 
 def _probabilities(p: ArrayLike) -> Array:
-    """Return a copy of P as a matrix with 1/2 on its diagonal, checked."""
+    """Return a copy of P as a matrix with 1/2 on its diagonal, checked.
+
+    Raises:
+        ValueError: P is not [N, N], or holds other numbers than win probabilities.
+    """
     matrix = np.array(p, dtype=np.float64)
     if matrix.size == 0:
         return np.zeros((0, 0))
@@ -166,20 +172,25 @@ def _best_lottery(matrix: Array) -> Array:
     With A = P - 1/2, a lottery q is best if (q A)_j >= 0 for all j. On the union S of the supports
     of all best lotteries, each of them solves q A = 0.
     """
+    # A pair that was not compared is a tie: nobody has an advantage.
     advantage = np.nan_to_num(matrix - 0.5, nan=0.0)
+    # Rounding of P must not break the symmetry.
     advantage = (advantage - advantage.T) / 2
     advantage[np.abs(advantage) < _TIE] = 0.0
     support = _support(advantage)
     inner = np.flatnonzero(support)
+    outer = np.flatnonzero(~support)
     lottery = np.zeros(len(matrix))
     basis = null_space(advantage[np.ix_(inner, inner)], rcond=_TIE)
     if basis.shape[1]:
-        lottery[inner] = _evenest(basis, advantage[np.ix_(inner, np.flatnonzero(~support))])
+        lottery[inner] = _evenest(basis, advantage[np.ix_(inner, outer)])
     lottery = np.clip(lottery, 0.0, None)
     if lottery.sum() > 0:
         lottery /= lottery.sum()
-        if (lottery @ advantage).min() >= -_ACCURACY:
+        worst = (lottery @ advantage).min()
+        if worst >= -_ACCURACY:
             return lottery
+    # Rounding spoiled the evenest lottery. Any best one is better than a wrong one.
     return _any_best_lottery(advantage)
 
 
@@ -190,40 +201,45 @@ def _support(advantage: Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     cone that is at least 1 wherever any member is positive.
     """
     n = len(advantage)
-    eye = np.eye(n)
-    zeros = np.zeros((n, n))
-    # Variables: q >= 0, and z from 0 to 1 with z <= q; maximise the sum of z.
-    limits = np.block([[-advantage.T, zeros], [-eye, eye]])
+    # Variables: the member q >= 0, and z from 0 to 1. `linprog` minimises, so the sum of z has the
+    # factor -1.
+    costs = np.concatenate([np.zeros(n), -np.ones(n)])
+    is_best = np.hstack([-advantage.T, np.zeros((n, n))])  # (q A)_j >= 0
+    z_below_q = np.hstack([-np.eye(n), np.eye(n)])  # z_i <= q_i
     solution = linprog(
-        np.concatenate([np.zeros(n), -np.ones(n)]),
-        A_ub=limits,
+        costs,
+        A_ub=np.vstack([is_best, z_below_q]),
         b_ub=np.zeros(2 * n),
         bounds=[(0, None)] * n + [(0, 1)] * n,
         method="highs",
     )
     if solution.x is None:
         return np.ones(n, dtype=np.bool_)
-    return np.asarray(solution.x[n:] > 0.5)
+    z = solution.x[n:]
+    return np.asarray(z > 0.5)
 
 
 def _evenest(basis: Array, outer: Array) -> Array:
     """Return the point x of a subspace with sum 1 and least norm, x >= 0 and x @ outer >= 0.
 
     Args:
-        basis: [S, D] orthonormal columns.
-        outer: [S, T].
+        basis: [S, D] orthonormal columns that span the subspace.
+        outer: [S, T] the advantage of the S candidates of the support over the T others.
     """
     if basis.shape[1] == 1:
         return np.asarray(basis[:, 0] / basis.sum())
+    # The point of least norm with sum 1, without the other two limits.
     totals = basis.sum(axis=0)
     start = basis @ totals / (totals @ totals)
-    # Directions in the subspace that do not change the sum.
+    # Directions in the subspace that do not change the sum. The result is start + free @ w, and w
+    # must keep the two limits: limits @ w >= bounds.
     free = basis @ null_space(totals[None])
     limits = np.concatenate([free, outer.T @ free])
     bounds = -np.concatenate([start, outer.T @ start])
     if (bounds <= _TIE).all():
         return np.asarray(start)
-    # Least distance programming (Lawson and Hanson, chapter 23): min |w| with limits w >= bounds.
+    # The shortest such w is "least distance programming" (Lawson and Hanson, "Solving Least Squares
+    # Problems", chapter 23): with the residual r of this system, w = -r[:-1] / r[-1].
     system = np.concatenate([limits.T, bounds[None]])
     target = np.zeros(len(system))
     target[-1] = 1.0
@@ -233,8 +249,10 @@ def _evenest(basis: Array, outer: Array) -> Array:
 
 
 def _any_best_lottery(advantage: Array) -> Array:
-    """Return a best lottery by the plain linear program: max v with q A >= v."""
+    """Return a best lottery by the plain linear program: max v with q A >= v. [N, N] -> [N]."""
     n = len(advantage)
+    # Variables: the lottery q >= 0 with sum 1, and its worst case v. `linprog` minimises, so v has
+    # the factor -1.
     solution = linprog(
         np.concatenate([np.zeros(n), [-1.0]]),
         A_ub=np.hstack([-advantage.T, np.ones((n, 1))]),

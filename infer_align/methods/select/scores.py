@@ -1,6 +1,7 @@
 """Select from scores: several rewards without a sum, lotteries over one, length, consensus.
 
-A NaN score is never a 0 and never wins: its candidate is no rival and is not chosen.
+In shapes, N is the number of candidates, R of rewards, and G of groups of users with one reward
+each. A NaN score is never a 0 and never wins: its candidate is no rival and is not chosen.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _WORD = re.compile(r"\w+")
 
 
 def maxmin(utilities: ArrayLike, regret: bool = False) -> int | None:  # noqa: FBT001, FBT002
-    """Return the candidate that is best for the group that it serves worst: [U, N] -> index.
+    """Return the candidate that is best for the group that it serves worst: [G, N] -> index.
 
     With `regret`, a group's regret is its best score minus its score of the candidate, and the
     candidate whose largest regret is smallest wins. Candidates with equal worst groups are compared
@@ -29,26 +30,35 @@ def maxmin(utilities: ArrayLike, regret: bool = False) -> int | None:  # noqa: F
     Source: Chakraborty et al. (2402.08925).
 
     Raises:
-        ValueError: utilities are not [U, N].
+        ValueError: utilities are not [G, N].
     """
     ranked = maxmin_order(utilities, regret=regret)
     return ranked[0] if ranked else None
 
 
 def maxmin_order(utilities: ArrayLike, *, regret: bool) -> tuple[int, ...]:
-    """Return the candidates of `maxmin` in order, best first, without those that have a NaN."""
+    """Return the candidates of `maxmin` in order, best first, without those that have a NaN.
+
+    Args:
+        utilities: [G, N] the score of each candidate for each group.
+        regret: True to compare each group with its own best candidate.
+
+    Raises:
+        ValueError: utilities are not [G, N].
+    """
     groups = np.asarray(utilities, dtype=np.float64)
     if groups.ndim != 2:
-        raise ValueError(f"utilities: shape {groups.shape} is not allowed; must be [U, N].")
+        raise ValueError(f"utilities: shape {groups.shape} is not allowed; must be [G, N].")
     has_nan = np.isnan(groups).any(axis=0)
     compared = np.flatnonzero(~has_nan)
     rows = groups[:, compared]
     if regret and rows.size:
         # The difference of two finite numbers can overflow. That of their quarters cannot.
         rows = -_below_best(rows / 4)
-    # Compare the worst groups first, then the second worst, and so on.
-    worst_first = np.sort(rows, axis=0)
-    order = sorted(range(len(compared)), key=lambda i: tuple(-worst_first[:, i]))
+    # One row per candidate: its score for the group that it serves worst, then the second worst,
+    # and so on. Tuples are compared from the left, so the worst groups decide first.
+    worst_first = np.sort(rows, axis=0).T
+    order = sorted(range(len(compared)), key=lambda i: tuple(-worst_first[i]))
     return tuple(int(compared[i]) for i in order)
 
 
@@ -77,18 +87,27 @@ def lexicographic(scores: ArrayLike, margins: ArrayLike) -> Array:
     # The difference of two finite numbers can overflow. That of their quarters cannot.
     rows = np.where(missing, np.nan, rewards) / 4
     n = rows.shape[1]
-    # 1 where the row's candidate beats the column's, -1 where it loses, 0 where nothing decided.
-    outcome = np.zeros((n, n))
+    # The rewards decide in their order, each one only the pairs that are still open.
+    outcomes = np.zeros((n, n))
     for row, width in zip(rows, widths, strict=True):
-        # Equal infinities do not differ. An infinite margin never decides.
-        with np.errstate(invalid="ignore"):
-            difference = row[:, None] - row[None, :]
-            difference = np.nan_to_num(difference, nan=0.0, posinf=np.inf)
-            is_over_margin = np.abs(difference) > width * spread(row)
-        is_open = outcome == 0
-        outcome = np.where(is_open & is_over_margin, np.sign(difference), outcome)
-    wins = (outcome > 0).sum(axis=1)
+        is_open = outcomes == 0
+        outcomes = np.where(is_open, _outcomes(row, width), outcomes)
+    wins = (outcomes > 0).sum(axis=1)
     return np.asarray(np.where(missing, np.nan, wins))
+
+
+def _outcomes(row: Array, margin: float) -> Array:
+    """Compare each pair of candidates by one reward: [N] -> [N, N].
+
+    The result is 1 where the row's candidate beats the column's, -1 where it loses, and 0 where the
+    two differ by no more than `margin` standard deviations.
+    """
+    with np.errstate(invalid="ignore"):
+        # The difference of two equal infinities is NaN: they do not differ.
+        difference = np.nan_to_num(row[:, None] - row[None, :], nan=0.0, posinf=np.inf)
+        # An infinite margin of equal scores is NaN, and nothing is larger than NaN.
+        is_decided = np.abs(difference) > margin * spread(row)
+    return np.where(is_decided, np.sign(difference), 0.0)
 
 
 def pessimistic(scores: ArrayLike, beta: float) -> Array:
@@ -110,13 +129,15 @@ def pessimistic(scores: ArrayLike, beta: float) -> Array:
         return lottery
     n = len(scored)
     descending = np.sort(gaps[scored])[::-1]
-    # A candidate more than N betas below the best never gets a share.
+    # A candidate more than N betas below the best never gets a share. The bound keeps the sums of
+    # very low scores finite.
     sums = np.cumsum(np.maximum(descending, -n - 1.0))
-    # The level at which the shares of the best 1, 2, ... N candidates sum to 1.
+    # levels[m - 1] is the level if exactly the m best candidates got a share:
+    # sum of (gap_i - level) over them = N.
     levels = (sums - n) / np.arange(1, n + 1)
+    # A candidate gets a share if it is above the level that it would bring about itself.
     winners = int((descending > levels).sum())
-    level = levels[winners - 1]
-    share = np.maximum(gaps[scored] - level, 0.0)
+    share = np.maximum(gaps[scored] - levels[winners - 1], 0.0)
     lottery[scored] = share / share.sum()
     return lottery
 
@@ -179,12 +200,21 @@ def consensus(similarities: ArrayLike) -> Array:
         return np.zeros(0)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"similarities: shape {matrix.shape} is not allowed; must be [N, N].")
-    np.fill_diagonal(matrix, np.nan)
-    present = ~np.isnan(matrix)
+    return mean_of_others(matrix)
+
+
+def mean_of_others(matrix: Array) -> Array:
+    """Return the mean of each row without its diagonal element and without NaN: [N, N] -> [N].
+
+    A row without any other number gives NaN.
+    """
+    rivals = matrix.copy()
+    np.fill_diagonal(rivals, np.nan)
+    present = ~np.isnan(rivals)
     counts = present.sum(axis=1).astype(np.float64)
     counts[counts == 0] = np.nan
     # Sorted, so that the rounding of sums does not depend on the order of the candidates.
-    totals = np.sort(np.where(present, matrix, 0.0), axis=1).sum(axis=1)
+    totals = np.sort(np.where(present, rivals, 0.0), axis=1).sum(axis=1)
     return np.asarray(totals / counts)
 
 
@@ -194,21 +224,25 @@ def overlap(texts: Sequence[str]) -> Array:
     It is the F1 score of the words that two texts share, without case and punctuation (ROUGE-1).
     Two texts without words are alike.
     """
-    words = [Counter(_WORD.findall(text.casefold())) for text in texts]
-    sizes = [counter.total() for counter in words]
+    counts = [Counter(_WORD.findall(text.casefold())) for text in texts]
+    sizes = [count.total() for count in counts]
     matrix = np.ones((len(texts), len(texts)))
-    for i, first in enumerate(words):
+    for i in range(len(texts)):
         for j in range(i):
+            shared = (counts[i] & counts[j]).total()
             total = sizes[i] + sizes[j]
-            common = (first & words[j]).total()
-            similarity = 2 * common / total if total else 1.0
+            similarity = 2 * shared / total if total else 1.0
             matrix[i, j] = similarity
             matrix[j, i] = similarity
     return matrix
 
 
 def _gaps(scores: ArrayLike, beta: float) -> Array:
-    """Return (score - best) / beta, at most 0; NaN stays NaN."""
+    """Return (score - best) / beta of each candidate: [N] -> [N], at most 0; NaN stays NaN.
+
+    Raises:
+        ValueError: scores are not [N], or beta is not over 0.
+    """
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or not beta > 0:
         raise ValueError(f"scores {values.shape}, beta {beta}: must be [N], and beta over 0.")

@@ -1,6 +1,7 @@
 """Measure how far the scores and comparisons of a judge agree.
 
-TrustJudge (2509.21117), section 2.
+The two measures are those of TrustJudge (2509.21117), section 2. The *relation* of two items is the
+judge's comparison of them: larger (better), equal or smaller. In shapes, N is the number of items.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def cycles(relations: Relations) -> list[tuple[int, int, int]]:
     best.
     """
     items, sign, _ = _matrices(relations)
+    # `sign` is filled above its diagonal only, so this fills both halves.
     better = (sign - sign.T) > 0
     first_beats_second = better[:, :, None]
     second_beats_third = better[None, :, :]
@@ -114,18 +116,24 @@ def _matrices(relations: Relations) -> tuple[list[int], Signs, Mask]:
 
 
 def _transitive_triples(sign: Signs, i: int) -> Mask:
-    """Return [N, N] over j < k: True if the comparisons of (i, j, k) contradict nothing."""
+    """Return True where the comparisons of (i, j, k) are transitive: [N, N] over j < k.
+
+    The relations of i to j and of j to k imply that of i to k, unless one of them is larger and the
+    other smaller.
+    """
     ij = sign[i][:, None]
     ik = sign[i][None, :]
     jk = sign
-    # If i and k are both better or both worse than j, any relation of i to k is consistent.
-    free = ij * jk < 0
+    implies_nothing = ij * jk < 0
+    # If i and j are equal, i relates to k as j does. Otherwise i relates to k as it does to j.
     implied = np.where(ij != 0, ij, jk)
-    return np.asarray(free | (ik == implied))
+    return np.asarray(implies_nothing | (ik == implied))
 
 
 def _count_subsets(pairs: Mask, triples: Sequence[Mask], k: int) -> int:
     """Count the k-subsets whose pairs and triples are all allowed.
+
+    It takes each item i as the lowest of a subset and counts the (k - 1)-subsets that can join it.
 
     Args:
         pairs: [N, N], true for allowed pairs (i, j), i < j.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from infer_align.engines import Engine
 from infer_align.errors import ConfigError, Unsupported, nearest
-from infer_align.methods.trust_judge import AUTO, TrustJudge, check_scored
+from infer_align.methods.trust_judge import AUTO, TrustJudge
 from infer_align.rewards import Reward, RewardScores
 from infer_align.rewards.trust_judge.criteria import (
     Criterion,
@@ -126,10 +126,6 @@ class TrustJudgeReward(Reward):
         reward = TrustJudgeReward(replace(self.config, **changes), self._rubrics)
         reward.engines = self.engines
         return reward
-
-    def check_parameters(self, written: Collection[str], where: str) -> None:
-        """Refuse parameters that this judge does not read in its mode; see `check_scored`."""
-        check_scored(self.config.mode, self.config.rubric, written, where)
 
     def check(self, where: str) -> None:
         """Refuse an engine that does not report the probabilities that the judge needs.

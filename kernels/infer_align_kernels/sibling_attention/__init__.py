@@ -43,19 +43,19 @@ def sibling_attention(
         ValueError: a shape, dtype or device does not fit, or the scale is not positive.
     """
     _check_shapes(query, prefix_keys, prefix_values, own_keys, own_values, lengths)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale: {scale} is not allowed; must be over 0.")
+    factor: float = query.shape[-1] ** -0.5 if scale is None else scale
+    if not factor > 0:
+        raise ValueError(f"scale: {factor} is not allowed; must be over 0.")
     if runs_triton(query.device):
         # Triton is not needed on a CPU.
         from infer_align_kernels.sibling_attention import triton  # noqa: PLC0415
 
         with launching(query.device):
             return triton.sibling_attention(
-                query, prefix_keys, prefix_values, own_keys, own_values, lengths, scale
+                query, prefix_keys, prefix_values, own_keys, own_values, lengths, factor
             )
     return reference.sibling_attention(
-        query, prefix_keys, prefix_values, own_keys, own_values, lengths, scale
+        query, prefix_keys, prefix_values, own_keys, own_values, lengths, factor
     )
 
 

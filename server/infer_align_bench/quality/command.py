@@ -30,9 +30,9 @@ from infer_align_bench.arguments import body_fields
 from infer_align_bench.credentials import ApiKey, same_server
 from infer_align_bench.endpoint import Endpoint
 from infer_align_bench.plot import require_matplotlib
-from infer_align_bench.quality.advice import kl_warnings, make_advice, make_headline
+from infer_align_bench.quality.advice import Advice, kl_warnings, make_advice, make_headline
 from infer_align_bench.quality.answers import choose_answers
-from infer_align_bench.quality.curve import COSTS, Mean, Point, Table, make_points
+from infer_align_bench.quality.curve import COSTS, Cost, Mean, Point, Table, make_points
 from infer_align_bench.quality.export import as_json
 from infer_align_bench.quality.gold import load_scorer, uses_server
 from infer_align_bench.quality.grid import Grid, read_grid
@@ -119,7 +119,9 @@ def _results(
     table = _table(options, grid, prompts, measurement)
     points = make_points(table, grid)
     target = measurement.runner.endpoint.target
-    advice = {cost: make_advice(table, points, options.seed, cost) for cost in COSTS}
+    advice: dict[Cost, list[Advice]] = {
+        cost: make_advice(table, points, options.seed, cost) for cost in COSTS
+    }
     headline = make_headline(points, grid.baseline)
     selected = selected_by_gold(grid.cells, options.gold, measurement.names)
     warnings = describe_gold_selection(selected)

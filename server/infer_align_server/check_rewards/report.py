@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from infer_align.diagnostics.attacks import beaten_share, is_chosen
 from infer_align.diagnostics.calibration import Calibration, calibration, fit_scale
@@ -208,7 +209,7 @@ def _differences(scores: Sequence[Array], questions: Sequence[RatedQuestion]) ->
     return np.concatenate(parts)
 
 
-def _prompts(questions: Sequence[RatedQuestion]) -> Array:
+def _prompts(questions: Sequence[RatedQuestion]) -> NDArray[np.int64]:
     """Return the number of the prompt of every pair, [P]."""
     return np.repeat(np.arange(len(questions)), [len(question.pairs) for question in questions])
 

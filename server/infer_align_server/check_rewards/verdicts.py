@@ -236,7 +236,7 @@ def judge_reward(report: RewardReport) -> Verdict:
     attacks = judge_attacks(report.attacks)
     if attacks.level in {"careful", "bad"}:
         parts.append(attacks)
-    worst = max((part.level for part in parts), key=LEVELS.index)
+    worst: Level = max((part.level for part in parts), key=LEVELS.index)
     return Verdict(worst, " ".join(part.text for part in parts))
 
 

@@ -135,7 +135,7 @@ def align_json(response: Response) -> dict[str, Any]:
         "partial": response.partial,
         "reason": response.reason,
         **extras_json(response),
-        "candidates": [_candidate_json(candidate, response) for candidate in response.candidates],
+        "candidates": _candidates_json(response),
         "usage": align_usage_json(response),
         "timing": {
             "generate_seconds": round(response.timing.generate_seconds, 6),
@@ -223,13 +223,20 @@ def scales_json(scales: Mapping[str, LearnedScale]) -> dict[str, Any]:
     return by_trait
 
 
-def _candidate_json(candidate: Candidate, response: Response) -> dict[str, Any]:
+def _candidates_json(response: Response) -> list[dict[str, Any]]:
+    pairs = zip(response.candidates, scores_json(response), strict=True)
+    return [_candidate_json(candidate, scores, response) for candidate, scores in pairs]
+
+
+def _candidate_json(
+    candidate: Candidate, scores: Mapping[str, Any], response: Response
+) -> dict[str, Any]:
     index = candidate.index
     direction = response.plan.draws[candidate.draw].direction
     fields: dict[str, Any] = {
         "index": index,
         "objective": number(response.selection.objective[index]),
-        "scores": scores_json(response, index),
+        "scores": scores,
         "direction": None if direction is None else dict(direction),
         "finish_reason": candidate.finish_reason,
         "completion_tokens": candidate.completion_tokens,
@@ -259,19 +266,21 @@ def _composed_json(response: Response, name: str, index: int) -> dict[str, Any]:
     return {} if composed is None else {"composed": number(composed[index])}
 
 
-def scores_json(response: Response, index: int) -> dict[str, Any]:
-    """Return each reward's score of one candidate, with the member scores and their deviation."""
-    scores: dict[str, Any] = {}
+def scores_json(response: Response) -> list[dict[str, Any]]:
+    """Return the scores of each candidate: {reward: value, deviation and member scores}."""
+    by_candidate: list[dict[str, Any]] = [{} for _ in response.candidates]
     for name, members in response.scores.members.items():
-        # A [K, 1] column: the scores of the K members for this candidate.
-        column = members[:, [index]]
-        scores[name] = {
-            "value": number(response.selection.values[name][index]),
-            **_composed_json(response, name, index),
-            "std": number(std(column)[0]),
-            "members": [number(value) for value in column[:, 0].tolist()],
-        }
-        note = response.scores.notes[name][index]
-        if note:
-            scores[name]["note"] = note
-    return scores
+        values = response.selection.values[name].tolist()
+        deviations = std(members).tolist()
+        by_member = members.T.tolist()
+        notes = response.scores.notes[name]
+        for index, scores in enumerate(by_candidate):
+            scores[name] = {
+                "value": number(values[index]),
+                **_composed_json(response, name, index),
+                "std": number(deviations[index]),
+                "members": [number(value) for value in by_member[index]],
+            }
+            if notes[index]:
+                scores[name]["note"] = notes[index]
+    return by_candidate

@@ -155,10 +155,14 @@ SCHEMAS: dict[str, Schema] = {
         prompt_tokens=COUNT,
         completion_tokens=COUNT,
         total_tokens=COUNT,
-        # Null where vLLM answers by itself.
-        completion_tokens_details=nullable(
-            opened(accepted_prediction_tokens=COUNT, rejected_prediction_tokens=COUNT)
-        ),
+        # Null, or with other details, where vLLM answers by itself.
+        completion_tokens_details={
+            "type": ["object", "null"],
+            "properties": {
+                "accepted_prediction_tokens": COUNT,
+                "rejected_prediction_tokens": COUNT,
+            },
+        },
     ),
     "Report": _with_optional(
         _OPTIONAL_REPORT,

@@ -1,6 +1,7 @@
 """Tests of steered decoding against a reference without cache and batch.
 
-The reference runs k separate forward passes of float32 models per token.
+The reference reads the complete text again for each token, and for each of its k candidates, with
+float32 models.
 """
 
 from __future__ import annotations
@@ -105,7 +106,10 @@ class Reference:
         }
         self.scalar = load_file(folder / "lm" / lookahead.HEADS)
 
-    def value(self, name: str, ids: list[int], hidden: torch.Tensor, token: int) -> float:
+    def values(
+        self, name: str, ids: list[int], hidden: torch.Tensor, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the value of each token after a text; a value LM reads each text as a whole."""
         if name in self.heads:
             t = self.heads[name]
             u = (
@@ -113,10 +117,11 @@ class Reference:
                 if "P" in t
                 else t["W2"] @ torch.nn.functional.gelu(t["W1"] @ hidden + t["c1"])
             )
-            return float(u @ t["E"][token] + t["b"][token])
-        state = self.value_lm(torch.tensor([[*ids, token]])).last_hidden_state[0, -1]
+            return t["E"][tokens] @ u + t["b"][tokens]
+        texts = torch.cat([torch.tensor(ids).expand(len(tokens), -1), tokens[:, None]], dim=1)
+        states = self.value_lm(texts).last_hidden_state[:, -1]
         i = ["helpful", "brief"].index(name)
-        return float(state @ self.scalar["weight"][i] + self.scalar["bias"][i])
+        return states @ self.scalar["weight"][i] + self.scalar["bias"][i]
 
     @torch.inference_mode()
     def greedy(
@@ -127,10 +132,10 @@ class Reference:
             out = self.lm(torch.tensor([ids]), output_hidden_states=True)
             logits, hidden = out.logits[0, -1].clone(), out.hidden_states[-1][0, -1]
             raw = torch.log_softmax(logits, -1)
-            top = valued(steering, logits).tolist()
+            top = valued(steering, logits)
             shift = torch.zeros(len(top))
             for name, beta in steering.beta.items():
-                v = torch.tensor([self.value(name, ids, hidden, token) for token in top])
+                v = self.values(name, ids, hidden, top)
                 shift += beta * (v - v.mean())
             steered = logits[top] + shift
             if steering.tail == "mask":
@@ -332,8 +337,7 @@ def state_value(
     out = reference.lm(torch.tensor([ids]), output_hidden_states=True)
     logits, hidden = out.logits[0, -1].clone(), out.hidden_states[-1][0, -1]
     every = {
-        name: torch.tensor([reference.value(name, ids, hidden, a) for a in range(len(logits))])
-        for name in weights
+        name: reference.values(name, ids, hidden, torch.arange(len(logits))) for name in weights
     }
     for name, beta in (steering.beta if steering else {}).items():
         logits += beta * (every[name] - every[name].mean())

@@ -269,6 +269,15 @@ def test_the_padding_of_a_cuda_graph_is_never_due() -> None:
     assert due == [(0, "3", 4)]
 
 
+def test_a_configuration_without_the_tokenizer_is_refused() -> None:
+    pytest.importorskip("vllm")
+    from infer_align.vllm.compat import vocabulary_of
+
+    model_config: Any = SimpleNamespace(skip_tokenizer_init=True)
+    with pytest.raises(ConfigError, match=r"engine\.skip_tokenizer_init"):
+        vocabulary_of(model_config)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("enforce_eager", "True"), ("enable_prefix_caching", "false"), ("trust_remote_code", 1)],

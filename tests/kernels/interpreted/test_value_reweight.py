@@ -168,11 +168,12 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
 
 @pytest.mark.slow
 def test_the_sampler_follows_the_distribution() -> None:
-    """Draw few tokens, because each draw is an interpreted program.
+    """The sampler inverts the distribution, so numbers that are evenly spread give even counts.
 
-    The test of the reference, which draws the same tokens, draws many.
+    They show a wrong probability better than four times as many random numbers. The test of the
+    reference draws many tokens at random.
     """
-    draws, vocabulary = 400, 40
+    draws, vocabulary = 100, 40
     generator = torch.Generator().manual_seed(6)
     row = torch.randn(1, vocabulary, generator=generator)
     head = cases.head(1, vocabulary, 16, 1)
@@ -184,16 +185,11 @@ def test_the_sampler_follows_the_distribution() -> None:
         HeadValues(head.hidden.expand(draws, -1, -1), head.weight, head.bias),
         beta.expand(draws, -1),
         temperature=temperature.expand(draws),
-        uniform=torch.rand(draws, dtype=torch.float64, generator=generator),
+        uniform=(torch.arange(draws, dtype=torch.float64) + 0.5) / draws,
     )
     counts = np.bincount(sampled.token.numpy(), minlength=vocabulary)
-    # Rare tokens share a bin.
-    is_common = expected >= 5
-    counts = np.append(counts[is_common], counts[~is_common].sum())
-    expected = np.append(expected[is_common], expected[~is_common].sum())
-    freedom = len(counts) - 1
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
+    # A token has one interval of numbers, at whose ends it may gain or lose one.
+    assert np.abs(counts - expected).max() <= 1
 
 
 @pytest.mark.parametrize(

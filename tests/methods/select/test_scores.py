@@ -105,7 +105,7 @@ def test_maxmin_and_regret_differ_and_ties_go_to_the_second_worst_group():
     assert maxmin(utilities, regret=True) == 0
     assert maxmin([[1.0, 1.0, 1.0], [2.0, 3.0, 3.0]]) == 1
     assert maxmin([[], []]) is None
-    with pytest.raises(ValueError, match=r"\[U, N\]"):
+    with pytest.raises(ValueError, match=r"\[G, N\]"):
         maxmin([1.0])
 
 

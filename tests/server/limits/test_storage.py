@@ -65,7 +65,7 @@ def test_two_servers_admit_together_what_one_may(
 ) -> None:
     file = str(config_file(f"{CONFIG}{setting}\n"))
     database = {URL: postgres.new_database()}
-    urls = [command(file, fresh=True, **database).url() for _ in range(2)]
+    urls = [command(file, **database).url() for _ in range(2)]
     began = time.monotonic()
     with ThreadPoolExecutor(8) as clients:
         answers = list(clients.map(post, urls * 10))
@@ -88,7 +88,7 @@ def test_a_killed_database_has_the_documented_effect(
     with tempfile.TemporaryDirectory(prefix="infer-align-postgres-") as folder:
         server = Postgres(Path(folder))
         file = str(config_file(CONFIG + limits))
-        process = command(file, fresh=True, **{URL: server.new_database()})
+        process = command(file, **{URL: server.new_database()})
         url = process.url()
         assert post(url).status_code == 200
         server.kill()
@@ -110,7 +110,7 @@ def test_a_database_that_returns_is_counted_in_again(
     with tempfile.TemporaryDirectory(prefix="infer-align-postgres-") as folder:
         server = Postgres(Path(folder))
         file = str(config_file(CONFIG + limits))
-        process = command(file, fresh=True, **{URL: server.new_database()})
+        process = command(file, **{URL: server.new_database()})
         url = process.url()
         assert post(url).status_code == 200
         server.kill()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from infer_align.decoding.params import SamplingParams
-from infer_align.decoding.sampler import sample
+from infer_align.decoding.sampler import sample, uniforms
 from infer_align.decoding.steering import SteeringBatch, steer
 from infer_align.engines.transformers.drawing import draw_tokens
 from infer_align.steering import Steering
@@ -122,22 +122,32 @@ def test_the_token_of_a_row_does_not_depend_on_its_batch(heads: list[HeadValue])
         assert alone.tokens == together.tokens[i : i + 1]
 
 
+def evenly_spread_seeds(count: int) -> list[int]:
+    """Return the seeds whose numbers are nearest to the middles of equal parts of [0, 1)."""
+    seeds = range(4000)
+    numbers = uniforms(seeds, [0] * len(seeds))
+    middles = (np.arange(count) + 0.5) / count
+    nearest: list[int] = np.abs(numbers[None] - middles[:, None]).argmin(axis=1).tolist()
+    assert len(set(nearest)) == count
+    return nearest
+
+
 @pytest.mark.parametrize("kind", [3, 5])
 @pytest.mark.slow
 def test_the_tokens_follow_the_distribution(heads: list[HeadValue], kind: int) -> None:
-    draws = 160
-    rows: Any = [make_rows(heads, seed)[kind] for seed in range(draws)]
+    """A draw inverts the distribution, so numbers that are evenly spread give even counts.
+
+    They show a wrong probability better than four times as many random numbers.
+    """
+    draws = 40
+    row = make_rows(heads, 0)[kind]
+    rows: Any = [replace(row, seed=seed) for seed in evenly_spread_seeds(draws)]
     logits = torch.randn((1, V), generator=torch.Generator().manual_seed(5))
     hidden = torch.randn((1, D), generator=torch.Generator().manual_seed(6))
     many = (logits.repeat(draws, 1), hidden.repeat(draws, 1))
     drawn = draw_tokens(*many, rows, make_steering(rows, heads), {})
     steered, _ = steer(logits, hidden, make_steering(rows[:1], heads))
     expected = torch.softmax(steered[0].double() / 0.9, dim=0).numpy() * draws
-    counts = np.bincount(drawn.tokens, minlength=V).astype(float)
-    # Rare tokens share a bin.
-    is_common = expected >= 5
-    counts = np.append(counts[is_common], counts[~is_common].sum())
-    expected = np.append(expected[is_common], expected[~is_common].sum())
-    freedom = len(counts) - 1
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
+    counts = np.bincount(drawn.tokens, minlength=V)
+    # A token has one interval of numbers, at whose ends it may gain or lose one.
+    assert np.abs(counts - expected).max() < 1.1
