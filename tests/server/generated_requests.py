@@ -138,7 +138,10 @@ def follow_links(live: Live, folder: Path, examples: int, key: str = "") -> None
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     options = [part for each in headers.items() for part in ("--header", ": ".join(each))]
     document = own_document(live, headers=headers)
-    for name, selected in (("all", []), ("profiles", ["--include-path-regex", "align/(f|p)"])):
+    runs: dict[str, list[str]] = {"all": []}
+    if live.service.profiles.keeps:
+        runs["profiles"] = ["--include-path-regex", "align/(f|p)"]
+    for name, selected in runs.items():
         chosen = folder / name
         chosen.mkdir()
         failures, errors = schemathesis(
