@@ -11,9 +11,10 @@ The flow knows nothing of this: it announces its stages, see `infer_align.stages
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from time import time_ns
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,8 @@ class RequestTrace:
     def __init__(self, tracing: Tracing, span: Span, method: str) -> None:
         self._tracing = tracing
         self._method = method
+        # What is recorded once the answer is sent, so that it does not wait.
+        self._pending: list[Callable[[], None]] = []
         self.span = span
         self.is_recording = span.is_recording()
 
@@ -114,12 +117,12 @@ class RequestTrace:
 
     def follow(self, plan: Plan) -> PlanTrace:
         """Return the watcher of one plan of the request."""
-        return PlanTrace(self._tracing, self.span, self._method, plan)
+        return PlanTrace(self._tracing, self.span, self._method, plan, self._pending)
 
     def finish(
         self, route: str, status: int, facts: Mapping[str, object], error_type: str = ""
     ) -> None:
-        """Write what is known at the end of the request into its span.
+        """Record what is known at the end of the request, after its answer is sent.
 
         Args:
             route: The path of the route; "" if there is none.
@@ -129,6 +132,8 @@ class RequestTrace:
         """
         if not self.is_recording:
             return
+        for record in self._pending:
+            record()
         attributes = _fact_attributes(facts)
         if route:
             attributes["http.route"] = route
@@ -148,7 +153,8 @@ class RequestTrace:
         """Send the scores of answers that the client sent."""
         if self.is_recording:
             count = max((each.shape[-1] for each in scores.members.values()), default=0)
-            _send_evaluations(self._tracing, scores, dict.fromkeys(range(count), self.span))
+            spans = dict.fromkeys(range(count), self.span)
+            self._pending.append(partial(_send_evaluations, self._tracing, scores, spans))
 
     def streams(self) -> None:
         """Note that the answer is a stream."""
@@ -177,8 +183,16 @@ class _Drawing:
 class PlanTrace(RequestTrace):
     """The trace of one plan: the same request, with the times of its candidates."""
 
-    def __init__(self, tracing: Tracing, span: Span, method: str, plan: Plan) -> None:
+    def __init__(
+        self,
+        tracing: Tracing,
+        span: Span,
+        method: str,
+        plan: Plan,
+        pending: list[Callable[[], None]],
+    ) -> None:
         super().__init__(tracing, span, method)
+        self._pending = pending
         self._plan = plan
         self._drawings: list[_Drawing] = []
 
@@ -209,8 +223,8 @@ class PlanTrace(RequestTrace):
 
     def complete(self, response: Response) -> None:
         """Record the candidates, their scores and the selection."""
-        self._record(response.candidates, response.scores)
         if self.is_recording:
+            self._pending.append(partial(self._record, response.candidates, response.scores))
             self.span.set_attribute("infer_align.reason", response.reason)
             self.span.set_attribute("infer_align.partial", response.partial)
             returned = [candidate.index for candidate in response.returned]
@@ -220,17 +234,19 @@ class PlanTrace(RequestTrace):
 
     def fail(self, error: BaseException) -> None:
         """Record the candidates of a plan that returns nothing, and those that never ended."""
+        if not self.is_recording:
+            return
+        candidates: Sequence[Candidate] = ()
+        scores = Scores()
         if isinstance(error, NothingScored):
-            self._record(error.candidates, error.scores)
-        else:
-            self._record((), Scores())
+            candidates, scores = error.candidates, error.scores
+        self._pending.append(partial(self._record, candidates, scores))
         if not isinstance(error, AlignError) or error.status >= SERVER_ERROR:
             # The answer may be a stream, whose status was sent before.
             mark_failed(self.span, type(error).__name__)
 
     def _record(self, candidates: Sequence[Candidate], scores: Scores) -> None:
-        if not self.is_recording:
-            return
+        """Record the candidates and their scores."""
         by_index = {candidate.index: candidate for candidate in candidates}
         scored: dict[int, Span] = {}
         for drawing in self._drawings:
