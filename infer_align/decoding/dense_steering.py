@@ -146,13 +146,18 @@ def add_dense(logits: torch.Tensor, hidden: torch.Tensor, dense: DenseSteering) 
 def _add_to_likely(
     logits: torch.Tensor, states: torch.Tensor, dense: DenseSteering, log_min_p: torch.Tensor
 ) -> torch.Tensor:
-    """Return the logits with values added to the likely tokens, centred over them. [D, V]."""
+    """Return the logits with values added to the likely tokens, centred over them. [D, V].
+
+    A token is likely if p >= min_p * p_max, which is logit >= max logit + log min_p.
+    """
     shift = torch.zeros_like(logits)
     for m, head in enumerate(dense.heads):
         shift += dense.beta[:, m, None] * head.evaluate_all(states)
-    valued = logits >= logits.amax(dim=-1, keepdim=True) + log_min_p[:, None]
+    lowest = logits.amax(dim=-1, keepdim=True) + log_min_p[:, None]
+    valued = logits >= lowest
     count = valued.sum(dim=-1, keepdim=True).clamp(min=1)
-    mean = torch.where(valued, shift, 0.0).sum(dim=-1, keepdim=True) / count
+    total = torch.where(valued, shift, 0.0).sum(dim=-1, keepdim=True)
+    mean = total / count
     tail = logits
     if dense.masked is not None:
         tail = torch.where(dense.masked[:, None], -torch.inf, logits)

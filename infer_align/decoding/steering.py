@@ -364,10 +364,11 @@ def _evaluate(
     first = batch.values[0]
     if len(batch.values) == 1 and batch.users[0] is None and isinstance(first, HeadValue):
         return first.evaluate(hidden, candidates)[None]
+    # Each value LM reads its candidates once, for all values that it computes.
     count = batch.sibling_count
-    siblings = {
-        lm: cache.siblings(candidates[cache.members, :count]) for lm, cache in caches.items()
-    }
+    siblings: dict[ValueLM, torch.Tensor] = {}
+    for value_lm, cache in caches.items():
+        siblings[value_lm] = cache.siblings(candidates[cache.members, :count])
     values = torch.zeros((len(batch.values), *candidates.shape), device=candidates.device)
     for m, (value, users) in enumerate(zip(batch.values, batch.users, strict=True)):
         lm = value.lm if isinstance(value, LookaheadValue) else None

@@ -126,9 +126,13 @@ def gold_curve(
         x = np.asarray(proxy, dtype=np.float64)
         y = np.asarray(judged, dtype=np.float64)
         present = ~np.isnan(x) & ~np.isnan(y)
-        if grid and present.sum() >= grid[-1]:
-            rows.append([expected_best(x[present], y[present], n) for n in grid])
-    return GoldCurve(tuple(grid), np.array(rows).reshape(len(rows), len(grid)))
+        x = x[present]
+        y = y[present]
+        if grid and len(x) >= grid[-1]:
+            rows.append([expected_best(x, y, n) for n in grid])
+    # The shape is set for the case without rows.
+    matrix = np.array(rows).reshape(len(rows), len(grid))
+    return GoldCurve(tuple(grid), matrix)
 
 
 def mean_curve(curves: Sequence[GoldCurve]) -> GoldCurve:

@@ -210,6 +210,7 @@ def margins_of(model: Any, pairs: Sequence[EncodedPair], batch_size: int) -> Arr
 
 
 def _margins(model: Any, pairs: Sequence[EncodedPair]) -> torch.Tensor:
+    """Return the margins of one batch of pairs: [C]. Both answers are read in one forward pass."""
     chosen = [pair.chosen for pair in pairs]
     rejected = [pair.rejected for pair in pairs]
     rows = chosen + rejected

@@ -163,17 +163,22 @@ def _fit_heads(pairs: PairFeatures, settings: HeadSettings) -> FittedHeads:
 def vote(margins: Array, rate: float) -> Cleaning:
     """Return the labels after a vote of members that did not see the pairs.
 
+    A label is flipped if all members vote against it, and it is among those with the lowest mean
+    margin. A pair on which the members disagree counts half.
+
     Args:
-        margins: [K, C], chosen minus rejected.
+        margins: [K, C] of K members for C pairs, chosen minus rejected.
         rate: the largest share of labels that are flipped.
     """
-    mean, spread = margins.mean(axis=0), margins.std(axis=0)
+    mean = margins.mean(axis=0)
+    spread = margins.std(axis=0)
     targets = np.ones(len(mean))
     weights = np.where(spread > np.abs(mean), 0.5, 1.0)
-    lowest = np.argsort(mean, kind="stable")[: int(rate * len(mean))]
-    clear = lowest[(margins[:, lowest] < 0).all(axis=0)]
-    targets[clear] = 0.0
-    weights[clear] = 1.0
+    suspects = np.argsort(mean, kind="stable")[: int(rate * len(mean))]
+    is_unanimous = (margins[:, suspects] < 0).all(axis=0)
+    flipped = suspects[is_unanimous]
+    targets[flipped] = 0.0
+    weights[flipped] = 1.0
     return Cleaning(targets, weights)
 
 
@@ -318,13 +323,16 @@ def _member_view(
     if settings.members == 1:
         return np.ones(len(prompts)), columns
     random = np.random.default_rng([settings.seed, 2, member])
-    unique, positions = np.unique(prompts, return_inverse=True)
+    # A bootstrap of the prompts: each pair counts as often as its prompt was drawn.
+    unique, prompt_of_pair = np.unique(prompts, return_inverse=True)
     drawn = random.integers(0, len(unique), len(unique))
-    counts = np.bincount(drawn, minlength=len(unique))[positions].astype(np.float64)
+    draws_of_prompt = np.bincount(drawn, minlength=len(unique))
+    counts = draws_of_prompt[prompt_of_pair].astype(np.float64)
     size = max(1, round(FEATURE_SHARE * design.size))
     subset = random.choice(design.size, size, replace=False)
     # Every member sees the lengths, so that no member explains them by other features.
-    return counts, np.sort(np.concatenate([subset, columns[design.size :]]))
+    lengths = columns[design.size :]
+    return counts, np.sort(np.concatenate([subset, lengths]))
 
 
 def _exchange(
@@ -338,12 +346,14 @@ def _exchange(
     used = np.zeros(count)
     for step in range(1, ROUNDS + 1):
         share = (1 - settings.noise_rate) * (EASY_SHARE + (1 - EASY_SHARE) * step / ROUNDS)
+        easy_count = max(1, int(share * count))
         losses = -log_expit(heads @ design.rows.T)
         used = np.zeros(count)
         for member in range(len(heads)):
-            peers = np.delete(losses, member, axis=0).mean(axis=0)
+            peer_loss = np.delete(losses, member, axis=0).mean(axis=0)
+            easiest = np.argsort(peer_loss, kind="stable")[:easy_count]
             easy = np.zeros(count)
-            easy[np.argsort(peers, kind="stable")[: max(1, int(share * count))]] = 1.0
+            easy[easiest] = 1.0
             used = np.maximum(used, easy)
             counts, columns = _member_view(design, prompts, settings, member)
             rows = design.rows[:, columns]

@@ -132,16 +132,25 @@ def read_pools(path: Path) -> tuple[tuple[AnswerPool, ...], tuple[str, ...]]:
 
 
 def _pair(record: Mapping[str, Any], line: int) -> PreferencePair:
-    values = {name: required(record, name) for name in ("chosen", "rejected")}
-    if isinstance(values["chosen"], list) and values["chosen"] == record.get("messages"):
+    """Return the pair of one line: a prompt with two answers, or two whole dialogues.
+
+    Raises:
+        BadLineError: the line is no pair; it says why.
+    """
+    chosen = required(record, "chosen")
+    rejected = required(record, "rejected")
+    prompt = {name: record[name] for name in PROMPTS if name in record}
+    if isinstance(chosen, list) and chosen == prompt.get("messages"):
         # UltraFeedback repeats the chosen dialogue under this name.
-        record = {name: value for name, value in record.items() if name != "messages"}
-    if not any(name in record for name in PROMPTS):
-        dialogues = {name: _dialogue(name, value) for name, value in values.items()}
-        return _pair_of_dialogues(dialogues["chosen"], dialogues["rejected"], line)
-    messages = read_prompt(record)
-    texts = [read_answer(name, value, messages) for name, value in values.items()]
-    return _checked(PreferencePair(messages, texts[0], texts[1], line))
+        del prompt["messages"]
+    if not prompt:
+        dialogue = _dialogue("chosen", chosen)
+        other_dialogue = _dialogue("rejected", rejected)
+        return _pair_of_dialogues(dialogue, other_dialogue, line)
+    messages = read_prompt(prompt)
+    text = read_answer("chosen", chosen, messages)
+    other_text = read_answer("rejected", rejected, messages)
+    return _checked(PreferencePair(messages, text, other_text, line))
 
 
 def _checked(pair: PreferencePair) -> PreferencePair:

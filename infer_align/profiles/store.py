@@ -153,10 +153,16 @@ class ProfileStore:
         Raises:
             StoreFailed: they could not be read.
         """
-        is_its = (CHOICES.c.owner == PROFILES.c.owner) & (CHOICES.c.profile_id == PROFILES.c.id)
-        count = select(func.count()).select_from(CHOICES).where(is_its).scalar_subquery()
-        query = select(PROFILES.c.owner, PROFILES.c.id, count, PROFILES.c.created_at)
-        query = query.order_by(PROFILES.c.owner, PROFILES.c.id)
+        has_owner = CHOICES.c.owner == PROFILES.c.owner
+        has_profile = CHOICES.c.profile_id == PROFILES.c.id
+        counting = select(func.count()).select_from(CHOICES).where(has_owner & has_profile)
+        columns = (
+            PROFILES.c.owner,
+            PROFILES.c.id,
+            counting.scalar_subquery(),
+            PROFILES.c.created_at,
+        )
+        query = select(*columns).order_by(PROFILES.c.owner, PROFILES.c.id)
 
         def read(connection: Connection) -> list[tuple[str, str, int, float]]:
             rows = connection.execute(query).all()

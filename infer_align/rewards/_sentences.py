@@ -182,22 +182,27 @@ class SentenceEncoder:
 
         A conversation loses its beginning, an answer its end.
         """
-        prompt = self._ids(transcript(messages) + ANSWER_MARK, special=False) if messages else []
+        prompt: list[int] = []
+        if messages:
+            prompt = self._ids(transcript(messages) + ANSWER_MARK, special=False)
         text = self._ids(answer, special=False)
         total = len(prompt) + len(text)
         room = max(2, self.max_length - len(self._before) - len(self._after))
-        shortest = min(len(prompt), int(PROMPT_SHARE * room))
-        text = text[: room - shortest]
-        prompt = prompt[max(0, len(prompt) + len(text) - room) :]
-        start = len(self._before)
-        end = start + len(prompt)
-        ids = [*self._before, *prompt, *text, *self._after]
+        # The prompt is sure of a share of the room. The answer may take the rest, and the prompt
+        # what the answer leaves.
+        reserved = min(len(prompt), int(PROMPT_SHARE * room))
+        text = text[: room - reserved]
+        excess = len(prompt) + len(text) - room
+        prompt = prompt[max(0, excess) :]
         cut = total - len(prompt) - len(text)
-        return _Reading(ids, slice(start, end), slice(end, end + len(text)), cut)
+        ids = [*self._before, *prompt, *text, *self._after]
+        start = len(self._before)
+        border = start + len(prompt)
+        return _Reading(ids, slice(start, border), slice(border, border + len(text)), cut)
 
     @torch.inference_mode()
     def _forward(self, readings: Sequence[_Reading]) -> list[EncodedAnswer]:
-        """Read several texts in one forward."""
+        """Read several texts in one forward pass. Shorter ones are padded on the right."""
         width = max(1, *(len(reading.ids) for reading in readings))
         ids = torch.full((len(readings), width), int(self._tokenizer.pad_token_id or 0))
         mask = torch.zeros_like(ids)
@@ -209,7 +214,8 @@ class SentenceEncoder:
         states: Array = output.last_hidden_state.float().cpu().numpy()
         encoded: list[EncodedAnswer] = []
         for row, reading in zip(states, readings, strict=True):
-            prompt, answer = self._pooled(row[reading.prompt]), self._pooled(row[reading.answer])
+            prompt = self._pooled(row[reading.prompt])
+            answer = self._pooled(row[reading.answer])
             encoded.append(EncodedAnswer(prompt, answer, len(reading.ids), reading.cut))
         return encoded
 

@@ -319,39 +319,45 @@ def _beginnings(batch: Sequence[_Row]) -> RowCache:
 def _store(batch: Sequence[_TextRow], read: _Read) -> None:
     """Store the log-probabilities of the tokens that the columns of a forward pass predict."""
     logits = read.step.logits
-    # Per row, the token of its text that the first column predicts; it may be one of the prompt.
+    # For each row, the index in its text of the token that the first column predicts. It is below
+    # 0 if the first columns predict tokens of the prompt.
     firsts: list[int] = []
     targets = torch.zeros(logits.shape[:2], dtype=torch.long)
     for i, row in enumerate(batch):
         text = row.question.texts[row.index]
-        first = len(row.ids) - read.unread - read.columns - len(row.question.ids) + 1
+        # The last column read predicts the token at `end - 1`: the logits of a token are those of
+        # the token before it.
+        end = len(row.ids) - read.unread - len(row.question.ids) + 1
+        first = end - read.columns
         firsts.append(first)
-        predicted = text[max(0, first) : max(0, first + read.columns)]
-        start = max(0, -first)
-        targets[i, start : start + len(predicted)] = torch.tensor(predicted, dtype=torch.long)
+        predicted = text[max(0, first) : max(0, end)]
+        column = max(0, -first)
+        targets[i, column : column + len(predicted)] = torch.tensor(predicted, dtype=torch.long)
     chosen = logits.gather(-1, targets.to(logits.device)[..., None])[..., 0]
     logprobs = (chosen - logits.logsumexp(dim=-1)).double().cpu().numpy()
-    for i, row in enumerate(batch):
+    for row, first, values in zip(batch, firsts, logprobs, strict=True):
         stored = row.question.logprobs[row.index]
-        start = max(0, firsts[i])
-        end = min(len(stored), firsts[i] + read.columns)
+        start = max(0, first)
+        end = min(len(stored), first + read.columns)
         if end > start:
-            stored[start:end] = logprobs[i, start - firsts[i] : end - firsts[i]]
+            stored[start:end] = values[start - first : end - first]
     if not read.unread:
         _store_estimates(batch, read.step)
 
 
 def _store_estimates(batch: Sequence[_TextRow], step: Step) -> None:
     """Store what heads expect after the last column, which is the end of every text."""
+    # Each head with the rows that ask for it, and the name under which they do.
     users: dict[HeadValue, list[tuple[int, str]]] = {}
     for i, row in enumerate(batch):
         for name, head in row.question.heads.items():
             users.setdefault(head, []).append((i, name))
-    for head, named in users.items():
-        rows = [i for i, _ in named]
-        expected = head.expected(step.hidden[rows, -1], step.logits[rows, -1]).tolist()
-        for (i, name), value in zip(named, expected, strict=True):
-            batch[i].question.estimates[name][batch[i].index] = value
+    for head, uses in users.items():
+        rows = [i for i, _ in uses]
+        expected = head.expected(step.hidden[rows, -1], step.logits[rows, -1])
+        for (i, name), value in zip(uses, expected.tolist(), strict=True):
+            row = batch[i]
+            row.question.estimates[name][row.index] = value
 
 
 def _finish(batch: Sequence[_TextRow]) -> None:

@@ -95,11 +95,17 @@ async def _vote(engine: Engine, ballot: Ballot, critique: Candidate) -> _Vote:
 
 
 def _count(votes: Sequence[_Vote]) -> Judgement:
-    spent = sum((each.spent for each in votes), ScoringUsage())
-    counted = [each for each in votes if each.label is not None]
-    if not counted:
+    """Return the shares of the labels among the votes that were given, most frequent first.
+
+    If there is no such vote, the judgement has the error of the first one.
+    """
+    spent = sum((vote.spent for vote in votes), ScoringUsage())
+    valid = [vote for vote in votes if vote.label is not None]
+    if not valid:
         return Judgement(None, error=votes[0].error, spent=spent)
-    counts = Counter(str(each.label) for each in counted)
-    shares = [(label, count / len(counted)) for label, count in counts.most_common()]
-    mean_mass = sum(each.mass for each in counted) / len(counted)
+    counts = Counter(str(vote.label) for vote in valid)
+    shares: list[tuple[str, float]] = []
+    for label, count in counts.most_common():
+        shares.append((label, count / len(valid)))
+    mean_mass = sum(vote.mass for vote in valid) / len(valid)
     return Judgement(Reading(shares), mean_mass, None, spent)
