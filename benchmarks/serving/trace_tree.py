@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,10 +76,11 @@ def _line(span: Span, indent: str, scores: Mapping[str, Sequence[Mapping[str, An
         tokens = attributes["gen_ai.usage.output_tokens"]
         facts.append(f"candidate {index}, {tokens} tokens")
     for score in scores.get(span["span_id"], ()):
-        value = score["gen_ai.evaluation.score.value"]
+        value = score.get("gen_ai.evaluation.score.value", math.nan)
         facts.append(f"{score['gen_ai.evaluation.name']} {value:.3f}")
-    if "infer_align.reason" in attributes:
-        facts.append(attributes["infer_align.reason"])
+    if "infer_align.selected" in attributes:
+        indices = ", ".join(str(index) for index in attributes["infer_align.selected"])
+        facts.append(f"selected {indices}: {attributes['infer_align.reason']}")
     if span["failed"]:
         facts.append(f"failed: {attributes['error.type']}")
     line = f"{name:<{NAME_WIDTH}} {span['seconds'] * 1e3:8.1f} ms  {'; '.join(facts)}"

@@ -29,7 +29,6 @@ from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from infer_align.errors import ConfigError
 from infer_align.methods.best_of_n import BestOfN
@@ -87,8 +86,9 @@ class Prices:
     # A token of the judge.
     judge: float = 0.0
 
-    def tabulated_seconds(self, _: Setting) -> float:
+    def tabulated_seconds(self, setting: Setting) -> float:
         """Return what a table of steps adds to the latency of a request: nothing here."""
+        del setting  # prices from a table read it
         return 0.0
 
 
@@ -132,6 +132,9 @@ def fit(settings: Sequence[Setting], measured: Sequence[float]) -> Prices:
     Raises:
         ConfigError: there are fewer than three measurements.
     """
+    # Loading it takes a quarter of a second, and most commands fit nothing.
+    from scipy.optimize import nnls
+
     if len(settings) < MIN_MEASUREMENTS:
         raise ConfigError(
             f"{len(settings)} results are too few: a cost model needs three measured settings or "

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
 
 PERCENTILES = (50, 90, 99)
 NAMES = ("mean", *(f"p{q}" for q in PERCENTILES))
@@ -143,6 +142,9 @@ def share(successes: int, total: int) -> IntervalEstimate:
 
     Requests count as independent.
     """
+    # Loading it takes a second, and a measurement needs it at its end.
+    from scipy.stats import binomtest
+
     if not total:
         return IntervalEstimate(math.nan, math.nan, math.nan)
     interval = binomtest(successes, total).proportion_ci(LEVEL / 100, method="wilson")

@@ -139,8 +139,8 @@ def test_a_missing_chat_template_can_be_named(
 def test_the_end_prints_nothing(
     command: Callable[..., Process], language_model: Callable[..., str], sign: int
 ) -> None:
-    # The interpreter prints what is wrong at its end. A fork skips that end.
-    server = command(language_model("Llama"), *QUIET, fresh=sign == signal.SIGTERM)
+    # test_json_log.py has the end of the interpreter, which a fork skips.
+    server = command(language_model("Llama"), *QUIET)
     before = screen(server)
     server.popen.send_signal(sign)
     assert server.wait() == {signal.SIGTERM: 0, signal.SIGINT: 130}[signal.Signals(sign)]

@@ -86,7 +86,8 @@ def _function_scorer(text: str) -> Gold:
 
     async def score(messages: Messages, answer: str) -> float:
         try:
-            return float(await asyncio.to_thread(function, messages, answer))
+            result: Any = await asyncio.to_thread(function, messages, answer)
+            return float(result)
         # The user's code may raise anything.
         except Exception as error:
             raise AlignError(f"--gold: {text} raised {type(error).__name__}: {error}") from None

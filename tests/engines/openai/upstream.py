@@ -240,7 +240,7 @@ class Faults:
 
     @staticmethod
     async def error_429(_: FakeUpstream, __: Body, send: Any) -> None:
-        await reply(send, 429, {"error": {"message": "slow down"}}, (b"retry-after", b"1"))
+        await reply(send, 429, {"error": {"message": "slow down"}}, (b"retry-after", b"0.2"))
 
     @staticmethod
     async def error_429_long(_: FakeUpstream, __: Body, send: Any) -> None:

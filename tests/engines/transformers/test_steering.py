@@ -301,10 +301,10 @@ async def test_estimates_are_the_expected_value_of_the_next_token(
     async with serving(values=resident(values)) as engine:
         reference = Reference(engine, values)
         for steering in (None, Steering({"linear": 2.0}, 10**6, "keep")):
-            plain = draw("the cat", n=3, seed=5, max_tokens=8, ignore_eos=True, logprobs=True)
+            plain = draw("the cat", n=2, seed=5, max_tokens=7, ignore_eos=True, logprobs=True)
             estimated = Draw(
                 plain.body,
-                3,
+                2,
                 plain.seeds,
                 steering=steering,
                 estimates=EstimateSchedule(weights, 3),
@@ -312,7 +312,7 @@ async def test_estimates_are_the_expected_value_of_the_next_token(
             async with engine.sample(estimated) as stream:
                 events = [event async for event in stream]
             estimates = {(e.index, e.tokens): e.value for e in events if isinstance(e, Estimate)}
-            assert {*estimates} == {(i, t) for i in range(3) for t in (3, 6)}
+            assert {*estimates} == {(i, t) for i in range(2) for t in (3, 6)}
             for candidate in (e for e in events if isinstance(e, Candidate)):
                 answer = [entry["bytes"] for entry in candidate.choice["logprobs"]["content"]]
                 ids = [*engine.frozen.render(estimated).ids, *token_ids(engine.frozen, answer)]

@@ -157,7 +157,7 @@ def test_a_fault_in_a_stream_ends_it_with_an_error(
 
 
 @pytest.mark.parametrize(
-    ("fault", "wait"), [("error_429", 1.0), ("error_503", 0.0), ("reset", 0.0)]
+    ("fault", "wait"), [("error_429", 0.2), ("error_503", 0.0), ("reset", 0.0)]
 )
 def test_a_call_that_cost_nothing_is_retried(
     up: FakeUpstream, serve_upstream: Serve, fault: str, wait: float
