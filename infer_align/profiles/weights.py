@@ -17,6 +17,8 @@ NO_SPREAD = 1e-6
 # A weight that keeps its sign keeps this share of its size: if all weights were 0, nothing could be
 # compared.
 LEFT_OVER = 0.01
+# The largest spread that the weight to start from can give an estimated one.
+LARGEST_SPREAD = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,9 @@ def spreads_of(differences: Array, configured: Sequence[float | None], prior: Ar
     length = math.hypot(*(prior * spreads))
     for t, spread in enumerate(configured):
         if spread is None and spreads[t] and prior[t]:
-            spreads[t] = max(spreads[t], length / abs(prior[t]))
+            # A weight that is nothing beside the others must not make its spread infinite.
+            weight = max(abs(prior[t]), length / LARGEST_SPREAD)
+            spreads[t] = max(spreads[t], length / weight)
     return spreads
 
 

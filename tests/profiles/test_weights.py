@@ -85,3 +85,11 @@ def test_more_choices_make_the_weights_more_certain() -> None:
 def test_spreads_are_those_of_one_answer(scale: float) -> None:
     rows = np.array([[2.0], [-2.0], [np.nan]]) * scale
     np.testing.assert_allclose(spreads_of(rows, [None], np.ones(1)), [np.sqrt(2) * scale])
+
+
+def test_a_weight_that_is_nothing_beside_another_keeps_all_numbers_finite() -> None:
+    prior = np.array([1e9, 1e-320])
+    differences = np.array([[2.0, 1.0]])
+    spreads = spreads_of(differences, [None, None], prior)
+    assert np.isfinite(spreads).all()
+    assert np.isfinite(learn(differences, prior, spreads, deviation=1.0, bound=3.0).weights).all()
