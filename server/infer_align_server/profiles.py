@@ -166,7 +166,7 @@ async def question(
 
 async def _question_texts(service: Service, body: Mapping[str, Any], caller: str) -> Sequence[str]:
     """Return the candidates of a body, or draw some for its messages."""
-    if "align" in body:
+    if body.get("align") is not None:
         raise InvalidRequest(
             "align: a question takes no align; it draws from the model as it is.", param="align"
         )

@@ -100,6 +100,12 @@ def schemathesis(
     assert not report["errors"], report["errors"]
     if phases == PHASES:
         assert report["operations"]["tested"] == len(document["paths"])
+        assert report["test_cases"]["generated"] > 100
+    else:
+        # A run can pass without following a link, if no request is answered that has some.
+        followed = re.search(r"API Links: +(\d+) covered", done.stdout)
+        assert followed
+        assert int(followed[1]) > 0
     counts = {failure["type"]: failure["count"] for failure in report["failures"]}
     errors = re.findall(r"^ +`(\{\"error\":.*\})`$", done.stdout, re.MULTILINE)
     return counts, [json.loads(error)["error"] for error in errors]
@@ -144,6 +150,10 @@ def follow_links(live: Live, folder: Path, examples: int, key: str = "") -> None
     for name, selected in runs.items():
         chosen = folder / name
         chosen.mkdir()
+        if name == "profiles":
+            # With it, schemathesis begins with no feedback: it looks for an operation that makes
+            # requests, whose id this field could hold.
+            del document["components"]["schemas"]["FeedbackRequest"]["properties"]["request_id"]
         failures, errors = schemathesis(
             document, live.root, chosen, examples, "stateful", [*selected, *options]
         )

@@ -252,8 +252,11 @@ def test_a_question_is_asked_about_given_or_drawn_answers(keeping: Any) -> None:
     asked = send(live, given, path=path)
     assert asked.status_code == 200, asked.text
     assert asked.json()["pair"] == [0, 2]
-    drawn = send(live, {"messages": HI, "n": 3, "seed": 1}, path=path)
+    # A null counts as left out, as in other requests.
+    drawn = send(live, {"messages": HI, "n": 3, "seed": 1, "align": None}, path=path)
     assert len(drawn.json()["candidates"]) == 3
+    refused = send(live, {"messages": HI, "align": {}}, path=path)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "align")
     assert drawn.json()["answers"] == [drawn.json()["candidates"][i] for i in drawn.json()["pair"]]
 
 
