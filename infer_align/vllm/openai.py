@@ -175,8 +175,10 @@ class Frontend:
     async def _render_once(self, kind: Kind, request: BaseModel) -> Any:
         """Render a request, or copy the prompt that its call carries."""
         call = _call.get()
-        if call is None or call.prompt is None:
+        if call is None:
             return await self._render_functions[kind](request)
+        if call.prompt is None:
+            return await self.render(kind, request)
         if kind == "completion":
             return [copy.copy(prompt) for prompt in call.prompt]
         conversation, prompts = call.prompt

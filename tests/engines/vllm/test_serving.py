@@ -473,12 +473,20 @@ def test_a_prompt_over_the_context_is_a_400(live: Live) -> None:
 @pytest.mark.parametrize(
     "messages", [[{"role": "", "content": "0"}], [{"role": "user", "content": [{"type": "ü"}]}]]
 )
-def test_a_prompt_that_vllm_refuses_is_named(live: Live, messages: Any) -> None:
-    answer = post(
-        live,
-        "/v1/chat/completions",
-        {"messages": messages, "align": {"best_of_n": {"n": 2}, "rewards": {"brevity": 1}}},
-    )
+@pytest.mark.parametrize(
+    "align",
+    [
+        {"best_of_n": {"n": 2}, "rewards": {"brevity": 1}},
+        {"best_of_n": {"n": 1}, "adaptive": {"max_n": 2, "batch": 1}, "rewards": {"brevity": 1}},
+        {"best_of_n": {"n": 1}, "rewards": {"brevity": 1}},
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_vllm_refuses_is_named(
+    live: Live, messages: Any, align: Any, stream: bool
+) -> None:
+    body = {"messages": messages, "align": align, "stream": stream}
+    answer = post(live, "/v1/chat/completions", body)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "messages")
     assert error["message"].startswith("messages: ")
