@@ -115,8 +115,8 @@ class RateLimit:
         if amount == 1:
             message += f" {wait}."
         else:
-            left = max(0, int(available))
-            message += f" This request may need {amount}; {left} are available now. {wait}, or "
+            rest = max(0, int(available))
+            message += f" This request may need {amount}; {rest} are available now. {wait}, or "
             message += "make it smaller: fewer candidates, or a lower max_tokens."
         return Overloaded(message, retry_after=seconds, code=self._code)
 
