@@ -45,7 +45,7 @@ class Server:
     worker_timeout_seconds: float = field(
         default=60.0,
         metadata={
-            "gt": 0,
+            "ge": 1,
             "description": "With several workers: one that serves, and whose event loop does not "
             "answer for so many seconds, is killed and replaced.",
         },

@@ -196,6 +196,17 @@ _READ = {f.name for f in fields(SamplingParams)} - {"echo"}
 _READ |= {"max_completion_tokens", "model"} | _NEUTRAL
 
 
+def limit_field(body: Body, kind: Kind) -> str:
+    """Return the field that limits the tokens of an answer, as this request names it.
+
+    If it names none, it is the one that OpenAI's documentation of this kind of request names.
+    """
+    for name in ("max_completion_tokens", "max_tokens"):
+        if body.get(name) is not None:
+            return name
+    return "max_completion_tokens" if kind == "chat" else "max_tokens"
+
+
 def field_schemas(kind: Kind) -> dict[str, Any]:
     """Return the JSON schema of each field that `SamplingParams.from_body` reads, by name."""
     schemas: dict[str, Any] = {name: allowed.schema() for name, allowed in _RANGES.items()}

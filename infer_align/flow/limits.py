@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from infer_align.config import Limits
 from infer_align.config.align import Align
 from infer_align.config.schema import join
-from infer_align.errors import InvalidRequest
+from infer_align.errors import InvalidRequest, quote
 from infer_align.methods import StopRule
-from infer_align.types import Kind
 
 
 def check_candidates(candidates: int, n_returned: int, align: Align, limits: Limits) -> None:
@@ -28,7 +27,7 @@ def check_candidates(candidates: int, n_returned: int, align: Align, limits: Lim
     if candidates > limits.max_candidates:
         param = _fan_out(align)
         raise InvalidRequest(
-            f"{param}: {candidates} candidates are over this server's limit of "
+            f"{param}: {quote(candidates)} candidates are over this server's limit of "
             f"{limits.max_candidates}; request fewer candidates.",
             param=param,
             code="too_many_candidates",
@@ -93,7 +92,7 @@ def check_tokens(
     candidates: int,
     align: Align,
     limits: Limits,
-    kind: Kind = "chat",
+    field_name: str = "max_completion_tokens",
 ) -> None:
     """Check the worst case in tokens.
 
@@ -102,7 +101,7 @@ def check_tokens(
         candidates: number of candidates.
         align: the request's `align`, with its budget.
         limits: the server's limits.
-        kind: of the request, which decides the name of its limit on tokens.
+        field_name: the field of the request that limits the tokens of an answer.
 
     Raises:
         InvalidRequest: the worst case is over the request's budget or the server's limit.
@@ -112,7 +111,6 @@ def check_tokens(
     if tokens <= limits.max_completion_tokens and (budget is None or tokens <= budget):
         return
     terms = worst_case.terms(candidates)
-    field_name = "max_completion_tokens" if kind == "chat" else "max_tokens"
     remedies = [f"set a lower {field_name}", "draw fewer candidates"]
     if worst_case.contexts:
         scale = join(align.path, "guidance.scale")
@@ -128,6 +126,32 @@ def check_tokens(
     raise InvalidRequest(
         f"{field_name}: the worst case is {tokens} tokens ({terms}), over this "
         f"server's limit of {limits.max_completion_tokens}; {_one_of(remedies)}.",
+        param=field_name,
+        code="over_limit",
+    )
+
+
+def check_judging(tokens: int, texts: int, field_name: str, limits: Limits) -> None:
+    """Check the worst case of judging texts that a client sent.
+
+    Args:
+        tokens: sampled by judges at most.
+        texts: the number of texts.
+        field_name: the field of the request that holds the texts, such as "candidates".
+        limits: the server's limits.
+
+    Raises:
+        InvalidRequest: the worst case is over the server's limit.
+    """
+    limit = limits.max_completion_tokens
+    if tokens <= limit:
+        return
+    remedy = "choose a smaller scale or fewer votes of the judge"
+    if texts > 1:
+        remedy = f"send fewer {field_name}, or {remedy}"
+    raise InvalidRequest(
+        f"{field_name}: the worst case of judging is {tokens} tokens, over this server's limit of "
+        f"{limit}; {remedy}.",
         param=field_name,
         code="over_limit",
     )

@@ -9,6 +9,7 @@ from functools import partial
 
 from infer_align.config import Limits
 from infer_align.config.align import Align
+from infer_align.decoding.params import limit_field
 from infer_align.engines import Engine
 from infer_align.errors import InvalidRequest, Unsupported, quote
 from infer_align.flow.batches import BatchSizes, CandidateBatch, enlarge, plan_sizes, split
@@ -17,6 +18,7 @@ from infer_align.flow.limits import Generation, check_candidates, check_first_ba
 from infer_align.flow.request import (
     Request,
     conversation,
+    count_prompts,
     split_begun_answer,
     whole_number,
 )
@@ -150,7 +152,7 @@ def make_plan(
     draws, sizes = _seeded(draft, n_returned, seed, requested=is_requested)
     draft = replace(draft, draws=draws)
     plan = _complete(draft, request, rewards, default_rewards, engine, n_returned, sizes)
-    check_tokens(_generation(plan), plan.candidates, request.align, limits, request.kind)
+    _check_tokens((plan,), limits)
     return plan
 
 
@@ -211,8 +213,7 @@ def check_together(plans: Sequence[Plan], limits: Limits) -> None:
     align = plans[0].request.align
     candidates = sum(plan.candidates for plan in plans)
     check_candidates(candidates, 1, align, limits)
-    terms = sum((_generation(plan) for plan in plans), Generation())
-    check_tokens(terms, candidates, align, limits, plans[0].request.kind)
+    _check_tokens(plans, limits)
 
 
 def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
@@ -222,11 +223,11 @@ def worst_case(body: Body, engine: Engine, limits: Limits) -> int:
         InvalidRequest: the request is over a limit.
     """
     n = _parse_integer(body, "n", 1, limits.max_candidates) or 1
-    candidates = n * _count_prompts(body.get("prompt"))
+    candidates = n * count_prompts(body.get("prompt"))
     tokens = candidates * engine.worst_case_tokens(body)
     check_candidates(candidates, 1, _NO_ALIGN, limits)
     kind: Kind = "chat" if body.get("prompt") is None else "completion"
-    check_tokens(Generation(tokens), candidates, _NO_ALIGN, limits, kind)
+    check_tokens(Generation(tokens), candidates, _NO_ALIGN, limits, limit_field(body, kind))
     return tokens
 
 
@@ -364,16 +365,18 @@ def _count_cost(plan: Plan, engine: Engine) -> Plan:
     )
 
 
+def _check_tokens(plans: Sequence[Plan], limits: Limits) -> None:
+    """Check the worst case of the plans of one request in tokens."""
+    request = plans[0].request
+    tokens = sum((_generation(plan) for plan in plans), Generation())
+    candidates = sum(plan.candidates for plan in plans)
+    field_name = limit_field(request.body, request.kind)
+    check_tokens(tokens, candidates, request.align, limits, field_name)
+
+
 def _generation(plan: Plan) -> Generation:
     """Return the part of the worst case that bounds on generated tokens count."""
     return Generation(plan.drawing_tokens, plan.context_cost.worst_case, plan.scoring_tokens)
-
-
-def _count_prompts(prompt: object) -> int:
-    """Return the number of prompts of a completion request; a list of tokens is one prompt."""
-    if isinstance(prompt, list) and any(isinstance(item, str | list) for item in prompt):
-        return len(prompt)
-    return 1
 
 
 def _seed(body: Body) -> tuple[int, bool]:

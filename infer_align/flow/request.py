@@ -293,3 +293,10 @@ def split_begun_answer(body: Body, messages: Messages) -> tuple[Messages, str]:
     if not body.get("continue_final_message") or not messages:
         return messages, ""
     return messages[:-1], message_text(messages[-1])
+
+
+def count_prompts(prompt: object) -> int:
+    """Return the number of prompts of a completion request; a list of tokens is one prompt."""
+    if isinstance(prompt, list) and any(isinstance(item, str | list) for item in prompt):
+        return len(prompt)
+    return 1

@@ -14,6 +14,7 @@ from infer_align.config.config import JUDGE
 from infer_align.config.schema import parse
 from infer_align.errors import DeadlineExceeded, InvalidRequest, RewardFailed, nearest
 from infer_align.flow.discovery import when_discovered
+from infer_align.flow.limits import check_judging
 from infer_align.flow.request import check_prompt
 from infer_align.methods.trust_judge import (
     PRINCIPLES,
@@ -187,6 +188,7 @@ async def judge(service: Service, body: Mapping[str, Any], caller: str = "") -> 
     worst_case = 0
     for mode in modes:
         worst_case += reward.with_parameters({"mode": mode}).worst_case_tokens(len(texts))
+    check_judging(worst_case, len(texts), "candidates", service.config.limits)
     async with service.scoring(worst_case, caller) as count_usage:
         judgements = await _judge(reward, modes, body["messages"], texts)
         count_usage(judgements.usage)

@@ -16,6 +16,7 @@ from infer_align.config.schema import join
 from infer_align.errors import InvalidRequest, RewardFailed, nearest, quote
 from infer_align.flow.cost import read_in_texts
 from infer_align.flow.discovery import when_discovered
+from infer_align.flow.limits import check_judging
 from infer_align.flow.plan import SCORING_STAGES, Plan, make_scoring_plan
 from infer_align.flow.request import Request, check_prompt
 from infer_align.flow.response import Response, Timing
@@ -165,9 +166,10 @@ async def score_texts(
         InvalidRequest: The worst case of the judges is over the limit of one request.
         Overloaded: The queue is full, or the caller's token budget is used up.
     """
+    check_judging(plan.scoring_tokens, len(texts), field, service.config.limits)
     candidates = tuple(_candidate(i, text) for i, text in enumerate(texts))
     reading_tokens = read_in_texts(plan, candidates)
-    async with service.scoring(plan.scoring_tokens, caller, reading_tokens, field) as count_usage:
+    async with service.scoring(plan.scoring_tokens, caller, reading_tokens) as count_usage:
         scores = await score_candidates(plan, candidates)
         count_usage(scores.usage)
         service.metrics.count_reward_calls(scores)

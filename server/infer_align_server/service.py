@@ -361,7 +361,7 @@ class Service:
 
     @asynccontextmanager
     async def scoring(
-        self, worst_case: int, caller: str, reading_tokens: int = 0, field: str = "candidates"
+        self, worst_case: int, caller: str, reading_tokens: int = 0
     ) -> AsyncIterator[Callable[[ScoringUsage], None]]:
         """Admit a request that scores existing candidates, inside the block.
 
@@ -369,23 +369,13 @@ class Service:
             worst_case: The largest number of tokens that judges can generate for it.
             caller: The name of the caller, which pays for the tokens.
             reading_tokens: The largest number of tokens that rewards have engines read for it.
-            field: The field of the request that holds the candidates.
 
         Yields:
             A function to call with the usage of the scoring.
 
         Raises:
-            InvalidRequest: The worst case is over the limit of one request.
             Overloaded: The queue is full, or the caller's token budget is used up.
         """
-        limit = self.config.limits.max_completion_tokens
-        if worst_case > limit:
-            raise InvalidRequest(
-                f"{field}: the worst case of judging is {worst_case} tokens, over this server's "
-                f"limit of {limit}; send fewer of them, or choose a smaller scale or fewer votes.",
-                param=field,
-                code="over_limit",
-            )
         tokens = worst_case + reading_tokens
         async with (
             charged(self.tokens, caller, tokens) as charge,

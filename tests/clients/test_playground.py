@@ -413,7 +413,7 @@ def test_an_error_is_shown_in_words_with_what_to_do(serve: Serve, visit: Visit) 
     assert len(seen["errors"]) == 3
     for text in seen["errors"]:
         assert "99999999" in text
-        assert "Change max_completion_tokens, then answer again." in text
+        assert "Change max_tokens, then answer again." in text
     assert seen["marked"] == ["max_tokens"]
 
 

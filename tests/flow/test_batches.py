@@ -119,7 +119,7 @@ def test_each_direction_draws_a_prefix_of_its_fixed_draws() -> None:
         ({"adaptive": {"batch": 0}}, {}, "align.adaptive.batch"),
         ({"adaptive": {"cost": -0.1}}, {}, "align.adaptive.cost"),
         ({"adaptive": {"cost": float("nan")}}, {}, "align.adaptive.cost"),
-        ({"adaptive": {"max_n": 16}}, {"max_tokens": 100}, "max_completion_tokens"),
+        ({"adaptive": {"max_n": 16}}, {"max_tokens": 100}, "max_tokens"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_by_name(

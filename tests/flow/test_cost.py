@@ -132,7 +132,7 @@ def test_the_limit_of_the_server_counts_contexts_and_names_the_traits() -> None:
     request = parse_request(body, "chat", {})
     with pytest.raises(InvalidRequest) as caught:
         make_plan(request, engine(), {}, {}, LIMITS)
-    assert (caught.value.param, caught.value.code) == ("max_completion_tokens", "over_limit")
+    assert (caught.value.param, caught.value.code) == ("max_tokens", "over_limit")
     assert "1 candidate x 500 tokens + 504 read in the contexts" in caught.value.message
     assert "traits in align.guidance.scale" in caught.value.message
 

@@ -92,5 +92,5 @@ def test_a_worst_case_over_the_servers_limit_names_the_field_of_openai(path: str
         check_tokens(Generation(1002), 2, align, LIMITS)
     assert (caught.value.param, caught.value.code) == ("max_completion_tokens", "over_limit")
     with pytest.raises(InvalidRequest, match="set a lower max_tokens or draw") as caught:
-        check_tokens(Generation(1002), 2, align, LIMITS, "completion")
+        check_tokens(Generation(1002), 2, align, LIMITS, "max_tokens")
     assert caught.value.param == "max_tokens"

@@ -152,6 +152,40 @@ def test_a_worst_case_of_judging_names_the_field_of_the_texts(serve: Any) -> Non
         judge = {"trust_judge": {"votes": 64}, "rewards": {}}
         error = live.post({**body, **judge}, path).json()["error"]
         assert (error["param"], error["code"]) == (field, "over_limit"), error
+        assert error["message"].endswith(
+            f"; send fewer {field}, or choose a smaller scale or fewer votes of the judge."
+        )
+        one = {"documents": ["b"]} if field == "documents" else {"candidates": ["b"]}
+        error = live.post({**body, **one, **judge}, path).json()["error"]
+        assert error["message"].endswith("; choose a smaller scale or fewer votes of the judge.")
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("align", [None, {"best_of_n": {"n": 2}}])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", USER),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+    ],
+)
+def test_a_worst_case_names_the_limit_that_the_client_wrote(
+    serve: Any, field: str, align: Any, path: str, body: dict[str, Any]
+) -> None:
+    live = serve(FAKE + SECTIONS.replace("[limits]", "[limits]\nmax_completion_tokens = 8"))
+    error = live.post({**body, "align": align, field: 9}, path).json()["error"]
+    assert (error["param"], error["code"]) == (field, "over_limit")
+    assert error["message"].startswith(f"{field}: the worst case is ")
+    assert f"; set a lower {field} or draw fewer candidates." in error["message"]
+
+
+def test_a_huge_number_of_candidates_is_quoted_in_short(serve: Any) -> None:
+    live = serve(FAKE + SECTIONS)
+    for n in (10**300, 1e300):
+        error = live.chat({"best_of_n": {"n": n}}).json()["error"]
+        assert (error["param"], error["code"]) == ("align.best_of_n.n", "too_many_candidates")
+        assert len(error["message"]) < 250
 
 
 def test_token_ids_may_be_written_as_floats(serve: Any) -> None:

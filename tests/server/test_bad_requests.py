@@ -363,7 +363,7 @@ def test_budget_counts_the_worst_case(numbers: Any) -> None:
 def test_over_the_servers_limit(numbers: Any) -> None:
     error = refused(numbers.chat({"best_of_n": {"n": 100}}, max_tokens=4000))
     assert error["code"] == "over_limit"
-    assert error["param"] == "max_completion_tokens"
+    assert error["param"] == "max_tokens"
 
 
 @pytest.mark.parametrize("model", ["gpt-4", "fake@", "@best", "fake@best@best", "", "Fake"])

@@ -115,7 +115,7 @@ def test_a_request_with_align_is_not_forwarded(live: Live, fields: dict[str, Any
         ({"model": "other"}, 404, "model"),
         ({"n": 5}, 400, "n"),
         ({"n": "x"}, 400, "n"),
-        ({"n": 2, "max_tokens": 2501}, 400, "max_completion_tokens"),
+        ({"n": 2, "max_tokens": 2501}, 400, "max_tokens"),
         ({"prompt": ["a"] * 3, "n": 2}, 400, "n"),
         ({"metadata": "x" * 2000}, 413, None),
         ({"align": 3}, 400, "align"),

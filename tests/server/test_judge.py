@@ -414,7 +414,7 @@ def test_judging_and_scoring_are_limited_counted_and_charged(
         )
         assert answer.status_code == 400, answer.text
         assert (
-            "over this server's limit of 400; send fewer of them"
+            "over this server's limit of 400; send fewer candidates"
             in answer.json()["error"]["message"]
         )
         assert answer.json()["error"]["param"] == "candidates"

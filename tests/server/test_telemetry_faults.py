@@ -120,6 +120,9 @@ def test_a_dead_collector_delays_neither_answers_nor_the_end(
     # The queue overflows.
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
+    # A thread that sends to the silent collector waits for longer than this test may take.
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")
+    earlier = set(threading.enumerate())
     with broken() as url:
         text = f'{NUMBERS}\n[telemetry]\nendpoint = "{url}"\n'
         live = start(configuration.load(config_file(text)))
@@ -128,9 +131,10 @@ def test_a_dead_collector_delays_neither_answers_nor_the_end(
                 assert live.chat(BEST_OF_2).status_code == 200
         finally:
             end(live)
-    # Other work of this process does not wait for the threads that still try to send.
-    senders = [each for each in threading.enumerate() if "OtelBatch" in each.name]
-    assert all(sender.daemon for sender in senders)
+        # The threads still try to send, so the end has not waited for them; nor does the process.
+        senders = set(threading.enumerate()) - earlier
+        assert any("OtelBatch" in sender.name for sender in senders)
+        assert all(sender.daemon for sender in senders)
 
 
 def test_a_collector_that_is_slow_delays_no_answer(config_file: ConfigFile) -> None:

@@ -300,6 +300,11 @@ def test_a_worker_that_cannot_load_stops_the_start(config_file: ConfigFile) -> N
         ),
         (f"{WORKERS}[limits]\nmax_running = 1\n", r"max_running: 1 is fewer than .*workers = 2"),
         (f"{FAKE}[server]\nworkers = 0\n", "server.workers: 0"),
+        # Workers that are only busy would be killed again and again.
+        (
+            f"{WORKERS}worker_timeout_seconds = 0.5\n",
+            r"server\.worker_timeout_seconds: 0\.5 is not allowed; must be .* equal to 1",
+        ),
     ],
 )
 def test_workers_that_cannot_serve_are_refused(

@@ -17,7 +17,7 @@ from infer_align.engines.transformers.form import AnswerForm
 from infer_align.engines.transformers.guidance import read_contexts
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.prompt import Prompt
-from infer_align.engines.transformers.room import Room, completion_tokens, guided_tokens
+from infer_align.engines.transformers.room import FieldNames, Room, completion_tokens, guided_tokens
 from infer_align.engines.transformers.rows import Guiding
 from infer_align.types import Draw, Kind
 
@@ -73,7 +73,7 @@ def read_draw(draw: Draw, model: Model, room: Room, default: int | None) -> Read
     check_token_ids(STOP_TOKEN_IDS, stop_ids, model.vocabulary)
     # The client did not ask for the server's own limit, so that is shortened to what fits.
     requested = None if params.max_tokens == default else params.max_tokens
-    max_tokens = completion_tokens(draw.kind, len(prompt.ids), requested, default, room)
+    max_tokens = completion_tokens(FieldNames.of(draw), len(prompt.ids), requested, default, room)
     guiding, trait_tokens = read_contexts(
         draw, prompt.ids, lambda context: model.render(context, prefix, form.request).ids
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from infer_align.decoding.params import limit_field
 from infer_align.errors import InvalidRequest
-from infer_align.types import Kind
+from infer_align.types import Draw
 
 SCALE = "align.guidance.scale"
 
@@ -26,8 +27,22 @@ class Room:
     max_batch: int
 
 
+@dataclass(frozen=True, slots=True)
+class FieldNames:
+    """The fields of a request that hold its prompt, and its limit on the tokens of an answer."""
+
+    prompt: str
+    limit: str
+
+    @classmethod
+    def of(cls, draw: Draw) -> FieldNames:
+        """Return the names of a draw's request."""
+        prompt = "messages" if draw.kind == "chat" else "prompt"
+        return cls(prompt, limit_field(draw.body, draw.kind))
+
+
 def completion_tokens(
-    kind: Kind,
+    fields: FieldNames,
     prompt_tokens: int,
     requested: int | None,
     default: int | None,
@@ -36,7 +51,7 @@ def completion_tokens(
     """Return the number of tokens that each candidate may generate.
 
     Args:
-        kind: of the request, for the name of the field in the message.
+        fields: what the request calls its prompt and its limit, for messages.
         prompt_tokens: number of tokens of the prompt.
         requested: the limit that the client set; None if it set none.
         default: the server's own limit for requests that name none. It is shortened to what fits.
@@ -47,22 +62,22 @@ def completion_tokens(
     """
     available = room.context_length - prompt_tokens
     if (requested or 1) > available:
-        prompt_field = "messages" if kind == "chat" else "prompt"
+        param = fields.limit if available >= 1 else fields.prompt
         completion = f" and {requested} of completion" if requested else ""
         raise InvalidRequest(
-            f"max_completion_tokens: {prompt_tokens} tokens of prompt{completion} do not fit "
+            f"{param}: {prompt_tokens} tokens of prompt{completion} do not fit "
             f"the context of {room.context_length}; shorten the prompt or request fewer.",
-            param="max_completion_tokens" if available >= 1 else prompt_field,
+            param=param,
             code="context_length_exceeded",
         )
     longest = min(available, room.capacity - prompt_tokens)
     max_tokens = requested or max(1, min(longest, default or longest))
     if prompt_tokens + max_tokens > room.capacity:
         raise InvalidRequest(
-            f"max_completion_tokens: a candidate of {prompt_tokens + max_tokens} tokens does "
+            f"{fields.limit}: a candidate of {prompt_tokens + max_tokens} tokens does "
             f"not fit the key-value cache of {room.capacity}; request fewer tokens, or raise "
             "[engine] kv_cache_gib.",
-            param="max_completion_tokens",
+            param=fields.limit,
             code="context_length_exceeded",
         )
     return max_tokens

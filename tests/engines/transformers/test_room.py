@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from infer_align.engines.transformers.room import Room, completion_tokens, guided_tokens
+from infer_align.engines.transformers.room import (
+    FieldNames,
+    Room,
+    completion_tokens,
+    guided_tokens,
+)
 from infer_align.errors import InvalidRequest
+from infer_align.types import Body, Draw, Kind
 
 ROOM = Room(context_length=100, capacity=400, max_batch=4)
 
@@ -17,7 +23,34 @@ ROOM = Room(context_length=100, capacity=400, max_batch=4)
 def test_an_answer_gets_what_was_requested_or_what_fits(
     requested: int | None, default: int | None, tokens: int
 ) -> None:
-    assert completion_tokens("chat", 30, requested, default, ROOM) == tokens
+    fields = FieldNames("messages", "max_tokens")
+    assert completion_tokens(fields, 30, requested, default, ROOM) == tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "prompt_tokens", "param"),
+    [
+        ("chat", {"max_tokens": 71}, 30, "max_tokens"),
+        ("chat", {"max_completion_tokens": 71}, 30, "max_completion_tokens"),
+        ("chat", {"max_completion_tokens": 71, "max_tokens": 5}, 30, "max_completion_tokens"),
+        ("chat", {}, 100, "messages"),
+        ("chat", {"max_tokens": 1}, 100, "messages"),
+        ("completion", {"max_tokens": 71}, 30, "max_tokens"),
+        ("completion", {}, 100, "prompt"),
+    ],
+)
+def test_an_answer_without_room_is_refused_by_the_field_of_the_request(
+    kind: Kind, body: Body, prompt_tokens: int, param: str
+) -> None:
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    fields = FieldNames.of(Draw(body, kind=kind))
+    with pytest.raises(InvalidRequest, match=f"^{param}: {prompt_tokens} tokens of") as error:
+        completion_tokens(fields, prompt_tokens, limit, None, ROOM)
+    assert (error.value.param, error.value.code) == (param, "context_length_exceeded")
+    small = Room(context_length=100, capacity=50, max_batch=4)
+    with pytest.raises(InvalidRequest, match=r"^max_tokens: a candidate of 51 tokens") as error:
+        completion_tokens(FieldNames("prompt", "max_tokens"), 30, 21, None, small)
+    assert error.value.param == "max_tokens"
 
 
 @pytest.mark.parametrize(
