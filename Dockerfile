@@ -8,8 +8,10 @@ COPY kernels kernels
 COPY server server
 COPY clients/python clients/python
 COPY clients/web clients/web
-# vLLM, torch and transformers are the image's own: nothing of them is resolved again.
-RUN pip install --no-cache-dir --no-deps . && pip install --no-cache-dir rich httptools
+# vLLM, torch and transformers are the image's own: nothing of them is resolved again. The second line has what the extras
+# store and otel need.
+RUN pip install --no-cache-dir --no-deps . && pip install --no-cache-dir rich httptools httpx2 \
+        alembic asyncpg 'sqlalchemy[asyncio]' opentelemetry-sdk opentelemetry-exporter-otlp-proto-http
 
 EXPOSE 8000
 ENTRYPOINT ["infer-align"]

@@ -247,7 +247,7 @@ def _owner(cls: type[Any], location: Sequence[str]) -> type[Any]:
             hint = get_type_hints(hint).get(part)
         else:
             # The values of a dictionary, or the items of a list.
-            hint = next(iter(get_args(hint)[-1:]), None)
+            hint = next((arg for arg in reversed(get_args(hint)) if arg is not Ellipsis), None)
         if get_origin(hint) in {Union, UnionType}:
             choices = [choice for choice in get_args(hint) if choice is not NoneType]
             hint = next(filter(dataclasses.is_dataclass, choices), choices[0])

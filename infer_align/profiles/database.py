@@ -38,6 +38,8 @@ CONNECTIONS = 5
 BUSY_SECONDS = 5.0
 SQLITE = "sqlite"
 POSTGRESQL = "postgresql+asyncpg"
+# What other tools and providers write for the same database.
+POSTGRESQL_NAMES = {POSTGRESQL, "postgresql", "postgres"}
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Locks out other processes that migrate the same PostgreSQL database. The number has no meaning.
 ADVISORY_LOCK = 7_340_133
@@ -160,7 +162,7 @@ class PostgresDatabase(Database):
         """Prepare the connections to the server of an URL."""
         super().__init__()
         self.engine = create_async_engine(
-            url,
+            url.set(drivername=POSTGRESQL),
             connect_args={"timeout": BUSY_SECONDS, "command_timeout": TIMEOUT_SECONDS},
             pool_size=CONNECTIONS,
             max_overflow=0,
@@ -191,10 +193,11 @@ def open_database(text: str) -> Database:
             "[profiles] store: it is no URL of a database; write one such as sqlite:///profiles.db."
         ) from None
     is_sqlite = url.drivername in {SQLITE, f"{SQLITE}+aiosqlite"}
-    if not is_sqlite and url.drivername != POSTGRESQL:
+    if not is_sqlite and url.drivername not in POSTGRESQL_NAMES:
         raise ConfigError(
             f"[profiles] store: {url.drivername!r} is not supported; the URL begins with "
-            f"{SQLITE} or {POSTGRESQL}."
+            f"{SQLITE} or {POSTGRESQL}, such as sqlite:///profiles.db or "
+            "postgresql+asyncpg://user:password@host/database."
         )
     try:
         return SqliteDatabase(url) if is_sqlite else PostgresDatabase(url)

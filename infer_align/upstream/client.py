@@ -309,8 +309,8 @@ def _continued(headers: Mapping[str, str], context: Mapping[str, str]) -> Mappin
 
 
 def _not_connected(host: Host, reason: str, status: int) -> RetriableFailure:
-    host.record_failure(reason)
     error = UpstreamFailed(f"the upstream cannot be reached: {reason}.", status=status)
+    host.record_failure(error.message)
     return RetriableFailure(error)
 
 

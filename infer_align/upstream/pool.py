@@ -51,6 +51,8 @@ class Host:
         """Record a failed call; `unreachable` is the reason if there was no connection."""
         self.failures += 1
         if unreachable:
+            # It becomes a part of longer sentences.
+            unreachable = unreachable.removesuffix(".")
             if unreachable != self.down_reason:
                 log.warning("upstream %s: %s", self.url, unreachable)
             self.down_reason = unreachable

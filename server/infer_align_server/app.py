@@ -22,7 +22,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer_align.config.config import Config
-from infer_align.errors import AlignError
+from infer_align.errors import AlignError, Unavailable
 from infer_align.upstream.trace import CallTrace, trace
 from infer_align_server.direct_routes import DirectRoutes
 from infer_align_server.loading import Progress
@@ -40,6 +40,10 @@ log = logging.getLogger("infer_align")
 # The status of nginx for "client closed request". No client receives it. In logs and metrics it
 # separates these requests from successful ones.
 CLIENT_LEFT = 499
+CUT_OFF = (
+    "The server is shutting down, and the answer was not ready within [server] drain_seconds; send "
+    "the request again."
+)
 # Headers of responses that scripts of web pages may read.
 EXPOSED_HEADERS = ("x-request-id", "retry-after", "openai-processing-ms", "openai-version")
 # Characters of a path that are compared with the routes, and how alike the two must be.
@@ -128,7 +132,8 @@ def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
 class RequestLog:
     """Middleware that gives each request an id, logs it and counts it.
 
-    It also turns an unexpected exception into an error in OpenAI's format.
+    It also turns an unexpected exception, and the end of the drain, into an error in OpenAI's
+    format.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -162,11 +167,10 @@ class RequestLog:
         except (ClientLeft, ClientDisconnect):
             # The client left before the response, during it, or while it sent the body.
             status = CLIENT_LEFT
-        except Exception:
-            log.exception("failed", extra={"request_id": request_id})
+        except (asyncio.CancelledError, Exception) as error:
+            failure = _log_failure(error, request_id)
             if not status:
-                message = "The server failed. Its log has the details under this request's id."
-                await error_response(AlignError(message))(scope, receive, send_with_id)
+                await error_response(failure)(scope, receive, send_with_id)
         finally:
             if calls.upstream_ids:
                 fields["upstream_request_ids"] = calls.upstream_ids
@@ -182,6 +186,16 @@ class RequestLog:
         fields["status"] = status
         fields["seconds"] = round(seconds, 4)
         access.write(fields)
+
+
+def _log_failure(error: BaseException, request_id: str) -> AlignError:
+    """Log why a request gets no answer; return what its client is told."""
+    if isinstance(error, asyncio.CancelledError):
+        # uvicorn cancels what still runs at the end of the drain.
+        log.warning("cut off: the drain has ended", extra={"request_id": request_id})
+        return Unavailable(CUT_OFF, retry_after=1)
+    log.exception("failed", extra={"request_id": request_id})
+    return AlignError("The server failed. Its log has the details under this request's id.")
 
 
 def _with_request_id(headers: Iterable[Header], request_id: str) -> list[Header]:

@@ -124,4 +124,5 @@ def _example(service: Service, url: str) -> str:
         body["align"] = {"best_of_n": {"n": 4}}
     # A single quote would end the argument of the shell.
     content = json.dumps(body).replace("'", "\\u0027")
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{content}'"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if service.needs_key else ""
+    return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{content}'"

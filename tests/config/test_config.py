@@ -117,7 +117,10 @@ WRONG = [
         "[engine]\nkind = 'fake'\nreplys = []\n",
         "engine.replys: no such parameter; did you mean 'replies'?",
     ),
-    ("[engine]\nkind = 'fake'\nreplies = [{txt = 'a'}]\n", "engine.replies.0.txt"),
+    (
+        "[engine]\nkind = 'fake'\nreplies = [{txt = 'a'}]\n",
+        "engine.replies.0.txt: no such parameter; did you mean 'text'?",
+    ),
     ("[rewards.a]\nwords_weight = 1\n", "[rewards.a] needs a kind"),
     ("[rewards]\na = 5\n", "[rewards.a] needs a kind"),
     ("[rewards.a]\nkind = 'rulse'\n", "did you mean 'rules'?"),

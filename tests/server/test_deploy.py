@@ -5,6 +5,7 @@ Where `docker compose`, `helm` or `promtool` are installed, they check their fil
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from infer_align import config as configuration
 from infer_align.config.schema import parse
 from infer_align.config.server import Server
 from infer_align_server.metrics import Metrics
+from infer_align_server.profile_keeper import open_store
 from tests.server.conftest import Live
 
 yaml = pytest.importorskip("yaml")
@@ -115,6 +117,30 @@ def test_the_composition_serves_a_configuration_that_loads() -> None:
     assert {"INFER_ALIGN_KEYS", "INFER_ALIGN_STORE"} == set(server["environment"])
 
 
+def test_the_composition_names_a_store_and_a_key_that_the_server_takes() -> None:
+    pytest.importorskip("asyncpg")
+    services = read_yaml(DEPLOY / "compose.yaml")["services"]
+    values = dict(re.findall(r"^(\w+)=(.+)$", (DEPLOY / "example.env").read_text(), re.MULTILINE))
+
+    def filled(service: str, name: str) -> str:
+        text = services[service]["environment"][name]
+        return re.sub(r"\$\{(\w+)[^}]*\}", lambda match: values[match[1]], text)
+
+    asyncio.run(open_store(filled("server", "INFER_ALIGN_STORE")).close())
+    keys = filled("server", "INFER_ALIGN_KEYS").split(",")
+    assert filled("open-webui", "OPENAI_API_KEY") in keys
+
+
+def test_the_composition_with_a_gpu_changes_the_same_server() -> None:
+    compose, gpu = (read_yaml(DEPLOY / f"compose{part}.yaml") for part in ("", ".gpu"))
+    (name,) = gpu["services"]
+    build = {**compose["services"][name]["build"], **gpu["services"][name]["build"]}
+    assert (DEPLOY / build["context"] / build["dockerfile"]).read_text().count("FROM vllm/")
+    assert {volume.partition(":")[0] for volume in gpu["services"][name]["volumes"]} == set(
+        gpu["volumes"]
+    )
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "deploy/cpu.Dockerfile"])
 def test_an_image_copies_what_exists_and_installs_extras_that_exist(name: str) -> None:
     text = (ROOT / name).read_text()
@@ -124,6 +150,16 @@ def test_an_image_copies_what_exists_and_installs_extras_that_exist(name: str) -
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for group in re.findall(r"\.\[([\w,]+)\]", text):
         assert set(group.split(",")) <= set(extras["optional-dependencies"])
+
+
+def test_the_image_for_gpus_has_what_a_store_and_traces_need() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "Dockerfile").read_text()
+    for package in (
+        *extras["optional-dependencies"]["store"],
+        *extras["optional-dependencies"]["otel"],
+    ):
+        assert package.partition(">")[0] in text, package
 
 
 def test_the_values_of_the_chart_fit_their_schema_and_the_templates() -> None:
@@ -150,7 +186,7 @@ def rendered(path: Path) -> Any:
     """Return a template with a word for each expression, and without its conditions."""
     lines = []
     for line in path.read_text().splitlines():
-        if re.fullmatch(r"\s*\{\{-? (if|end).*\}\}", line):
+        if re.fullmatch(r"\s*\{\{-? (if|range|end).*\}\}", line):
             continue
         lines.append(re.sub(r"\{\{.*?\}\}", "word", line))
     return yaml.safe_load("\n".join(lines))
@@ -161,7 +197,9 @@ def test_the_templates_of_the_chart_are_the_objects_of_a_deployment(numbers: Liv
     for path in (CHART / "templates").iterdir():
         text = path.read_text()
         assert text.count("{{") == text.count("}}")
-        assert len(re.findall(r"\{\{-? if ", text)) == len(re.findall(r"\{\{-? end ", text))
+        assert len(re.findall(r"\{\{-? (?:if|range) ", text)) == len(
+            re.findall(r"\{\{-? end ", text)
+        )
         each = rendered(path)
         objects[each["kind"]] = each
     assert set(objects) == {
@@ -199,7 +237,9 @@ def test_docker_compose_accepts_its_file() -> None:
     version = subprocess.run([docker, "compose", "version"], capture_output=True, check=False)
     if version.returncode:
         pytest.skip("docker has no plugin compose")
-    run_tool(docker, "compose", "--env-file", "example.env", "--file", "compose.yaml", "config")
+    arguments = [docker, "compose", "--env-file", "example.env", "--file", "compose.yaml"]
+    run_tool(*arguments, "config")
+    run_tool(*arguments, "--file", "compose.gpu.yaml", "config")
 
 
 def test_helm_accepts_the_chart() -> None:

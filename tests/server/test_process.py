@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import socket
@@ -84,7 +85,7 @@ def test_sigterm_finishes_running_requests_and_refuses_new_ones(
 
 
 @pytest.mark.slow
-def test_a_request_that_outlasts_the_drain_is_cancelled(process: Any) -> None:
+def test_a_request_that_outlasts_the_drain_gets_an_error_that_says_so(process: Any) -> None:
     server = process(
         "[server]\ndrain_seconds = 1\n"
         '[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 3600}]\n'
@@ -99,7 +100,36 @@ def test_a_request_that_outlasts_the_drain_is_cancelled(process: Any) -> None:
         )
         wait_for_running_request(url)
         server.popen.send_signal(signal.SIGTERM)
-        assert server.wait() == 0
+        answer = raw.makefile("rb").read().decode()
+    assert answer.startswith("HTTP/1.1 503 "), answer
+    assert "\r\nretry-after: 1\r\n" in answer
+    error = json.loads(answer.partition("\r\n\r\n")[2])["error"]
+    assert error["code"] == "unavailable"
+    assert "[server] drain_seconds; send the request again" in error["message"]
+    assert server.wait() == 0
+    events = server.events()
+    assert not any("exception" in event for event in events), events
+    (request,) = (event for event in events if event.get("route") == "/v1/chat/completions")
+    assert request["status"] == 503
+
+
+@pytest.mark.slow
+def test_a_stream_that_outlasts_the_drain_ends_without_a_traceback(process: Any) -> None:
+    server = process(
+        "[server]\ndrain_seconds = 1\nkeepalive_seconds = 0.05\n"
+        '[engine]\nkind = "fake"\nreplies = [{text = "1 2", first_token_seconds = 3600}]\n'
+    )
+    url = server.url()
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body, **LOCAL) as response:
+        assert response.status_code == 200
+        server.popen.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx2.TransportError):
+            response.read()
+    assert server.wait() == 0
+    events = server.events()
+    assert not any("exception" in event for event in events), events
+    assert "cut off: the drain has ended" in {event["event"] for event in events}
 
 
 @pytest.mark.slow

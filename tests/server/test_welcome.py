@@ -91,6 +91,15 @@ def test_the_example_can_be_copied(process: Callable[..., Process], text: str) -
     assert ("and 5 more" in printed) is (text == PRESETS)
 
 
+def test_the_example_has_a_place_for_a_key_where_one_is_needed(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEYS", "secret")
+    live = serve('[server]\napi_keys_env = "KEYS"\n[engine]\nkind = "fake"\n')
+    assert "-H 'Authorization: Bearer YOUR_KEY' -H 'Content-Type" in welcome(live)
+    assert "Authorization" not in welcome(serve('[engine]\nkind = "fake"\n'))
+
+
 def test_sizes_of_what_loads_are_logged(
     command: Callable[..., Process], language_model: Callable[..., str]
 ) -> None:

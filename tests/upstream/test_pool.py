@@ -40,6 +40,14 @@ async def test_hosts_that_are_down_suspect_or_just_failed_come_last() -> None:
     assert pool.health() is None
 
 
+def test_a_host_that_stays_down_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    (host,) = reachable_pool(1.0).hosts
+    for reason in ("refused.", "refused", "refused."):
+        host.record_failure(reason)
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["refused"]
+    assert host.down_reason == "refused"
+
+
 async def test_health_gives_the_reason_for_each_host_and_no_address() -> None:
     pool = reachable_pool(1.0, 1.0, 1.0)
     first, second, third = pool.hosts

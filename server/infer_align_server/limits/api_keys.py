@@ -61,7 +61,7 @@ class ApiKeys:
         scheme, _, text = authorization.partition(" ")
         caller = self._find(text.strip())
         if scheme.lower() != "bearer" or caller is None:
-            reason = "is not a key of this server" if text else "is missing"
+            reason = self._refusal(text.strip())
             # The first four words are OpenAI's. Some clients recognise them.
             raise Unauthorized(
                 f"Incorrect API key provided: it {reason}; send it as "
@@ -74,6 +74,17 @@ class ApiKeys:
                 f"{allowed}. Use another key, or add the scope in the server's file of keys."
             )
         return caller
+
+    def _refusal(self, key: str) -> str:
+        """Return what is wrong with a key that is not accepted."""
+        if not key:
+            return "is missing"
+        entries = self._file.entries() if self._file is not None else ()
+        sha256 = hash_of(key)
+        # As in `_find`: every entry is compared, each in constant time.
+        same = [entry for entry in entries if hmac.compare_digest(sha256, entry.sha256)]
+        ends = [entry.expires for entry in same if entry.expires and not entry.is_valid]
+        return f"expired at {max(ends).isoformat()}" if ends else "is not a key of this server"
 
     def reload(self) -> None:
         """Read the file of keys again, if there is one."""

@@ -27,6 +27,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 CHECK_SECONDS = 1.0
 KEY_PREFIX = "ia-"
 KEY_BYTES = 32
+_FIX = "`infer-align keys new NAME` prints an entry"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class KeyEntry:
 @dataclass(frozen=True, slots=True)
 class _Content:
     keys: Annotated[tuple[KeyEntry, ...], Len(min_length=1)] = field(
-        metadata={"description": "The keys, as [[keys]] sections."}
+        metadata={"description": f"The keys, as [[keys]] sections; {_FIX}."}
     )
 
 
@@ -116,7 +117,10 @@ def _read(path: Path) -> tuple[KeyEntry, ...]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"[server] api_keys_file: {path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"[server] api_keys_file: {str(path)!r} cannot be read: {reason}; {_FIX}."
+        ) from None
     try:
         return parse(_Content, table, "", ConfigError).keys
     except ConfigError as error:

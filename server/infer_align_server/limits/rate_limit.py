@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
@@ -108,16 +109,16 @@ class RateLimit:
             log.error("%s: %d %s are not given back", error.message, amount, self._unit)
 
     def _over_limit(self, amount: int, available: float, required: float) -> Overloaded:
-        message = f"The limit is {self._size:.0f} {self._unit} per minute."
-        if amount != 1:
-            message += (
-                f" This request may need {amount}; {max(0, int(available))} are available now."
-            )
-        return Overloaded(
-            f"{message} Wait before the next request, or make it smaller.",
-            retry_after=(required - available) / self._per_second,
-            code=self._code,
-        )
+        seconds = (required - available) / self._per_second
+        wait = f"Wait {max(1, math.ceil(seconds))} s before the next request"
+        message = f"The limit is {self._size:.0f} {self._unit} per minute and caller."
+        if amount == 1:
+            message += f" {wait}."
+        else:
+            rest = max(0, int(available))
+            message += f" This request may need {amount}; {rest} are available now. {wait}, or "
+            message += "make it smaller: fewer candidates, or a lower max_tokens."
+        return Overloaded(message, retry_after=seconds, code=self._code)
 
     def _set(self, caller: str, amount: float) -> None:
         now = self._clock()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("infer_align")
 T = TypeVar("T")
 
-SCHEMES = ("postgresql+asyncpg://", "postgresql://")
+SCHEMES = ("postgresql+asyncpg://", "postgresql://", "postgres://")
 CONNECTIONS = 8
 # After a failure the database is left alone this long, so that requests do not wait for it in turn.
 RETRY_SECONDS = 1.0
@@ -254,9 +254,9 @@ def open_storage(limits: Limits, on_failure: Callable[[], None]) -> LimitStorage
         return None
     url = os.environ.get(limits.storage_env, "").strip()
     if not url.startswith(SCHEMES):
+        fault = "holds no URL of a PostgreSQL database" if url else "is not set or empty"
         raise ConfigError(
-            f"[limits] storage_env: the environment variable {limits.storage_env!r} holds no URL "
-            "of a PostgreSQL database; write one such as "
-            "postgresql+asyncpg://user:password@host/database there."
+            f"[limits] storage_env: the environment variable {limits.storage_env!r} {fault}; "
+            "write one such as postgresql+asyncpg://user:password@host/database there."
         )
     return LimitStorage(url, limits.storage_timeout_seconds, on_failure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -111,8 +112,10 @@ def test_an_expired_key_is_no_key(keys_at: Any) -> None:
     old, new = entry("old", more=f"expires = {past}"), entry("new", more=f"expires = {future}")
     keys = ApiKeys([], KeyFile(keys_at(old + new)))
     assert keys.caller("Bearer new", "").name == "ann"
-    with pytest.raises(Unauthorized):
+    with pytest.raises(Unauthorized, match=f"it expired at {re.escape(past)}; send"):
         keys.caller("Bearer old", "")
+    with pytest.raises(Unauthorized, match="it is not a key of this server"):
+        keys.caller("Bearer other", "")
 
 
 @pytest.mark.parametrize("broken", ["", "not toml", "[[keys]]\nname = 1\n", None])
@@ -134,7 +137,8 @@ def test_a_broken_file_leaves_the_keys_as_they_were(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read"),
+        (None, "'/no/such/file' cannot be read: No such file or directory; `infer-align keys new"),
+        ("", "`infer-align keys new NAME` prints an entry"),
         ("keys = 1", "keys"),
         ("", "keys: is required"),
         ('[[keys]]\nname = "a"\n', "sha256: is required"),

@@ -100,7 +100,7 @@ def test_callers_have_separate_buckets_and_zero_is_no_limit() -> None:
     bucket, _ = allowance(1)
     bucket.take("a")
     bucket.take("b")
-    with pytest.raises(Overloaded, match=r"limit is 1 things per minute\. Wait"):
+    with pytest.raises(Overloaded, match=r"limit is 1 things per minute and caller\. Wait 60 s"):
         bucket.take("a")
     unlimited, _ = allowance(0)
     for _ in range(1000):

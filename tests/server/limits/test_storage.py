@@ -168,5 +168,13 @@ def test_a_storage_that_is_no_postgresql_is_refused(
     monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
     monkeypatch.setenv(URL, url)
-    with pytest.raises(ConfigError, match=rf"storage_env.*{URL}.*postgresql\+asyncpg://"):
+    fault = "holds no URL" if url else "is not set or empty"
+    with pytest.raises(ConfigError, match=rf"storage_env.*{URL}.*{fault}.*postgresql\+asyncpg://"):
         open_storage(Limits(storage_env=URL), lambda: None)
+
+
+@pytest.mark.parametrize("scheme", ["postgresql+asyncpg", "postgresql", "postgres"])
+def test_a_url_may_name_the_driver_or_not(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    pytest.importorskip("asyncpg")
+    monkeypatch.setenv(URL, f"{scheme}://user:password@host/database")
+    assert open_storage(Limits(storage_env=URL), lambda: None) is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from typing import Any
 
+import pytest
+
 from tests.engines.openai.upstream import FakeUpstream, fake_upstream
 from tests.server.upstream.conftest import BEST_OF_4, Serve, align_of, content_of, engine_of
 
@@ -73,3 +75,17 @@ def test_a_server_becomes_ready_when_its_upstream_does(
     engine_of(server).client.pool.hosts[0].url = up.url
     assert server.until(lambda: server.get("/ready").status_code == 200)
     assert server.chat().status_code == 200
+
+
+def test_an_upstream_that_stays_down_is_logged_once(
+    serve_upstream: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve_upstream("recovery_seconds = 0.05", urls=f"'{unused_url()}'")
+    host = engine_of(server).client.pool.hosts[0]
+    failures = host.failures
+    assert server.until(lambda: host.failures > failures + 6)
+    refused = server.post({"model": "up", "messages": [{"role": "user", "content": "hi"}]})
+    assert refused.status_code == 503
+    assert "refused; try again later." in refused.json()["error"]["message"]
+    warnings = [record.message for record in caplog.records if host.url in record.message]
+    assert len(warnings) == 1, warnings
