@@ -37,8 +37,8 @@ def select(
 ) -> Selection:
     """Select the candidates to return, best first.
 
-    If no candidate could be compared, a single candidate is returned as it is; several are returned
-    in the order of drawing if the deadline passed before scoring.
+    If no candidate could be compared, a single candidate is returned as it is. Several are returned
+    if the deadline passed before scoring: whole answers first, and empty ones last.
 
     Args:
         plan: the plan.
@@ -55,13 +55,20 @@ def select(
         return selection
     first = next(iter(selection.dropped.values()))
     if late:
-        reason = "the deadline passed before scoring: the first candidate drawn"
+        reason = "the deadline passed before scoring: the first whole candidate, if there is one"
     elif plan.candidates == 1:
         reason = f"nothing to compare; {first}"
     else:
         raise NothingScored(f"{selection.reason}; first: {first}", candidates, scores)
-    ranking = tuple(candidate.index for candidate in candidates if candidate.eligible)
+    eligible = [candidate for candidate in candidates if candidate.eligible]
+    eligible.sort(key=_incompleteness)
+    ranking = tuple(candidate.index for candidate in eligible)
     return replace(selection, ranking=ranking, reason=reason, late=late)
+
+
+def _incompleteness(candidate: Candidate) -> tuple[bool, bool]:
+    """Return a key that puts whole answers first, and those cut before their first token last."""
+    return candidate.interrupted, candidate.interrupted and not candidate.completion_tokens
 
 
 def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selection:

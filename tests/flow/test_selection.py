@@ -185,6 +185,20 @@ def test_several_unscored_candidates_fail_unless_the_deadline_passed() -> None:
     assert "deadline" in late.reason
 
 
+def test_whole_answers_come_first_if_the_deadline_passed_before_scoring() -> None:
+    candidates = [
+        Candidate(0, {}, interrupted=True),
+        Candidate(1, {}, completion_tokens=3, interrupted=True),
+        Candidate(2, {}, completion_tokens=2),
+        Candidate(3, {}, completion_tokens=9, error="broken"),
+        Candidate(4, {}, completion_tokens=1),
+        Candidate(5, {}, completion_tokens=8, interrupted=True),
+    ]
+    plan = Plan((Draw({}, 6),), scorers=scorers({"r": 1.0}), selects=True)
+    scores = Scores({"r": np.full((1, 6), NAN)}, notes={"r": ("no score",) * 6})
+    assert select(plan, candidates, scores, late=True).ranking == (2, 4, 1, 5, 0)
+
+
 def test_a_single_unscored_candidate_is_returned() -> None:
     single = unscored(1, late=False)
     assert single.ranking == (0,)
