@@ -10,6 +10,13 @@ import effects
 import language
 from tables import RESULTS, Columns, Row, number, recorded, result_table, table, text
 
+# The figures of a gateway, and the digits after the point.
+GATEWAY_FIGURES = {
+    "requests per second, ratio": 2,
+    "added p50, ms": 1,
+    "added p99, ms": 1,
+    "CPU of the gateway per request, us": 0,
+}
 BOUND = re.compile(r"at (?P<kind>least|most) (?P<limit>[\d.]+)\b")
 
 
@@ -59,6 +66,23 @@ def scenarios() -> str:
         ("", text("target")),
     ]
     return result_table("scenarios", columns)
+
+
+def gateways() -> str:
+    """Return what each gateway costs in front of an upstream, by the number of connections."""
+    result = recorded("gateways")
+    if result is None:
+        return "Not recorded yet: benchmarks/results/gateways.json.\n"
+    figures: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        where, _, what = row["what"].partition(": ")
+        figures.setdefault(where, {})[what] = row["value"]
+    rows = []
+    for where, values in figures.items():
+        gateway, _, connections = where.rpartition(", c = ")
+        cells = [f"{values[what]:.{digits}f}" for what, digits in GATEWAY_FIGURES.items()]
+        rows.append([gateway, connections, *cells])
+    return table(["gateway", "connections", *GATEWAY_FIGURES], rows)
 
 
 def trace() -> str:
@@ -152,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "upstream-results": ratios("upstream"),
     "small-model": ratios("small_model"),
     "forward-forms": forward_forms,
+    "gateways": gateways,
     "scenarios": scenarios,
     "telemetry-cost": telemetry_cost,
     "trace": trace,

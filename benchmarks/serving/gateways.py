@@ -9,8 +9,12 @@ client, the upstream and the gateway share the cores of one machine: the CPU tim
 how much of them each gateway takes. LiteLLM and optillm are left out unless the folder of a virtual
 environment with `litellm[proxy]` or `optillm` is named:
 
-    python3.11 -m venv /tmp/litellm && /tmp/litellm/bin/pip install 'litellm[proxy]'
-    python3.11 -m venv /tmp/optillm && /tmp/optillm/bin/pip install optillm
+    python3.11 -m venv litellm && litellm/bin/pip install 'litellm[proxy]'
+    python3.11 -m venv optillm && optillm/bin/pip install optillm
+
+optillm asks for torch and some forty packages. As a proxy it runs with fewer: install it with
+`--no-deps`, then numpy networkx openai z3-solver aiohttp flask azure-identity scipy sympy
+cerebras_cloud_sdk requests httpx PyYAML litellm math-verify.
 """
 
 from __future__ import annotations
@@ -80,26 +84,54 @@ TARGETS = {
 
 
 class _Sender(asyncio.Protocol):
-    """One kept-alive connection that sends one request after the other."""
+    """A client that sends one request after the other.
 
-    def __init__(self, request: bytes, remaining: Iterator[int], latencies: list[float]) -> None:
+    It keeps its connection. If the server closes it after an answer, the next request opens another
+    one, and its latency includes that.
+    """
+
+    def __init__(
+        self, port: int, request: bytes, remaining: Iterator[int], latencies: list[float]
+    ) -> None:
+        self._port = port
         self._request = request
         self._remaining = remaining
         self._latencies = latencies
         self._received = b""
+        self._start = 0.0
+        # The attempt to open a connection; it is referenced so that it is not collected.
+        self._connecting: asyncio.Task[None] | None = None
+        self._is_closed = True
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def send(self) -> None:
+        """Send the next request, or end if none remains."""
+        if next(self._remaining, None) is None:
+            self._close()
+            self.ended.set_result(None)
+            return
+        self._start = perf_counter()
+        if self._is_closed:
+            self._connecting = asyncio.create_task(self._connect())
+        else:
+            self._transport.write(self._request)
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.create_connection(lambda: self, "127.0.0.1", self._port)
+        except OSError as error:
+            self.ended.set_exception(error)
+
+    def _close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
-        self._send()
-
-    def _send(self) -> None:
-        if next(self._remaining, None) is None:
-            self._transport.close()
-            self.ended.set_result(None)
-            return
-        self._start = perf_counter()
+        self._is_closed = False
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
@@ -107,16 +139,25 @@ class _Sender(asyncio.Protocol):
         if not _is_complete(self._received):
             return
         self._latencies.append(perf_counter() - self._start)
-        if not self._received.startswith(b"HTTP/1.1 200"):
-            self.ended.set_exception(RuntimeError(self._received.decode(errors="replace")))
-            self._transport.close()
+        answer, self._received = self._received, b""
+        if not answer.startswith(b"HTTP/1.1 200"):
+            self.ended.set_exception(RuntimeError(answer.decode(errors="replace")))
+            self._close()
             return
-        self._received = b""
-        self._send()
+        if _closes(answer):
+            self._close()
+        self.send()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.ended.done():
+        """Fail if the connection was still in use."""
+        if not self._is_closed and not self.ended.done():
             self.ended.set_exception(exc or ConnectionResetError("the gateway closed"))
+
+
+def _closes(answer: bytes) -> bool:
+    """Return True if the server closes the connection after this answer."""
+    head = answer.partition(b"\r\n\r\n")[0]
+    return b"\r\nconnection: close" in head.lower()
 
 
 def _is_complete(answer: bytes) -> bool:
@@ -136,14 +177,10 @@ async def _load(port: int, concurrency: int, requests: int) -> tuple[list[float]
     request = request_head("/v1/chat/completions", len(content)) + content
     remaining = iter(range(requests))
     latencies: list[float] = []
-    loop = asyncio.get_running_loop()
     start = perf_counter()
-    senders = []
-    for _ in range(concurrency):
-        _, sender = await loop.create_connection(
-            lambda: _Sender(request, remaining, latencies), "127.0.0.1", port
-        )
-        senders.append(sender)
+    senders = [_Sender(port, request, remaining, latencies) for _ in range(concurrency)]
+    for sender in senders:
+        sender.send()
     await asyncio.gather(*(sender.ended for sender in senders))
     return latencies, perf_counter() - start
 
