@@ -19,11 +19,13 @@ CASES = {
     "langchain": "langchain_sdk",
     "instructor": "instructor_sdk",
 }
+# Environments that tests of their own use.
+OTHERS = ("chart", "open-webui", "playwright", "schemathesis")
 
 
 def test_every_environment_is_tried() -> None:
     assert CASES.keys() == CLIENTS.keys()
-    assert environments.names() == sorted([*CASES, "open-webui", "playwright", "schemathesis"])
+    assert environments.names() == sorted([*CASES, *OTHERS])
     for name in environments.names():
         for line in (environments.REQUIREMENTS / f"{name}.txt").read_text().splitlines():
             assert line.count("==") == 1, f"{name}: {line} is no exact pin"
