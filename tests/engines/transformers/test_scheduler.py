@@ -157,7 +157,7 @@ async def test_a_request_that_can_never_fit_is_refused(serving, draw):
         for request, param in [
             (draw("the cat " * 200), "messages"),
             (draw("the cat " * 200, kind="completion"), "prompt"),
-            (draw(max_tokens=256), "max_completion_tokens"),
+            (draw(max_tokens=256), "max_tokens"),
         ]:
             with pytest.raises(InvalidRequest, match="context of 256") as refused:
                 engine.sample(request)
