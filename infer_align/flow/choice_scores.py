@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from infer_align.flow.scoring import score_with
+from infer_align.flow.scoring import log_failure, score_with
 from infer_align.objectives import Ensemble
 from infer_align.rewards import Reward, RewardScores
 from infer_align.types import Array, Candidate, Messages, ScoringUsage
-
-log = logging.getLogger("infer_align")
 
 # Texts whose scores are kept, over all rewards.
 MAX_TEXTS = 20_000
@@ -119,7 +116,7 @@ def _log_failure(name: str, scores: RewardScores) -> None:
         return
     note = next((note for note in scores.notes if note), "its scores are not numbers")
     fields = {"reward": name, "answers": failed, "reason": note}
-    log.error("reward failed on a choice", extra=fields, exc_info=scores.failure)
+    log_failure("reward failed on a choice", fields, scores.failure)
 
 
 def _candidate(index: int, text: str) -> Candidate:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from infer_align.errors import AlignError
+from infer_align.errors import AlignError, DeadlineExceeded
 from infer_align.flow.plan import Plan
 from infer_align.flow.scorers import Scorer
 from infer_align.messages import text_of
@@ -123,7 +123,24 @@ class Scoring:
         notes = [note for note in scores.notes if note]
         reason = notes[0] if notes else "its scores are not numbers"
         fields = {"reward": name, "candidates": new, "reason": reason}
-        log.error("reward failed", extra=fields, exc_info=scores.failure)
+        log_failure("reward failed", fields, scores.failure)
+
+
+def log_failure(event: str, fields: Mapping[str, Any], failure: Exception | None) -> None:
+    """Log a reward that did not score.
+
+    A request may set a deadline that is too short for a reward. That is no fault of the server, so
+    it is logged as information, without a traceback.
+
+    Args:
+        event: the event.
+        fields: the fields of its line.
+        failure: what the reward raised; None if its scores are not numbers.
+    """
+    if isinstance(failure, DeadlineExceeded):
+        log.info("%s: the deadline of the request passed", event, extra=fields)
+    else:
+        log.error(event, extra=fields, exc_info=failure)
 
 
 async def score(
@@ -166,6 +183,8 @@ async def score_with(
     except TimeoutError as error:
         note = f"no score within {max(0.0, seconds):.3g} s"
         failure: Exception = error
+        if deadline is not None and monotonic() >= deadline:
+            failure = DeadlineExceeded(note)
     except AlignError as error:
         note = error.message
         failure = error

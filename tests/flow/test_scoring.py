@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from infer_align import align
 from infer_align.engines.fake import Fake, FakeEngine, Reply
 from infer_align.errors import AlignError, RewardFailed
+from infer_align.flow import scoring
 from infer_align.rewards import Reward, RewardScores
-from infer_align.types import Draw, ScoringUsage
+from infer_align.types import Candidate, Draw, ScoringUsage
 from tests.flow.builders import (
     Pipelined,
     Scripted,
@@ -230,3 +232,22 @@ def test_win_probabilities_are_numbered_like_the_candidates() -> None:
 def test_what_are_no_win_probabilities_is_a_failed_reward(matrix: Any) -> None:
     with pytest.raises(RewardFailed, match="win probabilities that are not from 0 to 1"):
         run(scored(reward=Scripted(lambda _: judged(matrix))), engine("1", "2", "3"))
+
+
+@pytest.mark.parametrize("deadline_seconds", [None, 0.0])
+def test_a_deadline_of_the_request_is_no_error_of_the_server(
+    caplog: pytest.LogCaptureFixture, deadline_seconds: float | None
+) -> None:
+    held = plan(scorers=scorers({"r": 1.0}, {"r": Scripted(forever, timeout=0.1)}))
+    candidates = [Candidate(0, {"message": {"role": "assistant", "content": "an answer"}})]
+    deadline = None if deadline_seconds is None else monotonic() + deadline_seconds
+    with caplog.at_level("INFO", "infer_align"):
+        scores = asyncio.run(scoring.score(held, candidates, deadline))
+    assert scores.failures == {"r": 1}
+    (line,) = caplog.records
+    if deadline is None:
+        assert (line.levelname, line.message) == ("ERROR", "reward failed")
+        assert isinstance(line.exc_info[1], TimeoutError)
+    else:
+        event = "reward failed: the deadline of the request passed"
+        assert (line.levelname, line.message, line.exc_info) == ("INFO", event, None)
