@@ -13,7 +13,7 @@ import asyncio
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,6 @@ ADVISORY_LOCK = 7_340_133
 
 # Alembic keeps the running migration in a module: one at a time per process.
 _migrating = threading.Lock()
-# Event loops keep weak references to tasks only.
-_running: set[asyncio.Task[Any]] = set()
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
@@ -65,6 +63,8 @@ class Database(ABC):
         """Begin closed: the tables are migrated at the first use."""
         self._opening = asyncio.Lock()
         self._is_open = False
+        # Event loops keep weak references to tasks only.
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def run(self, work: Work[T], *, writes: bool = False) -> T:
         """Return the result of one transaction, which is committed or undone as a whole.
@@ -79,7 +79,10 @@ class Database(ABC):
         Raises:
             StoreFailed: nothing was changed.
         """
-        return await _uninterrupted(self._run_safely(work, writes=writes))
+        task = asyncio.create_task(self._run_safely(work, writes=writes))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
 
     async def _run_safely(self, work: Work[T], *, writes: bool) -> T:
         """Run a transaction. Whatever the database raises becomes a StoreFailed."""
@@ -111,9 +114,15 @@ class Database(ABC):
     async def _transaction(self, work: Work[T], *, writes: bool) -> T:
         """Return the result of one transaction."""
 
-    @abstractmethod
     async def close(self) -> None:
-        """Close all connections."""
+        """Finish the transactions whose callers were cancelled, then close all connections."""
+        if self._running:
+            await asyncio.wait(self._running)
+        await self._disconnect()
+
+    @abstractmethod
+    async def _disconnect(self) -> None:
+        """Close all connections; no transaction runs."""
 
 
 class SqliteDatabase(Database):
@@ -149,8 +158,7 @@ class SqliteDatabase(Database):
             with marked.begin():
                 return work(marked)
 
-    async def close(self) -> None:
-        """Close all connections, and end the threads."""
+    async def _disconnect(self) -> None:
         await asyncio.to_thread(self._threads.shutdown)
         self.engine.dispose()
 
@@ -175,8 +183,7 @@ class PostgresDatabase(Database):
         async with self.engine.begin() as connection:
             return await connection.run_sync(work)
 
-    async def close(self) -> None:
-        """Close all connections."""
+    async def _disconnect(self) -> None:
         await self.engine.dispose()
 
 
@@ -206,14 +213,6 @@ def open_database(text: str) -> Database:
             "[profiles] store: a package is missing; install it with: pip install "
             "'infer-align[store]'"
         ) from error
-
-
-async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of the work, which goes on if the caller is cancelled."""
-    task = asyncio.create_task(work)
-    _running.add(task)
-    task.add_done_callback(_running.discard)
-    return await asyncio.shield(task)
 
 
 def _prepare_sqlite(connection: Any, _: object) -> None:
