@@ -126,7 +126,7 @@ class Scoring:
         log_failure("reward failed", fields, scores.failure)
 
 
-def log_failure(event: str, fields: Mapping[str, Any], failure: Exception | None) -> None:
+def log_failure(event: str, fields: Mapping[str, Any], failure: BaseException | None) -> None:
     """Log a reward that did not score.
 
     A request may set a deadline that is too short for a reward. That is no fault of the server, so

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from infer_align.flow.response import Response
@@ -28,15 +29,23 @@ class Family(NamedTuple):
     text: str
 
 
+def share_metrics(folder: Path) -> None:
+    """Keep the metrics that are made from now on in a folder, beside those of other workers.
+
+    prometheus_client decides it when it is imported, and a fork has imported it already.
+    """
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    values.ValueClass = values.MultiProcessValue()
+
+
 class Metrics:
     """The metrics of one application, in a registry of their own.
 
     Several applications can therefore run in one process.
 
     Args:
-        folder: The folder in which the workers of one server keep their metrics; None for one
-            process. The environment variable PROMETHEUS_MULTIPROC_DIR must name it before
-            prometheus_client is imported. `text` then covers all workers.
+        folder: The folder in which the workers of one server keep their metrics, after
+            `share_metrics`; None for one process. `text` then covers all workers.
     """
 
     def __init__(self, folder: Path | None = None) -> None:

@@ -9,9 +9,9 @@ wait for the next worker while one is replaced.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
-import os
 import signal
 import socket
 import sys
@@ -30,15 +30,13 @@ from prometheus_client.multiprocess import mark_process_dead
 from infer_align.config.config import Config
 from infer_align.errors import ConfigError
 from infer_align_server import logs
+from infer_align_server.forking import HANGUP, METHOD, SIGNALS, blocked_signals
 from infer_align_server.serve import listen
 from infer_align_server.sharing import Sharing
 from infer_align_server.worker import Report, WorkerTask, run_worker
 
 log = logging.getLogger("infer_align")
 
-# Windows has no SIGHUP.
-HANGUP = getattr(signal, "SIGHUP", None)
-SIGNALS = [number for number in (signal.SIGTERM, signal.SIGINT, HANGUP) if number is not None]
 # Longest interval of pings in seconds, and their least number within the time of a hung worker.
 PING_SECONDS = 5.0
 PINGS = 4
@@ -47,8 +45,6 @@ END_SECONDS = 10.0
 # Waits before a worker that failed to start is started again, in seconds.
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 30.0
-# The variable that prometheus_client reads when it is imported.
-METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +99,7 @@ class Supervisor:
         self._config = config
         self._read_config = read_config
         self._width = width
-        self._context = multiprocessing.get_context("spawn")
+        self._context: Any = multiprocessing.get_context(METHOD)
         self._listeners: list[socket.socket] = []
         self._workers: list[Worker] = []
         # Workers with a new configuration, until all of them are ready.
@@ -126,13 +122,13 @@ class Supervisor:
         logs.configure(server.log_level, self._config.secrets())
         with tempfile.TemporaryDirectory(prefix="infer-align-") as folder, self._woken() as wake:
             self._folder = Path(folder)
-            os.environ[METRICS_FOLDER] = folder
             self._sharing(self._config).make_files()
             self._open_listeners(self._config)
-            self._workers = [
-                self._start(self._config, slot, is_first=slot == 0)
-                for slot in range(server.workers)
-            ]
+            # A collection in a worker would copy the memory of the objects that it looks at.
+            gc.collect()
+            gc.freeze()
+            for slot in range(server.workers):
+                self._workers.append(self._start(self._config, slot, is_first=slot == 0))
             try:
                 while self._workers or self._starts:
                     self._step(wake)
@@ -155,6 +151,7 @@ class Supervisor:
         for number in SIGNALS:
             signal.signal(number, lambda received, _: self._signals.append(received))
         try:
+            self._wake_sockets = [readable, writable]
             yield readable
         finally:
             for number, handler in handlers.items():
@@ -234,12 +231,19 @@ class Supervisor:
     def _start(self, config: Config, slot: int, *, is_first: bool = False) -> Worker:
         pipe, worker_pipe = self._context.Pipe()
         task = WorkerTask(config, self._sharing(config), is_first, self._width)
+        listener = self._listeners[slot]
+        inherited: list[socket.socket | Connection[Any, Any]] = []
+        if METHOD == "fork":
+            inherited += [pipe, *self._wake_sockets]
+            inherited += [each for each in self._listeners if each is not listener]
+            inherited += [each.pipe for each in [*self._workers, *self._replacements]]
         process = self._context.Process(
             target=run_worker,
-            args=(task, self._listeners[slot], worker_pipe),
+            args=(task, listener, worker_pipe, inherited),
             name=f"worker {slot}",
         )
-        process.start()
+        with blocked_signals():
+            process.start()
         worker_pipe.close()
         log.info("worker started", extra={"worker": process.pid})
         return Worker(slot, process, pipe)
@@ -351,7 +355,8 @@ class Supervisor:
             self._abort_reload("it was read again")
         self._new_config = config
         self._open_listeners(config)
-        self._replacements = [self._start(config, slot) for slot in range(config.server.workers)]
+        for slot in range(config.server.workers):
+            self._replacements.append(self._start(config, slot))
 
     @property
     def _address(self) -> tuple[str, int]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from time import monotonic
@@ -23,6 +23,8 @@ from infer_align.config.config import Config
 from infer_align.errors import ConfigError
 from infer_align_server import logs
 from infer_align_server.app import create_app
+from infer_align_server.forking import reset_signals
+from infer_align_server.metrics import share_metrics
 from infer_align_server.serve import (
     RunningServer,
     loop_factory,
@@ -70,12 +72,26 @@ class WorkerTask:
     width: int
 
 
-def run_worker(task: WorkerTask, listener: socket.socket, pipe: Connection[Any, Any]) -> None:
-    """Serve until the supervisor says SIGTERM or is gone, then end the process."""
-    # A hangup is the supervisor's: it starts workers with the new configuration.
-    # Windows has none.
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+def run_worker(
+    task: WorkerTask,
+    listener: socket.socket,
+    pipe: Connection[Any, Any],
+    inherited: Sequence[socket.socket | Connection[Any, Any]],
+) -> None:
+    """Serve until the supervisor says SIGTERM or is gone, then end the process.
+
+    Args:
+        task: The work.
+        listener: The socket that it serves on.
+        pipe: The worker's end of the pipe.
+        inherited: What a fork has of the supervisor and of other workers. It is closed: a pipe
+            breaks only if no process holds its other end, and a socket that nobody serves on
+            would keep the address in use.
+    """
+    for each in inherited:
+        each.close()
+    reset_signals()
+    share_metrics(task.sharing.folder)
     server = task.config.server
     logs.configure(server.log_level, task.config.secrets(), os.getpid())
     status = FAILED

@@ -273,7 +273,12 @@ def test_an_address_is_in_use_until_the_workers_of_a_killed_supervisor_end(
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
     until(lambda: metric(url, "infer_align_workers ") == 2)
-    processes = [psutil.Process(number) for number in process_ids(server)]
+    # A replacement has seen the pipes and the sockets of the others.
+    first, _ = process_ids(server)
+    os.kill(first, signal.SIGKILL)
+    until(lambda: len(process_ids(server)) == 3)
+    until(lambda: metric(url, "infer_align_workers ") == 2)
+    processes = [psutil.Process(number) for number in process_ids(server)[1:]]
     os.kill(server.popen.pid, signal.SIGKILL)
     until(lambda: not any(process.is_running() for process in processes))
 
