@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import httpx2
 import pytest
 
+from benchmarks.serving.ports import free_port
 from tests.test_docs import ENVIRONMENT, ROOT
 
 pytestmark = [
@@ -161,12 +161,6 @@ class Follower:
             return f"127.0.0.1:{self._ports.get(match[1], match[1])}"
 
         return PORT.sub(free, text)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def model_folder() -> Path:

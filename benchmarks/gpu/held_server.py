@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import psutil
 import torch
 
 from benchmarks.gpu.models import LARGE, TINY, Size, write_config, write_models
+from benchmarks.serving.ports import free_port
 
 DEFAULT_FOLDER = Path(tempfile.gettempdir()) / "infer-align-measure-gpu"
 STATE = "server.json"
@@ -119,8 +119,7 @@ def begin(folder: Path, size: Size) -> HeldServer:
     if not (folder / "server.toml").exists():
         write_models(folder, size, device)
     config = write_config(folder, size, GPU_OPTIONS if is_gpu else CPU_OPTIONS)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "infer_align_server", "serve", str(config)]
     command += ["--set", f"server.port={port}"]
     environment = {**os.environ, **({} if is_gpu else CPU_ENVIRONMENT)}

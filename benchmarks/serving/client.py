@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -19,6 +18,7 @@ from time import perf_counter, sleep
 from typing import Any
 
 from benchmarks.serving.answers import check_completions
+from benchmarks.serving.ports import free_port
 
 # Arguments of Python that run our server with the embedded demo; see `serving`.
 DEMO = ("-m", "infer_align_server", "serve", "--set", "server.port={port}")
@@ -124,8 +124,7 @@ def serving(
         seconds: to wait for it.
         environment: further variables of the process.
     """
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = [part.format(port=port) for part in command]
     process = subprocess.Popen(
         [sys.executable, *arguments],

@@ -23,7 +23,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from rich.table import Table
 
 from benchmarks.record import record
 from benchmarks.serving.client import request_head
+from benchmarks.serving.ports import free_port
 from benchmarks.serving.rows import Row, row
 
 OUT = Console(width=120)
@@ -224,8 +224,7 @@ def running(
     command: Sequence[str], path: str, environment: dict[str, str] | None = None
 ) -> Iterator[Gateway]:
     """Run a server until the end of the block; `{port}` in its command is a free port."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     process = subprocess.Popen(
         [part.format(port=port) for part in command],
         env={**os.environ, **(environment or {})},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +12,7 @@ import aiohttp
 import pytest
 from starlette.responses import JSONResponse, Response
 
+from benchmarks.serving.ports import free_port
 from infer_align_bench.failures import classify_failure
 from tests.bench.conftest import (
     ECHO,
@@ -46,8 +46,7 @@ def answered(*_: Any) -> Response:
 
 
 def test_an_unreachable_target_is_named(bench: Any, out_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     code, _, err = bench("--base-url", f"http://127.0.0.1:{port}/v1", "--json", out_path)
     assert code == 1
     assert f"127.0.0.1:{port}/v1 cannot be reached" in err

@@ -40,7 +40,8 @@ class Server:
     def workers(self) -> list[psutil.Process]:
         """The worker processes."""
         children = psutil.Process(self.process_id).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        # A supervisor that starts new processes instead of forks has a helper beside them.
+        return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
     @property
     def memory(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import httpx2
 import psutil
 import pytest
 
+from benchmarks.serving.ports import free_port
 from infer_align.errors import ConfigError
 from infer_align.vllm import package as vllm_package
 from tests.engines.vllm.conftest import LIMIT_SECONDS
@@ -47,8 +47,7 @@ class Process:
     """`infer-align serve` on vLLM, with all processes that it starts."""
 
     def __init__(self, *settings: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         arguments = ["--set", f"server.port={self.port}"]
         for setting in settings:
             arguments += ["--set", setting]
