@@ -234,11 +234,12 @@ def test_what_are_no_win_probabilities_is_a_failed_reward(matrix: Any) -> None:
         run(scored(reward=Scripted(lambda _: judged(matrix))), engine("1", "2", "3"))
 
 
-@pytest.mark.parametrize("deadline_seconds", [None, 0.0])
+@pytest.mark.parametrize("deadline_seconds", [None, 0.0, 0.05])
 def test_a_deadline_of_the_request_is_no_error_of_the_server(
     caplog: pytest.LogCaptureFixture, deadline_seconds: float | None
 ) -> None:
-    held = plan(scorers=scorers({"r": 1.0}, {"r": Scripted(forever, timeout=0.1)}))
+    timeout = 0.1 if deadline_seconds is None else 100.0
+    held = plan(scorers=scorers({"r": 1.0}, {"r": Scripted(forever, timeout=timeout)}))
     candidates = [Candidate(0, {"message": {"role": "assistant", "content": "an answer"}})]
     deadline = None if deadline_seconds is None else monotonic() + deadline_seconds
     with caplog.at_level("INFO", "infer_align"):
