@@ -7,6 +7,7 @@ Without `[telemetry] endpoint` no package of OpenTelemetry is imported.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 import uuid
@@ -24,8 +25,12 @@ from infer_align.stages import Fail
 
 if TYPE_CHECKING:
     from opentelemetry.sdk._logs import LoggerProvider
+    from opentelemetry.sdk._logs.export import LogRecordExporter
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
+
+log = logging.getLogger("infer_align")
 
 SCOPE = "infer_align"
 EVALUATION = "gen_ai.evaluation.result"
@@ -52,7 +57,7 @@ class Tracing:
         try:
             from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-            self._spans, self._events = _providers(settings)
+            self._spans, self._events, self._exporters = _providers(settings)
         except ImportError as error:
             raise ConfigError(
                 f"[telemetry] endpoint: needs a package that is not installed ({error.name}); "
@@ -153,20 +158,28 @@ class Tracing:
     async def close(self) -> None:
         """Send what waits to be sent, for a bounded time, and end the threads that send.
 
-        A collector that does not answer holds its thread for longer. The thread ends with the
-        process.
+        What the collector has not taken by then is lost. A collector that holds a connection
+        without an answer holds its thread too. Such a thread ends with the process.
         """
         threads = []
         for provider in (self._spans, self._events):
             thread = threading.Thread(target=provider.shutdown, daemon=True)
             thread.start()
             threads.append(thread)
-        await asyncio.to_thread(_join_all, threads, monotonic() + CLOSE_SECONDS)
+        if await asyncio.to_thread(_join_all, threads, monotonic() + CLOSE_SECONDS):
+            return
+        limit = {"seconds": CLOSE_SECONDS}
+        log.warning("traces lost: the collector did not take them in time", extra=limit)
+        for exporter in self._exporters:
+            # It would go on trying for as long as its timeout.
+            exporter.shutdown()
 
 
-def _join_all(threads: Sequence[threading.Thread], deadline: float) -> None:
+def _join_all(threads: Sequence[threading.Thread], deadline: float) -> bool:
+    """Wait for the threads until the deadline; return True if all have ended."""
     for thread in threads:
         thread.join(max(0.0, deadline - monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 def span_name(method: str, route: str = "") -> str:
@@ -190,7 +203,9 @@ def mark_failed(span: Span, error_type: str) -> None:
     span.set_status(StatusCode.ERROR)
 
 
-def _providers(settings: Telemetry) -> tuple[TracerProvider, LoggerProvider]:
+def _providers(
+    settings: Telemetry,
+) -> tuple[TracerProvider, LoggerProvider, tuple[SpanExporter, LogRecordExporter]]:
     from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk._logs import LoggerProvider
@@ -217,7 +232,7 @@ def _providers(settings: Telemetry) -> tuple[TracerProvider, LoggerProvider]:
     events = LoggerProvider(resource, shutdown_on_exit=False)
     log_exporter = OTLPLogExporter(f"{endpoint}/v1/logs", headers=headers)
     events.add_log_record_processor(BatchLogRecordProcessor(log_exporter))
-    return spans, events
+    return spans, events, (exporter, log_exporter)
 
 
 def _endpoint(settings: Telemetry) -> str:

@@ -16,7 +16,7 @@ from infer_align import config as configuration
 from infer_align_server import collector as connection
 from tests.server.collector import Collector, collector
 from tests.server.conftest import NUMBERS, USER, Live, end, start
-from tests.server.processes import LOCAL, Process
+from tests.server.processes import LIMIT_SECONDS, LOCAL, Process
 from tests.server.test_disconnect import DECODE, PREFILL, script, send
 from tests.server.tracing import ROUTE, ConfigFile, flush, traced
 
@@ -113,14 +113,17 @@ def no_collector() -> Iterator[str]:
 
 @pytest.mark.parametrize("broken", [silent_collector, no_collector])
 def test_a_dead_collector_delays_neither_answers_nor_the_end(
-    config_file: ConfigFile, monkeypatch: pytest.MonkeyPatch, broken: Any
+    config_file: ConfigFile,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: Any,
 ) -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     monkeypatch.setattr(connection, "CLOSE_SECONDS", 0.05)
     # The queue overflows.
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "8")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
-    # A thread that sends to the silent collector waits for longer than this test may take.
+    # The end would wait for as long as this if it waited for the collector.
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")
     earlier = set(threading.enumerate())
     with broken() as url:
@@ -129,12 +132,21 @@ def test_a_dead_collector_delays_neither_answers_nor_the_end(
         try:
             for _ in range(5):
                 assert live.chat(BEST_OF_2).status_code == 200
+            senders = [each for each in new_threads(earlier) if "OtelBatch" in each.name]
         finally:
             end(live)
-        # The threads still try to send, so the end has not waited for them; nor does the process.
-        senders = set(threading.enumerate()) - earlier
-        assert any("OtelBatch" in sender.name for sender in senders)
-        assert all(sender.daemon for sender in senders)
+        assert "traces lost" in caplog.text
+        # The process does not wait for them either.
+        assert len(senders) == 2
+        assert all(sender.daemon for sender in new_threads(earlier))
+    # Nothing holds a connection open now, so that no thread is left.
+    for thread in new_threads(earlier):
+        thread.join(LIMIT_SECONDS)
+        assert not thread.is_alive()
+
+
+def new_threads(earlier: set[threading.Thread]) -> set[threading.Thread]:
+    return set(threading.enumerate()) - earlier
 
 
 def test_a_collector_that_is_slow_delays_no_answer(config_file: ConfigFile) -> None:
