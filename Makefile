@@ -2,8 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# One worker per core. The tests of a file stay together, and long files begin first: see
-# tests/conftest.py.
+# Three workers for two cores, because tests also wait. The tests of a file stay together, and long
+# files begin first: see tests/conftest.py.
 PARALLEL := --numprocesses auto --dist loadgroup --no-loadscope-reorder
 # The tests that need an installation of their own, vLLM or the clients, and those that work on a real
 # model.

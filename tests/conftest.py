@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Each worker of a parallel run has one core. More threads would wait for each other.
+# The workers of a parallel run share the cores. More threads would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -264,6 +264,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Choose the number of examples before the test modules are imported, which read it."""
     is_quick = "not (slow" in config.getoption("markexpr")
     settings.load_profile("quick" if is_quick else "full")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers: a third of the tests' time waits for servers and deadlines."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, cores * 3 // 2)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -537,3 +537,15 @@ def test_the_wheel(tmp_path: Path) -> None:
     assert not [line for line in needed if "torch" in line or "transformers" in line], (
         "the base install is light"
     )
+
+
+# --- tests ---
+
+
+def test_a_worker_of_a_parallel_run_takes_the_tests_of_a_group(
+    request: pytest.FixtureRequest,
+) -> None:
+    """pytest-xdist groups by what it adds to the id of a test, which pytest 9.2 ignores."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("there are no workers")
+    assert request.node.nodeid.endswith("@repo")

@@ -16,7 +16,7 @@ import asyncio
 import random
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,8 +111,8 @@ async def sink(scope: Any, receive: Any, send: Any) -> None:
 
 
 @contextmanager
-def servers() -> Iterator[dict[tuple[str, str], tuple[int, int]]]:
-    """Run every server; yield {(name, configuration): (port, process id)}."""
+def servers(names: Iterable[str] = SHARES) -> Iterator[dict[tuple[str, str], tuple[int, int]]]:
+    """Run the servers of these names; yield {(name, configuration): (port, process id)}."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         upstream = ("benchmarks/serving/instant.py", "{port}")
@@ -120,7 +120,8 @@ def servers() -> Iterator[dict[tuple[str, str], tuple[int, int]]]:
         own = ("-m", COLLECTOR, "--collector", "{port}")
         collector_port, _ = stack.enter_context(serving(*own, ready="/"))
         ports = {}
-        for name, ratio in SHARES.items():
+        for name in names:
+            ratio = SHARES[name]
             for text in (FAKE, UPSTREAM):
                 path = folder / f"{len(ports)}.toml"
                 settings = text.format(upstream=upstream_port)

@@ -21,7 +21,6 @@ FOLDERS = ("tests/kernels/interpreted", "tests/engines/transformers/interpreted"
 ENGINE = "tests/engines/transformers/test_steering.py"
 STEERING = (
     "tests/decoding/test_steering.py",
-    f"{ENGINE}::test_estimates_are_the_expected_value_of_the_next_token",
     f"{ENGINE}::test_rows_that_are_not_steered_do_not_change",
     f"{ENGINE}::test_weight_zero_is_the_frozen_model",
 )

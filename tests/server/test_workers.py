@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 FAKE = '[engine]\nkind = "fake"\nreplies = [{text = "one two three"}]\n'
 WORKERS = f"{FAKE}[server]\nworkers = 2\n"
 HELD = (
-    f"{WORKERS}worker_timeout_seconds = 10\n[rewards.held]\n"
+    f"{WORKERS}worker_timeout_seconds = 5\n[rewards.held]\n"
     'kind = "callable"\nfunction = "tests.server.scorers:held_by_a_file"\n'
 )
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
@@ -192,7 +192,7 @@ def test_a_hung_worker_is_replaced_and_the_others_go_on(held: Process, hold_file
     assert other.is_running()
     assert len(process_ids(server)) == len(started) + 1
     (killed,) = [event for event in server.events() if "does not answer" in event["event"]]
-    assert (killed["worker"], killed["seconds"]) == (hung.pid, 10)
+    assert (killed["worker"], killed["seconds"]) == (hung.pid, 5)
 
 
 def connections(process: psutil.Process) -> list[Any]:
