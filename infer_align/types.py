@@ -71,7 +71,11 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of one candidate as it is sampled."""
+    """A piece of one candidate as it is sampled.
+
+    The new text is in `choice["delta"]["content"]` of a chat and in `choice["text"]` of a text
+    completion. It may be missing or null: a piece can hold a part of a tool call, or logprobs.
+    """
 
     index: int
     choice: Body  # an OpenAI stream choice without its index

@@ -164,6 +164,8 @@ def test_the_flow_is_one_short_function() -> None:
     assert (align.end_lineno or 0) - align.lineno + 1 <= 30
 
 
+# What a function is made of, level by level. An expression holds no statement.
+LEVELS = (ast.stmt, ast.excepthandler, ast.match_case)
 NESTING = (
     ast.For,
     ast.AsyncFor,
@@ -182,7 +184,7 @@ def depth(node: ast.AST) -> int:
     deepest = 0
     for name, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST):
+            if not isinstance(child, LEVELS):
                 continue
             is_elif = name == "orelse" and isinstance(child, ast.If) and len(value) == 1
             levels = depth(child) + (isinstance(child, NESTING) and not is_elif)

@@ -16,8 +16,9 @@ from infer_align.flow.batches import CandidateBatch, Share
 from infer_align.flow.clock import Clock, loop_time
 from infer_align.flow.observe import Observation
 from infer_align.flow.plan import Plan
+from infer_align.flow.selection import NothingScored
 from infer_align.stages import stage
-from infer_align.types import Candidate, Delta, Draw, Event
+from infer_align.types import Candidate, Delta, Draw, Event, Scores
 
 OnDelta = Callable[[Delta], None]
 OnFinished = Callable[[Candidate], None]
@@ -62,6 +63,7 @@ async def propose(
 
     Raises:
         EngineFailed: every candidate of the first batch failed. Later ones may.
+        NothingScored: observers rejected every candidate of the first batch.
         DeadlineExceeded: the deadline passed before any token of the first batch.
     """
     observation = Observation(plan, batch.candidates, batch.first)
@@ -114,7 +116,14 @@ def _check_any_usable(candidates: Sequence[Candidate], plan: Plan) -> None:
                 status=candidate.status,
                 retry_after=candidate.retry_after,
             )
-    # Observers never reject every candidate. So only a deadline can leave none without an error.
+    if all(candidate.rejected is not None for candidate in candidates):
+        raise NothingScored(
+            "no answer is left: every candidate was rejected while it ran; first: "
+            f"{candidates[0].rejected}",
+            candidates,
+            Scores(),
+        )
+    # Only a deadline leaves candidates without an error and without a token.
     raise DeadlineExceeded(
         f"no candidate had produced anything after {plan.deadline_seconds:.3g} s; allow more time."
     )

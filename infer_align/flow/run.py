@@ -32,7 +32,7 @@ async def align(
 
     Raises:
         AlignError: the engine refused the first batch, or failed every candidate of it.
-        RewardFailed: there were several candidates to compare and none could be scored.
+        RewardFailed: no candidate of several could be scored, or observers rejected all of them.
         DeadlineExceeded: the deadline passed before any token.
     """
     clock = Clock(plan.deadline_seconds, scores=bool(plan.scorers))

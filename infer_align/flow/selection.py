@@ -19,7 +19,7 @@ IGNORED = "all directions gave the same answer; the model may ignore directions"
 
 
 class NothingScored(RewardFailed):
-    """There are several candidates and none could be scored.
+    """None of several candidates could be scored, or observers rejected every candidate.
 
     Attributes:
         candidates: that were drawn.

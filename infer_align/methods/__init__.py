@@ -36,14 +36,18 @@ Condition: TypeAlias = Callable[[Body, Direction], Body]
 
 
 class Stage(IntEnum):
-    """A place in the flow where methods act. Methods are applied to a plan in this order."""
+    """A place in the flow where methods act. Methods are applied to a plan in this order.
 
-    CONDITION = 1
-    PROPOSE = 2
-    STEER = 3
-    OBSERVE = 4
-    SCORE = 5
-    SELECT = 6
+    Methods of one stage are applied in the order of their keys in `align`. A score for texts that a
+    client sends is planned too; then only CONDITION, SCORE and SELECT take part.
+    """
+
+    CONDITION = 1  # write into the prompt: what the model and the rewards know of a preference
+    PROPOSE = 2  # say how many candidates are drawn, and with which body each draw is sampled
+    STEER = 3  # let the engine change the logits of each token
+    OBSERVE = 4  # watch the candidates while they are drawn, and reject some of them
+    SCORE = 5  # add rewards to the weighted sum
+    SELECT = 6  # shape the scores before the sum, or set the rule that ranks the candidates
 
 
 class Method(Protocol):
@@ -64,7 +68,11 @@ class Method(Protocol):
 
     @abstractmethod
     def apply(self, draft: PlanDraft) -> PlanDraft:
-        """Return the draft with this method's part written into it. Pure."""
+        """Return the draft with this method's part written into it. Pure.
+
+        The same draft gives an equal one, so what is written is compared by value: a frozen
+        dataclass, a tuple, or a bound method of this dataclass.
+        """
 
 
 class Sections:
@@ -83,7 +91,11 @@ class Sections:
 
 
 class Observer(ABC):
-    """Follows the running candidates of one request and may reject some of them."""
+    """Follows the running candidates of one batch and may reject some of them.
+
+    A method that observes estimates or deltas asks for them: it sets `estimates` or `deltas` of
+    every draw. A request whose candidates are all rejected fails, and names the first reason.
+    """
 
     @abstractmethod
     def observe(self, event: Event) -> Mapping[int, str]:
@@ -95,8 +107,8 @@ class Observer(ABC):
         """
 
 
-# Makes the observer of one batch from its number of candidates and the number to return. A plan
-# without a stop rule has one batch.
+# Makes the observer of one batch from its number of candidates and the number that the request
+# returns. A plan without a stop rule has one batch.
 ObserverFactory: TypeAlias = Callable[[int, int], Observer]
 
 
@@ -126,9 +138,13 @@ class StopRule(ABC):
 
 @dataclass(frozen=True, slots=True)
 class ScorerRequest:
-    """A reward that a method adds to the plan, by its configured name."""
+    """A reward that a method adds to the plan, by its configured name.
 
-    reward: str
+    A method computes no scores itself. A score of a new kind is a reward, see
+    `infer_align.rewards`.
+    """
+
+    reward: str  # such as "quality", or "quality.verbosity" for one attribute
     weight: float
     # Fields of the reward's section that this request overrides.
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -187,7 +203,7 @@ class Contest:
 class Ranking:
     """The result of a selection rule. Candidates are named by their index."""
 
-    order: tuple[int, ...]  # best first
+    order: tuple[int, ...]  # every candidate of the contest, best first
     clause: str  # why the first one won, for the response's reason
     # The probability of each candidate to be first; None: the rule is no lottery.
     distribution: tuple[float, ...] | None = None

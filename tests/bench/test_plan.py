@@ -94,6 +94,7 @@ def test_an_unknown_table_names_the_shipped_ones() -> None:
         load("h200-8")
 
 
+@pytest.mark.slow
 def test_affine_routing_needs_fewer_replicas(table: str, tmp_path: Path) -> None:
     prefix = ["--prefix-tokens", "90", "--prefixes", "400", "--cache-tokens", "9000"]
     least = planned(table, tmp_path, *prefix)
@@ -104,6 +105,7 @@ def test_affine_routing_needs_fewer_replicas(table: str, tmp_path: Path) -> None
     assert planned(table, tmp_path)["plan"]["replicas"] >= least["plan"]["replicas"]
 
 
+@pytest.mark.slow
 def test_judges_have_a_pool_of_their_own(table: str, tmp_path: Path) -> None:
     flags = ["--judge-tokens", "500"]
     shared = planned(table, tmp_path, *flags)
@@ -117,6 +119,7 @@ def test_judges_have_a_pool_of_their_own(table: str, tmp_path: Path) -> None:
         assert with_judges["p50"] > without["p50"] + 0.09
 
 
+@pytest.mark.slow
 def test_adaptive_requests_cost_their_mean(table: str, tmp_path: Path, capsys: Any) -> None:
     fixed = planned(table, tmp_path, "--n", "8")
     flags = ["--n", "8", "--mean-n", "4", "--batch", "2", "--p99", "9"]

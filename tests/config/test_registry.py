@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,16 +31,6 @@ PATHS = os.pathsep.join(
     str(Path(__file__).parents[2] / part) for part in (".", "kernels", "server", "clients/python")
 )
 
-# What a method must be given where it has no defaults, or does not stand alone.
-GIVEN: dict[str, dict[str, Any]] = {
-    "dpa": {"dpa": {"direction": {"helpfulness": 1.0}}},
-    "early_stop": {"best_of_n": {"n": 4}, "early_stop": {"values": {"helpful": 1.0}}},
-    "guidance": {"guidance": {"scale": {"calm": 1.0}, "traits": {"calm": {"prompt": "Be calm."}}}},
-    "profile": {"profile": {"description": "Likes it brief."}},
-    "rps": {"dpa": {"direction": {"helpfulness": 1.0}}, "rps": {}},
-    "vas": {"vas": {"beta": {"helpful": 1.0}}},
-}
-
 
 class AbleEngine(FakeEngine):
     """The fake engine, claiming every capability."""
@@ -56,8 +48,21 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def align_of(name: str) -> dict[str, Any]:
+    """Return the smallest `align` that uses a method.
+
+    A method with required parameters, or one that needs another method, has it in the constant
+    `ALIGN` of its own tests.
+    """
+    tests = f"tests.methods.test_{name}"
+    if importlib.util.find_spec(tests) is None:
+        return {name: {}}
+    align: dict[str, Any] = getattr(importlib.import_module(tests), "ALIGN", {name: {}})
+    return align
+
+
 def parsed(name: str) -> Any:
-    return parse_request({**BODY, "align": GIVEN.get(name, {name: {}})}, "chat", {})
+    return parse_request({**BODY, "align": align_of(name)}, "chat", {})
 
 
 def test_a_method_is_a_documented_frozen_dataclass(name: str) -> None:
@@ -115,7 +120,7 @@ def test_a_missing_capability_is_refused_by_name(name: str) -> None:
 def test_what_it_costs_is_known_before_it_is_spent(name: str) -> None:
     engine = AbleEngine(Fake(replies=(Reply("a", estimates={"helpful": 0.5}),)))
     plan = make_plan(parsed(name), engine, REWARDS, {"short": 1.0}, LIMITS)
-    assert plan.drawing_tokens == plan.candidates * 8
+    assert plan.drawing_tokens == sum(draw.n * draw.body["max_tokens"] for draw in plan.draws)
     assert (plan.context_cost.worst_case > 0) == any(draw.guidance for draw in plan.draws)
     assert all(len(draw.seeds) == draw.n for draw in plan.draws)
     assert engine.sampled == 0

@@ -11,6 +11,7 @@ import pytest
 from infer_align.engines.fake import Reply
 from infer_align.errors import EngineFailed
 from infer_align.flow.plan import Plan
+from infer_align.flow.selection import NothingScored
 from infer_align.methods import Observer
 from infer_align.methods.early_stop import EarlyStop
 from infer_align.steering import EstimateSchedule
@@ -28,6 +29,13 @@ class RejectAt(Observer):
     def observe(self, event: Event) -> Mapping[int, str]:
         self.events.append(event)
         return {self._index: "by the test"} if isinstance(event, Estimate) else {}
+
+
+class RejectEvery(Observer):
+    """Rejects each candidate at its first event."""
+
+    def observe(self, event: Event) -> Mapping[int, str]:
+        return {event.index: "by the test"}
 
 
 def observed(
@@ -77,3 +85,16 @@ def test_any_observer_sees_every_event_and_may_reject() -> None:
     assert {event.index for event in observer.events} == {0, 1, 2}
     kinds = {type(event) for event in observer.events}
     assert kinds == {Delta, Estimate, Candidate}
+
+
+@pytest.mark.parametrize("deadline_seconds", [None, 600.0])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_request_whose_candidates_are_all_rejected_says_why(
+    n: int, deadline_seconds: float | None
+) -> None:
+    made = observed(n, RejectEvery(), deltas=True, deadline_seconds=deadline_seconds)
+    with pytest.raises(
+        NothingScored, match=r"every candidate was rejected .*: by the test"
+    ) as none:
+        run(made, engine(worth(0.5)))
+    assert len(none.value.candidates) == n

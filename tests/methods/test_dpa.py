@@ -19,6 +19,8 @@ from infer_align.methods.dpa import DPA, Prompting, prompt_weights, system_promp
 from infer_align.objectives import project
 from infer_align.types import Draw
 
+ALIGN = {"dpa": {"direction": {"helpfulness": 1.0}}}
+
 ORACLE = json.loads(
     (Path(__file__).parents[1] / "data" / "dpa_public.json").read_text(encoding="utf-8")
 )

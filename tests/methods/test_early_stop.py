@@ -20,6 +20,8 @@ from infer_align.methods.rps import RPS
 from infer_align.steering import EstimateSchedule
 from infer_align.types import Candidate, Delta, Draw, Estimate
 
+ALIGN = {"best_of_n": {"n": 4}, "early_stop": {"values": {"helpful": 1.0}}}
+
 
 class Race:
     """Feeds estimates to a `Halving` and records the candidates that it rejects, in order."""

@@ -12,6 +12,8 @@ from infer_align.methods import PlanDraft, Sections
 from infer_align.methods.guidance import PromptGuidance, Trait, TraitPrompts, TraitSections, guide
 from infer_align.types import Draw
 
+ALIGN = {"guidance": {"scale": {"calm": 1.0}, "traits": {"calm": {"prompt": "Be calm."}}}}
+
 BASE = np.log([0.5, 0.3, 0.15, 0.05])
 CHEERFUL = np.log([0.1, 0.6, 0.2, 0.1])
 

@@ -18,6 +18,8 @@ from infer_align.methods.profile import (
 )
 from infer_align.types import Draw
 
+ALIGN = {"profile": {"description": "Likes it brief."}}
+
 OWLS = ({"role": "user", "content": "What do owls eat?"},)
 CHOICE = Choice("Mice.", "Owls eat mice, voles and more.", OWLS)
 

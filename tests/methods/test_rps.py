@@ -20,6 +20,8 @@ from infer_align.methods.rps import RPS, neighbors, published_neighbors
 from infer_align.objectives import project, rank
 from infer_align.types import Draw
 
+ALIGN = {"dpa": {"direction": {"helpfulness": 1.0}}, "rps": {}}
+
 ORACLE = json.loads(
     (Path(__file__).parents[1] / "data" / "rps_public.json").read_text(encoding="utf-8")
 )

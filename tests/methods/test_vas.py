@@ -18,6 +18,8 @@ from infer_align.methods.vas import VAS, lambda_returns, reweight
 from infer_align.steering import Steering
 from infer_align.types import Draw
 
+ALIGN = {"vas": {"beta": {"helpful": 1.0}}}
+
 VECTORS = json.loads((Path(__file__).parents[1] / "data" / "vas_public.json").read_text())
 
 
