@@ -162,6 +162,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             raise _HeadTooLargeError
         super().on_headers_complete()
         if self._is_ending and self.cycle is not None:
+            # The server ends after this request, so the answer closes the connection.
             self.cycle.keep_alive = False
 
     def send_400_response(self, msg: str) -> None:
