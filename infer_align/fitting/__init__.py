@@ -316,8 +316,8 @@ def _held_out_prompts(
     """Return the prompts that the value is not fitted to; of equal ones, the first."""
     groups = group_prompts(prompts)
     numbers = [groups[sample.prompt] for sample in samples]
-    held = regression.split_by_prompt(numbers, HELD_OUT_SHARE, seed).tolist()
-    return sorted(set(itertools.compress(numbers, held)))
+    is_held_out = regression.split_by_prompt(numbers, HELD_OUT_SHARE, seed).tolist()
+    return sorted(set(itertools.compress(numbers, is_held_out)))
 
 
 def _fit_head(
@@ -331,8 +331,11 @@ def _fit_head(
 ) -> FittedHead:
     """Fit a head and save it to the file `out`."""
     replies, _, _ = read_states(engine.frozen, prompts, samples, progress)
-    held = regression.split_by_prompt(replies.prompt_index.tolist(), HELD_OUT_SHARE, sampling.seed)
-    fitted = fit_head(replies, held, engine.frozen.vocabulary, config, sampling.seed, progress)
+    prompts_of_replies = replies.prompt_index.tolist()
+    is_held_out = regression.split_by_prompt(prompts_of_replies, HELD_OUT_SHARE, sampling.seed)
+    fitted = fit_head(
+        replies, is_held_out, engine.frozen.vocabulary, config, sampling.seed, progress
+    )
     frozen = engine.frozen.frozen(engine.model)
     head.write(out, fitted.tensors, frozen, {"reward": sampling.reward})
     return fitted

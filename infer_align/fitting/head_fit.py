@@ -35,7 +35,7 @@ class FittedHead:
 
 def fit_head(
     replies: Replies,
-    held: torch.Tensor,
+    is_held_out: torch.Tensor,
     vocabulary: int,
     config: FitConfig,
     seed: int,
@@ -48,14 +48,14 @@ def fit_head(
 
     Args:
         replies: all samples.
-        held: [S] True for the replies to hold out.
+        is_held_out: [S] True for the replies to hold out.
         vocabulary: V, the number of tokens that get a value.
         config: settings of the fit.
         seed: of the splits, and of a fit by gradient descent.
         progress: called with a line of text after each step of the work.
     """
-    training = replies.select(~held)
-    testing = replies.select(held)
+    training = replies.select(~is_held_out)
+    testing = replies.select(is_held_out)
     chosen = _choose(training, len(replies.rewards), vocabulary, config, seed, progress)
     tensors = _fit(training, testing, vocabulary, chosen, seed, progress)
     return FittedHead(tensors, chosen, _fitness(tensors, testing))
@@ -100,7 +100,10 @@ def _fit(
     seed: int,
     progress: Progress,
 ) -> HeadTensors:
-    """Fit a head by the method of the settings."""
+    """Fit a head by the method of the settings, which `_choose` has made definite.
+
+    A ridge fit has a strength then, and a fit by gradient descent has none.
+    """
     if config.method == "sgd" or config.ridge is None:
         return regression.fit_sgd(
             training,

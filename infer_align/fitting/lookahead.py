@@ -121,11 +121,11 @@ def fit_lookahead(
         held_out: share of the prompts that is used only for the fitness.
         seed: of the split and of the order of the samples.
         progress: called with a line of text after each epoch.
-
     """
     generator = torch.Generator().manual_seed(seed)
-    held = split_by_prompt(data.replies[0].prompt_index.tolist(), held_out, seed)
-    training = torch.nonzero(~held).ravel()
+    is_held_out = split_by_prompt(data.replies[0].prompt_index.tolist(), held_out, seed)
+    training = torch.nonzero(~is_held_out).ravel()
+    # Heads start at 0 and learn the distance to the mean reward, which becomes part of the bias.
     reward_means = torch.stack([replies.rewards.mean() for replies in data.replies])
     heads = _zero_heads(lm.config.hidden_size, len(data.replies))
     trainer = _Trainer(lm, heads, epochs * (len(training) // BATCH + 1) + 1)
@@ -138,8 +138,8 @@ def fit_lookahead(
         fits = []
         new_targets = []
         for h, replies in enumerate(data.replies):
-            held_out_values = values[held[replies.reply_index], h]
-            fits.append(fitness(held_out_values, replies.select(held)))
+            held_out_values = values[is_held_out[replies.reply_index], h]
+            fits.append(fitness(held_out_values, replies.select(is_held_out)))
             if lam < 1:
                 new_targets.append(returns(values[:, h], replies, gamma, lam))
         if lam < 1:
@@ -178,11 +178,11 @@ def fit_frozen_lookahead(
     """
     progress(f"reading {len(data.token_ids)} replies with the value LM")
     states = _all_states(lm, data)
-    held = split_by_prompt(data.replies[0].prompt_index.tolist(), held_out, seed)
+    is_held_out = split_by_prompt(data.replies[0].prompt_index.tolist(), held_out, seed)
     fitted = FittedValueHeads([], [], [])
     for replies in data.replies:
         with_states = replace(replies, hidden=states)
-        training, testing = with_states.select(~held), with_states.select(held)
+        training, testing = with_states.select(~is_held_out), with_states.select(is_held_out)
         strength = ridge or _best_ridge(training, gamma, lam, seed)
         weight, bias = _fit_linear(training, strength, gamma, lam)
         fit = fitness(testing.hidden @ weight + bias, testing)

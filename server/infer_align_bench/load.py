@@ -74,7 +74,10 @@ def arrivals(rate: float, seed: int, target: int) -> Iterator[float]:
 
 
 def slices(load: Load, targets: int) -> list[tuple[int | None, float | None]]:
-    """Return requests and seconds of each target's slice, by round; None: no bound of its own.
+    """Return the number of requests and the seconds of one target's slice, for each round.
+
+    A number of requests is meant for each target, and is split over the rounds. A duration is meant
+    for the whole run, and is split over the targets too. None is no bound of its own.
 
     Raises:
         ValueError: there are two targets, and the load has no bound.
@@ -82,15 +85,15 @@ def slices(load: Load, targets: int) -> list[tuple[int | None, float | None]]:
     if targets == 1:
         return [(load.requests, load.duration)]
     if load.requests is not None:
-        affordable = load.requests // (MIN_REQUESTS_PER_PLACE * (load.concurrency or 1))
-        rounds = _even(min(ROUNDS, affordable))
+        smallest_slice = MIN_REQUESTS_PER_PLACE * (load.concurrency or 1)
+        rounds = _even(min(ROUNDS, load.requests // smallest_slice))
         parts = np.array_split(np.arange(load.requests), rounds)
         return [(len(part), None) for part in parts]
     if load.duration is None:
         raise ValueError("a load on two targets needs a number of requests or a duration.")
-    affordable = int(load.duration / targets / MIN_SLICE_SECONDS)
-    rounds = _even(min(ROUNDS, affordable))
-    return [(None, load.duration / targets / rounds)] * rounds
+    seconds = load.duration / targets
+    rounds = _even(min(ROUNDS, int(seconds / MIN_SLICE_SECONDS)))
+    return [(None, seconds / rounds)] * rounds
 
 
 def _even(rounds: int) -> int:

@@ -174,7 +174,7 @@ class _Drawing:
     finished: dict[int, tuple[Candidate, int]] = field(default_factory=dict)
 
     def indices(self) -> Iterator[tuple[int, int]]:
-        """Yield the index of each candidate, and that of its share of the plan."""
+        """Yield the index of each candidate, and that of its draw in the plan."""
         for share in self.batch.shares:
             for index in range(share.first, share.first + share.draw.n):
                 yield index, share.index
@@ -250,11 +250,11 @@ class PlanTrace(RequestTrace):
         by_index = {candidate.index: candidate for candidate in candidates}
         scored: dict[int, Span] = {}
         for drawing in self._drawings:
-            for index, share in drawing.indices():
+            for index, draw in drawing.indices():
                 candidate, ended = drawing.finished.get(index, (None, drawing.ended))
                 candidate = by_index.get(index, candidate)
                 span = self._tracing.candidate(
-                    self._attributes(index, share, candidate),
+                    self._attributes(index, draw, candidate),
                     drawing.span,
                     (drawing.began, ended),
                     _error_type(candidate, drawing),
@@ -263,11 +263,11 @@ class PlanTrace(RequestTrace):
                     scored[index] = span
         _send_evaluations(self._tracing, scores, scored)
 
-    def _attributes(self, index: int, share: int, candidate: Candidate | None) -> dict[str, Any]:
+    def _attributes(self, index: int, draw: int, candidate: Candidate | None) -> dict[str, Any]:
         """Return the attributes of a candidate; it is None if it did not end."""
-        attributes = _request_attributes(self._plan, self._plan.draws[share])
+        attributes = _request_attributes(self._plan, self._plan.draws[draw])
         attributes["infer_align.candidate.index"] = index
-        attributes["infer_align.candidate.draw"] = share
+        attributes["infer_align.candidate.draw"] = draw
         content = self._tracing.captures_content
         if content:
             attributes["gen_ai.input.messages"] = _messages_json(self._plan.messages)

@@ -256,7 +256,9 @@ def _read_texts(model: Model, rows: Sequence[_TextRow], part: int, cells: int) -
 def _read_new(
     model: Model, batch: Sequence[_Row], cache: RowCache, tokens: int, *, all_results: bool = False
 ) -> Iterator[_Read]:
-    """Read the new tokens of a batch in parts.
+    """Read the new tokens of a batch in parts: some columns of all rows in each forward pass.
+
+    Rows end in the same column. A row with fewer tokens than columns begins with padding.
 
     Args:
         model: the frozen model.
@@ -274,7 +276,8 @@ def _read_new(
     for start in range(0, width, columns):
         part = ids[:, start : start + columns]
         unread = width - start - part.shape[1]
-        # A row shorter than `width` begins with padding. It is read as if its last column counted.
+        # Each row's tokens up to the end of this part. A part can be nothing but padding; it then
+        # counts as one token, since a row without any would have nothing to attend to.
         lengths = [max(1, len(row.ids) - unread) for row in batch]
         results = part.shape[1] if all_results else 1
         step = model.forward_last(part, cache, lengths, results)

@@ -154,7 +154,9 @@ class Judge:
         share = mass(probs, valid)
         if not probs or share < self.min_mass:
             return Judgement(None, share, refusal(share), spent)
-        reading = Reading(probs, logprob + math.log(probs[0][1]), tokens)
+        # The likeliest label stands first. It is what the judge would have written.
+        label_logprob = math.log(probs[0][1])
+        reading = Reading(probs, logprob + label_logprob, tokens)
         return Judgement(reading, share, None, spent)
 
     async def _critique(self, messages: list[dict[str, Any]], stop: str) -> Candidate:

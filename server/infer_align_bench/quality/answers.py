@@ -37,13 +37,13 @@ def choose_answers(
     work: Iterable[Work],
     rows: Mapping[tuple[str, int], ScoredAnswer],
 ) -> Answers:
-    """Return the first answers to the first prompts.
+    """Return the answer of each setting to the first prompts.
 
     Args:
         cells: the settings, in the order of the report.
         prompts: all prompts.
-        work: the answers of one draw.
-        rows: of the notebook.
+        work: the prompts and settings of one draw.
+        rows: the measured answers, by the key and the draw of their work.
     """
     first = prompts[:PROMPTS]
     answers: dict[str, list[ScoredAnswer | None]] = {}

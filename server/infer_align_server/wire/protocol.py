@@ -221,6 +221,7 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             return
         super().on_headers_complete()
         if self._is_ending and self.cycle is not None:
+            # The server ends after this request, so the answer closes the connection.
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
