@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from time import monotonic
 
@@ -16,7 +15,7 @@ from infer_align.flow.run import align
 from infer_align.flow.selection import NothingScored
 from infer_align.types import Candidate, Delta
 from infer_align_server.limits.client_timeout import shorten_deadline
-from infer_align_server.limits.token_budget import Charge, charged
+from infer_align_server.limits.token_budget import Charge, charged_as_one
 from infer_align_server.logs import describe_usage
 from infer_align_server.service import Service
 from infer_align_server.telemetry import following
@@ -52,19 +51,20 @@ async def answer_all(
     arrival_time = monotonic()
     worst_case = sum(plan.worst_case_tokens for plan in plans)
     deadline_seconds = plans[0].deadline_seconds
-    async with AsyncExitStack() as charges:
-        work: list[_Work] = []
-        for i, plan in enumerate(plans):
-            charge = await charges.enter_async_context(
-                charged(service.tokens, caller, plan.worst_case_tokens, plan.context_cost)
-            )
-            first_choice = i * plan.n_returned
-            work.append(
-                _Work(service, plan, charge, _shifted(on_delta, first_choice), on_candidate)
-            )
-        async with service.admission.admit(worst_case, deadline_seconds, caller):
-            waited_seconds = monotonic() - arrival_time
-            responses = await _run_all(work, waited_seconds)
+    work: list[_Work] = []
+    charges: list[Charge] = []
+    for i, plan in enumerate(plans):
+        limited = service.tokens.limited
+        charge = Charge(plan.worst_case_tokens, limited=limited, context_cost=plan.context_cost)
+        first_choice = i * plan.n_returned
+        work.append(_Work(service, plan, charge, _shifted(on_delta, first_choice), on_candidate))
+        charges.append(charge)
+    async with (
+        charged_as_one(service.tokens, caller, charges),
+        service.admission.admit(worst_case, deadline_seconds, caller),
+    ):
+        waited_seconds = monotonic() - arrival_time
+        responses = await _run_all(work, waited_seconds)
     for response in responses:
         _check_returned(service, response)
     candidates: list[Candidate] = []

@@ -196,6 +196,15 @@ def test_prompts_are_admitted_and_charged_as_one_request(serve: Serve) -> None:
     assert live.idle()
 
 
+def test_prompts_over_a_whole_budget_are_answered_if_it_is_full(serve: Serve) -> None:
+    live = serve(FAKE + "[limits]\ncandidate_tokens_per_minute = 41\n")
+    assert len(complete(live, ["a"] * 6, max_tokens=8)["choices"]) == 6
+    assert live.idle()
+    refused = live.post({"prompt": ["a"] * 6, "max_tokens": 8}, PATH)
+    assert refused.status_code == 429, refused.text
+    assert "This request may need 48; " in refused.json()["error"]["message"]
+
+
 def test_a_failure_of_one_prompt_fails_the_request_and_cancels_the_others(serve: Serve) -> None:
     live = serve(
         '[engine]\nkind = "fake"\n'

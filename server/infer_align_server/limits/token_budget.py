@@ -1,4 +1,4 @@
-"""The charge of one request to its caller's token budget.
+"""The charge of a request to its caller's token budget.
 
 The worst case is charged when the request starts. When the request ends, the difference to the
 tokens that were spent is returned: generated, sampled by judges, read in the contexts of guidance,
@@ -21,16 +21,17 @@ NO_CONTEXTS = ContextCost()
 
 
 class Charge:
-    """The charge of one request.
+    """The charge of one request, or of one prompt of it.
 
     Attributes:
+        worst_case: The largest number of tokens that it can spend.
         spent: The tokens to charge, as far as they are known.
     """
 
     def __init__(
         self, worst_case: int, *, limited: bool, context_cost: ContextCost = NO_CONTEXTS
     ) -> None:
-        self._worst_case = worst_case
+        self.worst_case = worst_case
         self._context_cost = context_cost
         self._limited = limited
         self._streamed = 0
@@ -45,7 +46,7 @@ class Charge:
         """
         if not self._limited:
             return on_delta
-        self.spent = self._worst_case
+        self.spent = self.worst_case
         if on_delta is None:
             # Do not make the engine stream only to count.
             return None
@@ -89,29 +90,50 @@ class Charge:
 
 
 @asynccontextmanager
-async def charged(
-    budget: RateLimit, caller: str, worst_case: int, context_cost: ContextCost = NO_CONTEXTS
-) -> AsyncIterator[Charge]:
+async def charged(budget: RateLimit, caller: str, worst_case: int) -> AsyncIterator[Charge]:
     """Charge the worst case before the block, and correct the charge after it.
 
     Args:
         budget: The token budgets of all callers.
         caller: The name of the caller, which pays.
         worst_case: The largest number of tokens that the request can spend.
-        context_cost: The part of it that contexts of guidance read.
 
     Raises:
         Overloaded: The caller's budget does not hold the worst case.
         StorageFailed: The budget cannot be counted.
     """
-    give_back = await budget.reserve(caller, worst_case)
-    charge = Charge(worst_case, limited=budget.limited, context_cost=context_cost)
-    try:
+    charge = Charge(worst_case, limited=budget.limited)
+    async with charged_as_one(budget, caller, [charge]):
         yield charge
+
+
+@asynccontextmanager
+async def charged_as_one(
+    budget: RateLimit, caller: str, charges: Sequence[Charge]
+) -> AsyncIterator[None]:
+    """Charge the worst cases of all parts of a request before the block, and correct it after it.
+
+    The parts are reserved together. One after the other, two requests could each hold a part of
+    the budget that the other one needs, and a request over a whole budget would never begin.
+
+    Args:
+        budget: The token budgets of all callers.
+        caller: The name of the caller, which pays.
+        charges: One charge for each part.
+
+    Raises:
+        Overloaded: The caller's budget does not hold the worst cases.
+        StorageFailed: The budget cannot be counted.
+    """
+    worst_case = sum(charge.worst_case for charge in charges)
+    give_back = await budget.reserve(caller, worst_case)
+    try:
+        yield
     except BaseException as error:
         # An exception that is not an Exception is the cancellation after the client left.
         by_client = isinstance(error, DeadlineExceeded) or not isinstance(error, Exception)
-        charge.abort(by_client=by_client)
+        for charge in charges:
+            charge.abort(by_client=by_client)
         raise
     finally:
-        give_back(worst_case - charge.spent)
+        give_back(worst_case - sum(charge.spent for charge in charges))
