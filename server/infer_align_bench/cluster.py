@@ -16,6 +16,10 @@ from infer_align_bench.cost import Capacity, Prices, Setting, capacity, seconds
 from infer_align_bench.simulate import JudgePool
 from infer_align_bench.traffic import Batches, Prefixes, Traffic, batches
 
+# Outside of these a plan has no meaning, or its simulation does not fit into the memory.
+MIN_RATE = 1e-6
+MAX_PREFIXES = 10_000_000
+MAX_JUDGES = 1_000_000
 # The hit share depends on the number of replicas, and that on the hit share.
 MAX_ITERATIONS = 20
 
@@ -55,6 +59,7 @@ def plan_cluster(
     Raises:
         ConfigError: options contradict each other, or no number of replicas fits.
     """
+    _check_sizes(options)
     prefixes = _prefixes(options)
     adaptive = Batches()
     if options.mean_n is not None:
@@ -85,6 +90,24 @@ def plan_cluster(
         hit_share=share,
         hit_share_elsewhere=prefixes.hit_share(1, "least"),
     )
+
+
+def _check_sizes(options: argparse.Namespace) -> None:
+    """Check that the plan can be computed.
+
+    Raises:
+        ConfigError: the rate is too low, or there are too many prefixes.
+    """
+    if options.rate < MIN_RATE:
+        raise ConfigError(
+            f"--rate: {options.rate:g} is not allowed; must be at least {MIN_RATE:g} requests per "
+            "second. One replica serves that."
+        )
+    if options.prefixes > MAX_PREFIXES:
+        raise ConfigError(
+            f"--prefixes: {options.prefixes} is not allowed; must be at most {MAX_PREFIXES}. Rarer "
+            "prefixes are hardly ever in a cache: leave them out."
+        )
 
 
 def _prefixes(options: argparse.Namespace) -> Prefixes:
@@ -142,4 +165,11 @@ def _judges(options: argparse.Namespace, prices: Prices, request: Setting) -> Ju
             f"--judge-pool: {options.judge_pool:g} is not allowed; must be a mean load below 1, "
             "such as 0.7."
         )
-    return JudgePool(alone, math.ceil(options.rate * alone / options.judge_pool))
+    pool = options.rate * alone / options.judge_pool
+    if pool > MAX_JUDGES:
+        raise ConfigError(
+            f"--judge-tokens: {options.judge_tokens} at {options.rate:g} requests per second need "
+            f"{pool:.3g} judges; at most {MAX_JUDGES} are simulated. Reduce --judge-tokens or "
+            "--rate."
+        )
+    return JudgePool(alone, math.ceil(pool))

@@ -220,7 +220,7 @@ def capacity(
     best = _best_load(prices, setting, limit, min(max_requests, MAX_CONCURRENCY))
     rate_per_replica = throughput(prices, best)
     # The margin keeps a rate that is an exact multiple from taking one more replica.
-    replicas = math.ceil(rate / rate_per_replica - 1e-9)
+    replicas = max(1, math.ceil(rate / rate_per_replica - 1e-9))
     return Capacity(int(best.concurrency), seconds(prices, best), rate_per_replica, replicas)
 
 

@@ -24,6 +24,8 @@ Routing: TypeAlias = Literal["least", "random", "affine"]
 LOAD_BOUND = 1.25
 # Halvings of an interval: more digits than a float has.
 HALVINGS = 60
+# A smaller share of the requests counts as none.
+UNUSED = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ def lru_hit_share(popularity: Array, capacity: int) -> float:
         popularity: [N] share of each item; sums to 1.
         capacity: number of items that fit.
     """
+    # An item that is never used needs no place. A steep skew leaves only a few others.
+    popularity = popularity[popularity > UNUSED]
     if capacity >= len(popularity):
         return 1.0
     if capacity <= 0:

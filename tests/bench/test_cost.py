@@ -131,6 +131,7 @@ def test_capacity_is_the_highest_load_within_a_limit() -> None:
     assert loose.replicas < tight.replicas
     assert tight.replicas == math.ceil(100 / tight.requests_per_second)
     assert capacity(TRUE, request, 100, max_sequences=16).concurrency == 2
+    assert capacity(TRUE, request, 1e-12).replicas == 1
     with pytest.raises(ConfigError, match="is too short: a single request"):
         capacity(TRUE, request, 100, alone / 2)
     with pytest.raises(ConfigError, match="8 candidates do not fit into 4 sequences"):

@@ -139,6 +139,9 @@ def test_adaptive_requests_cost_their_mean(table: str, tmp_path: Path, capsys: A
         (["--judge-pool", "0.5"], "give --judge-tokens"),
         (["--judge-pool", "1.5", "--judge-tokens", "5"], "must be a mean load below 1"),
         (["--mean-n", "9"], "--mean-n: 9 is not possible"),
+        (["--rate", "1e-300"], "--rate: 1e-300 is not allowed; must be at least 1e-06"),
+        (["--prefixes", "1000000000000"], "must be at most 10000000"),
+        (["--judge-pool", "0.5", "--judge-tokens", "1" + "0" * 15], "at most 1000000 are simul"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(

@@ -33,6 +33,11 @@ def test_the_hit_share_is_that_of_a_real_cache(skew: float, kept: int) -> None:
     assert lru_hit_share(popularity, kept) == pytest.approx(lru(popularity, kept, 12_000), abs=0.02)
 
 
+def test_prefixes_that_are_never_used_need_no_place() -> None:
+    assert lru_hit_share(np.array([0.5, 0.5, 0.0, 1e-300]), 2) == 1.0
+    assert Prefixes(tokens=50, count=1000, skew=1e300, cache_tokens=100).hit_share(1, "least") == 1
+
+
 def test_equal_prefixes_hit_as_often_as_they_fit() -> None:
     assert Prefixes(10, 100, 0.0, 250).hit_share(1, "least") == pytest.approx(0.25, abs=1e-6)
     assert Prefixes(10, 100, 0.0, 250).hit_share(2, "affine") == pytest.approx(0.5, abs=1e-6)
