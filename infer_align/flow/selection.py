@@ -97,7 +97,7 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
     if len(passing):
         for index in compared[shortfalls[compared] > 0].tolist():
             objective[index] = math.nan
-            dropped[index] = _missed_gate(plan, values, index)
+            dropped[index] = _missed_gate(plan, values, index) or "missed a gate"
         ranking = _apply_rule(plan, passing, candidates, scores, composed, objective)
     else:
         ranking = _least_shortfall(plan, compared, shortfalls, objective)
@@ -109,6 +109,21 @@ def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores)
         objective[:] = math.nan
     selection = Selection(ranking.order, tuple(objective.tolist()), values, dropped, reason)
     return _with_ranking(selection, plan, ranking, composed)
+
+
+def hold_gates(plan: Plan, selection: Selection) -> Selection:
+    """Return the selection without the candidates that miss a gate, also if that is all of them."""
+    objective = list(selection.objective)
+    dropped = dict(selection.dropped)
+    ranking = []
+    for index in selection.ranking:
+        missed = _missed_gate(plan, selection.values, index)
+        if missed is None:
+            ranking.append(index)
+        else:
+            objective[index] = math.nan
+            dropped[index] = missed
+    return replace(selection, ranking=tuple(ranking), objective=tuple(objective), dropped=dropped)
 
 
 def _ineligible(candidates: Sequence[Candidate]) -> dict[int, str]:
@@ -228,14 +243,14 @@ def _least_shortfall(
     return Ranking(tuple(order), clause)
 
 
-def _missed_gate(plan: Plan, values: Mapping[str, Array], index: int) -> str:
-    """Return the first gate that a candidate misses."""
+def _missed_gate(plan: Plan, values: Mapping[str, Array], index: int) -> str | None:
+    """Return the first gate that a candidate misses; None if it passes all of them."""
     gates = {} if plan.composition is None else plan.composition.gates
     for name, limit in gates.items():
         value = values[name][index]
         if value < limit:
             return f"missed a gate: {name} {value:.3g} is under at_least {limit:g}"
-    return "missed a gate"
+    return None
 
 
 def _measure(plan: Plan) -> str:

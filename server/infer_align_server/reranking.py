@@ -127,6 +127,7 @@ async def rerank(
     scored = await score_texts(service, plan, texts, caller, "documents")
     service.metrics.documents.inc(len(texts))
     scored.check()
+    scored = scored.passing()
     return {
         "id": f"rerank-{uuid.uuid4().hex}",
         "model": body.get("model") or service.model,
@@ -143,11 +144,18 @@ def _named_rewards(
 
     Raises:
         InvalidRequest: Both `model` and `rewards` name rewards.
+        UnknownModel: `model` names neither a model nor a reward.
     """
     names = reward_names(service.rewards)
     model = body.get("model")
-    if not isinstance(model, str) or model not in names or model in service.models():
+    if not isinstance(model, str) or model in service.models():
         return body, ranking_keys()
+    if model not in names:
+        raise UnknownModel(
+            f"model: {quote(model)} is neither a model nor a reward; "
+            f"{nearest(model, [*service.models(), *names])}",
+            param="model",
+        )
     if body.get("rewards") is not None:
         raise InvalidRequest(
             f"rewards: is not allowed beside the model {quote(model)}, which is a reward itself; "

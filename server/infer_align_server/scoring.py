@@ -21,7 +21,7 @@ from infer_align.flow.plan import SCORING_STAGES, Plan, make_scoring_plan
 from infer_align.flow.request import Request, check_prompt
 from infer_align.flow.response import Response, Timing
 from infer_align.flow.scoring import score as score_candidates
-from infer_align.flow.selection import rank_candidates
+from infer_align.flow.selection import hold_gates, rank_candidates
 from infer_align.types import Candidate, Scores, Selection
 from infer_align_server.service import Service
 from infer_align_server.telemetry import send_evaluations
@@ -57,6 +57,14 @@ class ScoredTexts:
         if not self.selection.ranking:
             first_error = next(iter(self.selection.dropped.values()))
             raise RewardFailed(f"{self.selection.reason}; first: {first_error}")
+
+    def passing(self) -> ScoredTexts:
+        """Return the same without a rank for texts that miss a gate, also if all of them do.
+
+        The flow has to return an answer, so it takes the one that misses by the least. A search or
+        a verdict need not take any.
+        """
+        return replace(self, selection=hold_gates(self.plan, self.selection))
 
 
 @cache

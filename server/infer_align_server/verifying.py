@@ -164,6 +164,7 @@ async def verify(
     scored = await score_texts(service, plan, texts, caller)
     if scored.scores.errors:
         scored.check()
+    scored = scored.passing()
     confidences = _confidences(scored, verification.confidence)
     verdict = decide(scored, confidences, verification.thresholds)
     service.metrics.verdicts.labels(verdict.disposition).inc()

@@ -107,6 +107,23 @@ def test_shapes_and_gates_of_rewards_count(numbers: Live) -> None:
     assert "missed a gate" in body["meta"]["warnings"][0]
 
 
+def test_documents_that_all_miss_a_gate_are_no_results(numbers: Live) -> None:
+    gates = {"compose": {"gates": {"number": {"at_least": 100.0}}}}
+    body = rerank(numbers, **gates)
+    assert body["results"] == []
+    assert [line[:12] for line in body["meta"]["warnings"]] == [f"documents[{i}]" for i in range(3)]
+    assert body["meta"]["warnings"][1].endswith("missed a gate: number 9 is under at_least 100")
+
+
+def test_an_unknown_model_may_be_meant_as_a_reward(numbers: Live) -> None:
+    error = refused(numbers, model="brevty")
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert error["message"].endswith("did you mean 'brevity'?")
+    listed = refused(numbers, model="?")["message"]
+    assert "brevity" in listed
+    assert numbers.service.model in listed
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -76,6 +76,14 @@ def test_a_reward_that_gives_no_number_abstains_and_one_that_fails_is_an_error(
     assert answer.headers["x-should-retry"] == "false"
 
 
+def test_no_answer_is_approved_that_misses_a_gate(numbers: Live) -> None:
+    for limit, disposition in ((0.5, "approve"), (0.9, "abstain")):
+        body = verify(numbers, compose={"gates": {"number": {"at_least": limit}}})
+        assert body["disposition"] == disposition
+        assert body["not_scored"]["a"] == f"missed a gate: number 0.2 is under at_least {limit}"
+        assert ("b" in body["not_scored"]) == (disposition == "abstain")
+
+
 def test_members_that_disagree_abstain(serve: Callable[[str], Live]) -> None:
     pytest.importorskip("transformers")
     live = serve('[engine]\nkind = "transformers"\nmodel = "demo"\n' + DEMO_REWARD)

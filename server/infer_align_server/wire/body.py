@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from codecs import BOM_UTF8
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -96,12 +97,27 @@ def parse_body(received: bytes) -> dict[str, Any]:
             "pairs."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"The body is not JSON: {error}.", code="invalid_json") from None
+        raise InvalidRequest(
+            f"The body is not JSON: {_reason(error)}.", code="invalid_json"
+        ) from None
     if not isinstance(body, dict):
         raise InvalidRequest(
             f"The body is {quote(body)}; must be a JSON object.", code="invalid_json"
         )
     return body
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """Return why a body could not be read as JSON, and what to send."""
+    if isinstance(error, UnicodeDecodeError):
+        place = f"its byte {error.start} is not UTF-8"
+        return f"{place}; send it in UTF-8, and without compression"
+    if isinstance(error, RecursionError):
+        return f"it is nested deeper than {MAX_NESTING} levels; send fewer"
+    if not isinstance(error, json.JSONDecodeError):
+        # Python reads no longer integer.
+        return f"it has an integer of over {sys.get_int_max_str_digits()} digits; write fewer"
+    return str(error)
 
 
 def _check_unicode(received: bytes, body: object) -> None:
@@ -121,7 +137,7 @@ def _check_nesting(body: object) -> None:
             level.extend(container.values() if isinstance(container, dict) else container)
         if not level:
             return
-    raise RecursionError(f"nested deeper than {MAX_NESTING} levels")
+    raise RecursionError
 
 
 def _no_constant(name: str) -> NoReturn:

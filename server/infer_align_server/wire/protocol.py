@@ -2,6 +2,10 @@
 
 uvicorn itself has neither limit. A client without them could fill the memory with headers, or
 hold connections open by never finishing a head.
+
+A request may offer to go on with another protocol, as Java's HTTP client and `curl --http2` do. The
+server does not accept the offer, and answers the request as if it made none. uvicorn's parser ends
+such a request at its head: the body would be lost, or be read as the next request.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from infer_align.errors import AlignError, InvalidRequest
@@ -71,6 +76,32 @@ class _JoiningTransport:
             self._transport.write(self._take_head())
 
 
+class _Parser(httptools.HttpRequestParser):
+    """A parser that goes on after the head of a request with `Upgrade`, if that is declined."""
+
+    def __init__(self, protocol: BoundedProtocol) -> None:
+        """Parse the requests of a connection."""
+        super().__init__(protocol)
+        self._protocol = protocol
+        # As uvicorn has it: what follows the last request of a connection is no error.
+        self.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def feed_data(self, data: Any) -> None:
+        """Parse received bytes."""
+        protocol = self._protocol
+        parser = self
+        while True:
+            try:
+                return super(_Parser, parser).feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if not protocol.declines:
+                    raise
+                data = memoryview(data)[upgrade.args[0] :]
+                head = protocol.head_without_offer()
+                protocol.parser = parser = _Parser(protocol)
+                super(_Parser, parser).feed_data(head)
+
+
 class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     """An HTTP protocol that refuses large and slow heads.
 
@@ -88,7 +119,13 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Start the clock for the first head of a new connection."""
         super().connection_made(_JoiningTransport(transport, self.loop))
+        self.parser = _Parser(self)
+        # True from the end of a head with an offer that the server does not accept.
+        self.declines = False
         self._in_head = False
+        self._in_message = False
+        # Heads that begin in the received bytes.
+        self._begun = 0
         self._is_ending = False
         self._head_bytes = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -130,21 +167,40 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         return partial(self._watches.remove, leave)
 
     def data_received(self, data: bytes) -> None:
-        """Parse received bytes; count them if they leave a head incomplete."""
+        """Parse received bytes; count them if they leave a head incomplete.
+
+        Bytes that also belong to an earlier request are not counted here, only in
+        `on_headers_complete`: where the head begins among them is not known.
+        """
+        self._begun = 0
+        begins = 0 if self._in_message else 1
         super().data_received(data)
         if not self._in_head or self.transport.is_closing():
             return
-        self._head_bytes += len(data)
+        if self._begun == begins:
+            self._head_bytes += len(data)
         if self._head_bytes > MAX_HEAD_BYTES:
             self.send_400_response("")
         elif self._timer is None:
             self._start_timer()
 
+    def head_without_offer(self) -> bytes:
+        """Return the head that has ended, without `Upgrade`."""
+        target = self.parser.get_method() + b" " + self.url
+        lines = [target + b" HTTP/" + self.parser.get_http_version().encode()]
+        for name, value in self.headers:
+            if name != b"upgrade":
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
+
     def on_message_begin(self) -> None:
         """Start to count the bytes of a head."""
         super().on_message_begin()
+        self.declines = False
         self.scope["extensions"] = {EXTENSION: self}
         self._in_head = True
+        self._in_message = True
+        self._begun += 1
         self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
@@ -160,10 +216,23 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             self._head_bytes += len(name) + len(value)
         if self._head_bytes > MAX_HEAD_BYTES:
             raise _HeadTooLargeError
+        if self.parser.should_upgrade() and self._may_decline():
+            self.declines = True
+            return
         super().on_headers_complete()
         if self._is_ending and self.cycle is not None:
             # The server ends after this request, so the answer closes the connection.
             self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        """End a request, unless its head is to be parsed once more."""
+        if not self.declines:
+            self._in_message = False
+            super().on_message_complete()
+
+    def _may_decline(self) -> bool:
+        """Return True if an offer is in the header `Upgrade`, and uvicorn does not accept it."""
+        return self.parser.get_method() != b"CONNECT" and not self._should_upgrade()
 
     def send_400_response(self, msg: str) -> None:
         """Send an error and close the connection; `msg` is uvicorn's description."""

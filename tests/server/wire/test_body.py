@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -49,6 +50,23 @@ async def test_a_body_that_announces_too_much_is_not_read() -> None:
 @pytest.mark.parametrize("content_length", ["", "-1", "many", "1e9"])
 async def test_a_length_that_is_no_number_is_ignored(content_length: str) -> None:
     assert await read_bytes(request_of(b"{}", content_length=content_length), 100) == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("received", "fix"),
+    [
+        (gzip.compress(b'{"a": 1}'), "its byte 1 is not UTF-8; send it in UTF-8, and without comp"),
+        ('{"a": 1}'.encode("utf-16"), "its byte 0 is not UTF-8; send it in UTF-8"),
+        (b'{"a": ' + b"[" * 100_000, "nested deeper than 128 levels; send fewer"),
+        (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested deeper than 128 levels; send fewer"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "integer of over 4300 digits; write fewer"),
+    ],
+)
+async def test_a_refusal_says_what_to_send(received: bytes, fix: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        parse_body(received)
+    assert fix in refused.value.message
+    assert refused.value.code == "invalid_json"
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,47 @@ def test_bytes_that_are_not_http_are_400(numbers: Any, text: bytes) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
+OFFERS = {
+    "HTTP/2": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMA\r\n",
+    "WebSocket": b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+    "several": b"Upgrade: a/1, b/2\r\nConnection: keep-alive, upgrade\r\nUpgrade: c\r\n",
+}
+LENGTH = b"Content-Length: %d\r\n\r\n" % len(BODY)
+CHUNKS = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+def test_an_offer_of_another_protocol_is_not_accepted(numbers: Any, offer: bytes) -> None:
+    whole = HEAD + offer + LENGTH + BODY
+    assert statuses(talk(numbers, whole, answers=1)) == [200]
+    assert statuses(talk(numbers, HEAD + offer + CHUNKS, answers=1)) == [200]
+    # The connection goes on, with and without an offer, and however the bytes arrive.
+    assert statuses(talk(numbers, whole + SMUGGLED + whole, answers=3)) == [200] * 3
+    many = (b"GET /health HTTP/1.1\r\nHost: x\r\n" + offer + b"\r\n") * 1500
+    assert statuses(talk(numbers, many, answers=1500)) == [200] * 1500
+    halves = (whole[:90], whole[90:-20], whole[-20:] + SMUGGLED)
+    assert statuses(talk(numbers, *halves, pause=0.05, answers=2)) == [200] * 2
+    assert statuses(
+        talk(numbers, b"GET / HTTP/1.1\r\nHost: x\r\n" + offer + b"\r\n", answers=1)
+    ) == [200]
+
+
+def test_a_head_behind_a_large_body_is_not_too_large(numbers: Any) -> None:
+    large = b" " * 100_000 + BODY
+    whole = HEAD + b"Content-Length: %d\r\n\r\n" % len(large) + large
+    pieces = (whole + SMUGGLED[:20], SMUGGLED[20:])
+    assert statuses(talk(numbers, *pieces, pause=0.1, answers=2)) == [200] * 2
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+def test_the_body_behind_an_offer_is_no_request(numbers: Any, offer: bytes) -> None:
+    before = numbers.engine.sampled
+    head = HEAD + offer + b"Content-Length: %d\r\n\r\n" % len(SMUGGLED)
+    last = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    assert statuses(talk(numbers, head, SMUGGLED, last, pause=0.05)) == [400, 200]
+    assert numbers.engine.sampled == before
+
+
 def test_pipelined_requests_are_answered_one_after_the_other(numbers: Any) -> None:
     answer = talk(numbers, SMUGGLED + SMUGGLED.replace(b"/v1/chat", b"/v1/chut"), answers=2)
     assert statuses(answer) == [200, 404]
