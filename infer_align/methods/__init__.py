@@ -1,4 +1,4 @@
-"""The methods that a request can name in `align`. This page defines a method.
+"""The methods that a request can name in `align`. This file defines a method.
 
 Each file beside this one is a method: its parameters as a frozen dataclass in the variable
 `plugin`, and its maths as plain functions. A method gets the draft of a plan and returns it with
