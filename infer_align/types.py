@@ -28,17 +28,17 @@ Direction = Mapping[str, float]  # attribute -> weight
 class Capability(StrEnum):
     """A feature of an engine. A plan that needs a missing one is refused at no cost."""
 
-    CHAT = "chat"
-    COMPLETION = "completion"
-    SEED = "seed"
-    LOGPROBS = "logprobs"
-    LABEL_LOGPROBS = "label_logprobs"
-    TOOLS = "tools"
-    STRUCTURED = "structured"
-    STEER = "steer"
-    ESTIMATES = "estimates"
-    GUIDE = "guide"
-    SEQUENCE_LOGPROBS = "sequence_logprobs"
+    CHAT = "chat"  # answers conversations
+    COMPLETION = "completion"  # continues plain texts
+    SEED = "seed"  # repeats a candidate for the same seed
+    LOGPROBS = "logprobs"  # reports the log-probabilities of the sampled tokens
+    LABEL_LOGPROBS = "label_logprobs"  # answers `Engine.read_labels`, as judges need
+    TOOLS = "tools"  # calls tools
+    STRUCTURED = "structured"  # keeps answers to a schema, a choice or a pattern
+    STEER = "steer"  # carries out `Draw.steering`
+    ESTIMATES = "estimates"  # carries out `Draw.estimates`
+    GUIDE = "guide"  # carries out `Draw.guidance`
+    SEQUENCE_LOGPROBS = "sequence_logprobs"  # answers `Engine.sequence_logprobs`
 
 
 @dataclass(frozen=True, slots=True)

@@ -276,6 +276,7 @@ def value_candidates(
     """Select and value the candidates of the steered rows; see `steer` for the arguments."""
     rows = batch.rows
     if not batch.k:
+        # Every steered row is dense or fused: `add_dense` or `FusedSteering.add` steers it.
         count = len(logits) if rows is None else len(rows)
         ids = torch.empty((count, 0), dtype=torch.int64, device=logits.device)
         return ValuedCandidates(ids, torch.empty((0, count, 0), device=logits.device))

@@ -1,4 +1,4 @@
-"""Engines turn a Draw into candidates. This page defines an engine; each file beside it is one.
+"""Engines turn a Draw into candidates. This file defines an engine; each file beside it is one.
 
 An engine module holds a frozen dataclass, its `[engine]` section, whose `load()` returns the
 Engine. An engine forwards every OpenAI field of a body, or refuses it by name in `check`. It never

@@ -168,7 +168,7 @@ class CandidateDraw:
         )
         draw = self.share.draw
         deltas = draw.deltas or self.on_delta is not None
-        if (deltas, has_deadline) == (draw.deltas, draw.has_deadline):
+        if deltas == draw.deltas and has_deadline == draw.has_deadline:
             return draw
         return replace(draw, deltas=deltas, has_deadline=has_deadline)
 
@@ -204,7 +204,7 @@ class CandidateDraw:
     def _numbered(self, candidate: Candidate) -> Candidate:
         """Return a candidate of this draw with the numbers that it has in the plan."""
         share = self.share
-        if (share.index, share.first) == (candidate.draw, 0):
+        if share.index == candidate.draw and share.first == 0:
             # One draw in one batch, the usual case: the engine's number is the plan's.
             return candidate
         return replace(candidate, draw=share.index, index=share.first + candidate.index)

@@ -1,4 +1,4 @@
-"""The methods that a request can name in `align`. This page defines a method.
+"""The methods that a request can name in `align`. This file defines a method.
 
 Each file beside this one is a method: its parameters as a frozen dataclass in the variable
 `plugin`, and its maths as plain functions. A method gets the draft of a plan and returns it with
@@ -60,7 +60,8 @@ class Method(Protocol):
     entries by name, such as `[traits.*]`. A method that multiplies the candidates names the
     parameter in a class attribute `fan_out`, for the message about too many candidates. A method
     that is of no use without a configured reward or value says so in a class attribute `relies_on`:
-    "rewards" or "values".
+    "rewards" or "values". A method that a text completion cannot have, because it changes the
+    messages of a chat, has a class attribute `chat_only` that is True.
     """
 
     stage: ClassVar[Stage]

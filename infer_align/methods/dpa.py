@@ -176,6 +176,7 @@ class DPA:
 
     stage: ClassVar[Stage] = Stage.CONDITION
     needs: ClassVar[frozenset[Capability]] = frozenset()
+    chat_only: ClassVar[bool] = True
     section: ClassVar[type] = Prompting
 
     def apply(self, draft: PlanDraft) -> PlanDraft:

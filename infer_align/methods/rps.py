@@ -55,6 +55,7 @@ class RPS:
 
     stage: ClassVar[Stage] = Stage.PROPOSE
     needs: ClassVar[frozenset[Capability]] = frozenset()
+    chat_only: ClassVar[bool] = True
     relies_on: ClassVar[str] = "rewards"
     fan_out: ClassVar[str] = "k"
 

@@ -1,6 +1,6 @@
 """Rewards score candidates.
 
-This module defines a reward; each other module of the package is one kind.
+This file defines a reward; each file beside it whose name has no underscore is one kind.
 
 A reward module holds a frozen dataclass, the `[rewards.<name>]` section of the configuration. Its
 `load()` returns the Reward.

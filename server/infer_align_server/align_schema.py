@@ -25,10 +25,8 @@ from infer_align.types import Kind
 from infer_align_server.service import Service
 from infer_align_server.wire.response_schemas import STRING, Schema, nullable, ref
 
-# Methods that change the messages of a chat. A text completion has none.
-_CHAT_METHODS = frozenset({"dpa", "rps"})
-# The parameter of a method that names values.
-_VALUE_WEIGHTS = {"vas": "beta", "early_stop": "values"}
+# The kinds of names, in "x-names" of a parameter, that stand for configured values.
+_NAMES_OF_VALUES = frozenset({"values", "estimates"})
 _NULL: Schema = {"type": "null"}
 
 
@@ -41,11 +39,11 @@ def align_schema(service: Service, kind: Kind) -> Schema:
     possible = service.engine.capabilities | service.engine.unknown_capabilities
     for name in registry.methods.names():
         method = registry.methods.get(name)
-        if method.needs <= possible:
+        if kind == "completion" and getattr(method, "chat_only", False):
+            properties[name] = _NULL
+        elif method.needs <= possible:
             narrowed = _narrowed(name, _method_schema(method, service), service)
             properties[name] = nullable(narrowed)
-    if kind == "completion":
-        properties |= dict.fromkeys(_CHAT_METHODS, _NULL)
     presets = list(service.config.presets)
     properties["preset"] = nullable({"enum": presets}) if presets else _NULL
     properties["rewards"] = nullable(_rewards(service.rewards))
@@ -111,11 +109,20 @@ def _narrowed(name: str, schema: Schema, service: Service) -> Schema:
         return {**schema, "properties": {**properties, "order": order}}
     if name == "profile":
         return _profile(schema, service)
-    weights = _VALUE_WEIGHTS.get(name)
-    if weights is not None and service.engine.values:
-        values = _named(properties[weights], service.engine.values)
-        return {**schema, "properties": {**properties, weights: values}}
-    return judge_settings(schema) if name == "trust_judge" else schema
+    if name == "trust_judge":
+        return judge_settings(schema)
+    return {**schema, "properties": _with_values(properties, service)}
+
+
+def _with_values(properties: Mapping[str, Schema], service: Service) -> Mapping[str, Schema]:
+    """Return the parameters of a method; those that name values may name the configured ones."""
+    if not service.engine.values:
+        return properties
+    narrowed = dict(properties)
+    for name, parameter in properties.items():
+        if parameter.get("x-names") in _NAMES_OF_VALUES:
+            narrowed[name] = _named(parameter, service.engine.values)
+    return narrowed
 
 
 def _direction(schema: Schema, service: Service) -> Schema:

@@ -53,6 +53,7 @@ from infer_align_client import (
 )
 from infer_align_server import feedback as served_feedback
 from infer_align_server.wire.response_schemas import SCHEMAS
+from tests.methods.smallest import smallest_align
 
 SAME = [
     (BestOfN, registry.methods.get("best_of_n")),
@@ -117,22 +118,13 @@ def test_extra_body_holds_the_given_keys_and_nothing_else() -> None:
     assert extra_body() == {"align": {}}
     keys: dict[str, Any] = {
         "preset": "p",
-        "dpa": {"direction": {"verbosity": -1.0}},
-        "rps": {"k": 3},
-        "best_of_n": {"n": 2},
-        "adaptive": {"max_n": 8, "batch": 2, "cost": 0.1},
-        "early_stop": {"values": {"helpful": 1.0}},
-        "vas": {"beta": {"helpful": 1.0}},
-        "guidance": {"scale": {"calm": 1.0}},
-        "profile": {"choices": [{"chosen": "a", "rejected": "b"}]},
-        "trust_judge": {"criteria": "brief"},
         "rewards": {"short": 0.0},
         "ensemble": {"objective": "wco"},
-        "compose": {"short": {"shape": "rank"}, "gates": {"short": {"at_least": -9.0}}},
-        "select": {"rule": "shortest"},
         "budget": {"completion_tokens": 100},
         "details": "none",
     }
+    for name in registry.methods.names():
+        keys[name] = smallest_align(name)[name]
     assert set(keys) == set(Align.__annotations__)
     assert extra_body(**keys) == {"align": keys}
     for key, value in keys.items():

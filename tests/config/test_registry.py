@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -24,6 +22,7 @@ from infer_align.rewards import Reward
 from infer_align.rewards.rules import Rules
 from infer_align.rewards.trust_judge import TrustJudgeSection
 from infer_align.types import Capability, Draw
+from tests.methods.smallest import smallest_align
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 LIMITS = Limits(128, 100_000)
@@ -48,21 +47,8 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def align_of(name: str) -> dict[str, Any]:
-    """Return the smallest `align` that uses a method.
-
-    A method with required parameters, or one that needs another method, has it in the constant
-    `ALIGN` of its own tests.
-    """
-    tests = f"tests.methods.test_{name}"
-    if importlib.util.find_spec(tests) is None:
-        return {name: {}}
-    align: dict[str, Any] = getattr(importlib.import_module(tests), "ALIGN", {name: {}})
-    return align
-
-
 def parsed(name: str) -> Any:
-    return parse_request({**BODY, "align": align_of(name)}, "chat", {})
+    return parse_request({**BODY, "align": smallest_align(name)}, "chat", {})
 
 
 def test_a_method_is_a_documented_frozen_dataclass(name: str) -> None:

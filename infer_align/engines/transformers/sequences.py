@@ -217,7 +217,13 @@ def _text_rows(question: SequenceQuestion, source: RowCache) -> list[_TextRow]:
 def _read_prompts(
     model: Model, prompts: Sequence[list[int]], part: int, cells: int
 ) -> Generator[int, None, list[RowCache]]:
-    """Read different prompts; return the keys and values of each, in one row."""
+    """Read different prompts: their common beginning once, then the rest of each.
+
+    It yields as `read_sequences`, and takes its `part` and `cells`.
+
+    Returns:
+        The keys and values of each prompt, in one row.
+    """
     shared = _shared_length(prompts)
     beginning = RowCache()
     for start in range(0, shared, part):
@@ -232,15 +238,18 @@ def _read_prompts(
     while remaining:
         batch = _take_batch(remaining, part, cells)
         cache = _beginnings(batch)
-        for step in _read_new(model, batch, cache, part):
-            yield step.columns * len(batch)
+        for read in _read_new(model, batch, cache, part):
+            yield read.columns * len(batch)
         for i, row in enumerate(batch):
             caches[row] = cache.take([i], len(row.ids))
     return [caches[row] for row in rows]
 
 
 def _read_texts(model: Model, rows: Sequence[_TextRow], part: int, cells: int) -> Iterator[int]:
-    """Read texts after their prompts, and fill in what their questions ask for."""
+    """Read texts after their prompts, and fill in what their questions ask for.
+
+    It yields as `read_sequences`, and takes its `part` and `cells`.
+    """
     tokens = max(1, min(part, LOGITS // model.vocabulary))
     remaining = deque(sorted(rows, key=lambda row: -row.new))
     while remaining:
