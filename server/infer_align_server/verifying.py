@@ -263,8 +263,7 @@ def _parse(service: Service, fields: Mapping[str, Any]) -> Verification:
         check_count("candidates", len(candidates), service.config.limits.max_candidates)
         named = []
         for i, candidate in enumerate(candidates):
-            is_text = isinstance(candidate, str)
-            named.append({"id": str(i), "content": candidate} if is_text else candidate)
+            named.append(_named(i, candidate))
         fields = {**fields, "candidates": named}
     verification = parse(Verification, fields, "")
     _check_ids(verification.candidates)
@@ -276,6 +275,24 @@ def _parse(service: Service, fields: Mapping[str, Any]) -> Verification:
             param="thresholds.reject",
         )
     return verification
+
+
+def _named(index: int, candidate: object) -> Mapping[str, Any]:
+    """Return a candidate as an object; the index of a plain text is its id.
+
+    Raises:
+        InvalidRequest: It is neither a text nor an object.
+    """
+    if isinstance(candidate, str):
+        return {"id": str(index), "content": candidate}
+    if not isinstance(candidate, Mapping):
+        param = f"candidates.{index}"
+        raise InvalidRequest(
+            f"{param}: {quote(candidate)} is not allowed; must be a string or "
+            '{"id": string, "content": string}.',
+            param=param,
+        )
+    return candidate
 
 
 def _check_ids(candidates: Sequence[CandidateAnswer]) -> None:

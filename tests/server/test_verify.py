@@ -124,6 +124,9 @@ def test_a_trusted_context_is_the_turn_of_the_system(serve: Callable[[str], Live
         ({"candidates": []}, "candidates"),
         ({"candidates": ["a"] * 129}, "candidates"),
         ({"candidates": [ANSWERS[0], ANSWERS[0]]}, "candidates[1].id"),
+        ({"candidates": ["a", 1]}, "candidates.1"),
+        ({"candidates": ["a", None]}, "candidates.1"),
+        ({"candidates": [{"id": "a"}]}, "candidates.0.content"),
         ({"thresholds": {"approve": 1.5}}, "thresholds.approve"),
         ({"thresholds": {"approve": 0.2, "reject": 0.3}}, "thresholds.reject"),
         ({"thresholds": {"tei": 0.2}}, "thresholds.tei"),
@@ -140,6 +143,13 @@ def test_a_wrong_field_is_named(numbers: Live, fields: Any, param: str) -> None:
     assert answer.json()["error"]["param"] == param
     if not fields.get("candidates", True):
         assert answer.json()["error"]["code"] == "no_candidate"
+
+
+def test_a_candidate_may_be_a_text_or_an_object(numbers: Live) -> None:
+    answer = numbers.post({"task": "t", "candidates": [["a"]]}, "/v1/align/verify")
+    assert answer.status_code == 400
+    allowed = 'must be a string or {"id": string, "content": string}.'
+    assert answer.json()["error"]["message"].endswith(allowed)
 
 
 def test_the_older_form_of_the_router_has_one_answer_and_one_threshold(numbers: Live) -> None:
