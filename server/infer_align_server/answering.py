@@ -53,8 +53,8 @@ async def answer_all(
     deadline_seconds = plans[0].deadline_seconds
     work: list[_Work] = []
     charges: list[Charge] = []
+    limited = service.tokens.limited
     for i, plan in enumerate(plans):
-        limited = service.tokens.limited
         charge = Charge(plan.worst_case_tokens, limited=limited, context_cost=plan.context_cost)
         first_choice = i * plan.n_returned
         work.append(_Work(service, plan, charge, _shifted(on_delta, first_choice), on_candidate))
