@@ -20,6 +20,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 # Buffers grow by this many columns at a time, so that most steps write in place.
 GROWTH = 64
+# The buffer of a layer until its first columns arrive, which set the type and the device.
+_NO_COLUMNS = torch.empty((0, 0, 0, 0))
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -36,9 +38,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.columns = 0
-        # Empty until the first columns arrive, which set the shape, the type and the device.
-        self._key_buffer = torch.empty((0, 0, 0, 0))
-        self._value_buffer = torch.empty((0, 0, 0, 0))
+        self._key_buffer = _NO_COLUMNS
+        self._value_buffer = _NO_COLUMNS
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -112,9 +113,11 @@ class RowCache(Cache):  # type: ignore[misc]
     def take(self, rows: list[int], columns: int) -> RowCache:
         """Return the last `columns` columns of these rows, in this order. Rows may repeat."""
         selection = RowCache()
+        if not self.layers:
+            return selection
         start = self.length - columns
+        index = torch.tensor(rows, device=self.layers[0].keys.device)
         for layer in self.layers:
-            index = torch.tensor(rows, device=layer.keys.device)
             selection._append_layer(layer.keys[index, :, start:], layer.values[index, :, start:])
         return selection
 

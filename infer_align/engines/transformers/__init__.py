@@ -30,8 +30,7 @@ from infer_align.decoding.sequences import SequenceLogprobs, SequenceQuery
 from infer_align.engines import Engine, Stream
 from infer_align.engines.transformers import form as answer_form
 from infer_align.engines.transformers.draw import ALSO_READ, ReadDraw, count_prompt, read_draw
-from infer_align.engines.transformers.echo import lists_prompt, submit_with_prompt
-from infer_align.engines.transformers.form import AnswerForm
+from infer_align.engines.transformers.echo import lists_prompt, start_reading
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.reading import Question
 from infer_align.engines.transformers.room import Room
@@ -123,12 +122,14 @@ plugin = Transformers
 
 
 class _Started(NamedTuple):
-    """The parts of an engine that has started."""
+    """The parts of an engine that has started, and facts of its tokenizer."""
 
     model: Model
     values: LoadedValues
     grammars: ConstraintCompiler
     scheduler: Scheduler
+    control_tokens: frozenset[str]
+    has_system_role: bool
 
 
 class TransformersEngine(Engine):
@@ -174,9 +175,8 @@ class TransformersEngine(Engine):
         values = LoadedValues(model.frozen(config.model))
         for name, value in self.values.items():
             await asyncio.to_thread(values.add, name, value)
-        grammars = await asyncio.to_thread(
-            ConstraintCompiler, model.tokenizer, model.vocabulary, model.eos
-        )
+        tokenizer, eos = model.tokenizer, model.eos
+        grammars = await asyncio.to_thread(ConstraintCompiler, tokenizer, model.vocabulary, eos)
         scheduler = Scheduler(
             model,
             values,
@@ -185,7 +185,8 @@ class TransformersEngine(Engine):
             kv_cache_gib=config.kv_cache_gib,
         )
         scheduler.start()
-        self._started = _Started(model, values, grammars, scheduler)
+        controls, sees_system = control_tokens(tokenizer), has_system_role(tokenizer)
+        self._started = _Started(model, values, grammars, scheduler, controls, sees_system)
 
     def _load_model(self) -> Model:
         config = self.config
@@ -257,11 +258,12 @@ class TransformersEngine(Engine):
         """
         SamplingParams.from_body(draw.body, draw.kind, also_read=ALSO_READ[draw.kind])
         stop_token_ids(draw.body)
-        form = AnswerForm.read(draw)
-        if self._started:
-            self._started.values.check(draw)
-            form.check(self._started.grammars)
-        if self._started and draw.guidance is not None:
+        form = answer_form.AnswerForm.read(draw)
+        if self._started is None:
+            return
+        self._started.values.check(draw)
+        form.check(self._started.grammars)
+        if draw.guidance is not None:
             # The prompts of traits have to fit before anything is spent.
             self._read(draw)
 
@@ -280,7 +282,7 @@ class TransformersEngine(Engine):
             InvalidRequest: the prompt cannot be rendered, or prompt and completion do not fit.
             Unavailable: the engine has not started or was closed.
         """
-        model, values, grammars, scheduler = self._parts()
+        started = self._parts()
         read = self._read(draw)
         job = Job(
             draw,
@@ -288,39 +290,39 @@ class TransformersEngine(Engine):
             read.prompt,
             read.max_tokens,
             guiding=read.guiding,
-            steering=values.steering_values(draw),
-            estimates=values.estimate_values(draw),
-            constraint=read.form.constraint(grammars, read.tools),
-            call_constraint=read.form.call_constraint(grammars, read.tools),
+            steering=started.values.steering_values(draw),
+            estimates=started.values.estimate_values(draw),
+            constraint=read.form.constraint(started.grammars, read.tools),
+            call_constraint=read.form.call_constraint(started.grammars, read.tools),
             tools=read.tools,
             stop_ids=read.stop_ids,
         )
-        if not scheduler.is_alive():
+        if not started.scheduler.is_alive():
             raise Unavailable("the engine was shut down")
         if lists_prompt(job):
-            reading = job.loop.create_task(submit_with_prompt(model, scheduler, job))
+            reading = start_reading(started.model, started.scheduler, job)
             self._readings.add(reading)
             reading.add_done_callback(self._readings.discard)
             return job.stream
         # Submit in the next round of the event loop: draws that begin together, such as those of
         # several directions, are then prefilled together.
-        job.loop.call_soon(scheduler.submit_later, job)
+        job.loop.call_soon(started.scheduler.submit_later, job)
         return job.stream
 
     def _read(self, draw: Draw) -> ReadDraw:
-        model, _, _, scheduler = self._parts()
-        room = Room(self.context_length, scheduler.capacity, self.config.max_batch)
-        return read_draw(draw, model, room, self.default_max_tokens)
+        started = self._parts()
+        room = Room(self.context_length, started.scheduler.capacity, self.config.max_batch)
+        return read_draw(draw, started.model, room, self.default_max_tokens)
 
     @property
     def control_tokens(self) -> frozenset[str]:
         """The control tokens of the tokenizer; none before the engine has started."""
-        return control_tokens(self._started.model.tokenizer) if self._started else frozenset()
+        return self._started.control_tokens if self._started else frozenset()
 
     @property
     def has_system_role(self) -> bool:
         """True unless the chat template leaves system messages out."""
-        return self._started is None or has_system_role(self._started.model.tokenizer)
+        return self._started is None or self._started.has_system_role
 
     def text_of_tokens(self, tokens: Sequence[int]) -> str:
         """Return the text of a prompt of token ids.
@@ -361,11 +363,11 @@ class TransformersEngine(Engine):
             EngineFailed: the prompt does not fit the context or the cache, or the model failed.
             Unavailable: the engine has not started or was closed.
         """
-        model, _, _, scheduler = self._parts()
-        tree = self._tree(model, query.labels)
-        ids = model.render(Draw({"messages": query.messages}), query.prefix).ids
+        started = self._parts()
+        tree = self._tree(started.model, query.labels)
+        ids = started.model.render(Draw({"messages": query.messages}), query.prefix).ids
         longest = len(ids) + max(len(path) for path in tree.readings)
-        if longest > min(self.context_length, scheduler.capacity):
+        if longest > min(self.context_length, started.scheduler.capacity):
             raise EngineFailed(
                 f"a judge's prompt of {len(ids)} tokens does not fit the context of "
                 f"{self.context_length}.",
@@ -374,7 +376,7 @@ class TransformersEngine(Engine):
         question = Question(ids, tree)
         # Let concurrent callers tokenize first, so that their questions are read together.
         await asyncio.sleep(0)
-        scheduler.submit(question)
+        started.scheduler.submit(question)
         measured = await question.answer
         return LabelLogprobs(tree.logprobs(measured), len(ids), len(tree.readings))
 
@@ -387,12 +389,12 @@ class TransformersEngine(Engine):
             EngineFailed: the model failed.
             Unavailable: the engine has not started or was closed.
         """
-        model, values, _, scheduler = self._parts()
-        heads = values.estimating(query.values)
-        longest = min(self.context_length, scheduler.capacity)
-        prompt, texts = query_tokens(model, query, longest)
+        started = self._parts()
+        heads = started.values.estimating(query.values)
+        longest = min(self.context_length, started.scheduler.capacity)
+        prompt, texts = query_tokens(started.model, query, longest)
         question = SequenceQuestion(prompt, texts, heads)
         # Let concurrent callers tokenize first, so that their questions are read together.
         await asyncio.sleep(0)
-        scheduler.submit(question)
+        started.scheduler.submit(question)
         return await question.answer

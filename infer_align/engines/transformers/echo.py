@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from infer_align.engines.transformers.choices import Entry, prompt_entries
 from infer_align.engines.transformers.model import Model
 from infer_align.engines.transformers.rows import Job
@@ -15,8 +17,15 @@ def lists_prompt(job: Job) -> bool:
     return job.params.echo and job.params.logprobs is not None
 
 
-async def submit_with_prompt(model: Model, scheduler: Scheduler, job: Job) -> None:
-    """Read the logprobs of a job's prompt, and submit the job. A failure ends its stream."""
+def start_reading(model: Model, scheduler: Scheduler, job: Job) -> asyncio.Task[None]:
+    """Return a task that reads the logprobs of a job's prompt, then submits the job.
+
+    A failure ends the job's stream.
+    """
+    return job.loop.create_task(_submit_with_prompt(model, scheduler, job))
+
+
+async def _submit_with_prompt(model: Model, scheduler: Scheduler, job: Job) -> None:
     try:
         job.entries = await _read(model, scheduler, job.prompt.ids)
         if not job.closed:

@@ -16,6 +16,11 @@ from infer_align.messages import Conversation, calls_as_text, normalize, part_te
 from infer_align.messages import render as render_messages
 from infer_align.types import Body, Messages
 
+# How a template is rendered is the engine's business; a client sets variables of the template.
+_RENDERING_OPTIONS = frozenset(
+    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -171,8 +176,7 @@ def _template_variables(variables: object) -> Mapping[str, Any]:
             f"{path}: {quote(variables)} is not an object; allowed: the template's variables.",
             param=path,
         )
-    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    for name in sorted(variables.keys() & parameters.keys()):
+    for name in sorted(variables.keys() & _RENDERING_OPTIONS):
         raise InvalidRequest(
             f"{path}.{name}: is not a variable of the template; leave it out.", param=path
         )

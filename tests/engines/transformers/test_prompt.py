@@ -159,3 +159,24 @@ async def test_a_direction_is_refused_where_the_model_would_not_see_it(
                 with pytest.raises(Unsupported, match=r'set \[dpa\] placement = "user"') as error:
                     make_plan(request, engine, {}, {}, Limits())
                 assert error.value.param == "align.dpa"
+
+
+@pytest.mark.anyio
+async def test_a_request_renders_the_template_once(serving, language_model, tmp_path, monkeypatch):
+    shutil.copytree(language_model(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(STRICT)
+    request = parse_request({"messages": [USER], "max_tokens": 1}, "chat", {})
+    renderings = []
+    async with serving(model=str(tmp_path)) as engine:
+        tokenizer = engine.frozen.tokenizer
+        render_template = tokenizer.apply_chat_template
+
+        def count(*arguments: Any, **options: Any) -> Any:
+            renderings.append(render_template(*arguments, **options))
+            return renderings[-1]
+
+        monkeypatch.setattr(tokenizer, "apply_chat_template", count)
+        plan = make_plan(request, engine, {}, {}, Limits())
+        (draw,) = plan.draws
+        await engine.generate(draw)
+    assert renderings == ["[user]hi[assistant]"]
