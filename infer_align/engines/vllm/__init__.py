@@ -108,6 +108,7 @@ class _Started:
     frontend: Frontend
     values: EngineValues
     fetcher: EstimateFetcher
+    control_tokens: frozenset[str]
 
 
 class VllmEngine(Engine):
@@ -173,7 +174,8 @@ class VllmEngine(Engine):
         fetcher = EstimateFetcher(partial(call_workers, engine, "infer_align_take_estimates"))
         self._resources.callback(fetcher.close)
         self._set_capabilities(engine, frontend, values)
-        self._started = _Started(engine, frontend, values, fetcher)
+        controls = control_tokens(frontend.tokenizer)
+        self._started = _Started(engine, frontend, values, fetcher, controls)
 
     def _set_capabilities(
         self, engine: AsyncEngine, frontend: Frontend, values: EngineValues
@@ -314,9 +316,7 @@ class VllmEngine(Engine):
     @property
     def control_tokens(self) -> frozenset[str]:
         """The tokens of the tokenizer that are not text."""
-        if self._started is None:
-            return frozenset()
-        return control_tokens(self._started.frontend.tokenizer)
+        return self._started.control_tokens if self._started else frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
