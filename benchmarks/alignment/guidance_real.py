@@ -36,7 +36,7 @@ from benchmarks.alignment.report import OUT, argument_parser, difference, mean_s
 from benchmarks.record import RESULTS, record
 from benchmarks.serving.client import serving as serving_http
 from infer_align.decoding.sequences import SequenceQuery
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.quickstart import CONFIG
 from infer_align.quickstart.rewards import cheerfulness
 from infer_align.types import Array

@@ -58,7 +58,7 @@ from benchmarks.demo.values import SAMPLING
 from benchmarks.record import RESULTS, record
 from infer_align import config
 from infer_align.demo import path, world
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.fitting import HELD_OUT_SHARE
 from infer_align.fitting.regression import split_by_prompt
 from infer_align.methods.best_of_n import kl_upper_bound

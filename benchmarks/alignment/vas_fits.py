@@ -45,7 +45,7 @@ from benchmarks.alignment.flow import serving
 from benchmarks.alignment.real import MEASURES
 from benchmarks.alignment.report import OUT, argument_parser, difference
 from benchmarks.record import record
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.fitting import regression
 from infer_align.fitting.regression import HeadTensors, Replies
 from infer_align.fitting.samples import read_prompts, read_states

@@ -17,7 +17,7 @@ from benchmarks.demo import measure
 from benchmarks.demo.preference import score
 from infer_align import objectives
 from infer_align.demo import path, world
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.fitting.curve import BetaSample, suggest_beta
 from infer_align.fitting.samples import draw_candidates
 from infer_align.methods.best_of_n import expected_best, kl_upper_bound

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from benchmarks.record import record
 from benchmarks.serving.rows import Row
 from infer_align import config, quickstart
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 
 
 class Case(NamedTuple):

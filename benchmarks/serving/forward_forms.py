@@ -33,7 +33,8 @@ from benchmarks.serving.rows import Row
 from infer_align import config, quickstart
 from infer_align.decoding.cache import RowCache
 from infer_align.demo.locate import locate
-from infer_align.engines.transformers import Transformers, TransformersEngine
+from infer_align.engines.transformers import Transformers
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.engines.transformers.linear_layers import quicken_linear_layers
 
 OUT = Console(width=110)

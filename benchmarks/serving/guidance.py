@@ -28,7 +28,7 @@ from benchmarks.serving.cases import (
     two_models,
 )
 from benchmarks.serving.rows import Row, print_rows, row
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.steering import Contrast, Guidance
 from infer_align.types import Draw
 

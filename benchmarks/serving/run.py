@@ -27,7 +27,8 @@ from benchmarks.serving.client import DEMO, Connection, closed_loop, serving
 from benchmarks.serving.overhead import CONCURRENCY, compare_overhead
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.demo import world
-from infer_align.engines.transformers import Transformers, TransformersEngine
+from infer_align.engines.transformers import Transformers
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.types import Draw
 
 FAKE = (*DEMO, "--set", "engine.kind=fake", "--set", "engine.model=demo")

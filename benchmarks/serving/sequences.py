@@ -26,7 +26,7 @@ from benchmarks.serving.cases import (
 )
 from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.decoding.sequences import SequenceQuery
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.types import Draw
 
 CANDIDATES = 8

@@ -24,7 +24,7 @@ from benchmarks.record import record
 from benchmarks.serving.answers import WrongAnswerError, draw_candidates
 from benchmarks.serving.rows import Row, print_rows, ratio_row
 from infer_align import config, quickstart
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.types import Draw
 
 # By type of the engine: that of the baseline. `generate` has no int8 weights.

@@ -29,7 +29,7 @@ from benchmarks.serving.answers import draw_candidates
 from benchmarks.serving.rows import Row, print_rows, ratio_row
 from infer_align import config
 from infer_align.demo import world
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.steering import Steering
 from infer_align.types import Draw
 

@@ -23,7 +23,7 @@ from infer_align.checkpoints.complete import check_complete
 from infer_align.checkpoints.rope import fix_rope
 from infer_align.config.fitting import FitConfig
 from infer_align.demo.locate import locate
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.fitting import curve, regression
 from infer_align.fitting.baseline import BestOfPoint, best_of_n

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer_align.config.fitting import FitConfig
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.fitting.samples import draw_candidates, score_candidates
 from infer_align.fitting.samples_file import Conversation, SamplingConfig
 from infer_align.rewards import Reward

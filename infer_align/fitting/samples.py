@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from infer_align.engines.transformers import TransformersEngine
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.engines.transformers.model import Model
 from infer_align.errors import ConfigError, EngineFailed, InvalidRequest
 from infer_align.fitting.progress import Pace

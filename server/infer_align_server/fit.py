@@ -27,7 +27,7 @@ from infer_align_server import logs
 from infer_align_server.arguments import configuration, seed
 
 if TYPE_CHECKING:
-    from infer_align.engines.transformers import TransformersEngine
+    from infer_align.engines.transformers.engine import TransformersEngine
     from infer_align.fitting import FitReport
     from infer_align.fitting.samples_file import Conversation, SamplingConfig, ScoredReply
 
@@ -203,7 +203,7 @@ def _engine(config: Config) -> TransformersEngine:
     Raises:
         ConfigError: It does not give hidden states.
     """
-    from infer_align.engines.transformers import TransformersEngine
+    from infer_align.engines.transformers.engine import TransformersEngine
 
     engine = config.load_engine()
     if not isinstance(engine, TransformersEngine):

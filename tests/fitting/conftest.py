@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from infer_align.engines.transformers import Transformers, TransformersEngine
+from infer_align.engines.transformers import Transformers
+from infer_align.engines.transformers.engine import TransformersEngine
 from infer_align.fitting.regression import Replies
 from infer_align.rewards import Messages, Reward, RewardScores
 from infer_align.types import Candidate
