@@ -62,6 +62,17 @@ def device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def several_threads() -> Generator[int]:
+    """Let torch compute with two threads, whatever this machine has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def byte_level() -> Any:
     """A byte-level BPE tokenizer: any text, every byte a token."""

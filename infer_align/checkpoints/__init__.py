@@ -6,4 +6,5 @@ Engines, rewards and values load models with transformers. What they share stand
     errors.py    the errors of a folder that cannot be loaded
     gguf.py      read a GGUF file, converted once to a folder that transformers loads quickly
     folders.py   the cache of converted folders
+    threads.py   one CPU thread for a small model
 """

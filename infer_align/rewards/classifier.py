@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from infer_align.checkpoints.complete import check_complete
 from infer_align.checkpoints.errors import LOAD_ERRORS
 from infer_align.checkpoints.rope import by_rope_factors
+from infer_align.checkpoints.threads import compute_alone
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.messages import Conversation
@@ -83,8 +84,19 @@ class ClassifierReward(RewardModelEnsemble["_TorchModel"], ComparableReward):
         super().__init__(config)
         self._waiting: list[_WaitingText] = []
         self._worker: asyncio.Task[None] | None = None
-        # One thread is enough: torch uses every available core by itself.
+        # One thread is enough: torch uses every core by itself where that pays.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="classifier")
+
+    async def start(self) -> None:
+        """Load the models, and set the CPU threads that they are worth.
+
+        Raises:
+            ConfigError: see `RewardModelEnsemble.start`.
+        """
+        await super().start()
+        models = [model.model for model in self._models]
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, compute_alone, models)
 
     async def _load(self, path: str) -> _TorchModel:
         loop = asyncio.get_running_loop()

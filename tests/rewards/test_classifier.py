@@ -549,3 +549,15 @@ def test_scaling_converts_the_labels_of_the_published_model() -> None:
         converted = scale_scores(values, scaling, names)[:, 0, 0]
         np.testing.assert_allclose(converted, case["helpsteer_0_4"], atol=1e-9)
     assert len(cases) >= 8
+
+
+async def test_small_reward_models_compute_with_one_thread(reward_model, several_threads):
+    reward = await started(model=reward_model("Llama"))
+    counts = set()
+    reward._models[0].model.register_forward_pre_hook(
+        lambda *_: counts.add(torch.get_num_threads())
+    )
+    await reward.score(ASK, candidates())
+    await reward.close()
+    assert counts == {1}
+    assert torch.get_num_threads() == several_threads

@@ -60,7 +60,11 @@ class Transformers:
     )
     threads: int | None = field(
         default=None,
-        metadata={"ge": 1, "description": "CPU threads of torch. Default: torch's own choice."},
+        metadata={
+            "ge": 1,
+            "description": "CPU threads of torch. Default: one for a model under 30 million "
+            "weights, which several threads slow down, else torch's own choice.",
+        },
     )
     chat_template: str | None = field(
         default=None,

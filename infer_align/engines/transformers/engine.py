@@ -113,6 +113,7 @@ class TransformersEngine(Engine):
             max_batch=config.max_batch,
             prefill_tokens=config.prefill_tokens,
             kv_cache_gib=config.kv_cache_gib,
+            fits_threads=config.threads is None,
         )
         scheduler.start()
         controls, sees_system = control_tokens(tokenizer), has_system_role(tokenizer)

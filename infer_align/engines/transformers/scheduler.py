@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from infer_align.checkpoints.threads import compute_alone
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.constraint import constrain
 from infer_align.decoding.estimates import expected_values
@@ -43,6 +44,7 @@ class Scheduler(threading.Thread):
         max_batch: candidates that are decoded at once; each guiding context counts as one more.
         prefill_tokens: prompt tokens that are read between two decoding steps.
         kv_cache_gib: memory for keys and values.
+        fits_threads: True if the size of the model decides whether torch uses several CPU threads.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Scheduler(threading.Thread):
         max_batch: int,
         prefill_tokens: int,
         kv_cache_gib: float,
+        fits_threads: bool,
     ) -> None:
         super().__init__(name="scheduler", daemon=True)
         self._model = model
@@ -60,6 +63,7 @@ class Scheduler(threading.Thread):
         self._max_batch = max_batch
         self._prefill_tokens = prefill_tokens
         self._cache_bytes = kv_cache_gib * 2**30
+        self._fits_threads = fits_threads
         # None wakes the thread.
         self._inbox: queue.SimpleQueue[Job | AnyQuestion | None] = queue.SimpleQueue()
         self._outbox = Outbox()
@@ -103,6 +107,8 @@ class Scheduler(threading.Thread):
 
     def run(self) -> None:
         """Step until stopped, then end what is left with an error."""
+        if self._fits_threads:
+            compute_alone([self._model.lm])
         with torch.inference_mode():
             while not self._stopping:
                 self._receive()

@@ -53,6 +53,18 @@ async def test_candidates_of_a_draw_share_its_prefill(serving, draw, finish):
     assert forwards == [(1, prompt), (8, 1), (8, 1), (8, 1)]
 
 
+@pytest.mark.parametrize(("threads", "expected"), [(None, 1), (2, 2)])
+async def test_a_small_model_decodes_with_one_thread_unless_told(
+    serving, draw, finish, several_threads, threads, expected
+):
+    counts = set()
+    async with serving(threads=threads) as engine:
+        Forwards(engine).before = lambda step: counts.add(torch.get_num_threads())
+        await finish(engine, draw(max_tokens=2))
+    assert counts == {expected}
+    assert torch.get_num_threads() == several_threads
+
+
 async def test_prompts_are_read_in_parts_and_short_ones_together(serving, draw, finish):
     async with serving(prefill_tokens=16) as engine:
         forwards = Forwards(engine)
