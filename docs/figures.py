@@ -178,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forward-forms": forward_forms,
     "gateways": gateways,
     "scenarios": scenarios,
+    "threads": ratios("threads"),
     "telemetry-cost": telemetry_cost,
     "trace": trace,
     "judge-results": ratios("judge_speed"),

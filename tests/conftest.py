@@ -319,12 +319,19 @@ LONG_FILES = (
 )
 
 
+def _vllm_group(item: pytest.Item) -> str:
+    in_folder = Path(__file__).parent / "engines" / "vllm" in item.path.parents
+    reads_server = in_folder and "live" in getattr(item, "fixturenames", ())
+    return "vllm server" if reads_server else "vllm"
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Choose which tests one worker of a parallel run takes together, and in which order.
 
-    A worker takes the tests of a file, so that no other builds the file's fixtures again. One
-    worker runs all tests on vLLM: they share an engine, and two would share the cores.
+    A worker takes the tests of a file, so that no other builds the file's fixtures again. Tests on
+    vLLM are two groups: those of the server that they share, and those that start engines of their
+    own. An engine that starts in the server's process would take over vLLM's metrics.
 
     Tests on vLLM are skipped if it is not installed. Importing it to find out takes a second.
     """
@@ -340,7 +347,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=start_position)
     for item in items:
         if item.get_closest_marker("vllm"):
-            item.add_marker(pytest.mark.xdist_group("vllm"))
+            item.add_marker(pytest.mark.xdist_group(_vllm_group(item)))
             if not is_installed:
                 item.add_marker(pytest.mark.skip("vLLM is not installed"))
         elif not item.get_closest_marker("xdist_group"):

@@ -3,7 +3,7 @@
 The client shares the machine with the server, as on the machine of somebody who tries the demo.
 Both servers run at once; in each round one serves after the other, in an order that is drawn.
 
-    python benchmarks/serving/threads.py [--rounds 9]
+    python -m benchmarks.serving.threads [--rounds 9]
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ from threading import Thread
 
 import torch
 
-# From this number of weights on, several threads decode faster. benchmarks/serving/threads.py
-# measures it.
+# Requests per second with two threads on two cores, over those with one: 0.65 to 0.90 for Llamas of
+# 2 to 11 million weights, 0.88 to 1.06 for 21 and 42 million, 0.93 to 1.29 for 135 million.
+# The clients ran beside the server, 1 to 32 at once.
 SMALL_MODEL = 30_000_000
 
 

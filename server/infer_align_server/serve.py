@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from time import monotonic
 from types import FrameType
@@ -50,8 +51,9 @@ class DrainingServer(uvicorn.Server):  # type: ignore[misc]
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Start to drain on SIGTERM or SIGINT; a second SIGINT ends the process at once."""
         # The signal may interrupt a write to standard error, and draining writes to the log. A
-        # write inside a write fails, so the drain begins in the next round of the event loop.
-        self._loop.call_soon_threadsafe(self._service.drain)
+        # write inside a write fails, so the drain begins in the next round of the event loop. It
+        # belongs to no request, so it does not inherit the context of the interrupted one.
+        self._loop.call_soon_threadsafe(self._service.drain, context=Context())
         super().handle_exit(sig, frame)
         # uvicorn raises the captured signals again after the drain. Remove SIGTERM, so that the
         # exit status is 0.

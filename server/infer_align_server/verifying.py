@@ -300,9 +300,9 @@ def _check_ids(candidates: Sequence[CandidateAnswer]) -> None:
     for i, candidate in enumerate(candidates):
         if candidate.id in first_index:
             raise InvalidRequest(
-                f"candidates[{i}].id: {quote(candidate.id)} is also the id of "
-                f"candidates[{first_index[candidate.id]}]; each needs its own.",
-                param=f"candidates[{i}].id",
+                f"candidates.{i}.id: {quote(candidate.id)} is also the id of "
+                f"candidates.{first_index[candidate.id]}; each needs its own.",
+                param=f"candidates.{i}.id",
             )
         first_index[candidate.id] = i
 

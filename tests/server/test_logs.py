@@ -5,10 +5,22 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
+import signal
 
 import pytest
+import uvicorn
 
-from infer_align_server.logs import REDACTED, AccessLog, JsonFormatter
+from infer_align.config import config
+from infer_align_server.app import create_app
+from infer_align_server.logs import (
+    REDACTED,
+    AccessLog,
+    JsonFormatter,
+    RequestIdFilter,
+    access_fields,
+)
+from infer_align_server.serve import DrainingServer
 
 pytestmark = pytest.mark.anyio
 
@@ -58,3 +70,20 @@ async def test_a_closed_log_writes_nothing() -> None:
     log.write({"route": "/a"})
     await one_round()
     assert not text.getvalue()
+
+
+async def test_a_drain_that_interrupts_a_request_does_not_have_its_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.handler.addFilter(RequestIdFilter())
+    app = create_app(config.load(None, ["engine.kind=fake", "rewards={}", "values={}"]))
+    server = DrainingServer(uvicorn.Config(app), app.state.service)
+    token = access_fields.set({"request_id": "interrupted"})
+    logging.getLogger("infer_align").info("beside the signal")
+    server.handle_exit(signal.SIGTERM, None)
+    access_fields.reset(token)
+    await one_round()
+    ids = {record.message: getattr(record, "request_id", None) for record in caplog.records}
+    assert ids["beside the signal"] == "interrupted"
+    assert ids["drain started"] is None

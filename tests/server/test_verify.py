@@ -123,7 +123,7 @@ def test_a_trusted_context_is_the_turn_of_the_system(serve: Callable[[str], Live
         ({"candidates": None}, "candidates"),
         ({"candidates": []}, "candidates"),
         ({"candidates": ["a"] * 129}, "candidates"),
-        ({"candidates": [ANSWERS[0], ANSWERS[0]]}, "candidates[1].id"),
+        ({"candidates": [ANSWERS[0], ANSWERS[0]]}, "candidates.1.id"),
         ({"candidates": ["a", 1]}, "candidates.1"),
         ({"candidates": ["a", None]}, "candidates.1"),
         ({"candidates": [{"id": "a"}]}, "candidates.0.content"),

@@ -27,7 +27,7 @@ MAX_HEAD_BYTES = 64 * 1024
 REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
 
 
-class _HeadTooLargeError(Exception):
+class _RefusedHeadError(Exception):
     """Raised inside the parser to end the request."""
 
 
@@ -106,7 +106,8 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
     """An HTTP protocol that refuses large and slow heads.
 
     A head that is too large gets status 431. The connection of a head that takes too long is
-    closed. Bytes that are not HTTP get status 400. Errors have OpenAI's format.
+    closed. Bytes that are not HTTP get status 400, and so does a head that two programs could read
+    in two ways. Errors have OpenAI's format.
 
     It is a `Connection` of its requests: they see at once that their client left, without a task
     that waits for it.
@@ -128,6 +129,8 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._begun = 0
         self._is_ending = False
         self._head_bytes = 0
+        # The reason why a complete head is refused.
+        self._refusal = ""
         self._timer: asyncio.TimerHandle | None = None
         self._is_lost = False
         self._watches: list[Callable[[], None]] = []
@@ -204,18 +207,19 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         self._head_bytes = 0
 
     def on_headers_complete(self) -> None:
-        """Check the size of a complete head.
+        """Check a complete head.
 
         Raises:
-            _HeadTooLargeError: The head is over the limit.
+            _RefusedHeadError: It is over the limit, or can be read in two ways.
         """
         self._in_head = False
         self._stop_timer()
         self._head_bytes = len(self.url)
         for name, value in self.headers:
             self._head_bytes += len(name) + len(value)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise _HeadTooLargeError
+        self._refusal = self._ambiguity()
+        if self._refusal or self._head_bytes > MAX_HEAD_BYTES:
+            raise _RefusedHeadError
         if self.parser.should_upgrade() and self._may_decline():
             self.declines = True
             return
@@ -223,6 +227,20 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
         if self._is_ending and self.cycle is not None:
             # The server ends after this request, so the answer closes the connection.
             self.cycle.keep_alive = False
+
+    def _ambiguity(self) -> str:
+        """Return why two programs could read the head in two ways; "" if they could not."""
+        hosts = 0
+        for name, value in self.headers:
+            if name == b"host":
+                hosts += 1
+            elif name == b"transfer-encoding" and value.lower() != b"chunked":
+                return 'the only Transfer-Encoding that is read is "chunked".'
+        if hosts > 1:
+            return "it has more than one Host header; send one."
+        if not hosts and self.parser.get_http_version() == "1.1":
+            return "it has no Host header; send one."
+        return ""
 
     def on_message_complete(self) -> None:
         """End a request, unless its head is to be parsed once more."""
@@ -245,7 +263,10 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
                 status=431,
             )
         else:
-            error = InvalidRequest(f"This is not an HTTP request: {msg}", code="invalid_http")
+            reason = self._refusal or msg
+            error = InvalidRequest(
+                f"This is not a valid HTTP request: {reason}", code="invalid_http"
+            )
         body = dumps(error_json(error))
         head = (
             b"HTTP/1.1 %d %s\r\n"

@@ -50,6 +50,10 @@ AMBIGUOUS = {
     "unknown coding": b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     "coding after chunks": b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
     "space before the colon": b"Content-Length : 0\r\n\r\n",
+    "compressed chunks": b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "two codings": b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "two hosts": b"Host: y\r\nContent-Length: 0\r\n\r\n",
+    "the host twice": b"HOST: x\r\nContent-Length: 0\r\n\r\n",
     "bad chunk size": b"Transfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
     "huge chunk size": b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\n\r\n",
     "NUL in a value": b"X-A: a\x00b\r\nContent-Length: 0\r\n\r\n",
@@ -82,6 +86,37 @@ def test_bytes_that_are_not_http_are_400(numbers: Any, text: bytes) -> None:
     answer = talk(numbers, text)
     assert statuses(answer) == [400]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
+REFUSED_HEADS = {
+    b"GET /health HTTP/1.1\r\n\r\n": "it has no Host header; send one.",
+    b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n": "more than one Host header; send one.",
+    HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n": "Transfer-Encoding that is read is",
+}
+
+
+@pytest.mark.parametrize(("head", "reason"), REFUSED_HEADS.items(), ids=REFUSED_HEADS.values())
+def test_a_head_that_can_be_read_in_two_ways_is_told_why(
+    numbers: Any, head: bytes, reason: str
+) -> None:
+    answer = talk(numbers, head)
+    assert statuses(answer) == [400]
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert error["code"] == "invalid_http"
+    assert reason in error["message"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /health HTTP/1.0\r\n\r\n",  # as some load balancers ask
+        b"GET /health HTTP/1.1\r\nHost:\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: [::1]:8000\r\n\r\n",
+        HEAD + b"Transfer-Encoding: Chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY),
+    ],
+)
+def test_a_head_with_at_most_one_meaning_is_answered(numbers: Any, head: bytes) -> None:
+    assert statuses(talk(numbers, head, answers=1)) == [200]
 
 
 OFFERS = {
