@@ -132,6 +132,7 @@ class SamplingParams:
 
     Attributes:
         top_k: 0 and -1 mean the whole vocabulary.
+        min_tokens: tokens before the one that may end the text, or complete a stop string.
         logprobs: alternatives that are reported per token; None for no logprobs at all.
     """
 

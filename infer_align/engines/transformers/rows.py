@@ -260,7 +260,7 @@ class Row:
         if self._ends_with(token):
             self.finish_reason = "stop"
             return self.finish()
-        piece = self.text.push(token)
+        piece = self.text.push(token, may_stop=len(self.tokens) > self.params.min_tokens)
         if self.text.stopped or self._follows_to_the_end(token):
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.job.max_tokens:
