@@ -102,7 +102,7 @@ class Range:
 
     @property
     def description(self) -> str:
-        """The allowed values in words, such as "an integer from 1 to 20"."""
+        """Return the allowed values in words, such as "an integer from 1 to 20"."""
         noun = "an integer" if self.integer else "a number"
         if self.above:
             return f"{noun} over {self.low} and at most {self.high}"

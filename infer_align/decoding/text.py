@@ -65,7 +65,7 @@ class TextStream:
 
     @property
     def held_back(self) -> str | None:
-        """The text behind `text`, which may begin a stop string; None within a character."""
+        """Return the text behind `text`, which may begin a stop string; None within a character."""
         return None if self._pending else self._held
 
     def push(self, token: int, *, may_stop: bool = True) -> str:

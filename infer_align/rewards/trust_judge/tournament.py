@@ -48,19 +48,19 @@ class Comparisons:
 
     @property
     def pairs(self) -> list[Pair]:
-        """The compared pairs, those that could not be judged included."""
+        """Return the compared pairs, those that could not be judged included."""
         return list(self.orders) or sorted({*self.relations, *self.errors})
 
     @property
     def spent(self) -> ScoringUsage:
-        """The usage of both orders of all pairs."""
+        """Return the usage of both orders of all pairs."""
         judgements = itertools.chain.from_iterable(self.orders.values())
         spent = sum((judgement.spent for judgement in judgements), ScoringUsage())
         return sum((part.spent for part in self.parts), spent)
 
     @property
     def readings(self) -> list[tuple[Reading, Reading]]:
-        """The readings of both orders of each judged pair, of all parts."""
+        """Return the readings of both orders of each judged pair, of all parts."""
         readings: list[tuple[Reading, Reading]] = []
         for order1, order2 in self.orders.values():
             if order1.reading is not None and order2.reading is not None:
