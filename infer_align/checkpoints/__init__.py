@@ -7,4 +7,5 @@ Engines, rewards and values load models with transformers. What they share stand
     gguf.py      read a GGUF file, converted once to a folder that transformers loads quickly
     folders.py   the cache of converted folders
     threads.py   one CPU thread for a small model
+    types.py     the types that weights can have
 """

@@ -22,6 +22,7 @@ from infer_align.checkpoints.complete import check_complete
 from infer_align.checkpoints.errors import LOAD_ERRORS
 from infer_align.checkpoints.rope import by_rope_factors
 from infer_align.checkpoints.threads import compute_alone
+from infer_align.checkpoints.types import check_weights_type
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError, Unavailable
 from infer_align.messages import Conversation
@@ -308,7 +309,9 @@ def _load_classifier(path: str, dtype: str) -> tuple[Any, Any]:
 
     Raises:
         ConfigError: there is no such model, it is not a sequence classifier, or it lacks weights.
+            Or dtype is no type of weights.
     """
+    check_weights_type("classifier: dtype", dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, loading = AutoModelForSequenceClassification.from_pretrained(

@@ -23,6 +23,7 @@ from transformers import AutoModel, PreTrainedModel
 from infer_align.checkpoints.complete import check_complete
 from infer_align.checkpoints.errors import LOAD_ERRORS
 from infer_align.checkpoints.rope import fix_rope
+from infer_align.checkpoints.types import check_weights_type
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
 from infer_align.values import FrozenModel, Value, check_fit
@@ -72,6 +73,7 @@ class ValueLM:
     """
 
     def __init__(self, path: str, frozen: FrozenModel, dtype: str) -> None:
+        check_weights_type(f"{path}: dtype", dtype)
         folder = Path(locate(path))
         self.folder_version = folder_version(path)
         try:

@@ -269,3 +269,12 @@ def test_scaling_is_of_attributes(load: Any) -> None:
     )
     with pytest.raises(ConfigError, match=r"scaling\.b"):
         load(FAKE + section).load_rewards()
+
+
+@pytest.mark.parametrize(
+    ("threads", "bound"), [(0, "greater than or equal to 1"), (1025, "less than or equal to 1024")]
+)
+def test_threads_are_bounded(load: Any, threads: int, bound: str) -> None:
+    with pytest.raises(ConfigError, match=f"engine.threads: {threads} is not allowed; .* {bound}"):
+        load("", f"engine.threads={threads}")
+    assert load("", "engine.threads=1024").engine.threads == 1024

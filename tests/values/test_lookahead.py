@@ -269,7 +269,7 @@ def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_dtype_is_refused(write: Any) -> None:
-    with pytest.raises(ConfigError, match="lm"):
+    with pytest.raises(ConfigError, match="lm: dtype: 'float33' is no type of weights"):
         start(write("one"), dtype="float33")
 
 

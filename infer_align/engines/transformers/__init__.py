@@ -62,6 +62,8 @@ class Transformers:
         default=None,
         metadata={
             "ge": 1,
+            # A million threads take all memory.
+            "le": 1024,
             "description": "CPU threads of torch. Default: one for a model under 30 million "
             "weights, which several threads slow down, else torch's own choice.",
         },

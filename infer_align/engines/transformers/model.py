@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from infer_align.checkpoints.rope import fix_rope, longest_context, reads_rows_alone
+from infer_align.checkpoints.types import check_weights_type
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import check_token_ids
 from infer_align.decoding.sequences import check_token_prompt
@@ -286,12 +287,7 @@ def _weights_type(dtype: str, device: torch.device) -> str:
         return "bfloat16"
     if dtype == "auto":
         return "float32" if device.type == "cpu" else dtype
-    named = getattr(torch, dtype, None)
-    if not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise ConfigError(
-            f'[engine] dtype: {dtype!r} is no type of weights. Use "auto", "float32", '
-            '"bfloat16", "float16" or, on a CPU, "int8".'
-        )
+    check_weights_type("[engine] dtype", dtype, also='on a CPU, "int8"')
     return dtype
 
 

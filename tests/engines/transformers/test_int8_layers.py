@@ -214,7 +214,7 @@ async def test_a_seed_gives_its_text_again_and_among_other_candidates(serving, d
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("dtype", ["int4", "complex64", "Tensor", ""])
+@pytest.mark.parametrize("dtype", ["int4", "complex64", "Tensor", "", "int32", "float8_e5m2"])
 async def test_an_unknown_type_is_refused(serving, dtype):
     with pytest.raises(ConfigError, match=rf"\[engine\] dtype: '{dtype}' is no type of weights"):
         async with serving(dtype=dtype):
