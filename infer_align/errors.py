@@ -28,6 +28,9 @@ import difflib
 import json
 from collections.abc import Iterable
 
+# A quoted value is cut after 80 characters, so deeper levels are seldom seen.
+_MAX_QUOTED_DEPTH = 8
+
 
 class AlignError(Exception):
     """Base class of all errors.
@@ -212,7 +215,20 @@ def field_path(*names: str) -> str:
 def quote(value: object) -> str:
     """Return `value` as a message quotes it: recognisable, but never a whole body.
 
-    None and the booleans have their names in JSON.
+    None and the booleans have their names in JSON, also within lists and objects.
     """
-    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    text = _text(value, _MAX_QUOTED_DEPTH)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _text(value: object, depth: int) -> str:
+    """Return the text of a value; what lies deeper than `depth` is written as Python does."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    # A tuple or an object of another type comes from a program, not from a body.
+    if type(value) is list and depth:
+        return f"[{', '.join(_text(item, depth - 1) for item in value)}]"
+    if type(value) is dict and depth:
+        pairs = [f"{key!r}: {_text(item, depth - 1)}" for key, item in value.items()]
+        return f"{{{', '.join(pairs)}}}"
+    return repr(value)

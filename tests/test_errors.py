@@ -51,3 +51,18 @@ def test_nearest() -> None:
 def test_shown_is_short() -> None:
     assert quote("a") == "'a'"
     assert len(quote("a" * 1000)) == 80
+
+
+def test_quoted_values_have_the_names_of_json():
+    assert [quote(None), quote(True)] == ["null", "true"]
+    assert quote([None, {"a": True, "b": [False, "None", 1.5]}]) == (
+        "[null, {'a': true, 'b': [false, 'None', 1.5]}]"
+    )
+    assert (quote([]), quote({}), quote((1, 2))) == ("[]", "{}", "(1, 2)")
+
+
+def test_a_deep_value_is_quoted():
+    deep: object = None
+    for _ in range(500):
+        deep = [deep]
+    assert quote(deep) == "[" * 77 + "..."

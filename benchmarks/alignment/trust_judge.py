@@ -76,12 +76,12 @@ class Judged:
 
     @property
     def pairs(self) -> list[Pair]:
-        """All pairs of answers."""
+        """Return all pairs of answers."""
         return list(combinations(range(len(self.gold)), 2))
 
     @property
     def truth(self) -> NDArray[np.float64]:
-        """The sign of each pair by gold."""
+        """Return the sign of each pair by gold."""
         return self._signs(self.gold)
 
     def score_signs(self, readout: str) -> NDArray[np.float64]:

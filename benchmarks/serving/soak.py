@@ -89,7 +89,7 @@ class Outcomes:
 
     @property
     def answered(self) -> int:
-        """Number of requests with a complete answer."""
+        """Return the number of requests with a complete answer."""
         return sum(self.statuses.values())
 
 

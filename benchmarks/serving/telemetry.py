@@ -90,12 +90,12 @@ class Measured:
 
     @property
     def latency_ms(self) -> float:
-        """The time of a request: the lower quartile of the medians of the rounds."""
+        """Return the time of a request: the lower quartile of the medians of the rounds."""
         return statistics.quantiles(self.seconds)[0] * 1e3
 
     @property
     def cpu_ms(self) -> float:
-        """The mean CPU time of a request; the clock is too coarse for a median."""
+        """Return the mean CPU time of a request; the clock is too coarse for a median."""
         return statistics.mean(self.cpu_seconds) * 1e3
 
 

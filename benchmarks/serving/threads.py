@@ -38,7 +38,7 @@ class Load(NamedTuple):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The body of a request."""
+        """Return the body of a request."""
         body: dict[str, Any] = {
             "model": "demo",
             "messages": [{"role": "user", "content": "write about the sea"}],

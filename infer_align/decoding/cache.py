@@ -96,12 +96,12 @@ class RowCache(Cache):  # type: ignore[misc]
 
     @property
     def length(self) -> int:
-        """The number of columns in use: the tokens of the longest row."""
+        """Return the number of columns in use: the tokens of the longest row."""
         return int(self.layers[0].columns) if self.layers else 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the columns in use."""
+        """Return the bytes of the columns in use."""
         return sum(int(layer.keys.nbytes + layer.values.nbytes) for layer in self.layers)
 
     def _append_layer(self, keys: torch.Tensor, values: torch.Tensor) -> None:

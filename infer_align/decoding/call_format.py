@@ -100,12 +100,12 @@ class ToolUse:
 
     @property
     def prefix(self) -> str:
-        """The beginning of an answer that must be a call."""
+        """Return the beginning of an answer that must be a call."""
         return self.form.prefix(self.request)
 
     @property
     def grammar(self) -> Grammar | None:
-        """The grammar of an answer that must be a call, after its prefix."""
+        """Return the grammar of an answer that must be a call, after its prefix."""
         return forced_grammar(self.request, self.form) if self.request.is_required else None
 
     def begun_grammar(self, tools: Sequence[Tool]) -> Grammar:

@@ -63,7 +63,7 @@ class CallStream:
 
     @property
     def has_calls(self) -> bool:
-        """True if the text holds a call."""
+        """Return True if the text holds a call."""
         return bool(self._calls)
 
     def begun_call(self) -> str | None:

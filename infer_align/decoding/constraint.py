@@ -72,14 +72,14 @@ class Matcher:
 
     @property
     def error(self) -> str | None:
-        """The reason why the grammar cannot be followed any further, or None."""
+        """Return the reason why the grammar cannot be followed any further, or None."""
         if self._matcher.is_error():
             return _reason(self._matcher.get_error())
         return "no token of the model's vocabulary continues it" if self._is_stuck else None
 
     @property
     def finished(self) -> bool:
-        """True if the answer is complete and nothing can follow it."""
+        """Return True if the answer is complete and nothing can follow it."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def consume(self, token: int) -> None:

@@ -102,7 +102,7 @@ class Range:
 
     @property
     def description(self) -> str:
-        """The allowed values in words, such as "an integer from 1 to 20"."""
+        """Return the allowed values in words, such as "an integer from 1 to 20"."""
         noun = "an integer" if self.integer else "a number"
         if self.above:
             return f"{noun} over {self.low} and at most {self.high}"
@@ -132,6 +132,7 @@ class SamplingParams:
 
     Attributes:
         top_k: 0 and -1 mean the whole vocabulary.
+        min_tokens: tokens before the one that may end the text, or complete a stop string.
         logprobs: alternatives that are reported per token; None for no logprobs at all.
     """
 

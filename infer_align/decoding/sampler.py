@@ -43,15 +43,15 @@ class SampledRow(Protocol):
 
     @property
     def params(self) -> SamplingParams:
-        """The sampling parameters."""
+        """Return the sampling parameters."""
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The tokens of the prompt."""
+        """Return the tokens of the prompt."""
 
     @property
     def banned(self) -> frozenset[int]:
-        """Tokens that may not be sampled now."""
+        """Return the tokens that may not be sampled now."""
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SampledRow]) -> list[int]:

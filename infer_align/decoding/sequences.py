@@ -50,7 +50,7 @@ class SequenceLogprobs:
 
     @property
     def sums(self) -> tuple[float, ...]:
-        """The log-probability of each text, in nats."""
+        """Return the log-probability of each text, in nats."""
         return tuple(float(each.sum()) for each in self.logprobs)
 
 

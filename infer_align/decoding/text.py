@@ -56,6 +56,8 @@ class TextStream:
         self._skips_special = not special
         # Decoded text that may be the beginning of a stop string.
         self._held = ""
+        # How many characters of it came while no stop string counted.
+        self._kept = 0
         # The tokens of the latest piece. The decoder needs them to place a leading space.
         self._context = self._end_of(prompt)
         # The tokens since then, which do not yet end in a complete character.
@@ -63,13 +65,21 @@ class TextStream:
 
     @property
     def held_back(self) -> str | None:
-        """The text behind `text`, which may begin a stop string; None within a character."""
+        """Return the text behind `text`, which may begin a stop string; None within a character."""
         return None if self._pending else self._held
 
-    def push(self, token: int) -> str:
-        """Add a token; return the text that is certain now."""
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """Add a token; return the text that is certain now.
+
+        Args:
+            token: the token.
+            may_stop: False if a stop string that ends with this token does not count.
+        """
         self._pending.append(token)
-        return self._emit(self._next_piece(final=False), final=not self._stops)
+        piece = self._next_piece(final=False)
+        if not may_stop:
+            self._kept = len(self._held) + len(piece)
+        return self._emit(piece, final=not self._stops)
 
     def finish(self) -> str:
         """Return the text that was held back, an unfinished character included."""
@@ -117,6 +127,7 @@ class TextStream:
             certain = len(self._held) - self._stop_prefix_length()
         emitted = self._held[:certain]
         self._held = "" if self.stopped else self._held[certain:]
+        self._kept = max(0, self._kept - certain)
         self.text += emitted
         return emitted
 
@@ -128,7 +139,7 @@ class TextStream:
         """
         matches: list[tuple[int, int]] = []
         for stop in self._stops:
-            start = self._held.find(stop)
+            start = self._held.find(stop, max(0, self._kept - len(stop) + 1))
             if start >= 0:
                 matches.append((start + len(stop), start))
         return min(matches)[1] if matches else None

@@ -85,7 +85,7 @@ class Traits:
 
     @property
     def facts(self) -> float:
-        """(right - 0.7 wrong) / attributes."""
+        """Return (right - 0.7 wrong) / attributes."""
         return (self.right - 0.7 * self.wrong) / self.attributes
 
 

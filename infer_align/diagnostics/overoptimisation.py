@@ -41,17 +41,17 @@ class GoldCurve:
 
     @property
     def kl(self) -> tuple[float, ...]:
-        """The upper bound of KL from the model at each n, in nats."""
+        """Return the upper bound of KL from the model at each n, in nats."""
         return tuple(kl_upper_bound(n) for n in self.n)
 
     @property
     def means(self) -> tuple[Statistic, ...]:
-        """The mean over prompts at each n."""
+        """Return the mean over prompts at each n."""
         return tuple(mean_over_prompts(column) for column in self.gold.T)
 
     @property
     def peak(self) -> int:
-        """The index of the n with the highest gold; the smallest one of several."""
+        """Return the index of the n with the highest gold; the smallest one of several."""
         return int(np.argmax(self.gold.mean(axis=0)))
 
     def change(self, start: int, end: int) -> Statistic:
@@ -79,7 +79,7 @@ class Trust:
 
     @property
     def is_limited_by_data(self) -> bool:
-        """True if gold still rises at the largest n, so its peak may lie higher."""
+        """Return True if gold still rises at the largest n, so its peak may lie higher."""
         return self.n == self.largest
 
 

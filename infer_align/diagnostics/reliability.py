@@ -36,7 +36,7 @@ class RewardLevel:
 
     @property
     def noise(self) -> float:
-        """The R² that random scores reach on average, 1 / (answers - 1)."""
+        """Return the R² that random scores reach on average, 1 / (answers - 1)."""
         return 1 / (self.answers - 1) if self.answers > 1 else math.nan
 
 

@@ -32,7 +32,7 @@ class Statistic:
 
     @property
     def is_measured(self) -> bool:
-        """True if there is a figure."""
+        """Return True if there is a figure."""
         return math.isfinite(self.value)
 
     def exceeds(self, bound: float, errors: float = 2.0) -> bool:

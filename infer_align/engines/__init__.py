@@ -65,24 +65,24 @@ class Engine(ABC):
     @property
     @abstractmethod
     def model(self) -> str:
-        """The name under which the model is served."""
+        """Return the name under which the model is served."""
 
     @property
     @abstractmethod
     def capabilities(self) -> frozenset[Capability]:
-        """The capabilities of the engine with this model."""
+        """Return the capabilities of the engine with this model."""
 
     @property
     @abstractmethod
     def context_length(self) -> int:
-        """Maximum number of tokens of prompt and completion together.
+        """Return the maximum number of tokens of prompt and completion together.
 
         It is also the worst case of a request that sets no maximum.
         """
 
     @property
     def unknown_capabilities(self) -> frozenset[Capability]:
-        """The capabilities that are found out only when a request needs them."""
+        """Return the capabilities that are found out only when a request needs them."""
         return frozenset()
 
     def missing(self, needs: frozenset[Capability], model: object = None) -> frozenset[Capability]:
@@ -105,17 +105,17 @@ class Engine(ABC):
 
     @property
     def capability_hints(self) -> Mapping[Capability, str]:
-        """For each missing capability that can be enabled, a clause on how to do it."""
+        """Return a clause on how to enable it, for each missing capability that can be enabled."""
         return {}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on what the model lacks and what to do. Final once the engine has started."""
+        """Return sentences on what the model lacks and what to do. Final after `start`."""
         return ()
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names of all its models, `model` first. Final once the engine has started."""
+        """Return the names of all its models, `model` first. Final once the engine has started."""
         return (self.model,)
 
     async def start(self) -> None:
@@ -170,12 +170,12 @@ class Engine(ABC):
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """Special tokens of the tokenizer, if known. Judge prompts escape them."""
+        """Return the special tokens of the tokenizer, if known. Judge prompts escape them."""
         return frozenset()
 
     @property
     def has_system_role(self) -> bool:
-        """True unless the model is known to see no system messages.
+        """Return True unless the model is known to see no system messages.
 
         Judge prompts then have their instruction in the user's turn.
         """

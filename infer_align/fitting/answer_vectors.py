@@ -49,12 +49,12 @@ class AnswerVectors:
 
     @property
     def truncated(self) -> int:
-        """The number of answers of which the encoder did not read every token."""
+        """Return the number of answers of which the encoder did not read every token."""
         return sum(each.note is not None for each in (*self.chosen, *self.rejected))
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that the encoder read."""
+        """Return the number of tokens that the encoder read."""
         return sum(each.tokens for each in (*self.chosen, *self.rejected))
 
     def features(self, views: Sequence[View], size: int) -> tuple[Array, Array]:

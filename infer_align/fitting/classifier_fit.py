@@ -197,7 +197,7 @@ class _Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
+        """Return the folder of the checkpoints."""
         return self.out.with_name(f"{self.out.name}.training")
 
     def folder(self, number: int) -> Path:

@@ -98,12 +98,12 @@ class Cleaning(NamedTuple):
 
     @property
     def flipped(self) -> int:
-        """The number of flipped labels."""
+        """Return the number of flipped labels."""
         return int((self.targets == 0).sum())
 
     @property
     def halved(self) -> int:
-        """The number of pairs that count half, or not at all."""
+        """Return the number of pairs that count half, or not at all."""
         return int((self.weights < 1).sum())
 
 

@@ -21,6 +21,7 @@ WHOLE_NUMBERS = frozenset(
         "max_tokens",
         "max_completion_tokens",
         "min_tokens",
+        "logprobs",
         "top_logprobs",
         "top_k",
         "best_of",

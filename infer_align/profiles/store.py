@@ -99,6 +99,9 @@ class ProfileStore:
         Raises:
             StoreFailed: it could not be read.
         """
+        if "\0" in profile_id:
+            # PostgreSQL refuses even to look for it.
+            return None
         is_profile = (PROFILES.c.owner == owner) & (PROFILES.c.id == profile_id)
         query = select(PROFILES).where(is_profile)
 

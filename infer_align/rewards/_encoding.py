@@ -61,7 +61,7 @@ class Encoder:
 
     @cached_property
     def special_tokens(self) -> tuple[list[int], list[int]]:
-        """The ids that the tokenizer puts before and after a text."""
+        """Return the ids that the tokenizer puts before and after a text."""
         encoded = self.tokenizer("a", return_special_tokens_mask=True)
         ids, mask = encoded["input_ids"], encoded["special_tokens_mask"]
         if 0 not in mask:
@@ -72,7 +72,7 @@ class Encoder:
 
     @cached_property
     def key(self) -> object:
-        """An object that is equal for encoders that give equal ids."""
+        """Return an object that is equal for encoders that give equal ids."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         return (
             self.template,

@@ -44,7 +44,7 @@ class Labels:
 
     @property
     def have_names(self) -> bool:
-        """True if a label has another name than the one that transformers makes up."""
+        """Return True if a label has another name than the one that transformers makes up."""
         return self.names != tuple(f"LABEL_{index}" for index in range(len(self.names)))
 
     def log_odds(self, label: str, logits: Array) -> float:

@@ -89,7 +89,7 @@ class RewardModelSection:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The configured models, in order."""
+        """Return the configured models, in order."""
         return self.models or (self.model or "",)
 
     def check_models(self, kind: str) -> None:
@@ -126,11 +126,11 @@ class LoadedModel(Protocol):
 
     @property
     def labels(self) -> Labels:
-        """The labels of the model. It gives one logit for each."""
+        """Return the labels of the model. It gives one logit for each."""
 
     @property
     def encoder(self) -> Encoder:
-        """The encoder that turns conversations into the model's token ids."""
+        """Return the encoder that turns conversations into the model's token ids."""
 
 
 Model = TypeVar("Model", bound=LoadedModel)

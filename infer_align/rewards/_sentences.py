@@ -67,7 +67,7 @@ class EncodedAnswer(NamedTuple):
 
     @property
     def note(self) -> str | None:
-        """A sentence that says so if the text was truncated, else None."""
+        """Return a sentence that says so if the text was truncated, else None."""
         total = self.tokens + self.cut
         return f"truncated: read {self.tokens} of {total} tokens" if self.cut else None
 

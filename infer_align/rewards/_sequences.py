@@ -43,12 +43,12 @@ class TextReading:
 
     @property
     def total(self) -> float:
-        """The log-probability of the text; NaN if it could not be read."""
+        """Return the log-probability of the text; NaN if it could not be read."""
         return float(self.logprobs.sum()) if self.error is None else float("nan")
 
     @property
     def mean(self) -> float:
-        """The log-probability per token; 0 for a text without tokens."""
+        """Return the log-probability per token; 0 for a text without tokens."""
         return self.total / max(1, len(self.logprobs))
 
 
@@ -61,7 +61,7 @@ class TextReadings:
 
     @property
     def error(self) -> AlignError | None:
-        """The first reason why a text could not be read."""
+        """Return the first reason why a text could not be read."""
         return next((each.error for each in self.texts if each.error is not None), None)
 
 

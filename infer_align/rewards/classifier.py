@@ -220,9 +220,17 @@ class _TorchModel:
 
     @torch.inference_mode()
     def score(self, encoded: Sequence[Encoded]) -> TextScores:
-        """Return the logits of each encoded text. A text that the model cannot read is NaN."""
+        """Return the logits of each encoded text. A text that the model cannot read is NaN.
+
+        Equal texts are read once. The rounding of a row depends on its place in the batch, so they
+        would differ in the last digits, and their order would follow from that.
+        """
+        texts = [(tuple(text.ids), text.note) for text in encoded]
+        first: dict[tuple[tuple[int, ...], str | None], int] = {}
+        for index, text in enumerate(texts):
+            first.setdefault(text, index)
         # Rows are in order of length. The order of rows is part of the result, bit by bit.
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
+        order = sorted(first.values(), key=lambda index: (len(encoded[index].ids), index))
         rows = [encoded[index] for index in order]
         try:
             logits = self._logits([row.ids for row in rows])
@@ -232,7 +240,7 @@ class _TorchModel:
             log.exception("a batch of %d texts failed; each is read alone", len(rows))
             results = [self._score_alone(row) for row in rows]
         scores = dict(zip(order, results, strict=True))
-        return [scores[index] for index in range(len(encoded))]
+        return [scores[first[text]] for text in texts]
 
     def _score_alone(self, encoded: Encoded) -> TextScore:
         """Score one text; NaN with a note if the model raises."""

@@ -96,7 +96,7 @@ class DensityRatio(RatioParameters):
 
     @property
     def compares_nothing(self) -> bool:
-        """True if both contexts are the same."""
+        """Return True if both contexts are the same."""
         other = self.negative_engine or self.engine
         return self.prompt == self.negative_prompt and other == self.engine
 

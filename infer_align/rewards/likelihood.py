@@ -121,7 +121,7 @@ class LikelihoodReward(SequenceReward):
 
     @property
     def _text(self) -> str:
-        """The reference as it is read."""
+        """Return the reference as it is read."""
         # The space belongs to the first word: tokenizers write " 42" as one token.
         return f" {(self.reference or '').strip()}"
 

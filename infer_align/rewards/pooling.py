@@ -55,7 +55,7 @@ class Pooling(RewardModelSection):
 
     @property
     def memory_share(self) -> float | None:
-        """The share of the GPUs' memory that all engines of this section take together."""
+        """Return the share of the GPUs' memory that all engines of this section take together."""
         return vllm_package.memory_share(self.options, len(self.paths))
 
 
@@ -165,7 +165,7 @@ class _PoolingModel:
 
     @property
     def errored(self) -> bool:
-        """True if the engine has died."""
+        """Return True if the engine has died."""
         return self._engine.errored
 
     async def close(self) -> None:

@@ -111,7 +111,7 @@ class HeadValue(Value):
 
     @property
     def is_linear(self) -> bool:
-        """True if the features are a linear function of the state; False for an MLP."""
+        """Return True if the features are a linear function of the state; False for an MLP."""
         return "P" in self.tensors
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:

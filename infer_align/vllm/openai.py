@@ -169,7 +169,7 @@ class Frontend:
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the model."""
+        """Return the tokenizer of the model."""
         return self._engine.get_tokenizer()
 
     async def _render_once(self, kind: Kind, request: BaseModel) -> Any:
@@ -313,7 +313,7 @@ class Frontend:
 
     @property
     def cached_block(self) -> float:
-        """The number of tokens of the smallest prefix that the engine caches; infinity if none."""
+        """Return the tokens of the smallest prefix that the engine caches; infinity if none."""
         cache = self._engine.vllm_config.cache_config
         return cache.block_size if cache.enable_prefix_caching else math.inf
 

@@ -187,7 +187,7 @@ class _LoadGenerator:
 
     @property
     def now(self) -> float:
-        """Seconds since the start of the run."""
+        """Return the seconds since the start of the run."""
         return self._clock() - self._began
 
     async def run(self) -> None:

@@ -27,7 +27,7 @@ class Target:
 
     @property
     def place(self) -> str:
-        """The address without user name and password, for messages and files."""
+        """Return the address without user name and password, for messages and files."""
         url = urlsplit(self.base_url)
         return urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2]))
 
@@ -67,7 +67,7 @@ class Load:
 
     @property
     def open(self) -> bool:
-        """True if requests are sent at a rate, independent of the answers."""
+        """Return True if requests are sent at a rate, independent of the answers."""
         return self.rate is not None
 
 
@@ -106,32 +106,32 @@ class Sample:
 
     @property
     def ok(self) -> bool:
-        """True if the request was answered."""
+        """Return True if the request was answered."""
         return self.error is None
 
     @property
     def e2e(self) -> float:
-        """Seconds from the due time to the end of the answer."""
+        """Return the seconds from the due time to the end of the answer."""
         return self.ended - self.intended
 
     @property
     def ttft(self) -> float | None:
-        """Seconds from the due time to the first token."""
+        """Return the seconds from the due time to the first token."""
         return None if self.first is None else self.first - self.intended
 
     @property
     def tokens(self) -> int:
-        """Returned tokens, or chunks with content if the endpoint sent no usage."""
+        """Return the returned tokens, or chunks with content if the endpoint sent no usage."""
         return self.chunks if self.returned is None else self.returned
 
     @property
     def generated_tokens(self) -> int:
-        """Generated tokens, or returned tokens if the endpoint did not count them."""
+        """Return the generated tokens, or returned tokens if the endpoint did not count them."""
         return self.tokens if self.spent is None else self.spent
 
     @property
     def tpot(self) -> float | None:
-        """Seconds per token after the first; None for an answer that arrived in one chunk."""
+        """Return the seconds per token after the first; None for an answer in one chunk."""
         if self.first is None or self.chunks < 2 or self.tokens < 2:
             return None
         return sum(self.gaps) / (self.tokens - 1)

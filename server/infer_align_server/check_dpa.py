@@ -58,12 +58,12 @@ class CheckedPrompt:
 
     @property
     def repeats(self) -> bool:
-        """True if the same direction gave the same answer twice."""
+        """Return True if the same direction gave the same answer twice."""
         return self.repeated == self.answers[REFERENCE]
 
     @property
     def differing(self) -> int:
-        """The number of answers that differ from the answer at 0 degrees."""
+        """Return the number of answers that differ from the answer at 0 degrees."""
         return sum(answer != self.answers[REFERENCE] for answer in self.answers)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Le, Len
 
-from infer_align.errors import InvalidRequest, RewardFailed, nearest
+from infer_align.errors import InvalidRequest, RewardFailed, nearest, quote
 from infer_align.flow.choice_scores import text_hash
 from infer_align.flow.request import check_prompt
 from infer_align.flow.scorers import reward_names
@@ -79,6 +79,23 @@ def check_weights(service: Service, weights: Mapping[str, float]) -> None:
         if name not in names:
             raise InvalidRequest(
                 f"weights.{name}: no such reward; {nearest(name, names)}", param=f"weights.{name}"
+            )
+
+
+def check_storable(sent: Feedback) -> None:
+    """Refuse the one character that PostgreSQL does not store, with every store.
+
+    The texts of choices are stored as JSON, which writes it as an escape.
+
+    Raises:
+        InvalidRequest: a field has it.
+    """
+    for name, text in (("description", sent.description), ("request_id", sent.request_id)):
+        if text is not None and "\0" in text:
+            raise InvalidRequest(
+                f"{name}: {quote(text)} has the character U+0000, which cannot be stored; "
+                "remove it.",
+                param=name,
             )
 
 

@@ -142,12 +142,12 @@ class Judgements:
 
     @property
     def usage(self) -> ScoringUsage:
-        """The usage of all readings, and of a rubric."""
+        """Return the usage of all readings, and of a rubric."""
         return self.questions.spent + self.ratings.spent + self.comparisons.spent
 
     @property
     def objective(self) -> Objective:
-        """The one objective of the scores and comparisons."""
+        """Return the one objective of the scores and comparisons."""
         return self.questions.together()
 
     def check(self) -> None:

@@ -23,7 +23,7 @@ class ModelChoice:
 
     @property
     def api_name(self) -> str:
-        """The name of the model in the API, without the preset."""
+        """Return the name of the model in the API, without the preset."""
         return self.name if self.preset is None else self.name.removesuffix(f"@{self.preset}")
 
 

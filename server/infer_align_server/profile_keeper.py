@@ -37,7 +37,7 @@ class ProfileKeeper:
 
     @property
     def keeps(self) -> bool:
-        """True if a store is configured."""
+        """Return True if a store is configured."""
         return self._store is not None
 
     async def close(self) -> None:

@@ -29,6 +29,7 @@ from infer_align.profiles.weights import Learned
 from infer_align_server.answering import answer_all
 from infer_align_server.feedback import (
     Feedback,
+    check_storable,
     check_weights,
     failed_rewards,
     pairs_of,
@@ -56,6 +57,7 @@ async def feedback(
     sent = parse(Feedback, body, "")
     store = service.profiles.store("profile")
     check_weights(service, sent.weights or {})
+    check_storable(sent)
     pairs = pairs_of(sent, service.config.limits.max_candidates)
     if not pairs and sent.description is None and sent.weights is None:
         raise InvalidRequest(
@@ -139,13 +141,15 @@ async def question(
     stored = await service.profiles.load(owner, profile_id, "id")
     check_prompt(body, "chat")
     texts = await _question_texts(service, body, caller)
+    distinct = _distinct(texts, drawn=body.get("candidates") is None)
     personaliser = service.personaliser
     terms = _terms(personaliser, stored).learnt
     features = [term.feature for term in terms]
     personaliser.check_conversation(features, body["messages"], "messages")
     async with service.scoring(0, caller):
-        scores = await service.choice_scores.score(features, body["messages"], texts, Ensemble())
-    first, second = np.triu_indices(len(texts), 1)
+        compared = [texts[index] for index in distinct]
+        scores = await service.choice_scores.score(features, body["messages"], compared, Ensemble())
+    first, second = np.triu_indices(len(compared), 1)
     learned = personaliser.learn(
         personaliser.stored_rows(stored.choices, terms), terms, scores[first] - scores[second]
     )
@@ -157,8 +161,8 @@ async def question(
     margin = float(learned.strengths @ (divided[i] - divided[j]))
     return {
         "object": "align.question",
-        "pair": [i, j],
-        "answers": [texts[i], texts[j]],
+        "pair": [distinct[i], distinct[j]],
+        "answers": [compared[i], compared[j]],
         "candidates": list(texts),
         "probability": number(1 / (1 + math.exp(-max(-700.0, min(700.0, margin))))),
     }
@@ -196,6 +200,27 @@ async def _question_texts(service: Service, body: Mapping[str, Any], caller: str
             param="candidates",
         )
     return list(candidates)
+
+
+def _distinct(texts: Sequence[str], *, drawn: bool) -> list[int]:
+    """Return the indices of the texts without those that repeat an earlier one.
+
+    Raises:
+        InvalidRequest: the texts of a request are all the same.
+        RewardFailed: those that the model drew are.
+    """
+    indices = [index for index, text in enumerate(texts) if text not in texts[:index]]
+    if len(indices) > 1:
+        return indices
+    if drawn:
+        raise RewardFailed(
+            "a question needs two answers that differ, and all that were drawn have one text "
+            f"({len(texts)} of {len(texts)}); raise temperature or n, or send candidates."
+        )
+    raise InvalidRequest(
+        f"candidates: the {len(texts)} texts are the same; a question needs two that differ.",
+        param="candidates",
+    )
 
 
 def _terms(personaliser: Personaliser, stored: StoredProfile) -> Terms:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeGuard
+from typing import Any
 
 from infer_align.config import registry
 from infer_align.config.align import parse_align
@@ -260,12 +260,20 @@ def parse_candidates(
     if "candidates" not in body:
         raise InvalidRequest(f"candidates: is required: {expected}.", param="candidates")
     candidates = body["candidates"]
-    if not _is_list_of_text(candidates):
+    if not isinstance(candidates, list) or not candidates:
         raise InvalidRequest(
             f"candidates: {quote(candidates)} is not allowed; must be {expected}.",
             param="candidates",
         )
     check_count("candidates", len(candidates), service.config.limits.max_candidates)
+    for index, candidate in enumerate(candidates):
+        if not isinstance(candidate, str):
+            param = f"candidates.{index}"
+            raise InvalidRequest(
+                f"{param}: {quote(candidate)} is not allowed; must be a string, the text of an "
+                "answer.",
+                param=param,
+            )
     return candidates
 
 
@@ -280,9 +288,3 @@ def check_count(field: str, count: int, limit: int) -> None:
             f"{field}: {count} {field} are over this server's limit of {limit}; send fewer.",
             param=field,
         )
-
-
-def _is_list_of_text(value: object) -> TypeGuard[list[str]]:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(text, str) for text in value)

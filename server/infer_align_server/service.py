@@ -158,7 +158,7 @@ class Service:
 
     @property
     def needs_key(self) -> bool:
-        """True if API keys are configured."""
+        """Return True if API keys are configured."""
         return bool(self.config.server.api_keys_env or self.config.server.api_keys_file)
 
     async def reload(self) -> None:
@@ -249,12 +249,12 @@ class Service:
 
     @property
     def model(self) -> str:
-        """The name of the first model, which answers requests that name no model."""
+        """Return the name of the first model, which answers requests that name no model."""
         return self.engine.served_name or self.engine.model
 
     @property
     def names(self) -> dict[str, str]:
-        """{name in the API: name in the engine} of each model."""
+        """Return {name in the API: name in the engine} of each model."""
         names = {}
         for i, name in enumerate(self.engine.models):
             api_name = name if i else self.model

@@ -76,7 +76,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The process id."""
+        """Return the process id."""
         return self.process.pid or 0
 
     def end(self, seconds: float) -> None:

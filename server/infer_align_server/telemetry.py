@@ -101,7 +101,7 @@ class RequestTrace:
 
     @property
     def trace_id(self) -> str:
-        """The id of the trace in hexadecimal, as collectors show it."""
+        """Return the id of the trace in hexadecimal, as collectors show it."""
         return f"{self.span.get_span_context().trace_id:032x}"
 
     def stage(self, name: str, subject: str) -> AbstractContextManager[Fail]:

@@ -106,6 +106,30 @@ def test_the_beginning_of_a_stop_string_is_held_until_the_end(byte_level):
     assert not text.stopped
 
 
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        (0, ("one ST", True)),
+        # The stop string begins in the text that is kept, and ends behind it.
+        (7, ("one ST", True)),
+        (8, ("one STOP ST", True)),
+        (99, ("one STOP STOP", False)),
+    ],
+)
+def test_a_stop_string_that_ends_too_early_does_not_count(byte_level, kept, expected):
+    ids = [byte_level(letter, add_special_tokens=False)["input_ids"][0] for letter in "one STOP"]
+    ids += byte_level(" STOP", add_special_tokens=False)["input_ids"]
+    text = TextStream(byte_level, ("OP",))
+    pieces = []
+    for count, token in enumerate(ids, 1):
+        pieces.append(text.push(token, may_stop=count > kept))
+        if text.stopped:
+            break
+    pieces.append(text.finish())
+    assert ("".join(pieces), text.stopped) == expected
+    assert text.text == expected[0]
+
+
 def test_an_unfinished_character_at_the_end_is_emitted(byte_level):
     ids = byte_level("a你", add_special_tokens=False)["input_ids"][:-1]
     pieces, streamed = stream(byte_level, ids)

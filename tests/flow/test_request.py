@@ -24,6 +24,14 @@ def test_align_and_nulls_are_not_forwarded() -> None:
     assert request.align.details == "none"
 
 
+def test_whole_numbers_may_have_a_decimal_point() -> None:
+    body = {"prompt": "x", "logprobs": 1.0, "max_tokens": 4.0, "temperature": 1.0}
+    request = parse_request(body, "completion", {})
+    assert repr(request.body) == repr({**body, "logprobs": 1, "max_tokens": 4})
+    chat = parse_request({**REQUEST_BODY, "logprobs": True}, "chat", {})
+    assert chat.body["logprobs"] is True
+
+
 @pytest.mark.parametrize(
     ("messages", "param"),
     [

@@ -73,6 +73,23 @@ def same(values: np.ndarray, expected: np.ndarray) -> bool:
     return values.shape == expected.shape and np.allclose(values, expected, atol=1e-5, rtol=1e-4)
 
 
+async def test_equal_answers_are_read_once_and_have_equal_scores(reward_model):
+    reward = await started(model=reward_model("Llama", 1))
+    batches: list[int] = []
+    reward._models[0].model.register_forward_hook(
+        lambda _module, _args, output: batches.append(len(output.logits))
+    )
+    texts = ["sat", "a big red ball", "sat", "", "a big red ball", "sat", ""]
+    scores = await reward.score(ASK, candidates(texts))
+    distinct = await reward.score(ASK, candidates(["sat", "a big red ball", ""]))
+    await reward.close()
+    assert batches == [3, 3]
+    first = [texts.index(text) for text in texts]
+    assert np.array_equal(scores.values, scores.values[:, :, first])
+    assert same(scores.values[:, :, [0, 1, 3]], distinct.values)
+    assert scores.usage.reward_tokens > distinct.usage.reward_tokens
+
+
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2", "Mistral", "GPT2", "Bert", "Gemma2"])
 @pytest.mark.parametrize("labels", [1, 3])
 async def test_scores_equal_a_direct_forward(architecture, labels, reward_model):
@@ -141,12 +158,14 @@ async def test_batches_are_filled_across_requests(reward_model):
     reward._models[0].model.register_forward_pre_hook(
         lambda m, a, kw: shapes.append(kw["input_ids"].shape[0]), with_kwargs=True
     )
-    alone = await reward.score(ASK, candidates())
+    requests = [candidates([f"{text} {i}" for text in TEXTS]) for i in range(8)]
+    alone = [await reward.score(ASK, request) for request in requests]
     shapes.clear()
-    results = await asyncio.gather(*(reward.score(ASK, candidates()) for _ in range(8)))
+    results = await asyncio.gather(*(reward.score(ASK, request) for request in requests))
     assert sum(shapes) == 8 * len(TEXTS)
     assert len(shapes) == 5, "8 requests share 5 full batches"
-    assert all(same(scores.values, alone.values) for scores in results)
+    for scores, expected in zip(results, alone, strict=True):
+        assert same(scores.values, expected.values)
     await reward.close()
 
 

@@ -171,6 +171,20 @@ def test_a_bias_towards_the_first_answer_cancels() -> None:
     assert matrix[2, 0] > 0.5
 
 
+@pytest.mark.parametrize("rule", ["likelihood", "first_label"])
+def test_equal_answers_are_a_tie_however_their_readings_are_rounded(rule: Any) -> None:
+    class Rounded(Ranked):
+        async def read_labels(self, query: LabelQuery) -> LabelLogprobs:
+            type(self).bias += 1e-6
+            return await super().read_labels(query)
+
+    scores = scores_of(Rounded(Fake()), ["1", "2", "1", "1"], mode="pairwise", rule=rule)
+    np.testing.assert_array_equal(scores.values[0, 0], [1 + 4 / 3, 5.0, 1 + 4 / 3, 1 + 4 / 3])
+    equal = [each["pair"] for each in scores.report["comparisons"] if each["relation"] == "equal"]
+    assert equal == [[0, 2], [0, 3], [2, 3]]
+    assert [scores.matrix[0, 2], scores.matrix[2, 3]] == [0.5, 0.5]
+
+
 def test_a_pair_that_is_not_judged_has_no_probability() -> None:
     labels = ScriptedLabels({"A": 0.6, "B": 0.4}, r"good")
     broken = ScriptedLabels({}, r"broken", error="no judge today")

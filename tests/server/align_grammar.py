@@ -76,7 +76,7 @@ class Generated:
 
     @property
     def is_plain(self) -> bool:
-        """True for a completion without `align` and without a preset."""
+        """Return True for a completion without `align` and without a preset."""
         is_completion = self.path in {"/v1/chat/completions", "/v1/completions"}
         has_preset = "@" in str(self.body.get("model"))
         return is_completion and self.body.get("align") is None and not has_preset

@@ -272,6 +272,13 @@ def test_judging_in_one_mode(live: Any) -> None:
         ({"tolerance": -1}, "tolerance", "greater than or equal to 0"),
         ({"judge": "number"}, "judge", "is not a configured judge"),
         ({"candidates": []}, "candidates", "at least one"),
+        ({"candidates": "ab"}, "candidates", "'ab'"),
+        ({"candidates": ["a", None]}, "candidates.1", "null is not allowed; must be a string"),
+        (
+            {"candidates": [{"content": None}, "b"]},
+            "candidates.0",
+            "{'content': null} is not allowed",
+        ),
         ({"messages": []}, "messages", "at least one"),
         ({"criterion": "x"}, "criterion", "did you mean 'criteria'?"),
         ({"model": 5}, "model", "string"),

@@ -245,3 +245,25 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield process.url()
     process.popen.terminate()
     process.wait()
+
+
+NUL = "a\0b"
+
+
+def test_a_character_that_postgresql_cannot_store_is_refused_by_name(
+    command: Command, file: Path, store_url: str
+) -> None:
+    url = command(str(file), **{URL: store_url}).url()
+    with client(url) as http:
+        for field in ("description", "request_id"):
+            answer = http.post("/v1/align/feedback", json={"profile": "u", field: NUL, **CHOICE})
+            assert answer.status_code == 400, answer.text
+            error = answer.json()["error"]
+            assert error["param"] == field
+            assert error["message"].startswith(f"{field}: 'a\\x00b' ")
+        answer = http.get("/v1/align/profiles/a%00b")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "profile_not_found")
+        texts = {"messages": [{"role": "user", "content": NUL}], "candidates": [NUL, "b\0"]}
+        answer = http.post("/v1/align/feedback", json={"profile": "u", "chosen": 0, **texts})
+        assert answer.status_code == 200, answer.text
+    assert len(exported(url, "u")["choices"]) == 1

@@ -252,6 +252,11 @@ def test_a_question_is_asked_about_given_or_drawn_answers(keeping: Any) -> None:
     asked = send(live, given, path=path)
     assert asked.status_code == 200, asked.text
     assert asked.json()["pair"] == [0, 2]
+    same = send(live, {"messages": HI, "candidates": ["a", "a"]}, path=path)
+    assert (same.status_code, same.json()["error"]["param"]) == (400, "candidates")
+    one = send(live, {"messages": HI, "n": 1}, path=path)
+    assert one.status_code == 424
+    assert "raise temperature or n, or send candidates" in one.json()["error"]["message"]
     # A null counts as left out, as in other requests.
     drawn = send(live, {"messages": HI, "n": 3, "seed": 1, "align": None}, path=path)
     assert len(drawn.json()["candidates"]) == 3

@@ -33,24 +33,24 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The address of the server, without a path."""
+        """Return the address of the server, without a path."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def workers(self) -> list[psutil.Process]:
-        """The worker processes."""
+        """Return the worker processes."""
         children = psutil.Process(self.process_id).children()
         # A supervisor that starts new processes instead of forks has a helper beside them.
         return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
     @property
     def memory(self) -> float:
-        """Resident memory in MiB."""
+        """Return the resident memory in MiB."""
         return psutil.Process(self.process_id).memory_info().rss / MEBIBYTE
 
     @property
     def descriptors(self) -> int:
-        """Open file descriptors."""
+        """Return the open file descriptors."""
         return psutil.Process(self.process_id).num_fds()
 
     def metric(self, name: str) -> float:
@@ -102,7 +102,7 @@ class Load:
 
     @property
     def failed(self) -> int:
-        """Requests that were not answered with 200."""
+        """Return the requests that were not answered with 200."""
         return sum(status != 200 for status in self.statuses)
 
 

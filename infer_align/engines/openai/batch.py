@@ -140,7 +140,7 @@ class Batch:
 
     @property
     def begun(self) -> set[int]:
-        """The positions of which something has come, defective or not."""
+        """Return the positions of which something has come, defective or not."""
         return self._builders.keys() | self.defects.keys()
 
     def finished_choices(self) -> dict[int, Body]:

@@ -40,7 +40,7 @@ class BatchSizes:
 
     @property
     def may_refuse_because_of_n(self) -> bool:
-        """True if a refused call for several candidates may work for fewer."""
+        """Return True if a refused call for several candidates may work for fewer."""
         return self._mode == "auto"
 
     def limit(self, hosts: Sequence[Host], model: str, n: int) -> int:

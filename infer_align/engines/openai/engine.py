@@ -67,27 +67,27 @@ class OpenAIEngine(Engine):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models of all upstreams; () until one was reached, unless one is configured."""
+        """Return the models of all upstreams; () until one answered, unless one is configured."""
         return self._models.names
 
     @property
     def model(self) -> str:
-        """The configured model, else the first that is listed."""
+        """Return the configured model, else the first that is listed."""
         return self.models[0] if self.models else ""
 
     @property
     def context_length(self) -> int:
-        """The context length of the first model."""
+        """Return the context length of the first model."""
         return self._models.context_length(self.model)
 
     @property
     def features(self) -> Mapping[tuple[str, str], Features]:
-        """The features that were found, by (URL, model)."""
+        """Return the features that were found, by (URL, model)."""
         return self._models.features.by_model
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """The features that every upstream of the first model is known to support.
+        """Return the features that every upstream of the first model is known to support.
 
         `missing` also finds out those that are unknown, and those of the other models.
         """
@@ -95,7 +95,7 @@ class OpenAIEngine(Engine):
 
     @property
     def unknown_capabilities(self) -> frozenset[Capability]:
-        """The features of the first model that no request needed yet."""
+        """Return the features of the first model that no request needed yet."""
         names = self._features.unknown(self.model, _CAPABILITIES)
         return frozenset(map(Capability, names))
 
@@ -156,7 +156,7 @@ class OpenAIEngine(Engine):
 
     @property
     def capability_hints(self) -> Mapping[Capability, str]:
-        """A sentence on how to enable steering and guidance."""
+        """Return a sentence on how to enable steering and guidance."""
         if self._steerer is None:
             hint = "to steer an upstream, name its model's tokenizer with [engine] tokenizer"
             return {Capability.STEER: hint, Capability.GUIDE: hint}
@@ -170,7 +170,7 @@ class OpenAIEngine(Engine):
 
     @property
     def has_system_role(self) -> bool:
-        """False if the tokenizer's chat template shows no system messages."""
+        """Return False if the tokenizer's chat template shows no system messages."""
         return self._steerer is None or self._steerer.has_system_role
 
     def health(self) -> str | None:

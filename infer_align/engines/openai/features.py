@@ -73,7 +73,7 @@ class UpstreamFeatures:
 
     @property
     def probes_at_start(self) -> bool:
-        """True if features are looked for at the start."""
+        """Return True if features are looked for at the start."""
         return self._config.probe in {"start", True}
 
     # --- what is known ---

@@ -292,7 +292,7 @@ class SteeredDrawing:
 
     @property
     def _lets_upstream_sample(self) -> bool:
-        """True if tokens that no call shows may be sampled, which only the upstream can do."""
+        """Return True if tokens that no call shows may be sampled: only the upstream can do it."""
         if self._contexts or self._steering is None:
             return False
         return self._steering.tail == "keep"

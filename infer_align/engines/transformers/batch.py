@@ -40,12 +40,12 @@ class RowBatch:
 
     @property
     def is_guided(self) -> bool:
-        """True if some candidate is guided."""
+        """Return True if some candidate is guided."""
         return any(row.guidance is not None for row in self.rows)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each lane, the newest one included."""
+        """Return the tokens of each lane, the newest one included."""
         lengths: list[int] = []
         for row in self.rows:
             lengths += row.lengths
@@ -53,7 +53,7 @@ class RowBatch:
 
     @property
     def newest(self) -> list[list[int]]:
-        """The token that each lane reads next."""
+        """Return the token that each lane reads next."""
         tokens: list[list[int]] = []
         for row in self.rows:
             tokens += [row.tokens[-1:]] * row.lanes

@@ -136,7 +136,7 @@ class TransformersEngine(Engine):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on what the model's chat template lacks; none before the engine has started."""
+        """Return sentences on what the model's chat template lacks; none before the start."""
         return template_notes(self._started.model.tokenizer) if self._started else ()
 
     def _parts(self) -> _Started:
@@ -146,7 +146,7 @@ class TransformersEngine(Engine):
 
     @property
     def frozen(self) -> Model:
-        """The frozen model, for fitting values to its states.
+        """Return the frozen model, for fitting values to its states.
 
         Raises:
             Unavailable: the engine has not started.
@@ -247,12 +247,12 @@ class TransformersEngine(Engine):
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """The control tokens of the tokenizer; none before the engine has started."""
+        """Return the control tokens of the tokenizer; none before the engine has started."""
         return self._started.control_tokens if self._started else frozenset()
 
     @property
     def has_system_role(self) -> bool:
-        """True unless the chat template leaves system messages out."""
+        """Return True unless the chat template leaves system messages out."""
         return self._started is None or self._started.has_system_role
 
     def text_of_tokens(self, tokens: Sequence[int]) -> str:

@@ -39,7 +39,7 @@ class Prompt:
 
     @property
     def continued_ids(self) -> list[int]:
-        """The tokens of the text that the answer continues; none if it begins a text."""
+        """Return the tokens of the text that the answer continues; none if it begins a text."""
         return self.ids if self.is_continued else []
 
 

@@ -129,22 +129,22 @@ class Job:
 
     @property
     def echo(self) -> str:
-        """The text that a text completion repeats before its own."""
+        """Return the text that a text completion repeats before its own."""
         return self.prompt.text if self.params.echo else ""
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest context: columns of the cache after prefill."""
+        """Return the tokens of the longest context: columns of the cache after prefill."""
         return max(len(context.ids) for context in self.contexts)
 
     @property
     def width(self) -> int:
-        """Columns of the cache that each candidate may need."""
+        """Return the columns of the cache that each candidate may need."""
         return self.longest_prompt + self.max_tokens
 
     @property
     def unread(self) -> list[Context]:
-        """The contexts that prefill has not read to the end, in their order."""
+        """Return the contexts that prefill has not read to the end, in their order."""
         return [context for context in self.contexts if context.step is None]
 
     def gather(self) -> None:
@@ -211,43 +211,43 @@ class Row:
 
     @property
     def params(self) -> SamplingParams:
-        """The job's sampling parameters."""
+        """Return the job's sampling parameters."""
         return self.job.params
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The tokens of the job's prompt."""
+        """Return the tokens of the job's prompt."""
         return self.job.prompt.ids
 
     @property
     def lanes(self) -> int:
-        """Rows of the cache that the candidate takes: one per context."""
+        """Return the rows of the cache that the candidate takes: one per context."""
         return len(self.job.contexts)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each context whose keys and values the next step needs: all of them."""
+        """Return the tokens of each context, whose keys and values the next step needs."""
         return [len(context.ids) + len(self.tokens) for context in self.job.contexts]
 
     @property
     def guidance(self) -> CandidateGuidance | None:
-        """The guidance of the candidate; None if it is not guided."""
+        """Return the guidance of the candidate; None if it is not guided."""
         return self.job.guiding.candidate if self.job.guiding else None
 
     @property
     def is_aligned(self) -> bool:
-        """True if the draw is steered by values or guided by prompts."""
+        """Return True if the draw is steered by values or guided by prompts."""
         return self.job.draw.steering is not None or self.job.guiding is not None
 
     @property
     def is_due(self) -> bool:
-        """True if an estimate is to be reported before the next token."""
+        """Return True if an estimate is to be reported before the next token."""
         schedule = self.job.draw.estimates
         return schedule is not None and schedule.is_due(len(self.tokens))
 
     @property
     def banned(self) -> frozenset[int]:
-        """The tokens that end the text, while min_tokens forbids the end."""
+        """Return the tokens that end the text, while min_tokens forbids the end."""
         must_end = self.matcher is not None and self.matcher.finished
         is_short = len(self.tokens) < self.params.min_tokens
         return self.eos | self.job.stop_ids if is_short and not must_end else frozenset()
@@ -260,7 +260,7 @@ class Row:
         if self._ends_with(token):
             self.finish_reason = "stop"
             return self.finish()
-        piece = self.text.push(token)
+        piece = self.text.push(token, may_stop=len(self.tokens) > self.params.min_tokens)
         if self.text.stopped or self._follows_to_the_end(token):
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.job.max_tokens:

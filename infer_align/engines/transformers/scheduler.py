@@ -79,7 +79,7 @@ class Scheduler(threading.Thread):
 
     @property
     def capacity(self) -> int:
-        """Cells of the cache, rows x columns. Keys and values of value LMs count too."""
+        """Return the cells of the cache, rows x columns. Keys and values of value LMs count too."""
         return int(self._cache_bytes / (self._model.cell_bytes + self._values.cell_bytes))
 
     def submit(self, job: Job | AnyQuestion) -> None:

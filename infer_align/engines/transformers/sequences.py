@@ -61,7 +61,7 @@ class SequenceQuestion(Pending[SequenceLogprobs]):
 
     @property
     def text_tokens(self) -> int:
-        """The number of tokens of all texts."""
+        """Return the number of tokens of all texts."""
         return sum(len(text) for text in self.texts)
 
     def finish(self) -> None:

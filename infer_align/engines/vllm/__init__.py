@@ -74,7 +74,7 @@ class Vllm:
 
     @property
     def memory_share(self) -> float | None:
-        """The share of the GPUs' memory that the engine takes; None if it is set in bytes."""
+        """Return the share of the GPUs' memory for the engine; None if it is set in bytes."""
         return vllm_package.memory_share(self.options)
 
 
@@ -142,7 +142,7 @@ class VllmEngine(Engine):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The names of the model and of its LoRA adapters."""
+        """Return the names of the model and of its LoRA adapters."""
         lora_names = self._started.frontend.lora_names if self._started else ()
         return (self.model, *lora_names)
 
@@ -315,12 +315,12 @@ class VllmEngine(Engine):
 
     @property
     def control_tokens(self) -> frozenset[str]:
-        """The tokens of the tokenizer that are not text."""
+        """Return the tokens of the tokenizer that are not text."""
         return self._started.control_tokens if self._started else frozenset()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences on what the model's chat template lacks; none before the engine has started."""
+        """Return sentences on what the model's chat template lacks; none before the start."""
         if self._started is None:
             return ()
         frontend = self._started.frontend
@@ -333,7 +333,7 @@ class VllmEngine(Engine):
 
     @property
     def has_system_role(self) -> bool:
-        """True unless the chat template refuses system messages or leaves them out."""
+        """Return True unless the chat template refuses system messages or leaves them out."""
         return self._started is None or self._started.frontend.has_system_role
 
     def text_of_tokens(self, tokens: Sequence[int]) -> str:

@@ -56,7 +56,7 @@ class StreamedChoice:
 
     @property
     def choice(self) -> dict[str, Any]:
-        """The choice so far, with the fields that vLLM's own answers always have."""
+        """Return the choice so far, with the fields that vLLM's own answers always have."""
         choice = {"stop_reason": None, **self._builder.choice()}
         if self._builder.kind == "chat":
             choice["message"] = {"reasoning": None, **choice["message"]}

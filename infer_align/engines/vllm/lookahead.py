@@ -51,7 +51,7 @@ class HostHistory(TokenHistory):
 
     @property
     def length(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
         return len(self.prompt) + len(self.output)
 
     def read(self, first: int, last: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ class LookaheadCaches:
 
     @property
     def rows(self) -> int:
-        """The number of rows in all caches together."""
+        """Return the number of rows in all caches together."""
         return sum(len(reading.histories) for reading in self._readings.values())
 
     def clear(self) -> None:

@@ -103,12 +103,12 @@ class SlotTable:
 
     @property
     def values(self) -> tuple[Value, ...]:
-        """The values that new requests or current slots can use."""
+        """Return the values that new requests or current slots can use."""
         return tuple(value for value in self._values if value is not None)
 
     @property
     def any_steered(self) -> bool:
-        """True if a slot is steered, or was and has not been assigned again."""
+        """Return True if a slot is steered, or was and has not been assigned again."""
         return bool(self._top_k.any())
 
     def set_value(self, name: str, value: Value) -> None:

@@ -51,7 +51,7 @@ class EngineValues:
 
     @property
     def enabled(self) -> bool:
-        """True if the engine has values. Without values it runs no code of this project."""
+        """Return True if the engine has values. Without values it runs no code of this project."""
         return bool(self._values)
 
     def value(self, name: str) -> Value:

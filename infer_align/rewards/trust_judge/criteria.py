@@ -49,7 +49,7 @@ class Objective:
 
     @property
     def is_plain(self) -> bool:
-        """True if the only reading is the score itself."""
+        """Return True if the only reading is the score itself."""
         return len(self.criteria) == 1 and not self.criteria[0].negate
 
     def score(self, scores: Sequence[float], scale: int) -> float:

@@ -45,7 +45,7 @@ class JudgePanel:
 
     @property
     def is_single(self) -> bool:
-        """True if there is one judge, whose readings are those of the panel."""
+        """Return True if there is one judge, whose readings are those of the panel."""
         return len(self.readers) == 1
 
     async def rate(

@@ -38,7 +38,7 @@ class ProbeScores:
 
     @property
     def problem(self) -> str | None:
-        """The reason why the rubric cannot be used; None if it prefers the real answer."""
+        """Return the reason why the rubric cannot be used; None if it prefers the real answer."""
         if self.error is not None:
             return f"it could not be tried on an answer: {self.error}"
         highest = max(self.nulls)

@@ -20,7 +20,7 @@ class Questions:
 
     @property
     def remark(self) -> str:
-        """The reason why a generated rubric is not used, and what decides instead."""
+        """Return the reason why a generated rubric is not used, and what decides instead."""
         if self.rubric is None or self.rubric.accepted:
             return ""
         instead = "the principles decide" if self.has_principles else "the criteria decide"

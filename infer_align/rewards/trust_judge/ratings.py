@@ -25,13 +25,13 @@ class Ratings:
 
     @property
     def spent(self) -> ScoringUsage:
-        """The usage of all readings."""
+        """Return the usage of all readings."""
         spent = sum((judgement.spent for judgement in self.judgements), ScoringUsage())
         return sum((part.spent for part in self.parts), spent)
 
     @property
     def drop_rate(self) -> float:
-        """The share of answers without a score."""
+        """Return the share of answers without a score."""
         return sum(math.isnan(score) for score in self.scores) / max(1, len(self.scores))
 
     def rescaled_scores(self, scale: int) -> list[float]:

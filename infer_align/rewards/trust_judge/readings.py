@@ -43,7 +43,7 @@ class Reading:
 
     @property
     def perplexity(self) -> float:
-        """exp(-cumulative_logprob / tokens).
+        """Return exp(-cumulative_logprob / tokens).
 
         Raises:
             ValueError: the judge wrote nothing, or its log-probability is not known.

@@ -82,7 +82,7 @@ class TrustJudgeReward(Reward):
 
     @property
     def engine_names(self) -> tuple[str, ...]:
-        """The names of the engines that judge."""
+        """Return the names of the engines that judge."""
         return self.config.panel or (self.config.engine,)
 
     async def start(self) -> None:
@@ -191,7 +191,7 @@ class TrustJudgeReward(Reward):
 
     @property
     def _most_criteria(self) -> int:
-        """The maximum number of principles and rules that answers are read by."""
+        """Return the maximum number of principles and rules that answers are read by."""
         rubric = self.config.rubric
         rules = MAX_RULES if rubric == AUTO else len(parse_rubric(rubric or ""))
         return len(self.config.principles) + rules
@@ -213,7 +213,7 @@ class TrustJudgeReward(Reward):
 
     @property
     def _critique_logprobs(self) -> bool:
-        """True if the log-probability of a critique is needed: for its perplexity."""
+        """Return True if the log-probability of a critique is needed: for its perplexity."""
         config = self.config
         return (
             config.critique_tokens > 0 and config.mode == "pairwise" and config.rule == "perplexity"
@@ -221,7 +221,7 @@ class TrustJudgeReward(Reward):
 
     @property
     def panel(self) -> JudgePanel:
-        """The judges and the way they are read."""
+        """Return the judges and the way they are read."""
         config = self.config
         readers: dict[str, Reader] = {}
         for name, engine in self._engines.items():

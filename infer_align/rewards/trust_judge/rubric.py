@@ -62,7 +62,7 @@ class Rubric:
 
     @property
     def accepted(self) -> bool:
-        """True if answers are judged by it."""
+        """Return True if answers are judged by it."""
         return self.reason is None
 
 
@@ -103,7 +103,7 @@ class RubricWriter:
 
     @property
     def max_checked_answers(self) -> int:
-        """The largest number of answers that one rubric is checked on."""
+        """Return the largest number of answers that one rubric is checked on."""
         checked = [PROBES]
         checked += [2 * len(pairs) for pairs in self._labelled.values()]
         return max(checked)

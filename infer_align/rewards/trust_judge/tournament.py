@@ -48,19 +48,19 @@ class Comparisons:
 
     @property
     def pairs(self) -> list[Pair]:
-        """The compared pairs, those that could not be judged included."""
+        """Return the compared pairs, those that could not be judged included."""
         return list(self.orders) or sorted({*self.relations, *self.errors})
 
     @property
     def spent(self) -> ScoringUsage:
-        """The usage of both orders of all pairs."""
+        """Return the usage of both orders of all pairs."""
         judgements = itertools.chain.from_iterable(self.orders.values())
         spent = sum((judgement.spent for judgement in judgements), ScoringUsage())
         return sum((part.spent for part in self.parts), spent)
 
     @property
     def readings(self) -> list[tuple[Reading, Reading]]:
-        """The readings of both orders of each judged pair, of all parts."""
+        """Return the readings of both orders of each judged pair, of all parts."""
         readings: list[tuple[Reading, Reading]] = []
         for order1, order2 in self.orders.values():
             if order1.reading is not None and order2.reading is not None:
@@ -205,20 +205,27 @@ async def compare_pairs(
     rule: Rule,
     tolerance: float,
 ) -> Comparisons:
-    """Judge pairs in both orders and derive their relations and chances."""
+    """Judge pairs in both orders and derive their relations and chances.
+
+    Equal answers are a tie: both orders show the judge the same prompt, and readings of it differ
+    by rounding or by the luck of votes alone.
+    """
     judgements = await judge.comparisons(messages, answers, pairs)
     comparisons = Comparisons(dict(zip(pairs, judgements, strict=True)))
     for pair, (order1, order2) in comparisons.orders.items():
-        if order1.reading is None or order2.reading is None:
+        reading1, reading2 = order1.reading, order2.reading
+        if reading1 is None or reading2 is None:
             comparisons.errors[pair] = order1.error or order2.error or "not judged"
             continue
+        if answers[pair[0]] == answers[pair[1]]:
+            reading2 = reading1
         try:
-            related = relation(order1.reading, order2.reading, rule, tolerance)
+            related = relation(reading1, reading2, rule, tolerance)
         except ValueError as error:
             comparisons.errors[pair] = str(error)
             continue
         comparisons.relations[pair] = related
-        labels = merge(order1.reading, order2.reading)
+        labels = merge(reading1, reading2)
         total = sum(labels.values())
         if total > 0:
             comparisons.chances[pair] = (labels["A"] + labels["C"] / 2) / total

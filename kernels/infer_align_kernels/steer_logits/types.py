@@ -49,7 +49,7 @@ class HeadTable:
 
     @property
     def features(self) -> int:
-        """The features of a row: the sum of all ranks."""
+        """Return the features of a row: the sum of all ranks."""
         return sum(weight.shape[1] for weight in self.weights)
 
 
@@ -94,7 +94,7 @@ class SteeredRows:
 
     @property
     def beta(self) -> torch.Tensor:
-        """The weights. [S, M] float32."""
+        """Return the weights. [S, M] float32."""
         return self.table[:, self.COLUMNS :].view(torch.float32)
 
 

@@ -10,7 +10,12 @@ from numpy.typing import NDArray
 TILE = 16
 SMALLEST_TILED = 4096
 # Logits that are read beyond the k largest. They show which logits equal the last candidate.
-MORE = 11
+# Rounded logits are often equal.
+MORE = 1
+MORE_IF_ROUNDED = 11
+# A float32 number whose lowest bits are 0 comes from a 16-bit format. So many logits are looked at.
+LOWEST_BITS = 0x1FFF
+CHECKED = 8
 # Number of keys that `top_candidates_by_key` makes at once, 16 bytes each.
 KEYS_AT_ONCE = 2**23
 # Ids are below this number, which fills the lower half of a key.
@@ -19,7 +24,8 @@ LARGEST_ID = 0xFFFFFFFF
 
 def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     """Select the k largest logits of each row; see `infer_align_kernels.top_candidates`."""
-    values, ids = _largest(logits, min(k + MORE, logits.shape[1]))
+    more = MORE_IF_ROUNDED if _is_rounded(logits) else MORE
+    values, ids = _largest(logits, min(k + more, logits.shape[1]))
     if values.shape[1] > 1 and _is_decreasing(_on_host(values)[:, : k + 1]):
         return ids[:, :k]
     if bool(values[:, 0].isnan().any()):
@@ -28,6 +34,14 @@ def top_candidates(logits: torch.Tensor, k: int) -> torch.Tensor:
     if values.shape[1] < logits.shape[1]:
         _select_equal(logits, values, ids, k)
     return _order_equal(values, ids)[:, :k]
+
+
+def _is_rounded(logits: torch.Tensor) -> bool:
+    """Return True if the logits were computed in 16 bits. Only a choice of speed depends on it."""
+    if logits.dtype != torch.float32 or not logits.is_cpu or not len(logits):
+        return True
+    first: NDArray[np.int32] = logits.numpy()[0, :CHECKED].view(np.int32)
+    return not (first & LOWEST_BITS).any()
 
 
 def _on_host(values: torch.Tensor) -> NDArray[np.float32]:

@@ -44,12 +44,12 @@ class Cut:
 
     @property
     def tile_slots(self) -> int:
-        """The tiles of a row, rounded up to a power of two."""
+        """Return the tiles of a row, rounded up to a power of two."""
         return int(triton.next_power_of_2(self.tiles))
 
     @property
     def num_warps(self) -> int:
-        """Warps of a program that selects: 32 keys per thread or fewer."""
+        """Return the warps of a program that selects: 32 keys per thread or fewer."""
         return 4 if self.slots * self.tile <= 4096 else 8
 
 

@@ -25,7 +25,7 @@ class JudgedPair:
 
     @property
     def by_scores(self) -> float | None:
-        """1 if the chosen answer has the higher score, 0.5 for a tie; None without scores."""
+        """Return 1 if the chosen answer has the higher score, 0.5 for a tie, None without one."""
         first, second = (candidate["score"] for candidate in self.answer["candidates"])
         if first is None or second is None:
             return None
@@ -33,14 +33,14 @@ class JudgedPair:
 
     @property
     def by_comparison(self) -> float | None:
-        """1 if the chosen answer wins the comparison, 0.5 for a tie; None without one."""
+        """Return 1 if the chosen answer wins the comparison, 0.5 for a tie; None without one."""
         points = {"larger": 1.0, "equal": 0.5, "smaller": 0.0}
         related = [pair["relation"] for pair in self.answer["pairs"]]
         return points.get(related[0]) if related else None
 
     @property
     def error(self) -> str | None:
-        """The reason why a score or the comparison is missing; None if neither is."""
+        """Return the reason why a score or the comparison is missing; None if neither is."""
         for part in (*self.answer["candidates"], *self.answer["pairs"]):
             if part["error"]:
                 return str(part["error"])
@@ -48,7 +48,7 @@ class JudgedPair:
 
     @property
     def orders(self) -> Sequence[Mapping[str, float]]:
-        """The label probabilities of both orders; () if there are none."""
+        """Return the label probabilities of both orders; () if there are none."""
         orders: list[Mapping[str, float]] = []
         for pair in self.answer["pairs"]:
             orders += pair["orders"]
@@ -56,7 +56,7 @@ class JudgedPair:
 
     @property
     def is_length_matched(self) -> bool:
-        """True if both answers are about as long."""
+        """Return True if both answers are about as long."""
         first, second = len(self.chosen), len(self.rejected)
         return abs(first - second) <= LENGTH_MATCHED * max(first, second)
 
@@ -72,7 +72,7 @@ class Accuracy:
 
     @property
     def verdict(self) -> str:
-        """The sentence that a reader needs."""
+        """Return the sentence that a reader needs."""
         lead = self.value - 0.5
         # Few pairs that are all right or all wrong have no spread. Guessing has this one.
         error = max(self.error, 0.5 / math.sqrt(self.pairs))

@@ -36,7 +36,7 @@ class Cheaper:
 
     @property
     def max_loss(self) -> float:
-        """Upper bound of the loss (97.5%)."""
+        """Return the upper bound of the loss (97.5%)."""
         return self.loss.value + SIGNIFICANT_ERRORS * self.loss.error
 
 

@@ -65,7 +65,7 @@ class Measurement:
 
     @property
     def failed(self) -> dict[str, int]:
-        """Number of failed answers by setting, without the refused settings."""
+        """Return the number of failed answers by setting, without the refused settings."""
         counts: dict[str, int] = {}
         for name, failures in self.runner.failures.items():
             if name not in self.runner.refused:
@@ -74,7 +74,7 @@ class Measurement:
 
     @property
     def complete(self) -> bool:
-        """True if every setting that is not refused has an answer to every prompt."""
+        """Return True if every setting that is not refused has an answer to every prompt."""
         return not (self.interrupted or self.runner.lost or self.failed)
 
 

@@ -36,7 +36,7 @@ class Mean:
 
     @property
     def decimals(self) -> int:
-        """Decimals to print: two significant digits of the error."""
+        """Return the decimals to print: two significant digits of the error."""
         if not 0 < self.error < math.inf:
             return 2
         return max(0, 1 - math.floor(math.log10(self.error)))
@@ -69,7 +69,7 @@ class Point:
 
     @property
     def front(self) -> bool:
-        """True if no setting is better for fewer tokens."""
+        """Return True if no setting is better for fewer tokens."""
         return "tokens" in self.fronts
 
     def cost(self, name: Cost) -> float:

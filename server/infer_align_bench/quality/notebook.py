@@ -40,7 +40,7 @@ class ScoredAnswer:
 
     @property
     def tokens(self) -> float:
-        """Total cost: prompt, generated and scoring tokens; NaN if the endpoint did not count."""
+        """Return all tokens: prompt, generated and scoring; NaN if the endpoint did not count."""
         if self.spent is None:
             return math.nan
         return self.spent + (self.prompt_tokens or 0) + self.scoring

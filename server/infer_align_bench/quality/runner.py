@@ -101,7 +101,7 @@ class Runner:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Reasons of the settings that were refused for every prompt, by setting."""
+        """Return the reasons of the settings that were refused for every prompt, by setting."""
         reasons = {}
         for name, failures in self.failures.items():
             if not self._answered[name] and all(failure.refused for failure in failures):

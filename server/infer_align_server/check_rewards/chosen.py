@@ -34,7 +34,7 @@ class ChosenRewards:
 
     @property
     def sections(self) -> tuple[str, ...]:
-        """The names of all rewards that score, without attributes, each once."""
+        """Return the names of all rewards that score, without attributes, each once."""
         names = [*self.checked, *self.compared, *([self.gold] if self.gold else [])]
         return tuple(dict.fromkeys(name.partition(".")[0] for name in names))
 

@@ -48,12 +48,12 @@ class RatedQuestion:
 
     @property
     def lengths(self) -> Array:
-        """The number of characters of each answer, [N]."""
+        """Return the number of characters of each answer, [N]."""
         return np.array([len(answer) for answer in self.answers], dtype=np.float64)
 
     @property
     def question(self) -> str:
-        """The text of the last message of the user, or ""."""
+        """Return the text of the last message of the user, or ""."""
         for message in reversed(self.messages):
             if message.get("role") == "user":
                 return message_text(message)
@@ -61,7 +61,7 @@ class RatedQuestion:
 
     @property
     def has_ratings(self) -> bool:
-        """True if at least two answers have different ratings."""
+        """Return True if at least two answers have different ratings."""
         rated = self.ratings[~np.isnan(self.ratings)]
         return len(rated) > 1 and bool(rated.min() < rated.max())
 

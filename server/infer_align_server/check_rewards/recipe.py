@@ -45,7 +45,7 @@ class CheckedText(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """The largest difference, relative to the size of the scores if that is over 1."""
+        """Return the largest difference, relative to the size of the scores if that is over 1."""
         if self.recipe is None:
             return 0.0
         size = max(1.0, float(np.abs(self.recipe).max()))
@@ -53,7 +53,7 @@ class CheckedText(NamedTuple):
 
     @property
     def is_good(self) -> bool:
-        """True if the text was scored, and as by the recipe.
+        """Return True if the text was scored, and as by the recipe.
 
         A truncated text, which has a note, may differ: the recipe may cut off its other end.
         """

@@ -97,14 +97,14 @@ class MemberFigures:
 
     @property
     def mean_correlation(self) -> float:
-        """The mean correlation of two members: of their errors, or else of their scores."""
+        """Return the mean correlation of two members: of their errors, or else of their scores."""
         table = self.scores if np.isnan(self.errors).all() else self.errors
         pairs = table[np.triu_indices(len(table), 1)]
         return float(np.nanmean(pairs)) if not np.isnan(pairs).all() else float("nan")
 
     @property
     def effective(self) -> float:
-        """The number of independent members with the same variance of the mean, K/(1+(K-1)r)."""
+        """Return the number of independent members with this variance, K/(1+(K-1)r)."""
         size = len(self.names)
         return size / (1 + (size - 1) * max(0.0, self.mean_correlation))
 

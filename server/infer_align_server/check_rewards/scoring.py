@@ -59,18 +59,18 @@ class ScoredReward:
 
     @property
     def objective(self) -> list[Array]:
-        """One score per answer, by the default way to combine members: per question, [N]."""
+        """Return one score per answer, by the default way to combine members: per question, [N]."""
         ensemble = Ensemble()
         return [ensemble.reduce(scores) for scores in self.scores]
 
     @property
     def answers(self) -> int:
-        """The number of answers."""
+        """Return the number of answers."""
         return sum(scores.shape[1] for scores in self.scores)
 
     @property
     def unscored(self) -> int:
-        """The number of answers that have no score at all."""
+        """Return the number of answers that have no score at all."""
         return sum(int(np.isnan(scores).all(axis=0).sum()) for scores in self.scores)
 
 

@@ -54,7 +54,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        """The number of waiting requests."""
+        """Return the number of waiting requests."""
         return sum(map(len, self._queues.values()))
 
     @asynccontextmanager

@@ -54,7 +54,7 @@ class KeyEntry:
 
     @property
     def is_valid(self) -> bool:
-        """True until the key expires."""
+        """Return True until the key expires."""
         return self.expires is None or datetime.now(UTC) < self.expires
 
 

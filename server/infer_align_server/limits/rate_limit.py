@@ -55,7 +55,7 @@ class RateLimit:
 
     @property
     def limited(self) -> bool:
-        """True if there is a limit."""
+        """Return True if there is a limit."""
         return self._per_second > 0
 
     def available(self, caller: str) -> float:

@@ -50,6 +50,22 @@ async def test_max_tokens_min_tokens_and_ignore_eos(serving, draw, finish):
         assert candidate.prompt_tokens + candidate.completion_tokens == engine.context_length
 
 
+async def test_a_stop_string_within_min_tokens_does_not_count(serving, draw, finish):
+    fields = {"temperature": 0, "max_tokens": 20, "ignore_eos": True, "logit_bias": {"65": 100}}
+    async with serving() as engine:
+        complete, _ = await one(engine, finish, draw("sun", **fields))
+        letter = complete.text[0]
+        assert complete.text == letter * 20
+        for minimum in (0, 1, 4, 19, 20):
+            body = draw("sun", **fields, stop=[letter * 2], min_tokens=minimum)
+            candidate, _ = await one(engine, finish, body)
+            # One more token than the minimum completes the stop string, which is two tokens long.
+            length = max(2, minimum + 1)
+            expected = (letter * (length - 2), "stop") if length <= 20 else (letter * 20, "length")
+            assert (candidate.text, candidate.finish_reason) == expected, minimum
+            assert candidate.completion_tokens == min(length, 20)
+
+
 async def test_a_stop_string_ends_the_text_and_is_not_streamed(serving, draw, finish):
     async with serving() as engine:
         complete, _ = await one(
