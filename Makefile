@@ -37,7 +37,7 @@ test-quick: $(VENV)/dev  ## run the fast tests with fewer random examples, in a 
 test-failed: $(VENV)/dev  ## run the tests that failed last time once more, one after the other
 	$(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
-check: $(VENV)/dev  ## check style, types, layers, dead code and the generated tables
+check: $(VENV)/dev  ## check style, types, layers, dead code, and the generated tables and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -45,7 +45,7 @@ check: $(VENV)/dev  ## check style, types, layers, dead code and the generated t
 	$(BIN)/vulture
 	$(BIN)/python docs/generate.py --check
 
-docs: $(VENV)/dev  ## fill the tables of the docs from the code
+docs: $(VENV)/dev  ## fill the tables of the docs and write the types of the Python client from the code
 	$(BIN)/python docs/generate.py
 
 demo: $(VENV)/dev  ## measure the methods on the embedded demo: tables and plots

@@ -1,9 +1,10 @@
-"""Fill the tables in README.md and docs/*.md.
+"""Fill the tables in README.md and docs/*.md, and the types of the Python client.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, where NAME is a key of TABLES.
 Tables of parameters come from the code. Tables of figures come from benchmarks/results, see
 `figures.py` and `effects.py`. The tables of docs/scaling.md are computed by the cost model, see
-`capacity.py`. With `--check` nothing is written: the exit code is 1 if a table is out of date.
+`capacity.py`. The types come from the code too, see `client_types.py`. With `--check` nothing is
+written: the exit code is 1 if a file is out of date.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import capacity
+import client_types
 import figures
 from tables import ROOT, table
 
@@ -205,18 +208,24 @@ def _fill(match: re.Match[str]) -> str:
     return start + TABLES[name]() + end
 
 
+def _files() -> dict[Path, str]:
+    """Return the text that each page and each file of types should have."""
+    files = client_types.files()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        files[path] = MARKER.sub(_fill, path.read_text(encoding="utf-8"))
+    return files
+
+
 def main() -> int:
-    """Write the tables, or check them."""
+    """Write the tables and types, or check them."""
     check = "--check" in sys.argv
     stale = []
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = path.read_text(encoding="utf-8")
-        filled = MARKER.sub(_fill, text)
-        if filled == text:
+    for path, text in _files().items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         stale.append(str(path.relative_to(ROOT)))
         if not check:
-            path.write_text(filled, encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
     if stale and check:
         print("out of date:", *stale, "- run: make docs", file=sys.stderr)
         return 1

@@ -354,7 +354,9 @@ def test_exported_names_are_sorted_and_there(path: Path) -> None:
             parts = [package.name, *path.relative_to(package).with_suffix("").parts]
     module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
     assert module.__all__ == sorted(module.__all__)
-    assert len(module.__all__) <= 25
+    if not path.is_relative_to(MIRRORS):
+        # The client exports a type for each class that it mirrors.
+        assert len(module.__all__) <= 25
     assert all(hasattr(module, name) for name in module.__all__)
 
 
