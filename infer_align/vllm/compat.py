@@ -22,6 +22,7 @@ from infer_align.checkpoints.complete import check_complete
 from infer_align.errors import AlignError, ConfigError, EngineFailed, Unavailable
 from infer_align.vllm import package as vllm_package
 from infer_align.vllm.interfaces import AsyncEngine, ModelConfig, VllmConfig, error_from_json
+from infer_align.vllm.log import join_log
 from infer_align.vllm.start_errors import explained
 
 vllm_package.require()
@@ -29,6 +30,7 @@ vllm_package.require()
 from vllm.config.model import try_match_architecture_defaults
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.logger import configure_logging_if_needed
 from vllm.platforms import current_platform
 from vllm.pooling_params import PoolingParams
 from vllm.reasoning import ReasoningParserManager
@@ -129,8 +131,7 @@ def launch(args: Namespace, configure: Callable[[VllmConfig], None]) -> AsyncEng
     if current_platform.is_cpu() and engine_args.enable_chunked_prefill is None:
         # On a CPU, a seeded request whose prompt is read in several chunks ends the engine.
         engine_args.enable_chunked_prefill = False
-    with _option_errors("[engine]"):
-        config = engine_args.create_engine_config(ENTRY_POINT)
+    config = _create_config(engine_args, "[engine]")
     configure(config)
     engine: AsyncEngine
     with explained(config, "[engine]"):
@@ -141,7 +142,19 @@ def launch(args: Namespace, configure: Callable[[VllmConfig], None]) -> AsyncEng
             aggregate_engine_logging=engine_args.aggregate_engine_logging,
             disable_log_stats=engine_args.disable_log_stats,
         )
+    join_log(config.logging_config)
     return engine
+
+
+def _create_config(options: AsyncEngineArgs | Mapping[str, Any], section: str) -> VllmConfig:
+    with _option_errors(section):
+        args = AsyncEngineArgs(**options) if isinstance(options, Mapping) else options
+        # vLLM configures its logging once for equal settings, so do it before the first record.
+        settings = args.create_logging_config()
+        configure_logging_if_needed(settings)
+        join_log(settings)
+        config: VllmConfig = args.create_engine_config(ENTRY_POINT)
+    return config
 
 
 @contextmanager
@@ -251,8 +264,7 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
         # vLLM has one metrics registry per process. It belongs to the generating engine.
         "disable_log_stats": True,
     }
-    with _option_errors("pooling:"):
-        config = AsyncEngineArgs(**{**options, **fixed}).create_engine_config(ENTRY_POINT)
+    config = _create_config({**options, **fixed}, "pooling:")
     _check_classifier(model, config.model_config.hf_config)
     _check_weights(model, config)
     engine: AsyncEngine
@@ -260,6 +272,7 @@ def launch_pooling(model: str, options: Mapping[str, Any]) -> AsyncEngine:
         engine = AsyncLLM.from_vllm_config(
             config, usage_context=ENTRY_POINT, disable_log_stats=True
         )
+    join_log(config.logging_config)
     return engine
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from infer_align.errors import ConfigError
 from infer_align.vllm.interfaces import VllmConfig
+from infer_align.vllm.log import LOGGER
 
-LOGGER = "vllm"
 MAX_LENGTH = 600
 # The exit codes of the processes stand in vLLM's own message; -9 is a process that was killed.
 _KILLED = re.compile(r"proc\(s\): \{.*: -9\b")

@@ -20,12 +20,15 @@ from typing import TextIO
 
 from infer_align.types import Candidate
 
-# The attributes of every LogRecord. All others are the `extra` of one event.
+# The attributes of every LogRecord, those of uvicorn and vLLM included. All others are the `extra`
+# of one event.
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {
     "message",
     "asctime",
     "color_message",
     "taskName",
+    "vllm_process_name",
+    "fileinfo",
 }
 REDACTED = "[redacted]"
 # Libraries that install handlers of their own.
@@ -182,10 +185,6 @@ def configure(level: str, secrets: Iterable[str] = (), worker: int | None = None
         secrets: See `JsonFormatter`.
         worker: See `JsonFormatter`.
     """
-    # No line has them, and looking them up is half the cost of a record.
-    logging.logThreads = False
-    logging.logProcesses = False
-    logging.logMultiprocessing = False
     formatter = JsonFormatter(secrets, worker)
     handler = logging.StreamHandler()
     handler.setFormatter(formatter)

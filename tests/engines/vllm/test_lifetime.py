@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -54,7 +55,13 @@ class Process:
         self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115 - closed at the end
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "infer_align_server", "serve", CONFIG, *arguments],
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": PYTHONPATH},
+            # vLLM logs as much as it does for operators.
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                "PYTHONPATH": PYTHONPATH,
+                "VLLM_LOGGING_LEVEL": "INFO",
+            },
             cwd=ROOT,
             stderr=self._log,
             stdout=subprocess.DEVNULL,
@@ -169,6 +176,20 @@ def test_a_dead_worker_is_noticed_and_no_process_stays(serve: Callable[..., Proc
 
     assert process.terminate() == 0
     assert process.until(lambda: not process.children()), process.children()
+    check_log(process.log())
+
+
+def check_log(text: str) -> None:
+    """Check that records can be formatted, and that those of the server's process are JSON."""
+    assert "Logging error" not in text
+    events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    by_vllm = [event for event in events if event["logger"].startswith("vllm")]
+    assert any("engine" in event["event"].lower() for event in by_vllm), by_vllm
+    for event in events:
+        assert not event.keys() & {"vllm_process_name", "fileinfo"}
+    # The lines of text come from vLLM's other processes.
+    assert "(MainProcess pid=" not in text
+    assert "(APIServer pid=" not in text
 
 
 def test_a_busy_server_ends_without_leaving_a_process(serve: Callable[..., Process]) -> None:
