@@ -8,7 +8,7 @@ than the help was worth.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from threading import Thread
+from threading import Lock, Thread
 
 import torch
 
@@ -16,6 +16,8 @@ import torch
 # 2 to 11 million weights, 0.88 to 1.06 for 21 and 42 million, 0.93 to 1.29 for 135 million.
 # The clients ran beside the server, 1 to 32 at once.
 SMALL_MODEL = 30_000_000
+# Two threads at once would take the other one's 1 for the number that is to be restored.
+_changing = Lock()
 
 
 def compute_alone(models: Iterable[torch.nn.Module]) -> None:
@@ -26,13 +28,14 @@ def compute_alone(models: Iterable[torch.nn.Module]) -> None:
     """
     if not all(_is_small(model) for model in models):
         return
-    # torch sets the number of the calling thread and of all threads that begin later. The first
-    # line makes this thread's number its own, and a thread that ends at once restores the others'.
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    restorer = Thread(target=torch.set_num_threads, args=(number,), name="restore-threads")
-    restorer.start()
-    restorer.join()
+    # torch sets the number of the calling thread and of all threads that begin later. So this
+    # thread's number becomes its own, and a thread that ends at once restores the others'.
+    with _changing:
+        number = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restorer = Thread(target=torch.set_num_threads, args=(number,), name="restore-threads")
+        restorer.start()
+        restorer.join()
 
 
 def _is_small(model: torch.nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 
@@ -35,6 +36,21 @@ def test_a_thread_computes_alone_if_all_its_models_are_small(several_threads, si
         assert thread.submit(torch.get_num_threads).result() == expected
         assert later.submit(torch.get_num_threads).result() == several_threads
     assert torch.get_num_threads() == several_threads
+
+
+def test_threads_that_change_at_once_leave_the_others_as_they_were(several_threads):
+    together = Barrier(8)
+
+    def change() -> int:
+        together.wait()
+        compute_alone([model(7)])
+        return torch.get_num_threads()
+
+    for _ in range(20):
+        with ThreadPoolExecutor(8) as threads, ThreadPoolExecutor(1) as later:
+            changed = [threads.submit(change) for _ in range(8)]
+            assert {each.result() for each in changed} == {1}
+            assert later.submit(torch.get_num_threads).result() == several_threads
 
 
 def test_quantized_weights_count(several_threads):
