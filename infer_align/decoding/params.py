@@ -333,12 +333,12 @@ def _logit_bias(body: Body) -> dict[int, float]:
     bias: dict[int, float] = {}
     for token, amount in value.items():
         digits = str(token)
-        if not digits.isdecimal() or len(digits) > MAX_ID_DIGITS:
+        if not (digits.isascii() and digits.isdecimal()) or len(digits) > MAX_ID_DIGITS:
             raise InvalidRequest(
                 f"logit_bias: {quote(token)} is not a token id; must be an integer >= 0.",
                 param="logit_bias",
             )
-        bias[int(digits)] = _BIAS.check("logit_bias", amount)
+        bias[int(digits)] = _BIAS.check(f"logit_bias.{digits}", amount)
     return bias
 
 

@@ -64,3 +64,17 @@ def test_schemas_are_sorted_by_name() -> None:
     for kind in ("chat", "completion"):
         names = list(field_schemas(kind))
         assert names == sorted(names)
+
+
+def test_a_wrong_bias_is_named_by_its_token() -> None:
+    assert SamplingParams.from_body({"logit_bias": {"5": -100, "07": 1.5}}, "chat").logit_bias == {
+        5: -100,
+        7: 1.5,
+    }
+    with pytest.raises(InvalidRequest, match=r"logit_bias.5: 101 is not allowed") as error:
+        SamplingParams.from_body({"logit_bias": {"4": 1, "5": 101}}, "chat")
+    assert error.value.param == "logit_bias.5"
+    for key in ("x", "-1", "1.0", " 1", "٣", "²"):
+        with pytest.raises(InvalidRequest, match="is not a token id") as error:
+            SamplingParams.from_body({"logit_bias": {key: 1}}, "chat")
+        assert error.value.param == "logit_bias"
