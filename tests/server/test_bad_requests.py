@@ -377,7 +377,7 @@ def test_unknown_model(numbers: Any, model: str) -> None:
         ({"candidates": None}, "candidates"),
         ({"candidates": []}, "candidates"),
         ({"candidates": "1"}, "candidates"),
-        ({"candidates": [1]}, "candidates"),
+        ({"candidates": [1]}, "candidates.0"),
         ({"candidates": ["1"] * 129}, "candidates"),
         ({"messages": None}, "messages"),
         ({"reward": {}}, "reward"),
