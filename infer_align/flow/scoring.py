@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
@@ -129,8 +130,8 @@ class Scoring:
 def log_failure(event: str, fields: Mapping[str, Any], failure: BaseException | None) -> None:
     """Log a reward that did not score.
 
-    A request may set a deadline that is too short for a reward. That is no fault of the server, so
-    it is logged as information, without a traceback.
+    A request may set a deadline that is too short for a reward, or hold a text that a reward cannot
+    read. That is no fault of the server, so there is no traceback, and the level is lower.
 
     Args:
         event: the event.
@@ -139,6 +140,8 @@ def log_failure(event: str, fields: Mapping[str, Any], failure: BaseException | 
     """
     if isinstance(failure, DeadlineExceeded):
         log.info("%s: the deadline of the request passed", event, extra=fields)
+    elif isinstance(failure, AlignError) and failure.status == HTTPStatus.BAD_REQUEST:
+        log.warning(event, extra=fields)
     else:
         log.error(event, extra=fields, exc_info=failure)
 

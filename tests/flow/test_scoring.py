@@ -12,7 +12,7 @@ import pytest
 
 from infer_align import align
 from infer_align.engines.fake import Fake, FakeEngine, Reply
-from infer_align.errors import AlignError, RewardFailed
+from infer_align.errors import AlignError, EngineFailed, InvalidRequest, RewardFailed
 from infer_align.flow import scoring
 from infer_align.rewards import Reward, RewardScores
 from infer_align.types import Candidate, Draw, ScoringUsage
@@ -232,6 +232,33 @@ def test_win_probabilities_are_numbered_like_the_candidates() -> None:
 def test_what_are_no_win_probabilities_is_a_failed_reward(matrix: Any) -> None:
     with pytest.raises(RewardFailed, match="win probabilities that are not from 0 to 1"):
         run(scored(reward=Scripted(lambda _: judged(matrix))), engine("1", "2", "3"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "level"),
+    [
+        (InvalidRequest("messages: too long."), "WARNING"),
+        (EngineFailed("a judge's prompt does not fit.", status=400), "WARNING"),
+        (EngineFailed("the upstream is down.", status=502), "ERROR"),
+        (EngineFailed("the key is wrong.", status=401), "ERROR"),
+        (ValueError("a bug"), "ERROR"),
+    ],
+)
+def test_a_text_that_a_reward_cannot_read_is_no_error_of_the_server(
+    caplog: pytest.LogCaptureFixture, failure: Exception, level: str
+) -> None:
+    def refuse(_: Any) -> Any:
+        raise failure
+
+    held = plan(scorers=scorers({"r": 1.0}, {"r": Scripted(refuse)}))
+    candidates = [Candidate(0, {"message": {"role": "assistant", "content": "an answer"}})]
+    with caplog.at_level("INFO", "infer_align"):
+        scores = asyncio.run(scoring.score(held, candidates))
+    assert scores.failures == {"r": 1}
+    (line,) = caplog.records
+    assert (line.levelname, line.message) == (level, "reward failed")
+    assert line.reward == "r"
+    assert bool(line.exc_info) == (level == "ERROR")
 
 
 @pytest.mark.parametrize("deadline_seconds", [None, 0.0, 0.05])
