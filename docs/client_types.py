@@ -49,9 +49,9 @@ def files() -> dict[Path, str]:
     text = start.read_text(encoding="utf-8")
     imported = _public_names(parameters)
     defined = _public_names(text)
-    taken = {*imported} & {*defined}
-    if taken:
-        names = ", ".join(sorted(taken))
+    clashes = {*imported} & {*defined}
+    if clashes:
+        names = ", ".join(sorted(clashes))
         raise ValueError(f"{names}: {start} defines a type of this name too; rename one of them.")
     exported = sorted([*imported, *defined])
     lines = _formatted(
@@ -101,12 +101,12 @@ class _Types:
         """Define the type of an object, and the types that it needs. Return its name."""
         self._schemas |= schema.get("$defs", {})
         summary = schema.get("description", "").partition("\n")[0]
-        others = schema.get("additionalProperties")
-        if not others:
+        value_schema = schema.get("additionalProperties")
+        if not value_schema:
             return self.add_class(name, summary, self._fields(schema))
         # No TypedDict has both known keys and keys of any name.
         fields = self._fields({**schema, "required": []})
-        values = dict.fromkeys([self.code_of(others), *fields.values()])
+        values = dict.fromkeys([self.code_of(value_schema), *fields.values()])
         alias = f"{name}: TypeAlias = dict[str, {' | '.join(values)}]"
         return self._define(name, f"# {summary}\n{alias}\n")
 

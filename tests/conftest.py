@@ -319,10 +319,10 @@ LONG_FILES = (
 )
 
 
-def _vllm_group(item: pytest.Item) -> str:
+def reads_vllm_server(item: pytest.Item) -> bool:
+    """Return True if the test uses the server over vLLM that `tests/engines/vllm` starts."""
     in_folder = Path(__file__).parent / "engines" / "vllm" in item.path.parents
-    reads_server = in_folder and "live" in getattr(item, "fixturenames", ())
-    return "vllm server" if reads_server else "vllm"
+    return in_folder and "live" in getattr(item, "fixturenames", ())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -347,7 +347,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=start_position)
     for item in items:
         if item.get_closest_marker("vllm"):
-            item.add_marker(pytest.mark.xdist_group(_vllm_group(item)))
+            group = "vllm server" if reads_vllm_server(item) else "vllm"
+            item.add_marker(pytest.mark.xdist_group(group))
             if not is_installed:
                 item.add_marker(pytest.mark.skip("vLLM is not installed"))
         elif not item.get_closest_marker("xdist_group"):

@@ -18,7 +18,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from infer_align.errors import AlignError, InvalidRequest
+from infer_align.errors import AlignError, InvalidRequest, quote
 from infer_align_server.wire.disconnect import EXTENSION
 from infer_align_server.wire.encoding import dumps
 from infer_align_server.wire.errors import error_json
@@ -235,7 +235,8 @@ class BoundedProtocol(HttpToolsProtocol):  # type: ignore[misc]
             if name == b"host":
                 hosts += 1
             elif name == b"transfer-encoding" and value.lower() != b"chunked":
-                return 'the only Transfer-Encoding that is read is "chunked".'
+                coding = quote(value.decode("latin-1"))
+                return f'Transfer-Encoding {coding} is not allowed; send "chunked", or a length.'
         if hosts > 1:
             return "it has more than one Host header; send one."
         if not hosts and self.parser.get_http_version() == "1.1":

@@ -54,7 +54,7 @@ async def test_candidates_of_a_draw_share_its_prefill(serving, draw, finish):
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(None, 1), (2, 2)])
-async def test_a_small_model_decodes_with_one_thread_unless_told(
+async def test_a_small_model_decodes_with_one_thread_by_default(
     serving, draw, finish, several_threads, threads, expected
 ):
     counts = set()

@@ -11,6 +11,7 @@ import pytest
 from infer_align import config as configuration
 from infer_align.errors import ConfigError
 from infer_align.vllm import package as vllm_package
+from tests.conftest import reads_vllm_server
 from tests.engines.vllm.stepping import environment
 from tests.server.conftest import Live, end, start
 
@@ -54,13 +55,7 @@ LIMIT_SECONDS = 180.0
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the tests of the server last: an engine that starts later takes vLLM's metrics over."""
-    items.sort(key=reads_server)
-
-
-def reads_server(item: pytest.Item) -> bool:
-    """Return True if the test uses the server of this folder."""
-    in_folder = Path(__file__).parent in item.path.parents
-    return in_folder and "live" in getattr(item, "fixturenames", ())
+    items.sort(key=reads_vllm_server)
 
 
 @pytest.fixture(scope="session")
