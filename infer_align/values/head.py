@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.nn.functional import embedding, gelu, linear
+from torch.nn.functional import gelu, linear
 
 from infer_align.demo.locate import locate
 from infer_align.errors import ConfigError
@@ -32,13 +32,8 @@ from infer_align.values._fingerprint import (
     from_json,
     to_json,
 )
-from infer_align_kernels import (
-    HeadTable,
-    HeadValues,
-    add_head_values,
-    candidate_values,
-    runs_triton,
-)
+from infer_align.values._head_arithmetic import HeadArithmetic, KernelHead, arrange
+from infer_align_kernels import HeadTable, HeadValues
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +61,8 @@ class HeadValue(Value):
     """One head, resident on the frozen model's device.
 
     Attributes:
-        tensors: after `start`, those of the file in float32, and the means of E and b.
+        tensors: after `start`, those of the file in float32. E and b are minus their means over the
+            vocabulary, which steering does not see.
     """
 
     estimates_states: ClassVar[bool] = True
@@ -75,6 +71,7 @@ class HeadValue(Value):
         self.path = path
         self.description = description
         self.tensors: dict[str, torch.Tensor] = {}
+        self._arithmetic: HeadArithmetic | None = None
 
     def start(self, frozen: FrozenModel, shared: dict[object, Any]) -> None:
         """Read the file.
@@ -105,41 +102,52 @@ class HeadValue(Value):
         self.tensors = {}
         for name, tensor in tensors.items():
             self.tensors[name] = tensor.to(frozen.device, torch.float32, copy=True)
-        # The mean over all tokens, which is the centre of their values.
-        self.tensors["mean E"] = self.tensors["E"].mean(dim=0)
-        self.tensors["mean b"] = self.tensors["b"].mean()
+        self._arithmetic = arrange(self.tensors)
+        self.tensors["E"] = self._arithmetic.weight
+        self.tensors["b"] = self._arithmetic.bias
 
     @property
     def is_linear(self) -> bool:
-        """Return True if the features are a linear function of the state; False for an MLP."""
+        """Return True if u(h) is P h."""
         return "P" in self.tensors
 
-    def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute u(h). [B, d] float32 -> [B, r]."""
-        tensors = self.tensors
-        if self.is_linear:
-            return linear(hidden, tensors["P"])
-        return linear(gelu(linear(hidden, tensors["W1"], tensors["c1"])), tensors["W2"])
+    @property
+    def arithmetic(self) -> HeadArithmetic:
+        """Return the arithmetic of the started head.
+
+        Raises:
+            RuntimeError: the head is not started.
+        """
+        if self._arithmetic is None:
+            raise RuntimeError(f"the value {self.path} is not started; call start() first.")
+        return self._arithmetic
 
     def evaluate(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Compute Q(h, a) of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
-        features = self.features(hidden)
-        weight, bias = self.tensors["E"], self.tensors["b"]
-        if runs_triton(hidden.device):
-            return candidate_values(token_ids, features[:, None], weight[None], bias[None])[0]
-        candidate_biases = bias.take(token_ids)
-        candidate_rows = embedding(token_ids, weight)
-        values = torch.baddbmm(candidate_biases[:, :, None], candidate_rows, features[:, :, None])
-        return values[:, :, 0]
+        """Compute Q(h, a) of each row's candidates, minus the mean of Q(h, .) over all tokens.
+
+        Args:
+            hidden: [B, d] states, float32.
+            token_ids: [B, k] the candidates.
+
+        Returns:
+            [B, k] float32.
+        """
+        return self.arithmetic.evaluate(hidden, token_ids)
 
     def evaluate_all(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute Q(h, a) of every token. [B, d] float32 -> [B, V]."""
-        return torch.addmm(self.tensors["b"][None], self.features(hidden), self.tensors["E"].T)
+        """Compute Q(h, a) of every token, minus their mean. [B, d] float32 -> [B, V]."""
+        return self.arithmetic.evaluate_all(hidden)
 
     def all_values(self, hidden: torch.Tensor) -> HeadValues:
-        """Return Q(h, a) of every token as the fused sampler reads it: [B, d] float32."""
-        weight, bias = self.tensors["E"], self.tensors["b"]
-        return HeadValues(self.features(hidden)[:, None], weight[None], bias[None])
+        """Return `evaluate_all` in the form that the fused sampler reads. [B, d] float32.
+
+        Raises:
+            RuntimeError: no kernels run on the head's device.
+        """
+        arithmetic = self.arithmetic
+        if not isinstance(arithmetic, KernelHead):
+            raise RuntimeError("the fused sampler needs a device with Triton kernels.")
+        return arithmetic.all_values(hidden)
 
     def add_all(
         self,
@@ -156,10 +164,7 @@ class HeadValue(Value):
             beta: [S]; a row of weight 0 stays bit for bit the same.
             rows: [S] indices of the steered rows; None for all.
         """
-        features = self.features(hidden)
-        centre = features @ self.tensors["mean E"] + self.tensors["mean b"]
-        weight, bias = self.tensors["E"], self.tensors["b"]
-        add_head_values(logits, features, weight, bias, centre, beta, rows)
+        self.arithmetic.add_all(logits, hidden, beta, rows)
 
     def expected(self, hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Compute V(h) = sum over a of pi(a) Q(h, a), the mean value over the next token.
@@ -171,9 +176,7 @@ class HeadValue(Value):
         Returns:
             [B] float32.
         """
-        policy = torch.softmax(logits.float(), dim=-1)
-        mean_rows = policy @ self.tensors["E"]
-        return (mean_rows * self.features(hidden)).sum(-1) + policy @ self.tensors["b"]
+        return self.arithmetic.expected(hidden, torch.softmax(logits.float(), dim=-1))
 
 
 class HeadStack:

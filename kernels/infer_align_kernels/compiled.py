@@ -197,7 +197,6 @@ VALUE_REWEIGHT_TYPES = {
     **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "out_stride"), "i32"),
     "masked": "*u8",
     "indices": "*i64",
-    "centre": "*fp32",
 }
 
 

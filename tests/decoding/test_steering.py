@@ -10,7 +10,7 @@ from infer_align.decoding.device import upload
 from infer_align.decoding.estimates import expected_values
 from infer_align.decoding.steering import SteeringBatch, steer
 from infer_align.methods.vas import reweight
-from infer_align.values.head import HeadValue
+from infer_align.values.head import HeadValue, read
 from tests.decoding.heads import random_heads
 
 V = 40
@@ -113,16 +113,21 @@ def test_without_values_nothing_changes(
 
 
 def test_expected_values_are_the_mean_over_the_policy(
-    heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor, device: torch.device
+    heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor
 ) -> None:
     weights = [{heads[0]: 0.5}, {heads[0]: 1.0, heads[1]: -2.0}, {}, {heads[1]: 3.0}]
     values = expected_values(logits, hidden, weights)
-    every = torch.arange(V, device=device)[None].expand(ROWS, -1)
     policy = torch.softmax(logits, dim=-1)
-    means = {head: (policy * head.evaluate(hidden, every)).sum(dim=-1) for head in heads}
+    means = {head: (policy * _fitted_values(head, hidden)).sum(dim=-1) for head in heads}
     for row, of_row in enumerate(weights):
         expected = sum(weight * float(means[head][row]) for head, weight in of_row.items())
         assert float(values[row]) == pytest.approx(expected, abs=1e-4)
+
+
+def _fitted_values(head: HeadValue, hidden: torch.Tensor) -> torch.Tensor:
+    """Compute the values of all tokens from the file of a linear head. [B, d] -> [B, V]."""
+    tensors = {name: tensor.to(hidden.device) for name, tensor in read(head.path)[0].items()}
+    return hidden @ tensors["P"].T @ tensors["E"].T + tensors["b"]
 
 
 def test_an_uploaded_array_may_change_afterwards(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.testing import assert_close
 
 from infer_align.errors import ConfigError
 from infer_align.fitting import regression
 from infer_align.values import FrozenModel, head, tokenizer_digest
+from infer_align.values._head_arithmetic import CpuHead, HeadArithmetic, KernelHead
 from infer_align.values.head import Head, HeadValue
 
 D, V, R, W = 6, 11, 3, 5
@@ -63,15 +66,46 @@ def test_the_configured_description_replaces_that_of_the_file(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("form", SHAPES)
-def test_a_head_has_the_values_that_were_fitted(tmp_path: Path, form: str) -> None:
-    made, path = tensors(form), tmp_path / "v.safetensors"
-    head.write(path, made, FROZEN, {})
+@pytest.mark.parametrize("arrangement", [CpuHead, KernelHead])
+def test_a_head_has_the_values_that_were_fitted(
+    form: str, arrangement: Callable[[Mapping[str, torch.Tensor]], HeadArithmetic]
+) -> None:
+    made = tensors(form)
+    arithmetic = arrangement(made)
+    hidden = torch.randn((4, D), generator=torch.Generator().manual_seed(1))
+    every = torch.arange(V)
+    fitted = regression.predict(made, hidden.repeat_interleave(V, 0), every.repeat(4)).view(4, V)
+    centred = fitted - fitted.mean(dim=1, keepdim=True)
+    assert_close(arithmetic.evaluate_all(hidden), centred)
+    ids = torch.tensor([[0, 5, 5], [1, 2, 3], [10, 9, 8], [4, 4, 4]])
+    assert_close(arithmetic.evaluate(hidden, ids), centred.gather(1, ids))
+    assert_close(arithmetic.evaluate(hidden, ids[:, :1]), centred.gather(1, ids[:, :1]))
+    policy = torch.softmax(fitted, dim=1)
+    assert_close(arithmetic.expected(hidden, policy), (policy * fitted).sum(dim=1))
+    beta = torch.tensor([1.0, -2.0])
+    logits = torch.full((4, V), 0.5)
+    arithmetic.add_all(logits, hidden[:2], beta, torch.tensor([3, 0]))
+    assert_close(logits[3], 0.5 + centred[0])
+    assert_close(logits[0], 0.5 - 2 * centred[1])
+    assert torch.equal(logits[1:3], torch.full((2, V), 0.5))
+    logits = torch.full((2, V), 0.5)
+    arithmetic.add_all(logits, hidden[:2], beta, None)
+    assert_close(logits, 0.5 + beta[:, None] * centred[:2])
+
+
+def test_the_arithmetic_of_a_cpu_keeps_one_table(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    head.write(path, tensors("mlp"), FROZEN, {})
     value = HeadValue(str(path))
     value.start(FROZEN, {})
-    hidden, ids = torch.randn(4, D), torch.randint(0, V, (4, 5))
-    expected = regression.predict(made, hidden.repeat_interleave(5, 0), ids.flatten()).view(4, 5)
-    assert value.evaluate(hidden, ids).allclose(expected, atol=1e-5)
-    assert value.evaluate(hidden, ids[:, :1]).shape == (4, 1)
+    assert isinstance(value.arithmetic, CpuHead)
+    weight, bias = value.tensors["E"], value.tensors["b"]
+    assert weight.untyped_storage().data_ptr() == bias.untyped_storage().data_ptr()
+
+
+def test_a_head_that_is_not_started_has_no_values() -> None:
+    with pytest.raises(RuntimeError, match=r"v.safetensors is not started; call start\(\) first"):
+        HeadValue("v.safetensors").evaluate(torch.zeros((1, D)), torch.zeros((1, 1)).long())
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

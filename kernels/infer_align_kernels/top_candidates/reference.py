@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ MORE = 1
 MORE_IF_ROUNDED = 11
 # A float32 number whose lowest bits are 0 comes from a 16-bit format. So many logits are looked at.
 LOWEST_BITS = 0x1FFF
-CHECKED = 8
+CHECKED = 2
 # Number of keys that `top_candidates_by_key` makes at once, 16 bytes each.
 KEYS_AT_ONCE = 2**23
 # Ids are below this number, which fills the lower half of a key.
@@ -40,8 +42,10 @@ def _is_rounded(logits: torch.Tensor) -> bool:
     """Return True if the logits were computed in 16 bits. Only a choice of speed depends on it."""
     if logits.dtype != torch.float32 or not logits.is_cpu or not len(logits):
         return True
-    first: NDArray[np.int32] = logits.numpy()[0, :CHECKED].view(np.int32)
-    return not (first & LOWEST_BITS).any()
+    # Numbers of Python: two of them take a quarter of the time of an operation on arrays.
+    first = logits[0, :CHECKED].tolist()
+    bits = struct.unpack(f"<{len(first)}I", struct.pack(f"<{len(first)}f", *first))
+    return not any(number & LOWEST_BITS for number in bits)
 
 
 def _on_host(values: torch.Tensor) -> NDArray[np.float32]:

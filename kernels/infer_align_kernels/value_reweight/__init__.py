@@ -154,22 +154,20 @@ def add_head_values(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    centre: torch.Tensor,
     beta: torch.Tensor,
     indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Add beta times a head's centred value of every token to the logits, in place.
+    """Add beta times a head's value of every token to the logits, in place.
 
-    The value of a token is hidden[s] . weight[token] + bias[token] - centre[s]. On CUDA the values
-    are never stored: the logits are read and written once. A logit of -inf stays -inf, and a row
-    whose beta is 0 stays bit for bit the same.
+    The value of a token is hidden[s] . weight[token] + bias[token]. The values are never stored:
+    the logits are read and written once. A logit of -inf stays -inf, and a row whose beta is 0
+    stays bit for bit the same.
 
     Args:
         logits: [B, V] float32, overwritten. Rows may be strided, tokens are contiguous.
         hidden: [S, r] features of the steered rows.
         weight: [V, r].
         bias: [V], or None.
-        centre: [S] float32, usually the mean value of the row.
         beta: [S] float32, finite.
         indices: [S] int64, the steered rows of the logits, all different; None for all, in order.
 
@@ -187,15 +185,14 @@ def add_head_values(
     _check_shape("hidden", hidden, (rows, weight.shape[1]), logits.device)
     if bias is not None:
         _check_shape("bias", bias, (logits.shape[1],), logits.device)
-    _check_shape("centre", centre, (rows,), logits.device)
     _check_shape("beta", beta, (rows,), logits.device)
     if runs_triton(logits.device):
         # Triton is not needed on a CPU.
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
         with launching(logits.device):
-            return triton.add_head_values(logits, hidden, weight, bias, centre, beta, indices)
-    return reference.add_head_values(logits, hidden, weight, bias, centre, beta, indices)
+            return triton.add_head_values(logits, hidden, weight, bias, beta, indices)
+    return reference.add_head_values(logits, hidden, weight, bias, beta, indices)
 
 
 def candidate_values(

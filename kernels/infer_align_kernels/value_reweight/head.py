@@ -173,7 +173,6 @@ def value_reweight_add_head_kernel(
     hidden,
     weight,
     bias,
-    centre,
     beta,
     B,
     V,
@@ -186,7 +185,7 @@ def value_reweight_add_head_kernel(
     HAS_INDICES: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Add the centred values of one tile of tokens to ROWS rows. Grid: (row blocks, tiles)."""
+    """Add the weighted values of one tile of tokens to ROWS rows. Grid: (row blocks, tiles)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = rows.to(tl.int64)
     tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
@@ -214,7 +213,6 @@ def value_reweight_add_head_kernel(
     if HAS_BIAS:
         token_bias = tl.load(bias + token, mask=in_vocabulary, other=0.0)
         q += token_bias.to(tl.float32)[None, :]
-    q -= tl.load(centre + row, mask=in_batch, other=0.0)[:, None]
     strength = tl.load(beta + row, mask=in_batch, other=0.0)
     target = row
     if HAS_INDICES:

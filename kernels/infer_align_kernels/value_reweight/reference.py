@@ -63,18 +63,22 @@ def add_head_values(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    centre: torch.Tensor,
     beta: torch.Tensor,
     indices: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Add a head's centred values in place; see `infer_align_kernels.add_head_values`."""
+    """Add a head's values in place; see `infer_align_kernels.add_head_values`."""
     row_beta = beta[:, None]
-    row_centre = centre[:, None]
-    offset = -row_centre if bias is None else bias.float()[None] - row_centre
-    shift = torch.addmm(offset, hidden.float(), weight.float().T).mul_(row_beta)
+    weighted = hidden.float() * row_beta
+    table = weight.float().T
+    if indices is None and bias is None and bool(beta.all()):
+        # The common case reads and writes the logits once.
+        return logits.addmm_(weighted, table)
     frozen = logits if indices is None else logits.index_select(0, indices)
+    steered = torch.addmm(frozen, weighted, table)
+    if bias is not None:
+        steered.addcmul_(row_beta, bias.float())
     # Adding 0 would turn a logit of -0.0 into 0.0.
-    steered = torch.where(row_beta != 0, frozen + shift, frozen)
+    steered = torch.where(row_beta != 0, steered, frozen)
     if indices is None:
         return logits.copy_(steered)
     return logits.index_copy_(0, indices, steered)

@@ -235,11 +235,10 @@ def add_head_values(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    centre: torch.Tensor,
     beta: torch.Tensor,
     indices: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Add a head's centred values in place; see `infer_align_kernels.add_head_values`."""
+    """Add a head's values in place; see `infer_align_kernels.add_head_values`."""
     rows, rank = hidden.shape
     vocabulary = logits.shape[1]
     _check_strides(logits)
@@ -255,7 +254,6 @@ def add_head_values(
         hidden=hidden.contiguous(),
         weight=weight,
         bias=weight if bias is None else bias.contiguous(),
-        centre=centre.contiguous(),
         beta=beta.contiguous(),
         B=rows,
         V=vocabulary,

@@ -208,20 +208,19 @@ def test_a_heads_values_of_every_token_are_added_in_place(
     rows, vocabulary, rank = shape
     head = cases.head(rows, vocabulary, rank, 1, dtype)
     beta = cases.strengths(rows, 1)[:, 0]
-    centre = torch.linspace(-1, 1, rows)
     # Twice as many rows of logits, of which every second one is steered, in another order.
     indices = torch.arange(rows).flip(0) * 2
     logits = cases.logits(2 * rows, vocabulary)
     before = logits.clone()
     bias = None if head.bias is None else head.bias[0]
-    arguments = (head.hidden[:, 0], head.weight[0], bias, centre, beta, indices)
+    arguments = (head.hidden[:, 0], head.weight[0], bias, beta, indices)
     result = triton.add_head_values(logits, *arguments)
     assert result is logits
     values = head.hidden[:, 0].double() @ head.weight[0].double().T
     if bias is not None:
         values = values + bias.double()
     expected = before.double()
-    expected[indices] += beta.double()[:, None] * (values - centre.double()[:, None])
+    expected[indices] += beta.double()[:, None] * values
     torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-4, equal_nan=True)
     # Rows that are not steered, or with a beta of 0, stay bit for bit the same.
     steered = indices[beta != 0]
@@ -235,7 +234,10 @@ def test_a_heads_values_without_indices_or_bias() -> None:
     head = cases.head(3, 150, 32, 1)
     logits = cases.logits(3, 150)
     before = logits.clone()
-    zeros, ones = torch.zeros(3), torch.ones(3)
-    triton.add_head_values(logits, head.hidden[:, 0], head.weight[0], None, zeros, ones, None)
+    arguments = (head.hidden[:, 0], head.weight[0], None, torch.ones(3), None)
+    triton.add_head_values(logits, *arguments)
     expected = before + head.hidden[:, 0] @ head.weight[0].T
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+    again = reference.add_head_values(before, *arguments)
+    assert again is before
+    torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4, equal_nan=True)
