@@ -141,24 +141,21 @@ def measure_head(problem: Problem, bandwidth: float) -> dict[str, Any]:
     return measure_row(shape, variants, moved_bytes, bandwidth)
 
 
-def eager_dense(
-    logits: torch.Tensor, head: HeadValues, centre: torch.Tensor, beta: torch.Tensor
-) -> torch.Tensor:
-    """Add a head's centred values to all logits in place, as written without a kernel."""
+def eager_dense(logits: torch.Tensor, head: HeadValues, beta: torch.Tensor) -> torch.Tensor:
+    """Add a head's values to all logits in place, as written without a kernel."""
     q = head.hidden[:, 0] @ head.weight[0].T
-    return logits.add_(beta * (q.float() - centre[:, None]))
+    return logits.add_(beta * q.float())
 
 
 def measure_dense(problem: Problem, bandwidth: float) -> dict[str, Any]:
     """Measure a head that steers every token in place. The logits are float32."""
     logits, head, beta = problem.logits.float(), problem.head, problem.beta
     hidden, weight = head.hidden[:, 0], head.weight[0]
-    centre = (hidden.double() @ weight.double().mean(dim=0)).float()
 
     def ours() -> torch.Tensor:
-        return add_head_values(logits, hidden, weight, None, centre, beta[:, 0])
+        return add_head_values(logits, hidden, weight, None, beta[:, 0])
 
-    values = hidden.double() @ weight.double().T - centre[:, None]
+    values = hidden.double() @ weight.double().T
     expected = logits.double() + beta * values
     error = float((ours() - expected).abs().max())
     if not error < TOLERANCE:
@@ -168,11 +165,11 @@ def measure_dense(problem: Problem, bandwidth: float) -> dict[str, Any]:
         )
     variants: Variants = {
         "ours": ours,
-        "eager": lambda: eager_dense(logits, head, centre, beta),
+        "eager": lambda: eager_dense(logits, head, beta),
     }
     if problem.is_compiled:
         compiled = torch.compile(eager_dense)
-        variants["compile"] = lambda: compiled(logits, head, centre, beta)
+        variants["compile"] = lambda: compiled(logits, head, beta)
     shape = {"op": "dense", **problem.shape, "r": RANK}
     return measure_row(shape, variants, 2 * logits.nbytes + weight.nbytes, bandwidth)
 

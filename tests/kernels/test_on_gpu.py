@@ -209,9 +209,9 @@ def test_a_value_of_every_token_is_added(rows: int, rank: int, dtype: torch.dtyp
     head = cases.head(rows, 32001, rank, 1, dtype)
     hidden, weight = head.hidden[:, 0], head.weight[0]
     bias = torch.linspace(-1, 1, 32001)
-    beta, centre = cases.strengths(rows, 1)[:, 0], torch.arange(float(rows))
-    values = hidden.double() @ weight.double().T + bias - centre[:, None]
+    beta = cases.strengths(rows, 1)[:, 0]
+    values = hidden.double() @ weight.double().T + bias
     expected = torch.where(beta[:, None] != 0, logits + beta[:, None] * values, logits.double())
-    arguments = [tensor.cuda() for tensor in (hidden, weight, bias, centre, beta)]
+    arguments = [tensor.cuda() for tensor in (hidden, weight, bias, beta)]
     result = add_head_values(logits.cuda(), *arguments).cpu().double()
     torch.testing.assert_close(result, expected, equal_nan=True, atol=1e-4, rtol=1e-6)
