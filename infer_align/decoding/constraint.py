@@ -20,6 +20,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
+from infer_align.decoding import trial
 from infer_align.decoding.text import token_bytes
 from infer_align.errors import InvalidRequest
 
@@ -112,23 +113,31 @@ class ConstraintCompiler:
         self._compiled = lru_cache(CACHED_GRAMMARS)(self._compile)
 
     def compile(self, grammar: Grammar) -> Constraint:
-        """Return the compiled grammar. llguidance bounds the size and the time of it.
+        """Return the compiled grammar.
 
         Raises:
             InvalidRequest: the grammar is wrong or too large; the message has llguidance's reason.
         """
-        constraint, error = self._compiled(grammar.text)
-        if error is not None:
+        compiled = self._compiled(grammar.text)
+        if isinstance(compiled, str):
             raise InvalidRequest(
-                f"{grammar.param}: cannot be followed: {error}; change it, or leave it out.",
+                f"{grammar.param}: cannot be followed: {compiled}; change it, or leave it out.",
                 param=grammar.param,
             )
-        return constraint
+        return compiled
 
-    def _compile(self, text: str) -> tuple[Constraint, str | None]:
+    def _compile(self, text: str) -> Constraint | str:
+        """Return the compiled grammar, or what is wrong with it."""
+        # llguidance bounds some of the work only: other grammars would end this process.
+        error = trial.failure(lambda: self._fault(text))
+        if error is not None:
+            return error
+        return Constraint(LLMatcher(self._tokenizer, text, log_level=0), self._tokenizer)
+
+    def _fault(self, text: str) -> str | None:
+        """Return what is wrong with a grammar, or None."""
         matcher = LLMatcher(self._tokenizer, text, log_level=0)
-        error = _reason(matcher.get_error()) if matcher.is_error() else None
-        return Constraint(matcher, self._tokenizer), error
+        return _reason(matcher.get_error()) if matcher.is_error() else None
 
 
 class _TokenTable:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from infer_align.decoding import trial
 from infer_align.decoding.constraint import ConstraintCompiler, Grammar, Matcher, constrain
 from infer_align.decoding.structured_outputs import read_grammar
 from infer_align.decoding.text import token_bytes
@@ -188,3 +189,33 @@ def test_what_llguidance_cannot_honour_is_refused_and_never_ignored(
     assert grammar is not None
     with pytest.raises(InvalidRequest, match=r"structured_outputs\.json"):
         compiler(byte_level).compile(grammar)
+
+
+# Each of these ended the process, or kept it busy for minutes.
+HARMFUL: dict[str, dict[str, Any]] = {
+    "memory": {"json": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}},
+    "memory inside a grammar": {
+        "grammar": 'start: %json {"type": "array", "items": {}, "minItems": 1000000000}'
+    },
+    "time": {"json": {"type": "integer", "multipleOf": 123_456_789}},
+    "time of many patterns": {
+        "json": {"allOf": [{"type": "string", "pattern": f"a{i}"} for i in range(500)]}
+    },
+    "stack": {"grammar": "start: b0\n" + "\n".join(f"b{i}: b{i + 1}" for i in range(20_000))},
+}
+HARMFUL["stack"]["grammar"] += '\nb20000: "c"'
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_grammar_that_would_end_the_process_is_refused(byte_level: Any, name: str) -> None:
+    grammar = read_grammar({"structured_outputs": HARMFUL[name]})
+    assert grammar is not None
+    grammars = compiler(byte_level)
+    with pytest.raises(InvalidRequest) as refused:
+        grammars.compile(grammar)
+    (field,) = HARMFUL[name]
+    assert refused.value.message == (
+        f"structured_outputs.{field}: cannot be followed: {trial.TOO_MUCH}; change it, or leave it "
+        "out."
+    )
+    assert grammars.compile(regex("a")).matcher().error is None

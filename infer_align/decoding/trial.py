@@ -1,0 +1,75 @@
+"""Try what a client asks for in a copy of this process, which may fail in place of it.
+
+A grammar of a few bytes can ask for gigabytes, for hours, or for a deeper stack than there is. The
+library that compiles it ends the process then.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import resource
+import select
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+CPU_SECONDS = 2
+MEMORY_BYTES = 2**30
+# Longer than the computing takes on a busy machine. It ends a copy that waits for a lock.
+WALL_SECONDS = 30.0
+TOO_MUCH = (
+    f"it takes over {CPU_SECONDS} seconds of computing, "
+    f"over {MEMORY_BYTES // 2**30} GiB of memory, or too deep a recursion"
+)
+_SIZE = Path("/proc/self/statm")
+Task = Callable[[], str | None]
+
+
+def failure(task: Task) -> str | None:
+    """Run a task in a copy of this process, within limits.
+
+    Args:
+        task: Returns what is wrong, or None. It may use the memory and the files of this process,
+            and no other thread of it.
+
+    Returns:
+        What the task returns, or `TOO_MUCH`.
+    """
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        # Python warns of copies of processes with threads. The copy uses none of their locks.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _run(task, writing)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        is_done = select.select([pipe], [], [], WALL_SECONDS)[0]
+        if not is_done:
+            os.kill(child, signal.SIGKILL)
+        answer = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    return answer or None if status == 0 else TOO_MUCH
+
+
+def _run(task: Task, writing: int) -> NoReturn:
+    """Run the task in the copy, send its result, and end the copy without any cleaning up."""
+    status = 1
+    try:
+        # A library that ends the process says so there, and Python says where it was.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        faulthandler.disable()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        if _SIZE.exists():
+            pages = int(_SIZE.read_text(encoding="ascii").split()[0])
+            limit = pages * resource.getpagesize() + MEMORY_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        os.write(writing, (task() or "").encode())
+        status = 0
+    finally:
+        os._exit(status)

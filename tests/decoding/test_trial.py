@@ -1,0 +1,65 @@
+"""Tasks that may end their process run in a copy of it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+import pytest
+
+from infer_align.decoding import trial
+
+
+def test_what_the_task_says_comes_back() -> None:
+    assert trial.failure(lambda: None) is None
+    assert trial.failure(lambda: "it is wrong: \u20ac") == "it is wrong: \u20ac"
+
+
+def test_the_task_changes_nothing_here() -> None:
+    seen: list[int] = []
+
+    def task() -> str:
+        seen.append(1)
+        return str(os.getpid())
+
+    assert trial.failure(task) != str(os.getpid())
+    assert seen == []
+
+
+def abort() -> None:
+    os.abort()
+
+
+def fail() -> None:
+    raise ValueError("of the task")
+
+
+def leave() -> None:
+    raise SystemExit(0)
+
+
+def allocate() -> None:
+    bytearray(2 * trial.MEMORY_BYTES)
+
+
+def compute() -> None:
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("task", [abort, fail, leave, allocate, compute])
+def test_a_task_that_ends_its_process_is_too_much(
+    task: trial.Task, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = psutil.Process()
+    before = process.num_fds()
+    assert trial.failure(task) == trial.TOO_MUCH
+    assert process.num_fds() == before
+    assert process.children() == []
+    assert capfd.readouterr().err == ""
+
+
+def test_a_task_that_waits_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "WALL_SECONDS", 0.05)
+    assert trial.failure(lambda: time.sleep(1000)) == trial.TOO_MUCH
