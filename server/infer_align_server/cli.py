@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from infer_align.errors import AlignError, ConfigError, InvalidRequest, quote
+from infer_align.errors import AlignError, ConfigError, quote
 from infer_align_server import streams
 from infer_align_server.arguments import (
     Parser,
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments after the program's name; default: those of the process.
 
     Returns:
-        The exit status: 0 for success, 1 for a failure, 2 for a wrong command, file or
+        The exit status: 0 for success, 1 for a failure, 2 for a wrong command or
         configuration, 130 for Ctrl-C.
     """
     streams.prepare()
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except AlignError as error:
         _print_error("error", error)
-        return 2 if isinstance(error, InvalidRequest) else 1
+        return 1
     except OSError as error:
         _print_error("error", AlignError(_file_problem(error)))
         if error.filename is None:

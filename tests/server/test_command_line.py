@@ -85,7 +85,7 @@ def test_a_wrong_value_of_a_setting(
         ('"a"\n' + DEEP, "prompts: prompts.jsonl:2 is neither"),
     ],
 )
-def test_a_wrong_file_is_a_wrong_command(
+def test_a_wrong_file_of_prompts_is_named(
     content: str | None,
     message: str,
     tmp_path: Path,
@@ -97,7 +97,7 @@ def test_a_wrong_file_is_a_wrong_command(
     if content is not None:
         Path("prompts.jsonl").write_text(content)
     files = ["--prompts", "prompts.jsonl", "--out", "out.safetensors"]
-    assert cli.main(["fit", "value", "--reward", "quality", *files]) == 2
+    assert cli.main(["fit", "value", "--reward", "quality", *files]) == 1
     assert message in capsys.readouterr().err
 
 
