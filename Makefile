@@ -79,9 +79,9 @@ measure: $(VENV)/vllm $(VENV)/quickstart  ## measure serving, each figure beside
 measure-gpu: $(VENV)/dev  ## measure kernels and engines on a GPU, in parts with a time limit; SECONDS_LIMIT=60 runs the next parts that fit
 	$(BIN)/python -m benchmarks.gpu.run $(if $(SECONDS_LIMIT),--seconds $(SECONDS_LIMIT))
 
-soak: $(VENV)/dev  ## serve everything at once for half an hour, with faults
-	$(BIN)/python -m benchmarks.serving.soak
-	$(BIN)/python -m benchmarks.serving.soak --target fake
+soak: $(VENV)/dev  ## serve everything at once, with faults, twice for half an hour; MINUTES=720 takes a day
+	$(BIN)/python -m benchmarks.serving.soak --minutes $(or $(MINUTES),30)
+	$(BIN)/python -m benchmarks.serving.soak --minutes $(or $(MINUTES),30) --target fake
 
 scenarios: $(VENV)/dev  ## try floods, slow clients, a killed upstream and full tables, a few minutes
 	$(BIN)/python -m benchmarks.serving.scenarios

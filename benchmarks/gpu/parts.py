@@ -19,6 +19,16 @@ BEGIN = "write an 8B model and begin to start vLLM"
 START = "wait for vLLM"
 KERNELS = ("top_candidates", "steer_logits", "value_reweight", "sibling_attention")
 CONCURRENCIES = (1, 32, 256)
+# These tests compute on the GPU where there is one.
+STEERING_TESTS = (
+    "tests/decoding/test_steering.py",
+    "tests/decoding/test_dense_steering.py",
+    "tests/decoding/test_kl_limit.py",
+    "tests/decoding/test_siblings.py",
+)
+ENGINE_TESTS = "tests/engines/transformers/test_steering.py"
+# Seconds of the time limit that a part measures. The rest is for imports and compilers.
+MEASURED_SECONDS = "35"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +63,23 @@ def all_parts() -> tuple[Part, ...]:
     The server of vLLM takes longer to start. It goes on starting when its part runs out of time,
     and the next piece waits for it (held_server.py).
     """
-    files = ("test_on_gpu", "test_top_candidates", "test_steer_logits")
-    tests = tuple(f"tests/kernels/{file}.py" for file in files)
-    parts = [Part(TESTS, ("-m", "pytest", "-q", "-n", "0", *tests), 60.0)]
+    parts = [
+        _tests(TESTS, "tests/kernels/test_on_gpu.py"),
+        _tests("tests of steering", *STEERING_TESTS),
+        _tests("tests of the embedded engine", ENGINE_TESTS),
+    ]
     for kernel in KERNELS:
         script = f"benchmarks.kernels.bench_{kernel}"
-        parts.append(Part(f"measure {kernel}", ("-m", script, "--tested"), 60.0, TESTS))
+        options = ("--tested", "--seconds", MEASURED_SECONDS)
+        parts.append(Part(f"measure {kernel}", ("-m", script, *options), 60.0, TESTS))
     parts.append(
         Part("measure the embedded engine", ("-m", "benchmarks.gpu.embedded"), 60.0, TESTS)
     )
     return (*parts, *_vllm_parts())
+
+
+def _tests(name: str, *paths: str) -> Part:
+    return Part(name, ("-m", "pytest", "-q", "-n", "0", *paths), 60.0)
 
 
 def _vllm_parts() -> list[Part]:
@@ -117,10 +134,10 @@ def run_part(part: Part, done: Mapping[str, Outcome]) -> Outcome:
         return Outcome(part.name, BLOCKED, 0.0)
     start = time.monotonic()
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *part.arguments], cwd=ROOT, check=False, timeout=part.seconds
         )
-        status = FAILED if done.returncode else PASSED
+        status = FAILED if process.returncode else PASSED
     except subprocess.TimeoutExpired:
         status = OUT_OF_TIME
     return Outcome(part.name, status, round(time.monotonic() - start, 1))

@@ -16,10 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import PASSED, Outcome, Part, all_parts, plan, run_part
+from benchmarks.gpu.parts import OUT_OF_TIME, PASSED, Outcome, Part, all_parts, plan, run_part
 from benchmarks.record import RESULTS, commit, record
 
 NAME = "gpu_parts"
+# A run without a limit tries the parts that ran out of time again: what they have begun goes on,
+# and what they have compiled is kept.
+TRIES = 3
 NO_GPU = "measure-gpu: torch finds no CUDA device here, so nothing was measured."
 
 
@@ -52,6 +55,23 @@ def measure(parts: Iterable[Part], done: dict[str, Outcome], device: str) -> lis
     return outcomes
 
 
+def measure_all(
+    parts: Sequence[Part], done: dict[str, Outcome], device: str, seconds: float | None
+) -> bool:
+    """Run the parts that are left, in one piece if its seconds are limited.
+
+    Returns:
+        True if every part that ran has passed, at its last try.
+    """
+    latest: dict[str, Outcome] = {}
+    for _ in range(TRIES if seconds is None else 1):
+        outcomes = measure(plan(parts, done, seconds), done, device)
+        latest.update({outcome.name: outcome for outcome in outcomes})
+        if all(outcome.status != OUT_OF_TIME for outcome in outcomes):
+            break
+    return all(outcome.status == PASSED for outcome in latest.values())
+
+
 def device_name() -> str | None:
     """Return the name of the GPU; None without one."""
     import torch  # noqa: PLC0415 - the plan is listed without torch
@@ -76,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(NO_GPU)
         return 0
     done = read_outcomes(RESULTS / f"{NAME}.json", commit())
-    piece = plan(all_parts(), done, options.seconds)
-    outcomes = measure(piece, done, device)
-    return 0 if all(outcome.status == PASSED for outcome in outcomes) else 1
+    return 0 if measure_all(all_parts(), done, device, options.seconds) else 1
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ python benchmarks/kernels/bench_sibling_attention.py
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 
@@ -15,18 +13,16 @@ from benchmarks.kernels.measure import (
     DEVICE,
     DTYPE,
     SEED,
-    copy_bandwidth,
+    Rows,
     measure_row,
-    require_passing_tests,
-    setup,
+    record_shapes,
 )
-from benchmarks.record import record
 from infer_align_kernels import sibling_attention
 
 # B, H, Hkv, k, T, D
 CUDA_SHAPES = [
-    (8, 32, 8, 20, 1024, 128),
     (32, 32, 8, 20, 1024, 128),
+    (8, 32, 8, 20, 1024, 128),
     (64, 32, 4, 64, 2048, 64),
 ]
 CPU_SHAPES = [
@@ -117,8 +113,11 @@ def check_agreement(inputs: tuple[torch.Tensor, ...]) -> None:
             )
 
 
-def measure_shape(shape: tuple[int, ...], bandwidth: float) -> dict[str, Any]:
-    """Measure one shape and return its row."""
+def measure_shape(
+    rows: int, heads: int, kv_heads: int, siblings: int, columns: int, dim: int, bandwidth: float
+) -> Rows:
+    """Measure one shape and return its row, as the only one."""
+    shape = (rows, heads, kv_heads, siblings, columns, dim)
     inputs = random_inputs(shape)
     check_agreement(inputs)
     variants = {
@@ -129,24 +128,18 @@ def measure_shape(shape: tuple[int, ...], bandwidth: float) -> dict[str, Any]:
     if CUDA:
         compiled = torch.compile(masked)
         variants["compile"] = lambda: compiled(*inputs)
-    query, keys, _, own_keys, _, lengths = inputs
-    _, kv_heads, _, dim = keys.shape
+    query, _, _, own_keys, _, lengths = inputs
     prefix_numbers = 2 * int(lengths.sum()) * kv_heads * dim
     moved_numbers = prefix_numbers + 2 * query.numel() + 2 * own_keys.numel()
     sizes = dict(zip(("B", "H", "Hkv", "k", "T", "D"), shape, strict=True))
-    return measure_row(sizes, variants, moved_numbers * query.element_size(), bandwidth)
+    return [measure_row(sizes, variants, moved_numbers * query.element_size(), bandwidth)]
 
 
 if __name__ == "__main__":
-    require_passing_tests("sibling_attention")
-    bandwidth = copy_bandwidth()
-    shapes = CUDA_SHAPES if CUDA else CPU_SHAPES
-    path = record(
-        f"kernels_sibling_attention_{DEVICE.type}",
-        baseline="masked: one scaled_dot_product_attention over prefix and siblings; "
+    record_shapes(
+        "sibling_attention",
+        "masked: one scaled_dot_product_attention over prefix and siblings; "
         "copied: the prefix once per sibling",
-        seed=SEED,
-        rows=[measure_shape(shape, bandwidth) for shape in shapes],
-        setup=setup(bandwidth),
+        CUDA_SHAPES if CUDA else CPU_SHAPES,
+        measure_shape,
     )
-    print(path)

@@ -6,7 +6,6 @@ python benchmarks/kernels/bench_steer_logits.py
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from benchmarks.kernels.measure import (
     CUDA,
     DEVICE,
     SEED,
+    Rows,
     measure_row,
     record_shapes,
 )
@@ -30,7 +30,7 @@ from infer_align_kernels import (
 VOCABULARY = 128_256
 RANK = 128
 K = 20
-CUDA_ROWS = (1, 8, 32, 64, 128, 256, 512)
+CUDA_ROWS = (256, 32, 1, 512, 8, 128, 64)
 CPU_ROWS = (1, 8)
 HEADS = (1, 4)
 TOLERANCE = 1e-3
@@ -83,13 +83,13 @@ def check_agreement(rows: int, heads: int) -> None:
         )
 
 
-def measure_shape(rows: int, heads: int, bandwidth: float) -> dict[str, Any]:
-    """Measure one batch size and return its row."""
+def measure_shape(rows: int, heads: int, bandwidth: float) -> Rows:
+    """Measure one batch size and return its row, as the only one."""
     check_agreement(rows, heads)
     problem = Problem(rows, heads)
     shape = {"B": rows, "V": VOCABULARY, "k": K, "M": heads, "r": RANK}
     variants = {"ours": problem.fused, "separate": problem.separate}
-    return measure_row(shape, variants, problem.logits.nbytes, bandwidth)
+    return [measure_row(shape, variants, problem.logits.nbytes, bandwidth)]
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     record_shapes(
         "steer_logits",
         "separate: top_candidates, candidate_values per head, reweight_logits in place",
-        itertools.product(CUDA_ROWS if CUDA else CPU_ROWS, HEADS),
+        list(itertools.product(CUDA_ROWS if CUDA else CPU_ROWS, HEADS)),
         measure_shape,
     )
 

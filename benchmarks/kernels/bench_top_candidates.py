@@ -7,7 +7,6 @@ python benchmarks/kernels/bench_top_candidates.py
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,13 +18,15 @@ from benchmarks.kernels.measure import (
     CUDA,
     DEVICE,
     SEED,
+    Rows,
     measure_row,
     record_shapes,
 )
 from infer_align_kernels import top_candidates
 
 VOCABULARY = 128_256
-CUDA_ROWS = (1, 8, 32, 64, 128, 256, 512)
+# The batch sizes of the targets come first.
+CUDA_ROWS = (256, 1, 512, 32, 8, 128, 64)
 CPU_ROWS = (1, 8, 32)
 CANDIDATES = (20, 64)
 
@@ -51,8 +52,8 @@ def flashinfer_top_k() -> Callable[..., Any] | None:
     return function
 
 
-def measure_shape(rows: int, k: int, bandwidth: float) -> dict[str, Any]:
-    """Measure one batch size and return its row."""
+def measure_shape(rows: int, k: int, bandwidth: float) -> Rows:
+    """Measure one batch size and return its row, as the only one."""
     logits = random_logits(rows)
     check_agreement(logits, k)
     half = logits.bfloat16()
@@ -67,7 +68,7 @@ def measure_shape(rows: int, k: int, bandwidth: float) -> dict[str, Any]:
         variants["flashinfer"] = lambda: flashinfer(logits, k, sorted=True)
         variants["flashinfer_bf16"] = lambda: flashinfer(half, k, sorted=True)
     shape = {"B": rows, "V": VOCABULARY, "k": k}
-    return measure_row(shape, variants, logits.nbytes, bandwidth)
+    return [measure_row(shape, variants, logits.nbytes, bandwidth)]
 
 
 def main() -> None:
@@ -75,7 +76,7 @@ def main() -> None:
     record_shapes(
         "top_candidates",
         "topk: torch.topk of the same logits; flashinfer: its top_k, sorted, where installed",
-        itertools.product(CUDA_ROWS if CUDA else CPU_ROWS, CANDIDATES),
+        [(rows, k) for k in CANDIDATES for rows in (CUDA_ROWS if CUDA else CPU_ROWS)],
         measure_shape,
     )
 

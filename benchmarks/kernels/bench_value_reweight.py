@@ -5,7 +5,7 @@ python benchmarks/kernels/bench_value_reweight.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,14 @@ from benchmarks.kernels.measure import (
     DEVICE,
     DTYPE,
     SEED,
-    copy_bandwidth,
+    Rows,
     measure_row,
-    require_passing_tests,
-    setup,
+    record_shapes,
 )
-from benchmarks.record import record
 from infer_align_kernels import (
     CandidateValues,
     HeadValues,
+    add_head_values,
     candidate_values,
     reweight_logits,
     top_candidates,
@@ -31,9 +30,20 @@ from infer_align_kernels import (
 )
 
 RANK = 128
-# B, V
-CUDA_SHAPES = [(8, 128256), (32, 128256), (256, 128256), (512, 128256)]
-CPU_SHAPES = [(1, 32000), (8, 32000), (8, 128256), (32, 128256)]
+# B, V and the dtype of logits and head. The embedded engine's are float32.
+CUDA_SHAPES = [
+    (256, 128256, torch.float32),
+    (256, 128256, torch.bfloat16),
+    (32, 128256, torch.float32),
+    (8, 128256, torch.float32),
+    (512, 128256, torch.float32),
+    (32, 128256, torch.bfloat16),
+    (8, 128256, torch.bfloat16),
+    (512, 128256, torch.bfloat16),
+]
+CPU_SHAPES = [(1, 32000, DTYPE), (8, 32000, DTYPE), (8, 128256, DTYPE), (32, 128256, DTYPE)]
+# torch.compile takes seconds for each shape.
+COMPILED_ROWS = 256
 CANDIDATES = (20, 64)
 TEMPERATURE = 0.8
 TOLERANCE = 1e-3
@@ -74,17 +84,17 @@ def eager_sample(
 class Problem:
     """Random logits, a head with one value, and the sampling arguments of a batch."""
 
-    def __init__(self, rows: int, vocabulary: int) -> None:
+    def __init__(self, rows: int, vocabulary: int, dtype: torch.dtype) -> None:
         generator = torch.Generator(DEVICE).manual_seed(SEED)
 
         def random(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=generator, device=DEVICE)
 
-        self.rows = rows
-        self.vocabulary = vocabulary
-        self.logits = (random(rows, vocabulary) * 3).to(DTYPE)
-        hidden = random(rows, 1, RANK).to(DTYPE)
-        weight = (random(1, vocabulary, RANK) * RANK**-0.5).to(DTYPE)
+        self.shape = {"B": rows, "V": vocabulary, "dtype": str(dtype), "M": 1}
+        self.is_compiled = CUDA and rows == COMPILED_ROWS
+        self.logits = (random(rows, vocabulary) * 3).to(dtype)
+        hidden = random(rows, 1, RANK).to(dtype)
+        weight = (random(1, vocabulary, RANK) * RANK**-0.5).to(dtype)
         self.head = HeadValues(hidden, weight)
         self.beta = torch.ones(rows, 1, device=DEVICE)
         self.temperature = torch.full((rows,), TEMPERATURE, device=DEVICE)
@@ -123,12 +133,48 @@ def measure_head(problem: Problem, bandwidth: float) -> dict[str, Any]:
         "ours": lambda: problem.sample(head),
         "eager": lambda: eager_head(logits, head, beta, temperature),
     }
-    if CUDA:
+    if problem.is_compiled:
         compiled = torch.compile(eager_head)
         variants["compile"] = lambda: compiled(logits, head, beta, temperature)
-    shape = {"op": "head", "B": problem.rows, "V": problem.vocabulary, "M": 1, "r": RANK}
+    shape = {"op": "head", **problem.shape, "r": RANK}
     moved_bytes = (logits.numel() + head.weight.numel()) * logits.element_size()
     return measure_row(shape, variants, moved_bytes, bandwidth)
+
+
+def eager_dense(
+    logits: torch.Tensor, head: HeadValues, centre: torch.Tensor, beta: torch.Tensor
+) -> torch.Tensor:
+    """Add a head's centred values to all logits in place, as written without a kernel."""
+    q = head.hidden[:, 0] @ head.weight[0].T
+    return logits.add_(beta * (q.float() - centre[:, None]))
+
+
+def measure_dense(problem: Problem, bandwidth: float) -> dict[str, Any]:
+    """Measure a head that steers every token in place. The logits are float32."""
+    logits, head, beta = problem.logits.float(), problem.head, problem.beta
+    hidden, weight = head.hidden[:, 0], head.weight[0]
+    centre = (hidden.double() @ weight.double().mean(dim=0)).float()
+
+    def ours() -> torch.Tensor:
+        return add_head_values(logits, hidden, weight, None, centre, beta[:, 0])
+
+    values = hidden.double() @ weight.double().T - centre[:, None]
+    expected = logits.double() + beta * values
+    error = float((ours() - expected).abs().max())
+    if not error < TOLERANCE:
+        raise SystemExit(
+            f"add_head_values: a logit is off by {error}; must be below {TOLERANCE}. "
+            "Nothing is measured."
+        )
+    variants: Variants = {
+        "ours": ours,
+        "eager": lambda: eager_dense(logits, head, centre, beta),
+    }
+    if problem.is_compiled:
+        compiled = torch.compile(eager_dense)
+        variants["compile"] = lambda: compiled(logits, head, centre, beta)
+    shape = {"op": "dense", **problem.shape, "r": RANK}
+    return measure_row(shape, variants, 2 * logits.nbytes + weight.nbytes, bandwidth)
 
 
 def measure_candidates(problem: Problem, k: int, bandwidth: float) -> dict[str, Any]:
@@ -148,40 +194,35 @@ def measure_candidates(problem: Problem, k: int, bandwidth: float) -> dict[str, 
         "top_candidates": lambda: top_candidates(logits, k),
         "topk": lambda: logits.topk(k),
     }
-    if CUDA:
+    if problem.is_compiled:
         compiled = torch.compile(eager_candidates)
         variants["compile"] = lambda: compiled(logits, ids, values, beta, temperature)
-    shape = {"op": "candidates", "B": problem.rows, "V": problem.vocabulary, "M": 1, "k": k}
+    shape = {"op": "candidates", **problem.shape, "k": k}
     return measure_row(shape, variants, logits.numel() * logits.element_size(), bandwidth)
 
 
-def measure_shape(rows: int, vocabulary: int, bandwidth: float) -> list[dict[str, Any]]:
-    """Measure all forms at one batch size and vocabulary."""
-    problem = Problem(rows, vocabulary)
-    lines = [measure_head(problem, bandwidth)]
+def measure_shape(rows: int, vocabulary: int, dtype: torch.dtype, bandwidth: float) -> Rows:
+    """Measure all forms at one batch size, vocabulary and dtype."""
+    problem = Problem(rows, vocabulary, dtype)
+    lines = [measure_dense(problem, bandwidth), measure_head(problem, bandwidth)]
     for k in CANDIDATES:
         lines.append(measure_candidates(problem, k, bandwidth))
     return lines
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all shapes and write the results."""
-    require_passing_tests("value_reweight")
-    bandwidth = copy_bandwidth()
-    lines = []
-    for rows, vocabulary in CUDA_SHAPES if CUDA else CPU_SHAPES:
-        lines += measure_shape(rows, vocabulary, bandwidth)
     compiled = "torch.compile is measured on CUDA only"
     if CUDA:
-        compiled = "compile: the same through torch.compile"
-    path = record(
-        f"kernels_value_reweight_{DEVICE.type}",
-        baseline=f"eager: head GEMM, softmax, multinomial, two logprobs; {compiled}",
-        seed=SEED,
-        rows=lines,
-        setup=setup(bandwidth),
+        compiled = f"compile: the same through torch.compile, at B = {COMPILED_ROWS}"
+    record_shapes(
+        "value_reweight",
+        f"eager: head GEMM, softmax, multinomial, two logprobs; dense: the GEMM and an addition; "
+        f"{compiled}",
+        CUDA_SHAPES if CUDA else CPU_SHAPES,
+        measure_shape,
+        arguments,
     )
-    print(path)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Measure kernels next to their baselines, and compute the lower bound of their time.
 
-A kernel is measured only if its tests pass.
+A kernel is measured only if its tests pass. The shapes of its targets come first, and the record is
+written after each shape: what has been measured is kept if the time is over.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter, process_time
+from time import monotonic, perf_counter, process_time
 from typing import Any
 
 import torch
@@ -26,15 +29,16 @@ CPU_ROUNDS = 15
 HOST_ROUNDS = 50
 # Larger than the caches of the device.
 COPY_BYTES = 2**30 if CUDA else 2**26
+# Milliseconds of one measurement. A replayed graph takes ten times GRAPH_MS.
+WARMUP_MS = 10
+BENCH_MS = 60
+GRAPH_MS = 10
+
+Rows = list[dict[str, Any]]
 
 
 def require_passing_tests(op: str) -> None:
-    """Run the tests of an op, the interpreted ones too, and exit if one fails.
-
-    With `--tested` on the command line they have run before, as in `benchmarks.gpu.run`.
-    """
-    if "--tested" in sys.argv:
-        return
+    """Run the tests of an op, the interpreted ones too, and exit if one fails."""
     tests = [f"tests/kernels/test_{op}.py", "tests/kernels/test_interpreter.py"]
     command = [sys.executable, "-m", "pytest", *tests]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
@@ -56,7 +60,7 @@ def microseconds(step: Callable[[], Any]) -> dict[str, float]:
     if CUDA:
         from triton.testing import do_bench  # noqa: PLC0415 - needs a driver
 
-        p50, p90 = do_bench(step, warmup=25, rep=200, quantiles=[0.5, 0.9])
+        p50, p90 = do_bench(step, warmup=WARMUP_MS, rep=BENCH_MS, quantiles=[0.5, 0.9])
         times_us = {"p50_us": p50 * 1e3, "p90_us": p90 * 1e3, "cpu_us": host_microseconds(step)}
         graph_us = graph_microseconds(step)
         if graph_us is not None:
@@ -89,7 +93,7 @@ def graph_microseconds(step: Callable[[], Any]) -> float | None:
     from triton.testing import do_bench_cudagraph  # noqa: PLC0415 - needs a driver
 
     try:
-        milliseconds: float = do_bench_cudagraph(step, rep=100, return_mode="median")
+        milliseconds: float = do_bench_cudagraph(step, rep=GRAPH_MS, return_mode="median")
     except RuntimeError:
         # A call that waits for the device has no graph.
         return None
@@ -132,31 +136,52 @@ def measure_row(
 def record_shapes(
     op: str,
     baseline: str,
-    shapes: Iterable[tuple[int, int]],
-    measure_shape: Callable[[int, int, float], dict[str, Any]],
-) -> None:
-    """Measure an op in several shapes and write the results, if its tests pass.
+    shapes: Sequence[tuple[Any, ...]],
+    measure_shape: Callable[..., Rows],
+    arguments: Sequence[str] | None = None,
+) -> Path:
+    """Measure an op in several shapes, if its tests pass, and write the results after each.
 
     Args:
         op: name of the op, of its tests and of the results.
         baseline: what it is compared with, for the results.
-        shapes: the number of rows, and one more number of the op.
-        measure_shape: measures one shape and returns its row; it gets the two numbers and the
-            bytes per second of a copy.
+        shapes: the sizes of each problem, those of the targets first.
+        measure_shape: measures one shape and returns its rows; it gets the sizes and the bytes per
+            second of a copy.
+        arguments: of the command line, see `_options`.
     """
-    require_passing_tests(op)
+    options = _options(op, arguments)
+    if not options.tested:
+        require_passing_tests(op)
+    started = monotonic()
     bandwidth = copy_bandwidth()
-    lines = []
-    for rows, size in shapes:
-        lines.append(measure_shape(rows, size, bandwidth))
-    path = record(
-        f"kernels_{op}_{DEVICE.type}",
-        baseline=baseline,
-        seed=SEED,
-        rows=lines,
-        setup=setup(bandwidth),
-    )
+    lines: Rows = []
+    path = Path()
+    for number, shape in enumerate(shapes, start=1):
+        shape_started = monotonic()
+        lines += measure_shape(*shape, bandwidth)
+        now = monotonic()
+        # The next shape is expected to take as long as this one.
+        is_last = now - started + (now - shape_started) > options.seconds
+        left_out = shapes[number:] if is_last else ()
+        path = record(
+            f"kernels_{op}_{DEVICE.type}",
+            baseline=baseline,
+            seed=SEED,
+            rows=lines,
+            setup={**setup(bandwidth), "left_out": [str(each) for each in left_out]},
+        )
+        if is_last:
+            break
     print(path)
+    return path
+
+
+def _options(op: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Measure the kernels of {op}.")
+    parser.add_argument("--tested", action="store_true", help="the tests have run before")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="default: no limit")
+    return parser.parse_args(arguments)
 
 
 def setup(bandwidth: float) -> dict[str, Any]:

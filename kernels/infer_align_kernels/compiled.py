@@ -139,6 +139,7 @@ def launches() -> list[Launch]:
     """Return every kernel as it is launched for a Llama-like model.
 
     That is a vocabulary of 128,256 tokens, rank 128, bfloat16, 64 candidates, and heads of 128.
+    Candidates are selected from 262,144 tokens too.
     """
     return [
         *_top_candidates_launches(),
@@ -149,7 +150,14 @@ def launches() -> list[Launch]:
 
 
 VOCABULARY = 128_256
-CANDIDATE_COUNTS = (20, 64, MAX_CANDIDATES)
+# Vocabularies and candidates. The largest models of today have tiles of twice as many tokens.
+CANDIDATE_COUNTS = (
+    (VOCABULARY, 20),
+    (VOCABULARY, 64),
+    (VOCABULARY, MAX_CANDIDATES),
+    (262_144, 20),
+    (262_144, MAX_CANDIDATES),
+)
 TOP_CANDIDATES_TYPES = {
     "logits": "*fp32",
     **dict.fromkeys(("out", "addresses"), "*i64"),
@@ -164,8 +172,8 @@ def _top_candidates_launches() -> list[Launch]:
     tile = top_candidates.plan(VOCABULARY, 1).tile
     constants = {"TILE": tile, "TILES": top_candidates.BLOCK // tile, "HAS_RECORDS": True}
     made = [_top_candidates_launch(peaks, constants, top_candidates.PEAK_WARPS)]
-    for k in CANDIDATE_COUNTS:
-        cut = top_candidates.plan(VOCABULARY, k)
+    for vocabulary, k in CANDIDATE_COUNTS:
+        cut = top_candidates.plan(vocabulary, k)
         constants = {"SLOTS": cut.slots, "TILE": cut.tile, "TILES": cut.tile_slots}
         kernel = top_candidates.top_candidates_kernel
         made.append(_top_candidates_launch(kernel, constants, cut.num_warps))
@@ -239,7 +247,7 @@ def _head_launches() -> list[Launch]:
             tiles,
             {**constants, "ROWS": tiles.rows, "UPCAST": False},
             float_type=float_type,
-            tensor_cores=float_type == "*bf16",
+            tensor_cores=True,
         )
         pick = _value_reweight_launch(
             head.value_reweight_head_pick_kernel,
@@ -266,7 +274,7 @@ def _add_head_launch(tiles: value_reweight.Tiles, float_type: str) -> Launch:
         tiles,
         constants,
         float_type=float_type,
-        tensor_cores=float_type == "*bf16",
+        tensor_cores=True,
     )
     # The logits are float32, whatever the head is.
     return replace(launch, types={**launch.types, "logits": "*fp32"})
@@ -277,12 +285,15 @@ def _candidate_launches() -> list[Launch]:
     tiles = value_reweight.CANDIDATES
     shift = candidates.value_reweight_shift_kernel
     constants = {"TOKENS": tiles.tokens, "TAIL": candidates.PER_ROW.value}
+    apply = value_reweight.APPLY
     gather = value_reweight.GATHER
     gather_constants = {"SLOTS": gather.rows, "RANK": 128, "R": 128, "HAS_BIAS": True}
     return [
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": False}),
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": True}),
-        launch(candidates.value_reweight_apply_kernel, tiles, constants),
+        launch(
+            candidates.value_reweight_apply_kernel, apply, {**constants, "TOKENS": apply.tokens}
+        ),
         launch(candidates.value_reweight_candidates_tile_kernel, tiles, constants),
         launch(candidates.value_reweight_candidates_pick_kernel, tiles, {**constants, "TILES": 64}),
         launch(candidates.value_reweight_candidate_values_kernel, gather, gather_constants),

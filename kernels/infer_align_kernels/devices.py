@@ -9,6 +9,9 @@ import torch
 
 # True if Triton interprets its kernels on the CPU. Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The kernels need a * b + c to be one instruction. Triton 3.9 warns that this will not stay its
+# default. It reads the variable when it compiles a kernel.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 def runs_triton(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import record as recording
 from benchmarks.gpu import run
 from benchmarks.gpu.parts import (
     BLOCKED,
@@ -48,6 +49,25 @@ def test_a_part_ends_as_its_process_or_at_its_limit() -> None:
     assert run_part(Part("bad", ("-c", "raise SystemExit(3)"), 60), {}).status == FAILED
     endless = "import threading; threading.Event().wait()"
     assert run_part(Part("endless", ("-c", endless), 0.2), {}).status == OUT_OF_TIME
+
+
+def test_a_part_that_ran_out_of_time_is_tried_again_unless_the_piece_is_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "RESULTS", tmp_path)
+    monkeypatch.setattr(recording, "commit", lambda: "0123456789ab")
+    # Waits at its first run, as for a server that is still starting.
+    code = (
+        "import pathlib, threading; f = pathlib.Path({!r}); begun = f.exists(); f.touch(); "
+        "begun or threading.Event().wait()"
+    )
+    for folder, seconds in (("whole", None), ("piece", 90.0)):
+        waits = code.format(str(tmp_path / folder))
+        parts = [Part("start", ("-c", waits), 5), Part("speed", ("-c", "pass"), 60, needs="start")]
+        done: dict[str, Outcome] = {}
+        is_passed = run.measure_all(parts, done, "a GPU", seconds)
+        assert is_passed == (seconds is None)
+        assert done["speed"].status == (PASSED if seconds is None else BLOCKED)
 
 
 def test_no_speed_is_measured_on_a_red_test() -> None:

@@ -7,6 +7,9 @@ instructions for them differ. `benchmarks/kernels/compile_report.py` compiles al
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -54,3 +57,15 @@ def test_a_kernel_compiles_without_spills(launch: Launch, capability: int) -> No
     assert compiled.registers <= MAX_REGISTERS
     assert compiled.shared_bytes <= SHARED_BYTES[capability]
     assert (compiled.tensor_core_instructions > 0) == launch.tensor_cores
+
+
+def test_a_kernel_is_compiled_without_a_warning() -> None:
+    # A warning would be an error in the tests that run on a GPU.
+    code = (
+        "from infer_align_kernels.compiled import launches, resources; resources(launches()[0], 90)"
+    )
+    environment = {**os.environ, "TRITON_ALWAYS_COMPILE": "1"}
+    environment.pop("TRITON_DEFAULT_FP_FUSION", None)
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "FP_FUSION" not in process.stderr

@@ -5,20 +5,35 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from infer_align_kernels import (
     CandidateValues,
+    HeadTable,
     HeadValues,
     Sampled,
+    SteeredRows,
+    Workspace,
+    add_head_values,
     reweight_logits,
     sibling_attention,
+    steer_logits,
+    top_candidates,
     value_reweight,
 )
 from tests.kernels import cases
 from tests.kernels.cases import DTYPES
 from tests.kernels.test_sibling_attention import TOLERANCE, case
+from tests.kernels.test_steer_logits import (
+    RANKS,
+    ROWS,
+    definition,
+    head_table,
+    row_features,
+    steered_rows,
+)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"),
@@ -114,3 +129,89 @@ def test_sibling_attention_matches_the_cpu(shape: tuple[int, ...], dtype: torch.
     result = sibling_attention(*(tensor.cuda() for tensor in inputs)).cpu()
     expected = sibling_attention(*inputs)
     torch.testing.assert_close(result, expected, atol=10 * TOLERANCE[dtype], rtol=0)
+
+
+def by_sorting(logits: torch.Tensor, k: int) -> torch.Tensor:
+    clean = logits.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return clean.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def equal_logits(rows: int, vocabulary: int) -> torch.Tensor:
+    """Make rows of few different logits, some full of one, of -inf or of NaN."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 4, (rows, vocabulary), generator=generator).float()
+    for row, number in enumerate((2.5, -torch.inf, torch.nan)):
+        logits[row] = number
+    logits[3, ::2] = -0.0
+    return logits
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "k"),
+    [(4, 70, 64), (300, 4097, 20), (65, 128256, 20), (4, 151936, 128), (4, 262144, 64)],
+)
+def test_the_top_candidates_are_those_of_a_stable_sort(
+    rows: int, vocabulary: int, k: int, dtype: torch.dtype
+) -> None:
+    for logits in (cases.logits(rows, vocabulary, dtype), equal_logits(rows, vocabulary).to(dtype)):
+        expected = by_sorting(logits, k)
+        assert torch.equal(top_candidates(logits.cuda(), k).cpu(), expected)
+        assert torch.equal(top_candidates(logits[2:3].cuda(), k).cpu(), expected[2:3])
+
+
+def steering_on_gpu(vocabulary: int) -> tuple[torch.Tensor, HeadTable, SteeredRows]:
+    """Return the features, the heads and the rows of test_steer_logits.py on the GPU."""
+    heads = head_table(vocabulary)
+    table = HeadTable([w.cuda() for w in heads.weights], [b.cuda() for b in heads.biases])
+    rows = steered_rows(len(RANKS))
+    return row_features(sum(RANKS)).cuda(), table, SteeredRows(rows.table.cuda(), rows.k)
+
+
+@pytest.mark.parametrize("vocabulary", [700, 32001, 151936])
+def test_steering_by_heads_matches_the_definition(vocabulary: int) -> None:
+    frozen = cases.logits(ROWS, vocabulary)
+    features, heads, rows = steering_on_gpu(vocabulary)
+    expected = definition(
+        frozen, row_features(sum(RANKS)), head_table(vocabulary), steered_rows(len(RANKS))
+    )
+    logits = frozen.cuda()
+    steer_logits(logits, features, heads, rows, Workspace())
+    np.testing.assert_allclose(logits.cpu().numpy(), expected, atol=1e-4)
+    alone = frozen.cuda()
+    for s in range(len(rows.table)):
+        one = SteeredRows(rows.table[s : s + 1], rows.k)
+        steer_logits(alone, features[s : s + 1], heads, one, Workspace())
+    assert torch.equal(alone.nan_to_num(), logits.nan_to_num())
+
+
+def test_steering_by_heads_can_be_captured_in_a_graph() -> None:
+    frozen = cases.logits(ROWS, 32001).cuda()
+    features, heads, rows = steering_on_gpu(32001)
+    expected = frozen.clone()
+    workspace = Workspace()
+    steer_logits(expected, features, heads, rows, workspace)
+    logits = frozen.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steer_logits(logits, features, heads, rows, workspace)
+    # A larger call of the same workspace does not disturb the graph.
+    workspace.take(64, 4096, logits.device).fill_(-1)
+    logits.copy_(frozen)
+    graph.replay()
+    assert torch.equal(logits.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "rank"), [(1, 128), (65, 128), (130, 40), (3, 5)])
+def test_a_value_of_every_token_is_added(rows: int, rank: int, dtype: torch.dtype) -> None:
+    logits = cases.logits(rows, 32001)
+    head = cases.head(rows, 32001, rank, 1, dtype)
+    hidden, weight = head.hidden[:, 0], head.weight[0]
+    bias = torch.linspace(-1, 1, 32001)
+    beta, centre = cases.strengths(rows, 1)[:, 0], torch.arange(float(rows))
+    values = hidden.double() @ weight.double().T + bias - centre[:, None]
+    expected = torch.where(beta[:, None] != 0, logits + beta[:, None] * values, logits.double())
+    arguments = [tensor.cuda() for tensor in (hidden, weight, bias, centre, beta)]
+    result = add_head_values(logits.cuda(), *arguments).cpu().double()
+    torch.testing.assert_close(result, expected, equal_nan=True, atol=1e-4, rtol=1e-6)

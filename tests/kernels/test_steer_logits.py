@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -123,3 +125,20 @@ def test_a_head_of_another_type_is_refused() -> None:
         HeadTable([torch.zeros(4, 2, dtype=torch.float16)], [torch.zeros(4)])
     with pytest.raises(ValueError, match=r"must be \[4, r\]"):
         HeadTable([torch.zeros(4, 2)], [torch.zeros(5)])
+
+
+def test_a_workspace_keeps_the_memory_of_earlier_calls_and_at_most_doubles() -> None:
+    workspace = Workspace()
+    cpu = torch.device("cpu")
+    # A graph of this call would write to its memory for ever.
+    first = workspace.take(2, 3, cpu)._base
+    kept = weakref.ref(first)
+    address = first.data_ptr()
+    del first
+    assert workspace.take(1, 5, cpu).data_ptr() == address
+    sizes = []
+    for rows in range(1, 200):
+        sizes.append(workspace.take(rows, 7, cpu)._base.numel())
+    gc.collect()
+    assert kept() is not None
+    assert sum(set(sizes)) <= 4 * 199 * 7

@@ -41,11 +41,15 @@ def read_yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def queries() -> Iterator[str]:
+def board_queries() -> Iterator[str]:
     board = json.loads((DEPLOY / "grafana/dashboards/infer-align.json").read_text())
     for panel in board["panels"]:
         for target in panel["targets"]:
             yield target["expr"]
+
+
+def queries() -> Iterator[str]:
+    yield from board_queries()
     for group in read_yaml(DEPLOY / "prometheus/alerts.yml")["groups"]:
         for rule in group["rules"]:
             yield rule["expr"]
@@ -217,6 +221,15 @@ def test_the_templates_of_the_chart_are_the_objects_of_a_deployment(numbers: Liv
     assert metric["pods"]["metric"]["name"] in exported(numbers)
 
 
+def test_the_adapter_offers_the_metric_that_scales_the_chart(numbers: Live) -> None:
+    (rule,) = read_yaml(DEPLOY / "prometheus/adapter.yml")["rules"]["custom"]
+    (name,) = NAME.findall(rule["seriesQuery"])
+    autoscaler = rendered(CHART / "templates/autoscaler.yaml")
+    (metric,) = autoscaler["spec"]["metrics"]
+    assert metric["pods"]["metric"]["name"] == name
+    assert name in exported(numbers)
+
+
 def test_a_replica_of_the_chart_has_time_to_drain() -> None:
     values = read_yaml(CHART / "values.yaml")
     section = tomllib.loads(values["config"])["server"]
@@ -255,4 +268,5 @@ def test_promtool_accepts_the_alerts() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed")
-    run_tool(promtool, "check", "rules", "prometheus/alerts.yml")
+    run_tool(promtool, "check", "rules", "--lint-fatal", "prometheus/alerts.yml")
+    run_tool(promtool, "check", "config", "--lint-fatal", "prometheus/prometheus.yml")

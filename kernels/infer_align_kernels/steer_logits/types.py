@@ -99,15 +99,22 @@ class SteeredRows:
 
 
 class Workspace:
-    """Memory that the calls on one stream share. It grows to the largest call."""
+    """Memory that the calls on one stream share. It grows to the largest call.
+
+    Memory that it has outgrown is kept, because a CUDA graph of an earlier call still writes there.
+    """
 
     def __init__(self) -> None:
         """Take no memory before the first call."""
-        self._memory = torch.empty(0, dtype=torch.int32)
+        self._memory = [torch.empty(0, dtype=torch.int32)]
 
     def take(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
         """Return [rows, columns] int32 of undefined content; the previous call's is overwritten."""
         size = rows * columns
-        if self._memory.numel() < size or self._memory.device != device:
-            self._memory = torch.empty(size, dtype=torch.int32, device=device)
-        return self._memory[:size].view(rows, columns)
+        memory = self._memory[-1]
+        if memory.numel() < size or memory.device != device:
+            # Twice as much each time, so that all earlier memory together is at most as large.
+            grown = max(size, 2 * memory.numel())
+            memory = torch.empty(grown, dtype=torch.int32, device=device)
+            self._memory.append(memory)
+        return memory[:size].view(rows, columns)

@@ -49,7 +49,7 @@ class Cut:
 
     @property
     def num_warps(self) -> int:
-        """Return the warps of a program that selects: 32 keys per thread or fewer."""
+        """Return the warps of a program that selects: 32 keys per thread, or 64 for large tiles."""
         return 4 if self.slots * self.tile <= 4096 else 8
 
 

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from infer_align_kernels.value_reweight.sampling import (
     LARGEST,
-    NO_INDEX,
     STATISTICS,
     choose_tile,
     clean_logits,
@@ -24,6 +23,8 @@ from infer_align_kernels.value_reweight.sampling import (
 KEEP = tl.constexpr(0)
 MASK = tl.constexpr(1)
 PER_ROW = tl.constexpr(2)
+# Candidates that are looked for in a tile at once.
+GROUP = tl.constexpr(32)
 
 
 @triton.jit
@@ -63,12 +64,18 @@ def steer_tile(
         else:
             changed = TAIL == MASK
         x = tl.where(changed, float("-inf"), x)
-        for j in range(K):
-            candidate = tl.load(ids + row * K + j)
-            if (candidate >= start) & (candidate < start + TOKENS):
-                shift = tl.load(shifts + row * K + j)
-                x = tl.where(tokens == candidate, frozen + shift, x)
-                changed = True
+        for first in range(0, K, GROUP):
+            slots = first + tl.arange(0, GROUP)
+            group = tl.load(ids + row * K + slots, mask=slots < K, other=-1)
+            in_tile = (group >= start) & (group < start + TOKENS)
+            # Few of the tiles hold a candidate. The others need no look at each of them.
+            if tl.max(in_tile.to(tl.int32), axis=0) > 0:
+                for j in range(first, tl.minimum(first + GROUP, K)):
+                    candidate = tl.load(ids + row * K + j)
+                    if (candidate >= start) & (candidate < start + TOKENS):
+                        shift = tl.load(shifts + row * K + j)
+                        x = tl.where(tokens == candidate, frozen + shift, x)
+                        changed = True
     return x, changed
 
 
@@ -176,17 +183,15 @@ def value_reweight_candidates_tile_kernel(
     x, changed = steer_tile(
         frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL
     )
-    x = clean_logits(x)
     if changed:
+        x = clean_logits(x)
         peak = tl.max(x, axis=0)
         total = tl.sum(tl.exp2((x - finite_peak(peak)) * scale), axis=0)
-    largest = tl.min(tl.where(x == peak, tokens, NO_INDEX), axis=0)
     pointers = statistics + tile.to(tl.int64) * STATISTICS * B + row
     tl.store(pointers, peak)
     tl.store(pointers + B, total)
-    tl.store(pointers + 2 * B, largest.to(tl.float32))
-    tl.store(pointers + 3 * B, frozen_peak)
-    tl.store(pointers + 4 * B, frozen_total)
+    tl.store(pointers + 2 * B, frozen_peak)
+    tl.store(pointers + 3 * B, frozen_total)
 
 
 @triton.jit
@@ -216,7 +221,7 @@ def value_reweight_candidates_pick_kernel(
     row_temperature = tl.load(temperature + row).to(tl.float32)
     scale = log2_scale(row_temperature)
     greedy = row_temperature <= 0
-    tile, target, largest, peak, total, frozen_peak, frozen_total = choose_tile(
+    tile, target, peak, total, frozen_peak, frozen_total = choose_tile(
         statistics, row, B, T, scale, tl.load(uniform + row), greedy, TILES
     )
     start = tile * TOKENS
@@ -229,7 +234,6 @@ def value_reweight_candidates_pick_kernel(
         frozen,
         tokens,
         target,
-        largest,
         greedy,
         scale,
         peak,

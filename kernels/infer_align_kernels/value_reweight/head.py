@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from infer_align_kernels.value_reweight.sampling import (
-    NO_INDEX,
     STATISTICS,
     choose_tile,
     clean_logits,
@@ -19,10 +18,37 @@ from infer_align_kernels.value_reweight.sampling import (
     log2_scale,
 )
 
+# The bits of a float32 number that tensor cores read, as a mask.
+TF32_BITS = tl.constexpr(-8192)
 
-# The statements share too many names for a split.
+
 @triton.jit
-def value_reweight_head_tile_kernel(  # noqa: PLR0915
+def high_part(x):
+    """Return the part of float32 numbers that tensor cores multiply exactly."""
+    return (x.to(tl.int32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_product(u, e, q, UPCAST: tl.constexpr):
+    """Return q + u e^T: [ROWS, RANK], [TOKENS, RANK] -> [ROWS, TOKENS] float32.
+
+    Tensor cores read 11 bits of the fraction of a float32 number. So such numbers are split in two
+    parts of as many bits. The product of both lower parts is below the precision of float32.
+    """
+    if UPCAST:
+        u, e = u.to(tl.float32), e.to(tl.float32)
+    if u.dtype == tl.float32:
+        u_high, e_high = high_part(u), high_part(e)
+        q = tl.dot(u - u_high, tl.trans(e_high), q, input_precision="tf32")
+        q = tl.dot(u_high, tl.trans(e - e_high), q, input_precision="tf32")
+        q = tl.dot(u_high, tl.trans(e_high), q, input_precision="tf32")
+    else:
+        q = tl.dot(u, tl.trans(e), q, input_precision="ieee")
+    return q
+
+
+@triton.jit
+def value_reweight_head_tile_kernel(
     logits,
     hidden,
     weight,
@@ -58,8 +84,8 @@ def value_reweight_head_tile_kernel(  # noqa: PLR0915
     frozen_peak = tl.max(frozen, axis=1)
     frozen_total = tl.sum(tl.exp2((frozen - finite_peak(frozen_peak)[:, None]) * scale), axis=1)
     pointers = statistics + tile.to(tl.int64) * STATISTICS * B + row
-    tl.store(pointers + 3 * B, frozen_peak, mask=in_batch)
-    tl.store(pointers + 4 * B, frozen_total, mask=in_batch)
+    tl.store(pointers + 2 * B, frozen_peak, mask=in_batch)
+    tl.store(pointers + 3 * B, frozen_total, mask=in_batch)
     x = frozen
     for m in range(M):
         q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
@@ -76,22 +102,17 @@ def value_reweight_head_tile_kernel(  # noqa: PLR0915
                 mask=in_batch[:, None] & in_rank[None, :],
                 other=0.0,
             )
-            u = u.to(e.dtype)
-            if UPCAST:
-                u, e = u.to(tl.float32), e.to(tl.float32)
-            q = tl.dot(u, tl.trans(e), q, input_precision="ieee")
+            q = add_product(u.to(e.dtype), e, q, UPCAST)
         if HAS_BIAS:
             token_bias = tl.load(bias + token + m * V, mask=in_vocabulary, other=0.0)
             q += token_bias.to(tl.float32)[None, :]
         strength = tl.load(beta + row * M + m, mask=in_batch, other=0.0).to(tl.float32)[:, None]
-        x += tl.where(strength != 0, strength * q, 0.0)
+        x += strength * tl.where(strength != 0, q, 0.0)
     x = clean_logits(x)
     peak = tl.max(x, axis=1)
     total = tl.sum(tl.exp2((x - finite_peak(peak)[:, None]) * scale), axis=1)
-    largest = tl.min(tl.where(x == peak[:, None], tokens[None, :], NO_INDEX), axis=1)
     tl.store(pointers, peak, mask=in_batch)
     tl.store(pointers + B, total, mask=in_batch)
-    tl.store(pointers + 2 * B, largest.to(tl.float32), mask=in_batch)
 
 
 @triton.jit
@@ -122,7 +143,7 @@ def value_reweight_head_pick_kernel(
     row_temperature = tl.load(temperature + row).to(tl.float32)
     scale = log2_scale(row_temperature)
     greedy = row_temperature <= 0
-    tile, target, largest, peak, total, frozen_peak, frozen_total = choose_tile(
+    tile, target, peak, total, frozen_peak, frozen_total = choose_tile(
         statistics, row, B, T, scale, tl.load(uniform + row), greedy, TILES
     )
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
@@ -152,7 +173,6 @@ def value_reweight_head_pick_kernel(
         frozen,
         tokens,
         target,
-        largest,
         greedy,
         scale,
         peak,
@@ -207,10 +227,7 @@ def value_reweight_add_head_kernel(
             mask=in_batch[:, None] & in_rank[None, :],
             other=0.0,
         )
-        u = u.to(e.dtype)
-        if UPCAST:
-            u, e = u.to(tl.float32), e.to(tl.float32)
-        q = tl.dot(u, tl.trans(e), q, input_precision="ieee")
+        q = add_product(u.to(e.dtype), e, q, UPCAST)
     if HAS_BIAS:
         token_bias = tl.load(bias + token, mask=in_vocabulary, other=0.0)
         q += token_bias.to(tl.float32)[None, :]

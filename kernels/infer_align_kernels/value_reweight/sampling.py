@@ -1,6 +1,6 @@
 """Device functions shared by the kernels: logits, tile statistics, and the draw of a token.
 
-A kernel that reads all logits writes five statistics per row and tile. A second kernel merges the
+A kernel that reads all logits writes four statistics per row and tile. A second kernel merges the
 statistics of a row, chooses a tile with `choose_tile`, and draws the token in it with `draw_token`.
 """
 
@@ -17,17 +17,16 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 MIN_TEMPERATURE = tl.constexpr(1e-30)
 # Larger than every token id and tile index.
 NO_INDEX = tl.constexpr(2147483647)
-# The statistics of a tile, in this order: peak, sum and largest token of the steered logits, peak
-# and sum of the frozen logits. A sum is that of exp((logit - peak) / temperature).
-STATISTICS = tl.constexpr(5)
+# The statistics of a tile, in this order: peak and sum of the steered logits, peak and sum of the
+# frozen logits. A sum is that of exp((logit - peak) / temperature).
+STATISTICS = tl.constexpr(4)
 
 
 @triton.jit
 def clean_logits(x):
     """Replace NaN by -inf, so that it is never chosen, and +inf by the largest number."""
-    # Only NaN differs from itself.
-    is_nan = x != x  # noqa: PLR0124
-    return tl.minimum(tl.where(is_nan, float("-inf"), x), LARGEST)
+    # Of a number and NaN, both functions return the number.
+    return tl.minimum(tl.maximum(x, float("-inf")), LARGEST)
 
 
 @triton.jit
@@ -65,16 +64,16 @@ def first_above(cumulative, weights, target, indices):
 def choose_tile(statistics, row, B, T, scale, uniform, greedy, TILES: tl.constexpr):
     """Merge the statistics of a row's T tiles and choose the tile of the token.
 
-    Returns the tile, the rest of the target inside it, the tile's largest token, and the row's peak
-    and sum of the steered and of the frozen logits.
+    Returns the tile, the rest of the target inside it, and the row's peaks and sums: those of the
+    steered logits, then of the frozen ones.
     """
     tiles = tl.arange(0, TILES)
     in_row = tiles < T
     pointers = statistics + tiles.to(tl.int64) * STATISTICS * B + row
     peaks = tl.load(pointers, mask=in_row, other=float("-inf"))
     sums = tl.load(pointers + B, mask=in_row, other=0.0)
-    frozen_peaks = tl.load(pointers + 3 * B, mask=in_row, other=float("-inf"))
-    frozen_sums = tl.load(pointers + 4 * B, mask=in_row, other=0.0)
+    frozen_peaks = tl.load(pointers + 2 * B, mask=in_row, other=float("-inf"))
+    frozen_sums = tl.load(pointers + 3 * B, mask=in_row, other=0.0)
     peak = tl.max(peaks, axis=0)
     frozen_peak = tl.max(frozen_peaks, axis=0)
     weights = (sums * tl.exp2((peaks - finite_peak(peak)) * scale)).to(tl.float64)
@@ -87,13 +86,10 @@ def choose_tile(statistics, row, B, T, scale, uniform, greedy, TILES: tl.constex
     drawn_tile = first_above(cumulative, weights, target, tiles)
     tile = tl.minimum(tl.where(greedy, peak_tile, drawn_tile), T - 1)
     preceding = tl.sum(tl.where(tiles == tile, cumulative - weights, 0.0), axis=0)
-    largest_pointer = statistics + (tile.to(tl.int64) * STATISTICS + 2) * B + row
-    largest = tl.load(largest_pointer).to(tl.int32)
     frozen_total = tl.sum(frozen_weights, axis=0).to(tl.float32)
     return (
         tile,
         target - preceding,
-        largest,
         peak,
         total.to(tl.float32),
         frozen_peak,
@@ -107,7 +103,6 @@ def draw_token(
     frozen,
     tokens,
     target,
-    largest,
     greedy,
     scale,
     peak,
@@ -125,6 +120,7 @@ def draw_token(
     """
     weights = tl.exp2((x - finite_peak(peak)) * scale)
     drawn = first_above(tl.cumsum(weights.to(tl.float64), axis=0), weights, target, tokens)
+    largest = tl.min(tl.where(x == tl.max(x, axis=0), tokens, NO_INDEX), axis=0)
     token = tl.where(greedy, largest, drawn)
     logit = tl.where(greedy, peak, tl.sum(tl.where(tokens == token, x, 0.0), axis=0))
     frozen_logit = tl.sum(tl.where(tokens == token, frozen, 0.0), axis=0)

@@ -51,9 +51,10 @@ class Tiles:
 
 
 HEAD = Tiles(tokens=128, rows=64, rank=128, num_warps=8)
-HEAD_FLOAT32 = Tiles(tokens=64, rows=16, rank=64, num_warps=4)
+HEAD_FLOAT32 = Tiles(tokens=64, rows=64, rank=16, num_warps=4)
 PICK = Tiles(tokens=128, num_warps=8)
-CANDIDATES = Tiles(tokens=2048, num_warps=8)
+CANDIDATES = Tiles(tokens=4096, num_warps=4)
+APPLY = Tiles(tokens=2048, num_warps=8)
 SHIFT = Tiles(tokens=1, num_warps=4)
 GATHER = Tiles(tokens=1, rows=16)
 
@@ -181,7 +182,7 @@ def reweight_logits(
     _compute_shifts(logits, ids, values, beta, shifts, out, scatter=in_place)
     if in_place:
         return out
-    tile_count = triton.cdiv(vocabulary, CANDIDATES.tokens)
+    tile_count = triton.cdiv(vocabulary, APPLY.tokens)
     candidate_kernels.value_reweight_apply_kernel[tile_count, rows](
         logits=logits,
         ids=ids,
@@ -193,9 +194,9 @@ def reweight_logits(
         K=ids.shape[1],
         row_stride=logits.stride(0),
         out_stride=out.stride(0),
-        TOKENS=CANDIDATES.tokens,
+        TOKENS=APPLY.tokens,
         **_tail_arguments(tail, logits),
-        num_warps=CANDIDATES.num_warps,
+        num_warps=APPLY.num_warps,
     )
     return out
 
@@ -282,10 +283,7 @@ def _allocate_statistics(rows: int, vocabulary: int, device: torch.device) -> to
 
 
 def head_tiles(dtype: torch.dtype) -> Tiles:
-    """Return the tiles for a head of this dtype.
-
-    Float32 is multiplied in full precision, without tensor cores.
-    """
+    """Return the tiles for a head of this dtype."""
     return HEAD_FLOAT32 if dtype == torch.float32 else HEAD
 
 
