@@ -24,7 +24,7 @@ from infer_align_kernels.sibling_attention import triton as sibling_attention
 from infer_align_kernels.steer_logits import triton as steer_logits
 from infer_align_kernels.top_candidates import MAX_CANDIDATES
 from infer_align_kernels.top_candidates import triton as top_candidates
-from infer_align_kernels.value_reweight import candidates, head
+from infer_align_kernels.value_reweight import MAX_SLOTS, candidates, head
 from infer_align_kernels.value_reweight import triton as value_reweight
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -291,6 +291,7 @@ def _candidate_launches() -> list[Launch]:
     return [
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": False}),
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": True}),
+        launch(shift, value_reweight.SHIFT, {"SLOTS": MAX_SLOTS, "SCATTER": True}),
         launch(
             candidates.value_reweight_apply_kernel, apply, {**constants, "TOKENS": apply.tokens}
         ),

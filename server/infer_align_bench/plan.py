@@ -225,7 +225,7 @@ def _read(paths: Sequence[Path]) -> tuple[list[Setting], list[float]]:
             setting, latency = from_report(report, str(path))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ConfigError(
                 f"{path} is not a result of `bench serve --json`; measure one with that command."
             ) from None

@@ -22,6 +22,10 @@ __all__ = [
     "value_reweight",
 ]
 
+# The most candidates that the Triton kernels take. One program holds all of a row in registers, and
+# with more of them it would take minutes to compile.
+MAX_SLOTS = 4096
+
 
 def value_reweight(
     logits: torch.Tensor,
@@ -59,7 +63,8 @@ def value_reweight(
         _check_head(logits, beta, values)
     else:
         _check_candidates(logits, values.token_ids, values.values, beta, values.tail)
-    if runs_triton(logits.device):
+    is_small = isinstance(values, HeadValues) or values.token_ids.shape[1] <= MAX_SLOTS
+    if runs_triton(logits.device) and is_small:
         # Triton is not needed on a CPU.
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 
@@ -105,7 +110,8 @@ def reweight_logits(
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if out is not None:
         _check_out(out, logits, dtype)
-    if runs_triton(logits.device) and dtype == torch.float32:
+    is_small = token_ids.shape[1] <= MAX_SLOTS
+    if runs_triton(logits.device) and dtype == torch.float32 and is_small:
         # Triton is not needed on a CPU.
         from infer_align_kernels.value_reweight import triton  # noqa: PLC0415
 

@@ -5,20 +5,49 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import Any
+from typing import Any, NoReturn
+
+from infer_align.errors import quote
+from infer_align.urls import is_http_url, quote_url
+
+# Digits of the longest number of an option.
+LONGEST_NUMBER = 18
 
 
 def json_object(text: str) -> dict[str, Any]:
     """Parse a JSON object."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise argparse.ArgumentTypeError(f"{quote(text)} is nested too deeply") from None
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(
-            f'{text!r} is not a JSON object; must be like {{"name": 1}}'
+            f'{quote(text)} is not a JSON object; must be like {{"name": 1}}'
         )
     return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number; write a finite number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{quote(text)} is too large for a float")
+    return number
+
+
+def http_url(text: str) -> str:
+    """Parse the URL of a server; "host:port" alone gets "http://"."""
+    url = text if "://" in text else f"http://{text}"
+    if not is_http_url(url):
+        raise argparse.ArgumentTypeError(
+            f"{quote_url(text)} is not an http(s) URL; must be like http://127.0.0.1:8000/v1"
+        )
+    return url
 
 
 def non_negative(text: str) -> int:
@@ -32,9 +61,12 @@ def positive(text: str) -> int:
 
 
 def _whole_number(text: str, minimum: int) -> int:
-    if not text.isdecimal() or int(text) < minimum:
+    # Python reads no more than some thousand digits.
+    is_number = text.isascii() and text.isdecimal() and len(text) <= LONGEST_NUMBER
+    if not is_number or int(text) < minimum:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; must be a whole number of at least {minimum}"
+            f"{quote(text)} is not allowed; must be a whole number of at least {minimum}, "
+            f"with at most {LONGEST_NUMBER} digits"
         )
     return int(text)
 
@@ -43,7 +75,7 @@ def positive_number(text: str) -> float:
     """Parse a finite number above 0."""
     value = _number(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; must be a number above 0")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not allowed; must be a number above 0")
     return value
 
 
@@ -51,7 +83,9 @@ def non_negative_number(text: str) -> float:
     """Parse a finite number of at least 0."""
     value = _number(text)
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; must be a number of at least 0")
+        raise argparse.ArgumentTypeError(
+            f"{quote(text)} is not allowed; must be a number of at least 0"
+        )
     return value
 
 

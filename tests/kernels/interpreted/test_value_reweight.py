@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from infer_align_kernels import CandidateValues, HeadValues, Sampled
-from infer_align_kernels.value_reweight import reference, triton
+from infer_align_kernels import (
+    CandidateValues,
+    HeadValues,
+    Sampled,
+    reweight_logits,
+    value_reweight,
+)
+from infer_align_kernels.value_reweight import MAX_SLOTS, reference, triton
 from tests.kernels import cases, float64
 from tests.kernels.cases import DTYPES
 
@@ -96,6 +102,39 @@ def test_reweighted_logits_match_the_reference(tail: str) -> None:
     in_place = logits.clone()
     triton.reweight_logits(in_place, *arguments, out=in_place)
     assert torch.equal(in_place.nan_to_num(nan=9.0), result.nan_to_num(nan=9.0))
+
+
+def test_many_candidates_in_several_tiles_are_all_found() -> None:
+    # The candidates of a row are looked for in groups of 32, in tiles of 4,096 tokens.
+    logits = cases.logits(4, 9000)
+    candidates = cases.candidates(logits, 70, 2)
+    beta, sampling = cases.strengths(4, 2), cases.sampling(4)
+    assert_correct(run(logits, candidates, beta, **sampling), logits, candidates, beta, sampling)
+
+
+def test_more_candidates_than_a_program_holds_are_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The kernel of so many takes minutes to compile on a GPU. The interpreter would not show that.
+    launched: list[int] = []
+    launch = triton._compute_shifts
+
+    def count(logits: torch.Tensor, ids: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        launched.append(ids.shape[1])
+        launch(logits, ids, *arguments, **options)
+
+    monkeypatch.setattr(triton, "_compute_shifts", count)
+    logits = cases.logits(2, MAX_SLOTS + 20)
+    beta, sampling = cases.strengths(2, 1), cases.sampling(2)
+    for k in (64, MAX_SLOTS + 1):
+        candidates = cases.candidates(logits, k, 1)
+        arguments = (candidates.token_ids, candidates.values, beta)
+        expected = reference.reweight_logits(logits, *arguments, "keep", out=None)
+        steered = reweight_logits(logits, *arguments)
+        torch.testing.assert_close(steered, expected, equal_nan=True, atol=1e-5, rtol=1e-6)
+        drawn = value_reweight(logits, candidates, beta, **sampling)
+        assert_correct(drawn, logits, candidates, beta, sampling)
+    assert launched == [64, 64]
 
 
 @DTYPES
