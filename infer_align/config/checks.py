@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from infer_align.config.model_path import check_model
+from infer_align.config.sections import in_section
 from infer_align.errors import ConfigError
+from infer_align.upstream import Upstream
 
 if TYPE_CHECKING:
     from infer_align.config.config import Config
@@ -62,3 +65,21 @@ def check_gpu_memory(config: Config) -> None:
             "must be at most 1 (a section with several models takes its share once per model); "
             "lower the shares, or set kv_cache_memory_bytes instead."
         )
+
+
+def check_models(config: Config) -> None:
+    """Check the models of the engines that load one.
+
+    Raises:
+        ConfigError: a path holds no model; the message begins with the section.
+    """
+    sections: dict[str, object] = {"engine": config.engine}
+    sections |= {f"engines.{name}": section for name, section in config.engines.items()}
+    for path, section in sections.items():
+        model = getattr(section, "model", None)
+        if not isinstance(model, str) or isinstance(section, Upstream):
+            continue
+        try:
+            check_model(model)
+        except ConfigError as error:
+            raise in_section(path, error) from None

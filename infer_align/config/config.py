@@ -16,14 +16,15 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from infer_align.config import registry
-from infer_align.config.checks import check_gpu_memory, check_workers
-from infer_align.config.model_path import check_model, file_name
+from infer_align.config.checks import check_gpu_memory, check_models, check_workers
+from infer_align.config.model_path import file_name
 from infer_align.config.presets import check_align, split_presets
 from infer_align.config.schema import parse
+from infer_align.config.sections import loaded
 from infer_align.config.server import Limits, Server, Telemetry
 from infer_align.config.source import Choices, kind_of, read_tables
 from infer_align.engines import Engine
-from infer_align.errors import ConfigError, nearest
+from infer_align.errors import ConfigError, nearest, quote
 from infer_align.methods import Sections
 from infer_align.rewards import Reward
 from infer_align.types import Body
@@ -81,16 +82,26 @@ class Config:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def load_engine(self) -> Engine:
-        """Return the engine with its values, not yet started."""
-        engine = self.engine.load()
+        """Return the engine with its values, not yet started.
+
+        Raises:
+            ConfigError: the engine or a value cannot be made; the message names its section.
+        """
+        engine: Engine = loaded(self.engine, "engine")
         engine.served_name = self.served_name
         engine.default_max_tokens = self.server.default_max_tokens
-        engine.values = {name: section.load() for name, section in self.values.items()}
+        engine.values = {
+            name: loaded(section, f"values.{name}") for name, section in self.values.items()
+        }
         return engine
 
     def load_engines(self) -> dict[str, Engine]:
-        """Return the engines of `[engines.*]`, not yet started."""
-        return {name: section.load() for name, section in self.engines.items()}
+        """Return the engines of `[engines.*]`, not yet started.
+
+        Raises:
+            ConfigError: an engine cannot be made; the message names its section.
+        """
+        return {name: loaded(section, f"engines.{name}") for name, section in self.engines.items()}
 
     def load_rewards(
         self, engines: Mapping[str, Engine] = MappingProxyType({})
@@ -105,10 +116,7 @@ class Config:
         """
         rewards = {}
         for name, section in {**self.rewards, **self._default_judge()}.items():
-            try:
-                reward = section.load()
-            except ConfigError as error:
-                raise ConfigError(f"[rewards.{name}] {error.message}") from error
+            reward = loaded(section, f"rewards.{name}")
             reward.engines = engines
             rewards[name] = reward
         return rewards
@@ -277,9 +285,7 @@ def _build(table: dict[str, Any], origins: dict[str, str]) -> Config:
         method_sections=parsed_sections,
         origins=origins,
     )
-    model = getattr(config.engine, "model", None)
-    if isinstance(model, str) and not isinstance(config.engine, Upstream):
-        check_model(model)
+    check_models(config)
     check_gpu_memory(config)
     check_workers(config)
     return config
@@ -312,7 +318,9 @@ def _check_section_names(table: Mapping[str, Any], names: Sequence[str]) -> None
             hint = f"did you mean {sections[0]!r}?" if sections else nearest(name, names)
             raise ConfigError(f"[{name}]: no such section; {hint}")
         if not isinstance(value, dict):
-            raise ConfigError(f"{name}: {value!r} is not a table; write it as a section [{name}].")
+            raise ConfigError(
+                f"{name}: {quote(value)} is not a table; write it as a section [{name}]."
+            )
 
 
 def owners_of(setting: str) -> list[str]:
@@ -359,7 +367,7 @@ def _parse_plugin(
 ) -> Any:
     if kind not in plugins.names():
         raise ConfigError(
-            f"{path}.kind: {kind!r} is not a known kind; {nearest(str(kind), plugins.names())}"
+            f"{path}.kind: {quote(kind)} is not a known kind; {nearest(str(kind), plugins.names())}"
         )
     fields = {key: value for key, value in section.items() if key != "kind"}
     return parse(plugins.get(kind), fields, path, ConfigError)

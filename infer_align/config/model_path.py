@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from infer_align.demo.locate import PACKAGE
-from infer_align.errors import ConfigError
+from infer_align.errors import ConfigError, quote
 
 # Files one of which every folder of a model holds. Mistral's own format has params.json.
 MODEL_FILES = ("config.json", "params.json")
@@ -20,7 +20,7 @@ def file_name(model: str) -> str | None:
     if is_gguf(model):
         return path.stem
     # A link keeps its own name: it is the one that the user wrote.
-    return Path(os.path.abspath(path)).name if path.is_dir() else None
+    return Path(os.path.abspath(path)).name if _exists(path) and path.is_dir() else None
 
 
 def is_gguf(model: str) -> bool:
@@ -33,7 +33,7 @@ def is_path(model: str) -> bool:
     if model.startswith(PACKAGE):
         return False
     path = Path(model).expanduser()
-    return model.startswith((".", "/", "~")) or is_gguf(model) or path.exists()
+    return model.startswith((".", "/", "~")) or is_gguf(model) or _exists(path)
 
 
 def check_model(model: str) -> None:
@@ -45,9 +45,9 @@ def check_model(model: str) -> None:
     if not is_path(model):
         return
     path = Path(model).expanduser()
-    if not path.exists():
+    if not _exists(path):
         kind = "file" if is_gguf(model) else "folder"
-        raise ConfigError(f"[engine] model: {model!r}: no such {kind}{_similar(path)}")
+        raise ConfigError(f"[engine] model: {quote(model)}: no such {kind}{_similar(path)}")
     if path.is_dir():
         _check_folder(model, path)
     elif not is_gguf(model):
@@ -55,6 +55,14 @@ def check_model(model: str) -> None:
             f"[engine] model: {model!r} is a file, but a model is a folder or a GGUF file; "
             f"name its folder: {str(path.parent)!r}."
         )
+
+
+def _exists(path: Path) -> bool:
+    """Return True for an existing path. A name that is too long for a path is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _check_folder(model: str, folder: Path) -> None:
@@ -85,8 +93,8 @@ def _model_folders(folder: Path) -> list[Path]:
 
 def _similar(path: Path) -> str:
     """Return the end of a sentence: the most similar entry of a path's folder, if there is one."""
-    if not path.parent.is_dir():
-        return f" ({str(path.parent)!r} does not exist either)."
+    if not _exists(path.parent) or not path.parent.is_dir():
+        return f" ({quote(str(path.parent))} does not exist either)."
     names = [entry.name for entry in path.parent.iterdir()]
     similar = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {str(path.parent / similar[0])!r}?" if similar else "."
@@ -95,10 +103,10 @@ def _similar(path: Path) -> str:
 def disk_bytes(model: str) -> int:
     """Return the bytes of a model's weights on disk; 0 for a model that is not in a folder."""
     path = Path(model).expanduser()
+    if not _exists(path):
+        return 0
     if path.is_file():
         return path.stat().st_size
-    if not path.is_dir():
-        return 0
     suffixes = (*WEIGHT_SUFFIXES, ".gguf")
     total = 0
     for entry in path.iterdir():

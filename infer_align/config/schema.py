@@ -41,6 +41,9 @@ _KEY = "[key]"
 _NUMBER_ERRORS = {"int_type", "float_type"}
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
+# A longer text is not repeated as a number.
+_LONGEST_NUMBER = 40
+
 # How pydantic ends its rule about the number of items. The value stands in the message anyway.
 _ITEM_COUNT = re.compile(r" after validation, not (more|\d+)$")
 
@@ -161,7 +164,8 @@ def _first_error(
 def _hint(cls: type[Any], problem: ErrorDetails, location: Sequence[str]) -> str:
     """Return a clause on how to mend a value of the wrong type; "" if there is nothing to say."""
     value = problem["input"]
-    if problem["type"] in _NUMBER_ERRORS and isinstance(value, str) and _NUMBER.fullmatch(value):
+    is_text = isinstance(value, str) and len(value) <= _LONGEST_NUMBER
+    if problem["type"] in _NUMBER_ERRORS and is_text and _NUMBER.fullmatch(value):
         return f"; write {value.strip()} without quotes"
     if problem["type"] == "int_type" and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator
 
+from infer_align.decoding.params import MAX_COUNT
+
 # What a browser sends: no path. A slash at the end is read over. Extensions have schemes of their
 # own.
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+/?")
@@ -27,7 +29,9 @@ def _check_origin(origin: str) -> str:
 class Server:
     """`[server]`: the address to listen on, the API keys, and how answers are sent."""
 
-    host: str = field(default="127.0.0.1", metadata={"description": "Address to listen on."})
+    host: str = field(
+        default="127.0.0.1", metadata={"min_length": 1, "description": "Address to listen on."}
+    )
     port: int = field(
         default=8000,
         metadata={"ge": 0, "le": 65535, "description": "Port to listen on; 0 takes a free port."},
@@ -53,16 +57,18 @@ class Server:
     api_keys_env: str | None = field(
         default=None,
         metadata={
+            "min_length": 1,
             "description": "Environment variable that holds the accepted API keys, separated by "
-            "commas; without it, no key is required."
+            "commas; without it, no key is required.",
         },
     )
     api_keys_file: str | None = field(
         default=None,
         metadata={
+            "min_length": 1,
             "description": "TOML file of named API keys, as hashes, with their scopes. It is read "
             "again when it changes and on SIGHUP, so keys rotate without a restart. "
-            "`infer-align keys new` prints an entry."
+            "`infer-align keys new` prints an entry.",
         },
     )
     allowed_origins: tuple[Annotated[str, AfterValidator(_check_origin)], ...] = field(
@@ -74,7 +80,10 @@ class Server:
     )
     served_name: str | None = field(
         default=None,
-        metadata={"description": "Name of the model in the API; default: the engine's name."},
+        metadata={
+            "min_length": 1,
+            "description": "Name of the model in the API; default: the engine's name.",
+        },
     )
     default_rewards: dict[str, float] = field(
         default_factory=dict,
@@ -88,6 +97,7 @@ class Server:
         default=None,
         metadata={
             "ge": 1,
+            "le": MAX_COUNT,
             "description": "Maximum number of tokens of an answer whose request names none. It "
             "also bounds what such a request reserves. Default: what fits the context.",
         },
@@ -131,8 +141,9 @@ class Telemetry:
     endpoint: str | None = field(
         default=None,
         metadata={
+            "min_length": 1,
             "description": "URL of a collector that speaks OTLP over HTTP, such as "
-            '"http://localhost:4318". Without it nothing is traced.'
+            '"http://localhost:4318". Without it nothing is traced.',
         },
     )
     headers_env: str | None = field(

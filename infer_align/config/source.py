@@ -6,14 +6,14 @@ command line names another engine: a value that was fitted to the demo fits no o
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infer_align import demo
-from infer_align.errors import ConfigError
+from infer_align.config.toml_text import MAX_NESTING, NotTomlError, check_values, parse_toml
+from infer_align.errors import ConfigError, quote
 
 # Origins of settings, as `infer-align config show` prints them.
 DEMO = "the embedded demo"
@@ -116,7 +116,7 @@ def _change(
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
         # Some editors begin a file with a byte order mark.
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        table = parse_toml(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
             f"{file}: no such file; name a configuration file, or none for the embedded demo."
@@ -128,35 +128,57 @@ def _read_toml(file: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not TOML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8: {error}; save it as UTF-8.") from None
+    except NotTomlError as error:
+        raise ConfigError(f"{file}: not TOML: {error}.") from None
+    try:
+        check_values(table)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error.message}") from None
+    return table
 
 
-def override(table: dict[str, Any], text: str) -> str:
+def override(table: dict[str, Any], text: str, option: str = "--set") -> str:
     """Write `a.b=c` into a table of tables and return the dotted name.
 
     Args:
         table: changed in place.
         text: c is TOML, or else a string.
+        option: the option of the command line, for messages.
 
     Raises:
-        ConfigError: the text has another form.
+        ConfigError: the text has another form, or a value that no setting can have.
     """
     name, equals, value = text.partition("=")
     parts = [part.strip() for part in name.split(".")]
     if not equals or not all(parts):
+        example = "server.port=9000" if option == "--set" else "rank=32"
         raise ConfigError(
-            f"--set {text!r}: must have the form a.b=value, such as server.port=9000."
+            f"{option} {quote(text)}: must have the form a.b=value, such as {example}."
+        )
+    if len(parts) > MAX_NESTING:
+        raise ConfigError(
+            f"{option} {quote(text)}: has more than {MAX_NESTING} names; no setting has."
         )
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {text!r}: {part!r} is a value, not a section.")
+            raise ConfigError(f"{option} {quote(text)}: {part!r} is a value, not a section.")
+    dotted = ".".join(parts)
+    table[parts[-1]] = _value(value)
+    check_values({parts[-1]: table[parts[-1]]}, ".".join(parts[:-1]))
+    return dotted
+
+
+def _value(text: str) -> Any:
+    """Return the value of a TOML text, or else the text itself."""
     try:
-        table[parts[-1]] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        table[parts[-1]] = value
-    return ".".join(parts)
+        table = parse_toml(f"value = {text}")
+    except NotTomlError:
+        return text
+    # More lines would be further settings.
+    return table["value"] if len(table) == 1 else text
 
 
 def _dotted_names(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

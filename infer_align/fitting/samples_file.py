@@ -179,7 +179,7 @@ class _SampleLines:
     def _parse_json(self, number: int, line: str) -> Any:
         try:
             return json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self.unusable(f"is damaged: line {number} is not JSON") from None
 
     def unusable(self, problem: str) -> InvalidRequest:

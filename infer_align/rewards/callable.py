@@ -53,10 +53,31 @@ class FromCallable:
                 f"callable.function: {self.function!r} must be a plain function (messages, text) "
                 f"-> float."
             )
+        _check_parameters(self.function, function)
         return CallableReward(function, self.description, self.timeout_seconds)
 
 
 plugin = FromCallable
+
+
+def _check_parameters(path: str, function: Function) -> None:
+    """Refuse a function that cannot be called with the conversation and a text.
+
+    Raises:
+        ConfigError: naming its parameters.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        # Some functions in C do not say what they take.
+        return
+    try:
+        signature.bind([], "")
+    except TypeError as error:
+        raise ConfigError(
+            f"callable.function: {path!r} has the parameters {signature}, but it is called as "
+            f"function(messages, text): {error}; change its parameters."
+        ) from None
 
 
 def _find(path: str) -> Function:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from annotated_types import Gt
 
 from infer_align.errors import ConfigError, EngineFailed
+from infer_align.urls import is_http_url, quote_url
 
 # The error code of a call that failed because the upstream rejected this server's own key.
 KEY_REFUSED = "upstream_unauthorized"
@@ -147,11 +148,12 @@ class UpstreamFailed(EngineFailed):
 
 def _checked_address(entry: str | Address) -> Address:
     address = Address(entry) if isinstance(entry, str) else entry
-    parts = urlsplit(address.url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    if not is_http_url(address.url):
         raise ConfigError(
-            f"urls: {address.url!r} is not an http(s) URL; write it as 'http://host:8000/v1'."
+            f"urls: {quote_url(address.url)} is not an http(s) URL; write it as "
+            "'http://host:8000/v1'."
         )
+    parts = urlsplit(address.url)
     if parts.username or parts.password or parts.query or parts.fragment:
         # The URL may hold a secret, so that the message names the host only.
         raise ConfigError(

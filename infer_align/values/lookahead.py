@@ -92,6 +92,7 @@ class ValueLM:
         check_complete("path", path, "value LM", loading)
         check_fit(path, card, frozen)
         self._check_shapes(path, frozen)
+        _check_window(path, self.lm.config.get_text_config())
         self.lm = self.lm.to(frozen.device).eval().requires_grad_(requires_grad=False)
         # It was fitted with the same factors.
         fix_rope(self.lm, None)
@@ -179,6 +180,24 @@ class ValueLM:
         unread_mask = torch.ones((len(ids), 1, 1, 1), dtype=torch.bool, device=ids.device)
         with reading_siblings(lengths):
             return self.forward(ids, cache, positions, unread_mask)
+
+
+def _check_window(path: str, config: Any) -> None:
+    """Refuse an LM with a sliding window: its siblings would read tokens before the window too.
+
+    Raises:
+        ConfigError: naming the window.
+    """
+    window: int | None = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    longest = getattr(config, "max_position_embeddings", None)
+    if window is None or "sliding_attention" not in layers:
+        return
+    if longest is None or window < longest:
+        raise ConfigError(
+            f"{path}: its layers read a window of {window} tokens (sliding_window), and siblings "
+            "would read all earlier ones. Use a value LM without a sliding window."
+        )
 
 
 def _sibling_mask(columns: int, lengths: torch.Tensor, k: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from time import perf_counter
@@ -12,6 +11,7 @@ from typing import Any, Self
 import aiohttp
 
 from infer_align.errors import AlignError, ConfigError, nearest, quote
+from infer_align.urls import is_http_url, quote_url
 from infer_align_bench.answer import MAX_EXCERPT, MAX_MESSAGE, Answer, StreamFailed, describe_error
 from infer_align_bench.failures import classify_failure, connect_timeout
 from infer_align_bench.types import ChatPrompt, Sample, Target
@@ -26,9 +26,9 @@ class Endpoint:
     """A target and its HTTP connections, which are kept alive. Use it as an async context."""
 
     def __init__(self, target: Target, timeout: float, seed: int) -> None:
-        if not re.match(r"https?://[^/]+", target.base_url):
+        if not is_http_url(target.base_url):
             raise ConfigError(
-                f"--base-url: {quote(target.base_url)} is not allowed; "
+                f"--base-url: {quote_url(target.base_url)} is not allowed; "
                 "must be like http://127.0.0.1:8000/v1."
             )
         self.target = replace(target, base_url=target.base_url.rstrip("/"))
@@ -242,5 +242,5 @@ def _decode(text: str) -> Any:
     """Return the JSON value of `text`, or the beginning of `text` if it is not JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text[:MAX_MESSAGE]

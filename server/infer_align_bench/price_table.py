@@ -91,7 +91,7 @@ def load(name: str) -> PriceTable:
             ) from None
     try:
         return parse(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"--prices: {name} is no table of prices ({type(error).__name__}: {error}); a table "
             f"has the form {EXAMPLE}."

@@ -10,13 +10,16 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from infer_align.errors import ConfigError
+from infer_align.errors import ConfigError, quote
 
 if TYPE_CHECKING:
     from infer_align.config import Config
 
 # Seeds are below this number, so that every random generator takes them.
 SEED_RANGE = 2**32
+LAST_PORT = 65535
+# Digits of the longest number of an option that counts things.
+LONGEST_COUNT = 18
 # Columns of the text that says what a command is for.
 PURPOSE_WIDTH = 78
 # Options of other servers, each with what it is called here.
@@ -162,9 +165,36 @@ def seed(text: str) -> int:
     Raises:
         ArgumentTypeError: it is no seed.
     """
-    if not text.isdecimal() or int(text) >= SEED_RANGE:
+    # Ten digits hold every seed.
+    is_number = text.isascii() and text.isdecimal() and len(text) <= 10
+    if not is_number or int(text) >= SEED_RANGE:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; must be an integer from 0 to {SEED_RANGE - 1}"
+            f"{quote(text)} is not allowed; must be an integer from 0 to {SEED_RANGE - 1}"
+        )
+    return int(text)
+
+
+def positive_integer(text: str) -> int:
+    """Return the number of an argument that counts things.
+
+    Raises:
+        ArgumentTypeError: it is no integer of at least 1.
+    """
+    is_number = text.isascii() and text.isdecimal() and len(text) <= LONGEST_COUNT
+    if not is_number or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{quote(text)} is not allowed; must be an integer of at least 1, with at most "
+            f"{LONGEST_COUNT} digits"
+        )
+    return int(text)
+
+
+def _port(text: str) -> int:
+    # No port has more than five digits.
+    is_number = text.isascii() and text.isdecimal() and len(text) <= 5
+    if not is_number or int(text) > LAST_PORT:
+        raise argparse.ArgumentTypeError(
+            f"{quote(text)} is not allowed; must be an integer from 0 to {LAST_PORT}"
         )
     return int(text)
 
@@ -173,7 +203,7 @@ def add_address(parser: argparse.ArgumentParser) -> None:
     """Add the address that `serve` listens on."""
     parser.add_argument("--host", help="Address to listen on. Default: 127.0.0.1.")
     parser.add_argument(
-        "--port", "-p", type=int, help="Port to listen on; 0 takes a free one. Default: 8000."
+        "--port", "-p", type=_port, help="Port to listen on; 0 takes a free one. Default: 8000."
     )
 
 

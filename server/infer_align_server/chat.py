@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from infer_align.errors import AlignError
+from infer_align.errors import AlignError, quote
 from infer_align.upstream.sse import EventParser, is_done
 
 OUT = Console()
+# Bytes of an event that a message shows.
+EXCERPT = 200
 TIMEOUT = httpx2.Timeout(600, connect=5)
 
 
@@ -121,17 +123,39 @@ class Chat:
 
     def _first_model(self) -> str:
         response = self._http.get("models").raise_for_status()
-        return str(response.json()["data"][0]["id"])
+        try:
+            return str(response.json()["data"][0]["id"])
+        except (ValueError, KeyError, TypeError, IndexError):
+            raise AlignError(
+                f"{response.url}: the answer is no list of models; is it the URL of an OpenAI API, "
+                "such as http://127.0.0.1:8000/v1? Otherwise name the model with --model."
+            ) from None
 
 
 def _parse_chunks(response: httpx2.Response) -> Iterator[dict[str, Any]]:
     for data in _events(response):
         if is_done(data):
             continue
-        chunk = json.loads(data)
+        yield _parse_chunk(data)
+
+
+def _parse_chunk(data: bytes) -> dict[str, Any]:
+    """Return the chunk in the data of an event.
+
+    Raises:
+        AlignError: it is an error, or no chunk.
+    """
+    try:
+        chunk: dict[str, Any] = json.loads(data)
         if "error" in chunk:
-            raise AlignError(chunk["error"]["message"])
-        yield chunk
+            raise AlignError(str(chunk["error"]["message"]))
+        chunk["choices"] = [choice for choice in chunk["choices"] if choice.get("delta")]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        excerpt = data[:EXCERPT].decode(errors="replace")
+        raise AlignError(
+            f"the server sent {quote(excerpt)} in a stream, which is no chunk of a chat completion"
+        ) from None
+    return chunk
 
 
 def _events(response: httpx2.Response) -> Iterator[bytes]:

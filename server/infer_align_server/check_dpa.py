@@ -27,7 +27,7 @@ from infer_align.flow.request import Request
 from infer_align.flow.run import align
 from infer_align.methods.dpa import DPA, Prompting
 from infer_align.types import Direction
-from infer_align_server.arguments import configuration
+from infer_align_server.arguments import configuration, positive_integer
 from infer_align_server.loading import load_models
 
 PROMPTS = (
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `check dpa` itself."""
     parser.add_argument(
         "--max-tokens",
-        type=int,
+        type=positive_integer,
         default=64,
         help="Maximum number of tokens of an answer. Default: %(default)s.",
     )

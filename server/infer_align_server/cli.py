@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from infer_align.errors import AlignError, ConfigError
+from infer_align.errors import AlignError, ConfigError, quote
+from infer_align_server import streams
 from infer_align_server.arguments import (
     Parser,
     add_address,
     add_configuration,
-    complete_url,
     configuration,
 )
 
@@ -43,7 +43,8 @@ FILE_WIDTH = 240
 
 
 def _output_width() -> int | None:
-    is_free = sys.stdout.isatty() or "COLUMNS" in os.environ
+    # A closed output is None.
+    is_free = sys.stdout is None or sys.stdout.isatty() or "COLUMNS" in os.environ
     return None if is_free else FILE_WIDTH
 
 
@@ -58,12 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments after the program's name; default: those of the process.
 
     Returns:
-        The exit status: 0 for success, 1 for a failure, 2 for a wrong configuration, 130 for
-        Ctrl-C.
+        The exit status: 0 for success, 1 for a failure, 2 for a wrong command or
+        configuration, 130 for Ctrl-C.
     """
+    streams.prepare()
     words = sys.argv[1:] if arguments is None else arguments
-    options = make_parser(words).parse_args(words)
     try:
+        _check_text(words)
+        options = make_parser(words).parse_args(words)
         status: int = options.run(options)
     except ConfigError as error:
         _print_error("configuration", error)
@@ -71,9 +74,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AlignError as error:
         _print_error("error", error)
         return 1
+    except OSError as error:
+        _print_error("error", AlignError(_file_problem(error)))
+        if error.filename is None:
+            streams.discard_output()
+        return 1
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _check_text(words: Sequence[str]) -> None:
+    """Refuse an argument whose bytes are no text: no message, file or request could hold it.
+
+    Raises:
+        ConfigError: quoting the argument.
+    """
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise ConfigError(
+                f"the argument {quote(word)} is not UTF-8; write it in UTF-8, and give a file a "
+                "name in UTF-8."
+            )
+
+
+def _file_problem(error: OSError) -> str:
+    """Return what a file, or the standard output, could not do."""
+    problem = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return f"cannot write: {problem}; the output is not complete."
+    return f"{error.filename}: {problem}."
 
 
 def _print_error(kind: str, error: AlignError) -> None:
@@ -129,19 +159,38 @@ def _add_serve(parser: Parser) -> None:
 
 
 def _add_chat(parser: Parser) -> None:
-    from infer_align_bench.arguments import json_object
+    from infer_align_bench.arguments.values import http_url
 
     parser.add_argument(
         "message", nargs="?", help="Message to send. Default: start a conversation."
     )
     parser.add_argument(
         "--base-url",
+        type=http_url,
         default="http://127.0.0.1:8000/v1",
         help="Base URL of the API. Default: %(default)s.",
     )
     parser.add_argument(
         "--model", help="Name of the model. Default: the first model of the server."
     )
+    _add_chat_fields(parser)
+    parser.add_argument(
+        "--api-key-env",
+        default="OPENAI_API_KEY",
+        help="Environment variable that holds the API key. Default: %(default)s.",
+    )
+    parser.set_defaults(run=_chat)
+
+
+def _add_chat_fields(parser: Parser) -> None:
+    """Add the fields of each request of `chat`."""
+    from infer_align_bench.arguments.values import (
+        json_object,
+        non_negative_number,
+        positive,
+        positive_number,
+    )
+
     parser.add_argument(
         "--align",
         type=json_object,
@@ -150,15 +199,13 @@ def _add_chat(parser: Parser) -> None:
         help='The align object of each request, such as \'{"best_of_n": {"n": 8}}\'.',
     )
     parser.add_argument("--system", help="System message.")
-    parser.add_argument("--temperature", type=float, help="Sampling temperature; 0 is greedy.")
-    parser.add_argument("--top-p", type=float, help="Probability mass to sample from.")
-    parser.add_argument("--max-tokens", type=int, help="Maximum number of tokens of an answer.")
     parser.add_argument(
-        "--api-key-env",
-        default="OPENAI_API_KEY",
-        help="Environment variable that holds the API key. Default: %(default)s.",
+        "--temperature", type=non_negative_number, help="Sampling temperature; 0 is greedy."
     )
-    parser.set_defaults(run=_chat)
+    parser.add_argument("--top-p", type=positive_number, help="Probability mass to sample from.")
+    parser.add_argument(
+        "--max-tokens", type=positive, help="Maximum number of tokens of an answer."
+    )
 
 
 def _add_methods(parser: Parser) -> None:
@@ -265,7 +312,7 @@ def _chat(options: argparse.Namespace) -> int:
     if options.align:
         fields["align"] = options.align
     with chat.Chat(
-        complete_url(options.base_url),
+        options.base_url,
         options.model,
         fields,
         options.system,

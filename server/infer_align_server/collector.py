@@ -22,6 +22,7 @@ from starlette.datastructures import Headers
 from infer_align.config.server import Telemetry
 from infer_align.errors import ConfigError
 from infer_align.stages import Fail
+from infer_align.urls import is_http_url, quote_url
 
 if TYPE_CHECKING:
     from opentelemetry.sdk._logs import LoggerProvider
@@ -237,9 +238,9 @@ def _providers(
 
 def _endpoint(settings: Telemetry) -> str:
     endpoint = (settings.endpoint or "").rstrip("/")
-    if not endpoint.startswith(("http://", "https://")):
+    if not is_http_url(endpoint):
         raise ConfigError(
-            f"[telemetry] endpoint: {settings.endpoint!r} is not allowed; must be a URL that "
+            f"[telemetry] endpoint: {quote_url(endpoint)} is not allowed; must be a URL that "
             'begins with http:// or https://, such as "http://localhost:4318".'
         )
     return endpoint
@@ -256,7 +257,8 @@ def _collector_headers(settings: Telemetry) -> dict[str, str]:
     text = os.environ.get(settings.headers_env)
     if not text:
         raise ConfigError(
-            f"[telemetry] headers_env: the environment variable {settings.headers_env} is not set."
+            f"[telemetry] headers_env: the environment variable {settings.headers_env!r} is not "
+            "set or empty; put the headers there, as name=value separated by commas."
         )
     headers = {}
     for pair in text.split(","):

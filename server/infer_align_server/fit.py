@@ -24,7 +24,7 @@ from infer_align.errors import ConfigError, nearest
 from infer_align.objectives import Ensemble, Objective
 from infer_align.rewards import start_reward
 from infer_align_server import logs
-from infer_align_server.arguments import configuration, seed
+from infer_align_server.arguments import configuration, positive_integer, seed
 
 if TYPE_CHECKING:
     from infer_align.engines.transformers.engine import TransformersEngine
@@ -83,13 +83,13 @@ def _add_replies(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--replies",
-        type=_positive_integer,
+        type=positive_integer,
         metavar="N",
         help=f"Number of replies per prompt. Default: {DEFAULT_REPLIES}.",
     )
     parser.add_argument(
         "--max-tokens",
-        type=_positive_integer,
+        type=positive_integer,
         metavar="N",
         help=f"Maximum number of tokens of a reply. Default: {DEFAULT_MAX_TOKENS}.",
     )
@@ -113,14 +113,6 @@ def _describe_settings() -> str:
             description, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
         )
     return "\n".join(lines)
-
-
-def _positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; must be an integer of at least 1"
-        )
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -270,7 +262,7 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
             raise ConfigError(
                 f"--fit: {pair!r} is not allowed; must have the form NAME=VALUE, such as rank=32."
             )
-        override(table, pair)
+        override(table, pair, "--fit")
     return table
 
 

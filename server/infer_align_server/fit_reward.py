@@ -21,7 +21,7 @@ from infer_align.errors import ConfigError, quote
 from infer_align.preferences import PreferencePair, read_preferences
 from infer_align.profiles.records import StoredProfile
 from infer_align_server import fit_classifier, logs
-from infer_align_server.arguments import configuration, seed
+from infer_align_server.arguments import configuration, positive_integer, seed
 from infer_align_server.profile_keeper import ProfileKeeper
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Output file, or the folder of the classifiers. Default: reward.safetensors, or the "
         "folder reward.",
     )
-    fit_classifier.add_arguments(parser, _positive_integer)
+    fit_classifier.add_arguments(parser, positive_integer)
     _add_encoder(parser)
     _add_fit(parser)
     parser.add_argument("--config", metavar="FILE", help="Configuration, for --profiles.")
@@ -94,13 +94,13 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--layer",
-        type=_positive_integer,
+        type=positive_integer,
         help="Layer whose states are read, from 1. Default: the last one; 4 with the default "
         "encoder.",
     )
     parser.add_argument(
         "--max-length",
-        type=_positive_integer,
+        type=positive_integer,
         help="Maximum number of tokens that are read. Default: what the model can read; 512 with "
         "--on classifier.",
     )
@@ -121,7 +121,7 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--members",
-        type=_positive_integer,
+        type=positive_integer,
         default=5,
         help="Number of members of the ensemble. Default: %(default)s.",
     )
@@ -148,14 +148,6 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         "Default: %(default)s.",
     )
     parser.add_argument("--seed", type=seed, default=0, help="Random seed. Default: %(default)s.")
-
-
-def _positive_integer(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; must be an integer of at least 1"
-        )
-    return int(text)
 
 
 def _rate(text: str) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 from infer_align.config import Config
 from infer_align.config.model_path import disk_bytes
+from infer_align.config.sections import in_section
 from infer_align.demo.locate import locate
 from infer_align.engines import Engine
 from infer_align.errors import AlignError, ConfigError
@@ -91,9 +92,7 @@ async def _named(section: str, starting: Awaitable[None]) -> None:
     try:
         await starting
     except ConfigError as error:
-        if error.message.startswith("["):
-            raise
-        raise ConfigError(f"[{section}] {error.message}") from error
+        raise in_section(section, error) from error
     except AlignError:
         raise
     except Exception as error:

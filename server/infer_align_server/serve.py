@@ -8,12 +8,13 @@ alone: the progress is logged, and the start screen goes to standard output.
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass
 from time import monotonic
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from infer_align.config.config import Config
-from infer_align.errors import ConfigError
+from infer_align.errors import AlignError, ConfigError, quote
 from infer_align_server import logs
 from infer_align_server.app import create_app
 from infer_align_server.service import Service
@@ -136,11 +137,19 @@ async def serve(config: Config, out: Console, err: Console) -> int:
     start = monotonic()
     with show_progress(err) as progress:
         listener = listen(config)
-        running = await RunningServer.start(create_app(config, progress), listener)
+        try:
+            app = create_app(config, progress)
+        except AlignError:
+            listener.close()
+            raise
+        running = await RunningServer.start(app, listener)
     if running.ready:
         _reload_on_hangup(running.service)
         screen = err if err.is_terminal else out
-        print_welcome(running.service, server_url(listener), monotonic() - start, screen)
+        # A server serves on where nobody can read the screen: a full disk, or a closed pipe, which
+        # rich turns into the end of the program.
+        with suppress(OSError, SystemExit):
+            print_welcome(running.service, server_url(listener), monotonic() - start, screen)
     return await running.wait()
 
 
@@ -213,8 +222,19 @@ def listen(config: Config, *, shared: bool = False) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG)
+    except (socket.gaierror, TypeError):
+        listener.close()
+        raise ConfigError(
+            f"[server] host: {quote(host)} is no address and no name of one; must be an address of "
+            "this machine, such as 127.0.0.1, or 0.0.0.0 for all of them."
+        ) from None
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(
+                f"[server] host: {quote(host)} is no address of this machine; use one, such as "
+                "127.0.0.1, or 0.0.0.0 for all of them."
+            ) from None
         raise ConfigError(
             f"[server] port: cannot listen on {host}:{port}: {error.strerror}; choose another "
             "port, or any free one with --set server.port=0."

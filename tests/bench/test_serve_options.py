@@ -17,7 +17,6 @@ from infer_align_server import cli
         (["--max-in-flight", "2"], "--max-in-flight: only allowed with --rate"),
         (["--goodput", "tfft:200"], "--goodput: 'tfft:200' is not allowed"),
         (["--goodput", "ttft:fast"], "--goodput: 'ttft:fast' is not allowed"),
-        (["--base-url", "localhost:8000"], "--base-url: 'localhost:8000' is not allowed"),
         (["--dataset", "nowhere.jsonl"], "prompts: nowhere.jsonl cannot be read"),
         (["--dataset", "synthetik"], "did you mean 'synthetic'?"),
         (["--json", "no/such/folder/x.json"], "no/such/folder/x.json cannot be written"),
@@ -33,6 +32,7 @@ def test_a_wrong_option_is_named(bench: Any, arguments: list[str], message: str)
     ("arguments", "message"),
     [
         (["--rate", "0"], "--rate: '0' is not allowed"),
+        (["--base-url", "ftp://host"], "--base-url: 'ftp://host' is not an http(s) URL"),
         (["--rate", "nan"], "--rate"),
         (["--concurrency", "-1"], "--concurrency"),
         (["--requests", "many"], "--requests: 'many' is not allowed"),

@@ -74,13 +74,13 @@ def test_overrides_use_the_files_own_names(load: Any) -> None:
         'rewards.r={kind="rules", regex="a=b"}',
         "presets.p.best_of_n.n=2",
         "engine.model=name=with=equals",
-        "server.served_name=",
+        "telemetry.service_name=",
     )
     assert (loaded.server.port, loaded.server.host, loaded.limits.max_queue) == (9, "0.0.0.0", 3)
     assert loaded.rewards["r"].regex == "a=b"
     assert loaded.presets == {"p": {"best_of_n": {"n": 2}}}
     assert loaded.engine.model == "name=with=equals"
-    assert loaded.server.served_name == ""
+    assert loaded.telemetry.service_name == ""
 
 
 def test_where_each_value_came_from(load: Any, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=str(path)):
             config.load(path)
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
-    with pytest.raises(ConfigError, match="not TOML"):
+    with pytest.raises(ConfigError, match="not UTF-8"):
         config.load(tmp_path / "latin.toml")
 
 

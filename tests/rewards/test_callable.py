@@ -96,6 +96,21 @@ def test_anything_but_a_plain_function_is_refused(function, tmp_path, monkeypatc
         FromCallable(function).load()
 
 
+@pytest.mark.parametrize("parameters", ["text", "a, b, c", "", "messages, *, text"])
+def test_a_function_with_other_parameters_is_refused(parameters, working_directory):
+    name = f"other_{len(parameters)}"
+    (working_directory / f"{name}.py").write_text(f"def f({parameters}): return 1.0")
+    with pytest.raises(ConfigError, match=r"but it is called as function\(messages, text\)"):
+        FromCallable(f"{name}:f").load()
+
+
+@pytest.mark.parametrize("parameters", ["m, t", "*all", "m, t, more=1", "m, t, **rest"])
+def test_a_function_that_takes_two_values_is_loaded(parameters, working_directory):
+    name = f"two_{len(parameters)}"
+    (working_directory / f"{name}.py").write_text(f"def f({parameters}): return 1.0")
+    assert FromCallable(f"{name}:f").load().description == ""
+
+
 @pytest.fixture
 def working_directory(tmp_path, monkeypatch):
     """An empty working directory; what it adds to the search path is removed again."""

@@ -99,7 +99,7 @@ WRONG = [
     (["serve", "--dtype", "x"], "write it as --set engine.dtype=VALUE"),
     (["serve", "--nonsense"], "there is no option --nonsense; known: --config"),
     (["serve", "a", "b"], "one argument too many: 'b'"),
-    (["serve", "--port", "many"], "invalid int value: 'many'"),
+    (["serve", "--port", "many"], "'many' is not allowed"),
     (["chat", "--sistem", "x"], "did you mean --system?"),
 ]
 

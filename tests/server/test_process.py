@@ -321,13 +321,13 @@ def test_chat_reports_errors(numbers: Any, capsys: pytest.CaptureFixture[str]) -
     for options in (
         ["--align", '{"best_of": {}}'],
         ["--model", "nope"],
-        ["--base-url", "http://[bad"],
         ["--base-url", numbers.root],
     ):
         assert cli.main(["chat", "hello", "--base-url", numbers.base_url, *options]) == 1, options
         assert "error:" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["chat", "hello", "--align", "[1]"])
+    for options in (["--align", "[1]"], ["--base-url", "http://[bad"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["chat", "hello", *options])
 
 
 @pytest.mark.slow

@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+)
 
 from infer_align.decoding.cache import RowCache
 from infer_align.errors import ConfigError
@@ -286,3 +293,28 @@ def test_a_model_without_a_cache_is_refused(tmp_path: Path) -> None:
     lookahead.write(tmp_path / "bert", bert, heads("one"), FROZEN, {})
     with pytest.raises(ConfigError, match="keeps no plain keys and values"):
         start(tmp_path / "bert")
+
+
+@pytest.mark.parametrize("window", [None, 8, 63, 64])
+def test_a_sliding_window_is_refused_unless_it_holds_every_text(
+    window: int | None, tmp_path: Path
+) -> None:
+    mistral = MistralModel(
+        MistralConfig(
+            vocab_size=V,
+            hidden_size=D,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            sliding_window=window,
+        )
+    )
+    path = tmp_path / "mistral"
+    lookahead.write(path, mistral, heads("one"), FROZEN, {})
+    if window in {8, 63}:
+        with pytest.raises(ConfigError, match=f"window of {window} tokens"):
+            start(path)
+    else:
+        assert start(path).lm is not None

@@ -34,7 +34,8 @@ class Fake:
     replies: tuple[Reply, ...] = field(
         default=(Reply(),),
         metadata={
-            "description": "The script; candidate i returns reply i modulo the number of replies."
+            "min_length": 1,
+            "description": "The script; candidate i returns reply i modulo the number of replies.",
         },
     )
     labels: tuple[ScriptedLabels, ...] = field(

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from transformers import AutoTokenizer, GenerationConfig
 
 from infer_align.decoding.params import SamplingParams
+from infer_align.decoding.template_variables import FIELD, template_variables
 from infer_align.decoding.text import token_bytes
 from infer_align.demo.locate import locate
 from infer_align.engines.openai.contexts import GuidanceContexts
@@ -184,13 +185,13 @@ class Steerer:
         """Return the prompt of a body.
 
         Raises:
-            InvalidRequest: the chat template refuses the messages.
+            InvalidRequest: the chat template refuses the messages, or a variable is none of it.
         """
         if kind == "completion":
             text = body["prompt"]
             return ContinuationPrompt(text, tuple(self.tokenizer(text)["input_ids"]))
         messages = body["messages"]
-        options = body.get("chat_template_kwargs") or {}
+        options = template_variables(body.get(FIELD))
 
         def rendered(conversation: Conversation) -> str:
             text: str = self.tokenizer.apply_chat_template(
@@ -207,7 +208,7 @@ class Steerer:
             ) from None
         fields = {"messages": messages}
         if options:
-            fields["chat_template_kwargs"] = options
+            fields[FIELD] = options
         return ContinuationPrompt(text, tuple(self._tokenize(text)), fields)
 
     def _tokenize(self, text: str) -> Sequence[int]:

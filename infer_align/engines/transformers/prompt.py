@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from infer_align.decoding.call_format import shows_tools, with_instruction
+from infer_align.decoding.template_variables import FIELD, template_variables
 from infer_align.decoding.tools import ToolRequest
 from infer_align.errors import InvalidRequest, quote
 from infer_align.messages import Conversation, calls_as_text, normalize, part_text
 from infer_align.messages import render as render_messages
 from infer_align.types import Body, Messages
-
-# How a template is rendered is the engine's business; a client sets variables of the template.
-_RENDERING_OPTIONS = frozenset(
-    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +86,7 @@ def render(tokenizer: Any, body: Body, tools: ToolRequest | None = None) -> str:
         )
     # "developer" is OpenAI's newer name of the system role. Most templates do not know it.
     messages = normalize(body["messages"], developer="developer" in template)
-    options = {**_template_variables(body.get("chat_template_kwargs") or {}), **_ending(body)}
+    options = {**template_variables(body.get(FIELD)), **_ending(body)}
     if "tool_calls" not in template:
         messages = calls_as_text(messages)
     if tools is not None and shows_tools(template):
@@ -166,18 +159,3 @@ def _check_part(where: str, part: Mapping[str, Any]) -> None:
         raise InvalidRequest(
             f"{where}: a part holds {quote(part)}; must hold a string {kind!r}.", param=where
         )
-
-
-def _template_variables(variables: object) -> Mapping[str, Any]:
-    """Check that a client sets variables of the chat template only, not how it is rendered."""
-    path = "chat_template_kwargs"
-    if not isinstance(variables, Mapping):
-        raise InvalidRequest(
-            f"{path}: {quote(variables)} is not an object; allowed: the template's variables.",
-            param=path,
-        )
-    for name in sorted(variables.keys() & _RENDERING_OPTIONS):
-        raise InvalidRequest(
-            f"{path}.{name}: is not a variable of the template; leave it out.", param=path
-        )
-    return variables

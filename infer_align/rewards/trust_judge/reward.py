@@ -110,7 +110,10 @@ class TrustJudgeReward(Reward):
         Raises:
             ConfigError: the file cannot be read or holds no pair.
         """
-        labelled, problems = read_labelled(Path(path))
+        try:
+            labelled, problems = read_labelled(Path(path))
+        except ConfigError as error:
+            raise ConfigError(f"trust_judge.rubric_labels: {error.message}") from None
         self._rubrics = RubricWriter(labelled)
         self.warnings = tuple(f"rubric_labels: {path}: {problem}" for problem in problems)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from infer_align_bench.arguments.values import json_object, positive, positive_number
+from infer_align_bench.arguments.values import http_url, json_object, positive, positive_number
 
 
 def add_endpoint(parser: argparse.ArgumentParser) -> None:
     """Add the flags of an endpoint and of the body of its requests."""
     parser.add_argument(
         "--base-url",
+        type=http_url,
         default="http://127.0.0.1:8000/v1",
         help="URL of an OpenAI endpoint; default: %(default)s",
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from infer_align_bench.arguments.endpoint import add_timeout
-from infer_align_bench.arguments.values import json_object, positive
+from infer_align_bench.arguments.values import http_url, json_object, positive
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="use only the first N pairs")
     parser.add_argument(
         "--base-url",
+        type=http_url,
         default="http://127.0.0.1:8000/v1",
         metavar="URL",
         help="server with the judge; default: %(default)s",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from infer_align_bench.arguments.endpoint import add_endpoint, add_timeout
-from infer_align_bench.arguments.values import non_negative, positive, positive_number
+from infer_align_bench.arguments.values import http_url, non_negative, positive, positive_number
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +55,7 @@ def _add_quality_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gold-url",
+        type=http_url,
         metavar="URL",
         help="server that scores the answers; default: the measured server",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from infer_align_bench.arguments.endpoint import add_endpoint, add_timeout
 from infer_align_bench.arguments.values import (
+    http_url,
     json_object,
     non_negative,
     number_range,
@@ -27,6 +28,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def _add_second_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
+        type=http_url,
         metavar="URL",
         help="second endpoint to compare with; both get load in turns, ratios are A / B",
     )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from infer_align.errors import AlignError, ConfigError
+from infer_align.errors import AlignError, ConfigError, quote
 from infer_align_bench.answer import describe_error
 from infer_align_bench.endpoint import Endpoint, error_of
 
@@ -34,9 +34,9 @@ def load_scorer(text: str, endpoint: Endpoint) -> Gold:
     if text.startswith("{"):
         try:
             settings = {"rewards": {}, **json.loads(text)}
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
-                f"--gold: {text!r} is not a JSON object: {error}; "
+                f"--gold: {quote(text)} is not a JSON object: {error}; "
                 'must be like {"rewards": {"helpful": 1}}.'
             ) from None
         return _server_scorer(endpoint, settings)

@@ -22,12 +22,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from infer_align.config.toml_text import parse_toml
 from infer_align.errors import ConfigError, nearest, quote
 from infer_align.methods.best_of_n import BestOfN, kl_upper_bound
 
@@ -126,10 +126,12 @@ def read_grid(path: Path) -> Grid:
 
 def _read_table(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        text = path.read_text(encoding="utf-8-sig")
+        table = json.loads(text) if path.suffix == ".json" else parse_toml(text)
     except OSError as error:
         raise ConfigError(f"--grid: {path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise ConfigError(f"--grid: {path}: it is nested too deeply.") from None
     except ValueError as error:
         raise ConfigError(f"--grid: {path}: {error}.") from None
     cells = table.get("cells") if isinstance(table, dict) else None

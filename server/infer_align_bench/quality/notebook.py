@@ -74,14 +74,14 @@ class Notebook:
         if not text.endswith("\n"):
             self._append("\n")
         for line in lines:
-            with suppress(ValueError, TypeError):
+            with suppress(ValueError, TypeError, RecursionError):
                 row = ScoredAnswer(**json.loads(line))
                 self.rows[row.key, row.draw] = row
 
     def _check_header(self, header: str, made_with: Mapping[str, Any]) -> None:
         try:
             previous = json.loads(header)["made_with"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(
                 f"{self._path} is not a notebook of `bench quality`; "
                 "name another file with --notebook."

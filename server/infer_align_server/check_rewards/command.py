@@ -21,7 +21,7 @@ from infer_align.errors import ConfigError
 from infer_align.types import Array
 from infer_align_bench.plot import require_matplotlib
 from infer_align_server import logs
-from infer_align_server.arguments import configuration
+from infer_align_server.arguments import configuration, positive_integer
 from infer_align_server.check_rewards import recipe
 from infer_align_server.check_rewards.chosen import (
     ChosenRewards,
@@ -83,11 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="PAGE", help="Write one HTML page.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="Write all figures as JSON.")
     parser.add_argument(
-        "--limit", type=_positive, metavar="N", help="Use N prompts, spread over the file."
+        "--limit", type=positive_integer, metavar="N", help="Use N prompts, spread over the file."
     )
-    parser.add_argument(
-        "--answers", type=_positive, metavar="N", help="Use N answers of each pool, drawn once."
-    )
+    text = "Use N answers of each pool, drawn once."
+    parser.add_argument("--answers", type=positive_integer, metavar="N", help=text)
     parser.add_argument(
         "--attack-model",
         action="append",
@@ -95,14 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="Treat the answers of this model of the pools as an attack; may be repeated.",
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not allowed; must be an integer of at least 1"
-        )
-    return int(text)
 
 
 def run(options: argparse.Namespace, out: Console, log: Console) -> int:

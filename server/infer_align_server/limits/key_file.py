@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import secrets
-import tomllib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,8 @@ from annotated_types import Len
 from pydantic import AwareDatetime, Field
 
 from infer_align.config.schema import parse
-from infer_align.errors import ConfigError
+from infer_align.config.toml_text import parse_toml
+from infer_align.errors import ConfigError, quote
 
 log = logging.getLogger("infer_align")
 
@@ -115,11 +115,11 @@ def _read(path: Path) -> tuple[KeyEntry, ...]:
         ConfigError: the file cannot be read, or an entry is wrong.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = parse_toml(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"[server] api_keys_file: {str(path)!r} cannot be read: {reason}; {_FIX}."
+            f"[server] api_keys_file: {quote(str(path))} cannot be read: {reason}; {_FIX}."
         ) from None
     try:
         return parse(_Content, table, "", ConfigError).keys

@@ -118,7 +118,9 @@ def test_an_expired_key_is_no_key(keys_at: Any) -> None:
         keys.caller("Bearer other", "")
 
 
-@pytest.mark.parametrize("broken", ["", "not toml", "[[keys]]\nname = 1\n", None])
+@pytest.mark.parametrize(
+    "broken", ["", "not toml", "[[keys]]\nname = 1\n", f"x = {'[' * 60_000}", None]
+)
 def test_a_broken_file_leaves_the_keys_as_they_were(
     keys_at: Any, broken: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +156,11 @@ def test_a_wrong_file_stops_the_start(keys_at: Any, text: str | None, message: s
         KeyFile(path)
     assert message in caught.value.message
     assert "[server] api_keys_file" in caught.value.message
+
+
+def test_a_byte_order_mark_and_line_ends_of_another_system_are_read(keys_at: Any) -> None:
+    text = "\ufeff" + entry("k").replace("\n", "\r\n")
+    assert ApiKeys([], KeyFile(keys_at(text))).caller("Bearer k", "").name == "ann"
 
 
 def test_keys_of_the_environment_stay_beside_the_file(keys_at: Any) -> None:

@@ -103,6 +103,25 @@ def test_a_guided_answer_streams(front: Live) -> None:
     assert len([piece for piece in pieces if piece]) > 2
 
 
+# A template is code, and this one would run for hours.
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("server", ["front", "back"])
+def test_a_client_sets_no_template(request: pytest.FixtureRequest, server: str) -> None:
+    live: Live = request.getfixturevalue(server)
+    answer = ask(live, {"polite": 1.0}, chat_template_kwargs={"chat_template": ENDLESS})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "chat_template_kwargs"
+    assert error["message"] == (
+        "chat_template_kwargs.chat_template: is not a variable of the template; leave it out."
+    )
+    assert ask(live, {"polite": 1.0}, chat_template=ENDLESS).json()["error"]["param"] == (
+        "chat_template"
+    )
+
+
 def test_the_list_of_methods_says_that_guidance_is_there(front: Live) -> None:
     ask(front, {"polite": 1.0}, max_tokens=1)
     listed = front.get("/v1/align/methods").json()
