@@ -31,6 +31,7 @@ from infer_align_bench.extrapolation import (
     saturation_warnings,
 )
 from infer_align_bench.price_table import PriceTable, TablePrices, load, shipped
+from infer_align_bench.runtime import check_writable
 from infer_align_bench.simulate import Simulated, replicas_for, simulate
 
 OUT = Console(width=max(80, Console().width))
@@ -70,6 +71,8 @@ def run(options: argparse.Namespace) -> int:
         ConfigError: a file is not a result, there are too few results, the planned request was not
             measured, or no number of replicas reaches the latency.
     """
+    if options.json:
+        check_writable(options.json)
     table = _table(options)
     priced = _fitted(options) if table is None else _tabulated(table)
     request = _planned_request(options, priced)

@@ -32,6 +32,23 @@ def require_matplotlib(flag: str) -> None:
         ) from None
 
 
+def check_format(path: Path, flag: str) -> None:
+    """Check before the measurement that matplotlib can write a file with this suffix.
+
+    Raises:
+        ConfigError: it cannot; the message names `flag`, which needs it.
+    """
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    suffix = path.suffix.removeprefix(".")
+    if suffix and suffix.lower() not in formats:
+        raise ConfigError(
+            f"{flag}: {str(path)!r} is not allowed; the name must end with .png, or with one of "
+            f"{', '.join(sorted(formats))}."
+        )
+
+
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Draw the distribution of latencies, and the latency of each request over the run."""
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ from infer_align_bench.arguments import body_fields
 from infer_align_bench.credentials import ApiKey, same_server
 from infer_align_bench.endpoint import Endpoint
 from infer_align_bench.load import Sender, apply_load
-from infer_align_bench.plot import plot, require_matplotlib
+from infer_align_bench.plot import check_format, plot, require_matplotlib
 from infer_align_bench.report import build_report
 from infer_align_bench.runtime import INTERRUPTED, check_writable, loop_factory, stop_on_signals
 from infer_align_bench.summary import GOALS
@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
             check_writable(path)
     if options.plot:
         require_matplotlib("--plot")
+        check_format(options.plot, "--plot")
     warmup = options.warmup
     if warmup is None:
         warmup = max(MIN_WARMUP, load.concurrency or 1)

@@ -14,6 +14,7 @@ from infer_align_bench.arguments.values import (
     non_negative_number,
     positive,
     positive_number,
+    spread,
 )
 from infer_align_bench.price_table import shipped
 from infer_align_bench.traffic import Routing
@@ -141,7 +142,7 @@ def _add_planned_service(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--spread",
-        type=positive_number,
+        type=spread,
         default=0.5,
         metavar="X",
         help="standard deviation of answer lengths, divided by the mean; default: %(default)g",

@@ -12,6 +12,9 @@ from infer_align.urls import is_http_url, quote_url
 
 # Digits of the longest number of an option.
 LONGEST_NUMBER = 18
+# Bounds of the spread of lengths.
+SMALLEST_SPREAD = 1e-3
+LARGEST_SPREAD = 100.0
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -79,6 +82,18 @@ def positive_number(text: str) -> float:
     return value
 
 
+def spread(text: str) -> float:
+    """Parse a standard deviation of lengths, divided by their mean."""
+    value = _number(text)
+    # The square of a smaller or larger number is not in the range of a float.
+    if not SMALLEST_SPREAD <= value <= LARGEST_SPREAD:
+        raise argparse.ArgumentTypeError(
+            f"{quote(text)} is not allowed; must be a number from {SMALLEST_SPREAD:g} to "
+            f"{LARGEST_SPREAD:g}"
+        )
+    return value
+
+
 def non_negative_number(text: str) -> float:
     """Parse a finite number of at least 0."""
     value = _number(text)
@@ -98,9 +113,9 @@ def _number(text: str) -> float:
 
 def number_range(text: str) -> tuple[int, int]:
     """Parse a range of positive whole numbers, such as "64" or "32-128"."""
-    first, _, last = text.partition("-")
+    first, dash, last = text.partition("-")
     low = positive(first)
-    high = positive(last or first)
+    high = positive(last) if dash else low
     if low > high:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; must be like 64 or 32-128")
     return low, high
