@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import re
 import signal
@@ -104,6 +105,35 @@ def test_a_key_is_replaced_without_a_gap_and_keeps_its_caller(
     assert keys.caller("Bearer new", "") == first
     with pytest.raises(Unauthorized):
         keys.caller("Bearer old", "")
+
+
+def test_every_key_is_compared_with_all_others_in_constant_time(
+    keys_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ApiKeys(["one", "two"], KeyFile(keys_at(entry("three", "ann") + entry("four", "bob"))))
+    compared: list[tuple[str, str]] = []
+    compare = hmac.compare_digest
+
+    def counted(first: str, second: str) -> bool:
+        compared.append((first, second))
+        return compare(first, second)
+
+    monkeypatch.setattr(hmac, "compare_digest", counted)
+    for key in ("one", "two", "three", "four"):
+        keys.caller(f"Bearer {key}", "")
+        assert [second for _, second in compared] == [
+            hash_of(each) for each in ("one", "two", "three", "four")
+        ]
+        # Only hashes of one length are compared, and never the key itself.
+        assert {first for first, _ in compared} == {hash_of(key)}
+        compared.clear()
+    for key in ("", "o", "on", "one more", "fou"):
+        with pytest.raises(Unauthorized):
+            keys.caller(f"Bearer {key}", "")
+        assert {second for _, second in compared} == {
+            hash_of(each) for each in ("one", "two", "three", "four")
+        }
+        compared.clear()
 
 
 def test_an_expired_key_is_no_key(keys_at: Any) -> None:
