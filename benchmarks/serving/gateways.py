@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving.gateways [--requests 1000] [--rounds 5] [--record]
         [--concurrency 1 64]
-        [--litellm .venv-clients/litellm-proxy] [--optillm .venv-clients/optillm]
+        [--litellm .venv-clients/litellm] [--optillm .venv-clients/optillm]
 
 The baseline is the upstream itself. All get their load in the same run, in alternating rounds. The
 client, the upstream and the gateway share the cores of one machine: the CPU time per request says

@@ -57,7 +57,7 @@ def proxy(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[http
         "INFER_ALIGN_KEY": KEY,
         "LITELLM_MASTER_KEY": PROXY_KEY,
     }
-    command = [environments.program("litellm-proxy", "litellm"), "--config", str(RECIPE)]
+    command = [environments.program("litellm", "litellm"), "--config", str(RECIPE)]
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(

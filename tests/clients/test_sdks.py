@@ -20,7 +20,7 @@ CASES = {
     "instructor": "instructor_sdk",
 }
 # Environments that tests of their own use.
-OTHERS = ("chart", "litellm-proxy", "open-webui", "playwright", "schemathesis")
+OTHERS = ("chart", "open-webui", "playwright", "schemathesis")
 
 
 def test_every_environment_is_tried() -> None:
