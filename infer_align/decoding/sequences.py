@@ -54,7 +54,14 @@ class SequenceLogprobs:
         return tuple(float(each.sum()) for each in self.logprobs)
 
 
-def check_fit(index: int, prompt_tokens: int, text_tokens: int, context_length: int) -> None:
+def check_fit(
+    index: int,
+    prompt_tokens: int,
+    text_tokens: int,
+    context_length: int,
+    *,
+    is_bound: bool = False,
+) -> None:
     """Refuse a text that does not fit the context together with its prompt.
 
     Args:
@@ -62,15 +69,17 @@ def check_fit(index: int, prompt_tokens: int, text_tokens: int, context_length: 
         prompt_tokens: number of tokens of the prompt.
         text_tokens: number of tokens of the text.
         context_length: maximum of prompt and text together.
+        is_bound: True if the text has at least so many tokens, and may have more.
 
     Raises:
         InvalidRequest: naming the text and the limit.
     """
     if prompt_tokens + text_tokens <= context_length:
         return
+    least = "at least " if is_bound else ""
     raise InvalidRequest(
-        f"text {index}: {prompt_tokens} tokens of prompt and {text_tokens} of text do not fit the "
-        f"context of {context_length}; shorten the prompt or the text.",
+        f"text {index}: {prompt_tokens} tokens of prompt and {least}{text_tokens} of text do not "
+        f"fit the context of {context_length}; shorten the prompt or the text.",
         code="context_length_exceeded",
     )
 

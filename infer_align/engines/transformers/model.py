@@ -13,6 +13,7 @@ from infer_align.checkpoints.types import check_weights_type
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import check_token_ids
 from infer_align.decoding.sequences import check_token_prompt
+from infer_align.decoding.token_length import TokenLength
 from infer_align.decoding.tools import ToolRequest
 from infer_align.engines.transformers.int8_layers import (
     INT8,
@@ -22,7 +23,7 @@ from infer_align.engines.transformers.int8_layers import (
 from infer_align.engines.transformers.linear_layers import quicken_linear_layers
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
 from infer_align.engines.transformers.weights import check_causal, load_weights
-from infer_align.errors import ConfigError
+from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.types import Draw
 from infer_align.values import FrozenModel, tokenizer_digest
 from infer_align.values._fingerprint import Fingerprint, fingerprint
@@ -74,6 +75,7 @@ class Model:
         weights: fingerprint of the weights before they are quantized.
         cell_bytes: bytes of keys and values of one token.
         hidden_size: size of the output layer's input.
+        token_length: the bytes that one token stands for; None if there is no limit.
     """
 
     lm: Any
@@ -87,6 +89,7 @@ class Model:
     weights: Fingerprint
     cell_bytes: int = 0
     hidden_size: int = 0
+    token_length: TokenLength | None = None
 
     @classmethod
     def load(
@@ -141,6 +144,7 @@ class Model:
             sampling_defaults=_sampling_defaults(lm),
             tap=_tap_output_layer(lm),
             weights=weights,
+            token_length=TokenLength.of(tokenizer),
         )
         cell_bytes, hidden_size = model.check_cache(name)
         check_causal(name, lm)
@@ -260,7 +264,29 @@ class Model:
             return self.completion_prompt(draw.body["prompt"])
         text = render(self.tokenizer, draw.body, tools) + prefix
         is_continued = bool(prefix) or bool(draw.body.get("continue_final_message"))
-        return tokenize(self.tokenizer, text, "messages", special=False, is_continued=is_continued)
+        return self.tokenize(text, "messages", special=False, is_continued=is_continued)
+
+    def tokenize(
+        self, text: str, param: str, *, special: bool, is_continued: bool = False
+    ) -> Prompt:
+        """Turn a rendered prompt into tokens; see `prompt.tokenize` for the arguments.
+
+        Raises:
+            InvalidRequest: the text is empty, is not valid Unicode, or cannot fit the context.
+        """
+        fewest = self.fewest_tokens(text)
+        if fewest > self.context_length:
+            raise InvalidRequest(
+                f"{param}: a prompt of at least {fewest} tokens does not fit the context of "
+                f"{self.context_length}; shorten the prompt.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return tokenize(self.tokenizer, text, param, special=special, is_continued=is_continued)
+
+    def fewest_tokens(self, text: str) -> int:
+        """Return a number of tokens that a text has at least, without tokenizing it."""
+        return self.token_length.fewest_tokens(text) if self.token_length else 0
 
     def completion_prompt(self, prompt: object) -> Prompt:
         """Return the prompt of a text completion, which is a string or a list of token ids.
@@ -269,7 +295,7 @@ class Model:
             InvalidRequest: it is something else, or the model does not have one of the token ids.
         """
         if isinstance(prompt, str):
-            return tokenize(self.tokenizer, prompt, "prompt", special=True, is_continued=True)
+            return self.tokenize(prompt, "prompt", special=True, is_continued=True)
         ids = check_token_prompt(prompt)
         check_token_ids("prompt", ids, self.vocabulary)
         text: str = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)

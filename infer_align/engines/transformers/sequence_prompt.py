@@ -6,7 +6,7 @@ from infer_align.decoding.continuation import TURN, text_tokens
 from infer_align.decoding.sequences import SequenceQuery, check_fit
 from infer_align.decoding.tools import read_tools
 from infer_align.engines.transformers.model import Model
-from infer_align.engines.transformers.prompt import Prompt, render, tokenize
+from infer_align.engines.transformers.prompt import Prompt, render
 from infer_align.errors import InvalidRequest
 from infer_align.types import Body
 
@@ -28,6 +28,8 @@ def query_tokens(
     texts: list[list[int]] = []
     for index, text in enumerate(query.texts):
         written = space + text if text else text
+        fewest = model.fewest_tokens(written)
+        check_fit(index, len(prompt.ids), fewest, context_length, is_bound=True)
         tokens = text_tokens(model.tokenizer, written, prompt.ids, is_continued=prompt.is_continued)
         check_fit(index, len(prompt.ids), len(tokens), context_length)
         texts.append(tokens)
@@ -42,7 +44,7 @@ def _prompt(model: Model, query: SequenceQuery) -> tuple[Prompt, str]:
         return _user_prompt(model, query.body)
     text = render(model.tokenizer, query.body, read_tools(query.body))
     is_continued = bool(query.body.get("continue_final_message"))
-    prompt = tokenize(model.tokenizer, text, "messages", special=False, is_continued=is_continued)
+    prompt = model.tokenize(text, "messages", special=False, is_continued=is_continued)
     return prompt, ""
 
 
@@ -64,5 +66,5 @@ def _user_prompt(model: Model, body: Body) -> tuple[Prompt, str]:
         )
     # Most tokenizers join a space with the word after it, so it is read with the text.
     stripped = before.rstrip(" ")
-    prompt = tokenize(model.tokenizer, stripped, "messages", special=False, is_continued=True)
+    prompt = model.tokenize(stripped, "messages", special=False, is_continued=True)
     return prompt, before[len(stripped) :]

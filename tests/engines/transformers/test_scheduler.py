@@ -176,6 +176,19 @@ async def test_a_request_that_can_never_fit_is_refused(serving, draw):
             assert (refused.value.param, refused.value.code) == (param, "context_length_exceeded")
 
 
+async def test_a_text_of_megabytes_is_refused_without_reading_it(serving, draw, monkeypatch):
+    async with serving() as engine:
+        for param, request in [
+            ("messages", draw("the cat " * 100_000)),
+            ("prompt", draw("the cat " * 100_000, kind="completion")),
+        ]:
+            with monkeypatch.context() as patch:
+                patch.setattr("infer_align.engines.transformers.model.tokenize", None)
+                with pytest.raises(InvalidRequest, match=r"at least \d+ tokens") as refused:
+                    engine.sample(request)
+            assert (refused.value.param, refused.value.code) == (param, "context_length_exceeded")
+
+
 def gib(engine_cells: int) -> float:
     # Llama of the fixture: 2 layers, 2 key-value heads of 8 dimensions, keys and values, float32.
     return engine_cells * (2 * 2 * 8 * 2 * 4) / 2**30

@@ -297,6 +297,8 @@ async def test_a_text_over_the_context_is_refused_by_its_number(serving):
     async with serving(context_length=64) as engine:
         with pytest.raises(InvalidRequest, match=r"text 1: .* do not fit the context of 64"):
             await engine.sequence_logprobs(query("a", "b", "word " * 100))
+        with pytest.raises(InvalidRequest, match=r"text 1: .* and at least \d{5} of text do not"):
+            await engine.sequence_logprobs(query("a", "b", "word " * 100_000))
         with pytest.raises(InvalidRequest, match="messages"):
             await engine.sequence_logprobs(
                 SequenceQuery({"messages": [{"role": "user", "content": [{"type": "x"}]}]}, ("b",))
