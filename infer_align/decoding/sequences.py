@@ -76,9 +76,9 @@ def check_fit(
     """
     if prompt_tokens + text_tokens <= context_length:
         return
-    least = "at least " if is_bound else ""
+    count = f"at least {text_tokens}" if is_bound else str(text_tokens)
     raise InvalidRequest(
-        f"text {index}: {prompt_tokens} tokens of prompt and {least}{text_tokens} of text do not "
+        f"text {index}: {prompt_tokens} tokens of prompt and {count} of text do not "
         f"fit the context of {context_length}; shorten the prompt or the text.",
         code="context_length_exceeded",
     )
