@@ -88,7 +88,9 @@ class Comparison:
 def comparisons() -> list[Comparison]:
     """Return everything that is compared."""
     question = world.prompts(1, seed=7)[0]
-    body = {"model": "demo", "messages": [{"role": "user", "content": question}], "max_tokens": 64}
+    messages = [{"role": "user", "content": question}]
+    # An empty answer counts as a fault, and without a minimum the model may give one.
+    body = {"model": "demo", "messages": messages, "max_tokens": 64, "min_tokens": 1}
     long = {**body, "max_tokens": 96, "ignore_eos": True}
     # A fixed length, so that best-of-8 and n=8 do the same work.
     fixed = {**body, "max_tokens": 40, "ignore_eos": True}

@@ -14,7 +14,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("scenarios")]
 # Those whose outcome does not depend on the speed of the machine.
 @pytest.mark.parametrize(
     "name",
-    ["failover", "slow-readers", "disconnects", "descriptors", "killed-worker", "clock-steps"],
+    [
+        "failover",
+        "slow-readers",
+        "disconnects",
+        "descriptors",
+        "killed-worker",
+        "clock-steps",
+        "full-disk",
+        "read-only-store",
+    ],
 )
 def test_a_scenario_holds(name: str) -> None:
     outcome = asyncio.run(scenarios.SCENARIOS[name](0.05))

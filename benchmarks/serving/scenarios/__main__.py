@@ -21,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import monotonic
@@ -33,7 +32,16 @@ from benchmarks.record import record
 from benchmarks.serving.client import request_head, serving
 from benchmarks.serving.rows import row
 from benchmarks.serving.scenarios.clock import WallClock
-from benchmarks.serving.scenarios.server import CHAT, MESSAGES, Load, Server, load, served
+from benchmarks.serving.scenarios.server import (
+    CHAT,
+    MESSAGES,
+    Load,
+    Outcome,
+    Server,
+    load,
+    served,
+)
+from benchmarks.serving.scenarios.stores import full_disk, read_only_store
 
 OUT = Console()
 INSTANT = str(Path(__file__).parents[1] / "instant.py")
@@ -58,18 +66,6 @@ KEYED = FAKE.replace("[server]", f'[server]\napi_keys_env = "{KEYS}"')
 TWO_KEYS = {KEYS: "ann,flood"}
 # A stream that does not end by itself while a scenario runs.
 ENDLESS = FAKE.replace("0.01", "5.0")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One scenario: its figure beside the undisturbed one, and whether it holds."""
-
-    what: str
-    ours: float
-    baseline: float
-    unit: str
-    holds: bool
-    detail: str
 
 
 async def key_flood(scale: float) -> Outcome:
@@ -286,6 +282,8 @@ SCENARIOS: dict[str, Scenario] = {
     "descriptors": full_table,
     "killed-worker": killed_worker,
     "clock-steps": clock_steps,
+    "full-disk": full_disk,
+    "read-only-store": read_only_store,
 }
 
 

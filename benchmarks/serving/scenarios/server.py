@@ -106,6 +106,18 @@ class Load:
         return sum(status != 200 for status in self.statuses)
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One scenario: its figure beside the undisturbed one, and whether it holds."""
+
+    what: str
+    ours: float
+    baseline: float
+    unit: str
+    holds: bool
+    detail: str
+
+
 async def load(
     server: Server, body: dict[str, Any], requests: int, concurrency: int, key: str = ""
 ) -> Load:
