@@ -7,6 +7,7 @@ library that compiles it ends the process then.
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import resource
 import select
@@ -15,6 +16,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+log = logging.getLogger(__name__)
 
 CPU_SECONDS = 2
 MEMORY_BYTES = 2**30
@@ -36,13 +39,16 @@ def failure(task: Task) -> str | None:
             and no other thread of it.
 
     Returns:
-        What the task returns, or `TOO_MUCH`.
+        What the task returns, or `TOO_MUCH`. None if this machine has no room for a copy.
     """
     reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        # Python warns of copies of processes with threads. The copy uses none of their locks.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    try:
+        child = _copy()
+    except OSError as error:
+        os.close(reading)
+        os.close(writing)
+        log.warning("nothing is tried first, for want of a process: %s", error.strerror)
+        return None
     if child == 0:
         _run(task, writing)
     os.close(writing)
@@ -53,6 +59,14 @@ def failure(task: Task) -> str | None:
         answer = pipe.read().decode()
     _, status = os.waitpid(child, 0)
     return answer or None if status == 0 else TOO_MUCH
+
+
+def _copy() -> int:
+    """Copy this process; return 0 in the copy, and the id of the copy here."""
+    with warnings.catch_warnings():
+        # Python warns of copies of processes with threads. The copy uses none of their locks.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _run(task: Task, writing: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
@@ -63,3 +64,16 @@ def test_a_task_that_ends_its_process_is_too_much(
 def test_a_task_that_waits_for_ever_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "WALL_SECONDS", 0.05)
     assert trial.failure(lambda: time.sleep(1000)) == trial.TOO_MUCH
+
+
+def test_without_room_for_a_copy_nothing_is_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    before = psutil.Process().num_fds()
+    monkeypatch.setattr(os, "fork", fork)
+    assert trial.failure(abort) is None
+    assert psutil.Process().num_fds() == before
+    assert "for want of a process: Resource temporarily unavailable" in caplog.text
