@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from infer_align.errors import InvalidRequest
+
 # Parts of a tokenizer that split a text and keep all of it.
 KEEPING_SPLITS = frozenset({"ByteLevel", "Digits", "Split"})
 # Normal form C writes at most so many bytes as one.
@@ -63,6 +65,32 @@ class TokenLength:
         """Return a number of tokens that the text has at least."""
         content = text.encode("utf-8", "surrogatepass").translate(None, self.dropped)
         return -(-len(content) // self.longest)
+
+
+def check_length(
+    text: str, length: TokenLength | None, context_length: int | None, param: str
+) -> None:
+    """Refuse a prompt that cannot fit the context.
+
+    Args:
+        text: the prompt.
+        length: what is known of the tokens; None if nothing is.
+        context_length: maximum number of tokens of prompt and answer; None if it is unknown.
+        param: the field of the request that the prompt comes from.
+
+    Raises:
+        InvalidRequest: naming the field and the limit.
+    """
+    if length is None or context_length is None:
+        return
+    fewest = length.fewest_tokens(text)
+    if fewest > context_length:
+        raise InvalidRequest(
+            f"{param}: a prompt of at least {fewest} tokens does not fit the context of "
+            f"{context_length}; shorten the prompt.",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def _state(part: Any) -> dict[str, Any]:

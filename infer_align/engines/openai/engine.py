@@ -21,7 +21,7 @@ from infer_align.engines.openai.probe import (
 )
 from infer_align.engines.openai.sequences import sequence_logprobs
 from infer_align.engines.openai.ways import GUIDE, needs_of
-from infer_align.errors import Unavailable, Unsupported
+from infer_align.errors import InvalidRequest, Unavailable, Unsupported
 from infer_align.types import Body, Capability, Draw
 from infer_align.upstream.forward import ForwardedAnswer, ForwardedRequest
 from infer_align.upstream.forwarder import Forwarder
@@ -256,7 +256,10 @@ class OpenAIEngine(Engine):
             )
 
     def prompt_tokens(self, draw: Draw) -> int:
-        """Return the number of tokens of a prompt; an upper bound without a tokenizer.
+        """Return the number of tokens of a prompt.
+
+        It is an upper bound without a tokenizer, and for a prompt that cannot fit the context. Some
+        upstreams cut such a prompt, so it is left to them to refuse it.
 
         Raises:
             InvalidRequest: the tokenizer's chat template refuses the messages.
@@ -264,7 +267,13 @@ class OpenAIEngine(Engine):
         has_tokens = isinstance(draw.body.get("prompt"), list)
         if self._steerer is None or has_tokens:
             return super().prompt_tokens(draw)
-        return len(self._steerer.prompt(draw.kind, draw.body).ids)
+        context_length = self._models.known_context_length(self._model_of(draw.body))
+        try:
+            return len(self._steerer.prompt(draw.kind, draw.body, context_length).ids)
+        except InvalidRequest as error:
+            if error.code != "context_length_exceeded":
+                raise
+            return super().prompt_tokens(draw)
 
     def worst_case_tokens(self, body: Body) -> int:
         """Return the maximum number of tokens of one candidate, for the model in the body."""

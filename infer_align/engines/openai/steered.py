@@ -109,7 +109,7 @@ class SteeredDrawing:
             bodies = self._contexts.bodies
             self._width = steerer.ways.width(model)
         self._on_close = on_close
-        self._prompts = [steerer.prompt(draw.kind, body) for body in bodies]
+        self._prompts = [steerer.prompt(draw.kind, body, context_length) for body in bodies]
         self._params = sampling_params(draw)
         self._max_tokens = self._count_max_tokens(context_length)
         # A prefix that is sent as text cannot end within a character.

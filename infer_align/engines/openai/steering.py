@@ -29,6 +29,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.template_variables import FIELD, template_variables
 from infer_align.decoding.text import token_bytes
+from infer_align.decoding.token_length import TokenLength, check_length
 from infer_align.demo.locate import locate
 from infer_align.engines.openai.contexts import GuidanceContexts
 from infer_align.engines.openai.continuation import ContinuationPrompt
@@ -86,6 +87,7 @@ class Steerer:
 
     def __init__(self, tokenizer: str, values: Mapping[str, Value]) -> None:
         self.tokenizer = _load_tokenizer(tokenizer)
+        self._token_length = TokenLength.of(self.tokenizer)
         self.vocabulary = _vocabulary(self.tokenizer)
         partial = [token for data, token in self.vocabulary.items() if not _is_text(data)]
         self.partial_tokens = frozenset(partial)
@@ -167,7 +169,7 @@ class Steerer:
         """Render every context, and refuse one that leaves no room for an answer."""
         contexts = GuidanceContexts.of(draw.body, guidance)
         for i, body in enumerate(contexts.bodies):
-            tokens = len(self.prompt(draw.kind, body).ids)
+            tokens = len(self.prompt(draw.kind, body, context_length).ids)
             if context_length is not None and tokens >= context_length:
                 param = contexts.params[i] or PROMPT_FIELDS[draw.kind]
                 raise InvalidRequest(
@@ -181,14 +183,23 @@ class Steerer:
         """Return the values of a steering, in its order."""
         return [self._values[name] for name in steering.beta]
 
-    def prompt(self, kind: Kind, body: Body) -> ContinuationPrompt:
+    def prompt(
+        self, kind: Kind, body: Body, context_length: int | None = None
+    ) -> ContinuationPrompt:
         """Return the prompt of a body.
 
+        Args:
+            kind: the kind of the request.
+            body: its body.
+            context_length: tokens of prompt and answer together; None if they are unknown.
+
         Raises:
-            InvalidRequest: the chat template refuses the messages, or a variable is none of it.
+            InvalidRequest: the chat template refuses the messages, a variable is none of it, or the
+                prompt cannot fit the context.
         """
         if kind == "completion":
             text = body["prompt"]
+            check_length(text, self._token_length, context_length, "prompt")
             return ContinuationPrompt(text, tuple(self.tokenizer(text)["input_ids"]))
         messages = body["messages"]
         options = template_variables(body.get(FIELD))
@@ -206,6 +217,7 @@ class Steerer:
             raise InvalidRequest(
                 f"messages: the tokenizer's chat template refused them: {error}.", param="messages"
             ) from None
+        check_length(text, self._token_length, context_length, "messages")
         fields = {"messages": messages}
         if options:
             fields[FIELD] = options

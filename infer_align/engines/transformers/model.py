@@ -13,7 +13,7 @@ from infer_align.checkpoints.types import check_weights_type
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import check_token_ids
 from infer_align.decoding.sequences import check_token_prompt
-from infer_align.decoding.token_length import TokenLength
+from infer_align.decoding.token_length import TokenLength, check_length
 from infer_align.decoding.tools import ToolRequest
 from infer_align.engines.transformers.int8_layers import (
     INT8,
@@ -23,7 +23,7 @@ from infer_align.engines.transformers.int8_layers import (
 from infer_align.engines.transformers.linear_layers import quicken_linear_layers
 from infer_align.engines.transformers.prompt import Prompt, render, tokenize
 from infer_align.engines.transformers.weights import check_causal, load_weights
-from infer_align.errors import ConfigError, InvalidRequest
+from infer_align.errors import ConfigError
 from infer_align.types import Draw
 from infer_align.values import FrozenModel, tokenizer_digest
 from infer_align.values._fingerprint import Fingerprint, fingerprint
@@ -274,14 +274,7 @@ class Model:
         Raises:
             InvalidRequest: the text is empty, is not valid Unicode, or cannot fit the context.
         """
-        fewest = self.fewest_tokens(text)
-        if fewest > self.context_length:
-            raise InvalidRequest(
-                f"{param}: a prompt of at least {fewest} tokens does not fit the context of "
-                f"{self.context_length}; shorten the prompt.",
-                param=param,
-                code="context_length_exceeded",
-            )
+        check_length(text, self.token_length, self.context_length, param)
         return tokenize(self.tokenizer, text, param, special=special, is_continued=is_continued)
 
     def fewest_tokens(self, text: str) -> int:

@@ -577,3 +577,21 @@ async def test_a_context_that_leaves_no_room_is_refused_and_a_long_one_ends_the_
     assert candidate.completion_tokens == 3
     assert candidate.finish_reason == "length"
     await engine.close()
+
+
+async def test_a_text_of_megabytes_is_refused_without_reading_it(
+    demo: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await guiding(demo.base_url, context_length=512)
+    await planned(engine, guided_body({"polite": 1.0}))
+    assert engine._steerer is not None
+    messages = [{"role": "user", "content": "what " * 100_000}]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._steerer, "_tokenize", None)
+        with pytest.raises(InvalidRequest, match=r"at least \d+ tokens") as refused:
+            await planned(engine, guided_body({"polite": 1.0}, messages=messages))
+        assert refused.value.code == "context_length_exceeded"
+        # Planning counts at most a token per byte, and leaves other requests to the upstream.
+        draw = Draw({"messages": messages, "max_tokens": 4}, 1)
+        assert engine.prompt_tokens(draw) >= 500_000
+    await engine.close()
