@@ -355,6 +355,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(files[item]))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name a test of a parallel run as a run without groups does.
+
+    xdist appends the group. The names of failed tests are kept for `make test-failed`, which runs
+    all tests if it knows none of the names.
+    """
+    is_from_worker = hasattr(report, "node")
+    if is_from_worker:
+        report.nodeid = report.nodeid.rpartition("@")[0]
+
+
 @pytest.fixture(scope="session")
 def pooling_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
     """Return a random reward model in the shape of the demo's LM: `pooling_model(labels)`."""

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from infer_align.decoding.token_length import TokenLength
+from infer_align.decoding.token_length import SHORT_TEXT, TokenLength, check_length
+from infer_align.errors import InvalidRequest
 
 SPLIT = pre_tokenizers.Split(" ", "removed")
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,3 +95,14 @@ def test_nothing_is_known_if_a_token_takes_the_spaces_around_it() -> None:
     tokenizer = byte_level()
     tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
     assert TokenLength.of(tokenizer) is None
+
+
+def test_a_long_prompt_that_cannot_fit_is_refused_and_a_short_one_is_left_to_be_read() -> None:
+    length = TokenLength(2)
+    with pytest.raises(InvalidRequest, match=r"messages: .* at least 50000 tokens") as error:
+        check_length("ab" * 50_000, length, 49_999, "messages")
+    assert (error.value.param, error.value.code) == ("messages", "context_length_exceeded")
+    check_length("ab" * 50_000, length, 50_000, "messages")
+    check_length("ab" * 50_000, length, None, "messages")
+    check_length("ab" * 50_000, None, 1, "messages")
+    check_length("a" * SHORT_TEXT, length, 1, "messages")

@@ -13,7 +13,7 @@ from infer_align.checkpoints.types import check_weights_type
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.params import check_token_ids
 from infer_align.decoding.sequences import check_token_prompt
-from infer_align.decoding.token_length import TokenLength, check_length
+from infer_align.decoding.token_length import SHORT_TEXT, TokenLength, check_length
 from infer_align.decoding.tools import ToolRequest
 from infer_align.engines.transformers.int8_layers import (
     INT8,
@@ -278,8 +278,10 @@ class Model:
         return tokenize(self.tokenizer, text, param, special=special, is_continued=is_continued)
 
     def fewest_tokens(self, text: str) -> int:
-        """Return a number of tokens that a text has at least, without tokenizing it."""
-        return self.token_length.fewest_tokens(text) if self.token_length else 0
+        """Return a number of tokens that a long text has at least; 0 if nothing is known."""
+        if self.token_length is None or len(text) <= SHORT_TEXT:
+            return 0
+        return self.token_length.fewest_tokens(text)
 
     def completion_prompt(self, prompt: object) -> Prompt:
         """Return the prompt of a text completion, which is a string or a list of token ids.
