@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,15 @@ def test_truncated_answers_are_counted(
     assert "small: 3 of 6 answers have a note such as: truncated: " in capsys.readouterr().out
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C interrupt, also where the tests were started in the background without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_check_writes_nothing(check: Check, pairs: str) -> None:
     section = callable_reward("quality", "interrupted")
     assert check(section, "--pairs", pairs, "--json", "out.json") == 130
