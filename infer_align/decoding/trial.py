@@ -47,7 +47,7 @@ def failure(task: Task) -> str | None:
     except OSError as error:
         os.close(reading)
         os.close(writing)
-        log.warning("nothing is tried first, for want of a process: %s", error.strerror)
+        log.warning("no process could be started to try a request in: %s", error.strerror)
         return None
     if child == 0:
         _run(task, writing)

@@ -75,4 +75,4 @@ def test_without_room_for_a_copy_nothing_is_tried(
     monkeypatch.setattr(os, "fork", fork)
     assert trial.failure(abort) is None
     assert psutil.Process().num_fds() == before
-    assert "for want of a process: Resource temporarily unavailable" in caplog.text
+    assert "to try a request in: Resource temporarily unavailable" in caplog.text
