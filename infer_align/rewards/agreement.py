@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import asyncio
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -29,6 +31,7 @@ from annotated_types import Len
 from infer_align.errors import ConfigError, InvalidRequest
 from infer_align.rewards import DESCRIPTION, TIMEOUT, Reward, RewardScores
 from infer_align.types import Array, Candidate, Messages, ScoringUsage
+from infer_align.words import words_of
 
 if TYPE_CHECKING:
     from infer_align.rewards._sentences import SentenceEncoder
@@ -38,14 +41,21 @@ By: TypeAlias = Literal["text", "words", "embeddings"]
 Extractor: TypeAlias = Callable[[str], str | None]
 Pattern = Annotated[str, Len(min_length=1, max_length=500)]
 
-# A number, with or without commas between its thousands. No sign after a word: "10-12" ends in 12.
-_NUMBER = re.compile(r"(?:(?<!\w)[-−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-_WORD = re.compile(r"\w+")
+# A fraction such as 1/2, or a number with or without commas between its thousands and an exponent.
+# No sign after a word: "10-12" ends in 12. No fraction in a date: "1/2/2026" ends in 2026.
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-−])?"
+    r"(?:(?<![\w/.,])\d+/0*[1-9]\d*(?!\.?\d|/)"
+    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?)"
+)
+# A fraction in TeX, which is read as 1/2.
+_TEX_FRACTION = re.compile(r"\\[dt]?frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}|\\[dt]?frac(\d)(\d)")
 # A pattern may take this many seconds for one text. Some patterns would take years.
 MATCH_SECONDS = 0.25
 _DIGITS = 12
 ALONE = "the only candidate: it agrees with itself"
 NO_MATCH = "extract matches nothing in this text, so it agrees with none"
+EMPTY = "an empty answer agrees with none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +66,8 @@ class AgreementParameters:
         default=None,
         metadata={
             "description": 'Regular expression of what by = "text" compares: its last match, or '
-            "the first group of it. Default: the last number, or else the whole text without case "
-            "and punctuation."
+            "the first group of it. Default: the last number or fraction, or else the whole text "
+            "without case and punctuation."
         },
     )
 
@@ -176,7 +186,7 @@ class AgreementReward(Reward):
 
     def _compare(self, texts: Sequence[str]) -> RewardScores:
         if self.config.by == "text":
-            return _votes([self._extract(text) for text in texts])
+            return _votes(texts, self._extract)
         if self.config.by == "words":
             return RewardScores(mean_cosines(word_vectors(texts))[None, None])
         if self._encoder is None:
@@ -187,6 +197,10 @@ class AgreementReward(Reward):
             truncated = self._encoder.is_truncated(text)
             notes.append(f"truncated: read the first {limit} tokens" if truncated else None)
         vectors = self._encoder.embed(texts)
+        for row, text in enumerate(texts):
+            if not text.strip():
+                vectors[row] = 0.0
+                notes[row] = EMPTY
         return RewardScores(mean_cosines(vectors)[None, None], ScoringUsage(), tuple(notes))
 
 
@@ -210,7 +224,7 @@ def word_vectors(texts: Sequence[str]) -> Array:
 
     A text without words has a vector of zeros.
     """
-    counts = [Counter(_WORD.findall(text.casefold())) for text in texts]
+    counts = [Counter(words_of(text)) for text in texts]
     columns: dict[str, int] = {}
     for count in counts:
         for word in count:
@@ -224,32 +238,46 @@ def word_vectors(texts: Sequence[str]) -> Array:
 
 
 def last_number(text: str) -> str | None:
-    """Return the last number of a text in one spelling, so that "1,200.0" and "1200" are equal."""
-    numbers = _NUMBER.findall(text)
+    """Return the last number of a text in one spelling, so that "1,200.0" and "1200" are equal.
+
+    A number that is no integer is a fraction: "0.5" and "1/2" are both "1/2".
+    """
+    numbers = _NUMBER.findall(_TEX_FRACTION.sub(_as_fraction, text))
     if not numbers:
         return None
-    digits = numbers[-1].replace(",", "").replace("−", "-")
-    sign = "-" if digits.startswith("-") else ""
-    integer, _, fraction = digits.removeprefix("-").partition(".")
-    integer = integer.lstrip("0") or "0"
-    fraction = fraction.rstrip("0")
-    number = f"{integer}.{fraction}" if fraction else integer
-    return number if number == "0" else sign + number
+    digits = "".join(map(_ascii_digit, numbers[-1])).replace(",", "").replace("−", "-")
+    try:
+        return str(Fraction(digits))
+    except ValueError:
+        # Python converts no integer of thousands of digits.
+        return digits
 
 
 def normalized(text: str) -> str:
-    """Return the words of a text in lower case, without punctuation."""
-    return " ".join(_WORD.findall(text.casefold()))
+    """Return the words and symbols of a text in lower case, without punctuation."""
+    return " ".join(words_of(text))
 
 
-def _votes(results: Sequence[str | None]) -> RewardScores:
+def _as_fraction(match: re.Match[str]) -> str:
+    numerator, denominator = (part for part in match.groups() if part is not None)
+    return f" {numerator}/{denominator} "
+
+
+def _ascii_digit(character: str) -> str:
+    """Return a digit of any script as one of ASCII, and every other character as it is."""
+    return str(unicodedata.decimal(character, character))
+
+
+def _votes(texts: Sequence[str], extract: Extractor) -> RewardScores:
     """Return the share of candidates with the same result; 0 for a candidate without one."""
+    results = [extract(text) for text in texts]
     counts = Counter(result for result in results if result is not None)
     shares: list[float] = []
     notes: list[str | None] = []
-    for result in results:
+    for text, result in zip(texts, results, strict=True):
+        missing = NO_MATCH if text.strip() else EMPTY
         shares.append(0.0 if result is None else counts[result] / len(results))
-        notes.append(NO_MATCH if result is None else None)
+        notes.append(missing if result is None else None)
     values = np.array([[shares]], dtype=np.float64)
     return RewardScores(values, notes=tuple(notes))
 
@@ -269,7 +297,10 @@ def _make_extractor(config: Agreement) -> Extractor:
 
 def _number_or_text(text: str) -> str | None:
     number = last_number(text)
-    return normalized(text) if number is None else number
+    if number is not None:
+        return number
+    # An answer of punctuation alone, such as "?", is that punctuation. An empty one has no result.
+    return normalized(text) or text.strip() or None
 
 
 def _by_pattern(pattern: str) -> Extractor:

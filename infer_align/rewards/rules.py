@@ -12,6 +12,7 @@ import numpy as np
 from infer_align.errors import ConfigError
 from infer_align.rewards import DESCRIPTION, Reward, RewardScores
 from infer_align.types import Candidate, Messages
+from infer_align.words import count_words, is_in_word, plain_text
 
 Rule = Callable[[Candidate], float]
 
@@ -26,7 +27,8 @@ class Rules:
         metadata={
             "ge": 1,
             "description": "Target number of words. Subtracts the relative distance from it: 0 at "
-            "the target, 1 for no words.",
+            "the target, 1 for no words. A letter of a script without spaces, such as Chinese, "
+            "counts as a word.",
         },
     )
     words_weight: float = field(
@@ -46,15 +48,15 @@ class Rules:
     require: tuple[str, ...] = field(
         default=(),
         metadata={
-            "description": "Words or phrases to use. Adds the share of them that occur, in any "
-            "case."
+            "description": "Words, phrases or signs to use. Adds the share of them that occur, in "
+            "any case."
         },
     )
     avoid: tuple[str, ...] = field(
         default=(),
         metadata={
-            "description": "Words or phrases to avoid. Subtracts the number of them that occur, "
-            "in any case."
+            "description": "Words, phrases or signs to avoid. Subtracts the number of them that "
+            "occur, in any case."
         },
     )
     finished: bool = field(
@@ -131,12 +133,24 @@ def _phrase_rules(rules: Rules) -> dict[str, Rule]:
 
 
 def _words(candidate: Candidate) -> int:
-    return len(candidate.text.split())
+    return count_words(candidate.text)
 
 
-def _matches(patterns: Sequence[re.Pattern[str]], candidate: Candidate) -> int:
-    """Count the patterns that match anywhere in the candidate's text."""
-    return sum(pattern.search(candidate.text) is not None for pattern in patterns)
+def _matches(phrases: Sequence[re.Pattern[str]], candidate: Candidate) -> int:
+    """Count the phrases that occur in the candidate's text."""
+    text = plain_text(candidate.text)
+    return sum(_occurs(phrase, text) for phrase in phrases)
+
+
+def _occurs(phrase: re.Pattern[str], text: str) -> bool:
+    """Return True if a phrase occurs in a text where it neither begins nor ends inside a word."""
+    match = phrase.search(text)
+    while match is not None:
+        if not is_in_word(text, match.start()) and not is_in_word(text, match.end()):
+            return True
+        # The next occurrence may overlap this one.
+        match = phrase.search(text, match.start() + 1)
+    return False
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -150,12 +164,27 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _phrase(text: str) -> re.Pattern[str]:
-    """Compile a pattern for a phrase that does not continue a word, in any case."""
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+    """Compile a pattern for a phrase, in any case and across lines.
+
+    Raises:
+        ConfigError: there is nothing to look for.
+    """
+    words = [re.escape(word) for word in plain_text(text).split()]
+    if not words:
+        raise ConfigError(
+            f"rules: {text!r} is no word or phrase; write one in require and avoid, such as "
+            '"please".'
+        )
+    return re.compile(r"\s+".join(words), re.IGNORECASE)
 
 
 def _is_json_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(json.loads(text, parse_constant=_no_constant), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _no_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which JSON does not have."""
+    raise ValueError(f"{name} is no JSON")

@@ -37,7 +37,7 @@ async def score(reward: AgreementReward, *texts: str) -> RewardScores:
     ("text", "number"),
     [
         ("It is 42.", "42"),
-        ("From 3 apples to 1,200.50 dollars", "1200.5"),
+        ("From 3 apples to 1,200.50 dollars", "2401/2"),
         ("a range of 10-12", "12"),
         ("it falls to -007.0", "-7"),
         ("minus zero is −0.0", "0"),
@@ -45,7 +45,20 @@ async def score(reward: AgreementReward, *texts: str) -> RewardScores:
         ("12,345,678", "12345678"),
         ("no number", None),
         ("", None),
-        ("٣", "٣"),
+        ("٣", "3"),
+        ("４２", "42"),
+        ("one half, or 1/2", "1/2"),
+        ("0.50", "1/2"),
+        ("-3/6.", "-1/2"),
+        (r"\boxed{\frac{1}{2}}", "1/2"),
+        (r"\dfrac34", "3/4"),
+        ("on 11/29/2026", "2026"),
+        ("in /home/1/2", "2"),
+        ("5/0", "0"),
+        ("1e3", "1000"),
+        ("2.5E-1", "1/4"),
+        ("it is 3e", "3"),
+        ("9" * 5000, "9" * 5000),
     ],
 )
 def test_the_last_number_has_one_spelling(text: str, number: str | None) -> None:
@@ -54,6 +67,44 @@ def test_the_last_number_has_one_spelling(text: str, number: str | None) -> None
 
 def test_long_numbers_are_compared_exactly() -> None:
     assert last_number("1" * 40) != last_number("1" * 39 + "2")
+
+
+SAME_RESULT = [("Go.", "go"), ("cafe\u0301", "CAFÉ"), ("a\u00adb", "ab"), ("❤️", "❤"), ("`x`", "x")]
+OTHER_RESULTS = [
+    ("👍", "👎"),
+    ("a > b", "a < b"),
+    ("C++", "C#"),
+    ("cafe", "cafe\u0301"),
+    # Words of Hindi that differ in a vowel, which is a mark on a letter.
+    ("कि", "की"),
+    ("yes", "!"),
+    ("?", "!"),
+]
+
+
+@pytest.mark.parametrize(("text", "other"), SAME_RESULT)
+async def test_texts_that_say_the_same_agree(text: str, other: str) -> None:
+    scores = await score(Agreement().load(), text, other)
+    assert scores.values.tolist() == [[[1.0, 1.0]]]
+
+
+@pytest.mark.parametrize(("text", "other"), OTHER_RESULTS)
+async def test_texts_that_differ_in_symbols_or_marks_do_not_agree(text: str, other: str) -> None:
+    scores = await score(Agreement().load(), text, other)
+    assert scores.values.tolist() == [[[0.5, 0.5]]]
+
+
+@pytest.mark.parametrize("by", ["text", "words"])
+async def test_empty_answers_agree_with_none(by: Any) -> None:
+    scores = await score(Agreement(by=by).load(), "", " \n", "in Paris", "It is in Paris")
+    assert scores.values[0, 0, :2].tolist() == [0.0, 0.0]
+    assert (scores.values[0, 0, 2:] > 0).all()
+
+
+async def test_words_of_a_script_without_spaces_are_compared() -> None:
+    scores = await score(Agreement(by="words").load(), "答案是四十二。", "四十二", "不知道")
+    assert scores.values[0, 0, 1] > 0.3
+    assert scores.values[0, 0, 2] == 0
 
 
 def test_a_text_without_case_and_punctuation() -> None:
@@ -189,8 +240,18 @@ async def test_a_long_text_is_cut_with_a_note(encoder: Callable[..., Path]) -> N
     reward = Agreement(by="embeddings", model=str(folder), device="cpu").load()
     await reward.start()
     scores = await score(reward, "abcd" * 20, "a", "")
-    assert scores.notes == ("truncated: read the first 8 tokens", None, None)
+    assert scores.notes[:2] == ("truncated: read the first 8 tokens", None)
     assert np.isfinite(scores.values).all()
+
+
+async def test_empty_answers_are_like_none_by_their_embeddings(
+    encoder: Callable[..., Path],
+) -> None:
+    reward = Agreement(by="embeddings", model=str(encoder()), device="cpu").load()
+    await reward.start()
+    scores = await score(reward, "", "", "the owl")
+    assert scores.values.tolist() == [[[0.0, 0.0, 0.0]]]
+    assert scores.notes == ("an empty answer agrees with none",) * 2 + (None,)
 
 
 async def test_an_encoder_with_another_pooling_is_refused(encoder: Callable[..., Path]) -> None:

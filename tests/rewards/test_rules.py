@@ -35,6 +35,20 @@ RULES = [
     (Rules(avoid=("sorry", "cannot")), "Sorry, I cannot. Sorry!", -2.0),
     (Rules(avoid=("sorry",)), "fine", 0.0),
     (Rules(words_weight=1.0, regex="two", avoid=("two",)), "one two", 2.0),
+    (Rules(avoid=("!",)), "Great! Go on.", -1.0),
+    (Rules(avoid=("—",)), "It is—as ever—late.", -1.0),
+    (Rules(avoid=("I'm sorry",)), "I’m sorry.", -1.0),
+    (Rules(avoid=("as an AI",)), "I speak as an\nAI.", -1.0),
+    (Rules(avoid=("对不起",)), "我对不起你。", -1.0),
+    (Rules(require=("café",)), "a cafe\u0301", 1.0),
+    (Rules(require=("cafe",)), "a cafe\u0301", 0.0),
+    (Rules(require=("C++",)), "C++17", 1.0),
+    (Rules(require=("no no",)), "hono no no", 1.0),
+    (Rules(words_weight=1.0), "你好，世界。 OK then", 6.0),
+    (Rules(words_weight=1.0), "ที่นี่", 2.0),
+    (Rules(words_weight=1.0), "a - b", 3.0),
+    (Rules(json_object=True), '{"a": NaN}', 0.0),
+    (Rules(json_object=True), '{"a": -Infinity}', 0.0),
 ]
 
 
@@ -57,7 +71,9 @@ async def test_text_completions_and_tool_calls_are_scored():
     assert scores.values.tolist() == [[[2.0, 0.0]]]
 
 
-@pytest.mark.parametrize("rules", [Rules(), Rules(regex="(")])
+@pytest.mark.parametrize(
+    "rules", [Rules(), Rules(regex="("), Rules(avoid=("",)), Rules(require=("a", " "))]
+)
 def test_a_section_without_a_valid_rule_is_refused(rules):
     with pytest.raises(ConfigError, match="rules"):
         rules.load()

@@ -6,7 +6,6 @@ each. A NaN score is never a 0 and never wins: its candidate is no rival and is 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -15,8 +14,7 @@ from numpy.typing import ArrayLike
 
 from infer_align.objectives import spread
 from infer_align.types import Array
-
-_WORD = re.compile(r"\w+")
+from infer_align.words import words_of
 
 
 def maxmin(utilities: ArrayLike, regret: bool = False) -> int | None:  # noqa: FBT001, FBT002
@@ -222,16 +220,16 @@ def overlap(texts: Sequence[str]) -> Array:
     """Return the overlap of the words of each pair of texts: N texts -> [N, N] from 0 to 1.
 
     It is the F1 score of the words that two texts share, without case and punctuation (ROUGE-1).
-    Two texts without words are alike.
+    A text without words shares none, not even with another one of its kind.
     """
-    counts = [Counter(_WORD.findall(text.casefold())) for text in texts]
+    counts = [Counter(words_of(text)) for text in texts]
     sizes = [count.total() for count in counts]
     matrix = np.ones((len(texts), len(texts)))
     for i in range(len(texts)):
         for j in range(i):
             shared = (counts[i] & counts[j]).total()
             total = sizes[i] + sizes[j]
-            similarity = 2 * shared / total if total else 1.0
+            similarity = 2 * shared / total if total else 0.0
             matrix[i, j] = similarity
             matrix[j, i] = similarity
     return matrix

@@ -161,5 +161,10 @@ def test_consensus_is_the_mean_likeness_to_the_others():
         consensus([[1.0, 2.0]])
 
 
-def test_texts_without_words_are_alike():
-    np.testing.assert_array_equal(overlap(["", "..."]), np.ones((2, 2)))
+def test_texts_without_words_are_like_none():
+    np.testing.assert_array_equal(overlap(["", "..."]), np.eye(2))
+
+
+def test_words_overlap_in_every_script():
+    assert overlap(["答案是四十二。", "四十二"])[0, 1] == pytest.approx(2 * 3 / 9)
+    assert overlap(["👍", "👎"])[0, 1] == 0
