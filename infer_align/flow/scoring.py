@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from infer_align.errors import AlignError, DeadlineExceeded
+from infer_align.flow.answers import whole_answer
 from infer_align.flow.plan import Plan
 from infer_align.flow.scorers import Scorer
-from infer_align.messages import text_of
 from infer_align.objectives import project
 from infer_align.rewards import Reward, RewardScores, time_budget
 from infer_align.stages import stage
@@ -104,7 +104,7 @@ class Scoring:
         return _join(await asyncio.gather(*running))
 
     async def _score(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
-        answers = [_with_beginning(candidate, self._plan.begun_answer) for candidate in candidates]
+        answers = [whole_answer(self._plan, candidate) for candidate in candidates]
         start = monotonic()
         reward = self._rewards[name]
         with stage("reward", name) as fail:
@@ -219,15 +219,6 @@ def _check_win_probabilities(matrix: Array, n: int) -> None:
             "the reward returned win probabilities that are not from 0 to 1 with p[i, j] + "
             "p[j, i] = 1"
         )
-
-
-def _with_beginning(candidate: Candidate, beginning: str) -> Candidate:
-    """Return a candidate with the beginning of the answer that the client wrote."""
-    message = candidate.choice.get("message")
-    if not beginning or not isinstance(message, Mapping):
-        return candidate
-    joined = {**message, "content": beginning + text_of(message.get("content"))}
-    return replace(candidate, choice={**candidate.choice, "message": joined})
 
 
 def _replaced(earlier: RewardScores, again: RewardScores) -> RewardScores:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer_align.errors import RewardFailed
+from infer_align.flow.answers import without_echo
 from infer_align.flow.plan import Plan
 from infer_align.methods import Contest, Ranking
 from infer_align.stages import stage
@@ -209,7 +210,7 @@ def _apply_rule(
         weights=np.array(weights),
         shaped=frozenset() if composition is None else frozenset(composition.shaped),
         matrices=matrices,
-        texts=tuple(candidate.text for candidate in competitors),
+        texts=tuple(without_echo(plan, candidate).text for candidate in competitors),
         tokens=tuple(candidate.completion_tokens for candidate in competitors),
         measure=_measure(plan),
         drawn=len(candidates),

@@ -125,3 +125,17 @@ def test_judging_given_answers(live: Any) -> None:
         for order, order_again in zip(pair["orders"], pair_again["orders"], strict=True):
             # An order that could not be read is null.
             assert (order_again or {}) == pytest.approx(order or {}, rel=1e-4)
+
+
+@pytest.mark.parametrize("select", [{}, {"select": {"rule": "consensus"}}])
+def test_an_echo_changes_neither_scores_nor_the_choice(live: Any, select: Any) -> None:
+    align = {"best_of_n": {"n": 4}, "rewards": {"quality": 1.0}, **select}
+    body = {"model": "demo", "prompt": "The owl", "max_tokens": 12, "seed": 5, "align": align}
+    with live.http() as http:
+        plain, echoed = (
+            http.post("/v1/completions", json={**body, "echo": echo}).json()
+            for echo in (False, True)
+        )
+    assert echoed["choices"][0]["text"] == "The owl" + plain["choices"][0]["text"]
+    for part in ("selected", "reason", "candidates"):
+        assert echoed["align"][part] == plain["align"][part]

@@ -68,3 +68,14 @@ def test_what_cannot_be_read_is_refused_before_anything_is_drawn(
     assert answer.status_code == 400, answer.text
     assert words in answer.json()["error"]["message"]
     assert live.metric("vllm:generation_tokens_total") == generated
+
+
+def test_an_echoed_beginning_is_scored_once(live: Live) -> None:
+    begun = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "The owl"}]
+    fields = {"continue_final_message": True, "add_generation_prompt": False, "temperature": 0}
+    body = {"messages": begun, "max_tokens": 6, "align": BEST, **fields}
+    plain = post(live, "/v1/chat/completions", body).json()
+    echoed = post(live, "/v1/chat/completions", {**body, "echo": True}).json()
+    text = plain["choices"][0]["message"]["content"]
+    assert echoed["choices"][0]["message"]["content"] == "The owl" + text
+    assert echoed["align"]["candidates"][0]["scores"] == plain["align"]["candidates"][0]["scores"]
