@@ -215,8 +215,8 @@ def candidates_tile(rows: int, *, half: bool) -> Work:
         logits,
         logits,
         CANDIDATES_TILE,
-        # Most tiles hold no candidate, and take one sum.
-        exponentials=rows * VOCABULARY,
+        # About half of the tiles hold one of 20 candidates, and take a second sum.
+        exponentials=1.5 * rows * VOCABULARY,
         memory_waits=1,
         cache_waits=4,
         barriers=4,
