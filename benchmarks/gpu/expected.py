@@ -42,7 +42,7 @@ TRITON_LAUNCH = Range(15.0, 40.0)
 TORCH_CALL = Range(2.0, 8.0)
 OWN_PYTHON = Range(10.0, 30.0)
 # Calls of torch in a steering step, counted in a run: memory, cast, product, views of tensors.
-STEERING_CALLS = 9
+STEERING_CALLS = 12
 STEERING_LAUNCHES = 2
 # Calls of torch of one layer of the value LM, without views, counted in a run; and the calls that
 # keep the chosen sibling in a layer.
@@ -158,8 +158,13 @@ def steering_call() -> list[Row]:
         what = f"one steering call, {BATCH} rows, {_count(values, 'value')}, on the GPU"
         time = steering_us(BATCH, values)
         rows.append(figure(what, "us", floor, time, None, "memory, and the product of the heads"))
+    # As many likely tokens as candidates, so that the two can be compared.
+    likely = total([kernel_work.tile_peaks(BATCH), *kernel_work.likely(BATCH, K, 1)])
+    likely += kernel_work.features(BATCH, 1)
+    what = f"one steering call by min_p, {BATCH} rows, 1 value, {K} likely tokens, on the GPU"
+    rows.append(figure(what, "us", floor, likely, None, "memory, L2 cache, and that product"))
     launches = Range(4.0, 5.0)
-    what = "launches of one steering call, any number of values"
+    what = "launches of one steering call by top-k, any number of values"
     rows.append(figure(what, "launches", None, launches, None, "cast, product, two kernels"))
     what = "one steering call, on the host"
     aim = ("most", 125.0)

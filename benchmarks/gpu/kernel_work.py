@@ -43,6 +43,10 @@ STEERING_LOOPS = 104 + 155
 STEERING_VALUE = 68
 STEERING_FEATURES = 62
 BARRIERS_PER_CANDIDATE = 8
+# The two kernels for likely tokens (min_p): outside loops, per tile with a likely token, per value
+# in it, and per 16 features of a value.
+LIKELY_SUMS = (239, 153, 130, 119)
+LIKELY_ADD = (340, 139, 136, 120)
 DENSE_FLOAT32_OUTSIDE = 526
 DENSE_FLOAT32_LOOP = 127
 DENSE_BFLOAT16 = 691
@@ -106,6 +110,39 @@ def steering(rows: int, k: int, values: int) -> Work:
         cache_waits=chosen.cache_waits + 2 + 2 * values,
         barriers=chosen.barriers + 8 + 4 * values,
     )
+
+
+def likely(rows: int, tokens: int, values: int) -> tuple[Work, Work]:
+    """Return the work of the two kernels that value and add the likely tokens of each row (min_p).
+
+    Args:
+        rows: steered rows.
+        tokens: likely tokens of a row, each in a tile of its own.
+        values: heads.
+    """
+    tiles = math.ceil(VOCABULARY / TILE)
+    groups = math.ceil(tiles / TILES_PER_PROGRAM)
+    # A program has the tiles of one group, and most groups have few likely tokens.
+    busy = tokens / groups
+    turns = math.ceil(RANK / FEATURES_AT_ONCE)
+    moved = FLOAT * rows * tokens * (TILE + RANK * values)
+    works: list[Work] = []
+    for kernel, numbers in (("steer_likely_sums", LIKELY_SUMS), ("steer_likely", LIKELY_ADD)):
+        outside, per_tile, per_value, per_turn = numbers
+        instructions = per_tile + values * (per_value + per_turn * turns)
+        work = Work(
+            compiled(kernel, TILE=TILE),
+            rows * groups,
+            moved,
+            # Every program reads the peaks of its whole row.
+            moved + FLOAT * rows * groups * tiles,
+            outside + busy * instructions,
+            memory_waits=busy * (1 + values * (turns + 1)),
+            cache_waits=6,
+            barriers=4 + 6 * busy,
+        )
+        works.append(work)
+    return works[0], works[1]
 
 
 def features(rows: int, values: int) -> Range:

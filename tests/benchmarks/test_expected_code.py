@@ -93,6 +93,23 @@ def test_steering() -> None:
     assert steering.outside == about(kernel_work.STEERING_OUTSIDE)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "numbers"),
+    [
+        ("steer_likely_sums", kernel_work.LIKELY_SUMS),
+        ("steer_likely", kernel_work.LIKELY_ADD),
+    ],
+)
+def test_steering_of_likely_tokens(kernel: str, numbers: tuple[int, ...]) -> None:
+    likely = code(kernel, TILE=64)
+    *_, tile, value, turn = likely.loops
+    outside, per_tile, per_value, per_turn = numbers
+    assert likely.outside == about(outside)
+    assert tile - value == about(per_tile)
+    assert value - turn == about(per_value)
+    assert turn == about(per_turn)
+
+
 def test_the_dense_form() -> None:
     dense = code("value_reweight_add_head", "*fp32")
     assert dense.loops == [about(kernel_work.DENSE_FLOAT32_LOOP)]
