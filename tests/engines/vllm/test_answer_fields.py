@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300), *WARNINGS]
 
 # Longer than a block of the prefix cache, which has 32 tokens.
 QUESTION = [{"role": "user", "content": "What is the diet of the owl? " * 6}]
-FIELDS = {"return_token_ids": True, "return_prompt_text": True}
+FIELDS: dict[str, Any] = {"return_token_ids": True, "return_prompt_text": True}
 METHODS = {
     "one draw": {"vas": {"beta": {"helpful": 1.0}}},
     "a selection": {"best_of_n": {"n": 3}},
@@ -60,7 +60,9 @@ def test_a_text_completion_has_its_fingerprint(live: Live) -> None:
 def test_cached_tokens_count_once_for_a_shared_prompt(live: Live, stream: bool) -> None:
     post(live, messages=QUESTION)
     plain = post(live, messages=QUESTION)["usage"]
-    fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    fields: dict[str, Any] = {"stream": stream}
+    if stream:
+        fields["stream_options"] = {"include_usage": True}
     best = post(live, messages=QUESTION, align={"best_of_n": {"n": 3}}, **fields)["usage"]
     assert 0 < plain["prompt_tokens_details"]["cached_tokens"] < plain["prompt_tokens"]
     cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in (plain, best)]
