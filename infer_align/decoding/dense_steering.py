@@ -91,7 +91,7 @@ class DenseSteering:
         cls,
         values: Sequence[Value],
         beta: torch.Tensor,
-        min_p: torch.Tensor,
+        min_p: torch.Tensor | None,
         is_dense: torch.Tensor,
         masked: torch.Tensor | None,
     ) -> DenseSteering:
@@ -100,17 +100,18 @@ class DenseSteering:
         Args:
             values: the M heads.
             beta: [B, M] weights.
-            min_p: [B]; 0 for all tokens.
+            min_p: [B]; 0 for all tokens. None if every row has all of its tokens valued.
             is_dense: [B] False for the rows that stay the same.
             masked: [B] True where the other tokens are masked; None if no row masks them.
         """
-        return cls(
-            rows=None,
-            heads=_heads(values),
-            beta=beta * is_dense[:, None],
-            log_min_p=min_p.log(),
-            masked=None if masked is None else masked & (min_p > 0),
-        )
+        log_min_p = None
+        if min_p is None:
+            masked = None
+        else:
+            log_min_p = min_p.log()
+            masked = None if masked is None else masked & (min_p > 0)
+        weights = beta * is_dense[:, None]
+        return cls(None, _heads(values), weights, log_min_p, masked)
 
 
 def _heads(values: Sequence[Value]) -> tuple[HeadValue, ...]:

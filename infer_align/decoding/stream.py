@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from infer_align.decoding.tool_pieces import ToolCallNumbers, cleaned_function
@@ -261,15 +261,22 @@ def count_tokens(choice: Body) -> int:
         texts = list(_without(message, {"role"}).values())
     else:
         texts = [choice.get("text")]
-    characters = sum(len(str(text)) for text in texts if text)
-    return -(-characters // CHARACTERS_PER_TOKEN)
+    return estimate_tokens([str(text) for text in texts if text])
+
+
+def estimate_tokens(texts: Iterable[str]) -> int:
+    """Return the likely number of tokens of texts: one for every few characters."""
+    return -(-sum(map(len, texts)) // CHARACTERS_PER_TOKEN)
 
 
 def token_count(value: object) -> int | None:
-    """Return a token count that an upstream reports, or None if it is not a sensible number."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """Return a token count that an upstream reports, or None if it is not a sensible number.
+
+    JSON does not tell 4.0 from 4.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if 0 <= value < 2**40 else None
+    return int(value) if 0 <= value < 2**40 and value == int(value) else None
 
 
 def find_defect(kind: Kind, choice: Mapping[str, Any], *, streamed: bool = False) -> str | None:

@@ -148,7 +148,26 @@ def parse_error(text: str) -> ErrorBody:
     if not isinstance(error, dict):
         return ErrorBody(str(error))
     message = error.get("message") or error.get("detail") or error.get("title") or ""
-    return ErrorBody(str(message), _string(error.get("param")), _string(error.get("code")))
+    return ErrorBody(_words(message), _string(error.get("param")), _string(error.get("code")))
+
+
+def _words(message: object) -> str:
+    """Return the message of an error as text.
+
+    FastAPI answers with a list of problems, each with the place of its field.
+    """
+    if isinstance(message, str):
+        return message
+    problems = message if isinstance(message, list) else [message]
+    sentences: list[str] = []
+    for problem in problems:
+        if not isinstance(problem, dict) or not isinstance(problem.get("msg"), str):
+            sentences.append(problem if isinstance(problem, str) else json.dumps(problem))
+            continue
+        place = problem.get("loc")
+        names = [str(name) for name in place if name != "body"] if isinstance(place, list) else []
+        sentences.append(f"{'.'.join(names)}: {problem['msg']}" if names else problem["msg"])
+    return "; ".join(sentences)
 
 
 def _string(value: object) -> str | None:

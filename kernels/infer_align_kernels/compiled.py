@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from infer_align_kernels.sibling_attention import triton as sibling_attention
+from infer_align_kernels.steer_logits import likely, weighing
 from infer_align_kernels.steer_logits import triton as steer_logits
 from infer_align_kernels.top_candidates import MAX_CANDIDATES
 from infer_align_kernels.top_candidates import triton as top_candidates
@@ -161,7 +162,7 @@ CANDIDATE_COUNTS = (
 TOP_CANDIDATES_TYPES = {
     "logits": "*fp32",
     **dict.fromkeys(("out", "addresses"), "*i64"),
-    **dict.fromkeys(("features", "weights"), "*fp32"),
+    **dict.fromkeys(("features", "weights", "sums"), "*fp32"),
     **dict.fromkeys(("peaks", "records", "rows", "ranks"), "*i32"),
     **dict.fromkeys(("V", "N", "M", "K", "D", "row_stride", "record_stride"), "i32"),
 }
@@ -177,9 +178,23 @@ def _top_candidates_launches() -> list[Launch]:
         constants = {"SLOTS": cut.slots, "TILE": cut.tile, "TILES": cut.tile_slots}
         kernel = top_candidates.top_candidates_kernel
         made.append(_top_candidates_launch(kernel, constants, cut.num_warps))
-        steering = {**constants, "RANK": steer_logits.RANK, "FILL": steer_logits.FILL}
+        steering = {**constants, "RANK": weighing.RANK, "FILL": steer_logits.FILL}
         kernel = steer_logits.steer_logits_kernel
         made.append(_top_candidates_launch(kernel, steering, cut.num_warps))
+    return made + _likely_launches()
+
+
+def _likely_launches() -> list[Launch]:
+    made = []
+    for vocabulary in sorted({vocabulary for vocabulary, _ in CANDIDATE_COUNTS}):
+        cut = top_candidates.plan(vocabulary, 1)
+        constants = {"TILE": cut.tile, "TILES": cut.tile_slots, "GROUP": likely.GROUP}
+        constants["RANK"] = weighing.RANK
+        sums = likely.steer_likely_sums_kernel
+        made.append(_top_candidates_launch(sums, constants, likely.warps(cut)))
+        groups = {"GROUPS": triton.next_power_of_2(likely.group_count(cut))}
+        kernel = likely.steer_likely_kernel
+        made.append(_top_candidates_launch(kernel, {**constants, **groups}, likely.warps(cut)))
     return made
 
 

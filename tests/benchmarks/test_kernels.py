@@ -58,7 +58,8 @@ def test_every_benchmark_measures_ours_beside_its_baseline() -> None:
     # A read and a write of the logits, and a read of the weights.
     assert dense["floor_us"] == pytest.approx((2 * 2 * 5000 * 4 + 5000 * 128 * 4) / 1e3, abs=0.01)
     (top,) = bench_top_candidates.measure_shape(1, 20, BANDWIDTH)
-    (steer,) = bench_steer_logits.measure_shape(1, 1, BANDWIDTH)
+    steer, likely = bench_steer_logits.measure_shape(1, 1, BANDWIDTH)
+    assert [steer["op"], likely["op"]] == ["top_k", "min_p"]
     (attention,) = bench_sibling_attention.measure_shape(2, 4, 2, 5, 16, 16, BANDWIDTH)
     baselines = {
         "eager": dense,

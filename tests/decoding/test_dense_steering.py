@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
 from infer_align.decoding.dense_steering import DENSE, candidate_count
-from infer_align.decoding.steering import SteeringBatch, steer
+from infer_align.decoding.fused_steering import FusedSteerer
+from infer_align.decoding.steering import steer
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.methods.vas import reweight
 from infer_align.steering import Steering
 from infer_align.values.head import HeadValue
@@ -22,6 +26,8 @@ TOP_K = np.array([DENSE, DENSE, DENSE, 4, 0, DENSE])
 MIN_P = np.array([0, 0.05, 0.2, 0, 0, 0], np.float32)
 MASKED = np.array([True, False, True, False, False, False])
 ROWS = len(TOP_K)
+# Separate calls, and the call that selects, values, centres and adds.
+STEERERS = pytest.mark.parametrize("steerer", [None, FusedSteerer()], ids=["separate", "fused"])
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +52,8 @@ def hidden(device: torch.device) -> torch.Tensor:
 def definition(
     heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor, row: int
 ) -> np.ndarray:
-    """Return the steered logits of one row in float64. [V]."""
-    original = logits[row].double().cpu().numpy()
+    """Return the steered logits of one row of the table in float64. [V], [D] -> [V]."""
+    original = logits.double().cpu().numpy()
     if not BETA[row].any():
         return original
     if TOP_K[row] == DENSE:
@@ -56,21 +62,27 @@ def definition(
     else:
         ids = np.argsort(-original, kind="stable")[: TOP_K[row]]
     every = torch.arange(V, device=logits.device)[None]
-    values = [head.evaluate(hidden[row : row + 1], every).cpu().numpy()[:, ids] for head in heads]
+    values = [head.evaluate(hidden[None], every).cpu().numpy()[:, ids] for head in heads]
     tail = "mask" if MASKED[row] else "keep"
     return reweight(original[None], ids[None], np.stack(values), BETA[row], tail)[0]
 
 
 def expect(
-    steered: torch.Tensor, heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor
+    steered: torch.Tensor,
+    heads: list[HeadValue],
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    rows: Sequence[int] = range(ROWS),
 ) -> None:
-    for row in range(ROWS):
-        expected = definition(heads, logits, hidden, row)
-        np.testing.assert_allclose(steered[row].cpu().numpy(), expected, atol=1e-4)
-    for row in np.flatnonzero(~BETA.any(axis=1)):
-        assert torch.equal(steered[row], logits[row])
+    """Compare rows of the table with the definition; those without a weight stay the same."""
+    for place, row in enumerate(rows):
+        expected = definition(heads, logits[place], hidden[place], row)
+        np.testing.assert_allclose(steered[place].cpu().numpy(), expected, atol=1e-4)
+        if not BETA[row].any():
+            assert torch.equal(steered[place], logits[place])
 
 
+@STEERERS
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_mixed_batch_equals_the_definition(
     heads: list[HeadValue],
@@ -78,12 +90,17 @@ def test_a_mixed_batch_equals_the_definition(
     hidden: torch.Tensor,
     device: torch.device,
     in_place: bool,
+    steerer: FusedSteerer | None,
 ) -> None:
-    batch = SteeringBatch.build(heads, BETA, TOP_K, MASKED, device, min_p=MIN_P)
+    batch = SteeringBatch.build(heads, BETA, TOP_K, MASKED, device, min_p=MIN_P, steerer=steerer)
     original = logits.clone()
     steered, candidates = steer(logits, hidden, batch, in_place=in_place)
     assert torch.equal(logits, original) != in_place
-    assert candidates.shape == (ROWS, 4)
+    assert candidates.shape == (ROWS, 0 if steerer else 4)
+    # Every row but those with all of their tokens valued is in the one call.
+    assert (batch.fused is not None) == (steerer is not None)
+    assert batch.dense is not None
+    assert (batch.dense.log_min_p is None) == (steerer is not None)
     expect(steered, heads, original, hidden)
 
 
@@ -101,31 +118,66 @@ def test_a_batch_of_dense_rows_alone_equals_the_definition(
     assert batch.dense.rows is None
     steered, candidates = steer(logits[one], hidden[one], batch)
     assert candidates.shape == (1, 0)
-    expected = definition(heads, logits, hidden, row)
+    expected = definition(heads, logits[row], hidden[row], row)
     np.testing.assert_allclose(steered[0].cpu().numpy(), expected, atol=1e-4)
 
 
+@STEERERS
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1], [1, 2], [2, 4]], ids=str)
 def test_selected_rows_of_a_larger_batch(
-    heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor, device: torch.device
+    heads: list[HeadValue],
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    device: torch.device,
+    rows: list[int],
+    steerer: FusedSteerer | None,
 ) -> None:
-    rows = np.array([0, 1, 2, 3])
+    indices = np.array(rows)
     batch = SteeringBatch.build(
-        heads, BETA[rows], TOP_K[rows], MASKED[rows], device, rows, MIN_P[rows]
+        heads,
+        BETA[indices],
+        TOP_K[indices],
+        MASKED[indices],
+        device,
+        indices,
+        MIN_P[indices],
+        steerer,
     )
     original = logits.clone()
     steered, _ = steer(logits, hidden, batch, in_place=True)
-    expect(steered, heads, original, hidden)
+    expect(steered[indices], heads, original[indices], hidden[indices], rows)
+    others = np.setdiff1d(np.arange(ROWS), indices)
+    assert torch.equal(steered[others], original[others])
 
 
+# All rows; likely tokens alone; all tokens alone; neither of them.
+@STEERERS
+@pytest.mark.parametrize("rows", [range(ROWS), [1, 2, 4], [0, 4, 5], [3, 4]], ids=str)
 def test_a_record_made_on_the_device_gives_the_same(
-    heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor, device: torch.device
+    heads: list[HeadValue],
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    device: torch.device,
+    rows: Sequence[int],
+    steerer: FusedSteerer | None,
 ) -> None:
+    indices = np.array(rows)
     beta, top_k, masked, min_p = (
-        torch.from_numpy(array).to(device) for array in (BETA, TOP_K, MASKED, MIN_P)
+        torch.from_numpy(array[indices]).to(device) for array in (BETA, TOP_K, MASKED, MIN_P)
     )
-    batch = SteeringBatch.build_on_device(heads, beta, top_k, masked, 4, min_p)
-    steered, _ = steer(logits, hidden, batch)
-    expect(steered, heads, logits, hidden)
+    batch = SteeringBatch.build_on_device(
+        heads,
+        beta,
+        top_k,
+        masked,
+        max(0, int(TOP_K[indices].max())),
+        min_p if MIN_P[indices].any() else None,
+        has_all=bool(((TOP_K == DENSE) & (MIN_P == 0))[indices].any()),
+        steerer=steerer,
+    )
+    frozen, states = logits[indices], hidden[indices]
+    steered, _ = steer(frozen, states, batch)
+    expect(steered, heads, frozen, states, rows)
 
 
 def test_all_tokens_equal_a_top_k_of_the_vocabulary(

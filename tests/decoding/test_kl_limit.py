@@ -13,7 +13,8 @@ from scipy.special import log_softmax
 
 from infer_align.decoding.dense_steering import DENSE
 from infer_align.decoding.kl_limit import limit_kl
-from infer_align.decoding.steering import SteeringBatch, steer
+from infer_align.decoding.steering import steer
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.values.head import HeadValue
 from tests.decoding.heads import random_heads
 

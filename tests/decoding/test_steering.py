@@ -8,7 +8,8 @@ import torch
 
 from infer_align.decoding.device import upload
 from infer_align.decoding.estimates import expected_values
-from infer_align.decoding.steering import SteeringBatch, steer
+from infer_align.decoding.steering import steer
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.methods.vas import reweight
 from infer_align.values.head import HeadValue, read
 from tests.decoding.heads import random_heads

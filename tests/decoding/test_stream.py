@@ -219,6 +219,11 @@ def test_tokens_are_counted_by_logprobs_or_by_characters() -> None:
     )
 
 
+@pytest.mark.parametrize("value", [True, "3", 1.5, -1, 2.0**40, math.nan, math.inf, None, [3]])
+def test_a_wrong_count_is_none(value: object) -> None:
+    assert token_count(value) is None
+
+
 @pytest.mark.parametrize(
     ("kind", "choice", "words"),
     [

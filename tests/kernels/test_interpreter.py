@@ -21,6 +21,7 @@ FOLDERS = ("tests/kernels/interpreted", "tests/engines/transformers/interpreted"
 ENGINE = "tests/engines/transformers/test_steering.py"
 STEERING = (
     "tests/decoding/test_steering.py",
+    "tests/decoding/test_dense_steering.py",
     f"{ENGINE}::test_rows_that_are_not_steered_do_not_change",
     f"{ENGINE}::test_weight_zero_is_the_frozen_model",
 )

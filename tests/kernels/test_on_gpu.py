@@ -31,6 +31,7 @@ from tests.kernels.test_steer_logits import (
     ROWS,
     definition,
     head_table,
+    one_row,
     row_features,
     steered_rows,
 )
@@ -165,7 +166,8 @@ def steering_on_gpu(vocabulary: int) -> tuple[torch.Tensor, HeadTable, SteeredRo
     heads = head_table(vocabulary)
     table = HeadTable([w.cuda() for w in heads.weights], [b.cuda() for b in heads.biases])
     rows = steered_rows(len(RANKS))
-    return row_features(sum(RANKS)).cuda(), table, SteeredRows(rows.table.cuda(), rows.k)
+    on_gpu = SteeredRows(rows.table.cuda(), rows.k, has_likely=rows.has_likely)
+    return row_features(sum(RANKS)).cuda(), table, on_gpu
 
 
 @pytest.mark.parametrize("vocabulary", [700, 32001, 151936])
@@ -180,8 +182,7 @@ def test_steering_by_heads_matches_the_definition(vocabulary: int) -> None:
     np.testing.assert_allclose(logits.cpu().numpy(), expected, atol=1e-4)
     alone = frozen.cuda()
     for s in range(len(rows.table)):
-        one = SteeredRows(rows.table[s : s + 1], rows.k)
-        steer_logits(alone, features[s : s + 1], heads, one, Workspace())
+        steer_logits(alone, features[s : s + 1], heads, one_row(rows, s), Workspace())
     assert torch.equal(alone.nan_to_num(), logits.nan_to_num())
 
 

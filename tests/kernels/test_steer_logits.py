@@ -14,9 +14,23 @@ from infer_align_kernels import HeadTable, SteeredRows, Workspace, steer_logits
 from tests.kernels import cases
 
 RANKS = (3, 40, 16)
+LIKELY = SteeredRows.LIKELY
 # Row of the logits, candidates, and a masked tail.
-RECORDS = [[6, 20, 0], [1, 9, 1], [3, 13, 1], [2, 7, 0], [0, 0, 1], [5, 1, 0]]
-ROWS = 7
+RECORDS = [
+    [6, 20, 0],
+    [1, 9, 1],
+    [3, 13, 1],
+    [2, 7, 0],
+    [0, 0, 1],
+    [5, 1, 0],
+    [8, LIKELY, 0],
+    [10, LIKELY, 1],
+    [9, LIKELY, 0],
+    [7, LIKELY, 1],
+]
+# For the rows that are LIKELY: few tokens, nearly all tokens, no weight, and the likeliest token.
+MIN_P = [0, 0, 0, 0, 0, 0, 0.2, 1e-9, 0.5, 1]
+ROWS = 11
 
 
 def head_table(vocabulary: int, ranks: tuple[int, ...] = RANKS) -> HeadTable:
@@ -29,10 +43,17 @@ def head_table(vocabulary: int, ranks: tuple[int, ...] = RANKS) -> HeadTable:
 def steered_rows(heads: int, k: int = 20) -> SteeredRows:
     """Make rows of both kinds of tail; the second is not steered, the third by some heads."""
     beta = torch.randn(len(RECORDS), heads, generator=torch.Generator().manual_seed(2))
-    beta[1] = 0
+    beta[[1, 8]] = 0
     beta[2, 0] = 0
     records = torch.tensor(RECORDS, dtype=torch.int32)
-    return SteeredRows(torch.cat([records, beta.view(torch.int32)], dim=1), k)
+    numbers = torch.cat([torch.tensor(MIN_P).log()[:, None], beta], dim=1)
+    table = torch.cat([records, numbers.view(torch.int32)], dim=1)
+    return SteeredRows(table, k, has_likely=True)
+
+
+def one_row(rows: SteeredRows, s: int) -> SteeredRows:
+    """Return the steering of one row alone."""
+    return SteeredRows(rows.table[s : s + 1], rows.k, has_likely=rows.has_likely)
 
 
 def row_features(count: int) -> torch.Tensor:
@@ -49,8 +70,11 @@ def definition(
         if not count or not beta[s].any():
             continue
         clean = np.where(np.isnan(steered[row]), -np.inf, steered[row])
-        ids = np.argsort(-clean, kind="stable")[:count]
-        shift = np.zeros(count)
+        if count == LIKELY:
+            ids = np.flatnonzero(clean >= clean.max() + np.log(MIN_P[s]))
+        else:
+            ids = np.argsort(-clean, kind="stable")[:count]
+        shift = np.zeros(len(ids))
         place = 0
         for m, (weight, bias) in enumerate(zip(heads.weights, heads.biases, strict=True)):
             u = features[s, place : place + weight.shape[1]].double().numpy()
@@ -78,7 +102,8 @@ def test_each_row_is_steered_by_its_own_weights(ranks: tuple[int, ...]) -> None:
     np.testing.assert_allclose(logits.numpy(), expected, atol=2e-5)
     assert candidates.shape == (len(RECORDS), 20)
     assert (candidates[2, 13:] == -1).all()
-    for untouched in (0, 1, 4):
+    assert (candidates[6:] == -1).all()
+    for untouched in (0, 1, 4, 9):
         assert torch.equal(logits[untouched].nan_to_num(), original[untouched].nan_to_num())
 
 
@@ -98,14 +123,14 @@ def test_a_head_of_weight_zero_is_ignored() -> None:
     [
         ({"logits": torch.zeros(7, 700, dtype=torch.float16)}, "logits: .* torch.float16"),
         ({"logits": torch.zeros(7, 701)}, "heads: 700 tokens"),
-        ({"features": torch.zeros(6, 58)}, "features: \\(6, 58\\)"),
-        ({"rows": steered_rows(2)}, "rows: 5 columns"),
+        ({"features": torch.zeros(10, 58)}, "features: \\(10, 58\\)"),
+        ({"rows": steered_rows(2)}, "rows: 6 columns"),
     ],
 )
 def test_an_argument_that_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
-        "logits": torch.zeros(7, 700),
-        "features": torch.zeros(6, 59),
+        "logits": torch.zeros(ROWS, 700),
+        "features": torch.zeros(10, 59),
         "heads": head_table(700),
         "rows": steered_rows(3),
         "workspace": Workspace(),
@@ -114,7 +139,7 @@ def test_an_argument_that_does_not_fit_is_named(change: dict[str, Any], message:
         steer_logits(**(arguments | change))
 
 
-@pytest.mark.parametrize("k", [0, 129])
+@pytest.mark.parametrize("k", [-1, 129])
 def test_too_many_candidates_are_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"k: {k}"):
         steered_rows(1, k)

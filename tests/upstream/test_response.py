@@ -18,6 +18,11 @@ from infer_align.upstream.response import ErrorBody, parse_error, parse_retry_af
         ('{"error": "m"}', ErrorBody("m")),
         ('{"message": "m"}', ErrorBody("m")),
         ('{"detail": "m"}', ErrorBody("m")),
+        (
+            '{"detail": [{"loc": ["body", "messages", 0], "msg": "m"}, {"msg": "n"}, {"a": 1}]}',
+            ErrorBody('messages.0: m; n; {"a": 1}'),
+        ),
+        ('{"error": {"message": {"a": null}}}', ErrorBody('{"a": null}')),
         ("[1]", ErrorBody("[1]")),
         ("{}", ErrorBody("")),
         ("<html>", ErrorBody("")),

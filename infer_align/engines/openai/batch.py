@@ -160,9 +160,9 @@ class Batch:
         """Return the number of chunks that held text of a choice."""
         return self._builders[position].text_chunks if position in self._builders else 0
 
-    def prompt_tokens(self) -> int:
-        """Return the prompt tokens that the upstream reports, or 0."""
-        return token_count(self._usage.get("prompt_tokens")) or 0
+    def prompt_tokens(self) -> int | None:
+        """Return the prompt tokens that the upstream reports; None if it does not."""
+        return token_count(self._usage.get("prompt_tokens"))
 
     def completion_tokens(self, choices: dict[int, Body]) -> dict[int, int]:
         """Return the completion tokens of each finished choice.

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any
 
-from infer_align.decoding.stream import count_tokens
+from infer_align.decoding.stream import count_tokens, estimate_tokens
 from infer_align.engines import Stream
 from infer_align.engines.openai.batch import Batch
 from infer_align.engines.openai.batch_size import BatchSizes
 from infer_align.errors import AlignError, InvalidRequest
+from infer_align.messages import message_text
 from infer_align.types import Candidate, Delta, Draw
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import CallCounter, Client
@@ -71,6 +72,8 @@ class UpstreamDrawing:
         self._model = model
         self._on_close = on_close
         self._unfinished = set(range(draw.n))
+        # An upstream counts the prompt at the end of a call. A call that ends early has no count.
+        self._reported_prompt_tokens: int | None = None
         # Candidate -> its latest call and its position there; no position while it waits.
         self._batches: dict[int, tuple[Batch, int | None]] = {}
 
@@ -114,12 +117,21 @@ class UpstreamDrawing:
         candidate = Candidate(
             index,
             choice,
-            prompt_tokens=batch.prompt_tokens(),
+            prompt_tokens=self._prompt_tokens(batch),
             completion_tokens=max(count_tokens(choice), batch.chunk_count(position)),
             calls=batch.take_calls(),
             interrupted=incomplete,
         )
         self._put(candidate)
+
+    def _prompt_tokens(self, batch: Batch) -> int:
+        """Return the tokens of the prompt, as an upstream counts them, or an estimate."""
+        reported = batch.prompt_tokens()
+        if reported is not None:
+            self._reported_prompt_tokens = reported
+        if self._reported_prompt_tokens is not None:
+            return self._reported_prompt_tokens
+        return _estimated_prompt_tokens(self._draw)
 
     def _put(self, candidate: Candidate) -> None:
         if candidate.index in self._unfinished:
@@ -211,7 +223,7 @@ class UpstreamDrawing:
             candidate = Candidate(
                 index,
                 choice,
-                prompt_tokens=batch.prompt_tokens(),
+                prompt_tokens=self._prompt_tokens(batch),
                 completion_tokens=completion_tokens[position],
                 calls=batch.take_calls(),
                 response_fields=batch.take_response_fields(),
@@ -341,6 +353,13 @@ def refusal(error: UpstreamFailed) -> InvalidRequest:
 def _client_status(error: UpstreamFailed) -> int:
     """Return the status for the client: OpenAI's clients do not expect 422."""
     return 400 if error.status == 422 else error.status
+
+
+def _estimated_prompt_tokens(draw: Draw) -> int:
+    if draw.kind == "chat":
+        return estimate_tokens([message_text(message) for message in draw.body.get("messages", ())])
+    prompt = draw.body.get("prompt", "")
+    return len(prompt) if isinstance(prompt, list) else estimate_tokens([str(prompt)])
 
 
 def _parts(indices: Sequence[int], size: int) -> list[list[int]]:

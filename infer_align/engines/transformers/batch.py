@@ -15,7 +15,7 @@ import torch
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.guidance import CandidateGuidance, GuidanceBatch
 from infer_align.decoding.siblings import ValueCache
-from infer_align.decoding.steering import SteeringBatch
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.engines.transformers.rows import Job, Row
 from infer_align.values.lookahead import ValueLM
 

@@ -21,13 +21,8 @@ from numpy.typing import NDArray
 from infer_align.decoding.device import upload
 from infer_align.decoding.sampler import is_truncated, sample, uniforms
 from infer_align.decoding.siblings import ValueCache
-from infer_align.decoding.steering import (
-    SteeringBatch,
-    ValuedCandidates,
-    add_values,
-    steer,
-    value_candidates,
-)
+from infer_align.decoding.steering import ValuedCandidates, add_values, steer, value_candidates
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.engines.transformers.rows import Row
 from infer_align.values import Value
 from infer_align.values.head import HeadValue

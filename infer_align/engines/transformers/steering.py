@@ -11,7 +11,7 @@ import torch
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.dense_steering import candidate_count
 from infer_align.decoding.siblings import read_tokens
-from infer_align.decoding.steering import SteeringBatch
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.engines.transformers.rows import Row
 from infer_align.types import Draw
 from infer_align.values import FrozenModel, Value, check_estimating, check_values

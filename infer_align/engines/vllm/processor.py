@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from infer_align.decoding.steering import SteeringBatch, steer
+from infer_align.decoding.steering import steer
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.engines.vllm.extra_args import (
     STEERING_KEY,
     Estimated,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from infer_align.decoding.dense_steering import DENSE
 from infer_align.decoding.device import upload
 from infer_align.decoding.fused_steering import FusedSteerer
-from infer_align.decoding.steering import SteeringBatch
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.engines.vllm.extra_args import SteeringRequest
 from infer_align.values import Value
 from infer_align.values.head import HeadValue
@@ -265,9 +265,8 @@ class SlotTable:
         mask_tail = None
         if self._mask_tail[steered].any():
             mask_tail = table.mask_tail.index_select(0, row_slots)
-        min_p = None
-        if (self._top_k[steered] == DENSE).any():
-            min_p = table.min_p.index_select(0, row_slots)
+        limits = self._min_p[steered]
+        min_p = table.min_p.index_select(0, row_slots) if limits.any() else None
         max_kl = None
         if np.isfinite(self._max_kl[steered]).any():
             max_kl = table.max_kl.index_select(0, row_slots)
@@ -278,6 +277,7 @@ class SlotTable:
             mask_tail,
             k=max(0, int(self._top_k[steered].max())),
             min_p=min_p,
+            has_all=bool(((self._top_k[steered] == DENSE) & (limits == 0)).any()),
             steerer=self._steerer,
             max_kl=max_kl,
         )

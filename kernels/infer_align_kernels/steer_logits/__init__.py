@@ -21,15 +21,17 @@ def steer_logits(
     rows: SteeredRows,
     workspace: Workspace,
 ) -> torch.Tensor:
-    """Add beta times the centred values of each row's top candidates to their logits, in place.
+    """Add beta times the centred values of each row's candidates to their logits, in place.
 
     The value of a token by head m is features_m . weight_m[token] + bias_m[token]. The shift of a
     candidate is the weighted sum of its values, minus the mean of that sum over the candidates.
-    Candidates are the largest logits, equal ones by lower id. NaN counts as -inf.
+    Candidates are the largest logits, equal ones by lower id, or all likely tokens, whose logit is
+    at least the largest one plus log_min_p. NaN counts as -inf.
 
     A row without candidates, or whose weights are all 0, stays bit for bit the same. A head whose
     weight is 0 is ignored. A candidate whose weighted sum is not finite gets -inf and does not
-    count in the mean. On a GPU, nothing waits for the device, and the call takes two launches.
+    count in the mean. On a GPU, nothing waits for the device. The call takes two launches, and two
+    more if a row has its likely tokens valued.
 
     Args:
         logits: [B, V] float32, overwritten. Rows may be strided, tokens are contiguous.
@@ -39,7 +41,7 @@ def steer_logits(
         workspace: memory for the call.
 
     Returns:
-        [S, k] int64 candidates; -1 in slots past a row's own number.
+        [S, k] int64 candidates; -1 in slots past a row's own number. Likely tokens are not listed.
 
     Raises:
         ValueError: a shape or dtype does not fit.

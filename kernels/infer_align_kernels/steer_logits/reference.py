@@ -14,14 +14,21 @@ def steer_logits(
     """Steer each row; see `infer_align_kernels.steer_logits`."""
     candidates = torch.full((len(features), rows.k), -1, dtype=torch.int64, device=logits.device)
     beta = rows.beta.tolist()
-    for s, (row, count, masked) in enumerate(rows.table[:, : rows.COLUMNS].tolist()):
-        if not count:
-            continue
-        ids = top_candidates.top_candidates(logits[row : row + 1], count)[0]
-        candidates[s, :count] = ids
-        if any(beta[s]):
+    for s, (row, count, masked) in enumerate(rows.table[:, :3].tolist()):
+        if count == rows.LIKELY:
+            ids = _likely_tokens(logits[row], rows.log_min_p[s])
+        elif count:
+            ids = top_candidates.top_candidates(logits[row : row + 1], count)[0]
+            candidates[s, :count] = ids
+        if count and any(beta[s]):
             _steer_row(logits[row], ids, features[s], heads, beta[s], masked=bool(masked))
     return candidates
+
+
+def _likely_tokens(logits: torch.Tensor, log_min_p: torch.Tensor) -> torch.Tensor:
+    """Return the ids of the tokens that are likely enough. [V], [] -> [number of them]."""
+    clean = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return (clean >= clean.max() + log_min_p).nonzero()[:, 0]
 
 
 def _steer_row(

@@ -2,7 +2,8 @@
 
 The first is that of `top_candidates`: it reads the logits once and writes the peak of each tile.
 The second has one program per steered row, which selects the candidates, values them with every
-head, centres the weighted values and adds them to the logits.
+head, centres the weighted values and adds them to the logits. Rows that have their likely tokens
+valued take two launches of their own (`likely.py`).
 """
 
 # Triton compiles the kernel and reads its signature.
@@ -14,56 +15,22 @@ import torch
 import triton
 import triton.language as tl
 
+from infer_align_kernels.steer_logits import likely
 from infer_align_kernels.steer_logits.types import HeadTable, SteeredRows, Workspace
-from infer_align_kernels.top_candidates.triton import plan, select_candidates, write_tile_peaks
+from infer_align_kernels.steer_logits.weighing import (
+    COUNT,
+    MASKED,
+    RANK,
+    ROW,
+    WEIGHTS,
+    strongest_weight,
+    usable_shifts,
+    weigh_values,
+)
+from infer_align_kernels.top_candidates.triton import Cut, plan, select_candidates, write_tile_peaks
 
-LARGEST = tl.constexpr(3.4028234663852886e38)
-# The columns of a row's record, before its weights.
-ROW = tl.constexpr(0)
-COUNT = tl.constexpr(1)
-MASKED = tl.constexpr(2)
-WEIGHTS = tl.constexpr(3)
-# Features per step of a value.
-RANK = 16
 # Tokens that are masked at once.
 FILL = 4096
-
-
-@triton.jit
-def weigh_values(
-    features,
-    addresses,
-    ranks,
-    beta,
-    tokens,
-    is_candidate,
-    M,
-    SLOTS: tl.constexpr,
-    RANK: tl.constexpr,
-):
-    """Return the sum over m of beta_m times the value of each candidate. [SLOTS]."""
-    total = tl.zeros((SLOTS,), dtype=tl.float32)
-    for m in range(M):
-        strength = tl.load(beta + m)
-        # A head of weight 0 is not read, so it may hold NaN.
-        if strength != 0:
-            weight = tl.load(addresses + m).to(tl.pointer_type(tl.float32))
-            bias = tl.load(addresses + M + m).to(tl.pointer_type(tl.float32))
-            rank = tl.load(ranks + m)
-            first_feature = tl.load(ranks + M + m)
-            value = tl.load(bias + tokens, mask=is_candidate, other=0.0)
-            for start in range(0, rank, RANK):
-                places = start + tl.arange(0, RANK)
-                in_rank = places < rank
-                e = tl.load(
-                    weight + tokens[:, None] * rank + places[None, :],
-                    mask=is_candidate[:, None] & in_rank[None, :],
-                    other=0.0,
-                )
-                u = tl.load(features + first_feature + places, mask=in_rank, other=0.0)
-                value += tl.sum(e * u[None, :], axis=1)
-            total += strength * value
-    return total
 
 
 @triton.jit
@@ -102,18 +69,13 @@ def steer_logits_kernel(
     )
     slots = tl.arange(0, SLOTS)
     tl.store(out + s * K + slots, ids.to(tl.int64), mask=slots < K)
-    strongest = 0.0
-    for m in range(M):
-        strongest = tl.maximum(strongest, tl.abs(tl.load(beta + m)))
-    if (strongest > 0) & (count > 0):
+    if (strongest_weight(beta, M) > 0) & (count > 0):
         is_candidate = ids >= 0
         tokens = tl.maximum(ids, 0).to(tl.int64)
         shift = weigh_values(
             features + s * D, addresses, ranks, beta, tokens, is_candidate, M, SLOTS, RANK
         )
-        # The comparison is False for NaN.
-        usable = is_candidate & (tl.abs(shift) <= LARGEST)
-        finite = tl.where(usable, shift, 0.0)
+        finite, usable = usable_shifts(shift, is_candidate)
         number = tl.maximum(tl.sum(usable.to(tl.float32), axis=0), 1.0)
         steered = frozen + (finite - tl.sum(finite, axis=0) / number)
         steered = tl.where(usable, steered, float("-inf"))
@@ -140,20 +102,41 @@ def steer_logits(
     out = torch.empty((steered, rows.k), dtype=torch.int64, device=logits.device)
     if steered == 0:
         return out
-    vocabulary = logits.shape[1]
-    cut = plan(vocabulary, rows.k)
-    peaks = workspace.take(steered, cut.tiles, logits.device)
+    features = features.contiguous()
+    cut = plan(logits.shape[1], max(rows.k, 1))
+    # The peaks of all rows, then two sums of each group of tiles.
+    groups = likely.group_count(cut)
+    memory = workspace.take(steered, cut.tiles + 2 * groups, logits.device).flatten()
+    peaks = memory[: steered * cut.tiles].view(steered, cut.tiles)
     write_tile_peaks(logits, rows.table, peaks, cut)
-    steer_logits_kernel[(steered,)](
+    if rows.k:
+        _steer_candidates(logits, features, heads, rows, peaks, out, cut)
+    if rows.has_likely:
+        sums = memory[steered * cut.tiles :].view(torch.float32).view(steered, groups, 2)
+        likely.steer_likely(logits, features, heads, rows, peaks, sums, cut)
+    return out
+
+
+def _steer_candidates(
+    logits: torch.Tensor,
+    features: torch.Tensor,
+    heads: HeadTable,
+    rows: SteeredRows,
+    peaks: torch.Tensor,
+    out: torch.Tensor,
+    cut: Cut,
+) -> None:
+    """Launch the kernel for the rows with a number of candidates."""
+    steer_logits_kernel[(len(features),)](
         logits,
         peaks,
-        features.contiguous(),
+        features,
         heads.addresses,
         heads.ranks,
         rows.table,
         rows.table.view(torch.float32),
         out,
-        vocabulary,
+        logits.shape[1],
         cut.tiles,
         len(heads),
         rows.k,
@@ -166,4 +149,3 @@ def steer_logits(
         FILL=FILL,
         num_warps=cut.num_warps,
     )
-    return out

@@ -72,25 +72,35 @@ class SteeredRows:
     """The steering of S rows in one tensor, so that one copy brings it to the device.
 
     Attributes:
-        table: [S, 3 + M] int32: the row of the logits; its number of candidates, 0 for a row that
-            stays the same; 1 if its other tokens are masked; and the bits of its M weights as
-            float32.
-        k: the largest number of candidates.
+        table: [S, 4 + M] int32: the row of the logits; its number of candidates, LIKELY for all
+            tokens that are likely enough, and 0 for a row that stays the same; 1 if its other
+            tokens are masked; and as the bits of float32: the smallest logprob of a likely token,
+            relative to the likeliest one, and the M weights.
+        k: the largest number of candidates; 0 if no row has a number of them.
+        has_likely: False only if no row is LIKELY.
     """
 
     # The columns before the weights.
-    COLUMNS = 3
+    COLUMNS = 4
+    # The number of candidates of a row whose candidates are its likely tokens.
+    LIKELY = -1
 
-    def __init__(self, table: torch.Tensor, k: int) -> None:
+    def __init__(self, table: torch.Tensor, k: int, *, has_likely: bool = False) -> None:
         """Take the tensor.
 
         Raises:
-            ValueError: k is outside 1..MAX_CANDIDATES.
+            ValueError: k is outside 0..MAX_CANDIDATES.
         """
-        if not 1 <= k <= MAX_CANDIDATES:
-            raise ValueError(f"k: {k} is not allowed; must be in 1..{MAX_CANDIDATES}.")
+        if not 0 <= k <= MAX_CANDIDATES:
+            raise ValueError(f"k: {k} is not allowed; must be in 0..{MAX_CANDIDATES}.")
         self.table = table
         self.k = k
+        self.has_likely = has_likely
+
+    @property
+    def log_min_p(self) -> torch.Tensor:
+        """Return the smallest relative logprobs. [S] float32."""
+        return self.table[:, self.COLUMNS - 1].view(torch.float32)
 
     @property
     def beta(self) -> torch.Tensor:

@@ -85,8 +85,7 @@ def tile_peaks_kernel(
 ):
     """Write the largest key of TILES tiles of one row. Grid: (blocks of tiles, rows).
 
-    A record begins with the row of the logits and its number of candidates; a row without
-    candidates is not read.
+    A record begins with the row of the logits, and 0 for a row that is not read.
     """
     row = tl.program_id(1).to(tl.int64)
     tiles = tl.program_id(0) * TILES + tl.arange(0, TILES)
@@ -95,7 +94,7 @@ def tile_peaks_kernel(
     end = V
     if HAS_RECORDS:
         source = tl.load(records + row * record_stride).to(tl.int64)
-        end = tl.where(tl.load(records + row * record_stride + 1) > 0, V, 0)
+        end = tl.where(tl.load(records + row * record_stride + 1) != 0, V, 0)
     x = tl.load(logits + source * row_stride + tokens, mask=tokens < end, other=float("-inf"))
     peak = tl.max(logit_keys(x.to(tl.float32)), axis=1)
     tl.store(peaks + row * N + tiles, peak, mask=tiles < N)
@@ -217,8 +216,8 @@ def write_tile_peaks(
 
     Args:
         logits: [B, V]; the tokens of a row are contiguous.
-        records: [S, 2 or more] int32: the row of the logits and its number of candidates; None for
-            all rows.
+        records: [S, 2 or more] int32: the row of the logits, and 0 for a row that is not read; None
+            for all rows.
         peaks: [S, tiles] int32, overwritten.
         cut: how the vocabulary is cut.
     """

@@ -49,6 +49,19 @@ async def test_missing_usage_is_estimated_from_the_text(
     engine = await make_engine()
     (candidate,) = await engine.generate(Draw({"messages": QUESTION}))
     assert candidate.completion_tokens == 100
+    # "hello" has five characters.
+    assert candidate.prompt_tokens == 2
+
+
+async def test_counts_that_are_written_as_floats_are_counts(
+    up: FakeUpstream, make_engine: MakeEngine
+) -> None:
+    message = {"role": "assistant", "content": "x" * 400}
+    usage = {"prompt_tokens": 5.0, "completion_tokens": 7.0, "total_tokens": 12.0}
+    up.answer = lambda _, __: {"choices": [{"index": 0, "message": message}], "usage": usage}
+    engine = await make_engine()
+    (candidate,) = await engine.generate(Draw({"messages": QUESTION}))
+    assert (candidate.prompt_tokens, candidate.completion_tokens) == (5, 7)
 
 
 async def test_finished_choices_of_a_broken_stream_count(

@@ -73,6 +73,8 @@ async def test_one_candidate_is_stopped_and_the_other_finishes(
             elif isinstance(event, Candidate):
                 finished[event.index] = event
     assert (finished[0].interrupted, finished[1].interrupted) == (False, True)
+    # The upstream would have counted the prompt at the end of its stream.
+    assert finished[1].prompt_tokens > 0
     assert finished[0].text == QUICK
 
 

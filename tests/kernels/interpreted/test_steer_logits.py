@@ -14,16 +14,18 @@ from tests.kernels.test_steer_logits import (
     ROWS,
     definition,
     head_table,
+    one_row,
     row_features,
     steered_rows,
 )
 
 
-@pytest.mark.parametrize("ranks", [RANKS, (5,)])
-def test_each_row_is_steered_by_its_own_weights(ranks: tuple[int, ...]) -> None:
-    logits = cases.logits(ROWS, 700)
+# The larger vocabulary has three groups of tiles.
+@pytest.mark.parametrize(("ranks", "vocabulary"), [(RANKS, 700), ((5,), 700), ((5,), 9000)])
+def test_each_row_is_steered_by_its_own_weights(ranks: tuple[int, ...], vocabulary: int) -> None:
+    logits = cases.logits(ROWS, vocabulary)
     heads, rows, features = (
-        head_table(700, ranks),
+        head_table(vocabulary, ranks),
         steered_rows(len(ranks)),
         row_features(sum(ranks)),
     )
@@ -46,8 +48,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     alone = together.clone()
     triton.steer_logits(together, features, heads, rows, Workspace())
     for s in range(len(rows.table)):
-        one = SteeredRows(rows.table[s : s + 1], rows.k)
-        triton.steer_logits(alone, features[s : s + 1], heads, one, Workspace())
+        triton.steer_logits(alone, features[s : s + 1], heads, one_row(rows, s), Workspace())
     assert torch.equal(alone.nan_to_num(), together.nan_to_num())
 
 

@@ -13,7 +13,8 @@ import torch
 
 from infer_align.decoding.params import SamplingParams
 from infer_align.decoding.sampler import sample, uniforms
-from infer_align.decoding.steering import SteeringBatch, steer
+from infer_align.decoding.steering import steer
+from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.engines.transformers.drawing import draw_tokens
 from infer_align.steering import Steering
 from infer_align.values import FrozenModel
