@@ -15,7 +15,7 @@ from infer_align.errors import AlignError, EngineFailed, InvalidRequest, Unavail
 
 
 class Completion(NamedTuple):
-    """What one request of vLLM became.
+    """A finished choice of vLLM, with what stands beside it.
 
     Attributes:
         choice: the finished choice, without its index.
