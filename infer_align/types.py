@@ -90,6 +90,11 @@ class Estimate:
     value: float
 
 
+# Fields of an answer outside its choices that are made anew for the client. Others are passed on.
+ANSWER_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage"})
+USAGE_DETAILS = ("prompt_tokens_details", "completion_tokens_details")
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One answer exactly as the engine produced it."""
@@ -116,7 +121,8 @@ class Candidate:
     interrupted: bool = False
     # The reason why an observer gave the candidate up. Written by the flow.
     rejected: str | None = None
-    # Fields of an upstream's answer outside its choices, such as system_fingerprint.
+    # Fields of the engine's answer outside its choices, such as system_fingerprint; and, in
+    # "usage", the details of its token counts.
     response_fields: Body = field(default_factory=dict)
 
     @property

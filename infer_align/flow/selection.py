@@ -9,9 +9,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from infer_align.errors import RewardFailed
+from infer_align.errors import DeadlineExceeded, RewardFailed
 from infer_align.flow.answers import without_echo
 from infer_align.flow.plan import Plan
+from infer_align.flow.rules import Highest
+from infer_align.flow.scorers import Scorer
 from infer_align.methods import Contest, Ranking
 from infer_align.stages import stage
 from infer_align.types import Array, Candidate, Scores, Selection
@@ -39,7 +41,8 @@ def select(
     """Select the candidates to return, best first.
 
     If no candidate could be compared, a single candidate is returned as it is. Several are returned
-    if the deadline passed before scoring: whole answers first, and empty ones last.
+    if the deadline passed: by the rewards that scored in time, or else whole answers first, and
+    empty ones last.
 
     Args:
         plan: the plan.
@@ -53,7 +56,11 @@ def select(
     with stage("select"):
         selection = rank_candidates(plan, candidates, scores)
     if selection.ranking:
-        return selection
+        cut_short = DeadlineExceeded.__name__ in scores.errors.values()
+        return replace(selection, late=late and cut_short)
+    in_time = _ranked_in_time(plan, candidates, scores) if late else None
+    if in_time is not None:
+        return replace(in_time, values=selection.values, late=True)
     first = next(iter(selection.dropped.values()))
     if late:
         reason = "the deadline passed before scoring: the first whole candidate, if there is one"
@@ -65,6 +72,30 @@ def select(
     eligible.sort(key=_incompleteness)
     ranking = tuple(candidate.index for candidate in eligible)
     return replace(selection, ranking=ranking, reason=reason, late=late)
+
+
+def _ranked_in_time(
+    plan: Plan, candidates: Sequence[Candidate], scores: Scores
+) -> Selection | None:
+    """Rank by the rewards that scored before the deadline, whatever the rule.
+
+    Returns None if they do not choose, or if a shape or a gate needs another reward.
+    """
+    scored: list[Scorer] = []
+    for scorer in plan.scorers:
+        if not np.isnan(scores.members[scorer.name]).all():
+            scored.append(scorer)
+    names = {scorer.name for scorer in scored}
+    composition = plan.composition
+    needed = () if composition is None else (*composition.shaped, *composition.gates)
+    if not names.issuperset(needed) or not any(scorer.weight for scorer in scored):
+        return None
+    members = {name: scores.members[name] for name in names}
+    part = replace(plan, scorers=tuple(scored), rule=Highest())
+    selection = rank_candidates(part, candidates, replace(scores, members=members))
+    late = ", ".join(scorer.name for scorer in plan.scorers if scorer.name not in names)
+    reason = f"{selection.reason}; the deadline passed before {late} scored"
+    return replace(selection, reason=reason) if selection.ranking else None
 
 
 def _incompleteness(candidate: Candidate) -> tuple[bool, bool]:

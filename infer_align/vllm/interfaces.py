@@ -9,9 +9,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from infer_align.errors import AlignError, EngineFailed, InvalidRequest, Unavailable
+
+
+class Completion(NamedTuple):
+    """A finished choice of vLLM, with what stands beside it.
+
+    Attributes:
+        choice: the finished choice, without its index.
+        usage: vLLM's token counts.
+        fields: what stands beside the two, such as system_fingerprint.
+    """
+
+    choice: dict[str, Any]
+    usage: Mapping[str, Any]
+    fields: dict[str, Any]
 
 
 class ModelConfig(Protocol):

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -30,10 +30,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from infer_align.errors import AlignError, ConfigError, InvalidRequest, quote
 from infer_align.messages import SYSTEM_MARK, SYSTEM_PROBE
 from infer_align.stages import trace_headers
-from infer_align.types import Kind, Messages
+from infer_align.types import ANSWER_FIELDS, Kind, Messages
 from infer_align.vllm import compat, readings
 from infer_align.vllm.forced_calls import parse_forced_calls
-from infer_align.vllm.interfaces import CandidateCall, error_from_json
+from infer_align.vllm.interfaces import CandidateCall, Completion, error_from_json
 
 REQUEST_CLASSES = {"chat": ChatCompletionRequest, "completion": CompletionRequest}
 # The name of a tool that no template holds.
@@ -80,13 +80,6 @@ def _apply_call(engine: AsyncLLM) -> Callable[..., AsyncGenerator[Any, None]]:
         return generate(prompt, sampling_params, request_id, **options)
 
     return wrapped
-
-
-class Completion(NamedTuple):
-    """A finished choice, without its index, and vLLM's token counts."""
-
-    choice: dict[str, Any]
-    usage: Mapping[str, Any]
 
 
 class Frontend:
@@ -275,7 +268,8 @@ class Frontend:
         response = await self._create(kind, request, call)
         choice = response.choices[0].model_dump()
         del choice["index"]
-        return Completion(choice, response.usage.model_dump())
+        fields = response.model_dump(exclude=set(ANSWER_FIELDS), exclude_none=True)
+        return Completion(choice, response.usage.model_dump(), fields)
 
     async def stream(
         self, kind: Kind, request: BaseModel, call: CandidateCall

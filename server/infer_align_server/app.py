@@ -18,13 +18,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
-from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer_align.config.config import Config
 from infer_align.errors import AlignError, Unavailable
 from infer_align.upstream.trace import CallTrace, trace
 from infer_align_server.direct_routes import DirectRoutes
+from infer_align_server.engine_routes import allowed_methods
 from infer_align_server.loading import Progress
 from infer_align_server.logs import access, access_fields
 from infer_align_server.playground import page_routes
@@ -260,14 +260,5 @@ async def _on_http_error(http: HttpRequest, error: HTTPException) -> HttpRespons
     response.headers.update(error.headers or {})
     if error.status_code == 405:
         # The router names the methods of the first route with this path, not of all.
-        response.headers["Allow"] = ", ".join(_allowed_methods(http))
+        response.headers["Allow"] = ", ".join(sorted(allowed_methods(http)))
     return response
-
-
-def _allowed_methods(http: HttpRequest) -> list[str]:
-    """Return the methods of all routes that have the path of a request."""
-    methods: set[str] = set()
-    for route in http.app.routes:
-        if isinstance(route, Route) and route.matches(http.scope)[0] is not Match.NONE:
-            methods |= route.methods or set()
-    return sorted(methods)

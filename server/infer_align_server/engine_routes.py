@@ -12,8 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response as HttpResponse
-from starlette.routing import Match
+from starlette.routing import Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from infer_align.engines import App
@@ -26,6 +27,8 @@ from infer_align_server.token_meter import TokenMeter
 # These routes always generate. A request to another route generates only if it names a limit.
 # Without a limit, such a request is charged by the usage in its response.
 GENERATING = re.compile(r"/v1/(responses|messages)/?")
+# The path of the routes that pass on whatever no other route answers.
+ANY_PATH = "/{path:path}"
 LIMIT_FIELDS = ("max_output_tokens", "max_completion_tokens", "max_tokens")
 
 
@@ -48,6 +51,18 @@ def engine_match(service: Service, scope: Scope) -> tuple[App | None, Match]:
         return app, Match.FULL
     matches = [route.matches(scope)[0] for route in routes]
     return app, max(matches, key=lambda match: match.value, default=Match.NONE)
+
+
+def allowed_methods(http: HttpRequest) -> set[str]:
+    """Return the methods of all routes that have the path of a request, the engine's included."""
+    routes = [*http.app.routes, *getattr(engine_app(http.app.state.service), "routes", ())]
+    methods: set[str] = set()
+    for route in routes:
+        if not isinstance(route, Route) or route.path == ANY_PATH:
+            continue
+        if route.matches(http.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return methods
 
 
 def serves_responses(service: Service) -> bool:

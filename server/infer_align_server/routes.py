@@ -26,7 +26,9 @@ from infer_align_server.answering import answer_all
 from infer_align_server.authorization import authorize, owner_of, scope_of, service_of
 from infer_align_server.engine_roles import Forwards
 from infer_align_server.engine_routes import (
+    ANY_PATH,
     ForwardedResponse,
+    allowed_methods,
     engine_app,
     engine_match,
     json_fields,
@@ -308,7 +310,7 @@ async def engine_route(http: HttpRequest) -> HttpResponse:
     service.require_ready()
     app, match = engine_match(service, http.scope)
     if app is None or match is not Match.FULL:
-        raise HTTPException(405 if match is Match.PARTIAL else 404)
+        raise HTTPException(405 if allowed_methods(http) else 404)
     content = await read_bytes(http, service.config.limits.max_body_bytes)
     tokens = None
     if http.method == "POST":
@@ -373,7 +375,7 @@ ROUTES = [
 
 # Added if the engine has an application of its own, after all other routes.
 ENGINE_ROUTE = RecordedRoute(
-    "/{path:path}", engine_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    ANY_PATH, engine_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 )
 
 
@@ -390,5 +392,5 @@ class UpstreamRoute(RecordedRoute):
 
 # Added if the engine passes requests on, after all other routes.
 UPSTREAM_ROUTE = UpstreamRoute(
-    "/{path:path}", upstream_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]
+    ANY_PATH, upstream_route, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]
 )

@@ -402,3 +402,73 @@ def test_consensus_needs_no_reward() -> None:
     made = select(plan, [Candidate(i, {"text": text}) for i, text in enumerate(texts)], Scores())
     assert made.ranking == (0, 2, 1)
     assert all(math.isnan(value) for value in made.objective)
+
+
+# --- a deadline during scoring ---
+
+
+def late(rows: dict[str, Any], align: dict[str, Any] | None = None, **weights: float) -> Selection:
+    """Select at a deadline; rewards without rows did not score in time."""
+    names = weights or dict.fromkeys(rows, 1.0)
+    n = len(next(iter(rows.values())))
+    draft = PlanDraft((Draw({}, n),))
+    for method in parse_align(align or {}).methods.values():
+        draft = method.apply(draft)
+    plan = Plan(
+        draft.draws,
+        scorers=scorers(names),
+        ensemble=Ensemble("mean"),
+        selects=True,
+        composition=draft.composition,
+        rule=draft.rule or Highest(),
+    )
+    members = {name: np.array([rows.get(name, [NAN] * n)]) for name in names}
+    errors = {name: "DeadlineExceeded" for name in names if name not in rows}
+    notes = dict.fromkeys(names, ("no score",) * n)
+    scores = Scores(members, notes=notes, errors=errors)
+    return select(plan, [Candidate(i, {}) for i in range(n)], scores, late=True)
+
+
+@pytest.mark.parametrize("rule", [None, "lexicographic", "maxmin"])
+def test_at_a_deadline_the_rewards_in_time_choose(rule: Any) -> None:
+    align = {"select": {"rule": rule}} if rule else None
+    made = late({"fast": [1.0, 3.0, 2.0], "shown": [9.0, 9.0, 9.0]}, align, fast=2, slow=1, shown=0)
+    assert made.ranking == (1, 2, 0)
+    assert made.objective == (2.0, 6.0, 4.0)
+    assert made.late
+    assert made.dropped == {}
+    assert made.reason == (
+        "highest mean of 3 candidates (6; runner-up 4); the deadline passed before slow scored"
+    )
+    np.testing.assert_array_equal(made.values["slow"], [NAN] * 3)
+
+
+def test_at_a_deadline_a_gate_that_was_read_holds() -> None:
+    gates = {"compose": {"gates": {"safe": {"at_least": 0.5}}}}
+    made = late({"fast": [1.0, 3.0], "safe": [1.0, 0.0]}, gates, fast=1, slow=1, safe=0)
+    assert made.ranking == (0,)
+    assert list(made.dropped) == [1]
+
+
+@pytest.mark.parametrize(
+    "align",
+    [
+        {"compose": {"gates": {"slow": {"at_least": 0.5}}}},
+        {"compose": {"slow": {"shape": "rank"}}},
+    ],
+)
+def test_at_a_deadline_nothing_chooses_if_a_gate_or_a_shape_was_not_read(align: Any) -> None:
+    made = late({"fast": [1.0, 3.0]}, align, fast=1, slow=1)
+    assert made.ranking == (0, 1)
+    assert "the deadline passed before scoring" in made.reason
+
+
+def test_at_a_deadline_a_reward_of_weight_0_does_not_choose() -> None:
+    made = late({"shown": [1.0, 3.0]}, shown=0, slow=1)
+    assert made.ranking == (0, 1)
+    assert made.late
+
+
+def test_a_selection_is_partial_if_the_deadline_cut_any_score() -> None:
+    assert late({"fast": [1.0, 3.0]}, fast=1, slow=0).late
+    assert not late({"fast": [1.0, 3.0]}, fast=1).late

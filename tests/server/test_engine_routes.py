@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route as StarletteRoute
 
 from infer_align.config.config import Config, Limits, Server
 from infer_align.engines.fake import Fake, FakeEngine
@@ -215,3 +218,43 @@ def test_nothing_is_forwarded_before_the_engine_is_ready() -> None:
 def test_an_engine_without_an_application_keeps_our_404_and_405(numbers: Live) -> None:
     assert numbers.get("/anything").status_code == 404
     assert numbers.get("/v1/chat/completions").status_code == 405
+
+
+class Routed(Serving):
+    """The same with an application that has routes, as vLLM's has."""
+
+    def app(self) -> Any:
+        async def words(_: Any) -> JSONResponse:
+            return JSONResponse({"words": 2})
+
+        return Starlette(routes=[StarletteRoute("/words", words, methods=["POST", "PATCH"])])
+
+
+def test_a_wrong_method_is_answered_with_the_methods_of_the_path() -> None:
+    class Section(Fake):
+        def load(self) -> FakeEngine:
+            return Routed(self)
+
+    live = start(Config(engine=Section(), engine_kind="fake"))
+    allowed = {}
+    for method, path in (
+        ("GET", "/v1/chat/completions"),
+        ("POST", "/v1/models"),
+        ("DELETE", "/v1/models/fake"),
+        ("POST", "/ready"),
+        ("DELETE", "/words"),
+    ):
+        with live.http() as http:
+            answer = http.request(method, path)
+        assert answer.status_code == 405, path
+        assert answer.json()["error"]["code"] == "http_405"
+        allowed[path] = answer.headers["allow"]
+    assert allowed == {
+        "/v1/chat/completions": "POST",
+        "/v1/models": "GET, HEAD",
+        "/v1/models/fake": "GET, HEAD",
+        "/ready": "GET, HEAD",
+        "/words": "PATCH, POST",
+    }
+    assert live.get("/nothing").status_code == 404
+    end(live)

@@ -180,6 +180,29 @@ def test_a_deadline_during_scoring_returns_the_candidates(serve: Any) -> None:
     assert live.idle()
 
 
+@pytest.mark.usefixtures("hold")
+@pytest.mark.parametrize("weight", [0, 1])
+def test_at_a_deadline_the_rewards_that_have_scored_choose(serve: Any, weight: float) -> None:
+    replies = [f'{{text = "candidate {number}"}}' for number in (2, 9, 4)]
+    live = serve(script(*replies, rewards=HANGING + NUMBER))
+    align = {
+        "best_of_n": {"n": 3},
+        "rewards": {"number": 1, "hanging": weight},
+        "compose": {"number": {"shape": "rank"}},
+        "budget": {"deadline_seconds": 1.0},
+    }
+    report = live.chat(align).json()["align"]
+    assert report["selected"] == 1
+    assert report["partial"]
+    assert report["dropped"] == 0
+    assert report["reason"].startswith("highest composed uwo of 3 candidates (1; runner-up 0.5)")
+    assert ("before hanging scored" in report["reason"]) == bool(weight)
+    for candidate in report["candidates"]:
+        assert candidate["scores"]["hanging"]["value"] is None
+        assert "no score within" in candidate["scores"]["hanging"]["note"]
+    assert live.idle()
+
+
 # --- deadlines ---
 
 # It takes minutes. A deadline leaves a part of it.

@@ -13,14 +13,10 @@ from infer_align.decoding.stream import (
     split_proportionally,
     token_count,
 )
-from infer_align.types import Body, Delta, Kind
+from infer_align.types import ANSWER_FIELDS, USAGE_DETAILS, Body, Delta, Kind
 from infer_align.upstream import UpstreamFailed
 from infer_align.upstream.client import CallCounter
 from infer_align.upstream.pool import Host
-
-# Fields of an answer that this server writes itself; the others are passed on.
-OWN_FIELDS = frozenset({"id", "object", "created", "model", "choices", "usage"})
-USAGE_DETAILS = ("prompt_tokens_details", "completion_tokens_details")
 
 
 class Batch:
@@ -212,7 +208,9 @@ def _index(choice: Any) -> int:
 
 def _other_fields(answer: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of an answer that are passed on."""
-    return {key: value for key, value in answer.items() if key not in OWN_FIELDS and is_json(value)}
+    return {
+        key: value for key, value in answer.items() if key not in ANSWER_FIELDS and is_json(value)
+    }
 
 
 def _raise_if_error(answer: Any) -> None:

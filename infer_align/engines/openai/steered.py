@@ -52,6 +52,7 @@ class _Answer:
         values: what the value LMs have read of it; None without vas.
         ids: its tokens, without the prompt.
         counter: the calls made for it.
+        ended: True once the end token is sampled.
         finished: True once its candidate is in the stream.
     """
 
@@ -61,7 +62,13 @@ class _Answer:
     values: AnswerValues | None
     ids: list[int] = field(default_factory=list)
     counter: CallCounter = field(default_factory=CallCounter)
+    ended: bool = False
     finished: bool = False
+
+    @property
+    def token_count(self) -> int:
+        """Return the number of sampled tokens. The end token is one of them, as everywhere."""
+        return len(self.ids) + self.ended
 
 
 class SteeredDrawing:
@@ -193,6 +200,7 @@ class SteeredDrawing:
         for _ in range(self._max_tokens):
             token = await self._next_token(answer)
             if token is None:
+                answer.ended = True
                 return "stop"
             answer.ids.append(token)
             piece = answer.text.push(token)
@@ -238,9 +246,9 @@ class SteeredDrawing:
         further = self._prompts[1:]
         counted = replace(
             candidate,
-            completion_tokens=len(answer.ids),
+            completion_tokens=answer.token_count,
             context_prompt_tokens=sum(len(prompt.ids) for prompt in further),
-            context_completion_tokens=len(further) * len(answer.ids),
+            context_completion_tokens=len(further) * answer.token_count,
             calls=answer.counter.calls,
         )
         self.stream.put(counted)

@@ -26,9 +26,8 @@ IGNORED = {
 # Fields that vLLM supports only without `align`, each with the reason.
 UNSUPPORTED = {
     "use_beam_search": "which searches where candidates are sampled",
-    "prompt_logprobs": "because its result stands outside the choices",
-    "kv_transfer_params": "because its result stands outside the choices",
-    "return_prompt_text": "because its result stands outside the choices",
+    "prompt_logprobs": "because vLLM would compute them again for every candidate",
+    "kv_transfer_params": "because they belong to one request of vLLM",
 }
 STREAM_FIELDS = {"stream": True, "stream_options": {"include_usage": True}}
 

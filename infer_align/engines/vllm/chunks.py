@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from infer_align.decoding.stream import ChoiceBuilder
-from infer_align.types import Kind
+from infer_align.types import ANSWER_FIELDS, Kind
 from infer_align.upstream.sse import EventParser, is_done
 from infer_align.vllm.interfaces import error_from_json
 
@@ -34,11 +34,13 @@ class StreamedChoice:
 
     Attributes:
         usage: vLLM's token counts, complete after the last chunk.
+        fields: what stands beside the choice, such as system_fingerprint.
     """
 
     def __init__(self, kind: Kind) -> None:
         self._builder = ChoiceBuilder(kind)
-        self.usage: Mapping[str, int] = {"prompt_tokens": 0, "completion_tokens": 0}
+        self.usage: Mapping[str, Any] = {"prompt_tokens": 0, "completion_tokens": 0}
+        self.fields: dict[str, Any] = {}
 
     def add(self, chunk: Mapping[str, Any]) -> dict[str, Any] | None:
         """Merge a chunk; return the delta for the client, or None if it adds nothing.
@@ -46,6 +48,9 @@ class StreamedChoice:
         The reasons why the choice ended are reported with the finished choice, not here.
         """
         self.usage = chunk.get("usage") or self.usage
+        for key, value in chunk.items():
+            if key not in ANSWER_FIELDS and value is not None:
+                self.fields[key] = value
         if not chunk.get("choices"):
             return None
         fields = {key: value for key, value in chunk["choices"][0].items() if value is not None}

@@ -19,8 +19,8 @@ from infer_align.engines.vllm.chunks import StreamedChoice, parse_chunks
 from infer_align.engines.vllm.estimates import EstimateFetcher
 from infer_align.engines.vllm.extra_args import EstimateRequest
 from infer_align.errors import AlignError, EngineFailed
-from infer_align.types import Candidate, Delta, Draw, Estimate
-from infer_align.vllm.interfaces import CandidateCall
+from infer_align.types import USAGE_DETAILS, Candidate, Delta, Draw, Estimate
+from infer_align.vllm.interfaces import CandidateCall, Completion
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -161,9 +161,10 @@ class RunningDraw:
             changes["seed"] = draw.seeds[index]
         request = request.model_copy(update=changes)
         if draw.deltas:
-            choice, usage = await self._stream_choice(index, request)
+            choice, usage, fields = await self._stream_choice(index, request)
         else:
-            choice, usage = await self._frontend.complete(draw.kind, request, self._calls[index])
+            completion = await self._frontend.complete(draw.kind, request, self._calls[index])
+            choice, usage, fields = completion
         if self._estimates:
             # Deliver the estimates before the end, so that the outcome of a comparison does not
             # depend on which of the two arrives first.
@@ -179,13 +180,12 @@ class RunningDraw:
                 usage["prompt_tokens"],
                 usage["completion_tokens"],
                 interrupted=interrupted,
+                response_fields={**fields, "usage": _details(usage, index)},
             )
         )
 
-    async def _stream_choice(
-        self, index: int, request: BaseModel
-    ) -> tuple[dict[str, Any], Mapping[str, int]]:
-        """Put the deltas of one candidate on the stream; return its choice and its usage."""
+    async def _stream_choice(self, index: int, request: BaseModel) -> Completion:
+        """Put the deltas of one candidate on the stream; return what it became."""
         kind = self._draw.kind
         events = await self._frontend.stream(kind, request, self._calls[index])
         streamed = StreamedChoice(kind)
@@ -193,4 +193,13 @@ class RunningDraw:
             delta = streamed.add(chunk)
             if delta is not None:
                 self.stream.put(Delta(index, delta))
-        return streamed.choice, streamed.usage
+        return Completion(streamed.choice, streamed.usage, streamed.fields)
+
+
+def _details(usage: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return the details of a candidate's token counts.
+
+    The candidates share their prompt, which counts once: so do its details.
+    """
+    names = {"completion_tokens_details"} if index else set(USAGE_DETAILS)
+    return {name: usage[name] for name in names if usage.get(name)}

@@ -68,7 +68,8 @@ class ChunkWriter:
     def ending(self, responses: Sequence[Response]) -> bytes:
         """Return the last chunks: selected candidates, finish reasons, report and usage."""
         returned = list(enumerate(returned_candidates(responses)))
-        extra: dict[str, Any] = {}
+        extra = dict(returned[0][1].response_fields)
+        extra.pop("usage", None)
         if has_report(self._request):
             extra["align"] = report_json(responses)
         events = []
@@ -77,7 +78,7 @@ class ChunkWriter:
                 events.append(self._candidate(index, candidate))
         for index, candidate in returned:
             is_last = index == len(returned) - 1
-            # The report stands in the last chunk of the stream.
+            # The report stands in the last chunk of the stream, as do the engine's other fields.
             chunk_extra = extra if is_last and not self._include_usage else {}
             events.append(self._role(index))
             events.append(self._chunk(self._final_choice(index, candidate), **chunk_extra))

@@ -30,6 +30,7 @@ max_num_seqs = 64
 block_size = 32
 kv_cache_memory_bytes = 67_108_864
 enable_auto_tool_choice = true
+enable_prompt_tokens_details = true
 tool_call_parser = "hermes"
 tool_strict_level = "parameter"
 reasoning_parser = "granite"

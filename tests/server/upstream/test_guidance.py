@@ -70,8 +70,11 @@ def test_the_answers_are_those_of_the_server_behind(
     front: Live, back: Live, scale: dict[str, float], question: str
 ) -> None:
     answer = ask(front, scale, question)
+    behind = ask(back, scale, question)
     assert align_of(answer)["methods"] == ["guidance"]
-    assert content(answer) == content(ask(back, scale, question))
+    assert content(answer) == content(behind)
+    for name in ("candidate_tokens", "context_tokens"):
+        assert align_of(answer)["usage"][name] == align_of(behind)["usage"][name]
 
 
 def test_the_cost_is_reported(front: Live) -> None:

@@ -30,8 +30,10 @@ def test_unknown_fields_are_returned(up: FakeUpstream, serve_upstream: Serve, al
 def test_fields_of_the_last_chunk_are_returned_in_a_stream(
     up: FakeUpstream, serve_upstream: Serve, align: Any
 ) -> None:
+    up.extra = {"system_fingerprint": "fp", "service_tier": "scale"}
     up.extra_choice = {"stop_reason": 7, "matched": {"rule": 1}}
     chunks = events_of(serve_upstream().chat(align, stream=True))
+    assert up.extra.items() <= chunks[-1].items()
     choices = [choice for chunk in chunks for choice in chunk["choices"]]
     (last,) = [choice for choice in choices if "stop_reason" in choice]
     assert (last["stop_reason"], last["matched"]) == (7, {"rule": 1})
