@@ -130,6 +130,24 @@ def test_every_listed_model_is_served(up: FakeUpstream, serve_upstream: Serve) -
     assert server.post({"model": "nobody", "messages": USER}).status_code == 404
 
 
+def test_a_preset_wins_over_a_listed_model_of_its_name(
+    up: FakeUpstream, serve_upstream: Serve
+) -> None:
+    # The upstream may be another server of this kind, with presets of its own.
+    up.models = [{"id": "up"}, {"id": "up@best"}, {"id": "up@other"}, {"id": ""}]
+    server = serve_upstream(extra="[presets.best]\nbest_of_n = {n = 2}\n")
+    models = server.get("/v1/models").json()["data"]
+    names = ["up", "up@best", "up@other", "up@best@best", "up@other@best"]
+    assert [model["id"] for model in models] == names
+    assert [model.get("root") for model in models] == [None, "up", None, "up@best", "up@other"]
+    answer = server.post({"model": "up@best", "messages": USER})
+    assert answer.json()["align"]["methods"] == ["best_of_n"]
+    assert (up.bodies[-1]["model"], up.bodies[-1]["n"]) == ("up", 2)
+    for name, sent in (("up@other", "up@other"), ("up@best@best", "up@best")):
+        assert server.post({"model": name, "messages": USER}).status_code == 200
+        assert up.bodies[-1]["model"] == sent
+
+
 def test_a_model_is_served_under_another_name(up: FakeUpstream, serve_upstream: Serve) -> None:
     server = serve_upstream('model = "up"', '[server]\nserved_name = "mine"\n')
     assert [model["id"] for model in server.get("/v1/models").json()["data"]] == ["mine"]
