@@ -105,6 +105,26 @@ def test_tool_calls_of_the_selected_candidate_are_returned(
     assert choices[-1]["finish_reason"] == "tool_calls"
 
 
+def speaks(_: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Answer with audio alone, as models that speak do; the second choice says the most."""
+    choices = []
+    for i, said in zip(range(body.get("n", 1)), ("yes", "yes it is", "no"), strict=False):
+        audio = {"id": f"a{i}", "data": "AAAA", "expires_at": 1, "transcript": said}
+        message = {"role": "assistant", "content": None, "audio": audio}
+        choices.append({"index": i, "message": message, "finish_reason": "stop"})
+    return {"choices": choices}
+
+
+def test_rewards_read_what_an_answer_of_audio_says(up: FakeUpstream, serve_upstream: Serve) -> None:
+    up.answer = speaks
+    server = serve_upstream(extra='[rewards.long]\nkind = "rules"\nwords_weight = 1.0\n')
+    align = {**BEST_OF_3, "rewards": {"long": 1}}
+    body = server.chat(align, modalities=["text", "audio"]).json()
+    assert [candidate["objective"] for candidate in body["align"]["candidates"]] == [1, 3, 1]
+    message = body["choices"][0]["message"]
+    assert (message["content"], message["audio"]["transcript"]) == (None, "yes it is")
+
+
 def test_text_completions_are_forwarded(up: FakeUpstream, serve_upstream: Serve) -> None:
     server = serve_upstream()
     answer = server.post({"prompt": "say"}, "/v1/completions").json()
