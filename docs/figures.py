@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 
 import effects
 import language
@@ -105,6 +106,31 @@ def telemetry_cost() -> str:
     return result_table("telemetry", columns)
 
 
+def gpu_expected(*, in_vllm: bool) -> str:
+    """Return the computed range of each target on a GPU: of the kernels, or in vLLM."""
+
+    def expected(row: Row) -> str:
+        digits = 3 if row["unit"] == "x plain" else 1
+        if row["unit"] in {"us", "launches"}:
+            digits = 0
+        return f"{row['low']:.{digits}f} to {row['high']:.{digits}f} {row['unit']}"
+
+    def judged(row: Row) -> str:
+        return f"**{row['verdict']}**" if row["verdict"] == "missed" else str(row["verdict"])
+
+    columns: Columns = [
+        ("target", text("what")),
+        ("floor, us", number("floor_us", 1)),
+        ("computed", expected),
+        ("aim", text("target")),
+        ("verdict", judged),
+        ("what decides", text("bound")),
+    ]
+    if in_vllm:
+        del columns[1]
+    return result_table("gpu_expected", columns, lambda row: (row["unit"] == "x plain") == in_vllm)
+
+
 def results() -> str:
     """Return every recorded result with its baseline, commit, seed and machine."""
     rows = []
@@ -177,6 +203,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "small-model": ratios("small_model"),
     "forward-forms": forward_forms,
     "gateways": gateways,
+    "gpu-kernels": partial(gpu_expected, in_vllm=False),
+    "gpu-vllm": partial(gpu_expected, in_vllm=True),
     "scenarios": scenarios,
     "threads": ratios("threads"),
     "telemetry-cost": telemetry_cost,

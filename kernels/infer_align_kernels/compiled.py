@@ -246,9 +246,9 @@ def _value_reweight_launch(
 
 def _head_launches() -> list[Launch]:
     made = []
-    for tiles, float_type in (
-        (value_reweight.HEAD, "*bf16"),
-        (value_reweight.HEAD_FLOAT32, "*fp32"),
+    for tiles, dense_tiles, float_type in (
+        (value_reweight.HEAD, value_reweight.HEAD, "*bf16"),
+        (value_reweight.HEAD_FLOAT32, value_reweight.DENSE_FLOAT32, "*fp32"),
     ):
         constants = {
             "TOKENS": tiles.tokens,
@@ -269,7 +269,7 @@ def _head_launches() -> list[Launch]:
             {**constants, "TILES": 2048},
             float_type=float_type,
         )
-        made += [tile, pick, _add_head_launch(tiles, float_type)]
+        made += [tile, pick, _add_head_launch(dense_tiles, float_type)]
     return made
 
 

@@ -8,7 +8,7 @@ The second has one small program per row, which merges them and draws the token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,9 @@ class Tiles:
 
 HEAD = Tiles(tokens=128, rows=64, rank=128, num_warps=8)
 HEAD_FLOAT32 = Tiles(tokens=64, rows=64, rank=16, num_warps=4)
+# `add_head_values` loads two steps ahead: with two stages, each step would wait for its own load.
+# The kernel that draws has no registers left for that on sm_80.
+DENSE_FLOAT32 = replace(HEAD_FLOAT32, num_stages=4)
 PICK = Tiles(tokens=128, num_warps=8)
 CANDIDATES = Tiles(tokens=4096, num_warps=4)
 APPLY = Tiles(tokens=2048, num_warps=8)
@@ -245,7 +248,7 @@ def add_head_values(
     _check_strides(logits)
     if rows == 0:
         return logits
-    tiles = head_tiles(weight.dtype)
+    tiles = DENSE_FLOAT32 if weight.dtype == torch.float32 else HEAD
     weight = weight.contiguous()
     grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(vocabulary, tiles.tokens))
     head_kernels.value_reweight_add_head_kernel[grid](
@@ -281,7 +284,7 @@ def _allocate_statistics(rows: int, vocabulary: int, device: torch.device) -> to
 
 
 def head_tiles(dtype: torch.dtype) -> Tiles:
-    """Return the tiles for a head of this dtype."""
+    """Return the tiles of a draw by a head of this dtype."""
     return HEAD_FLOAT32 if dtype == torch.float32 else HEAD
 
 
