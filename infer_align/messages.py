@@ -124,7 +124,7 @@ def message_text(message: Message, read: Callable[[object], str] = text_of) -> s
         message: an OpenAI message, of a request or of an answer.
         read: turns the content of the message into text.
     """
-    text = read(message.get("content")) or _said_otherwise(message)
+    text = read(message.get("content")) or _text_without_content(message)
     lines = [text] if text else []
     for call in _calls(message):
         lines.append(_call_text(call))
@@ -246,20 +246,20 @@ def _turn(message: Message) -> dict[str, Any]:
 def _content(message: Message) -> str | list[Any]:
     content = message.get("content")
     if not isinstance(content, list):
-        return text_of(content) or _said_otherwise(message)
+        return text_of(content) or _text_without_content(message)
     if any(part_text(part) is None for part in content):
         return [part for part in content if part_text(part) != ""]
     return text_of(content)
 
 
-def _said_otherwise(message: Message) -> str:
+def _text_without_content(message: Message) -> str:
     """Return the text of a message without content: its refusal, or the transcript of its audio."""
     refusal = message.get("refusal")
     if isinstance(refusal, str) and refusal:
         return refusal
     audio = message.get("audio")
-    said = audio.get("transcript") if isinstance(audio, Mapping) else None
-    return said if isinstance(said, str) else ""
+    text = audio.get("transcript") if isinstance(audio, Mapping) else None
+    return text if isinstance(text, str) else ""
 
 
 def _calls(message: Message) -> list[Mapping[str, Any]]:
