@@ -75,6 +75,11 @@ def assistant(text: str) -> dict[str, Any]:
             "chosen": "Mice.",
             "rejected": "Hay.",
         },
+        # HH-RLHF with the line ends of Windows.
+        {
+            "chosen": "\r\n\r\nHuman: What do owls eat?\r\n\r\nAssistant: Mice.",
+            "rejected": "\n\nHuman: What do owls eat?\r\n\r\nAssistant: Hay.\r\n",
+        },
     ],
 )
 def test_every_form_of_a_pair_reads_alike(file: Path, record: dict[str, Any]) -> None:

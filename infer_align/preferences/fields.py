@@ -24,7 +24,7 @@ RATINGS = ("rating", "gold", "score")
 # Larger ratings are refused, because their differences and squares would not be finite.
 LARGEST_RATING = 1e100
 # The turns of a dialogue in the text of HH-RLHF.
-DIALOGUE_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ \t]?")
+DIALOGUE_TURN = re.compile(r"(?:^|(?:^|\r?\n)\r?\n)(Human|Assistant):[ \t]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 

@@ -115,8 +115,19 @@ def test_pairs_of_one_prompt_are_one_observation() -> None:
     assert apart is not None
     assert together is not None
     assert apart.error == pytest.approx(math.sqrt(1 / 12))
+    assert apart.error is not None
+    assert together.error is not None
     assert together.error > apart.error
     assert accuracy([], []) is None
+
+
+def test_one_prompt_shows_no_error(live: Any, tmp_path: Path, capsys: Any) -> None:
+    _, report = measured(live, tmp_path, [pair("q"), pair("q", "good", "odd one")])
+    assert report["accuracy"]["scores"]["error"] is None
+    assert "±" not in capsys.readouterr().out
+    share = accuracy([1.0] * 30, ["q"] * 30)
+    assert share is not None
+    assert share.verdict == "no better than chance"
 
 
 @pytest.mark.parametrize(

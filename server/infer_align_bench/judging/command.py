@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     report = _report(options, judged, failures, problems)
     _print_report(accuracies(judged), report)
     if options.json:
-        text = json.dumps(report, indent=1, default=str) + "\n"
+        text = json.dumps(report, indent=1, default=str, allow_nan=False) + "\n"
         options.json.write_text(text, encoding="utf-8")
     return 1 if failures else 0
 
@@ -138,7 +138,9 @@ def _print_report(shares: dict[str, Accuracy | None], report: dict[str, Any]) ->
     table = Table("preferred by", "right", "ties", "pairs", "", box=None, header_style="dim")
     for name, share in shares.items():
         if share is not None:
-            right = f"{share.value:.3f} ± {share.error:.3f}"
+            right = f"{share.value:.3f}"
+            if share.error is not None:
+                right += f" ± {share.error:.3f}"
             verdict = "" if name == "the longer answer" else share.verdict
             table.add_row(name, right, f"{share.ties:.2f}", str(share.pairs), verdict)
     OUT.print(table)

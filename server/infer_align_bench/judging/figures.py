@@ -66,13 +66,15 @@ class Accuracy:
     """A share of right pairs with its standard error over prompts."""
 
     value: float
-    error: float
+    error: float | None  # None with one prompt, which shows no error
     pairs: int
     ties: float  # share of ties, each of which counts half
 
     @property
     def verdict(self) -> str:
         """Return the sentence that a reader needs."""
+        if self.error is None:
+            return "no better than chance"
         lead = self.value - 0.5
         # Few pairs that are all right or all wrong have no spread. Guessing has this one.
         error = max(self.error, 0.5 / math.sqrt(self.pairs))
@@ -86,8 +88,8 @@ class Accuracy:
 def accuracy(points: Sequence[float], prompts: Sequence[str]) -> Accuracy | None:
     """Return the mean of points (1, 0.5 or 0 per pair); None without points.
 
-    The standard error treats all pairs of one prompt as one observation. With one prompt it is
-    infinite.
+    The standard error treats all pairs of one prompt as one observation. With one prompt there is
+    none.
     """
     if not points:
         return None
@@ -96,7 +98,7 @@ def accuracy(points: Sequence[float], prompts: Sequence[str]) -> Accuracy | None
     for prompt, point in zip(prompts, points, strict=True):
         sums[prompt] = sums.get(prompt, 0.0) + point - mean
     clusters = len(sums)
-    error = math.inf
+    error = None
     if clusters > 1:
         squares = sum(total**2 for total in sums.values())
         error = math.sqrt(squares * clusters / (clusters - 1)) / len(points)
