@@ -6,6 +6,7 @@ import json
 import threading
 from typing import Any
 
+import jsonschema
 import pytest
 
 from tests.engines.openai.upstream import JSON, SSE, FakeUpstream, body_part, start
@@ -103,6 +104,29 @@ def test_tool_calls_of_the_selected_candidate_are_returned(
     (calls,) = [delta["tool_calls"] for delta in deltas if delta.get("tool_calls")]
     assert calls == [{"index": 0, **TOOL_CALL}]
     assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+def answers_briefly(_: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Answer with what some servers leave out: logprobs, and the content beside a tool call."""
+    message = {"role": "assistant", "tool_calls": [TOOL_CALL]}
+    choices = []
+    for i in range(body.get("n", 1)):
+        choices.append({"index": i, "message": message, "finish_reason": "tool_calls"})
+    return {"choices": choices}
+
+
+def test_the_document_of_the_api_fits_an_answer_that_leaves_fields_out(
+    up: FakeUpstream, serve_upstream: Serve
+) -> None:
+    up.answer = answers_briefly
+    server = serve_upstream(extra='[rewards.long]\nkind = "rules"\nwords_weight = 1.0\n')
+    answer = server.chat({**BEST_OF_3, "rewards": {"long": 1}}, tools=FIELDS["tools"]).json()
+    assert answer["choices"][0]["message"] == answers_briefly("", {})["choices"][0]["message"]
+    document = server.get("/openapi.json").json()
+    operation = document["paths"]["/v1/chat/completions"]["post"]
+    schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    root = {**schema, "components": document["components"]}
+    jsonschema.Draft202012Validator(root).validate(answer)
 
 
 def speaks(_: str, body: dict[str, Any]) -> dict[str, Any]:
