@@ -117,15 +117,14 @@ def with_instruction(
 def message_text(message: Message, read: Callable[[object], str] = text_of) -> str:
     """Return everything that a message says as plain text: its content, then its tool calls.
 
-    A message without content has the text of its refusal. Each call is a line of its own, such as
-    `get_weather({"city": "Paris"})`.
+    A message without content has the text of its refusal, or what its audio says. Each call is a
+    line of its own, such as `get_weather({"city": "Paris"})`.
 
     Args:
         message: an OpenAI message, of a request or of an answer.
         read: turns the content of the message into text.
     """
-    refusal = message.get("refusal")
-    text = read(message.get("content")) or (refusal if isinstance(refusal, str) else "")
+    text = read(message.get("content")) or _text_without_content(message)
     lines = [text] if text else []
     for call in _calls(message):
         lines.append(_call_text(call))
@@ -151,6 +150,7 @@ def normalize(messages: Sequence[Message], *, developer: bool = False) -> Conver
     * Fields that are null are absent, and null content is "". Empty `tool_calls` are absent.
     * Text and refusal parts are joined; thinking parts are left out. If there are parts of another
       type, such as images, the parts stay a list.
+    * The transcript of audio is the content of a message without one.
     * The arguments of a tool call are an object. Text that is no JSON object becomes {}.
     * `function_call` and the role `function` become a tool call and the role `tool`.
     * The call of a custom tool becomes the call of a function with the argument `input`.
@@ -235,6 +235,7 @@ def _turn(message: Message) -> dict[str, Any]:
     turn.pop("tool_calls", None)
     turn.pop("function_call", None)
     turn.pop("refusal", None)
+    turn.pop("audio", None)
     if calls:
         turn["tool_calls"] = [_call(call) for call in calls]
     if turn.get("role") == "function":
@@ -245,11 +246,20 @@ def _turn(message: Message) -> dict[str, Any]:
 def _content(message: Message) -> str | list[Any]:
     content = message.get("content")
     if not isinstance(content, list):
-        refusal = message.get("refusal")
-        return text_of(content) or text_of(refusal)
+        return text_of(content) or _text_without_content(message)
     if any(part_text(part) is None for part in content):
         return [part for part in content if part_text(part) != ""]
     return text_of(content)
+
+
+def _text_without_content(message: Message) -> str:
+    """Return the text of a message without content: its refusal, or the transcript of its audio."""
+    refusal = message.get("refusal")
+    if isinstance(refusal, str) and refusal:
+        return refusal
+    audio = message.get("audio")
+    text = audio.get("transcript") if isinstance(audio, Mapping) else None
+    return text if isinstance(text, str) else ""
 
 
 def _calls(message: Message) -> list[Mapping[str, Any]]:

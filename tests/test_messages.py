@@ -16,6 +16,8 @@ from infer_align.messages import (
     text_with_placeholders,
     transcript,
 )
+from infer_align.rewards._conversation import turns
+from infer_align.types import Candidate
 
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 PARTS = [{"type": "text", "text": "Look: "}, IMAGE, {"type": "text", "text": "nice"}]
@@ -74,6 +76,11 @@ def test_a_placeholder_stands_for_a_part_that_is_not_text(content: object, text:
         ({"content": "yes"}, "yes"),
         ({"content": None, "refusal": "I cannot."}, "I cannot."),
         ({"content": "yes", "refusal": None, "tool_calls": None}, "yes"),
+        ({"content": None, "audio": {"data": "AA", "transcript": "It is late."}}, "It is late."),
+        ({"content": "read", "audio": {"transcript": "said"}}, "read"),
+        ({"content": "", "refusal": "No.", "audio": {"transcript": "said"}}, "No."),
+        ({"content": None, "audio": {"id": "earlier"}}, ""),
+        ({"content": None, "audio": {"transcript": 5}}, ""),
         (calling(call()), 'weather({"city": "Paris"})'),
         (calling(call(arguments={"city": "Köln"})), 'weather({"city": "Köln"})'),
         (calling(call(arguments="")), "weather()"),
@@ -124,6 +131,14 @@ def test_null_fields_are_absent_and_null_content_is_empty() -> None:
 def test_a_refusal_is_the_content_of_a_message_without_one() -> None:
     refused = {"role": "assistant", "content": None, "refusal": "I cannot."}
     assert normalize([refused]) == [{"role": "assistant", "content": "I cannot."}]
+
+
+def test_the_transcript_of_audio_is_the_content_of_a_message_without_one() -> None:
+    said = {"role": "assistant", "content": None, "audio": {"data": "AA", "transcript": "Late."}}
+    assert normalize([said]) == [{"role": "assistant", "content": "Late."}]
+    assert normalize([{**said, "content": "read"}]) == [{"role": "assistant", "content": "read"}]
+    answer = Candidate(0, {"message": said})
+    assert turns([QUESTION], answer)[-1] == {"role": "assistant", "content": "Late."}
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,10 @@ SEVERAL_VALUES = 0.96
 TRITON_LAUNCH = Range(15.0, 40.0)
 TORCH_CALL = Range(2.0, 8.0)
 OWN_PYTHON = Range(10.0, 30.0)
-# Calls of torch in a steering step, counted in a run: memory, cast, product, views of tensors.
+# Calls of torch in a steering step, which a test counts: memory, cast, product, views of tensors.
 STEERING_CALLS = 12
 STEERING_LAUNCHES = 2
-# Calls of torch of one layer of the value LM, without views, counted in a run; and the calls that
+# Calls of torch of one layer of the value LM, without views, as a test counts; and the calls that
 # keep the chosen sibling in a layer.
 LAYER_CALLS = 43
 KEEPING_CALLS = 7

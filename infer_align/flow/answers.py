@@ -1,4 +1,4 @@
-"""Turn a candidate into the answer that rewards and rules read: what the model says, all of it.
+"""Say which candidates are answers, and what of them rewards and rules read.
 
 A client may write the beginning of an answer; every candidate continues it. A client may also ask
 for its own text before each answer, with `echo`. Neither may change which candidate is best.
@@ -6,13 +6,27 @@ for its own text before each answer, with `echo`. Neither may change which candi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from infer_align.flow.plan import Plan
 from infer_align.messages import message_text, text_of
 from infer_align.types import Candidate
+
+
+def in_play(plan: Plan, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates that can be compared.
+
+    A deadline may cut a candidate before its first word. It is compared only if all are like that:
+    otherwise a reward for short answers would choose it.
+    """
+    eligible = [candidate for candidate in candidates if candidate.eligible]
+    answers: list[Candidate] = []
+    for candidate in eligible:
+        if not candidate.interrupted or without_echo(plan, candidate).text.strip():
+            answers.append(candidate)
+    return answers or eligible
 
 
 def whole_answer(plan: Plan, candidate: Candidate) -> Candidate:

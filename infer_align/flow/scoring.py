@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from infer_align.errors import AlignError, DeadlineExceeded
-from infer_align.flow.answers import whole_answer
+from infer_align.flow.answers import in_play, whole_answer
 from infer_align.flow.plan import Plan
 from infer_align.flow.scorers import Scorer
 from infer_align.objectives import project
@@ -67,14 +67,14 @@ class Scoring:
                 self._running.setdefault(name, {})[candidate.index] = task
 
     async def score(self, candidates: Sequence[Candidate]) -> Scores:
-        """Score every eligible candidate. A score that fails or comes too late is NaN.
+        """Score every candidate that can be compared. A score that fails or comes too late is NaN.
 
         Args:
             candidates: numbered from 0; those of the call before come first.
         """
         if not self._rewards:
             return Scores()
-        eligible = [candidate for candidate in candidates if candidate.eligible]
+        eligible = in_play(self._plan, candidates)
         pending = [self._score_all(name, eligible) for name in self._rewards]
         self._results = dict(zip(self._rewards, await asyncio.gather(*pending), strict=True))
         scores = _combine(self._plan, self._results, eligible, len(candidates))

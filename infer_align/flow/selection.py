@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer_align.errors import DeadlineExceeded, RewardFailed
-from infer_align.flow.answers import without_echo
+from infer_align.flow.answers import in_play, without_echo
 from infer_align.flow.plan import Plan
 from infer_align.flow.rules import Highest
 from infer_align.flow.scorers import Scorer
@@ -106,15 +106,17 @@ def _incompleteness(candidate: Candidate) -> tuple[bool, bool]:
 def rank_candidates(plan: Plan, candidates: Sequence[Candidate], scores: Scores) -> Selection:
     """Rank the candidates: compose their scores, sum them, drop by gates, and apply the rule.
 
-    Without scorers they keep the order of drawing. A candidate that failed, that was rejected while
-    it ran, or that a scorer with weight could not score, is dropped: a missing score is never a 0.
-    So is one that misses a gate, unless all do: then the one that misses by the least wins.
+    Without scorers they keep the order of drawing. A candidate is dropped if it failed, was
+    rejected while it ran, was cut before its first word, or lacks a score with a weight: a missing
+    score is never a 0. So is one that misses a gate, unless all do: then the one that misses by the
+    least wins.
     """
     dropped = _ineligible(candidates)
     values = _reduced(plan, scores)
     rule_compares = bool(values) or (plan.selects and not plan.rule.needs_scores)
     if not rule_compares:
         return _in_order_of_drawing(plan, candidates, dropped)
+    dropped |= _without_a_word(plan, candidates)
     composed = values if plan.composition is None else plan.composition.compose(values)
     shortfalls = _shortfalls(plan, values, len(candidates))
     objective = _weighted_sum(plan, composed, len(candidates))
@@ -164,6 +166,16 @@ def _ineligible(candidates: Sequence[Candidate]) -> dict[int, str]:
     for candidate in candidates:
         if not candidate.eligible:
             reasons[candidate.index] = candidate.rejected or f"failed: {candidate.error}"
+    return reasons
+
+
+def _without_a_word(plan: Plan, candidates: Sequence[Candidate]) -> dict[int, str]:
+    """Return {index: reason} of the candidates that were cut before they said anything."""
+    playing = {candidate.index for candidate in in_play(plan, candidates)}
+    reasons = {}
+    for candidate in candidates:
+        if candidate.eligible and candidate.index not in playing:
+            reasons[candidate.index] = "cut by the deadline before its first word"
     return reasons
 
 

@@ -88,7 +88,9 @@ def expected_best(proxy: ArrayLike, gold: ArrayLike, n: int) -> float:
     ranks = np.argsort(np.argsort(selector, kind="stable"))
     weights = np.bincount(group, weights=_subset_weights(len(selector), n)[ranks])
     mean_gold = np.bincount(group, weights=judge) / sizes
-    return float(weights @ mean_gold)
+    # Candidates that no subset selects may have an infinite gold score.
+    used = weights > 0
+    return float(weights[used] @ mean_gold[used])
 
 
 def kl_upper_bound(n: int) -> float:

@@ -149,7 +149,8 @@ def reweight(
         [B, V] float64.
 
     Raises:
-        ValueError: the shapes do not fit together, or the tail is unknown.
+        ValueError: the shapes do not fit together, a token is outside of the vocabulary, or the
+            tail is unknown.
     """
     out = np.array(logits, dtype=np.float64)
     ids = np.asarray(token_ids)
@@ -163,6 +164,12 @@ def reweight(
     if tail not in get_args(Tail):
         raise ValueError(f"tail: {tail!r} is not allowed; must be 'keep' or 'mask'.")
     weights = np.broadcast_to(np.asarray(beta, dtype=np.float64), (len(out), len(v)))  # [B, M]
+    if not ids.size:
+        return out
+    if ids.min() < 0 or ids.max() >= out.shape[1]:
+        raise ValueError(
+            f"token_ids: {ids.min()} to {ids.max()}; must be from 0 to {out.shape[1] - 1}."
+        )
     for row in np.flatnonzero(weights.any(axis=1)):
         used = np.flatnonzero(weights[row])
         centred = v[used, row] - v[used, row].mean(axis=1, keepdims=True)

@@ -11,7 +11,7 @@ from infer_align.messages import Conversation, normalize, part_text
 from infer_align.types import Candidate, Messages
 
 # The fields of a candidate's message that rewards read. Its reasoning is not one of them.
-_ANSWER_FIELDS = ("content", "refusal", "tool_calls", "function_call")
+_ANSWER_FIELDS = ("content", "refusal", "audio", "tool_calls", "function_call")
 
 
 def turns(messages: Messages, candidate: Candidate) -> Conversation:

@@ -29,9 +29,9 @@ def model(service: Service, name: str) -> dict[str, Any]:
         "created": CREATED,
         "owned_by": "infer-align",
     }
-    if name not in service.names:
-        root, _, preset = name.rpartition("@")
-        entry["root"] = root
+    parts = service.split_preset(name)
+    if parts is not None:
+        entry["root"], preset = parts
         entry["align"] = service.config.presets[preset]
         entry["body"] = service.config.preset_bodies.get(preset, {})
     return entry

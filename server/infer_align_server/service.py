@@ -265,7 +265,17 @@ class Service:
         """Return the name of each model, then of each model with each preset."""
         names = list(self.names)
         pairs = itertools.product(names, self.config.presets)
-        return names + [f"{name}@{preset}" for name, preset in pairs]
+        return list(dict.fromkeys([*names, *(f"{name}@{preset}" for name, preset in pairs)]))
+
+    def split_preset(self, name: str) -> tuple[str, str] | None:
+        """Return the model and the preset of a name such as "demo@careful"; None for a model.
+
+        A preset wins over a model of the same name, which another server of this kind may list.
+        """
+        model, separator, preset = name.rpartition("@")
+        if separator and preset in self.config.presets and model in self.names:
+            return model, preset
+        return None
 
     def resolve_model(self, name: object) -> ModelChoice:
         """Return the model and the preset that the `model` field of a request names.
@@ -288,11 +298,11 @@ class Service:
                 f"model: {quote(name)} is not allowed; must be a string.", param="model"
             )
         names = self.names
+        parts = self.split_preset(name)
+        if parts is not None:
+            return ModelChoice(name, names[parts[0]], parts[1])
         if name in names:
             return ModelChoice(name, names[name])
-        base, separator, preset = name.rpartition("@")
-        if separator and base in names and preset in self.config.presets:
-            return ModelChoice(name, names[base], preset)
         raise UnknownModel(
             f"model: {quote(name)} does not exist; {nearest(name, self.models())}", param="model"
         )

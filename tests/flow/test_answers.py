@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from infer_align.flow.answers import whole_answer, without_echo
+from infer_align.flow.answers import in_play, whole_answer, without_echo
 from infer_align.flow.request import Request
 from infer_align.types import Candidate, Kind
 from tests.flow.builders import plan
@@ -58,3 +58,27 @@ def test_an_echoed_beginning_counts_once() -> None:
     made = plan(begun_answer="The owl", request=Request({**body, "echo": True}))
     made = replace(made, messages=[QUESTION])
     assert without_echo(made, Candidate(0, echoed)).text == " eats"
+
+
+def said(index: int, text: str, **fields: Any) -> Candidate:
+    return Candidate(index, {"message": {"role": "assistant", "content": text}}, **fields)
+
+
+def test_a_candidate_that_was_cut_before_its_first_word_is_not_compared() -> None:
+    candidates = [
+        said(0, "", interrupted=True),
+        said(1, " \n", completion_tokens=2, interrupted=True),
+        said(2, "The", completion_tokens=1, interrupted=True),
+        said(3, "", completion_tokens=1),
+        said(4, "The owl", error="broken"),
+    ]
+    assert [each.index for each in in_play(plan(), candidates)] == [2, 3]
+    assert [each.index for each in in_play(plan(), candidates[:2])] == [0, 1]
+
+
+def test_an_echo_alone_is_no_answer() -> None:
+    made = plan(request=Request({"prompt": "The owl", "echo": True}, kind="completion"))
+    made = replace(made, messages=[{"role": "user", "content": "The owl"}])
+    cut = Candidate(0, {"text": "The owl"}, interrupted=True)
+    begun = Candidate(1, {"text": "The owl eats"}, interrupted=True)
+    assert in_play(made, [cut, begun]) == [begun]

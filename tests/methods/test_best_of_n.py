@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,20 @@ def test_equals_the_mean_over_all_subsets(
 def test_bad_input_is_named(proxy: list[float], gold: list[float], n: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expected_best(proxy, gold, n)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "gold", "n", "best"),
+    [
+        ([1.0, 2.0, -math.inf], [1.0, 2.0, -math.inf], 2, 5 / 3),
+        ([0.0, 1.0, 2.0], [math.inf, 1.0, 2.0], 2, 5 / 3),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, math.inf], 2, math.inf),
+    ],
+)
+def test_an_infinite_score_counts_only_if_a_subset_selects_it(
+    proxy: list[float], gold: list[float], n: int, best: float
+) -> None:
+    assert expected_best(proxy, gold, n) == pytest.approx(best, rel=1e-12)
 
 
 def test_kl_of_no_draws_is_refused() -> None:

@@ -77,7 +77,7 @@ def test_a_direction_has_no_length(direction: dict[str, float], factor: float) -
     assert all(abs(weight) <= 100 for weight in prompt_weights(direction).values())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, True, "1", None, 10**400])
 def test_what_is_no_number_is_refused_by_name(value: Any) -> None:
     with pytest.raises(ValueError, match=r"direction\.b"):
         unit({"a": 1.0, "b": value})

@@ -133,6 +133,18 @@ def test_shapes_are_checked() -> None:
         lambda_returns([[1.0]], [[1.0, 2.0]], 1.0, 1.0)
 
 
+@pytest.mark.parametrize("token", [-1, 2])
+def test_a_token_outside_of_the_vocabulary_is_refused(token: int) -> None:
+    with pytest.raises(ValueError, match=r"token_ids: .* must be from 0 to 1"):
+        reweight([[1.0, 2.0]], [[0, token]], [[[1.0, 2.0]]], [1.0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_candidates_change_nothing() -> None:
+    steered = reweight([[1.0, 2.0]], np.zeros((1, 0), int), np.zeros((1, 1, 0)), [1.0])
+    np.testing.assert_array_equal(steered, [[1.0, 2.0]])
+
+
 @pytest.mark.parametrize(
     ("params", "param"),
     [

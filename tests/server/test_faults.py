@@ -180,6 +180,32 @@ def test_a_deadline_during_scoring_returns_the_candidates(serve: Any) -> None:
     assert live.idle()
 
 
+@pytest.mark.parametrize("select", [{}, {"select": {"rule": "shortest", "within": 99}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_at_a_deadline_an_answer_without_a_word_does_not_win(
+    serve: Any, select: Any, stream: bool
+) -> None:
+    brief = '[rewards.brief]\nkind = "rules"\nwords_weight = -1.0\n'
+    silent = f'{{text = "one", first_token_seconds = {FOREVER}}}'
+    live = serve(
+        script('{text = "three words here"}', silent, '{text = "two words"}', rewards=brief)
+    )
+    align = {"best_of_n": {"n": 3}, "budget": {"deadline_seconds": 1.0}, **select}
+    answer = live.chat(align, stream=stream, n=3)
+    assert answer.status_code == 200, answer.text
+    if stream:
+        assert '"content":"two words"' in answer.text
+        return
+    body = answer.json()
+    texts = [choice["message"]["content"] for choice in body["choices"]]
+    assert texts == ["two words", "three words here"]
+    assert body["align"]["partial"]
+    assert body["align"]["dropped"] == 1
+    cut = body["align"]["candidates"][1]
+    assert cut["error"] == "cut by the deadline before its first word"
+    assert cut["scores"]["brief"]["value"] is None
+
+
 @pytest.mark.usefixtures("hold")
 @pytest.mark.parametrize("weight", [0, 1])
 def test_at_a_deadline_the_rewards_that_have_scored_choose(serve: Any, weight: float) -> None:

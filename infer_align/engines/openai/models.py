@@ -147,8 +147,9 @@ def parse_models(answer: Any) -> dict[str, int | None]:
     entries = answer.get("data") if isinstance(answer, dict) else None
     models = {}
     for entry in entries or ():
-        if isinstance(entry, dict) and isinstance(entry.get("id"), str):
-            models[entry["id"]] = _context_length(entry)
+        name = entry.get("id") if isinstance(entry, dict) else None
+        if name and isinstance(name, str):
+            models[name] = _context_length(entry)
     return models
 
 

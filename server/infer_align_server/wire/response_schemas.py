@@ -64,15 +64,15 @@ def _with_optional(optional: Schema, **properties: Schema) -> Schema:
 
 
 def _choice(**content: Schema) -> Schema:
-    return opened(
-        index=COUNT,
-        **content,
-        finish_reason=nullable(STRING),
-        logprobs=nullable({"type": "object"}),
-    )
+    """Return the schema of a choice. Some upstreams leave out `logprobs`."""
+    choice = opened(index=COUNT, **content, finish_reason=nullable(STRING))
+    choice["properties"]["logprobs"] = nullable({"type": "object"})
+    return choice
 
 
-_MESSAGE = opened(role={"const": "assistant"}, content=nullable(STRING))
+# Some upstreams leave out the content of a message that calls a tool.
+_MESSAGE = opened(role={"const": "assistant"})
+_MESSAGE["properties"]["content"] = nullable(STRING)
 _CONFIDENCE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 _SCORE_FIELDS = {"index": COUNT, "objective": nullable(NUMBER), "scores": mapping(ref("Score"))}
 _CANDIDATE = closed(

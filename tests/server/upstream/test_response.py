@@ -6,6 +6,7 @@ import json
 import threading
 from typing import Any
 
+import jsonschema
 import pytest
 
 from tests.engines.openai.upstream import JSON, SSE, FakeUpstream, body_part, start
@@ -105,6 +106,49 @@ def test_tool_calls_of_the_selected_candidate_are_returned(
     assert choices[-1]["finish_reason"] == "tool_calls"
 
 
+def answers_briefly(_: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Answer with what some servers leave out: logprobs, and the content beside a tool call."""
+    message = {"role": "assistant", "tool_calls": [TOOL_CALL]}
+    choices = []
+    for i in range(body.get("n", 1)):
+        choices.append({"index": i, "message": message, "finish_reason": "tool_calls"})
+    return {"choices": choices}
+
+
+def test_the_document_of_the_api_fits_an_answer_that_leaves_fields_out(
+    up: FakeUpstream, serve_upstream: Serve
+) -> None:
+    up.answer = answers_briefly
+    server = serve_upstream(extra='[rewards.long]\nkind = "rules"\nwords_weight = 1.0\n')
+    answer = server.chat({**BEST_OF_3, "rewards": {"long": 1}}, tools=FIELDS["tools"]).json()
+    assert answer["choices"][0]["message"] == answers_briefly("", {})["choices"][0]["message"]
+    document = server.get("/openapi.json").json()
+    operation = document["paths"]["/v1/chat/completions"]["post"]
+    schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    root = {**schema, "components": document["components"]}
+    jsonschema.Draft202012Validator(root).validate(answer)
+
+
+def speaks(_: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Answer with audio alone, as models that speak do; the second choice says the most."""
+    choices = []
+    for i, said in zip(range(body.get("n", 1)), ("yes", "yes it is", "no"), strict=False):
+        audio = {"id": f"a{i}", "data": "AAAA", "expires_at": 1, "transcript": said}
+        message = {"role": "assistant", "content": None, "audio": audio}
+        choices.append({"index": i, "message": message, "finish_reason": "stop"})
+    return {"choices": choices}
+
+
+def test_rewards_read_what_an_answer_of_audio_says(up: FakeUpstream, serve_upstream: Serve) -> None:
+    up.answer = speaks
+    server = serve_upstream(extra='[rewards.long]\nkind = "rules"\nwords_weight = 1.0\n')
+    align = {**BEST_OF_3, "rewards": {"long": 1}}
+    body = server.chat(align, modalities=["text", "audio"]).json()
+    assert [candidate["objective"] for candidate in body["align"]["candidates"]] == [1, 3, 1]
+    message = body["choices"][0]["message"]
+    assert (message["content"], message["audio"]["transcript"]) == (None, "yes it is")
+
+
 def test_text_completions_are_forwarded(up: FakeUpstream, serve_upstream: Serve) -> None:
     server = serve_upstream()
     answer = server.post({"prompt": "say"}, "/v1/completions").json()
@@ -128,6 +172,24 @@ def test_every_listed_model_is_served(up: FakeUpstream, serve_upstream: Serve) -
     assert server.post({"messages": USER}).status_code == 200
     assert up.bodies[-1]["model"] == "up"
     assert server.post({"model": "nobody", "messages": USER}).status_code == 404
+
+
+def test_a_preset_wins_over_a_listed_model_of_its_name(
+    up: FakeUpstream, serve_upstream: Serve
+) -> None:
+    # The upstream may be another server of this kind, with presets of its own.
+    up.models = [{"id": "up"}, {"id": "up@best"}, {"id": "up@other"}, {"id": ""}]
+    server = serve_upstream(extra="[presets.best]\nbest_of_n = {n = 2}\n")
+    models = server.get("/v1/models").json()["data"]
+    names = ["up", "up@best", "up@other", "up@best@best", "up@other@best"]
+    assert [model["id"] for model in models] == names
+    assert [model.get("root") for model in models] == [None, "up", None, "up@best", "up@other"]
+    answer = server.post({"model": "up@best", "messages": USER})
+    assert answer.json()["align"]["methods"] == ["best_of_n"]
+    assert (up.bodies[-1]["model"], up.bodies[-1]["n"]) == ("up", 2)
+    for name, sent in (("up@other", "up@other"), ("up@best@best", "up@best")):
+        assert server.post({"model": name, "messages": USER}).status_code == 200
+        assert up.bodies[-1]["model"] == sent
 
 
 def test_a_model_is_served_under_another_name(up: FakeUpstream, serve_upstream: Serve) -> None:
