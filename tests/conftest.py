@@ -211,7 +211,7 @@ def gguf_model(
 ) -> Callable[..., Path]:
     """Write the tiny Llama of `language_model` as GGUF: `gguf_model(without="lm_head.weight")`."""
 
-    def write(**options: str) -> Path:
+    def write(**options: Any) -> Path:
         pytest.importorskip("gguf")
         from tests.gguf_files import write_gguf
 

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 
-def write_gguf(file: Path, folder: Path, architecture: str = "llama", without: str = "") -> None:
-    """Write the model of a folder to a GGUF file; a weight may be left out."""
+def write_gguf(
+    file: Path,
+    folder: Path,
+    architecture: str = "llama",
+    without: str = "",
+    *,
+    begins: bool | None = None,
+) -> None:
+    """Write the model of a folder to a GGUF file; a weight may be left out.
+
+    `begins` is what the file says about a token at the beginning of a text; None for nothing.
+    """
     from gguf import GGUFWriter
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +35,9 @@ def write_gguf(file: Path, folder: Path, architecture: str = "llama", without: s
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(config.vocab_size)
     _write_tokenizer(writer, AutoTokenizer.from_pretrained(folder))
+    if begins is not None:
+        writer.add_bos_token_id(1)
+        writer.add_add_bos_token(begins)
     state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for name, weight in state.items():
         if name != without:

@@ -25,6 +25,8 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 # A folder with one of these holds a model that transformers loads itself.
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Part of the name of each entry in the cache. Another number makes all entries again.
+FORM = 2
 # The image encoder of a multimodal model lies beside its GGUF file under a name like this.
 PROJECTOR = "mmproj"
 
@@ -107,7 +109,8 @@ def convert_gguf(file: Path, dtype: str, field: str, progress: Callable[[str], N
 
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    key = f"gguf/{file.stem}-{digest[:16]}-{dtype}-transformers-{transformers.__version__}"
+    version = f"{transformers.__version__}-{FORM}"
+    key = f"gguf/{file.stem}-{digest[:16]}-{dtype}-transformers-{version}"
     try:
         return cached_folder(key, make)
     except (OSError, RuntimeError) as error:
@@ -129,6 +132,7 @@ def _unpack(file: Path, dtype: str, field: str) -> tuple[Any, Any]:
     folder = file.parent
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+        _set_beginning(tokenizer, file)
         lm, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file.name,
@@ -151,3 +155,25 @@ def _unpack(file: Path, dtype: str, field: str) -> tuple[Any, Any]:
         lm.__dict__.pop(mark, None)
     lm.config.__dict__.pop("quantization_config", None)
     return lm, tokenizer
+
+
+def _set_beginning(tokenizer: Any, file: Path) -> None:
+    """Let the tokenizer begin a text with the token that the file asks for, or with none.
+
+    transformers does not read this. Models such as Gemma write nonsense without their token.
+    """
+    # Only a GGUF file needs the package.
+    from gguf import GGUFReader  # noqa: PLC0415
+
+    fields = GGUFReader(file).fields
+    stated = fields.get("tokenizer.ggml.add_bos_token")
+    model = fields.get("tokenizer.ggml.model")
+    if stated is not None:
+        begins = bool(stated.contents())
+    elif model is not None and model.contents() == "llama":
+        # What llama.cpp takes for a SentencePiece vocabulary.
+        begins = True
+    else:
+        return
+    if tokenizer.bos_token is not None:
+        tokenizer.add_bos_token = begins

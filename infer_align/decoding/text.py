@@ -163,7 +163,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     piece: str | None = tokenizer.convert_ids_to_tokens(token)
     if piece is None:
         return b""
-    if token in tokenizer.added_tokens_decoder:
+    if token in _added_ids(tokenizer):
         return piece.encode()
     steps = _decoder_steps(tokenizer)
     if "ByteLevel" in steps:
@@ -179,6 +179,15 @@ def _byte_level(piece: str) -> bytes:
     if all(letter in _BYTE_OF_LETTER for letter in piece):
         return bytes(_BYTE_OF_LETTER[letter] for letter in piece)
     return piece.encode()
+
+
+@lru_cache(64)
+def _added_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of the tokens that were added to the vocabulary.
+
+    transformers makes an object of each of them for every call: there may be thousands.
+    """
+    return frozenset(tokenizer.added_tokens_decoder)
 
 
 @lru_cache(64)

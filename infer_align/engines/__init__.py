@@ -181,6 +181,14 @@ class Engine(ABC):
         """
         return True
 
+    @property
+    def reads_chats(self) -> bool:
+        """Return True unless the model is known to have no chat template.
+
+        Judges and some other rewards ask in a chat.
+        """
+        return True
+
     def label_calls(self, labels: tuple[str, ...]) -> int:
         """Return an upper bound on the one-token calls that `read_labels` makes.
 

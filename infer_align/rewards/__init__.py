@@ -60,6 +60,21 @@ class RewardScores:
     remark: str = ""
 
 
+def refuse_without_chat(engine: Engine, where: str) -> None:
+    """Refuse an engine that cannot be asked in a chat, for a reward that asks in one.
+
+    Raises:
+        Unsupported: naming `where` and the engine.
+    """
+    if not engine.reads_chats:
+        raise Unsupported(
+            f"{where}: asks in a chat, but {engine.describe()} has no chat template; name a file "
+            "with one in the engine's chat_template, or another engine of [engines.*] in the "
+            "reward's section.",
+            param=where,
+        )
+
+
 class Reward(ABC):
     """Scores candidates of one conversation.
 

@@ -22,7 +22,7 @@ from annotated_types import Len
 
 from infer_align.decoding.sequences import SequenceQuery
 from infer_align.methods.guidance import Words
-from infer_align.rewards import DESCRIPTION, TIMEOUT, RewardScores
+from infer_align.rewards import DESCRIPTION, TIMEOUT, RewardScores, refuse_without_chat
 from infer_align.rewards._conversation import json_turns
 from infer_align.rewards._sequences import (
     ENGINE,
@@ -95,6 +95,15 @@ class FollowUpReward(SequenceReward):
         )
         turns = len(config.satisfied) + len(config.dissatisfied)
         self.cost = f"reads the conversation, the answer and {turns} short texts once per answer"
+
+    def check(self, where: str) -> None:
+        """Refuse an engine that cannot read a chat, or that reports no log-probabilities.
+
+        Raises:
+            Unsupported: naming `where` and the engine.
+        """
+        refuse_without_chat(self.engine(self.config.engine), where)
+        super().check(where)
 
     def worst_case_reading(self, messages: Messages, _kind: Kind, answers: Sequence[int]) -> int:
         """Return the tokens of the conversation, the answer and all texts, for each answer."""

@@ -16,6 +16,7 @@ from infer_align_server.service import Service
 VALUE = '[values.mine]\nkind = "head"\npath = "mine.safetensors"'
 # Sections of a reward of one's own: one that reads with the engine, and one that needs nothing.
 RATIO = '[rewards.polite]\nkind = "density_ratio"\nprompt = "Answer politely."'
+NO_CHAT = "the model has no chat template; name a file with one in [engine] chat_template"
 RULES = '[rewards.short]\nkind = "rules"\ntarget_words = 60'
 
 
@@ -45,6 +46,8 @@ def _method(service: Service, name: str) -> Availability:
     # What an upstream can do is found out when a request needs it.
     possible = service.engine.capabilities | service.engine.unknown_capabilities
     missing = sorted(cls.needs - possible)
+    if getattr(cls, "chat_only", False) and not service.engine.reads_chats:
+        return Availability(NO_CHAT)
     relies_on = getattr(cls, "relies_on", None)
     # Where the configuration lacks a value, the engine cannot have the capability to use it.
     if relies_on == "values" and not service.engine.values:

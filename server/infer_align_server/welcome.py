@@ -17,6 +17,7 @@ from infer_align_server.sharing import Sharing
 # Names of further models that one screen has room for.
 MAX_NAMES = 8
 QUESTION = "Why is the sky blue?"
+BEGINNING = "The sky is blue because"
 DIRECTIONS = (
     "dpa and rps change answers only if the model was trained on directions. If it was, set "
     "[dpa] trained = true."
@@ -119,10 +120,15 @@ def _mended(text: str, fix: str) -> str:
 
 def _example(service: Service, url: str) -> str:
     body: dict[str, object] = {"model": service.model} if service.model else {}
-    body |= {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60}
+    route = "chat/completions"
+    if service.engine.reads_chats:
+        body["messages"] = [{"role": "user", "content": QUESTION}]
+    else:
+        route, body["prompt"] = "completions", BEGINNING
+    body["max_tokens"] = 60
     if service.config.rewards:
         body["align"] = {"best_of_n": {"n": 4}}
     # A single quote would end the argument of the shell.
     content = json.dumps(body).replace("'", "\\u0027")
     key = " -H 'Authorization: Bearer YOUR_KEY'" if service.needs_key else ""
-    return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{content}'"
+    return f"curl {url}/v1/{route}{key} -H 'Content-Type: application/json' -d '{content}'"

@@ -55,6 +55,19 @@ def test_the_unpacked_model_and_tokenizer_are_those_that_the_file_was_made_from(
     assert read.eos_token == "</s>"
 
 
+@pytest.mark.parametrize(
+    ("begins", "expected"), [(True, ["</s>", "a"]), (False, ["a"]), (None, ["a"])]
+)
+def test_a_text_begins_as_the_file_says(gguf_model, begins, expected):
+    from transformers import AutoTokenizer
+
+    folder, _ = convert(gguf_model(begins=begins))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids) == expected
+    # A chat template writes the token itself.
+    assert tokenizer("a", add_special_tokens=False).tokens() == ["a"]
+
+
 def test_a_file_is_unpacked_once_for_each_type(gguf_model):
     file = gguf_model()
     folder, progress = convert(file)

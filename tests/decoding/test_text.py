@@ -145,6 +145,26 @@ def test_the_bytes_of_tokens_add_up_to_the_text(byte_level, byte_fallback):
         assert token_bytes(tokenizer, len(tokenizer) + 5) == b""
 
 
+class CountingTokenizer(PreTrainedTokenizerFast):
+    """A tokenizer that counts how often its added tokens are listed."""
+
+    lists = 0
+
+    @property
+    def added_tokens_decoder(self):
+        type(self).lists += 1
+        return super().added_tokens_decoder
+
+
+def test_added_tokens_are_listed_once_for_a_vocabulary(byte_fallback):
+    # Gemma has six thousand of them: listing them for each token took a quarter of an hour.
+    tokenizer = CountingTokenizer(tokenizer_object=byte_fallback.backend_tokenizer)
+    CountingTokenizer.lists = 0
+    for token in range(len(tokenizer)):
+        token_bytes(tokenizer, token)
+    assert CountingTokenizer.lists == 1
+
+
 @pytest.fixture(scope="module")
 def metaspace():
     """Build a tokenizer whose decoder drops the space before the first word, as T5's does."""

@@ -119,8 +119,23 @@ def test_a_missing_chat_template_can_be_named(
     config = folder / "tokenizer_config.json"
     without = re.sub(r'"chat_template": ".*?[^\\]",?', "", config.read_text())
     config.write_text(without)
-    bare = welcome(serve(embedded(folder)))
+    without_chat = serve(f'{embedded(folder)}\n[rewards.next]\nkind = "follow_up"\n')
+    bare = welcome(without_chat)
     assert "The model has no chat template, so only /v1/completions answers" in bare
+    assert "/v1/completions -H" in bare
+    assert '"prompt": "The sky is blue because"' in bare
+    methods = without_chat.get("/v1/align/methods").json()["methods"]
+    refused = [name for name, method in methods.items() if "chat template" in str(method["reason"])]
+    assert sorted(refused) == ["dpa", "rps", "trust_judge"]
+    asking: dict[str, dict[str, Any]] = {
+        "trust_judge": {"rewards": {}, "trust_judge": {}},
+        "rewards.next": {"rewards": {"next": 1}},
+    }
+    for key, align in asking.items():
+        body = {"prompt": "the cat", "max_tokens": 2, "align": {"best_of_n": {"n": 2}, **align}}
+        answer = without_chat.post(body, "/v1/completions")
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == f"align.{key}"
     file = tmp_path / "t.jinja"
     file.write_text(
         "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"

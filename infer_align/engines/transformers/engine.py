@@ -251,6 +251,11 @@ class TransformersEngine(Engine):
         return self._started.control_tokens if self._started else frozenset()
 
     @property
+    def reads_chats(self) -> bool:
+        """Return True unless the tokenizer has no chat template."""
+        return self._started is None or bool(self._started.model.tokenizer.chat_template)
+
+    @property
     def has_system_role(self) -> bool:
         """Return True unless the chat template leaves system messages out."""
         return self._started is None or self._started.has_system_role

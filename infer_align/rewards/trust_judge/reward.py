@@ -13,7 +13,7 @@ import numpy as np
 from infer_align.engines import Engine
 from infer_align.errors import ConfigError, Unsupported, nearest
 from infer_align.methods.trust_judge import AUTO, TrustJudge
-from infer_align.rewards import Reward, RewardScores
+from infer_align.rewards import Reward, RewardScores, refuse_without_chat
 from infer_align.rewards.trust_judge.criteria import (
     Criterion,
     Objective,
@@ -140,6 +140,7 @@ class TrustJudgeReward(Reward):
         if problem is not None:
             raise Unsupported(f"{where}.votes: {problem}", param=f"{where}.votes")
         for engine in self._engines.values():
+            refuse_without_chat(engine, where)
             self._check_engine(engine, where)
 
     def _check_engine(self, engine: Engine, where: str) -> None:
