@@ -116,6 +116,11 @@ class SteeredRows:
         self.has_likely = has_likely
 
     @cached_property
+    def numbers(self) -> torch.Tensor:
+        """Return the memory of the table as float32. [S, 4 + M]."""
+        return self.table.view(torch.float32)
+
+    @cached_property
     def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return the table on a CPU as integers, and the same memory as float32."""
         records = self.table.contiguous().numpy()
@@ -124,12 +129,12 @@ class SteeredRows:
     @property
     def log_min_p(self) -> torch.Tensor:
         """Return the smallest relative logprobs. [S] float32."""
-        return self.table[:, self.COLUMNS - 1].view(torch.float32)
+        return self.numbers[:, self.COLUMNS - 1]
 
     @property
     def beta(self) -> torch.Tensor:
         """Return the weights. [S, M] float32."""
-        return self.table[:, self.COLUMNS :].view(torch.float32)
+        return self.numbers[:, self.COLUMNS :]
 
 
 class Workspace:
