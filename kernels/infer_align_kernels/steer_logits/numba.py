@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from llvmlite.binding import ffi
 from numba import njit
 
 from infer_align_kernels.steer_logits.types import HeadTable, SteeredRows
@@ -34,6 +36,25 @@ COMPILED = {
     # The code is kept beside this file, where that is possible.
     "cache": os.access(Path(__file__).parent, os.W_OK),
 }
+
+
+def _answer_for_functions_only() -> None:
+    """Let llvmlite's library no longer answer for `__dict__`, as if that were one of its functions.
+
+    vLLM's CPU runner looks at `__dict__` of every object in every module, and would fail there.
+    """
+    library = type(ffi.lib)
+    function = library.__getattr__
+
+    def attribute(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return function(self, name)
+
+    library.__getattr__ = attribute
+
+
+_answer_for_functions_only()
 
 
 @njit("f4(f4)", **COMPILED)
