@@ -42,7 +42,7 @@ TRITON_LAUNCH = Range(15.0, 40.0)
 TORCH_CALL = Range(2.0, 8.0)
 OWN_PYTHON = Range(10.0, 30.0)
 # Calls of torch in a steering step, which a test counts: memory, cast, product, views of tensors.
-STEERING_CALLS = 12
+STEERING_CALLS = 7
 STEERING_LAUNCHES = 2
 # Calls of torch of one layer of the value LM, without views, as a test counts; and the calls that
 # keep the chosen sibling in a layer.

@@ -1,6 +1,8 @@
-"""Compare vLLM behind this server with `vllm serve`.
+"""Compare vLLM behind this server with `vllm serve`, and steering with plain decoding.
 
 Both run the same model with the same options on the same machine, in alternating rounds of one run.
+A figure is the median over the rounds of the ratio within a round, because machines get slower and
+faster from one round to the next.
 On a GPU, name a model, and its rewards and values with --config. Without a model, the benchmark
 runs the embedded demo on vLLM's CPU build.
 
@@ -24,7 +26,7 @@ from rich.console import Console
 
 from benchmarks.record import record
 from benchmarks.serving.client import closed_loop, serving
-from benchmarks.serving.rows import Row, print_rows, ratio_row
+from benchmarks.serving.rows import Row, print_rows, row
 from infer_align.config import override
 from infer_align.demo import world
 from infer_align.demo.locate import locate
@@ -72,11 +74,13 @@ OUT = Console()
 
 @dataclass(frozen=True)
 class Comparison:
-    """One request to `vllm serve` and the corresponding one to our server."""
+    """A request to our server, and the one that it is compared with."""
 
     what: str
     raw: dict[str, Any]
     ours: dict[str, Any]
+    # The server that answers `raw`: "raw" is `vllm serve`, "ours" is ours.
+    baseline: str
     concurrency: int
     # Requests of a round.
     requests: int
@@ -99,6 +103,7 @@ def comparisons() -> list[Comparison]:
             "requests per second without align at concurrency 16, ratio",
             raw=body,
             ours=body,
+            baseline="raw",
             concurrency=16,
             requests=400,
             target="at least 0.97",
@@ -108,6 +113,7 @@ def comparisons() -> list[Comparison]:
             "best-of-8 against n=8, wall time ratio",
             raw={**fixed, "n": 8},
             ours={**fixed, **BEST_OF_8},
+            baseline="raw",
             concurrency=1,
             requests=16,
             target="at most 1.3",
@@ -117,19 +123,24 @@ def comparisons() -> list[Comparison]:
             "32 concurrent best-of-8 against n=8, wall time ratio",
             raw={**fixed, "n": 8},
             ours={**fixed, **BEST_OF_8},
+            baseline="raw",
             concurrency=32,
             requests=64,
             target="at most 1.3",
             as_rate=False,
         ),
-        Comparison(
-            "tokens per second of 16 requests, steered against plain, ratio",
-            raw=long,
-            ours={**long, **STEERED},
-            concurrency=16,
-            requests=96,
-            target="at least 0.9",
-            as_rate=True,
+        *(
+            Comparison(
+                f"requests of 96 tokens per second, 16 at once, steered against {name}, ratio",
+                raw=long,
+                ours={**long, **STEERED},
+                baseline=baseline,
+                concurrency=16,
+                requests=96,
+                target="at least 0.9",
+                as_rate=True,
+            )
+            for baseline, name in (("ours", "plain"), ("raw", "vllm serve"))
         ),
     ]
 
@@ -164,22 +175,31 @@ def _toml(value: Any) -> str:
 
 
 def measure(ports: dict[str, int], comparison: Comparison, rounds: int, scale: float) -> Row:
-    """Measure one comparison, and return its figure: medians over alternating rounds."""
+    """Measure one comparison, and return its figure.
+
+    The two sides alternate, and every second round begins with the other one.
+    """
     concurrency = comparison.concurrency
     requests = max(concurrency, round(comparison.requests * scale))
-    bodies = {"raw": comparison.raw, "ours": comparison.ours}
-    for name, port in ports.items():
-        asyncio.run(closed_loop(port, bodies[name], concurrency, concurrency))
-    seconds_per_request: dict[str, list[float]] = {name: [] for name in ports}
-    for _ in range(rounds):
-        for name, port in ports.items():
-            _, seconds = asyncio.run(closed_loop(port, bodies[name], concurrency, requests))
-            seconds_per_request[name].append(seconds / requests)
-    ours = statistics.median(seconds_per_request["ours"])
-    raw = statistics.median(seconds_per_request["raw"])
+    sides = [(ports[comparison.baseline], comparison.raw), (ports["ours"], comparison.ours)]
+    for port, body in sides:
+        asyncio.run(closed_loop(port, body, concurrency, concurrency))
+    # Seconds per request of each round: the baseline, ours.
+    measured: list[list[float]] = []
+    for number in range(rounds):
+        seconds = [0.0, 0.0]
+        for side in (0, 1) if number % 2 else (1, 0):
+            port, body = sides[side]
+            _, duration = asyncio.run(closed_loop(port, body, concurrency, requests))
+            seconds[side] = duration / requests
+        measured.append(seconds)
     if comparison.as_rate:
-        return ratio_row(comparison.what, 1 / ours, 1 / raw, comparison.target)
-    return ratio_row(comparison.what, ours, raw, comparison.target)
+        measured = [[1 / seconds for seconds in each] for each in measured]
+    ratios = [ours / baseline for baseline, ours in measured]
+    baseline, ours = (statistics.median(side) for side in zip(*measured, strict=True))
+    quartiles = statistics.quantiles(ratios, method="inclusive")
+    figure = row(comparison.what, statistics.median(ratios), ours, baseline, comparison.target)
+    return {**figure, "quartiles": [quartiles[0], quartiles[2]]}
 
 
 def main() -> None:
@@ -197,7 +217,7 @@ def main() -> None:
         for comparison in comparisons():
             if arguments.only in comparison.what:
                 rows.append(measure(ports, comparison, arguments.rounds, arguments.scale))
-    print_rows(rows, OUT, ("what", "value", "ours", "vllm serve", "target"))
+    print_rows(rows, OUT)
     name = arguments.record or (RECORD if arguments.scale >= 1 and not arguments.only else None)
     if name:
         setup = {
@@ -207,7 +227,11 @@ def main() -> None:
             "no_seed": "requests name no seed, as most do: vLLM draws its own, on both sides",
         }
         path = record(
-            name, baseline="vllm serve in the same run", seed=None, rows=rows, setup=setup
+            name,
+            baseline="vllm serve, or plain decoding, in the same run",
+            seed=None,
+            rows=rows,
+            setup=setup,
         )
         OUT.print("written:", path, highlight=False)
 

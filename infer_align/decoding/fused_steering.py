@@ -1,7 +1,8 @@
-"""Value steering by heads on a GPU: one call that selects, values, centres and adds.
+"""Value steering by heads in one call that selects, values, centres and adds.
 
-`steering.py` takes this path for the rows that only heads steer, with up to MAX_CANDIDATES
-candidates or with their likely tokens valued, where logits may be overwritten.
+`steering.py` takes this path where the call is compiled for the device and logits may be
+overwritten: for the rows that only heads steer, with up to MAX_CANDIDATES candidates or with their
+likely tokens valued.
 """
 
 from __future__ import annotations

@@ -24,12 +24,7 @@ from infer_align.methods.vas import reweight
 from infer_align.types import Array
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
-from infer_align_kernels import (
-    add_candidate_shifts,
-    reweight_logits,
-    runs_triton,
-    top_candidates,
-)
+from infer_align_kernels import reweight_logits, top_candidates
 
 NO_CACHES: Mapping[ValueLM, ValueCache] = MappingProxyType({})
 
@@ -135,9 +130,6 @@ def _add_to_candidates(
     logits: torch.Tensor, batch: SteeringBatch, valued: ValuedCandidates, *, in_place: bool
 ) -> torch.Tensor:
     rows = batch.rows
-    # The fast path has no masks and runs on the CPU only.
-    if batch.uniform and in_place and not runs_triton(logits.device):
-        return add_candidate_shifts(logits, valued.ids, valued.values, batch.beta, rows)
     steered = logits if rows is None else logits.index_select(0, rows)
     # A selection of rows is a copy already, so it can always be written to.
     may_overwrite = in_place or rows is not None

@@ -37,8 +37,6 @@ class SteeringBatch:
         unused_slots: [S, k] True in slots past the row's own top_k; None if no row has such slots.
         tail: [S] True where tokens outside the candidates are masked; "keep" if no row masks them.
         k: the largest top_k of the rows.
-        uniform: True if every row has k candidates, is steered by every value and keeps its tail,
-            and all values are heads. `steer` then skips checks when it writes in place.
         dense: the rows without a fixed number of candidates; None if there are none.
         fused: the rows that one call steers; None if there are none. They have no candidates here.
         kl_limit: the rows whose divergence from the frozen model is limited; None if none is.
@@ -53,7 +51,6 @@ class SteeringBatch:
     unused_slots: torch.Tensor | None
     tail: torch.Tensor | Literal["keep"]
     k: int
-    uniform: bool = False
     dense: DenseSteering | None = None
     fused: FusedSteering | None = None
     kl_limit: KLLimit | None = None
@@ -105,7 +102,6 @@ class SteeringBatch:
         k = int(top_k.max())
         same_k = bool(top_k.min() == k)
         slots = np.arange(k)[None]
-        heads_only = all(isinstance(value, HeadValue) for value in values)
         return cls(
             rows=None if rows is None else upload(rows, device),
             values=tuple(values),
@@ -114,7 +110,6 @@ class SteeringBatch:
             unused_slots=None if same_k else upload(slots >= top_k[:, None], device),
             tail=upload(masked, device) if masked.any() else "keep",
             k=k,
-            uniform=heads_only and same_k and bool(beta.all()) and not masked.any(),
             dense=dense,
             fused=fused,
             kl_limit=kl_limit,

@@ -18,15 +18,22 @@ from infer_align.types import Candidate
 def in_play(plan: Plan, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates that can be compared.
 
-    A deadline may cut a candidate before its first word. It is compared only if all are like that:
-    otherwise a reward for short answers would choose it.
+    A deadline, or the content filter of an upstream, may cut a candidate before its first word. It
+    is compared only if all are like that: otherwise a reward for short answers would choose it.
     """
     eligible = [candidate for candidate in candidates if candidate.eligible]
     answers: list[Candidate] = []
     for candidate in eligible:
-        if not candidate.interrupted or without_echo(plan, candidate).text.strip():
+        if cut_by(candidate) is None or without_echo(plan, candidate).text.strip():
             answers.append(candidate)
     return answers or eligible
+
+
+def cut_by(candidate: Candidate) -> str | None:
+    """Return what ended a candidate, if neither the model nor a limit of tokens did."""
+    if candidate.finish_reason == "content_filter":
+        return "a content filter"
+    return "the deadline" if candidate.interrupted else None
 
 
 def whole_answer(plan: Plan, candidate: Candidate) -> Candidate:

@@ -42,7 +42,9 @@ class Scoring:
         self._rewards = {scorer.reward_name: scorer.reward for scorer in plan.scorers}
         # pipelined reward -> candidate -> its running score
         self._running: dict[str, dict[int, asyncio.Task[RewardScores]]] = {}
-        # reward -> its scores of the eligible candidates so far
+        # The candidates that were compared at the last call, by their index.
+        self._compared: list[int] = []
+        # reward -> its scores of these candidates
         self._results: dict[str, RewardScores] = {}
         # reward -> seconds of its slowest call
         self._seconds: dict[str, float] = {}
@@ -75,18 +77,27 @@ class Scoring:
         if not self._rewards:
             return Scores()
         eligible = in_play(self._plan, candidates)
-        pending = [self._score_all(name, eligible) for name in self._rewards]
+        compared = [candidate.index for candidate in eligible]
+        # Candidates without a word are out of play once another one has some.
+        is_longer = compared[: len(self._compared)] == self._compared
+        self._compared = compared
+        pending = [self._score_all(name, eligible, anew=not is_longer) for name in self._rewards]
         self._results = dict(zip(self._rewards, await asyncio.gather(*pending), strict=True))
         scores = _combine(self._plan, self._results, eligible, len(candidates))
         for name, failed in scores.failures.items():
             self._log_failure(name, failed)
         return replace(scores, seconds=self._seconds)
 
-    async def _score_all(self, name: str, candidates: Sequence[Candidate]) -> RewardScores:
+    async def _score_all(
+        self, name: str, candidates: Sequence[Candidate], *, anew: bool
+    ) -> RewardScores:
         """Return the scores of all candidates; only new ones are scored, if that is enough."""
         earlier = self._results.get(name)
         if earlier is None:
             return await self._score_new(name, candidates)
+        if anew:
+            scores = await self._score_new(name, candidates)
+            return replace(scores, usage=earlier.usage + scores.usage)
         new = candidates[earlier.values.shape[-1] :]
         if not new:
             return earlier

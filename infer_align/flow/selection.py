@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from infer_align.errors import DeadlineExceeded, RewardFailed
-from infer_align.flow.answers import in_play, without_echo
+from infer_align.flow.answers import cut_by, in_play, without_echo
 from infer_align.flow.plan import Plan
 from infer_align.flow.rules import Highest
 from infer_align.flow.scorers import Scorer
@@ -175,7 +175,7 @@ def _without_a_word(plan: Plan, candidates: Sequence[Candidate]) -> dict[int, st
     reasons = {}
     for candidate in candidates:
         if candidate.eligible and candidate.index not in playing:
-            reasons[candidate.index] = "cut by the deadline before its first word"
+            reasons[candidate.index] = f"cut by {cut_by(candidate)} before its first word"
     return reasons
 
 

@@ -34,6 +34,10 @@ class HeadArithmetic(ABC):
     bias: torch.Tensor
 
     @abstractmethod
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute u(h). [B, d] float32 -> [B, r]."""
+
+    @abstractmethod
     def evaluate(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Compute the values of each row's candidates. [B, d] float32, [B, k] -> [B, k]."""
 
@@ -74,7 +78,7 @@ class KernelHead(HeadArithmetic):
         self.bias = tensors["b"] - self._mean_bias
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute u(h). [B, d] float32 -> [B, r]."""
+        """See the base class."""
         layers = self._layers
         if "P" in layers:
             return linear(hidden, layers["P"])
@@ -138,20 +142,28 @@ class CpuHead(HeadArithmetic):
         self._last_bias[-1] = 1.0
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """See the base class."""
+        return linear(self._activations(hidden), self._last_layer[:-1])
+
+    def _extended_features(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute u(h), and a 1 for the bias. [B, d] float32 -> [B, r + 1]."""
-        if self._first_layer is not None:
-            scaled = linear(hidden, self._first_layer, self._first_bias)
-            hidden = torch.addcmul(scaled, scaled, scaled.erf())
-        return linear(hidden, self._last_layer, self._last_bias)
+        return linear(self._activations(hidden), self._last_layer, self._last_bias)
+
+    def _activations(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the input of the last layer. [B, d] float32."""
+        if self._first_layer is None:
+            return hidden
+        scaled = linear(hidden, self._first_layer, self._first_bias)
+        return torch.addcmul(scaled, scaled, scaled.erf())
 
     def evaluate(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """See the base class."""
         rows = embedding(token_ids, self._table)
-        return rows.mul_(self.features(hidden)[:, None]).sum(dim=2)
+        return rows.mul_(self._extended_features(hidden)[:, None]).sum(dim=2)
 
     def evaluate_all(self, hidden: torch.Tensor) -> torch.Tensor:
         """See the base class."""
-        return self.features(hidden) @ self._table.T
+        return self._extended_features(hidden) @ self._table.T
 
     def add_all(
         self,
@@ -161,9 +173,9 @@ class CpuHead(HeadArithmetic):
         rows: torch.Tensor | None,
     ) -> None:
         """See the base class."""
-        add_head_values(logits, self.features(hidden), self._table, None, beta, rows)
+        add_head_values(logits, self._extended_features(hidden), self._table, None, beta, rows)
 
     def expected(self, hidden: torch.Tensor, policy: torch.Tensor) -> torch.Tensor:
         """See the base class."""
         mean_rows = policy @ self._table + self._mean_row
-        return (mean_rows * self.features(hidden)).sum(dim=1)
+        return (mean_rows * self._extended_features(hidden)).sum(dim=1)

@@ -184,7 +184,7 @@ class HeadStack:
 
     Attributes:
         heads: the heads.
-        table: their weights and biases, by address.
+        table: their weights and biases.
     """
 
     def __init__(self, heads: Sequence[HeadValue]) -> None:
@@ -193,19 +193,31 @@ class HeadStack:
         deep = [head for head in heads if not head.is_linear]
         # The features of linear heads come first.
         self.heads = (*plain, *deep)
-        weights: list[torch.Tensor] = []
-        biases: list[torch.Tensor] = []
-        for head in self.heads:
-            weights.append(head.tensors["E"].contiguous())
-            biases.append(head.tensors["b"].contiguous())
+        weights = [head.tensors["E"] for head in self.heads]
+        biases = [head.tensors["b"] for head in self.heads]
         self.table = HeadTable(weights, biases)
+        # On a CPU the layers of several heads as one save nothing.
+        has_kernels = all(isinstance(head.arithmetic, KernelHead) for head in self.heads)
+        self._layers = _StackedLayers(plain, deep) if has_kernels else None
+
+    def features(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute u(h) of all heads, in their order. [B, d] float32 -> [B, sum of ranks]."""
+        if self._layers is not None:
+            return self._layers.features(hidden)
+        parts = [head.arithmetic.features(hidden) for head in self.heads]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class _StackedLayers:
+    """The layers of all heads, side by side."""
+
+    def __init__(self, plain: Sequence[HeadValue], deep: Sequence[HeadValue]) -> None:
         self._linear = _stacked(plain, "P")
         self._first_layer = _stacked(deep, "W1")
         self._first_bias = _stacked(deep, "c1")
         self._second_layer = _block_diagonal([head.tensors["W2"] for head in deep])
 
     def features(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Compute u(h) of all heads, in their order. [B, d] float32 -> [B, sum of ranks]."""
         parts: list[torch.Tensor] = []
         if self._linear is not None:
             parts.append(linear(hidden, self._linear))

@@ -1,17 +1,22 @@
 """Triton kernels for value-guided decoding, each next to its torch reference.
 
-The package depends on torch and triton only.
+The package depends on torch and triton only. On a CPU it uses Numba if that is installed.
 """
 
 from infer_align_kernels.devices import runs_triton
 from infer_align_kernels.sibling_attention import sibling_attention
-from infer_align_kernels.steer_logits import HeadTable, SteeredRows, Workspace, steer_logits
+from infer_align_kernels.steer_logits import (
+    HeadTable,
+    SteeredRows,
+    Workspace,
+    steer_logits,
+    steers_at_once,
+)
 from infer_align_kernels.top_candidates import top_candidates
 from infer_align_kernels.value_reweight import (
     CandidateValues,
     HeadValues,
     Sampled,
-    add_candidate_shifts,
     add_head_values,
     candidate_values,
     reweight_logits,
@@ -25,13 +30,13 @@ __all__ = [
     "Sampled",
     "SteeredRows",
     "Workspace",
-    "add_candidate_shifts",
     "add_head_values",
     "candidate_values",
     "reweight_logits",
     "runs_triton",
     "sibling_attention",
     "steer_logits",
+    "steers_at_once",
     "top_candidates",
     "value_reweight",
 ]

@@ -92,18 +92,6 @@ def test_a_selection_of_rows_gives_the_same(
     expect(steered, heads, original, hidden)
 
 
-def test_a_uniform_batch_in_place_equals_the_checked_path_bit_for_bit(
-    heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor, device: torch.device
-) -> None:
-    beta = np.full((ROWS, 2), 1.5, np.float32)
-    top_k = np.full(ROWS, 7)
-    batch = SteeringBatch.build(heads, beta, top_k, np.zeros(ROWS, np.bool_), device)
-    assert batch.uniform
-    expected, _ = steer(logits, hidden, batch)
-    steered, _ = steer(logits, hidden, batch, in_place=True)
-    assert torch.equal(steered, expected)
-
-
 def test_without_values_nothing_changes(
     logits: torch.Tensor, hidden: torch.Tensor, device: torch.device
 ) -> None:

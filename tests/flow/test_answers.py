@@ -76,6 +76,13 @@ def test_a_candidate_that_was_cut_before_its_first_word_is_not_compared() -> Non
     assert [each.index for each in in_play(plan(), candidates[:2])] == [0, 1]
 
 
+def test_a_filtered_candidate_is_not_compared_with_one_that_speaks() -> None:
+    filtered = Candidate(0, {"message": {"content": None}, "finish_reason": "content_filter"})
+    partly = Candidate(1, {"message": {"content": "The"}, "finish_reason": "content_filter"})
+    assert in_play(plan(), [filtered, partly]) == [partly]
+    assert in_play(plan(), [filtered]) == [filtered]
+
+
 def test_an_echo_alone_is_no_answer() -> None:
     made = plan(request=Request({"prompt": "The owl", "echo": True}, kind="completion"))
     made = replace(made, messages=[{"role": "user", "content": "The owl"}])

@@ -279,3 +279,38 @@ def test_a_deadline_of_the_request_is_no_error_of_the_server(
     else:
         event = "reward failed: the deadline of the request passed"
         assert (line.levelname, line.message, line.exc_info) == ("INFO", event, None)
+
+
+# --- candidates that say nothing ---
+
+
+@pytest.mark.parametrize("kind", [Scripted, Pipelined])
+def test_candidates_without_a_word_leave_when_a_later_batch_speaks(kind: type[Scripted]) -> None:
+    def lengths(candidates: Any) -> RewardScores:
+        values = np.array([[[float(len(c.text)) for c in candidates]]])
+        return RewardScores(values, usage=ScoringUsage(len(candidates)))
+
+    empty = {"text": "", "finish_reason": "content_filter"}
+    batches = [
+        [Candidate(0, empty), Candidate(1, empty)],
+        [Candidate(2, {"text": "word"}), Candidate(3, empty), Candidate(4, {"text": "words"})],
+        [Candidate(5, {"text": "a"})],
+    ]
+    made = scored(6, kind(lengths))
+
+    async def scenario() -> list[Any]:
+        drawn: list[Candidate] = []
+        results = []
+        async with scoring.Scoring(made) as running:
+            for batch in batches:
+                for candidate in batch:
+                    running.candidate_finished(candidate)
+                drawn += batch
+                results.append(await running.score(drawn))
+        return results
+
+    first, second, third = asyncio.run(scenario())
+    np.testing.assert_array_equal(first.members["r"], [[0, 0]])
+    np.testing.assert_array_equal(second.members["r"], [[math.nan, math.nan, 4, math.nan, 5]])
+    np.testing.assert_array_equal(third.members["r"], [[math.nan, math.nan, 4, math.nan, 5, 1]])
+    assert third.usage.reward_tokens == 2 + 2 + 1

@@ -88,11 +88,11 @@ def definition(
     return steered
 
 
-@pytest.mark.parametrize("ranks", [RANKS, (5,)])
-def test_each_row_is_steered_by_its_own_weights(ranks: tuple[int, ...]) -> None:
-    logits = cases.logits(ROWS, 700)
+@pytest.mark.parametrize(("ranks", "vocabulary"), [(RANKS, 700), ((5,), 700), (RANKS, 21)])
+def test_each_row_is_steered_by_its_own_weights(ranks: tuple[int, ...], vocabulary: int) -> None:
+    logits = cases.logits(ROWS, vocabulary)
     heads, rows, features = (
-        head_table(700, ranks),
+        head_table(vocabulary, ranks),
         steered_rows(len(ranks)),
         row_features(sum(ranks)),
     )

@@ -14,10 +14,8 @@ from infer_align_kernels import (
     CandidateValues,
     HeadValues,
     Sampled,
-    add_candidate_shifts,
     candidate_values,
     reweight_logits,
-    top_candidates,
     value_reweight,
 )
 from tests.kernels import cases, float64
@@ -222,26 +220,6 @@ def test_reweighting_in_place_gives_the_same_logits() -> None:
     in_place = logits.clone()
     assert reweight_logits(in_place, *arguments, out=in_place) is in_place
     assert torch.equal(in_place.nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
-
-
-@pytest.mark.parametrize("values", [1, 3])
-def test_unchecked_shifts_give_the_reweighted_logits_bit_for_bit(values: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 300, generator=generator)
-    token_ids = top_candidates(logits, 6)
-    scores = torch.randn(values, 5, 6, generator=generator) + 50
-    beta = torch.randn(5, values, generator=generator)
-    expected = reweight_logits(logits, token_ids, scores, beta)
-    in_place = logits.clone()
-    assert add_candidate_shifts(in_place, token_ids, scores, beta) is in_place
-    assert torch.equal(in_place, expected)
-    # The same for some rows, in another order.
-    indices = torch.tensor([4, 0, 3])
-    in_place = logits.clone()
-    part = (token_ids[indices], scores[:, indices], beta[indices], indices)
-    add_candidate_shifts(in_place, *part)
-    assert torch.equal(in_place[indices], expected[indices])
-    assert torch.equal(in_place[[1, 2]], logits[[1, 2]])
 
 
 def test_float64_logits_stay_float64() -> None:

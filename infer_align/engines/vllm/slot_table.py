@@ -22,7 +22,7 @@ from infer_align.engines.vllm.extra_args import SteeringRequest
 from infer_align.values import Value
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
-from infer_align_kernels import runs_triton
+from infer_align_kernels import steers_at_once
 
 Indices = NDArray[np.int64]
 
@@ -82,8 +82,8 @@ class SlotTable:
     def __init__(self, slots: int, vocabulary_size: int, device: torch.device) -> None:
         self._vocabulary_size = vocabulary_size
         self._device = device
-        # One call steers all rows on a GPU.
-        self._steerer = FusedSteerer() if runs_triton(device) else None
+        # One call steers all rows, where it is compiled for the device.
+        self._steerer = FusedSteerer() if steers_at_once(device) else None
         # The value of each column; None for a free column.
         self._values: list[Value | None] = []
         # The column of each name, for requests that join from now on.

@@ -5,13 +5,39 @@ Shapes: B rows of logits, S steered rows, V vocabulary, M heads, k candidates, d
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 
 from infer_align_kernels.devices import launching, runs_triton
 from infer_align_kernels.steer_logits import reference
 from infer_align_kernels.steer_logits.types import HeadTable, SteeredRows, Workspace
 
-__all__ = ["HeadTable", "SteeredRows", "Workspace", "steer_logits"]
+__all__ = ["HeadTable", "SteeredRows", "Workspace", "steer_logits", "steers_at_once"]
+
+log = logging.getLogger(__name__)
+
+
+def steers_at_once(device: torch.device) -> bool:
+    """Return True if `steer_logits` is compiled for this device, so that it replaces other calls.
+
+    That is a GPU, and a CPU on which Numba is installed. On a CPU, the first use compiles it.
+    """
+    return runs_triton(device) or (device.type == "cpu" and _runs_numba())
+
+
+@cache
+def _runs_numba() -> bool:
+    if find_spec("numba") is None:
+        return False
+    try:
+        from infer_align_kernels.steer_logits import numba  # noqa: F401, PLC0415
+    except ImportError as error:
+        log.warning("steering on this CPU is not compiled: Numba cannot be imported: %s", error)
+        return False
+    return True
 
 
 def steer_logits(
@@ -48,6 +74,10 @@ def steer_logits(
     """
     _check(logits, features, heads, rows)
     if not runs_triton(logits.device):
+        if logits.is_cpu and _runs_numba():
+            from infer_align_kernels.steer_logits import numba  # noqa: PLC0415
+
+            return numba.steer_logits(logits, features, heads, rows)
         return reference.steer_logits(logits, features, heads, rows)
     # Triton is not needed on a CPU.
     from infer_align_kernels.steer_logits import triton  # noqa: PLC0415

@@ -201,7 +201,7 @@ def steer_likely(
         heads: the M heads.
         rows: the steering of the S rows.
         peaks: [S, tiles] int32 of `write_tile_peaks`.
-        sums: [S, groups, 2] float32, overwritten.
+        sums: memory for [S, groups, 2] float32.
         cut: how the vocabulary is cut.
     """
     groups = group_count(cut)
@@ -213,7 +213,7 @@ def steer_likely(
         heads.addresses,
         heads.ranks,
         rows.table,
-        rows.table.view(torch.float32),
+        rows.numbers,
         logits.shape[1],
         cut.tiles,
         len(heads),

@@ -104,15 +104,18 @@ def steer_logits(
         return out
     features = features.contiguous()
     cut = plan(logits.shape[1], max(rows.k, 1))
-    # The peaks of all rows, then two sums of each group of tiles.
-    groups = likely.group_count(cut)
-    memory = workspace.take(steered, cut.tiles + 2 * groups, logits.device).flatten()
-    peaks = memory[: steered * cut.tiles].view(steered, cut.tiles)
+    if rows.has_likely:
+        # The peaks of all rows, then two sums of each group of tiles.
+        groups = likely.group_count(cut)
+        memory = workspace.take(steered, cut.tiles + 2 * groups, logits.device).flatten()
+        peaks = memory[: steered * cut.tiles].view(steered, cut.tiles)
+        sums = memory[steered * cut.tiles :].view(torch.float32)
+    else:
+        peaks = workspace.take(steered, cut.tiles, logits.device)
     write_tile_peaks(logits, rows.table, peaks, cut)
     if rows.k:
         _steer_candidates(logits, features, heads, rows, peaks, out, cut)
     if rows.has_likely:
-        sums = memory[steered * cut.tiles :].view(torch.float32).view(steered, groups, 2)
         likely.steer_likely(logits, features, heads, rows, peaks, sums, cut)
     return out
 
@@ -134,7 +137,7 @@ def _steer_candidates(
         heads.addresses,
         heads.ranks,
         rows.table,
-        rows.table.view(torch.float32),
+        rows.numbers,
         out,
         logits.shape[1],
         cut.tiles,

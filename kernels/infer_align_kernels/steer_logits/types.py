@@ -6,9 +6,13 @@ Shapes: M heads, V vocabulary, r rank of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from infer_align_kernels.devices import runs_triton
 from infer_align_kernels.top_candidates import MAX_CANDIDATES
 
 
@@ -16,8 +20,8 @@ class HeadTable:
     """The weights and biases of M heads by address, so that one kernel reads them all.
 
     Attributes:
-        weights: M tensors [V, r] float32, contiguous. The ranks may differ.
-        biases: M tensors [V] float32, contiguous.
+        weights: M tensors [V, r] float32; contiguous for a kernel of Triton. The ranks may differ.
+        biases: M tensors [V] float32; contiguous for a kernel of Triton.
         addresses: [2, M] int64: addresses of the weights, then of the biases.
         ranks: [2, M] int32: the rank of each head, then the place of its first feature.
     """
@@ -47,7 +51,20 @@ class HeadTable:
         """Return the number of heads."""
         return len(self.weights)
 
-    @property
+    @cached_property
+    def packed(self) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return one table for a CPU, and the places of the heads in its columns.
+
+        Returns:
+            [V, features + M] the weights of all heads, then their biases; [M + 1] the first column
+            of each head, then the number of features.
+        """
+        biases = torch.stack(self.biases, dim=1)
+        table = torch.cat([*self.weights, biases], dim=1)
+        ranks = [0, *(weight.shape[1] for weight in self.weights)]
+        return table.numpy(), np.cumsum(ranks)
+
+    @cached_property
     def features(self) -> int:
         """Return the features of a row: the sum of all ranks."""
         return sum(weight.shape[1] for weight in self.weights)
@@ -61,7 +78,8 @@ def _check_head(weight: torch.Tensor, bias: torch.Tensor, first: torch.Tensor) -
             f"allowed; must be [{first.shape[0]}, r] and [{first.shape[0]}]."
         )
     for tensor in (weight, bias):
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        has_layout = tensor.is_contiguous() or not runs_triton(tensor.device)
+        if tensor.dtype != torch.float32 or not has_layout:
             raise ValueError(
                 "weights, biases: must be torch.float32 and contiguous, because the kernel reads "
                 "them by address."
@@ -97,15 +115,26 @@ class SteeredRows:
         self.k = k
         self.has_likely = has_likely
 
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """Return the memory of the table as float32. [S, 4 + M]."""
+        return self.table.view(torch.float32)
+
+    @cached_property
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return the table on a CPU as integers, and the same memory as float32."""
+        records = self.table.contiguous().numpy()
+        return records, records.view(np.float32)
+
     @property
     def log_min_p(self) -> torch.Tensor:
         """Return the smallest relative logprobs. [S] float32."""
-        return self.table[:, self.COLUMNS - 1].view(torch.float32)
+        return self.numbers[:, self.COLUMNS - 1]
 
     @property
     def beta(self) -> torch.Tensor:
         """Return the weights. [S, M] float32."""
-        return self.table[:, self.COLUMNS :].view(torch.float32)
+        return self.numbers[:, self.COLUMNS :]
 
 
 class Workspace:

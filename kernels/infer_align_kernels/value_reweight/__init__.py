@@ -15,7 +15,6 @@ __all__ = [
     "CandidateValues",
     "HeadValues",
     "Sampled",
-    "add_candidate_shifts",
     "add_head_values",
     "candidate_values",
     "reweight_logits",
@@ -118,41 +117,6 @@ def reweight_logits(
         with launching(logits.device):
             return triton.reweight_logits(logits, token_ids, values, beta, tail, out)
     return reference.reweight_logits(logits, token_ids, values, beta, tail, out)
-
-
-def add_candidate_shifts(
-    logits: torch.Tensor,
-    token_ids: torch.Tensor,
-    values: torch.Tensor,
-    beta: torch.Tensor,
-    indices: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Add the shift of every candidate to its logit, in place and without any check.
-
-    The result is bit for bit that of `reweight_logits(logits, token_ids, values, beta, out=logits)`
-    on a CPU. Use it if the preconditions are already established; otherwise the result is
-    undefined.
-
-    Preconditions:
-        All tensors are on the CPU, with shapes that fit together.
-        `logits`, `values` and `beta` are float32.
-        Every slot is used: `token_ids` holds no -1.
-        Every beta is non-zero, and every value is finite.
-
-    Args:
-        logits: [B, V], overwritten.
-        token_ids: [S, k] int64, different in each row.
-        values: [M, S, k].
-        beta: [S, M].
-        indices: [S] int64, the steered rows of the logits, all different; None for all, in order.
-
-    Returns:
-        `logits`.
-    """
-    shifts = reference.complete_shifts(values, beta)
-    if indices is None:
-        return logits.scatter_add_(1, token_ids, shifts)
-    return logits.index_put_((indices[:, None], token_ids), shifts, accumulate=True)
 
 
 def add_head_values(

@@ -149,6 +149,28 @@ def test_rewards_read_what_an_answer_of_audio_says(up: FakeUpstream, serve_upstr
     assert (message["content"], message["audio"]["transcript"]) == (None, "yes it is")
 
 
+def filters(_: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Answer as an upstream with a content filter, which empties the first choice."""
+    choices = []
+    for i in range(body.get("n", 1)):
+        message = {"role": "assistant", "content": f"words number {i}" if i else None}
+        reason = "stop" if i else "content_filter"
+        choices.append({"index": i, "message": message, "finish_reason": reason})
+    return {"choices": choices}
+
+
+def test_a_filtered_choice_does_not_win(up: FakeUpstream, serve_upstream: Serve) -> None:
+    up.answer = filters
+    server = serve_upstream(extra='[rewards.brief]\nkind = "rules"\nwords_weight = -1.0\n')
+    body = server.chat({**BEST_OF_3, "rewards": {"brief": 1}}).json()
+    assert body["choices"][0]["message"]["content"] == "words number 1"
+    assert body["align"]["dropped"] == 1
+    error = body["align"]["candidates"][0]["error"]
+    assert error == "cut by a content filter before its first word"
+    single = server.chat({"rewards": {"brief": 1}}).json()["choices"][0]
+    assert (single["message"]["content"], single["finish_reason"]) == (None, "content_filter")
+
+
 def test_text_completions_are_forwarded(up: FakeUpstream, serve_upstream: Serve) -> None:
     server = serve_upstream()
     answer = server.post({"prompt": "say"}, "/v1/completions").json()
