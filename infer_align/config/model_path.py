@@ -5,12 +5,22 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from urllib.parse import unquote
 
 from infer_align.demo.locate import PACKAGE
 from infer_align.errors import ConfigError, quote
 
 # Files one of which every folder of a model holds. Mistral's own format has params.json.
 MODEL_FILES = ("config.json", "params.json")
+# Other files of such a folder, one of which may be named in place of it.
+PART_FILES = (
+    *MODEL_FILES,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors.index.json",
+)
+GGUF_MAGIC = b"GGUF"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx")
 
 
@@ -18,14 +28,46 @@ def file_name(model: str) -> str | None:
     """Return the name of a model that lies in a folder or a GGUF file; None for any other."""
     path = Path(model).expanduser()
     if is_gguf(model):
-        return path.stem
+        return path.stem if path.suffix.lower() == ".gguf" else path.name
     # A link keeps its own name: it is the one that the user wrote.
     return Path(os.path.abspath(path)).name if _exists(path) and path.is_dir() else None
 
 
 def is_gguf(model: str) -> bool:
-    """Return True for the name of a GGUF file."""
-    return model.lower().endswith(".gguf")
+    """Return True for the name of a GGUF file, or of a file that begins like one.
+
+    Ollama keeps GGUF files under names such as sha256-8934d96d3f08.
+    """
+    if model.lower().endswith(".gguf"):
+        return True
+    try:
+        with Path(model).expanduser().open("rb") as stream:
+            return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except (OSError, ValueError):
+        return False
+
+
+def is_part(model: str) -> bool:
+    """Return True for the name of a file that belongs into the folder of a model."""
+    return Path(model).name in PART_FILES or model.lower().endswith(WEIGHT_SUFFIXES)
+
+
+def model_of_url(url: str) -> str | None:
+    """Return how a model whose URL is known is written: a path or a hub id; None for another URL.
+
+    Args:
+        url: such as file:///models/mine, https://huggingface.co/ORG/NAME or hf.co/ORG/NAME.
+    """
+    scheme, separator, rest = url.partition("://")
+    if scheme == "file":
+        return unquote(rest.removeprefix("localhost"))
+    place = rest if separator else url
+    if scheme == "hf" and separator:
+        place = f"hf.co/{rest}"
+    host, _, path = place.partition("/")
+    parts = [part for part in path.partition("?")[0].split("/") if part]
+    is_hub = host.removeprefix("www.") in {"huggingface.co", "hf.co"}
+    return "/".join(parts[:2]) if is_hub and len(parts) >= 2 else None
 
 
 def is_path(model: str) -> bool:
@@ -40,8 +82,11 @@ def check_model(model: str) -> None:
     """Check a model that is named by its path. A hub id is not looked up.
 
     Raises:
-        ConfigError: there is no such folder or file, or it holds no model.
+        ConfigError: there is no such folder or file, it holds no model, or the name is a URL.
     """
+    meant = model_of_url(model)
+    if meant is not None:
+        raise ConfigError(f"[engine] model: {quote(model)} is a URL; write {meant!r}.")
     if not is_path(model):
         return
     path = Path(model).expanduser()

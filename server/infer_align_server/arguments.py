@@ -222,11 +222,8 @@ def configuration(options: argparse.Namespace) -> Config:
         path = _one_of("--config", path, target)
     elif target is not None:
         model = _one_of("--model", model, target)
-    if options.upstream is None and model is not None and "://" in model:
-        raise ConfigError(
-            f"{model!r} is a URL, not a model; to serve the models of that server: "
-            f"infer-align serve --upstream {model}"
-        )
+    if options.upstream is None and model is not None:
+        _refuse_url(model)
     upstream = None if options.upstream is None else complete_url(options.upstream)
     choices = Choices(
         model=model,
@@ -238,15 +235,33 @@ def configuration(options: argparse.Namespace) -> Config:
     return load(path, options.set, choices)
 
 
+def _refuse_url(model: str) -> None:
+    """Refuse a URL in place of a model, and say how to write what it names.
+
+    Raises:
+        ConfigError: the model is a URL.
+    """
+    from infer_align.config.model_path import model_of_url
+
+    meant = model_of_url(model)
+    if meant is not None:
+        raise ConfigError(f"{model!r} is a URL, not a model; write {meant!r}.")
+    if "://" in model:
+        raise ConfigError(
+            f"{model!r} is a URL, not a model; to serve the models of that server: "
+            f"infer-align serve --upstream {model}"
+        )
+
+
 def _is_configuration(target: str) -> bool:
     """Return True for the path of a configuration, False for a model."""
-    from infer_align.config.model_path import WEIGHT_SUFFIXES, is_gguf
+    from infer_align.config.model_path import is_gguf, is_part
 
     path = Path(target)
     if target.endswith(".toml"):
         return True
-    is_weights = target.lower().endswith(WEIGHT_SUFFIXES) or is_gguf(target)
-    return path.exists() and not path.is_dir() and not is_weights
+    is_model = is_part(target) or is_gguf(target)
+    return path.exists() and not path.is_dir() and not is_model
 
 
 def _one_of(option: str, value: Any, target: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from infer_align.config.model_path import check_model, file_name
+from infer_align.config.model_path import check_model, file_name, is_gguf, model_of_url
 from infer_align.errors import ConfigError
 
 
@@ -58,6 +58,35 @@ def test_a_file_of_weights_names_its_folder(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ConfigError, match=f"name its folder: '{tmp_path}'"):
         check_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("url", "model"),
+    [
+        ("file:///models/my%20llama", "/models/my llama"),
+        ("https://huggingface.co/ORG/NAME", "ORG/NAME"),
+        ("https://huggingface.co/ORG/NAME/tree/main?x=1", "ORG/NAME"),
+        ("hf.co/ORG/NAME", "ORG/NAME"),
+        ("hf://ORG/NAME", "ORG/NAME"),
+    ],
+)
+def test_a_url_of_a_model_is_told_its_name(url: str, model: str) -> None:
+    with pytest.raises(ConfigError, match=f"is a URL; write '{model}'"):
+        check_model(url)
+
+
+@pytest.mark.parametrize("name", ["ORG/NAME", "huggingface.co/ORG", "http://127.0.0.1:8000/v1"])
+def test_other_names_are_no_url_of_a_model(name: str) -> None:
+    assert model_of_url(name) is None
+
+
+def test_a_gguf_file_is_known_by_its_content(tmp_path: Path) -> None:
+    blob = tmp_path / "sha256-8934.d96d"
+    blob.write_bytes(b"GGUF\x03\0\0\0")
+    check_model(str(blob))
+    assert file_name(str(blob)) == "sha256-8934.d96d"
+    assert file_name(str(tmp_path / "a.b.gguf")) == "a.b"
+    assert not is_gguf(str(tmp_path))
 
 
 def test_a_linked_folder_keeps_the_name_of_the_link(tmp_path, monkeypatch):

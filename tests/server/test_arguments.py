@@ -132,6 +132,28 @@ def test_a_url_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"infer-align serve --upstream {URL}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("https://huggingface.co/ORG/NAME", "write 'ORG/NAME'."),
+        ("file:///my/llama", "write '/my/llama'."),
+    ],
+)
+def test_a_url_of_a_model_is_told_its_name(
+    model: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["config", "show", model]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_file_of_a_models_folder_is_no_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(["config", "show", str(tmp_path / "config.json")]) == 2
+    assert "is a file, but a model is a folder or a GGUF file" in capsys.readouterr().err
+
+
 def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / ("a-long-name-" * 12)
     assert cli.main(["config", "show", f"{path}.toml"]) == 2
