@@ -15,10 +15,12 @@ def write_gguf(
     without: str = "",
     *,
     begins: bool | None = None,
+    turn_end: int | None = None,
 ) -> None:
     """Write the model of a folder to a GGUF file; a weight may be left out.
 
-    `begins` is what the file says about a token at the beginning of a text; None for nothing.
+    `begins` is what the file says about a token at the beginning of a text, and `turn_end` about
+    the one at the end of a turn; None for nothing.
     """
     from gguf import GGUFWriter
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -38,6 +40,8 @@ def write_gguf(
     if begins is not None:
         writer.add_bos_token_id(1)
         writer.add_add_bos_token(begins)
+    if turn_end is not None:
+        writer.add_eot_token_id(turn_end)
     state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for name, weight in state.items():
         if name != without:

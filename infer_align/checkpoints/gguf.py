@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ VERSIONS = (2, 3)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Part of the name of each entry in the cache. Another number makes all entries again.
 FORM = 2
+# Tokens that end a turn in common chat templates.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 # The image encoder of a multimodal model lies beside its GGUF file under a name like this.
 PROJECTOR = "mmproj"
 
@@ -132,7 +134,11 @@ def _unpack(file: Path, dtype: str, field: str) -> tuple[Any, Any]:
     folder = file.parent
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-        _set_beginning(tokenizer, file)
+        # Only a GGUF file needs the package.
+        from gguf import GGUFReader  # noqa: PLC0415
+
+        fields = GGUFReader(file).fields
+        _set_beginning(tokenizer, fields)
         lm, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file.name,
@@ -154,18 +160,15 @@ def _unpack(file: Path, dtype: str, field: str) -> tuple[Any, Any]:
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         lm.__dict__.pop(mark, None)
     lm.config.__dict__.pop("quantization_config", None)
+    _set_ends(lm, tokenizer, fields)
     return lm, tokenizer
 
 
-def _set_beginning(tokenizer: Any, file: Path) -> None:
+def _set_beginning(tokenizer: Any, fields: Mapping[str, Any]) -> None:
     """Let the tokenizer begin a text with the token that the file asks for, or with none.
 
     transformers does not read this. Models such as Gemma write nonsense without their token.
     """
-    # Only a GGUF file needs the package.
-    from gguf import GGUFReader  # noqa: PLC0415
-
-    fields = GGUFReader(file).fields
     stated = fields.get("tokenizer.ggml.add_bos_token")
     model = fields.get("tokenizer.ggml.model")
     if stated is not None:
@@ -177,3 +180,20 @@ def _set_beginning(tokenizer: Any, file: Path) -> None:
         return
     if tokenizer.bos_token is not None:
         tokenizer.add_bos_token = begins
+
+
+def _set_ends(lm: Any, tokenizer: Any, fields: Mapping[str, Any]) -> None:
+    """Let the model end at every token that ends a text or a turn, as llama.cpp does.
+
+    transformers reads the end of a text alone. A chat model would go on with the user's turn.
+    """
+    ends: set[int] = set()
+    for name in ("eos", "eot", "eom"):
+        field = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if field is not None:
+            ends.add(int(field.contents()))
+    # Older files do not name the end of a turn.
+    vocabulary = tokenizer.get_vocab()
+    ends |= {vocabulary[text] for text in TURN_ENDS if text in vocabulary}
+    if ends:
+        lm.generation_config.eos_token_id = sorted(ends)

@@ -3,6 +3,7 @@
 # ruff: noqa: PLC0415 - torch is loaded by the tests that want it
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import struct
@@ -66,6 +67,12 @@ def test_a_text_begins_as_the_file_says(gguf_model, begins, expected):
     assert tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids) == expected
     # A chat template writes the token itself.
     assert tokenizer("a", add_special_tokens=False).tokens() == ["a"]
+
+
+def test_an_answer_ends_where_the_file_says(gguf_model):
+    folder, _ = convert(gguf_model(turn_end=60))
+    config = json.loads((folder / "generation_config.json").read_text())
+    assert config["eos_token_id"] == [1, 60]
 
 
 def test_a_file_is_unpacked_once_for_each_type(gguf_model):
