@@ -181,6 +181,7 @@ class SamplingParams:
             values["max_tokens"] = _MAX_TOKENS.check("max_completion_tokens", limit)
         elif kind == "completion":
             values.setdefault("max_tokens", COMPLETION_TOKENS)
+        _check_shortest(values, body, kind)
         values["ignore_eos"] = _boolean(body, "ignore_eos")
         values["echo"] = kind == "completion" and _boolean(body, "echo")
         values["logit_bias"] = _logit_bias(body)
@@ -355,6 +356,19 @@ def _stop(body: Body) -> tuple[str, ...]:
             param="stop",
         )
     return tuple(stops)
+
+
+def _check_shortest(values: Mapping[str, Any], body: Body, kind: Kind) -> None:
+    """Refuse more tokens at least than there may be at most, if the request asks for them."""
+    shortest = values.get("min_tokens", 0)
+    longest = values.get("max_tokens")
+    if body.get("min_tokens") is not None and longest is not None and shortest > longest:
+        limit = limit_field(body, kind)
+        raise InvalidRequest(
+            f"min_tokens: {shortest} is over {limit}, which is {longest}; lower min_tokens, or "
+            f"raise {limit}.",
+            param="min_tokens",
+        )
 
 
 def _chat_logprobs(body: Body) -> int | None:

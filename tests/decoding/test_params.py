@@ -47,6 +47,32 @@ def test_the_newer_name_of_the_maximum_comes_first() -> None:
     assert params.max_tokens == 3
 
 
+@pytest.mark.parametrize(
+    ("body", "kind", "limit"),
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, "chat", "max_tokens, which is 4"),
+        (
+            {"min_tokens": 5, "max_tokens": 9, "max_completion_tokens": 4},
+            "chat",
+            "max_completion_tokens, which is 4",
+        ),
+        ({"prompt": "x", "min_tokens": 17}, "completion", "max_tokens, which is 16"),
+    ],
+)
+def test_more_tokens_at_least_than_at_most_are_refused(body: Any, kind: Any, limit: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"min_tokens: .* is over {limit}") as error:
+        SamplingParams.from_body(body, kind)
+    assert error.value.param == "min_tokens"
+
+
+def test_as_many_tokens_at_least_as_at_most_are_allowed() -> None:
+    assert SamplingParams.from_body({"min_tokens": 5, "max_tokens": 5}, "chat").min_tokens == 5
+    assert SamplingParams.from_body({"min_tokens": 500}, "chat").min_tokens == 500
+    # The least number may be the model's own, which a request need not know.
+    params = SamplingParams.from_body({"max_tokens": 4}, "chat", {"min_tokens": 9})
+    assert (params.min_tokens, params.max_tokens) == (9, 4)
+
+
 def test_one_stop_string_is_a_list_of_one() -> None:
     assert SamplingParams.from_body({"stop": "x"}, "chat").stop == ("x",)
     assert SamplingParams.from_body({"stop": ["x", "y"]}, "chat").stop == ("x", "y")
