@@ -16,11 +16,13 @@ def write_gguf(
     *,
     begins: bool | None = None,
     turn_end: int | None = None,
+    pad: str = "<pad>",
+    end: str = "</s>",
 ) -> None:
     """Write the model of a folder to a GGUF file; a weight may be left out.
 
     `begins` is what the file says about a token at the beginning of a text, and `turn_end` about
-    the one at the end of a turn; None for nothing.
+    the one at the end of a turn; None for nothing. `pad` and `end` are the texts of these tokens.
     """
     from gguf import GGUFWriter
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +38,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(config.vocab_size)
-    _write_tokenizer(writer, AutoTokenizer.from_pretrained(folder))
+    _write_tokenizer(writer, AutoTokenizer.from_pretrained(folder), pad, end)
     if begins is not None:
         writer.add_bos_token_id(1)
         writer.add_add_bos_token(begins)
@@ -52,13 +54,13 @@ def write_gguf(
     writer.close()
 
 
-def _write_tokenizer(writer: Any, tokenizer: Any) -> None:
+def _write_tokenizer(writer: Any, tokenizer: Any, pad: str, end: str) -> None:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     vocabulary = sorted(model["vocab"], key=model["vocab"].get)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3 if token in ("<pad>", "</s>") else 1 for token in vocabulary])
+    writer.add_token_list([pad, end, *vocabulary[2:]])
+    writer.add_token_types([3, 3, *[1] * (len(vocabulary) - 2)])
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(0)

@@ -28,7 +28,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Part of the name of each entry in the cache. Another number makes all entries again.
 FORM = 2
 # Tokens that end a turn in common chat templates.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|return|>", "<|call|>")
 # The image encoder of a multimodal model lies beside its GGUF file under a name like this.
 PROJECTOR = "mmproj"
 
@@ -195,5 +195,8 @@ def _set_ends(lm: Any, tokenizer: Any, fields: Mapping[str, Any]) -> None:
     # Older files do not name the end of a turn.
     vocabulary = tokenizer.get_vocab()
     ends |= {vocabulary[text] for text in TURN_ENDS if text in vocabulary}
+    if "<|return|>" in vocabulary:
+        # gpt-oss ends each message of a turn with <|end|>: its thoughts, too.
+        ends.discard(vocabulary.get("<|end|>"))
     if ends:
         lm.generation_config.eos_token_id = sorted(ends)

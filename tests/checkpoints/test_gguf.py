@@ -75,6 +75,22 @@ def test_an_answer_ends_where_the_file_says(gguf_model):
     assert config["eos_token_id"] == [1, 60]
 
 
+@pytest.mark.parametrize(
+    ("pad", "end", "expected"),
+    [
+        ("<|im_end|>", "</s>", [0, 1]),
+        ("<|end|>", "</s>", [0, 1]),
+        # gpt-oss ends a message with the first of these, and an answer with the second.
+        ("<|end|>", "<|return|>", [1]),
+        ("<|call|>", "<|return|>", [0, 1]),
+    ],
+)
+def test_an_answer_ends_where_a_turn_of_the_vocabulary_ends(gguf_model, pad, end, expected):
+    folder, _ = convert(gguf_model(pad=pad, end=end))
+    config = json.loads((folder / "generation_config.json").read_text())
+    assert config["eos_token_id"] == expected
+
+
 def test_a_file_is_unpacked_once_for_each_type(gguf_model):
     file = gguf_model()
     folder, progress = convert(file)
