@@ -222,7 +222,7 @@ def configuration(options: argparse.Namespace) -> Config:
         path = _one_of("--config", path, target)
     elif target is not None:
         model = _one_of("--model", model, target)
-    if options.upstream is None and model is not None:
+    if options.upstream is None and model is not None and "://" in model:
         _refuse_url(model)
     upstream = None if options.upstream is None else complete_url(options.upstream)
     choices = Choices(
@@ -235,22 +235,21 @@ def configuration(options: argparse.Namespace) -> Config:
     return load(path, options.set, choices)
 
 
-def _refuse_url(model: str) -> None:
+def _refuse_url(url: str) -> NoReturn:
     """Refuse a URL in place of a model, and say how to write what it names.
 
     Raises:
-        ConfigError: the model is a URL.
+        ConfigError: always.
     """
     from infer_align.config.model_path import model_of_url
 
-    meant = model_of_url(model)
+    meant = model_of_url(url)
     if meant is not None:
-        raise ConfigError(f"{model!r} is a URL, not a model; write {meant!r}.")
-    if "://" in model:
-        raise ConfigError(
-            f"{model!r} is a URL, not a model; to serve the models of that server: "
-            f"infer-align serve --upstream {model}"
-        )
+        raise ConfigError(f"{url!r} is a URL, not a model; write {meant!r}.")
+    raise ConfigError(
+        f"{url!r} is a URL, not a model; to serve the models of that server: "
+        f"infer-align serve --upstream {url}"
+    )
 
 
 def _is_configuration(target: str) -> bool:

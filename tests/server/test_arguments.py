@@ -137,6 +137,7 @@ def test_a_url_is_no_model(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("https://huggingface.co/ORG/NAME", "write 'ORG/NAME'."),
         ("file:///my/llama", "write '/my/llama'."),
+        ("hf.co/ORG/NAME", "write 'ORG/NAME'."),
     ],
 )
 def test_a_url_of_a_model_is_told_its_name(
@@ -144,6 +145,16 @@ def test_a_url_of_a_model_is_told_its_name(
 ) -> None:
     assert cli.main(["config", "show", model]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_an_upstream_may_call_a_model_by_its_place_on_the_hub(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Ollama has models of this name.
+    config = tmp_path / "ollama.toml"
+    config.write_text('[engine]\nkind = "openai"\nurls = "http://127.0.0.1:11434/v1"\n')
+    assert cli.main(["config", "show", str(config), "--model", "hf.co/ORG/NAME"]) == 0
+    assert "hf.co/ORG/NAME" in capsys.readouterr().out
 
 
 def test_a_file_of_a_models_folder_is_no_configuration(
