@@ -98,12 +98,18 @@ def parse_align(
     reward_parameters: dict[str, dict[str, Any]] = {}
     if "rewards" in settings:
         rewards, reward_parameters = _parse_rewards(settings["rewards"], join(path, "rewards"))
+    # Most requests have neither, and to parse an empty object takes as long as any other.
+    ensemble, budget = Ensemble(), Budget()
+    if "ensemble" in settings:
+        ensemble = parse(Ensemble, settings["ensemble"], join(path, "ensemble"))
+    if "budget" in settings:
+        budget = parse(Budget, settings["budget"], join(path, "budget"))
     return Align(
         methods=methods,
         rewards=rewards,
         reward_parameters=reward_parameters,
-        ensemble=parse(Ensemble, settings.get("ensemble", {}), join(path, "ensemble")),
-        budget=parse(Budget, settings.get("budget", {}), join(path, "budget")),
+        ensemble=ensemble,
+        budget=budget,
         details=_parse_details(settings.get("details", "scores"), join(path, "details")),
         path=path,
     )
@@ -111,10 +117,11 @@ def parse_align(
 
 def _check_keys(settings: Mapping[str, Any], path: str) -> None:
     """Refuse a key that is no method and no setting, whatever its value."""
+    keys = _keys()
     for key in settings:
-        if key not in _keys():
+        if key not in keys:
             raise InvalidRequest(
-                f"{join(path, key)}: no such key; {nearest(key, _keys())}",
+                f"{join(path, key)}: no such key; {nearest(key, keys)}",
                 param=join(path, key),
                 code="unknown_field",
             )

@@ -10,9 +10,10 @@ matcher cost nothing.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,7 +100,23 @@ class Matcher:
         self._is_stuck = not words.any()
 
 
-class ConstraintCompiler:
+class NotCompiled(Exception):
+    """A grammar has not been compiled yet."""
+
+
+class Compiler(Protocol):
+    """Returns compiled grammars."""
+
+    def compile(self, grammar: Grammar) -> Constraint:
+        """Return the compiled grammar.
+
+        Raises:
+            InvalidRequest: the grammar is wrong or too large.
+        """
+        ...
+
+
+class ConstraintCompiler(Compiler):
     """Compiles grammars for one tokenizer. It may be used from any thread.
 
     Args:
@@ -110,7 +127,9 @@ class ConstraintCompiler:
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: frozenset[int]) -> None:
         self._tokenizer = _TokenTable(tokenizer, vocabulary, eos).build()
-        self._compiled = lru_cache(CACHED_GRAMMARS)(self._compile)
+        # The latest grammars by their text, each compiled, or with what is wrong with it.
+        self._results: OrderedDict[str, Constraint | str] = OrderedDict()
+        self._lock = Lock()
 
     def compile(self, grammar: Grammar) -> Constraint:
         """Return the compiled grammar.
@@ -118,13 +137,35 @@ class ConstraintCompiler:
         Raises:
             InvalidRequest: the grammar is wrong or too large; the message has llguidance's reason.
         """
-        compiled = self._compiled(grammar.text)
-        if isinstance(compiled, str):
-            raise InvalidRequest(
-                f"{grammar.param}: cannot be followed: {compiled}; change it, or leave it out.",
-                param=grammar.param,
-            )
-        return compiled
+        result = self._recall(grammar.text)
+        if result is None:
+            result = self._compile(grammar.text)
+            self._keep(grammar.text, result)
+        return _usable(grammar, result)
+
+    def recall(self, grammar: Grammar) -> Constraint:
+        """Return the grammar if it has been compiled already.
+
+        Raises:
+            NotCompiled: it has not.
+            InvalidRequest: see `compile`.
+        """
+        result = self._recall(grammar.text)
+        if result is None:
+            raise NotCompiled
+        return _usable(grammar, result)
+
+    def _recall(self, text: str) -> Constraint | str | None:
+        with self._lock:
+            if text in self._results:
+                self._results.move_to_end(text)
+            return self._results.get(text)
+
+    def _keep(self, text: str, result: Constraint | str) -> None:
+        with self._lock:
+            self._results[text] = result
+            if len(self._results) > CACHED_GRAMMARS:
+                self._results.popitem(last=False)
 
     def _compile(self, text: str) -> Constraint | str:
         """Return the compiled grammar, or what is wrong with it."""
@@ -138,6 +179,27 @@ class ConstraintCompiler:
         """Return what is wrong with a grammar, or None."""
         matcher = LLMatcher(self._tokenizer, text, log_level=0)
         return _reason(matcher.get_error()) if matcher.is_error() else None
+
+
+class CompiledGrammars(Compiler):
+    """Returns the grammars that a compiler has compiled already, and compiles none."""
+
+    def __init__(self, compiler: ConstraintCompiler) -> None:
+        self._compiler = compiler
+
+    def compile(self, grammar: Grammar) -> Constraint:
+        """Return the grammar; see `ConstraintCompiler.recall`."""
+        return self._compiler.recall(grammar)
+
+
+def _usable(grammar: Grammar, result: Constraint | str) -> Constraint:
+    """Return the result of a grammar, or raise what is wrong with it."""
+    if isinstance(result, str):
+        raise InvalidRequest(
+            f"{grammar.param}: cannot be followed: {result}; change it, or leave it out.",
+            param=grammar.param,
+        )
+    return result
 
 
 class _TokenTable:

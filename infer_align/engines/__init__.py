@@ -150,6 +150,12 @@ class Engine(ABC):
             InvalidRequest: names the field, its value and what is allowed.
         """
 
+    async def prepare(self, body: Body, kind: Kind) -> None:
+        """Do beside other requests what `check` of a body would wait for.
+
+        It raises nothing; what is wrong with the body is an error of `check`.
+        """
+
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields that `check` reads, by field.
 

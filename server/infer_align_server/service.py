@@ -332,8 +332,8 @@ class Service:
         describe(model=model.api_name, preset=model.preset)
         bodies = split_prompts(resolved, kind)
         check_prompt_count(len(bodies), self.config.limits)
-        presets = self.config.presets
-        parsed = [parse_request(each, kind, presets, model.preset) for each in bodies]
+        await self.engine.prepare(resolved, kind)
+        parsed = [parse_request(each, kind, self.config.presets, model.preset) for each in bodies]
         requests = [await self.personalise(request, owner) for request in parsed]
         with stage("plan"):
             plans = await when_discovered(lambda: [self._make_plan(each) for each in requests])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import time
 
 import psutil
@@ -15,6 +16,22 @@ from infer_align.decoding import trial
 def test_what_the_task_says_comes_back() -> None:
     assert trial.failure(lambda: None) is None
     assert trial.failure(lambda: "it is wrong: \u20ac") == "it is wrong: \u20ac"
+
+
+def test_a_process_with_many_open_files_can_try_a_task() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        # As many as clients could have open connections.
+        while not files or files[-1] < 1100:
+            files.append(os.open(os.devnull, os.O_RDONLY))
+        assert trial.failure(lambda: "it is wrong") == "it is wrong"
+        assert trial.failure(os.abort) == trial.TOO_MUCH
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_task_changes_nothing_here() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import openai
@@ -142,3 +143,17 @@ def test_a_wrong_constraint_is_a_400_that_names_it(live: Any, fields: Any, param
     answer = live.chat(**fields)
     assert answer.status_code == 400
     assert json.loads(answer.text)["error"]["param"] == param
+
+
+def test_other_requests_are_answered_while_a_slow_grammar_is_compiled(live: Any) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 10**9}
+    slow = {"type": "json_schema", "json_schema": {"name": "slow", "schema": schema}}
+    answered = 0
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(lambda: live.chat(response_format=slow))
+        while not refused.done():
+            assert live.get("/health").status_code == 200
+            answered += 1
+    assert refused.result().status_code == 400
+    # A server that waits for the compiler answers one before and one after.
+    assert answered > 4

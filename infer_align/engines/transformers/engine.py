@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -43,8 +44,8 @@ from infer_align.engines.transformers.template import (
     set_template,
     template_notes,
 )
-from infer_align.errors import EngineFailed, Unavailable
-from infer_align.types import Capability, Draw, Kind
+from infer_align.errors import EngineFailed, InvalidRequest, Unavailable
+from infer_align.types import Body, Capability, Draw, Kind
 from infer_align.values import Value
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class TransformersEngine(Engine):
         # The prompts whose logprobs are read before their draws begin.
         self._readings: set[asyncio.Task[None]] = set()
         self._trees: dict[tuple[str, ...], LabelTree] = {}
+        # One thread: a client's slow grammars wait for each other, and no other request for them.
+        self._grammar_thread = ThreadPoolExecutor(1, "grammar")
 
     async def start(self) -> None:
         """Load the model and the values, and start the scheduler.
@@ -172,6 +175,7 @@ class TransformersEngine(Engine):
 
     async def close(self) -> None:
         """End the scheduler. Running draws end with an error."""
+        self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         if self._started:
             await asyncio.to_thread(self._started.scheduler.stop)
 
@@ -197,6 +201,19 @@ class TransformersEngine(Engine):
         if draw.guidance is not None:
             # The prompts of traits have to fit before anything is spent.
             self._read(draw)
+
+    async def prepare(self, body: Body, kind: Kind) -> None:
+        """Compile the grammars of a body. A client's grammar may take seconds."""
+        if self._started is None or not body.keys() & answer_form.FIELDS[kind]:
+            return
+        try:
+            form = answer_form.AnswerForm.read(Draw(body, kind=kind))
+        except InvalidRequest:
+            return
+        grammars, tokenizer = self._started.grammars, self._started.model.tokenizer
+        if not form.is_free and not form.is_compiled(grammars, tokenizer):
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._grammar_thread, form.compile, grammars, tokenizer)
 
     def field_schemas(self, kind: Kind) -> Mapping[str, Any]:
         """Return the JSON schemas of the sampling fields."""

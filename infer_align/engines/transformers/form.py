@@ -8,7 +8,14 @@ from typing import Any
 
 from infer_align.decoding import structured_outputs, tools
 from infer_align.decoding.call_format import ToolUse, argument_grammar
-from infer_align.decoding.constraint import Constraint, ConstraintCompiler, Grammar
+from infer_align.decoding.constraint import (
+    CompiledGrammars,
+    Compiler,
+    Constraint,
+    ConstraintCompiler,
+    Grammar,
+    NotCompiled,
+)
 from infer_align.decoding.tools import Tool, ToolRequest
 from infer_align.errors import InvalidRequest
 from infer_align.types import Draw, Kind
@@ -57,7 +64,36 @@ class AnswerForm:
             )
         return cls(request, grammar)
 
-    def check(self, grammars: ConstraintCompiler) -> None:
+    @property
+    def is_free(self) -> bool:
+        """Return True if the answers need no grammar."""
+        return self.request is None and self.grammar is None
+
+    def is_compiled(self, grammars: ConstraintCompiler, tokenizer: Any) -> bool:
+        """Return True if all of its grammars have been compiled."""
+        try:
+            self._compile(CompiledGrammars(grammars), tokenizer)
+        except NotCompiled:
+            return False
+        return True
+
+    def compile(self, grammars: ConstraintCompiler, tokenizer: Any) -> None:
+        """Compile all of its grammars, so that nothing else waits for that later.
+
+        A grammar that is wrong or too large is an error later.
+        """
+        self._compile(grammars, tokenizer)
+
+    def _compile(self, grammars: Compiler, tokenizer: Any) -> None:
+        try:
+            self.check(grammars)
+            use = self.tool_use(tokenizer)
+            self.constraint(grammars, use)
+            self.call_constraint(grammars, use)
+        except InvalidRequest:
+            return
+
+    def check(self, grammars: Compiler) -> None:
         """Compile all grammars.
 
         Raises:
@@ -73,7 +109,7 @@ class AnswerForm:
         """Return the use of the tools by the model of this tokenizer; None without tools."""
         return None if self.request is None else ToolUse.of(self.request, tokenizer)
 
-    def constraint(self, grammars: ConstraintCompiler, use: ToolUse | None) -> Constraint | None:
+    def constraint(self, grammars: Compiler, use: ToolUse | None) -> Constraint | None:
         """Return the compiled grammar of the answers; None if they are free.
 
         A call that is required comes before a response format.
@@ -82,9 +118,7 @@ class AnswerForm:
         grammar = self.grammar if call_grammar is None else call_grammar
         return None if grammar is None else grammars.compile(grammar)
 
-    def call_constraint(
-        self, grammars: ConstraintCompiler, use: ToolUse | None
-    ) -> Constraint | None:
+    def call_constraint(self, grammars: Compiler, use: ToolUse | None) -> Constraint | None:
         """Return the compiled grammar of calls that the model may begin by itself.
 
         None if there are no such calls, or if the answers follow another grammar.
@@ -98,7 +132,7 @@ class AnswerForm:
             return grammars.compile(use.begun_grammar(tools))
 
 
-def _with_readable_schema(tool: Tool, grammars: ConstraintCompiler) -> Tool:
+def _with_readable_schema(tool: Tool, grammars: Compiler) -> Tool:
     """Return the tool, with any object as its arguments if its schema cannot be followed."""
     try:
         grammars.compile(argument_grammar(tool))

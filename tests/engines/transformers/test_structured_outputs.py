@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import torch
 
+from infer_align.engines.transformers.form import AnswerForm
 from infer_align.errors import InvalidRequest
 from infer_align.steering import EstimateSchedule, Steering
 from infer_align.types import Capability, Draw
@@ -83,6 +84,31 @@ async def texts(engine: Any, request: Draw) -> list[str]:
     candidates = await engine.generate(request)
     assert {candidate.finish_reason for candidate in candidates} == {"stop"}
     return [candidate.text for candidate in candidates]
+
+
+async def test_a_slow_grammar_is_compiled_beside_other_requests(serving: Any, draw: Any) -> None:
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"a": WORD}}}
+    bodies = [
+        by_schema({"type": "array", "items": {"type": "integer"}, "minItems": 10**9}),
+        by_schema(SCHEMAS["nested"]),
+        {"tools": [{"type": "function", "function": tool}]},
+    ]
+    async with serving() as engine:
+        grammars, tokenizer = engine._started.grammars, engine._started.model.tokenizer
+        for fields in bodies:
+            request = draw(**fields)
+            form = AnswerForm.read(request)
+            assert not form.is_compiled(grammars, tokenizer)
+            task = asyncio.create_task(engine.prepare(request.body, request.kind))
+            await asyncio.sleep(0)
+            assert not task.done(), "it does not hold the event loop"
+            await task
+            assert form.is_compiled(grammars, tokenizer)
+        with pytest.raises(InvalidRequest, match="it takes over 2 seconds of computing"):
+            engine.check(draw(**bodies[0]))
+        # What is malformed, and what needs no grammar, is left to `check`.
+        await engine.prepare({"messages": [], "response_format": 3}, "chat")
+        await engine.prepare({"messages": []}, "chat")
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
