@@ -264,7 +264,8 @@ def _apply_methods(draft: PlanDraft, methods: Mapping[str, Method], engine: Engi
     """
     for name, method in sorted(methods.items(), key=lambda item: item[1].stage):
         draft = method.apply(draft)
-        if draft.system_setting is not None and not engine.has_system_role:
+        hides_system = engine.reads_chats and not engine.has_system_role
+        if draft.system_setting is not None and hides_system:
             param = draft.param(name)
             raise Unsupported(
                 f"{param}: writes into the system message, which the chat template of "

@@ -136,6 +136,9 @@ def test_a_missing_chat_template_can_be_named(
         answer = without_chat.post(body, "/v1/completions")
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == f"align.{key}"
+    directed = without_chat.chat({"dpa": {"direction": {"helpfulness": 1}}})
+    assert directed.status_code == 400
+    assert "this model has no chat template" in directed.json()["error"]["message"]
     file = tmp_path / "t.jinja"
     file.write_text(
         "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}{% endfor %}"
