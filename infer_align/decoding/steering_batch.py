@@ -68,6 +68,8 @@ class SteeringBatch:
         min_p: NDArray[np.float32] | None = None,
         steerer: FusedSteerer | None = None,
         max_kl: NDArray[np.float32] | None = None,
+        *,
+        fuses_candidates: bool = True,
     ) -> SteeringBatch:
         """Build the record from host arrays without waiting for the device.
 
@@ -84,15 +86,18 @@ class SteeringBatch:
             steerer: what the fused call keeps between steps; None to steer without it. With it, all
                 values are heads, and logits are overwritten.
             max_kl: [S] limits of each step's divergence in nats, inf for none; None for no limits.
+            fuses_candidates: False if the caller reads the candidates of rows that have a number of
+                them, so that the fused call does not steer these rows.
         """
         kl_limit = KLLimit.build(max_kl, device, rows)
         limits = np.zeros(len(top_k), np.float32) if min_p is None else min_p
+        fusable = top_k if fuses_candidates else np.where(top_k == DENSE, DENSE, 0)
         fused = None
         if steerer is not None:
             heads = [value for value in values if isinstance(value, HeadValue)]
-            fused = FusedSteering.build(steerer, heads, beta, top_k, limits, masked, device, rows)
+            fused = FusedSteering.build(steerer, heads, beta, fusable, limits, masked, device, rows)
         if fused is not None:
-            top_k = np.where(is_fused(top_k, limits), 0, top_k)
+            top_k = np.where(is_fused(fusable, limits), 0, top_k)
         dense = None
         if (top_k == DENSE).any():
             dense = DenseSteering.build(values, beta, limits, top_k == DENSE, masked, device, rows)

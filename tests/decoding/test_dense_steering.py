@@ -122,6 +122,28 @@ def test_a_batch_of_dense_rows_alone_equals_the_definition(
     np.testing.assert_allclose(steered[0].cpu().numpy(), expected, atol=1e-4)
 
 
+def test_rows_with_a_number_of_candidates_can_stay_out_of_the_one_call(
+    heads: list[HeadValue], logits: torch.Tensor, hidden: torch.Tensor, device: torch.device
+) -> None:
+    batch = SteeringBatch.build(
+        heads,
+        BETA,
+        TOP_K,
+        MASKED,
+        device,
+        min_p=MIN_P,
+        steerer=FusedSteerer(),
+        fuses_candidates=False,
+    )
+    assert batch.fused is not None
+    original = logits.clone()
+    steered, candidates = steer(logits, hidden, batch)
+    assert torch.equal(logits, original)
+    best = original[3].argsort(descending=True)[:4]
+    assert torch.equal(candidates[3], best)
+    expect(steered, heads, original, hidden)
+
+
 @STEERERS
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1], [1, 2], [2, 4]], ids=str)
 def test_selected_rows_of_a_larger_batch(

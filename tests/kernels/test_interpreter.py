@@ -24,6 +24,7 @@ STEERING = (
     "tests/decoding/test_dense_steering.py",
     f"{ENGINE}::test_rows_that_are_not_steered_do_not_change",
     f"{ENGINE}::test_weight_zero_is_the_frozen_model",
+    f"{ENGINE}::test_likely_tokens_are_steered_by_heads_alone",
 )
 
 

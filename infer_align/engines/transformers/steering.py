@@ -10,6 +10,7 @@ import torch
 
 from infer_align.decoding.cache import RowCache
 from infer_align.decoding.dense_steering import candidate_count
+from infer_align.decoding.fused_steering import FusedSteerer
 from infer_align.decoding.siblings import read_tokens
 from infer_align.decoding.steering_batch import SteeringBatch
 from infer_align.engines.transformers.rows import Row
@@ -17,6 +18,7 @@ from infer_align.types import Draw
 from infer_align.values import FrozenModel, Value, check_estimating, check_values
 from infer_align.values.head import HeadValue
 from infer_align.values.lookahead import LookaheadValue, ValueLM
+from infer_align_kernels import runs_triton
 
 
 class LoadedValues:
@@ -32,6 +34,8 @@ class LoadedValues:
         self._device = torch.device(frozen.device)
         self._shared: dict[object, Any] = {}
         self._values: dict[str, Value] = {}
+        # One call steers rows by their likely tokens where kernels run.
+        self._steerer = FusedSteerer() if runs_triton(self._device) else None
 
     def add(self, name: str, value: Value) -> None:
         """Load a value and let requests use it.
@@ -127,6 +131,16 @@ class LoadedValues:
             masked[i] = steering.tail == "mask"
             if steering.max_kl is not None:
                 max_kl[i] = steering.max_kl
+        heads_only = all(isinstance(value, HeadValue) for value in values)
         return SteeringBatch.build(
-            values, beta, top_k, masked, self._device, min_p=min_p, max_kl=max_kl
+            values,
+            beta,
+            top_k,
+            masked,
+            self._device,
+            min_p=min_p,
+            steerer=self._steerer if heads_only else None,
+            max_kl=max_kl,
+            # The draw and the logprobs read the candidates.
+            fuses_candidates=False,
         )

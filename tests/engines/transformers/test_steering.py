@@ -217,6 +217,34 @@ async def test_32_rows_with_different_steering_equal_the_reference(
             assert [e["logprob"] for e in entries] == pytest.approx(frozen, abs=1e-4)
 
 
+async def test_likely_tokens_are_steered_by_heads_alone(
+    serving: Any, values: Any, finish: Any
+) -> None:
+    # Where kernels run, one call steers such rows. The row with a number of candidates is apart.
+    steerings = (
+        Steering({"linear": -4.0, "mlp": 2.0}, 20, "keep", 0.1),
+        Steering({"mlp": 3.0}, 20, "mask", 0.05),
+        Steering({"linear": 2.0}, 5, "keep"),
+    )
+    body = {
+        "messages": [{"role": "user", "content": "on"}],
+        "temperature": 0,
+        "logprobs": True,
+        "max_tokens": 3,
+    }
+    async with serving(values=resident(values)) as engine:
+        reference = Reference(engine, values)
+        draws = [Draw(body, 1, (i,), steering=steering) for i, steering in enumerate(steerings)]
+        finished = await asyncio.gather(*(finish(engine, draw) for draw in draws))
+        for draw, ((candidate,), _) in zip(draws, finished, strict=True):
+            assert draw.steering is not None
+            prompt = engine.frozen.render(draw).ids
+            _, aligned, frozen = reference.greedy(prompt, draw.steering, 3)
+            entries = candidate.choice["logprobs"]["content"]
+            assert [e["aligned_logprob"] for e in entries] == pytest.approx(aligned, abs=1e-4)
+            assert [e["logprob"] for e in entries] == pytest.approx(frozen, abs=1e-4)
+
+
 async def test_the_divergence_of_each_step_is_limited(
     serving: Any, values: Any, finish: Any
 ) -> None:
