@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -60,13 +61,14 @@ def model_of_url(url: str) -> str | None:
     """
     scheme, separator, rest = url.partition("://")
     if scheme == "file":
-        return unquote(rest.removeprefix("localhost"))
+        return unquote(rest.removeprefix("localhost")) or None
     place = rest if separator else url
     if scheme == "hf" and separator:
         place = f"hf.co/{rest}"
     host, _, path = place.partition("/")
-    parts = [part for part in path.partition("?")[0].split("/") if part]
-    is_hub = host.removeprefix("www.") in {"huggingface.co", "hf.co"}
+    # Ollama and llama.cpp name a file of the model after a colon.
+    parts = [part for part in re.split("[?#:]", path)[0].split("/") if part]
+    is_hub = host.lower().removeprefix("www.") in {"huggingface.co", "hf.co"}
     return "/".join(parts[:2]) if is_hub and len(parts) >= 2 else None
 
 
@@ -85,7 +87,8 @@ def check_model(model: str) -> None:
         ConfigError: there is no such folder or file, it holds no model, or the name is a URL.
     """
     meant = model_of_url(model)
-    if meant is not None:
+    # A copy of the hub may lie in folders of its name.
+    if meant is not None and not _exists(Path(model).expanduser()):
         raise ConfigError(f"[engine] model: {quote(model)} is a URL; write {meant!r}.")
     if not is_path(model):
         return

@@ -66,7 +66,10 @@ def test_a_file_of_weights_names_its_folder(tmp_path: Path) -> None:
         ("file:///models/my%20llama", "/models/my llama"),
         ("https://huggingface.co/ORG/NAME", "ORG/NAME"),
         ("https://huggingface.co/ORG/NAME/tree/main?x=1", "ORG/NAME"),
+        ("https://www.HuggingFace.co/ORG/NAME#files", "ORG/NAME"),
         ("hf.co/ORG/NAME", "ORG/NAME"),
+        ("hf.co/ORG/NAME:Q4_K_M", "ORG/NAME"),
+        ("https://huggingface.co/ORG/NAME/resolve/main/a.gguf", "ORG/NAME"),
         ("hf://ORG/NAME", "ORG/NAME"),
     ],
 )
@@ -75,7 +78,19 @@ def test_a_url_of_a_model_is_told_its_name(url: str, model: str) -> None:
         check_model(url)
 
 
-@pytest.mark.parametrize("name", ["ORG/NAME", "huggingface.co/ORG", "http://127.0.0.1:8000/v1"])
+def test_a_folder_that_looks_like_a_url_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hf.co" / "ORG" / "NAME"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    check_model("hf.co/ORG/NAME")
+
+
+@pytest.mark.parametrize(
+    "name", ["ORG/NAME", "huggingface.co/ORG", "http://127.0.0.1:8000/v1", "file://"]
+)
 def test_other_names_are_no_url_of_a_model(name: str) -> None:
     assert model_of_url(name) is None
 
