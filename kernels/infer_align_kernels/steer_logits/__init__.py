@@ -6,6 +6,7 @@ Shapes: B rows of logits, S steered rows, V vocabulary, M heads, k candidates, d
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -25,19 +26,20 @@ def steers_at_once(device: torch.device) -> bool:
 
     That is a GPU, and a CPU on which Numba is installed. On a CPU, the first use compiles it.
     """
-    return runs_triton(device) or (device.type == "cpu" and _runs_numba())
+    return runs_triton(device) or (device.type == "cpu" and _on_cpu() is not reference.steer_logits)
 
 
 @cache
-def _runs_numba() -> bool:
+def _on_cpu() -> Callable[..., torch.Tensor]:
+    """Return the implementation for a CPU: that of Numba, or the reference without Numba."""
     if find_spec("numba") is None:
-        return False
+        return reference.steer_logits
     try:
-        from infer_align_kernels.steer_logits import numba  # noqa: F401, PLC0415
+        from infer_align_kernels.steer_logits import numba  # noqa: PLC0415
     except ImportError as error:
         log.warning("steering on this CPU is not compiled: Numba cannot be imported: %s", error)
-        return False
-    return True
+        return reference.steer_logits
+    return numba.steer_logits
 
 
 def steer_logits(
@@ -74,11 +76,8 @@ def steer_logits(
     """
     _check(logits, features, heads, rows)
     if not runs_triton(logits.device):
-        if logits.is_cpu and _runs_numba():
-            from infer_align_kernels.steer_logits import numba  # noqa: PLC0415
-
-            return numba.steer_logits(logits, features, heads, rows)
-        return reference.steer_logits(logits, features, heads, rows)
+        steer = _on_cpu() if logits.is_cpu else reference.steer_logits
+        return steer(logits, features, heads, rows)
     # Triton is not needed on a CPU.
     from infer_align_kernels.steer_logits import triton  # noqa: PLC0415
 
