@@ -104,7 +104,9 @@ def test_a_gguf_file_is_known_by_its_content(tmp_path: Path) -> None:
     assert not is_gguf(str(tmp_path))
 
 
-def test_a_linked_folder_keeps_the_name_of_the_link(tmp_path, monkeypatch):
+def test_a_linked_folder_keeps_the_name_of_the_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "weights-3f2a" / "inner").mkdir(parents=True)
     (tmp_path / "my-model").symlink_to(tmp_path / "weights-3f2a")
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,8 @@ def test_what_the_task_says_comes_back() -> None:
 
 def test_a_process_with_many_open_files_can_try_a_task() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1200:
+        pytest.skip("this machine allows too few open files")
     files: list[int] = []
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

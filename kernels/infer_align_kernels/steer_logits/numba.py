@@ -44,7 +44,9 @@ def _answer_for_functions_only() -> None:
     vLLM's CPU runner looks at `__dict__` of every object in every module, and would fail there.
     """
     library = type(ffi.lib)
-    function = library.__getattr__
+    function = getattr(library, "__getattr__", None)
+    if function is None:
+        return
 
     def attribute(self: Any, name: str) -> Any:
         if name.startswith("__"):
