@@ -41,15 +41,20 @@ By: TypeAlias = Literal["text", "words", "embeddings"]
 Extractor: TypeAlias = Callable[[str], str | None]
 Pattern = Annotated[str, Len(min_length=1, max_length=500)]
 
-# A fraction such as 1/2, or a number with or without commas between its thousands and an exponent.
-# No sign after a word: "10-12" ends in 12. No fraction in a date: "1/2/2026" ends in 2026.
+# A fraction such as 1/2 or 2 1/2, or a number with or without commas between its thousands and an
+# exponent. No sign after a word: "10-12" ends in 12. No fraction in a date: "1/2/2026" ends in
+# 2026.
 _NUMBER = re.compile(
     r"(?:(?<!\w)[-−])?"
-    r"(?:(?<![\w/.,])\d+/0*[1-9]\d*(?!\.?\d|/)"
+    r"(?:(?<![\w/.,])(?:\d+ )?\d+/0*[1-9]\d*(?!\.?\d|/)"
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?)"
 )
-# A fraction in TeX, which is read as 1/2.
-_TEX_FRACTION = re.compile(r"\\[dt]?frac\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}|\\[dt]?frac(\d)(\d)")
+# A fraction in TeX, with the space before it, which is read as 1/2.
+_TEX_FRACTION = re.compile(r"\s?\\[dt]?frac(?:\{\s*(-?\d+)\s*\}\{\s*(\d+)\s*\}|(\d)(\d))")
+# A fraction in one character, with the space before it.
+_ONE_CHARACTER = re.compile(r"\s?([¼-¾⅐-⅞])")
+# The line of a fraction that is no slash.
+_FRACTION_SLASH = "⁄"
 # A pattern may take this many seconds for one text. Some patterns would take years.
 MATCH_SECONDS = 0.25
 _DIGITS = 12
@@ -240,17 +245,27 @@ def word_vectors(texts: Sequence[str]) -> Array:
 def last_number(text: str) -> str | None:
     """Return the last number of a text in one spelling, so that "1,200.0" and "1200" are equal.
 
-    A number that is no integer is a fraction: "0.5" and "1/2" are both "1/2".
+    A number that is no integer is a fraction: "0.5", "½" and "1/2" are all "1/2".
     """
-    numbers = _NUMBER.findall(_TEX_FRACTION.sub(_as_fraction, text))
+    numbers = _NUMBER.findall(_in_ascii(text))
     if not numbers:
         return None
-    digits = "".join(map(_ascii_digit, numbers[-1])).replace(",", "").replace("−", "-")
+    digits: str = numbers[-1].replace(",", "").replace("−", "-")
     try:
-        return str(Fraction(digits))
+        return str(_value(digits))
     except ValueError:
         # Python converts no integer of thousands of digits.
         return digits
+
+
+def _value(digits: str) -> Fraction:
+    """Return the value of a number; "2 1/2" is 5/2, and "2 3/2" ends in 3/2."""
+    integer, _, part = digits.rpartition(" ")
+    fraction = Fraction(part)
+    if not integer or fraction >= 1:
+        return fraction
+    value = abs(Fraction(integer)) + fraction
+    return -value if integer.startswith("-") else value
 
 
 def normalized(text: str) -> str:
@@ -261,6 +276,18 @@ def normalized(text: str) -> str:
 def _as_fraction(match: re.Match[str]) -> str:
     numerator, denominator = (part for part in match.groups() if part is not None)
     return f" {numerator}/{denominator} "
+
+
+def _in_ascii(text: str) -> str:
+    """Return a text with digits of ASCII, and with fractions as 1/2."""
+    if not text.isascii():
+        text = _ONE_CHARACTER.sub(_in_digits, text).replace(_FRACTION_SLASH, "/")
+        text = "".join(map(_ascii_digit, text))
+    return _TEX_FRACTION.sub(_as_fraction, text)
+
+
+def _in_digits(match: re.Match[str]) -> str:
+    return f" {unicodedata.normalize('NFKC', match[1])}"
 
 
 def _ascii_digit(character: str) -> str:
@@ -337,5 +364,5 @@ def _by_pattern(pattern: str) -> Extractor:
 def normalized_number(text: str) -> str:
     """Return a text without spaces around it; a text that is a number in one spelling."""
     stripped = text.strip()
-    number = _NUMBER.fullmatch(stripped)
-    return last_number(stripped) or stripped if number else stripped
+    is_number = _NUMBER.fullmatch(_in_ascii(stripped).strip())
+    return last_number(stripped) or stripped if is_number else stripped
