@@ -175,9 +175,9 @@ class TransformersEngine(Engine):
 
     async def close(self) -> None:
         """End the scheduler. Running draws end with an error."""
-        self._grammar_thread.shutdown(wait=False, cancel_futures=True)
         if self._started:
             await asyncio.to_thread(self._started.scheduler.stop)
+        self._grammar_thread.shutdown(wait=False, cancel_futures=True)
 
     def health(self) -> str | None:
         """Return None while the scheduler runs, else the reason why it does not."""
@@ -204,7 +204,9 @@ class TransformersEngine(Engine):
 
     async def prepare(self, body: Body, kind: Kind) -> None:
         """Compile the grammars of a body. A client's grammar may take seconds."""
-        if self._started is None or not body.keys() & answer_form.FIELDS[kind]:
+        if self.health() is not None or self._started is None:
+            return
+        if not body.keys() & answer_form.FIELDS[kind]:
             return
         try:
             form = answer_form.AnswerForm.read(Draw(body, kind=kind))

@@ -23,8 +23,6 @@ from numba import njit
 
 from infer_align_kernels.steer_logits.types import HeadTable, SteeredRows
 
-LIKELY = SteeredRows.LIKELY
-COLUMNS = SteeredRows.COLUMNS
 # Logits that are compared with the smallest candidate at once. In most blocks, none is larger.
 BLOCK = 16
 # Sums may be reordered, so that a processor adds several numbers at once. Every row is summed in
@@ -190,10 +188,12 @@ def steer_rows(logits, vocabulary, stride, features, table, places, records, num
         features: [S, d].
         table: [V, d + M], see `steer_row`.
         places: [M + 1], see `steer_row`.
-        records: [S, 4 + M] of `SteeredRows`, as int32.
+        records: [S, 4 + M] of `SteeredRows`, as int32. Their layout is read from their shape: the
+            code that is kept would not notice a change of a constant in another file.
         numbers: the same as float32.
         out: [S, k] candidates, overwritten.
     """
+    columns = records.shape[1] - (len(places) - 1)
     memory = np.empty(vocabulary, np.int64)
     shifts = np.empty(vocabulary, np.float32)
     for s in range(len(records)):
@@ -204,13 +204,13 @@ def steer_rows(logits, vocabulary, stride, features, table, places, records, num
             continue
         first = records[s, 0] * stride
         row = logits[first : first + vocabulary]
-        if count == LIKELY:
-            count = select_likely(row, numbers[s, 3], memory)
+        if count < 0:
+            count = select_likely(row, numbers[s, columns - 1], memory)
         else:
             select_largest(row, memory[:count], shifts)
             for slot in range(count):
                 out[s, slot] = memory[slot]
-        beta = numbers[s, COLUMNS:]
+        beta = numbers[s, columns:]
         strongest = np.float32(0)
         for weight in beta:
             strongest = max(strongest, abs(weight))

@@ -109,6 +109,8 @@ async def test_a_slow_grammar_is_compiled_beside_other_requests(serving: Any, dr
         # What is malformed, and what needs no grammar, is left to `check`.
         await engine.prepare({"messages": [], "response_format": 3}, "chat")
         await engine.prepare({"messages": []}, "chat")
+    # An engine that was closed compiles nothing, and `sample` says so.
+    await engine.prepare(draw(**by_schema(SCHEMAS["date"])).body, "chat")
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
