@@ -215,6 +215,7 @@ def _top_candidates_launch(kernel: Any, constants: Mapping[str, Any], num_warps:
 VALUE_REWEIGHT_TYPES = {
     **dict.fromkeys(("logits", "hidden", "weight", "bias"), "*bf16"),
     **dict.fromkeys(("beta", "temperature", "statistics", "out", "shifts", "values"), "*fp32"),
+    "candidate_logits": "*fp32",
     **dict.fromkeys(("token_out", "ids"), "*i64"),
     "uniform": "*fp64",
     **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "out_stride"), "i32"),
@@ -298,19 +299,24 @@ def _candidate_launches() -> list[Launch]:
     launch = _value_reweight_launch
     tiles = value_reweight.CANDIDATES
     shift = candidates.value_reweight_shift_kernel
-    constants = {"TOKENS": tiles.tokens, "TAIL": candidates.PER_ROW.value}
+    tile_constants = {"TOKENS": tiles.tokens, "GROUP": tiles.rows}
+    pick_constants = {"TOKENS": tiles.tokens, "TILES": 256, "TAIL": candidates.PER_ROW.value}
+    tile = candidates.value_reweight_candidates_tile_kernel
     apply = value_reweight.APPLY
+    apply_constants = {"TOKENS": apply.tokens, "TAIL": candidates.PER_ROW.value}
     gather = value_reweight.GATHER
     gather_constants = {"SLOTS": gather.rows, "RANK": 128, "R": 128, "HAS_BIAS": True}
     return [
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": False}),
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": True}),
         launch(shift, value_reweight.SHIFT, {"SLOTS": MAX_SLOTS, "SCATTER": True}),
+        launch(candidates.value_reweight_apply_kernel, apply, apply_constants),
+        *(launch(tile, tiles, {**tile_constants, "SLOTS": slots}) for slots in (32, MAX_SLOTS)),
         launch(
-            candidates.value_reweight_apply_kernel, apply, {**constants, "TOKENS": apply.tokens}
+            candidates.value_reweight_candidates_pick_kernel,
+            value_reweight.CANDIDATES_PICK,
+            pick_constants,
         ),
-        launch(candidates.value_reweight_candidates_tile_kernel, tiles, constants),
-        launch(candidates.value_reweight_candidates_pick_kernel, tiles, {**constants, "TILES": 64}),
         launch(candidates.value_reweight_candidate_values_kernel, gather, gather_constants),
     ]
 

@@ -10,21 +10,23 @@ import triton.language as tl
 
 from infer_align_kernels.value_reweight.sampling import (
     LARGEST,
-    STATISTICS,
+    NO_INDEX,
     choose_tile,
     clean_logits,
     draw_token,
-    finite_peak,
     load_frozen_logits,
     log2_scale,
+    weigh,
 )
 
 # Values of the compile-time argument TAIL. With PER_ROW, `masked` holds a flag per row.
 KEEP = tl.constexpr(0)
 MASK = tl.constexpr(1)
 PER_ROW = tl.constexpr(2)
-# Candidates that are looked for in a tile at once.
-GROUP = tl.constexpr(32)
+# Candidates that are loaded at once.
+SLOTS_AT_ONCE = tl.constexpr(32)
+# Tokens that lie side by side in a part of a tile.
+PART = tl.constexpr(128)
 
 
 @triton.jit
@@ -34,6 +36,21 @@ def is_steered(beta, row, ids, M, K):
     for m in range(M):
         strongest = tl.maximum(strongest, tl.abs(tl.load(beta + row * M + m).to(tl.float32)))
     return (strongest > 0) & (tl.load(ids + row * K) >= 0)
+
+
+@triton.jit
+def is_masked(masked, row, steers, TAIL: tl.constexpr):
+    """Return True if the tokens of a row that are no candidates have no weight."""
+    # Not a conditional expression: the branch is chosen when the kernel is compiled.
+    if TAIL == PER_ROW:
+        return steers & (tl.load(masked + row) != 0)
+    return steers & (TAIL == MASK)
+
+
+@triton.jit
+def candidates_between(candidates, start, end):
+    """Return the candidates with start <= id < end, and a larger number in place of others."""
+    return tl.where((candidates >= start) & (candidates < end), candidates, NO_INDEX)
 
 
 @triton.jit
@@ -51,32 +68,45 @@ def steer_tile(
     TOKENS: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Add the shifts of the candidates in one tile of a row, and apply the tail.
-
-    Returns the steered logits, and True if they may differ from the frozen ones.
-    """
+    """Add the shifts of the candidates in one tile of a row, and apply the tail."""
     x = frozen
-    changed = False
-    if is_steered(beta, row, ids, M, K):
-        # Not a conditional expression: the branch is chosen when the kernel is compiled.
-        if TAIL == PER_ROW:
-            changed = tl.load(masked + row) != 0
-        else:
-            changed = TAIL == MASK
-        x = tl.where(changed, float("-inf"), x)
-        for first in range(0, K, GROUP):
-            slots = first + tl.arange(0, GROUP)
-            group = tl.load(ids + row * K + slots, mask=slots < K, other=-1)
-            in_tile = (group >= start) & (group < start + TOKENS)
-            # Few of the tiles hold a candidate. The others need no look at each of them.
-            if tl.max(in_tile.to(tl.int32), axis=0) > 0:
-                for j in range(first, tl.minimum(first + GROUP, K)):
-                    candidate = tl.load(ids + row * K + j)
-                    if (candidate >= start) & (candidate < start + TOKENS):
-                        shift = tl.load(shifts + row * K + j)
-                        x = tl.where(tokens == candidate, frozen + shift, x)
-                        changed = True
-    return x, changed
+    steers = is_steered(beta, row, ids, M, K)
+    if steers:
+        x = tl.where(is_masked(masked, row, steers, TAIL), float("-inf"), x)
+        for first in range(0, K, SLOTS_AT_ONCE):
+            slots = first + tl.arange(0, SLOTS_AT_ONCE)
+            candidates = tl.load(ids + row * K + slots, mask=slots < K, other=-1).to(tl.int32)
+            shift = tl.load(shifts + row * K + slots, mask=slots < K, other=0.0)
+            left = candidates_between(candidates, start, start + TOKENS)
+            candidate = tl.min(left, axis=0)
+            while candidate < NO_INDEX:
+                of_candidate = tl.sum(tl.where(left == candidate, shift, 0.0), axis=0)
+                x = tl.where(tokens == candidate, frozen + of_candidate, x)
+                left = tl.where(left == candidate, NO_INDEX, left)
+                candidate = tl.min(left, axis=0)
+    return x
+
+
+@triton.jit
+def candidate_shifts(candidates, values, beta, row, B, M, K, slots):
+    """Return sum over m of beta_m (v_m - mean of v_m) for the slots of one row.
+
+    An unused slot, and a candidate with a value that is not finite, get -inf.
+    """
+    in_row = slots < K
+    usable = candidates >= 0
+    for m in range(M):
+        strength = tl.load(beta + row * M + m).to(tl.float32)
+        value = tl.load(values + (row + m * B) * K + slots, mask=in_row, other=0.0).to(tl.float32)
+        usable = usable & (tl.where(strength != 0, tl.abs(value), 0.0) <= LARGEST)
+    count = tl.maximum(tl.sum(usable.to(tl.float32), axis=0), 1.0)
+    shift = tl.zeros_like(usable.to(tl.float32))
+    for m in range(M):
+        strength = tl.load(beta + row * M + m).to(tl.float32)
+        value = tl.load(values + (row + m * B) * K + slots, mask=in_row, other=0.0).to(tl.float32)
+        value = tl.where(usable, tl.where(strength != 0, value, 0.0), 0.0)
+        shift += strength * (value - tl.sum(value, axis=0) / count)
+    return tl.where(usable, shift, float("-inf"))
 
 
 @triton.jit
@@ -95,7 +125,7 @@ def value_reweight_shift_kernel(
     SLOTS: tl.constexpr,
     SCATTER: tl.constexpr,
 ):
-    """Compute sum over m of beta_m (v_m - mean of v_m) for the slots of one row. Grid: (rows,).
+    """Compute the shifts of the candidates of one row. Grid: (rows,).
 
     Without SCATTER, the shifts are stored in `shifts`. With SCATTER, the logits of the candidates
     plus their shifts are stored in `out`.
@@ -104,19 +134,7 @@ def value_reweight_shift_kernel(
     slots = tl.arange(0, SLOTS)
     in_row = slots < K
     candidates = tl.load(ids + row * K + slots, mask=in_row, other=-1)
-    usable = candidates >= 0
-    for m in range(M):
-        strength = tl.load(beta + row * M + m).to(tl.float32)
-        value = tl.load(values + (row + m * B) * K + slots, mask=in_row, other=0.0).to(tl.float32)
-        usable = usable & (tl.where(strength != 0, tl.abs(value), 0.0) <= LARGEST)
-    count = tl.maximum(tl.sum(usable.to(tl.float32), axis=0), 1.0)
-    shift = tl.zeros((SLOTS,), dtype=tl.float32)
-    for m in range(M):
-        strength = tl.load(beta + row * M + m).to(tl.float32)
-        value = tl.load(values + (row + m * B) * K + slots, mask=in_row, other=0.0).to(tl.float32)
-        value = tl.where(usable, tl.where(strength != 0, value, 0.0), 0.0)
-        shift += strength * (value - tl.sum(value, axis=0) / count)
-    shift = tl.where(usable, shift, float("-inf"))
+    shift = candidate_shifts(candidates, values, beta, row, B, M, K, slots)
     if SCATTER:
         is_target = tl.where(is_steered(beta, row, ids, M, K), candidates, -1) >= 0
         pointers = logits + row * row_stride + candidates
@@ -148,62 +166,105 @@ def value_reweight_apply_kernel(
     tokens = start + tl.arange(0, TOKENS)
     in_row = tokens < V
     frozen = tl.load(logits + row * row_stride + tokens, mask=in_row, other=0.0).to(tl.float32)
-    x, _ = steer_tile(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
+    x = steer_tile(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
     tl.store(out + row * out_stride + tokens, x, mask=in_row)
+
+
+@triton.jit
+def store_candidates(
+    logits, ids, values, beta, candidate_logits, row, B, M, K, row_stride, SLOTS: tl.constexpr
+):
+    """Store the steered and the frozen logits of the candidates of one row: [2, B, K].
+
+    An unused slot gets -inf.
+    """
+    slots = tl.arange(0, SLOTS)
+    in_row = slots < K
+    candidates = tl.load(ids + row * K + slots, mask=in_row, other=-1)
+    frozen = load_frozen_logits(logits, row, row_stride, candidates, candidates >= 0)
+    shift = candidate_shifts(candidates, values, beta, row, B, M, K, slots)
+    steered = frozen + tl.where(is_steered(beta, row, ids, M, K), shift, 0.0)
+    pointers = candidate_logits + row * K + slots
+    tl.store(pointers, clean_logits(steered), mask=in_row)
+    tl.store(pointers + B * K, frozen, mask=in_row)
+
+
+@triton.jit
+def load_candidates(ids, candidate_logits, row, B, K, first):
+    """Load some candidates of one row: their ids, their steered and their frozen logits."""
+    slots = first + tl.arange(0, SLOTS_AT_ONCE)
+    in_row = slots < K
+    candidates = tl.load(ids + row * K + slots, mask=in_row, other=-1).to(tl.int32)
+    pointers = candidate_logits + row * K + slots
+    steered = tl.load(pointers, mask=in_row, other=float("-inf"))
+    frozen = tl.load(pointers + B * K, mask=in_row, other=float("-inf"))
+    return candidates, steered, frozen
 
 
 @triton.jit
 def value_reweight_candidates_tile_kernel(
     logits,
     ids,
-    shifts,
+    values,
     beta,
-    masked,
     temperature,
     statistics,
+    candidate_logits,
     B,
     V,
     M,
     K,
+    T,
     row_stride,
+    GROUP: tl.constexpr,
     TOKENS: tl.constexpr,
-    TAIL: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """Write the statistics of one tile of tokens of one row. Grid: (tiles, rows)."""
-    tile = tl.program_id(0)
+    """Write the peak and the sum of GROUP tiles of one row, without its candidates: [2, B, T].
+
+    Steering changes nothing but the candidates, so one sum serves both distributions. The first
+    program of a row writes the logits of the candidates. Grid: (1 + groups of tiles, rows).
+    """
     row = tl.program_id(1).to(tl.int64)
-    start = tile * TOKENS
-    tokens = start + tl.arange(0, TOKENS)
-    frozen = load_frozen_logits(logits, row, row_stride, tokens, tokens < V)
-    scale = log2_scale(tl.load(temperature + row).to(tl.float32))
-    frozen_peak = tl.max(frozen, axis=0)
-    frozen_total = tl.sum(tl.exp2((frozen - finite_peak(frozen_peak)) * scale), axis=0)
-    peak = frozen_peak
-    total = frozen_total
-    x, changed = steer_tile(
-        frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL
-    )
-    if changed:
-        x = clean_logits(x)
-        peak = tl.max(x, axis=0)
-        total = tl.sum(tl.exp2((x - finite_peak(peak)) * scale), axis=0)
-    pointers = statistics + tile.to(tl.int64) * STATISTICS * B + row
-    tl.store(pointers, peak)
-    tl.store(pointers + B, total)
-    tl.store(pointers + 2 * B, frozen_peak)
-    tl.store(pointers + 3 * B, frozen_total)
+    if tl.program_id(0) == 0:
+        store_candidates(
+            logits, ids, values, beta, candidate_logits, row, B, M, K, row_stride, SLOTS
+        )
+    else:
+        tiles = (tl.program_id(0) - 1) * GROUP + tl.arange(0, GROUP)
+        start = (tl.program_id(0) - 1) * GROUP * TOKENS
+        # In this order, each warp has tiles of its own, and a sum needs no other warp.
+        places = tl.arange(0, TOKENS // PART)[:, None, None] * PART + tl.arange(0, PART)
+        tokens = tiles[None, :, None] * TOKENS + places
+        x = load_frozen_logits(logits, row, row_stride, tokens, tokens < V)
+        scale = log2_scale(tl.load(temperature + row).to(tl.float32))
+        for first in range(0, K, SLOTS_AT_ONCE):
+            slots = first + tl.arange(0, SLOTS_AT_ONCE)
+            candidates = tl.load(ids + row * K + slots, mask=slots < K, other=-1).to(tl.int32)
+            left = candidates_between(candidates, start, start + GROUP * TOKENS)
+            candidate = tl.min(left, axis=0)
+            # Few of the groups hold a candidate.
+            while candidate < NO_INDEX:
+                x = tl.where(tokens == candidate, float("-inf"), x)
+                left = tl.where(left == candidate, NO_INDEX, left)
+                candidate = tl.min(left, axis=0)
+        peak = tl.max(tl.max(x, axis=0), axis=1)
+        total = tl.sum(tl.sum(weigh(x, peak[None, :, None], scale), axis=0), axis=1)
+        pointers = statistics + row * T + tiles
+        tl.store(pointers, peak, mask=tiles < T)
+        tl.store(pointers + B * T, total, mask=tiles < T)
 
 
 @triton.jit
 def value_reweight_candidates_pick_kernel(
     logits,
     ids,
-    shifts,
     beta,
     masked,
     temperature,
     uniform,
     statistics,
+    candidate_logits,
     token_out,
     out,
     B,
@@ -221,14 +282,49 @@ def value_reweight_candidates_pick_kernel(
     row_temperature = tl.load(temperature + row).to(tl.float32)
     scale = log2_scale(row_temperature)
     greedy = row_temperature <= 0
-    tile, target, peak, total, frozen_peak, frozen_total = choose_tile(
-        statistics, row, B, T, scale, tl.load(uniform + row), greedy, TILES
-    )
+    tiles = tl.arange(0, TILES)
+    pointers = statistics + row * T + tiles
+    frozen_peaks = tl.load(pointers, mask=tiles < T, other=float("-inf"))
+    sums = tl.load(pointers + B * T, mask=tiles < T, other=0.0)
+    number = tl.load(uniform + row)
+    steers = is_steered(beta, row, ids, M, K)
+    hides_tail = is_masked(masked, row, steers, TAIL)
+    peaks = tl.where(hides_tail, float("-inf"), frozen_peaks)
+    peak = tl.max(peaks, axis=0)
+    frozen_peak = tl.max(frozen_peaks, axis=0)
+    for first in range(0, K, SLOTS_AT_ONCE):
+        _, steered, frozen = load_candidates(ids, candidate_logits, row, B, K, first)
+        peak = tl.maximum(peak, tl.max(steered, axis=0))
+        frozen_peak = tl.maximum(frozen_peak, tl.max(frozen, axis=0))
+    weights = sums * weigh(peaks, peak, scale)
+    frozen_weights = sums * weigh(frozen_peaks, frozen_peak, scale)
+    frozen_total = tl.sum(frozen_weights.to(tl.float64), axis=0)
+    peak_tile = tl.min(tl.where(peaks == peak, tiles, NO_INDEX), axis=0)
+    for first in range(0, K, SLOTS_AT_ONCE):
+        candidates, steered, frozen = load_candidates(ids, candidate_logits, row, B, K, first)
+        # An unused slot has no place: as an unsigned number, its id is larger than any other.
+        places = (candidates.to(tl.uint32) // TOKENS).to(tl.int32)
+        is_place = tiles[None, :] == places[:, None]
+        weights += tl.sum(tl.where(is_place, weigh(steered, peak, scale)[:, None], 0.0), axis=0)
+        frozen_total += tl.sum(weigh(frozen, frozen_peak, scale).to(tl.float64), axis=0)
+        slot_tile = tl.min(tl.where(steered == peak, places, NO_INDEX), axis=0)
+        peak_tile = tl.minimum(peak_tile, slot_tile)
+    tile, target, total = choose_tile(weights, peak_tile, number, greedy, T)
+    # The same sum in the same order, so that such a row is the frozen model bit for bit.
+    frozen_total = tl.where(steers, frozen_total.to(tl.float32), total)
     start = tile * TOKENS
     tokens = start + tl.arange(0, TOKENS)
     frozen = load_frozen_logits(logits, row, row_stride, tokens, tokens < V)
-    x, _ = steer_tile(frozen, ids, shifts, beta, masked, row, M, K, start, tokens, TOKENS, TAIL)
-    x = clean_logits(x)
+    x = tl.where(hides_tail, float("-inf"), frozen)
+    for first in range(0, K, SLOTS_AT_ONCE):
+        candidates, steered, _ = load_candidates(ids, candidate_logits, row, B, K, first)
+        left = candidates_between(candidates, start, start + TOKENS)
+        candidate = tl.min(left, axis=0)
+        while candidate < NO_INDEX:
+            logit = tl.max(tl.where(left == candidate, steered, float("-inf")), axis=0)
+            x = tl.where(tokens == candidate, logit, x)
+            left = tl.where(left == candidate, NO_INDEX, left)
+            candidate = tl.min(left, axis=0)
     chosen = draw_token(
         x,
         frozen,

@@ -9,14 +9,18 @@ import triton
 import triton.language as tl
 
 from infer_align_kernels.value_reweight.sampling import (
-    STATISTICS,
+    NO_INDEX,
     choose_tile,
     clean_logits,
     draw_token,
-    finite_peak,
     load_frozen_logits,
     log2_scale,
+    weigh,
 )
+
+# The statistics of a tile, in this order: peak and sum of the steered logits, peak and sum of the
+# frozen logits. A sum is that of exp((logit - peak) / temperature).
+STATISTICS = tl.constexpr(4)
 
 # The bits of a float32 number that tensor cores read, as a mask.
 TF32_BITS = tl.constexpr(-8192)
@@ -45,6 +49,18 @@ def add_product(u, e, q, UPCAST: tl.constexpr):
     else:
         q = tl.dot(u, tl.trans(e), q, input_precision="ieee")
     return q
+
+
+@triton.jit
+def load_statistics(statistics, row, B, T, tiles):
+    """Load the statistics of some tiles of one row: two peaks, each with its sum."""
+    in_row = tiles < T
+    pointers = statistics + (tiles.to(tl.int64) * B + row) * STATISTICS
+    peaks = tl.load(pointers, mask=in_row, other=float("-inf"))
+    sums = tl.load(pointers + 1, mask=in_row, other=0.0)
+    frozen_peaks = tl.load(pointers + 2, mask=in_row, other=float("-inf"))
+    frozen_sums = tl.load(pointers + 3, mask=in_row, other=0.0)
+    return peaks, sums, frozen_peaks, frozen_sums
 
 
 @triton.jit
@@ -82,10 +98,10 @@ def value_reweight_head_tile_kernel(
     row_temperature = tl.load(temperature + row, mask=in_batch, other=1.0).to(tl.float32)
     scale = log2_scale(row_temperature)[:, None]
     frozen_peak = tl.max(frozen, axis=1)
-    frozen_total = tl.sum(tl.exp2((frozen - finite_peak(frozen_peak)[:, None]) * scale), axis=1)
-    pointers = statistics + tile.to(tl.int64) * STATISTICS * B + row
-    tl.store(pointers + 2 * B, frozen_peak, mask=in_batch)
-    tl.store(pointers + 3 * B, frozen_total, mask=in_batch)
+    frozen_total = tl.sum(weigh(frozen, frozen_peak[:, None], scale), axis=1)
+    pointers = statistics + (tile.to(tl.int64) * B + row) * STATISTICS
+    tl.store(pointers + 2, frozen_peak, mask=in_batch)
+    tl.store(pointers + 3, frozen_total, mask=in_batch)
     x = frozen
     for m in range(M):
         q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
@@ -110,9 +126,9 @@ def value_reweight_head_tile_kernel(
         x += strength * tl.where(strength != 0, q, 0.0)
     x = clean_logits(x)
     peak = tl.max(x, axis=1)
-    total = tl.sum(tl.exp2((x - finite_peak(peak)[:, None]) * scale), axis=1)
+    total = tl.sum(weigh(x, peak[:, None], scale), axis=1)
     tl.store(pointers, peak, mask=in_batch)
-    tl.store(pointers + B, total, mask=in_batch)
+    tl.store(pointers + 1, total, mask=in_batch)
 
 
 @triton.jit
@@ -143,9 +159,15 @@ def value_reweight_head_pick_kernel(
     row_temperature = tl.load(temperature + row).to(tl.float32)
     scale = log2_scale(row_temperature)
     greedy = row_temperature <= 0
-    tile, target, peak, total, frozen_peak, frozen_total = choose_tile(
-        statistics, row, B, T, scale, tl.load(uniform + row), greedy, TILES
-    )
+    tiles = tl.arange(0, TILES)
+    peaks, sums, frozen_peaks, frozen_sums = load_statistics(statistics, row, B, T, tiles)
+    peak = tl.max(peaks, axis=0)
+    frozen_peak = tl.max(frozen_peaks, axis=0)
+    frozen_weights = (frozen_sums * weigh(frozen_peaks, frozen_peak, scale)).to(tl.float64)
+    frozen_total = tl.sum(frozen_weights, axis=0).to(tl.float32)
+    weights = sums * weigh(peaks, peak, scale)
+    peak_tile = tl.min(tl.where(peaks == peak, tiles, NO_INDEX), axis=0)
+    tile, target, total = choose_tile(weights, peak_tile, tl.load(uniform + row), greedy, T)
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     token = tokens.to(tl.int64)
     in_vocabulary = tokens < V

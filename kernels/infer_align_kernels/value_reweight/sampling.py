@@ -1,7 +1,8 @@
-"""Device functions shared by the kernels: logits, tile statistics, and the draw of a token.
+"""Device functions shared by the kernels: logits, weights, and the draw of a token.
 
-A kernel that reads all logits writes four statistics per row and tile. A second kernel merges the
-statistics of a row, chooses a tile with `choose_tile`, and draws the token in it with `draw_token`.
+A kernel that reads all logits writes a peak and a sum of weights per row and tile. A second kernel
+merges those of a row, chooses a tile with `choose_tile`, and draws the token in it with
+`draw_token`.
 """
 
 # Triton compiles these functions and reads their signatures.
@@ -17,9 +18,6 @@ LARGEST = tl.constexpr(3.4028234663852886e38)
 MIN_TEMPERATURE = tl.constexpr(1e-30)
 # Larger than every token id and tile index.
 NO_INDEX = tl.constexpr(2147483647)
-# The statistics of a tile, in this order: peak and sum of the steered logits, peak and sum of the
-# frozen logits. A sum is that of exp((logit - peak) / temperature).
-STATISTICS = tl.constexpr(4)
 
 
 @triton.jit
@@ -61,40 +59,27 @@ def first_above(cumulative, weights, target, indices):
 
 
 @triton.jit
-def choose_tile(statistics, row, B, T, scale, uniform, greedy, TILES: tl.constexpr):
-    """Merge the statistics of a row's T tiles and choose the tile of the token.
+def weigh(x, peak, scale):
+    """Return exp((x - peak) / temperature); 0 where x is -inf."""
+    return tl.exp2((x - finite_peak(peak)) * scale)
 
-    Returns the tile, the rest of the target inside it, and the row's peaks and sums: those of the
-    steered logits, then of the frozen ones.
+
+@triton.jit
+def choose_tile(weights, peak_tile, uniform, greedy, T):
+    """Choose the tile of the token of one row from the weights of its T tiles.
+
+    `peak_tile` is the tile of the largest logit. Returns the tile, the rest of the target inside
+    it, and the sum of the weights.
     """
-    tiles = tl.arange(0, TILES)
-    in_row = tiles < T
-    pointers = statistics + tiles.to(tl.int64) * STATISTICS * B + row
-    peaks = tl.load(pointers, mask=in_row, other=float("-inf"))
-    sums = tl.load(pointers + B, mask=in_row, other=0.0)
-    frozen_peaks = tl.load(pointers + 2 * B, mask=in_row, other=float("-inf"))
-    frozen_sums = tl.load(pointers + 3 * B, mask=in_row, other=0.0)
-    peak = tl.max(peaks, axis=0)
-    frozen_peak = tl.max(frozen_peaks, axis=0)
-    weights = (sums * tl.exp2((peaks - finite_peak(peak)) * scale)).to(tl.float64)
-    frozen_rescale = tl.exp2((frozen_peaks - finite_peak(frozen_peak)) * scale)
-    frozen_weights = (frozen_sums * frozen_rescale).to(tl.float64)
+    tiles = tl.arange(0, weights.shape[0])
+    weights = weights.to(tl.float64)
     cumulative = tl.cumsum(weights, axis=0)
     total = tl.sum(weights, axis=0)
     target = uniform * total
-    peak_tile = tl.min(tl.where((peaks == peak) & in_row, tiles, TILES - 1), axis=0)
     drawn_tile = first_above(cumulative, weights, target, tiles)
     tile = tl.minimum(tl.where(greedy, peak_tile, drawn_tile), T - 1)
     preceding = tl.sum(tl.where(tiles == tile, cumulative - weights, 0.0), axis=0)
-    frozen_total = tl.sum(frozen_weights, axis=0).to(tl.float32)
-    return (
-        tile,
-        target - preceding,
-        peak,
-        total.to(tl.float32),
-        frozen_peak,
-        frozen_total,
-    )
+    return tile, target - preceding, total.to(tl.float32)
 
 
 @triton.jit
@@ -118,7 +103,7 @@ def draw_token(
     `x` and `frozen` are the steered and the frozen logits of the tile. `out` is [3, B]: logsumexp,
     logprob, frozen logprob. Returns the token as int64, or -1 for a row without a finite logit.
     """
-    weights = tl.exp2((x - finite_peak(peak)) * scale)
+    weights = weigh(x, peak, scale)
     drawn = first_above(tl.cumsum(weights.to(tl.float64), axis=0), weights, target, tokens)
     largest = tl.min(tl.where(x == tl.max(x, axis=0), tokens, NO_INDEX), axis=0)
     token = tl.where(greedy, largest, drawn)

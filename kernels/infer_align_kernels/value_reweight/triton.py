@@ -17,7 +17,6 @@ import triton
 from infer_align_kernels.devices import INTERPRETED
 from infer_align_kernels.value_reweight import candidates as candidate_kernels
 from infer_align_kernels.value_reweight import head as head_kernels
-from infer_align_kernels.value_reweight.sampling import STATISTICS
 from infer_align_kernels.value_reweight.types import CandidateValues, HeadValues, Sampled, Tail
 
 # Upper bound of the ranks that `candidate_values` loads at once.
@@ -37,7 +36,7 @@ class Tiles:
 
     Attributes:
         tokens: tokens per tile.
-        rows: rows, or candidate slots, per program.
+        rows: rows, candidate slots, or tiles of one row, per program.
         rank: ranks per step of a product.
         num_warps: warps per program.
         num_stages: stages of the software pipeline.
@@ -56,7 +55,8 @@ HEAD_FLOAT32 = Tiles(tokens=64, rows=64, rank=16, num_warps=4)
 # The kernel that draws has no registers left for that on sm_80.
 DENSE_FLOAT32 = replace(HEAD_FLOAT32, num_stages=4)
 PICK = Tiles(tokens=128, num_warps=8)
-CANDIDATES = Tiles(tokens=4096, num_warps=4)
+CANDIDATES = Tiles(tokens=512, rows=8, num_warps=4)
+CANDIDATES_PICK = Tiles(tokens=512, num_warps=4)
 APPLY = Tiles(tokens=2048, num_warps=8)
 SHIFT = Tiles(tokens=1, num_warps=4)
 GATHER = Tiles(tokens=1, rows=16)
@@ -80,7 +80,6 @@ def value_reweight(
         "logits": logits,
         "beta": beta.contiguous(),
         "temperature": temperature.contiguous(),
-        "statistics": _allocate_statistics(rows, vocabulary, logits.device),
         "B": rows,
         "V": vocabulary,
         "row_stride": logits.stride(0),
@@ -108,6 +107,7 @@ def _sample_head(head: HeadValues, common: Arguments, draw: Arguments) -> None:
         "hidden": head.hidden.contiguous(),
         "weight": weight,
         "bias": weight if head.bias is None else head.bias.contiguous(),
+        "statistics": _floats(tile_count, rows, head_kernels.STATISTICS.value, device=weight.device),
         "M": count,
         "TOKENS": tiles.tokens,
         "R": rank,
@@ -134,27 +134,32 @@ def _sample_head(head: HeadValues, common: Arguments, draw: Arguments) -> None:
 def _sample_candidates(candidates: CandidateValues, common: Arguments, draw: Arguments) -> None:
     logits, rows, vocabulary = common["logits"], common["B"], common["V"]
     ids = candidates.token_ids.contiguous()
-    shifts = torch.empty(ids.shape, dtype=torch.float32, device=logits.device)
-    _compute_shifts(logits, ids, candidates.values, common["beta"], shifts, logits, scatter=False)
+    k = ids.shape[1]
     tile_count = triton.cdiv(vocabulary, CANDIDATES.tokens)
     arguments: Arguments = {
         **common,
         "ids": ids,
-        "shifts": shifts,
-        **_tail_arguments(candidates.tail, logits),
+        "statistics": _floats(2, rows, tile_count, device=logits.device),
+        "candidate_logits": _floats(2, rows, k, device=logits.device),
         "M": candidates.values.shape[0],
-        "K": ids.shape[1],
+        "K": k,
+        "T": tile_count,
         "TOKENS": CANDIDATES.tokens,
     }
-    candidate_kernels.value_reweight_candidates_tile_kernel[tile_count, rows](
-        **arguments, num_warps=CANDIDATES.num_warps
+    grid = (1 + triton.cdiv(tile_count, CANDIDATES.rows), rows)
+    candidate_kernels.value_reweight_candidates_tile_kernel[grid](
+        **arguments,
+        values=candidates.values.contiguous(),
+        GROUP=CANDIDATES.rows,
+        SLOTS=triton.next_power_of_2(k),
+        num_warps=CANDIDATES.num_warps,
     )
     candidate_kernels.value_reweight_candidates_pick_kernel[(rows,)](
         **arguments,
         **draw,
-        T=tile_count,
+        **_tail_arguments(candidates.tail, logits),
         TILES=triton.next_power_of_2(tile_count),
-        num_warps=CANDIDATES.num_warps,
+        num_warps=CANDIDATES_PICK.num_warps,
     )
 
 
@@ -276,11 +281,8 @@ def add_head_values(
     return logits
 
 
-def _allocate_statistics(rows: int, vocabulary: int, device: torch.device) -> torch.Tensor:
-    """Return memory for the statistics of the smallest tiles, float32."""
-    tokens = min(HEAD.tokens, HEAD_FLOAT32.tokens, CANDIDATES.tokens)
-    size = int(triton.cdiv(vocabulary, tokens) * STATISTICS.value * rows)
-    return torch.empty(size, dtype=torch.float32, device=device)
+def _floats(*shape: int, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def head_tiles(dtype: torch.dtype) -> Tiles:

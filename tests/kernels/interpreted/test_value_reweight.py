@@ -116,14 +116,19 @@ def test_more_candidates_than_a_program_holds_are_left_to_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The kernel of so many takes minutes to compile on a GPU. The interpreter would not show that.
-    launched: list[int] = []
-    launch = triton._compute_shifts
+    launched: list[tuple[str, int]] = []
+    reweight, draw = triton.reweight_logits, triton.value_reweight
 
-    def count(logits: torch.Tensor, ids: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        launched.append(ids.shape[1])
-        launch(logits, ids, *arguments, **options)
+    def count_reweight(logits: torch.Tensor, ids: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        launched.append(("reweight", ids.shape[1]))
+        return reweight(logits, ids, *arguments)
 
-    monkeypatch.setattr(triton, "_compute_shifts", count)
+    def count_draw(logits: torch.Tensor, values: CandidateValues, *arguments: Any) -> Sampled:
+        launched.append(("draw", values.token_ids.shape[1]))
+        return draw(logits, values, *arguments)
+
+    monkeypatch.setattr(triton, "reweight_logits", count_reweight)
+    monkeypatch.setattr(triton, "value_reweight", count_draw)
     logits = cases.logits(2, MAX_SLOTS + 20)
     beta, sampling = cases.strengths(2, 1), cases.sampling(2)
     for k in (64, MAX_SLOTS + 1):
@@ -134,7 +139,7 @@ def test_more_candidates_than_a_program_holds_are_left_to_torch(
         torch.testing.assert_close(steered, expected, equal_nan=True, atol=1e-5, rtol=1e-6)
         drawn = value_reweight(logits, candidates, beta, **sampling)
         assert_correct(drawn, logits, candidates, beta, sampling)
-    assert launched == [64, 64]
+    assert launched == [("reweight", 64), ("draw", 64)]
 
 
 @DTYPES
