@@ -179,8 +179,9 @@ def dense() -> list[Row]:
         weight = (HALF if half else FLOAT) * VOCABULARY * kernel_work.RANK
         floor = (2 * FLOAT * BATCH * VOCABULARY + weight) / BANDWIDTH / MICRO
         work = kernel_work.dense(BATCH, half=half)
+        works = [work] if half else [kernel_work.feature_split(BATCH), work]
         what = f"dense form (all tokens), {BATCH} rows, {name} head"
-        time = over(work.time, floor)
+        time = over(total(works), floor)
         rows.append(figure(what, "x floor", floor, time, ("most", 1.5), work.bound))
     return rows
 
@@ -193,13 +194,15 @@ def value_reweight() -> list[Row]:
         logits = size * BATCH * VOCABULARY
         floor = (logits + size * VOCABULARY * kernel_work.RANK) / BANDWIDTH / MICRO
         tile = kernel_work.head_tile(BATCH, half=half)
-        time = over(total([tile, kernel_work.head_pick(BATCH, half=half)]), floor)
+        works = [tile, kernel_work.head_pick(BATCH, half=half)]
+        if not half:
+            works.append(kernel_work.feature_split(BATCH))
+        time = over(total(works), floor)
         what = f"value_reweight by a head, {BATCH} rows, {name}"
         rows.append(figure(what, "x floor", floor, time, ("most", 2.0), tile.bound))
         floor = logits / BANDWIDTH / MICRO
-        tile = kernel_work.candidates_tile(BATCH, half=half)
-        others = [kernel_work.candidates_shift(BATCH), kernel_work.candidates_pick(BATCH)]
-        time = over(total([tile, *others]), floor)
+        tile = kernel_work.candidates_tile(BATCH, K, half=half)
+        time = over(total([tile, kernel_work.candidates_pick(BATCH, half=half)]), floor)
         what = f"value_reweight by {K} candidates, {BATCH} rows, {name}"
         rows.append(figure(what, "x floor", floor, time, ("most", 2.0), tile.bound))
     return rows

@@ -10,6 +10,8 @@ Shapes: B rows, V vocabulary, k candidates, M values, r rank, d hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from benchmarks.gpu.hardware import (
     BANDWIDTH,
@@ -17,7 +19,7 @@ from benchmarks.gpu.hardware import (
     FLOAT32,
     GAP,
     MICRO,
-    TF32,
+    WARP,
     Range,
     Work,
     compiled,
@@ -47,23 +49,31 @@ BARRIERS_PER_CANDIDATE = 8
 # in it, and per 16 features of a value.
 LIKELY_SUMS = (239, 153, 130, 119)
 LIKELY_ADD = (340, 139, 136, 120)
-DENSE_FLOAT32_OUTSIDE = 526
-DENSE_FLOAT32_LOOP = 127
-DENSE_BFLOAT16 = 691
-HEAD_FLOAT32_OUTSIDE = 1245
-HEAD_FLOAT32_LOOP = 117
-HEAD_BFLOAT16 = 1377
-HEAD_PICK_FLOAT32_OUTSIDE = 1376
-HEAD_PICK_FLOAT32_LOOP = 145
-HEAD_PICK_BFLOAT16 = 1957
-CANDIDATES_TILE = 837
-CANDIDATES_PICK = 1755
-# The kernel that centres the shifts of the candidates: short, and bound by its waits.
-SHIFT = 319
+# The kernels that multiply by a head: once for a tile of tokens, and for each 64 rows.
+DENSE_FLOAT32 = (767, 610)
+DENSE_BFLOAT16 = (156, 464)
+HEAD_FLOAT32 = (778, 1425)
+HEAD_BFLOAT16 = (184, 1069)
+HEAD_TOKENS = 64
+HEAD_ROWS = 64
+# The kernel that splits the features of rows in two parts each.
+SPLIT = 91
+SPLIT_ROWS = 4
+HEAD_PICK_FLOAT32 = 1701
+HEAD_PICK_BFLOAT16 = 1603
+# A program that sums tiles: alone, for 32 candidates that it looks at, and for one in its tiles.
+CANDIDATES_TILE = 427
+CANDIDATES_LOOK = 21
+CANDIDATES_FOUND = 70
+CANDIDATES_TOKENS = 512
+CANDIDATES_GROUP = 8
+# Without its loops, and the loops, which have one turn for up to 32 candidates.
+CANDIDATES_PICK = 933 + 825
 # Bytes that the L2 cache moves for a number that has no neighbours.
 SECTOR = 32
-# The four numbers of a tile in `value_reweight`.
+# The numbers of a tile in `value_reweight`: by a head, and by candidates.
 STATISTICS = 4
+CANDIDATES_STATISTICS = 2
 
 
 def tile_peaks(rows: int) -> Work:
@@ -172,119 +182,138 @@ def float32_logits(rows: int) -> Range:
 def dense(rows: int, *, half: bool) -> Work:
     """Return the work of adding a head's values to all float32 logits in place."""
     logits = FLOAT * rows * VOCABULARY
-    weight = (HALF if half else FLOAT) * VOCABULARY * RANK
-    blocks = math.ceil(rows / 64)
-    tokens = 128 if half else 64
-    # Each program reads the features of its rows too.
-    read = logits + blocks * weight * (1 + 64 / tokens)
-    steps = RANK // 16
-    instructions = DENSE_FLOAT32_OUTSIDE + DENSE_FLOAT32_LOOP * steps
+    outside, turn = DENSE_BFLOAT16 if half else DENSE_FLOAT32
+    turns = math.ceil(rows / HEAD_ROWS)
     return Work(
-        compiled("value_reweight_add_head", TOKENS=tokens),
-        blocks * math.ceil(VOCABULARY / tokens),
-        2 * logits + weight,
-        read,
-        DENSE_BFLOAT16 if half else instructions,
+        _head_resources("value_reweight_add_head", half=half),
+        math.ceil(VOCABULARY / HEAD_TOKENS),
+        2 * logits + _head_bytes(half=half),
+        logits + _head_bytes(half=half) + _feature_bytes(rows, half=half),
+        outside + turn * turns,
         _product_seconds(rows, half=half),
-        # The loop of the float32 form loads two turns ahead.
-        memory_waits=2 if half else 3,
-        cache_waits=1,
-        barriers=7 if half else 7 + 3 * steps,
+        # First the head. Then each turn waits for features, for their rows, and for logits.
+        memory_waits=1 + turns,
+        cache_waits=2 * turns,
+        barriers=1 + 6 * turns,
     )
 
 
 def head_tile(rows: int, *, half: bool) -> Work:
-    """Return the work of the first kernel of a draw by a head's values."""
-    size = HALF if half else FLOAT
-    logits = size * rows * VOCABULARY
-    weight = size * VOCABULARY * RANK
-    blocks = math.ceil(rows / 64)
-    tokens = 128 if half else 64
-    tiles = math.ceil(VOCABULARY / tokens)
-    steps = RANK // 16
+    """Return the work of the kernel that reads the logits for a draw by a head's values."""
+    logits = (HALF if half else FLOAT) * rows * VOCABULARY
+    outside, turn = HEAD_BFLOAT16 if half else HEAD_FLOAT32
+    turns = math.ceil(rows / HEAD_ROWS)
+    tiles = math.ceil(VOCABULARY / HEAD_TOKENS)
     return Work(
-        compiled(
-            "value_reweight_head_tile",
-            logits="*bf16" if half else "*fp32",
-            TOKENS=tokens,
-        ),
-        blocks * tiles,
-        logits + weight + STATISTICS * FLOAT * rows * tiles,
-        logits + blocks * weight * (1 + 64 / tokens),
-        HEAD_BFLOAT16 if half else HEAD_FLOAT32_OUTSIDE + HEAD_FLOAT32_LOOP * steps,
+        _head_resources("value_reweight_head_tile", half=half),
+        tiles,
+        logits + _head_bytes(half=half) + STATISTICS * FLOAT * rows * tiles,
+        logits + _head_bytes(half=half) + _feature_bytes(rows, half=half),
+        outside + turn * turns,
         _product_seconds(rows, half=half),
         exponentials=2 * rows * VOCABULARY,
-        # The loop of the float32 form waits in each turn for what it has just loaded.
-        memory_waits=3 if half else steps + 2,
-        cache_waits=1,
-        barriers=18 if half else 14 + 3 * steps,
+        # As in the dense form.
+        memory_waits=1 + turns,
+        cache_waits=2 * turns,
+        barriers=1 + 17 * turns,
+    )
+
+
+def feature_split(rows: int) -> Work:
+    """Return the work of the kernel that splits the features for a float32 head."""
+    moved = FLOAT * rows * RANK
+    return Work(
+        compiled("value_reweight_split"),
+        math.ceil(rows / SPLIT_ROWS),
+        2 * moved,
+        moved,
+        SPLIT,
+        memory_waits=1,
+        barriers=1,
     )
 
 
 def head_pick(rows: int, *, half: bool) -> Work:
-    """Return the work of the second kernel of a draw by a head's values."""
-    tokens = 128 if half else 64
-    numbers = STATISTICS * rows * math.ceil(VOCABULARY / tokens)
-    steps = 1 if half else RANK // 16
-    instructions = HEAD_PICK_FLOAT32_OUTSIDE + HEAD_PICK_FLOAT32_LOOP * steps
+    """Return the work of the kernel that draws by a head's values."""
+    tiles = math.ceil(VOCABULARY / HEAD_TOKENS)
+    read = (HALF if half else FLOAT) * rows * HEAD_TOKENS * RANK
     return Work(
-        compiled(
-            "value_reweight_head_pick",
-            logits="*bf16" if half else "*fp32",
-            TOKENS=tokens,
-        ),
+        compiled("value_reweight_head_pick", logits="*bf16" if half else "*fp32"),
         rows,
-        FLOAT * numbers,
-        SECTOR * numbers,
-        HEAD_PICK_BFLOAT16 if half else instructions,
-        memory_waits=1 + steps,
+        STATISTICS * FLOAT * rows * tiles + read,
+        # The four numbers of a tile lie side by side.
+        SECTOR * rows * tiles + read,
+        HEAD_PICK_BFLOAT16 if half else HEAD_PICK_FLOAT32,
+        memory_waits=2,
         cache_waits=3,
         barriers=35,
     )
 
 
-def candidates_tile(rows: int, *, half: bool) -> Work:
+def candidates_tile(rows: int, candidates: int, *, half: bool) -> Work:
     """Return the work of the kernel that reads the logits for a draw by candidates."""
     logits = (HALF if half else FLOAT) * rows * VOCABULARY
+    tiles = math.ceil(VOCABULARY / CANDIDATES_TOKENS)
+    groups = math.ceil(tiles / CANDIDATES_GROUP)
+    looks = math.ceil(candidates / WARP)
+    found = candidates / groups
     return Work(
-        compiled("value_reweight_candidates_tile", TOKENS=4096),
-        rows * math.ceil(VOCABULARY / 4096),
+        compiled("value_reweight_candidates_tile", logits=_logits_type(half=half), SLOTS=32),
+        # One more program per row writes the logits of the candidates.
+        rows * (1 + groups),
+        logits + CANDIDATES_STATISTICS * FLOAT * rows * tiles,
         logits,
-        logits,
-        CANDIDATES_TILE,
-        # About half of the tiles hold one of 20 candidates, and take a second sum.
-        exponentials=1.5 * rows * VOCABULARY,
+        CANDIDATES_TILE + CANDIDATES_LOOK * looks + CANDIDATES_FOUND * found,
+        exponentials=rows * VOCABULARY,
         memory_waits=1,
-        cache_waits=4,
-        barriers=4,
+        cache_waits=looks,
+        barriers=3,
     )
 
 
-def candidates_pick(rows: int) -> Work:
+def candidates_pick(rows: int, *, half: bool) -> Work:
     """Return the work of the kernel that draws by candidates."""
-    numbers = STATISTICS * rows * math.ceil(VOCABULARY / 4096)
+    tiles = math.ceil(VOCABULARY / CANDIDATES_TOKENS)
+    logits = (HALF if half else FLOAT) * rows * CANDIDATES_TOKENS
     return Work(
-        compiled("value_reweight_candidates_pick", TOKENS=4096),
+        compiled("value_reweight_candidates_pick", logits=_logits_type(half=half)),
         rows,
-        FLOAT * rows * 4096,
-        SECTOR * numbers + FLOAT * rows * 4096,
+        logits,
+        CANDIDATES_STATISTICS * FLOAT * rows * tiles + logits,
         CANDIDATES_PICK,
         memory_waits=1,
-        cache_waits=7,
+        # Numbers of the row, those of its tiles, and three times its candidates.
+        cache_waits=5,
         barriers=31,
     )
 
 
-def candidates_shift(rows: int) -> Work:
-    """Return the work of the kernel that centres the shifts of the candidates."""
-    resources = compiled("value_reweight_shift", SLOTS=64, SCATTER=False)
-    return Work(resources, rows, 0.0, 0.0, SHIFT, cache_waits=6, barriers=3)
+def _logits_type(*, half: bool) -> str:
+    return "*bf16" if half else "*fp32"
+
+
+def _head_resources(kernel: str, *, half: bool) -> Mapping[str, Any]:
+    return compiled(kernel, RANK=RANK, IS_SPLIT=not half)
+
+
+def _head_bytes(*, half: bool) -> float:
+    """Return the bytes of the head, which each tile of tokens reads once."""
+    return (HALF if half else FLOAT) * VOCABULARY * RANK
+
+
+def _feature_bytes(rows: int, *, half: bool) -> float:
+    """Return the bytes of features that all tiles of tokens read from the L2 cache.
+
+    Both parts of a split number have as many bytes as the number.
+    """
+    tiles = math.ceil(VOCABULARY / HEAD_TOKENS)
+    return tiles * (HALF if half else FLOAT) * rows * RANK
 
 
 def _product_seconds(rows: int, *, half: bool) -> float:
-    flops = 2 * rows * VOCABULARY * RANK
-    # A float32 product is three products of TF32.
-    return flops / BFLOAT16 if half else 3 * flops / TF32
+    """Return the time of the products: three for a float32 head, in float16, which is as fast."""
+    products = 1 if half else 3
+    return products * 2 * rows * VOCABULARY * RANK / BFLOAT16
 
 
 def _slots(k: int) -> int:

@@ -19,6 +19,8 @@ def compile_rows() -> list[dict[str, Any]]:
     lines = []
     for launch in launches():
         for capability in CAPABILITIES:
+            if capability < launch.oldest:
+                continue
             line = {
                 "kernel": launch.name,
                 "architecture": f"sm_{capability}",

@@ -51,6 +51,7 @@ class Launch:
         num_stages: stages of the software pipeline.
         tensor_cores: True if the kernel should use tensor cores.
         aligned: integer arguments that are multiples of 16.
+        oldest: lowest compute capability for which it is launched.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Launch:
     num_stages: int
     tensor_cores: bool
     aligned: Sequence[str] = ()
+    oldest: int = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ def _source(launch: Launch) -> ASTSource:
     attributes = {}
     for i, name in enumerate(launch.kernel.arg_names):
         signature[name] = "constexpr" if name in launch.constants else launch.types[name]
-        if signature[name].startswith("*") or name in launch.aligned:
+        is_aligned = name in launch.aligned and name not in launch.constants
+        if signature[name].startswith("*") or is_aligned:
             attributes[i,] = [["tt.divisibility", 16]]
     return ASTSource(
         launch.kernel, signature=signature, constexprs=dict(launch.constants), attrs=attributes
@@ -218,7 +221,9 @@ VALUE_REWEIGHT_TYPES = {
     "candidate_logits": "*fp32",
     **dict.fromkeys(("token_out", "ids"), "*i64"),
     "uniform": "*fp64",
-    **dict.fromkeys(("B", "V", "M", "T", "K", "row_stride", "out_stride"), "i32"),
+    **dict.fromkeys(("B", "V", "M", "T", "K", "N", "R", "row_stride", "out_stride"), "i32"),
+    "parts": "*fp16",
+    "scales": "*fp32",
     "masked": "*u8",
     "indices": "*i64",
 }
@@ -241,58 +246,49 @@ def _value_reweight_launch(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         tensor_cores=tensor_cores,
-        aligned=("V", "row_stride", "out_stride"),
+        aligned=("V", "R", "row_stride", "out_stride"),
     )
 
 
 def _head_launches() -> list[Launch]:
     made = []
-    for tiles, dense_tiles, float_type in (
-        (value_reweight.HEAD, value_reweight.HEAD, "*bf16"),
-        (value_reweight.HEAD_FLOAT32, value_reweight.DENSE_FLOAT32, "*fp32"),
+    for tiles, float_type, oldest in (
+        (value_reweight.HEAD, "*bf16", 80),
+        (value_reweight.HEAD, "*fp32", 90),
+        (value_reweight.HEAD_IN_REGISTERS, "*fp32", 80),
     ):
-        constants = {
-            "TOKENS": tiles.tokens,
-            "RANK": tiles.rank,
-            "R": 128,
-            "HAS_BIAS": True,
-        }
-        tile = _value_reweight_launch(
-            head.value_reweight_head_tile_kernel,
-            tiles,
-            {**constants, "ROWS": tiles.rows, "UPCAST": False},
-            float_type=float_type,
-            tensor_cores=True,
-        )
-        pick = _value_reweight_launch(
-            head.value_reweight_head_pick_kernel,
-            value_reweight.PICK,
-            {**constants, "TILES": 2048},
-            float_type=float_type,
-        )
-        made += [tile, pick, _add_head_launch(dense_tiles, float_type)]
+        made += _product_launches(tiles, float_type, oldest)
+    pick = value_reweight.PICK
+    constants = {"TOKENS": pick.tokens, "TILES": 2048, "R": 128, "RANK": 128, "HAS_BIAS": True}
+    kernel = head.value_reweight_head_pick_kernel
+    for float_type in ("*bf16", "*fp32"):
+        made.append(_value_reweight_launch(kernel, pick, constants, float_type=float_type))
+    split = value_reweight.SPLIT
+    constants = {"ROWS": split.rows, "RANK": 128}
+    kernel = head.value_reweight_split_kernel
+    made.append(_value_reweight_launch(kernel, split, constants, float_type="*fp32"))
     return made
 
 
-def _add_head_launch(tiles: value_reweight.Tiles, float_type: str) -> Launch:
-    constants = {
-        "ROWS": tiles.rows,
-        "TOKENS": tiles.tokens,
-        "R": 128,
-        "RANK": tiles.rank,
-        "HAS_BIAS": True,
-        "HAS_INDICES": True,
-        "UPCAST": False,
-    }
-    launch = _value_reweight_launch(
-        head.value_reweight_add_head_kernel,
-        tiles,
-        constants,
-        float_type=float_type,
-        tensor_cores=True,
-    )
-    # The logits are float32, whatever the head is.
-    return replace(launch, types={**launch.types, "logits": "*fp32"})
+def _product_launches(tiles: value_reweight.Tiles, float_type: str, oldest: int) -> list[Launch]:
+    """Return the launches of the kernels that multiply by a head on tensor cores."""
+    is_split = float_type == "*fp32"
+    made = []
+    for kernel, constants in (
+        (head.value_reweight_head_tile_kernel, {"M": 1}),
+        (head.value_reweight_add_head_kernel, {"HAS_INDICES": True}),
+    ):
+        constants |= {"ROWS": tiles.rows, "TOKENS": tiles.tokens, "R": 128, "RANK": tiles.rank}
+        constants |= {"HAS_BIAS": True, "IS_SPLIT": is_split, "UPCAST": False}
+        launch = _value_reweight_launch(
+            kernel, tiles, constants, float_type=float_type, tensor_cores=True
+        )
+        types = {**launch.types, "hidden": "*fp16" if is_split else float_type}
+        if kernel is head.value_reweight_add_head_kernel:
+            # The logits are float32, whatever the head is.
+            types["logits"] = "*fp32"
+        made.append(replace(launch, types=types, oldest=oldest))
+    return made
 
 
 def _candidate_launches() -> list[Launch]:
@@ -302,6 +298,7 @@ def _candidate_launches() -> list[Launch]:
     tile_constants = {"TOKENS": tiles.tokens, "GROUP": tiles.rows}
     pick_constants = {"TOKENS": tiles.tokens, "TILES": 256, "TAIL": candidates.PER_ROW.value}
     tile = candidates.value_reweight_candidates_tile_kernel
+    pick = candidates.value_reweight_candidates_pick_kernel
     apply = value_reweight.APPLY
     apply_constants = {"TOKENS": apply.tokens, "TAIL": candidates.PER_ROW.value}
     gather = value_reweight.GATHER
@@ -311,12 +308,11 @@ def _candidate_launches() -> list[Launch]:
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": True}),
         launch(shift, value_reweight.SHIFT, {"SLOTS": MAX_SLOTS, "SCATTER": True}),
         launch(candidates.value_reweight_apply_kernel, apply, apply_constants),
-        *(launch(tile, tiles, {**tile_constants, "SLOTS": slots}) for slots in (32, MAX_SLOTS)),
-        launch(
-            candidates.value_reweight_candidates_pick_kernel,
-            value_reweight.CANDIDATES_PICK,
-            pick_constants,
-        ),
+        launch(tile, tiles, {**tile_constants, "SLOTS": MAX_SLOTS}),
+        launch(tile, tiles, {**tile_constants, "SLOTS": 32}),
+        launch(tile, tiles, {**tile_constants, "SLOTS": 32}, float_type="*fp32"),
+        launch(pick, value_reweight.CANDIDATES_PICK, pick_constants),
+        launch(pick, value_reweight.CANDIDATES_PICK, pick_constants, float_type="*fp32"),
         launch(candidates.value_reweight_candidate_values_kernel, gather, gather_constants),
     ]
 

@@ -41,12 +41,14 @@ def binaries(
 
 def compilations() -> Iterator[object]:
     """Yield each launch with the architectures for which it is compiled here."""
-    kernels: set[str] = set()
+    kernels: set[object] = set()
     for i, launch in enumerate(launches()):
-        differs = launch.tensor_cores and launch.name not in kernels
-        kernels.add(launch.name)
+        name = (launch.name, launch.oldest, launch.constants.get("IS_SPLIT"))
+        differs = launch.tensor_cores and name not in kernels
+        kernels.add(name)
         for capability in SHARED_BYTES:
-            if differs or capability == EVERY_LAUNCH:
+            is_launched = capability >= launch.oldest
+            if is_launched and (differs or capability == EVERY_LAUNCH):
                 yield pytest.param(launch, capability, id=f"{launch.name}-sm_{capability}-{i}")
 
 

@@ -22,32 +22,117 @@ from infer_align_kernels.value_reweight.sampling import (
 # frozen logits. A sum is that of exp((logit - peak) / temperature).
 STATISTICS = tl.constexpr(4)
 
-# The bits of a float32 number that tensor cores read, as a mask.
-TF32_BITS = tl.constexpr(-8192)
+# Where the exponent of a float32 number begins, and what is added to it when it is stored.
+EXPONENT_AT = tl.constexpr(23)
+EXPONENT_BIAS = tl.constexpr(127)
+# The exponent to which the largest number of a row is brought: float16 has numbers below 2^16.
+HALF_EXPONENT = tl.constexpr(14)
+# The stored exponents of a row whose scale and its inverse are normal numbers.
+LOWEST = tl.constexpr(15)
+HIGHEST = tl.constexpr(254)
 
 
 @triton.jit
-def high_part(x):
-    """Return the part of float32 numbers that tensor cores multiply exactly."""
-    return (x.to(tl.int32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
+def power_of_two(exponent):
+    """Return 2^exponent, for exponents of normal numbers."""
+    return ((exponent + EXPONENT_BIAS) << EXPONENT_AT).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def add_product(u, e, q, UPCAST: tl.constexpr):
-    """Return q + u e^T: [ROWS, RANK], [TOKENS, RANK] -> [ROWS, TOKENS] float32.
+def split(x):
+    """Split the rows of a float32 tensor: x = scale * (high + low), with parts in float16.
 
-    Tensor cores read 11 bits of the fraction of a float32 number. So such numbers are split in two
-    parts of as many bits. The product of both lower parts is below the precision of float32.
+    Both parts together hold as many bits of the fraction as float32. The scale is a power of two
+    per row, because float16 has a small range.
     """
-    if UPCAST:
-        u, e = u.to(tl.float32), e.to(tl.float32)
-    if u.dtype == tl.float32:
-        u_high, e_high = high_part(u), high_part(e)
-        q = tl.dot(u - u_high, tl.trans(e_high), q, input_precision="tf32")
-        q = tl.dot(u_high, tl.trans(e - e_high), q, input_precision="tf32")
-        q = tl.dot(u_high, tl.trans(e_high), q, input_precision="tf32")
+    # Of a number and NaN, this returns the number.
+    largest = tl.max(tl.maximum(tl.abs(x), 0.0), axis=1).to(tl.int32, bitcast=True)
+    stored = tl.minimum(tl.maximum(largest >> EXPONENT_AT, LOWEST), HIGHEST)
+    exponent = stored - EXPONENT_BIAS - HALF_EXPONENT
+    scaled = x * power_of_two(-exponent)[:, None]
+    high = scaled.to(tl.float16)
+    low = (scaled - high.to(tl.float32)).to(tl.float16)
+    return high, low, power_of_two(exponent)
+
+
+@triton.jit
+def value_reweight_split_kernel(
+    hidden, parts, scales, N, R, ROWS: tl.constexpr, RANK: tl.constexpr
+):
+    """Split ROWS rows of features: [N, R] -> parts [2, N, R] and scales [N]. Grid: (row blocks,)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = rows.to(tl.int64)
+    ranks = tl.arange(0, RANK)
+    offsets = row[:, None] * R + ranks[None, :]
+    is_used = (rows < N)[:, None] & (ranks < R)[None, :]
+    high, low, scale = split(tl.load(hidden + offsets, mask=is_used, other=0.0).to(tl.float32))
+    tl.store(parts + offsets, high, mask=is_used)
+    tl.store(parts + row[:, None] * R + ranks[None, :] + tl.cast(N, tl.int64) * R, low, mask=is_used)
+    tl.store(scales + row, scale, mask=rows < N)
+
+
+@triton.jit
+def load_weight(
+    weight,
+    token,
+    in_vocabulary,
+    start,
+    R: tl.constexpr,
+    RANK: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Load RANK numbers of the head for some tokens: two parts, and a scale per token.
+
+    Without IS_SPLIT, the first part is all of it.
+    """
+    ranks = start + tl.arange(0, RANK)
+    is_used = in_vocabulary[:, None] & (ranks < R)[None, :]
+    e = tl.load(weight + token[:, None] * R + ranks[None, :], mask=is_used, other=0.0)
+    if IS_SPLIT:
+        high, low, scale = split(e)
     else:
-        q = tl.dot(u, tl.trans(e), q, input_precision="ieee")
+        high = e.to(tl.float32) if UPCAST else e
+        low = high
+        scale = 1.0
+    return high, low, scale
+
+
+@triton.jit
+def add_product(
+    q,
+    hidden,
+    scales,
+    row,
+    in_batch,
+    start,
+    N,
+    high,
+    low,
+    scale,
+    R: tl.constexpr,
+    RANK: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Return q + u e^T in float32: [ROWS, RANK], [TOKENS, RANK] -> [ROWS, TOKENS].
+
+    `row` are rows of u, the features; e is the head, from `load_weight`. Tensor cores read few bits
+    of a float32 number, so such numbers come in two parts. The product of both lower parts is below
+    the precision of float32.
+    """
+    ranks = start + tl.arange(0, RANK)
+    is_used = in_batch[:, None] & (ranks < R)[None, :]
+    pointers = hidden + row[:, None] * R + ranks[None, :]
+    u = tl.load(pointers, mask=is_used, other=0.0).to(high.dtype)
+    if IS_SPLIT:
+        u_low = tl.load(pointers + tl.cast(N, tl.int64) * R, mask=is_used, other=0.0)
+        part = tl.dot(u_low, tl.trans(high))
+        part = tl.dot(u, tl.trans(low), part)
+        part = tl.dot(u, tl.trans(high), part)
+        q += part * scale[None, :] * tl.load(scales + row, mask=in_batch, other=1.0)[:, None]
+    else:
+        q = tl.dot(u, tl.trans(high), q, input_precision="ieee")
     return q
 
 
@@ -67,6 +152,7 @@ def load_statistics(statistics, row, B, T, tiles):
 def value_reweight_head_tile_kernel(
     logits,
     hidden,
+    scales,
     weight,
     bias,
     beta,
@@ -74,61 +160,75 @@ def value_reweight_head_tile_kernel(
     statistics,
     B,
     V,
-    M,
     row_stride,
+    M: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     R: tl.constexpr,
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write the statistics of one tile of tokens for ROWS rows. Grid: (row blocks, tiles)."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = rows.to(tl.int64)
-    tile = tl.program_id(1)
+    """Write the statistics of one tile of tokens, for ROWS rows at a time. Grid: (tiles,)."""
+    tile = tl.program_id(0)
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     token = tokens.to(tl.int64)
-    in_batch = rows < B
     in_vocabulary = tokens < V
-    frozen_pointers = logits + row[:, None] * row_stride + tokens[None, :]
-    in_logits = in_batch[:, None] & in_vocabulary[None, :]
-    frozen = tl.load(frozen_pointers, mask=in_logits, other=float("-inf")).to(tl.float32)
-    frozen = clean_logits(frozen)
-    row_temperature = tl.load(temperature + row, mask=in_batch, other=1.0).to(tl.float32)
-    scale = log2_scale(row_temperature)[:, None]
-    frozen_peak = tl.max(frozen, axis=1)
-    frozen_total = tl.sum(weigh(frozen, frozen_peak[:, None], scale), axis=1)
-    pointers = statistics + (tile.to(tl.int64) * B + row) * STATISTICS
-    tl.store(pointers + 2, frozen_peak, mask=in_batch)
-    tl.store(pointers + 3, frozen_total, mask=in_batch)
-    x = frozen
-    for m in range(M):
-        q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-        for start in range(0, R, RANK):
-            ranks = start + tl.arange(0, RANK)
-            in_rank = ranks < R
-            e = tl.load(
-                weight + (token[:, None] + m * V) * R + ranks[None, :],
-                mask=in_vocabulary[:, None] & in_rank[None, :],
-                other=0.0,
-            )
-            u = tl.load(
-                hidden + (row[:, None] * M + m) * R + ranks[None, :],
-                mask=in_batch[:, None] & in_rank[None, :],
-                other=0.0,
-            )
-            q = add_product(u.to(e.dtype), e, q, UPCAST)
-        if HAS_BIAS:
-            token_bias = tl.load(bias + token + m * V, mask=in_vocabulary, other=0.0)
-            q += token_bias.to(tl.float32)[None, :]
-        strength = tl.load(beta + row * M + m, mask=in_batch, other=0.0).to(tl.float32)[:, None]
-        x += strength * tl.where(strength != 0, q, 0.0)
-    x = clean_logits(x)
-    peak = tl.max(x, axis=1)
-    total = tl.sum(weigh(x, peak[:, None], scale), axis=1)
-    tl.store(pointers, peak, mask=in_batch)
-    tl.store(pointers + 1, total, mask=in_batch)
+    # One value whose rank is small: its part of the head is loaded once for all rows.
+    IS_HELD: tl.constexpr = M == 1 and R <= RANK
+    if IS_HELD:
+        high, low, scale = load_weight(
+            weight, token, in_vocabulary, 0, R, RANK, IS_SPLIT, UPCAST
+        )
+    for first in range(0, B, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        row = rows.to(tl.int64)
+        in_batch = rows < B
+        shift = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+        for m in range(M):
+            q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            if HAS_BIAS:
+                token_bias = tl.load(bias + token + m * V, mask=in_vocabulary, other=0.0)
+                q += token_bias.to(tl.float32)[None, :]
+            for start in range(0, R, RANK):
+                if not IS_HELD:
+                    high, low, scale = load_weight(
+                        weight, token + m * V, in_vocabulary, start, R, RANK, IS_SPLIT, UPCAST
+                    )
+                q = add_product(
+                    q,
+                    hidden,
+                    scales,
+                    row * M + m,
+                    in_batch,
+                    start,
+                    B * M,
+                    high,
+                    low,
+                    scale,
+                    R,
+                    RANK,
+                    IS_SPLIT,
+                    UPCAST,
+                )
+            strength = tl.load(beta + row * M + m, mask=in_batch, other=0.0).to(tl.float32)[:, None]
+            shift += strength * tl.where(strength != 0, q, 0.0)
+        frozen_pointers = logits + row[:, None] * row_stride + tokens[None, :]
+        in_logits = in_batch[:, None] & in_vocabulary[None, :]
+        frozen = tl.load(frozen_pointers, mask=in_logits, other=float("-inf")).to(tl.float32)
+        frozen = clean_logits(frozen)
+        row_temperature = tl.load(temperature + row, mask=in_batch, other=1.0).to(tl.float32)
+        inverse = log2_scale(row_temperature)[:, None]
+        x = clean_logits(frozen + shift)
+        peak = tl.max(x, axis=1)
+        frozen_peak = tl.max(frozen, axis=1)
+        pointers = statistics + (tile.to(tl.int64) * B + row) * STATISTICS
+        tl.store(pointers, peak, mask=in_batch)
+        tl.store(pointers + 1, tl.sum(weigh(x, peak[:, None], inverse), axis=1), mask=in_batch)
+        tl.store(pointers + 2, frozen_peak, mask=in_batch)
+        frozen_sum = tl.sum(weigh(frozen, frozen_peak[:, None], inverse), axis=1)
+        tl.store(pointers + 3, frozen_sum, mask=in_batch)
 
 
 @triton.jit
@@ -213,6 +313,7 @@ def value_reweight_add_head_kernel(
     logits,
     indices,
     hidden,
+    scales,
     weight,
     bias,
     beta,
@@ -225,39 +326,54 @@ def value_reweight_add_head_kernel(
     RANK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_INDICES: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Add the weighted values of one tile of tokens to ROWS rows. Grid: (row blocks, tiles)."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = rows.to(tl.int64)
-    tokens = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    """Add the weighted values of one tile of tokens, to ROWS rows at a time. Grid: (tiles,)."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     token = tokens.to(tl.int64)
-    in_batch = rows < B
     in_vocabulary = tokens < V
-    q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for start in range(0, R, RANK):
-        ranks = start + tl.arange(0, RANK)
-        in_rank = ranks < R
-        e = tl.load(
-            weight + token[:, None] * R + ranks[None, :],
-            mask=in_vocabulary[:, None] & in_rank[None, :],
-            other=0.0,
+    # A small rank: the tile of the head is loaded once for all rows.
+    IS_HELD: tl.constexpr = R <= RANK
+    if IS_HELD:
+        high, low, scale = load_weight(
+            weight, token, in_vocabulary, 0, R, RANK, IS_SPLIT, UPCAST
         )
-        u = tl.load(
-            hidden + row[:, None] * R + ranks[None, :],
-            mask=in_batch[:, None] & in_rank[None, :],
-            other=0.0,
-        )
-        q = add_product(u.to(e.dtype), e, q, UPCAST)
-    if HAS_BIAS:
-        token_bias = tl.load(bias + token, mask=in_vocabulary, other=0.0)
-        q += token_bias.to(tl.float32)[None, :]
-    strength = tl.load(beta + row, mask=in_batch, other=0.0)
-    target = row
-    if HAS_INDICES:
-        target = tl.load(indices + row, mask=in_batch, other=0)
-    pointers = logits + target[:, None] * row_stride + tokens[None, :]
-    # A row of strength 0 is not written, so it stays bit for bit the same.
-    written = (in_batch & (strength != 0))[:, None] & in_vocabulary[None, :]
-    x = tl.load(pointers, mask=written, other=0.0)
-    tl.store(pointers, x + strength[:, None] * q, mask=written)
+    for first in range(0, B, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        row = rows.to(tl.int64)
+        in_batch = rows < B
+        q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+        if HAS_BIAS:
+            token_bias = tl.load(bias + token, mask=in_vocabulary, other=0.0)
+            q += token_bias.to(tl.float32)[None, :]
+        for start in range(0, R, RANK):
+            if not IS_HELD:
+                high, low, scale = load_weight(
+                    weight, token, in_vocabulary, start, R, RANK, IS_SPLIT, UPCAST
+                )
+            q = add_product(
+                q,
+                hidden,
+                scales,
+                row,
+                in_batch,
+                start,
+                B,
+                high,
+                low,
+                scale,
+                R,
+                RANK,
+                IS_SPLIT,
+                UPCAST,
+            )
+        strength = tl.load(beta + row, mask=in_batch, other=0.0)
+        target = row
+        if HAS_INDICES:
+            target = tl.load(indices + row, mask=in_batch, other=0)
+        pointers = logits + target[:, None] * row_stride + tokens[None, :]
+        # A row of strength 0 is not written, so it stays bit for bit the same.
+        written = (in_batch & (strength != 0))[:, None] & in_vocabulary[None, :]
+        x = tl.load(pointers, mask=written, other=0.0)
+        tl.store(pointers, x + strength[:, None] * q, mask=written)

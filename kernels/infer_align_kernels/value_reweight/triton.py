@@ -49,12 +49,14 @@ class Tiles:
     num_stages: int = 2
 
 
-HEAD = Tiles(tokens=128, rows=64, rank=128, num_warps=8)
-HEAD_FLOAT32 = Tiles(tokens=64, rows=64, rank=16, num_warps=4)
-# `add_head_values` loads two steps ahead: with two stages, each step would wait for its own load.
-# The kernel that draws has no registers left for that on sm_80.
-DENSE_FLOAT32 = replace(HEAD_FLOAT32, num_stages=4)
-PICK = Tiles(tokens=128, num_warps=8)
+HEAD = Tiles(tokens=64, rows=64, rank=128, num_warps=4, num_stages=1)
+# Where the operands of a product are in registers, and not in shared memory, a part of a float32
+# head of rank 128 would fill them.
+HEAD_IN_REGISTERS = replace(HEAD, rank=32)
+# The major compute capabilities whose tensor cores read operands from shared memory.
+READ_SHARED = {9, 10}
+SPLIT = Tiles(tokens=1, rows=4, num_warps=4)
+PICK = Tiles(tokens=HEAD.tokens, rank=128, num_warps=8)
 CANDIDATES = Tiles(tokens=512, rows=8, num_warps=4)
 CANDIDATES_PICK = Tiles(tokens=512, num_warps=4)
 APPLY = Tiles(tokens=2048, num_warps=8)
@@ -99,36 +101,69 @@ def value_reweight(
 def _sample_head(head: HeadValues, common: Arguments, draw: Arguments) -> None:
     rows, vocabulary = common["B"], common["V"]
     count, _, rank = head.weight.shape
-    tiles = head_tiles(head.weight.dtype)
-    tile_count = triton.cdiv(vocabulary, tiles.tokens)
+    tile_count = triton.cdiv(vocabulary, HEAD.tokens)
     weight = head.weight.contiguous()
     arguments: Arguments = {
         **common,
-        "hidden": head.hidden.contiguous(),
         "weight": weight,
         "bias": weight if head.bias is None else head.bias.contiguous(),
-        "statistics": _floats(tile_count, rows, head_kernels.STATISTICS.value, device=weight.device),
+        "statistics": _floats(
+            tile_count, rows, head_kernels.STATISTICS.value, device=weight.device
+        ),
         "M": count,
-        "TOKENS": tiles.tokens,
+        "TOKENS": HEAD.tokens,
         "R": rank,
-        "RANK": min(tiles.rank, max(MIN_DOT_RANK, triton.next_power_of_2(rank))),
         "HAS_BIAS": head.bias is not None,
     }
-    head_kernels.value_reweight_head_tile_kernel[triton.cdiv(rows, tiles.rows), tile_count](
-        **arguments,
-        ROWS=tiles.rows,
-        # The interpreter multiplies the bits of bfloat16, so numbers are widened there.
-        UPCAST=INTERPRETED,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+    hidden = head.hidden.contiguous()
+    head_kernels.value_reweight_head_tile_kernel[(tile_count,)](
+        **arguments, **_product_arguments(hidden, weight)
     )
     head_kernels.value_reweight_head_pick_kernel[(rows,)](
         **arguments,
         **draw,
+        hidden=hidden,
         T=tile_count,
         TILES=triton.next_power_of_2(tile_count),
+        RANK=min(PICK.rank, triton.next_power_of_2(rank)),
         num_warps=PICK.num_warps,
     )
+
+
+def _product_arguments(hidden: torch.Tensor, weight: torch.Tensor) -> Arguments:
+    """Return the arguments of a kernel that multiplies features by a head on tensor cores.
+
+    The features of a float32 head are split first.
+    """
+    rank = weight.shape[-1]
+    tiles = head_tiles(weight)
+    is_split = weight.dtype == torch.float32
+    features = scales = hidden
+    if is_split:
+        count = hidden.numel() // rank
+        features = torch.empty((2, count, rank), dtype=torch.float16, device=hidden.device)
+        scales = _floats(count, device=hidden.device)
+        head_kernels.value_reweight_split_kernel[(triton.cdiv(count, SPLIT.rows),)](
+            hidden=hidden,
+            parts=features,
+            scales=scales,
+            N=count,
+            R=rank,
+            ROWS=SPLIT.rows,
+            RANK=triton.next_power_of_2(rank),
+            num_warps=SPLIT.num_warps,
+        )
+    return {
+        "hidden": features,
+        "scales": scales,
+        "ROWS": tiles.rows,
+        "RANK": min(tiles.rank, max(MIN_DOT_RANK, triton.next_power_of_2(rank))),
+        "IS_SPLIT": is_split,
+        # The interpreter multiplies the bits of bfloat16, so numbers are widened there.
+        "UPCAST": INTERPRETED,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
 
 
 def _sample_candidates(candidates: CandidateValues, common: Arguments, draw: Arguments) -> None:
@@ -253,30 +288,22 @@ def add_head_values(
     _check_strides(logits)
     if rows == 0:
         return logits
-    tiles = DENSE_FLOAT32 if weight.dtype == torch.float32 else HEAD
     weight = weight.contiguous()
-    grid = (triton.cdiv(rows, tiles.rows), triton.cdiv(vocabulary, tiles.tokens))
-    head_kernels.value_reweight_add_head_kernel[grid](
+    head_kernels.value_reweight_add_head_kernel[(triton.cdiv(vocabulary, HEAD.tokens),)](
         logits=logits,
         # Any pointer will do without indices or a bias: the kernel does not read it.
         indices=logits if indices is None else indices.contiguous(),
-        hidden=hidden.contiguous(),
         weight=weight,
         bias=weight if bias is None else bias.contiguous(),
         beta=beta.contiguous(),
         B=rows,
         V=vocabulary,
         row_stride=logits.stride(0),
-        ROWS=tiles.rows,
-        TOKENS=tiles.tokens,
+        TOKENS=HEAD.tokens,
         R=rank,
-        RANK=min(tiles.rank, max(MIN_DOT_RANK, triton.next_power_of_2(rank))),
         HAS_BIAS=bias is not None,
         HAS_INDICES=indices is not None,
-        # The interpreter multiplies the bits of bfloat16, so numbers are widened there.
-        UPCAST=INTERPRETED,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **_product_arguments(hidden.contiguous(), weight),
     )
     return logits
 
@@ -285,9 +312,12 @@ def _floats(*shape: int, device: torch.device) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 
-def head_tiles(dtype: torch.dtype) -> Tiles:
-    """Return the tiles of a draw by a head of this dtype."""
-    return HEAD_FLOAT32 if dtype == torch.float32 else HEAD
+def head_tiles(weight: torch.Tensor) -> Tiles:
+    """Return the tiles of the products with a head."""
+    if weight.dtype != torch.float32 or not weight.is_cuda:
+        return HEAD
+    major, _ = torch.cuda.get_device_capability(weight.device)
+    return HEAD if major in READ_SHARED else HEAD_IN_REGISTERS
 
 
 def _compute_shifts(
