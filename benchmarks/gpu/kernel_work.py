@@ -51,9 +51,9 @@ LIKELY_SUMS = (239, 153, 130, 119)
 LIKELY_ADD = (340, 139, 136, 120)
 # The kernels that multiply by a head: once for a tile of tokens, and for each 64 rows.
 DENSE_FLOAT32 = (767, 610)
-DENSE_BFLOAT16 = (156, 464)
-HEAD_FLOAT32 = (778, 1425)
-HEAD_BFLOAT16 = (184, 1069)
+DENSE_BFLOAT16 = (156, 476)
+HEAD_FLOAT32 = (778, 1393)
+HEAD_BFLOAT16 = (184, 1037)
 HEAD_TOKENS = 64
 HEAD_ROWS = 64
 # The kernel that splits the features of rows in two parts each.
@@ -62,7 +62,8 @@ SPLIT_ROWS = 4
 HEAD_PICK_FLOAT32 = 1701
 HEAD_PICK_BFLOAT16 = 1603
 # A program that sums tiles: alone, for 32 candidates that it looks at, and for one in its tiles.
-CANDIDATES_TILE = 427
+CANDIDATES_TILE_FLOAT32 = 468
+CANDIDATES_TILE_BFLOAT16 = 432
 CANDIDATES_LOOK = 21
 CANDIDATES_FOUND = 70
 CANDIDATES_TOKENS = 512
@@ -257,13 +258,15 @@ def candidates_tile(rows: int, candidates: int, *, half: bool) -> Work:
     groups = math.ceil(tiles / CANDIDATES_GROUP)
     looks = math.ceil(candidates / WARP)
     found = candidates / groups
+    instructions = CANDIDATES_TILE_BFLOAT16 if half else CANDIDATES_TILE_FLOAT32
+    instructions += CANDIDATES_LOOK * looks
     return Work(
         compiled("value_reweight_candidates_tile", logits=_logits_type(half=half), SLOTS=32),
         # One more program per row writes the logits of the candidates.
         rows * (1 + groups),
         logits + CANDIDATES_STATISTICS * FLOAT * rows * tiles,
         logits,
-        CANDIDATES_TILE + CANDIDATES_LOOK * looks + CANDIDATES_FOUND * found,
+        instructions + CANDIDATES_FOUND * found,
         exponentials=rows * VOCABULARY,
         memory_waits=1,
         cache_waits=looks,

@@ -308,7 +308,12 @@ def _candidate_launches() -> list[Launch]:
         launch(shift, value_reweight.SHIFT, {"SLOTS": 64, "SCATTER": True}),
         launch(shift, value_reweight.SHIFT, {"SLOTS": MAX_SLOTS, "SCATTER": True}),
         launch(candidates.value_reweight_apply_kernel, apply, apply_constants),
-        launch(tile, tiles, {**tile_constants, "SLOTS": MAX_SLOTS}),
+        launch(tile, tiles, {**tile_constants, "SLOTS": value_reweight.MANY_SLOTS}),
+        launch(
+            tile,
+            value_reweight.candidates_tiles(MAX_SLOTS),
+            {**tile_constants, "SLOTS": MAX_SLOTS},
+        ),
         launch(tile, tiles, {**tile_constants, "SLOTS": 32}),
         launch(tile, tiles, {**tile_constants, "SLOTS": 32}, float_type="*fp32"),
         launch(pick, value_reweight.CANDIDATES_PICK, pick_constants),

@@ -32,6 +32,7 @@ class Code:
         loops: number in each loop, by the address where it begins; an inner loop is also a part of
             its outer one.
         outside: number outside of all loops.
+        first_branch: number up to the place to which the first branch goes, with loops.
     """
 
     def __init__(self, launch: compiled.Launch) -> None:
@@ -40,15 +41,20 @@ class Code:
             if not line.startswith("NOP"):
                 lines[int(place, 16)] = line
         bodies: list[set[int]] = []
+        branches: list[int] = []
         for place, line in sorted(lines.items()):
-            target = TARGET.search(line)
-            if target is not None and int(target[1], 16) < place:
-                start = int(target[1], 16)
-                bodies.append({each for each in lines if start <= each <= place})
+            match = TARGET.search(line)
+            if match is None:
+                continue
+            target = int(match[1], 16)
+            branches.append(target)
+            if target < place:
+                bodies.append({each for each in lines if target <= each <= place})
         bodies.sort(key=min)
         self.count = len(lines)
         self.loops = [len(body) for body in bodies]
         self.outside = len(set(lines).difference(*bodies))
+        self.first_branch = sum(place < branches[0] for place in lines)
 
 
 def machine_code(launch: compiled.Launch) -> str:
@@ -110,31 +116,41 @@ def test_steering_of_likely_tokens(kernel: str, numbers: tuple[int, ...]) -> Non
     assert turn == about(per_turn)
 
 
-def test_the_dense_form() -> None:
-    dense = code("value_reweight_add_head", "*fp32")
-    assert dense.loops == [about(kernel_work.DENSE_FLOAT32_LOOP)]
-    assert dense.outside == about(kernel_work.DENSE_FLOAT32_OUTSIDE)
-    assert code("value_reweight_add_head", "*bf16").count == about(kernel_work.DENSE_BFLOAT16)
+@pytest.mark.parametrize(
+    ("kernel", "weight", "numbers"),
+    [
+        ("value_reweight_add_head", "*fp32", kernel_work.DENSE_FLOAT32),
+        ("value_reweight_add_head", "*bf16", kernel_work.DENSE_BFLOAT16),
+        ("value_reweight_head_tile", "*fp32", kernel_work.HEAD_FLOAT32),
+        ("value_reweight_head_tile", "*bf16", kernel_work.HEAD_BFLOAT16),
+    ],
+)
+def test_a_product_with_a_head(kernel: str, weight: str, numbers: tuple[int, int]) -> None:
+    product = code(kernel, weight, RANK=kernel_work.RANK)
+    outside, turn = numbers
+    assert product.outside == about(outside)
+    assert product.loops == [about(turn)]
 
 
 def test_the_draw_by_a_head() -> None:
-    tile = code("value_reweight_head_tile", "*fp32")
-    _, product = tile.loops
-    assert product == about(kernel_work.HEAD_FLOAT32_LOOP)
-    # The outer loop is over the values, and there is one.
-    assert tile.count - product == about(kernel_work.HEAD_FLOAT32_OUTSIDE)
-    assert code("value_reweight_head_tile", "*bf16").count == about(kernel_work.HEAD_BFLOAT16)
     pick = code("value_reweight_head_pick", "*fp32")
-    assert pick.loops == [about(kernel_work.HEAD_PICK_FLOAT32_LOOP)]
-    assert pick.outside == about(kernel_work.HEAD_PICK_FLOAT32_OUTSIDE)
+    assert pick.count == about(kernel_work.HEAD_PICK_FLOAT32)
     assert code("value_reweight_head_pick", "*bf16").count == about(kernel_work.HEAD_PICK_BFLOAT16)
+    assert code("value_reweight_split").count == about(kernel_work.SPLIT)
 
 
 def test_the_draw_by_candidates() -> None:
-    assert code("value_reweight_candidates_tile").outside == about(kernel_work.CANDIDATES_TILE)
-    assert code("value_reweight_candidates_pick").outside == about(kernel_work.CANDIDATES_PICK)
-    shift = code("value_reweight_shift", SLOTS=64, SCATTER=False)
-    assert shift.count == about(kernel_work.SHIFT)
+    for weight, number in (
+        ("*fp32", kernel_work.CANDIDATES_TILE_FLOAT32),
+        ("*bf16", kernel_work.CANDIDATES_TILE_BFLOAT16),
+    ):
+        tile = code("value_reweight_candidates_tile", weight, SLOTS=32)
+        looks, found, *_ = tile.loops
+        assert found == about(kernel_work.CANDIDATES_FOUND)
+        assert looks - found == about(kernel_work.CANDIDATES_LOOK)
+        # The other branch writes the logits of the candidates, and its code comes later.
+        assert tile.first_branch - looks == about(number)
+    assert code("value_reweight_candidates_pick").count == about(kernel_work.CANDIDATES_PICK)
 
 
 @pytest.mark.parametrize("shape", [attention_work.SHAPES[0], attention_work.SHAPES[2]])

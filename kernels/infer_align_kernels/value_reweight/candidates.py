@@ -256,6 +256,21 @@ def value_reweight_candidates_tile_kernel(
 
 
 @triton.jit
+def replace_candidates(x, ids, candidate_logits, row, B, K, start, tokens, TOKENS: tl.constexpr):
+    """Return the logits of one tile of a row with the steered ones of its candidates."""
+    for first in range(0, K, SLOTS_AT_ONCE):
+        candidates, steered, _ = load_candidates(ids, candidate_logits, row, B, K, first)
+        left = candidates_between(candidates, start, start + TOKENS)
+        candidate = tl.min(left, axis=0)
+        while candidate < NO_INDEX:
+            logit = tl.max(tl.where(left == candidate, steered, float("-inf")), axis=0)
+            x = tl.where(tokens == candidate, logit, x)
+            left = tl.where(left == candidate, NO_INDEX, left)
+            candidate = tl.min(left, axis=0)
+    return x
+
+
+@triton.jit
 def value_reweight_candidates_pick_kernel(
     logits,
     ids,
@@ -316,15 +331,7 @@ def value_reweight_candidates_pick_kernel(
     tokens = start + tl.arange(0, TOKENS)
     frozen = load_frozen_logits(logits, row, row_stride, tokens, tokens < V)
     x = tl.where(hides_tail, float("-inf"), frozen)
-    for first in range(0, K, SLOTS_AT_ONCE):
-        candidates, steered, _ = load_candidates(ids, candidate_logits, row, B, K, first)
-        left = candidates_between(candidates, start, start + TOKENS)
-        candidate = tl.min(left, axis=0)
-        while candidate < NO_INDEX:
-            logit = tl.max(tl.where(left == candidate, steered, float("-inf")), axis=0)
-            x = tl.where(tokens == candidate, logit, x)
-            left = tl.where(left == candidate, NO_INDEX, left)
-            candidate = tl.min(left, axis=0)
+    x = replace_candidates(x, ids, candidate_logits, row, B, K, start, tokens, TOKENS)
     chosen = draw_token(
         x,
         frozen,

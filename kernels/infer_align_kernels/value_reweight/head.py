@@ -59,7 +59,7 @@ def split(x):
 def value_reweight_split_kernel(
     hidden, parts, scales, N, R, ROWS: tl.constexpr, RANK: tl.constexpr
 ):
-    """Split ROWS rows of features: [N, R] -> parts [2, N, R] and scales [N]. Grid: (row blocks,)."""
+    """Split ROWS rows of features: [N, R] -> parts [2, N, R], scales [N]. Grid: (row blocks,)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = rows.to(tl.int64)
     ranks = tl.arange(0, RANK)
@@ -67,7 +67,7 @@ def value_reweight_split_kernel(
     is_used = (rows < N)[:, None] & (ranks < R)[None, :]
     high, low, scale = split(tl.load(hidden + offsets, mask=is_used, other=0.0).to(tl.float32))
     tl.store(parts + offsets, high, mask=is_used)
-    tl.store(parts + row[:, None] * R + ranks[None, :] + tl.cast(N, tl.int64) * R, low, mask=is_used)
+    tl.store(parts + tl.cast(N, tl.int64) * R + offsets, low, mask=is_used)
     tl.store(scales + row, scale, mask=rows < N)
 
 
@@ -99,40 +99,54 @@ def load_weight(
 
 
 @triton.jit
-def add_product(
-    q,
+def head_values(
     hidden,
     scales,
     row,
-    in_batch,
-    start,
     N,
+    in_batch,
+    weight,
+    bias,
+    token,
+    in_vocabulary,
     high,
     low,
     scale,
     R: tl.constexpr,
     RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_HELD: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Return q + u e^T in float32: [ROWS, RANK], [TOKENS, RANK] -> [ROWS, TOKENS].
+    """Return the values of some tokens for some rows of the N rows of features, in float32.
 
-    `row` are rows of u, the features; e is the head, from `load_weight`. Tensor cores read few bits
-    of a float32 number, so such numbers come in two parts. The product of both lower parts is below
-    the precision of float32.
+    With IS_HELD, the tokens' part of the head is what `load_weight` returned. Tensor cores read few
+    bits of a float32 number, so such numbers come in two parts. The product of both lower parts is
+    below the precision of float32.
     """
-    ranks = start + tl.arange(0, RANK)
-    is_used = in_batch[:, None] & (ranks < R)[None, :]
-    pointers = hidden + row[:, None] * R + ranks[None, :]
-    u = tl.load(pointers, mask=is_used, other=0.0).to(high.dtype)
-    if IS_SPLIT:
-        u_low = tl.load(pointers + tl.cast(N, tl.int64) * R, mask=is_used, other=0.0)
-        part = tl.dot(u_low, tl.trans(high))
-        part = tl.dot(u, tl.trans(low), part)
-        part = tl.dot(u, tl.trans(high), part)
-        q += part * scale[None, :] * tl.load(scales + row, mask=in_batch, other=1.0)[:, None]
-    else:
-        q = tl.dot(u, tl.trans(high), q, input_precision="ieee")
+    q = tl.zeros((row.shape[0], token.shape[0]), dtype=tl.float32)
+    if HAS_BIAS:
+        token_bias = tl.load(bias + token, mask=in_vocabulary, other=0.0)
+        q += token_bias.to(tl.float32)[None, :]
+    for start in range(0, R, RANK):
+        if not IS_HELD:
+            high, low, scale = load_weight(
+                weight, token, in_vocabulary, start, R, RANK, IS_SPLIT, UPCAST
+            )
+        ranks = start + tl.arange(0, RANK)
+        is_used = in_batch[:, None] & (ranks < R)[None, :]
+        pointers = hidden + row[:, None] * R + ranks[None, :]
+        u = tl.load(pointers, mask=is_used, other=0.0).to(high.dtype)
+        if IS_SPLIT:
+            u_low = tl.load(pointers + tl.cast(N, tl.int64) * R, mask=is_used, other=0.0)
+            part = tl.dot(u_low, tl.trans(high))
+            part = tl.dot(u, tl.trans(low), part)
+            part = tl.dot(u, tl.trans(high), part)
+            row_scale = tl.load(scales + row, mask=in_batch, other=1.0)[:, None]
+            q += part * scale[None, :] * row_scale
+        else:
+            q = tl.dot(u, tl.trans(high), q, input_precision="ieee")
     return q
 
 
@@ -175,52 +189,46 @@ def value_reweight_head_tile_kernel(
     tokens = tile * TOKENS + tl.arange(0, TOKENS)
     token = tokens.to(tl.int64)
     in_vocabulary = tokens < V
-    # One value whose rank is small: its part of the head is loaded once for all rows.
-    IS_HELD: tl.constexpr = M == 1 and R <= RANK
-    if IS_HELD:
-        high, low, scale = load_weight(
-            weight, token, in_vocabulary, 0, R, RANK, IS_SPLIT, UPCAST
-        )
+    # The part of the head of one value of a small rank is loaded once for all rows.
+    is_held: tl.constexpr = M == 1 and R <= RANK
+    high, low, scale = load_weight(weight, token, in_vocabulary, 0, R, RANK, IS_SPLIT, UPCAST)
     for first in range(0, B, ROWS):
         rows = first + tl.arange(0, ROWS)
         row = rows.to(tl.int64)
         in_batch = rows < B
-        shift = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-        for m in range(M):
-            q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-            if HAS_BIAS:
-                token_bias = tl.load(bias + token + m * V, mask=in_vocabulary, other=0.0)
-                q += token_bias.to(tl.float32)[None, :]
-            for start in range(0, R, RANK):
-                if not IS_HELD:
-                    high, low, scale = load_weight(
-                        weight, token + m * V, in_vocabulary, start, R, RANK, IS_SPLIT, UPCAST
-                    )
-                q = add_product(
-                    q,
-                    hidden,
-                    scales,
-                    row * M + m,
-                    in_batch,
-                    start,
-                    B * M,
-                    high,
-                    low,
-                    scale,
-                    R,
-                    RANK,
-                    IS_SPLIT,
-                    UPCAST,
-                )
+        for m in tl.static_range(M):
+            q = head_values(
+                hidden,
+                scales,
+                row * M + m,
+                B * M,
+                in_batch,
+                weight,
+                bias,
+                token + m * V,
+                in_vocabulary,
+                high,
+                low,
+                scale,
+                R,
+                RANK,
+                HAS_BIAS,
+                is_held,
+                IS_SPLIT,
+                UPCAST,
+            )
             strength = tl.load(beta + row * M + m, mask=in_batch, other=0.0).to(tl.float32)[:, None]
-            shift += strength * tl.where(strength != 0, q, 0.0)
-        frozen_pointers = logits + row[:, None] * row_stride + tokens[None, :]
-        in_logits = in_batch[:, None] & in_vocabulary[None, :]
-        frozen = tl.load(frozen_pointers, mask=in_logits, other=float("-inf")).to(tl.float32)
-        frozen = clean_logits(frozen)
+            # Not before the first product, whose operands need the registers.
+            if m == 0:
+                is_logit = in_batch[:, None] & in_vocabulary[None, :]
+                frozen = load_frozen_logits(
+                    logits, row[:, None], row_stride, tokens[None, :], is_logit
+                )
+                x = frozen
+            x += strength * tl.where(strength != 0, q, 0.0)
         row_temperature = tl.load(temperature + row, mask=in_batch, other=1.0).to(tl.float32)
         inverse = log2_scale(row_temperature)[:, None]
-        x = clean_logits(frozen + shift)
+        x = clean_logits(x)
         peak = tl.max(x, axis=1)
         frozen_peak = tl.max(frozen, axis=1)
         pointers = statistics + (tile.to(tl.int64) * B + row) * STATISTICS
@@ -333,41 +341,33 @@ def value_reweight_add_head_kernel(
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     token = tokens.to(tl.int64)
     in_vocabulary = tokens < V
-    # A small rank: the tile of the head is loaded once for all rows.
-    IS_HELD: tl.constexpr = R <= RANK
-    if IS_HELD:
-        high, low, scale = load_weight(
-            weight, token, in_vocabulary, 0, R, RANK, IS_SPLIT, UPCAST
-        )
+    # The part of a head of a small rank is loaded once for all rows.
+    is_held: tl.constexpr = R <= RANK
+    high, low, scale = load_weight(weight, token, in_vocabulary, 0, R, RANK, IS_SPLIT, UPCAST)
     for first in range(0, B, ROWS):
         rows = first + tl.arange(0, ROWS)
         row = rows.to(tl.int64)
         in_batch = rows < B
-        q = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-        if HAS_BIAS:
-            token_bias = tl.load(bias + token, mask=in_vocabulary, other=0.0)
-            q += token_bias.to(tl.float32)[None, :]
-        for start in range(0, R, RANK):
-            if not IS_HELD:
-                high, low, scale = load_weight(
-                    weight, token, in_vocabulary, start, R, RANK, IS_SPLIT, UPCAST
-                )
-            q = add_product(
-                q,
-                hidden,
-                scales,
-                row,
-                in_batch,
-                start,
-                B,
-                high,
-                low,
-                scale,
-                R,
-                RANK,
-                IS_SPLIT,
-                UPCAST,
-            )
+        q = head_values(
+            hidden,
+            scales,
+            row,
+            B,
+            in_batch,
+            weight,
+            bias,
+            token,
+            in_vocabulary,
+            high,
+            low,
+            scale,
+            R,
+            RANK,
+            HAS_BIAS,
+            is_held,
+            IS_SPLIT,
+            UPCAST,
+        )
         strength = tl.load(beta + row, mask=in_batch, other=0.0)
         target = row
         if HAS_INDICES:

@@ -58,6 +58,8 @@ READ_SHARED = {9, 10}
 SPLIT = Tiles(tokens=1, rows=4, num_warps=4)
 PICK = Tiles(tokens=HEAD.tokens, rank=128, num_warps=8)
 CANDIDATES = Tiles(tokens=512, rows=8, num_warps=4)
+# More candidates of a row need more registers than so many warps have.
+MANY_SLOTS = 2048
 CANDIDATES_PICK = Tiles(tokens=512, num_warps=4)
 APPLY = Tiles(tokens=2048, num_warps=8)
 SHIFT = Tiles(tokens=1, num_warps=4)
@@ -187,7 +189,7 @@ def _sample_candidates(candidates: CandidateValues, common: Arguments, draw: Arg
         values=candidates.values.contiguous(),
         GROUP=CANDIDATES.rows,
         SLOTS=triton.next_power_of_2(k),
-        num_warps=CANDIDATES.num_warps,
+        num_warps=candidates_tiles(k).num_warps,
     )
     candidate_kernels.value_reweight_candidates_pick_kernel[(rows,)](
         **arguments,
@@ -318,6 +320,11 @@ def head_tiles(weight: torch.Tensor) -> Tiles:
         return HEAD
     major, _ = torch.cuda.get_device_capability(weight.device)
     return HEAD if major in READ_SHARED else HEAD_IN_REGISTERS
+
+
+def candidates_tiles(k: int) -> Tiles:
+    """Return the tiles of a draw by k candidates per row."""
+    return CANDIDATES if k <= MANY_SLOTS else replace(CANDIDATES, num_warps=8)
 
 
 def _compute_shifts(
