@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 from benchmarks.record import RESULTS
 
 # Measured on one H200: bytes read and written per second by a copy, and FLOP/s of dense bfloat16.
+# Float16 has the same rate.
 BANDWIDTH = 4.21e12
 BFLOAT16 = 790e12
-# TF32 has half the rate.
-TF32 = BFLOAT16 / 2
 # From the data sheet, or from published measurements of this generation.
 PROCESSORS = 132
 CLOCK = 1.755e9

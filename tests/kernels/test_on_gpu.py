@@ -89,34 +89,77 @@ def test_value_reweighting_matches_the_cpu(rows: int, vocabulary: int, dtype: to
 
 
 @DTYPES
-def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
-    logits = cases.logits(130, 32000, dtype).cuda()
-    head = to_gpu(cases.head(130, 32000, 128, 2, dtype))
-    beta, sampling = cases.strengths(130, 2).cuda(), to_gpu(cases.sampling(130))
-    together = value_reweight(logits, head, beta, **sampling)
-    for b in (0, 63, 64, 129):
-        rows = slice(b, b + 1)
-        row_head = HeadValues(head.hidden[rows], head.weight, head.bias)
-        row_sampling = cases.select_rows(sampling, rows)
-        alone = value_reweight(logits[rows], row_head, beta[rows], **row_sampling)
-        for field in fields(Sampled):
-            assert torch.equal(getattr(alone, field.name), getattr(together, field.name)[rows])
+# A part of the head is loaded once for all rows, or for each 64 of them: by values and by rank.
+@pytest.mark.parametrize(("rows", "rank", "values"), [(1, 128, 1), (130, 40, 1), (65, 272, 2)])
+def test_a_draw_by_a_head_of_any_rank_matches_the_cpu(
+    rows: int, rank: int, values: int, dtype: torch.dtype
+) -> None:
+    logits = cases.logits(rows, 32001, dtype)
+    head = cases.head(rows, 32001, rank, values, dtype)
+    beta, options = cases.strengths(rows, values), cases.sampling(rows)
+    expected = value_reweight(logits, head, beta, **options)
+    result = value_reweight(logits.cuda(), to_gpu(head), beta.cuda(), **to_gpu(options))
+    assert_close(result, expected)
 
 
-def test_a_call_can_be_captured_in_a_graph() -> None:
-    logits = cases.logits(8, 32000, torch.bfloat16).cuda()
-    head = to_gpu(cases.head(8, 32000, 128, 1, torch.bfloat16))
+# More candidates than are looked for at once, and than four warps hold.
+@pytest.mark.parametrize("k", [1, 33, 200, 3000])
+def test_a_draw_by_any_number_of_candidates_matches_the_cpu(k: int) -> None:
+    logits = cases.logits(4, 32001)
+    beta, options = cases.strengths(4, 2), cases.sampling(4)
+    for tail in ("keep", "mask", torch.tensor([True, False, True, True])):
+        candidates = cases.candidates(logits, k, 2, tail)
+        expected = value_reweight(logits, candidates, beta, **options)
+        result = value_reweight(logits.cuda(), to_gpu(candidates), beta.cuda(), **to_gpu(options))
+        assert_close(result, expected)
+
+
+@DTYPES
+@pytest.mark.parametrize("values", [1, 2])
+def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, values: int) -> None:
+    logits = cases.logits(130, 32000, dtype)
+    steering = (
+        to_gpu(cases.head(130, 32000, 128, values, dtype)),
+        to_gpu(cases.candidates(logits, 20, values)),
+    )
+    logits = logits.cuda()
+    beta, sampling = cases.strengths(130, values).cuda(), to_gpu(cases.sampling(130))
+    for each in steering:
+        together = value_reweight(logits, each, beta, **sampling)
+        for b in (0, 63, 64, 129):
+            rows = slice(b, b + 1)
+            row_sampling = cases.select_rows(sampling, rows)
+            alone = value_reweight(logits[rows], of_rows(each, rows), beta[rows], **row_sampling)
+            for field in fields(Sampled):
+                assert torch.equal(getattr(alone, field.name), getattr(together, field.name)[rows])
+
+
+def of_rows(values: HeadValues | CandidateValues, rows: slice) -> HeadValues | CandidateValues:
+    if isinstance(values, HeadValues):
+        return HeadValues(values.hidden[rows], values.weight, values.bias)
+    return CandidateValues(values.token_ids[rows], values.values[:, rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_call_can_be_captured_in_a_graph(dtype: torch.dtype) -> None:
+    logits = cases.logits(8, 32000, dtype)
+    steering = (
+        to_gpu(cases.head(8, 32000, 128, 1, dtype)),
+        to_gpu(cases.candidates(logits, 20, 1)),
+    )
+    logits = logits.cuda()
     beta, sampling = cases.strengths(8, 1).cuda(), to_gpu(cases.sampling(8))
-    expected = value_reweight(logits, head, beta, **sampling)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = value_reweight(logits, head, beta, **sampling)
-    graph.replay()
-    assert torch.equal(captured.token, expected.token)
-    sampling["uniform"].copy_(torch.rand(8, dtype=torch.float64))
-    graph.replay()
-    expected = value_reweight(logits, head, beta, **sampling)
-    assert torch.equal(captured.token, expected.token)
+    for values in steering:
+        expected = value_reweight(logits, values, beta, **sampling)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = value_reweight(logits, values, beta, **sampling)
+        graph.replay()
+        assert torch.equal(captured.token, expected.token)
+        sampling["uniform"].copy_(torch.rand(8, dtype=torch.float64))
+        graph.replay()
+        expected = value_reweight(logits, values, beta, **sampling)
+        assert torch.equal(captured.token, expected.token)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -204,7 +247,7 @@ def test_steering_by_heads_can_be_captured_in_a_graph() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("rows", "rank"), [(1, 128), (65, 128), (130, 40), (3, 5)])
+@pytest.mark.parametrize(("rows", "rank"), [(1, 128), (65, 128), (130, 40), (65, 272), (3, 5)])
 def test_a_value_of_every_token_is_added(rows: int, rank: int, dtype: torch.dtype) -> None:
     logits = cases.logits(rows, 32001)
     head = cases.head(rows, 32001, rank, 1, dtype)
@@ -216,3 +259,16 @@ def test_a_value_of_every_token_is_added(rows: int, rank: int, dtype: torch.dtyp
     arguments = [tensor.cuda() for tensor in (hidden, weight, bias, beta)]
     result = add_head_values(logits.cuda(), *arguments).cpu().double()
     torch.testing.assert_close(result, expected, equal_nan=True, atol=1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
+def test_a_float32_head_of_any_magnitude_keeps_its_precision(magnitude: float) -> None:
+    head = cases.head(70, 32001, 128, 1)
+    spread = 10.0 ** torch.linspace(-3, 3, 128)
+    hidden = head.hidden[:, 0] * magnitude * spread.flip(0)
+    weight = head.weight[0] / magnitude * spread
+    logits = torch.zeros(70, 32001).cuda()
+    add_head_values(logits, hidden.cuda(), weight.cuda(), None, torch.ones(70).cuda())
+    expected = hidden.double() @ weight.double().T
+    scale = hidden.double().abs() @ weight.double().abs().T
+    assert ((logits.cpu().double() - expected).abs() <= scale * 2.0**-21).all()

@@ -58,6 +58,10 @@ def assert_correct(
         ((3, 700, 48, 2), torch.float32),
         ((3, 700, 48, 2), torch.bfloat16),
         ((3, 129, 144, 3), torch.float16),
+        # More rows than are multiplied at once, by a part of the head that is loaded once and not.
+        ((66, 130, 24, 1), torch.float32),
+        ((66, 130, 24, 1), torch.bfloat16),
+        ((66, 70, 144, 1), torch.float32),
     ],
     ids=str,
 )
@@ -79,8 +83,8 @@ def test_sampling_by_a_head_matches_the_definition(
     [("keep", torch.float32), ("mask", torch.bfloat16), ("per_row", torch.float16)],
 )
 def test_sampling_by_candidates_matches_the_definition(tail: str, dtype: torch.dtype) -> None:
-    # Two tiles of tokens, and a number of candidates that is not a power of two.
-    logits = cases.logits(4, 2500, dtype)
+    # Two groups of tiles, and a number of candidates that is not a power of two.
+    logits = cases.logits(4, 4500, dtype)
     candidates = cases.candidates(logits, 9, 2, TAILS[tail])
     beta, sampling = cases.strengths(4, 2), cases.sampling(4)
     assert_correct(run(logits, candidates, beta, **sampling), logits, candidates, beta, sampling)
@@ -105,11 +109,58 @@ def test_reweighted_logits_match_the_reference(tail: str) -> None:
 
 
 def test_many_candidates_in_several_tiles_are_all_found() -> None:
-    # The candidates of a row are looked for in groups of 32, in tiles of 4,096 tokens.
+    # The candidates of a row are looked for 32 at a time, in groups of 4,096 tokens.
     logits = cases.logits(4, 9000)
     candidates = cases.candidates(logits, 70, 2)
     beta, sampling = cases.strengths(4, 2), cases.sampling(4)
     assert_correct(run(logits, candidates, beta, **sampling), logits, candidates, beta, sampling)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_every_token_of_a_tile_may_be_a_candidate(tail: str) -> None:
+    # The first tile has 512 tokens. Then it has no other token, and its own sum is 0.
+    logits = cases.logits(4, 600)
+    values = torch.randn((1, 4, 520), generator=torch.Generator().manual_seed(7))
+    candidates = CandidateValues(torch.arange(520).expand(4, -1), values, TAILS[tail])
+    beta, sampling = cases.strengths(4, 1), cases.sampling(4)
+    assert_correct(run(logits, candidates, beta, **sampling), logits, candidates, beta, sampling)
+
+
+def test_a_row_is_drawn_evenly_from_its_tiles_and_candidates() -> None:
+    """Numbers that are evenly spread give each token as many draws as its probability."""
+    draws, vocabulary = 80, 1100
+    row = torch.full((1, vocabulary), -torch.inf)
+    # Candidates and other tokens, side by side and at both ends of tiles of 512 tokens.
+    tokens = torch.tensor([0, 1, 510, 511, 512, 513, 1023, 1024, 1098, 1099])
+    row[0, tokens] = torch.linspace(-1, 1, 10)
+    ids = tokens[::2].expand(draws, -1)
+    values = torch.tensor([[-2.0, 1.0, 0.0, 2.0, -1.0]]).expand(1, draws, -1)
+    candidates = CandidateValues(ids, values)
+    beta, temperature = torch.ones(draws, 1), torch.full((draws,), 0.9)
+    logits = row.expand(draws, -1)
+    uniform = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    sampled = run(logits, candidates, beta, temperature=temperature, uniform=uniform)
+    steered, _ = float64.distributions(logits[:1], candidates, beta, temperature)
+    expected = np.exp(steered[0] - float64.logsumexp(steered)[0]) * draws
+    counts = np.bincount(sampled.token.numpy(), minlength=vocabulary)
+    assert np.abs(counts - expected).max() <= 1
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1.0, 1e6, 1e30])
+def test_a_float32_head_of_any_magnitude_keeps_its_precision(magnitude: float) -> None:
+    # Features of one row differ in magnitude too, as those of one token of the head.
+    head = cases.head(5, 200, 128, 1)
+    spread = 10.0 ** torch.linspace(-3, 3, 128)
+    hidden = head.hidden[:, 0] * magnitude * spread.flip(0)
+    weight = head.weight[0] / magnitude * spread
+    hidden[3] = 0
+    weight[7] = 0
+    logits = torch.zeros(5, 200)
+    triton.add_head_values(logits, hidden, weight, None, torch.ones(5), None)
+    expected = hidden.double() @ weight.double().T
+    scale = hidden.double().abs() @ weight.double().abs().T
+    error = (logits.double() - expected).abs()
+    assert (error <= scale * 2.0**-21).all()
 
 
 def test_more_candidates_than_a_program_holds_are_left_to_torch(
@@ -165,14 +216,14 @@ def test_a_row_that_does_not_steer_is_the_frozen_model_bit_for_bit() -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    # More rows than a program has.
-    count = 19
+    # More rows than are multiplied at once.
+    count = 66
     logits, head = cases.logits(count, 300), cases.head(count, 300, 32, 2)
     candidates = cases.candidates(logits, 8, 2)
     beta, sampling = cases.strengths(count, 2), cases.sampling(count)
     by_head = run(logits, head, beta, **sampling)
     by_candidates = run(logits, candidates, beta, **sampling)
-    for b in (0, 2, 18):
+    for b in (0, 2, 63, 64, 65):
         rows = slice(b, b + 1)
         row_sampling = cases.select_rows(sampling, rows)
         row_head = HeadValues(head.hidden[rows], head.weight, head.bias)
