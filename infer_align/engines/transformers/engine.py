@@ -198,7 +198,7 @@ class TransformersEngine(Engine):
             return
         self._started.values.check(draw)
         form.check(self._started.grammars)
-        if draw.guidance is not None:
+        if draw.guidance:
             # The prompts of traits have to fit before anything is spent.
             self._read(draw)
 
