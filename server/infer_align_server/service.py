@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 from infer_align.config.config import Config
@@ -15,11 +14,7 @@ from infer_align.config.schema import join
 from infer_align.engines import Engine
 from infer_align.errors import (
     AlignError,
-    InvalidRequest,
     Unavailable,
-    UnknownModel,
-    nearest,
-    quote,
 )
 from infer_align.flow.choice_scores import ChoiceScores
 from infer_align.flow.discovery import when_discovered
@@ -45,7 +40,7 @@ from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
 from infer_align_server.logs import describe
 from infer_align_server.metrics import Metrics
-from infer_align_server.model_choice import ModelChoice
+from infer_align_server.model_choice import ModelChoice, ModelNames
 from infer_align_server.profile_keeper import ProfileKeeper
 from infer_align_server.sharing import Sharing
 
@@ -69,6 +64,7 @@ class Service:
         failure: The reason why loading failed.
         warnings: Sentences about the configuration for the person who starts the server.
         document: The OpenAPI document, from its first use until it changes.
+        start_time: The Unix time in seconds at which the server started, with all of its workers.
 
     Raises:
         ConfigError: The configuration cannot be served.
@@ -77,6 +73,7 @@ class Service:
     def __init__(self, config: Config, sharing: Sharing | None = None) -> None:
         self.config = config
         self.sharing = sharing
+        self.start_time = sharing.start_time if sharing else int(time())
 
         # `start` loads the models of the engines and rewards.
         self.engine: Engine = config.load_engine()
@@ -263,19 +260,11 @@ class Service:
 
     def models(self) -> list[str]:
         """Return the name of each model, then of each model with each preset."""
-        names = list(self.names)
-        pairs = itertools.product(names, self.config.presets)
-        return list(dict.fromkeys([*names, *(f"{name}@{preset}" for name, preset in pairs)]))
+        return self._model_names.every()
 
     def split_preset(self, name: str) -> tuple[str, str] | None:
-        """Return the model and the preset of a name such as "demo@careful"; None for a model.
-
-        A preset wins over a model of the same name, which another server of this kind may list.
-        """
-        model, separator, preset = name.rpartition("@")
-        if separator and preset in self.config.presets and model in self.names:
-            return model, preset
-        return None
+        """Return the model and the preset of a name; see `ModelNames.split`."""
+        return self._model_names.split(name)
 
     def resolve_model(self, name: object) -> ModelChoice:
         """Return the model and the preset that the `model` field of a request names.
@@ -286,26 +275,16 @@ class Service:
             InvalidRequest: The name is not a string.
             UnknownModel: There is no such model, or no such preset.
         """
-        model = self._find_model(name)
+        if name is None:
+            model = ModelChoice(self.model, self.engine.model)
+        else:
+            model = self._model_names.choose(name)
         describe(model=model.api_name, preset=model.preset)
         return model
 
-    def _find_model(self, name: object) -> ModelChoice:
-        if name is None:
-            return ModelChoice(self.model, self.engine.model)
-        if not isinstance(name, str):
-            raise InvalidRequest(
-                f"model: {quote(name)} is not allowed; must be a string.", param="model"
-            )
-        names = self.names
-        parts = self.split_preset(name)
-        if parts is not None:
-            return ModelChoice(name, names[parts[0]], parts[1])
-        if name in names:
-            return ModelChoice(name, names[name])
-        raise UnknownModel(
-            f"model: {quote(name)} does not exist; {nearest(name, self.models())}", param="model"
-        )
+    @property
+    def _model_names(self) -> ModelNames:
+        return ModelNames(self.names, self.config.presets)
 
     # --- Requests ---
 
