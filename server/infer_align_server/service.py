@@ -35,7 +35,9 @@ from infer_align_server.defaults import (
 from infer_align_server.engine_roles import Forwards, ServesApplication
 from infer_align_server.limits.api_keys import ApiKeys, Caller
 from infer_align_server.limits.caller_limits import make_caller_limits
+from infer_align_server.limits.client_timeout import shorten_deadline
 from infer_align_server.limits.key_file import KeyFile, Scope
+from infer_align_server.limits.preparing import Preparing
 from infer_align_server.limits.token_budget import charged
 from infer_align_server.loading import Progress, load_models
 from infer_align_server.logs import describe
@@ -91,6 +93,7 @@ class Service:
         self._limits = make_caller_limits(config.limits, sharing, self.metrics.storage_failures.inc)
         self.tokens = self._limits.tokens
         self.admission = self._limits.admission
+        self.preparing = Preparing(self.engine, self._limits.at_once)
         self.tracing = Tracing(config.telemetry) if config.telemetry.endpoint else None
 
         # Profiles, and the scores of the answers that users chose between.
@@ -107,7 +110,7 @@ class Service:
         self.document: bytes | None = None
         self._loading = ""
         self._draining = False
-        self.metrics.watch_admission(self.admission)
+        self.metrics.watch_admission(self.admission, self.preparing)
         self.metrics.watch_readiness(lambda: self.unready() is None)
 
     # --- Loading and shutdown ---
@@ -141,7 +144,7 @@ class Service:
         """Wait for running requests, at most `drain_seconds`, then close everything."""
         self.drain()
         deadline = monotonic() + self.config.server.drain_seconds
-        while self.admission.running and monotonic() < deadline:
+        while (self.admission.running or self.preparing.running) and monotonic() < deadline:
             await asyncio.sleep(0.05)
         log.info("drain ended", extra={"running_requests": self.admission.running})
         for reward in self.rewards.values():
@@ -293,7 +296,12 @@ class Service:
         return complete_body(self.config, body, model.preset)
 
     async def plan(
-        self, body: Mapping[str, Any], kind: Kind, model: ModelChoice, owner: str = ""
+        self,
+        body: Mapping[str, Any],
+        kind: Kind,
+        model: ModelChoice,
+        owner: str = "",
+        caller: str = "",
     ) -> list[Plan]:
         """Parse a request and plan it, with one plan for each of its prompts.
 
@@ -302,23 +310,27 @@ class Service:
             kind: The kind of the request, by its route.
             model: The model and the preset that the body names.
             owner: The owner of the stored profile that the request may name.
+            caller: The name of the caller, in whose queue the request waits.
 
         Raises:
             InvalidRequest: See `infer_align.flow.request` and `infer_align.flow.plan`.
+            Overloaded: Too many requests wait for what the engine prepares for them.
+            DeadlineExceeded: It was not prepared in time.
             Unavailable: It could not be found out if the engine can honour the request.
         """
         resolved = {**self.complete_body(body, model), "model": model.engine_model}
         describe(model=model.api_name, preset=model.preset)
         bodies = split_prompts(resolved, kind)
         check_prompt_count(len(bodies), self.config.limits)
-        await self.engine.prepare(resolved, kind)
         parsed = [parse_request(each, kind, self.config.presets, model.preset) for each in bodies]
+        deadline = parsed[0].align.budget.deadline_seconds
+        waited = await self.preparing.prepare(resolved, kind, caller, deadline)
         requests = [await self.personalise(request, owner) for request in parsed]
         with stage("plan"):
             plans = await when_discovered(lambda: [self._make_plan(each) for each in requests])
         check_together(plans, self.config.limits)
         describe(methods=list(plans[0].methods))
-        return plans
+        return [shorten_deadline(plan, waited) for plan in plans] if waited else plans
 
     async def personalise(self, request: Request, owner: str) -> Request:
         """Return a request with what its profile says; the owner is that of a stored profile.
