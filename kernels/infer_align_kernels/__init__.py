@@ -9,6 +9,7 @@ from infer_align_kernels.steer_logits import (
     HeadTable,
     SteeredRows,
     Workspace,
+    compiled_layers,
     steer_logits,
     steers_at_once,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Workspace",
     "add_head_values",
     "candidate_values",
+    "compiled_layers",
     "reweight_logits",
     "runs_triton",
     "sibling_attention",
