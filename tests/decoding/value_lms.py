@@ -12,9 +12,14 @@ HEADS = 2
 
 
 class TinyValueLM(ValueLM):
-    """A random value LM without files."""
+    """A random value LM without files.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: where it computes.
+        has_pass: True to read siblings as on a GPU, with the kernel `sibling_attention`.
+    """
+
+    def __init__(self, device: torch.device, *, has_pass: bool = False) -> None:
         torch.manual_seed(3)
         config = LlamaConfig(
             vocab_size=VOCABULARY,
@@ -28,7 +33,10 @@ class TinyValueLM(ValueLM):
         self.heads = torch.randn((16, HEADS), device=device)
         self._weight = self.heads.T
         self._bias = torch.zeros(HEADS, device=device)
-        self.has_sibling_kernel = False
+        self.sibling_pass = None
+        if has_pass:
+            self.use_sibling_pass("tiny", self._measure_cell("tiny")[1])
+            assert self.sibling_pass is not None
 
     def value(self, ids: list[int]) -> torch.Tensor:
         """Return the values after a complete text. [H]."""
