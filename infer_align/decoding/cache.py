@@ -178,8 +178,8 @@ class RowCache(Cache):  # type: ignore[misc]
             self.layers = [GrowingLayer() for _ in columns]
         rows = torch.arange(len(chosen), device=chosen.device)
         # [B, layers, 2, heads, dim] -> [layers, 2, B, heads, 1, dim]
-        taken = columns[:, :, rows, :, chosen].permute(1, 2, 0, 3, 4).unsqueeze(-2)
-        for layer, (keys, values) in zip(self.layers, taken, strict=True):
+        new_columns = columns[:, :, rows, :, chosen].permute(1, 2, 0, 3, 4).unsqueeze(-2)
+        for layer, (keys, values) in zip(self.layers, new_columns, strict=True):
             layer.update(keys, values)
 
     def drop_last(self) -> None:

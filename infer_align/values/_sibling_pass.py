@@ -190,7 +190,7 @@ class SiblingPass:
         def run() -> None:
             positions = step.lengths[:, None].expand(-1, k)
             with reading_siblings(reading):
-                step.values.copy_(self._forward(step.ids, reading.own, positions, step.mask))
+                step.values.copy_(self._forward(step.ids, reading.cache, positions, step.mask))
 
         with self._prefixes.pointing_to(keys, values):
             if rows * k > MAX_SIBLINGS:

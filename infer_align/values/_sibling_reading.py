@@ -53,16 +53,16 @@ class OwnColumns(Cache):  # type: ignore[misc]
 
 
 class SiblingReading(NamedTuple):
-    """What the attention of siblings needs beside their queries, keys and values.
+    """A pass of siblings, as its attention needs it beside queries, keys and values.
 
     Attributes:
-        own: the cache of the pass.
+        cache: that of the pass.
         prefixes: points to the keys and values of the tokens before the siblings.
         lengths: [B] the number of these tokens.
         capacity: see `sibling_attention_at`.
     """
 
-    own: OwnColumns
+    cache: OwnColumns
     prefixes: PrefixTable
     lengths: torch.Tensor
     capacity: int
@@ -105,7 +105,7 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return attended
-    layer, lengths, capacity = reading.own.layer, reading.lengths, reading.capacity
+    layer, lengths, capacity = reading.cache.layer, reading.lengths, reading.capacity
     result = sibling_attention_at(
         query, reading.prefixes, layer, key, value, lengths, capacity, scaling
     )

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 log = logging.getLogger("infer_align")
 
@@ -20,8 +22,61 @@ log = logging.getLogger("infer_align")
 CAPTURED_AT_USE = 4
 # Every graph takes some memory of the device. Further sizes run eagerly.
 MAX_GRAPHS = 32
+# Calls of torch that wait for numbers of the device. In inference mode, some have another name.
+WAITING_CALLS = {
+    "_local_scalar_dense",
+    "_unique2",
+    "equal",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+}
+# Calls that copy tensors, perhaps to another device.
+COPYING_CALLS = {"_to_copy", "copy_", "to"}
 # CUDA captures for one thread of a process at a time.
 _capturing = threading.Lock()
+
+
+class WaitingCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the calls of torch in its context that cannot be captured in a graph.
+
+    They wait for the device, or copy between it and the host. A capture that fails may leave torch
+    in a bad state, so it is better not begun.
+
+    Attributes:
+        names: of these calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Make the call."""
+        result = function(*args, **(kwargs or {}))
+        name: str = function._schema.name.partition("::")[2]
+        if name in WAITING_CALLS or _is_copied_across(name, args, result) or _is_masked(name, args):
+            self.names.append(name)
+        return result
+
+
+def _is_copied_across(name: str, args: Any, result: Any) -> bool:
+    """Return True for a copy from one device to another."""
+    if name not in COPYING_CALLS:
+        return False
+    tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+    return len({tensor.device for tensor in tensors}) > 1
+
+
+def _is_masked(name: str, args: Any) -> bool:
+    """Return True for an index by a mask: the number of chosen elements has to be known."""
+    if not name.startswith("index") or len(args) < 2:
+        return False
+    indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, torch.Tensor)]
+    return any(index.dtype in {torch.bool, torch.uint8} for index in indices)
 
 
 class StepGraphs:
@@ -54,7 +109,7 @@ class StepGraphs:
             size: all that decides which operations the step has.
             step: reads and writes tensors that are the same at each call with this size.
         """
-        if self._device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if self._device.type != "cuda":
             step()
             return
         if size not in self._graphs and self._is_due(size):
@@ -90,14 +145,16 @@ class StepGraphs:
     def _capture(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Record a step, after it has run once on the stream of the graphs."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
         caller = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(caller)
         # What a library makes at its first use on a stream is made here, and not in the capture.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), WaitingCalls() as waiting:
             step()
         caller.wait_stream(self._stream)
+        if waiting.names:
+            raise RuntimeError(f"it waits in {', '.join(sorted(set(waiting.names)))}")
         graph = torch.cuda.CUDAGraph()
         # If a capture fails, `torch.cuda.graph` may stay on its stream. The outer context does not.
         # Other threads may allocate memory meanwhile: "thread_local" does not forbid it to them.

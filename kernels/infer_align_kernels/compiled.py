@@ -340,18 +340,11 @@ def _attention_launches() -> list[Launch]:
     merge = sibling_attention.sibling_attention_merge_kernel
     types = _attention_types(merge, torch.bfloat16)
     constants = {"QUERIES": sibling_attention.MERGED, "PART": 1024, "D": 128, "DIM": 128}
-    made.append(
-        Launch(
-            name="sibling_attention_merge",
-            kernel=merge,
-            types=types,
-            constants=constants,
-            num_warps=4,
-            num_stages=3,
-            tensor_cores=False,
-        )
-    )
-    return made
+    name = "sibling_attention_merge"
+    return [
+        *made,
+        Launch(name, merge, types, constants, num_warps=4, num_stages=3, tensor_cores=False),
+    ]
 
 
 def _attention_types(kernel: Any, dtype: torch.dtype) -> dict[str, str]:

@@ -17,9 +17,16 @@ class TinyValueLM(ValueLM):
     Args:
         device: where it computes.
         has_pass: True to read siblings as on a GPU, with the kernel `sibling_attention`.
+        dtype: of the weights.
     """
 
-    def __init__(self, device: torch.device, *, has_pass: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        has_pass: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(3)
         config = LlamaConfig(
             vocab_size=VOCABULARY,
@@ -29,7 +36,7 @@ class TinyValueLM(ValueLM):
             num_attention_heads=2,
             num_key_value_heads=1,
         )
-        self.lm = LlamaModel(config).eval().to(device)
+        self.lm = LlamaModel(config).eval().to(device, dtype)
         self.heads = torch.randn((16, HEADS), device=device)
         self._weight = self.heads.T
         self._bias = torch.zeros(HEADS, device=device)

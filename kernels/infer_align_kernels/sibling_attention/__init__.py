@@ -11,6 +11,8 @@ from infer_align_kernels.devices import launching, runs_triton
 from infer_align_kernels.sibling_attention import reference
 from infer_align_kernels.sibling_attention.prefixes import PrefixTable
 
+__all__ = ["PrefixTable", "sibling_attention", "sibling_attention_at"]
+
 
 def sibling_attention(
     query: torch.Tensor,
