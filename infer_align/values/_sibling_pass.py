@@ -162,20 +162,29 @@ class SiblingPass:
             lengths: tokens of each row in the cache.
         """
         rows, k = ids.shape
-        if not ids.numel() or rows * k > MAX_SIBLINGS:
-            buffers = _Buffers(rows * k, self._heads, self._shape, self._device)
-            step = buffers.step(rows, k)
-            with self._running:
-                self._run(step, ids, cache, lengths)
-            return ReadSiblings(step.values, step.columns)
         with self._running:
+            if not 0 < rows * k <= MAX_SIBLINGS:
+                # The buffers are new, so no graph can know them.
+                step = self._make_buffers(rows * k).step(rows, k)
+                self._run(step, ids, cache, lengths, graphs=None)
+                return ReadSiblings(step.values, step.columns)
             if self._buffers is None:
-                self._buffers = _Buffers(MAX_SIBLINGS, self._heads, self._shape, self._device)
+                self._buffers = self._make_buffers(MAX_SIBLINGS)
             step = self._buffers.step(_padded_rows(rows, k), k)
-            self._run(step, ids, cache, lengths)
+            self._run(step, ids, cache, lengths, self._graphs)
             return ReadSiblings(step.values[:rows].clone(), step.columns[:, :, :rows].clone())
 
-    def _run(self, step: _Step, ids: torch.Tensor, cache: Any, lengths: Sequence[int]) -> None:
+    def _make_buffers(self, siblings: int) -> _Buffers:
+        return _Buffers(siblings, self._heads, self._shape, self._device)
+
+    def _run(
+        self,
+        step: _Step,
+        ids: torch.Tensor,
+        cache: Any,
+        lengths: Sequence[int],
+        graphs: StepGraphs | None,
+    ) -> None:
         rows, k = ids.shape
         # The padding has tokens of an earlier step, or the first token of the vocabulary.
         step.ids[:rows] = ids
@@ -184,7 +193,6 @@ class SiblingPass:
         step.lengths.copy_(staged(padded, self._device), non_blocking=True)
         keys, values = self._prefix(cache, rows)
         capacity = _capacity(keys[0].shape[2])
-        # `columns` is in the same place for each size.
         reading = SiblingReading(OwnColumns(step.columns), self._prefixes, step.lengths, capacity)
 
         def run() -> None:
@@ -193,10 +201,10 @@ class SiblingPass:
                 step.values.copy_(self._forward(step.ids, reading.cache, positions, step.mask))
 
         with self._prefixes.pointing_to(keys, values):
-            if rows * k > MAX_SIBLINGS:
+            if graphs is None:
                 run()
             else:
-                self._graphs.run((len(step.ids), k, capacity), run)
+                graphs.run((len(step.ids), k, capacity), run)
 
     def _prefix(self, cache: Any, rows: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the keys and values of each layer. An empty text has no layers yet."""

@@ -112,7 +112,7 @@ class ValueLM:
             name: of the value LM, for a warning.
             shape: of its keys and values; None if its layers differ.
         """
-        layers = self.lm.config.get_text_config().num_hidden_layers
+        layers = getattr(self.lm.config.get_text_config(), "num_hidden_layers", None)
         # A layer without keys and values of its own reads those of another one.
         if shape is None or shape.layers != layers or not supports_siblings(self.lm):
             return
