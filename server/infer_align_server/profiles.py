@@ -180,7 +180,7 @@ async def _question_texts(service: Service, body: Mapping[str, Any], caller: str
         drawing = {"n": QUESTION_CANDIDATES, **body}
         drawing.pop("candidates", None)
         model = service.resolve_model(body.get("model"))
-        plans = await service.plan(drawing, "chat", model)
+        plans = await service.plan(drawing, "chat", model, caller=caller)
         responses = await answer_all(service, plans, caller=caller)
         return [candidate.text for candidate in responses[0].candidates if not candidate.error]
     allowed = ("model", "messages", "candidates")

@@ -27,7 +27,7 @@ from sqlalchemy import Connection, inspect
 
 from infer_align.profiles import cache
 from infer_align.profiles import store as stores
-from infer_align.profiles.database import MIGRATIONS, StoreFailed, open_database
+from infer_align.profiles.database import MIGRATIONS, StoreFailed, open_database, sqlite_file
 from infer_align.profiles.schema import METADATA
 from infer_align.profiles.store import ProfileStore
 from tests.postgres import Postgres
@@ -349,6 +349,22 @@ def test_a_full_store_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
 def test_another_database_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"\[profiles\] store"):
         ProfileStore(text)
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("sqlite:///p.db", Path("p.db")),
+        ("sqlite+aiosqlite:////data/p.db", Path("/data/p.db")),
+        ("sqlite:///p%20q.db", Path("p%20q.db")),
+        ("sqlite://", None),
+        ("sqlite:///:memory:", None),
+        ("sqlite:///file:p.db?mode=ro&uri=true", None),
+        ("postgresql+asyncpg://host/p.db", None),
+    ],
+)
+def test_the_file_of_an_url(url: str, file: Path | None) -> None:
+    assert sqlite_file(url) == file
 
 
 def test_many_writers_lose_nothing(store_url: str) -> None:
