@@ -13,6 +13,7 @@ from infer_align_kernels.steer_logits import (
     HeadTable,
     SteeredRows,
     Workspace,
+    compiled_layers,
     steer_logits,
     steers_at_once,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Workspace",
     "add_head_values",
     "candidate_values",
+    "compiled_layers",
     "reweight_logits",
     "runs_triton",
     "sibling_attention",
